@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 __all__ = ["CASES", "QUIET", "Case"]
 
-QUIET = frozenset({"HEALTHY", "COMPUTE_BOUND"})
+QUIET = frozenset({"HEALTHY", "COMPUTE_BOUND", "CPU_CONTENTION"})
+"""Verdicts of runs whose code has no fault; they may have too few cores."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 __all__ = [
     "bytes_text",
     "capitalized",
+    "cores_text",
     "count_text",
     "duration_text",
     "factor_text",
@@ -76,6 +77,12 @@ _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 def count_text(count: int | None) -> str:
     """Return `1,204`."""
     return MISSING if count is None else f"{count:,}"
+
+
+def cores_text(cores: float) -> str:
+    """Return `1 core`, `0.4 cores`, `16 cores`."""
+    number = f"{cores:.1f}" if cores < 9.95 else f"{cores:.0f}"
+    return f"{number.removesuffix('.0')} core{'' if number.removesuffix('.0') == '1' else 's'}"
 
 
 def ordinal_text(number: int) -> str:

@@ -306,9 +306,9 @@ def test_too_few_cores_withhold_blame():
 
     assert verdict(job).kind is Kind.COMM_BOUND
     found = verdict(job, main_wait=crowded)
-    assert found.kind is Kind.HEALTHY
-    assert "too few cores" in found.summary
-    assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=crowded).kind is Kind.HEALTHY
+    assert found.kind is Kind.CPU_CONTENTION
+    assert "stood ready without a CPU core for 40 %" in found.summary
+    assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=crowded).kind is Kind.CPU_CONTENTION
 
 
 def test_a_strong_fault_is_named_even_with_too_few_cores():

@@ -8,10 +8,10 @@ from traceml.formatting import ranks_text
 
 __all__ = [
     "for_comm",
-    "for_compute",
     "for_copies",
     "for_exit",
     "for_jitter",
+    "for_lacking_core",
     "for_residual",
     "for_saving",
     "for_straggler",
@@ -71,19 +71,6 @@ def for_comm(facts: JobFacts, grad_phase: str) -> str:
         "Synchronize less per sample: larger batches or gradient accumulation under model.no_sync(), gradients in "
         f"16 bits (DDP's bf16_compress_hook), or {last}."
     )
-
-
-def for_compute(phase: str, facts: JobFacts, device: bool) -> str:
-    """Return advice for a run that computes nearly all the time."""
-    if device:
-        what = {"optimizer": "use a fused optimizer (fused=True)"}
-        return f"The device is busy: {what.get(phase, 'try torch.compile, bf16 autocast, and larger batches')}."
-
-    if phase == "optimizer":
-        return "The optimizer dominates: use its fused form (fused=True), or step less often on larger batches."
-
-    threads = f" (torch uses {facts.threads} threads)" if facts.threads else ""
-    return f"To go faster, make the {phase} pass cheaper: torch.compile, bf16, a smaller model, or more cores{threads}."
 
 
 def for_jitter(part: str | None, rank: int | None) -> str:
@@ -147,6 +134,17 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
         )
 
     return f"Look at what {names}{at} does in its {part} phase that the others do not."
+
+
+def for_lacking_core(ranks: tuple[int, ...], facts: JobFacts) -> str:
+    """Return advice on late ranks that waited for a core."""
+    names = ranks_text(ranks)
+    hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
+    at = f" on {hosts[0]}" if len(hosts) == 1 else ""
+    return (
+        f"Something else uses the cores of {names}{at} (`top` names it): end or move it, or give each rank cores of "
+        "its own (taskset, Slurm's --cpus-per-task). The code of the rank is not the cause."
+    )
 
 
 def _lacks_shared_memory(ended: RankExit) -> bool:

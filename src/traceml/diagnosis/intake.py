@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import DEVICE_STEPS, EPOCHS, HOST, LIMITS, LINES, PROCESS, STEPS, USER_PHASES, Table
+from traceml.database.schema import DEVICE_STEPS, EPOCHS, GPU, HOST, LIMITS, LINES, PROCESS, STEPS, USER_PHASES, Table
 from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
 from traceml.diagnosis.steps.step_sample import SampledWindow
 from traceml.diagnosis.steps.window import Ints, Rows, StepWindow, Window
@@ -35,6 +35,7 @@ class RowIntake:
             USER_PHASES.name: self._take_user_phases,
             PROCESS.name: self.facts.process_rows,
             HOST.name: self.facts.host_rows,
+            GPU.name: self.facts.gpu_rows,
             LIMITS.name: self.facts.limits.add,
             EPOCHS.name: self.facts.epoch_rows,
             LINES.name: self.facts.lines.add,
@@ -95,4 +96,4 @@ class RowIntake:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, LIMITS, LINES, EPOCHS)}
+_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, GPU, LIMITS, LINES, EPOCHS)}

@@ -12,6 +12,7 @@ from traceml.formatting import (
     count_text,
     factor_text,
     line_text,
+    ms_text,
     ordinal_text,
     percent_text,
     phase_words,
@@ -86,7 +87,10 @@ def _user_code(finding: _FindingFacts) -> str:
 
 
 def _healthy(finding: _FindingFacts) -> str:
-    """Return `No bottleneck found`, or `Steps are fine; they are 45 % of the run's time`."""
+    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or that they are too short."""
+    if finding.evidence.get("too_short"):
+        return f"Steps of {ms_text(finding.evidence['step_ms'])} are too short to judge"
+
     share = finding.evidence.get("steps_share")
     return (
         "No bottleneck found" if share is None else f"Steps are fine; they are {percent_text(share)} of the run's time"
@@ -185,6 +189,7 @@ class Kind(StrEnum):
     COMPUTE_STRAGGLER = "COMPUTE_STRAGGLER", _SLOW
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
+    CPU_CONTENTION = "CPU_CONTENTION", KindRule("The training waits for a CPU core: {share}")
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
     STARTUP = "STARTUP", KindRule("{share} is start-up, before the first step", of_run=True)
     EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", of_run=True)

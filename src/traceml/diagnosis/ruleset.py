@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.compute import nothing_found
+from traceml.diagnosis.rules.contention import cpu_contention
 from traceml.diagnosis.rules.epoch_starts import workers_restarted
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.lost_ranks import rank_lost
@@ -48,8 +51,14 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
 
     segments = segments_of(window, facts)
     main += _timing(window, segments, facts)
+    crowded = cpu_contention(facts)
     if main:
-        return [*in_order(main, in_steps), *remarks]
+        # Waiting for cores makes all phases longer: beside another cause it is a remark.
+        as_remarks = [replace(finding, severity=Severity.INFO) for finding in crowded]
+        return [*in_order(main, in_steps), *as_remarks, *remarks]
+
+    if crowded:
+        return [*crowded, *remarks]
 
     return [_unknown_backward(window, segments) or nothing_found(segments, facts), *remarks]
 

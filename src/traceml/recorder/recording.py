@@ -317,9 +317,19 @@ class Recording:
         if self.instrumentation is None:
             return
 
+        with fail_open(_log, "recorder", "the time of torch.compile is not known"):
+            self._note_compilation()
+
         with fail_open(_log, "recorder", "some hooks could not be removed"):  # those that stay do nothing
             self.instrumentation.close_open_step()
             self.instrumentation.uninstall()
+
+    def _note_compilation(self) -> None:
+        """Report how long torch.compile took, if it was used."""
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        times = getattr(dynamo, "compilation_time_metrics", {}).get("_compile.compile_inner")
+        if times:
+            self.note("compilation", seconds=round(sum(times), 3), graphs=len(times))
 
     def _hook_ns(self) -> int:
         return self.instrumentation.hook_ns_per_step() if self.instrumentation is not None else 0
@@ -424,4 +434,5 @@ def _process_facts(identity: Identity) -> dict[str, Any]:
         "folder": str(Path.cwd()),
         "rank_from": identity.rank_identity.source,
         "cores": len(os.sched_getaffinity(0)),
+        "machine_cores": os.cpu_count(),
     }

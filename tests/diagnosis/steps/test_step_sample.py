@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.diagnosis.fabricated import Job, adds, at_once, rows_of
 from traceml.database.schema import DEVICE_STEPS, USER_PHASES
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
@@ -99,7 +99,8 @@ def test_rules_do_not_join_the_ends_of_blocks():
         ([], Kind.HEALTHY, ()),
         ([adds("forward", 20, (1,))], Kind.COMPUTE_STRAGGLER, (1,)),
         ([adds("input_wait", 20)], Kind.INPUT_BOUND, ()),
-        ([adds("other", 400, every=40)], Kind.JITTER, ()),
+        ([adds("other", 400, every=40)], Kind.RESIDUAL_HEAVY, ()),
+        ([at_once("other", 400, 0.025)], Kind.JITTER, ()),
     ],
 )
 def test_the_verdict_is_that_of_all_steps(faults, kind, ranks):

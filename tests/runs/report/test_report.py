@@ -210,7 +210,8 @@ def test_advice_knows_the_loader_and_the_cores(tmp_path):
     verdict = report_on(tmp_path / "run")["verdict"]
 
     assert verdict["kind"] == "INPUT_BOUND"
-    assert "num_workers=7" in verdict["next"]
+    assert "num_workers=2" in verdict["next"]
+    assert "on 8 cores" in verdict["next"]
     assert verdict["evidence"]["dataset"] == "ImageFolder"
 
 
@@ -223,9 +224,9 @@ def test_a_crowded_host_is_seen_from_the_samples(tmp_path):
     writer.close()
     verdict = report_on(tmp_path / "run")["verdict"]
 
-    assert verdict["kind"] == "HEALTHY"
+    assert verdict["kind"] == "CPU_CONTENTION"
     assert verdict["evidence"]["cpu_wait_share"] == pytest.approx(0.4)
-    assert "waited for a CPU core" in verdict["next"]
+    assert "ready without a CPU core for 40 %" in verdict["summary"]
 
 
 @pytest.mark.parametrize(

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from signal import SIGINT
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import EPOCHS
+from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreWaits
+from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 
-__all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
+__all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "ModelFacts", "RankExit", "ended_badly"]
 
 OVERSUBSCRIBED = 0.25
 """From this share of waiting for a CPU core, rules need stronger evidence to blame a rank or the network."""
-
-_MIN_TRAINING_NS = 4e8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,16 @@ class LoaderFacts:
     batch_size: int | None = None
     pin_memory: bool | None = None
     persistent_workers: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The trained model, as the rank described it."""
+
+    model: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    compiled: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +116,10 @@ class JobFacts:
         threads: torch threads per rank.
         main_wait: rank -> share of its main thread's ready time in which it waited for a core.
         core_wait: rank -> the same as a share of wall time in training.
-        busy_cores: rank -> cores that its threads used during the training.
+        samples: use of cores, memory and devices over the run.
+        model: the trained model.
+        fused: whether the optimizer is a fused one; None where that is not known.
+        compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
         workers_busy: share of time in which its workers compute; None where it is not known.
         exits: ends of ranks.
@@ -126,7 +139,10 @@ class JobFacts:
     threads: int | None = None
     main_wait: Mapping[int, float] = field(default_factory=dict)
     core_wait: Mapping[int, float] = field(default_factory=dict)
-    busy_cores: Mapping[int, float] = field(default_factory=dict)
+    samples: MachineSamples = field(default_factory=MachineSamples)
+    model: ModelFacts | None = None
+    fused: bool | None = None
+    compile_s: float | None = None
     loader: LoaderFacts | None = None
     workers_busy: float | None = None
     exits: tuple[RankExit, ...] = ()
@@ -146,6 +162,21 @@ class JobFacts:
     def oversubscribed(self) -> bool:
         """Whether the ranks had too few cores, so that lateness may be chance."""
         return self.wait_share >= OVERSUBSCRIBED
+
+    @cached_property
+    def use(self) -> MachineUse:
+        """Use of cores and devices during the training."""
+        return self.samples.use()
+
+    @property
+    def others_cores(self) -> float | None:
+        """Cores that programs beside the ranks used on the host of rank 0; None where that is not known."""
+        use = self.use
+        if use.host_cores is None or use.busy_cores is None:
+            return None
+
+        here = sum(host == self.hosts.get(0) for host in self.hosts.values())
+        return max(use.host_cores - max(here, 1) * use.busy_cores, 0.0)
 
     @property
     def cores_per_rank(self) -> int | None:
@@ -183,8 +214,10 @@ class JobFactsBuilder:
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
         self._waits = CoreWaits()
-        self._training: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self.samples = MachineSamples()
+        """Use of cores, memory and devices."""
         self._loaders: list[LoaderFacts] = []
+        self._model: ModelFacts | None = None
         self._facts: dict[str, Any] = {}
 
     def host(self, rank: int, host: str) -> None:
@@ -206,10 +239,18 @@ class JobFactsBuilder:
             self.exits[rank] = _merge(reported, self.exits[rank]) if rank in self.exits else reported
         elif kind == "resumed" and isinstance(row.get("before"), int):
             self.steps_before[rank] = row["before"]
-        elif kind in ("process", "model", "group"):
+        elif kind == "compilation":
+            self._facts["compile_s"] = row.get("seconds")
+        elif kind in ("process", "model", "group", "optimizer"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
             device = str(row.get("device") or "cpu").partition(":")[0]
             self.accelerator = device if kind == "model" and device not in _NO_ACCELERATOR else self.accelerator
+            if kind == "model" and (self._model is None or row.get("compiled")):
+                self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__dataclass_fields__})
+
+            if isinstance(row.get("machine_cores"), int):
+                self.samples.machine_cores[rank] = row["machine_cores"]
+
             if isinstance(row.get("cores"), int):
                 self._core_rows.setdefault(rank, row["cores"])
 
@@ -217,6 +258,11 @@ class JobFactsBuilder:
         """Take rows of `schema.HOST`, sent by one rank per host."""
         if len(rows):
             self._core_rows[rank] = int(rows["cores"][-1])
+            self.samples.add(HOST.name, rank, rows)
+
+    def gpu_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.GPU`."""
+        self.samples.add(GPU.name, rank, rows)
 
     def epoch_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.EPOCHS`; those of the lowest rank are kept, as all ranks begin epochs alike."""
@@ -229,11 +275,7 @@ class JobFactsBuilder:
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
         self._waits.add(rank, rows)
-
-        training = rows[rows["step"] > 0]
-        if len(training):
-            latest = _time_and_cpu(training[-1])
-            self._training[rank] = self._training.get(rank, (_time_and_cpu(training[0]), latest))[0], latest
+        self.samples.add(PROCESS.name, rank, rows)
 
     def exit(self, ended: RankExit) -> None:
         """Record how a rank ended; facts that are missing here are kept from earlier reports."""
@@ -257,7 +299,10 @@ class JobFactsBuilder:
             threads=known.get("torch_threads"),
             main_wait=self._waits.of_ready_time(),
             core_wait=self._waits.of_wall_time(),
-            busy_cores=self._busy_cores(),
+            samples=self.samples,
+            model=self._model,
+            fused=known.get("fused"),
+            compile_s=known.get("compile_s"),
             loader=self._loaders[0] if self._loaders else None,
             limits=self.limits.uses(),
             lines=LazyLines(self.lines, self.names),
@@ -268,17 +313,8 @@ class JobFactsBuilder:
             state=self.state,
         )
 
-    def _busy_cores(self) -> dict[int, float]:
-        cores = {}
-        for rank, (first, last) in self._training.items():
-            passed = last[0] - first[0]
-            if passed >= _MIN_TRAINING_NS:
-                cores[rank] = (last[1] - first[1]) / passed
 
-        return cores
-
-
-_KEPT = ("backend", "torch_threads")
+_KEPT = ("backend", "torch_threads", "fused")
 _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOADERS = 64
 _MAX_EPOCHS = 65_536
@@ -305,10 +341,6 @@ def _with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
         return ended
 
     return replace(ended, last_step=int(latest[ended.rank]))
-
-
-def _time_and_cpu(row: Any) -> tuple[int, int]:
-    return int(row["t_ns"]), int(row["cpu_ns"])
 
 
 def ended_badly(exits: Iterable[RankExit]) -> list[RankExit]:

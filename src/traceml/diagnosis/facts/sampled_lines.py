@@ -27,6 +27,7 @@ __all__ = [
     "SampledLine",
     "blamed_line",
     "busy_share",
+    "main_library",
     "outside_line",
 ]
 
@@ -211,6 +212,23 @@ def blamed_line(
 
     line = _most_frequent_line(_seen_on(lines, ranks), code, place)
     return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
+
+
+def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
+    """Return the library function that a function of the user calls for half of its time; None where there is none.
+
+    Args:
+        lines: the sampled lines of a run.
+        part: a phase, or `other`.
+        line: the user's function.
+    """
+    calls: Counter[str | None] = Counter()
+    for each in lines:
+        if each.part == part and (each.file, each.function) == (line.file, line.function):
+            calls[each.library] += each.samples
+
+    called, samples = calls.most_common(1)[0] if calls else (None, 0)
+    return called.rpartition(" ")[2] if called and samples >= NAMED_SHARE * calls.total() else None
 
 
 def busy_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int] = ()) -> float | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import blamed_line, main_library
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.comm import min_wait_ns
+from traceml.diagnosis.rules.compute_advice import for_compute
 from traceml.diagnosis.rules.outside_steps import covered
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import ns_text, percent_text, phase_words
@@ -18,6 +19,11 @@ __all__ = ["COMPUTE_SHARE", "nothing_found"]
 
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
+
+SHORT_STEP_NS = 2e6
+"""In a shorter step no part can cost the millisecond from which it is reported and leave room for another."""
+SHORT_LOOP_SHARE = 0.25
+"""Such a step is too short to judge if this share of it is no computation."""
 
 _WAITING = "waiting for other ranks"
 
@@ -36,11 +42,16 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     if compute >= COMPUTE_SHARE and segments.backward_known:
         return _compute_bound(segments, facts, step, means, evidence)
 
+    short = _too_short(segments, facts, step, shares)
+    if short is not None:
+        evidence["too_short"] = True
+
+    summary, action = short or (_healthy(step, shares), _when_healthy(shares))
     return Finding(
         kind=Kind.HEALTHY,
         severity=Kind.HEALTHY.severity_for(0.0),
-        summary=_healthy(step, shares, facts) + covered(facts.time),
-        next=_when_healthy(facts, shares),
+        summary=summary + covered(facts.time),
+        next=action,
         evidence=evidence,
     )
 
@@ -85,22 +96,45 @@ def _compute_bound(
         phase=heaviest,
         summary=(
             f"No bottleneck found: {percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
-            f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})."
+            f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})"
+            f"{_heaviest_code(facts, means.get('forward', 0.0) / step)}."
             f"{covered(facts.time)}"
         ),
-        next=advice.for_compute(heaviest, facts, segments.device),
+        next=for_compute(heaviest, facts, device=segments.device),
         evidence=evidence,
     )
 
 
-def _healthy(step: float, shares: dict[str, float], facts: JobFacts) -> str:
-    if facts.oversubscribed:
-        ranks = "the ranks had" if facts.world_size > 1 else "the process had"
-        return (
-            f"No rank and no part of the step stands out, but {ranks} too few cores: a step takes {ns_text(step)}; "
-            f"{_largest(shares)}."
-        )
+def _heaviest_code(facts: JobFacts, forward_share: float) -> str:
+    """Return the code that takes most of forward, as the end of a sentence; backward follows the same modules."""
+    line = blamed_line(facts.lines, "forward", forward_share)
+    if line is None:
+        return ""
 
+    called = main_library(facts.lines, "forward", line)
+    return f"; {line.share_text} of forward is in {line.place}" + (f", which calls {called}" if called else "")
+
+
+def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> tuple[str, str] | None:
+    """Return (summary, advice) for steps in which no cost reaches the floor; None for longer ones."""
+    loop = 1.0 - sum(shares.get(part, 0.0) for part in (*COMPUTE, _WAITING))
+    if segments.device or step >= SHORT_STEP_NS or loop < SHORT_LOOP_SHARE:
+        return None
+
+    batch = facts.loader.batch_size if facts.loader else None
+    now = f" (batch_size is {batch})" if batch else ""
+    others = {part: share for part, share in shares.items() if part not in COMPUTE}
+    summary = (
+        f"Steps of {ns_text(step)} are too short to judge: {percent_text(loop)} of one is the loop's own overhead "
+        f"({_largest(others)})."
+    )
+    return summary, (
+        f"Use larger batches{now}: the {ns_text(loop * step)} that Python and the loader take for each step are then "
+        "spread over more samples."
+    )
+
+
+def _healthy(step: float, shares: dict[str, float]) -> str:
     return f"No bottleneck found: a step takes {ns_text(step)}; {_largest(shares)}."
 
 
@@ -111,13 +145,7 @@ def _largest(shares: dict[str, float]) -> str:
     )
 
 
-def _when_healthy(facts: JobFacts, shares: dict[str, float]) -> str:
-    if facts.oversubscribed:
-        return (
-            f"The ranks waited for a CPU core {percent_text(facts.wait_share)} of the time: try fewer ranks or "
-            "threads (OMP_NUM_THREADS) per host."
-        )
-
+def _when_healthy(shares: dict[str, float]) -> str:
     if shares.get(_WAITING, 0.0) >= 0.2:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
 

@@ -6,7 +6,7 @@ it: level, levels with one or two jumps, or a straight line (Theil-Sen, H. Theil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.bottlenecks import FLOOR_NS
+from traceml.diagnosis.rules.changes import SideChange, changes
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words
@@ -45,6 +46,7 @@ MIN_TAU = 0.7
 DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
 _MAX_BINS = 64
+_END = 1 << 62
 _MIN_SEGMENT = 3
 _SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
 
@@ -207,7 +209,10 @@ def _spread(values: Floats) -> float:
 
 
 def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts: JobFacts) -> Finding:
-    part = _part(bins, change)
+    beside = _beside(bins, change, facts)
+    crowded = _is_crowded(change, beside)
+    # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
+    part = None if crowded else _part(bins, change)
     share = lost / mean
     phase_share = 0.0 if part is None else _share(bins, part)
     line = None if part is None else blamed_line(facts.lines, part, phase_share)
@@ -222,14 +227,16 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
         "before_ms": change.before_ns / 1e6,
         "after_ms": change.after_ns / 1e6,
         **({"growth_ms_per_step": per_step / 1e6} if change.shape == "growth" else {}),
+        **({"changed": {each.name: [each.before, each.then] for each in beside}} if beside else {}),
         **(line.evidence(phase_share) if line else {}),
     }
     return Finding(
         kind=Kind.SLOWDOWN,
         severity=Kind.SLOWDOWN.severity_for(share),
         phase=part,
-        summary=_summary(change, since, end, per_step, share, _where(part, line)),
-        next=_advice(change, part, line),
+        summary=_summary(change, since, end, per_step, share, "" if crowded else _where(part, line))
+        + _meanwhile(beside),
+        next=beside[0].advice if beside and (crowded or line is None) else _advice(change, part, line),
         evidence=evidence,
         cost_share=share,
         speedup_if_fixed=1 / max(1 - share, 0.01),
@@ -239,6 +246,29 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
 def _share(bins: StepHistory, part: str) -> float:
     """Return a phase's share of the step."""
     return float((bins.parts_ns[part] * bins.steps).sum() / max((bins.step_ns * bins.steps).sum(), 1.0))
+
+
+def _beside(bins: StepHistory, change: _Change, facts: JobFacts) -> list[SideChange]:
+    """Return what else changed: in the slow steps against the others, or in the last third against the first."""
+    third = len(bins.steps) // 3
+    starts = [*bins.first_step.tolist(), _END]
+    if change.shape == "growth":
+        return changes(facts.samples.use(1, starts[third]), facts.samples.use(starts[-1 - third]))
+
+    then = facts.samples.use(starts[change.first], starts[change.last])
+    others = (1, starts[change.first]) if change.first else (starts[change.last], _END)
+    return changes(facts.samples.use(*others), then)
+
+
+def _is_crowded(change: _Change, beside: Sequence[SideChange]) -> bool:
+    """Return whether the loss of cores explains half of what the steps lost."""
+    waited = next((each.then - each.before for each in beside if each.name == "cpu_wait_share"), 0.0)
+    taken = any(each.takes_cores and each.name != "cpu_wait_share" for each in beside)
+    return waited >= (0.25 if taken else 0.5) * (1 - 1 / change.factor)
+
+
+def _meanwhile(beside: Sequence[SideChange]) -> str:
+    return "".join(f" {'Meanwhile' if not at else 'And'} {each.text}." for at, each in enumerate(beside[:2]))
 
 
 def _part(bins: StepHistory, change: _Change) -> str | None:

@@ -7,7 +7,7 @@ from a core or a host that is slower in everything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import hypot
 
 import numpy as np
@@ -306,16 +306,27 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
     others = [int(rank) for rank in segments.ranks[late.others]]
     line = None if late.everywhere else blamed_line(facts.lines, late.part, mine, ranks, others)
+    lacking = late.part != "input_wait" and all(_lacks_core(facts, rank) for rank in ranks)
+    action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
     return Finding(
         kind=kind,
         severity=kind.severity_for(share),
         ranks=ranks,
         phase=late.part,
-        summary=_summary(segments, late, ranks, share, gain, line),
-        next=advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line),
+        summary=_summary(segments, late, ranks, share, gain, line) + (_ready(facts, ranks, others) if lacking else ""),
+        next=advice.for_lacking_core(ranks, facts) if lacking else action,
         evidence=_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,
         speedup_if_fixed=gain,
+    )
+
+
+def _ready(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]) -> str:
+    """Return the sentence about late ranks that waited for a core."""
+    mine, usual = (float(np.median([facts.main_wait.get(rank, 0.0) for rank in some])) for some in (ranks, others))
+    return (
+        f" {capitalized(ranks_text(ranks))} stood ready without a core for {percent_text(mine)} of the time that "
+        f"{'they' if len(ranks) > 1 else 'it'} had work (the others {percent_text(usual)})."
     )
 
 

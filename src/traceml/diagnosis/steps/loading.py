@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import busy_share
 from traceml.diagnosis.steps.segments import Segments
@@ -125,8 +123,5 @@ def _fetch_cpu(facts: JobFacts) -> float | None:
 
 
 def _rest_cores(segments: Segments, facts: JobFacts, rest_ns: float, fetch_cpu_ns: float) -> float:
-    if not facts.busy_cores:
-        return 1.0
-
-    busy_ns = float(np.median(list(facts.busy_cores.values()))) * segments.step_ns
-    return max((busy_ns - fetch_cpu_ns) / rest_ns, 0.0)
+    busy = facts.use.busy_cores
+    return 1.0 if busy is None else max((busy * segments.step_ns - fetch_cpu_ns) / rest_ns, 0.0)

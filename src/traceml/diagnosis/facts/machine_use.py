@@ -1,0 +1,173 @@
+"""Use of cores, memory and devices over the run, by ranges of steps: what changed when the steps did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import GPU, HOST, PROCESS, Table
+
+__all__ = ["MachineSamples", "MachineUse"]
+
+MAX_RANKS = 8
+"""Ranks whose samples are kept: they stand for the others, and a live verdict has thousands."""
+_MAX_ROWS = 1024
+_MIN_PASSED_NS = 4e8
+_ALL = 1 << 62
+_TABLES = {table.name: table for table in (PROCESS, HOST, GPU)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineUse:
+    """Means over a range of steps; None where they are not known.
+
+    Attributes:
+        waited: share of the time in which a rank's main thread stood ready without a core.
+        busy_cores: cores that the threads of a rank used.
+        host_cores: cores in use on the host, by all programs.
+        clock_mhz: clock of the devices.
+        temperature_c: their temperature.
+        utilization: share of the time in which they computed, 0..1.
+        throttled: whether their clocks were lowered in most samples.
+        major_faults: page faults per second that read from a disk, of a rank.
+        disk_read_bytes: bytes per second that the host read from its disks.
+        memory_share: used share of the host's memory.
+    """
+
+    waited: float | None = None
+    busy_cores: float | None = None
+    host_cores: float | None = None
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    utilization: float | None = None
+    throttled: bool | None = None
+    major_faults: float | None = None
+    disk_read_bytes: float | None = None
+    memory_share: float | None = None
+
+
+@dataclass
+class MachineSamples:
+    """MachineSamples of processes, hosts and devices, by rank, thinned evenly over the run.
+
+    Attributes:
+        machine_cores: cores of the machine that each rank is on.
+    """
+
+    machine_cores: dict[int, int] = field(default_factory=dict)
+    _kept: dict[tuple[str, int], _Thinned] = field(default_factory=dict)
+
+    def add(self, table: str, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of a rank, in order."""
+        if rank < MAX_RANKS and len(rows):
+            self._kept.setdefault((table, rank), _Thinned()).add(rows)
+
+    def use(self, first: int = 1, last: int = _ALL) -> MachineUse:
+        """Return the use in steps `first` to `last`, without the last."""
+        spans = {rank: span for rank in range(MAX_RANKS) if (span := self._span(rank, first, last)) is not None}
+        processes = [_rates(rows) for rows in self._rows(PROCESS, spans)]
+        hosts = list(self._rows(HOST, spans))
+        disks = [_rate(rows, "disk_read_bytes") for rows in hosts]
+        return MachineUse(
+            waited=_median([each[0] for each in processes]),
+            busy_cores=_median([each[1] for each in processes]),
+            major_faults=_median([each[2] for each in processes]),
+            host_cores=self._host_cores(spans),
+            disk_read_bytes=_median([each for each in disks if each is not None]),
+            memory_share=_median([_memory_share(rows) for rows in hosts]),
+            **self._devices(spans),  # type: ignore[arg-type]
+        )
+
+    def _span(self, rank: int, first: int, last: int) -> tuple[int, int] | None:
+        """Return the times of the samples of a rank that are within a range of steps."""
+        kept = self._kept.get((PROCESS.name, rank))
+        if kept is None:
+            return None
+
+        times = kept.rows["t_ns"][(kept.rows["step"] >= max(first, 0)) & (kept.rows["step"] < last)]
+        return (int(times[0]), int(times[-1])) if len(times) > 1 and times[-1] - times[0] >= _MIN_PASSED_NS else None
+
+    def _rows(self, table: Table, spans: dict[int, tuple[int, int]]) -> Iterator[NDArray[np.void]]:
+        """Yield the rows of a table within the spans, by rank; at least two each."""
+        for rank, (first, last) in spans.items():
+            kept = self._kept.get((table.name, rank))
+            if kept is not None:
+                rows = kept.rows[(kept.rows["t_ns"] >= first) & (kept.rows["t_ns"] <= last)]
+                if len(rows) > 1:
+                    yield rows
+
+    def _host_cores(self, spans: dict[int, tuple[int, int]]) -> float | None:
+        found = [
+            float(rows["cpu_pct"].mean()) / 100 * self.machine_cores[rank]
+            for rank, span in spans.items()
+            for rows in self._rows(HOST, {rank: span})
+            if rank in self.machine_cores
+        ]
+        return _median(found)
+
+    def _devices(self, spans: dict[int, tuple[int, int]]) -> dict[str, float | bool | None]:
+        rows = list(self._rows(GPU, spans))
+        if not rows:
+            return {}
+
+        joined = np.concatenate(rows)
+        return {
+            "clock_mhz": float(np.median(joined["sm_clock_mhz"])),
+            "temperature_c": float(np.median(joined["temperature_c"])),
+            "utilization": float(joined["utilization_pct"].mean()) / 100,
+            # Bit 0 is an idle device, bit 1 a clock set by an application: both slow nothing down.
+            "throttled": bool((joined["throttle_reasons"] & ~3 != 0).mean() > 0.5),
+        }
+
+
+class _Thinned:
+    """Rows of which every n-th is kept, so that they stay few and evenly spread."""
+
+    def __init__(self) -> None:
+        self._parts: list[NDArray[np.void]] = []
+        self._every, self._seen = 1, 0
+
+    def add(self, rows: NDArray[np.void]) -> None:
+        first = -self._seen % self._every
+        self._seen += len(rows)
+        if len(rows) > first:
+            self._parts.append(rows[first :: self._every].copy())
+
+        while sum(map(len, self._parts)) > _MAX_ROWS:
+            self._parts = [self.rows[::2]]
+            self._every *= 2
+
+    @property
+    def rows(self) -> NDArray[np.void]:
+        """All kept rows, in order."""
+        if len(self._parts) > 1:
+            self._parts = [np.concatenate(self._parts)]
+
+        return self._parts[0]
+
+
+def _rates(rows: NDArray[np.void]) -> tuple[float, float, float]:
+    """Return (share of time without a core, cores used, major faults per second) of a process."""
+    known = rows["main_wait_ns"][0] >= 0
+    return (
+        (_rate(rows, "main_wait_ns") or 0.0) / 1e9 if known else 0.0,
+        (_rate(rows, "cpu_ns") or 0.0) / 1e9,
+        _rate(rows, "major_faults") or 0.0,
+    )
+
+
+def _rate(rows: NDArray[np.void], column: str) -> float | None:
+    """Return the growth of a column per second."""
+    passed = int(rows["t_ns"][-1] - rows["t_ns"][0])
+    return float(rows[column][-1] - rows[column][0]) / passed * 1e9 if passed > 0 else None
+
+
+def _memory_share(rows: NDArray[np.void]) -> float:
+    return float((rows["memory_used_bytes"] / np.maximum(rows["memory_total_bytes"], 1)).mean())
+
+
+def _median(values: list[float]) -> float | None:
+    return float(np.median(values)) if values else None

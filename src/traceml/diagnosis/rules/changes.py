@@ -1,0 +1,116 @@
+"""Changes beside that of the steps: cores, clocks, disks, memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from traceml.diagnosis.facts.machine_use import MachineUse
+from traceml.formatting import bytes_text, cores_text, percent_text
+
+__all__ = ["SideChange", "changes"]
+
+WAITED = 0.10
+"""A share of time without a core that is higher by this much is a change."""
+OTHERS_CORES = 0.5
+"""Other programs that use more by so many cores are a change."""
+CLOCK_FACTOR = 0.9
+"""A clock below this factor of before is a change."""
+MEMORY_SHARE = 0.15
+"""More use of the host's memory by this share of it is a change."""
+DISK_BYTES, DISK_FACTOR = 5e6, 3.0
+"""More bytes per second from disks by this factor, and at least so many, are a change."""
+MAJOR_FAULTS = 20.0
+"""So many pages per second that are read back from a disk are a change."""
+
+
+class SideChange(NamedTuple):
+    """A change beside that of the steps.
+
+    Attributes:
+        name: key of the evidence.
+        text: in words.
+        before, then: values outside and inside the slow part.
+        advice: what to do about it.
+        takes_cores: whether it makes all code slower, as it runs less.
+    """
+
+    name: str
+    text: str
+    before: float
+    then: float
+    advice: str
+    takes_cores: bool = False
+
+
+_CORES = "End or move what else runs on the host then (`top` names it), or give the training cores of its own."
+
+
+def changes(before: MachineUse, then: MachineUse) -> list[SideChange]:
+    """Return what changed beside the steps, the likeliest cause first.
+
+    Args:
+        before: use in the other steps.
+        then: use in the slow ones.
+    """
+    found = (_cores(before, then), _others(before, then), _clock(before, then), _swap(before, then))
+    return [each for each in (*found, _disk(before, then), _memory(before, then)) if each is not None]
+
+
+def _cores(before: MachineUse, then: MachineUse) -> SideChange | None:
+    if before.waited is None or then.waited is None or then.waited - before.waited < WAITED:
+        return None
+
+    text = f"the training stood ready without a core for {percent_text(then.waited)} of the time"
+    return SideChange(
+        "cpu_wait_share", f"{text} (else {percent_text(before.waited)})", before.waited, then.waited, _CORES, True
+    )
+
+
+def _others(before: MachineUse, then: MachineUse) -> SideChange | None:
+    used = [
+        None if use.host_cores is None or use.busy_cores is None else max(use.host_cores - use.busy_cores, 0.0)
+        for use in (before, then)
+    ]
+    if used[0] is None or used[1] is None or used[1] - used[0] < OTHERS_CORES:
+        return None
+
+    text = f"other processes used {cores_text(used[1])} (else {cores_text(used[0])})"
+    return SideChange("others_cores", text, used[0], used[1], _CORES, True)
+
+
+def _clock(before: MachineUse, then: MachineUse) -> SideChange | None:
+    if not before.clock_mhz or not then.clock_mhz or then.clock_mhz > CLOCK_FACTOR * before.clock_mhz:
+        return None
+
+    hot = "" if then.temperature_c is None else f", at {then.temperature_c:.0f} degrees"
+    text = f"the device's clock was {then.clock_mhz:.0f} MHz (else {before.clock_mhz:.0f} MHz){hot}"
+    advice = "Look at the device's cooling and its power limit (nvidia-smi -q -d PERFORMANCE)."
+    return SideChange("clock_mhz", text, before.clock_mhz, then.clock_mhz, advice)
+
+
+def _swap(before: MachineUse, then: MachineUse) -> SideChange | None:
+    rates = before.major_faults, then.major_faults
+    if rates[0] is None or rates[1] is None or rates[1] < max(MAJOR_FAULTS, DISK_FACTOR * rates[0]):
+        return None
+
+    text = f"{rates[1]:.0f} pages per second were read back from a disk (else {rates[0]:.0f})"
+    return SideChange("major_faults_per_s", text, rates[0], rates[1], "Memory ran short: use less, or ask for more.")
+
+
+def _disk(before: MachineUse, then: MachineUse) -> SideChange | None:
+    rates = before.disk_read_bytes, then.disk_read_bytes
+    if rates[0] is None or rates[1] is None or rates[1] < max(DISK_BYTES, DISK_FACTOR * rates[0]):
+        return None
+
+    text = f"the host read {bytes_text(int(rates[1]))}/s from its disks (else {bytes_text(int(rates[0]))}/s)"
+    advice = "Files were read from disks and no longer from the page cache: smaller files, or more memory."
+    return SideChange("disk_read_bytes_per_s", text, rates[0], rates[1], advice)
+
+
+def _memory(before: MachineUse, then: MachineUse) -> SideChange | None:
+    shares = before.memory_share, then.memory_share
+    if shares[0] is None or shares[1] is None or shares[1] - shares[0] < MEMORY_SHARE:
+        return None
+
+    text = f"{percent_text(shares[1])} of the host's memory was in use (else {percent_text(shares[0])})"
+    return SideChange("memory_share", text, shares[0], shares[1], "Look at what takes the host's memory then.")

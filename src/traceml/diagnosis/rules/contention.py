@@ -1,0 +1,79 @@
+"""Too few CPU cores: the training stands ready and does not run."""
+
+from __future__ import annotations
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.formatting import cores_text, percent_text
+
+__all__ = ["OTHERS_CORES", "core_takers", "cpu_contention"]
+
+OTHERS_CORES = 0.5
+"""Other programs are named from so many cores on."""
+_MOST_SHARE = 0.9
+
+
+def cpu_contention(facts: JobFacts) -> list[Finding]:
+    """Return the finding about ranks that had too few cores."""
+    use = facts.use
+    waited = facts.wait_share if use.waited is None else use.waited
+    if not facts.oversubscribed or waited < WARNING_SHARE:
+        return []
+
+    waited = min(waited, _MOST_SHARE)
+    subject = "The ranks" if facts.world_size > 1 else "The training process"
+    return [
+        Finding(
+            kind=Kind.CPU_CONTENTION,
+            severity=Kind.CPU_CONTENTION.severity_for(waited),
+            summary=f"{subject} stood ready without a CPU core for {percent_text(waited)} of the time.{_who(facts)}",
+            next=_advice(facts),
+            evidence={
+                "cpu_wait_share": waited,
+                **({} if facts.cores_per_rank is None else {"cores_per_rank": facts.cores_per_rank}),
+                **({} if use.busy_cores is None else {"busy_cores_per_rank": use.busy_cores}),
+                **({} if facts.others_cores is None else {"others_cores": facts.others_cores}),
+            },
+            cost_share=waited,
+            speedup_if_fixed=1 / (1 - waited),
+        )
+    ]
+
+
+def core_takers(facts: JobFacts) -> str | None:
+    """Return who else uses the cores, in words; None where other programs do not, or it is not known."""
+    others = facts.others_cores
+    if others is None or others < OTHERS_CORES:
+        return None
+
+    own = ", its loader workers among them," if facts.loader and facts.loader.num_workers else ""
+    return f"other processes{own} used {cores_text(others)}"
+
+
+def _who(facts: JobFacts) -> str:
+    if not facts.cores or facts.use.busy_cores is None:
+        return ""
+
+    here = max(facts.cores.values())
+    ranks = max(len(facts.hosts), 1)
+    each = " each" if ranks > 1 else ""
+    others = core_takers(facts)
+    own = f"{'a rank' if ranks > 1 else 'it'} used {cores_text(facts.use.busy_cores)}{each if others is None else ''}"
+    return f" Of {cores_text(here)}, {own}" + (f", {others}." if others else ".")
+
+
+def _advice(facts: JobFacts) -> str:
+    workers = (facts.loader.num_workers if facts.loader else None) or 0
+    if core_takers(facts) and not workers:
+        return (
+            "End or move the other programs on this host (`top` names them), or give the training cores of its own "
+            "(a container's CPU limit, taskset, Slurm's --cpus-per-task)."
+        )
+
+    threads = f"OMP_NUM_THREADS={facts.cores_per_rank}" if facts.cores_per_rank else "a smaller OMP_NUM_THREADS"
+    what = ["fewer ranks per host"] if facts.world_size > 1 else []
+    what += ["fewer loader workers"] if workers else []
+    what += [threads] if facts.threads is None or facts.threads > (facts.cores_per_rank or 1) else []
+    what += [] if what else ["more cores"]
+    return f"The run itself has more to compute than there are cores: try {', or '.join(what)}."

@@ -1,0 +1,82 @@
+"""Verdicts without a bottleneck: what the run does not do yet, and steps too short to judge."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.diagnosis.fabricated import Job, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, ModelFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.compute_advice import for_compute
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, grouped=False)
+PLAIN, COMPILED = ModelFacts(dtype="torch.float32"), ModelFacts(dtype="torch.float32", compiled=True)
+
+HALF = ModelFacts(dtype="torch.bfloat16", compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "says", "never"),
+    [
+        ({"model": PLAIN}, "torch.compile", "compiled already"),
+        ({"model": COMPILED}, "It is compiled already.", "torch.compile"),
+        ({"model": COMPILED, "compile_s": 12.0}, "compiled already, which took 12 s", "torch.compile"),
+        ({"threads": 1, "hosts": {0: "h"}, "cores": {"h": 8}}, "torch uses 1 of 8 cores", "bf16"),
+        ({"threads": 8, "hosts": {0: "h"}, "cores": {"h": 8}}, "torch.compile", "OMP_NUM_THREADS"),
+    ],
+)
+def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):
+    """Nothing is advised that the run does already."""
+    text = for_compute("backward", JobFacts(**facts), device=False)
+
+    assert says in text
+    assert never not in text
+
+
+@pytest.mark.parametrize(
+    ("model", "says", "never"),
+    [
+        (PLAIN, "bf16 autocast", "larger"),
+        (HALF, "(batch_size is 8)", "bf16"),
+    ],
+)
+def test_advice_on_a_device_looks_at_the_dtype(model, says, never):
+    """A model in 16 bits is not told to use them."""
+    text = for_compute("forward", JobFacts(model=model, loader=LoaderFacts(batch_size=8)), device=True)
+
+    assert says in text
+    assert never not in text
+
+
+def test_a_fused_optimizer_is_not_advised_twice():
+    """It steps less often instead."""
+    assert "fused=True" in for_compute("optimizer", JobFacts(fused=False), device=False)
+    assert "fused=True" not in for_compute("optimizer", JobFacts(fused=True), device=False)
+
+
+def test_the_code_that_takes_most_of_forward_is_named():
+    """The user's line, and the library function that it calls."""
+    library = "/lib/torch/nn/modules/conv.py:541 Conv2d._conv_forward"
+    lines = [SampledLine(0, "forward", "/me/net.py", 12, "Net.forward", library, 60)]
+    rest = SampledLine(0, "backward", "/me/net.py", 40, "main", None, 120)
+    found = diagnose(window_of(ALONE), JobFacts(lines=(*lines, rest)))[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert "net.py:12 Net.forward, which calls Conv2d._conv_forward" in found.summary
+
+
+def test_steps_too_short_to_judge_are_said_to_be():
+    """The loop's overhead is named, and nothing \"needs no fixing\"."""
+    tiny = Job(
+        ranks=1, grouped=False, steps=400,
+        own={"input_wait": 0.3, "forward": 0.1, "backward": 0.15, "optimizer": 0.1, "other": 0.2},
+    )  # fmt: skip
+    found = diagnose(window_of(tiny), JobFacts(loader=LoaderFacts(batch_size=4)))[0]
+
+    assert found.kind is Kind.HEALTHY
+    assert found.headline.endswith("are too short to judge")
+    assert "the loop's own overhead (35 % data loading" in found.summary
+    assert "larger batches (batch_size is 4)" in found.next
+    assert "Nothing needs fixing" not in found.next

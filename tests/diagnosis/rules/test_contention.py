@@ -1,0 +1,122 @@
+"""Too few cores: who uses them, and what to do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.database.schema import GPU, HOST, PROCESS, Table
+from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.machine_use import MachineSamples
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.rules.contention import cpu_contention
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, grouped=False)
+
+
+def rows_of(table: Table, seconds: int, **columns: object) -> np.ndarray:
+    """Return one row per second."""
+    rows = np.zeros(seconds, table.dtype)
+    rows["t_ns"] = np.arange(seconds) * 10**9
+    for name, values in columns.items():
+        rows[name] = values
+
+    return rows
+
+
+def samples(*, busy: float, waited: float, host_pct: float = 100.0, seconds: int = 20) -> MachineSamples:
+    """Return samples of a rank on two cores, with ten steps per second."""
+    at = np.arange(seconds)
+    made = MachineSamples(machine_cores={0: 2})
+    times = {"step": at * 10, "cpu_ns": at * busy * 1e9, "main_run_ns": at * busy * 1e9}
+    made.add(PROCESS.name, 0, rows_of(PROCESS, seconds, **times, main_wait_ns=at * waited * 1e9))
+    made.add(HOST.name, 0, rows_of(HOST, seconds, cores=2, cpu_pct=host_pct))
+    return made
+
+
+def crowded(use: MachineSamples, **facts: object) -> JobFacts:
+    return JobFacts(samples=use, main_wait={0: 0.45}, hosts={0: "h"}, cores={"h": 2}, **facts)
+
+
+def test_other_programs_are_told():
+    """The share of time without a core, the cores of the rank and of the others, and the gain."""
+    (found,) = cpu_contention(crowded(samples(busy=0.5, waited=0.4)))
+
+    assert (found.kind, found.severity) == (Kind.CPU_CONTENTION, Severity.CRITICAL)
+    assert found.cost_share == pytest.approx(0.4)
+    assert found.speedup_if_fixed == pytest.approx(1 / 0.6)
+    assert "Of 2 cores, it used 0.5 cores, other processes used 1.5 cores." in found.summary
+    assert "End or move the other programs" in found.next
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"threads": 4}, "OMP_NUM_THREADS=2"),
+        ({"threads": 1, "loader": LoaderFacts(num_workers=4)}, "fewer loader workers"),
+        ({"threads": 1}, "more cores"),
+    ],
+)
+def test_a_run_that_crowds_itself_is_told_so(facts, says):
+    """Nobody else uses the cores."""
+    (found,) = cpu_contention(crowded(samples(busy=1.9, waited=0.4), **facts))
+
+    assert says in found.next
+    assert "other p" not in found.next
+
+
+def test_a_little_waiting_is_none():
+    """A tenth of the time is usual; and a thread that has seldom work may wait for a core now and then."""
+    assert cpu_contention(JobFacts(samples=samples(busy=0.9, waited=0.09), main_wait={0: 0.09})) == []
+    assert cpu_contention(crowded(samples(busy=0.1, waited=0.05))) == []
+
+
+def test_it_is_the_verdict_of_a_starved_run_and_a_remark_beside_a_cause():
+    """A starved run is not healthy; a cause that was found comes first."""
+    facts = crowded(samples(busy=0.5, waited=0.4))
+
+    assert diagnose(window_of(ALONE), facts)[0].kind is Kind.CPU_CONTENTION
+    found = diagnose(window_of(ALONE, adds("input_wait", 20)), facts)
+    assert [each.kind for each in found] == [Kind.INPUT_BOUND, Kind.CPU_CONTENTION]
+    assert found[1].severity is Severity.INFO
+
+
+def test_a_late_rank_without_a_core_is_not_told_to_look_at_its_code():
+    """Its host is the cause."""
+    waits = {0: 0.01, 1: 0.4, 2: 0.01, 3: 0.02}
+    found = diagnose(window_of(Job(ranks=4), adds("forward", 20, (1,))), JobFacts(world_size=4, main_wait=waits))[0]
+
+    assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
+    assert "Rank 1 stood ready without a core for 40 %" in found.summary
+    assert "not the cause" in found.next
+
+
+def test_samples_of_a_long_run_are_few_and_spread():
+    """Every n-th row is kept, also over many calls."""
+    made = MachineSamples(machine_cores={0: 2})
+    for first in range(0, 10_000, 7):
+        at = np.arange(first, first + 7)
+        rows = rows_of(PROCESS, 7, step=at, cpu_ns=at * 5 * 10**8)
+        rows["t_ns"] = at * 10**9
+        made.add(PROCESS.name, 0, rows)
+
+    kept = made._kept[PROCESS.name, 0].rows["step"]
+    assert 256 < len(kept) <= 1031
+    assert set(np.diff(kept).tolist()) == {16}
+    assert made.use(4000, 5000).busy_cores == pytest.approx(0.5)
+
+
+def test_the_use_of_a_device_is_that_of_the_steps():
+    """Clock, temperature and utilization, and whether the clock is lowered."""
+    made = samples(busy=1.0, waited=0.0)
+    hot = np.arange(20) >= 10
+    made.add(
+        GPU.name, 0,
+        rows_of(GPU, 20, sm_clock_mhz=np.where(hot, 900, 1700), temperature_c=np.where(hot, 92, 60),
+                utilization_pct=90, throttle_reasons=np.where(hot, 0x40, 1)),
+    )  # fmt: skip
+
+    assert (made.use(0, 100).clock_mhz, made.use(0, 100).throttled) == (1700, False)
+    assert (made.use(100).clock_mhz, made.use(100).throttled, made.use(100).temperature_c) == (900, True, 92)
