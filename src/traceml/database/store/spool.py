@@ -24,9 +24,9 @@ __all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "Spool", "SpooledRows"]
 HOLD_S = 10.0
 """How long rows wait for others of their frame."""
 _MOST_ROWS = 4096
-_MOST_BYTES = 64 << 20
+_MOST_BYTES = 32 << 20
 # Frames of all ranks are written over so many commits: together they would delay an acknowledgment.
-_COMMITS = 40
+_COMMITS = 20
 _LEAST_FRAMES = 64
 
 _log = logging.getLogger("traceml")
