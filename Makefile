@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 NATIVE := src/traceml/traces/native
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
-# Workers wait for processes more than they compute.
+# Files start in the order of tests/conftest.py. Workers wait for processes more than they compute.
+SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 1)
 
 .PHONY: demo check test lint types style unit system bench accuracy clean
@@ -35,11 +36,11 @@ check: $(VENV)/.test $(VENV)/.lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint unit
 
 unit: $(VENV)/.test
-	$(PYTEST) -q -n $$(nproc) --dist loadgroup -m "not process" $(ARGS)
+	$(PYTEST) -q -n $$(nproc) $(SHARE) -m "not process" $(ARGS)
 
 # Everything, after the system packages that the tests need (tests/system.py).
 test: system $(VENV)/.test
-	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone" $(ARGS)
+	$(PYTEST) -n $(JOBS) $(SHARE) -m "not alone" $(ARGS)
 	$(PYTEST) -m alone $(ARGS) || [ $$? = 5 ]  # 5: ARGS select none of them
 
 system:

@@ -54,8 +54,25 @@ _NEEDS_OF_FIXTURES = {
     "tiny_disk": ("root",),
     "tmux": ("tmux",),
 }
-# Tests that take long start first, so that no worker is left with one of them at the end.
-_LONG_FIRST = ("end_to_end", "integrations", "track/backends", "track/rank/frameworks", "launch", "track", "recorder")
+# Files that take long start first, so that no worker is left with one of them at the end; before them all, tests on
+# hosts: the longest group, which mostly waits.
+_LONG_FIRST = (
+    "end_to_end/test_run.py",
+    "track/backends/test_round_trip.py",
+    "launch",
+    "recorder",
+    "aggregator",
+    "track/delivery",
+    "integrations",
+    "track/rank/frameworks",
+    "end_to_end",
+    "track",
+    "session",
+    "supervise",
+    "display/web",
+    "cli",
+    "instrument",
+)
 
 _LACKING = pytest.StashKey[dict[str, Part]]()
 _STARTED = pytest.StashKey[list[str]]()
@@ -103,6 +120,9 @@ def _lies_in(path: Path, places: tuple[str, ...]) -> int | None:
 
 
 def _order(item: pytest.Item) -> int:
+    if "hosts" in getattr(item, "fixturenames", ()):
+        return -1
+
     place = _lies_in(item.path, _LONG_FIRST)
     return len(_LONG_FIRST) if place is None else place
 
