@@ -27,6 +27,7 @@ _PROCESS_PATHS = (
     "cli/test_top.py",
     "display/web",
     "end_to_end",
+    "forked",
     "instrument/test_compile.py",
     "integrations",
     "launch/agent",

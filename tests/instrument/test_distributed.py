@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked import client as forked
 from tests.instrument.ranks import STEPS_DONE
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -23,8 +25,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """All kinds of training on two ranks, one after another; what each rank found, by kind."""
     folder = tmp_path_factory.mktemp("ranks")
     processes = [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, str(SCRIPT), str(rank), str(folder / "store"), str(folder / f"{rank}.json"), *KINDS],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.aggregator.conftest import eventually, serving
+from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.runs.run import Run
 
@@ -73,7 +74,9 @@ def job(tmp_path: Path) -> Iterator[Job]:
     def run(script: str, *arguments: str, ranks: int = 1, **values: str) -> Ended:
         own = {"TRACEML_PORT": str(_free_port()), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | values
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        process = subprocess.Popen(
+        alone = launcher or script.startswith("ray")  # Ray, begun in a forked process, does not end
+        popen = subprocess.Popen if alone else forked.Popen
+        process = popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],
             env=environ(tmp_path, **own), cwd=tmp_path, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving
+from tests.forked import client as forked
 from traceml.recorder.lifecycle import shutdown
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -52,7 +53,8 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
         aggregator = {
             "TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder),
         }  # fmt: skip
-        return subprocess.run(
+        start = forked.run if "torch" in code and not entry else subprocess.run
+        return start(
             [sys.executable, *by, str(script), *arguments],
             env=environ(tmp_path, **(aggregator | values)),
             cwd=tmp_path,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving, eventually
+from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -91,7 +92,8 @@ def script(tmp_path: Path) -> Iterator[Script]:
         if serving is not None:
             own = {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN}
 
-        process = subprocess.Popen(
+        popen = forked.Popen if "torch" in code else subprocess.Popen
+        process = popen(
             [sys.executable, str(path), *map(str, arguments)],
             env=environ(tmp_path, **(own | values)),
             cwd=tmp_path,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving
+from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -73,7 +73,7 @@ def captured(aggregator: Serving, tmp_path: Path, request: pytest.FixtureRequest
         script.write_text(textwrap.dedent(code))
         job = "".join(each if each.isalnum() else "-" for each in request.node.name).strip("-")
         own = {"TRACEML_PORT": str(aggregator.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUN_ID": job} | values
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "-W", "ignore", str(script), *arguments],
             env=environ(tmp_path, **own), cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False,
         )  # fmt: skip

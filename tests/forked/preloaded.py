@@ -1,0 +1,133 @@
+"""Modules that are imported once and shared, but look as if they were not imported until somebody imports them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_MISSING = object()
+
+
+class _Group:
+    """All that the import of one module has loaded."""
+
+    def __init__(self, needs: Sequence[str], names: Sequence[str]) -> None:
+        self.needs = needs
+        self.names = names
+        self._attributes = [_attribute(name) for name in names if "." in name]
+
+    def hide_attributes(self) -> None:
+        """Remove its modules from packages of other groups."""
+        for parent, child, _ in self._attributes:
+            if parent.__name__ not in self.names:
+                vars(parent).pop(child, None)
+
+    def set_attributes(self) -> None:
+        """Set submodules' names in packages as at the first time: a package may have deleted or replaced them."""
+        for parent, child, value in self._attributes:
+            if value is _MISSING:
+                vars(parent).pop(child, None)
+            else:
+                vars(parent)[child] = value
+
+
+def _attribute(name: str) -> tuple[ModuleType, str, object]:
+    parent, _, child = name.rpartition(".")
+    return sys.modules[parent], child, vars(sys.modules[parent]).get(child, _MISSING)
+
+
+class Preloaded:
+    """Import finder that hands out modules of an earlier import.
+
+    Each goes through the import system again, in the order of the first time, so that import hooks see it.
+    """
+
+    def __init__(self, shared: Mapping[str, Sequence[str]]) -> None:
+        """Import modules and hide them.
+
+        Args:
+            shared: names of modules; of each, the ones before it that its import needs.
+        """
+        families = {name.partition(".")[0] for name in shared}
+        groups = [_Group(needs, _load(name, families)) for name, needs in shared.items()]
+        self._groups = {name: group for group in groups for name in group.names}
+        for group in groups:
+            group.hide_attributes()
+
+        self._hidden = {name: sys.modules.pop(name) for name in self._groups}
+        sys.meta_path.insert(0, self)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a hidden module."""
+        module = self._hidden.get(name)
+        if module is None or module.__spec__ is None:
+            return None
+
+        spec = ModuleSpec(name, _Loader(self, module.__spec__), origin=module.__spec__.origin)
+        spec.submodule_search_locations = module.__spec__.submodule_search_locations
+        return spec
+
+    def peek(self, name: str) -> Any:
+        """Return a hidden module; it stays hidden."""
+        return self._hidden[name]
+
+    def take(self, name: str) -> ModuleType:
+        """Return a hidden module; it is hidden no more."""
+        return self._hidden.pop(name)
+
+    def restore(self, name: str) -> None:
+        """Import all that was loaded together with a module."""
+        group = self._groups.pop(name, None)
+        if group is None:
+            return
+
+        self._groups = {name: each for name, each in self._groups.items() if each is not group}
+        for needed in group.needs:
+            importlib.import_module(needed)
+
+        for member in group.names:
+            self._import(member)
+
+        group.set_attributes()
+
+    def _import(self, name: str) -> None:
+        parent = name.rpartition(".")[0]
+        if parent in self._hidden:
+            self._import(parent)
+
+        if name not in self._hidden:
+            return
+
+        if getattr(self._hidden[name], "__spec__", None) and (not parent or hasattr(sys.modules[parent], "__path__")):
+            importlib.import_module(name)
+        else:  # another module had put it into `sys.modules`
+            sys.modules[name] = self._hidden.pop(name)
+
+
+class _Loader:
+    """Loader of one hidden module."""
+
+    def __init__(self, preloaded: Preloaded, spec: ModuleSpec) -> None:
+        self._preloaded, self._spec = preloaded, spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module of the first import."""
+        return self._preloaded.take(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Import again what the first import has loaded."""
+        vars(module)["__spec__"] = self._spec  # some modules refuse to have attributes set
+        self._preloaded.restore(self._spec.name)
+
+
+def _load(name: str, families: set[str]) -> list[str]:
+    """Import a module; return the names of what that has loaded of the families."""
+    before = set(sys.modules)
+    importlib.import_module(name)
+    return [each for each in sys.modules if each not in before and each.partition(".")[0] in families]

@@ -1,0 +1,100 @@
+"""Program that a forked process runs as the interpreter would: a script, `-m MODULE` or `-c CODE`."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import runpy
+import sys
+from dataclasses import dataclass, field
+from importlib.machinery import BuiltinImporter, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+_FRAMES = Path(__file__).parent  # frames of files in this folder are not shown
+_kept: list[ModuleType] = []  # the previous `__main__`: still running, so it must not be cleared
+
+
+@dataclass
+class Program:
+    """What the arguments of an interpreter say.
+
+    Attributes:
+        kind: `-m`, `-c`, or empty for a script.
+        argv: `sys.argv`.
+        target: the script, module or code.
+        warning_filters: values of `-W`.
+    """
+
+    kind: str
+    argv: list[str]
+    target: str
+    warning_filters: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, words: list[str]) -> Program | None:
+        """Read the arguments; None: only a new interpreter can follow them."""
+        filters: list[str] = []
+        while words[:1] == ["-W"]:
+            filters.append(words[1])
+            words = words[2:]
+
+        if words[:1] in (["-m"], ["-c"]):
+            return cls(words[0], [words[0], *words[2:]], words[1], filters)
+
+        return None if not words or words[0].startswith("-") else cls("", words, words[0], filters)
+
+    @property
+    def folder(self) -> str:
+        """First folder of `sys.path`."""
+        if self.kind == "-c":
+            return ""
+
+        return str(Path.cwd() if self.kind else Path(self.target).resolve().parent)
+
+    def run(self) -> None:
+        """Run it to its end; show its exception as the interpreter does.
+
+        Raises:
+            SystemExit: the program's own, or that of its exception.
+            KeyboardInterrupt: the program's, which is already shown: the interpreter ends by the signal.
+        """
+        try:
+            self._execute()
+        except SystemExit:
+            raise
+        except BaseException as error:
+            _show(error)
+            if isinstance(error, KeyboardInterrupt):
+                sys.excepthook = lambda *_: None
+                raise
+
+            sys.exit(1)
+
+    def _execute(self) -> None:
+        module = ModuleType("__main__")
+        _kept.append(sys.modules["__main__"])
+        sys.modules["__main__"] = module
+        names = vars(module)
+        names.update(__builtins__=builtins, __annotations__={})
+        if self.kind == "-m":
+            runpy._run_module_as_main(self.target)
+        elif self.kind == "-c":
+            names.update(__loader__=BuiltinImporter)
+            exec(compile(self.target, "<string>", "exec"), names)
+        else:
+            path = str(Path(self.target).absolute())
+            names.update(__file__=path, __loader__=SourceFileLoader("__main__", path), __cached__=None)
+            with io.open_code(path) as file:
+                code = compile(file.read(), path, "exec")
+
+            exec(code, names)
+
+
+def _show(error: BaseException) -> None:
+    traceback = error.__traceback__
+    while traceback is not None and Path(traceback.tb_frame.f_code.co_filename).parent == _FRAMES:
+        traceback = traceback.tb_next
+
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, traceback
+    sys.excepthook(type(error), error.with_traceback(traceback), traceback)

@@ -1,0 +1,157 @@
+"""A forked process cannot be told from a new one, except by the time that torch takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.forked import client
+
+FACTS = """
+import atexit, json, multiprocessing.process, os, sys, threading, warnings
+atexit.register(print, "at exit")
+print(json.dumps({
+    "argv": sys.argv, "words": sys.orig_argv[1:], "path": sys.path, "executable": sys.executable,
+    "main": [__name__, globals().get("__file__"), __spec__ is None, sys.modules["__main__"].__dict__ is globals()],
+    "environ": dict(os.environ), "folder": [os.getcwd(), multiprocessing.process.ORIGINAL_DIR],
+    "fds": sorted(os.listdir("/proc/self/fd")), "flags": str(sys.flags), "options": sys.warnoptions,
+    "streams": [repr(each) for each in (sys.stdin, sys.stdout, sys.stderr, sys.__stdout__)],
+    "buffering": [sys.stdout.line_buffering, sys.stdout.write_through, sys.stderr.line_buffering],
+    "session": os.getsid(0) == os.getpid(), "main thread": threading.main_thread().native_id == os.getpid(),
+    "loaded": [name for name in ("torch", "numpy", "pydantic", "traceml", "tests", "program") if name in sys.modules],
+    "default": str(warnings.filters[0]), "input": sys.stdin.read(), "signals": str(__import__("signal").getsignal(2)),
+}))
+"""
+ENDS = {
+    "an exception": "def inner():\n    1 / 0\ninner()",
+    "a syntax error": "x = = 1",
+    "a status": "import sys; sys.exit(3)",
+    "words": "raise SystemExit('words')",
+    "Ctrl-C": "import os, signal; os.kill(os.getpid(), signal.SIGINT)",
+    "a signal": "import os; os.abort()",
+    "at once": "import os; print('lost'); os._exit(4)",
+    "its threads": "import threading, time; threading.Timer(0.05, print, ['last']).start()",
+}
+
+
+@pytest.fixture
+def environ() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "NEW": "ü"}
+
+
+def both(words: list[str], **options: Any) -> list[tuple[int, str, str]]:
+    """What a forked process and a new one have left, in this order."""
+    done = [run([sys.executable, *words], text=True, **options) for run in (forked, subprocess.run)]
+    return [(each.returncode, each.stdout, each.stderr) for each in done]
+
+
+def forked(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a process that must be forked."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    given, _ = options.pop("input", None), options.pop("capture_output")
+    with client.Popen(words, **(pipes | options)) as process:
+        assert process.forked
+        out, err = process.communicate(given, timeout=60)
+
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["-W", "error", "script.py", "a", "-b"], ["-m", "script", "c"], ["-c", FACTS, "d"]])
+def test_it_finds_what_a_new_one_finds(
+    words: list[str], unbuffered: str, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """Arguments, paths, streams, options, open files and loaded modules."""
+    (tmp_path / "script.py").write_text(FACTS)
+    environ |= {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": "relative:/absolute"}
+    more = {"start_new_session": bool(unbuffered), "input": "words\n", "capture_output": True}
+
+    done = both(words, cwd=tmp_path, env=environ, **more)
+
+    assert [(status, err) for status, _, err in done] == [(0, "")] * 2
+    one, other = (out.splitlines() for _, out, _ in done)
+    assert json.loads(one[0]) == json.loads(other[0])
+    assert one[1:] == other[1:] == ["at exit"]
+
+
+@pytest.mark.parametrize("code", ENDS.values(), ids=ENDS)
+def test_it_ends_as_a_new_one_does(code: str, environ: dict[str, str], tmp_path: Path) -> None:
+    """Status, output and traceback, also of a script that has imported torch."""
+    (tmp_path / "script.py").write_text(code)
+
+    one, other = both(["script.py"], cwd=tmp_path, env=environ, capture_output=True)
+
+    assert one == other
+
+
+def test_torch_appears_when_it_is_imported(environ: dict[str, str], tmp_path: Path) -> None:
+    """Import hooks see it; it works; what it imports lazily is there as late as ever."""
+    code = """
+import sys
+seen = []
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        seen.append(name)
+sys.meta_path.insert(0, Hook())
+assert "torch" not in sys.modules
+import torch
+assert "torch" in seen and "torch.nn" in seen and "numpy" in seen, seen
+assert torch.__spec__.origin == torch.__file__
+assert "torch._dynamo" not in sys.modules and "_dynamo" not in vars(torch) and "adam" not in vars(torch.optim)
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+assert "torch._dynamo" in sys.modules and torch._dynamo is sys.modules["torch._dynamo"]
+model(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+print(torch.rand(2).tolist(), torch.get_num_threads())
+import random, numpy
+print(random.random(), numpy.random.rand(), file=sys.stderr)
+"""
+    runs = [forked([sys.executable, "-c", code], env=environ, text=True, capture_output=True) for _ in range(2)]
+
+    assert [each.returncode for each in runs] == [0, 0], runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout  # torch's own seed is a constant
+    one, other = (each.stderr.split() for each in runs)
+    assert one[0] != other[0]
+    assert one[1] != other[1]
+
+
+def test_it_is_signaled_and_waited_for(environ: dict[str, str]) -> None:
+    """As long as it runs it has no status; a signal ends it, and time may run out."""
+    with client.Popen(
+        [sys.executable, "-c", "print('ready', flush=True)\nwhile True: pass"], env=environ, stdout=subprocess.PIPE
+    ) as process:
+        assert process.forked
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.01)
+
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM
+        assert process.poll() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        (["-X", "utf8", "-c", "print(1)"], {}),
+        (["-c", "print(1)"], {"PYTHONHASHSEED": "0"}),
+        (["-c", "print(1)"], {"OMP_NUM_THREADS": "2"}),
+    ],
+)
+def test_a_new_interpreter_is_started_where_it_is_asked_for(
+    words: list[str], more: dict[str, str], environ: dict[str, str]
+) -> None:
+    """Options and variables that are read at the start only."""
+    with client.Popen([sys.executable, *words], env=environ | more, stdout=subprocess.PIPE, text=True) as process:
+        assert not process.forked
+        assert process.communicate() == ("1\n", None)
