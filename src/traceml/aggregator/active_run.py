@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,15 @@ from typing import Any
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
+from traceml.aggregator.restored_streams import restored_streams
+from traceml.aggregator.stream_ends import final_state, note_exit, state_of_dead
+from traceml.aggregator.stream_table import StreamTable
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import SteadyClock, boot_id, process_start_ticks
-from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
-from traceml.database.store.reader import StoreReader, StreamIdentity, StreamRecord
+from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
-from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
-from traceml.diagnosis.rules.lost_ranks import was_stopped
 from traceml.errors import StoreError
 from traceml.fail_open import failures
 from traceml.transport.hello import WORLD_LIMIT, Hello
@@ -45,9 +44,6 @@ ABANDONED_S = 60.0
 LAUNCHER_WAIT_S = 3600.0
 # Of each process, steps and samples of about half an hour stay complete, however many ranks there are.
 LEAST_RETAINED_BYTES = 500_000
-
-# Exit status of a job that was ended from outside before its ranks had started.
-_STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 
 # All ranks together send at most about so many frames of samples per table.
 _SAMPLE_FRAMES_PER_S = 100
@@ -71,8 +67,7 @@ class ActiveRun:
         self.key = key
         self.named = named
         self._retention_gb = retention_gb
-        self.streams: list[Stream] = []
-        self._current: dict[tuple[int, int], Stream] = {}
+        self._table = StreamTable()
         self._touched_s = time.monotonic()
         self._failures_before = Counter(failures())
         self._recovered: list[FlightSnapshot] = []
@@ -82,10 +77,8 @@ class ActiveRun:
             "world_size": 1, "attempt": 0, "attempt_base": 0, "started": clock.epoch_ns / 1e9, "clock": clock.facts,
             "ended": None, "state": "running", "hosts": [],
         }  # fmt: skip
-        self._by_incarnation: dict[tuple[Incarnation, int], Stream] = {}
         self._leaving: list[Peer] = []
         self._unmatched_exits: list[dict[str, Any]] = []
-        self._away: dict[Stream, None] = {}
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
@@ -126,6 +119,11 @@ class ActiveRun:
         return min(max(1.0, self.world_size / _SAMPLE_FRAMES_PER_S), _LONGEST_SAMPLES_S)
 
     @property
+    def streams(self) -> list[Stream]:
+        """All streams, in the order in which they came."""
+        return self._table.all
+
+    @property
     def connected(self) -> list[Stream]:
         """The streams that are connected now."""
         return [stream for stream in self.streams if stream.connected]
@@ -151,7 +149,7 @@ class ActiveRun:
             return attempt
 
         self._leave_to_children(hello, attempt)
-        current = self._current.get((attempt, hello.rank))
+        current = self._table.of_rank(attempt, hello.rank)
         if current is None:
             other_job = self.ended and attempt <= self.attempt and hello.world_size != self.world_size
             return None if other_job and not self.named else attempt
@@ -163,15 +161,14 @@ class ActiveRun:
 
     def _leave_to_children(self, hello: Hello, attempt: int) -> None:
         """Make the process that has only started a rank a helper: it is no rank itself."""
-        for stream in [stream for (number, _), stream in self._current.items() if number == attempt]:
+        for stream in self._table.of_attempt(attempt):
             if hello.spawned_by and stream.incarnation.recorder == hello.spawned_by and not stream.next.get("steps"):
-                del self._current[attempt, stream.rank]
-                stream.is_helper, stream.in_window = True, False
+                self._table.remove_rank(stream)
                 self.store.update_stream(stream.id, helps=True)
 
     def starts_next_run(self, hello: Hello) -> bool:
         """Whether a rank that has ended here trains again in the same process: that is the job's next run."""
-        current = self._current.get((hello.attempt + int(self._facts["attempt_base"]), hello.rank))
+        current = self._table.of_rank(hello.attempt + int(self._facts["attempt_base"]), hello.rank)
         return (
             current is not None
             and current.ended
@@ -180,7 +177,7 @@ class ActiveRun:
 
     def stream_of(self, incarnation: Incarnation, rank: int) -> Stream | None:
         """Return the stream of a recorder that was connected before."""
-        return self._by_incarnation.get((incarnation, rank))
+        return self._table.of_process(incarnation, rank)
 
     def join(self, hello: Hello, attempt: int, peer: Peer) -> Stream:
         """Add a new rank, or a helper of one, to an attempt.
@@ -213,7 +210,7 @@ class ActiveRun:
         stream.state = StreamState.RUNNING
         stream.flight = hello.flight
         stream.connect(peer)
-        self._away.pop(stream, None)
+        self._table.away.pop(stream, None)
         self.store.update_stream(stream.id, state="running", flight=hello.flight, clock=list(hello.clock))
         if self.ingest.stalled:
             peer.pause(True)
@@ -239,7 +236,7 @@ class ActiveRun:
             self.store.update_stream(stream.id, clock=list(flight.image.clock))
             for report in [report for report in self._unmatched_exits if report.get("pid") == flight.incarnation.pid]:
                 self._unmatched_exits.remove(report)
-                _note_exit(stream, report)
+                note_exit(stream, report)
 
         self._finalize_dead(stream, flight.image)
 
@@ -264,7 +261,7 @@ class ActiveRun:
         stream.disconnect()
         self._touched_s = time.monotonic()
         if not stream.ended:
-            self._away[stream] = None
+            self._table.away[stream] = None
 
     def take_exit(self, report: dict[str, Any]) -> None:
         """Take a launcher's report of the end of a process.
@@ -278,7 +275,7 @@ class ActiveRun:
             _log.info("run %s ignores an exit report without a code: %s", self.id, report)
             return
 
-        stream = self._stream_of_exit(report)
+        stream = self._table.of_exit(report)
         if stream is None:
             self._unmatched_exits.append(report)  # it may have left a flight file, or died even before that
             return
@@ -289,7 +286,7 @@ class ActiveRun:
 
             return
 
-        _note_exit(stream, report)
+        note_exit(stream, report)
         if stream.state is StreamState.FINISHED and report["exitcode"] == 0:
             self.store.update_stream(stream.id, exit=stream.exit)  # the rank's bye said the same
         elif not stream.connected:
@@ -303,7 +300,7 @@ class ActiveRun:
                 continue
             if not 0 <= rank < WORLD_LIMIT:
                 continue
-            if not (report.get("exitcode") or report.get("lost")) or (self.attempt, rank) in self._current:
+            if not (report.get("exitcode") or report.get("lost")) or self._table.of_rank(self.attempt, rank):
                 _log.info("no rank of run %s matches the exit %s", self.id, report)
                 continue
 
@@ -316,14 +313,14 @@ class ActiveRun:
                 self._end_stream(stream, StreamState.LOST)
                 continue
 
-            _note_exit(stream, report)
-            self._end_stream(stream, _state_of_dead(stream, None))
+            note_exit(stream, report)
+            self._end_stream(stream, state_of_dead(stream, None))
 
         self._unmatched_exits.clear()
 
     def check_absent(self) -> None:
         """Finalize disconnected ranks that are dead, and give up silent ones after a while."""
-        for stream in list(self._away):
+        for stream in list(self._table.away):
             if stream.is_dead:
                 self._finalize_dead(stream)
             elif not stream.seen_here and time.monotonic() - stream.disconnected_s > LOST_AFTER_S:
@@ -339,7 +336,7 @@ class ActiveRun:
         if self.ended or self.ingest.waiting or self.is_connected or (has_launcher and quiet_s < LAUNCHER_WAIT_S):
             return False
 
-        members = [stream for (attempt, _), stream in self._current.items() if attempt == self.attempt]
+        members = self._table.of_attempt(self.attempt)
         if any(not stream.ended for stream in members) or any(s.is_helper and not s.ended for s in self.streams):
             return False  # its process is alive, or its connection was lost recently: it may reconnect
 
@@ -401,7 +398,7 @@ class ActiveRun:
             return False
 
         before = dict(self._facts)
-        self._facts |= {"state": self._final_state(status), "ended": self._now_s()}
+        self._facts |= {"state": final_state(self._table.of_attempt(self.attempt), status), "ended": self._now_s()}
         self._write_facts()
         if handled := Counter(failures()) - self._failures_before:
             self.store.put_meta("failures", dict(handled))
@@ -443,13 +440,6 @@ class ActiveRun:
         for stream in self.connected:
             if stream.peer is not None:
                 stream.peer.pause(pause)
-
-    def _stream_of_exit(self, report: dict[str, Any]) -> Stream | None:
-        """Return the stream of an exit report: by its process, else by the rank, if that has not ended yet."""
-        pid, host = report.get("pid"), report.get("host")
-        by_pid = [s for s in self.streams if s.incarnation.pid == pid and host in (None, s.incarnation.host)]
-        by_rank = [stream for stream in self.streams if stream.rank == report.get("rank") and not stream.ended]
-        return next(reversed(by_pid or by_rank), None)
 
     def _is_busy(self, current: Stream, hello: Hello) -> bool:
         """Whether another process is that rank now; a second recorder of the same process replaces the first."""
@@ -510,20 +500,11 @@ class ActiveRun:
         if is_helper:
             self.store.update_stream(number, helps=True)
 
-        self._register(stream)
+        self._table.add(stream)
         if not is_helper:
             self.live.join(stream)
 
         return stream
-
-    def _register(self, stream: Stream) -> None:
-        self.streams.append(stream)
-        if stream.is_helper:
-            stream.in_window = False
-        else:
-            self._current[stream.attempt, stream.rank] = stream
-
-        self._by_incarnation[stream.incarnation, stream.rank] = stream
 
     def _finalize_dead(self, stream: Stream, image: FlightSnapshot | None = None) -> None:
         """Recover the rows of a dead rank and set its final state."""
@@ -532,7 +513,7 @@ class ActiveRun:
             self._recovered.append(image)
             self.store.update_stream(stream.id, appended=appended_rows(image))
 
-        state = _state_of_dead(stream, image)
+        state = state_of_dead(stream, image)
         if state is StreamState.LOST:
             stream.exit["process_gone"] = True  # certain, unlike for a host that fell silent
 
@@ -540,7 +521,7 @@ class ActiveRun:
 
     def _end_stream(self, stream: Stream, state: StreamState) -> None:
         stream.state = state
-        self._away.pop(stream, None)
+        self._table.away.pop(stream, None)
         self._touched_s = time.monotonic()
         if state is not StreamState.FINISHED:
             stream.exit.setdefault("at_s", self._now_s())
@@ -555,18 +536,6 @@ class ActiveRun:
         """Return the epoch seconds of this moment; a wall clock that is set does not change the run's durations."""
         clock = SteadyClock.from_facts(self._facts.get("clock"))
         return time.time() if clock is None else clock.now_s()
-
-    def _final_state(self, status: int | None) -> str:
-        members = [stream for (attempt, _), stream in self._current.items() if attempt == self.attempt]
-        states = {stream.state for stream in members}
-        exits = [RankExit.from_facts(stream.rank, str(stream.state), stream.exit) for stream in members]
-        if was_stopped(exits) or (status in _STOPPED_STATUS and not ended_badly(exits)):
-            return "stopped"
-
-        if status or states & {StreamState.FAILED, StreamState.KILLED}:
-            return "failed"
-
-        return "lost" if StreamState.LOST in states else "finished"
 
     def _store_rest(self) -> bool:
         try:
@@ -606,68 +575,13 @@ class ActiveRun:
 
             self._facts |= facts
             self.live.resize(self.world_size)
-            for stream in _restored_streams(reader.streams(), reader, self.store):
+            for stream in restored_streams(reader, self.store):
                 stream.in_window = stream.attempt >= self.attempt
-                self._register(stream)
+                self._table.add(stream)
                 if not stream.ended:
-                    self._away[stream] = None
+                    self._table.away[stream] = None
 
                 self.live.resume(stream)
 
         self._facts |= {"state": "running", "ended": None}
         self.store.event("resumed", {"was": facts["state"]})
-
-
-def _note_exit(stream: Stream, report: dict[str, Any]) -> None:
-    """Add the launcher's report of its end to a stream."""
-    code = report["exitcode"]
-    stream.exit |= {"signal": -code} if code < 0 else {"code": code}
-    stream.reported_dead = stream.incarnation.pid == report.get("pid")
-    if report.get("stopped"):
-        stream.exit["stopped"] = True
-
-    if isinstance(report.get("flight"), str):
-        stream.reported_flight = Path(report["flight"])
-
-    if isinstance(report.get("time"), int | float):
-        stream.exit.setdefault("at_s", report["time"])
-
-
-def _state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:
-    """Return the final state of a dead process, by the reports of its launcher and its flight file."""
-    if stream.exit.get("signal"):
-        return StreamState.KILLED
-
-    if stream.exit.get("code") or stream.exit.get("exception"):
-        return StreamState.FAILED
-
-    if image is not None and image.state is FlightState.FAILED:
-        return StreamState.FAILED
-
-    clean = stream.state is StreamState.FINISHED or (image is not None and image.state is FlightState.FINISHED)
-    return StreamState.FINISHED if clean or stream.exit.get("code") == 0 else StreamState.LOST
-
-
-def _restored_streams(records: list[StreamRecord], reader: StoreReader, store: StoreWriter) -> Iterator[Stream]:
-    names: defaultdict[int, dict[int, str]] = defaultdict(dict)
-    for number, row in reader.log_rows("names"):
-        names[number][row["id"]] = row["name"]
-
-    exits: defaultdict[int, dict[str, Any]] = defaultdict(dict)
-    for number, row in reader.log_rows("info"):
-        if row.get("kind") == "exit":
-            exits[number] |= {key: value for key, value in row.items() if key not in ("kind", "t_ns")}
-
-    for record in records:
-        facts, identity = record.facts, record.identity
-        incarnation = Incarnation(identity.host, facts.get("boot_id", ""), identity.pid, identity.start_ticks,
-                          identity.recorder)  # fmt: skip
-        stream = Stream(record.id, identity.rank, identity.attempt, incarnation, flight=facts.get("flight", ""))
-        stream.is_helper = bool(facts.get("helps"))
-        stream.seen_here = bool(facts.get("seen_here")) and stream.on_this_boot
-        stream.state = StreamState(record.state)
-        stream.exit = facts.get("exit", {}) | exits[record.id]
-        stream.disconnected_s = time.monotonic()
-        stream.next = {table: store.next_seq(record.id, table) for table in reader.tables}
-        stream.names = names[record.id]
-        yield stream

@@ -1,0 +1,67 @@
+"""Ends of ranks and of runs, by the reports of the launcher, flight files and the ranks themselves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from traceml.aggregator.streams import Stream, StreamState
+from traceml.database.flight.flight_header import FlightState
+from traceml.database.flight.postmortem import FlightSnapshot
+from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
+from traceml.diagnosis.rules.lost_ranks import was_stopped
+
+__all__ = ["final_state", "note_exit", "state_of_dead"]
+
+# Exit status of a job that was ended from outside before its ranks had started.
+_STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+
+
+def note_exit(stream: Stream, report: dict[str, Any]) -> None:
+    """Add the launcher's report of its end to a stream."""
+    code = report["exitcode"]
+    stream.exit |= {"signal": -code} if code < 0 else {"code": code}
+    stream.reported_dead = stream.incarnation.pid == report.get("pid")
+    if report.get("stopped"):
+        stream.exit["stopped"] = True
+
+    if isinstance(report.get("flight"), str):
+        stream.reported_flight = Path(report["flight"])
+
+    if isinstance(report.get("time"), int | float):
+        stream.exit.setdefault("at_s", report["time"])
+
+
+def state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:
+    """Return the final state of a dead process, by the reports of its launcher and its flight file."""
+    if stream.exit.get("signal"):
+        return StreamState.KILLED
+
+    if stream.exit.get("code") or stream.exit.get("exception"):
+        return StreamState.FAILED
+
+    if image is not None and image.state is FlightState.FAILED:
+        return StreamState.FAILED
+
+    clean = stream.state is StreamState.FINISHED or (image is not None and image.state is FlightState.FINISHED)
+    return StreamState.FINISHED if clean or stream.exit.get("code") == 0 else StreamState.LOST
+
+
+def final_state(members: Sequence[Stream], status: int | None) -> str:
+    """Return the state of a run that is over: finished, stopped, failed or lost.
+
+    Args:
+        members: the ranks of its last attempt.
+        status: exit status of the job, as its launcher reports it; None where it is unknown.
+    """
+    states = {stream.state for stream in members}
+    exits = [RankExit.from_facts(stream.rank, str(stream.state), stream.exit) for stream in members]
+    if was_stopped(exits) or (status in _STOPPED_STATUS and not ended_badly(exits)):
+        return "stopped"
+
+    if status or states & {StreamState.FAILED, StreamState.KILLED}:
+        return "failed"
+
+    return "lost" if StreamState.LOST in states else "finished"
