@@ -11,6 +11,7 @@ from traceml.formatting import (
     duration_text,
     factor_text,
     gain_text,
+    line_text,
     ms_text,
     ns_text,
     ordinal_text,
@@ -163,6 +164,12 @@ def test_signal_name():
 def test_the_middle_of_a_path_is_left_out(place, room, shown):
     """File, line and function always stay."""
     assert place_text(place, room) == shown
+
+
+def test_a_function_inside_another_is_named_with_it():
+    """Python's `<locals>` says nothing to a reader."""
+    assert line_text("/x/train.py", 9, "main.<locals>.delay") == "train.py:9 main.delay"
+    assert line_text("/x/train.py", 9, "<module>") == "train.py:9"
 
 
 def test_one_thing_is_no_plural():

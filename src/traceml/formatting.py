@@ -272,7 +272,7 @@ def phase_words(phase: str) -> str:
 def line_text(file: str, line: int, function: str) -> str:
     """Return a line of code in words: `train.py:23 update_metric`."""
     name = file.rpartition("/")[2]
-    return f"{name}:{line}" if function == "<module>" else f"{name}:{line} {function}"
+    return f"{name}:{line}" if function == "<module>" else f"{name}:{line} {function.replace('.<locals>', '')}"
 
 
 def place_text(place: str, room: int) -> str:

@@ -14,6 +14,7 @@ from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.runs.report.report import build_report
+from traceml.runs.report.wall_time import wall_time
 
 S = 10**9
 BOOT_S = 1_700_000_000
@@ -141,3 +142,14 @@ def test_goodput_counts_each_step_once(tmp_path, attempts, wall_s):
 
     assert section is not None
     assert section.goodput == pytest.approx((60 * 0.08 - 3 * 0.04) / wall_s, rel=1e-3)
+
+
+@pytest.mark.parametrize(("silent_s", "idle"), [(3, None), (30, 30)])
+def test_rows_of_a_running_run_arrive_late(tmp_path, silent_s, idle):
+    """A few seconds without rows are no end of the steps."""
+    with closing(StoreReader(store(tmp_path / "run") / STORE_NAME)) as reader:
+        ended_s = BOOT_S + 112.0 + silent_s
+        time = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, ended_s, is_running=True)
+
+    assert time.wall_s == pytest.approx(12 + (idle or 0))
+    assert time.seconds["idle"] == pytest.approx(idle or 0, abs=1e-6)

@@ -169,7 +169,7 @@ def _hidden_line(now: RunView, hidden: int, viewport: Viewport) -> Text:
 
 def _time_line(now: RunView, viewport: Viewport) -> Text:
     """Return the line on where the run's time went so far."""
-    line = Text(" time".ljust(_LABEL), style="dim")
+    line = Text().append(" time".ljust(_LABEL), style="dim")
     if not now.time_parts:
         return line
 
@@ -177,7 +177,7 @@ def _time_line(now: RunView, viewport: Viewport) -> Text:
     in_steps = sum(share for part, share in shares if part == "steps")
     label = f" {percent_text(in_steps):>6} in steps"
     line.append(stacked_parts(shares, max(viewport.width - _LABEL - len(label), 0), viewport))
-    return line.append(label, style="not dim")
+    return line.append(label)
 
 
 def verdict_line(now: RunView) -> Text:

@@ -73,12 +73,14 @@ def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime
         reader: its store.
         run_dir: its folder.
     """
-    started_s, _, duration_s = run_times(digest, state_of(digest.run, digest.aggregator), run_dir)
+    state = state_of(digest.run, digest.aggregator)
+    started_s, _, duration_s = run_times(digest, state, run_dir)
     if started_s is None or duration_s is None:
         return None
 
     streams = [stream for stream in reader.streams() if not stream.facts.get("helps")]
-    return wall_time(streams, digest.step_sums or reader.step_sums(), started_s, started_s + duration_s)
+    sums = digest.step_sums or reader.step_sums()
+    return wall_time(streams, sums, started_s, started_s + duration_s, is_running=state == "running")
 
 
 def report_window(digest: Digest, last: int = 200) -> Window:

@@ -16,10 +16,16 @@ from traceml.runs.rows.clocks import RunClocks
 __all__ = ["wall_time"]
 
 _S = 1e9
+_LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
 def wall_time(
-    records: Sequence[StreamRecord], sums: Mapping[int, StepSums], started_s: float, ended_s: float
+    records: Sequence[StreamRecord],
+    sums: Mapping[int, StepSums],
+    started_s: float,
+    ended_s: float,
+    *,
+    is_running: bool = False,
 ) -> RunTime:
     """Return the wall time of a run by part, the mean over ranks.
 
@@ -28,11 +34,16 @@ def wall_time(
         sums: the sums of its steps, by stream.
         started_s: start of the run, epoch seconds.
         ended_s: its end, or now.
+        is_running: whether it runs: then the time up to the last row counts, as rows arrive late.
     """
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
     ranks = _by_rank(records, sums)
     processes = [[_process(sums[stream.id], clocks, stream) for stream in of_rank] for of_rank in ranks] or [[]]
+    last_s = max((each.last_ns for of_rank in processes for each in of_rank), default=0) / _S
+    if is_running and 0 < ended_s - last_s < _LATE_S:
+        ended_s = last_s
+
     parts = [wall_parts(of_rank, int(started_s * _S), int(ended_s * _S), attempt) for of_rank in processes]
     known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]}
     time = RunTime.of(max(ended_s - started_s, 0.0), known, _most_evaluations(sums.values()))
