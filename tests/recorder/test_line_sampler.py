@@ -105,6 +105,19 @@ def test_code_that_holds_the_lock_is_seen(flight: FlightFile) -> None:
     assert all(line.startswith(__file__ + ":") for _, line, _, _ in rows)
 
 
+def test_an_iterators_code_is_a_wait_for_data(flight: FlightFile) -> None:
+    """Where other code runs for an iterator that gives batches, the phase of the sample is that of waiting for data."""
+    with Training(releases_the_lock) as training:
+        flight.open_slots[Slot.STEP_START] = 1
+        sampler = LineSampler(flight, training.ident, is_feeding=lambda _frame: True)
+        sampler.sample(time.sleep)
+        flight.open_slots[Phase.FORWARD] = 2
+        sampler.sample(time.sleep)
+        sampler.flush()
+
+    assert [row[0] for row in rows_of(flight)] == [Phase.INPUT_WAIT, Phase.FORWARD]
+
+
 def test_library_frames_are_skipped_and_told(flight: FlightFile) -> None:
     """The line is the user's; the library's function is beside it."""
     with Training(dumps) as training:

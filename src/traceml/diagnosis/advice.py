@@ -10,6 +10,7 @@ __all__ = [
     "for_comm",
     "for_copies",
     "for_exit",
+    "for_iterator",
     "for_jitter",
     "for_lacking_core",
     "for_residual",
@@ -26,6 +27,14 @@ def for_copies(facts: JobFacts) -> str:
 
     return (
         "Set pin_memory=True in the DataLoader and pass non_blocking=True to .to(device); send smaller types (uint8)."
+    )
+
+
+def for_iterator() -> str:
+    """Return advice against waiting for an iterator that is no DataLoader."""
+    return (
+        "Make batches in other processes: an IterableDataset in a DataLoader with num_workers. Or fetch the next "
+        "batch in a thread while the model computes."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from _thread import get_ident
@@ -14,6 +15,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Phase
 from traceml.fail_open import fail_open
 from traceml.instrument.import_hook import PostImportHook
+from traceml.instrument.iterators import Feeding, feeding_of
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
@@ -30,6 +32,7 @@ class Instrumentation:
 
     Attributes:
         clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
+        feeding: the code that gives batches to a training without a loader; None before its first backward pass.
         collectives: names of the timed functions of torch.distributed.
     """
 
@@ -48,6 +51,7 @@ class Instrumentation:
         self._overhead: Any = None
         self._device: Any = None
         self._installed = True
+        self.feeding: Feeding | None = None
         self._timed: set[tuple[Any, str]] = set()
         self._reported: dict[str, Info] = {}  # the last facts by kind
         self.clock = StepClock(flight, self, thread=thread)
@@ -161,7 +165,13 @@ class Instrumentation:
         if self._discovery is not None:
             self._guarded(lambda: self._discovery.search_all(trains=True))
 
+        if self.clock.first_loader is None:
+            self._guarded(self._look_for_iterators)
+
         return self._discovery is None or self.clock.optimizers_alive > 0
+
+    def _look_for_iterators(self) -> None:
+        self.feeding = feeding_of(gc.get_objects())
 
     def new_optimizer(self, optimizer: Any) -> None:
         """Report an optimizer at its first step."""

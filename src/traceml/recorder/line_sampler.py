@@ -38,7 +38,7 @@ _MAX_LINES = 512
 _MAX_DEPTH = 200
 _COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
 _PHASES = len(Phase)
-_STEP_START = int(Slot.STEP_START)
+_STEP_START, _INPUT_WAIT = int(Slot.STEP_START), int(Phase.INPUT_WAIT)
 
 
 class _Look(NamedTuple):
@@ -59,15 +59,23 @@ class LineSampler:
         flight: takes the rows of `schema.LINES`, and has the open slots.
         thread: returns the id of the training thread.
         user: tells the user's code.
+        is_feeding: tells whether a frame runs for an iterator that gives batches and is no DataLoader.
     """
 
-    def __init__(self, flight: FlightFile, thread: Callable[[], int], user: UserCode | None = None) -> None:
+    def __init__(
+        self,
+        flight: FlightFile,
+        thread: Callable[[], int],
+        user: UserCode | None = None,
+        is_feeding: Callable[[FrameType], bool] | None = None,
+    ) -> None:
         self.samples = 0
         """Samples so far."""
         self._startup = 0  # of them before the first step
         self._slots, self._steps, self._lines = flight.open_slots, flight.ring("steps"), flight.ring("lines")
         self._name_id, self._thread = flight.names.id_of, thread
         self._user = user or UserCode()
+        self._is_feeding = is_feeding or (lambda _frame: False)
         self._clock_of = self._clock = 0  # training thread, and its CPU clock
         self._counts: dict[_Key, list[int]] = {}
         self._ids: dict[_Key, tuple[int, int]] = {}
@@ -139,6 +147,9 @@ class LineSampler:
 
     def _key(self, frame: FrameType) -> _Key:
         phase = self._opened()[0]
+        if phase == LINE_OTHER and self._is_feeding(frame):
+            phase = _INPUT_WAIT
+
         library: CodeType | None = None
         found: FrameType | None = frame
         for _ in range(_MAX_DEPTH):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
@@ -307,7 +308,13 @@ class Recording:
     def _sample_lines(self) -> None:
         interval_s = self._config.stack_interval
         if interval_s:
-            self.thread.sample_lines(LineSampler(self.flight, self._training_thread), interval_s)
+            self.thread.sample_lines(
+                LineSampler(self.flight, self._training_thread, is_feeding=self._is_feeding), interval_s
+            )
+
+    def _is_feeding(self, frame: FrameType) -> bool:
+        feeding = self.instrumentation.feeding if self.instrumentation is not None else None
+        return feeding is not None and feeding.contains(frame)
 
     def _training_thread(self) -> int:
         clock = self.instrumentation.clock if self.instrumentation is not None else None

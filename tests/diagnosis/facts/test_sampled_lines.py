@@ -37,6 +37,33 @@ def test_the_line_of_other_code_is_named():
     assert "train.py:7 update_metric" in finding.next
 
 
+UNFED = Job(ranks=1, steps=220, grouped=False, own={"forward": 4.0, "backward": 8.0, "optimizer": 1.5, "other": 0.3})
+
+
+def test_an_iterator_that_is_no_loader_is_waited_for():
+    """Its time is measured as other code; its samples tell that the training waits for data."""
+    lines = [line("input_wait", "read_shard", 43), line("forward", "forward", 57)]
+    finding = found(Kind.INPUT_BOUND, *lines, job=UNFED)
+
+    assert (finding.phase, finding.evidence["function"]) == ("input_wait", "read_shard")
+    assert "train.py:7 read_shard" in finding.summary
+    window = window_of(UNFED, adds("other", 10))
+    assert [each.kind for each in diagnose(window, JobFacts(world_size=1, lines=lines))] == [Kind.INPUT_BOUND]
+
+
+@pytest.mark.parametrize(
+    ("lines", "job"),
+    [
+        ([line("input_wait", "read_shard", 20), line("other", "update_metric", 23)], UNFED),  # more is other code
+        ([line("input_wait", "read_shard", 20)], UNFED),  # too few
+        ([line("input_wait", "__getitem__", 40), line("other", "update_metric", 3)], ALONE),  # a loader's own wait
+    ],
+)
+def test_other_code_that_is_no_iterators(lines, job):
+    """It stays other code."""
+    assert found(Kind.RESIDUAL_HEAVY, *lines, job=job).phase == "other"
+
+
 @pytest.mark.parametrize(
     "lines",
     [

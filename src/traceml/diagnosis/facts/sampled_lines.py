@@ -244,6 +244,16 @@ def busy_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int] =
     return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
 
 
+def iterator_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of `other` that is waiting for an iterator that is no DataLoader, by samples; 0 if unknown.
+
+    Its time is measured as `other`, and its samples are those of `input_wait`.
+    """
+    waiting = sum(each.samples for each in lines if each.part == Phase.INPUT_WAIT.label)
+    total = waiting + sum(each.samples for each in lines if each.part == "other")
+    return waiting / total if total >= MIN_SAMPLES else 0.0
+
+
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     """Return the function that half of the time outside steps is spent in; None where the samples do not tell.
 

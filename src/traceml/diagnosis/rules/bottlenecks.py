@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from msgspec.structs import replace
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line, iterator_share
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.loading_advice import Advised, for_input
@@ -23,6 +24,8 @@ __all__ = ["FLOOR_NS", "checkpoints", "input_bound", "residual", "transfers"]
 
 FLOOR_NS = 1e6
 """Costs below a millisecond per step are not reported: a toy's loader, loss function and Python cost that much."""
+ITERATOR_SHARE = 0.5
+"""Code outside the phases is waiting for an iterator if this share of its samples is."""
 CROWDED_SHARE = 0.20
 """The share from which code outside the phases is reported when the ranks have too few cores."""
 
@@ -135,6 +138,10 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         if part in known:
             continue
 
+        if part == "other" and (waiting := _iterator_bound(segments, facts, step_ns)):
+            found.append(waiting)
+            continue
+
         named = part not in ("other", "user")
         # A named phase explains its rare long steps; those of unnamed code are jitter.
         cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
@@ -147,6 +154,28 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), **evidence))
 
     return found
+
+
+def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Finding | None:
+    """Find waiting for an iterator that is no DataLoader, whose time is measured as `other`."""
+    share = iterator_share(facts.lines)
+    measured = segments.parts.get("input_wait")
+    if share < ITERATOR_SHARE or (measured is not None and measured.mean() > 0.01 * step_ns):
+        return None
+
+    whole = _cost(segments, "other", step_ns, rare_share=0)
+    if whole is None:
+        return None
+
+    cost = dataclasses.replace(whole, removed=whole.removed * share, saved_ns=whole.saved_ns * share)
+    if not cost.exceeds():
+        return None
+
+    phase_share = share * float(segments.parts["other"].mean()) / step_ns
+    line = blamed_line(facts.lines, "input_wait", phase_share, cost.ranks)
+    summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}."
+    evidence = line.evidence(phase_share) if line else {}
+    return replace(cost.finding(Kind.INPUT_BOUND, summary, advice.for_iterator(), **evidence), phase="input_wait")
 
 
 def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:  # noqa: ARG001 - as all rules

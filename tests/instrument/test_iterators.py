@@ -1,0 +1,105 @@
+"""Which code runs for an iterator that gives batches and is no DataLoader."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from tests.instrument.conftest import Traced
+from tests.instrument.test_step_clock import data, net, sgd, train
+
+X = torch.randn(2, 4)
+
+
+class Asked:
+    """Answers for each function, as a sample would get them while it runs."""
+
+    def __init__(self, traced: Traced) -> None:
+        self._traced = traced
+        self.answers: dict[str, set[bool]] = {}
+
+    def __call__(self) -> torch.Tensor:
+        """Note whether the caller runs for the training's iterator."""
+        frame, feeding = sys._getframe(1), self._traced.instrumentation.feeding
+        if feeding is not None:
+            self.answers.setdefault(frame.f_code.co_name, set()).add(feeding.contains(frame))
+
+        return X
+
+
+def read(ask: Asked) -> torch.Tensor:
+    return ask()
+
+
+def batches(ask: Asked) -> Iterator[torch.Tensor]:
+    for _ in range(5):
+        yield read(ask)
+
+
+def with_progress(ask: Asked) -> Iterator[torch.Tensor]:
+    for _, x in enumerate(batches(ask)):
+        yield x
+
+
+class Batches:
+    """An iterator written as a class, as torchdata's nodes."""
+
+    def __init__(self, ask: Asked) -> None:
+        self._ask, self._left = ask, 5
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        self._left -= 1
+        if self._left < 0:
+            raise StopIteration
+
+        return read(self._ask)
+
+
+@contextmanager
+def logging(ask: Asked) -> Iterator[None]:
+    ask()
+    yield
+
+
+def metrics(ask: Asked) -> Iterator[torch.Tensor]:
+    yield ask()
+
+
+@pytest.mark.parametrize("make", [batches, with_progress, Batches])
+def test_what_the_iterator_runs_is_told_from_other_code(traced: Traced, make: Callable[[Asked], Any]) -> None:
+    """A context manager and a generator that a step uses up are other code, though they are generators."""
+    ask = Asked(traced)
+    model = net()
+    optimizer = sgd(model)
+    for x in make(ask):
+        train(model, optimizer, x)
+        with logging(ask):
+            list(metrics(ask))
+
+        [ask() for _ in range(2)]
+        sum(ask().sum() for _ in range(2))
+
+    others = {"logging", "metrics", "<listcomp>", "<genexpr>"} - (
+        {"<listcomp>"} if sys.version_info >= (3, 12) else set()
+    )
+    assert ask.answers.pop("read") == {True}
+    assert {name: ask.answers[name] for name in others} == {key: {False} for key in others}
+    assert len(traced.finish()) == 5
+
+
+def test_a_loader_needs_no_search(traced: Traced) -> None:
+    """Its waits are measured."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(3):
+        train(model, optimizer, x)
+
+    assert traced.instrumentation.feeding is None
