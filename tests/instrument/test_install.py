@@ -302,7 +302,7 @@ def test_overhead_is_measured_on_the_rank(traced: Traced) -> None:
 
 def test_a_model_copied_later_is_evaluated(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches that go to a copy made during training (an average, the best so far) are evaluation."""
-    monkeypatch.setattr("traceml.instrument.discovery._SHARE", 0)  # look as often as there is a reason to
+    monkeypatch.setattr("traceml.instrument.search.discovery._SHARE", 0)  # look as often as there is a reason to
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     training, validation = DataLoader(TensorDataset(torch.randn(8, 4))), DataLoader(TensorDataset(torch.randn(3, 4)))
@@ -323,7 +323,7 @@ def test_a_model_copied_later_is_evaluated(traced: Traced, monkeypatch: pytest.M
 
 def test_models_of_many_trainings_are_found(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fold's model is timed, however many there were, and none is kept alive."""
-    monkeypatch.setattr("traceml.instrument.discovery._SHARE", 0)
+    monkeypatch.setattr("traceml.instrument.search.discovery._SHARE", 0)
     refs = []
     for _ in range(30):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))

@@ -26,7 +26,6 @@ from traceml.instrument import (
     Instrumentation,
     accumulator,
     backward,
-    discovery,
     forward,
     install,
     loader,
@@ -35,6 +34,7 @@ from traceml.instrument import (
     step_clock,
     user,
 )
+from traceml.instrument.search import discovery
 
 _CLOCKED = (accumulator, backward, discovery, forward, loader, optimizer, overhead, step_clock, user)
 _FOLDER = str(Path(traceml.instrument.__file__).parent)

@@ -17,7 +17,8 @@ __all__ = ["skip_own_code"]
 _PACKAGE = "traceml.instrument."
 # These never call the user's code: dynamo skips everything they call.
 _LEAVES = frozenset(
-    f"{_PACKAGE}{name}" for name in ("accumulator", "step_clock", "device", "discovery", "facts", "overhead")
+    f"{_PACKAGE}{name}"
+    for name in ("accumulator", "step_clock", "evaluation", "device", "search.discovery", "facts", "overhead")
 )
 _LEAF_FUNCTIONS = frozenset({"_guarded"})
 

@@ -15,9 +15,9 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Phase
 from traceml.fail_open import fail_open
 from traceml.instrument.import_hook import PostImportHook
-from traceml.instrument.iterators import Feeding, feeding_of
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
+from traceml.instrument.search.iterators import Feeding, feeding_of
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.user import StepBlock, UserPhases
 
@@ -222,7 +222,6 @@ class Instrumentation:
         from traceml.instrument import calls, facts  # noqa: F401 - loaded now, for `skip_own_code`
         from traceml.instrument.backward import patch_backward
         from traceml.instrument.device import CudaDevice, built_devices
-        from traceml.instrument.discovery import ModuleDiscovery
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.forward import patch_compile, timer_maker
         from traceml.instrument.loader import patch_loaders
@@ -232,6 +231,7 @@ class Instrumentation:
             patch_optimizer,
             patch_optimizer_type,
         )
+        from traceml.instrument.search.discovery import ModuleDiscovery
 
         clock, patches = self.clock, self._patches
         timer = timer_maker(clock)

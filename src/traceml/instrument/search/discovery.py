@@ -106,7 +106,7 @@ class ModuleDiscovery:
         return self._clock.optimizers_alive
 
     def _find_own(self, objects: list[Any]) -> int:
-        from traceml.instrument.own_optimizers import find_own_optimizers
+        from traceml.instrument.search.own_optimizers import find_own_optimizers
 
         own = find_own_optimizers(objects)
         for optimizer in own:

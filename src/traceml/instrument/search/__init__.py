@@ -1,0 +1,1 @@
+"""Search for what the script has made: models, optimizers, and iterators that give batches."""
