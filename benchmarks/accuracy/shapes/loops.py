@@ -148,6 +148,59 @@ def new_optimizer_each_step():
         optimizer.zero_grad()
 
 
+class Momentum:
+    """An optimizer as tutorials write it."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.velocities = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def zero_grad(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        for _ in range(4):
+            for parameter, velocity in zip(self.parameters, self.velocities, strict=True):
+                velocity.mul_(0.9).add_(parameter.grad)
+                parameter.sub_(velocity, alpha=0.002)
+
+
+def own_optimizer():
+    model = net(64, 1024)
+    fit(model, Momentum(model.parameters()), DataLoader(rows(), 16))
+
+
+def clips():
+    model = net(64, 1024)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for x, y in DataLoader(rows(), 16):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def evaluates_in_the_loop():
+    model = net(64, 1024)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, (x, y) in enumerate(DataLoader(rows(), 16)):
+        if step % 10 == 0:
+            estimate_loss(model)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def estimate_loss(model):
+    model.eval()
+    for _ in range(100):
+        F.cross_entropy(model(torch.randn(64, 64)), torch.randint(0, 10, (64,)))
+    model.train()
+
+
 def autograd_grad():
     model = net()
     parameters = list(model.parameters())
@@ -171,6 +224,28 @@ def generator_data(slow=False):
 
 def slow_generator():
     generator_data(slow=True)
+
+
+class Shards:
+    """An iterator that is neither a DataLoader nor a generator, as those of torchdata's nodes."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        self.left -= 1
+        read_shard()
+        return torch.randn(16, 64), torch.randint(0, 10, (16,))
+
+
+def slow_iterator():
+    model = net()
+    fit(model, torch.optim.SGD(model.parameters(), 0.01), Shards(200))
 
 
 def read_shard():
