@@ -85,6 +85,8 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "COMPUTE_STRAGGLER": lambda: found(Job(ranks=4), adds("forward", 20, (1,))),
     "H2D_STRAGGLER": lambda: found(Job(ranks=4), adds("h2d", 20, (1,))),
     "STRAGGLER": lambda: found(Job(ranks=4), adds("other", 20, (1,))),
+    "RESIDUAL_HEAVY, every n-th step": lambda: found(ALONE, adds("other", 200, every=20)),
+    "CPU_CONTENTION": lambda: found(ALONE, main_wait={0: 0.45}, core_wait={0: 0.4}),
     "JITTER": lambda: found(Job(ranks=1, steps=220, grouped=False), RARE),
     "STARTUP": lambda: found(ALONE, time=RunTime.of(200.0, {"steps": 110.0, "startup": 90.0})),
     "EVAL_HEAVY": lambda: found(ALONE, time=RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12)),

@@ -26,7 +26,7 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     model = facts.model or ModelFacts()
     took = f", which took {duration_text(facts.compile_s)}" if facts.compile_s else ""
     done = f" It is compiled already{took}." if model.compiled else ""
-    return f"To go faster: {'; '.join(steps)}.{done}"
+    return f"To go faster: {', or '.join(steps)}.{done}"
 
 
 def _optimizer(facts: JobFacts) -> str:
