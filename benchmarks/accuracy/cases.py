@@ -73,7 +73,6 @@ _CLASSIFIER = (
     _case("classifier", "classifier", steps=180),
     _case("classifier, workers that start in each epoch", "classifier --workers 2", "INPUT_BOUND", phase="input_wait",
           steps=180),
-    _case("classifier, a worker that stays", "classifier --workers 1 --persistent", steps=180),
     _case("classifier beside a program", "classifier", steps=180, beside=True),
     _case("metrics in Python", "classifier --fault metrics --epochs 2", "RESIDUAL_HEAVY", phase="other",
           function="update_metrics", steps=120),
@@ -100,6 +99,7 @@ _CLASSIFIER = (
 _GPT = (
     _case("gpt", "gpt", steps=150),
     _case("gpt, accumulation of 4", "gpt --accumulate 4 --steps 60", steps=60),
+    _case("gpt, compiled", "gpt --compile", steps=150),
     _case("gpt beside a program", "gpt", steps=150, beside=True),
     _case("gpt evaluates often", "gpt --evaluate-every 10 --evaluate-batches 70 --steps 100", "EVAL_HEAVY", steps=100,
           never=frozenset({"JITTER", "INPUT_BOUND"})),

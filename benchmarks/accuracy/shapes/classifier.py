@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 parser = argparse.ArgumentParser()
 parser.add_argument("--fault", default="none")
 parser.add_argument("--workers", type=int, default=0)
-parser.add_argument("--persistent", action="store_true")
 parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--batches", type=int, default=60)
 options = parser.parse_args()
@@ -122,7 +121,7 @@ if __name__ == "__main__":
 
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    kwargs = {"num_workers": options.workers, "persistent_workers": options.persistent}
+    kwargs = {"num_workers": options.workers}
     training = DataLoader(Images(options.batches), batch_size=32, shuffle=True, **kwargs)
     held_out = DataLoader(
         Images(options.batches * (20 if options.fault == "evaluation" else 1) // 4), batch_size=32, **kwargs

@@ -10,6 +10,7 @@ from torch import nn
 parser = argparse.ArgumentParser()
 parser.add_argument("--fault", default="none")
 parser.add_argument("--steps", type=int, default=150)
+parser.add_argument("--compile", action="store_true")
 parser.add_argument("--accumulate", type=int, default=1)
 parser.add_argument("--evaluate-every", type=int, default=50)
 parser.add_argument("--evaluate-batches", type=int, default=4)
@@ -57,7 +58,7 @@ def get_batch():
     return inputs, torch.stack([data[i + 1 : i + 65] for i in starts])
 
 
-model = GPT()
+model = torch.compile(GPT(), backend="aot_eager") if options.compile else GPT()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 

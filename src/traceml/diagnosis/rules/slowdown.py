@@ -37,8 +37,6 @@ MIN_ALIKE_NS = 10e9
 """And the slow part lasts so long: programs that come and go take cores for seconds."""
 SIMILAR_FACTOR = 0.5
 """If the rest of the step is slower by this share of the blamed phase's factor, all phases are."""
-ALONE_SHARE = 0.85
-"""Computation with this share of the step is like all phases: the rest is too little to compare with."""
 MIN_Z_SCORE = 6.0
 """A jump is this many standard errors, by the deviation of bins from their level."""
 MIN_TAU = 0.7
@@ -136,9 +134,9 @@ def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
 
 
 def _is_clear(bins: StepHistory, change: _Change) -> bool:
-    """Return whether the slow part is slow enough; where no phase is the cause, also long enough."""
+    """Return whether the slow part is slow enough; where a busy host makes the same picture, also long enough."""
     part = _part(bins, change)
-    if part is not None and not (part in COMPUTE and _share(bins, part) >= ALONE_SHARE):
+    if part is not None and part not in COMPUTE:
         return change.factor >= MIN_FACTOR
 
     lasted_ns = float((bins.step_ns * bins.steps)[change.bins].sum())
