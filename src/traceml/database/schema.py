@@ -23,6 +23,7 @@ __all__ = [
     "DEVICE_STEPS",
     "EPOCHS",
     "EVALS",
+    "FINGERPRINTS",
     "GPU",
     "HOST",
     "INFO",
@@ -35,6 +36,7 @@ __all__ = [
     "LINE_STARTUP",
     "LOGGED",
     "LOGS",
+    "LOSSES",
     "METRICS",
     "MICRO_BATCHES_MASK",
     "NAMES",
@@ -270,6 +272,8 @@ STEPS = Table(
         _q("total_ns", "wall time of the step, without evaluation between steps"),
         *(_q(phase.column, phase.doc) for phase in Phase),
         _q("backward_own_ns", "backward time until the last local gradient; -1 when not measured"),
+        _q("elements", "numbers in the model's input: elements of the first tensor, of all micro-batches"),
+        _q("samples", "samples in the model's input: first dimension of that tensor, of all micro-batches"),
         _q("bits", "micro-batches (16 bits), StepFlag (16 bits), collective sequence number (31 bits)"),
     ),
     capacity=65536,
@@ -407,6 +411,23 @@ TELEMETRY = Table(
     ),
     capacity=1024,
 )
+LOSSES = Table(
+    "losses",
+    (
+        _q("t_ns", "monotonic timestamp at which the loss was read"),
+        _q("step", "training step"),
+        _d("loss", "sum of the tensors on which backward was called in this step; may be NaN or infinite"),
+    ),
+    capacity=4096,
+)
+FINGERPRINTS = Table(
+    "fingerprints",
+    (
+        _q("step", "training step"),
+        _q("fingerprint", "hash of 16 numbers of the batch; equal batches have equal ones"),
+    ),
+    capacity=1024,
+)
 # Values of `phase` in `LINES` besides those of Phase.
 LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP = -1, -2, -3
 LINE_PHASES = {
@@ -467,6 +488,8 @@ PACKED: tuple[Table, ...] = (
     METRICS,
     LINES,
     LIMITS,
+    LOSSES,
+    FINGERPRINTS,
 )
 LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
 # Rows that the user logged are never evicted: beyond the memory limit they go to a journal on disk.

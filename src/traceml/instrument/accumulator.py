@@ -38,9 +38,9 @@ _INPUT_WAIT, _FORWARD, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.FORWARD), in
 _OPTIMIZER, _USER = int(Phase.OPTIMIZER), int(Phase.USER)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 # Columns of every step, and of a usual step, whose other columns are 0.
-_COLUMNS = ("step", "t_end_ns", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "bits")
+_COLUMNS = ("step", "t_end_ns", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "elements", "samples", "bits")
 _USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
-                  "backward_own_ns", "bits")  # fmt: skip
+                  "backward_own_ns", "elements", "samples", "bits")  # fmt: skip
 # Plain ints: arithmetic on enum members costs a microsecond.
 _NO_LOADER, _DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
 _EPOCH = int(StepFlag.EPOCH)
@@ -120,8 +120,8 @@ class StepAccumulator:
     read and write the `CellField`s directly (see `closure_cells`).
 
     A step may be cut into segments (see `StepClock`). Fields named `committed_*` and `*_at_cut`, `cut_ns` and
-    `micro_batches` describe the part before the last cut. `backwards`, `batches`, `batch`, `trained`, `evaluated`,
-    `own` and `flags` describe the part after it. The buckets cover both.
+    `micro_batches` describe the part before the last cut. `backwards`, `batches`, `batch`, `samples`, `elements`,
+    `trained`, `evaluated`, `own` and `flags` describe the part after it. The buckets cover both.
     """
 
     thread = CellField()  # the training thread; no thread has the number 0, which switches all hooks off
@@ -139,6 +139,13 @@ class StepAccumulator:
     attempt = CellField()  # id of the optimizer of the step's first optimizer step call, 0 before one
     backwards = CellField()
     batches = CellField()
+    input_shape = CellField()  # shape of the input of the last forward; None: look at the next one
+    input_samples = CellField()
+    input_elements = CellField()
+    samples = CellField()  # of the inputs whose gradients were computed
+    elements = CellField()
+    loss_mask = CellField()  # the loss is read in steps whose number has none of these bits
+    inspects = CellField()  # the next batch gets a fingerprint
     batch = CellField()  # the first loader that gave a batch in this segment
     first_loader = CellField()  # the first loader that gave a batch in this step
     dirty = CellField()  # closing this step takes `commit_slow`
@@ -155,6 +162,7 @@ class StepAccumulator:
         self._append_step = self.ring.appender(*_COLUMNS)
         self._append_eval = flight.ring("evals").appender("step", "t_end_ns", "ns", "batches")
         self._append_epoch = flight.ring("epochs").appender("step", "t_end_ns", "ns", "create_ns", "drain_ns", "first")
+        self._append_fingerprint = flight.ring("fingerprints").appender("step", "fingerprint")
         self._append_user = flight.ring("user_phases").appender("step", "name_id", "ns", "count")
         self.open_slots = flight.open_slots
         self.device: StepDeviceTimer | None = None
@@ -292,7 +300,7 @@ class StepAccumulator:
         """Close a step that has segments, rare or user phases, flags, a group or a device."""
         self.book_user_phases(t)
         flags = self.flags | self.committed_flags | (_NO_LOADER if self.first_loader is None else 0)
-        micro_batches = self.micro_batches + (min(self.backwards, self.batches) if self.batches else self.backwards)
+        self.add_segment()
         if self.eval_ns:
             self._flush_evals(self.step)
 
@@ -303,9 +311,29 @@ class StepAccumulator:
         if self.device is not None and self.device.close(self.step):
             flags |= _DEVICE
 
-        self.append_step(self.times, t, total, micro_batches, flags, self.own + self.committed_own_ns)
+        self.append_step(
+            self.times, t, total, self.micro_batches, flags, self.own + self.committed_own_ns, self.committed_data
+        )
         self._clear(t)
         self.plan_detail()
+
+    @property
+    def committed_data(self) -> tuple[int, int]:
+        """Elements and samples before the last cut."""
+        return self.committed_elements, self.committed_samples
+
+    def add_segment(self) -> None:
+        """Add the micro-batches of the segment, and their data, to those before it."""
+        backwards, batches = self.backwards, self.batches
+        # Several models that train on one batch, as in a GAN, do not make it larger.
+        share = min(batches / backwards, 1) if batches and backwards else 1
+        self.committed_elements += int(self.elements * share)
+        self.committed_samples += int(self.samples * share)
+        self.micro_batches += min(backwards, batches) if batches else backwards
+        if backwards and self.fingerprint:
+            self.committed_fingerprint = self.committed_fingerprint or self.fingerprint
+
+        self.fingerprint = 0
 
     def note_total(self, total: int) -> None:
         """Update the moving mean of step times, which decides how detailed the next steps are measured."""
@@ -315,18 +343,30 @@ class StepAccumulator:
     def plan_detail(self) -> None:
         """Decide what the next step measures."""
 
-    def append_step(self, times: list[int], t: int, total: int, micro_batches: int, flags: int, own: int) -> None:
-        """Append the row of a step and the rows of its user phases."""
+    def append_step(
+        self,
+        times: list[int],
+        t: int,
+        total: int,
+        micro_batches: int,
+        flags: int,
+        own: int,
+        data: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Append the row of a step, whose data has some elements and samples, and the rows of its user phases."""
         n, step = self.rows, self.step
         columns = times[:OTHER]
         columns[_USER] = self._append_users(times) if self.users else 0
         sequence = self.sequence() if self.sequence is not None and self.extras else 0
         own = own if flags & _CALLBACK else -1
+        if self.committed_fingerprint:
+            self._append_fingerprint(step, self.committed_fingerprint)
+
         if flags & _EPOCH:
             iterator = self.committed_create_ns, self.committed_drain_ns, int(not self.ring.appended)
             self._append_epoch(step, t, times[_INPUT_WAIT], *iterator)
 
-        self._append_step(step, t, total, *columns, own, pack_bits(micro_batches, flags, sequence))
+        self._append_step(step, t, total, *columns, own, *data, pack_bits(micro_batches, flags, sequence))
         self.rows = n + 1
         if not n & UPKEEP_MASK:
             self.listener.upkeep(times[_FORWARD], micro_batches)
@@ -362,7 +402,8 @@ class StepAccumulator:
         self.times = self.zeros.copy()
         self.seg_start = t
         self.closes_at = CHECK_FORWARD
-        self.attempt = self.backwards = self.batches = self.flags = self.own = 0
+        self.attempt = self.backwards = self.batches = self.flags = self.own = self.samples = self.elements = 0
+        self.fingerprint = 0
         self.create_ns = self.drain_ns = 0  # creating iterators, and the ends of others, in this segment
         self.batch = self.first_loader = None
         self.trained: Any = None  # a weak reference to a module whose forward was called with gradients
@@ -378,6 +419,7 @@ class StepAccumulator:
         self.times_at_cut: list[int] | None = None  # the buckets at the cut
         self.loader_at_cut: Any = None  # `first_loader` at the cut
         self.pending = False  # the part before the cut has stepped: it may be a whole step
+        self.committed_elements = self.committed_samples = self.committed_fingerprint = 0
         self.cut_ns = self.committed_ns = self.committed_flags = self.committed_own_ns = self.micro_batches = 0
         self.committed_create_ns = self.committed_drain_ns = 0
 
@@ -409,6 +451,7 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
     count, slot = ring.count, ring.slot
     # Cells of the clock.
     input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = seg_start = attempt = backwards = batches = 0
+    samples = elements = 0
     dirty = False
     open_slots: Any = None
     batch: Any = None
@@ -417,8 +460,8 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
 
     def commit(t: int) -> None:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
-        nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at
-        if dirty:
+        nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at, samples, elements
+        if dirty or backwards > batches > 0:
             commit_slow(t)
             return
 
@@ -432,7 +475,10 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
 
         row = offset + (n & mask) * row_bytes
         total = t - seg_start
-        pack_into(buffer, row, n + before, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, bits)
+        step = n + before
+        pack_into(
+            buffer, row, step, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, elements, samples, bits
+        )
         count[slot] = rows = n + 1  # the row first, the counter afterwards
         seg_start = open_slots[_STEP_START] = t
         open_slots[_STEP] = rows + before
@@ -441,6 +487,6 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
         if not n & UPKEEP_MASK:
             upkeep(forward_ns, backwards)
 
-        input_ns = forward_ns = backward_ns = optimizer_ns = backwards = 0
+        input_ns = forward_ns = backward_ns = optimizer_ns = backwards = samples = elements = 0
 
     return accumulator.bind(commit)

@@ -28,29 +28,41 @@ _INPUT_WAIT, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.BACKWARD)
 _CALLBACK = int(StepFlag.CALLBACK)
 
 
-def patch_backward(patches: Patches, clock: StepClock) -> None:
-    """Time `torch.autograd.backward` and `torch.autograd.grad` on the training thread."""
-    patches.wrap(torch.autograd, "backward", timed_backward(torch.autograd.backward, clock))
-    patches.wrap(torch.autograd, "grad", _timed_grad(torch.autograd.grad, clock))
+def patch_backward(patches: Patches, clock: StepClock, read_loss: Callable[[Any], None]) -> None:
+    """Time `torch.autograd.backward` and `torch.autograd.grad` on the training thread.
+
+    Args:
+        patches: keeps the original.
+        clock: the clock to use.
+        read_loss: called with the argument of backward in the steps whose loss is read.
+    """
+    patches.wrap(torch.autograd, "backward", timed_backward(torch.autograd.backward, clock, read_loss))
+    patches.wrap(torch.autograd, "grad", _timed_grad(torch.autograd.grad, clock, read_loss))
 
 
-def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[..., None]:
+def timed_backward(
+    original: Callable[..., None], clock: StepClock, read_loss: Callable[[Any], None]
+) -> Callable[..., None]:
     """Return a function that calls `original` and times it as a backward pass."""
     fail = clock.fail
     # Cells of the clock.
-    current = backward_ns = backwards = 0
+    current = backward_ns = backwards = rows = loss_mask = 0
+    samples = elements = input_samples = input_elements = 0
     open_slots: Any = None
     detail = False
 
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal current, backward_ns, backwards
+        nonlocal current, backward_ns, backwards, samples, elements
         if is_dynamo_compiling():
             return original(tensors, *args, **kwargs)
 
         if current != OTHER or detail or not on_training_thread():
-            return _slow_path(original, clock, tensors, args, kwargs)
+            return _slow_path(original, clock, read_loss, tensors, args, kwargs)
 
         try:
+            if not rows & loss_mask:
+                read_loss(tensors)
+
             t = monotonic_ns()
             current = _BACKWARD
             open_slots[_BACKWARD] = t
@@ -65,13 +77,15 @@ def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[
                 current = OTHER
                 open_slots[_BACKWARD] = 0
                 backwards += 1
+                samples += input_samples
+                elements += input_elements
             except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
                 fail(error)
 
     return clock.bind(backward)
 
 
-def _timed_grad(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
+def _timed_grad(original: Callable[..., Any], clock: StepClock, read_loss: Callable[[Any], None]) -> Callable[..., Any]:
     """Return a function that calls `original`, which is `torch.autograd.grad`, and times it."""
 
     def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +94,7 @@ def _timed_grad(original: Callable[..., Any], clock: StepClock) -> Callable[...,
 
         inputs = tuple(inputs) if isinstance(inputs, Iterator) else inputs
         if _differentiates_parameters(clock, inputs, kwargs):
-            return _slow_path(original, clock, outputs, (inputs, *args), kwargs)
+            return _slow_path(original, clock, read_loss, outputs, (inputs, *args), kwargs)
 
         began = clock.enter(_BACKWARD)  # a penalty or an inner loop: a part of the step
         try:
@@ -105,9 +119,16 @@ def _differentiates_parameters(clock: StepClock, inputs: Any, options: dict[str,
         return False
 
 
-def _slow_path(original: Callable[..., Any], clock: StepClock, tensors: Any, args: Any, kwargs: Any) -> Any:
+def _slow_path(
+    original: Callable[..., Any],
+    clock: StepClock,
+    read_loss: Callable[[Any], None],
+    tensors: Any,
+    args: Any,
+    kwargs: Any,
+) -> Any:
     """Run a backward pass inside another phase, on another thread, or with detailed measurement."""
-    began = _begin(clock, tensors)
+    began = _begin(clock, read_loss, tensors)
     if began is None:
         return original(tensors, *args, **kwargs)
 
@@ -117,7 +138,7 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, tensors: Any, arg
         _end(clock, *began)
 
 
-def _begin(clock: StepClock, tensors: Any) -> tuple[Began, Any] | None:
+def _begin(clock: StepClock, read_loss: Callable[[Any], None], tensors: Any) -> tuple[Began, Any] | None:
     """Begin a backward pass; return its phase and the hook of the loss, or None where it does not count."""
     try:
         previous = clock.current
@@ -129,6 +150,9 @@ def _begin(clock: StepClock, tensors: Any) -> tuple[Began, Any] | None:
 
         if clock.stretch.start:
             clock.stretch.end(monotonic_ns())
+
+        if not clock.rows & clock.loss_mask:
+            read_loss(tensors)
 
         began = clock.enter(_BACKWARD)
         if began is None:
@@ -144,6 +168,8 @@ def _end(clock: StepClock, began: Began, handle: Any) -> None:
     try:
         clock.leave(_BACKWARD, began)
         clock.backwards += 1
+        clock.samples += clock.input_samples
+        clock.elements += clock.input_elements
         clock.after_backward(monotonic_ns())
         clock.plan_detail()
         if handle is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["loader_facts", "model_facts", "optimizer_facts"]
+__all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts"]
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
 _MAX_FIELDS = 64
@@ -58,6 +58,17 @@ def model_facts(module: Any) -> dict[str, Any]:
         "dtype": str(parameters[0].dtype) if parameters else None,
         "compiled": compiled or getattr(slot, "inner", None) is not None,
         "parallel": wrapped,
+    }
+
+
+def input_facts(tensor: Any) -> dict[str, Any]:
+    """Describe the input of the model."""
+    return {
+        "kind": "input",
+        "dtype": str(tensor.dtype),
+        "dimensions": tensor.dim(),
+        # Integers by sample and position, as in language models.
+        "tokens": tensor.dim() == 2 and not (tensor.is_floating_point() or tensor.is_complex()),
     }
 
 

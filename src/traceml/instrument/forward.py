@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
@@ -40,6 +41,8 @@ is_grad_enabled = torch.is_grad_enabled
 
 
 TimerMaker = Callable[["TimedModule"], Callable[..., Any]]
+Measure = Callable[[tuple[Any, ...], dict[str, Any]], None]
+"""Notes the size of a forward's input, given its arguments."""
 
 
 class TimedModule:
@@ -76,13 +79,14 @@ class ForwardTimer:
         return type(None), ()
 
 
-def timer_maker(clock: StepClock) -> TimerMaker:
+def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
     """Return a function that makes timers of modules for a clock."""
     commit, begins, fail = clock.commit, clock.forward_begins, clock.fail
     # Cells of the clock.
     current = forward_ns = 0
     open_slots: Any = None
     closes_at: Any = NOT_READY
+    input_shape: Any = None
 
     def make(timed: TimedModule) -> Callable[..., Any]:
         impl, module = timed.impl, timed.module
@@ -93,9 +97,12 @@ def timer_maker(clock: StepClock) -> TimerMaker:
                 return impl(module(), *args, **kwargs)
 
             if current != OTHER or not on_training_thread():
-                return _nested_call(timed, clock, args, kwargs)
+                return _nested_call(timed, clock, measure, args, kwargs)
 
             try:
+                if not args or type(args[0]) is not Tensor or args[0].shape != input_shape:
+                    measure(args, kwargs)
+
                 t = monotonic_ns()
                 if not is_grad_enabled():
                     begins(t, module, trains=False)
@@ -126,9 +133,9 @@ def timer_maker(clock: StepClock) -> TimerMaker:
     return make
 
 
-def _nested_call(timed: TimedModule, clock: StepClock, args: Any, kwargs: Any) -> Any:
+def _nested_call(timed: TimedModule, clock: StepClock, measure: Measure, args: Any, kwargs: Any) -> Any:
     """Call the module inside another phase, or on another thread."""
-    began = _begin(timed, clock)
+    began = _begin(timed, clock, measure, args, kwargs)
     try:
         return timed.impl(timed.module(), *args, **kwargs)
     finally:
@@ -136,12 +143,13 @@ def _nested_call(timed: TimedModule, clock: StepClock, args: Any, kwargs: Any) -
             clock.leave(_FORWARD, began)
 
 
-def _begin(timed: TimedModule, clock: StepClock) -> Began | None:
+def _begin(timed: TimedModule, clock: StepClock, measure: Measure, args: Any, kwargs: Any) -> Began | None:
     """Begin a forward; return None where it does not count."""
     try:
         if clock.current in _NO_FORWARD or not clock.is_training_thread():
             return None
 
+        measure(args, kwargs)
         clock.forward_begins(monotonic_ns(), timed.module, trains=is_grad_enabled())
         return clock.enter(_FORWARD)
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -150,7 +158,7 @@ def _begin(timed: TimedModule, clock: StepClock) -> Began | None:
 
 
 def timed_forward(
-    original: Callable[..., Any], clock: StepClock, module_of: Callable[[Any], Any]
+    original: Callable[..., Any], clock: StepClock, module_of: Callable[[Any], Any], measure: Measure
 ) -> Callable[..., Any]:
     """Return a framework's method that calls `original` and times it as the outermost call of a model.
 
@@ -158,6 +166,7 @@ def timed_forward(
         original: the method.
         clock: the clock to use.
         module_of: returns the model of the method's object.
+        measure: notes the size of the input.
     """
     begins, fail = clock.forward_begins, clock.fail
     # Cells of the clock.
@@ -176,6 +185,7 @@ def timed_forward(
             return original(self, *args, **kwargs)
 
         try:
+            measure(args, kwargs)
             t = monotonic_ns()
             if closes_at is CHECK_FORWARD or closes_at is ON_FORWARD:
                 begins(t, weakref.ref(module_of(self)), trains=is_grad_enabled())

@@ -24,6 +24,7 @@ from traceml.instrument.user import StepBlock, UserPhases
 __all__ = ["Instrumentation", "install"]
 
 Info = dict[str, Any]
+_FINGERPRINT_MASK = 255  # one batch in 256 has a fingerprint
 _log = logging.getLogger("traceml")
 
 
@@ -50,6 +51,8 @@ class Instrumentation:
         self._discovery: Any = None
         self._overhead: Any = None
         self._device: Any = None
+        self._batches: Any = None
+        self._losses: Any = None
         self._installed = True
         self.feeding: Feeding | None = None
         self._timed: set[tuple[Any, str]] = set()
@@ -123,7 +126,10 @@ class Instrumentation:
         """
         from traceml.instrument.forward import timed_forward
 
-        self._guarded(lambda: self._time(owner, name, lambda original: timed_forward(original, self.clock, module_of)))
+        def timed(original: Any) -> Any:
+            return timed_forward(original, self.clock, module_of, self._batches.measure)
+
+        self._guarded(lambda: self._time(owner, name, timed))
 
     def _time(self, owner: Any, name: str, timed: Callable[[Any], Any]) -> None:
         if self._installed and name in vars(owner) and (owner, name) not in self._timed:
@@ -140,6 +146,9 @@ class Instrumentation:
         """End timing: the open step becomes a row if it has an optimizer attempt, else it is dropped."""
         if self.clock.thread:
             self._guarded(self.clock.finish)
+            if self._losses is not None:
+                self._guarded(self._losses.finish)
+
             if self.clock.device is not None:
                 self._guarded(self.clock.device.drain)
 
@@ -194,6 +203,12 @@ class Instrumentation:
         if clock.group is None:
             self._guarded(self._find_group)
 
+        if self._losses is not None:
+            self._losses.plan()
+
+        if not (clock.rows - 1) & _FINGERPRINT_MASK and self._batches is not None:
+            self._batches.plan(1)
+
         if backwards and not forward_ns and clock.rows > 1:
             self._guarded(self._discovery.descend)
 
@@ -224,7 +239,9 @@ class Instrumentation:
         from traceml.instrument.device import CudaDevice, built_devices
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.forward import patch_compile, timer_maker
+        from traceml.instrument.inputs import BatchReader
         from traceml.instrument.loader import patch_loaders
+        from traceml.instrument.losses import CudaLosses, LossReader, patch_scale
         from traceml.instrument.optimizer import (
             patch_clipping,
             patch_grad_scaler,
@@ -234,7 +251,9 @@ class Instrumentation:
         from traceml.instrument.search.discovery import ModuleDiscovery
 
         clock, patches = self.clock, self._patches
-        timer = timer_maker(clock)
+        self._batches = batches = BatchReader(clock, self._report_input)
+        self._losses = LossReader(clock, self._flight.ring("losses"), CudaLosses())
+        timer = timer_maker(clock, batches.measure)
 
         def on_optimizer_type(kind: type[Any]) -> None:
             patch_optimizer_type(patches, clock, kind)
@@ -243,10 +262,11 @@ class Instrumentation:
             clock, timer, self._report_model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
         )
         patch_compile(patches, timer)
-        patch_backward(patches, clock)
+        patch_backward(patches, clock, self._losses.read)
+        patch_scale(patches, self._losses.read_unscaled)
         patch_grad_scaler(patches, clock)
         patch_clipping(patches, clock)
-        patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._discovery.search_recent))
+        patch_loaders(patches, clock, self._new_loader, self._new_iterator, batches.inspect)
         calls.patch_checkpoint(patches, clock)
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)
@@ -369,6 +389,15 @@ class Instrumentation:
         from traceml.instrument.facts import loader_facts
 
         self._report(loader_facts(loader))
+
+    def _new_iterator(self) -> None:
+        self._guarded(self._discovery.search_recent)
+        self._guarded(self._batches.plan)
+
+    def _report_input(self, tensor: Any) -> None:
+        from traceml.instrument.facts import input_facts
+
+        self._report(input_facts(tensor))
 
     def _report_model(self, module: Any) -> None:
         from traceml.instrument.facts import model_facts

@@ -114,7 +114,11 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
 
 
 def patch_loaders(
-    patches: Patches, clock: StepClock, on_loader: Callable[[Any], None], on_iterator: Callable[[], None]
+    patches: Patches,
+    clock: StepClock,
+    on_loader: Callable[[Any], None],
+    on_iterator: Callable[[], None],
+    on_batch: Callable[[Any], None],
 ) -> None:
     """Time DataLoader's iterators.
 
@@ -123,6 +127,7 @@ def patch_loaders(
         clock: the clock to use.
         on_loader: called with each loader when its first iterator is created.
         on_iterator: called outside all phases after an iterator was created: a new model may run on its batches.
+        on_batch: called with each batch while the clock `inspects` them.
     """
     from torch.utils.data import dataloader
 
@@ -130,6 +135,7 @@ def patch_loaders(
     original_next, original_iter = iterator_type.__next__, dataloader.DataLoader.__iter__
     begin, end = timed_wait(clock)
     tokens = _LoaderTokens(on_loader)
+    inspects = False  # a cell of the clock
 
     def __next__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
         loader = self._traceml_loader
@@ -141,9 +147,13 @@ def patch_loaders(
         try:
             batch = original_next(self)
             got = True
-            return batch
         finally:
             end(began, loader, got)
+
+        if inspects:
+            on_batch(batch)
+
+        return batch
 
     def __iter__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
         loader = token_of(self)
@@ -180,7 +190,7 @@ def patch_loaders(
             return None
 
     patches.replace(iterator_type, _TAG, LoaderToken())
-    patches.wrap(iterator_type, "__next__", __next__)
+    patches.wrap(iterator_type, "__next__", clock.bind(__next__))
     patches.wrap(dataloader.DataLoader, "__iter__", __iter__)
 
 

@@ -20,19 +20,20 @@ from traceml.instrument.step_clock import StepClock
 __all__ = ["HookOverhead"]
 
 _ROWS = 64
+_MakeCall = Callable[[Callable[..., None], StepClock, Callable[[object], None]], Callable[..., None]]
 
 
 class HookOverhead:
     """Measures the cost of hooks on a separate clock.
 
     Args:
-        make_call: wraps an empty function with a hook of a clock.
+        make_call: wraps an empty function with a hook of a clock, and a function that reads its argument as a loss.
     """
 
-    def __init__(self, make_call: Callable[[Callable[..., None], StepClock], Callable[..., None]]) -> None:
+    def __init__(self, make_call: _MakeCall) -> None:
         self._clock = StepClock(_scratch_flight(), _NullListener())
         self._clock.detail = self._clock.dirty = False
-        self._call = make_call(_nothing, self._clock)
+        self._call = make_call(_nothing, self._clock, _nothing)
         self._samples: deque[int] = deque(maxlen=31)
 
     @property

@@ -70,7 +70,9 @@ class StepClock(StepAccumulator):
         self.fuses = False  # optimizers step inside backward
         self.depth = 0  # 1 inside an optimizer step on the slow path
         self.inner_steps = 0  # optimizer steps inside the outermost one
-        self.unmatched_batches: list[tuple[int, list[int], int]] = []  # ends of batches before any optimizer step
+        self.unmatched_batches: list[
+            tuple[int, list[int], int, tuple[int, int]]
+        ] = []  # ends of batches before any optimizer step
         self.last_optimizer = 0
         self.usual = self.usual_loader = NOT_READY
         self.closes_at = CHECK_FORWARD  # a training forward may open the first step
@@ -482,7 +484,15 @@ class StepClock(StepAccumulator):
         if self.device is not None and self.device.close_prefix(self.step):
             flags |= _DEVICE
 
-        self.append_step(times_at_cut, self.cut_ns, self.committed_ns, self.micro_batches, flags, self.committed_own_ns)
+        self.append_step(
+            times_at_cut,
+            self.cut_ns,
+            self.committed_ns,
+            self.micro_batches,
+            flags,
+            self.committed_own_ns,
+            self.committed_data,
+        )
         if self.eval_ns:
             self._flush_evals(self.step)
 
@@ -538,7 +548,7 @@ class StepClock(StepAccumulator):
         self.cut_ns = self.seg_start = t
         self.pending = bool(self.attempt) and not self.explicit
         self.closes_at = CHECK_FORWARD
-        self.micro_batches += min(self.backwards, self.batches) if self.batches else self.backwards
+        self.add_segment()
         self.committed_flags |= self.flags
         self.committed_own_ns += self.own
         self.committed_create_ns += self.create_ns
@@ -551,7 +561,7 @@ class StepClock(StepAccumulator):
             self.device.cut()
 
     def _clear_segment(self) -> None:
-        self.backwards = self.batches = 0
+        self.backwards = self.batches = self.samples = self.elements = 0
         self.batch = None
         self.trained, self.evaluated = None, False
         self.dirty = True
@@ -569,6 +579,7 @@ class StepClock(StepAccumulator):
 
         self.eval_ns += t - self.seg_start - saving
         self.eval_batches += batches
+        self.fingerprint = 0
         self.eval_end = self.seg_start = t
         self.exhausted_loader = None
         self.closes_at = CHECK_FORWARD
@@ -617,10 +628,11 @@ class StepClock(StepAccumulator):
     def _append_held(self, held: list[tuple[int, list[int], int]], flags: int, t: int) -> None:
         """Append the rows of held steps, and begin the next one."""
         before, before_total = self.zeros, 0
+        data = (self.input_elements, self.input_samples)
         for end, times, total in held:
             part = [b - a for b, a in zip(times, before + [0] * (len(times) - len(before)), strict=False)]
             self.note_total(total - before_total)
-            self.append_step(part, end, total - before_total, 1, flags, -1)
+            self.append_step(part, end, total - before_total, 1, flags, -1, data)
             before, before_total = times, total
 
         held.clear()

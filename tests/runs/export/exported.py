@@ -13,7 +13,19 @@ import numpy as np
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_samples, add_user_phase, run_facts
-from traceml.database.schema import DEVICE_STEPS, EPOCHS, EVALS, GPU, LIMITS, LINES, METRICS, TORCH_MEMORY, StepFlag
+from traceml.database.schema import (
+    DEVICE_STEPS,
+    EPOCHS,
+    EVALS,
+    FINGERPRINTS,
+    GPU,
+    LIMITS,
+    LINES,
+    LOSSES,
+    METRICS,
+    TORCH_MEMORY,
+    StepFlag,
+)
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
@@ -68,6 +80,8 @@ def _fill(writer: StoreWriter, stream: int, rows: Any, wall_ns: int, user_ms: fl
     _append(writer, stream, TORCH_MEMORY.name, TORCH_MEMORY.dtype, t_ns=at_ns, allocated_bytes=5, reserved_bytes=6)
     _append(writer, stream, LIMITS.name, LIMITS.dtype, t_ns=at_ns, resource=0, used=30, limit=1024)
     _append(writer, stream, LINES.name, LINES.dtype, t_ns=at_ns, phase=-1, line_id=12, library_id=-1, samples=9)
+    _append(writer, stream, LOSSES.name, LOSSES.dtype, t_ns=at_ns, step=3, loss=0.5)
+    _append(writer, stream, FINGERPRINTS.name, FINGERPRINTS.dtype, step=3, fingerprint=77)
     for number, name in ((10, "loss"), (11, "grad"), (12, "/x/train.py:3 main")):
         named = msgpack.packb({"id": number, "name": name})
         writer.append(stream, "names", writer.next_seq(stream, "names"), 1, named)

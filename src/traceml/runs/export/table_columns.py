@@ -71,6 +71,8 @@ _DOCS = {
     "limits": "use of resources that have a limit, when it has changed",
     "telemetry": "activity and cost of tracing itself",
     "metrics": "all logged values",
+    "losses": "losses of training steps, at most 20 a second",
+    "fingerprints": "hashes of some batches, by which ranks that train on the same data are found",
     "lines": "samples of the line that the training thread ran, by phase; one row per line and five seconds",
 }
 _TIME = ExportColumn("time_epoch_ns", "int64", "time in nanoseconds since 1970 by the aggregator's clock")

@@ -16,9 +16,11 @@ import numpy as np
 from traceml.database.schema import (
     DEVICE_STEPS,
     EVALS,
+    FINGERPRINTS,
     LIMITS,
     LINES,
     LOGS,
+    LOSSES,
     NAMES,
     PACKED,
     PHASE_LABELS,
@@ -46,7 +48,8 @@ _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkp
 _FLAGS = {int(StepFlag.SKIPPED): "skipped", int(StepFlag.INFERRED): "inferred", int(StepFlag.EXPLICIT): "explicit"}
 _DEVICE_FLAG = int(StepFlag.DEVICE)
 _HELD_ROWS = 4096  # step rows per stream that may wait for their user phases
-_TABLES = (*(table.name for table in PACKED if table not in (TELEMETRY, LIMITS, LINES)), *(log.name for log in LOGS))
+_NOT_SHOWN = (TELEMETRY, LIMITS, LINES, LOSSES, FINGERPRINTS)
+_TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), *(log.name for log in LOGS))
 
 
 @dataclass(slots=True)

@@ -1,0 +1,137 @@
+"""Sizes of batches: samples and elements of each step, and fingerprints by which equal batches are found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.instrument.conftest import Traced
+from traceml.instrument.inputs import fingerprint_of
+
+
+class Named(nn.Module):
+    """A model that takes its input by name, as those of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Embedding(50, 4)
+
+    def forward(self, attention_mask: Any = None, input_ids: Any = None) -> Any:
+        return self.inner(input_ids).mean()
+
+
+def sizes(traced: Traced) -> list[tuple[int, int]]:
+    return [(row["samples"], row["elements"]) for row in traced.finish()]
+
+
+def test_batches_of_any_length(traced: Traced) -> None:
+    """Each step has the size of its own batch."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for (x,) in DataLoader(TensorDataset(torch.randn(11, 4)), batch_size=4):
+        model(x).sum().backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(4, 16), (4, 16), (3, 12)]
+
+
+def test_micro_batches_are_added(traced: Traced) -> None:
+    """With gradient accumulation a step has the samples of all its batches."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index, (x,) in enumerate(DataLoader(TensorDataset(torch.randn(12, 4)), batch_size=2)):
+        model(x).sum().backward()
+        if index % 3 == 2:
+            optimizer.step()
+
+    assert sizes(traced) == [(6, 24), (6, 24)]
+
+
+def test_evaluation_does_not_count(traced: Traced) -> None:
+    """Batches without a backward pass add nothing."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        for (x,) in DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4):
+            model(x).sum().backward()
+            optimizer.step()
+
+        with torch.no_grad():
+            for (x,) in DataLoader(TensorDataset(torch.randn(9, 4)), batch_size=3):
+                model(x)
+
+    assert sizes(traced) == [(4, 16)] * 4
+
+
+def test_two_models_on_one_batch_count_once(traced: Traced) -> None:
+    """Discriminator and generator of a GAN train on the same samples."""
+    one, two = nn.Linear(4, 4), nn.Linear(4, 1)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (one, two)]
+    for (x,) in DataLoader(TensorDataset(torch.randn(24, 4)), batch_size=4):
+        for optimizer in optimizers:
+            two(one(x)).sum().backward()
+            optimizer.step()
+
+    assert [samples for samples, _ in sizes(traced)] == [4] * 6
+
+
+def test_input_by_name(traced: Traced) -> None:
+    """A model that is called with keywords is measured by its `input_ids`, which are tokens."""
+    model = Named()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(attention_mask=torch.ones(1, 1), input_ids=torch.randint(50, (2, 7))).backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(2, 14)] * 3
+    assert [info["tokens"] for info in traced.info if info["kind"] == "input"] == [True]
+
+
+def test_fingerprints_are_of_the_first_batches_of_an_epoch(traced: Traced) -> None:
+    """The first three batches that are trained on have a fingerprint; of evaluation there is none."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(torch.randn(80, 4))
+    seen = []
+    for _ in range(2):
+        for (x,) in DataLoader(data, batch_size=8):
+            seen.append(fingerprint_of(x))
+            model(x).sum().backward()
+            optimizer.step()
+
+    traced.finish()
+    found = {row["step"]: row["fingerprint"] for row in traced.table("fingerprints")}
+    assert found == {step: seen[step] for step in (0, 1, 2, 10, 11, 12)}
+
+
+def test_fingerprints_are_few(traced: Traced) -> None:
+    """Many short epochs have no more than one fingerprint in 192 steps, beyond the first ones."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(torch.randn(32, 4))
+    for _ in range(100):
+        for (x,) in DataLoader(data, batch_size=8):
+            model(x).sum().backward()
+            optimizer.step()
+
+    assert len(traced.finish()) == 400
+    assert 6 <= len(traced.table("fingerprints")) <= 6 + 3 + 400 // 192
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(100), torch.randn(3), torch.randn(40, device="meta"), torch.randn(40, 2)[:, 0], "text", None],
+)
+def test_batches_without_fingerprint(tensor: Any) -> None:
+    """A batch of equal numbers, a small one, or one that is not on the CPU has none."""
+    assert fingerprint_of(tensor) == 0
+
+
+def test_fingerprints_tell_batches_apart() -> None:
+    """Equal batches have equal fingerprints."""
+    x = torch.randn(8, 5)
+    assert fingerprint_of(x) == fingerprint_of(x.clone()) != fingerprint_of(x + 1)
