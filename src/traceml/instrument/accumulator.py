@@ -322,19 +322,6 @@ class StepAccumulator:
         """Elements and samples before the last cut."""
         return self.committed_elements, self.committed_samples
 
-    def add_segment(self) -> None:
-        """Add the micro-batches of the segment, and their data, to those before it."""
-        backwards, batches = self.backwards, self.batches
-        # Several models that train on one batch, as in a GAN, do not make it larger.
-        share = min(batches / backwards, 1) if batches and backwards else 1
-        self.committed_elements += int(self.elements * share)
-        self.committed_samples += int(self.samples * share)
-        self.micro_batches += min(backwards, batches) if batches else backwards
-        if backwards and self.fingerprint:
-            self.committed_fingerprint = self.committed_fingerprint or self.fingerprint
-
-        self.fingerprint = 0
-
     def note_total(self, total: int) -> None:
         """Update the moving mean of step times, which decides how detailed the next steps are measured."""
         if self.extras:
@@ -422,6 +409,19 @@ class StepAccumulator:
         self.committed_elements = self.committed_samples = self.committed_fingerprint = 0
         self.cut_ns = self.committed_ns = self.committed_flags = self.committed_own_ns = self.micro_batches = 0
         self.committed_create_ns = self.committed_drain_ns = 0
+
+    def add_segment(self) -> None:
+        """Add the micro-batches of the segment, and their data, to those before it."""
+        backwards, batches = self.backwards, self.batches
+        # Several models that train on one batch, as in a GAN, do not make it larger.
+        share = min(batches / backwards, 1) if batches and backwards else 1
+        self.committed_elements += int(self.elements * share)
+        self.committed_samples += int(self.samples * share)
+        self.micro_batches += min(backwards, batches) if batches else backwards
+        if backwards and self.fingerprint:
+            self.committed_fingerprint = self.committed_fingerprint or self.fingerprint
+
+        self.fingerprint = 0
 
     def _flush_evals(self, step: int) -> None:
         self._append_eval(step, self.eval_end, self.eval_ns, self.eval_batches)

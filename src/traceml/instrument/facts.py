@@ -9,6 +9,7 @@ __all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts"]
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
 _MAX_FIELDS = 64
+_MAX_RANKS = 256
 
 
 def loader_facts(loader: Any) -> dict[str, Any]:
@@ -57,8 +58,29 @@ def model_facts(module: Any) -> dict[str, Any]:
         "device": str(parameters[0].device) if parameters else None,
         "dtype": str(parameters[0].dtype) if parameters else None,
         "compiled": compiled or getattr(slot, "inner", None) is not None,
-        "parallel": wrapped,
+        "parallel": wrapped or ("dtensor" if any(_is_distributed(parameter) for parameter in parameters) else None),
+        **_gradient_group(_wrapper_of(module, "DistributedDataParallel", "FullyShardedDataParallel")),
     }
+
+
+def _is_distributed(parameter: Any) -> bool:
+    return type(getattr(parameter, "data", parameter)).__name__ == "DTensor"
+
+
+def _gradient_group(wrapper: Any) -> dict[str, Any]:
+    """Describe the ranks that average their gradients: how many they are, and which, if they are not all."""
+    group, distributed = getattr(wrapper, "process_group", None), sys.modules.get("torch.distributed")
+    if group is None or distributed is None:
+        return {}
+
+    ranks = distributed.get_process_group_ranks(group)
+    some = len(ranks) < distributed.get_world_size() and len(ranks) <= _MAX_RANKS
+    return {"gradient_size": len(ranks), "gradient_ranks": sorted(ranks) if some else None}
+
+
+def _wrapper_of(module: Any, *names: str) -> Any:
+    """Return the outermost wrapper of some classes around or in a module, None without one."""
+    return next((each for each in module.modules() if type(each).__name__ in names), None)
 
 
 def input_facts(tensor: Any) -> dict[str, Any]:

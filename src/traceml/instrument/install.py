@@ -263,10 +263,10 @@ class Instrumentation:
         )
         patch_compile(patches, timer)
         patch_backward(patches, clock, self._losses.read)
-        patch_scale(patches, self._losses.read_unscaled)
+        patch_scale(patches, clock, self._losses.read_unscaled)
         patch_grad_scaler(patches, clock)
         patch_clipping(patches, clock)
-        patch_loaders(patches, clock, self._new_loader, self._new_iterator, batches.inspect)
+        patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._new_iterator), batches.inspect)
         calls.patch_checkpoint(patches, clock)
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)
@@ -357,6 +357,7 @@ class Instrumentation:
 
         group = distributed.group.WORLD
         clock.group = group
+        self._report({"kind": "group", "group_size": distributed.get_world_size()})
         if distributed.get_world_size() > 1:
             clock.extras = clock.slow_commits = clock.dirty = clock.detail = True
             # Private, so optional; it raises until the first collective of the group.
@@ -391,8 +392,8 @@ class Instrumentation:
         self._report(loader_facts(loader))
 
     def _new_iterator(self) -> None:
-        self._guarded(self._discovery.search_recent)
-        self._guarded(self._batches.plan)
+        self._batches.plan()
+        self._discovery.search_recent()
 
     def _report_input(self, tensor: Any) -> None:
         from traceml.instrument.facts import input_facts

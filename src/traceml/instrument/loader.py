@@ -151,7 +151,10 @@ def patch_loaders(
             end(began, loader, got)
 
         if inspects:
-            on_batch(batch)
+            try:
+                on_batch(batch)
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+                clock.fail(error)
 
         return batch
 

@@ -172,7 +172,7 @@ class LossReader:
             raise error
 
 
-def patch_scale(patches: Patches, read_unscaled: Callable[[Any], None]) -> None:
+def patch_scale(patches: Patches, clock: StepClock, read_unscaled: Callable[[Any], None]) -> None:
     """Read losses before `GradScaler.scale` multiplies them."""
     from torch.amp.grad_scaler import GradScaler
 
@@ -180,7 +180,10 @@ def patch_scale(patches: Patches, read_unscaled: Callable[[Any], None]) -> None:
 
     def scale(self: Any, outputs: Any) -> Any:
         if not is_dynamo_compiling() and self.is_enabled():
-            read_unscaled(outputs)
+            try:
+                read_unscaled(outputs)
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+                clock.fail(error)
 
         return original(self, outputs)
 

@@ -70,9 +70,7 @@ class StepClock(StepAccumulator):
         self.fuses = False  # optimizers step inside backward
         self.depth = 0  # 1 inside an optimizer step on the slow path
         self.inner_steps = 0  # optimizer steps inside the outermost one
-        self.unmatched_batches: list[
-            tuple[int, list[int], int, tuple[int, int]]
-        ] = []  # ends of batches before any optimizer step
+        self.unmatched_batches: list[tuple[int, list[int], int]] = []  # ends of batches before any optimizer step
         self.last_optimizer = 0
         self.usual = self.usual_loader = NOT_READY
         self.closes_at = CHECK_FORWARD  # a training forward may open the first step
