@@ -10,7 +10,20 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import DEVICE_STEPS, EPOCHS, GPU, HOST, LIMITS, LINES, PROCESS, STEPS, USER_PHASES, Table
+from traceml.database.schema import (
+    DEVICE_STEPS,
+    EPOCHS,
+    FINGERPRINTS,
+    GPU,
+    HOST,
+    LIMITS,
+    LINES,
+    LOSSES,
+    PROCESS,
+    STEPS,
+    USER_PHASES,
+    Table,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
 from traceml.diagnosis.steps.step_sample import SampledWindow
 from traceml.diagnosis.steps.window import Ints, Rows, StepWindow, Window
@@ -39,6 +52,8 @@ class RowIntake:
             LIMITS.name: self.facts.limits.add,
             EPOCHS.name: self.facts.epoch_rows,
             LINES.name: self.facts.lines.add,
+            LOSSES.name: self.facts.losses.add,
+            FINGERPRINTS.name: self.facts.batches.add,
         }
 
     def resize(self, slots: int, ranks: int) -> None:
@@ -91,9 +106,12 @@ class RowIntake:
     def _take_steps(self, ranks: NDArray[np.int64], rows: Rows) -> None:
         self.window.scatter(ranks, rows)
         self.facts.skipped.add(ranks, rows)
+        self.facts.batches.steps(rows)
 
     def _take_user_phases(self, rank: int, rows: Rows) -> None:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, GPU, LIMITS, LINES, EPOCHS)}
+_DTYPES = {
+    table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, GPU, LIMITS, LINES, EPOCHS, LOSSES, FINGERPRINTS)
+}

@@ -143,6 +143,21 @@ def _limit(finding: _FindingFacts) -> str:
     return f"{capitalized(resource)}: {share} of the limit in use"
 
 
+def _duplicates(finding: _FindingFacts) -> str:
+    """Return `Ranks 0-3 train on identical batches`."""
+    whose = capitalized(ranks_text(finding.ranks)) if finding.ranks else "All ranks"
+    return f"{whose} train on identical batches"
+
+
+def _not_finite(finding: _FindingFacts) -> str:
+    """Return `The loss has been nan since step 120`."""
+    evidence = finding.evidence
+    since = count_text(evidence.get("since_step"))
+    return f"The loss has not been finite since step {since}: first {evidence.get('loss', 'nan')} on " + ranks_text(
+        finding.ranks
+    )
+
+
 def _unknown(finding: _FindingFacts) -> str:
     words = capitalized(finding.kind.lower().replace("_", " "))
     where = f", in {phase_words(finding.phase)}" if finding.phase else ""
@@ -199,6 +214,16 @@ class Kind(StrEnum):
         KindRule("Steps are skipped because gradients are not finite: {share}"),
     )
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
+    DATA_IMBALANCE = (
+        "DATA_IMBALANCE",
+        KindRule("Batches differ in size, and ranks wait for the largest: {share}"),
+    )
+    DUPLICATE_DATA = "DUPLICATE_DATA", KindRule(_duplicates)
+    NO_GRADIENT_SYNC = (
+        "NO_GRADIENT_SYNC",
+        KindRule("The ranks never exchange gradients: each trains its own model", Severity.WARNING),
+    )
+    NUMERIC = "NUMERIC", KindRule(_not_finite, Severity.CRITICAL, sorts_first=True)
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(_limit)
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.rules.batch_sizes import data_imbalance
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.compute import nothing_found
@@ -15,11 +16,13 @@ from traceml.diagnosis.rules.epoch_starts import workers_restarted
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.lost_ranks import rank_lost
 from traceml.diagnosis.rules.near_limits import limits_near
+from traceml.diagnosis.rules.numeric import loss_not_finite
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps
 from traceml.diagnosis.rules.skipped_updates import steps_skipped
 from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
 from traceml.diagnosis.rules.stragglers import stragglers
+from traceml.diagnosis.rules.training_data import duplicate_data, never_synchronized
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.window import Window
@@ -41,7 +44,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
         facts: facts besides the window.
     """
-    lost = [*rank_lost(facts), *steps_skipped(facts.skipped), *limits_near(facts.limits)]
+    lost = [*rank_lost(facts), *steps_skipped(facts.skipped), *limits_near(facts.limits), *_training(facts)]
     outside = outside_steps(facts.time, facts.lines)
     main = [*lost, *(finding for finding in outside if finding.severity is not Severity.INFO)]
     remarks = [finding for finding in outside if finding.severity is Severity.INFO]
@@ -63,8 +66,23 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
     return [_unknown_backward(window, segments) or nothing_found(segments, facts), *remarks]
 
 
+def _training(facts: JobFacts) -> list[Finding]:
+    """Find what is wrong with the training itself: its numbers, its data, its gradients."""
+    found: list[Finding] = [] if facts.losses is None else loss_not_finite(facts.losses, facts.latest)
+    if facts.batches is not None:
+        steps, running = max(facts.latest, default=-1) + 1, facts.state == "running"
+        found += duplicate_data(facts.batches, facts.world_size)
+        found += never_synchronized(facts.batches, facts.world_size, steps, running=running)
+
+    return found
+
+
 def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
     step_ns = segments.step_ns
+    uneven, even = data_imbalance(window, segments)
+    if even:
+        segments = segments.changed(even, new_step_times(segments, even))
+
     found, without_stragglers = stragglers(segments, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
     remaining = segments
@@ -92,6 +110,7 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, segments, facts)
 
+    found += uneven
     # Live, the window is only the newest part of a longer run.
     slower = slowdown(StepHistory.of(window, segments), facts) if window.steps[0] <= _FIRST_STEPS else []
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]

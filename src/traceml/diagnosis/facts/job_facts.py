@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreWaits
+from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
+from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "ModelFacts", "RankExit", "ended_badly"]
@@ -129,6 +131,9 @@ class JobFacts:
         epochs: rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator.
         time: the run's wall time by part; None where it is not known.
         state: the run's state, as in the report.
+        losses: losses that were read.
+        batches: fingerprints of batches, and how ranks exchange gradients.
+        latest: last step of each rank, -1 before the first.
     """
 
     world_size: int = 1
@@ -152,6 +157,9 @@ class JobFacts:
     epochs: NDArray[np.void] = field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
     time: RunTime | None = None
     state: str = "running"
+    losses: LossHistory | None = None
+    batches: BatchHistory | None = None
+    latest: tuple[int, ...] = ()
 
     @property
     def wait_share(self) -> float:
@@ -208,6 +216,7 @@ class JobFactsBuilder:
         self.skipped = SkippedSteps()
         self.steps_before: dict[int, int] = {}
         """Steps of each rank in the training that it resumes."""
+        self.losses, self.batches = LossHistory(), BatchHistory()
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
         self._epochs = np.empty(0, EPOCHS.dtype)
@@ -247,6 +256,11 @@ class JobFactsBuilder:
             self.accelerator = device if kind == "model" and device not in _NO_ACCELERATOR else self.accelerator
             if kind == "model" and (self._model is None or row.get("compiled")):
                 self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__dataclass_fields__})
+
+            if kind == "model":
+                self.batches.model(rank, row)
+            elif kind == "group":
+                self.batches.group_size = max(self.batches.group_size, int(row.get("group_size") or 0))
 
             if isinstance(row.get("machine_cores"), int):
                 self.samples.machine_cores[rank] = row["machine_cores"]
@@ -307,6 +321,9 @@ class JobFactsBuilder:
             limits=self.limits.uses(),
             lines=LazyLines(self.lines, self.names),
             skipped=self.skipped,
+            losses=self.losses,
+            batches=self.batches,
+            latest=tuple(latest),
             epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),

@@ -28,8 +28,8 @@ __all__ = ["MAX_CELLS", "MAX_USER_PHASES", "SET_UP_STEPS", "Ints", "Rows", "Step
 Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
 
-# The durations of a step row are neighbors, so one slice of the row matrix holds them all.
-_DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["backward_own_ns"] + 1)
+# The durations of a step row and the size of its batch are neighbors: one slice of the row matrix holds them all.
+_DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["elements"] + 1)
 _POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIONS])}
 _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
 
@@ -65,6 +65,7 @@ class Window:
         user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
         missing_ranks: ranks with rows, but with none of these steps.
         device: whether device times replace the CPU times of the device's phases; see `step_split`.
+        elements: size of the batches of each step, 0 where it is not known.
     """
 
     ranks: Ints
@@ -75,6 +76,7 @@ class Window:
     user: Mapping[str, Floats] = field(default_factory=dict)
     missing_ranks: tuple[int, ...] = ()
     device: bool = False
+    elements: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -135,6 +137,7 @@ class Window:
             {name: values[:, columns] for name, values in self.user.items()},
             self.missing_ranks,
             self.device,
+            self.elements[:, columns] if len(self.elements) else self.elements,
         )
 
 
@@ -142,7 +145,7 @@ class StepWindow:
     """The last rows of every rank: a ring of `slots` steps for each, which is added when the rank arrives.
 
     The rows of a rank must arrive in order. A rank that starts again from step 0 overwrites its earlier rows.
-    Durations are kept as float32 (a step of ten seconds to the microsecond), 48 bytes per rank and step.
+    Durations are kept as float32 (a step of ten seconds to the microsecond), 52 bytes per rank and step.
 
     Args:
         slots: steps kept per rank; see `slots_for`.
@@ -321,7 +324,7 @@ class StepWindow:
             kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
             user = {name: values * kept for name, values in user.items()}
 
-        return Window(ranks, steps, times, total, own, user, missing_ranks, device)
+        return Window(ranks, steps, times, total, own, user, missing_ranks, device, values[_POSITION["elements"]])
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
         if self._device is None or not at.size:

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from traceml.database.schema import (
     DEVICE_STEPS,
     EPOCHS,
+    FINGERPRINTS,
     GPU,
     HOST,
     INFO,
     LIMITS,
     LINES,
+    LOSSES,
     NAMES,
     PROCESS,
     STEPS,
@@ -341,7 +343,7 @@ class Digest:
 
 _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
 _OF_STEPS = (STEPS, DEVICE_STEPS, USER_PHASES)
-_BY_RULES = (LIMITS, LINES, EPOCHS)
+_BY_RULES = (LIMITS, LINES, LOSSES, FINGERPRINTS, EPOCHS)
 _FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
 
 

@@ -1,0 +1,97 @@
+"""Batches of ranks that average their gradients, and whether ranks communicate in their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import unpack_bits
+
+__all__ = ["BatchHistory"]
+
+MIN_BATCHES = 3
+"""Ranks have the same batches if they had in at least this many steps, and in all of which both are known."""
+_KEPT = 64
+
+
+class BatchHistory:
+    """Fingerprints of batches by rank, models' gradient groups, and whether ranks communicate in their steps."""
+
+    def __init__(self) -> None:
+        self._batches: dict[int, dict[int, int]] = {}
+        self._groups: dict[int, tuple[int, ...]] = {}
+        self._sizes: dict[int, int] = {}
+        self._parallel: set[int] = set()
+        self._models: set[int] = set()
+        self._sequence: tuple[int, int] | None = None
+        self._communicates = False
+        self.group_size = 0
+        """Ranks of the default process group, 0 without one."""
+
+    def add(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.FINGERPRINTS`, in order; the newest are kept."""
+        kept = self._batches.setdefault(rank, {})
+        kept.update(zip(rows["step"].tolist(), rows["fingerprint"].tolist(), strict=True))
+        for step in list(kept)[:-_KEPT]:
+            del kept[step]
+
+    def model(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take the facts of a rank's model."""
+        self._models.add(rank)
+        if row.get("parallel"):
+            self._parallel.add(rank)
+
+        if row.get("gradient_ranks"):
+            self._groups[rank] = tuple(row["gradient_ranks"])
+
+        if row.get("gradient_size"):
+            self._sizes[rank] = int(row["gradient_size"])
+
+    def steps(self, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.STEPS`: do the ranks call collectives in their steps?"""
+        if self._communicates:
+            return
+
+        sequence = unpack_bits(rows["bits"]).sequence
+        least, most = int(sequence.min()), int(sequence.max())
+        before = self._sequence or (least, most)
+        self._sequence = min(least, before[0]), max(most, before[1])
+        self._communicates = bool(rows["comm_ns"].any()) or self._sequence[0] != self._sequence[1]
+
+    @property
+    def are_alone(self) -> bool:
+        """Whether ranks share a group, but no model is parallel, and no step had a collective."""
+        return self.group_size > 1 and len(self._models) > 1 and not self._parallel and not self._communicates
+
+    def duplicates(self, world_size: int) -> list[tuple[tuple[int, ...], int]]:
+        """Return groups of ranks with equal batches, and the number of batches that were compared.
+
+        Only ranks that average their gradients are compared: those of a tensor- or pipeline-parallel group share
+        batches on purpose.
+        """
+        found = []
+        for group in self._gradient_groups(world_size):
+            known = [rank for rank in group if len(self._batches.get(rank, ())) >= MIN_BATCHES]
+            if len(known) > 1:
+                found += self._equal(known)
+
+        return found
+
+    def _gradient_groups(self, world_size: int) -> Iterable[tuple[int, ...]]:
+        if any(size >= world_size for size in self._sizes.values()):
+            return [tuple(sorted(self._sizes))]
+
+        return sorted(set(self._groups.values()))
+
+    def _equal(self, ranks: Sequence[int]) -> list[tuple[tuple[int, ...], int]]:
+        common = sorted(set.intersection(*(set(self._batches[rank]) for rank in ranks)))
+        by_batches: dict[tuple[int, ...], list[int]] = {}
+        for rank in ranks:
+            by_batches.setdefault(tuple(self._batches[rank][step] for step in common), []).append(rank)
+
+        # The same batch in each step is that of a benchmark.
+        same = (tuple(equal) for batches, equal in by_batches.items() if len(set(batches)) >= MIN_BATCHES)
+        return [(equal, len(common)) for equal in same if len(equal) > 1]

@@ -1,0 +1,95 @@
+"""Work that follows the size of the batches: then no rank is slow and no step irregular, but lengths differ."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.steps.replay import new_step_times, speedup
+from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.window import Window
+from traceml.formatting import gain_text, ns_text, percent_text
+
+__all__ = ["data_imbalance"]
+
+MIN_VARIATION = 0.05
+"""Standard deviation of the batches' sizes, as share of their mean, from which on they differ."""
+MIN_EXPLAINED = 0.5
+"""Share of the differences in own computation that follow the size."""
+FLOOR_NS = 1e6
+"""Mean cost per step below which nothing is reported."""
+
+
+def data_imbalance(window: Window, segments: Segments) -> tuple[list[Finding], dict[str, Floats]]:
+    """Return the finding, and the computing parts without what follows the size of the batches.
+
+    Rules that look for slow ranks and irregular steps judge what remains. The cost is the waiting for the rank with
+    the largest batch of each step; a single rank waits for nobody, so it has no finding.
+    """
+    sizes = window.elements
+    if not len(sizes) or (sizes <= 0).any() or sizes.std() < MIN_VARIATION * sizes.mean():
+        return [], {}
+
+    parts = [part for part in COMPUTE if part in segments.parts]
+    work = sum((segments.parts[part] for part in parts), np.zeros_like(segments.own))
+    away = sizes - sizes.mean()
+    slope, explained = _fit(away, work)
+    if slope <= 0 or explained < MIN_EXPLAINED:
+        return [], {}
+
+    even = {part: _without(segments.parts[part], away) for part in parts}
+    cost = segments.step_ns - float(new_step_times(segments, even).mean())
+    share = cost / segments.step_ns
+    if not segments.grouped or len(segments.ranks) < 2 or share < WARNING_SHARE or cost < FLOOR_NS:
+        return [], even
+
+    return [_finding(segments, sizes, explained, cost)], even
+
+
+def _fit(away: Floats, work: Floats) -> tuple[float, float]:
+    """Return the slope of work over size, and the share of its variance that the line explains.
+
+    The longest 1 % of the work counts as much as the next longest, so that single pauses do not hide the rest.
+    """
+    clipped = np.minimum(work, np.quantile(work, 0.99)).astype(np.float64)
+    around = clipped - clipped.mean()
+    variance = float((away.astype(np.float64) ** 2).sum())
+    slope = float((away * around).sum()) / variance
+    whole = float((around**2).sum())
+    return slope, slope**2 * variance / whole if whole else 0.0
+
+
+def _without(work: Floats, away: Floats) -> Floats:
+    """Return the work of one part at the mean size."""
+    slope, _ = _fit(away, work)
+    return np.asarray(np.maximum(work - np.float32(max(slope, 0.0)) * away, 0), dtype=work.dtype)
+
+
+def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -> Finding:
+    share, gain = cost / segments.step_ns, speedup(segments, cost)
+    spread = float((sizes.max(axis=0) / sizes.min(axis=0)).mean())
+    return Finding(
+        kind=Kind.DATA_IMBALANCE,
+        severity=Kind.DATA_IMBALANCE.severity_for(share),
+        summary=(
+            f"{percent_text(explained)} of the differences in computation follow the size of the batches, whose "
+            f"largest in a step is {spread:.1f}x the smallest: no rank is slow, but the others wait {ns_text(cost)} of "
+            f"each {ns_text(segments.step_ns)} step ({percent_text(share)}) for the one with the largest; with equal "
+            f"sizes the run would be {gain_text(gain)}."
+        ),
+        next=(
+            "Give all ranks batches of about the same size in each step: sort samples by length into buckets, pack "
+            "short ones together, or fill batches up to a number of tokens."
+        ),
+        evidence={
+            "explained_share": explained,
+            "size_ratio": spread,
+            "mean_elements": float(sizes.mean()),
+            "waiting_ms": cost / 1e6,
+            "step_ms": segments.step_ns / 1e6,
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )

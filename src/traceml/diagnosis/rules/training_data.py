@@ -1,0 +1,75 @@
+"""Ranks that train on the same batches, or that never exchange gradients."""
+
+from __future__ import annotations
+
+from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.formatting import capitalized, count_text, percent_text, ranks_text
+
+__all__ = ["duplicate_data", "never_synchronized"]
+
+MIN_STEPS = 50
+"""Ranks are said to never exchange gradients after this many steps; while they run, after `MIN_LIVE_STEPS`."""
+MIN_LIVE_STEPS = 500
+
+
+def duplicate_data(batches: BatchHistory, world_size: int) -> list[Finding]:
+    """Return the finding about ranks that train on identical batches."""
+    found = batches.duplicates(world_size)
+    if not found:
+        return []
+
+    ranks = tuple(sorted(rank for equal, _ in found for rank in equal))
+    needless = len(ranks) - len(found)
+    share = needless / max(world_size, len(ranks))
+    compared = found[0][1]
+    whose = ranks if len(found) == 1 else found[0][0]
+    more = "" if len(found) == 1 else f" ({len(found)} such groups of ranks)"
+    return [
+        Finding(
+            kind=Kind.DUPLICATE_DATA,
+            severity=Kind.DUPLICATE_DATA.severity_for(share),
+            ranks=() if len(ranks) == world_size and len(found) == 1 else ranks,
+            summary=(
+                f"{capitalized(ranks_text(whose))} had identical batches in {compared} of {compared} steps that were "
+                f"compared{more}: {percent_text(share)} of the ranks' work repeats that of others."
+            ),
+            next=(
+                "Give each rank its own part of the data: DataLoader(sampler=DistributedSampler(dataset)) with "
+                "sampler.set_epoch(epoch), or another seed and another shard by rank."
+            ),
+            evidence={"compared_batches": compared, "groups": [list(equal) for equal, _ in found]},
+            cost_share=share,
+            speedup_if_fixed=1 / max(1 - share, 1e-3),
+        )
+    ]
+
+
+def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, running: bool) -> list[Finding]:
+    """Return the finding about ranks of one process group that train without any collective.
+
+    Args:
+        batches: what is known of the ranks.
+        world_size: number of ranks; they share a process group.
+        steps: steps of the rank with the most.
+        running: whether the run goes on.
+    """
+    if world_size < 2 or not batches.are_alone or steps < (MIN_LIVE_STEPS if running else MIN_STEPS):
+        return []
+
+    return [
+        Finding(
+            kind=Kind.NO_GRADIENT_SYNC,
+            severity=Kind.NO_GRADIENT_SYNC.severity_for(0.0),
+            summary=(
+                f"The {world_size} ranks share a process group, but called no collective in {count_text(steps)} steps: "
+                "each trains a model of its own, and only one of them will be saved or used."
+            ),
+            next=(
+                "Wrap the model in DistributedDataParallel, or average the gradients by all_reduce after backward. If "
+                "the models are meant to differ, run them as separate jobs."
+            ),
+            evidence={"ranks": world_size, "steps": steps},
+        )
+    ]

@@ -1,0 +1,62 @@
+"""A loss that is no longer finite: since when, on which rank, and when it is nothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, window_of
+from traceml.database.schema import LOSSES
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.loss_history import LossHistory
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.numeric import loss_not_finite
+from traceml.diagnosis.ruleset import diagnose
+
+NAN, INF = math.nan, math.inf
+
+
+def history(*ranks: list[float]) -> LossHistory:
+    """Return losses of every 10th step of some ranks, in two parts."""
+    found = LossHistory()
+    for rank, losses in enumerate(ranks):
+        rows = np.zeros(len(losses), LOSSES.dtype)
+        rows["step"], rows["loss"] = np.arange(len(losses)) * 10, losses
+        for part in np.array_split(rows, 2):
+            found.add(rank, part)
+
+    return found
+
+
+def test_the_first_step_and_its_rank_are_named():
+    """Rank 1 had an infinite loss first, and rank 0 followed."""
+    losses = history([3.0, 2.0, 1.5, NAN, NAN, NAN], [3.0, 2.0, INF, NAN, NAN, NAN])
+    facts = JobFacts(world_size=2, losses=losses, latest=(79, 79))
+
+    finding = diagnose(window_of(Job(ranks=2)), facts)[0]
+
+    assert finding.kind is Kind.NUMERIC
+    assert finding.ranks == (1,)
+    assert finding.evidence == {
+        "since_step": 20,
+        "wasted_steps": 60,
+        "steps": 80,
+        "loss": "inf",
+        "last_finite_loss": 2.0,
+    }
+    assert finding.headline == "The loss has not been finite since step 20: first inf on rank 1"
+
+
+@pytest.mark.parametrize("losses", [[], [2.0] * 6, [2.0, NAN, 2.0, INF, INF, 1.0], [NAN, 2.0]])
+def test_losses_that_are_finite_again_are_no_finding(losses):
+    """Single overflows, as GradScaler skips them."""
+    assert loss_not_finite(history(losses), [100]) == []
+
+
+def test_the_newest_steps_may_still_recover():
+    """A loss that was not finite in the last step only is no finding yet."""
+    losses = history([2.0, 2.0, NAN])
+    assert loss_not_finite(losses, [21]) == []
+    assert loss_not_finite(losses, [22])[0].evidence["since_step"] == 20

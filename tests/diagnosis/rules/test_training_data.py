@@ -1,0 +1,106 @@
+"""Ranks on the same batches, and ranks that never exchange gradients; and those that rightly do so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from traceml.database.schema import FINGERPRINTS, STEPS, pack_bits
+from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.diagnosis.rules.training_data import duplicate_data, never_synchronized
+
+STEPS_SEEN = [0, 1, 2, 50, 51, 52]
+
+
+def history(*batches: list[int], model: dict | None = None) -> BatchHistory:
+    """Return the fingerprints of some ranks, each with a model."""
+    found = BatchHistory()
+    for rank, of_rank in enumerate(batches):
+        rows = np.zeros(len(of_rank), FINGERPRINTS.dtype)
+        rows["step"], rows["fingerprint"] = STEPS_SEEN[: len(of_rank)], of_rank
+        found.add(rank, rows)
+        found.model(rank, {"parallel": "ddp", "gradient_size": len(batches)} if model is None else model)
+
+    return found
+
+
+def test_equal_batches_of_all_ranks():
+    """No rank has a part of its own: three of four repeat the first one's work."""
+    (finding,) = duplicate_data(history(*([[5, 6, 7, 8]] * 4)), 4)
+
+    assert finding.ranks == ()
+    assert finding.cost_share == 0.75
+    assert finding.evidence == {"compared_batches": 4, "groups": [[0, 1, 2, 3]]}
+    assert finding.headline == "All ranks train on identical batches"
+
+
+def test_equal_batches_of_some_ranks():
+    """Each host has its own part of the data, but the ranks of a host share it."""
+    (finding,) = duplicate_data(history([1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]), 4)
+
+    assert finding.evidence["groups"] == [[0, 1], [2, 3]]
+    assert finding.cost_share == 0.5
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        ([1, 2, 3], [4, 5, 6]),
+        ([1, 2, 3, 4], [1, 2, 3, 9]),  # equal at first only
+        ([1, 2], [1, 2]),  # too few
+        ([7, 7, 7], [7, 7, 7]),  # one batch forever: a benchmark
+    ],
+)
+def test_other_batches_are_no_finding(batches):
+    """Ranks with parts of their own, and too little to tell."""
+    assert duplicate_data(history(*batches), 2) == []
+
+
+def test_ranks_of_a_tensor_parallel_group_share_batches():
+    """Only ranks that average gradients with each other are compared: 0 with 2, and 1 with 3."""
+    batches = BatchHistory()
+    for rank, of_rank in enumerate(([1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6])):
+        rows = np.zeros(3, FINGERPRINTS.dtype)
+        rows["step"], rows["fingerprint"] = [0, 1, 2], of_rank
+        batches.add(rank, rows)
+        batches.model(rank, {"parallel": "ddp", "gradient_size": 2, "gradient_ranks": [rank % 2, rank % 2 + 2]})
+
+    assert duplicate_data(batches, 4) == []
+    assert duplicate_data(history([1, 2, 3], [1, 2, 3], model={"parallel": "dtensor"}), 2) == []
+
+
+def group_of_two(*, comm_ns: int = 0, sequence: int = 0, parallel: str | None = None, size: int = 2) -> BatchHistory:
+    """Return what 60 steps of two ranks tell."""
+    batches = history([1, 2, 3], [4, 5, 6], model={"parallel": parallel})
+    batches.group_size = size
+    rows = np.zeros(60, STEPS.dtype)
+    rows["step"], rows["comm_ns"] = np.arange(60), comm_ns
+    rows["bits"] = [pack_bits(1, 0, 4 + sequence * step) for step in range(60)]
+    for part in np.array_split(rows, 6):
+        batches.steps(part)
+
+    return batches
+
+
+def test_ranks_without_any_collective_train_alone():
+    """A process group that nobody uses."""
+    (finding,) = never_synchronized(group_of_two(), 2, 60, running=False)
+
+    assert finding.evidence == {"ranks": 2, "steps": 60}
+    assert finding.severity == "warning"
+
+
+@pytest.mark.parametrize(
+    ("batches", "steps", "running"),
+    [
+        (group_of_two(comm_ns=5), 60, False),
+        (group_of_two(sequence=1), 60, False),
+        (group_of_two(parallel="ddp"), 60, False),
+        (group_of_two(size=0), 60, False),
+        (group_of_two(), 30, False),
+        (group_of_two(), 60, True),  # it may average its models every 100 steps
+    ],
+)
+def test_ranks_that_communicate_or_have_no_group_are_no_finding(batches, steps, running):
+    """Collectives, parallel models, independent processes, and too few steps."""
+    assert never_synchronized(batches, 2, steps, running=running) == []
