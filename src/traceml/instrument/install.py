@@ -239,9 +239,7 @@ class Instrumentation:
         from traceml.instrument.device import CudaDevice, built_devices
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.forward import patch_compile, timer_maker
-        from traceml.instrument.inputs import BatchReader
         from traceml.instrument.loader import patch_loaders
-        from traceml.instrument.losses import CudaLosses, LossReader, patch_scale
         from traceml.instrument.optimizer import (
             patch_clipping,
             patch_grad_scaler,
@@ -249,6 +247,8 @@ class Instrumentation:
             patch_optimizer_type,
         )
         from traceml.instrument.search.discovery import ModuleDiscovery
+        from traceml.instrument.values.inputs import BatchReader
+        from traceml.instrument.values.losses import CudaLosses, LossReader, patch_scale
 
         clock, patches = self.clock, self._patches
         self._batches = batches = BatchReader(clock, self._report_input)

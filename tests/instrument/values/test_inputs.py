@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
-from traceml.instrument.inputs import fingerprint_of
+from traceml.instrument.values.inputs import fingerprint_of
 
 
 class Named(nn.Module):

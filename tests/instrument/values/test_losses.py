@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
 from traceml.database.flight.flight import FlightFile
-from traceml.instrument.losses import LossReader
 from traceml.instrument.step_clock import StepClock
+from traceml.instrument.values.losses import LossReader
 
 
 def train(steps: int, *, scale: float = 0.0, passes: int = 1, bad: frozenset[int] = frozenset()) -> list[float]:
