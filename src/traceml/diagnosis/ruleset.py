@@ -16,13 +16,12 @@ from traceml.diagnosis.rules.epoch_starts import workers_restarted
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.lost_ranks import rank_lost
 from traceml.diagnosis.rules.near_limits import limits_near
-from traceml.diagnosis.rules.numeric import loss_not_finite
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps
 from traceml.diagnosis.rules.skipped_updates import steps_skipped
 from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
 from traceml.diagnosis.rules.stragglers import stragglers
-from traceml.diagnosis.rules.training_data import duplicate_data, never_synchronized
+from traceml.diagnosis.rules.training_data import duplicate_data, loss_not_finite, never_synchronized
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.window import Window

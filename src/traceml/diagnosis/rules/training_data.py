@@ -1,17 +1,64 @@
-"""Ranks that train on the same batches, or that never exchange gradients."""
+"""Trainings that go wrong: losses that are not finite, ranks on the same batches or without gradient exchange."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, count_text, percent_text, ranks_text
 
-__all__ = ["duplicate_data", "never_synchronized"]
+__all__ = ["duplicate_data", "loss_not_finite", "never_synchronized"]
 
+MIN_LOST_STEPS = 3
+"""A loss that is not finite in fewer steps than this may be one that GradScaler skips."""
 MIN_STEPS = 50
 """Ranks are said to never exchange gradients after this many steps; while they run, after `MIN_LIVE_STEPS`."""
 MIN_LIVE_STEPS = 500
+
+
+def loss_not_finite(losses: LossHistory, latest: Sequence[int]) -> list[Finding]:
+    """Return the finding about a loss that is no longer finite.
+
+    Args:
+        losses: the losses.
+        latest: last step of each rank, -1 before the first.
+    """
+    found = losses.first()
+    steps = max(latest, default=-1) + 1
+    if found is None or steps - found[0] < MIN_LOST_STEPS:
+        return []
+
+    since, ranks, word, last_finite = found
+    wasted = steps - since
+    share = wasted / max(steps, 1)
+    return [
+        Finding(
+            kind=Kind.NUMERIC,
+            severity=Kind.NUMERIC.severity_for(share),
+            ranks=ranks,
+            phase="backward",
+            summary=(
+                f"{capitalized(ranks_text(ranks))} had a loss of {word} in step {count_text(since)}, and it has not "
+                f"been finite since: {count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) trained "
+                "nothing useful."
+            ),
+            next=(
+                f"Go back to a checkpoint from before step {count_text(since)}. Look at the batch of that step, lower "
+                "the learning rate or clip gradients; torch.autograd.set_detect_anomaly(True) names the operation."
+            ),
+            evidence={
+                "since_step": since,
+                "wasted_steps": wasted,
+                "steps": steps,
+                "loss": word,
+                "last_finite_loss": last_finite,
+            },
+            cost_share=share,
+        )
+    ]
 
 
 def duplicate_data(batches: BatchHistory, world_size: int) -> list[Finding]:

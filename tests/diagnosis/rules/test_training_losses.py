@@ -12,7 +12,7 @@ from traceml.database.schema import LOSSES
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.numeric import loss_not_finite
+from traceml.diagnosis.rules.training_data import loss_not_finite
 from traceml.diagnosis.ruleset import diagnose
 
 NAN, INF = math.nan, math.inf
