@@ -36,6 +36,7 @@ def main() -> None:
         model = nn.parallel.DistributedDataParallel(model)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.manual_seed(rank)  # data of its own
     count = 32 * options.steps
     loader = DataLoader(TensorDataset(torch.randn(count, 64), torch.randint(10, (count,))), batch_size=32)
     print(f"rank {rank} trains", flush=True)

@@ -124,7 +124,15 @@ def test_fingerprints_are_few(traced: Traced) -> None:
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.zeros(100), torch.randn(3), torch.randn(40, device="meta"), torch.randn(40, 2)[:, 0], "text", None],
+    [
+        torch.zeros(100),
+        torch.eye(10),
+        torch.randn(3),
+        torch.randn(40, device="meta"),
+        torch.randn(40, 2)[:, 0],
+        "text",
+        None,
+    ],
 )
 def test_batches_without_fingerprint(tensor: Any) -> None:
     """A batch of equal numbers, a small one, or one that is not on the CPU has none."""

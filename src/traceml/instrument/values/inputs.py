@@ -25,6 +25,7 @@ _PREFERRED = "input_ids"
 _DEPTH = 3  # of nested containers: more is no batch
 _WIDTH = 16  # entries of a container in which a tensor is looked for
 _NUMBERS = 16
+_DISTINCT = 4  # numbers that differ: batches of mostly zeros could be equal by chance
 _FIRST_BATCHES = 3
 _STEPS_PER_FINGERPRINT = 192
 _FREE = 6
@@ -100,7 +101,7 @@ class BatchReader:
 
 
 def fingerprint_of(tensor: Any) -> int:
-    """Return the hash of 16 numbers of a tensor; 0 where it has none, is not on the CPU, or has the same everywhere."""
+    """Return the hash of 16 numbers of a tensor; 0 where it is not on the CPU, or they are too few or too alike."""
     if type(tensor) is not torch.Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
         return 0
 
@@ -108,8 +109,9 @@ def fingerprint_of(tensor: Any) -> int:
     if count < _NUMBERS or not tensor.is_contiguous():
         return 0
 
-    numbers = tensor.detach().view(-1)[:: count // _NUMBERS].tolist()
-    return hash((count, *numbers)) & _MASK if len(set(numbers)) > 1 else 0
+    stride = (count // _NUMBERS - 1) | 1  # odd: the rows of images are often a power of two
+    numbers = tensor.detach().view(-1)[::stride][:_NUMBERS].tolist()
+    return hash((count, *numbers)) & _MASK if len(set(numbers)) >= _DISTINCT else 0
 
 
 def _first_tensor(value: Any, depth: int) -> Any:
