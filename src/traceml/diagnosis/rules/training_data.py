@@ -88,7 +88,6 @@ def duplicate_data(batches: BatchHistory, world_size: int) -> list[Finding]:
             ),
             evidence={"compared_batches": compared, "groups": [list(equal) for equal, _ in found]},
             cost_share=share,
-            speedup_if_fixed=1 / max(1 - share, 1e-3),
         )
     ]
 
