@@ -17,6 +17,7 @@ def fsdp():
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters())
+    torch.manual_seed(dist.get_rank())  # other data on each rank
     for _ in range(120):
         model(torch.randn(32, 256)).square().mean().backward()
         optimizer.step()
@@ -45,6 +46,7 @@ def work(rank, world):
     dist.init_process_group("gloo", rank=rank, world_size=world)
     model = nn.parallel.DistributedDataParallel(nn.Linear(256, 256))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    torch.manual_seed(rank)  # other data on each rank
     for _ in range(150):
         model(torch.randn(64, 256)).square().mean().backward()
         optimizer.step()
