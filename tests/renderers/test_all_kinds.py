@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from tests.diagnosis.rules.test_batch_sizes import uneven, window
+from tests.diagnosis.rules.test_training_data import group_of_two, history
+from tests.diagnosis.rules.test_training_losses import NAN
+from tests.diagnosis.rules.test_training_losses import history as losses_of
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
 from traceml.database.schema import EPOCHS, Resource
@@ -65,6 +69,11 @@ def skipped() -> list[Finding]:
     return found(ALONE, skipped=steps)
 
 
+def imbalanced() -> list[Finding]:
+    job = Job(ranks=4)
+    return diagnose(window(job, uneven(4, job.steps)), JobFacts(world_size=4))
+
+
 def later(own, _) -> None:
     own["other"][:, 110:] += 12
 
@@ -93,6 +102,14 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "CHECKPOINT_STALLS": lambda: found(ALONE, adds("checkpoint", 100, every=20)),
     "STEPS_SKIPPED": skipped,
     "SLOWDOWN": lambda: found(ALONE, later),
+    "DATA_IMBALANCE": imbalanced,
+    "DUPLICATE_DATA": lambda: found(Job(ranks=4), batches=history(*([[5, 6, 7, 8]] * 4))),
+    "NO_GRADIENT_SYNC": lambda: found(
+        Job(ranks=2, steps=60, grouped=False), batches=group_of_two(), latest=(59, 59), state="finished"
+    ),
+    "NUMERIC": lambda: found(
+        Job(ranks=2), losses=losses_of([3.0, 2.0, 1.5, NAN, NAN, NAN], [3.0, 2.0, NAN, NAN, NAN, NAN]), latest=(79, 79)
+    ),
     "LIMIT_NEAR": lambda: found(ALONE, limits=(ResourceUse(1, Resource.OPEN_FILES, 980, 1024),)),
     "RANK_LOST": lambda: found(
         Job(ranks=2),
