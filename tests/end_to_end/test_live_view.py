@@ -93,7 +93,7 @@ def test_view_is_below_the_output_and_the_card_comes_after(terminal) -> None:
 
     lines = shown.until(shows_speed)
     assert lines[0] == "rank 0 trains"
-    assert any(line.startswith("─ traceml ─ seen ─") for line in lines[-8:])
+    assert any(line.startswith("─ traceml ─ seen ─") for line in lines[-10:])
     assert lines[-1].startswith(" tracing no row lost")
 
     seen = shown.end()

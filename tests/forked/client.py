@@ -27,6 +27,8 @@ _READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "OMP_", "MKL_", "KM
 _PLAIN = {"executable": None, "preexec_fn": None, "shell": False, "process_group": -1, "umask": -1, "uid": None}
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _APPLIED_LATER = {"PYTHONPATH", "PYTHONWARNINGS", "PYTHONUNBUFFERED"}
+# By importing torch or scikit-learn in this process.
+_SET_BY_LIBRARIES = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
 
 
 class _Server:
@@ -164,7 +166,7 @@ def _can_be_forked(words: list[str], options: Mapping[str, Any], environ: Mappin
     return all(
         environ.get(name) == mine.get(name)
         for name in {*environ, *mine}
-        if name.startswith(_READ_AT_START) and name not in _APPLIED_LATER
+        if name.startswith(_READ_AT_START) and name not in _APPLIED_LATER | _SET_BY_LIBRARIES
     )
 
 

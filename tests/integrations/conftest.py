@@ -58,9 +58,9 @@ class Ended:
 
     def metrics(self, run: Run) -> list[tuple[str, int, float]]:
         """Name, step and value of what a run has captured, in the order of the calls."""
-        names = {row["id"]: row["name"] for row in run.log("names")}
+        names = {(row["rank"], row["id"]): row["name"] for row in run.log("names")}
         rows = run.table("metrics")
-        return [(names[row["name_id"]], int(row["step"]), float(row["value"])) for row in rows]
+        return [(names[row["rank"], row["name_id"]], int(row["step"]), float(row["value"])) for row in rows]
 
 
 Job = Callable[..., Ended]

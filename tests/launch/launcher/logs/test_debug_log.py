@@ -8,6 +8,7 @@ import pytest
 
 import traceml
 from tests.launch import jobs
+from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
 
 
 @pytest.fixture
@@ -15,6 +16,7 @@ def log_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of log files of launches at level debug."""
     monkeypatch.setenv("TRACEML_LOG_DIR", str(tmp_path))
     monkeypatch.setenv("TRACEML_LOG_LEVEL", "debug")
+    AGENT_POOL.close()  # an agent that an earlier test has kept starts no more
     return tmp_path
 
 
