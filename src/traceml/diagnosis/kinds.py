@@ -20,15 +20,27 @@ from traceml.formatting import (
     signal_name,
 )
 
-__all__ = ["CRITICAL_SHARE", "WARNING_SHARE", "Kind", "KindRule", "Severity"]
+__all__ = ["CRITICAL_SHARE", "FLOOR_NS", "WARNING_SHARE", "Kind", "KindRule", "Severity", "least_cost_ns"]
 
 WARNING_SHARE = 0.10
 """A timing finding costs at least this share of step time."""
 CRITICAL_SHARE = 0.25
 """From this share on a timing finding is critical."""
+FLOOR_NS = 1e6
+"""Costs below a millisecond per step are not reported: a toy's loader, loss function and Python cost that much."""
 
 # A line with this share of a finding's cost stands in its headline.
 _MOST = 0.6
+
+
+def least_cost_ns(step_ns: float, share: float = WARNING_SHARE) -> float:
+    """Return the cost per step from which on a timing finding is reported.
+
+    Args:
+        step_ns: mean step.
+        share: of it that a finding costs at least.
+    """
+    return max(FLOOR_NS, share * step_ns)
 
 
 class Severity(StrEnum):

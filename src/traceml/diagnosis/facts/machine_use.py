@@ -51,7 +51,7 @@ class MachineUse:
 
 @dataclass
 class MachineSamples:
-    """MachineSamples of processes, hosts and devices, by rank, thinned evenly over the run.
+    """Samples of processes, hosts and devices, by rank, thinned evenly over the run.
 
     Attributes:
         machine_cores: cores of the machine that each rank is on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.replay import new_step_times, speedup
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
@@ -18,8 +18,6 @@ MIN_VARIATION = 0.05
 """Standard deviation of the batches' sizes, as share of their mean, from which on they differ."""
 MIN_EXPLAINED = 0.5
 """Share of the differences in own computation that follow the size."""
-FLOOR_NS = 1e6
-"""Mean cost per step below which nothing is reported."""
 
 
 def data_imbalance(window: Window, segments: Segments) -> tuple[list[Finding], dict[str, Floats]]:
@@ -41,8 +39,7 @@ def data_imbalance(window: Window, segments: Segments) -> tuple[list[Finding], d
 
     even = {part: _without(segments.parts[part], away) for part in parts}
     cost = segments.step_ns - float(new_step_times(segments, even).mean())
-    share = cost / segments.step_ns
-    if not segments.grouped or len(segments.ranks) < 2 or share < WARNING_SHARE or cost < FLOOR_NS:
+    if not segments.grouped or len(segments.ranks) < 2 or cost < least_cost_ns(segments.step_ns):
         return [], even
 
     return [_finding(segments, sizes, explained, cost)], even

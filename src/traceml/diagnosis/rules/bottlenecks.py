@@ -12,7 +12,7 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line, iterator_share
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import Advised, for_input
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.replay import saved_ns, speedup, without_rare
@@ -20,10 +20,8 @@ from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["FLOOR_NS", "checkpoints", "input_bound", "residual", "transfers"]
+__all__ = ["checkpoints", "input_bound", "residual", "transfers"]
 
-FLOOR_NS = 1e6
-"""Costs below a millisecond per step are not reported: a toy's loader, loss function and Python cost that much."""
 ITERATOR_SHARE = 0.5
 """Code outside the phases is waiting for an iterator if this share of its samples is."""
 CROWDED_SHARE = 0.20
@@ -49,7 +47,7 @@ class _PhaseCost:
 
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
-        return self.saved_ns >= max(FLOOR_NS, share * self.step_ns)
+        return self.saved_ns >= least_cost_ns(self.step_ns, share)
 
     @property
     def of_step(self) -> str:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
@@ -16,8 +16,6 @@ from traceml.formatting import count_text, gain_text, ns_text, percent_text
 
 __all__ = ["workers_restarted"]
 
-FLOOR_NS = 1e6
-"""Costs below a millisecond per step are not reported."""
 _PART = "input_wait"
 
 
@@ -43,7 +41,7 @@ def workers_restarted(
     kept = segments.parts[_PART].copy()
     kept[:, columns] = np.maximum(kept[:, columns] - restart_ns, 0)
     saved = saved_ns(segments, {_PART: kept})
-    if saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
+    if saved < least_cost_ns(step_ns):
         return [], {}
 
     return [_finding(segments, restart_ns, saved, step_ns, workers)], {_PART: kept}

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import COMPUTE, Segments, median_over_ranks
@@ -19,8 +19,6 @@ from traceml.formatting import capitalized, gain_text, ns_text, percent_text, ph
 
 __all__ = ["excess_over_usual", "jitter", "late_in_turns", "usual"]
 
-FLOOR_NS = 1e6
-"""Mean cost per step below which nothing is reported."""
 LONG_NS = 20e6
 """A long step is at least this much longer than usual: other processes on a busy host usually take less."""
 DEVICE_LONG_NS = 2e6
@@ -81,7 +79,7 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
         return []
 
     cost = float((segments.step[events.columns] - events.usual_ns).sum()) / len(segments.step)
-    if cost < max(FLOOR_NS, WARNING_SHARE * step_ns):
+    if cost < least_cost_ns(step_ns):
         return []
 
     if facts.oversubscribed and not _exceeds_cpu_contention(segments, events):
@@ -196,7 +194,7 @@ def _late_in_turns(segments: Segments, part: str, values: Floats, step_ns: float
         return None
 
     saved = saved_ns(segments, {part: np.where(outliers, np.minimum(values, base), values).astype(values.dtype)})
-    if saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
+    if saved < least_cost_ns(step_ns):
         return None
 
     counts = turns.sum(axis=1)

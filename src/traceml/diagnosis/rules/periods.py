@@ -10,18 +10,16 @@ from numpy.typing import NDArray
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import RARE, excess_over_usual, usual
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.diagnosis.steps.window import Window
-from traceml.formatting import capitalized, gain_text, ns_text, ordinal_text, percent_text, phase_words
+from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phase_words
 
 __all__ = ["MIN_LONG_STEPS", "REGULAR_SHARE", "periodic_steps"]
 
-FLOOR_NS = 1e6
-"""Mean cost per step below which nothing is reported."""
 MIN_LONG_STEPS = 4
 """Fewer long steps have no period."""
 REGULAR_SHARE = 0.8
@@ -63,7 +61,7 @@ def periodic_steps(
         step_ns: mean step, to which the cost is compared.
     """
     period = _period(window, segments)
-    if period is None or period.saved_ns < max(FLOOR_NS, WARNING_SHARE * step_ns):
+    if period is None or period.saved_ns < least_cost_ns(step_ns):
         return [], {}
 
     return [_finding(segments, facts, period, step_ns)], {period.part: period.removed}
@@ -123,7 +121,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
         severity=Kind.RESIDUAL_HEAVY.severity_for(share),
         phase=period.part,
         summary=(
-            f"{capitalized(f'every {ordinal_text(period.every)} step')} takes {ns_text(long_ns)} instead of "
+            f"Every {ordinal_text(period.every)} step takes {ns_text(long_ns)} instead of "
             f"{ns_text(usual_ns)}{_where(period.part, line)}: {percent_text(share)} of step time."
         ),
         next=_advice(period, line, half),

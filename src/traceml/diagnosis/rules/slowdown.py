@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import WARNING_SHARE, Kind
-from traceml.diagnosis.rules.bottlenecks import FLOOR_NS
+from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.changes import SideChange, changes
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.window import Window
@@ -127,7 +126,7 @@ def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
 
     mean = float(np.average(bins.step_ns, weights=bins.steps))
     lost = float(((bins.step_ns - change.before_ns) * bins.steps)[change.bins].sum() / bins.steps.sum())
-    if lost < max(FLOOR_NS, WARNING_SHARE * mean):
+    if lost < least_cost_ns(mean):
         return []
 
     return [_finding(bins, change, lost, mean, facts)]
