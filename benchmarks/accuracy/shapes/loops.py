@@ -288,6 +288,20 @@ def scaler_skips():
         scaler.update()
 
 
+def scaler_skips_gradients():
+    """The loss stays finite; from step 100 on one gradient overflows, as those of float16 do."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for step, (x, y) in enumerate(DataLoader(rows(), 16)):
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        if step >= 100:
+            model[0].weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+
+
 def not_finite():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)

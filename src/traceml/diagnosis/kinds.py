@@ -162,12 +162,17 @@ def _duplicates(finding: _FindingFacts) -> str:
 
 
 def _not_finite(finding: _FindingFacts) -> str:
-    """Return `The loss has been nan since step 120`."""
+    """Return `The loss has not been finite since step 120: first nan on rank 1`."""
     evidence = finding.evidence
     since = count_text(evidence.get("since_step"))
-    return f"The loss has not been finite since step {since}: first {evidence.get('loss', 'nan')} on " + ranks_text(
-        finding.ranks
-    )
+    where = f" on {ranks_text(finding.ranks)}" if finding.ranks else ""
+    return f"The loss has not been finite since step {since}: first {evidence.get('loss', 'nan')}{where}"
+
+
+def _skipped(finding: _FindingFacts) -> str:
+    """Return `67 % of the steps are skipped because gradients are not finite`."""
+    share = f"{percent_text(finding.cost_share)} of the steps" if finding.cost_share else "Steps"
+    return f"{share} are skipped because gradients are not finite"
 
 
 def _unknown(finding: _FindingFacts) -> str:
@@ -221,10 +226,7 @@ class Kind(StrEnum):
     STARTUP = "STARTUP", KindRule("{share} is start-up, before the first step", of_run=True)
     EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", of_run=True)
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
-    STEPS_SKIPPED = (
-        "STEPS_SKIPPED",
-        KindRule("Steps are skipped because gradients are not finite: {share}"),
-    )
+    STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(_skipped)
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
     DATA_IMBALANCE = (
         "DATA_IMBALANCE",

@@ -43,7 +43,12 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
         facts: facts besides the window.
     """
-    lost = [*rank_lost(facts), *steps_skipped(facts.skipped), *limits_near(facts.limits), *_training(facts)]
+    lost = [
+        *rank_lost(facts),
+        *steps_skipped(facts.skipped, facts.losses),
+        *limits_near(facts.limits),
+        *_training(facts),
+    ]
     outside = outside_steps(facts.time, facts.lines)
     main = [*lost, *(finding for finding in outside if finding.severity is not Severity.INFO)]
     remarks = [finding for finding in outside if finding.severity is Severity.INFO]
@@ -67,7 +72,10 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
 
 def _training(facts: JobFacts) -> list[Finding]:
     """Find what is wrong with the training itself: its numbers, its data, its gradients."""
-    found: list[Finding] = [] if facts.losses is None else loss_not_finite(facts.losses, facts.latest)
+    found: list[Finding] = []
+    if facts.losses is not None:
+        found += loss_not_finite(facts.losses, facts.latest, facts.world_size, facts.skipped)
+
     if facts.batches is not None:
         steps, running = max(facts.latest, default=-1) + 1, facts.state == "running"
         found += duplicate_data(facts.batches, facts.world_size)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
+from tests.diagnosis.rules.test_skipped_updates import skipped
 from traceml.database.schema import LOSSES
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.loss_history import LossHistory
@@ -52,11 +53,45 @@ def test_the_first_step_and_its_rank_are_named():
 @pytest.mark.parametrize("losses", [[], [2.0] * 6, [2.0, NAN, 2.0, INF, INF, 1.0], [NAN, 2.0]])
 def test_losses_that_are_finite_again_are_no_finding(losses):
     """Single overflows, as GradScaler skips them."""
-    assert loss_not_finite(history(losses), [100]) == []
+    assert loss_not_finite(history(losses), [100], 1) == []
 
 
 def test_the_newest_steps_may_still_recover():
     """A loss that was not finite in the last step only is no finding yet."""
     losses = history([2.0, 2.0, NAN])
-    assert loss_not_finite(losses, [21]) == []
-    assert loss_not_finite(losses, [22])[0].evidence["since_step"] == 20
+    assert loss_not_finite(losses, [21], 1) == []
+    assert loss_not_finite(losses, [22], 1)[0].evidence["since_step"] == 20
+
+
+@pytest.mark.parametrize(("ranks", "whose"), [(1, "The run"), (2, "All ranks")])
+def test_no_rank_is_named_where_all_have_it(ranks, whose):
+    """The only rank, or all of them in the same step."""
+    losses = history(*[[3.0, NAN, NAN, NAN]] * ranks)
+
+    (finding,) = loss_not_finite(losses, [39] * ranks, ranks)
+
+    assert finding.ranks == ()
+    assert finding.summary.startswith(f"{whose} had a loss of nan in step 10,")
+    assert finding.headline == "The loss has not been finite since step 10: first nan"
+
+
+def test_steps_that_the_scaler_skips_did_no_harm():
+    """The loss is infinite and its updates are skipped: that is told, with the loss, and no checkpoint is needed."""
+    losses, steps = history([2.0] * 10 + [INF] * 20), skipped(list(range(100, 300)))
+
+    findings = diagnose(window_of(Job(ranks=1, grouped=False)), JobFacts(losses=losses, skipped=steps, latest=(299,)))
+
+    assert [finding.kind for finding in findings] == [Kind.STEPS_SKIPPED]
+    assert findings[0].evidence["loss"] == "inf"
+    assert "their loss (inf), and so their gradients, were not finite" in findings[0].summary
+    assert "checkpoint" not in findings[0].next
+
+
+def test_a_loss_that_is_not_finite_without_skips_is_told_beside_a_few():
+    """The scaler skipped some steps at first, and the updates of the rest broke the model."""
+    losses, steps = history([2.0] * 10 + [INF] * 20), skipped([0, 1, 2, 3, 4])
+
+    (finding,) = loss_not_finite(losses, [299], 1, steps)
+
+    assert finding.kind is Kind.NUMERIC
+    assert "checkpoint" in finding.next

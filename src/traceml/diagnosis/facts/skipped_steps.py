@@ -27,6 +27,16 @@ class SkippedSteps:
         self.steps: NDArray[np.int64] = np.empty(0, np.int64)
         """The skipped steps, the newest of very many."""
 
+    @property
+    def taken_share(self) -> float:
+        """Share of the steps whose rows were taken; less than 1 where rows are a sample."""
+        return min(self.rows / max(self.latest + 1 - self.first, 1), 1.0)
+
+    def share_since(self, step: int) -> float:
+        """Return the share of the steps from one on that were skipped."""
+        seen = self.taken_share * (self.latest + 1 - step)
+        return min(float((self.steps >= step).sum()) / seen, 1.0) if seen > 0 else 0.0
+
     def add(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
         """Take rows of `schema.STEPS`.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, count_text, percent_text, ranks_text
@@ -14,17 +15,25 @@ __all__ = ["duplicate_data", "loss_not_finite", "never_synchronized"]
 
 MIN_LOST_STEPS = 3
 """A loss that is not finite in fewer steps than this may be one that GradScaler skips."""
+SKIPPED_SHARE = 0.8
+"""Where this share of the steps without a finite loss was skipped, the model was not harmed."""
 MIN_STEPS = 50
 """Ranks are said to never exchange gradients after this many steps; while they run, after `MIN_LIVE_STEPS`."""
 MIN_LIVE_STEPS = 500
 
 
-def loss_not_finite(losses: LossHistory, latest: Sequence[int]) -> list[Finding]:
+def loss_not_finite(
+    losses: LossHistory, latest: Sequence[int], world_size: int, skipped: SkippedSteps | None = None
+) -> list[Finding]:
     """Return the finding about a loss that is no longer finite.
+
+    Steps that GradScaler skips leave the model as it was: they are a finding of their own.
 
     Args:
         losses: the losses.
         latest: last step of each rank, -1 before the first.
+        world_size: number of ranks.
+        skipped: steps without an update.
     """
     found = losses.first()
     steps = max(latest, default=-1) + 1
@@ -32,6 +41,11 @@ def loss_not_finite(losses: LossHistory, latest: Sequence[int]) -> list[Finding]
         return []
 
     since, ranks, word, last_finite = found
+    if skipped is not None and skipped.share_since(since) >= SKIPPED_SHARE:
+        return []
+
+    ranks = () if len(ranks) == world_size else ranks
+    subject = "The run" if world_size == 1 else capitalized(ranks_text(ranks))
     wasted = steps - since
     share = wasted / max(steps, 1)
     return [
@@ -41,7 +55,7 @@ def loss_not_finite(losses: LossHistory, latest: Sequence[int]) -> list[Finding]
             ranks=ranks,
             phase="backward",
             summary=(
-                f"{capitalized(ranks_text(ranks))} had a loss of {word} in step {count_text(since)}, and it has not "
+                f"{subject} had a loss of {word} in step {count_text(since)}, and it has not "
                 f"been finite since: {count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) trained "
                 "nothing useful."
             ),
