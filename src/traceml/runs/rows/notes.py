@@ -16,7 +16,7 @@ __all__ = ["Note", "Notes", "note_of_event"]
 _KEPT = 500
 _LOOKED_AT = 5_000  # frames at the end of a store that are read at first
 _MOST_CHARS = 500
-_SILENT = {"end", "process", "sampler"}  # kinds of rows without information for people
+_SILENT = {"end", "look", "process", "sampler"}  # kinds of rows without information for people
 _HIDDEN = {"kind", "t_ns", "experiment"}
 
 

@@ -1,0 +1,219 @@
+"""Looks at ranks that stand still: the rows that a hang is diagnosed from.
+
+A *look* describes one rank at one moment in which it has made no progress for some seconds. The rank makes it; where it
+cannot answer, another process of its host does. It is a row of the log `info` of that rank (`{"kind": "look", "t_ns":
+..., ...}`), or, where another process made it, an event of the run of the kind `look` with the same map. The live
+verdict, the report and other readers all get the same map.
+
+Values that are not known are left out of the row and have their default here. A reader ignores keys that it does not
+know and values of another type: rows may come from a newer version, or from a rank that was dying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Self
+
+__all__ = ["LOOK", "MAX_FRAMES", "FrameLook", "GroupLook", "RankLook", "WorkerLook"]
+
+LOOK = "look"
+"""Kind of the row, and of the event."""
+MAX_FRAMES = 40
+"""Frames of a stack that are kept, the innermost ones."""
+
+
+class _Record:
+    """A part of a look as a map of plain values."""
+
+    __slots__ = ()
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the values that differ from their default."""
+        values = ((each.name, getattr(self, each.name), each) for each in fields(self))  # type: ignore[arg-type]
+        return {name: _plain(value) for name, value, each in values if value != _default(each)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """Return what a map holds; unknown keys and values of another type are ignored."""
+        known = ((each, row[each.name]) for each in fields(cls) if each.name in row)  # type: ignore[arg-type]
+        read = {each.name: _read(each, value) for each, value in known}
+        return cls(**{name: value for name, value in read.items() if value is not _BAD})
+
+
+_BAD = object()
+
+
+def _of(kind: type, default: Any = None) -> Any:
+    """Declare a field: of a type or None; with a tuple as default, a tuple of that type."""
+    return field(default=default, metadata={"of": kind})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameLook(_Record):
+    """One frame of a Python stack.
+
+    Attributes:
+        file: path of the source file as in the code object.
+        line: the line that runs, from 1; 0 if not known.
+        function: name of the function, qualified where it is known.
+        is_user: whether the user wrote it: not the standard library, an installed package, torch or traceml.
+    """
+
+    file: str = ""
+    line: int = 0
+    function: str = ""
+    is_user: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLook(_Record):
+    """The newest operation of a rank in one process group.
+
+    Attributes:
+        name: the group's name; empty for the default group.
+        members: global ranks of the group, ascending.
+        number: number of the rank's newest collective in this group, counted by torch's flight recorder (or by us where
+            there is none); 0 before the first. Equal numbers of two ranks are the same collective.
+        operation: its name without the backend: `all_reduce`, `barrier`, `send`; empty if not known.
+        sizes: elements of each input tensor.
+        in_flight: whether it is issued and not complete. A collective that nobody waits for can be in flight: the stack
+            tells whether the rank waits.
+        is_p2p: whether the operation is a send or a receive; then `number` counts those.
+        peer: global rank that a send or receive is with; None if not known.
+    """
+
+    name: str = ""
+    members: tuple[int, ...] = _of(int, ())
+    number: int = 0
+    operation: str = ""
+    sizes: tuple[int, ...] = _of(int, ())
+    in_flight: bool = False
+    is_p2p: bool = False
+    peer: int | None = _of(int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLook(_Record):
+    """A worker process of the rank's data loader.
+
+    Attributes:
+        index: its number in the loader, from 0.
+        pid: its process.
+        state: letter of the kernel: R, S, D, T, Z; empty if not known, X when the process is gone.
+        wchan: name of the kernel function in which it sleeps.
+        waits_on: file or pipe that its system call waits for.
+        cpu_share: cores that it has used since the look before; None if not known.
+        frames: its Python stack, the innermost frame first.
+        waits_for_batch: number of the batch that the rank waits for from this worker; None when it is not that worker.
+    """
+
+    index: int = 0
+    pid: int = 0
+    state: str = ""
+    wchan: str = ""
+    waits_on: str = ""
+    cpu_share: float | None = _of(float)
+    frames: tuple[FrameLook, ...] = _of(FrameLook, ())
+    waits_for_batch: int | None = _of(int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLook(_Record):
+    """A rank without progress at one moment.
+
+    Attributes:
+        at_ns: monotonic timestamp of the look, by the clock of the rank's host.
+        rank: the rank.
+        quiet_s: seconds since its last progress: a row, batch, forward, collective, moved user stack, output, or byte
+            of a checkpoint.
+        step: the open training step, else the last one that has ended; -1 before the first.
+        in_step: whether that step is open.
+        phase: the open phase of the step; else `other` in a step, `outside` between steps, `startup` before the first
+            one, `evaluation`, or `exit` when the process has begun to end.
+        answered: source of the stack: `recorder` (the rank's own thread), `signal` (faulthandler, as the rank's thread
+            was silent), `kernel` (no stack, only the process's state), `none`.
+        frames: Python stack of the training thread, the innermost frame first, at most `MAX_FRAMES`.
+        user_line: innermost frame of the user's code, also where `frames` does not reach it.
+        outer_line: outermost frame of the user's code, where it differs: libraries that own the loop lie between them.
+        process_state: letter of the kernel for the main thread: R, S, D, T (stopped by a signal), t (by a debugger), Z.
+        wchan: name of the kernel function in which the main thread sleeps.
+        waits_on: what the descriptor of its system call is: a path, `pipe:[...]`, `socket:[...]`, `stderr`, `stdin`.
+        cpu_share: cores that the rank and its children have used since the look before; None if not known.
+        io_bytes_per_s: bytes that they have read and written; None if not known.
+        is_waiting_for_terminal: whether the main thread reads from a terminal.
+        is_debugged: whether a debugger is attached or in the stack.
+        is_suspended: whether the whole process group was stopped by job control.
+        is_idle_notebook: whether it is a notebook in which no cell runs.
+        is_compiling: whether torch.compile is in the stack.
+        sequence: number of collectives of the default group as `STEPS.bits` counts them; -1 if not known.
+        groups: newest operation by process group.
+        workers: workers of the data loader that is being read.
+        ended: whether the rank has made progress again: the quiet period of `quiet_s` is over.
+        is_last: whether it was made because the job is being ended.
+    """
+
+    at_ns: int = 0
+    rank: int = 0
+    quiet_s: float = 0.0
+    step: int = -1
+    in_step: bool = False
+    phase: str = ""
+    answered: str = "none"
+    frames: tuple[FrameLook, ...] = _of(FrameLook, ())
+    user_line: FrameLook | None = field(default=None, metadata={"of": FrameLook})
+    outer_line: FrameLook | None = field(default=None, metadata={"of": FrameLook})
+    process_state: str = ""
+    wchan: str = ""
+    waits_on: str = ""
+    cpu_share: float | None = _of(float)
+    io_bytes_per_s: float | None = _of(float)
+    is_waiting_for_terminal: bool = False
+    is_debugged: bool = False
+    is_suspended: bool = False
+    is_idle_notebook: bool = False
+    is_compiling: bool = False
+    sequence: int = -1
+    groups: tuple[GroupLook, ...] = _of(GroupLook, ())
+    workers: tuple[WorkerLook, ...] = _of(WorkerLook, ())
+    ended: bool = False
+    is_last: bool = False
+
+    def to_info(self) -> dict[str, Any]:
+        """Return the row of the log `info`."""
+        return {"kind": LOOK, "t_ns": self.at_ns, **self.to_row()}
+
+
+def _default(each: Field[Any]) -> Any:
+    return each.default
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Record):
+        return value.to_row()
+
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _read(each: Field[Any], value: Any) -> Any:
+    kind = each.metadata.get("of")
+    if kind is None:
+        return _typed(type(each.default), value)
+
+    if each.default is None:
+        return None if value is None else _typed(kind, value)
+
+    if not isinstance(value, list | tuple):
+        return _BAD
+
+    return tuple(read for read in (_typed(kind, one) for one in value) if read is not _BAD)
+
+
+def _typed(kind: type, value: Any) -> Any:
+    if issubclass(kind, _Record):
+        return kind.from_row(value) if isinstance(value, Mapping) else _BAD
+
+    if kind is float and type(value) is int:
+        return float(value)
+
+    return value if type(value) is kind else _BAD
