@@ -121,7 +121,7 @@ def test_backend_tables(tmp_path: Path) -> None:
         ({"on_missing": "ignore"}, "raise or warn"),
         ({"flush_interval": float("nan")}, "a number of at least 0.01"),
         ({"max_backoff": 0}, "a number above 0"),
-        ({"hang_timeout": 60}, "hangs are not detected yet"),
+        ({"on_finding": "mail"}, "findings do not run commands yet"),
         ({"sampler_intervals": {"host": -1}}, "a map (JSON) of names to a number"),
         ({"backend": [1]}, "a list of strings"),
         ({"tls": "maybe"}, "true or false"),

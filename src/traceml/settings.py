@@ -51,7 +51,7 @@ INTERNAL_ENV: dict[str, str] = {
 }
 # Reserved names of settings that nothing reads yet: setting one is an error.
 _RESERVED: dict[str, tuple[str, str]] = {
-    "hang_timeout": ("hangs are not detected yet", "nothing (remove this setting)"),
+    "on_finding": ("findings do not run commands yet", "nothing (remove this setting)"),
 }
 # Other spellings that files accept, known from similar tools.
 _ALIASES = {"backends": "backend"}
@@ -131,6 +131,16 @@ class Config:
     sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, by sampler name.", low=0.01)
     stack_interval: float = _set(
         0.1, "Seconds between samples of the line that the training thread runs; 0 turns them off.", low=0
+    )
+    hang_timeout: float = _set(
+        60.0,
+        "Seconds without any progress (step, batch, forward, collective, output, another line) after which the job "
+        "hangs. A rank that computes gets five times as long, and none less than such pauses took before.",
+        above=0,
+    )
+    on_hang: Literal["report", "abort"] = _set(
+        "report",
+        "When the job hangs: report it, or also write the report and end the job with a status other than 0.",
     )
     metrics_interval: float = _set(30.0, "Seconds between system metrics sent to trackers.", above=0)
     flush_interval: float = _set(1.0, "Longest time in seconds that a row waits in the rank.", low=0.01)

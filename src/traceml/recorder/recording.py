@@ -152,7 +152,7 @@ class Recording:
             self._instrument()
             self._sample_lines()
         if not self._is_child:
-            self.note("process", **_process_facts(self.identity))
+            self.note("process", **_process_facts(self.identity, self._config))
 
         self.flight.open_slots[Slot.STATE] = FlightState.RUNNING
         self.thread.start()
@@ -432,8 +432,10 @@ def _capacities(config: Config) -> dict[str, int]:
     return {"steps": config.ring_rows, "device_steps": device_rows} | _capacity_of_metrics(config)
 
 
-def _process_facts(identity: Identity) -> dict[str, Any]:
+def _process_facts(identity: Identity, config: Config) -> dict[str, Any]:
     return {
+        "hang_timeout_s": config.hang_timeout,
+        "on_hang": config.on_hang,
         "python": platform.python_version(),
         "traceml": __version__,
         "executable": sys.executable,

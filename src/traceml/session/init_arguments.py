@@ -35,6 +35,8 @@ class InitArguments(TypedDict, total=False):
     sample_interval: float
     sampler_intervals: Mapping[str, float]
     stack_interval: float
+    hang_timeout: float
+    on_hang: Literal["report", "abort"]
     metrics_interval: float
     flush_interval: float
     ring_rows: int
