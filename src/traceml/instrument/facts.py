@@ -50,6 +50,7 @@ def model_facts(module: Any) -> dict[str, Any]:
 
     slot = vars(inner).get("_compiled_call_impl")
     parameters = list(module.parameters())
+    torch: Any = sys.modules["torch"]
     return {
         "kind": "model",
         "model": type(inner).__name__,
@@ -57,6 +58,7 @@ def model_facts(module: Any) -> dict[str, Any]:
         "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "device": str(parameters[0].device) if parameters else None,
         "dtype": str(parameters[0].dtype) if parameters else None,
+        "torch_threads": torch.get_num_threads(),
         "compiled": compiled or getattr(slot, "inner", None) is not None,
         "parallel": wrapped or ("dtensor" if any(_is_distributed(parameter) for parameter in parameters) else None),
         **_gradient_group(_wrapper_of(module, "DistributedDataParallel", "FullyShardedDataParallel")),

@@ -26,23 +26,23 @@ def rows_of(table: Table, seconds: int, **columns: object) -> np.ndarray:
     return rows
 
 
-def samples(*, busy: float, waited: float, host_pct: float = 100.0, seconds: int = 20) -> MachineSamples:
-    """Return samples of a rank on two cores, with ten steps per second."""
+def samples(*, busy: float, waited: float = 0.0, seconds: int = 20, of_host: slice = slice(None)) -> MachineSamples:
+    """Return samples of a rank on two cores, with ten steps per second, and some of its host."""
     at = np.arange(seconds)
     made = MachineSamples(machine_cores={0: 2})
     times = {"step": at * 10, "cpu_ns": at * busy * 1e9, "main_run_ns": at * busy * 1e9}
     made.add(PROCESS.name, 0, rows_of(PROCESS, seconds, **times, main_wait_ns=at * waited * 1e9))
-    made.add(HOST.name, 0, rows_of(HOST, seconds, cores=2, cpu_pct=host_pct))
+    made.add(HOST.name, 0, rows_of(HOST, seconds, cores=2, cpu_pct=100.0)[of_host])
     return made
 
 
-def crowded(use: MachineSamples, **facts: object) -> JobFacts:
-    return JobFacts(samples=use, main_wait={0: 0.45}, hosts={0: "h"}, cores={"h": 2}, **facts)
+def crowded(use: MachineSamples, waited: float = 0.4, **facts: object) -> JobFacts:
+    return JobFacts(samples=use, main_wait={0: 0.45}, core_wait={0: waited}, hosts={0: "h"}, cores={"h": 2}, **facts)
 
 
 def test_other_programs_are_told():
     """The share of time without a core, the cores of the rank and of the others, and the gain."""
-    (found,) = cpu_contention(crowded(samples(busy=0.5, waited=0.4)))
+    (found,) = cpu_contention(crowded(samples(busy=0.5)))
 
     assert (found.kind, found.severity) == (Kind.CPU_CONTENTION, Severity.CRITICAL)
     assert found.cost_share == pytest.approx(0.4)
@@ -61,21 +61,35 @@ def test_other_programs_are_told():
 )
 def test_a_run_that_crowds_itself_is_told_so(facts, says):
     """Nobody else uses the cores."""
-    (found,) = cpu_contention(crowded(samples(busy=1.9, waited=0.4), **facts))
+    (found,) = cpu_contention(crowded(samples(busy=1.9), **facts))
 
     assert says in found.next
     assert "other p" not in found.next
 
 
+def test_the_run_is_not_blamed_where_the_use_of_the_host_is_not_known():
+    """Too short for a sample of the host: the cores may be used by others, or by the run."""
+    (found,) = cpu_contention(crowded(samples(busy=0.5, of_host=slice(0)), threads=1))
+
+    assert found.next == "If other programs use the cores (`top` names them), end or move them; else try more cores."
+
+
+def test_one_sample_of_the_host_is_enough():
+    """Each is a mean of the time before it, so a training of a second knows who takes the cores."""
+    (found,) = cpu_contention(crowded(samples(busy=0.5, seconds=3, of_host=slice(1, 2))))
+
+    assert "other processes used 1.5 cores" in found.summary
+
+
 def test_a_little_waiting_is_none():
     """A tenth of the time is usual; and a thread that has seldom work may wait for a core now and then."""
-    assert cpu_contention(JobFacts(samples=samples(busy=0.9, waited=0.09), main_wait={0: 0.09})) == []
-    assert cpu_contention(crowded(samples(busy=0.1, waited=0.05))) == []
+    assert cpu_contention(JobFacts(samples=samples(busy=0.9), main_wait={0: 0.09}, core_wait={0: 0.09})) == []
+    assert cpu_contention(crowded(samples(busy=0.1), waited=0.05)) == []
 
 
 def test_it_is_the_verdict_of_a_starved_run_and_a_remark_beside_a_cause():
     """A starved run is not healthy; a cause that was found comes first."""
-    facts = crowded(samples(busy=0.5, waited=0.4))
+    facts = crowded(samples(busy=0.5))
 
     assert diagnose(window_of(ALONE), facts)[0].kind is Kind.CPU_CONTENTION
     found = diagnose(window_of(ALONE, adds("input_wait", 20)), facts)

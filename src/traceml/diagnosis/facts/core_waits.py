@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CoreWaits"]
+__all__ = ["CoreWaits", "share_of_wall_time"]
 
 MIN_OBSERVED_NS = 2e8
 """With less time than this, nothing is known."""
@@ -59,3 +59,16 @@ class CoreWaits:
     def of_wall_time(self) -> dict[int, float]:
         """Return the share of wall time in training that a main thread waited for a core, where that is known."""
         return {rank: wait / wall for rank, (wall, _, wait) in self._training.items() if wall >= MIN_OBSERVED_NS}
+
+
+def share_of_wall_time(rows: NDArray[np.void]) -> float:
+    """Return the share of the time from the first to the last reading that the main thread waited for a core.
+
+    Args:
+        rows: rows of `schema.PROCESS` of one rank, at least one; 0 where the kernel does not count.
+    """
+    passed = int(rows["t_ns"][-1] - rows["t_ns"][0])
+    if passed <= 0 or rows["main_wait_ns"][0] < 0:
+        return 0.0
+
+    return float(rows["main_wait_ns"][-1] - rows["main_wait_ns"][0]) / passed

@@ -167,6 +167,11 @@ class JobFacts:
         return float(np.median(list(self.main_wait.values()))) if self.main_wait else 0.0
 
     @property
+    def waited_share(self) -> float:
+        """The same as a share of wall time, where that is known; else of ready time."""
+        return float(np.median(list(self.core_wait.values()))) if self.core_wait else self.wait_share
+
+    @property
     def oversubscribed(self) -> bool:
         """Whether the ranks had too few cores, so that lateness may be chance."""
         return self.wait_share >= OVERSUBSCRIBED

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import GPU, HOST, PROCESS, Table
+from traceml.diagnosis.facts.core_waits import share_of_wall_time
 
 __all__ = ["MachineSamples", "MachineUse"]
 
@@ -25,7 +26,8 @@ class MachineUse:
     """Means over a range of steps; None where they are not known.
 
     Attributes:
-        waited: share of the time in which a rank's main thread stood ready without a core.
+        waited: share of the time in which a rank's main thread stood ready without a core; that of the whole training
+            is `JobFacts.waited_share`.
         busy_cores: cores that the threads of a rank used.
         host_cores: cores in use on the host, by all programs.
         clock_mhz: clock of the devices.
@@ -90,20 +92,20 @@ class MachineSamples:
         times = kept.rows["t_ns"][(kept.rows["step"] >= max(first, 0)) & (kept.rows["step"] < last)]
         return (int(times[0]), int(times[-1])) if len(times) > 1 and times[-1] - times[0] >= _MIN_PASSED_NS else None
 
-    def _rows(self, table: Table, spans: dict[int, tuple[int, int]]) -> Iterator[NDArray[np.void]]:
-        """Yield the rows of a table within the spans, by rank; at least two each."""
+    def _rows(self, table: Table, spans: dict[int, tuple[int, int]], least: int = 2) -> Iterator[NDArray[np.void]]:
+        """Yield the rows of a table within the spans, by rank; at least so many each."""
         for rank, (first, last) in spans.items():
             kept = self._kept.get((table.name, rank))
             if kept is not None:
                 rows = kept.rows[(kept.rows["t_ns"] >= first) & (kept.rows["t_ns"] <= last)]
-                if len(rows) > 1:
+                if len(rows) >= least:
                     yield rows
 
     def _host_cores(self, spans: dict[int, tuple[int, int]]) -> float | None:
         found = [
             float(rows["cpu_pct"].mean()) / 100 * self.machine_cores[rank]
             for rank, span in spans.items()
-            for rows in self._rows(HOST, {rank: span})
+            for rows in self._rows(HOST, {rank: span}, least=1)  # each is a mean of the time before it
             if rank in self.machine_cores
         ]
         return _median(found)
@@ -151,12 +153,7 @@ class _Thinned:
 
 def _rates(rows: NDArray[np.void]) -> tuple[float, float, float]:
     """Return (share of time without a core, cores used, major faults per second) of a process."""
-    known = rows["main_wait_ns"][0] >= 0
-    return (
-        (_rate(rows, "main_wait_ns") or 0.0) / 1e9 if known else 0.0,
-        (_rate(rows, "cpu_ns") or 0.0) / 1e9,
-        _rate(rows, "major_faults") or 0.0,
-    )
+    return share_of_wall_time(rows), (_rate(rows, "cpu_ns") or 0.0) / 1e9, _rate(rows, "major_faults") or 0.0
 
 
 def _rate(rows: NDArray[np.void], column: str) -> float | None:

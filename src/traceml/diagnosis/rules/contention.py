@@ -16,8 +16,7 @@ _MOST_SHARE = 0.9
 
 def cpu_contention(facts: JobFacts) -> list[Finding]:
     """Return the finding about ranks that had too few cores."""
-    use = facts.use
-    waited = facts.wait_share if use.waited is None else use.waited
+    use, waited = facts.use, facts.waited_share
     if not facts.oversubscribed or waited < WARNING_SHARE:
         return []
 
@@ -75,5 +74,8 @@ def _advice(facts: JobFacts) -> str:
     what = ["fewer ranks per host"] if facts.world_size > 1 else []
     what += ["fewer loader workers"] if workers else []
     what += [threads] if facts.threads is None or facts.threads > (facts.cores_per_rank or 1) else []
-    what += [] if what else ["more cores"]
-    return f"The run itself has more to compute than there are cores: try {', or '.join(what)}."
+    tries = ", or ".join(what or ["more cores"])
+    if facts.others_cores is None:
+        return f"If other programs use the cores (`top` names them), end or move them; else try {tries}."
+
+    return f"The run itself has more to compute than there are cores: try {tries}."

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import INFO, PROCESS
+from traceml.database.schema import INFO
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import significant
@@ -112,14 +112,8 @@ def _side_of_store(run_dir: Path) -> _ComparedRun:
 
 
 def _core_wait(digest: Digest) -> float | None:
-    ran = waited = 0
-    for rank in digest.samples.ranks(PROCESS.name):
-        rows = digest.samples.of(PROCESS.name, rank)
-        if rows is not None and len(rows) > 1:
-            ran += int(rows["main_run_ns"][-1] - rows["main_run_ns"][0])
-            waited += int(rows["main_wait_ns"][-1] - rows["main_wait_ns"][0])
-
-    return waited / (ran + waited) if ran + waited > 0 else None
+    facts = digest.facts.build()
+    return facts.wait_share if facts.main_wait else None
 
 
 def _facts(reader: StoreReader) -> tuple[dict[str, Any], Any]:
