@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.whatif.generated_job import GeneratedJob, usual_s
+from traceml.whatif.simulation import Simulator
 from traceml.whatif.straggler_cost import WhatIf, explain_job
 from traceml.whatif.trace_loading import load_job
 
@@ -24,7 +25,7 @@ SHAPES = [
 
 
 def explained(job: GeneratedJob, folder: Path) -> WhatIf:
-    return explain_job(load_job(*job.run().write(folder)))
+    return explain_job(Simulator(load_job(*job.run().write(folder))))
 
 
 def slow_worker(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
@@ -125,7 +126,7 @@ def test_kind_of_operation(tmp_path):
 
 def test_scenarios_in_batches_are_those_at_once(tmp_path, monkeypatch):
     job = load_job(*GeneratedJob(seconds=slow_worker).run().write(tmp_path))
-    at_once = explain_job(job)
+    at_once = explain_job(Simulator(job))
     monkeypatch.setattr("traceml.whatif.simulation._BATCH_BYTES", 1)
 
-    assert explain_job(job) == at_once
+    assert explain_job(Simulator(job)) == at_once

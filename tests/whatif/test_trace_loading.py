@@ -8,6 +8,7 @@ import pytest
 
 from tests.whatif.generated_job import GeneratedJob
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.whatif.simulation import Simulator
 from traceml.whatif.straggler_cost import explain_job
 from traceml.whatif.trace_loading import load_job
 
@@ -23,10 +24,10 @@ def write(rows, path):
 
 def test_steps_with_other_operations_are_left_out(job, tmp_path):
     trace, meta = job.write(tmp_path)
-    whole = explain_job(load_job(trace, meta))
+    whole = explain_job(Simulator(load_job(trace, meta)))
     rows = [row for row in job.rows if not (row["step"] == 17 and row["dp_rank"] == 1 and row["seq_id"] == 3)]
     write(rows, trace)
-    result = explain_job(load_job(trace, meta))
+    result = explain_job(Simulator(load_job(trace, meta)))
 
     assert (result.steps, result.steps_left_out) == (3, 1)
     assert result.slowdown == pytest.approx(whole.slowdown)
@@ -104,4 +105,4 @@ def test_transfers_that_do_not_match(job, tmp_path):
     trace, meta = job.write(tmp_path)
     write([row for row in job.rows if (row["optype"], row["stage"], row["seq_id"]) != ("forward-recv", 1, 7)], trace)
     with pytest.raises(UsageError, match="stage 1 has 7 forward-recv for 8 forward-compute"):
-        explain_job(load_job(trace, meta))
+        explain_job(Simulator(load_job(trace, meta)))

@@ -44,11 +44,12 @@ def main(argv: list[str]) -> int:
 
     import msgspec
 
+    from traceml.whatif.simulation import Simulator
     from traceml.whatif.straggler_cost import explain_job
     from traceml.whatif.trace_loading import load_job
 
-    job = load_job(options.trace, options.meta)
-    result = explain_job(job)
+    simulator = Simulator(load_job(options.trace, options.meta))
+    result = explain_job(simulator)
     if options.heatmap is not None:
         from traceml.whatif.heatmap import draw_heatmap
 
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     if options.timeline is not None:
         from traceml.whatif.ideal_timeline import write_timeline
 
-        count = write_timeline(job, options.timeline)
+        count = write_timeline(simulator, options.timeline)
         print(f"{count:,} operations written to {options.timeline}", file=sys.stderr)
 
     if options.json:

@@ -174,7 +174,8 @@ def _order_collectives(step: _Step, stage: int) -> None:
     gathers = {step.operations[index].chunk: index for index in step.of(stage, "params-all-gather")}
     for chunk, index in gathers.items():
         forwards = [each for each in step.of(stage, FORWARD) if step.operations[each].chunk == chunk]
-        step.before[forwards[0]].add(index) if forwards else None
+        if forwards:
+            step.before[forwards[0]].add(index)
 
     if not _overlaps(step):
         return

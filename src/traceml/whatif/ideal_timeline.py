@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.whatif.dependencies import dependencies_of
 from traceml.whatif.operations import COMPUTE, TRANSFERS, JobTrace
 from traceml.whatif.simulation import Simulator
 
@@ -25,24 +24,24 @@ _OTHER_COMPUTE = ("gc", "optimizer")
 Times = NDArray[np.float64]
 
 
-def write_timeline(job: JobTrace, path: Path) -> int:
+def write_timeline(simulator: Simulator, path: Path) -> int:
     """Write the first ten steps, one process for each data-parallel rank as recorded and one as simulated.
 
     Args:
-        job: the operations.
+        simulator: of the job.
         path: a JSON file in Chrome's trace format; compressed if it ends in `.gz`.
 
     Returns:
         Number of operations written.
     """
-    events = list(_events(job))
-    content = json.dumps({"traceEvents": [*_names(job), *events], "displayTimeUnit": "ms"}).encode()
+    events = list(_events(simulator))
+    content = json.dumps({"traceEvents": [*_names(simulator.job), *events], "displayTimeUnit": "ms"}).encode()
     path.write_bytes(gzip.compress(content, 6) if path.suffix == ".gz" else content)
     return len(events)
 
 
-def _events(job: JobTrace) -> Iterator[dict[str, Any]]:
-    simulator = Simulator(job, dependencies_of(job))
+def _events(simulator: Simulator) -> Iterator[dict[str, Any]]:
+    job = simulator.job
     ends = simulator.ends_s(np.zeros((1, len(job.operations), len(job.dp_ranks)), bool))[:, 0]
     ideal = np.broadcast_to(simulator.ideal_s[:, None, None], ends.shape)
     begin_s = job.start_s.min(axis=(0, 1))

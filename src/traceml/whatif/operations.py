@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -66,8 +67,7 @@ class Operation:
         return f"{self.kind} {self.number} of stage {self.stage}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """Division of the work over the ranks of a job, from its YAML file."""
 
     trial_name: str = ""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.whatif.dependencies import Dependencies
+from traceml.whatif.dependencies import Dependencies, dependencies_of
 from traceml.whatif.operations import MEDIAN_KINDS, JobTrace
 
 __all__ = ["Simulator"]
@@ -25,16 +25,23 @@ Choice = NDArray[np.bool_]
 class Simulator:
     """Step times of a job in which chosen operations keep their recorded duration and all others take the ideal one.
 
+    Args:
+        job: the operations.
+
+    Raises:
+        UsageError: the trace's operations do not form a consistent step.
+
     Attributes:
+        job: the operations.
         own_s: recorded durations; of a communication, the time of its transfer: its end minus the latest start in its
             group. Shape (operations, dp_ranks, steps).
         ideal_s: ideal duration of each operation: the mean (of communication: the median) over all of its kind.
     """
 
-    def __init__(self, job: JobTrace, dependencies: Dependencies) -> None:
-        self._job = job
-        self._dependencies = dependencies
-        self.own_s = _own_times(job, dependencies)
+    def __init__(self, job: JobTrace) -> None:
+        self.job = job
+        self._dependencies = dependencies_of(job)
+        self.own_s = _own_times(job, self._dependencies)
         self.ideal_s = _ideal_times(job, self.own_s)
 
     def mean_step_s(self, recorded: Choice) -> Times:
@@ -71,7 +78,7 @@ class Simulator:
 
     def _step_ends(self, ends: Times) -> Times:
         """Return each step's end by scenario: when the last optimizer has ended."""
-        last = [i for i, operation in enumerate(self._job.operations) if operation.kind == "optimizer"]
+        last = [i for i, operation in enumerate(self.job.operations) if operation.kind == "optimizer"]
         return np.asarray(ends[last or slice(None)].max(axis=(0, 2)))
 
 

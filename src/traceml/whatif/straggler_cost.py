@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.whatif.causes import cause_of
-from traceml.whatif.dependencies import dependencies_of
-from traceml.whatif.operations import JobTrace, reported_kind
+from traceml.whatif.operations import JobTrace, Layout, reported_kind
 from traceml.whatif.simulation import Simulator
 
-__all__ = ["SCHEMA", "JobLayout", "WhatIf", "explain_job"]
+__all__ = ["SCHEMA", "WhatIf", "explain_job"]
 
 SCHEMA = "traceml.whatif/1"
 _WORST_PERCENT = 3  # of the workers, at least one
@@ -22,18 +21,6 @@ _NOTHING_LOST = 1e-6  # of the ideal step: rounding
 
 Choice = NDArray[np.bool_]
 Key = TypeVar("Key")
-
-
-class JobLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """Division of the work over the ranks of the job."""
-
-    trial_name: str
-    dp_size: int
-    pp_size: int
-    tp_size: int
-    dsp_size: int
-    vpp_size: int
-    world_size: int
 
 
 class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +46,7 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     schema: str
-    job: JobLayout
+    job: Layout
     steps: int
     steps_left_out: int
     recorded_step_s: float
@@ -76,13 +63,9 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
     cause: str
 
 
-def explain_job(job: JobTrace) -> WhatIf:
-    """Simulate a job without its stragglers.
-
-    Raises:
-        UsageError: the trace's operations do not form a consistent step.
-    """
-    simulator = Simulator(job, dependencies_of(job))
+def explain_job(simulator: Simulator) -> WhatIf:
+    """Simulate a job without its stragglers."""
+    job = simulator.job
     shape = (len(job.operations), len(job.dp_ranks))
     whole, nothing = np.ones(shape, bool), np.zeros(shape, bool)
     kinds = [reported_kind(operation.kind) for operation in job.operations]
@@ -106,7 +89,7 @@ def explain_job(job: JobTrace) -> WhatIf:
     shares = [lost and (simulated - seconds) / lost for seconds in simulator.mean_step_s(np.stack(without)).tolist()]
     return WhatIf(
         schema=SCHEMA,
-        job=JobLayout(**{name: getattr(job.layout, name) for name in JobLayout.__struct_fields__}),
+        job=job.layout,
         steps=len(job.steps),
         steps_left_out=job.steps_left_out,
         recorded_step_s=float(job.step_times_s().mean()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def _layout(path: Path) -> Layout:
     if not isinstance(values, Mapping):
         raise UsageError(f"{path} has no fields: expected dp_size, pp_size, tp_size and world_size")
 
-    known = {field.name: values[field.name] for field in fields(Layout) if field.name in values}
+    known = {name: values[name] for name in Layout.__struct_fields__ if name in values}
     for name, value in known.items():
         if name != "trial_name" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UsageError(f"{path}: {name} is {value!r}, expected a positive integer")
