@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.diagnosis.fabricated import Job
+from tests.renderers.reports import with_data
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml import cli
 from traceml.runs.report.report import build_report, save_report
@@ -21,19 +22,21 @@ def three(tmp_path, monkeypatch):
         facts = {"started": STARTED + 100 * number, "ended": STARTED + 100 * number + 42, "state": state}
         made.append(store_run(tmp_path / "traceml_runs" / f"run-{number}", Job(steps=60), facts=facts))
 
-    save_report(made[-1], build_report(made[-1]))
+    save_report(made[-1], with_data(build_report(made[-1]), samples=16.0))
     return made
 
 
 def test_runs_are_listed_newest_first(three, capsys):
-    """Each run has a line with its id, state, verdict, ranks, duration and size, within 80 columns."""
+    """Each run has a line with its id, state, verdict, ranks, samples, duration and size, within 80 columns."""
     assert cli.main(["runs"]) == 0
 
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "state", "verdict", "ranks", "took", "size"]
+    assert head.split() == ["run", "state", "verdict", "ranks", "samples/s", "took", "size"]
     assert [line.split()[:2] for line in lines] == [["run-2", "finished"], ["run-1", "finished"], ["run-0", "failed"]]
     assert lines[0].split()[2] == json.loads((three[-1] / "report.json").read_text())["verdict"]["kind"]
-    assert lines[1].split()[2:6] == ["-", "2", "42", "s"]
+    assert lines[1].split()[2:7] == ["-", "2", "-", "42", "s"]
+    mean_ms = json.loads((three[-1] / "report.json").read_text())["steps"]["mean_ms"]
+    assert float(lines[0].split()[4].replace(",", "")) == pytest.approx(16e3 / mean_ms, rel=1e-2)
     assert max(map(len, (head, *lines))) <= 80
 
 

@@ -136,14 +136,22 @@ def report(
 
 def healthy() -> Report:
     times = {"input_wait": 0.12, "forward": 1.56, "backward": 2.2, "optimizer": 1.08, "other": 0.15}
-    return report([times], finding(severity="info"))
+    return with_data(report([times], finding(severity="info")), samples=16.0, tokens=16_384.0)
+
+
+def with_data(made: Report, *, samples: float, tokens: float | None = None, ranks: int | None = None) -> Report:
+    """Return the report with the samples and tokens of a mean step, of some or all ranks."""
+    made.steps.samples_per_step, made.steps.tokens_per_step = samples, tokens
+    made.steps.data_ranks = len(made.ranks) if ranks is None else ranks
+    made.steps.set_rate(made.steps.per_second)
+    return made
 
 
 def slow_rank() -> Report:
     fast = {"input_wait": 0.12, "forward": 0.55, "backward": 0.91, "optimizer": 1.08, "comm": 21.9, "other": 0.17}
     slow = {"input_wait": 0.12, "forward": 20.4, "backward": 0.87, "optimizer": 1.08, "comm": 1.75, "other": 0.35}
     other = finding("JITTER", severity="warning", cost_share=0.11, summary="x", next="y")
-    return report([fast, slow], straggler(), others=(other,))
+    return with_data(report([fast, slow], straggler(), others=(other,)), samples=64.0)
 
 
 def killed_rank() -> Report:
@@ -170,7 +178,7 @@ def thousand_ranks() -> Report:
 
     summary = "Rank 617 spends 15 ms of each step in forward, the others 5 ms; they wait 10 ms for it."
     blame = straggler(ranks=[617], cost_share=0.39, speedup_if_fixed=1.64, summary=summary)
-    return report(ranks, blame, state="running", cuda=True)
+    return with_data(report(ranks, blame, state="running", cuda=True), samples=256_000.0, ranks=500)
 
 
 def too_early() -> Report:

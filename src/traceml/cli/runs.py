@@ -15,7 +15,7 @@ from rich.text import Text
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
-from traceml.formatting import bytes_text, duration_text, printable
+from traceml.formatting import bytes_text, duration_text, printable, rate_text
 from traceml.runs.find import RunInfo, list_runs, prune
 from traceml.settings import load
 
@@ -76,7 +76,7 @@ def _print_removed(infos: Sequence[RunInfo]) -> None:
 def _print_list(infos: Sequence[RunInfo]) -> None:
     console = Console(highlight=False)
     width = max(len(printable(info.id)) for info in infos)
-    head = f"{'run':<{width}}  {'state':<8}  {'verdict':<17}  {'ranks':>5}  {'took':>7}  {'size':>8}"
+    head = f"{'run':<{width}}  {'state':<8}  {'verdict':<17}  {'ranks':>5}  {'samples/s':>9}  {'took':>7}  {'size':>8}"
     console.print(Text(head, style="dim"), soft_wrap=True)
     for info in infos:
         console.print(_line(info, width), soft_wrap=True)
@@ -89,5 +89,6 @@ def _line(info: RunInfo, width: int) -> Text:
 
     line = Text(f"{printable(info.id):<{width}}  ")
     line.append(f"{printable(info.state):<8}", style="red" if info.state in ("failed", "lost", "damaged") else "")
-    line.append(f"  {printable(info.verdict or '-'):<17}  {info.world_size:>5}  {duration_text(took):>7}")
+    line.append(f"  {printable(info.verdict or '-'):<17}  {info.world_size:>5}")
+    line.append(f"  {rate_text(info.samples_per_second):>9}  {duration_text(took):>7}")
     return line.append(f"  {bytes_text(info.size_bytes):>8}")

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts"]
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
+_TOKEN_TYPES = ("torch.int64", "torch.int32")
 _MAX_FIELDS = 64
 _MAX_RANKS = 256
 
@@ -92,7 +93,7 @@ def input_facts(tensor: Any) -> dict[str, Any]:
         "dtype": str(tensor.dtype),
         "dimensions": tensor.dim(),
         # Integers by sample and position, as in language models.
-        "tokens": tensor.dim() == 2 and not (tensor.is_floating_point() or tensor.is_complex()),
+        "tokens": tensor.dim() == 2 and str(tensor.dtype) in _TOKEN_TYPES and tensor.shape[1] > 1,
     }
 
 

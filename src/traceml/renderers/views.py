@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import count_text, plural, ranks_text, sample_text
+from traceml.formatting import count_text, plural, ranks_text, rate_text, sample_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.words import end_of_rank, restarts_text
 from traceml.runs.report.report_types import (
@@ -22,6 +22,7 @@ from traceml.runs.report.report_types import (
     TelemetrySection,
     TimePart,
     TrackerSection,
+    rate_of,
 )
 
 __all__ = ["LiveView", "RankRow", "RunView", "live_view", "run_view", "visible_ranks"]
@@ -107,8 +108,30 @@ class RunView:
     @property
     def steps_per_second(self) -> float | None:
         """Steps per second: live, the speed now; of an ended run, of the time in steps, as the mean step is."""
-        mean_ms = self.steps.mean_ms
-        return self.steps.per_second if self.run.state == "running" or not mean_ms else 1e3 / mean_ms
+        return self.steps.speed(running=self.run.state == "running")
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Samples per second of the whole job, of the same time as the steps per second; None where not known."""
+        return rate_of(self.steps.samples_per_step, self.steps_per_second)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second of the whole job, as the samples; None where the input is no text."""
+        return rate_of(self.steps.tokens_per_step, self.steps_per_second)
+
+    @property
+    def data_rates(self) -> list[tuple[str, str]]:
+        """Tokens and samples of the whole job per second, as (unit, number); empty where not known."""
+        rates = (("tokens", self.tokens_per_second), ("samples", self.samples_per_second))
+        return [(unit, rate_text(rate)) for unit, rate in rates if rate is not None]
+
+    @property
+    def shared_data(self) -> str | None:
+        """The ranks whose batches these are, in words, where others have the same ones; else None."""
+        counted = self.steps.data_ranks
+        known = self.data_rates and counted < len(self.ranks)
+        return f"batches of {plural(counted, 'rank')}; the others repeat them" if known else None
 
     @property
     def time_parts(self) -> list[TimePart]:

@@ -16,7 +16,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError
-from traceml.runs.report.report_types import REPORT_NAME, read_verdict
+from traceml.runs.report.report_types import REPORT_NAME, StepsSection, rate_of, read_summary
 from traceml.runs.run_state import state_of
 from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import DeliveryPhase, states_of
@@ -38,6 +38,7 @@ class RunInfo:
         verdict: kind of the verdict in its report, or of the live verdict; None before there is one.
         severity: of that verdict: info, warning or critical.
         size_bytes: size on disk.
+        samples_per_second: of the whole job and the time in steps, as on the card; None before the report.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class RunInfo:
     verdict: str | None
     severity: str | None
     size_bytes: int
+    samples_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,8 @@ def describe_run(path: Path) -> RunInfo:
     """Return the facts of a run; a run that cannot be read is `damaged`."""
     stored = _stored(path)
     run = stored.run
-    verdict = read_verdict(path / REPORT_NAME) or stored.verdict
+    summary = read_summary(path / REPORT_NAME)
+    verdict, steps = (stored.verdict, StepsSection()) if summary is None else (summary.verdict, summary.steps)
     started, ended = run.get("started"), run.get("ended")
     return RunInfo(
         path=path,
@@ -118,6 +121,7 @@ def describe_run(path: Path) -> RunInfo:
         verdict=verdict.kind.value if verdict is not None else None,
         severity=verdict.severity.value if verdict is not None else None,
         size_bytes=_size(path),
+        samples_per_second=rate_of(steps.samples_per_step, steps.speed(running=False)),
     )
 
 

@@ -98,7 +98,7 @@ class LiveRun:
             self._telemetry = time.monotonic(), report.telemetry
 
         if self.rates:
-            report.steps.per_second = self.rates[-1]
+            report.steps.set_rate(self.rates[-1])
 
         return report
 

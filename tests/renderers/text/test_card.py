@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from tests.renderers.reports import REPORTS, finding, healthy, report, slow_rank
+from tests.renderers.reports import REPORTS, finding, healthy, report, slow_rank, with_data
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.renderers.text.card import card, print_card, wrapped
@@ -58,6 +58,27 @@ def test_what_a_long_runs_verdict_rests_on_is_told():
     made.steps.cut, made.steps.count, made.steps.diagnosed = True, 1_000_000, 12_800
     said = " ".join(text_of(made).split())
     assert "Sample verdict from 12,800 of 1,000,000 steps, spread over the run; means are of all steps" in said
+
+
+def test_the_rate_of_data_is_that_of_the_steps():
+    """Samples and tokens per second are of the same time as the mean step beside them; unknown ones have no line."""
+    made = with_data(report([{"forward": 10.0}]), samples=16, tokens=512)
+    made.steps.set_rate(5.0)  # with evaluation between the steps, which the mean step does not have
+
+    assert " Data    51,200 tokens/s  ·  1,600 samples/s" in text_of(made)
+    made.run.state = "running"
+    assert " Data    2,560 tokens/s  ·  80.0 samples/s" in text_of(made)
+    made.steps.samples_per_step = made.steps.tokens_per_step = None
+    assert "Data" not in text_of(made)
+
+
+def test_repeated_batches_are_told():
+    """Where ranks have the batches of others, the card says of how many ranks the samples are."""
+    made = with_data(report([{"forward": 10.0}] * 4), samples=32, ranks=2)
+
+    assert "3,200 samples/s  ·  batches of 2 ranks; the others repeat them" in text_of(made)
+    made.steps.data_ranks = 4
+    assert "repeat" not in text_of(made)
 
 
 def test_errors_of_tracing_are_told():

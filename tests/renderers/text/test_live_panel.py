@@ -25,6 +25,20 @@ def test_lines_keep_to_their_room(name, height, width):
     assert max(line.cell_len for line in lines) <= width
 
 
+@pytest.mark.parametrize(
+    ("width", "seen"),
+    [(100, ["196 steps/s", "p99", "3,206,260 tokens/s", "1,000 steps"]), (60, ["196 steps/s", "1,000 steps"])],
+)
+def test_the_data_rate_is_beside_the_speed(width, seen):
+    """Where there is room, the speed line has the tokens of the whole job; it is never cut."""
+    line = live_lines(live_view(healthy(), [1.0, 2.0]), Viewport(width, 24))[1].plain
+
+    assert all(text in line for text in seen)
+    assert ("tokens" in line) is (width == 100)
+    assert len(line) <= width
+    assert "…" not in line
+
+
 def test_height_does_not_change_while_ranks_arrive():
     """A job of a known size has its final height from the first draw."""
     early = too_early()

@@ -11,7 +11,7 @@ import pytest
 
 from tests.renderers.reports import REPORTS, slow_rank
 from traceml.errors import StoreError
-from traceml.runs.report.report_types import Report, read_report, read_verdict
+from traceml.runs.report.report_types import Report, read_report, read_summary
 
 SCHEMA_FILE = Path(__file__).parents[3] / "docs" / "report.schema.json"
 
@@ -24,7 +24,9 @@ def test_a_written_report_is_read_back(tmp_path, name):
     path.write_text(made.to_json())
 
     assert read_report(path) == made
-    assert read_verdict(path) == made.verdict
+    summary = read_summary(path)
+    assert summary is not None
+    assert (summary.verdict, summary.steps) == (made.verdict, made.steps)
     assert read_report(path).to_json() == path.read_text()
 
 
@@ -63,7 +65,7 @@ def test_a_damaged_report_names_file_and_key(tmp_path, text, message):
 
     with pytest.raises(StoreError, match=message):
         read_report(path)
-    assert read_verdict(path) is None
+    assert read_summary(path) is None
 
 
 def test_the_schema_in_the_docs_is_the_types():

@@ -253,6 +253,8 @@ class JobFactsBuilder:
             self.exits[rank] = _merge(reported, self.exits[rank]) if rank in self.exits else reported
         elif kind == "resumed" and isinstance(row.get("before"), int):
             self.steps_before[rank] = row["before"]
+        elif kind == "input":
+            self.batches.input(rank, row)
         elif kind == "compilation":
             self._facts["compile_s"] = row.get("seconds")
         elif kind in ("process", "model", "group", "optimizer"):

@@ -1,4 +1,4 @@
-"""Batches of ranks that average their gradients, and whether ranks communicate in their steps."""
+"""Batches of ranks: which ranks share them, what they consist of, and whether ranks communicate in their steps."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class BatchHistory:
         self._sizes: dict[int, int] = {}
         self._parallel: set[int] = set()
         self._models: set[int] = set()
+        self._inputs: dict[int, tuple[Any, ...]] = {}
+        self._is_split = False
+        self.tokens = False
+        """Whether the model's input is integers by sample and position, as in language models."""
         self._sequence: tuple[int, int] | None = None
         self._communicates = False
         self.group_size = 0
@@ -44,11 +48,18 @@ class BatchHistory:
         if row.get("parallel"):
             self._parallel.add(rank)
 
+        splits = row.get("parallel") == "dtensor" and not row.get("gradient_size")
+        self._is_split = self._is_split or splits or bool(row.get("gradient_ranks"))
         if row.get("gradient_ranks"):
             self._groups[rank] = tuple(row["gradient_ranks"])
 
         if row.get("gradient_size"):
             self._sizes[rank] = int(row["gradient_size"])
+
+    def input(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take the facts of a rank's first input of the model."""
+        self._inputs.setdefault(rank, (row.get("dtype"), row.get("dimensions")))
+        self.tokens = self.tokens or bool(row.get("tokens"))
 
     def steps(self, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.STEPS`: do the ranks call collectives in their steps?"""
@@ -79,6 +90,21 @@ class BatchHistory:
                 found += self._equal(known)
 
         return found
+
+    def distinct_ranks(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Return the ranks with data of their own: of ranks with equal batches the lowest; empty where not known.
+
+        The later stages of a pipeline, whose input is that of another kind than the first one's, have none. Parts of a
+        model that is split by tensors have the same batches; where no fingerprints tell, their number is not known.
+        """
+        first = self._inputs.get(min(ranks, default=0))
+        fed = [rank for rank in ranks if self._inputs.get(rank, first) == first]
+        known = [rank for rank in fed if len(set(self._batches.get(rank, {}).values())) >= MIN_BATCHES]
+        if self._is_split and len(known) < len(fed):
+            return ()
+
+        repeated = {rank for equal, _ in self._equal(known) for rank in equal[1:]} if len(known) > 1 else set()
+        return tuple(rank for rank in fed if rank not in repeated)
 
     def _gradient_groups(self, world_size: int) -> Iterable[tuple[int, ...]]:
         if any(size >= world_size for size in self._sizes.values()):

@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
 
 # The durations of a step row and the size of its batch are neighbors: one slice of the row matrix holds them all.
-_DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["elements"] + 1)
+_DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["samples"] + 1)
 _POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIONS])}
 _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
 
@@ -44,7 +44,7 @@ MAX_USER_PHASES = 32
 
 
 def slots_for(ranks: int) -> int:
-    """Return the number of steps to keep per rank: 4,096 for a few ranks, 128 for ten thousand (62 MB)."""
+    """Return the number of steps to keep per rank: 4,096 for a few ranks, 128 for ten thousand (68 MiB)."""
     slots = 4096
     while slots > 128 and slots * max(ranks, 1) > 131_072:
         slots //= 2
@@ -66,6 +66,7 @@ class Window:
         missing_ranks: ranks with rows, but with none of these steps.
         device: whether device times replace the CPU times of the device's phases; see `step_split`.
         elements: size of the batches of each step, 0 where it is not known.
+        samples: number of samples in them, 0 where it is not known.
     """
 
     ranks: Ints
@@ -77,6 +78,7 @@ class Window:
     missing_ranks: tuple[int, ...] = ()
     device: bool = False
     elements: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    samples: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -138,6 +140,7 @@ class Window:
             self.missing_ranks,
             self.device,
             self.elements[:, columns] if len(self.elements) else self.elements,
+            self.samples[:, columns] if len(self.samples) else self.samples,
         )
 
 
@@ -145,7 +148,7 @@ class StepWindow:
     """The last rows of every rank: a ring of `slots` steps for each, which is added when the rank arrives.
 
     The rows of a rank must arrive in order. A rank that starts again from step 0 overwrites its earlier rows.
-    Durations are kept as float32 (a step of ten seconds to the microsecond), 52 bytes per rank and step.
+    Durations are kept as float32 (a step of ten seconds to the microsecond), 56 bytes per rank and step.
 
     Args:
         slots: steps kept per rank; see `slots_for`.
@@ -324,7 +327,8 @@ class StepWindow:
             kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
             user = {name: values * kept for name, values in user.items()}
 
-        return Window(ranks, steps, times, total, own, user, missing_ranks, device, values[_POSITION["elements"]])
+        elements, samples = values[_POSITION["elements"]], values[_POSITION["samples"]]
+        return Window(ranks, steps, times, total, own, user, missing_ranks, device, elements, samples)
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
         if self._device is None or not at.size:

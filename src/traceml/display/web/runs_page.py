@@ -10,7 +10,7 @@ from nicegui import Client
 from traceml.display.web.elements import Container, TextNode, link, run_path, set_visible
 from traceml.display.web.layout import Banner, keys_dialog, top_bar
 from traceml.display.web.run_sources import RunsState
-from traceml.formatting import bytes_text, duration_text
+from traceml.formatting import bytes_text, duration_text, rate_text
 from traceml.runs.find import RunInfo
 
 __all__ = ["RunsPage"]
@@ -91,6 +91,7 @@ _COLUMNS = (
     ("State", ""),
     ("Verdict", ""),
     ("Ranks", "n wide-only"),
+    ("Samples/s", "n wide-only"),
     ("Started", "wide-only"),
     ("Took", "n wide-only"),
     ("Size", "n wide-only"),
@@ -129,11 +130,9 @@ class _RunRow:
         if took is None and run.started is not None and run.state == "running":
             took = time.time() - run.started
 
-        for cell, text in zip(
-            self._cells,
-            (str(run.world_size), _when(run.started), duration_text(took), bytes_text(run.size_bytes)),
-            strict=True,
-        ):
+        rate = rate_text(run.samples_per_second)
+        texts = str(run.world_size), rate, _when(run.started), duration_text(took), bytes_text(run.size_bytes)
+        for cell, text in zip(self._cells, texts, strict=True):
             cell.set_text(text)
 
         words = f"{run.name} {run.id} {run.state} {run.verdict or ''} {_verdict_text(run.verdict)}".lower()

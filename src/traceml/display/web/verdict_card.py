@@ -50,7 +50,7 @@ class VerdictCard:
         set_visible(self._next_block, bool(verdict.next))
         self._facts.show([*_costs(verdict), *evidence_items(verdict.evidence)][:_EVIDENCE])
         self._figures.show(_figures(view))
-        notes = [*view.notes, *([capitalized(view.sample)] if view.sample else [])]
+        notes = [*view.notes, *(capitalized(text) for text in (view.sample, view.shared_data) if text)]
         self._notes.set_text("".join(f"{note}. " for note in notes))
         set_visible(self._notes, bool(notes))
 
@@ -103,6 +103,7 @@ def _figures(view: RunView) -> list[tuple[str, str]]:
     steps = view.steps
     return [
         ("Steps per second", rate_text(view.steps_per_second)),
+        *((f"{unit.capitalize()} per second", number) for unit, number in view.data_rates),
         ("Mean step", ms_text(steps.mean_ms)),
         ("p50", ms_text(steps.p50_ms)),
         ("p95", ms_text(steps.p95_ms)),

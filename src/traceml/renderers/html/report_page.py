@@ -130,6 +130,7 @@ def _tiles(view: RunView) -> Iterator[str]:
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     tiles = (
         ("steps per second", rate_text(view.steps_per_second)),
+        *((f"{unit} per second", number) for unit, number in view.data_rates),
         ("steps", count_text(steps.count)),
         ("mean step", ms_text(steps.mean_ms)),
         ("p50", ms_text(steps.p50_ms)),
@@ -142,8 +143,8 @@ def _tiles(view: RunView) -> Iterator[str]:
 
 
 def sample_line(view: RunView) -> str:
-    """Return sentences on what the verdict of a long run rests on, and on missing device times; empty without."""
-    return "".join(f"{escaped(capitalized(text))}. " for text in (view.sample, view.untimed) if text)
+    """Return sentences on what verdict, step times and rates rest on; empty where they rest on all of the run."""
+    return "".join(f"{escaped(capitalized(text))}. " for text in (view.sample, view.untimed, view.shared_data) if text)
 
 
 def chart_grid(shown: list[Figure]) -> Iterator[str]:

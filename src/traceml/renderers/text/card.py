@@ -101,6 +101,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         Text(),
         *_time_lines(view, width),
         _steps_line(view, viewport),
+        *_data_line(view, viewport),
         *_labeled("Sample", view.sample or "", width),
         *_labeled("Clock", view.untimed or "", width),
         *_phase_lines(view, width, viewport),
@@ -205,6 +206,14 @@ def _steps_line(view: RunView, viewport: Viewport) -> Text:
     return line
 
 
+def _data_line(view: RunView, viewport: Viewport) -> Iterator[Text]:
+    """Yield what the whole job trains on per second, where it is known."""
+    parts = [f"{number} {unit}/s" for unit, number in view.data_rates]
+    if parts:
+        parts += [view.shared_data] if view.shared_data else []
+        yield Text(" ").append("Data".ljust(_LABEL), style="dim").append(f"  {viewport.glyphs.dot}  ".join(parts))
+
+
 def _time_lines(view: RunView, width: int) -> Iterator[Text]:
     """Yield where the run's wall time went; nothing where that is not known, as live."""
     time = view.report.time
@@ -252,7 +261,6 @@ def _rank_lines(view: RunView, viewport: Viewport) -> Iterator[Text]:
         return
 
     columns = _column_phases(view)
-    yield Text()
     heading = "".join(f"{phase_label(phase)[: _CELL - 1]:>{_CELL}}" for phase in columns)
     yield Text(f"   rank{'step':>{_CELL}}{heading}{'memory':>{_CELL}}", style="dim")
     rows = visible_ranks(view.ranks, _RANK_ROWS)

@@ -41,6 +41,7 @@ _NEXT_ROWS = 2
 _FRAME_ROWS = 5 + _NEXT_ROWS  # rule, speed, heading, verdict, next, tracing
 _TIME_ROWS = 1  # left out on the smallest screen
 _LABEL = 9
+_LEAST_TREND, _MOST_TREND = 6, 40
 MIN_HEIGHT = _FRAME_ROWS + 1
 _RANK_CELLS = 8 + 11 + 11  # mark and rank, step time, memory
 
@@ -100,12 +101,27 @@ def rule_line(now: RunView, viewport: Viewport) -> Text:
 
 def speed_line(view: LiveView, viewport: Viewport) -> Text:
     """Return the line on speed, with its trend."""
-    steps = view.now.steps
-    trend = max(min(viewport.width - 62, 40), 6)
-    line = Text(f" {rate_text(view.now.steps_per_second):>6} steps/s ", style="bold")
+    now = view.now
+    head = f" {rate_text(now.steps_per_second):>6} steps/s "
+    cells = _speed_cells(now, viewport.width - len(head) - _LEAST_TREND)
+    rest = sum(map(len, cells))
+    line = Text(head, style="bold")
+    trend = max(min(viewport.width - len(head) - rest, _MOST_TREND), _LEAST_TREND)
     line.append(sparkline(view.rates, trend, viewport), style="cyan not bold")
-    line.append(f"  step {ms_text(steps.mean_ms):>7}  p99 {ms_text(steps.p99_ms):>7}", style="not bold")
-    return line.append(f"  {plural(steps.count, 'step'):>15}", style="not bold")
+    return line.append("".join(cells), style="not bold")
+
+
+def _speed_cells(now: RunView, room: int) -> list[str]:
+    """Return the figures beside the speed that fit in the room."""
+    steps = now.steps
+    data = [f"  {number:>7} {unit}/s" for unit, number in now.data_rates[:1]]
+    step, p99 = f"  step {ms_text(steps.mean_ms):>7}", f"  p99 {ms_text(steps.p99_ms):>7}"
+    count = f"  {plural(steps.count, 'step'):>12}"
+    for cells in ([step, p99, *data, count], [step, *data, count], [step, count]):
+        if sum(map(len, cells)) <= room:
+            return cells
+
+    return [step]
 
 
 def _heading(now: RunView, viewport: Viewport) -> Text:

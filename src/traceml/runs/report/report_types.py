@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, significant
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import StoreError
 from traceml.runs.json_document import JsonDocument
@@ -27,6 +27,7 @@ __all__ = [
     "RankMemory",
     "RankSection",
     "Report",
+    "ReportSummary",
     "RestartSection",
     "RunSection",
     "StepsSection",
@@ -35,8 +36,9 @@ __all__ = [
     "TimePart",
     "TimeSection",
     "TrackerSection",
+    "rate_of",
     "read_report",
-    "read_verdict",
+    "read_summary",
 ]
 
 SCHEMA: Literal["traceml.report/1"] = "traceml.report/1"
@@ -84,9 +86,12 @@ class RunSection(msgspec.Struct, kw_only=True):
 
 
 class StepsSection(msgspec.Struct, kw_only=True):
-    """Number and duration of steps.
+    """Number and duration of steps, and the data in them.
 
-    `per_second` is of the wall time from the first to the last step, evaluation and saving included.
+    Rates per second are of the wall time from the first to the last step, evaluation and saving included.
+    Samples and tokens are those of the whole job in a mean step; padding counts. Of ranks with identical batches, as in
+    tensor-parallel groups, one counts: `data_ranks` is the number that do. They are None where the model's input is not
+    known, tokens also where it is not integers by sample and position.
     The verdict of a long run (`cut`) rests on a sample of `diagnosed` steps spread over it; all else is of all steps.
     `untimed_device` is the accelerator of the models if its time was not measured; phases have CPU time then.
     """
@@ -97,9 +102,29 @@ class StepsSection(msgspec.Struct, kw_only=True):
     p95_ms: float | None = None
     p99_ms: float | None = None
     per_second: float | None = None
+    samples_per_step: float | None = None
+    samples_per_second: float | None = None
+    tokens_per_step: float | None = None
+    tokens_per_second: float | None = None
+    data_ranks: int = 0
     cut: bool = False
     diagnosed: int = 0
     untimed_device: str | None = None
+
+    def speed(self, *, running: bool) -> float | None:
+        """Return steps per second: live, the speed now; of an ended run, of the time in steps, as the mean step is."""
+        return self.per_second if running or not self.mean_ms else 1e3 / self.mean_ms
+
+    def set_rate(self, per_second: float | None) -> None:
+        """Set steps, samples and tokens per second from the number of steps per second."""
+        self.per_second = per_second
+        self.samples_per_second = rate_of(self.samples_per_step, per_second)
+        self.tokens_per_second = rate_of(self.tokens_per_step, per_second)
+
+
+def rate_of(per_step: float | None, steps_per_second: float | None) -> float | None:
+    """Return samples or tokens per second; None where one of the two is not known."""
+    return None if per_step is None or steps_per_second is None else significant(per_step * steps_per_second)
 
 
 class TimePart(msgspec.Struct):
@@ -311,13 +336,16 @@ def read_report(path: Path) -> Report:
         raise StoreError(f"{path} is not a report: {error}") from error
 
 
-class _VerdictOnly(msgspec.Struct):
+class ReportSummary(msgspec.Struct):
+    """The parts of a report that lists of runs show."""
+
     verdict: Finding
+    steps: StepsSection = msgspec.field(default_factory=StepsSection)
 
 
-def read_verdict(path: Path) -> Finding | None:
-    """Return the verdict of the report in a file, without reading the rest; None where there is no report."""
+def read_summary(path: Path) -> ReportSummary | None:
+    """Return parts of the report in a file, without reading the rest; None where there is no report."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_VerdictOnly).verdict
+        return msgspec.json.decode(path.read_bytes(), type=ReportSummary)
     except (OSError, msgspec.DecodeError):
         return None

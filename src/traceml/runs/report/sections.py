@@ -33,6 +33,7 @@ from traceml.runs.report.report_types import (
     TimePart,
     TimeSection,
 )
+from traceml.runs.report.throughput import put_batch_sizes
 from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.metrics import MetricSummary
 from traceml.runs.rows.sample_totals import SampleTotals
@@ -56,7 +57,6 @@ def steps(digest: Digest, window: Window) -> StepsSection:
     """
     section = StepsSection(
         count=max((steps_of(digest, rank) for rank in range(digest.window.latest.size)), default=0),
-        per_second=_per_second(digest),
         cut=digest.cut,
         diagnosed=len(window),
     )
@@ -69,8 +69,11 @@ def steps(digest: Digest, window: Window) -> StepsSection:
     elif times.size:
         mean, quantiles = float(times.mean()), np.quantile(times, _QUANTILES).tolist()
     else:
+        section.set_rate(_per_second(digest))
         return section
 
+    put_batch_sizes(section, digest, window if totals is None else totals)
+    section.set_rate(_per_second(digest))
     section.mean_ms = significant(mean / _MS)
     section.p50_ms, section.p95_ms, section.p99_ms = (significant(value / _MS) for value in quantiles)
     return section

@@ -40,6 +40,7 @@ class StepTotals:
             replace the CPU's, which are cut to the time in which the device was idle in the whole bin.
         device: whether the device's times replace the CPU's; see `step_split`.
         own: own backward of the steps that measured it, `measured`: how many did.
+        elements, samples: sizes of the batches, as in `schema.STEPS`.
         least_ns, most_ns: shortest and longest step of each bin; infinite and zero where there is none.
         all_steps: the sums of all ranks together, for quantiles.
     """
@@ -54,6 +55,8 @@ class StepTotals:
     device: bool
     own: Floats
     measured: Floats
+    elements: Floats
+    samples: Floats
     least_ns: Floats
     most_ns: Floats
     all_steps: TableSums
@@ -106,6 +109,8 @@ class StepTotals:
             times={**self.times, **times},
             own=less(self.own, some.own),
             measured=less(self.measured, some.measured),
+            elements=less(self.elements, some.elements),
+            samples=less(self.samples, some.samples),
             all_steps=_without_levels(self.all_steps, some.all_steps),
         )
 
@@ -147,6 +152,8 @@ def step_totals(sums: Mapping[int, StepSums], names: Mapping[int, Mapping[int, s
         device=has_device,
         own=own,
         measured=measured,
+        elements=steps.matrix("elements"),
+        samples=steps.matrix("samples"),
         least_ns=steps.extreme("total_ns_min", np.minimum, np.inf),
         most_ns=steps.extreme("total_ns_max", np.maximum, 0.0),
         all_steps=parts[0].steps.join(*(part.steps for part in parts[1:])),

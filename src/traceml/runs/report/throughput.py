@@ -1,0 +1,41 @@
+"""Samples and tokens that the whole job trains on in a step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from traceml.diagnosis.findings import significant
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.window import Window
+from traceml.runs.report.report_types import StepsSection
+from traceml.runs.rows.digest import Digest
+from traceml.runs.rows.step_totals import StepTotals
+
+__all__ = ["put_batch_sizes"]
+
+
+def put_batch_sizes(section: StepsSection, digest: Digest, steps: Window | StepTotals) -> None:
+    """Set the samples and tokens of a mean step of the job, where they are known.
+
+    Args:
+        section: receives them.
+        digest: the run.
+        steps: the steps to describe.
+    """
+    batches, ranks = digest.facts.batches, steps.ranks.tolist()
+    distinct = batches.distinct_ranks(ranks)
+    rows = [ranks.index(rank) for rank in distinct]
+    samples, elements = _by_rank(steps.samples, steps), _by_rank(steps.elements, steps)
+    if not rows or not samples.size or not samples[rows].all():
+        return
+
+    section.data_ranks = len(distinct)
+    section.samples_per_step = significant(float(samples[rows].sum()))
+    if batches.tokens:
+        section.tokens_per_step = significant(float(elements[rows].sum()))
+
+
+def _by_rank(values: Floats, steps: Window | StepTotals) -> Floats:
+    """Return the mean of each rank's steps."""
+    count = len(steps) if isinstance(steps, Window) else steps.count.sum(axis=1)
+    return np.asarray(values.sum(axis=1, dtype=np.float64) / np.maximum(count, 1))
