@@ -106,7 +106,7 @@ FORBIDDEN = {
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
     "formatting", "settings", "coerce", "errors", "clock", "ids", "own_files", "priority", "fail_open", "version",
-    "privacy",
+    "privacy", "witness",
 }  # fmt: skip
 
 # Classes that have their name more than once: each a callback that its framework's users look for under this name.

@@ -7,18 +7,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+from traceml.witness.kernel_state import ProcessInfo, process_info
 
 __all__ = [
     "AGENT_NAME",
     "MARK",
-    "ProcessInfo",
     "ProcessTermination",
     "become_subreaper",
     "die_with_parent",
     "end_job",
     "find_leftovers",
-    "process_info",
     "terminate_all",
 ]
 
@@ -30,15 +29,6 @@ MARK = "TRACEML_LAUNCH_MARK"
 _OUTLIVES = b"TRACEML_OUTLIVES=1"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TICK_S = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessInfo:
-    """A process as /proc describes it: `state` is the letter that ps shows."""
-
-    pid: int
-    parent: int
-    state: str
 
 
 def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> None:
@@ -62,19 +52,6 @@ def _prctl(option: int, value: int) -> None:
     import ctypes
 
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
-
-
-def process_info(pid: int | str) -> ProcessInfo | None:
-    """Return the state of a process, or None if there is none."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read()
-    except OSError:
-        return None
-
-    # the name, in brackets, may hold anything
-    state, parent = text[text.rindex(b")") + 2 :].split(None, 2)[:2]
-    return ProcessInfo(int(pid), int(parent), state.decode())
 
 
 def find_leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = ()) -> set[int]:

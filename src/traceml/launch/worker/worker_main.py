@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 from traceml.launch.wire import log_records, payload
 from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.payload_buffer import map_private
-from traceml.launch.wire.signals import STACK_SIGNAL
 from traceml.launch.worker import main_module
 from traceml.launch.worker.blas import set_blas_threads
 from traceml.launch.worker.process_end import end_process, exit_status
 from traceml.launch.worker.stack_thread import serve_stacks
+from traceml.witness import stack_signal
 
 __all__ = ["main"]
 
@@ -138,7 +138,7 @@ def _set_up_process(request: Mapping[str, Any], out: int, err: int, stacks_file:
     _line_buffer_c()
     os.set_inheritable(stacks_file, False)
     faulthandler.enable(2)
-    faulthandler.register(STACK_SIGNAL, file=stacks_file, all_threads=True, chain=False)
+    stack_signal.register(stacks_file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in request["unset"]:
         os.environ.pop(name, None)

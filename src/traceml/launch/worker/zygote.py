@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.process_cleanup import become_subreaper, die_with_parent, find_leftovers, terminate_all
-from traceml.launch.wire.signals import STACK_SIGNAL
 from traceml.launch.worker.blas import one_blas_thread
+from traceml.witness.stack_signal import STACK_SIGNAL
 
 __all__ = ["main"]
 

@@ -1,0 +1,199 @@
+"""State of a process in the kernel: running, waiting (for what) or stopped, CPU time, bytes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "ProcessInfo",
+    "ProcessUse",
+    "WaitState",
+    "is_job_suspended",
+    "process_info",
+    "read_status",
+    "threads_of",
+    "tree_use",
+    "wait_state",
+]
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
+# System calls whose first argument is the descriptor that they wait for. poll and select have none.
+_ON_DESCRIPTOR = {
+    "x86_64": {0, 1, 16, 17, 18, 19, 20, 42, 43, 44, 45, 46, 47, 72, 73, 74, 75, 288},
+    "aarch64": {25, 29, 32, 63, 64, 65, 66, 67, 68, 82, 83, 202, 203, 206, 207, 211, 212, 242},
+}
+_READS = {"x86_64": 0, "aarch64": 63}
+_MOST_CHILDREN = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """A process or thread as /proc describes it.
+
+    Attributes:
+        pid: its number.
+        parent: number of its parent process.
+        state: the letter that ps shows.
+        group: number of its process group.
+        terminal: device number of its controlling terminal, 0 without one.
+        cpu_s: CPU time so far, in seconds.
+    """
+
+    pid: int
+    parent: int
+    state: str
+    group: int = 0
+    terminal: int = 0
+    cpu_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WaitState:
+    """State of a process's main thread.
+
+    Attributes:
+        state: the letter that ps shows; X when the process is gone.
+        wchan: the kernel function in which it sleeps; empty while it runs, or if it may not be read.
+        waits_on: the file, pipe or socket of the descriptor that its system call waits for; `stdin`, `stdout` or
+            `stderr` for these; empty without one, or if it may not be read.
+        is_terminal_input: whether it reads from a terminal.
+        tracer: process id of an attached debugger, 0 without one.
+    """
+
+    state: str = "X"
+    wchan: str = ""
+    waits_on: str = ""
+    is_terminal_input: bool = False
+    tracer: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessUse:
+    """Use of some processes so far: CPU seconds, and bytes read and written through the kernel."""
+
+    cpu_s: float = 0.0
+    io_bytes: int = 0
+
+
+def process_info(pid: int | str) -> ProcessInfo | None:
+    """Return the facts of a process or thread, or None if there is none."""
+    text = _read(f"/proc/{pid}/stat")
+    if not text:
+        return None
+
+    # the name, in brackets, may hold anything
+    fields = text[text.rindex(")") + 2 :].split(None, 13)
+    state, parent, group, terminal = fields[0], int(fields[1]), int(fields[2]), int(fields[4])
+    return ProcessInfo(int(pid), parent, state, group, terminal, (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
+
+
+def threads_of(pid: int) -> list[ProcessInfo]:
+    """Return the threads of a process, the main one first; empty if it is gone."""
+    found = (process_info(number) for number in sorted(map(int, _names(f"/proc/{pid}/task"))))
+    return [each for each in found if each is not None]
+
+
+def read_status(pid: int, name: str, thread: int | None = None) -> str:
+    """Return a field of a process's or thread's status file; empty without one.
+
+    Args:
+        pid: the process.
+        name: the field's name, as `SigCgt`.
+        thread: one of its threads; by default the main one.
+    """
+    for line in _read(f"/proc/{pid}/task/{thread or pid}/status").splitlines():
+        field, _, value = line.partition(":")
+        if field == name:
+            return value.strip()
+
+    return ""
+
+
+def wait_state(pid: int) -> WaitState:
+    """Return the state of a process's main thread; fields that may not be read have their default."""
+    info = process_info(pid)
+    if info is None:
+        return WaitState()
+
+    call, descriptor = _waiting_call(pid)
+    target = _target(pid, descriptor) if descriptor >= 0 else ""
+    reads_terminal = call == _READS.get(platform.machine()) and target.startswith(("/dev/tty", "/dev/pts/"))
+    return WaitState(
+        info.state,
+        _read(f"/proc/{pid}/wchan").strip("0\n "),
+        _STREAMS.get(descriptor, target),
+        reads_terminal,
+        int(read_status(pid, "TracerPid") or 0),
+    )
+
+
+def tree_use(pid: int) -> ProcessUse:
+    """Return what a process and its descendants have used so far; those that have ended do not count."""
+    cpu_s, io_bytes = 0.0, 0
+    for each in (pid, *_descendants(pid)):
+        info = process_info(each)
+        cpu_s += info.cpu_s if info is not None else 0.0
+        for line in _read(f"/proc/{each}/io").splitlines()[:2]:  # rchar, wchar
+            io_bytes += int(line.partition(":")[2])
+
+    return ProcessUse(cpu_s, io_bytes)
+
+
+def is_job_suspended(info: ProcessInfo) -> bool:
+    """Whether a stopped process was suspended at its terminal, with its whole process group."""
+    if info.state != "T" or not info.terminal:
+        return False
+
+    numbers = (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208 - names alone
+    members = (each for number in numbers if (each := process_info(number)) is not None)
+    return all(each.state == "T" for each in members if each.group == info.group and each.state not in "ZX")
+
+
+def _descendants(pid: int) -> Iterable[int]:
+    found: list[int] = []
+    todo = [pid]
+    while todo and len(found) < _MOST_CHILDREN:
+        parent = todo.pop()
+        for thread in _names(f"/proc/{parent}/task"):
+            children = [int(each) for each in _read(f"/proc/{parent}/task/{thread}/children").split()]
+            found += children
+            todo += children
+
+    return found
+
+
+def _waiting_call(pid: int) -> tuple[int, int]:
+    """Return the number of the main thread's system call, and the descriptor that it waits for; -1 without one."""
+    words = _read(f"/proc/{pid}/syscall").split()
+    if len(words) < 2 or not words[0].isdigit():  # it runs, or its calls may not be read
+        return -1, -1
+
+    call = int(words[0])
+    return call, int(words[1], 16) if call in _ON_DESCRIPTOR.get(platform.machine(), ()) else -1
+
+
+def _target(pid: int, descriptor: int) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/fd/{descriptor}").readlink())
+    except OSError:
+        return ""
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names alone
+    except OSError:
+        return []
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,182 @@
+"""Python stacks of a process whose own thread cannot tell them: faulthandler writes them on a signal.
+
+faulthandler reads the frames of all threads without the GIL. A process in which another thread runs Python code crashes
+after 3 to 80 such signals. So only a silent process gets one: its thread asks for the GIL in vain, so another thread
+holds it inside one call into C, and no frame changes. The signal is sent to one thread: one to the process would end a
+wait of the user's C code early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import os
+import platform
+import signal
+import time
+from pathlib import Path
+
+from traceml.witness.kernel_state import process_info, read_status, threads_of
+
+__all__ = ["STACK_SIGNAL", "SignaledStacks", "create_stack_file", "find_stack_file", "is_registered", "register",
+           "worker_target"]  # fmt: skip
+
+STACK_SIGNAL = signal.SIGRTMAX - 3
+"""Makes a process's faulthandler write its Python stacks. SIGUSR1 and SIGUSR2 stay free for the user."""
+
+_NAME = "traceml-stacks"
+_MAX_BYTES = 1024 * 1024
+# A thread that waits for the GIL wakes at each switch interval, 5 ms, to ask for it again. One that waits for anything
+# else sleeps on.
+_PROBE_S, _LEAST_WAKES = 0.1, 8
+_FIRST_S, _QUIET_S = 0.3, 0.05
+# A signal ends the waits of these system calls in user code: sleep, poll, select, epoll.
+_ENDED_EARLY = {
+    "x86_64": {"7", "23", "35", "230", "232", "270", "271", "281"},
+    "aarch64": {"22", "72", "73", "101", "115"},
+}
+
+
+def create_stack_file() -> int:
+    """Return the descriptor of a new file in memory for a process's stacks.
+
+    A file, as a pipe would be full before the main thread's stack, which faulthandler writes last.
+    """
+    file = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+    fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)  # whoever empties it does not share the writer's position
+    return file
+
+
+def register(file: int) -> None:
+    """Have faulthandler write this process's stacks into a file of `create_stack_file` on `STACK_SIGNAL`."""
+    faulthandler.register(STACK_SIGNAL, file=file, all_threads=True, chain=False)
+
+
+def is_registered(pid: int) -> bool:
+    """Whether a process handles `STACK_SIGNAL`: else it would die of it."""
+    caught = read_status(pid, "SigCgt") or "0"
+    return bool(int(caught, 16) >> (STACK_SIGNAL - 1) & 1)
+
+
+def find_stack_file(pid: int) -> int | None:
+    """Open the file of another process's stacks; None without one, or where its files may not be read."""
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(link.readlink()).startswith(f"/memfd:{_NAME}"):
+                    return os.open(link, os.O_RDWR | os.O_CLOEXEC)
+
+    return None
+
+
+def worker_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
+    """Return the thread of a stuck loader worker that may get the signal; None where it may do harm.
+
+    Args:
+        pid: the worker.
+        even_if_disturbed: whether a wait of its main thread in C, as `sleep` or `poll`, may end early.
+    """
+    threads = threads_of(pid)
+    if not threads or sum(each.state == "R" for each in threads) > 1 or threads[0].state in "TtZX":
+        return None
+
+    if threads[0].state == "R":
+        return pid
+
+    call = _system_call(pid)
+    waits_safely = even_if_disturbed or bool(call and call not in _ENDED_EARLY.get(platform.machine(), {call}))
+    return threads[1].pid if len(threads) > 1 else pid if waits_safely else None
+
+
+class SignaledStacks:
+    """One request for the stacks of a process, by the signal. `step` is called every few milliseconds until it is over.
+
+    Args:
+        pid: the process.
+        file: the file that its faulthandler writes.
+        asker: its thread that should have answered; None for a loader worker, which has none.
+        target: the thread that gets the signal, of a loader worker.
+    """
+
+    def __init__(self, pid: int, file: int, *, asker: int | None = None, target: int | None = None) -> None:
+        self.text = ""
+        """The stacks as faulthandler writes them, the main thread's last; empty if it was not safe to ask."""
+        self._pid, self._file, self._asker, self._target = pid, file, asker, target
+        self._wakes = self._wakes_of() if asker is not None else 0
+        self._began_s, self._sent_s, self._grown_s, self._size = time.monotonic(), 0.0, 0.0, 0
+
+    def step(self) -> bool:
+        """Go on; return whether it is over."""
+        now_s = time.monotonic()
+        if self._sent_s:
+            return self._is_written(now_s)
+        if self._asker is not None and now_s - self._began_s < _PROBE_S:
+            return False
+
+        if not self._send():
+            return True
+
+        self._sent_s = self._grown_s = now_s
+        return False
+
+    def wait(self, timeout_s: float = 0.5) -> str:
+        """Wait until it is over; return the text."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self.step() and time.monotonic() < deadline_s:
+            time.sleep(0.005)
+
+        return self.text
+
+    def _send(self) -> bool:
+        """Send the signal; return False where it is not safe now."""
+        target = self._target if self._asker is None else self._target_of_silent()
+        if target is None or not is_registered(self._pid):
+            return False
+
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another process may ask too
+            os.ftruncate(self._file, 0)
+        except OSError:
+            return False
+
+        import ctypes
+
+        return bool(ctypes.CDLL(None).tgkill(self._pid, target, int(STACK_SIGNAL)) == 0)
+
+    def _target_of_silent(self) -> int | None:
+        """Return the thread for the signal: the main one where it runs, so is in no wait, else the one asked.
+
+        A stopped process would handle the signal later, when it runs again.
+        """
+        main = process_info(self._pid)
+        if main is None or main.state in "TtZX" or self._wakes_of() - self._wakes < _LEAST_WAKES:
+            return None
+
+        return self._pid if main.state == "R" else self._asker
+
+    def _wakes_of(self) -> int:
+        return int(read_status(self._pid, "voluntary_ctxt_switches", self._asker) or 0)
+
+    def _is_written(self, now_s: float) -> bool:
+        """Whether faulthandler has written everything."""
+        size = os.fstat(self._file).st_size
+        if size != self._size:
+            self._size, self._grown_s = size, now_s
+
+        if now_s - self._grown_s <= (_QUIET_S if size else _FIRST_S):
+            return False
+
+        self.text = os.pread(self._file, _MAX_BYTES, 0).decode("utf-8", "replace")
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+        return True
+
+
+def _system_call(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/syscall", encoding="ascii") as file:
+            return file.read().split()[0]
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,24 @@
+"""Frames in the text that faulthandler writes."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["main_first", "main_frames"]
+
+_FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
+_CUT = "\n..."  # more threads than it writes
+
+
+def main_first(text: str) -> str:
+    """Return the text with the main thread first; faulthandler writes it last."""
+    return "\n\n".join(reversed(text.rstrip("\n").split("\n\n")))
+
+
+def main_frames(text: str) -> list[tuple[str, int, str]]:
+    """Return the main thread's frames as (file, line, function), the innermost first; empty if they are missing."""
+    if text.rstrip().endswith(_CUT):
+        return []
+
+    last = text.rstrip("\n").rpartition("\n\n")[2]
+    return [(found["file"], int(found["line"]), found["function"]) for found in _FRAME.finditer(last)]

@@ -1,0 +1,1 @@
+"""Processes as others see them."""

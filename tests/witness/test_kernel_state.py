@@ -1,0 +1,100 @@
+"""The kernel's view of real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.driver import wait_until
+from traceml.witness.kernel_state import WaitState, is_job_suspended, process_info, threads_of, tree_use, wait_state
+
+pytestmark = pytest.mark.process
+
+
+def _python(code: str, **streams: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code], **streams)  # type: ignore[call-overload, no-any-return]
+
+
+def test_a_full_pipe_is_named() -> None:
+    """A process that writes to a pipe which nobody reads waits for its standard error."""
+    with _python("import os\nwhile True: os.write(2, bytes(4096))", stderr=subprocess.PIPE) as process:
+        try:
+            wait_until(lambda: wait_state(process.pid).waits_on == "stderr")
+            seen = wait_state(process.pid)
+
+            assert seen.state == "S"
+            assert "pipe" in seen.wchan
+            assert not seen.is_terminal_input
+        finally:
+            process.kill()
+
+
+def test_a_lock_on_a_file_is_named(tmp_path: Path) -> None:
+    """A process that waits for a lock waits on that file."""
+    path = tmp_path / "build.lock"
+    code = f"import fcntl\nfile = open({str(path)!r}, 'w')\nfcntl.flock(file, fcntl.LOCK_EX)"
+    import fcntl
+
+    with path.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with _python(code) as process:
+            try:
+                wait_until(lambda: wait_state(process.pid).waits_on == str(path))
+            finally:
+                process.kill()
+
+
+def test_input_of_a_terminal_is_recognized() -> None:
+    """A process that waits for its user is no hang."""
+    ours, theirs = os.openpty()
+    with _python("import os; os.read(0, 1)", stdin=theirs) as process:
+        try:
+            wait_until(lambda: wait_state(process.pid).is_terminal_input)
+
+            assert wait_state(process.pid).waits_on == "stdin"
+        finally:
+            process.kill()
+
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_a_stopped_process_without_a_terminal_is_not_suspended() -> None:
+    """SIGSTOP from somewhere is a fault; Ctrl-Z at a terminal is a wish."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        try:
+            os.kill(process.pid, signal.SIGSTOP)
+            wait_until(lambda: wait_state(process.pid).state == "T")
+            info = process_info(process.pid)
+
+            assert info is not None
+            assert not is_job_suspended(info)
+        finally:
+            process.kill()
+
+
+def test_a_process_that_is_gone_has_no_state() -> None:
+    """Its number may be asked for a moment later."""
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+
+    assert wait_state(process.pid) == WaitState()
+    assert threads_of(process.pid) == []
+    assert tree_use(process.pid).cpu_s == 0
+
+
+def test_use_counts_children() -> None:
+    """CPU time and bytes of a loader's workers are the rank's."""
+    before = tree_use(os.getpid())
+    with _python("import os\nfile = open('/dev/null', 'wb')\nwhile True: file.write(bytes(1 << 16))") as process:
+        try:
+            wait_until(lambda: tree_use(os.getpid()).io_bytes - before.io_bytes > 1 << 20)
+            wait_until(lambda: tree_use(os.getpid()).cpu_s - before.cpu_s > 0.1)
+            assert tree_use(process.pid).cpu_s > 0
+        finally:
+            process.kill()

@@ -1,0 +1,145 @@
+"""Stacks of real processes that cannot tell them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.driver import wait_until
+from tests.witness.processes import Standing, standing
+from traceml.witness.kernel_state import process_info
+from traceml.witness.stack_signal import SignaledStacks, find_stack_file, is_registered, worker_target
+from traceml.witness.stack_text import main_first, main_frames
+
+pytestmark = pytest.mark.process
+
+_HOLDS_GIL = """
+def hold_in_c():
+    print("ready", flush=True)
+    {call}
+
+hold_in_c()
+"""
+
+
+def _ask_when_silent(told: Standing, file: int) -> str:
+    """Ask until the thread that would answer waits for the GIL; before, it sleeps."""
+    texts: list[str] = []
+    wait_until(lambda: texts.append(SignaledStacks(told.pid, file, asker=told.thread).wait(2)) or bool(texts[-1]))  # type: ignore[func-returns-value]
+    return texts[-1]
+
+
+@pytest.mark.parametrize(
+    "call", ["ctypes.PyDLL(None).sleep(60)", "ctypes.PyDLL(None).poll(None, 0, 60_000)", "sum(range(10**11))"]
+)
+def test_the_line_that_holds_the_gil_is_told(call: str) -> None:
+    """Waiting or computing in C, the main thread's innermost frame is the caller of the C function."""
+    with standing(_HOLDS_GIL.format(call=call)) as told:
+        file = find_stack_file(told.pid)
+        assert file is not None
+        frames = main_frames(_ask_when_silent(told, file))
+        os.close(file)
+
+        assert [name for _, _, name in frames] == ["hold_in_c", "<module>"]
+        assert told.process.poll() is None
+
+
+def test_a_wait_in_c_is_not_ended() -> None:
+    """The signal goes to another thread, so the user's poll returns 0 at its time, not -1."""
+    call = "print(ctypes.PyDLL(None).poll(None, 0, 1500), flush=True)"
+    with standing(_HOLDS_GIL.format(call=call)) as told:
+        file = find_stack_file(told.pid)
+        assert file is not None
+        assert _ask_when_silent(told, file)
+        os.close(file)
+
+        assert told.line() == "0"
+
+
+@pytest.mark.parametrize(
+    "code", ["print('ready', flush=True)\ntime.sleep(60)", "print('ready', flush=True)\nwhile True:\n    pass"]
+)
+def test_a_process_whose_thread_gets_the_gil_is_not_asked(code: str) -> None:
+    """Its frames may change while a handler reads them, which crashes it."""
+    with standing(code) as told:
+        file = find_stack_file(told.pid)
+        assert file is not None
+
+        assert SignaledStacks(told.pid, file, asker=told.thread).wait(2) == ""
+        assert os.fstat(file).st_size == 0
+        os.close(file)
+
+
+def test_a_stopped_process_is_not_asked() -> None:
+    """It would handle the signal when it runs again."""
+    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(60)")) as told:
+        os.kill(told.pid, signal.SIGSTOP)
+        wait_until(lambda: (info := process_info(told.pid)) is not None and info.state == "T")
+        file = find_stack_file(told.pid)
+        assert file is not None
+
+        assert SignaledStacks(told.pid, file, asker=told.thread).wait(2) == ""
+        os.close(file)
+
+
+def test_a_process_without_a_handler_is_spared() -> None:
+    """An unhandled real-time signal would kill it."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            assert find_stack_file(process.pid) is None
+            assert not is_registered(process.pid)
+            file = os.memfd_create("none")
+            assert SignaledStacks(process.pid, file, target=process.pid).wait(1) == ""
+            os.close(file)
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def test_two_askers_do_not_mix_their_answers() -> None:
+    """The second one is refused while the first one reads."""
+    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(60)")) as told:
+        files = [find_stack_file(told.pid), find_stack_file(told.pid)]
+        assert files[0] is not None
+        assert files[1] is not None
+        _ask_when_silent(told, files[0])  # by now its thread waits for the GIL
+        first, second = (SignaledStacks(told.pid, file, asker=told.thread) for file in files if file is not None)
+        wait_until(lambda: first.step() or bool(first._sent_s))
+
+        assert second.wait(2) == ""
+        assert main_frames(first.wait(2))
+        for file in files:
+            os.close(file)  # type: ignore[arg-type]
+
+
+def test_a_worker_in_a_sleep_of_c_code_is_left_alone() -> None:
+    """Its only thread is in a wait that a signal would end; in a lock it is not."""
+    sleeper = [sys.executable, "-c", "import ctypes; print(flush=True); ctypes.PyDLL(None).sleep(60)"]
+    with subprocess.Popen(sleeper, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            wait_until(lambda: (info := process_info(process.pid)) is not None and info.state == "S")
+
+            assert worker_target(process.pid) is None
+            assert worker_target(process.pid, even_if_disturbed=True) == process.pid
+        finally:
+            process.kill()
+
+
+def test_the_main_thread_is_the_last_one_written() -> None:
+    """Its frames are the innermost first; a text that was cut before them has none."""
+    text = (
+        'Thread 0x1 (most recent call first):\n  File "a.py", line 1 in other\n\n'
+        'Current thread 0x2 (most recent call first):\n  File "b c.py", line 2 in inner\n'
+        '  File "b c.py", line 9 in <module>\n'
+    )
+
+    assert main_frames(text) == [("b c.py", 2, "inner"), ("b c.py", 9, "<module>")]
+    assert main_first(text).startswith("Current thread 0x2")
+    assert main_frames(text + "\n...\n") == []
+    assert main_frames("") == []
