@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from traceml.launch.wire import bootstrap, payload
-from traceml.launch.wire.channel import Channel, ChannelClosedError
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.channel_frames import ChannelClosedError
 
 DEADLINE_S = 90.0
 

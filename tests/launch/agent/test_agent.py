@@ -22,7 +22,7 @@ _REMOTE = (
     bootstrap.import_code().replace("{", "{{").replace("}", "}}")
     + """
 from traceml.launch.agent import agent
-from traceml.launch.wire.channel import GREETING
+from traceml.launch.wire.channel_frames import GREETING
 import os
 os.write(1, GREETING)
 agent._SILENCE_S = {silence_s}

@@ -14,7 +14,9 @@ import pytest
 
 from traceml.errors import ProtocolError
 from traceml.launch.wire import channel as module
-from traceml.launch.wire.channel import GREETING, STREAM_WINDOW_BYTES, Channel, ChannelClosedError
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
+from traceml.launch.wire.channel_streams import STREAM_WINDOW_BYTES
 
 
 class Pair:

@@ -22,7 +22,8 @@ from traceml.launch.agent.agent_hello import hello
 from traceml.launch.agent.machine import count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
-from traceml.launch.wire.channel import GREETING, Channel, ChannelClosedError
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
 from traceml.launch.wire.payload_buffer import PayloadBuffer
 from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, terminate_all
 from traceml.launch.wire.tunnel import TunnelListener

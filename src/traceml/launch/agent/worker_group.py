@@ -17,7 +17,8 @@ from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.stack_reader import StackReader
 from traceml.launch.agent.worker_state import WorkerState
 from traceml.launch.agent.zygote_client import ZygoteClient
-from traceml.launch.wire.channel import Channel, OutgoingStream
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.channel_streams import OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
 from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers

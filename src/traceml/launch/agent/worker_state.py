@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.stack_reader import StackReader
-from traceml.launch.wire.channel import OutgoingStream
+from traceml.launch.wire.channel_streams import OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
 
 __all__ = ["WorkerState"]

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from traceml.launch.wire import process_cleanup
-from traceml.launch.wire.channel import GREETING
+from traceml.launch.wire.channel_frames import GREETING
 from traceml.launch.wire.process_cleanup import AGENT_NAME
 
 __all__ = ["agent_command", "cleanup_program", "import_code", "local_program", "remote_program"]

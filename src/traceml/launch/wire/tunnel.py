@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from traceml.launch.wire.channel import Channel, IncomingStream, OutgoingStream
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.channel_streams import IncomingStream, OutgoingStream
 
 __all__ = ["TunnelConnector", "TunnelListener"]
 

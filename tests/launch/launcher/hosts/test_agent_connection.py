@@ -16,7 +16,7 @@ from tests.launch.jobs import PYTHONPATH
 from traceml.errors import AgentFailedError
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.hosts import HostSpec
-from traceml.launch.wire.channel import ChannelClosedError
+from traceml.launch.wire.channel_frames import ChannelClosedError
 
 _LAUNCH = """
     import json, sys, traceml

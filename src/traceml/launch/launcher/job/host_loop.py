@@ -12,7 +12,7 @@ from typing import Any
 
 from traceml.errors import AgentFailedError
 from traceml.launch.launcher.job.job_host import JobHost
-from traceml.launch.wire.channel import ChannelClosedError
+from traceml.launch.wire.channel_frames import ChannelClosedError
 
 __all__ = ["HostLoop"]
 

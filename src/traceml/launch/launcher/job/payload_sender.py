@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from traceml.launch.launcher.job.job_host import JobHost
-from traceml.launch.wire.channel import OutgoingStream
+from traceml.launch.wire.channel_streams import OutgoingStream
 from traceml.launch.wire.payload import SerializedValue
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, can_reach
 
