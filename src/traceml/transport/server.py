@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from traceml.clock import monotonic_ns
 from traceml.errors import ProtocolError
 from traceml.transport import auth
-from traceml.transport.client import keep_alive
+from traceml.transport.client_handshake import keep_alive
 from traceml.transport.framing import MAX_FRAME_BYTES, MAX_HELLO_BYTES, WIRE_VERSION, Decoder, encode
 from traceml.transport.handshakes import TLS_STATE_BYTES, OpenHandshakes, RefusalLog
 from traceml.transport.hello import Hello, schemas
