@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from traceml.aggregator.admission import Admission
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.restored_streams import restored_streams
+from traceml.aggregator.run_facts import RunFacts
 from traceml.aggregator.stream_ends import final_state, note_exit, state_of_dead
 from traceml.aggregator.stream_table import StreamTable
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
-from traceml.clock import SteadyClock, boot_id, process_start_ticks
+from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
@@ -71,19 +71,15 @@ class ActiveRun:
         self._touched_s = time.monotonic()
         self._failures_before = Counter(failures())
         self._recovered: list[FlightSnapshot] = []
-        clock = SteadyClock.start()
-        self._facts: dict[str, Any] = {
-            "id": path.name, "name": path.name, "project": "default", "job": key, "named": named, "command": "",
-            "world_size": 1, "attempt": 0, "attempt_base": 0, "started": clock.epoch_ns / 1e9, "clock": clock.facts,
-            "ended": None, "state": "running", "hosts": [],
-        }  # fmt: skip
+        self._facts = RunFacts(path.name, key, named=named)
+        self.admission = Admission(self._facts, self._table, named=named, on_helper=self._note_helper)
         self._leaving: list[Peer] = []
         self._unmatched_exits: list[dict[str, Any]] = []
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
         self._resume()
-        self._write_facts()
+        self._facts.write(self.store)
 
     def __repr__(self) -> str:
         return f"<run {self.id}: {self.state}, {len(self.streams)} streams>"
@@ -96,22 +92,22 @@ class ActiveRun:
     @property
     def state(self) -> str:
         """running, finished, stopped, failed or lost."""
-        return str(self._facts["state"])
+        return self._facts.state
 
     @property
     def ended(self) -> bool:
         """Whether it is over; a rank that reconnects opens it again."""
-        return self._facts["ended"] is not None
+        return self._facts.ended
 
     @property
     def attempt(self) -> int:
         """The newest attempt of any rank."""
-        return int(self._facts["attempt"])
+        return self._facts.attempt
 
     @property
     def world_size(self) -> int:
         """Number of ranks of the newest attempt."""
-        return int(self._facts["world_size"])
+        return self._facts.world_size
 
     @property
     def sample_interval_s(self) -> float:
@@ -138,43 +134,6 @@ class ActiveRun:
         """Flight files whose rows are recovered, but not stored yet."""
         return {image.path for image in self._recovered}
 
-    def attempt_for(self, hello: Hello) -> int | None:
-        """Return the attempt of this run that a new rank belongs to, None when it is of another job.
-
-        The same key does not prove the same job: torchrun's default address is the same each time, and a subprocess
-        of a rank inherits its variables.
-        """
-        attempt = hello.attempt + int(self._facts["attempt_base"])
-        if hello.parent:
-            return attempt
-
-        self._leave_to_children(hello, attempt)
-        current = self._table.of_rank(attempt, hello.rank)
-        if current is None:
-            other_job = self.ended and attempt <= self.attempt and hello.world_size != self.world_size
-            return None if other_job and not self.named else attempt
-
-        if self._is_busy(current, hello) or (hello.spawned_by and hello.world_size == 1):
-            return None  # children that train each for themselves are runs of their own
-
-        return self.attempt + 1 if self.named else None
-
-    def _leave_to_children(self, hello: Hello, attempt: int) -> None:
-        """Make the process that has only started a rank a helper: it is no rank itself."""
-        for stream in self._table.of_attempt(attempt):
-            if hello.spawned_by and stream.incarnation.recorder == hello.spawned_by and not stream.next.get("steps"):
-                self._table.remove_rank(stream)
-                self.store.update_stream(stream.id, helps=True)
-
-    def starts_next_run(self, hello: Hello) -> bool:
-        """Whether a rank that has ended here trains again in the same process: that is the job's next run."""
-        current = self._table.of_rank(hello.attempt + int(self._facts["attempt_base"]), hello.rank)
-        return (
-            current is not None
-            and current.ended
-            and replace(current.incarnation, recorder=hello.recorder) == Incarnation.from_hello(hello)
-        )
-
     def stream_of(self, incarnation: Incarnation, rank: int) -> Stream | None:
         """Return the stream of a recorder that was connected before."""
         return self._table.of_process(incarnation, rank)
@@ -196,7 +155,7 @@ class ActiveRun:
         self._update_facts(hello, attempt)  # first: the windows that the stream joins are sized by the world
         stream = self._add_stream(attempt, hello.rank, Incarnation.from_hello(hello), hello.local_rank, hello.flight)
         self.store.update_stream(
-            stream.id, world_size=hello.world_size, started=self._now_s(), command=hello.command[:1000]
+            stream.id, world_size=hello.world_size, started=self._facts.now_s(), command=hello.command[:1000]
         )
         self.connect(stream, hello, peer)
         return stream
@@ -220,11 +179,11 @@ class ActiveRun:
         stream = self.stream_of(flight.incarnation, flight.rank)
         if stream is None:
             if not self.streams:
-                self._facts |= {"name": flight.name, "project": flight.project}
+                self._facts.values |= {"name": flight.name, "project": flight.project}
                 self._resize(flight.world_size)
-                self._write_facts()
+                self._facts.write(self.store)
 
-            attempt = flight.attempt + int(self._facts["attempt_base"])
+            attempt = self._facts.attempt_of(flight.attempt)
             stream = self._add_stream(
                 attempt,
                 flight.rank,
@@ -344,7 +303,7 @@ class ActiveRun:
             return quiet_s > ABANDONED_S
 
         broken = any(stream.state is not StreamState.FINISHED for stream in members)
-        return quiet_s > (RESTART_S if broken and self._facts.get("restarts_left") else SETTLE_S)
+        return quiet_s > (RESTART_S if broken and self._facts.restarts_left else SETTLE_S)
 
     def end_remaining(self, status: int | None) -> None:
         """Finalize every rank that has not ended: the launcher reports the end of the job and its status."""
@@ -397,14 +356,14 @@ class ActiveRun:
         if not self.commit(force=True):
             return False
 
-        before = dict(self._facts)
-        self._facts |= {"state": final_state(self._table.of_attempt(self.attempt), status), "ended": self._now_s()}
-        self._write_facts()
+        before = dict(self._facts.values)
+        self._facts.end(final_state(self._table.of_attempt(self.attempt), status))
+        self._facts.write(self.store)
         if handled := Counter(failures()) - self._failures_before:
             self.store.put_meta("failures", dict(handled))
 
         if not self._store_rest():
-            self._facts = before
+            self._facts.values = before
             return False
 
         self.store.event("end", {"state": self.state, "status": status})
@@ -436,26 +395,19 @@ class ActiveRun:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _note_helper(self, stream: Stream) -> None:
+        self.store.update_stream(stream.id, helps=True)
+
     def _pause_senders(self, pause: bool) -> None:
         for stream in self.connected:
             if stream.peer is not None:
                 stream.peer.pause(pause)
 
-    def _is_busy(self, current: Stream, hello: Hello) -> bool:
-        """Whether another process is that rank now; a second recorder of the same process replaces the first."""
-        same_process = (current.incarnation.pid, current.incarnation.start_ticks, current.incarnation.boot) == (
-            hello.pid, hello.start_ticks, hello.boot_id,
-        )  # fmt: skip
-        if same_process or current.ended:
-            return False
-
-        return current.connected or not current.is_dead
-
     def _update_facts(self, hello: Hello, attempt: int) -> None:
         """Update the run's facts from a rank's hello."""
-        facts, before = self._facts, dict(self._facts)
+        facts, before = self._facts, dict(self._facts.values)
         if attempt > self.attempt:
-            facts |= {"attempt": attempt, "attempt_base": attempt - hello.attempt}
+            facts.begin_attempt(attempt, hello)
             self.store.event("attempt", {"attempt": attempt})
             for stream in self.streams:
                 stream.in_window = stream.attempt >= attempt and not stream.is_helper
@@ -464,17 +416,14 @@ class ActiveRun:
             self._resize(hello.world_size)
 
         if not self.streams:
-            facts |= {"name": hello.name or self.id, "project": hello.project, "command": hello.command}
+            facts.name_after(hello)
 
-        if hello.host not in facts["hosts"]:
-            facts["hosts"] = sorted({*facts["hosts"], hello.host})
-
-        facts["restarts_left"] = hello.restarts_left
-        if facts != before:  # most of ten thousand ranks change nothing
-            self._write_facts()
+        facts.add_rank(hello)
+        if facts.values != before:  # most of ten thousand ranks change nothing
+            facts.write(self.store)
 
     def _resize(self, world_size: int) -> None:
-        self._facts["world_size"] = world_size
+        self._facts.resize(world_size)
         self.live.resize(world_size)
 
     def _add_stream(
@@ -497,11 +446,10 @@ class ActiveRun:
         self.store.update_stream(number, seen_here=stream.seen_here)
         stream.in_window = attempt >= self.attempt
         stream.is_helper = is_helper
-        if is_helper:
-            self.store.update_stream(number, helps=True)
-
         self._table.add(stream)
-        if not is_helper:
+        if is_helper:
+            self._note_helper(stream)
+        else:
             self.live.join(stream)
 
         return stream
@@ -524,18 +472,13 @@ class ActiveRun:
         self._table.away.pop(stream, None)
         self._touched_s = time.monotonic()
         if state is not StreamState.FINISHED:
-            stream.exit.setdefault("at_s", self._now_s())
+            stream.exit.setdefault("at_s", self._facts.now_s())
 
-        self.store.update_stream(stream.id, state=str(state), ended=self._now_s(), exit=stream.exit)
+        self.store.update_stream(stream.id, state=str(state), ended=self._facts.now_s(), exit=stream.exit)
         self.store.event("rank", {"rank": stream.rank, "attempt": stream.attempt, "state": str(state),
                                   "exit": stream.exit})  # fmt: skip
         if stream.in_window:
             self.live.end(stream)
-
-    def _now_s(self) -> float:
-        """Return the epoch seconds of this moment; a wall clock that is set does not change the run's durations."""
-        clock = SteadyClock.from_facts(self._facts.get("clock"))
-        return time.time() if clock is None else clock.now_s()
 
     def _store_rest(self) -> bool:
         try:
@@ -546,14 +489,6 @@ class ActiveRun:
 
         return True
 
-    def _write_facts(self) -> None:
-        pid = os.getpid()
-        self.store.put_meta("run", self._facts)
-        self.store.put_meta(
-            "aggregator",
-            {"pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id(), "host": socket.gethostname()},
-        )
-
     def _reopen(self) -> None:
         """Open the store of a run that was over, because a rank has reconnected."""
         if not self.ended:
@@ -562,9 +497,9 @@ class ActiveRun:
         self.store = StoreWriter(self.path / STORE_NAME)
         self.live.resize(self.world_size)
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
-        self._facts |= {"state": "running", "ended": None}
+        self._facts.reopen()
         self._touched_s = time.monotonic()
-        self._write_facts()
+        self._facts.write(self.store)
 
     def _resume(self) -> None:
         """Continue a store that an earlier aggregator began."""
@@ -573,7 +508,7 @@ class ActiveRun:
             if facts is None:
                 return
 
-            self._facts |= facts
+            self._facts.values |= facts
             self.live.resize(self.world_size)
             for stream in restored_streams(reader, self.store):
                 stream.in_window = stream.attempt >= self.attempt
@@ -583,5 +518,5 @@ class ActiveRun:
 
                 self.live.resume(stream)
 
-        self._facts |= {"state": "running", "ended": None}
+        self._facts.reopen()
         self.store.event("resumed", {"was": facts["state"]})

@@ -113,11 +113,11 @@ class Registry:
             RefusedError: its run cannot be created; the text says why.
         """
         if hello.parent and (run := self._run_of_parent(hello)) is not None:
-            return run, run.attempt_for(hello) or 0
+            return run, run.admission.attempt_for(hello) or 0
 
         other = self._by_key.get(_key(hello))
         if other is not None:
-            attempt = other.attempt_for(hello)
+            attempt = other.admission.attempt_for(hello)
             if attempt is not None:
                 return other, attempt
 
@@ -126,10 +126,10 @@ class Registry:
         # While the run of that key goes on, this one is found by its recorder alone.
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
         run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
-        if taken and other is not None and other.starts_next_run(hello):
+        if taken and other is not None and other.admission.starts_next_run(hello):
             self._by_key[_key(hello)] = run  # the job's other ranks join its next training too
 
-        return run, run.attempt_for(hello) or hello.attempt
+        return run, run.admission.attempt_for(hello) or hello.attempt
 
     def _run_of_parent(self, hello: Hello) -> ActiveRun | None:
         """Return the run of a forked child's parent process."""

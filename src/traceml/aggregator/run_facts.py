@@ -1,0 +1,106 @@
+"""Facts of a run, as its store holds them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+from traceml.clock import SteadyClock, boot_id, process_start_ticks
+from traceml.database.store.store import StoreWriter
+from traceml.transport.hello import Hello
+
+__all__ = ["RunFacts"]
+
+
+class RunFacts:
+    """The entry `run` of a store.
+
+    Args:
+        run_id: the run's id.
+        key: the job key by which its ranks find it.
+        named: whether the user chose its id.
+
+    Attributes:
+        values: what is stored.
+    """
+
+    def __init__(self, run_id: str, key: str, *, named: bool) -> None:
+        clock = SteadyClock.start()
+        self.values: dict[str, Any] = {
+            "id": run_id, "name": run_id, "project": "default", "job": key, "named": named, "command": "",
+            "world_size": 1, "attempt": 0, "attempt_base": 0, "started": clock.epoch_ns / 1e9, "clock": clock.facts,
+            "ended": None, "state": "running", "hosts": [],
+        }  # fmt: skip
+
+    @property
+    def state(self) -> str:
+        """running, finished, stopped, failed or lost."""
+        return str(self.values["state"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is over."""
+        return self.values["ended"] is not None
+
+    @property
+    def attempt(self) -> int:
+        """The newest attempt of any rank."""
+        return int(self.values["attempt"])
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the newest attempt."""
+        return int(self.values["world_size"])
+
+    @property
+    def restarts_left(self) -> bool:
+        """Whether the job's launcher would start failed ranks again."""
+        return bool(self.values.get("restarts_left"))
+
+    def attempt_of(self, attempt: int) -> int:
+        """Return the run's number of an attempt that a launcher counts: it begins at 0 when the job comes again."""
+        return attempt + int(self.values["attempt_base"])
+
+    def begin_attempt(self, attempt: int, hello: Hello) -> None:
+        """Count from a new attempt on, which a rank has begun."""
+        self.values |= {"attempt": attempt, "attempt_base": attempt - hello.attempt}
+
+    def resize(self, world_size: int) -> None:
+        """Set the number of ranks."""
+        self.values["world_size"] = world_size
+
+    def name_after(self, hello: Hello) -> None:
+        """Take name, project and command from the first rank."""
+        self.values |= {"name": hello.name or self.values["id"], "project": hello.project, "command": hello.command}
+
+    def add_rank(self, hello: Hello) -> None:
+        """Take a rank's host and the restarts that are left."""
+        hosts = self.values["hosts"]
+        if hello.host not in hosts:
+            self.values["hosts"] = sorted({*hosts, hello.host})
+
+        self.values["restarts_left"] = hello.restarts_left
+
+    def end(self, state: str) -> None:
+        """Set the end to this moment."""
+        self.values |= {"state": state, "ended": self.now_s()}
+
+    def reopen(self) -> None:
+        """Remove the end."""
+        self.values |= {"state": "running", "ended": None}
+
+    def now_s(self) -> float:
+        """Return the epoch seconds of this moment; a wall clock that is set does not change the run's durations."""
+        clock = SteadyClock.from_facts(self.values.get("clock"))
+        return time.time() if clock is None else clock.now_s()
+
+    def write(self, store: StoreWriter) -> None:
+        """Put the facts, and who writes the store, into it."""
+        pid = os.getpid()
+        store.put_meta("run", self.values)
+        store.put_meta(
+            "aggregator",
+            {"pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id(), "host": socket.gethostname()},
+        )
