@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.eventually import eventually
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -36,16 +36,6 @@ def step_row(step: int, total_ns: int = 1_000_000) -> bytes:
 
 def step_rows(start: int, count: int) -> bytes:
     return b"".join(step_row(step) for step in range(start, start + count))
-
-
-def eventually(condition: Callable[[], Any], timeout_s: float = 30) -> Any:
-    """Poll until `condition` holds; return what it returned."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-    return value
 
 
 class Serving:

@@ -11,7 +11,8 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from tests.aggregator.conftest import ROOT, TOKEN, eventually, step_rows, wait_for_acks
+from tests.aggregator.conftest import ROOT, TOKEN, step_rows, wait_for_acks
+from tests.eventually import eventually
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME

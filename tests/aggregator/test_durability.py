@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aggregator.conftest import Serving, eventually, step_rows, wait_for_acks
+from tests.aggregator.conftest import Serving, step_rows, wait_for_acks
+from tests.eventually import eventually
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.transport.client import Connection
 

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.eventually import eventually
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -46,13 +47,7 @@ class Running:
 
     def wait_for(self, condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
         """Poll until `condition` returns something true; return it."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if value := condition():
-                return value
-            time.sleep(0.02)
-
-        raise AssertionError(f"waited {timeout_s} s for {what}")
+        return eventually(condition, what, timeout_s=timeout_s)
 
     def end(self, timeout_s: float = 90) -> Ended:
         stdout, stderr = self.process.communicate(timeout=timeout_s)

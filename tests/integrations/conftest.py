@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.aggregator.conftest import eventually, serving
+from tests.aggregator.conftest import serving
+from tests.eventually import eventually
 from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.runs.run import Run

@@ -235,13 +235,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
 
     return False
-
-
-def wait_until(condition: Callable[[], Any]) -> Any:
-    """Wait for something that needs no loop; return it."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        time.sleep(0.02)
-
-    return found

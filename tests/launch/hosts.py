@@ -15,7 +15,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.eventually import eventually
 
 __all__ = ["Host", "Hosts", "Slurm", "eventually"]
 
@@ -42,16 +43,6 @@ ip link set lo up
 while :; do sleep 86399 || :; done
 """
 _DAEMONS = {"slurmscriptd", "sshd", "sshd-session", "munged", "slurmd", "slurmctld", "slurmstepd"}
-
-
-def eventually(condition: Any, what: str, timeout_s: float = 60) -> Any:
-    """Poll until `condition` returns something true; return it."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.01)
-
-    return value
 
 
 @dataclass

@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .hosts import Hosts, Slurm, eventually
+from tests.eventually import eventually
+
+from .hosts import Hosts, Slurm
 
 ROOT = Path(__file__).parents[2]
 

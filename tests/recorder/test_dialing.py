@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.aggregator.conftest import TOKEN, Serving, eventually
+from tests.aggregator.conftest import TOKEN, Serving
+from tests.eventually import eventually
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME

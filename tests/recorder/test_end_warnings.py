@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import traceml
-from tests.aggregator.conftest import TOKEN, Serving, eventually
+from tests.aggregator.conftest import TOKEN, Serving
+from tests.eventually import eventually
 from tests.recorder.conftest import environ, stored_steps
 from tests.recorder.test_recorder import do_steps, free_port, my_flights
 from traceml.runs.report.report import build_report

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aggregator.conftest import TOKEN, Serving, eventually
+from tests.aggregator.conftest import TOKEN, Serving
+from tests.eventually import eventually
 from tests.recorder.conftest import Run, environ, exit_rows, stored_steps
 
 START = """

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import traceml
-from tests.aggregator.conftest import Serving, eventually
+from tests.aggregator.conftest import Serving
+from tests.eventually import eventually
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import traceml
-from tests.aggregator.conftest import TOKEN, Serving, eventually
+from tests.aggregator.conftest import TOKEN, Serving
+from tests.eventually import eventually
 from tests.recorder.conftest import Run, stored_steps
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import read_flight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +87,3 @@ def store_run(
             add_rank(writer, rank, rows, **of_ranks)
 
     return folder
-
-
-def wait_for(what: Any, seconds: float = 10.0) -> None:
-    """Wait until `what()` is true."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)

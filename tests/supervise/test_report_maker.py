@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.diagnosis.fabricated import Job
-from tests.runs.fabricated_store import store_run, wait_for
+from tests.eventually import eventually
+from tests.runs.fabricated_store import store_run
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import TraceMLError
 from traceml.supervise.report_maker import ReportMaker
@@ -72,7 +73,7 @@ def test_the_waiting_process_yields_to_others_and_ends_with_its_parent(maker):
     maker.prepare()
     pid = maker.waiting_pid
     with Path(f"/proc/{pid}/oom_score_adj").open() as score:
-        wait_for(lambda: (score.seek(0), score.read().strip() == "1000")[1])
+        eventually(lambda: (score.seek(0), score.read().strip() == "1000")[1])
 
     assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0)
     maker.close()

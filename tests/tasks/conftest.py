@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
+from tests.eventually import eventually
 from traceml import Runtime
 
 
@@ -15,19 +15,11 @@ def threads_of_ours() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("traceml-")]
 
 
-def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
-    """Return as soon as a condition holds."""
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.002)
-
-
 @pytest.fixture(autouse=True)
 def _no_threads_left() -> Iterator[None]:
     """After each test no thread of any Runtime is left."""
     yield
-    until(lambda: not threads_of_ours())
+    eventually(lambda: not threads_of_ours())
 
 
 @pytest.fixture

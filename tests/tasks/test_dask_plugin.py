@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.dask_programs import dask_programs
-from tests.tasks.conftest import threads_of_ours, until
+from tests.eventually import eventually
+from tests.tasks.conftest import threads_of_ours
 from traceml import UsageError
 from traceml.dask import TraceMLDaskWorkerPlugin, get_worker_runtime
 
@@ -64,7 +65,7 @@ def test_workers_in_one_process_have_a_runtime_each() -> None:
         assert client.submit(use, 3).result()[:2] == (36, 2)
 
         client.unregister_worker_plugin("traceml-runtime")
-        until(lambda: not threads_of_ours())
+        eventually(lambda: not threads_of_ours())
         with pytest.raises(UsageError, match=r"has no Runtime: client\.register_plugin"):
             client.submit(use, 4).result()
 
@@ -74,7 +75,7 @@ def test_a_closed_cluster_leaves_no_thread() -> None:
         client.register_plugin(TraceMLDaskWorkerPlugin())
         assert client.submit(use, 1).result()[1] == 2  # as many as the worker has threads
 
-    until(lambda: not threads_of_ours())
+    eventually(lambda: not threads_of_ours())
 
 
 def test_workers_in_processes_have_a_runtime_each() -> None:

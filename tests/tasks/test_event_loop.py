@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from tests.tasks.conftest import until
+from tests.eventually import eventually
 from traceml import Runtime, TaskCancelledError, TaskDeadlockError, TaskTimeoutError
 from traceml.tasks.waiting import blocked_tasks
 
@@ -76,7 +76,7 @@ def test_handles_are_awaited_in_coroutines(single: Runtime) -> None:
 
 def test_a_coroutine_can_be_cancelled(rt: Runtime) -> None:
     handle = rt.submit(double, 1, pause=60)
-    until(lambda: handle.state == "running")
+    eventually(lambda: handle.state == "running")
     assert handle.cancel()
     with pytest.raises(TaskCancelledError, match="'double' was cancelled"):
         handle.get()
@@ -111,7 +111,7 @@ def test_a_coroutine_is_ended_where_its_time_is_over(rt: Runtime) -> None:
         handle.get()
 
     assert ended.wait(10)
-    until(lambda: rt.get_progress()["running"] == 0)
+    eventually(lambda: rt.get_progress()["running"] == 0)
     assert rt.get_progress()["timed_out"] == 1
 
 
@@ -144,7 +144,7 @@ def test_a_circle_through_a_blocked_loop_raises(single: Runtime) -> None:
 
     def callable_task() -> int:
         began.set()
-        until(lambda: blocked_tasks)
+        eventually(lambda: blocked_tasks)
         return single.submit(double, 1).get()
 
     async def blocking() -> int:
@@ -162,7 +162,7 @@ def test_waiting_for_all_leaves_out_coroutines_of_a_blocked_loop(single: Runtime
 
     def callable_task() -> str:
         began.set()
-        until(lambda: blocked_tasks)
+        eventually(lambda: blocked_tasks)
         single.submit(double, 1)
         single.wait_all()
         return "ended"
@@ -173,7 +173,7 @@ def test_waiting_for_all_leaves_out_coroutines_of_a_blocked_loop(single: Runtime
         return handle.get()
 
     handle = single.submit(blocking)
-    until(handle.done)
+    eventually(handle.done)
     assert handle.get() == "ended"
 
 
@@ -206,5 +206,5 @@ def test_shutdown_without_wait_lets_coroutines_end() -> None:
     rt = Runtime(threads=1)
     handle = rt.submit(double, 2, pause=0.05)
     rt.shutdown(wait=False)
-    until(handle.done)
+    eventually(handle.done)
     assert handle.get() == 4

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from tests.tasks.conftest import until
+from tests.eventually import eventually
 from traceml import Runtime, TaskCancelledError, WaitTimeoutError
 
 
 def test_states_follow_the_task(single: Runtime) -> None:
     release = threading.Event()
     first, second = single.submit(release.wait), single.submit(len, "a")
-    until(lambda: first.state == "running")
+    eventually(lambda: first.state == "running")
     assert (second.state, second.done(), second.exception) == ("queued", False, None)
     release.set()
     single.wait_all()
@@ -55,7 +55,7 @@ def test_wait_raises_the_error_and_returns_nothing(rt: Runtime) -> None:
 def test_cancel_takes_a_queued_task_away(single: Runtime) -> None:
     release, ran = threading.Event(), []
     running, queued = single.submit(release.wait), single.submit(ran.append, 1, name="late")
-    until(lambda: running.state == "running")
+    eventually(lambda: running.state == "running")
     assert queued.cancel()
     assert not queued.cancel()
     assert not running.cancel()
@@ -86,12 +86,12 @@ def test_cancel_wakes_who_waits(single: Runtime) -> None:
 def test_many_threads_may_wait_for_one_task(rt: Runtime) -> None:
     release, results = threading.Event(), []
     handle = rt.submit(lambda: release.wait() and 5)
-    until(lambda: handle.state == "running")
+    eventually(lambda: handle.state == "running")
     waiters = [threading.Thread(target=lambda: results.append(handle.get())) for _ in range(8)]
     for waiter in waiters:
         waiter.start()
 
-    until(lambda: len(handle.callbacks or ()) == 8)
+    eventually(lambda: len(handle.callbacks or ()) == 8)
     release.set()
     for waiter in waiters:
         waiter.join(10)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tests.tasks.conftest import until
+from tests.eventually import eventually
 from traceml import Runtime, TaskError, UsageError
 from traceml.tasks.progress import progress, showing, view
 
@@ -46,14 +46,14 @@ def test_workers_tell_what_they_do(single: Runtime) -> None:
         single.submit(release.wait, name="inner").get()
 
     single.submit(outer)
-    until(lambda: single.get_progress()["workers"][0]["task"] == "inner")
+    eventually(lambda: single.get_progress()["workers"][0]["task"] == "inner")
     (compute,), (io,) = single.get_progress()["workers"], single.get_progress()["io_workers"]
     assert compute == {"id": 0, "idle": False, "task": "inner", "queue_depth": 1, "pool": "compute"}
     assert io == {"id": 1, "idle": True, "task": "", "queue_depth": 0, "pool": "io"}
     assert single.get_progress()["running"] == 2
     release.set()
     single.wait_all()
-    until(lambda: all(worker["idle"] for worker in single.get_progress()["workers"]))
+    eventually(lambda: all(worker["idle"] for worker in single.get_progress()["workers"]))
 
 
 def test_tasks_report_how_far_they_are(rt: Runtime) -> None:
@@ -237,8 +237,8 @@ def test_the_view_counts_and_names_what_runs(rt: Runtime) -> None:
     rt.submit(len, "a")
     rt.submit(len, 1)
     rt.submit(crunch)
-    until(lambda: (found := rt.get_progress())["running"] == 1 and found["tasks"][-1]["progress_pct"] == 40)
-    until(lambda: rt.get_progress()["failed"] == 1)
+    eventually(lambda: (found := rt.get_progress())["running"] == 1 and found["tasks"][-1]["progress_pct"] == 40)
+    eventually(lambda: rt.get_progress()["failed"] == 1)
     text = _text(rt.get_progress())
     release.set()
 

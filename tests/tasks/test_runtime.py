@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import traceml
-from tests.tasks.conftest import until
+from tests.eventually import eventually
 from traceml import (
     NotCallableError,
     Runtime,
@@ -257,7 +257,7 @@ def test_io_tasks_have_threads_of_their_own(rt: Runtime) -> None:
         rt.submit(release.wait)
 
     handle = rt.submit(threading.current_thread, io=True)
-    until(handle.done)
+    eventually(handle.done)
     release.set()
 
     assert handle.get().name.startswith("traceml-io-")
@@ -280,12 +280,12 @@ def test_contexts_are_those_of_the_submitter(rt: Runtime) -> None:
 
 def test_results_live_no_longer_than_their_handles(rt: Runtime) -> None:
     """Results of tasks that a worker ran, that were waited for, and that ran before the worker slept."""
-    for wait in (lambda handle: until(handle.done), lambda handle: handle.get()):
+    for wait in (lambda handle: eventually(handle.done), lambda handle: handle.get()):
         handle = rt.submit(Value)
         wait(handle)
         result = weakref.ref(handle.get())
         del handle
-        until(lambda result=result: result() is None)
+        eventually(lambda result=result: result() is None)
 
 
 def test_results_of_tasks_run_in_place_are_not_kept_by_the_queue(single: Runtime) -> None:
@@ -306,7 +306,7 @@ def test_arguments_are_let_go_with_the_end(rt: Runtime) -> None:
     handle = rt.submit(lambda _: None, value)
     handle.wait()
     del value
-    until(lambda: kept() is None)
+    eventually(lambda: kept() is None)
 
 
 def test_failures_are_kept_and_then_let_go(rt: Runtime) -> None:
@@ -370,7 +370,7 @@ def test_shutdown_without_wait_lets_tasks_end() -> None:
 
     rt.shutdown(wait=False)
     assert len(done) < 3
-    until(lambda: done == [0, 1, 2])
+    eventually(lambda: done == [0, 1, 2])
 
 
 def test_shutdown_can_cancel_what_has_not_begun() -> None:
@@ -378,7 +378,7 @@ def test_shutdown_can_cancel_what_has_not_begun() -> None:
     rt = Runtime(threads=1)
     running = rt.submit(release.wait, 10)
     queued = [rt.submit(len, "a") for _ in range(3)]
-    until(lambda: running.state == "running")
+    eventually(lambda: running.state == "running")
     rt.shutdown(wait=False, cancel=True)
     assert [one.state for one in queued] == ["cancelled"] * 3
     release.set()
@@ -389,7 +389,7 @@ def test_shutdown_can_cancel_what_has_not_begun() -> None:
 def test_a_task_may_shut_its_runtime_down() -> None:
     rt = Runtime(threads=1)
     handle = rt.submit(rt.shutdown)
-    until(handle.done)
+    eventually(handle.done)
     handle.get()
 
 
@@ -400,7 +400,7 @@ def test_an_interrupted_block_waits_for_nothing() -> None:
     def block() -> None:
         with Runtime(threads=1) as rt:
             running = rt.submit(release.wait)
-            until(lambda: running.state == "running")
+            eventually(lambda: running.state == "running")
             queued.append(rt.submit(len, "a"))
             raise KeyboardInterrupt
 
@@ -416,7 +416,7 @@ def test_a_forgotten_runtime_ends_its_threads() -> None:
     handle = rt.submit(time.sleep, 0.02)
     del rt
     gc.collect()
-    until(handle.done)
+    eventually(handle.done)
     handle.get()
 
 

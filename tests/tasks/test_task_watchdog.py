@@ -12,7 +12,8 @@ from contextlib import suppress
 
 import pytest
 
-from tests.tasks.conftest import threads_of_ours, until
+from tests.eventually import eventually
+from tests.tasks.conftest import threads_of_ours
 from traceml import Runtime, TaskTimeoutError, WaitTimeoutError
 from traceml.tasks.task_watchdog import location_of_thread
 
@@ -39,7 +40,7 @@ def test_a_task_beyond_its_time_is_ended(single: Runtime, caplog: pytest.LogCapt
     with pytest.raises(TaskTimeoutError, match=r"'slow' ran longer .* 0.05 s, at .*_watchdog.py:\d+ in linger"):
         handle.get()
 
-    until(lambda: seen == ["timed_out"])
+    eventually(lambda: seen == ["timed_out"])
     assert isinstance(handle.exception, TimeoutError)
     assert single.get_failed() == [handle]
     with pytest.raises(RuntimeError, match=r"1 task\(s\) failed: slow: TaskTimeoutError"):
@@ -54,15 +55,15 @@ def test_stuck_threads_are_replaced_and_let_go(single: Runtime) -> None:
     """The pool keeps its size while tasks are stuck, and after they have returned."""
     release = threading.Event()
     stuck = [single.submit(linger, release, timeout=0.02) for _ in range(3)]
-    until(lambda: all(one.done() for one in stuck))
+    eventually(lambda: all(one.done() for one in stuck))
     assert single.submit(len, "abc").get(timeout=10) == 3
     assert len([name for name in threads_of_ours() if "compute" in name]) == 4
 
     release.set()
-    until(lambda: len([name for name in threads_of_ours() if "compute" in name]) == 1)
+    eventually(lambda: len([name for name in threads_of_ours() if "compute" in name]) == 1)
     assert [one.state for one in stuck] == ["timed_out"] * 3
     assert single.submit(len, "abc").get(timeout=10) == 3
-    until(lambda: single.get_progress()["running"] == 0)
+    eventually(lambda: single.get_progress()["running"] == 0)
     assert (single.get_progress()["completed"], single.get_progress()["total"]) == (2, 5)
 
 
@@ -74,9 +75,9 @@ def test_a_task_that_fails_late_has_timed_out(single: Runtime) -> None:
         raise ValueError
 
     handle = single.submit(late, timeout=0.02)
-    until(handle.done)
+    eventually(handle.done)
     release.set()
-    until(lambda: len([name for name in threads_of_ours() if "compute" in name]) <= 1)
+    eventually(lambda: len([name for name in threads_of_ours() if "compute" in name]) <= 1)
     assert handle.state == "timed_out"
     assert single.get_progress()["failed"] == 0
 
@@ -91,7 +92,7 @@ def test_a_stuck_compensating_thread_is_replaced(single: Runtime) -> None:
         return [one.state for one in handles]
 
     handle = single.submit(parent)
-    until(handle.done)
+    eventually(handle.done)
     release.set()
     assert handle.get() == ["timed_out", "completed"]
 
@@ -109,7 +110,7 @@ def test_a_compensating_thread_that_is_stuck_in_another_runtime_is_replaced(sing
         rt.submit(release.wait)
 
     handle = single.submit(parent)
-    until(handle.done)
+    eventually(handle.done)
     release.set()
     assert handle.get() == 2
 
@@ -128,7 +129,7 @@ def test_the_end_of_a_runtime_waits_for_no_stuck_thread() -> None:
     release = threading.Event()
     with Runtime(threads=1) as rt:
         handle = rt.submit(linger, release, timeout=0.02)
-        until(handle.done)
+        eventually(handle.done)
 
     release.set()
 
@@ -141,7 +142,7 @@ def test_a_timeout_that_was_not_needed_keeps_nothing() -> None:
         handle = rt.submit(Value, timeout=1000)
         kept = weakref.ref(handle.get(timeout=10))
         del handle
-        until(lambda: kept() is None)
+        eventually(lambda: kept() is None)
 
 
 def test_deadlines_of_ended_tasks_do_not_pile_up() -> None:
@@ -164,7 +165,7 @@ def test_a_stalled_task_is_named_with_its_line(caplog: pytest.LogCaptureFixture)
         rt.submit(linger, release, name="stuck")
         rt.submit(time.sleep, 0.4, name="direct")
         rt.submit(awaiting)
-        until(lambda: len(rt.get_progress()["stalled"]) == 3)
+        eventually(lambda: len(rt.get_progress()["stalled"]) == 3)
         stalled = {one["task"]: one for one in rt.get_progress()["stalled"]}
         release.set()
 
@@ -193,7 +194,7 @@ def test_a_lock_held_across_a_wait_is_named(caplog: pytest.LogCaptureFixture) ->
     for threads in (1, 2):
         with Runtime(threads=threads, stall_after=0.1) as rt:
             handle = rt.submit(holds_it, rt, name="holds")
-            until(lambda rt=rt: any(one["task"] == "needs" for one in rt.get_progress()["stalled"]))
+            eventually(lambda rt=rt: any(one["task"] == "needs" for one in rt.get_progress()["stalled"]))
             waiters = [one["waiters"] for one in rt.get_progress()["stalled"] if one["task"] == "needs"]
             line = holds_it.__code__.co_firstlineno + 2
             assert waiters == [[{"task": "holds", "file": __file__, "line": line, "function": _name(holds_it)}]]
@@ -232,16 +233,16 @@ def test_a_runtime_whose_threads_are_all_stalled_is_not_responsive(caplog: pytes
     with Runtime(threads=2, io_threads=1, stall_after=0.1) as rt:
         assert rt.is_responsive()
         rt.submit(linger, release)
-        until(lambda: len(rt.get_progress()["stalled"]) == 1)
+        eventually(lambda: len(rt.get_progress()["stalled"]) == 1)
         assert rt.is_responsive()
         rt.submit(linger, release)
-        until(lambda: not rt.is_responsive())
+        eventually(lambda: not rt.is_responsive())
         release.set()
-        until(rt.is_responsive)
+        eventually(rt.is_responsive)
 
         release.clear()
         rt.submit(blocks_the_loop)
-        until(lambda: not rt.is_responsive())
+        eventually(lambda: not rt.is_responsive())
         release.set()
 
     assert not rt.is_responsive()
@@ -271,7 +272,7 @@ def test_a_line_is_that_of_the_users_code() -> None:
     release = threading.Event()
     thread = threading.Thread(target=linger, args=(release,))
     thread.start()
-    until(lambda: (line := location_of_thread(thread.ident or 0)) is not None and line.function == "linger")
+    eventually(lambda: (line := location_of_thread(thread.ident or 0)) is not None and line.function == "linger")
     release.set()
     thread.join()
     assert location_of_thread(thread.ident or 0) is None

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.tasks.conftest import threads_of_ours, until
+from tests.eventually import eventually
+from tests.tasks.conftest import threads_of_ours
 from traceml import Runtime, TaskDeadlockError, TaskError, TaskHandle, TaskTimeoutError, WaitTimeoutError
 from traceml.tasks.task_record import awaiting_thread
 from traceml.tasks.thread_pool import ThreadPool
@@ -45,7 +46,7 @@ def test_a_chain_of_timed_tasks_ends(single: Runtime) -> None:
         return 1 + single.submit(link, left - 1, timeout=30).get() if left else 0
 
     assert single.submit(link, 30, timeout=30).get() == 30
-    until(lambda: "traceml-compensating" not in threads_of_ours())
+    eventually(lambda: "traceml-compensating" not in threads_of_ours())
 
 
 def test_a_task_can_wait_with_a_limit_for_a_queued_one(single: Runtime) -> None:
@@ -65,7 +66,7 @@ def test_a_wait_in_a_task_can_run_out_of_time(single: Runtime) -> None:
         return "went on"
 
     handle = single.submit(task)
-    until(handle.done)
+    eventually(handle.done)
     release.set()
     assert handle.get() == "went on"
 
@@ -83,7 +84,7 @@ def test_wait_all_in_a_task_leaves_that_task_out(single: Runtime) -> None:
         return sorted(done)
 
     handle = single.submit(task)
-    until(handle.done)
+    eventually(handle.done)
     assert handle.get() == list(range(22))
 
 
@@ -129,11 +130,11 @@ def test_wait_all_runs_what_is_submitted_meanwhile(single: Runtime) -> None:
 
     handle = single.submit(task)
     assert began.wait(10)
-    until(lambda: handle in blocked_tasks)
+    eventually(lambda: handle in blocked_tasks)
     later = single.submit(len, "abc")
-    until(later.done)
+    eventually(later.done)
     release.set()
-    until(handle.done)
+    eventually(handle.done)
     assert later.get() == 3
 
 
@@ -171,7 +172,7 @@ def test_a_task_leaves_a_queued_one_to_a_free_thread(rt: Runtime) -> None:
 def test_a_task_runs_a_queued_one_in_place_if_no_thread_is_free(rt: Runtime) -> None:
     release = threading.Event()
     busy = rt.submit(release.wait)
-    until(lambda: busy.state == "running")
+    eventually(lambda: busy.state == "running")
     here, there = rt.submit(lambda: (threading.get_ident(), rt.submit(threading.get_ident).get())).get()
     release.set()
     assert here == there
@@ -203,7 +204,7 @@ def test_a_thread_that_begins_a_task_looks_for_waits_that_relied_on_it(
     with monkeypatch.context() as patched:
         patched.setattr(ThreadPool, "has_free_thread", lambda pool: True)
         handle = single.submit(lambda: single.submit(len, "abc").get())
-        until(lambda: handle in awaiting_thread)
+        eventually(lambda: handle in awaiting_thread)
 
     assert not handle.done()
     single.submit(len, "", io=True)
@@ -215,9 +216,9 @@ def test_many_tasks_may_wait_for_one(rt: Runtime) -> None:
     """Waiting tasks do not start threads."""
     release = threading.Event()
     first = rt.submit(release.wait)
-    until(lambda: first.state == "running")
+    eventually(lambda: first.state == "running")
     rest = [rt.submit(first.get) for _ in range(300)]
-    until(lambda: any(one in blocked_tasks for one in rest))
+    eventually(lambda: any(one in blocked_tasks for one in rest))
     assert len(threads_of_ours()) <= 4
     release.set()
     assert all(one.get() for one in rest)
@@ -233,7 +234,7 @@ def test_a_blocked_worker_is_compensated_for_a_coroutine(single: Runtime) -> Non
         return single.submit(coroutine).get()
 
     handle = single.submit(task)
-    until(handle.done)
+    eventually(handle.done)
     assert handle.get() == 6
 
 
@@ -250,7 +251,7 @@ def test_runtimes_may_wait_for_each_other(single: Runtime, rt: Runtime) -> None:
         return handle.get()
 
     handle = single.submit(task)
-    until(handle.done)
+    eventually(handle.done)
     assert handle.get() == 3
 
 
@@ -263,7 +264,7 @@ def test_a_task_that_waits_for_itself_raises(rt: Runtime) -> None:
         box[0].get()
 
     box.append(rt.submit(task, name="ouroboros"))
-    until(lambda: box[0].state == "running")
+    eventually(lambda: box[0].state == "running")
     ready.set()
     with pytest.raises(TaskDeadlockError, match="'ouroboros' waits for 'ouroboros'"):
         box[0].get()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +97,3 @@ def deliver(run_dir: Path, backend: str, *more: str, **environ: str) -> subproce
 
 def state_of(run_dir: Path, backend: str = "jsonl") -> TrackerState:
     return TrackerState.load(run_dir, backend)
-
-
-def eventually(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
-    """Poll until `condition` holds; return what it returned."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-    return value

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.eventually import eventually
 from tests.recorder.conftest import environ
-from tests.track.fabricated import eventually
 from traceml.track.tracker_state import TrackerState
 
 __all__ = ["LOGGING", "Job", "Proxy", "children_of", "finish"]
@@ -94,7 +94,7 @@ class Job:
             assert value or self.process.poll() is None, self.process.communicate()
             return value
 
-        return eventually(alive_or, timeout_s)
+        return eventually(alive_or, timeout_s=timeout_s)
 
     def goes_on(self, values: int = 60) -> None:
         """Wait until the training has logged so many more values."""

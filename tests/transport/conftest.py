@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -96,16 +95,6 @@ class Serving:
         self._ready.set()
         await self._stop.wait()
         await self.server.stop()
-
-
-def eventually(condition: Callable[[], Any], timeout_s: float = 20) -> Any:
-    """Poll until `condition` holds; return what it returned."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-    return value
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from tests.transport.conftest import TOKEN, Serving, eventually
+from tests.eventually import eventually
+from tests.transport.conftest import TOKEN, Serving
 from traceml.clock import monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, TraceMLError
 from traceml.transport import auth
@@ -248,7 +249,7 @@ def test_loss_of_the_connection_raises(serving):
     serving._loop.call_soon_threadsafe(serving.server.peers.copy().pop().abort)
 
     with pytest.raises(ConnectionError):
-        eventually(lambda: connection.receive(0.1), 10)
+        eventually(lambda: connection.receive(0.1))
 
     connection.close()
 

@@ -6,7 +6,8 @@ import struct
 import msgpack
 import pytest
 
-from tests.transport.conftest import TOKEN, eventually
+from tests.eventually import eventually
+from tests.transport.conftest import TOKEN
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.transport import auth
 from traceml.transport.client import connect

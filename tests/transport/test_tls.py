@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.transport.conftest import TOKEN, Serving, eventually
+from tests.eventually import eventually
+from tests.transport.conftest import TOKEN, Serving
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.transport import auth
 from traceml.transport import server as server_module

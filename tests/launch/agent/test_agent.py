@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch.driver import Driver, alive, wait_until
+from tests.eventually import eventually
+from tests.launch.driver import Driver, alive
 from traceml.launch.wire import bootstrap
 
 # An agent that is not its launcher's child, as those of other hosts.
@@ -260,7 +261,7 @@ def test_nothing_is_left(driver: Driver, end: Callable[[Driver], None]) -> None:
     assert all(map(alive, pids))
 
     end(driver)
-    wait_until(lambda: not any(map(alive, pids)))
+    eventually(lambda: not any(map(alive, pids)))
 
 
 def test_what_a_good_end_leaves_is_ended_too(driver: Driver) -> None:
@@ -323,7 +324,7 @@ def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
         driver.prepare()
         driver.start(_spawn_kin)
         pids = _kin(driver)
-        wait_until(lambda: not any(map(alive, pids)))  # the channel is open all the time
+        eventually(lambda: not any(map(alive, pids)))  # the channel is open all the time
 
         assert driver.process.wait(30) == 0
 

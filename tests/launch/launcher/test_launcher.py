@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 import traceml
+from tests.eventually import eventually
 from tests.launch import jobs
-from tests.launch.hosts import Hosts, eventually
+from tests.launch.hosts import Hosts
 from tests.launch.jobs import PYTHONPATH
 from traceml.errors import ResultNotFoundError
 from traceml.launch.launcher.launch_options import matching

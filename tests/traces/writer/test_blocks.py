@@ -8,12 +8,12 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from collections import Counter
 
 import pytest
 
+from tests.eventually import eventually
 from traceml import traces
 
 _BUSY = """
@@ -56,10 +56,7 @@ def test_killed_writer_leaves_what_it_wrote(tmp_path, suffix):
     process = subprocess.Popen([sys.executable, "-c", _BUSY, str(path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    deadline = time.monotonic() + 30
-    while path.stat().st_size < 300_000 and time.monotonic() < deadline:
-        time.sleep(0.01)
-
+    eventually(lambda: path.stat().st_size >= 300_000)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
@@ -156,9 +153,5 @@ def test_idle_writer_writes_soon(tmp_path):
     path = tmp_path / "trace.pfw"
     trace = traces.Writer(path)
     trace.instant("x")
-    deadline = time.monotonic() + 20
-    while not path.stat().st_size and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-    assert path.stat().st_size > 0
+    eventually(lambda: path.stat().st_size > 0)
     trace.close()

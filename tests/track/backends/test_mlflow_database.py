@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.eventually import eventually
 from tests.track.backends.conftest import Maker
-from tests.track.fabricated import eventually
 from traceml.errors import BackendError
 from traceml.track.backends.mlflow_database import prepare_database
 

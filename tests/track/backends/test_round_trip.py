@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from tests.eventually import eventually
 from tests.track.contents import CONTENTS, Contents
-from tests.track.fabricated import START_NS, LoggedRun, deliver, eventually, state_of
+from tests.track.fabricated import START_NS, LoggedRun, deliver, state_of
 from traceml.track.tracker_state import EXIT_AGAIN
 
 pytestmark = [
@@ -64,7 +65,7 @@ def _deliver_until(run: LoggedRun, backend: str, rows: int, ending: signal.Signa
         return process.poll() is not None or state_of(run.path, backend).passed >= rows
 
     try:
-        eventually(delivered, 100)
+        eventually(delivered, timeout_s=100)
     finally:
         process.send_signal(ending)
         process.communicate()

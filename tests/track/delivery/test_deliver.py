@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
-from tests.track.fabricated import LoggedRun, deliver, eventually, state_of
+from tests.track.fabricated import LoggedRun, deliver, state_of
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_TAKEN, DeliveryPhase, TrackerState, locked
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.aggregator.test_durability import fill
-from tests.track.fabricated import eventually
+from tests.eventually import eventually
 from tests.track.jobs import Job, Proxy, finish
 from tests.track.readers import Value, jsonl, mlflow
 from tests.track.servers import MLflowServer

@@ -9,8 +9,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+from tests.eventually import eventually
 from tests.recorder.conftest import environ
-from tests.track.fabricated import eventually, state_of
+from tests.track.fabricated import state_of
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.track.tracker_state import DeliveryPhase
@@ -117,7 +118,8 @@ def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
         assert "cannot log in" in done.stderr
         run_dir = tmp_path / "runs" / "planted"
         eventually(
-            lambda: all(state_of(run_dir, name).phase is DeliveryPhase.DONE for name in ("jsonl", "tensorboard")), 90
+            lambda: all(state_of(run_dir, name).phase is DeliveryPhase.DONE for name in ("jsonl", "tensorboard")),
+            timeout_s=90,
         )
     finally:
         server.stop()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import traceml
+from tests.eventually import eventually
 from tests.track.conftest import free_port
-from tests.track.fabricated import eventually
 from traceml import (
     BackendInterface,
     BackendPlugin,

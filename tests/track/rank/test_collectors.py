@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.track.fabricated import eventually
+from tests.eventually import eventually
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
 from traceml.track.rank.collectors.collector_process import CollectorProcess

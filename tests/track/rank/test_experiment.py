@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import traceml
-from tests.aggregator.conftest import eventually
+from tests.eventually import eventually
 from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
 from traceml.errors import UsageError
 from traceml.track import wandb_sweep

@@ -7,7 +7,8 @@ import os
 import signal
 from pathlib import Path
 
-from tests.aggregator.conftest import Serving, eventually
+from tests.aggregator.conftest import Serving
+from tests.eventually import eventually
 from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
 from traceml.aggregator.orphans import finish_flights
 

@@ -72,7 +72,7 @@ def credit_frame(stream_id: int, n: int) -> bytes:
     return frame_head(_CREDIT.size, FrameKind.CREDIT, stream_id) + _CREDIT.pack(n)
 
 
-def credit_of(body: memoryview | bytes) -> int:
+def credit_of(body: memoryview | bytearray) -> int:
     """Return the bytes that a frame allows.
 
     Raises:
@@ -84,7 +84,7 @@ def credit_of(body: memoryview | bytes) -> int:
     return int(_CREDIT.unpack(body)[0])
 
 
-def map_of(body: memoryview | bytes) -> dict[str, Any]:
+def map_of(body: memoryview | bytearray) -> dict[str, Any]:
     """Return the map that a body holds.
 
     Raises:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.launch.hosts import Hosts, eventually
+from tests.eventually import eventually
+from tests.launch.hosts import Hosts
 from tests.launch.jobs import PYTHONPATH
 from traceml.errors import AgentFailedError
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection

@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch.hosts import Hosts, eventually
+from tests.eventually import eventually
+from tests.launch.hosts import Hosts
 
 # The user's script: it launches what it is told, on node1 and node2 with two workers each, and says what came of it.
 # Agents stay from launch to launch. Every worker leaves a daemon behind, which wants to survive.

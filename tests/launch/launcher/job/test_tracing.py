@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch.hosts import Hosts, Slurm, eventually
+from tests.eventually import eventually
+from tests.launch.hosts import Hosts, Slurm
 from traceml.runs.run import load_run
 
 TRAIN = """

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.hosts import eventually
+from tests.eventually import eventually
 from traceml.errors import SettingsError, UsageError
 from traceml.launch.launcher.logs import log_handlers as handlers_module
 from traceml.launch.launcher.logs.log_handlers import (
