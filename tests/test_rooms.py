@@ -69,6 +69,7 @@ SUBROOMS = {
     "diagnosis.rules": {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
     },
+    "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "database.flight": {"database.schema"},
     "database.store": {"database.schema"},
     "launch.launcher": {"launch.wire", "supervise", "database"},

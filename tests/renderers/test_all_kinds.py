@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from tests.diagnosis.memory.memories import device_leak, full_device, full_host, leaking, uneven_devices
 from tests.diagnosis.rules.test_batch_sizes import uneven, window
 from tests.diagnosis.rules.test_training_data import group_of_two, history
 from tests.diagnosis.rules.test_training_losses import NAN
@@ -111,6 +112,12 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
         Job(ranks=2), losses=losses_of([3.0, 2.0, 1.5, NAN, NAN, NAN], [3.0, 2.0, NAN, NAN, NAN, NAN]), latest=(79, 79)
     ),
     "LIMIT_NEAR": lambda: found(ALONE, limits=(ResourceUse(1, Resource.OPEN_FILES, 980, 1024),)),
+    "MEMORY_LEAK": lambda: found(ALONE, **leaking()),
+    "MEMORY_LEAK, full soon": lambda: found(ALONE, **leaking(used_bytes=15 << 30)),
+    "MEMORY_LEAK, device": lambda: found(Job(ranks=2), memory=device_leak()),
+    "MEMORY_PRESSURE": lambda: found(ALONE, **full_host()),
+    "MEMORY_PRESSURE, device": lambda: found(ALONE, memory=full_device()),
+    "MEMORY_IMBALANCE": lambda: found(Job(ranks=4), memory=uneven_devices()),
     "RANK_LOST": lambda: found(
         Job(ranks=2),
         exits=(RankExit(rank=1, state="killed", signal=9, last_step=219, open_step=220, open_phase="backward"),),

@@ -25,13 +25,22 @@ def test_a_row_per_device_in_use() -> None:
             "allocated_bytes.all.current": 5,
             "reserved_bytes.all.current": 20,
             "allocated_bytes.all.peak": 9,
+            "num_alloc_retries": 3,
         },
     }
-    cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 2, memory_stats=figures.__getitem__)
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        device_count=lambda: 2,
+        memory_stats=figures.__getitem__,
+        get_device_properties=lambda _device: SimpleNamespace(total_memory=80),
+    )
 
     rows = list(TorchMemorySampler({"torch": SimpleNamespace(cuda=cuda)}).sample(1, 2))
+    cuda.host_memory_stats_as_nested_dict = lambda: {"active_bytes": {"current": 7}}
+    (newer,) = TorchMemorySampler({"torch": SimpleNamespace(cuda=cuda)}).sample(1, 2)
 
-    assert rows == [(1, 2, 1, 5, 20, 9)]
+    assert rows == [(1, 2, 1, 5, 20, 9, 80, 3, -1)]
+    assert newer[-1] == 7
 
 
 def test_what_a_host_shares_is_sampled_once() -> None:

@@ -382,6 +382,9 @@ TORCH_MEMORY = Table(
         _q("allocated_bytes", "bytes allocated by torch"),
         _q("reserved_bytes", "bytes reserved by torch's allocator"),
         _q("peak_allocated_bytes", "peak allocated bytes so far"),
+        _q("total_bytes", "memory of the device"),
+        _q("alloc_retries", "allocations so far that succeeded only after the cache was freed"),
+        _q("pinned_bytes", "pinned host memory in use by this process, on each device's row; -1 when not known"),
     ),
     capacity=4096,
 )

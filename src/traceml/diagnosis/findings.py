@@ -45,6 +45,12 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         return self.speedup_if_fixed if self.speedup_if_fixed >= 1.005 else None
 
     @property
+    def is_urgent(self) -> bool:
+        """Whether it comes before the findings that are ordered by cost."""
+        rule = self.kind.rule
+        return rule.sorts_first or (rule.critical_first and self.severity is Severity.CRITICAL)
+
+    @property
     def headline(self) -> str:
         """The finding in one sentence without a full stop."""
         return self.kind.headline(self)
@@ -84,7 +90,7 @@ def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding
     def cost(finding: Finding) -> float:
         return finding.cost_share * (1.0 if finding.kind.rule.of_run else in_steps)
 
-    return sorted(findings, key=lambda finding: (not finding.kind.rule.sorts_first, -cost(finding)))
+    return sorted(findings, key=lambda finding: (not finding.is_urgent, -cost(finding)))
 
 
 def significant(value: float | np.floating[Any] | None) -> float | None:

@@ -21,6 +21,7 @@ from traceml.database.schema import (
     LOSSES,
     PROCESS,
     STEPS,
+    TORCH_MEMORY,
     USER_PHASES,
     Table,
 )
@@ -49,6 +50,7 @@ class RowIntake:
             PROCESS.name: self.facts.process_rows,
             HOST.name: self.facts.host_rows,
             GPU.name: self.facts.gpu_rows,
+            TORCH_MEMORY.name: self.facts.memory.device_rows,
             LIMITS.name: self.facts.limits.add,
             EPOCHS.name: self.facts.epoch_rows,
             LINES.name: self.facts.lines.add,
@@ -112,6 +114,5 @@ class RowIntake:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_DTYPES = {
-    table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, GPU, LIMITS, LINES, EPOCHS, LOSSES, FINGERPRINTS)
-}
+_PACKED = (USER_PHASES, PROCESS, HOST, GPU, TORCH_MEMORY, LIMITS, LINES, EPOCHS, LOSSES, FINGERPRINTS)
+_DTYPES = {table.name: table.dtype for table in _PACKED}

@@ -8,8 +8,10 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from traceml.formatting import (
+    bytes_text,
     capitalized,
     count_text,
+    duration_text,
     factor_text,
     line_text,
     ms_text,
@@ -29,6 +31,7 @@ CRITICAL_SHARE = 0.25
 FLOOR_NS = 1e6
 """Costs below a millisecond per step are not reported: a toy's loader, loss function and Python cost that much."""
 
+_MEMORIES = {"device": "Device memory", "pinned": "Pinned memory", "workers": "Memory of loader workers"}
 # A line with this share of a finding's cost stands in its headline.
 _MOST = 0.6
 
@@ -56,6 +59,8 @@ class _FindingFacts(Protocol):
 
     @property
     def kind(self) -> Kind: ...
+    @property
+    def severity(self) -> Severity: ...
     @property
     def ranks(self) -> tuple[int, ...]: ...
     @property
@@ -155,6 +160,30 @@ def _limit(finding: _FindingFacts) -> str:
     return f"{capitalized(resource)}: {share} of the limit in use"
 
 
+def _leak(finding: _FindingFacts) -> str:
+    """Return `Memory of rank 1 grows by 4.00 MiB per step: full in 12:07`."""
+    evidence = finding.evidence
+    memory, left_s = evidence.get("memory", "resident"), evidence.get("left_s")
+    whose = f" of {ranks_text(finding.ranks)}" if finding.ranks else ""
+    full = (
+        ""
+        if left_s is None or finding.severity is not Severity.CRITICAL
+        else f": full in {duration_text(float(left_s))}"
+    )
+    subject = _MEMORIES.get(str(memory), "Memory")
+    return f"{subject}{whose} grows by {bytes_text(int(evidence.get('bytes_per_step', 0)))} per step{full}"
+
+
+def _pressure(finding: _FindingFacts) -> str:
+    """Return `The host's memory is nearly full: 95 % in use`, or that of a device."""
+    evidence = finding.evidence
+    share = percent_text(float(evidence.get("used_share", 1.0)))
+    if evidence.get("memory") == "device":
+        return f"The device's memory is nearly full: up to {share} in use"
+
+    return f"The host's memory is nearly full: {share} in use"
+
+
 def _duplicates(finding: _FindingFacts) -> str:
     """Return `Ranks 0-3 train on identical batches`."""
     whose = capitalized(ranks_text(finding.ranks)) if finding.ranks else "All ranks"
@@ -190,6 +219,7 @@ class KindRule:
         severity: of each finding of the kind; None where the cost decides.
         is_straggler: whether it blames ranks that the others wait for.
         sorts_first: whether it comes before the kinds that are ordered by cost.
+        critical_first: the same where it is critical.
         of_run: whether its cost is a share of the run's wall time; else of step time.
     """
 
@@ -197,6 +227,7 @@ class KindRule:
     severity: Severity | None = None
     is_straggler: bool = False
     sorts_first: bool = False
+    critical_first: bool = False
     of_run: bool = False
 
 
@@ -239,6 +270,9 @@ class Kind(StrEnum):
     )
     NUMERIC = "NUMERIC", KindRule(_not_finite, Severity.CRITICAL, sorts_first=True)
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(_limit)
+    MEMORY_LEAK = "MEMORY_LEAK", KindRule(_leak, critical_first=True)
+    MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(_pressure)
+    MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks_are} using far more memory than the others")
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)
 

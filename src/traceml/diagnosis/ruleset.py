@@ -7,6 +7,8 @@ from msgspec.structs import replace
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.memory.leaks import memory_leaks
+from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
 from traceml.diagnosis.rules.batch_sizes import data_imbalance
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
@@ -49,9 +51,9 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         *limits_near(facts.limits),
         *_training(facts),
     ]
-    outside = outside_steps(facts.time, facts.lines)
-    main = [*lost, *(finding for finding in outside if finding.severity is not Severity.INFO)]
-    remarks = [finding for finding in outside if finding.severity is Severity.INFO]
+    around = [*outside_steps(facts.time, facts.lines), *_memory(facts)]
+    main = [*lost, *(finding for finding in around if finding.severity is not Severity.INFO)]
+    remarks = [finding for finding in around if finding.severity is Severity.INFO]
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
     if len(window) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
@@ -82,6 +84,10 @@ def _training(facts: JobFacts) -> list[Finding]:
         found += never_synchronized(facts.batches, facts.world_size, steps, running=running)
 
     return found
+
+
+def _memory(facts: JobFacts) -> list[Finding]:
+    return [*memory_leaks(facts), *memory_pressure(facts), *memory_imbalance(facts)]
 
 
 def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:

@@ -39,7 +39,20 @@ class TorchMemorySampler:
             reserved = figures.get("reserved_bytes.all.current", 0)
             peak = figures.get("allocated_bytes.all.peak", 0)
             if reserved or peak:
-                yield t_ns, step, device, figures.get("allocated_bytes.all.current", 0), reserved, peak
+                allocated, total = figures.get("allocated_bytes.all.current", 0), _total_bytes(cuda, device)
+                retries = figures.get("num_alloc_retries", 0)
+                yield t_ns, step, device, allocated, reserved, peak, total, retries, _pinned_bytes(cuda)
 
     def close(self) -> None:
         """Do nothing: there are no resources."""
+
+
+def _total_bytes(cuda: Any, device: int) -> int:
+    return int(cuda.get_device_properties(device).total_memory)
+
+
+def _pinned_bytes(cuda: Any) -> int:
+    """Return the pinned memory in use; -1 where this torch does not count it."""
+    read = getattr(cuda, "host_memory_stats_as_nested_dict", None)
+    found = read() if read is not None else {}
+    return int(found.get("active_bytes", found.get("allocated_bytes", {})).get("current", -1))

@@ -15,6 +15,7 @@ from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreWaits
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
+from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
@@ -32,6 +33,7 @@ class LoaderFacts:
     """The training data loader, as the rank described it."""
 
     dataset: str | None = None
+    length: int | None = None
     num_workers: int | None = None
     in_memory: bool | None = None
     batch_size: int | None = None
@@ -126,6 +128,7 @@ class JobFacts:
         workers_busy: share of time in which its workers compute; None where it is not known.
         exits: ends of ranks.
         limits: use of resources that have a limit.
+        memory: memory of ranks, devices and hosts over the run.
         lines: lines in which the training threads were seen.
         skipped: steps without an update.
         epochs: rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator.
@@ -152,6 +155,7 @@ class JobFacts:
     workers_busy: float | None = None
     exits: tuple[RankExit, ...] = ()
     limits: tuple[ResourceUse, ...] = ()
+    memory: MemoryHistory = field(default_factory=MemoryHistory)
     lines: Sequence[SampledLine] = ()
     skipped: SkippedSteps | None = None
     epochs: NDArray[np.void] = field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
@@ -217,7 +221,7 @@ class JobFactsBuilder:
         self.names: dict[int, dict[int, str]] = {}
         """Texts of each rank by id: names of user phases, sampled lines."""
         self.state = "running"
-        self.limits, self.lines = UseHistory(), LineCounts()
+        self.limits, self.lines, self.memory = UseHistory(), LineCounts(), MemoryHistory()
         self.skipped = SkippedSteps()
         self.steps_before: dict[int, int] = {}
         """Steps of each rank in the training that it resumes."""
@@ -280,6 +284,7 @@ class JobFactsBuilder:
         if len(rows):
             self._core_rows[rank] = int(rows["cores"][-1])
             self.samples.add(HOST.name, rank, rows)
+            self.memory.host_rows(rank, rows)
 
     def gpu_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.GPU`."""
@@ -297,6 +302,7 @@ class JobFactsBuilder:
         """Take rows of `schema.PROCESS`, in order."""
         self._waits.add(rank, rows)
         self.samples.add(PROCESS.name, rank, rows)
+        self.memory.process_rows(rank, rows)
 
     def exit(self, ended: RankExit) -> None:
         """Record how a rank ended; facts that are missing here are kept from earlier reports."""
@@ -326,6 +332,7 @@ class JobFactsBuilder:
             compile_s=known.get("compile_s"),
             loader=self._loaders[0] if self._loaders else None,
             limits=self.limits.uses(),
+            memory=self.memory,
             lines=LazyLines(self.lines, self.names),
             skipped=self.skipped,
             losses=self.losses,

@@ -12,6 +12,7 @@ import numpy as np
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import significant
 from traceml.diagnosis.steps.step_split import PHASES
@@ -37,7 +38,6 @@ from traceml.runs.report.throughput import put_batch_sizes
 from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.metrics import MetricSummary
 from traceml.runs.rows.sample_totals import SampleTotals
-from traceml.runs.rows.samples import slope_per_step
 from traceml.runs.rows.step_totals import StepTotals
 
 __all__ = ["lines", "memory", "metrics", "phases", "ranks", "steps", "system", "telemetry", "time"]
@@ -233,10 +233,8 @@ def _memory_of(digest: Digest, rank: int) -> RankMemory:
     totals, memory = digest.sample_totals, RankMemory(rank=rank)
     memory.rss_peak_bytes = _whole(totals.most(PROCESS, rank, "rss_bytes"))
     memory.cuda_peak_bytes = _whole(totals.most(TORCH_MEMORY, rank, "peak_allocated_bytes"))
-    process = digest.samples.of(PROCESS.name, rank)
-    if process is not None:
-        slope = slope_per_step(process["step"], process["rss_bytes"])
-        memory.rss_slope_bytes_per_step = None if slope is None else significant(slope)
+    growth = digest.facts.memory.curve(rank, MemoryKind.RESIDENT).growth()
+    memory.rss_slope_bytes_per_step = None if growth is None else significant(growth.bytes_per_step)
 
     return memory
 

@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Samples", "rows_for", "slope_per_step"]
+__all__ = ["Samples", "rows_for"]
 
 _MAX_ROWS = 4096
 _LEAST_ROWS = 256
 # 23 MB of the largest table.
 _MAX_ROWS_OF_ALL = 1 << 18
-_PARTS = 24
-_MIN_SAMPLES = 8
-_WARM_UP_STEPS = 20
 
 
 def rows_for(ranks: int) -> int:
@@ -71,28 +68,3 @@ class Samples:
             rows = np.concatenate([rows[:older:2], rows[older:]])
 
         return rows
-
-
-def slope_per_step(steps: NDArray[np.int64], values: NDArray[np.int64]) -> float | None:
-    """Return the growth of a value per step after warm-up, None if there are too few samples.
-
-    It is the median of all slopes between the least values of up to 24 parts, which leaves out the peaks of checkpoints
-    and evaluation.
-    """
-    if not len(steps):
-        return None
-
-    warm = steps >= max(_WARM_UP_STEPS, (int(steps.max()) - int(steps.min())) // 4 + int(steps.min()))
-    steps, values = steps[warm], values[warm]
-    if len(np.unique(steps)) < _MIN_SAMPLES:
-        return None
-
-    # The least value of each part comes first in it.
-    count = min(_PARTS, len(steps) // 2)
-    part = np.arange(len(steps)) * count // len(steps)
-    least = np.lexsort((values, part))[np.searchsorted(part, np.arange(count))]
-    x, y = steps[least].astype(float), values[least].astype(float)
-    first, second = np.triu_indices(len(x), 1)
-    apart = x[second] > x[first]
-    slopes = (y[second] - y[first])[apart] / (x[second] - x[first])[apart]
-    return float(np.median(slopes)) if len(slopes) else None

@@ -1,0 +1,251 @@
+"""Growth of memory over the run, by rank: steady growth apart from caches that fill and peaks that pass.
+
+Few samples are kept, evenly spread over the run. Each stands for several and is the lowest of them, so that peaks of a
+checkpoint or an evaluation do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DeviceMemory", "GrowthEstimate", "HostMemory", "MemoryCurve", "MemoryHistory", "MemoryKind"]
+
+MAX_POINTS = 96
+"""Samples that are kept of each curve."""
+LEAST_GROWN_BYTES = 32 << 20
+"""Growth below this is not reported: an allocator's arenas, torch.compile, and lazy imports cost that much."""
+LEAST_GROWN_SHARE = 0.05
+"""Growth below this share of the memory in use is not reported."""
+STEADY = 0.97
+"""Share of pairs of samples that rise with time, from which on growth is steady."""
+LEAST_S = 4.0
+"""Samples must cover at least so many seconds."""
+_PARTS = 24
+_MIN_SAMPLES = 8
+_WARM_UP_STEPS = 20
+_LEAST_RISE = 0.25  # of the mean rise of a quarter, for each quarter
+
+_RECENT = 12
+_Points = NDArray[np.int64]  # rows of (step, t_ns, bytes)
+
+
+class MemoryKind(StrEnum):
+    """A kind of memory that may grow; the value is its name in evidence."""
+
+    RESIDENT = "resident"  # of a rank's process
+    DEVICE = "device"  # that torch has allocated on a device
+    PINNED = "pinned"  # page-locked memory of the host
+    WORKERS = "workers"  # private memory of a rank's loader workers, all together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthEstimate:
+    """Growth of a curve after its warm-up.
+
+    Attributes:
+        bytes_per_step, bytes_per_s: the median slope.
+        grown_bytes: growth from the first quarter of the samples to the last.
+        since_step: first step of the samples.
+        now_bytes: the newest sample.
+        steady: whether it grew all the time, by an amount that counts; else it may have ended, or be noise.
+    """
+
+    bytes_per_step: float
+    bytes_per_s: float
+    grown_bytes: int
+    since_step: int
+    now_bytes: int
+    steady: bool
+
+
+class MemoryCurve:
+    """Samples of one memory of one rank, thinned evenly: the lowest of each few."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._points: _Points = np.empty((0, 3), np.int64)
+        self._rest = self._points  # samples that do not fill a point yet
+        self._every = 1
+
+    def add(self, steps: _Points, times: _Points, values: _Points) -> None:
+        """Take samples in order; those before the first step are left out."""
+        new = np.stack([steps, times, values], axis=1).astype(np.int64)[steps >= 0]
+        if len(new) and len(self.points) and new[0, 0] < self.points[-1, 0]:
+            self._clear()  # another process of the same rank
+
+        rest = np.concatenate([self._rest, new])
+        whole = len(rest) // self._every * self._every
+        self._points = np.concatenate([self._points, _lowest(rest[:whole], self._every)])
+        self._rest = rest[whole:]
+        while len(self._points) > MAX_POINTS:
+            even = len(self._points) // 2 * 2
+            odd = self._points[even:]
+            self._points, self._every = _lowest(self._points[:even], 2), 2 * self._every
+            self._rest = np.concatenate([odd, self._rest])
+
+    @property
+    def points(self) -> _Points:
+        """Rows of (step, monotonic ns, bytes), in order."""
+        return np.concatenate([self._points, _lowest(self._rest, len(self._rest))])
+
+    def growth(self) -> GrowthEstimate | None:
+        """Return the growth after warm-up; None with too few samples."""
+        points = self.points
+        if not len(points):
+            return None
+
+        first, last = int(points[0, 0]), int(points[-1, 0])
+        points = points[points[:, 0] >= max(_WARM_UP_STEPS, first + (last - first) // 4)]
+        if len(np.unique(points[:, 0])) < _MIN_SAMPLES:
+            return None
+
+        return _estimate(points)
+
+
+def _estimate(points: _Points) -> GrowthEstimate | None:
+    count = min(_PARTS, len(points) // 2)
+    lowest = np.concatenate([_lowest(part, len(part)) for part in np.array_split(points, count)])
+    steps, times, values = lowest.T.astype(float)
+    first, second = np.triu_indices(count, 1)
+    apart = steps[second] > steps[first]
+    first, second = first[apart], second[apart]
+    if not len(first):
+        return None
+
+    rises = values[second] - values[first]
+    quarters = [float(np.median(part)) for part in np.array_split(values, 4)]
+    grown = quarters[-1] - quarters[0]
+    least = max(LEAST_GROWN_BYTES, LEAST_GROWN_SHARE * float(values[-1]))
+    steady = (
+        float((rises > 0).mean()) >= STEADY
+        and min(np.diff(quarters)) >= _LEAST_RISE * grown / 3
+        and grown >= least
+        and (points[-1, 1] - points[0, 1]) / 1e9 >= LEAST_S
+    )
+    return GrowthEstimate(
+        bytes_per_step=float(np.median(rises / (steps[second] - steps[first]))),
+        bytes_per_s=float(np.median(rises / np.maximum(times[second] - times[first], 1.0))) * 1e9,
+        grown_bytes=int(grown),
+        since_step=int(points[0, 0]),
+        now_bytes=int(points[-1, 2]),
+        steady=bool(steady),
+    )
+
+
+def _lowest(points: _Points, every: int) -> _Points:
+    """Return the point with the fewest bytes of each group of `every`."""
+    if not len(points):
+        return points
+
+    groups = points.reshape(-1, every, 3)
+    lowest: _Points = groups[np.arange(len(groups)), groups[:, :, 2].argmin(axis=1)]
+    return lowest
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Memory of a host, or of its container where that has a limit.
+
+    Attributes:
+        used_bytes: in use in the newest sample, without file cache.
+        total_bytes: memory that there is.
+        held_share: used share that no recent sample is below.
+    """
+
+    used_bytes: int
+    total_bytes: int
+    held_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory of a device as torch's allocator in one rank sees it.
+
+    Attributes:
+        rank, device: the rank, and its number of the device.
+        allocated_bytes, peak_bytes: in use now, and at most so far.
+        total_bytes: memory of the device.
+        retries: allocations that succeeded only after the cache was freed.
+    """
+
+    rank: int
+    device: int
+    allocated_bytes: int
+    peak_bytes: int
+    total_bytes: int
+    retries: int
+
+
+_OF_DEVICE = {
+    "allocated_bytes": "allocated_bytes",
+    "peak_bytes": "peak_allocated_bytes",
+    "total_bytes": "total_bytes",
+    "retries": "alloc_retries",
+}
+
+
+class MemoryHistory:
+    """Memory of ranks, devices and hosts: curves by rank, kind and device, and the newest samples."""
+
+    def __init__(self) -> None:
+        self._curves: dict[tuple[int, MemoryKind, int], MemoryCurve] = {}
+        self._hosts: dict[int, NDArray[np.void]] = {}
+        self._devices: dict[tuple[int, int], DeviceMemory] = {}
+
+    def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.PROCESS`, in order."""
+        self.curve(rank, MemoryKind.RESIDENT).add(rows["step"], rows["t_ns"], rows["rss_bytes"])
+
+    def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.HOST`, in order, of the rank that samples its host."""
+        known = self._hosts.get(rank)
+        self._hosts[rank] = (rows if known is None else np.concatenate([known, rows]))[-_RECENT:]
+
+    def device_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.TORCH_MEMORY`, in order."""
+        for device in np.unique(rows["device"]).tolist():
+            of = rows[rows["device"] == device]
+            self.curve(rank, MemoryKind.DEVICE, device).add(of["step"], of["t_ns"], of["allocated_bytes"])
+            newest = {field: int(of[name][-1]) for field, name in _OF_DEVICE.items()}
+            self._devices[rank, device] = DeviceMemory(rank, device, **newest)
+
+        if len(rows):  # pinned memory is the process's: each device's row has it
+            first = rows[rows["device"] == rows["device"].min()]
+            self.curve(rank, MemoryKind.PINNED).add(first["step"], first["t_ns"], first["pinned_bytes"])
+
+    def curve(self, rank: int, kind: MemoryKind, device: int = 0) -> MemoryCurve:
+        """Return the curve of a memory; an empty one where there are no samples yet."""
+        return self._curves.setdefault((rank, kind, device), MemoryCurve())
+
+    def resident(self) -> dict[int, int]:
+        """Return the newest resident memory of each rank."""
+        found = {rank: curve.points for (rank, kind, _), curve in self._curves.items() if kind is MemoryKind.RESIDENT}
+        return {rank: int(points[-1, 2]) for rank, points in sorted(found.items()) if len(points)}
+
+    def hosts(self) -> dict[int, HostMemory]:
+        """Return the memory of each host, by the rank that samples it."""
+        return {rank: _host(rows) for rank, rows in sorted(self._hosts.items()) if len(rows)}
+
+    def devices(self) -> list[DeviceMemory]:
+        """Return the memory of each rank's devices."""
+        return [found for _, found in sorted(self._devices.items())]
+
+    def steady(self) -> Iterator[tuple[int, MemoryKind, int, GrowthEstimate]]:
+        """Yield (rank, kind, device, growth) of each memory that grows steadily, by rank."""
+        for (rank, kind, device), curve in sorted(self._curves.items()):
+            growth = curve.growth()
+            if growth is not None and growth.steady:
+                yield rank, kind, device, growth
+
+
+def _host(rows: NDArray[np.void]) -> HostMemory:
+    total = int(rows["memory_total_bytes"][-1])
+    lowest = int(rows["memory_used_bytes"].min())
+    return HostMemory(int(rows["memory_used_bytes"][-1]), total, lowest / max(total, 1))

@@ -1,0 +1,171 @@
+"""Memory that grows steadily: how fast, since when, and when it is full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
+from traceml.diagnosis.facts.resource_use import SOON_S
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.formatting import bytes_text, count_text, duration_text, plural, ranks_text
+
+__all__ = ["memory_leaks"]
+
+FAR_S = 30 * 86400.0
+"""Beyond this nothing is said about when it is full."""
+MORE_THAN_ONE_PASS = 1.2
+"""A data set that was read so many times has filled its caches."""
+
+_WORDS = {
+    MemoryKind.RESIDENT: "Resident memory",
+    MemoryKind.DEVICE: "Memory that torch has allocated on the device",
+    MemoryKind.PINNED: "Pinned host memory",
+}
+_ADVICE = {
+    MemoryKind.RESIDENT: (
+        "Look for what is kept from step to step: losses and outputs in lists (append loss.item() or loss.detach()), "
+        "caches in the Dataset, and hooks that store activations."
+    ),
+    MemoryKind.DEVICE: (
+        "Look for tensors that are kept from step to step: losses and outputs in lists hold their graphs (append "
+        "loss.item() or loss.detach()), and so does a running sum of losses."
+    ),
+    MemoryKind.PINNED: (
+        "Look for batches that are kept after their copy to the device: pinned memory is never paged out, and torch "
+        "reuses it only when nothing holds it."
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Time until a memory is full."""
+
+    left_s: float
+    left_steps: float
+    of: str
+    total_bytes: int
+
+
+def memory_leaks(facts: JobFacts) -> list[Finding]:
+    """Return a finding for each kind of memory that grows steadily, about the rank where it grows most."""
+    by_kind: dict[MemoryKind, dict[int, tuple[int, GrowthEstimate]]] = {}
+    for rank, kind, device, growth in facts.memory.steady():
+        known = by_kind.setdefault(kind, {})
+        if rank not in known or known[rank][1].bytes_per_step < growth.bytes_per_step:
+            known[rank] = (device, growth)
+
+    if MemoryKind.PINNED in by_kind:  # it may count as resident, too
+        by_kind.pop(MemoryKind.RESIDENT, None)
+
+    return [_finding(facts, kind, found, by_kind) for kind, found in by_kind.items()]
+
+
+def _finding(
+    facts: JobFacts,
+    kind: MemoryKind,
+    found: Mapping[int, tuple[int, GrowthEstimate]],
+    by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]],
+) -> Finding:
+    rank = max(found, key=lambda each: found[each][1].bytes_per_step)
+    device, growth = found[rank]
+    room = _room(facts, kind, rank, device, by_kind)
+    ranks = () if len(found) >= facts.world_size else tuple(sorted(found))
+    return Finding(
+        kind=Kind.MEMORY_LEAK,
+        severity=_severity(facts, room),
+        ranks=ranks,
+        summary=f"{_grown(facts, kind, rank, growth)}{_full(room)}{_maybe(facts)}",
+        next=_ADVICE[kind],
+        evidence={
+            "memory": str(kind),
+            "bytes_per_step": growth.bytes_per_step,
+            "bytes_per_s": growth.bytes_per_s,
+            "grown_bytes": growth.grown_bytes,
+            "now_bytes": growth.now_bytes,
+            "since_step": growth.since_step,
+            **({} if room is None else {"left_s": room.left_s, "left_steps": room.left_steps}),
+            **({} if room is None else {"limit_bytes": room.total_bytes}),
+        },
+    )
+
+
+def _severity(facts: JobFacts, room: _Room | None) -> Severity:
+    if room is not None and room.left_s <= SOON_S:
+        return Severity.CRITICAL
+
+    return Severity.INFO if _in_first_pass(facts) else Severity.WARNING
+
+
+def _in_first_pass(facts: JobFacts) -> bool:
+    """Return whether the data set is read for the first time: a cache that fills looks like a leak then."""
+    loader = facts.loader
+    if loader is None or not loader.length or len(facts.epochs) > 1:
+        return False
+
+    samples = (max(facts.latest, default=0) + 1) * (loader.batch_size or 1) * facts.world_size
+    return samples < MORE_THAN_ONE_PASS * loader.length
+
+
+def _room(
+    facts: JobFacts,
+    kind: MemoryKind,
+    rank: int,
+    device: int,
+    by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]],
+) -> _Room | None:
+    growth = by_kind[kind][rank][1]
+    if kind is MemoryKind.DEVICE:
+        of = next((each for each in facts.memory.devices() if (each.rank, each.device) == (rank, device)), None)
+        left, total = (of.total_bytes - of.allocated_bytes, of.total_bytes) if of is not None else (0, 0)
+        rate, name = growth.bytes_per_s, "device's"
+    else:
+        host = facts.hosts.get(rank)
+        memory = next((each for at, each in facts.memory.hosts().items() if facts.hosts.get(at) == host), None)
+        left, total = (memory.total_bytes - memory.used_bytes, memory.total_bytes) if memory is not None else (0, 0)
+        rate, name = _host_rate(facts, host, by_kind), "host's"
+
+    if total <= 0 or rate <= 0:
+        return None
+
+    left_s = max(left, 0) / rate
+    return _Room(left_s, left_s * growth.bytes_per_s / max(growth.bytes_per_step, 1.0), name, total)
+
+
+def _host_rate(
+    facts: JobFacts, host: str | None, by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]]
+) -> float:
+    """Return the growth in bytes per second of all ranks of a host."""
+    return sum(
+        growth.bytes_per_s
+        for kind, found in by_kind.items()
+        if kind is not MemoryKind.DEVICE
+        for rank, (_, growth) in found.items()
+        if facts.hosts.get(rank) == host
+    )
+
+
+def _grown(facts: JobFacts, kind: MemoryKind, rank: int, growth: GrowthEstimate) -> str:
+    where = f" of {ranks_text((rank,))}" if facts.world_size > 1 else ""
+    return (
+        f"{_WORDS[kind]}{where} grows by {bytes_text(int(growth.bytes_per_step))} per step: by "
+        f"{bytes_text(growth.grown_bytes)} since step {count_text(growth.since_step)}, to "
+        f"{bytes_text(growth.now_bytes)}."
+    )
+
+
+def _full(room: _Room | None) -> str:
+    if room is None or room.left_s > FAR_S:
+        return ""
+
+    return (
+        f" At this rate the {room.of} {bytes_text(room.total_bytes)} are full in {duration_text(room.left_s)} "
+        f"({plural(int(room.left_steps), 'step')})."
+    )
+
+
+def _maybe(facts: JobFacts) -> str:
+    return " The data is read for the first time: a cache that fills looks the same." if _in_first_pass(facts) else ""

@@ -1,0 +1,163 @@
+"""Memory that is nearly full, and ranks that need more of it than the others."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from traceml.database.schema import Resource
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.memory_growth import DeviceMemory, HostMemory
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.formatting import bytes_text, capitalized, percent_text, plural, ranks_text
+
+__all__ = ["memory_imbalance", "memory_pressure"]
+
+FULL_SHARE = 0.93
+"""Memory is nearly full from this used share on; of a device, the peak counts."""
+LEAST_RETRIES = 5
+"""So many allocations that needed the cache to be freed are pressure, too."""
+UNEVEN = 1.25
+"""A rank needs this many times the median of the ranks, to be told."""
+UNEVEN_SHARE = 0.10
+"""The difference is also this share of the memory that there is."""
+TIGHT_SHARE = 0.85
+"""The largest rank is a warning from this share of its memory on."""
+
+
+def memory_pressure(facts: JobFacts) -> list[Finding]:
+    """Return findings about hosts and devices whose memory is nearly full."""
+    return [*_hosts(facts), *_devices(facts)]
+
+
+def _hosts(facts: JobFacts) -> list[Finding]:
+    if any(use.resource is Resource.MEMORY and use.is_near for use in facts.limits):
+        return []  # that of the container is told as its limit
+
+    full = {rank: host for rank, host in facts.memory.hosts().items() if host.held_share >= FULL_SHARE}
+    if not full:
+        return []
+
+    rank = max(full, key=lambda each: full[each].held_share)
+    return [_full_host(facts, rank, full[rank])]
+
+
+def _full_host(facts: JobFacts, rank: int, host: HostMemory) -> Finding:
+    name = facts.hosts.get(rank)
+    own = sum(size for each, size in facts.memory.resident().items() if facts.hosts.get(each) == name)
+    at = f" of {name}" if name and len(set(facts.hosts.values())) > 1 else " of the host"
+    share = host.used_bytes / max(host.total_bytes, 1)
+    return Finding(
+        kind=Kind.MEMORY_PRESSURE,
+        severity=Severity.WARNING,
+        summary=(
+            f"{bytes_text(host.used_bytes)} of the {bytes_text(host.total_bytes)} memory{at} are in use "
+            f"({percent_text(share)}); the training processes hold {bytes_text(own)}."
+        ),
+        next=(
+            "Use fewer loader workers, a smaller prefetch_factor or data set in memory, or a host with more memory: "
+            "when it is full, the kernel kills the largest process."
+        ),
+        evidence={
+            "memory": "host",
+            "used_bytes": host.used_bytes,
+            "limit_bytes": host.total_bytes,
+            "used_share": share,
+            "ranks_bytes": own,
+        },
+    )
+
+
+def _devices(facts: JobFacts) -> list[Finding]:
+    full = [each for each in facts.memory.devices() if each.total_bytes > 0 and _is_full(each)]
+    if not full:
+        return []
+
+    worst = max(full, key=lambda each: (each.retries >= LEAST_RETRIES, _share(each)))
+    ranks = {each.rank for each in full}
+    retried = (
+        f" {plural(worst.retries, 'allocation')} succeeded only after torch had freed its cache, which takes time."
+        if worst.retries
+        else ""
+    )
+    where = f" of {ranks_text((worst.rank,))}" if facts.world_size > 1 else ""
+    return [
+        Finding(
+            kind=Kind.MEMORY_PRESSURE,
+            severity=Severity.WARNING,
+            ranks=() if len(ranks) >= facts.world_size else tuple(sorted(ranks)),
+            summary=(
+                f"Tensors took up to {bytes_text(worst.peak_bytes)} of the device's {bytes_text(worst.total_bytes)}"
+                f"{where} ({percent_text(_share(worst))}).{retried}"
+            ),
+            next=(
+                "Use a smaller batch with gradient accumulation, activation checkpointing, or a lower precision; "
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True avoids memory that is lost to fragments."
+            ),
+            evidence={
+                "memory": "device",
+                "used_bytes": worst.peak_bytes,
+                "limit_bytes": worst.total_bytes,
+                "used_share": _share(worst),
+                "alloc_retries": worst.retries,
+            },
+        )
+    ]
+
+
+def _share(device: DeviceMemory) -> float:
+    return device.peak_bytes / max(device.total_bytes, 1)
+
+
+def _is_full(device: DeviceMemory) -> bool:
+    return _share(device) >= FULL_SHARE or device.retries >= LEAST_RETRIES
+
+
+def memory_imbalance(facts: JobFacts) -> list[Finding]:
+    """Return the finding about a rank that needs much more memory than the others, of devices or else of hosts."""
+    devices = facts.memory.devices()
+    if devices:
+        peaks = {rank: max(each.peak_bytes for each in devices if each.rank == rank) for rank in _ranks(devices)}
+        return _uneven(peaks, min(each.total_bytes for each in devices), "device memory")
+
+    hosts = facts.memory.hosts()
+    total = min((host.total_bytes for host in hosts.values()), default=0)
+    return _uneven(facts.memory.resident(), total, "host memory")
+
+
+def _ranks(devices: list[DeviceMemory]) -> set[int]:
+    return {each.rank for each in devices}
+
+
+def _uneven(needs: dict[int, int], total: int, words: str) -> list[Finding]:
+    if len(needs) < 2 or total <= 0:
+        return []
+
+    rank = max(needs, key=lambda each: needs[each])
+    most, usual = needs[rank], median(size for each, size in needs.items() if each != rank)
+    if most < UNEVEN * usual or most - usual < UNEVEN_SHARE * total:
+        return []
+
+    tight = words.startswith("device") and most >= TIGHT_SHARE * total
+    return [
+        Finding(
+            kind=Kind.MEMORY_IMBALANCE,
+            severity=Severity.WARNING if tight else Severity.INFO,
+            ranks=(rank,),
+            summary=(
+                f"{capitalized(ranks_text((rank,)))} takes {bytes_text(most)} of {words}, the others "
+                f"{bytes_text(int(usual))} (median)."
+            ),
+            next=(
+                f"Look at what only {ranks_text((rank,))} holds: gathered outputs, evaluation, a second model, longer "
+                "sequences, or checkpoints that are loaded on its device (map_location)."
+            ),
+            evidence={
+                "memory": words.partition(" ")[0],
+                "most_bytes": most,
+                "median_bytes": usual,
+                "limit_bytes": total,
+                "ratio": most / max(usual, 1),
+            },
+        )
+    ]

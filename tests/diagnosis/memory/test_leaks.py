@@ -1,0 +1,116 @@
+"""Findings about memory that grows, and their place among the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, window_of
+from tests.diagnosis.memory.memories import GB, MB, device, growing, host, leaking, processes
+from traceml.database.schema import EPOCHS
+from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, grouped=False)
+
+
+def leaks(*faults, job: Job = ALONE, **facts) -> list[Finding]:
+    findings = diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, **facts))
+    return [finding for finding in findings if finding.kind is Kind.MEMORY_LEAK]
+
+
+def test_growth_is_told_with_its_rate_and_the_time_left():
+    """4 MB per step, 80 MB per second, 1 GB left."""
+    (finding,) = leaks(**leaking(used_bytes=15 * GB))
+
+    assert finding.severity == "critical"
+    assert finding.evidence["bytes_per_step"] == pytest.approx(4 * MB)
+    assert finding.evidence["left_s"] == pytest.approx(1024 / 80)
+    assert finding.evidence["left_steps"] == pytest.approx(256)
+    assert "grows by 4.00 MiB per step" in finding.headline
+    assert finding.headline.endswith("full in 13 s")
+    assert "256 steps" in finding.summary
+
+
+def test_a_leak_that_lasts_for_long_is_no_more_than_a_warning():
+    """Without a host's figures nothing is said about the time left."""
+    (far,) = leaks(**leaking())
+    (unknown,) = leaks(memory=processes(MemoryHistory(), growing()))
+
+    assert far.severity == unknown.severity == "warning"
+    assert "full in" not in far.headline
+    assert "full in" in far.summary
+    assert "full" not in unknown.summary
+    assert "left_s" not in unknown.evidence
+
+
+def test_only_a_leak_that_ends_the_run_comes_before_slow_steps():
+    """Within the hour it is the verdict; else slow data is."""
+    window = window_of(ALONE, adds("input_wait", 20))
+    kinds = [
+        diagnose(window, JobFacts(loader=LoaderFacts(num_workers=0), **leaking(used)))[0].kind
+        for used in (15 * GB, 4 * GB)
+    ]
+
+    assert kinds == ["MEMORY_LEAK", "INPUT_BOUND"]
+
+
+def test_the_ranks_of_a_host_fill_it_together():
+    """Four ranks leave a quarter of the time; a rank that does not grow is not named."""
+    history = host(MemoryHistory(), 15 * GB)
+    for rank in range(4):
+        processes(history, growing(), rank=rank)
+
+    (all_ranks,) = leaks(job=Job(ranks=4), memory=history, hosts=dict.fromkeys(range(4), "h"))
+    one = processes(processes(host(MemoryHistory(), 15 * GB), growing(), rank=1), [900 * MB] * 60)
+    (second,) = leaks(job=Job(ranks=2), memory=one, hosts=dict.fromkeys(range(2), "h"))
+
+    assert all_ranks.ranks == ()
+    assert all_ranks.evidence["left_s"] == pytest.approx(1024 / 320)
+    assert second.ranks == (1,)
+    assert "of rank 1" in second.headline
+
+
+def test_a_cache_that_may_fill_in_the_first_epoch_is_no_verdict():
+    """It is a remark, which says so; after the first epoch it is a warning, and where memory ends it is critical."""
+    epochs = np.zeros(2, EPOCHS.dtype)
+    loader = LoaderFacts(length=100_000, batch_size=32, num_workers=0)
+    first = {"loader": loader, "latest": (1000,), "epochs": epochs[:1]}
+    (remark,) = leaks(**leaking(), **first)
+    (later,) = leaks(**leaking(), **(first | {"epochs": epochs}))
+    (many,) = leaks(**leaking(), **(first | {"latest": (9000,)}))
+    (ending,) = leaks(**leaking(15 * GB), **first)
+
+    assert remark.severity == "info"
+    assert "a cache that fills looks the same" in remark.summary
+    assert later.severity == many.severity == "warning"
+    assert "cache that fills" not in later.summary
+    assert ending.severity == "critical"
+    assert diagnose(window_of(ALONE), JobFacts(**leaking(), **first))[0].kind is not Kind.MEMORY_LEAK
+
+
+def test_device_memory_fills_the_device():
+    """Its room is that of the device."""
+    (finding,) = leaks(memory=device(MemoryHistory(), growing(10 * GB), total_bytes=20 * GB))
+
+    assert finding.evidence["memory"] == "device"
+    assert finding.evidence["left_s"] == pytest.approx((10 * 1024 - 59 * 80) / 80)
+    assert finding.headline.startswith("Device memory grows by 4.00 MiB per step")
+
+
+def test_pinned_memory_is_told_as_such():
+    """It may count as resident memory too, which is then not told."""
+    history = processes(MemoryHistory(), growing())
+    (finding,) = leaks(memory=device(history, [GB] * 60, pinned=growing(100 * MB)))
+
+    assert finding.evidence["memory"] == "pinned"
+    assert finding.headline.startswith("Pinned memory grows by 4.00 MiB")
+
+
+@pytest.mark.parametrize("rss", [np.full(60, 900 * MB), 900 * MB + np.minimum(np.arange(60), 25) * 80 * MB])
+def test_memory_that_has_stopped_growing_is_no_finding(rss):
+    """Level memory, and a cache that is full."""
+    assert leaks(memory=host(processes(MemoryHistory(), rss), 15 * GB), hosts={0: "h"}) == []

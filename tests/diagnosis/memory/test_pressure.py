@@ -1,0 +1,78 @@
+"""Memory that is nearly full or uneven, and what only looks so."""
+
+from __future__ import annotations
+
+from tests.diagnosis.fabricated import Job, window_of
+from tests.diagnosis.memory.memories import GB, device, full_device, full_host, host, processes, uneven_devices
+from traceml.database.schema import Resource
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.ruleset import diagnose
+
+MEMORY = ("MEMORY_PRESSURE", "MEMORY_IMBALANCE")
+
+
+def found(ranks: int = 1, **facts) -> list[Finding]:
+    findings = diagnose(window_of(Job(ranks=ranks, grouped=ranks > 1)), JobFacts(world_size=ranks, **facts))
+    return [finding for finding in findings if finding.kind in MEMORY]
+
+
+def test_a_host_that_is_nearly_full_is_told_with_what_the_ranks_hold():
+    """15 of 16 GB, 9 of them in the training process."""
+    (finding,) = found(**full_host())
+
+    assert finding.severity == "warning"
+    assert finding.headline == "The host's memory is nearly full: 94 % in use"
+    assert "the training processes hold 9.00 GiB" in finding.summary
+
+
+def test_the_limit_of_a_container_is_told_once():
+    """Its memory is a limit of its own kind."""
+    assert found(**full_host(), limits=(ResourceUse(0, Resource.MEMORY, 95, 100),)) == []
+
+
+def test_a_host_with_room_and_a_passing_peak_are_no_pressure():
+    """All recent samples must be high."""
+    peak = host(host(MemoryHistory(), 8 * GB), 15 * GB)
+    assert [found(memory=host(MemoryHistory(), 14 * GB)), found(memory=peak) != []] == [[], True]
+
+    peak.host_rows(0, host(MemoryHistory(), 8 * GB)._hosts[0][:1])
+    assert found(memory=peak) == []
+
+
+def test_a_device_that_was_full_is_told_with_its_retries():
+    """The peak counts, and allocations that had to free the cache."""
+    (finding,) = found(memory=full_device())
+
+    assert finding.headline == "The device's memory is nearly full: up to 98 % in use"
+    assert "12 allocations succeeded only after torch had freed its cache" in finding.summary
+    assert found(memory=device(MemoryHistory(), [70 * GB] * 9)) == []
+    assert found(memory=device(MemoryHistory(), [10 * GB] * 9, retries=40)) != []
+
+
+def test_a_rank_that_needs_far_more_than_the_others_is_named():
+    """A warning where its device is nearly full, else a remark."""
+    (finding,) = found(4, memory=uneven_devices())
+    history = MemoryHistory()
+    for rank, size in enumerate((30, 10, 11, 10)):
+        device(history, [size * GB] * 9, rank=rank)
+
+    (remark,) = found(4, memory=history)
+
+    assert (finding.ranks, finding.severity) == ((0,), "warning")
+    assert remark.severity == "info"
+    assert diagnose(window_of(Job(ranks=4)), JobFacts(world_size=4, memory=history))[0].kind not in MEMORY
+
+
+def test_ranks_with_nearly_equal_needs_are_not_compared():
+    """Neither a small difference, nor a large ratio of little memory, nor a single rank."""
+    near, little = MemoryHistory(), host(MemoryHistory(), 4 * GB, 64 * GB)
+    for rank in range(4):
+        device(near, [(12 if rank else 14) * GB] * 9, rank=rank)
+        processes(little, [(1 if rank else 3) * GB] * 60, rank=rank)
+
+    assert found(4, memory=near) == []
+    assert found(4, memory=little) == []
+    assert found(memory=device(MemoryHistory(), [70 * GB] * 9)) == []
