@@ -57,6 +57,17 @@ def test_json_is_the_contract(capsys, trace):
     assert "report" not in answer
 
 
+def test_measures(capsys, trace):
+    """The table has the columns that were asked for, and JSON has them too."""
+    lines = output(capsys, trace, "--agg", "count,std,p95").splitlines()
+    (group, *_) = json.loads(output(capsys, trace, "--agg", "p95,std", "--json"))["groups"]
+
+    title = next(line for line in lines if line.startswith("name"))
+    assert title.split() == ["name", "count", "std", "p95", "of", "sum"]
+    assert group["std_us"] > 8
+    assert group["p95_us"] in (29, 30)
+
+
 def test_overview(capsys, trace):
     """Without --by there is an overview."""
     shown = output(capsys, trace)

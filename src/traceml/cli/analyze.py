@@ -16,6 +16,7 @@ import tyro
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.errors import TraceNotFoundError, UsageError
+from traceml.traces.query.measures import Measure, parse_measures
 from traceml.traces.query.summary import summarize
 
 __all__ = ["main"]
@@ -55,8 +56,12 @@ class Options:
     by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
     """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""
     where: Annotated[str, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = ""
-    """Only events that match all of these: 'cat=POSIX,dur>100,name~read'. Operators: = != < <= > >= ~ (pattern). Units
-    are optional (2.5ms, 4KiB); without one, ts and dur are in microseconds."""
+    """Only events that match all of these: 'cat=POSIX,dur>100,name~read'. Operators: = != < <= > >= ~ (pattern) and
+    IN (a, b); AND, OR, NOT and parentheses join them. Units are optional (2.5ms, 4KiB); without one, ts and dur are in
+    microseconds."""
+    agg: Annotated[str | None, tyro.conf.arg(metavar="MEASURE,...", help_behavior_hint="")] = None
+    """Columns of the groups: count, sum, mean, min, max, self, std, var, percentiles (p95), sums of arguments
+    (sum:args.size)."""
     top: Annotated[int | None, NumberRange(), tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Number of groups (default: 20, all with --json)."""
     overlap: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -77,16 +82,17 @@ def main(argv: list[str]) -> int:
     if not options.paths:
         raise UsageError("name a trace, a folder of traces, or a pattern: traceml analyze PATH")
 
-    result = _summary(options)
+    measures = parse_measures(options.agg.split(","), "--agg") if options.agg is not None else ()
+    result = _summary(options, measures)
     if options.json:
         print(json.dumps({**result, "groups": result["groups"][: options.top]}, indent=2, allow_nan=False))
     else:
-        _show(result, options)
+        _show(result, options, measures)
 
     return 0
 
 
-def _summary(options: Options) -> dict[str, Any]:
+def _summary(options: Options, measures: tuple[Measure, ...]) -> dict[str, Any]:
     report = options.by is None or options.overlap or options.timeline
     with _no_blas_threads(), _progress() as progress:
         try:
@@ -94,6 +100,7 @@ def _summary(options: Options) -> dict[str, Any]:
                 options.paths,
                 by=options.by or "name",
                 where=options.where,
+                measures=measures,
                 report=report,
                 dask=options.dask,
                 cached=not options.no_cache,
@@ -141,7 +148,7 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda events, files: status.update(f"Reading: {events:,} events, file {files}")
 
 
-def _show(result: dict[str, Any], options: Options) -> None:
+def _show(result: dict[str, Any], options: Options, measures: tuple[Measure, ...]) -> None:
     from rich.console import Console
 
     from traceml.renderers.text.trace_analysis import SECTIONS, analysis_lines
@@ -150,5 +157,7 @@ def _show(result: dict[str, Any], options: Options) -> None:
     chosen = {"groups": True, "overlap": options.overlap, "timeline": options.timeline}
     sections = SECTIONS if options.by is None else [name for name, wanted in chosen.items() if wanted]
     console = Console(highlight=False)
-    for line in analysis_lines(result, Viewport.of(console), top=options.top or _TOP, sections=sections):
+    columns = [(measure.name, measure.column) for measure in measures]
+    viewport, top = Viewport.of(console), options.top or _TOP
+    for line in analysis_lines(result, viewport, top=top, sections=sections, columns=columns):
         console.print(line, soft_wrap=True)

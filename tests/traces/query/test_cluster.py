@@ -17,7 +17,9 @@ from tests.dask_programs import dask_programs
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.traces.query import cluster, file_parts
 from traceml.traces.query.analysis import TraceQuery
-from traceml.traces.query.expressions import parse_by, parse_where
+from traceml.traces.query.conditions import parse_where
+from traceml.traces.query.expressions import parse_by
+from traceml.traces.query.measures import parse_measures
 from traceml.traces.query.summary import summarize
 
 
@@ -102,10 +104,12 @@ def here(monkeypatch):
         {"by": "rank,host,source", "where": "dur>40"},
         {"by": "name", "where": "rank=5,name~read"},
         {"by": "name", "report": True},
+        {"by": "name", "where": "name IN (u, w) OR dur>40", "measures": ("std", "p95", "sum:args.size")},
     ],
 )
 def test_same_answer(traces, here, query):
     """All numbers equal those of one process: groups, self time, pairs across parts, overlap, damage."""
+    query = query | {"measures": parse_measures(query.get("measures", ()))}
     alone = summarize([traces], cached=False, **query)
 
     assert summarize([traces], cached=False, dask=here, **query) == alone

@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 
 from traceml.errors import UsageError
-from traceml.traces.query.expressions import parse_by, parse_where
+from traceml.traces.query.conditions import parse_where
+from traceml.traces.query.expressions import AllOf, Condition, Negation, parse_by
 
 
 @pytest.mark.parametrize(
@@ -47,22 +48,65 @@ def test_conditions_that_make_no_sense(text):
         parse_where(text)
 
 
+def shown(expression):
+    """Return an expression in one form: all parentheses, operators as words."""
+    if isinstance(expression, Condition):
+        return f"{expression.field}{expression.operator}{expression.value}"
+
+    if isinstance(expression, Negation):
+        return f"not {shown(expression.part)}"
+
+    word = " and " if isinstance(expression, AllOf) else " or "
+    return f"({word.join(map(shown, expression.parts))})"
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "meaning"),
     [
-        "cat=POSIX|cat=STDIO",
-        "cat=POSIX || cat=STDIO",
-        "cat=POSIX|STDIO",
-        "name!=a|b",
-        "name~read|name~write",
-        "cat=POSIX and dur>5",
-        "cat=POSIX OR args.size > 5",
-        "cat=a && pid=1",
+        ("cat=POSIX|cat=STDIO", "(cat=POSIX or cat=STDIO)"),
+        ("cat=POSIX || cat=STDIO", "(cat=POSIX or cat=STDIO)"),
+        ("name~read|name~write", "(name~read or name~write)"),
+        ("cat=POSIX and dur>5", "(cat=POSIX and dur>5)"),
+        ("cat=a && pid=1", "(cat=a and pid=1)"),
+        ("cat=POSIX OR args.size > 5", "(cat=POSIX or args.size>5)"),
+        ("cat=a or cat=b and pid=1", "(cat=a or (cat=b and pid=1))"),
+        ("(cat=a or cat=b) and pid=1", "((cat=a or cat=b) and pid=1)"),
+        ("not cat=a and pid=1", "(not cat=a and pid=1)"),
+        ("!(cat=a, pid=1)", "not (cat=a and pid=1)"),
+        ("cat IN (POSIX, 'a, b')", "(cat=POSIX or cat=a, b)"),
+        ("pid not in (1,2)", "not (pid=1 or pid=2)"),
+        ("(name=f(int) or name=g(a b)) and pid=1", "((name=f(int) or name=g(a b)) and pid=1)"),
+        ("(name~^(read|write)$ or cat=x)", "(name~^(read|write)$ or cat=x)"),
+        ("name='x' OR NOT NOT cat=y", "(name=x or not not cat=y)"),
+        ("name=f)", "name=f)"),
     ],
 )
-def test_conditions_joined_by_other_words(text):
-    """Each matched nothing; the error says how several values and conditions are written."""
-    with pytest.raises(UsageError, match=r"several as in cat~'\^\(POSIX\|STDIO\)\$'"):
+def test_conditions_are_joined(text, meaning):
+    """NOT binds closest, then AND, then OR; parentheses of a value belong to it."""
+    (found,) = parse_where(text)
+
+    assert shown(found) == meaning
+
+
+def test_commas_bind_last():
+    """A condition that is added by a comma holds for all alternatives before it."""
+    assert [shown(part) for part in parse_where("cat=a or cat=b,dur>5")] == ["(cat=a or cat=b)", "dur>5"]
+
+
+@pytest.mark.parametrize("text", ["cat=POSIX|STDIO", "name!=a|b"])
+def test_alternatives_of_a_value(text):
+    """Two values are no text to compare with; the error says how several are written."""
+    with pytest.raises(UsageError, match=r"write IN \(a, b\) for several"):
+        parse_where(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(cat=a", "cat in (", "cat in ()", "cat in (a", "not", "cat='a' or", "cat='a' cat=b", "(cat='a'))", "cat in a"],
+)
+def test_groups_that_make_no_sense(text):
+    """Each is refused, with the place."""
+    with pytest.raises(UsageError, match="HERE"):
         parse_where(text)
 
 
@@ -70,6 +114,12 @@ def test_conditions_joined_by_other_words(text):
 def test_values_that_only_look_joined(text):
     """Quotes protect a value, alternatives belong to a pattern, and words are words."""
     assert len(parse_where(text)) == 1
+
+
+def test_deep_nesting():
+    """Nesting has a limit, below that of Python's stack."""
+    with pytest.raises(UsageError, match="at most 50 levels"):
+        parse_where("not " * 10_000 + "cat=a")
 
 
 def test_by():

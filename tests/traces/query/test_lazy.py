@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import statistics
 
 import pytest
 
@@ -53,6 +55,59 @@ def test_groups_are_those_of_brute_force(opened, events):
         {"pid": labels[0], "count": len(group["durations"])}
         for labels, group in sorted(groups_of(events, ("pid",)).items(), key=lambda item: -sum(item[1]["durations"]))
     ]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_spread_percentiles_and_sums_of_arguments(opened, events, monkeypatch, native):
+    """They are those of Python's statistics; a sum of integers is an integer."""
+    if not native:
+        monkeypatch.setattr("traceml.traces.aggregate.stats.library", lambda: None)
+
+    asked = opened.group_by("name").agg("std", "var", "p25", "p99.9", "sum:args.size", "sum:args.rate")
+    for row in asked.rows():
+        of = [event for event in events if event["name"] == row["name"]]
+        durations = sorted(event["dur"] for event in of)
+        assert row["std_us"] == pytest.approx(statistics.stdev(durations), rel=1e-12)
+        assert row["var_us2"] == pytest.approx(statistics.variance(durations), rel=1e-12)
+        assert row["p25_us"] == pytest.approx(durations[math.ceil(len(of) / 4) - 1], rel=0.01)
+        assert row["p99.9_us"] == durations[-1]
+        assert row["sum:args.rate"] == sum(event["args"]["rate"] for event in of)
+        assert row["sum:args.size"] == sum(event["args"]["size"] for event in of)
+        assert isinstance(row["sum:args.size"], int)
+
+
+def test_spread_of_any_size(tmp_path):
+    """Long durations that differ little keep their spread; a single span has none."""
+    path = tmp_path / "trace.pfw"
+    large = [2**52 + n for n in (0, 1, 5)]
+    rows = [
+        {"ph": "X", "name": "a", "pid": 1, "tid": n, "ts": 0, "dur": large[n], "args": {"n": 2**62}} for n in range(3)
+    ]
+    path.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"name": "b", "args": {"n": "text"}}])))
+    groups = {row["name"]: row for row in traces.open(path).group_by("name").agg("var", "std", "sum:args.n")}
+
+    assert groups["a"] == {"name": "a", "var_us2": 7.0, "std_us": math.sqrt(7), "sum:args.n": 3 * 2**62}
+    assert groups["b"] == {"name": "b", "var_us2": None, "std_us": None, "sum:args.n": None}
+
+
+def test_sums_of_arguments_pass_the_filter(opened, events):
+    """Arguments of spans that do not pass are not summed."""
+    (row,) = opened.filter("name=read,dur>=25").group_by("name").agg("sum:args.size")
+
+    assert row["sum:args.size"] == sum(e["args"]["size"] for e in events if e["name"] == "read" and e["dur"] >= 25)
+
+
+@pytest.mark.parametrize("measure", ["p", "p101", "p-1", "avg", "sum:args.", "sum:size", ""])
+def test_measures_that_do_not_exist(opened, measure):
+    """Each is refused with those there are."""
+    with pytest.raises(UsageError, match="percentiles as in p95"):
+        opened.group_by("name").agg(measure)
+
+
+def test_a_sum_of_nothing(opened):
+    """A key that no span has as a number is refused with the keys there are."""
+    with pytest.raises(UsageError, match=r"args.nothing to sum. There are args.rate, args.size"):
+        opened.group_by("name").agg("sum:args.nothing").rows()
 
 
 def test_frames_of_groups(opened, events):

@@ -89,11 +89,68 @@ def test_groups_by_any_field(tmp_path, events, by):
         ("name~*a*", lambda e, ts, dur: "a" in e["name"]),
         ("args.size>=3,args.mode=w", lambda e, ts, dur: e["args"]["size"] >= 3 and e["args"]["mode"] == "w"),
         ("pid=2", lambda e, ts, dur: e["pid"] == 2),
+        ("cat=COMPUTE OR dur>200", lambda e, ts, dur: e["cat"] == "COMPUTE" or dur > 200),
+        ("NOT (name=read AND ts<1ms)", lambda e, ts, dur: e["name"] != "read" or ts >= 1000),
+        (
+            "name IN (read, write), args.size NOT IN (0, 1)",
+            lambda e, ts, dur: e["name"] in ("read", "write") and e["args"]["size"] > 1,
+        ),
     ],
 )
 def test_conditions(tmp_path, events, where, keep):
     """Only events that pass all conditions count, also in self times."""
     check(ask(tmp_path, FORMS["lines"](events), where=where), events, keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("where", "keep"),
+    [
+        ("dur>10 OR name=a", lambda e, dur: dur > 10 or e.get("name") == "a"),
+        ("NOT dur>10", lambda e, dur: not dur > 10),
+        (
+            "name=a AND dur<5 OR name=b AND (dur=7 OR dur>20)",
+            lambda e, dur: (e.get("name") == "a" and dur < 5) or (e.get("name") == "b" and (dur == 7 or dur > 20)),
+        ),
+        ("dur IN (3, 9)", lambda e, dur: dur in (3, 9)),
+        ("dur!=3,dur>=1", lambda e, dur: dur >= 1 and dur != 3),
+    ],
+)
+def test_durations_of_begin_and_end(tmp_path, where, keep):
+    """A begin has no duration yet: conditions on it hold for its span, with those on the begin itself."""
+    rng = random.Random(11)
+    edges = [
+        {"ph": "BE"[n % 2], "name": rng.choice("abc"), "pid": 1, "tid": rng.randint(1, 3), "ts": n} for n in range(600)
+    ]
+    spans = [event(rng, n, name=rng.choice("abc"), tid=9, dur=rng.randint(0, 25)) for n in range(50)]
+    answer = ask(tmp_path, FORMS["lines"](edges + spans), where=where)
+
+    check(answer, edges + spans, keep=lambda e, ts, dur: keep(e, dur))
+
+
+def test_too_many_kinds_of_duration(tmp_path, events):
+    """What cannot be told of a begin is refused, not answered wrongly."""
+    with pytest.raises(UsageError, match="at most 5 ranges of dur"):
+        ask(tmp_path, FORMS["lines"](events), where="dur IN (1, 2, 3, 4, 5)")
+
+
+def test_asynchronous_spans_of_older_tracers(tmp_path):
+    """S and F of one id are a span, as b and e are; T between them is an event."""
+    rows = [
+        ("S", "load", 1, 10),
+        ("S", "load", 2, 12),
+        ("T", "load", 1, 13),
+        ("F", "load", 1, 30),
+        ("F", "load", 2, 19),
+    ]
+    edges = [
+        {"ph": ph, "name": name, "cat": "net", "id": id_, "pid": 1, "tid": 1, "ts": ts} for ph, name, id_, ts in rows
+    ]
+    answer = ask(tmp_path, json.dumps(edges))
+
+    assert (answer["events"], answer["spans"]) == (5, 2)
+    (group,) = answer["groups"]
+    assert (group["count"], group["sum_us"], group["max_us"]) == (2, 27, 20)
+    assert answer["files"][0]["damage"] == []
 
 
 def test_fractions_are_exact(tmp_path):
@@ -261,7 +318,7 @@ def test_answer_is_kept_until_the_file_changes(tmp_path, events, monkeypatch):
     [
         ({"by": "nam"}, "Did you mean name"),
         ({"by": ""}, "There are name, cat"),
-        ({"where": "cat"}, "one of != <= >= = < > ~ is expected at character 4"),
+        ({"where": "cat"}, "one of != <= >= = < > ~ or IN (...) is expected at character 4"),
         ({"where": "cat=POSIX,,"}, "a field is expected at character 11"),
         ({"where": "dur>much"}, "compared with a number"),
         ({"where": "size>1"}, "There are name"),

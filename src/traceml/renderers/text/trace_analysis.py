@@ -44,7 +44,12 @@ _Column = tuple[str, int, Sequence[str]]  # title, width, cells
 
 
 def analysis_lines(
-    result: Mapping[str, Any], viewport: Viewport, *, top: int = 20, sections: Iterable[str] = SECTIONS
+    result: Mapping[str, Any],
+    viewport: Viewport,
+    *,
+    top: int = 20,
+    sections: Iterable[str] = SECTIONS,
+    columns: Sequence[tuple[str, str]] = (),
 ) -> Iterator[Text]:
     """Yield the lines that show a result.
 
@@ -53,11 +58,12 @@ def analysis_lines(
         viewport: of the output.
         top: the number of groups.
         sections: some of SECTIONS; empty ones are left out.
+        columns: measures of the groups, each with its key in a group; by default as many usual ones as fit.
     """
     yield from _head(result, viewport)
     report = result.get("report") or {}
     draws: dict[str, Iterator[Text]] = {
-        "groups": _groups(result, viewport, top),
+        "groups": _groups(result, viewport, top, columns),
         "overlap": _overlap(report.get("overlap"), viewport),
         "io": _io(report.get("io"), viewport),
         "kernels": _operations(report.get("kernels"), "Kernels", "sum_us", viewport),
@@ -97,7 +103,9 @@ def _head(result: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
             yield Text(f"  and {len(file['damage']) - _ROWS} more in {file['path']}: --json lists all", style="yellow")
 
 
-def _groups(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iterator[Text]:
+def _groups(
+    result: Mapping[str, Any], viewport: Viewport, top: int, columns: Sequence[tuple[str, str]]
+) -> Iterator[Text]:
     groups = result["groups"][:top]
     if not groups:
         yield Text("No span passes the conditions." if result.get("where") else "No spans: nothing has a duration.")
@@ -106,7 +114,8 @@ def _groups(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iterator
     labels = [(field, 0, [_label(group[field]) for group in groups]) for field in result["by"]]
     total = sum(group["sum_us"] for group in result["groups"])
     shares = [percent_text(group["sum_us"] / total if total else None) for group in groups]
-    yield from _table(labels, [*_numbers(groups, viewport), ("of sum", 6, shares)], viewport)
+    numbers = [_measured(title, key, groups) for title, key in columns] or _numbers(groups, viewport)
+    yield from _table(labels, [*numbers, ("of sum", 6, shares)], viewport)
     if len(result["groups"]) > top:
         yield Text(f"and {count_text(len(result['groups']) - top)} more groups: --top N shows more", style="dim")
 
@@ -117,6 +126,16 @@ def _numbers(rows: Sequence[Mapping[str, Any]], viewport: Viewport) -> list[_Col
     counts = [count_text(row["count"]) for row in rows]
     width = max(5, *(len(count) for count in counts))
     return [("count", width, counts), *((title, 8, [_time(row[key]) for row in rows]) for title, key in times)]
+
+
+def _measured(title: str, key: str, rows: Sequence[Mapping[str, Any]]) -> _Column:
+    text = _time if key.endswith("_us") else _number
+    cells = [text(row[key]) for row in rows]
+    return title, max(8, len(title), *map(len, cells)), cells
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 def _table(labels: Sequence[_Column], numbers: Sequence[_Column], viewport: Viewport) -> Iterator[Text]:

@@ -7,6 +7,7 @@ The number of a bucket is `octave * CELLS + cell`. Durations below 128 ns have a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 __all__ = ["CELLS", "OCTAVES", "RELATIVE_ERROR", "bucket", "middle", "quantile"]
 
@@ -34,15 +35,15 @@ def middle(number: int) -> int:
     return (CELLS + cell) * width + width // 2
 
 
-def quantile(counts: Mapping[int, int], share: float, total: int) -> int:
+def quantile(counts: Mapping[int, int], share: Fraction, total: int) -> int:
     """Return the nearest-rank quantile in nanoseconds, within RELATIVE_ERROR of the true one.
 
     Args:
         counts: number of durations by bucket.
-        share: 0.5 for the median.
+        share: 1/2 for the median.
         total: the sum of all counts, at least 1.
     """
-    wanted = max(1, -(-int(share * 1000) * total // 1000))
+    wanted = max(1, -(-share.numerator * total // share.denominator))
     seen = 0
     for number in sorted(counts):
         seen += counts[number]

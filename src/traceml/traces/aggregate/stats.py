@@ -12,10 +12,36 @@ from numpy.typing import NDArray
 from traceml.traces.aggregate.sketch import CELLS, OCTAVES, bucket
 from traceml.traces.native.library import grown, library, pointer
 
-__all__ = ["GroupStat", "GroupStatTable"]
+__all__ = ["ArgumentSum", "GroupStat", "GroupStatTable"]
 
 _GREATEST = 2**63 - 1
 _FEW = 4  # as in kernels.c
+
+
+@dataclass(slots=True)
+class ArgumentSum:
+    """Sum of an argument over the spans of one group.
+
+    Args:
+        count: spans that have it, as a number.
+        integers: the sum of the integers among them.
+        floats: the sum of the others.
+    """
+
+    count: int = 0
+    integers: int = 0
+    floats: float = 0.0
+
+    @property
+    def total(self) -> int | float | None:
+        """The sum: an integer if all values are; None if no span has the argument."""
+        return None if not self.count else self.integers + self.floats if self.floats else self.integers
+
+    def merge(self, other: ArgumentSum) -> None:
+        """Add the sum over other spans."""
+        self.count += other.count
+        self.integers += other.integers
+        self.floats += other.floats
 
 
 @dataclass(slots=True)
@@ -28,6 +54,8 @@ class GroupStat:
         least, most: the extremes; None while there are no spans.
         self_ns: time during which they were the innermost span of their thread.
         counts: spans by bucket of traceml.traces.aggregate.sketch.
+        squares: the sum of the squares of their durations, where it was asked for.
+        arguments: sums of arguments that were asked for, by key.
     """
 
     count: int = 0
@@ -36,15 +64,22 @@ class GroupStat:
     most: int | None = None
     self_ns: int = 0
     counts: dict[int, int] = field(default_factory=dict)
+    squares: int = 0
+    arguments: dict[str, ArgumentSum] = field(default_factory=dict)
 
     def add(self, duration: int) -> None:
         """Add one span."""
         number = bucket(duration)
         self._take(1, duration, duration, duration, {number: 1})
+        self.squares += duration * duration
 
     def merge(self, other: GroupStat) -> None:
         """Add the statistics of other spans of the same group."""
         self.self_ns += other.self_ns
+        self.squares += other.squares
+        for key, sums in other.arguments.items():
+            self.arguments.setdefault(key, ArgumentSum()).merge(sums)
+
         if other.least is not None and other.most is not None:
             self._take(other.count, other.total, other.least, other.most, other.counts)
 

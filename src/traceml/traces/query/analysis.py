@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.traces.aggregate.argument_sums import ArgumentSums
+from traceml.traces.aggregate.exact_sums import SquareSums
 from traceml.traces.aggregate.nesting import SelfTimes
 from traceml.traces.aggregate.numbering import PairNumbering
 from traceml.traces.aggregate.overlap import OverlapTimes
@@ -22,11 +24,12 @@ from traceml.traces.aggregate.sorting import ExternalSorter, RowColumns
 from traceml.traces.aggregate.stats import GroupStat, GroupStatTable
 from traceml.traces.aggregate.work_kinds import classify
 from traceml.traces.query.event_filter import EventFilter
-from traceml.traces.query.expressions import Condition
+from traceml.traces.query.expressions import Condition, Expression, comparisons
 from traceml.traces.query.fields import EventField, FieldContext, Ids, args_of, field_of
-from traceml.traces.reader.columns import INTEGER, NO_TIME, EventBatch, ExactTimes
+from traceml.traces.query.measures import Measure
+from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, EventBatch, ExactTimes
 
-__all__ = ["FAR_NS", "PASSED", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
+__all__ = ["FAR_NS", "KIND_BITS", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
 
 SIZES = (
     "size",
@@ -35,7 +38,7 @@ SIZES = (
     "ret",
 )  # arguments with the number of bytes read or written; the first that an event has is used
 FAR_NS = 2**62  # larger times could overflow when added: they are left out of nesting
-PASSED = 0x80  # in a begin's mark; the lower bits are its kind of work
+KIND_BITS = 3  # of a begin's mark: its kind of work; the others are the outcomes of EventFilter
 
 
 class EventRole:
@@ -46,6 +49,7 @@ class EventRole:
 
 ROLES = np.zeros(256, np.uint8)
 ROLES[[ord(phase) for phase in "XBEbe"]] = range(EventRole.SPAN, EventRole.ASYNC_END + 1)
+ROLES[[ord(phase) for phase in "SF"]] = EventRole.ASYNC_BEGIN, EventRole.ASYNC_END  # of older tracers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,18 @@ class TraceQuery:
         by: fields to group by.
         where: conditions, all of which must hold.
         report: whether to add kinds of work, overlap, bytes and the timeline.
+        measures: beside the usual ones.
     """
 
     by: tuple[str, ...] = ("name",)
-    where: tuple[Condition, ...] = ()
+    where: tuple[Expression, ...] = ()
     report: bool = False
+    measures: tuple[Measure, ...] = ()
+
+    @property
+    def summed(self) -> list[str]:
+        """The keys of `args` that are summed."""
+        return [measure.arg for measure in self.measures if measure.arg is not None]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -68,10 +79,15 @@ class TraceQuery:
         return (*self.by, *(("cat", "name") if self.report else ()))
 
     @property
+    def conditions(self) -> list[Condition]:
+        """All comparisons in `where`."""
+        return [condition for part in self.where for condition in comparisons(part)]
+
+    @property
     def args(self) -> list[str]:
         """The keys of `args` that have to be read."""
-        fields = [*self.by, *(condition.field for condition in self.where)]
-        return list(dict.fromkeys([*args_of(fields), *(SIZES if self.report else ())]))
+        fields = [*self.by, *(condition.field for condition in self.conditions)]
+        return list(dict.fromkeys([*args_of(fields), *self.summed, *(SIZES if self.report else ())]))
 
 
 class Analysis:
@@ -90,6 +106,8 @@ class Analysis:
         self.lanes, self.asynchronous, self._kinds = PairNumbering(), PairNumbering(), PairNumbering()
         self._kind_of = np.zeros(0, np.uint8)
         self._stats, self._exact_stats = GroupStatTable(), dict[int, GroupStat]()
+        self._squares = SquareSums() if any(measure.needs_squares for measure in query.measures) else None
+        self._arguments = {key: ArgumentSums() for key in query.summed}
         self.bytes = np.zeros(64, np.int64)
         self.nesting, self.sorter = SelfTimes(), ExternalSorter()
         self.processes, self.files, self.everything = OverlapTimes(), OverlapTimes(), OverlapTimes(timeline=True)
@@ -124,11 +142,18 @@ class Analysis:
         """Return the statistics of a group; complete after `finish`."""
         stat = self._stats.stat(group)
         stat.self_ns = self.nesting.self_ns(group)
+        stat.squares = 0 if self._squares is None else self._squares[group]
+        stat.arguments = {key: sums.of(group) for key, sums in self._arguments.items()}
         exact = self._exact_stats.get(group)
         if exact is not None:
             stat.merge(exact)
 
         return stat
+
+    def has_numbers(self, key: str) -> bool:
+        """Whether a span has a number under a key of `args` that is summed; also true if there are no spans."""
+        stats = (self.stat(group) for group in range(len(self.groups[-1])))
+        return not self.spans or any(stat.arguments[key].count for stat in stats if key in stat.arguments)
 
     def exact_stat(self, group: int) -> GroupStat:
         """Return the statistics of a group's spans that do not fit in GroupStatTable."""
@@ -157,17 +182,29 @@ class Analysis:
         chosen = passed
         if not bool((roles == EventRole.SPAN).all()):
             chosen = (roles == EventRole.SPAN) if passed is None else passed & (roles == EventRole.SPAN)
-            self._feed_edges(batch, rows, roles, passed)
+            self._feed_edges(batch, rows, roles)
             self._count_points(roles, passed)
 
-        if chosen is not None and self.filter:
-            chosen &= self.filter.durations(batch.dur_ns, batch.exact)
+        if self._arguments:
+            self._feed_arguments(batch, rows.group, chosen)
 
         if batch.exact:
             chosen = self._feed_exact(batch.exact, rows, np.ones(len(roles), np.bool_) if chosen is None else chosen)
 
         self._count_phases(batch)
         self._feed_spans(rows if chosen is None or chosen.all() else rows.select(chosen))
+
+    def _feed_arguments(self, batch: EventBatch, group: Ids, chosen: NDArray[np.bool_] | None) -> None:
+        for key, sums in self._arguments.items():
+            if (column := batch.args.get(key)) is None:
+                continue
+
+            integers, floats = column.kinds == INTEGER, column.kinds == FLOAT
+            if chosen is not None:
+                integers, floats = integers & chosen, floats & chosen
+
+            sums.add_integers(group[integers], column.integers[integers], len(self.groups[-1]))
+            sums.add_floats(group[floats], column.floats[floats], len(self.groups[-1]))
 
     def _count_phases(self, batch: EventBatch) -> None:
         counts = np.bincount(batch.ph, minlength=256)
@@ -178,7 +215,7 @@ class Analysis:
         """Count events that are neither a span nor an edge of one."""
         points = roles == EventRole.POINT
         if passed is not None:
-            points &= passed & self.filter.durations(np.full(len(roles), -1, np.int64))
+            points &= passed
 
         self.events += int(np.count_nonzero(points))
 
@@ -208,6 +245,9 @@ class Analysis:
         start, duration, group = columns[0], np.maximum(columns[1], 0), columns[2]
         self.spans += len(start)
         self._stats.add(group, duration, len(self.groups[-1]))
+        if self._squares is not None:
+            self._squares.add(group, duration, len(self.groups[-1]))
+
         columns = (start, duration, *columns[2:])
         near = (start > -FAR_NS) & (start < FAR_NS) & (duration < FAR_NS)  # false for NO_TIME too
         if not near.all():
@@ -218,14 +258,12 @@ class Analysis:
 
         self.sorter.add(*columns)
 
-    def _feed_edges(
-        self, batch: EventBatch, rows: _BatchRows, roles: NDArray[np.uint8], passed: NDArray[np.bool_] | None
-    ) -> None:
+    def _feed_edges(self, batch: EventBatch, rows: _BatchRows, roles: NDArray[np.uint8]) -> None:
         edges = (roles > EventRole.SPAN) & (rows.start != NO_TIME)
         if not edges.any():
             return
 
-        mark = rows.kind | np.uint8(PASSED) if passed is None else rows.kind | (passed.astype(np.uint8) << 7)
+        mark = rows.kind | (self.filter.outcomes(batch) << np.uint8(KIND_BITS)) if self.filter else rows.kind
         lane = np.where(roles >= EventRole.ASYNC_BEGIN, self._async_lanes(batch), rows.lane).astype(np.int32)
         is_end = ((roles == EventRole.END) | (roles == EventRole.ASYNC_END)).astype(np.uint8)
         self.matcher.add(*_chosen(edges, (rows.start, is_end, lane, batch.name, rows.group, mark)))
@@ -251,12 +289,12 @@ class Analysis:
 
     def _take_pairs(self, rows: RowColumns) -> None:
         *columns, mark = rows
-        passed = mark >= PASSED
+        pairs = (*columns, mark & np.uint8((1 << KIND_BITS) - 1))
         if self.filter:
-            passed &= self.filter.durations(columns[1])
+            pairs = _chosen(self.filter.passes(mark >> np.uint8(KIND_BITS), columns[1]), pairs)
 
-        self.events += 2 * int(np.count_nonzero(passed))
-        self.take_spans(*_chosen(passed, (*columns, mark & np.uint8(PASSED - 1))))
+        self.events += 2 * len(pairs[0])
+        self.take_spans(*pairs)
 
     def _sweep(self) -> None:
         """Pass the spans, in the order of their starts, to nesting and overlap."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.traces.query.expressions import Condition
+from traceml.errors import UsageError
+from traceml.traces.query.expressions import MEASURES, AllOf, Condition, Expression, Negation, comparisons
 from traceml.traces.query.fields import ArgField, EventField, FieldContext, Ids, field_of
-from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, TEXT, ArgColumn, EventBatch, ExactTimes
+from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, TEXT, ArgColumn, EventBatch
 
-__all__ = ["EventFilter", "compare"]
+__all__ = ["MAX_CASES", "EventFilter", "compare"]
+
+MAX_CASES = 5  # bits of a begin's mark
 
 Mask = NDArray[np.bool_]
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
@@ -30,44 +35,106 @@ _GREATEST = 2**63 - 1
 
 
 class EventFilter:
-    """All conditions of a query. Those on durations are separate, since a begin event has none yet."""
+    """All conditions of a query.
 
-    def __init__(self, conditions: Sequence[Condition], context: FieldContext) -> None:
-        self._dur = [condition for condition in conditions if condition.field == "dur"]
-        self._ts = [condition for condition in conditions if condition.field == "ts"]
-        rest = [condition for condition in conditions if condition.field not in ("dur", "ts")]
-        self._fields = [_FieldCondition(condition, field_of(condition.field, context)) for condition in rest]
+    A begin event has no duration yet. `outcomes` tells for each duration that conditions distinguish whether the event
+    would pass with it; `passes` applies this to the span's duration.
+
+    Args:
+        where: conditions, all of which must hold.
+        context: values, files and metadata of the traces.
+
+    Raises:
+        UsageError: conditions distinguish too many durations.
+    """
+
+    def __init__(self, where: Sequence[Expression], context: FieldContext) -> None:
+        self._where = AllOf(tuple(where)) if where else None
+        conditions = dict.fromkeys(each for part in where for each in comparisons(part))
+        others = [each for each in conditions if each.field not in MEASURES]
+        self._fields = {each: _FieldCondition(each, field_of(each.field, context)) for each in others}
+        self._on_begin = [each for each in conditions if each.field == "ts"]
+        self._on_duration = [each for each in conditions if each.field == "dur"]
+        self._cases = _duration_cases(self._on_duration)
 
     def __bool__(self) -> bool:
-        return bool(self._dur or self._ts or self._fields)
+        return self._where is not None
 
     @property
     def fields(self) -> list[EventField]:
         """The fields in conditions."""
-        return [each.field for each in self._fields]
+        return [each.field for each in self._fields.values()]
 
     @property
     def absent(self) -> list[str]:
         """The keys of `args` in conditions that no event had."""
         return [field.key for field in self.fields if isinstance(field, ArgField) and not field.seen]
 
-    def rows(self, batch: EventBatch) -> Mask:
-        """Return which rows pass, apart from conditions on durations."""
-        exact = {row: ts for row, (ts, _) in batch.exact.items()}
-        mask = _times_pass(self._ts, batch.ts_ns, batch.ts_ns != NO_TIME, exact)
-        for each in self._fields:
-            mask &= each.rows(batch)
+    def rows(self, batch: EventBatch, durations: NDArray[np.int64] | None = None) -> Mask:
+        """Return which rows pass.
+
+        Args:
+            batch: the events.
+            durations: in nanoseconds, below 0 for none; those of the batch by default.
+        """
+        durations = batch.dur_ns if durations is None else durations
+        exact = {row: dur for row, (_, dur) in batch.exact.items()}
+        of_fields = self._masks(batch)
+        return self._evaluated(of_fields | {each: _times_pass(each, durations, exact) for each in self._on_duration})
+
+    def outcomes(self, batch: EventBatch) -> NDArray[np.uint8]:
+        """Return for each row a bit per case of `passes`: whether it passes with such a duration."""
+        of_fields, found = self._masks(batch), np.zeros(len(batch.ph), np.uint8)
+        for number, case in enumerate(self._cases):
+            always = {each: np.full(len(found), holds) for each, holds in zip(self._on_duration, case, strict=True)}
+            found |= self._evaluated(of_fields | always).astype(np.uint8) << np.uint8(number)
+
+        return found
+
+    def passes(self, outcomes: NDArray[np.uint8], durations: NDArray[np.int64]) -> Mask:
+        """Return which spans pass: `outcomes` of their begins, and their durations in nanoseconds."""
+        held = [_times_pass(each, durations, {}) for each in self._on_duration]
+        mask = np.zeros(len(durations), np.bool_)
+        for number, case in enumerate(self._cases):
+            like = [passed == holds for passed, holds in zip(held, case, strict=True)]
+            mask |= functools.reduce(np.logical_and, like, (outcomes >> np.uint8(number) & np.uint8(1)) != 0)
 
         return mask
 
-    def durations(self, duration: NDArray[np.int64], exact: Mapping[int, ExactTimes] | None = None) -> Mask:
-        """Return which durations (ns; below 0 for none) pass.
+    def _masks(self, batch: EventBatch) -> dict[Condition, Mask]:
+        """Return which rows pass each condition, apart from those on durations."""
+        exact = {row: ts for row, (ts, _) in batch.exact.items()}
+        times = {each: _times_pass(each, batch.ts_ns, exact, NO_TIME + 1) for each in self._on_begin}
+        return times | {each: field.rows(batch) for each, field in self._fields.items()}
 
-        Args:
-            duration: as in the columns of a batch.
-            exact: exact times of some rows.
-        """
-        return _times_pass(self._dur, duration, duration >= 0, {row: dur for row, (_, dur) in (exact or {}).items()})
+    def _evaluated(self, masks: Mapping[Condition, Mask]) -> Mask:
+        assert self._where is not None
+        return _evaluated(self._where, masks)
+
+
+def _evaluated(expression: Expression, masks: Mapping[Condition, Mask]) -> Mask:
+    if isinstance(expression, Condition):
+        return masks[expression]
+
+    if isinstance(expression, Negation):
+        return ~_evaluated(expression.part, masks)
+
+    join = np.logical_and if isinstance(expression, AllOf) else np.logical_or
+    return functools.reduce(join, (_evaluated(part, masks) for part in expression.parts))
+
+
+def _duration_cases(conditions: Sequence[Condition]) -> list[tuple[bool, ...]]:
+    """Return the ways in which conditions on durations can come out: one per kind of duration that they distinguish."""
+    limits = sorted({condition.number for condition in conditions if condition.number is not None})
+    middles = [(low + high) / 2 for low, high in pairwise(limits)]
+    tried = [*limits, *middles, *((limits[0] - 1, limits[-1] + 1) if limits else (Fraction(0),))]
+    cases = list(dict.fromkeys(tuple(each.accepts(value) for each in conditions) for value in tried))
+    if len(cases) > MAX_CASES:
+        raise UsageError(
+            f"where: at most {MAX_CASES} ranges of dur are possible, not {len(cases)}: compare it less often"
+        )
+
+    return cases
 
 
 class _FieldCondition:
@@ -145,17 +212,20 @@ def compare(values: NDArray[Any], operator_: str, number: Fraction) -> Mask:
 
 
 def _times_pass(
-    conditions: Sequence[Condition], times_ns: NDArray[np.int64], known: Mask, exact: Mapping[int, int | None]
+    condition: Condition, times_ns: NDArray[np.int64], exact: Mapping[int, int | None], least_ns: int = 0
 ) -> Mask:
-    """Return which times pass all conditions; `known` is false where a row has none, `exact` overrides some rows."""
-    mask = np.ones(len(times_ns), np.bool_)
-    for condition in conditions:
-        assert condition.number is not None
-        passed = compare(times_ns, condition.operator, condition.number * 1000)
-        mask &= np.where(known, passed, condition.operator == "!=")
+    """Return which times pass a condition.
 
+    Args:
+        condition: compares a time.
+        times_ns: times; below `least_ns` for none.
+        exact: the times of rows for which `times_ns` has no room.
+        least_ns: the least time.
+    """
+    assert condition.number is not None
+    passed = compare(times_ns, condition.operator, condition.number * 1000)
+    mask = np.where(times_ns >= least_ns, passed, condition.operator == "!=")
     for row, time_ns in exact.items():
-        time_us = None if time_ns is None else Fraction(time_ns, 1000)
-        mask[row] = all(condition.accepts(time_us) for condition in conditions)
+        mask[row] = condition.accepts(None if time_ns is None else Fraction(time_ns, 1000))
 
     return mask

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import UsageError
-from traceml.traces.query.expressions import check_field, parse_where
+from traceml.traces.query.conditions import parse_where
+from traceml.traces.query.expressions import check_field
+from traceml.traces.query.measures import USUAL, Measure, parse_measures
 from traceml.traces.query.summary import summarize
 from traceml.traces.reader.trace_files import discover
 
@@ -23,11 +25,6 @@ if TYPE_CHECKING:
     from traceml.traces.reader.columns import TraceFileFacts
 
 __all__ = ["AggregatedTraces", "GroupedTraces", "Traces", "open"]
-
-_MEASURES = {
-    "count": "count",
-    **{name: f"{name}_us" for name in ("sum", "mean", "min", "max", "p50", "p99", "self")},
-}
 
 
 def open(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Traces:  # noqa: A001 - traces.open
@@ -133,15 +130,16 @@ class GroupedTraces:
     by: tuple[str, ...]
 
     def agg(self, *measures: str) -> AggregatedTraces:
-        """Choose measures of each group: count, sum, mean, min, max, p50, p99, self; all of them by default.
+        """Choose measures of each group.
+
+        Args:
+            measures: count, sum, mean, min, max, p50, p99 and self (these by default); std and var (of samples, as in
+                polars and pandas), percentiles as in `p95`, sums of arguments as in `sum:args.size`.
 
         Raises:
             UsageError: there is no such measure.
         """
-        if unknown := [name for name in measures if name not in _MEASURES]:
-            raise UsageError(f"agg: there is no {unknown[0]!r}. There are {', '.join(_MEASURES)}")
-
-        return AggregatedTraces(self, measures or tuple(_MEASURES))
+        return AggregatedTraces(self, parse_measures(measures or USUAL))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +147,7 @@ class AggregatedTraces:
     """Measures by group, the largest sum first; computed when they are requested."""
 
     groups: GroupedTraces
-    measures: tuple[str, ...]
+    measures: tuple[Measure, ...]
 
     def rows(self, *, dask: Any = None) -> list[dict[str, Any]]:
         """Return a row per group; times in microseconds.
@@ -158,9 +156,9 @@ class AggregatedTraces:
             dask: a scheduler's address, or a `distributed.Client`, whose workers read the files.
         """
         traces = self.groups.traces
-        result = summarize(traces.files, by=",".join(self.groups.by), where=traces.where, dask=dask)
-        columns = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
-        return [{key: group[key] for key in columns} for group in result["groups"]]
+        by = ",".join(self.groups.by)
+        result = summarize(traces.files, by=by, where=traces.where, measures=self.measures, dask=dask)
+        return [{key: group[key] for key in self._names} for group in result["groups"]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.rows())
@@ -179,8 +177,11 @@ class AggregatedTraces:
 
     def _columns(self) -> dict[str, list[Any]]:
         rows = self.rows()
-        columns = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
-        return {key: [row[key] for row in rows] for key in columns}
+        return {key: [row[key] for row in rows] for key in self._names}
+
+    @property
+    def _names(self) -> list[str]:
+        return [*self.groups.by, *(measure.column for measure in self.measures)]
 
 
 def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -> Iterator[dict[str, list[Any]]]:
@@ -197,7 +198,7 @@ def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -
     context.labels = read_labels(query, traces.files)
     chosen, fields = EventFilter(query.where, context), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
     for batch in reading:
-        mask = chosen.rows(batch) & chosen.durations(batch.dur_ns, batch.exact) if chosen else None
+        mask = chosen.rows(batch) if chosen else None
         columns = decoded(batch, fields, context, mask)
         if columns["ph"]:
             yield columns

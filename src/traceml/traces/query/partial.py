@@ -128,7 +128,7 @@ def _absorb_group(analysis: Analysis, raw: tuple[Any, ...], stat: GroupStat, siz
     for field, numbering, value in zip(analysis.fields, analysis.groups, raw, strict=True):
         group = numbering.one(group, field.number(value))
 
-    if stat.count or stat.self_ns:
+    if stat.count or stat.self_ns or stat.arguments:
         analysis.exact_stat(group).merge(stat)
 
     analysis.bytes = added(analysis.bytes, np.array([group], np.int32), np.array([size], np.int64))

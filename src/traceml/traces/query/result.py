@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from traceml.traces.aggregate.sketch import RELATIVE_ERROR, quantile
-from traceml.traces.aggregate.stats import GroupStat
+from traceml.traces.aggregate.stats import ArgumentSum, GroupStat
 from traceml.traces.query.analysis import Analysis
+from traceml.traces.query.measures import USUAL, Measure
 from traceml.traces.reader.columns import FileDamage, TraceFileFacts
 
 __all__ = ["SCHEMA", "merged_groups", "microseconds", "result_of", "stat_row"]
@@ -35,7 +38,10 @@ def result_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, 
         "by": by,
         "percentile_error": RELATIVE_ERROR,
         "groups": [
-            {**dict(zip(by, labels, strict=True)), **stat_row(stat, fractional=analysis.fractional)}
+            {
+                **dict(zip(by, labels, strict=True)),
+                **stat_row(stat, fractional=analysis.fractional, measures=analysis.query.measures),
+            }
             for labels, stat in order
         ],
     }
@@ -57,12 +63,13 @@ def merged_groups(analysis: Analysis, fields: int | slice) -> dict[tuple[Any, ..
     return groups
 
 
-def stat_row(stat: GroupStat, *, fractional: bool) -> dict[str, Any]:
+def stat_row(stat: GroupStat, *, fractional: bool, measures: Sequence[Measure] = ()) -> dict[str, Any]:
     """Return the numbers of one group, in microseconds.
 
     Args:
         stat: with at least one span.
         fractional: whether the trace has fractions of microseconds; else all times are integers.
+        measures: to add to the usual ones.
     """
     assert stat.least is not None
     assert stat.most is not None
@@ -72,10 +79,30 @@ def stat_row(stat: GroupStat, *, fractional: bool) -> dict[str, Any]:
         "mean_us": _ratio(stat.total, stat.count * 1000),
         "min_us": microseconds(stat.least, fractional=fractional),
         "max_us": microseconds(stat.most, fractional=fractional),
-        "p50_us": _percentile(stat, 0.5, fractional),
-        "p99_us": _percentile(stat, 0.99, fractional),
+        "p50_us": _percentile(stat, Fraction(1, 2), fractional),
+        "p99_us": _percentile(stat, Fraction(99, 100), fractional),
         "self_us": microseconds(stat.self_ns, fractional=fractional),
+        **{measure.column: _measured(stat, measure, fractional) for measure in measures if measure.name not in USUAL},
     }
+
+
+def _measured(stat: GroupStat, measure: Measure, fractional: bool) -> int | float | None:
+    if measure.arg is not None:
+        total = stat.arguments.get(measure.arg, ArgumentSum()).total
+        return total if total is None or math.isfinite(total) else None  # JSON has no other numbers
+
+    if measure.quantile is not None:
+        return _percentile(stat, measure.quantile, fractional)
+
+    if stat.count < 2:
+        return None
+
+    variance = _ratio(stat.count * stat.squares - stat.total**2, stat.count * (stat.count - 1) * 10**6)
+    return variance if measure.name == "var" else _root(variance)
+
+
+def _root(value: int | float) -> int | float:
+    return math.isqrt(value) if isinstance(value, int) else math.sqrt(value)
 
 
 def microseconds(time_ns: int, *, fractional: bool) -> int | float:
@@ -87,7 +114,7 @@ def microseconds(time_ns: int, *, fractional: bool) -> int | float:
     return time_ns // 1000 if whole else _ratio(time_ns, 1000)
 
 
-def _percentile(stat: GroupStat, share: float, fractional: bool) -> int | float:
+def _percentile(stat: GroupStat, share: Fraction, fractional: bool) -> int | float:
     assert stat.least is not None
     assert stat.most is not None
     middle = quantile(stat.counts, share, stat.count)

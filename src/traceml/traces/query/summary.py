@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import UsageError
-from traceml.traces.query.expressions import parse_by, parse_where
+from traceml.traces.query.conditions import parse_where
+from traceml.traces.query.expressions import parse_by
+from traceml.traces.query.measures import Measure
 from traceml.traces.query.result_cache import ResultCache
 from traceml.traces.reader.trace_files import discover, first_text
 
@@ -34,6 +36,7 @@ def summarize(
     *,
     by: str = "name",
     where: str = "",
+    measures: Sequence[Measure] = (),
     report: bool = False,
     dask: Any = None,
     cached: bool = True,
@@ -45,6 +48,7 @@ def summarize(
         paths: files, folders and patterns.
         by: fields to group by, as `name,args.size`.
         where: conditions, as `cat=POSIX,dur>100`.
+        measures: what to compute of each group beside the usual.
         report: whether to add overlap, I/O, kernels, ranks and a timeline.
         dask: the address of a Dask scheduler whose workers read the files, or a `distributed.Client`.
         cached: whether to use the result of an earlier process, and to keep this one.
@@ -57,14 +61,15 @@ def summarize(
     """
     fields, conditions = parse_by(by), parse_where(where)
     files = discover(paths)
-    cache = ResultCache(files, f"summary {int(report)} {','.join(fields)} {where}")
+    asked = ",".join(measure.name for measure in measures)
+    cache = ResultCache(files, f"summary {int(report)} {','.join(fields)} [{asked}] {where}")
     known = cache.load() if cached else None
     if known is not None:
         return dict(known)
 
     from traceml.traces.query.analysis import TraceQuery
 
-    query = TraceQuery(fields, conditions, report)
+    query = TraceQuery(fields, conditions, report, tuple(measures))
     result = _computed(query, files, dask, progress) | {"where": where}
     if cached:
         cache.store(result)
@@ -125,7 +130,7 @@ def read_labels(query: TraceQuery, files: Sequence[Path]) -> Labels:
     from traceml.traces.reader.reading import read
 
     labels = Labels()
-    if not any(condition.field in ("rank", "host", "file") for condition in query.where):
+    if not any(condition.field in ("rank", "host", "file") for condition in query.conditions):
         return labels
 
     reader = read(files)
@@ -144,8 +149,15 @@ def _check_keys(analysis: Analysis) -> None:
 
     fields = [field.key for field in analysis.fields if isinstance(field, ArgField) and not field.seen]
     if absent := [*fields, *analysis.filter.absent]:
-        known = ", ".join(f"args.{key}" for key in _sampled_keys(analysis.context.paths)) or "no args"
-        raise UsageError(f"no event has args.{absent[0]}. There are {known}")
+        raise UsageError(f"no event has args.{absent[0]}. {_keys_text(analysis)}")
+
+    if unsummed := [key for key in analysis.query.summed if not analysis.has_numbers(key)]:
+        raise UsageError(f"no span has a number args.{unsummed[0]} to sum. {_keys_text(analysis)}")
+
+
+def _keys_text(analysis: Analysis) -> str:
+    keys = ", ".join(f"args.{key}" for key in _sampled_keys(analysis.context.paths))
+    return f"There are {keys or 'no args'}"
 
 
 def _sampled_keys(paths: Sequence[Path]) -> list[str]:
