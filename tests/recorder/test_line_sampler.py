@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from traceml.database.flight.flight import FlightFile
-from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
+from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
 from traceml.recorder.line_sampler import LineSampler
 
 SAMPLES = 40
@@ -127,6 +127,27 @@ def test_library_frames_are_skipped_and_told(flight: FlightFile) -> None:
     of_line = [row for row in rows if row[1] == f"{__file__}:{line} dumps"]
     assert sum(row[3] for row in of_line) >= SAMPLES // 2
     assert any("json/encoder.py" in row[2] for row in of_line)
+
+
+def imports() -> None:
+    sys.modules.pop("slow_module", None)
+    __import__("slow_module")
+
+
+def test_an_import_is_told_as_such(flight: FlightFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the function that the module runs meanwhile; the line is that of the import."""
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    monkeypatch.syspath_prepend(str(packages))
+    (packages / "slow_module.py").write_text("total = sum(number * number for number in range(300_000))")
+    with Training(imports) as training:
+        rows = sampled(flight, training)
+
+    line = imports.__code__.co_firstlineno + 2
+    of_line = [row for row in rows if row[1] == f"{__file__}:{line} imports"]
+    told = [row for row in of_line if row[2].startswith(f"{IMPORTING}:")]
+    assert sum(row[3] for row in told) >= SAMPLES // 2
+    assert not any("slow_module" in row[2] for row in rows)
 
 
 @pytest.mark.parametrize(

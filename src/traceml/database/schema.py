@@ -26,6 +26,7 @@ __all__ = [
     "FINGERPRINTS",
     "GPU",
     "HOST",
+    "IMPORTING",
     "INFO",
     "JOURNALED",
     "LIMITS",
@@ -440,6 +441,8 @@ LINE_PHASES = {
     LINE_STARTUP: "startup",
 }
 """Names of the values of `phase` in `LINES`."""
+IMPORTING = "<frozen importlib._bootstrap>"
+"""File of the library function of samples that were taken while a module was imported."""
 LINES = Table(
     "lines",
     (

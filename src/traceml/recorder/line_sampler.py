@@ -21,7 +21,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
+from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.recorder.user_code import UserCode, is_ours
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ _Key = tuple[int, CodeType | None, int, CodeType | None]
 
 class LineSampler:
     """Counts samples by (open phase, line of the user's code, library function that it has called).
+
+    While modules are imported, the import system counts as that function.
 
     Args:
         flight: takes the rows of `schema.LINES`, and has the open slots.
@@ -151,6 +153,7 @@ class LineSampler:
             phase = _INPUT_WAIT
 
         library: CodeType | None = None
+        importing: CodeType | None = None
         found: FrameType | None = frame
         for _ in range(_MAX_DEPTH):
             if found is None:
@@ -158,12 +161,13 @@ class LineSampler:
 
             code = found.f_code
             if self._user.contains(found):
-                return phase, code, found.f_lineno, library
+                return phase, code, found.f_lineno, importing or library
 
+            importing = code if code.co_filename == IMPORTING else importing
             library = library or (None if _is_hidden(code) else code)
             found = found.f_back
 
-        return phase, None, 0, library
+        return phase, None, 0, importing or library
 
     def _opened(self) -> tuple[int, int]:
         """Return the open phase, and the time at which it was opened; for other code that of its step."""
@@ -209,5 +213,5 @@ def _function(code: CodeType) -> str:
 
 
 def _is_hidden(code: CodeType) -> bool:
-    """Return whether naming a library function tells nobody anything: imports, generated code, and traceml."""
+    """Return whether naming a library function tells nobody anything: generated code, and traceml."""
     return code.co_filename.startswith("<") or is_ours(code.co_filename)

@@ -8,7 +8,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.database.schema import LINE_OTHER, LINES, Phase
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
-from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine, blamed_line
+from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine, blamed_line, outside_line
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 
@@ -92,6 +92,20 @@ def test_the_most_frequent_line_of_the_function_is_named():
 
     assert (blamed.function, blamed.line) == ("f", 4)
     assert blamed.share == pytest.approx(40 / 60)
+
+
+def test_lines_of_a_module_are_not_added():
+    """A script without functions: one line has most of the phase, or none does and none is named."""
+    forward = line("forward", "forward", 57)
+    most = [line("other", "<module>", 30, number=8), line("other", "<module>", 13, number=9), forward]
+    halves = [line("other", "<module>", 21, number=8), line("other", "<module>", 22, number=9), forward]
+
+    named = blamed_line(most, "other", 0.43)
+
+    assert named is not None
+    assert (named.line, named.share) == (8, pytest.approx(30 / 43))
+    assert blamed_line(halves, "other", 0.48) is None
+    assert outside_line([line("startup", "<module>", 40, number=n) for n in (1, 2, 3)], "startup") is None
 
 
 def test_a_share_is_what_the_function_has_at_least():

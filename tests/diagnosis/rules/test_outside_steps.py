@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.database.schema import IMPORTING
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -63,6 +64,34 @@ def test_a_start_up_names_its_line():
     assert (found.evidence["line"], found.evidence["function"]) == (12, "tokenize")
     assert "train.py:12 tokenize" in found.summary
     assert found.headline == "45 % of the run's time is start-up, before the first step"
+
+
+def test_a_start_up_of_imports_is_told_as_such():
+    """Nobody can cache the result of an import, nor do it beside the training."""
+    lines = (
+        SampledLine(0, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 60),
+        SampledLine(0, "startup", "/x/train.py", 12, "tokenize", None, 40),
+    )
+
+    found = findings(20.0, startup=9.0, steps=11.0, lines=lines)[-1]
+
+    assert found.kind is Kind.STARTUP
+    assert found.summary.endswith("60 % of it in imports.")
+    assert found.evidence["import_share"] == pytest.approx(0.6)
+    assert "cache" not in found.next.lower()
+
+
+def test_a_few_imports_are_not_told():
+    """Most of the start-up is the user's own work."""
+    lines = (
+        SampledLine(0, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 40),
+        SampledLine(0, "startup", "/x/train.py", 12, "tokenize", None, 60),
+    )
+
+    found = findings(20.0, startup=9.0, steps=11.0, lines=lines)[-1]
+
+    assert "import" not in found.summary
+    assert "train.py:12 tokenize" in found.next
 
 
 def test_much_evaluation_is_told_with_what_less_would_save():

@@ -16,10 +16,11 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, PHASE_LABELS, Phase
+from traceml.database.schema import IMPORTING, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, PHASE_LABELS, Phase
 from traceml.formatting import line_text, percent_text
 
 __all__ = [
+    "NAMED_SHARE",
     "OUTSIDE_STEPS",
     "BlamedLine",
     "LazyLines",
@@ -27,6 +28,7 @@ __all__ = [
     "SampledLine",
     "blamed_line",
     "busy_share",
+    "import_share",
     "main_library",
     "outside_line",
 ]
@@ -44,10 +46,14 @@ OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 """Names of the time before the first step and between steps, beside those of the phases."""
 
 _USER = Phase.USER.label
+_MODULE = "<module>"
 _KEYS = ("phase", "line_id", "library_id")
 _SUMS = ("samples", "watched_ns", "cpu_ns")
 _WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
+
+_Place = tuple[str, str, int | None]
+"""File and function; the lines of a module have nothing in common, so each is a place of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ class SampledLine:
 
 @dataclass(frozen=True, slots=True)
 class BlamedLine:
-    """The function that holds most of a phase, with its most frequent line.
+    """The function that holds most of a phase, with its most frequent line; of a module's own code the line.
 
     Attributes:
         file, line, function: where it is.
@@ -214,6 +220,14 @@ def blamed_line(
     return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
 
 
+def import_share(lines: Sequence[SampledLine], part: str) -> float:
+    """Return the share of a part's samples in which modules were imported; 0 where there are few samples."""
+    seen = [each for each in lines if each.part == part]
+    total = sum(each.samples for each in seen)
+    imports = sum(each.samples for each in seen if (each.library or "").startswith(IMPORTING))
+    return imports / total if total >= MIN_SAMPLES else 0.0
+
+
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
     """Return the library function that a function of the user calls for half of its time; None where there is none.
 
@@ -222,9 +236,10 @@ def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> s
         part: a phase, or `other`.
         line: the user's function.
     """
+    place = line.file, line.function, line.line if line.function == _MODULE else None
     calls: Counter[str | None] = Counter()
     for each in lines:
-        if each.part == part and (each.file, each.function) == (line.file, line.function):
+        if each.part == part and _place_of(each) == place:
             calls[each.library] += each.samples
 
     called, samples = calls.most_common(1)[0] if calls else (None, 0)
@@ -272,29 +287,35 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     return BlamedLine(place[0], _most_frequent_line(lines, part, place), place[1], samples / total, total)
 
 
-def _most_frequent_line(lines: Iterable[SampledLine], part: str, place: tuple[str, str]) -> int:
+def _most_frequent_line(lines: Iterable[SampledLine], part: str, place: _Place) -> int:
     counts: Counter[int] = Counter()
     for each in lines:
-        if each.part == part and (each.file, each.function) == place and each.line is not None:
+        if each.part == part and _place_of(each) == place and each.line is not None:
             counts[each.line] += each.samples
 
     return counts.most_common(1)[0][0]
 
 
-def _by_function(
-    lines: Sequence[SampledLine], part: str, ranks: Collection[int]
-) -> tuple[Counter[tuple[str, str]], int, int]:
-    """Return (samples of a phase by file and function, samples of the phase, samples in steps)."""
-    functions: Counter[tuple[str, str]] = Counter()
+def _by_function(lines: Sequence[SampledLine], part: str, ranks: Collection[int]) -> tuple[Counter[_Place], int, int]:
+    """Return (samples of a phase by place, samples of the phase, samples in steps)."""
+    functions: Counter[_Place] = Counter()
     total = in_steps = 0
     for each in _seen_on(lines, ranks):
         in_steps += each.samples if each.part not in OUTSIDE_STEPS else 0
         if each.part == part:
             total += each.samples
-            if each.file is not None and each.function is not None:
-                functions[each.file, each.function] += each.samples
+            place = _place_of(each)
+            if place is not None:
+                functions[place] += each.samples
 
     return functions, total, in_steps
+
+
+def _place_of(each: SampledLine) -> _Place | None:
+    if each.file is None or each.function is None:
+        return None
+
+    return each.file, each.function, each.line if each.function == _MODULE else None
 
 
 def _seen_on(lines: Sequence[SampledLine], ranks: Collection[int]) -> Iterator[SampledLine]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, SampledLine, outside_line
+from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, SampledLine, import_share, outside_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import count_text, duration_text, part_words, percent_text
@@ -31,7 +31,7 @@ def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Fi
     found = []
     startup_s = time.seconds.get("startup", 0.0)
     if time.share("startup") >= HEAVY_SHARE and startup_s >= STARTUP_S:
-        found.append(_startup(time, startup_s, outside_line(lines, "startup")))
+        found.append(_startup(time, startup_s, outside_line(lines, "startup"), import_share(lines, "startup")))
 
     if time.share("evaluation") >= HEAVY_SHARE:
         found.append(_evaluation(time, outside_line(lines, "outside")))
@@ -39,8 +39,9 @@ def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Fi
     return found
 
 
-def _startup(time: RunTime, startup_s: float, line: BlamedLine | None) -> Finding:
-    where = line.of_it if line else ""
+def _startup(time: RunTime, startup_s: float, line: BlamedLine | None, imports: float) -> Finding:
+    mostly_imports = imports >= NAMED_SHARE
+    where = f", {percent_text(imports)} of it in imports" if mostly_imports else line.of_it if line else ""
     return Finding(
         kind=Kind.STARTUP,
         severity=Severity.WARNING if startup_s >= LONG_STARTUP_S else Severity.INFO,
@@ -48,20 +49,33 @@ def _startup(time: RunTime, startup_s: float, line: BlamedLine | None) -> Findin
             f"Training began {duration_text(startup_s)} after the start: {percent_text(time.share('startup'))} "
             f"of the run's {duration_text(time.wall_s)}{where}."
         ),
-        next=(
-            "A longer run has a smaller share of it. Cache what is computed at each start (tokenized data, indexes, "
-            "compiled code), and import what only some runs need where it is used."
-            if line is None
-            else f"Look at {line.place}: cache its result, or do it beside the training; a longer run has a smaller "
-            "share of it."
-        ),
+        next=_FOR_IMPORTS if mostly_imports else _for_startup(line),
         evidence={
             "startup_s": startup_s,
             "wall_s": time.wall_s,
             "share": time.share("startup"),
+            **({"import_share": imports} if mostly_imports else {}),
             **({} if line is None else line.evidence(1.0)),
         },
         cost_share=time.share("startup"),
+    )
+
+
+_FOR_IMPORTS = (
+    "A longer run has a smaller share of it. Import what only some runs need where it is used (python -X importtime "
+    "tells what takes long), and keep the Python environment on a local disk."
+)
+
+
+def _for_startup(line: BlamedLine | None) -> str:
+    if line is None:
+        return (
+            "A longer run has a smaller share of it. Cache what is computed at each start (tokenized data, indexes, "
+            "compiled code), and import what only some runs need where it is used."
+        )
+
+    return (
+        f"Look at {line.place}: cache its result, or do it beside the training; a longer run has a smaller share of it."
     )
 
 
