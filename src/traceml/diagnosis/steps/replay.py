@@ -25,8 +25,28 @@ def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
         changed: part -> its new own work in nanoseconds, rank x segment.
     """
     own = segments.own + sum(values - segments.parts[part] for part, values in changed.items())
-    gained = segments.own.max(axis=0) - own.max(axis=0) if segments.grouped else (segments.own - own).mean(axis=0)
-    return np.asarray(np.maximum(segments.step - gained, 0))
+    if not segments.grouped:
+        return np.asarray(np.maximum(segments.step - (segments.own - own).mean(axis=0), 0))
+
+    longest = own.max(axis=0)
+    left = segments.step - (segments.own.max(axis=0) - longest)
+    least = np.minimum(segments.step, longest)
+    return _shared_out(np.maximum(left, least), np.maximum(least - left, 0), least, segments.begins)
+
+
+def _shared_out(times: Floats, rest: Floats, least: Floats, begins: NDArray[np.bool_]) -> Floats:
+    """Return step times less what a step gains beyond its own length.
+
+    A rank may be late after the last point at which all met: the others wait for it in their next step, and the mean
+    step of the ranks has half of it in each of the two.
+    """
+    first, last = begins.copy(), np.roll(begins, -1)
+    first[0] = last[-1] = True
+    for away, is_edge in ((1, first), (-1, last)):
+        moved = np.where(is_edge, 0, np.minimum(np.roll(rest, away), times - least))
+        times, rest = times - moved, rest - np.roll(moved, -away)
+
+    return np.asarray(times)
 
 
 def saved_ns(segments: Segments, changed: Mapping[str, Floats]) -> float:
