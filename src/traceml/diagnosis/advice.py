@@ -82,14 +82,29 @@ def for_comm(facts: JobFacts, grad_phase: str) -> str:
     )
 
 
-def for_jitter(part: str | None, rank: int | None) -> str:
-    """Return advice on rare long steps."""
+def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = None) -> str:
+    """Return advice on rare long steps.
+
+    Args:
+        part: the part of the step that makes them long; None where it is not one.
+        rank: the rank that has them; None where it is not one.
+        line: where the time is, if it is known.
+    """
     where = f" on rank {rank}" if rank is not None else ""
+    if line is not None:
+        return (
+            f"Look{where} at {line.place}: what it does in these steps can be done less often, or beside the training, "
+            "in a thread or another process."
+        )
+
     if part in ("other", "user", None):
         return (
-            f"Look{where} for what runs only occasionally (logging, metrics, garbage collection, other programs) and "
-            "wrap it in traceml.phase('name') to measure it."
+            f"Look{where} for what runs only occasionally (logging, metrics, garbage collection, other programs); "
+            "`traceml report --lines` shows the lines."
         )
+
+    if part == "comm":
+        return "No rank's own work is longer then: look at the network (other jobs, retries), and at the hosts' load."
 
     if part == "optimizer":
         return f"Look{where} for work that the optimizer does only occasionally, and for other processes on the host."

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
@@ -17,7 +18,7 @@ from traceml.diagnosis.steps.segments import COMPUTE, Segments, median_over_rank
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["excess_over_usual", "jitter", "late_in_turns", "usual"]
+__all__ = ["LINE_SHARE", "excess_over_usual", "jitter", "late_in_turns", "usual"]
 
 LONG_NS = 20e6
 """A long step is at least this much longer than usual: other processes on a busy host usually take less."""
@@ -39,6 +40,8 @@ RARE = 0.25
 """At most this share of steps is long; more are a property of the run."""
 MIN_EVENTS = 3
 """Fewer long steps are single events."""
+LINE_SHARE = 0.6
+"""The phase's line is named if the long steps have this share of the phase."""
 _ONE_RANK_EVENTS = 6
 # The other parts (input, checkpoint, a named phase of the user) explain a long step and have findings of their own.
 _UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
@@ -85,7 +88,7 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
     if facts.oversubscribed and not _exceeds_cpu_contention(segments, events):
         return []
 
-    return [_jitter(segments, events, cost, step_ns)]
+    return [_jitter(segments, facts, events, cost, step_ns)]
 
 
 def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:
@@ -112,14 +115,18 @@ def _unexplained(segments: Segments) -> _LongSteps:
     return _LongSteps(columns[kept], {part: values[:, kept] for part, values in excess.items()}, usual_ns)
 
 
-def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float) -> Finding:
+def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float, step_ns: float) -> Finding:
     sums = {part: float(values.max(axis=0).sum()) for part, values in events.excess.items()}
+    if segments.grouped:  # what no rank's own work explains is waiting
+        sums["comm"] = max(cost * len(segments.step) - sum(sums.values()), 0.0)
+
     part = max(sums, key=lambda name: sums[name])
     phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
     rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
     share, gain = cost / step_ns, speedup(segments, cost)
     long = segments.step[events.columns]
-    where = f", mostly in {phase_words(part)}" if phase else ""
+    line, phase_share = _line(segments, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
+    where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
     rank_text = f" on rank {rank}" if rank is not None else ""
     return Finding(
         kind=Kind.JITTER,
@@ -131,7 +138,7 @@ def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float)
             f"{ns_text(events.usual_ns)}{rank_text}{where}: {percent_text(share)} of step time; without them the run "
             f"would be {gain_text(gain)}."
         ),
-        next=advice.for_jitter(phase, rank),
+        next=advice.for_jitter(phase, rank, line),
         evidence={
             "long_steps": len(long),
             "steps": len(segments.step),
@@ -140,10 +147,22 @@ def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float)
             "p99_ms": float(np.quantile(segments.step, 0.99)) / 1e6,
             "longest_ms": float(long.max()) / 1e6,
             "excess_ms_by_phase": {name: value / 1e6 for name, value in sums.items() if value > 0},
+            **(line.evidence(phase_share) if line else {}),
         },
         cost_share=share,
         speedup_if_fixed=gain,
     )
+
+
+def _line(
+    segments: Segments, facts: JobFacts, events: _LongSteps, phase: str, rank: int | None, step_ns: float
+) -> tuple[BlamedLine | None, float]:
+    """Return the line of the long steps, where they have most of the phase, and the phase's share of the step."""
+    of = slice(None) if rank is None else segments.ranks == rank
+    values = segments.parts[phase][of]
+    share = float(values.mean()) / step_ns
+    held = float(events.excess[phase][of].sum()) >= LINE_SHARE * float(values.sum())
+    return (blamed_line(facts.lines, phase, share, () if rank is None else (rank,)) if held else None), share
 
 
 def excess_over_usual(values: Floats, columns: NDArray[np.intp]) -> Floats:

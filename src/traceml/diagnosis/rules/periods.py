@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.jitter import RARE, excess_over_usual, usual
+from traceml.diagnosis.rules.jitter import LINE_SHARE, RARE, excess_over_usual, usual
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
@@ -24,8 +24,6 @@ MIN_LONG_STEPS = 4
 """Fewer long steps have no period."""
 REGULAR_SHARE = 0.8
 """Long steps with another one at the same distance have this share of the time beyond the usual."""
-LINE_SHARE = 0.6
-"""The phase's line is named if the long steps have this share of the phase."""
 # Input, checkpoints and a user's named phase have findings of their own.
 _UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
 

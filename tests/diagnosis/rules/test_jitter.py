@@ -1,0 +1,78 @@
+"""Rare long steps name their line where the samples tell it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.diagnosis.fabricated import MS, Job, adds, at_once, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=400, grouped=False)
+FILE = "/home/me/train.py"
+
+
+def jitter(job: Job, *faults, lines: tuple[SampledLine, ...]) -> Finding:
+    found = diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, lines=lines))
+    return next(each for each in found if each.kind is Kind.JITTER)
+
+
+def sampled(job: Job) -> tuple[SampledLine, ...]:
+    """Return samples of a function in the loop, and of forward, on each rank."""
+    each = [
+        (rank, *place) for rank in range(job.ranks) for place in (("other", "rebuild", 60), ("forward", "main", 140))
+    ]
+    return tuple(SampledLine(rank, part, FILE, 70, name, None, count) for rank, part, name, count in each)
+
+
+def test_the_line_of_rare_long_steps_is_named():
+    """Nearly all other code is in them: in summary, advice and evidence."""
+    found = jitter(ALONE, at_once("other", 200, 0.03), lines=sampled(ALONE))
+
+    assert "mostly in train.py:70 rebuild" in found.summary
+    assert "train.py:70 rebuild" in found.next
+    assert (found.evidence["file"], found.evidence["line"], found.evidence["function"]) == (FILE, 70, "rebuild")
+    assert 0.2 < found.evidence["line_share"] < 0.4
+
+
+@pytest.mark.parametrize("part", ["other", "optimizer", "forward"])
+def test_long_steps_of_one_rank_are_told_once(part):
+    """Before or after the point at which the ranks meet: the others wait in the same step or in the next one."""
+    found = diagnose(window_of(Job(ranks=2, steps=400), adds(part, 200, (1,), chance=0.04)), JobFacts(world_size=2))
+
+    assert [each.ranks for each in found] == [(1,)]
+    assert found[0].kind.rule.is_straggler
+    assert found[0].speedup_if_fixed == pytest.approx(1.37, abs=0.03)
+
+
+def test_waiting_that_no_work_explains_is_communication():
+    """A network that stalls now and then: no part of the ranks' own work is named."""
+    window = window_of(Job(ranks=2, steps=400))
+    window.total[:, 5::40] += 150 * MS
+    window.times["backward"][:, 5::40] += 150 * MS
+    window.wait[:, 5::40] += 150 * MS
+
+    found = next(each for each in diagnose(window, JobFacts(world_size=2)) if each.kind is Kind.JITTER)
+
+    assert found.phase == "comm"
+    assert "network" in found.next
+
+
+def test_no_line_is_named_where_most_of_the_phase_is_in_usual_steps():
+    """Forward runs in all steps, so its samples do not tell what the long ones do."""
+    found = jitter(ALONE, at_once("forward", 120, 0.02), lines=sampled(ALONE))
+
+    assert found.phase == "forward"
+    assert "line" not in found.evidence
+    assert "mostly in the forward pass" in found.summary or "mostly in forward" in found.summary
+
+
+def test_without_samples_the_lines_are_pointed_to():
+    """The advice is no longer to wrap code in phases."""
+    found = jitter(ALONE, at_once("other", 200, 0.03), lines=())
+
+    assert "traceml report --lines" in found.next
+    assert "traceml.phase" not in found.next
