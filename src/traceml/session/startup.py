@@ -71,6 +71,12 @@ def start(config: Config, *, wait: bool = True) -> Recorder:
 
     recorder = lifecycle.start(config, wait=wait)
     recorder.viewer = _show_run
+    if recorder.enabled and config.frameworks and not (config.backend or config.collectors):
+        with fail_open(_log, "track", "values that frameworks log are not captured"):
+            from traceml.track.rank.framework_watch import watch_frameworks
+
+            watch_frameworks(recorder)
+
     with fail_open(_log, "session", "child processes train untraced"):
         from traceml.session.children import watch_children
 

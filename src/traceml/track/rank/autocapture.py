@@ -50,7 +50,7 @@ class AutoCapture:
         self._collects = False
         self._pid = os.getpid()
 
-    def start(self, config: Config, *, collect: bool = True) -> None:
+    def start(self, config: Config, *, collect: bool = True, numbers_only: bool = False) -> None:
         """Patch the frameworks of the settings, restore others, and start the collectors once.
 
         A plugin that fails is reported and left out.
@@ -58,8 +58,10 @@ class AutoCapture:
         Args:
             config: the settings now in force.
             collect: start the collectors, unless they run.
+            numbers_only: leave out images and histograms.
         """
         self._config = config
+        self._orchestrator.numbers_only = numbers_only
         for name in self._plugins.keys() - set(config.frameworks):
             self._restore(name)
 

@@ -50,12 +50,13 @@ def _check_backends(config: Config) -> None:
         _log.warning("%s", error)  # a setting may be meant for another script
 
 
-def start(config: Config | None = None, *, collect: bool = True) -> None:
+def start(config: Config | None = None, *, collect: bool = True, numbers_only: bool = False) -> None:
     """Start capturing for the current recorder, or continue with it.
 
     Args:
         config: the settings in force; by default the recorder's.
         collect: start the collectors too.
+        numbers_only: leave out images and histograms, which only a tracker shows.
     """
     global _capture, _capturing_recorder
     recorder = current_recorder()
@@ -65,7 +66,7 @@ def start(config: Config | None = None, *, collect: bool = True) -> None:
     config = config or recorder.config
     if recorder is _capturing_recorder:
         if _capture is not None:
-            _capture.start(config, collect=collect)
+            _capture.start(config, collect=collect, numbers_only=numbers_only)
 
         return
 
@@ -81,17 +82,17 @@ def start(config: Config | None = None, *, collect: bool = True) -> None:
 
     _capture = AutoCapture(config, Orchestrator(), rank=own.rank, local_rank=own.local_rank)
     recorder.before_stop(_stop)
-    _capture.start(config, collect=collect)
+    _capture.start(config, collect=collect, numbers_only=numbers_only)
 
 
 def pause() -> None:
-    """Stop capturing frameworks until the next `start`; where the settings name a tracker, capture what they say."""
+    """Capture as before the experiment: what the settings say, without a tracker numbers, without tracing nothing."""
     recorder = current_recorder()
     if recorder is None or recorder is not _capturing_recorder or _capture is None:
         return
 
-    if recorder.config.backend:
-        _capture.start(recorder.config, collect=False)
+    if recorder.config.backend or recorder.tracing:
+        _capture.start(recorder.config, collect=False, numbers_only=not recorder.config.backend)
     else:
         _capture.unpatch()
 

@@ -22,10 +22,14 @@ class Orchestrator:
 
     Args:
         logger: logs for its experiment instead.
+
+    Attributes:
+        numbers_only: whether captures leave out images and histograms.
     """
 
     def __init__(self, logger: Logger | None = None) -> None:
         self._own = logger
+        self.numbers_only = False
 
     def __repr__(self) -> str:
         return f"Orchestrator({self.health()['state']})"

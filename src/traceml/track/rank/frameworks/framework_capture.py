@@ -73,7 +73,13 @@ class FrameworkCapture(FrameworkInterface):
             self.targets()[module](sys.modules[module])
 
     def around(
-        self, owner: Any, name: str, before: Callable[..., T], after: Callable[[OrchestratorInterface, T], None]
+        self,
+        owner: Any,
+        name: str,
+        before: Callable[..., T],
+        after: Callable[[OrchestratorInterface, T], None],
+        *,
+        is_number: bool = True,
     ) -> None:
         """Log calls of `owner.name`: `before` reads the arguments, the original runs, then `after` logs the values.
 
@@ -82,12 +88,16 @@ class FrameworkCapture(FrameworkInterface):
             name: its function.
             before: called with the call's arguments; returns the values, copied where they may change.
             after: called when the original has returned, unless another captured call made this one.
+            is_number: False for images and histograms, which are left out in a run without trackers.
         """
         original = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             orchestrator = self._orchestrator
             if orchestrator is None or self.is_inside():
+                return original(*args, **kwargs)
+
+            if not is_number and getattr(orchestrator, "numbers_only", False):
                 return original(*args, **kwargs)
 
             values: Any = None

@@ -40,11 +40,11 @@ class TensorBoardCapture(FrameworkCapture):
         self.around(writer, "add_scalar", _scalar, self._values)
         self.around(writer, "add_scalars", _scalars, self._values)
         self.around(writer, "add_text", _text, _log_text)
-        self.around(writer, "add_histogram", _histogram, _log_histogram)
-        self.around(writer, "add_histogram_raw", _histogram_raw, _log_histogram)
+        self.around(writer, "add_histogram", _histogram, _log_histogram, is_number=False)
+        self.around(writer, "add_histogram_raw", _histogram_raw, _log_histogram, is_number=False)
         # Figures and lists of figures go through add_image(s), and the metrics of add_hparams through add_scalar.
-        self.around(writer, "add_image", convert, _log_image)
-        self.around(writer, "add_images", convert, _log_image)
+        self.around(writer, "add_image", convert, _log_image, is_number=False)
+        self.around(writer, "add_images", convert, _log_image, is_number=False)
         self._patch_hparams(writer)
 
     def _patch_hparams(self, writer: Any) -> None:
