@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,14 @@ from tests.track.fabricated import LoggedRun
 from tests.track.readers import jsonl
 from traceml import cli
 from traceml.cli import sync
-from traceml.clock import boot_id, process_start_ticks
+from traceml.clock import boot_id, monotonic_ns, process_start_ticks
+from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.flight_folders import FALLBACK_FOLDER
+from traceml.database.schema import STEPS
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.find import list_runs
+from traceml.runs.run import load_run
 from traceml.track.tracker_state import TrackerState, states_of
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"
@@ -162,6 +169,40 @@ def test_what_never_reached_an_aggregator_is_found(tmp_path):
     (run_dir,) = (path for path in (tmp_path / "traceml_runs").glob("2*"))
     assert values(run_dir) == [("loss", i, i / 8) for i in range(300)]
     assert (run_dir / "report.json").exists()
+
+
+def left_on_another_host(runs_dir: Path, name: str, silent_s: float) -> Path:
+    """Make the flight file of a rank on another host of a shared filesystem, as that host leaves it."""
+    facts = {"host": "node7", "machine": "node7/", "boot_id": "0" * 36, "runs_dir": str(runs_dir), "job": name}
+    flight = FlightFile.create(
+        runs_dir / FALLBACK_FOLDER, {**facts, "name": name, "rank": 0, "world_size": 1, "pid": 9}
+    )
+    assert flight.path is not None
+    flight.ring("steps").append(0, monotonic_ns(), 5_000_000, *[0] * (len(STEPS.names) - 3))
+    flight.close(unlink=False)
+    then_s = time.time() - silent_s
+    with flight.path.open("r+b") as file:
+        file.seek(24)
+        file.write(struct.pack("@qq", monotonic_ns(), int(then_s * 1e9)))
+
+    os.utime(flight.path, (then_s, then_s))
+    return flight.path
+
+
+def test_rows_of_another_host_wait_until_the_user_knows(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody here knows whether their rank lives. Who says that it has ended is believed, but for the last minute."""
+    silent, recent = left_on_another_host(runs_dir, "a", 90.0), left_on_another_host(runs_dir, "b", 5.0)
+
+    assert cli.main(["sync"]) == 0
+    assert silent.exists()
+    assert "ranks on node7 left rows" in capsys.readouterr().err
+
+    assert cli.main(["sync", "--ended"]) == 0
+    assert not silent.exists()
+    assert recent.exists()
+    assert "ranks on node7 left rows" in capsys.readouterr().err
+    (info,) = list_runs(runs_dir)
+    assert len(load_run(info.path).steps()) == 1
 
 
 def test_run_comes_before_backend(runs_dir, capsys):

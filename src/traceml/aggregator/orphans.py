@@ -32,14 +32,18 @@ def finish_orphan(run_dir: Path) -> bool:
     return _finish(run, Registry(run_dir.parent))
 
 
-def finish_flights(runs_dir: Path) -> list[Path]:
+def finish_flights(runs_dir: Path, silence_s: float | None = None) -> list[Path]:
     """Store the logged rows that dead ranks left in a folder; return the runs that are over now.
+
+    Args:
+        runs_dir: the folder.
+        silence_s: as for `Registry.recover_flights`.
 
     Raises:
         StoreError: a run's folder cannot be written.
     """
     registry = Registry(runs_dir)
-    return [run.path for run in registry.recover_flights() if _finish(run, registry)]
+    return [run.path for run in registry.recover_flights(silence_s) if _finish(run, registry)]
 
 
 def _finish(run: ActiveRun, registry: Registry) -> bool:

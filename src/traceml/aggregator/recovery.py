@@ -13,7 +13,7 @@ from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.streams import Incarnation, Stream
 from traceml.database.flight.flight_folders import default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import FlightState
-from traceml.database.flight.flight_owner import find_unclaimed, is_alive
+from traceml.database.flight.flight_owner import SILENCE_S, find_unclaimed, is_alive
 from traceml.database.flight.postmortem import FlightSnapshot, read_flight
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
@@ -65,7 +65,12 @@ class DeadFlight:
 
 
 def dead_flights(
-    job: str | None, runs_dir: Path, *, copies: Path | None = None, but: Collection[Path] = ()
+    job: str | None,
+    runs_dir: Path,
+    *,
+    copies: Path | None = None,
+    but: Collection[Path] = (),
+    silence_s: float = SILENCE_S,
 ) -> list[DeadFlight]:
     """Return the flight files that dead ranks of a job left on this host and in a runs folder.
 
@@ -74,9 +79,10 @@ def dead_flights(
         runs_dir: the runs folder.
         copies: a folder with copies from other hosts, whose ranks are dead.
         but: files to leave out.
+        silence_s: how long a rank on another host must have been silent.
     """
     here = find_unclaimed((default_folder(), *disk_folders(runs_dir)))
-    dead = [path for path in here if path not in but and not is_alive(path)]
+    dead = [path for path in here if path not in but and not is_alive(path, silence_s)]
     dead += [path for path in (find_flights(copies) if copies is not None else ()) if path not in but]
     found = []
     for path in dead:

@@ -16,6 +16,7 @@ from traceml import ids
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import DeadFlight, dead_flights
 from traceml.aggregator.streams import Incarnation, Stream
+from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.ids import new_run_id
@@ -202,18 +203,22 @@ class Registry:
             except RefusedError as error:  # another aggregator has it open, or the folder is damaged
                 _log.info("run %s is not resumed: %s", left["run"], error)
 
-    def recover_flights(self) -> list[ActiveRun]:
+    def recover_flights(self, silence_s: float | None = None) -> list[ActiveRun]:
         """Store the logged rows of dead ranks that had no aggregator.
+
+        Args:
+            silence_s: all jobs have ended, so ranks on other hosts that were silent for so long are dead, and their
+                steps are stored too.
 
         Returns:
             the runs that got rows; they are open.
         """
         adopted: dict[ActiveRun, None] = {}
-        if not self._dead_flights_here():
+        if not self._dead_flights_here(silence_s):
             return []
 
         with self._recovery_lock():
-            for flight in self._dead_flights_here():
+            for flight in self._dead_flights_here(silence_s):
                 run = self._run_of(flight)
                 if run is not None and flight.path not in run.recovered:
                     run.recover_flight(flight)
@@ -221,12 +226,12 @@ class Registry:
 
         return list(adopted)
 
-    def _dead_flights_here(self) -> list[DeadFlight]:
+    def _dead_flights_here(self, silence_s: float | None) -> list[DeadFlight]:
         """Return the flight files of dead ranks with logged rows whose run is, or would have been, in this folder."""
         return [
             flight
-            for flight in dead_flights(None, self.runs_dir)
-            if flight.image.holds_user_rows and flight.folder == self.runs_dir
+            for flight in dead_flights(None, self.runs_dir, silence_s=SILENCE_S if silence_s is None else silence_s)
+            if flight.folder == self.runs_dir and (flight.image.holds_user_rows or silence_s is not None)
         ]
 
     @contextlib.contextmanager

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from traceml.aggregator.orphans import finish_flights, finish_orphan
 from traceml.cli.parsing import parse
+from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
 from traceml.database.store.store_file import STORE_NAME
@@ -39,6 +40,7 @@ __all__ = ["STALL_LIMIT_S", "main"]
 
 EXIT_UNDELIVERED = 3
 _POLL_S = 0.1
+_SILENT_S = 60.0  # with --ended: a network filesystem shows writes of another host within that time
 # A tracker that accepts nothing for this long, neither failing nor in a long call, is skipped.
 STALL_LIMIT_S = 120.0
 
@@ -62,6 +64,8 @@ class SyncOptions:
     """Print the result as JSON and nothing else."""
     wait: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Wait for runs that are still recorded, instead of leaving them to their aggregator."""
+    ended: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """All jobs of the folder have ended: store also what ranks on other hosts left in it."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
@@ -98,7 +102,7 @@ def main(argv: list[str]) -> int:
             if options.runs:
                 raise
 
-            print(printable(f"traceml sync: {error}", lines=True), file=sys.stderr)
+            _warn(str(error))
             continue
 
         outcomes += found
@@ -120,16 +124,33 @@ def main(argv: list[str]) -> int:
 
 def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
     runs_dir = Path(config.runs_dir)
+    if options.ended or not options.runs:
+        for run_dir in finish_flights(runs_dir, _SILENT_S if options.ended else None):
+            write_reports(run_dir)
+
+        _tell_silent(runs_dir)
+
     if options.runs:
         yield from (find_run(run, runs_dir) for run in options.runs)
         return
 
-    for run_dir in finish_flights(runs_dir):
-        write_reports(run_dir)
-
     for info in reversed(list_runs(runs_dir)):
         if info.state != "damaged" and (options.wait or info.state != "running"):
             yield info.path.resolve()
+
+
+def _tell_silent(runs_dir: Path) -> None:
+    """Name the hosts whose ranks may live, as they were heard of within a day; their rows are left alone."""
+    hosts = {str(snapshot.identity.get("host") or "an unknown host") for snapshot in silent_elsewhere(runs_dir)}
+    if hosts:
+        _warn(
+            f"ranks on {', '.join(sorted(hosts))} left rows in {runs_dir}. They may still run: this host cannot know. "
+            "Once their jobs have ended for a minute, `traceml sync --ended` stores the rows"
+        )
+
+
+def _warn(text: str) -> None:
+    print(printable(f"traceml sync: {text}", lines=True), file=sys.stderr, flush=True)
 
 
 def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console) -> list[_DeliveryOutcome]:

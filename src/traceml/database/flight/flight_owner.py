@@ -21,27 +21,41 @@ from traceml.database.schema import STEPS
 from traceml.errors import StoreError
 from traceml.own_files import opened_own
 
-__all__ = ["ROWS_KEPT_S", "USER_ROWS_KEPT_S", "find_unclaimed", "is_alive", "remove_stale", "waiting_steps"]
+__all__ = [
+    "ROWS_KEPT_S",
+    "SILENCE_S",
+    "USER_ROWS_KEPT_S",
+    "find_unclaimed",
+    "is_alive",
+    "remove_stale",
+    "silent_elsewhere",
+    "waiting_steps",
+]
 
 ROWS_KEPT_S = 3600.0
 """How long the files of dead ranks stay at least."""
 USER_ROWS_KEPT_S = 7 * 86400.0
 """The same of files with rows that the user logged."""
-# A rank on another host counts as dead after this long without a sign of life: its recorder wakes every second.
-_SILENCE_S = 86400.0
+SILENCE_S = 86400.0
+"""A rank on another host counts as dead after this long without a sign of life: its recorder wakes every second."""
 _WORD = struct.Struct("@q")
 
 _log = logging.getLogger("traceml")
 
 
-def is_alive(path: Path) -> bool:
-    """Whether the writer of this flight file may be running; False also when this user has no such file."""
+def is_alive(path: Path, silence_s: float = SILENCE_S) -> bool:
+    """Whether the writer of this flight file may be running; False also when this user has no such file.
+
+    Args:
+        path: the file.
+        silence_s: how long a writer on another host may be silent.
+    """
     if own_mapping(path) is not None:
         return True
 
     try:
         with opened_own(path) as descriptor:
-            return is_locked(descriptor) or _may_live_elsewhere(_header(path, descriptor), descriptor)
+            return is_locked(descriptor) or _may_live_elsewhere(_header(path, descriptor), descriptor, silence_s)
     except (OSError, StoreError):
         return False
 
@@ -95,6 +109,21 @@ def waiting_steps(run_dir: Path) -> int:
     return count
 
 
+def silent_elsewhere(runs_dir: Path) -> list[FlightSnapshot]:
+    """Return the files in a runs folder whose ranks may live on another host, and whose rows wait for that reason."""
+    found = []
+    for path in find_flights(runs_dir / FALLBACK_FOLDER):
+        try:
+            with opened_own(path) as descriptor:
+                snapshot = _header(path, descriptor, runs_dir)
+                if not is_locked(descriptor) and _may_live_elsewhere(snapshot, descriptor, SILENCE_S):
+                    found.append(snapshot)
+        except (OSError, StoreError) as error:
+            _log.debug("flight file %s is not looked at: %s", path, error)
+
+    return found
+
+
 def _is_of(snapshot: FlightSnapshot, run_dir: Path) -> bool:
     known = snapshot.identity.get("run_dir")
     return bool(known) and Path(str(known)).resolve() == run_dir.resolve()
@@ -111,7 +140,7 @@ def _remove_if_stale(path: Path, runs_dir: Path | None, grace_s: float) -> bool:
         except StoreError:
             return _unlink_if_old(path, now - os.fstat(descriptor).st_mtime, grace_s)
 
-        if _may_live_elsewhere(snapshot, descriptor):
+        if _may_live_elsewhere(snapshot, descriptor, SILENCE_S):
             return False
 
         if not snapshot.dead_since_s:
@@ -138,7 +167,7 @@ def _header(path: Path, descriptor: int, runs_dir: Path | None = None) -> Flight
     return FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0), runs_dir)
 
 
-def _may_live_elsewhere(snapshot: FlightSnapshot, descriptor: int) -> bool:
+def _may_live_elsewhere(snapshot: FlightSnapshot, descriptor: int, silence_s: float) -> bool:
     """Whether the writer may run on another host, whose lock this one may not see."""
     if snapshot.same_boot or snapshot.dead_since_s:
         return False
@@ -148,4 +177,4 @@ def _may_live_elsewhere(snapshot: FlightSnapshot, descriptor: int) -> bool:
     if snapshot.identity.get("machine") == machine_name() and last_s < boot_time_s():
         return False
 
-    return time.time() - last_s < _SILENCE_S
+    return time.time() - last_s < silence_s
