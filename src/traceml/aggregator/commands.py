@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.registry import Registry
 from traceml.aggregator.streams import Stream
+from traceml.track.tracker_state import TrackerState
 from traceml.transport.server import Peer
 
 __all__ = ["CommandError", "Commands"]
@@ -79,6 +80,7 @@ class Commands:
             "exits": self._exits,
             "finish": self._finish,
             "deliveries": self._deliveries,
+            "trackers": self._trackers,
             "stop": self._stop,
         }
 
@@ -138,6 +140,13 @@ class Commands:
     async def _deliveries(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         """Report whether rows of an ended run are still being delivered to trackers."""
         return {"busy": self._aggregator.is_delivering(self._run_of(peer).path)}
+
+    async def _trackers(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        """Report what trackers have: for ranks on hosts that do not see the run's folder."""
+        path, backends = self._run_of(peer).path, args.get("backends")
+        states = [TrackerState.load(path, str(each)) for each in (backends if isinstance(backends, list) else [])]
+        found = [{"backend": each.backend, "phase": str(each.phase), "reached": each.reached} for each in states]
+        return {"trackers": found}
 
     async def _stop(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         asyncio.get_running_loop().call_soon(self._aggregator.stop)

@@ -6,7 +6,7 @@ phase that began at the first one: exclusive, as on the CPU, and in the same ord
 
 All events of a step are on one stream, that of its backward passes. So an event that is complete means that all before
 it are, and times of streams that run side by side are never added up. A phase that begins while another stream or
-device is current has no device time.
+device is current has no device time. See docs/decisions/0014-only-the-end-of-a-step-is-asked.md.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, finish
 from tests.track.fabricated import LoggedRun
 
@@ -43,6 +44,29 @@ def test_flush_returns_when_trackers_have_everything(script: Script) -> None:
         )
     )
     assert out.splitlines() == ["True 5000 artifact", "True", "True last", "True end"]
+
+
+def test_flush_on_a_host_without_the_folder(script: Script, serving: Serving) -> None:
+    """The aggregator is asked, and tells what is true: delivered, and not delivered."""
+    process = script(
+        """
+        import sys, traceml
+        from tests.track.rank.elsewhere import hide
+        hide(sys.argv[1])
+        traceml.init()
+        done = traceml.Experiment("done", backend=["jsonl"])
+        for i in range(100):
+            done.log_metric("loss", i, i)
+        print(done.flush(None))
+        down = traceml.Experiment("down", backend="mlflow", options={"mlflow": {"tracking_uri": "http://127.0.0.1:9"}})
+        down.log_metric("x", 1)
+        print(down.flush(1.0))
+        """,
+        serving.folder,
+        serving=serving,
+        **QUICK,
+    )
+    assert finish(process).split() == ["True", "False"]
 
 
 def test_flush_tells_of_a_tracker_that_has_not(script: Script) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from traceml.errors import TraceMLError
 from traceml.recorder.current import current_recorder
+from traceml.recorder.dialing import dial
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.logger import deferred_values
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
+from traceml.transport.hello import Hello
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["flush", "sync"]
 
 _POLL_S = 0.05
+_ASK_S = 0.2  # between questions to an aggregator on another host
+_DIAL_S = 5.0
+_States = Callable[[], list[TrackerState]]
 
 _log = logging.getLogger("traceml")
 
@@ -48,11 +56,17 @@ def flush(timeout: float | None = 30.0, experiment: int | None = None) -> bool:
     backends = loggers.backends(experiment)
     if not backends:
         return True
-    if recorder.run_dir is None or not recorder.run_dir.is_dir():
-        _log.warning("flush: the run is stored on another host, so it is not known here what its trackers have")
+    if recorder.run_dir is None:
         return False
 
-    return _await_trackers(recorder, recorder.run_dir, backends, until_s)
+    try:
+        with _tracker_states(recorder, recorder.run_dir, backends) as states:
+            return _await_trackers(recorder, states, until_s)
+    except (TraceMLError, OSError) as error:  # OSError: the connection to the other host broke, or timed out
+        _log.warning(
+            "flush: the run is stored on another host, whose aggregator does not tell what trackers have: %s", error
+        )
+        return False
 
 
 def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None) -> bool:
@@ -97,12 +111,33 @@ def _is_stored(recorder: Recorder, until_s: float | None) -> bool:
     return recorder.files_done(_left_s(until_s)) and recorder.wait_until_stored(_left_s(until_s))
 
 
-def _await_trackers(recorder: Recorder, run_dir: Path, backends: Collection[str], until_s: float | None) -> bool:
+@contextmanager
+def _tracker_states(recorder: Recorder, run_dir: Path, backends: Collection[str]) -> Iterator[_States]:
+    """Yield a function that reads the trackers' states: from the run's folder, else from its aggregator."""
+    if run_dir.is_dir():
+        yield lambda: [TrackerState.load(run_dir, backend) for backend in backends]
+        return
+
+    hello = Hello(role="client", run=run_dir.name)
+    config = dataclasses.replace(recorder.config, local=False)
+    with closing(dial(config, hello, timeout_s=_DIAL_S)) as connection:
+
+        def ask() -> list[TrackerState]:
+            time.sleep(_ASK_S)
+            found = connection.request("trackers", {"backends": list(backends)})["trackers"]
+            return [
+                TrackerState(each["backend"], DeliveryPhase(each["phase"]), reached=each["reached"]) for each in found
+            ]
+
+        yield ask
+
+
+def _await_trackers(recorder: Recorder, read: _States, until_s: float | None) -> bool:
     """Wait until every tracker has the rows logged so far; give up on one that is broken."""
     # A stopped recorder has no tables to count in; its trackers are done when they have ended their runs.
     wanted = recorder.logged_rows if recorder.enabled else None
     while True:
-        states = [TrackerState.load(run_dir, backend) for backend in backends]
+        states = read()
         if all(_has(state, recorder.stream, wanted) for state in states):
             return True
         if any(state.phase is DeliveryPhase.BROKEN for state in states) or _left_s(until_s) <= 0:
