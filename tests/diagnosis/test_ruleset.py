@@ -366,6 +366,17 @@ def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
     assert "trace_step" not in found.next
 
 
+@pytest.mark.parametrize("steps", [0, 15])
+def test_a_run_without_its_aggregator_is_not_waited_for(steps):
+    """Its steps may be in the memory of the host; more will not come."""
+    window = window_of(Job(steps=steps)) if steps else StepWindow(128).aligned()
+    found = diagnose(window, JobFacts(state="lost"))[0]
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert "traceml sync" in found.next
+    assert "Wait" not in found.next
+
+
 @pytest.mark.parametrize("end", [{"signal": 2}, {"code": 130}, {"exception": "KeyboardInterrupt"}])
 def test_a_job_that_was_interrupted_before_it_trained_was_stopped(end):
     """Ctrl-C is no failure to look into."""

@@ -153,7 +153,7 @@ def _too_few(window: Window, facts: JobFacts) -> Finding:
         kind=Kind.INSUFFICIENT_DATA,
         severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
         summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.",
-        next=_WHEN_FAILED if failed else _for_more(seen) if ended else "Wait for more steps.",
+        next=_WHEN_FAILED if failed else _for_more(seen, facts.state) if ended else "Wait for more steps.",
         evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
     )
 
@@ -161,7 +161,10 @@ def _too_few(window: Window, facts: JobFacts) -> Finding:
 _WHEN_FAILED = "Read the job's output to see why it failed before it trained."
 
 
-def _for_more(seen: int) -> str:
+def _for_more(seen: int, state: str) -> str:
+    if state == "lost":
+        return "The aggregator ended before the run. `traceml sync` stores steps that its ranks left, if there are any."
+
     if seen:
         return f"Let the run make at least {MIN_STEPS + 10} training steps."
 

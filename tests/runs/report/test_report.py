@@ -396,10 +396,12 @@ def test_a_run_that_nobody_keeps_is_lost(tmp_path):
     for path in (tmp_path / "run").iterdir():
         os.utime(path, (STARTED + 60, STARTED + 60))
 
-    run = report_on(tmp_path / "run")["run"]
+    report = report_on(tmp_path / "run")
+    run = report["run"]
 
     assert run["state"] == "lost"
     assert (run["ended"], run["duration_s"]) == (STARTED + 60, 60)
+    assert not any("Wait for more" in finding["next"] for finding in report["findings"])
 
 
 def test_the_file_is_valid_json_and_appears_whole(tmp_path):

@@ -61,7 +61,7 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
     """
     digest.facts.time = run_wall_time(digest, reader, run_dir)
     window = digest.whole_window()
-    findings = digest.diagnose(window)
+    findings = digest.diagnose(window, state_of(digest.run, digest.aggregator))
     return make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
 
 

@@ -152,9 +152,14 @@ class Digest:
 
         return self._kept_steps
 
-    def diagnose(self, window: Window | None = None) -> list[Finding]:
-        """Return the findings for a window of this run, by default of its newest steps."""
-        self.facts.state, self.facts.world_size = self.state, self.world_size
+    def diagnose(self, window: Window | None = None, state: str | None = None) -> list[Finding]:
+        """Return the findings for a window of this run.
+
+        Args:
+            window: by default the newest steps.
+            state: of the run, where more is known than its aggregator recorded.
+        """
+        self.facts.state, self.facts.world_size = state or self.state, self.world_size
         facts = self.facts.build(self.window.latest.tolist())
         return diagnose(self.window.aligned() if window is None else window, facts)
 
