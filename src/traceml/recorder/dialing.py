@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 from traceml.transport.runs_folder import AggregatorAddress, address_of, folder_id
 
-__all__ = ["dial", "stored_elsewhere"]
+__all__ = ["dial", "dial_as_client", "stored_elsewhere"]
 
 _LOOK_AGAIN_S = 1.0
 
@@ -49,6 +50,21 @@ def dial(
         return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries, tls=config.tls)
 
     return _dial_folder(config, hello, timeout_s, tries)
+
+
+def dial_as_client(config: Config, run: str, *, timeout_s: float) -> Connection:
+    """Connect to the rank's aggregator for commands about a run; start none.
+
+    Args:
+        config: the settings.
+        run: its id.
+        timeout_s: time for all tries together.
+
+    Raises:
+        AggregatorRefusedError: it answered and refused.
+        AggregatorUnavailableError: none answered in time.
+    """
+    return dial(replace(config, local=False), Hello(role="client", run=run), timeout_s=timeout_s)
 
 
 def stored_elsewhere(config: Config, welcome: Mapping[str, Any]) -> str:

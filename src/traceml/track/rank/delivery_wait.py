@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING
 
 from traceml.errors import TraceMLError
 from traceml.recorder.current import current_recorder
-from traceml.recorder.dialing import dial
+from traceml.recorder.dialing import dial_as_client
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.logger import deferred_values
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
-from traceml.transport.hello import Hello
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
@@ -118,9 +116,7 @@ def _tracker_states(recorder: Recorder, run_dir: Path, backends: Collection[str]
         yield lambda: [TrackerState.load(run_dir, backend) for backend in backends]
         return
 
-    hello = Hello(role="client", run=run_dir.name)
-    config = dataclasses.replace(recorder.config, local=False)
-    with closing(dial(config, hello, timeout_s=_DIAL_S)) as connection:
+    with closing(dial_as_client(recorder.config, run_dir.name, timeout_s=_DIAL_S)) as connection:
 
         def ask() -> list[TrackerState]:
             time.sleep(_ASK_S)
