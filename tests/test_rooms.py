@@ -66,6 +66,9 @@ SUBROOMS = {
     "runs.export": {"runs.report", "runs.rows", "diagnosis", "traces", "database"},
     "diagnosis.facts": {"database"},
     "diagnosis.steps": {"diagnosis.facts", "database"},
+    "diagnosis.hangs": {
+        "diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "diagnosis.rules", "database",
+    },
     "diagnosis.rules": {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
     },

@@ -67,6 +67,8 @@ _PHASES = {
     "other": ("other", "code outside the known phases"),
     "startup": ("start-up", "start-up"),
     "outside": ("outside steps", "code outside steps"),
+    "evaluation": ("evaluation", "evaluation"),
+    "exit": ("exit", "the end of the process"),
 }
 _SHORT_LABELS = {"optimizer": "optim", "checkpoint": "ckpt"}
 _PACKAGES_FOLDER = re.compile(r"^.*/(site-packages|dist-packages|python3\.\d+)/")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from tests.diagnosis.hangs import standing
 from tests.diagnosis.memory.memories import device_leak, full_device, full_host, leaking, uneven_devices
 from tests.diagnosis.rules.test_batch_sizes import uneven, window
 from tests.diagnosis.rules.test_training_data import group_of_two, history
@@ -21,6 +22,7 @@ from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
+from traceml.database.looks import RankLook
 from traceml.database.schema import EPOCHS, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
 from traceml.diagnosis.facts.resource_use import ResourceUse
@@ -75,6 +77,13 @@ def imbalanced() -> list[Finding]:
     return diagnose(window(job, uneven(4, job.steps)), JobFacts(world_size=4))
 
 
+BEHIND = (standing.group(14, "all_reduce", flying=False),)
+
+
+def hanging(other: RankLook) -> list[Finding]:
+    return diagnose(window_of(Job(ranks=2)), standing.facts([standing.in_backward(0), other]))
+
+
 def later(own, _) -> None:
     own["other"][:, 110:] += 12
 
@@ -118,6 +127,15 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "MEMORY_PRESSURE": lambda: found(ALONE, **full_host()),
     "MEMORY_PRESSURE, device": lambda: found(ALONE, memory=full_device()),
     "MEMORY_IMBALANCE": lambda: found(Job(ranks=4), memory=uneven_devices()),
+    "HANG": lambda: hanging(
+        standing.look(1, standing.line(6, "stuck", PATH), wchan="hrtimer_nanosleep", groups=BEHIND)
+    ),
+    "HANG, in one collective": lambda: hanging(standing.in_backward(1)),
+    "HANG, different collectives": lambda: hanging(
+        standing.look(
+            1, standing.call("barrier"), standing.line(40, "main", PATH), groups=(standing.group(15, "barrier"),)
+        )
+    ),
     "RANK_LOST": lambda: found(
         Job(ranks=2),
         exits=(RankExit(rank=1, state="killed", signal=9, last_step=219, open_step=220, open_phase="backward"),),

@@ -132,7 +132,8 @@ class RankLook(_Record):
         phase: the open phase of the step; else `other` in a step, `outside` between steps, `startup` before the first
             one, `evaluation`, or `exit` when the process has begun to end.
         answered: source of the stack: `recorder` (the rank's own thread), `signal` (faulthandler, as the rank's thread
-            was silent), `kernel` (no stack, only the process's state), `none`.
+            was silent), `kernel` (no stack, only the process's state), `none`; `rows` where a reader has made the look
+            of a rank's last rows.
         frames: Python stack of the training thread, the innermost frame first, at most `MAX_FRAMES`.
         user_line: innermost frame of the user's code, also where `frames` does not reach it.
         outer_line: outermost frame of the user's code, where it differs: libraries that own the loop lie between them.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import (
     DEVICE_STEPS,
     EPOCHS,
+    EVALS,
     FINGERPRINTS,
     GPU,
     HOST,
@@ -53,7 +54,8 @@ class RowIntake:
             TORCH_MEMORY.name: self.facts.memory.device_rows,
             LIMITS.name: self.facts.limits.add,
             EPOCHS.name: self.facts.epoch_rows,
-            LINES.name: self.facts.lines.add,
+            LINES.name: self._take_lines,
+            EVALS.name: self.facts.progress.eval_rows,
             LOSSES.name: self.facts.losses.add,
             FINGERPRINTS.name: self.facts.batches.add,
         }
@@ -109,10 +111,15 @@ class RowIntake:
         self.window.scatter(ranks, rows)
         self.facts.skipped.add(ranks, rows)
         self.facts.batches.steps(rows)
+        self.facts.progress.steps(ranks, rows)
+
+    def _take_lines(self, rank: int, rows: Rows) -> None:
+        self.facts.lines.add(rank, rows)
+        self.facts.progress.line_rows(rank, rows)
 
     def _take_user_phases(self, rank: int, rows: Rows) -> None:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_PACKED = (USER_PHASES, PROCESS, HOST, GPU, TORCH_MEMORY, LIMITS, LINES, EPOCHS, LOSSES, FINGERPRINTS)
+_PACKED = (USER_PHASES, PROCESS, HOST, GPU, TORCH_MEMORY, LIMITS, LINES, EPOCHS, EVALS, LOSSES, FINGERPRINTS)
 _DTYPES = {table.name: table.dtype for table in _PACKED}

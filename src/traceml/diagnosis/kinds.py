@@ -88,6 +88,40 @@ def _lost_ranks(finding: _FindingFacts) -> str:
     return f"{capitalized(ranks_text(finding.ranks))} ended{how}{when}{where}"
 
 
+_HANGS = {
+    "mismatch": "{ranks_are} in another collective than the others",
+    "sizes": "{ranks_are} in a collective with other sizes than the others",
+    "circle": "{ranks} wait for each other",
+    "network": "All ranks hang in {operation}",
+    "ended": "{ranks} ended, and the others wait",
+    "unanswered": "The job hangs: {ranks} did not answer",
+}
+_ALL_DIFFER = {"mismatch": "{ranks} are in different collectives", "sizes": "{ranks} give a collective different sizes"}
+
+
+def _hang(finding: _FindingFacts) -> str:
+    """Return `Rank 1 blocks the others, in train.py:6 stuck`, or that the job hung when it was ended."""
+    evidence = finding.evidence
+    cause, waiting = str(evidence.get("cause", "")), evidence.get("waiting")
+    ranks = capitalized(ranks_text(finding.ranks))
+    file = evidence.get("file")
+    at = f", in {line_text(file, evidence['line'], evidence['function'])}" if file else ""
+    if not file and finding.phase:
+        at = f", in {phase_words(finding.phase)}"
+
+    if cause in _HANGS and (finding.ranks or cause == "network"):
+        are = f"{ranks} {'is' if len(finding.ranks) == 1 else 'are'}"
+        template = _HANGS[cause] if waiting else _ALL_DIFFER.get(cause, _HANGS[cause])
+        text = template.format(ranks=ranks, ranks_are=are, operation=evidence.get("operation") or "a collective")
+        return text if cause == "ended" else text + (at if cause == "network" else "")
+
+    many = len(finding.ranks) != 1
+    if waiting:
+        return f"{ranks} {'block' if many else 'blocks'} the others{at}"
+
+    return f"{ranks} {'stand' if many else 'stands'} still{at}"
+
+
 def _user_code(finding: _FindingFacts) -> str:
     """Return `94 % of step time is spent in train.py:23 update_metric`, or `Every 25th step ...`."""
     evidence = finding.evidence
@@ -273,6 +307,7 @@ class Kind(StrEnum):
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(_leak, critical_first=True)
     MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(_pressure)
     MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks_are} using far more memory than the others")
+    HANG = "HANG", KindRule(_hang, Severity.CRITICAL, sorts_first=True)
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)
 

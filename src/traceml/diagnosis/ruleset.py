@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
+from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
@@ -46,7 +47,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         facts: facts besides the window.
     """
     lost = [
-        *rank_lost(facts),
+        *(hang(window, facts) or rank_lost(facts)),
         *steps_skipped(facts.skipped, facts.losses),
         *limits_near(facts.limits),
         *_training(facts),

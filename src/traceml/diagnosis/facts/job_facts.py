@@ -16,6 +16,7 @@ from traceml.diagnosis.facts.core_waits import CoreWaits
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.rank_progress import JobProgress, ProgressHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
@@ -65,6 +66,7 @@ class RankExit:
         at_s: epoch seconds of the end, to separate the first from those that followed.
         stopped: whether its launcher ended it, because of others.
         process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
+        open_s: age of the open step at the end, seconds.
     """
 
     rank: int
@@ -83,6 +85,7 @@ class RankExit:
     host: str | None = None
     stopped: bool | None = None
     process_gone: bool | None = None
+    open_s: float | None = None
 
     @classmethod
     def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
@@ -137,6 +140,7 @@ class JobFacts:
         losses: losses that were read.
         batches: fingerprints of batches, and how ranks exchange gradients.
         latest: last step of each rank, -1 before the first.
+        progress: progress of each rank; None where it is not known.
     """
 
     world_size: int = 1
@@ -164,6 +168,7 @@ class JobFacts:
     losses: LossHistory | None = None
     batches: BatchHistory | None = None
     latest: tuple[int, ...] = ()
+    progress: JobProgress | None = None
 
     @property
     def wait_share(self) -> float:
@@ -226,6 +231,7 @@ class JobFactsBuilder:
         self.steps_before: dict[int, int] = {}
         """Steps of each rank in the training that it resumes."""
         self.losses, self.batches = LossHistory(), BatchHistory()
+        self.progress = ProgressHistory()
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
         self._epochs = np.empty(0, EPOCHS.dtype)
@@ -245,6 +251,7 @@ class JobFactsBuilder:
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take a row of the `info` log: loader, model, process, exit and resumed rows are used."""
         kind = row.get("kind")
+        self.progress.info(rank, row)
         if kind == "loader":
             # The training loader where it is known, else the first: evaluation comes later.
             self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
@@ -303,6 +310,7 @@ class JobFactsBuilder:
         self._waits.add(rank, rows)
         self.samples.add(PROCESS.name, rank, rows)
         self.memory.process_rows(rank, rows)
+        self.progress.process_rows(rank, rows)
 
     def exit(self, ended: RankExit) -> None:
         """Record how a rank ended; facts that are missing here are kept from earlier reports."""
@@ -338,6 +346,9 @@ class JobFactsBuilder:
             losses=self.losses,
             batches=self.batches,
             latest=tuple(latest),
+            progress=self.progress.build(
+                self.hosts, self.names, self.exits, {rank: end.open_s for rank, end in self.exits.items() if end.open_s}
+            ),
             epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),

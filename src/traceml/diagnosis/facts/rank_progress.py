@@ -1,0 +1,240 @@
+"""Progress of each rank by its rows, and looks at ranks that make none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.looks import FrameLook, RankLook
+from traceml.database.schema import LINE_PHASES, unpack_bits
+
+__all__ = ["DEFAULT_TIMEOUT_S", "JobProgress", "ProgressHistory", "RankProgress"]
+
+DEFAULT_TIMEOUT_S = 60.0
+"""`hang_timeout` of a job whose ranks did not tell theirs."""
+
+_S = 1e9
+# An exception that ends a rank moves its stack first: what it did until then is how it hung.
+_DYING_S = 3.0
+_FIRST_RANKS = 16
+_NO_PROGRESS = ("look", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
+
+
+@dataclass(frozen=True, slots=True)
+class RankProgress:
+    """A rank and its progress until now, or until its end.
+
+    Attributes:
+        rank: the rank.
+        look: the newest look at it since its last progress; None while it makes progress, or where nobody looked.
+        quiet_s: seconds since its last progress, by that look or else by its rows.
+        alive_s: seconds since its recorder sent anything, by the clock of its host.
+        step: last step that ended, -1 before the first.
+    """
+
+    rank: int
+    look: RankLook | None
+    quiet_s: float
+    alive_s: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """Progress of all ranks.
+
+    Attributes:
+        ranks: by rank, those that have sent anything.
+        timeout_s: the job's `hang_timeout`.
+        longest_quiet_s: longest pause of any rank that ended with progress: before the first step, and after it.
+        longest_gap_s: longest time from the end of a step to the end of the next.
+    """
+
+    ranks: Mapping[int, RankProgress] = field(default_factory=dict)
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    longest_quiet_s: tuple[float, float] = (0.0, 0.0)
+    longest_gap_s: float = 0.0
+
+
+class ProgressHistory:
+    """Collects rows and looks as they arrive."""
+
+    def __init__(self) -> None:
+        self.timeout_s = DEFAULT_TIMEOUT_S
+        self.aborts = False
+        """Whether a job that hangs is to be ended (`on_hang`)."""
+        self.has_looks = False
+        """Whether any rank stands still now, as far as the looks tell."""
+        self._steps = np.full(_FIRST_RANKS, -1, np.int64)
+        self._ends = np.zeros(_FIRST_RANKS, np.int64)  # of the last step or evaluation
+        self._sequences = np.full(_FIRST_RANKS, -1, np.int64)
+        self._gap_ns = 0
+        self._began: dict[int, int] = {}
+        self._seen: dict[int, int] = {}  # newest timestamp of any row
+        self._cpu: dict[int, tuple[int, int, float | None]] = {}  # timestamp, CPU time, cores since the row before
+        self._open_steps: dict[int, int] = {}
+        self._lines: dict[int, tuple[int, int, int]] = {}  # timestamp, phase, id of the line
+        self._looks: dict[int, RankLook] = {}
+        self._over: dict[int, int] = {}  # timestamp of the end of the pause that the look is about
+        self._quiet = [0.0, 0.0]
+
+    def steps(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
+        """Take step rows of any ranks; those of one rank in order."""
+        if not len(rows):
+            return
+
+        self._grow(int(ranks.max()) + 1)
+        begins = np.diff(ranks, prepend=-1) != 0
+        ends, steps = rows["t_end_ns"], rows["step"]
+        before, numbers = np.roll(ends, 1), np.roll(steps, 1)
+        before[begins], numbers[begins] = self._ends[ranks[begins]], self._steps[ranks[begins]]
+        next_one = (steps == numbers + 1) & (before > 0) & (numbers >= 0)
+        self._gap_ns = max(self._gap_ns, int(np.where(next_one, ends - before, 0).max()))
+        # numpy keeps the last of equal indices, which is the newest row of the rank
+        self._steps[ranks], self._ends[ranks] = steps, ends
+        self._sequences[ranks] = unpack_bits(rows["bits"]).sequence
+
+    def eval_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.EVALS`."""
+        if len(rows):
+            self._grow(rank + 1)
+            self._ends[rank] = max(int(self._ends[rank]), int(rows["t_end_ns"].max()))
+
+    def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.PROCESS`, in order."""
+        for t_ns, step, cpu_ns in rows[["t_ns", "step", "cpu_ns"]][-2:].tolist():
+            t_before, cpu_before, share = self._cpu.get(rank, (t_ns, cpu_ns, None))
+            if t_ns > t_before:
+                share = (cpu_ns - cpu_before) / (t_ns - t_before)
+
+            self._cpu[rank], self._open_steps[rank] = (t_ns, cpu_ns, share), step
+            self._saw(rank, t_ns)
+
+    def line_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.LINES`; of the newest ones the line that was seen most."""
+        if len(rows):
+            newest = rows[rows["t_ns"] == rows["t_ns"].max()]
+            row = newest[newest["samples"].argmax()]
+            self._lines[rank] = int(row["t_ns"]), int(row["phase"]), int(row["line_id"])
+
+    def info(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take a row of the `info` log."""
+        kind, t_ns = row.get("kind"), row.get("t_ns")
+        if kind == "process":
+            timeout_s = row.get("hang_timeout_s")
+            self.timeout_s = float(timeout_s) if isinstance(timeout_s, int | float) else self.timeout_s
+            self.aborts = row.get("on_hang") == "abort"
+
+        if kind == "look":
+            self.look(RankLook.from_row({**row, "rank": rank}))
+        elif isinstance(t_ns, int) and kind not in _NO_PROGRESS:
+            self._began[rank] = max(self._began.get(rank, 0), t_ns)
+
+        if isinstance(t_ns, int):
+            self._saw(rank, t_ns)
+
+    def look(self, look: RankLook) -> None:
+        """Take a look at a rank."""
+        rank = look.rank
+        self._saw(rank, look.at_ns)
+        if not look.ended:
+            self._looks[rank] = look
+            self._over.pop(rank, None)
+        elif rank in self._looks:
+            self._over[rank] = look.at_ns
+            if not self._looks[rank].is_last:
+                in_training = look.step >= 0
+                self._quiet[in_training] = max(self._quiet[in_training], look.quiet_s, self._looks[rank].quiet_s)
+
+        self.has_looks = any(each not in self._over for each in self._looks)
+
+    def build(
+        self,
+        hosts: Mapping[int, str],
+        names: Mapping[int, Mapping[int, str]],
+        ended: Iterable[int] = (),
+        open_s: Mapping[int, float] | None = None,
+    ) -> JobProgress:
+        """Return the progress of each rank until now.
+
+        Args:
+            hosts: rank -> host; the ranks of one host have one clock.
+            names: texts of each rank by id.
+            ended: ranks that have ended: their time stands still.
+            open_s: age of the step that was open at the end of a rank.
+        """
+        gone, ages = set(ended), open_s or {}
+        now_ns: dict[str | None, int] = {}
+        for rank, seen_ns in self._seen.items():
+            now_ns[hosts.get(rank)] = max(now_ns.get(hosts.get(rank), 0), seen_ns)
+
+        ranks = {}
+        for rank, seen_ns in sorted(self._seen.items()):
+            at_ns = seen_ns if rank in gone else now_ns[hosts.get(rank)]
+            ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), is_gone=rank in gone, open_s=ages.get(rank))
+
+        return JobProgress(ranks, self.timeout_s, (self._quiet[0], self._quiet[1]), self._gap_ns / _S)
+
+    def _of_rank(
+        self, rank: int, now_ns: int, names: Mapping[int, str], *, is_gone: bool, open_s: float | None
+    ) -> RankProgress:
+        ends = int(self._ends[rank]) if rank < len(self._ends) else 0
+        step = int(self._steps[rank]) if rank < len(self._steps) else -1
+        last_ns = max(ends, self._began.get(rank, 0)) or now_ns
+        alive_s = (now_ns - self._seen[rank]) / _S
+        look = self._looks.get(rank)
+        over_ns = self._over.get(rank)
+        if look is not None and over_ns is not None and not (is_gone and now_ns - over_ns < _DYING_S * _S):
+            look = None
+
+        if look is not None and last_ns <= look.at_ns:
+            quiet_s = look.quiet_s + max((over_ns or now_ns) - look.at_ns, 0) / _S
+            look = replace(look, quiet_s=quiet_s)
+        else:
+            quiet_s = max((now_ns - last_ns) / _S, open_s or 0.0)
+            look = self._from_rows(rank, now_ns, quiet_s, names, is_open=bool(open_s)) if is_gone else None
+
+        return RankProgress(rank, look, quiet_s, alive_s, step)
+
+    def _from_rows(
+        self, rank: int, now_ns: int, quiet_s: float, names: Mapping[int, str], *, is_open: bool
+    ) -> RankLook:
+        """Return what the rows tell of a rank that has ended, and that nobody looked at."""
+        step = int(self._steps[rank]) if rank < len(self._steps) else -1
+        open_step, last_ns = self._open_steps.get(rank, -1), now_ns - int(quiet_s * _S)
+        t_ns, phase, line = self._lines.get(rank, (0, 0, -1))
+        return RankLook(
+            at_ns=now_ns,
+            rank=rank,
+            quiet_s=quiet_s,
+            step=max(open_step, step),
+            in_step=open_step > step or is_open,
+            answered="rows",
+            phase=LINE_PHASES.get(phase, "other") if t_ns > last_ns else "",
+            user_line=_frame(names.get(line)) if t_ns > last_ns else None,
+            cpu_share=self._cpu[rank][2] if rank in self._cpu else None,
+            sequence=int(self._sequences[rank]) if rank < len(self._sequences) else -1,
+        )
+
+    def _saw(self, rank: int, t_ns: int) -> None:
+        self._seen[rank] = max(self._seen.get(rank, 0), t_ns)
+
+    def _grow(self, ranks: int) -> None:
+        if ranks <= len(self._steps):
+            return
+
+        more = max(ranks, 2 * len(self._steps)) - len(self._steps)
+        self._steps = np.append(self._steps, np.full(more, -1, np.int64))
+        self._ends = np.append(self._ends, np.zeros(more, np.int64))
+        self._sequences = np.append(self._sequences, np.full(more, -1, np.int64))
+
+
+def _frame(text: str | None) -> FrameLook | None:
+    """Return the frame of `FILE:LINE FUNCTION`."""
+    place, _, function = (text or "").rpartition(" ")
+    file, _, line = place.rpartition(":")
+    return FrameLook(file=file, line=int(line), function=function, is_user=True) if line.isdecimal() else None

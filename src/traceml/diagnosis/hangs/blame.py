@@ -1,0 +1,202 @@
+"""Comparison of the looks at all ranks: which of them the others wait for.
+
+A rank that waits in a collective waits for the members of its group that have not come to it: their number is lower, or
+they have ended. From rank to rank this leads to one that waits for nobody, or in a circle.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from traceml.database.looks import GroupLook, RankLook
+from traceml.diagnosis.hangs.one_look import collective_wait
+
+__all__ = ["Blame", "HangCause", "blame"]
+
+_SAME_SIZES = ("all_reduce", "broadcast", "reduce", "allreduce")
+
+
+class HangCause(StrEnum):
+    """Cause of a hang, as the looks prove it."""
+
+    NEVER_CAME = "never_came"  # some ranks do something else while the others wait for them
+    ALONE = "alone"  # one rank is in a collective that no other has called
+    ENDED = "ended"  # some ranks have ended, and the others wait for them
+    MISMATCH = "mismatch"  # the same collective by its number, but another operation
+    SIZES = "sizes"  # the same operation with other sizes
+    CIRCLE = "circle"  # ranks wait for each other in different groups
+    NETWORK = "network"  # all are in the same collective
+    STANDS = "stands"  # no rank waits for another
+    UNANSWERED = "unanswered"  # too little is known
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """Ranks that block a job.
+
+    Attributes:
+        cause: the kind of hang.
+        ranks: the ranks to name; empty for all.
+        waits: the operation that each waiting rank is in.
+        operation: the collective that the named ranks did not come to, or are in.
+    """
+
+    cause: HangCause
+    ranks: tuple[int, ...]
+    waits: Mapping[int, GroupLook]
+    operation: GroupLook | None = None
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether no time need pass: these ranks can never meet."""
+        return self.cause in (HangCause.MISMATCH, HangCause.SIZES, HangCause.ENDED)
+
+
+def blame(looks: Mapping[int, RankLook], ended: Collection[int], world_size: int) -> Blame:
+    """Return which ranks block the job.
+
+    Args:
+        looks: at the ranks that run; each stands still.
+        ended: ranks whose process has ended.
+        world_size: ranks of the job.
+    """
+    waits = {rank: wait for rank, look in looks.items() if (wait := collective_wait(look)) is not None}
+    if not waits:
+        return Blame(HangCause.STANDS, tuple(sorted(looks)), waits)
+
+    targets = {rank: _targets(rank, wait, looks, ended, world_size, waits) for rank, wait in waits.items()}
+    roots, circle = _walk(targets)
+    different = _different(waits)
+    if different is not None and not roots:
+        return different
+
+    if roots:
+        return _of_roots(roots, targets, waits, ended)
+
+    if circle:
+        return Blame(HangCause.CIRCLE, circle, waits)
+
+    if set(range(world_size)) - looks.keys() - set(ended):
+        return Blame(HangCause.UNANSWERED, tuple(sorted(set(range(world_size)) - looks.keys() - set(ended))), waits)
+
+    return _together(waits, looks)
+
+
+def _together(waits: Mapping[int, GroupLook], looks: Mapping[int, RankLook]) -> Blame:
+    """Return the blame of ranks of which none waits for a certain other one."""
+    others = tuple(sorted(looks.keys() - waits.keys()))
+    known = {(wait.name, wait.number, wait.operation) for wait in waits.values()}
+    if others or len(known) > 1:
+        return Blame(HangCause.UNANSWERED, (), waits)
+
+    return Blame(HangCause.NETWORK, (), waits, next(iter(waits.values())))
+
+
+def _targets(
+    rank: int,
+    wait: GroupLook,
+    looks: Mapping[int, RankLook],
+    ended: Collection[int],
+    world_size: int,
+    waits: Mapping[int, GroupLook],
+) -> set[int]:
+    """Return the ranks that a rank waits for."""
+    if wait.is_p2p:
+        return set() if wait.peer is None else {wait.peer}
+
+    members = set(wait.members or range(world_size)) - {rank}
+    return {
+        member
+        for member in members
+        if member in ended or (member in looks and _is_behind(looks[member], wait, is_waiting=member in waits))
+    }
+
+
+def _is_behind(look: RankLook, wait: GroupLook, *, is_waiting: bool) -> bool:
+    """Whether a rank has not come to a collective that another one waits in."""
+    if not look.groups or wait.number <= 0:  # no numbers: who waits too is not blamed
+        return not is_waiting
+
+    own = next((group for group in look.groups if group.name == wait.name and not group.is_p2p), None)
+    return (own.number if own is not None else 0) < wait.number
+
+
+def _walk(targets: Mapping[int, Collection[int]]) -> tuple[set[int], tuple[int, ...]]:
+    """Follow who waits for whom; return the ranks at which it ends, and else the ranks of a circle."""
+    roots: set[int] = set()
+    for start in targets:
+        seen, frontier = {start}, {start}
+        while frontier:
+            following = {target for rank in frontier for target in targets.get(rank, ())}
+            roots |= {rank for rank in following if not targets.get(rank)}
+            frontier = following - seen
+            seen |= following
+
+    circle = tuple(sorted(rank for rank in targets if rank in _reached(rank, targets)))
+    return roots, () if roots else circle
+
+
+def _reached(start: int, targets: Mapping[int, Collection[int]]) -> set[int]:
+    """Return the ranks that a rank waits for, directly or through others."""
+    seen: set[int] = set()
+    frontier = set(targets.get(start, ()))
+    while frontier:
+        seen |= frontier
+        frontier = {target for rank in frontier for target in targets.get(rank, ())} - seen
+
+    return seen
+
+
+def _of_roots(
+    roots: Collection[int],
+    targets: Mapping[int, Collection[int]],
+    waits: Mapping[int, GroupLook],
+    ended: Collection[int],
+) -> Blame:
+    gone = tuple(sorted(rank for rank in roots if rank in ended))
+    named = gone or tuple(sorted(roots))
+    waiting = [rank for rank in sorted(waits) if set(targets[rank]) & set(named)]
+    operation = min((waits[rank] for rank in waiting), key=lambda wait: wait.number, default=None)
+    if gone:
+        return Blame(HangCause.ENDED, gone, waits, operation)
+
+    is_alone = len(waits) == 1 and len(named) > 1
+    return Blame(HangCause.ALONE if is_alone else HangCause.NEVER_CAME, named, waits, operation)
+
+
+def _different(waits: Mapping[int, GroupLook]) -> Blame | None:
+    """Return the blame where ranks are in one collective by its number, but in different operations."""
+    met: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for rank, wait in waits.items():
+        if wait.number > 0 and not wait.is_p2p:
+            met[wait.name, wait.number].append(rank)
+
+    for ranks in met.values():
+        for cause, key in ((HangCause.MISMATCH, _operation), (HangCause.SIZES, _sizes)):
+            groups = defaultdict(list)
+            for rank in ranks:
+                groups[key(waits[rank])].append(rank)
+
+            if len(groups) > 1 and all(groups):
+                return Blame(cause, _minority(list(groups.values())), waits, waits[ranks[0]])
+
+    return None
+
+
+def _operation(wait: GroupLook) -> object:
+    return wait.operation
+
+
+def _sizes(wait: GroupLook) -> object:
+    """Return the sizes of an operation that must be the same on all ranks."""
+    return wait.sizes if wait.operation in _SAME_SIZES else ("any",)
+
+
+def _minority(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the ranks of all groups but the largest; those of all groups where none is the largest."""
+    ordered = sorted(groups, key=len)
+    named = ordered if len(ordered[-1]) == len(ordered[-2]) else ordered[:-1]
+    return tuple(sorted(rank for group in named for rank in group))

@@ -1,0 +1,73 @@
+"""The finding `HANG`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from traceml.database.looks import RankLook
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.hangs.blame import HangCause
+from traceml.diagnosis.hangs.hang_words import hang_advice, hang_summary, operation_text
+from traceml.diagnosis.hangs.one_look import blocked_worker, user_line
+from traceml.diagnosis.hangs.standstill import Standstill, standstill
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.steps.window import Window
+
+__all__ = ["hang"]
+
+_S = 1e9
+
+
+def hang(window: Window, facts: JobFacts) -> list[Finding]:
+    """Return the finding about a job that hangs, or has hung when it was ended.
+
+    Args:
+        window: steps of the job, which tell how long they take.
+        facts: the job, with its progress.
+    """
+    p99_s = float(np.quantile(window.total, 0.99)) / _S if window.total.size else 0.0
+    found = standstill(facts, p99_s)
+    return [] if found is None else [_finding(found)]
+
+
+def _finding(found: Standstill) -> Finding:
+    named = found.blame.ranks if found.blame.cause is not HangCause.NETWORK else ()
+    first = next((found.looks[rank] for rank in named if rank in found.looks), None)
+    shown = first or (None if named else next(iter(found.looks.values())))
+    phase = shown.phase if shown is not None and shown.phase else None
+    return Finding(
+        kind=Kind.HANG,
+        severity=Kind.HANG.severity_for(0.0),
+        ranks=named,
+        phase=phase,
+        summary=hang_summary(found),
+        next=hang_advice(found),
+        evidence=_evidence(found, shown),
+        cost_share=1.0,
+    )
+
+
+def _evidence(found: Standstill, shown: RankLook | None) -> dict[str, Any]:
+    worker = blocked_worker(shown) if shown is not None else None
+    line = user_line(worker) if worker is not None and user_line(worker) is not None else None
+    line = line or (user_line(shown) if shown is not None else None)
+    operation = found.blame.operation
+    known = {
+        "cause": str(found.blame.cause),
+        "quiet_s": round(found.quiet_s, 1),
+        "busy": found.is_busy or None,
+        "file": line.file if line else None,
+        "line": line.line if line else None,
+        "function": line.function if line else None,
+        "step": shown.step if shown is not None and shown.step >= 0 else None,
+        "operation": (operation_text(operation) or None) if operation is not None else None,
+        "sizes": list(operation.sizes) or None if operation is not None else None,
+        "waiting": sorted(set(found.blame.waits) - set(found.blame.ranks)) or None,
+        "answered": shown.answered if shown is not None else None,
+        "process_state": (shown.process_state or None) if shown is not None else None,
+        "worker": worker.pid if worker is not None else None,
+    }
+    return {key: value for key, value in known.items() if value is not None}

@@ -1,0 +1,264 @@
+"""Sentences about a hang: who blocks the others, where, since when, and who waits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from traceml.database.looks import GroupLook, RankLook
+from traceml.diagnosis.hangs.blame import HangCause
+from traceml.diagnosis.hangs.one_look import blocked_worker, doing, user_line
+from traceml.diagnosis.hangs.standstill import Standstill
+from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
+
+__all__ = ["hang_advice", "hang_summary", "operation_text"]
+
+_LISTED = 3  # different places that a sentence lists
+
+
+def operation_text(wait: GroupLook) -> str:
+    """Return `all_reduce #15`, with the group's name unless it is the default one; empty if nothing is known."""
+    if not wait.operation:
+        return f"collective #{wait.number}" if wait.number > 0 else ""
+
+    number = f" #{wait.number}" if wait.number > 0 and not wait.is_p2p else ""
+    peer = ""
+    if wait.is_p2p and wait.peer is not None:
+        peer = f" {'from' if 'recv' in wait.operation else 'to'} rank {wait.peer}"
+
+    group = f" of group {wait.name!r}" if wait.name and not wait.is_p2p else ""
+    return f"{wait.operation}{number}{peer}{group}"
+
+
+def hang_summary(found: Standstill) -> str:
+    """Return one sentence with a full stop; what is seen of the ranks, and nothing that was not."""
+    cause = found.blame.cause
+    if cause in (HangCause.MISMATCH, HangCause.SIZES):
+        text = _different_text(found)
+    elif cause is HangCause.CIRCLE:
+        text = f"{_ranks(found.blame.ranks)} wait for each other: {_places(found, found.blame.ranks)}"
+    elif cause is HangCause.NETWORK:
+        where = _where_they_wait(found, sorted(found.looks))
+        text = f"all ranks have been in {where} for {_age(found)}: the network, or the link of one of them"
+    elif cause is HangCause.UNANSWERED:
+        silent = f"; {_ranks(found.blame.ranks)} did not answer" if found.blame.ranks else ""
+        text = f"no rank has made progress for {_age(found)}: {_places(found, found.looks)}{silent}"
+    elif cause is HangCause.ENDED:
+        text = _ended_text(found)
+    elif cause is HangCause.STANDS:
+        text = _stands_text(found)
+    else:
+        text = _late_text(found)
+
+    return capitalized(text) + "."
+
+
+def _late_text(found: Standstill) -> str:
+    """Return who did not come to a collective, where it is, and who waits."""
+    named, operation = found.blame.ranks, found.blame.operation
+    what = operation_text(operation) if operation is not None else ""
+    if found.blame.cause is HangCause.ALONE:
+        (alone,) = found.blame.waits
+        return (
+            f"rank {alone} alone has waited in {_where_they_wait(found, [alone])} for {_age(found)}: {_ranks(named)} "
+            f"never came to it: {_places(found, named)}"
+        )
+
+    never = f" never came to {what}:" if what and operation is not None and operation.number > 0 else ""
+    it = "it has" if len(named) == 1 else "they have"
+    subject = f"{_ranks(named)}{never} {it}" if never else f"{_ranks(named)} {'has' if len(named) == 1 else 'have'}"
+    return f"{subject} been {_state_text(found, named)} for {_age(found, named)}{_waiters_text(found)}"
+
+
+def _stands_text(found: Standstill) -> str:
+    ranks = sorted(found.looks)
+    if len(ranks) == 1 or len({_place(found, rank) for rank in ranks}) == 1:
+        has = "has" if len(ranks) == 1 else "have"
+        return f"{_ranks(ranks)} {has} been {_state_text(found, ranks)} for {_age(found)}"
+
+    return f"no rank has made progress for {_age(found)}: {_places(found, ranks)}"
+
+
+def _ended_text(found: Standstill) -> str:
+    """Return that ranks have ended, after how many steps where that differs, and who waits."""
+    gone = found.blame.ranks
+    counts = {rank: found.ended[rank].last_step for rank in gone if rank in found.ended}
+    steps = {-1 if step is None else step + 1 for step in counts.values()}
+    others = {look.step + (0 if look.in_step else 1) for look in found.looks.values() if look.step >= 0}
+    after = ""
+    if len(steps) == 1 and (count := next(iter(steps))) > 0:
+        after = f" after {plural(count, 'step')}"
+        if others and min(others) > count:
+            after += f", the others had {count_text(min(others))}: its data ended first" if len(gone) == 1 else ""
+
+    whose = f"{_ranks(gone)}'s script" if len(gone) == 1 else f"the scripts of {_ranks(gone)}"
+    return f"{whose} ended{after}{_waiters_text(found)}"
+
+
+def _different_text(found: Standstill) -> str:
+    parts = []
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for rank, wait in found.blame.waits.items():
+        groups[wait.operation, sum(wait.sizes) if found.blame.cause is HangCause.SIZES else 0].append(rank)
+
+    for (_, size), ranks in sorted(groups.items(), key=lambda item: item[1]):
+        of = f" of {count_text(size)} numbers" if size else ""
+        be = "is" if len(ranks) == 1 else "are"
+        parts.append(f"{_ranks(ranks)} {be} in {_where_they_wait(found, ranks, of)}")
+
+    why = "sizes differ" if found.blame.cause is HangCause.SIZES else "different code paths"
+    return f"{', '.join(parts)}, for {_age(found)}: {why}"
+
+
+def _state_text(found: Standstill, ranks: Sequence[int]) -> str:
+    """Return what the named ranks do: their place if it is one, and what the kernel says."""
+    places = {_place(found, rank) for rank in ranks}
+    if len(places) == 1:
+        return places.pop()
+
+    return f"elsewhere ({_places(found, ranks)})"
+
+
+def _place(found: Standstill, rank: int) -> str:
+    """Return `in train.py:6 stuck, sleeping` of a rank, with the operation or the worker that it waits for."""
+    look = found.looks.get(rank)
+    if look is None:
+        return "silent"
+
+    wait = found.blame.waits.get(rank)
+    if wait is not None:
+        return f"in {_where_they_wait(found, [rank])}"
+
+    worker = blocked_worker(look)
+    if worker is not None:
+        line = user_line(worker)
+        at = f" in {line_text(line.file, line.line, line.function)}" if line else ""
+        state = f", {doing(worker)}" if doing(worker) else ""
+        return (
+            f"waiting for batch {worker.waits_for_batch} of its data loader, whose worker {worker.index} "
+            f"(process {worker.pid}) is{at}{state}"
+        )
+
+    return _own_place(look)
+
+
+def _own_place(look: RankLook) -> str:
+    line, what = user_line(look), doing(look)
+    if line is not None and what.startswith("in C code"):
+        return (
+            f"{what.replace('in C code', f'in C code called at {line_text(line.file, line.line, line.function)}', 1)}"
+        )
+
+    if line is None:
+        phase = phase_words(look.phase) if look.phase and look.phase != "other" else ""
+        return ", ".join(part for part in (f"in {phase}" if phase else "", what) if part) or "in unknown code"
+
+    return f"in {line_text(line.file, line.line, line.function)}" + (f", {what}" if what else "")
+
+
+def _places(found: Standstill, ranks: Iterable[int]) -> str:
+    """Return where ranks are, those at one place together: `rank 0 in ..., ranks 1-3 in ...`."""
+    by_place: dict[str, list[int]] = defaultdict(list)
+    for rank in sorted(ranks):
+        by_place[_place(found, rank)].append(rank)
+
+    parts = [f"{_ranks(at)} {place}" for place, at in by_place.items()]
+    more = f", and {len(parts) - _LISTED} other places" if len(parts) > _LISTED else ""
+    return ", ".join(parts[:_LISTED]) + more
+
+
+def _where_they_wait(found: Standstill, ranks: Sequence[int], of: str = "") -> str:
+    """Return `all_reduce #15 (train.py:28 main)` of waiting ranks; the line of the first."""
+    wait, look = found.blame.waits[ranks[0]], found.looks[ranks[0]]
+    line = user_line(look)
+    at = f" ({line_text(line.file, line.line, line.function)})" if line is not None else ""
+    what = operation_text(wait) or (phase_words(look.phase) if look.phase else "a collective")
+    inside = " in backward" if look.phase == "backward" and wait.operation else ""
+    return f"{what}{of}{inside}{at}"
+
+
+def _waiters_text(found: Standstill) -> str:
+    """Return `; rank 0 waits for it in all_reduce #15 (train.py:28 main)`."""
+    named = found.blame.ranks
+    waiting = [rank for rank in sorted(found.blame.waits) if rank not in named]
+    if not waiting:
+        return ""
+
+    it = "it" if len(named) == 1 else "them"
+    wait = "waits" if len(waiting) == 1 else "wait"
+    return f"; {_ranks(waiting)} {wait} for {it} in {_where_they_wait(found, waiting)}"
+
+
+def _age(found: Standstill, ranks: Sequence[int] = ()) -> str:
+    return duration_text(
+        min((found.looks[rank].quiet_s for rank in ranks if rank in found.looks), default=found.quiet_s)
+    )
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    return ranks_text(sorted(ranks))
+
+
+def hang_advice(found: Standstill) -> str:
+    """Return one sentence about what to do next."""
+    cause, looks = found.blame.cause, found.looks
+    first = next((looks[rank] for rank in (found.blame.ranks or sorted(looks)) if rank in looks), None)
+    what = _ADVICE.get(cause)
+    if what is not None:
+        return what
+
+    return _advice_for(first, found) if first is not None else _look_at(found)
+
+
+def _look_at(found: Standstill) -> str:
+    others = found.blame.waits and found.blame.ranks
+    why = (
+        f"Look for why {_ranks(found.blame.ranks)} came there and the others did not"
+        if others
+        else ("Look at why what it waits for does not come")
+    )
+    return f"{why}." if found.is_over else f"{why}; `traceml stacks` shows what each rank does now."
+
+
+_ADVICE: Mapping[HangCause, str] = {
+    HangCause.MISMATCH: (
+        "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
+        "differs between ranks."
+    ),
+    HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
+    HangCause.CIRCLE: "Let all ranks of both groups call these collectives in the same order.",
+    HangCause.ENDED: (
+        "Give each rank the same number of batches (DistributedSampler, drop_last=True), or train under "
+        "torch.distributed.algorithms.join.Join, which lets ranks end early."
+    ),
+    HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
+    HangCause.NETWORK: (
+        "Look at the network between the ranks and at the devices (NCCL_DEBUG=INFO, dmesg): all of them called the "
+        "same collective."
+    ),
+    HangCause.UNANSWERED: "Look at the processes of the ranks that did not answer, and at their hosts.",
+}
+
+
+def _advice_for(look: RankLook, found: Standstill) -> str:
+    if look.process_state == "T":
+        return "Continue the process with `kill -CONT`, and look for what has stopped it."
+
+    worker = blocked_worker(look)
+    if worker is not None:
+        if "lock" in doing(worker):
+            return (
+                "Take no lock in the dataset that the training process may hold when it starts its workers: create it "
+                "in the worker (worker_init_fn), or start workers with multiprocessing_context='spawn'."
+            )
+
+        return "Look at what the dataset does there; `DataLoader(timeout=60)` turns such a wait into an error."
+
+    what = doing(look)
+    if what.startswith("writing to"):
+        return "Let the parent process read that pipe, or send the output to a file."
+
+    if "file lock" in what:
+        return "Look for a process that holds the lock, or remove a stale lock file."
+
+    return _look_at(found)

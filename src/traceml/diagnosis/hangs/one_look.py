@@ -1,0 +1,160 @@
+"""One look at a rank: whether it waits in a collective, what else it does, and whether that is normal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from traceml.database.looks import FrameLook, GroupLook, RankLook, WorkerLook
+
+__all__ = ["blocked_worker", "collective_wait", "doing", "is_busy", "is_excused", "user_line"]
+
+BUSY_CORES = 0.2
+"""A rank that uses at least so many cores computes."""
+_BUSY_BYTES_PER_S = 10_000
+
+_DISTRIBUTED = "/torch/distributed/"
+_POINT_TO_POINT = ("send", "recv", "isend", "irecv", "batch_isend_irecv", "send_object_list", "recv_object_list")
+_WRAPPERS = ("wrapper", "inner", "wrapped", "__call__")
+_COMPILER = ("/torch/_dynamo/", "/torch/_inductor/")
+_DEBUGGERS = ("/bdb.py", "/pdb.py", "/pydevd", "/debugpy/")
+_WAITING_PHASES = ("backward", "comm")
+# Kernel functions in which a process sleeps, by the first that begins like it.
+_SLEEPS = (
+    ("hrtimer_nanosleep", "sleeping"),
+    ("do_nanosleep", "sleeping"),
+    ("futex", "waiting for a lock"),
+    ("do_wait", "waiting for a child process to end"),
+    ("locks_lock", "waiting for a file lock"),
+    ("flock", "waiting for a file lock"),
+    ("fcntl", "waiting for a file lock"),
+    ("anon_pipe_read", "reading from a pipe that nobody writes to"),
+    ("pipe_read", "reading from a pipe that nobody writes to"),
+    ("unix_stream_read", "waiting for data from another process"),
+    ("sk_wait", "waiting for the network"),
+    ("tcp_", "waiting for the network"),
+    ("inet_", "waiting for the network"),
+    ("wait_for_connect", "waiting for the network"),
+    ("ep_poll", "waiting for input"),
+    ("do_sys_poll", "waiting for input"),
+    ("do_select", "waiting for input"),
+    ("poll_schedule", "waiting for input"),
+)
+_PIPE_WRITES = ("anon_pipe_write", "pipe_write")
+_DISK = ("io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
+
+
+def user_line(look: RankLook | WorkerLook) -> FrameLook | None:
+    """Return the innermost line of the user's code."""
+    known = look.user_line if isinstance(look, RankLook) else None
+    return known or next((frame for frame in look.frames if frame.is_user), None)
+
+
+def is_excused(look: RankLook) -> bool:
+    """Whether standing still is normal: input of a terminal, a debugger, job control, an idle notebook, compiling."""
+    flags = (look.is_waiting_for_terminal, look.is_debugged, look.is_suspended, look.is_idle_notebook)
+    files = [frame.file for frame in look.frames]
+    if any(flags) or look.process_state == "t" or _any_in(_DEBUGGERS, files):
+        return True
+
+    compiles = look.is_compiling or _any_in(_COMPILER, files)
+    return compiles and collective_wait(look) is None and look.cpu_share != 0.0
+
+
+def is_busy(look: RankLook) -> bool:
+    """Whether the rank, or the loader worker that it waits for, computes or transfers; waiting for others is not that.
+
+    A rank whose own thread was silent is not busy: it holds the GIL inside one call.
+    """
+    if collective_wait(look) is not None or look.answered in ("signal", "kernel"):
+        return False
+
+    worker = blocked_worker(look)
+    if worker is not None and (worker.cpu_share or 0.0) >= BUSY_CORES:
+        return True
+
+    return (look.cpu_share or 0.0) >= BUSY_CORES or (look.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
+
+
+def blocked_worker(look: RankLook) -> WorkerLook | None:
+    """Return the loader worker whose batch the rank waits for."""
+    return next((worker for worker in look.workers if worker.waits_for_batch is not None), None)
+
+
+def collective_wait(look: RankLook) -> GroupLook | None:
+    """Return the collective that a rank waits in; None where it does something else.
+
+    An operation in flight proves nothing, as it may be waited for later: the stack, the open phase or the kernel's
+    state must show the wait. Where the operation is not known, the group has no members and no number.
+    """
+    flying = [group for group in look.groups if group.in_flight]
+    called = _distributed_call(look.frames)
+    if called in _POINT_TO_POINT:
+        default = GroupLook(operation=called, in_flight=True, is_p2p=True)
+        return next((group for group in flying if group.is_p2p), default)
+
+    if not (called or _is_inside(look, has_flying=bool(flying))):
+        return None
+
+    if flying:
+        alike = (group for group in flying if called and group.operation and group.operation in called)
+        return next(alike, flying[0])
+
+    if called or not look.groups:
+        return GroupLook(operation=called, in_flight=True)
+
+    return None  # a backward pass that computes
+
+
+def _distributed_call(frames: Sequence[FrameLook]) -> str:
+    """Return the function of torch.distributed that the user's code is in: the outermost one of the innermost run."""
+    name = ""
+    for frame in frames:
+        if frame.is_user:
+            break
+
+        if _DISTRIBUTED in frame.file and frame.function.rpartition(".")[2] not in _WRAPPERS:
+            name = frame.function.rpartition(".")[2]
+
+    return name
+
+
+def _is_inside(look: RankLook, *, has_flying: bool) -> bool:
+    if look.phase == "comm":
+        return True
+
+    in_user_code = bool(look.frames) and look.frames[0].is_user
+    if look.phase in _WAITING_PHASES and not in_user_code:
+        return True
+
+    # `work.wait()` is C code, called by the user's line: a lock, as far as the kernel knows.
+    return has_flying and look.wchan.startswith("futex")
+
+
+def doing(look: RankLook | WorkerLook) -> str:
+    """Return what the process does, as far as the kernel and its silence tell: `sleeping`; empty if they do not."""
+    state = look.process_state if isinstance(look, RankLook) else look.state
+    if state == "T":
+        return "stopped by a signal"
+
+    if isinstance(look, RankLook) and look.answered in ("signal", "kernel"):
+        return "in C code that holds the GIL, " + ("computing" if state == "R" else "waiting")
+
+    if state == "D" or look.wchan.startswith(_DISK):
+        return f"waiting for a disk{_on(look.waits_on)}"
+
+    if look.wchan.startswith(_PIPE_WRITES):
+        return f"writing to {look.waits_on or 'a pipe'}, which nobody reads"
+
+    if state == "R":
+        return "computing"
+
+    words = next((text for start, text in _SLEEPS if look.wchan.startswith(start)), "")
+    return words + _on(look.waits_on) if words.endswith("file lock") else words
+
+
+def _on(path: str) -> str:
+    return f" ({path})" if path.startswith("/") else ""
+
+
+def _any_in(parts: Sequence[str], files: Sequence[str]) -> bool:
+    return any(part in file for part in parts for file in files)

@@ -1,0 +1,144 @@
+"""Decision whether a job hangs: no rank makes progress, for longer than is normal in this run.
+
+Also afterwards: a job that somebody ended while it hung has hung.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from traceml.database.looks import FrameLook, RankLook
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
+from traceml.diagnosis.facts.rank_progress import JobProgress, RankProgress
+from traceml.diagnosis.hangs.blame import Blame, blame
+from traceml.diagnosis.hangs.one_look import is_busy, is_excused
+from traceml.diagnosis.rules.lost_ranks import root_causes
+
+__all__ = ["Standstill", "standstill"]
+
+CERTAIN_S = 5.0
+"""Ranks that can never meet hang after so many seconds, and so does a stopped process."""
+BUSY_FACTOR = 5
+"""A rank that computes gets so many times `hang_timeout`."""
+ENDED_S = 10.0
+"""A job that was ended hung if it had stood still for so long at least, and far longer than its steps take."""
+
+_STEPS, _GAPS, _PAUSES, _BUSY_PAUSES = 20, 2, 1.5, 3
+_ALIVE_S = 3.0  # a recorder that sent something so recently, and no look, has seen progress
+
+
+@dataclass(frozen=True, slots=True)
+class Standstill:
+    """A job that hangs, or has hung.
+
+    Attributes:
+        looks: at the ranks that stand still.
+        blame: who blocks it.
+        quiet_s: seconds since any rank made progress.
+        is_busy: whether a rank computes: it is slow, or in an endless loop.
+        ended: how ranks have ended that the others wait for.
+        is_over: whether the job has ended.
+    """
+
+    looks: Mapping[int, RankLook]
+    blame: Blame
+    quiet_s: float
+    is_busy: bool
+    ended: Mapping[int, RankExit]
+    is_over: bool
+
+
+def standstill(facts: JobFacts, step_p99_s: float) -> Standstill | None:
+    """Return the hang of a job; None while it makes progress, and where it may be normal.
+
+    Args:
+        facts: the job.
+        step_p99_s: 99th percentile of its step time; 0 where it is not known.
+    """
+    if facts.progress is None or facts.state == "finished":
+        return None
+
+    if facts.state == "running":
+        return _now(facts, facts.progress)
+
+    return _afterwards(facts, facts.progress, step_p99_s)
+
+
+def _now(facts: JobFacts, progress: JobProgress) -> Standstill | None:
+    ended = {each.rank: each for each in facts.exits}
+    if root_causes(ended_badly(ended.values())):
+        return None  # the others wait for a rank that was lost
+
+    alive = {rank: each for rank, each in progress.ranks.items() if rank not in ended}
+    looks = _looks(list(alive.values()))
+    if looks is None:
+        return None
+
+    found = _judged(looks, ended, facts.world_size, is_over=False)
+    return found if found is not None and found.quiet_s >= _limit_s(found, progress) else None
+
+
+def _looks(ranks: Sequence[RankProgress]) -> dict[int, RankLook] | None:
+    """Return the looks; None if there are none, or if a rank makes progress."""
+    if any(each.look is None and each.alive_s < _ALIVE_S for each in ranks):
+        return None
+
+    return {each.rank: each.look for each in ranks if each.look is not None} or None
+
+
+def _judged(
+    looks: Mapping[int, RankLook], ended: Mapping[int, RankExit], world_size: int, *, is_over: bool
+) -> Standstill | None:
+    if any(is_excused(look) for look in looks.values()):
+        return None
+
+    quiet_s = min(look.quiet_s for look in looks.values())
+    busy = any(is_busy(look) for look in looks.values())
+    return Standstill(looks, blame(looks, ended.keys(), world_size), quiet_s, busy, ended, is_over)
+
+
+def _limit_s(found: Standstill, progress: JobProgress) -> float:
+    """Return how long the job may stand still."""
+    is_stopped = any(look.process_state == "T" for look in found.looks.values())
+    if is_stopped or (found.blame.is_certain and not found.is_busy):
+        return min(CERTAIN_S, progress.timeout_s)
+
+    pause_s = progress.longest_quiet_s[any(look.step >= 0 for look in found.looks.values())]
+    if found.is_busy:
+        return max(BUSY_FACTOR * progress.timeout_s, _BUSY_PAUSES * pause_s)
+
+    return max(progress.timeout_s, _PAUSES * pause_s)
+
+
+def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> Standstill | None:
+    """Return the hang in which a job was ended."""
+    finished = {each.rank: each for each in facts.exits if each.state == "finished"}
+    ranks = [each for rank, each in progress.ranks.items() if rank not in finished]
+    started = any(each.step >= 0 for each in ranks)
+    limit_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
+    if not ranks or len(ranks) + len(finished) < facts.world_size or any(each.quiet_s < limit_s for each in ranks):
+        return None
+
+    exits = {each.rank: each for each in facts.exits}
+    looks = {each.rank: _with_exit(each.look, exits.get(each.rank)) for each in ranks if each.look is not None}
+    if any(look.answered == "rows" and not look.in_step for look in looks.values()):
+        return None  # an evaluation, as far as the rows tell
+
+    found = _judged(looks, finished, facts.world_size, is_over=True) if looks else None
+    if found is None or (found.is_busy and found.quiet_s < BUSY_FACTOR * max(limit_s, progress.timeout_s)):
+        return None
+
+    return found
+
+
+def _with_exit(look: RankLook, ended: RankExit | None) -> RankLook:
+    """Add what the end of a rank tells: its open phase, and the line that Ctrl-C has interrupted."""
+    if ended is None:
+        return look
+
+    line = look.user_line
+    if line is None and ended.interrupted and ended.file and ended.line:
+        line = FrameLook(file=ended.file, line=ended.line, function=ended.function or "<module>", is_user=True)
+
+    return replace(look, phase=look.phase or ended.open_phase or "", user_line=line)

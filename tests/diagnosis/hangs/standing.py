@@ -1,0 +1,109 @@
+"""Jobs that stand still, made of looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from tests.diagnosis.fabricated import Job, window_of
+from traceml.database.looks import FrameLook, GroupLook, RankLook
+from traceml.database.schema import PROCESS, STEPS
+from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.hangs.hang import hang
+
+S = 1_000_000_000
+QUIET_S = 75.0
+LAST_NS = 100 * S
+NOW_NS = LAST_NS + int(QUIET_S * S)
+TORCH = "/venv/lib/python3.11/site-packages/torch"
+ENGINE = FrameLook(file=f"{TORCH}/autograd/graph.py", line=800, function="_engine_run_backward")
+
+
+def line(number: int, function: str = "main", file: str = "/home/me/train.py") -> FrameLook:
+    """Return a frame of the user's code."""
+    return FrameLook(file=file, line=number, function=function, is_user=True)
+
+
+def call(name: str) -> FrameLook:
+    """Return the frame of a function of torch.distributed."""
+    return FrameLook(file=f"{TORCH}/distributed/distributed_c10d.py", line=2800, function=name)
+
+
+def group(number: int, operation: str, *, flying: bool = True, **known: Any) -> GroupLook:
+    """Return the newest collective of the default group of two ranks."""
+    return GroupLook(**{"members": (0, 1), "number": number, "operation": operation, "in_flight": flying, **known})
+
+
+def look(rank: int, *frames: FrameLook, **known: Any) -> RankLook:
+    """Return a look at a rank that has stood still for 75 s in step 40."""
+    usual = {"step": 40, "in_step": True, "phase": "other", "answered": "recorder", "process_state": "S"}
+    return RankLook(**{"at_ns": NOW_NS, "rank": rank, "quiet_s": QUIET_S, "frames": frames, "cpu_share": 0.0,
+                       **usual, **known})  # fmt: skip
+
+
+def in_backward(rank: int, at: int = 28, number: int = 15, **known: Any) -> RankLook:
+    """Return a look at a rank that waits for its gradients' all_reduce."""
+    groups = (group(number, "all_reduce", sizes=(2372,)),)
+    return look(rank, ENGINE, line(at), **{"phase": "backward", "wchan": "futex_do_wait", "groups": groups, **known})
+
+
+def facts(
+    looks: Iterable[RankLook],
+    *exits: RankExit,
+    ranks: int = 2,
+    state: str = "running",
+    steps: int = 40,
+    silent: tuple[int, ...] = (),
+    rows: bool = True,
+    **process: Any,
+) -> JobFacts:
+    """Return the facts of a job: each rank has steps of 0.1 s until 75 s ago, and then those looks.
+
+    Args:
+        looks: what was seen.
+        exits: ranks that have ended.
+        ranks: ranks of the job.
+        state: state of the run.
+        steps: steps of each rank.
+        silent: ranks whose recorder sends nothing.
+        rows: whether steps were seen at all.
+        process: what the ranks tell about their settings.
+    """
+    builder = JobFactsBuilder(ranks)
+    builder.state = state
+    for rank in range(ranks):
+        builder.host(rank, "node1")
+        builder.info(rank, {"kind": "process", "t_ns": LAST_NS - 50 * S, **process})
+        if rows:
+            taken = np.zeros(steps, STEPS.dtype)
+            taken["step"] = np.arange(steps)
+            taken["t_end_ns"] = LAST_NS - (np.arange(steps)[::-1] * S // 10)
+            builder.progress.steps(np.full(steps, rank), taken)
+
+        samples = np.zeros(2, PROCESS.dtype)
+        last_ns = LAST_NS + S if rank in silent else NOW_NS
+        samples["t_ns"], samples["step"] = [last_ns - S, last_ns], steps
+        if not any(ended.rank == rank and ended.state == "finished" for ended in exits):
+            builder.process_rows(rank, samples)
+
+    for each in looks:
+        builder.info(each.rank, each.to_info())
+
+    for ended in exits:
+        builder.exit(ended)
+
+    return builder.build([steps - 1] * ranks)
+
+
+def found(*looks: RankLook, **job: Any) -> Finding | None:
+    """Return the finding about a job with these looks."""
+    return judged(facts(looks, *job.pop("exits", ()), **job))
+
+
+def judged(job: JobFacts) -> Finding | None:
+    """Return the finding about a job whose steps take some 15 ms."""
+    findings = hang(window_of(Job(ranks=2)), job)
+    return findings[0] if findings else None

@@ -1,0 +1,330 @@
+"""Sentences about hangs, by what was seen of the ranks; and what is no hang."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.diagnosis.hangs.standing import (
+    ENGINE,
+    NOW_NS,
+    S,
+    call,
+    facts,
+    found,
+    group,
+    in_backward,
+    judged,
+    line,
+    look,
+)
+from traceml.database.looks import FrameLook, GroupLook, WorkerLook
+from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+
+BEHIND = (group(14, "all_reduce", flying=False),)
+STUCK = look(1, line(6, "stuck"), groups=BEHIND, wchan="hrtimer_nanosleep")
+
+
+def summary(finding: Finding | None) -> str:
+    assert finding is not None
+    assert finding.kind is Kind.HANG
+    return finding.summary
+
+
+def test_a_rank_in_its_own_code_never_came_to_the_collective():
+    """It is named, with its line and state; the others' collective and line are evidence."""
+    finding = found(in_backward(0), STUCK)
+
+    assert summary(finding) == (
+        "Rank 1 never came to all_reduce #15: it has been in train.py:6 stuck, sleeping for 75 s; "
+        "rank 0 waits for it in all_reduce #15 in backward (train.py:28 main)."
+    )
+    assert finding.headline == "Rank 1 blocks the others, in train.py:6 stuck"
+    assert (finding.ranks, finding.evidence["line"], finding.evidence["waiting"]) == ((1,), 6, [0])
+
+
+def test_a_rank_whose_script_ended_earlier_has_fewer_data():
+    """It is said after 5 s, as it can never come."""
+    ended = RankExit(rank=1, state="finished", code=0, last_step=8)
+    waits = replace(in_backward(0), step=9, quiet_s=7.0, at_ns=NOW_NS)
+    finding = judged(facts([waits], ended, steps=9))
+
+    assert summary(finding) == (
+        "Rank 1's script ended after 9 steps; rank 0 waits for it in all_reduce #15 in backward (train.py:28 main)."
+    )
+    assert "drop_last" in finding.next
+
+
+def test_more_steps_of_the_others_tell_that_the_data_ended():
+    """The numbers of steps are told where they differ."""
+    ended = RankExit(rank=1, state="finished", code=0, last_step=8)
+
+    assert "after 9 steps, the others had 12: its data ended first" in summary(
+        judged(facts([replace(in_backward(0), step=12)], ended, steps=9))
+    )
+
+
+def test_different_operations_at_the_same_number_never_meet():
+    """Both lines are named, after 5 s."""
+    zero = look(0, call("all_reduce"), line(25), quiet_s=6.0, groups=(group(6, "all_reduce"),))
+    one = look(1, call("all_gather"), line(24), quiet_s=6.0, groups=(group(6, "all_gather"),))
+
+    assert summary(found(zero, one)) == (
+        "Rank 0 is in all_reduce #6 (train.py:25 main), rank 1 is in all_gather #6 (train.py:24 main), for 6.0 s: "
+        "different code paths."
+    )
+    assert found(zero, one).ranks == (0, 1)
+    assert found(replace(zero, quiet_s=3.0), replace(one, quiet_s=3.0)) is None
+
+
+def test_the_minority_of_operations_is_named():
+    """Of four ranks the one in another collective."""
+    known = {"members": (0, 1, 2, 3)}
+    many = [look(rank, call("all_reduce"), line(25), groups=(group(6, "all_reduce", **known),)) for rank in (0, 1, 3)]
+    one = look(2, call("barrier"), line(24), groups=(group(6, "barrier", **known),))
+
+    assert found(*many, one, ranks=4).ranks == (2,)
+
+
+def test_sizes_of_an_all_reduce_must_agree():
+    """Sizes of a gather need not."""
+
+    def at(rank, operation, size):
+        return look(rank, call(operation), line(5), groups=(group(3, operation, sizes=(size,)),))
+
+    assert "of 4,096 numbers" in summary(found(at(0, "all_reduce", 1024), at(1, "all_reduce", 4096)))
+    assert "sizes differ" not in summary(found(at(0, "gather", 1024), at(1, "gather", 4096)))
+
+
+def test_a_rank_alone_in_a_barrier_is_told():
+    """As for a barrier that only the saving rank calls."""
+    known = {"members": (0, 1, 2)}
+    alone = look(0, call("barrier"), line(30, "save"), groups=(group(6, "barrier", **known),))
+    others = [look(rank, line(41), groups=(group(5, "all_reduce", flying=False, **known),)) for rank in (1, 2)]
+
+    assert summary(found(alone, *others, ranks=3)) == (
+        "Rank 0 alone has waited in barrier #6 (train.py:30 save) for 75 s: ranks 1, 2 never came to it: ranks 1, 2 in "
+        "train.py:41 main."
+    )
+
+
+def test_sub_groups_in_different_order_are_a_circle():
+    """The ranks of the circle are named, not those that only wait for it."""
+    mine = GroupLook(name="mygrp", members=(0, 1), number=1, operation="all_reduce", in_flight=True)
+    everyone = {"members": (0, 1, 2)}
+    zero = look(0, call("all_reduce"), line(20), groups=(group(5, "barrier", flying=False, **everyone), mine))
+    rest = [look(rank, call("all_reduce"), line(30), groups=(group(6, "all_reduce", **everyone),)) for rank in (1, 2)]
+
+    assert summary(found(zero, *rest, ranks=3)) == (
+        "Ranks 0, 1 wait for each other: rank 0 in all_reduce #1 of group 'mygrp' (train.py:20 main), rank 1 in "
+        "all_reduce #6 (train.py:30 main)."
+    )
+
+
+def test_a_receive_from_a_rank_in_a_collective_is_a_circle():
+    """Point to point operations need no number."""
+    receives = look(
+        0, call("recv"), line(56), groups=(group(5, "x", flying=False), group(1, "recv", is_p2p=True, peer=1))
+    )
+    one = look(1, call("all_reduce"), line(57), groups=(group(6, "all_reduce"),))
+
+    assert "rank 0 in recv from rank 1 (train.py:56 main), rank 1 in all_reduce #6" in summary(found(receives, one))
+
+
+def test_all_ranks_in_the_same_collective_blame_nobody():
+    """The network may be it."""
+    finding = found(in_backward(0), in_backward(1))
+
+    assert finding.ranks == ()
+    assert summary(finding) == (
+        "All ranks have been in all_reduce #15 in backward (train.py:28 main) for 75 s: the network, or the link of "
+        "one of them."
+    )
+
+
+def test_a_rank_without_an_answer_is_no_culprit():
+    """It is named as one that did not answer."""
+    finding = found(in_backward(0, groups=(group(15, "all_reduce", members=(0, 2)),)), ranks=2, silent=(1,))
+
+    assert "rank 1 did not answer" in summary(finding)
+
+
+GIL = "in C code called at train.py:6 stuck that holds the GIL"
+LOCK_FILE = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        ({"answered": "signal", "process_state": "S"}, f"{GIL}, waiting"),
+        ({"answered": "signal", "process_state": "R"}, f"{GIL}, computing"),
+        ({"answered": "kernel", "process_state": "T"}, "in train.py:6 stuck, stopped by a signal"),
+        ({"wchan": "anon_pipe_write", "waits_on": "stderr"}, "stuck, writing to stderr, which nobody reads"),
+        (LOCK_FILE, "in train.py:6 stuck, waiting for a file lock (/tmp/lock)"),
+        ({"wchan": "do_wait"}, "in train.py:6 stuck, waiting for a child process to end"),
+        ({"wchan": "futex_do_wait"}, "in train.py:6 stuck, waiting for a lock"),
+        ({"process_state": "D", "waits_on": "/data/x.bin"}, "stuck, waiting for a disk (/data/x.bin)"),
+        ({"wchan": "an_unknown_function"}, "in train.py:6 stuck for 75 s"),
+    ],
+)
+def test_the_state_of_the_process_is_told(seen, words):
+    """And nothing where the kernel's word is not known."""
+    assert words in summary(found(in_backward(0), look(1, line(6, "stuck"), groups=BEHIND, **seen)))
+
+
+def test_a_rank_alone_is_told_too():
+    """One process needs no collective to hang."""
+    finding = found(look(0, line(6, "stuck"), wchan="anon_pipe_read"), ranks=1)
+
+    assert summary(finding) == (
+        "Rank 0 has been in train.py:6 stuck, reading from a pipe that nobody writes to for 75 s."
+    )
+
+
+def test_the_worker_whose_batch_is_awaited_is_named():
+    """With its line and what it waits for; the other worker is not."""
+    code = line(12, "Data.__getitem__", "/home/me/data.py")
+    workers = (
+        WorkerLook(index=0, pid=77, state="S", wchan="futex_do_wait", frames=(code,), waits_for_batch=2),
+        WorkerLook(index=1, pid=78, state="S", wchan="anon_pipe_read"),
+    )
+    waits = look(1, call("x").__class__(file="/lib/multiprocessing/queues.py", function="get"), line(28),
+                 phase="input_wait", groups=BEHIND, workers=workers)  # fmt: skip
+    finding = found(in_backward(0), waits)
+
+    assert (
+        "it has been waiting for batch 2 of its data loader, whose worker 0 (process 77) is in data.py:12 "
+        "Data.__getitem__, waiting for a lock for 75 s"
+    ) in summary(finding)
+    assert (finding.evidence["worker"], finding.evidence["line"]) == (77, 12)
+    assert "worker_init_fn" in finding.next
+
+
+# --- what is no hang ---
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {"is_waiting_for_terminal": True},
+        {"is_debugged": True},
+        {"is_suspended": True, "process_state": "T"},
+        {"is_idle_notebook": True},
+        {"is_compiling": True, "cpu_share": 0.6},
+        {"process_state": "t"},
+    ],
+)
+def test_a_rank_that_may_stand_still_is_no_hang(seen):
+    """Input, debuggers, job control, idle notebooks and compilation."""
+    assert found(in_backward(0), replace(STUCK, **seen)) is None
+
+
+def test_a_compiler_in_the_stack_is_no_hang():
+    """Whatever the line of the user's code."""
+    compiler = FrameLook(file="/venv/torch/_inductor/compile_fx.py", line=5, function="compile_fx")
+
+    assert found(in_backward(0), look(1, compiler, line(9), groups=BEHIND, cpu_share=0.5)) is None
+
+
+def test_a_rank_that_makes_progress_is_no_hang():
+    """One without a look, whose recorder sends rows."""
+    assert found(in_backward(0)) is None
+
+
+def test_standing_still_takes_the_time_that_was_set():
+    """And longer in a run that has had such pauses before."""
+    assert found(in_backward(0), STUCK, hang_timeout_s=80.0) is None
+    assert found(in_backward(0), STUCK, hang_timeout_s=70.0) is not None
+    paused = look(1, line(6), quiet_s=60.0, at_ns=NOW_NS - 90 * S)
+    over = replace(paused, quiet_s=62.0, ended=True, at_ns=NOW_NS - 88 * S)
+    assert found(paused, over, in_backward(0), STUCK) is None
+
+
+def test_a_rank_that_computes_gets_five_times_as_long():
+    """Tokenizing on one rank is slow, and no hang."""
+    busy = replace(STUCK, cpu_share=1.0, process_state="R", wchan="")
+
+    assert found(in_backward(0), busy) is None
+    assert "in train.py:6 stuck, computing" in summary(found(in_backward(0), busy, hang_timeout_s=14.0))
+
+
+def test_progress_after_a_look_ends_the_hang():
+    """Steps that were made since, or the rank's own word."""
+    over = replace(STUCK, ended=True)
+
+    assert found(in_backward(0), STUCK, over) is None
+    early = [replace(each, at_ns=NOW_NS - 80 * S) for each in (in_backward(0), STUCK)]
+    assert found(*early) is None
+
+
+def test_a_collective_in_flight_is_not_waited_for_by_a_sleeping_rank():
+    """The stack tells: an asynchronous all_reduce that nobody waits for."""
+    flying = (group(6, "all_reduce"),)
+    sleeps = look(1, line(6, "stuck"), groups=flying, wchan="hrtimer_nanosleep")
+
+    assert found(look(0, line(9), groups=flying, wchan="hrtimer_nanosleep"), sleeps).evidence["cause"] == "stands"
+
+
+def test_a_backward_that_computes_waits_for_nobody():
+    """With nothing in flight, the engine computes."""
+    computes = look(1, ENGINE, line(28), phase="backward", groups=BEHIND, cpu_share=1.0, process_state="R")
+
+    assert found(in_backward(0), computes) is None
+
+
+def test_a_lost_rank_is_the_cause_of_the_wait():
+    """The others wait because it has gone."""
+    assert judged(facts([in_backward(0)], RankExit(rank=1, state="killed", signal=9))) is None
+
+
+# --- afterwards ---
+
+STOPPED = (RankExit(rank=0, state="killed", signal=2), RankExit(rank=1, state="killed", signal=15, stopped=True))
+
+
+def test_a_hung_job_that_was_interrupted_has_hung():
+    """By the looks before the end; also where nobody shows Ctrl-C."""
+    assert "Rank 1 never came" in summary(found(in_backward(0), STUCK, exits=STOPPED, state="stopped"))
+    terminated = tuple(RankExit(rank=rank, state="killed", signal=15) for rank in (0, 1))
+    assert "Rank 1 never came" in summary(found(in_backward(0), STUCK, exits=terminated, state="failed"))
+
+
+def test_rows_alone_tell_that_a_job_hung():
+    """Without any look: open steps that were far older than steps take, and the line that Ctrl-C met."""
+    interrupted = RankExit(
+        rank=1, state="failed", code=130, exception="KeyboardInterrupt: ", file="/home/me/train.py", line=6,
+        function="stuck", open_step=40, open_phase="other", open_s=75.0,
+    )  # fmt: skip
+    blocked = RankExit(rank=0, state="killed", signal=15, open_step=40, open_phase="backward", open_s=75.0)
+
+    finding = found(exits=(blocked, interrupted), state="stopped")
+
+    assert summary(finding) == ("Rank 1 has been in train.py:6 stuck for 75 s; rank 0 waits for it in backward.")
+
+
+def test_a_job_that_was_interrupted_at_work_has_not_hung():
+    """Its last step is young, or it was between steps, as in an evaluation."""
+    young = tuple(RankExit(rank=rank, state="killed", signal=2, open_step=400, open_s=0.1) for rank in (0, 1))
+    job = facts([], *young, state="stopped", steps=400, silent=(0, 1))
+    assert judged(job) is None
+    between = facts([], *(RankExit(rank=rank, state="killed", signal=2) for rank in (0, 1)), state="stopped", steps=39)
+    progress = {
+        rank: replace(each, look=replace(each.look, in_step=False)) for rank, each in between.progress.ranks.items()
+    }
+    assert judged(replace(between, progress=replace(between.progress, ranks=progress))) is None
+
+
+def test_a_rank_that_failed_at_work_did_not_hang():
+    """Its own exception ended the job, whatever the others waited for."""
+    failed = RankExit(rank=1, state="failed", code=1, exception="ValueError: no", open_s=0.1)
+    ended = RankExit(rank=0, state="killed", signal=15, open_s=20.0)
+
+    assert judged(facts([in_backward(0)], failed, ended, state="failed", silent=(1,))) is None
+
+
+def test_a_finished_run_has_not_hung():
+    """However long it stood still at some time."""
+    assert found(in_backward(0), STUCK, exits=[RankExit(rank=rank) for rank in (0, 1)], state="finished") is None
