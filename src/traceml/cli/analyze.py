@@ -154,7 +154,7 @@ def _show(result: dict[str, Any], options: Options, measures: tuple[Measure, ...
     from traceml.renderers.text.trace_analysis import SECTIONS, analysis_lines
     from traceml.renderers.text.viewport import Viewport
 
-    chosen = {"groups": True, "overlap": options.overlap, "timeline": options.timeline}
+    chosen = {"groups": True, "aggregated": True, "overlap": options.overlap, "timeline": options.timeline}
     sections = SECTIONS if options.by is None else [name for name, wanted in chosen.items() if wanted]
     console = Console(highlight=False)
     columns = [(measure.name, measure.column) for measure in measures]

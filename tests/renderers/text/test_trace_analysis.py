@@ -97,12 +97,15 @@ def test_damage_is_on_top():
     assert "3 more in a.pfw.gz" in lines[9]
 
 
-def test_rows_that_are_not_included_are_told():
-    """Aggregated rows of dftracer are counted above the numbers that miss them."""
-    lines = text(answer(letters={"A": 1200, "X": 2})).splitlines()
+def test_aggregated_calls_have_a_table():
+    """The calls behind aggregated rows of dftracer are told as calls; without such rows there is no table."""
+    calls = {"rows": 8, "count": 1209, "sum_us": 110_000, "mean_us": 90.98}
+    group = {"name": "read", "rows": 8, "count": 1209, "sum_us": 110_000, "mean_us": 90.98}
+    lines = text(answer(aggregated={**calls, "groups": [group]})).splitlines()
 
-    assert "not included: 1,200 aggregated rows" in lines[1]
-    assert "not included" not in text(answer(letters={"X": 2}))
+    assert any("1,209 calls in 8 rows" in line for line in lines)
+    assert any(line.split() == ["read", "1,209", "110", "ms", "91", "us"] for line in lines)
+    assert "Aggregated" not in text(answer())
 
 
 def test_labels_cannot_harm_the_terminal():

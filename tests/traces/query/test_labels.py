@@ -103,3 +103,32 @@ def test_aggregated_rows_of_dftracer(tmp_path):
     assert answer["letters"] == {"A": 2, "X": 1}
     assert (answer["events"], answer["spans"]) == (3, 1)
     assert [group["name"] for group in answer["groups"]] == ["work"]
+
+
+def test_calls_behind_aggregated_rows(tmp_path):
+    """They are counted and summed by the query's groups and conditions, apart from spans."""
+    rows = [
+        {
+            "name": name,
+            "cat": "POSIX",
+            "pid": pid,
+            "tid": 1,
+            "ts": 0,
+            "ph": 3,
+            "args": {"dur_sum": us, "dft_cnt": count},
+        }
+        for name, pid, us, count in (("read", 1, 92, 20), ("read", 2, 8, 5), ("open", 1, 10, 184))
+    ]
+    untimed = {**rows[0], "name": "close", "args": {"dft_cnt": 3}}
+    path = write(tmp_path / "trace.json", [span(), *rows, untimed])
+    calls = summarize([path], cached=False)["aggregated"]
+
+    assert (calls["rows"], calls["count"], calls["sum_us"]) == (4, 212, 110)
+    assert calls["groups"] == [
+        {"name": "read", "rows": 2, "count": 25, "sum_us": 100, "mean_us": 4.0},
+        {"name": "open", "rows": 1, "count": 184, "sum_us": 10, "mean_us": 10 / 184},
+        {"name": "close", "rows": 1, "count": 3, "sum_us": None, "mean_us": None},
+    ]
+    some = summarize([path], by="name,pid", where="name=read AND NOT pid=2", cached=False)["aggregated"]
+    assert [(group["name"], group["pid"], group["count"]) for group in some["groups"]] == [("read", 1, 20)]
+    assert "aggregated" not in summarize([write(tmp_path / "plain.json", [span()])], cached=False)

@@ -13,7 +13,7 @@ from traceml.renderers.text.viewport import Viewport
 
 __all__ = ["SECTIONS", "analysis_lines"]
 
-SECTIONS = ("groups", "overlap", "io", "kernels", "operators", "processes", "timeline")
+SECTIONS = ("groups", "aggregated", "overlap", "io", "kernels", "operators", "processes", "timeline")
 
 _MAX_WIDTH = 140
 _BESIDE_BAR = 54  # columns of a line with a bar that are not the bar
@@ -28,6 +28,8 @@ _KINDS = (
 )
 _TIMES = (("sum", "sum_us"), ("self", "self_us"), ("p50", "p50_us"), ("p99", "p99_us"), ("mean", "mean_us"))
 
+_AGGREGATED_TIMES = (("sum", "sum_us"), ("mean", "mean_us"))
+
 _UNIT = (  # the most important first: a narrow screen shows fewer
     ("time", "duration_us"),
     ("compute", "compute_us"),
@@ -39,7 +41,6 @@ _UNIT = (  # the most important first: a narrow screen shows fewer
     ("copies", "copy_us"),
 )
 
-_AGGREGATED = "A"  # phase code of these rows in `letters`
 _Column = tuple[str, int, Sequence[str]]  # title, width, cells
 
 
@@ -64,6 +65,7 @@ def analysis_lines(
     report = result.get("report") or {}
     draws: dict[str, Iterator[Text]] = {
         "groups": _groups(result, viewport, top, columns),
+        "aggregated": _aggregated(result, viewport, top),
         "overlap": _overlap(report.get("overlap"), viewport),
         "io": _io(report.get("io"), viewport),
         "kernels": _operations(report.get("kernels"), "Kernels", "sum_us", viewport),
@@ -84,13 +86,6 @@ def _head(result: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
     size = bytes_text(sum(file["bytes"] for file in files))
     facts = f"{count_text(result['events'])} events, {count_text(result['spans'])} spans, {size}"
     yield Text(f"{what}: ", style="bold").append(facts, style="")
-    aggregated = (result.get("letters") or {}).get(_AGGREGATED)
-    if aggregated:
-        yield Text(f"{viewport.glyphs.lost} not included: ", style="bold yellow").append(
-            f"{count_text(aggregated)} aggregated rows of dftracer. Trace with DFTRACER_ENABLE_AGGREGATION=0",
-            style="yellow",
-        )
-
     for file in files:
         for damage in file["damage"][:_ROWS]:
             lost = f", {bytes_text(damage['lost_bytes'])} lost" if damage["lost_bytes"] else ""
@@ -118,6 +113,22 @@ def _groups(
     yield from _table(labels, [*numbers, ("of sum", 6, shares)], viewport)
     if len(result["groups"]) > top:
         yield Text(f"and {count_text(len(result['groups']) - top)} more groups: --top N shows more", style="dim")
+
+
+def _aggregated(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iterator[Text]:
+    calls = result.get("aggregated")
+    if not calls:
+        return
+
+    what = f"Aggregated by dftracer: {count_text(calls['count'])} calls in {count_text(calls['rows'])} rows"
+    yield Text(f"{what}, in no other number", style="dim")
+    groups = calls["groups"][:top]
+    labels = [(field, 0, [_label(group[field]) for group in groups]) for field in result["by"]]
+    counts = ("count", 11, [count_text(group["count"]) for group in groups])
+    times = [(title, 9, [_time(group[key]) for group in groups]) for title, key in _AGGREGATED_TIMES]
+    yield from _table(labels, [counts, *times], viewport)
+    if len(calls["groups"]) > top:
+        yield Text(f"and {count_text(len(calls['groups']) - top)} more groups: --top N shows more", style="dim")
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], viewport: Viewport) -> list[_Column]:

@@ -20,7 +20,7 @@ from traceml.traces.reader.trace_files import identity
 __all__ = ["ResultCache", "cache_folder"]
 
 _LOG = logging.getLogger("traceml")
-_VERSION = 3  # format of the entries: raised when results change their format or meaning
+_VERSION = 4  # format of the entries: raised when results change their format or meaning
 _MAX_ENTRIES = 256
 _MAX_ENTRY_BYTES = 16 * 1024 * 1024
 # A file that was written within this time could change again without a new time of modification.

@@ -104,6 +104,7 @@ def run_query(
 
 
 def _computed(query: TraceQuery, files: Sequence[Path], dask: Any, progress: Progress | None) -> dict[str, Any]:
+    from traceml.traces.query.aggregated_rows import AGGREGATED, aggregated_calls
     from traceml.traces.query.result import result_of
 
     if dask is None:
@@ -116,6 +117,9 @@ def _computed(query: TraceQuery, files: Sequence[Path], dask: Any, progress: Pro
 
     _check_keys(analysis)
     result = result_of(analysis, facts)
+    if analysis.phase_counts[AGGREGATED]:
+        result["aggregated"] = aggregated_calls(query, files, analysis.context.labels)
+
     if query.report:
         from traceml.traces.query.overview import report_of
 
