@@ -26,7 +26,7 @@ from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
-from traceml.fail_open import failures
+from traceml.fail_open import fail_open, failures
 from traceml.transport.hello import WORLD_LIMIT, Hello
 from traceml.transport.server import Peer
 
@@ -357,7 +357,7 @@ class ActiveRun:
             return False
 
         before = dict(self._facts.values)
-        self._facts.end(final_state(self._table.of_attempt(self.attempt), status))
+        self._facts.end(self._final_state(status))
         self._facts.write(self.store)
         if handled := Counter(failures()) - self._failures_before:
             self.store.put_meta("failures", dict(handled))
@@ -375,6 +375,13 @@ class ActiveRun:
 
         _log.info("run %s is over: %s", self.id, self.state)
         return True
+
+    def _final_state(self, status: int | None) -> str:
+        state = final_state(self._table.of_attempt(self.attempt), status)
+        with fail_open(_log, "aggregator", f"whether run {self.id} has hung is not known"):
+            return "hung" if state != "finished" and self.live.has_hung(state) else state
+
+        return state
 
     def remove(self) -> None:
         """Remove the folder of a run that has ended, if nothing but the store is in it."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from traceml.aggregator.streams import Stream
+from traceml.database.looks import RankLook
 from traceml.database.schema import INFO, NAMES
 from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.steps.window import slots_for
 from traceml.transport.framing import decode_log
@@ -14,6 +16,7 @@ from traceml.transport.framing import decode_log
 __all__ = ["LiveRows"]
 
 _LOGS = {NAMES.name, INFO.name}
+_HUNG_STEPS = 64  # enough to know how long steps take
 
 
 class LiveRows:
@@ -39,6 +42,7 @@ class LiveRows:
         self.resume(stream)
         if stream.in_window:
             self.intake.window.clear(stream.rank)
+            self.intake.facts.join(stream.rank)
 
     def resume(self, stream: Stream) -> None:
         """Add a rank as an earlier aggregator left it."""
@@ -57,6 +61,25 @@ class LiveRows:
             self._take_log(stream, table, data)
         elif stream.in_window:
             self.intake.add(table, stream.rank, data)
+
+    def look(self, look: RankLook) -> None:
+        """Take a look at a rank that another process has made."""
+        self.intake.facts.progress.look(look)
+
+    @property
+    def stands(self) -> bool:
+        """Whether a rank makes no progress: then the verdict may change without any row."""
+        return self.intake.facts.progress.has_looks
+
+    def has_hung(self, state: str) -> bool:
+        """Return whether a run that ended in this state had hung before.
+
+        Args:
+            state: finished, stopped, failed or lost.
+        """
+        self.intake.facts.state = state
+        window, facts = self.intake.snapshot(_HUNG_STEPS)
+        return bool(hang(window, facts))
 
     def scatter(self) -> None:
         """Put the rows that arrived since the last tick into the window."""

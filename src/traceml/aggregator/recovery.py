@@ -187,5 +187,7 @@ def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str,
 
     if image.open_step is not None:
         facts |= {"open_step": image.open_step, "open_since_ns": since_ns}
+        if began_ns := image.slot(Slot.STEP_START):
+            facts["open_s"] = max(image.slot(Slot.HEARTBEAT) - began_ns, 0) / 1e9
 
     return facts

@@ -2,8 +2,8 @@
 
 A *look* describes one rank at one moment in which it has made no progress for some seconds. The rank makes it; where it
 cannot answer, another process of its host does. It is a row of the log `info` of that rank (`{"kind": "look", "t_ns":
-..., ...}`), or, where another process made it, an event of the run of the kind `look` with the same map. The live
-verdict, the report and other readers all get the same map.
+..., ...}`), or, where another process made it, an event of the run of the kind `look` with the same map and the number
+of the rank's stream (`stream`). The live verdict, the report and other readers all get the same map.
 
 Values that are not known are left out of the row and have their default here. A reader ignores keys that it does not
 know and values of another type: rows may come from a newer version, or from a rank that was dying.

@@ -220,10 +220,12 @@ class Recording:
         self.exit_noted = True
         slots = self.flight.open_slots
         slots[Slot.EXIT_START] = monotonic_ns()
-        facts = {"code": status, "last_step": self.flight.ring("steps").appended - 1}
+        facts: dict[str, Any] = {"code": status, "last_step": self.flight.ring("steps").appended - 1}
         if slots[Slot.STEP] >= 0:
             facts["step"] = slots[Slot.STEP]
             facts["last_step"] = slots[Slot.STEP] - 1  # a resumed training does not count from 0
+            if began_ns := slots[Slot.STEP_START]:
+                facts["open_s"] = (slots[Slot.EXIT_START] - began_ns) / 1e9
 
         self.note("exit", urgent=True, **facts, **describe(error))
         if status:

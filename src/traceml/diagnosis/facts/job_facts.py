@@ -286,6 +286,18 @@ class JobFactsBuilder:
             if isinstance(row.get("cores"), int):
                 self._core_rows.setdefault(rank, row["cores"])
 
+    def _progress(self) -> JobProgress | None:
+        if self.state == "running" and not self.progress.has_looks:
+            return None  # some rank makes progress
+
+        ages = {rank: end.open_s for rank, end in self.exits.items() if end.open_s}
+        return self.progress.build(self.hosts, self.names, self.exits, ages)
+
+    def join(self, rank: int) -> None:
+        """Forget how an earlier process of a rank ended or stood still: another one has joined."""
+        self.exits.pop(rank, None)
+        self.progress.forget(rank)
+
     def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.HOST`, sent by one rank per host."""
         if len(rows):
@@ -346,9 +358,7 @@ class JobFactsBuilder:
             losses=self.losses,
             batches=self.batches,
             latest=tuple(latest),
-            progress=self.progress.build(
-                self.hosts, self.names, self.exits, {rank: end.open_s for rank, end in self.exits.items() if end.open_s}
-            ),
+            progress=self._progress(),
             epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),

@@ -150,7 +150,17 @@ class ProgressHistory:
                 in_training = look.step >= 0
                 self._quiet[in_training] = max(self._quiet[in_training], look.quiet_s, self._looks[rank].quiet_s)
 
-        self.has_looks = any(each not in self._over for each in self._looks)
+        self._check_looks()
+
+    def forget(self, rank: int) -> None:
+        """Forget a rank, of which another process has joined."""
+        if rank < len(self._steps):
+            self._steps[rank], self._ends[rank], self._sequences[rank] = -1, 0, -1
+
+        for known in (self._began, self._seen, self._cpu, self._open_steps, self._lines, self._looks, self._over):
+            known.pop(rank, None)
+
+        self._check_looks()
 
     def build(
         self,
@@ -219,6 +229,9 @@ class ProgressHistory:
             cpu_share=self._cpu[rank][2] if rank in self._cpu else None,
             sequence=int(self._sequences[rank]) if rank < len(self._sequences) else -1,
         )
+
+    def _check_looks(self) -> None:
+        self.has_looks = any(rank not in self._over for rank in self._looks)
 
     def _saw(self, rank: int, t_ns: int) -> None:
         self._seen[rank] = max(self._seen.get(rank, 0), t_ns)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.looks import LOOK, RankLook
 from traceml.database.schema import (
     DEVICE_STEPS,
     EPOCHS,
@@ -142,6 +143,7 @@ class Digest:
         self._read_streams(reader)
         # Names come before the rows that use them, so they are read first.
         taken = [self._follow_log(reader, NAMES.name), self._follow_log(reader, INFO.name)]
+        self._follow_looks(reader)
         taken += [self._follow(reader, table) for table in _FOLLOWED]
         taken.append(self.metrics.update(reader))
         return any(taken)
@@ -176,6 +178,7 @@ class Digest:
         """The same by stream, as read for `totals`."""
         self.set_up: StepTotals | None = None
         """The sums of the first steps, which include set-up; like `totals`."""
+        self._last_look = 0
         self.first: dict[int, tuple[int, int]] = {}
         """Step and monotonic end of the first row of each rank."""
 
@@ -333,6 +336,13 @@ class Digest:
         rows = np.frombuffer(b"".join(by_rank.values()), table.dtype)
         counts = [len(data) // table.row_bytes for data in by_rank.values()]
         self.sample_totals.take(table, np.repeat(list(by_rank), counts), rows)
+
+    def _follow_looks(self, reader: StoreReader) -> None:
+        """Take the looks that others have made of ranks which could not answer."""
+        for event in reader.events(self._last_look, LOOK):
+            self._last_look = event.id
+            if event.data.get("stream") in self.streams:
+                self.facts.progress.look(RankLook.from_row(event.data))
 
     def _follow_log(self, reader: StoreReader, name: str) -> bool:
         found = False

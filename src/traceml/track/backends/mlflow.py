@@ -42,7 +42,7 @@ _SYSTEM_TAGS = {
     "git/remote": "mlflow.source.git.repoURL",
 }
 _LOCAL = "local"  # the tracking URI of the database beside the runs
-_TERMINAL = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "lost": "KILLED"}
+_TERMINAL = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "hung": "FAILED", "lost": "KILLED"}
 
 
 class MLflowBackend(BackendInterface):
