@@ -147,6 +147,11 @@ class StoreReader(FrameReader):
         emptied = sum(rows for key, (rows, _) in self._emptied.items() if _matches(key, table, stream))
         return emptied + sum(total.stored for key, total in self._progress.items() if _matches(key, table, stream))
 
+    def streams_with(self, table: str) -> set[int]:
+        """Return the streams that have stored rows of a table."""
+        self._update_progress()
+        return {stream for name, stream in self._progress if name == table}
+
     def thinned(self, table: str) -> int:
         """Return how many of a table's stored rows were removed because of their age; the run's sums have them."""
         query = (

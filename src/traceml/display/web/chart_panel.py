@@ -5,6 +5,7 @@ from __future__ import annotations
 from traceml.display.web.chart_cache import METRIC
 from traceml.display.web.elements import ChartCard, Container, TextNode, set_visible
 from traceml.display.web.run_sources import RunState
+from traceml.runs.rows.metrics import OWN_LOSS
 
 __all__ = ["ChartPanel"]
 
@@ -88,7 +89,8 @@ class ChartPanel:
     def _metric(self, name: str) -> ChartCard:
         if name not in self._metrics:
             with self._grid:
-                self._metrics[name] = ChartCard(name, classes="low")
+                note = "read from each backward pass" if name == OWN_LOSS else ""
+                self._metrics[name] = ChartCard(name, note, classes="low")
 
         return self._metrics[name]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.store.reader import StoreReader
-from traceml.runs.rows.metrics import MetricReader
+from traceml.runs.rows.metrics import OWN_LOSS, MetricReader, is_hidden
 
 __all__ = ["MetricSeries", "MetricSeriesSet"]
 
@@ -61,7 +61,12 @@ class MetricSeriesSet:
 
     def lines(self) -> list[MetricSeries]:
         """Return the series, sorted by name."""
-        return [_line(name, points) for name, points in sorted(self._points.items())]
+        hides_loss = is_hidden(self._points)
+        return [
+            _line(name, points)
+            for name, points in sorted(self._points.items())
+            if not (hides_loss and name.startswith(OWN_LOSS))
+        ]
 
     def _add(self, name: str, points: NDArray[np.float64]) -> None:
         if name not in self._points and len(self._points) >= _MAX_NAMES:

@@ -1,23 +1,34 @@
-"""Metrics of a run by name, followed by cursor, and their summary for the report."""
+"""Metrics of a run by name, followed by cursor, and their summary for the report.
+
+The losses that traceml reads itself are the metric `traceml/loss`, which is left out where the training logs a loss.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import METRICS, NAMES
-from traceml.database.store.reader import StoreReader
+from traceml.database.schema import LOSSES, METRICS, NAMES
+from traceml.database.store.reader import Frame, StoreReader
+from traceml.runs.rows.clocks import RunClocks
 
-__all__ = ["MetricFigures", "MetricFrame", "MetricReader", "MetricSummary"]
+__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden"]
+
+OWN_LOSS = "traceml/loss"
+"""Name of the losses that traceml reads."""
 
 # A report is read by people and loaded whole; a run may have a hundred thousand names.
 _SHOWN_NAMES = 1000
 _FRAMES = 256
+_LOSS_ROWS = 200_000  # of more, some are read, spread over the run
+_LOSS_FRAMES = 256
+_WAIT_ROWS = 32  # of a rank above 0, until its losses stand for the run's
+_NO_TRAINING = ("val", "eval", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +51,22 @@ class MetricFrame:
         return [*self.starts[1:].tolist(), len(self.rows)]
 
 
+def is_hidden(names: Iterable[str]) -> bool:
+    """Return whether the losses that traceml reads are left out: the training logs its own under one of the names."""
+    return any(_is_training_loss(name.lower()) for name in names if not name.startswith(OWN_LOSS))
+
+
+def _is_training_loss(name: str) -> bool:
+    return "loss" in name and not any(word in name for word in _NO_TRAINING)
+
+
 class MetricReader:
-    """Reads the metrics of all attempts and ranks by cursor."""
+    """Reads the metrics of all attempts and ranks by cursor, and the losses of one rank."""
 
     def __init__(self) -> None:
         self._after = 0
+        self._losses_after: dict[int, int] = {}
+        self._loss_rank: int | None = None
         self._names: dict[tuple[int, int], str] = {}
         self._ranks: dict[int, int] = {}
 
@@ -68,13 +90,53 @@ class MetricReader:
 
             yield found
 
+        if LOSSES.name in reader.tables and (losses := self._losses(reader)):
+            yield losses
+
+    def _losses(self, reader: StoreReader) -> list[MetricFrame]:
+        """Return the new losses of the lowest rank that has any."""
+        streams = reader.streams()
+        if self._loss_rank is None:
+            having = reader.streams_with(LOSSES.name)
+            lowest = min((stream.rank for stream in streams if stream.id in having), default=None)
+            is_sure = lowest == 0 or reader.stored(LOSSES.name) >= _WAIT_ROWS
+            self._loss_rank = lowest if is_sure else None
+
+        mine = [stream for stream in streams if stream.rank == self._loss_rank]
+        clocks = RunClocks(mine)
+        frames = (frame for stream in mine for frame in self._loss_frames(reader, stream.id))
+        return [_of_losses(frame, self._loss_rank or 0, clocks) for frame in frames]
+
+    def _loss_frames(self, reader: StoreReader, stream: int) -> Iterator[Frame]:
+        """Yield the new frames of losses of a stream; the first time, of very many some."""
+        after = self._losses_after.get(stream)
+        if after is None and reader.stored(LOSSES.name, stream) > _LOSS_ROWS:
+            after = reader.last_id()
+            yield from reader.spread_frames(LOSSES.name, {stream}, _LOSS_FRAMES, _LOSS_ROWS // _LOSS_FRAMES)
+
+        self._losses_after[stream] = after or 0
+        for frame in reader.frames(LOSSES.name, after or 0, stream):
+            self._losses_after[stream] = frame.id
+            yield frame
+
     def _frame(self, stream: int, rows: NDArray[Any]) -> MetricFrame:
         rows = rows[np.argsort(rows["name_id"], kind="stable")]
         ids, starts = np.unique(rows["name_id"], return_index=True)
-        rank = self._ranks[stream]
-        suffix = f"/rank_{rank}" if rank else ""
+        suffix = _suffix(self._ranks[stream])
         names = [self._names.get((stream, number), f"(name {number})") + suffix for number in ids.tolist()]
         return MetricFrame(names, starts, rows)
+
+
+def _of_losses(frame: Frame, rank: int, clocks: RunClocks) -> MetricFrame:
+    losses = np.frombuffer(frame.data, LOSSES.dtype)
+    rows = np.zeros(len(losses), METRICS.dtype)
+    rows["t_ns"] = clocks.of_stamp(frame.stream, losses["t_ns"])
+    rows["step"], rows["value"] = losses["step"], losses["loss"]
+    return MetricFrame([OWN_LOSS + _suffix(rank)], np.zeros(1, np.int64), rows)
+
+
+def _suffix(rank: int) -> str:
+    return f"/rank_{rank}" if rank else ""
 
 
 class MetricFigures(NamedTuple):
@@ -111,9 +173,11 @@ class MetricSummary:
 
     def figures(self) -> dict[str, MetricFigures]:
         """Return the figures of each name."""
+        hides_loss = is_hidden(self._found)
         return {
             name: MetricFigures(last, least, greatest, int(count))
             for name, (last, _, least, greatest, count) in self._found.items()
+            if not (hides_loss and name.startswith(OWN_LOSS))
         }
 
     def _take(self, frame: MetricFrame) -> None:
