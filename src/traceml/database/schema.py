@@ -197,6 +197,7 @@ class Slot(IntEnum):
     STATE = 19  # FlightState
     EXIT_START = 20  # monotonic timestamp at which the process began to end, 0 before
     HEARTBEAT = 21  # monotonic timestamp of the last time the recorder's thread woke
+    RECORDER_THREAD = 22  # the kernel's number of that thread
 
 
 class StepFlag(IntFlag):

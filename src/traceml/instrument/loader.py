@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
 from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_thread
+from traceml.instrument.loader_workers import follow_iterator
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -41,6 +42,7 @@ class LoaderToken:
         self.is_left = False
         with suppress(TypeError):  # its class allows no weak references: it counts as alive
             self._iterator = weakref.ref(iterator, leave)
+            follow_iterator(iterator)
 
 
 Begin = Callable[[Any], Began | None]

@@ -21,7 +21,8 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
+from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_STARTUP, Phase, Slot
+from traceml.recorder.open_phase import open_phase
 from traceml.recorder.user_code import UserCode, is_ours
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ _LEAST_S, _MOST_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
 _COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
-_PHASES = len(Phase)
-_STEP_START, _INPUT_WAIT = int(Slot.STEP_START), int(Phase.INPUT_WAIT)
+_INPUT_WAIT = int(Phase.INPUT_WAIT)
 
 
 class _Look(NamedTuple):
@@ -170,18 +170,7 @@ class LineSampler:
         return phase, None, 0, importing or library
 
     def _opened(self) -> tuple[int, int]:
-        """Return the open phase, and the time at which it was opened; for other code that of its step."""
-        slots = self._slots
-        began = slots[_STEP_START]
-        latest, phase = 0, LINE_OTHER if began else self._between()
-        for number in range(_PHASES):
-            if slots[number] > latest:
-                latest, phase = slots[number], number
-
-        return phase, latest or began
-
-    def _between(self) -> int:
-        return LINE_OUTSIDE if self._steps.appended else LINE_STARTUP
+        return open_phase(self._slots, self._steps.appended > 0)
 
     def _names_of(self, key: _Key) -> tuple[int, int]:
         _, code, line, library = key

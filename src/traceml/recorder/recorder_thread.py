@@ -21,7 +21,7 @@ __all__ = ["FILES_TIMEOUT_S", "RecorderThread"]
 
 _log = logging.getLogger("traceml")
 
-_WAKE_S = 0.5
+_WAKE_S, _ATTENTIVE_S = 0.5, 0.1
 _SHORTEST_S = 0.01
 _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
@@ -57,6 +57,8 @@ class RecorderThread:
         """CPU time of the thread so far."""
         self.scheduler = scheduler
         """Runs the samplers."""
+        self.is_attentive = False
+        """Whether it wakes often, as commands have to be answered at once."""
         self._sender, self._hook_ns, self._files = sender, hook_ns, files
         self._delayed: list[tuple[int, Callable[[], None]]] = []
         self._every_turn: list[Callable[[bool], None]] = []
@@ -132,6 +134,7 @@ class RecorderThread:
         return self._stored
 
     def _run(self) -> None:
+        self._slots[Slot.RECORDER_THREAD] = threading.get_native_id()
         while self._end is None:
             self._wake.clear()
             self._guarded(self._turn)
@@ -241,7 +244,9 @@ class RecorderThread:
 
     def _pause_s(self) -> float:
         until_sample_s = (self.scheduler.due_ns - monotonic_ns()) / 1e9
-        return max(_SHORTEST_S, min(self._sender.pause_s(_WAKE_S), until_sample_s))
+        return max(
+            _SHORTEST_S, min(self._sender.pause_s(_ATTENTIVE_S if self.is_attentive else _WAKE_S), until_sample_s)
+        )
 
     def _guarded(self, turn: Callable[[], None]) -> None:
         level = logging.DEBUG if self.errors else logging.WARNING

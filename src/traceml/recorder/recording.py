@@ -28,6 +28,7 @@ from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import describe
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.line_sampler import LineSampler
+from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
@@ -119,9 +120,16 @@ class Recording:
             self.flight,
             self._dial,
             flush_interval_s=config.flush_interval,
-            commands={"statistics": lambda _args: asdict(statistics())},
+            commands={"statistics": lambda _args: asdict(statistics()), "look": self._look},
             files=self.files,
             on_welcome=self._welcomed,
+        )
+        self.quiet = quiet_watch(
+            self.flight,
+            rank=lambda: self.identity.rank_identity.rank,
+            thread=self._training_thread,
+            clock=lambda: self.instrumentation.clock if self.instrumentation is not None else None,
+            hang_timeout_s=config.hang_timeout,
         )
         self.thread = RecorderThread(self.flight, self.sender, self._sampling(()), self._hook_ns, files=self.files)
 
@@ -151,6 +159,7 @@ class Recording:
             self.thread.use(self._sampling(self._samplers()))
             self._instrument()
             self._sample_lines()
+            self._watch_progress()
         if not self._is_child:
             self.note("process", **_process_facts(self.identity, self._config))
 
@@ -164,6 +173,7 @@ class Recording:
         self.thread.call(lambda: self.thread.use(scheduler))
         self._instrument()
         self.thread.call(self._sample_lines)
+        self._watch_progress()
 
     def finish(self, reason: str, timeout_s: float) -> bool:
         """Remove the hooks, send the remaining rows, say bye; return whether everything is stored.
@@ -313,6 +323,18 @@ class Recording:
             self.thread.sample_lines(
                 LineSampler(self.flight, self._training_thread, is_feeding=self._is_feeding), interval_s
             )
+
+    def _watch_progress(self) -> None:
+        register_stacks()
+        self.thread.every_turn(self._check_progress)
+
+    def _check_progress(self, last: bool) -> None:
+        self.quiet(last)
+        self.thread.is_attentive = self.quiet.is_quiet
+
+    def _look(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer the aggregator's command `look`."""
+        return self.quiet.look_now(is_last=args.get("last") is True).to_row()
 
     def _is_feeding(self, frame: FrameType) -> bool:
         feeding = self.instrumentation.feeding if self.instrumentation is not None else None

@@ -12,6 +12,7 @@ __all__ = [
     "ProcessInfo",
     "ProcessUse",
     "WaitState",
+    "io_bytes",
     "is_job_suspended",
     "process_info",
     "read_status",
@@ -134,14 +135,23 @@ def wait_state(pid: int) -> WaitState:
 
 def tree_use(pid: int) -> ProcessUse:
     """Return what a process and its descendants have used so far; those that have ended do not count."""
-    cpu_s, io_bytes = 0.0, 0
+    cpu_s, moved = 0.0, 0
     for each in (pid, *_descendants(pid)):
         info = process_info(each)
         cpu_s += info.cpu_s if info is not None else 0.0
-        for line in _read(f"/proc/{each}/io").splitlines()[:2]:  # rchar, wchar
-            io_bytes += int(line.partition(":")[2])
+        moved += sum(io_bytes(each))
 
-    return ProcessUse(cpu_s, io_bytes)
+    return ProcessUse(cpu_s, moved)
+
+
+def io_bytes(process: int | str) -> tuple[int, int]:
+    """Return the bytes that a process has read and written by system calls, without sockets; 0 if not readable.
+
+    Args:
+        process: its number, or `PID/task/TID` for one of its threads.
+    """
+    words = _read(f"/proc/{process}/io").split()
+    return (int(words[1]), int(words[3])) if len(words) > 3 else (0, 0)  # rchar, wchar
 
 
 def is_job_suspended(info: ProcessInfo) -> bool:

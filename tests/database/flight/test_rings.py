@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import struct
 import threading
@@ -152,6 +153,26 @@ def test_full_log_refuses_and_counts() -> None:
     assert log.append({"kind": "exit", "signal": 9}, urgent=True)
     assert not log.append({"kind": "exit", "text": "x" * 300}, urgent=True)
     assert (log.appended, log.dropped) == (kept + 1, 3)
+
+
+def test_full_log_starts_empty_when_all_is_stored() -> None:
+    """A run of weeks has more facts than the log has room; those that the store has make room for new ones."""
+    log = make_log(256)
+    row = {"kind": "look", "text": "x" * 40}
+    for number in range(50):
+        assert log.append(row | {"id": number})
+        log.acked = log.appended
+
+    assert (log.appended, log.dropped) == (50, 0)
+    assert log.unstored_bytes == 0
+    first = log.base
+    assert 0 < first < 50
+    taken = log.take(0)
+    assert (taken.first, taken.n) == (first, 50 - first)
+    assert [found["id"] for found in msgpack.Unpacker(io.BytesIO(taken.data))] == list(range(first, 50))
+
+    log.append(row)
+    assert log.unstored_bytes == len(msgpack.packb(row))
 
 
 def test_log_takes_what_msgpack_cannot_pack() -> None:

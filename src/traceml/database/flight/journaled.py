@@ -139,11 +139,11 @@ class JournaledLog(ByteLog):
         """Return the maps at or after `cursor`: at most `limit`, and at most 256 KiB unless one alone is larger."""
         with self._lock:
             if cursor >= self.base:
-                return super().take(cursor, limit)
+                return self._take(cursor, limit)
 
             record = self.journal.record_of(cursor)
             if record is None or record[0] >= self.base:
-                return super().take(max(cursor, self.base), limit)
+                return self._take(max(cursor, self.base), limit)
 
         first, n, data = record
         start = max(cursor, first)
@@ -192,9 +192,7 @@ class JournaledLog(ByteLog):
             if first < n:
                 self.journal.append(first, n - first, self.read(first, n))
 
-            # One store empties the memory, so its maps are complete in one of the two places.
-            self.count[self.slot + BASE] = n
-            self._ends = [0]
+            self._start_empty()  # so its maps are complete in one of the two places
             if len(data) > self.capacity_bytes:
                 self.journal.append(n, 1, data)
                 # Before the counter: memory never seems to hold this map.

@@ -190,7 +190,8 @@ class Ring(_CountedTable):
 
 
 class ByteLog(_CountedTable):
-    """Maps of one log, packed by msgpack. They are never overwritten: a full log refuses and counts further maps.
+    """Maps of one log, packed by msgpack. A full log starts empty when all its maps are stored; else it refuses and
+    counts further maps.
 
     Any thread appends. The last eighth is reserved for `urgent` maps (why the process ends).
     """
@@ -212,8 +213,15 @@ class ByteLog(_CountedTable):
 
     @property
     def base(self) -> int:
-        """Number of the first map in memory; 0 while no map has moved to a journal."""
+        """Number of the first map in memory; 0 until the log has started empty again."""
         return self.count[self.slot + BASE]
+
+    @property
+    def unstored_bytes(self) -> int:
+        """Bytes of the maps in memory that are not stored yet."""
+        with self._lock:
+            first = min(max(self.acked - self.base, 0), len(self._ends) - 1)
+            return self._ends[-1] - self._ends[first]
 
     def append(self, row: dict[str, Any], *, urgent: bool = False) -> bool:
         """Append one map. Returns False, and counts it in `dropped`, when there is no room.
@@ -233,9 +241,13 @@ class ByteLog(_CountedTable):
             self._lock.release()
 
     def _append(self, data: bytes, urgent: bool) -> bool:
+        room = self.capacity_bytes - (0 if urgent else self.capacity_bytes // 8)
+        if self._ends[-1] + len(data) > room and self.acked >= self.appended:
+            self._start_empty()
+
         start = self._ends[-1]
         end = start + len(data)
-        if end > self.capacity_bytes - (0 if urgent else self.capacity_bytes // 8):
+        if end > room:
             self.dropped += 1
             return False
 
@@ -243,6 +255,11 @@ class ByteLog(_CountedTable):
         self._ends.append(end)
         self.count[self.slot] = self.base + len(self._ends) - 1
         return True
+
+    def _start_empty(self) -> None:
+        """Drop all maps from memory. One store does it: a reader of the file finds all of them, or none."""
+        self.count[self.slot + BASE] = self.appended
+        self._ends = [0]
 
     def read(self, start: int, stop: int) -> bytes:
         """Return a copy of maps [start, stop), one after another.
@@ -258,7 +275,12 @@ class ByteLog(_CountedTable):
 
     def take(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return the maps at or after `cursor`: at most `limit`, and at most 256 KiB unless one alone is larger."""
+        with self._lock:
+            return self._take(cursor, limit)
+
+    def _take(self, cursor: int, limit: int) -> RowSlice:
         base, ends = self.base, self._ends
+        cursor = max(cursor, base)  # earlier ones were stored before they left memory
         stop = min(cursor + limit, self.appended)
         while stop > cursor + 1 and ends[stop - base] - ends[cursor - base] > MAX_TAKE_BYTES:
             stop = cursor + (stop - cursor) // 2

@@ -1,0 +1,136 @@
+"""The newest operation of this rank in each process group, by torch's flight recorder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from traceml.database.looks import GroupLook
+
+__all__ = ["GroupLooks"]
+
+_DUMP_S = 1.0
+_AGAIN_S = 10.0
+# The recorder of NCCL is its own; where both exist, the general one is empty for NCCL.
+_DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+_PEER = re.compile(r"(?:->|<-)\s*(\d+)\s*$")
+
+
+class GroupLooks:
+    """Reads torch's flight recorder, without stacks: those need the GIL, and can hang."""
+
+    def __init__(self) -> None:
+        self._is_lost = False
+        self._state: object = None
+        self._entries: list[Mapping[str, Any]] = []
+        self._read_s = 0.0
+
+    def state(self) -> object:
+        """Return bytes that change when a collective is issued or ends; 2 us."""
+        if self._is_lost or not _is_initialized():
+            return None
+
+        return tuple(dump(False, False) for dump in _dumps()) if not self._queries_events() else None
+
+    def read(self) -> tuple[GroupLook, ...]:
+        """Return the newest operation by group; empty without groups."""
+        if not _is_initialized():
+            return ()
+
+        state, now_s = self.state(), time.monotonic()
+        if state is None or state != self._state or now_s - self._read_s > _AGAIN_S:
+            self._state, self._read_s = state, now_s
+            self._entries = self._dump()
+
+        return tuple(self._group(*each) for each in _groups())
+
+    def _dump(self) -> list[Mapping[str, Any]]:
+        """Return the recorder's entries; on a thread that may be lost, as a dump queries events of the device."""
+        if self._is_lost:
+            return []
+
+        found: list[Mapping[str, Any]] = []
+        thread = threading.Thread(target=_read_entries, args=(found,), name="traceml-flight-recorder", daemon=True)
+        thread.start()
+        thread.join(_DUMP_S)
+        self._is_lost = thread.is_alive()
+        return list(found)
+
+    @staticmethod
+    def _queries_events() -> bool:
+        return hasattr(sys.modules.get("torch._C._distributed_c10d"), _DUMPS[0])
+
+    def _group(self, group: Any, name: str, members: Iterable[int]) -> GroupLook:
+        from traceml.database.looks import GroupLook  # a healthy rank does not pay for it
+
+        description = str(getattr(group, "group_desc", "") or "")
+        told: dict[str, Any] = {"name": _shown_name(name, description), "members": tuple(sorted(members))}
+        entries = [each for each in self._entries if str((each.get("process_group") or [""])[0]) == name]
+        if entries:
+            return GroupLook(**told, **_operation(max(entries, key=_order)))
+
+        # Point-to-point operations count too in this number, so it is used only where there is no recorder.
+        return GroupLook(**told, number=0 if self._entries else _sequence(group))
+
+
+def _operation(entry: Mapping[str, Any]) -> dict[str, Any]:
+    words = str(entry.get("profiling_name", "")).rpartition(":")[2].split()
+    is_p2p = entry.get("is_p2p") is True
+    peer = _PEER.search(str(entry.get("profiling_name", "")))
+    return {
+        "number": int(entry.get("p2p_seq_id" if is_p2p else "collective_seq_id") or 0),
+        "operation": words[0] if words else "",
+        "sizes": tuple(math.prod(size) for size in entry.get("input_sizes") or ()),
+        "in_flight": entry.get("retired") is False and entry.get("state") != "completed",
+        "is_p2p": is_p2p,
+        "peer": int(peer[1]) if is_p2p and peer else None,
+    }
+
+
+def _shown_name(name: str, description: str) -> str:
+    if description == "default_pg":
+        return ""
+
+    return description if description not in ("", "undefined") else name
+
+
+def _order(entry: Mapping[str, Any]) -> int:
+    return int(entry.get("record_id") or 0)
+
+
+def _sequence(group: Any) -> int:
+    try:
+        return int(group._get_sequence_number_for_group())
+    except Exception:  # noqa: BLE001 - private; it raises before the first collective of some backends
+        return 0
+
+
+def _groups() -> list[tuple[Any, str, Iterable[int]]]:
+    """Return (group, name, global ranks) of all groups of this rank."""
+    world: Any = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "_world", None)
+    names = dict(getattr(world, "pg_names", {}))
+    members = dict(getattr(world, "pg_group_ranks", {}))
+    return [(group, str(names.get(group, "")), ranks) for group, ranks in members.items()]
+
+
+def _dumps() -> list[Any]:
+    module = sys.modules.get("torch._C._distributed_c10d")
+    return [getattr(module, name) for name in _DUMPS if hasattr(module, name)]
+
+
+def _read_entries(found: list[Mapping[str, Any]]) -> None:
+    for dump in _dumps():
+        entries = json.loads(dump(True, False)).get("entries")
+        found += [each for each in entries or () if isinstance(each, dict)]
+
+
+def _is_initialized() -> bool:
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -1,0 +1,59 @@
+"""Worker processes of the data loaders that are being read, and the batch that the rank waits for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+__all__ = ["LoaderWorker", "batches_read", "follow_iterator", "workers_of_loaders"]
+
+# One entry per iterator that a training loop reads, added when it is created.
+_iterators: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class LoaderWorker(NamedTuple):
+    """A worker process.
+
+    Attributes:
+        number: its number in the loader, from 0.
+        pid: its process.
+        waits_for_batch: number of the batch that the rank waits for from it; None for another worker.
+    """
+
+    number: int
+    pid: int
+    waits_for_batch: int | None
+
+
+def follow_iterator(iterator: Any) -> None:
+    """Remember an iterator while it lives."""
+    _iterators.add(iterator)
+
+
+def batches_read() -> tuple[int, ...]:
+    """Return how many batches each live iterator has given."""
+    return tuple(int(getattr(iterator, "_num_yielded", 0)) for iterator in list(_iterators))
+
+
+def workers_of_loaders() -> list[LoaderWorker]:
+    """Return the workers of all live iterators. It reads attributes that are private to torch: without them, none."""
+    return [worker for iterator in list(_iterators) for worker in _workers_of(iterator)]
+
+
+def _workers_of(iterator: Any) -> Iterator[LoaderWorker]:
+    missing = _missing_batch(iterator)
+    for number, process in enumerate(getattr(iterator, "_workers", ())):
+        batch = missing[0] if missing is not None and missing[1] == number else None
+        yield LoaderWorker(number, int(process.pid or 0), batch)
+
+
+def _missing_batch(iterator: Any) -> tuple[int, int] | None:
+    """Return the next batch to give and its worker, if the worker has not delivered it."""
+    tasks = getattr(iterator, "_task_info", {})
+    for number in range(getattr(iterator, "_rcvd_idx", 0), getattr(iterator, "_send_idx", 0)):
+        task = tasks.get(number)
+        if task is not None:
+            return (number, int(task[0])) if len(task) == 1 else None
+
+    return None

@@ -1,0 +1,26 @@
+"""The phase that is open now, by the flight file's open slots."""
+
+from __future__ import annotations
+
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
+
+__all__ = ["open_phase"]
+
+_PHASES = len(Phase)
+_STEP_START = int(Slot.STEP_START)
+
+
+def open_phase(slots: memoryview[int], has_steps: bool) -> tuple[int, int]:
+    """Return the innermost open phase, as in `schema.LINE_PHASES`, and the time at which it, or its step, was opened.
+
+    Args:
+        slots: the open slots.
+        has_steps: whether a step has ended in this process.
+    """
+    began = slots[_STEP_START]
+    latest, phase = 0, LINE_OTHER if began else LINE_OUTSIDE if has_steps else LINE_STARTUP
+    for number in range(_PHASES):
+        if slots[number] > latest:
+            latest, phase = slots[number], number
+
+    return phase, latest or began

@@ -1,0 +1,170 @@
+"""A look at the own process: stack, phase, process groups, loader workers, and what the kernel says."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from traceml.clock import monotonic_ns
+from traceml.database.looks import MAX_FRAMES, FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.database.schema import LINE_PHASES, Slot
+from traceml.recorder.open_phase import open_phase
+from traceml.recorder.user_code import UserCode, is_ours
+from traceml.witness.kernel_state import io_bytes, is_job_suspended, process_info, tree_use, wait_state
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+
+__all__ = ["LookMaker", "frame_flags", "thread_number"]
+
+_MAX_DEPTH = 1000
+_DEBUGGERS = ("/bdb.py", "/pdb.py")
+
+
+class LookMaker:
+    """Makes looks at this process.
+
+    Args:
+        flight: its tables and open slots.
+        rank: returns its rank.
+        thread: returns the id of the training thread.
+        user: tells the user's code.
+        is_evaluating: whether an evaluation runs.
+        groups: returns the newest operation by process group.
+        workers: returns the loader's workers; its argument is the time without progress.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        *,
+        rank: Callable[[], int],
+        thread: Callable[[], int],
+        user: UserCode,
+        is_evaluating: Callable[[], bool],
+        groups: Callable[[], tuple[GroupLook, ...]],
+        workers: Callable[[float], tuple[WorkerLook, ...]],
+    ) -> None:
+        self._slots, self._steps = flight.open_slots, flight.ring("steps")
+        self._rank, self._thread, self._user = rank, thread, user
+        self._is_evaluating, self._groups, self._workers = is_evaluating, groups, workers
+        self._use = tree_use(os.getpid())
+        self._own_bytes = _own_bytes()
+        self._used_s = time.monotonic()
+
+    def make(self, quiet_s: float, *, is_last: bool = False) -> RankLook:
+        """Return a look at this moment.
+
+        Args:
+            quiet_s: seconds since the last progress.
+            is_last: whether the job is being ended.
+        """
+        frame = sys._current_frames().get(self._thread())
+        frames, user = self._stack(frame)
+        cpu_share, io_bytes_per_s = self._used()
+        number = thread_number(self._thread())
+        seen, info = wait_state(number), process_info(number)
+        compiles, debugged = frame_flags(frames)
+        step, in_step = self._step()
+        return RankLook(
+            at_ns=monotonic_ns(),
+            rank=self._rank(),
+            quiet_s=round(quiet_s, 3),
+            step=step,
+            in_step=in_step,
+            phase=self._phase(),
+            answered="recorder",
+            frames=tuple(frames[:MAX_FRAMES]),
+            user_line=user[0] if user else None,
+            outer_line=user[-1] if len(user) > 1 else None,
+            process_state=seen.state,
+            wchan=seen.wchan,
+            waits_on=seen.waits_on,
+            cpu_share=cpu_share,
+            io_bytes_per_s=io_bytes_per_s,
+            is_waiting_for_terminal=seen.is_terminal_input,
+            is_debugged=debugged or bool(seen.tracer),
+            is_suspended=info is not None and is_job_suspended(info),
+            is_idle_notebook="ipykernel" in sys.modules and not user,
+            is_compiling=compiles,
+            groups=self._groups(),
+            workers=self._workers(quiet_s),
+            is_last=is_last,
+        )
+
+    def end(self, quiet_s: float) -> RankLook:
+        """Return the look that ends a quiet period of so many seconds."""
+        step, in_step = self._step()
+        return RankLook(
+            at_ns=monotonic_ns(), rank=self._rank(), quiet_s=round(quiet_s, 3), step=step, in_step=in_step,
+            phase=self._phase(), answered="recorder", ended=True,
+        )  # fmt: skip
+
+    def _stack(self, frame: FrameType | None) -> tuple[list[FrameLook], list[FrameLook]]:
+        """Return all frames without ours, and those of the user's code, the innermost first."""
+        frames: list[FrameLook] = []
+        user: list[FrameLook] = []
+        while frame is not None and len(frames) < _MAX_DEPTH:
+            code = frame.f_code
+            if not is_ours(code.co_filename):
+                is_user = self._user.contains(frame)
+                told = FrameLook(
+                    file=code.co_filename, line=frame.f_lineno or 0, function=code.co_qualname, is_user=is_user
+                )
+                frames.append(told)
+                user += [told] if is_user else []
+
+            frame = frame.f_back
+
+        return frames, user
+
+    def _step(self) -> tuple[int, bool]:
+        in_step = bool(self._slots[Slot.STEP_START])
+        step = self._slots[Slot.STEP]
+        return step if in_step else max(step, self._steps.appended) - 1, in_step
+
+    def _phase(self) -> str:
+        if self._slots[Slot.EXIT_START]:
+            return "exit"
+
+        return "evaluation" if self._is_evaluating() else LINE_PHASES[self._opened()]
+
+    def _opened(self) -> int:
+        return open_phase(self._slots, self._steps.appended > 0)[0]
+
+    def _used(self) -> tuple[float | None, float | None]:
+        """Return the cores and the bytes per second of this process and its children since the last call."""
+        use, own_bytes, now_s = tree_use(os.getpid()), _own_bytes(), time.monotonic()
+        before, self._use = self._use, use
+        own, self._own_bytes = own_bytes - self._own_bytes, own_bytes
+        passed_s, self._used_s = now_s - self._used_s, now_s
+        if passed_s < 0.1:
+            return None, None
+
+        moved = max(0, use.io_bytes - before.io_bytes - own)
+        return round(max(0.0, use.cpu_s - before.cpu_s) / passed_s, 3), round(moved / passed_s, 1)
+
+
+def frame_flags(frames: list[FrameLook]) -> tuple[bool, bool]:
+    """Return whether torch.compile is in a stack, and whether a debugger is."""
+    compiles = any(
+        "torch/_dynamo/convert_frame" in each.file or ("torch/_inductor/" in each.file and "compile" in each.function)
+        for each in frames
+    )
+    return compiles, any(each.file.endswith(_DEBUGGERS) or "pydevd" in each.file for each in frames)
+
+
+def thread_number(ident: int) -> int:
+    """Return the kernel's number of a thread; that of the process if it is not known."""
+    found = (thread.native_id for thread in threading.enumerate() if thread.ident == ident)
+    return next(found, None) or os.getpid()
+
+
+def _own_bytes() -> int:
+    """Return the bytes that this thread has read and written: reading /proc is no sign of life."""
+    return sum(io_bytes(f"self/task/{threading.get_native_id()}"))

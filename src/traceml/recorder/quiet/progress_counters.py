@@ -1,0 +1,90 @@
+"""Signs of progress in a rank, cheap ones first.
+
+A row, batch, phase or collective; a line of the user's code, or of a module that is being imported, further on than any
+that was seen in its function since the last progress; a written byte (output, a checkpoint). A loop that polls a file
+passes the same lines again and again: that is no progress.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
+from traceml.witness.kernel_state import io_bytes
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+    from traceml.recorder.user_code import UserCode
+
+__all__ = ["ProgressCounters"]
+
+_TABLES = (STEPS.name, USER_PHASES.name, EVALS.name, EPOCHS.name, METRICS.name)
+_WORDS = (*range(len(Phase)), int(Slot.STEP_START), int(Slot.USER_NAME), int(Slot.EXIT_START))
+_MAX_DEPTH, _MAX_CODES = 200, 4096
+
+
+class ProgressCounters:
+    """Compares what a rank has done with the last time.
+
+    Args:
+        flight: its tables and open slots.
+        thread: returns the id of the training thread.
+        user: tells the user's code.
+        batches: returns numbers that grow with each batch, also of an evaluation.
+        collectives: returns text that changes with each collective.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        thread: Callable[[], int],
+        user: UserCode,
+        batches: Callable[[], Iterable[Any]],
+        collectives: Callable[[], object],
+    ) -> None:
+        logged = flight.log(LOGGED.name)
+        self._tables: list[Any] = [*(flight.ring(name) for name in _TABLES), logged]
+        self._slots = flight.open_slots
+        self._thread, self._user, self._batches, self._collectives = thread, user, batches, collectives
+        self._done: tuple[Any, ...] = ()
+        self._rest: tuple[Any, ...] | None = None
+        self._lines: dict[CodeType, int] = {}  # the furthest line that was seen in each function
+
+    def moved(self) -> bool:
+        """Return whether there was progress since the last call."""
+        done = (*(table.appended for table in self._tables), *(self._slots[word] for word in _WORDS))
+        if done != self._done:
+            self._done, self._rest = done, None
+            self._lines.clear()
+            return True
+
+        before, self._rest = self._rest, (*self._batches(), self._collectives(), _written_bytes())
+        if before not in (None, self._rest):
+            self._lines.clear()
+            return True
+
+        return self._is_elsewhere()
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the training thread is further on in the user's code than ever since the last progress."""
+        frame, depth = sys._current_frames().get(self._thread()), 0
+        is_new = False
+        while frame is not None and depth < _MAX_DEPTH:
+            code, line = frame.f_code, frame.f_lineno or 0
+            is_told = self._user.contains(frame) or code.co_name == "<module>"  # an import goes on
+            if is_told and line > self._lines.get(code, -1) and len(self._lines) < _MAX_CODES:
+                self._lines[code] = line
+                is_new = True
+
+            frame, depth = frame.f_back, depth + 1
+
+        return is_new
+
+
+def _written_bytes() -> int:
+    """Return the bytes that other threads of this process have written, without sockets."""
+    return io_bytes("self")[1] - io_bytes(f"self/task/{threading.get_native_id()}")[1]

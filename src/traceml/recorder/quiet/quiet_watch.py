@@ -1,0 +1,133 @@
+"""Watch for the time without progress: then the rank looks at itself once a second.
+
+A look is sent when it differs from the last one, else every 10 s. Training does nothing for it. A rank whose steps are
+long has long pauses: the next look comes only after a pause that is longer than those before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from traceml.clock import monotonic_ns
+from traceml.database.schema import Slot
+from traceml.fail_open import fail_open
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+    from traceml.database.looks import RankLook
+    from traceml.recorder.quiet.look_maker import LookMaker
+    from traceml.recorder.quiet.progress_counters import ProgressCounters
+
+__all__ = ["QuietWatch"]
+
+_FIRST_S, _EVERY_S, _STAMP_S = 5.0, 1.0, 10.0
+_LAST_LOOK_S = 5.0
+_LONGER = 1.5
+_VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "is_last"}
+_OF_PLACE = ("frames", "process_state", "wchan", "waits_on")
+_BUSY_CORES, _BUSY_BYTES = 0.2, 4096
+
+_log = logging.getLogger("traceml")
+
+
+class QuietWatch:
+    """Called in each turn of the recorder's thread.
+
+    Args:
+        flight: takes the looks, as rows of `info`.
+        progress: tells whether there was any.
+        maker: makes a look; called for the first one.
+        hang_timeout_s: a pause of this length is a hang; a look comes before its half at the latest.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        progress: ProgressCounters,
+        maker: Callable[[], LookMaker],
+        hang_timeout_s: float,
+    ) -> None:
+        self.is_quiet = False
+        """Whether the rank is looked at now."""
+        self.ns = 0
+        """CPU and waiting time of all looks so far."""
+        self._slots = flight.open_slots
+        self._info, self._steps = flight.log("info"), flight.ring("steps")
+        self._progress, self._make_maker = progress, maker
+        self._maker: LookMaker | None = None
+        self._latest_s = hang_timeout_s / 2
+        self._longest_s = 0.0
+        self._moved_ns = monotonic_ns()
+        self._looked_ns = self._sent_ns = 0
+        self._sent: dict[str, object] = {}
+
+    def __call__(self, last: bool) -> None:
+        """Take note of progress, or look."""
+        now = monotonic_ns()
+        if last or self._progress.moved():
+            self._resume(now)
+        elif now - self._moved_ns >= self._first_s * 1e9 and now - self._looked_ns >= _EVERY_S * 1e9:
+            self._looked_ns = now
+            self._look(now)
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since the last progress that was noticed."""
+        return (monotonic_ns() - self._moved_ns) / 1e9
+
+    def look_now(self, *, is_last: bool = False) -> RankLook:
+        """Return a look at this moment, on the recorder's thread.
+
+        Args:
+            is_last: whether the job is being ended: then it is stored too, if there was no progress for 5 s.
+        """
+        look = self._looks().make(self.quiet_s, is_last=is_last)
+        if is_last and look.quiet_s >= _LAST_LOOK_S:
+            self._send(look, monotonic_ns())
+
+        return look
+
+    @property
+    def _first_s(self) -> float:
+        return min(max(_FIRST_S, _LONGER * self._longest_s), self._latest_s)
+
+    def _looks(self) -> LookMaker:
+        if self._maker is None:
+            self._maker = self._make_maker()
+
+        return self._maker
+
+    def _resume(self, now: int) -> None:
+        is_over, self.is_quiet = self.is_quiet, False
+        # A process that ends proves no progress: it may have been interrupted in the middle of a hang.
+        if is_over and not self._slots[Slot.EXIT_START]:
+            with fail_open(_log, "recorder", "the end of a pause is not told", once=True):
+                look = self._looks().end(self.quiet_s)
+                self._info.append(look.to_info())
+
+        if self._steps.appended:  # the start-up has pauses of its own
+            self._longest_s = max(self._longest_s, (now - self._moved_ns) / 1e9)
+
+        self._moved_ns, self._sent = now, {}
+
+    def _look(self, now: int) -> None:
+        self.is_quiet = True
+        look = self._looks().make(self.quiet_s)
+        told = {name: value for name, value in look.to_row().items() if name not in _VOLATILE}
+        told["busy"] = is_busy = (look.cpu_share or 0) >= _BUSY_CORES or (look.io_bytes_per_s or 0) >= _BUSY_BYTES
+        if is_busy:  # in library code it is elsewhere each time
+            for name in _OF_PLACE:
+                told.pop(name, None)
+
+        if told != self._sent or now - self._sent_ns >= _STAMP_S * 1e9:
+            self._sent = told
+            self._send(look, now)
+
+        self.ns += monotonic_ns() - now
+
+    def _send(self, look: RankLook, now: int) -> None:
+        self._sent_ns = now
+        if self._info.unstored_bytes < self._info.capacity_bytes // 2:  # facts of the training have priority
+            self._info.append(look.to_info())

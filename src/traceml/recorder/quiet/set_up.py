@@ -1,0 +1,81 @@
+"""Assembly of the watch for a rank without progress."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from traceml.fail_open import fail_open
+from traceml.instrument.group_looks import GroupLooks
+from traceml.instrument.loader_workers import batches_read
+from traceml.recorder.quiet.progress_counters import ProgressCounters
+from traceml.recorder.quiet.quiet_watch import QuietWatch
+from traceml.recorder.user_code import UserCode
+from traceml.witness import stack_signal
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+    from traceml.instrument.step_clock import StepClock
+    from traceml.recorder.quiet.look_maker import LookMaker
+
+__all__ = ["quiet_watch", "register_stacks"]
+
+_log = logging.getLogger("traceml")
+
+
+def quiet_watch(
+    flight: FlightFile,
+    *,
+    rank: Callable[[], int],
+    thread: Callable[[], int],
+    clock: Callable[[], StepClock | None],
+    hang_timeout_s: float,
+) -> QuietWatch:
+    """Return the watch of this process.
+
+    Args:
+        flight: its tables and open slots.
+        rank: returns its rank.
+        thread: returns the id of the training thread.
+        clock: returns the clock of the open step, None while nothing is traced.
+        hang_timeout_s: a pause of this length is a hang.
+    """
+    user, groups = UserCode(), GroupLooks()
+
+    def batches() -> tuple[int, ...]:
+        current = clock()
+        return (*batches_read(), current.eval_batches if current is not None else 0)
+
+    def maker() -> LookMaker:
+        from traceml.recorder.quiet.look_maker import LookMaker  # a healthy rank does not pay for it
+        from traceml.recorder.quiet.worker_looks import WorkerLooks
+
+        return LookMaker(
+            flight,
+            rank=rank,
+            thread=thread,
+            user=user,
+            is_evaluating=lambda: _is_evaluating(clock()),
+            groups=groups.read,
+            workers=WorkerLooks(_stack_file(), hang_timeout_s).make,
+        )
+
+    return QuietWatch(flight, ProgressCounters(flight, thread, user, batches, groups.state), maker, hang_timeout_s)
+
+
+def register_stacks() -> None:
+    """Let another process of this host ask for the Python stacks, unless something else uses the signal."""
+    with fail_open(_log, "recorder", "the stacks of a silent process cannot be told"):
+        if sys.platform == "linux" and not stack_signal.is_registered(os.getpid()):
+            stack_signal.register(stack_signal.create_stack_file())
+
+
+def _stack_file() -> int | None:
+    return stack_signal.find_stack_file(os.getpid()) if sys.platform == "linux" else None
+
+
+def _is_evaluating(clock: Any) -> bool:
+    return clock is not None and bool(clock.evaluating or clock.stretch.start)

@@ -1,0 +1,91 @@
+"""Looks at the workers of the rank's data loader: state, CPU time, and the stack of the one that the rank waits for."""
+
+from __future__ import annotations
+
+import time
+
+from traceml.database.looks import MAX_FRAMES, FrameLook, WorkerLook
+from traceml.instrument.loader_workers import LoaderWorker, workers_of_loaders
+from traceml.recorder.user_code import is_user_file
+from traceml.witness.kernel_state import process_info, wait_state
+from traceml.witness.stack_signal import SignaledStacks, worker_target
+from traceml.witness.stack_text import main_frames
+
+__all__ = ["WorkerLooks"]
+
+
+class WorkerLooks:
+    """Looks at loader workers. Their stacks come by the signal, once in a quiet period, as faulthandler writes them.
+
+    Forked workers have the rank's handler, and write into its file: one is asked at a time.
+
+    Args:
+        file: the rank's file of stacks; None without one.
+        patience_s: from this time without progress on, a worker is asked even if that may end a sleep in its C code.
+    """
+
+    def __init__(self, file: int | None, patience_s: float) -> None:
+        self._file, self._patience_s = file, patience_s
+        self._asked: dict[tuple[int, bool], tuple[FrameLook, ...]] = {}
+        self._batch: int | None = None
+        self._cpu: dict[int, tuple[float, float]] = {}
+
+    def make(self, quiet_s: float) -> tuple[WorkerLook, ...]:
+        """Return looks at all workers.
+
+        Args:
+            quiet_s: time without progress, in seconds.
+        """
+        workers = workers_of_loaders()
+        batch = next((each.waits_for_batch for each in workers if each.waits_for_batch is not None), None)
+        if batch != self._batch:
+            self._batch = batch
+            self._asked.clear()
+
+        return tuple(self._look(each, quiet_s) for each in workers)
+
+    def _look(self, worker: LoaderWorker, quiet_s: float) -> WorkerLook:
+        seen = wait_state(worker.pid)
+        frames = self._frames(worker.pid, quiet_s) if worker.waits_for_batch is not None else ()
+        return WorkerLook(
+            index=worker.number,
+            pid=worker.pid,
+            state=seen.state,
+            wchan=seen.wchan,
+            waits_on=seen.waits_on,
+            cpu_share=self._cpu_share(worker.pid),
+            frames=frames,
+            waits_for_batch=worker.waits_for_batch,
+        )
+
+    def _frames(self, pid: int, quiet_s: float) -> tuple[FrameLook, ...]:
+        is_patient = quiet_s < self._patience_s
+        if self._file is None:
+            return ()
+
+        if (pid, True) in self._asked and (is_patient or self._asked[pid, True]):
+            return self._asked[pid, True]
+
+        if (pid, is_patient) not in self._asked:
+            target = worker_target(pid, even_if_disturbed=not is_patient)
+            text = SignaledStacks(pid, self._file, target=target).wait() if target is not None else ""
+            self._asked[pid, is_patient] = tuple(map(_frame, main_frames(text)[:MAX_FRAMES]))
+
+        return self._asked[pid, is_patient]
+
+    def _cpu_share(self, pid: int) -> float | None:
+        info, now_s = process_info(pid), time.monotonic()
+        if info is None:
+            return None
+
+        before = self._cpu.get(pid)
+        self._cpu[pid] = info.cpu_s, now_s
+        if before is None or now_s - before[1] < 0.1:
+            return None
+
+        return round((info.cpu_s - before[0]) / (now_s - before[1]), 3)
+
+
+def _frame(found: tuple[str, int, str]) -> FrameLook:
+    file, line, function = found
+    return FrameLook(file=file, line=line, function=function, is_user=is_user_file(file))

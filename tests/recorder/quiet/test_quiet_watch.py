@@ -1,0 +1,156 @@
+"""Real scripts that stand still for a while; what their ranks tell of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.aggregator.conftest import Serving
+from tests.recorder.conftest import Run
+from traceml.database.looks import LOOK, RankLook
+
+pytestmark = pytest.mark.process
+
+_QUICK = {"TRACEML_HANG_TIMEOUT": "2"}  # so the first look comes after a second
+
+
+def _looks(serving: Serving) -> list[RankLook]:
+    with serving.store() as store:
+        return [RankLook.from_row(row) for _, row in store.log_rows("info") if row["kind"] == LOOK]
+
+
+def _lines(look: RankLook) -> list[str]:
+    return [f"{frame.line} {frame.function}" for frame in look.frames]
+
+
+def test_a_sleep_in_the_users_code_is_looked_at(run_script: Run, serving: Serving) -> None:
+    """Line, state and phase are told while it lasts; that it is over is told once."""
+    done = run_script(
+        """
+        import time, traceml
+        traceml.init()
+
+        def stuck():
+            time.sleep(3)
+
+        stuck()
+        print("on", flush=True)
+        for _ in range(40):
+            with traceml.trace_step():
+                time.sleep(0.02)
+        """,
+        **_QUICK,
+    )
+
+    assert done.returncode == 0, done.stderr
+    looks = [look for look in _looks(serving) if look.user_line is None or look.user_line.function == "stuck"]
+    first, last = looks[0], looks[-1]
+    assert _lines(first) == ["6 stuck", "8 <module>"]
+    assert (first.user_line, first.outer_line) == (first.frames[0], first.frames[1])
+    assert all(frame.is_user for frame in first.frames)
+    assert (first.answered, first.phase, first.step, first.in_step) == ("recorder", "startup", -1, False)
+    assert (first.process_state, first.is_debugged, first.is_compiling) == ("S", False, False)
+    assert 1 <= first.quiet_s < 3
+    assert [look.ended for look in looks] == [False] * (len(looks) - 1) + [True]
+    assert 2 < last.quiet_s < 5
+
+
+def test_a_script_that_moves_is_not_looked_at(run_script: Run, serving: Serving) -> None:
+    """Steps, output, and new lines of the script are progress, however long each takes."""
+    body = "\n".join("        time.sleep(0.4)" for _ in range(6))
+    done = run_script(
+        f"""
+        import time, traceml
+        traceml.init()
+{body}
+        for _ in range(5):
+            with traceml.trace_step():
+                time.sleep(0.4)
+        for _ in range(5):
+            time.sleep(0.4)
+            print("written", flush=True)
+        """,
+        **_QUICK,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert [_lines(look) for look in _looks(serving)] == []
+
+
+def test_a_loop_that_waits_for_a_file_stands_still(run_script: Run, serving: Serving) -> None:
+    """It passes the same lines again and again."""
+    done = run_script(
+        """
+        import os, time, traceml
+        traceml.init()
+
+        def wait_for(path):
+            end = time.monotonic() + 6
+            while not os.path.exists(path):
+                time.sleep(0.1)
+                if time.monotonic() > end:
+                    break
+
+        wait_for("build.lock")
+        """,
+        **_QUICK,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert {look.user_line.function for look in _looks(serving) if look.user_line is not None} == {"wait_for"}
+    assert not any(look.ended for look in _looks(serving))
+
+
+def test_an_interrupted_hang_has_not_ended(run_script: Run, serving: Serving) -> None:
+    """That the process ends is no progress: the report has to know that it was stuck."""
+    done = run_script(
+        """
+        import os, signal, threading, time, traceml
+        traceml.init()
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        time.sleep(60)
+        """,
+        **_QUICK,
+    )
+
+    assert done.returncode != 0
+    looks = _looks(serving)
+    assert looks
+    assert not any(look.ended for look in looks)
+
+
+def test_a_stuck_loader_worker_is_named(run_script: Run, serving: Serving) -> None:
+    """The batch that the rank waits for, its worker, and the worker's line, by the signal."""
+    run_script(
+        """
+        import os, signal, threading, torch, traceml
+        from torch.utils.data import DataLoader, Dataset
+        traceml.init()
+        LOCK = threading.Lock()
+
+        class Locked(Dataset):
+            def __len__(self):
+                return 64
+
+            def __getitem__(self, index):
+                if index == 20:
+                    with LOCK:
+                        pass
+
+                return torch.ones(4)
+
+        LOCK.acquire()
+        threading.Timer(9, os.kill, (os.getpid(), signal.SIGINT)).start()
+        for batch in DataLoader(Locked(), batch_size=4, num_workers=2):
+            pass
+        """,
+        **_QUICK,
+    )
+
+    look = next(each for each in reversed(_looks(serving)) if each.workers)
+    stuck = next(worker for worker in look.workers if worker.waits_for_batch is not None)
+    assert (stuck.index, stuck.waits_for_batch, stuck.state) == (1, 5, "S")
+    assert "futex" in stuck.wchan
+    assert (stuck.frames[0].function, stuck.frames[0].line, stuck.frames[0].is_user) == ("__getitem__", 13, True)
+    assert all(worker.frames == () for worker in look.workers if worker is not stuck)
+    assert look.user_line is not None
+    assert look.user_line.line == 20
