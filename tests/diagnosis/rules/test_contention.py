@@ -81,6 +81,16 @@ def test_one_sample_of_the_host_is_enough():
     assert "other processes used 1.5 cores" in found.summary
 
 
+@pytest.mark.parametrize(("busy", "says"), [(0.1, "End or move the other programs"), (0.9, "fewer loader workers")])
+def test_loader_workers_are_not_taken_for_other_programs(busy, says):
+    """Of 1.5 cores that others use, the one worker uses little, or most."""
+    loader = LoaderFacts(num_workers=1)
+
+    (found,) = cpu_contention(crowded(samples(busy=0.7), threads=1, loader=loader, workers_busy=busy))
+
+    assert says in found.next
+
+
 def test_a_little_waiting_is_none():
     """A tenth of the time is usual; and a thread that has seldom work may wait for a core now and then."""
     assert cpu_contention(JobFacts(samples=samples(busy=0.9), main_wait={0: 0.09}, core_wait={0: 0.09})) == []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from tests.diagnosis.rules.test_contention import samples
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.rules.loading_advice import for_input
@@ -119,3 +120,20 @@ def test_waits_at_the_starts_of_epochs_are_pauses():
     assert pipeline_of(segments_of(window_of(ALONE, pauses), facts), facts, 10 * MS) is None
     every_third = segments_of(window_of(ALONE, adds("input_wait", 60, every=3)), facts)
     assert pipeline_of(every_third, facts, 20 * MS) is not None
+
+
+def test_a_crowded_host_promises_no_more_than_its_own_cores_give():
+    """Four fifths of the time the thread waits for a core: with cores of its own, two of them give at most 2x."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=20_000_000)]
+    made = samples(busy=0.2)
+    facts = JobFacts(
+        loader=FOLDER, lines=lines, samples=made, main_wait={0: 0.8}, core_wait={0: 0.8}, hosts={0: "h"}, cores={"h": 2}
+    )
+    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), facts)
+
+    found = pipeline_of(segments, facts, 30 * MS)
+
+    assert found is not None
+    assert found.rest_cores == pytest.approx(1.0, abs=0.1)
+    assert found.gain(8) == pytest.approx(2.0, abs=0.1)
+    assert "x faster on 2 cores of its own" in for_input(facts, found).text

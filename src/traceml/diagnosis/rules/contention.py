@@ -40,6 +40,13 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     ]
 
 
+def _foreign_cores(facts: JobFacts, workers: int) -> float:
+    """Return the cores that other programs use at least, beside the loader workers of the host's ranks."""
+    here = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
+    busy = 1.0 if facts.workers_busy is None else facts.workers_busy
+    return (facts.others_cores or 0.0) - here * workers * busy
+
+
 def core_takers(facts: JobFacts) -> str | None:
     """Return who else uses the cores, in words; None where other programs do not, or it is not known."""
     others = facts.others_cores
@@ -64,7 +71,7 @@ def _who(facts: JobFacts) -> str:
 
 def _advice(facts: JobFacts) -> str:
     workers = (facts.loader.num_workers if facts.loader else None) or 0
-    if core_takers(facts) and not workers:
+    if _foreign_cores(facts, workers) >= OTHERS_CORES:
         return (
             "End or move the other programs on this host (`top` names them), or give the training cores of its own "
             "(a container's CPU limit, taskset, Slurm's --cpus-per-task)."

@@ -48,7 +48,8 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
     if is_in_memory(loader, pipeline):
         return _whole_batches(loader, pipeline)
 
-    return _more_workers(loader, pipeline) or _cheaper_samples(loader, pipeline)
+    cores = _on(pipeline, facts)
+    return _more_workers(loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores)
 
 
 def is_in_memory(loader: LoaderFacts, pipeline: Pipeline) -> bool:
@@ -88,7 +89,7 @@ def _whole_batches(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
     )
 
 
-def _more_workers(loader: LoaderFacts, pipeline: Pipeline) -> Advised | None:
+def _more_workers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised | None:
     workers = pipeline.best_workers()
     gain = pipeline.gain(workers)
     if workers <= pipeline.workers or gain < WORTHWHILE:
@@ -100,18 +101,18 @@ def _more_workers(loader: LoaderFacts, pipeline: Pipeline) -> Advised | None:
         if pipeline.workers
         else f"{_data(loader)} is read by the training process itself (num_workers=0)"
     )
-    text = f"{before}: set num_workers={workers}{_persistent(loader)}; about {gain_text(gain)}{_on(pipeline)}."
+    text = f"{before}: set num_workers={workers}{_persistent(loader)}; about {gain_text(gain)}{cores}."
     return Advised(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
 
 
-def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
+def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:
     gain, cached = pipeline.gain_with(0.5), pipeline.gain_with(0.0)
     how = (
         "decode once and cache, smaller samples, transforms on the device"
         if pipeline.takes_cpu
         else "larger files, a faster or local disk, a cache in memory"
     )
-    crowd = f"; more workers will not help{_on(pipeline)}" if pipeline.workers or pipeline.cores else ""
+    crowd = f"; more workers will not help{cores}" if pipeline.workers or pipeline.cores else ""
     return Advised(
         f"Make {_data(loader)}'s __getitem__ cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
         f"cache at most {gain_text(cached)}.",
@@ -135,11 +136,13 @@ def _waits(pipeline: Pipeline, workers: int) -> str:
     return f" A fetch waits for {waits} of its time, so there may be more workers than cores."
 
 
-def _on(pipeline: Pipeline) -> str:
+def _on(pipeline: Pipeline, facts: JobFacts) -> str:
+    """Return the cores that a gain is for; while others use them, it is not to be had."""
     if pipeline.cores is None:
         return ""
 
-    return f" on {pipeline.cores} core{'s' if pipeline.cores > 1 else ''}"
+    own = " of its own" if facts.oversubscribed else ""
+    return f" on {pipeline.cores} core{'s' if pipeline.cores > 1 else ''}{own}"
 
 
 def _persistent(loader: LoaderFacts) -> str:

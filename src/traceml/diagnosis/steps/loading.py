@@ -20,6 +20,7 @@ RARE_WAITS = 0.6
 """With n workers, one step in n waits for all of them; waits in less than this share of such steps are pauses."""
 _LONG_WAIT = 3.0
 _HELD_SHARE = 0.8
+_LEAST_READY = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +120,13 @@ def are_pauses(segments: Segments, workers: int) -> bool:
 def _fetch_cpu(facts: JobFacts) -> float | None:
     """Return the share of a fetch by the training thread in which it computes, or waits for a core to do so."""
     busy = busy_share(facts.lines, "input_wait")
-    return None if busy is None else min(busy / max(1.0 - facts.wait_share, 0.05), 1.0)
+    return None if busy is None else min(busy / max(1.0 - facts.wait_share, _LEAST_READY), 1.0)
 
 
 def _rest_cores(segments: Segments, facts: JobFacts, rest_ns: float, fetch_cpu_ns: float) -> float:
     busy = facts.use.busy_cores
-    return 1.0 if busy is None else max((busy * segments.step_ns - fetch_cpu_ns) / rest_ns, 0.0)
+    if busy is None:
+        return 1.0
+
+    wanted = busy / max(1.0 - facts.waited_share, _LEAST_READY)  # with a core whenever it is ready
+    return max((wanted * segments.step_ns - fetch_cpu_ns) / rest_ns, 0.0)
