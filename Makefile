@@ -58,7 +58,7 @@ types: $(VENV)/.lint
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-# 83 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and a quarter of an hour.
+# 93 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and a quarter of an hour.
 accuracy: $(VENV)/.test
 	$(BIN)/python benchmarks/accuracy/judge.py --output docs/accuracy.md $(ARGS)
 

@@ -84,8 +84,7 @@ _CLASSIFIER = (
           steps=120),
     _case("dataset decodes, one worker", "classifier --fault decode --epochs 2 --workers 1", "INPUT_BOUND",
           phase="input_wait", steps=120),
-    _case("forward copies to numpy", "classifier --fault forward --epochs 2", "COMPUTE_BOUND", "HEALTHY",
-          phase="forward", steps=120),
+    _case("forward copies to numpy", "classifier --fault forward --epochs 2", steps=120),
     _case("history grows", "classifier --fault history --epochs 15 --batches 80", "SLOWDOWN", function="smooth_history",
           steps=1200),
     _case("logs every 25th step", "classifier --fault periodic --epochs 4", "RESIDUAL_HEAVY",
@@ -179,6 +178,18 @@ _FRAMEWORKS = (
           steps=120),
 )  # fmt: skip
 
+_ENGINES = (
+    _case("references of torchvision", "engines references", steps=360),
+    _case("prefetcher and scaler of timm", "engines prefetcher", steps=200),
+    # The loader makes one graph of 32 in the training process, which is a seventh of a step.
+    _case("graphs", "engines graphs", *QUIET, "INPUT_BOUND", steps=200),
+    _case("graphs, plotted in each step", "engines graphs_plotted", "RESIDUAL_HEAVY", phase="other",
+          function="plot_embedding", steps=200),
+    _case("Learner of fastai", "engines learner", steps=400),
+    _case("Learner of fastai, slow transforms", "engines learner_transforms", "INPUT_BOUND", phase="input_wait",
+          function="rotate_and_crop", steps=400),
+)  # fmt: skip
+
 _SHARDED = (
     _case("FSDP2 x2", "sharded fsdp", *QUIET, "COMM_BOUND", ranks=2, steps=120, never=_STRAGGLERS),
     _case("tensor parallel x2", "sharded tensor_parallel", *QUIET, "COMM_BOUND", ranks=2,
@@ -186,4 +197,4 @@ _SHARDED = (
     _case("spawned by the script", "sharded spawned", *QUIET, "COMM_BOUND", steps=150, never=_STRAGGLERS),
 )  # fmt: skip
 
-CASES: tuple[Case, ...] = (*_CLASSIFIER, *_GPT, *_DDP, *_FILES, *_LOOPS, *_FRAMEWORKS, *_SHARDED)
+CASES: tuple[Case, ...] = (*_CLASSIFIER, *_GPT, *_DDP, *_FILES, *_LOOPS, *_FRAMEWORKS, *_ENGINES, *_SHARDED)
