@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 
 from tests.eventually import eventually
+from tests.forked import client as forked
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -53,6 +56,19 @@ class Running:
         stdout, stderr = self.process.communicate(timeout=timeout_s)
         return Ended(self.process.returncode, stdout, stderr, self.folder)
 
+    def wait_for_ranks(self, count: int) -> None:
+        """Wait until so many ranks have connected to the aggregator, which may start later than they."""
+        path = self.folder / "traceml_runs" / "latest" / STORE_NAME
+
+        def connected() -> bool:
+            if not path.exists():
+                return False
+
+            with StoreReader(path) as reader:
+                return len(reader.streams()) >= count
+
+        self.wait_for(connected, f"{count} ranks to connect")
+
     def pid_of(self, rank: int) -> int:
         """The pid of a rank which trains; needs `--marker marker`."""
         path = self.folder / f"marker.{rank}"
@@ -66,10 +82,11 @@ class Traceml:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
+        self.environ["OMP_NUM_THREADS"] = "1"
         self._running: list[subprocess.Popen[str]] = []
 
     def start(self, *words: str | Path, **environ: str) -> Running:
-        process = subprocess.Popen(
+        process = forked.Popen(
             [sys.executable, "-m", "traceml", *map(str, words)],
             cwd=self.folder,
             env={**self.environ, **environ},
@@ -77,6 +94,7 @@ class Traceml:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            forks=True,
         )
         self._running.append(process)
         return Running(process, self.folder)

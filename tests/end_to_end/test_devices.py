@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
 from tests.end_to_end.conftest import TINY, Traceml
+from tests.forked import client as forked
 
 # torch calls this at the end of its import, before our hooks, as it does with backends of other vendors.
 SPY = """
@@ -104,7 +104,7 @@ def test_run_never_asks_the_driver(spied: Traceml) -> None:
 
 def test_init_never_asks_the_driver(spied: Traceml) -> None:
     """Nor does `traceml.init()`."""
-    ended = subprocess.run(
+    ended = forked.run(
         [sys.executable, "train.py", "--init"],
         cwd=spied.folder,
         env=spied.environ,
@@ -119,7 +119,7 @@ def test_init_never_asks_the_driver(spied: Traceml) -> None:
 def test_a_failing_clock_does_not_reach_training(traceml: Traceml) -> None:
     """Loss and status are those of the plain script, and the report counts the failure."""
     (traceml.folder / "flaky.py").write_text(FLAKY)
-    plain = subprocess.run([sys.executable, TINY, "--steps", "400"], capture_output=True, text=True, check=True)
+    plain = forked.run([sys.executable, TINY, "--steps", "400"], capture_output=True, text=True, check=True)
 
     ended = traceml("run", "flaky.py", TINY, "--steps", "400")
 

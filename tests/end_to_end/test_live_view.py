@@ -8,7 +8,6 @@ import pty
 import select
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -19,6 +18,7 @@ import pytest
 
 from tests.display.screen import Screen
 from tests.end_to_end.conftest import TINY
+from tests.forked import client as forked
 
 
 class OnTerminal:
@@ -29,14 +29,15 @@ class OnTerminal:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
-        self.process = subprocess.Popen(
+        self.process = forked.Popen(
             [sys.executable, "-m", "traceml", "run", *map(str, words)],
             cwd=folder,
-            env={**environ, "TERM": "xterm-256color", "NO_COLOR": "1"},
+            env={**environ, "TERM": "xterm-256color", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
             stdin=slave,
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            forks=True,
         )
         os.close(slave)
 

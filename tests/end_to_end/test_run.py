@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.conftest import TINY, Ended, Running, Traceml
+from tests.forked import client as forked
 
 
 def assert_nothing_is_left(ended: Ended) -> None:
@@ -40,7 +40,7 @@ def test_one_process_is_traced_and_passed_through(traceml: Traceml) -> None:
     ended = traceml("run", TINY, "--steps", "60")
 
     assert ended.status == 0, ended.stderr
-    plain = subprocess.run([sys.executable, TINY, "--steps", "60"], capture_output=True, text=True, check=True)
+    plain = forked.run([sys.executable, TINY, "--steps", "60"], capture_output=True, text=True, check=True)
     assert ended.stdout == plain.stdout  # the loss to the last bit
     assert str(ended.run_dir / "report.json") in ended.stderr.replace("\n", "")
     report = ended.report
@@ -304,6 +304,7 @@ def test_a_killed_command_leaves_no_process(traceml: Traceml, ranks: int) -> Non
     many = ("--nproc-per-node", str(ranks)) if ranks > 1 else ()
     running = traceml.start("run", *many, TINY, "--steps", "3000", "--pause", "0.02", "--marker", "marker")
     pids = [running.pid_of(rank) for rank in range(ranks)]
+    running.wait_for_ranks(ranks)
 
     running.process.kill()
 

@@ -2,4 +2,6 @@
 
 For scripts that import torch: the others start faster alone, since a forked process has more to clear when it ends.
 `client` stands in for `subprocess` in tests, `server` is the process that forks, `preloaded` the modules it shares.
+A forked program may fork too (`forks=True`): the ranks of `traceml run` and torchrun. They are its real children, by
+`sibling`: it has beside it a process as clean as it was at its start, which forks for it.
 """

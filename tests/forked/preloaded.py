@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 _MISSING = object()
@@ -46,12 +46,18 @@ class Preloaded:
     Each goes through the import system again, in the order of the first time, so that import hooks see it.
     """
 
-    def __init__(self, shared: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        shared: Mapping[str, Sequence[str]],
+        after: Mapping[str, Callable[[ModuleType], object]] = MappingProxyType({}),
+    ) -> None:
         """Import modules and hide them.
 
         Args:
             shared: names of modules; of each, the ones before it that its import needs.
+            after: of some, what to call with the module at the end of its import.
         """
+        self._after = after
         families = {name.partition(".")[0] for name in shared}
         groups = [_Group(needs, _load(name, families)) for name, needs in shared.items()]
         self._groups = {name: group for group in groups for name in group.names}
@@ -95,6 +101,8 @@ class Preloaded:
             self._import(member)
 
         group.set_attributes()
+        if name in self._after:
+            self._after[name](sys.modules[name])
 
     def _import(self, name: str) -> None:
         parent = name.rpartition(".")[0]

@@ -24,25 +24,29 @@ class Program:
         argv: `sys.argv`.
         target: the script, module or code.
         warning_filters: values of `-W`.
+        unbuffered: whether there is `-u`, first of all.
     """
 
     kind: str
     argv: list[str]
     target: str
     warning_filters: list[str] = field(default_factory=list)
+    unbuffered: bool = False
 
     @classmethod
     def parse(cls, words: list[str]) -> Program | None:
         """Read the arguments; None: only a new interpreter can follow them."""
         filters: list[str] = []
+        unbuffered = words[:1] == ["-u"]
+        words = words[unbuffered:]
         while words[:1] == ["-W"]:
             filters.append(words[1])
             words = words[2:]
 
         if words[:1] in (["-m"], ["-c"]):
-            return cls(words[0], [words[0], *words[2:]], words[1], filters)
+            return cls(words[0], [words[0], *words[2:]], words[1], filters, unbuffered)
 
-        return None if not words or words[0].startswith("-") else cls("", words, words[0], filters)
+        return None if not words or words[0].startswith("-") else cls("", words, words[0], filters, unbuffered)
 
     @property
     def folder(self) -> str:

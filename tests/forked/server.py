@@ -17,12 +17,13 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fork_request import Request, fork_as_siblings
 from preloaded import Preloaded
 from program import Program
+from sibling import end_with_parent, fork_sibling, is_possible, rename, start_helper
 
 __all__: list[str] = []
 
@@ -33,41 +34,29 @@ _SHARED = {
     "pydantic_settings": ("pydantic",),
     "torch": ("numpy",),
     "torch._dynamo": ("torch",),
+    "torch.distributed.run": ("torch",),
 }
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 _MAX_FDS = 64
 
 
-@dataclass(frozen=True)
-class Request:
-    """Python process to start.
+class Server:
+    """Loop of a process that forks.
 
-    Attributes:
-        words: the interpreter's arguments.
-        folder: working directory.
-        environ: all of its environment.
-        new_session: start it in a session of its own.
-        fds: the numbers that its file descriptors shall have.
+    Args:
+        sock: of the client.
+        for_parent: the new processes are children of the parent, which waits for them.
     """
 
-    words: list[str]
-    folder: str
-    environ: dict[str, str]
-    new_session: bool
-    fds: list[int]
-
-
-class Server:
-    """Loop of the parent."""
-
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, for_parent: bool = False) -> None:
         self._sock = sock
+        self._for_parent = for_parent
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._children: dict[int, tuple[int, int]] = {}  # by pidfd: the process, the pipe for its status
 
     def serve(self) -> Request:
-        """Serve requests. Return in each child; in the parent, exit when the client is gone."""
+        """Serve requests. Return in each new process; in this one, exit when the client is gone."""
         while True:
             for fd, _ in self._poll.poll():
                 if fd != self._sock.fileno():
@@ -83,7 +72,7 @@ class Server:
 
         status, *fds = received
         request = Request(**json.loads(data))
-        if (pid := os.fork()) == 0:
+        if (pid := fork_sibling() if self._for_parent else os.fork()) == 0:
             self._sock.detach()
             _place_fds(fds, request.fds)
             return request
@@ -92,9 +81,13 @@ class Server:
             os.close(fd)
 
         os.write(status, b"%d\n" % pid)
-        pidfd = os.pidfd_open(pid)
-        self._children[pidfd] = pid, status
-        self._poll.register(pidfd, select.POLLIN)
+        if self._for_parent:
+            os.close(status)
+        else:
+            pidfd = os.pidfd_open(pid)
+            self._children[pidfd] = pid, status
+            self._poll.register(pidfd, select.POLLIN)
+
         return None
 
     def _report_end(self, pidfd: int) -> None:
@@ -126,15 +119,22 @@ def _place_fds(received: list[int], numbers: list[int]) -> None:
 
 def _become(request: Request, preloaded: Preloaded) -> None:
     """Make this process what a new interpreter is."""
+    if request.death_signal:
+        end_with_parent(os.getppid(), request.death_signal)
+
     if request.new_session:
         os.setsid()
+
+    if is_possible():
+        rename([sys.executable, *request.words], request.environ)
 
     os.environ.clear()
     os.environ.update(request.environ)
     time.tzset()
     os.chdir(request.folder)
+    unbuffered = bool(request.environ.get("PYTHONUNBUFFERED")) or request.words[:1] == ["-u"]
     for fd, name, mode in _STREAMS:
-        setattr(sys, name, _stream(fd, name, mode))
+        setattr(sys, name, _stream(fd, name, mode, unbuffered=unbuffered))
         setattr(sys, f"__{name}__", getattr(sys, name))
 
     preloaded.peek("numpy.random").seed()  # `random` does so itself
@@ -143,9 +143,14 @@ def _become(request: Request, preloaded: Preloaded) -> None:
         sys.modules["multiprocessing.process"].ORIGINAL_DIR = request.folder
 
 
-def _stream(fd: int, name: str, mode: str) -> io.TextIOWrapper:
+def _load_backends(torch: Any) -> None:
+    """Do what torch does at the end of its import."""
+    if torch._is_device_backend_autoload_enabled():
+        torch._import_device_backends()
+
+
+def _stream(fd: int, name: str, mode: str, *, unbuffered: bool) -> io.TextIOWrapper:
     """Return a standard stream as the interpreter makes it."""
-    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
     raw: Any = io.FileIO(fd, mode, closefd=False)
     raw.name = f"<{name}>"
     buffered = io.BufferedReader(raw) if mode == "r" else raw if unbuffered else io.BufferedWriter(raw)
@@ -174,18 +179,28 @@ def _set_up_interpreter(program: Program) -> None:
 if __name__ == "__main__":
     del sys.path[0]  # this folder
     filters = list(warnings.filters)
-    preloaded = Preloaded(_SHARED)
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    preloaded = Preloaded(_SHARED, {"torch": _load_backends})
     warnings.resetwarnings()
     warnings.filters[:] = filters
     gc.freeze()  # else each child goes through all of these objects when it ends
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not fork"
     request = Server(socket.socket(fileno=int(sys.argv[1]))).serve()
     _become(request, preloaded)
+    while request.forks:
+        sock = start_helper()
+        if sock is not None:
+            fork_as_siblings(sock)
+            break
+
+        request = Server(socket.socket(fileno=3), for_parent=True).serve()
+        _become(request, preloaded)
+
     program = Program.parse(request.words)
     assert program is not None, request.words
     sys.orig_argv[1:] = request.words
     _set_up_interpreter(program)
-    for name in ("preloaded", "program"):
+    for name in ("preloaded", "program", "fork_request", "sibling"):
         del sys.modules[name]
 
     program.run()

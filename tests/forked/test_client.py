@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.forked import client
 
 FACTS = """
 import atexit, json, multiprocessing.process, os, sys, threading, warnings
+from pathlib import Path
 atexit.register(print, "at exit")
 print(json.dumps({
     "argv": sys.argv, "words": sys.orig_argv[1:], "path": sys.path, "executable": sys.executable,
@@ -24,6 +27,7 @@ print(json.dumps({
     "fds": sorted(os.listdir("/proc/self/fd")), "flags": str(sys.flags), "options": sys.warnoptions,
     "streams": [repr(each) for each in (sys.stdin, sys.stdout, sys.stderr, sys.__stdout__)],
     "buffering": [sys.stdout.line_buffering, sys.stdout.write_through, sys.stderr.line_buffering],
+    "shown": [Path("/proc/self/cmdline").read_text(), sorted(Path("/proc/self/environ").read_text().split("\\0"))],
     "session": os.getsid(0) == os.getpid(), "main thread": threading.main_thread().native_id == os.getpid(),
     "loaded": [name for name in ("torch", "numpy", "pydantic", "traceml", "tests", "program") if name in sys.modules],
     "default": str(warnings.filters[0]), "input": sys.stdin.read(), "signals": str(__import__("signal").getsignal(2)),
@@ -155,3 +159,64 @@ def test_a_new_interpreter_is_started_where_it_is_asked_for(
     with client.Popen([sys.executable, *words], env=environ | more, stdout=subprocess.PIPE, text=True) as process:
         assert not process.forked
         assert process.communicate() == ("1\n", None)
+
+
+STARTS = """
+import os, subprocess, sys
+words = ["-m", "traceml.session.entry", "script.py"]
+def die_with_us(death_signal):
+    return lambda: death_signal
+child = subprocess.Popen([sys.executable, "-u", *words], stdout=subprocess.PIPE, preexec_fn=die_with_us(15), text=True)
+other = subprocess.run([sys.executable, "-c", "import os; print(os.getppid())"], capture_output=True, text=True)
+print(child.pid, os.getpid(), int(other.stdout) == os.getpid(), child.stdout.readline(), end="", flush=True)
+sys.stdin.read() and print(child.wait())
+"""
+WAITS = """
+import os, signal, sys
+print("it has words to say", file=sys.stderr)
+print(os.getpid(), os.getppid(), open("/proc/self/cmdline").read().replace("\\0", " "), flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def starter(environ: dict[str, str], tmp_path: Path) -> Iterator[client.Popen]:
+    """A program that starts one that imports torch; both are forked."""
+    (tmp_path / "script.py").write_text(WAITS)
+    environ = {name: value for name, value in environ.items() if not name.startswith("TRACEML_")}
+    with client.Popen(
+        [sys.executable, "-c", STARTS], cwd=tmp_path, env=environ | {"TRACEML_ENABLED": "0"}, text=True, forks=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        yield process
+
+
+def test_its_own_children_are_forked_too(starter: client.Popen) -> None:
+    """They are its children, are shown as what they are, and end by a signal as others do."""
+    assert starter.stdout is not None
+    child, parent, other_is_child, *reported = starter.stdout.readline().split()
+
+    assert reported[:2] == [child, parent]
+    assert reported[3:] == ["-u", "-m", "traceml.session.entry", "script.py"]
+    assert other_is_child == "True"
+    assert parent == str(starter.pid)
+    assert "libtorch" in Path(f"/proc/{child}/maps").read_text()
+    os.kill(int(child), signal.SIGUSR1)
+    out, err = starter.communicate("wait for it", timeout=60)
+    assert (starter.returncode, out) == (0, f"{-signal.SIGUSR1}\n")
+    assert err == "it has words to say\n"
+
+
+def test_the_kernel_ends_its_children(starter: client.Popen) -> None:
+    """When it is killed, they get the signal that they asked for; nothing else is left of it."""
+    assert starter.stdout is not None
+    child = int(starter.stdout.readline().split()[0])
+    others = psutil.Process(starter.pid).children()
+    starter.kill()
+
+    starter.wait(60)
+    assert starter.stdout.read() == ""  # all that held it are gone
+    psutil.wait_procs(others, timeout=60)
+    assert len(others) == 2
+    assert not [each for each in others if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    assert child in [each.pid for each in others]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
     def run(script: str, *arguments: str, ranks: int = 1, **values: str) -> Ended:
         own = {"TRACEML_PORT": str(_free_port()), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | values
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        alone = launcher or script.startswith("ray")  # Ray, begun in a forked process, does not end
-        popen = subprocess.Popen if alone else forked.Popen
+        popen = subprocess.Popen if script.startswith("ray") else partial(forked.Popen, forks=bool(launcher))
         process = popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],
             env=environ(tmp_path, **own), cwd=tmp_path, text=True, start_new_session=True,

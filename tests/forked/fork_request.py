@@ -1,0 +1,138 @@
+"""Requests to a process that forks, made from the options of `subprocess.Popen`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__:
+    from tests.forked.program import Program
+else:  # in the process that forks, which knows nothing of the tests
+    from program import Program
+
+__all__ = ["APPLIED_LATER", "Request", "can_be_forked", "fork_as_siblings", "note_started", "number_from", "send"]
+
+# Read when the interpreter or a shared module starts: what differs from the server's asks for a new interpreter.
+_READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "TORCH_")
+_PLAIN = {"executable": None, "shell": False, "process_group": -1, "umask": -1, "uid": None}
+_PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+APPLIED_LATER = {"PYTHONPATH", "PYTHONWARNINGS", "PYTHONUNBUFFERED"}
+# By importing torch or scikit-learn in this process, and by torchrun, which means a process group.
+_SET_BY_LIBRARIES = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
+# Modules that import torch, of all that `traceml run` and torchrun start; and those that start ranks.
+_WITH_TORCH = {"traceml.session.entry", "traceml.supervise.elastic", "torch.distributed.run"}
+_STARTERS = _WITH_TORCH - {"traceml.session.entry"}
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Python process to start.
+
+    Attributes:
+        words: the interpreter's arguments.
+        folder: working directory.
+        environ: all of its environment.
+        new_session: start it in a session of its own.
+        fds: the numbers that its file descriptors shall have.
+        forks: its own Python processes that import torch are forked too.
+        death_signal: signal that it gets when its parent ends; 0: none.
+    """
+
+    words: list[str]
+    folder: str
+    environ: dict[str, str]
+    new_session: bool
+    fds: list[int] = field(default_factory=list)
+    forks: bool = False
+    death_signal: int = 0
+
+    @classmethod
+    def from_options(cls, options: Options, *, forks: bool = False, death_signal: int = 0) -> Request:
+        """Read the arguments of `Popen._execute_child`."""
+        return cls(
+            words=[os.fspath(each) for each in options["args"]][1:],
+            folder=str(Path(options["cwd"] or ".").absolute()),
+            environ=dict(os.environ if options["env"] is None else options["env"]),
+            new_session=options["start_new_session"],
+            fds=[0, 1, 2, *options["pass_fds"]],
+            forks=forks,
+            death_signal=death_signal,
+        )
+
+
+def can_be_forked(options: Options, mine: Mapping[str, str]) -> bool:
+    """Whether a process with these options, forked from one with an environment of mine, is as a new one."""
+    if os.fspath(options["args"][0]) != sys.executable or any(options[name] != value for name, value in _PLAIN.items()):
+        return False
+
+    request = Request.from_options(options)
+    program = Program.parse(request.words)
+    if program is None or not (program.kind or Path(request.folder, program.target).is_file()):
+        return False
+
+    return all(
+        request.environ.get(name) == mine.get(name)
+        for name in {*request.environ, *mine}
+        if name.startswith(_READ_AT_START) and name not in APPLIED_LATER | _SET_BY_LIBRARIES
+    )
+
+
+def send(sock: socket.socket, request: Request, options: Options) -> tuple[int, int]:
+    """Ask for a process; return its id, and a pipe that yields its wait status if it is no child of this one."""
+    streams = [options[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+    fds = [i if fd == -1 else fd for i, fd in enumerate(streams)] + list(options["pass_fds"])
+    status, theirs = os.pipe()
+    try:
+        socket.send_fds(sock, [json.dumps(asdict(request)).encode()], [theirs, *fds])
+    finally:
+        os.close(theirs)
+
+    return number_from(status), status
+
+
+def number_from(pipe: int) -> int:
+    """Read a number from the process that forks."""
+    line = os.read(pipe, 32)  # written in one piece
+    assert line, "the process that forks is gone: see above for what it said"
+    return int(line)
+
+
+def note_started(process: Any, pid: int, options: Options) -> None:
+    """Do the rest of what `Popen._execute_child` does."""
+    process.pid = pid
+    process._child_created = True
+    process._close_pipe_fds(*(options[name] for name in _PIPES))
+
+
+def fork_as_siblings(sock: socket.socket) -> None:
+    """Let `subprocess.Popen` of this process fork programs that import torch, by the process at the socket."""
+    original: Callable[..., None] = subprocess.Popen._execute_child
+    bound = inspect.signature(original).bind
+    mine = dict(os.environ)
+
+    def execute(self: subprocess.Popen[Any], *values: Any) -> None:
+        options = bound(self, *values).arguments
+        setup = options["preexec_fn"]
+        number = 0 if setup is None else inspect.getclosurevars(setup).nonlocals.get("death_signal", -1) or 0
+        program = Program.parse([os.fspath(each) for each in options["args"]][1:])
+        imports_torch = program is not None and (program.kind == "" or program.target in _WITH_TORCH)
+        if program is None or not imports_torch or number < 0 or not can_be_forked(options, mine):
+            original(self, *values)
+            return
+
+        request = Request.from_options(options, forks=program.target in _STARTERS, death_signal=int(number))
+        pid, status = send(sock, request, options)
+        os.close(status)
+        note_started(self, pid, options)
+
+    subprocess.Popen._execute_child = execute  # type: ignore[method-assign, assignment]
