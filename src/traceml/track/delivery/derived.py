@@ -5,6 +5,8 @@ a frame that is read again gives the same values again, and every backend gets t
 
 - `traceml/step_ms`: mean wall time of a step, over all ranks and the interval.
 - `traceml/steps_per_s`: of the lowest rank.
+- `traceml/samples_per_s`, `traceml/tokens_per_s`: of the whole job, at that speed, as in the report.
+- `traceml/loss`: mean over the interval of the losses that were read on the lowest rank that has any.
 - `traceml/share/<phase>`: share of step time, split as in the report (`diagnosis.step_split`). A step with device times
   counts in the interval in which they arrive, some steps after it.
 - `traceml/goodput`: share of all wall time since the run began that the lowest rank spent in productive steps, without
@@ -47,11 +49,14 @@ from traceml.diagnosis.steps.step_split import (
     split_backward,
     spread_device_times,
 )
+from traceml.track.delivery.training_values import TRAINING_TABLES, TrainingValues
 from traceml.track.plugins.metric import Metric
 
 __all__ = ["INPUT_TABLES", "KIND_DERIVED", "DerivedMetrics"]
 
-INPUT_TABLES = (STEPS.name, DEVICE_STEPS.name, EVALS.name, EPOCHS.name, HOST.name, PROCESS.name, GPU.name)
+INPUT_TABLES = (
+    STEPS.name, DEVICE_STEPS.name, EVALS.name, EPOCHS.name, HOST.name, PROCESS.name, GPU.name, *TRAINING_TABLES,
+)  # fmt: skip
 KIND_DERIVED = 100
 _MS, _S = 1e6, 1e9
 # Device times arrive a few steps after their step; after this many steps they are lost.
@@ -104,9 +109,14 @@ class DerivedMetrics:
         self._interval_ns = max(int(interval_s * _S), 1)
         self._started_ns = int(started * _S)
         self._system = system
+        self._training = TrainingValues(memory.setdefault("training", {}))
 
     def take(self, frame: Frame, stream: StreamRecord) -> list[Metric]:
         """Take a frame of one of the tables `INPUT_TABLES`; return the values of completed intervals."""
+        if frame.table in TRAINING_TABLES:
+            self._training.take(frame, stream)
+            return []
+
         rows = np.frombuffer(frame.data, _DTYPES[frame.table])
         offset_ns = _epoch_offset_ns(stream)
         if frame.table == STEPS.name:
@@ -162,6 +172,7 @@ class DerivedMetrics:
         steps = memory.setdefault("interval", {"number": number, "n": 0, "total": 0, "lead": 0, "split": {}})
         steps["n"] += len(rows)
         steps["total"] += int(rows["total_ns"].sum())
+        self._training.take_steps(rank, rows)
         if rank != lead["rank"]:
             return
 
@@ -179,8 +190,11 @@ class DerivedMetrics:
         at_ns = steps.get("t", lead["t"])
         step, timestamp = max(lead["step"], 0), at_ns / _S
         values = {"traceml/step_ms": steps["total"] / steps["n"] / _MS}
-        if at_ns > lead["t"]:
-            values["traceml/steps_per_s"] = steps["lead"] / ((at_ns - lead["t"]) / _S)
+        speed = steps["lead"] / ((at_ns - lead["t"]) / _S) if at_ns > lead["t"] else None
+        if speed is not None:
+            values["traceml/steps_per_s"] = speed
+
+        values |= self._training.close(speed, step, [int(rank) for rank in self._memory["step_of"]])
 
         grouped = has_group(self._memory["ranks"])
         values |= {

@@ -1,0 +1,133 @@
+"""Values for trackers that say what a job trains on: samples and tokens per second, and the loss.
+
+They are made from frames in their order, like all derived values: state between frames is plain data for JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import FINGERPRINTS, INFO, LOSSES
+from traceml.database.store.reader import Frame, StreamRecord
+from traceml.diagnosis.facts.shared_batches import BatchHistory
+
+__all__ = ["TRAINING_TABLES", "TrainingValues"]
+
+TRAINING_TABLES = (INFO.name, FINGERPRINTS.name, LOSSES.name)
+_KINDS = ("model", "input")
+_FACTS = ("parallel", "gradient_size", "gradient_ranks", "dtype", "dimensions", "tokens")
+_FINGERPRINTS = 6  # of each rank
+_KNOWN_RANKS = 512  # facts of further ranks are not kept
+_DECIDED_STEPS = 1024  # who has data of its own is decided until then
+
+
+class TrainingValues:
+    """Computes the values of one run.
+
+    Args:
+        memory: state between frames, changed in place; plain values for JSON.
+    """
+
+    def __init__(self, memory: dict[str, Any]) -> None:
+        self._memory = memory
+
+    def take(self, frame: Frame, stream: StreamRecord) -> None:
+        """Take a frame of one of the tables `TRAINING_TABLES`."""
+        if frame.table == LOSSES.name:
+            self._take_losses(stream.rank, np.frombuffer(frame.data, LOSSES.dtype))
+        elif stream.rank < _KNOWN_RANKS and not self._memory.get("decided"):
+            known = self._known(stream)
+            if frame.table == INFO.name:
+                new = {row["kind"]: _facts(row) for row in frame.maps() if row.get("kind") in _KINDS}
+                known.update({kind: row for kind, row in new.items() if kind not in known})
+            else:
+                rows = np.frombuffer(frame.data, FINGERPRINTS.dtype)
+                prints = [*known.get("prints", []), *([int(step), int(value)] for step, value in rows.tolist())]
+                known["prints"] = prints[:_FINGERPRINTS]
+
+    def take_steps(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take step rows of a rank."""
+        sizes = self._memory.setdefault("sizes", {"steps": 0, "samples": 0, "elements": 0})
+        if rank not in self._memory.get("repeating", ()):
+            sizes["steps"] += len(rows)
+            sizes["samples"] += int(rows["samples"].sum())
+            sizes["elements"] += int(rows["elements"].sum())
+
+    def close(self, steps_per_s: float | None, step: int, ranks: list[int]) -> dict[str, float]:
+        """Return the values of the interval that ends, by name.
+
+        Args:
+            steps_per_s: speed in the interval; None where it is not known.
+            step: last step of the lowest rank.
+            ranks: the ranks that have made steps.
+        """
+        sizes, losses = self._memory.pop("sizes", None), self._memory.pop("losses", None)
+        values = {} if losses is None else {"traceml/loss": _mean(losses)}
+        distinct, has_tokens = self._data_ranks(ranks, step)
+        if sizes is None or not sizes["samples"] or not distinct or steps_per_s is None:
+            return values
+
+        per_row = distinct * steps_per_s / sizes["steps"]
+        values["traceml/samples_per_s"] = sizes["samples"] * per_row
+        if has_tokens:
+            values["traceml/tokens_per_s"] = sizes["elements"] * per_row
+
+        return values
+
+    def _take_losses(self, rank: int, rows: NDArray[np.void]) -> None:
+        least = self._memory.setdefault("loss_rank", rank)
+        if rank > least:
+            return
+
+        if rank < least:
+            self._memory["loss_rank"] = rank
+            self._memory.pop("losses", None)
+
+        sums = self._memory.setdefault("losses", {"sum": 0.0, "count": 0, "is_finite": True})
+        finite = rows["loss"][np.isfinite(rows["loss"])]
+        sums["sum"] += float(finite.sum())
+        sums["count"] += len(finite)
+        sums["is_finite"] = sums["is_finite"] and len(finite) == len(rows)
+
+    def _known(self, stream: StreamRecord) -> dict[str, Any]:
+        known: dict[str, Any] = self._memory.setdefault("facts", {}).setdefault(str(stream.rank), {})
+        return known
+
+    def _data_ranks(self, ranks: list[int], step: int) -> tuple[int, bool]:
+        """Return the number of ranks with data of their own, 0 where not known, and whether it is text."""
+        if (decided := self._memory.get("decided")) is not None:
+            return int(decided[0]), bool(decided[1])
+
+        batches = self._history()
+        distinct = batches.distinct_ranks(ranks)
+        if distinct:
+            self._memory["repeating"] = sorted(set(ranks) - set(distinct))
+        if step >= _DECIDED_STEPS:
+            self._memory["decided"] = [len(distinct), batches.tokens]
+            self._memory.pop("facts", None)
+
+        return len(distinct), batches.tokens
+
+    def _history(self) -> BatchHistory:
+        batches = BatchHistory()
+        for rank, known in self._memory.get("facts", {}).items():
+            prints = np.array([tuple(pair) for pair in known.get("prints", [])], FINGERPRINTS.dtype)
+            batches.add(int(rank), prints)
+            if "model" in known:
+                batches.model(int(rank), known["model"])
+            if "input" in known:
+                batches.input(int(rank), known["input"])
+
+        return batches
+
+
+def _facts(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _FACTS if row.get(name) is not None}
+
+
+def _mean(losses: dict[str, Any]) -> float:
+    return losses["sum"] / losses["count"] if losses["is_finite"] and losses["count"] else math.nan
