@@ -128,6 +128,26 @@ def test_a_run_folder_outside_of_the_runs_folder_is_not_believed(tmp_path: Path,
     assert flight.path.exists()
 
 
+@pytest.mark.parametrize("is_own", [True, False])
+def test_only_files_of_the_folder_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_own: bool
+) -> None:
+    """The memory of a host has flight files of every folder, and of every version of traceml on it."""
+    memory, runs_dir = tmp_path / "memory", tmp_path / "runs"
+    memory.mkdir(mode=0o700)
+    monkeypatch.setattr("traceml.aggregator.recovery.default_folder", lambda: memory)
+    facts = {"run_dir": str((runs_dir if is_own else tmp_path / "others") / "20260101-a"), "job": "j"}
+    flight = FlightFile.create(memory, facts)
+    flight.close(unlink=False)
+    assert flight.path is not None
+    data = flight.path.read_bytes()
+    assert b"total_ns" in data
+    flight.path.write_bytes(data.replace(b"total_ns", b"total_xx"))  # a column of another version
+
+    assert dead_flights("j", runs_dir) == []
+    assert ("columns that this version" in caplog.text) == is_own
+
+
 def rewrite_boot(path: Path) -> None:
     """Make a file look as if an earlier boot of this machine had written it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().encode()

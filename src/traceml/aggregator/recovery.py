@@ -14,7 +14,7 @@ from traceml.aggregator.streams import Incarnation, Stream
 from traceml.database.flight.flight_folders import default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import SILENCE_S, find_unclaimed, is_alive
-from traceml.database.flight.postmortem import FlightSnapshot, read_flight
+from traceml.database.flight.postmortem import FlightSnapshot, flight_identity, read_flight
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 from traceml.ids import safe_run_id
@@ -51,7 +51,7 @@ class DeadFlight:
         if self.run_dir is not None and safe_run_id(self.run_dir.name) != self.run_dir.name:
             raise ValueError(f"{path} names a folder that cannot be a run's: {str(self.run_dir)!r:.200}")
 
-        self.folder = self.run_dir.parent if self.run_dir is not None else Path(str(facts.get("runs_dir") or ""))
+        self.folder = _folder_of(facts)
         """Runs folder of its run, else of the rank's settings."""
         self.world_size = int(facts.get("world_size", 1))
         check_rank(self.rank, self.world_size)
@@ -90,7 +90,8 @@ def dead_flights(
             flight = DeadFlight(path, read_flight(path, runs_dir))
         except (StoreError, ValueError, TypeError) as error:
             if path.exists():  # else another process has just stored it
-                _log.warning("cannot use a flight file: %s", error)
+                level = logging.WARNING if _concerns(path, runs_dir) else logging.DEBUG
+                _log.log(level, "cannot use a flight file: %s", error)
 
             continue
 
@@ -98,6 +99,17 @@ def dead_flights(
             found.append(flight)
 
     return found
+
+
+def _concerns(path: Path, runs_dir: Path) -> bool:
+    """Whether a file that cannot be read is of this folder; memory has files of all folders and versions."""
+    return path.parent != default_folder() or _folder_of(flight_identity(path)) == runs_dir
+
+
+def _folder_of(identity: Mapping[str, Any]) -> Path:
+    """Return the runs folder of a rank's run, else of its settings."""
+    run_dir = identity.get("run_dir")
+    return Path(str(run_dir)).parent if run_dir else Path(str(identity.get("runs_dir") or ""))
 
 
 def recover(

@@ -40,7 +40,7 @@ from traceml.database.schema import OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot
 from traceml.errors import StoreError
 from traceml.own_files import check_own_folder, opened_own
 
-__all__ = ["FlightSnapshot", "TableCounters", "read_flight"]
+__all__ = ["FlightSnapshot", "TableCounters", "flight_identity", "read_flight"]
 
 _log = logging.getLogger("traceml")
 
@@ -350,6 +350,20 @@ def read_flight(path: Path, runs_dir: Path | None = None) -> FlightSnapshot:
         raise
     except OSError as error:
         raise StoreError(f"flight file {path} cannot be read: {error.strerror}") from error
+
+
+def flight_identity(path: Path) -> dict[str, Any]:
+    """Return the identity in a flight file's header, also where the tables are of another version; empty if unknown."""
+    try:
+        with opened_own(path) as descriptor:
+            data = os.pread(descriptor, DATA_AT, 0)
+
+        prologue = _prologue(path, data)
+        place = prologue[5] & 1
+        found = msgpack.unpackb(data[IDENTITY_AT[place] :][: prologue[6 + place]], strict_map_key=False)
+        return found if isinstance(found, dict) else {}
+    except (StoreError, OSError, ValueError, msgpack.UnpackException):
+        return {}
 
 
 def _is_own_folder(folder: Path) -> bool:
