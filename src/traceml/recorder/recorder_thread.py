@@ -14,6 +14,7 @@ from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.row_sender import RowSender
+from traceml.recorder.stop_meter import StopMeter
 from traceml.recorder.uploads import FileUploader
 from traceml.samplers.base import SamplerScheduler
 
@@ -26,6 +27,7 @@ _SHORTEST_S = 0.01
 _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
 _OFTEN = 3  # the first samples of lines come so many times as often
+_NO_STOPS = "it is no longer noted when the process is stopped"
 _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
 FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
@@ -62,6 +64,7 @@ class RecorderThread:
         self._sender, self._hook_ns, self._files = sender, hook_ns, files
         self._delayed: list[tuple[int, Callable[[], None]]] = []
         self._every_turn: list[Callable[[bool], None]] = []
+        self._stops: StopMeter | None = None
         self._lines: LineSampler | None = None
         self._line_interval_s = 0.0
         self._line_due_s = 0.0
@@ -96,6 +99,10 @@ class RecorderThread:
             interval_s: time between two.
         """
         self._lines, self._line_interval_s = lines, interval_s
+
+    def measure_stops(self, note: Callable[..., None]) -> None:
+        """Note when the process was stopped; before the start."""
+        self._stops = StopMeter(self._slots, note)
 
     def call(self, function: Callable[[], None]) -> None:
         """Run `function` on the thread, in its next turn."""
@@ -147,17 +154,30 @@ class RecorderThread:
         """Sleep until the next turn, and sample lines meanwhile."""
         end_s = time.monotonic() + pause_s
         while self._lines is not None and self._line_due_s < end_s:
-            if self._wake.wait(max(0.0, self._line_due_s - time.monotonic())):
+            if self._sleep(max(0.0, self._line_due_s - time.monotonic())):
                 return
 
             self._line_due_s = time.monotonic() + self._line_interval_s / (_OFTEN if self._lines.few else 1)
             self._sample_line(self._lines)
 
-        self._wake.wait(max(0.0, end_s - time.monotonic()))
+        self._sleep(max(0.0, end_s - time.monotonic()))
+
+    def _sleep(self, seconds: float) -> bool:
+        """Sleep until a turn is due now; return whether it is."""
+        began_ns = monotonic_ns()
+        is_due = self._wake.wait(seconds)
+        if self._stops is not None:
+            with fail_open(_log, "recorder", _NO_STOPS, level=logging.DEBUG):
+                self._stops.slept(seconds, began_ns)
+                return is_due
+
+            self._stops = None
+
+        return is_due
 
     def _sample_line(self, lines: LineSampler) -> None:
         with fail_open(_log, "recorder", "lines are no longer sampled"):
-            lines.sample(self._wake.wait)
+            lines.sample(self._sleep)
             return
 
         self._lines = None
@@ -165,6 +185,7 @@ class RecorderThread:
     def _turn(self) -> None:
         now = monotonic_ns()
         self._flight.beat(now)
+        self._begin_stops()
         while self._calls:
             self._calls.popleft()()
 
@@ -191,6 +212,16 @@ class RecorderThread:
                 ring.release(max(self._released[ring.name], done - ring.capacity), done)
                 self._released[ring.name] = done
 
+    def _begin_stops(self) -> None:
+        if self._stops is None:
+            return
+
+        with fail_open(_log, "recorder", _NO_STOPS, level=logging.DEBUG):
+            self._stops.turn()
+            return
+
+        self._stops = None
+
     def _last_turn(self) -> None:
         self.scheduler.run_all(self._slots[Slot.STEP])
         self._call_hooks(last=True)
@@ -200,6 +231,9 @@ class RecorderThread:
         self._sender.pump(flush=True)  # so that the last telemetry row counts nearly all bytes
         self._append_telemetry(monotonic_ns())
         self.scheduler.close()
+        if self._stops is not None:
+            self._stops.close()
+
         if self._end is not None:
             self._stored = self._end()
 

@@ -132,6 +132,7 @@ class Recording:
             hang_timeout_s=config.hang_timeout,
         )
         self.thread = RecorderThread(self.flight, self.sender, self._sampling(()), self._hook_ns, files=self.files)
+        self.thread.measure_stops(self.note)
 
     def connect(self) -> None:
         """Connect to the aggregator now.

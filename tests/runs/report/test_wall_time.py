@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs.fabricated_store import run_facts
+from tests.runs.fabricated_store import add_info, run_facts
 from traceml.database.schema import EPOCHS, EVALS, STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
@@ -153,3 +153,15 @@ def test_rows_of_a_running_run_arrive_late(tmp_path, silent_s, idle):
 
     assert time.wall_s == pytest.approx(12 + (idle or 0))
     assert time.seconds["idle"] == pytest.approx(idle or 0, abs=1e-6)
+
+
+def test_a_rank_that_was_stopped(tmp_path: Path) -> None:
+    """Its time is no time of steps; the mean over ranks has half of what one of two was stopped."""
+    folder = store(tmp_path / "run")
+    before = time_of(folder)[1]
+    with StoreWriter(folder / STORE_NAME) as writer:
+        add_info(writer, 1, kind="stopped", seconds=2.0, step=30, part="steps")
+
+    after = time_of(folder)[1]
+    assert after["stopped"] == pytest.approx(1.0)
+    assert after["steps"] == pytest.approx(before["steps"] - 1.0)

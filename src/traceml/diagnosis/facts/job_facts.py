@@ -22,6 +22,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
+from traceml.diagnosis.facts.stopped_time import Stop, stop_of
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "ModelFacts", "RankExit", "ended_badly"]
 
@@ -234,6 +235,8 @@ class JobFactsBuilder:
         self.progress = ProgressHistory()
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
+        self.stops: dict[int, list[Stop]] = {}
+        """Times in which a rank did not run."""
         self._epochs = np.empty(0, EPOCHS.dtype)
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
@@ -264,6 +267,8 @@ class JobFactsBuilder:
             self.exits[rank] = _merge(reported, self.exits[rank]) if rank in self.exits else reported
         elif kind == "resumed" and isinstance(row.get("before"), int):
             self.steps_before[rank] = row["before"]
+        elif kind == "stopped" and (stop := stop_of(row)) is not None:
+            self.stops.setdefault(rank, []).append(stop)
         elif kind == "input":
             self.batches.input(rank, row)
         elif kind == "compilation":

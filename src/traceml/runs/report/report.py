@@ -80,7 +80,8 @@ def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime
 
     streams = [stream for stream in reader.streams() if not stream.facts.get("helps")]
     sums = digest.step_sums or reader.step_sums()
-    return wall_time(streams, sums, started_s, started_s + duration_s, is_running=state == "running")
+    ended_s, is_running = started_s + duration_s, state == "running"
+    return wall_time(streams, sums, started_s, ended_s, is_running=is_running, stops=digest.facts.stops)
 
 
 def report_window(digest: Digest, last: int = 200) -> Window:

@@ -10,6 +10,7 @@ import numpy as np
 from traceml.database.store.reader import StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.stopped_time import Stop, without_stops
 from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
 from traceml.runs.rows.clocks import RunClocks
 
@@ -26,6 +27,7 @@ def wall_time(
     ended_s: float,
     *,
     is_running: bool = False,
+    stops: Mapping[int, Sequence[Stop]] | None = None,
 ) -> RunTime:
     """Return the wall time of a run by part, the mean over ranks.
 
@@ -35,6 +37,7 @@ def wall_time(
         started_s: start of the run, epoch seconds.
         ended_s: its end, or now.
         is_running: whether it runs: then the time up to the last row counts, as rows arrive late.
+        stops: times in which each rank did not run.
     """
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
@@ -45,6 +48,11 @@ def wall_time(
         ended_s = last_s
 
     parts = [wall_parts(of_rank, int(started_s * _S), int(ended_s * _S), attempt) for of_rank in processes]
+    if stops:
+        parts = [
+            without_stops(each, stops.get(of_rank[0].rank, ())) for each, of_rank in zip(parts, ranks, strict=False)
+        ] or parts
+
     known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]}
     time = RunTime.of(max(ended_s - started_s, 0.0), known, _most_evaluations(sums.values()))
     useful_s = [_useful_ns(of_rank, sums) / _S for of_rank in ranks]

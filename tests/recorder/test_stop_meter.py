@@ -1,0 +1,109 @@
+"""Stopped processes are told from those that wait."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from traceml.clock import monotonic_ns
+from traceml.database.schema import Slot
+from traceml.recorder.stop_meter import StopMeter
+
+_STOPPED_S = 2.0
+
+# Sleeps in a thread as the recorder does, until the main thread ends.
+SLEEPER = """
+    import json, sys, threading, time
+    from traceml.clock import monotonic_ns
+    from traceml.database.schema import Slot
+    from traceml.recorder.stop_meter import StopMeter
+
+    slots = {Slot.STEP_START: monotonic_ns(), Slot.STEP: 7}
+    meter = StopMeter(slots, lambda kind, **facts: print(json.dumps({"kind": kind, **facts}), flush=True))
+    ended, slept = threading.Event(), threading.Event()
+
+    def run():
+        while not ended.is_set():
+            meter.turn()
+            began_ns = monotonic_ns()
+            ended.wait(0.1)
+            meter.slept(0.1, began_ns)
+            slept.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    slept.wait()
+    print("ready", flush=True)
+"""
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path):
+    """Start a process that sleeps and does something."""
+    processes: list[Popen[str]] = []
+
+    def start(code: str) -> Popen[str]:
+        script = tmp_path / "sleeper.py"
+        lines = [line.removeprefix("    ") for line in (SLEEPER + code).splitlines()]
+        script.write_text("\n".join([*lines, "ended.set()", "thread.join()"]))
+        process = Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.process
+def test_a_stopped_process_is_noted(sleeper) -> None:
+    """Its time and its step are in the row."""
+    process = sleeper("    sys.stdin.readline()\n")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(_STOPPED_S)  # what is measured
+    process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate("\n", timeout=60)
+
+    (row,) = map(json.loads, out.splitlines())
+    assert (row["kind"], row["step"], row["part"]) == ("stopped", 7, "steps")
+    assert row["seconds"] > _STOPPED_S - 0.2
+
+
+@pytest.mark.process
+def test_a_process_that_holds_the_gil_is_not_stopped(sleeper) -> None:
+    """A C function that sleeps with the GIL keeps the thread from running too, but the thread tries."""
+    process = sleeper(f"    import ctypes\n    ctypes.PyDLL(None).usleep({int(_STOPPED_S * 1e6)})\n")
+
+    assert process.communicate(timeout=60)[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("used", "noted"),
+    [
+        ((0, 0, 0), True),
+        ((1_900_000_000, 0, 0), False),
+        ((0, 400, 0), False),
+        ((0, 0, 3), False),
+        ((1000, 12, 0), True),
+    ],
+)
+def test_waiting_is_no_stop(monkeypatch: pytest.MonkeyPatch, used: tuple[int, int, int], noted: bool) -> None:
+    """Who waits for a core, for the GIL or for a page was not stopped."""
+    rows: list[str] = []
+    meter = StopMeter({Slot.STEP_START: 0, Slot.STEP: -1}, lambda kind, *, part, **_: rows.append(f"{kind} {part}"))
+    readings = iter([(5, 5, 5), tuple(5 + each for each in used)])
+    monkeypatch.setattr(StopMeter, "_used", lambda _: next(readings))
+    meter.turn()
+    meter.slept(0.5, monotonic_ns() - 2_500_000_000)
+
+    assert rows == (["stopped startup"] if noted else [])
