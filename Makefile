@@ -16,6 +16,7 @@ $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing traceml with its demonstration into $(VENV) (once)"
 	@$(PIP) install --upgrade 'pip>=25.1'  # reads dependency groups
+	@$(PIP) uninstall --yes traceml 2>/dev/null || true  # the name of earlier checkouts
 	@$(PIP) install -c constraints.txt -e '.[demo]'
 	@touch $@
 

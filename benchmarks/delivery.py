@@ -219,7 +219,7 @@ def main() -> None:
     print("tracker          ours rows/s   goal     bare rows/s    ratio   in batches   ratio   paid once s")
     for name in arguments.backends or TRACKERS:
         if find_spec(TRACKERS[name][0]) is None:
-            print(f"{name:15s}  not installed: pip install 'traceml[{TRACKERS[name][0]}]'")
+            print(f"{name:15s}  not installed: pip install 'traceml-torch[{TRACKERS[name][0]}]'")
             continue
 
         with tempfile.TemporaryDirectory() as place:

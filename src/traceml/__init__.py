@@ -195,6 +195,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'traceml' has no attribute {name!r}")
     from importlib import import_module
 
+    import_module("traceml.installation").warn_of_foreign()
     value = getattr(import_module(home), name)
     globals()[name] = value  # the next access does not call this function
     return value

@@ -1,16 +1,17 @@
-"""Public names for Dask: a Runtime for each worker of a cluster. They need `pip install 'traceml[dask]'`."""
+"""Public names for Dask: a Runtime for each worker of a cluster. They need the extra `dask`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from traceml.installation import install_command
 from traceml.tasks.runtime import Runtime, get_default_runtime, has_default_runtime, set_default_runtime
 
 try:
     from distributed import WorkerPlugin, get_worker
 except ImportError as error:
     raise ImportError(
-        "traceml.dask needs dask.distributed, which is not installed here. Install it: pip install 'traceml[dask]'"
+        f"traceml.dask needs dask.distributed, which is not installed here. Install it: {install_command('dask')}"
     ) from error
 
 __all__ = ["TraceMLDaskWorkerPlugin", "get_worker_runtime"]

@@ -63,7 +63,7 @@ def test_missing_package_is_named(started, capsys, monkeypatch, missing):
 
     error = capsys.readouterr().err
     assert {"torch": "torch", "sklearn": "scikit-learn"}[missing] in error
-    assert "pip install 'traceml[demo]'" in error
+    assert "pip install 'traceml-torch[demo]'" in error
     assert started == []
 
 

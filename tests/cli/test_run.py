@@ -45,7 +45,7 @@ def test_torchrun_without_torch_is_one_line(
     shown = capsys.readouterr().err
     assert status == 3
     assert shown.splitlines() == [shown.strip()]
-    assert "pip install 'traceml[torch]'" in shown
+    assert "pip install 'traceml-torch[torch]'" in shown
 
 
 def test_the_page_without_its_libraries_is_one_line(
@@ -61,5 +61,5 @@ def test_the_page_without_its_libraries_is_one_line(
 
     shown = capsys.readouterr().err
     assert status == 3
-    assert "pip install 'traceml[web]'" in shown
+    assert "pip install 'traceml-torch[web]'" in shown
     assert "started" not in shown

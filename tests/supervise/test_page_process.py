@@ -73,7 +73,7 @@ def test_a_port_in_use_is_told(tmp_path):
 def test_without_its_libraries_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(page_process, "find_spec", lambda name: None)
 
-    with pytest.raises(TraceMLError, match=r"pip install 'traceml\[web\]'"):
+    with pytest.raises(TraceMLError, match=r"pip install 'traceml-torch\[web\]'"):
         PageProcess(tmp_path, 0)
 
 

@@ -119,4 +119,4 @@ def test_without_distributed_the_error_says_what_to_install() -> None:
 
     assert done.returncode == 1
     assert "ImportError: traceml.dask needs dask.distributed" in done.stderr
-    assert "pip install 'traceml[dask]'" in done.stderr
+    assert "pip install 'traceml-torch[dask]'" in done.stderr

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.errors import TraceMLError, UsageError
+from traceml.installation import install_command
 
 __all__ = ["main"]
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     if missing:
         raise TraceMLError(
             f"the demonstration needs PyTorch and scikit-learn; not installed: {', '.join(missing)}. "
-            "Install both with: pip install 'traceml[demo]'"
+            f"Install both with: {install_command('demo')}"
         )
 
     from traceml.cli import run

@@ -15,6 +15,7 @@ from traceml.cli.number_range import PORT, NumberRange, node_count
 from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
+from traceml.installation import install_command
 from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.final_report import print_final_report
 from traceml.supervise.output import PassThroughScreen
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
         os.execv(sys.executable, command)  # noqa: S606 - the user's own script
 
     if _elastic(options) and find_spec("torch") is None:
-        raise TraceMLError("torchrun's options need PyTorch, which is not installed: pip install 'traceml[torch]'")
+        raise TraceMLError(f"torchrun's options need PyTorch, which is not installed: {install_command('torch')}")
 
     job = LocalJob(
         command=_command(options, target, arguments),

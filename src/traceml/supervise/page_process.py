@@ -24,6 +24,7 @@ from typing import Self
 from urllib.parse import quote
 
 from traceml.errors import TraceMLError
+from traceml.installation import install_command
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
@@ -182,7 +183,7 @@ def page_address(port: int, token: str, run_id: str | None = None) -> str:
 
 def _check_installed() -> None:
     if find_spec("nicegui") is None:
-        raise TraceMLError("the web page needs NiceGUI, which is not installed: pip install 'traceml[web]'")
+        raise TraceMLError(f"the web page needs NiceGUI, which is not installed: {install_command('web')}")
 
 
 def _listen(port: int, *, any_port: bool) -> socket.socket:

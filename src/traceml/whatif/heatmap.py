@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from traceml.errors import UsageError
+from traceml.installation import install_command
 from traceml.whatif.straggler_cost import WhatIf
 
 __all__ = ["draw_heatmap"]
@@ -27,7 +28,7 @@ def draw_heatmap(result: WhatIf, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError("--heatmap needs Matplotlib: pip install 'traceml[whatif]'") from error
+        raise UsageError(f"--heatmap needs Matplotlib: {install_command('whatif')}") from error
 
     dp_ranks, stages = sorted(result.by_dp_rank), sorted(result.by_stage)
     scores = [[result.by_worker[f"{dp_rank},{stage}"] for dp_rank in dp_ranks] for stage in stages]

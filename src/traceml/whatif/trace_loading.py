@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.installation import install_command
 from traceml.whatif.operations import JobTrace, Layout, Operation
 
 __all__ = ["load_job"]
 
 _INTEGERS = ("dp_rank", "stage", "rank", "step", "seq_id", "mc", "gmc", "mb_id")
 _COLUMNS = (*_INTEGERS, "optype", "start_ts", "duration")
-_NEEDS = "traceml whatif needs {}: pip install 'traceml[whatif]'"
+_NEEDS = f"traceml whatif needs {{}}: {install_command('whatif')}"
 
 Integers = NDArray[np.int64]
 

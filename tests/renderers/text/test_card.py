@@ -176,7 +176,7 @@ def test_trackers_are_told_and_what_to_do_when_rows_wait():
     made = tracked(
         tracker("mlflow"),
         tracker("wandb", "open", delivered=0, pending=20, error="ConnectionError: refused"),
-        tracker("aim", "broken", pending=1, failed=3, error="ImportError: pip install 'traceml[aim]'"),
+        tracker("aim", "broken", pending=1, failed=3, error="ImportError: pip install 'traceml-torch[aim]'"),
     )
 
     shown = text_of(made)

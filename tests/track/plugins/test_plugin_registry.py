@@ -193,7 +193,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_said_with_its_extra(tmp_path: Path) -> None:
     """The error has the command that installs it, and nothing is imported to find out."""
-    with pytest.raises(ImportError, match=r"needy needs not_a_module_of_anyones.*pip install 'traceml\[needy\]'"):
+    with pytest.raises(ImportError, match=r"needy needs not_a_module_of_anyones.*pip install 'traceml-torch\[needy\]'"):
         create_backend(f"{__name__}:Needy", _config(tmp_path))
 
     assert JsonlBackend.metadata.missing() is None

@@ -17,6 +17,7 @@ from typing import Literal
 
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, SettingsError
+from traceml.installation import foreign_distributions, foreign_hint, install_command
 from traceml.settings import Config, declarations, load
 from traceml.version import __version__
 
@@ -57,7 +58,7 @@ class Setting:
 
 def all_checks() -> Iterator[Check]:
     """Yield all checks; torch takes a second."""
-    yield Check("traceml", "ok", f"{__version__} in {Path(__file__).parents[1]}")
+    yield _installation(Path(__file__).parents[2], shutil.which("traceml"))
     yield _python()
     yield from _packages()
     yield _torch()
@@ -101,6 +102,33 @@ def _origins(config: Config) -> str:
     return "all defaults" if not own else f"{len(own)} set by you: {', '.join(own)}"
 
 
+def _installation(folder: Path, command: str | None) -> Check:
+    """Check that no other product has the package or the command.
+
+    Args:
+        folder: the folder that contains the package.
+        command: path of the command `traceml`; None without one.
+    """
+    text = f"{__version__} in {folder / 'traceml'}"
+    if found := foreign_distributions(folder):
+        return Check("traceml", "broken", f"{text}, mixed with {' and '.join(found)}", foreign_hint(found))
+
+    if command is not None and not _is_own_command(Path(command)):
+        hint = "pip uninstall the other product, or run `python -m traceml`"
+        return Check("traceml", "note", f"{text}, but the command {command} is another product's", hint)
+
+    return Check("traceml", "ok", text)
+
+
+def _is_own_command(path: Path) -> bool:
+    try:
+        text = path.read_bytes()[:4096]
+    except OSError:
+        return True
+
+    return b"traceml_torch" in text or b"traceml.cli" in text
+
+
 def _python() -> Check:
     text = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.release()}"
     if sys.platform != "linux":
@@ -134,7 +162,7 @@ def _version(name: str) -> str | None:
 def _torch(command: Sequence[str] = (sys.executable, "-c", _ASK_TORCH)) -> Check:
     """Import torch in a separate process, as the import may crash it."""
     if _version("torch") is None:
-        return Check("torch", "note", "not installed: reports work, training does not", "pip install torch")
+        return Check("torch", "note", "not installed: reports work, training does not", install_command("torch"))
 
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_TORCH_TIMEOUT_S, check=False)

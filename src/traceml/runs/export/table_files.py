@@ -14,6 +14,7 @@ import numpy as np
 from traceml.database.schema import INFO, LOGGED, NAMES, PACKED
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import StoreError, UsageError
+from traceml.installation import install_command
 from traceml.runs.export.table_columns import TABLES, ExportTable, Part, log_part, packed_part, to_json
 from traceml.runs.rows.clocks import RunClocks
 
@@ -156,7 +157,7 @@ def _maker(form: str) -> Callable[[Path, ExportTable], TableFile]:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"Parquet needs pyarrow, which cannot be imported ({error}): pip install 'traceml[parquet]', "
+            f"Parquet needs pyarrow, which cannot be imported ({error}): {install_command('parquet')}, "
             "or take --format csv"
         ) from error
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.installation import install_command
 from traceml.traces.aggregate.pairs import SpanMatcher
 from traceml.traces.aggregate.sorting import ExternalSorter
 from traceml.traces.query.allocator import keep_freed_memory
@@ -270,6 +271,6 @@ def _is_client(cluster: Any) -> bool:
     try:
         from distributed import Client
     except ImportError as error:
-        raise UsageError(f"analysis on a cluster needs Dask: pip install 'traceml[dask]' ({error})") from error
+        raise UsageError(f"analysis on a cluster needs Dask: {install_command('dask')} ({error})") from error
 
     return isinstance(cluster, Client)

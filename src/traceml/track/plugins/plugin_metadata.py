@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from traceml.errors import PluginError
+from traceml.installation import install_command, unsupported
 
 __all__ = ["PluginMetadata", "PluginType"]
 
@@ -32,7 +33,7 @@ class PluginMetadata:
         description: one line, shown by `traceml doctor`.
         author: whom to ask.
         dependencies: modules that must be importable; the error for a missing one has the command that installs it.
-        extra: the extra of a distribution that installs them, as in `pip install 'traceml[mlflow]'`.
+        extra: the extra of a distribution that installs them, as in `pip install 'traceml-torch[mlflow]'`.
         options: options by name, with their type or types; empty accepts any option.
         address_option: the option that `start_logging(backend_url=…)` sets.
         key_variable: the environment variable that a key alone goes into.
@@ -69,8 +70,11 @@ class PluginMetadata:
         if not missing:
             return None
 
-        wanted = f"'traceml[{self.extra}]'" if self.extra else " ".join(missing)
-        return f"{self.name} needs {', '.join(missing)}, which is not installed: pip install {wanted}"
+        reason = f"{self.name} needs {', '.join(missing)}, which is not installed: "
+        if self.extra is None:
+            return f"{reason}pip install {' '.join(missing)}"
+
+        return reason + (unsupported(self.extra) or install_command(self.extra))
 
     def check_options(self, options: Mapping[str, object]) -> None:
         """Check the names and types of options.

@@ -16,6 +16,7 @@ from typing import Any
 
 from traceml import settings
 from traceml.errors import UsageError
+from traceml.installation import install_command, unsupported
 from traceml.privacy import secrets_only
 from traceml.track.wandb_sweep import variables
 
@@ -163,8 +164,8 @@ def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, A
         if backend not in _warned and metadata.missing():
             _warned.add(backend)
             _log.warning(
-                "%s is not installed here: pip install 'traceml[%s]'. What is logged is kept, and `traceml sync` "
-                "delivers it then.", backend, backend,
+                "%s is not installed here: %s. What is logged is kept, and `traceml sync` delivers it then.",
+                backend, unsupported(backend) or install_command(backend),
             )  # fmt: skip
 
 
