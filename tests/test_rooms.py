@@ -51,7 +51,7 @@ NARROW = {
     "whatif": set(),
     "integrations": {"session", "runs", "track", "recorder"},
     "supervise": {"display", "renderers", "transport"},
-    "session": {"display", "track", "recorder"},
+    "session": {"display", "track", "recorder", "transport"},
     "track": {"diagnosis", "recorder", "instrument", "transport", "database"},
     "aggregator": {"diagnosis", "track", "transport", "database"},
     "runs": {"diagnosis", "track", "traces", "database"},
@@ -109,8 +109,8 @@ FORBIDDEN = {
 # Modules for users, which no other module imports.
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
-    "formatting", "settings", "coerce", "errors", "clock", "ids", "own_files", "priority", "fail_open", "version",
-    "privacy", "witness",
+    "formatting", "settings", "coerce", "errors", "clock", "ids", "installation", "own_files", "priority", "fail_open",
+    "version", "privacy", "witness",
 }  # fmt: skip
 
 # Classes that have their name more than once: each a callback that its framework's users look for under this name.

@@ -45,6 +45,7 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_OUTLIVES": "set for a process that may outlive a launch: an aggregator that a worker has started",
     "TRACEML_COMMAND": "the launcher's command line, shown instead of its workers'",
     "TRACEML_ATTEMPT": "number of this start of the job, where torchrun does not provide it",
+    "TRACEML_ANNOUNCED": "run whose folder and verdict a parent process prints",
     "TRACEML_PARENT": "run of the parent process, for children that `multiprocessing` spawns",
     "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
     "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
@@ -187,6 +188,10 @@ class Config:
         high=19,
     )
     debug: bool = _set(False, "Write a profile of each delivery process next to its state.")
+    quiet: bool = _set(
+        False,
+        "Print nothing: neither the line at the start that tells where the run is stored, nor the verdict at the end.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
 
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -466,6 +471,9 @@ found upwards from the working directory), the user file (`$XDG_CONFIG_HOME/trac
 name or a bad value is an error that names its source. `traceml doctor` prints every value and its source.
 
 `traceml run` and `launch` set the aggregator's address, the token and the run's id, which override arguments.
+
+`TRACEML=1` is no setting but a switch: it traces every script that trains, without `traceml.init()`, as if `local` were
+true and `on_missing` were `warn` unless they are set.
 
 | setting | default | description | allowed |
 |---|---|---|---|"""

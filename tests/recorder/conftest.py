@@ -37,9 +37,9 @@ def quiet_process() -> Iterator[None]:
 
 def environ(tmp_path: Path, **values: str) -> dict[str, str]:
     """An environment without settings of the machine or of an outer run."""
-    launchers = ("TRACEML_", "TORCHELASTIC", "SLURM", "OMPI_")
+    launchers = ("TRACEML", "TORCHELASTIC", "SLURM", "OMPI_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
-    return kept | {"XDG_CONFIG_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"} | values
+    return kept | {"XDG_CONFIG_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "TRACEML_QUIET": "1"} | values
 
 
 @pytest.fixture

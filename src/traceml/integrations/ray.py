@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from traceml.integrations.training_session import TrainingSession, show_verdict
+from traceml.integrations.training_session import TrainingSession
 from traceml.recorder.identity import script_name
+from traceml.session.run_notices import show_verdict
 from traceml.settings import load
 
 __all__ = ["trace"]

@@ -5,31 +5,17 @@ A recorder that `traceml.init()` or `traceml run` started is used and left runni
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 from traceml import settings
 from traceml.recorder.current import current_recorder
 from traceml.recorder.exits import status_of
 from traceml.recorder.lifecycle import note_exit, shutdown
-from traceml.session.startup import init
+from traceml.session.run_notices import dismiss, show_verdict
+from traceml.session.startup import load_forgiving, start
 from traceml.track.rank import capturing
 
-__all__ = ["TrainingSession", "show_verdict"]
-
-_log = logging.getLogger("traceml")
-
-# The aggregator writes the report half a second after the last rank has left.
-_REPORT_WAIT_S = 10.0
-_SHOW_S = 60.0
-# Defaults with which one line suffices, and a missing aggregator does not end a training.
-_DEFAULTS = {"local": True, "on_missing": "warn"}
+__all__ = ["TrainingSession"]
 
 
 class TrainingSession:
@@ -59,11 +45,12 @@ class TrainingSession:
         if running is not None and not running.config.enabled:
             return None
 
-        if running is None or not running.enabled:
-            recorder = init(**self._wanted())
+        if running is None or not running.enabled or running.held:
+            shutdown()  # what is held has stored nothing
+            recorder = start(load_forgiving(self._arguments))
             self._own = id(recorder) if recorder.enabled else 0
         elif not running.tracing:
-            init(**self._wanted())
+            start(load_forgiving(self._arguments))
 
         recorder_now = current_recorder()
         if recorder_now is None or not recorder_now.enabled:
@@ -89,45 +76,15 @@ class TrainingSession:
         rank = recorder.rank_identity.rank
         run_dir = recorder.run_dir
         shutdown()
-        if show and self._report and rank == 0 and run_dir and not isinstance(error, KeyboardInterrupt):
+        if run_dir is None:
+            return
+
+        dismiss(run_dir)
+        if (
+            show
+            and self._report
+            and not recorder.config.quiet
+            and rank == 0
+            and not isinstance(error, KeyboardInterrupt)
+        ):
             show_verdict(run_dir)
-
-    def _wanted(self) -> dict[str, Any]:
-        sources = settings.load(**self._arguments).sources
-        return {name: value for name, value in _DEFAULTS.items() if sources[name] == "default"} | self._arguments
-
-
-def show_verdict(run_dir: Path) -> None:
-    """Write the verdict of an ended run to standard error; another process creates it, so this one loads nothing."""
-    if not run_dir.is_dir():  # the aggregator runs on another host
-        _log.info("the report will be in %s on the host of the aggregator", run_dir)
-        return
-
-    report = run_dir / "report.json"
-    until_s = time.monotonic() + _REPORT_WAIT_S
-    while not report.exists() and time.monotonic() < until_s:
-        time.sleep(0.02)
-
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "traceml", "report", str(run_dir)],
-            env=_environ(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SHOW_S, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError) as failure:
-        message = getattr(failure, "stderr", None) or failure
-        _log.warning("the verdict cannot be shown: %s. See `traceml report %s`.", str(message).strip(), run_dir)
-        return
-
-    sys.stderr.write(done.stdout)
-    sys.stderr.flush()
-
-
-def _environ() -> dict[str, str]:
-    """Return an environment in which the report is formatted for this process's terminal."""
-    environ = dict(os.environ)
-    if sys.stderr.isatty():
-        environ.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
-        if "NO_COLOR" not in environ:
-            environ["FORCE_COLOR"] = "1"
-
-    return environ

@@ -137,7 +137,7 @@ def export_to_children(identity: Identity, config: Config, experiment: int = 0) 
 def _settings_of(config: Config) -> dict[str, Any]:
     """Return the settings with which a child finds the aggregator of this process."""
     address = {"host": config.host, "port": config.port} if config.address_given else {}
-    return {**address, "runs_dir": str(config.runs_dir.absolute())}
+    return {**address, "runs_dir": str(config.runs_dir.absolute()), "local": config.local, "quiet": config.quiet}
 
 
 def stop_export() -> None:

@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from traceml.errors import TraceMLError
@@ -14,25 +16,37 @@ from traceml.fail_open import fail_open
 from traceml.recorder.current import notify_change, notify_start, state
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from traceml.recorder.exits import ExitWatch
     from traceml.recorder.recorder import Recorder
     from traceml.settings import Config
 
-__all__ = ["is_helper_process", "note_exit", "shutdown", "start"]
+__all__ = ["is_helper_process", "note_exit", "on_end", "shutdown", "start"]
 
 _log = logging.getLogger("traceml")
 _lock = threading.Lock()
 _watch: ExitWatch | None = None
 _hooked = False
+_at_end: list[Callable[[], None]] = []
 
 
-def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorder:
+def start(
+    config: Config,
+    *,
+    wait: bool = True,
+    tracing: bool = True,
+    hold: bool = False,
+    on_stored: Callable[[Recorder, Path], None] | None = None,
+) -> Recorder:
     """Start a recorder, or return the one that runs.
 
     Args:
         config: the settings.
         wait: connect now; else the recorder's thread connects when it can.
         tracing: also install the hooks; else only logged values are recorded.
+        hold: connect only when this process trains or logs.
+        on_stored: called with a new recorder and its run's folder when an aggregator has named it, on any thread.
 
     Raises:
         AggregatorUnavailableError: no aggregator answered within `connect_timeout`, and `on_missing` is `raise`.
@@ -57,9 +71,12 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
         parent = state.parent.identity if state.parent is not None and not tracing else None
         spawned = spawned_from() if not tracing and parent is None else None
         state.recorder = recorder = Recorder(config, parent=parent, spawned=spawned)
+        if on_stored is not None:
+            recorder.on_stored = partial(on_stored, recorder)
+
         if config.enabled and not is_helper_process():
             with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
-                recorder.start(wait=wait, tracing=tracing)
+                recorder.start(wait=wait, tracing=tracing, hold=hold)
                 state.instrumentation = recorder.instrumentation
                 _hook_process(watch=not recorder.is_child)
 
@@ -85,6 +102,12 @@ def _set_log_level(config: Config) -> None:
 def shutdown() -> None:
     """Stop tracing: send the remaining rows, within 5 s, and remove all hooks. Also done when the process ends."""
     _stop("failed" if state.recorder is not None and state.recorder.failed else "finished")
+
+
+def on_end(function: Callable[[], None]) -> None:
+    """Call `function` when this process ends, after the recorder has stopped; a second registration changes nothing."""
+    if function not in _at_end:
+        _at_end.append(function)
 
 
 def note_exit(error: BaseException | None, status: int) -> None:
@@ -141,6 +164,13 @@ def _hook_process(*, watch: bool) -> None:
 
 
 def _at_exit() -> None:
+    _stop_at_exit()
+    while _at_end:
+        with fail_open(_log, "recorder", "a step of the process's end failed"):
+            _at_end.pop()()
+
+
+def _stop_at_exit() -> None:
     recorder = state.recorder
     if recorder is None or not recorder.enabled or recorder.pid != os.getpid():
         return
@@ -161,6 +191,7 @@ def _after_fork() -> None:
     """Make everything a no-op in a forked child: a data-loader worker is no rank, and it logs for its parent."""
     global _watch, _lock
     _lock = threading.Lock()  # the parent's may have been held
+    _at_end.clear()
     recorder, state.recorder, state.instrumentation = state.recorder, None, None
     notify_change(forked=True)
     watch, _watch = _watch, None

@@ -45,11 +45,15 @@ class Recorder:
         self.pid = os.getpid()
         self.viewer: Callable[[Path], None] | None = None
         """Shows a run's folder; set by the package that may read runs."""
+        self.on_stored: Callable[[Path], None] = lambda _run_dir: None
+        """Called with the run's folder when an aggregator has named it, on any thread; set before the start."""
         self._parent = parent if parent is not None else spawned.identity if spawned is not None else None
         self._recording: Recording | None = None
         self._state = "disabled"
         self._stopping = threading.Lock()
         self._before_stop: list[Callable[[], None]] = []
+        self.all_stored = False
+        """Whether it has stopped, and everything was stored."""
 
     def __repr__(self) -> str:
         if self._recording is None:
@@ -134,12 +138,23 @@ class Recorder:
 
         self.viewer(self.run_dir)
 
-    def start(self, *, wait: bool = True, tracing: bool = True) -> None:
+    @property
+    def held(self) -> bool:
+        """Whether it waits for a training before it connects."""
+        return self._recording is not None and self._recording.held
+
+    def release(self) -> None:
+        """Connect, as this process trains."""
+        if self._recording is not None:
+            self._recording.release()
+
+    def start(self, *, wait: bool = True, tracing: bool = True, hold: bool = False) -> None:
         """Reserve the tables, connect, install the hooks, start the thread.
 
         Args:
             wait: connect now, and raise if that fails; else the thread connects when it can.
             tracing: install the hooks.
+            hold: connect only when this process trains or logs.
 
         Raises:
             AggregatorUnavailableError: none answered in time, and `on_missing` is `raise`.
@@ -147,7 +162,14 @@ class Recorder:
         """
         is_spawned = self.spawned is not None
         identity = identify(self.config) if self._parent is None else self._parent.of_child(provisional=is_spawned)
-        recording = Recording(self.config, identity, is_child=self.is_child, statistics=self.statistics)
+        recording = Recording(
+            self.config,
+            identity,
+            is_child=self.is_child,
+            statistics=self.statistics,
+            hold=hold,
+            on_stored=self.on_stored,
+        )
         self._recording = recording
         try:
             if wait:
@@ -184,7 +206,8 @@ class Recorder:
             return True
 
         self._state = "stopped"
-        return recording.finish(reason, timeout_s)
+        self.all_stored = recording.finish(reason, timeout_s)
+        return self.all_stored
 
     def export_to_children(self, experiment: int = 0) -> None:
         """Let children that are spawned from now on log for this run.

@@ -93,10 +93,19 @@ class Recording:
         identity: rank and job.
         is_child: whether it only logs, for the run of its parent process.
         statistics: answers the aggregator's command of that name.
+        hold: connect only when this process trains or logs; see `release`.
+        on_stored: called with the run's folder when an aggregator has named it.
     """
 
     def __init__(
-        self, config: Config, identity: Identity, *, is_child: bool, statistics: Callable[[], RecorderStatistics]
+        self,
+        config: Config,
+        identity: Identity,
+        *,
+        is_child: bool,
+        statistics: Callable[[], RecorderStatistics],
+        hold: bool = False,
+        on_stored: Callable[[Path], None] = lambda _run_dir: None,
     ) -> None:
         self.identity = identity
         self.instrumentation: Instrumentation | None = None
@@ -107,7 +116,8 @@ class Recording:
         self.address = ""
         """Address of the aggregator that answered last, as host:port."""
         self._config, self._is_child = config, is_child
-        self._ending = False
+        self._on_stored = on_stored
+        self._ending, self._held = False, hold
         self._hold_until_ns = monotonic_ns() + int(_PROVISIONAL_S * 1e9) if identity.provisional else 0
         self.flight = FlightFile.create(
             None,
@@ -123,6 +133,7 @@ class Recording:
             commands={"statistics": lambda _args: asdict(statistics()), "look": self._look},
             files=self.files,
             on_welcome=self._welcomed,
+            is_held=lambda: self.held,
         )
         self.quiet = quiet_watch(
             self.flight,
@@ -189,7 +200,8 @@ class Recording:
         self._hold_until_ns = 0
         stop_export()
         has_launcher = self._config.supervised
-        stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=has_launcher or self._config.local)
+        keep_trying = not self.held and (has_launcher or self._config.local)
+        stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying)
         # Without any aggregator so far, only a launcher would look for the file.
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
         for warning in end_warnings(self.flight, self.sender, stored=stored, supervised=has_launcher):
@@ -243,6 +255,20 @@ class Recording:
             slots[Slot.STATE] = FlightState.FAILED
 
         self.thread.wake()
+
+    @property
+    def held(self) -> bool:
+        """Whether no aggregator is asked for, as this process has neither trained nor logged yet."""
+        if self._held and (self.flight.ring("steps").appended or self.flight.holds_user_rows):
+            self._held = False
+
+        return self._held
+
+    def release(self) -> None:
+        """Connect to an aggregator, as this process trains."""
+        if self._held:
+            self._held = False
+            self.thread.wake()
 
     @property
     def failed(self) -> bool:
@@ -409,6 +435,7 @@ class Recording:
         self.stream = int(welcome.get("stream") or 0)
         if welcome.get("run_dir") and welcome["run_dir"] != self.flight.identity.get("run_dir"):
             self.flight.update_identity(run_dir=welcome["run_dir"])
+            self._on_stored(Path(welcome["run_dir"]))
             place = stored_elsewhere(self._config, welcome)
             if place and not self._is_child and self.identity.rank_identity.rank == 0:
                 _log.warning(
@@ -422,6 +449,7 @@ class Recording:
 
     def _identify_again(self) -> None:
         """Take over rank and job from the process group; on the recorder's thread."""
+        self.release()
         before, now = self.identity, identify(self._config, self.identity)
         self._hold_until_ns = 0
         old, new = before.rank_identity, now.rank_identity

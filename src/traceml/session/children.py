@@ -15,7 +15,7 @@ from typing import Any
 from traceml.fail_open import fail_open
 from traceml.ids import detect_rank
 
-__all__ = ["ChildTarget", "watch_children"]
+__all__ = ["ChildTarget", "at_first_optimizer", "watch_children"]
 
 _OTHERS = ("torch.utils.data", "traceml")
 _log = logging.getLogger("traceml")
@@ -35,7 +35,7 @@ class ChildTarget:
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Run the function, on the child's side."""
         with fail_open(_log, "session", "a child process trains untraced"):
-            _await_optimizer(self._start)
+            at_first_optimizer(self._start)
 
         return self._target(*args, **kwargs)
 
@@ -82,21 +82,30 @@ def _may_train(target: Any) -> bool:
     return False
 
 
-def _await_optimizer(start: Callable[[], None]) -> None:
-    """Start tracing when the first optimizer of this process is made."""
+def at_first_optimizer(start: Callable[[], None]) -> None:
+    """Call `start` once, when the first optimizer of this process is made; does nothing without torch."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "optim"):
         return
 
     optimizer_type = torch.optim.Optimizer
     original = optimizer_type.__init__
+    is_waiting = True
 
     def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - name of the replaced method
-        if optimizer_type.__init__ is __init__:
-            optimizer_type.__init__ = original
-            with fail_open(_log, "session", "a child process trains untraced"):
-                start()
+        nonlocal is_waiting
+        if not is_waiting:
+            original(optimizer, *args, **kwargs)
+            return
 
-        optimizer_type.__init__(optimizer, *args, **kwargs)
+        is_waiting = False
+        is_outermost = optimizer_type.__init__ is __init__
+        if is_outermost:
+            optimizer_type.__init__ = original
+        with fail_open(_log, "session", "this process trains untraced"):
+            start()
+
+        # `start` may have put a hook around the original
+        (optimizer_type.__init__ if is_outermost else original)(optimizer, *args, **kwargs)
 
     optimizer_type.__init__ = __init__

@@ -54,4 +54,5 @@ class InitArguments(TypedDict, total=False):
     retention: float | Literal["off"]
     delivery_nice: int
     debug: bool
+    quiet: bool
     log_level: Literal["debug", "info", "warning", "error"]

@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
 from traceml.recorder import lifecycle
 from traceml.recorder.current import current_recorder
+from traceml.session.switch import is_switched_on
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from collections.abc import Mapping
+    from typing import Any, Unpack
 
     from traceml.recorder.recorder import Recorder
     from traceml.session.init_arguments import InitArguments
     from traceml.settings import Config
 
-__all__ = ["init", "start", "start_for_script"]
+__all__ = ["init", "load_forgiving", "start", "start_for_script", "start_held", "start_in_child"]
 
 _log = logging.getLogger("traceml")
+
+# Defaults with which one word suffices, and a missing aggregator does not end a training.
+_FORGIVING: dict[str, Any] = {"local": True, "on_missing": "warn"}
+# Settings by which a rank finds its aggregator: they have done their work when it is connected.
+_FOR_CONNECTING = frozenset(
+    (
+        "enabled",
+        "host",
+        "port",
+        "token",
+        "tls",
+        "local",
+        "on_missing",
+        "connect_timeout",
+        "run_id",
+        "runs_dir",
+        "log_dir",
+    )
+)
 
 
 def init(**arguments: Unpack[InitArguments]) -> Recorder:
     """Start tracing in this process: connect to the aggregator and start the recorder's thread.
 
-    A second call returns the running recorder, whatever its arguments; `enabled=False` stops it.
+    A second call returns the running recorder, and warns of settings that come too late; `enabled=False` stops it.
+    Under `TRACEML=1` the arguments add to the settings, if it is called before the first optimizer is made.
 
     Example:
         traceml.init(local=True, run_name="baseline")
@@ -33,7 +56,8 @@ def init(**arguments: Unpack[InitArguments]) -> Recorder:
     Args:
         arguments: settings by name, over those of environment and files; `python -m traceml.settings` describes all.
             The most used: `local=True` starts an aggregator where none answers, `on_missing="warn"` trains on without
-            one, `runs_dir`, `run_name`, `project`, `backend=["mlflow"]` for trackers, `enabled=False`.
+            one, `runs_dir`, `run_name`, `project`, `backend=["mlflow"]` for trackers, `quiet=True` prints neither the
+            run's folder nor the verdict, `enabled=False`.
 
     Returns:
         The recorder; a disabled one when tracing is turned off.
@@ -45,31 +69,48 @@ def init(**arguments: Unpack[InitArguments]) -> Recorder:
     """
     from traceml import settings
 
-    config = settings.load(**arguments)
+    config = load_forgiving(arguments) if is_switched_on() else settings.load(**arguments)
     running = current_recorder()
-    if config.enabled and running is not None and running.enabled and running.tracing:
+    if config.enabled and running is not None and running.enabled and running.tracing and not running.held:
+        _warn_of_ignored(arguments, config, running.config)
         return running
 
-    if not config.enabled:
+    if not config.enabled or (running is not None and running.held):
         lifecycle.shutdown()
 
     return start(config)
 
 
-def start(config: Config, *, wait: bool = True) -> Recorder:
+def load_forgiving(arguments: Mapping[str, Any]) -> Config:
+    """Load settings that start an aggregator where none runs, and train on without one, unless set otherwise.
+
+    Raises:
+        SettingsError: an unknown setting or a bad value.
+    """
+    from traceml import settings
+
+    sources = settings.load(**arguments).sources
+    unset = {name: value for name, value in _FORGIVING.items() if sources[name] == "default"}
+    return settings.load(**unset | dict(arguments))
+
+
+def start(config: Config, *, wait: bool = True, hold: bool = False) -> Recorder:
     """Start a recorder with loaded settings, and tracking with it; see `init`.
 
     Args:
         config: the settings.
         wait: connect now; else the recorder's thread connects when it can.
+        hold: connect only when this process trains or logs.
     """
+    from traceml.session.run_notices import announce
+
     if config.enabled and (config.backend or config.collectors):  # most jobs do without it
         with fail_open(_log, "track", "tracking could not be started"):
             from traceml.track.rank.capturing import follow_recorder
 
             follow_recorder()
 
-    recorder = lifecycle.start(config, wait=wait)
+    recorder = lifecycle.start(config, wait=wait, hold=hold, on_stored=announce)
     recorder.viewer = _show_run
     if recorder.enabled and config.frameworks and not (config.backend or config.collectors):
         with fail_open(_log, "track", "values that frameworks log are not captured"):
@@ -80,7 +121,7 @@ def start(config: Config, *, wait: bool = True) -> Recorder:
     with fail_open(_log, "session", "child processes train untraced"):
         from traceml.session.children import watch_children
 
-        watch_children(_start_in_child)
+        watch_children(start_in_child)
 
     return recorder
 
@@ -95,14 +136,42 @@ def start_for_script() -> None:
             start(config, wait=False)
 
 
-def _start_in_child() -> None:
+def start_held() -> None:
+    """Start a recorder that connects when this process trains: see `traceml.session.autostart`."""
+    from traceml.session.children import at_first_optimizer
+
+    config = load_forgiving({})
+    if config.enabled:
+        here = replace(config, runs_dir=config.runs_dir.absolute())  # the script may change its folder
+        at_first_optimizer(_release)
+        start(here, wait=False, hold=True)
+
+
+def _release() -> None:
+    recorder = current_recorder()
+    if recorder is not None:
+        recorder.release()
+
+
+def start_in_child() -> None:
     """Start tracing in a child process that trains, with the settings of its parent."""
     from traceml import settings
     from traceml.recorder.identity import settings_of_parent
 
-    config = settings.load(**{"on_missing": "warn", **settings_of_parent()})
+    given = settings_of_parent()
+    config = load_forgiving(given) if is_switched_on() else settings.load(**{"on_missing": "warn", **given})
     if config.enabled:
         start(config, wait=False)
+
+
+def _warn_of_ignored(arguments: Mapping[str, Any], wanted: Config, running: Config) -> None:
+    names = [name for name in wanted.sources if wanted.sources[name] == "argument" and name not in _FOR_CONNECTING]
+    ignored = [name for name in names if getattr(wanted, name) != getattr(running, name)]
+    if arguments and ignored:
+        _log.warning(
+            "init(%s) comes too late: tracing has begun with other settings. Call it before the training is set up, or "
+            "set %s.", ", ".join(ignored), ", ".join(f"TRACEML_{name.upper()}" for name in ignored),
+        )  # fmt: skip
 
 
 def _show_run(run_dir: Path) -> None:

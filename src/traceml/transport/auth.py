@@ -161,6 +161,20 @@ def discover(port: int, *, include_dead: bool = False, kind: str = AGGREGATOR) -
     return None
 
 
+def find_page(runs_dir: str) -> PublishedServer | None:
+    """Return a web page of this user that shows a runs folder; None without one.
+
+    Args:
+        runs_dir: absolute path of the folder.
+    """
+    for path in (path for folder in _candidates() for path in sorted(folder.glob(f"{PAGE}-*.json"))):
+        entry = _read(path)
+        if entry is not None and entry.alive and entry.runs_dir == runs_dir:
+            return entry
+
+    return None
+
+
 def read_token(path: Path) -> str | None:
     """Return the token in a file that `publish` has written; None without one."""
     entry = _read(path)

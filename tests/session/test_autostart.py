@@ -1,0 +1,217 @@
+"""`TRACEML=1`: tracing by torch's entry point, without a line of code."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recorder.conftest import environ
+
+ROOT = Path(__file__).parents[2]
+LOOP = """
+import sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+def train(context=None):
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(8, 1)
+    if torch.distributed.is_initialized():
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = DataLoader(TensorDataset(torch.ones(60, 8)), 2, num_workers=1 if context else 0,
+                        multiprocessing_context=context)
+    for x, in loader:
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+
+def work(rank, store):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    train()
+    torch.distributed.destroy_process_group()
+"""
+SCRIPT = LOOP + "train()\nprint('trained')"
+LINE = re.compile(r"^traceml: tracing this run into traceml_runs/\S+; live: `traceml top`$", re.MULTILINE)
+CARD = re.compile(r"^─ traceml ─ \w+ ", re.MULTILINE)
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Python:
+    """Run Python with `TRACEML=1`, and with the entry points of `pyproject.toml`, installed or not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metadata = tmp_path / "site" / f"traceml_torch-{project['version']}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    points = project["entry-points"]["torch.backends"]
+    lines = [f"{name} = {point}" for name, point in points.items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[torch.backends]", *lines, ""]))
+    path = f"{metadata.parent}:{ROOT / 'src'}"
+
+    def run(code: str, *words: str, by: tuple[str, ...] = (), **values: str) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "train.py"
+        script.write_text(textwrap.dedent(code))
+        own = {"TRACEML": "1", "TRACEML_QUIET": "", "PYTHONPATH": path, "COLUMNS": "80"}
+        return subprocess.run(
+            [sys.executable, *by, str(script), *words],
+            cwd=tmp_path, env=environ(tmp_path, **own | values), capture_output=True, text=True, timeout=100,
+            check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def runs(tmp_path: Path) -> list[Path]:
+    """The folders of the runs."""
+    return [each for each in (tmp_path / "traceml_runs").glob("2*") if each.is_dir()]
+
+
+def report(tmp_path: Path) -> dict[str, Any]:
+    """The report of the only run."""
+    [run_dir] = runs(tmp_path)
+    read: dict[str, Any] = json.loads((run_dir / "report.json").read_text())
+    return read
+
+
+def steps(tmp_path: Path) -> list[tuple[int, int]]:
+    """Rank and number of steps of each rank of the only run."""
+    return [(rank["rank"], rank["steps"]) for rank in report(tmp_path)["ranks"]]
+
+
+def test_a_script_is_traced(python: Python, tmp_path: Path) -> None:
+    """One line says where the run goes, the card follows at the end; the script's own output is untouched."""
+    ended = python(SCRIPT)
+
+    assert (ended.returncode, ended.stdout) == (0, "trained\n"), ended.stderr
+    assert LINE.match(ended.stderr)
+    assert len(CARD.findall(ended.stderr)) == 1
+    assert steps(tmp_path) == [(0, 30)]
+
+
+def test_quiet_prints_nothing(python: Python, tmp_path: Path) -> None:
+    """The run is stored all the same."""
+    ended = python(SCRIPT, TRACEML_QUIET="1")
+
+    assert (ended.stdout, ended.stderr) == ("trained\n", "")
+    assert len(runs(tmp_path)) == 1
+
+
+def test_a_process_that_does_not_train_leaves_nothing(python: Python, tmp_path: Path) -> None:
+    """Importing torch, and computing with it, makes no run, starts no aggregator and prints nothing."""
+    ended = python("import torch\nprint(torch.ones(2).sum().item())")
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "2.0\n", "")
+    assert not (tmp_path / "traceml_runs").exists()
+
+
+@pytest.mark.parametrize("switch", [{"TRACEML": ""}, {"TRACEML": "0"}, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}])
+def test_switched_off_nothing_is_imported(python: Python, switch: dict[str, str]) -> None:
+    """Without the variable, `import torch` imports one module of ours, which has no imports of its own."""
+    code = "import sys, torch\nprint(sorted(name for name in sys.modules if name.startswith('traceml')))"
+
+    imported = {"['traceml_torch']", "[]"} if switch.get("TRACEML") != "0" else None
+    ended = python(code, **switch)
+
+    assert ended.returncode == 0, ended.stderr
+    if imported is not None:
+        assert ended.stdout.strip() in imported
+    else:
+        assert "recorder" not in ended.stdout
+
+
+def test_ranks_of_torchrun_and_not_torchrun(python: Python, tmp_path: Path) -> None:
+    """Both ranks are one run; torchrun itself and spawned loader workers are no ranks; a restart is an attempt."""
+    code = LOOP + (
+        "torch.distributed.init_process_group('gloo')\n"
+        "train('spawn')\n"
+        "import os\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': sys.exit(3)\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1")
+    ended = python(code.replace("train('spawn')", "if __name__ == '__main__': train('spawn')"), by=torchrun)
+
+    assert ended.returncode == 0, ended.stderr
+    read = report(tmp_path)
+    assert read["run"]["attempt"] == 1
+    assert sorted(rank["rank"] for rank in read["ranks"]) == [0, 1]
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_ranks_that_the_script_starts(python: Python, tmp_path: Path, method: str) -> None:
+    """Children that train are the ranks; the script's own process, which does not, leaves no run."""
+    start = f"torch.multiprocessing.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method={method!r})"
+    ended = python(f"{LOOP}\nif __name__ == '__main__':\n    {start}", str(tmp_path / "store"))
+
+    assert ended.returncode == 0, ended.stderr
+    assert steps(tmp_path) == [(0, 30), (1, 30)]
+    assert len(LINE.findall(ended.stderr)) == len(CARD.findall(ended.stderr)) == 1
+
+
+def test_init_adds_its_settings(python: Python, tmp_path: Path) -> None:
+    """An explicit `init` before the training names the run; there is one run, and one card."""
+    ended = python(SCRIPT.replace("train()\n", "import traceml; traceml.init(run_name='baseline'); train()\n"))
+
+    assert ended.returncode == 0, ended.stderr
+    assert report(tmp_path)["run"]["name"] == "baseline"
+    assert steps(tmp_path) == [(0, 30)]
+    assert len(CARD.findall(ended.stderr)) == 1
+
+
+def test_a_late_init_is_told(python: Python, tmp_path: Path) -> None:
+    """After the first optimizer the run has its name; `init` says which settings it ignores."""
+    ended = python(f"{LOOP}\ntrain()\nimport traceml\ntraceml.init(run_name='late', local=True)")
+
+    assert "init(run_name) comes too late" in ended.stderr
+    assert "TRACEML_RUN_NAME" in ended.stderr
+    assert report(tmp_path)["run"]["name"] == "train"
+
+
+def test_under_traceml_run_it_is_one_run(python: Python, tmp_path: Path) -> None:
+    """`traceml run` traces already, and its children are no second run."""
+    code = f"{SCRIPT}\nimport subprocess\nsubprocess.run([sys.executable, '-c', 'import torch'], check=True)"
+    ended = python(code, by=("-m", "traceml", "run", "--live", "none"))
+
+    assert ended.returncode == 0, ended.stderr
+    assert steps(tmp_path) == [(0, 30)]
+    assert len(CARD.findall(ended.stderr)) == 1
+
+
+def test_a_wrong_setting_does_not_stop_the_script(python: Python, tmp_path: Path) -> None:
+    """The script runs untraced, and a warning names the setting."""
+    ended = python(SCRIPT, TRACEML_PORT="many")
+
+    assert (ended.returncode, ended.stdout) == (0, "trained\n")
+    assert "TRACEML is set, but this process is not traced: " in ended.stderr
+    assert "TRACEML_PORT" in ended.stderr
+    assert runs(tmp_path) == []
+
+
+def test_a_file_of_our_name_does_not_stop_torch(python: Python, tmp_path: Path) -> None:
+    """Where Python finds another `traceml`, torch is imported, and a line says what to do."""
+    (tmp_path / "traceml.py").write_text("raise ValueError('not yours')")
+    ended = python(SCRIPT)
+
+    assert (ended.returncode, ended.stdout) == (0, "trained\n")
+    assert f"another `traceml` in {tmp_path / 'traceml.py'} (not yours)" in ended.stderr
+    assert "pip uninstall traceml traceml-ai" in ended.stderr
+
+
+def test_a_script_that_fails(python: Python, tmp_path: Path) -> None:
+    """Its traceback, its status and the card."""
+    ended = python(f"{LOOP}\ntrain()\nraise ValueError('a bug')")
+
+    assert ended.returncode == 1
+    assert ended.stderr.index("ValueError: a bug") < ended.stderr.index("─ traceml ─ RANK_LOST")
+    assert report(tmp_path)["run"]["state"] == "failed"
