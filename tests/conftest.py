@@ -147,6 +147,12 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
         pytest.fail(f"it starts a process ({started[0]}): give it the marker `process`", pytrace=False)
 
 
+def pytest_sessionfinish() -> None:
+    """Print no verdict of a run that a test has started in this process: its aggregator and its folder are gone."""
+    if "traceml.session.run_notices" in sys.modules:
+        sys.modules["traceml.session.run_notices"]._due = None
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Report last which tests did not run, and the one command that changes it."""
     skipped = [report for report in terminalreporter.getreports("skipped") if _NOT_RUN in str(report.longrepr)]
