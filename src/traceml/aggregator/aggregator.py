@@ -18,6 +18,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.commands import Commands
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
+from traceml.aggregator.silent_ranks import SilentRanks
 from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.flight.flight_folders import COPIES_FOLDER
@@ -92,6 +93,7 @@ class Aggregator:
         self._settling: set[Path] = set()
         self._parent = os.getppid()
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
+        self._silent: dict[ActiveRun, SilentRanks] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_due = False
@@ -239,6 +241,7 @@ class Aggregator:
             return False
 
         self._verdicts.pop(run, None)
+        self._silent.pop(run, None)
         if not run.streams and run.id != self._run_id:
             self._deliveries.forget(run.path)
             self.registry.discard(run)
@@ -327,6 +330,7 @@ class Aggregator:
     def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
         run.check_absent()
         if diagnose:
+            self._silent.setdefault(run, SilentRanks(run, self._start)).check()
             self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
             run.commit()
 

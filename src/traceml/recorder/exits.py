@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
 from traceml.privacy import secrets_only
-from traceml.recorder.user_code import is_ours, is_user_file
+from traceml.witness.user_files import is_ours, is_user_file
 
 __all__ = ["ExitWatch", "describe", "status_of"]
 

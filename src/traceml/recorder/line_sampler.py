@@ -21,9 +21,10 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns
+from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_STARTUP, Phase, Slot
-from traceml.recorder.open_phase import open_phase
-from traceml.recorder.user_code import UserCode, is_ours
+from traceml.recorder.user_code import UserCode
+from traceml.witness.user_files import is_ours
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile

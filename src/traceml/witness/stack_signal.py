@@ -102,6 +102,8 @@ class SignaledStacks:
     def __init__(self, pid: int, file: int, *, asker: int | None = None, target: int | None = None) -> None:
         self.text = ""
         """The stacks as faulthandler writes them, the main thread's last; empty if it was not safe to ask."""
+        self.was_sent = False
+        """Whether the signal was sent."""
         self._pid, self._file, self._asker, self._target = pid, file, asker, target
         self._wakes = self._wakes_of() if asker is not None else 0
         self._began_s, self._sent_s, self._grown_s, self._size = time.monotonic(), 0.0, 0.0, 0
@@ -117,6 +119,7 @@ class SignaledStacks:
         if not self._send():
             return True
 
+        self.was_sent = True
         self._sent_s = self._grown_s = now_s
         return False
 

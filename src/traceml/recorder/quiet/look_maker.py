@@ -11,11 +11,12 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
+from traceml.database.flight.open_phase import open_phase
 from traceml.database.looks import MAX_FRAMES, FrameLook, GroupLook, RankLook, WorkerLook
 from traceml.database.schema import LINE_PHASES, Slot
-from traceml.recorder.open_phase import open_phase
-from traceml.recorder.user_code import UserCode, is_ours
+from traceml.recorder.user_code import UserCode
 from traceml.witness.kernel_state import io_bytes, is_job_suspended, process_info, tree_use, wait_state
+from traceml.witness.user_files import is_ours
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile

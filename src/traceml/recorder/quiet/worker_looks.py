@@ -6,10 +6,10 @@ import time
 
 from traceml.database.looks import MAX_FRAMES, FrameLook, WorkerLook
 from traceml.instrument.loader_workers import LoaderWorker, workers_of_loaders
-from traceml.recorder.user_code import is_user_file
 from traceml.witness.kernel_state import process_info, wait_state
 from traceml.witness.stack_signal import SignaledStacks, worker_target
 from traceml.witness.stack_text import main_frames
+from traceml.witness.user_files import is_user_file
 
 __all__ = ["WorkerLooks"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 
 __all__ = ["open_phase"]
@@ -10,7 +12,7 @@ _PHASES = len(Phase)
 _STEP_START = int(Slot.STEP_START)
 
 
-def open_phase(slots: memoryview[int], has_steps: bool) -> tuple[int, int]:
+def open_phase(slots: Sequence[int] | memoryview[int], has_steps: bool) -> tuple[int, int]:
     """Return the innermost open phase, as in `schema.LINE_PHASES`, and the time at which it, or its step, was opened.
 
     Args:

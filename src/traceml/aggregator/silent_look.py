@@ -1,0 +1,138 @@
+"""A look at a rank of this host that cannot tell anything: its recorder's thread does not run.
+
+Somebody holds the GIL inside a call into C, or the process is stopped, or stuck in the kernel. Its flight file tells
+step and phase, /proc the state, and faulthandler the stack, where it is safe to ask.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from traceml.clock import monotonic_ns
+from traceml.database.flight.live_words import LiveWords, read_live_words
+from traceml.database.looks import MAX_FRAMES, FrameLook, RankLook
+from traceml.witness.kernel_state import ProcessUse, is_job_suspended, process_info, read_status, tree_use, wait_state
+from traceml.witness.stack_signal import SignaledStacks, find_stack_file
+from traceml.witness.stack_text import main_frames
+from traceml.witness.user_files import is_user_file
+
+__all__ = ["SilentLooks", "silent_s"]
+
+_AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
+
+
+class SilentLooks:
+    """Looks at one rank of this host, from another process.
+
+    Args:
+        rank: its rank.
+        pid: its process.
+        flight: its flight file.
+    """
+
+    def __init__(self, rank: int, pid: int, flight: Path) -> None:
+        self._rank, self._pid, self._flight = rank, pid, flight
+        self._frames: tuple[FrameLook, ...] = ()
+        self._asked: tuple[str, int] | None = None
+        self._use: ProcessUse | None = None
+        self._used_s = 0.0
+
+    def words(self) -> LiveWords | None:
+        """Return what the rank had open when its recorder woke last; None without a readable file."""
+        return read_live_words(self._flight)
+
+    def make(self, *, is_last: bool = False) -> RankLook | None:
+        """Return a look at this moment; it takes up to half a second. None if its flight file cannot be read.
+
+        Args:
+            is_last: whether the job is being ended.
+        """
+        words = self.words()
+        if words is None:
+            return None
+
+        seen, info = wait_state(self._pid), process_info(self._pid)
+        frames = self._stack(words, seen.state)
+        cpu_share, io_bytes_per_s = self._used()
+        user = [frame for frame in frames if frame.is_user]
+        return RankLook(
+            at_ns=monotonic_ns(),
+            rank=self._rank,
+            quiet_s=silent_s(words),
+            step=words.step,
+            in_step=words.in_step,
+            phase=words.phase,
+            answered="signal" if frames else "kernel",
+            frames=frames,
+            user_line=user[0] if user else None,
+            outer_line=user[-1] if len(user) > 1 else None,
+            process_state=seen.state,
+            wchan=seen.wchan,
+            waits_on=seen.waits_on,
+            cpu_share=cpu_share,
+            io_bytes_per_s=io_bytes_per_s,
+            is_waiting_for_terminal=seen.is_terminal_input,
+            is_debugged=bool(seen.tracer) or any(each.file.endswith(("/bdb.py", "/pdb.py")) for each in frames),
+            is_suspended=info is not None and is_job_suspended(info),
+            is_last=is_last,
+        )
+
+    def end(self, quiet_s: float) -> RankLook | None:
+        """Return the look that ends a silence of so many seconds."""
+        words = self.words()
+        if words is None:
+            return None
+
+        return RankLook(
+            at_ns=monotonic_ns(), rank=self._rank, quiet_s=round(quiet_s, 3), step=words.step, in_step=words.in_step,
+            phase=words.phase, answered="kernel", ended=True,
+        )  # fmt: skip
+
+    def _stack(self, words: LiveWords, state: str) -> tuple[FrameLook, ...]:
+        """Return the main thread's stack; asked for again only when the thread has run since."""
+        moment = self._moment(state)
+        if moment == self._asked:
+            return self._frames
+
+        self._frames = ()
+        file = find_stack_file(self._pid) if moment and words.recorder_thread else None
+        if file is None:
+            return ()
+
+        try:
+            asked = SignaledStacks(self._pid, file, asker=words.recorder_thread)
+            self._frames = tuple(_frame(each) for each in main_frames(asked.wait())[:MAX_FRAMES])
+            self._asked = moment if asked.was_sent else None
+        finally:
+            os.close(file)
+
+        return self._frames
+
+    def _moment(self, state: str) -> tuple[str, int] | None:
+        """Return what changes when the main thread goes on; None while it is stopped, as it cannot answer."""
+        if state == "R":
+            return state, int(time.monotonic() / _AGAIN_S)
+
+        return (state, int(read_status(self._pid, "voluntary_ctxt_switches") or 0)) if state in "SD" else None
+
+    def _used(self) -> tuple[float | None, float | None]:
+        use, now_s = tree_use(self._pid), time.monotonic()
+        before, self._use = self._use, use
+        passed_s, self._used_s = now_s - self._used_s, now_s
+        if before is None or passed_s < 0.1:
+            return None, None
+
+        moved = max(0, use.io_bytes - before.io_bytes)
+        return round(max(0.0, use.cpu_s - before.cpu_s) / passed_s, 3), round(moved / passed_s, 1)
+
+
+def silent_s(words: LiveWords) -> float:
+    """Return for how many seconds a rank's recorder has not run."""
+    return round(max(0, monotonic_ns() - words.heartbeat_ns) / 1e9, 3) if words.heartbeat_ns else 0.0
+
+
+def _frame(found: tuple[str, int, str]) -> FrameLook:
+    file, line, function = found
+    return FrameLook(file=file, line=line, function=function, is_user=is_user_file(file))

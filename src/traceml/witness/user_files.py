@@ -1,0 +1,35 @@
+"""Files of the user's code, as opposed to the standard library, installed packages, torch and traceml."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["is_ours", "is_user_file"]
+
+_OURS = f"{Path(__file__).parent.parent}/"
+_STANDARD = f"{Path(os.__file__).parent}/"
+
+
+def is_ours(path: str) -> bool:
+    """Return whether a file belongs to traceml."""
+    return path.startswith(_OURS)
+
+
+def is_user_file(path: str, modules: Any = None) -> bool:
+    """Return whether a file of code is the user's; cells of a notebook are.
+
+    Args:
+        path: as in a frame or traceback.
+        modules: the loaded modules; None: `sys.modules`.
+    """
+    if path.startswith("<"):
+        return path.startswith("<ipython-input-")
+
+    if "/site-packages/" in path or "/dist-packages/" in path or path.startswith((_STANDARD, _OURS)):
+        return False
+
+    torch = getattr((sys.modules if modules is None else modules).get("torch"), "__file__", None)
+    return not (torch and path.startswith(f"{Path(torch).parent}/"))

@@ -1,0 +1,129 @@
+"""Ranks whose recorder does not run: the aggregator of their host looks at them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.aggregator.conftest import TOKEN, Serving
+from tests.eventually import eventually
+from traceml.database.looks import LOOK, RankLook
+
+pytestmark = pytest.mark.process
+
+
+class Script:
+    """A traced script in a process of its own."""
+
+    def __init__(self, serving: Serving, folder: Path, code: str) -> None:
+        self.serving = serving
+        script = folder / "script.py"
+        script.write_text(textwrap.dedent(code))
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
+        environ |= {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder)}
+        self.process = subprocess.Popen([sys.executable, str(script)], env=environ, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def looks(self) -> list[RankLook]:
+        with self.serving.store() as store:
+            return [RankLook.from_row(event.data) for event in store.events() if event.kind == LOOK]
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def script(serving: Callable[..., Serving], tmp_path: Path):
+    """Start a script; whatever happens it does not outlive the test."""
+    started: list[Script] = []
+
+    def start(code: str) -> Script:
+        started.append(Script(serving(), tmp_path, code))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+@pytest.mark.parametrize(
+    ("call", "state"), [("ctypes.PyDLL(None).sleep(60)", "S"), ("re.match('(a*)*b', 'a' * 40)", "R")]
+)
+def test_a_rank_that_holds_the_gil_in_c_is_told_with_its_line(
+    script: Callable[[str], Script], call: str, state: str
+) -> None:
+    """Its own thread cannot answer, so faulthandler does; whether it computes or waits, the kernel knows."""
+    rank = script(
+        f"""
+        import ctypes, re, traceml
+        traceml.init()
+
+        def hold():
+            print("ready", flush=True)
+            {call}
+
+        hold()
+        """
+    )
+
+    look = eventually(lambda: next((look for look in rank.looks() if look.frames), None), timeout_s=30)
+
+    assert (look.answered, look.process_state, look.phase, look.step) == ("signal", state, "startup", -1)
+    assert look.user_line is not None
+    assert (look.user_line.function, look.user_line.line) == ("hold", 7)
+    assert look.quiet_s >= 3
+    assert rank.process.poll() is None
+
+
+def test_a_stopped_rank_is_told_and_when_it_goes_on(script: Callable[[str], Script]) -> None:
+    """A stopped process has no stack to tell; after SIGCONT the silence is over, and the rank unharmed."""
+    rank = script(
+        """
+        import time, traceml
+        traceml.init()
+        print("ready", flush=True)
+        step = 0
+        while True:
+            with traceml.trace_step():
+                time.sleep(0.01)
+        """
+    )
+    rank.process.send_signal(signal.SIGSTOP)
+
+    look = eventually(lambda: next(iter(rank.looks()), None), timeout_s=30)
+    assert (look.answered, look.process_state, look.frames) == ("kernel", "T", ())
+    assert not look.is_suspended
+
+    rank.process.send_signal(signal.SIGCONT)
+    over = eventually(lambda: next((look for look in rank.looks() if look.ended), None), timeout_s=30)
+    assert over.quiet_s >= 3
+    assert rank.process.poll() is None
+
+
+def test_a_rank_that_answers_is_not_looked_at(script: Callable[[str], Script]) -> None:
+    """A wait in Python lets the recorder run: it tells by itself, and nobody sends a signal."""
+    rank = script(
+        """
+        import time, traceml
+        traceml.init()
+        print("ready", flush=True)
+        time.sleep(60)
+        """
+    )
+
+    def told_itself() -> bool:
+        with rank.serving.store() as store:
+            return any(row["kind"] == LOOK for _, row in store.log_rows("info"))
+
+    eventually(told_itself, timeout_s=30)
+    assert rank.looks() == []
