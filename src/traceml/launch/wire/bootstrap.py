@@ -24,7 +24,18 @@ __all__ = ["agent_command", "cleanup_program", "import_code", "local_program", "
 _PACKAGE = str(Path(__file__).parents[2])  # a folder, or one inside a zip file
 _LENGTH = struct.Struct(">Q")
 # Packages that an agent, a zygote or a traced worker may need.
-_PACKAGES = ("launch", "session", "track", "recorder", "instrument", "samplers", "transport", "database", "privacy")
+_PACKAGES = (
+    "launch",
+    "session",
+    "track",
+    "recorder",
+    "instrument",
+    "samplers",
+    "transport",
+    "database",
+    "witness",
+    "privacy",
+)
 _FIRST = ("cloudpickle",)  # only the same version surely unpacks what it packs
 _EXTRA = ("msgpack",)  # for hosts that have torch and nothing else
 
