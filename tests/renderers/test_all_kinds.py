@@ -15,7 +15,14 @@ import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.hangs import standing
-from tests.diagnosis.memory.memories import device_leak, full_device, full_host, leaking, uneven_devices
+from tests.diagnosis.memory.memories import (
+    device_leak,
+    full_device,
+    full_host,
+    growing_workers,
+    leaking,
+    uneven_devices,
+)
 from tests.diagnosis.rules.test_batch_sizes import uneven, window
 from tests.diagnosis.rules.test_training_data import group_of_two, history
 from tests.diagnosis.rules.test_training_losses import NAN
@@ -124,6 +131,7 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "MEMORY_LEAK": lambda: found(ALONE, **leaking()),
     "MEMORY_LEAK, full soon": lambda: found(ALONE, **leaking(used_bytes=15 << 30)),
     "MEMORY_LEAK, device": lambda: found(Job(ranks=2), memory=device_leak()),
+    "MEMORY_LEAK, workers": lambda: found(ALONE, **growing_workers()),
     "MEMORY_PRESSURE": lambda: found(ALONE, **full_host()),
     "MEMORY_PRESSURE, device": lambda: found(ALONE, memory=full_device()),
     "MEMORY_IMBALANCE": lambda: found(Job(ranks=4), memory=uneven_devices()),

@@ -48,6 +48,6 @@ def test_what_a_host_shares_is_sampled_once() -> None:
     first, second = open_samplers(local_rank=0), open_samplers(local_rank=1)
 
     assert {"process", "host", "torch_memory"} <= {sampler.name for sampler in first}
-    assert {sampler.name for sampler in second} == {"process", "torch_memory", "limits"}
+    assert {sampler.name for sampler in second} == {"process", "torch_memory", "limits", "loader_workers"}
     for sampler in (*first, *second):
         sampler.close()

@@ -35,6 +35,7 @@ __all__ = [
     "LINE_OUTSIDE",
     "LINE_PHASES",
     "LINE_STARTUP",
+    "LOADER_WORKERS",
     "LOGGED",
     "LOGS",
     "LOSSES",
@@ -401,6 +402,22 @@ LIMITS = Table(
     ),
     capacity=1024,
 )
+LOADER_WORKERS = Table(
+    "loader_workers",
+    (
+        _q("t_ns", "monotonic timestamp"),
+        _q("step", "open training step"),
+        _q("loader", "number of the data loader in this process, from 0"),
+        _q("pid", "its first worker process; another one means that the workers were started again"),
+        _q("workers", "worker processes that are alive"),
+        _q("cpu_ns", "CPU time of these since their start, all together"),
+        _q("wait_ns", "time in which their main threads waited for a CPU core since their start, all together"),
+        _q("cores", "CPU cores that at least one of them may use"),
+        _q("private_bytes", "memory that each has for itself, all together; -1 where none was read anew"),
+        _q("anonymous_bytes", "the same with memory that is still shared with the training process since the fork"),
+    ),
+    capacity=1024,
+)
 TELEMETRY = Table(
     "telemetry",
     (
@@ -491,6 +508,7 @@ PACKED: tuple[Table, ...] = (
     HOST,
     GPU,
     TORCH_MEMORY,
+    LOADER_WORKERS,
     TELEMETRY,
     METRICS,
     LINES,

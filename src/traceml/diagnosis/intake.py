@@ -19,6 +19,7 @@ from traceml.database.schema import (
     HOST,
     LIMITS,
     LINES,
+    LOADER_WORKERS,
     LOSSES,
     PROCESS,
     STEPS,
@@ -52,6 +53,7 @@ class RowIntake:
             HOST.name: self.facts.host_rows,
             GPU.name: self.facts.gpu_rows,
             TORCH_MEMORY.name: self.facts.memory.device_rows,
+            LOADER_WORKERS.name: self.facts.worker_rows,
             LIMITS.name: self.facts.limits.add,
             EPOCHS.name: self.facts.epoch_rows,
             LINES.name: self._take_lines,
@@ -121,5 +123,18 @@ class RowIntake:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_PACKED = (USER_PHASES, PROCESS, HOST, GPU, TORCH_MEMORY, LIMITS, LINES, EPOCHS, EVALS, LOSSES, FINGERPRINTS)
+_PACKED = (
+    USER_PHASES,
+    PROCESS,
+    HOST,
+    GPU,
+    TORCH_MEMORY,
+    LOADER_WORKERS,
+    LIMITS,
+    LINES,
+    EPOCHS,
+    EVALS,
+    LOSSES,
+    FINGERPRINTS,
+)
 _DTYPES = {table.name: table.dtype for table in _PACKED}

@@ -31,7 +31,7 @@ CRITICAL_SHARE = 0.25
 FLOOR_NS = 1e6
 """Costs below a millisecond per step are not reported: a toy's loader, loss function and Python cost that much."""
 
-_MEMORIES = {"device": "Device memory", "pinned": "Pinned memory", "workers": "Memory of loader workers"}
+_MEMORIES = {"device": "Device memory", "pinned": "Pinned memory"}
 # A line with this share of a finding's cost stands in its headline.
 _MOST = 0.6
 
@@ -199,6 +199,11 @@ def _leak(finding: _FindingFacts) -> str:
     evidence = finding.evidence
     memory, left_s = evidence.get("memory", "resident"), evidence.get("left_s")
     whose = f" of {ranks_text(finding.ranks)}" if finding.ranks else ""
+    if workers := int(evidence.get("workers", 0)):
+        each = bytes_text(int(60 * float(evidence["bytes_per_s"]) / workers))
+        which = f"Each of {workers} loader workers" if workers > 1 else "The loader worker"
+        return f"{which}{whose} grows by {each} per minute"
+
     full = (
         ""
         if left_s is None or finding.severity is not Severity.CRITICAL

@@ -11,6 +11,10 @@ _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShard
 _TOKEN_TYPES = ("torch.int64", "torch.int32")
 _MAX_FIELDS = 64
 _MAX_RANKS = 256
+_MANY_OBJECTS = 10_000
+_CONTAINERS = (list, tuple, dict, set)
+_MAX_CONTAINERS = 4
+_MAX_PARTS = 16
 
 
 def loader_facts(loader: Any) -> dict[str, Any]:
@@ -27,6 +31,8 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "pin_memory": getattr(loader, "pin_memory", None),
         "persistent_workers": getattr(loader, "persistent_workers", None),
         "prefetch_factor": getattr(loader, "prefetch_factor", None),
+        "start_method": _start_method(loader),
+        "objects": held_objects(dataset),
     }
 
 
@@ -124,6 +130,50 @@ def _length(dataset: Any) -> int | None:
         return len(dataset)
     except Exception:  # noqa: BLE001 - the dataset's own code: it has no length
         return None
+
+
+def _start_method(loader: Any) -> str | None:
+    """Return how the loader starts its workers (fork, spawn, forkserver); None without any."""
+    if not getattr(loader, "num_workers", 0):
+        return None
+
+    context = getattr(loader, "multiprocessing_context", None)
+    if context is not None:
+        return str(context.get_start_method())
+
+    from multiprocessing import get_all_start_methods, get_start_method
+
+    return get_start_method(allow_none=True) or get_all_start_methods()[0]  # else asking for it would set it
+
+
+def held_objects(dataset: Any) -> list[dict[str, Any]]:
+    """Return the data set's containers of many Python objects: attribute, type, number, and type of one object.
+
+    A forked worker that only reads such an object writes its reference count, which copies its page.
+    """
+    found: list[dict[str, Any]] = []
+    for part in _parts_of(dataset):
+        for name, value in list(getattr(part, "__dict__", {}).items())[:_MAX_FIELDS]:
+            if type(value) in _CONTAINERS and len(value) >= _MANY_OBJECTS:
+                one = next(iter(value.values() if isinstance(value, dict) else value))
+                path, kind = f"{type(part).__name__}.{name}", type(value).__name__
+                found.append({"path": path, "type": kind, "count": len(value), "of": type(one).__name__})
+
+    return sorted(found, key=lambda each: -each["count"])[:_MAX_CONTAINERS]
+
+
+def _parts_of(dataset: Any) -> list[Any]:
+    """Return a data set and those that it wraps (Subset, ConcatDataset)."""
+    parts = [dataset]
+    for part in parts:
+        fields = getattr(part, "__dict__", {})
+        inner = fields.get("datasets")
+        parts += [fields["dataset"]] if fields.get("dataset") is not None else []
+        parts += list(inner)[:_MAX_PARTS] if isinstance(inner, list | tuple) else []
+        if len(parts) >= _MAX_PARTS:
+            break
+
+    return parts[:_MAX_PARTS]
 
 
 def _in_memory(dataset: Any) -> bool | None:

@@ -266,7 +266,13 @@ class Instrumentation:
         patch_scale(patches, clock, self._losses.read_unscaled)
         patch_grad_scaler(patches, clock)
         patch_clipping(patches, clock)
-        patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._new_iterator), batches.inspect)
+        patch_loaders(
+            patches,
+            clock,
+            self._new_loader,
+            lambda: self._guarded(self._new_iterator),
+            batches.inspect,
+        )
         calls.patch_checkpoint(patches, clock)
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)

@@ -25,11 +25,15 @@ class LoaderToken:
     """Token for a loader in the clock, which must not keep the loader alive.
 
     Attributes:
+        number: of the loader in this process, in the order of their first use.
         is_left: its last iterator is gone, as after `next(iter(loader))`: a step closes without another request.
     """
 
     is_left = False
     _iterator: Any = None
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
 
     def follow(self, iterator: Any, clock: StepClock) -> None:
         """Notice when an iterator of the loader is gone, and tell the clock."""
@@ -42,7 +46,7 @@ class LoaderToken:
         self.is_left = False
         with suppress(TypeError):  # its class allows no weak references: it counts as alive
             self._iterator = weakref.ref(iterator, leave)
-            follow_iterator(iterator)
+            follow_iterator(iterator, self.number)
 
 
 Begin = Callable[[Any], Began | None]
@@ -204,6 +208,7 @@ class _LoaderTokens:
 
     def __init__(self, on_loader: Callable[[Any], None]) -> None:
         self._on_loader = on_loader
+        self._seen = 0
         self._tokens: weakref.WeakKeyDictionary[Any, LoaderToken] = weakref.WeakKeyDictionary()
 
     def of(self, loader: Any) -> LoaderToken:
@@ -211,7 +216,8 @@ class _LoaderTokens:
         try:
             token = self._tokens.get(loader)
             if token is None:
-                token = self._tokens[loader] = LoaderToken()
+                token = self._tokens[loader] = LoaderToken(self._seen)
+                self._seen += 1
                 self._on_loader(loader)
         except Exception:  # noqa: BLE001 - the hash of a subclass raises: each iterator counts as another loader
             token = LoaderToken()

@@ -6,10 +6,25 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["LoaderWorker", "batches_read", "follow_iterator", "workers_of_loaders"]
+__all__ = ["LoaderWorker", "WorkersOfLoader", "batches_read", "follow_iterator", "worker_pids", "workers_of_loaders"]
 
 # One entry per iterator that a training loop reads, added when it is created.
 _iterators: weakref.WeakSet[Any] = weakref.WeakSet()
+# The last reference to an iterator ends its workers and waits for them, on the thread that drops it. So those who only
+# need process ids do not touch it.
+_pids: dict[weakref.ref[Any], WorkersOfLoader] = {}
+
+
+class WorkersOfLoader(NamedTuple):
+    """Workers of one iterator.
+
+    Attributes:
+        loader: number of its loader in this process, from 0.
+        pids: process ids, by the worker's number.
+    """
+
+    loader: int
+    pids: tuple[int, ...]
 
 
 class LoaderWorker(NamedTuple):
@@ -26,9 +41,26 @@ class LoaderWorker(NamedTuple):
     waits_for_batch: int | None
 
 
-def follow_iterator(iterator: Any) -> None:
-    """Remember an iterator while it lives."""
+def follow_iterator(iterator: Any, loader: int = 0) -> None:
+    """Remember an iterator while it lives.
+
+    Args:
+        iterator: of a DataLoader; its private attribute `_workers` has the processes.
+        loader: number of the loader in this process.
+    """
     _iterators.add(iterator)
+    if processes := getattr(iterator, "_workers", None):
+        pids = tuple(int(process.pid or 0) for process in processes)
+        _pids[weakref.ref(iterator, _forget)] = WorkersOfLoader(loader, pids)
+
+
+def _forget(gone: weakref.ref[Any]) -> None:
+    _pids.pop(gone, None)
+
+
+def worker_pids() -> tuple[WorkersOfLoader, ...]:
+    """Return the workers of each live iterator that has any, oldest first."""
+    return tuple(_pids.values())
 
 
 def batches_read() -> tuple[int, ...]:

@@ -323,9 +323,10 @@ class Recording:
     # --- sampling and hooks ------------------------------------------------------------------------------------------
 
     def _samplers(self) -> Sequence[Sampler]:
+        from traceml.instrument.loader_workers import worker_pids
         from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
 
-        return open_samplers(local_rank=self.identity.rank_identity.local_rank)
+        return open_samplers(local_rank=self.identity.rank_identity.local_rank, workers=worker_pids)
 
     def _sampling(self, samplers: Sequence[Sampler]) -> SamplerScheduler:
         flight = self.flight

@@ -16,7 +16,7 @@ from typing import Any
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.rings import ByteLog, Ring
-from traceml.database.schema import GPU, HOST, LIMITS, LINES, PROCESS, TELEMETRY, TORCH_MEMORY
+from traceml.database.schema import GPU, HOST, LIMITS, LINES, LOADER_WORKERS, PROCESS, TELEMETRY, TORCH_MEMORY
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
 from traceml.recorder.uploads import BlobTable, FileUploader
 from traceml.transport.client import ClockOffset, Connection
@@ -34,7 +34,9 @@ _CLOCK_INTERVAL_NS = 60 * 10**9
 _FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: users wait for the first output
 _LONGEST_SAMPLE_NS = 60 * 10**9
 # No live verdict waits for these, so in a large job they are sent less often, as the welcome asks.
-_SAMPLED = frozenset(table.name for table in (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY, LIMITS, LINES))
+_SAMPLED = frozenset(
+    table.name for table in (PROCESS, HOST, GPU, TORCH_MEMORY, LOADER_WORKERS, TELEMETRY, LIMITS, LINES)
+)
 _MISSING_WARNING_NS = 15 * 10**9  # without an aggregator since the start: longer than one needs to start
 
 Command = Callable[[Mapping[str, Any]], Any]

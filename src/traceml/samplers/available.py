@@ -13,6 +13,7 @@ from traceml.samplers.limits import HostLimitsSampler, LimitsSampler
 from traceml.samplers.process import ProcessSampler
 from traceml.samplers.torch_memory import TorchMemorySampler
 from traceml.samplers.visible_gpus import VARIABLE, has_own_gpus
+from traceml.samplers.worker_sampler import Groups, LoaderWorkersSampler
 
 __all__ = ["open_samplers"]
 
@@ -20,15 +21,21 @@ _log = logging.getLogger("traceml")
 _Factory = Callable[[], Sampler]
 
 
-def open_samplers(*, local_rank: int) -> list[Sampler]:
+def open_samplers(*, local_rank: int, workers: Groups = tuple) -> list[Sampler]:
     """Open the samplers that work on this machine; local rank 0 also opens those of the host.
 
     A rank that sees only GPUs of its own samples them too.
 
     Args:
         local_rank: the number of this rank on its host.
+        workers: returns (number of the loader, ids of its worker processes) of each iterator.
     """
-    factories: list[_Factory] = [ProcessSampler, TorchMemorySampler, LimitsSampler]
+    factories: list[_Factory] = [
+        ProcessSampler,
+        TorchMemorySampler,
+        LimitsSampler,
+        lambda: LoaderWorkersSampler(workers),
+    ]
     if local_rank == 0:
         factories += [HostSampler, GpuSampler, HostLimitsSampler]
     elif has_own_gpus(local_rank, os.environ.get(VARIABLE)):

@@ -32,7 +32,7 @@ def random_rows(table: Table | Log, count: int, first: int = 0) -> NDArray[np.vo
         rows[name] = RANDOM.integers(0, 10**9, count)
     for name in {"step", "t_ns", "t_end_ns"} & set(table.names):
         rows[name] = first + np.cumsum(RANDOM.integers(0 if table is USER_PHASES else 1, 3, count))
-    for name in {"name_id", "index", "device", "resource", "first"} & set(table.names):
+    for name in {"name_id", "index", "device", "resource", "first", "loader"} & set(table.names):
         rows[name] = RANDOM.integers(0, 3, count)
     if "backward_own_ns" in table.names:
         rows["backward_own_ns"][RANDOM.random(count) < 0.5] = -1
@@ -101,7 +101,18 @@ def test_every_measured_column_is_summed() -> None:
     for table in (*STEP_TABLES, *SAMPLE_TABLES):
         fields = TableSums.empty(table).bins.dtype.names or ()
         left_out = set(table.names) - set(fields)
-        assert left_out <= {"step", "t_ns", "t_end_ns", "bits", "name_id", "index", "device", "resource", "first"}
+        assert left_out <= {
+            "step",
+            "t_ns",
+            "t_end_ns",
+            "bits",
+            "name_id",
+            "index",
+            "device",
+            "resource",
+            "first",
+            "loader",
+        }
 
 
 def test_samples_have_exact_extremes_per_device() -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.diagnosis.facts.watched_workers import worker_rows
 from traceml.database.schema import HOST, PROCESS, TORCH_MEMORY
+from traceml.diagnosis.facts.job_facts import JobFactsBuilder, LoaderFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 
 MB, GB = 1 << 20, 1 << 30
@@ -65,6 +67,19 @@ def leaking(used_bytes: int = 4 * GB) -> dict[str, Any]:
 def device_leak() -> MemoryHistory:
     """Return the memory of two ranks of which the second leaks."""
     return device(device(MemoryHistory(), [8 * GB] * 60), growing(8 * GB), rank=1)
+
+
+def growing_workers(*, copies: bool = True, objects: bool = True, start_method: str = "fork") -> dict[str, Any]:
+    """Return the facts of 8 loader workers that grow by 40 MB a minute each, by copies or by new memory."""
+    rows = worker_rows(8)
+    grown = np.arange(len(rows)) * 8 * 40 * MB // 60
+    rows["private_bytes"] = 80 * MB + grown
+    rows["anonymous_bytes"] = 900 * MB + (0 if copies else grown)
+    builder = JobFactsBuilder()
+    builder.worker_rows(0, rows)
+    held = ({"path": "Listing.files", "type": "list", "count": 1_500_000, "of": "str"},) if objects else ()
+    loader = LoaderFacts(num_workers=8, start_method=start_method, objects=held)
+    return {"memory": builder.memory, "workers": builder.workers, "loader": loader}
 
 
 def full_host() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from tests.diagnosis.memory.memories import GB, MB, device, growing, host, leaking, processes
+from tests.diagnosis.memory.memories import GB, MB, device, growing, growing_workers, host, leaking, processes
 from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
@@ -114,3 +114,32 @@ def test_pinned_memory_is_told_as_such():
 def test_memory_that_has_stopped_growing_is_no_finding(rss):
     """Level memory, and a cache that is full."""
     assert leaks(memory=host(processes(MemoryHistory(), rss), 15 * GB), hosts={0: "h"}) == []
+
+
+def test_workers_that_copy_shared_objects_are_told_with_the_attribute():
+    """40 MB a minute each; the loader is in its first epoch, but a cache would be new memory."""
+    (finding,) = leaks(**growing_workers())
+
+    assert finding.headline == "Each of 8 loader workers grows by 40.0 MiB per minute"
+    assert "Listing.files is a list of 1,500,000 objects (str)" in finding.summary
+    assert "Listing.files" in finding.next
+    assert finding.severity == "warning"
+    assert finding.evidence["attribute"] == "Listing.files"
+
+
+@pytest.mark.parametrize("facts", [{"copies": False}, {"start_method": "spawn"}])
+def test_workers_that_grow_otherwise_are_told_without_a_cause(facts):
+    """New memory is no copy, and spawned workers share nothing."""
+    (finding,) = leaks(**growing_workers(**facts))
+
+    assert "Listing" not in finding.summary + finding.next
+    assert "reference count" not in finding.summary
+    assert "attribute" not in finding.evidence
+
+
+def test_copies_of_unknown_objects_name_no_attribute():
+    """The dataset's attributes have few objects, or it hides them."""
+    (finding,) = leaks(**growing_workers(objects=False))
+
+    assert "copies of memory shared since the fork" in finding.summary
+    assert "attribute" not in finding.evidence

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
+from tests.diagnosis.facts.watched_workers import watched
 from traceml.database.schema import GPU, HOST, PROCESS, Table
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
@@ -86,7 +87,7 @@ def test_loader_workers_are_not_taken_for_other_programs(busy, says):
     """Of 1.5 cores that others use, the one worker uses little, or most."""
     loader = LoaderFacts(num_workers=1)
 
-    (found,) = cpu_contention(crowded(samples(busy=0.7), threads=1, loader=loader, workers_busy=busy))
+    (found,) = cpu_contention(crowded(samples(busy=0.7), threads=1, loader=loader, workers=watched(1, busy=busy)))
 
     assert says in found.next
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from tests.diagnosis.facts.watched_workers import watched
 from tests.diagnosis.rules.test_contention import samples
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -102,12 +103,45 @@ def test_waiting_for_a_core_is_work():
 def test_busy_workers_make_a_batch_per_step_each():
     """Three workers, each three steps long: with six the step is half as long if they wait."""
     segments = segments_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
-    facts = JobFacts(loader=LoaderFacts(num_workers=3), workers_busy=0.05, hosts={0: "h"}, cores={"h": 4})
+    facts = JobFacts(loader=LoaderFacts(num_workers=3), workers=watched(3, busy=0.05), hosts={0: "h"}, cores={"h": 4})
     found = pipeline_of(segments, facts, 86 * MS)
 
     assert found is not None
     assert found.fetch_ns == pytest.approx(300 * MS, rel=0.05)
     assert found.gain(6) == pytest.approx(2.0, rel=0.01)
+
+
+def test_workers_bound_to_one_core_gain_by_all_of_them():
+    """Four workers that share a core of four: each computes for a quarter of the time and waits for the rest."""
+    segments = segments_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+    usual = {"loader": LoaderFacts(num_workers=4), "hosts": {0: "h"}, "cores": {"h": 8}}
+    bound = JobFacts(workers=watched(4, busy=0.25, waited=0.75, cores=1), **usual)
+    found = pipeline_of(segments, bound, 86 * MS)
+    free = pipeline_of(segments, JobFacts(workers=watched(4, busy=0.95, cores=8), **usual), 86 * MS)
+
+    assert found is not None
+    assert free is not None
+    assert found.step_ns(4) == pytest.approx(segments.step_ns, rel=0.02)
+    assert found.gain_on_all_cores() == pytest.approx(4.0, rel=0.05)
+    assert found.gain(16) == pytest.approx(1.0)
+    assert (found.worker_cores, free.worker_cores) == (1, None)
+    assert "may use only 1 core of 8" in for_input(bound, found).text
+    assert "may use only" not in for_input(bound, free).text
+
+
+def test_workers_that_wait_for_cores_gain_nothing_by_more_of_them():
+    """On cores that other programs use as well, more workers would wait, too."""
+    segments = segments_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+    facts = JobFacts(
+        loader=LoaderFacts(num_workers=2),
+        workers=watched(2, busy=0.3, waited=0.65, cores=2),
+        hosts={0: "h"},
+        cores={"h": 2},
+    )
+    found = pipeline_of(segments, facts, 86 * MS)
+
+    assert found is not None
+    assert found.gain(8) == pytest.approx(1.0, abs=0.1)
 
 
 def test_waits_at_the_starts_of_epochs_are_pauses():

@@ -21,6 +21,7 @@ from traceml.database.schema import (
     GPU,
     LIMITS,
     LINES,
+    LOADER_WORKERS,
     LOSSES,
     METRICS,
     TORCH_MEMORY,
@@ -78,6 +79,7 @@ def _fill(writer: StoreWriter, stream: int, rows: Any, wall_ns: int, user_ms: fl
     at_ns = int(rows["t_end_ns"][0])
     _append(writer, stream, GPU.name, GPU.dtype, t_ns=at_ns, utilization_pct=50.0, memory_used_bytes=7)
     _append(writer, stream, TORCH_MEMORY.name, TORCH_MEMORY.dtype, t_ns=at_ns, allocated_bytes=5, reserved_bytes=6)
+    _append(writer, stream, LOADER_WORKERS.name, LOADER_WORKERS.dtype, t_ns=at_ns, workers=2)
     _append(writer, stream, LIMITS.name, LIMITS.dtype, t_ns=at_ns, resource=0, used=30, limit=1024)
     _append(writer, stream, LINES.name, LINES.dtype, t_ns=at_ns, phase=-1, line_id=12, library_id=-1, samples=9)
     _append(writer, stream, LOSSES.name, LOSSES.dtype, t_ns=at_ns, step=3, loss=0.5)

@@ -23,6 +23,7 @@ from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, Sampled
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
+from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "ModelFacts", "RankExit", "ended_badly"]
 
@@ -32,7 +33,11 @@ OVERSUBSCRIBED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderFacts:
-    """The training data loader, as the rank described it."""
+    """The training data loader, as the rank described it.
+
+    Attributes:
+        objects: its data set's containers of many Python objects: path, type, count, and type `of` one object.
+    """
 
     dataset: str | None = None
     length: int | None = None
@@ -41,6 +46,8 @@ class LoaderFacts:
     batch_size: int | None = None
     pin_memory: bool | None = None
     persistent_workers: bool | None = None
+    start_method: str | None = None
+    objects: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +136,7 @@ class JobFacts:
         fused: whether the optimizer is a fused one; None where that is not known.
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
-        workers_busy: share of time in which its workers compute; None where it is not known.
+        workers: its worker processes over the run.
         exits: ends of ranks.
         limits: use of resources that have a limit.
         memory: memory of ranks, devices and hosts over the run.
@@ -157,7 +164,7 @@ class JobFacts:
     fused: bool | None = None
     compile_s: float | None = None
     loader: LoaderFacts | None = None
-    workers_busy: float | None = None
+    workers: WorkerHistory = field(default_factory=WorkerHistory)
     exits: tuple[RankExit, ...] = ()
     limits: tuple[ResourceUse, ...] = ()
     memory: MemoryHistory = field(default_factory=MemoryHistory)
@@ -185,6 +192,12 @@ class JobFacts:
     def oversubscribed(self) -> bool:
         """Whether the ranks had too few cores, so that lateness may be chance."""
         return self.wait_share >= OVERSUBSCRIBED
+
+    @property
+    def workers_busy(self) -> float | None:
+        """Share of the time in which a loader worker computes; None where it is not known."""
+        use = self.workers.use()
+        return None if use is None else use.busy
 
     @cached_property
     def use(self) -> MachineUse:
@@ -228,6 +241,7 @@ class JobFactsBuilder:
         """Texts of each rank by id: names of user phases, sampled lines."""
         self.state = "running"
         self.limits, self.lines, self.memory = UseHistory(), LineCounts(), MemoryHistory()
+        self.workers = WorkerHistory()
         self.skipped = SkippedSteps()
         self.steps_before: dict[int, int] = {}
         """Steps of each rank in the training that it resumes."""
@@ -329,6 +343,11 @@ class JobFactsBuilder:
         self.memory.process_rows(rank, rows)
         self.progress.process_rows(rank, rows)
 
+    def worker_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.LOADER_WORKERS`, in order."""
+        self.workers.add(rank, rows)
+        self.memory.worker_rows(rank, rows)
+
     def exit(self, ended: RankExit) -> None:
         """Record how a rank ended; facts that are missing here are kept from earlier reports."""
         before = self.exits.get(ended.rank)
@@ -356,6 +375,7 @@ class JobFactsBuilder:
             fused=known.get("fused"),
             compile_s=known.get("compile_s"),
             loader=self._loaders[0] if self._loaders else None,
+            workers=self.workers,
             limits=self.limits.uses(),
             memory=self.memory,
             lines=LazyLines(self.lines, self.names),

@@ -192,7 +192,7 @@ _OF_DEVICE = {
 
 
 class MemoryHistory:
-    """Memory of ranks, devices and hosts: curves by rank, kind and device, and the newest samples."""
+    """Memory of ranks, devices, workers and hosts: curves by rank, kind and device, and the newest samples."""
 
     def __init__(self) -> None:
         self._curves: dict[tuple[int, MemoryKind, int], MemoryCurve] = {}
@@ -219,6 +219,13 @@ class MemoryHistory:
         if len(rows):  # pinned memory is the process's: each device's row has it
             first = rows[rows["device"] == rows["device"].min()]
             self.curve(rank, MemoryKind.PINNED).add(first["step"], first["t_ns"], first["pinned_bytes"])
+
+    def worker_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.LOADER_WORKERS`, in order; the device of a curve is the loader's number."""
+        known = rows[rows["private_bytes"] >= 0]
+        for loader in np.unique(known["loader"]).tolist():
+            of = known[known["loader"] == loader]
+            self.curve(rank, MemoryKind.WORKERS, loader).add(of["step"], of["t_ns"], of["private_bytes"])
 
     def curve(self, rank: int, kind: MemoryKind, device: int = 0) -> MemoryCurve:
         """Return the curve of a memory; an empty one where there are no samples yet."""

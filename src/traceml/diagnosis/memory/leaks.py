@@ -10,6 +10,7 @@ from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
 from traceml.diagnosis.facts.resource_use import SOON_S
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.memory.worker_copies import copied_objects, grown_workers
 from traceml.formatting import bytes_text, count_text, duration_text, plural, ranks_text
 
 __all__ = ["memory_leaks"]
@@ -23,6 +24,7 @@ _WORDS = {
     MemoryKind.RESIDENT: "Resident memory",
     MemoryKind.DEVICE: "Memory that torch has allocated on the device",
     MemoryKind.PINNED: "Pinned host memory",
+    MemoryKind.WORKERS: "Private memory of the loader workers",
 }
 _ADVICE = {
     MemoryKind.RESIDENT: (
@@ -36,6 +38,10 @@ _ADVICE = {
     MemoryKind.PINNED: (
         "Look for batches that are kept after their copy to the device: pinned memory is never paged out, and torch "
         "reuses it only when nothing holds it."
+    ),
+    MemoryKind.WORKERS: (
+        "Look for what the Dataset keeps between samples: caches, lists of decoded files. Each worker has its own copy "
+        "of it."
     ),
 }
 
@@ -73,13 +79,16 @@ def _finding(
     rank = max(found, key=lambda each: found[each][1].bytes_per_step)
     device, growth = found[rank]
     room = _room(facts, kind, rank, device, by_kind)
+    workers = facts.workers.workers(rank, device) if kind is MemoryKind.WORKERS else 0
+    copied = copied_objects(facts, rank, device) if workers else None
+    grown = grown_workers(workers, growth) if workers else _grown(facts, kind, rank, growth)
     ranks = () if len(found) >= facts.world_size else tuple(sorted(found))
     return Finding(
         kind=Kind.MEMORY_LEAK,
-        severity=_severity(facts, room),
+        severity=_severity(facts, room, certain=copied is not None),
         ranks=ranks,
-        summary=f"{_grown(facts, kind, rank, growth)}{_full(room)}{_maybe(facts)}",
-        next=_ADVICE[kind],
+        summary=f"{grown}{_full(room)}{copied.text if copied else _maybe(facts)}",
+        next=copied.action if copied else _ADVICE[kind],
         evidence={
             "memory": str(kind),
             "bytes_per_step": growth.bytes_per_step,
@@ -87,17 +96,19 @@ def _finding(
             "grown_bytes": growth.grown_bytes,
             "now_bytes": growth.now_bytes,
             "since_step": growth.since_step,
+            **({"workers": workers} if workers else {}),
+            **(copied.evidence if copied else {}),
             **({} if room is None else {"left_s": room.left_s, "left_steps": room.left_steps}),
             **({} if room is None else {"limit_bytes": room.total_bytes}),
         },
     )
 
 
-def _severity(facts: JobFacts, room: _Room | None) -> Severity:
+def _severity(facts: JobFacts, room: _Room | None, *, certain: bool) -> Severity:
     if room is not None and room.left_s <= SOON_S:
         return Severity.CRITICAL
 
-    return Severity.INFO if _in_first_pass(facts) else Severity.WARNING
+    return Severity.INFO if _in_first_pass(facts) and not certain else Severity.WARNING
 
 
 def _in_first_pass(facts: JobFacts) -> bool:

@@ -252,6 +252,7 @@ def _fetch_evidence(pipeline: Pipeline | None, advised: Advised) -> dict[str, ob
     return {
         "fetch_ms": pipeline.fetch_ns / 1e6,
         "fetch_cpu_share": pipeline.fetch_cpu,
+        **({} if pipeline.worker_cores is None else {"worker_cores": pipeline.worker_cores}),
         "speedup_with_data_ready": pipeline.gain_with(0.0, workers=0),
         **({} if advised.workers is None else {"workers_advised": advised.workers}),
     }

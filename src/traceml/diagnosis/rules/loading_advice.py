@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
 from traceml.diagnosis.steps.loading import Pipeline
-from traceml.formatting import gain_text, percent_text
+from traceml.formatting import cores_text, gain_text, percent_text, plural
 
 __all__ = ["Advised", "for_input"]
 
@@ -45,6 +45,9 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
     if loader.num_workers is None:
         return _prefetch(pipeline)
 
+    if pipeline.worker_cores and pipeline.gain_on_all_cores() >= WORTHWHILE:
+        return _all_cores(pipeline, pipeline.worker_cores)
+
     if is_in_memory(loader, pipeline):
         return _whole_batches(loader, pipeline)
 
@@ -75,6 +78,16 @@ def _prefetch(pipeline: Pipeline) -> Advised:
         f"makes the run at most {gain_text(gain)}.",
         gain,
         1,
+    )
+
+
+def _all_cores(pipeline: Pipeline, allowed: int) -> Advised:
+    gain = pipeline.gain_on_all_cores()
+    return Advised(
+        f"The {plural(pipeline.workers, 'worker')} may use only {cores_text(allowed)} of {pipeline.cores}: the "
+        "training process was bound to it when it started them (taskset, OMP_PROC_BIND, KMP_AFFINITY). Call "
+        f"os.sched_setaffinity(0, range(os.cpu_count())) in worker_init_fn: about {gain_text(gain)}.",
+        gain,
     )
 
 

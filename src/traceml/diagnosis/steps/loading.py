@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import busy_share
+from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
 
 __all__ = ["Pipeline", "pipeline_of"]
@@ -34,6 +35,7 @@ class Pipeline:
         rest_cores: mean number of cores that the training process uses meanwhile.
         cores: cores of a rank; None where not known.
         workers: loader workers now; 0 where the training process fetches by itself.
+        worker_cores: cores that all workers together may use, where these are fewer; else None.
     """
 
     fetch_ns: float
@@ -42,6 +44,7 @@ class Pipeline:
     rest_cores: float = 1.0
     cores: int | None = None
     workers: int = 0
+    worker_cores: int | None = None
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with so many workers: that of the training, of the workers, or of the cores."""
@@ -49,6 +52,9 @@ class Pipeline:
             return self.rest_ns + self.fetch_ns
 
         slowest = max(self.rest_ns + TAKE_NS, self.fetch_ns / workers)
+        if self.worker_cores:
+            slowest = max(slowest, self.fetch_ns * self.fetch_cpu / self.worker_cores)
+
         return max(slowest, self._cpu_ns / self.cores) if self.cores else slowest
 
     def best_workers(self) -> int:
@@ -69,6 +75,10 @@ class Pipeline:
         """
         cheaper = replace(self, fetch_ns=self.fetch_ns * fetch_share)
         return self.step_ns(self.workers) / cheaper.step_ns(self.workers if workers is None else workers)
+
+    def gain_on_all_cores(self) -> float:
+        """Return old / new step time if the workers could use all cores of the rank."""
+        return self.step_ns(self.workers) / replace(self, worker_cores=None).step_ns(self.workers)
 
     @property
     def takes_cpu(self) -> bool:
@@ -93,19 +103,29 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
         return None
 
     rest_ns = max(segments.step_ns - wait_ns, 1.0)
+    cores = facts.cores_per_rank
+    use = facts.workers.use() if workers else None
+    bound = use is not None and use.cores < min(workers, cores or 1)
     if workers:  # each makes batches all the time, as the training waits for them
-        fetch_ns, busy = workers * segments.step_ns, facts.workers_busy
+        fetch_ns, busy = workers * segments.step_ns, None if use is None else use.ready
+        if use is not None and bound:
+            fetch_ns, busy = fetch_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _LEAST_READY)
     else:
         fetch_ns, busy = wait_ns, _fetch_cpu(facts)
 
     rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * (busy or 0.0))
     fetch_cpu = 1.0 if busy is None else busy
-    cores = facts.cores_per_rank
     if workers and cores:  # they cannot have used more than there is
         fetch_cpu = min(fetch_cpu, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
 
     return Pipeline(
-        fetch_ns=fetch_ns, fetch_cpu=fetch_cpu, rest_ns=rest_ns, rest_cores=rest_cores, cores=cores, workers=workers
+        fetch_ns=fetch_ns,
+        fetch_cpu=fetch_cpu,
+        rest_ns=rest_ns,
+        rest_cores=rest_cores,
+        cores=cores,
+        workers=workers,
+        worker_cores=use.cores if use is not None and bound else None,
     )
 
 
@@ -115,6 +135,11 @@ def are_pauses(segments: Segments, workers: int) -> bool:
     long = per_step > _LONG_WAIT * float(per_step.mean())
     held = float(per_step[long].sum()) / max(float(per_step.sum()), 1.0)
     return held >= _HELD_SHARE and float(long.mean()) < RARE_WAITS / workers
+
+
+def _unbound(use: WorkerUse, facts: JobFacts) -> float:
+    """Return the share of its time that a fetch would take if it waited for a core no longer than the training does."""
+    return (1.0 - use.waited) / max(1.0 - min(facts.wait_share, use.waited), _LEAST_READY)
 
 
 def _fetch_cpu(facts: JobFacts) -> float | None:

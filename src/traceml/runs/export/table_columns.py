@@ -68,6 +68,7 @@ _DOCS = {
     "host": "samples of each host",
     "gpu": "samples of each GPU",
     "torch_memory": "samples of torch's allocator on a device",
+    "loader_workers": "worker processes of a data loader's iterator, all together",
     "limits": "use of resources that have a limit, when it has changed",
     "telemetry": "activity and cost of tracing itself",
     "metrics": "all logged values",

@@ -19,6 +19,7 @@ from traceml.database.schema import (
     FINGERPRINTS,
     LIMITS,
     LINES,
+    LOADER_WORKERS,
     LOGS,
     LOSSES,
     NAMES,
@@ -48,7 +49,7 @@ _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkp
 _FLAGS = {int(StepFlag.SKIPPED): "skipped", int(StepFlag.INFERRED): "inferred", int(StepFlag.EXPLICIT): "explicit"}
 _DEVICE_FLAG = int(StepFlag.DEVICE)
 _HELD_ROWS = 4096  # step rows per stream that may wait for their user phases
-_NOT_SHOWN = (TELEMETRY, LIMITS, LINES, LOSSES, FINGERPRINTS)
+_NOT_SHOWN = (TELEMETRY, LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS)
 _TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), *(log.name for log in LOGS))
 
 

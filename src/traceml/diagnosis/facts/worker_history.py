@@ -1,0 +1,106 @@
+"""Loader workers over the run: their use of cores, and copies of memory that they share with the training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["WorkerHistory", "WorkerUse"]
+
+LEAST_NS = 1e9
+"""Workers that were watched for less time are not known; the kernel counts CPU time in ticks of 10 ms."""
+COPIED_SHARE = 0.5
+"""Private memory that grows is copies of shared memory if new memory explains at most this share of it."""
+_ONE_GENERATION = ("loader", "pid", "workers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerUse:
+    """The busiest loader's workers of a rank.
+
+    Attributes:
+        busy: share of the time in which a worker computed.
+        waited: share of the time in which it stood ready without a core.
+        workers: number of them.
+        cores: cores that at least one of them may use.
+    """
+
+    busy: float
+    waited: float
+    workers: int
+    cores: int
+
+    @property
+    def ready(self) -> float:
+        """Share of the time in which a worker computed or stood ready to."""
+        return min(self.busy + self.waited, 1.0)
+
+
+@dataclass(slots=True)
+class _Watched:
+    """Sums over one loader of a rank."""
+
+    last: NDArray[np.void]
+    memory: NDArray[np.void] | None = None  # first and newest rows with private memory of the same processes
+    worker_ns: float = 0.0
+    cpu_ns: float = 0.0
+    wait_ns: float = 0.0
+
+    def use(self) -> WorkerUse | None:
+        """Return the shares; None where the workers were not watched long enough."""
+        workers = int(self.last["workers"][0])
+        if self.worker_ns < LEAST_NS * workers:
+            return None
+
+        busy, waited = min(self.cpu_ns / self.worker_ns, 1.0), min(self.wait_ns / self.worker_ns, 1.0)
+        return WorkerUse(busy=busy, waited=waited, workers=workers, cores=int(self.last["cores"][0]))
+
+
+@dataclass
+class WorkerHistory:
+    """Rows of `schema.LOADER_WORKERS`, summed by rank and loader; in the first step workers start."""
+
+    _watched: dict[tuple[int, int], _Watched] = field(default_factory=dict)
+
+    def add(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of a rank, in order."""
+        for loader in np.unique(rows["loader"]).tolist():
+            self._add(rank, loader, rows[rows["loader"] == loader])
+
+    def _add(self, rank: int, loader: int, rows: NDArray[np.void]) -> None:
+        known = self._watched.get((rank, loader))
+        joined = rows if known is None else np.concatenate([known.last, rows])
+        watched = self._watched.setdefault((rank, loader), _Watched(joined[:1]))
+        before, after = joined[:-1], joined[1:]
+        same = np.all([before[name] == after[name] for name in _ONE_GENERATION], axis=0) & (before["step"] > 0)
+        watched.worker_ns += float(((after["t_ns"] - before["t_ns"]) * after["workers"])[same].sum())
+        watched.cpu_ns += float((after["cpu_ns"] - before["cpu_ns"])[same].sum())
+        watched.wait_ns += float((after["wait_ns"] - before["wait_ns"])[same].sum())
+        watched.last = joined[-1:].copy()
+        measured = rows[rows["private_bytes"] >= 0]
+        if watched.memory is not None:
+            measured = np.concatenate([watched.memory, measured])
+
+        if len(measured):
+            watched.memory = measured[measured["pid"] == measured["pid"][-1]][[0, -1]]
+
+    def use(self) -> WorkerUse | None:
+        """Return the use of the busiest loader of the rank whose workers are busiest; None where nothing is known."""
+        found = [use for watched in self._watched.values() if (use := watched.use()) is not None]
+        return max(found, key=lambda use: use.busy + use.waited, default=None)
+
+    def workers(self, rank: int, loader: int) -> int:
+        """Return the number of workers of a loader in the newest row; 0 without one."""
+        watched = self._watched.get((rank, loader))
+        return 0 if watched is None else int(watched.last["workers"][0])
+
+    def copies(self, rank: int, loader: int) -> bool:
+        """Return whether the private memory of the workers grows by copies of what they share since the fork."""
+        watched = self._watched.get((rank, loader))
+        if watched is None or watched.memory is None:
+            return False
+
+        grown, new = (int(np.diff(watched.memory[name])[0]) for name in ("private_bytes", "anonymous_bytes"))
+        return grown > 0 and new <= COPIED_SHARE * grown

@@ -1,0 +1,73 @@
+"""Shares of time of loader workers, and copies of shared memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.facts.watched_workers import watched, worker_rows
+from traceml.diagnosis.facts.worker_history import WorkerHistory
+
+MB = 1 << 20
+
+
+def test_shares_are_those_of_one_worker():
+    """Two of ten seconds each, and three in which there was no core."""
+    use = watched(3, busy=0.2, waited=0.3, cores=2).use()
+
+    assert use is not None
+    assert (use.busy, use.waited, use.workers, use.cores) == (pytest.approx(0.2), pytest.approx(0.3), 3, 2)
+    assert use.ready == pytest.approx(0.5)
+
+
+def test_workers_that_start_again_and_start_up_do_not_count():
+    """CPU time of other processes, and that before the first step, is no part of the sums."""
+    history = WorkerHistory()
+    early = worker_rows(2, busy=0.9)
+    early["step"] = 0
+    history.add(0, early)
+    for epoch in range(1, 4):
+        history.add(0, worker_rows(2, busy=0.5, pid=100 + epoch, start=60 * epoch))
+
+    use = history.use()
+
+    assert use is not None
+    assert use.busy == pytest.approx(0.5)
+
+
+def test_the_busiest_loader_counts():
+    """The workers of an evaluation that stay alive are idle meanwhile."""
+    history = WorkerHistory()
+    rows = [worker_rows(2, busy=busy) for busy in (0.01, 0.8)]
+    rows[0]["loader"], rows[1]["loader"] = 1, 0
+    history.add(0, np.concatenate(rows)[np.argsort(np.tile(np.arange(60), 2), kind="stable")])
+
+    use = history.use()
+
+    assert use is not None
+    assert use.busy == pytest.approx(0.8)
+
+
+def test_too_short_is_not_known():
+    """The kernel counts in ticks."""
+    history = WorkerHistory()
+    history.add(0, worker_rows(2)[:1])
+
+    assert history.use() is None
+    assert WorkerHistory().use() is None
+
+
+@pytest.mark.parametrize(("anonymous", "copies"), [(0.0, True), (1.0, False)])
+def test_private_memory_without_new_memory_is_copies(anonymous, copies):
+    """A leak in the worker is new memory, a page that was written after the fork is not."""
+    rows = worker_rows(2)
+    grown = np.arange(60) * MB
+    rows["private_bytes"], rows["anonymous_bytes"] = 20 * MB + grown, 300 * MB + anonymous * grown
+    history = WorkerHistory()
+    for part in np.array_split(rows, 6):
+        history.add(0, part)
+
+    assert history.copies(0, 0) is copies
+    assert history.workers(0, 0) == 2
+    assert not history.copies(1, 0)
+    assert not watched(2).copies(0, 0)

@@ -1,0 +1,76 @@
+"""Samples of real worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.eventually import eventually
+from traceml.database.schema import LOADER_WORKERS
+from traceml.samplers.worker_sampler import LoaderWorkersSampler
+
+pytestmark = pytest.mark.process
+SECOND = 10**9
+
+
+def spin(queue) -> None:
+    """Compute until told to end."""
+    while queue.empty():
+        sum(range(10_000))
+
+
+@pytest.fixture
+def worker() -> Iterator[multiprocessing.Process]:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=spin, args=(queue,), daemon=True)
+    process.start()
+    yield process
+    process.kill()
+    process.join()
+
+
+def sampled(sampler: LoaderWorkersSampler, t_ns: int) -> list[dict[str, float]]:
+    return [dict(zip(LOADER_WORKERS.names, row, strict=True)) for row in sampler.sample(t_ns, 5)]
+
+
+def test_a_worker_is_seen_with_its_cpu_time_cores_and_memory(worker):
+    """CPU time grows; memory follows one sample later, as it is read after the row."""
+    sampler = LoaderWorkersSampler(lambda: [(3, (worker.pid,))])
+    os.sched_setaffinity(worker.pid, {min(os.sched_getaffinity(0))})
+    (first,) = sampled(sampler, 0)
+    times = iter(range(10, 10**6, 10))
+    eventually(lambda: sampled(sampler, next(times) * SECOND)[0]["cpu_ns"] > first["cpu_ns"])
+    (last,) = sampled(sampler, 10**7 * SECOND)
+
+    assert (first["loader"], first["pid"], first["workers"], first["step"]) == (3, worker.pid, 1, 5)
+    assert first["private_bytes"] == first["anonymous_bytes"] == -1
+    assert last["cores"] == 1
+    assert 0 < last["private_bytes"] <= last["anonymous_bytes"] + (64 << 20)
+
+
+def test_the_budget_bounds_how_often_workers_are_read(worker):
+    """Right after a sample the next is left out."""
+    sampler = LoaderWorkersSampler(lambda: [(0, (worker.pid,))])
+
+    assert len(sampled(sampler, SECOND)) == 1
+    assert sampled(sampler, SECOND + 1) == []
+    assert len(sampled(sampler, 100 * SECOND)) == 1
+
+
+def test_other_processes_and_ended_ones_are_no_workers(worker):
+    """A number that was given to another process, a zombie, and none at all."""
+    groups = [(0, (os.getppid(),))]
+    sampler = LoaderWorkersSampler(lambda: groups)
+    assert sampled(sampler, SECOND) == []
+
+    groups[:] = [(0, (worker.pid,))]
+    os.kill(worker.pid, 9)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # a zombie until it is joined
+    assert sampled(sampler, 1000 * SECOND) == []
+
+    groups.clear()
+    assert sampled(sampler, 2000 * SECOND) == []
