@@ -16,6 +16,7 @@ from typing import Any
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.commands import Commands
+from traceml.aggregator.hung_jobs import HungJobs
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.silent_ranks import SilentRanks
@@ -93,7 +94,11 @@ class Aggregator:
         self._settling: set[Path] = set()
         self._parent = os.getppid()
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
+<<<<<<< HEAD
         self._silent: dict[ActiveRun, SilentRanks] = {}
+=======
+        self._hung = HungJobs(on_run_finished)
+>>>>>>> 49f1ab4 (aggregator: end a hung job where on_hang is abort)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_due = False
@@ -241,7 +246,11 @@ class Aggregator:
             return False
 
         self._verdicts.pop(run, None)
+<<<<<<< HEAD
         self._silent.pop(run, None)
+=======
+        self._hung.forget(run)
+>>>>>>> 49f1ab4 (aggregator: end a hung job where on_hang is abort)
         if not run.streams and run.id != self._run_id:
             self._deliveries.forget(run.path)
             self.registry.discard(run)
@@ -330,9 +339,16 @@ class Aggregator:
     def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
         run.check_absent()
         if diagnose:
+<<<<<<< HEAD
             self._silent.setdefault(run, SilentRanks(run, self._start)).check()
             self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
+=======
+            verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
+            verdict.update(run.store)
+>>>>>>> 49f1ab4 (aggregator: end a hung job where on_hang is abort)
             run.commit()
+            if verdict.is_hang and self._hung.is_due(run):
+                self._start(self._abort_checked(run))
 
         if not run.ended:  # also where no rows arrive
             run.maintain(_MAINTAIN_S, self._deliveries.cursors(run.path))
@@ -343,6 +359,10 @@ class Aggregator:
     async def _end_checked(self, run: ActiveRun) -> None:
         with _checking(run):
             await self.end(run)
+
+    async def _abort_checked(self, run: ActiveRun) -> None:
+        with _checking(run):
+            await self._hung.abort(run)
 
     def _has_launcher(self, run: ActiveRun) -> bool:
         """Whether a live launcher will report the end of this run."""

@@ -9,6 +9,7 @@ from typing import Any
 from traceml.aggregator.live import LiveRows
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.window import Window
 from traceml.fail_open import fail_open
@@ -40,6 +41,8 @@ class LiveVerdict:
         self._stored_s = self._due_s = 0.0
         self.count = 0
         """Number of diagnoses."""
+        self.is_hang = False
+        """Whether the last verdict is that the job hangs."""
 
     def update(self, store: StoreWriter) -> None:
         """Diagnose if there are new rows, and store a verdict that changed or is older than a few seconds."""
@@ -61,6 +64,7 @@ class LiveVerdict:
         now_s = time.monotonic()
         self._due_s = now_s + (now_s - began_s) * (1 / _SHARE - 1) if now_s - began_s > _SHARE else 0.0
         verdict = findings[0]
+        self.is_hang = verdict.kind is Kind.HANG
         signature = (verdict.kind, verdict.ranks, verdict.phase)
         if signature != self._last or now_s - self._stored_s >= _REPEAT_S:
             self._last, self._stored_s = signature, now_s

@@ -94,7 +94,11 @@ def main(argv: list[str]) -> int:
         elastic=_elastic(options),
         run_id=choose_run_id(config.run_id, config.run_name or Path(target).stem),
         runs_dir=Path(config.runs_dir).absolute(),
-        environ=given(TRACEML_RUN_NAME=options.run_name, TRACEML_PROJECT=options.project),
+        environ=given(
+            TRACEML_RUN_NAME=options.run_name,
+            TRACEML_PROJECT=options.project,
+            TRACEML_ON_HANG="abort" if options.kill_after_report else None,
+        ),
     )
     return run_job(job, live=options.live, report=options.report)
 
@@ -139,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_run_options(parser)
+    parser.add_argument(
+        "--kill-after-report",
+        action="store_true",
+        help="end a job that hangs, after its report is written, with a status other than 0 (on_hang=abort)",
+    )
     torchrun = parser.add_argument_group("torchrun's options")
     torchrun.add_argument(
         "--nproc-per-node",

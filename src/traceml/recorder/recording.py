@@ -28,6 +28,7 @@ from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import describe
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.line_sampler import LineSampler
+from traceml.recorder.process_abort import abort_process
 from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.row_sender import RowSender
@@ -130,7 +131,11 @@ class Recording:
             self.flight,
             self._dial,
             flush_interval_s=config.flush_interval,
-            commands={"statistics": lambda _args: asdict(statistics()), "look": self._look},
+            commands={
+                "look": self._look,
+                "statistics": lambda _args: asdict(statistics()),
+                "abort": lambda _args: abort_process(self.thread.call_later),
+            },
             files=self.files,
             on_welcome=self._welcomed,
             is_held=lambda: self.held,

@@ -1,0 +1,68 @@
+"""End of jobs that hang, where their setting `on_hang` is `abort`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from traceml.aggregator.active_run import ActiveRun
+from traceml.clock import process_start_ticks
+from traceml.fail_open import fail_open
+
+__all__ = ["HungJobs"]
+
+_KILL_AFTER_S = 10.0
+
+_log = logging.getLogger("traceml")
+
+
+class HungJobs:
+    """Ends jobs that hang: each process ends itself, and on this host those are killed that cannot.
+
+    Args:
+        report: writes the report of a run.
+    """
+
+    def __init__(self, report: Callable[[Path], object] | None) -> None:
+        self._report = report
+        self._ended: set[ActiveRun] = set()
+
+    def is_due(self, run: ActiveRun) -> bool:
+        """Return whether a run that hangs is to be ended; true once for each run."""
+        if run in self._ended or not run.live.intake.facts.progress.aborts:
+            return False
+
+        self._ended.add(run)
+        return True
+
+    async def abort(self, run: ActiveRun) -> None:
+        """Write the report of a run, then end its processes by SIGTERM, and by SIGKILL those that stay.
+
+        Args:
+            run: hangs.
+        """
+        _log.warning("run %s hangs and is ended, as on_hang is abort", run.id)
+        run.commit(force=True)
+        with fail_open(_log, "aggregator", f"no report of the hung run {run.id}", level=logging.ERROR):
+            if self._report is not None:
+                await asyncio.to_thread(self._report, run.path)
+
+        run.store.event("abort", {"why": "hang"})
+        run.commit(force=True)
+        for stream in run.connected:
+            if stream.peer is not None:
+                stream.peer.send({"t": "command", "id": 0, "name": "abort", "args": {}})
+
+        await asyncio.sleep(_KILL_AFTER_S)
+        for stream in run.streams:
+            identity = stream.incarnation
+            if not stream.ended and stream.seen_here and process_start_ticks(identity.pid) == identity.start_ticks:
+                os.kill(identity.pid, signal.SIGKILL)
+
+    def forget(self, run: ActiveRun) -> None:
+        """Forget a run that is over."""
+        self._ended.discard(run)

@@ -1,0 +1,44 @@
+"""A small training on two ranks that hangs in one of several ways after 40 steps."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+HOW = sys.argv[1]
+
+
+def stuck() -> None:
+    time.sleep(600)  # STUCK
+
+
+def train() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = DistributedDataParallel(torch.nn.Linear(64, 64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    steps = 40 if HOW == "uneven" and rank == 1 else 50 if HOW == "uneven" else 41
+    for step in range(steps):
+        loss = model(torch.randn(8, 64)).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()  # BACKWARD
+        optimizer.step()
+        time.sleep(0.02)
+        if step == 30 and HOW == "sleep" and rank == 1:
+            stuck()
+
+        if step == 30 and HOW == "skip" and rank == 0:
+            dist.all_reduce(torch.ones(10))  # SKIPPED
+
+        if step == 30 and HOW == "slow":
+            time.sleep(14)
+
+    dist.barrier()  # BARRIER
+    dist.destroy_process_group()
+
+
+train()

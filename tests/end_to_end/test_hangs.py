@@ -1,0 +1,98 @@
+"""Real jobs of two ranks that hang: the sentence while they do, and after somebody has ended them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.conftest import Running, Traceml
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
+
+HANGING = Path(__file__).with_name("hanging.py")
+
+
+def line_of(mark: str) -> int:
+    lines = HANGING.read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line.endswith(f"# {mark}"))
+
+
+def start(traceml: Traceml, how: str, *options: str) -> Running:
+    return traceml.start(
+        "run", "--nproc-per-node", "2", *options, HANGING, how, TRACEML_HANG_TIMEOUT="8", OMP_NUM_THREADS="1"
+    )
+
+
+def live_hang(running: Running) -> dict[str, Any]:
+    """Wait for the live verdict HANG and return it."""
+    latest = running.folder / "traceml_runs" / "latest"
+
+    def found() -> dict[str, Any] | None:
+        if not (latest / STORE_NAME).is_file():
+            return None
+
+        with StoreReader((latest / STORE_NAME).resolve()) as reader:
+            event = reader.last_event("verdict")
+
+        verdict = event.data["verdict"] if event is not None else {}
+        return verdict if verdict.get("kind") == "HANG" else None
+
+    return dict(running.wait_for(found, "the verdict HANG", 120))
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_that_sleeps_is_named_with_its_line(traceml: Traceml) -> None:
+    """While the job hangs; and after Ctrl-C, which both ranks get."""
+    running = start(traceml, "sleep")
+    verdict = live_hang(running)
+
+    assert verdict["ranks"] == [1]
+    assert (verdict["evidence"]["line"], verdict["evidence"]["function"]) == (line_of("STUCK"), "stuck")
+    assert "rank 0 waits for it in" in verdict["summary"]
+    assert f"(hanging.py:{line_of('BACKWARD')} train)" in verdict["summary"]
+
+    os.killpg(running.process.pid, signal.SIGINT)
+    report = running.end().report
+    assert report["run"]["state"] == "hung"
+    assert report["verdict"]["kind"] == "HANG"
+    assert (report["verdict"]["ranks"], report["verdict"]["evidence"]["line"]) == ([1], line_of("STUCK"))
+
+
+@pytest.mark.timeout(300)
+def test_a_skipped_collective_is_a_different_path(traceml: Traceml) -> None:
+    """Rank 1 is in the next all_reduce, of another size."""
+    running = start(traceml, "skip")
+    verdict = live_hang(running)
+    os.killpg(running.process.pid, signal.SIGTERM)
+    ended = running.end()
+
+    assert verdict["evidence"]["cause"] in ("sizes", "never_came"), verdict
+    assert ended.report["verdict"]["kind"] == "HANG", ended.report["verdict"]
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_with_fewer_batches_waits_in_the_barrier(traceml: Traceml) -> None:
+    """The same number, another operation: both lines are told."""
+    running = start(traceml, "uneven")
+    verdict = live_hang(running)
+    os.killpg(running.process.pid, signal.SIGINT)
+    running.end()
+
+    assert verdict["evidence"]["cause"] == "mismatch", verdict
+    assert f"hanging.py:{line_of('BARRIER')}" in verdict["summary"]
+    assert f"hanging.py:{line_of('BACKWARD')}" in verdict["summary"]
+
+
+@pytest.mark.timeout(300)
+def test_a_hung_job_is_ended_where_that_is_wanted(traceml: Traceml) -> None:
+    """Its report is written, and its status is not 0."""
+    ended = start(traceml, "sleep", "--kill-after-report").end(200)
+
+    assert ended.status != 0
+    assert ended.report["run"]["state"] == "hung"
+    assert ended.report["verdict"]["ranks"] == [1]
+    assert "HANG" in ended.stderr
