@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.diagnosis.hangs.standing import (
@@ -20,7 +21,8 @@ from tests.diagnosis.hangs.standing import (
     look,
 )
 from traceml.database.looks import FrameLook, GroupLook, WorkerLook
-from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.database.schema import STEPS
+from traceml.diagnosis.facts.job_facts import JobFactsBuilder, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 
@@ -277,7 +279,7 @@ def test_a_backward_that_computes_waits_for_nobody():
 
 def test_a_lost_rank_is_the_cause_of_the_wait():
     """The others wait because it has gone."""
-    assert judged(facts([in_backward(0)], RankExit(rank=1, state="killed", signal=9))) is None
+    assert judged(facts([in_backward(0)], RankExit(rank=1, state="killed", signal=9), silent=(1,))) is None
 
 
 # --- afterwards ---
@@ -328,3 +330,24 @@ def test_a_rank_that_failed_at_work_did_not_hang():
 def test_a_finished_run_has_not_hung():
     """However long it stood still at some time."""
     assert found(in_backward(0), STUCK, exits=[RankExit(rank=rank) for rank in (0, 1)], state="finished") is None
+
+
+def test_the_step_that_the_end_has_closed_is_no_progress():
+    """Ctrl-C ends the step in which a rank hung: it has a row, of a minute."""
+    job = JobFactsBuilder(1)
+    job.state = "stopped"
+    job.info(0, {"kind": "process", "t_ns": 1})
+    rows = np.zeros(41, STEPS.dtype)
+    rows["step"], rows["t_end_ns"] = np.arange(41), [*np.arange(1, 41) * S // 10, 64 * S]
+    job.progress.steps(np.zeros(41, np.int64), rows)
+    job.info(0, {"kind": "exit", "t_ns": 64 * S, "code": 130, "exception": "KeyboardInterrupt", "step": 40, "open_s": 60.0,
+                 "file": "/home/me/train.py", "line": 6, "function": "stuck"})  # fmt: skip
+
+    assert summary(judged(job.build([40]))) == "Rank 0 has been in train.py:6 stuck for 60 s."
+
+
+def test_a_rank_that_was_interrupted_first_did_not_end_by_itself():
+    """While Ctrl-C ends one rank after the other, the sentence stays."""
+    interrupted = RankExit(rank=1, state="failed", code=130, exception="KeyboardInterrupt: ", open_step=40, open_s=75.0)
+
+    assert "Rank 1 never came" in summary(found(in_backward(0), STUCK, exits=[interrupted]))

@@ -309,8 +309,12 @@ class JobFactsBuilder:
         if self.state == "running" and not self.progress.has_looks:
             return None  # some rank makes progress
 
-        ages = {rank: end.open_s for rank, end in self.exits.items() if end.open_s}
-        return self.progress.build(self.hosts, self.names, self.exits, ages)
+        opened = {
+            rank: (end.open_step, end.open_s)
+            for rank, end in self.exits.items()
+            if end.open_step is not None and end.open_s is not None
+        }
+        return self.progress.build(self.hosts, self.names, self.exits, opened)
 
     def join(self, rank: int) -> None:
         """Forget how an earlier process of a rank ended or stood still: another one has joined."""

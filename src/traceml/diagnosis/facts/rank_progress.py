@@ -73,6 +73,7 @@ class ProgressHistory:
         self._ends = np.zeros(_FIRST_RANKS, np.int64)  # of the last step or evaluation
         self._sequences = np.full(_FIRST_RANKS, -1, np.int64)
         self._gap_ns = 0
+        self._newest_gaps = np.zeros(_FIRST_RANKS, np.int64)
         self._began: dict[int, int] = {}
         self._seen: dict[int, int] = {}  # newest timestamp of any row
         self._cpu: dict[int, tuple[int, int, float | None]] = {}  # timestamp, CPU time, cores since the row before
@@ -93,7 +94,12 @@ class ProgressHistory:
         before, numbers = np.roll(ends, 1), np.roll(steps, 1)
         before[begins], numbers[begins] = self._ends[ranks[begins]], self._steps[ranks[begins]]
         next_one = (steps == numbers + 1) & (before > 0) & (numbers >= 0)
-        self._gap_ns = max(self._gap_ns, int(np.where(next_one, ends - before, 0).max()))
+        gaps = np.where(next_one, ends - before, 0)
+        # The newest step of a rank may have been closed by the end of the process: it is no measure yet.
+        newest = np.append(begins[1:], True)
+        earlier = [int(gaps[~newest].max(initial=0)), int(self._newest_gaps[ranks[begins]].max(initial=0))]
+        self._gap_ns = max(self._gap_ns, *earlier)
+        self._newest_gaps[ranks[newest]] = gaps[newest]
         # numpy keeps the last of equal indices, which is the newest row of the rank
         self._steps[ranks], self._ends[ranks] = steps, ends
         self._sequences[ranks] = unpack_bits(rows["bits"]).sequence
@@ -155,7 +161,7 @@ class ProgressHistory:
     def forget(self, rank: int) -> None:
         """Forget a rank, of which another process has joined."""
         if rank < len(self._steps):
-            self._steps[rank], self._ends[rank], self._sequences[rank] = -1, 0, -1
+            self._steps[rank], self._ends[rank], self._sequences[rank], self._newest_gaps[rank] = -1, 0, -1, 0
 
         for known in (self._began, self._seen, self._cpu, self._open_steps, self._lines, self._looks, self._over):
             known.pop(rank, None)
@@ -167,7 +173,7 @@ class ProgressHistory:
         hosts: Mapping[int, str],
         names: Mapping[int, Mapping[int, str]],
         ended: Iterable[int] = (),
-        open_s: Mapping[int, float] | None = None,
+        opened: Mapping[int, tuple[int, float]] | None = None,
     ) -> JobProgress:
         """Return the progress of each rank until now.
 
@@ -175,9 +181,9 @@ class ProgressHistory:
             hosts: rank -> host; the ranks of one host have one clock.
             names: texts of each rank by id.
             ended: ranks that have ended: their time stands still.
-            open_s: age of the step that was open at the end of a rank.
+            opened: number and age in seconds of the step that was open at the end of a rank.
         """
-        gone, ages = set(ended), open_s or {}
+        gone, open_steps = set(ended), opened or {}
         now_ns: dict[str | None, int] = {}
         for rank, seen_ns in self._seen.items():
             now_ns[hosts.get(rank)] = max(now_ns.get(hosts.get(rank), 0), seen_ns)
@@ -185,16 +191,20 @@ class ProgressHistory:
         ranks = {}
         for rank, seen_ns in sorted(self._seen.items()):
             at_ns = seen_ns if rank in gone else now_ns[hosts.get(rank)]
-            ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), is_gone=rank in gone, open_s=ages.get(rank))
+            ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), open_steps.get(rank), is_gone=rank in gone)
 
         return JobProgress(ranks, self.timeout_s, (self._quiet[0], self._quiet[1]), self._gap_ns / _S)
 
     def _of_rank(
-        self, rank: int, now_ns: int, names: Mapping[int, str], *, is_gone: bool, open_s: float | None
+        self, rank: int, now_ns: int, names: Mapping[int, str], opened: tuple[int, float] | None, *, is_gone: bool
     ) -> RankProgress:
         ends = int(self._ends[rank]) if rank < len(self._ends) else 0
         step = int(self._steps[rank]) if rank < len(self._steps) else -1
         last_ns = max(ends, self._began.get(rank, 0)) or now_ns
+        open_s = opened[1] if opened is not None else 0.0
+        if opened is not None and step >= opened[0]:  # the end of the process has closed that step
+            step, last_ns = opened[0] - 1, now_ns - int(open_s * _S)
+
         alive_s = (now_ns - self._seen[rank]) / _S
         look = self._looks.get(rank)
         over_ns = self._over.get(rank)
@@ -205,16 +215,15 @@ class ProgressHistory:
             quiet_s = look.quiet_s + max((over_ns or now_ns) - look.at_ns, 0) / _S
             look = replace(look, quiet_s=quiet_s)
         else:
-            quiet_s = max((now_ns - last_ns) / _S, open_s or 0.0)
-            look = self._from_rows(rank, now_ns, quiet_s, names, is_open=bool(open_s)) if is_gone else None
+            quiet_s = max((now_ns - last_ns) / _S, open_s)
+            look = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
         return RankProgress(rank, look, quiet_s, alive_s, step)
 
     def _from_rows(
-        self, rank: int, now_ns: int, quiet_s: float, names: Mapping[int, str], *, is_open: bool
+        self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool
     ) -> RankLook:
         """Return what the rows tell of a rank that has ended, and that nobody looked at."""
-        step = int(self._steps[rank]) if rank < len(self._steps) else -1
         open_step, last_ns = self._open_steps.get(rank, -1), now_ns - int(quiet_s * _S)
         t_ns, phase, line = self._lines.get(rank, (0, 0, -1))
         return RankLook(
@@ -244,6 +253,7 @@ class ProgressHistory:
         self._steps = np.append(self._steps, np.full(more, -1, np.int64))
         self._ends = np.append(self._ends, np.zeros(more, np.int64))
         self._sequences = np.append(self._sequences, np.full(more, -1, np.int64))
+        self._newest_gaps = np.append(self._newest_gaps, np.zeros(more, np.int64))
 
 
 def _frame(text: str | None) -> FrameLook | None:

@@ -28,7 +28,9 @@ def hang(window: Window, facts: JobFacts) -> list[Finding]:
         window: steps of the job, which tell how long they take.
         facts: the job, with its progress.
     """
-    p99_s = float(np.quantile(window.total, 0.99)) / _S if window.total.size else 0.0
+    # The last step may be the one that hung, and that the end of the job has closed.
+    times = window.total[:, :-1]
+    p99_s = float(np.quantile(times, 0.99)) / _S if times.size else 0.0
     found = standstill(facts, p99_s)
     return [] if found is None else [_finding(found)]
 

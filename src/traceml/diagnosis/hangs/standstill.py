@@ -13,7 +13,6 @@ from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
 from traceml.diagnosis.facts.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
 from traceml.diagnosis.hangs.one_look import is_busy, is_excused
-from traceml.diagnosis.rules.lost_ranks import root_causes
 
 __all__ = ["Standstill", "standstill"]
 
@@ -59,7 +58,7 @@ def standstill(facts: JobFacts, step_p99_s: float) -> Standstill | None:
     if facts.progress is None or facts.state == "finished":
         return None
 
-    if facts.state == "running":
+    if facts.state == "running" and not ended_badly(facts.exits):
         return _now(facts, facts.progress)
 
     return _afterwards(facts, facts.progress, step_p99_s)
@@ -67,9 +66,6 @@ def standstill(facts: JobFacts, step_p99_s: float) -> Standstill | None:
 
 def _now(facts: JobFacts, progress: JobProgress) -> Standstill | None:
     ended = {each.rank: each for each in facts.exits}
-    if root_causes(ended_badly(ended.values())):
-        return None  # the others wait for a rank that was lost
-
     alive = {rank: each for rank, each in progress.ranks.items() if rank not in ended}
     looks = _looks(list(alive.values()))
     if looks is None:
