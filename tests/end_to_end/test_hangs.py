@@ -63,15 +63,17 @@ def test_a_rank_that_sleeps_is_named_with_its_line(traceml: Traceml) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_skipped_collective_is_a_different_path(traceml: Traceml) -> None:
-    """Rank 1 is in the next all_reduce, of another size."""
+def test_a_collective_on_one_rank_is_a_different_path(traceml: Traceml) -> None:
+    """Rank 0 is in a barrier, rank 1 in the next backward; after SIGTERM, which no rank can be blamed for."""
     running = start(traceml, "skip")
     verdict = live_hang(running)
     os.killpg(running.process.pid, signal.SIGTERM)
     ended = running.end()
 
-    assert verdict["evidence"]["cause"] in ("sizes", "never_came"), verdict
-    assert ended.report["verdict"]["kind"] == "HANG", ended.report["verdict"]
+    for seen in (verdict, ended.report["verdict"]):
+        assert (seen["kind"], seen["evidence"]["cause"]) == ("HANG", "mismatch"), seen
+        assert f"rank 0 is in barrier #32 (hanging.py:{line_of('SKIPPED')} train)".lower() in seen["summary"].lower()
+        assert f"hanging.py:{line_of('BACKWARD')} train" in seen["summary"]
 
 
 @pytest.mark.timeout(300)

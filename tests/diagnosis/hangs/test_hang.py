@@ -340,8 +340,8 @@ def test_the_step_that_the_end_has_closed_is_no_progress():
     rows = np.zeros(41, STEPS.dtype)
     rows["step"], rows["t_end_ns"] = np.arange(41), [*np.arange(1, 41) * S // 10, 64 * S]
     job.progress.steps(np.zeros(41, np.int64), rows)
-    job.info(0, {"kind": "exit", "t_ns": 64 * S, "code": 130, "exception": "KeyboardInterrupt", "step": 40, "open_s": 60.0,
-                 "file": "/home/me/train.py", "line": 6, "function": "stuck"})  # fmt: skip
+    end = {"kind": "exit", "t_ns": 64 * S, "code": 130, "exception": "KeyboardInterrupt", "step": 40, "open_s": 60.0}
+    job.info(0, end | {"file": "/home/me/train.py", "line": 6, "function": "stuck"})
 
     assert summary(judged(job.build([40]))) == "Rank 0 has been in train.py:6 stuck for 60 s."
 
@@ -351,3 +351,11 @@ def test_a_rank_that_was_interrupted_first_did_not_end_by_itself():
     interrupted = RankExit(rank=1, state="failed", code=130, exception="KeyboardInterrupt: ", open_step=40, open_s=75.0)
 
     assert "Rank 1 never came" in summary(found(in_backward(0), STUCK, exits=[interrupted]))
+
+
+def test_what_was_a_hang_stays_one():
+    """A job that is ended 9 s after its last progress has hung, if it may stand still for 8 s."""
+    young = [replace(each, quiet_s=9.0) for each in (in_backward(0), STUCK)]
+
+    assert found(*young, exits=STOPPED, state="stopped", hang_timeout_s=8.0) is not None
+    assert found(*young, exits=STOPPED, state="stopped") is None

@@ -109,23 +109,27 @@ def _limit_s(found: Standstill, progress: JobProgress) -> float:
 
 def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> Standstill | None:
     """Return the hang in which a job was ended."""
-    finished = {each.rank: each for each in facts.exits if each.state == "finished"}
+    exits = {each.rank: each for each in facts.exits}
+    finished = {rank: ended for rank, ended in exits.items() if ended.state == "finished"}
     ranks = [each for rank, each in progress.ranks.items() if rank not in finished]
-    started = any(each.step >= 0 for each in ranks)
-    limit_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
-    if not ranks or len(ranks) + len(finished) < facts.world_size or any(each.quiet_s < limit_s for each in ranks):
+    looks = {each.rank: _with_exit(each.look, exits.get(each.rank)) for each in ranks if each.look is not None}
+    if not looks or len(looks) < len(ranks) or len(ranks) + len(finished) < facts.world_size:
         return None
 
-    exits = {each.rank: each for each in facts.exits}
-    looks = {each.rank: _with_exit(each.look, exits.get(each.rank)) for each in ranks if each.look is not None}
-    if any(look.answered == "rows" and not look.in_step for look in looks.values()):
+    by_rows = [look for look in looks.values() if look.answered == "rows"]
+    if not all(look.in_step for look in by_rows):
         return None  # an evaluation, as far as the rows tell
 
-    found = _judged(looks, finished, facts.world_size, is_over=True) if looks else None
-    if found is None or (found.is_busy and found.quiet_s < BUSY_FACTOR * max(limit_s, progress.timeout_s)):
+    found = _judged(looks, finished, facts.world_size, is_over=True)
+    if found is None:
         return None
 
-    return found
+    started = any(each.step >= 0 for each in ranks)
+    usual_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
+    usual_s = max(usual_s, BUSY_FACTOR * progress.timeout_s) if found.is_busy else usual_s
+    # What was a hang while the job ran stays one; rows alone miss progress inside a step.
+    limit_s = usual_s if by_rows else min(usual_s, _limit_s(found, progress))
+    return found if found.quiet_s >= limit_s else None
 
 
 def _with_exit(look: RankLook, ended: RankExit | None) -> RankLook:
