@@ -94,11 +94,8 @@ class Aggregator:
         self._settling: set[Path] = set()
         self._parent = os.getppid()
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
-<<<<<<< HEAD
         self._silent: dict[ActiveRun, SilentRanks] = {}
-=======
         self._hung = HungJobs(on_run_finished)
->>>>>>> 49f1ab4 (aggregator: end a hung job where on_hang is abort)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_due = False
@@ -246,11 +243,8 @@ class Aggregator:
             return False
 
         self._verdicts.pop(run, None)
-<<<<<<< HEAD
         self._silent.pop(run, None)
-=======
         self._hung.forget(run)
->>>>>>> 49f1ab4 (aggregator: end a hung job where on_hang is abort)
         if not run.streams and run.id != self._run_id:
             self._deliveries.forget(run.path)
             self.registry.discard(run)
@@ -339,13 +333,9 @@ class Aggregator:
     def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
         run.check_absent()
         if diagnose:
-<<<<<<< HEAD
             self._silent.setdefault(run, SilentRanks(run, self._start)).check()
-            self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
-=======
             verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
             verdict.update(run.store)
->>>>>>> 49f1ab4 (aggregator: end a hung job where on_hang is abort)
             run.commit()
             if verdict.is_hang and self._hung.is_due(run):
                 self._start(self._abort_checked(run))
