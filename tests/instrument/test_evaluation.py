@@ -132,6 +132,40 @@ def test_evaluation_without_a_loader(traced: Traced, loop: Callable[[], None]) -
     assert all(row["forward_ns"] > 0 and row["backward_ns"] > 0 and row["optimizer_ns"] > 0 for row in rows)
 
 
+class Watching(nn.Linear):
+    """A model that notes in each call whether an evaluation runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append((self.training, self.clock.is_evaluating))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("with_loader", [False, True])
+def test_an_evaluation_is_known_while_it_runs(traced: Traced, with_loader: bool) -> None:
+    """From its second batch on; the training after it is none."""
+    model = Watching(4, 1)
+    model.seen, model.clock = [], traced.instrumentation.clock
+    optimizer = sgd(model)
+    for _ in range(3):
+        for (x,) in data(4):
+            train(model, optimizer, x)
+
+        if with_loader:
+            with torch.no_grad():
+                model.eval()
+                for (x,) in data(CALLS):
+                    model(x)
+
+            model.train()
+        else:
+            evaluate(model)
+
+    training = [evaluating for is_training, evaluating in model.seen if is_training]
+    evaluation = [evaluating for is_training, evaluating in model.seen if not is_training]
+    assert training == [False] * 12
+    assert evaluation[1:CALLS] == evaluation[-CALLS + 1 :] == [True] * (CALLS - 1)
+
+
 def test_samples_of_a_gan(traced: Traced) -> None:
     """Evaluation between steps with two optimizers."""
     generator, critic = nn.Linear(4, 4), net()

@@ -118,6 +118,20 @@ def test_an_iterators_code_is_a_wait_for_data(flight: FlightFile) -> None:
     assert [row[0] for row in rows_of(flight)] == [Phase.INPUT_WAIT, Phase.FORWARD]
 
 
+@pytest.mark.parametrize(("phase", "counts_as"), [(Phase.FORWARD, LINE_OUTSIDE), (Phase.CHECKPOINT, Phase.CHECKPOINT)])
+def test_evaluation_is_in_no_step(flight: FlightFile, phase: Phase, counts_as: int) -> None:
+    """Its forward is not training's; what it saves is measured as saving."""
+    with Training(releases_the_lock) as training:
+        flight.open_slots[Slot.STEP_START] = 1
+        sampler = LineSampler(flight, training.ident, is_evaluating=lambda: True)
+        sampler.sample(time.sleep)
+        flight.open_slots[phase] = 2
+        sampler.sample(time.sleep)
+        sampler.flush()
+
+    assert {row[0] for row in rows_of(flight)} == {LINE_OUTSIDE, counts_as}
+
+
 def test_library_frames_are_skipped_and_told(flight: FlightFile) -> None:
     """The line is the user's; the library's function is beside it."""
     with Training(dumps) as training:

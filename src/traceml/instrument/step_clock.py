@@ -75,6 +75,11 @@ class StepClock(StepAccumulator):
         self.usual = self.usual_loader = NOT_READY
         self.closes_at = CHECK_FORWARD  # a training forward may open the first step
 
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether an evaluation runs, as far as is known: a batch of it has ended, or it needs no batch."""
+        return bool(self.evaluating or self.stretch.start)
+
     def boundary(self, t: int, loader: Any) -> None:
         """Handle a request to a loader: decide what kind of segment ends here.
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
-from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_STARTUP, Phase, Slot
+from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.recorder.user_code import UserCode
 from traceml.witness.user_files import is_ours
 
@@ -40,6 +40,7 @@ _MAX_LINES = 512
 _MAX_DEPTH = 200
 _COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
 _INPUT_WAIT = int(Phase.INPUT_WAIT)
+_OWN_TABLES = (int(Phase.CHECKPOINT), int(Phase.USER))  # measured as such also during an evaluation
 
 
 class _Look(NamedTuple):
@@ -63,6 +64,7 @@ class LineSampler:
         thread: returns the id of the training thread.
         user: tells the user's code.
         is_feeding: tells whether a frame runs for an iterator that gives batches and is no DataLoader.
+        is_evaluating: tells whether an evaluation runs, whose time is in no step.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class LineSampler:
         thread: Callable[[], int],
         user: UserCode | None = None,
         is_feeding: Callable[[FrameType], bool] | None = None,
+        is_evaluating: Callable[[], bool] | None = None,
     ) -> None:
         self.samples = 0
         """Samples so far."""
@@ -79,6 +82,7 @@ class LineSampler:
         self._name_id, self._thread = flight.names.id_of, thread
         self._user = user or UserCode()
         self._is_feeding = is_feeding or (lambda _frame: False)
+        self._is_evaluating = is_evaluating or (lambda: False)
         self._clock_of = self._clock = 0  # training thread, and its CPU clock
         self._counts: dict[_Key, list[int]] = {}
         self._ids: dict[_Key, tuple[int, int]] = {}
@@ -150,7 +154,9 @@ class LineSampler:
 
     def _key(self, frame: FrameType) -> _Key:
         phase = self._opened()[0]
-        if phase == LINE_OTHER and self._is_feeding(frame):
+        if phase not in _OWN_TABLES and self._is_evaluating():
+            phase = LINE_OUTSIDE
+        elif phase == LINE_OTHER and self._is_feeding(frame):
             phase = _INPUT_WAIT
 
         library: CodeType | None = None

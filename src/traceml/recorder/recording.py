@@ -354,7 +354,13 @@ class Recording:
         interval_s = self._config.stack_interval
         if interval_s:
             self.thread.sample_lines(
-                LineSampler(self.flight, self._training_thread, is_feeding=self._is_feeding), interval_s
+                LineSampler(
+                    self.flight,
+                    self._training_thread,
+                    is_feeding=self._is_feeding,
+                    is_evaluating=self._is_evaluating,
+                ),
+                interval_s,
             )
 
     def _watch_progress(self) -> None:
@@ -372,6 +378,9 @@ class Recording:
     def _is_feeding(self, frame: FrameType) -> bool:
         feeding = self.instrumentation.feeding if self.instrumentation is not None else None
         return feeding is not None and feeding.contains(frame)
+
+    def _is_evaluating(self) -> bool:
+        return self.instrumentation is not None and self.instrumentation.clock.is_evaluating
 
     def _training_thread(self) -> int:
         clock = self.instrumentation.clock if self.instrumentation is not None else None

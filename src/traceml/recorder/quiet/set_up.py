@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
 from traceml.instrument.group_looks import GroupLooks
@@ -49,6 +49,10 @@ def quiet_watch(
         current = clock()
         return (*batches_read(), current.eval_batches if current is not None else 0)
 
+    def is_evaluating() -> bool:
+        current = clock()
+        return current is not None and current.is_evaluating
+
     def maker() -> LookMaker:
         from traceml.recorder.quiet.look_maker import LookMaker  # a healthy rank does not pay for it
         from traceml.recorder.quiet.worker_looks import WorkerLooks
@@ -58,7 +62,7 @@ def quiet_watch(
             rank=rank,
             thread=thread,
             user=user,
-            is_evaluating=lambda: _is_evaluating(clock()),
+            is_evaluating=is_evaluating,
             groups=groups.read,
             workers=WorkerLooks(_stack_file(), hang_timeout_s).make,
         )
@@ -75,7 +79,3 @@ def register_stacks() -> None:
 
 def _stack_file() -> int | None:
     return stack_signal.find_stack_file(os.getpid()) if sys.platform == "linux" else None
-
-
-def _is_evaluating(clock: Any) -> bool:
-    return clock is not None and bool(clock.evaluating or clock.stretch.start)
