@@ -29,6 +29,10 @@ def ddp_no_sync(rank: int) -> tuple[nn.Module, nn.Module]:
     return ddp(rank)
 
 
+def ddp_accumulates(rank: int) -> tuple[nn.Module, nn.Module]:
+    return ddp(rank)
+
+
 def fsdp2(rank: int) -> tuple[nn.Module, nn.Module]:
     from torch.distributed.fsdp import fully_shard
 
@@ -87,6 +91,8 @@ def train(kind: str, rank: int) -> list[float]:
         if kind == "ddp_no_sync":
             with model.no_sync():
                 model(x).sum().backward()
+        elif kind == "ddp_accumulates":
+            model(x).sum().backward()
 
         loss = model(x).sum()
         loss.backward()
@@ -116,7 +122,10 @@ def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
     rows = [rows_of(values) for values in STEPS.struct.iter_unpack(ring.take(0, ring.appended).data)]
     instrumentation.uninstall()
     flight.close(unlink=True)
-    return {"rows": rows, "groups": groups, "same": losses == train(kind, rank), "errors": instrumentation.clock.errors}
+    clock = instrumentation.clock
+    reductions = None if clock.reductions is None else clock.reductions.facts()
+    same = losses == train(kind, rank)
+    return {"rows": rows, "groups": groups, "same": same, "errors": clock.errors, "reductions": reductions}
 
 
 def rows_of(values: tuple[int, ...]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tests.instrument.ranks import STEPS_DONE
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-KINDS = ["ddp", "ddp_no_sync", "fsdp2", "manual", "tensor_parallel"]
+KINDS = ["ddp", "ddp_no_sync", "ddp_accumulates", "fsdp2", "manual", "tensor_parallel"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
         assert (rank["errors"], rank["same"], rank["groups"]) == (0, True, [True])
         rows = rank["rows"]
         assert len(rows) == STEPS_DONE
-        assert all(row["micro"] == (2 if kind == "ddp_no_sync" else 1) for row in rows)
+        assert all(row["micro"] == (2 if kind in ("ddp_no_sync", "ddp_accumulates") else 1) for row in rows)
         assert all(row["forward_ns"] > 0 and row["backward_ns"] > 0 and row["optimizer_ns"] > 0 for row in rows)
         for row in rows:
             parts = sum(row[name] for name in row if name.endswith("_ns") and name not in ("t_end_ns", "total_ns"))
@@ -65,6 +65,20 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
     sequences = [[row["sequence"] for row in rank["rows"]] for rank in ranks]
     assert sequences[0] == sorted(sequences[0])
     assert sequences[0][-1] > 0
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [("ddp", (1, 1)), ("ddp_no_sync", (2, 1)), ("ddp_accumulates", (2, 2)), ("fsdp2", None), ("manual", None)],
+)
+def test_reductions_are_counted(
+    kind: str, counted: tuple[int, int] | None, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    """How many backward passes a step has, and how many of them average gradients; of DDP models only."""
+    for rank in found[kind]:
+        known = rank["reductions"]
+        assert (known and (known["backwards_per_step"], known["reductions_per_step"])) == counted
 
 
 @pytest.mark.process

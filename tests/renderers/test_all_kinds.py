@@ -35,6 +35,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -61,6 +62,12 @@ RARE = adds("other", 120, chance=0.04)
 def found(job: Job, *faults, **facts) -> list[Finding]:
     lines = LATE_LINES if job.ranks > 2 else LINES
     return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, lines=lines, **facts))
+
+
+def reduced_often() -> BatchHistory:
+    batches = BatchHistory()
+    batches.reductions = 4, 4
+    return batches
 
 
 def epochs() -> list[Finding]:
@@ -106,6 +113,7 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "INPUT_BOUND, workers": epochs,
     "H2D_BOUND": lambda: found(ALONE, adds("h2d", 9)),
     "COMM_BOUND": lambda: found(Job(comm=20.0)),
+    "COMM_BOUND, accumulated": lambda: found(Job(comm=20.0), batches=reduced_often()),
     "RESIDUAL_HEAVY": lambda: found(ALONE, adds("other", 30)),
     "INPUT_STRAGGLER": lambda: found(Job(ranks=4), adds("input_wait", 20, (1,))),
     "COMPUTE_STRAGGLER": lambda: found(Job(ranks=4), adds("forward", 20, (1,))),

@@ -76,8 +76,11 @@ def for_comm(facts: JobFacts, grad_phase: str) -> str:
         return "Call collectives less often, on one flattened tensor, or beside computation (async_op=True)."
 
     last = "a faster backend than gloo between hosts" if facts.backend == "gloo" else "a compressing communication hook"
+    known = None if facts.batches is None else facts.batches.reductions
+    accumulates = known is not None and known[0] > known[1] > 0
+    more = "more micro-batches per step" if accumulates else "gradient accumulation under model.no_sync()"
     return (
-        "Synchronize less per sample: larger batches or gradient accumulation under model.no_sync(), gradients in "
+        f"Synchronize less per sample: larger batches or {more}, gradients in "
         f"16 bits (DDP's bf16_compress_hook), or {last}."
     )
 

@@ -20,6 +20,7 @@ from traceml.instrument.closure_cells import CellField, ClosureCells
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
+    from traceml.instrument.values.reductions import ReductionCounter
 __all__ = [
     "CHECK_FORWARD",
     "FIRST_USER",
@@ -168,6 +169,7 @@ class StepAccumulator:
         self.device: StepDeviceTimer | None = None
         self.group: Any = None  # the default process group once there is one
         self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
+        self.reductions: ReductionCounter | None = None  # once there is a parallel model
         self.extras = False  # there is a device, or a group with several ranks
         self.slow_commits = False  # there are `extras` or user phases: every step is `dirty`
         self.mean_ns = 0

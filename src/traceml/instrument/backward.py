@@ -180,6 +180,9 @@ def _end(clock: StepClock, began: Began, handle: Any) -> None:
 
 def _measure_own(clock: StepClock, tensors: Any, start: int) -> Any:
     """Hook the loss to queue the callback; return the hook's handle, None when there is nothing to hook."""
+    if clock.reductions is not None:
+        clock.reductions.count(clock.rows)
+
     root = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
     if not isinstance(root, torch.Tensor) or not root.requires_grad:
         return None

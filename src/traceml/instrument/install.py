@@ -209,6 +209,9 @@ class Instrumentation:
         if not (clock.rows - 1) & _FINGERPRINT_MASK and self._batches is not None:
             self._batches.plan(1)
 
+        if clock.reductions is not None:
+            self._guarded(self._report_reductions)
+
         if backwards and not forward_ns and clock.rows > 1:
             self._guarded(self._discovery.descend)
 
@@ -408,8 +411,18 @@ class Instrumentation:
 
     def _report_model(self, module: Any) -> None:
         from traceml.instrument.facts import model_facts
+        from traceml.instrument.values.reductions import ReductionCounter
 
         self._report(model_facts(module))
+        if self.clock.reductions is None:
+            self.clock.reductions = ReductionCounter()
+
+        self.clock.reductions.watch(module)
+
+    def _report_reductions(self) -> None:
+        facts = self.clock.reductions.facts() if self.clock.reductions is not None else None
+        if facts is not None:
+            self._report(facts)
 
     def _report_optimizer(self, optimizer: Any) -> None:
         from traceml.instrument.facts import optimizer_facts

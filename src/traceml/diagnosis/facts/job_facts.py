@@ -285,6 +285,8 @@ class JobFactsBuilder:
             self.stops.setdefault(rank, []).append(stop)
         elif kind == "input":
             self.batches.input(rank, row)
+        elif kind == "reductions":
+            self.batches.reduction_facts(row)
         elif kind == "compilation":
             self._facts["compile_s"] = row.get("seconds")
         elif kind in ("process", "model", "group", "optimizer"):

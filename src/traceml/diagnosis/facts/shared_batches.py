@@ -1,4 +1,4 @@
-"""Batches of ranks: which ranks share them, what they consist of, and whether ranks communicate in their steps."""
+"""Batches of ranks: which ranks share them, what they consist of, and how ranks communicate in their steps."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class BatchHistory:
         self._models: set[int] = set()
         self._inputs: dict[int, tuple[Any, ...]] = {}
         self._is_split = False
+        self.reductions: tuple[float, float] | None = None
+        """Backward passes of a step, and those of them that average gradients; None where it is not known."""
         self.tokens = False
         """Whether the model's input is integers by sample and position, as in language models."""
         self._sequence: tuple[int, int] | None = None
@@ -55,6 +57,10 @@ class BatchHistory:
 
         if row.get("gradient_size"):
             self._sizes[rank] = int(row["gradient_size"])
+
+    def reduction_facts(self, row: Mapping[str, Any]) -> None:
+        """Take the means of backward passes and of reductions per step."""
+        self.reductions = float(row.get("backwards_per_step") or 0), float(row.get("reductions_per_step") or 0)
 
     def input(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take the facts of a rank's first input of the model."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from traceml.diagnosis import advice
@@ -22,6 +24,9 @@ FLOOR_NS = 3e6
 """Shorter waiting is the normal cost of gloo's ring for two ranks on the CPU."""
 DEVICE_FLOOR_NS = 1e6
 """The same for device times, which include no scheduling."""
+MIN_REDUCTIONS = 1.5
+"""With more reductions than this per step, the gradients of an accumulated step are averaged needlessly often."""
+_COUNTED = ("backwards_per_step", "reductions_per_step")
 
 
 def min_wait_ns(segments: Segments) -> float:
@@ -39,6 +44,9 @@ def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Find
         return []
 
     explicit = float(np.median(window.times["comm"].min(axis=0)))
+    if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
+        return [_too_many_reductions(needless, cost, step, _evidence(segments, facts, cost, step, explicit))]
+
     phase, where = ("comm", "in collectives") if explicit > cost / 2 else ("comm", "while backward waits for gradients")
     gain = step / max(step - cost, 1.0)
     return [
@@ -51,16 +59,55 @@ def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Find
                 f"and no rank is late; hidden behind computation it would make the run {gain_text(gain)}."
             ),
             next=advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward"),
-            evidence={
-                "step_ms": step / 1e6,
-                "comm_ms": cost / 1e6,
-                "explicit_collectives_ms": explicit / 1e6,
-                "own_work_ms": float(segments.own.mean()) / 1e6,
-                "measured_steps": int(segments.measured.sum()),
-                "backend": facts.backend,
-                "cpu_wait_share": facts.wait_share,
-            },
+            evidence=_evidence(segments, facts, cost, step, explicit),
             cost_share=share,
             speedup_if_fixed=gain,
         )
     ]
+
+
+def _evidence(segments: Segments, facts: JobFacts, cost: float, step: float, explicit: float) -> dict[str, Any]:
+    reductions = None if facts.batches is None else facts.batches.reductions
+    counted = {} if reductions is None else dict(zip(_COUNTED, reductions, strict=True))
+    return {
+        "step_ms": step / 1e6,
+        "comm_ms": cost / 1e6,
+        "explicit_collectives_ms": explicit / 1e6,
+        "own_work_ms": float(segments.own.mean()) / 1e6,
+        "measured_steps": int(segments.measured.sum()),
+        "backend": facts.backend,
+        "cpu_wait_share": facts.wait_share,
+        **counted,
+    }
+
+
+def _needless(facts: JobFacts) -> tuple[int, int] | None:
+    """Return the backward passes of a step and its reductions, if one reduction would do; None otherwise."""
+    if facts.batches is None or facts.batches.reductions is None:
+        return None
+
+    backwards, reductions = facts.batches.reductions
+    return (round(backwards), round(reductions)) if reductions >= MIN_REDUCTIONS else None
+
+
+def _too_many_reductions(needless: tuple[int, int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
+    backwards, reductions = needless
+    share = cost / max(step, 1.0)
+    gain = step / max(step - cost * (1 - 1 / reductions), 1.0)
+    which = f"all {backwards}" if reductions == backwards else f"{reductions} of the {backwards}"
+    return Finding(
+        kind=Kind.COMM_BOUND,
+        severity=Kind.COMM_BOUND.severity_for(share),
+        phase="comm",
+        summary=(
+            f"Communication takes {ns_text(cost)} of each {ns_text(step)} step ({percent_text(share)}), and no rank "
+            f"is late: {which} backward passes of a step average the gradients, where the last one is enough."
+        ),
+        next=(
+            f"Run all but the last of the {backwards} micro-batches of a step, forward and backward, under "
+            "model.no_sync()."
+        ),
+        evidence=evidence,
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )

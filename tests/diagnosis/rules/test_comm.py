@@ -1,0 +1,70 @@
+"""Communication that costs much: what it is spent on, and what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+
+def facts(backwards: float | None, reductions: float = 1.0) -> JobFacts:
+    builder = JobFactsBuilder(2)
+    if backwards is not None:
+        row = {"kind": "reductions", "backwards_per_step": backwards, "reductions_per_step": reductions}
+        builder.info(0, row)
+
+    return builder.build()
+
+
+def found(known: JobFacts, **job: float) -> Finding:
+    [finding] = [
+        each for each in diagnose(window_of(Job(**{"comm": 20.0, **job})), known) if each.kind is Kind.COMM_BOUND
+    ]
+    return finding
+
+
+def test_a_reduction_per_micro_batch_is_named_with_its_gain():
+    """Four reductions where one is enough: three quarters of the communication can be left out."""
+    finding = found(facts(4, 4))
+    step, comm = finding.evidence["step_ms"], finding.evidence["comm_ms"]
+
+    assert "all 4 backward passes of a step average the gradients" in finding.summary
+    assert "under model.no_sync()" in finding.next
+    assert "all but the last of the 4 micro-batches" in finding.next
+    assert finding.speedup_if_fixed == pytest.approx(step / (step - 0.75 * comm))
+    assert (finding.evidence["backwards_per_step"], finding.evidence["reductions_per_step"]) == (4, 4)
+
+
+def test_some_reductions_too_many():
+    """An update every four micro-batches of which two average."""
+    assert "2 of the 4 backward passes" in found(facts(4, 2)).summary
+
+
+@pytest.mark.parametrize("known", [facts(None), facts(1, 1), facts(4, 1), facts(2.3, 1)])
+def test_one_reduction_is_not_blamed(known):
+    """Without accumulation, with no_sync, and where nothing is known."""
+    finding = found(known)
+
+    assert "average the gradients" not in finding.summary
+    assert "all but the last" not in finding.next
+
+
+def test_who_accumulates_is_not_told_to():
+    """With no_sync in use, the advice is more of it."""
+    assert "gradient accumulation under model.no_sync()" in found(facts(1, 1)).next
+    assert "more micro-batches per step" in found(facts(4, 1)).next
+
+
+def test_collectives_of_the_script_are_another_cause():
+    """Time in collectives that the script calls is not DDP's."""
+    window = window_of(Job(), adds("comm", 30))
+    assert all("average the gradients" not in each.summary for each in diagnose(window, facts(4, 4)))
+
+
+def test_little_communication_is_no_finding():
+    """Reductions that cost next to nothing are not worth a word."""
+    assert all(each.kind is not Kind.COMM_BOUND for each in diagnose(window_of(Job(comm=0.8)), facts(4, 4)))
