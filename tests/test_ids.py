@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 
 from traceml.ids import detect_rank, job_key, launcher_job
@@ -53,3 +56,10 @@ def test_rank_comes_from_the_launchers_variables(environ: dict[str, str], found:
     own = detect_rank(environ)
 
     assert (own.rank, own.world_size, own.local_rank, own.source) == found
+
+
+def test_an_import_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.distributed that another thread imports has no functions yet: the variables tell the rank."""
+    monkeypatch.setitem(sys.modules, "torch.distributed", ModuleType("torch.distributed"))
+
+    assert detect_rank({"RANK": "3", "WORLD_SIZE": "4"}).rank == 3

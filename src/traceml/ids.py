@@ -45,7 +45,9 @@ def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
     """
     attempt = _int(environ.get("TORCHELASTIC_RESTART_COUNT"), 0)
     distributed = sys.modules.get("torch.distributed")  # never import torch only to ask
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    # Without distributed support, and while another thread imports it, the module lacks the function.
+    is_initialized = getattr(distributed, "is_initialized", None)
+    if distributed is not None and is_initialized is not None and is_initialized():
         rank = distributed.get_rank()
         local = _int(environ.get("LOCAL_RANK"), _int(environ.get("SLURM_LOCALID"), rank))
         return RankIdentity(rank, distributed.get_world_size(), local, attempt, "torch.distributed")

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.forked import client as forked
+from traceml.instrument.group_looks import GroupLooks
 
 _SCRIPT = """
 import json, sys
@@ -87,3 +89,12 @@ def test_a_collective_changes_the_state(ranks: list[dict[str, Any]]) -> None:
 def test_without_groups_there_is_nothing_to_read(ranks: list[dict[str, Any]]) -> None:
     """Neither before a process group nor without torch."""
     assert ranks[0]["before"] == [[], None]
+
+
+def test_an_import_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder's thread may ask while the script imports torch.distributed, which has no functions yet."""
+    monkeypatch.setitem(sys.modules, "torch.distributed", ModuleType("torch.distributed"))
+    looks = GroupLooks()
+
+    assert looks.state() is None
+    assert looks.read() == ()

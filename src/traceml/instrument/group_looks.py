@@ -132,5 +132,6 @@ def _read_entries(found: list[Mapping[str, Any]]) -> None:
 
 
 def _is_initialized() -> bool:
-    distributed: Any = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+    # Another thread may be importing it: then it has not all of its functions yet.
+    is_initialized = getattr(sys.modules.get("torch.distributed"), "is_initialized", None)
+    return is_initialized is not None and bool(is_initialized())
