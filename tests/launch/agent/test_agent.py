@@ -22,12 +22,12 @@ from traceml.launch.wire import bootstrap
 _REMOTE = (
     bootstrap.import_code().replace("{", "{{").replace("}", "}}")
     + """
-from traceml.launch.agent import agent
+from traceml.launch.agent import agent_main
 from traceml.launch.wire.channel_frames import GREETING
 import os
 os.write(1, GREETING)
-agent._SILENCE_S = {silence_s}
-agent.main()
+agent_main._SILENCE_S = {silence_s}
+agent_main.main()
 """
 )
 
@@ -107,6 +107,21 @@ def test_an_agent_from_a_bundle_needs_nothing_installed(tmp_path: Path) -> None:
 
     assert found[0].startswith("/proc/")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cleanup_of_a_lost_agent_needs_nothing_installed(tmp_path: Path) -> None:
+    """It ends what carries the job's mark, by a Python that has no traceml."""
+    left = subprocess.Popen(["sleep", "600"], env={"TRACEML_LAUNCH_MARK": "of-a-lost-agent"})
+    command = [sys.executable, "-S", *bootstrap.agent_command(sys.executable)[1:]]
+    program = bootstrap.cleanup_program("of-a-lost-agent", 1 << 22)
+
+    done = subprocess.run(command, input=program, capture_output=True, cwd=tmp_path, timeout=60, check=False)
+
+    try:
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert left.wait(60) == -signal.SIGTERM or left.returncode == -signal.SIGKILL
+    finally:
+        left.kill()
 
 
 def test_an_old_python_says_so(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from traceml.launch.wire import process_cleanup
 from traceml.launch.wire.channel_frames import GREETING
 from traceml.launch.wire.process_cleanup import AGENT_NAME
+from traceml.witness import kernel_state
 
 __all__ = ["agent_command", "cleanup_program", "import_code", "local_program", "remote_program"]
 
@@ -84,10 +85,22 @@ module = importlib.util.module_from_spec(spec)
 sys.modules["traceml"] = module
 spec.loader.exec_module(module)
 """
+# Modules by name and source, each after those that it imports: that host may have no traceml.
+_RUN_SOURCES = """
+import sys, types
+for name, source in modules:
+    package = name.rpartition(".")[0]
+    while package:
+        sys.modules[package] = types.ModuleType(package)
+        package = package.rpartition(".")[0]
+
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(source, vars(module))
+"""
 _FORK_AND_RUN = """
 from traceml.launch.agent.reaper import fork_under_reaper
 fork_under_reaper()
-from traceml.launch.agent.agent import main
+from traceml.launch.agent.agent_main import main
 """
 
 
@@ -111,7 +124,8 @@ def remote_program() -> bytes:
 
 def cleanup_program(mark: str, agent: int) -> bytes:
     """Return a program that ends what a lost agent has left on its host; see `process_cleanup.end_job`."""
-    return _line(f"{inspect.getsource(process_cleanup)}\nend_job({mark!r}, {agent})\n")
+    modules = [(module.__name__, inspect.getsource(module)) for module in (kernel_state, process_cleanup)]
+    return _line(f"modules = {modules!r}\n{_RUN_SOURCES}module.end_job({mark!r}, {agent})\n")
 
 
 def _line(code: str) -> bytes:
