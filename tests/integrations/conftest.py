@@ -76,6 +76,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
     def run(script: str, *arguments: str, ranks: int = 1, **values: str) -> Ended:
         own = {"TRACEML_PORT": str(_free_port()), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | values
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        # Ray starts a dozen processes that import torch for themselves: to fork its driver gains nothing
         popen = subprocess.Popen if script.startswith("ray") else partial(forked.Popen, forks=bool(launcher))
         process = popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],

@@ -14,7 +14,8 @@ from traceml.errors import RunNotFoundError
 from traceml.fail_open import fail_open
 from traceml.ids import RankIdentity
 from traceml.recorder.identity import Identity, SpawnedFrom, identify
-from traceml.recorder.recording import RecorderStatistics, Recording
+from traceml.recorder.recorder_facts import RecorderStatistics
+from traceml.recorder.recording import Recording
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,10 +17,9 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import remove_stale
-from traceml.database.schema import PACKED, Slot
+from traceml.database.schema import Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open
-from traceml.privacy import secrets_only
 from traceml.recorder.dialing import dial, stored_elsewhere
 from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import describe
@@ -30,60 +27,23 @@ from traceml.recorder.identity import Identity, export_to_children, identify, st
 from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.process_abort import abort_process
 from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
+from traceml.recorder.recorder_facts import RecorderStatistics, capacities, child_capacities, process_facts
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
-from traceml.samplers.base import Sampler, SamplerScheduler, SamplerStatistics
+from traceml.samplers.base import Sampler, SamplerScheduler
 from traceml.transport.client import Connection
-from traceml.version import __version__
 
 if TYPE_CHECKING:
     from traceml.instrument import Instrumentation
     from traceml.settings import Config
 
-__all__ = ["RecorderStatistics", "Recording"]
+__all__ = ["Recording"]
 
 _log = logging.getLogger("traceml")
 
 _PROVISIONAL_S = 10.0
 _FILES_STUCK_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class RecorderStatistics:
-    """Counts and costs of a recorder so far.
-
-    Attributes:
-        state: `disabled`, `running` or `stopped`.
-        rank, world_size: its place in the job.
-        address: the aggregator's, as host:port.
-        connected: whether there is a connection now.
-        rows_appended, rows_acked, rows_lost: rows of all tables; appended = acked + lost + still here.
-        bytes_sent: bytes put on the wire.
-        reconnects: connections after the first.
-        cpu_ns: CPU time of its thread, as of its last telemetry row.
-        hook_ns_per_step: cost of the hooks per step.
-        errors: turns of its thread that failed.
-        samplers: counts and costs of each sampler.
-        clock_offset_ns, clock_rtt_ns: the aggregator's wall clock minus this monotonic clock, and how exact that is.
-    """
-
-    state: str
-    rank: int = 0
-    world_size: int = 1
-    address: str = ""
-    connected: bool = False
-    rows_appended: int = 0
-    rows_acked: int = 0
-    rows_lost: int = 0
-    bytes_sent: int = 0
-    reconnects: int = 0
-    cpu_ns: int = 0
-    hook_ns_per_step: int = 0
-    errors: int = 0
-    samplers: tuple[SamplerStatistics, ...] = ()
-    clock_offset_ns: int | None = None
-    clock_rtt_ns: int | None = None
 
 
 class Recording:
@@ -123,7 +83,7 @@ class Recording:
         self.flight = FlightFile.create(
             None,
             identity.facts(config),
-            capacities=_child_capacities(config) if is_child else _capacities(config),
+            capacities=child_capacities(config) if is_child else capacities(config),
             runs_dir=config.runs_dir,
         )
         self.files = FileUploader(self.flight.journal_stems, self._append_logged, self._wake, self.flight.claim)
@@ -178,7 +138,7 @@ class Recording:
             self._sample_lines()
             self._watch_progress()
         if not self._is_child:
-            self.note("process", **_process_facts(self.identity, self._config))
+            self.note("process", **process_facts(self.identity, self._config))
 
         self.flight.open_slots[Slot.STATE] = FlightState.RUNNING
         self.thread.start()
@@ -481,35 +441,3 @@ class Recording:
         self.export_to_children()
         self.flight.update_identity(**now.facts(self._config))
         self.sender.detach("another rank")
-
-
-# A child that only logs has no steps nor samples.
-_CHILD_CAPACITIES = {table.name: 2 for table in PACKED}
-
-
-def _capacity_of_metrics(config: Config) -> dict[str, int]:
-    return {"metrics": max(config.max_queue_size, 64)}
-
-
-def _child_capacities(config: Config) -> dict[str, int]:
-    return _CHILD_CAPACITIES | _capacity_of_metrics(config)
-
-
-def _capacities(config: Config) -> dict[str, int]:
-    device_rows = config.ring_rows if Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() else 256
-    return {"steps": config.ring_rows, "device_steps": device_rows} | _capacity_of_metrics(config)
-
-
-def _process_facts(identity: Identity, config: Config) -> dict[str, Any]:
-    return {
-        "hang_timeout_s": config.hang_timeout,
-        "on_hang": config.on_hang,
-        "python": platform.python_version(),
-        "traceml": __version__,
-        "executable": sys.executable,
-        "argv": secrets_only().mask_value("argv", sys.argv[:64]),
-        "folder": str(Path.cwd()),
-        "rank_from": identity.rank_identity.source,
-        "cores": len(os.sched_getaffinity(0)),
-        "machine_cores": os.cpu_count(),
-    }

@@ -11,11 +11,10 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from traceml.launch.agent.address_probe import AddressProbe
 from traceml.launch.agent.agent_hello import hello
@@ -23,15 +22,13 @@ from traceml.launch.agent.machine import count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
+from traceml.launch.wire.channel_frames import ChannelClosedError
 from traceml.launch.wire.payload_buffer import PayloadBuffer
-from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, terminate_all
+from traceml.launch.wire.process_cleanup import find_leftovers, terminate_all
 from traceml.launch.wire.tunnel import TunnelListener
 
-__all__ = ["Agent", "main"]
+__all__ = ["Agent"]
 
-# A launcher whose loop runs sends something every few seconds.
-_SILENCE_S = 20.0
 # An agent without work ends after this time: it holds the memory of torch.
 _IDLE_S = 600.0
 _LAST_GRACE_S = 1.0
@@ -360,45 +357,6 @@ _HANDLERS: dict[str, Callable[[Agent, dict[str, Any]], None]] = {
 }
 
 
-def main(*, local: bool = False) -> NoReturn:
-    """Serve the launcher at standard input and output.
-
-    Args:
-        local: whether the launcher runs on this host. Then the bootstrap has sent no greeting, and its end always
-            closes the channel: it may be suspended for any time.
-    """
-    read_fd, write_fd = os.dup(0), os.dup(1)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(2, 1)  # accidental output must not get between the frames
-    os.close(null)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the launcher handles Ctrl-C of a terminal
-    with contextlib.suppress(PermissionError):  # already a leader
-        os.setsid()
-
-    become_subreaper()
-    channel = Channel(read_fd, write_fd, side="agent")
-    if local:
-        channel.send_raw(GREETING)
-
-    status = 1
-    try:
-        reason = Agent(channel, silence_s=0 if local else _SILENCE_S).run()
-        status = 0
-        if reason.startswith("signal"):
-            sys.stderr.write(f"traceml: the agent was ended by {reason}\n")
-            status = 1
-    except Exception:  # noqa: BLE001 - the launcher reads it from stderr
-        import traceback
-
-        traceback.print_exc()
-
-    with contextlib.suppress(OSError):
-        sys.stderr.flush()
-
-    os._exit(status)
-
-
 def _drop_connections(listener: socket.socket) -> None:
     """Accept and close what has connected so far: the probes of other hosts."""
     listener.setblocking(False)
@@ -427,7 +385,3 @@ def _stamp(path: str | None) -> tuple[int, ...]:
         return (0,)
 
     return () if facts is None else (facts.st_mtime_ns, facts.st_size, facts.st_ino)
-
-
-if __name__ == "__main__":
-    main(local=True)

@@ -1,0 +1,58 @@
+"""Program of an agent: its standard streams, its session and its status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from traceml.launch.agent.agent import Agent
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.channel_frames import GREETING
+from traceml.launch.wire.process_cleanup import become_subreaper
+
+__all__ = ["main"]
+
+# A launcher whose loop runs sends something every few seconds.
+_SILENCE_S = 20.0
+
+
+def main(*, local: bool = False) -> NoReturn:
+    """Serve the launcher at standard input and output.
+
+    Args:
+        local: whether the launcher runs on this host. Then the bootstrap has sent no greeting, and its end always
+            closes the channel: it may be suspended for any time.
+    """
+    read_fd, write_fd = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)  # accidental output must not get between the frames
+    os.close(null)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the launcher handles Ctrl-C of a terminal
+    with contextlib.suppress(PermissionError):  # already a leader
+        os.setsid()
+
+    become_subreaper()
+    channel = Channel(read_fd, write_fd, side="agent")
+    if local:
+        channel.send_raw(GREETING)
+
+    status = 1
+    try:
+        reason = Agent(channel, silence_s=0 if local else _SILENCE_S).run()
+        status = 0
+        if reason.startswith("signal"):
+            sys.stderr.write(f"traceml: the agent was ended by {reason}\n")
+            status = 1
+    except Exception:  # noqa: BLE001 - the launcher reads it from stderr
+        import traceback
+
+        traceback.print_exc()
+
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+
+    os._exit(status)

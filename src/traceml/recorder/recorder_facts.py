@@ -1,0 +1,93 @@
+"""Facts of a recorder: its process, the sizes of its tables, counts and costs so far."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import PACKED
+from traceml.privacy import secrets_only
+from traceml.recorder.identity import Identity
+from traceml.samplers.base import SamplerStatistics
+from traceml.version import __version__
+
+if TYPE_CHECKING:
+    from traceml.settings import Config
+
+__all__ = ["RecorderStatistics", "capacities", "child_capacities", "process_facts"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecorderStatistics:
+    """Counts and costs of a recorder so far.
+
+    Attributes:
+        state: `disabled`, `running` or `stopped`.
+        rank, world_size: its place in the job.
+        address: the aggregator's, as host:port.
+        connected: whether there is a connection now.
+        rows_appended, rows_acked, rows_lost: rows of all tables; appended = acked + lost + still here.
+        bytes_sent: bytes put on the wire.
+        reconnects: connections after the first.
+        cpu_ns: CPU time of its thread, as of its last telemetry row.
+        hook_ns_per_step: cost of the hooks per step.
+        errors: turns of its thread that failed.
+        samplers: counts and costs of each sampler.
+        clock_offset_ns, clock_rtt_ns: the aggregator's wall clock minus this monotonic clock, and how exact that is.
+    """
+
+    state: str
+    rank: int = 0
+    world_size: int = 1
+    address: str = ""
+    connected: bool = False
+    rows_appended: int = 0
+    rows_acked: int = 0
+    rows_lost: int = 0
+    bytes_sent: int = 0
+    reconnects: int = 0
+    cpu_ns: int = 0
+    hook_ns_per_step: int = 0
+    errors: int = 0
+    samplers: tuple[SamplerStatistics, ...] = ()
+    clock_offset_ns: int | None = None
+    clock_rtt_ns: int | None = None
+
+
+# A child that only logs has no steps nor samples.
+_CHILD_CAPACITIES = {table.name: 2 for table in PACKED}
+
+
+def _capacity_of_metrics(config: Config) -> dict[str, int]:
+    return {"metrics": max(config.max_queue_size, 64)}
+
+
+def child_capacities(config: Config) -> dict[str, int]:
+    """Return the rows that each table of a child that only logs holds."""
+    return _CHILD_CAPACITIES | _capacity_of_metrics(config)
+
+
+def capacities(config: Config) -> dict[str, int]:
+    """Return the rows that tables hold, where they differ from their default."""
+    device_rows = config.ring_rows if Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() else 256
+    return {"steps": config.ring_rows, "device_steps": device_rows} | _capacity_of_metrics(config)
+
+
+def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
+    """Return what the row `process` of `info` says of this process."""
+    return {
+        "hang_timeout_s": config.hang_timeout,
+        "on_hang": config.on_hang,
+        "python": platform.python_version(),
+        "traceml": __version__,
+        "executable": sys.executable,
+        "argv": secrets_only().mask_value("argv", sys.argv[:64]),
+        "folder": str(Path.cwd()),
+        "rank_from": identity.rank_identity.source,
+        "cores": len(os.sched_getaffinity(0)),
+        "machine_cores": os.cpu_count(),
+    }
