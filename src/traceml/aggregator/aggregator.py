@@ -19,7 +19,7 @@ from traceml.aggregator.commands import Commands
 from traceml.aggregator.hung_jobs import HungJobs
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
-from traceml.aggregator.silent_ranks import SilentRanks
+from traceml.aggregator.silence.silent_ranks import SilentRanks
 from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.flight.flight_folders import COPIES_FOLDER

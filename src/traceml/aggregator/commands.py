@@ -6,13 +6,15 @@ import asyncio
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.registry import Registry
+from traceml.aggregator.silence.rank_stacks import looks_from_outside, stacks_reply
+from traceml.aggregator.silence.silent_ranks import take_look
 from traceml.aggregator.streams import Stream
 from traceml.track.tracker_state import TrackerState
 from traceml.transport.server import Peer
@@ -23,6 +25,8 @@ __all__ = ["CommandError", "Commands"]
 _DRAIN_POLLS, _DRAIN_POLL_S = 200, 0.01
 _END_TRIES, _END_PAUSE_S = 25, 0.2
 _ANSWER_S = 10.0
+# A rank's recorder wakes at least twice a second, and ten times while the rank makes no progress.
+_LOOK_S, _LAST_LOOK_S = 2.0, 0.2
 
 _log = logging.getLogger("traceml")
 
@@ -81,6 +85,7 @@ class Commands:
             "finish": self._finish,
             "deliveries": self._deliveries,
             "trackers": self._trackers,
+            "stacks": self._stacks,
             "stop": self._stop,
         }
 
@@ -161,22 +166,43 @@ class Commands:
         if not asked:
             raise CommandError(f"no rank of run {run.id} is connected")
 
+        query = await self._ask(asked, name, args, _ANSWER_S)
+        replies = [{"rank": rank, **answer} for rank, answer in sorted(query.answers.items())]
+        return {"replies": replies, "missing": sorted(query.waiting)}
+
+    async def _stacks(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        """Look at all ranks: they are asked, and those of this host that do not answer are looked at from outside."""
+        run = self._run_of(peer)
+        asked = [stream for stream in run.connected if not stream.is_helper]
+        if not asked:
+            raise CommandError(f"no rank of run {run.id} is connected")
+
+        is_last = args.get("last") is True
+        query = await self._ask(asked, "look", {"last": is_last}, _LAST_LOOK_S if is_last else _LOOK_S)
+        silent = await looks_from_outside([stream for stream in asked if stream.rank in query.waiting], is_last=is_last)
+        if is_last:
+            for stream, look in silent.items():
+                take_look(run, stream, look)
+
+        return stacks_reply(asked, query.answers, silent)
+
+    async def _ask(self, streams: Sequence[Stream], name: str, args: dict[str, Any], limit_s: float) -> _RankQuery:
+        """Send a command to ranks, and wait for their answers; `waiting` of the result did not answer in time."""
         number = next(self._numbers)
-        query = self._queries[number] = _RankQuery({stream.rank for stream in asked})
-        for stream in asked:
+        query = self._queries[number] = _RankQuery({stream.rank for stream in streams})
+        for stream in streams:
             if stream.peer is not None:
                 stream.peer.send({"t": "command", "id": number, "name": name, "args": args})
 
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(limit_s):
                 await query.done.wait()
         except TimeoutError:
             pass  # the reply names the ranks that did not answer
         finally:
             del self._queries[number]
 
-        replies = [{"rank": rank, **answer} for rank, answer in sorted(query.answers.items())]
-        return {"replies": replies, "missing": sorted(query.waiting)}
+        return query
 
     def _run_of(self, peer: Peer) -> ActiveRun:
         wanted = peer.hello.run if peer.hello is not None else ""

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "serve": ("traceml.cli.serve", "start an aggregator for scripts that call traceml.init()"),
     "top": ("traceml.cli.top", "watch a running job"),
+    "stacks": ("traceml.cli.stacks", "show what each rank of a running job is doing now"),
     "report": ("traceml.cli.report", "show what limits a run"),
     "compare": ("traceml.cli.compare", "show what got slower from run A to run B, and if it is significant"),
     "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),

@@ -30,6 +30,7 @@ __all__ = [
     "mac",
     "new_token",
     "publish",
+    "published_by",
     "read_token",
     "runtime_folder",
     "same_mac",
@@ -171,6 +172,17 @@ def find_page(runs_dir: str) -> PublishedServer | None:
         entry = _read(path)
         if entry is not None and entry.alive and entry.runs_dir == runs_dir:
             return entry
+
+    return None
+
+
+def published_by(pid: int) -> PublishedServer | None:
+    """Return the address that this user's aggregator with that process id has published; None without one."""
+    for folder in _candidates():
+        for path in folder.glob(f"{AGGREGATOR}-*.json"):
+            entry = _read(path)
+            if entry is not None and entry.pid == pid and entry.alive:
+                return entry
 
     return None
 

@@ -69,7 +69,7 @@ class WorkerLooks:
         if (pid, is_patient) not in self._asked:
             target = worker_target(pid, even_if_disturbed=not is_patient)
             text = SignaledStacks(pid, self._file, target=target).wait() if target is not None else ""
-            self._asked[pid, is_patient] = tuple(map(_frame, main_frames(text)[:MAX_FRAMES]))
+            self._asked[pid, is_patient] = tuple(_frames_of_worker(text)[:MAX_FRAMES])
 
         return self._asked[pid, is_patient]
 
@@ -86,6 +86,12 @@ class WorkerLooks:
         return round((info.cpu_s - before[0]) / (now_s - before[1]), 3)
 
 
-def _frame(found: tuple[str, int, str]) -> FrameLook:
-    file, line, function = found
-    return FrameLook(file=file, line=line, function=function, is_user=is_user_file(file))
+def _frames_of_worker(text: str) -> list[FrameLook]:
+    """Return a worker's frames down to its loop; those below are of the process that it was forked from."""
+    frames: list[FrameLook] = []
+    for file, line, function in main_frames(text):
+        frames.append(FrameLook(file=file, line=line, function=function, is_user=is_user_file(file)))
+        if function == "_worker_loop":
+            break
+
+    return frames

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.silent_look import SilentLooks, silent_s
+from traceml.aggregator.silence.silent_look import SilentLooks, silent_s
 from traceml.database.looks import LOOK
 
 if TYPE_CHECKING:

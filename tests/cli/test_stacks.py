@@ -1,0 +1,144 @@
+"""`traceml stacks` on real jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.aggregator.conftest import serving  # noqa: F401 - a fixture
+from tests.aggregator.test_silent_ranks import Script, script  # noqa: F401 - a fixture
+from tests.cli.test_top import running_run
+from tests.eventually import eventually
+from traceml import cli
+from traceml.aggregator.silence.rank_stacks import stacks_reply
+from traceml.aggregator.streams import Incarnation, Stream
+from traceml.clock import boot_id
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+
+pytestmark = pytest.mark.process
+
+
+def _stacks(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
+    command = [sys.executable, "-m", "traceml", "stacks", "--runs-dir", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, check=False)
+
+
+def _ranks(folder: Path) -> list[dict[str, Any]]:
+    told = _stacks(folder, "--json")
+    assert told.returncode == 0, told.stderr
+    found: list[dict[str, Any]] = json.loads(told.stdout)["ranks"]
+    return found
+
+
+def test_a_job_of_traceml_run_is_shown(tmp_path: Path) -> None:
+    """Nothing special is needed at its start; it goes on afterwards."""
+    code = "import sys\ndef wait():\n    sys.stdin.readline()\nprint('ready', flush=True)\nwait()\n"
+    (tmp_path / "train.py").write_text(code)
+    command = [sys.executable, "-m", "traceml", "run", "--runs-dir", "runs", "train.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        eventually(lambda: "ready" in job.stdout.readline(), "the script")  # type: ignore[union-attr]
+        told = eventually(lambda: (found := _stacks(tmp_path / "runs")).returncode == 0 and found, "the rank")
+
+        lines = told.stdout.splitlines()
+        assert lines[0].startswith("rank 0 (")
+        assert ": start-up" in lines[0]
+        assert "  > train.py:3 wait" in lines
+        assert lines.index("  > train.py:3 wait") < lines.index("  > train.py:5")
+        assert job.poll() is None
+        job.communicate("\n", timeout=60)
+
+    assert job.returncode == 0
+
+
+def test_a_rank_that_holds_the_gil_is_shown(script: Any) -> None:  # noqa: F811
+    """The answer comes from outside, with the line that called the C function."""
+    rank: Script = script(
+        """
+        import ctypes, traceml
+        traceml.init()
+
+        def hold():
+            print("ready", flush=True)
+            ctypes.PyDLL(None).sleep(60)
+
+        hold()
+        """
+    )
+
+    told = _ranks(rank.serving.folder)[0]
+    assert (told["answered"], told["process_state"]) == ("signal", "S")
+    assert (told["user_line"]["function"], told["user_line"]["line"]) == ("hold", 7)
+    assert "holds the GIL in C code, waiting" in _stacks(rank.serving.folder).stdout
+
+
+def test_a_stopped_rank_is_shown(script: Any) -> None:  # noqa: F811
+    """Nobody waits for it longer than for others."""
+    rank: Script = script(
+        """
+        import time, traceml
+        traceml.init()
+        print("ready", flush=True)
+        time.sleep(60)
+        """
+    )
+    rank.process.send_signal(signal.SIGSTOP)
+
+    assert "stopped by a signal" in _stacks(rank.serving.folder).stdout
+
+
+def test_a_run_that_is_over_has_no_stacks(script: Any) -> None:  # noqa: F811
+    """The error names its report."""
+    rank: Script = script("import traceml\ntraceml.init()\nprint('ready', flush=True)\n")
+    rank.process.wait(30)
+    eventually(lambda: rank.serving.state() != "running", "the end of the run")
+    told = _stacks(rank.serving.folder, rank.serving.run_dirs[0].name)
+
+    assert told.returncode == 3
+    assert "has ended" in told.stderr
+    assert "traceml report" in told.stderr
+
+
+def test_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a job nor a run of that name."""
+    assert cli.main(["stacks", "--runs-dir", str(tmp_path)]) == 3
+    assert "no job is running in" in capsys.readouterr().err
+    assert cli.main(["stacks", "--runs-dir", str(tmp_path), "nothing"]) == 3
+    assert "no run 'nothing'" in capsys.readouterr().err
+
+
+def test_an_aggregator_that_cannot_be_asked_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On another host, and one that has published no address."""
+    folder = running_run(tmp_path / "going-on")
+
+    assert cli.main(["stacks", "--runs-dir", str(tmp_path), "going-on"]) == 3
+    assert f"(pid {os.getpid()}) no longer runs" in capsys.readouterr().err
+
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("aggregator", {"host": f"not-{socket.gethostname()}", "boot_id": boot_id(), "pid": 1})
+        writer.commit()
+
+    assert cli.main(["stacks", "--runs-dir", str(tmp_path), "going-on"]) == 3
+    assert "run `traceml stacks` there" in capsys.readouterr().err
+
+
+def test_equal_stacks_of_many_ranks_travel_once() -> None:
+    """Each rank has the number of its stack; a rank without an answer on another host is named."""
+    frames = [{"file": "a.py", "line": 3, "function": "f"}]
+    streams = [Stream(n, n, 0, Incarnation("far", "boot", n, 0, ""), flight="") for n in range(1000)]
+    answers = {n: {"result": {"rank": n, "frames": frames if n else []}} for n in range(999)}
+    reply = stacks_reply(streams, answers, {})
+
+    assert reply["stacks"] == [[], frames]
+    assert [row["stack"] for row in reply["ranks"]] == [0] + [1] * 998
+    assert reply["missing"] == [{"rank": 999, "host": "far", "pid": 999, "why": "it did not answer"}]

@@ -1,0 +1,90 @@
+"""The text of `traceml stacks`."""
+
+from __future__ import annotations
+
+from traceml.database.looks import FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
+
+_LIBRARY = FrameLook(file="/site-packages/torch/distributed.py", line=2372, function="all_reduce")
+_TRAIN = FrameLook(file="/home/me/train.py", line=40, function="train", is_user=True)
+_STUCK = FrameLook(file="/home/me/train.py", line=6, function="stuck", is_user=True)
+_GROUP = GroupLook(members=(0, 1), number=61, operation="all_reduce", sizes=(4,), in_flight=True)
+
+
+def _stack(rank: int, **facts: object) -> RankStack:
+    usual = {"step": 120, "in_step": True, "phase": "backward", "answered": "recorder", "process_state": "S"}
+    return RankStack("gpu1", 1000 + rank, RankLook(rank=rank, **usual | facts))  # type: ignore[arg-type]
+
+
+def test_equal_stacks_are_shown_once() -> None:
+    """The largest group first, the odd rank with its host and process."""
+    waiting = [_stack(rank, frames=(_LIBRARY, _TRAIN), groups=(_GROUP,), quiet_s=13.0) for rank in range(7)]
+    stuck = _stack(7, frames=(_STUCK,), step=119, phase="other", quiet_s=13.2)
+
+    assert stacks_text([stuck, *waiting]) == (
+        "ranks 0-6: step 120, backward, no progress for 13 s\n"
+        "  all_reduce 61 of the default group is not done\n"
+        "    distributed.py:2372 all_reduce\n"
+        "  > train.py:40 train\n"
+        "\n"
+        "rank 7 (gpu1, pid 1007): step 119, other, no progress for 13 s\n"
+        "  > train.py:6 stuck"
+    )
+
+
+def test_ranks_in_different_collectives_are_shown_apart() -> None:
+    """What is said of a group is true of each rank in it."""
+    later = GroupLook(members=(0, 1), number=62, operation="barrier", in_flight=True)
+    text = stacks_text([_stack(0, frames=(_TRAIN,), groups=(_GROUP,)), _stack(1, frames=(_TRAIN,), groups=(later,))])
+
+    assert text.count("train.py:40 train") == 2
+    assert "all_reduce 61" in text
+    assert "barrier 62" in text
+
+
+def test_a_healthy_rank_is_not_said_to_stand() -> None:
+    """Between two steps there is always a moment without progress."""
+    text = stacks_text([_stack(0, frames=(_TRAIN,), quiet_s=0.3)])
+
+    assert "progress" not in text
+    assert "is not done" not in text
+
+
+def test_a_rank_that_could_not_answer_says_why() -> None:
+    """By the signal it holds the GIL; stopped or stuck in the kernel it has no stack."""
+    holds = _stack(0, answered="signal", frames=(_STUCK,), process_state="R")
+    waits = _stack(1, answered="signal", frames=(_STUCK,), waits_on="stderr")
+    stopped = _stack(2, answered="kernel", process_state="T")
+    text = stacks_text([holds, waits, stopped])
+
+    assert "holds the GIL in C code, computing\n" in text
+    assert "holds the GIL in C code, waiting\n  waits on stderr\n" in text
+    assert "stopped by a signal\n  no Python stack" in text
+
+
+def test_the_awaited_worker_is_shown() -> None:
+    """With its stack; the others are not."""
+    idle = WorkerLook(index=0, pid=10, state="S", wchan="pipe_read")
+    awaited = WorkerLook(index=1, pid=11, state="S", wchan="futex_do_wait", frames=(_STUCK,), waits_for_batch=5)
+    text = stacks_text([_stack(0, frames=(_TRAIN,), workers=(idle, awaited), phase="input_wait")])
+
+    assert (
+        "waits for batch 5 of loader worker 1 (pid 11), which sleeps in futex_do_wait\n    > train.py:6 stuck" in text
+    )
+    assert "pipe_read" not in text
+
+
+def test_ranks_that_did_not_answer_are_named() -> None:
+    """One with its reason, many with their hosts."""
+    one = stacks_text([_stack(0)], [MissingRank(3, "gpu2", "it did not answer")])
+    many = stacks_text([_stack(0)], [MissingRank(rank, "gpu2", "it did not answer") for rank in (3, 4, 5)])
+
+    assert one.endswith("rank 3 on gpu2: it did not answer")
+    assert many.endswith("ranks 3-5 did not answer, on 1 host: gpu2")
+
+
+def test_what_a_terminal_would_obey_is_escaped() -> None:
+    """A function's name comes from the user's code."""
+    evil = FrameLook(file="a.py", line=1, function="f\x1b[2J", is_user=True)
+
+    assert "\x1b" not in stacks_text([_stack(0, frames=(evil,))])
