@@ -88,7 +88,9 @@ def _line(info: RunInfo, width: int) -> Text:
         took = time.time() - info.started
 
     line = Text(f"{printable(info.id):<{width}}  ")
-    line.append(f"{printable(info.state):<8}", style="red" if info.state in ("failed", "lost", "damaged") else "")
+    line.append(
+        f"{printable(info.state):<8}", style="red" if info.state in ("failed", "hung", "lost", "damaged") else ""
+    )
     line.append(f"  {printable(info.verdict or '-'):<17}  {info.world_size:>5}")
     line.append(f"  {rate_text(info.samples_per_second):>9}  {duration_text(took):>7}")
     return line.append(f"  {bytes_text(info.size_bytes):>8}")

@@ -107,7 +107,7 @@ def _hang(finding: _FindingFacts) -> str:
     file = evidence.get("file")
     at = f", in {line_text(file, evidence['line'], evidence['function'])}" if file else ""
     if not file and finding.phase:
-        at = f", in {phase_words(finding.phase)}"
+        at = f", {evidence['state']}" if evidence.get("state") else f", in {phase_words(finding.phase)}"
 
     if cause in _HANGS and (finding.ranks or cause == "network"):
         are = f"{ranks} {'is' if len(finding.ranks) == 1 else 'are'}"

@@ -33,7 +33,7 @@ class RunInfo:
     Attributes:
         path: its folder.
         id: name of the folder, name: name that the user gave.
-        state: running, finished, stopped, failed, lost; `damaged` when its store cannot be read.
+        state: running, finished, stopped, failed, hung, lost; `damaged` when its store cannot be read.
         started: epoch seconds, duration_s: None while it runs.
         verdict: kind of the verdict in its report, or of the live verdict; None before there is one.
         severity: of that verdict: info, warning or critical.

@@ -12,7 +12,7 @@ __all__ = ["is_watched", "state_of"]
 
 
 def state_of(run: Mapping[str, Any], aggregator: Mapping[str, Any]) -> str:
-    """Return running, finished, stopped (by Ctrl-C, or by its launcher), failed or lost.
+    """Return running, finished, stopped (by Ctrl-C, or by its launcher), failed, hung or lost.
 
     Args:
         run: the store's facts of the run.

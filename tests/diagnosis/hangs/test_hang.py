@@ -60,11 +60,11 @@ def test_a_rank_whose_script_ended_earlier_has_fewer_data():
     assert "drop_last" in finding.next
 
 
-def test_more_steps_of_the_others_tell_that_the_data_ended():
+def test_more_steps_of_the_others_are_told():
     """The numbers of steps are told where they differ."""
     ended = RankExit(rank=1, state="finished", code=0, last_step=8)
 
-    assert "after 9 steps, the others had 12: its data ended first" in summary(
+    assert "ended after 9 steps, the others had 12; rank 0 waits" in summary(
         judged(facts([replace(in_backward(0), step=12)], ended, steps=9))
     )
 
@@ -359,3 +359,11 @@ def test_what_was_a_hang_stays_one():
 
     assert found(*young, exits=STOPPED, state="stopped", hang_timeout_s=8.0) is not None
     assert found(*young, exits=STOPPED, state="stopped") is None
+
+
+def test_the_headline_tells_the_state_where_no_line_is_known():
+    """A stopped process cannot be asked for its line."""
+    finding = found(in_backward(0), look(1, answered="kernel", process_state="T", groups=()))
+
+    assert finding.headline == "Rank 1 blocks the others, stopped by a signal"
+    assert "kill -CONT" in finding.next

@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_words import hang_advice, hang_summary, operation_text
-from traceml.diagnosis.hangs.one_look import blocked_worker, user_line
+from traceml.diagnosis.hangs.one_look import blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill, standstill
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.window import Window
@@ -70,6 +70,7 @@ def _evidence(found: Standstill, shown: RankLook | None) -> dict[str, Any]:
         "waiting": sorted(set(found.blame.waits) - set(found.blame.ranks)) or None,
         "answered": shown.answered if shown is not None else None,
         "process_state": (shown.process_state or None) if shown is not None else None,
+        "state": (doing(shown) or None) if shown is not None else None,
         "worker": worker.pid if worker is not None else None,
     }
     return {key: value for key, value in known.items() if value is not None}

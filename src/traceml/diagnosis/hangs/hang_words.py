@@ -89,7 +89,7 @@ def _ended_text(found: Standstill) -> str:
     if len(steps) == 1 and (count := next(iter(steps))) > 0:
         after = f" after {plural(count, 'step')}"
         if others and min(others) > count:
-            after += f", the others had {count_text(min(others))}: its data ended first" if len(gone) == 1 else ""
+            after += f", the others had {count_text(min(others))}"
 
     whose = f"{_ranks(gone)}'s script" if len(gone) == 1 else f"the scripts of {_ranks(gone)}"
     return f"{whose} ended{after}{_waiters_text(found)}"
@@ -228,8 +228,8 @@ _ADVICE: Mapping[HangCause, str] = {
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
     HangCause.CIRCLE: "Let all ranks of both groups call these collectives in the same order.",
     HangCause.ENDED: (
-        "Give each rank the same number of batches (DistributedSampler, drop_last=True), or train under "
-        "torch.distributed.algorithms.join.Join, which lets ranks end early."
+        "If the data ended there, give each rank the same number of batches (DistributedSampler, drop_last=True), or "
+        "train under torch.distributed.algorithms.join.Join, which lets ranks end early."
     ),
     HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
     HangCause.NETWORK: (
