@@ -27,7 +27,8 @@ def steps_of(
     folder: Path,
     *,
     ranks: int = 2,
-    samples: int = 16,
+    samples: int | np.ndarray[Any, Any] = 16,
+    loader: dict[str, Any] | None = None,
     inputs: tuple[dict[str, Any], ...] = (IMAGES,),
     batches: tuple[list[int], ...] = (),
     model: dict[str, Any] = DDP,
@@ -42,6 +43,9 @@ def steps_of(
             rows["samples"], rows["elements"] = samples, samples * 32
             stream = add_rank(writer, rank, rows)
             add_info(writer, stream, kind="model", t_ns=1, **model)
+            if loader is not None:
+                add_info(writer, stream, kind="loader", t_ns=1, **loader)
+
             if inputs:
                 add_info(writer, stream, kind="input", t_ns=2, **inputs[rank % len(inputs)])
 
@@ -115,3 +119,23 @@ def test_unknown_sizes_are_no_rate(tmp_path):
     steps = steps_of(tmp_path / "run", samples=0, inputs=())
 
     assert (steps.samples_per_step, steps.samples_per_second, steps.tokens_per_second) == (None, None, None)
+
+
+NODES = 320 + np.arange(120) * 7 % 113
+"""Nodes in 32 graphs of different sizes."""
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "expected"),
+    [
+        (NODES, 32, None),  # nodes are no samples
+        (NODES, None, 2 * NODES.mean()),  # batches that a sampler makes as large as they fit
+        (np.where(np.arange(120) % 15 == 14, 100, 128), 32, 2 * (14 * 128 + 100) / 15),  # accumulation of 4
+        (np.where(np.arange(120) % 15 == 14, 9, 32), 32, 2 * (14 * 32 + 9) / 15),  # the last batch of each epoch
+    ],
+)
+def test_parts_of_samples_are_not_counted(tmp_path, samples, batch_size, expected):
+    """The first dimension of the input tells the samples only where it is the batch."""
+    steps = steps_of(tmp_path / "run", samples=samples, loader={"batch_size": batch_size, "training": True})
+
+    assert steps.samples_per_step == (None if expected is None else pytest.approx(expected, rel=0.02))

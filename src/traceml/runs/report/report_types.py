@@ -91,7 +91,7 @@ class StepsSection(msgspec.Struct, kw_only=True):
     Rates per second are of the wall time from the first to the last step, evaluation and saving included.
     Samples and tokens are those of the whole job in a mean step; padding counts. Of ranks with identical batches, as in
     tensor-parallel groups, one counts: `data_ranks` is the number that do. They are None where the model's input is not
-    known, tokens also where it is not integers by sample and position.
+    known, or has parts of samples (nodes of graphs); tokens also where it is not integers by sample and position.
     The verdict of a long run (`cut`) rests on a sample of `diagnosed` steps spread over it; all else is of all steps.
     `untimed_device` is the accelerator of the models if its time was not measured; phases have CPU time then.
     """

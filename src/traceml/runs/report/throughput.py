@@ -13,6 +13,9 @@ from traceml.runs.rows.step_totals import StepTotals
 
 __all__ = ["put_batch_sizes"]
 
+_MOST = 0.9
+_DISTINCT_SHARE = 0.1  # accumulation and the last batches of epochs make few sizes
+
 
 def put_batch_sizes(section: StepsSection, digest: Digest, steps: Window | StepTotals) -> None:
     """Set the samples and tokens of a mean step of the job, where they are known.
@@ -26,13 +29,27 @@ def put_batch_sizes(section: StepsSection, digest: Digest, steps: Window | StepT
     distinct = batches.distinct_ranks(ranks)
     rows = [ranks.index(rank) for rank in distinct]
     samples, elements = _by_rank(steps.samples, steps), _by_rank(steps.elements, steps)
-    if not rows or not samples.size or not samples[rows].all():
+    if not rows or not samples.size or not samples[rows].all() or _are_parts(digest):
         return
 
     section.data_ranks = len(distinct)
     section.samples_per_step = significant(float(samples[rows].sum()))
     if batches.tokens:
         section.tokens_per_step = significant(float(elements[rows].sum()))
+
+
+def _are_parts(digest: Digest) -> bool:
+    """Return whether the input's first dimension counts parts of samples, as the nodes of a batch of graphs.
+
+    The loader's batches have a fixed size, and most inputs are larger than one and of different sizes.
+    """
+    loader, samples = digest.facts.build().loader, digest.whole_window().samples
+    if loader is None or not loader.batch_size or not samples.size:
+        return False
+
+    larger = samples > loader.batch_size
+    sizes = np.unique(samples[larger])
+    return bool(larger.mean() > _MOST and len(sizes) > _DISTINCT_SHARE * samples.shape[1])
 
 
 def _by_rank(values: Floats, steps: Window | StepTotals) -> Floats:
