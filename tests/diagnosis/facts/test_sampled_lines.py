@@ -94,6 +94,14 @@ def test_the_most_frequent_line_of_the_function_is_named():
     assert blamed.share == pytest.approx(40 / 60)
 
 
+@pytest.mark.parametrize(("of_it", "besides", "named"), [(20, 0, True), (19, 1, True), (16, 4, False), (19, 0, False)])
+def test_few_samples_name_a_line_only_if_they_agree(of_it, besides, named):
+    """A training of a second has 20 to 30 samples."""
+    lines = [line("other", "decode", of_it), line("other", "main", besides), line("forward", "forward", 10)]
+
+    assert (blamed_line(lines, "other", 0.7) is not None) is named
+
+
 def test_lines_of_a_module_are_not_added():
     """A script without functions: one line has most of the phase, or none does and none is named."""
     forward = line("forward", "forward", 57)

@@ -171,3 +171,13 @@ def test_a_crowded_host_promises_no_more_than_its_own_cores_give():
     assert found.rest_cores == pytest.approx(1.0, abs=0.1)
     assert found.gain(8) == pytest.approx(2.0, abs=0.1)
     assert "x faster on 2 cores of its own" in for_input(facts, found).text
+
+
+def test_the_training_uses_no_more_cores_than_torch_has_threads():
+    """Samples of a short run contain its start: 1.9 cores of a process with one thread."""
+    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+
+    for threads, cores in ((1, 1.0), (4, 2.9), (None, 2.9)):
+        found = pipeline_of(segments, JobFacts(loader=FOLDER, samples=samples(busy=1.6), threads=threads), 30 * MS)
+        assert found is not None
+        assert found.rest_cores == pytest.approx(cores, abs=0.2)

@@ -113,8 +113,8 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
     else:
         fetch_ns, busy = wait_ns, _fetch_cpu(facts)
 
-    rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * (busy or 0.0))
     fetch_cpu = 1.0 if busy is None else busy
+    rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * fetch_cpu)
     if workers and cores:  # they cannot have used more than there is
         fetch_cpu = min(fetch_cpu, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
 
@@ -154,4 +154,6 @@ def _rest_cores(segments: Segments, facts: JobFacts, rest_ns: float, fetch_cpu_n
         return 1.0
 
     wanted = busy / max(1.0 - facts.waited_share, _LEAST_READY)  # with a core whenever it is ready
-    return max((wanted * segments.step_ns - fetch_cpu_ns) / rest_ns, 0.0)
+    cores = max((wanted * segments.step_ns - fetch_cpu_ns) / rest_ns, 0.0)
+    # A short run's mean has the CPU time of its start and of other threads in it.
+    return min(cores, max(facts.threads, 1)) if facts.threads else cores
