@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,7 @@ def page(results: list[Judged]) -> str:
     right = sum(not each.wrong for each in results)
     healthy = [each for each in results if each.case.kinds <= QUIET]
     false = sum(bool(each.wrong) for each in healthy)
+    crowded = sum(_is_crowded(each.report) for each in results)
     lines = [
         "# Accuracy of the verdict",
         "",
@@ -181,6 +184,10 @@ def page(results: list[Judged]) -> str:
         "`traceml run`, one after another, judged for kind, ranks, phase, function and line, number of steps, the step",
         "of a change, what must not be said, and whether the parts of the run's time add up to it within 1 %. The",
         "truth about each is in [`cases.py`](../benchmarks/accuracy/cases.py).",
+        "",
+        f"Taken on {os.cpu_count()} cores with Python {platform.python_version()} and torch {version('torch')}.",
+        f"In {crowded} of the runs the training waited for a core a quarter of the time or more, mostly because of",
+        "other programs: `CPU_CONTENTION` is true of these.",
         "",
         f"**{right} of {len(results)} right.** Of {len(healthy)} healthy runs, {false} have a sentence that is wrong.",
         "",
@@ -190,6 +197,10 @@ def page(results: list[Judged]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _is_crowded(report: dict[str, Any]) -> bool:
+    return any(finding["kind"] == "CPU_CONTENTION" for finding in report.get("findings", ()))
 
 
 def _cell(wrong: list[str]) -> str:
