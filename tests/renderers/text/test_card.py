@@ -72,6 +72,18 @@ def test_the_rate_of_data_is_that_of_the_steps():
     assert "Data" not in text_of(made)
 
 
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_narrow_terminal_loses_no_word(name):
+    """On 60 columns, facts that find no room are left out; no line of figures is cut in the middle."""
+    lines = [line.plain for line in card(run_view(REPORTS[name]()), Viewport(60, 24)).renderables]
+
+    top, steps = lines[0], [line for line in lines if line.startswith(" Steps")]
+    assert max(map(len, lines)) <= 60
+    assert "…" not in top + "".join(steps)
+    assert not [line for line in lines if "MiB" in line and line.endswith("…")]
+    assert top.endswith("─")
+
+
 def test_repeated_batches_are_told():
     """Where ranks have the batches of others, the card says of how many ranks the samples are."""
     made = with_data(report([{"forward": 10.0}] * 4), samples=32, ranks=2)

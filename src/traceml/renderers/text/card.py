@@ -40,6 +40,7 @@ _RANK_ROWS = 8
 _PHASE_COLUMNS = 5
 _SMALL_SHARE = 0.005  # smaller phases are only in the report
 _CELL = 10
+_RANK_WIDTH = 7 + 2 * _CELL  # rank, step and memory
 
 
 def print_card(report_path: Path, *, file: IO[str]) -> None:
@@ -100,12 +101,12 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         *_verdict_lines(view, width),
         Text(),
         *_time_lines(view, width),
-        _steps_line(view, viewport),
+        _steps_line(view, width, viewport),
         *_data_line(view, viewport),
         *_labeled("Sample", view.sample or "", width),
         *_labeled("Clock", view.untimed or "", width),
         *_phase_lines(view, width, viewport),
-        *_rank_lines(view, viewport),
+        *_rank_lines(view, width, viewport),
         *([Text()] if len(view.ranks) < 2 else []),  # the card of two ranks fits on 24 rows
         *_closing_lines(view, width),
     ]
@@ -140,9 +141,10 @@ def _top(view: RunView, width: int, viewport: Viewport) -> Text:
         facts.append(plural(view.steps.count, "step"))
 
     after = "" if view.run.duration_s is None else f" after {duration_text(view.run.duration_s)}"
-    right = f" {', '.join(facts)}, {view.state}{after} {rule}"
     left = Text(f"{rule} ").append("traceml", style="bold").append(f" {rule} ")
     left.append(view.verdict.kind, style=_style(view.verdict.severity)).append(" ")
+    texts = [f" {', '.join(facts)}, {view.state}{after} {rule}", f" {facts[0]}, {view.state}{after} {rule}"]
+    right = next((text for text in texts if left.cell_len + 1 + len(text) <= width), f" {view.state}{after} {rule}")
     fill = max(width - left.cell_len - len(right), 1)
     return left.append(rule * fill, style="dim").append(right)
 
@@ -195,15 +197,18 @@ def _copied(label: str, text: str) -> Iterator[Text]:
         yield Text(" ", no_wrap=True).append(label.ljust(_LABEL), style="dim").append(text, style="cyan")
 
 
-def _steps_line(view: RunView, viewport: Viewport) -> Text:
+def _steps_line(view: RunView, width: int, viewport: Viewport) -> Text:
+    """Return speed and step times; those that find no room are left out, the 95th percentile first."""
     steps = view.steps
     line = Text(" ").append("Steps".ljust(_LABEL), style="dim")
     line.append(f"{rate_text(view.steps_per_second)} steps/s", style="bold")
-    if steps.count:
-        line.append(f"  {viewport.glyphs.dot}  mean {ms_text(steps.mean_ms)}  p50 {ms_text(steps.p50_ms)}")
-        line.append(f"  p95 {ms_text(steps.p95_ms)}  p99 {ms_text(steps.p99_ms)}")
+    times = {"mean": steps.mean_ms, "p50": steps.p50_ms, "p95": steps.p95_ms, "p99": steps.p99_ms}
+    for left_out in ((), ("p95",), ("p95", "p50")):
+        shown = "  ".join(f"{name} {ms_text(ms)}" for name, ms in times.items() if name not in left_out)
+        if line.cell_len + 5 + len(shown) <= width:
+            break
 
-    return line
+    return line.append(f"  {viewport.glyphs.dot}  {shown}") if steps.count else line
 
 
 def _data_line(view: RunView, viewport: Viewport) -> Iterator[Text]:
@@ -256,11 +261,11 @@ def _phase_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text
         yield line.append(f" {percent_text(phase.share):>6} {ms_text(phase.mean_ms):>9}")
 
 
-def _rank_lines(view: RunView, viewport: Viewport) -> Iterator[Text]:
+def _rank_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]:
     if len(view.ranks) < 2:
         return
 
-    columns = _column_phases(view)
+    columns = _column_phases(view, max(min((width - _RANK_WIDTH) // _CELL, _PHASE_COLUMNS), 1))
     heading = "".join(f"{phase_label(phase)[: _CELL - 1]:>{_CELL}}" for phase in columns)
     yield Text(f"   rank{'step':>{_CELL}}{heading}{'memory':>{_CELL}}", style="dim")
     rows = visible_ranks(view.ranks, _RANK_ROWS)
@@ -274,7 +279,7 @@ def _rank_lines(view: RunView, viewport: Viewport) -> Iterator[Text]:
         )
 
 
-def _column_phases(view: RunView) -> list[str]:
+def _column_phases(view: RunView, most: int) -> list[str]:
     """Return the phases that get a column, in the report's order: the verdict's own, and the largest on any rank."""
     largest: dict[str, float] = {}
     for row in view.ranks:
@@ -282,7 +287,7 @@ def _column_phases(view: RunView) -> list[str]:
             largest[phase] = max(share, largest.get(phase, 0.0))
 
     order = sorted(largest, key=lambda phase: (phase != view.verdict.phase, -largest[phase]))
-    chosen = {phase for phase in order[:_PHASE_COLUMNS] if largest[phase] >= _SMALL_SHARE}
+    chosen = {phase for phase in order[:most] if largest[phase] >= _SMALL_SHARE}
     return [phase for phase in largest if phase in chosen]
 
 
