@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.hangs.standing import (
     ENGINE,
     NOW_NS,
@@ -24,6 +25,7 @@ from traceml.database.looks import FrameLook, GroupLook, WorkerLook
 from traceml.database.schema import STEPS
 from traceml.diagnosis.facts.job_facts import JobFactsBuilder, RankExit
 from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.kinds import Kind
 
 BEHIND = (group(14, "all_reduce", flying=False),)
@@ -280,6 +282,28 @@ def test_a_backward_that_computes_waits_for_nobody():
 def test_a_lost_rank_is_the_cause_of_the_wait():
     """The others wait because it has gone."""
     assert judged(facts([in_backward(0)], RankExit(rank=1, state="killed", signal=9), silent=(1,))) is None
+
+
+def test_one_process_waits_in_no_collective():
+    """Its backward is long, and there is no other rank."""
+    finding = found(look(0, ENGINE, line(28), phase="backward"), ranks=1)
+
+    assert finding.evidence["cause"] == "stands"
+
+
+def test_steps_that_take_long_give_more_time():
+    """With steps of 40 s, a pause of 75 s is none."""
+    slow = window_of(Job(ranks=2, own={"forward": 40_000.0}))
+
+    assert hang(slow, facts([in_backward(0), STUCK])) == []
+
+
+def test_an_end_without_a_number_takes_the_usual_time():
+    """Whether a backward waits for a rank that has ended is not certain where its collectives are not known."""
+    ended = RankExit(rank=1, state="finished", code=0, last_step=8)
+    waits = look(0, ENGINE, line(28), phase="backward", quiet_s=20.0)
+
+    assert judged(facts([waits], ended)) is None
 
 
 # --- afterwards ---

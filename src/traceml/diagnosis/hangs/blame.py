@@ -52,7 +52,8 @@ class Blame:
     @property
     def is_certain(self) -> bool:
         """Whether no time need pass: these ranks can never meet."""
-        return self.cause in (HangCause.MISMATCH, HangCause.SIZES, HangCause.ENDED)
+        is_numbered = self.operation is not None and self.operation.number > 0
+        return is_numbered and self.cause in (HangCause.MISMATCH, HangCause.SIZES, HangCause.ENDED)
 
 
 def blame(looks: Mapping[int, RankLook], ended: Collection[int], world_size: int) -> Blame:
@@ -63,7 +64,8 @@ def blame(looks: Mapping[int, RankLook], ended: Collection[int], world_size: int
         ended: ranks whose process has ended.
         world_size: ranks of the job.
     """
-    waits = {rank: wait for rank, look in looks.items() if (wait := collective_wait(look)) is not None}
+    found = {rank: collective_wait(look) for rank, look in looks.items()} if world_size > 1 else {}
+    waits = {rank: wait for rank, wait in found.items() if wait is not None}
     if not waits:
         return Blame(HangCause.STANDS, tuple(sorted(looks)), waits)
 

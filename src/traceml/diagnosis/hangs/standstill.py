@@ -24,7 +24,9 @@ ENDED_S = 10.0
 """A job that was ended hung if it had stood still for so long at least, and far longer than its steps take."""
 
 _STEPS, _GAPS, _PAUSES, _BUSY_PAUSES = 20, 2, 1.5, 3
-_ALIVE_S = 3.0  # a recorder that sent something so recently, and no look, has seen progress
+_SLOW_STEPS = 3
+# A recorder that sent something so recently, and no look, has seen progress. Large jobs send samples less often.
+_ALIVE_S, _RANKS_PER_S, _SENDING_S = 15.0, 100, 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +61,26 @@ def standstill(facts: JobFacts, step_p99_s: float) -> Standstill | None:
         return None
 
     if facts.state == "running" and not ended_badly(facts.exits):
-        return _now(facts, facts.progress)
+        return _now(facts, facts.progress, step_p99_s)
 
     return _afterwards(facts, facts.progress, step_p99_s)
 
 
-def _now(facts: JobFacts, progress: JobProgress) -> Standstill | None:
+def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> Standstill | None:
     ended = {each.rank: each for each in facts.exits}
     alive = {rank: each for rank, each in progress.ranks.items() if rank not in ended}
-    looks = _looks(list(alive.values()))
+    alive_s = _ALIVE_S + min(2 * facts.world_size / _RANKS_PER_S, _SENDING_S)
+    looks = _looks(list(alive.values()), alive_s)
     if looks is None:
         return None
 
     found = _judged(looks, ended, facts.world_size, is_over=False)
-    return found if found is not None and found.quiet_s >= _limit_s(found, progress) else None
+    return found if found is not None and found.quiet_s >= _limit_s(found, progress, step_p99_s) else None
 
 
-def _looks(ranks: Sequence[RankProgress]) -> dict[int, RankLook] | None:
+def _looks(ranks: Sequence[RankProgress], alive_s: float) -> dict[int, RankLook] | None:
     """Return the looks; None if there are none, or if a rank makes progress."""
-    if any(each.look is None and each.alive_s < _ALIVE_S for each in ranks):
+    if any(each.look is None and each.alive_s < alive_s for each in ranks):
         return None
 
     return {each.rank: each.look for each in ranks if each.look is not None} or None
@@ -94,7 +97,7 @@ def _judged(
     return Standstill(looks, blame(looks, ended.keys(), world_size), quiet_s, busy, ended, is_over)
 
 
-def _limit_s(found: Standstill, progress: JobProgress) -> float:
+def _limit_s(found: Standstill, progress: JobProgress, step_p99_s: float) -> float:
     """Return how long the job may stand still."""
     is_stopped = any(look.process_state == "T" for look in found.looks.values())
     if is_stopped or (found.blame.is_certain and not found.is_busy):
@@ -104,7 +107,7 @@ def _limit_s(found: Standstill, progress: JobProgress) -> float:
     if found.is_busy:
         return max(BUSY_FACTOR * progress.timeout_s, _BUSY_PAUSES * pause_s)
 
-    return max(progress.timeout_s, _PAUSES * pause_s)
+    return max(progress.timeout_s, _PAUSES * pause_s, _SLOW_STEPS * step_p99_s)
 
 
 def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> Standstill | None:
@@ -128,7 +131,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
     usual_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
     usual_s = max(usual_s, BUSY_FACTOR * progress.timeout_s) if found.is_busy else usual_s
     # What was a hang while the job ran stays one; rows alone miss progress inside a step.
-    limit_s = usual_s if by_rows else min(usual_s, _limit_s(found, progress))
+    limit_s = usual_s if by_rows else min(usual_s, _limit_s(found, progress, step_p99_s))
     return found if found.quiet_s >= limit_s else None
 
 
