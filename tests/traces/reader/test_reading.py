@@ -240,6 +240,30 @@ def test_no_event_at_all_is_an_error(tmp_path: Path, data: bytes, why: str) -> N
     assert isinstance(caught.value, TraceMLError)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"# tracer: nop\n#\n#  TASK-PID  CPU#\n",
+        b"TRACE:\n          <idle>-0     [001] d..3  50.1: sched_switch: prev_comm=swapper\n",
+        b"  surfaceflinger-1234  ( 1234) [000] ...1  5.0: tracing_mark_write: B|1234|x\n",
+        b"<!DOCTYPE html>\n<html><head><title>Android System Trace</title><script>/* trace-viewer */</script>",
+    ],
+)
+def test_systrace_is_refused_with_a_way_out(tmp_path: Path, data: bytes) -> None:
+    """The error names the tool that converts it."""
+    with pytest.raises(TraceEmptyError, match="traceconv json"):
+        list(read(_write(tmp_path, data)))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"some text [000] of a file\n", b"<html>a page</html>", bytes(range(256))]
+)
+def test_other_files_are_not_called_systrace(tmp_path: Path, data: bytes) -> None:
+    """They have nothing to convert."""
+    with pytest.raises(TraceEmptyError, match="Was it written by a tracer"):
+        list(read(_write(tmp_path, data)))
+
+
 def test_several_files_are_read_in_their_order(tmp_path: Path) -> None:
     """Empty and unreadable files do not affect the others."""
     first = _write(tmp_path, LINES, "a.pfw")

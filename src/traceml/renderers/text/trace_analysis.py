@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, ms_text, percent_text, printable
+from traceml.formatting import bytes_text, count_text, ms_text, percent_text, plural, printable
 from traceml.renderers.text.bars import bar, sparkline
 from traceml.renderers.text.viewport import Viewport
 
@@ -120,7 +120,7 @@ def _aggregated(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iter
     if not calls:
         return
 
-    what = f"Aggregated by dftracer: {count_text(calls['count'])} calls in {count_text(calls['rows'])} rows"
+    what = f"Aggregated by dftracer: {count_text(calls['count'])} calls in {plural(calls['rows'], 'row')}"
     yield Text(f"{what}, in no other number", style="dim")
     groups = calls["groups"][:top]
     labels = [(field, 0, [_label(group[field]) for group in groups]) for field in result["by"]]

@@ -13,12 +13,14 @@ from pathlib import Path
 from traceml.errors import TraceEmptyError
 from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFacts
 from traceml.traces.reader.pipeline import ReadPipeline
-from traceml.traces.reader.trace_files import discover
+from traceml.traces.reader.trace_files import discover, is_systrace
 
 __all__ = ["TraceReader", "read"]
 
 _MAX_WORKERS = 8
 _SHOWN = 5  # files named in an error
+_COMPLETE = "Was it written by a tracer, and to its end?"
+_CONVERT = "This is systrace's format, which is not read. Convert it by Perfetto's tool: traceconv json FILE trace.json"
 
 
 def read(
@@ -76,7 +78,8 @@ def _nothing_in(files: list[TraceFileFacts]) -> str:
     """Return the text of an error about files without events."""
     shown = [f"{facts.path} ({_reason(facts)})" for facts in files[:_SHOWN]]
     more = f", and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-    return f"there is no trace event in {', '.join(shown)}{more}. Was it written by a tracer, and to its end?"
+    advice = _CONVERT if any(is_systrace(facts.path) for facts in files[:_SHOWN]) else _COMPLETE
+    return f"there is no trace event in {', '.join(shown)}{more}. {advice}"
 
 
 def _reason(facts: TraceFileFacts) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ __all__ = ["GZIP_MAGIC", "Identity", "discover", "first_text", "identity", "look
 
 GZIP_MAGIC = b"\x1f\x8b"
 _SUFFIXES = (".pfw", ".pfw.gz")  # these are traces even when nothing in them is readable
+_FTRACE = re.compile(rb"^# tracer: |^[ \t]*\S[^\n]{0,40}-\d+ +(?:\( *[\d-]+\) +)?\[\d{3}\] ", re.MULTILINE)
+_SYSTRACE = (b"systrace", b"trace-viewer", b"trace viewer", b"tracing_analyzer")
 _SNIFFED_BYTES = 64 * 1024  # of a file in a folder: torch.profiler writes its device properties before the events
 
 Identity = tuple[int, int, int, int]  # device, inode, size in bytes, time of modification in nanoseconds
@@ -70,6 +73,18 @@ def first_text(path: Path, size: int = _SNIFFED_BYTES) -> bytes:
             return start + file.read(size) if _may_be_json(start) else b""
     except (OSError, zlib.error):
         return b""
+
+
+def is_systrace(path: Path) -> bool:
+    """Return whether a file is of systrace: lines of ftrace, or a page that shows them."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_SNIFFED_BYTES)
+    except OSError:
+        return False
+
+    is_page = start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
+    return _FTRACE.search(start) is not None or (is_page and any(word in start.lower() for word in _SYSTRACE))
 
 
 def _under(path: Path) -> list[Path]:
