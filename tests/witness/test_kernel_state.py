@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.driver import wait_until
+from tests.eventually import eventually
 from traceml.witness.kernel_state import WaitState, is_job_suspended, process_info, threads_of, tree_use, wait_state
 
 pytestmark = pytest.mark.process
@@ -24,7 +24,7 @@ def test_a_full_pipe_is_named() -> None:
     """A process that writes to a pipe which nobody reads waits for its standard error."""
     with _python("import os\nwhile True: os.write(2, bytes(4096))", stderr=subprocess.PIPE) as process:
         try:
-            wait_until(lambda: wait_state(process.pid).waits_on == "stderr")
+            eventually(lambda: wait_state(process.pid).waits_on == "stderr")
             seen = wait_state(process.pid)
 
             assert seen.state == "S"
@@ -44,7 +44,7 @@ def test_a_lock_on_a_file_is_named(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with _python(code) as process:
             try:
-                wait_until(lambda: wait_state(process.pid).waits_on == str(path))
+                eventually(lambda: wait_state(process.pid).waits_on == str(path))
             finally:
                 process.kill()
 
@@ -54,7 +54,7 @@ def test_input_of_a_terminal_is_recognized() -> None:
     ours, theirs = os.openpty()
     with _python("import os; os.read(0, 1)", stdin=theirs) as process:
         try:
-            wait_until(lambda: wait_state(process.pid).is_terminal_input)
+            eventually(lambda: wait_state(process.pid).is_terminal_input)
 
             assert wait_state(process.pid).waits_on == "stdin"
         finally:
@@ -69,7 +69,7 @@ def test_a_stopped_process_without_a_terminal_is_not_suspended() -> None:
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
         try:
             os.kill(process.pid, signal.SIGSTOP)
-            wait_until(lambda: wait_state(process.pid).state == "T")
+            eventually(lambda: wait_state(process.pid).state == "T")
             info = process_info(process.pid)
 
             assert info is not None
@@ -93,8 +93,8 @@ def test_use_counts_children() -> None:
     before = tree_use(os.getpid())
     with _python("import os\nfile = open('/dev/null', 'wb')\nwhile True: file.write(bytes(1 << 16))") as process:
         try:
-            wait_until(lambda: tree_use(os.getpid()).io_bytes - before.io_bytes > 1 << 20)
-            wait_until(lambda: tree_use(os.getpid()).cpu_s - before.cpu_s > 0.1)
+            eventually(lambda: tree_use(os.getpid()).io_bytes - before.io_bytes > 1 << 20)
+            eventually(lambda: tree_use(os.getpid()).cpu_s - before.cpu_s > 0.1)
             assert tree_use(process.pid).cpu_s > 0
         finally:
             process.kill()

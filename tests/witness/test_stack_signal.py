@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.launch.driver import wait_until
+from tests.eventually import eventually
 from tests.witness.processes import Standing, standing
 from traceml.witness.kernel_state import process_info
 from traceml.witness.stack_signal import SignaledStacks, find_stack_file, is_registered, worker_target
@@ -29,7 +29,7 @@ hold_in_c()
 def _ask_when_silent(told: Standing, file: int) -> str:
     """Ask until the thread that would answer waits for the GIL; before, it sleeps."""
     texts: list[str] = []
-    wait_until(lambda: texts.append(SignaledStacks(told.pid, file, asker=told.thread).wait(2)) or bool(texts[-1]))  # type: ignore[func-returns-value]
+    eventually(lambda: texts.append(SignaledStacks(told.pid, file, asker=told.thread).wait(2)) or bool(texts[-1]))  # type: ignore[func-returns-value]
     return texts[-1]
 
 
@@ -78,7 +78,7 @@ def test_a_stopped_process_is_not_asked() -> None:
     """It would handle the signal when it runs again."""
     with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(60)")) as told:
         os.kill(told.pid, signal.SIGSTOP)
-        wait_until(lambda: (info := process_info(told.pid)) is not None and info.state == "T")
+        eventually(lambda: (info := process_info(told.pid)) is not None and info.state == "T")
         file = find_stack_file(told.pid)
         assert file is not None
 
@@ -108,7 +108,7 @@ def test_two_askers_do_not_mix_their_answers() -> None:
         assert files[1] is not None
         _ask_when_silent(told, files[0])  # by now its thread waits for the GIL
         first, second = (SignaledStacks(told.pid, file, asker=told.thread) for file in files if file is not None)
-        wait_until(lambda: first.step() or bool(first._sent_s))
+        eventually(lambda: first.step() or bool(first._sent_s))
 
         assert second.wait(2) == ""
         assert main_frames(first.wait(2))
@@ -123,7 +123,7 @@ def test_a_worker_in_a_sleep_of_c_code_is_left_alone() -> None:
         try:
             assert process.stdout is not None
             process.stdout.readline()
-            wait_until(lambda: (info := process_info(process.pid)) is not None and info.state == "S")
+            eventually(lambda: (info := process_info(process.pid)) is not None and info.state == "S")
 
             assert worker_target(process.pid) is None
             assert worker_target(process.pid, even_if_disturbed=True) == process.pid
