@@ -23,6 +23,7 @@ from traceml.fail_open import fail_open
 from traceml.recorder.dialing import dial, stored_elsewhere
 from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import describe
+from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.process_abort import abort_process
@@ -31,6 +32,7 @@ from traceml.recorder.recorder_facts import RecorderStatistics, capacities, chil
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
+from traceml.recorder.user_code import UserCode
 from traceml.samplers.base import Sampler, SamplerScheduler
 from traceml.transport.client import Connection
 
@@ -136,6 +138,7 @@ class Recording:
             self.thread.use(self._sampling(self._samplers()))
             self._instrument()
             self._sample_lines()
+            self._watch_growth()
             self._watch_progress()
         if not self._is_child:
             self.note("process", **process_facts(self.identity, self._config))
@@ -150,6 +153,7 @@ class Recording:
         self.thread.call(lambda: self.thread.use(scheduler))
         self._instrument()
         self.thread.call(self._sample_lines)
+        self.thread.call(self._watch_growth)
         self._watch_progress()
 
     def finish(self, reason: str, timeout_s: float) -> bool:
@@ -322,6 +326,11 @@ class Recording:
                 ),
                 interval_s,
             )
+
+    def _watch_growth(self) -> None:
+        with fail_open(_log, "recorder", "what grows in memory is not looked for"):
+            contains = UserCode().contains
+            self.thread.every_turn(GrowthWatch(self.flight.open_slots, self._training_thread, contains, self.note))
 
     def _watch_progress(self) -> None:
         register_stacks()

@@ -8,6 +8,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.memory.memories import GB, MB, device, growing, growing_workers, host, leaking, processes
 from traceml.database.schema import EPOCHS
+from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.findings import Finding
@@ -143,3 +144,59 @@ def test_copies_of_unknown_objects_name_no_attribute():
 
     assert "copies of memory shared since the fork" in finding.summary
     assert "attribute" not in finding.evidence
+
+
+LIST = {
+    "path": "losses", "file": "/home/me/train.py", "function": "main", "line": 41, "kind": "list", "count": 4000,
+    "per_step": 1.0, "item_bytes": 200, "holds_graph": True, "of_dataset": False, "item": "Tensor",
+}  # fmt: skip
+
+
+def growing_list(**facts) -> dict[int, tuple]:
+    return {0: growing_of({"grown": [LIST | facts]})}
+
+
+def test_a_list_of_graphs_is_told_with_its_line():
+    """It is no cache that fills, also in the first epoch."""
+    first = {"loader": LoaderFacts(length=10**9, batch_size=32), "latest": (1000,)}
+    (finding,) = leaks(**leaking(), growing=growing_list(), **first)
+
+    assert "the list losses (added to in train.py:41 main) has got 1 element per step" in finding.summary
+    assert "each of which holds the graph of its step" in finding.summary
+    assert finding.next.startswith("Add loss.item() or loss.detach() to losses")
+    assert finding.severity == "warning"
+    assert (finding.evidence["file"], finding.evidence["line"]) == ("/home/me/train.py", 41)
+
+
+def test_a_sum_of_losses_is_told_as_a_graph():
+    """Its size in bytes is not known, its operations are."""
+    (finding,) = leaks(**leaking(), growing=growing_list(path="total", kind="graph", line=None))
+
+    assert "The tensor total (in main, train.py) has a graph of 4,000 operations in a row" in finding.summary
+    assert "line" not in finding.evidence
+
+
+@pytest.mark.parametrize("facts", [{"holds_graph": False}, {"holds_graph": False, "per_step": 0.0}])
+def test_a_list_that_is_too_small_to_explain_the_growth_is_not_blamed(facts):
+    """A number of 28 bytes per step is not 4 MB per step."""
+    (finding,) = leaks(**leaking(), growing=growing_list(**facts))
+
+    assert "losses (" not in finding.summary
+    assert "container" not in finding.evidence
+
+
+def test_a_cache_of_the_data_set_may_end_in_the_first_epoch():
+    """It explains the growth, and is a remark until the data was read once."""
+    first = {"loader": LoaderFacts(length=10**9, batch_size=32), "latest": (1000,)}
+    cache = growing_list(path="dataset.cache", kind="dict", holds_graph=False, item_bytes=4 * MB, of_dataset=True)
+    (finding,) = leaks(**leaking(), growing=cache, **first)
+
+    assert finding.severity == "info"
+    assert "the dict dataset.cache" in finding.summary
+    assert "a cache that fills looks the same" in finding.summary
+
+
+def test_damaged_rows_are_left_out():
+    """Of another version, or of another shape."""
+    assert growing_of({"grown": [{"path": "x"}, 3, LIST]}) == growing_of({"grown": [LIST]})
+    assert growing_of({}) == ()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreWaits
+from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
@@ -137,6 +138,7 @@ class JobFacts:
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
         workers: its worker processes over the run.
+        growing: rank -> containers that grew while its memory did, when it looked last.
         exits: ends of ranks.
         limits: use of resources that have a limit.
         memory: memory of ranks, devices and hosts over the run.
@@ -165,6 +167,7 @@ class JobFacts:
     compile_s: float | None = None
     loader: LoaderFacts | None = None
     workers: WorkerHistory = field(default_factory=WorkerHistory)
+    growing: Mapping[int, Sequence[GrowingObjects]] = field(default_factory=dict)
     exits: tuple[RankExit, ...] = ()
     limits: tuple[ResourceUse, ...] = ()
     memory: MemoryHistory = field(default_factory=MemoryHistory)
@@ -242,6 +245,7 @@ class JobFactsBuilder:
         self.state = "running"
         self.limits, self.lines, self.memory = UseHistory(), LineCounts(), MemoryHistory()
         self.workers = WorkerHistory()
+        self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
         self.skipped = SkippedSteps()
         self.steps_before: dict[int, int] = {}
         """Steps of each rank in the training that it resumes."""
@@ -283,6 +287,8 @@ class JobFactsBuilder:
             self.steps_before[rank] = row["before"]
         elif kind == "stopped" and (stop := stop_of(row)) is not None:
             self.stops.setdefault(rank, []).append(stop)
+        elif kind == "growth":
+            self.growing[rank] = growing_of(row)
         elif kind == "input":
             self.batches.input(rank, row)
         elif kind == "reductions":
@@ -382,6 +388,7 @@ class JobFactsBuilder:
             compile_s=known.get("compile_s"),
             loader=self._loaders[0] if self._loaders else None,
             workers=self.workers,
+            growing=dict(self.growing),
             limits=self.limits.uses(),
             memory=self.memory,
             lines=LazyLines(self.lines, self.names),

@@ -10,6 +10,7 @@ from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
 from traceml.diagnosis.facts.resource_use import SOON_S
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.memory.growth_causes import growth_cause
 from traceml.diagnosis.memory.worker_copies import copied_objects, grown_workers
 from traceml.formatting import bytes_text, count_text, duration_text, plural, ranks_text
 
@@ -44,6 +45,9 @@ _ADVICE = {
         "of it."
     ),
 }
+
+
+_MAY_END = " The data is read for the first time: a cache that fills looks the same."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +85,17 @@ def _finding(
     room = _room(facts, kind, rank, device, by_kind)
     workers = facts.workers.workers(rank, device) if kind is MemoryKind.WORKERS else 0
     copied = copied_objects(facts, rank, device) if workers else None
+    cause = None if workers or kind is MemoryKind.PINNED else growth_cause(facts, rank, growth.bytes_per_step)
+    why = copied or cause
+    is_open = _in_first_pass(facts) and copied is None and (cause is None or cause.is_cache)
     grown = grown_workers(workers, growth) if workers else _grown(facts, kind, rank, growth)
     ranks = () if len(found) >= facts.world_size else tuple(sorted(found))
     return Finding(
         kind=Kind.MEMORY_LEAK,
-        severity=_severity(facts, room, certain=copied is not None),
+        severity=_severity(room, is_open=is_open),
         ranks=ranks,
-        summary=f"{grown}{_full(room)}{copied.text if copied else _maybe(facts)}",
-        next=copied.action if copied else _ADVICE[kind],
+        summary=f"{grown}{_full(room)}{why.text if why else ''}{_MAY_END if is_open else ''}",
+        next=why.action if why else _ADVICE[kind],
         evidence={
             "memory": str(kind),
             "bytes_per_step": growth.bytes_per_step,
@@ -97,18 +104,18 @@ def _finding(
             "now_bytes": growth.now_bytes,
             "since_step": growth.since_step,
             **({"workers": workers} if workers else {}),
-            **(copied.evidence if copied else {}),
+            **(why.evidence if why else {}),
             **({} if room is None else {"left_s": room.left_s, "left_steps": room.left_steps}),
             **({} if room is None else {"limit_bytes": room.total_bytes}),
         },
     )
 
 
-def _severity(facts: JobFacts, room: _Room | None, *, certain: bool) -> Severity:
+def _severity(room: _Room | None, *, is_open: bool) -> Severity:
     if room is not None and room.left_s <= SOON_S:
         return Severity.CRITICAL
 
-    return Severity.INFO if _in_first_pass(facts) and not certain else Severity.WARNING
+    return Severity.INFO if is_open else Severity.WARNING
 
 
 def _in_first_pass(facts: JobFacts) -> bool:
@@ -176,7 +183,3 @@ def _full(room: _Room | None) -> str:
         f" At this rate the {room.of} {bytes_text(room.total_bytes)} are full in {duration_text(room.left_s)} "
         f"({plural(int(room.left_steps), 'step')})."
     )
-
-
-def _maybe(facts: JobFacts) -> str:
-    return " The data is read for the first time: a cache that fills looks the same." if _in_first_pass(facts) else ""

@@ -1,0 +1,59 @@
+"""Containers of the script that grew while memory did, as a rank saw them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["GrowingObjects", "growing_of"]
+
+LEAST_SHARE = 0.3
+"""A container explains growth if its new elements are at least this share of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowingObjects:
+    """A container, or a tensor with its graph; see `recorder.growth.held_objects`.
+
+    Attributes:
+        path: expression that reaches it.
+        file, line, function: the code with the variable; the line that adds to it, where only one does.
+        kind: its type; `graph` for a tensor, `lru_cache` for a cached function.
+        count: elements, or operations of the graph.
+        per_step: how many came in a step.
+        item_bytes: size of an element.
+        holds_graph: whether the elements hold the graph of their computation.
+        of_dataset: whether a data set holds it.
+    """
+
+    path: str
+    file: str
+    function: str
+    kind: str
+    count: int
+    per_step: float
+    item_bytes: int
+    line: int | None = None
+    holds_graph: bool = False
+    of_dataset: bool = False
+
+    def explains(self, bytes_per_step: float) -> bool:
+        """Return whether it explains a growth of memory; the size of a graph is not known."""
+        counts = self.per_step > 0 or self.kind == "graph"
+        return counts and (self.holds_graph or self.per_step * self.item_bytes >= LEAST_SHARE * bytes_per_step)
+
+
+_FIELDS = {field.name for field in fields(GrowingObjects)}
+
+
+def growing_of(row: Mapping[str, Any]) -> tuple[GrowingObjects, ...]:
+    """Return the containers of a row `growth` of the `info` log, those with graphs first; damaged ones are left out."""
+    found = []
+    for each in row.get("grown") or ():
+        try:
+            found.append(GrowingObjects(**{name: value for name, value in each.items() if name in _FIELDS}))
+        except (AttributeError, TypeError):
+            continue
+
+    return tuple(found)

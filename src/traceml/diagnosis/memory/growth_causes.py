@@ -1,0 +1,84 @@
+"""Containers of the script that explain a growth of memory, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from traceml.diagnosis.facts.growing_objects import GrowingObjects
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.formatting import count_text, line_text
+
+__all__ = ["GrowthCause", "growth_cause"]
+
+
+class GrowthCause(NamedTuple):
+    """A container that explains a growth of memory.
+
+    Attributes:
+        text: sentence about it.
+        action: what to do.
+        evidence: its path, type, rate and line.
+        is_cache: whether a data set holds it, so that it may stop growing.
+    """
+
+    text: str
+    action: str
+    evidence: Mapping[str, Any]
+    is_cache: bool
+
+
+def growth_cause(facts: JobFacts, rank: int, bytes_per_step: float) -> GrowthCause | None:
+    """Return the container that explains the growth of a rank's memory; None where none does."""
+    found = next((each for each in facts.growing.get(rank, ()) if each.explains(bytes_per_step)), None)
+    if found is None:
+        return None
+
+    evidence = {
+        "container": found.path,
+        "container_type": found.kind,
+        "elements": found.count,
+        "elements_per_step": found.per_step,
+        "holds_graph": found.holds_graph,
+        "file": found.file,
+        "function": found.function,
+        **({} if found.line is None else {"line": found.line}),
+    }
+    return GrowthCause(_text(found), _action(found), evidence, found.of_dataset and not found.holds_graph)
+
+
+def _where(found: GrowingObjects) -> str:
+    if found.line is None:
+        return f" (in {found.function}, {PurePath(found.file).name})"
+
+    return f" (added to in {line_text(found.file, found.line, found.function)})"
+
+
+def _text(found: GrowingObjects) -> str:
+    if found.kind == "graph":
+        return (
+            f" The tensor {found.path}{_where(found)} has a graph of {count_text(found.count)} operations in a "
+            "row, which gets longer in each step."
+        )
+
+    kind = "cache of" if found.kind == "lru_cache" else found.kind
+    rate = f"{found.per_step:.3g}"
+    holds = ", each of which holds the graph of its step" if found.holds_graph else ""
+    return (
+        f" Meanwhile the {kind} {found.path}{_where(found)} has got {rate} element{'' if rate == '1' else 's'} per "
+        f"step{holds}; it has {count_text(found.count)}."
+    )
+
+
+def _action(found: GrowingObjects) -> str:
+    if found.kind == "graph":
+        return f"Add loss.item() or loss.detach() to {found.path}: a sum of losses holds the graphs of all steps."
+
+    if found.holds_graph:
+        return f"Add loss.item() or loss.detach() to {found.path}: the tensor itself holds all of its graph."
+
+    if found.kind == "lru_cache":
+        return f"Give the cache of {found.path} a maxsize that fits into memory."
+
+    return f"Clear {found.path} now and then, bound its length (collections.deque with maxlen), or keep less per step."

@@ -1,0 +1,55 @@
+"""Line of the user's code that adds to a variable, where only one line does."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["AddingLine", "line_that_adds"]
+
+_MAX_LINES = 20_000
+_METHODS = "append|appendleft|extend|add|insert|update|setdefault"
+_FUNCTION = re.compile(r"(\s*)(?:async\s+)?def\s+(\w+)")
+
+
+class AddingLine(NamedTuple):
+    """A line, and the function that it is in."""
+
+    number: int
+    function: str
+
+
+def line_that_adds(file: str, path: str) -> AddingLine | None:
+    """Return the only line of a file that adds to a container; None without one, or with several.
+
+    Args:
+        file: the user's file.
+        path: expression that reaches the container; its last name is searched.
+    """
+    name = re.sub(r"\[.*\]$", "", path).rpartition(".")[2]
+    before = r"\." if "." in path else r"(?<![\w.])"
+    element = r"\s*(?:\[[^\]]*\]\s*)"
+    adds = re.compile(
+        rf"{before}{re.escape(name)}(?:{element}?\.\s*(?:{_METHODS})\s*\(|{element}=(?!=)|{element}?\+=)"
+        rf"|(?<![\w.]){re.escape(path)}\s*=\s*{re.escape(path)}\s*\+"
+    )
+    lines = linecache.getlines(file)[:_MAX_LINES]
+    found = [number for number, line in enumerate(lines, 1) if adds.search(line.partition("#")[0])]
+    return AddingLine(found[0], _function_of(lines, found[0])) if len(found) == 1 else None
+
+
+def _function_of(lines: Sequence[str], number: int) -> str:
+    indent = _indent(lines[number - 1])
+    for line in reversed(lines[: number - 1]):
+        if line.strip() and _indent(line) < indent:
+            indent = _indent(line)
+            if match := _FUNCTION.match(line):
+                return match[2]
+
+    return "<module>"
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())

@@ -1,0 +1,157 @@
+"""Watch over the rank's memory: when it grows for long, it looks twice which containers of the script grow."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from traceml.clock import monotonic_ns
+from traceml.database.schema import Slot
+from traceml.samplers.procfs import ProcFile
+
+if TYPE_CHECKING:
+    from traceml.recorder.growth.held_objects import HeldObjects
+
+__all__ = ["GrowthWatch"]
+
+INTERVAL_NS = 10**9
+"""Time between two readings of memory."""
+BETWEEN_NS = 2 * 10**9
+"""Time between two looks at the containers, at least; they are at least 10 steps apart, too."""
+LEAST_GROWN_BYTES = 16 << 20
+"""Growth over the kept readings from which on containers are looked at."""
+MAX_LOOKS = 6
+_LEAST_STEPS = 10
+_READINGS = 12
+_FIRST_PAUSE_NS = 20 * 10**9
+_LONG_CHAIN, _STEADY_SHARE = 30, 0.9
+_TOLD = 5  # growing containers that are told
+
+
+class _First(NamedTuple):
+    """A look, to be compared with a later one."""
+
+    at_ns: int
+    step: int
+    cost_ns: int
+    containers: dict[tuple[str, int], HeldObjects]
+
+
+class GrowthWatch:
+    """Called in each turn of the recorder's thread.
+
+    Args:
+        slots: open slots of the flight file.
+        thread: returns the id of the training thread.
+        is_user: tells the user's code.
+        note: takes (kind, facts): a row of `info`.
+        now: returns a monotonic time in nanoseconds.
+    """
+
+    def __init__(
+        self,
+        slots: Any,
+        thread: Callable[[], int],
+        is_user: Callable[[FrameType], bool],
+        note: Callable[..., None],
+        now: Callable[[], int] = monotonic_ns,
+    ) -> None:
+        self._slots, self._thread, self._is_user, self._note = slots, thread, is_user, note
+        self._now = now
+        self._statm = ProcFile("/proc/self/statm", 128)
+        self._page_bytes = os.sysconf("SC_PAGE_SIZE")
+        self._readings: list[int] = []
+        self._due_ns = 0
+        self._first: _First | None = None
+        self._looks = 0
+        self._pause_ns = _FIRST_PAUSE_NS
+
+    def __call__(self, last: bool) -> None:
+        """Read memory, and look at the containers when it has grown."""
+        now, step = self._now(), self._slots[Slot.STEP]
+        if last:
+            self._statm.close()
+            return
+
+        if now < self._due_ns or step < _LEAST_STEPS or self._looks >= MAX_LOOKS:
+            return
+
+        self._due_ns = now + INTERVAL_NS
+        if self._first is not None:
+            self._look_again(now, step, self._first)
+            return
+
+        self._readings = [*self._readings, self._read_bytes()][-_READINGS:]
+        if _grows(self._readings):
+            began = time.thread_time_ns()
+            containers = self._look()
+            self._first = _First(now, step, time.thread_time_ns() - began, containers)
+
+    def _look(self) -> dict[tuple[str, int], HeldObjects]:
+        from traceml.recorder.growth.held_objects import look  # a healthy rank does not pay for it
+
+        return look(sys._current_frames().get(self._thread()), self._is_user)
+
+    def _look_again(self, now: int, step: int, first: _First) -> None:
+        at_ns, at_step, cost_ns, before = first
+        if now - at_ns < BETWEEN_NS or step - at_step < _LEAST_STEPS:
+            return
+
+        began = time.thread_time_ns()
+        after = self._look()
+        steps = step - at_step
+        grown = [
+            _described(held, before[key].size, steps)
+            for key, held in after.items()
+            if key in before and _has_grown(before[key], held, steps)
+        ]
+        cost_ns += time.thread_time_ns() - began
+        grown.sort(key=lambda each: (not each["holds_graph"], -each["per_step"] * each["item_bytes"]))
+        self._note("growth", step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_TOLD])
+        self._first, self._readings = None, []
+        self._looks += 1
+        self._due_ns, self._pause_ns = now + self._pause_ns, 2 * self._pause_ns
+
+    def _read_bytes(self) -> int:
+        """Return resident memory, and what torch has allocated on devices."""
+        resident = int(self._statm.read().split(None, 2)[1]) * self._page_bytes
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        if cuda is None or not cuda.is_initialized():
+            return resident
+
+        return resident + sum(int(cuda.memory_allocated(device)) for device in range(cuda.device_count()))
+
+
+def _grows(readings: list[int]) -> bool:
+    """Return whether the lowest reading of each third is above that of the one before."""
+    if len(readings) < _READINGS // 2:
+        return False
+
+    third = len(readings) // 3
+    first, second, last = (min(readings[at : at + third]) for at in (0, third, len(readings) - third))
+    return first < second < last and last - first >= LEAST_GROWN_BYTES
+
+
+def _has_grown(before: HeldObjects, after: HeldObjects, steps: int) -> bool:
+    from traceml.recorder.growth.held_objects import MAX_CHAIN
+
+    if after.kind != "graph":
+        return after.size > before.size
+
+    # The graph of one step may be longer than that of another; that of all steps gets longer with each.
+    is_long = before.size >= max(_LONG_CHAIN, steps)
+    return after.size >= MAX_CHAIN or (is_long and after.size - before.size >= _STEADY_SHARE * steps)
+
+
+def _described(held: HeldObjects, before: int, steps: int) -> dict[str, Any]:
+    from traceml.recorder.growth.growing_lines import line_that_adds
+
+    facts = held._asdict()
+    facts["count"] = facts.pop("size")
+    line = line_that_adds(held.file, held.path)
+    where = {} if line is None else {"line": line.number, "function": line.function}
+    return facts | {"per_step": round((held.size - before) / steps, 4), **where}

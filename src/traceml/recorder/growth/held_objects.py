@@ -1,0 +1,218 @@
+"""Containers that the script's variables reach, with their sizes: a short look from another thread.
+
+Only variables of the training thread's frames in the user's code, globals of these files, and attributes a few levels
+below are visited, for some milliseconds at most. Nothing is kept but counts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from types import FrameType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+from traceml.privacy import secrets_only
+
+__all__ = ["HeldObjects", "look"]
+
+BUDGET_NS = 8_000_000
+"""CPU time after which a look ends."""
+_MAX_VISITED = 4000
+_MAX_DEPTH = 4
+_MAX_FIELDS = 64
+_MAX_FRAMES = 20
+MAX_CHAIN = 8000
+"""Operations of a graph that are followed."""
+_MAX_PATH = 80
+_LEAST = 8  # smaller containers are not counted
+_CO_OPTIMIZED = 0x1  # inspect.CO_OPTIMIZED: the code of a function
+_LISTS = (list, deque, tuple)
+_NOT_ENTERED = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, FrameType)
+
+
+class HeldObjects(NamedTuple):
+    """A container, or a tensor with its graph, that a variable reaches.
+
+    Attributes:
+        path: expression that reaches it: `losses`, `self.history`, `metrics['loss']`.
+        file, function: the code whose variable the path begins with.
+        kind: its type; `graph` for a tensor, `lru_cache` for a cached function.
+        size: its elements, or the operations in the graph.
+        item: type of its newest element.
+        item_bytes: size of that, as far as it is known without walking far.
+        holds_graph: whether the element is a tensor that holds the graph of its computation.
+        of_dataset: whether a data set holds it.
+    """
+
+    path: str
+    file: str
+    function: str
+    kind: str
+    size: int
+    item: str
+    item_bytes: int
+    holds_graph: bool
+    of_dataset: bool
+
+
+class _Place(NamedTuple):
+    value: Any
+    path: str
+    depth: int
+    frame: FrameType
+    of_dataset: bool
+
+
+def look(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> dict[tuple[str, int], HeldObjects]:
+    """Return the containers that the user's frames reach, by path and identity.
+
+    Args:
+        frame: the innermost frame of a thread.
+        is_user: tells the user's code.
+    """
+    until = time.thread_time_ns() + BUDGET_NS
+    found: dict[tuple[str, int], HeldObjects] = {}
+    places = deque(_roots(frame, is_user))
+    seen: set[int] = set()
+    while places and len(seen) < _MAX_VISITED and time.thread_time_ns() < until:
+        place = places.popleft()
+        if id(place.value) in seen:
+            continue
+
+        seen.add(id(place.value))
+        try:
+            held = _held(place)
+            if held is not None:
+                # A sum of losses is another tensor in each step.
+                found[place.path, 0 if held.kind == "graph" else id(place.value)] = held
+
+            if place.depth < _MAX_DEPTH:
+                places.extend(_inside(place))
+        except Exception:  # noqa: BLE001, S112 - code of the user's classes, or a container that changes meanwhile
+            continue
+
+    return found
+
+
+def _roots(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[_Place]:
+    files: set[str] = set()
+    for _ in range(_MAX_FRAMES):
+        if frame is None:
+            return
+
+        if is_user(frame):
+            for name, value in _variables(frame).items():
+                yield _Place(value, name, 0, frame, of_dataset=False)
+
+            if frame.f_code.co_filename not in files:
+                files.add(frame.f_code.co_filename)
+                for name, value in list(frame.f_globals.items()):
+                    if not name.startswith("__"):
+                        yield _Place(value, name, 0, frame, of_dataset=False)
+
+        frame = frame.f_back
+
+
+def _variables(frame: FrameType) -> dict[str, Any]:
+    """Return the local variables, and leave no reference to them behind."""
+    if not frame.f_code.co_flags & _CO_OPTIMIZED:
+        return {}  # a module's are its globals
+
+    if frame.f_trace is not None:  # a debugger may write its copy back
+        return {}
+
+    values = frame.f_locals
+    found = dict(values)
+    if type(values) is dict:  # before Python 3.13: a copy that the frame would keep to its end
+        values.clear()
+
+    return found
+
+
+def _held(place: _Place) -> HeldObjects | None:
+    value, kind = place.value, type(place.value).__name__
+    if _is_tensor(value):
+        length = _chain(value)
+        return _entry(place, "graph", length, value) if length >= _LEAST else None
+
+    if isinstance(value, (dict, set, *_LISTS)):
+        count = len(value)
+        return _entry(place, kind, count, _newest(value)) if count >= _LEAST and type(value) is not tuple else None
+
+    info = getattr(value, "cache_info", None) if callable(value) and hasattr(type(value), "cache_info") else None
+    return None if info is None else _entry(place, "lru_cache", int(info().currsize), None)
+
+
+def _entry(place: _Place, kind: str, count: int, item: Any) -> HeldObjects:
+    code = place.frame.f_code
+    path = secrets_only().mask_text(place.path[:_MAX_PATH])
+    item_type, size = type(item).__name__, _size(item)
+    return HeldObjects(
+        path, code.co_filename, code.co_name, kind, count, item_type, size, _holds_graph(item), place.of_dataset
+    )
+
+
+def _newest(value: Any) -> Any:
+    if isinstance(value, dict):
+        return next(reversed(value.values()), None)
+
+    return next(iter(value), None) if isinstance(value, set) else value[-1]
+
+
+def _inside(place: _Place) -> Iterator[_Place]:
+    value = place.value
+    if isinstance(value, _NOT_ENTERED) or _is_tensor(value):
+        return
+
+    if isinstance(value, dict):
+        for key, each in list(islice(value.items(), _MAX_FIELDS)):
+            if isinstance(key, str):
+                yield place._replace(value=each, path=f"{place.path}[{key!r}]", depth=place.depth + 1)
+    elif isinstance(value, _LISTS):
+        for number, each in enumerate(list(islice(value, 4))):
+            yield place._replace(value=each, path=f"{place.path}[{number}]", depth=place.depth + 1)
+    elif isinstance(fields := getattr(value, "__dict__", None), dict):
+        inner = place.of_dataset or hasattr(type(value), "__getitem__") or "Dataset" in type(value).__name__
+        is_library = type(value).__module__.partition(".")[0] in ("torch", "numpy", "traceml")
+        for name, each in list(islice(fields.items(), _MAX_FIELDS)):
+            if not is_library or name == "dataset":
+                yield place._replace(
+                    value=each, path=f"{place.path}.{name}", depth=place.depth + 1,
+                    of_dataset=inner and name != "dataset" if is_library else inner,
+                )  # fmt: skip
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _holds_graph(item: Any) -> bool:
+    """Return whether an element is a tensor with a graph, or a small tuple, list or dict that has one."""
+    parts = item.values() if isinstance(item, dict) else item if isinstance(item, _LISTS) else (item,)
+    return any(_is_tensor(part) and part.grad_fn is not None for part in islice(parts, 8))
+
+
+def _chain(tensor: Any) -> int:
+    """Return the operations of the graph, followed by the first input of each."""
+    node, length = tensor.grad_fn, 0
+    while node is not None and length < MAX_CHAIN:
+        length += 1
+        node = next((each for each, _ in node.next_functions if each is not None), None)
+
+    return length
+
+
+def _size(item: Any, depth: int = 2) -> int:
+    size = sys.getsizeof(item)
+    if _is_tensor(item):
+        return size + int(item.untyped_storage().nbytes())
+
+    if isinstance(item, (dict, *_LISTS)) and depth:
+        parts = list(islice(item.values() if isinstance(item, dict) else item, _MAX_FIELDS))
+        size += sum(_size(part, depth - 1) for part in parts) * max(len(item), 1) // max(len(parts), 1)
+
+    return size

@@ -1,0 +1,199 @@
+"""Looks at containers of a script whose memory grows."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from traceml.database.schema import OPEN_SLOTS, Slot
+from traceml.recorder.growth.growing_lines import line_that_adds
+from traceml.recorder.growth.growth_watch import GrowthWatch
+from traceml.recorder.growth.held_objects import HeldObjects, look
+
+SECOND = 10**9
+
+
+def is_here(frame: Any) -> bool:
+    return frame.f_code.co_filename == __file__
+
+
+class Tracker:
+    """An object of the user's with containers."""
+
+    def __init__(self) -> None:
+        self.history: list[torch.Tensor] = []
+
+
+class Photos:
+    """A data set with a cache."""
+
+    def __init__(self) -> None:
+        self.cache: dict[int, torch.Tensor] = {}
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.cache.setdefault(index, torch.zeros(100))
+
+
+@cache
+def cached(number: int) -> list[int]:
+    return [number]
+
+
+def by_path(found: dict[Any, HeldObjects]) -> dict[str, HeldObjects]:
+    return {held.path: held for held in found.values()}
+
+
+def test_containers_of_variables_and_their_attributes_are_seen() -> None:
+    """Lists, dicts, deques and caches, with what they hold; short ones are not."""
+    weight = torch.ones(3, requires_grad=True)
+    losses = [(weight * 2).sum() for _ in range(10)]
+    metrics = {"loss": deque(range(20))}
+    tracker, photos, short = Tracker(), Photos(), [1, 2]
+    tracker.history += [torch.zeros(1000) for _ in range(9)]
+    for number in range(12):
+        photos[number], cached(number)
+
+    found = by_path(look(sys._getframe(), is_here))
+
+    assert (found["losses"].size, found["losses"].holds_graph, found["losses"].item) == (10, True, "Tensor")
+    assert (found["metrics['loss']"].size, found["metrics['loss']"].kind) == (20, "deque")
+    assert found["tracker.history"].size == 9
+    assert not found["tracker.history"].holds_graph
+    assert 4000 <= found["tracker.history"].item_bytes < 5000
+    assert found["photos.cache"].of_dataset
+    assert not found["tracker.history"].of_dataset
+    assert found["cached"].kind == "lru_cache"
+    assert "short" not in found
+    assert found["losses"].function == "test_containers_of_variables_and_their_attributes_are_seen"
+    assert (len(losses), len(metrics), len(short)) == (10, 1, 2)
+
+
+def test_a_look_leaves_no_references_behind() -> None:
+    """A variable that the other thread deletes afterwards is gone at once."""
+    ready, seen, gone = threading.Event(), threading.Event(), threading.Event()
+    freed: list[bool] = []
+
+    class Batch:
+        def __del__(self) -> None:
+            gone.set()
+
+    def train() -> None:
+        batch = Batch()
+        ready.set()
+        seen.wait(30)
+        del batch
+        freed.append(gone.is_set())
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    ready.wait(30)
+    look(sys._current_frames()[thread.ident or 0], is_here)
+    seen.set()
+    thread.join(30)
+
+    assert freed == [True]
+
+
+def test_a_sum_of_losses_has_a_long_graph() -> None:
+    """A tensor with the graphs of all steps is seen with the operations in a row."""
+    weight = torch.ones(1, requires_grad=True)
+    total = torch.zeros(1)
+    for _ in range(100):
+        total = total + weight
+
+    held = by_path(look(sys._getframe(), is_here))["total"]
+
+    assert held.kind == "graph"
+    assert held.holds_graph
+    assert 100 <= held.size <= 102
+
+
+class Watched:
+    """A watch over this thread, with a clock and steps that the test moves."""
+
+    def __init__(self) -> None:
+        self.notes: list[dict[str, Any]] = []
+        self.slots = [0] * OPEN_SLOTS
+        self.at_ns = 0
+        ident = threading.get_ident()
+        self.watch = GrowthWatch(self.slots, lambda: ident, is_here, self.note, lambda: self.at_ns)
+
+    def note(self, kind: str, **facts: Any) -> None:
+        self.notes.append({"kind": kind, **facts})
+
+    def turn(self) -> None:
+        self.at_ns += SECOND
+        self.slots[Slot.STEP] += 10
+        self.watch(last=False)
+
+
+def test_the_list_that_grows_with_memory_is_noted() -> None:
+    """Twelve turns later, once: its rate per step, its line, and the cost of looking."""
+    watched, kept = Watched(), []
+    for _ in range(16):
+        kept.extend(bytearray(1 << 20) for _ in range(10))
+        watched.turn()
+
+    (note,) = watched.notes
+    (grown,) = [each for each in note["grown"] if each["path"] == "kept"]
+    assert (note["kind"], grown["kind"], grown["per_step"]) == ("growth", "list", 1.0)
+    assert grown["function"] == "test_the_list_that_grows_with_memory_is_noted"
+    assert "kept.extend" in Path(__file__).read_text().splitlines()[grown["line"] - 1]
+    assert grown["item_bytes"] >= 1 << 20
+    assert note["cost_ms"] < 1000
+
+
+def test_level_memory_is_not_looked_into() -> None:
+    """A list of numbers grows, memory does not."""
+    watched, numbers = Watched(), []
+    for number in range(40):
+        numbers += [number]
+        watched.turn()
+
+    assert watched.notes == []
+
+
+CODE = """class Tracker:
+    def keep(self, out):
+        self.history.append(out)  # losses.append(1)
+
+def main():
+    losses.append(1)
+    more.append(1)
+    more.append(2)
+    metrics["loss"].append(3)
+    total = total + loss
+    table[key] = value
+    if table[key] == value:
+        seen.add(1)
+    count += 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("losses", (6, "main")),
+        ("trainer.history", (3, "keep")),
+        ("more", None),
+        ("metrics['loss']", (9, "main")),
+        ("total", (10, "main")),
+        ("table", (11, "main")),
+        ("seen", (13, "main")),
+        ("count", (14, "main")),
+        ("absent", None),
+    ],
+)
+def test_a_line_is_told_only_where_it_is_the_only_one(tmp_path: Path, path: str, line: tuple[int, str] | None) -> None:
+    """Comments and comparisons do not count."""
+    file = tmp_path / "train.py"
+    file.write_text(CODE)
+
+    assert line_that_adds(str(file), path) == line
