@@ -6,7 +6,13 @@ Runs in any Python program. A part is imported when one of its names is used fir
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from traceml.traces.query.lazy import open  # noqa: A004 - `traces.open`, as in gzip
+    from traceml.traces.reader.reading import read
+    from traceml.traces.reader.trace_files import discover
+    from traceml.traces.writer.writer import Writer
 
 # Names that users take from here, and the modules that they live in.
 _HOMES = {

@@ -39,7 +39,7 @@ def run_function(
     func_args: Sequence[Any],
     func_kwargs: Mapping[str, Any],
     log_handlers: Any,
-) -> LaunchResult:
+) -> LaunchResult[Any]:
     """Run a function on every worker; see `traceml.launch`."""
     main_script.refuse_in_spawned()
     main_script.pickle_by_value()
@@ -78,7 +78,7 @@ def _run(
     call: SerializedValue | None = None,
     script: Mapping[str, Any] | None = None,
     tracing: Tracing | None = None,
-) -> LaunchResult:
+) -> LaunchResult[Any]:
     spec = _job_spec(options, call, script)
     log_folder = functools.cache(lambda: new_log_folder(os.environ))  # reads the settings, once agents are started
 

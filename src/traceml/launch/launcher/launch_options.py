@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Generic, Literal, TypeVar
 
 from traceml.errors import ResultNotFoundError, UsageError
 
@@ -30,20 +30,23 @@ DEFAULT_ENV_VARS: tuple[str, ...] = (
 )
 """Variables (fnmatch patterns) that workers of other hosts get from the launcher's environment."""
 
+T = TypeVar("T")
+"""Result of the function on one worker."""
+
 _BACKENDS = ("nccl", "gloo", "mpi", "ucc", "auto", None)
 
 
 @dataclass(frozen=True)
-class LaunchResult:
-    """Results of the workers of a launch.
+class LaunchResult(Generic[T]):
+    """Results of the workers of a launch; `LaunchResult[float]` where the function returns a float.
 
     Attributes:
         results: by hostname (as given to `launch`), then by local rank.
     """
 
-    results: dict[str, list[Any]]
+    results: dict[str, list[T]]
 
-    def rank(self, i: int) -> Any:
+    def rank(self, i: int) -> T:
         """Return the result of rank `i`.
 
         Raises:
@@ -55,7 +58,7 @@ class LaunchResult:
 
         return values[i]
 
-    def index(self, hostname: str, local_rank: int) -> Any:
+    def index(self, hostname: str, local_rank: int) -> T:
         """Return the result of one worker of a host.
 
         Raises:

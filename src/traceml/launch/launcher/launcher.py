@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from traceml.errors import UsageError
 from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchOptions, LaunchResult
 
 __all__ = ["Launcher", "launch"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -19,11 +21,11 @@ class Launcher(LaunchOptions):
 
     def run(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., T],
         func_args: Sequence[Any] | None = (),
         func_kwargs: Mapping[str, Any] | None = None,
         log_handlers: Any = "auto",
-    ) -> LaunchResult:
+    ) -> LaunchResult[T]:
         """Run a function on every worker of every host; see `launch`."""
         from traceml.launch.launcher.assembly import run_function
 
@@ -41,7 +43,7 @@ class Launcher(LaunchOptions):
 
 
 def launch(
-    func: Callable[..., Any],
+    func: Callable[..., T],
     func_args: Sequence[Any] | None = (),
     func_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -58,7 +60,7 @@ def launch(
     trace: bool = False,
     python: str | None = None,
     cpu_affinity: bool = True,
-) -> LaunchResult:
+) -> LaunchResult[T]:
     """Run a function on every worker of every host, and return the results.
 
     Workers are processes with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, in one
