@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from traceml.recorder.current import is_enabled
     from traceml.recorder.lifecycle import shutdown
     from traceml.recorder.recorder import Recorder
+    from traceml.runs.find import RunInfo
+    from traceml.runs.run import runs
+    from traceml.session.run_summary import summary
     from traceml.session.startup import init
     from traceml.settings import Settings
     from traceml.tasks.handle import TaskHandle
@@ -90,6 +93,9 @@ _NAMES = {
     "traceml.recorder.current": "is_enabled",
     "traceml.recorder.lifecycle": "shutdown",
     "traceml.recorder.recorder": "Recorder",
+    "traceml.runs.find": "RunInfo",
+    "traceml.runs.run": "runs",
+    "traceml.session.run_summary": "summary",
     "traceml.session.startup": "init",
     "traceml.settings": "Settings",
     "traceml.tasks.handle": "TaskHandle",
@@ -138,6 +144,7 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "Recorder",
     "ResultNotFoundError",
     "Run",
+    "RunInfo",
     "RunNotFoundError",
     "Runtime",
     "RuntimeClosedError",
@@ -176,12 +183,14 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "log_text",
     "phase",
     "register",
+    "runs",
     "set_default_runtime",
     "set_step",
     "shutdown",
     "start_logging",
     "stop_logging",
     "stream_handler",
+    "summary",
     "sync",
     "trace",
     "trace_data",
@@ -199,6 +208,13 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(home), name)
     globals()[name] = value  # the next access does not call this function
     return value
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Add the cell magic `%%traceml`; IPython calls this for `%load_ext traceml`."""
+    from traceml.session.notebook_magics import register
+
+    register(shell)
 
 
 def __dir__() -> list[str]:

@@ -28,6 +28,19 @@ for step in range(60):
 """
 
 
+_MORE = (
+    "traceml.load_run(run.run_dir).verdict",
+    "%load_ext traceml",
+    """%%traceml second
+for step in range(40):
+    net(torch.randn(16, 8)).square().mean().backward()
+    optimizer.step()
+""",
+    "print([(each.name, each.state) for each in traceml.runs()])",
+    "%%traceml\n1 / 0",
+)
+
+
 class _Kernel(AsyncKernelManager):
     """This interpreter as the kernel, whichever kernels are installed for others."""
 
@@ -43,11 +56,15 @@ def notebook(tmp_path_factory):
     import nbclient
     import nbformat
 
-    cells = [_TRAIN, "run.show()", "traceml.shutdown()", "traceml.load_run(run.run_dir)"]
+    cells = [_TRAIN, "run.show()", "traceml.shutdown()", "traceml.load_run(run.run_dir)", *_MORE]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     folder = tmp_path_factory.mktemp("notebook")
     client = nbclient.NotebookClient(
-        notebook, timeout=60, kernel_manager_class=_Kernel, resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=60,
+        allow_errors=True,
+        kernel_manager_class=_Kernel,
+        resources={"metadata": {"path": str(folder)}},
     )
     return client.execute()
 
@@ -101,6 +118,35 @@ def test_there_is_text_for_who_cannot_draw(notebook):
     data = next(output["data"] for output in notebook.cells[1]["outputs"] if "data" in output)
 
     assert "60 steps" in data["text/plain"]
+
+
+@pytest.mark.process
+def test_a_verdict_is_drawn_as_a_card(notebook):
+    """`run.verdict` at the end of a cell is HTML, with text for who cannot draw, and no dataclass."""
+    data = notebook.cells[4]["outputs"][0]["data"]
+
+    assert '<section class="card verdict' in data["text/html"]
+    assert "Finding(" not in data["text/plain"]
+    assert "\nNext: " in data["text/plain"]
+
+
+@pytest.mark.process
+def test_the_magic_traces_its_cell(notebook):
+    """`%%traceml NAME` makes a run of the cell, and draws it below."""
+    assert notebook.cells[5]["outputs"] == []
+    assert "<svg" in _html(notebook.cells[6])
+    assert (
+        "40 steps" in next(output for output in notebook.cells[6]["outputs"] if "data" in output)["data"]["text/plain"]
+    )
+    assert "('second', 'finished')" in notebook.cells[7]["outputs"][0]["text"]
+
+
+@pytest.mark.process
+def test_the_magic_shows_the_error_of_its_cell(notebook):
+    """The exception is the cell's output, once."""
+    kinds = [output.get("ename") for output in notebook.cells[8]["outputs"]]
+
+    assert kinds.count("ZeroDivisionError") == 1
 
 
 def test_outside_a_notebook_it_is_text(tmp_path, capsys):

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
-from traceml.renderers.html.notebook_html import inline_html
+from traceml.diagnosis.findings import Finding
+from traceml.renderers.html.notebook_html import finding_html, inline_html
 from traceml.runs import run as stored
 from traceml.runs.report.report import full_report
 from traceml.runs.rows.digest import read_digest
@@ -67,11 +68,28 @@ def load_run(path: str | os.PathLike[str] | None = None) -> NotebookRun:
     Raises:
         RunNotFoundError: there is no such run.
     """
-    return NotebookRun(stored.load_run(path).path)
+    run = NotebookRun(stored.load_run(path).path)
+    if (shell := _shell()) is not None:
+        _draw_findings(shell)
+
+    return run
+
+
+def _draw_findings(shell: Any) -> None:
+    """Let a notebook draw `run.verdict` as a card, and a terminal of IPython write it as lines."""
+    formatters = shell.display_formatter.formatters
+    formatters["text/html"].for_type(Finding, finding_html)
+    formatters["text/plain"].for_type(
+        Finding, lambda finding, printer, _cycle: printer.text("\n".join(stored.finding_lines(finding)))
+    )
 
 
 def _in_notebook() -> bool:
     """Return whether this process is a notebook kernel, not a terminal."""
+    return getattr(_shell(), "kernel", None) is not None
+
+
+def _shell() -> Any:
+    """Return IPython's shell of this process; None outside of IPython."""
     ipython: Any = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and getattr(shell, "kernel", None) is not None
+    return ipython.get_ipython() if ipython is not None else None

@@ -17,11 +17,11 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import capitalized, sample_text
-from traceml.runs.find import find_run
+from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report
 
-__all__ = ["RecordArray", "Run", "load_run"]
+__all__ = ["RecordArray", "Run", "finding_lines", "load_run", "runs"]
 
 
 class RecordArray(np.ndarray):
@@ -95,6 +95,16 @@ class Run:
         """All findings, the verdict first."""
         return list(self._built().findings)
 
+    def summary(self) -> dict[str, float]:
+        """Return the run's numbers as one flat map, with the names that trackers get: `traceml/step_ms`, ….
+
+        Numbers that are not known are missing.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        return _numbers(self._built())
+
     def refresh(self) -> None:
         """Read the run again on the next use."""
         self._report = None
@@ -167,6 +177,39 @@ def load_run(path: str | os.PathLike[str] | None = None) -> Run:
     return Run(find_run(path, Path(load().runs_dir)))
 
 
+def runs(runs_dir: str | os.PathLike[str] | None = None) -> list[RunInfo]:
+    """Return the runs in a folder, the newest first.
+
+    Args:
+        runs_dir: the folder; by default the `runs_dir` of the settings.
+    """
+    from traceml.settings import load
+
+    return list_runs(Path(load().runs_dir if runs_dir is None else runs_dir))
+
+
+def _numbers(report: Report) -> dict[str, float]:
+    steps, verdict, time = report.steps, report.verdict, report.time
+    numbers: dict[str, float | None] = {
+        "traceml/steps": steps.count,
+        "traceml/step_ms": steps.mean_ms,
+        "traceml/step_p95_ms": steps.p95_ms,
+        "traceml/steps_per_s": steps.per_second,
+        "traceml/samples_per_s": steps.samples_per_second,
+        "traceml/cost_share": verdict.cost_share,
+        "traceml/speedup_if_fixed": verdict.speedup_if_fixed,
+        **{f"traceml/share/{phase.phase}": phase.share for phase in report.phases},
+        **{f"traceml/time/{part.part}": part.share for part in (time.parts if time is not None else ())},
+    }
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    """Return a finding as lines of text: kind, summary, advice."""
+    lines = [f"{finding.kind} ({finding.severity})", finding.summary]
+    return [*lines, f"Next: {finding.next}"] if finding.next else lines
+
+
 def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> RecordArray:
     columns = [("rank", "<i8"), *(field for field in rows.dtype.descr if field[0] != "stream")]
     table = np.empty(len(rows), columns)
@@ -179,10 +222,9 @@ def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> RecordArray:
 
 
 def _lines(report: Report) -> list[str]:
-    run, verdict, steps = report.run, report.verdict, report.steps
+    run, steps = report.run, report.steps
     lines = [f"{run.id}: {run.state}, {run.world_size} rank{'s' if run.world_size > 1 else ''}"]
-    lines.append(f"{verdict.kind} ({verdict.severity})")
-    lines += [verdict.summary, f"Next: {verdict.next}"]
+    lines += finding_lines(report.verdict)
     if steps.mean_ms is not None:
         lines.append(f"{steps.count} steps, mean {steps.mean_ms:.4g} ms, p99 {steps.p99_ms:.4g} ms")
 

@@ -21,7 +21,7 @@ from traceml.recorder.lifecycle import on_end
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
 
-__all__ = ["announce", "dismiss", "show_verdict"]
+__all__ = ["announce", "await_report", "dismiss", "show_verdict"]
 
 _log = logging.getLogger("traceml")
 
@@ -72,11 +72,7 @@ def show_verdict(run_dir: Path) -> None:
         _log.info("the report will be in %s on the host of the aggregator", run_dir)
         return
 
-    report = run_dir / "report.json"
-    until_s = time.monotonic() + _REPORT_WAIT_S
-    while not report.exists() and time.monotonic() < until_s:
-        time.sleep(0.02)
-
+    await_report(run_dir)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "traceml", "report", str(run_dir)],
@@ -88,6 +84,13 @@ def show_verdict(run_dir: Path) -> None:
         return
 
     _write(done.stdout)
+
+
+def await_report(run_dir: Path) -> None:
+    """Wait until the aggregator has written the report of an ended run, for at most 10 s."""
+    until_s = time.monotonic() + _REPORT_WAIT_S
+    while not (run_dir / "report.json").exists() and time.monotonic() < until_s:
+        time.sleep(0.02)
 
 
 def _show_at_end() -> None:
