@@ -80,7 +80,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
         popen = subprocess.Popen if script.startswith("ray") else partial(forked.Popen, forks=bool(launcher))
         process = popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],
-            env=environ(tmp_path, **own), cwd=tmp_path, text=True, start_new_session=True,
+            env=environ(tmp_path, TRACEML_QUIET="", **own), cwd=tmp_path, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         started.append(process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ from traceml.settings import load
 
 __all__ = ["main"]
 
+_ORDER = ("broken", "note", "ok")  # problems first
 _STYLES = {"ok": "green", "note": "yellow", "broken": "bold red"}
 EXIT_BROKEN = 3
 
@@ -33,6 +35,8 @@ class DoctorOptions:
 
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the findings as JSON and nothing else."""
+    settings: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Also print every setting with its value and its source."""
     backends: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Also check the trackers: versions, credentials (never their values), reachability."""
     hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...", help_behavior_hint="")] = ()
@@ -101,9 +105,10 @@ def _as_json(checks: list[Check], settings: list[Setting]) -> dict[str, object]:
 
 
 def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
-    checks = []
-    for check in _checks(options):
-        checks.append(check)
+    with console.status("checking") if console.is_terminal else nullcontext():
+        checks = list(_checks(options))
+
+    for check in sorted(checks, key=lambda each: _ORDER.index(each.state)):
         line = (
             Text()
             .append(f"{check.state:<7}", style=_STYLES[check.state])
@@ -113,7 +118,7 @@ def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
         if check.hint:
             console.print(Text(f"{'':<21}{printable(check.hint)}", style="dim"), soft_wrap=True)
 
-    if settings := _settings():
+    if options.settings and (settings := _settings()):
         console.print()
         _print_settings(console, settings)
 
