@@ -102,6 +102,37 @@ def test_few_samples_name_a_line_only_if_they_agree(of_it, besides, named):
     assert (blamed_line(lines, "other", 0.7) is not None) is named
 
 
+TORCH = "/lib/torch/optim/optimizer.py:1023 Optimizer.zero_grad"
+
+
+@pytest.mark.parametrize(
+    "clearing",
+    [
+        SampledLine(0, "other", "/home/me/train.py", 7, "train", TORCH, 40),
+        SampledLine(0, "other", "/home/me/optim.py", 9, "Optimizer.zero_grad", None, 40),
+    ],
+)
+def test_clearing_gradients_is_no_code_of_the_loop(clearing):
+    """By torch's optimizer or an own one; it stays a finding where it is the smaller part."""
+    forward = line("forward", "forward", 60)
+    window, kinds = window_of(ALONE, adds("other", 3)), {}
+    for rest in (4, 400):
+        lines = (clearing, line("other", "update_metric", rest), forward)
+        kinds[rest] = [each.kind for each in diagnose(window, JobFacts(lines=lines))]
+
+    assert Kind.RESIDUAL_HEAVY not in kinds[4]
+    assert Kind.RESIDUAL_HEAVY in kinds[400]
+
+
+def test_a_name_that_only_ends_like_it_counts():
+    """`my_zero_grad` is the user's own function."""
+    lines = (line("other", "my_zero_grad", 40), line("forward", "forward", 60))
+
+    assert Kind.RESIDUAL_HEAVY in [
+        each.kind for each in diagnose(window_of(ALONE, adds("other", 10)), JobFacts(lines=lines))
+    ]
+
+
 def test_lines_of_a_module_are_not_added():
     """A script without functions: one line has most of the phase, or none does and none is named."""
     forward = line("forward", "forward", 57)

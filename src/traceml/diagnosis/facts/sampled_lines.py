@@ -7,6 +7,7 @@ and if the phase is not in more samples than its share: then other phases hide c
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = [
     "SampledLine",
     "blamed_line",
     "busy_share",
+    "clearing_share",
     "import_share",
     "main_library",
     "outside_line",
@@ -50,6 +52,8 @@ OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 
 _USER = Phase.USER.label
 _MODULE = "<module>"
+_CLEARS = re.compile(r"\bzero_grad$")
+_FEWEST_CLEARING = 5  # it only lowers a cost
 _KEYS = ("phase", "line_id", "library_id")
 _SUMS = ("samples", "watched_ns", "cpu_ns")
 _WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
@@ -260,6 +264,19 @@ def busy_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int] =
     seen = [each for each in _seen_on(lines, ranks) if each.part == part]
     watched = sum(each.watched_ns for each in seen)
     return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
+
+
+def clearing_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of `other` in which gradients are cleared (`zero_grad`), by samples; 0 where that is not known.
+
+    Freeing large gradients takes time, and is no work of the user's loop.
+    """
+    seen = [each for each in lines if each.part == "other"]
+    total = sum(each.samples for each in seen)
+    clearing = sum(
+        each.samples for each in seen if any(_CLEARS.search(name) for name in (each.function, each.library) if name)
+    )
+    return clearing / total if total >= _FEWEST_CLEARING else 0.0
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line, iterator_share
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line, clearing_share, iterator_share
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import Advised, for_input
@@ -48,6 +48,10 @@ class _PhaseCost:
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
         return self.saved_ns >= least_cost_ns(self.step_ns, share)
+
+    def scaled(self, share: float) -> _PhaseCost:
+        """Return a share of it."""
+        return dataclasses.replace(self, removed=self.removed * share, saved_ns=self.saved_ns * share)
 
     @property
     def of_step(self) -> str:
@@ -143,6 +147,9 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         named = part not in ("other", "user")
         # A named phase explains its rare long steps; those of unnamed code are jitter.
         cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
+        if cost is not None and part == "other":
+            cost = cost.scaled(1 - clearing_share(facts.lines))
+
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
             line = cost.line(facts)
@@ -165,7 +172,7 @@ def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Find
     if whole is None:
         return None
 
-    cost = dataclasses.replace(whole, removed=whole.removed * share, saved_ns=whole.saved_ns * share)
+    cost = whole.scaled(share)
     if not cost.exceeds():
         return None
 
