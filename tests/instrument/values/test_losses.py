@@ -67,6 +67,26 @@ def test_losses_of_several_passes_are_added(traced: Traced) -> None:
     assert read(traced) == pytest.approx(dict(enumerate(expected)))
 
 
+@pytest.mark.parametrize(("passes", "new_loaders"), [(1, True), (2, True), (1, False)])
+def test_the_first_loss_of_an_epoch_is_its_own(traced: Traced, passes: int, new_loaders: bool) -> None:
+    """It is not added to the last one of the epoch before, whose step is still open then."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    data = TensorDataset(torch.randn(8 * passes, 4))
+    loader = DataLoader(data, batch_size=2)
+    expected = []
+    for _ in range(3):
+        for number, (x,) in enumerate(DataLoader(data, batch_size=2) if new_loaders else loader, 1):
+            loss = model(x).square().mean()
+            loss.backward()
+            expected.append(loss.item())
+            if number % passes == 0:
+                optimizer.step()
+
+    of_steps = [sum(expected[first : first + passes]) for first in range(0, len(expected), passes)]
+    assert read(traced) == pytest.approx(dict(enumerate(of_steps)))
+
+
 def test_the_step_of_a_change_to_nan_has_a_row(traced: Traced) -> None:
     """A loss that is not finite has a row at its first step, also among steps without rows."""
     train(400, bad=frozenset(range(320, 400)))

@@ -129,14 +129,18 @@ class LossReader:
         if tensor.numel() != 1:
             return
         if tensor.is_cpu:
-            self._add(self._clock.step, tensor.item())
+            self._add(self._step_now(), tensor.item())
         elif self._device.has(tensor):
             self._is_on_device = True
             self._clock.loss_mask = _SOME_STEPS
             self._collect()
             if self._free:
                 place = self._free.pop()
-                self._copies.append((self._clock.step, place, self._device.copy(tensor, place)))
+                self._copies.append((self._step_now(), place, self._device.copy(tensor, place)))
+
+    def _step_now(self) -> int:
+        """Return the step that is trained; one that waits for its end, as at the end of an epoch, is before it."""
+        return self._clock.step + self._clock.pending
 
     def _collect(self) -> None:
         """Take the copies that are complete."""
