@@ -24,7 +24,6 @@ from traceml.instrument.user import StepBlock, UserPhases
 __all__ = ["Instrumentation", "install"]
 
 Info = dict[str, Any]
-_FINGERPRINT_MASK = 255  # one batch in 256 has a fingerprint
 _log = logging.getLogger("traceml")
 
 
@@ -206,8 +205,8 @@ class Instrumentation:
         if self._losses is not None:
             self._losses.plan()
 
-        if not (clock.rows - 1) & _FINGERPRINT_MASK and self._batches is not None:
-            self._batches.plan(1)
+        if self._batches is not None:
+            self._batches.upkeep()
 
         if clock.reductions is not None:
             self._guarded(self._report_reductions)
@@ -401,7 +400,7 @@ class Instrumentation:
         self._report(loader_facts(loader))
 
     def _new_iterator(self) -> None:
-        self._batches.plan()
+        self._batches.begin_epoch()
         self._discovery.search_recent()
 
     def _report_input(self, tensor: Any) -> None:

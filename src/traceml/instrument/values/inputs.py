@@ -27,6 +27,7 @@ _WIDTH = 16  # entries of a container in which a tensor is looked for
 _NUMBERS = 16
 _DISTINCT = 4  # numbers that differ: batches of mostly zeros could be equal by chance
 _FIRST_BATCHES = 3
+_LATER_MASK = 255  # one batch in 256
 _STEPS_PER_FINGERPRINT = 192
 _FREE = 6
 _MASK = (1 << 63) - 1
@@ -46,7 +47,7 @@ class BatchReader:
         self._known = False
         self._taken = self._wanted = 0
         self._broken = False
-        self.plan()
+        self.begin_epoch()
 
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note the size of a forward's input."""
@@ -72,7 +73,16 @@ class BatchReader:
         except Exception as error:  # noqa: BLE001 - the user's containers may raise anything
             self._fail(error)
 
-    def plan(self, batches: int = _FIRST_BATCHES) -> None:
+    def begin_epoch(self) -> None:
+        """Take fingerprints of the first batches of a new iterator."""
+        self._plan(_FIRST_BATCHES)
+
+    def upkeep(self) -> None:
+        """Take the fingerprint of a batch from time to time; called every 64 rows."""
+        if not (self._clock.rows - 1) & _LATER_MASK:
+            self._plan(1)
+
+    def _plan(self, batches: int) -> None:
         """Take fingerprints of the next batches, if few have been taken so far."""
         clock = self._clock
         if self._broken or self._taken >= _FREE + clock.rows // _STEPS_PER_FINGERPRINT:
