@@ -87,6 +87,18 @@ def test_a_process_that_holds_the_gil_is_not_stopped(sleeper) -> None:
     assert process.communicate(timeout=60)[0] == ""
 
 
+def test_a_kernel_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the wait for cores a stop cannot be told from it, so nothing is noted, and nothing raises."""
+    rows: list[str] = []
+    meter = StopMeter({Slot.STEP_START: 0, Slot.STEP: -1}, lambda kind, **_: rows.append(kind))
+    monkeypatch.setattr("traceml.recorder.stop_meter.ProcFile", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+    meter.turn()
+    meter.slept(0.5, monotonic_ns() - 2_500_000_000)
+    meter.close()
+
+    assert rows == []
+
+
 @pytest.mark.parametrize(
     ("used", "noted"),
     [

@@ -27,7 +27,6 @@ _SHORTEST_S = 0.01
 _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
 _OFTEN = 3  # the first samples of lines come so many times as often
-_NO_STOPS = "it is no longer noted when the process is stopped"
 _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
 FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
@@ -167,11 +166,7 @@ class RecorderThread:
         began_ns = monotonic_ns()
         is_due = self._wake.wait(seconds)
         if self._stops is not None:
-            with fail_open(_log, "recorder", _NO_STOPS, level=logging.DEBUG):
-                self._stops.slept(seconds, began_ns)
-                return is_due
-
-            self._stops = None
+            self._stops.slept(seconds, began_ns)
 
         return is_due
 
@@ -185,7 +180,9 @@ class RecorderThread:
     def _turn(self) -> None:
         now = monotonic_ns()
         self._flight.beat(now)
-        self._begin_stops()
+        if self._stops is not None:
+            self._stops.turn()
+
         while self._calls:
             self._calls.popleft()()
 
@@ -211,16 +208,6 @@ class RecorderThread:
             if done - self._released[ring.name] >= _RELEASE_ROWS:
                 ring.release(max(self._released[ring.name], done - ring.capacity), done)
                 self._released[ring.name] = done
-
-    def _begin_stops(self) -> None:
-        if self._stops is None:
-            return
-
-        with fail_open(_log, "recorder", _NO_STOPS, level=logging.DEBUG):
-            self._stops.turn()
-            return
-
-        self._stops = None
 
     def _last_turn(self) -> None:
         self.scheduler.run_all(self._slots[Slot.STEP])

@@ -20,7 +20,8 @@ _MOST_SWITCHES = 20.0  # per second: a thread that waits for the GIL wakes 200 t
 class StopMeter:
     """Tells a stopped process from one that waits for a core, the GIL or memory, when a sleep lasted too long.
 
-    Whoever is stopped neither wakes nor waits for a core. All methods are for the thread that sleeps.
+    Whoever is stopped neither wakes nor waits for a core. All methods are for the thread that sleeps. Where the kernel
+    does not tell how long a thread waited for a core, nothing is noted.
 
     Args:
         slots: open-phase words of the flight file.
@@ -30,23 +31,19 @@ class StopMeter:
     def __init__(self, slots: Mapping[int, int] | Any, note: Callable[..., None]) -> None:
         self._slots, self._note = slots, note
         self._sched: ProcFile | None = None
-        self._before = (0, 0, 0)
+        self._before: tuple[int, int, int] | None = None
 
     def turn(self) -> None:
-        """Record what the thread has used so far; call at least once a second.
-
-        Raises:
-            OSError: the kernel does not tell.
-        """
+        """Record what the thread has used so far; call at least once a second."""
         self._before = self._used()
 
     def slept(self, asked_s: float, began_ns: int) -> None:
         """Check a sleep that began then and was to last so long; note it if the process was stopped."""
         late_ns = monotonic_ns() - began_ns - int(asked_s * 1e9)
-        if late_ns < _SHORTEST_NS:
+        if late_ns < _SHORTEST_NS or self._before is None or (used := self._used()) is None:
             return
 
-        core_wait_ns, switches, faults = (now - before for now, before in zip(self._used(), self._before, strict=True))
+        core_wait_ns, switches, faults = (now - before for now, before in zip(used, self._before, strict=True))
         if core_wait_ns > _MOST_CORE_WAIT * late_ns or switches > _MOST_SWITCHES * late_ns / 1e9 or faults:
             return
 
@@ -59,10 +56,13 @@ class StopMeter:
         if self._sched is not None:
             self._sched.close()
 
-    def _used(self) -> tuple[int, int, int]:
+    def _used(self) -> tuple[int, int, int] | None:
         """Return the thread's wait for cores (ns), voluntary switches, and page faults that read from a disk."""
-        if self._sched is None:
-            self._sched = ProcFile("/proc/thread-self/schedstat", 256)
+        try:
+            self._sched = self._sched or ProcFile("/proc/thread-self/schedstat", 256)
+            core_wait_ns = int(self._sched.read().split(None, 2)[1])
+        except (OSError, ValueError, IndexError):  # a kernel without these figures
+            return None
 
         usage = resource.getrusage(resource.RUSAGE_THREAD)
-        return int(self._sched.read().split(None, 2)[1]), usage.ru_nvcsw, usage.ru_majflt
+        return core_wait_ns, usage.ru_nvcsw, usage.ru_majflt
