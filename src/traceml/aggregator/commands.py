@@ -184,6 +184,8 @@ class Commands:
             for stream, look in silent.items():
                 take_look(run, stream, look)
 
+            run.commit(force=True)
+
         return stacks_reply(asked, query.answers, silent)
 
     async def _ask(self, streams: Sequence[Stream], name: str, args: dict[str, Any], limit_s: float) -> _RankQuery:

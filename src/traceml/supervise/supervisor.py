@@ -26,6 +26,7 @@ from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, Scrip
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
+_ENDING = {signal.SIGINT, signal.SIGTERM}
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
 
 
@@ -190,7 +191,7 @@ class Supervisor:
                 if "failures" in ready:
                     self._read_failures(ready["failures"].fd)
 
-                self._signals |= _pass_signals(process)
+                self._pass_signals(process)
                 self._aggregator.restart_if_dead()
                 if self._screen is not None:
                     self._screen.tick()
@@ -210,6 +211,16 @@ class Supervisor:
         for key in list(self._selector.get_map().values()):
             if key.data == "failures":
                 self._read_failures(key.fd)
+
+    def _pass_signals(self, process: subprocess.Popen[bytes]) -> None:
+        """Forward signals that were sent to this process only; the job receives those of the terminal itself."""
+        while (info := signal.sigtimedwait(FORWARDED_SIGNALS, 0)) is not None:
+            if info.si_signo in _ENDING and not self._signals & _ENDING:
+                self._aggregator.take_last_look()
+
+            self._signals.add(info.si_signo)
+            if info.si_code != _SI_KERNEL and process.poll() is None:
+                process.send_signal(info.si_signo)
 
     def _show(self, terminal: ScriptPipe, *, at_end: bool = False) -> bool:
         """Show what the script wrote; return whether there may be more."""
@@ -251,18 +262,3 @@ class Supervisor:
 def _output_pipe() -> ScriptPipe:
     """Return a replacement of the same kind for our standard output: a script may check for a terminal."""
     return PseudoTerminal(sys.stdout.fileno()) if sys.stdout.isatty() else ScriptPipe()
-
-
-def _pass_signals(process: subprocess.Popen[bytes]) -> set[int]:
-    """Forward signals that were sent to this process only; the job receives those of the terminal itself.
-
-    Returns:
-        The signals that arrived, the terminal's too.
-    """
-    arrived = set()
-    while (info := signal.sigtimedwait(FORWARDED_SIGNALS, 0)) is not None:
-        arrived.add(info.si_signo)
-        if info.si_code != _SI_KERNEL and process.poll() is None:
-            process.send_signal(info.si_signo)
-
-    return arrived
