@@ -29,6 +29,8 @@ class Case:
         never: kinds that must not be among the findings.
         beside: whether another program takes a core meanwhile.
         fails: whether the script fails.
+        cause: cause of a hang; None: any or none.
+        hang_timeout_s: `hang_timeout` of a job that is ended when it hangs; None: the usual one, and it is not ended.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Case:
     never: frozenset[str] = frozenset()
     beside: bool = False
     fails: bool = False
+    cause: str | None = None
+    hang_timeout_s: float | None = None
 
 
 def _case(name: str, command: str, *kinds: str, **facts: object) -> Case:
@@ -198,4 +202,30 @@ _SHARDED = (
     _case("spawned by the script", "sharded spawned", *QUIET, "COMM_BOUND", steps=150, never=_STRAGGLERS),
 )  # fmt: skip
 
-CASES: tuple[Case, ...] = (*_CLASSIFIER, *_GPT, *_DDP, *_FILES, *_LOOPS, *_FRAMEWORKS, *_ENGINES, *_SHARDED)
+
+def _hang(how: str, *blamed: int, cause: str, function: str | None = None) -> Case:
+    return _case(f"hang, {how.replace('_', ' ')} x2", f"hangs {how}", "HANG", ranks=2, blamed=blamed, cause=cause,
+                 function=function, hang_timeout_s=10.0, fails=True)  # fmt: skip
+
+
+def _no_hang(how: str) -> Case:
+    return _case(f"no hang, {how} x2", f"hangs {how}", *QUIET, "JITTER", "EVAL_HEAVY", "STARTUP", "RESIDUAL_HEAVY",
+                 "STRAGGLER", "COMM_BOUND", ranks=2, blamed=(), never=frozenset({"HANG", "RANK_LOST"}),
+                 hang_timeout_s=10.0)  # fmt: skip
+
+
+_HANGS = (
+    _hang("sleep", 1, cause="never_came", function="sleep"),
+    _hang("held", 1, cause="never_came", function="hold_interpreter"),
+    _hang("file_lock", 1, cause="never_came", function="wait_for_file"),
+    _hang("pipe", 1, cause="never_came", function="fill_pipe"),
+    _hang("stopped", 1, cause="never_came"),
+    _hang("worker", 1, cause="never_came", function="wait_for_lock"),
+    _hang("barrier", 0, 1, cause="mismatch"),
+    _hang("uneven", 0, 1, cause="mismatch"),
+    _hang("subgroup", 0, 1, cause="circle"),
+    _no_hang("evaluate"),
+    _no_hang("tokenize"),
+)
+
+CASES: tuple[Case, ...] = (*_CLASSIFIER, *_GPT, *_DDP, *_FILES, *_LOOPS, *_FRAMEWORKS, *_ENGINES, *_SHARDED, *_HANGS)

@@ -87,8 +87,12 @@ def busy_core(*, wanted: bool) -> Iterator[None]:
 def run(case: Case, folder: Path) -> Judged:
     """Run a case in a folder of its own, and judge it."""
     many = ["--nproc-per-node", str(case.ranks)] if case.ranks > 1 else []
+    many += ["--kill-after-report"] if case.hang_timeout_s is not None else []
     command = [TRACEML, "run", "--runs-dir", folder / "runs", *many, SHAPES / case.script, *case.args]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
+    if case.hang_timeout_s is not None:
+        environ["TRACEML_HANG_TIMEOUT"] = str(case.hang_timeout_s)
+
     began = time.monotonic()
     with busy_core(wanted=case.beside):
         ended = subprocess.run(
@@ -141,6 +145,9 @@ def _place_differences(case: Case, verdict: dict[str, Any]) -> Iterator[str]:
 
     if case.phase is not None and verdict["phase"] != case.phase:
         yield f"phase {verdict['phase']} instead of {case.phase}"
+
+    if case.cause is not None and evidence.get("cause") != case.cause:
+        yield f"cause {evidence.get('cause')} instead of {case.cause}"
 
     if case.function is not None:
         yield from _line_differences(case, evidence)

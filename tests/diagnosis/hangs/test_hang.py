@@ -391,3 +391,15 @@ def test_the_headline_tells_the_state_where_no_line_is_known():
 
     assert finding.headline == "Rank 1 blocks the others, stopped by a signal"
     assert "kill -CONT" in finding.next
+
+
+def test_a_silent_rank_stands_still_until_its_end():
+    """It sends nothing, and its last look is of the beginning of the hang."""
+    held = look(1, line(7, "hold"), answered="signal", quiet_s=4.0, at_ns=NOW_NS - 71 * S)
+    exits = [RankExit(rank=rank, state="killed", signal=15, at_s=1000.0 + 0.3 * rank) for rank in (0, 1)]
+    early = [RankExit(rank=0, state="killed", signal=15, at_s=1000.0), RankExit(rank=1, state="killed", at_s=930.0)]
+
+    assert "hold that holds the GIL, waiting for 75 s" in summary(
+        found(in_backward(0), held, exits=exits, state="failed", silent=(1,))
+    )
+    assert found(in_backward(0), held, exits=early, state="failed", silent=(1,)) is None

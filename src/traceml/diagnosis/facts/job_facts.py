@@ -322,7 +322,8 @@ class JobFactsBuilder:
             for rank, end in self.exits.items()
             if end.open_step is not None and end.open_s is not None
         }
-        return self.progress.build(self.hosts, self.names, self.exits, opened)
+        ended = {rank: end.at_s for rank, end in self.exits.items()}
+        return self.progress.build(self.hosts, self.names, ended, opened)
 
     def join(self, rank: int) -> None:
         """Forget how an earlier process of a rank ended or stood still: another one has joined."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ _S = 1e9
 # An exception that ends a rank moves its stack first: what it did until then is how it hung.
 _DYING_S = 3.0
 _FIRST_RANKS = 16
+_FOREVER_S = 1e9
 _NO_PROGRESS = ("look", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
 
 
@@ -172,7 +173,7 @@ class ProgressHistory:
         self,
         hosts: Mapping[int, str],
         names: Mapping[int, Mapping[int, str]],
-        ended: Iterable[int] = (),
+        ended: Mapping[int, float | None] | None = None,
         opened: Mapping[int, tuple[int, float]] | None = None,
     ) -> JobProgress:
         """Return the progress of each rank until now.
@@ -180,17 +181,20 @@ class ProgressHistory:
         Args:
             hosts: rank -> host; the ranks of one host have one clock.
             names: texts of each rank by id.
-            ended: ranks that have ended: their time stands still.
+            ended: epoch seconds at which ranks have ended, None where that is not known: their time stands still.
             opened: number and age in seconds of the step that was open at the end of a rank.
         """
-        gone, open_steps = set(ended), opened or {}
+        gone, open_steps = ended or {}, opened or {}
         now_ns: dict[str | None, int] = {}
         for rank, seen_ns in self._seen.items():
             now_ns[hosts.get(rank)] = max(now_ns.get(hosts.get(rank), 0), seen_ns)
 
         ranks = {}
         for rank, seen_ns in sorted(self._seen.items()):
-            at_ns = seen_ns if rank in gone else now_ns[hosts.get(rank)]
+            at_ns = now_ns[hosts.get(rank)]
+            if rank in gone:
+                at_ns = max(seen_ns, at_ns - int(_earlier_s(rank, gone, hosts) * _S))
+
             ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), open_steps.get(rank), is_gone=rank in gone)
 
         return JobProgress(ranks, self.timeout_s, (self._quiet[0], self._quiet[1]), self._gap_ns / _S)
@@ -254,6 +258,16 @@ class ProgressHistory:
         self._ends = np.append(self._ends, np.zeros(more, np.int64))
         self._sequences = np.append(self._sequences, np.full(more, -1, np.int64))
         self._newest_gaps = np.append(self._newest_gaps, np.zeros(more, np.int64))
+
+
+def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:
+    """Return the seconds by which a rank ended before the last one of its host; without end where not known.
+
+    A silent rank sends nothing before its end: its last row does not tell when that was.
+    """
+    at_s = ended[rank]
+    ends = [each for other, each in ended.items() if each is not None and hosts.get(other) == hosts.get(rank)]
+    return _FOREVER_S if at_s is None else max(ends) - at_s
 
 
 def _frame(text: str | None) -> FrameLook | None:
