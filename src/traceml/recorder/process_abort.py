@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,16 @@ def abort_process(call_later: Callable[[float, Callable[[], None]], None]) -> di
         call_later: calls a function after so many seconds.
     """
     _log.warning("the job hangs, and on_hang is abort: this process ends")
-    call_later(_ANSWER_S, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    call_later(_ANSWER_S, _terminate)
     call_later(_ANSWER_S + _KILL_S, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return {"pid": os.getpid()}
+
+
+def _terminate() -> None:
+    """End this process with its loader's workers: one that is stuck does not see that its parent has gone."""
+    if (processes := sys.modules.get("multiprocessing")) is not None:
+        for child in processes.active_children():
+            if child.daemon:
+                child.kill()
+
+    os.kill(os.getpid(), signal.SIGTERM)
