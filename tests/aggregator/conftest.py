@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.eventually import eventually
+from tests.forked import client as forked
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -55,12 +56,13 @@ class Serving:
         fd = self.sock.fileno()
         command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--ready-fd", str(tell)]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = forked.Popen(
                 [*command, "--runs-dir", str(self.folder), *self.options],
                 env={**os.environ, "TRACEML_TOKEN": TOKEN},
                 pass_fds=(fd, tell),
                 stdout=log,
                 stderr=log,
+                imports="aggregator",
             )
 
         os.close(tell)

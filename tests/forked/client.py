@@ -24,14 +24,21 @@ __all__ = ["Popen", "run"]
 
 
 class _Server:
-    """The process that forks, kept until this one ends."""
+    """The process that forks, kept until this one ends.
 
-    def __init__(self) -> None:
+    Args:
+        kind: what it has imported; see `server`.
+    """
+
+    def __init__(self, kind: str) -> None:
         self.environ = {name: value for name, value in os.environ.items() if name not in APPLIED_LATER}
-        self.environ["OMP_NUM_THREADS"] = "1"
+        one_thread = self.environ | {"OMP_NUM_THREADS": "1"}
+        if kind == "torch":  # the others do not compute
+            self.environ = one_thread
+
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, str(Path(__file__).with_name("server.py")), str(theirs.fileno())]
-        self._process = subprocess.Popen(command, env=self.environ, pass_fds=[theirs.fileno()])
+        command = [sys.executable, str(Path(__file__).with_name("server.py")), str(theirs.fileno()), kind]
+        self._process = subprocess.Popen(command, env=one_thread, pass_fds=[theirs.fileno()])
         theirs.close()
         atexit.register(self._close)
 
@@ -45,8 +52,8 @@ class _Server:
 
 
 @cache
-def _server() -> _Server:
-    return _Server()
+def _server(kind: str) -> _Server:
+    return _Server(kind)
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
@@ -54,12 +61,15 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     Args:
         forks: if possible, fork the torchrun and the ranks that it starts, too; it does not import torch itself.
+        imports: what it imports: `torch`, or the `aggregator`'s libraries only, since a process with torch has more to
+            clear when it ends.
     """
 
     _status_pipe: int | None = None
 
-    def __init__(self, *values: Any, forks: bool = False, **options: Any) -> None:
+    def __init__(self, *values: Any, forks: bool = False, imports: str = "torch", **options: Any) -> None:
         self._forks = forks and is_possible()
+        self._imports = imports
         super().__init__(*values, **options)
 
     @property
@@ -69,13 +79,14 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, *values: Any) -> None:
         options = inspect.signature(super()._execute_child).bind(*values).arguments
-        if options["preexec_fn"] is not None or not can_be_forked(options, _server().environ):
+        server = _server(self._imports)
+        if options["preexec_fn"] is not None or not can_be_forked(options, server.environ):
             super()._execute_child(*values)
             return
 
         request = Request.from_options(options, forks=self._forks)
         sys.audit("subprocess.Popen", sys.executable, request.words, options["cwd"], options["env"])
-        pid, self._status_pipe = _server().start(request, options)
+        pid, self._status_pipe = server.start(request, options)
         note_started(self, pid, options)
 
     def _internal_poll(self, *values: Any, **options: Any) -> int | None:

@@ -80,8 +80,8 @@ class Preloaded:
         return spec
 
     def peek(self, name: str) -> Any:
-        """Return a hidden module; it stays hidden."""
-        return self._hidden[name]
+        """Return a hidden module, None if there is none; it stays hidden."""
+        return self._hidden.get(name)
 
     def take(self, name: str) -> ModuleType:
         """Return a hidden module; it is hidden no more."""

@@ -1,4 +1,4 @@
-"""Process that has imported torch and forks a child for each request: `python server.py SOCKET_FD`.
+"""Process that has imported torch and forks a child for each request: `python server.py SOCKET_FD KIND`.
 
 A child runs a script, a module or code as `python` does. The parent reports its process id and its wait status through
 a pipe that comes with the request. It has no threads, and has called nothing of the modules that it has imported.
@@ -7,6 +7,7 @@ a pipe that comes with the request. It has no threads, and has called nothing of
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import itertools
 import json
@@ -27,15 +28,21 @@ from sibling import end_with_parent, fork_sibling, is_possible, rename, start_he
 
 __all__: list[str] = []
 
-# Imports that cost much; of each, the ones that it needs. torch imports `_dynamo` only when an optimizer is made.
+# Imports that cost much, by kind of server; of each, the ones that it needs. torch imports `_dynamo` only when an
+# optimizer is made.
 _SHARED = {
-    "numpy": (),
-    "pydantic": (),
-    "pydantic_settings": ("pydantic",),
-    "torch": ("numpy",),
-    "torch._dynamo": ("torch",),
-    "torch.distributed.run": ("torch",),
+    "aggregator": {"numpy": ()},
+    "torch": {
+        "numpy": (),
+        "pydantic": (),
+        "pydantic_settings": ("pydantic",),
+        "torch": ("numpy",),
+        "torch._dynamo": ("torch",),
+        "torch.distributed.run": ("torch",),
+    },
 }
+# Of the standard library and small ones: they need not be hidden.
+_PLAIN = {"aggregator": ("asyncio", "sqlite3", "msgpack", "msgspec", "zstandard"), "torch": ()}
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 _MAX_FDS = 64
 
@@ -137,7 +144,9 @@ def _become(request: Request, preloaded: Preloaded) -> None:
         setattr(sys, name, _stream(fd, name, mode, unbuffered=unbuffered))
         setattr(sys, f"__{name}__", getattr(sys, name))
 
-    preloaded.peek("numpy.random").seed()  # `random` does so itself
+    if (numpy_random := preloaded.peek("numpy.random")) is not None:
+        numpy_random.seed()  # `random` does so itself
+
     threading.main_thread()._set_native_id()
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"].ORIGINAL_DIR = request.folder
@@ -180,7 +189,10 @@ if __name__ == "__main__":
     del sys.path[0]  # this folder
     filters = list(warnings.filters)
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    preloaded = Preloaded(_SHARED, {"torch": _load_backends})
+    for name in _PLAIN[sys.argv[2]]:
+        importlib.import_module(name)
+
+    preloaded = Preloaded(_SHARED[sys.argv[2]], {"torch": _load_backends})
     warnings.resetwarnings()
     warnings.filters[:] = filters
     gc.freeze()  # else each child goes through all of these objects when it ends
