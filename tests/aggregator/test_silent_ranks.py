@@ -22,13 +22,15 @@ pytestmark = pytest.mark.process
 class Script:
     """A traced script in a process of its own."""
 
-    def __init__(self, serving: Serving, folder: Path, code: str) -> None:
+    def __init__(self, serving: Serving, folder: Path, code: str, stderr: int | None = None) -> None:
         self.serving = serving
         script = folder / "script.py"
         script.write_text(textwrap.dedent(code))
         environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
         environ |= {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder)}
-        self.process = subprocess.Popen([sys.executable, str(script)], env=environ, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], env=environ, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
 
@@ -47,8 +49,8 @@ def script(serving: Callable[..., Serving], tmp_path: Path):
     """Start a script; whatever happens it does not outlive the test."""
     started: list[Script] = []
 
-    def start(code: str) -> Script:
-        started.append(Script(serving(), tmp_path, code))
+    def start(code: str, stderr: int | None = None) -> Script:
+        started.append(Script(serving(), tmp_path, code, stderr))
         return started[-1]
 
     yield start
@@ -127,3 +129,31 @@ def test_a_rank_that_answers_is_not_looked_at(script: Callable[[str], Script]) -
 
     eventually(told_itself, timeout_s=30)
     assert rank.looks() == []
+
+
+def test_a_rank_before_a_full_pipe_tells_what_it_waits_on(script: Callable[..., Script]) -> None:
+    """Nobody reads its standard error: it answers itself, with the line that writes."""
+    rank = script(
+        """
+        import os, traceml
+        traceml.init()
+        print("ready", flush=True)
+
+        def complain():
+            while True:
+                os.write(2, bytes(4096))
+
+        complain()
+        """,
+        stderr=subprocess.PIPE,
+    )
+
+    def own_look() -> RankLook | None:
+        with rank.serving.store() as store:
+            rows = [row for _, row in store.log_rows("info") if row["kind"] == LOOK]
+            return RankLook.from_row(rows[-1]) if rows else None
+
+    look = eventually(own_look, timeout_s=30)
+    assert (look.answered, look.waits_on, look.process_state) == ("recorder", "stderr", "S")
+    assert look.user_line is not None
+    assert look.user_line.function == "complain"
