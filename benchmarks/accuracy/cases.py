@@ -229,4 +229,30 @@ _HANGS = (
     _no_hang("tokenize"),
 )
 
-CASES: tuple[Case, ...] = (*_CLASSIFIER, *_GPT, *_DDP, *_FILES, *_LOOPS, *_FRAMEWORKS, *_ENGINES, *_SHARDED, *_HANGS)
+_LEAK = frozenset({"MEMORY_LEAK"})
+
+_MEMORY = (
+    _case("keeps losses", "memory losses", "MEMORY_LEAK", function="losses", steps=600),
+    _case("sums losses", "memory running_sum", "MEMORY_LEAK", function="running_sum", steps=600),
+    _case("keeps batches", "memory outputs", "MEMORY_LEAK", function="keep", steps=600),
+    _case("a hook keeps activations", "memory hook", "MEMORY_LEAK", function="remember", steps=600),
+    _case("caches without a bound", "memory cached", "MEMORY_LEAK", steps=600),
+    _case("workers copy a list", "memory listing", also=_LEAK),
+    _case("evaluates with much memory", "memory evaluates", steps=600, never=_LEAK),
+    _case("fills a cache in the first epoch", "memory fills_a_cache", steps=600, never=_LEAK),
+    _case("batches of all sizes", "memory batches_of_all_sizes", steps=600, never=_LEAK),
+    _case("keeps numbers", "memory floats", steps=600, never=_LEAK),
+)
+
+CASES: tuple[Case, ...] = (
+    *_CLASSIFIER,
+    *_GPT,
+    *_DDP,
+    *_FILES,
+    *_LOOPS,
+    *_FRAMEWORKS,
+    *_ENGINES,
+    *_SHARDED,
+    *_HANGS,
+    *_MEMORY,
+)

@@ -69,7 +69,7 @@ def test_containers_of_variables_and_their_attributes_are_seen() -> None:
     assert 4000 <= found["tracker.history"].item_bytes < 5000
     assert found["photos.cache"].of_dataset
     assert not found["tracker.history"].of_dataset
-    assert found["cached"].kind == "lru_cache"
+    assert (found["cached"].kind, found["cached"].item) == ("lru_cache", "list")
     assert "short" not in found
     assert found["losses"].function == "test_containers_of_variables_and_their_attributes_are_seen"
     assert (len(losses), len(metrics), len(short)) == (10, 1, 2)

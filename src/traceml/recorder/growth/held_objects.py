@@ -6,6 +6,7 @@ below are visited, for some milliseconds at most. Nothing is kept but counts.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections import deque
@@ -143,7 +144,7 @@ def _held(place: _Place) -> HeldObjects | None:
         return _entry(place, kind, count, _newest(value)) if count >= _LEAST and type(value) is not tuple else None
 
     info = getattr(value, "cache_info", None) if callable(value) and hasattr(type(value), "cache_info") else None
-    return None if info is None else _entry(place, "lru_cache", int(info().currsize), None)
+    return None if info is None else _entry(place, "lru_cache", int(info().currsize), _newest_cached(value))
 
 
 def _entry(place: _Place, kind: str, count: int, item: Any) -> HeldObjects:
@@ -160,6 +161,14 @@ def _newest(value: Any) -> Any:
         return next(reversed(value.values()), None)
 
     return next(iter(value), None) if isinstance(value, set) else value[-1]
+
+
+def _newest_cached(function: Any) -> Any:
+    """Return the newest result of a cached function without a bound; None of another."""
+    results = [
+        each for each in gc.get_referents(function) if type(each) is dict and function.cache_info().maxsize is None
+    ]
+    return next((_newest(each) for each in results if len(each) == function.cache_info().currsize), None)
 
 
 def _inside(place: _Place) -> Iterator[_Place]:
