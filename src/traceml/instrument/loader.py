@@ -215,12 +215,13 @@ class _LoaderTokens:
         """Return the loader's token; report the loader the first time."""
         try:
             token = self._tokens.get(loader)
-            if token is None:
-                token = self._tokens[loader] = LoaderToken(self._seen)
-                self._seen += 1
-                self._on_loader(loader)
         except Exception:  # noqa: BLE001 - the hash of a subclass raises: each iterator counts as another loader
-            token = LoaderToken()
+            return LoaderToken()
+
+        if token is None:
+            token = self._tokens[loader] = LoaderToken(self._seen)
+            self._seen += 1
+            self._on_loader(loader)
 
         return token
 
