@@ -403,3 +403,11 @@ def test_a_silent_rank_stands_still_until_its_end():
         found(in_backward(0), held, exits=exits, state="failed", silent=(1,))
     )
     assert found(in_backward(0), held, exits=early, state="failed", silent=(1,)) is None
+
+
+def test_a_rank_that_runs_and_sleeps_by_turns_may_work():
+    """An evaluation that is no loader's: the same lines again and again."""
+    turns = [replace(STUCK, process_state=state, at_ns=NOW_NS - (9 - at) * S) for at, state in enumerate("SRSRS")]
+
+    assert found(in_backward(0), *turns) is None
+    assert found(in_backward(0), *turns, hang_timeout_s=14.0) is not None

@@ -22,6 +22,7 @@ _S = 1e9
 _DYING_S = 3.0
 _FIRST_RANKS = 16
 _FOREVER_S = 1e9
+_CHANGES = 2
 _NO_PROGRESS = ("look", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
 
 
@@ -35,6 +36,7 @@ class RankProgress:
         quiet_s: seconds since its last progress, by that look or else by its rows.
         alive_s: seconds since its recorder sent anything, by the clock of its host.
         step: last step that ended, -1 before the first.
+        is_unsteady: whether it runs and sleeps by turns: a loop, which may be work.
     """
 
     rank: int
@@ -42,6 +44,7 @@ class RankProgress:
     quiet_s: float
     alive_s: float
     step: int
+    is_unsteady: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class ProgressHistory:
         self._lines: dict[int, tuple[int, int, int]] = {}  # timestamp, phase, id of the line
         self._looks: dict[int, RankLook] = {}
         self._over: dict[int, int] = {}  # timestamp of the end of the pause that the look is about
+        self._changes: dict[int, int] = {}  # of the process's state from look to look, in the same pause
         self._quiet = [0.0, 0.0]
 
     def steps(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
@@ -149,6 +153,9 @@ class ProgressHistory:
         rank = look.rank
         self._saw(rank, look.at_ns)
         if not look.ended:
+            before = None if rank in self._over else self._looks.get(rank)
+            changes = self._changes.get(rank, 0) if before is not None else 0
+            self._changes[rank] = changes + (before is not None and _state(before) != _state(look))
             self._looks[rank] = look
             self._over.pop(rank, None)
         elif rank in self._looks:
@@ -164,7 +171,16 @@ class ProgressHistory:
         if rank < len(self._steps):
             self._steps[rank], self._ends[rank], self._sequences[rank], self._newest_gaps[rank] = -1, 0, -1, 0
 
-        for known in (self._began, self._seen, self._cpu, self._open_steps, self._lines, self._looks, self._over):
+        for known in (
+            self._began,
+            self._seen,
+            self._cpu,
+            self._open_steps,
+            self._lines,
+            self._looks,
+            self._over,
+            self._changes,
+        ):
             known.pop(rank, None)
 
         self._check_looks()
@@ -222,7 +238,7 @@ class ProgressHistory:
             quiet_s = max((now_ns - last_ns) / _S, open_s)
             look = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
-        return RankProgress(rank, look, quiet_s, alive_s, step)
+        return RankProgress(rank, look, quiet_s, alive_s, step, self._changes.get(rank, 0) >= _CHANGES)
 
     def _from_rows(
         self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool
@@ -258,6 +274,10 @@ class ProgressHistory:
         self._ends = np.append(self._ends, np.zeros(more, np.int64))
         self._sequences = np.append(self._sequences, np.full(more, -1, np.int64))
         self._newest_gaps = np.append(self._newest_gaps, np.zeros(more, np.int64))
+
+
+def _state(look: RankLook) -> tuple[str, str]:
+    return look.answered, look.process_state
 
 
 def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:

@@ -5,7 +5,7 @@ Also afterwards: a job that somebody ended while it hung has hung.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from traceml.database.looks import FrameLook, RankLook
@@ -74,7 +74,7 @@ def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> Standstil
     if looks is None:
         return None
 
-    found = _judged(looks, ended, facts.world_size, is_over=False)
+    found = _judged(looks, ended, facts.world_size, unsteady=_unsteady(progress), is_over=False)
     return found if found is not None and found.quiet_s >= _limit_s(found, progress, step_p99_s) else None
 
 
@@ -86,15 +86,25 @@ def _looks(ranks: Sequence[RankProgress], alive_s: float) -> dict[int, RankLook]
     return {each.rank: each.look for each in ranks if each.look is not None} or None
 
 
+def _unsteady(progress: JobProgress) -> set[int]:
+    return {each.rank for each in progress.ranks.values() if each.is_unsteady}
+
+
 def _judged(
-    looks: Mapping[int, RankLook], ended: Mapping[int, RankExit], world_size: int, *, is_over: bool
+    looks: Mapping[int, RankLook],
+    ended: Mapping[int, RankExit],
+    world_size: int,
+    *,
+    unsteady: Collection[int],
+    is_over: bool,
 ) -> Standstill | None:
     if any(is_excused(look) for look in looks.values()):
         return None
 
     quiet_s = min(look.quiet_s for look in looks.values())
-    busy = any(is_busy(look) for look in looks.values())
-    return Standstill(looks, blame(looks, ended.keys(), world_size), quiet_s, busy, ended, is_over)
+    blamed = blame(looks, ended.keys(), world_size)
+    busy = any(is_busy(look) or (rank in unsteady and rank not in blamed.waits) for rank, look in looks.items())
+    return Standstill(looks, blamed, quiet_s, busy, ended, is_over)
 
 
 def _limit_s(found: Standstill, progress: JobProgress, step_p99_s: float) -> float:
@@ -123,7 +133,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
     if not all(look.in_step for look in by_rows):
         return None  # an evaluation, as far as the rows tell
 
-    found = _judged(looks, finished, facts.world_size, is_over=True)
+    found = _judged(looks, finished, facts.world_size, unsteady=_unsteady(progress), is_over=True)
     if found is None:
         return None
 
