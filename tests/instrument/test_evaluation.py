@@ -132,6 +132,22 @@ def test_evaluation_without_a_loader(traced: Traced, loop: Callable[[], None]) -
     assert all(row["forward_ns"] > 0 and row["backward_ns"] > 0 and row["optimizer_ns"] > 0 for row in rows)
 
 
+def test_evaluation_of_the_module_inside_a_wrapper(traced: Traced) -> None:
+    """As DDP trains it: the wrapper is called in training, the module itself in an evaluation on one rank."""
+    inside = net()
+    model = nn.DataParallel(inside)
+    optimizer = sgd(model)
+    for index in range(20):
+        train(model, optimizer, X)
+        if index % 5 == 4:
+            evaluate(inside)
+
+    rows = traced.finish()
+    assert len(rows) == 20
+    assert [row["batches"] for row in traced.table("evals")] == [CALLS] * 4
+    assert traced.instrumentation.clock.errors == 0
+
+
 class Watching(nn.Linear):
     """A model that notes in each call whether an evaluation runs."""
 

@@ -32,6 +32,7 @@ _FREE_SCANS = 4
 _SHARE = 100  # further searches run while all of them took less than this fraction of the time
 _MAX_PENDING = 100_000
 _MAX_DESCENTS = 3
+_REPLICATED = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
 _log = logging.getLogger("traceml")
 
 
@@ -167,6 +168,13 @@ class ModuleDiscovery:
 
         self._known[id(module)] = weakref.ref(module)
         self._on_model(module)
+        if isinstance(module, _REPLICATED):  # evaluation often calls the module inside, on one rank
+            self._add_inside(module.module)
+
+    def _add_inside(self, module: Any) -> None:
+        """Time a module without describing it as a model; a call inside the outer one's is a part of that."""
+        if not self._knows(module) and instrument_module(module, self._timer):
+            self._known[id(module)] = weakref.ref(module)
 
     def descend(self) -> None:
         """Time the children of known modules too: without any forward, the script may call them directly."""

@@ -34,7 +34,7 @@ class ProgressCounters:
         flight: its tables and open slots.
         thread: returns the id of the training thread.
         user: tells the user's code.
-        batches: returns numbers that grow with each batch, also of an evaluation.
+        work: returns numbers that change with each batch, forward and backward, also of an evaluation.
         collectives: returns text that changes with each collective.
     """
 
@@ -43,13 +43,13 @@ class ProgressCounters:
         flight: FlightFile,
         thread: Callable[[], int],
         user: UserCode,
-        batches: Callable[[], Iterable[Any]],
+        work: Callable[[], Iterable[Any]],
         collectives: Callable[[], object],
     ) -> None:
         logged = flight.log(LOGGED.name)
         self._tables: list[Any] = [*(flight.ring(name) for name in _TABLES), logged]
         self._slots = flight.open_slots
-        self._thread, self._user, self._batches, self._collectives = thread, user, batches, collectives
+        self._thread, self._user, self._work, self._collectives = thread, user, work, collectives
         self._done: tuple[Any, ...] = ()
         self._rest: tuple[Any, ...] | None = None
         self._lines: dict[CodeType, int] = {}  # the furthest line that was seen in each function
@@ -62,7 +62,7 @@ class ProgressCounters:
             self._lines.clear()
             return True
 
-        before, self._rest = self._rest, (*self._batches(), self._collectives(), _written_bytes())
+        before, self._rest = self._rest, (*self._work(), self._collectives(), _written_bytes())
         if before not in (None, self._rest):
             self._lines.clear()
             return True

@@ -45,9 +45,13 @@ def quiet_watch(
     """
     user, groups = UserCode(), GroupLooks()
 
-    def batches() -> tuple[int, ...]:
+    def work() -> tuple[int, ...]:
         current = clock()
-        return (*batches_read(), current.eval_batches if current is not None else 0)
+        if current is None:
+            return batches_read()
+
+        # an evaluation without a loader has forwards alone
+        return (*batches_read(), current.eval_batches, current.forward_ns, current.backward_ns)
 
     def is_evaluating() -> bool:
         current = clock()
@@ -67,7 +71,7 @@ def quiet_watch(
             workers=WorkerLooks(_stack_file(), hang_timeout_s).make,
         )
 
-    return QuietWatch(flight, ProgressCounters(flight, thread, user, batches, groups.state), maker, hang_timeout_s)
+    return QuietWatch(flight, ProgressCounters(flight, thread, user, work, groups.state), maker, hang_timeout_s)
 
 
 def register_stacks() -> None:
