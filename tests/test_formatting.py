@@ -94,6 +94,7 @@ def test_a_gain_is_no_promise_beyond_ten():
     """Where a step is nearly all cost, the quotient is not what anybody reaches."""
     assert (gain_text(1.126), gain_text(10.0)) == ("1.13x faster", "10.0x faster")
     assert (gain_text(12.6), gain_text(float("inf"))) == ("more than 10x faster",) * 2
+    assert (gain_text(1.5, "about"), gain_text(12.6, "about")) == ("about 1.50x faster", "more than 10x faster")
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,17 @@ def factor_text(value: float) -> str:
     return f"{value:.1f}x" if value >= 1.995 else f"{value:.2f}x"
 
 
-def gain_text(speedup: float) -> str:
-    """Return how much faster a run would be: `1.13x faster`; no promise beyond `more than 10x faster`."""
-    return f"{factor_text(speedup)} faster" if speedup <= _MOST_GAIN else f"more than {_MOST_GAIN}x faster"
+def gain_text(speedup: float, qualifier: str = "") -> str:
+    """Return how much faster a run would be: `1.13x faster`; no promise beyond `more than 10x faster`.
+
+    Args:
+        speedup: factor.
+        qualifier: `about` or `at most`, written before a factor up to 10.
+    """
+    if speedup > _MOST_GAIN:
+        return f"more than {_MOST_GAIN}x faster"
+
+    return f"{qualifier} {factor_text(speedup)} faster".lstrip()
 
 
 def rate_text(per_second: float | None) -> str:

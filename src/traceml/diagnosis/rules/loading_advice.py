@@ -75,7 +75,7 @@ def _prefetch(pipeline: Pipeline) -> Advised:
     gain = pipeline.gain(1)
     return Advised(
         "Fetch the next batch while the model computes, in another process (a DataLoader with num_workers=1): that "
-        f"makes the run at most {gain_text(gain)}.",
+        f"makes the run {gain_text(gain, 'at most')}.",
         gain,
         1,
     )
@@ -86,7 +86,7 @@ def _all_cores(pipeline: Pipeline, allowed: int) -> Advised:
     return Advised(
         f"The {plural(pipeline.workers, 'worker')} may use only {cores_text(allowed)} of {pipeline.cores}: the "
         "training process was bound to it when it started them (taskset, OMP_PROC_BIND, KMP_AFFINITY). Call "
-        f"os.sched_setaffinity(0, range(os.cpu_count())) in worker_init_fn: about {gain_text(gain)}.",
+        f"os.sched_setaffinity(0, range(os.cpu_count())) in worker_init_fn: {gain_text(gain, 'about')}.",
         gain,
     )
 
@@ -96,7 +96,7 @@ def _whole_batches(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
     instead = "use no workers, which add copies, and " if loader.num_workers else ""
     return Advised(
         f"{_data(loader)} is in memory: {instead}take whole batches by indexing its tensors (data[indices]) instead of "
-        f"collating single samples; about {gain_text(gain)}.",
+        f"collating single samples; {gain_text(gain, 'about')}.",
         gain,
         0 if loader.num_workers else None,
     )
@@ -114,7 +114,7 @@ def _more_workers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advise
         if pipeline.workers
         else f"{_data(loader)} is read by the training process itself (num_workers=0)"
     )
-    text = f"{before}: set num_workers={workers}{_persistent(loader)}; about {gain_text(gain)}{cores}."
+    text = f"{before}: set num_workers={workers}{_persistent(loader)}; {gain_text(gain, 'about')}{cores}."
     return Advised(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
 
 
@@ -128,7 +128,7 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Adv
     crowd = f"; more workers will not help{cores}" if pipeline.workers or pipeline.cores else ""
     return Advised(
         f"Make {_data(loader)}'s __getitem__ cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
-        f"cache at most {gain_text(cached)}.",
+        f"cache {gain_text(cached, 'at most')}.",
         gain,
     )
 
@@ -138,7 +138,7 @@ def _cached(pipeline: Pipeline, gain: float) -> str:
     if not pipeline.takes_cpu or cached < WORTHWHILE * gain:
         return ""
 
-    return f" Its samples take CPU time: made once and cached, at most {gain_text(cached)}."
+    return f" Its samples take CPU time: made once and cached, {gain_text(cached, 'at most')}."
 
 
 def _waits(pipeline: Pipeline, workers: int) -> str:
