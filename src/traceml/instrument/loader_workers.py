@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["LoaderWorker", "WorkersOfLoader", "batches_read", "follow_iterator", "worker_pids", "workers_of_loaders"]
+__all__ = ["LoaderWorker", "WorkersOfLoader", "follow_iterator", "worker_pids", "workers_of_loaders"]
 
 # One entry per iterator that a training loop reads, added when it is created.
 _iterators: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -61,11 +61,6 @@ def _forget(gone: weakref.ref[Any]) -> None:
 def worker_pids() -> tuple[WorkersOfLoader, ...]:
     """Return the workers of each live iterator that has any, oldest first."""
     return tuple(_pids.values())
-
-
-def batches_read() -> tuple[int, ...]:
-    """Return how many batches each live iterator has given."""
-    return tuple(int(getattr(iterator, "_num_yielded", 0)) for iterator in list(_iterators))
 
 
 def workers_of_loaders() -> list[LoaderWorker]:

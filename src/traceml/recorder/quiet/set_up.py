@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
 from traceml.instrument.group_looks import GroupLooks
-from traceml.instrument.loader_workers import batches_read
 from traceml.recorder.quiet.progress_counters import ProgressCounters
 from traceml.recorder.quiet.quiet_watch import QuietWatch
 from traceml.recorder.user_code import UserCode
@@ -46,12 +45,8 @@ def quiet_watch(
     user, groups = UserCode(), GroupLooks()
 
     def work() -> tuple[int, ...]:
-        current = clock()
-        if current is None:
-            return batches_read()
-
-        # an evaluation without a loader has forwards alone
-        return (*batches_read(), current.eval_batches, current.forward_ns, current.backward_ns)
+        of = clock()
+        return (of.eval_batches, of.input_ns, of.forward_ns, of.backward_ns) if of is not None else ()
 
     def is_evaluating() -> bool:
         current = clock()
