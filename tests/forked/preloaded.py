@@ -128,6 +128,11 @@ class _Loader:
         """Return the module of the first import."""
         return self._preloaded.take(spec.name)
 
+    def get_code(self, name: str) -> Any:
+        """Return the module's code, which `python -m` runs."""
+        loader: Any = self._spec.loader
+        return loader.get_code(name)
+
     def exec_module(self, module: ModuleType) -> None:
         """Import again what the first import has loaded."""
         vars(module)["__spec__"] = self._spec  # some modules refuse to have attributes set
