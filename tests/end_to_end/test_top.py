@@ -74,7 +74,7 @@ def test_top_beside_a_running_job(tmp_path, tmux, traceml):
     tmux.type("m")
     tmux.until(lambda lines: "[memory]" in lines[2] and "MiB" in lines[4])
     tmux.type("Right")
-    tmux.until(has("nothing logged yet"))
+    tmux.until(has("traceml/loss"))
     tmux.type("Right")
     tmux.until(lambda lines: "[logs]" in lines[2] and has("DataLoader")(lines))
     tmux.type("s")
