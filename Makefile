@@ -59,7 +59,7 @@ types: $(VENV)/.lint
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-# 93 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and a quarter of an hour.
+# 114 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and half an hour.
 accuracy: $(VENV)/.test
 	$(BIN)/python benchmarks/accuracy/judge.py --output docs/accuracy.md $(ARGS)
 
