@@ -44,6 +44,7 @@ def test_a_worker_is_seen_with_its_cpu_time_cores_and_memory(worker):
     (first,) = sampled(sampler, 0)
     times = iter(range(10, 10**6, 10))
     eventually(lambda: sampled(sampler, next(times) * SECOND)[0]["cpu_ns"] > first["cpu_ns"])
+    eventually(lambda: sampled(sampler, next(times) * SECOND)[0]["private_bytes"] > 0)
     (last,) = sampled(sampler, 10**7 * SECOND)
 
     assert (first["loader"], first["pid"], first["workers"], first["step"]) == (3, worker.pid, 1, 5)

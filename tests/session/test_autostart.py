@@ -133,14 +133,15 @@ def test_switched_off_nothing_is_imported(python: Python, switch: dict[str, str]
 def test_ranks_of_torchrun_and_not_torchrun(python: Python, tmp_path: Path) -> None:
     """Both ranks are one run; torchrun itself and spawned loader workers are no ranks; a restart is an attempt."""
     code = LOOP + (
-        "torch.distributed.init_process_group('gloo')\n"
-        "train('spawn')\n"
         "import os\n"
-        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': sys.exit(3)\n"
-        "torch.distributed.destroy_process_group()\n"
+        "if __name__ == '__main__':\n"
+        "    torch.distributed.init_process_group('gloo')\n"
+        "    train('spawn')\n"
+        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': sys.exit(3)\n"
+        "    torch.distributed.destroy_process_group()\n"
     )
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1")
-    ended = python(code.replace("train('spawn')", "if __name__ == '__main__': train('spawn')"), by=torchrun)
+    ended = python(code, by=torchrun)
 
     assert ended.returncode == 0, ended.stderr
     read = report(tmp_path)

@@ -94,7 +94,7 @@ def test_a_file_in_the_way_is_told(run_dir, tmp_path):
 def test_parquet_without_pyarrow_says_how_to_get_it(run_dir, tmp_path, monkeypatch):
     """The error names the extra, and the format without requirements."""
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UsageError, match=r"traceml\[parquet\].*--format csv"):
+    with pytest.raises(UsageError, match=r"traceml-torch\[parquet\].*--format csv"):
         export_run(run_dir, "parquet", tmp_path / "p")
 
     assert not (tmp_path / "p").exists()

@@ -10,6 +10,7 @@ from tests.runs.fabricated_store import store_run
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.rows import step_ranges as module
 from traceml.runs.rows.step_ranges import spread_ranges, step_ranges
 
 
@@ -49,7 +50,7 @@ def test_places_are_few_where_reading_takes_long(tmp_path, monkeypatch):
     folder = store_run(tmp_path / "run", Job(steps=6400))
     with StoreReader(folder / STORE_NAME) as reader:
         usual = step_ranges(reader, [STEPS], 2, 0, 6399, 1280)
-        monkeypatch.setattr("traceml.runs.rows.step_ranges._FRAME_S", 1.0)
+        monkeypatch.setattr(module, "_FRAME_S", 1.0)
         slow = step_ranges(reader, [STEPS], 2, 0, 6399, 1280)
 
     assert len(usual) == 32
