@@ -37,7 +37,7 @@ class OnTerminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            forks=True,
+            forks="--nproc-per-node" not in words,
         )
         os.close(slave)
 
