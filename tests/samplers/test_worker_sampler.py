@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
@@ -42,10 +43,9 @@ def test_a_worker_is_seen_with_its_cpu_time_cores_and_memory(worker):
     sampler = LoaderWorkersSampler(lambda: [(3, (worker.pid,))])
     os.sched_setaffinity(worker.pid, {min(os.sched_getaffinity(0))})
     (first,) = sampled(sampler, 0)
-    times = iter(range(10, 10**6, 10))
-    eventually(lambda: sampled(sampler, next(times) * SECOND)[0]["cpu_ns"] > first["cpu_ns"])
-    eventually(lambda: sampled(sampler, next(times) * SECOND)[0]["private_bytes"] > 0)
-    (last,) = sampled(sampler, 10**7 * SECOND)
+    rows = (sampled(sampler, t * SECOND)[0] for t in count(1000, 1000))
+    eventually(lambda: next(rows)["cpu_ns"] > first["cpu_ns"])
+    last = next(row for row in rows if row["private_bytes"] > 0)
 
     assert (first["loader"], first["pid"], first["workers"], first["step"]) == (3, worker.pid, 1, 5)
     assert first["private_bytes"] == first["anonymous_bytes"] == -1
