@@ -73,6 +73,7 @@ SUBROOMS = {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
     },
     "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
+    "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "database.flight": {"database.schema"},
     "database.store": {"database.schema"},
     "launch.launcher": {"launch.wire", "supervise", "database"},

@@ -27,6 +27,8 @@ from tests.diagnosis.rules.test_batch_sizes import uneven, window
 from tests.diagnosis.rules.test_training_data import group_of_two, history
 from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
+from tests.diagnosis.stalls.test_gc_pauses import collections
+from tests.diagnosis.stalls.test_gc_pauses import history as collected
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
 from traceml.database.looks import RankLook
@@ -125,6 +127,10 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "STARTUP": lambda: found(ALONE, time=RunTime.of(200.0, {"steps": 110.0, "startup": 90.0})),
     "EVAL_HEAVY": lambda: found(ALONE, time=RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12)),
     "CHECKPOINT_STALLS": lambda: found(ALONE, adds("checkpoint", 100, every=20)),
+    "GC_PAUSES": lambda: found(ALONE, adds("other", 30), pauses=collected(r0=collections(30, called=True))),
+    "GC_PAUSES, by the interpreter": lambda: found(
+        ALONE, adds("forward", 400, every=20), pauses=collected(r0=collections(400, every=20, phase=2))
+    ),
     "STEPS_SKIPPED": skipped,
     "SLOWDOWN": lambda: found(ALONE, later),
     "DATA_IMBALANCE": imbalanced,

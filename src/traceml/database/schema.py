@@ -44,6 +44,7 @@ __all__ = [
     "NAMES",
     "OPEN_SLOTS",
     "PACKED",
+    "PAUSES",
     "PHASE_COLUMNS",
     "PHASE_LABELS",
     "PROCESS",
@@ -56,6 +57,7 @@ __all__ = [
     "Column",
     "Log",
     "MetricKind",
+    "Pause",
     "Phase",
     "Resource",
     "Slot",
@@ -258,6 +260,13 @@ class Resource(IntEnum):
     CPU_QUOTA = 5  # scheduling periods in which the control group was throttled, of all since the start
 
 
+class Pause(IntEnum):
+    """Cause of a row of `PAUSES`: the training stood still for it."""
+
+    COLLECTION = 0  # the interpreter's garbage collector
+    COMPILATION = 1  # torch.compile
+
+
 def _q(name: str, doc: str) -> Column:
     return Column(name, "q", doc)
 
@@ -450,6 +459,22 @@ FINGERPRINTS = Table(
     ),
     capacity=1024,
 )
+PAUSES = Table(
+    "pauses",
+    (
+        _q("t_end_ns", "monotonic timestamp of its end"),
+        _q("step", "open training step; -1 without one, and during an evaluation"),
+        _q("cause", "what it was: Pause"),
+        _q("phase", "Phase that was open; -1: other code; of several together -1"),
+        _q("ns", "wall time of it, or of several short ones together"),
+        _q("count", "how many they are"),
+        _q("detail", "collection: generation; compilation: 0 the first of a function, 1 anew, 2 no more: the limit"),
+        _q("called", "1 if the script's code called for it, else 0"),
+        _q("line_id", "the function, or the line that called for it, `FILE:LINE FUNCTION`, by id in `names`; else -1"),
+        _q("text_id", "compilation: the guard that failed, by id in `names`; else -1"),
+    ),
+    capacity=2048,
+)
 # Values of `phase` in `LINES` besides those of Phase.
 LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP = -1, -2, -3
 LINE_PHASES = {
@@ -515,6 +540,7 @@ PACKED: tuple[Table, ...] = (
     LIMITS,
     LOSSES,
     FINGERPRINTS,
+    PAUSES,
 )
 LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
 # Rows that the user logged are never evicted: beyond the memory limit they go to a journal on disk.

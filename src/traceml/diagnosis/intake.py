@@ -21,6 +21,7 @@ from traceml.database.schema import (
     LINES,
     LOADER_WORKERS,
     LOSSES,
+    PAUSES,
     PROCESS,
     STEPS,
     TORCH_MEMORY,
@@ -60,6 +61,7 @@ class RowIntake:
             EVALS.name: self.facts.progress.eval_rows,
             LOSSES.name: self.facts.losses.add,
             FINGERPRINTS.name: self.facts.batches.add,
+            PAUSES.name: self.facts.pauses.add,
         }
 
     def resize(self, slots: int, ranks: int) -> None:
@@ -136,5 +138,6 @@ _PACKED = (
     EVALS,
     LOSSES,
     FINGERPRINTS,
+    PAUSES,
 )
 _DTYPES = {table.name: table.dtype for table in _PACKED}

@@ -296,6 +296,7 @@ class Kind(StrEnum):
     STARTUP = "STARTUP", KindRule("{share} is start-up, before the first step", of_run=True)
     EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", of_run=True)
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
+    GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
     STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(_skipped)
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
     DATA_IMBALANCE = (

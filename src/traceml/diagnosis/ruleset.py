@@ -25,6 +25,7 @@ from traceml.diagnosis.rules.skipped_updates import steps_skipped
 from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.rules.training_data import duplicate_data, loss_not_finite, never_synchronized
+from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.window import Window
@@ -97,6 +98,10 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     if even:
         segments = segments.changed(even, new_step_times(segments, even))
 
+    collected, without_collections = gc_pauses(window, segments, facts)
+    if collected:
+        segments = segments.changed(without_collections, new_step_times(segments, without_collections))
+
     found, without_stragglers = stragglers(segments, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
     remaining = segments
@@ -124,7 +129,7 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, segments, facts)
 
-    found += uneven
+    found += [*uneven, *collected]
     # Live, the window is only the newest part of a longer run.
     slower = slowdown(StepHistory.of(window, segments), facts) if window.steps[0] <= _FIRST_STEPS else []
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]

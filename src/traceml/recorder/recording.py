@@ -26,6 +26,7 @@ from traceml.recorder.exits import describe
 from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.line_sampler import LineSampler
+from traceml.recorder.pauses.pause_recorder import PauseRecorder
 from traceml.recorder.process_abort import abort_process
 from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
 from traceml.recorder.recorder_facts import RecorderStatistics, capacities, child_capacities, process_facts
@@ -72,6 +73,7 @@ class Recording:
     ) -> None:
         self.identity = identity
         self.instrumentation: Instrumentation | None = None
+        self._pauses: PauseRecorder | None = None
         self.tracing = False
         self.exit_noted = False
         self.stream: int | None = None
@@ -139,6 +141,7 @@ class Recording:
             self._instrument()
             self._sample_lines()
             self._watch_growth()
+            self._watch_pauses()
             self._watch_progress()
         if not self._is_child:
             self.note("process", **process_facts(self.identity, self._config))
@@ -154,6 +157,7 @@ class Recording:
         self._instrument()
         self.thread.call(self._sample_lines)
         self.thread.call(self._watch_growth)
+        self.thread.call(self._watch_pauses)
         self._watch_progress()
 
     def finish(self, reason: str, timeout_s: float) -> bool:
@@ -193,6 +197,9 @@ class Recording:
         self._ending = True
         if self.instrumentation is not None:
             self.instrumentation.disable_in_child()
+
+        if self._pauses is not None:
+            self._pauses.forget()
 
         self.sender.abandon()
 
@@ -331,6 +338,11 @@ class Recording:
         with fail_open(_log, "recorder", "what grows in memory is not looked for"):
             contains = UserCode().contains
             self.thread.every_turn(GrowthWatch(self.flight.open_slots, self._training_thread, contains, self.note))
+
+    def _watch_pauses(self) -> None:
+        with fail_open(_log, "recorder", "garbage collections and compilations are not timed"):
+            self._pauses = PauseRecorder(self.flight, self._is_evaluating, UserCode().contains)
+            self.thread.every_turn(self._pauses)
 
     def _watch_progress(self) -> None:
         register_stacks()

@@ -24,6 +24,7 @@ from traceml.database.schema import (
     LOADER_WORKERS,
     LOSSES,
     METRICS,
+    PAUSES,
     TORCH_MEMORY,
     StepFlag,
 )
@@ -84,6 +85,7 @@ def _fill(writer: StoreWriter, stream: int, rows: Any, wall_ns: int, user_ms: fl
     _append(writer, stream, LINES.name, LINES.dtype, t_ns=at_ns, phase=-1, line_id=12, library_id=-1, samples=9)
     _append(writer, stream, LOSSES.name, LOSSES.dtype, t_ns=at_ns, step=3, loss=0.5)
     _append(writer, stream, FINGERPRINTS.name, FINGERPRINTS.dtype, step=3, fingerprint=77)
+    _append(writer, stream, PAUSES.name, PAUSES.dtype, t_end_ns=at_ns, step=3, ns=2_000_000, count=1, line_id=12)
     for number, name in ((10, "loss"), (11, "grad"), (12, "/x/train.py:3 main")):
         named = msgpack.packb({"id": number, "name": name})
         writer.append(stream, "names", writer.next_seq(stream, "names"), 1, named)

@@ -47,7 +47,7 @@ def test_numbers_say_their_unit():
         "micro_batches", "flags", "sequence", "voluntary_switches", "involuntary_switches", "minor_faults",
         "major_faults", "throttle_reasons", "rows_appended", "rows_lost", "sampler_errors", "reconnects", "experiment",
         "bytes_sent", "samples", "elements", "used", "limit", "first", "loss", "fingerprint", "alloc_retries",
-        "loader", "workers",
+        "loader", "workers", "called", "detail",
     }  # fmt: skip
     numbers = {c.name for table in TABLES.values() for c in table.columns if c.kind != "string"}
 

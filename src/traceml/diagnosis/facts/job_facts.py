@@ -17,6 +17,7 @@ from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.rank_progress import JobProgress, ProgressHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
@@ -151,6 +152,7 @@ class JobFacts:
         batches: fingerprints of batches, and how ranks exchange gradients.
         latest: last step of each rank, -1 before the first.
         progress: progress of each rank; None where it is not known.
+        pauses: times in which the training stood still for the interpreter or for torch.compile.
     """
 
     world_size: int = 1
@@ -180,6 +182,7 @@ class JobFacts:
     batches: BatchHistory | None = None
     latest: tuple[int, ...] = ()
     progress: JobProgress | None = None
+    pauses: PauseHistory = field(default_factory=PauseHistory)
 
     @property
     def wait_share(self) -> float:
@@ -251,6 +254,7 @@ class JobFactsBuilder:
         """Steps of each rank in the training that it resumes."""
         self.losses, self.batches = LossHistory(), BatchHistory()
         self.progress = ProgressHistory()
+        self.pauses = PauseHistory(self.names)
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
         self.stops: dict[int, list[Stop]] = {}
@@ -398,6 +402,7 @@ class JobFactsBuilder:
             batches=self.batches,
             latest=tuple(latest),
             progress=self._progress(),
+            pauses=self.pauses,
             epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),

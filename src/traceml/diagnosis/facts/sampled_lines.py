@@ -33,6 +33,7 @@ __all__ = [
     "import_share",
     "main_library",
     "outside_line",
+    "parsed_place",
 ]
 
 MIN_SAMPLES = 35
@@ -149,7 +150,7 @@ class LineCounts:
             names: texts of each rank by id.
         """
         return tuple(
-            SampledLine(rank, LINE_PHASES.get(phase, "other"), *_place(known.get(line)), known.get(called), *sums)
+            SampledLine(rank, LINE_PHASES.get(phase, "other"), *parsed_place(known.get(line)), known.get(called), *sums)
             for rank, parts in sorted(self._parts.items())
             for known in (names.get(rank, {}),)
             for phase, line, called, *sums in _summed(parts).tolist()
@@ -348,7 +349,7 @@ def _seen_on(lines: Sequence[SampledLine], ranks: Collection[int]) -> Iterator[S
     return (each for each in lines if not ranks or each.rank in ranks)
 
 
-def _place(text: str | None) -> tuple[str | None, int | None, str | None]:
+def parsed_place(text: str | None) -> tuple[str | None, int | None, str | None]:
     """Return (file, line, function) of `FILE:LINE FUNCTION`."""
     if not text:
         return None, None, None

@@ -19,6 +19,7 @@ from traceml.database.schema import (
     PACKED,
     PHASE_COLUMNS,
     MetricKind,
+    Pause,
     Resource,
     StepFlag,
     Table,
@@ -74,6 +75,7 @@ _DOCS = {
     "metrics": "all logged values",
     "losses": "losses of training steps, at most 20 a second",
     "fingerprints": "hashes of some batches, by which ranks that train on the same data are found",
+    "pauses": "times in which the training stood still: garbage collections, compilations",
     "lines": "samples of the line that the training thread ran, by phase; one row per line and five seconds",
 }
 _TIME = ExportColumn("time_epoch_ns", "int64", "time in nanoseconds since 1970 by the aggregator's clock")
@@ -93,6 +95,8 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     "library_id": (
         ExportColumn("library", "string", "innermost library function that it had called, null without one"),
     ),
+    "cause": (ExportColumn("cause", "string", "the cause: " + ", ".join(each.name.lower() for each in Pause)),),
+    "text_id": (ExportColumn("text", "string", "of a compilation the guard that failed, null without one"),),
     "kind": (ExportColumn("source", "string", "its source: " + ", ".join(kind.name.lower() for kind in MetricKind)),),
     "bits": (
         ExportColumn("other_ns", "int64", "rest of total_ns: code outside the known phases"),
@@ -101,7 +105,8 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
         ExportColumn("sequence", "int64", "collectives issued so far"),
     ),
 }
-_NAMES = {"name_id": "name", "line_id": "line", "library_id": "library"}
+_NAMES = {"name_id": "name", "line_id": "line", "library_id": "library", "text_id": "text"}
+_ENUMS: dict[str, type[IntEnum]] = {"resource": Resource, "cause": Pause}
 _NULLED = "backward_own_ns"
 
 
@@ -182,8 +187,8 @@ def _columns_of(
     if name in _NAMES:
         return {_NAMES[name]: [name_of(number) if number >= 0 else None for number in values.tolist()]}
 
-    if name == "resource":
-        return {"resource": [_name_in(Resource, number) for number in values.tolist()]}
+    if name in _ENUMS:
+        return {name: [_name_in(_ENUMS[name], number) for number in values.tolist()]}
 
     if name == "phase":
         return {"phase": [LINE_PHASES.get(number, str(number)) for number in values.tolist()]}

@@ -24,6 +24,7 @@ from traceml.database.schema import (
     LOSSES,
     NAMES,
     PACKED,
+    PAUSES,
     PHASE_LABELS,
     TELEMETRY,
     USER_PHASES,
@@ -49,7 +50,7 @@ _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkp
 _FLAGS = {int(StepFlag.SKIPPED): "skipped", int(StepFlag.INFERRED): "inferred", int(StepFlag.EXPLICIT): "explicit"}
 _DEVICE_FLAG = int(StepFlag.DEVICE)
 _HELD_ROWS = 4096  # step rows per stream that may wait for their user phases
-_NOT_SHOWN = (TELEMETRY, LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS)
+_NOT_SHOWN = (TELEMETRY, LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS, PAUSES)
 _TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), *(log.name for log in LOGS))
 
 

@@ -1,0 +1,204 @@
+"""Garbage collections that stop the training: those that its code calls for, and the interpreter's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from traceml.database.schema import Pause
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.pauses import Rows
+from traceml.diagnosis.facts.sampled_lines import parsed_place
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.steps.replay import new_step_times, saved_ns, speedup
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.window import Window
+from traceml.formatting import gain_text, line_text, ns_text, ordinal_text, percent_text, ranks_text
+
+__all__ = ["gc_pauses"]
+
+LEFT_SHARE = 0.01
+"""Collections as seldom as advised take this share of the step at most."""
+LEAST_NUMBER = 3
+"""Fewer collections in a window are no habit of the run."""
+_ROUND = (1, 2, 5, 10)
+_LEAST_EVERY = 10
+_MOST_EVERY = 1000
+_OLDEST = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Collections:
+    """Collections of one origin in a window.
+
+    Attributes:
+        called: whether the script's code called for them.
+        without: part of the step -> its work without them, rank x step.
+        ranks: ranks that have them; empty for all.
+        rows: their rows in the window.
+        saved_ns: time by which the mean step would be shorter.
+        place: the line that called for most of them.
+    """
+
+    called: bool
+    without: dict[str, Floats]
+    ranks: tuple[int, ...]
+    rows: Rows
+    saved_ns: float
+    place: tuple[str | None, int | None, str | None]
+
+    @property
+    def full_ns(self) -> float:
+        """Mean time of a collection of everything; of any where there was none."""
+        single = self.rows[self.rows["count"] == 1]
+        full = single[single["detail"] == _OLDEST]
+        chosen = full if len(full) else single
+        return float(chosen["ns"].mean()) if len(chosen) else 0.0
+
+    @property
+    def number(self) -> int:
+        """Number of collections."""
+        return int(self.rows["count"].sum())
+
+    def is_worth_telling(self, segments: Segments) -> bool:
+        """Return whether there are several, and they cost enough."""
+        return self.number >= LEAST_NUMBER and self.saved_ns >= least_cost_ns(segments.step_ns)
+
+
+def gc_pauses(window: Window, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+    """Return the findings about garbage collections, and the parts of the step without them.
+
+    Args:
+        window: the steps.
+        segments: their own work.
+        facts: the collections that ranks have told.
+    """
+    found: list[Finding] = []
+    without: dict[str, Floats] = {}
+    for called in (True, False):
+        changed = segments.changed(without, new_step_times(segments, without)) if without else segments
+        cost = _collections(window, changed, facts, called=called)
+        if cost is not None and cost.is_worth_telling(segments):
+            found.append(_finding(segments, cost))
+            without |= cost.without
+
+    return found, without
+
+
+def _collections(window: Window, segments: Segments, facts: JobFacts, *, called: bool) -> _Collections | None:
+    taken = facts.pauses.per_step(
+        segments.ranks, window.steps, Pause.COLLECTION, lambda rows: rows["called"] == int(called)
+    )
+    if not taken:
+        return None
+
+    without: dict[str, Floats] = {}
+    for phase, ns in taken.items():
+        # A user's phase has a name of its own, and a collective is in no part.
+        part = phase if phase in segments.parts else "other"
+        if part in segments.parts:
+            left = without.get(part, segments.parts[part])
+            without[part] = np.maximum(left - _felt(left, ns, device=segments.device), 0)
+
+    totals = sum(taken.values(), np.zeros_like(segments.own)).sum(axis=1)
+    has = totals >= 0.5 * totals.max()
+    ranks = () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
+    rows = _rows_in(window, facts, segments, called=called)
+    lead = int(segments.ranks[int(totals.argmax())])
+    place = parsed_place(facts.pauses.most_frequent(lead, rows[rows["count"] == 1], "line_id") or None)
+    return _Collections(called, without, ranks, rows, saved_ns(segments, without), place)
+
+
+def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
+    """Return what a part loses by pauses: on a device only that by which it is longer than in steps without one."""
+    if not device:
+        return np.minimum(ns, values)
+
+    free = ~(ns > 0).any(axis=0)
+    usual = np.median(values[:, free], axis=1, keepdims=True) if free.mean() >= 0.5 else np.zeros((len(values), 1))
+    return np.clip(values - usual, 0, ns).astype(np.float32)
+
+
+def _rows_in(window: Window, facts: JobFacts, segments: Segments, *, called: bool) -> Rows:
+    found = []
+    for rank in segments.ranks.tolist():
+        rows = facts.pauses.rows(rank, Pause.COLLECTION)
+        inside = (rows["step"] >= window.steps[0]) & (rows["step"] <= window.steps[-1])
+        found.append(rows[inside & (rows["called"] == int(called))])
+
+    return np.concatenate(found)
+
+
+def _every(full_ns: float, step_ns: float) -> int:
+    """Return after how many steps a full collection takes a hundredth of the time: 10, 20, 50, 100, ..."""
+    wanted = max(full_ns / max(LEFT_SHARE * step_ns, 1.0), _LEAST_EVERY)
+    power: int = 10 ** int(np.log10(wanted))
+    return next(digit * power for digit in _ROUND if digit * power >= wanted)
+
+
+def _finding(segments: Segments, cost: _Collections) -> Finding:
+    step_ns, share = segments.step_ns, cost.saved_ns / segments.step_ns
+    every = _every(cost.full_ns, step_ns - cost.saved_ns)
+    # What is left of them if they come as seldom as advised.
+    kept_ns = min(cost.full_ns / every, cost.saved_ns)
+    gain = speedup(segments, cost.saved_ns - kept_ns)
+    file, line, function = cost.place
+    place = line_text(file, line, function) if cost.called and file and line and function else None
+    return Finding(
+        kind=Kind.GC_PAUSES,
+        severity=Kind.GC_PAUSES.severity_for(share),
+        ranks=cost.ranks,
+        summary=(
+            f"{_subject(cost, place)} {ns_text(cost.saved_ns)} of each {ns_text(step_ns)} step "
+            f"({percent_text(share)}): {_times(segments, cost)}."
+        ),
+        next=_for_called(every, gain) if cost.called else _for_automatic(every, gain),
+        evidence={
+            "pause_ms": cost.full_ns / 1e6,
+            "collections": cost.number,
+            "steps": segments.own.shape[1],
+            "step_ms": step_ns / 1e6,
+            "called": cost.called,
+            "every_advised": every,
+            **({"file": file, "line": line, "function": function, "line_share": share} if place else {}),
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
+
+
+def _subject(cost: _Collections, place: str | None) -> str:
+    where = f" on {ranks_text(cost.ranks)}" if cost.ranks else ""
+    if cost.called:
+        return f"The script's gc.collect(){'' if place is None else f' at {place}'}{where} takes"
+
+    return f"The interpreter's garbage collector{where} takes"
+
+
+def _times(segments: Segments, cost: _Collections) -> str:
+    long = f", a full one {ns_text(cost.full_ns)}" if (cost.rows["detail"] == _OLDEST).any() else ""
+    apart = segments.own.shape[1] * (len(cost.ranks) or len(segments.ranks)) / max(cost.number, 1)
+    if apart >= 1.5:
+        return f"one in {apart:.0f} steps{long}"
+
+    often = "one" if apart > 0.67 else f"{1 / apart:.0f}"
+    return f"{often} in each step{long}"
+
+
+def _for_called(every: int, gain: float) -> str:
+    less = "" if every > _MOST_EVERY else f", or call it every {ordinal_text(every)} step"
+    return (
+        f"Tensors are freed without it: take the call out of the loop{less}: {gain_text(gain)}. gc.freeze() before the "
+        "loop makes each collection shorter."
+    )
+
+
+def _for_automatic(every: int, gain: float) -> str:
+    when = "between epochs" if every > _MOST_EVERY else f"every {ordinal_text(every)} step"
+    return (
+        f"Before the loop call gc.collect(), gc.freeze() and gc.disable(), and then gc.collect() {when}: "
+        f"{gain_text(gain)}."
+    )

@@ -1,0 +1,88 @@
+"""Compilations by torch.compile, read from dynamo's own records: they cost the training nothing."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["AGAIN", "FIRST", "LIMIT", "Compilation", "CompilationReader"]
+
+FIRST, AGAIN, LIMIT = 0, 1, 2
+"""Values of `detail` in `schema.PAUSES`: of a function first, anew, and never again."""
+
+_MAX_GUARD = 120
+_MAX_FRAMES = 1024
+_COMMENT = re.compile(r"\s+#.*", re.DOTALL)
+_NUMBER = re.compile(r"^\d+/\d+:\s*")
+
+
+class Compilation(NamedTuple):
+    """A compilation.
+
+    Attributes:
+        end_us: its end, microseconds since 1970.
+        ns: its wall time.
+        detail: `FIRST`, `AGAIN` or `LIMIT`.
+        place: the function, `FILE:LINE FUNCTION`; empty where it is not known.
+        guard: the condition of the code compiled before that was not met; empty for the first.
+    """
+
+    end_us: int
+    ns: int
+    detail: int
+    place: str
+    guard: str
+
+
+class CompilationReader:
+    """Reads what dynamo has recorded since the last call; it keeps the newest 64.
+
+    Args:
+        modules: the loaded modules; None: `sys.modules`.
+    """
+
+    def __init__(self, modules: Any = None) -> None:
+        self._modules = sys.modules if modules is None else modules
+        self._last: Any = None
+        self._places: dict[str, str] = {}  # by number of the function
+
+    def take(self) -> list[Compilation]:
+        """Return the compilations since the last call."""
+        dynamo = self._modules.get("torch._dynamo.utils")
+        records = getattr(dynamo, "_compilation_metrics", None)
+        if not records or records[-1] is self._last:
+            return []
+
+        new = list(self._since(list(records)))
+        self._last = records[-1]
+        return [found for record in new if (found := self._read(record)) is not None]
+
+    def _since(self, records: Sequence[Any]) -> Iterator[Any]:
+        at = next((at for at, record in enumerate(records) if record is self._last), -1)
+        yield from records[at + 1 :]
+
+    def _read(self, record: Any) -> Compilation | None:
+        began_us, took_us = getattr(record, "start_time_us", None), getattr(record, "duration_us", None)
+        if took_us is None:
+            took_us = int(1e6 * (getattr(record, "entire_frame_compile_time_s", None) or 0.0))
+
+        if not began_us:
+            return None
+
+        frame = str(getattr(record, "compile_id", "") or "").partition("/")[0]
+        name = getattr(record, "co_name", None)
+        if name and len(self._places) < _MAX_FRAMES:
+            self._places[frame] = f"{record.co_filename}:{record.co_firstlineno} {name}"
+
+        guard = _guard(getattr(record, "recompile_reason", None))
+        limit = "recompile limit" in str(getattr(record, "fail_reason", None) or "")
+        detail = LIMIT if limit else AGAIN if guard else FIRST
+        return Compilation(began_us + took_us, 1000 * took_us, detail, self._places.get(frame, ""), guard)
+
+
+def _guard(reason: str | None) -> str:
+    """Return the condition of dynamo's reason, `0/1: x.size()[0] == 4   # comment...`, in one short line."""
+    first = _COMMENT.sub("", _NUMBER.sub("", reason or ""))
+    return " ".join(first.split())[:_MAX_GUARD]

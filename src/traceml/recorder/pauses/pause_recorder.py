@@ -1,0 +1,100 @@
+"""Rows of pauses: each turn of the recorder's thread takes what the collector and dynamo have told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING
+
+from traceml.clock import monotonic_ns
+from traceml.database.schema import Pause, Slot
+from traceml.privacy import secrets_only
+from traceml.recorder.pauses.collection_watch import Collection, CollectionWatch
+from traceml.recorder.pauses.compilations import Compilation, CompilationReader
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+
+__all__ = ["PauseRecorder"]
+
+_SHORT_SHARE = 0.02  # short collections that take less of the time are not told
+_LEAST_NS = 10**8
+
+
+class PauseRecorder:
+    """Called in each turn of the recorder's thread.
+
+    Args:
+        flight: takes the rows of `schema.PAUSES`.
+        is_evaluating: tells whether an evaluation runs, whose time is in no step.
+        is_user: tells the user's code.
+        compilations: reads dynamo's records.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        is_evaluating: Callable[[], bool],
+        is_user: Callable[[FrameType], bool],
+        compilations: CompilationReader | None = None,
+    ) -> None:
+        self._slots, self._ring, self._name_id = flight.open_slots, flight.ring("pauses"), flight.names.id_of
+        self._compilations = compilations or CompilationReader()
+        self._watch = CollectionWatch(self._slots, is_evaluating, is_user)
+        self._watch.start()
+        self._turn = monotonic_ns(), self._slots[Slot.STEP]
+        self._since_ns = self._turn[0]
+
+    def __call__(self, last: bool) -> None:
+        """Append rows; with `last`, stop watching."""
+        if last:
+            self._watch.stop()
+
+        now, step = monotonic_ns(), self._slots[Slot.STEP]
+        for each in self._watch.take_long():
+            self._append_collection(each)
+
+        for compiled in self._compilations.take():
+            self._append_compilation(compiled, now, step)
+
+        self._take_short(now, step)
+        self._turn = now, step
+
+    def forget(self) -> None:
+        """Stop watching, in a forked child."""
+        self._watch.stop()
+
+    def _take_short(self, now: int, step: int) -> None:
+        passed = now - self._since_ns
+        if passed < _LEAST_NS:
+            return
+
+        count, ns = self._watch.take_short()
+        self._since_ns = now
+        if ns >= _SHORT_SHARE * passed:
+            self._append_collection(Collection(now, step, -1, ns, count, 0))
+
+    def _append_collection(self, each: Collection) -> None:
+        line = self._id(_place(each.code, each.line)) if each.code is not None else -1
+        cause, called = int(Pause.COLLECTION), int(each.code is not None)
+        self._ring.append(
+            each.t_end_ns, each.step, cause, each.phase, each.ns, each.together, each.generation, called, line, -1
+        )
+
+    def _append_compilation(self, each: Compilation, now: int, step: int) -> None:
+        """Append a compilation; the step in which it began is open while it runs."""
+        ended_ns = now - max(time.time_ns() - 1000 * each.end_us, 0)
+        before_ns, before = self._turn
+        step = before if ended_ns - each.ns <= before_ns else step
+        place = self._id(each.place) if each.place else -1
+        guard = self._id(secrets_only().mask_value("guard", each.guard)) if each.guard else -1
+        self._ring.append(ended_ns, step, int(Pause.COMPILATION), -1, each.ns, 1, each.detail, 0, place, guard)
+
+    def _id(self, text: str) -> int:
+        known = self._name_id(text)
+        return -1 if known is None else known
+
+
+def _place(code: CodeType, line: int) -> str:
+    return f"{code.co_filename}:{line} {code.co_qualname}"

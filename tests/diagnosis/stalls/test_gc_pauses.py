@@ -1,0 +1,110 @@
+"""Findings about garbage collections: cost, line, advice, and where they must stay silent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from traceml.database.schema import LINE_OTHER, PAUSES, Pause, Phase
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.pauses import PauseHistory
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+NAMES = {rank: {5: "/x/train.py:31 tidy"} for rank in range(4)}
+
+
+def collections(ms: float, *, every: int = 1, phase: int = LINE_OTHER, called: bool = False, generation: int = 2):
+    steps = np.arange(every // 2, 220, every)
+    rows = np.zeros(len(steps), PAUSES.dtype)
+    rows["step"], rows["ns"], rows["count"] = steps, int(ms * MS), 1
+    rows["cause"], rows["phase"], rows["detail"] = int(Pause.COLLECTION), phase, generation
+    rows["called"], rows["line_id"], rows["text_id"] = called, 5 if called else -1, -1
+    return rows
+
+
+def history(**of_rank) -> PauseHistory:
+    pauses = PauseHistory(NAMES)
+    for rank, rows in of_rank.items():
+        pauses.add(int(rank.removeprefix("r")), rows)
+
+    return pauses
+
+
+def found(job: Job, *faults, pauses: PauseHistory) -> list[Finding]:
+    return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, pauses=pauses))
+
+
+def test_a_call_in_each_step_is_told_with_its_line():
+    """The call explains all of the time outside the phases, so no other finding is about that."""
+    findings = found(ALONE, adds("other", 30), pauses=history(r0=collections(30, called=True)))
+
+    assert [finding.kind for finding in findings] == [Kind.GC_PAUSES]
+    verdict = findings[0]
+    assert (verdict.evidence["file"], verdict.evidence["line"]) == ("/x/train.py", 31)
+    assert verdict.severity is Severity.CRITICAL
+    assert verdict.cost_share == pytest.approx(30 / 44, rel=0.05)
+    assert "gc.collect() at train.py:31 tidy" in verdict.summary
+
+
+def test_the_gain_is_that_of_the_advice():
+    """Every 500th step is left, which takes a hundredth of the step."""
+    verdict = found(ALONE, adds("other", 30), pauses=history(r0=collections(30, called=True)))[0]
+
+    every = verdict.evidence["every_advised"]
+    left_ms = 14.1 + 30 / every
+    assert every == 500
+    assert f"every {every}th step" in verdict.next
+    assert verdict.speedup_if_fixed == pytest.approx(44.1 / left_ms, rel=0.05)
+
+
+def test_collections_of_the_interpreter_are_told_apart():
+    """They are advised against by freezing what exists, not by taking a call out."""
+    pauses = history(r0=collections(400, every=20, phase=int(Phase.FORWARD)))
+    verdict = found(ALONE, adds("forward", 400, every=20), pauses=pauses)[0]
+
+    assert (verdict.kind, verdict.evidence["called"]) == (Kind.GC_PAUSES, False)
+    assert "gc.freeze()" in verdict.next
+    assert ": one in 19 steps, a full one 400 ms." in verdict.summary
+
+
+def test_short_collections_count_together():
+    """A row of many short ones is spread over its steps."""
+    rows = collections(800, every=40, generation=0)
+    rows["count"] = 4000
+    verdict = found(ALONE, adds("other", 20), pauses=history(r0=rows))[0]
+
+    assert verdict.kind is Kind.GC_PAUSES
+    assert verdict.cost_share == pytest.approx(20 / 34, rel=0.1)
+
+
+def test_the_rank_that_collects_is_no_straggler():
+    """Others wait for it, and its collections are why."""
+    findings = found(
+        Job(ranks=4), adds("other", 20, (2,)), pauses=history(r2=collections(20, called=True), r0=collections(0))
+    )
+
+    assert [(finding.kind, finding.ranks) for finding in findings] == [(Kind.GC_PAUSES, (2,))]
+
+
+@pytest.mark.parametrize(
+    "rows", [collections(0.5), collections(500, every=100), collections(5, every=10)], ids=["cheap", "rare", "few"]
+)
+def test_cheap_or_rare_collections_are_silent(rows):
+    """Less than a tenth of the step, or two in the whole window, are no finding."""
+    ms = rows["ns"][0] / MS
+    every = int(rows["step"][1] - rows["step"][0])
+    kinds = {each.kind for each in found(ALONE, adds("other", ms, every=every), pauses=history(r0=rows))}
+
+    assert Kind.GC_PAUSES not in kinds
+
+
+def test_pauses_outside_of_steps_cost_nothing():
+    """Collections during an evaluation have step -1."""
+    rows = collections(50)
+    rows["step"] = -1
+
+    assert found(ALONE, pauses=history(r0=rows))[0].kind is Kind.COMPUTE_BOUND

@@ -1,0 +1,112 @@
+"""Collections as the interpreter's callbacks tell them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, Phase, Slot
+from traceml.recorder.pauses import collection_watch
+from traceml.recorder.pauses.collection_watch import CollectionWatch
+from traceml.recorder.user_code import UserCode
+
+
+@pytest.fixture
+def slots() -> list[int]:
+    values = [0] * OPEN_SLOTS
+    values[Slot.STEP_START], values[Slot.STEP] = 1, 7
+    return values
+
+
+@pytest.fixture
+def watch(slots, monkeypatch) -> Iterator[CollectionWatch]:
+    monkeypatch.setattr(collection_watch, "LONG_NS", 0)
+    found = CollectionWatch(slots, lambda: False, UserCode().contains)
+    found.start()
+    yield found
+    found.stop()
+
+
+def full(watch: CollectionWatch):
+    return [each for each in watch.take_long() if each.generation == 2]
+
+
+def test_a_call_is_told_with_its_line(watch):
+    """The line of this file that calls `gc.collect`, the open step and its phase."""
+    gc.collect()
+    (found,) = full(watch)
+
+    assert (found.step, found.phase, found.together) == (7, LINE_OTHER, 1)
+    assert found.code is test_a_call_is_told_with_its_line.__code__
+    assert found.ns > 0
+
+
+def test_the_open_phase_is_told(watch, slots):
+    """A collection inside forward belongs to it."""
+    slots[Phase.FORWARD] = 5
+    gc.collect()
+
+    assert full(watch)[0].phase == Phase.FORWARD
+
+
+def make_objects() -> list[list[int]]:
+    return [[each] for each in range(50_000)]
+
+
+def test_those_of_the_interpreter_have_no_line(watch):
+    """Making many objects collects the young ones; nobody called for it."""
+    kept = make_objects()
+    found = watch.take_long()
+
+    assert len(kept) == 50_000
+    assert [each for each in found if each.generation == 0]
+    assert all(each.code is None for each in found if each.generation == 0)
+
+
+def test_an_evaluation_is_in_no_step(slots, monkeypatch):
+    """Its time is not in any step."""
+    monkeypatch.setattr(collection_watch, "LONG_NS", 0)
+    watch = CollectionWatch(slots, lambda: True, UserCode().contains)
+    watch.start()
+    gc.collect()
+    watch.stop()
+
+    assert full(watch)[0].step == -1
+
+
+def test_short_ones_are_summed(slots, monkeypatch):
+    """Each is told once, in a number and a sum."""
+    monkeypatch.setattr(collection_watch, "LONG_NS", 10**12)
+    watch = CollectionWatch(slots, lambda: False, UserCode().contains)
+    watch.start()
+    gc.collect()
+    gc.collect()
+    watch.stop()
+    count, ns = watch.take_short()
+
+    assert count >= 2
+    assert ns > 0
+    assert watch.take_short() == (0, 0)
+    assert watch.take_long() == []
+
+
+def test_an_error_ends_the_watch(slots, capfd):
+    """The interpreter would print it into the user's output at each collection."""
+
+    def fails() -> bool:
+        raise ValueError("closed")
+
+    watch = CollectionWatch(slots, fails, UserCode().contains)
+    collection_watch_ns = collection_watch.LONG_NS
+    collection_watch.LONG_NS = 0
+    try:
+        watch.start()
+        gc.collect()
+    finally:
+        collection_watch.LONG_NS = collection_watch_ns
+        watch.stop()
+
+    assert watch._called not in gc.callbacks
+    assert "closed" not in capfd.readouterr().err
