@@ -94,7 +94,7 @@ _CLASSIFIER = (
           steps=2000),
     _case("logs every 25th step", "classifier --fault periodic --epochs 4", "RESIDUAL_HEAVY",
           function="log_images", steps=240, never=frozenset({"JITTER"})),
-    _case("collects garbage", "classifier --fault gc --epochs 2", "GC_PAUSES", "RESIDUAL_HEAVY", steps=120),
+    _case("collects garbage", "classifier --fault gc --epochs 2", "GC_PAUSES", function="train", steps=120),
     _case("saves often", "classifier --fault save --epochs 2", "CHECKPOINT_STALLS", steps=120),
     _case("start-up of 8 s", "classifier --fault startup", steps=180, also=frozenset({"STARTUP"})),
     _case("evaluates long", "classifier --fault evaluation", "EVAL_HEAVY", steps=180),
@@ -244,6 +244,14 @@ _MEMORY = (
     _case("keeps numbers", "memory floats", steps=600, never=_LEAK),
 )
 
+_STALLS = (
+    _case("a large heap, collected in each step", "stalls collects --steps 60", "GC_PAUSES", function="collect",
+          steps=60),
+    _case("a large heap, collected by the interpreter", "stalls remembers", "GC_PAUSES", steps=200),
+    _case("makes and drops objects", "stalls drops", steps=200, never=frozenset({"GC_PAUSES"})),
+    _case("collects seldom", "stalls tidies", steps=200, never=frozenset({"GC_PAUSES"})),
+)  # fmt: skip
+
 CASES: tuple[Case, ...] = (
     *_CLASSIFIER,
     *_GPT,
@@ -255,4 +263,5 @@ CASES: tuple[Case, ...] = (
     *_SHARDED,
     *_HANGS,
     *_MEMORY,
+    *_STALLS,
 )
