@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from traceml.instrument.facts import held_objects, loader_facts
-from traceml.instrument.loader_workers import follow_iterator, worker_pids
+from traceml.instrument.workers.loader_workers import follow_iterator, worker_pids
 
 
 class Listing(Dataset):

@@ -34,6 +34,7 @@ from tests.renderers.test_snapshots import plain
 from traceml.database.looks import RankLook
 from traceml.database.schema import EPOCHS, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
+from traceml.diagnosis.facts.lost_workers import LostWorker
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -93,6 +94,7 @@ def imbalanced() -> list[Finding]:
     return diagnose(window(job, uneven(4, job.steps)), JobFacts(world_size=4))
 
 
+DEAD_WORKER = "DataLoader worker (pid 4711) is killed by signal: Killed. "
 BEHIND = (standing.group(14, "all_reduce", flying=False),)
 
 
@@ -162,6 +164,14 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
         Job(ranks=2),
         exits=(RankExit(rank=1, state="killed", signal=9, last_step=219, open_step=220, open_phase="backward"),),
         state="failed",
+    ),
+    "RANK_LOST, by a worker": lambda: found(
+        Job(ranks=2),
+        exits=(RankExit(rank=1, state="failed", code=1, exception=f"RuntimeError: {DEAD_WORKER}", last_step=219),),
+        state="failed",
+    ),
+    "WORKER_LOST": lambda: found(
+        ALONE, lost_workers={0: [LostWorker(pid=4711, worker=1, workers=4, signal=7, step=108, shm_bytes=64 << 20)]}
     ),
     "INSUFFICIENT_DATA": lambda: found(Job(ranks=2, steps=4)),
 }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from traceml.database.schema import Resource
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.lost_workers import LostWorker
 from traceml.diagnosis.facts.sampled_lines import BlamedLine
-from traceml.formatting import ranks_text
+from traceml.formatting import bytes_text, count_text, ranks_text
 
 __all__ = [
+    "BUS_ERROR",
+    "KILL",
     "for_comm",
     "for_copies",
     "for_exit",
@@ -16,7 +20,14 @@ __all__ = [
     "for_residual",
     "for_saving",
     "for_straggler",
+    "for_worker",
 ]
+
+BUS_ERROR = 7
+"""Number of SIGBUS, by which a process ends that writes to shared memory when that is full."""
+KILL = 9
+"""Number of SIGKILL."""
+_CRASHES = (4, 6, 8, 11)
 
 
 def for_copies(facts: JobFacts) -> str:
@@ -179,9 +190,74 @@ def _lacks_shared_memory(ended: RankExit) -> bool:
     return "shared memory" in text or "bus error" in text or "/dev/shm" in text  # noqa: S108 - part of a message
 
 
-def for_exit(ended: RankExit) -> str:
-    """Return advice on a lost rank."""
-    if ended.signal == 9:
+def _lacks_files(ended: RankExit) -> bool:
+    text = (ended.exception or "").lower()
+    # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
+    return "too many open files" in text or "items of ancdata" in text
+
+
+def for_worker(lost: LostWorker) -> str:
+    """Return advice on a loader worker that died."""
+    if lost.signal == KILL:
+        return _for_killed_worker(lost)
+
+    if lost.signal == BUS_ERROR:
+        return _for_shared_memory(lost.shm_bytes)
+
+    if lost.signal in _CRASHES:
+        return (
+            "Native code of the dataset crashed (a decoder, a library after fork): run with num_workers=0 and "
+            "python -X faulthandler to see the line."
+        )
+
+    if lost.signal is not None:
+        return "Find out what sent the signal to the worker: a kill command, or the scheduler."
+
+    return (
+        "The dataset or a library that it uses left the process (os._exit, sys.exit): run with num_workers=0 to see "
+        "where."
+    )
+
+
+def _for_killed_worker(lost: LostWorker) -> str:
+    if lost.oom_kills == 0:
+        return "The kernel's out-of-memory killer ended no process here: look for a kill command or a scheduler."
+
+    limit = "" if lost.memory_limit_bytes is None else f" of {bytes_text(lost.memory_limit_bytes)}"
+    less = "use fewer workers, a smaller prefetch_factor, or arrays instead of large Python lists in the dataset"
+    if lost.oom_kills:
+        return f"The kernel's out-of-memory killer was at work: {less}, or raise the memory limit{limit}."
+
+    return f"Look for the kernel's out-of-memory killer (dmesg). If it was that: {less}."
+
+
+def _for_shared_memory(shm_bytes: int | None = None) -> str:
+    size = "" if shm_bytes is None else f" of {bytes_text(shm_bytes)}"
+    wanted = max(8, 2 * ((shm_bytes or 0) >> 30))
+    docker = f"docker run --shm-size={wanted}g or --ipc=host"
+    return (
+        f"Shared memory has probably run out: give /dev/shm{size} more room ({docker}; in Kubernetes an emptyDir with "
+        "medium Memory), or use fewer loader workers or a smaller prefetch_factor."
+    )
+
+
+def _for_files(limit: int | None) -> str:
+    now = "" if limit is None else f" of {count_text(limit)}"
+    return (
+        "Close what the script opens (files in a Dataset, loggers), call "
+        "torch.multiprocessing.set_sharing_strategy('file_system') before loaders with workers, or raise the "
+        f"limit{now}: ulimit -n."
+    )
+
+
+def for_exit(ended: RankExit, facts: JobFacts | None = None) -> str:
+    """Return advice on a lost rank.
+
+    Args:
+        ended: how it ended.
+        facts: about the job, for the limits that it had.
+    """
+    if ended.signal == KILL:
         return (
             "Nothing in Python sends SIGKILL: look for the kernel's out-of-memory killer (dmesg, the scheduler's log), "
             "the job's memory limit, or a kill command."
@@ -193,20 +269,15 @@ def for_exit(ended: RankExit) -> str:
             "not protect the ranks of torchrun."
         )
 
-    if ended.signal == 7 or _lacks_shared_memory(ended):
-        return (
-            "Shared memory ran out: give /dev/shm more room (docker run --shm-size=8g or --ipc=host; in Kubernetes an "
-            "emptyDir with medium Memory), or use fewer loader workers or a smaller prefetch_factor."
-        )
+    if ended.signal == BUS_ERROR or _lacks_shared_memory(ended):
+        return _for_shared_memory()
 
-    if ended.exception and "too many open files" in ended.exception.lower():
-        return (
-            "Close what the script opens (files in a Dataset, loggers), call "
-            "torch.multiprocessing.set_sharing_strategy('file_system') before loaders with workers, or raise the "
-            "limit: ulimit -n."
-        )
+    if _lacks_files(ended):
+        uses = () if facts is None else facts.limits
+        limits = [use.limit for use in uses if use.resource is Resource.OPEN_FILES and use.rank == ended.rank]
+        return _for_files(limits[0] if limits else None)
 
-    if ended.signal in (6, 8, 11):
+    if ended.signal in _CRASHES:
         return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
 
     if ended.signal is not None:

@@ -75,7 +75,9 @@ def _lost_ranks(finding: _FindingFacts) -> str:
     """Return `Rank 1 ended by SIGKILL at step 37, in forward`."""
     evidence = finding.evidence
     how = ""
-    if (number := evidence.get("signal")) is not None:
+    if evidence.get("worker_pid") is not None:
+        how = f" because its loader worker {_worker_end(evidence)}"
+    elif (number := evidence.get("signal")) is not None:
         how = f" by {signal_name(int(number))}"
     elif exception := evidence.get("exception"):
         how = f" by {str(exception).splitlines()[0].split(':')[0]}"
@@ -86,6 +88,27 @@ def _lost_ranks(finding: _FindingFacts) -> str:
     when = "" if step is None else f" at step {count_text(int(step))}"
     where = "" if finding.phase is None else f", in {phase_words(finding.phase)}"
     return f"{capitalized(ranks_text(finding.ranks))} ended{how}{when}{where}"
+
+
+def _worker_end(evidence: Mapping[str, Any]) -> str:
+    if (number := evidence.get("worker_signal")) is not None:
+        return f"was killed by {signal_name(int(number))}"
+
+    code = evidence.get("worker_code")
+    return "ended" if code is None else f"ended with exit status {code}"
+
+
+def _lost_worker(finding: _FindingFacts) -> str:
+    """Return `A loader worker of rank 0 was killed by SIGKILL at step 37`."""
+    evidence = finding.evidence
+    several = int(evidence.get("lost", 1)) > 1
+    subject = f"{count_text(int(evidence['lost']))} loader workers" if several else "A loader worker"
+    step = evidence.get("step")
+    when = (
+        "" if step is None else f" {'from' if several else 'at'} step {count_text(int(step))}{' on' if several else ''}"
+    )
+    how = "died" if several else _worker_end(evidence)
+    return f"{subject} of {ranks_text(finding.ranks)} {how}{when}"
 
 
 _HANGS = {
@@ -315,6 +338,7 @@ class Kind(StrEnum):
     MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks_are} using far more memory than the others")
     HANG = "HANG", KindRule(_hang, Severity.CRITICAL, sorts_first=True)
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
+    WORKER_LOST = "WORKER_LOST", KindRule(_lost_worker, Severity.WARNING, sorts_first=True)
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)
 
     def __new__(cls, value: str, rule: KindRule) -> Kind:

@@ -17,7 +17,7 @@ from traceml.diagnosis.rules.compute import nothing_found
 from traceml.diagnosis.rules.contention import cpu_contention
 from traceml.diagnosis.rules.epoch_starts import workers_restarted
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
-from traceml.diagnosis.rules.lost_ranks import rank_lost
+from traceml.diagnosis.rules.lost_ranks import rank_lost, worker_lost
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps
@@ -47,8 +47,11 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
         facts: facts besides the window.
     """
+    ended = hang(window, facts) or rank_lost(facts)
+    explained = [rank for finding in ended if "worker_pid" in finding.evidence for rank in finding.ranks]
     lost = [
-        *(hang(window, facts) or rank_lost(facts)),
+        *ended,
+        *worker_lost(facts, explained),
         *steps_skipped(facts.skipped, facts.losses),
         *limits_near(facts.limits),
         *_training(facts),

@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 from _thread import get_ident
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["Instrumentation", "install"]
 
 Info = dict[str, Any]
 _log = logging.getLogger("traceml")
+_MAX_LOST = 64
 
 
 class Instrumentation:
@@ -33,6 +35,7 @@ class Instrumentation:
     Attributes:
         clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
         feeding: the code that gives batches to a training without a loader; None before its first backward pass.
+        lost_workers: facts of loader workers that died, until the recorder takes them.
         collectives: names of the timed functions of torch.distributed.
     """
 
@@ -54,6 +57,7 @@ class Instrumentation:
         self._losses: Any = None
         self._installed = True
         self.feeding: Feeding | None = None
+        self.lost_workers: deque[Info] = deque(maxlen=_MAX_LOST)
         self._timed: set[tuple[Any, str]] = set()
         self._reported: dict[str, Info] = {}  # the last facts by kind
         self.clock = StepClock(flight, self, thread=thread)
@@ -251,6 +255,7 @@ class Instrumentation:
         from traceml.instrument.search.discovery import ModuleDiscovery
         from traceml.instrument.values.inputs import BatchReader
         from traceml.instrument.values.losses import CudaLosses, LossReader, patch_scale
+        from traceml.instrument.workers.worker_deaths import watch_workers
 
         clock, patches = self.clock, self._patches
         self._batches = batches = BatchReader(clock, self._report_input)
@@ -275,6 +280,7 @@ class Instrumentation:
             lambda: self._guarded(self._new_iterator),
             batches.inspect,
         )
+        self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
         calls.patch_checkpoint(patches, clock)
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)

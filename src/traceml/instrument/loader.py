@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
 from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_thread
-from traceml.instrument.loader_workers import follow_iterator
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
+from traceml.instrument.workers.loader_workers import follow_iterator
 
 __all__ = ["LoaderToken", "TracedIterable", "patch_loaders"]
 

@@ -35,6 +35,7 @@ from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
 from traceml.recorder.user_code import UserCode
 from traceml.samplers.base import Sampler, SamplerScheduler
+from traceml.samplers.death_causes import DeathCauses
 from traceml.transport.client import Connection
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ class Recording:
     # --- sampling and hooks ------------------------------------------------------------------------------------------
 
     def _samplers(self) -> Sequence[Sampler]:
-        from traceml.instrument.loader_workers import worker_pids
+        from traceml.instrument.workers.loader_workers import worker_pids
         from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
 
         return open_samplers(local_rank=self.identity.rank_identity.local_rank, workers=worker_pids)
@@ -347,6 +348,14 @@ class Recording:
     def _watch_progress(self) -> None:
         register_stacks()
         self.thread.every_turn(self._check_progress)
+        with fail_open(_log, "recorder", "loader workers that die are not noted"):
+            self._death_causes = DeathCauses()
+            self.thread.every_turn(self._note_lost_workers)
+
+    def _note_lost_workers(self, _last: bool) -> None:
+        lost = self.instrumentation.lost_workers if self.instrumentation is not None else None
+        while lost:
+            self.note("worker_lost", urgent=True, **lost.popleft(), **self._death_causes.facts())
 
     def _check_progress(self, last: bool) -> None:
         self.quiet(last)

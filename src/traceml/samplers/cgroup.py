@@ -7,7 +7,7 @@ import os
 
 from traceml.samplers.procfs import ProcFile, read_text
 
-__all__ = ["CgroupMemory", "cores", "limited_memory", "limited_processes", "throttling"]
+__all__ = ["CgroupMemory", "cores", "limited_memory", "limited_processes", "memory_events", "throttling"]
 
 _ROOT = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
@@ -89,6 +89,20 @@ def throttling(root: str = _ROOT, membership: str | None = None) -> str | None:
     """
     paths = (f"{folder}/cpu.stat" for folder in _folders("cpu", root, membership))
     return next((path for path in paths if "nr_periods" in (read_text(path) or "")), None)
+
+
+def memory_events(root: str = _ROOT, membership: str | None = None) -> str:
+    """Return the file in which the kernel counts the processes that its out-of-memory killer ended.
+
+    It is that of the innermost group, which counts its own processes; else the machine's.
+
+    Args:
+        root: where the control groups are mounted.
+        membership: text of /proc/self/cgroup.
+    """
+    names = ("memory.events", "memory.oom_control")
+    paths = (f"{folder}/{name}" for folder in _folders("memory", root, membership) for name in names)
+    return next((path for path in paths if "oom_kill " in (read_text(path) or "")), "/proc/vmstat")
 
 
 def _folders(controller: str, root: str, membership: str | None) -> list[str]:

@@ -15,6 +15,7 @@ from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreWaits
 from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
 from traceml.diagnosis.facts.loss_history import LossHistory
+from traceml.diagnosis.facts.lost_workers import LostWorker, lost_worker_of
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.pauses import PauseHistory
@@ -139,6 +140,7 @@ class JobFacts:
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
         workers: its worker processes over the run.
+        lost_workers: rank -> loader workers that died, the first of them.
         growing: rank -> containers that grew while its memory did, when it looked last.
         exits: ends of ranks.
         limits: use of resources that have a limit.
@@ -169,6 +171,7 @@ class JobFacts:
     compile_s: float | None = None
     loader: LoaderFacts | None = None
     workers: WorkerHistory = field(default_factory=WorkerHistory)
+    lost_workers: Mapping[int, Sequence[LostWorker]] = field(default_factory=dict)
     growing: Mapping[int, Sequence[GrowingObjects]] = field(default_factory=dict)
     exits: tuple[RankExit, ...] = ()
     limits: tuple[ResourceUse, ...] = ()
@@ -248,6 +251,7 @@ class JobFactsBuilder:
         self.state = "running"
         self.limits, self.lines, self.memory = UseHistory(), LineCounts(), MemoryHistory()
         self.workers = WorkerHistory()
+        self.lost_workers: dict[int, list[LostWorker]] = {}
         self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
         self.skipped = SkippedSteps()
         self.steps_before: dict[int, int] = {}
@@ -291,6 +295,8 @@ class JobFactsBuilder:
             self.steps_before[rank] = row["before"]
         elif kind == "stopped" and (stop := stop_of(row)) is not None:
             self.stops.setdefault(rank, []).append(stop)
+        elif kind == "worker_lost" and (lost := lost_worker_of(row)) is not None:
+            self.lost_workers[rank] = [*self.lost_workers.get(rank, []), lost][:_MAX_LOST]
         elif kind == "growth":
             self.growing[rank] = growing_of(row)
         elif kind == "input":
@@ -393,6 +399,7 @@ class JobFactsBuilder:
             compile_s=known.get("compile_s"),
             loader=self._loaders[0] if self._loaders else None,
             workers=self.workers,
+            lost_workers=dict(self.lost_workers),
             growing=dict(self.growing),
             limits=self.limits.uses(),
             memory=self.memory,
@@ -412,7 +419,7 @@ class JobFactsBuilder:
 
 _KEPT = ("backend", "torch_threads", "fused")
 _NO_ACCELERATOR = ("cpu", "meta")
-_MAX_LOADERS = 64
+_MAX_LOADERS = _MAX_LOST = 64
 _MAX_EPOCHS = 65_536
 _LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
 _COPIED = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state", "host"))

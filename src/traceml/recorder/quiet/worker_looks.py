@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from traceml.database.looks import MAX_FRAMES, FrameLook, WorkerLook
-from traceml.instrument.loader_workers import LoaderWorker, workers_of_loaders
+from traceml.instrument.workers.loader_workers import LoaderWorker, workers_of_loaders
 from traceml.witness.kernel_state import process_info, wait_state
 from traceml.witness.stack_signal import SignaledStacks, worker_target
 from traceml.witness.stack_text import main_frames

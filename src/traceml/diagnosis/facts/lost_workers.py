@@ -1,0 +1,77 @@
+"""Loader workers that died, from `worker_lost` rows and from the exceptions that torch raises for them."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["LostWorker", "lost_worker_of", "worker_in"]
+
+_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>\d+)[^)]*\) (?P<how>is killed by signal|exited)")
+_SIGNAL = re.compile(r"is killed by signal: (?P<words>[^.]+)")
+_STATUS = re.compile(r"with exit code (?P<code>\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostWorker:
+    """A loader worker that died.
+
+    Attributes:
+        pid: its process.
+        worker, workers: its number in the loader, from 0, and how many there were.
+        signal, code: how it ended.
+        step: the step that was open.
+        oom_kills: processes that the kernel's out-of-memory killer had ended since the start of the rank.
+        shm_bytes: size of /dev/shm.
+        memory_limit_bytes: limit of the container.
+        files_limit: open files that the rank may have.
+    """
+
+    pid: int
+    worker: int | None = None
+    workers: int | None = None
+    signal: int | None = None
+    code: int | None = None
+    step: int | None = None
+    oom_kills: int | None = None
+    shm_bytes: int | None = None
+    memory_limit_bytes: int | None = None
+    files_limit: int | None = None
+
+
+_FIELDS = [field.name for field in fields(LostWorker)]
+
+
+def lost_worker_of(row: Mapping[str, Any]) -> LostWorker | None:
+    """Return the worker of an `info` row; None if the row is not a valid one."""
+    known = {name: row[name] for name in _FIELDS if isinstance(row.get(name), int)}
+    if "pid" not in known:
+        return None
+
+    told = worker_in(str(row.get("message", "")))
+    if told is not None and "signal" not in known and "code" not in known:
+        known |= {"signal": told.signal, "code": told.code}
+
+    return LostWorker(**known)
+
+
+def worker_in(exception: str) -> LostWorker | None:
+    """Return the worker whose death an exception of torch's loader tells; None for another exception."""
+    found = _DIED.search(exception)
+    if found is None:
+        return None
+
+    status, words = _STATUS.search(exception), _SIGNAL.search(exception)
+    return LostWorker(
+        pid=int(found["pid"]),
+        signal=_number_of(words["words"].strip()) if words else None,
+        code=int(status["code"]) if status else None,
+    )
+
+
+def _number_of(words: str) -> int | None:
+    """Return the signal that the C library calls so: 9 for `Killed`."""
+    return next((int(number) for number in signal.valid_signals() if signal.strsignal(number) == words), None)

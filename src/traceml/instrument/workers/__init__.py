@@ -1,0 +1,1 @@
+"""Worker processes of data loaders: which there are, and which died."""

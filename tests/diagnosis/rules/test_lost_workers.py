@@ -1,0 +1,132 @@
+"""Loader workers that died: the cause of a rank's end, or a finding of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.facts.lost_workers import LostWorker, lost_worker_of, worker_in
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.lost_ranks import rank_lost, worker_behind, worker_lost
+
+KILLED = "RuntimeError: DataLoader worker (pid 4711) is killed by signal: Killed. "
+DEAD = LostWorker(pid=4711, worker=1, workers=2, signal=9, step=108, oom_kills=0, shm_bytes=1 << 30)
+
+
+def ended(exception: str) -> RankExit:
+    return RankExit(rank=0, state="failed", code=1, exception=exception, file="train.py", line=11, last_step=107)
+
+
+@pytest.mark.parametrize(
+    ("exception", "how"),
+    [
+        (KILLED, (4711, 9, None)),
+        ("RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that", (7, 7, None)),
+        ("RuntimeError: DataLoader worker (pid(s) 5, 6) exited unexpectedly", (5, None, None)),
+        ("RuntimeError: DataLoader worker (pid 5) exited unexpectedly with exit code 3. Details", (5, None, 3)),
+    ],
+)
+def test_torch_says_which_worker_died(exception, how):
+    """Process, signal and status are in its text."""
+    told = worker_in(exception)
+
+    assert told is not None
+    assert (told.pid, told.signal, told.code) == how
+
+
+def test_an_exception_that_a_worker_raised_is_no_death():
+    """The worker went on, and the dataset's own message is the cause."""
+    assert worker_in("ValueError: sample 1777 is damaged (in DataLoader worker process 0)") is None
+
+
+def test_the_rank_ended_because_of_the_worker_that_was_noted():
+    """The note knows what the exception does not: number and signal."""
+    facts = JobFacts(
+        exits=(ended("RuntimeError: DataLoader worker (pid(s) 4711) exited unexpectedly"),), lost_workers={0: [DEAD]}
+    )
+
+    (finding,) = rank_lost(facts)
+
+    assert finding.summary == (
+        "Rank 0 ended because loader worker 1 of 2 (process 4711) was killed by signal 9 (SIGKILL), after step 107."
+    )
+    assert finding.headline == "Rank 0 ended because its loader worker was killed by SIGKILL at step 107"
+    assert "ended no process here" in finding.next
+
+
+def test_without_a_note_the_exception_tells():
+    """The rank ended before its recorder could say more."""
+    (finding,) = rank_lost(JobFacts(exits=(ended(KILLED),)))
+
+    assert "a loader worker (process 4711) was killed by signal 9 (SIGKILL)" in finding.summary
+    assert "dmesg" in finding.next
+
+
+def test_a_batch_that_a_dead_worker_had_sent_cannot_be_read():
+    """The exception is that of the connection, in data loading; elsewhere it has another cause."""
+    cut = {"rank": 0, "state": "failed", "exception": "ConnectionResetError: [Errno 104] Connection reset by peer"}
+    reading, reducing = (RankExit(**cut, open_phase=phase) for phase in ("input_wait", "backward"))
+
+    assert worker_behind(reading, JobFacts(lost_workers={0: [DEAD]})) is DEAD
+    assert worker_behind(reducing, JobFacts(lost_workers={0: [DEAD]})) is None
+    assert worker_behind(reading, JobFacts()) is None
+
+
+def test_a_script_that_caught_it_has_a_finding():
+    """The run goes on, and says which worker and when."""
+    (finding,) = worker_lost(JobFacts(lost_workers={3: [DEAD]}))
+
+    assert finding.kind is Kind.WORKER_LOST
+    assert finding.ranks == (3,)
+    assert finding.headline == "A loader worker of rank 3 was killed by SIGKILL at step 108"
+    assert "worker 1 of 2" in finding.summary
+    assert finding.evidence["oom_kills"] == 0
+
+
+def test_later_deaths_are_counted():
+    """The first is told."""
+    (finding,) = worker_lost(JobFacts(lost_workers={0: [DEAD, LostWorker(pid=9, code=1, step=120)]}))
+
+    assert finding.evidence["lost"] == 2
+    assert "1 more died later" in finding.summary
+    assert finding.headline == "2 loader workers of rank 0 died from step 108 on"
+
+
+@pytest.mark.parametrize("facts", [
+    {"state": "stopped"},  # the scheduler ends all processes
+    {"explained": [0]},
+])  # fmt: skip
+def test_a_death_that_is_told_already_is_not_told_again(facts):
+    """Of a run that was stopped, and of a rank whose end it explains."""
+    explained = facts.pop("explained", ())
+
+    assert worker_lost(JobFacts(lost_workers={0: [DEAD]}, **facts), explained) == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "advice"),
+    [
+        ({"signal": 9, "oom_kills": 1, "memory_limit_bytes": 1 << 30}, "memory limit of 1.00 GiB"),
+        ({"signal": 9}, "dmesg"),
+        ({"signal": 7, "shm_bytes": 64 << 20}, "/dev/shm of 64.0 MiB more room (docker run --shm-size=8g"),
+        ({"signal": 7, "shm_bytes": 16 << 30}, "--shm-size=32g"),
+        ({"signal": 11}, "faulthandler"),
+        ({"signal": 15}, "what sent the signal"),
+        ({"code": 1}, "num_workers=0"),
+    ],
+)
+def test_the_advice_is_for_the_cause(lost, advice):
+    """Memory, shared memory, native code, a signal from outside, a status."""
+    (finding,) = worker_lost(JobFacts(lost_workers={0: [LostWorker(pid=5, **lost)]}))
+
+    assert advice in finding.next
+
+
+def test_rows_of_the_rank_are_read():
+    """A row without a process is damaged, and left out."""
+    builder = JobFactsBuilder()
+    for row in ({"pid": 5, "signal": 9, "worker": 0, "workers": 4, "oom_kills": 1}, {"signal": 9}):
+        builder.info(2, {"kind": "worker_lost", **row})
+
+    assert builder.build().lost_workers == {2: [LostWorker(pid=5, signal=9, worker=0, workers=4, oom_kills=1)]}
+    assert lost_worker_of({"pid": 4711, "message": KILLED}) == LostWorker(pid=4711, signal=9)

@@ -1,0 +1,60 @@
+"""Loader workers that die for real, while a script is traced."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tests.instrument.conftest import Traced
+
+
+class Dying(Dataset):
+    """A data set whose tenth sample ends the process that reads it."""
+
+    def __init__(self, end) -> None:
+        self.end = end
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> int:
+        if index == 10:
+            self.end()
+
+        return index
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def left() -> None:
+    os._exit(3)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("end", "how"), [(killed, {"signal": signal.SIGKILL}), (left, {"code": 3})])
+def test_a_worker_that_dies_is_noted_and_torch_raises_as_before(traced: Traced, end, how) -> None:
+    """Process, number and signal or status are known, also where the script catches the exception."""
+    with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
+        list(DataLoader(Dying(end), batch_size=2, num_workers=2, collate_fn=list))  # a tensor needs its worker
+
+    lost = traced.instrumentation.lost_workers[0]
+    assert {name: lost.get(name) for name in how} == how
+    assert (lost["worker"], lost["workers"]) == (1, 2)  # sample 10 is in batch 5
+    assert str(lost["pid"]) in str(raised.value)
+    assert traced.instrumentation.clock.errors == 0
+
+
+@pytest.mark.process
+def test_workers_that_end_with_their_loader_are_not_lost(traced: Traced) -> None:
+    """An epoch to its end, and an iterator that is dropped."""
+    loader = DataLoader(torch.randn(64, 4), batch_size=2, num_workers=2)
+    list(loader)
+    next(iter(loader))
+
+    assert not traced.instrumentation.lost_workers
