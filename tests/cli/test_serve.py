@@ -169,3 +169,32 @@ def test_the_page_is_served_beside_the_aggregator(serve):
 def test_a_port_that_is_none_is_called_so(port, capsys):
     assert main(["serve", f"--web={port}"]) == 2
     assert "takes a whole number from 0 to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_metrics_are_served_beside_the_aggregator(serve):
+    """With --prometheus the address is printed first; the server ends with the aggregator."""
+    process = serve("--port", "0", "--prometheus", "0")
+    assert process.stdout is not None
+    host = process.stdout.readline().removeprefix("traceml metrics at http://").removesuffix("/metrics\n")
+
+    def ask() -> tuple[int, str]:
+        connection = http.client.HTTPConnection(host, timeout=60)
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, text
+
+    status, text = ask()
+    assert (status, "traceml_runs_hidden 0.0" in text) == (200, True)
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    with pytest.raises(ConnectionRefusedError):
+        ask()
+
+
+@pytest.mark.parametrize("address", ["99999", "x", "host:", "-1"])
+def test_an_address_of_metrics_that_is_none_is_called_so(address, capsys):
+    assert main(["serve", f"--prometheus={address}"]) == 2
+    assert "--prometheus takes PORT or HOST:PORT with a port from 0 to 65535" in capsys.readouterr().err

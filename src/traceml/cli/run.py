@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from traceml import settings
 from traceml.cli.number_range import PORT, NumberRange, node_count
 from traceml.cli.parsing import CommandParser, WrappingFormatter
-from traceml.cli.scripts import add_run_options, check_report, given, script_words
+from traceml.cli.scripts import add_prometheus_option, add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
 from traceml.installation import install_command
 from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.final_report import print_final_report
+from traceml.supervise.metrics_process import metrics_beside
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
 
@@ -100,23 +101,33 @@ def main(argv: list[str]) -> int:
             TRACEML_ON_HANG="abort" if options.kill_after_report else None,
         ),
     )
-    return run_job(job, live=options.live, report=options.report)
+    with metrics_beside(job.runs_dir, options.prometheus, config.token, _print_line) as keep_metrics:
+        return run_job(job, live=options.live, report=options.report, on_tick=keep_metrics)
 
 
-def run_job(job: LocalJob, *, live: str = "auto", report: Path | None = None) -> int:
+def run_job(
+    job: LocalJob, *, live: str = "auto", report: Path | None = None, on_tick: Callable[[], object] | None = None
+) -> int:
     """Run a job, show it live, and print its verdict.
 
     Args:
         job: the job.
         live: `terminal`, `web`, `none`, or `auto`: the terminal view if there is a terminal.
         report: path for a copy of the report: the page if the name ends in .html, else the JSON.
+        on_tick: called a few times a second while the job runs.
 
     Returns:
         The job's exit status.
     """
     with _page(job, live) as keep_page:
         make_screen = _screen_maker(job, live)
-        with Supervisor(job, make_screen=make_screen, on_delivery=_print_delivery, on_tick=keep_page) as supervisor:
+        kept = [keep for keep in (keep_page, on_tick) if keep is not None]
+        with Supervisor(
+            job,
+            make_screen=make_screen,
+            on_delivery=_print_delivery,
+            on_tick=lambda: [keep() for keep in kept],
+        ) as supervisor:
             outcome = supervisor.run()
             print_final_report(
                 job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr
@@ -143,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_run_options(parser)
+    add_prometheus_option(parser)
     parser.add_argument(
         "--kill-after-report",
         action="store_true",
@@ -211,6 +223,10 @@ def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
         return RunScreen(job.run_dir)
 
     return make
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print_delivery() -> None:

@@ -1,4 +1,4 @@
-"""Options of the run and the script, shared by `run` and `launch`."""
+"""Options of the run, the script and the metrics, shared by `run`, `launch` and `serve`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from traceml.errors import UsageError
+from traceml.supervise.metrics_process import ListenAddress
 
-__all__ = ["add_run_options", "check_report", "given", "script_words"]
+__all__ = ["add_prometheus_option", "add_run_options", "check_report", "given", "script_words"]
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--project", metavar="NAME", help="project of the run")
     own.add_argument("--runs-dir", metavar="DIR", help="folder of the runs (default: traceml_runs)")
     own.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as in `python -m`")
+
+
+def add_prometheus_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--prometheus`; its value is a `ListenAddress`, None without it."""
+    parser.add_argument(
+        "--prometheus",
+        nargs="?",
+        type=_address,
+        const=ListenAddress(),
+        metavar="[HOST:]PORT",
+        help="also serve metrics for Prometheus at /metrics (127.0.0.1:29767)",
+    )
+
+
+def _address(text: str) -> ListenAddress:
+    try:
+        return ListenAddress.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def script_words(options: argparse.Namespace, *, example: str) -> list[str]:

@@ -20,7 +20,9 @@ from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
 from traceml.cli.number_range import PORT, NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
+from traceml.cli.scripts import add_prometheus_option
 from traceml.errors import TraceMLError
+from traceml.supervise.metrics_process import metrics_beside
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
 from traceml.supervise.page_process import PageProcess
 from traceml.supervise.report_maker import BESIDE_RUNS, ReportMaker
@@ -35,6 +37,7 @@ _EPILOG = """\
 Training scripts with traceml.init() and the same runs folder on this host find it automatically.
 Scripts on other hosts need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
 --web prints the address of a page with all runs, running and ended.
+--prometheus 0.0.0.0:29767 lets other hosts read the metrics, with a bearer token.
 Scripts with another runs folder need TRACEML_PORT: their runs are stored here then.
 Reports are written to the runs folder when runs end; `traceml report` prints them."""
 
@@ -69,6 +72,7 @@ def main(argv: list[str]) -> int:
         with (
             contextlib.closing(reports),
             _page(config.runs_dir, options.web),
+            _metrics(config, options),
             _published(host, port, token, aggregator, _folder_lock(options, Path(config.runs_dir))),
             _screen(aggregator, wanted=options.terminal),
         ):
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--web", nargs="?", type=PORT, const=PAGE_PORT, metavar="PORT", help="also serve the web page (29766)"
     )
+    add_prometheus_option(parser)
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
     for descriptor in ("--fd", "--folder-fd", "--ready-fd"):
@@ -247,13 +252,26 @@ def _page(runs_dir: Path, port: int | None) -> Iterator[None]:
 
     with PageProcess(Path(runs_dir), port) as page:
         print(f"traceml page at {page.address()}", flush=True)
-        with _background_thread(partial(_keep_page, page), name="traceml-page"):
+        with _background_thread(partial(_keep_alive, page.restart_if_dead), name="traceml-page"):
             yield
 
 
-def _keep_page(page: PageProcess, ended: Callable[[float], bool]) -> None:
+@contextlib.contextmanager
+def _metrics(config: settings.Config, options: argparse.Namespace) -> Iterator[None]:
+    """Serve metrics for Prometheus in a separate process, and print their address."""
+    announce = partial(print, flush=True)
+    with metrics_beside(Path(config.runs_dir), options.prometheus, config.token, announce) as keep:
+        if options.prometheus is None:
+            yield
+            return
+
+        with _background_thread(partial(_keep_alive, keep), name="traceml-metrics"):
+            yield
+
+
+def _keep_alive(restart_if_dead: Callable[[], object], ended: Callable[[float], bool]) -> None:
     while not ended(0.3):
-        page.restart_if_dead()
+        restart_if_dead()
 
 
 @contextlib.contextmanager

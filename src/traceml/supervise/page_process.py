@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -26,7 +24,7 @@ from urllib.parse import quote
 from traceml.errors import TraceMLError
 from traceml.installation import install_command
 from traceml.supervise.output import PassThroughScreen
-from traceml.supervise.processes import spawn
+from traceml.supervise.processes import spawn_server
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport import auth
 
@@ -93,21 +91,8 @@ class PageProcess(RestartingProcess):
     def spawn_process(self) -> subprocess.Popen[bytes]:
         """Start the page's server on our socket."""
         fd = self._listener.fileno()
-        settings_in, settings_out = os.pipe()
-        try:
-            return spawn(
-                [sys.executable, "-m", "traceml.display.web", str(fd)],
-                environ=os.environ,
-                stdin=settings_in,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(fd,),
-                death_signal=signal.SIGTERM,
-                own_session=True,
-            )
-        finally:
-            os.close(settings_in)
-            with open(settings_out, "w") as pipe:
-                pipe.write(json.dumps({"token": self.token, "runs_dir": str(self.runs_dir), "nice": self._nice}) + "\n")
+        config = {"token": self.token, "runs_dir": str(self.runs_dir), "nice": self._nice}
+        return spawn_server("traceml.display.web", config, (fd,), str(fd))
 
     def close(self) -> None:
         """Send browsers the final state, and end the page. May be called again."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import pty
 import signal
 import struct
 import subprocess
+import sys
 import termios
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-__all__ = ["FORWARDED_SIGNALS", "PseudoTerminal", "ScriptPipe", "spawn"]
+__all__ = ["FORWARDED_SIGNALS", "PseudoTerminal", "ScriptPipe", "spawn", "spawn_server"]
 
 # Signals that a supervisor blocks for itself and forwards to the job.
 FORWARDED_SIGNALS = frozenset(
@@ -55,6 +57,34 @@ def spawn(
         start_new_session=own_session,
         preexec_fn=_before_exec(death_signal),  # noqa: PLW1509 - runs a prebound C function and no imports
     )
+
+
+def spawn_server(
+    module: str, config: Mapping[str, Any], pass_fds: Sequence[int] = (), *arguments: str
+) -> subprocess.Popen[bytes]:
+    """Start a Python module that reads its configuration, one line of JSON, on standard input.
+
+    Args:
+        module: its name.
+        config: its configuration; not on the command line, which every user of the host can read.
+        pass_fds: descriptors that it inherits.
+        arguments: its command line.
+    """
+    settings_in, settings_out = os.pipe()
+    try:
+        return spawn(
+            [sys.executable, "-m", module, *arguments],
+            environ=os.environ,
+            stdin=settings_in,
+            stdout=subprocess.DEVNULL,
+            pass_fds=pass_fds,
+            death_signal=signal.SIGTERM,
+            own_session=True,
+        )
+    finally:
+        os.close(settings_in)
+        with open(settings_out, "w") as pipe:
+            pipe.write(json.dumps(config) + "\n")
 
 
 def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:

@@ -23,6 +23,7 @@ from traceml.own_files import check_own_folder, make_own_folder, open_own
 __all__ = [
     "AGGREGATOR",
     "CLIENT_NONCE_TAG",
+    "METRICS",
     "PAGE",
     "PublishedServer",
     "client_nonce",
@@ -42,8 +43,8 @@ __all__ = [
 # one connection to a second connection of the same client, and use its answer as its own.
 CLIENT_NONCE_TAG = b"traceml-client-1"
 
-# Servers with a token of their own: for ranks, and for browsers.
-AGGREGATOR, PAGE = "aggregator", "page"
+# Servers with a token of their own: for ranks, for browsers, and for Prometheus.
+AGGREGATOR, PAGE, METRICS = "aggregator", "page", "metrics"
 
 # The file of a killed aggregator stays this long: an aggregator restarted on its port gets the same token.
 _KEPT_S = 24 * 3600.0
@@ -152,7 +153,7 @@ def discover(port: int, *, include_dead: bool = False, kind: str = AGGREGATOR) -
     Args:
         port: the port that it listens on.
         include_dead: also return the file of an aggregator that has ended.
-        kind: `AGGREGATOR` or `PAGE`.
+        kind: `AGGREGATOR`, `PAGE` or `METRICS`.
     """
     for folder in _candidates():
         entry = _read(folder / _name(port, kind))
@@ -204,7 +205,7 @@ def withdraw(port: int) -> None:
 
 def _sweep(folder: Path) -> None:
     """Remove old files of killed aggregators, whose ranks have given up by now."""
-    for path in (path for kind in (AGGREGATOR, PAGE) for path in folder.glob(f"{kind}-*.json*")):
+    for path in (path for kind in (AGGREGATOR, PAGE, METRICS) for path in folder.glob(f"{kind}-*.json*")):
         with contextlib.suppress(OSError):  # another process removes it, or it is no file of ours
             if time.time() - path.stat().st_mtime < _KEPT_S:
                 continue

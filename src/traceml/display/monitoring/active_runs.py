@@ -1,0 +1,108 @@
+"""Reports of the runs that are running, read when a monitoring system asks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from traceml.display.web.run_sources import RunsSource
+from traceml.errors import StoreError
+from traceml.renderers.instruments import Instruments
+from traceml.renderers.run_readings import Reading, readings
+from traceml.runs.find import RunInfo
+from traceml.runs.live_run import LiveRun
+from traceml.runs.report.report_types import Report
+
+__all__ = ["MOST_RUNS", "ActiveRuns", "RunsSnapshot"]
+
+MOST_RUNS = 32
+"""Running runs that are shown; the oldest of more are counted only."""
+
+# Each has a value, 0 at first: Prometheus sees an increase only in a series that it knows.
+_STATES = ("running", "finished", "stopped", "failed", "hung", "lost", "damaged")
+_FRESH_S = 1.0  # who asks more often, as two servers together, gets the same answer
+
+_log = logging.getLogger("traceml")
+
+
+@dataclass(frozen=True, slots=True)
+class RunsSnapshot:
+    """The runs of a folder at one time.
+
+    Attributes:
+        reports: of the running runs, the newest first.
+        states: number of all runs by state.
+        hidden: running runs without a report because there are too many.
+    """
+
+    reports: Sequence[Report] = ()
+    states: tuple[tuple[str, int], ...] = ()
+    hidden: int = 0
+
+    def readings(self) -> list[Reading]:
+        """Return the values of every metric."""
+        found = [Reading(Instruments.RUNS, (state,), count) for state, count in self.states]
+        found.append(Reading(Instruments.RUNS_HIDDEN, (), self.hidden))
+        return found + [each for report in self.reports for each in readings(report)]
+
+
+class ActiveRuns:
+    """Follows the running runs of a folder; may be asked from several threads.
+
+    Args:
+        runs_dir: the folder.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, runs_dir: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._source = RunsSource(Path(runs_dir))
+        self._clock = clock
+        self._infos: tuple[RunInfo, ...] = ()
+        self._live: dict[Path, LiveRun] = {}
+        self._lock = threading.Lock()
+        self._snapshot: RunsSnapshot | None = None
+        self._read_s = 0.0
+
+    def snapshot(self) -> RunsSnapshot:
+        """Return the runs as they are now; an answer of the last second is used again."""
+        with self._lock:
+            if self._snapshot is None or self._clock() - self._read_s >= _FRESH_S:
+                self._snapshot = self._read()
+                self._read_s = self._clock()
+
+            return self._snapshot
+
+    def close(self) -> None:
+        """Close the stores."""
+        with self._lock:
+            self._drop(set(self._live))
+
+    def _read(self) -> RunsSnapshot:
+        state = self._source.read()
+        self._infos = self._infos if state is None else state.runs
+        running = [info.path for info in self._infos if info.state == "running"]
+        shown = running[:MOST_RUNS]
+        self._drop(set(self._live) - set(shown))
+        reports = [report for path in shown if (report := self._report(path)) is not None]
+        states = Counter(dict.fromkeys(_STATES, 0))
+        states.update(info.state for info in self._infos)
+        return RunsSnapshot(reports, tuple(states.items()), len(running) - len(shown))
+
+    def _report(self, path: Path) -> Report | None:
+        live = self._live.setdefault(path, LiveRun(path))
+        try:
+            live.refresh()
+            return live.report()
+        except StoreError as error:  # the store was replaced: the next request opens the new one
+            _log.warning("the metrics of %s are missing: %s", path.name, error)
+            self._drop({path})
+            return None
+
+    def _drop(self, paths: set[Path]) -> None:
+        for path in paths:
+            self._live.pop(path).close()

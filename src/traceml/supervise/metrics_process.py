@@ -1,0 +1,217 @@
+"""Handle of the process that answers Prometheus, in its parent: a job's or the aggregator's process.
+
+The parent holds the listening socket, so that a server that dies is replaced at the same address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Self
+
+from traceml.errors import TraceMLError
+from traceml.installation import install_command
+from traceml.supervise.processes import spawn_server
+from traceml.supervise.restarting_process import RestartingProcess
+from traceml.transport import auth
+
+__all__ = ["ListenAddress", "MetricsProcess", "metrics_beside"]
+
+_NICE = 5  # as the page: at 19 an answer would take seconds where the training uses every core
+_STOP_TIMEOUT_S = 5.0
+_ADDRESS = re.compile(r"(?:\[?(?P<host>[^\[\]\s]+?)\]?:)?(?P<port>\d{1,5})")
+
+_log = logging.getLogger("traceml")
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """Address of the metrics; the default port is 29767."""
+
+    host: str = "127.0.0.1"
+    port: int = 29767
+
+    @classmethod
+    def parse(cls, text: str) -> ListenAddress:
+        """Return the address in a text: PORT or HOST:PORT.
+
+        Raises:
+            ValueError: it is neither; the text says what is allowed.
+        """
+        match = _ADDRESS.fullmatch(text)
+        if match is None or int(match["port"]) > 65535:
+            raise ValueError(f"takes PORT or HOST:PORT with a port from 0 to 65535, not {text!r}")
+
+        return cls(match["host"] or cls().host, int(match["port"]))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host reaches it."""
+        if self.host == "localhost":
+            return True
+
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name
+            return False
+
+    def at(self, port: int) -> str:
+        """Return the URL of the metrics at a port."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{port}/metrics"
+
+
+class MetricsProcess(RestartingProcess):
+    """The metrics of one folder of runs. A context manager: its entry starts the server, its exit ends it.
+
+    Args:
+        runs_dir: the folder.
+        address: where it listens; port 0 takes a free one.
+        secret: the token is derived from this text, so that it stays; None: the token is random.
+
+    Attributes:
+        token: the bearer token that requests need; None where only this host reaches the server.
+
+    Raises:
+        TraceMLError: `prometheus_client` is not installed, or the port cannot be used.
+    """
+
+    def __init__(self, runs_dir: Path, address: ListenAddress, secret: str | None = None) -> None:
+        if find_spec("prometheus_client") is None:
+            needs = "metrics for Prometheus need prometheus_client, which is not installed"
+            raise TraceMLError(f"{needs}: {install_command('prometheus')}")
+
+        super().__init__()
+        self.runs_dir = runs_dir.absolute()
+        self.address = address
+        self._listener = _listen(address)
+        self.port: int = self._listener.getsockname()[1]
+        self.token = None if address.is_loopback else self._token(secret)
+        self.token_file: Path | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            host, token = self.address.host, self.token or ""
+            auth.publish(host, self.port, token, runs_dir=str(self.runs_dir), kind=auth.METRICS)
+            self.token_file = _write_token(self.port, self.token)
+        except OSError as error:
+            _log.warning("the token of the metrics cannot be stored: %s", error)
+
+        self.start()
+        return self
+
+    def __repr__(self) -> str:
+        return f"<metrics process at port {self.port}>"
+
+    @property
+    def url(self) -> str:
+        """The URL of the metrics."""
+        return self.address.at(self.port)
+
+    @property
+    def announcement(self) -> str:
+        """The URL, and the file of the token where requests need one."""
+        if self.token is None:
+            return self.url
+
+        where = self.token_file or f"no file: it is {self.token}"
+        return f"{self.url}, with the bearer token in {where}"
+
+    def spawn_process(self) -> subprocess.Popen[bytes]:
+        """Start the server on our socket."""
+        fd = self._listener.fileno()
+        config = {"fd": fd, "token": self.token, "runs_dir": str(self.runs_dir), "nice": _NICE}
+        return spawn_server("traceml.display.monitoring", config, (fd,))
+
+    def close(self) -> None:
+        """End the server. May be called again."""
+        if self.process is not None and self.running:
+            self.process.terminate()
+            self.wait_or_kill(_STOP_TIMEOUT_S)
+
+        self.process = None
+        self._listener.close()
+        if self.token_file is not None:
+            self.token_file.unlink(missing_ok=True)
+
+    def _token(self, secret: str | None) -> str:
+        """Return the token: never the secret itself, which other requests prove and do not send."""
+        if secret is not None:
+            return hmac.new(secret.encode(), b"traceml metrics", hashlib.sha256).hexdigest()
+
+        before = auth.discover(self.port, include_dead=True, kind=auth.METRICS)
+        return before.token if before is not None and before.token else auth.new_token()
+
+
+@contextlib.contextmanager
+def metrics_beside(
+    runs_dir: Path, address: ListenAddress | None, secret: str | None, announce: Callable[[str], object]
+) -> Iterator[Callable[[], None]]:
+    """Serve metrics during the block, if an address is given; yield a function to be called often.
+
+    If this user already serves the metrics of the same folder at this port, that server is used.
+
+    Args:
+        runs_dir: folder of the runs.
+        address: where to listen; None: nothing is served.
+        secret: see `MetricsProcess`.
+        announce: called with one line that tells the address.
+
+    Raises:
+        TraceMLError: see `MetricsProcess`.
+    """
+    if address is None:
+        yield lambda: None
+        return
+
+    other = auth.discover(address.port, kind=auth.METRICS)
+    if other is not None and Path(other.runs_dir) == runs_dir.absolute():
+        announce(f"traceml metrics at {address.at(address.port)}, by process {other.pid}")
+        yield lambda: None
+        return
+
+    with MetricsProcess(runs_dir, address, secret) as process:
+        announce(f"traceml metrics at {process.announcement}")
+        yield process.restart_if_dead
+
+
+def _write_token(port: int, token: str | None) -> Path | None:
+    """Write the file that Prometheus reads as `credentials_file`."""
+    if token is None:
+        return None
+
+    path = auth.runtime_folder() / f"{auth.METRICS}-{port}.token"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+        file.write(token)
+
+    return path
+
+
+def _listen(address: ListenAddress) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server((address.host, address.port), family=family, backlog=128)
+    except OSError as error:
+        raise TraceMLError(_cannot_listen(address, error)) from error
+
+
+def _cannot_listen(address: ListenAddress, error: OSError) -> str:
+    choose = "Choose another address: --prometheus HOST:PORT"
+    if error.errno != errno.EADDRINUSE:
+        return f"the metrics cannot listen on {address.host}:{address.port}: {error.strerror or error}. {choose}."
+
+    other = auth.discover(address.port, kind=auth.METRICS)
+    who = f"the metrics of {other.runs_dir} (pid {other.pid})" if other is not None else "another program"
+    return f"port {address.port} is in use by {who}. {choose}."
