@@ -114,13 +114,13 @@ def peer_row(length: int, memory: float, pairs: list[tuple[Times, Times]], pytho
 def real(starts: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = [start(Path(folder), number) for number in range(starts)]
-        found = [compare_runs(a, b) for a, b in combinations(runs, 2)]
+        found = [compare_runs(a, b).to_dict() for a, b in combinations(runs, 2)]
 
     waits = [[each[side]["core_wait_share"] or 0.0 for side in ("a", "b")] for each in found]
     print(f"\nreal: the same training started {starts} times, {len(found)} pairs")
     print(f"  ranks waited for a core {np.min(waits):.0%} to {np.max(waits):.0%} of their time")
     tell("all pairs", found)
-    alike = [each for each in found if not any("without a core" in remark for remark in each["remarks"])]
+    alike = [each for each in found if not any("waited for a CPU core" in remark for remark in each["remarks"])]
     tell("pairs on a machine that was not busy", alike)
 
 

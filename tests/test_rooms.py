@@ -61,7 +61,9 @@ NARROW = {
 # Folders of a divided room: what each may import beside itself and the leaves, as folders, modules or whole rooms.
 SUBROOMS = {
     "runs.rows": {"diagnosis", "database"},
-    "runs.report": {"runs.rows", "runs.run_state", "runs.json_document", "diagnosis", "track", "database"},
+    "runs.report": {
+        "runs.rows", "runs.about", "runs.run_state", "runs.json_document", "diagnosis", "track", "database",
+    },
     "runs.comparison": {"runs.report", "runs.rows", "runs.json_document", "diagnosis", "database"},
     "runs.export": {"runs.report", "runs.rows", "diagnosis", "traces", "database"},
     "diagnosis.facts": {"database"},

@@ -14,7 +14,13 @@ from traceml.display.web.run_sources import RunFileTimes
 from traceml.errors import StoreError
 from traceml.formatting import bytes_text, count_text, ms_text
 from traceml.renderers.charts.comparison_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
-from traceml.renderers.text.comparison import change_text, compared_headline, compared_sentences, interval_text
+from traceml.renderers.text.comparison import (
+    change_text,
+    compared_headline,
+    compared_sentences,
+    interval_text,
+    step_change_text,
+)
 from traceml.runs.comparison.compare import compare_runs
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
 from traceml.runs.rows.series import StepSeries, read_series
@@ -178,7 +184,7 @@ def _time_cells(name: str, row: StatisticChange) -> list[str]:
     between = interval_text(row.low, row.high)
     real = {True: "yes", False: "no", None: "unknown"}[row.real]
     sure = "" if row.p is None else f", p = {row.p:.2g}"
-    return [name, ms_text(row.a_ms), ms_text(row.b_ms), change_text(row.change), between, real + sure]
+    return [name, ms_text(row.a_ms), ms_text(row.b_ms), step_change_text(row), between, real + sure]
 
 
 def _fact_rows(comparison: Comparison) -> list[list[str]]:

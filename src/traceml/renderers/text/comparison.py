@@ -13,26 +13,46 @@ from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
 
-__all__ = ["change_text", "compared_card", "compared_headline", "compared_sentences", "interval_text"]
+__all__ = [
+    "change_text",
+    "compared_card",
+    "compared_headline",
+    "compared_sentences",
+    "interval_text",
+    "step_change_text",
+    "value_text",
+]
 
 _MAX_WIDTH = 100
 _SHOWN_PHASES = 6
 _SHOWN_RANKS = 6
+_SHOWN_METRICS = 6
+_SHOWN_PARAMS = 8
 # A rank is named when its work grew this much more than the median rank's, as a share of A's step.
 _STANDS_OUT = 0.05
 _STYLES = {"slower": "bold red", "faster": "bold green", "same": "bold", "unknown": "bold yellow"}
 
 
-def change_text(change: float | None) -> str:
-    """Return a change as `+4.2 %`, `-12 %`, or `3.1x` where it is large."""
+def change_text(change: float | None, *, as_factor: bool = False) -> str:
+    """Return a change as `+4.2 %`, `-12 %`, or `3.1x` where it is large.
+
+    Args:
+        change: as a share.
+        as_factor: use a factor for small ones too, where another number beside it is one.
+    """
     if change is None:
         return "-"
 
-    if change >= 1:
+    if change >= 1 or as_factor:
         return f"{change + 1:.3g}x"
 
     percent = 100 * change
     return f"{percent:+.1f} %" if abs(percent) < 9.95 else f"{percent:+.0f} %"
+
+
+def step_change_text(row: StatisticChange) -> str:
+    """Return the change of a statistic in the unit of its interval."""
+    return change_text(row.change, as_factor=(row.high or 0.0) >= 1)
 
 
 def interval_text(low: float | None, high: float | None) -> str:
@@ -40,10 +60,15 @@ def interval_text(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return "-"
 
-    if high >= 1:
-        return f"{low + 1:.3g}x and {high + 1:.3g}x"
+    return f"{change_text(low, as_factor=high >= 1)} and {change_text(high)}"
 
-    return f"{change_text(low)} and {change_text(high)}"
+
+def value_text(value: float | str | None) -> str:
+    """Return a metric's or a parameter's value in few characters; `-` where it is not known."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+
+    return "-" if value is None else str(value)
 
 
 def compared_headline(comparison: Comparison) -> str:
@@ -54,16 +79,19 @@ def compared_headline(comparison: Comparison) -> str:
     """
     mean, outcome = comparison.step_time.mean, comparison.outcome
     sizes = f"{ms_text(mean.a_ms)} -> {ms_text(mean.b_ms)}"
+    if comparison.obstacles and mean.p is not None:
+        return f"The machine may be the difference: a step takes {sizes} ({step_change_text(mean)})"
+
     if comparison.obstacles and mean.change is not None:
-        return f"A and B are not comparable; a step takes {sizes} ({change_text(mean.change)})"
+        return f"A and B are not comparable; a step takes {sizes} ({step_change_text(mean)})"
 
     if outcome == "unknown":
         return "Too few steps to tell whether the two differ"
 
     if outcome == "same":
-        return f"No significant difference in step time: {sizes} ({change_text(mean.change)})"
+        return f"No significant difference in step time: {sizes} ({step_change_text(mean)})"
 
-    return f"B is {outcome}: a step takes {sizes} ({change_text(mean.change)})"
+    return f"B is {outcome}: a step takes {sizes} ({step_change_text(mean)})"
 
 
 def compared_sentences(comparison: Comparison) -> list[str]:
@@ -135,12 +163,12 @@ def _times(comparison: Comparison) -> Iterator[Text]:
     yield Text(f" {'step time':<14}{'A':>11}{'B':>11}{'change':>10}   significant", style="dim")
     for name, row in comparison.step_time.items():
         real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "unknown"}[row.real]
-        yield _row(name, row.a_ms, row.b_ms, row.change, real, _style(row) if row.real else "")
+        yield _row(name, row.a_ms, row.b_ms, step_change_text(row), real, _style(row) if row.real else "")
 
 
-def _row(label: str, a_ms: float | None, b_ms: float | None, change: float | None, after: str, style: str) -> Text:
+def _row(label: str, a_ms: float | None, b_ms: float | None, change: str, after: str, style: str) -> Text:
     line = Text(f" {label:<14}{ms_text(a_ms):>11}{ms_text(b_ms):>11}")
-    return line.append(f"{change_text(change):>10}", style=style).append(f"   {after}", style="dim")
+    return line.append(f"{change:>10}", style=style).append(f"   {after}", style="dim")
 
 
 def _style(row: StatisticChange) -> str:
@@ -167,7 +195,7 @@ def _rank_rows(comparison: Comparison) -> Iterator[Text]:
     yield Text(f" {'own work':<14}{'A':>11}{'B':>11}{'change':>10}", style="dim")
     for row in sorted(ranks, key=lambda row: -abs(row.change or 0.0))[:_SHOWN_RANKS]:
         most = f"most in {phase_label(row.phase or '')}"
-        yield _row(f"rank {row.rank}", row.a_work_ms, row.b_work_ms, row.change, most, "")
+        yield _row(f"rank {row.rank}", row.a_work_ms, row.b_work_ms, change_text(row.change), most, "")
 
     if len(ranks) > _SHOWN_RANKS:
         yield Text(
@@ -184,6 +212,35 @@ def _rest(comparison: Comparison) -> Iterator[Text]:
 
     verdict = comparison.verdict
     yield Text(f" {'verdict':<14}{verdict.a} -> {verdict.b}")
+    yield from _metric_rows(comparison)
+    yield from _param_rows(comparison)
+
+
+def _metric_rows(comparison: Comparison) -> Iterator[Text]:
+    rows = comparison.metrics
+    if rows:
+        yield Text()
+        yield Text(f" {'last value':<22}{'A':>11}{'B':>11}{'change':>10}", style="dim")
+
+    for row in rows[:_SHOWN_METRICS]:
+        line = Text(f" {row.name[:21]:<22}{value_text(row.a):>11}{value_text(row.b):>11}")
+        yield line.append(f"{change_text(row.change):>10}")
+
+    if len(rows) > _SHOWN_METRICS:
+        yield Text(f" and {count_text(len(rows) - _SHOWN_METRICS)} other metrics: --json has them", style="dim")
+
+
+def _param_rows(comparison: Comparison) -> Iterator[Text]:
+    rows = comparison.params
+    if rows:
+        yield Text()
+        yield Text(f" {'parameter':<22}A -> B", style="dim")
+
+    for row in rows[:_SHOWN_PARAMS]:
+        yield Text(f" {row.name[:21]:<22}{value_text(row.a)} -> {value_text(row.b)}")
+
+    if len(rows) > _SHOWN_PARAMS:
+        yield Text(f" and {count_text(len(rows) - _SHOWN_PARAMS)} other parameters: --json has them", style="dim")
 
 
 def _phase_sentence(comparison: Comparison) -> Iterator[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import INFO
-from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import significant
+from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import (
     Comparison,
     MemoryChange,
@@ -27,36 +23,17 @@ from traceml.runs.comparison.comparison_types import (
     StepTimeChanges,
     VerdictChange,
 )
+from traceml.runs.comparison.logged_changes import metric_changes, param_changes
 from traceml.runs.comparison.significance import Difference, difference
-from traceml.runs.report.report import full_report
-from traceml.runs.report.report_types import Report, read_report
-from traceml.runs.rows.digest import Digest, read_digest
 
-__all__ = ["compare_runs"]
+__all__ = ["compare_runs", "compare_sides"]
 
-_MS = 1e6
 # A smaller change counts as none, significant or not.
 _WORTH = 0.005
 # A machine is busy when ranks wait for a CPU core more than this share of the time.
 _BUSY = 0.10
-_MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
-
-
-@dataclass(frozen=True, slots=True)
-class _ComparedRun:
-    """One of the two runs: its report, its step times in order, and other facts.
-
-    Attributes:
-        core_wait: share of time that ranks waited for a CPU core; None where it was not sampled.
-        is_file: whether only its report is there, which has no times of single steps.
-    """
-
-    report: Report
-    times_ms: NDArray[Any]
-    model: dict[str, Any]
-    batch_size: Any
-    core_wait: float | None
-    is_file: bool = False
+# Phases of at least this share of the step are large; they change alike if each changes by half of what the step does.
+_LARGE, _LEAST_PHASES, _ALIKE = 0.05, 3, 0.5
 
 
 def compare_runs(a: Path, b: Path) -> Comparison:
@@ -69,10 +46,23 @@ def compare_runs(a: Path, b: Path) -> Comparison:
     Raises:
         StoreError: a store or a report cannot be read.
     """
-    first, second = _side(Path(a)), _side(Path(b))
+    return compare_sides(read_compared(Path(a)), read_compared(Path(b)))
+
+
+def compare_sides(first: ComparedRun, second: ComparedRun) -> Comparison:
+    """Return the differences from a run that is compared with to another one.
+
+    Args:
+        first: run A.
+        second: run B.
+    """
     obstacles = _obstacles(first, second)
     times = StepTimeChanges(**{name: _time(first, second, name, test=not obstacles) for name in _STATISTICS})
+    phases = _phases(first, second)
     outcome = _outcome(times.mean)
+    if outcome in ("slower", "faster") and (alike := _alike(times.mean, phases)):
+        outcome, obstacles = "unknown", [*obstacles, alike]
+
     return Comparison(
         a=_about(first),
         b=_about(second),
@@ -81,51 +71,16 @@ def compare_runs(a: Path, b: Path) -> Comparison:
         obstacles=obstacles,
         remarks=_differences(first, second),
         step_time=times,
-        phases=_phases(first, second),
+        phases=phases,
         ranks=_ranks(first, second),
         memory=MemoryChanges(
             rss_peak_bytes=_peaks(first, second, "rss_peak_bytes"),
             cuda_peak_bytes=_peaks(first, second, "cuda_peak_bytes"),
         ),
         verdict=_verdicts(first, second),
+        metrics=metric_changes(first.report, second.report),
+        params=param_changes(first.report, second.report),
     )
-
-
-def _side(path: Path) -> _ComparedRun:
-    if path.is_file():
-        return _ComparedRun(read_report(path), np.empty(0), {}, None, None, is_file=True)
-
-    return _side_of_store(path)
-
-
-def _side_of_store(run_dir: Path) -> _ComparedRun:
-    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-        digest = read_digest(reader)
-        report = full_report(digest, reader, run_dir)
-        window = digest.whole_window()
-        model, batch_size = _facts(reader)
-        core_wait = _core_wait(digest)
-
-    # The mean over ranks, as they wait for each other.
-    times = window.total.mean(axis=0, dtype=np.float64) / _MS if window.total.size else np.empty(0)
-    return _ComparedRun(report, times, model, batch_size, core_wait)
-
-
-def _core_wait(digest: Digest) -> float | None:
-    facts = digest.facts.build()
-    return facts.wait_share if facts.main_wait else None
-
-
-def _facts(reader: StoreReader) -> tuple[dict[str, Any], Any]:
-    model: dict[str, Any] = {}
-    batch_size = None
-    for _, row in reader.log_rows(INFO.name):
-        if row.get("kind") == "model" and not model:
-            model = {name: row.get(name) for name in _MODEL_FACTS}
-        elif row.get("kind") == "loader" and batch_size is None:
-            batch_size = row.get("batch_size")
-
-    return model, batch_size
 
 
 def _mean(blocks: NDArray[Any]) -> NDArray[Any]:
@@ -146,7 +101,7 @@ _STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 }
 
 
-def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> StatisticChange:
+def _time(a: ComparedRun, b: ComparedRun, name: str, *, test: bool) -> StatisticChange:
     """Return one statistic of both runs and its change, with its confidence interval if `test`."""
     statistic = _STATISTICS[name]
     values = [_value(side, name) for side in (a, b)]
@@ -157,30 +112,34 @@ def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> Statist
         ]
 
     found = difference(a.times_ms, b.times_ms, statistic) if test else Difference(None, None, None)
-    before = values[0]
+    change = _change(*values)
+    low, high = _interval(found, change)
     return StatisticChange(
-        a_ms=_number(before),
+        a_ms=_number(values[0]),
         b_ms=_number(values[1]),
-        change=_number(_change(before, values[1])),
-        low=_bound(found.low, before),
-        high=_bound(found.high, before),
+        change=_number(change),
+        low=_number(low),
+        high=_number(high),
         p=_number(found.p),
-        real=None if found.real is None else bool(found.real),
+        real=None if low is None or high is None else bool(found.real) and not low <= 0 <= high,
     )
 
 
-def _value(side: _ComparedRun, name: str) -> float | None:
-    """Return a statistic of the compared steps, or the report's where they are not there."""
-    if side.is_file:
+def _interval(found: Difference, change: float | None) -> tuple[float | None, float | None]:
+    """Return the confidence interval, widened to the change: that is of all steps, the interval of whole blocks."""
+    if found.low is None or found.high is None or change is None:
+        return None, None
+
+    return min(found.low, change), max(found.high, change)
+
+
+def _value(side: ComparedRun, name: str) -> float | None:
+    """Return a statistic of the compared steps, or the report's where it has not all of them."""
+    if side.is_file and len(side.times_ms) < side.report.steps.count:
         found: float | None = getattr(side.report.steps, f"{name}_ms")
         return found
 
     return float(_STATISTICS[name](side.times_ms[None, :])[0]) if len(side.times_ms) else None
-
-
-def _bound(bound_ms: float | None, before_ms: float | None) -> float | None:
-    """Return a bound of the change as a share; no less than -1, as a step cannot take less than no time."""
-    return significant(max(bound_ms / before_ms, -1.0)) if bound_ms is not None and before_ms else None
 
 
 def _number(value: float | None) -> float | None:
@@ -197,7 +156,25 @@ def _outcome(mean: StatisticChange) -> Literal["slower", "faster", "same", "unkn
     return "slower" if mean.change > 0 else "faster"
 
 
-def _about(side: _ComparedRun) -> RunSide:
+def _alike(mean: StatisticChange, phases: list[PhaseChange]) -> str:
+    """Return a sentence if every phase changed alike, as it does when one run had a slower machine; else nothing.
+
+    A change of the code is seldom in all phases; the load of a shared machine always is, and no test within two runs
+    can tell it from the code.
+    """
+    whole = np.log1p(mean.change or 0.0)
+    large = [row for row in phases if row.a_ms >= _LARGE * (mean.a_ms or 0.0) and row.b_ms > 0]
+    ratios = [float(np.log(row.b_ms / row.a_ms) / whole) for row in large]
+    if len(ratios) < _LEAST_PHASES or min(ratios) < _ALIKE:
+        return ""
+
+    return (
+        f"all {len(large)} large phases are {'slower' if whole > 0 else 'faster'} in B, as when the machine was under "
+        "other load: repeat the run to tell that from a change of the code"
+    )
+
+
+def _about(side: ComparedRun) -> RunSide:
     run, steps = side.report.run, side.report.steps
     return RunSide(
         id=run.id,
@@ -211,13 +188,13 @@ def _about(side: _ComparedRun) -> RunSide:
         steps=steps.count,
         compared_steps=len(side.times_ms),
         per_second=steps.per_second,
-        model=side.model,
-        core_wait_share=_number(side.core_wait),
+        model=side.report.setup.model,
+        core_wait_share=side.report.setup.core_wait_share,
         verdict=side.report.verdict.kind.value,
     )
 
 
-def _obstacles(a: _ComparedRun, b: _ComparedRun) -> list[str]:
+def _obstacles(a: ComparedRun, b: ComparedRun) -> list[str]:
     """Return the reasons why the two cannot be compared."""
     reasons = []
     sizes = [side.report.run.world_size for side in (a, b)]
@@ -225,26 +202,26 @@ def _obstacles(a: _ComparedRun, b: _ComparedRun) -> list[str]:
         reasons.append(f"A ran on {sizes[0]} ranks, B on {sizes[1]}: a step is not the same work")
 
     for name in ("model", "parameters", "dtype", "device"):
-        values = [side.model.get(name) for side in (a, b)]
+        values = [side.report.setup.model.get(name) for side in (a, b)]
         if None not in values and values[0] != values[1]:
             reasons.append(f"the models differ: {name} {values[0]} in A, {values[1]} in B")
 
     for side, which in ((a, "A"), (b, "B")):
-        if side.is_file:
-            reasons.append(f"{which} is a report without its run: chance cannot be told from a change")
+        if side.is_file and not len(side.times_ms) and side.report.steps.count:
+            reasons.append(f"{which} is a report without step times: of an earlier version, or written during the run")
         elif not len(side.times_ms):
             reasons.append(f"{which} has no complete steps")
 
     return reasons
 
 
-def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
+def _differences(a: ComparedRun, b: ComparedRun) -> list[str]:
     """Return other differences that matter for the comparison."""
     remarks = []
     pairs = (
-        ("batch size", a.batch_size, b.batch_size),
-        ("torch.compile", a.model.get("compiled"), b.model.get("compiled")),
-        ("parallelism", a.model.get("parallel"), b.model.get("parallel")),
+        ("batch size", a.report.setup.batch_size, b.report.setup.batch_size),
+        ("torch.compile", a.report.setup.model.get("compiled"), b.report.setup.model.get("compiled")),
+        ("parallelism", a.report.setup.model.get("parallel"), b.report.setup.model.get("parallel")),
         ("hosts", ", ".join(a.report.run.hosts), ", ".join(b.report.run.hosts)),
     )
     remarks += [
@@ -252,7 +229,7 @@ def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
         for what, before, after in pairs
         if before != after and (what != "batch size" or None not in (before, after))  # not every loader reports it
     ]
-    waits = [side.core_wait or 0.0 for side in (a, b)]
+    waits = [side.report.setup.core_wait_share or 0.0 for side in (a, b)]
     if max(waits) > _BUSY:
         remarks.append(
             f"ranks waited for a CPU core {waits[0]:.0%} of the time in A, {waits[1]:.0%} in B: other programs on the "
@@ -263,7 +240,7 @@ def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
         if side.report.run.state != "finished":
             remarks.append(f"{which} is {side.report.run.state}, not finished")
 
-        if side.report.steps.cut and not side.is_file:
+        if side.report.steps.cut or (side.is_file and side.report.step_times.of_steps > len(side.times_ms)):
             steps = f"{len(side.times_ms):,} of its {side.report.steps.count:,} steps"
             remarks.append(f"{which} is long: {steps}, spread over the run, are compared")
 
@@ -277,7 +254,7 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-def _phases(a: _ComparedRun, b: _ComparedRun) -> list[PhaseChange]:
+def _phases(a: ComparedRun, b: ComparedRun) -> list[PhaseChange]:
     """Return the phases of both, the largest change first."""
     means = [{phase.phase: phase.mean_ms for phase in side.report.phases} for side in (a, b)]
     changes = []
@@ -289,7 +266,7 @@ def _phases(a: _ComparedRun, b: _ComparedRun) -> list[PhaseChange]:
     return sorted(changes, key=lambda change: -abs(change.delta_ms))
 
 
-def _ranks(a: _ComparedRun, b: _ComparedRun) -> list[RankChange]:
+def _ranks(a: ComparedRun, b: ComparedRun) -> list[RankChange]:
     """Return the own work per step of each rank, and the phase with the largest change."""
     before, after = (_work_by_rank(side) for side in (a, b))
     return [_rank(rank, before.get(rank), after.get(rank)) for rank in sorted({*before, *after})]
@@ -313,7 +290,7 @@ def _rank(rank: int, before: dict[str, float] | None, after: dict[str, float] | 
     return change
 
 
-def _work_by_rank(side: _ComparedRun) -> dict[int, dict[str, float]]:
+def _work_by_rank(side: ComparedRun) -> dict[int, dict[str, float]]:
     work: dict[int, dict[str, float]] = {}
     for phase in side.report.phases:
         if phase.phase != "comm":
@@ -323,7 +300,7 @@ def _work_by_rank(side: _ComparedRun) -> dict[int, dict[str, float]]:
     return work
 
 
-def _peaks(a: _ComparedRun, b: _ComparedRun, name: str) -> MemoryChange:
+def _peaks(a: ComparedRun, b: ComparedRun, name: str) -> MemoryChange:
     """Return the highest peak over ranks."""
     peaks = [
         max((size for entry in side.report.memory.by_rank if (size := getattr(entry, name))), default=None)
@@ -332,7 +309,7 @@ def _peaks(a: _ComparedRun, b: _ComparedRun, name: str) -> MemoryChange:
     return MemoryChange(a=peaks[0], b=peaks[1], change=_number(_change(peaks[0], peaks[1])))
 
 
-def _verdicts(a: _ComparedRun, b: _ComparedRun) -> VerdictChange:
+def _verdicts(a: ComparedRun, b: ComparedRun) -> VerdictChange:
     kinds = [[finding.kind.value for finding in side.report.findings] for side in (a, b)]
     return VerdictChange(
         a=kinds[0][0],

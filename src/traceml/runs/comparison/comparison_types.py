@@ -1,4 +1,4 @@
-"""The comparison of two runs as an object: `traceml.compare/1`."""
+"""The comparison of two runs as an object (`traceml.compare/1`), and of several (`traceml.compares/1`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from traceml.runs.json_document import JsonDocument
 
 __all__ = [
     "Comparison",
+    "Comparisons",
     "MemoryChange",
     "MemoryChanges",
+    "MetricChange",
+    "ParamChange",
     "PhaseChange",
     "RankChange",
     "RunSide",
@@ -119,6 +122,23 @@ class VerdictChange(msgspec.Struct, kw_only=True):
     gone: list[str]
 
 
+class MetricChange(msgspec.Struct, kw_only=True):
+    """Last values of a metric; `change` is None where one is negative or not a finite number."""
+
+    name: str
+    a: float | None
+    b: float | None
+    change: float | None
+
+
+class ParamChange(msgspec.Struct, kw_only=True):
+    """A logged parameter with another value in B; None where it was not logged."""
+
+    name: str
+    a: bool | int | float | str | None
+    b: bool | int | float | str | None
+
+
 class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     """Differences from run A to run B.
 
@@ -128,6 +148,8 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
         obstacles: reasons why the two cannot be measured against each other.
         remarks: other differences.
         phases: those that changed most first.
+        metrics: last values of metrics in both runs, losses first.
+        params: parameters that differ.
     """
 
     schema: Literal["traceml.compare/1"] = "traceml.compare/1"
@@ -142,3 +164,13 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     ranks: list[RankChange]
     memory: MemoryChanges
     verdict: VerdictChange
+    metrics: list[MetricChange] = []
+    params: list[ParamChange] = []
+
+
+class Comparisons(JsonDocument, msgspec.Struct, kw_only=True):
+    """Several runs, each compared with the same baseline, which is A of every comparison."""
+
+    schema: Literal["traceml.compares/1"] = "traceml.compares/1"
+    baseline: str
+    comparisons: list[Comparison]

@@ -2,7 +2,8 @@
 
 Step times are not independent: slow steps follow slow steps. Each run is therefore divided into blocks that are long
 compared with its autocorrelation. The statistic is computed for each block, and the blocks are permuted between the
-two runs a few thousand times, which gives the distribution of differences by chance.
+two runs a few thousand times, which gives the distribution of differences by chance. Differences are those of
+logarithms: a time has no negative values, and neither bound of the interval claims one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _LEAST_BLOCKS = 8
 _INDEPENDENT = 16
 _PERMUTATIONS = 1999
 _WINDOW = 5.0
+_MOST_GAP = 20.0  # of logarithms: half a billion times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Difference:
 
     Attributes:
         p: probability of a difference this large by chance; None with too few independent steps.
-        low, high: confidence interval (99 %) of B - A, in the unit of the values; None if `p` is.
+        low, high: confidence interval (99 %) of B / A - 1, both above -1; None if `p` is.
     """
 
     p: float | None
@@ -93,14 +95,22 @@ def difference(a: Floats, b: Floats, statistic: Callable[[Floats], Floats], seed
         return Difference(None, None, None)
 
     of_a, of_b = (statistic(_blocks(values, steps)) for values in (a, b))
+    if min(of_a.min(), of_b.min()) <= 0:
+        return Difference(None, None, None)  # no time was measured
+
     permuted = _permuted_differences(np.concatenate([of_a, of_b]), len(of_a), seed)
-    gap, error = float(of_b.mean() - of_a.mean()), float(_error(of_a, of_b))
+    gap, error = float(_gap(of_a, of_b)), float(_error(of_a, of_b))
     if error == 0:
-        return Difference(1.0 if gap == 0 else 0.0, gap, gap)
+        return Difference(1.0 if gap == 0 else 0.0, _share(gap), _share(gap))
 
     p = (np.count_nonzero(permuted >= abs(gap) / error) + 1) / (len(permuted) + 1)
     reach = float(np.quantile(permuted, 1 - ALPHA)) * error
-    return Difference(float(p), gap - reach, gap + reach)
+    return Difference(float(p), _share(gap - reach), _share(gap + reach))
+
+
+def _share(gap: float) -> float:
+    """Return a difference of logarithms as a share of A."""
+    return float(np.expm1(min(gap, _MOST_GAP)))
 
 
 def _blocks(values: Floats, steps: int) -> Floats:
@@ -115,12 +125,19 @@ def _permuted_differences(pool: Floats, first: int, seed: int) -> Floats:
     shuffled = pool[order]
     a, b = shuffled[:, :first], shuffled[:, first:]
     error = _error(a, b)
-    gap = np.abs(b.mean(axis=1) - a.mean(axis=1))
+    gap = np.abs(_gap(a, b))
     apart: Floats = np.divide(gap, error, out=np.zeros_like(gap), where=error > 0)
     return apart
 
 
+def _gap(a: Floats, b: Floats) -> Floats:
+    """Return the difference of the logarithms of two means."""
+    gap: Floats = np.log(b.mean(axis=-1)) - np.log(a.mean(axis=-1))
+    return gap
+
+
 def _error(a: Floats, b: Floats) -> Floats:
-    parts = (each.var(axis=-1, ddof=1) / each.shape[-1] for each in (a, b))
+    """Return the standard error of that difference, by the delta method."""
+    parts = (each.var(axis=-1, ddof=1) / each.shape[-1] / each.mean(axis=-1) ** 2 for each in (a, b))
     total: Floats = np.sqrt(sum(parts))
     return total

@@ -18,6 +18,7 @@ from traceml.runs.report import sections
 from traceml.runs.report.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
 from traceml.runs.report.restarts import restarts
 from traceml.runs.report.run_times import run_times
+from traceml.runs.report.setup_facts import setup_section, step_times_section
 from traceml.runs.report.trackers import trackers
 from traceml.runs.report.wall_time import wall_time
 from traceml.runs.rows.digest import MAX_STEP_ROWS, Digest, read_digest
@@ -62,7 +63,9 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
     digest.facts.time = run_wall_time(digest, reader, run_dir)
     window = digest.whole_window()
     findings = digest.diagnose(window, state_of(digest.run, digest.aggregator))
-    return make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
+    report = make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
+    report.setup, report.step_times = setup_section(digest, reader), step_times_section(window)
+    return report
 
 
 def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,6 +30,8 @@ __all__ = [
     "ReportSummary",
     "RestartSection",
     "RunSection",
+    "SetupSection",
+    "StepTimes",
     "StepsSection",
     "SystemSection",
     "TelemetrySection",
@@ -296,6 +298,29 @@ class TelemetrySection(msgspec.Struct, kw_only=True):
     """Failures of tracing itself that were logged and passed over, by package."""
 
 
+class SetupSection(msgspec.Struct, kw_only=True):
+    """Facts that decide whether two runs can be compared.
+
+    `model` has class, parameters, dtype, device, parallelism and whether it is compiled; `params` has what was logged,
+    nested names joined by a dot. `core_wait_share` is the share of time in which ranks waited for a CPU core.
+    """
+
+    model: dict[str, Any] = {}
+    batch_size: int | None = None
+    params: dict[str, bool | int | float | str | None] = {}
+    core_wait_share: float | None = None
+
+
+class StepTimes(msgspec.Struct, kw_only=True):
+    """Times of single steps, the mean over ranks, so that a report without its run can be compared.
+
+    Of a long run, stretches of consecutive steps that are spread over it.
+    """
+
+    ms: list[float] = []
+    of_steps: int = 0
+
+
 class Report(JsonDocument, msgspec.Struct, kw_only=True):
     """The report of a run; `verdict` is the first finding."""
 
@@ -315,6 +340,8 @@ class Report(JsonDocument, msgspec.Struct, kw_only=True):
     hidden_metrics: int = 0
     trackers: list[TrackerSection] = []
     telemetry: TelemetrySection = msgspec.field(default_factory=TelemetrySection)
+    setup: SetupSection = msgspec.field(default_factory=SetupSection)
+    step_times: StepTimes = msgspec.field(default_factory=StepTimes)
 
     @classmethod
     def empty(cls, run_id: str) -> Report:

@@ -1,0 +1,104 @@
+"""Several runs, each compared with the same baseline: a table for terminals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group
+from rich.text import Text
+
+from traceml.formatting import ms_text
+from traceml.renderers.printable import printable_copy
+from traceml.renderers.text.card import wrapped
+from traceml.renderers.text.comparison import step_change_text, value_text
+from traceml.renderers.text.viewport import Viewport
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, ParamChange
+
+__all__ = ["compared_losses", "compared_params", "compared_runs", "significance_word"]
+
+_MAX_WIDTH = 120
+_STYLES = {"slower": "bold red", "faster": "bold green"}
+_SHOWN = 12
+_LETTERS = 26
+
+
+def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
+    """Return the table of runs for a terminal.
+
+    Args:
+        comparisons: of runs with one baseline.
+        viewport: of the terminal; at most 120 columns are used.
+    """
+    comparisons = printable_copy(comparisons)
+    width = min(viewport.width, _MAX_WIDTH)
+    lines = [*_table(comparisons), *_values(comparisons), *_notes(comparisons, width)]
+    for line in lines:
+        line.no_wrap = True
+        line.truncate(width)
+
+    return Group(*lines)
+
+
+def significance_word(comparison: Comparison) -> str:
+    """Return whether the change of the mean step time is significant: yes, no or unknown."""
+    return {"slower": "yes", "faster": "yes", "same": "no", "unknown": "unknown"}[comparison.outcome]
+
+
+def compared_losses(comparisons: Comparisons) -> list[tuple[str, list[str]]]:
+    """Return the losses that all runs have: name, and its last value in the baseline and in each run."""
+    each = [{row.name: row for row in comparison.metrics} for comparison in comparisons.comparisons]
+    names = [name for name in each[0] if "loss" in name.lower() and all(name in rows for rows in each)]
+    return [(name, [value_text(each[0][name].a), *(value_text(rows[name].b) for rows in each)]) for name in names]
+
+
+def compared_params(comparisons: Comparisons) -> list[tuple[str, list[str]]]:
+    """Return the parameters that differ in some run: name, and its values in the baseline and in each run."""
+    each = [{row.name: row for row in comparison.params} for comparison in comparisons.comparisons]
+    found = []
+    for name in dict.fromkeys(name for rows in each for name in rows):
+        base = next(rows[name].a for rows in each if name in rows)
+        found.append((name, [value_text(value) for value in (base, *(_b(rows.get(name), base) for rows in each))]))
+
+    return found
+
+
+def _b(row: ParamChange | None, base: float | str | None) -> float | str | None:
+    return base if row is None else row.b
+
+
+def _table(comparisons: Comparisons) -> Iterator[Text]:
+    first = comparisons.comparisons[0]
+    width = max(len(run.id) for run in (first.a, *(each.b for each in comparisons.comparisons)))
+    yield Text(f"    {'run':<{width}}  {'step':>9}{'change':>9}  {'significant':<13}verdict", style="dim")
+    yield Text(f" A  {first.a.id:<{width}}  {ms_text(first.step_time.mean.a_ms):>9}{'':24}{first.a.verdict}")
+    for number, each in enumerate(comparisons.comparisons):
+        mean = each.step_time.mean
+        line = Text(f" {_letter(number + 1)}  {each.b.id:<{width}}  {ms_text(mean.b_ms):>9}")
+        line.append(f"{step_change_text(mean):>9}", style=_STYLES.get(each.outcome, ""))
+        yield line.append(f"  {significance_word(each):<13}{each.b.verdict}")
+
+
+def _letter(number: int) -> str:
+    return chr(ord("A") + number) if number < _LETTERS else "."
+
+
+def _values(comparisons: Comparisons) -> Iterator[Text]:
+    """Yield losses and differing parameters, the runs' values side by side."""
+    rows = [(f"last {name}", values) for name, values in compared_losses(comparisons)]
+    rows += compared_params(comparisons)
+    if rows:
+        yield Text()
+        letters = " | ".join(_letter(number) for number in range(len(comparisons.comparisons) + 1))
+        yield Text(f" {'value':<26}{letters}", style="dim")
+
+    for name, values in rows[:_SHOWN]:
+        yield Text(f" {name[:25]:<26}{' | '.join(values)}")
+
+    if len(rows) > _SHOWN:
+        yield Text(f" and {len(rows) - _SHOWN} others: --json has them", style="dim")
+
+
+def _notes(comparisons: Comparisons, width: int) -> Iterator[Text]:
+    for each in comparisons.comparisons:
+        for note in (*each.obstacles, *each.remarks):
+            yield from (Text(line, style="yellow") for line in wrapped(f" {each.b.id}: {note}", width - 1))

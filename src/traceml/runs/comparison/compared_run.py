@@ -1,0 +1,58 @@
+"""One run of a comparison: its report, and the times of its steps in order."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.report.report import full_report
+from traceml.runs.report.report_types import REPORT_NAME, Report, read_report
+from traceml.runs.report.setup_facts import job_times
+from traceml.runs.rows.digest import read_digest
+
+__all__ = ["ComparedRun", "read_compared"]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRun:
+    """One run of a comparison.
+
+    Attributes:
+        report: of the whole run.
+        times_ms: step times in order, the mean over ranks; of a report without its run, those that it holds.
+        is_file: whether only its report is there.
+    """
+
+    report: Report
+    times_ms: NDArray[Any]
+    is_file: bool = False
+
+
+def read_compared(path: Path) -> ComparedRun:
+    """Return a run for a comparison.
+
+    Args:
+        path: its folder, or its `report.json` without a folder.
+
+    Raises:
+        StoreError: the store or the report cannot be read.
+    """
+    if path.is_dir() and ((path / STORE_NAME).exists() or not (path / REPORT_NAME).is_file()):
+        return _from_store(path)
+
+    report = read_report(path / REPORT_NAME if path.is_dir() else path)
+    return ComparedRun(report, np.array(report.step_times.ms), is_file=True)
+
+
+def _from_store(run_dir: Path) -> ComparedRun:
+    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        digest = read_digest(reader)
+        report = full_report(digest, reader, run_dir)
+        return ComparedRun(report, job_times(digest.whole_window()))

@@ -1,0 +1,81 @@
+"""The report's facts for comparisons: model, parameters, and times of single steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import INFO
+from traceml.database.store.reader import StoreReader
+from traceml.diagnosis.findings import significant
+from traceml.diagnosis.steps.window import Window
+from traceml.runs.about import about_run
+from traceml.runs.report.report_types import SetupSection, StepTimes
+from traceml.runs.rows.digest import Digest
+from traceml.track.backends.safe_names import flattened
+
+__all__ = ["job_times", "setup_section", "step_times_section"]
+
+_MS = 1e6
+_STEPS, _STRETCH = 1024, 64  # 1,024 steps decide a change of a few percent, and take 8 kB
+_MOST_PARAMS, _MOST_TEXT = 500, 200
+_MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
+
+
+def setup_section(digest: Digest, reader: StoreReader) -> SetupSection:
+    """Return the facts that decide whether two runs can be compared.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    model, batch_size = _first_facts(reader)
+    facts = digest.facts.build()
+    return SetupSection(
+        model=model,
+        batch_size=batch_size,
+        params=_plain(about_run(reader).params),
+        core_wait_share=significant(facts.wait_share) if facts.main_wait else None,
+    )
+
+
+def job_times(window: Window) -> NDArray[Any]:
+    """Return milliseconds of each step: the mean over ranks, as they wait for each other."""
+    return window.total.mean(axis=0, dtype=np.float64) / _MS if window.total.size else np.empty(0)
+
+
+def step_times_section(window: Window) -> StepTimes:
+    """Return times of single steps; of more than 1,024, stretches of 64 that are spread evenly."""
+    times = job_times(window)
+    if len(times) > _STEPS:
+        starts = np.linspace(0, len(times) - _STRETCH, _STEPS // _STRETCH).astype(int)
+        chosen = np.concatenate([times[start : start + _STRETCH] for start in starts])
+    else:
+        chosen = times
+
+    return StepTimes(ms=[float(f"{value:.6g}") for value in chosen.tolist()], of_steps=len(times))
+
+
+def _first_facts(reader: StoreReader) -> tuple[dict[str, Any], int | None]:
+    """Return the first model and the first known batch size of any rank."""
+    model: dict[str, Any] = {}
+    batch_size = None
+    for _, row in reader.log_rows(INFO.name):
+        if row.get("kind") == "model" and not model:
+            model = {name: row.get(name) for name in _MODEL_FACTS}
+        elif row.get("kind") == "loader" and batch_size is None and isinstance(row.get("batch_size"), int):
+            batch_size = row["batch_size"]
+
+    return model, batch_size
+
+
+def _plain(params: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
+    return {name: _value(value) for name, value in list(flattened(params, ".").items())[:_MOST_PARAMS]}
+
+
+def _value(value: Any) -> bool | int | float | str | None:
+    is_number = (isinstance(value, int) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
+    return value if value is None or is_number else str(value)[:_MOST_TEXT]
