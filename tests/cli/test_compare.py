@@ -79,7 +79,8 @@ def test_json_and_nothing_else(compare):
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["first"], "traceml compare: b is missing"),
+        (["first"], "traceml compare: name two runs"),
+        (["first", "slow", "--json", "--md"], "cannot be combined"),
         (["first", "slow", "--fail-over", "-1"], "of at least 0"),
         (["first", "slow", "--fail-over", "nan"], "of at least 0"),
         (["first", "first"], "the same run"),
@@ -102,22 +103,42 @@ def test_runs_that_are_not_there_or_cannot_be_read(compare, runs):
     assert compare("first", "nosuchrun")[0] == 3
     status, _, complaint = compare("first", "broken")
     assert status == 3
-    assert "cannot compare first and broken" in complaint
+    assert "cannot compare broken" in complaint
 
 
 def test_reports_without_their_runs_are_compared(compare, runs, tmp_path):
-    """A build server keeps reports: numbers are compared, and chance is not ruled out. Beside its run it is the run."""
-    for name in ("first", "slow"):
+    """A build server keeps reports: they hold step times, so the result is that of the runs."""
+    for name in ("first", "again", "slow"):
         (tmp_path / f"{name}.json").write_text(build_report(runs / name).to_json())
-    (runs / "first" / "report.json").write_text("{}")
 
-    status, shown, _ = compare(str(tmp_path / "first.json"), "slow", "--json")
+    of_runs, of_files, mixed = (
+        json.loads(compare(*pair, "--json")[1])
+        for pair in (
+            ("first", "slow"),
+            (str(tmp_path / "first.json"), str(tmp_path / "slow.json")),
+            (str(tmp_path / "first.json"), "slow"),
+        )
+    )
+
+    assert of_files["outcome"] == mixed["outcome"] == "slower"
+    for found in (of_files, mixed):
+        assert found["step_time"]["mean"] == pytest.approx(of_runs["step_time"]["mean"], rel=1e-3)
+    assert compare(str(tmp_path / "first.json"), str(tmp_path / "slow.json"), "--fail-over", "5")[0] == 1
+    assert compare(str(tmp_path / "first.json"), str(tmp_path / "again.json"), "--fail-over", "0")[0] == 0
+
+
+def test_a_report_without_step_times_is_not_judged(compare, runs, tmp_path):
+    """A report of an earlier version: its numbers are shown, and chance is not ruled out."""
+    report = build_report(runs / "first").to_dict()
+    del report["step_times"], report["setup"]
+    (tmp_path / "old.json").write_text(json.dumps(report))
+
+    status, shown, complaint = compare(str(tmp_path / "old.json"), "slow", "--json", "--fail-over", "5")
     changes = json.loads(shown)
-    assert (status, changes["outcome"], changes["comparable"]) == (0, "unknown", False)
+
+    assert (status, changes["outcome"], changes["comparable"]) == (3, "unknown", False)
     assert changes["step_time"]["mean"]["change"] > 0.2
-    assert "report without its run" in changes["obstacles"][0]
-    assert compare(str(tmp_path / "first.json"), str(tmp_path / "slow.json"), "--fail-over", "5")[0] == 3
-    assert json.loads(compare(str(runs / "first" / "report.json"), "slow", "--json")[1])["outcome"] == "slower"
+    assert "A is a report without step times" in complaint
 
 
 def test_a_file_that_is_no_report(compare, tmp_path):
@@ -128,3 +149,36 @@ def test_a_file_that_is_no_report(compare, tmp_path):
 
     assert status == 3
     assert "other.json is not a report" in complaint
+
+
+def test_several_runs_are_compared_with_the_first(compare):
+    """A line for each run; in the JSON the two-run comparisons; the gate fails if any is slower."""
+    status, shown, complaint = compare("first", "again", "slow", "--fail-over", "5")
+    of_runs = json.loads(compare("first", "again", "slow", "--json")[1])
+
+    assert status == 1
+    assert [line.split()[:2] for line in shown.splitlines()[1:4]] == [["A", "first"], ["B", "again"], ["C", "slow"]]
+    assert "slow: step time" in complaint
+    assert "again" not in complaint
+    assert (of_runs["schema"], of_runs["baseline"]) == ("traceml.compares/1", "first")
+    assert [each["outcome"] for each in of_runs["comparisons"]] == ["same", "slower"]
+
+
+def test_a_named_baseline(compare):
+    """With --baseline one run is enough, and it is B."""
+    found = json.loads(compare("slow", "--baseline", "first", "--json")[1])
+
+    assert (found["a"]["id"], found["b"]["id"]) == ("first", "slow")
+    status, _, complaint = compare("first", "--baseline", "first")
+    assert (status, "the baseline and B are the same run" in complaint) == (2, True)
+
+
+def test_markdown(compare):
+    """A result, a table whose rows have equally many cells, and nothing else on stdout."""
+    for words in (("first", "slow"), ("first", "again", "slow")):
+        _, shown, complaint = compare(*words, "--md")
+        tables = [line for line in shown.splitlines() if line.startswith("|")]
+
+        assert complaint == ""
+        assert len({line.count("|") for line in tables}) == 1
+        assert "COMPUTE\\_STRAGGLER" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +14,15 @@ from rich.console import Console
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.cli.report import runs_dir_of
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
+from traceml.renderers.text.compared_runs import compared_runs
 from traceml.renderers.text.comparison import change_text, compared_card
+from traceml.renderers.text.comparison_markdown import comparison_markdown, comparisons_markdown
 from traceml.renderers.text.viewport import Viewport
-from traceml.runs.comparison.compare import compare_runs
-from traceml.runs.comparison.comparison_types import Comparison
-from traceml.runs.find import find_run
+from traceml.runs.baseline import find_baseline, find_compared
+from traceml.runs.comparison.compare import compare_sides
+from traceml.runs.comparison.compared_run import ComparedRun, read_compared
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons
 
 __all__ = ["main"]
 
@@ -31,65 +34,95 @@ EXIT_CANNOT_TELL = 3
 class CompareOptions:
     """Report what got slower from run A to run B, by how much, and whether the change is significant.
 
+    Of more runs, each is compared with the first, or with --baseline.
+
     The test takes the autocorrelation of step times into account: see docs/report.md.
     """
 
-    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
-    """The baseline run: its folder, its id, the last four characters of its id, or its report.json."""
-    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
-    """The run to compare with it."""
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")] = ()
+    """Runs: folders, ids, the last four characters of ids, or report.json files. The first is the baseline."""
+    baseline: Annotated[str | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None
+    """Compare with this run: as above, a tag or a run name (the newest counts), or last-healthy: the newest run of the
+    project that finished without a warning. Without RUN, the latest run is compared with it."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the comparison as JSON and nothing else."""
+    md: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print it as Markdown, for a pull request."""
     fail_over: Annotated[
         float | None, NumberRange(float, least=0), tyro.conf.arg(metavar="PCT", help_behavior_hint="")
     ] = None
-    """Exit with 1 when steps of B take more than PCT percent longer and the change is significant."""
+    """Exit with 1 when steps take more than PCT percent longer than the baseline's and the change is significant."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
-    """Print a comparison; return 0, 1 when B is slower than allowed, 3 when that is unknown."""
+    """Print a comparison; return 0, 1 when a run is slower than allowed, 3 when that is unknown."""
     options = parse(CompareOptions, argv, prog="traceml compare")
-    comparison = _compared(*(_found(run, options.runs_dir) for run in (options.a, options.b)))
+    if options.json and options.md:
+        raise UsageError("--json and --md cannot be combined")
+
+    first, *others = _chosen(options)
+    side = _read(first)
+    found = [compare_sides(side, _read(other)) for other in others]
+    _print(found, options)
+    return 0 if options.fail_over is None else _gate(found, options.fail_over)
+
+
+def _chosen(options: CompareOptions) -> list[Path]:
+    """Return the baseline and the runs that are compared with it."""
+    runs_dir = runs_dir_of(options.runs_dir)
+    if options.baseline is None and len(options.runs) < 2:
+        raise UsageError("name two runs, or one run and --baseline RUN: traceml compare A B")
+
+    wanted: Sequence[str | None] = options.runs or (None,)
+    runs = [find_compared(run, runs_dir) for run in wanted]
+    if options.baseline is not None:
+        runs.insert(0, find_baseline(options.baseline, runs, runs_dir))
+
+    if runs[0] in runs[1:]:
+        raise UsageError(f"{'the baseline' if options.baseline else 'A'} and B are the same run, {runs[0].name}")
+
+    return runs
+
+
+def _read(run: Path) -> ComparedRun:
+    try:
+        return read_compared(run)
+    except StoreError as error:
+        raise StoreError(f"cannot compare {run.name}: {error}") from error
+
+
+def _print(found: list[Comparison], options: CompareOptions) -> None:
+    several = Comparisons(baseline=found[0].a.id, comparisons=found) if len(found) > 1 else None
     if options.json:
-        print(comparison.to_json())
+        print((several or found[0]).to_json())
+    elif options.md:
+        print(comparisons_markdown(several) if several else comparison_markdown(found[0]), end="")
     else:
         console = Console(highlight=False)
-        console.print(compared_card(comparison, Viewport.of(console)), soft_wrap=True)
-
-    return 0 if options.fail_over is None else _gate(comparison, options.fail_over)
-
-
-def _found(run: str, runs_dir: str | None) -> Path:
-    """Return a run's folder, or its report where that is all there is, as on a build server."""
-    path = Path(run)
-    if path.suffix != ".json" or not path.is_file():
-        return find_run(run, runs_dir_of(runs_dir))
-
-    return path.parent if (path.parent / STORE_NAME).is_file() else path
+        viewport = Viewport.of(console)
+        shown = compared_runs(several, viewport) if several else compared_card(found[0], viewport)
+        console.print(shown, soft_wrap=True)
 
 
-def _compared(a: Path, b: Path) -> Comparison:
-    if a == b:
-        raise UsageError(f"A and B are the same run, {a.name}")
+def _gate(found: list[Comparison], percent: float) -> int:
+    """Return 1 if any run is slower than allowed, else 3 if that is unknown of any; say of which."""
+    slower = [
+        each for each in found if each.outcome == "slower" and 100 * (each.step_time.mean.change or 0.0) > percent
+    ]
+    for each in slower:
+        change = change_text(each.step_time.mean.change)
+        what = f"step time {change}, over {percent:g} % and significant (--fail-over)"
+        print(f"traceml compare: {each.b.id}: {what}", file=sys.stderr)
 
-    try:
-        return compare_runs(a, b)
-    except StoreError as error:
-        raise StoreError(f"cannot compare {a.name} and {b.name}: {error}") from error
+    unknown = [each for each in found if not each.comparable]
+    for each in unknown:
+        why = "; ".join(each.obstacles) or "there are too few independent steps"
+        print(f"traceml compare: {each.b.id}: --fail-over cannot be decided: {why}", file=sys.stderr)
+
+    return EXIT_GATE if slower else EXIT_CANNOT_TELL if unknown else 0
 
 
-def _gate(comparison: Comparison, percent: float) -> int:
-    if not comparison.comparable:
-        why = "; ".join(comparison.obstacles) or "there are too few independent steps"
-        print(f"traceml compare: --fail-over cannot be decided: {why}", file=sys.stderr)
-        return EXIT_CANNOT_TELL
-
-    mean = comparison.step_time.mean
-    if comparison.outcome != "slower" or 100 * (mean.change or 0.0) <= percent:
-        return 0
-
-    change = change_text(mean.change)
-    print(f"traceml compare: step time {change}, over {percent:g} % and significant (--fail-over)", file=sys.stderr)
-    return EXIT_GATE
+def _percent(comparison: Comparison) -> float:
+    return 100 * (comparison.step_time.mean.change or 0.0)

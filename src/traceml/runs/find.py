@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError
-from traceml.runs.report.report_types import REPORT_NAME, StepsSection, rate_of, read_summary
+from traceml.runs.labels import read_labels
+from traceml.runs.report.report_types import REPORT_NAME, StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_state import state_of
 from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import DeliveryPhase, states_of
 
-__all__ = ["RunInfo", "describe_run", "find_run", "is_delivered", "list_runs", "prune", "run_folders"]
+__all__ = ["RunInfo", "describe_run", "find_run", "is_delivered", "list_runs", "prune", "remove_run", "run_folders"]
 
 _SHOWN = 5
 
@@ -39,6 +40,8 @@ class RunInfo:
         severity: of that verdict: info, warning or critical.
         size_bytes: size on disk.
         samples_per_second: of the whole job and the time in steps, as on the card; None before the report.
+        step_ms: mean step time, steps: number of steps; None and 0 before the report.
+        project: of the run; tags, note, archived: labels that people gave it.
     """
 
     path: Path
@@ -52,6 +55,12 @@ class RunInfo:
     severity: str | None
     size_bytes: int
     samples_per_second: float | None = None
+    step_ms: float | None = None
+    steps: int = 0
+    project: str = "default"
+    tags: list[str] = field(default_factory=list)
+    note: str = ""
+    archived: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,7 @@ def describe_run(path: Path) -> RunInfo:
     summary = read_summary(path / REPORT_NAME)
     verdict, steps = (stored.verdict, StepsSection()) if summary is None else (summary.verdict, summary.steps)
     started, ended = run.get("started"), run.get("ended")
+    labels = read_labels(path)
     return RunInfo(
         path=path,
         id=path.name,
@@ -122,6 +132,12 @@ def describe_run(path: Path) -> RunInfo:
         severity=verdict.severity.value if verdict is not None else None,
         size_bytes=_size(path),
         samples_per_second=rate_of(steps.samples_per_step, steps.speed(running=False)),
+        step_ms=steps.mean_ms,
+        steps=steps.count,
+        project=str(run.get("project", "default")),
+        tags=labels.tags,
+        note=labels.note,
+        archived=labels.archived,
     )
 
 
@@ -133,13 +149,21 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     old = list_runs(runs_dir)[max(keep, 0) :]
     removed = [info for info in old if info.state != "running" and is_delivered(info.path)]
     for info in removed:
-        shutil.rmtree(info.path)
-
-    latest = Path(runs_dir) / "latest"
-    if removed and latest.is_symlink() and not latest.exists():
-        latest.unlink()
+        remove_run(info.path)
 
     return removed
+
+
+def remove_run(path: Path) -> None:
+    """Remove the folder of a run, and the link `latest` beside it if it led there.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    shutil.rmtree(path)
+    latest = path.parent / "latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
 
 
 def is_delivered(run_dir: Path) -> bool:
@@ -191,6 +215,9 @@ def _is_run(path: Path) -> bool:
 
 
 def _stored(path: Path) -> _StoredFacts:
+    if not (path / STORE_NAME).exists():
+        return _reported(path)
+
     try:
         with closing(StoreReader(path / STORE_NAME)) as reader:
             meta = reader.meta()
@@ -205,6 +232,16 @@ def _stored(path: Path) -> _StoredFacts:
         verdict = None
 
     return _StoredFacts(meta.get("run", {}), meta.get("aggregator", {}), verdict)
+
+
+def _reported(path: Path) -> _StoredFacts:
+    """Return the facts of a run of which only the report was kept, as on a build server."""
+    try:
+        run = read_report(path / REPORT_NAME).run
+    except (OSError, StoreError):
+        return _StoredFacts({}, {}, None, damaged=True)
+
+    return _StoredFacts(msgspec.to_builtins(run), {}, None)
 
 
 def _size(path: Path) -> int:

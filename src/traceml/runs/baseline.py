@@ -1,0 +1,89 @@
+"""Search of the run that others are compared with: by id, tag or name, or the last healthy one of a project."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.errors import RunNotFoundError
+from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
+from traceml.runs.report.report_types import read_report
+
+__all__ = ["LAST_HEALTHY", "find_baseline", "find_compared", "is_healthy"]
+
+LAST_HEALTHY = "last-healthy"
+
+
+def find_compared(run: str | None, runs_dir: Path) -> Path:
+    """Return a run's folder, or its report where that is all there is, as on a build server.
+
+    Args:
+        run: a folder, an id, a `report.json`, or None for the latest run.
+        runs_dir: folder of all runs.
+
+    Raises:
+        RunNotFoundError: there is no such run.
+    """
+    path = Path(run) if run is not None else None
+    if path is None or path.suffix != ".json" or not path.is_file():
+        return find_run(run, runs_dir)
+
+    return path.parent.resolve() if (path.parent / STORE_NAME).is_file() else path.resolve()
+
+
+def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path:
+    """Return the run to compare others with.
+
+    Args:
+        name: `last-healthy`, a run as `find_compared` takes it, a tag, or the name of runs; the newest run counts.
+        compared: the runs that are compared with it; none of them is the baseline.
+        runs_dir: folder of all runs.
+
+    Raises:
+        RunNotFoundError: there is none.
+    """
+    if name == LAST_HEALTHY:
+        return _last_healthy(compared, runs_dir)
+
+    try:
+        return find_compared(name, runs_dir)
+    except RunNotFoundError as error:
+        infos = _others(compared, runs_dir)
+        named = [info for info in infos if name in info.tags] or [info for info in infos if info.name == name]
+        if named:
+            return named[0].path.resolve()
+
+        raise RunNotFoundError(f"no baseline {name!r}: {error} No run has this tag or name either.") from error
+
+
+def _last_healthy(compared: Collection[Path], runs_dir: Path) -> Path:
+    projects = {_project(path) for path in compared}
+    if len(projects) != 1:
+        raise RunNotFoundError(f"{LAST_HEALTHY}: the runs are of several projects: {', '.join(sorted(projects))}")
+
+    project = projects.pop()
+    infos = [info for info in _others(compared, runs_dir) if info.project == project]
+    healthy = next((info for info in infos if is_healthy(info)), None)
+    if healthy is not None:
+        return healthy.path.resolve()
+
+    raise RunNotFoundError(
+        f"{LAST_HEALTHY}: none of the {len(infos)} other runs of project {project!r} in {runs_dir} has finished "
+        "without a warning. Name a baseline: --baseline RUN"
+    )
+
+
+def is_healthy(info: RunInfo) -> bool:
+    """Return whether a run has finished and nothing was wrong with it."""
+    return info.state == "finished" and info.severity == Severity.INFO and info.verdict != Kind.INSUFFICIENT_DATA
+
+
+def _others(compared: Collection[Path], runs_dir: Path) -> list[RunInfo]:
+    ids = {path.name if path.is_dir() else read_report(path).run.id for path in compared}
+    return [info for info in list_runs(runs_dir) if info.id not in ids]
+
+
+def _project(path: Path) -> str:
+    return describe_run(path).project if path.is_dir() else read_report(path).run.project

@@ -1,0 +1,76 @@
+"""Labels that people give to a run: tags, a note, archived. Stored in the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from traceml.errors import StoreError, UsageError
+
+__all__ = ["LABELS_NAME", "RunLabels", "add_tags", "read_labels", "remove_tags", "write_labels"]
+
+LABELS_NAME = "labels.json"
+_MOST_TAG = 64
+
+
+class RunLabels(msgspec.Struct, kw_only=True):
+    """Labels of a run; an archived run is left out of lists."""
+
+    tags: list[str] = []
+    note: str = ""
+    archived: bool = False
+
+
+def read_labels(run_dir: Path) -> RunLabels:
+    """Return the labels of a run; none where there are none, or where they cannot be read."""
+    try:
+        return msgspec.json.decode((run_dir / LABELS_NAME).read_bytes(), type=RunLabels)
+    except (OSError, msgspec.DecodeError):
+        return RunLabels()
+
+
+def write_labels(run_dir: Path, labels: RunLabels) -> None:
+    """Write the labels of a run, atomically.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    path = run_dir / LABELS_NAME
+    draft = path.with_name(f".{LABELS_NAME}-{os.getpid()}")
+    try:
+        draft.write_bytes(msgspec.json.encode(labels))
+        draft.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def add_tags(labels: RunLabels, tags: list[str]) -> None:
+    """Add tags that are not there yet.
+
+    Raises:
+        UsageError: a tag is empty, too long, or has a space or comma, which conditions use as separators.
+    """
+    for tag in tags:
+        if not tag or len(tag) > _MOST_TAG or any(sign.isspace() or sign == "," for sign in tag):
+            raise UsageError(f"not a tag: {tag!r}. A tag has 1 to {_MOST_TAG} characters, no spaces and no commas")
+
+        if tag not in labels.tags:
+            labels.tags.append(tag)
+
+
+def remove_tags(labels: RunLabels, tags: list[str]) -> None:
+    """Remove tags.
+
+    Raises:
+        UsageError: the run does not have one of them.
+    """
+    if missing := [tag for tag in tags if tag not in labels.tags]:
+        raise UsageError(f"no such tag: {', '.join(missing)}. Tags of the run: {', '.join(labels.tags) or 'none'}")
+
+    labels.tags = [tag for tag in labels.tags if tag not in tags]

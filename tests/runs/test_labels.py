@@ -1,0 +1,46 @@
+"""Labels of a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml.errors import StoreError, UsageError
+from traceml.runs.labels import LABELS_NAME, RunLabels, add_tags, read_labels, remove_tags, write_labels
+
+
+def test_labels_are_read_back(tmp_path):
+    """Tags, note and the archive flag are in the run's folder."""
+    write_labels(tmp_path, RunLabels(tags=["baseline"], note="first\nsecond", archived=True))
+
+    assert read_labels(tmp_path) == RunLabels(tags=["baseline"], note="first\nsecond", archived=True)
+    assert [path.name for path in tmp_path.iterdir()] == [LABELS_NAME]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '{"tags": 1}'])
+def test_a_run_without_readable_labels_has_none(tmp_path, text):
+    """A missing or damaged file does not keep a run from being listed."""
+    if text is not None:
+        (tmp_path / LABELS_NAME).write_text(text)
+
+    assert read_labels(tmp_path) == RunLabels()
+
+
+def test_tags_are_unique_words():
+    """A tag is added once; a space or comma would end it in a condition; removing needs one that is there."""
+    labels = RunLabels(tags=["a"])
+    add_tags(labels, ["a", "b"])
+
+    assert labels.tags == ["a", "b"]
+    for tag in ("", "a b", "a,b", "x" * 65):
+        with pytest.raises(UsageError, match="not a tag"):
+            add_tags(labels, [tag])
+    with pytest.raises(UsageError, match=r"no such tag: c\. Tags of the run: a, b"):
+        remove_tags(labels, ["c"])
+    remove_tags(labels, ["a"])
+    assert labels.tags == ["b"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    """The error has the path."""
+    with pytest.raises(StoreError, match=r"cannot write .*labels\.json"):
+        write_labels(tmp_path / "none", RunLabels())
