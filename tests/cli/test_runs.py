@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -10,6 +11,8 @@ from tests.diagnosis.fabricated import Job
 from tests.renderers.reports import with_data
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml import cli
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.runs.report.report import build_report, save_report
 
 
@@ -80,3 +83,106 @@ def test_no_runs(tmp_path, capsys, monkeypatch):
 
     assert cli.main(["runs"]) == 0
     assert "traceml run SCRIPT" in capsys.readouterr().out
+
+
+def test_conditions_columns_and_order(three, capsys):
+    """Columns as asked, one line per run that meets the conditions."""
+    assert cli.main(["runs", "--where", "state=finished", "--sort", "name", "--columns", "id,name,steps"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "name", "steps"]
+    assert sorted(line.split()[0] for line in lines) == ["run-1", "run-2"]
+
+    assert cli.main(["runs", "--where", "step_ms>0", "--columns", "step_ms", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["values"] == {"step_ms": told["step_ms"]}
+
+    assert cli.main(["runs", "--where", "state=hung"]) == 0
+    assert "meets the conditions; there are 3 runs" in capsys.readouterr().out
+
+
+def test_labels(three, capsys):
+    """Tags and notes are in the folder, in the list and in conditions."""
+    assert cli.main(["runs", "tag", "run-1", "baseline", "v2"]) == 0
+    assert cli.main(["runs", "tag", "run-1", "v2", "--remove"]) == 0
+    assert cli.main(["runs", "note", "run-1", "new loader"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["baseline, v2", "baseline", "new loader"]
+
+    assert cli.main(["runs", "--where", "tag:baseline", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert (told["id"], told["tags"], told["note"]) == ("run-1", ["baseline"], "new loader")
+    assert cli.main(["runs", "note", "run-1", "", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"tags": ["baseline"], "note": "", "archived": False}
+
+
+def test_archived_runs_are_left_out(three, capsys):
+    """Until --archived, or until they are listed again."""
+    assert cli.main(["runs", "archive", "run-0", "run-2"]) == 0
+    assert capsys.readouterr().out == "2 runs archived\n"
+
+    for words, listed in (([], ["run-1"]), (["--archived"], ["run-2", "run-1", "run-0"])):
+        assert cli.main(["runs", "--json", *words]) == 0
+        assert [run["id"] for run in json.loads(capsys.readouterr().out)] == listed
+
+    assert cli.main(["runs", "archive", "run-0", "--undo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"run-0": {"archived": False}}
+
+
+def answers(monkeypatch, text):
+    """Let a person at a terminal answer."""
+    stdin = io.StringIO(text)
+    stdin.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", stdin)
+
+
+def test_rm_asks(three, capsys, monkeypatch):
+    """Nothing is removed without a yes; the question names the runs."""
+    answers(monkeypatch, "n\n")
+    assert cli.main(["runs", "rm", "run-0", "run-1"]) == 1
+    asked = capsys.readouterr().err
+    assert "run-0  failed" in asked
+    assert "Remove 2 runs? [y/N]" in asked
+    assert all(folder.exists() for folder in three)
+
+    answers(monkeypatch, "y\n")
+    assert cli.main(["runs", "rm", "run-0", "run-1"]) == 0
+    assert [folder.exists() for folder in three] == [False, False, True]
+
+
+def test_rm_in_a_pipe_needs_yes(three, capsys, monkeypatch):
+    """Nobody can answer there."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert cli.main(["runs", "rm", "run-0"]) == 2
+    assert "add --yes" in capsys.readouterr().err
+    assert three[0].exists()
+
+    assert cli.main(["runs", "rm", "run-0", "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == ["run-0"]
+    assert not three[0].exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["rm"], 2), (["rm", "nosuch", "--yes"], 3), (["tag", "run-0", "a b"], 2), (["tag", "run-0", "--remove"], 2),
+        (["tag"], 2), (["note"], 2), (["archive"], 2), (["--prune", "--keep", "0", "--where", "run-0"], 2),
+        (["--columns", "nosuch"], 2), (["--sort", "nosuch"], 2),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_changes_nothing(three, capsys, words, status):
+    """An error of one line, and every run is as before."""
+    assert cli.main(["runs", *words]) == status
+    assert capsys.readouterr().out == ""
+    assert all(folder.exists() and not (folder / "labels.json").exists() for folder in three)
+
+
+def test_a_running_job_is_not_removed(tmp_path, monkeypatch, capsys):
+    """Not even with --yes: its aggregator writes there."""
+    monkeypatch.chdir(tmp_path)
+    facts = {"state": "running", "ended": None}
+    run = store_run(tmp_path / "traceml_runs" / "going", Job(steps=20), facts=facts, state="running")
+    with StoreWriter(run / STORE_NAME) as writer:
+        writer.put_meta("aggregator", {"host": "another", "pid": 1})
+
+    assert cli.main(["runs", "rm", "going", "--yes"]) == 3
+    assert "still runs" in capsys.readouterr().err
+    assert run.exists()

@@ -32,12 +32,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "top": ("traceml.cli.top", "watch a running job"),
     "stacks": ("traceml.cli.stacks", "show what each rank of a running job is doing now"),
     "report": ("traceml.cli.report", "show what limits a run"),
-    "compare": ("traceml.cli.compare", "show what got slower from run A to run B, and if it is significant"),
+    "compare": ("traceml.cli.compare", "show what got slower between runs, and if it is significant"),
     "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),
     "analyze": ("traceml.cli.analyze", "summarize traces of dftracer, torch.profiler, Perfetto or traceml"),
     "whatif": ("traceml.cli.whatif", "simulate a hybrid-parallel job without its stragglers"),
     "sync": ("traceml.cli.sync", "upload what a tracker is still missing"),
-    "runs": ("traceml.cli.runs", "list the runs on this disk, or remove old ones"),
+    "runs": ("traceml.cli.runs", "list, label and remove the runs on this disk"),
     "doctor": ("traceml.cli.doctor", "check the installation, settings, ports and devices"),
 }
 

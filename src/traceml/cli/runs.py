@@ -4,28 +4,52 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any
 
+import msgspec
 import tyro
 from rich.console import Console
 from rich.text import Text
 
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
+from traceml.cli.runs_edit.run_edits import EDITS
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, duration_text, printable, rate_text
 from traceml.runs.find import RunInfo, list_runs, prune
+from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 from traceml.settings import load
 
 __all__ = ["main"]
 
+_COLUMNS = "id,state,verdict,ranks,samples/s,took,size"
+_WIDTHS = {"state": 8, "verdict": 17, "ranks": 5, "samples/s": 9, "took": 7, "size": 8}
+_TEXTS = ("id", "name", "project", "state", "verdict", "severity", "tags", "note", "started")
+_LONGEST = 40
+
 
 @dataclass(frozen=True)
 class RunsOptions:
-    """List the runs in the folder of runs, newest first, or remove old ones."""
+    """List the runs in the folder of runs, newest first, or remove old ones.
 
+    `traceml runs rm|tag|note|archive RUN` removes and labels runs.
+    """
+
+    where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = None
+    """Only runs that meet all of these: 'lr<0.1 tag:baseline state=finished'. Names are columns, parameters or metrics.
+    Operators: = != < <= > >= ~ (contains). A word alone is searched in id, project, state, verdict, tags; ! negates."""
+    sort: Annotated[str | None, tyro.conf.arg(metavar="FIELD", help_behavior_hint="")] = None
+    """Sort by this column, parameter or metric, the smallest first (default: the newest first)."""
+    reverse: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Sort the other way round."""
+    columns: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
+    """Columns to show: id, name, project, state, verdict, severity, ranks, samples/s, step_ms, steps, took, size,
+    started, tags, note, archived, and any parameter or metric (its last value)."""
+    archived: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """List archived runs too."""
     prune: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Remove all but the newest runs, except running ones. --keep, or the setting keep_runs, is the number to keep."""
     keep: Annotated[int | None, NumberRange(least=0), tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
@@ -37,24 +61,64 @@ class RunsOptions:
 
 
 def main(argv: list[str]) -> int:
-    """List runs, or remove old ones."""
+    """List runs, label them, or remove some."""
+    if argv and argv[0] in EDITS:
+        return EDITS[argv[0]](argv[1:])
+
     options = parse(RunsOptions, argv, prog="traceml runs")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     if options.keep is not None and not options.prune:
         raise UsageError("--keep belongs to --prune")
 
-    infos = prune(config.runs_dir, _keep(options, config.keep_runs)) if options.prune else list_runs(config.runs_dir)
+    if options.prune:
+        _check_prune(options)
+        removed = prune(config.runs_dir, _keep(options, config.keep_runs))
+        _print_json([RunFields(info) for info in removed]) if options.json else _print_removed(removed)
+        return 0
 
+    every = [RunFields(info) for info in list_runs(config.runs_dir)]
+    runs = _chosen(every, options)
     if options.json:
-        print(json.dumps([{**asdict(info), "path": str(info.path.resolve())} for info in infos], indent=2))
-    elif options.prune:
-        _print_removed(infos)
-    elif infos:
-        _print_list(infos)
+        _print_json(runs, _names(options.columns) if options.columns else ())
+    elif runs:
+        _print_list(runs, _names(options.columns or _COLUMNS))
+    elif every:
+        print(f"No run in {config.runs_dir} meets the conditions; there are {len(every)} runs, archived ones included")
     else:
         print(f"No runs in {config.runs_dir}. Make one with: traceml run SCRIPT")
 
     return 0
+
+
+def _check_prune(options: RunsOptions) -> None:
+    """Refuse conditions: --prune removes by age, and a condition that is ignored would remove too much."""
+    if options.where or options.sort or options.columns or options.reverse:
+        raise UsageError(
+            "--prune removes the oldest runs, and takes no conditions; `traceml runs rm RUN` removes others"
+        )
+
+
+def _chosen(runs: list[RunFields], options: RunsOptions) -> list[RunFields]:
+    for name in _names(options.columns or ""):
+        if runs and not any(run.has(name) for run in runs):
+            raise UsageError(
+                f"--columns: no run has a field, parameter or metric {name!r}. Fields: {', '.join(FIELDS)}"
+            )
+
+    chosen = runs if options.archived else [run for run in runs if not run.info.archived]
+    chosen = select_runs(chosen, options.where) if options.where else chosen
+    if options.sort:
+        return sort_runs(chosen, options.sort, reverse=options.reverse)
+
+    return chosen[::-1] if options.reverse else chosen
+
+
+def _names(columns: str) -> list[str]:
+    return [name.strip() for name in columns.split(",") if name.strip()]
+
+
+def _print_json(runs: Sequence[RunFields], columns: Sequence[str] = ()) -> None:
+    print(json.dumps(msgspec.to_builtins([run.record(columns) for run in runs]), indent=2))
 
 
 def _keep(options: RunsOptions, setting: int | None) -> int:
@@ -73,24 +137,55 @@ def _print_removed(infos: Sequence[RunInfo]) -> None:
     print(f"{len(infos)} run{'' if len(infos) == 1 else 's'} removed, {freed} freed" if infos else "Nothing to remove")
 
 
-def _print_list(infos: Sequence[RunInfo]) -> None:
+def _print_list(runs: Sequence[RunFields], columns: list[str]) -> None:
     console = Console(highlight=False)
-    width = max(len(printable(info.id)) for info in infos)
-    head = f"{'run':<{width}}  {'state':<8}  {'verdict':<17}  {'ranks':>5}  {'samples/s':>9}  {'took':>7}  {'size':>8}"
-    console.print(Text(head, style="dim"), soft_wrap=True)
-    for info in infos:
-        console.print(_line(info, width), soft_wrap=True)
+    rows = [[_cell(run, name) for name in columns] for run in runs]
+    heads = ["run" if name == "id" else name for name in columns]
+    widths = [
+        max(_WIDTHS.get(name, 0), len(head), *(len(row[at]) for row in rows))
+        for at, (name, head) in enumerate(zip(columns, heads, strict=True))
+    ]
+    sides = ["<" if name in _TEXTS else ">" for name in columns]
+    console.print(Text(_joined(heads, widths, sides), style="dim"), soft_wrap=True)
+    for run, row in zip(runs, rows, strict=True):
+        line = Text(_joined(row, widths, sides))
+        if run.info.state in ("failed", "hung", "lost", "damaged") and "state" in columns:
+            start = sum(width + 2 for width in widths[: columns.index("state")])
+            line.stylize("red", start, start + len(run.info.state))
+
+        console.print(line, soft_wrap=True)
 
 
-def _line(info: RunInfo, width: int) -> Text:
-    took = info.duration_s
-    if took is None and info.started is not None and info.state == "running":
-        took = time.time() - info.started
+def _joined(cells: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> str:
+    return "  ".join(f"{cell:{side}{width}}" for cell, width, side in zip(cells, widths, sides, strict=True)).rstrip()
 
-    line = Text(f"{printable(info.id):<{width}}  ")
-    line.append(
-        f"{printable(info.state):<8}", style="red" if info.state in ("failed", "hung", "lost", "damaged") else ""
-    )
-    line.append(f"  {printable(info.verdict or '-'):<17}  {info.world_size:>5}")
-    line.append(f"  {rate_text(info.samples_per_second):>9}  {duration_text(took):>7}")
-    return line.append(f"  {bytes_text(info.size_bytes):>8}")
+
+def _cell(run: RunFields, name: str) -> str:
+    value = _took(run.info) if name == "took" else run.value(name)
+    if value is None or value == "":
+        return "-"
+
+    if name in _SHOWN:
+        return _SHOWN[name](value)
+
+    text = printable(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return text if len(text) <= _LONGEST or name == "id" else f"{text[: _LONGEST - 3]}..."
+
+
+def _took(info: RunInfo) -> float | None:
+    if info.duration_s is None and info.started is not None and info.state == "running":
+        return time.time() - info.started
+
+    return info.duration_s
+
+
+def _started(started_s: Any) -> str:
+    return datetime.fromtimestamp(started_s).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    "samples/s": rate_text,
+    "took": duration_text,
+    "size": bytes_text,
+    "started": _started,
+}

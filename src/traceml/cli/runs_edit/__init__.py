@@ -1,0 +1,1 @@
+"""Commands of `traceml runs` that change runs: remove, tag, note, archive."""

@@ -1,0 +1,223 @@
+"""Queries over runs: fields of a run by name, conditions such as `lr<0.1 tag:baseline`, and sorting."""
+
+from __future__ import annotations
+
+import operator
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from traceml.errors import UsageError
+from traceml.runs.find import RunInfo
+from traceml.runs.report.report_types import REPORT_NAME, MetricSection, SetupSection
+
+__all__ = ["FIELDS", "RunFields", "RunRecord", "select_runs", "sort_runs"]
+
+FIELDS: dict[str, Callable[[RunInfo], Any]] = {
+    "id": lambda info: info.id,
+    "name": lambda info: info.name,
+    "project": lambda info: info.project,
+    "state": lambda info: info.state,
+    "verdict": lambda info: info.verdict,
+    "severity": lambda info: info.severity,
+    "ranks": lambda info: info.world_size,
+    "samples/s": lambda info: info.samples_per_second,
+    "step_ms": lambda info: info.step_ms,
+    "steps": lambda info: info.steps,
+    "took": lambda info: info.duration_s,
+    "size": lambda info: info.size_bytes,
+    "started": lambda info: info.started,
+    "tags": lambda info: ",".join(info.tags),
+    "note": lambda info: info.note or None,
+    "archived": lambda info: info.archived,
+}
+"""Fields that every run has; any other name is a logged parameter or, after that, the last value of a metric."""
+
+_TERM = re.compile(r"^([^<>=!~]+?)(<=|>=|!=|<|>|=|~)(.*)$", re.DOTALL)
+_ORDERS: dict[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+class RunRecord(msgspec.Struct, kw_only=True):
+    """A run in `traceml runs --json`; `values` has the columns that were asked for by name.
+
+    Times are epoch seconds; see `RunInfo` for the others.
+    """
+
+    path: str
+    id: str
+    name: str
+    state: str
+    started: float | None
+    duration_s: float | None
+    world_size: int
+    verdict: str | None
+    severity: str | None
+    size_bytes: int
+    samples_per_second: float | None
+    step_ms: float | None
+    steps: int
+    project: str
+    tags: list[str]
+    note: str
+    archived: bool
+    values: dict[str, bool | int | float | str | None] = {}
+
+
+class _LoggedFigures(msgspec.Struct):
+    """The parts of a report that hold what was logged."""
+
+    setup: SetupSection = msgspec.field(default_factory=SetupSection)
+    metrics: dict[str, MetricSection] = {}
+
+
+class RunFields:
+    """A run whose fields, parameters and metrics are found by name; its report is read when it is needed.
+
+    Args:
+        info: facts of the run.
+    """
+
+    def __init__(self, info: RunInfo) -> None:
+        self.info = info
+        self._logged: _LoggedFigures | None = None
+
+    def __repr__(self) -> str:
+        return f"RunFields({self.info.id})"
+
+    def value(self, name: str) -> Any:
+        """Return a field, a parameter, or a metric's last value; None where the run has none of this name."""
+        if name in FIELDS:
+            return FIELDS[name](self.info)
+
+        logged = self._read()
+        if name in logged.setup.params:
+            return logged.setup.params[name]
+
+        return logged.metrics[name].last if name in logged.metrics else None
+
+    def has(self, name: str) -> bool:
+        """Return whether the run has a field, parameter or metric of this name."""
+        return name in FIELDS or name in self._read().setup.params or name in self._read().metrics
+
+    def record(self, columns: Sequence[str] = ()) -> RunRecord:
+        """Return the run for JSON, with the values of some columns."""
+        facts = {
+            name: getattr(self.info, name) for name in RunRecord.__struct_fields__ if name not in ("path", "values")
+        }
+        values = {name: self.value(name) for name in columns}
+        return RunRecord(**facts, path=str(self.info.path.resolve()), values=values)
+
+    def _read(self) -> _LoggedFigures:
+        if self._logged is None:
+            try:
+                data = (self.info.path / REPORT_NAME).read_bytes()
+                self._logged = msgspec.json.decode(data, type=_LoggedFigures)
+            except (OSError, msgspec.DecodeError):
+                self._logged = _LoggedFigures()  # it runs, or cannot be read: it has no such values
+
+        return self._logged
+
+
+def select_runs(runs: Sequence[RunFields], conditions: str) -> list[RunFields]:
+    """Return the runs that meet all conditions.
+
+    Args:
+        runs: to choose from.
+        conditions: terms with spaces between them: `NAME<VALUE` (also <= > >= = != ~ for "contains"), `tag:TAG`, or a
+            word that the id, project, state, verdict or a tag contains; `!` before a term negates it.
+
+    Raises:
+        UsageError: a term cannot be understood, or names something that no run has.
+    """
+    try:
+        terms = shlex.split(conditions.replace(",", " "))
+    except ValueError as error:
+        raise UsageError(f"--where: {error}") from error
+
+    tests = [_test_of(term, runs) for term in terms]
+    return [run for run in runs if all(test(run) for test in tests)]
+
+
+def sort_runs(runs: Sequence[RunFields], name: str, *, reverse: bool = False) -> list[RunFields]:
+    """Return runs by a field, the smallest first; those without it last.
+
+    Raises:
+        UsageError: no run has such a field.
+    """
+    _check(name, runs)
+    known = [run for run in runs if run.value(name) is not None]
+    return [
+        *sorted(known, key=lambda run: _order_key(run.value(name)), reverse=reverse),
+        *(run for run in runs if run.value(name) is None),
+    ]
+
+
+def _test_of(term: str, runs: Sequence[RunFields]) -> Callable[[RunFields], bool]:
+    if not term.startswith("!"):
+        return _test(term, runs)
+
+    test = _test(term.removeprefix("!"), runs)
+    return lambda run: not test(run)
+
+
+def _test(term: str, runs: Sequence[RunFields]) -> Callable[[RunFields], bool]:
+    if term.startswith("tag:"):
+        tag = term.removeprefix("tag:")
+        return lambda run: tag in run.info.tags
+
+    found = _TERM.match(term)
+    if found is None:
+        word = term.lower()
+        return lambda run: any(word in text.lower() for text in _texts(run.info))
+
+    name, sign, wanted = found.groups()
+    _check(name, runs)
+    return lambda run: _holds(run.value(name), sign, wanted)
+
+
+def _texts(info: RunInfo) -> list[str]:
+    return [info.id, info.name, info.project, info.state, info.verdict or "", *info.tags]
+
+
+def _check(name: str, runs: Sequence[RunFields]) -> None:
+    if runs and not any(run.has(name) for run in runs):
+        raise UsageError(
+            f"no run has a field, parameter or metric {name!r}. Fields: {', '.join(FIELDS)}; others are what was logged"
+        )
+
+
+def _holds(value: Any, sign: str, wanted: str) -> bool:
+    if value is None:
+        return sign == "!="
+
+    if sign == "~":
+        return wanted.lower() in str(value).lower()
+
+    number = _number(wanted)
+    if isinstance(value, int | float) and not isinstance(value, bool) and number is not None:
+        return {"=": value == number, "!=": value != number}.get(sign) or (
+            sign in _ORDERS and _ORDERS[sign](value, number)
+        )
+
+    text, other = str(value).lower(), wanted.lower()
+    return {"=": text == other, "!=": text != other}.get(sign) or (sign in _ORDERS and _ORDERS[sign](text, other))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _order_key(value: Any) -> tuple[int, float, str]:
+    """Return a key that orders numbers before texts."""
+    return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value).lower())

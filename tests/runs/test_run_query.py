@@ -1,0 +1,88 @@
+"""Conditions and order of a list of runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.diagnosis.fabricated import Job
+from tests.runs.fabricated_store import STARTED, store_run
+from traceml.errors import UsageError
+from traceml.runs.find import list_runs
+from traceml.runs.labels import RunLabels, write_labels
+from traceml.runs.report.report import build_report, save_report
+from traceml.runs.report.report_types import MetricSection
+from traceml.runs.run_query import RunFields, select_runs, sort_runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three runs: with lr 0.1 and 0.01, and one without a report."""
+    folder = tmp_path_factory.mktemp("runs")
+    for number, (name, lr, state) in enumerate(
+        (("a", 0.1, "finished"), ("b", 0.01, "failed"), ("c", None, "finished"))
+    ):
+        facts = {"started": STARTED + number, "state": state, "name": name}
+        run = store_run(folder / f"run-{name}", Job(steps=40), facts=facts)
+        if lr is not None:
+            report = build_report(run)
+            report.setup.params, report.metrics = {"lr": lr, "opt": "Adam W"}, {"loss": MetricSection(last=10 * lr)}
+            save_report(run, report)
+
+    write_labels(folder / "run-b", RunLabels(tags=["baseline"], note="slow disk"))
+    return [RunFields(info) for info in list_runs(folder)]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "found"),
+    [
+        ("lr<0.1", "b"),
+        ("lr<=0.1 tag:baseline", "b"),
+        ("lr=0.10", "a"),
+        ("lr!=0.1", "cb"),
+        ("loss>0.5", "a"),
+        ("state=failed", "b"),
+        ("state=FINISHED", "ca"),
+        ("!tag:baseline", "ca"),
+        ("opt~adam", "ba"),
+        ("opt='Adam W'", "ba"),
+        ("note~disk", "b"),
+        ("base", "b"),
+        ("run-", "cba"),
+        ("steps>=40, ranks=2, name=a", "a"),
+        ("", "cba"),
+    ],
+)
+def test_conditions(runs, conditions, found):
+    """Numbers are compared as numbers, all terms must hold, and a run without the value meets only `!=`."""
+    assert "".join(run.info.name for run in select_runs(runs, conditions)) == found
+
+
+@pytest.mark.parametrize(("conditions", "what"), [("rl<1", "no run has .* 'rl'"), ("a='b", "No closing quotation")])
+def test_conditions_that_cannot_be_understood(runs, conditions, what):
+    """A misspelt name is an error, not an empty list."""
+    with pytest.raises(UsageError, match=what):
+        select_runs(runs, conditions)
+
+
+def test_a_name_that_earlier_terms_left_out_is_known(runs):
+    """The first term leaves only a run without `lr`: the second is still a condition."""
+    assert select_runs(runs, "name=c lr<1") == []
+
+
+def test_order(runs):
+    """By value, those without one last, either way."""
+    assert [run.info.name for run in sort_runs(runs, "lr")] == ["b", "a", "c"]
+    assert [run.info.name for run in sort_runs(runs, "lr", reverse=True)] == ["a", "b", "c"]
+    assert [run.info.name for run in sort_runs(runs, "name")] == ["a", "b", "c"]
+    with pytest.raises(UsageError, match="no run has"):
+        sort_runs(runs, "rl")
+
+
+def test_record_has_the_columns(runs):
+    """Facts of the list, and values by name."""
+    record = runs[1].record(["lr", "loss"])
+
+    assert (record.id, record.tags, record.values) == ("run-b", ["baseline"], {"lr": 0.01, "loss": 0.1})
+    assert json.loads((runs[1].info.path / "report.json").read_text())["steps"]["mean_ms"] == record.step_ms
