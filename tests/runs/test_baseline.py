@@ -10,8 +10,8 @@ from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError
 from traceml.runs.baseline import find_baseline, find_compared
 from traceml.runs.find import describe_run
-from traceml.runs.labels import RunLabels, write_labels
 from traceml.runs.report.report import build_report, save_report
+from traceml.runs.run_labels import RunLabels, write_labels
 
 
 @pytest.fixture

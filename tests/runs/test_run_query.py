@@ -10,9 +10,9 @@ from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml.errors import UsageError
 from traceml.runs.find import list_runs
-from traceml.runs.labels import RunLabels, write_labels
 from traceml.runs.report.report import build_report, save_report
 from traceml.runs.report.report_types import MetricSection
+from traceml.runs.run_labels import RunLabels, write_labels
 from traceml.runs.run_query import RunFields, select_runs, sort_runs
 
 

@@ -16,8 +16,8 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError
-from traceml.runs.labels import read_labels
 from traceml.runs.report.report_types import REPORT_NAME, StepsSection, rate_of, read_report, read_summary
+from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
 from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import DeliveryPhase, states_of

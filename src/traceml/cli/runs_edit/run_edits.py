@@ -15,7 +15,7 @@ from traceml.cli.parsing import parse
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.formatting import bytes_text, plural, printable
 from traceml.runs.find import RunInfo, describe_run, find_run, is_delivered, remove_run
-from traceml.runs.labels import RunLabels, add_tags, read_labels, remove_tags, write_labels
+from traceml.runs.run_labels import RunLabels, add_tags, read_labels, remove_tags, write_labels
 from traceml.settings import load
 
 __all__ = ["EDITS"]

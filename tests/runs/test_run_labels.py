@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from traceml.errors import StoreError, UsageError
-from traceml.runs.labels import LABELS_NAME, RunLabels, add_tags, read_labels, remove_tags, write_labels
+from traceml.runs.run_labels import LABELS_NAME, RunLabels, add_tags, read_labels, remove_tags, write_labels
 
 
 def test_labels_are_read_back(tmp_path):
