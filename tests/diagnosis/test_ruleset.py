@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of
-from traceml.database.schema import STEPS
+from tests.diagnosis.fabricated import Fault, Job, adds, at_once, rows_of, takes_turns, window_of
+from traceml.database.schema import STEPS, StepFlag, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
@@ -441,3 +441,24 @@ def test_rows_with_nothing_in_them_do_no_harm():
     window.scatter(np.zeros(60, np.int64), rows)
 
     assert diagnose(window.aligned(), JobFacts())[0].kind is Kind.HEALTHY
+
+
+def test_profiled_steps_are_left_out():
+    """They take longer on the profiled rank, and the others wait: neither jitter nor a slow rank."""
+    long = range(100, 112)
+
+    def profile(own, _random):
+        own["forward"][1, long] += 80.0
+
+    def found(flag):
+        window = StepWindow(1024)
+        for rank, rows in enumerate(rows_of(Job(), profile)):
+            marked = np.isin(rows["step"], long) & (rank == 1)
+            rows["bits"] |= np.where(marked, pack_bits(0, flag), 0)
+            window.scatter(np.full(len(rows), rank), rows)
+
+        return [each.kind for each in diagnose(window.aligned(), JobFacts())]
+
+    usual = [each.kind for each in diagnose(window_of(Job()), JobFacts())]
+    assert found(0) != usual
+    assert found(int(StepFlag.PROFILED)) == usual

@@ -213,6 +213,7 @@ class StepFlag(IntFlag):
     DEVICE = 16  # device times follow in device_steps
     CALLBACK = 32  # backward_own_ns was measured on this step
     EPOCH = 64  # it waited for the first batch of a new iterator; a row of epochs follows
+    PROFILED = 128  # torch.profiler was started, ran or was stopped in it
 
 
 class StepBits(NamedTuple):

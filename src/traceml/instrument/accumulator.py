@@ -171,7 +171,8 @@ class StepAccumulator:
         self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
         self.reductions: ReductionCounter | None = None  # once there is a parallel model
         self.extras = False  # there is a device, or a group with several ranks
-        self.slow_commits = False  # there are `extras` or user phases: every step is `dirty`
+        self.slow_commits = False  # there are `extras`, user phases or a profile: every step is `dirty`
+        self.at_boundary: Callable[[], int] | None = None  # called at the end of a step; returns flags of the next one
         self.mean_ns = 0
 
         self.rows, self.before = self.ring.appended, 0
@@ -318,6 +319,34 @@ class StepAccumulator:
         )
         self._clear(t)
         self.plan_detail()
+        if self.at_boundary is not None:
+            self.cross_boundary()
+
+    def call_at_boundary(self, function: Callable[[], int] | None) -> None:
+        """Call a function at the end of each step, on the training thread, or no longer call any.
+
+        Another thread than the training repeats this until the first call: a step that ends meanwhile may miss it.
+
+        Args:
+            function: returns the `StepFlag`s of the step that begins.
+        """
+        self.at_boundary = function
+        if function is not None:
+            self.slow_commits = self.dirty = True
+        else:
+            self.slow_commits = bool(self.extras or self.users)
+
+    def cross_boundary(self) -> None:
+        """Call the function of `call_at_boundary`: a step has ended, and the next one has begun."""
+        function = self.at_boundary
+        if function is None:
+            return
+
+        with fail_open(_log, "instrument", "a profile is given up"):
+            self.flags |= function()
+            return
+
+        self.call_at_boundary(None)
 
     @property
     def committed_data(self) -> tuple[int, int]:

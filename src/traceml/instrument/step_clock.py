@@ -506,6 +506,8 @@ class StepClock(StepAccumulator):
         self.closes_at = CHECK_FORWARD
         self._drop_prefix()
         self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.step
+        if self.at_boundary is not None:
+            self.cross_boundary()
 
     def begin_first_step(self, t: int) -> None:
         """Begin the first step."""

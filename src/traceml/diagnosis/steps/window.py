@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS
+from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     Floats,
@@ -31,6 +31,7 @@ Rows = NDArray[np.void]
 # The durations of a step row and the size of its batch are neighbors: one slice of the row matrix holds them all.
 _DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["samples"] + 1)
 _POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIONS])}
+_BITS, _PROFILED = STEPS.index["bits"], int(StepFlag.PROFILED)
 _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
 
 # A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
@@ -165,6 +166,7 @@ class StepWindow:
         self._values = np.empty((0, len(_POSITION)), np.float32)
         self._user: dict[str, tuple[NDArray[np.int32], Floats]] = {}
         self._device: tuple[Ints, Floats] | None = None
+        self._profiled: set[int] = set()
         self._grow(ranks)
 
     @property
@@ -199,6 +201,7 @@ class StepWindow:
         at = self._cells(rank_indices, steps)
         self._step[at] = steps
         self._values[at] = matrix[:, _DURATIONS]
+        self._profiled.update(steps[unpack_bits(matrix[:, _BITS]).flags & _PROFILED > 0].tolist())
         # Of a repeated index the last value stays, which is the rank's newest row.
         self._latest[rank_indices] = steps
         self._end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
@@ -256,7 +259,8 @@ class StepWindow:
         """Return the newest steps that all live ranks have.
 
         Ranks that ended, or that are behind by more than half the ring, are left out. When all ranks have ended, the
-        steps they had in common are returned.
+        steps they had in common are returned. Steps in which a rank was profiled are left out: they take longer, and
+        the other ranks wait.
 
         Args:
             last: maximum number of steps (less for thousands of ranks).
@@ -271,7 +275,7 @@ class StepWindow:
         last = min(last, self.slots, max(_MIN_STEPS, MAX_CELLS // len(chosen)))
         skip = min(skip_first, max(3, newest + 1 - _MIN_STEPS))
         steps = self._steps_until(newest, last)
-        steps = steps[steps >= skip]
+        steps = self._unprofiled(steps[steps >= skip])
         found = self._step[self._cells(chosen[:, None], steps)] == steps
         # A rank that lost many rows must not remove the steps of all others.
         coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
@@ -285,7 +289,10 @@ class StepWindow:
         latest = int(self._latest[rank_index])
         # Rows from before a restart at step 0 are above the latest step.
         steps = np.sort(mine[(mine >= 0) & (mine <= latest) & (mine > latest - self._reach)])
-        return self._window(np.array([rank_index], np.int64), steps, ())
+        return self._window(np.array([rank_index], np.int64), self._unprofiled(steps), ())
+
+    def _unprofiled(self, steps: Ints) -> Ints:
+        return steps[~np.isin(steps, list(self._profiled))] if self._profiled else steps
 
     @property
     def _reach(self) -> int:

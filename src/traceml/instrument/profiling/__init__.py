@@ -1,0 +1,1 @@
+"""A torch.profiler over steps of a running training."""
