@@ -162,7 +162,7 @@ class Commands:
         run = self._run_of(peer)
         name = args.pop("name")
         ranks = args.pop("ranks", None)
-        asked = [stream for stream in run.connected if ranks is None or stream.rank in ranks]
+        asked = [each for each in run.connected if not each.is_helper and (ranks is None or each.rank in ranks)]
         if not asked:
             raise CommandError(f"no rank of run {run.id} is connected")
 

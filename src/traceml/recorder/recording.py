@@ -28,6 +28,7 @@ from traceml.recorder.identity import Identity, export_to_children, identify, st
 from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.pauses.pause_recorder import PauseRecorder
 from traceml.recorder.process_abort import abort_process
+from traceml.recorder.profiles.profile_server import ProfileServer
 from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
 from traceml.recorder.recorder_facts import RecorderStatistics, capacities, child_capacities, process_facts
 from traceml.recorder.recorder_thread import RecorderThread
@@ -40,6 +41,7 @@ from traceml.transport.client import Connection
 
 if TYPE_CHECKING:
     from traceml.instrument import Instrumentation
+    from traceml.instrument.step_clock import StepClock
     from traceml.settings import Config
 
 __all__ = ["Recording"]
@@ -92,6 +94,9 @@ class Recording:
             runs_dir=config.runs_dir,
         )
         self.files = FileUploader(self.flight.journal_stems, self._append_logged, self._wake, self.flight.claim)
+        self._profiles = ProfileServer(
+            self.flight, clock=self._step_clock, thread=self._training_thread, contains=UserCode().contains
+        )
         self.sender = RowSender(
             self.flight,
             self._dial,
@@ -99,6 +104,7 @@ class Recording:
             commands={
                 "look": self._look,
                 "statistics": lambda _args: asdict(statistics()),
+                "profile": self._profiles.answer,
                 "abort": lambda _args: abort_process(self.thread.call_later),
             },
             files=self.files,
@@ -109,7 +115,7 @@ class Recording:
             self.flight,
             rank=lambda: self.identity.rank_identity.rank,
             thread=self._training_thread,
-            clock=lambda: self.instrumentation.clock if self.instrumentation is not None else None,
+            clock=self._step_clock,
             hang_timeout_s=config.hang_timeout,
         )
         self.thread = RecorderThread(self.flight, self.sender, self._sampling(()), self._hook_ns, files=self.files)
@@ -172,6 +178,7 @@ class Recording:
         self._uninstrument()
         self.flight.open_slots[Slot.STATE] = FlightState.FAILED if reason == "failed" else FlightState.FINISHED
         self._hold_until_ns = 0
+        self._profiles.close()
         stop_export()
         has_launcher = self._config.supervised
         keep_trying = not self.held and (has_launcher or self._config.local)
@@ -359,7 +366,7 @@ class Recording:
 
     def _check_progress(self, last: bool) -> None:
         self.quiet(last)
-        self.thread.is_attentive = self.quiet.is_quiet
+        self.thread.is_attentive = self.quiet.is_quiet or self._profiles.is_used
 
     def _look(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Answer the aggregator's command `look`."""
@@ -372,13 +379,19 @@ class Recording:
     def _is_evaluating(self) -> bool:
         return self.instrumentation is not None and self.instrumentation.clock.is_evaluating
 
+    def _step_clock(self) -> StepClock | None:
+        return self.instrumentation.clock if self.instrumentation is not None else None
+
     def _training_thread(self) -> int:
-        clock = self.instrumentation.clock if self.instrumentation is not None else None
+        clock = self._step_clock()
         return clock.thread if clock is not None and clock.thread else threading.main_thread().ident or 0
 
     def _uninstrument(self) -> None:
         if self.instrumentation is None:
             return
+
+        with fail_open(_log, "recorder", "a profile could not be ended"):
+            self._profiles.abandon()
 
         with fail_open(_log, "recorder", "the time of torch.compile is not known"):
             self._note_compilation()

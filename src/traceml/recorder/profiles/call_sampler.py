@@ -1,0 +1,54 @@
+"""Lines of the user's code that call the operators of a profile, by time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+__all__ = ["CallSampler"]
+
+_MAX_SAMPLES = 20_000
+_MAX_DEPTH = 200
+
+
+class CallSampler:
+    """Samples of the line of the user's code that the training thread runs, each with its time.
+
+    Operators release the interpreter's lock, so most samples are taken inside them.
+
+    Args:
+        thread: returns the id of the training thread.
+        contains: whether the user wrote the code of a frame.
+    """
+
+    def __init__(self, thread: Callable[[], int], contains: Callable[[FrameType], bool]) -> None:
+        self._thread, self._contains = thread, contains
+        self._samples: list[tuple[int, int]] = []
+        self._places: dict[tuple[str, int, str], int] = {}
+
+    def sample(self) -> None:
+        """Take a sample."""
+        frame = sys._current_frames().get(self._thread())
+        if len(self._samples) >= _MAX_SAMPLES:
+            return
+
+        for _ in range(_MAX_DEPTH):
+            if frame is None:
+                return
+            if self._contains(frame):
+                break
+
+            frame = frame.f_back
+        else:
+            return
+
+        code = frame.f_code
+        place = (code.co_filename, frame.f_lineno or 0, code.co_name)
+        self._samples.append((time.time_ns(), self._places.setdefault(place, len(self._places))))
+
+    def to_row(self) -> dict[str, Any]:
+        """Return `places` (file, line, function), and `samples` (epoch nanoseconds, number of the place)."""
+        return {"places": [list(place) for place in self._places], "samples": self._samples}
