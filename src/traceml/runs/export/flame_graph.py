@@ -14,12 +14,12 @@ from traceml.runs.report.line_shares import LineShare, PhaseLines, lines_by_phas
 from traceml.runs.report.report_types import Report
 from traceml.version import __version__
 
-__all__ = ["FLAME_GRAPHS", "perfetto", "speedscope"]
+__all__ = ["FLAME_GRAPHS", "StackFrame", "perfetto", "speedscope", "weighted_stacks"]
 
 _SCHEMA = "https://www.speedscope.app/file-format-schema.json"
 
 
-class _StackFrame(NamedTuple):
+class StackFrame(NamedTuple):
     """A frame of a stack, as both formats name it."""
 
     name: str
@@ -29,7 +29,7 @@ class _StackFrame(NamedTuple):
 
 def speedscope(report: Report) -> dict[str, Any]:
     """Return the lines of a report as a speedscope file."""
-    stacks = [(stack, weight) for stack, weight in _stacks(report) if weight > 0]
+    stacks = [(stack, weight) for stack, weight in weighted_stacks(report) if weight > 0]
     frames = list(dict.fromkeys(frame for stack, _ in stacks for frame in stack))
     number = {frame: at for at, frame in enumerate(frames)}
     return {
@@ -57,8 +57,8 @@ def perfetto(report: Report) -> dict[str, Any]:
     name = f"{report.run.name}: time by phase and line"
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "args": {"name": name}}]
     began_s = 0.0
-    open_until: dict[tuple[_StackFrame, ...], dict[str, Any]] = {}
-    for stack, weight in _stacks(report):
+    open_until: dict[tuple[StackFrame, ...], dict[str, Any]] = {}
+    for stack, weight in weighted_stacks(report):
         for depth, frame in enumerate(stack, start=1):
             path = stack[:depth]
             if path not in open_until:
@@ -82,7 +82,7 @@ def _slice(name: str, began_s: float, place: dict[str, Any]) -> dict[str, Any]:
             "args": place}  # fmt: skip
 
 
-def _stacks(report: Report) -> Iterator[tuple[tuple[_StackFrame, ...], float]]:
+def weighted_stacks(report: Report) -> Iterator[tuple[tuple[StackFrame, ...], float]]:
     """Yield stacks with their seconds, a phase after the other; where times are unknown, with their samples."""
     phases = lines_by_phase(report)
     timed = all(each.seconds is not None for each in phases)
@@ -93,11 +93,11 @@ def _stacks(report: Report) -> Iterator[tuple[tuple[_StackFrame, ...], float]]:
             yield _stack(phase, each), whole * each.share / max(known, 1e-9)
 
 
-def _stack(phase: PhaseLines, each: LineShare) -> tuple[_StackFrame, ...]:
-    frames = [_StackFrame(phase_label(phase.phase))]
+def _stack(phase: PhaseLines, each: LineShare) -> tuple[StackFrame, ...]:
+    frames = [StackFrame(phase_label(phase.phase))]
     if each.file is not None and each.function is not None:
         name = each.file.rpartition("/")[2]
-        frames.append(_StackFrame(f"{each.function} ({name}:{each.line})", each.file, each.line))
+        frames.append(StackFrame(f"{each.function} ({name}:{each.line})", each.file, each.line))
 
     if each.library is not None:
         frames.append(_library(each.library))
@@ -105,8 +105,8 @@ def _stack(phase: PhaseLines, each: LineShare) -> tuple[_StackFrame, ...]:
     return tuple(frames)
 
 
-def _library(text: str) -> _StackFrame:
+def _library(text: str) -> StackFrame:
     """Return the frame of `FILE:LINE FUNCTION`."""
     place, _, function = text.rpartition(" ")
     file, _, line = place.rpartition(":")
-    return _StackFrame(f"{function} ({library_text(place)})", file, int(line) if line.isdecimal() else None)
+    return StackFrame(f"{function} ({library_text(place)})", file, int(line) if line.isdecimal() else None)

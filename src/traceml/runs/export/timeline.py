@@ -41,7 +41,7 @@ from traceml.runs.export.flow_arrows import FlowArrows, SyncArrival
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
-__all__ = ["TimelineExporter", "origin_of"]
+__all__ = ["TimelineExporter", "origin_of", "rows_with_waiting", "step_slices"]
 
 # The order of drawing; the user's phases follow.
 _USUAL_ORDER = ("input_wait", "h2d", "forward", "backward", "comm", "optimizer", "checkpoint")
@@ -164,17 +164,7 @@ class TimelineExporter:
                 self._counters.tables[table](lane.stream, row)
 
     def _with_waiting(self, lane: _Lane, rows: Any) -> list[dict[str, int]]:
-        """Return rows as maps, with the waiting inside backward as `wait_ns`: -1 where it was not measured."""
-        backward, own = rows["backward_ns"], np.where(rows["backward_own_ns"] < 0, np.nan, rows["backward_own_ns"])
-        waits = np.full(len(rows), -1)
-        if has_group(self._world.get(lane.stream.attempt, 1)):
-            waits = np.where(np.isnan(own), -1, backward - own_backward(backward, own)).astype(np.int64)
-
-        named = [dict(zip(rows.dtype.names, values, strict=True)) for values in rows.tolist()]
-        for row, wait_ns in zip(named, waits.tolist(), strict=True):
-            row["wait_ns"] = wait_ns
-
-        return named
+        return rows_with_waiting(rows, grouped=has_group(self._world.get(lane.stream.attempt, 1)))
 
     def _step(self, lane: _Lane, row: dict[str, int]) -> None:
         """Write a step, or hold it until its user phases are known."""
@@ -227,7 +217,7 @@ class TimelineExporter:
     def _write_parts(self, lane: _Lane, row: Mapping[str, int], user: Any, begin_ns: int, end_ns: int) -> None:
         pid, tid = self._tracks.rank(lane.stream, tracks.STEPS)
         at_ns = began_ns = begin_ns
-        for name, category, ns in _step_slices(row, user):
+        for name, category, ns in step_slices(row, user):
             until_ns = min(at_ns + ns, end_ns)
             if until_ns > at_ns:
                 self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat=category)
@@ -279,7 +269,26 @@ class TimelineExporter:
                 at_ns = max(until_ns, at_ns)
 
 
-def _step_slices(row: Mapping[str, int], user: Any) -> list[tuple[str, str, int]]:
+def rows_with_waiting(rows: Any, *, grouped: bool) -> list[dict[str, int]]:
+    """Return rows as maps, with the waiting inside backward as `wait_ns`: -1 where it was not measured.
+
+    Args:
+        rows: rows of steps or of device steps.
+        grouped: whether the ranks wait for each other.
+    """
+    backward, own = rows["backward_ns"], np.where(rows["backward_own_ns"] < 0, np.nan, rows["backward_own_ns"])
+    waits = np.full(len(rows), -1)
+    if grouped:
+        waits = np.where(np.isnan(own), -1, backward - own_backward(backward, own)).astype(np.int64)
+
+    named = [dict(zip(rows.dtype.names, values, strict=True)) for values in rows.tolist()]
+    for row, wait_ns in zip(named, waits.tolist(), strict=True):
+        row["wait_ns"] = wait_ns
+
+    return named
+
+
+def step_slices(row: Mapping[str, int], user: Any) -> list[tuple[str, str, int]]:
     """Return (name, category, ns) of the parts of a step in drawing order."""
     slices, wait_ns = [], row["wait_ns"]
     for name in _ORDER:
