@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("traceml.cli.serve", "start an aggregator for scripts that call traceml.init()"),
     "top": ("traceml.cli.top", "watch a running job"),
     "stacks": ("traceml.cli.stacks", "show what each rank of a running job is doing now"),
+    "profile": ("traceml.cli.profiles.profile", "profile the operators of a running job, or its sampled lines: --cpu"),
     "report": ("traceml.cli.report", "show what limits a run"),
     "compare": ("traceml.cli.compare", "show what got slower between runs, and if it is significant"),
     "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, TraceMLError
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.live_run import LiveRun
 from traceml.settings import Config
 from traceml.transport import auth
+from traceml.transport.client import Connection, connect
+from traceml.transport.hello import Hello
+from traceml.transport.runs_folder import address_of
 
-__all__ = ["running_job"]
+__all__ = ["aggregator_of", "running_job"]
+
+_CONNECT_S = 5.0
 
 
 def running_job(target: str | None, config: Config) -> Path:
@@ -78,3 +86,38 @@ def _newest(places: list[Path]) -> Path:
 
 def _age(info: RunInfo) -> tuple[float, str]:
     return info.started or 0.0, info.id
+
+
+def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
+    """Connect to the aggregator that has a run open.
+
+    Args:
+        run_dir: the run's folder.
+        config: the settings.
+        command: the user's command, named in errors.
+
+    Raises:
+        TraceMLError: it runs on another host, or no longer, or does not answer.
+    """
+    with StoreReader(run_dir / STORE_NAME) as reader:
+        facts = reader.meta().get("aggregator", {})
+
+    host, pid = str(facts.get("host", "")), facts.get("pid")
+    if host != socket.gethostname():
+        raise TraceMLError(f"the aggregator of run {run_dir.name} runs on host {host}: run `traceml {command}` there")
+
+    served = auth.published_by(pid) if isinstance(pid, int) else None
+    if served is None:
+        raise TraceMLError(
+            f"the aggregator of run {run_dir.name} (pid {pid}) no longer runs, or belongs to another user. "
+            f"The last state of the run: traceml report {run_dir.name}"
+        )
+
+    told = address_of(run_dir.parent, served.port)
+    tls = config.tls or (told is not None and told.port == served.port and told.tls)
+    hello = Hello(role="client", run=run_dir.name)
+    return connect(_reachable(served.host), served.port, hello, served.token, timeout_s=_CONNECT_S, tls=tls)
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared only

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from traceml.cli.parsing import parse
-from traceml.cli.running_job import running_job
+from traceml.cli.running_job import aggregator_of, running_job
 from traceml.database.looks import RankLook
-from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
-from traceml.errors import TraceMLError
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
-from traceml.settings import Config, load
-from traceml.transport import auth
-from traceml.transport.client import Connection, connect
-from traceml.transport.hello import Hello
-from traceml.transport.runs_folder import address_of
+from traceml.settings import load
 
 __all__ = ["main"]
 
-_CONNECT_S, _ANSWER_S = 5.0, 15.0
+_ANSWER_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ def main(argv: list[str]) -> int:
     options = parse(StacksOptions, argv, prog="traceml stacks")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     run_dir = running_job(options.run, config)
-    with contextlib.closing(_aggregator_of(run_dir, config)) as connection:
+    with contextlib.closing(aggregator_of(run_dir, config, "stacks")) as connection:
         reply = connection.request("stacks", timeout_s=_ANSWER_S)
 
     ranks = _ranks(reply)
@@ -63,36 +54,6 @@ def main(argv: list[str]) -> int:
         print(stacks_text(ranks, missing))
 
     return 0
-
-
-def _aggregator_of(run_dir: Path, config: Config) -> Connection:
-    """Connect to the aggregator that has a run open.
-
-    Raises:
-        TraceMLError: it runs on another host, or no longer, or does not answer.
-    """
-    with StoreReader(run_dir / STORE_NAME) as reader:
-        facts = reader.meta().get("aggregator", {})
-
-    host, pid = str(facts.get("host", "")), facts.get("pid")
-    if host != socket.gethostname():
-        raise TraceMLError(f"the aggregator of run {run_dir.name} runs on host {host}: run `traceml stacks` there")
-
-    served = auth.published_by(pid) if isinstance(pid, int) else None
-    if served is None:
-        raise TraceMLError(
-            f"the aggregator of run {run_dir.name} (pid {pid}) no longer runs, or belongs to another user. "
-            f"The last state of the run: traceml report {run_dir.name}"
-        )
-
-    told = address_of(run_dir.parent, served.port)
-    tls = config.tls or (told is not None and told.port == served.port and told.tls)
-    hello = Hello(role="client", run=run_dir.name)
-    return connect(_reachable(served.host), served.port, hello, served.token, timeout_s=_CONNECT_S, tls=tls)
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared only
 
 
 def _ranks(reply: dict[str, Any]) -> list[RankStack]:

@@ -1,0 +1,246 @@
+"""`traceml profile`: the operators of a running job, or the sampled lines of a run as a flame graph."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from traceml.cli.number_range import NumberRange
+from traceml.cli.parsing import parse
+from traceml.cli.profiles.profile_client import ProfileClient, ProfileRequest, RankWindow
+from traceml.cli.report import current_report
+from traceml.cli.running_job import aggregator_of, running_job
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
+from traceml.errors import TraceMLError, UsageError
+from traceml.formatting import bytes_text, capitalized, plural, printable, ranks_text
+from traceml.renderers.html.flame_page import flame_page
+from traceml.renderers.text.operator_table import operator_lines, slowdown_line
+from traceml.runs.export.flame_graph import speedscope
+from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_stored, write_profile
+from traceml.runs.find import find_run
+from traceml.settings import Config, load
+
+__all__ = ["main", "parse_ranks"]
+
+
+MOST_STEPS = 1000
+_LIMIT_S, _ROWS_S = 120.0, 5.0
+_PACKED = (".json", ".json.gz")
+_RANKS = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_MOST_RANKS = 100_000
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Profile the next steps of a running job: the operators of each rank, in one file for Perfetto.
+
+    The script needs no change. With --cpu: draw the sampled lines of a run as a flame graph.
+    """
+
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]", help_behavior_hint="")] = (
+        None
+    )
+    """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job, or run)."""
+    ranks: Annotated[str | None, tyro.conf.arg(metavar="RANKS", help_behavior_hint="")] = None
+    """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, else the first 8)."""
+    steps: Annotated[int, NumberRange(most=MOST_STEPS), tyro.conf.arg(metavar="N", help_behavior_hint="")] = 5
+    """Number of steps (default: 5)."""
+    timeout: Annotated[
+        float, NumberRange(float, least=0, above=True), tyro.conf.arg(metavar="S", help_behavior_hint="")
+    ] = _LIMIT_S
+    """Seconds in which the steps have to end (default: 120)."""
+    limit_mb: Annotated[int, NumberRange(most=4096), tyro.conf.arg(metavar="MB", help_behavior_hint="")] = 256
+    """Largest trace of a rank, in megabytes (default: 256)."""
+    stacks: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Record Python functions too; steps take several times as long meanwhile."""
+    cpu: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Write the lines that were sampled so far as a flame graph; needs no running job."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
+    """FILE.json or FILE.json.gz; with --cpu FILE.html (a page) or FILE.json (for speedscope.app)."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print one JSON document and nothing else."""
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Folder of the runs (default: the setting runs_dir)."""
+
+
+def main(argv: list[str]) -> int:
+    """Profile a run."""
+    options = parse(ProfileOptions, argv, prog="traceml profile")
+    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    return _flame_graph(options, config) if options.cpu else _operators(options, config)
+
+
+def _operators(options: ProfileOptions, config: Config) -> int:
+    """Profile ranks of a running job, and write one file of their traces."""
+    request = ProfileRequest(
+        parse_ranks(options.ranks), options.steps, options.timeout, options.limit_mb << 20, options.stacks
+    )
+    if options.output and not options.output.endswith(_PACKED):
+        raise UsageError(f"-o {options.output}: a profile is FILE.json or FILE.json.gz")
+
+    run_dir = running_job(options.run, config)
+    path = Path(options.output or f"{run_dir.name}.profile.json.gz")
+    with closing(aggregator_of(run_dir, config, "profile")) as connection, StoreReader(run_dir / STORE_NAME) as reader:
+        with _progress() as show:
+            client = ProfileClient(connection, _hosts(reader), show)
+            traces = client.profile(request)
+
+        failed = [each for each in client.windows.values() if each.state != "recorded"]
+        if not traces:
+            raise TraceMLError("no rank was profiled. " + "; ".join(f"rank {each.rank}: {each.why}" for each in failed))
+
+        _await_rows(reader, traces)
+        try:
+            written = write_profile(path, reader, traces)
+        except OSError as error:
+            raise TraceMLError(f"cannot write {path}: {error.strerror or error}. Name another file: -o FILE") from error
+
+    if options.json:
+        print(json.dumps(_as_json(run_dir.name, written, traces, failed)))
+    else:
+        _print(written, traces, failed, client)
+
+    return 0
+
+
+def parse_ranks(text: str | None) -> tuple[int, ...] | None:
+    """Return the ranks of `0,3` or `0-3,7`; None for None.
+
+    Raises:
+        UsageError: it is no such list.
+    """
+    if text is None:
+        return None
+
+    ranks: list[int] = []
+    for part in text.split(","):
+        found = _RANKS.fullmatch(part.strip())
+        if found is None or int(found[2] or found[1]) - int(found[1]) not in range(_MOST_RANKS):
+            raise UsageError(f"--ranks {text}: ranks are given as 0,3 or 0-3")
+
+        ranks += range(int(found[1]), int(found[2] or found[1]) + 1)
+
+    return tuple(ranks)
+
+
+def _hosts(reader: StoreReader) -> dict[int, str]:
+    return {stream.rank: stream.host for stream in reader.streams() if not stream.facts.get("helps")}
+
+
+def _await_rows(reader: StoreReader, traces: list[ProfiledRank]) -> None:
+    """Wait until the profiled steps are stored: they are drawn above the operators."""
+    deadline_s = time.monotonic() + _ROWS_S
+    while not steps_stored(reader, traces) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Iterable[RankWindow]], None]]:
+    """Show on a terminal what the ranks are doing."""
+    if not sys.stderr.isatty():
+        yield lambda _windows: None
+        return
+
+    with Console(stderr=True).status(Text("Profiling")) as status:
+
+        def show(windows: Iterable[RankWindow]) -> None:
+            states = Counter(each.state for each in windows)
+            status.update(Text(f"Profiling: {', '.join(f'{n} {state}' for state, n in states.items())}"))
+
+        yield show
+
+
+def _print(written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWindow], client: ProfileClient) -> None:
+    for line in operator_lines(written.operators):
+        print(line)
+
+    print()
+    if note := slowdown_line(written.slowdown):
+        print(note)
+
+    if client.spread:
+        print("The ranks disagree on the step: " + "; ".join(_steps_text(each) for each in traces) + ".")
+
+    if client.left_out > 0:
+        print(f"{plural(client.left_out, 'further rank')} not profiled: choose others by --ranks.")
+
+    for each in failed:
+        print(printable(f"traceml profile: rank {each.rank} was not profiled: {each.why}"), file=sys.stderr)
+
+    ranks = capitalized(ranks_text(each.rank for each in traces))
+    size = bytes_text(written.path.stat().st_size)
+    print(f"{ranks}, {_steps_text(traces[0]).partition(': ')[2]}: {written.path} ({size}). Open it at "
+          "https://ui.perfetto.dev")  # fmt: skip
+
+
+def _steps_text(each: ProfiledRank) -> str:
+    last = each.first_step + each.steps - 1
+    return f"rank {each.rank}: " + (f"steps {each.first_step}-{last}" if each.steps > 1 else f"step {last}")
+
+
+def _as_json(run: str, written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWindow]) -> dict[str, Any]:
+    steps = max(written.operators.steps, 1)
+    return {
+        "run": run,
+        "file": str(written.path),
+        "ranks": [
+            {
+                "rank": each.rank, "host": each.host, "first_step": each.first_step, "steps": each.steps,
+                "slowdown": written.slowdown.get(each.rank),
+            }
+            for each in traces
+        ],
+        "missing": [{"rank": each.rank, "why": each.why} for each in failed],
+        "operators": [
+            {
+                "name": name, "calls_per_step": total.calls / steps, "self_cpu_ms": total.self_ns / steps / 1e6,
+                "device_ms": total.device_ns / steps / 1e6,
+                **(dict(zip(("file", "line", "function"), total.place, strict=True)) if total.place else {}),
+            }
+            for name, total in written.operators.ordered()
+        ],
+    }  # fmt: skip
+
+
+def _flame_graph(options: ProfileOptions, config: Config) -> int:
+    """Write the flame graph of a run's sampled lines."""
+    if options.output and not options.output.endswith((".html", ".json")):
+        raise UsageError(f"-o {options.output}: a flame graph is FILE.html (a page) or FILE.json (for speedscope.app)")
+
+    run_dir = find_run(options.run, config.runs_dir)
+    path = Path(options.output or f"{run_dir.name}.flame.html")
+    report = current_report(run_dir)
+    samples = sum(each.samples for each in report.lines)
+    if not samples:
+        raise TraceMLError(f"no lines of run {run_dir.name} were sampled: it was too short, or `stack_interval` is 0")
+
+    _write(path, flame_page(report) if path.suffix == ".html" else json.dumps(speedscope(report)))
+    if options.json:
+        print(json.dumps({"run": run_dir.name, "file": str(path), "samples": samples}))
+    else:
+        viewer = "a browser" if path.suffix == ".html" else "https://www.speedscope.app"
+        print(f"{path}: flame graph of {plural(samples, 'sample')}. Open it in {viewer}")
+
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TraceMLError(
+            f"cannot write {path}: {error.strerror or error}. Name a file that can be written: -o FILE"
+        ) from error
