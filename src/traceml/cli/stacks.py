@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import tyro
 
+from traceml.cli.assistants.json_documents import StacksDocument, StacksRank
 from traceml.cli.parsing import parse
 from traceml.cli.running_job import aggregator_of, running_job
 from traceml.database.looks import RankLook
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
-from traceml.settings import load
+from traceml.settings import Config, load
 
-__all__ = ["main"]
+__all__ = ["look_at", "main", "stacks_document"]
 
 _ANSWER_S = 15.0
 
@@ -42,18 +45,36 @@ def main(argv: list[str]) -> int:
     options = parse(StacksOptions, argv, prog="traceml stacks")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     run_dir = running_job(options.run, config)
-    with contextlib.closing(aggregator_of(run_dir, config, "stacks")) as connection:
-        reply = connection.request("stacks", timeout_s=_ANSWER_S)
-
-    ranks = _ranks(reply)
-    missing = [MissingRank(each["rank"], str(each["host"]), str(each["why"])) for each in reply["missing"]]
+    ranks, missing = look_at(run_dir, config)
     if options.json:
-        found = [{"host": each.host, "pid": each.pid, **asdict(each.look)} for each in ranks]
-        print(json.dumps({"run": run_dir.name, "ranks": found, "missing": [asdict(each) for each in missing]}))
+        print(json.dumps(msgspec.to_builtins(stacks_document(run_dir, ranks, missing))))
     else:
         print(stacks_text(ranks, missing))
 
     return 0
+
+
+def look_at(run_dir: Path, config: Config) -> tuple[list[RankStack], list[MissingRank]]:
+    """Ask the ranks of a running job for their stacks; return them, and the ranks that could not be looked at.
+
+    Raises:
+        TraceMLError: its aggregator cannot be asked.
+    """
+    with contextlib.closing(aggregator_of(run_dir, config, "stacks")) as connection:
+        reply = connection.request("stacks", timeout_s=_ANSWER_S)
+
+    missing = [MissingRank(each["rank"], str(each["host"]), str(each["why"])) for each in reply["missing"]]
+    return _ranks(reply), missing
+
+
+def stacks_document(run_dir: Path, ranks: list[RankStack], missing: list[MissingRank]) -> StacksDocument:
+    """Return the stacks of a job as the document `traceml.stacks/1`."""
+    found = [StacksRank(host=each.host, pid=each.pid, **_fields(each.look)) for each in ranks]
+    return StacksDocument(run=run_dir.name, ranks=found, missing=missing)
+
+
+def _fields(look: RankLook) -> dict[str, Any]:
+    return {each.name: getattr(look, each.name) for each in fields(look)}
 
 
 def _ranks(reply: dict[str, Any]) -> list[RankStack]:

@@ -10,10 +10,11 @@ import msgspec
 import pytest
 
 from tests.renderers.reports import REPORTS, slow_rank
+from traceml.cli.assistants.json_documents import document_schema
 from traceml.errors import StoreError
 from traceml.runs.report.report_types import Report, read_report, read_summary
 
-SCHEMA_FILE = Path(__file__).parents[3] / "docs" / "report.schema.json"
+SCHEMA_FILE = Path(__file__).parents[3] / "docs" / "schemas" / "report-1.json"
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -71,6 +72,6 @@ def test_a_damaged_report_names_file_and_key(tmp_path, text, message):
 def test_the_schema_in_the_docs_is_the_types():
     """After a change on purpose: `UPDATE_SNAPSHOTS=1 pytest tests/runs/report/test_report_types.py`."""
     if os.environ.get("UPDATE_SNAPSHOTS"):
-        SCHEMA_FILE.write_text(json.dumps(msgspec.json.schema(Report), indent=2) + "\n")
+        SCHEMA_FILE.write_text(json.dumps(document_schema("report"), indent=2) + "\n")
 
-    assert json.loads(SCHEMA_FILE.read_text()) == json.loads(json.dumps(msgspec.json.schema(Report)))
+    assert json.loads(SCHEMA_FILE.read_text()) == json.loads(json.dumps(document_schema("report")))

@@ -1,0 +1,148 @@
+"""The documents that commands print as JSON, as types, and their JSON Schemas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from traceml.database.looks import RankLook
+from traceml.renderers.text.rank_stacks_text import MissingRank
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons
+from traceml.runs.report.report_types import Report
+from traceml.runs.run_query import RunRecord
+from traceml.whatif.straggler_cost import WhatIf
+
+__all__ = ["DOCUMENTS", "StacksDocument", "StacksRank", "TraceAnalysis", "document_schema"]
+
+_DRAFT = "https://json-schema.org/draft/2020-12/schema"
+_PLACE = "https://github.com/traceml/traceml/blob/main/docs/schemas"
+_Value = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StacksRank(RankLook):
+    """A rank of `traceml stacks`: where it runs, and the look at it."""
+
+    host: str = ""
+    pid: int = 0
+
+
+class StacksDocument(msgspec.Struct, kw_only=True):
+    """The result of `traceml stacks --json`."""
+
+    schema: Literal["traceml.stacks/1"] = "traceml.stacks/1"
+    run: str
+    ranks: list[StacksRank]
+    missing: list[MissingRank]
+
+
+class TraceDamage(msgspec.Struct):
+    """A part of a trace that could not be read."""
+
+    offset: int | None
+    what: str
+    lost_bytes: int | None
+
+
+class AnalyzedFile(msgspec.Struct):
+    """A trace that was read."""
+
+    path: str
+    events: int
+    bytes: int
+    damage: list[TraceDamage]
+
+
+class TraceWork(msgspec.Struct, kw_only=True):
+    """Time by kind of work in microseconds; `unoverlapped` is beside computing, `idle` beside everything."""
+
+    duration_us: float
+    compute_us: float
+    io_us: float
+    comm_us: float
+    copy_us: float
+    unoverlapped_io_us: float
+    unoverlapped_comm_us: float
+    unoverlapped_copy_us: float
+    idle_us: float
+
+
+class TraceIo(msgspec.Struct, kw_only=True):
+    """Reads and writes of a trace."""
+
+    read_bytes: int
+    write_bytes: int
+    busy_us: float
+    bytes_per_s: float | None
+    calls: list[dict[str, _Value]]
+
+
+class TraceTimeline(msgspec.Struct, kw_only=True):
+    """Time by kind of work in bins of equal width."""
+
+    begin_us: float
+    bin_us: float
+    bins: list[dict[str, float]]
+
+
+class TraceOverview(msgspec.Struct, kw_only=True):
+    """The overview of traces, without `--by`."""
+
+    overlap: TraceWork
+    io: TraceIo
+    kernels: list[dict[str, _Value]]
+    operators: list[dict[str, _Value]]
+    processes: list[dict[str, _Value]]
+    ranks: list[dict[str, _Value]]
+    timeline: TraceTimeline | None
+
+
+class TraceAnalysis(msgspec.Struct, kw_only=True):
+    """The result of `traceml analyze --json`.
+
+    A group has the fields of `by`, `count`, `sum_us`, `mean_us`, `min_us`, `max_us`, `p50_us`, `p99_us`, `self_us`, and
+    the measures that `--agg` named.
+    """
+
+    schema: Literal["traceml.analysis/1"]
+    files: list[AnalyzedFile]
+    events: int
+    spans: int
+    letters: dict[str, int]
+    by: list[str]
+    percentile_error: float
+    groups: list[dict[str, _Value]]
+    where: str = ""
+    aggregated: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    report: TraceOverview | msgspec.UnsetType = msgspec.UNSET
+
+
+DOCUMENTS: dict[str, tuple[Any, str]] = {
+    "report": (Report, "traceml report --json, and report.json of a run"),
+    "compare": (Comparison, "traceml compare A B --json"),
+    "compares": (Comparisons, "traceml compare of more than two runs, with --json"),
+    "analysis": (TraceAnalysis, "traceml analyze --json"),
+    "whatif": (WhatIf, "traceml whatif --json"),
+    "runs": (list[RunRecord], "traceml runs --json"),
+    "stacks": (StacksDocument, "traceml stacks --json"),
+}
+"""Name -> type of the document, and the command that prints it. All have version 1."""
+
+
+def document_schema(name: str) -> dict[str, Any]:
+    """Return the JSON Schema of a document; a newer version may add keys, so unknown ones are allowed.
+
+    Args:
+        name: one of `DOCUMENTS`.
+    """
+    document, printed_by = DOCUMENTS[name]
+    made = msgspec.json.schema(document)
+    return {
+        "$schema": _DRAFT,
+        "$id": f"{_PLACE}/{name}-1.json",
+        "title": f"traceml.{name}/1",
+        "description": printed_by,
+        **made,
+    }

@@ -1,0 +1,64 @@
+"""`traceml schema`: JSON Schemas of what commands print."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from traceml.cli.assistants.json_documents import DOCUMENTS, document_schema
+from traceml.cli.parsing import parse
+from traceml.errors import TraceMLError, UsageError
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class SchemaOptions:
+    """Print the JSON Schema of a document that commands print with --json.
+
+    Without a name, the documents are listed.
+    """
+
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]", help_behavior_hint="")] = None
+    """report, compare, compares, analysis, whatif, runs or stacks."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR", help_behavior_hint="")] = None
+    """Write all of them to this folder instead."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the list of documents as JSON and nothing else; a schema always is JSON."""
+
+
+def main(argv: list[str]) -> int:
+    """Print a schema, or the list of them."""
+    options = parse(SchemaOptions, argv, prog="traceml schema")
+    if options.output is not None:
+        _write_all(Path(options.output))
+    elif options.name is not None:
+        if options.name not in DOCUMENTS:
+            raise UsageError(f"no document {options.name!r}. Documents: {', '.join(DOCUMENTS)}")
+
+        print(_text(options.name), end="")
+    elif options.json:
+        print(json.dumps({name: printed_by for name, (_, printed_by) in DOCUMENTS.items()}, indent=2))
+    else:
+        print("\n".join(f"{name:<10}{printed_by}" for name, (_, printed_by) in DOCUMENTS.items()))
+
+    return 0
+
+
+def _text(name: str) -> str:
+    return json.dumps(document_schema(name), indent=2) + "\n"
+
+
+def _write_all(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in DOCUMENTS:
+            (folder / f"{name}-1.json").write_text(_text(name))
+    except OSError as error:
+        raise TraceMLError(f"cannot write {folder}: {error.strerror or error}") from error
+
+    print(f"{folder}: {len(DOCUMENTS)} schemas")

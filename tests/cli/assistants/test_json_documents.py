@@ -1,0 +1,144 @@
+"""JSON Schemas of documents: published as the types are, and true of what commands print."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import jsonschema
+import msgspec
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds
+from tests.runs.fabricated_store import STARTED, store_run
+from tests.whatif.generated_job import GeneratedJob, usual_s
+from traceml import cli
+from traceml.cli.assistants.json_documents import DOCUMENTS, StacksDocument, document_schema
+from traceml.cli.stacks import stacks_document
+from traceml.database.looks import FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack
+
+FOLDER = Path(__file__).parents[3] / "docs" / "schemas"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_published_schema_is_the_type(name):
+    """After a change on purpose: `UPDATE_SNAPSHOTS=1 pytest tests/cli/assistants/test_json_documents.py`."""
+    path = FOLDER / f"{name}-1.json"
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        path.write_text(json.dumps(document_schema(name), indent=2) + "\n")
+
+    published = json.loads(path.read_text())
+    assert published == json.loads(json.dumps(document_schema(name)))
+    jsonschema.Draft202012Validator.check_schema(published)
+
+
+def test_nothing_else_is_published():
+    """A schema whose document is gone is gone too."""
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(f"{name}-1.json" for name in DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A healthy run, a slow one, and one without steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    for number, (name, steps, faults) in enumerate(
+        (("a", 100, []), ("b", 100, [adds("forward", 9, (1,))]), ("c", 0, []))
+    ):
+        facts = {"started": STARTED + number}
+        store_run(folder / name, Job(steps=steps), *faults, facts=facts, seed=number)
+
+    return folder
+
+
+@pytest.fixture
+def printed(runs, capsys):
+    """Run a command and return its output as JSON."""
+
+    def run(*words):
+        assert cli.main(list(words)) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def valid(name, document):
+    jsonschema.Draft202012Validator(document_schema(name)).validate(document)
+    assert document if isinstance(document, list) else document["schema"] == f"traceml.{name}/1"
+
+
+@pytest.mark.parametrize("run", ["a", "b", "c"])
+def test_reports(printed, runs, run):
+    """Also of a run without steps."""
+    valid("report", printed("report", run, "--json", "--runs-dir", str(runs)))
+
+
+def test_comparisons(printed, runs):
+    """Of two runs, also without a result, and of several."""
+    for other in ("b", "c"):
+        valid("compare", printed("compare", "a", other, "--json", "--runs-dir", str(runs)))
+
+    valid("compares", printed("compare", "a", "b", "c", "--json", "--runs-dir", str(runs)))
+
+
+def test_the_list_of_runs(printed, runs):
+    """With and without columns."""
+    for words in ([], ["--columns", "steps,verdict"]):
+        valid("runs", printed("runs", "--json", "--runs-dir", str(runs), *words))
+
+
+@pytest.mark.parametrize("words", [[], ["--by", "cat", "--agg", "p95,std"], ["--where", "dur>4"]])
+def test_analyses(printed, tmp_path, words):
+    """Overview and groups."""
+    events = [
+        {"name": n, "cat": "POSIX", "ph": "X", "ts": i, "dur": 5 * i + 1, "pid": 1, "tid": 1}
+        for i, n in enumerate("abc")
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+
+    valid("analysis", printed("analyze", str(tmp_path / "trace.json"), "--json", "--no-cache", *words))
+
+
+def test_what_if(printed, tmp_path):
+    """Of a job without stragglers."""
+    trace, meta = GeneratedJob(seconds=usual_s).run().write(tmp_path)
+    valid("whatif", printed("whatif", str(trace), "--meta", str(meta), "--json"))
+
+
+def test_stacks():
+    """With every part of a look."""
+    frame = FrameLook(file="train.py", line=3, function="wait", is_user=True)
+    worker = WorkerLook(index=1, pid=5, cpu_share=0.5, frames=(frame,), waits_for_batch=3)
+    look = RankLook(
+        rank=1, frames=(frame,), user_line=frame, groups=(GroupLook(members=(0, 1), peer=1),), workers=(worker,)
+    )
+    made = stacks_document(Path("run"), [RankStack("h0", 7, look)], [MissingRank(0, "h1", "does not answer")])
+
+    document = json.loads(msgspec.json.encode(made))
+    valid("stacks", document)
+    assert (document["ranks"][0]["host"], document["ranks"][0]["frames"][0]["line"]) == ("h0", 3)
+    assert msgspec.convert(document, StacksDocument) == made
+
+
+def test_a_document_of_another_kind_is_refused(printed, runs):
+    """The schemas can fail."""
+    report = printed("report", "a", "--json", "--runs-dir", str(runs))
+    with pytest.raises(jsonschema.ValidationError):
+        valid("compare", report)
+    report["steps"]["count"] = "many"
+    with pytest.raises(jsonschema.ValidationError, match="many"):
+        valid("report", report)
+
+
+def test_the_command(capsys, tmp_path):
+    """One by name, all to a folder, a list; an unknown name is an error that lists them."""
+    assert cli.main(["schema", "report"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "traceml.report/1"
+    assert cli.main(["schema", "-o", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == len(DOCUMENTS)
+    capsys.readouterr()
+    assert cli.main(["schema", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == list(DOCUMENTS)
+    assert cli.main(["schema", "nosuch"]) == 2
+    assert "Documents: report, compare" in capsys.readouterr().err
