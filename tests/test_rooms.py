@@ -74,6 +74,7 @@ SUBROOMS = {
     "diagnosis.rules": {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
     },
+    "diagnosis.deaths": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "database.flight": {"database.schema"},

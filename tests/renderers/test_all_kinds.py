@@ -173,6 +173,17 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "WORKER_LOST": lambda: found(
         ALONE, lost_workers={0: [LostWorker(pid=4711, worker=1, workers=4, signal=7, step=108, shm_bytes=64 << 20)]}
     ),
+    "RANK_LOST, out of memory": lambda: found(
+        Job(ranks=2),
+        exits=(RankExit(rank=1, state="killed", signal=9, last_step=219, open_phase="evaluation", oom="group"),),
+        state="failed",
+        **full_host(),
+    ),
+    "RANK_LOST, crash": lambda: found(
+        Job(ranks=2),
+        exits=(RankExit(rank=0, state="killed", signal=11, open_step=7, file=PATH, line=12, function="f", stack="f"),),
+        state="failed",
+    ),
     "INSUFFICIENT_DATA": lambda: found(Job(ranks=2, steps=4)),
 }
 

@@ -6,7 +6,6 @@ import os
 import resource
 from pathlib import Path
 
-from traceml.samplers import cgroup
 from traceml.samplers.death_causes import DeathCauses
 
 
@@ -28,14 +27,3 @@ def test_kills_are_counted_from_the_start(tmp_path: Path) -> None:
 def test_a_kernel_without_the_counter_says_nothing(tmp_path: Path) -> None:
     """No kills is a statement, which is not made then."""
     assert "oom_kills" not in DeathCauses(str(tmp_path / "missing")).facts()
-
-
-def test_the_counter_is_that_of_the_innermost_group(tmp_path: Path) -> None:
-    """Version 2, version 1, and the machine's."""
-    for folder, name in (("pods/mine", "memory.events"), ("memory/old", "memory.oom_control")):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / name).write_text("oom_kill_disable 0\noom_kill 1\n")
-
-    assert cgroup.memory_events(str(tmp_path), "0::/pods/mine") == f"{tmp_path}/pods/mine/memory.events"
-    assert cgroup.memory_events(str(tmp_path), "9:memory:/old") == f"{tmp_path}/memory/old/memory.oom_control"
-    assert cgroup.memory_events(str(tmp_path), "0::/other") == "/proc/vmstat"

@@ -17,7 +17,7 @@ from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.restored_streams import restored_streams
 from traceml.aggregator.run_facts import RunFacts
-from traceml.aggregator.stream_ends import final_state, note_exit, state_of_dead
+from traceml.aggregator.stream_ends import final_state, note_exit, note_oom, state_of_dead
 from traceml.aggregator.stream_table import StreamTable
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import boot_id
@@ -227,8 +227,8 @@ class ActiveRun:
 
         Args:
             report: `{rank, local_rank, pid, exitcode}`, negative for a signal; also `host`, where there are several;
-                `time`; `stopped`, when the launcher ended it because of others; `flight`, the path of a copy of its
-                flight file; instead of an exit code `lost`, when its host is out of reach.
+                `time`; `oom`, see `RankExit`; `stopped`, when the launcher ended it because of others; `flight`, the
+                path of a copy of its flight file; instead of an exit code `lost`, when its host is out of reach.
         """
         if not isinstance(report.get("exitcode"), int) and not report.get("lost"):
             _log.info("run %s ignores an exit report without a code: %s", self.id, report)
@@ -479,7 +479,8 @@ class ActiveRun:
         self._table.away.pop(stream, None)
         self._touched_s = time.monotonic()
         if state is not StreamState.FINISHED:
-            stream.exit.setdefault("at_s", self._facts.now_s())
+            stream.exit.setdefault("at_s", stream.exit.get("reported_s", self._facts.now_s()))
+            note_oom(stream)
 
         self.store.update_stream(stream.id, state=str(state), ended=self._facts.now_s(), exit=stream.exit)
         self.store.event("rank", {"rank": stream.rank, "attempt": stream.attempt, "state": str(state),

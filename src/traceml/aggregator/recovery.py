@@ -19,6 +19,7 @@ from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 from traceml.ids import safe_run_id
 from traceml.transport.hello import check_rank
+from traceml.witness.crash_stacks import crash_facts
 
 __all__ = ["DeadFlight", "appended_rows", "dead_flights", "recover"]
 
@@ -142,7 +143,7 @@ def recover(
             _log.warning("%s, logged by %r, cannot be moved into the run's folder: %s", path, stream, error)
 
     missing += _recover_file_rows(stream, ingest, image)
-    stream.exit = {**_open_at_death(image, stream.names), **stream.exit}
+    stream.exit = {**_open_at_death(image, stream.names), **crash_facts(image.crash_text), **stream.exit}
     if missing:
         _log.info("recovered %d rows of %r from %s", missing, stream, image.path)
 
@@ -190,8 +191,11 @@ def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str,
     if image.state is FlightState.FINISHED:
         return facts
 
+    facts["at_s"] = image.last_beat_s
     phase, since_ns = image.open_phase
-    if phase is not None:
+    if image.is_evaluating:
+        facts["open_phase"] = "evaluation"
+    elif phase is not None:
         user = image.open_user_phase or names.get(image.slot(Slot.USER_NAME)) if phase is Phase.USER else None
         facts["open_phase"] = user or phase.name.lower()
     elif image.open_step is not None:

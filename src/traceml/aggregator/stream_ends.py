@@ -10,13 +10,15 @@ from typing import Any
 from traceml.aggregator.streams import Stream, StreamState
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
+from traceml.diagnosis.deaths.lost_ranks import was_stopped
 from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
-from traceml.diagnosis.rules.lost_ranks import was_stopped
 
-__all__ = ["final_state", "note_exit", "state_of_dead"]
+__all__ = ["final_state", "note_exit", "note_oom", "state_of_dead"]
 
 # Exit status of a job that was ended from outside before its ranks had started.
 _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+
+_OOM = ("group", "host")  # where a counter of out-of-memory kills has grown
 
 
 def note_exit(stream: Stream, report: dict[str, Any]) -> None:
@@ -31,7 +33,21 @@ def note_exit(stream: Stream, report: dict[str, Any]) -> None:
         stream.reported_flight = Path(report["flight"])
 
     if isinstance(report.get("time"), int | float):
-        stream.exit.setdefault("at_s", report["time"])
+        stream.exit["reported_s"] = report["time"]
+
+    if report.get("oom") in _OOM:
+        stream.exit["oom"] = report["oom"]
+
+
+def note_oom(stream: Stream) -> None:
+    """Add to a stream that ended badly whether the kernel killed it for lack of memory."""
+    ended = stream.exit
+    if "oom" in ended or stream.oom_watch is None or ended.get("stopped"):
+        return
+
+    by_signal = ended.get("signal") == signal.SIGKILL or bool(ended.get("process_gone"))
+    if by_signal and (where := stream.oom_watch.killed()):
+        ended["oom"] = where
 
 
 def state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:

@@ -15,6 +15,7 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_owner import is_alive
 from traceml.database.schema import TABLES
 from traceml.transport.hello import Hello
+from traceml.witness.oom_kills import OomWatch
 
 if TYPE_CHECKING:
     from traceml.transport.server import Peer
@@ -88,6 +89,7 @@ class Stream:
         "is_helper",
         "names",
         "next",
+        "oom_watch",
         "peer",
         "rank",
         "reported_dead",
@@ -134,6 +136,8 @@ class Stream:
         """Copy of its flight file from another host, as a launcher reported it."""
         self.seen_here = self.on_this_boot and process_start_ticks(incarnation.pid) == incarnation.start_ticks
         """Whether its process is visible on this host. Its boot id is not enough: containers share it."""
+        self.oom_watch = OomWatch(incarnation.pid) if self.seen_here else None
+        """Out-of-memory kills in its control group; None where its process is not visible on this host."""
 
     def __repr__(self) -> str:
         link = "connected" if self.connected else "away"

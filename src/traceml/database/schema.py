@@ -201,6 +201,7 @@ class Slot(IntEnum):
     EXIT_START = 20  # monotonic timestamp at which the process began to end, 0 before
     HEARTBEAT = 21  # monotonic timestamp of the last time the recorder's thread woke
     RECORDER_THREAD = 22  # the kernel's number of that thread
+    EVALUATING = 23  # 1 while the model is evaluated, as of the last heartbeat
 
 
 class StepFlag(IntFlag):

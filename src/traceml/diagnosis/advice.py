@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from traceml.database.schema import Resource
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
-from traceml.diagnosis.facts.lost_workers import LostWorker
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine
-from traceml.formatting import bytes_text, count_text, ranks_text
+from traceml.formatting import ranks_text
 
 __all__ = [
-    "BUS_ERROR",
-    "KILL",
     "for_comm",
     "for_copies",
-    "for_exit",
     "for_iterator",
     "for_jitter",
     "for_lacking_core",
     "for_residual",
     "for_saving",
     "for_straggler",
-    "for_worker",
 ]
-
-BUS_ERROR = 7
-"""Number of SIGBUS, by which a process ends that writes to shared memory when that is full."""
-KILL = 9
-"""Number of SIGKILL."""
-_CRASHES = (4, 6, 8, 11)
 
 
 def for_copies(facts: JobFacts) -> str:
@@ -183,117 +171,3 @@ def for_lacking_core(ranks: tuple[int, ...], facts: JobFacts) -> str:
         f"Something else uses the cores of {names}{at} (`top` names it): end or move it, or give each rank cores of "
         "its own (taskset, Slurm's --cpus-per-task). The code of the rank is not the cause."
     )
-
-
-def _lacks_shared_memory(ended: RankExit) -> bool:
-    text = (ended.exception or "").lower()
-    return "shared memory" in text or "bus error" in text or "/dev/shm" in text  # noqa: S108 - part of a message
-
-
-def _lacks_files(ended: RankExit) -> bool:
-    text = (ended.exception or "").lower()
-    # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
-    return "too many open files" in text or "items of ancdata" in text
-
-
-def for_worker(lost: LostWorker) -> str:
-    """Return advice on a loader worker that died."""
-    if lost.signal == KILL:
-        return _for_killed_worker(lost)
-
-    if lost.signal == BUS_ERROR:
-        return _for_shared_memory(lost.shm_bytes)
-
-    if lost.signal in _CRASHES:
-        return (
-            "Native code of the dataset crashed (a decoder, a library after fork): run with num_workers=0 and "
-            "python -X faulthandler to see the line."
-        )
-
-    if lost.signal is not None:
-        return "Find out what sent the signal to the worker: a kill command, or the scheduler."
-
-    return (
-        "The dataset or a library that it uses left the process (os._exit, sys.exit): run with num_workers=0 to see "
-        "where."
-    )
-
-
-def _for_killed_worker(lost: LostWorker) -> str:
-    if lost.oom_kills == 0:
-        return "The kernel's out-of-memory killer ended no process here: look for a kill command or a scheduler."
-
-    limit = "" if lost.memory_limit_bytes is None else f" of {bytes_text(lost.memory_limit_bytes)}"
-    less = "use fewer workers, a smaller prefetch_factor, or arrays instead of large Python lists in the dataset"
-    if lost.oom_kills:
-        return f"The kernel's out-of-memory killer was at work: {less}, or raise the memory limit{limit}."
-
-    return f"Look for the kernel's out-of-memory killer (dmesg). If it was that: {less}."
-
-
-def _for_shared_memory(shm_bytes: int | None = None) -> str:
-    size = "" if shm_bytes is None else f" of {bytes_text(shm_bytes)}"
-    wanted = max(8, 2 * ((shm_bytes or 0) >> 30))
-    docker = f"docker run --shm-size={wanted}g or --ipc=host"
-    return (
-        f"Shared memory has probably run out: give /dev/shm{size} more room ({docker}; in Kubernetes an emptyDir with "
-        "medium Memory), or use fewer loader workers or a smaller prefetch_factor."
-    )
-
-
-def _for_files(limit: int | None) -> str:
-    now = "" if limit is None else f" of {count_text(limit)}"
-    return (
-        "Close what the script opens (files in a Dataset, loggers), call "
-        "torch.multiprocessing.set_sharing_strategy('file_system') before loaders with workers, or raise the "
-        f"limit{now}: ulimit -n."
-    )
-
-
-def for_exit(ended: RankExit, facts: JobFacts | None = None) -> str:
-    """Return advice on a lost rank.
-
-    Args:
-        ended: how it ended.
-        facts: about the job, for the limits that it had.
-    """
-    if ended.signal == KILL:
-        return (
-            "Nothing in Python sends SIGKILL: look for the kernel's out-of-memory killer (dmesg, the scheduler's log), "
-            "the job's memory limit, or a kill command."
-        )
-
-    if ended.signal == 1:
-        return (
-            "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid; nohup does "
-            "not protect the ranks of torchrun."
-        )
-
-    if ended.signal == BUS_ERROR or _lacks_shared_memory(ended):
-        return _for_shared_memory()
-
-    if _lacks_files(ended):
-        uses = () if facts is None else facts.limits
-        limits = [use.limit for use in uses if use.resource is Resource.OPEN_FILES and use.rank == ended.rank]
-        return _for_files(limits[0] if limits else None)
-
-    if ended.signal in _CRASHES:
-        return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
-
-    if ended.signal is not None:
-        return "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command."
-
-    if ended.exception and ended.file:
-        return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
-
-    if ended.state == "lost" and ended.process_gone:
-        return (
-            f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
-            "memory or time limit, or a kill command; the output of `traceml run` or torchrun names the signal."
-        )
-
-    if ended.state == "lost":
-        host = f" {ended.host}" if ended.host else ""
-        return f"Look at the host{host} and its network: the rank lost its connection without a report."
-
-    return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."

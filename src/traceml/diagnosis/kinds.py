@@ -77,6 +77,8 @@ def _lost_ranks(finding: _FindingFacts) -> str:
     how = ""
     if evidence.get("worker_pid") is not None:
         how = f" because its loader worker {_worker_end(evidence)}"
+    elif evidence.get("cause") == "out_of_memory":
+        how = " for lack of device memory" if evidence.get("limit_of") == "device" else " for lack of memory"
     elif (number := evidence.get("signal")) is not None:
         how = f" by {signal_name(int(number))}"
     elif exception := evidence.get("exception"):

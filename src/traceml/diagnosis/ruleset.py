@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
+from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
@@ -17,7 +19,6 @@ from traceml.diagnosis.rules.compute import nothing_found
 from traceml.diagnosis.rules.contention import cpu_contention
 from traceml.diagnosis.rules.epoch_starts import workers_restarted
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
-from traceml.diagnosis.rules.lost_ranks import rank_lost, worker_lost
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps

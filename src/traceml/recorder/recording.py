@@ -38,6 +38,7 @@ from traceml.recorder.user_code import UserCode
 from traceml.samplers.base import Sampler, SamplerScheduler
 from traceml.samplers.death_causes import DeathCauses
 from traceml.transport.client import Connection
+from traceml.witness.crash_stacks import forget_crashes
 
 if TYPE_CHECKING:
     from traceml.instrument import Instrumentation
@@ -190,6 +191,7 @@ class Recording:
 
         _log.debug("the recorder ends as %s; all rows stored: %s", reason, stored)
         self.flight.close(unlink=stored or is_useless)
+        forget_crashes()
         self.files.close(unlink=stored or is_useless)
         return stored
 
@@ -198,11 +200,13 @@ class Recording:
         self._ending = True
         self.sender.detach()
         self.flight.close(unlink=True)
+        forget_crashes()
         self._uninstrument()
 
     def forget(self) -> None:
         """Become a no-op in a forked child: the tables, the thread and the connection are the parent's."""
         self._ending = True
+        forget_crashes()
         if self.instrumentation is not None:
             self.instrumentation.disable_in_child()
 
@@ -234,7 +238,11 @@ class Recording:
             if began_ns := slots[Slot.STEP_START]:
                 facts["open_s"] = (slots[Slot.EXIT_START] - began_ns) / 1e9
 
-        self.note("exit", urgent=True, **facts, **describe(error))
+        if self._is_evaluating():
+            facts["open_phase"] = "evaluation"
+
+        facts["at_s"] = time.time()
+        self.note("exit", urgent=True, **{**describe(error), **facts})
         if status:
             slots[Slot.STATE] = FlightState.FAILED
 
@@ -353,7 +361,7 @@ class Recording:
             self.thread.every_turn(self._pauses)
 
     def _watch_progress(self) -> None:
-        register_stacks()
+        register_stacks(self.flight.descriptor)
         self.thread.every_turn(self._check_progress)
         with fail_open(_log, "recorder", "loader workers that die are not noted"):
             self._death_causes = DeathCauses()
@@ -365,6 +373,7 @@ class Recording:
             self.note("worker_lost", urgent=True, **lost.popleft(), **self._death_causes.facts())
 
     def _check_progress(self, last: bool) -> None:
+        self.flight.open_slots[Slot.EVALUATING] = int(self._is_evaluating())
         self.quiet(last)
         self.thread.is_attentive = self.quiet.is_quiet or self._profiles.is_used
 

@@ -6,10 +6,10 @@ import math
 import os
 
 from traceml.samplers.procfs import ProcFile, read_text
+from traceml.witness.control_groups import ROOT, group_folders, groups_of, upwards
 
-__all__ = ["CgroupMemory", "cores", "limited_memory", "limited_processes", "memory_events", "throttling"]
+__all__ = ["CgroupMemory", "cores", "limited_memory", "limited_processes", "throttling"]
 
-_ROOT = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
 
 
@@ -38,7 +38,7 @@ class CgroupMemory:
         self._stat.close()
 
 
-def limited_memory(root: str = _ROOT, membership: str | None = None) -> CgroupMemory | None:
+def limited_memory(root: str = ROOT, membership: str | None = None) -> CgroupMemory | None:
     """Return the memory of the innermost group that limits this process; None without a limit.
 
     Args:
@@ -58,14 +58,14 @@ def limited_memory(root: str = _ROOT, membership: str | None = None) -> CgroupMe
     return None
 
 
-def cores(root: str = _ROOT, membership: str | None = None) -> int:
+def cores(root: str = ROOT, membership: str | None = None) -> int:
     """Return the number of cores that this process may use, by its affinity and its CPU quota."""
     allowed = len(os.sched_getaffinity(0))
-    quota = _quota(root, _membership(membership))
+    quota = _quota(root, groups_of(membership))
     return min(allowed, max(1, math.ceil(quota))) if quota is not None else allowed
 
 
-def limited_processes(root: str = _ROOT, membership: str | None = None) -> tuple[str, int] | None:
+def limited_processes(root: str = ROOT, membership: str | None = None) -> tuple[str, int] | None:
     """Return (file with the number of processes and threads, limit) of the innermost group that limits them.
 
     Args:
@@ -80,7 +80,7 @@ def limited_processes(root: str = _ROOT, membership: str | None = None) -> tuple
     return None
 
 
-def throttling(root: str = _ROOT, membership: str | None = None) -> str | None:
+def throttling(root: str = ROOT, membership: str | None = None) -> str | None:
     """Return the file that counts the periods in which the innermost group with a CPU quota was throttled.
 
     Args:
@@ -91,34 +91,18 @@ def throttling(root: str = _ROOT, membership: str | None = None) -> str | None:
     return next((path for path in paths if "nr_periods" in (read_text(path) or "")), None)
 
 
-def memory_events(root: str = _ROOT, membership: str | None = None) -> str:
-    """Return the file in which the kernel counts the processes that its out-of-memory killer ended.
-
-    It is that of the innermost group, which counts its own processes; else the machine's.
-
-    Args:
-        root: where the control groups are mounted.
-        membership: text of /proc/self/cgroup.
-    """
-    names = ("memory.events", "memory.oom_control")
-    paths = (f"{folder}/{name}" for folder in _folders("memory", root, membership) for name in names)
-    return next((path for path in paths if "oom_kill " in (read_text(path) or "")), "/proc/vmstat")
-
-
 def _folders(controller: str, root: str, membership: str | None) -> list[str]:
-    groups = _membership(membership)
-    second, first = groups.get("", "/"), groups.get(controller, "/")
-    return [*_upwards(root, second), *_upwards(f"{root}/{controller}", first)]
+    return group_folders(controller, groups_of(membership), root)
 
 
 def _quota(root: str, groups: dict[str, str]) -> float | None:
     shares = []
-    for folder in _upwards(root, groups.get("", "/")):
+    for folder in upwards(root, groups.get("", "/")):
         words = (read_text(f"{folder}/cpu.max") or "").split()
         if len(words) == 2 and words[0].isdigit():
             shares.append(int(words[0]) / int(words[1]))
 
-    for folder in _upwards(f"{root}/cpu", groups.get("cpu", "/")):
+    for folder in upwards(f"{root}/cpu", groups.get("cpu", "/")):
         quota, period = read_text(f"{folder}/cpu.cfs_quota_us"), read_text(f"{folder}/cpu.cfs_period_us")
         if quota and period and int(quota) > 0:
             shares.append(int(quota) / int(period))
@@ -127,30 +111,12 @@ def _quota(root: str, groups: dict[str, str]) -> float | None:
 
 
 def _memory_folders(root: str, membership: str | None) -> list[tuple[str, str, str, str]]:
-    groups = _membership(membership)
+    groups = groups_of(membership)
     second = [
-        (folder, "memory.current", "memory.max", "inactive_file ") for folder in _upwards(root, groups.get("", "/"))
+        (folder, "memory.current", "memory.max", "inactive_file ") for folder in upwards(root, groups.get("", "/"))
     ]
     first = [
         (folder, "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file ")
-        for folder in _upwards(f"{root}/memory", groups.get("memory", "/"))
+        for folder in upwards(f"{root}/memory", groups.get("memory", "/"))
     ]
     return second + first
-
-
-def _membership(text: str | None) -> dict[str, str]:
-    """Return {controller: path}; the key of version 2 is ""."""
-    text = read_text("/proc/self/cgroup") if text is None else text
-    groups = {}
-    for line in (text or "").splitlines():
-        parts = line.split(":", 2)
-        if len(parts) == 3:
-            groups.update(dict.fromkeys(parts[1].split(","), parts[2]))
-
-    return groups
-
-
-def _upwards(root: str, path: str) -> list[str]:
-    """Return the folders from the group up to the root; inside a container only the root may be visible."""
-    parts = [part for part in path.split("/") if part and part != ".."]
-    return ["/".join([root, *parts[:n]]) for n in range(len(parts), -1, -1)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from traceml.samplers import cgroup
 from traceml.samplers.limits import file_system, open_files
-from traceml.samplers.procfs import read_text
+from traceml.witness.control_groups import groups_of
+from traceml.witness.oom_kills import count_kills, oom_counter
 
 __all__ = ["DeathCauses"]
 
@@ -19,12 +21,13 @@ class DeathCauses:
     """
 
     def __init__(self, counter: str | None = None) -> None:
-        self._counter = cgroup.memory_events() if counter is None else counter
-        self._before = self._kills()
+        self._counter = oom_counter(groups_of()) if counter is None else Path(counter)
+        self._before = count_kills(self._counter)
 
     def facts(self) -> dict[str, Any]:
         """Return what is known: `oom_kills` since the start, `shm_bytes`, `memory_limit_bytes`, `files_limit`."""
-        kills, shared, files, memory = self._kills(), file_system("/dev/shm"), open_files(), _memory_limit()  # noqa: S108 - it is only measured
+        shared = file_system("/dev/shm")  # noqa: S108 - it is only measured
+        kills, files, memory = count_kills(self._counter), open_files(), _memory_limit()
         known = {
             "oom_kills": None if kills is None or self._before is None else kills - self._before,
             "shm_bytes": shared[1] if shared else None,
@@ -32,14 +35,6 @@ class DeathCauses:
             "files_limit": files[1] if files else None,
         }
         return {key: value for key, value in known.items() if value is not None}
-
-    def _kills(self) -> int | None:
-        for line in (read_text(self._counter) or "").splitlines():
-            name, _, value = line.partition(" ")
-            if name == "oom_kill":
-                return int(value)
-
-        return None
 
 
 def _memory_limit() -> int | None:

@@ -168,6 +168,11 @@ class FlightFile:
         """Whether it has rows logged by the user that are not stored yet."""
         return any(table.acked < table.appended for table in self.journaled if table.name in USER_TABLES)
 
+    @property
+    def descriptor(self) -> int | None:
+        """Descriptor of the file, to whose end a crash may append text; None in plain memory."""
+        return self._file.descriptor if self._file is not None and self._file.descriptor >= 0 else None
+
     def close(self, *, unlink: bool) -> None:
         """Close the file. The mapping stays while something refers to it, so a late append does no harm.
 

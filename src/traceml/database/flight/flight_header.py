@@ -95,6 +95,11 @@ class MappedFile:
 
         _own_mappings[self._key()] = self.memory
 
+    @property
+    def descriptor(self) -> int:
+        """The descriptor of the file, -1 once it is closed. Closing a duplicate of it drops the lock."""
+        return self._descriptor
+
     def close(self, *, unlink: bool) -> None:
         """Drop the lock, and remove the file if wanted. The mapping stays while something refers to it."""
         if self._descriptor < 0:

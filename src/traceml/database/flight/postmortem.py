@@ -42,6 +42,8 @@ from traceml.own_files import check_own_folder, opened_own
 
 __all__ = ["FlightSnapshot", "TableCounters", "flight_identity", "read_flight"]
 
+_CRASH_BYTES = 256 << 10
+
 _log = logging.getLogger("traceml")
 
 
@@ -139,6 +141,16 @@ class FlightSnapshot:
         latest = max(stamps)
         # Nested phases are open together: the one that began last is the innermost.
         return (Phase(stamps.index(latest)), latest) if latest else (None, self._slots[Slot.STEP_START])
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether the model was evaluated."""
+        return bool(self._slots[Slot.EVALUATING])
+
+    @property
+    def crash_text(self) -> str:
+        """The text that faulthandler wrote when the process crashed; empty if it did not."""
+        return self._data[self._prologue[2] :][:_CRASH_BYTES].decode("utf-8", "replace")
 
     @property
     def open_user_phase(self) -> str | None:
@@ -403,7 +415,7 @@ def _prologue(path: Path, data: bytes) -> tuple[Any, ...]:
             "Read it with the version that wrote it, or delete it."
         )
 
-    if len(data) not in (prologue[2], DATA_AT):
+    if len(data) < prologue[2] and len(data) != DATA_AT:  # a crash appends text
         raise _damaged(path, f"it is truncated: {len(data)} of {prologue[2]} bytes")
 
     return prologue

@@ -78,6 +78,7 @@ class RankExit:
         stopped: whether its launcher ended it, because of others.
         process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
         open_s: age of the open step at the end, seconds.
+        oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """
 
     rank: int
@@ -97,6 +98,7 @@ class RankExit:
     stopped: bool | None = None
     process_gone: bool | None = None
     open_s: float | None = None
+    oom: str | None = None
 
     @classmethod
     def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:

@@ -13,6 +13,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.facts.memory_at_end import EndMemory, MemoryTail
+
 __all__ = ["DeviceMemory", "GrowthEstimate", "HostMemory", "MemoryCurve", "MemoryHistory", "MemoryKind"]
 
 MAX_POINTS = 96
@@ -197,11 +199,13 @@ class MemoryHistory:
     def __init__(self) -> None:
         self._curves: dict[tuple[int, MemoryKind, int], MemoryCurve] = {}
         self._hosts: dict[int, NDArray[np.void]] = {}
+        self._tails: dict[int, MemoryTail] = {}
         self._devices: dict[tuple[int, int], DeviceMemory] = {}
 
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
         self.curve(rank, MemoryKind.RESIDENT).add(rows["step"], rows["t_ns"], rows["rss_bytes"])
+        self._tails.setdefault(rank, MemoryTail()).add(rows["t_ns"], rows["rss_bytes"], rows["step"] >= 0)
 
     def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.HOST`, in order, of the rank that samples its host."""
@@ -235,6 +239,11 @@ class MemoryHistory:
         """Return the newest resident memory of each rank."""
         found = {rank: curve.points for (rank, kind, _), curve in self._curves.items() if kind is MemoryKind.RESIDENT}
         return {rank: int(points[-1, 2]) for rank, points in sorted(found.items()) if len(points)}
+
+    def at_end(self, rank: int) -> EndMemory | None:
+        """Return the resident memory of a rank in its last sample; None without any."""
+        tail = self._tails.get(rank)
+        return None if tail is None else tail.at_end()
 
     def hosts(self) -> dict[int, HostMemory]:
         """Return the memory of each host, by the rank that samples it."""

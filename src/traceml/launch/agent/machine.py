@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["addresses", "core_slices", "count_gpus", "interface_towards", "oom_kills"]
+__all__ = ["addresses", "core_slices", "count_gpus", "interface_towards"]
 
 _SIOCGIFADDR = 0x8915
 
@@ -113,17 +113,3 @@ def _nvidia_gpus() -> int:
         return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
     return 0 if status else count.value
-
-
-def oom_kills() -> int:
-    """Return the number of out-of-memory kills in our cgroup, or on the whole host if that is unknown."""
-    try:
-        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::")[2].strip()
-        text = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii")
-    except OSError:
-        try:
-            text = Path("/proc/vmstat").read_text(encoding="ascii")
-        except OSError:
-            return 0
-
-    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)

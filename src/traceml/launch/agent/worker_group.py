@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from traceml.launch.agent.machine import core_slices, interface_towards, oom_kills
+from traceml.launch.agent.machine import core_slices, interface_towards
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.stack_reader import StackReader
 from traceml.launch.agent.worker_state import WorkerState
@@ -22,6 +22,7 @@ from traceml.launch.wire.channel_streams import OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
 from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers
+from traceml.witness.oom_kills import OomWatch
 
 __all__ = ["WorkerGroup"]
 
@@ -70,7 +71,7 @@ class WorkerGroup:
         self._grace_s = self._exit_deadline_s = 0.0
         self._stack_requests: list[WorkerState] | None = None
         self.payload: int | None = message.get("payload")
-        self._oom_kills = oom_kills()
+        self._oom_watch = OomWatch()
         self._ranks = {each["rank"]: self._make(each) for each in message["workers"]}
         self._start(message, environ, context, listener)
 
@@ -381,7 +382,7 @@ class WorkerGroup:
             code=None if killed else os.WEXITSTATUS(status),
             signal=killed,
             tail=each.tail.lines(),
-            oom=killed == signal.SIGKILL and not self._stopping and oom_kills() > self._oom_kills,
+            oom=self._oom_watch.killed() if killed == signal.SIGKILL and not self._stopping else None,
         )
         self._send_flight(each)
 

@@ -14,6 +14,7 @@ from traceml.recorder.quiet.progress_counters import ProgressCounters
 from traceml.recorder.quiet.quiet_watch import QuietWatch
 from traceml.recorder.user_code import UserCode
 from traceml.witness import stack_signal
+from traceml.witness.crash_stacks import report_crashes
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -69,8 +70,16 @@ def quiet_watch(
     return QuietWatch(flight, ProgressCounters(flight, thread, user, work, groups.state), maker, hang_timeout_s)
 
 
-def register_stacks() -> None:
-    """Let another process of this host ask for the Python stacks, unless something else uses the signal."""
+def register_stacks(crash_file: int | None) -> None:
+    """Let another process of this host ask for the Python stacks, unless something else uses the signal.
+
+    Args:
+        crash_file: descriptor of a file that gets them at its end when this process crashes; None for none.
+    """
+    with fail_open(_log, "recorder", "the stacks of a crash cannot be told"):
+        if crash_file is not None:
+            report_crashes(crash_file)
+
     with fail_open(_log, "recorder", "the stacks of a silent process cannot be told"):
         if sys.platform == "linux" and not stack_signal.is_registered(os.getpid()):
             stack_signal.register(stack_signal.create_stack_file())

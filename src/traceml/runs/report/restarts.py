@@ -9,8 +9,8 @@ import numpy as np
 
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.diagnosis.deaths.lost_ranks import root_causes
 from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
-from traceml.diagnosis.rules.lost_ranks import root_causes
 from traceml.formatting import signal_name
 from traceml.runs.report.report_types import RestartSection
 from traceml.runs.rows.clocks import RunClocks

@@ -206,7 +206,7 @@ class Tracing:
 
         Args:
             host: its host.
-            message: `{rank, local_rank, pid, code, signal}`.
+            message: `{rank, local_rank, pid, code, signal, oom}`.
             stopped: whether we ended it because of others.
         """
         signal = message.get("signal")
@@ -217,6 +217,7 @@ class Tracing:
             "host": self._hosts[host].name,
             "exitcode": -signal if signal else message.get("code"),
             "time": time.time(),
+            "oom": message.get("oom"),
         }
         if message["rank"] in self._raised:
             exited["exitcode"] = 1

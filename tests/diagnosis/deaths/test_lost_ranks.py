@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from traceml.diagnosis.deaths.lost_ranks import rank_lost, root_causes
 from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
-from traceml.diagnosis.rules.lost_ranks import rank_lost, root_causes
 from traceml.recorder.exits import describe
 
 
@@ -55,6 +55,37 @@ def test_an_exit_code_is_told():
     finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3),)))[0]
 
     assert "exit code 3, before the first step" in finding.summary
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (3, "ended with exit code 3, before"),
+        (127, "a shell gives for a command that it does not find"),
+        (134, "a shell gives for signal 6 (SIGABRT)"),
+        (137, "a shell gives for signal 9 (SIGKILL)"),
+        (139, "a shell gives for signal 11 (SIGSEGV)"),
+        (200, "ended with exit code 200, before"),
+    ],
+)
+def test_exit_codes_of_shells_are_explained(code, words):
+    """128 + n stands for a signal, if there is such a one."""
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=code),)))[0]
+
+    assert words in finding.summary
+
+
+def test_a_crash_names_the_line_that_called_into_c():
+    """faulthandler has told it; without it, the advice is how to get it."""
+    place = {"file": "train.py", "line": 12, "function": "f", "stack": "File ..."}
+    told, silent = RankExit(rank=0, state="killed", signal=11, **place), RankExit(rank=0, state="killed", signal=11)
+
+    known, unknown = (rank_lost(JobFacts(exits=(each,)))[0] for each in (told, silent))
+
+    assert known.summary.startswith("Rank 0 was killed by signal 11 (SIGSEGV) in C code called at train.py:12")
+    assert (known.evidence["line"], known.evidence["function"]) == (12, "f")
+    assert "train.py:12" in known.next
+    assert "faulthandler" in unknown.next
 
 
 def test_ranks_that_followed_are_not_the_cause():

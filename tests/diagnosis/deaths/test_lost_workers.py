@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from traceml.diagnosis.deaths.lost_loader_workers import worker_behind, worker_lost
+from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
 from traceml.diagnosis.facts.lost_workers import LostWorker, lost_worker_of, worker_in
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.lost_ranks import rank_lost, worker_behind, worker_lost
 
 KILLED = "RuntimeError: DataLoader worker (pid 4711) is killed by signal: Killed. "
 DEAD = LostWorker(pid=4711, worker=1, workers=2, signal=9, step=108, oom_kills=0, shm_bytes=1 << 30)

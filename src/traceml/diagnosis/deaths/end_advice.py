@@ -1,0 +1,110 @@
+"""Advice on the end of a rank."""
+
+from __future__ import annotations
+
+from traceml.database.schema import Resource
+from traceml.diagnosis.deaths.end_words import signal_of_code
+from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
+from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, CRASHES, KILL, for_shared_memory
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.formatting import count_text
+
+__all__ = ["for_exit"]
+
+
+def _lacks_shared_memory(ended: RankExit) -> bool:
+    text = (ended.exception or "").lower()
+    return "shared memory" in text or "bus error" in text or "/dev/shm" in text  # noqa: S108 - part of a message
+
+
+def _lacks_files(ended: RankExit) -> bool:
+    text = (ended.exception or "").lower()
+    # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
+    return "too many open files" in text or "items of ancdata" in text
+
+
+def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
+    """Return advice on a lost rank.
+
+    Args:
+        ended: its end.
+        facts: about the job, for the limits that it had.
+        memory: set for an end for lack of memory.
+    """
+    if memory is not None:
+        return _for_memory(memory)
+
+    if ended.signal == KILL:
+        return (
+            "Nothing in Python sends SIGKILL: look for the kernel's out-of-memory killer (dmesg, the scheduler's log), "
+            "the job's memory limit, or a kill command."
+        )
+
+    if ended.signal == 1:
+        return (
+            "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid; nohup does "
+            "not protect the ranks of torchrun."
+        )
+
+    if ended.signal == BUS_ERROR or _lacks_shared_memory(ended):
+        return for_shared_memory()
+
+    if _lacks_files(ended):
+        limits = [use.limit for use in facts.limits if use.resource is Resource.OPEN_FILES and use.rank == ended.rank]
+        return _for_files(limits[0] if limits else None)
+
+    if ended.signal in CRASHES and ended.file:
+        return f"Look at the call at {ended.file}:{ended.line}: an extension, or a library of another version, crashed."
+
+    if ended.signal in CRASHES:
+        return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
+
+    if ended.signal is not None:
+        return "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command."
+
+    if ended.exception and ended.file:
+        return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
+
+    if ended.state == "lost" and ended.process_gone:
+        return (
+            f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
+            "memory or time limit, or a kill command; the output of `traceml run` or torchrun names the signal."
+        )
+
+    if ended.state == "lost":
+        host = f" {ended.host}" if ended.host else ""
+        return f"Look at the host{host} and its network: the rank lost its connection without a report."
+
+    if signal_of_code(ended.code) is not None:
+        return f"The rank is a program that starts another one, which a signal ended: read rank {ended.rank}'s output."
+
+    return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."
+
+
+def _for_memory(memory: MemoryEnd) -> str:
+    if memory.cause == "device_allocation":
+        return (
+            "Use a smaller batch, activation checkpointing, or shard the model; a batch or evaluation that is larger "
+            "than usual needs more at its peak (torch.no_grad() in evaluation)."
+        )
+    if memory.grows:
+        return (
+            "Something keeps memory: look for tensors or batches that are appended to a list, a cache without bound, "
+            "or losses kept with their graph (use loss.item())."
+        )
+    if memory.cause == "killed":
+        return (
+            "Use fewer loader workers, a smaller prefetch_factor, batch or data set in memory, or ask for more memory "
+            "(--mem of Slurm, the container's limit)."
+        )
+
+    return "Allocate less at once, or raise the limit: ulimit -v, the container's or the job's limit of memory."
+
+
+def _for_files(limit: int | None) -> str:
+    now = "" if limit is None else f" of {count_text(limit)}"
+    return (
+        "Close what the script opens (files in a Dataset, loggers), call "
+        "torch.multiprocessing.set_sharing_strategy('file_system') before loaders with workers, or raise the "
+        f"limit{now}: ulimit -n."
+    )

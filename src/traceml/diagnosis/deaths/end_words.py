@@ -1,0 +1,94 @@
+"""Words for the end of a rank: what ended it, where, and in which step."""
+
+from __future__ import annotations
+
+import signal
+
+from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
+from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.formatting import bytes_text, phase_words, signal_name
+
+__all__ = ["end_text", "signal_of_code", "step_text"]
+
+_MAX_SIGNAL = 64
+_CODES = {
+    126: "which a shell gives for a command that it may not execute",
+    127: "which a shell gives for a command that it does not find",
+}
+
+
+def signal_of_code(code: int | None) -> int | None:
+    """Return the signal that a shell's exit code stands for (128 + n); None for another code."""
+    number = (code or 0) - 128
+    return number if 0 < number <= _MAX_SIGNAL and number in set(signal.Signals) else None
+
+
+def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
+    """Return what ended a rank: `was killed by signal 9 (SIGKILL)`.
+
+    Args:
+        ended: its end.
+        memory: set for an end for lack of memory.
+        many: whether several ranks ended so.
+    """
+    was = "were" if many else "was"
+    if memory is not None and memory.cause == "killed" and (ended.signal or not ended.exception):
+        if memory.certain:
+            return f"{was} killed by the kernel for lack of memory ({_signal_text(ended)})"
+
+        return f"{was} killed ({_signal_text(ended)}) when the kernel ended processes of the host for lack of memory"
+
+    at = f" at {_place(ended)}" if ended.file else ""
+    if memory is not None and ended.exception:
+        what = "device memory" if memory.cause == "device_allocation" else "memory"
+        size = (
+            "" if memory.requested_bytes is None else f": an allocation of {bytes_text(memory.requested_bytes)} failed"
+        )
+        kind = "" if size else f" ({_short(ended.exception or '')})"
+        return f"ran out of {what}{kind}{size}{at}"
+
+    if ended.signal is not None:
+        at = f" in C code called at {_place(ended)}" if ended.file and ended.stack else ""
+        return f"{was} killed by signal {ended.signal} ({signal_name(ended.signal)}){at}"
+
+    if ended.exception:
+        return f"ended with {_short(ended.exception)}{at}"
+
+    if ended.state == "lost" and ended.process_gone:
+        return "ended without a report: by a signal or by os._exit"
+
+    if ended.state == "lost":
+        return "lost its connection without a report" if not many else "lost their connections without a report"
+
+    return f"ended with exit code {ended.code}{_code_text(ended.code)}"
+
+
+def step_text(ended: RankExit) -> str:
+    """Return when a rank ended: `, in step 42, in forward`."""
+    step = ended.open_step if ended.open_step is not None else ended.last_step
+    if step is None:
+        return ", before the first step"
+
+    inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
+    return f", {'in' if ended.open_step is not None else 'after'} step {step}{inside}"
+
+
+def _signal_text(ended: RankExit) -> str:
+    return signal_name(ended.signal or signal.SIGKILL)
+
+
+def _place(ended: RankExit) -> str:
+    return f"{ended.file}:{ended.line}"
+
+
+def _code_text(code: int | None) -> str:
+    if code in _CODES:
+        return f", {_CODES[code]}"
+
+    number = signal_of_code(code)
+    return f", which a shell gives for signal {number} ({signal_name(number)})" if number is not None else ""
+
+
+def _short(exception: str, limit: int = 160) -> str:
+    line = exception.strip().splitlines()[0] if exception.strip() else exception
+    return line if len(line) <= limit else line[: limit - 3] + "..."

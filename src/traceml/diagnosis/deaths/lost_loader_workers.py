@@ -1,0 +1,90 @@
+"""Loader workers that died: behind the end of their rank, or while it went on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, KILL, for_worker
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.lost_workers import LostWorker, worker_in
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.formatting import capitalized, count_text, ranks_text, signal_name
+
+__all__ = ["death_words", "worker_behind", "worker_evidence", "worker_lost"]
+
+# What reading a batch of a worker that is gone raises, where torch does not notice its end first.
+_CONNECTION_CUT = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "EOFError")
+
+
+def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]:
+    """Return the finding about workers that died while their rank went on: the first of them.
+
+    Args:
+        facts: about the job.
+        explained: ranks whose end is a finding already.
+    """
+    known = set(explained)
+    lost = [(rank, each) for rank, workers in facts.lost_workers.items() if rank not in known for each in workers]
+    if not lost or facts.state == "stopped":
+        return []
+
+    lost.sort(key=lambda each: (each[1].step is None, each[1].step or 0, each[0]))
+    rank, first = lost[0]
+    more = f"; {count_text(len(lost) - 1)} more died later" if len(lost) > 1 else ""
+
+    died = f"{capitalized(death_words(first))} on {ranks_text((rank,))}{_worker_step(first)}{more}"
+    return [
+        Finding(
+            kind=Kind.WORKER_LOST,
+            severity=Kind.WORKER_LOST.severity_for(0.0),
+            ranks=tuple(sorted({rank for rank, _ in lost})),
+            phase="input_wait",
+            summary=f"{died}. The script went on; batches of that iterator may be missing.",
+            next=for_worker(first),
+            evidence=worker_evidence(first) | {"lost": len(lost)},
+        )
+    ]
+
+
+def worker_behind(ended: RankExit, facts: JobFacts) -> LostWorker | None:
+    """Return the worker whose death ended a rank; None if something else did."""
+    lost, exception = facts.lost_workers.get(ended.rank, ()), ended.exception or ""
+    told = worker_in(exception)
+    if told is not None:
+        return next((each for each in lost if each.pid == told.pid), told)
+
+    is_cut = ended.open_phase == "input_wait" and exception.startswith(_CONNECTION_CUT)
+    return lost[-1] if lost and is_cut else None
+
+
+def death_words(lost: LostWorker) -> str:
+    """Return `loader worker 1 of 2 (process 4711) was killed by signal 9 (SIGKILL)`."""
+    of = "" if lost.workers is None else f" of {lost.workers}"
+    name = f"{'a loader worker' if lost.worker is None else f'loader worker {lost.worker}{of}'} (process {lost.pid})"
+    if lost.signal is not None:
+        return f"{name} was killed by signal {lost.signal} ({signal_name(lost.signal)})"
+
+    status = "" if lost.code is None else f" with exit code {lost.code}"
+    return f"{name} ended{status}"
+
+
+def worker_evidence(lost: LostWorker) -> dict[str, Any]:
+    """Return the facts about a death, as a finding has them."""
+    known = {
+        "worker": lost.worker,
+        "workers": lost.workers,
+        "worker_pid": lost.pid,
+        "worker_signal": lost.signal,
+        "worker_code": lost.code,
+        "step": lost.step,
+        "oom_kills": lost.oom_kills,
+        "shm_bytes": lost.shm_bytes if lost.signal == BUS_ERROR else None,
+        "memory_limit_bytes": lost.memory_limit_bytes if lost.signal == KILL else None,
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _worker_step(lost: LostWorker) -> str:
+    return ", before the first step" if lost.step is None else f", in step {count_text(lost.step)}"

@@ -1,0 +1,143 @@
+"""Ranks that ended by a signal, an exit code or an exception, or whose connection was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from traceml.diagnosis.deaths.end_advice import for_exit
+from traceml.diagnosis.deaths.end_words import end_text, step_text
+from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_behind, worker_evidence
+from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
+from traceml.diagnosis.deaths.worker_advice import for_worker
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
+from traceml.diagnosis.facts.lost_workers import LostWorker
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.formatting import capitalized, ranks_text, signal_name
+
+__all__ = ["rank_lost", "root_causes", "was_stopped"]
+
+# Ends that another rank's end causes: the launcher's SIGTERM, or a collective whose peer has gone.
+_SWEPT_AWAY = ("SIGTERM", "SIGINT", "SIGHUP")
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "socket timeout",
+    "gloo",
+    "nccl",
+    "distbackenderror",
+    "distnetworkerror",
+    "process group",
+    "store->get",
+)
+
+
+def rank_lost(facts: JobFacts) -> list[Finding]:
+    """Return the finding about lost ranks: the first to end, the cause, the step and the phase."""
+    bad = ended_badly(facts.exits)
+    causes = root_causes(bad)
+    if not causes:
+        return []
+
+    first = causes[0]
+    worker = worker_behind(first, facts)
+    ranks = tuple(sorted(ended.rank for ended in causes))
+    followed = [ended.rank for ended in bad if ended not in causes]
+    memory = memory_end(first, facts) if worker is None else None
+    return [
+        Finding(
+            kind=Kind.RANK_LOST,
+            severity=Kind.RANK_LOST.severity_for(0.0),
+            ranks=ranks,
+            phase=first.open_phase,
+            summary=_summary(causes, memory, followed, worker),
+            next=for_exit(first, facts, memory) if worker is None else for_worker(worker),
+            evidence=({} if worker is None else worker_evidence(worker)) | _evidence(first, memory, followed),
+            cost_share=1.0,
+        )
+    ]
+
+
+def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
+    """Return the exits that caused the others, the earliest first.
+
+    A run that was stopped by hand (Ctrl-C), or as a whole by its launcher, has none.
+    """
+    own = [ended for ended in bad if not _follows(ended)]
+    unforced = [ended for ended in bad if not ended.stopped]
+    if not own and (not unforced or any(ended.interrupted for ended in bad)):
+        return []
+
+    causes = own or [ended for ended in unforced if not _failed_because_of_peer(ended)] or unforced
+    causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
+    # Ranks with the same cause ended together; another cause later is a consequence.
+    return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
+
+
+def was_stopped(exits: Sequence[RankExit]) -> bool:
+    """Return whether ranks ended by Ctrl-C or by their launcher alone, which is no failure of the run."""
+    bad = ended_badly(exits)
+    return bool(bad) and not root_causes(bad)
+
+
+def _weight(ended: RankExit) -> int:
+    # A lost rank may be a consequence of the others' end, so known causes come first.
+    return 1 if ended.state == "lost" else 0
+
+
+def _cause(ended: RankExit) -> tuple[object, ...]:
+    if ended.exception:
+        return ("exception", ended.exception.partition(":")[0], ended.file, ended.line)
+
+    return (ended.state, ended.signal, ended.code)
+
+
+def _follows(ended: RankExit) -> bool:
+    if ended.stopped:
+        return True
+
+    if ended.signal is not None:
+        return signal_name(ended.signal) in _SWEPT_AWAY
+
+    return ended.interrupted or _failed_because_of_peer(ended)
+
+
+def _failed_because_of_peer(ended: RankExit) -> bool:
+    text = (ended.exception or "").lower()
+    return any(word in text for word in _PEER_GONE)
+
+
+def _summary(
+    causes: Sequence[RankExit], memory: MemoryEnd | None, followed: Sequence[int], worker: LostWorker | None
+) -> str:
+    first = causes[0]
+    subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
+    how = f"ended because {death_words(worker)}" if worker else end_text(first, memory, many=len(causes) > 1)
+    text = f"{subject} {how}{step_text(first)}"
+    if memory is not None and len(causes) == 1:
+        text += memory.words()
+
+    if followed:
+        text += f"; {ranks_text(followed)} ended because of that"
+
+    return text + "."
+
+
+def _evidence(ended: RankExit, memory: MemoryEnd | None, followed: Sequence[int]) -> dict[str, object]:
+    known = {
+        **(memory.evidence() if memory is not None else {}),
+        "signal": ended.signal,
+        "code": ended.code,
+        "exception": ended.exception,
+        "file": ended.file,
+        "line": ended.line,
+        "function": ended.function,
+        "step": ended.open_step if ended.open_step is not None else ended.last_step,
+        "last_step": ended.last_step,
+        "host": ended.host,
+        "stack": ended.stack,
+        "followed": list(followed) or None,
+    }
+    return {key: value for key, value in known.items() if value is not None}

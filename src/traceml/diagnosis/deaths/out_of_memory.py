@@ -1,0 +1,161 @@
+"""Ends for lack of memory: killed by the kernel, or by an allocation that failed; with the memory at the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from traceml.database.schema import Resource
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.memory_growth import DeviceMemory
+from traceml.formatting import bytes_text
+
+__all__ = ["MemoryEnd", "memory_end"]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = r"(?P<size>\d+(?:\.\d*)?) ?(?P<unit>[KMGT]?)i?(?:B|b|bytes)\b"
+# What allocators say: torch's of the CPU, of devices (CUDA, HIP, XPU), NumPy's.
+_REQUESTED = tuple(
+    re.compile(rf"{words} {_SIZE}", re.IGNORECASE)
+    for words in ("you tried to allocate", "tried to allocate", "unable to allocate", "unable to mmap")
+)
+_OF_DEVICE = re.compile(r"\b(cuda|hip|xpu|mps)\b[^.\n]*out of memory|OutOfMemoryError", re.IGNORECASE)
+_OF_HOST = re.compile(
+    r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|^(?:\S*\.)?_?(?:Array)?MemoryError\b|"
+    r"Cannot allocate memory|std::bad_alloc",
+    re.MULTILINE,
+)
+_CAPACITY = re.compile(
+    rf"total capacity of {_SIZE}|{_SIZE.replace('size', 'size2').replace('unit', 'unit2')} total capacity"
+)
+_LEAST_GROWN = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEnd:
+    """An end for lack of memory, and what is known of the memory then.
+
+    Attributes:
+        cause: `killed` by the kernel, `host_allocation` or `device_allocation` that failed.
+        certain: whether the kernel's counter is that of the rank's own control group; else of the whole host.
+        requested_bytes: size of the allocation that failed.
+        used_bytes: resident memory, or memory allocated on the device, in the last sample.
+        peak_bytes: at most so far.
+        per_minute_bytes: growth of resident memory over the last minute; None if it did not grow steadily.
+        limit_bytes: what there was: the control group's limit, the host's memory, or the device's.
+        limit_of: `group`, `host` or `device`.
+    """
+
+    cause: str
+    certain: bool = True
+    requested_bytes: int | None = None
+    used_bytes: int | None = None
+    peak_bytes: int | None = None
+    per_minute_bytes: int | None = None
+    limit_bytes: int | None = None
+    limit_of: str = "host"
+
+    def words(self) -> str:
+        """Return what a sentence tells of the memory: `; it used 1.2 GiB, …`; empty where nothing is known."""
+        if self.used_bytes is None:
+            return ""
+
+        where = " of device memory" if self.limit_of == "device" else ""
+        grew = f", {bytes_text(self.per_minute_bytes)} more each minute" if self.grows else ""
+        return f"; it used {bytes_text(self.used_bytes)}{where}{grew}{self._limit_words()}"
+
+    @property
+    def grows(self) -> bool:
+        """Whether resident memory grew steadily until the end, by an amount that counts."""
+        return (self.per_minute_bytes or 0) >= _LEAST_GROWN
+
+    def _limit_words(self) -> str:
+        if self.limit_bytes is None:
+            return ""
+
+        limit = bytes_text(self.limit_bytes)
+        if self.limit_of == "group":
+            return f", with a limit of {limit} for its control group"
+
+        return f"; the {self.limit_of} has {limit}"
+
+    def evidence(self) -> dict[str, object]:
+        """Return the figures for a finding's evidence."""
+        return {
+            "cause": "out_of_memory",
+            "how": self.cause,
+            "requested_bytes": self.requested_bytes,
+            "used_bytes": self.used_bytes,
+            "peak_bytes": self.peak_bytes,
+            "bytes_per_minute": self.per_minute_bytes,
+            "limit_bytes": self.limit_bytes,
+            "limit_of": self.limit_of if self.limit_bytes is not None else None,
+        }
+
+
+def memory_end(ended: RankExit, facts: JobFacts) -> MemoryEnd | None:
+    """Return the facts of an end for lack of memory; None for any other end."""
+    text = ended.exception or ""
+    if _OF_DEVICE.search(text):
+        return _on_device(ended, facts, text)
+    if ended.oom or _OF_HOST.search(text):
+        return _on_host(ended, facts, text)
+
+    return None
+
+
+def _on_host(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
+    last = facts.memory.at_end(ended.rank)
+    limit, limit_of = _host_limit(ended, facts)
+    return MemoryEnd(
+        cause="killed" if ended.oom else "host_allocation",
+        certain=ended.oom != "host",
+        requested_bytes=_requested(text),
+        used_bytes=None if last is None else last.used_bytes,
+        peak_bytes=None if last is None else last.peak_bytes,
+        per_minute_bytes=None if last is None else last.per_minute_bytes,
+        limit_bytes=limit,
+        limit_of=limit_of,
+    )
+
+
+def _host_limit(ended: RankExit, facts: JobFacts) -> tuple[int | None, str]:
+    """Return the memory that the rank's control group or host has, and which."""
+    beside = {rank for rank, host in facts.hosts.items() if host == facts.hosts.get(ended.rank)} | {ended.rank}
+    for use in facts.limits:
+        if use.resource is Resource.MEMORY and use.rank in beside:
+            return use.limit, "group"
+
+    sizes = [host.total_bytes for rank, host in facts.memory.hosts().items() if rank in beside]
+    return (sizes[0], "host") if sizes else (None, "host")
+
+
+def _on_device(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
+    device = _fullest([each for each in facts.memory.devices() if each.rank == ended.rank])
+    told = _CAPACITY.search(text)
+    total = _bytes(told["size"], told["unit"]) if told else None
+    return MemoryEnd(
+        cause="device_allocation",
+        requested_bytes=_requested(text),
+        used_bytes=device.allocated_bytes if device else None,
+        peak_bytes=device.peak_bytes if device else None,
+        limit_bytes=total or (device.total_bytes if device else None),
+        limit_of="device",
+    )
+
+
+def _fullest(devices: Sequence[DeviceMemory]) -> DeviceMemory | None:
+    return max(devices, key=lambda each: each.allocated_bytes, default=None)
+
+
+def _requested(text: str) -> int | None:
+    for pattern in _REQUESTED:
+        if found := pattern.search(text):
+            return _bytes(found["size"], found["unit"])
+
+    return None
+
+
+def _bytes(size: str, unit: str) -> int:
+    return int(float(size) * _UNITS[unit.upper()])

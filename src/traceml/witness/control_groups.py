@@ -1,0 +1,49 @@
+"""Folders of a process's control groups, in both versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["ROOT", "group_folders", "groups_of", "upwards"]
+
+ROOT = "/sys/fs/cgroup"
+"""Where the control groups are mounted."""
+
+
+def groups_of(text: str | None = None, pid: int | str = "self") -> dict[str, str]:
+    """Return {controller: path}; the key of version 2 is "".
+
+    Args:
+        text: text of /proc/PID/cgroup; None reads it.
+        pid: the process.
+    """
+    if text is None:
+        try:
+            text = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            text = ""
+
+    groups = {}
+    for line in text.splitlines():
+        parts = line.split(":", 2)
+        if len(parts) == 3:
+            groups.update(dict.fromkeys(parts[1].split(","), parts[2]))
+
+    return groups
+
+
+def upwards(root: str, path: str) -> list[str]:
+    """Return the folders from the group up to the root; inside a container only the root may be visible."""
+    parts = [part for part in path.split("/") if part and part != ".."]
+    return ["/".join([root, *parts[:n]]) for n in range(len(parts), -1, -1)]
+
+
+def group_folders(controller: str, groups: dict[str, str], root: str = ROOT) -> list[str]:
+    """Return the folders that may have a controller's files, those of version 2 first, each group before its parents.
+
+    Args:
+        controller: its name in version 1.
+        groups: the process's, as `groups_of` returns them.
+        root: where the control groups are mounted.
+    """
+    return [*upwards(root, groups.get("", "/")), *upwards(f"{root}/{controller}", groups.get(controller, "/"))]

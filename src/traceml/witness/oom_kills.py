@@ -1,0 +1,66 @@
+"""The kernel's out-of-memory killer: whether it has killed a process of a control group, or of the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from traceml.witness.control_groups import ROOT, group_folders, groups_of
+
+__all__ = ["OomWatch", "count_kills", "oom_counter"]
+
+_FIELD = "oom_kill "
+_FILES = ("memory.events", "memory.oom_control")  # version 2, version 1
+_HOST = Path("/proc/vmstat")
+
+
+class OomWatch:
+    """Counts the kernel's out-of-memory kills in a process's control group from now on, also once the process is gone.
+
+    Where the group has no counter, the host's counter is used: its kills may be those of other programs.
+
+    Args:
+        pid: the process.
+        groups: its control groups, as `control_groups.groups_of` returns them; None reads them.
+        root: where the control groups are mounted.
+        host: file with the host's counter.
+    """
+
+    __slots__ = ("_before", "_host", "_path")
+
+    def __init__(
+        self, pid: int | str = "self", *, groups: dict[str, str] | None = None, root: str = ROOT, host: Path = _HOST
+    ) -> None:
+        self._host = host
+        self._path = oom_counter(groups_of(pid=pid) if groups is None else groups, root, host)
+        self._before = count_kills(self._path)
+
+    def killed(self) -> str | None:
+        """Return `group` after a kill in the process's group, `host` after one on the host; None without one."""
+        before, now = self._before, count_kills(self._path)
+        if before is None or now is None or now <= before:
+            return None
+
+        return "host" if self._path == self._host else "group"
+
+
+def oom_counter(groups: dict[str, str], root: str = ROOT, host: Path = _HOST) -> Path:
+    """Return the file that counts the kills of the innermost visible group; the host's where there is none.
+
+    Args:
+        groups: as `control_groups.groups_of` returns them.
+        root: where the control groups are mounted.
+        host: file with the host's counter.
+    """
+    folders = group_folders("memory", groups, root) if groups else []
+    paths = (Path(folder) / name for folder in folders for name in _FILES)
+    return next((path for path in paths if count_kills(path) is not None), host)
+
+
+def count_kills(path: Path) -> int | None:
+    """Return the kills in a counter's file; None where it has none."""
+    try:
+        text = path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(_FIELD)), None)

@@ -1,0 +1,119 @@
+"""Ends for lack of memory are told as such, with figures; other ends are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from traceml.database.schema import HOST, PROCESS, TORCH_MEMORY, Resource
+from traceml.diagnosis.deaths.lost_ranks import rank_lost
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.findings import Finding
+
+GIB = 1 << 30
+CPU_TEXT = (
+    "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+    "to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)"
+)
+CUDA_TEXT = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB "
+    "of which 1.06 GiB is free. Including non-PyTorch memory, this process has 78.03 GiB memory in use."
+)
+
+
+def growing(rank: int = 1, *, device: bool = False) -> MemoryHistory:
+    """Memory that grew by 64 MiB a second for 16 s, up to 2 GiB."""
+    history = MemoryHistory()
+    rows = np.zeros(17, PROCESS.dtype)
+    rows["t_ns"], rows["step"] = np.arange(17) * 10**9, np.arange(17)
+    rows["rss_bytes"] = GIB + np.arange(17) * (64 << 20)
+    history.process_rows(rank, rows)
+    host = np.zeros(1, HOST.dtype)
+    host["memory_total_bytes"] = 24 * GIB
+    history.host_rows(0, host)
+    if device:
+        on_device = np.zeros(4, TORCH_MEMORY.dtype)
+        on_device["allocated_bytes"], on_device["peak_allocated_bytes"] = 60 * GIB, 71 * GIB
+        on_device["total_bytes"] = 80 * GIB
+        history.device_rows(rank, on_device)
+
+    return history
+
+
+def lost(*, device: bool = False, limit: int | None = None, **end: object) -> Finding:
+    ended = RankExit(rank=1, open_step=42, open_phase="forward", **end)  # type: ignore[arg-type]
+    limits = (ResourceUse(0, Resource.MEMORY, limit - 1, limit),) if limit else ()
+    facts = JobFacts(world_size=2, hosts={0: "a", 1: "a"}, exits=(ended,), memory=growing(device=device), limits=limits)
+    return rank_lost(facts)[0]
+
+
+def test_a_kill_by_the_kernel_is_told_with_growth_and_limit() -> None:
+    """Memory at the end, growth per minute, limit, step and phase."""
+    finding = lost(state="killed", signal=9, oom="group", limit=2 * GIB)
+
+    assert finding.summary == (
+        "Rank 1 was killed by the kernel for lack of memory (SIGKILL), in step 42, in forward; it used 2.00 GiB, "
+        "3.75 GiB more each minute, with a limit of 2.00 GiB for its control group."
+    )
+    assert finding.evidence["cause"] == "out_of_memory"
+    assert finding.evidence["bytes_per_minute"] == 60 * (64 << 20)
+    assert "keeps memory" in finding.next
+
+
+def test_a_kill_on_the_host_is_less_certain() -> None:
+    """The host's counter may have counted another program's kill."""
+    finding = lost(state="killed", signal=9, oom="host")
+
+    assert "was killed (SIGKILL) when the kernel ended processes of the host for lack of memory" in finding.summary
+    assert "the host has 24.0 GiB" in finding.summary
+
+
+def test_a_kill_command_is_no_lack_of_memory() -> None:
+    """No counter has grown, however much memory was in use."""
+    finding = lost(state="killed", signal=9)
+
+    assert "was killed by signal 9 (SIGKILL)" in finding.summary
+    assert "memory" not in finding.summary
+    assert "cause" not in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (CPU_TEXT, 64 * GIB),
+        ("MemoryError: Unable to allocate 7.50 GiB for an array with shape (1006632960,)", int(7.5 * GIB)),
+        ("numpy.core._exceptions._ArrayMemoryError: Unable to allocate 512. MiB for an array", 512 << 20),
+        ("MemoryError: ", None),
+    ],
+)
+def test_an_allocation_that_failed_is_told_with_size_and_line(text: str, size: int | None) -> None:
+    """torch's allocator, NumPy's, Python's."""
+    finding = lost(state="failed", code=1, exception=text, file="train.py", line=17)
+
+    assert "Rank 1 ran out of memory" in finding.summary
+    assert "train.py:17, in step 42" in finding.summary
+    assert finding.evidence.get("requested_bytes") == size
+    assert (finding.evidence["file"], finding.evidence["line"]) == ("train.py", 17)
+
+
+def test_a_device_that_is_full_is_told_with_its_peak() -> None:
+    """What was asked for, what was allocated, what the device has."""
+    finding = lost(state="failed", code=1, exception=CUDA_TEXT, file="train.py", line=17, device=True)
+
+    assert finding.summary == (
+        "Rank 1 ran out of device memory: an allocation of 2.00 GiB failed at train.py:17, in step 42, in forward; "
+        "it used 60.0 GiB of device memory; the device has 79.1 GiB."
+    )
+    assert (finding.evidence["peak_bytes"], finding.evidence["requested_bytes"]) == (71 * GIB, 2 * GIB)
+    assert "smaller batch" in finding.next
+
+
+@pytest.mark.parametrize("text", ["ValueError: the memory is fine", "RuntimeError: shape '[2]' is invalid", ""])
+def test_other_exceptions_are_not_about_memory(text: str) -> None:
+    """A word is no cause."""
+    finding = lost(state="failed", code=1, exception=text, file="train.py", line=17)
+
+    assert "ran out" not in finding.summary
+    assert "cause" not in finding.evidence
