@@ -29,10 +29,11 @@ from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
 from tests.diagnosis.stalls.test_gc_pauses import collections
 from tests.diagnosis.stalls.test_gc_pauses import history as collected
+from tests.diagnosis.stalls.test_recompiles import compilations, long_forwards
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
 from traceml.database.looks import RankLook
-from traceml.database.schema import EPOCHS, Resource
+from traceml.database.schema import EPOCHS, Compiled, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
 from traceml.diagnosis.facts.lost_workers import LostWorker
 from traceml.diagnosis.facts.resource_use import ResourceUse
@@ -132,6 +133,15 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "GC_PAUSES": lambda: found(ALONE, adds("other", 30), pauses=collected(r0=collections(30, called=True))),
     "GC_PAUSES, by the interpreter": lambda: found(
         ALONE, adds("forward", 400, every=20), pauses=collected(r0=collections(400, every=20, phase=2))
+    ),
+    "RECOMPILES": lambda: found(
+        ALONE,
+        long_forwards(8),
+        pauses=compilations(*[Compiled.AGAIN] * 7, Compiled.LIMIT),
+        time=RunTime.of(9.0, {"steps": 8.0}),
+    ),
+    "RECOMPILES, no more": lambda: found(
+        ALONE, pauses=compilations(*[Compiled.AGAIN] * 7, Compiled.LIMIT, ms=0.1, guard=7)
     ),
     "STEPS_SKIPPED": skipped,
     "SLOWDOWN": lambda: found(ALONE, later),

@@ -55,6 +55,7 @@ __all__ = [
     "USER_PHASES",
     "USER_TABLES",
     "Column",
+    "Compiled",
     "Log",
     "MetricKind",
     "Pause",
@@ -269,6 +270,15 @@ class Pause(IntEnum):
     COMPILATION = 1  # torch.compile
 
 
+class Compiled(IntEnum):
+    """Column `detail` of a compilation in `PAUSES`."""
+
+    FIRST = 0  # the first of its function
+    AGAIN = 1  # no version of the function fitted its inputs
+    LIMIT = 2  # none fitted, and there are as many versions as torch allows: the call ran uncompiled
+    REST = 3  # backward pass of one that was compiled anew
+
+
 def _q(name: str, doc: str) -> Column:
     return Column(name, "q", doc)
 
@@ -470,7 +480,7 @@ PAUSES = Table(
         _q("phase", "Phase that was open; -1: other code; of several together -1"),
         _q("ns", "wall time of it, or of several short ones together"),
         _q("count", "how many they are"),
-        _q("detail", "collection: generation; compilation: 0 the first of a function, 1 anew, 2 no more: the limit"),
+        _q("detail", "collection: generation; compilation: Compiled"),
         _q("called", "1 if the script's code called for it, else 0"),
         _q("line_id", "the function, or the line that called for it, `FILE:LINE FUNCTION`, by id in `names`; else -1"),
         _q("text_id", "compilation: the guard that failed, by id in `names`; else -1"),

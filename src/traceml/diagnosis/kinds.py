@@ -268,6 +268,15 @@ def _skipped(finding: _FindingFacts) -> str:
     return f"{share} are skipped because gradients are not finite"
 
 
+def _recompiles(finding: _FindingFacts) -> str:
+    """Return `torch.compile compiles a function anew: 34 % of the run's time`, or that it has stopped to."""
+    if finding.evidence.get("limit_reached") and finding.cost_share < WARNING_SHARE:
+        return "A function is no longer compiled: its inputs differ too often"
+
+    share = f"{percent_text(finding.cost_share)} of the run's time"
+    return f"The same function is compiled again and again: {share}"
+
+
 def _unknown(finding: _FindingFacts) -> str:
     words = capitalized(finding.kind.lower().replace("_", " "))
     where = f", in {phase_words(finding.phase)}" if finding.phase else ""
@@ -322,6 +331,7 @@ class Kind(StrEnum):
     EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", of_run=True)
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
     GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
+    RECOMPILES = "RECOMPILES", KindRule(_recompiles, of_run=True)
     STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(_skipped)
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
     DATA_IMBALANCE = (

@@ -27,6 +27,7 @@ from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.rules.training_data import duplicate_data, loss_not_finite, never_synchronized
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
+from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.window import Window
@@ -106,6 +107,10 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     if collected:
         segments = segments.changed(without_collections, new_step_times(segments, without_collections))
 
+    compiled, without_compiling = recompiles(window, segments, facts)
+    if without_compiling:
+        segments = segments.changed(without_compiling, new_step_times(segments, without_compiling))
+
     found, without_stragglers = stragglers(segments, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
     remaining = segments
@@ -133,7 +138,7 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, segments, facts)
 
-    found += [*uneven, *collected]
+    found += [*uneven, *collected, *compiled]
     # Live, the window is only the newest part of a longer run.
     slower = slowdown(StepHistory.of(window, segments), facts) if window.steps[0] <= _FIRST_STEPS else []
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]

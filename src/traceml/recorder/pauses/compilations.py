@@ -7,10 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["AGAIN", "FIRST", "LIMIT", "Compilation", "CompilationReader"]
+from traceml.database.schema import Compiled
 
-FIRST, AGAIN, LIMIT = 0, 1, 2
-"""Values of `detail` in `schema.PAUSES`: of a function first, anew, and never again."""
+__all__ = ["Compilation", "CompilationReader"]
 
 _MAX_GUARD = 120
 _MAX_FRAMES = 1024
@@ -24,14 +23,14 @@ class Compilation(NamedTuple):
     Attributes:
         end_us: its end, microseconds since 1970.
         ns: its wall time.
-        detail: `FIRST`, `AGAIN` or `LIMIT`.
+        detail: why it was compiled.
         place: the function, `FILE:LINE FUNCTION`; empty where it is not known.
         guard: the condition of the code compiled before that was not met; empty for the first.
     """
 
     end_us: int
     ns: int
-    detail: int
+    detail: Compiled
     place: str
     guard: str
 
@@ -47,6 +46,7 @@ class CompilationReader:
         self._modules = sys.modules if modules is None else modules
         self._last: Any = None
         self._places: dict[str, str] = {}  # by number of the function
+        self._again: set[str] = set()  # numbers of compilations that were not the first of their function
 
     def take(self) -> list[Compilation]:
         """Return the compilations since the last call."""
@@ -71,15 +71,29 @@ class CompilationReader:
         if not began_us:
             return None
 
-        frame = str(getattr(record, "compile_id", "") or "").partition("/")[0]
+        number = str(getattr(record, "compile_id", "") or "")
+        self._learn(record, number)
+        guard = _guard(getattr(record, "recompile_reason", None))
+        place = self._places.get(number.partition("/")[0], "")
+        return Compilation(began_us + took_us, 1000 * took_us, self._detail(record, number, guard), place, guard)
+
+    def _learn(self, record: Any, number: str) -> None:
+        """Remember the function of a number; records of its backward pass do not name it."""
         name = getattr(record, "co_name", None)
         if name and len(self._places) < _MAX_FRAMES:
-            self._places[frame] = f"{record.co_filename}:{record.co_firstlineno} {name}"
+            self._places[number.partition("/")[0]] = f"{record.co_filename}:{record.co_firstlineno} {name}"
 
-        guard = _guard(getattr(record, "recompile_reason", None))
-        limit = "recompile limit" in str(getattr(record, "fail_reason", None) or "")
-        detail = LIMIT if limit else AGAIN if guard else FIRST
-        return Compilation(began_us + took_us, 1000 * took_us, detail, self._places.get(frame, ""), guard)
+    def _detail(self, record: Any, number: str, guard: str) -> Compiled:
+        if "recompile limit" in str(getattr(record, "fail_reason", None) or ""):
+            return Compiled.LIMIT
+
+        if number in self._again:
+            return Compiled.REST
+
+        if guard and len(self._again) < _MAX_FRAMES:
+            self._again.add(number)
+
+        return Compiled.AGAIN if guard else Compiled.FIRST
 
 
 def _guard(reason: str | None) -> str:

@@ -1,0 +1,188 @@
+"""Functions that torch.compile compiles again and again, as their inputs differ each time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import Compiled, Pause
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.pauses import Rows
+from traceml.diagnosis.facts.sampled_lines import parsed_place
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
+from traceml.diagnosis.steps.replay import saved_ns
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.window import Window
+from traceml.formatting import duration_text, gain_text, line_text, percent_text, plural
+
+__all__ = ["recompiles"]
+
+LEAST_NUMBER = 3
+"""A function is compiled twice in healthy runs: for the last batch, which is smaller, and without gradients."""
+_TAKEN_FROM = ("forward", "backward", "other")
+_SHAPE = re.compile(r"(size|stride) mismatch at index (\d+)|\.(size|shape|stride)\b")
+_GRADIENTS = "grad_mode"
+_OWN = "/torch/_dynamo/"  # a frame that torch puts around a module of its own
+_TOLD_SHARE, _TOLD_GAIN = 0.01, 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Recompiled:
+    """Compilations of a run beyond the first of each function, of the rank that spent most on them.
+
+    Attributes:
+        number: how many.
+        functions: of how many functions.
+        seconds: wall time of them.
+        limit: calls that ran uncompiled when torch gave up.
+        place: the function with most of it.
+        guard: the newest condition that was not met.
+    """
+
+    number: int
+    functions: int
+    seconds: float
+    limit: int
+    place: tuple[str | None, int | None, str | None]
+    guard: str
+
+
+def recompiles(window: Window, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+    """Return the finding about functions compiled anew, and the parts of the step without these compilations.
+
+    Args:
+        window: the steps.
+        segments: their own work.
+        facts: the compilations that ranks have told, and the run's wall time.
+    """
+    taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _all)
+    # A compilation is no long step to wonder about, also where it is no finding.
+    without = _without(segments, sum(taken.values(), np.zeros_like(segments.own))) if taken else {}
+    seen = _recompiled(segments, facts)
+    if seen is None:
+        return [], without
+
+    share = _window_share(window, segments, facts) if facts.time is None else _run_share(seen, facts.time.wall_s)
+    found = [_finding(segments, seen, share)] if share >= WARNING_SHARE or seen.limit else []
+    return found, without
+
+
+_MOST_SHARE = 0.99
+
+
+def _all(rows: Rows) -> NDArray[np.bool_]:
+    return np.ones(len(rows), bool)
+
+
+def _window_share(window: Window, segments: Segments, facts: JobFacts) -> float:
+    """Return the share of step time; 0 where it is not worth telling."""
+    taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _are_anew)
+    if not taken:
+        return 0.0
+
+    saved = saved_ns(segments, _without(segments, sum(taken.values(), np.zeros_like(segments.own))))
+    return saved / segments.step_ns if saved >= least_cost_ns(segments.step_ns) else 0.0
+
+
+def _run_share(seen: _Recompiled, wall_s: float) -> float:
+    return min(seen.seconds / wall_s, _MOST_SHARE) if wall_s > 0 else 0.0
+
+
+def _are_anew(rows: Rows) -> NDArray[np.bool_]:
+    return np.asarray(rows["detail"] != Compiled.FIRST)
+
+
+def _recompiled(segments: Segments, facts: JobFacts) -> _Recompiled | None:
+    by_rank = {rank: _often(facts.pauses.rows(rank, Pause.COMPILATION)) for rank in segments.ranks.tolist()}
+    rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()), default=None)
+    if rank is None or not len(by_rank[rank]):
+        return None
+
+    rows = by_rank[rank]
+    again = rows[rows["detail"] == Compiled.AGAIN]
+    guards = again[again["text_id"] >= 0]
+    return _Recompiled(
+        number=len(again),
+        functions=len(np.unique(rows["line_id"])),
+        seconds=float(rows["ns"].sum()) / 1e9,
+        limit=int((rows["detail"] == Compiled.LIMIT).sum()),
+        place=parsed_place(facts.pauses.most_frequent(rank, again, "line_id") or None),
+        guard=facts.pauses.text(rank, int(guards["text_id"][-1])) if len(guards) else "",
+    )
+
+
+def _often(rows: Rows) -> Rows:
+    """Return the rows of functions that were compiled anew often, without the first of each."""
+    again = rows[rows["detail"] == Compiled.AGAIN]["line_id"]
+    functions, counts = np.unique(again, return_counts=True)
+    limited = rows[rows["detail"] == Compiled.LIMIT]["line_id"]
+    often = np.isin(rows["line_id"], np.concatenate([functions[counts >= LEAST_NUMBER], limited]))
+    return rows[often & _are_anew(rows)]
+
+
+def _without(segments: Segments, ns: Floats) -> dict[str, Floats]:
+    """Return the parts without compiling, which a call of the model does first, then its backward pass."""
+    without: dict[str, Floats] = {}
+    for part in _TAKEN_FROM:
+        if part in segments.parts:
+            values = segments.parts[part]
+            without[part] = np.maximum(values - ns, 0)
+            ns = ns - (values - without[part])
+
+    return without
+
+
+def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
+    file, line, function = seen.place
+    gain = 1 / (1 - min(share, _MOST_SHARE))
+    place = line_text(file, line, function) if file and line and function and _OWN not in file else None
+    more = f" and {plural(seen.functions - 1, 'other function')}" if seen.functions > 1 else ""
+    took = f", in {duration_text(seen.seconds)} ({percent_text(share)} of the time)" if share >= _TOLD_SHARE else ""
+    return Finding(
+        kind=Kind.RECOMPILES,
+        severity=Kind.RECOMPILES.severity_for(share),
+        summary=(
+            f"torch.compile compiled {place or 'the model'}{more} {plural(seen.number, 'time')} anew{took}"
+            f"{_why(seen)}.{_given_up(seen)}"
+        ),
+        next=_advice(seen) + (f": {gain_text(gain)}." if gain >= _TOLD_GAIN else "."),
+        evidence={
+            "recompiles": seen.number,
+            "compile_s": seen.seconds,
+            "guard": seen.guard,
+            "limit_reached": bool(seen.limit),
+            "steps": segments.own.shape[1],
+            **({"file": file, "line": line, "function": function} if place else {}),
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
+
+
+def _why(seen: _Recompiled) -> str:
+    return f"; the last reason: {seen.guard}" if seen.guard else ""
+
+
+def _given_up(seen: _Recompiled) -> str:
+    return " The limit of versions is reached: inputs that none of them fits run uncompiled." if seen.limit else ""
+
+
+def _advice(seen: _Recompiled) -> str:
+    if _SHAPE.search(seen.guard):
+        return (
+            "Compile for any size (torch.compile(model, dynamic=True), or torch._dynamo.mark_dynamic(x, 0) for one "
+            "dimension), or pad batches to a few sizes"
+        )
+
+    if _GRADIENTS in seen.guard:
+        return "Compile one model for training and another for evaluation, or evaluate with model._orig_mod"
+
+    return (
+        "Pass what changes as a tensor, or keep it out of the compiled function: other values are compiled into its "
+        "code (TORCH_LOGS=recompiles lists them)"
+    )

@@ -1,0 +1,109 @@
+"""Findings about functions compiled anew: number, reason, limit, advice, and where they must stay silent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from traceml.database.schema import LINE_OTHER, PAUSES, Compiled, Pause
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.pauses import PauseHistory
+from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+SIZE = "tensor 'x' size mismatch at index 0. expected 122, actual 121"
+NAMES = {0: {5: "/x/train.py:24 forward", 6: SIZE, 7: "self.name == 'step 6'", 8: "GLOBAL_STATE changed: grad_mode"}}
+
+
+def compilations(*details: Compiled, ms: float = 400, every: int = 25, guard: int = 6) -> PauseHistory:
+    rows = np.zeros(len(details), PAUSES.dtype)
+    rows["step"], rows["ns"], rows["count"] = 15 + np.arange(len(details)) * every, int(ms * MS), 1
+    rows["cause"], rows["phase"], rows["detail"] = int(Pause.COMPILATION), LINE_OTHER, details
+    rows["line_id"], rows["text_id"] = 5, np.where(rows["detail"] == Compiled.FIRST, -1, guard)
+    pauses = PauseHistory(NAMES)
+    pauses.add(0, rows)
+    return pauses
+
+
+def long_forwards(count: int, ms: float = 400, every: int = 25):
+    def fault(own, _) -> None:
+        own["forward"][:, 15 : 15 + count * every : every] += ms
+
+    return fault
+
+
+def found(pauses: PauseHistory, *faults, **facts) -> list[Finding]:
+    return diagnose(window_of(ALONE, *faults), JobFacts(pauses=pauses, **facts))
+
+
+def test_it_names_function_reason_and_limit():
+    """The function with its line, how often, the last reason, and that torch has given up."""
+    pauses = compilations(*[Compiled.AGAIN] * 7, Compiled.LIMIT)
+    verdict = found(pauses, long_forwards(8))[0]
+
+    assert verdict.kind is Kind.RECOMPILES
+    assert "train.py:24 forward 7 times anew" in verdict.summary
+    assert SIZE in verdict.summary
+    assert "run uncompiled" in verdict.summary
+    assert verdict.evidence["limit_reached"] is True
+    assert verdict.cost_share == pytest.approx(8 * 400 / (14.1 * 210 + 8 * 400), rel=0.05)
+
+
+@pytest.mark.parametrize(("guard", "advice"), [(6, "mark_dynamic"), (7, "as a tensor"), (8, "for evaluation")])
+def test_the_advice_fits_the_reason(guard, advice):
+    """Sizes, other values, and gradients that are on or off need different changes."""
+    verdict = found(compilations(*[Compiled.AGAIN] * 7, guard=guard), long_forwards(7))[0]
+
+    assert advice in verdict.next
+
+
+def test_they_are_judged_by_the_whole_run():
+    """Most of them are in the first steps, which the window leaves out."""
+    pauses = compilations(*[Compiled.AGAIN] * 7, every=0)
+    pauses._rows[0]["step"] = 2
+    verdict = found(pauses, time=RunTime.of(10.0, {"steps": 9.0}))[0]
+
+    assert (verdict.kind, verdict.cost_share) == (Kind.RECOMPILES, pytest.approx(0.28))
+
+
+def test_a_limit_counts_without_a_cost():
+    """A function that is no longer compiled is slower by an unknown amount."""
+    pauses = compilations(*[Compiled.AGAIN] * 7, Compiled.LIMIT, ms=0.1)
+    (verdict, *_) = found(pauses)
+
+    assert (verdict.kind, verdict.severity) == (Kind.RECOMPILES, Severity.WARNING)
+    assert verdict.gain is None
+    assert "no longer compiled" in verdict.headline
+
+
+@pytest.mark.parametrize(
+    "details",
+    [(Compiled.FIRST, Compiled.AGAIN, Compiled.AGAIN), (Compiled.FIRST,) * 8],
+    ids=["last batch and evaluation", "many functions"],
+)
+def test_compiling_once_is_silent(details):
+    """It is no finding, and no jitter either."""
+    kinds = {each.kind for each in found(compilations(*details), long_forwards(len(details)))}
+
+    assert kinds == {Kind.COMPUTE_BOUND}
+
+
+def test_many_functions_compiled_anew_once_are_silent():
+    """A size that has changed once compiles each part of the model anew."""
+    pauses = compilations(*[Compiled.AGAIN] * 8)
+    pauses._rows[0]["line_id"] = np.arange(8)
+
+    assert {each.kind for each in found(pauses, long_forwards(8))} == {Kind.COMPUTE_BOUND}
+
+
+def test_long_steps_beside_them_are_still_jitter():
+    """Only the time of compilations is explained."""
+    kinds = {
+        each.kind for each in found(compilations(Compiled.FIRST), long_forwards(1), adds("other", 150, chance=0.05))
+    }
+
+    assert Kind.JITTER in kinds
