@@ -249,6 +249,11 @@ _STALLS = (
           steps=60),
     _case("a large heap, collected by the interpreter", "stalls remembers", "GC_PAUSES", steps=200),
     _case("makes and drops objects", "stalls drops", steps=200, never=frozenset({"GC_PAUSES"})),
+    _case("compiles for each name", "stalls names", "RECOMPILES", function="forward", steps=200),
+    _case("compiles for each size", "stalls sizes", "RECOMPILES", function="forward", steps=200),
+    _case("compiled for any size", "stalls sizes_dynamic", steps=200, never=frozenset({"RECOMPILES"})),
+    _case("compiled, with smaller last batches", "stalls last_batch", steps=200,
+          never=frozenset({"RECOMPILES", "JITTER"})),
     _case("collects seldom", "stalls tidies", steps=200, never=frozenset({"GC_PAUSES"})),
 )  # fmt: skip
 

@@ -19,8 +19,10 @@ class Net(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
 
+        self.name = "first"
+
     def forward(self, x):
-        return self.layers(x)
+        return self.layers(x) * len(self.name)
 
 
 def many_objects():
@@ -57,6 +59,21 @@ def train(model, optimizer, loss_of):
             make_and_drop(step)
 
 
+def loss_of(model, x, step):
+    if how == "names":
+        net.name = f"step {step}"
+    elif how in ("sizes", "sizes_dynamic"):
+        x = x[: 128 - step % 60]
+    elif how == "last_batch" and step % 20 == 19:
+        x = x[:50]
+
+    return model(x).square().mean()
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager", dynamic=False if how == "sizes" else None)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     held = many_objects() if how.startswith(("collects", "remembers")) else None
@@ -68,4 +85,5 @@ if __name__ == "__main__":
         gc.freeze()
         gc.disable()
 
-    train(net, sgd, lambda model, x, _step: model(x).square().mean())
+    compiles = how in ("names", "sizes", "sizes_dynamic", "last_batch")
+    train(compiled(net) if compiles else net, sgd, loss_of)
