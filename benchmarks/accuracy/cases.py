@@ -254,7 +254,6 @@ _STALLS = (
     _case("compiled for any size", "stalls sizes_dynamic", steps=200, never=frozenset({"RECOMPILES"})),
     _case("compiled, with smaller last batches", "stalls last_batch", steps=200,
           never=frozenset({"RECOMPILES", "JITTER"})),
-    _case("collects seldom", "stalls tidies", steps=200, never=frozenset({"GC_PAUSES"})),
 )  # fmt: skip
 
 CASES: tuple[Case, ...] = (

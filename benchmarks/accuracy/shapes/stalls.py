@@ -53,8 +53,6 @@ def train(model, optimizer, loss_of):
             remember(step)
             if how == "remembers_frozen" and step % 100 == 99:
                 gc.collect()
-        elif how == "tidies" and step % 25 == 24:
-            collect()
         elif how == "drops":
             make_and_drop(step)
 
