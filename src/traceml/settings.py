@@ -166,6 +166,11 @@ class Config:
         "Patterns of keys and values that are masked before rows leave the machine: shell patterns, or "
         "`re:EXPRESSION`. `!NAME` exempts a name; `!email`, `!phone`, `!card` and `!user` turn a kind off.",
     )
+    otlp_endpoint: str | None = _set(
+        None,
+        "Base URL of an OpenTelemetry collector (`http://collector:4318`) to which the aggregator sends metrics and "
+        "spans; without it OpenTelemetry's own variables count, such as OTEL_EXPORTER_OTLP_ENDPOINT.",
+    )
     local_only: bool = _set(False, "Deliver only to trackers on this machine.")
     keep_runs: int | None = _set(
         None,

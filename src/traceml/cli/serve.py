@@ -23,6 +23,7 @@ from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_prometheus_option
 from traceml.errors import TraceMLError
 from traceml.supervise.metrics_process import metrics_beside
+from traceml.supervise.otlp_process import otlp_beside
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
 from traceml.supervise.page_process import PageProcess
 from traceml.supervise.report_maker import BESIDE_RUNS, ReportMaker
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> int:
             contextlib.closing(reports),
             _page(config.runs_dir, options.web),
             _metrics(config, options),
+            _collector(config),
             _published(host, port, token, aggregator, _folder_lock(options, Path(config.runs_dir))),
             _screen(aggregator, wanted=options.terminal),
         ):
@@ -266,6 +268,18 @@ def _metrics(config: settings.Config, options: argparse.Namespace) -> Iterator[N
             return
 
         with _background_thread(partial(_keep_alive, keep), name="traceml-metrics"):
+            yield
+
+
+@contextlib.contextmanager
+def _collector(config: settings.Config) -> Iterator[None]:
+    """Send metrics and spans to an OpenTelemetry collector from a separate process, where one is set."""
+    with otlp_beside(config, os.environ) as process:
+        if process is None:
+            yield
+            return
+
+        with _background_thread(partial(_keep_alive, process.restart_if_dead), name="traceml-otlp"):
             yield
 
 

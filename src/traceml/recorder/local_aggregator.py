@@ -220,6 +220,8 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
     environ["TRACEML_RETENTION"] = str(config.retention)
     if config.keep_runs is not None:
         environ["TRACEML_KEEP_RUNS"] = str(config.keep_runs)
+    if config.otlp_endpoint is not None:
+        environ["TRACEML_OTLP_ENDPOINT"] = config.otlp_endpoint
     if config.debug:
         environ["TRACEML_DEBUG"] = "1"
 

@@ -49,6 +49,7 @@ class InitArguments(TypedDict, total=False):
     include: Sequence[str]
     exclude: Sequence[str]
     mask: Sequence[str]
+    otlp_endpoint: str | None
     local_only: bool
     keep_runs: int | None
     retention: float | Literal["off"]

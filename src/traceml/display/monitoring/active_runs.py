@@ -38,11 +38,13 @@ class RunsSnapshot:
         reports: of the running runs, the newest first.
         states: number of all runs by state.
         hidden: running runs without a report because there are too many.
+        infos: all runs of the folder.
     """
 
     reports: Sequence[Report] = ()
     states: tuple[tuple[str, int], ...] = ()
     hidden: int = 0
+    infos: tuple[RunInfo, ...] = ()
 
     def readings(self) -> list[Reading]:
         """Return the values of every metric."""
@@ -56,11 +58,15 @@ class ActiveRuns:
 
     Args:
         runs_dir: the folder.
+        owner: process id of an aggregator: only its runs have reports.
         clock: monotonic seconds.
     """
 
-    def __init__(self, runs_dir: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, runs_dir: Path, *, owner: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._source = RunsSource(Path(runs_dir))
+        self._owner = owner
         self._clock = clock
         self._infos: tuple[RunInfo, ...] = ()
         self._live: dict[Path, LiveRun] = {}
@@ -68,10 +74,10 @@ class ActiveRuns:
         self._snapshot: RunsSnapshot | None = None
         self._read_s = 0.0
 
-    def snapshot(self) -> RunsSnapshot:
-        """Return the runs as they are now; an answer of the last second is used again."""
+    def snapshot(self, *, fresh: bool = False) -> RunsSnapshot:
+        """Return the runs as they are now; an answer of the last second is used again, unless it must be `fresh`."""
         with self._lock:
-            if self._snapshot is None or self._clock() - self._read_s >= _FRESH_S:
+            if self._snapshot is None or fresh or self._clock() - self._read_s >= _FRESH_S:
                 self._snapshot = self._read()
                 self._read_s = self._clock()
 
@@ -91,17 +97,20 @@ class ActiveRuns:
         reports = [report for path in shown if (report := self._report(path)) is not None]
         states = Counter(dict.fromkeys(_STATES, 0))
         states.update(info.state for info in self._infos)
-        return RunsSnapshot(reports, tuple(states.items()), len(running) - len(shown))
+        return RunsSnapshot(reports, tuple(states.items()), len(running) - len(shown), self._infos)
 
     def _report(self, path: Path) -> Report | None:
         live = self._live.setdefault(path, LiveRun(path))
         try:
             live.refresh()
-            return live.report()
+            return live.report() if self._is_owned(live) else None
         except StoreError as error:  # the store was replaced: the next request opens the new one
             _log.warning("the metrics of %s are missing: %s", path.name, error)
             self._drop({path})
             return None
+
+    def _is_owned(self, live: LiveRun) -> bool:
+        return self._owner is None or live.digest.aggregator.get("pid") == self._owner
 
     def _drop(self, paths: set[Path]) -> None:
         for path in paths:

@@ -1,0 +1,165 @@
+"""A run as spans for tracing systems: the run, its attempts, and blocks of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from traceml.database.schema import STEPS
+from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.report.report_types import Report
+from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.series import StepSeries, read_series
+
+__all__ = ["RunSpan", "run_spans"]
+
+_S = 1_000_000_000
+_MOST_RANKS = 8  # of an attempt, whose last steps are read
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpan:
+    """A span.
+
+    Attributes:
+        name: what passed.
+        start_ns, end_ns: epoch nanoseconds.
+        key: unique in the run, and the same each time the run is read.
+        parent: key of the span around it; None for the run itself.
+        attributes: facts about it.
+    """
+
+    name: str
+    start_ns: int
+    end_ns: int
+    key: str
+    parent: str | None = None
+    attributes: dict[str, Value] = field(default_factory=dict)
+
+
+def run_spans(run_dir: Path, report: Report) -> list[RunSpan]:
+    """Return the spans of an ended run, each after the one around it; none where its start is not known.
+
+    A block of steps is left out where its first or last step is no longer stored.
+
+    Args:
+        run_dir: the run's folder.
+        report: its report.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    run = report.run
+    if run.started is None:
+        return []
+
+    start_ns = int(run.started * _S)
+    end_ns = start_ns + int((run.duration_s or 0.0) * _S)
+    root = RunSpan(f"run {run.name}", start_ns, end_ns, "run", None, _facts(report))
+    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+        streams = [stream for stream in reader.streams() if not stream.facts.get("helps")]
+        attempts = list(_attempts(reader, streams, root))
+        return [root, *attempts, *_blocks(reader, streams, read_series(run_dir).steps)]
+
+
+def _facts(report: Report) -> dict[str, Value]:
+    run, steps = report.run, report.steps
+    known: dict[str, Value | None] = {
+        "traceml.run.id": run.id,
+        "traceml.run.name": run.name,
+        "traceml.run.project": run.project,
+        "traceml.run.state": run.state,
+        "traceml.run.world_size": run.world_size,
+        "traceml.run.steps": steps.count,
+        "traceml.step.mean_seconds": None if steps.mean_ms is None else steps.mean_ms / 1e3,
+        "traceml.goodput": None if report.time is None else report.time.goodput,
+        "traceml.verdict.kind": report.verdict.kind.value,
+        "traceml.verdict.severity": report.verdict.severity.value,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _attempts(reader: StoreReader, streams: Sequence[StreamRecord], root: RunSpan) -> Iterator[RunSpan]:
+    clocks, last = RunClocks(streams), max((stream.attempt for stream in streams), default=0)
+    for attempt in sorted({stream.attempt for stream in streams}):
+        of_attempt = [stream for stream in streams if stream.attempt == attempt]
+        starts = [
+            clocks.of_stamp(stream.id, int(stream.facts["clock"][0]))
+            for stream in of_attempt
+            if "clock" in stream.facts
+        ]
+        start_ns = max(min(starts, default=root.start_ns), root.start_ns)
+        end_ns = root.end_ns if attempt == last else _last_step_ns(reader, of_attempt, clocks)
+        facts: dict[str, Value] = {"traceml.attempt": attempt, "traceml.ranks": len({each.rank for each in of_attempt})}
+        yield RunSpan(
+            f"attempt {attempt}", start_ns, max(end_ns or start_ns, start_ns), f"attempt/{attempt}", "run", facts
+        )
+
+
+def _last_step_ns(reader: StoreReader, streams: Sequence[StreamRecord], clocks: RunClocks) -> int | None:
+    found = []
+    for stream in streams[:_MOST_RANKS]:
+        rows = reader.rows(STEPS.name, [stream.id], last=1)
+        found += [clocks.of_stamp(stream.id, int(rows["t_end_ns"][-1]))] if len(rows) else []
+
+    return max(found, default=None)
+
+
+def _blocks(reader: StoreReader, streams: Sequence[StreamRecord], series: StepSeries) -> Iterator[RunSpan]:
+    """Yield the blocks of steps of the charts, as the first rank of the last attempt passed them."""
+    last = max((stream.attempt for stream in streams), default=0)
+    stream = min(
+        (each for each in streams if each.attempt == last), key=lambda each: (each.rank, -each.id), default=None
+    )
+    if stream is None or not len(series):
+        return
+
+    clocks = RunClocks(streams)
+    for index, (first, final, start_ns, end_ns) in _bounds(reader, stream, series):
+        yield RunSpan(
+            f"steps {first}-{final}" if final > first else f"step {first}",
+            clocks.of_stamp(stream.id, start_ns),
+            clocks.of_stamp(stream.id, end_ns),
+            f"steps/{last}/{first}",
+            f"attempt/{last}",
+            _block_facts(series, index, first, final),
+        )
+
+
+def _bounds(
+    reader: StoreReader, stream: StreamRecord, series: StepSeries
+) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
+    """Yield each block's index, its first and last step, and its start and end on the rank's clock."""
+    newest = reader.rows(STEPS.name, [stream.id], last=1)
+    if not len(newest):
+        return
+
+    most = int(newest["step"][-1])
+    ends = [(int(first), min(int(first) + series.width - 1, most)) for first in series.steps]
+    rows = reader.rows(STEPS.name, [stream.id], steps=[(step, step) for bounds in ends for step in bounds])
+    times = {int(row["step"]): (int(row["t_end_ns"]) - int(row["total_ns"]), int(row["t_end_ns"])) for row in rows}
+    for index, (first, final) in enumerate(ends):
+        if first in times and final in times:
+            yield index, (first, final, times[first][0], times[final][1])
+
+
+def _block_facts(series: StepSeries, index: int, first: int, final: int) -> dict[str, Value]:
+    """Return the durations of a block, in seconds: of all ranks, the same as on the charts."""
+    values = {"p50": series.p50_ms, "p95": series.p95_ms, "max": series.max_ms}
+    facts: dict[str, Value] = {"traceml.step.first": first, "traceml.step.last": final}
+    for name, column in values.items():
+        if np.isfinite(column[index]):
+            facts[f"traceml.step.{name}_seconds"] = float(column[index]) / 1e3
+
+    for phase, column in series.phases_ms.items():
+        if np.isfinite(column[index]):
+            facts[f"traceml.phase.{phase}_seconds"] = float(column[index]) / 1e3
+
+    return facts
