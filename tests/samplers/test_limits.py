@@ -43,6 +43,17 @@ def test_file_systems_are_those_of_the_host() -> None:
     assert rows[Resource.SHARED_MEMORY][4] > 0
 
 
+def test_the_disk_of_checkpoints_is_another_one(tmp_path: Path) -> None:
+    """It is sampled once a folder is known, where it is not the disk of the working directory."""
+    folders: list[str | None] = [None, ".", "/dev/shm/checkpoint-1/gone", "/dev/shm"]
+    sampler = HostLimitsSampler(lambda: folders.pop(0))
+    found = [[row for row in sampler.sample(1, 0) if row[2] == Resource.CHECKPOINT_DISK] for _ in range(4)]
+    sampler.close()
+
+    assert found[:3] == [[], [], []]
+    assert found[3][0][4] <= shutil.disk_usage("/dev/shm").total
+
+
 def test_limits_of_the_innermost_control_group(tmp_path: Path) -> None:
     """`max` is no limit; the group above has one."""
     job = tmp_path / "pod" / "job"

@@ -261,6 +261,7 @@ class Resource(IntEnum):
     PROCESSES = 3  # processes and threads of the control group
     MEMORY = 4  # bytes of the control group's memory, without file cache
     CPU_QUOTA = 5  # scheduling periods in which the control group was throttled, of all since the start
+    CHECKPOINT_DISK = 6  # bytes of the checkpoints' file system, where it is not that of the working directory
 
 
 class Pause(IntEnum):

@@ -55,7 +55,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         *ended,
         *worker_lost(facts, explained),
         *steps_skipped(facts.skipped, facts.losses),
-        *limits_near(facts.limits),
+        *limits_near(facts.limits, facts.save_folders),
         *_training(facts),
     ]
     around = [*outside_steps(facts.time, facts.lines), *_memory(facts)]

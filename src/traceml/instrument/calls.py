@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.database.schema import Phase
 from traceml.instrument.patches import Patches
+from traceml.instrument.save_folder import SaveFolder
 from traceml.instrument.step_clock import StepClock
 
 __all__ = [
@@ -86,16 +87,16 @@ def patch_functional_collectives(patches: Patches, clock: StepClock) -> None:
             patches.wrap(module, name, timed_call(value, _COMM, clock))
 
 
-def patch_checkpoint(patches: Patches, clock: StepClock) -> None:
-    """Time `torch.save`."""
+def patch_checkpoint(patches: Patches, clock: StepClock, folder: SaveFolder) -> None:
+    """Time `torch.save`, and note its folder."""
     torch, serialization = sys.modules["torch"], sys.modules["torch.serialization"]
-    wrapper = timed_call(serialization.save, _CHECKPOINT, clock)
+    wrapper = folder.watch(timed_call(serialization.save, _CHECKPOINT, clock), 1, "f")
     patches.wrap(torch, "save", wrapper)
     patches.wrap(serialization, "save", wrapper)
 
 
-def patch_distributed_checkpoint(patches: Patches, clock: StepClock) -> None:
-    """Time the functions that save a distributed checkpoint."""
+def patch_distributed_checkpoint(patches: Patches, clock: StepClock, folder: SaveFolder) -> None:
+    """Time the functions that save a distributed checkpoint, and note the folder that has its folder."""
     package, saver = (
         sys.modules["torch.distributed.checkpoint"],
         sys.modules.get("torch.distributed.checkpoint.state_dict_saver"),
@@ -105,19 +106,20 @@ def patch_distributed_checkpoint(patches: Patches, clock: StepClock) -> None:
         if original is None:
             continue
 
-        wrapper = timed_call(original, _CHECKPOINT, clock)
+        wrapper = folder.watch(timed_call(original, _CHECKPOINT, clock), -1, "checkpoint_id")
         for module in (package, saver):
             if getattr(module, name, None) is original:
                 patches.wrap(module, name, wrapper)
 
 
-def patch_safetensors(patches: Patches, clock: StepClock) -> None:
+def patch_safetensors(patches: Patches, clock: StepClock, folder: SaveFolder) -> None:
     """Time the writing of safetensors by two inner functions: other packages hold references to the public ones."""
     module = sys.modules["safetensors.torch"]
     for name in ("_flatten", "serialize_file"):
         original = vars(module).get(name)
         if callable(original):
-            patches.wrap(module, name, timed_call(original, _CHECKPOINT, clock))
+            timed = timed_call(original, _CHECKPOINT, clock)
+            patches.wrap(module, name, folder.watch(timed, 1, "filename") if name == "serialize_file" else timed)
 
 
 def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str]) -> None:

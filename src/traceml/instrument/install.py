@@ -18,6 +18,7 @@ from traceml.fail_open import fail_open
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
+from traceml.instrument.save_folder import SaveFolder
 from traceml.instrument.search.iterators import Feeding, feeding_of
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.user import StepBlock, UserPhases
@@ -35,6 +36,7 @@ class Instrumentation:
     Attributes:
         clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
         feeding: the code that gives batches to a training without a loader; None before its first backward pass.
+        save_folder: the folder of the checkpoints.
         lost_workers: facts of loader workers that died, until the recorder takes them.
         collectives: names of the timed functions of torch.distributed.
     """
@@ -57,6 +59,7 @@ class Instrumentation:
         self._losses: Any = None
         self._installed = True
         self.feeding: Feeding | None = None
+        self.save_folder = SaveFolder(lambda folder: self._report({"kind": "saves", "folder": folder}))
         self.lost_workers: deque[Info] = deque(maxlen=_MAX_LOST)
         self._timed: set[tuple[Any, str]] = set()
         self._reported: dict[str, Info] = {}  # the last facts by kind
@@ -281,7 +284,7 @@ class Instrumentation:
             batches.inspect,
         )
         self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
-        calls.patch_checkpoint(patches, clock)
+        calls.patch_checkpoint(patches, clock, self.save_folder)
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)
         self._device = CudaDevice() if "cuda" in types else None
@@ -351,12 +354,12 @@ class Instrumentation:
     def _on_checkpoint_import(self) -> None:
         from traceml.instrument.calls import patch_distributed_checkpoint
 
-        self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock))
+        self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock, self.save_folder))
 
     def _on_safetensors_import(self) -> None:
         from traceml.instrument.calls import patch_safetensors
 
-        self._guarded(lambda: patch_safetensors(self._patches, self.clock))
+        self._guarded(lambda: patch_safetensors(self._patches, self.clock, self.save_folder))
 
     # ---- groups ----
 

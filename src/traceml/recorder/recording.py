@@ -318,7 +318,11 @@ class Recording:
         from traceml.instrument.workers.loader_workers import worker_pids
         from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
 
-        return open_samplers(local_rank=self.identity.rank_identity.local_rank, workers=worker_pids)
+        rank = self.identity.rank_identity.local_rank
+        return open_samplers(local_rank=rank, workers=worker_pids, save_folder=self._save_folder)
+
+    def _save_folder(self) -> str | None:
+        return self.instrumentation.save_folder.path if self.instrumentation is not None else None
 
     def _sampling(self, samplers: Sequence[Sampler]) -> SamplerScheduler:
         flight = self.flight

@@ -21,7 +21,9 @@ _log = logging.getLogger("traceml")
 _Factory = Callable[[], Sampler]
 
 
-def open_samplers(*, local_rank: int, workers: Groups = tuple) -> list[Sampler]:
+def open_samplers(
+    *, local_rank: int, workers: Groups = tuple, save_folder: Callable[[], str | None] = lambda: None
+) -> list[Sampler]:
     """Open the samplers that work on this machine; local rank 0 also opens those of the host.
 
     A rank that sees only GPUs of its own samples them too.
@@ -29,6 +31,7 @@ def open_samplers(*, local_rank: int, workers: Groups = tuple) -> list[Sampler]:
     Args:
         local_rank: the number of this rank on its host.
         workers: returns (number of the loader, ids of its worker processes) of each iterator.
+        save_folder: returns the folder of the checkpoints.
     """
     factories: list[_Factory] = [
         ProcessSampler,
@@ -37,7 +40,7 @@ def open_samplers(*, local_rank: int, workers: Groups = tuple) -> list[Sampler]:
         lambda: LoaderWorkersSampler(workers),
     ]
     if local_rank == 0:
-        factories += [HostSampler, GpuSampler, HostLimitsSampler]
+        factories += [HostSampler, GpuSampler, lambda: HostLimitsSampler(save_folder)]
     elif has_own_gpus(local_rank, os.environ.get(VARIABLE)):
         factories += [GpuSampler]
 

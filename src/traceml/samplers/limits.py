@@ -57,13 +57,19 @@ class LimitsSampler:
 
 
 class HostLimitsSampler(LimitsSampler):
-    """Samples the limits that all processes of a host or container share; local rank 0 takes them."""
+    """Samples the limits that all processes of a host or container share; local rank 0 takes them.
+
+    Args:
+        save_folder: returns the folder of the checkpoints, None while it is not known.
+    """
 
     name: ClassVar[str] = "host_limits"
     cost_us: ClassVar[float] = 60.0
 
-    def __init__(self) -> None:
+    def __init__(self, save_folder: Callable[[], str | None] = lambda: None) -> None:
         super().__init__()
+        self._save_folder = save_folder
+        self._save_device: int | None = None
         self._group = cgroup.limited_memory()
         self._processes = cgroup.limited_processes()
         self._cpu = cgroup.throttling()
@@ -81,7 +87,18 @@ class HostLimitsSampler(LimitsSampler):
             (Resource.PROCESSES, self._process_count),
             (Resource.MEMORY, self._memory),
             (Resource.CPU_QUOTA, self._throttled_since_start),
+            (Resource.CHECKPOINT_DISK, self._checkpoint_disk),
         )
+
+    def _checkpoint_disk(self) -> _Usage:
+        folder = self._save_folder()
+        device = device_of(folder) if folder is not None else None
+        if folder is None or device in (None, device_of(".")):
+            return None
+
+        # The use of another file system later is no growth of this one.
+        self._save_device = device if self._save_device is None else self._save_device
+        return file_system(folder) if device == self._save_device else None
 
     def _process_count(self) -> _Usage:
         if self._processes is None:
@@ -110,6 +127,14 @@ def open_files() -> _Usage:
     """Return (open descriptors of this process, its soft limit); None without a limit."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return None if limit == resource.RLIM_INFINITY else (len(os.listdir("/proc/self/fd")) - 1, limit)  # noqa: PTH208
+
+
+def device_of(path: str) -> int | None:
+    """Return the number of a path's file system; None where the path does not exist."""
+    try:
+        return os.stat(path).st_dev  # noqa: PTH116 - without importing pathlib's machinery per sample
+    except OSError:
+        return None
 
 
 def file_system(path: str) -> _Usage:

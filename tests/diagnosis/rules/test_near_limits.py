@@ -12,6 +12,8 @@ from traceml.diagnosis.facts.resource_use import UseHistory
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 
+FOLDERS = {0: "/data/run"}
+
 
 def found(resource: Resource, used: list[int], limit: int, *, seconds: float = 1.0, steps: int = 10, rank: int = 0):
     """Return the findings about samples that are `seconds` and `steps` apart."""
@@ -22,7 +24,7 @@ def found(resource: Resource, used: list[int], limit: int, *, seconds: float = 1
     for part in np.array_split(rows, 3):
         history.add(rank, part)
 
-    findings = diagnose(window_of(Job(ranks=1, grouped=False)), JobFacts(limits=history.uses()))
+    findings = diagnose(window_of(Job(ranks=1, grouped=False)), JobFacts(limits=history.uses(), save_folders=FOLDERS))
     return [finding for finding in findings if finding.kind is Kind.LIMIT_NEAR]
 
 
@@ -45,6 +47,7 @@ def test_a_leak_of_open_files_is_told_with_the_time_left():
         (Resource.OPEN_FILES, [30, 300, 40, 310, 35, 305, 30, 300, 40], 1024),  # opened and closed
         (Resource.OPEN_FILES, [30, 60, 90, 120], 1024),  # the start, of too few samples
         (Resource.DISK, [970] * 9, 1000),  # full, as disks are
+        (Resource.CHECKPOINT_DISK, [970] * 9, 1000),
         (Resource.DISK, list(range(100, 190, 10)), 10_000_000),  # it grows, and lasts for years
         (Resource.CPU_QUOTA, [0, 1, 2, 3, 3, 4, 5, 5, 6], 100),
         (Resource.CPU_QUOTA, [9] * 9, 10),  # of too few periods
@@ -60,6 +63,12 @@ def test_what_does_not_run_out_is_no_finding(resource, used, limit):
     [
         (Resource.SHARED_MEMORY, [60 << 20] * 3, 64 << 20, "60.0 MiB of 64.0 MiB shared memory"),
         (Resource.DISK, [n << 30 for n in range(80, 98, 2)], 100 << 30, "96.0 GiB of 100 GiB disk"),
+        (
+            Resource.CHECKPOINT_DISK,
+            [n << 30 for n in range(80, 98, 2)],
+            100 << 30,
+            "96.0 GiB of 100 GiB disk of the checkpoints in /data/run",
+        ),
         (Resource.CPU_QUOTA, [40] * 3, 100, "40 % of its scheduling periods"),
         (Resource.PROCESSES, [950] * 3, 1000, "950 of 1,000 processes"),
     ],

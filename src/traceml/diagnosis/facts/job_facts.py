@@ -146,6 +146,7 @@ class JobFacts:
         growing: rank -> containers that grew while its memory did, when it looked last.
         exits: ends of ranks.
         limits: use of resources that have a limit.
+        save_folders: rank -> folder into which it wrote checkpoints.
         memory: memory of ranks, devices and hosts over the run.
         lines: lines in which the training threads were seen.
         skipped: steps without an update.
@@ -177,6 +178,7 @@ class JobFacts:
     growing: Mapping[int, Sequence[GrowingObjects]] = field(default_factory=dict)
     exits: tuple[RankExit, ...] = ()
     limits: tuple[ResourceUse, ...] = ()
+    save_folders: Mapping[int, str] = field(default_factory=dict)
     memory: MemoryHistory = field(default_factory=MemoryHistory)
     lines: Sequence[SampledLine] = ()
     skipped: SkippedSteps | None = None
@@ -254,6 +256,7 @@ class JobFactsBuilder:
         self.limits, self.lines, self.memory = UseHistory(), LineCounts(), MemoryHistory()
         self.workers = WorkerHistory()
         self.lost_workers: dict[int, list[LostWorker]] = {}
+        self.save_folders: dict[int, str] = {}
         self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
         self.skipped = SkippedSteps()
         self.steps_before: dict[int, int] = {}
@@ -299,6 +302,8 @@ class JobFactsBuilder:
             self.stops.setdefault(rank, []).append(stop)
         elif kind == "worker_lost" and (lost := lost_worker_of(row)) is not None:
             self.lost_workers[rank] = [*self.lost_workers.get(rank, []), lost][:_MAX_LOST]
+        elif kind == "saves" and isinstance(row.get("folder"), str):
+            self.save_folders[rank] = row["folder"]
         elif kind == "growth":
             self.growing[rank] = growing_of(row)
         elif kind == "input":
@@ -404,6 +409,7 @@ class JobFactsBuilder:
             lost_workers=dict(self.lost_workers),
             growing=dict(self.growing),
             limits=self.limits.uses(),
+            save_folders=dict(self.save_folders),
             memory=self.memory,
             lines=LazyLines(self.lines, self.names),
             skipped=self.skipped,

@@ -56,7 +56,7 @@ class ResourceUse:
             return self.limit >= _MIN_PERIODS and self.share >= THROTTLED_SHARE
 
         ends = self.left_s is not None and self.left_s <= SOON_S
-        return ends or (self.share >= FULL_SHARE and self.resource is not Resource.DISK)
+        return ends or (self.share >= FULL_SHARE and self.resource not in (Resource.DISK, Resource.CHECKPOINT_DISK))
 
 
 class UseHistory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.resource_use import SOON_S, ResourceUse
@@ -15,7 +15,8 @@ __all__ = ["limits_near"]
 VERY_SOON_S = 600.0
 """A resource that ends within this time is critical."""
 
-_BYTES = (Resource.SHARED_MEMORY, Resource.DISK, Resource.MEMORY)
+_DISKS = (Resource.DISK, Resource.CHECKPOINT_DISK)
+_BYTES = (Resource.SHARED_MEMORY, *_DISKS, Resource.MEMORY)
 _WORDS = {
     Resource.OPEN_FILES: "open files",
     Resource.SHARED_MEMORY: "shared memory (/dev/shm)",
@@ -23,6 +24,7 @@ _WORDS = {
     Resource.PROCESSES: "processes and threads",
     Resource.MEMORY: "memory of the container",
     Resource.CPU_QUOTA: "CPU quota",
+    Resource.CHECKPOINT_DISK: "disk of the checkpoints",
 }
 _ADVICE = {
     Resource.OPEN_FILES: (
@@ -34,6 +36,7 @@ _ADVICE = {
         "with medium Memory in Kubernetes), or use fewer workers or a smaller prefetch_factor."
     ),
     Resource.DISK: "Keep fewer checkpoints and logs, or write them to another disk.",
+    Resource.CHECKPOINT_DISK: "Keep fewer checkpoints, save only what a restart needs, or write them to another disk.",
     Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's limit of pids.",
     Resource.MEMORY: "Find what grows (lists of losses that keep graphs, caches in a Dataset), or ask for more memory.",
     Resource.CPU_QUOTA: (
@@ -42,20 +45,26 @@ _ADVICE = {
 }
 
 
-def limits_near(uses: Iterable[ResourceUse]) -> list[Finding]:
-    """Return a finding per resource that runs out, of the rank that is nearest to its limit."""
+def limits_near(uses: Iterable[ResourceUse], save_folders: Mapping[int, str] | None = None) -> list[Finding]:
+    """Return a finding per resource that runs out, of the rank that is nearest to its limit.
+
+    Args:
+        uses: resources in use.
+        save_folders: rank -> folder of its checkpoints.
+    """
     near: dict[Resource, ResourceUse] = {}
     for use in uses:
         worst = near.get(use.resource)
         if use.is_near and (worst is None or use.share > worst.share):
             near[use.resource] = use
 
-    return [_finding(use) for use in near.values()]
+    return [_finding(use, save_folders or {}) for use in near.values()]
 
 
-def _finding(use: ResourceUse) -> Finding:
+def _finding(use: ResourceUse, folders: Mapping[int, str]) -> Finding:
+    folder = folders.get(use.rank) if use.resource is Resource.CHECKPOINT_DISK else None
     soon = use.left_s is not None and use.left_s <= VERY_SOON_S
-    words = _WORDS[use.resource]
+    words = _WORDS[use.resource] + (f" in {folder}" if folder else "")
     if use.resource is Resource.CPU_QUOTA:
         summary = (
             f"The container was stopped in {percent_text(use.share)} of its scheduling periods, because its CPU quota "
@@ -75,6 +84,7 @@ def _finding(use: ResourceUse) -> Finding:
             "resource": use.resource.name.lower(),
             "used": use.used,
             "limit": use.limit,
+            **({} if folder is None else {"folder": folder}),
             **({} if use.left_s is None else {"left_s": use.left_s}),
             **({} if use.left_steps is None else {"left_steps": use.left_steps}),
         },
