@@ -7,8 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from traceml.database.schema import LINES
+from traceml.database.schema import LINES, LOSSES
 from traceml.database.store.thinning import BLOCK_STEPS, kept, sample_blocks, thinned_rows
+from traceml.diagnosis.facts.loss_history import LossHistory
 
 
 @pytest.mark.parametrize("level", range(8))
@@ -58,6 +59,23 @@ def test_nonsensical_range_is_sampled_too() -> None:
     """A step counter that jumped far needs no memory by its distance."""
     ranges = sample_blocks(0, 2**62, 6_400)
     assert len(ranges) == 100
+
+
+@pytest.mark.parametrize("bad", [slice(400, 400), slice(400, 1_000), slice(0, 1_000), slice(300, 700)])
+def test_thinned_losses_tell_the_same_about_losses_that_are_not_finite(bad: slice) -> None:
+    """The step since which they are not, and the last finite one, however often they are thinned."""
+    rows = np.zeros(1_000, LOSSES.dtype)
+    rows["t_ns"], rows["step"], rows["loss"] = np.arange(1_000) * 50_000_000, np.arange(1_000), np.arange(1_000) / 7
+    rows["loss"][bad] = np.nan
+    left, told = rows, []
+    for level in range(6):
+        left = thinned_rows("losses", left, level)
+        history = LossHistory()
+        history.add(0, left)
+        told.append(history.first())
+
+    assert told == told[:1] * 6
+    assert len(left) < 100
 
 
 def test_counts_of_lines_are_added_up() -> None:

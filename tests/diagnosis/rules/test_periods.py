@@ -36,6 +36,16 @@ def test_every_nth_step_is_named(job, part, every):
     assert found[0].headline.startswith(f"Every {every}th step is long")
 
 
+def test_the_last_step_makes_no_period():
+    """A script that hangs at its end, and two short pauses before at such a distance."""
+
+    def ends(own, _) -> None:
+        own["other"][:, [-21, -11]] += 30
+        own["other"][:, -1] += 40_000
+
+    assert not any("every_n_steps" in each.evidence for each in findings(ALONE, ends))
+
+
 def test_what_runs_there_is_named_with_its_line():
     """Where the samples of the phase tell it."""
     line = SampledLine(0, "other", "/home/me/train.py", 70, "log_images", None, 80)

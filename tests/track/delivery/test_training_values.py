@@ -13,6 +13,7 @@ from tests.diagnosis.fabricated import Job, rows_of
 from tests.track.delivery.test_derived import derive, frames, named, stream
 from traceml.database.schema import FINGERPRINTS, INFO, LOSSES, STEPS
 from traceml.database.store.reader import Frame, StreamRecord
+from traceml.track.delivery.training_values import TrainingValues
 
 TEXT = {"kind": "input", "dtype": "torch.int64", "dimensions": 2, "tokens": True}
 Given = list[tuple[Frame, StreamRecord]]
@@ -39,9 +40,9 @@ def prints(rank: int, values: list[int]) -> Given:
     return frames(FINGERPRINTS, rows, 2, rank)
 
 
-def losses(rank: int, values: list[float]) -> Given:
+def losses(rank: int, values: list[float], first: int = 0) -> Given:
     rows = np.zeros(len(values), LOSSES.dtype)
-    rows["step"], rows["loss"] = range(len(values)), values
+    rows["step"], rows["loss"] = range(first, first + len(values)), values
     return frames(LOSSES, rows, 2, rank)
 
 
@@ -81,10 +82,27 @@ def test_a_split_model_without_fingerprints_has_no_rate() -> None:
     assert named(found, "traceml/samples_per_s") == []
 
 
-def test_the_loss_is_the_mean_of_the_lowest_rank() -> None:
-    found = derive([*losses(1, [90.0, 80.0]), *losses(0, [3.0, 2.0, 1.0]), *steps(1)], interval_s=1000)
+def test_the_loss_is_the_mean_over_the_ranks_of_a_step() -> None:
+    """A step that one rank read has its loss; the value is the mean of the steps."""
+    found = derive([*losses(1, [9.0, 8.0]), *losses(0, [3.0, 2.0, 1.0]), *steps(1)], interval_s=1000)
 
-    assert named(found, "traceml/loss") == [2.0]
+    assert named(found, "traceml/loss") == [pytest.approx((6.0 + 5.0 + 1.0) / 3)]
+
+
+def test_a_rank_that_is_behind_delays_the_loss_of_a_step() -> None:
+    """A value is made of the same steps of all ranks, not of the newest of one and the oldest of another."""
+    values = TrainingValues({})
+    for frame, of in losses(0, [1.0, 2.0, 3.0]):
+        values.take(frame, of)
+    for frame, of in losses(1, [5.0]):
+        values.take(frame, of)
+
+    first = values.close(None, 2, [0, 1])
+    values.take(*losses(1, [6.0], 1)[0])
+
+    assert first == {"traceml/loss": 3.0}
+    assert values.close(None, 3, [0, 1]) == {"traceml/loss": pytest.approx((4.0 + 3.0) / 2)}
+    assert values.close(None, 4, [0, 1], last=True) == {}
 
 
 def test_a_loss_that_is_not_finite_is_no_mean() -> None:

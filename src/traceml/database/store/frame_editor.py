@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from traceml.database.schema import LINES, Table
+from traceml.database.schema import LINES, LOSSES, Table
 from traceml.database.store.codec import decode, encode
 from traceml.database.store.records import step_offset
 from traceml.database.store.summaries import SAMPLE_TABLES, STEP_TABLES, TableSums, sum_rows
@@ -25,7 +25,7 @@ __all__ = ["FRAME_OVERHEAD_BYTES", "SUMMED", "THINNED", "EditedFrame", "FrameEdi
 
 SUMMED = frozenset(table.name for table in (*STEP_TABLES, *SAMPLE_TABLES))
 """Tables whose rows are summed."""
-THINNED = SUMMED | {LINES.name}
+THINNED = SUMMED | {LINES.name, LOSSES.name}
 """Tables whose old rows may be thinned."""
 FRAME_OVERHEAD_BYTES = 40
 """Bytes of a frame in the store beside its rows: header and index, measured."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINES
+from traceml.database.schema import LINES, LOSSES
 
 __all__ = ["BLOCK_STEPS", "STATE_KEY", "kept", "kept_rows", "sample_blocks", "thinned_rows"]
 
@@ -45,8 +45,12 @@ def kept_rows(rows: NDArray[np.void], level: int) -> NDArray[np.bool_]:
 def thinned_rows(table: str, rows: NDArray[np.void], level: int) -> NDArray[np.void]:
     """Return what stays of a table's consecutive rows at a level.
 
-    Counts of sampled lines are added up by line instead, so that their totals stay exact.
+    Counts of sampled lines are added up by line instead, so that their totals stay exact. Of losses the last finite one
+    and the one after it stay, as the verdict tells since when they are not finite.
     """
+    if table == LOSSES.name:
+        return rows[kept_rows(rows, level) | _last_change(rows["loss"])]
+
     if table != LINES.name:
         return rows[kept_rows(rows, level)]
 
@@ -58,6 +62,15 @@ def thinned_rows(table: str, rows: NDArray[np.void], level: int) -> NDArray[np.v
         left[name] = np.bincount(of.ravel()[::-1], rows[name], len(last)).astype(np.int64)[order]
 
     return left
+
+
+def _last_change(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which rows are the last finite loss and the one after it, where there are such."""
+    chosen = np.zeros(len(losses), bool)
+    finite = np.flatnonzero(np.isfinite(losses))
+    last = int(finite[-1]) if len(finite) else -1
+    chosen[max(last, 0) : last + 2] = True
+    return chosen
 
 
 def sample_blocks(first: int, last: int, steps: int) -> list[tuple[int, int]]:

@@ -67,7 +67,8 @@ def periodic_steps(
 
 def _period(window: Window, segments: Segments) -> _Period | None:
     usual_ns, limit = usual(segments.step)
-    long = np.flatnonzero(segments.step > limit)
+    # The last step has what the script does before it ends, also a hang: it makes no period.
+    long = np.flatnonzero(segments.step[:-1] > limit)
     if not MIN_LONG_STEPS <= len(long) <= RARE * len(segments.step):
         return None
 

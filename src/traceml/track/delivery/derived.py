@@ -137,7 +137,7 @@ class DerivedMetrics:
         for held in self._memory.pop("held", {}).values():
             self._add_times(_decoded(held))
 
-        rows = list(self._close_steps())
+        rows = list(self._close_steps(last=True))
         for key in list(self._memory.get("samples", {})):
             rows += self._close_samples(key)
 
@@ -182,7 +182,7 @@ class DerivedMetrics:
         steps["lead"] += len(rows)
         steps["t"] = int(ends_ns[-1])
 
-    def _close_steps(self) -> Iterator[Metric]:
+    def _close_steps(self, *, last: bool = False) -> Iterator[Metric]:
         steps, lead = self._memory.pop("interval", None), self._memory.get("lead")
         if steps is None or lead is None or not steps["n"]:
             return
@@ -194,7 +194,7 @@ class DerivedMetrics:
         if speed is not None:
             values["traceml/steps_per_s"] = speed
 
-        values |= self._training.close(speed, step, [int(rank) for rank in self._memory["step_of"]])
+        values |= self._training.close(speed, step, [int(rank) for rank in self._memory["step_of"]], last=last)
 
         grouped = has_group(self._memory["ranks"])
         values |= {

@@ -57,16 +57,17 @@ class TrainingValues:
             sizes["samples"] += int(rows["samples"].sum())
             sizes["elements"] += int(rows["elements"].sum())
 
-    def close(self, steps_per_s: float | None, step: int, ranks: list[int]) -> dict[str, float]:
+    def close(self, steps_per_s: float | None, step: int, ranks: list[int], *, last: bool = False) -> dict[str, float]:
         """Return the values of the interval that ends, by name.
 
         Args:
             steps_per_s: speed in the interval; None where it is not known.
             step: last step of the lowest rank.
             ranks: the ranks that have made steps.
+            last: whether no more rows come.
         """
-        sizes, losses = self._memory.pop("sizes", None), self._memory.pop("losses", None)
-        values = {} if losses is None else {"traceml/loss": _mean(losses)}
+        sizes, losses = self._memory.pop("sizes", None), self._ready_losses(step, last=last)
+        values = {"traceml/loss": float(np.mean([_mean(each) for each in losses]))} if losses else {}
         distinct, has_tokens = self._data_ranks(ranks, step)
         if sizes is None or not sizes["samples"] or not distinct or steps_per_s is None:
             return values
@@ -79,19 +80,21 @@ class TrainingValues:
         return values
 
     def _take_losses(self, rank: int, rows: NDArray[np.void]) -> None:
-        least = self._memory.setdefault("loss_rank", rank)
-        if rank > least:
-            return
+        """Add losses to the sums of their steps: the value of a step is the mean over ranks."""
+        sums = self._memory.setdefault("losses", {})
+        for step, loss in zip(rows["step"].tolist(), rows["loss"].tolist(), strict=True):
+            total, count = sums.get(str(step), (0.0, 0))
+            sums[str(step)] = [total + loss if math.isfinite(loss) and total is not None else None, count + 1]
 
-        if rank < least:
-            self._memory["loss_rank"] = rank
-            self._memory.pop("losses", None)
+        if len(rows):
+            self._memory.setdefault("loss_steps", {})[str(rank)] = int(rows["step"][-1])
 
-        sums = self._memory.setdefault("losses", {"sum": 0.0, "count": 0, "is_finite": True})
-        finite = rows["loss"][np.isfinite(rows["loss"])]
-        sums["sum"] += float(finite.sum())
-        sums["count"] += len(finite)
-        sums["is_finite"] = sums["is_finite"] and len(finite) == len(rows)
+    def _ready_losses(self, step: int, *, last: bool) -> list[list[Any]]:
+        """Take the sums of the steps of which all ranks have sent theirs, or had an interval of time to do so."""
+        sums, seen = self._memory.get("losses", {}), self._memory.get("loss_steps", {})
+        due, self._memory["loss_due"] = self._memory.get("loss_due", -1), step
+        up_to = max(due, min(seen.values(), default=-1))
+        return [sums.pop(key) for key in list(sums) if last or int(key) <= up_to]
 
     def _known(self, stream: StreamRecord) -> dict[str, Any]:
         known: dict[str, Any] = self._memory.setdefault("facts", {}).setdefault(str(stream.rank), {})
@@ -129,5 +132,7 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in _FACTS if row.get(name) is not None}
 
 
-def _mean(losses: dict[str, Any]) -> float:
-    return losses["sum"] / losses["count"] if losses["is_finite"] and losses["count"] else math.nan
+def _mean(losses: list[Any]) -> float:
+    """Return the mean over ranks; NaN where one is not finite, as its sum is None."""
+    total, count = losses
+    return math.nan if total is None else total / count
