@@ -37,7 +37,7 @@ def test_format_goes_by_the_output(run_dir, tmp_path, capsys):
 
     assert (tmp_path / "run.pfw.gz").stat().st_size > 100
     assert (tmp_path / "tables.csv" / "steps.csv").read_text().count("\n") == 61
-    assert "21 tables" in capsys.readouterr().out
+    assert "22 tables" in capsys.readouterr().out
 
 
 def test_through_a_link(run_dir, tmp_path):
