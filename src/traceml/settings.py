@@ -50,10 +50,6 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
     "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
 }
-# Reserved names of settings that nothing reads yet: setting one is an error.
-_RESERVED: dict[str, tuple[str, str]] = {
-    "on_finding": ("findings do not run commands yet", "nothing (remove this setting)"),
-}
 # Other spellings that files accept, known from similar tools.
 _ALIASES = {"backends": "backend"}
 
@@ -143,6 +139,14 @@ class Config:
         "report",
         "When the job hangs: report it, or also write the report and end the job with a status other than 0.",
     )
+    on_finding: tuple[str, ...] = _set(
+        (),
+        "Commands (run by the shell, with JSON on standard input) and webhook URLs (which get the same JSON) that are "
+        "told of each finding once per run. The aggregator runs them, with its own settings. In the environment a "
+        "command with a comma needs a JSON list.",
+        secret=True,
+    )
+    on_finding_after: float = _set(30.0, "Seconds that a finding stands before `on_finding` is told of it.", low=0)
     metrics_interval: float = _set(30.0, "Seconds between system metrics sent to trackers.", above=0)
     flush_interval: float = _set(1.0, "Longest time in seconds that a row waits in the rank.", low=0.01)
     ring_rows: int = _set(
@@ -319,7 +323,7 @@ def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
             continue
 
         key = upper.removeprefix(ENV_PREFIX).lower()
-        if not text.strip() and (key in _RESERVED or not _is_list(_known(key, text, variable, variable))):
+        if not text.strip() and not _is_list(_known(key, text, variable, variable)):
             continue
 
         yield from _checked(key, text, variable, variable)
@@ -427,10 +431,6 @@ def _is_list(name: str) -> bool:
 
 def _checked(key: str, value: Any, source: str, written: str) -> Iterator[_Entry]:
     """Yield (source, setting, value in its own type); `written` is the key as the user wrote it."""
-    if key in _RESERVED:
-        problem, permitted = _RESERVED[key]
-        raise SettingsError(written, problem, source=source, allowed=permitted)
-
     name = _known(key, value, source, written)
     declared = declarations()[name]
     result = coerce(declared.kind, value, declared.limits)
@@ -458,8 +458,6 @@ def reference() -> str:
         shown = "-" if shown is None or shown in ("", {}) else str(shown).lower() if shown in (True, False) else shown
         lines.append(f"| `{each.name}` | {shown} | {each.doc} | {each.allowed} |")
 
-    lines.append(_REFERENCE_RESERVED)
-    lines.extend(f"- `{name}`: {problem}. Allowed: {permitted}." for name, (problem, permitted) in _RESERVED.items())
     lines.append(_REFERENCE_INTERNAL)
     lines.extend(f"- `{name}`: {doc}." for name, doc in sorted(INTERNAL_ENV.items()))
     return "\n".join(lines) + "\n"
@@ -483,12 +481,6 @@ true and `on_missing` were `warn` unless they are set.
 
 | setting | default | description | allowed |
 |---|---|---|---|"""
-
-_REFERENCE_RESERVED = """
-## Reserved names
-
-Settings of later versions. Setting one is an error.
-"""
 
 _REFERENCE_INTERNAL = """
 ## Variables that our own processes set for each other

@@ -25,6 +25,7 @@ from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures
 from traceml.transport.hello import WORLD_LIMIT, Hello
@@ -78,6 +79,8 @@ class ActiveRun:
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
+        self.final_findings: list[Finding] = []
+        """Findings at the end of the run, if they were wanted."""
         self._resume()
         self._facts.write(self.store)
 
@@ -93,6 +96,11 @@ class ActiveRun:
     def state(self) -> str:
         """running, finished, stopped, failed or lost."""
         return self._facts.state
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Its name and project."""
+        return {name: str(self._facts.values.get(name, "")) for name in ("name", "project")}
 
     @property
     def ended(self) -> bool:
@@ -347,17 +355,23 @@ class ActiveRun:
         except StoreError as error:  # the next commit reports a disk that is full
             _log.debug("run %s: %s", self.id, error)
 
-    def end(self, status: int | None = None) -> bool:
+    def end(self, status: int | None = None, *, diagnose: bool = False) -> bool:
         """Close the run; return False while rows cannot be stored.
 
         Args:
             status: exit status of the job, as its launcher reports it.
+            diagnose: whether `final_findings` are wanted.
         """
         if not self.commit(force=True):
             return False
 
         before = dict(self._facts.values)
-        self._facts.end(self._final_state(status))
+        state = self._final_state(status)
+        if diagnose:
+            with fail_open(_log, "aggregator", f"the last findings of run {self.id} are not known"):
+                self.final_findings = self.live.final_findings(state)
+
+        self._facts.end(state)
         self._facts.write(self.store)
         if handled := Counter(failures()) - self._failures_before:
             self.store.put_meta("failures", dict(handled))

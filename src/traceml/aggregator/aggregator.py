@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.commands import Commands
 from traceml.aggregator.hung_jobs import HungJobs
 from traceml.aggregator.recovery import dead_flights
@@ -41,6 +42,7 @@ _WATCH_S = 0.25
 _VERDICT_S = 1.0
 # After each tick, when the rows are acknowledged, for summing, merging and thinning what a run has stored.
 _MAINTAIN_S = 0.015
+_LAST_ALERTS_S = 5.0
 # An aggregator that ends when idle waits this long for its first rank.
 _NEVER_JOINED_S = 60.0
 
@@ -60,6 +62,7 @@ class Aggregator:
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
         delivery_nice: nice value of delivery processes.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
+        alerts: told of findings.
         tls: encrypt connections, with this certificate.
 
     Raises:
@@ -78,6 +81,7 @@ class Aggregator:
         on_run_settled: Callable[[Path], object] | None = None,
         delivery_nice: int = 19,
         retention_gb: float | None = None,
+        alerts: FindingAlerts | None = None,
         tls: ServerIdentity | None = None,
     ) -> None:
         prepare_runs_dir(runs_dir)
@@ -96,6 +100,7 @@ class Aggregator:
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._silent: dict[ActiveRun, SilentRanks] = {}
         self._hung = HungJobs(on_run_finished)
+        self._alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_due = False
@@ -239,9 +244,11 @@ class Aggregator:
     async def _end(self, run: ActiveRun, status: int | None) -> bool:
         self._recover_flights(run)
         run.settle_exits()
-        if not run.end(status):
+        if not run.end(status, diagnose=self._alerts.has_targets):
             return False
 
+        self._alerts.check_end(run, run.final_findings)
+        self._alerts.forget(run)
         self._verdicts.pop(run, None)
         self._silent.pop(run, None)
         self._hung.forget(run)
@@ -258,8 +265,8 @@ class Aggregator:
         return True
 
     def is_delivering(self, path: Path) -> bool:
-        """Whether rows of an ended run are still being delivered to trackers."""
-        return path in self._deliveries.ended_runs or path in self._settling
+        """Whether rows or alerts of an ended run are still being delivered."""
+        return path in self._deliveries.ended_runs or path in self._settling or self._alerts.is_sending(path)
 
     def _recover_flights(self, run: ActiveRun) -> None:
         """Recover the rows of ranks of this run that were never connected here."""
@@ -275,6 +282,7 @@ class Aggregator:
             run.close()
 
         await asyncio.gather(*self._ending.values(), return_exceptions=True)
+        await self._alerts.close(_LAST_ALERTS_S)
         await asyncio.to_thread(self._deliveries.stop)
         await self.server.stop()
 
@@ -336,6 +344,7 @@ class Aggregator:
             self._silent.setdefault(run, SilentRanks(run, self._start)).check()
             verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
             verdict.update(run.store)
+            self._alerts.check(run, verdict.findings)
             run.commit()
             if verdict.is_hang and self._hung.is_due(run):
                 self._start(self._abort_checked(run))
@@ -360,7 +369,7 @@ class Aggregator:
 
     def _stop_if_idle(self) -> None:
         now_s = time.monotonic()
-        delivering = self._deliveries.ended_runs or self._settling
+        delivering = self._deliveries.ended_runs or self._settling or self._alerts.is_busy
         if self.registry.open_runs or self._ending or delivering or any(peer.context for peer in self.server.peers):
             self._idle_since_s = now_s
 

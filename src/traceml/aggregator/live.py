@@ -8,8 +8,10 @@ from traceml.aggregator.streams import Stream
 from traceml.database.looks import RankLook
 from traceml.database.schema import INFO, NAMES
 from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.intake import RowIntake
+from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.window import slots_for
 from traceml.transport.framing import decode_log
 
@@ -80,6 +82,16 @@ class LiveRows:
         self.intake.facts.state = state
         window, facts = self.intake.snapshot(_HUNG_STEPS)
         return bool(hang(window, facts))
+
+    def final_findings(self, state: str) -> list[Finding]:
+        """Return the findings of a run that ended in this state.
+
+        Args:
+            state: finished, stopped, failed, hung or lost.
+        """
+        self.intake.facts.state = state
+        window, facts = self.intake.snapshot(_HUNG_STEPS)
+        return diagnose(window, facts)
 
     def scatter(self) -> None:
         """Put the rows that arrived since the last tick into the window."""

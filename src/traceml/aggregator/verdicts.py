@@ -41,8 +41,13 @@ class LiveVerdict:
         self._stored_s = self._due_s = 0.0
         self.count = 0
         """Number of diagnoses."""
-        self.is_hang = False
+        self.findings: list[Finding] = []
+        """All findings of the last diagnosis."""
+
+    @property
+    def is_hang(self) -> bool:
         """Whether the last verdict is that the job hangs."""
+        return bool(self.findings) and self.findings[0].kind is Kind.HANG
 
     def update(self, store: StoreWriter) -> None:
         """Diagnose if there are new rows, and store a verdict that changed or is older than a few seconds."""
@@ -64,7 +69,7 @@ class LiveVerdict:
         now_s = time.monotonic()
         self._due_s = now_s + (now_s - began_s) * (1 / _SHARE - 1) if now_s - began_s > _SHARE else 0.0
         verdict = findings[0]
-        self.is_hang = verdict.kind is Kind.HANG
+        self.findings = findings
         signature = (verdict.kind, verdict.ranks, verdict.phase)
         if signature != self._last or now_s - self._stored_s >= _REPEAT_S:
             self._last, self._stored_s = signature, now_s

@@ -232,4 +232,7 @@ def _print_line(line: str) -> None:
 def _print_delivery() -> None:
     """Print why the command still runs after the script's end."""
     if sys.stderr.isatty():
-        print("traceml: delivering what was logged; Ctrl-C leaves the rest to `traceml sync`", file=sys.stderr)
+        print(
+            "traceml: delivering what was logged, and alerts; Ctrl-C leaves logged values to `traceml sync`",
+            file=sys.stderr,
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import socket
@@ -218,6 +219,8 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
     environ["TRACEML_OUTLIVES"] = "1"  # it outlives a launch's worker, to deliver the worker's rows
     environ["TRACEML_DELIVERY_NICE"] = str(config.delivery_nice)
     environ["TRACEML_RETENTION"] = str(config.retention)
+    environ["TRACEML_ON_FINDING"] = json.dumps(config.on_finding)
+    environ["TRACEML_ON_FINDING_AFTER"] = str(config.on_finding_after)
     if config.keep_runs is not None:
         environ["TRACEML_KEEP_RUNS"] = str(config.keep_runs)
     if config.otlp_endpoint is not None:

@@ -37,6 +37,8 @@ class InitArguments(TypedDict, total=False):
     stack_interval: float
     hang_timeout: float
     on_hang: Literal["report", "abort"]
+    on_finding: Sequence[str]
+    on_finding_after: float
     metrics_interval: float
     flush_interval: float
     ring_rows: int

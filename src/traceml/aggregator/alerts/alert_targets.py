@@ -1,0 +1,186 @@
+"""Targets of alerts: a command that reads JSON on its standard input, or a webhook that is sent it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from traceml.errors import TraceMLError
+from traceml.version import __version__
+
+__all__ = ["AlertTarget", "CommandAlert", "WebhookAlert", "target_of"]
+
+_COMMAND_S, _GRACE_S = 30.0, 1.0
+_KEPT_BYTES = 2000  # of a command's output, for the log
+_READ_BYTES = 1 << 16
+_WEBHOOK_S = 10.0
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between tries of a webhook
+_BUSY = (408, 425, 429)  # such a refusal may pass
+_OWN_SECRETS = ("TRACEML_TOKEN", "TRACEML_ON_FINDING")
+
+
+class AlertTarget(Protocol):
+    """Receiver of alerts."""
+
+    @property
+    def name(self) -> str:
+        """Its name in logs and in the run, without secrets."""
+
+    async def send(self, document: bytes) -> None:
+        """Deliver one alert, in bounded time.
+
+        Args:
+            document: JSON.
+
+        Raises:
+            TraceMLError: it cannot be delivered.
+        """
+
+
+def target_of(text: str) -> AlertTarget:
+    """Return the target that an entry of `on_finding` names: an http(s) URL, or else a command."""
+    is_url = text.lower().startswith(("http://", "https://"))
+    return WebhookAlert(text) if is_url else CommandAlert(text)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandAlert:
+    """A command, run by the shell in the folder in which the aggregator was started.
+
+    Attributes:
+        command: the command.
+        limit_s: time after which it is killed with all that it has started.
+    """
+
+    command: str
+    limit_s: float = _COMMAND_S
+
+    @property
+    def name(self) -> str:
+        """The program, without its arguments: they may hold a key."""
+        return f"command {Path(self.command.split()[0]).name}" if self.command.strip() else "command"
+
+    async def send(self, document: bytes) -> None:
+        """Run it with the alert on its standard input.
+
+        Raises:
+            TraceMLError: it failed, or was killed after its time.
+        """
+        process = await asyncio.create_subprocess_shell(
+            self.command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # its process group can be killed, and a terminal's Ctrl-C does not end it
+            env=_environ(os.environ),
+        )
+        is_done = False
+        try:
+            async with asyncio.timeout(self.limit_s):
+                output = await _converse(process, document)
+                status = await process.wait()
+                is_done = True
+        except TimeoutError:
+            raise TraceMLError(
+                f"{self.name} did not end within {self.limit_s:g} s, and was killed. Long work belongs into the "
+                "background, with its output elsewhere"
+            ) from None
+        finally:
+            if not is_done:
+                await _kill_group(process)
+
+        if status:
+            said = output.decode(errors="replace").strip()
+            raise TraceMLError(f"{self.name} failed with status {status}" + (f": {said}" if said else ""))
+
+
+async def _converse(process: asyncio.subprocess.Process, document: bytes) -> bytes:
+    """Write the alert and read the output until it ends; return the end of the output."""
+
+    async def write() -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read
+            process.stdin.write(document)
+            await process.stdin.drain()
+            process.stdin.close()
+
+    async def read() -> bytes:
+        assert process.stdout is not None
+        kept = b""
+        while data := await process.stdout.read(_READ_BYTES):
+            kept = (kept + data)[-_KEPT_BYTES:]
+
+        return kept
+
+    _, output = await asyncio.gather(write(), read())
+    return output
+
+
+def _environ(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name.upper() not in _OWN_SECRETS}
+
+
+async def _kill_group(process: asyncio.subprocess.Process) -> None:
+    """Kill a command with all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+    with contextlib.suppress(TimeoutError):  # a child that has left the group may hold the pipe
+        async with asyncio.timeout(_GRACE_S):
+            await process.communicate()
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookAlert:
+    """A URL that alerts are posted to.
+
+    Attributes:
+        url: the URL; its path is often a secret.
+        pauses_s: seconds between tries.
+    """
+
+    url: str
+    pauses_s: tuple[float, ...] = _PAUSES_S
+
+    @property
+    def name(self) -> str:
+        """The host, without path and password."""
+        return f"webhook {urlsplit(self.url).hostname}"
+
+    async def send(self, document: bytes) -> None:
+        """Post it, with some tries if the server is down or busy.
+
+        Raises:
+            TraceMLError: the server refuses it, or did not take it in any try.
+        """
+        for pause_s in (*self.pauses_s, None):
+            try:
+                await asyncio.to_thread(self._post, document)
+                return
+            except urllib.error.HTTPError as error:
+                error.close()
+                why = f"it answered {error.code} {error.reason}"
+                if error.code < 500 and error.code not in _BUSY:
+                    raise TraceMLError(f"{self.name} refuses alerts: {why}") from None
+            except (OSError, ValueError) as error:
+                why = str(getattr(error, "reason", error)) or type(error).__name__
+
+            if pause_s is not None:
+                await asyncio.sleep(pause_s)
+
+        raise TraceMLError(f"{self.name} took no alert in {len(self.pauses_s) + 1} tries: {why}")
+
+    def _post(self, document: bytes) -> None:
+        headers = {"Content-Type": "application/json", "User-Agent": f"traceml/{__version__}"}
+        request = urllib.request.Request(self.url, document, headers, method="POST")  # noqa: S310 - http(s), see target_of
+        with urllib.request.urlopen(request, timeout=_WEBHOOK_S):  # noqa: S310
+            pass

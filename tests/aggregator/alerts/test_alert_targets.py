@@ -1,0 +1,159 @@
+"""Targets of alerts: real commands, and a real web server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.eventually import eventually
+from traceml.aggregator.alerts.alert_targets import CommandAlert, WebhookAlert, target_of
+from traceml.errors import TraceMLError
+
+DOCUMENT = json.dumps({"finding": {"kind": "HANG"}}).encode()
+
+
+def _send(target: CommandAlert | WebhookAlert, document: bytes = DOCUMENT) -> None:
+    asyncio.run(target.send(document))
+
+
+@pytest.mark.process
+def test_a_command_reads_the_alert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its standard input; it runs in a shell, without our token."""
+    monkeypatch.setenv("TRACEML_TOKEN", "secret")
+    _send(CommandAlert(f'cat > {tmp_path}/alert.json && echo "token=$TRACEML_TOKEN" > {tmp_path}/environ'))
+
+    assert (tmp_path / "alert.json").read_bytes() == DOCUMENT
+    assert (tmp_path / "environ").read_text() == "token=\n"
+
+
+@pytest.mark.process
+def test_a_command_that_fails_is_told_with_its_words() -> None:
+    """Status and the end of its output; its arguments, which may hold a key, are not repeated."""
+    with pytest.raises(TraceMLError, match="command sh failed with status 3: no mail today") as failure:
+        _send(CommandAlert("sh -c 'echo no mail today >&2; exit 3' --key=hidden"))
+
+    assert "hidden" not in str(failure.value)
+    with pytest.raises(TraceMLError, match="status 127"):
+        _send(CommandAlert("there-is-no-such-program"))
+
+
+@pytest.mark.process
+def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
+    """Also what it has left in the background."""
+    with pytest.raises(TraceMLError, match=r"did not end within 0.5 s, and was killed"):
+        _send(CommandAlert(f"sleep 600 & echo $! > {tmp_path}/pid; sleep 600", limit_s=0.5))
+
+    pid = int((tmp_path / "pid").read_text())
+
+    eventually(lambda: _state_of(pid) in ("", "Z"), "the end of the child")
+
+
+def _state_of(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    return ""
+
+
+@pytest.mark.process
+def test_a_command_that_prints_a_lot_or_reads_nothing_is_no_harm() -> None:
+    """Its output is read and dropped, and an alert of megabytes does not block."""
+    _send(CommandAlert("head -c 50000000 /dev/zero"))
+    _send(CommandAlert("true"), b"x" * (4 << 20))
+    with pytest.raises(TraceMLError) as failure:
+        _send(CommandAlert("yes | head -c 1000000; exit 1"))
+
+    assert len(str(failure.value)) < 3000
+
+
+class _Receiver(BaseHTTPRequestHandler):
+    """A webhook that answers with the next status of its server's list."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.bodies.append((self.headers["Content-Type"], body))  # type: ignore[attr-defined]
+        statuses = self.server.statuses  # type: ignore[attr-defined]
+        self.send_response(statuses.pop(0) if statuses else 200)
+        self.end_headers()
+
+    def log_message(self, *_args: object) -> None: ...
+
+
+class _Webhook:
+    """A web server on a thread."""
+
+    def __init__(self, port: int = 0, statuses: tuple[int, ...] = ()) -> None:
+        self.server = HTTPServer(("127.0.0.1", port), _Receiver)
+        self.server.bodies = []  # type: ignore[attr-defined]
+        self.server.statuses = list(statuses)  # type: ignore[attr-defined]
+        self.url = f"http://127.0.0.1:{self.server.server_port}/services/SECRET"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def bodies(self) -> list[tuple[str, bytes]]:
+        bodies: list[tuple[str, bytes]] = self.server.bodies  # type: ignore[attr-defined]
+        return bodies
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        number: int = free.getsockname()[1]
+
+    return number
+
+
+def test_a_webhook_is_sent_the_alert() -> None:
+    """As JSON."""
+    with closing(_Webhook()) as webhook:
+        _send(WebhookAlert(webhook.url))
+
+        assert webhook.bodies == [("application/json", DOCUMENT)]
+
+
+def test_a_webhook_that_is_busy_is_tried_again() -> None:
+    """One that refuses is not; its path is a secret and not repeated."""
+    with closing(_Webhook(statuses=(503, 429))) as busy:
+        _send(WebhookAlert(busy.url, pauses_s=(0.0, 0.0)))
+        assert len(busy.bodies) == 3
+
+    with closing(_Webhook(statuses=(403,))) as closed:
+        with pytest.raises(TraceMLError, match=r"webhook 127.0.0.1 refuses alerts: it answered 403") as failure:
+            _send(WebhookAlert(closed.url, pauses_s=(0.0, 0.0)))
+
+        assert len(closed.bodies) == 1
+        assert "SECRET" not in str(failure.value)
+
+
+def test_a_webhook_that_is_down_and_comes_up_gets_it(port: int) -> None:
+    """The alert waits between tries; the tries are bounded."""
+    url = f"http://127.0.0.1:{port}/x"
+    with pytest.raises(TraceMLError, match=r"took no alert in 3 tries: .*refused"):
+        _send(WebhookAlert(url, pauses_s=(0.0, 0.0)))
+
+    async def send_and_come_up() -> _Webhook:
+        sending = asyncio.create_task(WebhookAlert(url, pauses_s=(0.05,) * 200).send(DOCUMENT))
+        await asyncio.sleep(0.1)
+        webhook = _Webhook(port)
+        await sending
+        return webhook
+
+    with closing(asyncio.run(send_and_come_up())) as webhook:
+        assert [body for _, body in webhook.bodies] == [DOCUMENT]
+
+
+def test_targets_by_their_text() -> None:
+    """A URL is posted to; anything else is a command. Names have no secrets."""
+    assert target_of("https://hooks.example.com/T0/B1").name == "webhook hooks.example.com"
+    assert target_of("/opt/notify.sh --key abc").name == "command notify.sh"
