@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.forked import client as forked
+from tests.instrument.group_cycles import CYCLES
 from tests.instrument.ranks import STEPS_DONE
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -93,3 +94,24 @@ def test_own_backward_tells_who_is_slow(found: dict[str, list[dict[str, Any]]]) 
     assert mean(1, "backward_own_ns") > 5
     assert mean(0, "backward_own_ns") < mean(0, "backward_ns") - 2
     assert mean(0, "backward_own_ns") < mean(1, "backward_own_ns") / 2
+
+
+@pytest.mark.process
+def test_a_group_is_destroyed_right_after_a_backward_pass(tmp_path: Path) -> None:
+    """Torch alone deadlocks there within a few groups: see `await_gloo_threads`."""
+    processes = [
+        forked.Popen(
+            [sys.executable, str(SCRIPT.with_name("group_cycles.py")), str(rank), str(tmp_path / "store")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+    assert outputs == [f"{CYCLES} groups\n"] * 2

@@ -306,9 +306,12 @@ class Instrumentation:
 
         calls.patch_collectives(self._patches, self.clock)
         c10d = sys.modules["torch.distributed.distributed_c10d"]
-        for name, after in (("init_process_group", self._find_group), ("destroy_process_group", self._drop_group)):
+        for name, change in (
+            ("init_process_group", self._making_group),
+            ("destroy_process_group", self._dropping_group),
+        ):
             original = getattr(c10d, name)
-            wrapper = self._then(original, after)
+            wrapper = change(original)
             for module in (c10d, distributed):
                 if getattr(module, name, None) is original:
                     self._patches.wrap(module, name, wrapper)
@@ -387,6 +390,20 @@ class Instrumentation:
         self.clock.group = self.clock.sequence = None
         self.clock.extras = self.clock.device is not None
         self.clock.detail = self.clock.extras or self.clock.awaits_backward
+
+    def _making_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        return self._then(original, self._find_group)
+
+    def _dropping_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        from traceml.witness.gloo_threads import await_gloo_threads
+
+        def drop(*args: Any, **kwargs: Any) -> Any:
+            with fail_open(_log, "instrument", "gloo's threads are not awaited", once=True):
+                await_gloo_threads()
+
+            return original(*args, **kwargs)
+
+        return self._then(drop, self._drop_group)
 
     def _then(self, original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ from traceml.launch.worker.blas import set_blas_threads
 from traceml.launch.worker.process_end import end_process, exit_status
 from traceml.launch.worker.stack_thread import serve_stacks
 from traceml.witness import stack_signal
+from traceml.witness.gloo_threads import await_gloo_threads
 
 __all__ = ["main"]
 
@@ -236,6 +237,7 @@ def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
     rank, others = int(env["RANK"]), int(env["WORLD_SIZE"]) - 1
     with contextlib.suppress(Exception):  # the job is done; errors of the clean-up do not matter
         if dist.is_initialized():
+            await_gloo_threads()
             dist.destroy_process_group()
 
         if rank and store.add("left", 1) == others:
