@@ -37,8 +37,13 @@ def test_the_last_healthy_run_of_the_project(runs, tmp_path):
 
 def test_without_a_healthy_run_there_is_no_baseline(runs, tmp_path):
     """The error says how many runs there are, and what to do."""
-    with pytest.raises(RunNotFoundError, match=r"none of the 0 other runs of project 'other'.*--baseline RUN"):
+    with pytest.raises(RunNotFoundError, match=r"of 0 earlier runs of project 'other'.*--baseline RUN"):
         find_baseline("last-healthy", [runs[2]], tmp_path)
+    with pytest.raises(RunNotFoundError, match="of 0 earlier runs"):
+        find_baseline("last-healthy", [runs[0]], tmp_path)  # later ones are no baseline of it
+    wide = store_run(tmp_path / "wide", Job(ranks=4, steps=40), facts={"started": STARTED + 900})
+    with pytest.raises(RunNotFoundError, match="with as many ranks"):
+        find_baseline("last-healthy", [wide], tmp_path)
     with pytest.raises(RunNotFoundError, match="several projects: default, other"):
         find_baseline("last-healthy", [runs[1], runs[2]], tmp_path)
 

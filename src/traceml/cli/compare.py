@@ -42,8 +42,8 @@ class CompareOptions:
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")] = ()
     """Runs: folders, ids, the last four characters of ids, or report.json files. The first is the baseline."""
     baseline: Annotated[str | None, tyro.conf.arg(metavar="A", help_behavior_hint="")] = None
-    """Compare with this run: as above, a tag or a run name (the newest counts), or last-healthy: the newest run of the
-    project that finished without a warning. Without runs, the latest is compared with it."""
+    """Compare with this run: as above, a tag or a run name (the newest counts), or last-healthy: the newest earlier
+    run of the project, with as many ranks, that finished without a warning. Without runs, the latest is compared."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the comparison as JSON and nothing else."""
     md: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False

@@ -9,7 +9,7 @@ from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import RunNotFoundError
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
-from traceml.runs.report.report_types import read_report
+from traceml.runs.report.report_types import RunSection, read_report
 
 __all__ = ["LAST_HEALTHY", "find_baseline", "find_compared", "is_healthy"]
 
@@ -37,7 +37,8 @@ def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path
     """Return the run to compare others with.
 
     Args:
-        name: `last-healthy`, a run as `find_compared` takes it, a tag, or the name of runs; the newest run counts.
+        name: `last-healthy` (the newest earlier run of the project with as many ranks), a run as `find_compared` takes
+            it, a tag, or the name of runs; the newest run counts.
         compared: the runs that are compared with it; none of them is the baseline.
         runs_dir: folder of all runs.
 
@@ -59,19 +60,24 @@ def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path
 
 
 def _last_healthy(compared: Collection[Path], runs_dir: Path) -> Path:
-    projects = {_project(path) for path in compared}
+    facts = [_facts(path) for path in compared]
+    projects = {each.project for each in facts}
     if len(projects) != 1:
         raise RunNotFoundError(f"{LAST_HEALTHY}: the runs are of several projects: {', '.join(sorted(projects))}")
 
-    project = projects.pop()
-    infos = [info for info in _others(compared, runs_dir) if info.project == project]
-    healthy = next((info for info in infos if is_healthy(info)), None)
+    sizes, before = {each.world_size for each in facts}, min((each.started or 0.0 for each in facts), default=0.0)
+    earlier = [
+        info
+        for info in _others(compared, runs_dir)
+        if info.project in projects and info.world_size in sizes and (info.started or 0.0) <= before
+    ]
+    healthy = next((info for info in earlier if is_healthy(info)), None)
     if healthy is not None:
         return healthy.path.resolve()
 
     raise RunNotFoundError(
-        f"{LAST_HEALTHY}: none of the {len(infos)} other runs of project {project!r} in {runs_dir} has finished "
-        "without a warning. Name a baseline: --baseline RUN"
+        f"{LAST_HEALTHY}: of {len(earlier)} earlier runs of project {projects.pop()!r} with as many ranks in "
+        f"{runs_dir}, none has finished without a warning. Name a baseline: --baseline RUN"
     )
 
 
@@ -85,5 +91,5 @@ def _others(compared: Collection[Path], runs_dir: Path) -> list[RunInfo]:
     return [info for info in list_runs(runs_dir) if info.id not in ids]
 
 
-def _project(path: Path) -> str:
-    return describe_run(path).project if path.is_dir() else read_report(path).run.project
+def _facts(path: Path) -> RunInfo | RunSection:
+    return describe_run(path) if path.is_dir() else read_report(path).run
