@@ -93,3 +93,15 @@ def test_an_output_that_cannot_be_written(run_dir, tmp_path, capsys, name):
 def test_unknown_run(run_dir, capsys):
     assert cli.main(["export", "nothing", "--format", "csv"]) == 3
     assert "no run 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "files"), [(["-o", "run.pfw.gz"], 1), (["--format", "csv"], 21)])
+def test_json_tells_what_was_written(run_dir, capsys, words, files):
+    """And nothing else: files, rows, and parts that could not be read."""
+    assert cli.main(["export", *words, "--json"]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert (told["schema"], told["steps"], told["damage"]) == ("traceml.export/1", 60, [])
+    assert told["rows"] > 60
+    assert len(told["files"]) >= files
+    assert told["bytes"] > 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class ExportOptions:
     """perfetto, pfw, parquet or csv (default: by the extension of the output)."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")] = None
     """File or folder to write (default: named after the run, in the working directory)."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print what was written as JSON and nothing else."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
@@ -54,6 +57,10 @@ def main(argv: list[str]) -> int:
     path = Path(options.output) if options.output else default_path(run_dir, export_format)
     with _progress(f"Writing {path}"):
         exported = export_run(run_dir, export_format, path)
+
+    if options.json:
+        print(json.dumps(_record(exported), indent=2))
+        return 0
 
     print(_summary(exported))
     _print_damage(exported)
@@ -78,6 +85,19 @@ def _format(options: ExportOptions) -> str:
         raise UsageError(f"no format given: use --format {formats}, or an output with an extension, as run.pfw.gz")
 
     return export_format
+
+
+def _record(exported: ExportResult) -> dict[str, object]:
+    return {
+        "schema": "traceml.export/1",
+        "path": str(exported.path),
+        "format": exported.format,
+        "files": [str(file) for file in exported.files],
+        "bytes": sum(file.stat().st_size for file in exported.files),
+        "rows": exported.rows,
+        "steps": exported.steps,
+        "damage": list(exported.damage),
+    }
 
 
 def _summary(exported: ExportResult) -> str:

@@ -40,6 +40,8 @@ class TopOptions:
         None
     )
     """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job)."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the report so far as JSON, once, and nothing else; needs no terminal."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
@@ -48,6 +50,10 @@ def main(argv: list[str]) -> int:
     """Show a running job until it ends or a key is pressed."""
     options = parse(TopOptions, argv, prog="traceml top")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    if options.json:
+        print(current_report(running_job(options.run, config)).to_json())
+        return 0
+
     console = Console(highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:
         raise UsageError("top needs a terminal; in a pipe use `traceml report`, which also works on a running job")
