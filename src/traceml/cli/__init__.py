@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "whatif": ("traceml.cli.whatif", "simulate a hybrid-parallel job without its stragglers"),
     "sync": ("traceml.cli.sync", "upload what a tracker is still missing"),
     "runs": ("traceml.cli.runs", "list, label and remove the runs on this disk"),
+    "mcp": ("traceml.cli.assistants.mcp_server", "answer an assistant's questions about runs, over stdio"),
     "schema": ("traceml.cli.assistants.schemas", "print the JSON Schema of what commands print with --json"),
     "doctor": ("traceml.cli.doctor", "check the installation, settings, ports and devices"),
 }

@@ -1,0 +1,40 @@
+"""Pages of the documentation that commands show: packed into the wheel, in `docs/` of a checkout."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from traceml.errors import TraceMLError
+
+__all__ = ["kind_text", "page_text"]
+
+_PACKED = Path(__file__).parent / "pages"
+_CHECKOUT = Path(__file__).parents[4] / "docs"
+_LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")
+
+
+def page_text(name: str) -> str:
+    """Return a page of the documentation.
+
+    Args:
+        name: its file name, as `verdicts.md`.
+
+    Raises:
+        TraceMLError: the installation does not have it.
+    """
+    for folder in (_PACKED, _CHECKOUT):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+
+    raise TraceMLError(f"the page {name} is missing in this installation: install traceml-torch again")
+
+
+def kind_text(kind: str) -> str | None:
+    """Return when a kind of finding is raised, from the table of kinds; None where it has no row.
+
+    Args:
+        kind: name of the kind, in capitals.
+    """
+    row = re.search(rf"^\|[^|]*`{re.escape(kind)}`[^|]*\|(.*)\|$", page_text("verdicts.md"), re.MULTILINE)
+    return None if row is None else _LINK.sub(r"\1", row.group(1)).strip()
