@@ -77,6 +77,7 @@ class Traced:
 def traced(tmp_path: Path) -> Iterator[Traced]:
     """Hooks installed, one compute thread, all of it undone afterwards."""
     gc.collect()  # models and optimizers of the test before are garbage, and found otherwise
+    gc.freeze()  # no later collection and no search goes through what torch and the tests have imported
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     flight = FlightFile.create(tmp_path / "flight", {})
