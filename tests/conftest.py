@@ -111,9 +111,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _lies_in(item.path, _ALONE_PATHS) is not None:
             item.add_marker(pytest.mark.alone)
 
-        item.add_marker(pytest.mark.xdist_group("hosts" if "hosts" in fixtures else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("hosts" if "hosts" in fixtures else str(item.path.relative_to(ROOT))))
 
     items.sort(key=_order)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Check that the groups are effective: a version of pytest and pytest-xdist may not fit each other."""
+    is_worker = hasattr(session.config, "workerinput")
+    assert not is_worker or all("@" in item.nodeid for item in session.items), "pytest-xdist ignores the groups"
 
 
 def _lies_in(path: Path, places: tuple[str, ...]) -> int | None:
