@@ -97,11 +97,17 @@ def test_a_rank_with_fewer_batches_waits_in_the_barrier(traceml: Traceml) -> Non
 
 
 @pytest.mark.timeout(300)
-def test_a_hung_job_is_ended_where_that_is_wanted(traceml: Traceml) -> None:
+@pytest.mark.parametrize("command", [("run", "--nproc-per-node"), ("launch", "--workers-per-host")])
+def test_a_hung_job_is_ended_where_that_is_wanted(traceml: Traceml, command: tuple[str, str]) -> None:
     """Its report is written, and its status is not 0."""
-    ended = start(traceml, "sleep", "--kill-after-report").end(200)
+    name, ranks = command
+    running = traceml.start(
+        name, ranks, "2", "--kill-after-report", HANGING, "sleep", TRACEML_HANG_TIMEOUT="8", OMP_NUM_THREADS="1"
+    )
+    ended = running.end(200)
 
     assert ended.status != 0
     assert ended.report["run"]["state"] == "hung"
     assert ended.report["verdict"]["ranks"] == [1]
+    assert ended.report["verdict"]["evidence"]["line"] == line_of("STUCK")
     assert "HANG" in ended.stderr

@@ -44,7 +44,12 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(list(_joined(argv)))
     target, *arguments = script_words(options, example="traceml launch --hostnames node1 node2 train.py")
     check_report(options.report)
-    named = given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project)
+    named = given(
+        runs_dir=options.runs_dir,
+        run_name=options.run_name,
+        project=options.project,
+        on_hang="abort" if options.kill_after_report else None,
+    )
     config = settings.load(**named)
     if options.live == "terminal" and not sys.stdout.isatty():
         raise UsageError("--live terminal needs a terminal; standard output is not one")

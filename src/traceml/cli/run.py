@@ -155,11 +155,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_run_options(parser)
     add_prometheus_option(parser)
-    parser.add_argument(
-        "--kill-after-report",
-        action="store_true",
-        help="end a job that hangs, after its report is written, with a status other than 0 (on_hang=abort)",
-    )
     torchrun = parser.add_argument_group("torchrun's options")
     torchrun.add_argument(
         "--nproc-per-node",

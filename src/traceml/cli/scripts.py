@@ -26,6 +26,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--run-name", metavar="NAME", help="part of the run's id (default: the script's name)")
     own.add_argument("--project", metavar="NAME", help="project of the run")
     own.add_argument("--runs-dir", metavar="DIR", help="folder of the runs (default: traceml_runs)")
+    own.add_argument(
+        "--kill-after-report",
+        action="store_true",
+        help="end a job that hangs, after its report is written, with a status other than 0 (on_hang=abort)",
+    )
     own.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as in `python -m`")
 
 

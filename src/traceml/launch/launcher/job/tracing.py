@@ -86,6 +86,7 @@ class Tracing:
         self._environ = {
             "TRACEML_RUN_NAME": config.run_name or name,
             "TRACEML_PROJECT": config.project,
+            "TRACEML_ON_HANG": config.on_hang,
             "TRACEML_COMMAND": shlex.join(sys.argv),
         }
         self._make_screen, self._report, self._program = make_screen, report, program
