@@ -92,15 +92,32 @@ def _wrapper_of(module: Any, *names: str) -> Any:
     return next((each for each in module.modules() if type(each).__name__ in names), None)
 
 
-def input_facts(tensor: Any) -> dict[str, Any]:
-    """Describe the input of the model."""
+def input_facts(tensor: Any, model: Any = None) -> dict[str, Any]:
+    """Describe the input of the model.
+
+    Args:
+        tensor: the first one.
+        model: the called model, None where it is not known.
+    """
     return {
         "kind": "input",
         "dtype": str(tensor.dtype),
         "dimensions": tensor.dim(),
-        # Integers by sample and position, as in language models.
-        "tokens": tensor.dim() == 2 and str(tensor.dtype) in _TOKEN_TYPES and tensor.shape[1] > 1,
+        "tokens": _are_tokens(tensor, model),
     }
+
+
+def _are_tokens(tensor: Any, model: Any) -> bool:
+    """Return whether a tensor has integers by sample and position, which the model looks up in an embedding.
+
+    Columns of a table are integers too. A model for tables has no embedding, or about one for each column.
+    """
+    if tensor.dim() != 2 or str(tensor.dtype) not in _TOKEN_TYPES or tensor.shape[1] < 2 or model is None:
+        return False
+
+    leaves = (module for module in model.modules() if not any(True for _ in module.children()))
+    embeddings = sum(type(leaf).__name__.endswith("Embedding") for leaf in leaves)
+    return 0 < embeddings < int(tensor.shape[1])
 
 
 def optimizer_facts(optimizer: Any) -> dict[str, Any]:

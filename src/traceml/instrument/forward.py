@@ -41,8 +41,8 @@ is_grad_enabled = torch.is_grad_enabled
 
 
 TimerMaker = Callable[["TimedModule"], Callable[..., Any]]
-Measure = Callable[[tuple[Any, ...], dict[str, Any]], None]
-"""Notes the size of a forward's input, given its arguments."""
+Measure = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
+"""Notes the size of a forward's input, given its arguments and the model."""
 
 
 class TimedModule:
@@ -101,7 +101,7 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
 
             try:
                 if not args or type(args[0]) is not Tensor or args[0].shape != input_shape:
-                    measure(args, kwargs)
+                    measure(args, kwargs, module())
 
                 t = monotonic_ns()
                 if not is_grad_enabled():
@@ -149,7 +149,7 @@ def _begin(timed: TimedModule, clock: StepClock, measure: Measure, args: Any, kw
         if clock.current in _NO_FORWARD or not clock.is_training_thread():
             return None
 
-        measure(args, kwargs)
+        measure(args, kwargs, timed.module())
         clock.forward_begins(monotonic_ns(), timed.module, trains=is_grad_enabled())
         return clock.enter(_FORWARD)
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -185,7 +185,7 @@ def timed_forward(
             return original(self, *args, **kwargs)
 
         try:
-            measure(args, kwargs)
+            measure(args, kwargs, module_of(self))
             t = monotonic_ns()
             if closes_at is CHECK_FORWARD or closes_at is ON_FORWARD:
                 begins(t, weakref.ref(module_of(self)), trains=is_grad_enabled())

@@ -206,6 +206,7 @@ class Instrumentation:
             self._guarded(lambda: self._overhead.measure(3 + max(1, backwards)))
 
         self._look_for_device()
+        self._guarded(self._report_training_loader)
         if clock.group is None:
             self._guarded(self._find_group)
 
@@ -417,22 +418,28 @@ class Instrumentation:
 
     # ---- facts ----
 
-    def _new_loader(self, loader: Any) -> None:
-        self._guarded(lambda: self._report_loader(loader))
+    def _new_loader(self, loader: Any, number: int) -> None:
+        self._guarded(lambda: self._report_loader(loader, number))
 
-    def _report_loader(self, loader: Any) -> None:
+    def _report_loader(self, loader: Any, number: int | None = None) -> None:
         from traceml.instrument.facts import loader_facts
 
-        self._report(loader_facts(loader))
+        self._report(loader_facts(loader), number=number)
+
+    def _report_training_loader(self) -> None:
+        """Tell which loader's batches are trained on: a script may read another one first."""
+        number = getattr(self.clock.anchor, "number", None)
+        if number is not None:
+            self._report({"kind": "training_loader", "number": number})
 
     def _new_iterator(self) -> None:
         self._batches.begin_epoch()
         self._discovery.search_recent()
 
-    def _report_input(self, tensor: Any) -> None:
+    def _report_input(self, tensor: Any, model: Any) -> None:
         from traceml.instrument.facts import input_facts
 
-        self._report(input_facts(tensor))
+        self._report(input_facts(tensor, model))
 
     def _report_model(self, module: Any) -> None:
         from traceml.instrument.facts import model_facts
@@ -454,12 +461,13 @@ class Instrumentation:
 
         self._report(optimizer_facts(optimizer))
 
-    def _report(self, info: Info) -> None:
+    def _report(self, info: Info, **more: Any) -> None:
+        """Report facts that are not those of the last report of their kind, with more that is not compared."""
         if self._on_info is None or self._reported.get(info["kind"]) == info:
             return  # the script makes the same again for each step or epoch
 
         self._reported[info["kind"]] = info
-        self._on_info(info | {"t_ns": monotonic_ns()})
+        self._on_info(info | more | {"t_ns": monotonic_ns()})
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """Run a rare action; on failure log and count it, and continue without it."""

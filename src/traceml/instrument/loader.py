@@ -122,7 +122,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
 def patch_loaders(
     patches: Patches,
     clock: StepClock,
-    on_loader: Callable[[Any], None],
+    on_loader: Callable[[Any, int], None],
     on_iterator: Callable[[], None],
     on_batch: Callable[[Any], None],
 ) -> None:
@@ -131,7 +131,7 @@ def patch_loaders(
     Args:
         patches: keeps the originals.
         clock: the clock to use.
-        on_loader: called with each loader when its first iterator is created.
+        on_loader: called with each loader and its number when its first iterator is created.
         on_iterator: called outside all phases after an iterator was created: a new model may run on its batches.
         on_batch: called with each batch while the clock `inspects` them.
     """
@@ -206,7 +206,7 @@ def patch_loaders(
 class _LoaderTokens:
     """One token per loader, for the lifetime of the loader."""
 
-    def __init__(self, on_loader: Callable[[Any], None]) -> None:
+    def __init__(self, on_loader: Callable[[Any, int], None]) -> None:
         self._on_loader = on_loader
         self._seen = 0
         self._tokens: weakref.WeakKeyDictionary[Any, LoaderToken] = weakref.WeakKeyDictionary()
@@ -221,7 +221,7 @@ class _LoaderTokens:
         if token is None:
             token = self._tokens[loader] = LoaderToken(self._seen)
             self._seen += 1
-            self._on_loader(loader)
+            self._on_loader(loader, token.number)
 
         return token
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from traceml.diagnosis.deaths.lost_ranks import rank_lost, root_causes
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, LoaderFacts, RankExit
 from traceml.recorder.exits import describe
 
 
@@ -175,6 +175,22 @@ def test_facts_are_gathered_from_info_rows():
     assert facts.loader is not None
     assert (facts.loader.dataset, facts.cores_per_rank) == ("Train", 8)
     assert (facts.exits[0].exception, facts.exits[0].at_s) == ("ValueError: x", 5.0)
+
+
+def test_the_loader_of_the_advice_is_the_one_that_is_trained_on():
+    """A script may validate first; a number between two known ones is of a loader like the one before."""
+    builder = JobFactsBuilder()
+    for number, dataset in ((0, "Validation"), (1, "Train"), (4, "Validation")):
+        builder.info(0, {"kind": "loader", "dataset": dataset, "number": number})
+
+    first = builder.build().loader
+    builder.info(0, {"kind": "training_loader", "number": 2})
+    facts = builder.build()
+
+    assert first == LoaderFacts(dataset="Validation", number=0)
+    assert facts.loader == LoaderFacts(dataset="Train", number=1)
+    assert [getattr(facts.loader_of(0, number), "number", None) for number in range(6)] == [0, 1, 1, 1, 4, 4]
+    assert facts.loader_of(1, 0) is None
 
 
 def test_what_a_rank_tells_of_its_exception_is_understood():

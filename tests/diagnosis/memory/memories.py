@@ -69,17 +69,22 @@ def device_leak() -> MemoryHistory:
     return device(device(MemoryHistory(), [8 * GB] * 60), growing(8 * GB), rank=1)
 
 
-def growing_workers(*, copies: bool = True, objects: bool = True, start_method: str = "fork") -> dict[str, Any]:
+def growing_workers(
+    *, copies: bool = True, objects: bool = True, start_method: str = "fork", number: int = 0
+) -> dict[str, Any]:
     """Return the facts of 8 loader workers that grow by 40 MB a minute each, by copies or by new memory."""
     rows = worker_rows(8)
+    rows["loader"] = number
     grown = np.arange(len(rows)) * 8 * 40 * MB // 60
     rows["private_bytes"] = 80 * MB + grown
     rows["anonymous_bytes"] = 900 * MB + (0 if copies else grown)
     builder = JobFactsBuilder()
     builder.worker_rows(0, rows)
     held = ({"path": "Listing.files", "type": "list", "count": 1_500_000, "of": "str"},) if objects else ()
-    loader = LoaderFacts(num_workers=8, start_method=start_method, objects=held)
-    return {"memory": builder.memory, "workers": builder.workers, "loader": loader}
+    loader = LoaderFacts(num_workers=8, start_method=start_method, objects=held, number=number)
+    first = LoaderFacts(dataset="Images", num_workers=2, start_method="fork", number=0)
+    loaders = {0: (first, loader) if number else (loader,)}
+    return {"memory": builder.memory, "workers": builder.workers, "loader": loaders[0][0], "loaders": loaders}
 
 
 def full_host() -> dict[str, Any]:

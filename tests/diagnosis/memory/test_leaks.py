@@ -128,6 +128,13 @@ def test_workers_that_copy_shared_objects_are_told_with_the_attribute():
     assert finding.evidence["attribute"] == "Listing.files"
 
 
+def test_copies_of_a_further_loader_are_told_with_its_data_set():
+    """The validation loader's, which is described after that of the training."""
+    (finding,) = leaks(**growing_workers(number=1))
+
+    assert finding.evidence["attribute"] == "Listing.files"
+
+
 @pytest.mark.parametrize("facts", [{"copies": False}, {"start_method": "spawn"}])
 def test_workers_that_grow_otherwise_are_told_without_a_cause(facts):
     """New memory is no copy, and spawned workers share nothing."""

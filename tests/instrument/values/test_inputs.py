@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -89,6 +90,39 @@ def test_input_by_name(traced: Traced) -> None:
 
     assert sizes(traced) == [(2, 14)] * 3
     assert [info["tokens"] for info in traced.info if info["kind"] == "input"] == [True]
+
+
+class Table(nn.Module):
+    """A model for a table with columns of integers: as numbers, or looked up in an embedding for each column."""
+
+    def __init__(self, columns: int, *, looks_up: bool) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleList(nn.Embedding(9, 1) for _ in range(columns if looks_up else 0))
+        self.out = nn.Linear(columns, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        columns = [each(x[:, n]).squeeze(1) for n, each in enumerate(self.embeddings)]
+        return self.out(torch.stack(columns, 1) if columns else x.float()).mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "are_tokens"),
+    [
+        (lambda: Table(6, looks_up=False), False),
+        (lambda: Table(6, looks_up=True), False),
+        (lambda: nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(24, 1)), True),
+    ],
+)
+def test_columns_of_a_table_are_no_tokens(traced: Traced, make: Callable[[], nn.Module], are_tokens: bool) -> None:
+    """Integers are tokens where one embedding looks all of them up."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randint(9, (5, 6))).mean().backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(5, 30)] * 2
+    assert [info["tokens"] for info in traced.info if info["kind"] == "input"] == [are_tokens]
 
 
 def test_fingerprints_are_of_the_first_batches_of_an_epoch(traced: Traced) -> None:

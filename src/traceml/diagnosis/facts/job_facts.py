@@ -36,9 +36,10 @@ OVERSUBSCRIBED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderFacts:
-    """The training data loader, as the rank described it.
+    """A data loader, as the rank described it.
 
     Attributes:
+        number: of the loader in its process, in the order of their first use; None where it is not known.
         objects: its data set's containers of many Python objects: path, type, count, and type `of` one object.
     """
 
@@ -50,6 +51,7 @@ class LoaderFacts:
     pin_memory: bool | None = None
     persistent_workers: bool | None = None
     start_method: str | None = None
+    number: int | None = None
     objects: Sequence[Mapping[str, Any]] = ()
 
 
@@ -141,7 +143,8 @@ class JobFacts:
         fused: whether the optimizer is a fused one; None where that is not known.
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
-        workers: its worker processes over the run.
+        loaders: rank -> its data loaders, in the order of their first use; of equal ones in a row the first.
+        workers: worker processes of loaders over the run.
         lost_workers: rank -> loader workers that died, the first of them.
         growing: rank -> containers that grew while its memory did, when it looked last.
         exits: ends of ranks.
@@ -173,6 +176,7 @@ class JobFacts:
     fused: bool | None = None
     compile_s: float | None = None
     loader: LoaderFacts | None = None
+    loaders: Mapping[int, Sequence[LoaderFacts]] = field(default_factory=dict)
     workers: WorkerHistory = field(default_factory=WorkerHistory)
     lost_workers: Mapping[int, Sequence[LostWorker]] = field(default_factory=dict)
     growing: Mapping[int, Sequence[GrowingObjects]] = field(default_factory=dict)
@@ -190,6 +194,11 @@ class JobFacts:
     latest: tuple[int, ...] = ()
     progress: JobProgress | None = None
     pauses: PauseHistory = field(default_factory=PauseHistory)
+
+    def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
+        """Return a loader of a rank by its number; None where it is not known."""
+        before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
+        return before[-1] if before else None
 
     @property
     def wait_share(self) -> float:
@@ -274,7 +283,9 @@ class JobFactsBuilder:
         self._waits = CoreWaits()
         self.samples = MachineSamples()
         """Use of cores, memory and devices."""
+        self.loaders: dict[int, Sequence[LoaderFacts]] = {}
         self._loaders: list[LoaderFacts] = []
+        self._training_loader: tuple[int, int] | None = None
         self._model: ModelFacts | None = None
         self._facts: dict[str, Any] = {}
 
@@ -290,6 +301,9 @@ class JobFactsBuilder:
             # The training loader where it is known, else the first: evaluation comes later.
             self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
             del self._loaders[_MAX_LOADERS:]
+            self.loaders[rank] = [*self.loaders.get(rank, ()), _loader(row)][-_MAX_LOADERS:]
+        elif kind == "training_loader" and isinstance(row.get("number"), int):
+            self._training_loader = rank, row["number"]
         elif kind == "exit":
             reported = RankExit.from_facts(
                 rank, "failed" if row.get("code") or row.get("exception") else "finished", row
@@ -391,7 +405,7 @@ class JobFactsBuilder:
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         known = self._facts
-        return JobFacts(
+        facts = JobFacts(
             world_size=self.world_size,
             group=True if known.get("backend") else None,
             backend=known.get("backend"),
@@ -405,6 +419,7 @@ class JobFactsBuilder:
             fused=known.get("fused"),
             compile_s=known.get("compile_s"),
             loader=self._loaders[0] if self._loaders else None,
+            loaders=dict(self.loaders),
             workers=self.workers,
             lost_workers=dict(self.lost_workers),
             growing=dict(self.growing),
@@ -423,6 +438,8 @@ class JobFactsBuilder:
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
         )
+        trained = facts.loader_of(*self._training_loader) if self._training_loader is not None else None
+        return facts if trained is None else replace(facts, loader=trained)
 
 
 _KEPT = ("backend", "torch_threads", "fused")

@@ -11,8 +11,6 @@ from traceml.formatting import bytes_text, count_text, plural
 
 __all__ = ["CopiedObjects", "copied_objects", "grown_workers"]
 
-_FIRST_LOADER = 0  # the loader that `JobFacts.loader` describes
-
 
 class CopiedObjects(NamedTuple):
     """The objects that forked workers copy by reading them.
@@ -46,8 +44,8 @@ def copied_objects(facts: JobFacts, rank: int, loader: int) -> CopiedObjects | N
         rank: whose workers they are.
         loader: number of their loader.
     """
-    described = facts.loader
-    if described is None or loader != _FIRST_LOADER or described.start_method != "fork":
+    described = facts.loader_of(rank, loader) or (facts.loader if loader == 0 else None)
+    if described is None or described.start_method != "fork":
         return None
 
     if not facts.workers.copies(rank, loader):

@@ -39,24 +39,30 @@ class BatchReader:
 
     Args:
         clock: receives them.
-        on_input: called with the first input, for facts about it.
+        on_input: called with the first input and its model, for facts about them.
     """
 
-    def __init__(self, clock: StepClock, on_input: Callable[[Any], None]) -> None:
+    def __init__(self, clock: StepClock, on_input: Callable[[Any, Any], None]) -> None:
         self._clock, self._on_input = clock, on_input
         self._known = False
         self._taken = self._wanted = 0
         self._broken = False
         self.begin_epoch()
 
-    def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note the size of a forward's input."""
+    def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: Any = None) -> None:
+        """Note the size of a forward's input.
+
+        Args:
+            args: of the call.
+            kwargs: of the call.
+            model: the called model, None where it is not known.
+        """
         if self._broken:
             return
 
         try:
             tensor = _first_tensor(args, _DEPTH)
-            self._note(_first_tensor(kwargs, _DEPTH) if tensor is None else tensor)
+            self._note(_first_tensor(kwargs, _DEPTH) if tensor is None else tensor, model)
         except Exception as error:  # noqa: BLE001 - the user's containers may raise anything
             self._fail(error)
 
@@ -91,7 +97,7 @@ class BatchReader:
         self._wanted = max(self._wanted, batches)
         clock.inspects = True
 
-    def _note(self, tensor: Any) -> None:
+    def _note(self, tensor: Any, model: Any) -> None:
         clock = self._clock
         if tensor is None or not tensor.dim():
             clock.input_shape, clock.input_samples, clock.input_elements = None, 0, 0
@@ -101,7 +107,7 @@ class BatchReader:
         clock.input_samples, clock.input_elements = int(tensor.shape[0]), tensor.numel()
         if not self._known:
             self._known = True
-            self._on_input(tensor)
+            self._on_input(tensor, model)
 
     def _fail(self, error: Exception) -> None:
         self._broken, self._clock.inspects = True, False
