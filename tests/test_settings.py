@@ -234,3 +234,8 @@ def test_ranks_that_hydra_moves_share_a_runs_folder(monkeypatch: pytest.MonkeyPa
     assert load({}, runs_dir="/else/where").runs_dir == Path("/else/where")
     monkeypatch.setattr(fake.HydraConfig, "initialized", lambda: False)
     assert load({}).runs_dir == Path("traceml_runs")
+
+
+def test_the_cache_folder_of_analyze_is_no_unknown_setting():
+    """A variable that one command documents must not stop the others."""
+    assert load({"TRACEML_CACHE_DIR": "/tmp/cache"}).sources["port"] == "default"

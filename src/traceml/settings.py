@@ -43,6 +43,7 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_FAILURES_FD": "descriptor on which our torchrun reports failures to `traceml run`",
     "TRACEML_LAUNCH_MARK": "mark by which `launch` finds the processes that its workers have started, to end them too",
     "TRACEML_OUTLIVES": "set for a process that may outlive a launch: an aggregator that a worker has started",
+    "TRACEML_CACHE_DIR": "folder in which `traceml analyze` keeps results, set by the user",
     "TRACEML_COMMAND": "the launcher's command line, shown instead of its workers'",
     "TRACEML_ATTEMPT": "number of this start of the job, where torchrun does not provide it",
     "TRACEML_ANNOUNCED": "run whose folder and verdict a parent process prints",

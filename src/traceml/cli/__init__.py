@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("traceml.cli.run", "run an unmodified script with tracing: traceml run train.py"),
     "launch": (
         "traceml.cli.launch",
-        "the same on many hosts, through ssh or srun: --hostnames a b train.py",
+        "the same on many hosts, by ssh or srun: --hostnames a b train.py",
     ),
     "serve": ("traceml.cli.serve", "start an aggregator for scripts that call traceml.init()"),
     "top": ("traceml.cli.top", "watch a running job"),
@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "profile": ("traceml.cli.profiles.profile", "profile the operators of a running job, or its sampled lines: --cpu"),
     "report": ("traceml.cli.report", "show what limits a run"),
     "compare": ("traceml.cli.compare", "show what got slower between runs, and if it is significant"),
-    "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),
+    "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas or DuckDB: --format"),
     "analyze": ("traceml.cli.analyze", "summarize traces of dftracer, torch.profiler, Perfetto or traceml"),
     "whatif": ("traceml.cli.whatif", "simulate a hybrid-parallel job without its stragglers"),
     "sync": ("traceml.cli.sync", "upload what a tracker is still missing"),
@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "mcp": ("traceml.cli.assistants.mcp_server", "answer an assistant's questions about runs, over stdio"),
     "schema": ("traceml.cli.assistants.schemas", "print the JSON Schema of what commands print with --json"),
     "doctor": ("traceml.cli.doctor", "check the installation, settings, ports and devices"),
+    "completion": ("traceml.cli.help.completion", "complete commands and options in bash, zsh or fish"),
 }
 
 EXIT_OK = 0
@@ -125,7 +126,7 @@ def _did_you_mean(command: str) -> str:
 
 
 def _help_lines(name: str, text: str) -> list[str]:
-    return _indented(f"{name:<8} {text}", " " * 11)
+    return _indented(f"{name:<10} {text}", " " * 13)
 
 
 def _indented(text: str, more: str = "  ") -> list[str]:

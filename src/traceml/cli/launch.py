@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-examples:
-  traceml launch --hostnames node1 node2 --workers-per-host 8 train.py --lr 0.1
-  traceml launch --hostnames node1,node2 -m my_package.train
-  salloc -N2 traceml launch train.py         the allocation's nodes, through srun
-
 Options before SCRIPT are traceml's; everything after it belongs to the script. The hosts need only
 Python and the packages of the script, at the same paths. Each rank finds RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment, as under torchrun.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import re
+import shutil
+import sys
 import textwrap
+from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from traceml.cli.help.examples import examples_text
 from traceml.cli.number_range import check_ranges
 from traceml.errors import UsageError
 
@@ -31,7 +36,10 @@ _FRAME = re.compile(r"[─-╿]|^\s*\|\s|\s\|\s*$|^\s*[+-]{3,}.*$")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser for commands that tyro cannot express; its errors are `UsageError`s."""
+    """Parser for commands that tyro cannot express; its errors are `UsageError`s, its epilog begins with examples."""
+
+    def __init__(self, *, prog: str, epilog: str = "", **more: Any) -> None:
+        super().__init__(prog=prog, epilog="\n\n".join(filter(None, [examples_text(prog), epilog])), **more)
 
     def error(self, message: str) -> NoReturn:
         """Raise an error instead of printing it."""
@@ -69,8 +77,14 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     }
     output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(output):
-            parsed = tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+        with contextlib.redirect_stderr(output), _wrapped_output():
+            parsed = tyro.cli(
+                options,
+                prog=prog,
+                description=_description(options, prog),
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except SystemExit as error:
         if not error.code:
             raise
@@ -79,6 +93,30 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
 
     check_ranges(parsed)
     return parsed
+
+
+def _description(options: type[Any], prog: str) -> str:
+    return "\n\n".join(filter(None, [inspect.cleandoc(options.__doc__ or ""), examples_text(prog)]))
+
+
+class _HelpText(io.StringIO):
+    """Collects a help text, with colors if standard output is a terminal."""
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+@contextlib.contextmanager
+def _wrapped_output() -> Iterator[None]:
+    """Wrap the lines of a help text that are wider than the terminal: tyro wraps options only."""
+    collected, columns = _HelpText(), shutil.get_terminal_size().columns
+    try:
+        with contextlib.redirect_stdout(collected):
+            yield
+    finally:
+        for line in collected.getvalue().splitlines():
+            plain = _ANSI.sub("", line)
+            print((line if len(plain) <= columns else wrapped(plain, columns)).rstrip())
 
 
 def _without_union_type(hint: Any) -> Any:

@@ -68,11 +68,6 @@ _DEVICES = ("cpu", "gpu", "auto", "xpu", "hpu", "npu", "mlu", "musa")  # whose n
 _SHORT = {"--redirects": "-r", "--tee": "-t"}
 
 _EPILOG = """\
-examples:
-  traceml run train.py --lr 0.1              one process
-  traceml run --nproc-per-node 4 train.py    four ranks, as torchrun would start them
-  traceml run -m my_package.train            a module
-
 Options before SCRIPT are traceml's and torchrun's; everything after it belongs to the script.
 The exit status is that of the rank that failed first, 128 + n for signal n."""
 

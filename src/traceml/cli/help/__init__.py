@@ -1,0 +1,1 @@
+"""Help on commands beyond their options: examples, and completion in the shell."""

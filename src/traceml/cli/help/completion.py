@@ -1,0 +1,113 @@
+"""`traceml completion`: completion of commands and options in the shell."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib import import_module
+from types import ModuleType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import shtab
+import tyro
+
+from traceml import cli
+from traceml.cli.parsing import parse
+
+__all__ = ["main", "whole_parser"]
+
+_FILES = {"FILE", "PATH", "PATH ...", "FILE.png", "FILE.json", "TRACE.parquet", "META.yaml"}
+_FOLDERS = {"DIR"}
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    """Print a script that completes commands, options and files in a shell."""
+
+    shell: Annotated[
+        tyro.conf.Positional[Literal["bash", "zsh", "fish"]], tyro.conf.arg(metavar="SHELL", help_behavior_hint="")
+    ]
+    """bash, zsh or fish."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the script."""
+    options = parse(CompletionOptions, argv, prog="traceml completion")
+    print(shtab.complete(whole_parser(), shell=options.shell))
+    return 0
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """Return a parser of all commands with their public options; it completes, and parses nothing."""
+    whole = argparse.ArgumentParser(prog="traceml", description="trace and explain PyTorch training")
+    commands = whole.add_subparsers(dest="command")
+    for name, (module, help_line) in cli.COMMANDS.items():
+        own = _parser_of(import_module(module))
+        parents = [] if own is None else [own]
+        commands.add_parser(name, help=help_line, parents=parents, conflict_handler="resolve")
+
+    return whole
+
+
+def _parser_of(module: ModuleType) -> argparse.ArgumentParser | None:
+    """Return the parser of a command: its own, or one made from its dataclass of options."""
+    if hasattr(module, "_parser"):
+        made: argparse.ArgumentParser = module._parser()
+        return made
+
+    for name, value in vars(module).items():
+        if name.endswith("Options") and is_dataclass(value) and value.__module__ == module.__name__:
+            return _made(value)
+
+    return None
+
+
+def _made(options: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    hints = get_type_hints(options, include_extras=True)
+    for field in fields(options):
+        hint, notes = _plain(hints[field.name])
+        known = next((note for note in notes if hasattr(note, "metavar")), None)
+        metavar = getattr(known, "metavar", None) or field.name.upper()
+        if tyro.conf.Positional in notes or any("Positional" in repr(note) for note in notes):
+            added = parser.add_argument(field.name, nargs="*", metavar=metavar, choices=_choices(hint))
+        elif hint is bool:
+            added = parser.add_argument(_option(field.name), action="store_true")
+        else:
+            names = [*(getattr(known, "aliases", None) or ()), _option(field.name)]
+            nargs = "*" if get_origin(hint) is tuple else None
+            added = parser.add_argument(*names, nargs=nargs, metavar=metavar, choices=_choices(hint))
+
+        added.required = field.default is MISSING and bool(added.option_strings)
+        _complete(added, metavar)
+
+    return parser
+
+
+def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return a type without annotations and None, and its annotations."""
+    notes: tuple[Any, ...] = ()
+    while get_origin(hint) is Annotated:
+        hint, *more = get_args(hint)
+        notes += tuple(more)
+
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [each for each in get_args(hint) if each is not type(None)]
+        if len(kinds) == 1:
+            inner, more_notes = _plain(kinds[0])
+            return inner, notes + more_notes
+
+    return hint, notes
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _choices(hint: Any) -> list[str] | None:
+    return list(get_args(hint)) if get_origin(hint) is Literal else None
+
+
+def _complete(action: argparse.Action, metavar: str) -> None:
+    if metavar in _FILES or metavar in _FOLDERS:
+        action.complete = shtab.DIRECTORY if metavar in _FOLDERS else shtab.FILE  # type: ignore[attr-defined]

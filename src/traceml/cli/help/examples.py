@@ -1,0 +1,98 @@
+"""Examples in the help of commands, at most 58 columns wide; a test runs each."""
+
+from __future__ import annotations
+
+__all__ = ["EXAMPLES", "examples_text"]
+
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "demo": (
+        ("one of two ranks is slow in forward", "traceml demo"),
+        ("all ranks wait for data", "traceml demo --fault input --ms 30"),
+    ),
+    "run": (
+        ("one process", "traceml run train.py --lr 0.1"),
+        ("four ranks, as torchrun would start them", "traceml run --nproc-per-node 4 train.py"),
+        ("a module", "traceml run -m my_package.train"),
+        ("with a page in the browser", "traceml run --live web train.py"),
+    ),
+    "launch": (
+        ("as many ranks on each of two hosts as it has GPUs", "traceml launch --hostnames a b train.py"),
+        ("a module", "traceml launch --hostnames a,b -m my_package.train"),
+        ("the nodes of a Slurm allocation, through srun", "salloc -N2 traceml launch train.py"),
+    ),
+    "serve": (
+        ("for scripts with traceml.init() on this host", "traceml serve"),
+        ("with a page of all runs", "traceml serve --web"),
+        ("for other hosts, with metrics for Prometheus", "traceml serve --host 0.0.0.0 --prometheus"),
+    ),
+    "top": (("the newest running job", "traceml top"), ("another one", "traceml top a1b2")),
+    "stacks": (
+        ("the newest running job", "traceml stacks"),
+        ("for a program", "traceml stacks a1b2 --json"),
+    ),
+    "profile": (
+        ("the next five steps of the newest job", "traceml profile"),
+        ("two ranks, for Perfetto", "traceml profile a1b2 --ranks 0,3 -o job.json.gz"),
+        ("the sampled lines of a run, as a page", "traceml profile a1b2 --cpu -o lines.html"),
+    ),
+    "report": (
+        ("the verdict of the latest run", "traceml report"),
+        ("one file with charts", "traceml report a1b2 --html report.html"),
+        ("fail a CI job", "traceml report --fail-on RANK_LOST INPUT_BOUND"),
+        ("a flame graph", "traceml report --lines --format speedscope > lines.json"),
+    ),
+    "compare": (
+        ("from run A to run B", "traceml compare a1b2 c3d4"),
+        ("fail a CI job if B is 5 % slower", "traceml compare a1b2 c3d4 --fail-over 5"),
+    ),
+    "export": (
+        ("for https://ui.perfetto.dev", "traceml export --format perfetto"),
+        ("tables for pandas or DuckDB", "traceml export a1b2 --format parquet -o tables"),
+        ("for dftracer's tools", "traceml export a1b2 -o run.pfw.gz"),
+    ),
+    "analyze": (
+        ("an overview", "traceml analyze trace.pfw.gz"),
+        ("the five longest kinds of I/O", "traceml analyze trace.pfw.gz --where cat=POSIX --top 5"),
+        ("chosen columns", "traceml analyze trace.pfw.gz --agg count,sum,p99"),
+    ),
+    "whatif": (
+        ("what stragglers cost", "traceml whatif ops.parquet --meta j.yaml"),
+        ("by worker, as a picture", "traceml whatif ops.parquet --meta j.yaml --heatmap h.png"),
+    ),
+    "sync": (
+        ("all that is not uploaded yet", "traceml sync"),
+        ("a run, to a tracker that it did not use", "traceml sync a1b2 --backend jsonl"),
+    ),
+    "runs": (
+        ("the newest first", "traceml runs"),
+        ("runs that were found slow, by speed", "traceml runs --where severity=critical --sort samples/s"),
+        ("label one", "traceml runs tag a1b2 baseline"),
+        ("keep the newest hundred", "traceml runs --prune --keep 100"),
+    ),
+    "schema": (
+        ("the documents that have one", "traceml schema"),
+        ("of the report", "traceml schema report"),
+    ),
+    "mcp": (("in the configuration of an assistant", "traceml mcp --runs-dir /data/traceml_runs"),),
+    "doctor": (
+        ("is everything in order", "traceml doctor"),
+        ("each setting and its source", "traceml doctor --settings"),
+        ("can jobs be launched there", "traceml doctor --hostnames a b"),
+    ),
+    "completion": (
+        ("bash, in ~/.bashrc", 'eval "$(traceml completion bash)"'),
+        ("zsh, into a folder of $fpath", "traceml completion zsh > _traceml"),
+        ("fish", "traceml completion fish > traceml.fish"),
+    ),
+}
+
+
+def examples_text(command: str) -> str:
+    """Return the examples of a command as a section of its help; "" if it has none.
+
+    Args:
+        command: `traceml report`, or its last word.
+    """
+    examples = EXAMPLES.get(command.removeprefix("traceml "), ())
+    lines = [line for told, words in examples for line in (f"  # {told}", f"  {words}")]
+    return "\n".join(["examples:", *lines]) if lines else ""

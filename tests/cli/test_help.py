@@ -1,0 +1,185 @@
+"""Help of every command: readable on a narrow terminal, with examples that work, and completion in the shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tests.diagnosis.fabricated import Job
+from tests.runs.fabricated_store import run_facts, store_run
+from tests.whatif.generated_job import GeneratedJob
+from traceml import cli
+from traceml.cli.help.completion import whole_parser
+from traceml.cli.help.examples import EXAMPLES, examples_text
+from traceml.cli.parsing import parse
+from traceml.errors import UsageError
+
+# These start jobs, hosts or servers, or need a terminal: their own tests run them; here their arguments are parsed.
+PARSED = {"demo", "launch", "mcp", "serve", "top"}
+NEEDS_JOB = {"stacks", "profile"}
+LINES = [(name, words) for name, examples in EXAMPLES.items() for _, words in examples]
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
+    """No line is wider, and the examples are in it as they are typed."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    assert cli.main([command, "--help"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > columns] == []
+    assert set(examples_text(command).splitlines()) <= set(lines)
+
+
+def test_the_overview_fits_60_columns(capsys, monkeypatch):
+    """Each command with its help."""
+    monkeypatch.setenv("COLUMNS", "60")
+
+    assert cli.main([]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+
+
+def test_every_command_has_examples():
+    """Each is of that command, and no two are the same."""
+    assert EXAMPLES.keys() == cli.COMMANDS.keys()
+    assert all(f"traceml {name}" in words for name, words in LINES)
+    assert len(set(LINES)) == len(LINES)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Change into a folder with what the examples name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, started in (("20260101-000000-train-a1b2", 1.7e9), ("20260102-000000-train-c3d4", 1.7e9 + 100)):
+        facts = run_facts(id=name, started=started, ended=started + 10)
+        store_run(tmp_path / "traceml_runs" / name, Job(steps=120), facts=facts)
+
+    events = [{"ph": "X", "name": "read", "cat": "POSIX", "pid": 1, "tid": 1, "ts": n, "dur": 1} for n in range(9)]
+    (tmp_path / "trace.pfw.gz").write_text("\n".join(map(json.dumps, events)))
+    (tmp_path / "train.py").write_text("print('trained')\n")
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "train.py").write_text("print('trained')\n")
+    return tmp_path
+
+
+def _words(line: str) -> list[str]:
+    """Return the arguments of an example after `traceml COMMAND`."""
+    inner = line.removeprefix('eval "$(').removesuffix(')"').partition(" > ")[0]
+    words = shlex.split(inner)
+    return words[words.index("traceml") + 2 :]
+
+
+@pytest.mark.parametrize(("command", "line"), [each for each in LINES if each[0] in PARSED], ids=lambda value: value)
+def test_examples_of_commands_that_start_jobs_are_understood(folder, command, line):
+    """Each option exists and takes that value."""
+    module = import_module(cli.COMMANDS[command][0])
+    if hasattr(module, "_parser"):
+        assert module._parser().parse_args(_words(line))
+        with pytest.raises(UsageError):
+            module._parser().parse_args(["--no-such-option", "x"])
+    else:
+        (options,) = [value for name, value in vars(module).items() if name.endswith("Options")]
+        assert parse(options, _words(line), prog=f"traceml {command}")
+
+
+OTHERS = [each for each in LINES if each[0] not in PARSED | {"run", "whatif"} and "hostnames" not in each[1]]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("command", "line"), OTHERS, ids=lambda value: value)
+def test_examples_work(folder, command, line, capsys):
+    """Each runs on two small runs; one that needs a running job, or its samples, says that there is none."""
+    status = cli.main([command, *_words(line)])
+
+    shown = capsys.readouterr()
+    if command in NEEDS_JOB:
+        assert status == 3, shown.err
+        assert "run" in shown.err
+    else:
+        assert status in (0, 3 if command == "doctor" else 0), shown.err
+        assert shown.out or Path("report.html").exists()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("line", [words for name, words in LINES if name == "whatif"])
+def test_examples_on_a_generated_job_work(folder, line, capsys):
+    """The trace of a generated hybrid-parallel job."""
+    trace, meta = GeneratedJob().run().write(folder)
+    trace.rename("ops.parquet")
+    meta.rename("j.yaml")
+
+    assert cli.main(["whatif", *_words(line)]) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("line", [EXAMPLES["run"][0][1], EXAMPLES["run"][2][1]])
+def test_examples_of_run_train(folder, line):
+    """A script and a module, each in a process as from a shell."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "traceml", "run", *_words(line)],
+        cwd=folder, env={**environ, "TRACEML_PORT": "0"}, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr
+
+
+def test_completion_knows_every_command_and_public_option():
+    """Options between our own processes are not offered."""
+    commands = next(action for action in whole_parser()._actions if action.dest == "command").choices
+
+    assert list(commands) == list(cli.COMMANDS)
+    options = {name: set(parser._option_string_actions) for name, parser in commands.items()}
+    assert {"--json", "--html", "--fail-on", "--runs-dir"} <= options["report"]
+    assert {"--prometheus", "--web", "--host"} <= options["serve"]
+    assert {"-o", "--output"} <= options["export"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["traceml", "rep"], {"report"}),
+        (["traceml", "report", "--h"], {"--help", "--html"}),
+        (["traceml", "demo", "--fault", "in"], {"input"}),
+        (["traceml", "completion", "z"], {"zsh"}),
+        (["traceml", "serve", "--fo"], set()),
+    ],
+)
+def test_bash_completes(folder, words, offered, capsys):
+    """As bash asks the script after a press of Tab."""
+    cli.main(["completion", "bash"])
+    (folder / "completion.bash").write_text(capsys.readouterr().out)
+    typed = " ".join(map(shlex.quote, words))
+    program = (
+        f"source completion.bash; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; "
+        "$(complete -p traceml | sed 's/.*-F \\([^ ]*\\).*/\\1/') traceml; printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(["bash", "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+
+    assert {word.strip() for word in done.stdout.split()} == offered, done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_scripts_are_sound(folder, shell, capsys):
+    """Each shell that is installed parses its script."""
+    assert cli.main(["completion", shell]) == 0
+
+    script = Path(folder / f"completion.{shell}")
+    script.write_text(capsys.readouterr().out)
+    assert "report" in script.read_text()
+    if shutil.which(shell):
+        assert subprocess.run([shell, "-n", str(script)], check=False).returncode == 0
