@@ -307,7 +307,7 @@ def test_too_few_cores_withhold_blame():
     assert verdict(job).kind is Kind.COMM_BOUND
     found = verdict(job, main_wait=crowded)
     assert found.kind is Kind.CPU_CONTENTION
-    assert "stood ready without a CPU core for 40 %" in found.summary
+    assert "waited for a CPU core for 40 %" in found.summary
     assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=crowded).kind is Kind.CPU_CONTENTION
 
 

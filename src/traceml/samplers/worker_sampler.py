@@ -126,7 +126,7 @@ class LoaderWorkersSampler:
 
 
 def _waited_ns(pid: int) -> int:
-    """Return the time that the main thread of a process stood ready without a core; 0 where it is not known."""
+    """Return the time that the main thread of a process waited for a core; 0 where it is not known."""
     fields = (read_text(f"/proc/{pid}/schedstat") or "").split()
     return int(fields[1]) if len(fields) > 1 else 0
 

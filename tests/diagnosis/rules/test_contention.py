@@ -114,7 +114,7 @@ def test_a_late_rank_without_a_core_is_not_told_to_look_at_its_code():
     found = diagnose(window_of(Job(ranks=4), adds("forward", 20, (1,))), JobFacts(world_size=4, main_wait=waits))[0]
 
     assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
-    assert "Rank 1 stood ready without a core for 40 %" in found.summary
+    assert "Rank 1 waited for a CPU core for 40 %" in found.summary
     assert "not the cause" in found.next
 
 

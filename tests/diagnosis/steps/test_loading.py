@@ -91,7 +91,7 @@ def test_the_fetch_is_what_the_training_waits_for():
 
 
 def test_waiting_for_a_core_is_work():
-    """A thread that stood ready for a third of the time would compute more on a core of its own."""
+    """A thread that waited for a core a third of the time would compute more on a core of its own."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=60_000_000)]
     segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
     found = pipeline_of(segments, JobFacts(loader=FOLDER, lines=lines, main_wait={0: 0.4}), 30 * MS)

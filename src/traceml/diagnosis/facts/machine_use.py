@@ -26,7 +26,7 @@ class MachineUse:
     """Means over a range of steps; None where they are not known.
 
     Attributes:
-        waited: share of the time in which a rank's main thread stood ready without a core; that of the whole training
+        waited: share of the time in which a rank's main thread waited for a core; that of the whole training
             is `JobFacts.waited_share`.
         busy_cores: cores that the threads of a rank used.
         host_cores: cores in use on the host, by all programs.

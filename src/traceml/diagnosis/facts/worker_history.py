@@ -22,7 +22,7 @@ class WorkerUse:
 
     Attributes:
         busy: share of the time in which a worker computed.
-        waited: share of the time in which it stood ready without a core.
+        waited: share of the time in which it waited for a core.
         workers: number of them.
         cores: cores that at least one of them may use.
     """
@@ -34,7 +34,7 @@ class WorkerUse:
 
     @property
     def ready(self) -> float:
-        """Share of the time in which a worker computed or stood ready to."""
+        """Share of the time in which a worker computed or waited for a core."""
         return min(self.busy + self.waited, 1.0)
 
 

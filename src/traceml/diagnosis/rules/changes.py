@@ -60,7 +60,7 @@ def _cores(before: MachineUse, then: MachineUse) -> SideChange | None:
     if before.waited is None or then.waited is None or then.waited - before.waited < WAITED:
         return None
 
-    text = f"the training stood ready without a core for {percent_text(then.waited)} of the time"
+    text = f"the training waited for a CPU core for {percent_text(then.waited)} of the time"
     return SideChange(
         "cpu_wait_share", f"{text} (else {percent_text(before.waited)})", before.waited, then.waited, _CORES, True
     )

@@ -26,7 +26,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
         Finding(
             kind=Kind.CPU_CONTENTION,
             severity=Kind.CPU_CONTENTION.severity_for(waited),
-            summary=f"{subject} stood ready without a CPU core for {percent_text(waited)} of the time.{_who(facts)}",
+            summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts)}",
             next=_advice(facts),
             evidence={
                 "cpu_wait_share": waited,

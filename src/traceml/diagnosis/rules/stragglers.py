@@ -325,7 +325,7 @@ def _ready(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]) -> str:
     """Return the sentence about late ranks that waited for a core."""
     mine, usual = (float(np.median([facts.main_wait.get(rank, 0.0) for rank in some])) for some in (ranks, others))
     return (
-        f" {capitalized(ranks_text(ranks))} stood ready without a core for {percent_text(mine)} of the time that "
+        f" {capitalized(ranks_text(ranks))} waited for a CPU core for {percent_text(mine)} of the time that "
         f"{'they' if len(ranks) > 1 else 'it'} had work (the others {percent_text(usual)})."
     )
 
