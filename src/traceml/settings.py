@@ -148,6 +148,12 @@ class Config:
         secret=True,
     )
     on_finding_after: float = _set(30.0, "Seconds that a finding stands before `on_finding` is told of it.", low=0)
+    profile_on_finding: float = _set(
+        0.0,
+        "Seconds that the verdict has to be computation before the aggregator profiles the job by itself, once per "
+        "run; 0: never. The longest operators are then evidence of the finding.",
+        low=0,
+    )
     metrics_interval: float = _set(30.0, "Seconds between system metrics sent to trackers.", above=0)
     flush_interval: float = _set(1.0, "Longest time in seconds that a row waits in the rank.", low=0.01)
     ring_rows: int = _set(

@@ -16,6 +16,7 @@ from typing import Any
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
+from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.commands import Commands
 from traceml.aggregator.hung_jobs import HungJobs
 from traceml.aggregator.recovery import dead_flights
@@ -63,6 +64,7 @@ class Aggregator:
         delivery_nice: nice value of delivery processes.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
         alerts: told of findings.
+        profiles: takes profiles by itself.
         tls: encrypt connections, with this certificate.
 
     Raises:
@@ -82,6 +84,7 @@ class Aggregator:
         delivery_nice: int = 19,
         retention_gb: float | None = None,
         alerts: FindingAlerts | None = None,
+        profiles: FindingProfiles | None = None,
         tls: ServerIdentity | None = None,
     ) -> None:
         prepare_runs_dir(runs_dir)
@@ -101,6 +104,7 @@ class Aggregator:
         self._silent: dict[ActiveRun, SilentRanks] = {}
         self._hung = HungJobs(on_run_finished)
         self._alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
+        self._profiles = profiles if profiles is not None else FindingProfiles(0.0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_due = False
@@ -249,6 +253,7 @@ class Aggregator:
 
         self._alerts.check_end(run, run.final_findings)
         self._alerts.forget(run)
+        self._profiles.forget(run)
         self._verdicts.pop(run, None)
         self._silent.pop(run, None)
         self._hung.forget(run)
@@ -283,6 +288,7 @@ class Aggregator:
 
         await asyncio.gather(*self._ending.values(), return_exceptions=True)
         await self._alerts.close(_LAST_ALERTS_S)
+        await self._profiles.close()
         await asyncio.to_thread(self._deliveries.stop)
         await self.server.stop()
 
@@ -345,6 +351,7 @@ class Aggregator:
             verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
             verdict.update(run.store)
             self._alerts.check(run, verdict.findings)
+            self._profiles.check(run, verdict.findings)
             run.commit()
             if verdict.is_hang and self._hung.is_due(run):
                 self._start(self._abort_checked(run))

@@ -64,6 +64,7 @@ _NUMBERS: dict[str, Callable[[str], object]] = {
     "--master-port": PORT,
     "--shutdown-timeout": NumberRange(least=0),
 }
+_PROFILE_AFTER_S = 60
 _DEVICES = ("cpu", "gpu", "auto", "xpu", "hpu", "npu", "mlu", "musa")  # whose number torchrun finds, also of extensions
 _SHORT = {"--redirects": "-r", "--tee": "-t"}
 
@@ -94,6 +95,7 @@ def main(argv: list[str]) -> int:
             TRACEML_RUN_NAME=options.run_name,
             TRACEML_PROJECT=options.project,
             TRACEML_ON_HANG="abort" if options.kill_after_report else None,
+            TRACEML_PROFILE_ON_FINDING=str(_PROFILE_AFTER_S) if options.profile_on_finding else None,
         ),
     )
     with metrics_beside(job.runs_dir, options.prometheus, config.token, _print_line) as keep_metrics:
@@ -150,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_run_options(parser)
     add_prometheus_option(parser)
+    parser.add_argument(
+        "--profile-on-finding",
+        action="store_true",
+        help=f"profile the operators once, when the verdict has been computation for {_PROFILE_AFTER_S} s",
+    )
     torchrun = parser.add_argument_group("torchrun's options")
     torchrun.add_argument(
         "--nproc-per-node",

@@ -20,6 +20,7 @@ from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
 from traceml.aggregator.alerts.alert_targets import target_of
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
+from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.cli.number_range import PORT, NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_prometheus_option
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
             delivery_nice=config.delivery_nice,
             retention_gb=None if config.retention == "off" else config.retention,
             alerts=FindingAlerts([target_of(each) for each in config.on_finding], config.on_finding_after),
+            profiles=FindingProfiles(config.profile_on_finding),
             # The ranks of a launched run are on this host, or come through ssh.
             tls=make_identity() if config.tls and options.run_id is None else None,
         )

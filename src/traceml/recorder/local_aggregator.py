@@ -221,6 +221,7 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
     environ["TRACEML_RETENTION"] = str(config.retention)
     environ["TRACEML_ON_FINDING"] = json.dumps(config.on_finding)
     environ["TRACEML_ON_FINDING_AFTER"] = str(config.on_finding_after)
+    environ["TRACEML_PROFILE_ON_FINDING"] = str(config.profile_on_finding)
     if config.keep_runs is not None:
         environ["TRACEML_KEEP_RUNS"] = str(config.keep_runs)
     if config.otlp_endpoint is not None:

@@ -39,6 +39,7 @@ class InitArguments(TypedDict, total=False):
     on_hang: Literal["report", "abort"]
     on_finding: Sequence[str]
     on_finding_after: float
+    profile_on_finding: float
     metrics_interval: float
     flush_interval: float
     ring_rows: int

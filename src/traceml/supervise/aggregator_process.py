@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,17 @@ class AggregatorProcess(RestartingProcess):
         run_id: name of the run's folder.
         runs_dir: folder of all runs, an absolute path.
         on_delivery: called once if the end has to wait for trackers that still receive logged values.
+        settings: variables of its environment, beside ours.
     """
 
-    def __init__(self, run_id: str, runs_dir: Path, *, on_delivery: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        runs_dir: Path,
+        *,
+        on_delivery: Callable[[], object] | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.run_id = run_id
         self.runs_dir = runs_dir
@@ -56,6 +64,7 @@ class AggregatorProcess(RestartingProcess):
         self._listener: socket.socket | None = None
         self._stopping = False
         self._on_delivery = on_delivery
+        self._settings = dict(settings or {})
 
     def __repr__(self) -> str:
         return f"<aggregator process of run {self.run_id}>"
@@ -117,7 +126,7 @@ class AggregatorProcess(RestartingProcess):
         with log:
             return spawn(
                 command,
-                environ={**os.environ, "TRACEML_TOKEN": self.token},
+                environ={**os.environ, **self._settings, "TRACEML_TOKEN": self.token},
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 pass_fds=(fd,),

@@ -99,7 +99,7 @@ class Supervisor:
         self._make_screen = make_screen
         self._screen: Screen | None = None
         self._copy: OutputCopy | None = None
-        self._aggregator = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery)
+        self._aggregator = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery, settings=job.environ)
         self._on_tick = on_tick
         self._failures: list[dict[str, Any]] = []
         self._signals: set[int] = set()

@@ -100,3 +100,49 @@ def test_a_hang_is_told_at_the_end(tmp_path: Path) -> None:
 
     (alert,) = [each for each in _alerts(tmp_path) if each["finding"]["kind"] == "HANG"]
     assert alert["finding"]["ranks"] == [1]
+
+
+COMPUTING = """
+import time, torch, torch.distributed as dist
+from torch import nn
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+
+
+class Uneven(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x):
+        for _ in range(1 + 40 * dist.get_rank()):
+            x = torch.sin(x)
+            time.sleep(0.001)
+        return self.inner(x)
+
+
+model = nn.parallel.DistributedDataParallel(Uneven())
+optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+for _ in range(500):
+    model(torch.ones(16, 64)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_a_job_that_computes_is_profiled_by_itself(tmp_path: Path) -> None:
+    """Once; the finding has the operators with their lines, and the run has the file."""
+    done = _run(tmp_path, COMPUTING, 0.0, TRACEML_PROFILE_ON_FINDING="3")
+    assert done.returncode == 0, done.stderr
+
+    (run_dir,) = [each for each in (tmp_path / "runs").glob("2*") if each.is_dir()]
+    with StoreReader(run_dir / STORE_NAME) as reader:
+        (event,) = reader.events(kind="profile")
+
+    assert (run_dir / event.data["file"]).exists()
+    assert (event.data["kind"], event.data["ranks"]) == ("COMPUTE_STRAGGLER", [1])
+    verdict = json.loads((run_dir / "report.json").read_text())["verdict"]
+    assert verdict["kind"] == "COMPUTE_STRAGGLER"
+    assert verdict["evidence"]["profile"] == "profile.json.gz"
+    assert any("train.py:17 Uneven.forward" in each for each in verdict["evidence"]["operators"])

@@ -46,7 +46,7 @@ class CallSampler:
             return
 
         code = frame.f_code
-        place = (code.co_filename, frame.f_lineno or 0, code.co_name)
+        place = (code.co_filename, frame.f_lineno or 0, code.co_qualname)
         self._samples.append((time.time_ns(), self._places.setdefault(place, len(self._places))))
 
     def to_row(self) -> dict[str, Any]:

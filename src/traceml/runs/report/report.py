@@ -15,6 +15,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.window import Window
 from traceml.errors import StoreError
 from traceml.runs.report import sections
+from traceml.runs.report.profiled_operators import with_operators
 from traceml.runs.report.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
 from traceml.runs.report.restarts import restarts
 from traceml.runs.report.run_times import run_times
@@ -165,7 +166,7 @@ def make_report(
         telemetry: that section, if it was made a moment ago.
     """
     steps = sections.steps(digest, window)
-    rounded = [finding.rounded() for finding in findings]
+    rounded = [finding.rounded() for finding in with_operators(findings, reader)]
     return Report(
         schema=SCHEMA,
         traceml_version=__version__,

@@ -1,0 +1,135 @@
+"""Profiles that an aggregator takes by itself: of a run whose verdict is computation, once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from traceml.aggregator.active_run import ActiveRun
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.errors import TraceMLError
+from traceml.fail_open import fail_open
+
+__all__ = ["PROFILED_KINDS", "FindingProfiles"]
+
+PROFILED_KINDS = (Kind.COMPUTE_BOUND, Kind.COMPUTE_STRAGGLER)
+"""Verdicts that operators explain."""
+_FILE = "profile.json.gz"
+_STEPS, _SHOWN = 5, 5
+_MOST_RANKS = 4  # of those that are late: what the others do is mostly waiting
+_STEPS_S, _LIMIT_S = 120, 300
+
+_log = logging.getLogger("traceml")
+
+
+@dataclass(slots=True)
+class _StandingVerdict:
+    """A verdict about computation: its kind, and since when it stands."""
+
+    kind: Kind | None = None
+    since_s: float = 0.0
+    is_done: bool = False
+
+
+class FindingProfiles:
+    """Profiles a run when its verdict has been computation for some time, by a process of `traceml profile`.
+
+    Args:
+        after_s: time that the verdict stands before; 0: never.
+        now_s: a monotonic clock.
+    """
+
+    def __init__(self, after_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._after_s, self._now_s = after_s, now_s
+        self._runs: dict[ActiveRun, _StandingVerdict] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def check(self, run: ActiveRun, findings: Sequence[Finding]) -> None:
+        """Take the findings of a running run, the verdict first, and start its profile when it is due.
+
+        Args:
+            run: the run.
+            findings: all that were found last.
+        """
+        known = self._runs.setdefault(run, _StandingVerdict())
+        if not self._after_s or known.is_done or not findings:
+            return
+
+        verdict, now_s = findings[0], self._now_s()
+        if verdict.kind is not known.kind:
+            known.kind, known.since_s = verdict.kind, now_s
+
+        if verdict.kind in PROFILED_KINDS and now_s - known.since_s >= self._after_s:
+            known.is_done = True
+            task = asyncio.create_task(self._profile(run, verdict))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def forget(self, run: ActiveRun) -> None:
+        """Forget a run that is over."""
+        self._runs.pop(run, None)
+
+    async def close(self) -> None:
+        """Give up profiles that are being taken."""
+        for task in self._tasks:
+            task.cancel()
+
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _profile(self, run: ActiveRun, verdict: Finding) -> None:
+        with fail_open(_log, "aggregator", f"run {run.id} could not be profiled"):
+            told = await _run_profile(run, verdict.ranks[:_MOST_RANKS])
+            if not run.ended:
+                run.store.event("profile", _event(verdict, told))
+
+
+async def _run_profile(run: ActiveRun, ranks: Sequence[int]) -> dict[str, Any]:
+    """Return what `traceml profile --json` tells.
+
+    Raises:
+        TraceMLError: it failed, or was killed after its time.
+    """
+    words = ["profile", str(run.path), "--json", "-o", str(run.path / _FILE)]
+    words += ["--steps", str(_STEPS), "--timeout", str(_STEPS_S)]
+    words += ["--ranks", ",".join(map(str, ranks))] if ranks else []
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "traceml", *words,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            output, errors = await process.communicate()
+    except TimeoutError:
+        raise TraceMLError(f"`traceml profile` did not end within {_LIMIT_S} s") from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+            await process.wait()
+
+    if process.returncode:
+        raise TraceMLError(errors.decode(errors="replace").strip()[-500:])
+
+    told: dict[str, Any] = json.loads(output)
+    return told
+
+
+def _event(verdict: Finding, told: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": str(verdict.kind),
+        "file": _FILE,
+        "ranks": [each["rank"] for each in told["ranks"]],
+        "operators": told["operators"][:_SHOWN],
+    }
