@@ -187,3 +187,28 @@ def test_cores_are_for_reading(trace):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
 
     assert done.stderr.strip() == "0"
+
+
+@pytest.mark.parametrize("suffix", ["html", "png"])
+def test_plot_writes_a_chart_beside_the_output(capsys, tmp_path, trace, suffix):
+    """Standard output stays what it is, JSON included."""
+    path = tmp_path / f"chart.{suffix}"
+
+    assert json.loads(output(capsys, trace, "--by", "name", "--json", "--plot", path))["groups"]
+    assert path.read_bytes()[:9] in (b"<!doctype", b"\x89PNG\r\n\x1a\n\x00")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("chart.pdf", "ends neither in .html nor in .png"), ("no/chart.png", "there is no folder")],
+)
+def test_a_chart_that_cannot_be_written_is_told_before_reading(capsys, tmp_path, name, said):
+    assert main(["analyze", "no-such-trace", "--plot", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_extra_is_named(capsys, tmp_path, trace, monkeypatch):
+    monkeypatch.setattr("traceml.cli.analyze.find_spec", lambda name: None)
+
+    assert main(["analyze", str(trace), "--plot", str(tmp_path / "chart.png")]) == 2
+    assert "pip install 'traceml-torch[plot]'" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ import tyro
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.errors import TraceNotFoundError, UsageError
+from traceml.installation import install_command
 from traceml.traces.query.measures import Measure, parse_measures
 from traceml.traces.query.summary import summarize
 
@@ -68,6 +70,8 @@ class Options:
     """With --by: show the overlap of computing, I/O and communication too."""
     timeline: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """With --by: show the timeline too."""
+    plot: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Also draw the groups: FILE.html (a page that opens without a network) or FILE.png."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the result as JSON and nothing else."""
     dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None
@@ -82,14 +86,45 @@ def main(argv: list[str]) -> int:
     if not options.paths:
         raise UsageError("name a trace, a folder of traces, or a pattern: traceml analyze PATH")
 
+    _check_plot(options.plot)
     measures = parse_measures(options.agg.split(","), "--agg") if options.agg is not None else ()
     result = _summary(options, measures)
+    if options.plot is not None:
+        _plot(result, Path(options.plot), options.top or _TOP)
+
     if options.json:
         print(json.dumps({**result, "groups": result["groups"][: options.top]}, indent=2, allow_nan=False))
     else:
         _show(result, options, measures)
 
     return 0
+
+
+def _check_plot(path: str | None) -> None:
+    """Check before the traces are read that the chart can be drawn.
+
+    Raises:
+        UsageError: it cannot be; the text says why.
+    """
+    if path is None:
+        return
+
+    if Path(path).suffix not in (".html", ".png"):
+        raise UsageError(f"--plot: {path} ends neither in .html nor in .png")
+
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"--plot: there is no folder {Path(path).parent}")
+
+    if find_spec("matplotlib") is None:
+        raise UsageError(f"--plot needs Matplotlib: {install_command('plot')}")
+
+
+def _plot(result: dict[str, Any], path: Path, top: int) -> None:
+    from traceml.renderers.charts.trace_chart import trace_page, trace_picture
+
+    is_page = path.suffix == ".html"
+    path.write_bytes(trace_page(result, top).encode() if is_page else trace_picture(result, top))
+    print(f"The chart is in {path}", file=sys.stderr)
 
 
 def _summary(options: Options, measures: tuple[Measure, ...]) -> dict[str, Any]:

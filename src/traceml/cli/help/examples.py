@@ -53,6 +53,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "analyze": (
         ("an overview", "traceml analyze trace.pfw.gz"),
         ("the five longest kinds of I/O", "traceml analyze trace.pfw.gz --where cat=POSIX --top 5"),
+        ("a chart", "traceml analyze trace.pfw.gz --plot chart.html"),
         ("chosen columns", "traceml analyze trace.pfw.gz --agg count,sum,p99"),
     ),
     "whatif": (
