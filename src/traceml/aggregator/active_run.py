@@ -17,7 +17,7 @@ from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.restored_streams import restored_streams
 from traceml.aggregator.run_facts import RunFacts
-from traceml.aggregator.stream_ends import final_state, note_exit, note_oom, state_of_dead
+from traceml.aggregator.stream_ends import final_state, note_exit, note_oom, resumed_at, state_of_dead
 from traceml.aggregator.stream_table import StreamTable
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import boot_id
@@ -78,6 +78,7 @@ class ActiveRun:
         self._unmatched_exits: list[dict[str, Any]] = []
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
+        self.live.on_loaded = self._note_loaded
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
         self.final_findings: list[Finding] = []
         """Findings at the end of the run, if they were wanted."""
@@ -418,6 +419,13 @@ class ActiveRun:
 
     def _note_helper(self, stream: Stream) -> None:
         self.store.update_stream(stream.id, helps=True)
+
+    def _note_loaded(self, stream: Stream, row: dict[str, Any]) -> None:
+        """Store where a restarted rank goes on, if what it has read is a checkpoint of an earlier attempt."""
+        at = resumed_at(stream, row["place"], self.streams) if isinstance(row.get("place"), int) else 0
+        if at > stream.resumes_at:
+            stream.resumes_at = at
+            self.store.update_stream(stream.id, resumes_at=at)
 
     def _pause_senders(self, pause: bool) -> None:
         for stream in self.connected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from traceml.aggregator.streams import Stream
@@ -31,6 +32,8 @@ class LiveRows:
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(slots_for(world_size), world_size)
         self.intake.facts.world_size = world_size
+        self.on_loaded: Callable[[Stream, dict[str, Any]], None] = _ignore
+        """Called when a rank has read a file before its first step: its `loaded` row."""
         self.fresh = False
         """Whether something arrived since the last diagnosis."""
 
@@ -108,8 +111,14 @@ class LiveRows:
         if row.get("kind") == "exit":
             # Kept with the stream too: how a rank ended is needed when its connection is gone.
             stream.exit.update({key: value for key, value in row.items() if key not in ("kind", "t_ns")})
+        elif row.get("kind") == "loaded":
+            self.on_loaded(stream, row)
         elif stream.in_window:
             self.intake.facts.info(stream.rank, row)
+
+
+def _ignore(_stream: Stream, _row: dict[str, Any]) -> None:
+    """Ignore a row."""
 
 
 def _take_name(stream: Stream, row: dict[str, Any]) -> None:

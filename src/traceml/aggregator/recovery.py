@@ -192,6 +192,9 @@ def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str,
         return facts
 
     facts["at_s"] = image.last_beat_s
+    if image.slot(Slot.SAVED_IN):
+        facts |= {"saved_steps": image.slot(Slot.SAVED), "saved_in": image.slot(Slot.SAVED_IN)}
+
     phase, since_ns = image.open_phase
     if image.is_evaluating:
         facts["open_phase"] = "evaluation"

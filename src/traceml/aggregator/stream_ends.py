@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
 from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
 
-__all__ = ["final_state", "note_exit", "note_oom", "state_of_dead"]
+__all__ = ["final_state", "note_exit", "note_oom", "resumed_at", "state_of_dead"]
 
 # Exit status of a job that was ended from outside before its ranks had started.
 _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
@@ -48,6 +48,20 @@ def note_oom(stream: Stream) -> None:
     by_signal = ended.get("signal") == signal.SIGKILL or bool(ended.get("process_gone"))
     if by_signal and (where := stream.oom_watch.killed()):
         ended["oom"] = where
+
+
+def resumed_at(stream: Stream, place: int, streams: Iterable[Stream]) -> int:
+    """Return the steps in the newest checkpoint that an earlier attempt of a job has saved in a folder; 0 without one.
+
+    Args:
+        stream: of the rank that reads it.
+        place: number of the folder.
+        streams: all of the run.
+    """
+    saved = [each for each in streams if each.attempt < stream.attempt and each.exit.get("saved_in") == place]
+    before = [each for each in saved if each.rank == stream.rank] or saved  # each rank may save its own
+    newest = max((each.attempt for each in before), default=-1)
+    return max((each.resumes_at + each.exit["saved_steps"] for each in before if each.attempt == newest), default=0)
 
 
 def state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:

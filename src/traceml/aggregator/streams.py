@@ -94,6 +94,7 @@ class Stream:
         "rank",
         "reported_dead",
         "reported_flight",
+        "resumes_at",
         "seen_here",
         "state",
         "unacked",
@@ -130,6 +131,8 @@ class Stream:
         """Whether it is a forked child of a rank that only logs; it is no rank of its own."""
         self.in_window = True
         """Whether its rows enter the live windows: only the rank's newest incarnation does."""
+        self.resumes_at = 0
+        """Steps in the checkpoint with which it began, if it counts its own from 0."""
         self.reported_dead = False
         """Whether a launcher has reported the end of its process."""
         self.reported_flight: Path | None = None

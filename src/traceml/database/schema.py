@@ -203,6 +203,8 @@ class Slot(IntEnum):
     HEARTBEAT = 21  # monotonic timestamp of the last time the recorder's thread woke
     RECORDER_THREAD = 22  # the kernel's number of that thread
     EVALUATING = 23  # 1 while the model is evaluated, as of the last heartbeat
+    SAVED = 24  # number of steps in the last checkpoint that was saved, 0 before the first
+    SAVED_IN = 25  # number of its folder, see instrument/values/checkpoint_marks.py
 
 
 class StepFlag(IntFlag):

@@ -22,6 +22,7 @@ from traceml.instrument.save_folder import SaveFolder
 from traceml.instrument.search.iterators import Feeding, feeding_of
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.user import StepBlock, UserPhases
+from traceml.instrument.values.checkpoint_marks import CheckpointMarks
 
 __all__ = ["Instrumentation", "install"]
 
@@ -286,6 +287,8 @@ class Instrumentation:
         )
         self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
         calls.patch_checkpoint(patches, clock, self.save_folder)
+        self._marks = CheckpointMarks(self._flight.open_slots, clock, self._report)
+        self._guarded(lambda: self._marks.patch(patches))
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)
         self._device = CudaDevice() if "cuda" in types else None
@@ -359,6 +362,7 @@ class Instrumentation:
         from traceml.instrument.calls import patch_distributed_checkpoint
 
         self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock, self.save_folder))
+        self._guarded(lambda: self._marks.patch_distributed(self._patches))
 
     def _on_safetensors_import(self) -> None:
         from traceml.instrument.calls import patch_safetensors

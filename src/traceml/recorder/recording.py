@@ -241,6 +241,9 @@ class Recording:
         if self._is_evaluating():
             facts["open_phase"] = "evaluation"
 
+        if slots[Slot.SAVED_IN]:
+            facts |= {"saved_steps": slots[Slot.SAVED], "saved_in": slots[Slot.SAVED_IN]}
+
         facts["at_s"] = time.time()
         self.note("exit", urgent=True, **{**describe(error), **facts})
         if status:

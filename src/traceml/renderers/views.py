@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import count_text, plural, ranks_text, rate_text, sample_text
+from traceml.formatting import capitalized, count_text, plural, ranks_text, rate_text, sample_text
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.words import end_of_rank, restarts_text
+from traceml.renderers.words import end_of_rank, goodput_text, restarts_text
 from traceml.runs.report.report_types import (
     PhaseSection,
     Report,
@@ -190,6 +190,12 @@ class RunView:
             found.append(f"{plural(waiting, 'step')} {are} in memory of this host; `traceml sync` stores {stores}")
 
         return tuple(found)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, and the goodput of a job that was restarted."""
+        time = self.report.time
+        return (*self.notes, capitalized(goodput_text(time))) if self.run.restarts and time else self.notes
 
     @property
     def absent(self) -> str | None:

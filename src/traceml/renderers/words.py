@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.formatting import count_text, duration_text, phase_words, ranks_text, signal_name
-from traceml.runs.report.report_types import RankSection, RestartSection, TrackerSection
+from traceml.formatting import count_text, duration_text, percent_text, phase_words, plural, ranks_text, signal_name
+from traceml.runs.report.report_types import RankSection, RestartSection, TimeSection, TrackerSection
 
-__all__ = ["end_of_rank", "restarts_text", "tracker_text"]
+__all__ = ["end_of_rank", "goodput_text", "restarts_text", "tracker_text"]
 
 _ERROR_CHARS = 100
 _SHOWN_RESTARTS = 3
@@ -38,6 +38,20 @@ def restarts_text(restarts: Sequence[RestartSection]) -> str:
     shown = "; ".join(_restart_text(each) for each in restarts[-_SHOWN_RESTARTS:])
     first = "last " if len(restarts) > _SHOWN_RESTARTS else ""
     return f"Restarted {many}: {first}{shown}"
+
+
+def goodput_text(time: TimeSection) -> str:
+    """Return what the attempts of a job were good for: `goodput 62 %, 24 of 120 steps were repeated, ...`."""
+    made = time.productive_steps + time.repeated_steps
+    text = f"goodput {percent_text(time.goodput)}, {count_text(time.repeated_steps)} of {plural(made, 'step')} repeated"
+    if time.hang_s:
+        text += f", hung for {duration_text(time.hang_s)}"
+
+    if time.mtbf_s is None:
+        return text
+
+    each = f"{duration_text(time.mtbf_s)} of productive steps per failure"
+    return f"{text}, {each} ({plural(time.failures, 'failure')})"
 
 
 def _restart_text(restart: RestartSection) -> str:

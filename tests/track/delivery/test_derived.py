@@ -113,6 +113,21 @@ def test_steps_that_an_attempt_repeats_do_not_count_twice() -> None:
     assert named(twice, "traceml/goodput") == [pytest.approx(named(once, "traceml/goodput")[0] / 2, rel=1e-6)]
 
 
+def test_a_restarted_job_tells_its_restarts_and_repeated_steps() -> None:
+    """The second attempt makes all steps again, or goes on from a checkpoint of 100 steps and counts from 0."""
+    (rows,) = rows_of(JOB)
+    again = rows.copy()
+    again["t_end_ns"] += rows["t_end_ns"][-1]
+    first, second = frames(STEPS, rows, 50), frames(STEPS, again, 50, attempt=1)
+
+    values = {row.name: row.value for row in derive([*first, *second], interval_s=1000)}
+    alone = {row.name for row in derive(first, interval_s=1000)}
+
+    assert (values["traceml/restarts"], values["traceml/repeated_steps"]) == (1, len(rows))
+    assert values["traceml/mtbf_s"] > 0
+    assert not {"traceml/restarts", "traceml/mtbf_s"} & alone
+
+
 def test_ranks_are_put_together() -> None:
     job = Job(ranks=3, steps=100)
     of_ranks = [frames(STEPS, rows, 20, rank) for rank, rows in enumerate(rows_of(job))]

@@ -80,6 +80,7 @@ class RankExit:
         stopped: whether its launcher ended it, because of others.
         process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
         open_s: age of the open step at the end, seconds.
+        saved_steps: steps in its last checkpoint; None where it saved none.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """
 
@@ -101,6 +102,7 @@ class RankExit:
     process_gone: bool | None = None
     open_s: float | None = None
     oom: str | None = None
+    saved_steps: int | None = None
 
     @classmethod
     def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from traceml.diagnosis.facts.useful_time import UsefulTime
+
 __all__ = ["HEAVY_SHARE", "PARTS", "RunTime"]
 
 PARTS = (
@@ -37,13 +39,18 @@ class RunTime:
         wall_s: from its start to its end, or until now.
         seconds: by part (`PARTS`), the mean over ranks; the parts add up to `wall_s`.
         evaluations: times that evaluation interrupted the training, on one rank.
-        goodput: share in steps, without waiting for data, saving, and steps that an attempt repeats.
+        useful: steps that count, and those that an attempt repeats.
     """
 
     wall_s: float
     seconds: Mapping[str, float] = field(default_factory=dict)
     evaluations: int = 0
-    goodput: float = 0.0
+    useful: UsefulTime = field(default_factory=UsefulTime)
+
+    @property
+    def goodput(self) -> float:
+        """Share in steps, without waiting for data, saving, and steps that an attempt repeats."""
+        return min(self.useful.productive_s / self.wall_s, 1.0) if self.wall_s > 0 else 0.0
 
     @classmethod
     def of(cls, wall_s: float, known: Mapping[str, float], evaluations: int = 0) -> RunTime:

@@ -50,7 +50,7 @@ class VerdictCard:
         set_visible(self._next_block, bool(verdict.next))
         self._facts.show([*_costs(verdict), *evidence_items(verdict.evidence)][:_EVIDENCE])
         self._figures.show(_figures(view))
-        notes = [*view.notes, *(capitalized(text) for text in (view.sample, view.shared_data) if text)]
+        notes = [*view.remarks, *(capitalized(text) for text in (view.sample, view.shared_data) if text)]
         self._notes.set_text("".join(f"{note}. " for note in notes))
         set_visible(self._notes, bool(notes))
 

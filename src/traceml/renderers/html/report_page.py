@@ -116,7 +116,7 @@ def run_line(view: RunView) -> Iterator[str]:
 
     text = " · ".join(escaped(fact) for fact in (run.id, *facts, _date(run.started)) if fact)
     yield f'<p class="sub">{text}</p>'
-    yield from (f'<p class="sub">{escaped(note)}.</p>' for note in view.notes)
+    yield from (f'<p class="sub">{escaped(note)}.</p>' for note in view.remarks)
 
 
 def _date(started: float | None) -> str:

@@ -165,7 +165,7 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
     if verdict.gain is not None and "faster" not in verdict.summary:
         yield from _labeled("Gain", f"{_gaining(verdict)} {gain_text(verdict.gain)} once this is fixed", width)
 
-    for note in view.notes:
+    for note in view.remarks:
         yield from (Text(f" {line}", style="yellow") for line in wrapped(note, width - 1))
 
 
@@ -225,10 +225,9 @@ def _time_lines(view: RunView, width: int) -> Iterator[Text]:
     if time is None:
         return
 
-    goodput = f"; goodput {percent_text(time.goodput)}" if view.run.restarts else ""
     whole = f"{duration_text(time.wall_s)}: "
-    shown = _parts_text(view.time_parts, width - _LABEL - 1 - len(whole) - len(goodput))
-    yield from _labeled("Time", f"{whole}{shown}{goodput}", width)
+    shown = _parts_text(view.time_parts, width - _LABEL - 1 - len(whole))
+    yield from _labeled("Time", f"{whole}{shown}", width)
 
 
 def _parts_text(parts: Sequence[TimePart], room: int) -> str:

@@ -17,7 +17,7 @@ from traceml.errors import StoreError
 from traceml.runs.report import sections
 from traceml.runs.report.profiled_operators import with_operators
 from traceml.runs.report.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
-from traceml.runs.report.restarts import restarts
+from traceml.runs.report.restarts import restarts, stood_s
 from traceml.runs.report.run_times import run_times
 from traceml.runs.report.setup_facts import setup_section, step_times_section
 from traceml.runs.report.trackers import trackers
@@ -165,14 +165,18 @@ def make_report(
         run_dir: its folder.
         telemetry: that section, if it was made a moment ago.
     """
-    steps = sections.steps(digest, window)
+    steps, run, time = sections.steps(digest, window), _run(digest, reader, run_dir), sections.time(digest)
+    if time is not None:
+        ended_badly = run.state in ("failed", "lost", "hung")
+        time.count_failures(len(run.restarts) + ended_badly, stood_s(reader, hung=run.state == "hung"))
+
     rounded = [finding.rounded() for finding in with_operators(findings, reader)]
     return Report(
         schema=SCHEMA,
         traceml_version=__version__,
-        run=_run(digest, reader, run_dir),
+        run=run,
         verdict=rounded[0],
-        time=sections.time(digest),
+        time=time,
         findings=rounded,
         steps=steps,
         phases=sections.phases(digest, window),

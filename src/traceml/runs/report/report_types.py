@@ -140,12 +140,28 @@ class TimePart(msgspec.Struct):
 class TimeSection(msgspec.Struct):
     """Wall time of the run by part, the mean over ranks; the parts add up to `wall_s`.
 
-    `goodput` is the share in steps, without waiting for data, saving, and steps that an attempt repeats.
+    `goodput` is the share in steps, without waiting for data, saving, and steps that an attempt repeats: the time
+    `productive_s` in `productive_steps`. `repeated_steps` were made by an earlier attempt already, and lost, as they
+    were after its last checkpoint. `hang_s` is the time in which attempts stood still before they were ended; it is
+    within `restart` and `idle`. `failures` counts the attempts that ended badly, `mtbf_s` is the productive time per
+    failure; None without one.
     """
 
     wall_s: float = 0.0
     parts: list[TimePart] = []
     goodput: float = 0.0
+    productive_s: float = 0.0
+    productive_steps: int = 0
+    repeated_s: float = 0.0
+    repeated_steps: int = 0
+    hang_s: float = 0.0
+    failures: int = 0
+    mtbf_s: float | None = None
+
+    def count_failures(self, failures: int, hang_s: float) -> None:
+        """Set the number of attempts that ended badly, and the time for which they had stood still, in seconds."""
+        self.failures, self.hang_s = failures, significant(hang_s) or 0.0
+        self.mtbf_s = significant(self.productive_s / failures) if failures else None
 
 
 class RankMean(msgspec.Struct):

@@ -13,10 +13,12 @@ from traceml.diagnosis.deaths.lost_ranks import root_causes
 from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
 from traceml.formatting import signal_name
 from traceml.runs.report.report_types import RestartSection
+from traceml.runs.report.wall_time import checkpoints, resumes_at
 from traceml.runs.rows.clocks import RunClocks
 
-__all__ = ["restarts"]
+__all__ = ["restarts", "stood_s"]
 
+_STOOD_S = 10.0  # a step that was open for so long on all ranks, when an earlier attempt was ended, had hung
 _MOST_RANKS = 8  # of an attempt, whose first and last steps are read
 
 
@@ -35,7 +37,9 @@ def restarts(reader: StoreReader) -> list[RestartSection]:
     found = []
     for (attempt, streams), (_, following) in pairwise(ordered):
         if causes := _causes(streams):
-            found.append(_section(attempt, causes, _lost_s(reader, streams, following)))
+            died = next(stream for stream in streams if stream.rank == causes[0].rank)
+            before = resumes_at(died, checkpoints(streams))
+            found.append(_section(attempt, causes, _lost_s(reader, streams, following), before))
 
     return found
 
@@ -46,13 +50,31 @@ def _causes(streams: Sequence[StreamRecord]) -> list[RankExit]:
     return root_causes(ended_badly(exits))
 
 
-def _section(attempt: int, causes: Sequence[RankExit], lost_s: float | None) -> RestartSection:
+def stood_s(reader: StoreReader, *, hung: bool) -> float:
+    """Return the time for which attempts stood still before they were ended, in seconds.
+
+    Args:
+        reader: of the run.
+        hung: whether the last attempt has hung.
+    """
+    opened: dict[int, list[float]] = {}
+    for stream in reader.streams():
+        if not stream.facts.get("helps"):
+            opened.setdefault(stream.attempt, []).append(float(stream.facts.get("exit", {}).get("open_s") or 0.0))
+
+    last = max(opened, default=0)
+    each = {attempt: min(ages) for attempt, ages in opened.items()}
+    return sum(age for attempt, age in each.items() if (hung if attempt == last else age >= _STOOD_S))
+
+
+def _section(attempt: int, causes: Sequence[RankExit], lost_s: float | None, before: int) -> RestartSection:
     first = causes[0]
+    step = first.open_step if first.open_step is not None else first.last_step
     return RestartSection(
         attempt=attempt,
         ranks=sorted(each.rank for each in causes),
         reason=_reason(first),
-        step=first.open_step if first.open_step is not None else first.last_step,
+        step=None if step is None else step + before,
         lost_s=lost_s,
     )
 

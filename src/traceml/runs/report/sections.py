@@ -221,7 +221,16 @@ def time(digest: Digest) -> TimeSection | None:
         return None
 
     parts = [TimePart(part, _number(seconds), _number(found.share(part))) for part, seconds in found.seconds.items()]
-    return TimeSection(_number(found.wall_s), [part for part in parts if part.seconds > 0], _number(found.goodput))
+    useful = found.useful
+    return TimeSection(
+        wall_s=_number(found.wall_s),
+        parts=[part for part in parts if part.seconds > 0],
+        goodput=_number(found.goodput),
+        productive_s=_number(useful.productive_s),
+        productive_steps=useful.productive_steps,
+        repeated_s=_number(useful.repeated_s),
+        repeated_steps=useful.repeated_steps,
+    )
 
 
 def memory(digest: Digest) -> MemorySection:

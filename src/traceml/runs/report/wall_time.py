@@ -11,10 +11,11 @@ from traceml.database.store.reader import StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.stopped_time import Stop, without_stops
+from traceml.diagnosis.facts.useful_time import UsefulTime, useful_time
 from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
 from traceml.runs.rows.clocks import RunClocks
 
-__all__ = ["wall_time"]
+__all__ = ["checkpoints", "resumes_at", "wall_time"]
 
 _S = 1e9
 _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
@@ -55,9 +56,8 @@ def wall_time(
 
     known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]}
     time = RunTime.of(max(ended_s - started_s, 0.0), known, _most_evaluations(sums.values()))
-    useful_s = [_useful_ns(of_rank, sums) / _S for of_rank in ranks]
-    goodput = float(np.mean(useful_s)) / time.wall_s if useful_s and time.wall_s > 0 else 0.0
-    return replace(time, goodput=min(goodput, 1.0))
+    goes_on = checkpoints(records)
+    return replace(time, useful=UsefulTime.mean(_useful(of_rank, sums, goes_on) for of_rank in ranks))
 
 
 def _by_rank(records: Sequence[StreamRecord], sums: Mapping[int, StepSums]) -> list[list[StreamRecord]]:
@@ -70,16 +70,28 @@ def _by_rank(records: Sequence[StreamRecord], sums: Mapping[int, StepSums]) -> l
     return list(ranks.values())
 
 
-def _useful_ns(streams: Sequence[StreamRecord], sums: Mapping[int, StepSums]) -> float:
-    """Return the time of a rank's steps without waiting for data, saving, and steps that an attempt repeats."""
-    seen, useful_ns = -1, 0.0
-    for bins in (sums[stream.id].steps.bins for stream in streams):
-        first, last = bins["first_step"], bins["last_step"]
-        new = np.clip((last - np.maximum(first - 1, seen)) / (last - first + 1), 0, 1)
-        useful_ns += float((new * (bins["total_ns"] - bins["input_wait_ns"] - bins["checkpoint_ns"])).sum())
-        seen = max(seen, int(last.max(initial=-1)))
+def _useful(streams: Sequence[StreamRecord], sums: Mapping[int, StepSums], goes_on: Mapping[int, int]) -> UsefulTime:
+    return useful_time((sums[each.id].steps.bins, resumes_at(each, goes_on)) for each in streams)
 
-    return useful_ns
+
+def resumes_at(stream: StreamRecord, attempts: Mapping[int, int]) -> int:
+    """Return the steps in the checkpoint with which a process began: its own, else that of its attempt.
+
+    Args:
+        stream: of the process.
+        attempts: the steps of each attempt, as `checkpoints` returns them.
+    """
+    return int(stream.facts.get("resumes_at") or attempts.get(stream.attempt, 0))
+
+
+def checkpoints(records: Sequence[StreamRecord]) -> dict[int, int]:
+    """Return the steps in the checkpoint with which each attempt began: one rank may read it for all."""
+    found: dict[int, int] = {}
+    for stream in records:
+        at = int(stream.facts.get("resumes_at", 0))
+        found[stream.attempt] = max(at, found.get(stream.attempt, 0))
+
+    return found
 
 
 def _most_evaluations(sums: Iterable[StepSums]) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from traceml.database.schema import METRICS
-from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.database.schema import METRICS, STEPS
+from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
 from traceml.errors import BackendRefusedError
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
@@ -211,7 +211,7 @@ class BatchSender:
     def _send_derived(self, batch: RecordBatch) -> None:
         main = self._main()
         derived = self._derived()
-        rows = [row for frame in batch.frames for row in derived.take(frame, self._records.stream(frame.stream))]
+        rows = [row for frame in batch.frames for row in derived.take(frame, self._stream_of(frame))]
         if main is None:
             return
 
@@ -219,6 +219,10 @@ class BatchSender:
         for event in self._reader.events(self._memory.get("event", 0), "verdict"):
             self._memory["event"] = event.id
             self._note_verdict(main, event)
+
+    def _stream_of(self, frame: Frame) -> StreamRecord:
+        is_first = frame.table == STEPS.name and frame.seq == 0  # by then it is known what the rank goes on from
+        return self._records.stream(frame.stream, fresh=is_first)
 
     def _note_verdict(self, main: PlannedExperiment, event: RunEvent) -> None:
         verdict = event.data.get("verdict") or {}

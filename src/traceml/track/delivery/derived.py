@@ -12,6 +12,8 @@ a frame that is read again gives the same values again, and every backend gets t
 - `traceml/goodput`: share of all wall time since the run began that the lowest rank spent in productive steps, without
   waiting for data and saving. Start-up, evaluation, time between attempts, and steps that an attempt repeats are not
   productive.
+- `traceml/restarts`, `traceml/repeated_steps`, `traceml/mtbf_s`: of a restarted job: restarts so far, steps that its
+  attempts repeated on the lowest rank, and its productive seconds per restart.
 - `traceml/time/<part>`: share of the same wall time by part, as in the report (`diagnosis.facts.wall_parts`).
 - `system/…`: means over the interval (for counters, rates), per rank that samples them.
 """
@@ -176,11 +178,19 @@ class DerivedMetrics:
         if rank != lead["rank"]:
             return
 
-        new = rows[rows["step"] > lead["step"]]
+        numbers = rows["step"] + self._resumes_at(stream, int(rows["step"][0]))
+        new = rows[numbers > lead["step"]]
         lead["productive"] += int((new["total_ns"] - new["input_wait_ns"] - new["checkpoint_ns"]).sum())
-        lead["step"] = max(lead["step"], int(rows["step"].max()))
+        lead["step"] = max(lead["step"], int(numbers.max()))
+        lead["restarts"] = max(lead.get("restarts", 0), stream.attempt)
+        lead["repeated"] = lead.get("repeated", 0) + len(rows) - len(new)
         steps["lead"] += len(rows)
         steps["t"] = int(ends_ns[-1])
+
+    def _resumes_at(self, stream: StreamRecord, first: int) -> int:
+        """Return the steps before those of a process that counts its own from 0."""
+        known = self._memory.setdefault("resumes_at", {})
+        return int(known.setdefault(str(stream.id), 0 if first else int(stream.facts.get("resumes_at", 0))))
 
     def _close_steps(self, *, last: bool = False) -> Iterator[Metric]:
         steps, lead = self._memory.pop("interval", None), self._memory.get("lead")
@@ -204,6 +214,10 @@ class DerivedMetrics:
         if at_ns > lead["began"]:
             values["traceml/goodput"] = min(lead["productive"] / (at_ns - lead["began"]), 1.0)
             values |= self._time_shares(lead["began"], at_ns)
+
+        if restarts := lead.get("restarts"):
+            values |= {"traceml/restarts": restarts, "traceml/repeated_steps": lead["repeated"]}
+            values["traceml/mtbf_s"] = lead["productive"] / _S / restarts
 
         lead["t"] = at_ns
         for name, value in values.items():

@@ -74,9 +74,14 @@ class RecordReader:
         self._names: dict[tuple[int, int], str] = {}
         self._names_after = 0
 
-    def stream(self, number: int) -> StreamRecord:
-        """Return a stream by its number."""
-        if number not in self._streams:
+    def stream(self, number: int, *, fresh: bool = False) -> StreamRecord:
+        """Return a stream by its number.
+
+        Args:
+            number: of the stream.
+            fresh: read it again: its facts may have changed since its first row.
+        """
+        if fresh or number not in self._streams:
             self._streams = {record.id: record for record in self._reader.streams()}
 
         return self._streams[number]

@@ -1,0 +1,50 @@
+"""Steps that count, and those that an attempt repeats."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from traceml.database.schema import STEPS
+from traceml.database.store.summaries import sum_rows
+from traceml.diagnosis.facts.useful_time import UsefulTime, useful_time
+
+S = 10**9
+
+
+def steps(count: int, first: int = 0) -> np.ndarray:
+    """Bins of steps of one second, of which 0.1 s wait for data and 0.1 s save."""
+    rows = np.zeros(count, STEPS.dtype)
+    rows["step"], rows["total_ns"] = first + np.arange(count), S
+    rows["input_wait_ns"] = rows["checkpoint_ns"] = S // 10
+    rows["t_end_ns"] = (1 + np.arange(count)) * S
+    (sums,) = sum_rows(STEPS.name, rows if count else np.zeros(1, STEPS.dtype)).values()
+    return sums.bins if count else sums.bins[:0]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "expected"),
+    [
+        ([(steps(30), 0)], (24.0, 30, 0.0, 0)),
+        ([(steps(30), 0), (steps(30), 0)], (24.0, 30, 30.0, 30)),
+        ([(steps(30), 0), (steps(40), 20)], (48.0, 60, 10.0, 10)),
+        ([(steps(30), 0), (steps(40, 20), 20)], (48.0, 60, 10.0, 10)),  # it counts on by itself
+        ([(steps(30), 0), (steps(0), 20), (steps(40), 30)], (56.0, 70, 0.0, 0)),
+        ([], (0.0, 0, 0.0, 0)),
+    ],
+)
+def test_each_step_counts_once(attempts: list[tuple[np.ndarray, int]], expected: tuple[float, ...]) -> None:
+    """Starting over repeats all, a checkpoint those after it."""
+    found = useful_time(attempts)
+
+    assert (found.productive_s, found.productive_steps, found.repeated_s, found.repeated_steps) == pytest.approx(
+        expected
+    )
+
+
+def test_the_mean_over_ranks_has_the_most_steps() -> None:
+    """Ranks are killed at different steps."""
+    mean = UsefulTime.mean([UsefulTime(10.0, 20, 2.0, 3), UsefulTime(20.0, 21, 4.0, 4)])
+
+    assert mean == UsefulTime(15.0, 21, 3.0, 4)
+    assert UsefulTime.mean([]) == UsefulTime()

@@ -1,0 +1,78 @@
+"""Saved checkpoints are marked with their number of steps, and files that are read before the first step are told."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from traceml.database.flight.flight import FlightFile
+from traceml.database.schema import Slot
+from traceml.instrument import install
+from traceml.instrument.values.checkpoint_marks import place_of
+
+
+def test_a_place_is_the_folder(tmp_path: Path) -> None:
+    """Files of one folder have one place, however they are named; memory has none."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    file = tmp_path / "a.pt"
+    with file.open("wb") as opened:
+        places = [place_of(each) for each in (file, str(tmp_path / "b.pt"), tmp_path / "link" / "c.pt", opened)]
+
+    assert len(set(places)) == 1
+    assert places[0] != place_of(tmp_path / "other" / "a.pt")
+    assert place_of(io.BytesIO()) is None
+
+
+@pytest.fixture
+def traced(tmp_path: Path) -> Any:
+    """A flight file, the rows of `info`, and a traced model."""
+    flight = FlightFile.create(tmp_path, {})
+    rows: list[dict[str, Any]] = []
+    running = install(flight, on_info=rows.append)
+    yield flight, rows
+    running.uninstall()
+    flight.close(unlink=True)
+
+
+def train(steps: int) -> None:
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(torch.randn(steps, 4))
+    for x in loader:
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+
+
+def test_a_save_after_five_steps_holds_five(tmp_path: Path, traced: Any) -> None:
+    """Saved after the loop: the last update is in it. A failed save and one into memory are no checkpoint."""
+    flight, _ = traced
+    train(5)
+    torch.save({}, io.BytesIO())
+    with pytest.raises(RuntimeError):
+        torch.save({}, tmp_path / "missing" / "a.pt")
+    before = flight.open_slots[Slot.SAVED_IN]
+
+    torch.save({}, tmp_path / "a.pt")
+
+    assert before == 0
+    assert flight.open_slots[Slot.SAVED] == 5
+    assert flight.open_slots[Slot.SAVED_IN] == place_of(tmp_path / "a.pt")
+
+
+def test_only_files_read_before_training_are_told(tmp_path: Path, traced: Any) -> None:
+    """Later ones are no start."""
+    _, rows = traced
+    torch.save({"x": 1}, tmp_path / "a.pt")
+    loaded = torch.load(tmp_path / "a.pt")
+    train(3)
+    (tmp_path / "other").mkdir()
+    torch.save({}, tmp_path / "other" / "b.pt")
+    torch.load(tmp_path / "other" / "b.pt")
+
+    assert loaded == {"x": 1}
+    assert [row["place"] for row in rows if row["kind"] == "loaded"] == [place_of(tmp_path / "a.pt")]
