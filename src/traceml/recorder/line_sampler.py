@@ -24,6 +24,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.recorder.user_code import UserCode
+from traceml.witness.thread_frames import thread_frame
 from traceml.witness.user_files import is_ours
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class LineSampler:
             before = self._look()
             wait(_LEAST_S + (_MOST_S - _LEAST_S) * os.urandom(1)[0] / 255)  # the module `random` costs the rank 2 ms
             after = self._look()
-            frame = sys._current_frames().get(self._thread())
+            frame = thread_frame(self._thread())
         finally:
             if sys.getswitchinterval() == armed:  # else the script has set its own in the meantime
                 sys.setswitchinterval(usual)

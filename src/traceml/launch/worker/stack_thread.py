@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from types import FrameType
 
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.witness.thread_frames import thread_frames
 
 __all__ = ["serve_stacks"]
 
@@ -37,8 +37,8 @@ def _serve(agent: FdSocket) -> None:
 
 def _stacks() -> str:
     """Return the stacks of all threads but this one, the main thread first."""
-    frames = sys._current_frames()
-    del frames[threading.get_ident()]
+    frames = thread_frames()
+    frames.pop(threading.get_ident(), None)
     main = threading.main_thread().ident
     threads = sorted(frames, key=lambda ident: ident != main)
     return "\n".join(f"Thread 0x{ident:016x} (most recent call first):\n{_lines(frames[ident])}" for ident in threads)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Slot
 from traceml.samplers.procfs import ProcFile
+from traceml.witness.thread_frames import thread_frame
 
 if TYPE_CHECKING:
     from traceml.recorder.growth.held_objects import HeldObjects
@@ -94,7 +95,7 @@ class GrowthWatch:
     def _look(self) -> dict[tuple[str, int], HeldObjects]:
         from traceml.recorder.growth.held_objects import look  # a healthy rank does not pay for it
 
-        return look(sys._current_frames().get(self._thread()), self._is_user)
+        return look(thread_frame(self._thread()), self._is_user)
 
     def _look_again(self, now: int, step: int, first: _First) -> None:
         at_ns, at_step, cost_ns, before = first

@@ -2,29 +2,34 @@
 
 A step without a collection costs nothing. A collection costs two calls, 0.9 us together; only one of a millisecond or
 more is looked at. The callback runs wherever an object is made, also inside our own hooks and in any thread: so it
-takes no lock and appends to nothing but a deque, which the recorder's thread empties.
+takes no lock, appends to nothing but a deque, which the recorder's thread empties, and looks at no frame. The line of a
+call is told by a wrapper of `gc.collect`.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import Slot
+from traceml.fail_open import fail_open
+from traceml.recorder.pauses.callers import user_line
+from traceml.witness.thread_frames import mark_collector_code
 
 __all__ = ["LONG_NS", "Collection", "CollectionWatch"]
 
 LONG_NS = 1_000_000
 """From here on a collection is told by itself; shorter ones are told together."""
 _MAX_WAITING = 512
-_MAX_DEPTH = 50
-_OLDEST = 2
+_log = logging.getLogger("traceml")
 
 
 class Collection(NamedTuple):
@@ -67,7 +72,9 @@ class CollectionWatch:
     ) -> None:
         self._slots, self._is_evaluating, self._is_user = slots, is_evaluating, is_user
         self._began_ns = 0
-        self._counts: tuple[int, ...] = ()
+        self._caller: tuple[CodeType, int] | None = None
+        self._collect: Callable[..., int] | None = None
+        self._own_collect: Callable[..., int] | None = None
         self._long: deque[Collection] = deque(maxlen=_MAX_WAITING)
         self._short_ns = self._short = 0
         self._told = 0, 0
@@ -75,11 +82,16 @@ class CollectionWatch:
     def start(self) -> None:
         """Time collections from now on."""
         gc.callbacks.append(self._called)
+        self._collect, gc.collect = gc.collect, self._told_collect(gc.collect)
+        self._own_collect = gc.collect
 
     def stop(self) -> None:
         """Time no more collections."""
         if self._called in gc.callbacks:
             gc.callbacks.remove(self._called)
+
+        if self._collect is not None and gc.collect is self._own_collect:  # else it was replaced again after us
+            gc.collect = self._collect
 
     def take_long(self) -> list[Collection]:
         """Return the long collections since the last call, at most 512."""
@@ -93,51 +105,45 @@ class CollectionWatch:
         self._told = count, ns
         return count - told, ns - told_ns
 
+    def _told_collect(self, original: Callable[..., int]) -> Callable[..., int]:
+        """Return `gc.collect` that tells its caller; during a collection frames must not be walked."""
+
+        @functools.wraps(original)
+        def collect(*args: Any, **kwargs: Any) -> int:
+            with fail_open(_log, "recorder", "a collection's line is not told", once=True):
+                frame = sys._getframe(1)
+                code, line = user_line(frame, self._is_user)
+                self._caller = (frame.f_code, frame.f_lineno) if code is None else (code, line)
+
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._caller = None
+
+        return collect
+
     def _called(self, when: str, info: dict[str, int]) -> None:
         try:
             if when == "start":
-                self._counts = gc.get_count()
                 self._began_ns = monotonic_ns()
-            elif self._began_ns:
-                self._ended(monotonic_ns(), info["generation"])
+                return
+
+            began, self._began_ns = self._began_ns, 0
+            now = monotonic_ns()
+            if not began:
+                return
+
+            if now - began < LONG_NS:
+                self._short += 1
+                self._short_ns += now - began
+                return
+
+            phase, _ = open_phase(self._slots, True)
+            step = -1 if self._is_evaluating() else self._slots[Slot.STEP]
+            code, line = self._caller or (None, 0)
+            self._long.append(Collection(now, step, max(phase, -1), now - began, 1, info["generation"], code, line))
         except Exception:  # noqa: BLE001 - fail open: the interpreter would print it into the user's output
             self.stop()
 
-    def _ended(self, now: int, generation: int) -> None:
-        ns, self._began_ns = now - self._began_ns, 0
-        if ns < LONG_NS:
-            self._short += 1
-            self._short_ns += ns
-            return
 
-        phase, _ = open_phase(self._slots, has_steps=True)
-        step = -1 if self._is_evaluating() else self._slots[Slot.STEP]
-        code, line = self._caller(sys._getframe(2), generation)
-        self._long.append(Collection(now, step, max(phase, -1), ns, 1, generation, code, line))
-
-    def _caller(self, frame: FrameType | None, generation: int) -> tuple[CodeType | None, int]:
-        """Return the user's line that called for a collection; None where the interpreter decided."""
-        if frame is None or not _was_called(frame.f_code, generation, self._counts):
-            return None, 0
-
-        found: FrameType | None = frame
-        for _ in range(_MAX_DEPTH):
-            if found is None:
-                break
-
-            if self._is_user(found):
-                return found.f_code, found.f_lineno
-
-            found = found.f_back
-
-        return frame.f_code, frame.f_lineno
-
-
-def _was_called(code: CodeType, generation: int, counts: Sequence[int]) -> bool:
-    """Return whether code called `gc.collect`: the interpreter collects only above its thresholds.
-
-    The oldest generation's count may stay above its threshold for long, as the interpreter waits until the generation
-    has grown by a quarter. So code that names `collect` counts as having called it.
-    """
-    above = counts[generation] > gc.get_threshold()[generation]
-    return not gc.isenabled() or not above or (generation == _OLDEST and "collect" in code.co_names)
+mark_collector_code(CollectionWatch._called.__code__)

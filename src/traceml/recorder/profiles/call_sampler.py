@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from traceml.witness.thread_frames import thread_frame
 
 __all__ = ["CallSampler"]
 
@@ -31,7 +32,7 @@ class CallSampler:
 
     def sample(self) -> None:
         """Take a sample."""
-        frame = sys._current_frames().get(self._thread())
+        frame = thread_frame(self._thread())
         if len(self._samples) >= _MAX_SAMPLES:
             return
 

@@ -16,6 +16,7 @@ from traceml.database.looks import MAX_FRAMES, FrameLook, GroupLook, RankLook, W
 from traceml.database.schema import LINE_PHASES, Slot
 from traceml.recorder.user_code import UserCode
 from traceml.witness.kernel_state import io_bytes, is_job_suspended, process_info, tree_use, wait_state
+from traceml.witness.thread_frames import thread_frame
 from traceml.witness.user_files import is_ours
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class LookMaker:
             quiet_s: seconds since the last progress.
             is_last: whether the job is being ended.
         """
-        frame = sys._current_frames().get(self._thread())
+        frame = thread_frame(self._thread())
         frames, user = self._stack(frame)
         cpu_share, io_bytes_per_s = self._used()
         number = thread_number(self._thread())

@@ -7,7 +7,6 @@ passes the same lines again and again: that is no progress.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from types import CodeType
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
 from traceml.witness.kernel_state import io_bytes
+from traceml.witness.thread_frames import thread_frame
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -71,7 +71,7 @@ class ProgressCounters:
 
     def _is_elsewhere(self) -> bool:
         """Whether the training thread is further on in the user's code than ever since the last progress."""
-        frame, depth = sys._current_frames().get(self._thread()), 0
+        frame, depth = thread_frame(self._thread()), 0
         is_new = False
         while frame is not None and depth < _MAX_DEPTH:
             code, line = frame.f_code, frame.f_lineno or 0
