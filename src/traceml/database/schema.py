@@ -271,6 +271,7 @@ class Pause(IntEnum):
 
     COLLECTION = 0  # the interpreter's garbage collector
     COMPILATION = 1  # torch.compile
+    SAVE = 2  # a checkpoint
 
 
 class Compiled(IntEnum):
@@ -485,8 +486,9 @@ PAUSES = Table(
         _q("count", "how many they are"),
         _q("detail", "collection: generation; compilation: Compiled"),
         _q("called", "1 if the script's code called for it, else 0"),
+        _q("size_bytes", "save: bytes of the files; -1 where that is not known"),
         _q("line_id", "the function, or the line that called for it, `FILE:LINE FUNCTION`, by id in `names`; else -1"),
-        _q("text_id", "compilation: the guard that failed, by id in `names`; else -1"),
+        _q("text_id", "compilation: the guard that failed; save: its first file; by id in `names`, else -1"),
     ),
     capacity=2048,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine
-from traceml.formatting import ranks_text
+from traceml.formatting import gain_text, ranks_text
 
 __all__ = [
     "for_comm",
@@ -61,11 +61,15 @@ def for_residual(part: str, line: BlamedLine | None) -> str:
     )
 
 
-def for_saving() -> str:
-    """Return advice on saving checkpoints."""
+def for_saving(half: float) -> str:
+    """Return advice on saving checkpoints.
+
+    Args:
+        half: speed-up by saving half as often.
+    """
     return (
-        "Save less often, or beside the training (torch.distributed.checkpoint.async_save), and only what a restart "
-        "needs."
+        f"Save half as often: {gain_text(half)}. Or save beside the training "
+        "(torch.distributed.checkpoint.async_save), and only what a restart needs."
     )
 
 

@@ -14,6 +14,7 @@ from traceml.database.schema import Phase
 from traceml.instrument.patches import Patches
 from traceml.instrument.save_folder import SaveFolder
 from traceml.instrument.step_clock import StepClock
+from traceml.instrument.values.saves import SaveLog
 
 __all__ = [
     "patch_checkpoint",
@@ -23,6 +24,7 @@ __all__ = [
     "patch_functional_collectives",
     "patch_safetensors",
     "timed_call",
+    "timed_save",
 ]
 
 _H2D, _COMM, _CHECKPOINT = int(Phase.H2D), int(Phase.COMM), int(Phase.CHECKPOINT)
@@ -52,6 +54,30 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
             return original(*args, **kwargs)
         finally:
             clock.leave(phase, began)
+
+    return call
+
+
+def timed_save(original: Callable[..., Any], clock: StepClock, saves: SaveLog) -> Callable[..., Any]:
+    """Return a function that calls `original`, times it as `checkpoint`, and takes it down."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return original(*args, **kwargs)
+
+        began = clock.enter(_CHECKPOINT)
+        if began is None:
+            if clock.current == _CHECKPOINT and clock.is_training_thread():  # it is part of another one
+                saves.add_target(args, kwargs)
+
+            return original(*args, **kwargs)
+
+        try:
+            return original(*args, **kwargs)
+        finally:
+            clock.leave(_CHECKPOINT, began)
+            saves.add_target(args, kwargs)
+            saves.end(clock, began[1], sys._getframe(1))
 
     return call
 
@@ -87,15 +113,15 @@ def patch_functional_collectives(patches: Patches, clock: StepClock) -> None:
             patches.wrap(module, name, timed_call(value, _COMM, clock))
 
 
-def patch_checkpoint(patches: Patches, clock: StepClock, folder: SaveFolder) -> None:
+def patch_checkpoint(patches: Patches, clock: StepClock, folder: SaveFolder, saves: SaveLog) -> None:
     """Time `torch.save`, and note its folder."""
     torch, serialization = sys.modules["torch"], sys.modules["torch.serialization"]
-    wrapper = folder.watch(timed_call(serialization.save, _CHECKPOINT, clock), 1, "f")
+    wrapper = folder.watch(timed_save(serialization.save, clock, saves), 1, "f")
     patches.wrap(torch, "save", wrapper)
     patches.wrap(serialization, "save", wrapper)
 
 
-def patch_distributed_checkpoint(patches: Patches, clock: StepClock, folder: SaveFolder) -> None:
+def patch_distributed_checkpoint(patches: Patches, clock: StepClock, folder: SaveFolder, saves: SaveLog) -> None:
     """Time the functions that save a distributed checkpoint, and note the folder that has its folder."""
     package, saver = (
         sys.modules["torch.distributed.checkpoint"],
@@ -106,19 +132,19 @@ def patch_distributed_checkpoint(patches: Patches, clock: StepClock, folder: Sav
         if original is None:
             continue
 
-        wrapper = folder.watch(timed_call(original, _CHECKPOINT, clock), -1, "checkpoint_id")
+        wrapper = folder.watch(timed_save(original, clock, saves), -1, "checkpoint_id")
         for module in (package, saver):
             if getattr(module, name, None) is original:
                 patches.wrap(module, name, wrapper)
 
 
-def patch_safetensors(patches: Patches, clock: StepClock, folder: SaveFolder) -> None:
+def patch_safetensors(patches: Patches, clock: StepClock, folder: SaveFolder, saves: SaveLog) -> None:
     """Time the writing of safetensors by two inner functions: other packages hold references to the public ones."""
     module = sys.modules["safetensors.torch"]
     for name in ("_flatten", "serialize_file"):
         original = vars(module).get(name)
         if callable(original):
-            timed = timed_call(original, _CHECKPOINT, clock)
+            timed = timed_save(original, clock, saves)
             patches.wrap(module, name, folder.watch(timed, 1, "filename") if name == "serialize_file" else timed)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
-from traceml.database.schema import Phase
 from traceml.fail_open import fail_open
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
@@ -23,6 +22,7 @@ from traceml.instrument.search.iterators import Feeding, feeding_of
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.user import StepBlock, UserPhases
 from traceml.instrument.values.checkpoint_marks import CheckpointMarks
+from traceml.instrument.values.saves import SaveLog
 
 __all__ = ["Instrumentation", "install"]
 
@@ -39,6 +39,7 @@ class Instrumentation:
         feeding: the code that gives batches to a training without a loader; None before its first backward pass.
         save_folder: the folder of the checkpoints.
         lost_workers: facts of loader workers that died, until the recorder takes them.
+        saves: checkpoints, until the recorder takes them.
         collectives: names of the timed functions of torch.distributed.
     """
 
@@ -61,6 +62,7 @@ class Instrumentation:
         self._installed = True
         self.feeding: Feeding | None = None
         self.save_folder = SaveFolder(lambda folder: self._report({"kind": "saves", "folder": folder}))
+        self.saves = SaveLog()
         self.lost_workers: deque[Info] = deque(maxlen=_MAX_LOST)
         self._timed: set[tuple[Any, str]] = set()
         self._reported: dict[str, Info] = {}  # the last facts by kind
@@ -112,10 +114,9 @@ class Instrumentation:
 
     def time_saving(self, owner: Any, name: str) -> None:
         """Time the calls of a framework's function as `checkpoint`, if it exists."""
-        from traceml.instrument.calls import timed_call
+        from traceml.instrument.calls import timed_save
 
-        number = int(Phase.CHECKPOINT)
-        self._guarded(lambda: self._time(owner, name, lambda original: timed_call(original, number, self.clock)))
+        self._guarded(lambda: self._time(owner, name, lambda original: timed_save(original, self.clock, self.saves)))
 
     def time_update(self, owner: Any, name: str) -> None:
         """Time the calls of a framework's function as part of `optimizer`, if it exists."""
@@ -286,7 +287,7 @@ class Instrumentation:
             batches.inspect,
         )
         self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
-        calls.patch_checkpoint(patches, clock, self.save_folder)
+        calls.patch_checkpoint(patches, clock, self.save_folder, self.saves)
         self._marks = CheckpointMarks(self._flight.open_slots, clock, self._report)
         self._guarded(lambda: self._marks.patch(patches))
         types = built_devices() if self._device_types is None else self._device_types
@@ -361,13 +362,13 @@ class Instrumentation:
     def _on_checkpoint_import(self) -> None:
         from traceml.instrument.calls import patch_distributed_checkpoint
 
-        self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock, self.save_folder))
+        self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock, self.save_folder, self.saves))
         self._guarded(lambda: self._marks.patch_distributed(self._patches))
 
     def _on_safetensors_import(self) -> None:
         from traceml.instrument.calls import patch_safetensors
 
-        self._guarded(lambda: patch_safetensors(self._patches, self.clock, self.save_folder))
+        self._guarded(lambda: patch_safetensors(self._patches, self.clock, self.save_folder, self.saves))
 
     # ---- groups ----
 

@@ -363,8 +363,9 @@ class Recording:
             self.thread.every_turn(GrowthWatch(self.flight.open_slots, self._training_thread, contains, self.note))
 
     def _watch_pauses(self) -> None:
-        with fail_open(_log, "recorder", "garbage collections and compilations are not timed"):
-            self._pauses = PauseRecorder(self.flight, self._is_evaluating, UserCode().contains)
+        with fail_open(_log, "recorder", "garbage collections, compilations and checkpoints are not told"):
+            saves = self.instrumentation.saves if self.instrumentation is not None else None
+            self._pauses = PauseRecorder(self.flight, self._is_evaluating, UserCode().contains, saves)
             self.thread.every_turn(self._pauses)
 
     def _watch_progress(self) -> None:

@@ -1,22 +1,47 @@
-"""Pauses of the training thread, by rank and step: garbage collections and compilations."""
+"""Pauses of the training thread, by rank and step: garbage collections, compilations, checkpoints."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import LINE_OTHER, LINE_PHASES, PAUSES, Pause
+from traceml.diagnosis.facts.sampled_lines import parsed_place
 
-__all__ = ["PauseHistory"]
+__all__ = ["PauseHistory", "Saves"]
 
 MAX_ROWS = 16_384
 """Rows kept of each rank, the newest."""
 
 Rows = NDArray[np.void]
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Saves:
+    """Checkpoints of the rank that took longest for them; None where a fact is not known.
+
+    Attributes:
+        size_bytes: mean size of one.
+        bytes_per_s: at which they were written.
+        target: file or folder of the newest.
+        file, line, function: the user's line that called for most of them.
+    """
+
+    size_bytes: float | None
+    bytes_per_s: float | None
+    target: str | None
+    file: str | None
+    line: int | None
+    function: str | None
+
+    def evidence(self) -> dict[str, object]:
+        """Return what is known, as a finding's evidence."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
 
 class PauseHistory:
@@ -48,6 +73,20 @@ class PauseHistory:
         """Return the text that most of the rows have in a column of ids; empty where none has one."""
         ids = Counter(rows[column][rows[column] >= 0].tolist())
         return self.text(rank, ids.most_common(1)[0][0]) if ids else ""
+
+    def saves(self, ranks: Sequence[int] | NDArray[np.int64]) -> Saves | None:
+        """Return facts of the checkpoints of some ranks; None where none is known."""
+        by_rank = {int(rank): self.rows(int(rank), Pause.SAVE) for rank in ranks}
+        rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()), default=None)
+        if rank is None or not len(by_rank[rank]):
+            return None
+
+        rows = by_rank[rank]
+        sized = rows[rows["size_bytes"] > 0]
+        total, seconds = float(sized["size_bytes"].sum()), max(float(sized["ns"].sum()), 1.0) / 1e9
+        place = parsed_place(self.most_frequent(rank, rows, "line_id") or None)
+        size, speed = (total / len(sized), total / seconds) if len(sized) else (None, None)
+        return Saves(size, speed, self.text(rank, int(rows["text_id"][-1])) or None, *place)
 
     def per_step(
         self,

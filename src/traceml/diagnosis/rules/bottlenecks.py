@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.pauses import Saves
 from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line, clearing_share, iterator_share
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
@@ -18,7 +19,16 @@ from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
+from traceml.formatting import (
+    bytes_text,
+    capitalized,
+    gain_text,
+    line_text,
+    ns_text,
+    percent_text,
+    phase_words,
+    ranks_text,
+)
 
 __all__ = ["checkpoints", "input_bound", "residual", "transfers"]
 
@@ -183,7 +193,7 @@ def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Find
     return replace(cost.finding(Kind.INPUT_BOUND, summary, advice.for_iterator(), **evidence), phase="input_wait")
 
 
-def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:  # noqa: ARG001 - as all rules
+def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Find saving that all ranks spend time on, or wait for."""
     values = segments.parts.get("checkpoint")
     if values is None:
@@ -198,11 +208,28 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
         return []
 
     count, each_ns = int(saves.sum()), float(longest[saves].mean())
+    told, half = facts.pauses.saves(segments.ranks), speedup(segments, cost.saved_ns / 2)
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save, for "
-        f"{ns_text(each_ns)} each; without it the run would be {cost.faster}."
+        f"{ns_text(each_ns)} each{_of_save(told)}; without it the run would be {cost.faster}."
     )
-    return [cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(), saves=count, save_ms=each_ns / 1e6)]
+    evidence = {"saves": count, "save_ms": each_ns / 1e6, **(told.evidence() if told is not None else {})}
+    found = cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(half), **evidence)
+    return [replace(found, speedup_if_fixed=half)]
+
+
+def _of_save(told: Saves | None) -> str:
+    """Return where and how fast checkpoints are written: `, in train.py:93 train (76 MiB, 184 MiB/s)`."""
+    if told is None:
+        return ""
+
+    where = (
+        f", in {line_text(told.file, told.line, told.function)}" if told.file and told.line and told.function else ""
+    )
+    if told.size_bytes is None or told.bytes_per_s is None:
+        return where
+
+    return f"{where} ({bytes_text(int(told.size_bytes))}, {bytes_text(int(told.bytes_per_s))}/s)"
 
 
 def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:

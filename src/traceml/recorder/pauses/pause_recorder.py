@@ -8,18 +8,22 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import Pause, Slot
+from traceml.database.schema import Pause, Phase, Slot
 from traceml.privacy import secrets_only
-from traceml.recorder.pauses.collection_watch import Collection, CollectionWatch
+from traceml.recorder.pauses.callers import user_line
+from traceml.recorder.pauses.collection_watch import LONG_NS, Collection, CollectionWatch
 from traceml.recorder.pauses.compilations import Compilation, CompilationReader
+from traceml.recorder.pauses.sizes import size_of
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
+    from traceml.instrument.values.saves import Save, SaveLog
 
 __all__ = ["PauseRecorder"]
 
 _SHORT_SHARE = 0.02  # short collections that take less of the time are not told
 _LEAST_NS = 10**8
+_CHECKPOINT = int(Phase.CHECKPOINT)
 
 
 class PauseRecorder:
@@ -29,6 +33,7 @@ class PauseRecorder:
         flight: takes the rows of `schema.PAUSES`.
         is_evaluating: tells whether an evaluation runs, whose time is in no step.
         is_user: tells the user's code.
+        saves: takes down checkpoints; None without hooks.
         compilations: reads dynamo's records.
     """
 
@@ -37,10 +42,15 @@ class PauseRecorder:
         flight: FlightFile,
         is_evaluating: Callable[[], bool],
         is_user: Callable[[FrameType], bool],
+        saves: SaveLog | None = None,
         compilations: CompilationReader | None = None,
     ) -> None:
         self._slots, self._ring, self._name_id = flight.open_slots, flight.ring("pauses"), flight.names.id_of
         self._compilations = compilations or CompilationReader()
+        self._saves = saves
+        if saves is not None:
+            saves.caller = lambda frame: user_line(frame, is_user)
+
         self._watch = CollectionWatch(self._slots, is_evaluating, is_user)
         self._watch.start()
         self._turn = monotonic_ns(), self._slots[Slot.STEP]
@@ -54,6 +64,9 @@ class PauseRecorder:
         now, step = monotonic_ns(), self._slots[Slot.STEP]
         for each in self._watch.take_long():
             self._append_collection(each)
+
+        for save in self._saves.take() if self._saves is not None else ():
+            self._append_save(save)
 
         for compiled in self._compilations.take():
             self._append_compilation(compiled, now, step)
@@ -79,8 +92,17 @@ class PauseRecorder:
         line = self._id(_place(each.code, each.line)) if each.code is not None else -1
         cause, called = int(Pause.COLLECTION), int(each.code is not None)
         self._ring.append(
-            each.t_end_ns, each.step, cause, each.phase, each.ns, each.together, each.generation, called, line, -1
+            each.t_end_ns, each.step, cause, each.phase, each.ns, each.together, each.generation, called, -1, line, -1
         )
+
+    def _append_save(self, save: Save) -> None:
+        if save.ns < LONG_NS:
+            return
+
+        line = self._id(_place(save.code, save.line)) if save.code is not None else -1
+        file = self._id(secrets_only().mask_value("file", save.targets[0])) if save.targets else -1
+        size = size_of(save.targets)
+        self._ring.append(save.t_end_ns, save.step, int(Pause.SAVE), _CHECKPOINT, save.ns, 1, 0, 1, size, line, file)
 
     def _append_compilation(self, each: Compilation, now: int, step: int) -> None:
         """Append a compilation; the step in which it began is open while it runs."""
@@ -89,7 +111,7 @@ class PauseRecorder:
         step = before if ended_ns - each.ns <= before_ns else step
         place = self._id(each.place) if each.place else -1
         guard = self._id(secrets_only().mask_value("guard", each.guard)) if each.guard else -1
-        self._ring.append(ended_ns, step, int(Pause.COMPILATION), -1, each.ns, 1, each.detail, 0, place, guard)
+        self._ring.append(ended_ns, step, int(Pause.COMPILATION), -1, each.ns, 1, each.detail, 0, -1, place, guard)
 
     def _id(self, text: str) -> int:
         known = self._name_id(text)

@@ -75,7 +75,7 @@ _DOCS = {
     "metrics": "all logged values",
     "losses": "losses of training steps, at most 20 a second",
     "fingerprints": "hashes of some batches, by which ranks that train on the same data are found",
-    "pauses": "times in which the training stood still: garbage collections, compilations",
+    "pauses": "times in which the training stood still: garbage collections, compilations, checkpoints",
     "lines": "samples of the line that the training thread ran, by phase; one row per line and five seconds",
 }
 _TIME = ExportColumn("time_epoch_ns", "int64", "time in nanoseconds since 1970 by the aggregator's clock")
@@ -96,7 +96,7 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
         ExportColumn("library", "string", "innermost library function that it had called, null without one"),
     ),
     "cause": (ExportColumn("cause", "string", "the cause: " + ", ".join(each.name.lower() for each in Pause)),),
-    "text_id": (ExportColumn("text", "string", "of a compilation the guard that failed, null without one"),),
+    "text_id": (ExportColumn("text", "string", "the guard that failed, or a checkpoint's file; null without one"),),
     "kind": (ExportColumn("source", "string", "its source: " + ", ".join(kind.name.lower() for kind in MetricKind)),),
     "bits": (
         ExportColumn("other_ns", "int64", "rest of total_ns: code outside the known phases"),

@@ -1,0 +1,77 @@
+"""Checkpoints: how long each took, where it went, and who called for it."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from traceml.clock import monotonic_ns
+from traceml.database.schema import Slot
+from traceml.instrument.step_clock import StepClock
+
+__all__ = ["Save", "SaveLog"]
+
+_MAX_WAITING = 256
+_MAX_TARGETS = 64
+
+
+class Save(NamedTuple):
+    """A call that saved, with the calls inside it.
+
+    Attributes:
+        t_end_ns: its end, monotonic.
+        step: the open step.
+        ns: its wall time.
+        targets: files and folders that it was given.
+        code, line: the user's code that called it; None, 0 where none did.
+    """
+
+    t_end_ns: int
+    step: int
+    ns: int
+    targets: tuple[str, ...]
+    code: CodeType | None
+    line: int
+
+
+class SaveLog:
+    """Takes down saves on the training thread; the recorder's thread takes them.
+
+    Attributes:
+        caller: returns the user's code and line of a frame.
+    """
+
+    def __init__(self) -> None:
+        self.caller: Callable[[FrameType], tuple[CodeType | None, int]] = lambda _frame: (None, 0)
+        self._done: deque[Save] = deque(maxlen=_MAX_WAITING)
+        self._targets: list[str] = []
+
+    def take(self) -> list[Save]:
+        """Return the saves since the last call, at most 256."""
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def add_target(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take down the first file or folder among the arguments."""
+        for value in (*args, *kwargs.values()):
+            target = getattr(value, "name", None) if hasattr(value, "write") else value
+            if isinstance(target, str | os.PathLike) and len(self._targets) < _MAX_TARGETS:
+                self._targets.append(os.fspath(target))
+                return
+
+    def end(self, clock: StepClock, began_ns: int, frame: FrameType) -> None:
+        """Take down a save that ends now.
+
+        Args:
+            clock: has the open step.
+            began_ns: its beginning, monotonic.
+            frame: the frame that called it.
+        """
+        try:
+            now, targets = monotonic_ns(), tuple(dict.fromkeys(self._targets))
+            self._targets = []
+            self._done.append(Save(now, clock.open_slots[Slot.STEP], now - began_ns, targets, *self.caller(frame)))
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)

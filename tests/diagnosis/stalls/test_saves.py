@@ -1,0 +1,55 @@
+"""Facts of checkpoints in their finding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from traceml.database.schema import PAUSES, Pause
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.pauses import PauseHistory
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+
+
+def saves(size_bytes: int = 80 << 20, line: int = 5) -> PauseHistory:
+    rows = np.zeros(11, PAUSES.dtype)
+    rows["step"], rows["ns"], rows["count"], rows["cause"] = np.arange(10, 220, 20), int(100 * MS), 1, int(Pause.SAVE)
+    rows["size_bytes"], rows["line_id"], rows["text_id"] = size_bytes, line, 6
+    pauses = PauseHistory({0: {5: "/x/train.py:93 train", 6: "/data/last.pt"}})
+    pauses.add(0, rows)
+    return pauses
+
+
+def found(pauses: PauseHistory) -> Finding:
+    return diagnose(window_of(ALONE, adds("checkpoint", 100, every=20)), JobFacts(pauses=pauses))[0]
+
+
+def test_line_size_and_speed_are_told():
+    """The file too, as evidence."""
+    finding = found(saves())
+
+    assert finding.kind is Kind.CHECKPOINT_STALLS
+    assert "in train.py:93 train (80.0 MiB, 800 MiB/s)" in finding.summary
+    assert finding.evidence["target"] == "/data/last.pt"
+    assert finding.evidence["bytes_per_s"] == pytest.approx(800 << 20)
+
+
+def test_what_is_not_known_is_left_out():
+    """A file that is gone has no size, and a library's call no line."""
+    finding = found(saves(size_bytes=-1, line=-1))
+
+    assert " each; without it" in finding.summary
+    assert not {"size_bytes", "bytes_per_s", "file"} & set(finding.evidence)
+
+
+def test_the_gain_is_that_of_saving_half_as_often():
+    """Half of the time is left."""
+    finding = found(saves())
+
+    assert finding.speedup_if_fixed == pytest.approx(1 / (1 - finding.cost_share / 2), rel=0.01)
+    assert "Save half as often" in finding.next
