@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "launch": [],
     "delivery": [],
     "page": [],
+    "metrics_scrape": [],
     "traces": [],
     "traces_cluster": [],
     "trace_writer": [],

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
 
 import pytest
 
@@ -105,3 +110,23 @@ def test_json_tells_what_was_written(run_dir, capsys, words, files):
     assert told["rows"] > 60
     assert len(told["files"]) >= files
     assert told["bytes"] > 100
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("form", ["perfetto", "csv"])
+def test_a_terminal_sees_a_bar_that_ends_at_the_end(run_dir, form):
+    """On standard error only, which a script may throw away; the path in it is text, not markup."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "traceml", "export", "--format", form, "-o", f"[red]x.{form}.json"]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, env=environ, text=True, check=True)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(master, 4096):
+            shown += part
+
+    os.close(master)
+    assert "Writing [red]x" in shown.decode()
+    assert "100%" in shown.decode()
+    assert "\x1b" not in done.stdout

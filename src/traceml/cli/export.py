@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.text import Text
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, count_text, printable
+from traceml.runs.export.export_progress import no_progress
 from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
 from traceml.settings import load
@@ -55,8 +58,8 @@ def main(argv: list[str]) -> int:
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     run_dir = find_run(options.run, config.runs_dir)
     path = Path(options.output) if options.output else default_path(run_dir, export_format)
-    with _progress(f"Writing {path}"):
-        exported = export_run(run_dir, export_format, path)
+    with _progress(f"Writing {path}") as progress:
+        exported = export_run(run_dir, export_format, path, progress)
 
     if options.json:
         print(json.dumps(_record(exported), indent=2))
@@ -67,9 +70,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _progress(what: str) -> AbstractContextManager[object]:
-    """Show a status line on a terminal."""
-    return Console(stderr=True).status(Text(what)) if sys.stderr.isatty() else nullcontext()
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], object]]:
+    """Show a bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield no_progress
+        return
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(escape(printable(what)), total=None)
+        yield lambda done, whole: bars.update(task, completed=min(done, whole), total=whole)
 
 
 def _format(options: ExportOptions) -> str:

@@ -122,3 +122,16 @@ def test_names_and_formats(tmp_path):
     assert [str(default_path(tmp_path / "id", form)) for form in FORMATS] == [
         "id.json", "id.pfw.gz", "id-parquet", "id-csv",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["perfetto", "csv"])
+def test_progress_rises_to_the_end(tmp_path, form):
+    """Each part of the store is told once, and the last one is its end."""
+    run_dir = store_run(tmp_path / "run", Job(ranks=300, steps=4))
+    told: list[tuple[int, int]] = []
+
+    export_run(run_dir, form, tmp_path / f"out.{'json' if form == 'perfetto' else form}", lambda *at: told.append(at))
+
+    assert len(told) > 1
+    assert told == sorted(set(told))
+    assert told[-1][0] == told[-1][1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
+from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
@@ -57,7 +58,7 @@ def default_path(run_dir: Path, form: str) -> Path:
     return Path(f"{run_dir.name}{ends[0] if ends else f'-{form}'}")
 
 
-def export_run(run_dir: Path, form: str, path: Path) -> ExportResult:
+def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_progress) -> ExportResult:
     """Write a run, also one that is running or damaged, to a file (pfw, perfetto) or a folder (parquet, csv).
 
     A file is replaced atomically.
@@ -66,6 +67,7 @@ def export_run(run_dir: Path, form: str, path: Path) -> ExportResult:
         run_dir: the run's folder.
         form: one of `FORMATS`.
         path: the file or folder to write.
+        progress: called from time to time with the frames of the store that were read, and their number.
 
     Raises:
         UsageError: the path does not fit the format, or the format needs a package that is not installed.
@@ -78,7 +80,7 @@ def export_run(run_dir: Path, form: str, path: Path) -> ExportResult:
     damage: dict[str, None] = {}  # a frame may be read twice
     with closing(StoreReader(run_dir / STORE_NAME, on_damage=damage.setdefault)) as reader:
         try:
-            return (_export_trace if ends else _export_tables)(reader, form, path, damage)
+            return (_export_trace if ends else _export_tables)(reader, form, path, damage, progress)
         except StoreError:
             raise
         except OSError as error:
@@ -86,15 +88,19 @@ def export_run(run_dir: Path, form: str, path: Path) -> ExportResult:
             raise StoreError(f"cannot write {path}: {why}. Give another path with -o, in an existing folder") from error
 
 
-def _export_tables(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> ExportResult:
+def _export_tables(
+    reader: StoreReader, form: str, path: Path, damage: Mapping[str, None], progress: Progress
+) -> ExportResult:
     from traceml.runs.export.table_files import export_tables
 
-    counts, lost = export_tables(reader, form, path)
+    counts, lost = export_tables(reader, form, path, progress)
     files = tuple(path / f"{name}.{form}" for name in counts)
     return ExportResult(path, form, counts["steps"], sum(counts.values()), files, (*damage, *lost))
 
 
-def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> ExportResult:
+def _export_trace(
+    reader: StoreReader, form: str, path: Path, damage: Mapping[str, None], progress: Progress
+) -> ExportResult:
     from traceml.runs.export.timeline import TimelineExporter, origin_of
 
     clocks = RunClocks(reader.streams())
@@ -105,7 +111,7 @@ def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[st
     try:
         with Writer(draft, origin_ns=origin_ns) as writer:
             timeline = TimelineExporter(reader, writer, clocks)
-            timeline.write()
+            timeline.write(progress)
 
         statistics = writer.statistics
         if statistics.lost:

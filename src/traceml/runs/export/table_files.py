@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from traceml.database.schema import INFO, LOGGED, NAMES, PACKED
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import StoreError, UsageError
 from traceml.installation import install_command
+from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.export.table_columns import TABLES, ExportTable, Part, log_part, packed_part, to_json
 from traceml.runs.rows.clocks import RunClocks
 
@@ -34,13 +36,16 @@ class TableFile(Protocol):
         """Finish the file."""
 
 
-def export_tables(reader: StoreReader, form: str, folder: Path) -> tuple[dict[str, int], list[str]]:
+def export_tables(
+    reader: StoreReader, form: str, folder: Path, progress: Progress = no_progress
+) -> tuple[dict[str, int], list[str]]:
     """Write all tables into a folder; return the number of rows by table, and messages about unreadable parts.
 
     Args:
         reader: the store.
         form: parquet or csv.
         folder: created if missing; files of an earlier export are replaced, others are kept.
+        progress: see `Progress`.
 
     Raises:
         UsageError: Parquet without pyarrow, or the folder is a file.
@@ -59,7 +64,7 @@ def export_tables(reader: StoreReader, form: str, folder: Path) -> tuple[dict[st
             for file in files.values():
                 stack.callback(file.close)
 
-            counts = _TablesExport(reader, files, damage).run()
+            counts = _TablesExport(reader, files, damage).run(progress)
 
         for name, draft in drafts.items():
             draft.replace(folder / f"{name}.{form}")
@@ -78,10 +83,10 @@ class _TablesExport:
         self._names: dict[tuple[int, int], str] = {}
         self._counts = dict.fromkeys(files, 0)
 
-    def run(self) -> dict[str, int]:
+    def run(self, progress: Progress) -> dict[str, int]:
         """Write all tables; return their numbers of rows."""
         self._guarded(self._facts)
-        self._guarded(self._rows)
+        self._guarded(partial(self._rows, progress))
         return self._counts
 
     def _guarded(self, write: Callable[[], None]) -> None:
@@ -103,10 +108,11 @@ class _TablesExport:
         }
         self._add("events", part, len(events))
 
-    def _rows(self) -> None:
-        after = 0
+    def _rows(self, progress: Progress) -> None:
+        after, last = 0, self._reader.last_id()
         while frames := self._reader.frames_of(_STORED, after):
             after = frames[-1].id
+            progress(after, last)
             for frame in frames:
                 stream = self._streams.get(frame.stream)
                 if stream is not None:  # else it is newer than this export

@@ -37,6 +37,7 @@ from traceml.diagnosis.steps.step_split import has_group, own_backward
 from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.counters import CounterExporter
+from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrival
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
@@ -88,8 +89,11 @@ class TimelineExporter:
         self.damage: list[str] = []
         """Messages about unreadable parts of the store."""
 
-    def write(self) -> None:
+    def write(self, progress: Progress = no_progress) -> None:
         """Write everything but unreadable parts, which `damage` lists.
+
+        Args:
+            progress: see `Progress`.
 
         Raises:
             StoreError: the streams cannot be read.
@@ -97,8 +101,10 @@ class TimelineExporter:
         self._learn_streams()
         after = 0
         try:
+            last = self._reader.last_id()
             while frames := self._reader.frames_of(_TABLES, after):
                 after = frames[-1].id
+                progress(after, last)
                 for frame in frames:
                     self._take(frame)
         except StoreError as error:

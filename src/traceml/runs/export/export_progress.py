@@ -1,0 +1,14 @@
+"""Progress of an export, for whoever shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["Progress", "no_progress"]
+
+Progress = Callable[[int, int], object]
+"""Called from time to time with the cursor in the store and its end; the end may be passed while a run goes on."""
+
+
+def no_progress(_: int, __: int, /) -> None:
+    """Show nothing."""
