@@ -32,14 +32,14 @@ def _marks(window: ProfileWindow, folder: Path) -> list[str]:
 
 
 def test_the_chosen_steps_are_recorded(traced: Traced, tmp_path: Path) -> None:
-    """And flagged, with the step of the set-up before them and that of the stop after them."""
+    """And flagged, with the step of the set-up before them, and those until the trace is written."""
     window = _window(traced, first_step=6, steps=3)
     train(20)
 
     assert (window.state, window.first_step, window.why) == (ProfileState.RECORDED, 6, "")
     assert _marks(window, tmp_path) == ["ProfilerStep#6", "ProfilerStep#7", "ProfilerStep#8"]
     flagged = [row["step"] for row in traced.finish() if StepFlag.PROFILED in row["flags"]]
-    assert flagged == [5, 6, 7, 8, 9]
+    assert flagged == list(range(5, 20))  # the trace was not written meanwhile
 
 
 def test_losses_are_the_same(traced: Traced) -> None:
@@ -47,8 +47,11 @@ def test_losses_are_the_same(traced: Traced) -> None:
     expected = train(20)
     window = _window(traced, first_step=traced.instrumentation.clock.step + 4, steps=5)
 
+    window.release()
     assert train(20) == expected
     assert window.state is ProfileState.RECORDED
+    flagged = [row["step"] for row in traced.steps() if StepFlag.PROFILED in row["flags"]]
+    assert flagged == list(range(window.first_step - 1, window.first_step + 6))
     assert traced.instrumentation.clock.at_boundary is None
     assert not traced.instrumentation.clock.dirty
 

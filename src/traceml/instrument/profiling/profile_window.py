@@ -43,7 +43,8 @@ class ProfileWindow:
     """A profiler over a number of steps. Its methods run on the training thread, except `ask` and `cancel`.
 
     The profiler is set up in the step before the first one, so that its set-up is not in the trace. All steps in which
-    it is set up, records or is stopped get the flag `PROFILED`.
+    it is set up, records or is stopped get the flag `PROFILED`, and so do those until `release`: the trace is written
+    meanwhile, which takes a core.
 
     Args:
         clock: the training's steps.
@@ -64,6 +65,7 @@ class ProfileWindow:
         self._mark: Any = None
         self._left = 0
         self._is_ours = False
+        self._is_released = False
         self._patches = Patches()
 
     @property
@@ -96,6 +98,10 @@ class ProfileWindow:
         if not self.is_over:
             self._end(why)
 
+    def release(self) -> None:
+        """Return the steps to their usual path, as the trace is written or will not be; on any thread."""
+        self._is_released = True
+
     def save(self, path: Path) -> None:
         """Write the recorded trace as JSON, on any thread, and release it.
 
@@ -107,6 +113,9 @@ class ProfileWindow:
 
     def _cross(self) -> int:
         """Take the next step; return the flags of the step that begins."""
+        if self.state is ProfileState.RECORDED and not self._is_released:
+            return _PROFILED
+
         if self.is_over:
             self._clock.call_at_boundary(None)
             return 0
@@ -175,7 +184,6 @@ class ProfileWindow:
 
     def _end(self, why: str) -> None:
         """Stop the profiler; without a reason its trace is complete."""
-        self._clock.call_at_boundary(None)
         try:
             if self._profiler is not None and self.state is ProfileState.OPEN:
                 self._stop()
@@ -186,6 +194,7 @@ class ProfileWindow:
             self.why = why
             if why:
                 self._profiler = None
+                self._clock.call_at_boundary(None)
 
             self.state = ProfileState.FAILED if why else ProfileState.RECORDED
 

@@ -76,8 +76,12 @@ class _Profile:
     def _run(self) -> None:
         try:
             with fail_open(_log, "recorder", "a profile is given up"):
-                self._follow_window()
-                self._save()
+                try:
+                    self._follow_window()
+                    self._save()
+                finally:
+                    self.window.release()
+
                 while not self._closed.wait(1.0) and time.monotonic() - self._used_s < _FETCH_S:
                     pass
         finally:
