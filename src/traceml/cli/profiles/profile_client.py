@@ -117,6 +117,8 @@ class ProfileClient:
             self._open(request)
             self._await(request)
             return [self._fetch(each) for each in self.windows.values() if each.state == "recorded"]
+        except OSError as error:
+            raise TraceMLError(f"the job ended before its traces were fetched: {error}") from error
         finally:
             self._close()
 
@@ -170,7 +172,7 @@ class ProfileClient:
     def _update(self, waiting: dict[int, RankWindow]) -> None:
         try:
             answers, silent = self._ask({"do": "state"}, list(waiting))
-        except TraceMLError as error:  # no rank is left, or the run is over
+        except (TraceMLError, OSError) as error:  # no rank is left, the run is over, or its aggregator has ended
             for each in waiting.values():
                 each.fail("lost", f"it ended while it was profiled ({error})")
 
