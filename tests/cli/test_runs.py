@@ -60,6 +60,15 @@ def test_prune_keeps_the_newest(three, capsys):
     assert [folder.exists() for folder in three] == [False, False, True]
 
 
+def test_prune_keeps_tagged_runs(three, capsys):
+    """A baseline is old on purpose."""
+    assert cli.main(["runs", "tag", "run-0", "baseline"]) == 0
+    assert cli.main(["runs", "--prune", "--keep", "1"]) == 0
+
+    assert "removed run-1" in capsys.readouterr().out
+    assert [folder.exists() for folder in three] == [True, False, True]
+
+
 def test_prune_by_setting(three, capsys, monkeypatch):
     """The setting keep_runs says how many stay."""
     monkeypatch.setenv("TRACEML_KEEP_RUNS", "3")

@@ -51,7 +51,7 @@ class RunsOptions:
     archived: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """List archived runs too."""
     prune: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Remove all but the newest runs, except running ones. --keep, or the setting keep_runs, is the number to keep."""
+    """Remove all but the newest runs, except running and tagged ones: --keep N, or the setting keep_runs."""
     keep: Annotated[int | None, NumberRange(least=0), tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """With --prune: the number of runs to keep."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False

@@ -144,10 +144,10 @@ def describe_run(path: Path) -> RunInfo:
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     """Remove all but the newest `keep` runs; return what was removed.
 
-    Runs that are running, or whose trackers are still missing data, are kept.
+    Runs that are running, that have a tag, as a baseline, or whose trackers are still missing data, are kept.
     """
     old = list_runs(runs_dir)[max(keep, 0) :]
-    removed = [info for info in old if info.state != "running" and is_delivered(info.path)]
+    removed = [info for info in old if info.state != "running" and not info.tags and is_delivered(info.path)]
     for info in removed:
         remove_run(info.path)
 

@@ -10,7 +10,7 @@ import msgspec
 
 from traceml.errors import StoreError, UsageError
 
-__all__ = ["LABELS_NAME", "RunLabels", "add_tags", "read_labels", "remove_tags", "write_labels"]
+__all__ = ["LABELS_NAME", "RunLabels", "add_tags", "labels_time", "read_labels", "remove_tags", "write_labels"]
 
 LABELS_NAME = "labels.json"
 _MOST_TAG = 64
@@ -30,6 +30,14 @@ def read_labels(run_dir: Path) -> RunLabels:
         return msgspec.json.decode((run_dir / LABELS_NAME).read_bytes(), type=RunLabels)
     except (OSError, msgspec.DecodeError):
         return RunLabels()
+
+
+def labels_time(run_dir: Path) -> float:
+    """Return the epoch seconds of the last change of a run's labels; 0 where it has none."""
+    try:
+        return (run_dir / LABELS_NAME).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def write_labels(run_dir: Path, labels: RunLabels) -> None:

@@ -15,6 +15,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.display.web.run_sources import RunSource, RunsSource, is_run_id
 from traceml.runs.report.report import build_report, save_report
+from traceml.runs.run_labels import RunLabels, write_labels
 
 RUN = "20260101-000000-train-abcd"
 
@@ -175,6 +176,18 @@ def test_the_list_tells_what_changed(tmp_path):
     assert source.read() is None
     shutil.rmtree(folder / RUN)
     assert len(source.read().runs) == 1
+
+
+def test_archived_runs_are_not_listed(tmp_path, run_dir):
+    """From the moment that they are archived until they are listed again; tags are those of the list."""
+    source = RunsSource(tmp_path)
+    assert [run.tags for run in source.read().runs] == [[]]
+
+    write_labels(run_dir, RunLabels(tags=["baseline"], archived=True))
+    assert source.read().runs == ()
+
+    write_labels(run_dir, RunLabels(tags=["baseline"]))
+    assert [run.tags for run in source.read().runs] == [["baseline"]]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a\0b"])

@@ -17,6 +17,7 @@ from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import REPORT_NAME, Report, read_report
+from traceml.runs.run_labels import labels_time
 
 if TYPE_CHECKING:
     from traceml.runs.rows.series import RunSeries
@@ -209,7 +210,7 @@ class RunSource:
 
 
 class RunsSource:
-    """Follows the folder of runs; a run that has ended is read once."""
+    """Follows the folder of runs, without archived ones; a run that has ended is read again when its labels change."""
 
     def __init__(self, runs_dir: Path) -> None:
         self._path = runs_dir
@@ -238,11 +239,11 @@ class RunsSource:
     def _list(self) -> list[RunInfo]:
         known = {path: self._describe(path) for path in run_folders(self._path)}
         self._known = known
-        infos = [info for _, info in known.values()]
+        infos = [info for _, info in known.values() if not info.archived]
         return sorted(infos, key=lambda info: (info.started or 0.0, info.id), reverse=True)
 
     def _describe(self, path: Path) -> tuple[float, RunInfo]:
-        written = RunFileTimes(path).newest()
+        written = RunFileTimes(path).newest() + labels_time(path)
         before = self._known.get(path)
         if before is not None and before[0] == written and before[1].state != "running":
             return before
