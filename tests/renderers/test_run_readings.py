@@ -9,7 +9,7 @@ import pytest
 from tests.renderers.reports import finding, killed_rank, report, slow_rank, thousand_ranks
 from traceml.renderers.instruments import BaseUnit, Instrument, Instruments
 from traceml.renderers.run_readings import MOST_RANKS, readings
-from traceml.runs.report.report_types import Report, TelemetrySection
+from traceml.runs.report.report_types import GpuSection, HostSection, Report, TelemetrySection
 
 
 def values(of: Report, instrument: Instrument, **kwargs: int) -> dict[tuple[str, ...], float]:
@@ -91,6 +91,21 @@ def test_telemetry_is_in_base_units() -> None:
     assert values(made, Instruments.OVERHEAD) == {(): pytest.approx(4e-6)}
     assert values(made, Instruments.LOST) == {(): 3}
     assert values(made, Instruments.FAILURES) == {("display",): 2}
+
+
+def test_gpus_and_hosts_are_in_base_units() -> None:
+    """Percents become ratios, and each GPU has its host and index as labels."""
+    made = report([{"forward": 5.0}])
+    gpu = GpuSection(
+        index=3, utilization_pct=40.0, memory_used_bytes=10, memory_total_bytes=20, temperature_c=60.0, power_w=250.0
+    )
+    made.system.hosts = [HostSection(host="n1", cpu_pct=50.0, memory_pct=25.0, gpus=[gpu, GpuSection(index=4)])]
+
+    assert values(made, Instruments.HOST_CPU) == {("n1",): 0.5}
+    assert values(made, Instruments.HOST_MEMORY) == {("n1",): 0.25}
+    assert values(made, Instruments.GPU_USE) == {("n1", "3"): pytest.approx(0.4)}
+    of_gpu = (Instruments.GPU_MEMORY, Instruments.GPU_SIZE, Instruments.GPU_HEAT, Instruments.GPU_POWER)
+    assert [values(made, each) for each in of_gpu] == [{("n1", "3"): number} for number in (10, 20, 60.0, 250.0)]
 
 
 def test_names_are_unique_and_follow_the_rules_of_prometheus() -> None:

@@ -6,6 +6,8 @@ import http.client
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -151,3 +153,23 @@ def test_texts_that_are_no_address(text):
 )  # fmt: skip
 def test_only_loopback_needs_no_token(host, expected):
     assert ListenAddress(host).is_loopback is expected
+
+
+def test_a_script_under_traceml_run_can_be_scraped(tmp_path):
+    """While it runs, with its state; the server ends with the job."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    (tmp_path / "train.py").write_text(
+        "import urllib.request\n"
+        f"print(urllib.request.urlopen('http://127.0.0.1:{port}/metrics', timeout=60).read().decode())\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML_")}
+    command = [sys.executable, "-m", "traceml", "run", "--live", "none", "--prometheus", str(port), "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "traceml_runs_hidden" in series_of(done.stdout)
+    assert f"traceml metrics at http://127.0.0.1:{port}/metrics\n" in done.stderr
+    with pytest.raises(ConnectionRefusedError):
+        get(port)

@@ -132,7 +132,7 @@ def test_the_token_is_a_bearer_token(tmp_path):
     assert ask(app, host="trainer:29767", HTTP_AUTHORIZATION="Bearer secret")[0] == "200 OK"
 
 
-@pytest.mark.parametrize("host", ["evil.example:29767", "evil.example", "127.0.0.1.evil.example", ""])
+@pytest.mark.parametrize("host", ["evil.example:29767", "evil.example", "127.0.0.1.evil.example", "", "[::1", "[x]:1"])
 def test_a_name_that_only_resolves_to_loopback_is_refused(tmp_path, host):
     """A page of another site must not read the metrics through the user's browser."""
     assert ask(metrics_app(ActiveRuns(tmp_path), None), host=host)[0] == "403 Forbidden"

@@ -88,7 +88,7 @@ def _refusal(environ: dict[str, Any], token: str | None) -> tuple[str, list[tupl
         given = environ.get("HTTP_AUTHORIZATION", "")
         if not hmac.compare_digest(given.encode("latin-1", "replace"), f"Bearer {token}".encode()):
             return "401 Unauthorized", [("WWW-Authenticate", "Bearer")], "This address needs its bearer token."
-    elif urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname not in _LOOPBACK:
+    elif _asked_host(environ) not in _LOOPBACK:
         # A page of another site can make a browser ask here, under a name that its owner resolves to loopback.
         return "403 Forbidden", [], "Ask by the name localhost."
 
@@ -96,6 +96,13 @@ def _refusal(environ: dict[str, Any], token: str | None) -> tuple[str, list[tupl
         return "404 Not Found", [], f"The metrics are at {METRICS_PATH}."
 
     return None
+
+
+def _asked_host(environ: dict[str, Any]) -> str | None:
+    try:
+        return urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname
+    except ValueError:  # a bracket that is not closed
+        return None
 
 
 class _RunsCollector:
