@@ -136,6 +136,21 @@ _DDP = (
     _ddp("raises", "RANK_LOST", blamed=(1,), steps=None, fails=True),
 )  # fmt: skip
 
+
+def _death(how: str, *, cause: str | None = None, function: str | None = None) -> Case:
+    return _case(f"death, {how.replace('_', ' ')} x2", f"deaths {how}", "RANK_LOST", ranks=2, blamed=(1,), cause=cause,
+                 function=function, fails=True)  # fmt: skip
+
+
+_DEATHS = (
+    _death("allocation", cause="out_of_memory", function="allocate"),
+    _death("segfault", function="crash"),
+    _death("raise", function="fail"),
+    _death("worker", function="decode"),
+    _death("exit"),
+    _death("os_exit"),
+)
+
 _FILES = (
     _case("photos", "files", "INPUT_BOUND", phase="input_wait", function="Photos.__getitem__", steps=60),
     _case("photos, one worker", "files --workers 1", "INPUT_BOUND", phase="input_wait", steps=60),
@@ -260,6 +275,7 @@ CASES: tuple[Case, ...] = (
     *_CLASSIFIER,
     *_GPT,
     *_DDP,
+    *_DEATHS,
     *_FILES,
     *_LOOPS,
     *_FRAMEWORKS,

@@ -189,6 +189,16 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
         state="failed",
         **full_host(),
     ),
+    "RANK_LOST, time limit": lambda: found(
+        Job(ranks=2),
+        exits=(
+            RankExit(
+                rank=0, state="killed", signal=15, last_step=219, saved_steps=200, stopped=True, at_s=1e6, open_step=220
+            ),
+        ),
+        job_end_s=1e6,
+        state="stopped",
+    ),
     "RANK_LOST, crash": lambda: found(
         Job(ranks=2),
         exits=(RankExit(rank=0, state="killed", signal=11, open_step=7, file=PATH, line=12, function="f", stack="f"),),

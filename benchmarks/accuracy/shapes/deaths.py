@@ -55,6 +55,11 @@ def crash() -> None:
     ctypes.string_at(0)
 
 
+def fail() -> None:
+    """Raise an exception."""
+    raise KeyError("label")
+
+
 def stop(how: str) -> None:
     """End this process."""
     if how == "memory":
@@ -68,7 +73,7 @@ def stop(how: str) -> None:
     elif how == "os_exit":
         os._exit(4)
     elif how == "raise":
-        raise KeyError("label")
+        fail()
 
 
 def main() -> None:

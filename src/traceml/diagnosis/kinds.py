@@ -74,6 +74,9 @@ class _FindingFacts(Protocol):
 def _lost_ranks(finding: _FindingFacts) -> str:
     """Return `Rank 1 ended by SIGKILL at step 37, in forward`."""
     evidence = finding.evidence
+    if evidence.get("cause") == "time_limit":
+        return "Ended by the scheduler: time limit"
+
     how = ""
     if evidence.get("worker_pid") is not None:
         how = f" because its loader worker {_worker_end(evidence)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,12 @@ def capacities(config: Config) -> dict[str, int]:
     return {"steps": config.ring_rows, "device_steps": device_rows} | _capacity_of_metrics(config)
 
 
+def _job_end(environ: Mapping[str, str]) -> dict[str, float]:
+    """Return the time at which Slurm ends the job, as it tells the job's processes."""
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    return {"job_end_s": float(end)} if end.isdecimal() else {}
+
+
 def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
     """Return what the row `process` of `info` says of this process."""
     return {
@@ -90,4 +97,5 @@ def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
         "rank_from": identity.rank_identity.source,
         "cores": len(os.sched_getaffinity(0)),
         "machine_cores": os.cpu_count(),
+        **_job_end(os.environ),
     }

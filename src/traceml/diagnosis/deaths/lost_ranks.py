@@ -8,6 +8,7 @@ from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.deaths.end_words import end_text, step_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_behind, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
+from traceml.diagnosis.deaths.time_limit import at_time_limit, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.worker_advice import for_worker
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
 from traceml.diagnosis.facts.lost_workers import LostWorker
@@ -38,6 +39,8 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     """Return the finding about lost ranks: the first to end, the cause, the step and the phase."""
     bad = ended_badly(facts.exits)
     causes = root_causes(bad)
+    if at_limit := at_time_limit(bad, causes, facts):
+        return at_limit
     if not causes:
         return []
 
@@ -45,6 +48,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     worker = worker_behind(first, facts)
     ranks = tuple(sorted(ended.rank for ended in causes))
     followed = [ended.rank for ended in bad if ended not in causes]
+    lost = lost_steps(first, facts.exits)
     memory = memory_end(first, facts) if worker is None else None
     return [
         Finding(
@@ -52,9 +56,9 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
             severity=Kind.RANK_LOST.severity_for(0.0),
             ranks=ranks,
             phase=first.open_phase,
-            summary=_summary(causes, memory, followed, worker),
+            summary=_summary(causes, memory, followed, worker, lost),
             next=for_exit(first, facts, memory) if worker is None else for_worker(worker),
-            evidence=({} if worker is None else worker_evidence(worker)) | _evidence(first, memory, followed),
+            evidence=({} if worker is None else worker_evidence(worker)) | _evidence(first, memory, followed, lost),
             cost_share=1.0,
         )
     ]
@@ -110,7 +114,11 @@ def _failed_because_of_peer(ended: RankExit) -> bool:
 
 
 def _summary(
-    causes: Sequence[RankExit], memory: MemoryEnd | None, followed: Sequence[int], worker: LostWorker | None
+    causes: Sequence[RankExit],
+    memory: MemoryEnd | None,
+    followed: Sequence[int],
+    worker: LostWorker | None,
+    lost: int | None,
 ) -> str:
     first = causes[0]
     subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
@@ -119,13 +127,16 @@ def _summary(
     if memory is not None and len(causes) == 1:
         text += memory.words()
 
+    text += lost_steps_text(lost)
     if followed:
         text += f"; {ranks_text(followed)} ended because of that"
 
     return text + "."
 
 
-def _evidence(ended: RankExit, memory: MemoryEnd | None, followed: Sequence[int]) -> dict[str, object]:
+def _evidence(
+    ended: RankExit, memory: MemoryEnd | None, followed: Sequence[int], lost: int | None
+) -> dict[str, object]:
     known = {
         **(memory.evidence() if memory is not None else {}),
         "signal": ended.signal,
@@ -136,6 +147,7 @@ def _evidence(ended: RankExit, memory: MemoryEnd | None, followed: Sequence[int]
         "function": ended.function,
         "step": ended.open_step if ended.open_step is not None else ended.last_step,
         "last_step": ended.last_step,
+        "lost_steps": lost,
         "host": ended.host,
         "stack": ended.stack,
         "followed": list(followed) or None,

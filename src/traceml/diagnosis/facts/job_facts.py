@@ -150,6 +150,7 @@ class JobFacts:
         lost_workers: rank -> loader workers that died, the first of them.
         growing: rank -> containers that grew while its memory did, when it looked last.
         exits: ends of ranks.
+        job_end_s: epoch second at which the scheduler ends the job; None where it has no limit.
         limits: use of resources that have a limit.
         save_folders: rank -> folder into which it wrote checkpoints.
         memory: memory of ranks, devices and hosts over the run.
@@ -183,6 +184,7 @@ class JobFacts:
     lost_workers: Mapping[int, Sequence[LostWorker]] = field(default_factory=dict)
     growing: Mapping[int, Sequence[GrowingObjects]] = field(default_factory=dict)
     exits: tuple[RankExit, ...] = ()
+    job_end_s: float | None = None
     limits: tuple[ResourceUse, ...] = ()
     save_folders: Mapping[int, str] = field(default_factory=dict)
     memory: MemoryHistory = field(default_factory=MemoryHistory)
@@ -420,6 +422,7 @@ class JobFactsBuilder:
             model=self._model,
             fused=known.get("fused"),
             compile_s=known.get("compile_s"),
+            job_end_s=known.get("job_end_s"),
             loader=self._loaders[0] if self._loaders else None,
             loaders=dict(self.loaders),
             workers=self.workers,
@@ -444,7 +447,7 @@ class JobFactsBuilder:
         return facts if trained is None else replace(facts, loader=trained)
 
 
-_KEPT = ("backend", "torch_threads", "fused")
+_KEPT = ("backend", "torch_threads", "fused", "job_end_s")
 _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOADERS = _MAX_LOST = 64
 _MAX_EPOCHS = 65_536

@@ -1,0 +1,101 @@
+"""Ends at the scheduler's time limit, and steps that an end loses."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml.diagnosis.deaths.lost_ranks import rank_lost
+from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.kinds import Kind
+
+LIMIT_S = 1_000_000.0
+
+
+def ends(*exits: RankExit, job_end_s: float | None = LIMIT_S) -> JobFacts:
+    return JobFacts(world_size=2, exits=exits, job_end_s=job_end_s)
+
+
+def swept(rank: int, at_s: float = LIMIT_S, number: int = 15, **facts: object) -> RankExit:
+    return RankExit(
+        rank=rank,
+        state="killed",
+        signal=number,
+        last_step=811,
+        open_step=812,
+        at_s=at_s,
+        **facts,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("stopped", [True, None])
+def test_the_limit_is_told_with_the_lost_steps(stopped: bool | None) -> None:
+    """Whether the launcher passed the signal on or the ranks got it themselves."""
+    (finding,) = rank_lost(ends(swept(0, stopped=stopped, saved_steps=700), swept(1, stopped=stopped)))
+
+    assert finding.summary == (
+        "The scheduler ended the job at its time limit (SIGTERM), in step 812; 112 steps since the last checkpoint "
+        "are lost."
+    )
+    assert (finding.kind, finding.ranks, finding.headline) == (
+        Kind.RANK_LOST, (), "Ended by the scheduler: time limit"
+    )  # fmt: skip
+    assert (finding.evidence["cause"], finding.evidence["lost_steps"]) == ("time_limit", 112)
+    assert "--signal=USR1@120" in finding.next
+
+
+def test_a_warning_comes_before_the_limit() -> None:
+    """SIGUSR1 ends a script that does not handle it, minutes before."""
+    early = swept(0, LIMIT_S - 120, number=10), swept(1, LIMIT_S - 120, number=10)
+
+    assert rank_lost(ends(*early))[0].evidence["cause"] == "time_limit"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        ends(swept(0), swept(1), job_end_s=None),
+        ends(swept(0, LIMIT_S - 500), swept(1, LIMIT_S - 500)),
+        ends(swept(0), RankExit(rank=1, state="failed", code=1, exception="ValueError: no", at_s=LIMIT_S - 1)),
+        ends(swept(0), swept(1, number=11)),
+        ends(swept(0), swept(1, number=9, oom="group")),
+    ],
+)
+def test_other_ends_are_no_time_limit(facts: JobFacts) -> None:
+    """No limit, long before it, an exception, a crash, lack of memory."""
+    (finding,) = rank_lost(facts)
+
+    assert finding.evidence.get("cause") != "time_limit"
+
+
+def test_a_job_that_was_stopped_by_hand_is_no_finding() -> None:
+    """Ctrl-C, and a signal to the launcher long before the limit."""
+    assert rank_lost(ends(*(swept(rank, LIMIT_S - 500, stopped=True) for rank in range(2)))) == []
+    assert rank_lost(ends(swept(0, number=2), swept(1, number=2))) == []
+
+
+@pytest.mark.parametrize(
+    ("last", "saved", "words"),
+    [
+        (59, 50, "; 10 steps since the last checkpoint are lost"),
+        (50, 50, "; 1 step since the last checkpoint is lost"),
+        (49, 50, ""),
+        (59, None, ""),
+        (None, 50, ""),
+    ],
+)
+def test_steps_since_the_last_checkpoint_are_lost(last: int | None, saved: int | None, words: str) -> None:
+    """Another rank has saved; without any known save nothing is said."""
+    failed = RankExit(rank=1, state="failed", code=3, last_step=last)
+
+    (finding,) = rank_lost(JobFacts(exits=(RankExit(rank=0, state="finished", saved_steps=saved), failed)))
+
+    assert ("since the last checkpoint" in finding.summary) is bool(words)
+    assert words in finding.summary
+
+
+def test_the_limit_comes_from_the_rank() -> None:
+    """Its `process` row."""
+    builder = JobFactsBuilder(1)
+    builder.info(0, {"kind": "process", "job_end_s": LIMIT_S})
+
+    assert builder.build().job_end_s == LIMIT_S
