@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from mcp import Client, StdioServerParameters
 
 from traceml import cli
+from traceml.cli.assistants.json_documents import document_schema
 
 pytestmark = pytest.mark.process
 
@@ -101,6 +103,15 @@ def test_why_a_training_is_slow(folder: Path) -> None:
     assert lines.structured_content["phases"][0]["phase"] == "input_wait"
 
 
+def test_the_report_of_a_real_run_is_as_published(folder: Path) -> None:
+    """The file that the run left, by the schema."""
+    (path,) = (folder / "traceml_runs").glob("2*-train-*/report.json")
+    report = json.loads(path.read_text())
+
+    jsonschema.validate(report, document_schema("report"))
+    assert len(report["step_times"]["ms"]) == report["step_times"]["of_steps"] > 40
+
+
 def test_errors_reach_the_assistant(folder: Path) -> None:
     """With the text that says what to do; the server goes on."""
     missing, outside, alone, bad, fine = asked(
@@ -134,6 +145,7 @@ def test_the_stacks_of_a_running_job(folder: Path) -> None:
         job.communicate("\n", timeout=60)
 
     assert job.returncode == 0
+    jsonschema.validate(stacks.structured_content, document_schema("stacks"))
     (rank,) = stacks.structured_content["ranks"]
     assert rank["user_line"]["file"].endswith("wait.py")
 

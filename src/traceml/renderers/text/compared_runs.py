@@ -19,7 +19,6 @@ __all__ = ["compared_losses", "compared_params", "compared_runs", "significance_
 _MAX_WIDTH = 120
 _STYLES = {"slower": "bold red", "faster": "bold green"}
 _SHOWN = 12
-_LETTERS = 26
 
 
 def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
@@ -69,17 +68,18 @@ def _b(row: ParamChange | None, base: float | str | None) -> float | str | None:
 def _table(comparisons: Comparisons) -> Iterator[Text]:
     first = comparisons.comparisons[0]
     width = max(len(run.id) for run in (first.a, *(each.b for each in comparisons.comparisons)))
-    yield Text(f"    {'run':<{width}}  {'step':>9}{'change':>9}  {'significant':<13}verdict", style="dim")
-    yield Text(f" A  {first.a.id:<{width}}  {ms_text(first.step_time.mean.a_ms):>9}{'':24}{first.a.verdict}")
+    yield Text(f"     {'run':<{width}}  {'step':>9}{'change':>9}  {'significant':<13}verdict", style="dim")
+    yield Text(f" A   {first.a.id:<{width}}  {ms_text(first.step_time.mean.a_ms):>9}{'':24}{first.a.verdict}")
     for number, each in enumerate(comparisons.comparisons):
         mean = each.step_time.mean
-        line = Text(f" {_letter(number + 1)}  {each.b.id:<{width}}  {ms_text(mean.b_ms):>9}")
+        line = Text(f" {_mark(number + 1):<3} {each.b.id:<{width}}  {ms_text(mean.b_ms):>9}")
         line.append(f"{step_change_text(mean):>9}", style=_STYLES.get(each.outcome, ""))
         yield line.append(f"  {significance_word(each):<13}{each.b.verdict}")
 
 
-def _letter(number: int) -> str:
-    return chr(ord("A") + number) if number < _LETTERS else "."
+def _mark(number: int) -> str:
+    """Return the name of a run in the table: notes on it call it B, as in a comparison of two."""
+    return f"B{number}" if number else "A"
 
 
 def _values(comparisons: Comparisons) -> Iterator[Text]:
@@ -88,8 +88,8 @@ def _values(comparisons: Comparisons) -> Iterator[Text]:
     rows += compared_params(comparisons)
     if rows:
         yield Text()
-        letters = " | ".join(_letter(number) for number in range(len(comparisons.comparisons) + 1))
-        yield Text(f" {'value':<26}{letters}", style="dim")
+        marks = " | ".join(_mark(number) for number in range(len(comparisons.comparisons) + 1))
+        yield Text(f" {'value':<26}{marks}", style="dim")
 
     for name, values in rows[:_SHOWN]:
         yield Text(f" {name[:25]:<26}{' | '.join(values)}")
