@@ -55,6 +55,7 @@ _GUARDS = frozenset(
         "StepAccumulator.fail",
         "StepAccumulator.leave",
         "StepAccumulator.stop",
+        "SaveFolder.watch.<locals>.call",
         "StepBlock.__enter__",
         "StepBlock.__exit__",
         "UserPhase.__enter__",
