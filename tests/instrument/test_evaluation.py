@@ -270,6 +270,45 @@ def test_rollouts_of_a_simulator(traced: Traced, monkeypatch: pytest.MonkeyPatch
     assert sum(row["other_ns"] >= CALLS * 1_000_000 for row in rows) >= 4
 
 
+def collecting(policy: nn.Module, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Call a policy in `eval()`; return what it saw, or what is given, in another order."""
+    policy.eval()
+    with torch.no_grad():
+        found = [torch.randn(2, 4) if seen is None else seen[:2] for _ in range(CALLS)]
+        for observation in found:
+            policy(observation)
+
+    policy.train()
+    return torch.cat(found).flip(0) if seen is None else seen
+
+
+def test_rollouts_of_a_simulator_of_the_script(traced: Traced) -> None:
+    """What the policy has seen is trained on: after three of them it is known."""
+    policy = net()
+    optimizer = sgd(policy)
+    for _ in range(8):
+        observations = collecting(policy)
+        for _ in range(4):
+            train(policy, optimizer, observations)
+
+    assert len(traced.finish()) == 32
+    assert [row["step"] for row in traced.table("evals") if row["step"]] == [4, 8]  # the first may be a trial
+
+
+def test_evaluation_on_training_data_is_no_rollout(traced: Traced) -> None:
+    """A part of the data on which the model is trained, the same each time."""
+    model = net()
+    optimizer = sgd(model)
+    samples = torch.randn(8, 4)
+    for _ in range(8):
+        collecting(model, samples)
+        for _ in range(4):
+            train(model, optimizer, samples)
+
+    assert len(traced.finish()) == 32
+    assert [row["step"] for row in traced.table("evals") if row["step"]] == list(range(4, 32, 4))
+
+
 def test_pseudo_labels_on_each_batch(traced: Traced) -> None:
     """Calls in `eval()` in each step become a part of the step."""
     model = net()

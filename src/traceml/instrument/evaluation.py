@@ -42,6 +42,7 @@ class EvaluationStretch:
 
     Attributes:
         start: its begin, monotonic time in ns; 0 outside.
+        is_rollout: whether calls without gradients collect what is trained on: there is none then.
 
     Args:
         clock: the times of the open step.
@@ -51,6 +52,7 @@ class EvaluationStretch:
     def __init__(self, clock: StepAccumulator, rules: StepRules) -> None:
         self._clock, self._rules = clock, rules
         self.start = 0
+        self.is_rollout = False
         self._calls = self._last_call = 0
         self._is_first = False  # before the first step
         self._times: list[int] = []  # the buckets at the begin
@@ -74,7 +76,7 @@ class EvaluationStretch:
         if called is None or called.training or self._rules.explicit or not clock.listener.is_trained(called):
             return False
 
-        if any(name in sys.modules for name in _SIMULATORS) or self._is_usual():
+        if self.is_rollout or any(name in sys.modules for name in _SIMULATORS) or self._is_usual():
             return False
 
         self._open(t)

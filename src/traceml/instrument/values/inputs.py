@@ -18,6 +18,7 @@ import torch
 
 from traceml.fail_open import fail_open
 from traceml.instrument.step_clock import StepClock
+from traceml.instrument.values.rollouts import RolloutSearch
 
 __all__ = ["BatchReader"]
 
@@ -47,6 +48,7 @@ class BatchReader:
         self._known = False
         self._taken = self._wanted = 0
         self._broken = False
+        self._rollouts = RolloutSearch()
         self.begin_epoch()
 
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: Any = None) -> None:
@@ -108,6 +110,16 @@ class BatchReader:
         if not self._known:
             self._known = True
             self._on_input(tensor, model)
+
+        if not self._rollouts.is_over:
+            self._look_for_rollouts(tensor, model)
+
+    def _look_for_rollouts(self, tensor: Any, model: Any) -> None:
+        if torch.is_grad_enabled():
+            self._rollouts.trained(tensor)
+            self._clock.stretch.is_rollout = self._rollouts.found
+        elif model is not None and not model.training and self._clock.listener.is_trained(model):
+            self._rollouts.called(tensor)
 
     def _fail(self, error: Exception) -> None:
         self._broken, self._clock.inspects = True, False

@@ -1,0 +1,67 @@
+"""Rollouts of a simulator that the script has itself: what the model sees in `eval()` is trained on afterwards.
+
+Both an evaluation and a rollout call the model without gradients between training steps. But only a rollout collects
+data: samples of its calls are among those of the next training batch, and they are new ones each time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["RolloutSearch"]
+
+_ROWS = 16  # samples of a call that are remembered
+_MOST_NUMBERS = 1 << 16
+_DISTINCT = 3  # numbers of a sample that differ: a constant one could be equal by chance
+_FOUND = 3  # so many times samples of a call were trained on, each time others
+_SEARCHES = 256  # after so many batches without, there are none: a search takes some 20 us
+
+
+class RolloutSearch:
+    """Compares the first call of each stretch without gradients with the training batch after it."""
+
+    def __init__(self) -> None:
+        self._seen: Any = None
+        self._trained_on: set[tuple[float, ...]] = set()
+        self._searches = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is looked for any more."""
+        return self._searches >= _SEARCHES or self.found
+
+    @property
+    def found(self) -> bool:
+        """Whether the calls collect what is trained on."""
+        return len(self._trained_on) >= _FOUND
+
+    def called(self, tensor: Any) -> None:
+        """Remember samples of a call in `eval()` without gradients."""
+        is_plain = tensor.is_cpu and tensor.layout is torch.strided and tensor.dim() > 1
+        self._seen = None
+        if is_plain and 0 < tensor[0].numel() * _ROWS <= _MOST_NUMBERS:
+            self._seen = tensor.shape[0], tensor[:_ROWS].detach().clone()
+
+    def trained(self, tensor: Any) -> None:
+        """Look for the samples in a training batch, which has more of them than a call."""
+        seen, self._seen = self._seen, None
+        if seen is None or not tensor.is_cpu or tensor.dtype != seen[1].dtype or tensor.shape[0] <= seen[0]:
+            return
+
+        if tensor.shape[1:] != seen[1].shape[1:] or tensor.layout is not torch.strided:
+            return
+
+        self._searches += 1
+        with torch.no_grad():
+            batch = tensor.detach().flatten(1)
+            for row in seen[1].flatten(1):
+                if bool((batch == row).all(1).any()):
+                    self._note(row)
+                    return
+
+    def _note(self, row: Any) -> None:
+        numbers = tuple(row[:64].tolist())
+        if len(set(numbers)) >= _DISTINCT:
+            self._trained_on.add(numbers)
