@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from tests.eventually import eventually
 from tests.runs.report.test_line_shares import line, report_with
 from traceml import cli
+from traceml.cli.assistants.json_documents import document_schema
 from traceml.cli.profiles.profile import parse_ranks
 from traceml.database.schema import StepFlag, unpack_bits
 from traceml.database.store.reader import StoreReader
@@ -132,6 +134,7 @@ def test_ranks_of_a_running_job_are_profiled(start: Callable[..., _RunningJob]) 
     result = json.loads(told.stdout)
     job.finish()
 
+    jsonschema.validate(result, document_schema("profile"))
     assert [each["rank"] for each in result["ranks"]] == [0, 1]
     first = result["ranks"][0]["first_step"]
     assert {(each["first_step"], each["steps"]) for each in result["ranks"]} == {(first, 4)}

@@ -14,7 +14,17 @@ from traceml.runs.report.report_types import Report
 from traceml.runs.run_query import RunRecord
 from traceml.whatif.straggler_cost import WhatIf
 
-__all__ = ["DOCUMENTS", "StacksDocument", "StacksRank", "TraceAnalysis", "document_schema"]
+__all__ = [
+    "DOCUMENTS",
+    "OperatorRecord",
+    "ProfileDocument",
+    "ProfiledRankRecord",
+    "StacksDocument",
+    "StacksRank",
+    "TraceAnalysis",
+    "UnprofiledRank",
+    "document_schema",
+]
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _PLACE = "https://github.com/traceml/traceml/blob/main/docs/schemas"
@@ -36,6 +46,46 @@ class StacksDocument(msgspec.Struct, kw_only=True):
     run: str
     ranks: list[StacksRank]
     missing: list[MissingRank]
+
+
+class ProfiledRankRecord(msgspec.Struct, kw_only=True):
+    """A profiled rank; `slowdown` is profiled step time / step time before, null where that is not known."""
+
+    rank: int
+    host: str
+    first_step: int
+    steps: int
+    slowdown: float | None
+
+
+class UnprofiledRank(msgspec.Struct, kw_only=True):
+    """A rank without a trace, and why."""
+
+    rank: int
+    why: str
+
+
+class OperatorRecord(msgspec.Struct, kw_only=True):
+    """An operator: calls and milliseconds per step, and the line of the user's code that was seen most often in it."""
+
+    name: str
+    calls_per_step: float
+    self_cpu_ms: float
+    device_ms: float
+    file: str | None = None
+    line: int | None = None
+    function: str | None = None
+
+
+class ProfileDocument(msgspec.Struct, kw_only=True):
+    """The result of `traceml profile --json`; operators of all profiled ranks, the longest first."""
+
+    schema: Literal["traceml.profile/1"] = "traceml.profile/1"
+    run: str
+    file: str
+    ranks: list[ProfiledRankRecord]
+    missing: list[UnprofiledRank]
+    operators: list[OperatorRecord]
 
 
 class TraceDamage(msgspec.Struct):
@@ -127,6 +177,7 @@ DOCUMENTS: dict[str, tuple[Any, str]] = {
     "whatif": (WhatIf, "traceml whatif --json"),
     "runs": (list[RunRecord], "traceml runs --json"),
     "stacks": (StacksDocument, "traceml stacks --json"),
+    "profile": (ProfileDocument, "traceml profile --json"),
 }
 """Name -> type of the document, and the command that prints it. All have version 1."""
 

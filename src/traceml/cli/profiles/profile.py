@@ -11,12 +11,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import msgspec
 import tyro
 from rich.console import Console
 from rich.text import Text
 
+from traceml.cli.assistants.json_documents import (
+    OperatorRecord,
+    ProfileDocument,
+    ProfiledRankRecord,
+    UnprofiledRank,
+)
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.cli.profiles.profile_client import ProfileClient, ProfileRequest, RankWindow
@@ -30,6 +37,7 @@ from traceml.renderers.html.flame_page import flame_page
 from traceml.renderers.text.operator_table import operator_lines, slowdown_line
 from traceml.runs.export.flame_graph import speedscope
 from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_stored, write_profile
+from traceml.runs.export.top_operators import OperatorTotal
 from traceml.runs.find import find_run
 from traceml.settings import Config, load
 
@@ -65,7 +73,7 @@ class ProfileOptions:
     limit_mb: Annotated[int, NumberRange(most=4096), tyro.conf.arg(metavar="MB", help_behavior_hint="")] = 256
     """Largest trace of a rank, in megabytes (default: 256)."""
     stacks: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Record Python functions too; steps take several times as long meanwhile."""
+    """Record Python functions too, which slows the steps down further."""
     cpu: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Write the lines that were sampled so far as a flame graph; needs no running job."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
@@ -109,7 +117,7 @@ def _operators(options: ProfileOptions, config: Config) -> int:
             raise TraceMLError(f"cannot write {path}: {error.strerror or error}. Name another file: -o FILE") from error
 
     if options.json:
-        print(json.dumps(_as_json(run_dir.name, written, traces, failed)))
+        print(json.dumps(msgspec.to_builtins(_document(run_dir.name, written, traces, failed))))
     else:
         _print(written, traces, failed, client)
 
@@ -191,28 +199,38 @@ def _steps_text(each: ProfiledRank) -> str:
     return f"rank {each.rank}: " + (f"steps {each.first_step}-{last}" if each.steps > 1 else f"step {last}")
 
 
-def _as_json(run: str, written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWindow]) -> dict[str, Any]:
-    steps = max(written.operators.steps, 1)
-    return {
-        "run": run,
-        "file": str(written.path),
-        "ranks": [
-            {
-                "rank": each.rank, "host": each.host, "first_step": each.first_step, "steps": each.steps,
-                "slowdown": written.slowdown.get(each.rank),
-            }
+def _document(run: str, written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWindow]) -> ProfileDocument:
+    """Return a profile as the document `traceml.profile/1`."""
+    return ProfileDocument(
+        run=run,
+        file=str(written.path),
+        ranks=[
+            ProfiledRankRecord(
+                rank=each.rank,
+                host=each.host,
+                first_step=each.first_step,
+                steps=each.steps,
+                slowdown=written.slowdown.get(each.rank),
+            )
             for each in traces
         ],
-        "missing": [{"rank": each.rank, "why": each.why} for each in failed],
-        "operators": [
-            {
-                "name": name, "calls_per_step": total.calls / steps, "self_cpu_ms": total.self_ns / steps / 1e6,
-                "device_ms": total.device_ns / steps / 1e6,
-                **(dict(zip(("file", "line", "function"), total.place, strict=True)) if total.place else {}),
-            }
-            for name, total in written.operators.ordered()
-        ],
-    }  # fmt: skip
+        missing=[UnprofiledRank(rank=each.rank, why=each.why) for each in failed],
+        operators=[_operator(name, total, written.operators.steps) for name, total in written.operators.ordered()],
+    )
+
+
+def _operator(name: str, total: OperatorTotal, steps: int) -> OperatorRecord:
+    file, line, function = total.place or (None, None, None)
+    per_step = 1 / max(steps, 1)
+    return OperatorRecord(
+        name=name,
+        calls_per_step=total.calls * per_step,
+        self_cpu_ms=total.self_ns * per_step / 1e6,
+        device_ms=total.device_ns * per_step / 1e6,
+        file=file,
+        line=line,
+        function=function,
+    )
 
 
 def _flame_graph(options: ProfileOptions, config: Config) -> int:

@@ -35,5 +35,5 @@ def with_operators(findings: Sequence[Finding], reader: StoreReader) -> list[Fin
 def _text(operator: dict[str, Any]) -> str:
     """Return `aten::mm 2.32 ms (train.py:9 step)`: time per step, on the device if there is one."""
     time = ms_text(operator["device_ms"] or operator["self_cpu_ms"])
-    place = f" ({line_text(operator['file'], operator['line'], operator['function'])})" if "file" in operator else ""
+    place = f" ({line_text(operator['file'], operator['line'], operator['function'])})" if operator.get("file") else ""
     return f"{operator['name']} {time}{place}"
