@@ -20,6 +20,7 @@ from traceml import cli
 from traceml.cli.help.completion import whole_parser
 from traceml.cli.help.examples import EXAMPLES, examples_text
 from traceml.cli.parsing import parse
+from traceml.cli.runs_edit.run_edits import EDITS
 from traceml.errors import UsageError
 
 # These start jobs, hosts or servers, or need a terminal: their own tests run them; here their arguments are parsed.
@@ -39,6 +40,15 @@ def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > columns] == []
     assert set(examples_text(command).splitlines()) <= set(lines)
+
+
+@pytest.mark.parametrize("words", [["runs", name] for name in EDITS], ids=" ".join)
+def test_help_on_a_word_of_runs_fits_60_columns(words, capsys, monkeypatch):
+    """Labels and removal have a help of their own."""
+    monkeypatch.setenv("COLUMNS", "60")
+
+    assert cli.main([*words, "--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
 
 
 def test_the_overview_fits_60_columns(capsys, monkeypatch):
@@ -155,6 +165,7 @@ def test_completion_knows_every_command_and_public_option():
         (["traceml", "report", "--h"], {"--help", "--html"}),
         (["traceml", "demo", "--fault", "in"], {"input"}),
         (["traceml", "completion", "z"], {"zsh"}),
+        (["traceml", "runs", "t"], {"tag"}),
         (["traceml", "serve", "--fo"], set()),
     ],
 )

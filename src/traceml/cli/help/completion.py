@@ -57,7 +57,11 @@ def _parser_of(module: ModuleType) -> argparse.ArgumentParser | None:
 
     for name, value in vars(module).items():
         if name.endswith("Options") and is_dataclass(value) and value.__module__ == module.__name__:
-            return _made(value)
+            made = _made(value)
+            if hasattr(module, "EDITS"):  # words of `traceml runs` before a run
+                made.add_argument("edit", nargs="?", choices=list(module.EDITS))
+
+            return made
 
     return None
 
