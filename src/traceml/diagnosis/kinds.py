@@ -79,7 +79,8 @@ def _lost_ranks(finding: _FindingFacts) -> str:
 
     how = ""
     if evidence.get("worker_pid") is not None:
-        how = f" because its loader worker {_worker_end(evidence)}"
+        its = "its loader worker" if evidence.get("workers") == 1 else "one of its loader workers"
+        how = f" because {its} {_worker_end(evidence)}"
     elif evidence.get("cause") == "out_of_memory":
         how = " for lack of device memory" if evidence.get("limit_of") == "device" else " for lack of memory"
     elif (number := evidence.get("signal")) is not None:

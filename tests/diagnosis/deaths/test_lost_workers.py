@@ -49,9 +49,9 @@ def test_the_rank_ended_because_of_the_worker_that_was_noted():
     (finding,) = rank_lost(facts)
 
     assert finding.summary == (
-        "Rank 0 ended because loader worker 1 of 2 (process 4711) was killed by signal 9 (SIGKILL), after step 107."
+        "Rank 0 ended because loader worker 1 (process 4711) was killed by signal 9 (SIGKILL), after step 107."
     )
-    assert finding.headline == "Rank 0 ended because its loader worker was killed by SIGKILL at step 107"
+    assert finding.headline == "Rank 0 ended because one of its loader workers was killed by SIGKILL at step 107"
     assert "ended no process here" in finding.next
 
 
@@ -80,7 +80,7 @@ def test_a_script_that_caught_it_has_a_finding():
     assert finding.kind is Kind.WORKER_LOST
     assert finding.ranks == (3,)
     assert finding.headline == "A loader worker of rank 3 was killed by SIGKILL at step 108"
-    assert "worker 1 of 2" in finding.summary
+    assert "worker 1 (process 4711)" in finding.summary
     assert finding.evidence["oom_kills"] == 0
 
 

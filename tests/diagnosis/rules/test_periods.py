@@ -63,9 +63,11 @@ def test_a_counter_that_begins_anew_in_each_epoch_has_a_period():
     assert regular(steps, np.ones(6))[0] == 25
 
 
-@pytest.mark.parametrize("steps", [[3, 50, 90, 137], [5, 17, 60, 100, 133, 190], [7, 8, 9, 10, 11]])
+@pytest.mark.parametrize(
+    "steps", [[3, 50, 90, 137], [5, 17, 60, 100, 133, 190], [7, 8, 9, 10, 11], [10, 12, 14, 80, 82, 84]]
+)
 def test_other_long_steps_have_no_period(steps):
-    """Four by chance, also with one distance twice; and a pause of some steps."""
+    """Four by chance, also with one distance twice; a pause of some steps; and clumps of every second step."""
     assert regular(np.array(steps), np.ones(len(steps))) is None
 
 

@@ -60,9 +60,8 @@ def worker_behind(ended: RankExit, facts: JobFacts) -> LostWorker | None:
 
 
 def death_words(lost: LostWorker) -> str:
-    """Return `loader worker 1 of 2 (process 4711) was killed by signal 9 (SIGKILL)`."""
-    of = "" if lost.workers is None else f" of {lost.workers}"
-    name = f"{'a loader worker' if lost.worker is None else f'loader worker {lost.worker}{of}'} (process {lost.pid})"
+    """Return `loader worker 1 (process 4711) was killed by signal 9 (SIGKILL)`."""
+    name = f"{'a loader worker' if lost.worker is None else f'loader worker {lost.worker}'} (process {lost.pid})"
     if lost.signal is not None:
         return f"{name} was killed by signal {lost.signal} ({signal_name(lost.signal)})"
 

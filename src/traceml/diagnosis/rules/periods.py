@@ -24,6 +24,8 @@ MIN_LONG_STEPS = 4
 """Fewer long steps have no period."""
 REGULAR_SHARE = 0.8
 """Long steps with another one at the same distance have this share of the time beyond the usual."""
+FILLED_SHARE = 0.6
+"""So many of the steps at that distance, from the first long one to the last, are long."""
 # Input, checkpoints and a user's named phase have findings of their own.
 _UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
 
@@ -102,7 +104,12 @@ def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.b
         follows = np.isin(steps, steps + every)
         members = follows | np.isin(steps, steps - every)
         regular_ns = float(excess[members].sum())
-        if every > 1 and follows.sum() >= MIN_LONG_STEPS - 1 and regular_ns >= REGULAR_SHARE * float(excess.sum()):
+        if every < 2 or follows.sum() < MIN_LONG_STEPS - 1 or regular_ns < REGULAR_SHARE * float(excess.sum()):
+            continue
+
+        # Long steps that come in clumps, as on a busy host, have a distance too, but are not at each multiple of it.
+        regular_steps = steps[members]
+        if len(regular_steps) >= FILLED_SHARE * ((regular_steps[-1] - regular_steps[0]) / every + 1):
             return int(every), members
 
     return None
