@@ -30,6 +30,8 @@ from tests.diagnosis.rules.test_training_losses import history as losses_of
 from tests.diagnosis.stalls.test_gc_pauses import collections
 from tests.diagnosis.stalls.test_gc_pauses import history as collected
 from tests.diagnosis.stalls.test_recompiles import compilations, long_forwards
+from tests.diagnosis.stalls.test_throttled import THERMAL
+from tests.diagnosis.stalls.test_throttled import samples as hot_samples
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
 from traceml.database.looks import RankLook
@@ -143,6 +145,7 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "RECOMPILES, no more": lambda: found(
         ALONE, pauses=compilations(*[Compiled.AGAIN] * 7, Compiled.LIMIT, ms=0.1, guard=7)
     ),
+    "THROTTLED": lambda: found(ALONE, samples=hot_samples(THERMAL)),
     "STEPS_SKIPPED": skipped,
     "SLOWDOWN": lambda: found(ALONE, later),
     "DATA_IMBALANCE": imbalanced,

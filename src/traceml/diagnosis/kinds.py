@@ -281,6 +281,13 @@ def _recompiles(finding: _FindingFacts) -> str:
     return f"The same function is compiled again and again: {share}"
 
 
+def _throttled(finding: _FindingFacts) -> str:
+    """Return `The driver lowers the clock of GPU 3: temperature`."""
+    devices = finding.evidence.get("devices") or []
+    which = f"GPU {devices[0]}" if len(devices) == 1 else f"{len(devices)} GPUs"
+    return f"The driver lowers the clock of {which}: {finding.evidence.get('reason')}"
+
+
 def _unknown(finding: _FindingFacts) -> str:
     words = capitalized(finding.kind.lower().replace("_", " "))
     where = f", in {phase_words(finding.phase)}" if finding.phase else ""
@@ -336,6 +343,7 @@ class Kind(StrEnum):
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
     GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
     RECOMPILES = "RECOMPILES", KindRule(_recompiles, of_run=True)
+    THROTTLED = "THROTTLED", KindRule(_throttled, Severity.WARNING)
     STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(_skipped)
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
     DATA_IMBALANCE = (

@@ -28,6 +28,7 @@ from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.rules.training_data import duplicate_data, loss_not_finite, never_synchronized
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
+from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.window import Window
@@ -56,6 +57,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         *worker_lost(facts, explained),
         *steps_skipped(facts.skipped, facts.losses),
         *limits_near(facts.limits, facts.save_folders),
+        *throttled(facts),
         *_training(facts),
     ]
     around = [*outside_steps(facts.time, facts.lines), *_memory(facts)]

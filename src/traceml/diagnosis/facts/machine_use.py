@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import GPU, HOST, PROCESS, Table
 from traceml.diagnosis.facts.core_waits import share_of_wall_time
 
-__all__ = ["MachineSamples", "MachineUse"]
+__all__ = ["LoweredClock", "MachineSamples", "MachineUse"]
 
 MAX_RANKS = 8
 """Ranks whose samples are kept: they stand for the others, and a live verdict has thousands."""
@@ -19,6 +20,51 @@ _MAX_ROWS = 1024
 _MIN_PASSED_NS = 4e8
 _ALL = 1 << 62
 _TABLES = {table.name: table for table in (PROCESS, HOST, GPU)}
+
+REASONS = {
+    0x8: "hardware slowdown",
+    0x20: "temperature",
+    0x40: "temperature (hardware)",
+    0x80: "power brake (hardware)",
+    0x4: "power limit",
+}
+"""Bits of NVML's throttle reasons that lower a clock below what the job asks for."""
+LEAST_SAMPLES = 10
+"""Samples of a computing device, at least."""
+LEAST_SHARE = 0.3
+"""Share of these in which the clock was lowered, at least."""
+LEAST_DROP = 0.15
+"""A power limit is usual under load: it counts from this loss of clock on, against the device's other samples."""
+_BUSY_PCT = 50.0
+_POWER_LIMIT = 0x4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweredClock:
+    """A device whose clock was lowered.
+
+    Attributes:
+        index: NVML's number of the device.
+        reason: in words.
+        share: of the samples in which the device computed.
+        clock_mhz: median clock while lowered.
+        usual_mhz: median clock otherwise; None where it was always lowered.
+        temperature_c: highest temperature while lowered.
+        power_w: mean power while lowered.
+    """
+
+    index: int
+    reason: str
+    share: float
+    clock_mhz: float
+    usual_mhz: float | None
+    temperature_c: float
+    power_w: float
+
+    @property
+    def lost(self) -> float:
+        """Share of the clock that is lost; 0 where the usual one is not known."""
+        return max(1 - self.clock_mhz / self.usual_mhz, 0.0) if self.usual_mhz else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +128,16 @@ class MachineSamples:
             memory_share=_median([_memory_share(rows) for rows in hosts]),
             **self._devices(spans),  # type: ignore[arg-type]
         )
+
+    def lowered_clocks(self) -> dict[int, list[LoweredClock]]:
+        """Return the devices whose clocks were lowered while they computed, by the rank that sampled them."""
+        found: dict[int, list[LoweredClock]] = {}
+        for (table, rank), kept in self._kept.items():
+            for index in np.unique(kept.rows["index"]).tolist() if table == GPU.name else ():
+                if (one := _lowered_clock(kept.rows[kept.rows["index"] == index])) is not None:
+                    found.setdefault(rank, []).append(one)
+
+        return found
 
     def _span(self, rank: int, first: int, last: int) -> tuple[int, int] | None:
         """Return the times of the samples of a rank that are within a range of steps."""
@@ -168,3 +224,31 @@ def _memory_share(rows: NDArray[np.void]) -> float:
 
 def _median(values: list[float]) -> float | None:
     return float(np.median(values)) if values else None
+
+
+def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
+    """Return the lowered clock of one device; None where it was not lowered for long.
+
+    Args:
+        rows: its rows of `schema.GPU`.
+    """
+    busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
+    bits = np.bitwise_or.reduce(np.array(list(REASONS), np.int64))
+    is_low = (busy["throttle_reasons"] & bits) != 0
+    if len(busy) < LEAST_SAMPLES or is_low.mean() < LEAST_SHARE:
+        return None
+
+    low, usual = busy[is_low], busy[~is_low]
+    counts = Counter({bit: int(((low["throttle_reasons"] & bit) != 0).sum()) for bit in REASONS})
+    # The hardware's reason tells more than the limit that the driver keeps besides.
+    bit = max(REASONS, key=lambda each: (counts[each] >= len(low) / 2 and each != _POWER_LIMIT, counts[each]))
+    found = LoweredClock(
+        index=int(low["index"][0]),
+        reason=REASONS[bit],
+        share=float(is_low.mean()),
+        clock_mhz=float(np.median(low["sm_clock_mhz"])),
+        usual_mhz=float(np.median(usual["sm_clock_mhz"])) if len(usual) else None,
+        temperature_c=float(low["temperature_c"].max()),
+        power_w=float(low["power_w"].mean()),
+    )
+    return None if bit == _POWER_LIMIT and found.lost < LEAST_DROP else found

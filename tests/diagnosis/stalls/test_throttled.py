@@ -1,0 +1,71 @@
+"""Findings about clocks that the driver has lowered."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, window_of
+from traceml.database.schema import GPU
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.machine_use import MachineSamples
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+IDLE, APPLICATION, POWER, SLOWDOWN, THERMAL = 0x1, 0x2, 0x4, 0x8, 0x20
+
+
+def samples(reasons: int, *, low_mhz: int = 1200, share: float = 0.5, busy_pct: float = 98.0) -> MachineSamples:
+    """Return 40 samples of GPU 3, in the first of which the clock is lowered."""
+    rows = np.zeros(40, GPU.dtype)
+    low = np.arange(40) < 40 * share
+    rows["t_ns"], rows["index"], rows["utilization_pct"] = np.arange(40) * 10**9, 3, busy_pct
+    rows["sm_clock_mhz"] = np.where(low, low_mhz, 1980)
+    rows["throttle_reasons"] = np.where(low, reasons, 0)
+    rows["temperature_c"], rows["power_w"] = 88.0, 400.0
+    machine = MachineSamples()
+    machine.add(GPU.name, 0, rows)
+    return machine
+
+
+def found(machine: MachineSamples) -> list[Finding]:
+    return [each for each in diagnose(window_of(ALONE), JobFacts(samples=machine)) if each.kind is Kind.THROTTLED]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "words", "advice"),
+    [
+        (THERMAL, "temperature", "cooling"),
+        (THERMAL | POWER, "temperature", "cooling"),
+        (SLOWDOWN, "hardware slowdown", "power supply"),
+        (POWER, "power limit", "power limit"),
+    ],
+)
+def test_the_reason_is_told(reasons, words, advice):
+    """With the device, its clock and the usual one."""
+    (finding,) = found(samples(reasons))
+
+    assert finding.evidence["devices"] == [3]
+    assert finding.evidence["reason"] == words
+    assert "GPU 3 ran at 1200 MHz instead of 1980" in finding.summary
+    assert advice in finding.next
+    assert "GPU 3" in finding.headline
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        samples(IDLE),
+        samples(APPLICATION),
+        samples(POWER, low_mhz=1800),
+        samples(THERMAL, share=0.2),
+        samples(THERMAL, busy_pct=10.0),
+        MachineSamples(),
+    ],
+    ids=["idle", "set by an application", "usual power limit", "short", "not computing", "no device"],
+)
+def test_what_slows_nothing_down_is_silent(machine):
+    """An idle device, a clock that somebody set, and a device at its power limit are usual."""
+    assert found(machine) == []
