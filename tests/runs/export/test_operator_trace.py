@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.runs.export.exported import events_in
 from tests.runs.fabricated_store import add_rank, run_facts
 from traceml.database.schema import STEPS, StepFlag, pack_bits
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import TraceMLError
+from traceml.runs.export.exporter import export_run
 from traceml.runs.export.operator_trace import ProfiledRank, steps_stored, write_profile
 from traceml.runs.export.top_operators import CallSamples
 
@@ -100,6 +102,16 @@ def test_ranks_are_on_one_time_line(store: Path, tmp_path: Path) -> None:
     assert len(tracks) == len({(each["pid"], each["tid"]) for each in events if each["ph"] == "X"})
     assert len({each["id"] for each in events if each["ph"] == "s"}) == 2
     assert all(isinstance(each["pid"], int) for each in events)
+
+
+def test_an_export_marks_profiled_steps(store: Path, tmp_path: Path) -> None:
+    """And no others."""
+    export_run(store.parent, "perfetto", tmp_path / "run.json")
+    steps = [
+        each["args"] for each in events_in(tmp_path / "run.json") if each.get("name") == "step" and each["ph"] == "X"
+    ]
+
+    assert {each["step"] for each in steps if each.get("profiled")} == {FIRST - 1, FIRST, FIRST + 1}
 
 
 def test_the_slow_down_is_measured(store: Path, tmp_path: Path) -> None:
