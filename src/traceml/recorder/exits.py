@@ -13,13 +13,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
 from traceml.privacy import secrets_only
-from traceml.witness.user_files import is_ours, is_user_file
+from traceml.witness.user_files import OUR_FOLDERS, is_ours, is_user_file
 
 __all__ = ["ExitWatch", "describe", "status_of"]
 
@@ -28,10 +27,10 @@ _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _MAX_TEXT = 20_000
 _CAUGHT = re.compile(r"Caught (?P<kind>\S+) in (?P<where>[^\n]+?)\.\nOriginal Traceback")
 _FRAME = re.compile(r'^ *File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>\S+)$', re.MULTILINE)
-_PACKAGE = Path(__file__).parents[1]
 # An exception closes the phases that it passes through, but its traceback contains their wrappers.
 _PHASE_OF = {
-    f"{_PACKAGE}/instrument/{module}.py": phase.name.lower()
+    f"{folder}instrument/{module}.py": phase.name.lower()
+    for folder in OUR_FOLDERS
     for module, phase in (
         ("loader", Phase.INPUT_WAIT),
         ("forward", Phase.FORWARD),

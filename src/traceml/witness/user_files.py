@@ -7,15 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["is_ours", "is_user_file"]
+__all__ = ["OUR_FOLDERS", "is_ours", "is_user_file"]
 
-_OURS = f"{Path(__file__).parent.parent}/"
 _STANDARD = f"{Path(os.__file__).parent}/"
+OUR_FOLDERS = tuple(f"{Path(each).parent.parent}/" for each in {__file__, (lambda: None).__code__.co_filename})
+"""Names of the package\'s folder in tracebacks.
+
+On another host of a launch the code comes from a zip file, and is named as where it was compiled.
+"""
 
 
 def is_ours(path: str) -> bool:
     """Return whether a file belongs to traceml."""
-    return path.startswith(_OURS)
+    return path.startswith(OUR_FOLDERS)
 
 
 def is_user_file(path: str, modules: Any = None) -> bool:
@@ -28,7 +32,7 @@ def is_user_file(path: str, modules: Any = None) -> bool:
     if path.startswith("<"):
         return path.startswith("<ipython-input-")
 
-    if "/site-packages/" in path or "/dist-packages/" in path or path.startswith((_STANDARD, _OURS)):
+    if "/site-packages/" in path or "/dist-packages/" in path or path.startswith((_STANDARD, *OUR_FOLDERS)):
         return False
 
     torch = getattr((sys.modules if modules is None else modules).get("torch"), "__file__", None)

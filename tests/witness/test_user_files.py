@@ -1,0 +1,22 @@
+"""Files of ours, and of the user's, also where our code was compiled on another host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from traceml.witness import user_files
+
+
+def test_our_files_are_known_by_both_names() -> None:
+    """A launch sends its code, compiled, to hosts that import it from a zip file."""
+    source = Path(user_files.__file__).read_text()
+    names: dict[str, Any] = {"__file__": "/proc/7/fd/3/traceml/witness/user_files.py", "__name__": "user_files"}
+    exec(compile(source, "/home/me/src/traceml/witness/user_files.py", "exec"), names)
+
+    for root in ("/proc/7/fd/3", "/home/me/src"):
+        assert names["is_ours"](f"{root}/traceml/instrument/backward.py")
+        assert not names["is_user_file"](f"{root}/traceml/instrument/backward.py")
+
+    assert not names["is_ours"]("/home/me/src/train.py")
+    assert names["is_user_file"]("/home/me/src/train.py")
