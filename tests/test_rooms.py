@@ -83,7 +83,7 @@ SUBROOMS = {
     "launch.launcher.hosts": {"launch.wire"},
     "launch.launcher.logs": {"launch.wire"},
     "launch.launcher.job": {"launch.launcher.hosts", "launch.launcher.logs", "launch.wire", "supervise", "database"},
-    "launch.agent": {"launch.wire"},
+    "launch.agent": {"launch.wire", "database"},
     "launch.worker": {"launch.wire", "session", "recorder"},
     "launch.wire": {"database"},
     "track.rank": {

@@ -16,6 +16,7 @@ from traceml.aggregator.registry import Registry
 from traceml.aggregator.silence.rank_stacks import looks_from_outside, stacks_reply
 from traceml.aggregator.silence.silent_ranks import take_look
 from traceml.aggregator.streams import Stream
+from traceml.database.looks import RankLook
 from traceml.track.tracker_state import TrackerState
 from traceml.transport.server import Peer
 
@@ -86,6 +87,7 @@ class Commands:
             "deliveries": self._deliveries,
             "trackers": self._trackers,
             "stacks": self._stacks,
+            "look_from_outside": self._look_from_outside,
             "stop": self._stop,
         }
 
@@ -171,7 +173,7 @@ class Commands:
         return {"replies": replies, "missing": sorted(query.waiting)}
 
     async def _stacks(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
-        """Look at all ranks: they are asked, and those of this host that do not answer are looked at from outside."""
+        """Look at all ranks: they are asked, and those that do not answer are looked at from outside."""
         run = self._run_of(peer)
         asked = [stream for stream in run.connected if not stream.is_helper]
         if not asked:
@@ -186,7 +188,21 @@ class Commands:
 
             run.commit(force=True)
 
+        for stream in (each for each in asked if each.rank in query.waiting and each not in silent):
+            if (told := run.live.look_from_outside(stream.rank)) is not None:
+                silent[stream] = told  # by the agent of its host
+
         return stacks_reply(asked, query.answers, silent)
+
+    async def _look_from_outside(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        """Take an agent's look at a rank of its host: `{host, rank, pid, look}`."""
+        run, who = self._run_of(peer), (args.get("host"), args.get("rank"), args.get("pid"))
+        for stream in run.connected:
+            about = (stream.incarnation.host, stream.rank, stream.incarnation.pid)
+            if about == who and not stream.is_helper and isinstance(args.get("look"), dict):
+                take_look(run, stream, RankLook.from_row(args["look"]))
+
+        return {}
 
     async def _ask(self, streams: Sequence[Stream], name: str, args: dict[str, Any], limit_s: float) -> _RankQuery:
         """Send a command to ranks, and wait for their answers; `waiting` of the result did not answer in time."""

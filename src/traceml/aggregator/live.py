@@ -71,6 +71,11 @@ class LiveRows:
         """Take a look at a rank that another process has made."""
         self.intake.facts.progress.look(look)
 
+    def look_from_outside(self, rank: int) -> RankLook | None:
+        """Return the newest look at a rank that stands still, if another process has made it."""
+        look = self.intake.facts.progress.look_at(rank)
+        return look if look is not None and look.answered in ("signal", "kernel") else None
+
     @property
     def stands(self) -> bool:
         """Whether a rank makes no progress: then the verdict may change without any row."""

@@ -18,8 +18,12 @@ from traceml.witness.stack_signal import SignaledStacks, find_stack_file
 from traceml.witness.stack_text import main_frames
 from traceml.witness.user_files import is_user_file
 
-__all__ = ["SilentLooks", "silent_s"]
+__all__ = ["FIRST_SILENT_S", "SilentLooks", "silent_s"]
 
+FIRST_SILENT_S = 3.0
+"""Silence after which the first look is made: loading a library holds the GIL for a second or two."""
+_VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "is_last"}
+_BUSY_CORES, _STAMP_S = 0.2, 10.0
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
 
 
@@ -38,6 +42,8 @@ class SilentLooks:
         self._asked: tuple[str, int] | None = None
         self._use: ProcessUse | None = None
         self._used_s = 0.0
+        self._told: dict[str, object] = {}
+        self._told_s = 0.0
 
     def words(self) -> LiveWords | None:
         """Return what the rank had open when its recorder woke last; None without a readable file."""
@@ -78,6 +84,22 @@ class SilentLooks:
             is_suspended=info is not None and is_job_suspended(info),
             is_last=is_last,
         )
+
+    def is_news(self, look: RankLook) -> bool:
+        """Return whether a look is to be stored: it differs from the last one stored, or that is 10 s ago."""
+        told = {name: value for name, value in look.to_row().items() if name not in _VOLATILE}
+        told["busy"] = (look.cpu_share or 0) >= _BUSY_CORES
+        now_s = time.monotonic()
+        if told == self._told and now_s - self._told_s < _STAMP_S:
+            return False
+
+        self._told, self._told_s = told, now_s
+        return True
+
+    @property
+    def has_news(self) -> bool:
+        """Whether any look was stored."""
+        return bool(self._told)
 
     def end(self, quiet_s: float) -> RankLook | None:
         """Return the look that ends a silence of so many seconds."""

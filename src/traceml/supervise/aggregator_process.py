@@ -31,7 +31,7 @@ from traceml.transport.runs_folder import create_runs_dir
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
 _ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
-_LAST_LOOK_S = 0.2
+_LAST_LOOK_S, _LOOK_S = 0.2, 1.0
 _POLL_S, _REPORT_DELIVERY_S = 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _STOP_TIMEOUT_S = 10.0  # its delivery processes save their position first
@@ -138,11 +138,18 @@ class AggregatorProcess(RestartingProcess):
 
         The ranks have described themselves since they stand still; this is how they stand at the end.
         """
-        hello, end_s = Hello(role="client", run=self.run_id), time.monotonic() + _LAST_LOOK_S
+        self._ask("stacks", {"last": True}, _LAST_LOOK_S)
+
+    def send_look(self, look: dict[str, Any]) -> None:
+        """Pass on a look at a rank of another host: `{host, rank, pid, look}`; another one follows if this is lost."""
+        self._ask("look_from_outside", look, _LOOK_S)
+
+    def _ask(self, name: str, args: dict[str, Any], limit_s: float) -> None:
+        hello, end_s = Hello(role="client", run=self.run_id), time.monotonic() + limit_s
         with contextlib.suppress(TraceMLError, OSError):
-            connection = connect("127.0.0.1", self.port, hello, self.token, timeout_s=_LAST_LOOK_S, tries=1)
+            connection = connect("127.0.0.1", self.port, hello, self.token, timeout_s=limit_s, tries=1)
             with contextlib.closing(connection):
-                connection.request("stacks", {"last": True}, timeout_s=end_s - time.monotonic())
+                connection.request(name, args, timeout_s=end_s - time.monotonic())
 
     def finish(self, exits: Sequence[dict[str, Any]], status: int) -> bool:
         """Report the end of the processes and of the run; return whether it is complete on disk.

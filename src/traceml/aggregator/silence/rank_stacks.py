@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.silence.silent_look import SilentLooks, silent_s
 from traceml.aggregator.silence.silent_ranks import silent_looks
+from traceml.database.silent_look import SilentLooks, silent_s
 
 if TYPE_CHECKING:
     from traceml.aggregator.streams import Stream

@@ -1,19 +1,17 @@
 """Watch over the ranks of this host whose recorder does not run: each second another process looks at them.
 
-A look is stored when it differs from the one before, else every 10 s, as an event of the run. The first one of a
-silence comes after 3 s: loading a library holds the GIL for a second or two.
+A look is stored as an event of the run. Agents of a launch look at the ranks of the other hosts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.silence.silent_look import SilentLooks, silent_s
 from traceml.database.looks import LOOK
+from traceml.database.silent_look import FIRST_SILENT_S, SilentLooks, silent_s
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
@@ -22,10 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SilentRanks", "silent_looks", "take_look"]
 
-_FIRST_S, _STAMP_S = 3.0, 10.0
-_VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "is_last"}
-_BUSY_CORES = 0.2
-
 
 @dataclass(slots=True)
 class _Silence:
@@ -33,8 +27,6 @@ class _Silence:
 
     looks: SilentLooks
     longest_s: float = 0.0
-    sent_s: float = 0.0
-    told: dict[str, Any] = field(default_factory=dict)
     is_looking: bool = False
 
 
@@ -63,18 +55,18 @@ class SilentRanks:
                 continue
 
             quiet_s = silent_s(words)
-            if quiet_s >= _FIRST_S and not words.is_ending:
+            if quiet_s >= FIRST_SILENT_S and not words.is_ending:
                 silence = self._silences.setdefault(stream, _Silence(looks))
                 silence.longest_s = quiet_s
                 if not silence.is_looking:
                     silence.is_looking = True
                     self._start(self._look(stream, silence))
-            elif quiet_s < _FIRST_S and stream in self._silences:
+            elif quiet_s < FIRST_SILENT_S and stream in self._silences:
                 self._wake(stream)
 
     def _wake(self, stream: Stream) -> None:
         silence = self._silences.pop(stream)
-        if silence.told and (look := silence.looks.end(silence.longest_s)) is not None:
+        if silence.looks.has_news and (look := silence.looks.end(silence.longest_s)) is not None:
             take_look(self._run, stream, look)
 
     async def _look(self, stream: Stream, silence: _Silence) -> None:
@@ -83,11 +75,7 @@ class SilentRanks:
         if look is None or self._silences.get(stream) is not silence or self._run.ended:
             return
 
-        told = {name: value for name, value in look.to_row().items() if name not in _VOLATILE}
-        told["busy"] = (look.cpu_share or 0) >= _BUSY_CORES
-        now_s = time.monotonic()
-        if told != silence.told or now_s - silence.sent_s >= _STAMP_S:
-            silence.told, silence.sent_s = told, now_s
+        if silence.looks.is_news(look):
             take_look(self._run, stream, look)
 
 

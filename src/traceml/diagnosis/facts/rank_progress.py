@@ -88,6 +88,10 @@ class ProgressHistory:
         self._changes: dict[int, int] = {}  # of the process's state from look to look, in the same pause
         self._quiet = [0.0, 0.0]
 
+    def look_at(self, rank: int) -> RankLook | None:
+        """Return the newest look at a rank that stands still; None if it does not."""
+        return None if rank in self._over else self._looks.get(rank)
+
     def steps(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
         """Take step rows of any ranks; those of one rank in order."""
         if not len(rows):

@@ -14,6 +14,7 @@ from typing import Any
 
 from traceml.launch.agent.machine import core_slices, interface_towards
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
+from traceml.launch.agent.silent_workers import SilentWorkers
 from traceml.launch.agent.stack_reader import StackReader
 from traceml.launch.agent.worker_state import WorkerState
 from traceml.launch.agent.zygote_client import ZygoteClient
@@ -64,6 +65,7 @@ class WorkerGroup:
         self.idle = False
         self._selector, self._channel, self._zygote = selector, channel, zygote
         self._trace = message.get("trace") or {}
+        self._silent = SilentWorkers(self._trace, self._send_look)
         self._near = bool(message.get("near"))
         self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
@@ -305,6 +307,7 @@ class WorkerGroup:
             )
             self._stack_requests = None
 
+        self._silent.check((each.rank, each.pid) for each in self._ranks.values() if each.running and each.pid)
         self._finish()
         busy = (
             self._stack_requests is not None
@@ -368,6 +371,9 @@ class WorkerGroup:
             return set()
 
         return {each.pid for each in self._ranks.values() if each.reported and each.running and each.pid is not None}
+
+    def _send_look(self, rank: int, pid: int, look: dict[str, Any]) -> None:
+        self._channel.send("look", job=self.job, rank=rank, pid=pid, look=look)
 
     def _send_end(self, each: WorkerState) -> None:
         each.end_sent = True

@@ -13,8 +13,9 @@ import shutil
 import socket
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from traceml.database.flight.flight_folders import (
     FLIGHT_SUFFIX,
@@ -25,10 +26,10 @@ from traceml.database.flight.flight_folders import (
 )
 from traceml.database.flight.flight_owner import is_alive
 from traceml.database.flight.journal import journal_path
-from traceml.database.flight.postmortem import FlightSnapshot, read_flight
+from traceml.database.flight.postmortem import FlightSnapshot, flight_identity, read_flight
 from traceml.errors import StoreError
 
-__all__ = ["pack_flight", "unpack_flight"]
+__all__ = ["find_live_flight", "pack_flight", "unpack_flight"]
 
 # Rings are mostly zeros and compress in a few hundredths of a second.
 _LEVEL = 1
@@ -49,14 +50,13 @@ def pack_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> bytes 
         runs_dir: folder for the files of ranks that have no folder in memory.
     """
     place = Path(runs_dir) if runs_dir else None
-    for path in (path for folder in (default_folder(), *disk_folders(place)) for path in find_flights(folder, pid=pid)):
+    for path in _flights_of(pid, place):
         if is_alive(path):
             continue
 
         try:
             image = read_flight(path, place)
-            facts = image.identity
-            if (facts.get("job"), facts.get("host")) != (run_id, socket.gethostname()):
+            if not _is_of(image.identity, run_id):
                 continue
 
             return _packed(image)
@@ -64,6 +64,12 @@ def pack_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> bytes 
             _log.warning("the last rows of process %d cannot be read: %s", pid, error)
 
     return None
+
+
+def find_live_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> Path | None:
+    """Return the flight file of a worker that runs; None if it has none yet. Arguments are those of `pack_flight`."""
+    flights = _flights_of(pid, Path(runs_dir) if runs_dir else None)
+    return next((path for path in flights if is_alive(path) and _is_of(flight_identity(path), run_id)), None)
 
 
 def unpack_flight(data: bytes, folder: Path, name: str) -> Path:
@@ -98,6 +104,15 @@ def unpack_flight(data: bytes, folder: Path, name: str) -> Path:
         raise ValueError(f"the flight file of {name} was damaged in transit: {error}") from error
 
     return path
+
+
+def _flights_of(pid: int, place: Path | None) -> Iterator[Path]:
+    for folder in (default_folder(), *disk_folders(place)):
+        yield from find_flights(folder, pid=pid)
+
+
+def _is_of(facts: Mapping[str, Any], run_id: str) -> bool:
+    return (facts.get("job"), facts.get("host")) == (run_id, socket.gethostname())
 
 
 def _packed(image: FlightSnapshot) -> bytes:

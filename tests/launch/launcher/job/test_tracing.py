@@ -18,7 +18,7 @@ from tests.launch.hosts import Hosts, Slurm
 from traceml.runs.run import load_run
 
 TRAIN = """
-import os, sys, time
+import ctypes, os, sys, time
 import torch, traceml
 import torch.distributed as dist
 
@@ -37,6 +37,8 @@ for step, (batch,) in enumerate(torch.utils.data.DataLoader(data, batch_size=4))
             os.kill(os.getpid(), 9)
     if what == "exit" and rank == 1 and step == 30:
         sys.exit(5)
+    if what == "gil" and rank == 1 and step == 30:
+        ctypes.PyDLL(None).sleep(600)
     model(batch).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -197,3 +199,21 @@ def test_an_allocation_of_slurm_needs_no_names(slurm: Slurm, folder: Path) -> No
     report = report_of(folder)
     assert [(rank["host"], rank["steps"]) for rank in report["ranks"]] == [("node1", 30), ("node2", 30)]
     eventually(lambda: nothing_left(slurm.hosts), "the steps to end")
+
+
+@pytest.mark.timeout(200)
+def test_a_rank_of_another_host_that_cannot_answer_is_looked_at_there(hosts: Hosts, folder: Path) -> None:
+    """It holds the GIL: its host's agent tells its line, and the hung job is ended."""
+    ended = hosts.launcher.run(
+        *command(hosts, "--kill-after-report", "train.py", "gil", "60"),
+        env={"TRACEML_HANG_TIMEOUT": "8"},
+        cwd=folder,
+        check=False,
+    )
+    verdict = report_of(folder)["verdict"]
+    line = 1 + TRAIN.splitlines().index("        ctypes.PyDLL(None).sleep(600)")
+
+    assert ended.returncode != 0
+    assert (verdict["kind"], verdict["ranks"]) == ("HANG", [1]), verdict
+    assert f"in C code called at train.py:{line}" in verdict["summary"]
+    assert "that holds the GIL, waiting" in verdict["summary"]
