@@ -227,7 +227,7 @@ def test_a_crowded_host_is_seen_from_the_samples(tmp_path):
 
     assert verdict["kind"] == "CPU_CONTENTION"
     assert verdict["evidence"]["cpu_wait_share"] == pytest.approx(0.4)
-    assert "ready without a CPU core for 40 %" in verdict["summary"]
+    assert "waited for a CPU core for 40 %" in verdict["summary"]
 
 
 @pytest.mark.parametrize(
