@@ -174,7 +174,7 @@ def test_one_rank_is_profiled_twice(start: Callable[..., _RunningJob]) -> None:
     """A trace that was fetched is in nobody's way; the text names operators, lines, the slow-down and the file."""
     job = start()
     for _ in range(2):
-        told = job.profile("--ranks", "1", "--steps", "20")
+        told = job.profile("--ranks", "1", "--steps", "100")
         assert told.returncode == 0, told.stderr
 
     unknown = job.profile("--ranks", "0,7")

@@ -34,7 +34,7 @@ MOST_STEPS = 1000
 """Most steps of one profile."""
 _CHUNK_BYTES = 4 << 20  # half of the largest frame
 _READ_BYTES = 1 << 20
-_ASK_S, _SAMPLE_S = 0.05, 0.005
+_SAMPLE_S, _LEAVE_S = 0.005, 0.05
 _FETCH_S = 120.0  # a trace that nobody has read from for this long is removed
 _RECENT_STEPS = 16
 
@@ -92,9 +92,9 @@ class _Profile:
         """Wait until the window has ended, also where nobody waits for it any longer."""
         deadline_s = time.monotonic() + self._limit_s
         while not self.window.is_over:
-            if self._closed.wait(_SAMPLE_S if self.window.state == "open" else _ASK_S):
+            if self._closed.wait(_SAMPLE_S):  # also before it opens: five steps may take 10 ms
                 self.window.cancel("it is not wanted any longer")
-                time.sleep(_ASK_S)  # the event stays set
+                time.sleep(_LEAVE_S)  # the event stays set
             elif time.monotonic() > deadline_s:
                 self._fail(f"its steps did not end within {self._limit_s:g} s")
                 self.window.cancel(self.why)
