@@ -82,8 +82,9 @@ class _Profile:
                 finally:
                     self.window.release()
 
-                while not self._closed.wait(1.0) and time.monotonic() - self._used_s < _FETCH_S:
-                    pass
+                while self.state == "recorded" and not self._closed.wait(1.0):
+                    if time.monotonic() - self._used_s > _FETCH_S:
+                        break
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.state, self.why = "failed", self.why or self.window.why or "its trace was not fetched"
