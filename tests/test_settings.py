@@ -11,7 +11,7 @@ import pytest
 
 import traceml
 from traceml.errors import SettingsError
-from traceml.settings import INTERNAL_ENV, Config, declarations, load, reference
+from traceml.settings import INTERNAL_ENV, USER_ENV, Config, declarations, load, reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -236,6 +236,7 @@ def test_ranks_that_hydra_moves_share_a_runs_folder(monkeypatch: pytest.MonkeyPa
     assert load({}).runs_dir == Path("traceml_runs")
 
 
-def test_the_cache_folder_of_analyze_is_no_unknown_setting():
+def test_variables_without_a_setting_are_not_unknown_settings():
     """A variable that one command documents must not stop the others."""
-    assert load({"TRACEML_CACHE_DIR": "/tmp/cache"}).sources["port"] == "default"
+    assert load(dict.fromkeys(USER_ENV, "0")).sources["port"] == "default"
+    assert {"TRACEML_CACHE_DIR", "TRACEML_NATIVE"} == USER_ENV.keys()

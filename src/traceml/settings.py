@@ -33,23 +33,37 @@ if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
 
 
-__all__ = ["ENV_PREFIX", "INTERNAL_ENV", "Config", "Declaration", "Settings", "declarations", "load", "reference"]
+__all__ = [
+    "ENV_PREFIX",
+    "INTERNAL_ENV",
+    "USER_ENV",
+    "Config",
+    "Declaration",
+    "Settings",
+    "declarations",
+    "load",
+    "reference",
+]
 
 ENV_PREFIX = "TRACEML_"
 
-# Variables that our own processes set for each other; any other variable with TRACEML_ must be a setting.
+# Variables that our own processes set for each other; any other with TRACEML_ is a setting, or in USER_ENV.
 INTERNAL_ENV: dict[str, str] = {
     "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, overrides host and port",
     "TRACEML_FAILURES_FD": "descriptor on which our torchrun reports failures to `traceml run`",
     "TRACEML_LAUNCH_MARK": "mark by which `launch` finds the processes that its workers have started, to end them too",
     "TRACEML_OUTLIVES": "set for a process that may outlive a launch: an aggregator that a worker has started",
-    "TRACEML_CACHE_DIR": "folder in which `traceml analyze` keeps results, set by the user",
     "TRACEML_COMMAND": "the launcher's command line, shown instead of its workers'",
     "TRACEML_ATTEMPT": "number of this start of the job, where torchrun does not provide it",
     "TRACEML_ANNOUNCED": "run whose folder and verdict a parent process prints",
     "TRACEML_PARENT": "run of the parent process, for children that `multiprocessing` spawns",
     "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
     "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
+}
+# Variables that users may set for tools that read no settings file.
+USER_ENV: dict[str, str] = {
+    "TRACEML_CACHE_DIR": "folder in which `traceml analyze` keeps results",
+    "TRACEML_NATIVE": "with `0`, traces are read by the scanner in Python, not by the one in C: same result, slower",
 }
 # Other spellings that files accept, known from similar tools.
 _ALIASES = {"backends": "backend"}
@@ -84,7 +98,7 @@ class Config:
     host: str = _set(
         "127.0.0.1",
         "The aggregator's address. With `host` or `port` set, the run is stored by that aggregator, wherever its runs "
-        "are; else by the one that serves `runs_dir`, which tells its address in a file there.",
+        "are; otherwise by the one that serves `runs_dir`, which publishes its address in a file there.",
     )
     port: int = _set(29765, "The aggregator's TCP port; for `serve`, 0 means any free one.", low=0, high=65535)
     token: str | None = _set(
@@ -143,11 +157,11 @@ class Config:
     on_finding: tuple[str, ...] = _set(
         (),
         "Commands (run by the shell, with JSON on standard input) and webhook URLs (which get the same JSON) that are "
-        "told of each finding once per run. The aggregator runs them, with its own settings. In the environment a "
+        "notified of each finding once per run. The aggregator runs them, with its own settings. In the environment a "
         "command with a comma needs a JSON list.",
         secret=True,
     )
-    on_finding_after: float = _set(30.0, "Seconds that a finding stands before `on_finding` is told of it.", low=0)
+    on_finding_after: float = _set(30.0, "Seconds that a finding must persist before `on_finding` is notified.", low=0)
     profile_on_finding: float = _set(
         0.0,
         "Seconds that the verdict has to be computation before the aggregator profiles the job by itself, once per "
@@ -198,7 +212,7 @@ class Config:
     )
     delivery_nice: int = _set(
         19,
-        "Nice value of delivery processes. At 19 they use idle CPU time only, which is little beside a training that "
+        "Nice value of delivery processes. At 19 they use idle CPU time only, which is little next to a training that "
         "uses every core.",
         low=0,
         high=19,
@@ -206,7 +220,7 @@ class Config:
     debug: bool = _set(False, "Write a profile of each delivery process next to its state.")
     quiet: bool = _set(
         False,
-        "Print nothing: neither the line at the start that tells where the run is stored, nor the verdict at the end.",
+        "Print nothing: neither the line at the start that says where the run is stored, nor the verdict at the end.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
 
@@ -326,7 +340,7 @@ def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
     """Yield the settings of the environment; an empty variable counts as unset, except for a list, which it empties."""
     for variable, text in environ.items():
         upper = variable.upper()
-        if not upper.startswith(ENV_PREFIX) or upper in INTERNAL_ENV:
+        if not upper.startswith(ENV_PREFIX) or upper in INTERNAL_ENV or upper in USER_ENV:
             continue
 
         key = upper.removeprefix(ENV_PREFIX).lower()
@@ -465,6 +479,8 @@ def reference() -> str:
         shown = "-" if shown is None or shown in ("", {}) else str(shown).lower() if shown in (True, False) else shown
         lines.append(f"| `{each.name}` | {shown} | {each.doc} | {each.allowed} |")
 
+    lines.append(_REFERENCE_USER)
+    lines.extend(f"- `{name}`: {doc}." for name, doc in sorted(USER_ENV.items()))
     lines.append(_REFERENCE_INTERNAL)
     lines.extend(f"- `{name}`: {doc}." for name, doc in sorted(INTERNAL_ENV.items()))
     return "\n".join(lines) + "\n"
@@ -483,11 +499,17 @@ source.
 
 `traceml run` and `launch` set the aggregator's address, the token and the run's id, which override arguments.
 
-`TRACEML=1` is no setting but a switch: it traces every script that trains, without `traceml.init()`, as if `local` were
-true and `on_missing` were `warn` unless they are set.
+`TRACEML=1` is not a setting but a switch: it traces every script that trains, without `traceml.init()`, as if `local`
+were true and `on_missing` were `warn` unless they are set.
 
 | setting | default | description | allowed |
 |---|---|---|---|"""
+
+_REFERENCE_USER = """
+## Variables without a setting
+
+These exist only in the environment.
+"""
 
 _REFERENCE_INTERNAL = """
 ## Variables that our own processes set for each other
