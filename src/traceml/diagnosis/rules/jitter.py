@@ -14,7 +14,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.replay import saved_ns, speedup
-from traceml.diagnosis.steps.segments import COMPUTE, Segments, median_over_ranks
+from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments, median_over_ranks
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
@@ -43,8 +43,6 @@ MIN_EVENTS = 3
 LINE_SHARE = 0.6
 """The phase's line is named if the long steps have this share of the phase."""
 _ONE_RANK_EVENTS = 6
-# The other parts (input, checkpoint, a named phase of the user) explain a long step and have findings of their own.
-_UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
 _MAX_CELLS = 100_000
 
 
@@ -110,7 +108,7 @@ def _unexplained(segments: Segments) -> _LongSteps:
         return _LongSteps(columns[:0], {}, usual_ns)
 
     largest = np.argmax(np.stack([values.max(axis=0) for values in excess.values()]), axis=0)
-    open_parts = np.array([part in _UNNAMED for part in excess])
+    open_parts = np.array([part in UNNAMED for part in excess])
     kept = open_parts[largest]
     return _LongSteps(columns[kept], {part: values[:, kept] for part, values in excess.items()}, usual_ns)
 

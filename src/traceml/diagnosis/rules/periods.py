@@ -13,7 +13,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE, RARE, excess_over_usual, usual
 from traceml.diagnosis.steps.replay import saved_ns, speedup
-from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.segments import UNNAMED, Segments
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.diagnosis.steps.window import Window
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phase_words
@@ -26,8 +26,6 @@ REGULAR_SHARE = 0.8
 """Long steps with another one at the same distance have this share of the time beyond the usual."""
 FILLED_SHARE = 0.6
 """So many of the steps at that distance, from the first long one to the last, are long."""
-# Input, checkpoints and a user's named phase have findings of their own.
-_UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _period(window: Window, segments: Segments) -> _Period | None:
     columns = long[members]
     excess = {part: excess_over_usual(values, columns).max(axis=0).sum() for part, values in segments.parts.items()}
     part = max(excess, key=lambda name: excess[name], default=None)
-    if part is None or part not in _UNNAMED:
+    if part is None or part not in UNNAMED:
         return None
 
     removed = segments.parts[part].copy()

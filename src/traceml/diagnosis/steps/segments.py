@@ -17,9 +17,11 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.step_split import PHASES, Floats, has_group
 from traceml.diagnosis.steps.window import Window
 
-__all__ = ["COMPUTE", "LateRanks", "Segments", "median_over_ranks", "segments_of"]
+__all__ = ["COMPUTE", "UNNAMED", "LateRanks", "Segments", "median_over_ranks", "segments_of"]
 
 COMPUTE = ("forward", "backward", "optimizer")
+UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
+"""Parts whose long steps need an explanation; the others (input, checkpoint, a named phase) have their own findings."""
 """The parts that are computation."""
 
 # In a group these are split or shifted; user phases are parts by name.
