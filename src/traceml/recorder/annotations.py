@@ -1,4 +1,7 @@
-"""Marks that users put into their code: steps, phases, data. Each is a no-op under 1 us while nothing is traced."""
+"""Marks that users put into their code: `traceml.phase`, `trace_step`, `trace_data`.
+
+Each is a no-op under 1 us while nothing is traced. They run in the rank; notes on a stored run are `traceml runs note`.
+"""
 
 from __future__ import annotations
 

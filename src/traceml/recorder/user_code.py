@@ -1,4 +1,4 @@
-"""The user's code, as opposed to the standard library, installed packages, torch and traceml."""
+"""Frames of the user's code: asks `witness.user_files` once per code object; a script always is the user's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_CODES = 4096
 
 
 class UserCode:
-    """Tells frames of the user's code; remembers the answer for each code object.
+    """Recognizes frames of the user's code; remembers the answer for each code object.
 
     A script is the user's wherever it lies.
 

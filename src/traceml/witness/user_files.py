@@ -1,4 +1,7 @@
-"""Files of the user's code, as opposed to the standard library, installed packages, torch and traceml."""
+"""Files of the user's code, not of the standard library, an installed package, torch or traceml.
+
+In a rank, frames are asked for through `recorder.user_code`.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Code that two processes of a launch share: channel, tunnel, payloads, log records, process clean-up.
+"""Code that two or more processes of a launch share: channel, tunnel, payloads, log records, process clean-up.
 
-`signals` and `process_cleanup` also run in the zygote and the worker.
+The docstring of each module names its processes.
 May import the leaves and `database` only.
 """

@@ -3,6 +3,8 @@
 The command is one line, which process lists show; it reads the program from its standard input. On this machine and
 with the same Python, the program contains the package's path. Elsewhere it writes the greeting, reads the package (a
 zip file) from its standard input into a memory file, and imports it from there: nothing is written to a disk.
+
+Process: launcher, which starts agents, and agent, which starts the zygote.
 """
 
 from __future__ import annotations

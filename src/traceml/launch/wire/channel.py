@@ -5,6 +5,8 @@ receiver has allowed: a slow reader of one stream delays that stream only. The c
 its owner runs a loop over the descriptors.
 
 At level debug the logger `traceml.launch` records each message by its name, and each stream's start and end.
+
+Process: launcher and agent.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Frames of the control channel between the launcher and an agent.
 
 A frame is `>IBI` (length of the body, kind, stream id) and its body; `FrameKind` lists the kinds.
+
+Process: launcher and agent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Streams of bytes on a control channel, each with its own flow control."""
+"""Streams of bytes on a control channel, each with its own flow control.
+
+Process: launcher and agent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Messages with file descriptors between the processes of one host: agent, zygote and workers."""
+"""Messages with file descriptors between the processes of one host: agent, zygote and workers.
+
+Process: agent, zygote and workers.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Archives of dead workers' flight files, sent from the agent's host to the run's folder.
 
 An archive also holds the worker's journals (rows beyond its memory) and its spool (files that were not uploaded yet).
+
+Process: the agent packs, the launcher unpacks.
 """
 
 from __future__ import annotations

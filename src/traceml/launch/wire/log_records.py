@@ -2,6 +2,8 @@
 
 A record is a msgpack map of `FIELDS`, split into chunks: `<HI?` (length, the writer's pid, whether it is the last of
 its record) and bytes. A chunk is no longer than an atomic write to a pipe, so forked children may share the pipe.
+
+Process: the worker writes, the launcher reads.
 """
 
 from __future__ import annotations

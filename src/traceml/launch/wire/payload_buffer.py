@@ -1,4 +1,7 @@
-"""Memory for received values: private to the process, or a memory file that processes of one host share."""
+"""Memory for received values: private to the process, or a memory file that processes of one host share.
+
+Process: launcher, agent and workers.
+"""
 
 from __future__ import annotations
 

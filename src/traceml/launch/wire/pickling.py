@@ -2,6 +2,8 @@
 
 All torch tensors (parameters, views that share memory, sparse and quantized ones) reduce to their storages, so only
 storages are handled here. Unpickling imports torch only if the value needs it.
+
+Process: launcher, zygote and workers, through `payload`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Finding and ending the processes that a job has left on this host."""
+"""Finding and ending the processes that a job has left on this host.
+
+Process: launcher, agent, its parent (`agent/reaper.py`) and zygote.
+"""
 
 from __future__ import annotations
 

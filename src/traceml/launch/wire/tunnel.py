@@ -3,6 +3,8 @@
 The agent listens on its own loopback. Each connection there becomes a pair of the channel's streams, one per direction,
 and a connection to the aggregator's loopback port at the launcher. The streams have their own flow control: a slow
 reader delays no other connection.
+
+Process: launcher and agent.
 """
 
 from __future__ import annotations
