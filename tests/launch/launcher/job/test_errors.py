@@ -148,7 +148,7 @@ def test_start_up_has_a_limit(tmp_path: Path) -> None:
         ({"timeout": 0}, "timeout must be a number of seconds greater than 0, got 0"),
         ({"timeout": "5"}, "got '5'"),
         ({"workers_per_host": 1.5}, "workers_per_host has 1.5"),
-        ({"log_handlers": "file"}, "log_handlers='file'"),
+        ({"log_handlers": "file"}, "log_handlers must be 'auto', a list of logging.Handler, or None, got 'file'"),
         ({"log_handlers": [7]}, "log_handlers has 7"),
         ({"default_env_vars": "PATH"}, "default_env_vars='PATH'"),
         ({"func_args": "one"}, "func_args is a str: give a tuple"),

@@ -54,7 +54,7 @@ _MEANINGS: Sequence[tuple[str, str, str]] = (
     ),
     (
         r"Permission denied \(|Too many authentication failures",
-        "permission denied: it accepts none of our keys",
+        "permission denied: it accepts none of your ssh keys",
         "`ssh {host} true` must work without a prompt: check user and key in the ssh configuration, or ssh's agent.",
     ),
     (
@@ -241,7 +241,7 @@ class AgentConnection:
             what = f"its agent was lost while the job ran ({reason}; {ended})"
             return what, "" if carrier == "the agent" else _explain_loss(output, silence_s)
 
-        advice = "The launcher starts the Python at its own path; give that host's path by `python=`."
+        advice = "The launcher starts the Python at its own path; give that host's path with `python=`."
         program = re.escape(self._python)
         if status == 126 or re.search(rf"execve\(\).*Permission denied|{program}: (line )?\d+: ", output):
             return f"the command is not executable there: {self._python}", advice  # or a shell interprets it
@@ -250,7 +250,7 @@ class AgentConnection:
             return f"command not found there: {self._python}", advice
 
         if status == _TOO_OLD:
-            return "its Python is too old", "Give the path of a newer one by `python=`."
+            return "its Python is too old", "Give the path of a newer one with `python=`."
 
         for pattern, meaning, advice in _MEANINGS:
             if carrier != "the agent" and re.search(pattern, output):

@@ -50,7 +50,7 @@ def resolve_hosts(
 
     Args:
         hostnames: names for ssh (names of this host are started directly), `slurm`, or `auto`: the Slurm allocation,
-            else this host.
+            otherwise this host.
         workers_per_host: for all hosts, or for each; `slurm`, or `auto`: see `HostSpec`.
         ssh_config_file: configuration that ssh reads instead of the user's.
         environ: environment with Slurm's variables.
@@ -68,7 +68,7 @@ def resolve_hosts(
         which = "hostnames" if hostnames == "slurm" else "workers_per_host"
         raise SlurmError(
             f"{which}='slurm', but this process is in no Slurm allocation (SLURM_JOB_ID is not set). "
-            "Start it by sbatch, or under salloc; or name the hosts."
+            "Start it with sbatch, or under salloc; or name the hosts."
         )
 
     names = _names(hostnames, found)
@@ -106,7 +106,7 @@ def _names(hostnames: Sequence[str] | str, found: Allocation | None) -> list[str
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(
             f"hostnames has {', '.join(repeated)} more than once. "
-            "Name each host once, and give it more workers by workers_per_host."
+            "Name each host once, and give it more workers with workers_per_host."
         )
 
     return names

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
-from traceml.formatting import capitalized
+from traceml.formatting import capitalized, ranks_text
 from traceml.launch.launcher.job.job_host import JobHost, Worker
 from traceml.launch.wire import payload
 from traceml.launch.wire.payload_buffer import PayloadBuffer
@@ -142,7 +142,7 @@ def preparation_failed(host: JobHost, error: Mapping[str, Any]) -> AgentFailedEr
         "env_file": ("env_file cannot be sourced there", "It must exist on each host, and be a script for bash."),
         "cwd": (
             "the working directory does not exist there",
-            "Workers work where the launcher does: share that folder.",
+            "Workers run in the launcher's working directory: it must exist on each host.",
         ),
         "import": ("torch cannot be imported there", ""),
         "died": ("the process that imports torch died there", ""),
@@ -187,7 +187,7 @@ def note_stacks(
     if inside and absent:
         who, verb = "; ".join(map(str, absent)), "was" if len(inside) == 1 else "were"
         lines.append(
-            f"{capitalized(_ranks(inside))} {verb} waiting in a collective that these ranks had not entered: {who}."
+            f"{capitalized(ranks_text(inside))} {verb} waiting in a collective that these ranks had not entered: {who}."
         )
 
     together: dict[str, list[Worker]] = {}
@@ -196,7 +196,7 @@ def note_stacks(
 
     for where, those in together.items():
         alone = len(those) == 1
-        who = str(those[0]) if alone else _ranks({worker.rank for worker in those})
+        who = str(those[0]) if alone else ranks_text({worker.rank for worker in those})
         lines.append(who + (where if alone else where.replace(" was here:", " were here:", 1)))
 
     error.add_note("\n".join(lines))
@@ -263,8 +263,3 @@ def _tail(message: Mapping[str, Any]) -> list[str]:
 
 def _in_collective(stack: str) -> bool:
     return bool(_IN_COLLECTIVE.search("\n".join(stack.splitlines()[:_INNERMOST_FRAMES])))
-
-
-def _ranks(ranks: set[int]) -> str:
-    names = ", ".join(map(str, sorted(ranks)))
-    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

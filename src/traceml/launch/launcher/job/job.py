@@ -318,7 +318,7 @@ class LaunchJob:
         if self._spec.call is not None and theirs.split(".")[:2] != platform.python_version().split(".")[:2]:
             ours = platform.python_version()
             reason = f"its Python is {theirs}, ours {ours}: a function's code needs the same minor version"
-            advice = "Give the path of a matching one by `python=`; a script (`traceml launch`) may use any."
+            advice = "Give the path of a matching one with `python=`; a script (`traceml launch`) may use any."
             self._state.host_errors.append(AgentFailedError(host.name, reason, advice=advice))
             return
 

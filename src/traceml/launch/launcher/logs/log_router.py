@@ -106,14 +106,14 @@ def check_handlers(log_handlers: Any) -> Handlers:
         return log_handlers  # type: ignore[no-any-return]
 
     if isinstance(log_handlers, str):
-        raise UsageError(f"log_handlers={log_handlers!r}: it is 'auto', a list of logging's handlers, or None")
+        raise UsageError(f"log_handlers must be 'auto', a list of logging.Handler, or None, got {log_handlers!r}")
 
     return _checked([log_handlers] if isinstance(log_handlers, logging.Handler) else log_handlers)
 
 
 def _checked(handlers: Any) -> list[logging.Handler]:
     if not isinstance(handlers, Iterable):
-        raise UsageError(f"log_handlers={handlers!r}: it is 'auto', a list of logging's handlers, or None")
+        raise UsageError(f"log_handlers must be 'auto', a list of logging.Handler, or None, got {handlers!r}")
 
     found = list(handlers)
     for handler in found:
