@@ -148,7 +148,7 @@ def test_run_that_is_over_is_told(tmp_path, top):
 def test_address_without_an_aggregator(top):
     """An address where no aggregator of this user is says so."""
     shown = top("127.0.0.1:1")
-    shown.until("no aggregator of yours at 127.0.0.1:1")
+    shown.until("you have no aggregator at 127.0.0.1:1")
 
     assert shown.end() == 3
 

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("traceml.cli.run", "run an unmodified script with tracing: traceml run train.py"),
     "launch": (
         "traceml.cli.launch",
-        "the same on many hosts, by ssh or srun: --hostnames a b train.py",
+        "the same on many hosts, over ssh or srun: --hostnames a b train.py",
     ),
     "serve": ("traceml.cli.serve", "start an aggregator for scripts that call traceml.init()"),
     "top": ("traceml.cli.top", "watch a running job"),

@@ -40,7 +40,7 @@ class DoctorOptions:
     backends: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Also check the trackers: versions, credentials (never their values), reachability."""
     hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...", help_behavior_hint="")] = ()
-    """Also check these hosts by ssh, or the Slurm nodes (`slurm`) by srun: versions, devices, clocks, speeds."""
+    """Also check these hosts over ssh, or the Slurm nodes (`slurm`) with srun: versions, devices, clocks, speeds."""
     ssh_config_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Configuration file for ssh, instead of your own."""
     python: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None

@@ -120,13 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         "--hostnames",
         metavar="HOST ...",
         default="auto",
-        help="names for ssh; slurm: the nodes of the allocation; auto: these, else this host",
+        help="names for ssh; slurm: the nodes of the allocation; auto: these, otherwise this host",
     )
     hosts.add_argument(
         "--workers-per-host",
         metavar="N ...",
         default="auto",
-        help="a number for all hosts, or one per host; auto: GPUs, else CPU cores",
+        help="a number for all hosts, or one per host; auto: GPUs, otherwise CPU cores",
     )
     hosts.add_argument(
         "--ssh-config-file", type=Path, metavar="FILE", help="configuration file for ssh, instead of your own"

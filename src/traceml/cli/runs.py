@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     options = parse(RunsOptions, argv, prog="traceml runs")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     if options.keep is not None and not options.prune:
-        raise UsageError("--keep belongs to --prune")
+        raise UsageError("--keep requires --prune")
 
     if options.prune:
         _check_prune(options)

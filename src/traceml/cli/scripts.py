@@ -21,11 +21,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--report",
         type=Path,
         metavar="FILE",
-        help="also write the report to FILE: HTML if it ends in .html, else JSON",
+        help="also write the report to FILE: HTML if it ends in .html, otherwise JSON",
     )
     own.add_argument("--run-name", metavar="NAME", help="part of the run's id (default: the script's name)")
     own.add_argument("--project", metavar="NAME", help="project of the run")
-    own.add_argument("--runs-dir", metavar="DIR", help="folder of the runs (default: traceml_runs)")
+    own.add_argument("--runs-dir", metavar="DIR", help="folder of the runs (default: the setting runs_dir)")
     own.add_argument(
         "--kill-after-report",
         action="store_true",

@@ -63,9 +63,9 @@ class SyncOptions:
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the result as JSON and nothing else."""
     wait: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Wait for runs that are still recorded, instead of leaving them to their aggregator."""
+    """Wait for runs that are still running, instead of leaving them to their aggregator."""
     ended: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """All jobs of the folder have ended: store also what ranks on other hosts left in it."""
+    """Treat all jobs of the folder as ended: also store what ranks on other hosts left in it."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 

@@ -230,7 +230,7 @@ def _aggregator(config: Config) -> Check:
     where = f"{address.host}:{address.port}"
     other = auth.discover(config.port)
     if found is None and not config.address_given and other is not None:
-        hint = "for this folder, `traceml serve --port 0` or traceml.init(local=True) starts one beside it"
+        hint = "for this folder, `traceml serve --port 0` or traceml.init(local=True) starts one next to it"
         return Check("aggregator", "note", f"the one at {where} serves another runs folder, {other.runs_dir}", hint)
 
     if found is None and _is_free(config.host, config.port):

@@ -76,7 +76,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "mcp": (("in the configuration of an assistant", "traceml mcp --runs-dir /data/traceml_runs"),),
     "doctor": (
-        ("is everything in order", "traceml doctor"),
+        ("check this installation", "traceml doctor"),
         ("each setting and its source", "traceml doctor --settings"),
         ("can jobs be launched there", "traceml doctor --hostnames a b"),
     ),

@@ -63,7 +63,7 @@ class ProfileOptions:
     )
     """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job, or run)."""
     ranks: Annotated[str | None, tyro.conf.arg(metavar="RANKS", help_behavior_hint="")] = None
-    """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, else the first 8)."""
+    """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, otherwise the first 8)."""
     steps: Annotated[int, NumberRange(most=MOST_STEPS), tyro.conf.arg(metavar="N", help_behavior_hint="")] = 5
     """Number of steps (default: 5)."""
     timeout: Annotated[
@@ -183,7 +183,7 @@ def _print(written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWi
         print("The ranks disagree on the step: " + "; ".join(_steps_text(each) for each in traces) + ".")
 
     if client.left_out > 0:
-        print(f"{plural(client.left_out, 'further rank')} not profiled: choose others by --ranks.")
+        print(f"{plural(client.left_out, 'further rank')} not profiled: choose others with --ranks.")
 
     for each in failed:
         print(printable(f"traceml profile: rank {each.rank} was not profiled: {each.why}"), file=sys.stderr)

@@ -115,7 +115,7 @@ def _remove_one(info: RunInfo) -> None:
 def _confirmed(infos: Sequence[RunInfo]) -> bool:
     """Ask on the terminal, naming each run and what would be lost with it."""
     if not sys.stdin.isatty():
-        raise UsageError("rm asks before it removes, and standard input is not a terminal: add --yes")
+        raise UsageError("rm asks for confirmation, and standard input is not a terminal: add --yes")
 
     for info in infos:
         lost = "" if is_delivered(info.path) else ", not yet delivered to its trackers (`traceml sync`)"
