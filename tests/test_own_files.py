@@ -30,11 +30,11 @@ def test_pipes_links_and_folders_are_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     (tmp_path / "link").symlink_to(tmp_path / "file")
 
-    for name, why in (("pipe", "no regular file"), ("link", "symbolic link"), (".", "no regular file")):
+    for name, why in (("pipe", "not a regular file"), ("link", "symbolic link"), (".", "not a regular file")):
         with pytest.raises(OSError, match=why):
             open_own(tmp_path / name)
 
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         open_own(tmp_path / "pipe", os.O_RDWR)
 
 
@@ -65,5 +65,5 @@ def test_folders_that_others_may_use_are_refused(tmp_path: Path) -> None:
         check_own_folder(tmp_path / "new" / "folder")
 
     (tmp_path / "link").symlink_to(tmp_path / "new")
-    with pytest.raises(PermissionError, match="no folder"):
+    with pytest.raises(PermissionError, match="not a folder"):
         check_own_folder(tmp_path / "link")

@@ -32,6 +32,7 @@ _PRIVATE = {
     "stand-in": "compensating thread",
     "stand_in": "substitute",
     "time-out": "timeout",
+    "time-outs": "timeouts",
     "for ever": "forever, or a bound",
     "whatever becomes of": "(say what happens)",
     "holds the others up": "slows the others down",

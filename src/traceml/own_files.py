@@ -29,7 +29,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise PermissionError(errno.EPERM, "it is no regular file", str(path))
+            raise PermissionError(errno.EPERM, "it is not a regular file", str(path))
 
         _check_owner(status, path)
     except BaseException:
@@ -87,7 +87,7 @@ def check_own_folder(folder: Path, *, private: bool = False) -> None:
     """
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        raise PermissionError(errno.EPERM, "it is no folder", str(folder))
+        raise PermissionError(errno.EPERM, "it is not a folder", str(folder))
 
     _check_owner(status, folder)
     if status.st_mode & (_OTHERS_ANY if private else _OTHERS_WRITE):

@@ -41,7 +41,7 @@ def work(rank, store):
     torch.distributed.destroy_process_group()
 """
 SCRIPT = LOOP + "train()\nprint('trained')"
-LINE = re.compile(r"^traceml: tracing this run into traceml_runs/\S+; live: `traceml top`$", re.MULTILINE)
+LINE = re.compile(r"^traceml: tracing this run; results in traceml_runs/\S+; live: `traceml top`$", re.MULTILINE)
 CARD = re.compile(r"^─ traceml ─ \w+ ", re.MULTILINE)
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -172,7 +172,7 @@ def test_a_late_init_is_told(python: Python, tmp_path: Path) -> None:
     """After the first optimizer the run has its name; `init` says which settings it ignores."""
     ended = python(f"{LOOP}\ntrain()\nimport traceml\ntraceml.init(run_name='late', local=True)")
 
-    assert "init(run_name) comes too late" in ended.stderr
+    assert "init(run_name) was called too late" in ended.stderr
     assert "TRACEML_RUN_NAME" in ended.stderr
     assert report(tmp_path)["run"]["name"] == "train"
 

@@ -449,6 +449,6 @@ def _failures_of(bye: dict[str, Any]) -> dict[str, int]:
 def _elsewhere(hello: Hello, runs_dir: Path) -> str:
     return (
         f"it serves the runs folder {runs_dir}, and this job's is {hello.runs_dir}. Start `traceml serve` for that one "
-        "(with --port 0 beside this one) or let the job do it by traceml.init(local=True); "
+        "(with --port 0 next to this one) or let the job do it with traceml.init(local=True); "
         f"or set TRACEML_RUNS_DIR={runs_dir}, or the address (TRACEML_PORT), to store the run there"
     )

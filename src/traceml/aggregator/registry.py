@@ -64,7 +64,7 @@ def prepare_runs_dir(runs_dir: Path) -> None:
 
         raise StoreError(
             f"cannot write the runs folder {runs_dir}: {error.strerror}. "
-            "Choose another one by --runs-dir or TRACEML_RUNS_DIR."
+            "Choose another one with --runs-dir or TRACEML_RUNS_DIR."
         ) from error
 
 

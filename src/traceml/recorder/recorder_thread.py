@@ -240,7 +240,7 @@ class RecorderThread:
             return bool(files.copying) or self._sender.connected or self._keep_trying
 
         if files.wait(advance, timeout_s=FILES_TIMEOUT_S, stuck_s=self._grace_s) == "stuck":
-            _log.warning("%d logged files have not arrived; they stay beside the journal", files.pending)
+            _log.warning("%d logged files have not arrived; they stay next to the journal", files.pending)
             self._keep_trying = False  # it was tried for that long just now
 
         files.leave()

@@ -363,7 +363,7 @@ class Recording:
             self.thread.every_turn(GrowthWatch(self.flight.open_slots, self._training_thread, contains, self.note))
 
     def _watch_pauses(self) -> None:
-        with fail_open(_log, "recorder", "garbage collections, compilations and checkpoints are not told"):
+        with fail_open(_log, "recorder", "garbage collections, compilations and checkpoints are not reported"):
             saves = self.instrumentation.saves if self.instrumentation is not None else None
             self._pauses = PauseRecorder(self.flight, self._is_evaluating, UserCode().contains, saves)
             self.thread.every_turn(self._pauses)

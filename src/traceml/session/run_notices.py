@@ -51,7 +51,7 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
         _due = run_dir, recorder
         on_end(_show_at_end)
         if _is_same(run_dir.parent, config.runs_dir):  # else a warning has named the folder
-            _print(f"traceml: tracing this run into {_short(run_dir)}; live: {_live_view(run_dir)}")
+            _print(f"traceml: tracing this run; results in {_short(run_dir)}; live: {_live_view(run_dir)}")
 
 
 def dismiss(run_dir: Path) -> None:

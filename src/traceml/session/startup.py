@@ -169,8 +169,8 @@ def _warn_of_ignored(arguments: Mapping[str, Any], wanted: Config, running: Conf
     ignored = [name for name in names if getattr(wanted, name) != getattr(running, name)]
     if arguments and ignored:
         _log.warning(
-            "init(%s) comes too late: tracing has begun with other settings. Call it before the training is set up, or "
-            "set %s.", ", ".join(ignored), ", ".join(f"TRACEML_{name.upper()}" for name in ignored),
+            "init(%s) was called too late: tracing already runs with other settings. Call it before the training is "
+            "set up, or set %s.", ", ".join(ignored), ", ".join(f"TRACEML_{name.upper()}" for name in ignored),
         )  # fmt: skip
 
 

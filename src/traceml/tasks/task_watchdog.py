@@ -1,4 +1,4 @@
-"""Time-outs of tasks, and warnings about stalled ones.
+"""Timeouts of tasks, and warnings about stalled ones.
 
 One thread per Runtime, started when there is a task to watch. It sleeps until the next timeout or the next check of
 the running tasks, whichever comes first.

@@ -98,7 +98,7 @@ def test_a_window_that_never_begins_is_given_up(server: ProfileServer) -> None:
 
 def test_requests_that_make_no_sense_are_refused(server: ProfileServer, traced: Traced) -> None:  # noqa: F811
     """An unknown part, and a rank whose steps are not traced."""
-    with pytest.raises(TraceMLError, match="it can state, open, calls, read, close"):
+    with pytest.raises(TraceMLError, match="known: state, open, calls, read, close"):
         server.answer({"do": "dance"})
 
     traced.instrumentation.clock.stop()

@@ -112,7 +112,7 @@ def test_an_experiment_begins_at_its_first_call(script: Script, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("uri", "said", "announced"),
     [
-        (None, "to the file mlflow.db beside the runs", "local"),
+        (None, "in the file mlflow.db next to the runs", "local"),
         ("http://mlflow.company:5000", "to the MLflow server http://mlflow.company:5000", "http://mlflow.company:5000"),
         ("https://me:hunter2@mlflow.company", "to the MLflow server https://[masked:secret]@mlflow.company", None),
     ],

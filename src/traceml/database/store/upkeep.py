@@ -190,7 +190,7 @@ class Upkeep:
         try:
             yield
         except ValueError as error:
-            raise StoreError(f"{error}; the frames beside it stay as they are.") from error
+            raise StoreError(f"{error}; the frames next to it stay as they are.") from error
 
     def _resume(self) -> None:
         """Take the small frames that the store has."""

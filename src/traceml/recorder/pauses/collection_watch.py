@@ -110,7 +110,7 @@ class CollectionWatch:
 
         @functools.wraps(original)
         def collect(*args: Any, **kwargs: Any) -> int:
-            with fail_open(_log, "recorder", "a collection's line is not told", once=True):
+            with fail_open(_log, "recorder", "a collection's line is not reported", once=True):
                 frame = sys._getframe(1)
                 code, line = user_line(frame, self._is_user)
                 self._caller = (frame.f_code, frame.f_lineno) if code is None else (code, line)

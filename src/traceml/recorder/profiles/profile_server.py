@@ -172,7 +172,7 @@ class ProfileServer:
         self._asked_ns = monotonic_ns()
         part = self._do.get(str(args.get("do")))
         if part is None:
-            raise TraceMLError(f"a profile cannot {args.get('do')!r}; it can {', '.join(self._do)}")
+            raise TraceMLError(f"unknown profile command {args.get('do')!r}; known: {', '.join(self._do)}")
 
         return part(args)
 

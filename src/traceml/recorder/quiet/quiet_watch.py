@@ -103,7 +103,7 @@ class QuietWatch:
         is_over, self.is_quiet = self.is_quiet, False
         # A process that ends proves no progress: it may have been interrupted in the middle of a hang.
         if is_over and not self._slots[Slot.EXIT_START]:
-            with fail_open(_log, "recorder", "the end of a pause is not told", once=True):
+            with fail_open(_log, "recorder", "the end of a pause is not reported", once=True):
                 look = self._looks().end(self.quiet_s)
                 self._info.append(look.to_info())
 

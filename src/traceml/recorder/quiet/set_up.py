@@ -76,11 +76,11 @@ def register_stacks(crash_file: int | None) -> None:
     Args:
         crash_file: descriptor of a file that gets them at its end when this process crashes; None for none.
     """
-    with fail_open(_log, "recorder", "the stacks of a crash cannot be told"):
+    with fail_open(_log, "recorder", "the stacks of a crash cannot be reported"):
         if crash_file is not None:
             report_crashes(crash_file)
 
-    with fail_open(_log, "recorder", "the stacks of a silent process cannot be told"):
+    with fail_open(_log, "recorder", "the stacks of a silent process cannot be reported"):
         if sys.platform == "linux" and not stack_signal.is_registered(os.getpid()):
             stack_signal.register(stack_signal.create_stack_file())
 

@@ -70,7 +70,7 @@ def _repair(path: Path, *, is_ours: bool) -> None:
                 f"install the version that wrote it, or try {command} on a copy, or move the file away"
             ) from error
 
-        _log.warning("the creation of the MLflow database %s was interrupted; it is created anew", path)
+        _log.warning("the creation of the MLflow database %s was interrupted; it is created again", path)
         _copy(path, kept)
         _create(path)
         return

@@ -79,7 +79,7 @@ def read_key_file(backend: str, path: Path, known: Mapping[str, str] | None = No
 
             lines = [line.strip() for line in file if line.strip() and not line.lstrip().startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise PluginError(f"api_key_file {path} of backend {backend!r} cannot be read: {why}") from error
 
     if all(_is_assignment(line) for line in lines):

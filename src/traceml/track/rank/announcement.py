@@ -131,7 +131,7 @@ def choose_trackers(
 def _place_of(uri: str) -> str:
     """Return the words for an MLflow tracking URI, without credentials."""
     if uri == "local":
-        return "to MLflow, which is installed: to the file mlflow.db beside the runs"
+        return "to MLflow (installed), in the file mlflow.db next to the runs"
 
     kind = "server" if uri.startswith(("http:", "https:", "databricks")) else "store"
     return f"to the MLflow {kind} {secrets_only().mask_text(uri)}"
@@ -164,7 +164,7 @@ def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, A
         if backend not in _warned and metadata.missing():
             _warned.add(backend)
             _log.warning(
-                "%s is not installed here: %s. What is logged is kept, and `traceml sync` delivers it then.",
+                "%s is not installed here: %s. What is logged is kept: install it, then run `traceml sync`.",
                 backend, unsupported(backend) or install_command(backend),
             )  # fmt: skip
 

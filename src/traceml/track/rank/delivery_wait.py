@@ -62,7 +62,7 @@ def flush(timeout: float | None = 30.0, experiment: int | None = None) -> bool:
             return _await_trackers(recorder, states, until_s)
     except (TraceMLError, OSError) as error:  # OSError: the connection to the other host broke, or timed out
         _log.warning(
-            "flush: the run is stored on another host, whose aggregator does not tell what trackers have: %s", error
+            "flush: the run is stored on another host, whose aggregator does not report what trackers have: %s", error
         )
         return False
 
