@@ -14,6 +14,7 @@ __all__ = [
     "duration_text",
     "factor_text",
     "gain_text",
+    "left_text",
     "library_text",
     "line_text",
     "ms_text",
@@ -183,6 +184,15 @@ def duration_text(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def left_text(seconds: float) -> str:
+    """Return the time until something happens, in a sentence: `42 s`, `12 min`, `3 h 4 min`."""
+    if seconds < 99.5:
+        return duration_text(seconds)
+
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return " ".join(part for part in (f"{hours} h" if hours else "", f"{minutes} min" if minutes else "") if part)
 
 
 def overhead_text(us_per_step: float | None, share: float | None) -> str:

@@ -30,7 +30,7 @@ def for_copies(facts: JobFacts) -> str:
 
 
 def for_iterator() -> str:
-    """Return advice against waiting for an iterator that is no DataLoader."""
+    """Return advice against waiting for an iterator that is not a DataLoader."""
     return (
         "Make batches in other processes: an IterableDataset in a DataLoader with num_workers. Or fetch the next "
         "batch in a thread while the model computes."
@@ -68,7 +68,7 @@ def for_saving(half: float) -> str:
         half: speed-up by saving half as often.
     """
     return (
-        f"Save half as often: {gain_text(half)}. Or save beside the training "
+        f"Save half as often: {gain_text(half)}. Or save in the background "
         "(torch.distributed.checkpoint.async_save), and only what a restart needs."
     )
 
@@ -76,9 +76,9 @@ def for_saving(half: float) -> str:
 def for_comm(facts: JobFacts, grad_phase: str) -> str:
     """Return advice against waiting for the network."""
     if grad_phase == "comm":
-        return "Call collectives less often, on one flattened tensor, or beside computation (async_op=True)."
+        return "Call collectives less often, on one flattened tensor, or overlapped with computation (async_op=True)."
 
-    last = "a faster backend than gloo between hosts" if facts.backend == "gloo" else "a compressing communication hook"
+    last = "a faster backend than gloo between hosts" if facts.backend == "gloo" else "a gradient-compression hook"
     known = None if facts.batches is None else facts.batches.reductions
     accumulates = known is not None and known[0] > known[1] > 0
     more = "more micro-batches per step" if accumulates else "gradient accumulation under model.no_sync()"
@@ -99,8 +99,8 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
     where = f" on rank {rank}" if rank is not None else ""
     if line is not None:
         return (
-            f"Look{where} at {line.place}: what it does in these steps can be done less often, or beside the training, "
-            "in a thread or another process."
+            f"Look{where} at {line.place}: do less often what it does in these steps, or do it in the background, in "
+            "a thread or another process."
         )
 
     if part in ("other", "user", None):
@@ -155,7 +155,7 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
         )
 
     if part == "other" and line is not None:
-        return f"Look at why {names}{at} runs {line.place} that long: the other ranks do not."
+        return f"Find out why {names}{at} runs {line.place} that long: the other ranks do not."
 
     if part == "other":
         return (

@@ -52,7 +52,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def headline(self) -> str:
-        """The finding in one sentence without a full stop."""
+        """The finding in one sentence without a period."""
         return self.kind.headline(self)
 
     def rounded(self) -> Finding:

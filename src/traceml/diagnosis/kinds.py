@@ -11,8 +11,8 @@ from traceml.formatting import (
     bytes_text,
     capitalized,
     count_text,
-    duration_text,
     factor_text,
+    left_text,
     line_text,
     ms_text,
     ordinal_text,
@@ -118,14 +118,17 @@ def _lost_worker(finding: _FindingFacts) -> str:
 
 
 _HANGS = {
-    "mismatch": "{ranks_are} in another collective than the others",
-    "sizes": "{ranks_are} in a collective with other sizes than the others",
+    "mismatch": "{ranks_are} in a different collective from the others",
+    "sizes": "{ranks_are} calling the collective with different tensor sizes",
     "circle": "{ranks} wait for each other",
     "network": "All ranks hang in {operation}",
     "ended": "{ranks} ended, and the others wait",
     "unanswered": "The job hangs: {ranks} did not answer",
 }
-_ALL_DIFFER = {"mismatch": "{ranks} are in different collectives", "sizes": "{ranks} give a collective different sizes"}
+_ALL_DIFFER = {
+    "mismatch": "{ranks} are in different collectives",
+    "sizes": "{ranks} call the same collective with different tensor sizes",
+}
 
 
 def _hang(finding: _FindingFacts) -> str:
@@ -148,7 +151,7 @@ def _hang(finding: _FindingFacts) -> str:
     if waiting:
         return f"{ranks} {'block' if many else 'blocks'} the others{at}"
 
-    return f"{ranks} {'stand' if many else 'stands'} still{at}"
+    return f"{ranks} {'make' if many else 'makes'} no progress{at}"
 
 
 def _user_code(finding: _FindingFacts) -> str:
@@ -218,13 +221,13 @@ def _limit(finding: _FindingFacts) -> str:
     resource = str(evidence.get("resource", "resource")).replace("_", " ")
     share = percent_text(evidence.get("used", 0) / max(evidence.get("limit", 1), 1))
     if resource == "cpu quota":
-        return f"The CPU quota stops this run in {share} of the time"
+        return f"The CPU quota throttles this run {share} of the time"
 
     return f"{capitalized(resource)}: {share} of the limit in use"
 
 
 def _leak(finding: _FindingFacts) -> str:
-    """Return `Memory of rank 1 grows by 4.00 MiB per step: full in 12:07`."""
+    """Return `Memory of rank 1 grows by 4.00 MiB per step: full in 12 min`."""
     evidence = finding.evidence
     memory, left_s = evidence.get("memory", "resident"), evidence.get("left_s")
     whose = f" of {ranks_text(finding.ranks)}" if finding.ranks else ""
@@ -234,9 +237,7 @@ def _leak(finding: _FindingFacts) -> str:
         return f"{which}{whose} grows by {each} per minute"
 
     full = (
-        ""
-        if left_s is None or finding.severity is not Severity.CRITICAL
-        else f": full in {duration_text(float(left_s))}"
+        "" if left_s is None or finding.severity is not Severity.CRITICAL else f": full in {left_text(float(left_s))}"
     )
     subject = _MEMORIES.get(str(memory), "Memory")
     return f"{subject}{whose} grows by {bytes_text(int(evidence.get('bytes_per_step', 0)))} per step{full}"
@@ -273,7 +274,7 @@ def _skipped(finding: _FindingFacts) -> str:
 
 
 def _recompiles(finding: _FindingFacts) -> str:
-    """Return `torch.compile compiles a function anew: 34 % of the run's time`, or that it has stopped to."""
+    """Return `The same function is compiled again and again: ...`, or that it no longer is."""
     if finding.evidence.get("limit_reached") and finding.cost_share < WARNING_SHARE:
         return "A function is no longer compiled: its inputs differ too often"
 
@@ -299,7 +300,7 @@ class KindRule:
     """Rules of a kind.
 
     Attributes:
-        headline: a template with {share}, {phase} and {ranks_are}, or a function of the finding.
+        headline: a template with {share}, {phase}, {ranks_are}, {ranks} and {use}, or a function of the finding.
         severity: of each finding of the kind; None where the cost decides.
         is_straggler: whether it blames ranks that the others wait for.
         sorts_first: whether it comes before the kinds that are ordered by cost.
@@ -359,7 +360,7 @@ class Kind(StrEnum):
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(_limit)
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(_leak, critical_first=True)
     MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(_pressure)
-    MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks_are} using far more memory than the others")
+    MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks} {use} far more memory than the others")
     HANG = "HANG", KindRule(_hang, Severity.CRITICAL, sorts_first=True)
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
     WORKER_LOST = "WORKER_LOST", KindRule(_lost_worker, Severity.WARNING, sorts_first=True)
@@ -397,7 +398,7 @@ class Kind(StrEnum):
         return self.rule.severity or by_cost
 
     def headline(self, finding: _FindingFacts) -> str:
-        """Return a finding of this kind as one sentence without a full stop."""
+        """Return a finding of this kind as one sentence without a period."""
         rule = self.rule.headline
         if not isinstance(rule, str):
             return rule(finding)
@@ -405,6 +406,6 @@ class Kind(StrEnum):
         whole = "the run's time" if self.rule.of_run else "step time"
         share = f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share else f"part of {whole}"
         ranks = capitalized(ranks_text(finding.ranks))
-        are = "is" if len(finding.ranks) == 1 else "are"
+        are, use = ("is", "uses") if len(finding.ranks) == 1 else ("are", "use")
         phase = phase_words(finding.phase) if finding.phase else "the step"
-        return capitalized(rule.format(share=share, phase=phase, ranks_are=f"{ranks} {are}"))
+        return capitalized(rule.format(share=share, phase=phase, ranks_are=f"{ranks} {are}", ranks=ranks, use=use))

@@ -61,10 +61,10 @@ def test_an_exit_code_is_told():
     ("code", "words"),
     [
         (3, "ended with exit code 3, before"),
-        (127, "a shell gives for a command that it does not find"),
-        (134, "a shell gives for signal 6 (SIGABRT)"),
-        (137, "a shell gives for signal 9 (SIGKILL)"),
-        (139, "a shell gives for signal 11 (SIGSEGV)"),
+        (127, "a shell's code for 'command not found'"),
+        (134, "a shell's code for signal 6 (SIGABRT)"),
+        (137, "a shell's code for signal 9 (SIGKILL)"),
+        (139, "a shell's code for signal 11 (SIGSEGV)"),
         (200, "ended with exit code 200, before"),
     ],
 )

@@ -59,14 +59,16 @@ def test_a_kill_by_the_kernel_is_told_with_growth_and_limit() -> None:
     )
     assert finding.evidence["cause"] == "out_of_memory"
     assert finding.evidence["bytes_per_minute"] == 60 * (64 << 20)
-    assert "keeps memory" in finding.next
+    assert "holds on to memory" in finding.next
 
 
 def test_a_kill_on_the_host_is_less_certain() -> None:
     """The host's counter may have counted another program's kill."""
     finding = lost(state="killed", signal=9, oom="host")
 
-    assert "was killed (SIGKILL) when the kernel ended processes of the host for lack of memory" in finding.summary
+    assert (
+        "was killed (SIGKILL) while the kernel was killing processes of the host for lack of memory" in finding.summary
+    )
     assert "the host has 24.0 GiB" in finding.summary
 
 

@@ -43,7 +43,7 @@ def test_a_rank_in_its_own_code_never_came_to_the_collective():
     finding = found(in_backward(0), STUCK)
 
     assert summary(finding) == (
-        "Rank 1 never came to all_reduce #15: it has been in train.py:6 stuck, sleeping for 75 s; "
+        "Rank 1 never reached all_reduce #15: it has been in train.py:6 stuck, sleeping for 75 s; "
         "rank 0 waits for it in all_reduce #15 in backward (train.py:28 main)."
     )
     assert finding.headline == "Rank 1 blocks the others, in train.py:6 stuck"
@@ -99,7 +99,7 @@ def test_sizes_of_an_all_reduce_must_agree():
     def at(rank, operation, size):
         return look(rank, call(operation), line(5), groups=(group(3, operation, sizes=(size,)),))
 
-    assert "of 4,096 numbers" in summary(found(at(0, "all_reduce", 1024), at(1, "all_reduce", 4096)))
+    assert "of 4,096 elements" in summary(found(at(0, "all_reduce", 1024), at(1, "all_reduce", 4096)))
     assert "sizes differ" not in summary(found(at(0, "gather", 1024), at(1, "gather", 4096)))
 
 
@@ -110,7 +110,7 @@ def test_a_rank_alone_in_a_barrier_is_told():
     others = [look(rank, line(41), groups=(group(5, "all_reduce", flying=False, **known),)) for rank in (1, 2)]
 
     assert summary(found(alone, *others, ranks=3)) == (
-        "Rank 0 alone has waited in barrier #6 (train.py:30 save) for 75 s: ranks 1, 2 never came to it: ranks 1, 2 in "
+        "Rank 0 alone has waited in barrier #6 (train.py:30 save) for 75 s: ranks 1, 2 never reached it: ranks 1, 2 in "
         "train.py:41 main."
     )
 
@@ -313,9 +313,9 @@ STOPPED = (RankExit(rank=0, state="killed", signal=2), RankExit(rank=1, state="k
 
 def test_a_hung_job_that_was_interrupted_has_hung():
     """By the looks before the end; also where nobody shows Ctrl-C."""
-    assert "Rank 1 never came" in summary(found(in_backward(0), STUCK, exits=STOPPED, state="stopped"))
+    assert "Rank 1 never reached" in summary(found(in_backward(0), STUCK, exits=STOPPED, state="stopped"))
     terminated = tuple(RankExit(rank=rank, state="killed", signal=15) for rank in (0, 1))
-    assert "Rank 1 never came" in summary(found(in_backward(0), STUCK, exits=terminated, state="failed"))
+    assert "Rank 1 never reached" in summary(found(in_backward(0), STUCK, exits=terminated, state="failed"))
 
 
 def test_rows_alone_tell_that_a_job_hung():
@@ -374,7 +374,7 @@ def test_a_rank_that_was_interrupted_first_did_not_end_by_itself():
     """While Ctrl-C ends one rank after the other, the sentence stays."""
     interrupted = RankExit(rank=1, state="failed", code=130, exception="KeyboardInterrupt: ", open_step=40, open_s=75.0)
 
-    assert "Rank 1 never came" in summary(found(in_backward(0), STUCK, exits=[interrupted]))
+    assert "Rank 1 never reached" in summary(found(in_backward(0), STUCK, exits=[interrupted]))
 
 
 def test_what_was_a_hang_stays_one():

@@ -168,7 +168,7 @@ def test_a_list_of_graphs_is_told_with_its_line():
     first = {"loader": LoaderFacts(length=10**9, batch_size=32), "latest": (1000,)}
     (finding,) = leaks(**leaking(), growing=growing_list(), **first)
 
-    assert "the list losses (added to in train.py:41 main) has got 1 element per step" in finding.summary
+    assert "the list losses (added to in train.py:41 main) gained 1 element per step" in finding.summary
     assert "each of which holds the graph of its step" in finding.summary
     assert finding.next.startswith("Add loss.item() or loss.detach() to losses")
     assert finding.severity == "warning"
@@ -179,7 +179,7 @@ def test_a_sum_of_losses_is_told_as_a_graph():
     """Its size in bytes is not known, its operations are."""
     (finding,) = leaks(**leaking(), growing=growing_list(path="total", kind="graph", line=None))
 
-    assert "The tensor total (in main, train.py) has a graph of 4,000 operations in a row" in finding.summary
+    assert "The tensor total (in main, train.py) has an autograd graph 4,000 operations deep" in finding.summary
     assert "line" not in finding.evidence
 
 

@@ -72,7 +72,9 @@ def test_the_run_is_not_blamed_where_the_use_of_the_host_is_not_known():
     """Too short for a sample of the host: the cores may be used by others, or by the run."""
     (found,) = cpu_contention(crowded(samples(busy=0.5, of_host=slice(0)), threads=1))
 
-    assert found.next == "If other programs use the cores (`top` names them), end or move them; else try more cores."
+    assert (
+        found.next == "If other programs use the cores (`top` names them), end or move them; otherwise try more cores."
+    )
 
 
 def test_one_sample_of_the_host_is_enough():

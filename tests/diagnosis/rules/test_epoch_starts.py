@@ -1,4 +1,4 @@
-"""Loader workers that start anew in each epoch."""
+"""Loader workers that are restarted in each epoch."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ def test_it_names_function_reason_and_limit():
     verdict = found(pauses, long_forwards(8))[0]
 
     assert verdict.kind is Kind.RECOMPILES
-    assert "train.py:24 forward 7 times anew" in verdict.summary
+    assert "recompiled train.py:24 forward 7 times" in verdict.summary
     assert SIZE in verdict.summary
-    assert "run uncompiled" in verdict.summary
+    assert "run in eager mode" in verdict.summary
     assert verdict.evidence["limit_reached"] is True
     assert verdict.cost_share == pytest.approx(8 * 400 / (14.1 * 210 + 8 * 400), rel=0.05)
 

@@ -36,8 +36,8 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
 
     if ended.signal == KILL:
         return (
-            "Nothing in Python sends SIGKILL: look for the kernel's out-of-memory killer (dmesg, the scheduler's log), "
-            "the job's memory limit, or a kill command."
+            "SIGKILL comes from outside the process: look for the kernel's out-of-memory killer (dmesg, the "
+            "scheduler's log), the job's memory limit, or a kill command."
         )
 
     if ended.signal == 1:
@@ -76,7 +76,7 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
         return f"Look at the host{host} and its network: the rank lost its connection without a report."
 
     if signal_of_code(ended.code) is not None:
-        return f"The rank is a program that starts another one, which a signal ended: read rank {ended.rank}'s output."
+        return f"The rank is a wrapper; a signal ended the program that it started: read rank {ended.rank}'s output."
 
     return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."
 
@@ -89,8 +89,8 @@ def _for_memory(memory: MemoryEnd) -> str:
         )
     if memory.grows:
         return (
-            "Something keeps memory: look for tensors or batches that are appended to a list, a cache without bound, "
-            "or losses kept with their graph (use loss.item())."
+            "Something holds on to memory: look for tensors or batches that are appended to a list, a cache "
+            "without bound, or losses kept with their graph (use loss.item())."
         )
     if memory.cause == "killed":
         return (
@@ -98,7 +98,7 @@ def _for_memory(memory: MemoryEnd) -> str:
             "(--mem of Slurm, the container's limit)."
         )
 
-    return "Allocate less at once, or raise the limit: ulimit -v, the container's or the job's limit of memory."
+    return "Allocate less at once, or raise the limit: ulimit -v, the container's or the job's memory limit."
 
 
 def _for_files(limit: int | None) -> str:

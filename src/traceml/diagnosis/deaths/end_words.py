@@ -12,8 +12,8 @@ __all__ = ["end_text", "signal_of_code", "step_text"]
 
 _MAX_SIGNAL = 64
 _CODES = {
-    126: "which a shell gives for a command that it may not execute",
-    127: "which a shell gives for a command that it does not find",
+    126: "a shell's code for 'cannot execute'",
+    127: "a shell's code for 'command not found'",
 }
 
 
@@ -36,7 +36,8 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
         if memory.certain:
             return f"{was} killed by the kernel for lack of memory ({_signal_text(ended)})"
 
-        return f"{was} killed ({_signal_text(ended)}) when the kernel ended processes of the host for lack of memory"
+        how = "while the kernel was killing processes of the host for lack of memory"
+        return f"{was} killed ({_signal_text(ended)}) {how}"
 
     at = f" at {_place(ended)}" if ended.file else ""
     if memory is not None and ended.exception:
@@ -86,7 +87,7 @@ def _code_text(code: int | None) -> str:
         return f", {_CODES[code]}"
 
     number = signal_of_code(code)
-    return f", which a shell gives for signal {number} ({signal_name(number)})" if number is not None else ""
+    return f", a shell's code for signal {number} ({signal_name(number)})" if number is not None else ""
 
 
 def _short(exception: str, limit: int = 160) -> str:

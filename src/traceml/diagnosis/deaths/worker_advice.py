@@ -32,10 +32,7 @@ def for_worker(lost: LostWorker) -> str:
     if lost.signal is not None:
         return "Find out what sent the signal to the worker: a kill command, or the scheduler."
 
-    return (
-        "The dataset or a library that it uses left the process (os._exit, sys.exit): run with num_workers=0 to see "
-        "where."
-    )
+    return "The dataset or a library that it uses called os._exit or sys.exit: run with num_workers=0 to see where."
 
 
 def _for_killed_worker(lost: LostWorker) -> str:

@@ -31,17 +31,17 @@ def operation_text(wait: GroupLook) -> str:
 
 
 def hang_summary(found: Standstill) -> str:
-    """Return one sentence with a full stop; what is seen of the ranks, and nothing that was not."""
+    """Return one sentence with a period; what is seen of the ranks, and nothing that was not."""
     cause = found.blame.cause
     if cause in (HangCause.MISMATCH, HangCause.SIZES):
         text = _different_text(found)
     elif cause is HangCause.CIRCLE:
-        text = f"{_ranks(found.blame.ranks)} wait for each other: {_places(found, found.blame.ranks)}"
+        text = f"{ranks_text(found.blame.ranks)} wait for each other: {_places(found, found.blame.ranks)}"
     elif cause is HangCause.NETWORK:
         where = _where_they_wait(found, sorted(found.looks))
         text = f"all ranks have been in {where} for {_age(found)}: the network, or the link of one of them"
     elif cause is HangCause.UNANSWERED:
-        silent = f"; {_ranks(found.blame.ranks)} did not answer" if found.blame.ranks else ""
+        silent = f"; {ranks_text(found.blame.ranks)} did not answer" if found.blame.ranks else ""
         text = f"no rank has made progress for {_age(found)}: {_places(found, found.looks)}{silent}"
     elif cause is HangCause.ENDED:
         text = _ended_text(found)
@@ -54,19 +54,21 @@ def hang_summary(found: Standstill) -> str:
 
 
 def _late_text(found: Standstill) -> str:
-    """Return who did not come to a collective, where it is, and who waits."""
+    """Return who did not reach a collective, where it is, and who waits."""
     named, operation = found.blame.ranks, found.blame.operation
     what = operation_text(operation) if operation is not None else ""
     if found.blame.cause is HangCause.ALONE:
         (alone,) = found.blame.waits
         return (
-            f"rank {alone} alone has waited in {_where_they_wait(found, [alone])} for {_age(found)}: {_ranks(named)} "
-            f"never came to it: {_places(found, named)}"
+            f"rank {alone} alone has waited in {_where_they_wait(found, [alone])} for {_age(found)}: "
+            f"{ranks_text(named)} never reached it: {_places(found, named)}"
         )
 
-    never = f" never came to {what}:" if what and operation is not None and operation.number > 0 else ""
+    never = f" never reached {what}:" if what and operation is not None and operation.number > 0 else ""
     it = "it has" if len(named) == 1 else "they have"
-    subject = f"{_ranks(named)}{never} {it}" if never else f"{_ranks(named)} {'has' if len(named) == 1 else 'have'}"
+    subject = (
+        f"{ranks_text(named)}{never} {it}" if never else f"{ranks_text(named)} {'has' if len(named) == 1 else 'have'}"
+    )
     return f"{subject} been {_state_text(found, named)} for {_age(found, named)}{_waiters_text(found)}"
 
 
@@ -74,7 +76,7 @@ def _stands_text(found: Standstill) -> str:
     ranks = sorted(found.looks)
     if len(ranks) == 1 or len({_place(found, rank) for rank in ranks}) == 1:
         has = "has" if len(ranks) == 1 else "have"
-        return f"{_ranks(ranks)} {has} been {_state_text(found, ranks)} for {_age(found)}"
+        return f"{ranks_text(ranks)} {has} been {_state_text(found, ranks)} for {_age(found)}"
 
     return f"no rank has made progress for {_age(found)}: {_places(found, ranks)}"
 
@@ -91,7 +93,7 @@ def _ended_text(found: Standstill) -> str:
         if others and min(others) > count:
             after += f", the others had {count_text(min(others))}"
 
-    whose = f"{_ranks(gone)}'s script" if len(gone) == 1 else f"the scripts of {_ranks(gone)}"
+    whose = f"{ranks_text(gone)}'s script" if len(gone) == 1 else f"the scripts of {ranks_text(gone)}"
     return f"{whose} ended{after}{_waiters_text(found)}"
 
 
@@ -102,9 +104,9 @@ def _different_text(found: Standstill) -> str:
         groups[wait.operation, sum(wait.sizes) if found.blame.cause is HangCause.SIZES else 0].append(rank)
 
     for (_, size), ranks in sorted(groups.items(), key=lambda item: item[1]):
-        of = f" of {count_text(size)} numbers" if size else ""
+        of = f" of {count_text(size)} elements" if size else ""
         be = "is" if len(ranks) == 1 else "are"
-        parts.append(f"{_ranks(ranks)} {be} in {_where_they_wait(found, ranks, of)}")
+        parts.append(f"{ranks_text(ranks)} {be} in {_where_they_wait(found, ranks, of)}")
 
     why = "sizes differ" if found.blame.cause is HangCause.SIZES else "different code paths"
     return f"{', '.join(parts)}, for {_age(found)}: {why}"
@@ -162,7 +164,7 @@ def _places(found: Standstill, ranks: Iterable[int]) -> str:
     for rank in sorted(ranks):
         by_place[_place(found, rank)].append(rank)
 
-    parts = [f"{_ranks(at)} {place}" for place, at in by_place.items()]
+    parts = [f"{ranks_text(at)} {place}" for place, at in by_place.items()]
     more = f", and {len(parts) - _LISTED} other places" if len(parts) > _LISTED else ""
     return ", ".join(parts[:_LISTED]) + more
 
@@ -186,17 +188,13 @@ def _waiters_text(found: Standstill) -> str:
 
     it = "it" if len(named) == 1 else "them"
     wait = "waits" if len(waiting) == 1 else "wait"
-    return f"; {_ranks(waiting)} {wait} for {it} in {_where_they_wait(found, waiting)}"
+    return f"; {ranks_text(waiting)} {wait} for {it} in {_where_they_wait(found, waiting)}"
 
 
 def _age(found: Standstill, ranks: Sequence[int] = ()) -> str:
     return duration_text(
         min((found.looks[rank].quiet_s for rank in ranks if rank in found.looks), default=found.quiet_s)
     )
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    return ranks_text(sorted(ranks))
 
 
 def hang_advice(found: Standstill) -> str:
@@ -213,9 +211,9 @@ def hang_advice(found: Standstill) -> str:
 def _look_at(found: Standstill) -> str:
     others = found.blame.waits and found.blame.ranks
     why = (
-        f"Look for why {_ranks(found.blame.ranks)} came there and the others did not"
+        f"Find out why {ranks_text(found.blame.ranks)} reached that point and the others did not"
         if others
-        else ("Look at why what it waits for does not come")
+        else "Find out what it is waiting for, and why that never arrives"
     )
     return f"{why}." if found.is_over else f"{why}; `traceml stacks` shows what each rank does now."
 
@@ -242,14 +240,14 @@ _ADVICE: Mapping[HangCause, str] = {
 
 def _advice_for(look: RankLook, found: Standstill) -> str:
     if look.process_state == "T":
-        return "Continue the process with `kill -CONT`, and look for what has stopped it."
+        return "Continue the process with `kill -CONT`, and find out what stopped it."
 
     worker = blocked_worker(look)
     if worker is not None:
         if "lock" in doing(worker):
             return (
-                "Take no lock in the dataset that the training process may hold when it starts its workers: create it "
-                "in the worker (worker_init_fn), or start workers with multiprocessing_context='spawn'."
+                "Do not use a lock in the dataset that the training process may hold when it starts its workers: "
+                "create it in the worker (worker_init_fn), or start workers with multiprocessing_context='spawn'."
             )
 
         return "Look at what the dataset does there; `DataLoader(timeout=60)` turns such a wait into an error."

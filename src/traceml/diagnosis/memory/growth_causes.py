@@ -58,15 +58,15 @@ def _where(found: GrowingObjects) -> str:
 def _text(found: GrowingObjects) -> str:
     if found.kind == "graph":
         return (
-            f" The tensor {found.path}{_where(found)} has a graph of {count_text(found.count)} operations in a "
-            "row, which gets longer in each step."
+            f" The tensor {found.path}{_where(found)} has an autograd graph {count_text(found.count)} "
+            "operations deep, which grows with each step."
         )
 
     kind = "cache of" if found.kind == "lru_cache" else found.kind
     rate = f"{found.per_step:.3g}"
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
     return (
-        f" Meanwhile the {kind} {found.path}{_where(found)} has got {rate} element{'' if rate == '1' else 's'} per "
+        f" Meanwhile the {kind} {found.path}{_where(found)} gained {rate} element{'' if rate == '1' else 's'} per "
         f"step{holds}; it has {count_text(found.count)}."
     )
 

@@ -12,7 +12,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.growth_causes import growth_cause
 from traceml.diagnosis.memory.worker_copies import copied_objects, grown_workers
-from traceml.formatting import bytes_text, count_text, duration_text, plural, ranks_text
+from traceml.formatting import bytes_text, count_text, left_text, plural, ranks_text
 
 __all__ = ["memory_leaks"]
 
@@ -180,6 +180,6 @@ def _full(room: _Room | None) -> str:
         return ""
 
     return (
-        f" At this rate the {room.of} {bytes_text(room.total_bytes)} are full in {duration_text(room.left_s)} "
+        f" At this rate the {room.of} {bytes_text(room.total_bytes)} are full in {left_text(room.left_s)} "
         f"({plural(int(room.left_steps), 'step')})."
     )

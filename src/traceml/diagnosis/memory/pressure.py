@@ -92,7 +92,7 @@ def _devices(facts: JobFacts) -> list[Finding]:
             ),
             next=(
                 "Use a smaller batch with gradient accumulation, activation checkpointing, or a lower precision; "
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True avoids memory that is lost to fragments."
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True avoids memory lost to fragmentation."
             ),
             evidence={
                 "memory": "device",

@@ -51,7 +51,10 @@ def copied_objects(facts: JobFacts, rank: int, loader: int) -> CopiedObjects | N
     if not facts.workers.copies(rank, loader):
         return None
 
-    text = " It is copies of memory shared since the fork: to read a Python object is to write its reference count."
+    text = (
+        " These are copies of memory shared since the fork: reading a Python object updates its reference count, which "
+        "copies its page."
+    )
     if not described.objects:
         return CopiedObjects(text, f"Keep what the Dataset holds {_AS_ARRAYS}", {"copies": True})
 
@@ -62,6 +65,6 @@ def copied_objects(facts: JobFacts, rank: int, loader: int) -> CopiedObjects | N
 
 
 _AS_ARRAYS = (
-    "in a numpy array or a tensor (texts as one array of bytes with offsets) instead of Python objects: an array has "
-    "one reference count for all elements, so workers go on sharing its memory."
+    "in a numpy array or a tensor (strings as one byte array with offsets) instead of Python objects: an array has "
+    "one reference count for all elements, so workers keep sharing its memory."
 )

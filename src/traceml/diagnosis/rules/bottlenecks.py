@@ -137,7 +137,8 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
         return []
 
     summary = (
-        f"Copies to the device take {cost.of_step}; hidden behind computation they would make the run {cost.faster}."
+        f"Copies to the device take {cost.of_step}; if they overlapped with computation, the run would "
+        f"be {cost.faster}."
     )
     return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **_loader_evidence(facts))]
 
@@ -172,7 +173,7 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
 
 
 def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Finding | None:
-    """Find waiting for an iterator that is no DataLoader, whose time is measured as `other`."""
+    """Find waiting for an iterator that is not a DataLoader, whose time is measured as `other`."""
     share = iterator_share(facts.lines)
     measured = segments.parts.get("input_wait")
     if share < ITERATOR_SHARE or (measured is not None and measured.mean() > 0.01 * step_ns):

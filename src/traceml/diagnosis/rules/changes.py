@@ -62,7 +62,7 @@ def _cores(before: MachineUse, then: MachineUse) -> SideChange | None:
 
     text = f"the training waited for a CPU core for {percent_text(then.waited)} of the time"
     return SideChange(
-        "cpu_wait_share", f"{text} (else {percent_text(before.waited)})", before.waited, then.waited, _CORES, True
+        "cpu_wait_share", f"{text} (otherwise {percent_text(before.waited)})", before.waited, then.waited, _CORES, True
     )
 
 
@@ -74,7 +74,7 @@ def _others(before: MachineUse, then: MachineUse) -> SideChange | None:
     if used[0] is None or used[1] is None or used[1] - used[0] < OTHERS_CORES:
         return None
 
-    text = f"other processes used {cores_text(used[1])} (else {cores_text(used[0])})"
+    text = f"other processes used {cores_text(used[1])} (otherwise {cores_text(used[0])})"
     return SideChange("others_cores", text, used[0], used[1], _CORES, True)
 
 
@@ -83,7 +83,7 @@ def _clock(before: MachineUse, then: MachineUse) -> SideChange | None:
         return None
 
     hot = "" if then.temperature_c is None else f", at {then.temperature_c:.0f} degrees"
-    text = f"the device's clock was {then.clock_mhz:.0f} MHz (else {before.clock_mhz:.0f} MHz){hot}"
+    text = f"the device's clock was {then.clock_mhz:.0f} MHz (otherwise {before.clock_mhz:.0f} MHz){hot}"
     advice = "Look at the device's cooling and its power limit (nvidia-smi -q -d PERFORMANCE)."
     return SideChange("clock_mhz", text, before.clock_mhz, then.clock_mhz, advice)
 
@@ -93,7 +93,7 @@ def _swap(before: MachineUse, then: MachineUse) -> SideChange | None:
     if rates[0] is None or rates[1] is None or rates[1] < max(MAJOR_FAULTS, DISK_FACTOR * rates[0]):
         return None
 
-    text = f"{rates[1]:.0f} pages per second were read back from a disk (else {rates[0]:.0f})"
+    text = f"{rates[1]:.0f} pages per second were read back from a disk (otherwise {rates[0]:.0f})"
     return SideChange("major_faults_per_s", text, rates[0], rates[1], "Memory ran short: use less, or ask for more.")
 
 
@@ -102,7 +102,7 @@ def _disk(before: MachineUse, then: MachineUse) -> SideChange | None:
     if rates[0] is None or rates[1] is None or rates[1] < max(DISK_BYTES, DISK_FACTOR * rates[0]):
         return None
 
-    text = f"the host read {bytes_text(int(rates[1]))}/s from its disks (else {bytes_text(int(rates[0]))}/s)"
+    text = f"the host read {bytes_text(int(rates[1]))}/s from its disks (otherwise {bytes_text(int(rates[0]))}/s)"
     advice = "Files were read from disks and no longer from the page cache: smaller files, or more memory."
     return SideChange("disk_read_bytes_per_s", text, rates[0], rates[1], advice)
 
@@ -112,5 +112,5 @@ def _memory(before: MachineUse, then: MachineUse) -> SideChange | None:
     if shares[0] is None or shares[1] is None or shares[1] - shares[0] < MEMORY_SHARE:
         return None
 
-    text = f"{percent_text(shares[1])} of the host's memory was in use (else {percent_text(shares[0])})"
+    text = f"{percent_text(shares[1])} of the host's memory was in use (otherwise {percent_text(shares[0])})"
     return SideChange("memory_share", text, shares[0], shares[1], "Look at what takes the host's memory then.")

@@ -1,4 +1,4 @@
-"""Too few CPU cores: the training stands ready and does not run."""
+"""Too few CPU cores: the training is ready to run and does not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
 
 
 def _foreign_cores(facts: JobFacts, workers: int) -> float:
-    """Return the cores that other programs use at least, beside the loader workers of the host's ranks."""
+    """Return the cores that other programs use at least, besides the loader workers of the host's ranks."""
     here = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
     busy = 1.0 if facts.workers_busy is None else facts.workers_busy
     return (facts.others_cores or 0.0) - here * workers * busy
@@ -83,6 +83,6 @@ def _advice(facts: JobFacts) -> str:
     what += [threads] if facts.threads is None or facts.threads > (facts.cores_per_rank or 1) else []
     tries = ", or ".join(what or ["more cores"])
     if facts.others_cores is None:
-        return f"If other programs use the cores (`top` names them), end or move them; else try {tries}."
+        return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
     return f"The run itself has more to compute than there are cores: try {tries}."

@@ -1,4 +1,4 @@
-"""Loader workers that start anew in each epoch."""
+"""Loader workers that are restarted in each epoch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PART = "input_wait"
 def workers_restarted(
     window: Window, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the finding about workers that each epoch starts anew, and the waiting as it would be without that.
+    """Return the finding about workers that each epoch restarts, and the waiting as it would be without that.
 
     Args:
         window: the steps.
@@ -50,7 +50,7 @@ def workers_restarted(
 def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return the steps that waited for new workers, as columns of the window, and how long.
 
-    Workers that stay also fetch the first batch only when it is asked for. As they keep up with the steps otherwise, a
+    Persistent workers also fetch the first batch only when it is asked for. As they keep up with the steps otherwise, a
     batch takes them at most as long as all workers together need for one each.
     """
     rows = facts.epochs
@@ -71,8 +71,8 @@ def _finding(
         severity=Kind.INPUT_BOUND.severity_for(share),
         phase=_PART,
         summary=(
-            f"The {workers} workers of the data loader start anew {times}: {ns_text(each_ns)} each, "
-            f"{percent_text(share)} of step time; with workers that stay the run would be "
+            f"The {workers} workers of the data loader are restarted {times}: {ns_text(each_ns)} each, "
+            f"{percent_text(share)} of step time; with persistent workers the run would be "
             f"{gain_text(speedup(segments, saved))}."
         ),
         next=(

@@ -251,7 +251,7 @@ def _turns_finding(
         ranks=ranks,
         phase=part,
         summary=(
-            f"{capitalized(ranks_text(ranks))} are late in turns: in {percent_text(often)} of the steps "
+            f"{capitalized(ranks_text(ranks))} take turns being slow: in {percent_text(often)} of the steps "
             f"{phase_words(part)} takes {ns_text(late_ns)} on one of them instead of {ns_text(base)}; with even work "
             f"the run would be {gain_text(gain)}."
         ),

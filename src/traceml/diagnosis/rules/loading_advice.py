@@ -64,7 +64,7 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline) -> bool:
 def _against_pauses(loader: LoaderFacts) -> Advised:
     if loader.num_workers and not loader.persistent_workers:
         return Advised(
-            "Set persistent_workers=True in the DataLoader: else each epoch starts its workers anew, and they fetch "
+            "Set persistent_workers=True in the DataLoader: otherwise each epoch restarts its workers, and they fetch "
             "the first batches while the training waits."
         )
 

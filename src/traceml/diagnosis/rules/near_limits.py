@@ -8,7 +8,7 @@ from traceml.database.schema import Resource
 from traceml.diagnosis.facts.resource_use import SOON_S, ResourceUse
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.formatting import bytes_text, count_text, duration_text, percent_text, plural, ranks_text
+from traceml.formatting import bytes_text, count_text, left_text, percent_text, plural, ranks_text
 
 __all__ = ["limits_near"]
 
@@ -29,7 +29,7 @@ _WORDS = {
 _ADVICE = {
     Resource.OPEN_FILES: (
         "Find what is opened and never closed (files in a Dataset, loggers, tensors shared by loader workers); "
-        "torch.multiprocessing.set_sharing_strategy('file_system') or `ulimit -n` gives more time."
+        "torch.multiprocessing.set_sharing_strategy('file_system') or `ulimit -n` only postpones the failure."
     ),
     Resource.SHARED_MEMORY: (
         "Loader workers pass batches through /dev/shm: give it more (docker run --shm-size, --ipc=host; an emptyDir "
@@ -37,10 +37,10 @@ _ADVICE = {
     ),
     Resource.DISK: "Keep fewer checkpoints and logs, or write them to another disk.",
     Resource.CHECKPOINT_DISK: "Keep fewer checkpoints, save only what a restart needs, or write them to another disk.",
-    Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's limit of pids.",
+    Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's pids limit.",
     Resource.MEMORY: "Find what grows (lists of losses that keep graphs, caches in a Dataset), or ask for more memory.",
     Resource.CPU_QUOTA: (
-        "Ask for more CPUs, or run fewer threads: OMP_NUM_THREADS and num_workers beyond the quota are only stopped."
+        "Ask for more CPUs, or run fewer threads: OMP_NUM_THREADS and num_workers beyond the quota are only throttled."
     ),
 }
 
@@ -67,8 +67,8 @@ def _finding(use: ResourceUse, folders: Mapping[int, str]) -> Finding:
     words = _WORDS[use.resource] + (f" in {folder}" if folder else "")
     if use.resource is Resource.CPU_QUOTA:
         summary = (
-            f"The container was stopped in {percent_text(use.share)} of its scheduling periods, because its CPU quota "
-            "was used up."
+            f"The container was throttled in {percent_text(use.share)} of its scheduling periods, because its CPU "
+            "quota was used up."
         )
     else:
         where = f" on {ranks_text((use.rank,))}" if use.resource is Resource.OPEN_FILES else ""
@@ -101,4 +101,4 @@ def _when(use: ResourceUse) -> str:
         return ""
 
     steps = "" if use.left_steps is None else f", {plural(int(use.left_steps), 'step')}"
-    return f", and it grows: at this rate it is full in {duration_text(use.left_s)}{steps}"
+    return f", and it grows: at this rate it is full in {left_text(use.left_s)}{steps}"

@@ -63,7 +63,7 @@ def _startup(time: RunTime, startup_s: float, line: BlamedLine | None, imports: 
 
 _FOR_IMPORTS = (
     "A longer run has a smaller share of it. Import what only some runs need where it is used (python -X importtime "
-    "tells what takes long), and keep the Python environment on a local disk."
+    "shows what takes long), and keep the Python environment on a local disk."
 )
 
 
@@ -75,7 +75,7 @@ def _for_startup(line: BlamedLine | None) -> str:
         )
 
     return (
-        f"Look at {line.place}: cache its result, or do it beside the training; a longer run has a smaller share of it."
+        f"Look at {line.place}: cache its result, or do it in the background; a longer run has a smaller share of it."
     )
 
 

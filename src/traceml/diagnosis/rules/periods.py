@@ -91,8 +91,8 @@ def _period(window: Window, segments: Segments) -> _Period | None:
 def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.bool_]] | None:
     """Return the distance at which long steps follow each other, and which of them do; None without one.
 
-    A counter may begin anew in each epoch, so not all distances need to be equal: a step belongs to the period if there
-    is a long step at that distance before or after it.
+    A counter may begin again in each epoch, so not all distances need to be equal: a step belongs to the period if
+    there is a long step at that distance before or after it.
 
     Args:
         steps: numbers of the long steps, ascending.
@@ -150,6 +150,6 @@ def _advice(period: _Period, line: BlamedLine | None, half: float) -> str:
     what = "what these steps do besides" if line is None else line.place
     see = " `traceml report --lines` shows the lines." if line is None else ""
     return (
-        f"Run {what} half as often, every {ordinal_text(2 * period.every)} step: {gain_text(half)}. Or run it beside "
-        f"the training, in a thread or another process.{see}"
+        f"Run {what} half as often, every {ordinal_text(2 * period.every)} step: {gain_text(half)}. Or run it in "
+        f"the background, in a thread or another process.{see}"
     )

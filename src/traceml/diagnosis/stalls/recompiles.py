@@ -53,7 +53,7 @@ class _Recompiled:
 
 
 def recompiles(window: Window, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the finding about functions compiled anew, and the parts of the step without these compilations.
+    """Return the finding about recompiled functions, and the parts of the step without these compilations.
 
     Args:
         window: the steps.
@@ -117,7 +117,7 @@ def _recompiled(segments: Segments, facts: JobFacts) -> _Recompiled | None:
 
 
 def _often(rows: Rows) -> Rows:
-    """Return the rows of functions that were compiled anew often, without the first of each."""
+    """Return the rows of functions that were recompiled often, without the first of each."""
     again = rows[rows["detail"] == Compiled.AGAIN]["line_id"]
     functions, counts = np.unique(again, return_counts=True)
     limited = rows[rows["detail"] == Compiled.LIMIT]["line_id"]
@@ -147,7 +147,7 @@ def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
         kind=Kind.RECOMPILES,
         severity=Kind.RECOMPILES.severity_for(share),
         summary=(
-            f"torch.compile compiled {place or 'the model'}{more} {plural(seen.number, 'time')} anew{took}"
+            f"torch.compile recompiled {place or 'the model'}{more} {plural(seen.number, 'time')}{took}"
             f"{_why(seen)}.{_given_up(seen)}"
         ),
         next=_advice(seen) + (f": {gain_text(gain)}." if gain >= _TOLD_GAIN else "."),
@@ -169,7 +169,9 @@ def _why(seen: _Recompiled) -> str:
 
 
 def _given_up(seen: _Recompiled) -> str:
-    return " The limit of versions is reached: inputs that none of them fits run uncompiled." if seen.limit else ""
+    return (
+        " The recompile limit was reached: inputs that fit no compiled version run in eager mode." if seen.limit else ""
+    )
 
 
 def _advice(seen: _Recompiled) -> str:
