@@ -130,7 +130,7 @@ def test_runs_dir_can_be_given(slow, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir("/")
 
     assert cli.main(["report", "--runs-dir", str(slow.parent)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f" Again   traceml report {slow}"
+    assert capsys.readouterr().out.splitlines()[-1] == f" Command traceml report {slow}"
 
 
 def test_html_is_one_file(slow, tmp_path, capsys):

@@ -9,7 +9,7 @@ __all__ = ["BaseUnit", "Instrument", "Instruments"]
 
 
 class BaseUnit(Enum):
-    """BaseUnit unit of a metric: the ending of its Prometheus name, and its UCUM code in OpenTelemetry."""
+    """Base unit of a metric: the ending of its Prometheus name, and its UCUM code in OpenTelemetry."""
 
     NONE = ("", "1")
     SECONDS = ("seconds", "s")

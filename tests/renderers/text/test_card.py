@@ -35,29 +35,29 @@ def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
     path = folder / "report.json"
     path.write_text(slow_rank().to_json())
 
-    assert printed(path)[-2:] == [f" Report  {path}", f" Again   traceml report {folder.name}"]
+    assert printed(path)[-2:] == [f" Report  {path}", f" Command traceml report {folder.name}"]
 
     monkeypatch.chdir("/")
-    assert printed(path)[-2:] == [f" Report  {path}", f" Again   traceml report {folder}"]
+    assert printed(path)[-2:] == [f" Report  {path}", f" Command traceml report {folder}"]
 
 
 def test_a_missing_rank_is_told():
     """A missing rank is named; without one there is no such line."""
     made = slow_rank()
-    assert "Absent" not in text_of(made)
+    assert "Missing" not in text_of(made)
 
     made.run.world_size = 3
-    assert " Absent  no data from rank 2 (of 3)" in text_of(made)
+    assert " Missing no data from rank 2 (of 3)" in text_of(made)
 
 
 def test_what_a_long_runs_verdict_rests_on_is_told():
     """Where the verdict is of a sample of the steps, the card says of how many, and of what the means are."""
     made = slow_rank()
-    assert "Sample" not in text_of(made)
+    assert "Basis" not in text_of(made)
 
     made.steps.cut, made.steps.count, made.steps.diagnosed = True, 1_000_000, 12_800
     said = " ".join(text_of(made).split())
-    assert "Sample verdict from 12,800 of 1,000,000 steps, spread over the run; means are of all steps" in said
+    assert "Basis verdict from 12,800 of 1,000,000 steps, spread over the run; means are of all steps" in said
 
 
 def test_the_rate_of_data_is_that_of_the_steps():

@@ -67,7 +67,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escaped(view.run.name)}: {escaped(view.verdict.kind)}</title>"
         f"<style>{_style_sheet()}</style></head><body><main>{''.join(body)}"
-        f"<footer>traceml {version}. The numbers are those of report.json beside this file.</footer>"
+        f"<footer>traceml {version}. The numbers are those of report.json next to this file.</footer>"
         "</main></body></html>\n"
     )
 

@@ -103,7 +103,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         *_time_lines(view, width),
         _steps_line(view, width, viewport),
         *_data_line(view, viewport),
-        *_labeled("Sample", view.sample or "", width),
+        *_labeled("Basis", view.sample or "", width),
         *_labeled("Clock", view.untimed or "", width),
         *_phase_lines(view, width, viewport),
         *_rank_lines(view, width, viewport),
@@ -111,7 +111,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         *_closing_lines(view, width),
     ]
     fitted = [_fitted(line, width, viewport) for line in lines]
-    copied = (("Report", report_path), ("Charts", page_path), ("Again", again))
+    copied = (("Report", report_path), ("Charts", page_path), ("Command", again))
     return Group(*fitted, *(line for label, text in copied for line in _copied(label, text)))
 
 
@@ -312,7 +312,7 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
         yield from _labeled("", f"and {plural(len(ended) - 4, 'more rank')}", width)
 
     if view.absent:
-        yield from _labeled("Absent", view.absent, width, style="yellow")
+        yield from _labeled("Missing", view.absent, width, style="yellow")
 
     for other in view.others[:2]:
         yield from _labeled("Also", f"{other.kind}: {other.headline}", width)
@@ -349,7 +349,7 @@ def _telemetry_text(view: RunView) -> str:
     lost = telemetry.rows_lost
     rows = f"{plural(telemetry.rows_stored, 'row')} stored, "
     rows += "losses unknown" if lost is None else f"{count_text(lost)} lost" if lost else "none lost"
-    rows += f", {count_text(telemetry.rows_thinned)} old ones thinned" if telemetry.rows_thinned else ""
+    rows += f", {count_text(telemetry.rows_thinned)} old rows removed" if telemetry.rows_thinned else ""
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     failed = "".join(f"; errors in {package}: {count}" for package, count in sorted(telemetry.failures.items()))
     return f"{rows}; overhead {overhead}{failed}"

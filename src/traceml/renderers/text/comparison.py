@@ -72,7 +72,7 @@ def value_text(value: float | str | None) -> str:
 
 
 def compared_headline(comparison: Comparison) -> str:
-    """Return the result in one sentence without a full stop.
+    """Return the result in one sentence without a period.
 
     Args:
         comparison: of run A with run B.
