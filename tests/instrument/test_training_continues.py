@@ -50,6 +50,8 @@ _GUARDS = frozenset(
         "Instrumentation._look_for_device",
         "Instrumentation._new_loader",
         "Instrumentation.phase",
+        "SaveLog.add_nested",
+        "SaveLog.end",
         "StepAccumulator.cancel",
         "StepAccumulator.enter",
         "StepAccumulator.fail",

@@ -68,7 +68,7 @@ def timed_save(original: Callable[..., Any], clock: StepClock, saves: SaveLog) -
         began = clock.enter(_CHECKPOINT)
         if began is None:
             if clock.current == _CHECKPOINT and clock.is_training_thread():  # it is part of another one
-                saves.add_target(args, kwargs)
+                saves.add_nested(clock, args, kwargs)
 
             return original(*args, **kwargs)
 
@@ -76,8 +76,7 @@ def timed_save(original: Callable[..., Any], clock: StepClock, saves: SaveLog) -
             return original(*args, **kwargs)
         finally:
             clock.leave(_CHECKPOINT, began)
-            saves.add_target(args, kwargs)
-            saves.end(clock, began[1], sys._getframe(1))
+            saves.end(clock, args, kwargs, began[1], sys._getframe(1))
 
     return call
 

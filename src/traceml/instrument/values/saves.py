@@ -9,7 +9,6 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import Slot
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["Save", "SaveLog"]
@@ -53,25 +52,37 @@ class SaveLog:
         """Return the saves since the last call, at most 256."""
         return [self._done.popleft() for _ in range(len(self._done))]
 
-    def add_target(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def add_nested(self, clock: StepClock, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take down the target of a call inside another save."""
+        try:
+            self._add_target(args, kwargs)
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
+
+    def end(
+        self, clock: StepClock, args: tuple[Any, ...], kwargs: Mapping[str, Any], began_ns: int, frame: FrameType
+    ) -> None:
+        """Take down a save that ends now.
+
+        Args:
+            clock: has the open step.
+            args: positional arguments of the call.
+            kwargs: its named arguments.
+            began_ns: its beginning, monotonic.
+            frame: the frame that called it.
+        """
+        try:
+            self._add_target(args, kwargs)
+            now, targets = monotonic_ns(), tuple(dict.fromkeys(self._targets))
+            self._targets = []
+            self._done.append(Save(now, clock.step, now - began_ns, targets, *self.caller(frame)))
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
+
+    def _add_target(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take down the first file or folder among the arguments."""
         for value in (*args, *kwargs.values()):
             target = getattr(value, "name", None) if hasattr(value, "write") else value
             if isinstance(target, str | os.PathLike) and len(self._targets) < _MAX_TARGETS:
                 self._targets.append(os.fspath(target))
                 return
-
-    def end(self, clock: StepClock, began_ns: int, frame: FrameType) -> None:
-        """Take down a save that ends now.
-
-        Args:
-            clock: has the open step.
-            began_ns: its beginning, monotonic.
-            frame: the frame that called it.
-        """
-        try:
-            now, targets = monotonic_ns(), tuple(dict.fromkeys(self._targets))
-            self._targets = []
-            self._done.append(Save(now, clock.open_slots[Slot.STEP], now - began_ns, targets, *self.caller(frame)))
-        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            clock.fail(error)
