@@ -32,7 +32,8 @@ for step, (x,) in enumerate(DataLoader(TensorDataset(torch.randn(240, 8)), batch
 """
 
 
-# Rank 1 makes 26, 26 and 20 steps with checkpoints; rank 0 may make one more before it is ended.
+# Rank 1 makes 26, 26 and 20 steps with checkpoints. Each time it is killed before its last step has a row; rank 0 goes
+# on until torchrun has noticed, some tenths of a second.
 @pytest.mark.parametrize(("how", "repeated", "second"), [("saves", 12, 45), ("starts_over", 72, 45)])
 def test_steps_after_the_last_checkpoint_are_repeated(traceml: Traceml, how: str, repeated: int, second: int) -> None:
     """With checkpoints those since the last one, without them all."""
@@ -45,7 +46,7 @@ def test_steps_after_the_last_checkpoint_are_repeated(traceml: Traceml, how: str
     report = ended.report
     time = report["time"]
     assert time["productive_steps"] == 60
-    assert repeated <= time["repeated_steps"] <= repeated + 4
+    assert repeated - 2 <= time["repeated_steps"] <= repeated + 20
     assert time["failures"] == 2
     assert time["mtbf_s"] == pytest.approx(time["productive_s"] / 2, rel=1e-3)
     assert time["goodput"] == pytest.approx(time["productive_s"] / time["wall_s"], rel=1e-3)
