@@ -115,7 +115,7 @@ def test_interrupt_leaves_the_terminal_as_it_was(terminal) -> None:
     os.killpg(shown.process.pid, signal.SIGINT)  # as the terminal does, to the whole foreground group
     seen = shown.end()
 
-    assert shown.process.returncode in (130, -signal.SIGINT)
+    assert shown.process.returncode in (130, -signal.SIGINT), seen
     assert any("KeyboardInterrupt" in line for line in seen)
     assert not any(line.startswith(" tracing") for line in seen)
     assert shown.screen.bottom == 24
