@@ -19,6 +19,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
 from traceml.instrument.accumulator import (
     CHECK_FORWARD,
+    FIRST_USER,
     NOT_READY,
     ON_FORWARD,
     OTHER,
@@ -28,6 +29,7 @@ from traceml.instrument.accumulator import (
 )
 from traceml.instrument.closure_cells import CellField
 from traceml.instrument.evaluation import EvaluationStretch
+from traceml.instrument.values.last_step import usual_end
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -462,7 +464,9 @@ class StepClock(StepAccumulator):
             if self.pending:
                 self._close_prefix()
             elif self.attempt:
-                self.commit(t)
+                times = self.times
+                timed = sum(times[:OTHER]) + sum(times[FIRST_USER::2])
+                self.commit(usual_end(self.ring, t, self.committed_ns + t - self.seg_start, timed))
 
         if self.eval_ns:
             self._flush_evals(self.step)

@@ -1,0 +1,39 @@
+"""The end of a run's last step, which no later step tells."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+from traceml.database.schema import PHASE_COLUMNS, STEPS
+
+if TYPE_CHECKING:
+    from traceml.database.flight.rings import Ring
+
+__all__ = ["usual_end"]
+
+_EARLIER_STEPS = 32
+_FACTOR = 2.0
+"""Untimed code is cut off if it takes this many times as long as the longest in the earlier steps."""
+_TOTAL = STEPS.names.index("total_ns")
+_PHASES = tuple(STEPS.names.index(name) for name in PHASE_COLUMNS)
+
+
+def usual_end(ring: Ring, now_ns: int, total_ns: int, timed_ns: int) -> int:
+    """Return when the last step ended, monotonic: it has no more code outside the phases than those before it.
+
+    A step ends where the next one begins. What a script does after its loop would belong to the last step.
+
+    Args:
+        ring: the rows of the steps before.
+        now_ns: the end of training, monotonic.
+        total_ns: time from the step's begin until then.
+        timed_ns: time in its phases.
+    """
+    rows = STEPS.struct.iter_unpack(ring.take(max(ring.appended - _EARLIER_STEPS, 0), _EARLIER_STEPS).data)
+    others = [row[_TOTAL] - sum(row[at] for at in _PHASES) for row in rows]
+    other_ns = total_ns - timed_ns
+    if not others or other_ns <= _FACTOR * max(others):
+        return now_ns
+
+    return now_ns - other_ns + int(statistics.median(others))

@@ -1,0 +1,65 @@
+"""What a script does after its loop is not part of the last step."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.instrument.conftest import Traced
+from traceml.instrument.values.last_step import usual_end
+
+TAIL_NS = 300_000_000
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+    time.sleep(0.01)
+
+
+def without_loader(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for _ in range(10):
+        step(model, optimizer, torch.ones(2, 4))
+
+
+def left_early(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for index, (x,) in enumerate(DataLoader(TensorDataset(torch.ones(60, 4)), batch_size=2)):
+        step(model, optimizer, x)
+        if index == 9:
+            break
+
+
+@pytest.mark.parametrize("train", [without_loader, left_early])
+def test_code_after_the_loop_is_no_part_of_it(traced: Traced, train) -> None:
+    """The last step has as much code outside the phases as the others."""
+    model = torch.nn.Linear(4, 1)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    time.sleep(TAIL_NS / 1e9)
+    rows = traced.finish()
+
+    assert len(rows) == 10
+    assert rows[-1]["total_ns"] >= 10_000_000
+    assert rows[-1]["other_ns"] < TAIL_NS / 2
+    assert rows[-1]["t_end_ns"] - rows[-1]["total_ns"] >= rows[-2]["t_end_ns"] - 1_000
+
+
+def test_a_long_step_like_those_before_is_whole(traced: Traced) -> None:
+    """Code that runs in each step stays in the last one."""
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        step(model, optimizer, torch.ones(2, 4))
+        time.sleep(0.1)
+
+    rows = traced.finish()
+
+    assert all(row["other_ns"] >= 100_000_000 for row in rows)
+
+
+def test_without_earlier_steps_nothing_is_cut_off(traced: Traced) -> None:
+    """Nothing tells what is usual."""
+    assert usual_end(traced.flight.ring("steps"), 1000, 900, 100) == 1000
