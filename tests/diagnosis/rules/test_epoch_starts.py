@@ -38,7 +38,7 @@ def restarts(found) -> list:
 
 
 def test_workers_that_start_in_each_epoch_are_told():
-    """200 ms before each 20 steps of 14 ms: without them the run would be 1.6x faster."""
+    """200 ms before each 20 steps of 14 ms: without them steps would be 1.6x faster."""
     (found,) = restarts(findings(200, create_ms=150))
 
     assert (found.kind, found.phase) == (Kind.INPUT_BOUND, "input_wait")

@@ -74,7 +74,7 @@ def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -
             f"{percent_text(explained)} of the differences in computation follow the size of the batches, whose "
             f"largest in a step is {spread:.1f}x the smallest: no rank is slow, but the others wait {ns_text(cost)} of "
             f"each {ns_text(segments.step_ns)} step ({percent_text(share)}) for the one with the largest; with equal "
-            f"sizes the run would be {gain_text(gain)}."
+            f"sizes, steps would be {gain_text(gain)}."
         ),
         next=(
             "Give all ranks batches of about the same size in each step: sort samples by length into buckets, pack "

@@ -137,8 +137,7 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
         return []
 
     summary = (
-        f"Copies to the device take {cost.of_step}; if they overlapped with computation, the run would "
-        f"be {cost.faster}."
+        f"Copies to the device take {cost.of_step}; if they overlapped with computation, steps would be {cost.faster}."
     )
     return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **_loader_evidence(facts))]
 
@@ -165,7 +164,7 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
             line = cost.line(facts)
             where = phase_words(part) + (line.of_it if line else "")
-            summary = f"{cost.of_step} is spent in {where}; without it the run would be {cost.faster}."
+            summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             evidence = cost.line_evidence(line)
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), **evidence))
 
@@ -212,7 +211,7 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     told, half = facts.pauses.saves(segments.ranks), speedup(segments, cost.saved_ns / 2)
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save, for "
-        f"{ns_text(each_ns)} each{_of_save(told)}; without it the run would be {cost.faster}."
+        f"{ns_text(each_ns)} each{_of_save(told)}; without it steps would be {cost.faster}."
     )
     evidence = {"saves": count, "save_ms": each_ns / 1e6, **(told.evidence() if told is not None else {})}
     found = cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(half), **evidence)

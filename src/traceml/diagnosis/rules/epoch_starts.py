@@ -72,7 +72,7 @@ def _finding(
         phase=_PART,
         summary=(
             f"The {workers} workers of the data loader are restarted {times}: {ns_text(each_ns)} each, "
-            f"{percent_text(share)} of step time; with persistent workers the run would be "
+            f"{percent_text(share)} of step time; with persistent workers, steps would be "
             f"{gain_text(speedup(segments, saved))}."
         ),
         next=(

@@ -133,7 +133,7 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
         phase=phase,
         summary=(
             f"{len(long)} of {len(segments.step)} steps take {ns_text(float(long.mean()))} instead of "
-            f"{ns_text(events.usual_ns)}{rank_text}{where}: {percent_text(share)} of step time; without them the run "
+            f"{ns_text(events.usual_ns)}{rank_text}{where}: {percent_text(share)} of step time; without them steps "
             f"would be {gain_text(gain)}."
         ),
         next=advice.for_jitter(phase, rank, line),
@@ -252,8 +252,8 @@ def _turns_finding(
         phase=part,
         summary=(
             f"{capitalized(ranks_text(ranks))} take turns being slow: in {percent_text(often)} of the steps "
-            f"{phase_words(part)} takes {ns_text(late_ns)} on one of them instead of {ns_text(base)}; with even work "
-            f"the run would be {gain_text(gain)}."
+            f"{phase_words(part)} takes {ns_text(late_ns)} on one of them instead of {ns_text(base)}; with even work, "
+            f"steps would be {gain_text(gain)}."
         ),
         next=(
             "Balance the work of the ranks in each step: batches of similar size on all ranks (bucket samples by "

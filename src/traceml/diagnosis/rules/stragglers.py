@@ -344,14 +344,14 @@ def _summary(
     if late.everywhere:
         return (
             f"{subject}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
-            f"others (most of it in {phase_words(late.part)}); without it the run would be {gain_text(gain)}."
+            f"others (most of it in {phase_words(late.part)}); without it steps would be {gain_text(gain)}."
         )
 
     where = line.of_it if line else ""
     whose = "their" if len(ranks) > 1 else "its"
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
-        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it the run "
+        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it steps "
         f"would be {gain_text(gain)}."
     )
 
