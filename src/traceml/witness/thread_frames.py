@@ -1,53 +1,91 @@
-"""Frames of other threads, where it is safe to walk them.
+"""Frames of other threads, read so that the interpreter survives it.
 
-Python 3.11 may collect garbage inside the end of a function whose frame somebody holds. A walk that passes there at
-that moment makes a second object of the ending frame; the object outlives the frame, and who walks it later reads freed
-memory. The interpreter's lock can be passed on at that moment only if the collector calls Python code: so while it
-calls ours, a thread is not walked.
+Before Python 3.12 any allocation may start a collection, also the one that makes a frame's object. Where the collector
+then calls Python code (`gc.callbacks`, finalizers), the interpreter's lock passes to the thread whose frame it is; the
+frame ends, and the object refers to freed memory: the process crashes later (python/cpython#106883). So no collection
+begins while frames are read.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
-from types import CodeType, FrameType
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-from traceml.witness.user_files import is_ours
+__all__ = ["thread_frame", "thread_frames"]
 
-__all__ = ["mark_collector_code", "thread_frame", "thread_frames"]
-
-_MAX_DEPTH = 6  # the callback calls two functions of ours
-_called_by_collector: set[CodeType] = set()
-
-
-def mark_collector_code(code: CodeType) -> None:
-    """Mark code that the garbage collector calls; it and what it calls is ours, and short."""
-    _called_by_collector.add(code)
+_COLLECTS_ANYWHERE = sys.version_info < (3, 12)
+_MAX_DEPTH = 1000
 
 
 def thread_frame(ident: int) -> FrameType | None:
-    """Return the frame that a thread runs; None where there is none, and while the collector calls our code in it.
+    """Return the frame that a thread runs; None where there is none. `f_back` is safe down to a depth of 1,000.
 
     Args:
         ident: the thread's identifier.
     """
-    frame = sys._current_frames().get(ident)
-    return frame if frame is not None and _is_safe(frame) else None
+    with _pause.held():
+        frame = sys._current_frames().get(ident)
+        _make_objects(frame)
+
+    return frame
 
 
 def thread_frames() -> dict[int, FrameType]:
-    """Return the frames that all threads run, by identifier, without those in which the collector calls our code."""
-    return {ident: frame for ident, frame in sys._current_frames().items() if _is_safe(frame)}
+    """Return the frames that all threads run, by identifier."""
+    with _pause.held():
+        frames = sys._current_frames()
+        for frame in frames.values():
+            _make_objects(frame)
+
+    return frames
 
 
-def _is_safe(frame: FrameType) -> bool:
-    found: FrameType | None = frame
+def _make_objects(frame: FrameType | None) -> None:
+    """Make the objects of a stack, which whoever walks it later finds there."""
     for _ in range(_MAX_DEPTH):
-        if found is None or not is_ours(found.f_code.co_filename):
-            break
+        if frame is None:
+            return
 
-        if found.f_code in _called_by_collector:
-            return False
+        frame = frame.f_back
 
-        found = found.f_back
 
-    return True
+class _CollectorPause:
+    """Keeps the collector off for some microseconds. A program that switches it off just then finds it on again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may come in between
+        self._is_off = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Begin no collection meanwhile; those of `gc.collect` in another thread do no harm."""
+        with self._lock:
+            is_on = _COLLECTS_ANYWHERE and gc.isenabled()
+            if is_on:
+                self._is_off = True
+                gc.disable()
+
+            try:
+                yield
+            finally:
+                if is_on:
+                    self._resume()
+
+    def forget(self) -> None:
+        """End a pause of the parent's other thread in a forked child."""
+        self._lock = threading.RLock()
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._is_off:
+            self._is_off = False
+            gc.enable()
+
+
+_pause = _CollectorPause()
+os.register_at_fork(after_in_child=_pause.forget)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +11,6 @@ from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, Phase, Slot
 from traceml.recorder.pauses import collection_watch
 from traceml.recorder.pauses.collection_watch import CollectionWatch
 from traceml.recorder.user_code import UserCode
-from traceml.witness.thread_frames import thread_frame, thread_frames
 
 
 @pytest.fixture
@@ -65,26 +63,6 @@ def test_those_of_the_interpreter_have_no_line(watch):
     assert len(kept) == 50_000
     assert [each for each in found if each.generation == 0]
     assert all(each.code is None for each in found if each.generation == 0)
-
-
-def test_a_thread_is_not_walked_while_the_collector_calls_us(slots, monkeypatch):
-    """Its frames may be ending: see `witness.thread_frames`. Before and after, they are seen."""
-    monkeypatch.setattr(collection_watch, "LONG_NS", 0)
-    ident, seen = threading.get_ident(), []
-
-    def looks() -> bool:
-        seen.append((thread_frame(ident), ident in thread_frames()))
-        return False
-
-    looks.__code__ = looks.__code__.replace(co_filename=collection_watch.__file__)
-    watch = CollectionWatch(slots, looks, UserCode().contains)
-    watch.start()
-    gc.collect()
-    watch.stop()
-
-    assert seen[-1] == (None, False)
-    found = thread_frame(ident)
-    assert found is not None
 
 
 def test_gc_collect_is_put_back(slots):

@@ -22,7 +22,6 @@ from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.recorder.pauses.callers import user_line
-from traceml.witness.thread_frames import mark_collector_code
 
 __all__ = ["LONG_NS", "Collection", "CollectionWatch"]
 
@@ -144,6 +143,3 @@ class CollectionWatch:
             self._long.append(Collection(now, step, max(phase, -1), now - began, 1, info["generation"], code, line))
         except Exception:  # noqa: BLE001 - fail open: the interpreter would print it into the user's output
             self.stop()
-
-
-mark_collector_code(CollectionWatch._called.__code__)

@@ -1,0 +1,102 @@
+"""Reading the frames of a thread leaves the interpreter whole, and the collector as it was."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from traceml.witness.thread_frames import thread_frame, thread_frames
+
+STRESS = """
+import gc, json, os, random, sys, threading, time
+from traceml.witness.thread_frames import thread_frame
+
+def give_way(when, info):
+    time.sleep(0)  # the interpreter's lock passes to the other thread, as it may at any call
+
+class Late:
+    def __del__(self):
+        [i for i in range(3)]
+
+def down(n):
+    late, texts = Late(), json.loads(json.dumps({"a": [1, {"b": n}]}))
+    ring = [late, texts]
+    ring.append(ring)
+    return sorted({i: [i] for i in range(n)}, key=lambda i: -i) and down(n - 1) if n else texts
+
+def walk(ident):
+    while True:
+        frame = thread_frame(ident)
+        while frame is not None:
+            frame.f_code, frame.f_lineno
+            frame = frame.f_back
+
+        walks.append(1)
+        time.sleep(0)
+
+walks = []
+gc.set_threshold(50)
+gc.callbacks.append(give_way)
+sys.setswitchinterval(1e-4)
+threading.excepthook = lambda args: (sys.stderr.write(repr(args.exc_value)), sys.stderr.flush(), os._exit(9))
+threading.Thread(target=walk, args=(threading.get_ident(),), daemon=True).start()
+end = time.monotonic() + 8
+while time.monotonic() < end or len(walks) < 1000:
+    down(random.randrange(25))
+
+os._exit(0)
+"""
+
+
+@pytest.mark.process
+def test_walks_beside_collections_that_give_way() -> None:
+    """Neither a crash nor a frame that is none: without a pause of the collector it takes seconds in Python 3.11."""
+    ended = subprocess.run([sys.executable, "-c", STRESS], capture_output=True, text=True, timeout=100, check=False)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_collector_is_left_as_it_was(is_on: bool) -> None:
+    """On or off, and also where a read is interrupted by another."""
+    was_on = gc.isenabled()
+    try:
+        (gc.enable if is_on else gc.disable)()
+        frame = thread_frame(threading.get_ident())
+        assert threading.get_ident() in thread_frames()
+        assert gc.isenabled() == is_on
+    finally:
+        (gc.enable if was_on else gc.disable)()
+
+    assert frame is not None
+    assert thread_frame(-1) is None
+
+
+@pytest.mark.process
+def test_a_child_that_is_forked_meanwhile_collects() -> None:
+    """The thread that reads is not in the child: the pause ends there, and frames can be read."""
+    from traceml.witness.thread_frames import _pause
+
+    reading, done = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with _pause.held():
+            reading.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert reading.wait(60)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if gc.isenabled() and thread_frame(threading.get_ident()) is not None else 1)
+
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert gc.isenabled()
