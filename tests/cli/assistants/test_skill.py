@@ -48,9 +48,14 @@ def test_every_command_works(tmp_path: Path) -> None:
 
 def _with_a_job(folder: Path, command: str) -> None:
     words = [sys.executable, "-m", "traceml", "run", "--live", "none", "wait.py"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(words, cwd=folder, env=environ(), **pipes) as job:  # type: ignore[call-overload]
-        assert "trained" in job.stdout.readline()
+    with (
+        (folder / "errors.txt").open("w") as errors,
+        subprocess.Popen(
+            words, cwd=folder, env=environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as job,
+    ):
+        assert job.stdout is not None
+        assert "trained" in job.stdout.readline(), (folder / "errors.txt").read_text()
         _check(folder, command)
         job.communicate("\n", timeout=60)
 

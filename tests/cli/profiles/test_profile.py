@@ -118,7 +118,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., _RunningJob]]:
     for job in jobs:
         if job.process.poll() is None:
             job.process.send_signal(signal.SIGTERM)
-            job.process.communicate(timeout=60)
+
+        with job.process:  # closes its pipe, also where it has ended by itself
+            job.process.wait(60)
 
 
 def _spans(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
