@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from traceml.witness import thread_frames
 from traceml.witness.crash_stacks import crash_facts
 
 _CRASH = """
@@ -90,3 +92,15 @@ def test_a_crash_without_python_frames_tells_the_main_thread() -> None:
 
     assert crash_facts(text)["file"] == "/a/train.py"
     assert crash_facts("") == {}
+
+
+def test_a_crash_in_our_own_thread_is_told_as_ours() -> None:
+    """No line of the user's is in it."""
+    text = (
+        "Fatal Python error: Segmentation fault\n\n"
+        "Current thread 0x01 (most recent call first):\n"
+        f'  File "{thread_frames.__file__}", line 33 in thread_frame\n'
+        f'  File "{threading.__file__}", line 982 in run\n'
+    )
+
+    assert crash_facts(text)["function"] == "thread_frame"

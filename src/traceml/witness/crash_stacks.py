@@ -63,8 +63,12 @@ def crash_facts(text: str) -> dict[str, str | int]:
     """
     threads = [part for part in re.split(r"\n(?=Thread |Current thread )", text) if _FRAME.search(part)]
     crashed = next((part for part in threads if part.startswith(_CURRENT)), threads[-1] if threads else "")
-    found = [each for each in _FRAME.finditer(crashed) if not is_ours(each["file"])]
-    frames = [each for each in found if each["file"] != "<frozen runpy>"][:_MOST_FRAMES]
+    found = [each for each in _FRAME.finditer(crashed) if each["file"] != "<frozen runpy>"]
+    others = [each for each in found if not is_ours(each["file"])]
+    if all(each["file"].endswith("/threading.py") for each in others):  # a thread of our own
+        others = found
+
+    frames = others[:_MOST_FRAMES]
     if not frames:
         return {}
 
