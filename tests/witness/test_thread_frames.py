@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from traceml.witness import thread_frames as thread_frames_module
 from traceml.witness.thread_frames import thread_frame, thread_frames
 
 STRESS = """
@@ -51,6 +53,14 @@ while time.monotonic() < end or len(walks) < 1000:
 
 os._exit(0)
 """
+
+
+def test_frames_of_threads_are_read_here_only() -> None:
+    """Elsewhere nothing would keep the collector off."""
+    sources = Path(thread_frames_module.__file__).parents[1].rglob("*.py")
+    reading = [path.name for path in sources if "_current_frames(" in path.read_text()]
+
+    assert reading == ["thread_frames.py"]
 
 
 @pytest.mark.process

@@ -11,7 +11,6 @@ import heapq
 import itertools
 import linecache
 import logging
-import sys
 import sysconfig
 import threading
 import weakref
@@ -26,6 +25,7 @@ from traceml.tasks.execution import expire
 from traceml.tasks.task_record import TaskRecord, ThreadState
 from traceml.tasks.task_statistics import FINAL, RUNNING
 from traceml.tasks.waiting import wait_for
+from traceml.witness.thread_frames import thread_frame, thread_frames
 
 __all__ = ["TaskWatchdog", "location_of_thread"]
 
@@ -217,7 +217,7 @@ def _advice(name: str, waiters: tuple[_Waiter, ...]) -> str:
 
 def _waiters_of(task: TaskRecord) -> Iterator[_Waiter]:
     """Find the threads that wait for a task by their frames, also below a task that runs in place."""
-    for ident, frame in sys._current_frames().items():
+    for ident, frame in thread_frames().items():
         for waiting in _callers(frame):
             if waiting.f_code is wait_for.__code__ and waiting.f_locals.get("task") is task:
                 me = waiting.f_locals.get("me")
@@ -261,7 +261,7 @@ def _location_of(runner: ThreadState | asyncio.Task[Any] | None) -> _CodeLocatio
 
 def location_of_thread(ident: int) -> _CodeLocation | None:
     """Return the innermost line of a thread, in the user's code if there is any."""
-    frame = innermost = sys._current_frames().get(ident)
+    frame = innermost = thread_frame(ident)
     try:
         while frame is not None and _is_foreign(frame):
             frame = frame.f_back

@@ -1,4 +1,4 @@
-"""A process as another one sees it: its state in the kernel, and its Python stacks on a signal.
+"""A process as another one sees it: its state in the kernel, and its Python stacks on a signal. Frames of other threads.
 
-Runs in ranks, agents and aggregators. Imports nothing of traceml.
+Runs in ranks, agents, aggregators, and where tasks run. Imports nothing of traceml.
 """
