@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from traceml.fail_open import fail_open
+from traceml.instrument.values.saves import target_path
 
 __all__ = ["SaveFolder"]
 
@@ -48,9 +49,8 @@ class SaveFolder:
 
     def note(self, target: Any) -> None:
         """Note a path, or an open file; anything else has no folder."""
-        target = getattr(target, "name", target) if not isinstance(target, os.PathLike) else target
-        path = os.fspath(target) if isinstance(target, str | os.PathLike) else None
-        if not isinstance(path, str) or "://" in path:
+        path = target_path(target)
+        if path is None or "://" in path:
             return
 
         folder = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120 - a link stays one, and it costs less

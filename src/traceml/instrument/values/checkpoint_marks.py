@@ -17,6 +17,7 @@ from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
+from traceml.instrument.values.saves import target_path
 
 __all__ = ["CheckpointMarks", "place_of"]
 
@@ -67,11 +68,11 @@ class CheckpointMarks:
 
 def place_of(target: object) -> int | None:
     """Return a number for the folder of a checkpoint; None where it has none, as a buffer in memory."""
-    name = getattr(target, "name", None) if hasattr(target, "write") or hasattr(target, "read") else target
-    if not isinstance(name, str | bytes | os.PathLike):
+    path = target_path(target)
+    if path is None:
         return None
 
-    folder = os.path.dirname(os.path.realpath(os.fsdecode(name)))  # noqa: PTH120 - a PathLike of any kind
+    folder = os.path.dirname(os.path.realpath(path))  # noqa: PTH120 - a PathLike of any kind
     return int.from_bytes(hashlib.blake2b(os.fsencode(folder), digest_size=8).digest(), "big") >> 1 or 1
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from traceml.clock import monotonic_ns
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["Save", "SaveLog"]
+__all__ = ["Save", "SaveLog", "target_path"]
 
 _MAX_WAITING = 256
 _MAX_TARGETS = 64
@@ -82,7 +82,18 @@ class SaveLog:
     def _add_target(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take down the first file or folder among the arguments."""
         for value in (*args, *kwargs.values()):
-            target = getattr(value, "name", None) if hasattr(value, "write") else value
-            if isinstance(target, str | os.PathLike) and len(self._targets) < _MAX_TARGETS:
-                self._targets.append(os.fspath(target))
+            target = target_path(value)
+            if target is not None and len(self._targets) < _MAX_TARGETS:
+                self._targets.append(target)
                 return
+
+
+def target_path(target: object) -> str | None:
+    """Return the path of a file or folder that a function saves to or loads from; None of a buffer in memory.
+
+    Args:
+        target: an argument of the function: a path, an open file, or anything else.
+    """
+    is_file = hasattr(target, "write") or hasattr(target, "read")
+    path = getattr(target, "name", None) if is_file else target
+    return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else None
