@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
 from traceml.witness.user_files import is_user_file
 
-__all__ = ["UserCode"]
+__all__ = ["UserCode", "user_line"]
 
 _MAX_CODES = 4096
+_MAX_DEPTH = 200
 
 
 class UserCode:
@@ -36,6 +38,25 @@ class UserCode:
             known = self._known[code] = _is_script(frame) or is_user_file(code.co_filename, self._modules)
 
         return known
+
+
+def user_line(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> tuple[CodeType | None, int]:
+    """Return the code and line of the innermost frame of the user's code; None, 0 where there is none.
+
+    Args:
+        frame: where to begin.
+        is_user: whether the user wrote the code of a frame.
+    """
+    for _ in range(_MAX_DEPTH):
+        if frame is None:
+            break
+
+        if is_user(frame):
+            return frame.f_code, frame.f_lineno or 0
+
+        frame = frame.f_back
+
+    return None, 0
 
 
 def _is_script(frame: FrameType) -> bool:

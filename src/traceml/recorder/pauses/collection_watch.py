@@ -21,7 +21,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
-from traceml.recorder.pauses.callers import user_line
+from traceml.recorder.user_code import user_line
 
 __all__ = ["LONG_NS", "Collection", "CollectionWatch"]
 
@@ -105,7 +105,7 @@ class CollectionWatch:
         return count - told, ns - told_ns
 
     def _told_collect(self, original: Callable[..., int]) -> Callable[..., int]:
-        """Return `gc.collect` that tells its caller; during a collection frames must not be walked."""
+        """Return `gc.collect` that notes the line which called it."""
 
         @functools.wraps(original)
         def collect(*args: Any, **kwargs: Any) -> int:

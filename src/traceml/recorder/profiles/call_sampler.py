@@ -7,12 +7,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from traceml.recorder.user_code import user_line
 from traceml.witness.thread_frames import thread_frame
 
 __all__ = ["CallSampler"]
 
 _MAX_SAMPLES = 20_000
-_MAX_DEPTH = 200
 
 
 class CallSampler:
@@ -32,22 +32,14 @@ class CallSampler:
 
     def sample(self) -> None:
         """Take a sample."""
-        frame = thread_frame(self._thread())
         if len(self._samples) >= _MAX_SAMPLES:
             return
 
-        for _ in range(_MAX_DEPTH):
-            if frame is None:
-                return
-            if self._contains(frame):
-                break
-
-            frame = frame.f_back
-        else:
+        code, line = user_line(thread_frame(self._thread()), self._contains)
+        if code is None:
             return
 
-        code = frame.f_code
-        place = (code.co_filename, frame.f_lineno or 0, code.co_qualname)
+        place = (code.co_filename, line, code.co_qualname)
         self._samples.append((time.time_ns(), self._places.setdefault(place, len(self._places))))
 
     def to_row(self) -> dict[str, Any]:
