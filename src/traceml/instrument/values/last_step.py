@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import TYPE_CHECKING
 
 from traceml.database.schema import PHASE_COLUMNS, STEPS
@@ -31,9 +30,9 @@ def usual_end(ring: Ring, now_ns: int, total_ns: int, timed_ns: int) -> int:
         timed_ns: time in its phases.
     """
     rows = STEPS.struct.iter_unpack(ring.take(max(ring.appended - _EARLIER_STEPS, 0), _EARLIER_STEPS).data)
-    others = [row[_TOTAL] - sum(row[at] for at in _PHASES) for row in rows]
+    others: list[int] = [row[_TOTAL] - sum(row[at] for at in _PHASES) for row in rows]
     other_ns = total_ns - timed_ns
     if not others or other_ns <= _FACTOR * max(others):
         return now_ns
 
-    return now_ns - other_ns + int(statistics.median(others))
+    return now_ns - other_ns + sorted(others)[len(others) // 2]
