@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import sys
@@ -9,20 +10,23 @@ from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.fail_open import fail_open
+from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
+from traceml.instrument.checkpoints.save_folder import SaveFolder
+from traceml.instrument.checkpoints.save_log import SaveLog
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
-from traceml.instrument.save_folder import SaveFolder
 from traceml.instrument.search.iterators import Feeding, feeding_of
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.user import StepBlock, UserPhases
-from traceml.instrument.values.checkpoint_marks import CheckpointMarks
-from traceml.instrument.values.saves import SaveLog
+
+if TYPE_CHECKING:
+    from traceml.instrument.checkpoints.patch_checkpoints import CheckpointPatches
 
 __all__ = ["Instrumentation", "install"]
 
@@ -114,9 +118,7 @@ class Instrumentation:
 
     def time_saving(self, owner: Any, name: str) -> None:
         """Time the calls of a framework's function as `checkpoint`, if it exists."""
-        from traceml.instrument.calls import timed_save
-
-        self._guarded(lambda: self._time(owner, name, lambda original: timed_save(original, self.clock, self.saves)))
+        self._guarded(lambda: self._time(owner, name, self._checkpoints.saving))
 
     def time_update(self, owner: Any, name: str) -> None:
         """Time the calls of a framework's function as part of `optimizer`, if it exists."""
@@ -287,9 +289,7 @@ class Instrumentation:
             batches.inspect,
         )
         self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
-        calls.patch_checkpoint(patches, clock, self.save_folder, self.saves)
-        self._marks = CheckpointMarks(self._flight.open_slots, clock, self._report)
-        self._guarded(lambda: self._marks.patch(patches))
+        self._guarded(lambda: self._checkpoints.patch_torch(patches))
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)
         self._device = CudaDevice() if "cuda" in types else None
@@ -348,6 +348,13 @@ class Instrumentation:
 
         self._patches.wrap(optimizer_type, "__init__", __init__)
 
+    @functools.cached_property
+    def _checkpoints(self) -> CheckpointPatches:
+        from traceml.instrument.checkpoints.patch_checkpoints import CheckpointPatches
+
+        marks = CheckpointMarks(self._flight.open_slots, self.clock, self._report)
+        return CheckpointPatches(self.clock, self.saves, self.save_folder, marks)
+
     def _measure_overhead(self) -> None:
         from traceml.instrument.backward import timed_backward
         from traceml.instrument.overhead import HookOverhead
@@ -360,15 +367,10 @@ class Instrumentation:
         self._guarded(lambda: patch_functional_collectives(self._patches, self.clock))
 
     def _on_checkpoint_import(self) -> None:
-        from traceml.instrument.calls import patch_distributed_checkpoint
-
-        self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock, self.save_folder, self.saves))
-        self._guarded(lambda: self._marks.patch_distributed(self._patches))
+        self._guarded(lambda: self._checkpoints.patch_distributed(self._patches))
 
     def _on_safetensors_import(self) -> None:
-        from traceml.instrument.calls import patch_safetensors
-
-        self._guarded(lambda: patch_safetensors(self._patches, self.clock, self.save_folder, self.saves))
+        self._guarded(lambda: self._checkpoints.patch_safetensors(self._patches))
 
     # ---- groups ----
 

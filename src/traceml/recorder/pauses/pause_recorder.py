@@ -17,7 +17,7 @@ from traceml.recorder.user_code import user_line
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
-    from traceml.instrument.values.saves import Save, SaveLog
+    from traceml.instrument.checkpoints.save_log import Save, SaveLog
 
 __all__ = ["PauseRecorder"]
 

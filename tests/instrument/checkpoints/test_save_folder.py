@@ -10,7 +10,7 @@ import torch
 from torch.distributed import checkpoint
 
 from tests.instrument.conftest import Traced
-from traceml.instrument.save_folder import SaveFolder
+from traceml.instrument.checkpoints.save_folder import SaveFolder
 
 
 def test_torch_save_tells_its_folder(traced: Traced, tmp_path: Path) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
-from traceml.fail_open import fail_open
-from traceml.instrument.values.saves import target_path
+from traceml.instrument.checkpoints.save_log import target_path
 
 __all__ = ["SaveFolder"]
-
-_log = logging.getLogger("traceml")
 
 
 class SaveFolder:
@@ -28,24 +24,6 @@ class SaveFolder:
     def __init__(self, report: Callable[[str], None]) -> None:
         self.path: str | None = None
         self._report = report
-
-    def watch(self, save: Callable[..., Any], position: int, *names: str) -> Callable[..., Any]:
-        """Return a function that notes the target of a save, and calls `save`.
-
-        Args:
-            save: the function.
-            position: of the argument with the path or file; -1 if it has only a name.
-            names: keywords of that argument.
-        """
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with fail_open(_log, "instrument", "the folder of checkpoints is not known", once=True):
-                target = args[position] if 0 <= position < len(args) else None
-                self.note(next((kwargs[name] for name in names if kwargs.get(name) is not None), target))
-
-            return save(*args, **kwargs)
-
-        return call
 
     def note(self, target: Any) -> None:
         """Note a path, or an open file; anything else has no folder."""

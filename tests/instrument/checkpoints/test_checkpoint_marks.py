@@ -12,7 +12,7 @@ import torch
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Slot
 from traceml.instrument import install
-from traceml.instrument.values.checkpoint_marks import place_of
+from traceml.instrument.checkpoints.checkpoint_marks import place_of
 
 
 def test_a_place_is_the_folder(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""Marks of checkpoints: how many updates the last saved one holds, and which one a restarted training reads.
+
+A script counts its steps from 0 when it is restarted. What it reads tells where it goes on: a file of the folder to
+which an earlier attempt has saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from traceml.database.schema import Slot
+from traceml.instrument.checkpoints.save_log import target_path
+from traceml.instrument.step_clock import StepClock
+
+__all__ = ["CheckpointMarks", "place_of"]
+
+Info = dict[str, Any]
+
+
+class CheckpointMarks:
+    """Notes saves in the flight file's slots, and reads before the first step as rows of `info`.
+
+    Args:
+        slots: the open slots of the flight file.
+        clock: of the steps.
+        report: takes a row.
+    """
+
+    def __init__(self, slots: Any, clock: StepClock, report: Callable[[Info], None]) -> None:
+        self._slots, self._clock, self._report = slots, clock, report
+
+    def saved(self, target: object) -> None:
+        """Take down that the training thread has saved to a path or file."""
+        place, clock = place_of(target), self._clock
+        if place is not None and clock.is_training_thread():
+            self._slots[Slot.SAVED] = clock.step + bool(clock.attempt)
+            self._slots[Slot.SAVED_IN] = place
+
+    def loaded(self, source: object) -> None:
+        """Report that the training thread has read a path or file before its first step."""
+        place, clock = place_of(source), self._clock
+        if place is not None and clock.is_training_thread() and not clock.rows and not clock.attempt:
+            self._report({"kind": "loaded", "place": place})
+
+
+def place_of(target: object) -> int | None:
+    """Return a number for the folder of a checkpoint; None where it has none, as a buffer in memory."""
+    path = target_path(target)
+    if path is None:
+        return None
+
+    folder = os.path.dirname(os.path.realpath(path))  # noqa: PTH120 - a PathLike of any kind
+    return int.from_bytes(hashlib.blake2b(os.fsencode(folder), digest_size=8).digest(), "big") >> 1 or 1

@@ -1,0 +1,143 @@
+"""Wrappers of the functions that save and load checkpoints: one each, for time, line, folder and mark."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.compiler import is_dynamo_compiling
+
+from traceml.database.schema import Phase
+from traceml.fail_open import fail_open
+from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
+from traceml.instrument.checkpoints.save_folder import SaveFolder
+from traceml.instrument.checkpoints.save_log import SaveLog
+from traceml.instrument.patches import Patches
+from traceml.instrument.step_clock import StepClock
+
+__all__ = ["CheckpointPatches"]
+
+_log = logging.getLogger("traceml")
+_CHECKPOINT = int(Phase.CHECKPOINT)
+Find = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
+"""Returns the path or file among the arguments of a function; None where there is none."""
+
+
+class CheckpointPatches:
+    """Wraps functions that save or load.
+
+    Args:
+        clock: times saves as `checkpoint`.
+        log: takes down each save.
+        folder: is told of each path before it is written, so that it is known when the disk is full.
+        marks: are told of each path that was saved or loaded.
+    """
+
+    def __init__(self, clock: StepClock, log: SaveLog, folder: SaveFolder, marks: CheckpointMarks) -> None:
+        self._clock, self._log, self._folder, self._marks = clock, log, folder, marks
+
+    def patch_torch(self, patches: Patches) -> None:
+        """Wrap `torch.save` and `torch.load`."""
+        torch, serialization = sys.modules["torch"], sys.modules["torch.serialization"]
+        saves, loads = self.saving(torch.save, _argument(1, "f")), self._loading(torch.load, _argument(0, "f"))
+        for module in (torch, serialization):
+            patches.wrap(module, "save", saves)
+            patches.wrap(module, "load", loads)
+
+    def patch_distributed(self, patches: Patches) -> None:
+        """Wrap the functions of `torch.distributed.checkpoint`, whose checkpoint is a folder."""
+        package = sys.modules["torch.distributed.checkpoint"]
+        find = _argument(None, "checkpoint_id")
+        for name, wrap in (
+            ("save", self.saving),
+            ("async_save", self.saving),
+            ("save_state_dict", self.saving),
+            ("load", self._loading),
+        ):
+            original = getattr(package, name, None)
+            if original is None:
+                continue
+
+            wrapper = wrap(original, find)
+            for module in (package, sys.modules.get(original.__module__)):
+                if getattr(module, name, None) is original:
+                    patches.wrap(module, name, wrapper)
+
+    def patch_safetensors(self, patches: Patches) -> None:
+        """Wrap two inner functions of safetensors: other packages hold references to the public ones."""
+        module = sys.modules["safetensors.torch"]
+        for name, find in (("_flatten", None), ("serialize_file", _argument(1, "filename"))):
+            original = vars(module).get(name)
+            if callable(original):
+                patches.wrap(module, name, self.saving(original, find))
+
+    def saving(self, original: Callable[..., Any], find: Find | None = None) -> Callable[..., Any]:
+        """Return a function that calls `original`, which saves.
+
+        Args:
+            original: the function.
+            find: finds its path or file; None: the first one among the arguments, which may be no checkpoint's.
+        """
+        clock, log = self._clock, self._log
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():
+                return original(*args, **kwargs)
+
+            target = self._begin(find, args, kwargs)
+            began = clock.enter(_CHECKPOINT)
+            if began is None:
+                if clock.current == _CHECKPOINT and clock.is_training_thread():  # it is part of another one
+                    log.add_nested(clock, args, kwargs)
+
+                result = original(*args, **kwargs)
+            else:
+                try:
+                    result = original(*args, **kwargs)
+                finally:
+                    clock.leave(_CHECKPOINT, began)
+                    log.end(clock, args, kwargs, began[1], sys._getframe(1))
+
+            if target is not None:
+                _guarded(self._marks.saved, target)
+
+            return result
+
+        return call
+
+    def _loading(self, original: Callable[..., Any], find: Find) -> Callable[..., Any]:
+        """Return a function that calls `original`, which loads."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            _guarded(lambda: self._marks.loaded(find(args, kwargs)))
+            return result
+
+        return call
+
+    def _begin(self, find: Find | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+        """Return the path or file of a save; None where it has none."""
+        with fail_open(_log, "instrument", "the folder of checkpoints is not known", once=True):
+            target = None if find is None else find(args, kwargs)
+            if target is not None:
+                self._folder.note(target)
+
+            return target
+
+        return None
+
+
+def _guarded(note: Callable[..., None], *args: object) -> None:
+    with fail_open(_log, "instrument", "a checkpoint could not be noted", once=True):
+        note(*args)
+
+
+def _argument(position: int | None, name: str) -> Find:
+    """Return a function that finds an argument by its name, or by its position if it has one."""
+
+    def find(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+        return args[position] if position is not None and position < len(args) else kwargs.get(name)
+
+    return find
