@@ -28,6 +28,28 @@ def test_an_agent_tells_of_kills_for_lack_of_memory(told: object, known: str | N
     assert lost.exit.get("oom") == known
 
 
+def test_the_printed_stacks_of_a_crash_tell_its_line() -> None:
+    """faulthandler of a launched worker writes to its output. What the rank itself has told stays."""
+    text = 'Fatal Python error: Segmentation fault\n\nCurrent thread 0x1:\n  File "/a/train.py", line 12 in step\n'
+    crashed, raised = stream(), stream(file="/a/other.py", line=3)
+
+    for each in (crashed, raised):
+        note_exit(each, {"exitcode": -11, "pid": 7, "crash": text})
+
+    assert (crashed.exit["file"], crashed.exit["line"], crashed.exit["function"]) == ("/a/train.py", 12, "step")
+    assert (raised.exit["file"], raised.exit["line"]) == ("/a/other.py", 3)
+
+
+@pytest.mark.parametrize("told", ["", None, 5])
+def test_no_printed_stacks_tell_no_line(told: object) -> None:
+    """A rank that was killed from outside, or whose agent reports none."""
+    lost = stream()
+
+    note_exit(lost, {"exitcode": -9, "pid": 7, "crash": told})
+
+    assert lost.exit == {"signal": 9}
+
+
 def test_the_time_of_the_flight_file_is_kept_beside_the_reported_one() -> None:
     """A launcher sees an end later than the rank's last sign of life."""
     lost = stream(at_s=10.0)

@@ -236,8 +236,9 @@ class ActiveRun:
 
         Args:
             report: `{rank, local_rank, pid, exitcode}`, negative for a signal; also `host`, where there are several;
-                `time`; `oom`, see `RankExit`; `stopped`, when the launcher ended it because of others; `flight`, the
-                path of a copy of its flight file; instead of an exit code `lost`, when its host is out of reach.
+                `time`; `oom`, see `RankExit`; `crash`, what faulthandler has printed; `stopped`, when the launcher ended
+                it because of others; `flight`, the path of a copy of its flight file; instead of an exit code `lost`,
+                when its host is out of reach.
         """
         if not isinstance(report.get("exitcode"), int) and not report.get("lost"):
             _log.info("run %s ignores an exit report without a code: %s", self.id, report)

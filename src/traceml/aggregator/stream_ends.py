@@ -12,6 +12,7 @@ from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
 from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
+from traceml.witness.crash_stacks import crash_facts
 
 __all__ = ["final_state", "note_exit", "note_oom", "resumed_at", "state_of_dead"]
 
@@ -37,6 +38,9 @@ def note_exit(stream: Stream, report: dict[str, Any]) -> None:
 
     if report.get("oom") in _OOM:
         stream.exit["oom"] = report["oom"]
+
+    if isinstance(report.get("crash"), str):
+        stream.exit = {**crash_facts(report["crash"]), **stream.exit}
 
 
 def note_oom(stream: Stream) -> None:

@@ -257,7 +257,11 @@ def test_how_a_worker_ended_is_told(driver: Driver, how: str, code: int | None, 
     if signal in {6, 11}:
         assert any(line.startswith("Fatal Python error") for line in told["tail"])
         assert any(" in end" in line for line in told["tail"])
+        assert told["crash"].startswith("Fatal Python error")
+        assert " in end" in told["crash"]
         assert "Fatal Python error" in driver.text(0, "err")
+    else:
+        assert told["crash"] == ""
 
     if "words" in how:
         assert told["tail"][-1] == "words"

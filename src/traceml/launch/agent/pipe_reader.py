@@ -18,6 +18,8 @@ _MAX_QUEUED_BYTES = 4 * 1024 * 1024
 _PIPE_BYTES = 256 * 1024
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 50
+_CRASH = b"Fatal Python error: "
+_CRASH_BYTES = 32 * 1024
 # After a worker's end, a process that it has left may hold its pipe open.
 _QUIET_S, _LONGEST_S = 0.5, 2.0
 
@@ -46,6 +48,15 @@ class OutputTail:
 
         found += [line for line in rest.values() if line]
         return [line.decode("utf-8", "replace").rstrip("\r")[:4096] for line in found[-_TAIL_LINES:]]
+
+    def crash_text(self) -> str:
+        """Return what faulthandler has written last, from "Fatal Python error" on; empty without that.
+
+        It may be longer than the lines of `lines`: the innermost frame is the first of its thread.
+        """
+        errors = b"".join(data for name, data in self._pieces if name == "err")
+        _, mark, text = errors.rpartition(_CRASH)
+        return (mark + text)[:_CRASH_BYTES].decode("utf-8", "replace") if mark else ""
 
 
 class PipeReader:

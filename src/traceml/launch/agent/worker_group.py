@@ -29,6 +29,8 @@ __all__ = ["WorkerGroup"]
 
 # Time for processes that workers leave behind to end by themselves, once all workers have ended well.
 _LEFTOVER_GRACE_S = 1.0
+# Of another signal it does not die by itself: stacks in its output are of a loader worker then.
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 _log = logging.getLogger("traceml")
 
 
@@ -388,6 +390,7 @@ class WorkerGroup:
             code=None if killed else os.WEXITSTATUS(status),
             signal=killed,
             tail=each.tail.lines(),
+            crash=each.tail.crash_text() if killed in _CRASHES else "",
             oom=self._oom_watch.killed() if killed == signal.SIGKILL and not self._stopping else None,
         )
         self._send_flight(each)

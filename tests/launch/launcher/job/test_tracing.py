@@ -22,6 +22,9 @@ import ctypes, os, sys, time
 import torch, traceml
 import torch.distributed as dist
 
+def deep(frames, crash):
+    return deep(frames - 1, crash) if frames else crash()
+
 what, steps = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -39,6 +42,8 @@ for step, (batch,) in enumerate(torch.utils.data.DataLoader(data, batch_size=4))
         sys.exit(5)
     if what == "gil" and rank == 1 and step == 30:
         ctypes.PyDLL(None).sleep(600)
+    if what == "crash" and rank == 1 and step == 30:
+        deep(60, lambda: ctypes.string_at(0))
     model(batch).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -110,6 +115,17 @@ def test_a_killed_rank_of_another_host_is_explained_by_its_flight_file(hosts: Ho
     left = hosts["node2"].run("find", "/dev/shm", "-name", "*.flight").stdout
     assert left == ""
     assert nothing_left(hosts)
+
+
+def test_a_crash_is_told_with_the_line_of_the_script(hosts: Hosts, folder: Path) -> None:
+    """faulthandler of a worker writes to its output, 60 frames of it; the report has the line as under `run`."""
+    done = launched(hosts, folder, "train.py", "crash", "100")
+
+    assert done.returncode == 128 + signal.SIGSEGV
+    verdict = report_of(folder)["verdict"]
+    assert (verdict["kind"], verdict["ranks"], verdict["evidence"]["signal"]) == ("RANK_LOST", [1], 11)
+    line = next(n for n, text in enumerate(TRAIN.splitlines(), 1) if "string_at" in text)
+    assert f"in C code called at {folder / 'train.py'}:{line}" in verdict["summary"]
 
 
 def test_the_status_is_that_of_the_rank_that_failed(hosts: Hosts, folder: Path) -> None:

@@ -212,7 +212,7 @@ class Tracing:
 
         Args:
             host: its host.
-            message: `{rank, local_rank, pid, code, signal, oom}`.
+            message: `{rank, local_rank, pid, code, signal, oom, crash}`.
             stopped: whether we ended it because of others.
         """
         signal = message.get("signal")
@@ -224,6 +224,7 @@ class Tracing:
             "exitcode": -signal if signal else message.get("code"),
             "time": time.time(),
             "oom": message.get("oom"),
+            "crash": message.get("crash"),
         }
         if message["rank"] in self._raised:
             exited["exitcode"] = 1
