@@ -236,7 +236,7 @@ class ActiveRun:
 
         Args:
             report: `{rank, local_rank, pid, exitcode}`, negative for a signal; also `host`, where there are several;
-                `time`; `oom`, see `RankExit`; `crash`, what faulthandler has printed; `stopped`, when the launcher ended
+                `time`; `oom`, see `RankExit`; `crash`, the output of faulthandler; `stopped`, when the launcher ended
                 it because of others; `flight`, the path of a copy of its flight file; instead of an exit code `lost`,
                 when its host is out of reach.
         """
