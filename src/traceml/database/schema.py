@@ -47,6 +47,7 @@ __all__ = [
     "PAUSES",
     "PHASE_COLUMNS",
     "PHASE_LABELS",
+    "PHASE_ORDER",
     "PROCESS",
     "STEPS",
     "TABLES",
@@ -187,6 +188,19 @@ class Phase(IntEnum):
 
 PHASE_LABELS = tuple(phase.label for phase in Phase)
 PHASE_COLUMNS = tuple(phase.column for phase in Phase)
+PHASE_ORDER = tuple(
+    phase.label
+    for phase in (
+        Phase.INPUT_WAIT,
+        Phase.H2D,
+        Phase.FORWARD,
+        Phase.BACKWARD,
+        Phase.COMM,
+        Phase.OPTIMIZER,
+        Phase.CHECKPOINT,
+    )
+)
+"""Phases in the order in which a step runs them, as charts show them; the user's own may be anywhere."""
 
 OPEN_SLOTS = 32
 """Words of `open_slots` in the flight file. The first 16 are for phases, also for those that do not exist yet."""

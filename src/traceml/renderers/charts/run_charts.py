@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from traceml.database.schema import PHASE_ORDER
 from traceml.formatting import duration_text, part_words, percent_text, phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
@@ -261,11 +262,10 @@ def _few(lines: Sequence[SampleSeries]) -> tuple[SampleSeries, ...]:
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    order = ["input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint"]
     present = list(names)
     return [
-        *(n for n in order if n in present),
-        *sorted({*present} - {*order, "other"}),
+        *(n for n in PHASE_ORDER if n in present),
+        *sorted({*present} - {*PHASE_ORDER, "other"}),
         *(["other"] * ("other" in present)),
     ]
 

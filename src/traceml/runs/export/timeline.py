@@ -26,6 +26,7 @@ from traceml.database.schema import (
     PACKED,
     PAUSES,
     PHASE_LABELS,
+    PHASE_ORDER,
     TELEMETRY,
     USER_PHASES,
     StepFlag,
@@ -44,9 +45,7 @@ from traceml.traces.writer.writer import Writer
 
 __all__ = ["TimelineExporter", "origin_of", "rows_with_waiting", "step_slices"]
 
-# The order of drawing; the user's phases follow.
-_USUAL_ORDER = ("input_wait", "h2d", "forward", "backward", "comm", "optimizer", "checkpoint")
-_ORDER = (*_USUAL_ORDER, *(label for label in PHASE_LABELS if label not in (*_USUAL_ORDER, "user")))
+_ORDER = (*PHASE_ORDER, *(label for label in PHASE_LABELS if label not in (*PHASE_ORDER, "user")))
 _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkpoint": "checkpoint"}
 _NAMED_FLAGS = (StepFlag.SKIPPED, StepFlag.INFERRED, StepFlag.EXPLICIT, StepFlag.PROFILED)
 _FLAGS = {int(flag): str(flag.name).lower() for flag in _NAMED_FLAGS}
