@@ -16,7 +16,7 @@ from traceml.database.looks import MAX_FRAMES, FrameLook, RankLook
 from traceml.witness.kernel_state import ProcessUse, is_job_suspended, process_info, read_status, tree_use, wait_state
 from traceml.witness.stack_signal import SignaledStacks, find_stack_file
 from traceml.witness.stack_text import main_frames
-from traceml.witness.user_files import is_user_file
+from traceml.witness.user_files import is_debugger, is_user_file
 
 __all__ = ["FIRST_SILENT_S", "SilentLooks", "silent_s"]
 
@@ -80,7 +80,7 @@ class SilentLooks:
             cpu_share=cpu_share,
             io_bytes_per_s=io_bytes_per_s,
             is_waiting_for_terminal=seen.is_terminal_input,
-            is_debugged=bool(seen.tracer) or any(each.file.endswith(("/bdb.py", "/pdb.py")) for each in frames),
+            is_debugged=bool(seen.tracer) or any(is_debugger(each.file) for each in frames),
             is_suspended=info is not None and is_job_suspended(info),
             is_last=is_last,
         )

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OUR_FOLDERS", "is_ours", "is_user_file"]
+__all__ = ["OUR_FOLDERS", "is_debugger", "is_ours", "is_user_file"]
 
+_DEBUGGER_FILES, _DEBUGGER_FOLDERS = ("/bdb.py", "/pdb.py"), ("/debugpy/", "/pydevd", "/_pydevd")
 _STANDARD = f"{Path(os.__file__).parent}/"
 OUR_FOLDERS = tuple(f"{Path(each).parent.parent}/" for each in {__file__, (lambda: None).__code__.co_filename})
 """Names of the package\'s folder in tracebacks.
@@ -23,6 +24,11 @@ On another host of a launch the code comes from a zip file, and is named as wher
 def is_ours(path: str) -> bool:
     """Return whether a file belongs to traceml."""
     return path.startswith(OUR_FOLDERS)
+
+
+def is_debugger(path: str) -> bool:
+    """Return whether a file belongs to a debugger: pdb, debugpy, pydevd."""
+    return path.endswith(_DEBUGGER_FILES) or any(folder in path for folder in _DEBUGGER_FOLDERS)
 
 
 def is_user_file(path: str, modules: Any = None) -> bool:

@@ -16,7 +16,6 @@ _DISTRIBUTED = "/torch/distributed/"
 _POINT_TO_POINT = ("send", "recv", "isend", "irecv", "batch_isend_irecv", "send_object_list", "recv_object_list")
 _WRAPPERS = ("wrapper", "inner", "wrapped", "__call__")
 _COMPILER = ("/torch/_dynamo/", "/torch/_inductor/")
-_DEBUGGERS = ("/bdb.py", "/pdb.py", "/pydevd", "/debugpy/")
 _WAITING_PHASES = ("backward", "comm")
 # Kernel functions in which a process sleeps, by the first that begins like it.
 _SLEEPS = (
@@ -53,7 +52,7 @@ def is_excused(look: RankLook) -> bool:
     """Whether standing still is normal: input of a terminal, a debugger, job control, an idle notebook, compiling."""
     flags = (look.is_waiting_for_terminal, look.is_debugged, look.is_suspended, look.is_idle_notebook)
     files = [frame.file for frame in look.frames]
-    if any(flags) or look.process_state == "t" or _any_in(_DEBUGGERS, files):
+    if any(flags) or look.process_state == "t":
         return True
 
     compiles = look.is_compiling or _any_in(_COMPILER, files)

@@ -17,7 +17,7 @@ from traceml.database.schema import LINE_PHASES, Slot
 from traceml.recorder.user_code import UserCode
 from traceml.witness.kernel_state import io_bytes, is_job_suspended, process_info, tree_use, wait_state
 from traceml.witness.thread_frames import thread_frame
-from traceml.witness.user_files import is_ours
+from traceml.witness.user_files import is_debugger, is_ours
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["LookMaker", "frame_flags", "thread_number"]
 
 _MAX_DEPTH = 1000
-_DEBUGGERS = ("/bdb.py", "/pdb.py")
 
 
 class LookMaker:
@@ -158,7 +157,7 @@ def frame_flags(frames: list[FrameLook]) -> tuple[bool, bool]:
         "torch/_dynamo/convert_frame" in each.file or ("torch/_inductor/" in each.file and "compile" in each.function)
         for each in frames
     )
-    return compiles, any(each.file.endswith(_DEBUGGERS) or "pydevd" in each.file for each in frames)
+    return compiles, any(is_debugger(each.file) for each in frames)
 
 
 def thread_number(ident: int) -> int:
