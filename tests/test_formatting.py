@@ -25,7 +25,6 @@ from traceml.formatting import (
     ranks_text,
     rate_text,
     short_label,
-    signal_name,
 )
 
 
@@ -146,11 +145,6 @@ def test_printable_keeps_lines_where_they_are_meant():
 def test_capitalized():
     """Only the first letter changes."""
     assert capitalized("rank 1 of H200") == "Rank 1 of H200"
-
-
-def test_signal_name():
-    """A signal without a name stays a number."""
-    assert (signal_name(9), signal_name(250)) == ("SIGKILL", "signal 250")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ FORBIDDEN = {
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
     "formatting", "settings", "coerce", "errors", "clock", "ids", "installation", "own_files", "priority", "fail_open",
-    "version", "privacy", "witness",
+    "process_ends", "version", "privacy", "witness",
 }  # fmt: skip
 
 # Classes that have their name more than once: each a callback that its framework's users look for under this name.

@@ -36,9 +36,10 @@ TraceMLError
 
 from __future__ import annotations
 
-import signal as signals
 from collections.abc import Sequence
 from typing import Any
+
+from traceml.process_ends import exit_text
 
 __all__ = [
     "AgentFailedError",
@@ -171,7 +172,7 @@ class WorkerFailedError(TraceMLError, RuntimeError):
         how: str | None = None,
     ) -> None:
         if how is None:
-            how = f"was ended by {_signal_name(signal)}" if signal else f"exited with code {exit_code}"
+            how = exit_text(exit_code, signal)
 
         text = f"rank {rank} (local rank {local_rank} on {host}) {how}"
         if oom:
@@ -265,13 +266,6 @@ def _indented(lines: Sequence[str]) -> list[str]:
 def _rebuild(kind: type[Any], args: tuple[Any, ...], known: dict[str, Any]) -> Any:
     """Rebuild an unpickled error: one of a launch inside a launch's worker."""
     return kind(*args, **known)
-
-
-def _signal_name(number: int | None) -> str:
-    try:
-        return f"signal {number} ({signals.Signals(number or 0).name})"
-    except ValueError:
-        return f"signal {number}"
 
 
 class PluginError(TraceMLError, LookupError, ValueError):

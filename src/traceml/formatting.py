@@ -1,9 +1,8 @@
-"""Text for numbers, ranks, phases and signals; texts of numbers have a bounded width."""
+"""Text for numbers, ranks and phases; texts of numbers have a bounded width."""
 
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Iterable, Sequence
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "rate_text",
     "sample_text",
     "short_label",
-    "signal_name",
 ]
 
 MISSING = "-"
@@ -326,11 +324,3 @@ def sample_text(diagnosed: int, count: int) -> str:
     """Return the steps that a long run's figures cover: `verdict from 12,800 of 1,000,000 steps, spread ...`."""
     steps = f"{count_text(diagnosed)} of {count_text(count)} steps"
     return f"verdict from {steps}, spread over the run; means are of all steps"
-
-
-def signal_name(number: int) -> str:
-    """Return `SIGKILL` for 9."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

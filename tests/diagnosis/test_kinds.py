@@ -34,7 +34,7 @@ from traceml.diagnosis.kinds import Kind, Severity
             finding("RANK_LOST", ranks=[0], evidence={"exception": "ValueError: no\nmore"}),
             "Rank 0 ended by ValueError",
         ),
-        (finding("RANK_LOST", ranks=[2], evidence={"code": 3}), "Rank 2 ended with exit status 3"),
+        (finding("RANK_LOST", ranks=[2], evidence={"code": 3}), "Rank 2 ended with exit code 3"),
         (finding("RANK_LOST"), "All ranks ended"),
         (
             finding("SOME_NEW_KIND", ranks=[2], phase="comm"),

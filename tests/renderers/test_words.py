@@ -15,7 +15,7 @@ from traceml.runs.report.report_types import RankSection, RestartSection
         ({"state": "finished"}, None),
         ({"state": "running"}, None),
         ({"state": "lost"}, "lost"),
-        ({"state": "failed", "exit": {"code": 3, "last_step": -1}}, "failed with exit status 3"),
+        ({"state": "failed", "exit": {"code": 3, "last_step": -1}}, "failed with exit code 3"),
         ({"state": "failed", "exit": {"code": 1, "exception": "ValueError: x\n y"}}, "failed with ValueError: x"),
     ],
 )

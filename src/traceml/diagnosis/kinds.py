@@ -19,8 +19,8 @@ from traceml.formatting import (
     percent_text,
     phase_words,
     ranks_text,
-    signal_name,
 )
+from traceml.process_ends import exit_text, signal_name
 
 __all__ = ["CRITICAL_SHARE", "FLOOR_NS", "WARNING_SHARE", "Kind", "KindRule", "Severity", "least_cost_ns"]
 
@@ -88,7 +88,7 @@ def _lost_ranks(finding: _FindingFacts) -> str:
     elif exception := evidence.get("exception"):
         how = f" by {str(exception).splitlines()[0].split(':')[0]}"
     elif (code := evidence.get("code")) is not None:
-        how = f" with exit status {code}"
+        how = f" with exit code {code}"
 
     step = evidence.get("step", evidence.get("last_step"))
     when = "" if step is None else f" at step {count_text(int(step))}"
@@ -101,7 +101,7 @@ def _worker_end(evidence: Mapping[str, Any]) -> str:
         return f"was killed by {signal_name(int(number))}"
 
     code = evidence.get("worker_code")
-    return "ended" if code is None else f"ended with exit status {code}"
+    return exit_text(code)
 
 
 def _lost_worker(finding: _FindingFacts) -> str:

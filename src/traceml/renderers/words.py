@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.formatting import count_text, duration_text, percent_text, phase_words, plural, ranks_text, signal_name
+from traceml.formatting import count_text, duration_text, percent_text, phase_words, plural, ranks_text
+from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RankSection, RestartSection, TimeSection, TrackerSection
 
 __all__ = ["end_of_rank", "goodput_text", "restarts_text", "tracker_text"]
@@ -25,7 +26,7 @@ def end_of_rank(rank: RankSection) -> str | None:
     elif end.exception:
         text = f"failed with {_first_line(end.exception)}"
     elif end.code is not None:
-        text = f"{rank.state} with exit status {end.code}"
+        text = f"{rank.state} with exit code {end.code}"
 
     when = f", last step {count_text(end.last_step)}" if end.last_step is not None and end.last_step >= 0 else ""
     where = f", in {phase_words(end.open_phase)}" if end.open_phase else ""

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from traceml.errors import TraceMLError
-from traceml.formatting import signal_name
+from traceml.process_ends import end_of_status
 from traceml.supervise.processes import spawn
 
 __all__ = ["BESIDE_RUNS", "ReportMaker"]
@@ -104,8 +104,5 @@ def _answer(process: subprocess.Popen[bytes], request: bytes) -> dict[str, str]:
 
 def _end_of(process: subprocess.Popen[bytes]) -> str:
     status = process.wait()
-    if status >= 0:
-        return f"ended with status {status}"
-
-    why = ", as the system does when memory runs out" if -status == signal.SIGKILL else ""
-    return f"was killed by signal {-status} ({signal_name(-status)}){why}"
+    why = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
+    return f"{end_of_status(status)}{why}"

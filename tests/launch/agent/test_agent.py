@@ -325,7 +325,7 @@ def test_a_zygote_that_was_killed_is_replaced(driver: Driver) -> None:
     driver.stop()
 
     assert told["signal"] == 9
-    assert "was ended by signal 9" in told["tail"][-1]
+    assert "was killed by signal 9" in told["tail"][-1]
 
     driver.prepare()
 

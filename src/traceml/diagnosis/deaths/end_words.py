@@ -6,7 +6,8 @@ import signal
 
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.job_facts import RankExit
-from traceml.formatting import bytes_text, phase_words, signal_name
+from traceml.formatting import bytes_text, phase_words
+from traceml.process_ends import exit_text, signal_name, signal_text
 
 __all__ = ["end_text", "signal_of_code", "step_text"]
 
@@ -50,7 +51,7 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
 
     if ended.signal is not None:
         at = f" in C code called at {_place(ended)}" if ended.file and ended.stack else ""
-        return f"{was} killed by signal {ended.signal} ({signal_name(ended.signal)}){at}"
+        return f"{was} killed by {signal_text(ended.signal)}{at}"
 
     if ended.exception:
         return f"ended with {_short(ended.exception)}{at}"
@@ -61,7 +62,7 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
     if ended.state == "lost":
         return "lost its connection without a report" if not many else "lost their connections without a report"
 
-    return f"ended with exit code {ended.code}{_code_text(ended.code)}"
+    return f"{exit_text(ended.code)}{_code_text(ended.code)}"
 
 
 def step_text(ended: RankExit) -> str:
@@ -87,7 +88,7 @@ def _code_text(code: int | None) -> str:
         return f", {_CODES[code]}"
 
     number = signal_of_code(code)
-    return f", a shell's code for signal {number} ({signal_name(number)})" if number is not None else ""
+    return f", a shell's code for {signal_text(number)}" if number is not None else ""
 
 
 def _short(exception: str, limit: int = 160) -> str:

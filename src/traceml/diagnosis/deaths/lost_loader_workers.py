@@ -10,7 +10,8 @@ from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
 from traceml.diagnosis.facts.lost_workers import LostWorker, worker_in
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import capitalized, count_text, ranks_text, signal_name
+from traceml.formatting import capitalized, count_text, ranks_text
+from traceml.process_ends import exit_text
 
 __all__ = ["death_words", "worker_behind", "worker_evidence", "worker_lost"]
 
@@ -62,11 +63,7 @@ def worker_behind(ended: RankExit, facts: JobFacts) -> LostWorker | None:
 def death_words(lost: LostWorker) -> str:
     """Return `loader worker 1 (process 4711) was killed by signal 9 (SIGKILL)`."""
     name = f"{'a loader worker' if lost.worker is None else f'loader worker {lost.worker}'} (process {lost.pid})"
-    if lost.signal is not None:
-        return f"{name} was killed by signal {lost.signal} ({signal_name(lost.signal)})"
-
-    status = "" if lost.code is None else f" with exit code {lost.code}"
-    return f"{name} ended{status}"
+    return f"{name} {exit_text(lost.code, lost.signal)}"
 
 
 def worker_evidence(lost: LostWorker) -> dict[str, Any]:

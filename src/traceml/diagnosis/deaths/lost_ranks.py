@@ -14,7 +14,8 @@ from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
 from traceml.diagnosis.facts.lost_workers import LostWorker
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import capitalized, ranks_text, signal_name
+from traceml.formatting import capitalized, ranks_text
+from traceml.process_ends import signal_name
 
 __all__ = ["rank_lost", "root_causes", "was_stopped"]
 

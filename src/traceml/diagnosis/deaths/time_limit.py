@@ -9,7 +9,8 @@ from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import plural, signal_name
+from traceml.formatting import plural
+from traceml.process_ends import signal_name
 
 __all__ = ["at_time_limit", "lost_steps", "lost_steps_text"]
 

@@ -26,6 +26,7 @@ from traceml.launch.wire.channel_frames import ChannelClosedError
 from traceml.launch.wire.payload_buffer import PayloadBuffer
 from traceml.launch.wire.process_cleanup import find_leftovers, terminate_all
 from traceml.launch.wire.tunnel import TunnelListener
+from traceml.process_ends import end_of_status
 
 __all__ = ["Agent"]
 
@@ -312,8 +313,7 @@ class Agent:
     def _zygote_ended(self, status: int) -> None:
         zygote, self._zygote = self._zygote, None
         assert zygote is not None
-        killed = os.WIFSIGNALED(status)
-        how = f"was ended by signal {os.WTERMSIG(status)}" if killed else f"ended with status {os.WEXITSTATUS(status)}"
+        how = end_of_status(os.waitstatus_to_exitcode(status))
         zygote.close()
         if self._preparing:
             kind = "died" if zygote.up or zygote.spec.env_file is None else "env_file"

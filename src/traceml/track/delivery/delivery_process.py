@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from traceml.process_ends import end_of_status
 from traceml.track.delivery.credentials import environment_for
 from traceml.track.tracker_state import (
     EXIT_BROKEN,
@@ -205,7 +206,7 @@ class DeliveryProcess:
             self._pause_s = _FIRST_PAUSE_S
 
         if status < 0:
-            _log.warning("%r was ended by signal %d", self, -status)
+            _log.warning("%r %s", self, end_of_status(status))
 
         self._pause()
         if state.retry_at and not self._uses_fallback(state):  # a tracker that failed is not called before that

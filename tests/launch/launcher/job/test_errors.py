@@ -62,7 +62,7 @@ def test_other_exceptions_arrive_too(func: Callable[[], None], base: type[BaseEx
 
 def test_words_of_sys_exit_are_written_once() -> None:
     """As the interpreter does, and the status is 1."""
-    with pytest.raises(WorkerFailedError, match="exited with code 1") as caught:
+    with pytest.raises(WorkerFailedError, match="ended with exit code 1") as caught:
         launched(jobs.leave_with_words)
 
     assert caught.value.log_tail == ["gone for good"]
@@ -73,8 +73,8 @@ def test_words_of_sys_exit_are_written_once() -> None:
     [
         (jobs.be_killed, None, signal.SIGKILL, "the last word"),
         (jobs.segfault, None, signal.SIGSEGV, "Fatal Python error: Segmentation fault"),
-        (jobs.exit_now, 3, None, "exited with code 3"),
-        (jobs.exit_system, 4, None, "exited with code 4"),
+        (jobs.exit_now, 3, None, "ended with exit code 3"),
+        (jobs.exit_system, 4, None, "ended with exit code 4"),
         (jobs.interrupt, 1, None, "raised KeyboardInterrupt"),
     ],
 )

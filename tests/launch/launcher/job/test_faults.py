@@ -214,7 +214,7 @@ def test_an_exception_on_one_host_ends_all(hosts: Hosts, script: Script) -> None
     [
         ("killed", signal.SIGKILL, None, "the last words"),
         ("crashes", signal.SIGSEGV, None, "Fatal Python error: Segmentation fault"),
-        ("exits", None, 3, "exited with code 3"),
+        ("exits", None, 3, "ended with exit code 3"),
     ],
 )
 def test_a_worker_that_dies_is_named(

@@ -105,7 +105,7 @@ def test_a_killed_rank_of_another_host_is_explained_by_its_flight_file(hosts: Ho
     done = launched(hosts, folder, "train.py", "kill", "100")
 
     assert done.returncode == 128 + signal.SIGKILL
-    assert "rank 1 (local rank 0 on alias2) was ended by signal 9" in done.stderr
+    assert "rank 1 (local rank 0 on alias2) was killed by signal 9" in done.stderr
     verdict = report_of(folder)["verdict"]
     assert (verdict["kind"], verdict["ranks"], verdict["phase"]) == ("RANK_LOST", [1], "augment")
     assert (verdict["evidence"]["signal"], verdict["evidence"]["step"]) == (9, 30)

@@ -20,6 +20,7 @@ from traceml.launch.launcher.hosts.slurm import step_command
 from traceml.launch.wire import bootstrap
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.process_cleanup import end_job
+from traceml.process_ends import end_of_status
 
 __all__ = ["AgentConnection"]
 
@@ -300,4 +301,4 @@ def _describe_exit(status: int | None) -> str:
     if status is None:
         return "still runs"
 
-    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    return end_of_status(status)
