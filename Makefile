@@ -1,4 +1,4 @@
-# One command each: demo, check, test, lint, bench, accuracy. Every target prepares what it needs.
+# One command each: demo, check, test, lint, docs, bench, accuracy. Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 1)
 
-.PHONY: demo check test lint types style unit system bench accuracy clean
+.PHONY: demo check test lint types style unit system docs bench accuracy clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.c)
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -55,6 +55,15 @@ style: $(VENV)/.lint
 
 types: $(VENV)/.lint
 	$(BIN)/mypy
+
+# The site, in build/site; `make test` builds it too. A link that leads nowhere fails it.
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
+
+$(VENV)/.docs: $(VENV)/.base
+	@$(PIP) install -c constraints.txt --group docs
+	@touch $@
 
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/run.py $(ARGS)

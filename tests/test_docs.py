@@ -13,6 +13,7 @@ from traceml.diagnosis.kinds import Kind
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+RAW = "https://raw.githubusercontent.com/traceml/traceml/main/"  # pictures of the README, which a registry shows too
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
@@ -26,7 +27,7 @@ def _anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     """Each relative link names a file, and each anchor a heading in it."""
-    for link in _LINK.findall(page.read_text()):
+    for link in _LINK.findall(page.read_text().replace(f"]({RAW}", f"]({ROOT}/")):
         if "://" in link:
             continue
 
@@ -34,6 +35,24 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = (page.parent / name).resolve() if name else page
         assert target.exists(), f"{page.name}: {link}"
         assert not anchor or anchor in _anchors(target), f"{page.name}: {link}"
+
+
+def test_the_site_has_every_page() -> None:
+    """A page stands in the navigation of mkdocs.yml; decisions are listed by a page of their own."""
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
+
+    listed = re.findall(r"- [^:\n]+: (\S+\.md)$", navigation, re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert {page for page in pages if not page.startswith("decisions/")} - set(listed) == set()
+
+
+def test_pictures_of_the_readme_are_absolute() -> None:
+    """A package registry shows the README without the files beside it."""
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+
+    assert pictures
+    assert [each for each in pictures if not each.startswith(RAW)] == []
 
 
 def test_every_command_is_in_the_readme() -> None:
