@@ -153,6 +153,7 @@ def test_code_stays(masker: Masker) -> None:
         ("https://onlytoken@git.example.org/a.git", "@git.example.org/a.git", "onlytoken"),
         ("redis://:p@ss@host/0", "@host/0", "p@ss"),
         ("https://s3.example.org/o?X-Amz-Signature=abc123def&x=1", "&x=1", "abc123def"),
+        ("http://127.0.0.1:7860/?write_token=abc123def&x=1", "&x=1", "abc123def"),
         ("curl -H 'Authorization: Bearer abcdefghijkl' http://x", "http://x", "abcdefghijkl"),
         ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ", "dXNlcjpwYXNz"),
         ("python train.py --api-key hunter2 --lr 0.1", "--lr 0.1", "hunter2"),
