@@ -8,12 +8,13 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from tests.track.backends.wandb_reader import history, records
-from tests.track.readers import READERS, Value
+from tests.track.readers import READERS, Value, trackio_run
 
 __all__ = ["CONTENTS", "Contents", "color_of"]
 
@@ -292,11 +293,43 @@ def aim(run_dir: Path, number: str) -> Contents:
     ).sorted()
 
 
+def trackio(run_dir: Path, number: str) -> Contents:
+    """Read in a fresh process, and the files of media and artifacts."""
+    read = trackio_run(run_dir, number)
+    folder, config = run_dir.parent / "trackio", read["config"]
+    found = Contents(READERS["trackio"](run_dir, number), state=config["traceml/state"])
+    found.started = datetime.fromisoformat(config["_Created"]).timestamp()
+    found.ended = datetime.fromisoformat(config["traceml/ended"]).timestamp()
+    found.system = {name: config[name] for name in ("_Username", "_Group")}
+    for row in read["logs"]:
+        for name, value in ((name, value) for name, value in row.items() if isinstance(value, dict)):
+            if value["_type"] == "trackio.markdown":
+                found.texts.append((name, row["step"], value["_value"]))
+            elif value["_type"] == "trackio.histogram":
+                found.histograms.append((name, row["step"], value["values"]))
+            elif value["_type"] == "trackio.image":
+                found.images.append((name, row["step"], color_of(folder / "media" / value["file_path"])))
+
+    for artifact in sorted(read["artifacts"], key=lambda each: each["version"]):
+        (entry,) = artifact["manifest"]
+        blob = folder / "artifacts" / "tests" / "blobs/sha256" / entry["digest"][:2] / entry["digest"]
+        found.artifacts[artifact["metadata"]["name"]] = blob.read_bytes()
+
+    for name, value in config.items():
+        if name.startswith("tags/"):
+            found.tags.append(f"{name[5:]}: {value}")
+        else:
+            found.params[name] = value
+
+    return found.sorted()
+
+
 CONTENTS: dict[str, Callable[[Path, str], Contents]] = {
     "aim": aim,
     "clearml": clearml,
     "jsonl": jsonl,
     "mlflow": mlflow,
     "tensorboard": tensorboard,
+    "trackio": trackio,
     "wandb": wandb,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,7 @@ from typing import Any
 
 from tests.track.backends.wandb_reader import history
 
-__all__ = ["READERS", "Value", "aim", "clearml", "jsonl", "mlflow", "tensorboard", "wandb"]
+__all__ = ["READERS", "Value", "aim", "clearml", "jsonl", "mlflow", "tensorboard", "trackio", "trackio_run", "wandb"]
 
 Value = tuple[str, int, float]
 
@@ -91,6 +92,37 @@ def tensorboard(run_dir: Path, number: str) -> list[Value]:
     return sorted((name, each.step, each.value) for name in read.Tags()["scalars"] for each in read.Scalars(name))
 
 
+_TRACKIO = """
+import json, sys
+from trackio.sqlite_storage import SQLiteStorage
+about = {"project": sys.argv[1], "run_id": sys.argv[2]}
+logs = SQLiteStorage.get_logs(**about)
+links = SQLiteStorage.get_run_artifacts(sys.argv[1], None, sys.argv[2])["output"]
+artifacts = [SQLiteStorage.get_artifact_manifest(sys.argv[1], each["name"], f"v{each['version']}") for each in links]
+print(json.dumps({"logs": logs, "config": SQLiteStorage.get_run_config(**about), "artifacts": artifacts}, default=str))
+"""
+
+
+def trackio_run(run_dir: Path, number: str) -> dict[str, Any]:
+    """Read a run in a fresh process, as Trackio's own page does."""
+    command = [sys.executable, "-c", _TRACKIO, "tests", number]
+    environment = {**os.environ, "TRACKIO_DIR": str(run_dir.parent / "trackio")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def trackio(run_dir: Path, number: str) -> list[Value]:
+    """Read the entries' numbers."""
+    return sorted(
+        (name, row["step"], float(value))
+        for row in trackio_run(run_dir, number)["logs"]
+        for name, value in row.items()
+        if name not in {"step", "timestamp"} and isinstance(value, int | float)
+    )
+
+
 READERS = {
     "jsonl": jsonl,
     "mlflow": mlflow,
@@ -98,4 +130,5 @@ READERS = {
     "clearml": clearml,
     "aim": aim,
     "tensorboard": tensorboard,
+    "trackio": trackio,
 }

@@ -129,6 +129,7 @@ PARAMS = {
     "jsonl": {"lr": 0.375, "model": {"depth": 3, "name": "x"}},
     "mlflow": {"lr": "0.125", "model.depth": "1", "model.name": "x"},  # the newest are tags
     "tensorboard": {"lr": 0.375, "model/depth": 3.0, "model/name": "x"},
+    "trackio": {"lr": 0.375, "model": {"depth": 3, "name": "x"}},
     "wandb": {"lr": 0.375, "model": {"depth": 3, "name": "x"}},
 }
 

@@ -48,6 +48,7 @@ BUILT_IN: dict[PluginType, dict[str, str]] = {
         "jsonl": "traceml.track.backends.jsonl:JsonlBackend",
         "mlflow": "traceml.track.backends.mlflow:MLflowBackend",
         "tensorboard": "traceml.track.backends.tensorboard:TensorBoardBackend",
+        "trackio": "traceml.track.backends.trackio:TrackioBackend",
         "wandb": "traceml.track.backends.wandb:WandbBackend",
     },
     PluginType.FRAMEWORK: {

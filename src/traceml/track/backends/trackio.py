@@ -1,0 +1,215 @@
+"""Trackio: a folder of databases on this machine, or a server.
+
+Every value is an entry of its own, with a key made of its content. Trackio stores each key once, so sending a row again
+changes nothing. What its own client would add (a sender's thread, its own times) is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.backends.trackio_places import Entry, TrackioFolder, TrackioPlace, TrackioRun, TrackioServer
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_metadata import PluginMetadata
+
+__all__ = ["TrackioBackend"]
+
+# Names that Trackio uses itself, and characters that UTF-8 cannot hold.
+_REFUSED = re.compile(r"^(?:project|run|timestamp|step|time|metrics)$|^__|[\0\ud800-\udfff]")
+_REFUSED_PARAM = re.compile(r"^_|[\0\ud800-\udfff]")
+_REFUSED_RUN = re.compile(r"(?:^|(?<=/))\.{1,2}(?=/|$)|^/|/$|//|[\\\0\ud800-\udfff]")  # it is part of a path
+_REFUSED_FILE = re.compile(r"[\\/\0\ud800-\udfff]|^\.{1,2}$|^[A-Za-z]:")
+_REFUSED_ID = re.compile(r"[^A-Za-z0-9._-]")
+_LONGEST_NAME = 1000
+_MOST_BUCKETS = 512  # of a histogram in Trackio
+_LARGEST_INTEGER = 2**63
+
+
+class TrackioBackend(BackendInterface):
+    """Delivers to one Trackio run."""
+
+    metadata = PluginMetadata(
+        name="trackio",
+        version="1",
+        description="Trackio: a local folder, a server or a Hugging Face Space",
+        dependencies=("trackio",),
+        extra="trackio",
+        options={"dir": str, "server_url": str},
+        address_option="server_url",
+        key_variable="TRACKIO_WRITE_TOKEN",
+        environment=("TRACKIO_*", "HF_TOKEN"),
+    )
+    idempotent: ClassVar[bool] = True
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options, self._experiment = config.get("options") or {}, config["experiment"]
+        self._server = _server(options)
+        given = options.get("dir") or os.environ.get("TRACKIO_DIR") or Path(config["run_dir"]).parent / "trackio"
+        self._folder = Path(given).expanduser().absolute()
+        self._id = str(config.get("continue_run") or safe_name(str(self._experiment["id"]), _REFUSED_ID, 128))
+        self._is_continued = bool(config.get("continue_run"))
+        self._place: TrackioPlace | None = None
+        self._run = TrackioRun("", "", self._id)
+        self._config: dict[str, Any] = {}
+
+    @property
+    def target(self) -> str:
+        """The folder, or the server without its token."""
+        return self._server.partition("?")[0] or str(self._folder)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder, or a server on this machine."""
+        from urllib.parse import urlsplit
+
+        return not self._server or is_this_machine(urlsplit(self._server).hostname)
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        """Continue the same run."""
+        self._id, self._is_continued = mark["id"], True
+        return True
+
+    def start_experiment(self, name: str, project: str) -> str:
+        """Open the place and the run."""
+        self._place = TrackioServer(self._server) if self._server else TrackioFolder(self._folder)
+        self._run = TrackioRun(project, safe_name(name, _REFUSED_RUN, 200), self._id)
+        if self._is_continued:
+            self._config = self._place.config(self._run)
+
+        started = self._experiment.get("started")
+        self._config |= {
+            "_Username": str(self._experiment.get("user") or "") or None,
+            "_Created": _time(started) if started else self._config.get("_Created", _now()),
+            "_Group": str(self._experiment["parent"]) if self._experiment.get("parent") else None,
+        }
+        self._write_config({})
+        self.set_tags(self._experiment.get("tags") or {})
+        return self._id
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Send one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        """Send a batch: an entry per value."""
+        self._write([self._entry(row.name, row.value, row.step or 0, row.timestamp) for row in rows])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Send parameters; a new value replaces the old one."""
+        named = {safe_name(str(key), _REFUSED_PARAM, _LONGEST_NAME): _plain(each) for key, each in params.items()}
+        self._write_config(named)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Send a text as Markdown."""
+        self._log(name, {"_type": "trackio.markdown", "_value": _utf8(text)}, step)
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Send an image, under a name made of its content."""
+        from trackio.utils import canonical_project_name
+
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        file = f"{digest}{path.suffix}"
+        self._opened.put_media(self._run, path, file, step)
+        where = f"{canonical_project_name(self._run.project)}/{self._run.name}/{step}/{file}"
+        stored = {"_type": "trackio.image", "file_path": where, "caption": None}
+        self._log(name, stored, step)
+
+    def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
+        """Send a histogram; one with more buckets than Trackio shows becomes a text of JSON."""
+        if len(counts) > _MOST_BUCKETS:
+            self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
+            return
+
+        self._log(name, {"_type": "trackio.histogram", "bins": list(edges), "values": list(counts)}, step)
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        """Send a file as an artifact of its own."""
+        title = artifact_name or Path(artifact_path).name
+        name = safe_name(title, _REFUSED_ID, 120)
+        inner = safe_name(Path(title).name or "file", _REFUSED_FILE, 200)
+        self._opened.put_artifact(self._run, name, Path(artifact_path), inner, title)
+
+    def end_time(self, timestamp: float) -> None:
+        """Send the time as a value of the config; Trackio has no field for it."""
+        self._write_config({"traceml/ended": _time(timestamp)})
+
+    def end_state(self, state: str) -> None:
+        """Send the state as a value of the config; Trackio has no field for it."""
+        self._write_config({"traceml/state": state})
+
+    def end_experiment(self) -> None:
+        """Finish; every call was stored when it returned."""
+        self._place = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return the run."""
+        return {"id": self._id}
+
+    # --- entries -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _opened(self) -> TrackioPlace:
+        assert self._place is not None  # between start_experiment and end_experiment
+        return self._place
+
+    def _entry(self, name: str, value: Any, step: int, timestamp: float | None) -> Entry:
+        key = json.dumps([self._id, name, value, step, timestamp])
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return Entry(
+            {safe_name(name, _REFUSED, _LONGEST_NAME): value}, step, _time(timestamp) if timestamp else _now(), digest
+        )
+
+    def _log(self, name: str, value: Mapping[str, Any], step: int) -> None:
+        self._write([self._entry(name, value, step, None)])
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        self._opened.write(self._run, entries, None)
+
+    def _write_config(self, values: Mapping[str, Any]) -> None:
+        """Send the whole config, which Trackio stores only with an entry: one without values, always the same."""
+        self._config |= values
+        empty = Entry({}, 0, str(self._config["_Created"]), f"{self._id}-config")
+        self._opened.write(self._run, [empty], self._config)
+
+
+def _server(options: Mapping[str, Any]) -> str:
+    """Return the server or Space of the options, else that of the environment, as Trackio does; empty for a folder."""
+    if options.get("dir") or options.get("server_url"):
+        return str(options.get("server_url") or "")
+
+    return os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL") or ""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _time(timestamp: float) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).isoformat()
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in a form that Trackio can hold."""
+    if isinstance(value, int) and not isinstance(value, bool) and not -_LARGEST_INTEGER <= value < _LARGEST_INTEGER:
+        return str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {_utf8(str(key)): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+
+    return _utf8(str(value))
