@@ -84,7 +84,10 @@ TOKENS: Final = (
     ("SharedAccessSignature=", r"(?<=SharedAccessSignature=)[^\s;\"']{10,1024}"),
 )  # fmt: skip
 URL_USER: Final = r"(?<=://)[^\s/?#\"'<>@]{1,256}(?:@[^\s/?#\"'<>@]{1,256}){0,3}(?=@[\w\[])"
-URL_QUERY: Final = r"(?i)([?&](?:sig|signature|key|auth|code|(?:[a-z]{1,16}_)?token|x-amz-(?:signature|credential))=)([^&\s#\"']{6,4096})"
+URL_QUERY: Final = (
+    r"(?i)([?&](?:sig|signature|key|auth|code|(?:[a-z]{1,16}_)?token|x-amz-(?:signature|credential))=)"
+    r"([^&\s#\"']{6,4096})"
+)
 HEADER: Final = (
     r"(?i)(\bauthorization\\?[\"']?\s{0,3}[:=]\s{0,3}\\?[\"']?(?:[a-z]{1,16}\s{1,3})?|\bbearer\s{1,3}(?=[\w.~+/-]{0,255}\d))"
     r"([\w.~+/-]{6,4096}={0,2})"
