@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from traceml.track.backends.safe_names import is_this_machine, safe_name
-from traceml.track.backends.trackio_places import Entry, TrackioFolder, TrackioPlace, TrackioRun, TrackioServer
+from traceml.track.backends.trackio_places import TrackioEntry, TrackioFolder, TrackioPlace, TrackioRun, TrackioServer
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -161,23 +161,23 @@ class TrackioBackend(BackendInterface):
         assert self._place is not None  # between start_experiment and end_experiment
         return self._place
 
-    def _entry(self, name: str, value: Any, step: int, timestamp: float | None) -> Entry:
+    def _entry(self, name: str, value: Any, step: int, timestamp: float | None) -> TrackioEntry:
         key = json.dumps([self._id, name, value, step, timestamp])
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        return Entry(
+        return TrackioEntry(
             {safe_name(name, _REFUSED, _LONGEST_NAME): value}, step, _time(timestamp) if timestamp else _now(), digest
         )
 
     def _log(self, name: str, value: Mapping[str, Any], step: int) -> None:
         self._write([self._entry(name, value, step, None)])
 
-    def _write(self, entries: Sequence[Entry]) -> None:
+    def _write(self, entries: Sequence[TrackioEntry]) -> None:
         self._opened.write(self._run, entries, None)
 
     def _write_config(self, values: Mapping[str, Any]) -> None:
         """Send the whole config, which Trackio stores only with an entry: one without values, always the same."""
         self._config |= values
-        empty = Entry({}, 0, str(self._config["_Created"]), f"{self._id}-config")
+        empty = TrackioEntry({}, 0, str(self._config["_Created"]), f"{self._id}-config")
         self._opened.write(self._run, [empty], self._config)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from traceml.errors import BackendUnauthorizedError
 
-__all__ = ["Entry", "TrackioFolder", "TrackioPlace", "TrackioRun", "TrackioServer"]
+__all__ = ["TrackioEntry", "TrackioFolder", "TrackioPlace", "TrackioRun", "TrackioServer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class TrackioRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TrackioEntry:
     """One entry of a run's log.
 
     Attributes:
@@ -44,7 +44,7 @@ class Entry:
 class TrackioPlace(Protocol):
     """A place that stores entries, media and artifacts; each call returns when they are stored."""
 
-    def write(self, run: TrackioRun, entries: Sequence[Entry], config: Mapping[str, Any] | None) -> None:
+    def write(self, run: TrackioRun, entries: Sequence[TrackioEntry], config: Mapping[str, Any] | None) -> None:
         """Store entries, those of known keys not again, and the run's whole config unless it is None."""
 
     def config(self, run: TrackioRun) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class TrackioFolder:
 
         self._storage: Any = SQLiteStorage
 
-    def write(self, run: TrackioRun, entries: Sequence[Entry], config: Mapping[str, Any] | None) -> None:
+    def write(self, run: TrackioRun, entries: Sequence[TrackioEntry], config: Mapping[str, Any] | None) -> None:
         """Store entries in one transaction."""
         self._storage.bulk_log(
             project=run.project,
@@ -120,7 +120,7 @@ class TrackioServer:
             address, hf_token=token, write_token=os.environ.get("TRACKIO_WRITE_TOKEN") or None
         )
 
-    def write(self, run: TrackioRun, entries: Sequence[Entry], config: Mapping[str, Any] | None) -> None:
+    def write(self, run: TrackioRun, entries: Sequence[TrackioEntry], config: Mapping[str, Any] | None) -> None:
         """Send entries in one request."""
         from trackio.utils import serialize_values
 
