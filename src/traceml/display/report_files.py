@@ -16,7 +16,7 @@ from traceml.runs.report.report_types import PAGE_NAME, Report
 from traceml.runs.rows.digest import Digest, read_digest
 from traceml.runs.rows.series import SeriesFollower
 
-__all__ = ["refresh_reports", "write_page", "write_reports"]
+__all__ = ["page_text", "refresh_reports", "write_page", "write_reports"]
 
 _log = logging.getLogger("traceml")
 
@@ -57,11 +57,18 @@ def write_page(run_dir: Path, path: Path) -> None:
         StoreError: the store cannot be read.
         OSError: the file cannot be written.
     """
+    _save(Path(path), page_text(run_dir))
+
+
+def page_text(run_dir: Path) -> str:
+    """Return the HTML report of a run, running or ended.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
         digest = read_digest(reader)
-        page = _page(digest, reader, full_report(digest, reader, Path(run_dir)))
-
-    _save(Path(path), page)
+        return _page(digest, reader, full_report(digest, reader, Path(run_dir)))
 
 
 def _page(digest: Digest, reader: StoreReader, report: Report) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from traceml.database.schema import INFO, LOGGED
 from traceml.database.store.reader import StoreReader
 from traceml.privacy.masker import Masker
 
-__all__ = ["About", "about_run"]
+__all__ = ["About", "about_run", "package_versions"]
 
 # Facts are at the beginning; later frames contain texts, images, histograms.
 _FRAMES = 64
@@ -25,6 +25,7 @@ class About:
         model, loader, optimizer: of the training.
         git, environment, system: from the collectors.
         params: parameters that the user logged, with personal data masked, as reports are shared.
+        tags: tags that the training set, with their values, masked too.
     """
 
     process: Mapping[str, Any] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class About:
     environment: Mapping[str, Any] = field(default_factory=dict)
     system: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, Any] = field(default_factory=dict)
 
 
 def about_run(reader: StoreReader) -> About:
@@ -53,11 +55,26 @@ def about_run(reader: StoreReader) -> About:
         for row in _rows(reader, LOGGED.name, stream.id):
             if row.get("kind") == "params":
                 found.setdefault("params", {}).update(row.get("params") or {})
+            elif row.get("kind") in ("tags", "experiment"):
+                found.setdefault("tags", {}).update(row.get("tags") or {})
             elif row.get("kind") == "collected" and row.get("name") in ("git", "environment", "system"):
                 found[row["name"]] = dict(row.get("facts") or {})
 
-    found["params"] = Masker().mask_mapping(found.get("params", {}))
+    for name in ("params", "tags"):
+        found[name] = Masker().mask_mapping(found.get(name, {}))
+
     return About(**found)
+
+
+def package_versions(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Return the versions of the installed packages by name; none where the collector did not run."""
+    packages = environment.get("packages") or ()
+    lines = packages.splitlines() if isinstance(packages, str) else packages
+    if not isinstance(lines, Iterable):
+        return {}
+
+    pairs = (str(line).partition("==")[::2] for line in lines)
+    return {name: version for name, version in pairs if name}
 
 
 def _rows(reader: StoreReader, name: str, stream: int) -> list[dict[str, Any]]:

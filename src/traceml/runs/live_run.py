@@ -11,9 +11,11 @@ from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.window import slots_for
 from traceml.errors import StoreError
+from traceml.runs.about import About, about_run
 from traceml.runs.report.report import make_report, report_window, run_wall_time
 from traceml.runs.report.report_types import Report, TelemetrySection
 from traceml.runs.rows.digest import Digest
+from traceml.runs.rows.logged_media import LoggedItems, MediaGroup
 from traceml.runs.rows.notes import Note, Notes
 from traceml.runs.rows.series import RunSeries, SeriesFollower
 
@@ -24,6 +26,7 @@ _RATES = 120
 # Window of the speed: a shorter one shows the flush of frames, a longer one hides changes.
 _RATE_S = 2.0
 _TELEMETRY_S = 2.0
+_ABOUT_S = 5.0
 _TIME_S = 2.0
 _TIME_COST = 50  # the run's time is divided for at most 2 % of the time
 
@@ -50,6 +53,8 @@ class LiveRun:
         self._last_event = 0
         self._series: SeriesFollower | None = None
         self._notes = Notes()
+        self._logged = LoggedItems()
+        self._about: tuple[float, About] | None = None
         self._marks: deque[tuple[float, int, int]] = deque()
         self._time_due = 0.0
         self._telemetry: tuple[float, TelemetrySection] | None = None
@@ -129,6 +134,29 @@ class LiveRun:
             self._notes.update(self._reader)
 
         return self._notes.lines(self.events)
+
+    def logged(self) -> tuple[MediaGroup, ...]:
+        """Return the logged texts, images, histograms and files, the newest of each name.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if self._reader is not None:
+            self._logged.update(self._reader)
+
+        return self._logged.groups()
+
+    def about(self) -> About:
+        """Return the run's parameters, source, environment and machine; at most 5 s old.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        now = time.monotonic()
+        if self._reader is not None and (self._about is None or now - self._about[0] >= _ABOUT_S):
+            self._about = now, about_run(self._reader)
+
+        return About() if self._about is None else self._about[1]
 
     def close(self) -> None:
         """Close the store."""

@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
-from tests.display.web.runs import NASTY, add_metrics, add_rank_rows, rewrite
+from tests.display.web.runs import NASTY, add_logged, add_metrics, add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
 from tests.runs.report.test_restarts import FINE, RAISED, attempt, store
 from traceml.database.store.store import StoreWriter
@@ -36,6 +36,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     slow = store_run(folder / "20260105-000000-slow-0001", Job(ranks=4, steps=300), adds("forward", 12, (2,)))
     with StoreWriter(slow / STORE_NAME) as writer:
         add_samples(writer, 1)
+        add_logged(writer, 1, slow)
         add_metrics(writer, 1, {"train/loss": np.linspace(2, 0.1, 300), f"val {NASTY}": np.linspace(0, 1, 300)})
 
     store_run(folder / "20260104-000000-fast-0002", Job(ranks=4, steps=300))

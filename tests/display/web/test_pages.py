@@ -143,7 +143,7 @@ def test_names_with_html_in_them_are_text(visit: Visits) -> None:
     page = visit().open("/")
     expect(page.locator("a.name", has_text="<img")).to_have_text(NASTY)
     page.locator("a.name", has_text="<img").click()
-    expect(page.locator("#telemetry")).to_contain_text(NASTY.split("\u2028")[0].strip())
+    expect(page.locator("#overview")).to_contain_text(NASTY.split("\u2028")[0].strip())
     assert page.title() == "20260102-000000-<b>nasty<-0004 - traceml"
 
     page.goto(page.url.replace(quote("20260102-000000-<b>nasty<-0004", safe=""), SLOW) + "#metrics")
@@ -151,7 +151,62 @@ def test_names_with_html_in_them_are_text(visit: Visits) -> None:
     page.locator("#metrics canvas").last.hover()
     page.wait_for_timeout(200)
     assert page.evaluate("window.pwned") is None
-    assert page.locator("img").count() == 0
+    assert page.locator("img:not(.thumbs img)").count() == 0
+
+
+def test_the_page_holds_what_was_logged(visit: Visits) -> None:
+    """Parameters, source, packages, texts, images, histograms and files; names in them are text; some search."""
+    page = visit().open(f"/run/{SLOW}")
+    overview = page.locator("#overview")
+    for said in ("lr", "optimizer.name", "goal=speed", "c0ffee", "with uncommitted changes", "numpy 2.3.1"):
+        expect(overview).to_contain_text(said)
+
+    overview.locator("summary", has_text="Uncommitted changes").click()
+    expect(overview.locator("pre", has_text="-old")).to_contain_text("+<img src=x")
+    page.get_by_label("search parameters").fill("adam")
+    expect(page.locator("#parameters tbody tr:visible")).to_have_count(1)
+    expect(page.locator("#media figure")).to_have_count(24)
+    expect(page.locator("#media")).to_contain_text("6 older ones are not shown.")
+    expect(page.locator("#media pre.logged")).to_have_text(NASTY.replace("\u2028", "\\u2028"))
+    expect(page.locator(".file", has_text="huge.bin")).to_contain_text("not stored: it is too large")
+    is_drawn(page, "weights")
+    assert page.evaluate("window.pwned") is None
+
+
+def test_files_of_a_run_are_downloaded_and_nothing_else_is(visit: Visits) -> None:
+    """Logged files, logs and reports; no script in them can run; paths out of the run's folder are refused."""
+    page = visit().open(f"/run/{SLOW}")
+    page.wait_for_selector(".file a")
+    links = {
+        each.inner_text(): each.get_attribute("href") for each in page.locator("#media .file a, #overview a").all()
+    }
+
+    for name, begins in (("out/model.svg", "<svg"), ("report.json", "{"), ("Download report.html", "<!doctype html>")):
+        answer = page.request.get(f"http://127.0.0.1:{page.url.split(':')[2].split('/')[0]}{links[name]}")
+        assert answer.text().startswith(begins)
+        assert answer.headers["content-disposition"].startswith("attachment")
+        assert "sandbox" in answer.headers["content-security-policy"]
+
+    base = page.url.replace("/run/", "/files/")
+    for path in (
+        links["passwd"].split("/")[-1],
+        "traceml.store",
+        "artifacts/../traceml.store",
+        "logs/%2e%2e/store.log",
+    ):
+        assert page.request.get(f"{base}/{path}").status == 404
+
+    assert page.request.get(page.url.replace(f"/run/{SLOW}", "/files/%2e%2e/report.json")).status == 404
+
+
+def test_logs_are_searched(visit: Visits) -> None:
+    """By words and by level, beyond the lines that are shown at first."""
+    page = visit().open(f"/run/{SLOW}")
+    page.locator("#log-level").select_option("error")
+    expect(page.locator("#logs pre:visible")).to_contain_text("ValueError: <img src=x")
+    assert "is fine" not in page.locator("#logs pre:visible").inner_text()
+    page.locator("#log-search").fill("no such words")
+    expect(page.locator("#logs")).to_contain_text("No line contains this.")
 
 
 @pytest.mark.parametrize(

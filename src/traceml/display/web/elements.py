@@ -9,7 +9,8 @@ from urllib.parse import quote
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-__all__ = ["ChartCard", "Container", "DataTable", "FactList", "TextNode", "link", "run_path", "set_visible"]
+__all__ = ["ChartCard", "Container", "DataTable", "FactList", "TextNode", "link", "run_path", "search_box",
+           "set_visible", "web_link"]  # fmt: skip
 
 
 class TextNode(TextElement):  # type: ignore[misc]  # types are checked without NiceGUI
@@ -56,6 +57,25 @@ def link(text: str, href: str, classes: str = "") -> TextNode:
     return TextNode("a", text, classes, href=href)
 
 
+def web_link(text: str, href: str) -> TextNode:
+    """Return a link to another site, or plain text where the address is not one of the web."""
+    if not href.startswith(("https://", "http://")):
+        return TextNode("span", text)
+
+    return TextNode("a", text, href=href, target="_blank", rel="noreferrer noopener")
+
+
+def search_box(words: str, of: str) -> Container:
+    """Return a search field that hides what does not contain its words; `page.js` does it.
+
+    Args:
+        words: what is searched, for screen readers.
+        of: the id of the element whose parts with `data-words` are searched.
+    """
+    attributes = {"type": "search", "placeholder": f"Search {words}", "aria_label": f"search {words}"}
+    return Container("input", "search", data_filter=of, autocomplete="off", **attributes)
+
+
 def run_path(run_id: str) -> str:
     """Return the address of a run's page."""
     return f"/run/{quote(run_id, safe='')}"
@@ -69,11 +89,13 @@ class ChartCard:
         hint: a few words on how to read it.
         waiting: text while there is nothing to draw.
         classes: of the style sheet.
+        words: what a search field finds the card by; empty where none does.
     """
 
-    def __init__(self, title: str, hint: str = "", *, waiting: str = "", classes: str = "") -> None:
+    def __init__(self, title: str, hint: str = "", *, waiting: str = "", classes: str = "", words: str = "") -> None:
         self._drawn: str | None = None
-        with Container("section", f"card chart {classes}", aria_label=title) as self.card:
+        attributes = {"data_words": words.lower()} if words else {}
+        with Container("section", f"card chart {classes}", aria_label=title, **attributes) as self.card:
             with Container("header"):
                 TextNode("h3", title)
                 TextNode("p", hint, "hint")
@@ -141,9 +163,11 @@ class DataTable:
     Args:
         columns: (heading, classes of its cells).
         caption: its content, for screen readers.
+        searched: whether a search field finds rows by their texts.
     """
 
-    def __init__(self, columns: Sequence[tuple[str, str]], caption: str) -> None:
+    def __init__(self, columns: Sequence[tuple[str, str]], caption: str, *, searched: bool = False) -> None:
+        self._searched = searched
         self._rows: list[tuple[Container, list[TextNode]]] = []
         with Container("div", "scroll", tabindex="0", role="region", aria_label=caption), Container("table"):
             TextNode("caption", caption, "visually-hidden")
@@ -183,6 +207,9 @@ class DataTable:
             row.set_classes(row_classes[number] if row_classes else "")
             for cell, text in zip(cells, texts, strict=True):
                 cell.set_text(text)
+
+            if self._searched and row.props.get("data-words") != (words := " ".join(texts).lower()):
+                row.props["data-words"] = words
 
         for row, _ in self._rows[len(rows) :]:
             set_visible(row, False)

@@ -46,10 +46,12 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
     from nicegui import ui
 
     from traceml.display.web.pages import Pages
+    from traceml.display.web.run_files import RunFiles
     from traceml.display.web.token_middleware import TokenMiddleware
 
     pages = Pages(config.runs_dir)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=partial(_lifespan, pages))
+    RunFiles(config.runs_dir).register(app)
     pages.register()
     app.add_middleware(TokenMiddleware, token=config.token, port=sock.getsockname()[1])
     ui.run_with(

@@ -64,7 +64,7 @@ class Pages:
         ui.page_title(f"{run_id} - traceml")
         theme = theme_of(request.cookies)
         self._themes.add(theme)
-        page = RunPage(client, run_id, theme)
+        page = RunPage(client, self._runs_dir / run_id, theme)
         ui.on("traceml_theme", lambda event: self._set_theme(page, event.args))
         if is_run_id(run_id):
             await self._follow(client, self._runs, run_id, page.show)

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping
-from typing import Any
-
-import msgspec
-
-from traceml.database.store.reader import RunEvent
 from traceml.display.web.elements import Container, DataTable, FactList, TextNode, set_visible
-from traceml.display.web.run_sources import LogTail, RunState
 from traceml.formatting import (
     bytes_text,
     capitalized,
@@ -24,11 +15,9 @@ from traceml.formatting import (
     phase_label,
 )
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import end_of_rank
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
-from traceml.runs.report.report_types import RankSection
 
-__all__ = ["DeliveryPanel", "LinePanel", "LogPanel", "RankTable", "TelemetryPanel"]
+__all__ = ["DeliveryPanel", "LinePanel", "RankTable", "TelemetryPanel"]
 
 _RANKS = 24
 _LINES = 8
@@ -120,75 +109,6 @@ def _draw_lines(phase: PhaseLines) -> None:
                         TextNode("small", f"in {library_text(each.library)}" if each.library else "")
 
 
-class LogPanel:
-    """Events, and the ends of the files in the run's `logs`."""
-
-    def __init__(self) -> None:
-        self._tails: dict[str, tuple[Container, TextNode]] = {}
-        with Container("div", "card") as self._card, Container("details", "", open=True):
-            TextNode("summary", "Events")
-            with Container("div", "events", tabindex="0", role="region", aria_label="events"):
-                self._events = DataTable(
-                    (("Time", "nowrap"), ("What", "nowrap"), ("", "long")), "events, the newest first"
-                )
-
-    def show(self, state: RunState) -> None:
-        """Show the current logs."""
-        shown = [event for number, event in enumerate(state.events) if _is_new(state.events, number)]
-        self._events.show([_event_cells(event) for event in reversed(shown)])
-        for tail in state.logs:
-            self._show_tail(tail)
-
-    def _show_tail(self, tail: LogTail) -> None:
-        if tail.name not in self._tails:
-            with self._card, Container("details") as block:
-                TextNode("summary", tail.name)
-                self._tails[tail.name] = block, TextNode("pre", "", "log", tabindex="0")
-
-        before = "[earlier lines are in the file]\n" if tail.cut else ""
-        self._tails[tail.name][1].set_text(before + (tail.text or "(empty)"))
-
-
-def _is_new(events: tuple[RunEvent, ...], number: int) -> bool:
-    """Return whether an event is new: the verdict is stored again each time its numbers change."""
-    event = events[number]
-    if event.kind != "verdict":
-        return True
-
-    before = next((each for each in reversed(events[:number]) if each.kind == "verdict"), None)
-    return before is None or _verdict_key(before) != _verdict_key(event)
-
-
-def _verdict_key(event: RunEvent) -> tuple[Any, ...]:
-    first = (event.data.get("findings") or [{}])[0]
-    return first.get("kind"), first.get("ranks"), first.get("phase")
-
-
-def _event_cells(event: RunEvent) -> list[str]:
-    at = time.strftime("%H:%M:%S", time.localtime(event.epoch_ns / 1e9))
-    if event.kind == "verdict":
-        first = (event.data.get("findings") or [{}])[0]
-        return [at, "verdict", f"{first.get('kind', '')}: {first.get('summary', '')}"]
-
-    if event.kind == "rank":
-        return [at, "rank", f"rank {event.data.get('rank')}: {_rank_state(event.data)}"]
-
-    return [at, event.kind, ", ".join(f"{name} {_plain(value)}" for name, value in event.data.items() if value)]
-
-
-def _rank_state(data: Mapping[str, Any]) -> str:
-    try:
-        rank = msgspec.convert(data, RankSection)
-    except msgspec.ValidationError:
-        return str(data.get("state", ""))
-
-    return end_of_rank(rank) or rank.state
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
 class DeliveryPanel:
     """State of each tracker."""
 
@@ -227,7 +147,7 @@ class DeliveryPanel:
 
 
 class TelemetryPanel:
-    """Rows stored and lost, overhead, and the origin of the run."""
+    """Rows stored and lost, and overhead."""
 
     def __init__(self) -> None:
         with Container("div", "card pad"):
@@ -243,8 +163,6 @@ class TelemetryPanel:
                 ("Overhead", overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)),
                 ("Sent", bytes_text(telemetry.bytes_sent)),
                 ("Run", run.id),
-                ("Command", run.command_line or "-"),
-                ("Hosts", ", ".join(run.hosts) or "-"),
                 ("traceml", view.report.traceml_version or "-"),
             )
         )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nicegui import Client
 
 from traceml.display.web.chart_panel import ChartPanel
 from traceml.display.web.elements import Container, TextNode, link, set_visible
 from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
-from traceml.display.web.run_details import DeliveryPanel, LinePanel, LogPanel, RankTable, TelemetryPanel
+from traceml.display.web.panels.log_panel import LogPanel
+from traceml.display.web.panels.media_panel import MediaPanel
+from traceml.display.web.panels.overview_panel import OverviewPanel
+from traceml.display.web.run_details import DeliveryPanel, LinePanel, RankTable, TelemetryPanel
 from traceml.display.web.run_sources import RunState
 from traceml.display.web.verdict_card import FindingsPanel, VerdictCard
 from traceml.formatting import duration_text
@@ -21,6 +26,8 @@ _TABS = (
     ("ranks", "Ranks"),
     ("machine", "Memory and system"),
     ("metrics", "Metrics"),
+    ("media", "Media and files"),
+    ("overview", "Overview"),
     ("lines", "Lines"),
     ("logs", "Logs"),
     ("delivery", "Delivery"),
@@ -33,14 +40,14 @@ class RunPage:
 
     Args:
         client: the browser.
-        run_id: the run's folder.
+        run_dir: the run's folder.
         theme: the one that the browser used last.
     """
 
-    def __init__(self, client: Client, run_id: str, theme: str) -> None:
-        self._client, self._theme = client, theme
+    def __init__(self, client: Client, run_dir: Path, theme: str) -> None:
+        self._client, self._run_dir, self._theme = client, run_dir, theme
         self._state: RunState | None = None
-        self._crumb = top_bar(run_id, _TABS)
+        self._crumb = top_bar(run_dir.name, _TABS)
         self._banner = Banner()
         with Container("div", "page", id="content", tabindex="-1"):
             with Container("div", "card empty-state") as self._empty_state:
@@ -73,7 +80,7 @@ class RunPage:
             self._theme = theme
             if self._state is not None and self._state.view is not None:
                 with self._client:
-                    draw(self._client, self._charts.show(self._state, theme))
+                    self._draw(self._state)
 
     def _build(self) -> None:
         with Container("section", "", id="verdict", aria_label="verdict"):
@@ -84,13 +91,21 @@ class RunPage:
         with self._charts.below_ranks:
             self._rank_table = RankTable()
 
+        with Container("section", "", id="media", aria_label="media and files"):
+            TextNode("h2", "Media and files")
+            self._media = MediaPanel(self._run_dir.name)
+
+        with Container("section", "", id="overview", aria_label="overview"):
+            TextNode("h2", "Overview")
+            self._overview = OverviewPanel(self._run_dir.name)
+
         with Container("section", "", id="lines", aria_label="lines of code"):
             TextNode("h2", "Lines of code")
             self._lines = LinePanel()
 
         with Container("section", "", id="logs", aria_label="logs"):
             TextNode("h2", "Logs")
-            self._logs = LogPanel()
+            self._logs = LogPanel(self._client, self._run_dir)
 
         with Container("div", "grid"):
             with Container("section", "", id="delivery", aria_label="delivery"):
@@ -111,7 +126,12 @@ class RunPage:
         self._logs.show(state)
         self._delivery.show(view)
         self._telemetry.show(view)
-        draw(self._client, self._charts.show(state, self._theme))
+        self._overview.show(state, view)
+        self._draw(state)
+
+    def _draw(self, state: RunState) -> None:
+        drawn = [*self._charts.show(state, self._theme), *self._media.show(state, self._theme)]
+        draw(self._client, drawn)
 
     def _explain_absence(self, state: RunState) -> None:
         if state.problem:

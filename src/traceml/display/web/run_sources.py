@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.store.reader import RunEvent
 from traceml.database.store.store_file import STORE_NAME
 from traceml.display.web.chart_cache import ChartCache
+from traceml.display.web.panels.log_search import LogTail, log_tails
 from traceml.errors import StoreError
 from traceml.renderers.views import RunView, run_view
+from traceml.runs.about import About
 from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import REPORT_NAME, Report, read_report
-from traceml.runs.run_labels import labels_time
+from traceml.runs.rows.logged_media import MediaGroup
+from traceml.runs.run_labels import RunLabels, labels_time, read_labels
 
 if TYPE_CHECKING:
     from traceml.runs.rows.series import RunSeries
 
-__all__ = ["LogTail", "RunFileTimes", "RunSource", "RunState", "RunsSource", "RunsState", "is_run_id"]
+__all__ = ["RunFileTimes", "RunSource", "RunState", "RunsSource", "RunsState", "is_run_id"]
 
 # A running run writes its samples at least once a second; a longer silence is reported.
 _SILENT_S = 5.0
-_TAIL_BYTES = 16 * 1024
-_LOG_FILES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class LogTail:
-    """The end of a file in the run's `logs`."""
-
-    name: str
-    text: str
-    cut: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +45,9 @@ class RunState:
         silent_s: seconds without new data of a running run; None for a short silence.
         watched: whether the aggregator that writes it is alive, as far as is known.
         charts: the charts.
+        about: parameters, source, environment, machine.
+        labels: those that people gave it.
+        logged: texts, images, histograms and files that it logged.
     """
 
     id: str
@@ -64,6 +59,9 @@ class RunState:
     silent_s: float | None = None
     watched: bool = True
     charts: ChartCache | None = None
+    about: About = field(default_factory=About)
+    labels: RunLabels = field(default_factory=RunLabels)
+    logged: tuple[MediaGroup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +165,9 @@ class RunSource:
             return self._state
 
         problem = "The store of this run is gone; this page shows its report."
-        return self._changed(exists=True, problem=problem, view=view, charts=self._charts(view, None))
+        charts, labels = self._charts(view, None), read_labels(self._path)
+        about = About(params=report.setup.params, model=report.setup.model)
+        return self._changed(exists=True, problem=problem, view=view, charts=charts, labels=labels, about=about)
 
     def _changed(self, **values: Any) -> RunState:
         state = replace(self._state, **values)
@@ -181,9 +181,12 @@ class RunSource:
             view=view,
             charts=self._charts(view, series),
             events=tuple(live.events),
-            logs=tuple(_tails(self._path / "logs")),
+            logs=tuple(log_tails(self._path)),
             silent_s=self._silent(live),
             watched=report.run.state != "lost",
+            about=live.about(),
+            labels=read_labels(self._path),
+            logged=live.logged(),
         )
 
     def _charts(self, view: RunView, series: RunSeries | None) -> ChartCache:
@@ -259,6 +262,7 @@ class RunFileTimes:
     """
 
     def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
         self._files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal", run_dir / REPORT_NAME]
         self._seen = -1.0
 
@@ -278,8 +282,8 @@ class RunFileTimes:
         return max(0.0, time.time() - self.newest())
 
     def changed(self) -> bool:
-        """Return whether something was written since the last call."""
-        newest = self.newest()
+        """Return whether something was written since the last call, labels of people included."""
+        newest = self.newest() + labels_time(self._run_dir)
         changed, self._seen = newest != self._seen, newest
         return changed
 
@@ -289,22 +293,3 @@ def _written_report(run_dir: Path) -> Report | None:
         return read_report(run_dir / REPORT_NAME)
     except (OSError, StoreError):
         return None  # not written yet, or damaged: the store has the same
-
-
-def _tails(folder: Path) -> list[LogTail]:
-    """Return the ends of the newest log files, by name."""
-    try:
-        files = sorted(folder.rglob("*.log"), key=lambda file: file.stat().st_mtime)[-_LOG_FILES:]
-        return sorted((_tail(folder, file) for file in files), key=lambda tail: tail.name)
-    except OSError:
-        return []  # a file was removed meanwhile
-
-
-def _tail(folder: Path, file: Path) -> LogTail:
-    with file.open("rb") as opened:
-        size = opened.seek(0, 2)
-        opened.seek(max(0, size - _TAIL_BYTES))
-        text = opened.read(_TAIL_BYTES).decode("utf-8", "replace")
-
-    cut = size > _TAIL_BYTES
-    return LogTail(str(file.relative_to(folder)), text.partition("\n")[2] if cut else text, cut)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from traceml.formatting import (
 )
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
+from traceml.renderers.run_about import about_facts
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import tracker_text
 from traceml.runs.about import About
@@ -31,8 +31,6 @@ _STACKS = 4
 _LINES = 8
 _LEAST_LINE = 0.01
 _LONGEST_VALUE = 400
-_PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
-             "mlflow", "wandb", "clearml", "aim", "tensorboard")  # fmt: skip
 
 
 def phase_table(view: RunView) -> Iterator[str]:
@@ -124,56 +122,8 @@ def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
 
 def run_facts(view: RunView, about: About) -> Iterator[str]:
     """Yield command, source, versions, machine, model."""
-    git, process, environment = about.git, about.process, about.environment
-    argv = process.get("argv")
-    command = _runnable(shlex.join(map(str, argv)) if argv else view.run.command_line)
-    rows = [
-        ("command", command),
-        ("folder", process.get("folder")),
-        ("git commit", _commit(git)),
-        ("git branch", git.get("branch")),
-        ("git remote", git.get("remote")),
-        ("python", process.get("python")),
-        ("interpreter", process.get("executable")),
-        ("traceml", process.get("traceml") or view.report.traceml_version),
-        ("packages", _packages(environment)),
-        ("ranks", f"{view.run.world_size} on {', '.join(view.run.hosts[:16])}"),
-        ("machine", _machine(about.system)),
-        *((name, _map_text(facts)) for name, facts in _training(about)),
-        ("parameters", _map_text({name: str(value) for name, value in about.params.items()})),
-    ]
-    yield from _facts(rows)
-
-
-def _runnable(command: str) -> str:
-    """Return a command that a shell takes: a script alone is not found by it."""
-    return f"python {command}" if command.partition(" ")[0].endswith(".py") else command
-
-
-def _training(about: About) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    return ("model", about.model), ("data loader", about.loader), ("optimizer", about.optimizer)
-
-
-def _commit(git: Mapping[str, Any]) -> str | None:
-    commit = git.get("commit")
-    return f"{commit}{' with uncommitted changes' if git.get('dirty') else ''}" if commit else None
-
-
-def _packages(environment: Mapping[str, Any]) -> str | None:
-    """Return the most important versions; the store has all."""
-    packages = environment.get("packages") or ()
-    if isinstance(packages, str) or not isinstance(packages, Iterable):
-        return None
-
-    installed = dict(str(package).partition("==")[::2] for package in packages)
-    return ", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed) or None
-
-
-def _machine(system: Mapping[str, Any]) -> str:
-    memory = system.get("memory_bytes")
-    parts = [system.get("cpu"), f"{system['cores']} cores" if system.get("cores") else None]
-    parts += [bytes_text(memory) if memory else None, ", ".join(map(str, system.get("gpus") or ())), system.get("os")]
-    return ", ".join(str(part) for part in parts if part)
+    parameters = _map_text({name: str(value) for name, value in about.params.items()})
+    yield from _facts([*about_facts(view, about), ("parameters", parameters)])
 
 
 def _map_text(facts: Mapping[str, Any]) -> str:

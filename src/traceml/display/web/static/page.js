@@ -44,7 +44,7 @@ window.traceml = (() => {
   function search() {
     const words = (document.getElementById("search")?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean);
     let found = 0;
-    const rows = document.querySelectorAll("tr[data-words]");
+    const rows = document.querySelectorAll(".runs tr[data-words]");
     for (const row of rows) {
       const fits = words.every((word) => row.dataset.words.includes(word));
       row.style.display = fits ? "" : "none";
@@ -52,6 +52,13 @@ window.traceml = (() => {
     }
     const none = document.getElementById("none-found");
     if (none) none.style.display = rows.length && !found ? "" : "none";
+  }
+
+  function filter(box) {
+    const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const part of document.getElementById(box.dataset.filter)?.querySelectorAll("[data-words]") ?? []) {
+      part.classList.toggle("filtered", !words.every((word) => part.dataset.words.includes(word)));
+    }
   }
 
   function pick() {
@@ -124,7 +131,11 @@ window.traceml = (() => {
   applyTheme();
   system.addEventListener("change", applyTheme);
   document.addEventListener("keydown", key);
-  document.addEventListener("input", (event) => (event.target.id === "search" ? search() : pick()));
+  document.addEventListener("input", (event) => {
+    if (event.target.dataset?.filter) filter(event.target);
+    else if (event.target.id === "search") search();
+    else pick();
+  });
   document.addEventListener("change", pick);
   document.addEventListener("click", (event) => {
     const id = event.target.closest?.("button")?.id;

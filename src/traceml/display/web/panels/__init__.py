@@ -1,0 +1,1 @@
+"""Sections of a run's page that show what was logged: overview, media, logs."""

@@ -1,0 +1,79 @@
+"""Ends of a run's log files, and the lines of them that are searched for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["LEVELS", "LogTail", "log_tails", "search_logs"]
+
+_TAIL_BYTES = 16 * 1024
+_SEARCHED_BYTES = 4 << 20
+_FOUND_LINES = 500
+_LOG_FILES = 8
+_ERROR = r"\b(?:\w+(?:Error|Exception)|(?i:error|critical|fatal|exception|traceback))\b"
+_WARNING = r"\b(?:\w+Warning|(?i:warn|warning))\b"
+
+LEVELS: dict[str, re.Pattern[str] | None] = {
+    "all": None,
+    "warning": re.compile(f"{_ERROR}|{_WARNING}"),
+    "error": re.compile(_ERROR),
+}
+"""Least level of the lines to show -> what such a line contains."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogTail:
+    """The end of a file in the run's `logs`; `cut` where earlier lines are missing."""
+
+    name: str
+    text: str
+    cut: bool
+
+
+def log_tails(run_dir: Path, limit_bytes: int = _TAIL_BYTES) -> list[LogTail]:
+    """Return the ends of the newest log files of a run, by name.
+
+    Args:
+        run_dir: the run's folder.
+        limit_bytes: most bytes of each file.
+    """
+    folder = run_dir / "logs"
+    try:
+        files = sorted(folder.rglob("*.log"), key=lambda file: file.stat().st_mtime)[-_LOG_FILES:]
+        return sorted((_tail(folder, file, limit_bytes) for file in files), key=lambda tail: tail.name)
+    except OSError:
+        return []  # a file was removed meanwhile
+
+
+def search_logs(run_dir: Path, words: str, level: str) -> list[LogTail]:
+    """Return the lines of each log file's last 4 MiB that contain all words and have at least a level.
+
+    Args:
+        run_dir: the run's folder.
+        words: with spaces between them; case does not matter.
+        level: a key of `LEVELS`.
+    """
+    wanted, pattern = words.lower().split(), LEVELS.get(level)
+
+    def fits(line: str) -> bool:
+        lower = line.lower()
+        return all(word in lower for word in wanted) and (pattern is None or pattern.search(line) is not None)
+
+    found = []
+    for tail in log_tails(run_dir, _SEARCHED_BYTES):
+        lines = [line for line in tail.text.splitlines() if fits(line)]
+        found.append(LogTail(tail.name, "\n".join(lines[-_FOUND_LINES:]), tail.cut or len(lines) > _FOUND_LINES))
+
+    return found
+
+
+def _tail(folder: Path, file: Path, limit_bytes: int) -> LogTail:
+    with file.open("rb") as opened:
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - limit_bytes))
+        text = opened.read(limit_bytes).decode("utf-8", "replace")
+
+    cut = size > limit_bytes
+    return LogTail(str(file.relative_to(folder)), text.partition("\n")[2] if cut else text, cut)

@@ -1,0 +1,44 @@
+"""Charts of logged histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from traceml.renderers.charts.chart_options import Option, blank, line_series, pairs, plain_values, set_ends, value_axis
+from traceml.renderers.charts.palette import LIGHT, Theme
+from traceml.runs.rows.logged_media import LoggedItem
+
+__all__ = ["histogram_chart"]
+
+_LINES = 5
+
+
+def histogram_chart(items: Sequence[LoggedItem], theme: Theme = LIGHT) -> Option | None:
+    """Return the share of the values per unit of value; of many steps the newest and some before it.
+
+    Bins of different widths are comparable, as each share is divided by the width of its bin.
+
+    Args:
+        items: histograms of one name, oldest first.
+        theme: the colors.
+    """
+    drawable = [item for item in items if len(item.edges) == len(item.counts) + 1 and sum(item.counts) > 0]
+    if not drawable:
+        return None
+
+    chosen = np.unique(np.linspace(0, len(drawable) - 1, min(_LINES, len(drawable))).astype(int))
+    option = blank(theme)
+    option["xAxis"] = {**value_axis(theme, "value"), "splitLine": {"show": False}}
+    option["yAxis"] = value_axis(theme, "")
+    for place, at in enumerate(reversed(chosen.tolist())):
+        item = drawable[at]
+        edges, counts = np.asarray(item.edges), np.asarray(item.counts)
+        widths = np.where(np.diff(edges) > 0, np.diff(edges), 1.0)
+        points = pairs(((edges[:-1] + edges[1:]) / 2).tolist(), plain_values(counts / counts.sum() / widths))
+        name = "no step" if item.step is None else f"step {item.step:,}"
+        option["series"].append(line_series(name, points, theme.lines[place % len(theme.lines)], 1.5 if place else 2.5))
+
+    set_ends(option)
+    return option

@@ -1,0 +1,130 @@
+"""Logged texts, images, histograms and files of a run, followed by cursor; the newest of each name."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from traceml.database.schema import LOGGED
+from traceml.database.store.reader import StoreReader
+from traceml.runs.rows.clocks import RunClocks
+
+__all__ = ["LoggedItem", "LoggedItems", "MediaGroup"]
+
+_KINDS = ("image", "text", "histogram", "artifact", "refused", "value")
+_KEPT = {"image": 24, "text": 24, "histogram": 24, "artifact": 1, "refused": 4, "value": 24}
+# Pages are for people: further names are only in the store.
+_MOST_NAMES = 1000
+_MOST_CHARS = 20_000
+_FRAMES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedItem:
+    """One logged value that is not a number.
+
+    Attributes:
+        rank: the rank that logged it.
+        step: its step; None where it has none.
+        epoch_s: the time of the call.
+        text: the text, at most 20,000 characters of it, or why a file was refused.
+        path: the file in the run's folder.
+        size_bytes: size of the file.
+        counts, edges: of a histogram; one edge more than counts.
+    """
+
+    rank: int
+    step: int | None
+    epoch_s: float
+    text: str = ""
+    path: str = ""
+    size_bytes: int = 0
+    counts: tuple[float, ...] = ()
+    edges: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MediaGroup:
+    """The newest values of one kind and name, oldest first.
+
+    Attributes:
+        kind: image, text, histogram, artifact, refused, or value (a metric's value that is not a number).
+        older: number of values before them, which are only in the store.
+    """
+
+    kind: str
+    name: str
+    items: tuple[LoggedItem, ...]
+    older: int = 0
+
+
+class LoggedItems:
+    """Follows the logged values of a run, of all attempts and ranks."""
+
+    def __init__(self) -> None:
+        self._after = 0
+        self._found: dict[tuple[str, str], deque[LoggedItem]] = {}
+        self._counts: dict[tuple[str, str], int] = {}
+        self._clocks = RunClocks(())
+        self._ranks: dict[int, int] = {}
+
+    def update(self, reader: StoreReader) -> bool:
+        """Take what arrived since the last call; return whether there was anything.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if LOGGED.name not in reader.tables:
+            return False  # a store that is older than the table
+
+        changed = False
+        while frames := reader.frames_of((LOGGED.name,), self._after, _FRAMES):
+            self._after, changed = frames[-1].id, True
+            for frame in frames:
+                if frame.stream not in self._ranks:
+                    streams = reader.streams()
+                    self._clocks, self._ranks = RunClocks(streams), {stream.id: stream.rank for stream in streams}
+
+                for row in frame.maps():
+                    self._take(frame.stream, row)
+
+        return changed
+
+    def groups(self) -> tuple[MediaGroup, ...]:
+        """Return the newest values by kind and name."""
+        ordered = sorted(self._found.items(), key=lambda entry: (_KINDS.index(entry[0][0]), entry[0][1]))
+        return tuple(
+            MediaGroup(kind, name, tuple(items), self._counts[kind, name] - len(items))
+            for (kind, name), items in ordered
+        )
+
+    def _take(self, stream: int, row: Mapping[str, Any]) -> None:
+        kind, name = str(row.get("kind", "")), str(row.get("name") or "")
+        if kind not in _KINDS:
+            return
+
+        rank = self._ranks[stream]
+        key = kind, f"{name}/rank_{rank}" if rank else name
+        if key not in self._found and len(self._found) >= _MOST_NAMES:
+            return
+
+        epoch_s = self._clocks.of_date(stream, int(row.get("t_ns", 0))) / 1e9
+        self._found.setdefault(key, deque(maxlen=_KEPT[kind])).append(_item(row, rank, float(epoch_s)))
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+
+def _item(row: Mapping[str, Any], rank: int, epoch_s: float) -> LoggedItem:
+    words = {"refused": row.get("why"), "value": row.get("value")}.get(str(row.get("kind")), row.get("text"))
+    step = row.get("step")
+    return LoggedItem(
+        rank,
+        step if isinstance(step, int) else None,
+        epoch_s,
+        text=str("" if words is None else words)[:_MOST_CHARS],
+        path=str(row.get("path") or ""),
+        size_bytes=int(row.get("size") or 0),
+        counts=tuple(map(float, row.get("counts") or ())),
+        edges=tuple(map(float, row.get("edges") or ())),
+    )

@@ -1,0 +1,38 @@
+"""Search of log files."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml.display.web.panels.log_search import log_tails, search_logs
+
+LINES = ["step 1 fine", "UserWarning: slow loader", "ValueError: bad", "Traceback (most recent call last):", "terror"]
+
+
+@pytest.mark.parametrize(
+    ("words", "level", "found"),
+    [
+        ("", "all", LINES),
+        ("", "warning", LINES[1:4]),
+        ("", "error", LINES[2:4]),
+        ("SLOW loader", "all", LINES[1:2]),
+        ("slow", "error", []),
+        ("", "unknown", LINES),
+    ],
+)
+def test_lines_are_found_by_words_and_level(tmp_path, words, level, found):
+    """Every word must be in the line; a warning is below an error; part of a word is no level."""
+    (tmp_path / "logs" / "h0").mkdir(parents=True)
+    (tmp_path / "logs" / "h0" / "rank_0.log").write_text("\n".join(LINES))
+
+    tail = search_logs(tmp_path, words, level)[0]
+    assert (tail.name, tail.text.splitlines(), tail.cut) == ("h0/rank_0.log", found, False)
+
+
+def test_lines_before_the_end_of_a_file_are_found(tmp_path):
+    """The page shows 16 KiB of a file, and searches 4 MiB of it."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "output.log").write_text("early error\n" + "fine\n" * 10_000)
+
+    assert "early" not in log_tails(tmp_path)[0].text
+    assert search_logs(tmp_path, "early", "error")[0].text == "early error"
