@@ -1,4 +1,4 @@
-# One command each: demo, check, test, lint, docs, bench, accuracy. Every target prepares what it needs.
+# One command each: demo, check, test, lint, docs, bench, accuracy, faults. Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 1)
 
-.PHONY: demo check test lint types style unit system docs bench accuracy clean
+.PHONY: demo check test lint types style unit system docs bench accuracy faults clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.c)
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -71,6 +71,10 @@ bench: $(VENV)/.base
 # 114 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and half an hour.
 accuracy: $(VENV)/.test
 	$(BIN)/python benchmarks/accuracy/judge.py --output docs/accuracy.md $(ARGS)
+
+# Every process and part of the system disturbed, in real trainings; writes docs/faults.md. As root: an hour.
+faults: system $(VENV)/.test
+	$(BIN)/python benchmarks/faults/faults.py --output docs/faults.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) .bench build dist
