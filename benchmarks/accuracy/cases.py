@@ -219,8 +219,9 @@ _SHARDED = (
 )  # fmt: skip
 
 
-def _hang(how: str, *blamed: int, cause: str, function: str | None = None) -> Case:
-    return _case(f"hang, {how.replace('_', ' ')} x2", f"hangs {how}", "HANG", ranks=2, blamed=blamed, cause=cause,
+def _hang(how: str, *blamed: int, cause: str, function: str | None = None, ranks: int = 2) -> Case:
+    usual = how.replace("_", " ").replace("--start-method", "by")
+    return _case(f"hang, {usual} x{ranks}", f"hangs {how}", "HANG", ranks=ranks, blamed=blamed, cause=cause,
                  function=function, hang_timeout_s=10.0, fails=True)  # fmt: skip
 
 
@@ -240,6 +241,13 @@ _HANGS = (
     _hang("barrier", 0, 1, cause="mismatch"),
     _hang("uneven", 0, 1, cause="mismatch"),
     _hang("subgroup", 0, 1, cause="circle"),
+    _hang("skip", 0, 1, cause="mismatch"),
+    _hang("worker --start-method spawn", 1, cause="never_came", function="wait_for_lock"),
+    *(_hang("skip", 1, cause="mismatch", ranks=ranks) for ranks in (3, 4)),
+    *(_hang("barrier", 0, cause="mismatch", ranks=ranks) for ranks in (3, 4)),
+    *(_hang("uneven", 1, cause="mismatch", ranks=ranks) for ranks in (3, 4)),
+    *(_hang("stopped", 1, cause="never_came", ranks=ranks) for ranks in (3, 4)),
+    *(_hang("held", 1, cause="never_came", function="hold_interpreter", ranks=ranks) for ranks in (3, 4)),
     _no_hang("evaluate"),
     _no_hang("tokenize"),
 )

@@ -1,4 +1,4 @@
-"""A training on two ranks that hangs in its 60th step, in the way that is asked for; or only looks like it."""
+"""A training on two ranks or more that hangs in its 60th step, in the way that is asked for; or only looks like it."""
 
 from __future__ import annotations
 
@@ -105,6 +105,8 @@ def act(how: str, rank: int, net: torch.nn.Module, group: dist.ProcessGroup) -> 
         os.kill(os.getpid(), signal.SIGSTOP)
     elif rank == 0 and how == "barrier":
         dist.barrier()
+    elif rank != 1 and how == "skip":
+        dist.all_gather([torch.ones(8) for _ in range(dist.get_world_size())], torch.ones(8))
     elif rank == 0 and how == "subgroup":
         dist.all_reduce(torch.ones(8), group=group)
     elif rank == 1 and how == "leave":
@@ -117,7 +119,9 @@ def main() -> None:
     """Train."""
     parser = argparse.ArgumentParser()
     parser.add_argument("how")
-    how = parser.parse_args().how
+    parser.add_argument("--start-method", default="fork")
+    options = parser.parse_args()
+    how = options.how
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.new_group([0, 1])
     net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -125,7 +129,8 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     steps = 60 if how == "uneven" and rank == 1 else 80
     items = Items(steps * 8, blocked=480 if how == "worker" and rank == 1 else -1)
-    for step, batch in enumerate(DataLoader(items, batch_size=8, num_workers=2 if how == "worker" else 0)):
+    many = {"num_workers": 2, "multiprocessing_context": options.start_method} if how == "worker" else {}
+    for step, batch in enumerate(DataLoader(items, batch_size=8, **many)):
         loss = model(batch).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -138,4 +143,5 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-main()
+if __name__ == "__main__":
+    main()

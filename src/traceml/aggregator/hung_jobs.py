@@ -11,6 +11,7 @@ from pathlib import Path
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.clock import process_start_ticks
+from traceml.database.looks import ABORT
 from traceml.fail_open import fail_open
 
 __all__ = ["HungJobs"]
@@ -51,7 +52,8 @@ class HungJobs:
             if self._report is not None:
                 await asyncio.to_thread(self._report, run.path)
 
-        run.store.event("abort", {"why": "hang"})
+        run.store.event(ABORT, {"why": "hang", "attempt": run.attempt})
+        run.live.intake.facts.progress.was_aborted = True
         run.commit(force=True)
         for stream in run.connected:
             if stream.peer is not None:

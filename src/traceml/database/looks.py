@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Self
 
-__all__ = ["LOOK", "MAX_FRAMES", "FrameLook", "GroupLook", "RankLook", "WorkerLook"]
+__all__ = ["ABORT", "LOOK", "MAX_FRAMES", "FrameLook", "GroupLook", "RankLook", "WorkerLook"]
 
 LOOK = "look"
 """Kind of the row, and of the event."""
+ABORT = "abort"
+"""Kind of the event of a job that was found to hang, and is ended for that."""
 MAX_FRAMES = 40
 """Frames of a stack that are kept, the innermost ones."""
 
@@ -106,6 +108,7 @@ class WorkerLook(_Record):
         cpu_share: cores that it has used since the look before; None if not known.
         frames: its Python stack, the innermost frame first.
         waits_for_batch: number of the batch that the rank waits for from this worker; None when it is not that worker.
+        start_method: `fork`, `spawn` or `forkserver`; empty if not known.
     """
 
     index: int = 0
@@ -116,6 +119,7 @@ class WorkerLook(_Record):
     cpu_share: float | None = _of(float)
     frames: tuple[FrameLook, ...] = _of(FrameLook, ())
     waits_for_batch: int | None = _of(int)
+    start_method: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

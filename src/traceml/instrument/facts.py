@@ -31,7 +31,7 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "pin_memory": getattr(loader, "pin_memory", None),
         "persistent_workers": getattr(loader, "persistent_workers", None),
         "prefetch_factor": getattr(loader, "prefetch_factor", None),
-        "start_method": _start_method(loader),
+        "start_method": start_method(loader),
         "objects": held_objects(dataset),
     }
 
@@ -149,7 +149,7 @@ def _length(dataset: Any) -> int | None:
         return None
 
 
-def _start_method(loader: Any) -> str | None:
+def start_method(loader: Any) -> str | None:
     """Return how the loader starts its workers (fork, spawn, forkserver); None without any."""
     if not getattr(loader, "num_workers", 0):
         return None

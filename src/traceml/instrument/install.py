@@ -264,6 +264,7 @@ class Instrumentation:
         from traceml.instrument.values.inputs import BatchReader
         from traceml.instrument.values.losses import CudaLosses, LossReader, patch_scale
         from traceml.instrument.workers.worker_deaths import watch_workers
+        from traceml.instrument.workers.worker_stacks import report_worker_stacks
 
         clock, patches = self.clock, self._patches
         self._batches = batches = BatchReader(clock, self._report_input)
@@ -289,6 +290,7 @@ class Instrumentation:
             batches.inspect,
         )
         self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
+        self._guarded(lambda: report_worker_stacks(patches))
         self._guarded(lambda: self._checkpoints.patch_torch(patches))
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)

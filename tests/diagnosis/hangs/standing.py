@@ -58,6 +58,7 @@ def facts(
     steps: int = 40,
     silent: tuple[int, ...] = (),
     rows: bool = True,
+    was_aborted: bool = False,
     **process: Any,
 ) -> JobFacts:
     """Return the facts of a job: each rank has steps of 0.1 s until 75 s ago, and then those looks.
@@ -70,6 +71,7 @@ def facts(
         steps: steps of each rank.
         silent: ranks whose recorder sends nothing.
         rows: whether steps were seen at all.
+        was_aborted: whether it was ended because it hung.
         process: what the ranks tell about their settings.
     """
     builder = JobFactsBuilder(ranks)
@@ -95,6 +97,7 @@ def facts(
     for ended in exits:
         builder.exit(ended)
 
+    builder.progress.was_aborted = was_aborted
     return builder.build([steps - 1] * ranks)
 
 

@@ -207,6 +207,35 @@ def test_the_worker_whose_batch_is_awaited_is_named():
     assert "worker_init_fn" in finding.next
 
 
+def test_a_spawned_worker_with_a_lock_is_not_advised_to_be_spawned():
+    """It has inherited no lock from the training process."""
+    worker = WorkerLook(pid=77, state="S", wchan="futex_do_wait", waits_for_batch=2, start_method="spawn")
+    finding = found(in_backward(0), look(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,)))
+
+    assert "waiting for a lock" in summary(finding)
+    assert finding.next.startswith("Look at what the dataset does there")
+
+
+def test_a_worker_whose_line_is_not_known_is_told_by_its_state():
+    """And one of which nothing is known, as what it is."""
+    worker = WorkerLook(pid=77, state="S", wchan="futex_do_wait", waits_for_batch=2)
+    waits = look(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,))
+    unknown = replace(waits, workers=(replace(worker, state="", wchan=""),))
+
+    assert "whose worker 0 (process 77) is waiting for a lock for" in summary(found(in_backward(0), waits))
+    assert "whose worker 0 (process 77) is in unknown code for" in summary(found(in_backward(0), unknown))
+
+
+def test_a_job_that_was_ended_because_it_hung_has_hung():
+    """Also where what was seen last would take longer to be a hang."""
+    busy = replace(STUCK, cpu_share=1.0, process_state="R", wchan="")
+    ended = [RankExit(rank=rank, state="killed", signal=15, at_s=100.0) for rank in (0, 1)]
+
+    assert judged(facts([in_backward(0), busy], *ended, state="failed")) is None
+    assert judged(facts([in_backward(0), busy], *ended, state="failed", was_aborted=True)) is not None
+    assert judged(facts([in_backward(0), busy], *ended, state="finished", was_aborted=True)) is None
+
+
 # --- what is no hang ---
 
 
@@ -253,6 +282,15 @@ def test_a_rank_that_computes_gets_five_times_as_long():
 
     assert found(in_backward(0), busy) is None
     assert "in train.py:6 stuck, computing" in summary(found(in_backward(0), busy, hang_timeout_s=14.0))
+
+
+def test_a_worker_that_is_ready_to_run_computes():
+    """On a host with many programs it gets little of a core, for instance to import torch."""
+    worker = WorkerLook(pid=77, state="R", cpu_share=0.05, waits_for_batch=0)
+    waits = look(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,))
+
+    assert found(in_backward(0), waits) is None
+    assert found(in_backward(0), waits, hang_timeout_s=14.0) is not None
 
 
 def test_progress_after_a_look_ends_the_hang():

@@ -56,12 +56,14 @@ class JobProgress:
         timeout_s: the job's `hang_timeout`.
         longest_quiet_s: longest pause of any rank that ended with progress: before the first step, and after it.
         longest_gap_s: longest time from the end of a step to the end of the next.
+        was_aborted: whether the job was found to hang, and ended for that.
     """
 
     ranks: Mapping[int, RankProgress] = field(default_factory=dict)
     timeout_s: float = DEFAULT_TIMEOUT_S
     longest_quiet_s: tuple[float, float] = (0.0, 0.0)
     longest_gap_s: float = 0.0
+    was_aborted: bool = False
 
 
 class ProgressHistory:
@@ -71,6 +73,8 @@ class ProgressHistory:
         self.timeout_s = DEFAULT_TIMEOUT_S
         self.aborts = False
         """Whether a job that hangs is to be ended (`on_hang`)."""
+        self.was_aborted = False
+        """Whether the job was found to hang, and ended for that (`looks.ABORT`)."""
         self.has_looks = False
         """Whether any rank stands still now, as far as the looks tell."""
         self._steps = np.full(_FIRST_RANKS, -1, np.int64)
@@ -172,6 +176,7 @@ class ProgressHistory:
 
     def forget(self, rank: int) -> None:
         """Forget a rank, of which another process has joined."""
+        self.was_aborted = False
         if rank < len(self._steps):
             self._steps[rank], self._ends[rank], self._sequences[rank], self._newest_gaps[rank] = -1, 0, -1, 0
 
@@ -217,7 +222,7 @@ class ProgressHistory:
 
             ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), open_steps.get(rank), is_gone=rank in gone)
 
-        return JobProgress(ranks, self.timeout_s, (self._quiet[0], self._quiet[1]), self._gap_ns / _S)
+        return JobProgress(ranks, self.timeout_s, (self._quiet[0], self._quiet[1]), self._gap_ns / _S, self.was_aborted)
 
     def _of_rank(
         self, rank: int, now_ns: int, names: Mapping[int, str], opened: tuple[int, float] | None, *, is_gone: bool

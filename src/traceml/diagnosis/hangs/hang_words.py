@@ -134,11 +134,11 @@ def _place(found: Standstill, rank: int) -> str:
     worker = blocked_worker(look)
     if worker is not None:
         line = user_line(worker)
-        at = f" in {line_text(line.file, line.line, line.function)}" if line else ""
-        state = f", {doing(worker)}" if doing(worker) else ""
+        at = f"in {line_text(line.file, line.line, line.function)}" if line else ""
+        where = ", ".join(filter(None, [at, doing(worker)])) or "in unknown code"
         return (
             f"waiting for batch {worker.waits_for_batch} of its data loader, whose worker {worker.index} "
-            f"(process {worker.pid}) is{at}{state}"
+            f"(process {worker.pid}) is {where}"
         )
 
     return _own_place(look)
@@ -244,7 +244,7 @@ def _advice_for(look: RankLook, found: Standstill) -> str:
 
     worker = blocked_worker(look)
     if worker is not None:
-        if "lock" in doing(worker):
+        if "lock" in doing(worker) and worker.start_method in ("", "fork"):
             return (
                 "Do not use a lock in the dataset that the training process may hold when it starts its workers: "
                 "create it in the worker (worker_init_fn), or start workers with multiprocessing_context='spawn'."

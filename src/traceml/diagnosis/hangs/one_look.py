@@ -62,13 +62,14 @@ def is_excused(look: RankLook) -> bool:
 def is_busy(look: RankLook) -> bool:
     """Whether the rank, or the loader worker that it waits for, computes or transfers; waiting for others is not that.
 
-    A rank whose own thread was silent is not busy: it holds the GIL inside one call.
+    A rank whose own thread was silent is not busy: it holds the GIL inside one call. A worker that is ready to run
+    computes, however little of a core it gets.
     """
     if collective_wait(look) is not None or look.answered in ("signal", "kernel"):
         return False
 
     worker = blocked_worker(look)
-    if worker is not None and (worker.cpu_share or 0.0) >= BUSY_CORES:
+    if worker is not None and (worker.state == "R" or (worker.cpu_share or 0.0) >= BUSY_CORES):
         return True
 
     return (look.cpu_share or 0.0) >= BUSY_CORES or (look.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S

@@ -140,6 +140,9 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
     started = any(each.step >= 0 for each in ranks)
     usual_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
     usual_s = max(usual_s, BUSY_FACTOR * progress.timeout_s) if found.is_busy else usual_s
+    if progress.was_aborted:
+        return found
+
     # What was a hang while the job ran stays one; rows alone miss progress inside a step.
     limit_s = usual_s if by_rows else min(usual_s, _limit_s(found, progress, step_p99_s))
     return found if found.quiet_s >= limit_s else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -34,11 +35,13 @@ class LoaderWorker(NamedTuple):
         number: its number in the loader, from 0.
         pid: its process.
         waits_for_batch: number of the batch that the rank waits for from it; None for another worker.
+        start_method: by which it was started: fork, spawn, forkserver; empty if not known.
     """
 
     number: int
     pid: int
     waits_for_batch: int | None
+    start_method: str = ""
 
 
 def follow_iterator(iterator: Any, loader: int = 0) -> None:
@@ -72,7 +75,8 @@ def _workers_of(iterator: Any) -> Iterator[LoaderWorker]:
     missing = _missing_batch(iterator)
     for number, process in enumerate(getattr(iterator, "_workers", ())):
         batch = missing[0] if missing is not None and missing[1] == number else None
-        yield LoaderWorker(number, int(process.pid or 0), batch)
+        method = getattr(process, "_start_method", "") or multiprocessing.get_start_method(allow_none=True) or ""
+        yield LoaderWorker(number, int(process.pid or 0), batch, method)
 
 
 def _missing_batch(iterator: Any) -> tuple[int, int] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from traceml.database.looks import MAX_FRAMES, FrameLook, WorkerLook
 from traceml.instrument.workers.loader_workers import LoaderWorker, workers_of_loaders
 from traceml.witness.kernel_state import process_info, wait_state
-from traceml.witness.stack_signal import SignaledStacks, worker_target
+from traceml.witness.stack_signal import SignaledStacks, find_stack_file, worker_target
 from traceml.witness.stack_text import main_frames
 from traceml.witness.user_files import is_user_file
 
@@ -17,7 +18,7 @@ __all__ = ["WorkerLooks"]
 class WorkerLooks:
     """Looks at loader workers. Their stacks come by the signal, once in a quiet period, as faulthandler writes them.
 
-    Forked workers have the rank's handler, and write into its file: one is asked at a time.
+    Forked workers have the rank's handler, and write into its file: one is asked at a time. Others have their own.
 
     Args:
         file: the rank's file of stacks; None without one.
@@ -56,22 +57,32 @@ class WorkerLooks:
             cpu_share=self._cpu_share(worker.pid),
             frames=frames,
             waits_for_batch=worker.waits_for_batch,
+            start_method=worker.start_method,
         )
 
     def _frames(self, pid: int, quiet_s: float) -> tuple[FrameLook, ...]:
         is_patient = quiet_s < self._patience_s
-        if self._file is None:
-            return ()
-
         if (pid, True) in self._asked and (is_patient or self._asked[pid, True]):
             return self._asked[pid, True]
 
         if (pid, is_patient) not in self._asked:
             target = worker_target(pid, even_if_disturbed=not is_patient)
-            text = SignaledStacks(pid, self._file, target=target).wait() if target is not None else ""
+            text = self._stacks(pid, target) if target is not None else ""
             self._asked[pid, is_patient] = tuple(_frames_of_worker(text)[:MAX_FRAMES])
 
         return self._asked[pid, is_patient]
+
+    def _stacks(self, pid: int, target: int) -> str:
+        own = find_stack_file(pid)
+        file = own if own is not None else self._file
+        if file is None:
+            return ""
+
+        try:
+            return SignaledStacks(pid, file, target=target).wait()
+        finally:
+            if own is not None:
+                os.close(own)
 
     def _cpu_share(self, pid: int) -> float | None:
         info, now_s = process_info(pid), time.monotonic()

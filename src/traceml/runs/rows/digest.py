@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.looks import LOOK, RankLook
+from traceml.database.looks import ABORT, LOOK, RankLook
 from traceml.database.schema import (
     DEVICE_STEPS,
     EPOCHS,
@@ -345,6 +345,10 @@ class Digest:
             self._last_look = event.id
             if event.data.get("stream") in self.streams:
                 self.facts.progress.look(RankLook.from_row(event.data))
+
+        aborted = reader.last_event(ABORT)
+        if aborted is not None and aborted.data.get("attempt") == self._attempt:
+            self.facts.progress.was_aborted = True
 
     def _follow_log(self, reader: StoreReader, name: str) -> bool:
         found = False
