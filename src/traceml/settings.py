@@ -56,7 +56,7 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_COMMAND": "the launcher's command line, shown instead of its workers'",
     "TRACEML_ATTEMPT": "number of this start of the job, where torchrun does not provide it",
     "TRACEML_ANNOUNCED": "run whose folder and verdict a parent process prints",
-    "TRACEML_PARENT": "run of the parent process, for children that `multiprocessing` spawns",
+    "TRACEML_PARENT": "run of the parent process, for the processes that it starts",
     "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
     "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
 }

@@ -19,16 +19,16 @@ Else rename it, or start Python in another folder.
 
 
 def autostart() -> None:
-    """Trace this process if `TRACEML=1` is set. torch calls it at the end of its import, unless
-    `TORCH_DEVICE_BACKEND_AUTOLOAD=0` is set. Raises nothing.
+    """Trace this process if `TRACEML=1` is set, or if a rank of `traceml run` has started it. torch calls it at the end
+    of its import, unless `TORCH_DEVICE_BACKEND_AUTOLOAD=0` is set. Raises nothing.
     """
-    if not os.environ.get("TRACEML"):
+    if not (os.environ.get("TRACEML") or os.environ.get("TRACEML_PARENT")):
         return
 
     try:
         from traceml.session.autostart import start_if_wanted
     except Exception as error:  # noqa: BLE001 - another product may raise anything, and torch would not be imported
-        _explain("TRACEML is set, but this process is not traced", error)
+        _explain("this process is not traced", error)
     else:
         start_if_wanted()
 

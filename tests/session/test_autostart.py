@@ -187,12 +187,28 @@ def test_under_traceml_run_it_is_one_run(python: Python, tmp_path: Path) -> None
     assert len(CARD.findall(ended.stderr)) == 1
 
 
+def test_a_script_that_starts_its_training(python: Python, tmp_path: Path) -> None:
+    """Under `traceml run` it is traced also where the script becomes another program, which starts it by a shell."""
+    (tmp_path / "child.py").write_text(SCRIPT)
+    code = """
+        import os, subprocess, sys
+        if len(sys.argv) < 2:
+            os.execv(sys.executable, [sys.executable, __file__, "again"])
+        subprocess.run(["sh", "-c", f"{sys.executable} child.py; true"], check=True)
+    """
+    ended = python(code, by=("-m", "traceml", "run", "--live", "none"), TRACEML="")
+
+    assert (ended.returncode, ended.stdout) == (0, "trained\n"), ended.stderr
+    assert steps(tmp_path) == [(0, 30)]
+    assert report(tmp_path)["run"]["state"] == "finished"
+
+
 def test_a_wrong_setting_does_not_stop_the_script(python: Python, tmp_path: Path) -> None:
     """The script runs untraced, and a warning names the setting."""
     ended = python(SCRIPT, TRACEML_PORT="many")
 
     assert (ended.returncode, ended.stdout) == (0, "trained\n")
-    assert "TRACEML is set, but this process is not traced: " in ended.stderr
+    assert "this process is not traced: " in ended.stderr
     assert "TRACEML_PORT" in ended.stderr
     assert runs(tmp_path) == []
 

@@ -199,7 +199,7 @@ class ActiveRun:
                 flight.incarnation,
                 flight.local_rank,
                 str(flight.path),
-                is_helper=flight.is_helper,
+                is_helper=flight.is_helper or self._has_started_rank(flight, attempt),
             )
             self.store.update_stream(stream.id, clock=list(flight.image.clock))
             for report in [report for report in self._unmatched_exits if report.get("pid") == flight.incarnation.pid]:
@@ -420,6 +420,10 @@ class ActiveRun:
 
     def _note_helper(self, stream: Stream) -> None:
         self.store.update_stream(stream.id, helps=True)
+
+    def _has_started_rank(self, flight: DeadFlight, attempt: int) -> bool:
+        """Whether a process that could not connect has only started the one that is the rank now."""
+        return self._table.of_rank(attempt, flight.rank) is not None and not appended_rows(flight.image).get("steps")
 
     def _note_loaded(self, stream: Stream, row: dict[str, Any]) -> None:
         """Store where a restarted rank goes on, if what it has read is a checkpoint of an earlier attempt."""

@@ -8,6 +8,7 @@ import secrets
 import shlex
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "SpawnedFrom",
     "export_to_children",
     "identify",
+    "is_of_traced_job",
     "settings_of_parent",
     "spawned_from",
     "stop_export",
@@ -108,17 +110,19 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class SpawnedFrom:
-    """Facts about the parent of a process that `multiprocessing` has spawned.
+    """Facts about the recording process that has started this one.
 
     Args:
         identity: the parent's.
         settings: settings for `load` with which the parent records.
         experiment: number of the parent's active experiment.
+        is_self: whether the parent is this process, before it replaced its program by `exec`.
     """
 
     identity: Identity
     settings: dict[str, Any]
     experiment: int
+    is_self: bool
 
 
 def export_to_children(identity: Identity, config: Config, experiment: int = 0) -> None:
@@ -150,25 +154,33 @@ def spawned_from() -> SpawnedFrom | None:
 
     None also for a rank of a process group, which logs for itself.
     """
-    parent = _exported_parent()
-    return parent if parent is not None and detect_rank().source != "torch.distributed" else None
+    if _parent_process() is None or detect_rank().source == "torch.distributed":
+        return None
+
+    return _exported_parent()
+
+
+def is_of_traced_job() -> bool:
+    """Whether a process that records has started this one, in any way and through any others, or has become it."""
+    return _exported_parent() is not None
 
 
 def _exported_parent() -> SpawnedFrom | None:
+    """Return the recording process that started this one, or that this one was before `exec`; None if there is none."""
     global _spawned
     if _spawned is not None:  # by now the variable holds what this process exports to its own children
         return _spawned
 
     try:
         facts = json.loads(os.environ[_PARENT])
-        if facts["pid"] != _parent_process():
+        if int(facts["pid"]) not in (_parent_process(), *_ancestors()):
             return None
 
         recorder, job, parent = facts["identity"]
         rank, world_size, local_rank, attempt = facts["rank"]
         own = RankIdentity(rank=rank, world_size=world_size, local_rank=local_rank, attempt=attempt)
         identity = Identity(recorder, job, own, provisional=False, parent=parent)
-        _spawned = SpawnedFrom(identity, facts["settings"], int(facts["experiment"]))
+        _spawned = SpawnedFrom(identity, facts["settings"], int(facts["experiment"]), facts["pid"] == os.getpid())
     except (KeyError, ValueError, TypeError):
         return None
 
@@ -204,7 +216,7 @@ def _recorder_of_parent(before: Identity | None) -> str:
         return before.spawned_by
 
     parent = _exported_parent()
-    return "" if parent is None else parent.identity.recorder
+    return "" if parent is None or parent.is_self else parent.identity.recorder
 
 
 def _wanted_folder(config: Config) -> str:
@@ -248,3 +260,16 @@ def _parent_process() -> int | None:
     process = sys.modules.get("multiprocessing.process")
     parent = process.parent_process() if process is not None else None
     return None if parent is None else parent.pid
+
+
+def _ancestors() -> Iterator[int]:
+    """Yield the pids of this process, its parent, and so on; those of other pid namespaces are not seen."""
+    pid = os.getpid()
+    while pid > 1:
+        yield pid
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except OSError:
+            return
+
+        pid = int(stat.rpartition(")")[2].split()[1])

@@ -47,9 +47,15 @@ _SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
 
 def start_if_wanted() -> None:
-    """Trace this process if `TRACEML` is on and it may train; a failure is logged and never raised."""
-    with fail_open(_log, "session", "TRACEML is set, but this process is not traced"):
-        if is_switched_on() and _may_train():
+    """Trace this process if `TRACEML` is on or a traced job has started it; a failure is logged and never raised."""
+    with fail_open(_log, "session", "this process is not traced"):
+        in_job = bool(os.environ.get("TRACEML_ADDRESS"))  # of `traceml run` or `launch`, which trace their ranks
+        if not (in_job or is_switched_on()) or not _may_train():
+            return
+
+        if in_job:
+            _start_in_job()
+        else:
             warn_of_foreign()
             _start()
 
@@ -59,9 +65,6 @@ def _may_train() -> bool:
     from traceml.recorder.current import current_recorder
 
     if current_recorder() is not None:  # also a disabled one: the script has decided
-        return False
-
-    if os.environ.get("TRACEML_ADDRESS"):  # `traceml run` or `launch` traces the ranks; this is a child of one
         return False
 
     return not (_is_launcher() or _is_ours() or _serves_multiprocessing())
@@ -86,6 +89,16 @@ def _program() -> tuple[str, str]:
 def _serves_multiprocessing() -> bool:
     """Whether this is a process that only forks others or cleans up after them."""
     return sys.argv[:1] == ["-c"] and any(server in word for word in sys.orig_argv for server in _SERVERS)
+
+
+def _start_in_job() -> None:
+    """Trace a program that a rank has started, or has become by `exec`: the script may only prepare the training."""
+    from traceml.recorder.identity import is_of_traced_job
+    from traceml.session.children import at_first_optimizer
+    from traceml.session.startup import start_in_child
+
+    if is_of_traced_job():
+        at_first_optimizer(start_in_child)
 
 
 def _start() -> None:
