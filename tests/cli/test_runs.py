@@ -13,6 +13,7 @@ from tests.runs.fabricated_store import STARTED, store_run
 from traceml import cli
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.find import describe_run
 from traceml.runs.report.report import build_report, save_report
 
 
@@ -120,7 +121,9 @@ def test_labels(three, capsys):
     (told,) = json.loads(capsys.readouterr().out)
     assert (told["id"], told["tags"], told["note"]) == ("run-1", ["baseline"], "new loader")
     assert cli.main(["runs", "note", "run-1", "", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"tags": ["baseline"], "note": "", "archived": False}
+    assert json.loads(capsys.readouterr().out) == {"tags": ["baseline"], "note": "", "archived": False, "name": ""}
+    assert cli.main(["runs", "rename", "run-1", "large batch"]) == 0
+    assert describe_run(three[1]).name == "large batch"
 
 
 def test_archived_runs_are_left_out(three, capsys):

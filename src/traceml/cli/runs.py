@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import tyro
@@ -18,7 +16,8 @@ from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.cli.runs_edit.run_edits import EDITS
 from traceml.errors import UsageError
-from traceml.formatting import bytes_text, duration_text, printable, rate_text
+from traceml.formatting import bytes_text, printable
+from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
 from traceml.runs.find import RunInfo, list_runs, prune
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 from traceml.settings import load
@@ -27,7 +26,6 @@ __all__ = ["main"]
 
 _COLUMNS = "id,state,verdict,ranks,samples/s,took,size"
 _WIDTHS = {"state": 8, "verdict": 17, "ranks": 5, "samples/s": 9, "took": 7, "size": 8}
-_TEXTS = ("id", "name", "project", "state", "verdict", "severity", "tags", "note", "started")
 _LONGEST = 40
 
 
@@ -35,7 +33,7 @@ _LONGEST = 40
 class RunsOptions:
     """List the runs in the folder of runs, newest first, or remove old ones.
 
-    `traceml runs rm|tag|note|archive RUN` removes and labels runs.
+    `traceml runs rm|tag|note|rename|archive RUN` removes and labels runs.
     """
 
     where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = None
@@ -46,7 +44,7 @@ class RunsOptions:
     reverse: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Sort the other way round."""
     columns: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
-    """Columns to show: id, name, project, state, verdict, severity, ranks, samples/s, step_ms, steps, took, size,
+    """Columns to show: id, name, project, user, state, verdict, severity, ranks, samples/s, step_ms, steps, took, size,
     started, tags, note, archived, and any parameter or metric (its last value)."""
     archived: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """List archived runs too."""
@@ -145,7 +143,7 @@ def _print_list(runs: Sequence[RunFields], columns: list[str]) -> None:
         max(_WIDTHS.get(name, 0), len(head), *(len(row[at]) for row in rows))
         for at, (name, head) in enumerate(zip(columns, heads, strict=True))
     ]
-    sides = ["<" if name in _TEXTS else ">" for name in columns]
+    sides = ["<" if name in TEXT_FIELDS else ">" for name in columns]
     console.print(Text(_joined(heads, widths, sides), style="dim"), soft_wrap=True)
     for run, row in zip(runs, rows, strict=True):
         line = Text(_joined(row, widths, sides))
@@ -161,31 +159,5 @@ def _joined(cells: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -
 
 
 def _cell(run: RunFields, name: str) -> str:
-    value = _took(run.info) if name == "took" else run.value(name)
-    if value is None or value == "":
-        return "-"
-
-    if name in _SHOWN:
-        return _SHOWN[name](value)
-
-    text = printable(f"{value:.4g}" if isinstance(value, float) else str(value))
+    text = run_cell(run, name)
     return text if len(text) <= _LONGEST or name == "id" else f"{text[: _LONGEST - 3]}..."
-
-
-def _took(info: RunInfo) -> float | None:
-    if info.duration_s is None and info.started is not None and info.state == "running":
-        return time.time() - info.started
-
-    return info.duration_s
-
-
-def _started(started_s: Any) -> str:
-    return datetime.fromtimestamp(started_s).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-
-
-_SHOWN: dict[str, Callable[[Any], str]] = {
-    "samples/s": rate_text,
-    "took": duration_text,
-    "size": bytes_text,
-    "started": _started,
-}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,24 @@ import msgspec
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
-from traceml.errors import RunNotFoundError, StoreError
+from traceml.errors import RunNotFoundError, StoreError, TraceMLError
 from traceml.runs.report.report_types import REPORT_NAME, StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
 from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import DeliveryPhase, states_of
 
-__all__ = ["RunInfo", "describe_run", "find_run", "is_delivered", "list_runs", "prune", "remove_run", "run_folders"]
+__all__ = [
+    "RunInfo",
+    "check_ended",
+    "describe_run",
+    "find_run",
+    "is_delivered",
+    "list_runs",
+    "prune",
+    "remove_ended",
+    "run_folders",
+]
 
 _SHOWN = 5
 
@@ -33,7 +44,7 @@ class RunInfo:
 
     Attributes:
         path: its folder.
-        id: name of the folder, name: name that the user gave.
+        id: name of the folder, name: name that people gave it later, else that of the start.
         state: running, finished, stopped, failed, hung, lost; `damaged` when its store cannot be read.
         started: epoch seconds, duration_s: None while it runs.
         verdict: kind of the verdict in its report, or of the live verdict; None before there is one.
@@ -42,6 +53,7 @@ class RunInfo:
         samples_per_second: of the whole job and the time in steps, as on the card; None before the report.
         step_ms: mean step time, steps: number of steps; None and 0 before the report.
         project: of the run; tags, note, archived: labels that people gave it.
+        user: owner of the folder; empty where the host does not know its name.
     """
 
     path: Path
@@ -61,6 +73,7 @@ class RunInfo:
     tags: list[str] = field(default_factory=list)
     note: str = ""
     archived: bool = False
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +136,7 @@ def describe_run(path: Path) -> RunInfo:
     return RunInfo(
         path=path,
         id=path.name,
-        name=str(run.get("name", path.name)),
+        name=labels.name or str(run.get("name", path.name)),
         state="damaged" if stored.damaged else state_of(run, stored.aggregator),
         started=started,
         duration_s=ended - started if started is not None and ended is not None else None,
@@ -138,6 +151,7 @@ def describe_run(path: Path) -> RunInfo:
         tags=labels.tags,
         note=labels.note,
         archived=labels.archived,
+        user=_owner(path),
     )
 
 
@@ -149,17 +163,47 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     old = list_runs(runs_dir)[max(keep, 0) :]
     removed = [info for info in old if info.state != "running" and not info.tags and is_delivered(info.path)]
     for info in removed:
-        remove_run(info.path)
+        _remove(info.path)
 
     return removed
 
 
-def remove_run(path: Path) -> None:
-    """Remove the folder of a run, and the link `latest` beside it if it led there.
+def check_ended(infos: Sequence[RunInfo]) -> None:
+    """Refuse to remove runs of which one still runs.
 
     Raises:
-        OSError: a file cannot be removed.
+        TraceMLError: one does.
     """
+    for info in infos:
+        if info.state == "running":
+            raise TraceMLError(f"run {info.id} still runs: end its job before removing it. Nothing was removed")
+
+
+def remove_ended(infos: Sequence[RunInfo]) -> None:
+    """Remove runs with everything in their folders.
+
+    Raises:
+        TraceMLError: one of them still runs; nothing was removed then.
+        StoreError: a file cannot be removed.
+    """
+    infos = [describe_run(info.path) for info in infos]  # one may have started again since it was listed
+    check_ended(infos)
+    for info in infos:
+        try:
+            _remove(info.path)
+        except OSError as error:
+            raise StoreError(f"cannot remove {info.path}: {error.strerror or error}") from error
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except (OSError, KeyError):  # KeyError: a container that does not know the host's users
+        return ""
+
+
+def _remove(path: Path) -> None:
+    """Remove the folder of a run, and the link `latest` beside it if it led there."""
     shutil.rmtree(path)
     latest = path.parent / "latest"
     if latest.is_symlink() and not latest.exists():

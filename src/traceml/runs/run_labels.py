@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from traceml.errors import StoreError, UsageError
 
-__all__ = ["LABELS_NAME", "RunLabels", "add_tags", "labels_time", "read_labels", "remove_tags", "write_labels"]
+__all__ = [
+    "LABELS_NAME",
+    "RunLabels",
+    "add_tags",
+    "change_labels",
+    "labels_time",
+    "read_labels",
+    "remove_tags",
+    "write_labels",
+]
 
 LABELS_NAME = "labels.json"
 _MOST_TAG = 64
 
 
 class RunLabels(msgspec.Struct, kw_only=True):
-    """Labels of a run; an archived run is left out of lists."""
+    """Labels of a run; an archived run is left out of lists, and a name is shown instead of the run's own."""
 
     tags: list[str] = []
     note: str = ""
     archived: bool = False
+    name: str = ""
 
 
 def read_labels(run_dir: Path) -> RunLabels:
@@ -56,6 +67,25 @@ def write_labels(run_dir: Path, labels: RunLabels) -> None:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def change_labels(run_dir: Path, change: Callable[[RunLabels], None]) -> RunLabels:
+    """Change the labels of a run and return them.
+
+    Args:
+        run_dir: the run's folder.
+        change: changes the labels that it is given.
+
+    Raises:
+        UsageError: the change is refused.
+        StoreError: the folder cannot be written.
+    """
+    labels, before = read_labels(run_dir), read_labels(run_dir)
+    change(labels)
+    if labels != before:
+        write_labels(run_dir, labels)
+
+    return labels
 
 
 def add_tags(labels: RunLabels, tags: list[str]) -> None:

@@ -20,6 +20,7 @@ FIELDS: dict[str, Callable[[RunInfo], Any]] = {
     "id": lambda info: info.id,
     "name": lambda info: info.name,
     "project": lambda info: info.project,
+    "user": lambda info: info.user or None,
     "state": lambda info: info.state,
     "verdict": lambda info: info.verdict,
     "severity": lambda info: info.severity,
@@ -106,6 +107,10 @@ class RunFields:
     def has(self, name: str) -> bool:
         """Return whether the run has a field, parameter or metric of this name."""
         return name in FIELDS or name in self._read().setup.params or name in self._read().metrics
+
+    def logged_names(self) -> list[str]:
+        """Return the names of the parameters and metrics of the run."""
+        return [*self._read().setup.params, *self._read().metrics]
 
     def record(self, columns: Sequence[str] = ()) -> RunRecord:
         """Return the run for JSON, with the values of some columns."""

@@ -11,8 +11,11 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.diagnosis.fabricated import Job
 from tests.display.web.conftest import LiveJob, Visit
 from tests.display.web.runs import NASTY
+from tests.runs.fabricated_store import store_run
+from traceml.runs.find import describe_run, remove_ended
 
 Visits = Callable[..., Visit]
 SLOW, FAST, MANY = "20260105-000000-slow-0001", "20260104-000000-fast-0002", "20260103-000000-many-0003"
@@ -62,15 +65,75 @@ def test_the_list_has_every_run_the_newest_first(visit: Visits, runs_dir: Path) 
 
 
 def test_the_list_is_searched_as_one_types(visit: Visits) -> None:
-    """The search covers name, id, state and verdict."""
+    """With the conditions of `traceml runs --where`; the address keeps them; unknown names are told."""
     page = visit().open("/")
     page.wait_for_selector("a.name")
 
     page.keyboard.press("/")
-    page.keyboard.type("straggler slow")
+    page.keyboard.type("straggler ranks<10")
     expect(page.locator("a.name:visible")).to_have_count(1)
-    page.keyboard.type(" nothing like it")
+    page.reload()
+    expect(page.locator("a.name:visible")).to_have_count(1)
+    page.locator("#search").fill("lr<1")
+    expect(page.locator(".id", has_text=SLOW)).to_be_visible()
+    expect(page.locator("a.name:visible")).to_have_count(1)
+    page.locator("#search").fill("straggler nothing")
     expect(page.locator("#none-found")).to_be_visible()
+    page.locator("#search").fill("unheard=1")
+    expect(page.locator(".problem")).to_contain_text("no run has a field, parameter or metric 'unheard'")
+
+
+def test_the_list_is_sorted_grouped_and_its_columns_are_chosen(visit: Visits) -> None:
+    """By any field, parameter or last value of a metric; a heading pressed twice sorts the other way round."""
+    page = visit().open("/")
+    page.get_by_role("button", name="Ranks", exact=True).click()
+    expect(page.locator("th[aria-sort=ascending]")).to_have_text(re.compile("Ranks"))
+    page.get_by_role("button", name="Ranks", exact=True).click()
+    expect(page.locator(".id").first).to_have_text(MANY)
+    page.locator("#columns").click()
+    page.get_by_role("checkbox", name="train/loss").check()
+    expect(page.locator("tr", has_text=SLOW).locator("td").last).to_have_text("0.1")
+    page.locator("#group").select_option("verdict")
+    expect(page.locator(".groupline").first).to_have_text(re.compile("verdict: COMPUTE_STRAGGLER [(]2 runs[)]"))
+    assert "group=verdict" in page.url
+    assert "sort=-ranks" in page.url
+
+
+def test_runs_are_labeled_and_deleted(visit: Visits, runs_dir: Path) -> None:
+    """Those that are picked: tags, note, name, archive; deleting is asked twice, a running job is refused."""
+    for name in ("20250101-000000-gone-0001", "20250101-000000-kept-0002"):
+        store_run(runs_dir / name, Job(ranks=1, steps=5))
+
+    page = visit().open("/")
+    page.locator('input[data-run="20250101-000000-gone-0001"]').check()
+    edit = page.locator("#edit-text")
+    for text, button in (("<i>base", "Add tag"), ("a note", "Set note"), ("another name", "Rename")):
+        edit.fill(text)
+        page.get_by_role("button", name=button, exact=True).click()
+
+    row = page.locator("tr", has_text="gone-0001")
+    for said in ("<i>base", "a note", "another name"):
+        expect(row).to_contain_text(said)
+
+    edit.fill("a, b")
+    page.get_by_role("button", name="Add tag", exact=True).click()
+    expect(page.locator(".editbar [role=status]")).to_contain_text("not a tag: 'a,'")
+    page.locator('input[data-run="20250101-000000-kept-0002"]').check()
+    expect(page.locator(".editbar b")).to_have_text("2 runs picked")
+    page.get_by_role("button", name="Archive", exact=True).click()
+    expect(row).to_have_count(0)
+    expect(page.locator("#found")).to_contain_text("2 archived not listed")
+    page.locator("#archived").click()
+    expect(row).to_have_count(1)
+    page.locator('input[data-run="20250101-000000-kept-0002"]').uncheck()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.locator("#confirm-delete").click()
+    expect(page.locator("#confirm-delete")).to_contain_text("Press again")
+    assert (runs_dir / "20250101-000000-gone-0001").is_dir()
+    page.locator("#confirm-delete").click()
+    expect(row).to_have_count(0)
+    assert not (runs_dir / "20250101-000000-gone-0001").exists()
+    remove_ended([describe_run(runs_dir / "20250101-000000-kept-0002")])
 
 
 def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
@@ -141,7 +204,7 @@ def test_metrics_are_drawn_the_loss_beside_the_step_time(visit: Visits) -> None:
 def test_names_with_html_in_them_are_text(visit: Visits) -> None:
     """In the list, on the page, in charts and their tooltips, in the address and in the title."""
     page = visit().open("/")
-    expect(page.locator("a.name", has_text="<img")).to_have_text(NASTY)
+    expect(page.locator("a.name", has_text="<img")).to_have_text(NASTY.replace("\u2028", "\\u2028"))
     page.locator("a.name", has_text="<img").click()
     expect(page.locator("#overview")).to_contain_text(NASTY.split("\u2028")[0].strip())
     assert page.title() == "20260102-000000-<b>nasty<-0004 - traceml"

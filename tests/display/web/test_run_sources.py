@@ -178,16 +178,17 @@ def test_the_list_tells_what_changed(tmp_path):
     assert len(source.read().runs) == 1
 
 
-def test_archived_runs_are_not_listed(tmp_path, run_dir):
-    """From the moment that they are archived until they are listed again; tags are those of the list."""
+def test_labels_are_those_of_the_moment(tmp_path, run_dir):
+    """Also of a run that has ended; archived runs are there for those who ask for them."""
     source = RunsSource(tmp_path)
     assert [run.tags for run in source.read().runs] == [[]]
 
     write_labels(run_dir, RunLabels(tags=["baseline"], archived=True))
-    assert source.read().runs == ()
+    assert [(run.tags, run.archived) for run in source.read().runs] == [(["baseline"], True)]
 
-    write_labels(run_dir, RunLabels(tags=["baseline"]))
-    assert [run.tags for run in source.read().runs] == [["baseline"]]
+    write_labels(run_dir, RunLabels(tags=["baseline"], name="mine"))
+    assert [(run.name, run.archived) for run in source.read().runs] == [("mine", False)]
+    assert source.read() is None
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a\0b"])

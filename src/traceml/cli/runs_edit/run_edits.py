@@ -1,4 +1,4 @@
-"""`traceml runs rm|tag|note|archive`: remove and label runs."""
+"""`traceml runs rm|tag|note|rename|archive`: remove and label runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import tyro
 
 from traceml.cli.parsing import parse
-from traceml.errors import StoreError, TraceMLError, UsageError
+from traceml.errors import UsageError
 from traceml.formatting import bytes_text, plural, printable
-from traceml.runs.find import RunInfo, describe_run, find_run, is_delivered, remove_run
-from traceml.runs.run_labels import RunLabels, add_tags, read_labels, remove_tags, write_labels
+from traceml.runs.find import RunInfo, check_ended, describe_run, find_run, is_delivered, remove_ended
+from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
 from traceml.settings import load
 
 __all__ = ["EDITS"]
@@ -69,6 +70,20 @@ class NoteOptions:
 
 
 @dataclass(frozen=True)
+class RenameOptions:
+    """Give a run another name in lists and on its page: traceml runs rename RUN 'large batch'."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+    """Folder or id of the run."""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
+    """The name; without it, the run has its own name again."""
+    json: _Json = False
+    """Print the labels as JSON and nothing else."""
+    runs_dir: _Dir = None
+    """Folder of the runs (default: the setting runs_dir)."""
+
+
+@dataclass(frozen=True)
 class ArchiveOptions:
     """Leave runs out of lists without removing them; `traceml runs --archived` lists them."""
 
@@ -85,17 +100,12 @@ class ArchiveOptions:
 def _remove(argv: list[str]) -> int:
     options = parse(RemoveOptions, argv, prog="traceml runs rm")
     infos = [describe_run(path) for path in _found(options.runs, options.runs_dir)]
-    for info in infos:
-        if info.state == "running":
-            raise TraceMLError(f"run {info.id} still runs: end its job before removing it. Nothing was removed")
-
+    check_ended(infos)
     if not options.yes and not _confirmed(infos):
         print("Nothing was removed", file=sys.stderr)
         return 1
 
-    for info in infos:
-        _remove_one(info)
-
+    remove_ended(infos)
     if options.json:
         print(json.dumps([info.id for info in infos]))
     else:
@@ -103,13 +113,6 @@ def _remove(argv: list[str]) -> int:
         print(f"{plural(len(infos), 'run')} removed, {freed} freed")
 
     return 0
-
-
-def _remove_one(info: RunInfo) -> None:
-    try:
-        remove_run(info.path)
-    except OSError as error:
-        raise StoreError(f"cannot remove {info.path}: {error.strerror or error}") from error
 
 
 def _confirmed(infos: Sequence[RunInfo]) -> bool:
@@ -147,13 +150,24 @@ def _note(argv: list[str]) -> int:
     return 0
 
 
+def _rename(argv: list[str]) -> int:
+    options = parse(RenameOptions, argv, prog="traceml runs rename")
+
+    def change(labels: RunLabels) -> None:
+        labels.name = options.name.strip()
+
+    labels = _edit(options.run, options.runs_dir, change)
+    _show(labels, labels.name or "its own name", as_json=options.json)
+    return 0
+
+
 def _archive(argv: list[str]) -> int:
     options = parse(ArchiveOptions, argv, prog="traceml runs archive")
 
     def change(labels: RunLabels) -> None:
         labels.archived = not options.undo
 
-    done = {path.name: _changed(path, change) for path in _found(options.runs, options.runs_dir)}
+    done = {path.name: change_labels(path, change) for path in _found(options.runs, options.runs_dir)}
     if options.json:
         print(json.dumps({name: {"archived": labels.archived} for name, labels in done.items()}))
     else:
@@ -175,24 +189,17 @@ def _folder(runs_dir: str | None) -> Path:
 
 
 def _edit(run: str, runs_dir: str | None, change: Callable[[RunLabels], None]) -> RunLabels:
-    return _changed(find_run(run, _folder(runs_dir)), change)
-
-
-def _changed(run_dir: Path, change: Callable[[RunLabels], None]) -> RunLabels:
-    labels, before = read_labels(run_dir), read_labels(run_dir)
-    change(labels)
-    if labels != before:
-        write_labels(run_dir, labels)
-
-    return labels
+    return change_labels(find_run(run, _folder(runs_dir)), change)
 
 
 def _show(labels: RunLabels, text: str, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"tags": labels.tags, "note": labels.note, "archived": labels.archived}))
+        print(json.dumps(msgspec.to_builtins(labels)))
     else:
         print(printable(text, lines=True))
 
 
-EDITS: dict[str, Callable[[list[str]], int]] = {"rm": _remove, "tag": _tag, "note": _note, "archive": _archive}
+EDITS: dict[str, Callable[[list[str]], int]] = {
+    "rm": _remove, "tag": _tag, "note": _note, "rename": _rename, "archive": _archive,
+}  # fmt: skip
 """Word after `traceml runs` -> function of its arguments."""

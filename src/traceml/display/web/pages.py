@@ -54,9 +54,9 @@ class Pages:
         self._runs.refresh()
         self._list.refresh()
 
-    async def _show_list(self, client: Client) -> None:
+    async def _show_list(self, client: Client, request: Request) -> None:
         add_head()
-        page = RunsPage(client, self._runs_dir)
+        page = RunsPage(client, self._runs_dir, request.query_params, self._list.refresh)
         await self._follow(client, self._list, "", page.show)
 
     async def _show_run(self, client: Client, request: Request, run_id: str) -> None:

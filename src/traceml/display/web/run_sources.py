@@ -21,6 +21,7 @@ from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import REPORT_NAME, Report, read_report
 from traceml.runs.rows.logged_media import MediaGroup
 from traceml.runs.run_labels import RunLabels, labels_time, read_labels
+from traceml.runs.run_query import RunFields
 
 if TYPE_CHECKING:
     from traceml.runs.rows.series import RunSeries
@@ -66,10 +67,15 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class RunsState:
-    """The list of runs, newest first, or the problem that prevents it."""
+    """The list of runs, newest first, archived ones included, or the problem that prevents it.
+
+    Attributes:
+        fields: the same runs, with their parameters and metrics.
+    """
 
     runs: tuple[RunInfo, ...] = ()
     problem: str = ""
+    fields: tuple[RunFields, ...] = field(default=(), compare=False)
 
 
 def is_run_id(name: str) -> bool:
@@ -213,11 +219,11 @@ class RunSource:
 
 
 class RunsSource:
-    """Follows the folder of runs, without archived ones; a run that has ended is read again when its labels change."""
+    """Follows the folder of runs; a run that has ended is read again when its files or labels change."""
 
     def __init__(self, runs_dir: Path) -> None:
         self._path = runs_dir
-        self._known: dict[Path, tuple[float, RunInfo]] = {}
+        self._known: dict[Path, tuple[float, RunFields]] = {}
         self._state: RunsState | None = None
 
     def __repr__(self) -> str:
@@ -226,7 +232,8 @@ class RunsSource:
     def read(self) -> RunsState | None:
         """Return the list; None when nothing has changed."""
         try:
-            state = RunsState(tuple(self._list()))
+            listed = self._list()
+            state = RunsState(tuple(each.info for each in listed), fields=tuple(listed))
         except OSError as error:
             state = RunsState(problem=f"cannot list {self._path}: {error.strerror or error}")
 
@@ -239,19 +246,19 @@ class RunsSource:
     def close(self) -> None:
         """Do nothing: no file stays open."""
 
-    def _list(self) -> list[RunInfo]:
+    def _list(self) -> list[RunFields]:
         known = {path: self._describe(path) for path in run_folders(self._path)}
         self._known = known
-        infos = [info for _, info in known.values() if not info.archived]
-        return sorted(infos, key=lambda info: (info.started or 0.0, info.id), reverse=True)
+        fields = [each for _, each in known.values()]
+        return sorted(fields, key=lambda each: (each.info.started or 0.0, each.info.id), reverse=True)
 
-    def _describe(self, path: Path) -> tuple[float, RunInfo]:
+    def _describe(self, path: Path) -> tuple[float, RunFields]:
         written = RunFileTimes(path).newest() + labels_time(path)
         before = self._known.get(path)
-        if before is not None and before[0] == written and before[1].state != "running":
+        if before is not None and before[0] == written and before[1].info.state != "running":
             return before
 
-        return written, describe_run(path)
+        return written, RunFields(describe_run(path))
 
 
 class RunFileTimes:

@@ -1,21 +1,25 @@
-"""The list of runs, newest first, with search and a choice of two to compare."""
+"""The list of runs: conditions, columns, order, groups and pages, and changes of the runs that are picked."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from nicegui import Client
+from nicegui import Client, background_tasks, run
 
-from traceml.display.web.elements import Container, TextNode, link, run_path, set_visible
+from traceml.display.web.elements import Container, TextNode, set_visible
 from traceml.display.web.layout import Banner, keys_dialog, top_bar
 from traceml.display.web.run_sources import RunsState
-from traceml.formatting import bytes_text, duration_text, rate_text
-from traceml.runs.find import RunInfo
+from traceml.display.web.runlist.edit_bar import EditBar
+from traceml.display.web.runlist.list_query import ListPart, ListQuery, field_names
+from traceml.display.web.runlist.runs_table import RunsTable
+from traceml.formatting import count_text, plural, printable
 
 __all__ = ["RunsPage"]
 
-_SHOWN = 500
+_VALUE = "(event) => emit(event.target.value)"
+_HELP = "Words, lr<0.1, tag:baseline, state=finished, !verdict~straggler"
 
 
 class RunsPage:
@@ -24,24 +28,29 @@ class RunsPage:
     Args:
         client: the browser.
         runs_dir: shown where there are no runs.
+        address: the values in the page's address.
+        refresh: reads the list again.
     """
 
-    def __init__(self, client: Client, runs_dir: Path) -> None:
+    def __init__(self, client: Client, runs_dir: Path, address: Mapping[str, str], refresh: Callable[[], None]) -> None:
         self._client = client
-        self._rows: dict[str, _RunRow] = {}
+        self._query = ListQuery.of_address(address)
+        self._state: RunsState | None = None
+        self._part: ListPart | None = None
+        self._picked: set[str] = set()
+        self._names: list[str] = []
         top_bar()
         self._banner = Banner()
         with Container("div", "page", id="content", tabindex="-1"):
-            with Container("div", "head"):
-                TextNode("h1", "Runs")
-                search = {"type": "search", "placeholder": "Search name, state, verdict", "aria_label": "search runs"}
-                Container("input", "search", id="search", autocomplete="off", **search)
-                TextNode("button", "Compare two", "tool main", id="compare", type="button", disabled=True)
-
+            self._head()
+            self._problem = TextNode("p", "", "note problem", role="status")
+            self._columns_box()
+            self._edits = EditBar(client, refresh)
             with Container("div", "card runs") as self._card:
-                self._table()
+                self._table = RunsTable(self._sort, self._pick)
+                self._none = TextNode("p", "No run meets these conditions.", "note", id="none-found")
 
-            self._more = TextNode("p", "", "note")
+            self._pager()
             with Container("div", "card empty-state") as self._empty_state:
                 TextNode("h2", "No runs yet")
                 TextNode("p", f"They appear here as soon as one starts in {runs_dir}.")
@@ -51,98 +60,139 @@ class RunsPage:
 
     def show(self, state: RunsState) -> None:
         """Show the current list."""
+        self._state = state
+        if self._query.is_light:
+            with self._client:
+                self._show_part(state, self._query.part(state.fields))
+        else:
+            background_tasks.create(self._show(), name="list of runs")
+
+    async def _show(self) -> None:
+        """Make the page of the list, in a thread as conditions may read many reports, and show it if it is current."""
+        state, query = self._state, self._query
+        if state is None:
+            return
+
+        part = await run.io_bound(query.part, state.fields)
+        if part is not None and (state, query) == (self._state, self._query) and not self._client.is_deleted:
+            with self._client:
+                self._show_part(state, part)
+
+    def _show_part(self, state: RunsState, part: ListPart) -> None:
+        self._part = part
+        self._banner.show(state.problem)
+        set_visible(self._empty_state, not state.runs and not state.problem)
+        set_visible(self._card, bool(state.runs))
+        set_visible(self._none, bool(state.runs) and not part.runs)
+        self._problem.set_text(printable(part.problem))
+        set_visible(self._problem, bool(part.problem))
+        self._picked &= {info.id for info in state.runs}
+        self._table.show(part, self._query, self._picked)
+        self._show_picked()
+        archived = sum(info.archived for info in state.runs)
+        self._found.set_text(_found(part, archived, shown=self._query.archived))
+        self._place.set_text(f"Page {min(self._query.page, part.pages)} of {part.pages}")
+        for each in (self._previous, self._next, self._place):
+            set_visible(each, part.pages > 1)
+
+    def _head(self) -> None:
+        with Container("div", "head"):
+            TextNode("h1", "Runs")
+            attributes = {"type": "search", "placeholder": _HELP, "aria_label": "search runs", "title": _HELP}
+            box = Container("input", "search where", id="search", autocomplete="off", **attributes)
+            box.props["^value"] = self._query.where  # the initial one: Vue would write `value` over what is typed
+            box.on("input", lambda event: self._change(where=str(event.args)), js_handler=_VALUE, throttle=0.2)
+            columns = TextNode("button", "Columns and groups", "tool", type="button", id="columns")
+            columns.on("click", self._open_columns)
+            archived = TextNode("button", "Archived", "tool", type="button", id="archived",
+                                aria_pressed=str(self._query.archived).lower())  # fmt: skip
+            archived.on("click", lambda: self._toggle_archived(archived))
+
+    def _columns_box(self) -> None:
+        with Container("div", "card pad columns", role="region", aria_label="columns and groups") as self._box:
+            with Container("label", "toolbar"):
+                TextNode("span", "Group by")
+                self._groups = Container("select", "tool", id="group")
+                self._groups.on("change", lambda event: self._change(group=str(event.args)), js_handler=_VALUE)
+
+            self._choices = Container("div", "choices")
+
+        set_visible(self._box, False)
+
+    def _pager(self) -> None:
+        with Container("div", "toolbar pager"):
+            self._found = TextNode("span", "", id="found")
+            self._previous = TextNode("button", "Previous", "tool", type="button")
+            self._place = TextNode("span")
+            self._next = TextNode("button", "Next", "tool", type="button")
+            self._previous.on("click", lambda: self._turn(-1))
+            self._next.on("click", lambda: self._turn(1))
+
+    def _change(self, **values: object) -> None:
+        """Change the query, in the address too, and show its first page."""
+        self._go(replace(self._query, **{"page": 1, **values}))  # type: ignore[arg-type]
+
+    def _go(self, query: ListQuery) -> None:
+        self._query = query
+        self._client.run_javascript(f"history.replaceState(null, '', {query.address!r})")
+        background_tasks.create(self._show(), name="list of runs")
+
+    def _sort(self, name: str) -> None:
+        self._go(self._query.sorted_by(name))
+
+    def _turn(self, by: int) -> None:
+        pages = self._part.pages if self._part is not None else 1
+        self._go(replace(self._query, page=min(max(self._query.page + by, 1), pages)))
+
+    def _toggle_archived(self, button: TextNode) -> None:
+        self._change(archived=not self._query.archived)
+        button.props["aria-pressed"] = str(self._query.archived).lower()
+
+    def _pick(self, run_id: str, picked: bool) -> None:
+        (self._picked.add if picked else self._picked.discard)(run_id)
+        self._show_picked()
+        if self._part is not None:
+            self._table.show(self._part, self._query, self._picked)
+
+    def _show_picked(self) -> None:
+        runs = self._state.runs if self._state is not None else ()
+        self._edits.show([info for info in reversed(runs) if info.id in self._picked])
+
+    async def _open_columns(self) -> None:
+        """Show or hide the choice of columns; the names that were logged are in the reports."""
+        if not self._box.props.get("hidden"):
+            set_visible(self._box, False)
+            return
+
+        fields = self._state.fields if self._state is not None else ()
+        self._names = await run.io_bound(field_names, fields) or []
         with self._client:
-            self._banner.show(state.problem)
-            runs = state.runs[:_SHOWN]
-            set_visible(self._empty_state, not runs and not state.problem)
-            set_visible(self._card, bool(runs))
-            hidden = len(state.runs) - len(runs)
-            self._more.set_text(f"and {hidden:,} older runs: `traceml runs` lists them" if hidden else "")
-            for gone in self._rows.keys() - {run.id for run in runs}:
-                self._rows.pop(gone).row.delete()
+            self._draw_choices()
+            set_visible(self._box, True)
 
-            for place, run in enumerate(runs):
-                self._show_run(place, run)
+    def _draw_choices(self) -> None:
+        self._groups.clear()
+        self._choices.clear()
+        with self._groups:
+            for name in ("", *self._names):
+                TextNode("option", printable(name) or "nothing", value=name, selected=name == self._query.group)
 
-    def _show_run(self, place: int, run: RunInfo) -> None:
-        if run.id not in self._rows:
-            with self._body:
-                self._rows[run.id] = _RunRow(run)
+        with self._choices:
+            for name in self._names:
+                self._draw_choice(name)
 
-            self._rows[run.id].row.move(target_index=place)
+    def _draw_choice(self, name: str) -> None:
+        with Container("label", "choice"):
+            box = Container("input", "", type="checkbox", checked=name in self._query.columns)
+            box.on("change", lambda event: self._choose(name, chosen=bool(event.args)),
+                   js_handler="(event) => emit(event.target.checked)")  # fmt: skip
+            TextNode("span", printable(name))
 
-        self._rows[run.id].show(run)
-
-    def _table(self) -> None:
-        with Container("table"):
-            TextNode("caption", "runs, the newest first", "visually-hidden")
-            with Container("thead"), Container("tr"):
-                for heading, classes in _COLUMNS:
-                    TextNode("th", heading, classes, scope="col")
-
-            self._body = Container("tbody")
-            with self._body, Container("tr", id="none-found", style="display:none"):
-                TextNode("td", "No run matches the search.", "note", colspan=len(_COLUMNS))
+    def _choose(self, name: str, *, chosen: bool) -> None:
+        others = [each for each in self._query.columns if each != name]
+        self._change(columns=tuple([*others, name] if chosen else others))
 
 
-_COLUMNS = (
-    ("", "pickcell"),
-    ("Run", ""),
-    ("State", ""),
-    ("Verdict", ""),
-    ("Ranks", "n wide-only"),
-    ("Samples/s", "n wide-only"),
-    ("Started", "wide-only"),
-    ("Took", "n wide-only"),
-    ("Size", "n wide-only"),
-)
-
-
-class _RunRow:
-    """One run of the list."""
-
-    def __init__(self, run: RunInfo) -> None:
-        with Container("tr") as self.row:
-            with Container("td", "pickcell"):
-                Container("input", "", type="checkbox", data_run=run.id, aria_label=f"pick {run.name} to compare")
-
-            with Container("td"):
-                self._name = link(run.name, run_path(run.id), "name")
-                TextNode("span", run.id, "id mono")
-
-            with Container("td"):
-                self._state = TextNode("span", "", "pill")
-
-            with Container("td", "verdictcell"):
-                self._verdict = TextNode("span", "", "pill")
-
-            self._cells = [TextNode("td", "", classes) for _, classes in _COLUMNS[4:]]
-
-    def show(self, run: RunInfo) -> None:
-        """Show the current state of the run."""
-        self._name.set_text(run.name)
-        self._state.set_text(run.state)
-        self._state.set_classes(f"pill {run.state}")
-        self._verdict.set_text(_verdict_text(run.verdict))
-        self._verdict.set_classes(f"pill {run.severity or ''}")
-        set_visible(self._verdict, run.verdict is not None)
-        took = run.duration_s
-        if took is None and run.started is not None and run.state == "running":
-            took = time.time() - run.started
-
-        rate = rate_text(run.samples_per_second)
-        texts = str(run.world_size), rate, _when(run.started), duration_text(took), bytes_text(run.size_bytes)
-        for cell, text in zip(self._cells, texts, strict=True):
-            cell.set_text(text)
-
-        words = f"{run.name} {run.id} {run.state} {run.verdict or ''} {_verdict_text(run.verdict)}".lower()
-        if self.row.props.get("data-words") != words:
-            self.row.props["data-words"] = words
-
-
-def _verdict_text(verdict: str | None) -> str:
-    return (verdict or "").replace("_", " ").capitalize()
-
-
-def _when(epoch_s: float | None) -> str:
-    return "-" if epoch_s is None else time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(epoch_s))
+def _found(part: ListPart, archived: int, *, shown: bool) -> str:
+    hidden = f", {count_text(archived)} archived not listed" if archived and not shown else ""
+    return f"{plural(part.found, 'run')}{hidden}"

@@ -41,38 +41,11 @@ window.traceml = (() => {
     chart.setOption(option, { notMerge: names(before?.series) !== names(option.series), lazyUpdate: true });
   }
 
-  function search() {
-    const words = (document.getElementById("search")?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean);
-    let found = 0;
-    const rows = document.querySelectorAll(".runs tr[data-words]");
-    for (const row of rows) {
-      const fits = words.every((word) => row.dataset.words.includes(word));
-      row.style.display = fits ? "" : "none";
-      found += fits;
-    }
-    const none = document.getElementById("none-found");
-    if (none) none.style.display = rows.length && !found ? "" : "none";
-  }
-
   function filter(box) {
     const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
     for (const part of document.getElementById(box.dataset.filter)?.querySelectorAll("[data-words]") ?? []) {
       part.classList.toggle("filtered", !words.every((word) => part.dataset.words.includes(word)));
     }
-  }
-
-  function pick() {
-    const picked = [...document.querySelectorAll("input[data-run]:checked")].map((box) => box.dataset.run);
-    const button = document.getElementById("compare");
-    if (!button) return;
-    button.disabled = picked.length !== 2;
-    button.textContent = picked.length === 2 ? "Compare these two" : picked.length > 2 ? "Pick two only" : "Compare two";
-  }
-
-  function compare() {
-    const picked = [...document.querySelectorAll("input[data-run]:checked")].map((box) => box.dataset.run);
-    // The list is newest first; the older run is the baseline.
-    if (picked.length === 2) location.href = `/compare/${encodeURIComponent(picked[1])}/${encodeURIComponent(picked[0])}`;
   }
 
   const tabs = () => [...document.querySelectorAll(".tabs a")].filter((tab) => tab.offsetParent !== null);
@@ -131,17 +104,12 @@ window.traceml = (() => {
   applyTheme();
   system.addEventListener("change", applyTheme);
   document.addEventListener("keydown", key);
-  document.addEventListener("input", (event) => {
-    if (event.target.dataset?.filter) filter(event.target);
-    else if (event.target.id === "search") search();
-    else pick();
-  });
-  document.addEventListener("change", pick);
+  document.addEventListener("input", (event) => event.target.dataset?.filter && filter(event.target));
   document.addEventListener("click", (event) => {
     const id = event.target.closest?.("button")?.id;
     if (id === "theme") toggleTheme();
     else if (id === "help" || id === "close-keys") help();
-    else if (id === "compare") compare();
+    else if (id === "keep-runs") document.getElementById("delete-runs").close();
   });
   document.addEventListener("scroll", follow, { passive: true });
   document.addEventListener("DOMContentLoaded", () => {
@@ -149,5 +117,5 @@ window.traceml = (() => {
     watchConnection();
     setTimeout(() => { applyTheme(); follow(); }, 300);
   });
-  return { draw, search, pick, follow, theme };
+  return { draw, follow, theme };
 })();
