@@ -66,6 +66,17 @@ def test_look_alikes_are_not_steady(name):
     assert growth is None or not growth.steady
 
 
+def test_growth_over_few_steps_is_not_steady():
+    """The history of an optimizer fills in that many; slow steps are few in the same time."""
+    values = 500 * MB + np.arange(40) * 4 * MB
+    quick, slow = (curve(values, steps_each=1, seconds_each=each).growth() for each in (0.2, 2.0))
+
+    assert quick is not None
+    assert not quick.steady
+    assert slow is not None
+    assert slow.steady
+
+
 def test_growth_that_ends_is_withdrawn():
     """While a cache fills it looks like a leak; when it is full, it no longer does."""
     values = 500 * MB + np.minimum(np.arange(300), 100) * 4 * MB

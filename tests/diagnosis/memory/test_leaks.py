@@ -76,20 +76,22 @@ def test_the_ranks_of_a_host_fill_it_together():
 
 
 def test_a_cache_that_may_fill_in_the_first_epoch_is_no_verdict():
-    """It is a remark, which says so; after the first epoch it is a warning, and where memory ends it is critical."""
+    """It is a remark, which says so; after the epoch it is a warning, and where memory ends before it, critical."""
     epochs = np.zeros(2, EPOCHS.dtype)
-    loader = LoaderFacts(length=100_000, batch_size=32, num_workers=0)
+    loader, short = (LoaderFacts(length=length, batch_size=32, num_workers=0) for length in (100_000, 30_000))
     first = {"loader": loader, "latest": (1000,), "epochs": epochs[:1]}
     (remark,) = leaks(**leaking(), **first)
     (later,) = leaks(**leaking(), **(first | {"epochs": epochs}))
     (many,) = leaks(**leaking(), **(first | {"latest": (9000,)}))
     (ending,) = leaks(**leaking(15 * GB), **first)
+    (fitting,) = leaks(**leaking(15 * GB), **(first | {"loader": short}))
 
     assert remark.severity == "info"
     assert "a cache that fills looks the same" in remark.summary
     assert later.severity == many.severity == "warning"
     assert "cache that fills" not in later.summary
     assert ending.severity == "critical"
+    assert fitting.severity == "info"  # all data is read before memory ends
     assert diagnose(window_of(ALONE), JobFacts(**leaking(), **first))[0].kind is not Kind.MEMORY_LEAK
 
 

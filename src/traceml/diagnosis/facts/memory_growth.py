@@ -26,7 +26,8 @@ LEAST_GROWN_SHARE = 0.05
 STEADY = 0.97
 """Share of pairs of samples that rise with time, from which on growth is steady."""
 LEAST_S = 4.0
-"""Samples must cover at least so many seconds."""
+"""Samples must cover at least so many seconds, and `LEAST_STEPS` steps or `LONG_S` seconds."""
+LEAST_STEPS, LONG_S = 60, 30.0  # LBFGS fills its history of 100 updates within 50 steps
 _PARTS = 24
 _MIN_SAMPLES = 8
 _WARM_UP_STEPS = 20
@@ -129,7 +130,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         float((rises > 0).mean()) >= STEADY
         and min(np.diff(quarters)) >= _LEAST_RISE * grown / 3
         and grown >= least
-        and (points[-1, 1] - points[0, 1]) / 1e9 >= LEAST_S
+        and _is_long(points)
     )
     return GrowthEstimate(
         bytes_per_step=float(np.median(rises / (steps[second] - steps[first]))),
@@ -139,6 +140,11 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         now_bytes=int(points[-1, 2]),
         steady=bool(steady),
     )
+
+
+def _is_long(points: _Points) -> bool:
+    steps, seconds = points[-1, 0] - points[0, 0], (points[-1, 1] - points[0, 1]) / 1e9
+    return bool(seconds >= LEAST_S and (steps >= LEAST_STEPS or seconds >= LONG_S))
 
 
 def _lowest(points: _Points, every: int) -> _Points:

@@ -87,12 +87,13 @@ def _finding(
     copied = copied_objects(facts, rank, device) if workers else None
     cause = None if workers or kind is MemoryKind.PINNED else growth_cause(facts, rank, growth.bytes_per_step)
     why = copied or cause
-    is_open = _in_first_pass(facts) and copied is None and (cause is None or cause.is_cache)
+    unread = _unread_steps(facts)
+    is_open = unread > 0 and copied is None and (cause is None or cause.is_cache)
     grown = grown_workers(workers, growth) if workers else _grown(facts, kind, rank, growth)
     ranks = () if len(found) >= facts.world_size else tuple(sorted(found))
     return Finding(
         kind=Kind.MEMORY_LEAK,
-        severity=_severity(room, is_open=is_open),
+        severity=_severity(room, unread if is_open else 0.0),
         ranks=ranks,
         summary=f"{grown}{_full(room)}{why.text if why else ''}{_MAY_END if is_open else ''}",
         next=why.action if why else _ADVICE[kind],
@@ -111,21 +112,22 @@ def _finding(
     )
 
 
-def _severity(room: _Room | None, *, is_open: bool) -> Severity:
-    if room is not None and room.left_s <= SOON_S:
+def _severity(room: _Room | None, unread_steps: float) -> Severity:
+    """Return how bad it is; a cache would stop to grow after `unread_steps`, which is 0 if it is none."""
+    if room is not None and room.left_s <= SOON_S and (not unread_steps or room.left_steps < unread_steps):
         return Severity.CRITICAL
 
-    return Severity.INFO if is_open else Severity.WARNING
+    return Severity.INFO if unread_steps else Severity.WARNING
 
 
-def _in_first_pass(facts: JobFacts) -> bool:
-    """Return whether the data set is read for the first time: a cache that fills looks like a leak then."""
+def _unread_steps(facts: JobFacts) -> float:
+    """Return the steps until the data set has been read once: before, a cache that fills looks like a leak."""
     loader = facts.loader
     if loader is None or not loader.length or len(facts.epochs) > 1:
-        return False
+        return 0.0
 
-    samples = (max(facts.latest, default=0) + 1) * (loader.batch_size or 1) * facts.world_size
-    return samples < MORE_THAN_ONE_PASS * loader.length
+    per_step = (loader.batch_size or 1) * facts.world_size
+    return max(MORE_THAN_ONE_PASS * loader.length / per_step - max(facts.latest, default=0) - 1, 0.0)
 
 
 def _room(
