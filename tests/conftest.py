@@ -65,6 +65,7 @@ _LONG_FIRST = (
     "aggregator",
     "track/delivery",
     "integrations",
+    "documentation",
     "track/rank/frameworks",
     "end_to_end",
     "track",

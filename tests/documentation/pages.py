@@ -1,0 +1,91 @@
+"""Pages of the documentation as blocks of code, and the commands in them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["PAGES", "ROOT", "Block", "blocks", "commands_of", "spans"]
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+_BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_TITLE = re.compile(r'title="([^"]+)"')
+_SPAN = re.compile(r"`([^`\n]+)`")
+_ENDS_COMMAND = {"|", "||", "&&", ";", "&", ">", ">>", "<"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code of a page.
+
+    Attributes:
+        page: path relative to the repository.
+        line: number of its first line in the page.
+        language: the word after the fence; "" where there is none.
+        file: the file that it is the content of; "" where it is no file.
+        text: the code.
+    """
+
+    page: str
+    line: int
+    language: str
+    file: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    def shell_lines(self) -> list[str]:
+        """Return its commands: all lines of `sh`, those after a prompt of `console`, and else those of traceml."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        if self.language == "sh":
+            return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+        prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        return prompted or [line for line in lines if not self.language and line.startswith(("traceml ", "TRACEML_"))]
+
+
+def blocks(*languages: str) -> list[Block]:
+    """Return the blocks of all pages, or those in some languages."""
+    return [block for page in PAGES for block in _blocks_of(page) if not languages or block.language in languages]
+
+
+def _blocks_of(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in _BLOCK.finditer(text):
+        title = _TITLE.search(found[2])
+        line = text.count("\n", 0, found.start()) + 2
+        yield Block(str(page.relative_to(ROOT)), line, found[1], title[1] if title else "", found[3])
+
+
+def spans(page: Path) -> list[str]:
+    """Return the code within the sentences of a page."""
+    return _SPAN.findall(_BLOCK.sub("", page.read_text(encoding="utf-8")))
+
+
+def commands_of(line: str) -> list[list[str]]:
+    """Return the arguments of each call of traceml in a line of the shell."""
+    inner = re.sub(r"\$\(|\)$|^eval ", " ", line)
+    lexer = shlex.shlex(inner, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    words = list(lexer)
+    starts = [index for index, word in enumerate(words) if word == "traceml" and not _is_value(words[:index])]
+    return [[*_until_end(words[start + 1 :])] for start in starts]
+
+
+def _is_value(before: list[str]) -> bool:
+    """Whether the word after these is a value: the name of a package or of a secret."""
+    return before[:1] == ["pip"] or (before[:1] == ["kubectl"] and "--" not in before)
+
+
+def _until_end(words: list[str]) -> Iterator[str]:
+    for word in words:
+        if word in _ENDS_COMMAND:
+            return
+
+        yield word
