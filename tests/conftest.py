@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ sys.dont_write_bytecode = False
 # Folders and files whose tests start processes. Elsewhere a test has the marker, or a fixture that implies it.
 _PROCESS_PATHS = (
     "aggregator",
+    "cli/assistants/test_ci_action.py",
+    "cli/assistants/test_mcp_server.py",
     "cli/test_demo.py",
     "cli/test_sync.py",
     "cli/test_top.py",
@@ -84,6 +88,7 @@ _NOT_RUN = "this machine lacks: "
 
 def pytest_configure(config: pytest.Config) -> None:
     """Look once at what this machine has."""
+    gc.disable()  # until all is collected: next to nothing of it is garbage
     config.stash[_LACKING] = {part.name: part for part in missing()}
     config.stash[_STARTED] = started = []
     sys.addaudithook(lambda event, _: started.append(event) if event in _STARTS else None)
@@ -119,10 +124,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Check that the groups are effective: a version of pytest and pytest-xdist may not fit each other."""
+    gc.freeze()  # else each full collection goes through the modules and tests, of which none goes away
+    gc.enable()
     is_worker = hasattr(session.config, "workerinput")
     assert not is_worker or all("@" in item.nodeid for item in session.items), "pytest-xdist ignores the groups"
 
 
+@cache
 def _lies_in(path: Path, places: tuple[str, ...]) -> int | None:
     return next((i for i, place in enumerate(places) if path.is_relative_to(ROOT / place)), None)
 

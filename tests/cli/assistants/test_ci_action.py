@@ -17,8 +17,6 @@ import yaml
 from tests.cli.assistants.test_mcp_server import TRAIN, environ
 from traceml.runs.report.report_types import read_report
 
-pytestmark = pytest.mark.process
-
 ACTION = Path(__file__).parents[3] / ".github" / "actions" / "traceml"
 _EXPRESSION = re.compile(r"\$\{\{\s*([\w.-]+)\s*\}\}")
 # Steps that alternate between two durations are independent, whatever else runs on the machine: a comparison decides.

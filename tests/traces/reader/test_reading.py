@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def test_text_that_is_not_utf8_is_shown(tmp_path: Path) -> None:
     assert [reading.strings[number] for number in range(3)] == ["\\udcff", "\\udcfe", "\\ud800"]
 
 
+@cache
 def _without(*lines: int) -> Counter[str]:
     return brute_force(event for number, event in enumerate(PLAIN) if number not in lines)
 
@@ -159,23 +161,18 @@ def _between(garbage: bytes) -> bytes:
     return LINES[:CUT] + garbage + LINES[CUT:]
 
 
-# The file, events that must be found in it, what is said of the damage.
-DAMAGED: dict[str, tuple[bytes, Counter[str], str]] = {
-    "half a last line": (LINES[: CUT + 30], brute_force(PLAIN[:1500]), "the file ends within an event"),
-    "no newline at the end": (LINES.rstrip(), brute_force(PLAIN), ""),
-    "two lines run into one": (LINES[: CUT + 30] + LINES[NEXT + 30 :], _without(1500, 1501), "not JSON"),
-    "a line cut short": (LINES[: CUT + 30] + b"\n" + LINES[NEXT:], _without(1500), "not JSON"),
-    "binary garbage": (_between(b'\0\xff\xfe"{{[[\n' * 9), brute_force(PLAIN), "not an event"),
-    "an object that is no event": (_between(b'{"a":1}\n'), brute_force(PLAIN), "without a phase code"),
-    "an endless number": (_between(b'{"ph":"X","ts":' + b"1" * 9999 + b"}\n"), brute_force(PLAIN), "a number too long"),
-    "brackets without end": (_between(b'{"ph":"X","a":' + b"[" * 5000 + b"\n"), brute_force(PLAIN), "too deeply"),
-    "a wrong checksum": (bytes(BAD_SUM), brute_force(PLAIN), "wrong checksum"),
-    "bytes between members": (MEMBERS + b"garbage" + ONE, brute_force(PLAIN + PLAIN), "not a gzip member"),
-    "an object that is not closed": (
-        json.dumps({"traceEvents": PLAIN})[:-1].encode(),
-        brute_force(PLAIN),
-        "not closed",
-    ),
+# The file, the lines whose events cannot be found in it, what is said of the damage.
+DAMAGED: dict[str, tuple[bytes, Iterable[int], str]] = {
+    "half a last line": (LINES[: CUT + 30], range(1500, len(PLAIN)), "the file ends within an event"),
+    "no newline at the end": (LINES.rstrip(), (), ""),
+    "two lines run into one": (LINES[: CUT + 30] + LINES[NEXT + 30 :], (1500, 1501), "not JSON"),
+    "a line cut short": (LINES[: CUT + 30] + b"\n" + LINES[NEXT:], (1500,), "not JSON"),
+    "binary garbage": (_between(b'\0\xff\xfe"{{[[\n' * 9), (), "not an event"),
+    "an object that is no event": (_between(b'{"a":1}\n'), (), "without a phase code"),
+    "an endless number": (_between(b'{"ph":"X","ts":' + b"1" * 9999 + b"}\n"), (), "a number too long"),
+    "brackets without end": (_between(b'{"ph":"X","a":' + b"[" * 5000 + b"\n"), (), "too deeply"),
+    "a wrong checksum": (bytes(BAD_SUM), (), "wrong checksum"),
+    "an object that is not closed": (json.dumps({"traceEvents": PLAIN})[:-1].encode(), (), "not closed"),
 }
 
 
@@ -183,13 +180,24 @@ DAMAGED: dict[str, tuple[bytes, Counter[str], str]] = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damage_costs_what_is_damaged(tmp_path: Path, case: str) -> None:
     """All text around the damage is used, and the loss is reported."""
-    data, truth, what = DAMAGED[case]
+    data, lost, what = DAMAGED[case]
     found, reading = read_all(_write(tmp_path, data))
     facts = facts_of(reading)
 
-    assert truth - found == Counter()
+    assert _without(*lost) - found == Counter()
     assert bool(facts.damage) == bool(what)
     assert what in "".join(damage.what for damage in facts.damage)
+
+
+@pytest.mark.usefixtures("scanner")
+def test_bytes_between_members_cost_no_member(tmp_path: Path) -> None:
+    """Events of the members before and after them are used."""
+    found, reading = read_all(_write(tmp_path, MEMBERS + b"garbage" + ONE))
+    [damage] = facts_of(reading).damage
+
+    whole = _without()
+    assert found == whole + whole
+    assert "not a gzip member" in damage.what
 
 
 def test_a_truncated_member_is_used_to_its_end(tmp_path: Path) -> None:
@@ -210,7 +218,7 @@ def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
     found, reading = read_all(_write(tmp_path, bytes(broken)))
     damage = facts_of(reading).damage
 
-    lost = brute_force(PLAIN) - found
+    lost = _without() - found
     assert 0 < sum(lost.values()) <= 20_000 // min(map(len, LINES.splitlines())) + 2
     assert starts[5] < damage[0].offset <= starts[6]
     assert damage[0].lost_bytes == starts[6] - damage[0].offset
