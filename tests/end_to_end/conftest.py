@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,6 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 
 TINY = Path(__file__).with_name("tiny.py")
-
-
-def _has_one_rank(words: Iterable[str | Path]) -> bool:
-    """Whether the command starts one rank, which may be forked.
-
-    Forked ranks of a DDP training that ends right after its last step hang now and then: ProcessGroupGloo's destructor
-    joins its threads with the GIL held, while one of them waits for the GIL to free an object of the last backward.
-    """
-    return not {"demo", "--nproc-per-node"}.intersection(words)
 
 
 @dataclass
@@ -103,7 +94,7 @@ class Traceml:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            forks=_has_one_rank(words),
+            forks=True,
         )
         self._running.append(process)
         return Running(process, self.folder)

@@ -37,7 +37,7 @@ class OnTerminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            forks="--nproc-per-node" not in words,
+            forks=True,
         )
         os.close(slave)
 

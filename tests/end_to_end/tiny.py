@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
-def main() -> None:
+def main() -> nn.Module:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds of sleep in each step")
@@ -57,6 +57,8 @@ def main() -> None:
     if world_size > 1:
         torch.distributed.destroy_process_group()
 
+    return model
+
 
 def restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -77,4 +79,4 @@ def end(how: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    kept = main()  # while gloo's threads may still wait for the GIL: its destructor joins them with the GIL held

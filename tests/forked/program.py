@@ -25,6 +25,7 @@ class Program:
         target: the script, module or code.
         warning_filters: values of `-W`.
         unbuffered: whether there is `-u`, first of all.
+        status: exit status, once it has ended; None: it ends by a signal.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Program:
     target: str
     warning_filters: list[str] = field(default_factory=list)
     unbuffered: bool = False
+    status: int | None = None
 
     @classmethod
     def parse(cls, words: list[str]) -> Program | None:
@@ -65,7 +67,8 @@ class Program:
         """
         try:
             self._execute()
-        except SystemExit:
+        except SystemExit as error:
+            self.status = _status_of(error)
             raise
         except BaseException as error:
             _show(error)
@@ -73,7 +76,10 @@ class Program:
                 sys.excepthook = lambda *_: None
                 raise
 
+            self.status = 1
             sys.exit(1)
+
+        self.status = 0
 
     def _execute(self) -> None:
         module = ModuleType("__main__")
@@ -93,6 +99,14 @@ class Program:
                 code = compile(file.read(), path, "exec")
 
             exec(code, names)
+
+
+def _status_of(error: SystemExit) -> int:
+    """Return the exit status that the interpreter makes of its code."""
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+
+    return 0 if error.code is None else 1
 
 
 def _show(error: BaseException) -> None:

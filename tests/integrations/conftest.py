@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
         own = {"TRACEML_PORT": str(_free_port()), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | values
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         # Ray starts a dozen processes that import torch for themselves: to fork its driver gains nothing
-        popen = subprocess.Popen if script.startswith("ray") else forked.Popen
+        popen = subprocess.Popen if script.startswith("ray") else partial(forked.Popen, forks=ranks > 1)
         process = popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],
             env=environ(tmp_path, TRACEML_QUIET="", **own), cwd=tmp_path, text=True, start_new_session=True,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked import client as forked
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 
@@ -48,10 +49,15 @@ for number, x in enumerate(torch.utils.data.DataLoader(Slow(), batch_size=1)):
 def _run(folder: Path, code: str, after_s: float, *targets: str, **settings: str) -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(code)
     environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
-    environ |= {"TRACEML_ON_FINDING": json.dumps(targets), "TRACEML_ON_FINDING_AFTER": str(after_s), **settings}
+    environ |= {
+        "OMP_NUM_THREADS": "1",
+        "TRACEML_ON_FINDING": json.dumps(targets),
+        "TRACEML_ON_FINDING_AFTER": str(after_s),
+        **settings,
+    }
     command = [sys.executable, "-m", "traceml", "run", "--nproc-per-node", "2", "--live", "none", "--runs-dir", "runs"]
-    return subprocess.run(
-        [*command, "train.py"], cwd=folder, env=environ, capture_output=True, text=True, timeout=180, check=False
+    return forked.run(
+        [*command, "train.py"], forks=True, cwd=folder, env=environ, capture_output=True, text=True, timeout=180
     )
 
 

@@ -14,10 +14,9 @@ import jsonschema
 import pytest
 from mcp import Client, StdioServerParameters
 
+from tests.forked import client as forked
 from traceml import cli
 from traceml.cli.assistants.json_documents import document_schema
-
-pytestmark = pytest.mark.process
 
 TRAIN = """
 import time
@@ -57,8 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a real run whose data set is slow."""
     folder = tmp_path_factory.mktemp("real")
     (folder / "train.py").write_text(TRAIN)
-    done = subprocess.run(
+    done = forked.run(
         command("run", "--live", "none", "train.py"),
+        forks=True,
         cwd=folder,
         env=environ(),
         capture_output=True,

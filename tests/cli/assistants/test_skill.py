@@ -7,11 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.cli.assistants.test_mcp_server import TRAIN, WAIT, environ
+from tests.forked import client as forked
 
 pytestmark = pytest.mark.process
 
@@ -50,8 +52,15 @@ def _with_a_job(folder: Path, command: str) -> None:
     words = [sys.executable, "-m", "traceml", "run", "--live", "none", "wait.py"]
     with (
         (folder / "errors.txt").open("w") as errors,
-        subprocess.Popen(
-            words, cwd=folder, env=environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        forked.Popen(
+            words,
+            forks=True,
+            cwd=folder,
+            env=environ(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         ) as job,
     ):
         assert job.stdout is not None
@@ -62,7 +71,8 @@ def _with_a_job(folder: Path, command: str) -> None:
 
 def _check(folder: Path, command: str) -> None:
     words = [sys.executable, "-m", *shlex.split(command)]
-    done = subprocess.run(words, cwd=folder, env=environ(), capture_output=True, text=True, timeout=100, check=False)
+    run = partial(forked.run, forks=True) if words[3] == "run" else subprocess.run
+    done = run(words, cwd=folder, env=environ(), capture_output=True, text=True, timeout=100, check=False)
 
     assert done.returncode == 0, f"{command}: {done.stderr}"
     if "--json" in words:

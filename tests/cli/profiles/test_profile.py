@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 
 from tests.eventually import eventually
+from tests.forked import client as forked
 from tests.runs.report.test_line_shares import line, report_with
 from traceml import cli
 from traceml.cli.assistants.json_documents import document_schema
@@ -63,9 +64,10 @@ class _RunningJob:
         self.folder = folder
         (folder / "train.py").write_text(code)
         command = [sys.executable, "-m", "traceml", "run", "--live", "none", "--runs-dir", "runs", *options, "train.py"]
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=_environ(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        self.process = forked.Popen(
+            command, forks=True, cwd=folder, env=_environ(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
 
     @property
     def run_dir(self) -> Path:
@@ -102,7 +104,8 @@ class _RunningJob:
 
 
 def _environ() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
