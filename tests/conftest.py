@@ -63,6 +63,7 @@ _NEEDS_OF_FIXTURES = {
 # hosts: the longest group, which mostly waits.
 _LONG_FIRST = (
     "end_to_end/test_run.py",
+    "instrument/test_training_continues.py",
     "track/backends/test_round_trip.py",
     "launch",
     "recorder",

@@ -24,7 +24,7 @@ def line_of(mark: str) -> int:
 
 def start(traceml: Traceml, how: str, *options: str) -> Running:
     return traceml.start(
-        "run", "--nproc-per-node", "2", *options, HANGING, how, TRACEML_HANG_TIMEOUT="8", OMP_NUM_THREADS="1"
+        "run", "--nproc-per-node", "2", *options, HANGING, how, TRACEML_HANG_TIMEOUT="5", OMP_NUM_THREADS="1"
     )
 
 
@@ -102,7 +102,7 @@ def test_a_hung_job_is_ended_where_that_is_wanted(traceml: Traceml, command: tup
     """Its report is written, and its status is not 0."""
     name, ranks = command
     running = traceml.start(
-        name, ranks, "2", "--kill-after-report", HANGING, "sleep", TRACEML_HANG_TIMEOUT="8", OMP_NUM_THREADS="1"
+        name, ranks, "2", "--kill-after-report", HANGING, "sleep", TRACEML_HANG_TIMEOUT="5", OMP_NUM_THREADS="1"
     )
     ended = running.end(200)
 

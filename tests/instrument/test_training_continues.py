@@ -84,7 +84,7 @@ class Injected(Exception):
     """An error of ours."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plain() -> Iterator[list[float]]:
     """Losses without tracing, on one compute thread."""
     threads = torch.get_num_threads()
