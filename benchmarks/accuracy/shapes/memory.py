@@ -98,7 +98,7 @@ class Listing(Dataset):
 
     def __getitem__(self, index):
         names = self.files[index * 24 : index * 24 + 24]
-        return torch.full((256,), float(sum(map(len, names))))
+        return torch.full((256,), sum(map(len, names)) / 2000)  # near 1, or the loss is infinite
 
 
 def listing():
