@@ -54,6 +54,7 @@ class Theme:
         return colors
 
 
+# `comm` is neutral: most of it is waiting for the rank that is slow in a phase of another color.
 def _phases(*colors: str) -> Mapping[str, str]:
     return MappingProxyType(dict(zip(_FIXED, colors, strict=True)))
 
@@ -68,7 +69,7 @@ LIGHT = Theme(
     muted="#5d6b7c",
     rule="#dfe4ea",
     ground="#ffffff",
-    phases=_phases("#e0a100", "#a855c7", "#2f6fde", "#12a5b8", "#2f9e5b", "#dc4c46", "#d56bb3", "#7fb52d", "#a3adba"),
+    phases=_phases("#e0a100", "#a855c7", "#2f6fde", "#12a5b8", "#2f9e5b", "#76869b", "#d56bb3", "#7fb52d", "#cdd4dc"),
     users=("#7fb52d", "#a58be0", "#c98a4b", "#5bb89a", "#8898c9"),
     parts=_parts("#e08a00", "#2f6fde", "#12a5b8", "#d56bb3", "#e0c200", "#a3adba", "#6e7f2f", "#dc4c46", "#d3d9e0"),
     lines=("#2f6fde", "#e08a00", "#2f9e5b", "#dc4c46", "#8250df", "#12a5b8", "#b0568f", "#6e7f2f"),
@@ -82,7 +83,7 @@ DARK = Theme(
     muted="#93a1b3",
     rule="#2b3645",
     ground="#151c26",
-    phases=_phases("#f2bd3a", "#c58be0", "#6aa0ff", "#3fcbdc", "#5cc98a", "#ff7a70", "#f29ad0", "#a8d85a", "#6d7a8a"),
+    phases=_phases("#f2bd3a", "#c58be0", "#6aa0ff", "#3fcbdc", "#5cc98a", "#8898ad", "#f29ad0", "#a8d85a", "#4a5666"),
     users=("#a8d85a", "#bda6f2", "#e0ab72", "#7fd6b9", "#a9b7e4"),
     parts=_parts("#f5ae45", "#6aa0ff", "#3fcbdc", "#f29ad0", "#e6d34a", "#6d7a8a", "#b5c66a", "#ff7a70", "#4a5666"),
     lines=("#6aa0ff", "#f5ae45", "#5cc98a", "#ff7a70", "#b392f0", "#3fcbdc", "#e08fc0", "#b5c66a"),

@@ -19,7 +19,7 @@ _COLORS = {
     "forward": "blue",
     "backward": "cyan",
     "optimizer": "green",
-    "comm": "red",
+    "comm": "white",
     "checkpoint": "bright_magenta",
     "user": "bright_green",
     "other": "bright_black",
