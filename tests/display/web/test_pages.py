@@ -30,7 +30,7 @@ _PIXELS = """title => {
   }
   return colors.size;
 }"""
-_OPTION = """title => {
+OPTION = """title => {
   const canvas = document.querySelector(`section[aria-label="${title}"] .canvas`);
   return getElement(Number(canvas.id.slice(1))).chart?.getOption() ?? {};
 }"""
@@ -44,7 +44,7 @@ def is_drawn(page: Page, title: str) -> None:
 
 def option(page: Page, title: str) -> dict[str, object]:
     """Return what ECharts draws."""
-    return dict(page.evaluate(_OPTION, title))
+    return dict(page.evaluate(OPTION, title))
 
 
 def test_the_list_has_every_run_the_newest_first(visit: Visits, runs_dir: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_run_that_goes_on_is_followed_in_place(visit: Visits, live_job: LiveJo
 
     live_job.train(60)
     expect(page.locator(".figures > div", has_text="Steps").nth(1)).to_contain_text("160")
-    page.wait_for_function(f"(({_OPTION})('Step time').xAxis?.[0]?.data ?? []).length >= 32")
+    page.wait_for_function(f"(({OPTION})('Step time').xAxis?.[0]?.data ?? []).length >= 32")
     assert page.evaluate("window.mark === document.querySelector('section[aria-label=\"Step time\"] canvas')")
     assert page.evaluate("window.moved") < 0.02
     expect(page.locator(".tags .pill", has_text="running")).to_be_visible()

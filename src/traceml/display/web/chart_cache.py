@@ -18,6 +18,8 @@ __all__ = ["THEMES", "ChartCache", "as_json"]
 
 THEMES = {"light": LIGHT, "dark": DARK}
 METRIC = "metric:"
+METRICS = 60
+"""Most charts of metrics; a browser draws more of them too slowly."""
 
 
 class ChartCache:
@@ -32,6 +34,11 @@ class ChartCache:
         self._view, self._series = view, series
         self._made: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def metrics(self) -> int:
+        """Number of metrics, with and without a chart."""
+        return 0 if self._series is None else run_charts.metric_count(self._series)
 
     def of(self, theme: str) -> dict[str, str]:
         """Return the charts as JSON by name; those of metrics under `metric:` and their name."""
@@ -56,7 +63,8 @@ class ChartCache:
                 "system": run_charts.system_chart(series, theme),
                 "loss": run_charts.loss_chart(series, theme),
             }
-            options |= {f"{METRIC}{metric}": option for metric, option in run_charts.metric_charts(series, theme)}
+            metrics = run_charts.metric_charts(series, theme, METRICS, axes=True)
+            options |= {f"{METRIC}{metric}": option for metric, option in metrics}
 
         return {chart: as_json(option) for chart, option in options.items() if option is not None}
 

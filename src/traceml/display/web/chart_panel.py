@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from traceml.display.web.chart_cache import METRIC
-from traceml.display.web.elements import ChartCard, Container, TextNode, set_visible
+from traceml.display.web.elements import ChartCard, Container, TextNode, search_box, set_visible
 from traceml.display.web.run_sources import RunState
+from traceml.formatting import count_text
 from traceml.runs.rows.metrics import OWN_LOSS
 
 __all__ = ["ChartPanel"]
@@ -20,6 +21,7 @@ class ChartPanel:
 
     def __init__(self) -> None:
         self._metrics: dict[str, ChartCard] = {}
+        self._groups: dict[str, Container] = {}
         self._heat_style = ""
         with Container("section", "", id="steps", aria_label="steps"):
             TextNode("h2", "Steps")
@@ -50,11 +52,14 @@ class ChartPanel:
 
         with Container("section", "", id="metrics", aria_label="metrics"):
             TextNode("h2", "Metrics")
-            with Container("div", "grid three") as self._grid:
+            self._toolbar()
+            with Container("div", "grid"):
                 self._loss = ChartCard(
                     "Loss next to step time", "did a change in speed change the loss?", classes="wide"
                 )
 
+            self._parts = Container("div", id="metric-parts")
+            self._more = TextNode("p", "", "note")
             self._none = TextNode(
                 "p", "Nothing was logged. traceml.log_metric(name, value) draws a chart here.", "note card"
             )
@@ -70,6 +75,10 @@ class ChartPanel:
         metrics = {name.removeprefix(METRIC): option for name, option in made.items() if name.startswith(METRIC)}
         self._loss.visible("loss" in made)
         set_visible(self._none, not metrics and "loss" not in made)
+        set_visible(self._tools, bool(metrics))
+        hidden = state.charts.metrics - len(metrics)
+        self._more.set_text(f"{count_text(hidden)} more metrics have no chart; report.json has them.")
+        set_visible(self._more, hidden > 0)
         drawn = [
             chart.show(made.get(name))
             for name, chart in (
@@ -88,11 +97,38 @@ class ChartPanel:
 
     def _metric(self, name: str) -> ChartCard:
         if name not in self._metrics:
-            with self._grid:
+            with self._group(name.rpartition("/")[0]):
                 note = "read from each backward pass" if name == OWN_LOSS else ""
-                self._metrics[name] = ChartCard(name, note, classes="low")
+                self._metrics[name] = ChartCard(name, note, classes="low", words=name)
 
         return self._metrics[name]
+
+    def _group(self, prefix: str) -> Container:
+        """Return the place of the metrics with a prefix, those without one in a group of their own."""
+        if prefix not in self._groups:
+            with self._parts, Container("details", "metricgroup", open=True):
+                TextNode("summary", prefix or "without prefix")
+                self._groups[prefix] = Container("div", "grid three")
+
+        return self._groups[prefix]
+
+    def _toolbar(self) -> None:
+        """Build the search and the settings of all metric charts; `charts.js` applies them, and keeps them."""
+        with Container("div", "toolbar") as self._tools:
+            search_box("metrics", "metric-parts")
+            with Container("label"):
+                TextNode("span", "Over ")
+                with Container("select", "tool", data_setting="axis"):
+                    for name, text in (("step", "steps"), ("seconds", "time"), ("epoch", "epochs")):
+                        TextNode("option", text, value=name)
+
+            with Container("label"):
+                TextNode("span", "Smoothing ")
+                Container("input", "", type="range", min="0", max="0.98", step="0.02", data_setting="smooth")
+
+            with Container("label"):
+                Container("input", "", type="checkbox", data_setting="log")
+                TextNode("span", " Logarithmic")
 
     def _size(self, state: RunState) -> None:
         """Set the height of charts that have a row per rank."""

@@ -1,7 +1,8 @@
-"""Two runs side by side: whether B is slower, by how much, whether that is significant, and the cause."""
+"""Two runs side by side: whether B is slower, by how much, whether that is significant; several in one chart."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nicegui import Client
 from traceml.display.web.chart_cache import THEMES, as_json
 from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, link, run_path, set_visible
 from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
+from traceml.display.web.panels.overlay_panel import LETTERS, ComparedRuns, OverlayPanel
 from traceml.display.web.run_sources import RunFileTimes
 from traceml.errors import StoreError
 from traceml.formatting import bytes_text, count_text, ms_text
@@ -23,7 +25,7 @@ from traceml.renderers.text.comparison import (
 )
 from traceml.runs.comparison.compare import compare_runs
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
-from traceml.runs.rows.series import StepSeries, read_series
+from traceml.runs.rows.series import read_series
 
 __all__ = ["ComparePage", "CompareSource", "CompareState"]
 
@@ -33,30 +35,28 @@ _ROW_PX, _FRAME_PX, _LEAST_PX, _MOST_PX = 40, 90, 236, 640
 
 @dataclass(frozen=True, slots=True)
 class CompareState:
-    """A comparison, or the reason why there is none."""
+    """The compared runs, or the reason why there are none."""
 
-    comparison: Comparison | None = None
-    steps: tuple[StepSeries, StepSeries] | None = None
+    runs: ComparedRuns | None = None
     problem: str = ""
 
 
 class CompareSource:
-    """Compares two runs, again each time one of them changes.
+    """Compares runs with the first of them, again each time one of them changes.
 
     Args:
-        a: folder of the baseline run.
-        b: folder of the other run.
+        runs: folders of the runs, the baseline first.
     """
 
-    def __init__(self, a: Path, b: Path) -> None:
-        self._runs = (a, b)
-        self._written = (RunFileTimes(a), RunFileTimes(b))
+    def __init__(self, runs: Sequence[Path]) -> None:
+        self._runs = tuple(runs)
+        self._written = [RunFileTimes(run) for run in runs]
 
     def __repr__(self) -> str:
-        return f"CompareSource({self._runs[0].name}, {self._runs[1].name})"
+        return f"CompareSource({', '.join(run.name for run in self._runs)})"
 
     def read(self) -> CompareState | None:
-        """Return the current comparison; None when neither run has changed."""
+        """Return the current comparison; None when no run has changed."""
         changed = [written.changed() for written in self._written]
         if not any(changed):
             return None
@@ -66,12 +66,12 @@ class CompareSource:
             return CompareState(problem=f"There is no run {' nor '.join(missing)}.")
 
         try:
-            comparison = compare_runs(*self._runs)
-            first, second = (read_series(run).steps for run in self._runs)
+            comparisons = [compare_runs(self._runs[0], run) for run in self._runs[1:]]
+            series = [read_series(run) for run in self._runs]
         except StoreError as error:
             return CompareState(problem=str(error))
 
-        return CompareState(comparison, (first, second))
+        return CompareState(ComparedRuns(tuple(comparisons), tuple(series)))
 
     def close(self) -> None:
         """Do nothing: no file stays open."""
@@ -82,34 +82,37 @@ class ComparePage:
 
     Args:
         client: the browser.
-        a: id of the baseline run.
-        b: id of the other run.
+        runs: ids of the runs, the baseline first.
         theme: the one that the browser used last.
     """
 
-    def __init__(self, client: Client, a: str, b: str, theme: str) -> None:
+    def __init__(self, client: Client, runs: Sequence[str], theme: str) -> None:
         self._client, self._theme = client, theme
         self._state: CompareState | None = None
         top_bar("compare")
         self._banner = Banner()
         with Container("div", "page", id="content", tabindex="-1"):
-            self._waiting = TextNode("p", "Reading both runs", "card empty-state")
+            self._waiting = TextNode("p", "Reading the runs", "card empty-state")
             with Container("div") as self._body:
-                self._verdict(a, b)
-                with Container("div", "grid others"):
+                self._verdict(runs)
+                with Container("div", "grid others") as self._pair_charts:
                     self._steps = ChartCard("Step time", "median over all ranks, by step", classes="wide")
                     self._phases = ChartCard("Phases", "mean of all ranks; the largest change first")
                     self._ranks = ChartCard("Each rank's own work", "without waiting for others")
 
-                with Container("div", "grid others"):
+                with Container("div", "grid others") as self._pair_tables:
                     with Container("div", "card"):
                         self._times = DataTable(_TIME_COLUMNS, "step time")
 
                     with Container("div", "card"):
                         self._facts = DataTable((("", ""), ("A", "n"), ("B", "n"), ("Change", "n")), "the two runs")
 
+                self._overlay = OverlayPanel(runs)
+
         keys_dialog()
         set_visible(self._body, False)
+        for part in (self._pair_charts, self._pair_tables):
+            set_visible(part, len(runs) == 2)
 
     def show(self, state: CompareState) -> None:
         """Show the current comparison."""
@@ -117,9 +120,9 @@ class ComparePage:
         with self._client:
             self._banner.show(state.problem)
             set_visible(self._waiting, False)
-            set_visible(self._body, state.comparison is not None)
-            if state.comparison is not None:
-                self._show(state.comparison)
+            set_visible(self._body, state.runs is not None)
+            if state.runs is not None:
+                self._show(state.runs)
 
     def set_theme(self, theme: str) -> None:
         """Change the colors."""
@@ -128,11 +131,11 @@ class ComparePage:
             if self._state is not None:
                 self.show(self._state)
 
-    def _verdict(self, a: str, b: str) -> None:
+    def _verdict(self, runs: Sequence[str]) -> None:
         with Container("div", "card verdict single") as self._card, Container("div", "statement"):
             with Container("div", "tags"):
                 self._outcome = TextNode("span", "", "pill kind")
-                for side, run_id in (("A", a), ("B", b)):
+                for side, run_id in zip(LETTERS, runs, strict=False):
                     TextNode("b", side)
                     link(run_id, run_path(run_id), "mono")
 
@@ -140,7 +143,18 @@ class ComparePage:
             self._details = TextNode("p", "", "summary")
             self._notes = TextNode("p", "", "summary notes")
 
-    def _show(self, comparison: Comparison) -> None:
+    def _show(self, runs: ComparedRuns) -> None:
+        overlaid = self._overlay.show(runs, self._theme)
+        if len(runs.comparisons) == 1:
+            self._show_pair(runs.comparisons[0])
+            overlaid += self._pair_drawings(runs)
+        else:
+            self._outcome.set_text(f"{len(runs.series)} RUNS")
+            self._headline.set_text(several_headline(runs.comparisons))
+
+        draw(self._client, overlaid)
+
+    def _show_pair(self, comparison: Comparison) -> None:
         weight = _WEIGHTS.get(comparison.outcome, "")
         self._card.set_classes(f"card verdict single {weight}")
         self._outcome.set_text(comparison.outcome.upper())
@@ -151,15 +165,14 @@ class ComparePage:
         self._notes.set_text("Note: " + "; ".join(notes) + "." if notes else "")
         self._times.show([_time_cells(name, row) for name, row in comparison.step_time.items()])
         self._facts.show(_fact_rows(comparison))
-        self._draw(comparison)
 
-    def _draw(self, comparison: Comparison) -> None:
-        theme = THEMES[self._theme]
+    def _pair_drawings(self, runs: ComparedRuns) -> list[str]:
+        theme, comparison = THEMES[self._theme], runs.comparisons[0]
         rows = max(len(comparison.phases), len(comparison.ranks))
         height = min(max(_FRAME_PX + _ROW_PX * rows, _LEAST_PX), _MOST_PX)
-        steps = self._state.steps if self._state is not None else None
+        first, second = (each.steps for each in runs.series)
         options = (
-            (self._steps, compared_steps_chart(*steps, theme) if steps is not None else None),
+            (self._steps, compared_steps_chart(first, second, theme)),
             (self._phases, compared_phases_chart(comparison, theme)),
             (self._ranks, compared_ranks_chart(comparison, theme)),
         )
@@ -167,7 +180,16 @@ class ComparePage:
             chart.height(height)
 
         drawn = [chart.show(None if option is None else as_json(option)) for chart, option in options]
-        draw(self._client, [each for each in drawn if each is not None])
+        return [each for each in drawn if each is not None]
+
+
+def several_headline(comparisons: Sequence[Comparison]) -> str:
+    """Return how many runs are slower or faster than the first, in a sentence."""
+    counts = {word: sum(each.outcome == word for each in comparisons) for word in ("slower", "faster", "same")}
+    counts["not comparable"] = len(comparisons) - sum(counts.values())
+    words = {"same": "not significantly different"}
+    parts = [f"{count} {words.get(word, word)}" for word, count in counts.items() if count]
+    return f"Compared with A: {', '.join(parts)}"
 
 
 _TIME_COLUMNS = (

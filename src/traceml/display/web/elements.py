@@ -99,13 +99,17 @@ class ChartCard:
             with Container("header"):
                 TextNode("h3", title)
                 TextNode("p", hint, "hint")
+                _chart_menu(title)
 
             with Container("div", "plot") as self.plot:
                 self._canvas = ui.echart({}).classes("canvas")
                 self._empty = TextNode("p", waiting or "Nothing to show yet", "empty")
 
+            label = f"data of {title}"
+            Container("div", "datatable", hidden=True, tabindex="0", role="region", aria_label=label)
+
     def show(self, option: str | None) -> str | None:
-        """Take a chart; return the argument for the browser's `traceml.draw`, None when it is drawn already.
+        """Take a chart; return the argument for the browser's `tracemlCharts.draw`, None when it is drawn already.
 
         Args:
             option: ECharts' option as JSON. It bypasses NiceGUI's properties, which would wrap each number.
@@ -124,6 +128,24 @@ class ChartCard:
     def visible(self, wanted: bool) -> None:
         """Show or hide the card."""
         set_visible(self.card, wanted)
+
+
+_CHART_ACTIONS = (
+    ("full", "Full screen"),
+    ("unzoom", "Whole range"),
+    ("png", "Save as PNG"),
+    ("csv", "Save as CSV"),
+    ("table", "Show as table"),
+)
+
+
+def _chart_menu(title: str) -> None:
+    """Build the menu of a chart; `charts.js` does what it says."""
+    with Container("details", "menu"):
+        TextNode("summary", "\N{VERTICAL ELLIPSIS}", aria_label=f"actions of {title}")
+        with Container("div"):
+            for name, text in _CHART_ACTIONS:
+                TextNode("button", text, type="button", data_chart=name)
 
 
 class FactList:

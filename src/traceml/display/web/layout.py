@@ -28,9 +28,10 @@ _KEYS = (
 @cache
 def _head() -> str:
     static = resources.files("traceml.display.web").joinpath("static")
-    style, script = (static.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    names = ("page.css", "charts.js", "page.js")
+    style, charts, script = (static.joinpath(name).read_text(encoding="utf-8") for name in names)
     colors = f":root{{{css_variables(LIGHT)}}}[data-theme=dark]{{{css_variables(DARK)}}}"
-    return f"<style>{colors}\n{style}</style><script>{script}</script>"
+    return f"<style>{colors}\n{style}</style><script>{charts}\n{script}</script>"
 
 
 def add_head() -> None:
@@ -47,7 +48,7 @@ def theme_of(cookies: dict[str, str]) -> str:
 def draw(client: Any, charts: Sequence[str]) -> None:
     """Make a browser draw what `ChartCard.show` returned."""
     if charts:
-        client.run_javascript(f"traceml.draw({{{','.join(charts)}}})")
+        client.run_javascript(f"tracemlCharts.draw({{{','.join(charts)}}})")
 
 
 def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> TextNode:

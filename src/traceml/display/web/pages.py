@@ -1,4 +1,4 @@
-"""Routes: the list of runs, a run, two runs side by side. Each browser subscribes to what it shows."""
+"""Routes: the list of runs, a run, several runs compared. Each browser subscribes to what it shows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from traceml.display.web.compare_page import ComparePage, CompareSource, CompareState
 from traceml.display.web.layout import add_head, theme_of
+from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.display.web.pollers import PollerRegistry
 from traceml.display.web.run_page import RunPage
 from traceml.display.web.run_sources import RunSource, RunsSource, RunsState, RunState, is_run_id
@@ -46,7 +47,7 @@ class Pages:
         """Add the routes to NiceGUI's application."""
         ui.page("/", title="Runs - traceml", response_timeout=_RESPONSE_TIMEOUT_S)(self._show_list)
         ui.page("/run/{run_id}", response_timeout=_RESPONSE_TIMEOUT_S)(self._show_run)
-        compare = ui.page("/compare/{a}/{b}", title="Compare - traceml", response_timeout=_RESPONSE_TIMEOUT_S)
+        compare = ui.page("/compare/{runs:path}", title="Compare - traceml", response_timeout=_RESPONSE_TIMEOUT_S)
         compare(self._show_comparison)
 
     def refresh(self) -> None:
@@ -71,12 +72,13 @@ class Pages:
         else:
             page.show(RunState(run_id, exists=False))
 
-    async def _show_comparison(self, client: Client, request: Request, a: str, b: str) -> None:
+    async def _show_comparison(self, client: Client, request: Request, runs: str) -> None:
         add_head()
-        page = ComparePage(client, a, b, theme_of(request.cookies))
+        names = runs.split("/")[: len(LETTERS)]
+        page = ComparePage(client, names, theme_of(request.cookies))
         ui.on("traceml_theme", lambda event: self._set_theme(page, event.args))
-        if is_run_id(a) and is_run_id(b):
-            await self._follow(client, self._compared, (a, b), page.show)
+        if len(names) > 1 and all(is_run_id(name) for name in names):
+            await self._follow(client, self._compared, tuple(names), page.show)
         else:
             page.show(CompareState(problem="There is no such run."))
 
@@ -89,8 +91,7 @@ class Pages:
         return RunSource(self._runs_dir / str(key), self._themes)
 
     def _open_comparison(self, key: Any) -> CompareSource:
-        a, b = key
-        return CompareSource(self._runs_dir / a, self._runs_dir / b)
+        return CompareSource([self._runs_dir / name for name in key])
 
     async def _follow(
         self, client: Client, pollers: PollerRegistry[T], key: Hashable, show: Callable[[T], None]

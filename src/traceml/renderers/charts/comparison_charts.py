@@ -1,6 +1,9 @@
-"""Charts of two runs side by side, as ECharts options."""
+"""Charts of two runs side by side, and of several in one, as ECharts options."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from traceml.formatting import phase_label
 from traceml.renderers.charts.chart_options import (
@@ -18,12 +21,19 @@ from traceml.renderers.charts.chart_options import (
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.runs.comparison.comparison_types import Comparison
-from traceml.runs.rows.series import StepSeries
+from traceml.runs.rows.series import RunSeries, StepSeries
 
-__all__ = ["compared_phases_chart", "compared_ranks_chart", "compared_steps_chart"]
+__all__ = [
+    "compared_phases_chart",
+    "compared_ranks_chart",
+    "compared_steps_chart",
+    "overlaid_metric_charts",
+    "overlaid_steps_chart",
+]
 
 _SMALL_SHARE = 0.005
 _RANKS = 24
+_METRICS = 24
 
 
 def compared_steps_chart(a: StepSeries, b: StepSeries, theme: Theme = LIGHT) -> Option | None:
@@ -41,6 +51,65 @@ def compared_steps_chart(a: StepSeries, b: StepSeries, theme: Theme = LIGHT) -> 
     set_ends(option)
     longer = a if float(a.p50_ms.max(initial=0)) > float(b.p50_ms.max(initial=0)) else b
     cut_at(option, longer.p50_ms)
+    return option
+
+
+def overlaid_steps_chart(runs: Sequence[tuple[str, StepSeries]], theme: Theme = LIGHT) -> Option | None:
+    """Return the median step time of several runs over their steps; those without steps are left out.
+
+    Args:
+        runs: name and series of each.
+        theme: the colors.
+    """
+    lines = [(name, pairs(each.steps.tolist(), plain_values(each.p50_ms))) for name, each in runs if len(each)]
+    option = _overlaid(lines, theme, "ms")
+    if option is not None:
+        slowest = max((each.p50_ms for _, each in runs if len(each)), key=lambda p50_ms: float(p50_ms.max()))
+        cut_at(option, slowest)
+
+    return option
+
+
+def overlaid_metric_charts(
+    runs: Sequence[tuple[str, RunSeries]], theme: Theme = LIGHT, most: int = _METRICS
+) -> list[tuple[str, Option]]:
+    """Return (name, chart) of metrics of several runs, those that most runs have first; rank 0 of each run.
+
+    Args:
+        runs: name and series of each.
+        theme: the colors.
+        most: largest number of charts.
+    """
+    found: dict[str, list[tuple[str, list[list[float | None]]]]] = {}
+    for run, series in runs:
+        for line in series.metrics:
+            if "/rank_" not in line.name:
+                points = pairs(line.steps.tolist(), plain_values(line.values))
+                found.setdefault(line.name, []).append((run, points))
+
+    names = sorted(found, key=lambda name: (-len(found[name]), "loss" not in name.lower(), name))[:most]
+    colors = {run: theme.lines[place % len(theme.lines)] for place, (run, _) in enumerate(runs)}
+    charts = [(name, _overlaid(found[name], theme, "", colors)) for name in names]
+    return [(name, option) for name, option in charts if option is not None]
+
+
+def _overlaid(
+    lines: Sequence[tuple[str, list[list[float | None]]]],
+    theme: Theme,
+    unit: str,
+    colors: Mapping[str, str] = MappingProxyType({}),
+) -> Option | None:
+    if not lines:
+        return None
+
+    option = blank(theme)
+    option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
+    option["yAxis"] = {**value_axis(theme, unit), "scale": not unit}
+    for place, (name, points) in enumerate(lines):
+        color = colors.get(name) or theme.lines[place % len(theme.lines)]
+        option["series"].append(line_series(name, points, color, 1.5))
+
+    set_ends(option)
     return option
 
 

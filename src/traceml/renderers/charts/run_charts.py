@@ -37,6 +37,7 @@ __all__ = [
     "loss_chart",
     "memory_chart",
     "metric_charts",
+    "metric_count",
     "phases_chart",
     "ranks_chart",
     "step_time_chart",
@@ -176,20 +177,34 @@ def system_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
     return option
 
 
-def metric_charts(series: RunSeries, theme: Theme = LIGHT, most: int = _METRICS) -> list[tuple[str, Option]]:
+def metric_charts(
+    series: RunSeries, theme: Theme = LIGHT, most: int = _METRICS, *, axes: bool = False
+) -> list[tuple[str, Option]]:
     """Return (name, chart) of logged metrics over steps, several ranks in one chart.
 
     Args:
         series: of the run.
         theme: the colors.
         most: largest number of charts.
+        axes: whether an option has the key `traceml` with the points' places on other axes: seconds since the first
+            value of the run, and epochs where the training logs them as `epoch`.
     """
     by_name: dict[str, list[MetricSeries]] = {}
     for line in series.metrics:
         by_name.setdefault(_without_rank(line.name), []).append(line)
 
     names = sorted(by_name, key=lambda name: (not _is_loss(name), name))[:most]
-    return [(name, _metric_chart(by_name[name], theme)) for name in names]
+    charts = [(name, _metric_chart(by_name[name], theme)) for name in names]
+    if axes:
+        for name, option in charts:
+            option["traceml"] = _other_axes(by_name[name][:_LINES], series.metrics)
+
+    return charts
+
+
+def metric_count(series: RunSeries) -> int:
+    """Return the number of metrics, several ranks counted once."""
+    return len({_without_rank(line.name) for line in series.metrics}) + series.hidden_metrics
 
 
 def loss_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
@@ -227,6 +242,17 @@ def _metric_chart(lines: Sequence[MetricSeries], theme: Theme) -> Option:
     set_ends(option)
     option["legend"]["show"] = len(lines) > 1
     return option
+
+
+def _other_axes(lines: Sequence[MetricSeries], every: Sequence[MetricSeries]) -> dict[str, list[list[float | None]]]:
+    """Return the places of the points of each line on the axes of time and of epochs."""
+    began = min((float(line.epoch_s[0]) for line in every if len(line.epoch_s)), default=0.0)
+    axes = {"seconds": [plain_values(line.epoch_s - began) for line in lines]}
+    epochs = next((line for line in every if line.name.rpartition("/")[2] == "epoch" and len(line.steps)), None)
+    if epochs is not None:
+        axes["epoch"] = [plain_values(np.interp(line.steps, epochs.steps, epochs.values)) for line in lines]
+
+    return axes
 
 
 def _over_steps(steps: Sequence[int], theme: Theme) -> Option:

@@ -29,6 +29,7 @@ class MetricSeries:
         steps: the step of each point, ascending.
         values: means of the finite values; least, most: their extremes.
         missing: number of values that were not finite.
+        epoch_s: the time of each point.
     """
 
     name: str
@@ -37,6 +38,7 @@ class MetricSeries:
     least: Floats
     most: Floats
     missing: int
+    epoch_s: Floats
 
 
 class MetricSeriesSet:
@@ -82,12 +84,12 @@ class MetricSeriesSet:
 
 
 def _points(rows: NDArray[np.void]) -> NDArray[np.float64]:
-    """Return step, sum, count, least, greatest and number of non-finite values of each row."""
+    """Return step, sum, count, least, greatest, number of non-finite values, and time in seconds of each row."""
     values, finite = rows["value"], np.isfinite(rows["value"])
-    points = np.empty((len(rows), 6))
+    points = np.empty((len(rows), 7))
     points[:, 0], points[:, 1], points[:, 2] = rows["step"], np.where(finite, values, 0), finite
     points[:, 3], points[:, 4] = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
-    points[:, 5] = ~finite
+    points[:, 5], points[:, 6] = ~finite, rows["t_ns"] / 1e9
     return points
 
 
@@ -95,7 +97,7 @@ def _joined(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Join pairs of neighbors."""
     starts = np.arange(0, len(points), 2)
     joined = np.add.reduceat(points, starts)
-    joined[:, 0] = points[starts, 0]
+    joined[:, 0], joined[:, 6] = points[starts, 0], points[starts, 6]
     joined[:, 3], joined[:, 4] = (
         np.minimum.reduceat(points[:, 3], starts),
         np.maximum.reduceat(points[:, 4], starts),
@@ -107,4 +109,4 @@ def _line(name: str, points: NDArray[np.float64]) -> MetricSeries:
     some = points[:, 2] > 0
     mean = np.divide(points[:, 1], points[:, 2], out=np.full(len(points), np.nan), where=some)
     least, most = (np.where(some, points[:, column], np.nan) for column in (3, 4))
-    return MetricSeries(name, points[:, 0], mean, least, most, int(points[:, 5].sum()))
+    return MetricSeries(name, points[:, 0], mean, least, most, int(points[:, 5].sum()), points[:, 6])

@@ -8,6 +8,7 @@ from urllib.parse import quote
 from nicegui import Client, run
 
 from traceml.display.web.elements import Container, TextNode, set_visible
+from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import bytes_text, plural, printable
 from traceml.runs.find import RunInfo, check_ended, is_delivered, remove_ended
@@ -34,7 +35,7 @@ class EditBar:
         self._asked = 0
         with Container("div", "card editbar", role="region", aria_label="picked runs") as self._bar:
             self._count = TextNode("b")
-            self._compare = self._button("Compare two", self._open_comparison, "tool main", id="compare")
+            self._compare = self._button("Compare", self._open_comparison, "tool main", id="compare")
             attributes = {"placeholder": "Tag, name or note", "aria_label": "tag, name or note", "maxlength": 2000}
             self._input = Container("input", "search", id="edit-text", autocomplete="off", **attributes)
             self._input.on("input", self._take_text, js_handler=_VALUE)
@@ -55,7 +56,7 @@ class EditBar:
         self._picked = picked
         set_visible(self._bar, bool(picked))
         self._count.set_text(f"{plural(len(picked), 'run')} picked")
-        self._compare.props["disabled"] = len(picked) != 2
+        self._compare.props["disabled"] = not 2 <= len(picked) <= len(LETTERS)
         set_visible(self._rename, len(picked) == 1)
 
     def _button(self, text: str, action: Callable[[], object], classes: str = "tool", **attributes: str) -> TextNode:
@@ -100,7 +101,7 @@ class EditBar:
 
     def _open_comparison(self) -> None:
         runs = "/".join(quote(info.id, safe="") for info in self._picked)
-        if len(self._picked) == 2:
+        if 2 <= len(self._picked) <= len(LETTERS):
             self._client.open(f"/compare/{runs}")
 
     async def _ask(self) -> None:

@@ -1,4 +1,4 @@
-/* Browser side of the pages: theme, charts, keys, search, and the notice of a lost connection. */
+/* Browser side of the pages: theme, keys, search, and the notice of a lost connection. */
 window.traceml = (() => {
   const root = document.documentElement;
   const system = window.matchMedia("(prefers-color-scheme: dark)");
@@ -21,24 +21,6 @@ window.traceml = (() => {
   function toggleTheme() {
     try { localStorage.setItem("traceml-theme", theme() === "dark" ? "light" : "dark"); } catch { /* private window */ }
     applyTheme();
-  }
-
-  function draw(charts) {
-    for (const [id, option] of Object.entries(charts)) drawOne(id, option, 200);
-  }
-
-  const waiting = {};
-  function drawOne(id, option, tries) {
-    waiting[id] = option;
-    const chart = window.getElement?.(Number(id))?.chart;
-    if (!chart) {
-      if (tries > 0) setTimeout(() => waiting[id] === option && drawOne(id, option, tries - 1), 25);
-      return;
-    }
-    delete waiting[id];
-    const before = chart.getOption();
-    const names = (series) => JSON.stringify((series ?? []).map((each) => [each.name, each.type]));
-    chart.setOption(option, { notMerge: names(before?.series) !== names(option.series), lazyUpdate: true });
   }
 
   function filter(box) {
@@ -117,5 +99,5 @@ window.traceml = (() => {
     watchConnection();
     setTimeout(() => { applyTheme(); follow(); }, 300);
   });
-  return { draw, follow, theme };
+  return { follow, theme };
 })();

@@ -1,0 +1,115 @@
+"""Several runs in the same charts, and the parameters that differ between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from traceml.display.web.chart_cache import THEMES, as_json
+from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, search_box, set_visible
+from traceml.formatting import count_text, ms_text, printable
+from traceml.renderers.charts.comparison_charts import overlaid_metric_charts, overlaid_steps_chart
+from traceml.renderers.text.compared_runs import compared_params, significance_word
+from traceml.renderers.text.comparison import step_change_text
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons
+from traceml.runs.rows.series import RunSeries
+
+__all__ = ["LETTERS", "ComparedRuns", "OverlayPanel"]
+
+LETTERS = "ABCDEFGHIJKL"
+"""Names of the compared runs in tables and charts; so many can be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRuns:
+    """Runs that are shown together.
+
+    Attributes:
+        comparisons: of the first run with each other one.
+        series: of each run.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    series: tuple[RunSeries, ...]
+
+
+class OverlayPanel:
+    """A table with a row per run, step times and metrics of all of them, parameters that differ.
+
+    Args:
+        names: names of the runs, the baseline first.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._metrics: dict[str, ChartCard] = {}
+        with Container("div", "card others") as self._summary:
+            self._runs = DataTable(_COLUMNS, "the runs, each compared with A")
+
+        with Container("div", "grid others"):
+            self._steps = ChartCard("Step time of all runs", "median over all ranks, by step", classes="wide")
+
+        with Container("section", "", aria_label="parameters that differ"):
+            TextNode("h2", "Parameters that differ")
+            with Container("div", "card"):
+                columns = [("Name", "mono"), *((letter, "long") for letter in LETTERS[: len(names)])]
+                self._params = DataTable(columns, "parameters that differ")
+                self._same = TextNode("p", "All logged parameters are the same.", "note")
+
+        with Container("section", "", id="metrics", aria_label="metrics"):
+            TextNode("h2", "Metrics")
+            with Container("div", "toolbar"):
+                search_box("metrics", "metric-parts")
+
+            self._grid = Container("div", "grid three", id="metric-parts")
+            self._none = TextNode("p", "None of these runs logged a metric.", "note card")
+
+        several = len(names) > 2
+        set_visible(self._summary, several)
+        self._steps.visible(several)
+
+    def show(self, runs: ComparedRuns, theme: str) -> list[str]:
+        """Show the current comparison; return the charts that the browser has to draw."""
+        self._runs.show(_rows(runs, self._names))
+        params = compared_params(Comparisons(baseline=runs.comparisons[0].a.id, comparisons=list(runs.comparisons)))
+        self._params.show([[printable(name), *map(printable, values)] for name, values in params])
+        set_visible(self._same, not params)
+        lines = [
+            (f"{letter}: {name}", each) for letter, name, each in zip(LETTERS, self._names, runs.series, strict=False)
+        ]
+        charts = overlaid_metric_charts(lines, THEMES[theme])
+        set_visible(self._none, not charts)
+        steps = overlaid_steps_chart([(name, each.steps) for name, each in lines], THEMES[theme])
+        drawn = [self._steps.show(None if steps is None else as_json(steps))]
+        drawn += [self._metric(name).show(as_json(option)) for name, option in charts]
+        return [each for each in drawn if each is not None]
+
+    def _metric(self, name: str) -> ChartCard:
+        if name not in self._metrics:
+            with self._grid:
+                self._metrics[name] = ChartCard(printable(name), classes="low", words=name)
+
+        return self._metrics[name]
+
+
+_COLUMNS = (
+    ("", ""),
+    ("Run", "long"),
+    ("Verdict", ""),
+    ("Steps", "n"),
+    ("Mean step", "n"),
+    ("Change", "n"),
+    ("Significant", "n"),
+)
+
+
+def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
+    first = runs.comparisons[0]
+    mean = first.step_time.mean
+    rows = [["A", names[0], first.a.verdict, count_text(first.a.steps), ms_text(mean.a_ms), "-", "-"]]
+    for letter, name, each in zip(LETTERS[1:], names[1:], runs.comparisons, strict=False):
+        row = each.step_time.mean
+        change, sure = step_change_text(row), significance_word(each)
+        rows.append([letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure])
+
+    return [[printable(cell) for cell in row] for row in rows]
