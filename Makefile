@@ -61,6 +61,12 @@ docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "open build/site/index.html"
 
+# Draws docs/images again, from demonstrations. Needs Chromium and a quiet machine.
+pictures: system $(VENV)/.test
+	@$(PIP) install --group pictures
+	$(BIN)/python docs/images/terminal_pictures.py
+	$(BIN)/python docs/images/page_pictures.py
+
 $(VENV)/.docs: $(VENV)/.base
 	@$(PIP) install -c constraints.txt --group docs
 	@touch $@

@@ -1,12 +1,16 @@
 """Draw web-run.png, web-run-dark.png, web-phone.png and web-compare.png: photograph the page of two runs in Chromium.
 
-Needs the test dependencies, and two runs: `.venv/bin/python docs/images/page_pictures.py RUNS_DIR RUN_A RUN_B`.
+`make pictures` runs it on two demonstrations of four ranks, the first with a slow one. For runs of your own:
+`.venv/bin/python docs/images/page_pictures.py RUNS_DIR RUN_A RUN_B`.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
@@ -19,8 +23,38 @@ DESK, SHORT_DESK, PHONE = (
 )
 
 
-def main(runs_dir: str, run_a: str, run_b: str) -> None:
-    """Write the four pictures."""
+def main(*runs: str) -> None:
+    """Write the four pictures of a folder and two runs, by default of demonstrations."""
+    if runs:
+        draw(*runs)
+        return
+
+    with tempfile.TemporaryDirectory() as folder:
+        draw(folder, demonstrate(folder, "forward"), demonstrate(folder, "none"))
+
+
+def demonstrate(runs_dir: str, fault: str) -> str:
+    """Run `traceml demo` with four ranks; return the run's id."""
+    command = [
+        sys.executable,
+        "-m",
+        "traceml",
+        "demo",
+        "--ranks",
+        "4",
+        "--rank",
+        "2",
+        "--fault",
+        fault,
+        "--live",
+        "none",
+    ]
+    subprocess.run(command, env={**os.environ, "TRACEML_RUNS_DIR": runs_dir}, check=True)
+    return Path(runs_dir, "latest").resolve().name
+
+
+def draw(runs_dir: str, run_a: str, run_b: str) -> None:
+    """Photograph the pages of two runs."""
     pictures = (
         ("web-run.png", f"run/{run_a}", DESK, "light"),
         ("web-run-dark.png", f"run/{run_a}", DESK, "dark"),

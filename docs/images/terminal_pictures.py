@@ -1,6 +1,6 @@
 """Draw live.svg and card.svg: run `traceml demo` on a pseudo-terminal and export its screen.
 
-Needs `pip install pyte` and a machine without other load: `.venv/bin/python docs/images/terminal_pictures.py`.
+`make pictures` runs it; it needs a machine without other load.
 """
 
 from __future__ import annotations

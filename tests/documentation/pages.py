@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PAGES", "ROOT", "Block", "blocks", "commands_of", "spans"]
+import traceml
+from traceml import traces
+
+__all__ = ["PAGES", "ROOT", "Block", "blocks", "commands_of", "docstring_examples", "spans"]
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -61,6 +65,16 @@ def _blocks_of(page: Path) -> Iterator[Block]:
         title = _TITLE.search(found[2])
         line = text.count("\n", 0, found.start()) + 2
         yield Block(str(page.relative_to(ROOT)), line, found[1], title[1] if title else "", found[3])
+
+
+def docstring_examples() -> list[Block]:
+    """Return the examples in the docstrings of public names."""
+    public = [
+        (f"{owner.__name__}.{name}", getattr(owner, name)) for owner in (traceml, traces) for name in owner.__all__
+    ]
+    parser = doctest.DocTestParser()
+    texts = {name: "".join(each.source for each in parser.get_examples(value.__doc__ or "")) for name, value in public}
+    return [Block(name, 1, "python", "", text) for name, text in texts.items() if text]
 
 
 def spans(page: Path) -> list[str]:

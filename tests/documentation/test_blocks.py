@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 import traceml
-from tests.documentation.pages import PAGES, ROOT, Block, blocks, commands_of, spans
+from tests.documentation.pages import PAGES, ROOT, Block, blocks, commands_of, docstring_examples, spans
 from tests.forked import client as forked
 from traceml import cli, settings, traces
 from traceml.cli.help.completion import whole_parser
@@ -37,6 +37,7 @@ CALLED_ELSEWHERE = {
     'backend=["mlflow"': "track/backends/test_round_trip.py",
 }
 STORIES = {"docs/quickstart.md", "docs/guides/mlflow.md"}  # run by test_stories.py
+EXAMPLES = "docstrings"
 # Values that a page's code takes from the reader's program.
 PRELUDES = {
     "README.md": """
@@ -57,6 +58,18 @@ assert main(["export", "--format", "parquet", "-o", "run-parquet"]) == 0
 pathlib.Path("run").mkdir()
 with Writer("run/rank0.pfw.gz") as each, each.span("read", cat="POSIX", size=4096):
     pass
+""",
+    EXAMPLES: """
+import types
+from traceml import traces
+batch, batches, wandb = [1, 2], [[1], [2]], types.SimpleNamespace(log=print)
+augment = train = lambda batch: batch
+with traces.Writer("trace.pfw.gz") as each, each.span("read", cat="POSIX"):
+    pass
+traceml.init(local=True)
+with traceml.trace_step():
+    pass
+traceml.flush()
 """,
     "docs/tracking.md": "read_watts = lambda: 7.0",
     "docs/guides/memory-leak.md": "range = lambda steps, full=range: full(min(steps, 3))",
@@ -138,7 +151,7 @@ def test_data_in_blocks_is_sound():
     assert all(yaml.safe_load(block.text) for block in blocks("yaml"))
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
+@pytest.mark.parametrize("block", [*blocks("python"), *docstring_examples()], ids=str)
 def test_names_in_python_exist(block):
     """Each name of ours, and each argument by name, is one that the package has."""
     for node in ast.walk(ast.parse(block.text)):
@@ -178,7 +191,16 @@ def _runnable() -> dict[str, list[Block]]:
         if block.page not in STORIES and not any(mark in block.text for mark in CALLED_ELSEWHERE):
             pages.setdefault(block.page, []).append(block)
 
-    return pages
+    examples = [each for each in docstring_examples() if each.page != "traceml.launch"]
+    return {**pages, EXAMPLES: sorted(examples, key=lambda each: each.page != "traceml.init")}
+
+
+def test_main_functions_have_an_example():
+    """Those that a user meets first."""
+    shown = {each.page.rpartition(".")[2] for each in docstring_examples()}
+
+    assert {"init", "phase", "trace", "trace_data", "trace_step", "load_run", "runs", "summary", "Experiment"} <= shown
+    assert {"log_metric", "launch", "Runtime", "open", "Writer"} <= shown
 
 
 @pytest.mark.process

@@ -62,6 +62,10 @@ Run = NotebookRun
 def load_run(path: str | os.PathLike[str] | None = None) -> NotebookRun:
     """Return a run, running or ended.
 
+    Examples:
+        >>> run = traceml.load_run()
+        >>> print(run.verdict.kind, run.verdict.summary)
+
     Args:
         path: its folder or its id, the latest where left out; ids are looked up in `runs_dir` of the settings.
 

@@ -38,6 +38,10 @@ _NO_OP = _NoOp()
 def phase(name: str) -> AbstractContextManager[Any]:
     """Return a context manager that times a part of the step as a phase of its own.
 
+    Examples:
+        >>> with traceml.phase("augment"):
+        ...     batch = augment(batch)
+
     Args:
         name: name of the phase; use few different names.
     """
@@ -49,6 +53,11 @@ def trace_step(model: Any = None, optimizer: Any = None) -> AbstractContextManag
     """Return a context manager that bounds one training step.
 
     The first use turns off the inference of steps; the time between two blocks belongs to the later one.
+
+    Examples:
+        >>> for batch in batches:
+        ...     with traceml.trace_step():
+        ...         train(batch)
 
     Args:
         model: the trained module, timed from its first call on.
@@ -63,6 +72,9 @@ def set_step(step: int) -> None:
 
     A training that resumes from a checkpoint calls it before its loop, on every rank, with the number of steps trained
     before. A number below that of the last step is ignored, with a warning.
+
+    Examples:
+        >>> traceml.set_step(1000)  # a checkpoint of 1,000 steps was loaded
 
     Args:
         step: number of the next step, from 0.
@@ -87,6 +99,10 @@ def set_step(step: int) -> None:
 def trace_data(loader: Iterable[T]) -> Iterable[T]:
     """Return the iterable with its waiting times recorded; for data that comes from no torch DataLoader.
 
+    Examples:
+        >>> for batch in traceml.trace_data(batches):
+        ...     train(batch)
+
     Args:
         loader: any iterable of batches.
     """
@@ -100,6 +116,11 @@ def trace(function: F, /) -> F: ...
 def trace(name: str | None = None, /) -> Callable[[F], F]: ...
 def trace(function: Any = None, /) -> Any:
     """Make a function a phase of its own: `@traceml.trace`, or `@traceml.trace("name")`.
+
+    Examples:
+        >>> @traceml.trace("augment")
+        ... def flip(batch):
+        ...     return batch[::-1]
 
     Args:
         function: the function, or the phase's name; by default the function's name.

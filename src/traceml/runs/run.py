@@ -180,6 +180,9 @@ def load_run(path: str | os.PathLike[str] | None = None) -> Run:
 def runs(runs_dir: str | os.PathLike[str] | None = None) -> list[RunInfo]:
     """Return the runs in a folder, the newest first.
 
+    Examples:
+        >>> [run.id for run in traceml.runs() if run.state == "finished"]
+
     Args:
         runs_dir: the folder; by default the `runs_dir` of the settings.
     """

@@ -19,8 +19,8 @@ def summary() -> dict[str, float]:
     It waits until the rows so far are stored, and reads the store, which takes tens of milliseconds: call it on one
     rank, once per epoch or at the end.
 
-    Example:
-        wandb.log(traceml.summary())
+    Examples:
+        >>> wandb.log(traceml.summary())
 
     Returns:
         The numbers by the names that trackers get; empty where nothing is recorded, or on another host.

@@ -50,8 +50,8 @@ def init(**arguments: Unpack[InitArguments]) -> Recorder:
     A second call returns the running recorder, and warns of settings that come too late; `enabled=False` stops it.
     Under `TRACEML=1` the arguments add to the settings, if it is called before the first optimizer is made.
 
-    Example:
-        traceml.init(local=True, run_name="baseline")
+    Examples:
+        >>> traceml.init(local=True, run_name="baseline")
 
     Args:
         arguments: settings by name, over those of environment and files; `python -m traceml.settings` describes all.

@@ -34,6 +34,10 @@ _NAMED = 3  # failures in the text of an error; all are in its `exceptions`
 class Runtime:
     """Runs callables on two pools of threads, and coroutine functions on an event loop of its own.
 
+    Examples:
+        >>> with traceml.Runtime(threads=4) as runtime:
+        ...     length = runtime.submit(len, "abc").get()
+
     Args:
         threads: workers for computation; 0: one per CPU that this process may use.
         io_threads: workers for tasks submitted with `io=True`, which mostly wait; 0: sized by the host.

@@ -66,6 +66,9 @@ def launch(
     Workers are processes with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, in one
     process group. When this returns or raises, all of them and all processes that they started have ended.
 
+    Examples:
+        >>> model = traceml.launch(train, hostnames=["node1", "node2"], workers_per_host=8).rank(0)
+
     Args:
         func: the function. It, its arguments and its results are sent by cloudpickle: it may be defined in the script
             itself, or be a lambda or a closure.

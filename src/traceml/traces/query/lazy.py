@@ -30,6 +30,9 @@ __all__ = ["AggregatedTraces", "GroupedTraces", "Traces", "open"]
 def open(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Traces:  # noqa: A001 - traces.open
     """Open traces; they are read when a result is requested.
 
+    Examples:
+        >>> traces.open("trace.pfw.gz").filter("cat=POSIX").group_by("name").agg("count", "p95").rows()
+
     Args:
         paths: files, folders and patterns.
 

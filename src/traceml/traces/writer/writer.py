@@ -70,6 +70,10 @@ class Writer:
     Times come from a monotonic clock and are written as microseconds since 1970, so that the traces of several
     processes share one time line.
 
+    Examples:
+        >>> with traces.Writer("trace.pfw.gz") as trace, trace.span("load", cat="io"):
+        ...     pass
+
     Args:
         path: the file: `.pfw` (a JSON object per line), `.pfw.gz` (the same in gzip members), `.json` (an array for
             Perfetto and chrome://tracing) or `.json.gz`. `{pid}`, `{host}` and `{rank}` in it are replaced.

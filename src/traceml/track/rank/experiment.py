@@ -52,6 +52,11 @@ class Experiment:
     that begins inside the `with` of another one is its child. Logging never waits for a tracker, and never raises
     because a tracker fails.
 
+    Examples:
+        >>> with traceml.Experiment("baseline", backend="jsonl") as experiment:
+        ...     experiment.log_params({"lr": 0.1})
+        ...     experiment.log_metric("loss", 0.5, step=1)
+
     Args:
         name: its name; by default the run's name.
         project: the project at the trackers; by default the setting `project`.
@@ -295,6 +300,9 @@ def get_active_experiment() -> Experiment | None:
 
 def log_metric(name: str, value: Any, step: int | None = None) -> None:
     """Log one value.
+
+    Examples:
+        >>> traceml.log_metric("val/accuracy", 0.93)
 
     Args:
         name: any text.
