@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ def facts(
     silent: tuple[int, ...] = (),
     rows: bool = True,
     was_aborted: bool = False,
+    calls: Callable[[int, int], int] | None = None,
     **process: Any,
 ) -> JobFacts:
     """Return the facts of a job: each rank has steps of 0.1 s until 75 s ago, and then those looks.
@@ -72,6 +73,7 @@ def facts(
         silent: ranks whose recorder sends nothing.
         rows: whether steps were seen at all.
         was_aborted: whether it was ended because it hung.
+        calls: returns the column `bits` of a rank's step.
         process: what the ranks tell about their settings.
     """
     builder = JobFactsBuilder(ranks)
@@ -82,6 +84,7 @@ def facts(
         if rows:
             taken = np.zeros(steps, STEPS.dtype)
             taken["step"] = np.arange(steps)
+            taken["bits"] = list(map(calls or (lambda _rank, _step: 0), [rank] * steps, range(steps)))
             taken["t_end_ns"] = LAST_NS - (np.arange(steps)[::-1] * S // 10)
             builder.progress.steps(np.full(steps, rank), taken)
 

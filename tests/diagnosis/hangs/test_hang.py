@@ -22,7 +22,7 @@ from tests.diagnosis.hangs.standing import (
     look,
 )
 from traceml.database.looks import FrameLook, GroupLook, WorkerLook
-from traceml.database.schema import STEPS
+from traceml.database.schema import STEPS, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFactsBuilder, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
@@ -234,6 +234,40 @@ def test_a_job_that_was_ended_because_it_hung_has_hung():
     assert judged(facts([in_backward(0), busy], *ended, state="failed")) is None
     assert judged(facts([in_backward(0), busy], *ended, state="failed", was_aborted=True)) is not None
     assert judged(facts([in_backward(0), busy], *ended, state="finished", was_aborted=True)) is None
+
+
+def skips_a_backward(rank: int, step: int) -> int:
+    """Return the column `bits` of ranks of which the second runs no backward in step 20."""
+    is_skipped = rank == 1 and step == 20
+    return pack_bits(0 if is_skipped else 1, 0, step + 6 - (rank == 1 and step >= 20))
+
+
+def test_ranks_that_parted_earlier_are_told_since_when():
+    """The hang comes at the end; the step before was the first with another number of collectives."""
+    other = look(1, call("barrier"), line(30), wchan="futex_do_wait", groups=(group(15, "barrier"),))
+    finding = found(in_backward(0), other, calls=skips_a_backward)
+
+    assert finding is not None
+    assert finding.summary.endswith(
+        " The ranks are apart since step 20, in which rank 1 ran no backward pass: at its end rank 1 had called "
+        "25 collectives, rank 0 26."
+    )
+    assert finding.evidence["apart_since_step"] == 20
+
+
+def test_ranks_that_parted_tell_nothing_about_one_that_waits_for_no_collective():
+    """Nor is it said of ranks that agree, or that never did."""
+    stands = [look(rank, line(6, "stuck"), wchan="anon_pipe_read") for rank in (0, 1)]
+    never = in_backward(0), STUCK
+
+    for looks, calls in (
+        (stands, skips_a_backward),
+        (never, lambda _rank, step: pack_bits(1, 0, step + 6)),
+        (never, lambda rank, step: pack_bits(1, 0, step + 6 + rank)),
+    ):
+        finding = found(*looks, calls=calls)
+        assert "apart" not in summary(finding)
+        assert "apart_since_step" not in finding.evidence
 
 
 # --- what is no hang ---

@@ -19,7 +19,7 @@ from traceml.diagnosis.facts.lost_workers import LostWorker, lost_worker_of
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.pauses import PauseHistory
-from traceml.diagnosis.facts.rank_progress import JobProgress, ProgressHistory
+from traceml.diagnosis.facts.progress.rank_progress import JobProgress, ProgressHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine

@@ -8,9 +8,10 @@ import numpy as np
 
 from traceml.database.looks import RankLook
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.progress.step_sequences import PartedRanks
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.blame import HangCause
-from traceml.diagnosis.hangs.hang_words import hang_advice, hang_summary, operation_text
+from traceml.diagnosis.hangs.hang_words import hang_advice, hang_summary, operation_text, parted_text
 from traceml.diagnosis.hangs.one_look import blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill, standstill
 from traceml.diagnosis.kinds import Kind
@@ -19,6 +20,10 @@ from traceml.diagnosis.steps.window import Window
 __all__ = ["hang"]
 
 _S = 1e9
+# Ranks that were to meet in a collective: what they had called before tells where they parted.
+_OF_COLLECTIVES = (
+    HangCause.NEVER_CAME, HangCause.ALONE, HangCause.ENDED, HangCause.MISMATCH, HangCause.SIZES, HangCause.CIRCLE,
+)  # fmt: skip
 
 
 def hang(window: Window, facts: JobFacts) -> list[Finding]:
@@ -32,10 +37,14 @@ def hang(window: Window, facts: JobFacts) -> list[Finding]:
     times = window.total[:, :-1]
     p99_s = float(np.quantile(times, 0.99)) / _S if times.size else 0.0
     found = standstill(facts, p99_s)
-    return [] if found is None else [_finding(found)]
+    if found is None:
+        return []
+
+    parted = facts.progress.parted if facts.progress is not None and found.blame.cause in _OF_COLLECTIVES else None
+    return [_finding(found, parted)]
 
 
-def _finding(found: Standstill) -> Finding:
+def _finding(found: Standstill, parted: PartedRanks | None) -> Finding:
     named = found.blame.ranks if found.blame.cause is not HangCause.NETWORK else ()
     first = next((found.looks[rank] for rank in named if rank in found.looks), None)
     shown = first or (None if named else next(iter(found.looks.values())))
@@ -45,9 +54,9 @@ def _finding(found: Standstill) -> Finding:
         severity=Kind.HANG.severity_for(0.0),
         ranks=named,
         phase=phase,
-        summary=hang_summary(found),
+        summary=hang_summary(found) + (f" {parted_text(parted)}" if parted is not None else ""),
         next=hang_advice(found),
-        evidence=_evidence(found, shown),
+        evidence=_evidence(found, shown) | ({} if parted is None else {"apart_since_step": parted.since}),
         cost_share=1.0,
     )
 

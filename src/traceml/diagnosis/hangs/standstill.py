@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from traceml.database.looks import FrameLook, RankLook
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
-from traceml.diagnosis.facts.rank_progress import JobProgress, RankProgress
+from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
 from traceml.diagnosis.hangs.one_look import is_busy, is_excused
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.database.looks import FrameLook, RankLook
 from traceml.database.schema import LINE_PHASES, unpack_bits
+from traceml.diagnosis.facts.progress.step_sequences import PartedRanks, StepSequences
 
 __all__ = ["DEFAULT_TIMEOUT_S", "JobProgress", "ProgressHistory", "RankProgress"]
 
@@ -57,6 +58,7 @@ class JobProgress:
         longest_quiet_s: longest pause of any rank that ended with progress: before the first step, and after it.
         longest_gap_s: longest time from the end of a step to the end of the next.
         was_aborted: whether the job was found to hang, and ended for that.
+        parted: ranks that have called more collectives than others, and since when; None where all agree.
     """
 
     ranks: Mapping[int, RankProgress] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class JobProgress:
     longest_quiet_s: tuple[float, float] = (0.0, 0.0)
     longest_gap_s: float = 0.0
     was_aborted: bool = False
+    parted: PartedRanks | None = None
 
 
 class ProgressHistory:
@@ -82,6 +85,7 @@ class ProgressHistory:
         self._sequences = np.full(_FIRST_RANKS, -1, np.int64)
         self._gap_ns = 0
         self._newest_gaps = np.zeros(_FIRST_RANKS, np.int64)
+        self._step_sequences = StepSequences()
         self._began: dict[int, int] = {}
         self._seen: dict[int, int] = {}  # newest timestamp of any row
         self._cpu: dict[int, tuple[int, int, float | None]] = {}  # timestamp, CPU time, cores since the row before
@@ -116,6 +120,7 @@ class ProgressHistory:
         # numpy keeps the last of equal indices, which is the newest row of the rank
         self._steps[ranks], self._ends[ranks] = steps, ends
         self._sequences[ranks] = unpack_bits(rows["bits"]).sequence
+        self._step_sequences.add(ranks, rows)
 
     def eval_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.EVALS`."""
@@ -177,6 +182,7 @@ class ProgressHistory:
     def forget(self, rank: int) -> None:
         """Forget a rank, of which another process has joined."""
         self.was_aborted = False
+        self._step_sequences.forget()
         if rank < len(self._steps):
             self._steps[rank], self._ends[rank], self._sequences[rank], self._newest_gaps[rank] = -1, 0, -1, 0
 
@@ -222,7 +228,8 @@ class ProgressHistory:
 
             ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), open_steps.get(rank), is_gone=rank in gone)
 
-        return JobProgress(ranks, self.timeout_s, (self._quiet[0], self._quiet[1]), self._gap_ns / _S, self.was_aborted)
+        quiet, parted = (self._quiet[0], self._quiet[1]), self._step_sequences.parted
+        return JobProgress(ranks, self.timeout_s, quiet, self._gap_ns / _S, self.was_aborted, parted)
 
     def _of_rank(
         self, rank: int, now_ns: int, names: Mapping[int, str], opened: tuple[int, float] | None, *, is_gone: bool

@@ -1,0 +1,1 @@
+"""Progress of the ranks, as rows and looks tell it."""

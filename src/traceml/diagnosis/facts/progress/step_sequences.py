@@ -1,0 +1,108 @@
+"""Collectives that each rank has called by the end of each step: since when ranks are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import unpack_bits
+
+__all__ = ["PartedRanks", "StepSequences"]
+
+_FIRST_RANKS = 16
+_MOST_SLOTS, _LEAST_SLOTS, _CELLS = 1024, 64, 262_144
+
+
+@dataclass(frozen=True, slots=True)
+class PartedRanks:
+    """Ranks whose numbers of collectives differ, in all steps from one on.
+
+    Attributes:
+        agreed: last step at whose end all ranks had called as many.
+        since: first step at whose end they had not; the next one, unless the steps between are not known.
+        collectives: rank -> its number at the end of that step.
+        backwards: rank -> its backward passes in that step.
+    """
+
+    agreed: int
+    since: int
+    collectives: Mapping[int, int]
+    backwards: Mapping[int, int]
+
+
+class StepSequences:
+    """Compares the ranks step by step, as their rows arrive.
+
+    Ranks that never agree, as the stages of a pipeline, are not apart.
+    """
+
+    def __init__(self) -> None:
+        self.parted: PartedRanks | None = None
+        """Ranks that are apart now; None where they agree, or nothing is known."""
+        self._ranks = 0
+        self._checked = self._agreed = -1
+        self._cells: NDArray[np.int64] = np.empty((3, 0, 0), np.int64)  # step, collectives, backward passes
+        self._latest: NDArray[np.int64] = np.empty(0, np.int64)
+
+    def forget(self) -> None:
+        """Begin anew, as a rank has."""
+        self.parted = None
+        self._checked = self._agreed = -1
+        self._cells[0] = -1
+        self._latest[:] = -1
+
+    def add(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.STEPS`, at least one; those of one rank in order.
+
+        Args:
+            ranks: the rank of each row.
+            rows: the rows.
+        """
+        self._grow(int(ranks.max()) + 1)
+        steps, bits = rows["step"], unpack_bits(rows["bits"])
+        self._cells[:, ranks, steps % self._cells.shape[2]] = steps, bits.sequence, bits.micro_batches
+        self._latest[ranks] = steps
+        common = int(self._latest[: self._ranks].min())
+        first = max(self._checked + 1, common - self._cells.shape[2] + 1)
+        if common >= first:
+            self._check(np.arange(first, common + 1))
+            self._checked = common
+
+    def _check(self, steps: NDArray[np.int64]) -> None:
+        """Compare the ranks in steps that all of them have ended; a sample of steps may lack some."""
+        slots = steps % self._cells.shape[2]
+        known, numbers, backwards = (self._cells[part, : self._ranks, slots].T for part in range(3))
+        whole = (known == steps).all(axis=0) & (numbers > 0).all(axis=0)
+        steps, numbers, backwards = steps[whole], numbers[:, whole], backwards[:, whole]
+        if not len(steps):
+            return
+
+        agreeing = np.flatnonzero(numbers.min(axis=0) == numbers.max(axis=0)).tolist()
+        at = agreeing[-1] + 1 if agreeing else 0
+        if agreeing:
+            self._agreed, self.parted = int(steps[at - 1]), None
+
+        if at < len(steps) and self.parted is None and self._agreed >= 0:
+            self.parted = PartedRanks(
+                self._agreed,
+                int(steps[at]),
+                dict(enumerate(numbers[:, at].tolist())),
+                dict(enumerate(backwards[:, at].tolist())),
+            )
+
+    def _grow(self, ranks: int) -> None:
+        """Make room for more ranks, and compare anew with them; of many ranks, steps until now are lost."""
+        if ranks <= self._ranks:
+            return
+
+        self._ranks = ranks
+        self._checked, self._agreed, self.parted = -1, -1, None
+        if ranks > len(self._latest):
+            capacity = max(ranks, 2 * len(self._latest), _FIRST_RANKS)
+            slots = min(max(_CELLS // capacity, _LEAST_SLOTS), _MOST_SLOTS)
+            latest = np.full(capacity, -1, np.int64)
+            latest[: len(self._latest)] = self._latest
+            self._latest, self._cells = latest, np.full((3, capacity, slots), -1, np.int64)
