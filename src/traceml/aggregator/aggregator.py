@@ -18,6 +18,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.commands import Commands
+from traceml.aggregator.core_takers import CoreTakers
 from traceml.aggregator.hung_jobs import HungJobs
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
@@ -102,6 +103,7 @@ class Aggregator:
         self._parent = os.getppid()
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._silent: dict[ActiveRun, SilentRanks] = {}
+        self._core_takers: dict[ActiveRun, CoreTakers] = {}
         self._hung = HungJobs(on_run_finished)
         self._alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
         self._profiles = profiles if profiles is not None else FindingProfiles(0.0)
@@ -256,6 +258,7 @@ class Aggregator:
         self._profiles.forget(run)
         self._verdicts.pop(run, None)
         self._silent.pop(run, None)
+        self._core_takers.pop(run, None)
         self._hung.forget(run)
         if not run.streams and run.id != self._run_id:
             self._deliveries.forget(run.path)
@@ -348,6 +351,7 @@ class Aggregator:
         run.check_absent()
         if diagnose:
             self._silent.setdefault(run, SilentRanks(run, self._start)).check()
+            self._core_takers.setdefault(run, CoreTakers(run, self._start)).check()
             verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
             verdict.update(run.store)
             self._alerts.check(run, verdict.findings)

@@ -52,6 +52,38 @@ def test_other_programs_are_told():
     assert "End or move the other programs" in found.next
 
 
+def test_the_processes_that_take_the_cores_are_named():
+    """Those of other users have no name."""
+    (found,) = cpu_contention(crowded(samples(busy=0.5), core_takers={"ffmpeg": 1.04, "": 0.3}))
+
+    assert "other processes used 1.5 cores (ffmpeg 1 core, processes of other users 0.3)." in found.summary
+    assert found.evidence["core_takers"] == {"ffmpeg": 1.04, "": 0.3}
+
+
+def test_processes_are_not_named_where_others_use_no_cores():
+    """The ranks themselves take them all."""
+    (found,) = cpu_contention(crowded(samples(busy=1.9), core_takers={"cron": 0.1}))
+
+    assert "cron" not in found.summary
+
+
+def test_ranks_that_wait_are_named_where_the_others_do_not():
+    """Most of them have their cores."""
+    waits = {0: 0.02, 1: 0.5, 2: 0.03, 3: 0.01}
+    (found,) = cpu_contention(JobFacts(world_size=4, main_wait=waits, core_wait=waits))
+
+    assert found.ranks == (1,)
+    assert found.summary.startswith("Rank 1 of 4 waited for a CPU core for 50 % of the time.")
+
+
+@pytest.mark.parametrize("waits", [{0: 0.02, 1: 0.2, 2: 0.03}, {0: 0.5, 1: 0.4, 2: 0.3}, {1: 0.5}])
+def test_no_rank_is_named_where_all_wait_or_one_waits_a_little(waits):
+    """Nor where the others are not known."""
+    found = cpu_contention(JobFacts(world_size=3, main_wait=waits, core_wait=waits))
+
+    assert [each.ranks for each in found] == ([()] if min(waits.values()) >= 0.3 else [])
+
+
 @pytest.mark.parametrize(
     ("facts", "says"),
     [

@@ -1,4 +1,4 @@
-"""Waiting of the ranks' main threads for a CPU core while they train.
+"""Waiting of the ranks' main threads for a CPU core while they train, and who else uses the cores.
 
 Ranks that start at the same time import torch on the same cores, so the time before the first step says nothing about
 training. The kernel's counters are exact, and are read once or twice a second: the time between two readings is
@@ -7,14 +7,21 @@ training if a step was open at both.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CoreWaits", "share_of_wall_time"]
+__all__ = ["CORE_TAKERS", "CoreTakerHistory", "CoreWaits", "share_of_wall_time"]
+
+CORE_TAKERS = "core_takers"
+"""Kind of the event with cores by name of process, `{"cores": {"ffmpeg": 0.8}}`, those of other users as ''."""
 
 MIN_OBSERVED_NS = 2e8
 """With less time than this, nothing is known."""
 
+_LEAST_CORES = 0.1
 _READ = ("t_ns", "main_run_ns", "main_wait_ns", "step")
 
 
@@ -59,6 +66,29 @@ class CoreWaits:
     def of_wall_time(self) -> dict[int, float]:
         """Return the share of wall time in training that a main thread waited for a core, where that is known."""
         return {rank: wait / wall for rank, (wall, _, wait) in self._training.items() if wall >= MIN_OBSERVED_NS}
+
+
+class CoreTakerHistory:
+    """Other processes that used cores while ranks waited for one: sums of readings on the host of rank 0."""
+
+    def __init__(self) -> None:
+        self._readings = 0
+        self._cores: Counter[str] = Counter()
+
+    def add(self, cores: object) -> None:
+        """Take a reading: cores by name; what is no such map is ignored."""
+        if not isinstance(cores, Mapping):
+            return
+
+        self._readings += 1
+        for name, used in cores.items():
+            if isinstance(name, str) and isinstance(used, int | float):
+                self._cores[name] += used  # type: ignore[assignment]
+
+    def most(self, count: int = 3) -> dict[str, float]:
+        """Return the mean cores of those that used most, by name; '' are all processes of other users."""
+        means = {name: cores / self._readings for name, cores in self._cores.most_common(count)}
+        return {name: cores for name, cores in means.items() if cores >= _LEAST_CORES}
 
 
 def share_of_wall_time(rows: NDArray[np.void]) -> float:

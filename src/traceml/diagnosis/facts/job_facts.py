@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
-from traceml.diagnosis.facts.core_waits import CoreWaits
+from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits
 from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.lost_workers import LostWorker, lost_worker_of
@@ -140,6 +140,8 @@ class JobFacts:
         threads: torch threads per rank.
         main_wait: rank -> share of its main thread's ready time in which it waited for a core.
         core_wait: rank -> the same as a share of wall time in training.
+        core_takers: cores that other processes on the host of rank 0 used meanwhile, by name, those that used most;
+            '' are processes of other users.
         samples: use of cores, memory and devices over the run.
         model: the trained model.
         fused: whether the optimizer is a fused one; None where that is not known.
@@ -174,6 +176,7 @@ class JobFacts:
     threads: int | None = None
     main_wait: Mapping[int, float] = field(default_factory=dict)
     core_wait: Mapping[int, float] = field(default_factory=dict)
+    core_takers: Mapping[str, float] = field(default_factory=dict)
     samples: MachineSamples = field(default_factory=MachineSamples)
     model: ModelFacts | None = None
     fused: bool | None = None
@@ -285,6 +288,8 @@ class JobFactsBuilder:
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
         self._waits = CoreWaits()
+        self.core_takers = CoreTakerHistory()
+        """Other processes on the host of rank 0, seen while a rank waited for a core."""
         self.samples = MachineSamples()
         """Use of cores, memory and devices."""
         self.loaders: dict[int, Sequence[LoaderFacts]] = {}
@@ -360,6 +365,11 @@ class JobFactsBuilder:
         ended = {rank: end.at_s for rank, end in self.exits.items()}
         return self.progress.build(self.hosts, self.names, ended, opened)
 
+    @property
+    def has_core_waits(self) -> bool:
+        """Whether the main thread of any rank waits for a core for long."""
+        return any(share >= OVERSUBSCRIBED for share in self._waits.of_ready_time().values())
+
     def join(self, rank: int) -> None:
         """Forget how an earlier process of a rank ended or stood still: another one has joined."""
         self.exits.pop(rank, None)
@@ -418,6 +428,7 @@ class JobFactsBuilder:
             threads=known.get("torch_threads"),
             main_wait=self._waits.of_ready_time(),
             core_wait=self._waits.of_wall_time(),
+            core_takers=self.core_takers.most(),
             samples=self.samples,
             model=self._model,
             fused=known.get("fused"),

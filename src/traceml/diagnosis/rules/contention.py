@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
-from traceml.formatting import cores_text, percent_text
+from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
 
 __all__ = ["OTHERS_CORES", "core_takers", "cpu_contention"]
 
 OTHERS_CORES = 0.5
 """Other programs are named from so many cores on."""
 _MOST_SHARE = 0.9
+_SOME_SHARE = 0.25
+"""Some ranks of a job are named from this share on, where most of the others have their cores."""
 
 
 def cpu_contention(facts: JobFacts) -> list[Finding]:
     """Return the finding about ranks that had too few cores."""
-    use, waited = facts.use, facts.waited_share
-    if not facts.oversubscribed or waited < WARNING_SHARE:
+    use, (ranks, waited) = facts.use, _waiting(facts)
+    if waited < WARNING_SHARE:
         return []
 
     waited = min(waited, _MOST_SHARE)
     subject = "The ranks" if facts.world_size > 1 else "The training process"
+    subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
     return [
         Finding(
             kind=Kind.CPU_CONTENTION,
             severity=Kind.CPU_CONTENTION.severity_for(waited),
+            ranks=ranks,
             summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts)}",
             next=_advice(facts),
             evidence={
@@ -33,11 +39,23 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
                 **({} if facts.cores_per_rank is None else {"cores_per_rank": facts.cores_per_rank}),
                 **({} if use.busy_cores is None else {"busy_cores_per_rank": use.busy_cores}),
                 **({} if facts.others_cores is None else {"others_cores": facts.others_cores}),
+                **({"core_takers": dict(facts.core_takers)} if facts.core_takers else {}),
             },
             cost_share=waited,
             speedup_if_fixed=1 / (1 - waited),
         )
     ]
+
+
+def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
+    """Return the ranks that waited, none for all, and their share of the time: the median over them."""
+    shares = {rank: facts.core_wait.get(rank, share) for rank, share in facts.main_wait.items()}
+    least = WARNING_SHARE if facts.oversubscribed else _SOME_SHARE
+    some = tuple(sorted(rank for rank, share in shares.items() if share >= least))
+    if len(some) in (0, len(shares)) or len(shares) < facts.world_size:
+        return (), facts.waited_share if facts.oversubscribed else 0.0
+
+    return some, float(np.median([shares[rank] for rank in some]))
 
 
 def _foreign_cores(facts: JobFacts, workers: int) -> float:
@@ -66,7 +84,17 @@ def _who(facts: JobFacts) -> str:
     each = " each" if ranks > 1 else ""
     others = core_takers(facts)
     own = f"{'a rank' if ranks > 1 else 'it'} used {cores_text(facts.use.busy_cores)}{each if others is None else ''}"
-    return f" Of {cores_text(here)}, {own}" + (f", {others}." if others else ".")
+    return f" Of {cores_text(here)}, {own}" + (f", {others}{_taker_names(facts)}." if others else ".")
+
+
+def _taker_names(facts: JobFacts) -> str:
+    """Return ` (ffmpeg 1.2 cores, processes of other users 0.5)`; empty where no process is known."""
+    found = [(name or "processes of other users", cores) for name, cores in facts.core_takers.items()]
+    if not found:
+        return ""
+
+    (first, cores), *rest = found
+    return f" ({', '.join([f'{first} {cores_text(cores)}', *(f'{name} {used:.1f}' for name, used in rest)])})"
 
 
 def _advice(facts: JobFacts) -> str:

@@ -35,6 +35,7 @@ from traceml.database.schema import (
 )
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
+from traceml.diagnosis.facts.core_waits import CORE_TAKERS
 from traceml.diagnosis.facts.job_facts import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
@@ -180,7 +181,7 @@ class Digest:
         """The same by stream, as read for `totals`."""
         self.set_up: StepTotals | None = None
         """The sums of the first steps, which include set-up; like `totals`."""
-        self._last_look = 0
+        self._last_look = self._last_takers = 0
         self.first: dict[int, tuple[int, int]] = {}
         """Step and monotonic end of the first row of each rank."""
 
@@ -345,6 +346,10 @@ class Digest:
             self._last_look = event.id
             if event.data.get("stream") in self.streams:
                 self.facts.progress.look(RankLook.from_row(event.data))
+
+        for event in reader.events(self._last_takers, CORE_TAKERS):
+            self._last_takers = event.id
+            self.facts.core_takers.add(event.data.get("cores"))
 
         aborted = reader.last_event(ABORT)
         if aborted is not None and aborted.data.get("attempt") == self._attempt:

@@ -1,0 +1,67 @@
+"""Real processes that use a core, by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.eventually import eventually
+from traceml.witness.busy_processes import BusyProcesses
+
+pytestmark = pytest.mark.process
+_NAME = "takes-a-core"
+_BUSY = f"""
+open("/proc/self/comm", "w").write("{_NAME}")
+print("ready", flush=True)
+while True:
+    pass
+"""
+
+
+@pytest.fixture
+def taker() -> Iterator[int]:
+    """A process that computes, and has a name."""
+    with subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+def used(read: BusyProcesses, own: set[int], name: str) -> float:
+    """Return the cores of a name once it has used any; the time between readings is what they take."""
+    threading.Event().wait(0.3)
+    return read.read(own).get(name, 0.0)
+
+
+def test_a_process_that_computes_is_named(taker: int) -> None:
+    """From the second reading on."""
+    read = BusyProcesses()
+    assert read.read(set()) == {}
+
+    assert 0.1 <= eventually(lambda: used(read, set(), _NAME), "some CPU time") <= 1.5
+
+
+def test_own_processes_and_their_children_are_left_out(taker: int) -> None:
+    """A rank, and its loader workers."""
+    read = BusyProcesses()
+    read.read(set())
+    eventually(lambda: used(read, set(), _NAME), "some CPU time")
+
+    for own in ({taker}, {os.getpid()}):
+        assert used(read, own, _NAME) == 0.0
+
+
+def test_processes_of_other_users_have_no_name(taker: int) -> None:
+    """What runs under another account is nobody's business; that it takes the cores is."""
+    read = BusyProcesses(user=Path(f"/proc/{taker}").stat().st_uid + 1)
+    read.read(set())
+
+    assert eventually(lambda: used(read, set(), ""), "some CPU time") >= 0.1
+    assert _NAME not in read.read(set())
