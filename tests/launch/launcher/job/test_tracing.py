@@ -40,7 +40,7 @@ for step, (batch,) in enumerate(torch.utils.data.DataLoader(data, batch_size=4))
             os.kill(os.getpid(), 9)
     if what == "exit" and rank == 1 and step == 30:
         sys.exit(5)
-    if what == "gil" and rank == 1 and step == 30:
+    if what == "gil" and rank == dist.get_world_size() - 1 and step == 30:
         ctypes.PyDLL(None).sleep(600)
     if what == "crash" and rank == 1 and step == 30:
         deep(60, lambda: ctypes.string_at(0))
@@ -233,3 +233,19 @@ def test_a_rank_of_another_host_that_cannot_answer_is_looked_at_there(hosts: Hos
     assert (verdict["kind"], verdict["ranks"]) == ("HANG", [1]), verdict
     assert f"in C code called at train.py:{line}" in verdict["summary"]
     assert "that holds the GIL, waiting" in verdict["summary"]
+
+
+def test_a_lone_rank_that_cannot_end_itself_is_ended_by_the_launcher(hosts: Hosts, folder: Path) -> None:
+    """It holds the GIL, on a host of which only its agent can kill it."""
+    options = ["--hostnames", "alias2", "--ssh-config-file", hosts.ssh_config, "--workers-per-host", "1"]
+    ended = hosts.launcher.run(
+        sys.executable, "-m", "traceml", "launch", *options, "--kill-after-report", "train.py", "gil", "60",
+        env={"TRACEML_HANG_TIMEOUT": "8"}, cwd=folder, check=False,
+    )  # fmt: skip
+    report = report_of(folder)
+
+    assert ended.returncode == 1
+    assert "rank 0 (local rank 0 on alias2) has not ended: the job hangs, and on_hang is abort" in ended.stderr
+    assert (report["run"]["state"], report["verdict"]["kind"], report["verdict"]["ranks"]) == ("hung", "HANG", [0])
+    assert "that holds the GIL" in report["verdict"]["summary"]
+    assert nothing_left(hosts)

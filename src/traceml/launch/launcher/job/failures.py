@@ -20,6 +20,7 @@ __all__ = [
     "preparation_failed",
     "unreachable",
     "worker_died",
+    "worker_hung",
     "worker_raised",
 ]
 
@@ -129,6 +130,14 @@ def worker_died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
     # a script's exception is in its last lines of output
     secondary = not signal and bool(_SECONDARY.search("\n".join(_tail(message)[-_LAST_LINES:])))
     return JobFailure(error, secondary, worker.rank)
+
+
+def worker_hung(worker: Worker) -> JobFailure:
+    """Return the failure for the first worker of a job that hangs and cannot end itself."""
+    how = "has not ended: the job hangs, and on_hang is abort"
+    return JobFailure(
+        WorkerFailedError(worker.host.name, worker.rank, worker.local_rank, how=how, exit_code=1), rank=worker.rank
+    )
 
 
 def preparation_failed(host: JobHost, error: Mapping[str, Any]) -> AgentFailedError:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedError
 from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
-from traceml.launch.launcher.job.failures import first_cause, note_stacks
+from traceml.launch.launcher.job.failures import first_cause, note_stacks, worker_hung
 from traceml.launch.launcher.job.host_loop import HostLoop
 from traceml.launch.launcher.job.job_host import JobHost, Worker, rendezvous_address
 from traceml.launch.launcher.job.job_spec import JobSpec
@@ -349,6 +349,8 @@ class LaunchJob:
     def _tick(self) -> None:
         if self._tracing is not None:
             self._tracing.tick()
+            if not (self._state.stopping or self._state.failures) and self._tracing.must_end:
+                self._state.failures += [worker_hung(each) for each in self._state.workers if not each.ended][:1]
 
         now_s = time.monotonic()
         if now_s - self._wait_logged_s >= _WAIT_LOG_S:

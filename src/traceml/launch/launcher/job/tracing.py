@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from traceml import settings
 from traceml.database.flight.flight_folders import COPIES_FOLDER
+from traceml.launch.launcher.job.abort_watch import AbortWatch
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.tunnel import TunnelConnector
@@ -89,6 +90,7 @@ class Tracing:
             "TRACEML_ON_HANG": config.on_hang,
             "TRACEML_COMMAND": shlex.join(sys.argv),
         }
+        self._abort_watch = AbortWatch(self.run_dir) if config.on_hang == "abort" else None
         self._make_screen, self._report, self._program = make_screen, report, program
         self._screen: Screen | None = None
         self._waiting: deque[str] = deque()
@@ -111,6 +113,11 @@ class Tracing:
     def run_dir(self) -> Path:
         """The run's folder."""
         return self._aggregator.run_dir
+
+    @property
+    def must_end(self) -> bool:
+        """Whether the job hangs, and its ranks have not ended though they were asked to (`on_hang = "abort"`)."""
+        return self._begun and self._abort_watch is not None and self._abort_watch.is_overdue()
 
     def start(self) -> None:
         """Check that a run can be stored.
