@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
 from traceml.recorder.line_sampler import LineSampler
+from traceml.witness.switch_interval import switch_interval
 
 SAMPLES = 40
 
@@ -67,6 +69,16 @@ def alternates() -> None:
     releases_the_lock()
 
 
+def holds_for_30_ms() -> None:
+    until = time.perf_counter() + 0.03
+    while time.perf_counter() < until:
+        sum(range(200))
+
+
+def sleeps_for_10_ms() -> None:
+    time.sleep(0.01)
+
+
 def dumps() -> None:
     json.dumps(list(range(20_000)), indent=1)
 
@@ -103,6 +115,36 @@ def test_code_that_holds_the_lock_is_seen(flight: FlightFile) -> None:
     assert functions["releases_the_lock"] >= 2
     assert sum(functions.values()) == SAMPLES
     assert all(line.startswith(__file__ + ":") for _, line, _, _ in rows)
+
+
+@pytest.mark.skipif(
+    os.getloadavg()[0] > 4 * (os.cpu_count() or 1), reason="the threads wait for cores most of the time"
+)
+def test_long_blocks_have_their_share(flight: FlightFile) -> None:
+    """Blocks of 30 ms that hold the lock are seen as often as they run, also if a sleep is among them."""
+    ran = collections.Counter[str]()
+
+    def turns() -> None:
+        for name, work in (("held", holds_for_30_ms), ("free", sleeps_for_10_ms)):
+            began = time.monotonic()
+            work()
+            ran[name] += int((time.monotonic() - began) * 1e6)
+
+    with Training(turns) as training:
+        sampler = LineSampler(flight, training.ident, interval_s=0.1)
+        for _ in range(120):
+            time.sleep(max(0.0, sampler.due_s - time.monotonic()))
+            sampler.sample(time.sleep)
+
+        sampler.close()
+        sampler.flush()
+
+    seen = collections.Counter[str]()
+    for _, line, _, samples in rows_of(flight):
+        seen[line.rpartition(" ")[2].split(".")[0]] += samples
+
+    share = seen["holds_for_30_ms"] / (seen["holds_for_30_ms"] + seen["sleeps_for_10_ms"])
+    assert share == pytest.approx(ran["held"] / ran.total(), abs=0.2)
 
 
 def test_an_iterators_code_is_a_wait_for_data(flight: FlightFile) -> None:
@@ -196,18 +238,32 @@ def test_start_up_and_training_have_first_samples_of_their_own(
     flight: FlightFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long start-up leaves the training its samples, which come more often."""
-    monkeypatch.setattr("traceml.recorder.line_sampler.ENOUGH", 2)
-    few = []
+    monkeypatch.setattr("traceml.recorder.line_sampler.PACES", ((1, 8), (2, 3)))
+    paces = []
     with Training(releases_the_lock) as training:
         sampler = LineSampler(flight, training.ident)
         for at in range(6):
-            few.append(sampler.few)
+            paces.append(sampler.pace)
             if at == 3:
                 flight.ring("steps").append(*range(len(flight.ring("steps")._table.columns)))
 
             sampler.sample(time.sleep)
 
-    assert [*few, sampler.few] == [True, True, False, False, True, False, False]
+    assert [*paces, sampler.pace] == [8, 3, 1, 1, 3, 1, 1]
+
+
+def test_samples_come_at_random_times(flight: FlightFile) -> None:
+    """Samples at regular times would meet steps of the same period in the same place."""
+    sampler = LineSampler(flight, lambda: 0, interval_s=100.0)
+    sampler.samples = 10**6
+    times = [sampler.due_s]
+    for _ in range(200):
+        sampler.sample(lambda _seconds: None)
+        times.append(sampler.due_s)
+
+    gaps = np.diff(times)
+    assert 50 <= gaps.min() < 55
+    assert 145 < gaps.max() <= 150.01
 
 
 def test_counts_are_appended_once(flight: FlightFile) -> None:
@@ -224,25 +280,84 @@ def test_counts_are_appended_once(flight: FlightFile) -> None:
     assert sum(row[3] for row in rows_of(flight)) == 5 == sampler.samples
 
 
-def test_the_switch_interval_is_the_users(flight: FlightFile) -> None:
-    """It is restored, also after an error; one that the script sets during a sample stays."""
-    usual = sys.getswitchinterval()
+@pytest.fixture(autouse=True)
+def usual() -> Iterator[float]:
+    """The switch interval, which is the same afterwards."""
+    interval = sys.getswitchinterval()
+    yield interval
+    switch_interval.restore()
+    sys.setswitchinterval(interval)
+
+
+def test_the_switch_interval_stays_short_between_samples(flight: FlightFile, usual: float) -> None:
+    """So that the next sample does not begin where the lock is released; at the end it is restored."""
+    with Training(releases_the_lock) as training:
+        sampler = LineSampler(flight, training.ident)
+        sampler.sample(time.sleep)
+        between = sys.getswitchinterval()
+        sampler.close()
+
+    assert between < usual / 10
+    assert sys.getswitchinterval() == usual
+
+
+def test_threads_that_compute_have_the_usual_switch_interval(flight: FlightFile, usual: float) -> None:
+    """With a short one they would take the lock from each other all the time."""
+    with Training(holds_the_lock) as training, Training(holds_the_lock):
+        sampler = LineSampler(flight, training.ident)
+        sampler.sample(time.sleep)
+        sampler.sample(time.sleep)
+
+        assert sys.getswitchinterval() == usual
+
+
+def test_the_sampling_thread_waits_precisely(flight: FlightFile) -> None:
+    """Other threads keep their timer slack."""
+    slack = Path("/proc/self/timerslack_ns")
+    before = slack.read_text()
+
+    def samples() -> None:
+        LineSampler(flight, lambda: 0).sample(time.sleep)
+        found.append(int(Path(f"/proc/{threading.get_native_id()}/timerslack_ns").read_text()))
+
+    found: list[int] = []
+    thread = threading.Thread(target=samples)
+    thread.start()
+    thread.join()
+
+    assert found == [1000]
+    assert slack.read_text() == before
+
+
+@pytest.mark.process
+def test_a_forked_child_has_the_usual_switch_interval(flight: FlightFile, usual: float) -> None:
+    """A worker of a DataLoader has threads of its own."""
+    with Training(releases_the_lock) as training:
+        sampler = LineSampler(flight, training.ident)
+        sampler.sample(time.sleep)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if sys.getswitchinterval() == usual else 1)
+
+        sampler.close()
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_switch_interval_of_the_script_stays(flight: FlightFile, usual: float) -> None:
+    """It is restored after an error; one that the script sets during a sample stays."""
     sampler = LineSampler(flight, lambda: 0)
 
     def fails(_seconds: float) -> None:
         raise OSError("the sleep failed")
 
-    try:
-        sampler.sample(time.sleep)
-        assert sys.getswitchinterval() == usual
-        with pytest.raises(OSError, match="the sleep"):
-            sampler.sample(fails)
+    with pytest.raises(OSError, match="the sleep"):
+        sampler.sample(fails)
 
-        assert sys.getswitchinterval() == usual
-        sampler.sample(lambda _seconds: sys.setswitchinterval(0.001))
-        assert sys.getswitchinterval() == pytest.approx(0.001)
-    finally:
-        sys.setswitchinterval(usual)
+    assert sys.getswitchinterval() == usual
+    sampler.sample(lambda _seconds: sys.setswitchinterval(0.001))
+    sampler.close()
+    assert sys.getswitchinterval() == pytest.approx(0.001)
 
 
 def test_a_thread_that_is_gone_is_no_sample(flight: FlightFile) -> None:

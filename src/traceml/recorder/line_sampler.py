@@ -3,8 +3,13 @@
 The recorder's thread takes the training thread's frame some 10 times a second; the training thread does nothing. A
 thread that wakes from a sleep gets the interpreter's lock where the training thread releases it by itself, so a plain
 sample misses code that holds it (0 % of samples instead of 57 % of the time, with blocks of 2 ms). So a sample is
-*armed*: the switch interval is shortened, the thread sleeps for a random 2 to 12 ms, and looks then. Then it gets the
-lock within 20 us, on the line that was running.
+*armed*: the switch interval is short while the thread sleeps. Then it gets the lock within 50 us, on the line that was
+running.
+
+It sleeps twice, until the sample is due, and then for a random 2 to 12 ms. Where only the second sleep is armed, it
+begins in a place that releases the lock, and is too short to leave blocks of tens of milliseconds (40 % of samples
+instead of 60 % of the time, on busy cores). So the interval stays short between samples, unless other threads of the
+script compute: these would take the lock from each other at every turn.
 
 Where one phase was open during the whole sleep, the training thread's CPU time in it is counted too. It tells whether
 the phase computes or waits.
@@ -13,7 +18,6 @@ the phase computes or waits.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +28,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.recorder.user_code import UserCode
+from traceml.witness.switch_interval import OtherThreads, switch_interval, thread_cpu_ns, wait_precisely
 from traceml.witness.thread_frames import thread_frame
 from traceml.witness.user_files import is_ours
 
@@ -32,10 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LineSampler"]
 
-ENOUGH = 400
-"""With fewer samples than this, they come more often."""
+PACES = ((100, 5), (400, 3))
+"""With fewer samples than this, they come so many times as often."""
 
-_ARMED_S = 20e-6
+MOST_COST = 0.004
+"""Share of a core that samples may take."""
+
+_COST_SAMPLES = 8  # the cost is a mean of so many
+_SLEEPS = 2  # each sample has two, and the cost of the second one is known
 _LEAST_S, _MOST_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
@@ -66,6 +75,7 @@ class LineSampler:
         user: tells the user's code.
         is_feeding: tells whether a frame runs for an iterator that gives batches and is no DataLoader.
         is_evaluating: tells whether an evaluation runs, whose time is in no step.
+        interval_s: usual time between two samples.
     """
 
     def __init__(
@@ -75,44 +85,80 @@ class LineSampler:
         user: UserCode | None = None,
         is_feeding: Callable[[FrameType], bool] | None = None,
         is_evaluating: Callable[[], bool] | None = None,
+        interval_s: float = 0.1,
     ) -> None:
         self.samples = 0
         """Samples so far."""
+        self.due_s = time.monotonic()
+        """Time of the next sample, by `time.monotonic`."""
+        self._interval_s, self._waits_precisely = interval_s, False
         self._startup = 0  # of them before the first step
         self._slots, self._steps, self._lines = flight.open_slots, flight.ring("steps"), flight.ring("lines")
         self._name_id, self._thread = flight.names.id_of, thread
         self._user = user or UserCode()
         self._is_feeding = is_feeding or (lambda _frame: False)
         self._is_evaluating = is_evaluating or (lambda: False)
-        self._clock_of = self._clock = 0  # training thread, and its CPU clock
+        self._others, self._cost_ns = OtherThreads(), 0.0
+        self._native_of = self._native = 0  # training thread, and its id in the system
         self._counts: dict[_Key, list[int]] = {}
         self._ids: dict[_Key, tuple[int, int]] = {}
 
     @property
-    def few(self) -> bool:
-        """Whether a run of seconds would have too few samples yet: of its start-up, or of what came after it."""
-        return (self.samples - self._startup or self._startup) < ENOUGH
+    def pace(self) -> int:
+        """Factor by which samples come more often: a run of seconds has few of its start-up and of its steps."""
+        samples = self.samples - self._startup or self._startup
+        return next((pace for below, pace in PACES if samples < below), 1)
 
     def sample(self, wait: Callable[[float], object]) -> None:
-        """Take one sample of the training thread, on the recorder's thread.
+        """Take the sample that is due, on the recorder's thread.
 
         Args:
             wait: sleeps for so many seconds, or less when the recorder's thread is needed.
         """
-        usual = sys.getswitchinterval()
-        sys.setswitchinterval(_ARMED_S)
-        armed = sys.getswitchinterval()
-        try:
-            before = self._look()
-            wait(_LEAST_S + (_MOST_S - _LEAST_S) * os.urandom(1)[0] / 255)  # the module `random` costs the rank 2 ms
-            after = self._look()
-            frame = thread_frame(self._thread())
-        finally:
-            if sys.getswitchinterval() == armed:  # else the script has set its own in the meantime
-                sys.setswitchinterval(usual)
+        if not self._waits_precisely:
+            wait_precisely()
+            self._waits_precisely = True
 
+        began_ns, late_s = time.thread_time_ns(), max(0.0, time.monotonic() - self.due_s)
+        if not switch_interval.shorten():
+            late_s = 0.0  # it woke where the lock was released: only a whole sleep leads away from there
+
+        try:
+            self._take(wait, late_s)
+        except BaseException:
+            switch_interval.restore()
+            raise
+
+        if self._others.are_busy(self._thread()):
+            switch_interval.restore()
+
+        self._schedule(time.thread_time_ns() - began_ns)
+
+    def _take(self, wait: Callable[[float], object], late_s: float) -> None:
+        before = self._look()
+        wait(max(0.0, _LEAST_S + (_MOST_S - _LEAST_S) * _random() - late_s))
+        frame = thread_frame(self._thread())
+        after = self._look()  # at once: the training thread goes on after 50 us
         if frame is not None:
-            self._count(self._key(frame), before, after)
+            self._count(self._key(frame, after.opened[0]), before, after)
+
+    def _schedule(self, cost_ns: int) -> None:
+        self._cost_ns += (_SLEEPS * cost_ns - self._cost_ns) / _COST_SAMPLES
+        # Not from the end of this one: code that holds the lock makes samples late, and would be seen less often.
+        due_s, now_s = self.due_s + self._next_s(), time.monotonic()
+        self.due_s = due_s if due_s > now_s else now_s + self._next_s()
+
+    def _next_s(self) -> float:
+        """Return the time from one sample to the next.
+
+        It is random, or samples would follow the period of the steps. On busy cores a sample costs milliseconds, as the
+        thread wakes often until the training thread releases the lock; then samples are fewer.
+        """
+        return max(self._interval_s / self.pace * (0.5 + _random()), self._cost_ns / 1e9 / MOST_COST)
+
+    def close(self) -> None:
+        """Restore the switch interval."""
+        switch_interval.restore()
 
     def flush(self) -> None:
         """Append the counts since the last call as rows."""
@@ -145,16 +191,12 @@ class LineSampler:
 
     def _cpu_ns(self) -> int:
         ident = self._thread()
-        if ident != self._clock_of:
-            self._clock_of, self._clock = ident, _cpu_clock(ident)
+        if ident != self._native_of:
+            self._native_of, self._native = ident, _native_id(ident)
 
-        try:
-            return time.clock_gettime_ns(self._clock) if self._clock else 0
-        except OSError:  # the thread has ended
-            return 0
+        return thread_cpu_ns(self._native)
 
-    def _key(self, frame: FrameType) -> _Key:
-        phase = self._opened()[0]
+    def _key(self, frame: FrameType, phase: int) -> _Key:
         if phase not in _OWN_TABLES and self._is_evaluating():
             phase = LINE_OUTSIDE
         elif phase == LINE_OTHER and self._is_feeding(frame):
@@ -190,14 +232,13 @@ class LineSampler:
         return -1 if known is None else known
 
 
-def _cpu_clock(ident: int) -> int:
-    """Return the number of a thread's CPU clock, as Linux makes it of the thread's id; 0 where there is none.
-
-    Unlike `time.pthread_getcpuclockid`, which must not be called for a thread that has ended, it does no harm then.
-    """
+def _native_id(ident: int) -> int:
     found = (thread.native_id for thread in threading.enumerate() if thread.ident == ident)
-    native = next(found, None)
-    return 0 if native is None or sys.platform != "linux" else ~native << 3 | 6
+    return next(found, None) or 0
+
+
+def _random() -> float:
+    return os.urandom(1)[0] / 255  # the module `random` costs the rank 2 ms
 
 
 def _function(code: CodeType) -> str:

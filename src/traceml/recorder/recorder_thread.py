@@ -26,7 +26,6 @@ _WAKE_S, _ATTENTIVE_S = 0.5, 0.1
 _SHORTEST_S = 0.01
 _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
-_OFTEN = 3  # the first samples of lines come so many times as often
 _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
 FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
@@ -65,8 +64,6 @@ class RecorderThread:
         self._every_turn: list[Callable[[bool], None]] = []
         self._stops: StopMeter | None = None
         self._lines: LineSampler | None = None
-        self._line_interval_s = 0.0
-        self._line_due_s = 0.0
         self._flight, self._slots = flight, flight.open_slots
         self._telemetry = flight.ring("telemetry")
         # Rings of megabytes: their stored rows need not stay resident in the user's process.
@@ -90,14 +87,9 @@ class RecorderThread:
         """Replace the scheduler; before the start, or on the thread."""
         self.scheduler = scheduler
 
-    def sample_lines(self, lines: LineSampler, interval_s: float) -> None:
-        """Sample the line of the training thread between turns; before the start, or on the thread.
-
-        Args:
-            lines: counts the samples.
-            interval_s: time between two.
-        """
-        self._lines, self._line_interval_s = lines, interval_s
+    def sample_lines(self, lines: LineSampler) -> None:
+        """Sample the line of the training thread between turns; before the start, or on the thread."""
+        self._lines = lines
 
     def measure_stops(self, note: Callable[..., None]) -> None:
         """Note when the process was stopped; before the start."""
@@ -152,11 +144,10 @@ class RecorderThread:
     def _pause(self, pause_s: float) -> None:
         """Sleep until the next turn, and sample lines meanwhile."""
         end_s = time.monotonic() + pause_s
-        while self._lines is not None and self._line_due_s < end_s:
-            if self._sleep(max(0.0, self._line_due_s - time.monotonic())):
+        while self._lines is not None and self._lines.due_s < end_s:
+            if self._sleep(max(0.0, self._lines.due_s - time.monotonic())):
                 return
 
-            self._line_due_s = time.monotonic() + self._line_interval_s / (_OFTEN if self._lines.few else 1)
             self._sample_line(self._lines)
 
         self._sleep(max(0.0, end_s - time.monotonic()))
@@ -210,6 +201,9 @@ class RecorderThread:
                 self._released[ring.name] = done
 
     def _last_turn(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+
         self.scheduler.run_all(self._slots[Slot.STEP])
         self._call_hooks(last=True)
         if self._files is not None:

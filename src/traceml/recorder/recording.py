@@ -353,8 +353,8 @@ class Recording:
                     self._training_thread,
                     is_feeding=self._is_feeding,
                     is_evaluating=self._is_evaluating,
-                ),
-                interval_s,
+                    interval_s=interval_s,
+                )
             )
 
     def _watch_growth(self) -> None:
