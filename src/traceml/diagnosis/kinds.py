@@ -158,13 +158,16 @@ def _user_code(finding: _FindingFacts) -> str:
     """Return `94 % of step time is spent in train.py:23 update_metric`, or `Every 25th step ...`."""
     evidence = finding.evidence
     share, where = finding.cost_share, phase_words(finding.phase or "other")
-    line_share = evidence.get("line_share") or 0.0
+    line_share = evidence.get("line_share")
+    line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
     if every := evidence.get("every_n_steps"):
-        at = line_text(evidence["file"], evidence["line"], evidence["function"]) if line_share else where
-        return f"Every {ordinal_text(int(every))} step is long, in {at}: {_of_step_time(finding)}"
+        return f"Every {ordinal_text(int(every))} step is long, in {line or where}: {_of_step_time(finding)}"
 
-    if line_share >= _MOST * share:
-        share, where = line_share, line_text(evidence["file"], evidence["line"], evidence["function"])
+    if line and line_share is None:  # few samples
+        return f"{percent_text(share)} of step time is spent in {where}, mostly in {line}"
+
+    if line and line_share and line_share >= _MOST * share:
+        share, where = line_share, line
 
     return f"{percent_text(share)} of step time is spent in {where}"
 

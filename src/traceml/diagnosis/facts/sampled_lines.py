@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import sqrt
 from typing import Any, overload
 
 import numpy as np
@@ -37,10 +38,11 @@ __all__ = [
 ]
 
 MIN_SAMPLES = 35
-"""Fewer samples of a phase do not name a line: with 35, a share of 0.9 is accurate to a tenth."""
-FEW_SAMPLES = 20
-"""From so many samples on a line is named if nearly all are in one function, `CLEAR_SHARE`."""
-CLEAR_SHARE = 0.9
+"""Fewer samples of a phase do not give a share in percent: with 35, a share of 0.9 is accurate to a tenth."""
+FEWEST_SAMPLES = 10
+"""Fewer samples of a phase do not name a line."""
+LEADING_RATIO = 2.0
+"""From `MIN_SAMPLES` on a function is also named if it has half of a phase, and so many times as much as any other."""
 MAX_EXCESS = 0.15
 """The phase's share of the samples may exceed its share of the hooks' time by this much."""
 NAMED_SHARE = 0.5
@@ -57,6 +59,7 @@ _CLEARS = re.compile(r"\bzero_grad$")
 _FEWEST_CLEARING = 5  # it only lowers a cost
 _KEYS = ("phase", "line_id", "library_id")
 _SUMS = ("samples", "watched_ns", "cpu_ns")
+_Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
 _WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
 
@@ -112,8 +115,16 @@ class BlamedLine:
 
     @property
     def share_text(self) -> str:
-        """The share of the phase in words: `all`, `94 %`."""
+        """The share of the phase in words: `all`, `94 %`, or `most` where the samples are few."""
+        if self.is_rough:
+            return "most"
+
         return "all" if self.share > 0.99 else percent_text(self.share)
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether there are too few samples for a share in percent."""
+        return self.samples < MIN_SAMPLES
 
     @property
     def of_it(self) -> str:
@@ -121,13 +132,13 @@ class BlamedLine:
         return f", {self.share_text} of it in {self.place}"
 
     def evidence(self, phase_share: float) -> dict[str, Any]:
-        """Return the line as a finding's evidence.
+        """Return the line as a finding's evidence; with few samples there is no `line_share`.
 
         Args:
             phase_share: share of the step that the phase has.
         """
-        share = self.share * phase_share
-        return {"file": self.file, "line": self.line, "function": self.function, "line_share": share}
+        share = {} if self.is_rough else {"line_share": self.share * phase_share}
+        return {"file": self.file, "line": self.line, "function": self.function, **share}
 
 
 class LineCounts:
@@ -212,7 +223,7 @@ def blamed_line(
     """
     code = part if part in PHASE_LABELS or part == "other" else _USER
     functions, total, in_steps = _by_function(lines, code, ranks)
-    if not _suffice(functions, total) or total / in_steps > phase_share + MAX_EXCESS:
+    if total < FEWEST_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
         return None
 
     usual, _, in_steps_of_others = _by_function(lines, code, others) if others else (Counter(), 0, 1)
@@ -221,7 +232,7 @@ def blamed_line(
     }
     place = max(excess, key=lambda name: excess[name], default=None)
     whole = max(total, phase_share * in_steps)
-    if place is None or excess[place] < (NAMED_OF_EXCESS if others else NAMED_SHARE) * whole:
+    if place is None or not _is_named(functions, place, whole, excess[place] if others else None):
         return None
 
     line = _most_frequent_line(_seen_on(lines, ranks), code, place)
@@ -298,20 +309,37 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
         part: a name of `OUTSIDE_STEPS`.
     """
     functions, total, _ = _by_function(lines, part, ())
-    if not functions or not _suffice(functions, total):
-        return None
-
-    place, samples = functions.most_common(1)[0]
-    if samples < NAMED_SHARE * total:
+    place, samples = functions.most_common(1)[0] if functions else (None, 0)
+    if place is None or total < FEWEST_SAMPLES or not _is_named(functions, place, total):
         return None
 
     return BlamedLine(place[0], _most_frequent_line(lines, part, place), place[1], samples / total, total)
 
 
-def _suffice(functions: Counter[_Place], total: int) -> bool:
-    """Return whether the samples of a phase are enough to name one of its functions."""
-    most = max(functions.values(), default=0)
-    return total >= (FEW_SAMPLES if most >= CLEAR_SHARE * total else MIN_SAMPLES)
+def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: float | None = None) -> bool:
+    """Return whether a function has half of a phase, certainly; of late ranks, a part of it that others lack.
+
+    Args:
+        functions: samples of the phase by place.
+        place: the function.
+        whole: samples that the phase should have.
+        excess: samples beyond those of the other ranks.
+    """
+    samples = functions[place]
+    is_certain = _least_share(samples, whole) >= NAMED_SHARE
+    if excess is not None:
+        return excess >= NAMED_OF_EXCESS * whole and (is_certain or whole >= MIN_SAMPLES)
+
+    second = max((count for other, count in functions.items() if other != place), default=0)
+    leads = whole >= MIN_SAMPLES and samples >= max(NAMED_SHARE * whole, LEADING_RATIO * second)
+    return is_certain or leads
+
+
+def _least_share(samples: int, whole: float) -> float:
+    """Return the lower bound of a share at a confidence of 95 % (Wilson's score)."""
+    share, spread = samples / whole, _Z_SCORE**2 / whole
+    error = sqrt(share * (1 - share) * spread + spread**2 / 4)
+    return (share + spread / 2 - error) / (1 + spread)
 
 
 def _most_frequent_line(lines: Iterable[SampledLine], part: str, place: _Place) -> int:
