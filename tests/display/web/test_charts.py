@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.display.web.test_pages import FAST, MANY, OPTION, SLOW, Visits, is_drawn, option
@@ -109,7 +111,26 @@ def test_three_runs_are_picked_and_overlaid(visit: Visits) -> None:
     page.locator("#compare").click()
     expect(page).to_have_url(re.compile(f"/compare/{MANY}/{FAST}/{SLOW}$"))
     expect(page.locator("h1")).to_have_text(re.compile("Compared with A: .*not comparable"))
-    expect(page.get_by_role("region", name="the runs, each").locator("tbody tr")).to_have_count(3)
+    expect(page.get_by_role("region", name="table of the runs").locator("tbody tr")).to_have_count(3)
     expect(page.get_by_label("parameters that differ").first).to_contain_text("optimizer.name")
     is_drawn(page, "Step time of all runs")
     is_drawn(page, LOSS)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_have_no_violation_of_accessibility_rules(visit: Visits, scheme: str) -> None:
+    """Contrast, names, headings, landmarks: axe-core's rules, on every kind of page."""
+    rules = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    mine = visit(color_scheme=scheme, bypass_csp=True)
+    for path, ready in (
+        ("/", "a.name"),
+        (f"/run/{SLOW}", "#media figure"),
+        (f"/compare/{FAST}/{SLOW}", "h1:visible"),
+        (f"/compare/{MANY}/{FAST}/{SLOW}", "h1:visible"),
+    ):
+        page = mine.open(path)
+        page.wait_for_selector(ready)
+        page.wait_for_selector("canvas" if path != "/" else "table")
+        page.evaluate(rules)
+        found = page.evaluate("axe.run()")["violations"]
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []

@@ -95,6 +95,7 @@ class ComparePage:
             self._waiting = TextNode("p", "Reading the runs", "card empty-state")
             with Container("div") as self._body:
                 self._verdict(runs)
+                TextNode("h2", "Charts and figures", "visually-hidden")
                 with Container("div", "grid others") as self._pair_charts:
                     self._steps = ChartCard("Step time", "median over all ranks, by step", classes="wide")
                     self._phases = ChartCard("Phases", "mean of all ranks; the largest change first")
@@ -105,7 +106,9 @@ class ComparePage:
                         self._times = DataTable(_TIME_COLUMNS, "step time")
 
                     with Container("div", "card"):
-                        self._facts = DataTable((("", ""), ("A", "n"), ("B", "n"), ("Change", "n")), "the two runs")
+                        self._facts = DataTable(
+                            (("Figure", ""), ("A", "n"), ("B", "n"), ("Change", "n")), "the two runs"
+                        )
 
                 self._overlay = OverlayPanel(runs)
 

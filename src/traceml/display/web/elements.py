@@ -191,7 +191,10 @@ class DataTable:
     def __init__(self, columns: Sequence[tuple[str, str]], caption: str, *, searched: bool = False) -> None:
         self._searched = searched
         self._rows: list[tuple[Container, list[TextNode]]] = []
-        with Container("div", "scroll", tabindex="0", role="region", aria_label=caption), Container("table"):
+        with (
+            Container("div", "scroll", tabindex="0", role="region", aria_label=f"table of {caption}"),
+            Container("table"),
+        ):
             TextNode("caption", caption, "visually-hidden")
             with Container("thead") as self._head:
                 self._columns: list[tuple[str, str]] = []

@@ -120,7 +120,7 @@ class DeliveryPanel:
                 ("Delivered", "n"),
                 ("Pending", "n"),
                 ("Refused", "n"),
-                ("", "long"),
+                ("Target or error", "long"),
             )
             self._table = DataTable(columns, "trackers")
             self._none = TextNode(

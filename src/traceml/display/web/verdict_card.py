@@ -33,7 +33,7 @@ class VerdictCard:
                 self._notes = TextNode("p", "", "note")
 
             with Container("div", "evidence"):
-                TextNode("h3", "Evidence")
+                TextNode("h2", "Evidence")
                 self._facts = FactList()
 
     def show(self, view: RunView) -> None:

@@ -42,7 +42,7 @@ class LogPanel:
             TextNode("summary", "Events")
             with Container("div", "events", tabindex="0", role="region", aria_label="events"):
                 self._events = DataTable(
-                    (("Time", "nowrap"), ("What", "nowrap"), ("", "long")), "events, the newest first"
+                    (("Time", "nowrap"), ("What", "nowrap"), ("Details", "long")), "events, the newest first"
                 )
 
         with self._card:

@@ -44,7 +44,7 @@ class OverlayPanel:
         self._names = names
         self._metrics: dict[str, ChartCard] = {}
         with Container("div", "card others") as self._summary:
-            self._runs = DataTable(_COLUMNS, "the runs, each compared with A")
+            self._runs = DataTable(_COLUMNS, "the runs")
 
         with Container("div", "grid others"):
             self._steps = ChartCard("Step time of all runs", "median over all ranks, by step", classes="wide")
@@ -93,7 +93,7 @@ class OverlayPanel:
 
 
 _COLUMNS = (
-    ("", ""),
+    ("Letter", ""),
     ("Run", "long"),
     ("Verdict", ""),
     ("Steps", "n"),
