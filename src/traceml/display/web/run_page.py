@@ -15,7 +15,7 @@ from traceml.display.web.panels.overview_panel import OverviewPanel
 from traceml.display.web.run_details import DeliveryPanel, LinePanel, RankTable, TelemetryPanel
 from traceml.display.web.run_sources import RunState
 from traceml.display.web.verdict_card import FindingsPanel, VerdictCard
-from traceml.formatting import duration_text
+from traceml.formatting import duration_text, printable
 from traceml.renderers.views import RunView
 
 __all__ = ["RunPage"]
@@ -117,7 +117,7 @@ class RunPage:
                 self._telemetry = TelemetryPanel()
 
     def _show_run(self, state: RunState, view: RunView) -> None:
-        self._crumb.set_text(view.run.name)
+        self._crumb.set_text(printable(state.labels.name or view.run.name))
         set_visible(self._crumb, True)
         self._verdict.show(view)
         self._findings.show(view)
