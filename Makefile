@@ -1,4 +1,4 @@
-# One command each: demo, check, test, lint, docs, bench, accuracy, faults. Every target prepares what it needs.
+# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak. Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 1)
 
-.PHONY: demo check test lint types style unit system docs bench accuracy faults clean
+.PHONY: demo check test lint types style unit system docs bench accuracy faults soak clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.c)
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -81,6 +81,10 @@ accuracy: $(VENV)/.test
 # Every process and part of the system disturbed, in real trainings; writes docs/faults.md. As root: an hour.
 faults: system $(VENV)/.test
 	$(BIN)/python benchmarks/faults/faults.py --output docs/faults.md $(ARGS)
+
+# An hour of runs that come and go, torn connections and a killed aggregator; ARGS="--minutes 2" is two minutes.
+soak: $(VENV)/.test
+	$(BIN)/python benchmarks/faults/soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .bench build dist

@@ -32,7 +32,7 @@ RUN = (PYTHON, "-m", "traceml", "run", "--live", "none", "--nproc-per-node", str
 PAGE = (PYTHON, "-m", "traceml", "run", "--live", "web", "--nproc-per-node", str(RANKS))
 LAUNCH = (PYTHON, "-m", "traceml", "launch", "--hostnames", "localhost", "--workers-per-host", str(RANKS))
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
-LONG, SHORT = 1300, 150  # steps of 35 ms: longer than 30 s of silence, and as short as it may be
+LONG, SHORT = 1000, 150  # steps of 35 ms: longer than 30 s of silence, and as short as it may be
 STOPPED_S = 30
 _AT_STEP = 25
 _TOKEN = "faults-of-one-machine"  # of aggregators that only these jobs can reach
@@ -357,7 +357,7 @@ _SYSTEM = (
     Fault("aggregator of `serve`", "SIGKILL, started again after the job", _killed_then_served, TORCHRUN),
     Fault("disk of the runs", "full for 5 s", _disk_full(5), steps=400, needs=("root",)),
     Fault("disk of the runs", "full until the end", _disk_full(None), needs=("root",)),
-    Fault("folder of the runs", "read-only", _read_only_runs, needs=("root",)),
+    Fault("folder of the runs", "read-only", _read_only_runs, ends=True, needs=("root",)),
     Fault("folder of the run", "immutable while it trains", _immutable_run, needs=("root",)),
     Fault("folder of the run", "moved while it trains", _moved_run),
     Fault("home, temporary and runtime folders", "read-only", _read_only_homes, needs=("root",)),

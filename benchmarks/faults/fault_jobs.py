@@ -27,6 +27,7 @@ from traceml.database.store.store_file import STORE_NAME
 TRAINING = Path(__file__).resolve().with_name("seeded_training.py")
 RANKS = 2
 _MARK = "FAULTED_JOB"
+_LISTENS = "traceml aggregator at"
 # Words of the command line; of several processes with the same words, the first or the last one started.
 _PROCESSES = {
     "aggregator": ("-m traceml serve", 0),
@@ -102,8 +103,10 @@ class FaultedJob:
             )  # fmt: skip
 
         self.beside.append(served)
-        before = log.read_text().count("listen")
-        eventually(lambda: log.read_text().count("listen") > before or served.poll() is not None, "serve to listen")
+        before = log.read_text().count("aggregator at")
+        eventually(
+            lambda: log.read_text().count("aggregator at") > before or served.poll() is not None, "serve to listen"
+        )
         return served
 
     def closed_steps(self, rank: int = 0) -> int:

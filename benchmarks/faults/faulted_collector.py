@@ -8,10 +8,10 @@ from traceml import CollectorInterface, Metric
 
 
 class Endless(CollectorInterface):
-    """Reads a constant every half second."""
+    """Reads nothing every half second."""
 
     interval = 0.5
 
     def collect(self) -> list[Metric | dict[str, Any]]:
-        """Return one value."""
-        return [Metric(name="constant", value=1.0)]
+        """Return no value."""
+        return []

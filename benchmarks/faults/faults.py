@@ -35,7 +35,11 @@ from fault_jobs import RANKS, FaultedJob
 _QUIET = {"BALANCED", "COMPUTE_BOUND", "CPU_CONTENTION", "INPUT_BOUND", "RESIDUAL_HEAVY", "COMM_BOUND", "JITTER"}
 _SHOWN_SENTENCES = 4
 _TELLS_LOSS = re.compile(r"^ (Sent .*(wait|pending|error)|Tracing (?!.*none lost)|Restart)")
-_PLACE = re.compile(r'^\s*(File "|at |traceml: the page is at|raise )')
+# Lines of ours outside the card: logged without a name, so told by their words. Not tracebacks, nor torchrun's.
+_OURS = re.compile(r"traceml|aggregator|tracker|flight file|rows|are kept|not stored")
+_OTHERS = re.compile(
+    r'^\s*(\[rank\d+\]:|File "|at |traceml: the page is at|raise |[WEI]\d{4} |traceml\.session\.entry FAILED)'
+)
 
 
 @dataclass
@@ -137,7 +141,7 @@ def sentences(job: FaultedJob, report: dict[str, Any]) -> list[str]:
     found = [] if verdict["kind"] in _QUIET else [f"{verdict['kind']}: {verdict['summary']}"]
     card, others = _parts(job.output)
     found += [line for line in card if _TELLS_LOSS.search(line)]
-    found += [line for line in others if "traceml" in line.lower() and not _PLACE.search(line)]
+    found += [line for line in others if _OURS.search(line) and not _OTHERS.search(line)]
     found = list(dict.fromkeys(_plain(text, job) for text in found))
     more = [f"and {len(found) - _SHOWN_SENTENCES} more lines"] if len(found) > _SHOWN_SENTENCES else []
     return found[:_SHOWN_SENTENCES] + more
@@ -236,12 +240,18 @@ def measure(faults: list[Fault], known: dict[str, Outcome], path: Path | None, k
             continue
 
         if fault.lacking:
-            known[fault.name] = Outcome(fault.name, f"not run: no {', '.join(fault.lacking)}", "-", [], [], 0.0)
+            words = f"not run: this machine lacks {', '.join(fault.lacking)}"
+            known[fault.name] = Outcome(fault.name, words, "-", [], [], 0.0)
             continue
 
         reference = reference or untraced()
         with place(fault, keep) as folder:
-            known[fault.name] = outcome = measured(fault, folder, reference)
+            try:
+                outcome = measured(fault, folder, reference)
+            except Exception as error:
+                outcome = Outcome(fault.name, "not measured", "-", [], [f"{type(error).__name__}: {error}"[:300]], 0.0)
+
+        known[fault.name] = outcome
 
         tell(outcome)
         if path is not None:
