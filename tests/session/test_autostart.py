@@ -140,7 +140,7 @@ def test_ranks_of_torchrun_and_not_torchrun(python: Python, tmp_path: Path) -> N
         "    train('spawn' if is_first else None)\n"
         "    if is_first: sys.exit(3)\n"
     )  # no process group: with torch 2.13 alone, gloo reads the addresses of before the restart, 6 times of 10
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     ended = python(code, by=torchrun)
 
     assert ended.returncode == 0, ended.stderr

@@ -82,8 +82,13 @@ def _is_ours() -> bool:
 def _program() -> tuple[str, str]:
     """Return the module given to `python -m`, "" without one, and the name of the script."""
     spec: Any = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = str(getattr(spec, "name", "") or "").removesuffix(".__main__")
+    name = str(getattr(spec, "name", "") or _module_to_run()).removesuffix(".__main__")
     return name, Path(sys.argv[0]).name if sys.argv else ""
+
+
+def _module_to_run() -> str:
+    """Return the module of `python -m` while its packages are imported: torch itself, for torch.distributed.run."""
+    return sys.orig_argv[-len(sys.argv)].removeprefix("-m") if sys.argv[:1] == ["-m"] else ""
 
 
 def _serves_multiprocessing() -> bool:
