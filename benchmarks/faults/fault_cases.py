@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +88,8 @@ def _signalled(name: str, number: signal.Signals) -> Callable[[FaultedJob], None
         os.kill(pid, number)
         if number == signal.SIGSTOP:
             time.sleep(STOPPED_S)
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # ended meanwhile, by whatever watches it
+                os.kill(pid, signal.SIGCONT)
 
         job.finish()
 

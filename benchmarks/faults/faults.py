@@ -168,6 +168,8 @@ def _plain(text: str, job: FaultedJob) -> str:
 def page(outcomes: list[Outcome]) -> str:
     """Return `docs/faults.md`."""
     wrong = sum(bool(each.wrong) for each in outcomes)
+    missing = [fault.name for fault in FAULTS if fault.name not in {each.name for each in outcomes}]
+    unmeasured = [f"Not measured in this pass: {'; '.join(missing)}.", ""] if missing else []
     return "\n".join(
         [
             "# Faults",
@@ -183,15 +185,20 @@ def page(outcomes: list[Outcome]) -> str:
             "",
             f"**{len(outcomes) - wrong} of {len(outcomes)} as they should be.**",
             "",
+            *unmeasured,
             "| fault | training | lost | told | wrong |",
             "|---|---|---|---|---|",
             *(
-                f"| {each.name} | {each.training} | {each.lost} | {_cell(each.told)} | {_cell(each.wrong)} |"
+                f"| {each.name} | {each.training} | {each.lost} | {_cell(_told(each))} | {_cell(each.wrong)} |"
                 for each in outcomes
             ),
             "",
         ]
     )
+
+
+def _told(outcome: Outcome) -> list[str]:
+    return [text for text in outcome.told if not _OTHERS.search(text)]
 
 
 def _cell(texts: list[str]) -> str:
@@ -266,6 +273,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="measure the faults whose name contains this")
     parser.add_argument("--output", type=Path, help="write the table as Markdown")
     parser.add_argument("--json", type=Path, help="keep the outcomes in this file, and take it further if it exists")
+    parser.add_argument("--measured", action="store_true", help="measure nothing: write what the file of --json has")
     parser.add_argument("--keep", type=Path, help="keep the jobs below this folder")
     options = parser.parse_args()
     known = {}
@@ -273,6 +281,9 @@ def main() -> int:
         known = {each["name"]: Outcome(**each) for each in json.loads(options.json.read_text())}
 
     faults = [fault for fault in FAULTS if options.only in fault.name]
+    if options.measured:
+        faults = [fault for fault in faults if fault.name in known]
+
     outcomes = measure(faults, known, options.json, options.keep)
     wrong = sum(bool(each.wrong) for each in outcomes)
     print(f"{len(outcomes) - wrong} of {len(outcomes)} as they should be")
