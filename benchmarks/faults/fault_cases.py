@@ -113,7 +113,7 @@ def _signals() -> Iterator[Fault]:
                 command,
                 steps=LONG if stops else SHORT,
                 environ=_environ_of(name),
-                ends=ends and not stops,
+                ends=ends and (not stops or name == "agent"),  # a host that is silent for 15 s is lost
             )
 
 
