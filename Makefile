@@ -5,9 +5,9 @@ BIN    := $(VENV)/bin
 NATIVE := src/traceml/traces/native
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
-# Files start in the order of tests/conftest.py. Workers wait for processes more than they compute.
+# Files start in the order of tests/conftest.py. Workers wait for processes half of the time.
 SHARE  := --dist loadgroup --no-loadscope-reorder
-JOBS   ?= $(shell expr $$(nproc) + 1)
+JOBS   ?= $(shell expr $$(nproc) + 2)
 
 .PHONY: demo check test lint types style unit system docs bench accuracy faults soak clean
 
