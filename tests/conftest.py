@@ -26,6 +26,7 @@ _PROCESS_PATHS = (
     "aggregator",
     "cli/assistants/test_ci_action.py",
     "cli/assistants/test_mcp_server.py",
+    "cli/assistants/test_skill.py",
     "cli/test_demo.py",
     "cli/test_sync.py",
     "cli/test_top.py",
@@ -81,6 +82,9 @@ _LONG_FIRST = (
     "instrument",
 )
 
+# Folders whose files share a fixture that takes long: the page's server and its runs.
+_TOGETHER = ("display/web",)
+
 _LACKING = pytest.StashKey[dict[str, Part]]()
 _STARTED = pytest.StashKey[list[str]]()
 _STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen"}
@@ -118,7 +122,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _lies_in(item.path, _ALONE_PATHS) is not None:
             item.add_marker(pytest.mark.alone)
 
-        item.add_marker(pytest.mark.xdist_group("hosts" if "hosts" in fixtures else str(item.path.relative_to(ROOT))))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
 
     items.sort(key=_order)
 
@@ -129,6 +133,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
     is_worker = hasattr(session.config, "workerinput")
     assert not is_worker or all("@" in item.nodeid for item in session.items), "pytest-xdist ignores the groups"
+
+
+def _group(item: pytest.Item) -> str:
+    """Return the name of the tests that one worker runs."""
+    if "hosts" in getattr(item, "fixturenames", ()):
+        return "hosts"
+
+    place = _lies_in(item.path, _TOGETHER)
+    return str(item.path.relative_to(ROOT)) if place is None else _TOGETHER[place]
 
 
 @cache

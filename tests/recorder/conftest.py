@@ -53,7 +53,7 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
         aggregator = {
             "TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder),
         }  # fmt: skip
-        start = forked.run if "torch" in code and not entry else subprocess.run
+        start = forked.run if "torch" in code else subprocess.run
         return start(
             [sys.executable, *by, str(script), *arguments],
             env=environ(tmp_path, **(aggregator | values)),

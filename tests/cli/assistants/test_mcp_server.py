@@ -12,7 +12,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from mcp import Client, StdioServerParameters
 
 from tests.forked import client as forked
 from traceml import cli
@@ -70,6 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def _asked(folder: Path, calls: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    from mcp import Client, StdioServerParameters  # a second of CPU in each worker that collects this file
+
     server = StdioServerParameters(
         command=sys.executable, args=command("mcp", "--runs-dir", "traceml_runs")[1:], env=environ(), cwd=str(folder)
     )

@@ -10,12 +10,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 from tests.cli.assistants.test_mcp_server import TRAIN, WAIT, environ
 from tests.forked import client as forked
-
-pytestmark = pytest.mark.process
 
 SKILL = Path(__file__).parents[3] / "skills" / "traceml" / "SKILL.md"
 

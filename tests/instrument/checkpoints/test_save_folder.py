@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import checkpoint
 
 from tests.instrument.conftest import Traced
 from traceml.instrument.checkpoints.save_folder import SaveFolder
@@ -29,6 +28,8 @@ def test_torch_save_tells_its_folder(traced: Traced, tmp_path: Path) -> None:
 
 def test_a_distributed_checkpoint_is_a_folder_itself(traced: Traced, tmp_path: Path) -> None:
     """The folder is the one that has it."""
+    from torch.distributed import checkpoint  # imports sympy: not in each worker that collects this file
+
     checkpoint.save({"weight": torch.zeros(2)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
 
     assert traced.instrumentation.save_folder.path == str(tmp_path)
