@@ -93,7 +93,9 @@ _NOT_RUN = "this machine lacks: "
 
 def pytest_configure(config: pytest.Config) -> None:
     """Look once at what this machine has."""
-    gc.disable()  # until all is collected: next to nothing of it is garbage
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        gc.disable()  # until all is collected: next to nothing of it is garbage
+
     config.stash[_LACKING] = {part.name: part for part in missing()}
     config.stash[_STARTED] = started = []
     sys.addaudithook(lambda event, _: started.append(event) if event in _STARTS else None)
