@@ -198,6 +198,29 @@ def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path
         traceml.Settings(prot=9)
 
 
+@pytest.mark.parametrize(
+    ("variable", "here"),
+    [
+        ("TRACEML_AGGREGATOR_PORT", "here, TRACEML_PORT"),
+        ("TRACEML_SESSION_ID", "here, TRACEML_RUN_ID"),
+        ("TRACEML_DISABLED", "here, `enabled=False`, or TRACEML_ENABLED=0"),
+        ("TRACEML_UI_MODE", "here, `traceml run --live terminal|web|none`"),
+    ],
+)
+def test_variables_of_traceml_ai_are_told_by_their_names_here(variable: str, here: str) -> None:
+    """Whoever moves from it reads what to set, and its automatic mode is what there is."""
+    with pytest.raises(SettingsError) as caught:
+        read({variable: "1"})
+
+    assert f"{variable}: is a setting of traceml-ai" in str(caught.value)
+    assert here in str(caught.value)
+    assert read({}, mode="auto").sources == read({}).sources
+    with pytest.raises(SettingsError, match="trace_step"):
+        read({}, mode="manual")
+    with pytest.raises(SettingsError, match="here, `port`"):
+        read({}, aggregator_port=1)
+
+
 def test_settings_over_others() -> None:
     """Arguments replace some, with their checks and their source; the others stay, and so does the original."""
     config = read({"TRACEML_PROJECT": "p", "TRACEML_EXCLUDE": "a,b"})

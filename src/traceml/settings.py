@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 from traceml.coerce import BAD, allowed, coerce
 from traceml.errors import SettingsError
+from traceml.former_settings import former_setting, is_automatic_mode
 
 if TYPE_CHECKING:
 
@@ -434,6 +435,10 @@ def _known(key: str, value: Any, source: str, written: str) -> str:
     if name in declarations():
         return name
 
+    former = former_setting(key, is_variable=written.upper().startswith(ENV_PREFIX))
+    if former is not None:
+        raise SettingsError(written, "is a setting of traceml-ai", source=source, allowed=f"here, {former}")
+
     import difflib
 
     near = difflib.get_close_matches(key, [*declarations(), *_ALIASES], n=1)
@@ -452,6 +457,9 @@ def _is_list(name: str) -> bool:
 
 def _checked(key: str, value: Any, source: str, written: str) -> Iterator[_Entry]:
     """Yield (source, setting, value in its own type); `written` is the key as the user wrote it."""
+    if is_automatic_mode(key, value):
+        return
+
     name = _known(key, value, source, written)
     declared = declarations()[name]
     result = coerce(declared.kind, value, declared.limits)
