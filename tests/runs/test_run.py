@@ -12,6 +12,7 @@ import pytest
 import traceml
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, run_facts, store_run
+from tests.track.fabricated import START_NS, LoggedRun
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, StoreError
@@ -57,6 +58,26 @@ def test_tables_have_the_rank_first(run):
     assert len(run.table("process")) == 0
     with pytest.raises(StoreError, match="no table 'nothing'"):
         run.table("nothing")
+
+
+def test_logged_numbers_are_read_back(tmp_path):
+    """Every value once, with its name, rank, step and time; as a data frame too."""
+    logged = LoggedRun(tmp_path / "run")
+    logged.metrics({"loss": [0.5, float("inf")], "acc": [0.25]}, first_step=3)
+    logged.metrics({"loss": [0.125]}, rank=1, first_step=9)
+    metrics = load_run(logged.end()).metrics()
+
+    columns = ("name", "rank", "attempt", "step", "value")
+    assert [tuple(row) for row in metrics[list(columns)].tolist()] == [
+        ("loss", 0, 0, 3, 0.5),
+        ("acc", 0, 0, 3, 0.25),
+        ("loss", 0, 0, 4, float("inf")),
+        ("loss", 1, 0, 9, 0.125),
+    ]
+    assert metrics["time"].tolist() == pytest.approx([START_NS / 1e9 + i / 1000 for i in range(4)])
+    frame = metrics.to_pandas()
+    assert frame[frame.name == "loss"].value.tolist() == [0.5, float("inf"), 0.125]
+    assert len(load_run(LoggedRun(tmp_path / "empty").end()).metrics()) == 0
 
 
 def test_an_earlier_attempt_can_be_asked_for(tmp_path):

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import PHASE_COLUMNS, STEPS, unpack_bits
-from traceml.database.store.reader import StoreReader
+from traceml.database.schema import METRICS, NAMES, PHASE_COLUMNS, STEPS, unpack_bits
+from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import capitalized, sample_text
@@ -144,6 +144,22 @@ class Run:
 
         return _by_rank(rows, ranks)
 
+    def metrics(self) -> RecordArray:
+        """Return the numbers that the training and its frameworks have logged, of all attempts and ranks.
+
+        Columns: name, rank, attempt, step, value, time (epoch seconds of the call). Those of a rank are in the order of
+        the calls.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        with closing(StoreReader(self.path / STORE_NAME)) as reader:
+            streams = {stream.id: stream for stream in reader.streams()}
+            names = {(stream, row["id"]): str(row["name"]) for stream, row in reader.log_rows(NAMES.name)}
+            rows = reader.rows(METRICS.name)
+
+        return _logged(rows, streams, names)
+
     def log(self, name: str) -> list[dict[str, Any]]:
         """Return a log's maps (`info`, `names`) with their rank.
 
@@ -221,6 +237,18 @@ def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> RecordArray:
     for name in (field[0] for field in columns[1:]):
         table[name] = rows[name]
 
+    return table[np.argsort(table["rank"], kind="stable")].view(RecordArray)
+
+
+def _logged(rows: NDArray[np.void], streams: dict[int, StreamRecord], names: dict[tuple[int, int], str]) -> RecordArray:
+    pairs = zip(rows["stream"].tolist(), rows["name_id"].tolist(), strict=True)
+    named = np.array([names.get(pair, f"(name {pair[1]})") for pair in pairs], np.str_)
+    columns = [("name", named.dtype.str), ("rank", "<i8"), ("attempt", "<i8"), ("step", "<i8"), ("value", "<f8")]
+    table = np.empty(len(rows), [*columns, ("time", "<f8")])
+    table["name"], table["time"] = named, rows["t_ns"] / 1e9
+    table["rank"] = [streams[stream].rank for stream in rows["stream"].tolist()]
+    table["attempt"] = [streams[stream].attempt for stream in rows["stream"].tolist()]
+    table["step"], table["value"] = rows["step"], rows["value"]
     return table[np.argsort(table["rank"], kind="stable")].view(RecordArray)
 
 
