@@ -14,10 +14,13 @@ import traceml
 from tests.integrations.left_behind import digest, state_of
 
 
-def train() -> dict[str, Any]:
+def train(**more: Any) -> dict[str, Any]:
     """Train two epochs of 22 batches per rank in steps of 4."""
     set_seed(0)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4, **more)
+    if more:
+        accelerator.init_trackers("a-project", {"lr": 0.01}, {"traceml": {"run_name": "by-name", "report": False}})
+
     model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Dropout(0.1), torch.nn.Linear(64, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5)
@@ -45,6 +48,10 @@ def train() -> dict[str, Any]:
             losses += [accelerator.gather_for_metrics(model(x)).sum().item() for x in other]
 
         accelerator.save_state("state")
+        accelerator.log({"last loss": losses[-1]}, step=len(losses))
+
+    for tracker in accelerator.trackers:  # as `end_training`, which also ends the process group
+        tracker.finish()
 
     return {"losses": losses, "weights": digest(model), "random": torch.rand(1).item()}
 
@@ -56,9 +63,10 @@ if __name__ == "__main__":
     traceml.init(local=True)
     traced = train()
     traceml.shutdown()
+    named = train(log_with="traceml")
     after = state_of()
     left = [name for name, value in before.items() if after.get(name) != value]
     if os.environ["RANK"] == "0":
-        print(json.dumps({"same": plain == traced, "left": left}), flush=True)
+        print(json.dumps({"same": plain == traced == named, "left": left}), flush=True)
 
     torch.distributed.destroy_process_group()

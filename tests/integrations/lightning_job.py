@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tests.integrations.left_behind import digest, state_of
-from traceml.integrations.lightning import TraceMLCallback
+from traceml.integrations.lightning import TraceMLCallback, TraceMLLogger
 from traceml.recorder.current import is_enabled
 
 package: Any = import_module(sys.argv[2])
@@ -88,9 +88,10 @@ def fit(module: Module, *, traced: bool, rows: int = 88, wait_s: float = 0.0, **
         "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "log_every_n_steps": 4,
         "enable_model_summary": False, "default_root_dir": f"out-{time.monotonic_ns()}",
     }  # fmt: skip
+    checkpoint = more.pop("ckpt_path", None)
     trainer = package.Trainer(callbacks=callbacks, **wanted | more)
     train = torch.utils.data.DataLoader(Data(rows, wait_s), batch_size=8)
-    trainer.fit(module, train, torch.utils.data.DataLoader(Data(24), batch_size=8))
+    trainer.fit(module, train, torch.utils.data.DataLoader(Data(24), batch_size=8), ckpt_path=checkpoint)
     return trainer
 
 
@@ -130,6 +131,15 @@ def alone() -> dict[str, Any]:
     said["running after validate"] = is_enabled()
     trainer.fit_loop.max_epochs = 3
     trainer.fit(Module(), torch.utils.data.DataLoader(Data(88), batch_size=8))
+    for more in ({}, {"frameworks": []}):
+        logger = TraceMLLogger(report=False, run_name="logged", **more)
+        trainer = fit(Module(), traced=False, logger=logger)
+        logger.log_metrics({"after": 1.0}, step=3)
+
+    said["checkpoint"] = trainer.checkpoint_callback.best_model_path.split("/")[-4]
+    trainer = fit(Module(), traced=True)
+    trainer.save_checkpoint("resumed.ckpt")
+    fit(Module(), traced=True, max_epochs=3, ckpt_path="resumed.ckpt")
     after = state_of()
     said["left"] = [name for name, value in before.items() if after.get(name) != value]
     return said

@@ -42,7 +42,13 @@ def test_trainings_of_one_process(job: Job) -> None:
     ]
     assert ended.metrics(accumulating) == expected
 
-    # The last one waits for its data, and says so.
+    # A resumed training counts on.
+    first, second = _resumed
+    assert first.steps()["step"].tolist() == list(range(10))
+    assert second.steps()["step"].tolist() == list(range(10, 30))
+
+    # The last one waits for its data, and says so; its arguments alone ask for us.
+    assert waiting.path.name.split("-", 2)[2].startswith("by-name-")
     assert waiting.verdict.kind == "INPUT_BOUND"
     assert "INPUT_BOUND" in ended.stderr
     assert str(waiting.path) in ended.stderr

@@ -19,9 +19,10 @@ def test_trainings_of_one_process(job: Job) -> None:
     assert said["error"] == "the user's own"
     assert said["running after validate"] is False
 
-    plain, accumulating, manual, failed, *_again = runs
-    assert [len(run.steps()) for run in runs] == [22, 6, 22, 5, 22, 11]
-    assert [run.state for run in runs] == ["finished", "finished", "finished", "failed", "finished", "finished"]
+    plain, accumulating, manual, failed, *_again, by_logger, uncaptured, _first, resumed = runs
+    assert [len(run.steps()) for run in runs] == [22, 6, 22, 5, 22, 11, 22, 22, 22, 11]
+    assert [run.state for run in runs] == ["finished"] * 3 + ["failed"] + ["finished"] * 6
+    assert resumed.steps()["step"].tolist() == list(range(22, 33))
     assert accumulating.steps()["micro_batches"].tolist() == [4, 4, 3] * 2
     for run in (plain, accumulating, manual):
         steps = run.steps()
@@ -32,6 +33,13 @@ def test_trainings_of_one_process(job: Job) -> None:
         assert (steps["checkpoint_ns"] > 0).sum() == 2
 
     assert "ValueError" in str(failed.report["ranks"][0]["exit"])
+    # A logger alone traces the same, and its values come once, with the capture and without.
+    assert said["checkpoint"] == "traceml"
+    assert (by_logger.steps()["forward_ns"] > 0).all()
+    assert ended.metrics(by_logger) == ended.metrics(uncaptured)
+    assert [(name, step) for name, step, _ in ended.metrics(by_logger)] == [
+        (name, step) for name, step, _ in ended.metrics(plain)
+    ]
     metrics = [(name, step) for name, step, _ in ended.metrics(plain)]
     assert len(metrics) == len(set(metrics))
     assert [step for name, step in metrics if name == "loss"] == [3, 7, 11, 15, 19]

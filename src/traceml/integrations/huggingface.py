@@ -1,4 +1,4 @@
-"""Hugging Face `Trainer`: `Trainer(..., callbacks=[TraceMLCallback()])`, or `TraceMLTrainer` in its place.
+"""Hugging Face `Trainer`: `TrainingArguments(report_to="traceml")`, `TraceMLCallback()`, or `TraceMLTrainer`.
 
 Steps and phases are detected as in any script. This adds the start and end of a training, also by an exception; saving
 counts as `checkpoint`, whatever library writes, and gradient clipping as `optimizer`.
@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import integration_utils
 
 from traceml.integrations.training_session import TrainingSession
 from traceml.recorder.annotations import set_step
@@ -51,9 +52,10 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
         """Watch a copy of the callback too."""
         _watch(self)
 
-    def on_train_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Begin: the process group, the model and the optimizer exist. A resumed training counts on."""
-        hooks = self.session.begin()
+        name = getattr(args, "run_name", None)
+        hooks = self.session.begin(**({"run_name": str(name)} if name and name != args.output_dir else {}))
         if hooks is not None:
             set_step(int(state.global_step))
             hooks.time_saving(Trainer, "_save_checkpoint")
@@ -81,6 +83,10 @@ class TraceMLTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         if traceml_enabled and not _callbacks(self):
             self.add_callback(TraceMLCallback(**(traceml_kwargs or {})))
+
+
+# Known by name even where torch has not called our entry point.
+getattr(integration_utils, "INTEGRATION_TO_CALLBACK", {}).setdefault("traceml", TraceMLCallback)
 
 
 # --- end of a training -------------------------------------------------------------------------------------------

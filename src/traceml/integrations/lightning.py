@@ -1,4 +1,5 @@
-"""Lightning 2.x: `Trainer(callbacks=[TraceMLCallback()])`, for `lightning` and `pytorch_lightning` alike.
+"""Lightning 2.x, as `lightning` or `pytorch_lightning`: `Trainer(callbacks=[TraceMLCallback()])` or
+`Trainer(logger=TraceMLLogger())`.
 
 Lightning calls `training_step`, not the model, and calls it inside the optimizer's step. So `training_step` is timed as
 the forward, as users of Lightning see it.
@@ -9,16 +10,14 @@ from __future__ import annotations
 import sys
 from functools import cache
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
+from traceml.integrations.lightning_logger import PACKAGES, STEPS, TraceMLLogger, lightning_packages, owner_of
 from traceml.integrations.training_session import TrainingSession
 from traceml.recorder.annotations import set_step
 
-__all__ = ["TraceMLCallback"]
+__all__ = ["TraceMLCallback", "TraceMLLogger"]
 
-_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-_STEPS = ("training_step", "validation_step")
 # Lightning profiles each call of a callback's hook, 2 us each, unless the hook is None.
 _PER_STEP = (
     "on_train_batch_start",
@@ -47,7 +46,7 @@ class TraceMLCallback:
 
     def __new__(cls, *_: Any, **__: Any) -> TraceMLCallback:
         """Return an instance that is also a `Callback` of Lightning."""
-        return _create(cls, tuple(package.__name__ for package in _packages()))
+        return _create(cls, tuple(package.__name__ for package in lightning_packages("TraceMLCallback")))
 
     def __init__(self, *, report: bool = True, **settings: Any) -> None:
         self.session = TrainingSession(settings, report=report)
@@ -55,7 +54,7 @@ class TraceMLCallback:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle for the processes of `ddp_spawn`, where the class is created again."""
         kind = type(self)
-        packages = tuple(name for name in _PACKAGES if name in sys.modules and issubclass(kind, _base(name)))
+        packages = tuple(name for name in PACKAGES if name in sys.modules and issubclass(kind, _base(name)))
         return _create, (getattr(kind, "traceml_class", kind), packages), self.__dict__
 
     def on_fit_start(self, trainer: Any, _module: Any) -> None:
@@ -81,35 +80,13 @@ class TraceMLCallback:
 
 def _time_framework(hooks: Any, trainer: Any) -> None:
     """Time calls of the model's steps, and saving."""
-    for name in _STEPS:
-        hooks.time_forward(_owner(trainer.strategy, name), name, lambda strategy: strategy.lightning_module)
+    for name in STEPS:
+        hooks.time_forward(owner_of(type(trainer.strategy), name), name, lambda strategy: strategy.lightning_module)
 
-    hooks.time_saving(_owner(trainer, "save_checkpoint"), "save_checkpoint")
-
-
-def _owner(instance: Any, name: str) -> type[Any]:
-    """Return the class that defines a method of an object."""
-    kind = type(instance)
-    return next((base for base in kind.__mro__ if name in vars(base)), kind)
+    hooks.time_saving(owner_of(type(trainer), "save_checkpoint"), "save_checkpoint")
 
 
 # --- class of the callback --------------------------------------------------------------------------------------------
-
-
-def _packages() -> list[ModuleType]:
-    """Return the packages that are imported, else the first that is installed."""
-    found = [sys.modules[name] for name in _PACKAGES if hasattr(sys.modules.get(name), "Callback")]
-    if found:
-        return found
-
-    for name in _PACKAGES:
-        try:
-            return [import_module(name)]
-        except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):
-                raise
-
-    raise ImportError("TraceMLCallback needs Lightning: pip install lightning")
 
 
 def _base(package: str) -> type[Any]:

@@ -35,8 +35,11 @@ class TrainingSession:
         self._report = report
         self._own = 0  # id of the recorder that was started here
 
-    def begin(self) -> Any:
+    def begin(self, **defaults: Any) -> Any:
         """Start tracing, unless it runs, and capture what frameworks log.
+
+        Args:
+            defaults: settings that the framework knows, where neither the arguments nor the user's settings have them.
 
         Returns:
             the recorder's `Instrumentation`; None when tracing is disabled.
@@ -45,12 +48,13 @@ class TrainingSession:
         if running is not None and not running.config.enabled:
             return None
 
+        arguments = self._with(defaults)
         if running is None or not running.enabled or running.held:
             shutdown()  # what is held has stored nothing
-            recorder = start(load_forgiving(self._arguments))
+            recorder = start(load_forgiving(arguments))
             self._own = id(recorder) if recorder.enabled else 0
         elif not running.tracing:
-            start(load_forgiving(self._arguments))
+            start(load_forgiving(arguments))
 
         recorder_now = current_recorder()
         if recorder_now is None or not recorder_now.enabled:
@@ -58,6 +62,10 @@ class TrainingSession:
 
         capturing.start(collect=False)
         return recorder_now.instrumentation
+
+    def _with(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        sources = settings.load(**self._arguments).sources
+        return {name: value for name, value in defaults.items() if sources[name] == "default"} | self._arguments
 
     def end(self, error: BaseException | None = None, *, show: bool = True) -> None:
         """Stop the recorder that was started here: remove all hooks, send all rows, show the verdict on rank 0.

@@ -21,12 +21,17 @@ from traceml.instrument.patches import Patches
 from traceml.track.plugins.interfaces import FrameworkInterface, OrchestratorInterface
 from traceml.track.plugins.metric import Metric
 
-__all__ = ["FrameworkCapture"]
+__all__ = ["FrameworkCapture", "is_captured"]
 
 _log = logging.getLogger("traceml")
 _depth = threading.local()
 
 T = TypeVar("T")
+
+
+def is_captured() -> bool:
+    """Whether this thread is inside a call whose values a capture logs."""
+    return bool(getattr(_depth, "value", 0))
 
 
 class FrameworkCapture(FrameworkInterface):
@@ -126,7 +131,7 @@ class FrameworkCapture(FrameworkInterface):
 
     def is_inside(self) -> bool:
         """Whether this thread is inside a captured call."""
-        return bool(getattr(_depth, "value", 0))
+        return is_captured()
 
     def values(self, orchestrator: OrchestratorInterface, values: Mapping[str, Any], step: int | None) -> None:
         """Log values at a step; values of a nested map are named `outer/inner`."""
