@@ -14,7 +14,11 @@ import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
+from traceml.database.flight.flight_folders import default_folder, find_flights
+from traceml.database.flight.postmortem import flight_identity
 from traceml.database.looks import LOOK, RankLook
+from traceml.database.silent_look import SilentLooks
+from traceml.witness.kernel_state import process_info
 
 pytestmark = pytest.mark.process
 
@@ -110,6 +114,27 @@ def test_a_stopped_rank_is_told_and_when_it_goes_on(script: Callable[[str], Scri
     over = eventually(lambda: next((look for look in rank.looks() if look.ended), None), timeout_s=30)
     assert over.quiet_s >= 3
     assert rank.process.poll() is None
+
+
+def test_a_dead_rank_is_not_looked_at(script: Callable[[str], Script]) -> None:
+    """Its parent has not collected it yet: it neither waits nor holds the GIL."""
+    rank = script(
+        """
+        import time, traceml
+        traceml.init()
+        print("ready", flush=True)
+        time.sleep(600)
+        """
+    )
+    pid = rank.process.pid
+    (flight,) = (path for path in find_flights(default_folder()) if flight_identity(path).get("pid") == pid)
+    looks = SilentLooks(0, pid, flight)
+    assert looks.make() is not None
+
+    rank.process.kill()
+    eventually(lambda: process_info(pid).state == "Z", "the end of the rank")
+
+    assert looks.make() is None
 
 
 def test_a_rank_that_answers_is_not_looked_at(script: Callable[[str], Script]) -> None:

@@ -23,6 +23,7 @@ __all__ = ["FIRST_SILENT_S", "SilentLooks", "silent_s"]
 FIRST_SILENT_S = 3.0
 """Silence after which the first look is made: loading a library holds the GIL for a second or two."""
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "is_last"}
+_DEAD = ("Z", "X")
 _BUSY_CORES, _STAMP_S = 0.2, 10.0
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
 
@@ -50,7 +51,9 @@ class SilentLooks:
         return read_live_words(self._flight)
 
     def make(self, *, is_last: bool = False) -> RankLook | None:
-        """Return a look at this moment; it takes up to half a second. None if its flight file cannot be read.
+        """Return a look at this moment; it takes up to half a second.
+
+        None if its flight file cannot be read, or the process is dead: what it did is in the look before.
 
         Args:
             is_last: whether the job is being ended.
@@ -60,6 +63,9 @@ class SilentLooks:
             return None
 
         seen, info = wait_state(self._pid), process_info(self._pid)
+        if seen.state in _DEAD:
+            return None
+
         frames = self._stack(words, seen.state)
         cpu_share, io_bytes_per_s = self._used()
         user = [frame for frame in frames if frame.is_user]

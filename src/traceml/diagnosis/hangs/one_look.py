@@ -136,6 +136,9 @@ def doing(look: RankLook | WorkerLook) -> str:
     if state == "T":
         return "stopped by a signal"
 
+    if state in ("Z", "X"):
+        return "dead"
+
     if isinstance(look, RankLook) and look.answered in ("signal", "kernel"):
         return "in C code that holds the GIL, " + ("computing" if state == "R" else "waiting")
 
