@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-NATIVE := src/traceml/traces/native
+NATIVE := src/traceml/traces/native src/traceml/instrument/native
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 # Files start in the order of tests/conftest.py. Workers wait for processes half of the time.
@@ -11,7 +11,7 @@ JOBS   ?= $(shell expr $$(nproc) + 2)
 
 .PHONY: demo check test lint types style unit system docs bench accuracy faults soak clean
 
-$(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.c)
+$(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE:=/*.[ch]))
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing traceml with its demonstration into $(VENV) (once)"

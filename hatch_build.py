@@ -1,6 +1,8 @@
-"""Build the native library of traceml.traces when the package is installed: plain C without Python.h, for ctypes.
+"""Build the native parts when the package is installed.
 
-It makes reading traces fast. Without a C compiler the package is installed without it and gives the same answers.
+The library of traceml.traces makes reading traces fast: plain C for ctypes. The extension of traceml.instrument makes
+tracing cheap: it uses Python's stable ABI, so one file serves Python 3.11 and later. Without a C compiler, or without
+Python's headers, the package is installed without them and gives the same answers.
 `make` installs again after a change of the sources.
 """
 
@@ -10,63 +12,114 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path("src", "traceml", "traces", "native")
-SOURCES = ("scanner.c", "kernels.c")
-LIBRARY = "_native.so"
-FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC"]
+_COMMON = ("-std=gnu11", "-shared", "-fPIC")
+
+
+class Part(NamedTuple):
+    """A library that is compiled beside its sources.
+
+    Attributes:
+        folder: of the sources, in the source tree.
+        sources: the C files.
+        library: the file to make.
+        flags: for the compiler.
+        loss: what is lost without it.
+    """
+
+    folder: Path
+    sources: tuple[str, ...]
+    library: str
+    flags: tuple[str, ...]
+    loss: str
+
+    @property
+    def path(self) -> Path:
+        """The library in the source tree."""
+        return self.folder / self.library
+
+
+SCANNER = Part(
+    Path("src", "traceml", "traces", "native"),
+    ("scanner.c", "kernels.c"),
+    "_native.so",
+    ("-O3",),
+    "reading traces is slower",
+)
+HOT_PATH = Part(
+    Path("src", "traceml", "instrument", "native"),
+    ("module.c", "hot_fields.c", "hooks.c"),
+    "_hot_path.abi3.so",
+    ("-O2", "-fvisibility=hidden", "-DPy_LIMITED_API=0x030b0000", f"-I{sysconfig.get_path('include')}"),
+    "each training step costs some microseconds more",
+)
 
 
 class NativeBuildHook(BuildHookInterface[Any]):
-    """Compiles the library beside its sources."""
+    """Compiles the native parts beside their sources."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - part of the interface
-        """Compile before the package is built; a wheel with the library is for this platform only."""
+        """Compile before the package is built; a wheel with native parts is for this platform only."""
         if self.target_name != "wheel":
             return
 
-        try:
-            build(Path(self.root))
-        except BuildError as error:
-            self.app.display_warning(
-                f"{error}: the native library is not built, and reading traces is slower without it"
-            )
+        built = [part for part in (SCANNER, HOT_PATH) if self._is_built(part)]
+        if not built:
             return
 
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["artifacts"].append(str(FOLDER / LIBRARY))
+        build_data["artifacts"] += [str(part.path) for part in built]
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{platform}"
+        build_data["tag"] = f"{'cp311-abi3' if HOT_PATH in built else 'py3-none'}-{platform}"
+
+    def _is_built(self, part: Part) -> bool:
+        try:
+            build(Path(self.root), part)
+        except BuildError as error:
+            self.app.display_warning(f"{error}: {part.path} is not built, and {part.loss}")
+            return False
+
+        return True
 
 
 class BuildError(Exception):
-    """The library cannot be built."""
+    """A part cannot be built."""
 
 
-def build(root: Path) -> Path:
-    """Compile the library of a source tree; return its path.
+def build(root: Path, part: Part, flags: tuple[str, ...] = ()) -> Path:
+    """Compile a part of a source tree; return its path.
+
+    Args:
+        root: of the source tree.
+        part: the library to make.
+        flags: more flags for the compiler.
 
     Raises:
         BuildError: there is no C compiler, or it failed.
     """
-    folder = root / FOLDER
+    if part is HOT_PATH and "t" in sys.abiflags:
+        raise BuildError("free-threaded Python has no stable ABI")
+
+    folder = root / part.folder
     compiler = shlex.split(os.environ.get("CC", "")) or _compiler()
     if not compiler:
         raise BuildError("no C compiler")
 
-    unfinished = folder / f"{LIBRARY}.{os.getpid()}"
-    command = [*compiler, *FLAGS, "-o", str(unfinished), *(str(folder / source) for source in SOURCES)]
+    unfinished = folder / f"{part.library}.{os.getpid()}"
+    sources = [str(folder / source) for source in part.sources]
+    command = [*compiler, *_COMMON, *part.flags, *flags, "-o", str(unfinished), *sources]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         unfinished.unlink(missing_ok=True)
         raise BuildError(f"{shlex.join(command)} failed: {result.stderr.strip()}")
 
-    return unfinished.replace(folder / LIBRARY)  # atomic: other processes may have the old one mapped
+    return unfinished.replace(root / part.path)  # atomic: other processes may have the old one mapped
 
 
 def _compiler() -> list[str]:

@@ -1,0 +1,3 @@
+"""The hot path of the step clock in C: the fields of the open step, and the hooks around the calls of a loop."""
+
+from __future__ import annotations

@@ -1,0 +1,73 @@
+"""The extension module that hatch_build.py compiles from the C files beside this one."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+LAYOUT: tuple[int, ...]
+
+def use_time(source: Callable[[], int] | None) -> None: ...
+def type_changed(changed: type[Any]) -> None: ...
+
+class HotFields:
+    thread: int
+    current: int
+    input_ns: int
+    forward_ns: int
+    backward_ns: int
+    optimizer_ns: int
+    rows: int
+    before: int
+    seg_start: int
+    attempt: int
+    backwards: int
+    batches: int
+    last_optimizer: int
+    loss_mask: int
+    input_samples: int
+    input_elements: int
+    samples: int
+    elements: int
+    dirty: bool
+    detail: bool
+    inspects: bool
+    open_slots: Any
+    closes_at: Any
+    batch: Any
+    first_loader: Any
+    usual: Any
+    usual_loader: Any
+    input_shape: Any
+    rare_times: list[int]
+    commit: Callable[[int], None]
+
+    def connect(
+        self,
+        open_slots: Any,
+        ring: tuple[Any, int, int, Any, int],
+        masks: tuple[int, int, int],
+        sentinels: tuple[object, object, object],
+        in_context: Callable[[], Any],
+    ) -> None: ...
+    def enter(self, phase: int) -> tuple[int, int] | None: ...
+    def leave(self, phase: int, began: tuple[int, int]) -> None: ...
+    def cancel(self, phase: int, began: tuple[int, int]) -> None: ...
+
+class Hook:
+    kind: int
+    original: Callable[..., Any]
+    module: Any
+
+    def __new__(
+        cls,
+        hot: HotFields,
+        kind: int,
+        original: Callable[..., Any],
+        slow: Callable[..., Any],
+        helper: Callable[..., Any] | None = None,
+        module: Any = None,
+        tensor_type: type[Any] | None = None,
+        is_grad_enabled: Callable[[], bool] | None = None,
+    ) -> Self: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __getattr__(self, name: str) -> Any: ...
+    def __setattr__(self, name: str, value: Any) -> None: ...

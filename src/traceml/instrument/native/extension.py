@@ -1,0 +1,100 @@
+"""Loader of the hot path in C. Where it was not built, or TRACEML_NATIVE=0 forbids it, the hooks are in Python.
+
+A hook in C has a Python face for torch.compile. The interpreter calls the slots of its type; dynamo looks for
+`__call__` and `__get__` among the type's attributes, and can trace only Python functions. So these two are replaced in
+the type's dictionary, which leaves the slots alone. (An assignment to the attribute would replace the slot too.)
+`dynamo_faces` has them; it needs torch, which may be imported later.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import STEPS, Phase, Slot
+
+if TYPE_CHECKING:
+    from traceml.instrument.native import _hot_path
+
+__all__ = ["extension", "show_torch", "use_time"]
+
+_LAYOUT = (
+    *(int(phase) for phase in (Phase.INPUT_WAIT, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)),
+    len(Phase),
+    int(Slot.STEP_START),
+    int(Slot.STEP),
+    STEPS.row_bytes,
+)
+_NAME = "traceml.instrument.native._hot_path"
+_log = logging.getLogger("traceml")
+
+
+def extension() -> Any:
+    """Return the extension module; None where it cannot be used, or TRACEML_NATIVE=0 forbids it."""
+    return None if os.environ.get("TRACEML_NATIVE") == "0" else _load()
+
+
+def use_time(source: Callable[[], int] | None) -> None:
+    """Replace the clock of the hooks in C, for tests; None restores it."""
+    loaded = _load()
+    if loaded is not None:
+        loaded.use_time(source)
+
+
+@cache
+def _load() -> Any:
+    if "t" in sys.abiflags:  # a free-threaded build: the stable ABI does not cover it
+        return None
+
+    try:
+        loaded = import_module(_NAME)
+    except ImportError as error:
+        _log.debug("the hooks are in Python: %s", error)
+        return None
+
+    if loaded.LAYOUT != _LAYOUT:
+        _log.warning("%s belongs to another version of traceml. Install the package again", loaded.__file__)
+        return None
+
+    return loaded if _has_faces(loaded) else None
+
+
+def _has_faces(loaded: Any) -> bool:
+    """Give the hooks their faces; return whether calls still reach the code in C."""
+    _set_face(loaded, "__reduce__", _reduce)
+    _set_face(loaded, "__call__", _no_call)
+    hook = loaded.Hook(loaded.HotFields(), int(Phase.OPTIMIZER), _no_call, lambda value: value)
+    try:
+        return loaded.Hook.__dict__["__call__"] is _no_call and hook(7) == 7
+    except TypeError:
+        return False
+
+
+def _set_face(loaded: Any, name: str, face: Callable[..., Any]) -> None:
+    (attributes,) = gc.get_referents(loaded.Hook.__dict__)  # the dictionary behind the read-only view
+    attributes[name] = face
+    loaded.type_changed(loaded.Hook)
+
+
+def _no_call(*_: object) -> None:
+    raise TypeError("the hooks of this interpreter call their Python face")
+
+
+def _reduce(hook: _hot_path.Hook) -> Any:
+    """Pickle and copy as an empty slot of a module, or by name as a function."""
+    return (type(None), ()) if hook.kind == int(Phase.FORWARD) else hook.__qualname__
+
+
+def show_torch() -> None:
+    """Give the hooks the faces that dynamo traces."""
+    loaded = _load()
+    if loaded is not None and loaded.Hook.__dict__["__call__"] is _no_call:
+        faces = import_module("traceml.instrument.native.dynamo_faces")
+        _set_face(loaded, "__call__", faces.__call__)
+        _set_face(loaded, "__get__", faces.__get__)

@@ -1,0 +1,318 @@
+/* Fields of the open step, the usual end of a step, and the begin and end of phases. */
+#include "hot_path.h"
+
+#include <stddef.h>
+#include <time.h>
+
+PyTypeObject *hot_fields_type;
+static PyObject *time_source; /* for tests: replaces the clock */
+
+PyObject *use_time(PyObject *module, PyObject *source) {
+    (void)module;
+    assign(&time_source, source == Py_None ? NULL : source);
+    return new_none();
+}
+
+int is_plain(const HotFields *hot) { return !time_source && hot->open_slots == hot->mapped_slots && hot->words; }
+
+int read_clock(long long *now) {
+    if (!time_source) {
+        struct timespec time;
+        clock_gettime(CLOCK_MONOTONIC, &time);
+        *now = time.tv_sec * 1000000000LL + time.tv_nsec;
+        return 0;
+    }
+
+    PyObject *number = PyObject_CallNoArgs(time_source);
+    *now = number ? PyLong_AsLongLong(number) : -1;
+    Py_XDECREF(number);
+    return *now == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+int set_word(HotFields *hot, int index, long long value) {
+    if (hot->open_slots == hot->mapped_slots && hot->words) {
+        hot->words[index] = value;
+        return 0;
+    }
+
+    PyObject *key = PyLong_FromLong(index), *number = PyLong_FromLongLong(value);
+    int status = key && number ? PyObject_SetItem(none_for_null(hot->open_slots), key, number) : -1;
+    Py_XDECREF(key);
+    Py_XDECREF(number);
+    return status;
+}
+
+int call_method(HotFields *hot, const char *name, long long number, PyObject *object) {
+    PyObject *result = object ? PyObject_CallMethod((PyObject *)hot, name, "LO", number, object)
+                              : PyObject_CallMethod((PyObject *)hot, name, "L", number);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+int fail_open(HotFields *hot) {
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) return -1;
+
+    PyObject *kind, *error, *traceback;
+    PyErr_Fetch(&kind, &error, &traceback);
+    PyErr_NormalizeException(&kind, &error, &traceback);
+    if (traceback) PyException_SetTraceback(error, traceback);
+
+    PyObject *result = PyObject_CallMethod((PyObject *)hot, "fail", "O", error);
+    Py_XDECREF(kind);
+    Py_XDECREF(error);
+    Py_XDECREF(traceback);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+/* A thread to which the training moved with its context counts too: see `on_training_thread`. */
+int is_training_thread(HotFields *hot) {
+    if (hot->thread == PyThread_get_thread_ident()) return 1;
+    if (!hot->thread || !hot->in_context) return 0;
+
+    PyObject *token = PyObject_CallNoArgs(hot->in_context);
+    int is_true = token ? PyObject_IsTrue(token) : -1;
+    Py_XDECREF(token);
+    if (is_true < 0) PyErr_Clear();
+    return is_true > 0;
+}
+
+/* ---- the end of a step ---- */
+
+static void write_row(HotFields *hot, long long t, long long bits) {
+    long long *row = (long long *)(hot->first_row + (hot->rows & hot->mask) * (long long)(COLUMNS * sizeof(long long)));
+    const long long values[COLUMNS] = {
+        hot->rows + hot->before, t, t - hot->seg_start, hot->input_ns, 0, hot->forward_ns, hot->backward_ns,
+        hot->optimizer_ns, 0, 0, 0, -1, hot->elements, hot->samples, bits,
+    };
+    memcpy(row, values, sizeof values);
+    hot->rows++;
+    __atomic_store_n(hot->count, hot->rows, __ATOMIC_RELEASE); /* the row first, the counter afterwards */
+}
+
+static int upkeep(HotFields *hot) {
+    PyObject *listener = PyObject_GetAttrString((PyObject *)hot, "listener");
+    PyObject *result = listener ? PyObject_CallMethod(listener, "upkeep", "LL", hot->forward_ns, hot->backwards) : NULL;
+    Py_XDECREF(listener);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+int commit_step(HotFields *hot, long long t) {
+    if (hot->dirty || (hot->backwards > hot->batches && hot->batches > 0) || !hot->count)
+        return call_method(hot, "commit_slow", t, NULL);
+
+    long long n = hot->rows, bits;
+    if (none_for_null(hot->first_loader) == Py_None) {
+        bits = (hot->backwards & hot->micro_mask) | hot->no_loader_bits;
+    } else {
+        bits = (hot->backwards < hot->batches ? hot->backwards : hot->batches) & hot->micro_mask;
+        assign(&hot->batch, NULL);
+        assign(&hot->first_loader, NULL);
+        hot->batches = 0;
+    }
+
+    write_row(hot, t, bits);
+    hot->seg_start = t;
+    if (set_word(hot, STEP_START, t) || set_word(hot, STEP, hot->rows + hot->before)) return -1;
+
+    assign(&hot->closes_at, hot->not_ready);
+    hot->attempt = 0;
+    if (!(n & hot->upkeep_mask) && upkeep(hot)) return -1;
+
+    hot->input_ns = hot->forward_ns = hot->backward_ns = hot->optimizer_ns = 0;
+    hot->backwards = hot->samples = hot->elements = 0;
+    return 0;
+}
+
+static PyObject *method_commit(PyObject *self, PyObject *time) {
+    long long t = PyLong_AsLongLong(time);
+    if ((t == -1 && PyErr_Occurred()) || commit_step((HotFields *)self, t)) return NULL;
+
+    return new_none();
+}
+
+/* ---- phases ---- */
+
+static int add_rare(HotFields *hot, long long bucket, long long ns) {
+    PyObject *times = none_for_null(hot->rare_times), *before = PyList_GetItem(times, (Py_ssize_t)bucket);
+    long long sum = before ? PyLong_AsLongLong(before) : -1;
+    if (sum == -1 && PyErr_Occurred()) return -1;
+
+    hot->dirty = 1;
+    PyObject *after = PyLong_FromLongLong(sum + ns);
+    return after ? PyList_SetItem(times, (Py_ssize_t)bucket, after) : -1;
+}
+
+static int add_time(HotFields *hot, long long bucket, long long ns) {
+    switch (bucket) {
+    case INPUT_WAIT: hot->input_ns += ns; return 0;
+    case FORWARD: hot->forward_ns += ns; return 0;
+    case BACKWARD: hot->backward_ns += ns; return 0;
+    case OPTIMIZER: hot->optimizer_ns += ns; return 0;
+    case OTHER: return 0;
+    default: return add_rare(hot, bucket, ns);
+    }
+}
+
+/* Return None after an error of ours, NULL where the exception is none of ours. */
+static PyObject *none_after_error(HotFields *hot) {
+    if (fail_open(hot)) return NULL;
+
+    return new_none();
+}
+
+static PyObject *method_enter(PyObject *self, PyObject *number) {
+    HotFields *hot = (HotFields *)self;
+    long long phase = PyLong_AsLongLong(number), previous = hot->current, start;
+    if (phase == -1 && PyErr_Occurred()) return none_after_error(hot);
+    if (previous == INPUT_WAIT || previous == phase || hot->thread != PyThread_get_thread_ident()) return new_none();
+
+    if (read_clock(&start)) return none_after_error(hot);
+
+    hot->current = phase;
+    if (set_word(hot, (int)phase, start)) return none_after_error(hot);
+
+    PyObject *began = Py_BuildValue("LL", previous, start);
+    return began ? began : none_after_error(hot);
+}
+
+static int leave(HotFields *hot, long long phase, long long previous, long long start) {
+    long long now;
+    if (read_clock(&now) || add_time(hot, phase, now - start) || add_time(hot, previous, start - now)) return -1;
+
+    hot->current = previous;
+    return set_word(hot, (int)phase, 0);
+}
+
+static PyObject *method_leave(PyObject *self, PyObject *args) {
+    long long phase, previous, start;
+    if (!PyArg_ParseTuple(args, "L(LL):leave", &phase, &previous, &start)
+        || leave((HotFields *)self, phase, previous, start))
+        return none_after_error((HotFields *)self);
+
+    return new_none();
+}
+
+static PyObject *method_cancel(PyObject *self, PyObject *args) {
+    HotFields *hot = (HotFields *)self;
+    long long phase, previous, start;
+    if (!PyArg_ParseTuple(args, "L(LL):cancel", &phase, &previous, &start)) return none_after_error(hot);
+
+    hot->current = previous;
+    if (set_word(hot, (int)phase, 0)) return none_after_error(hot);
+
+    return new_none();
+}
+
+/* ---- the type ---- */
+
+static void disconnect(HotFields *hot) {
+    hot->words = hot->count = NULL;
+    PyBuffer_Release(&hot->slots_buffer); /* does nothing where it holds none */
+    PyBuffer_Release(&hot->ring_buffer);
+    PyBuffer_Release(&hot->count_buffer);
+}
+
+static int is_in_bounds(const HotFields *hot, long long offset, long long slot) {
+    long long rows_end = offset + (hot->mask + 1) * (long long)(COLUMNS * sizeof(long long));
+    return hot->slots_buffer.len >= (STEP + 1) * (Py_ssize_t)sizeof(long long)
+        && slot >= 0 && hot->count_buffer.len >= (slot + 1) * (Py_ssize_t)sizeof(long long)
+        && offset >= 0 && hot->mask >= 0 && hot->ring_buffer.len >= rows_end;
+}
+
+static PyObject *method_connect(PyObject *self, PyObject *args) {
+    HotFields *hot = (HotFields *)self;
+    PyObject *slots, *buffer, *count, *not_ready, *on_forward, *check_forward, *in_context;
+    long long offset, slot;
+    if (!PyArg_ParseTuple(args, "O(OLLOL)(LLL)(OOO)O:connect", &slots, &buffer, &offset, &hot->mask, &count, &slot,
+                          &hot->micro_mask, &hot->no_loader_bits, &hot->upkeep_mask, &not_ready, &on_forward,
+                          &check_forward, &in_context))
+        return NULL;
+
+    disconnect(hot);
+    if (PyObject_GetBuffer(slots, &hot->slots_buffer, PyBUF_WRITABLE)
+        || PyObject_GetBuffer(buffer, &hot->ring_buffer, PyBUF_WRITABLE)
+        || PyObject_GetBuffer(count, &hot->count_buffer, PyBUF_WRITABLE))
+        return NULL;
+
+    if (!is_in_bounds(hot, offset, slot)) {
+        PyErr_SetString(PyExc_ValueError, "the ring does not fit into its memory");
+        return NULL;
+    }
+
+    assign(&hot->mapped_slots, slots);
+    assign(&hot->not_ready, not_ready);
+    assign(&hot->on_forward, on_forward);
+    assign(&hot->check_forward, check_forward);
+    assign(&hot->in_context, in_context);
+    hot->first_row = (char *)hot->ring_buffer.buf + offset;
+    hot->words = hot->slots_buffer.buf;
+    hot->count = (long long *)hot->count_buffer.buf + slot;
+    return new_none();
+}
+
+#define EACH_OBJECT(DO) \
+    DO(open_slots) DO(closes_at) DO(batch) DO(first_loader) DO(usual) DO(usual_loader) DO(input_shape) DO(rare_times) \
+    DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
+
+static int hot_traverse(PyObject *self, visitproc visit, void *arg) {
+    HotFields *hot = (HotFields *)self;
+    Py_VISIT(Py_TYPE(self));
+#define VISIT(name) Py_VISIT(hot->name);
+    EACH_OBJECT(VISIT)
+#undef VISIT
+    return 0;
+}
+
+static int hot_clear(PyObject *self) {
+    HotFields *hot = (HotFields *)self;
+#define CLEAR(name) Py_CLEAR(hot->name);
+    EACH_OBJECT(CLEAR)
+#undef CLEAR
+    return 0;
+}
+
+static void hot_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    disconnect((HotFields *)self);
+    hot_clear(self);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+#define NUMBER(name) {#name, T_LONGLONG, offsetof(HotFields, name), 0, NULL}
+#define TRUTH(name) {#name, T_BOOL, offsetof(HotFields, name), 0, NULL}
+#define OBJECT(name) {#name, T_OBJECT, offsetof(HotFields, name), 0, NULL}
+
+static PyMemberDef members[] = {
+    {"thread", T_ULONG, offsetof(HotFields, thread), 0, NULL},
+    NUMBER(current), NUMBER(input_ns), NUMBER(forward_ns), NUMBER(backward_ns), NUMBER(optimizer_ns), NUMBER(rows),
+    NUMBER(before), NUMBER(seg_start), NUMBER(attempt), NUMBER(backwards), NUMBER(batches), NUMBER(last_optimizer),
+    NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
+    TRUTH(dirty), TRUTH(detail), TRUTH(inspects),
+    OBJECT(open_slots), OBJECT(closes_at), OBJECT(batch), OBJECT(first_loader), OBJECT(usual), OBJECT(usual_loader),
+    OBJECT(input_shape), OBJECT(rare_times),
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyMethodDef methods[] = {
+    {"connect", method_connect, METH_VARARGS, NULL},
+    {"commit", method_commit, METH_O, NULL},
+    {"enter", method_enter, METH_O, NULL},
+    {"leave", method_leave, METH_VARARGS, NULL},
+    {"cancel", method_cancel, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+PyTypeObject *make_hot_fields_type(void) {
+    static PyType_Slot slots[] = {
+        {Py_tp_traverse, hot_traverse}, {Py_tp_clear, hot_clear}, {Py_tp_dealloc, hot_dealloc},
+        {Py_tp_members, members}, {Py_tp_methods, methods}, {0, NULL},
+    };
+    static PyType_Spec spec = {"traceml.instrument.native._hot_path.HotFields", sizeof(HotFields), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, slots};
+    hot_fields_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return hot_fields_type;
+}

@@ -1,0 +1,36 @@
+/* The extension module: its two types, and what it was compiled for. */
+#include "hot_path.h"
+
+/* The attribute cache of a type whose dictionary was changed directly is out of date. */
+static PyObject *type_changed(PyObject *module, PyObject *type) {
+    (void)module;
+    if (!PyType_Check(type)) return PyErr_Format(PyExc_TypeError, "not a type: %R", type);
+
+    PyType_Modified((PyTypeObject *)type);
+    return new_none();
+}
+
+static PyMethodDef functions[] = {
+    {"use_time", use_time, METH_O, NULL},
+    {"type_changed", type_changed, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int fill(PyObject *module) {
+    PyObject *layout = Py_BuildValue("(iiiiiiii)", INPUT_WAIT, FORWARD, BACKWARD, OPTIMIZER, OTHER, STEP_START, STEP,
+                                     (int)(COLUMNS * sizeof(long long)));
+    PyObject *fields = (PyObject *)make_hot_fields_type(), *hook = fields ? (PyObject *)make_hook_type() : NULL;
+    int status = layout && hook ? PyModule_AddObjectRef(module, "LAYOUT", layout) : -1;
+    if (!status) status = PyModule_AddObjectRef(module, "HotFields", fields);
+    if (!status) status = PyModule_AddObjectRef(module, "Hook", hook);
+    Py_XDECREF(layout);
+    Py_XDECREF(hook);
+    return status; /* `hot_fields_type` keeps its reference */
+}
+
+PyMODINIT_FUNC PyInit__hot_path(void) {
+    static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_hot_path", NULL, -1, functions, NULL, NULL, NULL, NULL};
+    PyObject *module = PyModule_Create(&definition);
+    if (module && fill(module)) Py_CLEAR(module);
+    return module;
+}
