@@ -17,6 +17,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import TABLES, Phase, StepFlag, Table, unpack_bits
 from traceml.instrument import Instrumentation, device, install
+from traceml.instrument.native.extension import extension, use_time
 
 
 @dataclass
@@ -73,8 +74,21 @@ class Traced:
         return steps
 
 
+@pytest.fixture(params=["native", "python"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Hooks in C, and in Python; the clock is the real one again afterwards."""
+    form: str = request.param
+    monkeypatch.setenv("TRACEML_NATIVE", "1" if form == "native" else "0")
+    if form == "native" and extension() is None:
+        pytest.skip("the hooks in C are not built: install the package with a compiler and Python's headers")
+
+    yield form
+
+    use_time(None)
+
+
 @pytest.fixture
-def traced(tmp_path: Path) -> Iterator[Traced]:
+def traced(form: str, tmp_path: Path) -> Iterator[Traced]:
     """Hooks installed, one compute thread, all of it undone afterwards."""
     gc.collect()  # models and optimizers of the test before are garbage, and found otherwise
     gc.freeze()  # no later collection and no search goes through what torch and the tests have imported

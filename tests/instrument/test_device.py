@@ -21,6 +21,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.fail_open import failures
 from traceml.instrument import accumulator, backward, device, forward, install, loader, optimizer, step_clock
+from traceml.instrument.native.extension import use_time
 
 _CLOCKED = (accumulator, backward, forward, loader, optimizer, step_clock)
 _MS = 1_000_000
@@ -36,6 +37,7 @@ class Training:
     def __init__(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cuda = cuda
         cuda.tick_ms, cuda.cpu_ms = 0.0, 1.0
+        use_time(lambda: round(cuda.cpu_ms * _MS))
         for module in _CLOCKED:
             monkeypatch.setattr(module, "monotonic_ns", lambda: round(cuda.cpu_ms * _MS))
 
@@ -81,7 +83,7 @@ class Batch(torch.Tensor):
 
 
 @pytest.fixture
-def traced(cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
+def traced(form: str, cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
     """Hooks on these devices."""
     gc.collect()  # models and optimizers of the test before are garbage, and found otherwise
     flight = FlightFile.create(tmp_path, {})

@@ -34,6 +34,7 @@ from traceml.instrument import (
     step_clock,
     user,
 )
+from traceml.instrument.native.extension import use_time
 from traceml.instrument.search import discovery
 
 _CLOCKED = (accumulator, backward, discovery, forward, loader, optimizer, overhead, step_clock, user)
@@ -197,7 +198,7 @@ def watched(on_call: Callable[[str], None]) -> Iterator[None]:
         sys.setprofile(None)
 
 
-def test_each_function_of_ours_may_raise(cuda: FakeCuda, plain: list[float], tmp_path: Path) -> None:
+def test_each_function_of_ours_may_raise(form: str, cuda: FakeCuda, plain: list[float], tmp_path: Path) -> None:
     """An error in one call of any function during training is counted, and the losses are those without tracing."""
     calls: Counter[str] = Counter()
     with installed(tmp_path) as traced, watched(lambda name: calls.update([name])):
@@ -240,7 +241,7 @@ class FailingSlots:
 
 @pytest.mark.parametrize("seed", range(_SEEDS))
 def test_clocks_slots_and_events_may_raise(
-    cuda: FakeCuda, plain: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    form: str, cuda: FakeCuda, plain: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """At random moments a clock, a word of the flight file, or an event raises."""
     chance = random.Random(seed)
@@ -259,6 +260,7 @@ def test_clocks_slots_and_events_may_raise(
 
     kinds = chance.choice([("clock",), ("slots",), ("device",), ("clock", "slots", "device")])
     if "clock" in kinds:
+        use_time(failing(accumulator.monotonic_ns))
         for module in _CLOCKED:
             monkeypatch.setattr(module, "monotonic_ns", failing(accumulator.monotonic_ns))
 

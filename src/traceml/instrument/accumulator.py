@@ -11,12 +11,11 @@ import contextvars
 import logging
 from _thread import get_ident
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import MICRO_BATCHES_MASK, PHASE_COLUMNS, STEPS, Phase, Slot, StepFlag, pack_bits
+from traceml.database.schema import PHASE_COLUMNS, Phase, Slot, StepFlag, pack_bits
 from traceml.fail_open import fail_open
-from traceml.instrument.closure_cells import CellField, ClosureCells
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -27,6 +26,7 @@ __all__ = [
     "NOT_READY",
     "ON_FORWARD",
     "OTHER",
+    "UPKEEP_MASK",
     "Began",
     "StepAccumulator",
     "StepListener",
@@ -38,14 +38,10 @@ FIRST_USER = OTHER + 1  # user phase k: its time is at FIRST_USER + 2k, its coun
 _INPUT_WAIT, _FORWARD, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.FORWARD), int(Phase.BACKWARD)
 _OPTIMIZER, _USER = int(Phase.OPTIMIZER), int(Phase.USER)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
-# Columns of every step, and of a usual step, whose other columns are 0.
 _COLUMNS = ("step", "t_end_ns", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "elements", "samples", "bits")
-_USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
-                  "backward_own_ns", "elements", "samples", "bits")  # fmt: skip
 # Plain ints: arithmetic on enum members costs a microsecond.
 _NO_LOADER, _DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
 _EPOCH = int(StepFlag.EPOCH)
-_NO_LOADER_BITS = pack_bits(0, _NO_LOADER)
 UPKEEP_MASK = 63
 _log = logging.getLogger("traceml")
 
@@ -55,6 +51,7 @@ _log = logging.getLogger("traceml")
 _NO_TOKEN: Sequence[bool] = ()
 _training: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("traceml_training", default=_NO_TOKEN)
 on_training_thread = _training.get
+Function = TypeVar("Function", bound=Callable[..., Any])
 Began = tuple[int, int]
 """The enclosing phase, and the start of a phase."""
 
@@ -92,6 +89,13 @@ class StepListener(Protocol):
         """Handle the end of the first step, then of every 64th, given its forward time and backward passes."""
 
 
+class Bind(Protocol):
+    """Gives a function the fields of a clock that it declares as free variables."""
+
+    def __call__(self, function: Function, /) -> Function:
+        """Return a copy of the function that shares them."""
+
+
 class StepDeviceTimer(Protocol):
     """Timer for the device time of the open step: see `device.DeviceTimes`."""
 
@@ -118,45 +122,46 @@ class StepAccumulator:
     """Times of the open step, by phase.
 
     It runs on the training thread only; hooks compare `thread` with their own and do nothing on another thread. Hooks
-    read and write the `CellField`s directly (see `closure_cells`).
+    read and write the fields of this class directly; `clock_forms` says where they are.
 
     A step may be cut into segments (see `StepClock`). Fields named `committed_*` and `*_at_cut`, `cut_ns` and
     `micro_batches` describe the part before the last cut. `backwards`, `batches`, `batch`, `samples`, `elements`,
     `trained`, `evaluated`, `own` and `flags` describe the part after it. The buckets cover both.
     """
 
-    thread = CellField()  # the training thread; no thread has the number 0, which switches all hooks off
-    current = CellField()  # the phase that time belongs to now
-    open_slots = CellField()  # the flight file's words, or a `DeviceMarkingSlots`
+    thread: int  # the training thread; no thread has the number 0, which switches all hooks off
+    current: int  # the phase that time belongs to now
+    open_slots: Any  # the flight file's words, or a `DeviceMarkingSlots`
     # Time of the phases present in every loop, in nanoseconds; the other phases are in `rare_times`.
-    input_ns = CellField()
-    forward_ns = CellField()
-    backward_ns = CellField()
-    optimizer_ns = CellField()
-    rows = CellField()  # number of rows so far
-    before = CellField()  # steps before the first row, of the training that this one resumes
-    seg_start = CellField()  # start of the segment
-    closes_at = CellField()  # the loader whose next request closes the step, or a sentinel
-    attempt = CellField()  # id of the optimizer of the step's first optimizer step call, 0 before one
-    backwards = CellField()
-    batches = CellField()
-    input_shape = CellField()  # shape of the input of the last forward; None: look at the next one
-    input_samples = CellField()
-    input_elements = CellField()
-    samples = CellField()  # of the inputs whose gradients were computed
-    elements = CellField()
-    loss_mask = CellField()  # the loss is read in steps whose number has none of these bits
-    inspects = CellField()  # the next batch gets a fingerprint
-    batch = CellField()  # the first loader that gave a batch in this segment
-    first_loader = CellField()  # the first loader that gave a batch in this step
-    dirty = CellField()  # closing this step takes `commit_slow`
-    detail = CellField()  # backward passes take the slow path: see `StepClock.plan_detail`
+    input_ns: int
+    forward_ns: int
+    backward_ns: int
+    optimizer_ns: int
+    rare_times: list[int]
+    rows: int  # number of rows so far
+    before: int  # steps before the first row, of the training that this one resumes
+    seg_start: int  # start of the segment
+    closes_at: Any  # the loader whose next request closes the step, or a sentinel
+    attempt: int  # id of the optimizer of the step's first optimizer step call, 0 before one
+    backwards: int
+    batches: int
+    input_shape: Any  # shape of the input of the last forward; None: look at the next one
+    input_samples: int
+    input_elements: int
+    samples: int  # of the inputs whose gradients were computed
+    elements: int
+    loss_mask: int  # the loss is read in steps whose number has none of these bits
+    inspects: bool  # the next batch gets a fingerprint
+    batch: Any  # the first loader that gave a batch in this segment
+    first_loader: Any  # the first loader that gave a batch in this step
+    dirty: bool  # closing this step takes `commit_slow`
+    detail: bool  # backward passes take the slow path: see `StepClock.plan_detail`
+
+    hook: Callable[..., Callable[..., Any]] | None = None  # makes hooks in C; None: hooks are Python functions
+    bind: Bind  # gives Python functions the fields
+    commit: Callable[[int], None]  # closes the open step at a given time: appends the row and begins the next step
 
     def __init__(self, flight: FlightFile, listener: StepListener, thread: int) -> None:
-        hot = ClosureCells(
-            tuple(name for kind in type(self).__mro__ for name in vars(kind) if _is_cell(vars(kind)[name]))
-        )
-        self.cells, self.bind = hot.by_name, hot.bind
         self.listener, self.thread, self.errors = listener, thread, 0
         self.token = [True]
         self.ring = flight.ring("steps")
@@ -183,7 +188,9 @@ class StepAccumulator:
         self.eval_ns = self.eval_batches = self.eval_end = 0
         self._clear(0)
         self.open_slots[_STEP] = -1  # no step is open yet
-        self.commit = _make_commit(self)
+        self.loss_mask = 0
+        self.inspects, self.input_shape = False, None
+        self.input_samples = self.input_elements = 0
 
     @property
     def step(self) -> int:
@@ -467,57 +474,3 @@ class StepAccumulator:
                 total += times[at]
 
         return total
-
-
-def _is_cell(value: Any) -> bool:
-    return isinstance(value, CellField)
-
-
-def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
-    """Return the function that closes the open step at a given time: it appends the row and begins the next step."""
-    ring = accumulator.ring
-    commit_slow, upkeep = accumulator.commit_slow, accumulator.listener.upkeep
-    pack_into = STEPS.partial_struct(*_USUAL_COLUMNS).pack_into
-    buffer, offset, mask, row_bytes = ring.buffer, ring.offset, ring.mask, ring.row_bytes
-    count, slot = ring.count, ring.slot
-    # Cells of the clock.
-    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = seg_start = attempt = backwards = batches = 0
-    samples = elements = 0
-    dirty = False
-    open_slots: Any = None
-    batch: Any = None
-    first_loader: Any = None
-    closes_at: Any = NOT_READY
-
-    def commit(t: int) -> None:
-        nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
-        nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at, samples, elements
-        if dirty or backwards > batches > 0:
-            commit_slow(t)
-            return
-
-        n = rows
-        if first_loader is None:
-            bits = backwards & MICRO_BATCHES_MASK | _NO_LOADER_BITS
-        else:
-            bits = min(backwards, batches) & MICRO_BATCHES_MASK
-            batch = first_loader = None
-            batches = 0
-
-        row = offset + (n & mask) * row_bytes
-        total = t - seg_start
-        step = n + before
-        pack_into(
-            buffer, row, step, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, elements, samples, bits
-        )
-        count[slot] = rows = n + 1  # the row first, the counter afterwards
-        seg_start = open_slots[_STEP_START] = t
-        open_slots[_STEP] = rows + before
-        closes_at = NOT_READY
-        attempt = 0
-        if not n & UPKEEP_MASK:
-            upkeep(forward_ns, backwards)
-
-        input_ns = forward_ns = backward_ns = optimizer_ns = backwards = samples = elements = 0
-
-    return accumulator.bind(commit)

@@ -44,6 +44,9 @@ def timed_backward(
     original: Callable[..., None], clock: StepClock, read_loss: Callable[[Any], None]
 ) -> Callable[..., None]:
     """Return a function that calls `original` and times it as a backward pass."""
+    if clock.hook is not None:
+        return clock.hook(clock, _BACKWARD, original, _slow_backward(original, clock, read_loss), read_loss)
+
     fail = clock.fail
     # Cells of the clock.
     current = backward_ns = backwards = rows = loss_mask = 0
@@ -83,6 +86,15 @@ def timed_backward(
                 fail(error)
 
     return clock.bind(backward)
+
+
+def _slow_backward(
+    original: Callable[..., None], clock: StepClock, read_loss: Callable[[Any], None]
+) -> Callable[..., None]:
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        return _slow_path(original, clock, read_loss, tensors, args, kwargs)
+
+    return backward
 
 
 def _timed_grad(original: Callable[..., Any], clock: StepClock, read_loss: Callable[[Any], None]) -> Callable[..., Any]:

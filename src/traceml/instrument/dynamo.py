@@ -18,7 +18,16 @@ _PACKAGE = "traceml.instrument."
 # These never call the user's code: dynamo skips everything they call.
 _LEAVES = frozenset(
     f"{_PACKAGE}{name}"
-    for name in ("accumulator", "step_clock", "evaluation", "device", "search.discovery", "facts", "overhead")
+    for name in (
+        "accumulator",
+        "clock_forms",
+        "step_clock",
+        "evaluation",
+        "device",
+        "search.discovery",
+        "facts",
+        "overhead",
+    )
 )
 _LEAF_FUNCTIONS = frozenset({"_guarded"})
 

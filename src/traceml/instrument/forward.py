@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,9 +49,10 @@ Measure = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
 class TimedModule:
     """A timed module, held weakly so that deleting the module frees it at once."""
 
-    __slots__ = ("impl", "inner", "module")
+    __slots__ = ("copies_by_itself", "impl", "inner", "module")
 
     def __init__(self, module: Any, inner: Callable[..., Any] | None) -> None:
+        self.copies_by_itself = _copies_by_itself(type(module))
         self.module = weakref.ref(module)
         self.inner = inner  # previous content of the slot: the result of Module.compile()
         self.impl: Callable[..., Any] = type(module)._call_impl if inner is None else _without_module(inner)
@@ -81,6 +83,9 @@ class ForwardTimer:
 
 def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
     """Return a function that makes timers of modules for a clock."""
+    if clock.hook is not None:
+        return partial(_native_timer, clock, clock.hook, measure)
+
     commit, begins, fail = clock.commit, clock.forward_begins, clock.fail
     # Cells of the clock.
     current = forward_ns = 0
@@ -128,9 +133,22 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
 
         bound = clock.bind(call)
         bound.timed = timed  # type: ignore[attr-defined]
-        return bound
+        return ForwardTimer(bound, timed) if timed.copies_by_itself else bound
 
     return make
+
+
+def _native_timer(
+    clock: StepClock, make_hook: Callable[..., Callable[..., Any]], measure: Measure, timed: TimedModule
+) -> Callable[..., Any]:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        return _nested_call(timed, clock, measure, args, kwargs)
+
+    hook: Callable[..., Any] = make_hook(
+        clock, _FORWARD, timed.impl, slow, measure, timed.module, Tensor, is_grad_enabled
+    )
+    hook.timed = timed  # type: ignore[attr-defined]
+    return hook
 
 
 def _nested_call(timed: TimedModule, clock: StepClock, measure: Measure, args: Any, kwargs: Any) -> Any:
@@ -168,15 +186,9 @@ def timed_forward(
         module_of: returns the model of the method's object.
         measure: notes the size of the input.
     """
-    begins, fail = clock.forward_begins, clock.fail
-    # Cells of the clock.
-    current = forward_ns = optimizer_ns = 0
-    open_slots: Any = None
-    closes_at: Any = NOT_READY
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal current, forward_ns, optimizer_ns
-        previous = current
+        previous = clock.current
         if (
             (previous != OTHER and previous != _OPTIMIZER)
             or is_dynamo_compiling()
@@ -187,29 +199,29 @@ def timed_forward(
         try:
             measure(args, kwargs, module_of(self))
             t = monotonic_ns()
-            if closes_at is CHECK_FORWARD or closes_at is ON_FORWARD:
-                begins(t, weakref.ref(module_of(self)), trains=is_grad_enabled())
+            if clock.closes_at is CHECK_FORWARD or clock.closes_at is ON_FORWARD:
+                clock.forward_begins(t, weakref.ref(module_of(self)), trains=is_grad_enabled())
 
-            current = _FORWARD
-            open_slots[_FORWARD] = t
+            clock.current = _FORWARD
+            clock.open_slots[_FORWARD] = t
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            fail(error)
+            clock.fail(error)
 
         try:
             return original(self, *args, **kwargs)
         finally:
             try:
                 spent = monotonic_ns() - t
-                forward_ns += spent
+                clock.forward_ns += spent
                 if previous == _OPTIMIZER:  # Lightning trains in the optimizer's closure
-                    optimizer_ns -= spent
+                    clock.optimizer_ns -= spent
 
-                current = previous
-                open_slots[_FORWARD] = 0
+                clock.current = previous
+                clock.open_slots[_FORWARD] = 0
             except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-                fail(error)
+                clock.fail(error)
 
-    return clock.bind(call)
+    return call
 
 
 def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -242,9 +254,7 @@ def instrument_module(module: Any, make: TimerMaker) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or not hasattr(type(module), "_call_impl"):
         return False
 
-    timed = TimedModule(module, module.__dict__.get(_SLOT))
-    call = make(timed)
-    object.__setattr__(module, _SLOT, ForwardTimer(call, timed) if _copies_by_itself(type(module)) else call)
+    object.__setattr__(module, _SLOT, make(TimedModule(module, module.__dict__.get(_SLOT))))
     return True
 
 

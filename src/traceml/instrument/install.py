@@ -18,11 +18,11 @@ from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
 from traceml.instrument.checkpoints.save_folder import SaveFolder
 from traceml.instrument.checkpoints.save_log import SaveLog
+from traceml.instrument.clock_forms import new_clock
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
 from traceml.instrument.search.iterators import Feeding, feeding_of
-from traceml.instrument.step_clock import StepClock
 from traceml.instrument.user import StepBlock, UserPhases
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Instrumentation:
         self.lost_workers: deque[Info] = deque(maxlen=_MAX_LOST)
         self._timed: set[tuple[Any, str]] = set()
         self._reported: dict[str, Info] = {}  # the last facts by kind
-        self.clock = StepClock(flight, self, thread=thread)
+        self.clock = new_clock(flight, self, thread=thread)
         self._user_phases = UserPhases(self.clock, flight.names)
         self._watch = PostImportHook(
             {
@@ -254,6 +254,7 @@ class Instrumentation:
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.forward import patch_compile, timer_maker
         from traceml.instrument.loader import patch_loaders
+        from traceml.instrument.native.extension import show_torch
         from traceml.instrument.optimizer import (
             patch_clipping,
             patch_grad_scaler,
@@ -267,6 +268,7 @@ class Instrumentation:
         from traceml.instrument.workers.worker_stacks import report_worker_stacks
 
         clock, patches = self.clock, self._patches
+        show_torch()
         self._batches = batches = BatchReader(clock, self._report_input)
         self._losses = LossReader(clock, self._flight.ring("losses"), CudaLosses())
         timer = timer_maker(clock, batches.measure)

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_thread
+from traceml.instrument.accumulator import OTHER, Began, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.workers.loader_workers import follow_iterator
@@ -60,32 +60,24 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
     The second takes that value, the token, and the result: a batch (True), no batch left (False), or only the iterator
     was created (None).
     """
-    fail, commit, boundary = clock.fail, clock.commit, clock.boundary
-    # Cells of the clock.
-    current = input_ns = batches = 0
-    open_slots: Any = None
-    closes_at: Any = NOT_READY
-    batch: Any = None
-    first_loader: Any = None
 
     def begin(loader: Any) -> Began | None:
-        nonlocal current
-        previous = current
+        previous = clock.current
         if previous < OTHER or not on_training_thread():
             return nested()
 
         try:
             t = monotonic_ns()
-            if loader is closes_at:
-                commit(t)
+            if loader is clock.closes_at:
+                clock.commit(t)
             else:
-                boundary(t, loader)
+                clock.boundary(t, loader)
 
-            current = _INPUT_WAIT
-            open_slots[_INPUT_WAIT] = t
+            clock.current = _INPUT_WAIT
+            clock.open_slots[_INPUT_WAIT] = t
             return previous, t
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            fail(error)
+            clock.fail(error)
             return None
 
     def nested() -> Began | None:
@@ -93,30 +85,32 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
         return clock.enter(_INPUT_WAIT) if clock.is_training_thread() else None
 
     def end(began: Began, loader: Any, got: bool | None) -> None:
-        nonlocal current, input_ns, batches, batch, first_loader
         try:
             previous, start = began
             spent = monotonic_ns() - start
-            input_ns += spent
-            current = previous
-            open_slots[_INPUT_WAIT] = 0
+            clock.input_ns += spent
+            clock.current = previous
+            clock.open_slots[_INPUT_WAIT] = 0
             if previous != OTHER:
                 clock.add(previous, -spent)
 
             if got:
-                batches += 1
-                if batch is None:
-                    batch = loader
-                    if first_loader is None:
-                        first_loader = loader
+                note_batch(loader)
             elif got is False:
                 clock.exhausted(loader, spent)
             else:
                 clock.new_iterator(spent)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            fail(error)
+            clock.fail(error)
 
-    return clock.bind(begin), clock.bind(end)
+    def note_batch(loader: Any) -> None:
+        clock.batches += 1
+        if clock.batch is None:
+            clock.batch = loader
+            if clock.first_loader is None:
+                clock.first_loader = loader
+
+    return begin, end
 
 
 def patch_loaders(
@@ -141,7 +135,6 @@ def patch_loaders(
     original_next, original_iter = iterator_type.__next__, dataloader.DataLoader.__iter__
     begin, end = timed_wait(clock)
     tokens = _LoaderTokens(on_loader)
-    inspects = False  # a cell of the clock
 
     def __next__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
         loader = self._traceml_loader
@@ -156,7 +149,7 @@ def patch_loaders(
         finally:
             end(began, loader, got)
 
-        if inspects:
+        if clock.inspects:
             try:
                 on_batch(batch)
             except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -199,7 +192,11 @@ def patch_loaders(
             return None
 
     patches.replace(iterator_type, _TAG, LoaderToken())
-    patches.wrap(iterator_type, "__next__", clock.bind(__next__))
+    timed_next: Any = __next__
+    if clock.hook is not None:
+        timed_next = clock.hook(clock, _INPUT_WAIT, original_next, __next__, on_batch)
+
+    patches.wrap(iterator_type, "__next__", timed_next)
     patches.wrap(dataloader.DataLoader, "__iter__", __iter__)
 
 

@@ -91,6 +91,9 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
 
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a method that calls `original` and times it as an optimizer attempt."""
+    if clock.hook is not None:
+        return clock.hook(clock, _OPTIMIZER, original, _slow_step(original, clock))
+
     fail = clock.fail
     # Cells of the clock.
     current = optimizer_ns = attempt = last_optimizer = 0
@@ -139,34 +142,36 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
 
 def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a function that calls `original` and times it as optimizer work without an attempt, such as clipping."""
-    fail = clock.fail
-    # Cells of the clock.
-    current = optimizer_ns = 0
-    open_slots: Any = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal current, optimizer_ns
-        if current != OTHER or is_dynamo_compiling() or not (on_training_thread() or clock.is_training_thread()):
+        if clock.current != OTHER or is_dynamo_compiling() or not (on_training_thread() or clock.is_training_thread()):
             return original(*args, **kwargs)
 
         try:
             t = monotonic_ns()
-            current = _OPTIMIZER
-            open_slots[_OPTIMIZER] = t
+            clock.current = _OPTIMIZER
+            clock.open_slots[_OPTIMIZER] = t
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            fail(error)
+            clock.fail(error)
 
         try:
             return original(*args, **kwargs)
         finally:
             try:
-                optimizer_ns += monotonic_ns() - t
-                current = OTHER
-                open_slots[_OPTIMIZER] = 0
+                clock.optimizer_ns += monotonic_ns() - t
+                clock.current = OTHER
+                clock.open_slots[_OPTIMIZER] = 0
             except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-                fail(error)
+                clock.fail(error)
 
-    return clock.bind(call)
+    return call
+
+
+def _slow_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _slow_path(original, clock, self, args, kwargs)
+
+    return step
 
 
 def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LOGS, PACKED
+from traceml.instrument.clock_forms import new_clock
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["HookOverhead"]
@@ -31,7 +32,7 @@ class HookOverhead:
     """
 
     def __init__(self, make_call: _MakeCall) -> None:
-        self._clock = StepClock(_scratch_flight(), _NullListener())
+        self._clock = new_clock(_scratch_flight(), _NullListener())
         self._clock.detail = self._clock.dirty = False
         self._call = make_call(_nothing, self._clock, _nothing)
         self._samples: deque[int] = deque(maxlen=31)

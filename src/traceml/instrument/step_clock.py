@@ -27,7 +27,6 @@ from traceml.instrument.accumulator import (
     StepAccumulator,
     StepListener,
 )
-from traceml.instrument.closure_cells import CellField
 from traceml.instrument.evaluation import EvaluationStretch
 from traceml.instrument.values.last_step import usual_end
 
@@ -49,9 +48,9 @@ _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, th
 class StepClock(StepAccumulator):
     """State machine that detects steps: it adds the rules for the end of a step to the accumulator."""
 
-    last_optimizer = CellField()  # id of the optimizer that stepped last
-    usual = CellField()  # `closes_at` after the optimizer step of a usual step
-    usual_loader = CellField()  # the first loader of a usual step
+    last_optimizer: int  # id of the optimizer that stepped last
+    usual: Any  # `closes_at` after the optimizer step of a usual step
+    usual_loader: Any  # the first loader of a usual step
 
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)

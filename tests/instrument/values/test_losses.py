@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
 from traceml.database.flight.flight import FlightFile
-from traceml.instrument.step_clock import StepClock
+from traceml.instrument.clock_forms import new_clock
 from traceml.instrument.values.losses import LossReader
 
 
@@ -153,7 +153,7 @@ class Silent:
 def test_a_device_is_never_waited_for(tmp_path: Path) -> None:
     """Copies are read once they are complete, with the step in which they began; there are at most 8 of them."""
     flight = FlightFile.create(tmp_path, {})
-    clock, device = StepClock(flight, Silent()), Lagging()
+    clock, device = new_clock(flight, Silent()), Lagging()
     reader = LossReader(clock, flight.ring("losses"), device)
     loss = torch.zeros((), device="meta")
     for step in range(20):

@@ -1,4 +1,4 @@
-"""What torch.compile traces in place of a hook in C: a call of the original, and nothing else.
+"""Functions that torch.compile traces in place of a hook in C: a call of the original, and nothing else.
 
 Functions of a module, as dynamo cannot guard the variables of a closure here. Each is named like the slot that it
 stands for.

@@ -1,0 +1,157 @@
+"""The two forms of the clock: its hot fields in C, where the extension is built, or in closure cells.
+
+All rules are in `StepClock`. A form holds the fields that hooks use, and closes usual steps; the hooks in C or in
+Python are at the functions that they time. Both forms give the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import MICRO_BATCHES_MASK, STEPS, Slot, StepFlag, pack_bits
+from traceml.instrument.accumulator import (
+    CHECK_FORWARD,
+    NOT_READY,
+    ON_FORWARD,
+    UPKEEP_MASK,
+    StepListener,
+    on_training_thread,
+)
+from traceml.instrument.closure_cells import CellField, ClosureCells
+from traceml.instrument.native.extension import extension
+from traceml.instrument.step_clock import StepClock
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+
+__all__ = ["CellClock", "new_clock"]
+
+_STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
+_NO_LOADER_BITS = pack_bits(0, int(StepFlag.NO_LOADER))
+# Columns of a usual step, whose other columns are 0.
+_USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
+                  "backward_own_ns", "elements", "samples", "bits")  # fmt: skip
+
+
+def new_clock(flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> StepClock:
+    """Return a clock in C if that form can be used, else one in Python.
+
+    Args:
+        flight: receives rows and open phases.
+        listener: receives the rare events.
+        thread: number of the training thread; None: this thread.
+    """
+    native = extension()
+    kind = CellClock if native is None else _native_type(native)
+    return kind(flight, listener, thread=thread)
+
+
+@cache
+def _native_type(native: Any) -> type[StepClock]:
+    class NativeClock(native.HotFields, StepClock):  # type: ignore[misc]
+        """A clock whose hot fields are in C."""
+
+        hook = native.Hook
+
+        def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
+            super().__init__(flight, listener, thread=thread)
+            ring = self.ring
+            self.connect(
+                self.open_slots,
+                (ring.buffer, ring.offset, ring.mask, ring.count, ring.slot),
+                (MICRO_BATCHES_MASK, _NO_LOADER_BITS, UPKEEP_MASK),
+                (NOT_READY, ON_FORWARD, CHECK_FORWARD),
+                on_training_thread,
+            )
+
+    return NativeClock
+
+
+class CellClock(StepClock):
+    """A clock whose hot fields are closure cells, for hooks in Python."""
+
+    thread = CellField()
+    current = CellField()
+    open_slots = CellField()
+    input_ns = CellField()
+    forward_ns = CellField()
+    backward_ns = CellField()
+    optimizer_ns = CellField()
+    rows = CellField()
+    before = CellField()
+    seg_start = CellField()
+    closes_at = CellField()
+    attempt = CellField()
+    backwards = CellField()
+    batches = CellField()
+    input_shape = CellField()
+    input_samples = CellField()
+    input_elements = CellField()
+    samples = CellField()
+    elements = CellField()
+    loss_mask = CellField()
+    batch = CellField()
+    first_loader = CellField()
+    dirty = CellField()
+    detail = CellField()
+    last_optimizer = CellField()
+    usual = CellField()
+    usual_loader = CellField()
+
+    def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
+        hot = ClosureCells(tuple(name for name, value in vars(CellClock).items() if isinstance(value, CellField)))
+        self.cells, self.bind = hot.by_name, hot.bind
+        super().__init__(flight, listener, thread=thread)
+        self.commit = _make_commit(self)
+
+
+def _make_commit(clock: CellClock) -> Callable[[int], None]:
+    """Return the function that closes the open step at a given time: it appends the row and begins the next step."""
+    ring = clock.ring
+    commit_slow, upkeep = clock.commit_slow, clock.listener.upkeep
+    pack_into = STEPS.partial_struct(*_USUAL_COLUMNS).pack_into
+    buffer, offset, mask, row_bytes = ring.buffer, ring.offset, ring.mask, ring.row_bytes
+    count, slot = ring.count, ring.slot
+    # Cells of the clock.
+    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = seg_start = attempt = backwards = batches = 0
+    samples = elements = 0
+    dirty = False
+    open_slots: Any = None
+    batch: Any = None
+    first_loader: Any = None
+    closes_at: Any = NOT_READY
+
+    def commit(t: int) -> None:
+        nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
+        nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at, samples, elements
+        if dirty or backwards > batches > 0:
+            commit_slow(t)
+            return
+
+        n = rows
+        if first_loader is None:
+            bits = backwards & MICRO_BATCHES_MASK | _NO_LOADER_BITS
+        else:
+            bits = min(backwards, batches) & MICRO_BATCHES_MASK
+            batch = first_loader = None
+            batches = 0
+
+        row = offset + (n & mask) * row_bytes
+        total = t - seg_start
+        step = n + before
+        pack_into(
+            buffer, row, step, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, elements, samples, bits
+        )
+        count[slot] = rows = n + 1  # the row first, the counter afterwards
+        seg_start = open_slots[_STEP_START] = t
+        open_slots[_STEP] = rows + before
+        closes_at = NOT_READY
+        attempt = 0
+        if not n & UPKEEP_MASK:
+            upkeep(forward_ns, backwards)
+
+        input_ns = forward_ns = backward_ns = optimizer_ns = backwards = samples = elements = 0
+
+    return clock.bind(commit)
