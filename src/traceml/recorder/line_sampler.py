@@ -41,8 +41,9 @@ PACES = ((100, 5), (400, 3))
 """With fewer samples than this, they come so many times as often."""
 
 MOST_COST = 0.004
-"""Share of a core that samples may take."""
+"""Share of a core above which the first samples come less often, but at least `_SURE_PACE` times as often as usual."""
 
+_SURE_PACE = 3  # else a run of seconds on busy cores would have none
 _COST_SAMPLES = 8  # the cost is a mean of so many
 _SLEEPS = 2  # each sample has two, and the cost of the second one is known
 _LEAST_S, _MOST_S = 0.002, 0.012
@@ -152,9 +153,10 @@ class LineSampler:
         """Return the time from one sample to the next.
 
         It is random, or samples would follow the period of the steps. On busy cores a sample costs milliseconds, as the
-        thread wakes often until the training thread releases the lock; then samples are fewer.
+        thread wakes often until the training thread releases the lock; then the first samples come less often, too.
         """
-        return max(self._interval_s / self.pace * (0.5 + _random()), self._cost_ns / 1e9 / MOST_COST)
+        needed_s = min(self._cost_ns / 1e9 / MOST_COST, self._interval_s / _SURE_PACE)
+        return max(self._interval_s / self.pace * (0.5 + _random()), needed_s)
 
     def close(self) -> None:
         """Restore the switch interval."""
