@@ -198,3 +198,12 @@ def test_metrics_are_served_beside_the_aggregator(serve):
 def test_an_address_of_metrics_that_is_none_is_called_so(address, capsys):
     assert main(["serve", f"--prometheus={address}"]) == 2
     assert "--prometheus takes PORT or HOST:PORT with a port from 0 to 65535" in capsys.readouterr().err
+
+
+def test_a_script_in_place_of_the_address_is_told_what_to_write(tmp_path, monkeypatch, capsys):
+    """The port may be left out, but not before a script."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
+
+    assert main(["run", "--prometheus", "train.py"]) == 2
+    assert "give the port: --prometheus 29767 train.py" in capsys.readouterr().err

@@ -50,7 +50,9 @@ def _address(text: str) -> ListenAddress:
     try:
         return ListenAddress.parse(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        is_script = Path(text).is_file()
+        usage = f"; before a script give the port: --prometheus {ListenAddress().port} {text}" if is_script else ""
+        raise argparse.ArgumentTypeError(f"{error}{usage}") from None
 
 
 def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
