@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.instrument.conftest import Traced, traced  # noqa: F401 - a fixture
+from tests.instrument.conftest import Traced, form, traced  # noqa: F401 - fixtures
 from tests.instrument.test_step_clock import net, sgd
 from tests.instrument.test_step_clock import train as train_step
 from traceml.errors import TraceMLError
