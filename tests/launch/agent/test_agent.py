@@ -311,7 +311,7 @@ def test_the_end_of_one_worker_leaves_the_others_alone(driver: Driver) -> None:
 
     assert driver.of("exited")[0] | {"pid": 0, "tail": []} == {
         "t": "exited", "job": driver.job, "rank": 1, "local_rank": 1, "pid": 0, "code": None, "signal": 9,
-        "tail": [], "oom": None,
+        "tail": [], "crash": "", "oom": None,
     }  # fmt: skip
     assert {each["rank"]: each["code"] for each in driver.of("exited")} == {0: 0, 1: None, 2: 0}
 

@@ -85,7 +85,7 @@ def test_each_kind_of_bad_host_is_told_as_such(hosts: Hosts, bare_python: Path, 
     assert reasons["alias1"] == "torch is not installed there"
     assert str(bare_python) in told["alias1"][2]
     assert "did not start" in reasons["node2"]
-    assert "status 9" in reasons["node2"]
+    assert "exit code 9" in reasons["node2"]
     assert "Segfault in the sky" in told["node2"][2]
     # several bad hosts are told together
     assert told["alias2"][0] in {"refused", "unknown"}
@@ -138,6 +138,6 @@ def test_noise_before_the_agent_is_skipped_and_kept(tmp_path: Path) -> None:
 
     error = link.failure(eventually(closed, "the channel to close"))
 
-    assert "status 4" in error.reason
+    assert "exit code 4" in error.reason
     assert error.words == ["Welcome to the machine"]
     assert not link.alive
