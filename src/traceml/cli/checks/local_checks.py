@@ -18,6 +18,7 @@ from typing import Literal
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, SettingsError
 from traceml.installation import foreign_distributions, foreign_hint, install_command
+from traceml.process_ends import end_of_status
 from traceml.settings import Config, declarations, load
 from traceml.version import __version__
 
@@ -171,8 +172,8 @@ def _torch(command: Sequence[str] = (sys.executable, "-c", _ASK_TORCH)) -> Check
 
     if asked.returncode != 0:
         said = asked.stderr.strip().splitlines()
-        why = said[-1] if said else f"exit status {asked.returncode}"
-        return Check("torch", "broken", f"`import torch` fails: {why}", "reinstall torch")
+        why = f"fails: {said[-1]}" if said else end_of_status(asked.returncode)
+        return Check("torch", "broken", f"`import torch` {why}", "reinstall torch")
 
     version, devices, distributed = asked.stdout.split()
     text = f"{version}, {devices} CUDA device{'' if devices == '1' else 's'}"

@@ -18,6 +18,7 @@ from traceml.launch.launcher.job.failures import (
 from traceml.launch.launcher.job.job_host import JobHost, Worker
 from traceml.launch.launcher.logs.log_router import LogRouter, LogStream
 from traceml.launch.wire.payload_buffer import PayloadBuffer
+from traceml.process_ends import exit_text
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing
@@ -196,7 +197,7 @@ class JobState:
 
         if worker.done:
             if message.get("signal") and self.released:
-                _log.warning("%s had returned, and was then ended by signal %s", worker, message["signal"])
+                _log.warning("%s had returned, and then %s", worker, exit_text(None, message["signal"]))
 
             return
 
