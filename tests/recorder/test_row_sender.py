@@ -304,6 +304,27 @@ def test_losing_the_aggregator_is_said_once(flight: FlightFile, caplog: pytest.L
     assert all(wire.closed for wire in wires)
 
 
+def test_a_silent_connection_is_given_up(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 30 s in which rows wait for an acknowledgement, then after 60; without such rows it may be silent."""
+    now_ns = 10**15
+    monkeypatch.setattr(module, "monotonic_ns", lambda: now_ns)
+    wires = [Wire(), Wire(), Wire()]
+    sender = make(flight, *wires)
+    settle(sender)
+    ended = []
+    for second in range(300):
+        now_ns += 10**9
+        if second == 100:
+            add_steps(flight, 1)
+
+        sender.pump()
+        ended += [second] * (sum(wire.closed is not None for wire in wires) - len(ended))
+
+    assert ended == [131, 193]
+    assert sender.connections == 3
+    assert [wire.rows_of("steps") for wire in wires] == [[(0, 1)]] * 3  # sent again over each
+
+
 def test_commands_are_answered(flight: FlightFile) -> None:
     """Known ones with their result, failing and unknown ones with an error that says which are known."""
     wire = Wire()
@@ -338,6 +359,7 @@ def test_samples_of_a_large_job_are_sent_less_often(flight: FlightFile, monkeypa
         add_steps(flight, 1)
         sample(second)
         before = len(wire.rows_of("process"))
+        wire.inbox.append({"t": "pong"})
         sender.pump()
         seconds += [second] * (len(wire.rows_of("process")) - before)
         now_ns += 10**9

@@ -31,6 +31,8 @@ _DIAL_TIMEOUT_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _REFUSED_PAUSE_S = 60.0
 _CLOCK_INTERVAL_NS = 60 * 10**9
+# A peer that is gone without a word keeps the connection open for hours: a relay, a cut network, a frozen host.
+_SILENCE_NS, _LONGEST_SILENCE_NS = 30 * 10**9, 480 * 10**9
 _FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: users wait for the first output
 _LONGEST_SAMPLE_NS = 60 * 10**9
 # No live verdict waits for these, so in a large job they are sent less often, as the welcome asks.
@@ -140,6 +142,8 @@ class RowSender:
         self._next_try_ns = 0
         self._pause_s = _FIRST_PAUSE_S
         self._acked: dict[str, int] = {}
+        self._heard_ns = 0
+        self._silence_ns = _SILENCE_NS
         self._refused = False
         self._warned: set[str] = set()
         self._closed_bytes = 0
@@ -221,6 +225,7 @@ class RowSender:
         self.trouble = ""
         self._pause_s = _FIRST_PAUSE_S
         self._flushed_ns = self._clock_ns = 0
+        self._heard_ns = monotonic_ns()
         for cursor in self._cursors:
             cursor.resume(connection.acked.get(cursor.table.name, 0))
 
@@ -300,6 +305,7 @@ class RowSender:
         assert connection is not None
         self._take_answers(0.0)
         now = monotonic_ns()
+        self._check_silence(now)
         if now - self._clock_ns > _CLOCK_INTERVAL_NS:
             self._clock_ns = now
             self.clock = connection.measure_clock() or self.clock
@@ -318,6 +324,23 @@ class RowSender:
             self._samples_flushed_ns = now
 
         self._send(1 if all_now else _FRAME_ROWS, 1 if samples_now else _FRAME_ROWS)
+
+    def _check_silence(self, now_ns: int) -> None:
+        """Give up a connection on which rows have waited too long for an acknowledgement.
+
+        Raises:
+            ConnectionError: nothing was heard for that long.
+        """
+        connection = self._connection
+        assert connection is not None
+        if not connection.unsent_bytes and all(cursor.sent <= cursor.table.acked for cursor in self._cursors):
+            self._heard_ns = now_ns
+
+        silent_ns = now_ns - self._heard_ns
+        if silent_ns > self._silence_ns:
+            # An aggregator that is only slow is not asked so soon again, least of all by thousands of ranks.
+            self._silence_ns = min(2 * self._silence_ns, _LONGEST_SILENCE_NS)
+            raise ConnectionError(f"no answer for {silent_ns / 1e9:.0f} s")
 
     def _pace_samples(self, interval_s: Any) -> None:
         """Send samples as seldom as the aggregator asks, each rank at another time."""
@@ -344,9 +367,13 @@ class RowSender:
     def _take_answers(self, timeout_s: float) -> None:
         connection = self._connection
         assert connection is not None
-        for message in connection.receive(timeout_s):
+        messages = connection.receive(timeout_s)
+        for message in messages:
             if message["t"] == "command":
                 connection.send(self._reply(message))
+
+        if messages or connection.acked != self._acked:
+            self._heard_ns, self._silence_ns = monotonic_ns(), _SILENCE_NS
 
         if connection.acked != self._acked:
             self._acked = dict(connection.acked)
