@@ -49,6 +49,8 @@ class StepClock(StepAccumulator):
     """State machine that detects steps: it adds the rules for the end of a step to the accumulator."""
 
     last_optimizer: int  # id of the optimizer that stepped last
+    failure: int  # id of the exception that left a hook in C last
+    failed_in: int  # its phase
     usual: Any  # `closes_at` after the optimizer step of a usual step
     usual_loader: Any  # the first loader of a usual step
 
@@ -72,9 +74,13 @@ class StepClock(StepAccumulator):
         self.depth = 0  # 1 inside an optimizer step on the slow path
         self.inner_steps = 0  # optimizer steps inside the outermost one
         self.unmatched_batches: list[tuple[int, list[int], int]] = []  # ends of batches before any optimizer step
-        self.last_optimizer = 0
+        self.last_optimizer = self.failure = self.failed_in = 0
         self.usual = self.usual_loader = NOT_READY
         self.closes_at = CHECK_FORWARD  # a training forward may open the first step
+
+    def phase_of(self, error: BaseException | None) -> int | None:
+        """Return the phase that an exception has left through a hook in C; None if there was none."""
+        return self.failed_in if error is not None and self.failure == id(error) else None
 
     @property
     def is_evaluating(self) -> bool:

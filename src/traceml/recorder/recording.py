@@ -17,7 +17,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import remove_stale
-from traceml.database.schema import Slot
+from traceml.database.schema import Phase, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open
 from traceml.recorder.dialing import dial, stored_elsewhere
@@ -245,11 +245,16 @@ class Recording:
             facts |= {"saved_steps": slots[Slot.SAVED], "saved_in": slots[Slot.SAVED_IN]}
 
         facts["at_s"] = time.time()
-        self.note("exit", urgent=True, **{**describe(error), **facts})
+        self.note("exit", urgent=True, **{**self._phase_left(error), **describe(error), **facts})
         if status:
             slots[Slot.STATE] = FlightState.FAILED
 
         self.thread.wake()
+
+    def _phase_left(self, error: BaseException | None) -> dict[str, str]:
+        """Return the phase that an exception has left, where the traceback does not show it."""
+        phase = self.instrumentation.clock.phase_of(error) if self.instrumentation is not None else None
+        return {} if phase is None else {"open_phase": Phase(phase).label}
 
     @property
     def held(self) -> bool:

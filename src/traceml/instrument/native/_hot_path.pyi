@@ -23,6 +23,8 @@ class HotFields:
     batches: int
     last_optimizer: int
     loss_mask: int
+    failure: int
+    failed_in: int
     input_samples: int
     input_elements: int
     samples: int

@@ -36,9 +36,22 @@ static int book(HotFields *hot, int phase, long long *bucket, long long start, l
     return set_word(hot, phase, 0);
 }
 
+/* Hooks in C have no frame in the traceback, from which the phase of an exception is read elsewhere. */
+static void note_failure(HotFields *hot, int phase) {
+    if (PyErr_ExceptionMatches(PyExc_StopIteration)) return; /* of each epoch; its id is soon another object's */
+
+    PyObject *kind, *error, *traceback;
+    PyErr_Fetch(&kind, &error, &traceback);
+    PyErr_NormalizeException(&kind, &error, &traceback);
+    hot->failure = (long long)(intptr_t)error;
+    hot->failed_in = phase;
+    PyErr_Restore(kind, error, traceback);
+}
+
 /* End a phase after a call with this result, whose exception stays set. Returns 1 if it was booked, 0 after an error of
  * ours, -1 with an exception that is not ours. */
 static int end_phase(HotFields *hot, PyObject *result, int phase, long long *bucket, long long start, long long *spent) {
+    if (!result) note_failure(hot, phase);
     if (is_plain(hot)) {
         book(hot, phase, bucket, start, spent);
         return 1;

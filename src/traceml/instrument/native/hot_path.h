@@ -26,6 +26,7 @@ typedef struct {
     long long current;
     long long input_ns, forward_ns, backward_ns, optimizer_ns;
     long long rows, before, seg_start, attempt, backwards, batches, last_optimizer, loss_mask;
+    long long failure, failed_in; /* id of the exception that left a hook last, and the phase */
     long long input_samples, input_elements, samples, elements;
     char dirty, detail, inspects;
     PyObject *open_slots, *closes_at, *batch, *first_loader, *usual, *usual_loader, *input_shape, *rare_times;
