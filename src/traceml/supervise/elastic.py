@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["main", "status_of"]
+__all__ = ["first_failure", "main", "status_of"]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,10 +39,9 @@ def main(argv: Sequence[str]) -> int:
         if not reported:
             report(error.failures.items())
 
-        _, first = error.get_first_failure()
         # torchrun's own report of the failure
         print(error, file=sys.stderr)  # noqa: T201 - this module is a program
-        return status_of(first.exitcode)
+        return status_of(first_failure(error.failures.values()).exitcode)
     except SignalException as error:
         report(_ended(agents))
         return 128 + int(error.sigval)
@@ -50,6 +49,17 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
     return 0
+
+
+def first_failure(failures: Iterable[Any]) -> Any:
+    """Return the failure of the rank that failed first.
+
+    torchrun knows the second only. Of ranks that failed within one, those with an exception (exit code 1) may have
+    failed because another one was gone.
+    """
+    known = sorted(failures, key=lambda failure: failure.timestamp)
+    together = [each for each in known if each.timestamp - known[0].timestamp <= 1]
+    return min(together, key=lambda failure: failure.exitcode == 1)
 
 
 def status_of(exitcode: int) -> int:
