@@ -61,6 +61,7 @@ print("asked", sorted(set(spy.asked)), "built", torch.backends.cuda.is_built())
 FLAKY = """
 import itertools, runpy, sys, torch
 from traceml.instrument import accumulator, backward, forward, optimizer
+from traceml.instrument.native.extension import use_time
 
 calls = itertools.count()
 original = accumulator.monotonic_ns
@@ -74,6 +75,7 @@ def flaky():
 for module in (accumulator, backward, forward, optimizer):
     module.monotonic_ns = flaky
 
+use_time(flaky)
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

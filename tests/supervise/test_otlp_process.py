@@ -30,10 +30,12 @@ def test_the_last_spans_are_sent_at_the_end(tmp_path, monkeypatch):
     with collecting() as collector, running_run(tmp_path / "runs" / "r1") as writer:
         with OtlpProcess(config(tmp_path, otlp_endpoint=collector.url)) as process:
             process.start()
+            started = process.process
             eventually(lambda: collector.metrics, "the first metrics")
             end(tmp_path / "runs" / "r1", writer)
 
         eventually(lambda: collector.spans(), "the spans")
+        started.wait(60)
 
     assert "run train" in {span.name for span in collector.spans()}
 
