@@ -14,7 +14,8 @@ from traceml.supervise.elastic import first_failure
     [
         ([(1, 100), (4, 100)], 4),  # os._exit cut the other rank's connection
         ([(1, 100), (-9, 101)], -9),
-        ([(1, 100), (-15, 130)], 1),  # torchrun ended the other one
+        ([(1, 100), (-15, 100)], 1),  # torchrun ended the other one
+        ([(-15, 100), (1, 100)], -15),
         ([(1, 101), (1, 100)], 1),
         ([(3, 100), (-11, 100)], 3),
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
@@ -55,11 +56,11 @@ def first_failure(failures: Iterable[Any]) -> Any:
     """Return the failure of the rank that failed first.
 
     torchrun knows the second only. Of ranks that failed within one, those with an exception (exit code 1) may have
-    failed because another one was gone.
+    failed because another one was gone, and torchrun ends the others by SIGTERM.
     """
     known = sorted(failures, key=lambda failure: failure.timestamp)
     together = [each for each in known if each.timestamp - known[0].timestamp <= 1]
-    return min(together, key=lambda failure: failure.exitcode == 1)
+    return min(together, key=lambda failure: failure.exitcode in (1, -signal.SIGTERM))
 
 
 def status_of(exitcode: int) -> int:
