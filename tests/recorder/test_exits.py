@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 from torch._utils import ExceptionWrapper
 
@@ -182,3 +186,27 @@ def test_status_is_the_interpreters() -> None:
     assert [status_of(SystemExit(code)) for code in (None, 0, 3, 256, -1, "text")] == [0, 0, 3, 0, 255, 1]
     assert status_of(KeyboardInterrupt()) == 130
     assert status_of(ValueError()) == 1
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("kept", "status"), [(True, -signal.SIGINT), (False, 1)])
+def test_an_interrupt_stays_one(kept: bool, status: int) -> None:
+    """An exit handler that evaluates text makes the interpreter forget it; a later handler of ours reminds it."""
+    code = f"""
+import atexit
+from traceml.recorder.exits import end_by_interrupt
+{kept} and atexit.register(end_by_interrupt)
+atexit.register(lambda: eval("1"))
+raise KeyboardInterrupt
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+
+    assert done.returncode == status
+
+
+def test_a_handler_that_evaluates_text_keeps_the_status(serving: Serving, run_script: Run) -> None:
+    """The signal ends a traced script too, whatever runs at its end."""
+    done = run_script("import atexit\n" + START + "atexit.register(lambda: eval('1'))\nraise KeyboardInterrupt\n")
+
+    (row,) = exit_rows(serving)
+    assert (done.returncode, row["exception"]) == (-signal.SIGINT, "KeyboardInterrupt")

@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from traceml.database.schema import Phase
 from traceml.privacy import secrets_only
 from traceml.witness.user_files import OUR_FOLDERS, is_ours, is_user_file
 
-__all__ = ["ExitWatch", "describe", "status_of"]
+__all__ = ["ExitWatch", "describe", "end_by_interrupt", "status_of"]
 
 _ATTRIBUTE = "_traceml"  # of a SystemExit: our finalizer
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
@@ -47,9 +48,13 @@ class ExitWatch:
 
     Args:
         report: called with the exception (None for a bare status) and the exit status, while the process still runs.
+
+    Attributes:
+        interrupted: whether an uncaught KeyboardInterrupt ends the program.
     """
 
     def __init__(self, report: Report) -> None:
+        self.interrupted = False
         self._report = report
         self._previous_hook: Any = None
         self._previous_exit: Any = None
@@ -77,6 +82,7 @@ class ExitWatch:
         return error if isinstance(error, BaseException) else None
 
     def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self.interrupted = isinstance(error, KeyboardInterrupt)
         self._report(error, status_of(error))
         self._previous_hook(kind, error, trace)
 
@@ -106,6 +112,20 @@ class _ExitFinalizer:
     def __del__(self) -> None:
         if sys._getframe().f_back is None and threading.current_thread() is threading.main_thread():
             self._on_exit(self._status, self._cause)
+
+
+def end_by_interrupt() -> None:
+    """Let the interpreter end by SIGINT, as it does after an uncaught KeyboardInterrupt, and not with status 1.
+
+    It has noted the interrupt, and forgets it whenever text is evaluated (`run_eval_code_obj` in CPython), as in each
+    dataclass of a module that is imported late. An interrupt of an evaluation makes it note that again.
+    """
+
+    def interrupt() -> NoReturn:
+        raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        eval("interrupt()", {"interrupt": interrupt})  # noqa: S307 - a text of our own
 
 
 def _ignore(_error: BaseException | None, _status: int) -> None:

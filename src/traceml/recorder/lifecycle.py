@@ -169,6 +169,11 @@ def _at_exit() -> None:
         with fail_open(_log, "recorder", "a step of the process's end failed"):
             _at_end.pop()()
 
+    if _watch is not None and _watch.interrupted:
+        from traceml.recorder.exits import end_by_interrupt
+
+        end_by_interrupt()
+
 
 def _stop_at_exit() -> None:
     recorder = state.recorder
