@@ -305,10 +305,12 @@ def test_threads_that_compute_have_the_usual_switch_interval(flight: FlightFile,
     """With a short one they would take the lock from each other all the time."""
     with Training(holds_the_lock) as training, Training(holds_the_lock):
         sampler = LineSampler(flight, training.ident)
-        sampler.sample(time.sleep)
-        sampler.sample(time.sleep)
+        intervals = []
+        while usual not in intervals and len(intervals) < 200:  # the other thread may wait for a core of a busy host
+            sampler.sample(time.sleep)
+            intervals.append(sys.getswitchinterval())
 
-        assert sys.getswitchinterval() == usual
+    assert intervals[-1] == usual
 
 
 def test_the_sampling_thread_waits_precisely(flight: FlightFile) -> None:
