@@ -7,13 +7,11 @@ the forward, as users of Lightning see it.
 
 from __future__ import annotations
 
-import sys
-from functools import cache
 from importlib import import_module
 from typing import Any
 
-from traceml.integrations.lightning_logger import PACKAGES, STEPS, TraceMLLogger, lightning_packages, owner_of
-from traceml.integrations.training_session import TrainingSession
+from traceml.integrations.lightning_logger import TraceMLLogger
+from traceml.integrations.lightning_part import STEPS, LightningPart, owner_of
 from traceml.recorder.annotations import set_step
 
 __all__ = ["TraceMLCallback", "TraceMLLogger"]
@@ -29,7 +27,7 @@ _PER_STEP = (
 )
 
 
-class TraceMLCallback:
+class TraceMLCallback(LightningPart):
     """Traces each `fit()` and shows the verdict at its end, on rank 0.
 
     It derives from the `Callback` of each Lightning package that the script has imported. Where tracing already runs,
@@ -44,18 +42,16 @@ class TraceMLCallback:
         ImportError: Lightning is not installed.
     """
 
-    def __new__(cls, *_: Any, **__: Any) -> TraceMLCallback:
-        """Return an instance that is also a `Callback` of Lightning."""
-        return _create(cls, tuple(package.__name__ for package in lightning_packages("TraceMLCallback")))
+    @staticmethod
+    def base_of(package: str) -> type[Any]:
+        """Return Lightning's class of callbacks."""
+        base: type[Any] = import_module(package).Callback
+        return base
 
-    def __init__(self, *, report: bool = True, **settings: Any) -> None:
-        self.session = TrainingSession(settings, report=report)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle for the processes of `ddp_spawn`, where the class is created again."""
-        kind = type(self)
-        packages = tuple(name for name in PACKAGES if name in sys.modules and issubclass(kind, _base(name)))
-        return _create, (getattr(kind, "traceml_class", kind), packages), self.__dict__
+    @classmethod
+    def unused(cls) -> dict[str, None]:
+        """Return the hooks of each step that the class does not have."""
+        return {name: None for name in _PER_STEP if not hasattr(cls, name)}
 
     def on_fit_start(self, trainer: Any, _module: Any) -> None:
         """Begin: the process group, the model and the optimizers exist."""
@@ -84,24 +80,3 @@ def _time_framework(hooks: Any, trainer: Any) -> None:
         hooks.time_forward(owner_of(type(trainer.strategy), name), name, lambda strategy: strategy.lightning_module)
 
     hooks.time_saving(owner_of(type(trainer), "save_checkpoint"), "save_checkpoint")
-
-
-# --- class of the callback --------------------------------------------------------------------------------------------
-
-
-def _base(package: str) -> type[Any]:
-    base: type[Any] = import_module(package).Callback
-    return base
-
-
-def _create(kind: type[TraceMLCallback], packages: tuple[str, ...]) -> TraceMLCallback:
-    missing = tuple(base for base in map(_base, packages) if not issubclass(kind, base))
-    return object.__new__(_class(kind, missing) if missing else kind)  # type: ignore[arg-type]
-
-
-@cache
-def _class(kind: type[TraceMLCallback], bases: tuple[type[Any], ...]) -> type[TraceMLCallback]:
-    """Return a class of the same name that also derives from Lightning's."""
-    unused = {name: None for name in _PER_STEP if not hasattr(kind, name)}
-    attributes = {"__module__": kind.__module__, "__doc__": kind.__doc__, "traceml_class": kind}
-    return type(kind.__name__, (kind, *bases), attributes | unused)

@@ -5,23 +5,19 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from functools import cache
 from importlib import import_module
-from types import ModuleType, new_class
+from types import ModuleType
 from typing import Any
 
-from traceml.integrations.training_session import TrainingSession
+from traceml.integrations.lightning_part import STEPS, LightningPart, lightning_packages, owner_of
 from traceml.recorder.current import current_recorder
 from traceml.track.rank.experiment import Orchestrator, log_metrics, log_params
 from traceml.track.rank.frameworks.framework_capture import is_captured
 
-__all__ = ["PACKAGES", "STEPS", "TraceMLLogger", "lightning_packages", "owner_of"]
-
-PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-STEPS = ("training_step", "validation_step")
+__all__ = ["TraceMLLogger"]
 
 
-class TraceMLLogger:
+class TraceMLLogger(LightningPart):
     """Lightning's logger of the name `traceml`: traces each `fit()`, and shows the verdict at its end, on rank 0.
 
     It derives from the `Logger` of each Lightning package that the script has imported. Where tracing already runs, by
@@ -36,18 +32,11 @@ class TraceMLLogger:
         ImportError: Lightning is not installed.
     """
 
-    def __new__(cls, *_: Any, **__: Any) -> TraceMLLogger:
-        """Return an instance that is also a `Logger` of Lightning."""
-        return _create(cls, tuple(package.__name__ for package in lightning_packages("TraceMLLogger")))
-
-    def __init__(self, *, report: bool = True, **settings: Any) -> None:
-        self.session = TrainingSession(settings, report=report)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle for the processes of `ddp_spawn`, where the class is created again."""
-        kind = type(self)
-        packages = tuple(name for name in PACKAGES if name in sys.modules and issubclass(kind, _base(name)))
-        return _create, (getattr(kind, "traceml_class", kind), packages), self.__dict__
+    @staticmethod
+    def base_of(package: str) -> type[Any]:
+        """Return Lightning's class of loggers."""
+        base: type[Any] = import_module(f"{package}.loggers").Logger
+        return base
 
     @property
     def name(self) -> str:
@@ -89,34 +78,6 @@ class TraceMLLogger:
         self.session.end(sys.exc_info()[1] if status != "success" else None)
 
 
-def lightning_packages(needed_by: str) -> list[ModuleType]:
-    """Return the packages that are imported, else the first that is installed.
-
-    Args:
-        needed_by: name of our class, for the error.
-
-    Raises:
-        ImportError: Lightning is not installed.
-    """
-    found = [sys.modules[name] for name in PACKAGES if hasattr(sys.modules.get(name), "Callback")]
-    if found:
-        return found
-
-    for name in PACKAGES:
-        try:
-            return [import_module(name)]
-        except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):
-                raise
-
-    raise ImportError(f"{needed_by} needs Lightning: pip install lightning")
-
-
-def owner_of(kind: type[Any], name: str) -> type[Any]:
-    """Return the class that defines a method of a class."""
-    return next((base for base in kind.__mro__ if name in vars(base)), kind)
-
-
 def _time_classes(hooks: Any, package: ModuleType) -> None:
     """Time calls of the model's steps, and saving, where a logger has no trainer to ask for its strategy."""
     strategy = import_module(f"{package.__name__}.strategies").Strategy
@@ -124,20 +85,3 @@ def _time_classes(hooks: Any, package: ModuleType) -> None:
         hooks.time_forward(strategy, name, lambda owner: owner.lightning_module)
 
     hooks.time_saving(owner_of(package.Trainer, "save_checkpoint"), "save_checkpoint")
-
-
-def _base(package: str) -> type[Any]:
-    base: type[Any] = import_module(f"{package}.loggers").Logger
-    return base
-
-
-def _create(kind: type[TraceMLLogger], packages: tuple[str, ...]) -> TraceMLLogger:
-    missing = tuple(base for base in map(_base, packages) if not issubclass(kind, base))
-    return object.__new__(_class(kind, missing) if missing else kind)  # type: ignore[arg-type]
-
-
-@cache
-def _class(kind: type[TraceMLLogger], bases: tuple[type[Any], ...]) -> type[TraceMLLogger]:
-    """Return a class of the same name that also derives from Lightning's."""
-    attributes = {"__module__": kind.__module__, "__doc__": kind.__doc__, "traceml_class": kind}
-    return new_class(kind.__name__, (kind, *bases), exec_body=lambda namespace: namespace.update(attributes))
