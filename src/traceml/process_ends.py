@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import signal
 
-__all__ = ["end_of_status", "exit_text", "signal_name", "signal_text"]
+__all__ = ["CRASHES", "end_of_status", "exit_text", "signal_name", "signal_text"]
+
+CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV))
+"""Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
 
 
 def signal_name(number: int) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from traceml.database.schema import Resource
 from traceml.diagnosis.deaths.end_words import signal_of_code
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
-from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, CRASHES, KILL, for_shared_memory
+from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, KILL, for_shared_memory
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
 from traceml.formatting import count_text
+from traceml.process_ends import CRASHES
 
 __all__ = ["for_exit"]
 

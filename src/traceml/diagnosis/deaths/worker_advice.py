@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from traceml.diagnosis.facts.lost_workers import LostWorker
 from traceml.formatting import bytes_text
+from traceml.process_ends import CRASHES
 
-__all__ = ["BUS_ERROR", "CRASHES", "KILL", "for_shared_memory", "for_worker"]
+__all__ = ["BUS_ERROR", "KILL", "for_shared_memory", "for_worker"]
 
 BUS_ERROR = 7
 """Number of SIGBUS, by which a process ends that writes to shared memory when that is full."""
 KILL = 9
 """Number of SIGKILL."""
-CRASHES = (4, 6, 8, 11)
-"""Numbers of the signals by which native code crashes: SIGILL, SIGABRT, SIGFPE, SIGSEGV."""
 
 
 def for_worker(lost: LostWorker) -> str:

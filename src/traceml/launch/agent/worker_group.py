@@ -23,6 +23,7 @@ from traceml.launch.wire.channel_streams import OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
 from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers
+from traceml.process_ends import CRASHES
 from traceml.witness.oom_kills import OomWatch
 
 __all__ = ["WorkerGroup"]
@@ -30,7 +31,7 @@ __all__ = ["WorkerGroup"]
 # Time for processes that workers leave behind to end by themselves, once all workers have ended well.
 _LEFTOVER_GRACE_S = 1.0
 # Of another signal it does not die by itself: stacks in its output are of a loader worker then.
-_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+_CRASHES = CRASHES | {signal.SIGBUS}
 _log = logging.getLogger("traceml")
 
 
