@@ -10,7 +10,7 @@ from pathlib import Path
 
 from traceml.witness.kernel_state import ProcessInfo, process_info
 
-__all__ = ["BusyProcesses"]
+__all__ = ["LEAST_CORES", "BusyProcesses"]
 
 LEAST_CORES = 0.1
 """Processes of one name are told from so many cores on."""

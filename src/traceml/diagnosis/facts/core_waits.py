@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.witness.busy_processes import LEAST_CORES
+
 __all__ = ["CORE_TAKERS", "CoreTakerHistory", "CoreWaits", "share_of_wall_time"]
 
 CORE_TAKERS = "core_takers"
@@ -21,7 +23,6 @@ CORE_TAKERS = "core_takers"
 MIN_OBSERVED_NS = 2e8
 """With less time than this, nothing is known."""
 
-_LEAST_CORES = 0.1
 _READ = ("t_ns", "main_run_ns", "main_wait_ns", "step")
 
 
@@ -88,7 +89,7 @@ class CoreTakerHistory:
     def most(self, count: int = 3) -> dict[str, float]:
         """Return the mean cores of those that used most, by name; '' are all processes of other users."""
         means = {name: cores / self._readings for name, cores in self._cores.most_common(count)}
-        return {name: cores for name, cores in means.items() if cores >= _LEAST_CORES}
+        return {name: cores for name, cores in means.items() if cores >= LEAST_CORES}
 
 
 def share_of_wall_time(rows: NDArray[np.void]) -> float:
