@@ -18,6 +18,7 @@ from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launc
 from traceml.privacy import secrets_only
 from traceml.settings import Config
 from traceml.transport.hello import Hello
+from traceml.witness.kernel_state import process_info
 
 __all__ = [
     "Identity",
@@ -173,7 +174,7 @@ def _exported_parent() -> SpawnedFrom | None:
 
     try:
         facts = json.loads(os.environ[_PARENT])
-        if int(facts["pid"]) not in (_parent_process(), *_ancestors()):
+        if facts["pid"] != _parent_process() and facts["pid"] not in _ancestors():
             return None
 
         recorder, job, parent = facts["identity"]
@@ -265,11 +266,6 @@ def _parent_process() -> int | None:
 def _ancestors() -> Iterator[int]:
     """Yield the pids of this process, its parent, and so on; those of other pid namespaces are not seen."""
     pid = os.getpid()
-    while pid > 1:
+    while (info := process_info(pid)) is not None:
         yield pid
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        except OSError:
-            return
-
-        pid = int(stat.rpartition(")")[2].split()[1])
+        pid = info.parent

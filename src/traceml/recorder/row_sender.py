@@ -372,10 +372,11 @@ class RowSender:
             if message["t"] == "command":
                 connection.send(self._reply(message))
 
-        if messages or connection.acked != self._acked:
+        is_acked = connection.acked != self._acked
+        if messages or is_acked:
             self._heard_ns, self._silence_ns = monotonic_ns(), _SILENCE_NS
 
-        if connection.acked != self._acked:
+        if is_acked:
             self._acked = dict(connection.acked)
             for cursor in self._cursors:
                 cursor.table.acked = min(self._acked.get(cursor.table.name, 0), cursor.table.appended)
