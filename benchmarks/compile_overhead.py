@@ -64,7 +64,7 @@ for _ in range(rounds):
     instrumentation = install(flight)
     block(300)
     traced.append(block(count))
-    assert instrumentation.errors == 0
+    assert instrumentation.clock.errors == 0
     instrumentation.uninstall()
 after = [sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]]
 flight.close(unlink=True)

@@ -110,16 +110,24 @@ import traceml
 pause, seconds = float(sys.argv[1]), float(sys.argv[2])
 recorder = traceml.init()
 began, done = time.perf_counter(), 0
-while time.perf_counter() - began < seconds:
-    steps(1)
-    done += 1
-    if pause:
-        time.sleep(pause)
+
+def steps_until(end):
+    global done
+    while time.perf_counter() - began < end:
+        steps(1)
+        done += 1
+        if pause:
+            time.sleep(pause)
+
+steps_until(10)
+first = recorder.statistics().cpu_ns / 1e9 / 10
+steps_until(10 + seconds)
 took = time.perf_counter() - began
 traceml.shutdown()
 after = recorder.statistics()
 print(json.dumps({"steps_per_s": done / took, "us_per_1000_rows": after.cpu_ns / 1e3 / after.rows_appended * 1e3,
-                  "share_of_core_pct": after.cpu_ns / 1e9 / took * 100, "rows_lost": after.rows_lost,
+                  "first_pct": first * 100, "later_pct": (after.cpu_ns / 1e9 - first * 10) / (took - 10) * 100,
+                  "rows_lost": after.rows_lost,
                   "samplers": {s.name: s.total_ns / max(s.samples, 1) / 1e3 for s in after.samplers if s.samples}}))
 """
 )
@@ -152,7 +160,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="also measure traceml-ai 0.5.0")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of what is measured once per process")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long the recorder's thread is watched")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="how long the recorder's thread is watched after 10 s"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="import, disabled, life, memory, thread, run")
     parser.add_argument("--json", type=Path, help="also write the results here")
     return parser.parse_args()
@@ -207,7 +217,8 @@ def measure_thread(options: argparse.Namespace, folder: Path) -> Any:
             samplers = ", ".join(f"{name} {cost:.0f}" for name, cost in result["samplers"].items())
             print(
                 f"recorder's thread at {result['steps_per_s']:,.0f} steps/s: "
-                f"{result['us_per_1000_rows']:.0f} us per 1,000 rows, {result['share_of_core_pct']:.2f} % of a core, "
+                f"{result['first_pct']:.2f} % of a core in the first 10 s, {result['later_pct']:.2f} % later, "
+                f"{result['us_per_1000_rows']:.0f} us per 1,000 rows, "
                 f"{result['rows_lost']} rows lost (us per sample: {samplers})"
             )
 
@@ -279,7 +290,8 @@ def _python(code: str, folder: Path, *arguments: str, environ: dict[str, str] | 
 def _environ() -> dict[str, str]:
     # Compiled modules are kept between processes, as they are for users.
     left_out = ("TRACEML_", "PYTHONDONTWRITEBYTECODE")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
+    chosen = ("TRACEML_NATIVE",)  # the form of the hooks
+    kept = {key: value for key, value in os.environ.items() if key in chosen or not key.startswith(left_out)}
     return kept | {"OMP_NUM_THREADS": "1"}
 
 

@@ -306,7 +306,7 @@ def test_threads_that_compute_have_the_usual_switch_interval(flight: FlightFile,
     with Training(holds_the_lock) as training, Training(holds_the_lock):
         sampler = LineSampler(flight, training.ident)
         intervals = []
-        while usual not in intervals and len(intervals) < 200:  # the other thread may wait for a core of a busy host
+        while usual not in intervals and len(intervals) < 1000:  # the other thread may wait for a core of a busy host
             sampler.sample(time.sleep)
             intervals.append(sys.getswitchinterval())
 

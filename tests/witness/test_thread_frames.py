@@ -95,7 +95,7 @@ def test_a_child_that_is_forked_meanwhile_collects() -> None:
     reading, done = threading.Event(), threading.Event()
 
     def read() -> None:
-        with _pause.held():
+        with _pause:
             reading.set()
             done.wait(60)
 

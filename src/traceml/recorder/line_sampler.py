@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LineSampler"]
 
-PACES = ((100, 5), (400, 3))
+PACES = ((60, 5), (240, 2))
 """With fewer samples than this, they come so many times as often."""
 
 MOST_COST = 0.004

@@ -12,8 +12,6 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 __all__ = ["thread_frame", "thread_frames"]
@@ -28,7 +26,7 @@ def thread_frame(ident: int) -> FrameType | None:
     Args:
         ident: the thread's identifier.
     """
-    with _pause.held():
+    with _pause:
         frame = sys._current_frames().get(ident)
         _make_objects(frame)
 
@@ -37,7 +35,7 @@ def thread_frame(ident: int) -> FrameType | None:
 
 def thread_frames() -> dict[int, FrameType]:
     """Return the frames that all threads run, by identifier."""
-    with _pause.held():
+    with _pause:
         frames = sys._current_frames()
         for frame in frames.values():
             _make_objects(frame)
@@ -59,26 +57,27 @@ class _CollectorPause:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a signal handler may come in between
+        self._depth = 0
         self._is_off = False
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Begin no collection meanwhile; those of `gc.collect` in another thread do no harm."""
-        with self._lock:
-            is_on = _COLLECTS_ANYWHERE and gc.isenabled()
-            if is_on:
-                self._is_off = True
-                gc.disable()
+    def __enter__(self) -> None:
+        """Begin no collection from now on; those of `gc.collect` in another thread do no harm."""
+        self._lock.acquire()
+        self._depth += 1
+        if _COLLECTS_ANYWHERE and gc.isenabled():
+            self._is_off = True
+            gc.disable()
 
-            try:
-                yield
-            finally:
-                if is_on:
-                    self._resume()
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._resume()
+
+        self._lock.release()
 
     def forget(self) -> None:
         """End a pause of the parent's other thread in a forked child."""
-        self._lock = threading.RLock()
+        self._lock, self._depth = threading.RLock(), 0
         self._resume()
 
     def _resume(self) -> None:
