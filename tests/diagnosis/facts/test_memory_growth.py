@@ -66,6 +66,16 @@ def test_look_alikes_are_not_steady(name):
     assert growth is None or not growth.steady
 
 
+def test_what_is_dropped_after_the_last_step_does_not_hide_growth():
+    """At its end a script drops what it held: the newest samples are lower, at the same step."""
+    found = curve(500 * MB + np.arange(60) * 8 * MB)
+    found.add(np.array([1181, 1181, 1181]), np.array([30, 31, 32]) * 10**9, np.array([980, 600, 480]) * MB)
+
+    growth = found.growth()
+    assert growth is not None
+    assert growth.steady
+
+
 def test_growth_over_few_steps_is_not_steady():
     """The history of an optimizer fills in that many; slow steps are few in the same time."""
     values = 500 * MB + np.arange(40) * 4 * MB

@@ -105,7 +105,9 @@ class MemoryCurve:
             return None
 
         first, last = int(points[0, 0]), int(points[-1, 0])
-        points = points[points[:, 0] >= max(_WARM_UP_STEPS, first + (last - first) // 4)]
+        # Samples at the newest step may be of the time after training, when the script drops what it held.
+        kept = (points[:, 0] >= max(_WARM_UP_STEPS, first + (last - first) // 4)) & (points[:, 0] < last)
+        points = points[kept]
         if len(np.unique(points[:, 0])) < _MIN_SAMPLES:
             return None
 
