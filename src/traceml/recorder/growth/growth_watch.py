@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GrowthWatch"]
 
-INTERVAL_NS = 10**9
+INTERVAL_NS = 5 * 10**8
 """Time between two readings of memory."""
 BETWEEN_NS = 2 * 10**9
 """Time between two looks at the containers, at least; they are at least 10 steps apart, too."""
