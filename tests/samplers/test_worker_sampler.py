@@ -11,7 +11,8 @@ import pytest
 
 from tests.eventually import eventually
 from traceml.database.schema import LOADER_WORKERS
-from traceml.samplers.worker_sampler import LoaderWorkersSampler
+from traceml.samplers import worker_sampler
+from traceml.samplers.worker_sampler import EAGER_READS, LoaderWorkersSampler
 
 pytestmark = pytest.mark.process
 SECOND = 10**9
@@ -60,6 +61,25 @@ def test_the_budget_bounds_how_often_workers_are_read(worker):
     assert len(sampled(sampler, SECOND)) == 1
     assert sampled(sampler, SECOND + 1) == []
     assert len(sampled(sampler, 100 * SECOND)) == 1
+
+
+def test_memory_is_read_often_at_first(worker, monkeypatch):
+    """A run of a minute has enough readings to judge; later, each of 100 ms allows none for 50 s."""
+    clock_ns = 0
+    read = worker_sampler._memory
+
+    def slow(pid: int):
+        nonlocal clock_ns
+        clock_ns += SECOND // 10
+        return read(pid)
+
+    monkeypatch.setattr(worker_sampler, "_memory", slow)
+    monkeypatch.setattr(worker_sampler.time, "thread_time_ns", lambda: clock_ns)
+    sampler = LoaderWorkersSampler(lambda: [(0, (worker.pid,))])
+    rows = [row for each in range(EAGER_READS + 11) for row in sampled(sampler, each * 10 * SECOND)]
+
+    read_in = [at for at, row in enumerate(rows) if row["private_bytes"] >= 0]
+    assert read_in == [*range(1, EAGER_READS + 2), EAGER_READS + 6]
 
 
 def test_other_processes_and_ended_ones_are_no_workers(worker):

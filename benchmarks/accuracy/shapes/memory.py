@@ -103,7 +103,7 @@ class Listing(Dataset):
 
 def listing():
     trainer = Trainer()
-    for number, x in enumerate(DataLoader(Listing(), 256, num_workers=1)):
+    for number, x in enumerate(DataLoader(Listing(), 128, num_workers=1)):
         trainer.step(x)
         trainer.step(x)
         if number > 1500:

@@ -11,7 +11,7 @@ from traceml.database.schema import LOADER_WORKERS, Table
 from traceml.samplers.base import SampleRow
 from traceml.samplers.procfs import read_text
 
-__all__ = ["Groups", "LoaderWorkersSampler"]
+__all__ = ["EAGER_READS", "Groups", "LoaderWorkersSampler"]
 
 Groups = Callable[[], Iterable[tuple[int, tuple[int, ...]]]]
 
@@ -19,6 +19,8 @@ STATE_SHARE = 0.001
 """Share of a core that reading the state of the workers may take."""
 MEMORY_SHARE = 0.002
 """Share of a core that reading their private memory may take: the kernel walks all pages of a process, some 10 ms."""
+EAGER_READS, _EAGER = 12, 10
+"""So many first readings of memory may take ten times that share: a run of a minute has enough of them to judge."""
 _UNKNOWN = -1
 _TICK_NS = 10**9 // os.sysconf("SC_CLK_TCK")
 # Fields of /proc/PID/stat after the command's name, which is in parentheses and may contain any character.
@@ -63,7 +65,7 @@ class LoaderWorkersSampler:
         self._state, self._memory = _Budget(STATE_SHARE), _Budget(MEMORY_SHARE)
         self._parent = os.getpid()
         self._known: dict[int, _WorkerMemory] = {}
-        self._turn = 0
+        self._turn = self._reads = 0
         self._read: int | None = None  # worker whose memory was read since the last rows
 
     def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
@@ -122,7 +124,9 @@ class LoaderWorkersSampler:
         if found is not None:
             self._known[pid], self._read = found, pid
 
-        self._memory.spent(t_ns, time.thread_time_ns() - began)
+        self._reads += 1
+        cost_ns = time.thread_time_ns() - began
+        self._memory.spent(t_ns, cost_ns // _EAGER if self._reads <= EAGER_READS else cost_ns)
 
 
 def _waited_ns(pid: int) -> int:
