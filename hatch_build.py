@@ -114,7 +114,11 @@ def build(root: Path, part: Part, flags: tuple[str, ...] = ()) -> Path:
     unfinished = folder / f"{part.library}.{os.getpid()}"
     sources = [str(folder / source) for source in part.sources]
     command = [*compiler, *_COMMON, *part.flags, *flags, "-o", str(unfinished), *sources]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"the C compiler {compiler[0]} cannot be started ({error.strerror})") from error
+
     if result.returncode != 0:
         unfinished.unlink(missing_ok=True)
         raise BuildError(f"{shlex.join(command)} failed: {result.stderr.strip()}")
