@@ -11,6 +11,7 @@ __all__ = [
     "DISTRIBUTION",
     "foreign_distributions",
     "foreign_hint",
+    "free_threading_limits",
     "install_command",
     "unsupported",
     "warn_of_foreign",
@@ -46,6 +47,17 @@ def unsupported(extra: str, python: tuple[int, int] = sys.version_info[:2]) -> s
         return ""
 
     return f"{extra} has no release for Python {python[0]}.{python[1]}: use Python {end[0]}.{end[1] - 1} or older"
+
+
+def free_threading_limits() -> str:
+    """Return what a free-threaded Python means for tracing, as a sentence without a period; "" for a usual Python."""
+    if "t" not in sys.abiflags:
+        return ""
+
+    return (
+        "this Python is free-threaded: traceml is not tested with it, and its hooks are in Python, which costs some "
+        "microseconds more per step, as the stable ABI of those in C does not cover it"
+    )
 
 
 def foreign_distributions(folder: Path = _PACKAGE.parent) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -167,6 +169,24 @@ def test_missing_package_is_broken(monkeypatch):
 
     assert (check.state, check.text) == ("broken", "not installed: zstandard")
     assert check.hint == "pip install zstandard"
+
+
+def test_every_dependency_is_looked_for():
+    """Those of pyproject.toml that each machine needs."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    needed = [re.split(r"[><=]", need)[0] for need in project["dependencies"] if ";" not in need]
+
+    assert sorted(local_checks._REQUIRED) == sorted(needed)
+
+
+def test_a_free_threaded_python_is_a_note(monkeypatch):
+    """With what it costs; a usual Python has no note."""
+    assert (local_checks._python().state, local_checks._python().hint) == ("ok", "")
+
+    monkeypatch.setattr(sys, "abiflags", "t")
+    check = local_checks._python()
+    assert check.state == "note"
+    assert "not tested with it" in check.hint
 
 
 def test_no_shared_memory_is_a_note(tmp_path):

@@ -334,6 +334,24 @@ def test_a_library_that_does_not_fit_is_not_used(
     assert bool(caplog.records) == (load is _other_version)
 
 
+def test_free_threaded_python_has_hooks_in_python(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are told of once, and the extension is not loaded: the stable ABI does not cover such a Python."""
+    native._load.cache_clear()
+    monkeypatch.setattr(sys, "abiflags", "t")
+    try:
+        with caplog.at_level(logging.WARNING, "traceml"):
+            assert (native.extension(), native.extension()) == (None, None)
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+
+    assert [record.getMessage()[:31] for record in caplog.records] == ["this Python is free-threaded: t"]
+    assert native.extension() is not None
+    assert len(caplog.records) == 1
+
+
 def test_it_can_be_forbidden(monkeypatch: pytest.MonkeyPatch, traced: Traced) -> None:
     """With TRACEML_NATIVE=0 the clock is the one in Python."""
     from traceml.instrument.clock_forms import new_clock

@@ -17,7 +17,7 @@ from typing import Literal
 
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, SettingsError
-from traceml.installation import foreign_distributions, foreign_hint, install_command
+from traceml.installation import foreign_distributions, foreign_hint, free_threading_limits, install_command
 from traceml.process_ends import end_of_status
 from traceml.settings import Config, declarations, load
 from traceml.version import __version__
@@ -32,7 +32,9 @@ _RUNS_FREE_BYTES = 1 << 30
 _TORCH_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 2.0
 
-_REQUIRED = ("msgpack", "numpy", "psutil", "pydantic-settings", "rich", "tyro", "zstandard")
+_REQUIRED = (
+    "cloudpickle", "msgpack", "msgspec", "numpy", "psutil", "pydantic-settings", "rich", "shtab", "tyro", "zstandard",
+)  # fmt: skip
 _ASK_TORCH = (
     "import torch; d = torch.distributed; print(torch.__version__, torch.cuda.device_count(), d.is_available())"
 )
@@ -139,6 +141,9 @@ def _python() -> Check:
             text,
             "traceml supports Linux; samplers and flight files are not available on other systems",
         )
+
+    if limits := free_threading_limits():
+        return Check("python", "note", text, limits)
 
     return Check("python", "ok", text)
 

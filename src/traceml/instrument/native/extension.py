@@ -11,13 +11,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import STEPS, Phase, Slot
+from traceml.installation import free_threading_limits
 
 if TYPE_CHECKING:
     from traceml.instrument.native import _hot_path
@@ -49,7 +49,8 @@ def use_time(source: Callable[[], int] | None) -> None:
 
 @cache
 def _load() -> Any:
-    if "t" in sys.abiflags:  # a free-threaded build: the stable ABI does not cover it
+    if limits := free_threading_limits():
+        _log.warning("%s", limits)
         return None
 
     try:
