@@ -1,4 +1,5 @@
-# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak. Every target prepares what it needs.
+# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak, audit.
+# Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 2)
 
-.PHONY: demo check test lint types style unit system docs bench accuracy faults soak clean
+.PHONY: demo check test lint types style unit system docs bench accuracy faults soak audit clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE:=/*.[ch]))
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -85,6 +86,11 @@ faults: system $(VENV)/.test
 # An hour of runs that come and go, torn connections and a killed aggregator; ARGS="--minutes 2" is two minutes.
 soak: $(VENV)/.test
 	$(BIN)/python benchmarks/faults/soak.py $(ARGS)
+
+# Licenses of all dependencies (release/licenses.toml), and known vulnerabilities where OSV can be reached.
+audit: $(VENV)/.test
+	@$(PIP) install --group audit
+	$(BIN)/python release/audit.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .bench build dist
