@@ -42,6 +42,9 @@ def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
         (["--hostnames", "slurm", "x.py"], "Slurm"),
         (["--nodes", "2", "x.py"], "--nodes"),
         (["--live", "terminal", "x.py"], "standard output is not one"),
+        (["--hostnames", "./hosts", "x.py"], "hostfile hosts cannot be read: No such file or directory"),
+        (["--hostnames", "bad.txt", "x.py"], "hostfile bad.txt, line 2: 'slot=2' is not understood"),
+        (["--hostnames", "a:b", "x.py"], "'b' is no port"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, complaint, capsys, monkeypatch, tmp_path) -> None:
@@ -49,6 +52,7 @@ def test_mistakes_are_told_in_one_line(words, complaint, capsys, monkeypatch, tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     (tmp_path / "x.py").write_text("")
+    (tmp_path / "bad.txt").write_text("node1\nnode2 slot=2\n")
 
     status = cli.main(["launch", *words])
 

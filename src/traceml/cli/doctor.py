@@ -17,6 +17,7 @@ from rich.text import Text
 from traceml.cli.checks.host_checks import host_checks
 from traceml.cli.checks.local_checks import Check, Setting, all_checks, setting_values
 from traceml.cli.parsing import parse
+from traceml.cli.scripts import host_names
 from traceml.errors import SettingsError, UsageError
 from traceml.formatting import printable
 from traceml.launch.launcher.preflight import Preflight, preflight
@@ -40,7 +41,8 @@ class DoctorOptions:
     backends: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Also check the trackers: versions, credentials (never their values), reachability."""
     hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...", help_behavior_hint="")] = ()
-    """Also check these hosts over ssh, or the Slurm nodes (`slurm`) with srun: versions, devices, clocks, speeds."""
+    """Also check these hosts, or those of a hostfile, over ssh, or the Slurm nodes (`slurm`) with srun: versions,
+    devices, clocks, speeds."""
     ssh_config_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Configuration file for ssh, instead of your own."""
     python: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
@@ -65,13 +67,11 @@ def main(argv: list[str]) -> int:
 
 
 def _check_hosts(options: DoctorOptions) -> Preflight | None:
-    hostnames = [name for word in options.hostnames for name in word.split(",") if name]  # as in `traceml launch`
+    hostnames = host_names(options.hostnames)
     if not hostnames:
         return None
 
-    alone = hostnames[0] if len(hostnames) == 1 else ""
-    names = alone if alone in ("slurm", "auto") else hostnames
-    return preflight(names, ssh_config_file=options.ssh_config_file, python=options.python)
+    return preflight(hostnames, ssh_config_file=options.ssh_config_file, python=options.python)
 
 
 def _check_backends(options: DoctorOptions) -> Iterator[Check]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from traceml import settings
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
-from traceml.cli.scripts import add_run_options, check_report, given, script_words
+from traceml.cli.scripts import add_run_options, check_report, given, host_names, script_words
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 from traceml.formatting import printable
 
@@ -120,13 +120,14 @@ def _parser() -> argparse.ArgumentParser:
         "--hostnames",
         metavar="HOST ...",
         default="auto",
-        help="names for ssh; slurm: the nodes of the allocation; auto: these, otherwise this host",
+        help="names for ssh, host:port, or a hostfile; slurm: the nodes of the allocation; auto: these, otherwise this "
+        "host",
     )
     hosts.add_argument(
         "--workers-per-host",
         metavar="N ...",
         default="auto",
-        help="a number for all hosts, or one per host; auto: GPUs, otherwise CPU cores",
+        help="a number for all hosts, or one per host; auto: slots of a hostfile, GPUs, otherwise CPU cores",
     )
     hosts.add_argument(
         "--ssh-config-file", type=Path, metavar="FILE", help="configuration file for ssh, instead of your own"
@@ -179,7 +180,7 @@ def _joined(argv: Sequence[str]) -> Iterator[str]:
 
 
 def _ends_list(option: str, word: str, values: Sequence[str]) -> bool:
-    if word.startswith("-") or values in (["auto"], ["slurm"]):
+    if word.startswith("-") or (len(values) == 1 and (values[0] in ("auto", "slurm") or Path(values[0]).is_file())):
         return True
 
     if not values:
@@ -195,7 +196,7 @@ def _launcher(options: argparse.Namespace) -> Any:
     from traceml.launch.launcher.launcher import Launcher
 
     chosen: dict[str, Any] = {
-        "hostnames": _names(options.hostnames),
+        "hostnames": host_names([options.hostnames]),
         "workers_per_host": _numbers(options.workers_per_host),
         "ssh_config_file": options.ssh_config_file,
         "backend": None,  # the script makes its own group, as under torchrun
@@ -212,10 +213,6 @@ def _launcher(options: argparse.Namespace) -> Any:
         chosen["extra_env_vars"] = tuple(_split(options.extra_env_vars))
 
     return Launcher(**chosen)
-
-
-def _names(text: str) -> str | list[str]:
-    return text if text in ("auto", "slurm") else _split(text)
 
 
 def _numbers(text: str) -> str | int | list[int]:

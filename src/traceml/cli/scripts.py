@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from traceml.errors import UsageError
 from traceml.supervise.metrics_process import ListenAddress
 
-__all__ = ["add_prometheus_option", "add_run_options", "check_report", "given", "script_words"]
+__all__ = ["add_prometheus_option", "add_run_options", "check_report", "given", "host_names", "script_words"]
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,19 @@ def _address(text: str) -> ListenAddress:
         is_script = Path(text).is_file()
         usage = f"; before a script give the port: --prometheus {ListenAddress().port} {text}" if is_script else ""
         raise argparse.ArgumentTypeError(f"{error}{usage}") from None
+
+
+def host_names(words: Iterable[str]) -> str | list[str]:
+    """Return the hosts that an option names: `auto`, `slurm`, the path of a hostfile, or a list of names.
+
+    Args:
+        words: the option's values; each may be several names, separated by commas.
+    """
+    from traceml.launch.launcher.hosts.hostfile import is_hostfile
+
+    names = [name for word in words for name in word.split(",") if name]
+    alone = names[0] if len(names) == 1 else ""
+    return alone if alone in ("auto", "slurm") or is_hostfile(alone) else names
 
 
 def script_words(options: argparse.Namespace, *, example: str) -> list[str]:

@@ -80,10 +80,10 @@ class LaunchResult(Generic[T]):
 class LaunchOptions:
     """Options of a launch, see `launch`."""
 
-    hostnames: list[str] | Literal["auto", "slurm"] = "auto"
-    """Host names for ssh, or names of this host. auto: the Slurm allocation, else this host."""
+    hostnames: list[str] | Literal["auto", "slurm"] | Path = "auto"
+    """Host names for ssh (host:port), or of this host; or a hostfile. auto: the Slurm allocation, else this host."""
     workers_per_host: int | list[int] | Literal["auto", "slurm"] = "auto"
-    """For all hosts, or for each. auto: one per GPU, else as requested from Slurm, else one per CPU core."""
+    """For all hosts, or for each. auto: a hostfile's slots, else one per GPU, else Slurm's tasks, else one per core."""
     ssh_config_file: str | Path | None = None
     """Configuration that ssh reads instead of ~/.ssh/config."""
     backend: Literal["nccl", "gloo", "mpi", "ucc", "auto"] | None = "auto"

@@ -78,7 +78,7 @@ class Preflight:
 
 
 def preflight(
-    hostnames: Sequence[str] | str, *, ssh_config_file: str | Path | None = None, python: str | None = None
+    hostnames: Sequence[str] | str | Path, *, ssh_config_file: str | Path | None = None, python: str | None = None
 ) -> Preflight:
     """Check hosts in parallel; takes a few seconds.
 

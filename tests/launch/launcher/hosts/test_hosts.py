@@ -11,6 +11,7 @@ import pytest
 
 from tests.launch.hosts import Hosts, Slurm
 from traceml.errors import SlurmError, UsageError
+from traceml.launch.launcher.hosts.hostfile import split_port
 from traceml.launch.launcher.hosts.hosts import HostSpec, resolve_hosts
 
 _SHOW = """
@@ -38,6 +39,16 @@ def test_names_of_this_host_need_no_ssh() -> None:
     assert [place.transport for place in places] == ["ssh", "local", "local", "local", "ssh", "ssh"]
 
 
+def test_a_port_means_ssh() -> None:
+    """An sshd that was chosen by its port is used, also on this host; addresses of IPv6 are no host and port."""
+    names = ["localhost:2222", "::1", "user@node1:22", "[fe80::1]:22", "ssh://node1:22"]
+
+    assert [place.transport for place in resolve_hosts(names, 1, None, {})] == ["ssh", "local", "ssh", "ssh", "ssh"]
+    assert split_port("user@node1:22") == ("user@node1", 22)
+    assert split_port("root@[fe80::1]:2222") == ("root@fe80::1", 2222)
+    assert split_port("fe80::1") == ("fe80::1", None)
+
+
 def test_the_ssh_configuration_may_lead_elsewhere(tmp_path: Path) -> None:
     """A name of this host which the user's ssh configuration gives to another is the other."""
     config = tmp_path / "config"
@@ -54,6 +65,11 @@ def test_the_ssh_configuration_may_lead_elsewhere(tmp_path: Path) -> None:
         ("node1", 1, "did you mean ['node1']"),
         (["-oProxyCommand=x"], 1, "'-oProxyCommand=x', which is not a host name"),
         (["a b"], 1, "'a b', which is not a host name"),
+        (["node1:ssh"], 1, "'node1:ssh': 'ssh' is no port; give a number from 1 to 65535"),
+        (["node1:"], 1, "'' is no port"),
+        (["node1:70000"], 1, "'70000' is no port"),
+        ("./none.txt", 1, "hostfile none.txt cannot be read: No such file or directory"),
+        (["./none.txt"], 1, "hostfile none.txt cannot be read"),
         (["a", "b"], [1, 2, 3], "3 numbers for 2 hosts (a, b)"),
         (["a"], 0, "workers_per_host has 0: each host gets at least 1 worker"),
         (["a"], [True], "workers_per_host has True"),

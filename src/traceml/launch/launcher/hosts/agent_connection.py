@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from traceml.errors import AgentFailedError
+from traceml.launch.launcher.hosts.hostfile import split_port
 from traceml.launch.launcher.hosts.hosts import HostSpec
 from traceml.launch.launcher.hosts.slurm import step_command
 from traceml.launch.wire import bootstrap
@@ -292,9 +293,11 @@ def _command(spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str
     if spec.transport == "srun":
         return [*step_command(spec.name, spec.het_group), *agent]
 
-    config = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
+    host, port = split_port(spec.name)
+    options = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
+    options += [] if port is None else ["-p", str(port)]
     command = "exec " + shlex.join(agent)
-    return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", spec.name, command, str(_CONNECT_TIMEOUT_S), *config, *_SSH_OPTIONS]
+    return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", host, command, str(_CONNECT_TIMEOUT_S), *options, *_SSH_OPTIONS]
 
 
 def _describe_exit(status: int | None) -> str:

@@ -8,9 +8,11 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from traceml.errors import SlurmError, UsageError
+from traceml.launch.launcher.hosts.hostfile import is_hostfile, read_hostfile, split_port
 from traceml.launch.launcher.hosts.slurm import Allocation, allocation
 
 __all__ = ["HostSpec", "Transport", "resolve_hosts"]
@@ -26,7 +28,7 @@ class HostSpec:
     """One host of a launch.
 
     Attributes:
-        name: as the user or Slurm wrote it.
+        name: as the user or Slurm wrote it; for ssh perhaps with a port.
         transport: how its agent is started: as a child process, by ssh, or as a step of the Slurm job.
         workers: number of workers; None: one per GPU of the host, else `cpu_workers`.
         cpu_workers: number of workers without GPUs; None: one per CPU core.
@@ -41,7 +43,7 @@ class HostSpec:
 
 
 def resolve_hosts(
-    hostnames: Sequence[str] | str,
+    hostnames: Sequence[str] | str | os.PathLike[str],
     workers_per_host: int | Sequence[int] | str,
     ssh_config_file: str | os.PathLike[str] | None,
     environ: Mapping[str, str],
@@ -49,18 +51,21 @@ def resolve_hosts(
     """Return the hosts of a launch, in the order of their ranks.
 
     Args:
-        hostnames: names for ssh (names of this host are started directly), `slurm`, or `auto`: the Slurm allocation,
-            otherwise this host.
-        workers_per_host: for all hosts, or for each; `slurm`, or `auto`: see `HostSpec`.
+        hostnames: names for ssh, perhaps with a port (names of this host are started directly); a hostfile; `slurm`, or
+            `auto`: the Slurm allocation, otherwise this host.
+        workers_per_host: for all hosts, or for each; `slurm`, or `auto`: the slots of a hostfile, else see `HostSpec`.
         ssh_config_file: configuration that ssh reads instead of the user's.
         environ: environment with Slurm's variables.
 
     Raises:
-        UsageError: a name is repeated, there are no hosts, or the numbers do not match them.
+        UsageError: a name is repeated, there are no hosts, the hostfile has another form, or the numbers do not match.
         SlurmError: Slurm is asked for, and there is no allocation.
     """
-    if not isinstance(hostnames, str) and list(hostnames) in (["auto"], ["slurm"]):
-        hostnames = hostnames[0]  # from a command line, where a list may have one element
+    slots: Mapping[str, int | None] = {}
+    hostnames = _unwrapped(hostnames)
+    if isinstance(hostnames, os.PathLike) or (isinstance(hostnames, str) and is_hostfile(hostnames)):
+        slots = read_hostfile(Path(hostnames))
+        hostnames = list(slots)
 
     asked = "slurm" in (hostnames, workers_per_host)
     found = None if not asked and _all_here(hostnames) else allocation(environ)
@@ -72,7 +77,7 @@ def resolve_hosts(
         )
 
     names = _names(hostnames, found)
-    numbers = _numbers(workers_per_host, names)
+    numbers = [slots.get(n) for n in names] if workers_per_host == "auto" else _numbers(workers_per_host, names)
     specs = []
     for name, number in zip(names, numbers, strict=True):
         default = found.workers.get(name) if found else None
@@ -85,11 +90,21 @@ def resolve_hosts(
     return specs
 
 
+def _unwrapped(hostnames: Sequence[str] | str | os.PathLike[str]) -> Sequence[str] | str | os.PathLike[str]:
+    """Return the element of a list of one word that is no host name: a command line makes a list of it."""
+    if isinstance(hostnames, str | os.PathLike) or len(hostnames) != 1 or not isinstance(hostnames[0], str):
+        return hostnames
+
+    word = hostnames[0]
+    return word if word in ("auto", "slurm") or ("/" in word and is_hostfile(word)) else hostnames
+
+
 def _names(hostnames: Sequence[str] | str, found: Allocation | None) -> list[str]:
     if isinstance(hostnames, str):
         if hostnames not in {"auto", "slurm"}:
             raise UsageError(
-                f"hostnames={hostnames!r}: give a list of names, 'auto' or 'slurm' (did you mean [{hostnames!r}]?)"
+                f"hostnames={hostnames!r}: give a list of names, a hostfile that exists, 'auto' or 'slurm' "
+                f"(did you mean [{hostnames!r}]?)"
             )
 
         return list(found.workers) if found else ["localhost"]
@@ -102,6 +117,8 @@ def _names(hostnames: Sequence[str] | str, found: Allocation | None) -> list[str
         # a name that starts with a dash would be an option of ssh
         if not isinstance(name, str) or not name or name.startswith("-") or any(c.isspace() for c in name):
             raise UsageError(f"hostnames has {name!r}, which is not a host name")
+
+        split_port(name)
 
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(
@@ -138,6 +155,9 @@ def _numbers(workers_per_host: int | Sequence[int] | str, names: Sequence[str]) 
 def _transport(name: str, found: Allocation | None, ssh_config_file: str | os.PathLike[str] | None) -> Transport:
     if found and name in found.workers:
         return "srun"
+
+    if split_port(name)[1] is not None:  # an sshd that was chosen, also of this host
+        return "ssh"
 
     own = socket.gethostname()
     if name not in {own, own.partition(".")[0]} and not _is_here(name):
