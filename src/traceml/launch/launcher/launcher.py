@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
-from traceml.errors import UsageError
+from traceml.launch.launcher.function_call import read_call
 from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchOptions, LaunchResult
 
 __all__ = ["Launcher", "launch"]
@@ -19,27 +19,30 @@ T = TypeVar("T")
 class Launcher(LaunchOptions):
     """Runs functions on hosts; the options are those of `launch`. Works with `tyro.cli(traceml.Launcher)`."""
 
+    @overload
     def run(
         self,
         func: Callable[..., T],
         func_args: Sequence[Any] | None = (),
         func_kwargs: Mapping[str, Any] | None = None,
         log_handlers: Any = "auto",
-    ) -> LaunchResult[T]:
-        """Run a function on every worker of every host; see `launch`."""
+    ) -> LaunchResult[T]: ...
+
+    @overload
+    def run(self, func: Callable[..., T], *args: Any, log_handlers: Any = "auto", **kwargs: Any) -> LaunchResult[T]: ...
+
+    def run(self, func: Callable[..., T], *args: Any, **kwargs: Any) -> LaunchResult[T]:
+        """Run a function on every worker of every host; see `launch`.
+
+        Two forms are accepted: `run(f, (a, b), {"key": 1})`, with the names `func_args` and `func_kwargs`, and
+        `run(f, a, b, key=1)`. The first is meant when the first argument is a tuple, a list or None and nothing follows
+        but a dict and `log_handlers`; so an only argument that is a list itself is given as `run(f, ([1, 2],))`.
+        """
         from traceml.launch.launcher.assembly import run_function
 
         self.check()
-        if not callable(func):
-            raise UsageError(f"func={func!r}: it is not callable")
-
-        if not isinstance(func_args, tuple | list | None):
-            raise UsageError(f"func_args is a {type(func_args).__name__}: give a tuple, for one argument (x,)")
-
-        if not isinstance(func_kwargs, Mapping | None):
-            raise UsageError(f"func_kwargs is a {type(func_kwargs).__name__}: give a dict of arguments by name")
-
-        return run_function(self, func, func_args or (), func_kwargs or {}, log_handlers)
+        call = read_call(func, args, kwargs)
+        return run_function(self, call.func, call.args, call.kwargs, call.log_handlers)
 
 
 def launch(
@@ -47,7 +50,7 @@ def launch(
     func_args: Sequence[Any] | None = (),
     func_kwargs: Mapping[str, Any] | None = None,
     *,
-    hostnames: list[str] | Literal["auto", "slurm"] = "auto",
+    hostnames: list[str] | Literal["auto", "slurm"] | Path = "auto",
     workers_per_host: int | list[int] | Literal["auto", "slurm"] = "auto",
     ssh_config_file: str | Path | None = None,
     backend: Literal["nccl", "gloo", "mpi", "ucc", "auto"] | None = "auto",
@@ -74,10 +77,11 @@ def launch(
             itself, or be a lambda or a closure.
         func_args: its positional arguments.
         func_kwargs: its keyword arguments.
-        hostnames: host names for ssh, or names of this host (`localhost`); `auto`: the Slurm allocation, else this
-            host; `slurm`: the allocation.
-        workers_per_host: for all hosts, or one number for each; `auto`: one per GPU of the host, else as
-            requested from Slurm, else one per CPU core; `slurm`: the same, and there must be an allocation.
+        hostnames: host names for ssh (`node1:2222` with its port), or names of this host (`localhost`); the path of a
+            hostfile; `auto`: the Slurm allocation, else this host; `slurm`: the allocation.
+        workers_per_host: for all hosts, or one number for each; `auto`: the slots of a hostfile, else one per GPU of
+            the host, else as requested from Slurm, else one per CPU core; `slurm`: as requested, and there must be an
+            allocation.
         ssh_config_file: configuration that ssh reads instead of ~/.ssh/config.
         backend: backend of the process group; `auto`: nccl where each worker has a GPU, else gloo; None: no group.
         timeout: seconds for start-up, and for the group's collectives; never for the function.
@@ -116,4 +120,4 @@ def launch(
         python=python,
         cpu_affinity=cpu_affinity,
     )
-    return launcher.run(func, func_args, func_kwargs, log_handlers)
+    return launcher.run(func, func_args=func_args, func_kwargs=func_kwargs, log_handlers=log_handlers)
