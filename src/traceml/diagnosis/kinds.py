@@ -71,11 +71,14 @@ class _FindingFacts(Protocol):
     def evidence(self) -> Mapping[str, Any]: ...
 
 
+_BY_SCHEDULER = {"time_limit": "time limit", "preempted": "preemption", "requeued": "queued again"}
+
+
 def _lost_ranks(finding: _FindingFacts) -> str:
     """Return `Rank 1 ended by SIGKILL at step 37, in forward`."""
     evidence = finding.evidence
-    if evidence.get("cause") == "time_limit":
-        return "Ended by the scheduler: time limit"
+    if by_scheduler := _BY_SCHEDULER.get(evidence.get("cause", "")):
+        return f"Ended by the scheduler: {by_scheduler}"
 
     how = ""
     if evidence.get("worker_pid") is not None:

@@ -8,7 +8,7 @@ from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.deaths.end_words import end_text, step_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_behind, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
-from traceml.diagnosis.deaths.time_limit import at_time_limit, lost_steps, lost_steps_text
+from traceml.diagnosis.deaths.scheduler_ends import ended_by_scheduler, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.worker_advice import for_worker
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
 from traceml.diagnosis.facts.lost_workers import LostWorker
@@ -40,8 +40,8 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     """Return the finding about lost ranks: the first to end, the cause, the step and the phase."""
     bad = ended_badly(facts.exits)
     causes = root_causes(bad)
-    if at_limit := at_time_limit(bad, causes, facts):
-        return at_limit
+    if by_scheduler := ended_by_scheduler(bad, causes, facts):
+        return by_scheduler
     if not causes:
         return []
 

@@ -81,6 +81,7 @@ class RankExit:
         process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
         open_s: age of the open step at the end, seconds.
         saved_steps: steps in its last checkpoint; None where it saved none.
+        scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted` or `requeued`.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """
 
@@ -103,6 +104,7 @@ class RankExit:
     open_s: float | None = None
     oom: str | None = None
     saved_steps: int | None = None
+    scheduler: str | None = None
 
     @classmethod
     def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:

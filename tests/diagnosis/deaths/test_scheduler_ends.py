@@ -1,4 +1,4 @@
-"""Ends at the scheduler's time limit, and steps that an end loses."""
+"""Ends by the scheduler: time limit, preemption; and steps that an end loses."""
 
 from __future__ import annotations
 
@@ -65,6 +65,52 @@ def test_other_ends_are_no_time_limit(facts: JobFacts) -> None:
     (finding,) = rank_lost(facts)
 
     assert finding.evidence.get("cause") != "time_limit"
+
+
+@pytest.mark.parametrize(
+    ("cause", "words", "headline"),
+    [
+        ("preempted", "The scheduler preempted the job (SIGTERM), in step 812; ", "preemption"),
+        ("requeued", "The scheduler ended the job to queue it again (SIGTERM), in step 812; ", "queued again"),
+        ("time_limit", "The scheduler ended the job at its time limit (SIGTERM), in step 812; ", "time limit"),
+    ],
+)
+@pytest.mark.parametrize("stopped", [True, None])
+def test_what_the_scheduler_says_is_told(stopped: bool | None, cause: str, words: str, headline: str) -> None:
+    """Its own words count more than the announced limit, which is far away."""
+    exits = swept(0, LIMIT_S - 5000, scheduler=cause, stopped=stopped, saved_steps=700)
+
+    (finding,) = rank_lost(ends(exits, swept(1, LIMIT_S - 5000, scheduler=cause, stopped=stopped)))
+
+    assert finding.summary == words + "112 steps since the last checkpoint are lost."
+    assert finding.headline == f"Ended by the scheduler: {headline}"
+    assert finding.evidence["cause"] == cause
+
+
+def test_a_script_that_exits_on_the_warning_was_ended_by_the_scheduler() -> None:
+    """It saved and left with a status of its own: nothing is lost, and the status is told."""
+    left = RankExit(rank=0, state="failed", code=3, last_step=59, saved_steps=60, at_s=1.0, scheduler="preempted")
+
+    (finding,) = rank_lost(JobFacts(exits=(left,)))
+
+    assert finding.summary.startswith("The scheduler preempted the job (exit code 3)")
+    assert "lost" not in finding.summary
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        RankExit(rank=0, state="failed", code=1, exception="ValueError: no", at_s=1.0, scheduler="preempted"),
+        swept(0, number=11, scheduler="preempted"),
+        swept(0, number=9, oom="group", scheduler="preempted"),
+    ],
+)
+def test_a_failure_before_the_preemption_is_the_cause(other: RankExit) -> None:
+    """An exception, a crash, lack of memory: the scheduler came later."""
+    (finding,) = rank_lost(ends(other, swept(1, scheduler="preempted", stopped=True), job_end_s=None))
+
+    assert "cause" not in finding.evidence or finding.evidence["cause"] == "out_of_memory"
+    assert finding.ranks == (0,)
 
 
 def test_a_job_that_was_stopped_by_hand_is_no_finding() -> None:

@@ -1,0 +1,129 @@
+"""Jobs that the scheduler ended: at their time limit, or for another job; and the steps that an end loses."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from traceml.diagnosis.deaths.end_words import step_text
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.formatting import plural
+from traceml.process_ends import signal_name
+
+__all__ = ["ended_by_scheduler", "lost_steps", "lost_steps_text"]
+
+# A scheduler ends a job at its limit, and may warn it before: Slurm with --signal=USR1@120.
+_EARLY_S = {
+    signal.SIGTERM: 60.0,
+    signal.SIGKILL: 30.0,
+    signal.SIGXCPU: 60.0,
+    signal.SIGUSR1: 900.0,
+    signal.SIGUSR2: 900.0,
+}
+
+
+class _Words(NamedTuple):
+    what: str
+    next: str
+
+
+_CAUSES = {
+    "time_limit": _Words(
+        "ended the job at its time limit",
+        "Ask for more time, and go on from the last checkpoint. To lose fewer steps, save when the scheduler "
+        "warns: sbatch --signal=USR1@120 sends a signal two minutes before the end.",
+    ),
+    "preempted": _Words(
+        "preempted the job",
+        "Go on from the last checkpoint: `traceml launch --submit` and sbatch --requeue queue the job again. To lose "
+        "fewer steps, save more often, or on SIGTERM and the signal of sbatch --signal, if the partition gives a grace "
+        "time.",
+    ),
+    "requeued": _Words(
+        "ended the job to queue it again",
+        "It goes on from the last checkpoint when it starts again. To lose fewer steps, save more often.",
+    ),
+}
+
+
+def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
+    """Return the finding about a job that its scheduler ended; empty where another cause came before.
+
+    Args:
+        bad: the ends that are failures.
+        causes: those that caused the others.
+        facts: about the job, with the time limit.
+    """
+    ended = [each for each in causes or bad if _cause(each, facts.job_end_s)]
+    if not ended or len(ended) < len(causes or bad):
+        return []
+
+    last = max(ended, key=lambda each: each.last_step or 0)
+    lost, cause = lost_steps(last, facts.exits), str(_cause(last, facts.job_end_s))
+    return [
+        Finding(
+            kind=Kind.RANK_LOST,
+            severity=Kind.RANK_LOST.severity_for(0.0),
+            ranks=(),
+            phase=last.open_phase,
+            summary=f"The scheduler {_CAUSES[cause].what} ({_how(last)}){step_text(last)}{lost_steps_text(lost)}.",
+            next=_CAUSES[cause].next,
+            evidence=_evidence(last, cause, lost),
+            cost_share=1.0,
+        )
+    ]
+
+
+def lost_steps(ended: RankExit, exits: Sequence[RankExit]) -> int | None:
+    """Return the steps that ended since the last checkpoint of any rank; None where none was saved."""
+    saved = max((each.saved_steps for each in exits if each.saved_steps is not None), default=None)
+    if saved is None or ended.last_step is None:
+        return None
+
+    return max(ended.last_step + 1 - saved, 0)
+
+
+def lost_steps_text(lost: int | None) -> str:
+    """Return what a sentence says of lost steps; empty where there are none, or that is not known."""
+    if not lost:
+        return ""
+
+    return f"; {plural(lost, 'step')} since the last checkpoint {'is' if lost == 1 else 'are'} lost"
+
+
+def _cause(ended: RankExit, job_end_s: float | None) -> str | None:
+    """Return why the scheduler ended a rank: by its own words, else by the time; None where it did not."""
+    # Ranks that did not report are ended by SIGKILL, which comes last.
+    number = ended.signal if ended.signal is not None else signal.SIGKILL if ended.state == "lost" else None
+    if ended.oom:
+        return None
+
+    if ended.scheduler in _CAUSES and ended.exception is None:
+        return ended.scheduler if number in _EARLY_S or (number is None and ended.code) else None
+
+    if job_end_s is None or number not in _EARLY_S or ended.at_s is None:
+        return None
+
+    return "time_limit" if ended.at_s >= job_end_s - _EARLY_S[signal.Signals(number)] else None
+
+
+def _how(ended: RankExit) -> str:
+    if ended.signal is None and ended.code:
+        return f"exit code {ended.code}"
+
+    return signal_name(ended.signal or signal.SIGKILL)
+
+
+def _evidence(ended: RankExit, cause: str, lost: int | None) -> dict[str, object]:
+    known = {
+        "cause": cause,
+        "signal": ended.signal,
+        "code": ended.code,
+        "step": ended.open_step if ended.open_step is not None else ended.last_step,
+        "last_step": ended.last_step,
+        "lost_steps": lost,
+    }
+    return {key: value for key, value in known.items() if value is not None}
