@@ -6,7 +6,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +49,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--live terminal needs a terminal; standard output is not one")
 
     from traceml.launch.launcher.assembly import run_script
+    from traceml.launch.launcher.end_signals import EndedBySignal, ended_by
     from traceml.launch.launcher.job.tracing import Tracing
     from traceml.supervise.page_process import PageScreen
     from traceml.supervise.screens import terminal_screen
@@ -59,12 +59,12 @@ def main(argv: list[str]) -> int:
     screen: MakeScreen = {"none": _no_screen, "web": PageScreen}.get(options.live, terminal_screen)
     tracing = Tracing(name, make_screen=screen, report=options.report, **named) if config.enabled else None
     try:
-        with _ended_by(signal.SIGTERM, signal.SIGHUP):
+        with ended_by(signal.SIGTERM, signal.SIGHUP):
             run_script(_launcher(options), script, tracing=tracing)
     except WorkerFailedError as error:
         _explain(error, f"traceml launch: {error}")
         return 128 + error.signal if error.signal else error.exit_code or 1
-    except _EndedBySignal as error:
+    except EndedBySignal as error:
         _explain(error, f"traceml launch: ended by {signal.Signals(error.number).name}")
         return 128 + error.number
     except (TraceMLError, KeyboardInterrupt) as error:
@@ -72,32 +72,6 @@ def main(argv: list[str]) -> int:
         raise
 
     return 0
-
-
-class _EndedBySignal(KeyboardInterrupt):
-    """A signal asks for the end; like Ctrl-C, it ends the job on all hosts first."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-@contextmanager
-def _ended_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Raise `_EndedBySignal` in the block on the first of these signals; ignore later ones."""
-
-    def end(number: int, _frame: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-
-        raise _EndedBySignal(number)
-
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _explain(error: BaseException, text: str = "") -> None:

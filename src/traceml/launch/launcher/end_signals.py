@@ -1,0 +1,39 @@
+"""Signals that ask a launching process for its end: they end the job on all hosts first."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["EndedBySignal", "ended_by"]
+
+
+class EndedBySignal(KeyboardInterrupt):
+    """A signal asks for the end; like Ctrl-C, it ends the job on all hosts first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def ended_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Raise `EndedBySignal` in the block on the first of these signals; ignore later ones.
+
+    Args:
+        numbers: the signals.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+
+        raise EndedBySignal(number)
+
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
