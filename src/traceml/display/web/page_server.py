@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -39,8 +38,9 @@ class PageConfig:
 
 def serve(config: PageConfig, sock: socket.socket) -> None:
     """Serve the pages on a listening socket until a signal stops the process."""
-    # NiceGUI keeps per-browser storage in the working directory by default; our pages do not use it.
-    os.environ["NICEGUI_STORAGE_PATH"] = str(Path(tempfile.gettempdir()) / "traceml-page-storage")
+    # NiceGUI reads stored values at its import, and writes them back; our pages have none. A place that others can
+    # write to, such as the temporary folder, would let them plant a pipe or a link there.
+    os.environ["NICEGUI_STORAGE_PATH"] = f"{os.devnull}/none"
     import uvicorn
     from fastapi import FastAPI
     from nicegui import ui
