@@ -48,12 +48,15 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
     from traceml.display.web.pages import Pages
     from traceml.display.web.run_files import RunFiles
     from traceml.display.web.token_middleware import TokenMiddleware
+    from traceml.display.web.unproved_connections import UnprovedConnections
 
+    unproved = UnprovedConnections()
     pages = Pages(config.runs_dir)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=partial(_lifespan, pages))
     RunFiles(config.runs_dir).register(app)
     pages.register()
-    app.add_middleware(TokenMiddleware, token=config.token, port=sock.getsockname()[1])
+    port = sock.getsockname()[1]
+    app.add_middleware(TokenMiddleware, token=config.token, port=port, on_proved=unproved.discard)
     ui.run_with(
         app,
         title="traceml",
@@ -72,6 +75,7 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
             app,
             log_level="warning",
             access_log=False,
+            http=unproved.protocol(),
             ws="wsproto",
             ws_per_message_deflate=False,
             server_header=False,
