@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ __all__ = ["METRICS_PATH", "metric_families", "metrics_app", "serve_metrics"]
 
 METRICS_PATH = "/metrics"
 _REQUEST_TIMEOUT_S = 10.0  # a client that sends nothing must not hold a thread
+# Each has a thread, also before its token is known. Prometheus uses one; above this many the oldest is cut.
+_MOST_CONNECTIONS = 64
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
@@ -128,7 +132,7 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class _InheritedServer(ThreadingMixIn, WSGIServer):
-    """A WSGI server on a socket that listens already."""
+    """A WSGI server on a socket that listens already, with a bounded number of connections."""
 
     daemon_threads = True
 
@@ -138,3 +142,27 @@ class _InheritedServer(ThreadingMixIn, WSGIServer):
         self.socket: socket.socket = sock
         self.server_name, self.server_port = sock.getsockname()[:2]
         self.setup_environ()
+        self._open: dict[socket.socket, None] = {}
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection on a thread; of too many the oldest is cut."""
+        oldest = None
+        with self._lock:
+            self._open[request] = None
+            if len(self._open) > _MOST_CONNECTIONS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+
+        if oldest is not None:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
+
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection that was answered."""
+        with self._lock:
+            self._open.pop(request, None)
+
+        super().shutdown_request(request)

@@ -1,0 +1,47 @@
+"""The metrics' server bounds its connections, whoever opens them."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from traceml.display.monitoring import metrics_server
+from traceml.display.monitoring.active_runs import ActiveRuns
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[int]:
+    """A server of a folder without runs."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    server = metrics_server._InheritedServer(listener)
+    server.set_app(metrics_server.metrics_app(ActiveRuns(tmp_path), None))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield listener.getsockname()[1]
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nX: "])
+def test_others_cannot_take_all_threads(port: int, sent: bytes) -> None:
+    """Of connections that do not end their request the oldest is cut, and Prometheus is answered."""
+    with ExitStack() as stack:
+        opened = []
+        for _ in range(metrics_server._MOST_CONNECTIONS + 10):
+            opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)))
+            opened[-1].sendall(sent)
+
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/metrics")
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert opened[0].recv(1) == b""
+        answering = [each for each in threading.enumerate() if "process_request_thread" in each.name]
+        assert len(answering) <= metrics_server._MOST_CONNECTIONS + 1
