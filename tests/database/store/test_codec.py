@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,3 +77,27 @@ def test_damaged_bytes_are_a_value_error(number: int) -> None:
     """Damage and codecs of the future are one kind of error, whatever the library below raises."""
     with pytest.raises(ValueError, match=r".+"):
         decode(number, b"this was never compressed", 8)
+
+
+def test_few_bytes_cannot_become_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store from elsewhere may hold anything; a frame as large as the limit is read."""
+    monkeypatch.setattr(module, "_MOST_BYTES", 1 << 20)
+    fits, exceeds = bytes(1 << 20), bytes((1 << 20) + 8)
+    for number, pack in ((Codec.ZSTD, zstandard.ZstdCompressor().compress), (Codec.ZLIB, zlib.compress)):
+        assert decode(number, pack(fits), 1) == fits
+        with pytest.raises(ValueError, match="above the limit of 1,048,576"):
+            decode(number, pack(exceeds), 1)
+
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(exceeds)
+    with pytest.raises(ValueError, match=r"."):
+        decode(Codec.ZSTD, unsized, 1)
+
+    claimed = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\x00\x00"
+    with pytest.raises(ValueError, match="1,099,511,627,776 bytes"):
+        decode(Codec.ZSTD, claimed, 1)
+
+
+def test_a_cut_zlib_frame_is_damaged() -> None:
+    """Not a shorter one."""
+    with pytest.raises(ValueError, match="truncated"):
+        decode(Codec.ZLIB, zlib.compress(step_rows(20))[:-9], 1)

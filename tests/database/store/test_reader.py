@@ -222,6 +222,25 @@ def test_store_of_another_version_is_reported(
         open_store(path)
 
 
+@pytest.mark.parametrize("open_store", [StoreReader, StoreWriter])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE VIEW more AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i FROM n",
+        "CREATE TRIGGER again AFTER INSERT ON events BEGIN DELETE FROM frames; END",
+    ],
+)  # fmt: skip
+def test_store_with_a_program_in_it_is_refused(
+    tmp_path: Path, open_store: Callable[[Path], object], statement: str
+) -> None:
+    """A view could make a reader wait for ever, and a trigger acts when the store is written."""
+    path = make_store(tmp_path / "store.db")
+    rewrite(path, statement)
+
+    with pytest.raises(StoreError, match=r"has the (view 'more'|trigger 'again').*move it away"):
+        open_store(path)
+
+
 def test_store_of_other_columns_is_not_continued_but_read(tmp_path: Path) -> None:
     """Rows are read by the columns they were written with; new ones of other columns do not go beside them."""
     path = make_store(tmp_path / "store.db")

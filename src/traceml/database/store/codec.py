@@ -20,6 +20,8 @@ __all__ = ["Codec", "decode", "decode_planes", "encode"]
 
 _LEVEL = 1
 _SMALL_BYTES = 48  # smaller frames do not get smaller by compression
+# A writer's largest frames have some ten megabytes. A damaged or malicious one may claim terabytes, from a few bytes.
+_MOST_BYTES = 256 << 20
 
 
 class Codec(IntEnum):
@@ -77,7 +79,8 @@ def decode(codec: int, data: bytes, row_bytes: int) -> bytes:
         row_bytes: size of a row; 1 for logs.
 
     Raises:
-        ValueError: the bytes are damaged, the codec is unknown, or it needs zstandard, which is not installed.
+        ValueError: the bytes are damaged, would take more than 256 MiB, the codec is unknown, or it needs zstandard,
+            which is not installed.
     """
     body = _unpacked(codec, data)
     return _planes(body, row_bytes).T.tobytes() if codec in _SHUFFLED else body
@@ -127,7 +130,8 @@ def _unzstd(data: bytes) -> bytes:
     import zstandard
 
     try:
-        body: bytes = _compressors.unpack(data)
+        _check_size(zstandard.frame_content_size(data))  # negative where it is not told
+        body: bytes = _compressors.unpack(data, max_output_size=_MOST_BYTES)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
 
@@ -135,7 +139,19 @@ def _unzstd(data: bytes) -> bytes:
 
 
 def _unzlib(data: bytes) -> bytes:
+    unpacker = zlib.decompressobj()
     try:
-        return zlib.decompress(data)
+        body = unpacker.decompress(data, _MOST_BYTES + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
+
+    _check_size(len(body))
+    if not unpacker.eof:
+        raise ValueError("incomplete or truncated stream")
+
+    return body
+
+
+def _check_size(size: int) -> None:
+    if size > _MOST_BYTES:
+        raise ValueError(f"it would take {size:,} bytes, above the limit of {_MOST_BYTES:,} for a frame")

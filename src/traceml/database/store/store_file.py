@@ -204,11 +204,23 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
     if application != _APPLICATION_ID:
         raise StoreError(f"{path} is a database, but not a traceml store. Move it away, or choose another folder.")
 
+    _check_schema(database, path)
     version = _version(database)
     if not _OLDEST_VERSION <= version <= STORE_VERSION:
         raise StoreError(
             f"the run's store {path} has format {version}, this traceml reads {STORE_VERSION}. "
             f"Use {'a newer' if version > STORE_VERSION else 'the older'} traceml for this run."
+        )
+
+
+def _check_schema(database: sqlite3.Connection, path: Path) -> None:
+    """Refuse a store with programs in it: a view under a table's name may never end, and triggers run when we write."""
+    database.execute("PRAGMA trusted_schema=OFF")
+    found = database.execute("SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchone()
+    if found is not None:
+        raise StoreError(
+            f"{path} has the {found[0]} {found[1]!r:.80}, which no traceml has written: the file was changed. "
+            "Do not open it with other programs; move it away."
         )
 
 
