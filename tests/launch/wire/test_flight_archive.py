@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,33 @@ def test_a_damaged_archive_is_told(script: Script, tmp_path: Path, damage: bytes
         unpack_flight(data, tmp_path / "copies", "far-0-1")
 
     assert not list((tmp_path / "copies").glob("*.flight"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../planted", "/planted", "files/../../planted", "files/..", "journal/../../planted", "flight/../x", "other"],
+)  # fmt: skip
+def test_an_archive_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
+    """A name that is none of ours is refused, wherever it leads, and so is a link."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+
+    with pytest.raises(ValueError, match="unknown file"):
+        unpack_flight(buffer.getvalue(), tmp_path / "run" / "copies", "far-0-1")
+
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "copies"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+def test_an_archive_makes_no_links(tmp_path: Path, kind: bytes) -> None:
+    """Nor pipes or folders: they would stand where a later writer expects a file."""
+    member, buffer = tarfile.TarInfo("files/model.bin"), io.BytesIO()
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.addfile(member)
+
+    with pytest.raises(ValueError, match="far-0-1"):
+        unpack_flight(buffer.getvalue(), tmp_path / "copies", "far-0-1")
+
+    assert list((tmp_path / "copies").iterdir()) == []

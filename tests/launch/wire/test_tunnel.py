@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from traceml.launch.wire import tunnel
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.tunnel import TunnelConnector, TunnelListener
 
@@ -78,9 +80,9 @@ class Between:
 
 @pytest.fixture
 def between() -> Iterator[Between]:
-    tunnel = Between()
-    yield tunnel
-    tunnel.close()
+    made = Between()
+    yield made
+    made.close()
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -142,6 +144,43 @@ def test_nobody_at_the_end_is_no_connection(between: Between) -> None:
     between.server.close()
     with socket.create_connection(("127.0.0.1", between.listener.port), timeout=20) as near:
         assert near.recv(1) == b""
+
+
+def test_others_cannot_take_all_descriptors_of_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every user of the host can connect: above a share of the limit connections end at once, and later ones pass."""
+    monkeypatch.setattr(tunnel, "_LEAST_RELAYS", 2)
+    monkeypatch.setattr(tunnel, "_SHARE", 1 << 30)
+    between = Between()
+    try:
+        first, second = between.connect(), between.connect()
+        with socket.create_connection(("127.0.0.1", between.listener.port), timeout=20) as refused:
+            assert refused.recv(1) == b""
+
+        for end in first:
+            end.close()
+
+        second[0].sendall(b"ping")
+        assert second[1].recv(4) == b"ping"
+        with contextlib.closing(_connected(between)) as third:
+            third.sendall(b"x")
+
+        for end in second:
+            end.close()
+    finally:
+        between.close()
+
+
+def _connected(between: Between) -> socket.socket:
+    """Return a connection that passes, as soon as there is room again."""
+    while True:
+        near = socket.create_connection(("127.0.0.1", between.listener.port), timeout=20)
+        between.server.settimeout(0.2)
+        try:
+            between.server.accept()[0].close()
+        except TimeoutError:
+            near.close()
+        else:
+            return near
 
 
 def test_it_can_be_closed_after_the_loop(between: Between) -> None:

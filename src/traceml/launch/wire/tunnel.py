@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import selectors
 import socket
 from collections import deque
@@ -25,6 +26,9 @@ __all__ = ["TunnelConnector", "TunnelListener"]
 _WINDOW_BYTES = 256 << 10
 _READ_BYTES = 64 << 10
 _CONNECT_TIMEOUT_S = 1.0
+# Every user of the host can connect to the listener, and only the aggregator, at the other end, asks for the token. A
+# rank and each of its children that logs has one connection. The agent needs its other descriptors for the workers.
+_SHARE, _LEAST_RELAYS, _UNLIMITED = 4, 16, 4096
 
 _log = logging.getLogger("traceml")
 
@@ -46,6 +50,8 @@ class TunnelListener:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setblocking(False)
         self._relays: dict[int, TunnelConnection] = {}
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = max(limit // _SHARE, _LEAST_RELAYS) if limit != resource.RLIM_INFINITY else _UNLIMITED
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     @property
@@ -74,6 +80,10 @@ class TunnelListener:
         try:
             sock, _ = self._listener.accept()
         except OSError:  # closed again, or no descriptor left: the rank tries again
+            return
+
+        if len(self._relays) >= self._most:
+            sock.close()  # the others end after some seconds, unless they prove the token; a rank tries again
             return
 
         outgoing = self._channel.open_stream(kind="tunnel", **self._about)
