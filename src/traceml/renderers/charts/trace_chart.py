@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from traceml.formatting import count_text, ms_text, percent_text, plural, printable
 from traceml.renderers.charts.palette import LIGHT
 from traceml.renderers.charts.svg_marks import escaped
+from traceml.renderers.content_policy import content_policy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ _LONGEST = 48  # characters of a label
 _STYLE = {"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "svg.hashsalt": "traceml"}
 _PAGE = """\
 <!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">{policy}<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:62rem;padding:0 1rem;color:#1c2733}}
 svg{{width:100%;height:auto}}table{{border-collapse:collapse;width:100%}}th,td{{padding:.25rem .6rem;text-align:right;
@@ -68,6 +69,7 @@ def trace_page(result: Mapping[str, Any], top: int) -> str:
     columns = [(head, key) for head, key in _COLUMNS if any(key in group for group in groups)]
     heads = ["".join(f"<th>{escaped(text)}</th>" for text in (_title(result), "count", *(head for head, _ in columns)))]
     return _PAGE.format(
+        policy=content_policy(),
         title=escaped(f"Time by {_title(result)}"),
         about=escaped(_about(result, len(groups))),
         chart=svg[svg.index("<svg") :],

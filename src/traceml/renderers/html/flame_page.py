@@ -10,6 +10,7 @@ from pathlib import Path
 from traceml.formatting import duration_text, percent_text, phase_label, plural
 from traceml.renderers.charts.palette import BY_CSS, DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
+from traceml.renderers.content_policy import content_policy
 from traceml.runs.export.flame_graph import StackFrame, weighted_stacks
 from traceml.runs.report.line_shares import lines_by_phase
 from traceml.runs.report.report_types import Report
@@ -45,6 +46,7 @@ def flame_page(report: Report) -> str:
     body = "".join(_drawn(each, top.weight, timed, None) for each in _largest(top))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{content_policy(_script())}"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}: flame graph</title><style>{_style_sheet()}</style></head><body>"
         f"<h1>{title}</h1><p>{about}. Click a frame to enlarge it, Escape to go back.</p>"

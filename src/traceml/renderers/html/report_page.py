@@ -24,6 +24,7 @@ from traceml.formatting import (
 from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
+from traceml.renderers.content_policy import content_policy
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.html.html_tables import line_list, memory_facts, phase_table, rank_table, run_facts, stacks
 from traceml.renderers.views import RunView, run_view
@@ -63,6 +64,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
     version = escaped(report.traceml_version)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{content_policy()}"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escaped(view.run.name)}: {escaped(view.verdict.kind)}</title>"
