@@ -136,6 +136,18 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["command"].startswith("train.py --lr 0.1 --api-key ")
 
 
+def test_our_own_secrets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they look like: a token of a few letters, or a webhook whose path is its key."""
+    monkeypatch.setenv("TRACEML_TOKEN", "kitten")
+    monkeypatch.setenv("TRACEML_ON_FINDING", "https://hooks.example.org/kitten")
+    monkeypatch.setenv("TRACEML_PROJECT", "cats")
+    variables = facts_of(EnvironmentCollector({"argv": []}))["variables"]
+
+    assert "kitten" not in str(variables)
+    assert {"TRACEML_TOKEN", "TRACEML_ON_FINDING"}.isdisjoint(variables)
+    assert variables["TRACEML_PROJECT"] == "cats"
+
+
 def test_system() -> None:
     """The machine is told in numbers that agree with Python's own."""
     facts = facts_of(SystemCollector())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.privacy import Masker
-from traceml.settings import INTERNAL_ENV, USER_ENV
+from traceml.settings import ENV_PREFIX, INTERNAL_ENV, USER_ENV, declarations
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -92,8 +92,15 @@ class SystemCollector(CollectorInterface):
 
 
 def _is_relevant(name: str) -> bool:
-    """Whether a variable may change the training; what our own processes tell each other does not."""
-    return _VARIABLES.fullmatch(name) is not None and name not in {*INTERNAL_ENV, *USER_ENV}
+    """Whether a variable may change the training; what our own processes tell each other does not, nor do our secrets.
+
+    A token of a few letters looks like none to the masker.
+    """
+    return (
+        _VARIABLES.fullmatch(name) is not None
+        and name not in {*INTERNAL_ENV, *USER_ENV}
+        and name.upper() not in {f"{ENV_PREFIX}{key.upper()}" for key, each in declarations().items() if each.secret}
+    )
 
 
 def _packages(path: list[str]) -> Iterator[str]:
