@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import get_native_id
 
 import pytest
 
-from traceml.own_files import check_own_folder, create_own, make_own_folder, open_own
+from traceml.own_files import (
+    check_own_folder,
+    create_own,
+    is_file_inside,
+    make_own_folder,
+    open_own,
+    read_regular,
+    replace_file,
+)
 
 
 def test_a_file_of_this_user_is_opened(tmp_path: Path) -> None:
@@ -67,3 +76,54 @@ def test_folders_that_others_may_use_are_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "new")
     with pytest.raises(PermissionError, match="not a folder"):
         check_own_folder(tmp_path / "link")
+
+
+def test_only_regular_files_are_read_and_none_is_waited_for(tmp_path: Path) -> None:
+    """Of any user and through links, as in a run's folder from elsewhere; a pipe or a device there is an error."""
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+
+    assert read_regular(tmp_path / "file") == read_regular(tmp_path / "link") == b"text"
+    for name in ("pipe", "endless", "."):
+        with pytest.raises(PermissionError, match="not a regular file"):
+            read_regular(tmp_path / name)
+
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "none")
+
+
+def test_what_leads_out_of_a_folder_is_not_inside(tmp_path: Path) -> None:
+    """By dots, by an absolute path, or by a link; a folder that is a link itself is no way out."""
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "file").write_text("text")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    (folder / "in").symlink_to("sub/file")
+    (tmp_path / "other").symlink_to(folder)
+    os.mkfifo(folder / "pipe")
+
+    assert is_file_inside(folder / "sub" / "file", folder)
+    assert is_file_inside(folder / "in", folder)
+    assert is_file_inside(tmp_path / "other" / "in", tmp_path / "other")
+    for name in ("out", "../secret", str(tmp_path / "secret"), "pipe", "sub", "none", "a\0b", "x" * 5000):
+        assert not is_file_inside(folder / name, folder), name
+
+
+def test_a_file_is_replaced_as_a_whole_and_never_through_a_planted_link(tmp_path: Path) -> None:
+    """The draft's name can be guessed: what stands there is removed, and what it leads to stays as it is."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".file-{os.getpid()}-{get_native_id()}").symlink_to(victim)
+
+    replace_file(tmp_path / "file", b"new")
+
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert victim.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "victim"]
+    with pytest.raises(OSError, match="directory"):
+        replace_file(tmp_path, b"new")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "victim"]

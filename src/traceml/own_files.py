@@ -1,4 +1,8 @@
-"""Files and folders of this user alone: what another user may have planted under a known name is refused."""
+"""Files and folders that may be trusted: of this user alone, or regular ones inside a folder.
+
+What another user may have planted under a known name is refused, and so is what a run's folder from elsewhere may hold
+in place of a file: a pipe, which would stop its reader for good, or a link that leads out of it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,20 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_native_id
 
-__all__ = ["check_own_folder", "create_own", "make_own_folder", "open_own", "opened_own"]
+__all__ = [
+    "check_own_folder",
+    "create_own",
+    "is_file_inside",
+    "make_own_folder",
+    "open_own",
+    "opened_own",
+    "read_regular",
+    "replace_file",
+]
 
 _OTHERS_WRITE = 0o022
 _OTHERS_ANY = 0o077
@@ -25,18 +39,54 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
         PermissionError: it is a pipe, a device or a folder, or belongs to another user.
         OSError: it cannot be opened; a symbolic link is not followed.
     """
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = _open_regular(path, flags | os.O_NOFOLLOW)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise PermissionError(errno.EPERM, "it is not a regular file", str(path))
-
-        _check_owner(status, path)
+        _check_owner(os.fstat(descriptor), path)
     except BaseException:
         os.close(descriptor)
         raise
 
     return descriptor
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file of any user, also through links; it never waits.
+
+    Raises:
+        PermissionError: it is a pipe, a device or a folder.
+        OSError: it cannot be read.
+    """
+    with open(_open_regular(path, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or all of the new one.
+
+    The draft beside it is always a new file: a link that was planted under its name is not written through.
+
+    Raises:
+        OSError: the file cannot be written; the old one stays.
+    """
+    draft = path.with_name(f".{path.name}-{os.getpid()}-{get_native_id()}")
+    try:
+        draft.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(draft, flags, 0o666), "wb") as file:
+            file.write(data)
+
+        draft.replace(path)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def is_file_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path is a regular file below a folder, also after its links are followed."""
+    try:
+        return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # ValueError: a null byte
+        return False
 
 
 @contextmanager
@@ -93,6 +143,15 @@ def check_own_folder(folder: Path, *, private: bool = False) -> None:
     if status.st_mode & (_OTHERS_ANY if private else _OTHERS_WRITE):
         mode = stat.S_IMODE(status.st_mode)
         raise PermissionError(errno.EPERM, f"others may use it, its mode is {mode:04o}, not 0700", str(folder))
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+
+    os.close(descriptor)
+    raise PermissionError(errno.EPERM, "it is not a regular file", str(path))
 
 
 def _check_owner(status: os.stat_result, path: Path) -> None:

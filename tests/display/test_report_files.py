@@ -103,6 +103,25 @@ def test_a_page_through_a_link_leaves_the_link(run, tmp_path):
         assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
 
 
+def test_the_reports_of_a_run_are_not_written_through_a_link(run, tmp_path):
+    """A run's folder may come from elsewhere: what a link in it leads to stays as it is."""
+    for name in ("report.json", "report.html"):
+        (tmp_path / name).write_text("mine")
+        (run / name).symlink_to(tmp_path / name)
+
+    write_reports(run)
+    TrackerState("jsonl").save(run)
+    (run / "report.html").unlink()
+    (run / "report.html").symlink_to(tmp_path / "report.html")
+    refresh_reports(run)
+
+    for name in ("report.json", "report.html"):
+        assert (tmp_path / name).read_text() == "mine"
+        assert not (run / name).is_symlink()
+
+    assert "tracker jsonl" in (run / "report.html").read_text()
+
+
 def test_a_store_from_before_some_tables_has_a_page(run, tmp_path):
     """Tables that an older version did not write are left out."""
     store = sqlite3.connect(run / STORE_NAME)

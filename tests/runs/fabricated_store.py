@@ -26,9 +26,11 @@ def run_facts(**changed: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def add_rank(writer: StoreWriter, rank: int, rows: np.ndarray[Any, Any], *, attempt: int = 0, **facts: Any) -> int:
+def add_rank(
+    writer: StoreWriter, rank: int, rows: np.ndarray[Any, Any], *, attempt: int = 0, on_host: str = "h0", **facts: Any
+) -> int:
     """Add a rank with its step rows; return its stream."""
-    stream = writer.stream(StreamIdentity(rank, attempt, "h0", 100 + rank, 7, ""), **{"state": "finished", **facts})
+    stream = writer.stream(StreamIdentity(rank, attempt, on_host, 100 + rank, 7, ""), **{"state": "finished", **facts})
     for start in range(0, len(rows), 64):
         part = rows[start : start + 64]
         ends = int(part["step"][0]), int(part["step"][-1])

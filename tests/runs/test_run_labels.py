@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from traceml.errors import StoreError, UsageError
@@ -44,3 +46,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     """The error has the path."""
     with pytest.raises(StoreError, match=r"cannot write .*labels\.json"):
         write_labels(tmp_path / "none", RunLabels())
+
+
+def test_a_pipe_in_place_of_the_labels_keeps_nobody_waiting(tmp_path):
+    """A run's folder may come from elsewhere; such a run is labeled like any other."""
+    os.mkfifo(tmp_path / LABELS_NAME)
+
+    assert read_labels(tmp_path) == RunLabels()
+    write_labels(tmp_path, RunLabels(note="x"))
+    assert read_labels(tmp_path).note == "x"

@@ -20,6 +20,7 @@ from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.ids import new_run_id
+from traceml.own_files import replace_file
 from traceml.transport.hello import Hello
 from traceml.transport.runs_folder import create_runs_dir
 from traceml.transport.server import RefusedError
@@ -300,15 +301,11 @@ class Registry:
 
     def _mark(self, key: str, run_id: str, *, named: bool) -> None:
         marker = _marker(self.runs_dir, key)
-        draft = marker.with_suffix(f".{os.getpid()}")
         try:
             marker.parent.mkdir(exist_ok=True)
-            draft.write_text(json.dumps({"job": key, "run": run_id, "named": named}))
-            draft.replace(marker)
+            replace_file(marker, json.dumps({"job": key, "run": run_id, "named": named}).encode())
         except OSError as error:
             _log.warning("run %s will not be found after a restart of the aggregator: %s", run_id, error)
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
 
     def _unmark(self, key: str) -> None:
         with contextlib.suppress(OSError):  # at worst the next aggregator checks a run that is over

@@ -34,7 +34,7 @@ def write_reports(run_dir: Path) -> Path:
         report = full_report(digest, reader, run_dir)
         path = save_report(run_dir, report)
         with fail_open(_log, "display", f"{run_dir / PAGE_NAME} was not written"):
-            _save(run_dir / PAGE_NAME, _page(digest, reader, report))
+            write_atomic(run_dir / PAGE_NAME, _page(digest, reader, report))
 
     return path
 
@@ -47,17 +47,22 @@ def refresh_reports(run_dir: Path) -> None:
         OSError: the folder cannot be written.
     """
     if update_trackers(run_dir) and (Path(run_dir) / PAGE_NAME).exists():
-        write_page(run_dir, Path(run_dir) / PAGE_NAME)
+        write_atomic(Path(run_dir) / PAGE_NAME, page_text(run_dir))
 
 
 def write_page(run_dir: Path, path: Path) -> None:
-    """Write the HTML report of a run, running or ended, to a file, atomically.
+    """Write the HTML report of a run, running or ended, to a file that the user chose, atomically; also through a link.
 
     Raises:
         StoreError: the store cannot be read.
         OSError: the file cannot be written.
     """
-    _save(Path(path), page_text(run_dir))
+    path, page = Path(path), page_text(run_dir)
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+        path.write_text(page, encoding="utf-8", errors="replace")
+        return
+
+    write_atomic(path.resolve(), page)  # a link stays a link
 
 
 def page_text(run_dir: Path) -> str:
@@ -75,11 +80,3 @@ def _page(digest: Digest, reader: StoreReader, report: Report) -> str:
     follower = SeriesFollower()
     follower.take(digest, reader)
     return report_page(report, follower.series(digest), about_run(reader))
-
-
-def _save(path: Path, page: str) -> None:
-    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
-        path.write_text(page, encoding="utf-8", errors="replace")
-        return
-
-    write_atomic(path.resolve(), page)  # a link stays a link

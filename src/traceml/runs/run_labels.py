@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from traceml.errors import StoreError, UsageError
+from traceml.own_files import read_regular, replace_file
 
 __all__ = [
     "LABELS_NAME",
@@ -38,7 +37,7 @@ class RunLabels(msgspec.Struct, kw_only=True):
 def read_labels(run_dir: Path) -> RunLabels:
     """Return the labels of a run; none where there are none, or where they cannot be read."""
     try:
-        return msgspec.json.decode((run_dir / LABELS_NAME).read_bytes(), type=RunLabels)
+        return msgspec.json.decode(read_regular(run_dir / LABELS_NAME), type=RunLabels)
     except (OSError, msgspec.DecodeError):
         return RunLabels()
 
@@ -58,15 +57,10 @@ def write_labels(run_dir: Path, labels: RunLabels) -> None:
         StoreError: the folder cannot be written.
     """
     path = run_dir / LABELS_NAME
-    draft = path.with_name(f".{LABELS_NAME}-{os.getpid()}")
     try:
-        draft.write_bytes(msgspec.json.encode(labels))
-        draft.replace(path)
+        replace_file(path, msgspec.json.encode(labels))
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
 
 
 def change_labels(run_dir: Path, change: Callable[[RunLabels], None]) -> RunLabels:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from traceml.errors import UsageError
+from traceml.own_files import read_regular
 from traceml.runs.find import RunInfo
 from traceml.runs.report.report_types import REPORT_NAME, MetricSection, SetupSection
 
@@ -123,7 +124,7 @@ class RunFields:
     def _read(self) -> _LoggedFigures:
         if self._logged is None:
             try:
-                data = (self.info.path / REPORT_NAME).read_bytes()
+                data = read_regular(self.info.path / REPORT_NAME)
                 self._logged = msgspec.json.decode(data, type=_LoggedFigures)
             except (OSError, msgspec.DecodeError):
                 self._logged = _LoggedFigures()  # it runs, or cannot be read: it has no such values

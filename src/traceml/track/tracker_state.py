@@ -1,7 +1,7 @@
 """State of each tracker's delivery: one small file per backend in `<run>/trackers/`, and a lock beside it.
 
 The delivery process writes it after each batch; the aggregator, `traceml sync`, the rank, the report and the screens
-read it. Imports the standard library alone, because all of them import this module.
+read it. Imports little beyond the standard library, because all of them import this module.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from traceml.own_files import read_regular, replace_file
 
 __all__ = [
     "EXIT_AGAIN",
@@ -137,15 +138,7 @@ class TrackerState:
         self.updated = time.time()
         path = self.path_in(run_dir, self.backend)
         path.parent.mkdir(exist_ok=True)
-        draft = path.with_name(f".{path.name}-{os.getpid()}")
-        try:
-            draft.write_text(json.dumps(asdict(self)))
-            draft.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
-
-            raise
+        replace_file(path, json.dumps(asdict(self)).encode())
 
     def busy(self, seconds: float) -> None:
         """Record that a call begins which may take `seconds`."""
@@ -198,7 +191,7 @@ def locked(run_dir: Path, backend: str) -> Iterator[bool]:
 
 def _read(path: Path) -> TrackerState | None:
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(read_regular(path))
         stored.setdefault("fallback_done", stored.get("stood_in", False))  # its name in older files
         known = {each.name for each in fields(TrackerState)}
         state = TrackerState(**{name: value for name, value in stored.items() if name in known})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from traceml.display.web.panels.log_search import log_tails, search_logs
@@ -36,3 +38,14 @@ def test_lines_before_the_end_of_a_file_are_found(tmp_path):
 
     assert "early" not in log_tails(tmp_path)[0].text
     assert search_logs(tmp_path, "early", "error")[0].text == "early error"
+
+
+def test_logs_are_regular_files_of_the_run(tmp_path):
+    """A run's folder may come from elsewhere: a link out of it is not shown, and a pipe in it is not waited for."""
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "secret.log").write_text("of another folder")
+    (tmp_path / "run" / "logs" / "link.log").symlink_to(tmp_path / "secret.log")
+    os.mkfifo(tmp_path / "run" / "logs" / "pipe.log")
+    (tmp_path / "run" / "logs" / "own.log").write_text("fine")
+
+    assert [(tail.name, tail.text) for tail in log_tails(tmp_path / "run")] == [("own.log", "fine")]

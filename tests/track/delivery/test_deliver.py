@@ -245,6 +245,24 @@ def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: 
     assert any(line.get("metric") == "system/cpu_pct" for line in lines)
 
 
+def test_no_file_outside_of_the_run_is_sent(run: LoggedRun, tmp_path: Path) -> None:
+    """A row's path is text: one that leads elsewhere, by dots, as a whole or through a link, is refused."""
+    (tmp_path / "secret.txt").write_text("secret")
+    (run.path / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (run.path / "own.txt").write_text("own")
+    run.experiment(["jsonl"], id="a")
+    for path in ("../secret.txt", str(tmp_path / "secret.txt"), "link.txt", "own.txt"):
+        run.row("artifact", name=path, path=path, size=6)
+
+    run.end()
+    assert deliver(run.path, "jsonl").returncode == 0
+
+    state = state_of(run.path, "jsonl")
+    assert (state.failed, state.delivered) == (3, 1)
+    assert all("is not in the run's folder" in reason for reason in state.reasons)
+    assert [line["name"] for line in lines_of(run.path) if line.get("type") == "artifact"] == ["own.txt"]
+
+
 def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: LoggedRun) -> None:
     """A third party's with the required methods alone: which row it refuses is known, so no other comes again."""
     plain = "tests.track.faulty_backends:Bare"

@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 from traceml.display.report_files import page_text
 from traceml.display.web.run_sources import is_run_id
 from traceml.errors import StoreError
+from traceml.own_files import is_file_inside
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME
 
@@ -64,7 +65,7 @@ class RunFiles:
             return await run_in_threadpool(_report, run_dir, path)
 
         file = run_dir / path
-        if not (_LOGGED.fullmatch(path) or _LOG.fullmatch(path)) or not _is_inside(file, run_dir):
+        if not (_LOGGED.fullmatch(path) or _LOG.fullmatch(path)) or not is_file_inside(file, run_dir):
             return _refused()
 
         image = IMAGE_TYPES.get(file.suffix.lower())
@@ -77,20 +78,12 @@ class RunFiles:
         )
 
 
-def _is_inside(file: Path, run_dir: Path) -> bool:
-    """Return whether a file is below a run's folder also by its links."""
-    try:
-        return file.is_file() and file.resolve().is_relative_to(run_dir.resolve())
-    except OSError:
-        return False
-
-
 def _report(run_dir: Path, name: str) -> Response:
     """Return a report as it was written at the end of the run, or that of the run so far."""
     headers = {**_HEADERS, "content-disposition": f"attachment; filename*=UTF-8''{quote(f'{run_dir.name}-{name}')}"}
     kind = "application/json" if name == REPORT_NAME else "text/html"
     try:
-        if (run_dir / name).is_file():
+        if is_file_inside(run_dir / name, run_dir):
             content = (run_dir / name).read_bytes()
         else:
             text = build_report(run_dir).to_json() if name == REPORT_NAME else page_text(run_dir)

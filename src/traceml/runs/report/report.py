@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +13,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.window import Window
 from traceml.errors import StoreError
+from traceml.own_files import replace_file
 from traceml.runs.report import sections
 from traceml.runs.report.profiled_operators import with_operators
 from traceml.runs.report.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
@@ -139,12 +139,7 @@ def write_atomic(path: Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8", errors="replace")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    replace_file(path, text.encode("utf-8", "replace"))
 
 
 def make_report(

@@ -10,6 +10,7 @@ import msgspec
 from traceml.diagnosis.findings import Finding, significant
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import StoreError
+from traceml.own_files import read_regular
 from traceml.runs.json_document import JsonDocument
 
 __all__ = [
@@ -374,7 +375,7 @@ def read_report(path: Path) -> Report:
         OSError: the file cannot be read.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Report)
+        return msgspec.json.decode(read_regular(path), type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is not a report: {error}") from error
 
@@ -389,6 +390,6 @@ class ReportSummary(msgspec.Struct):
 def read_summary(path: Path) -> ReportSummary | None:
     """Return parts of the report in a file, without reading the rest; None where there is no report."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ReportSummary)
+        return msgspec.json.decode(read_regular(path), type=ReportSummary)
     except (OSError, msgspec.DecodeError):
         return None

@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from traceml.database.schema import METRICS, STEPS
 from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
 from traceml.errors import BackendRefusedError
+from traceml.own_files import is_file_inside, read_regular
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.derived import DerivedMetrics
@@ -313,10 +314,7 @@ class BatchSender:
             self._session.histogram(experiment, name, row["counts"], row["edges"], step)
             yield 8 * len(row["counts"])
         elif kind in {"image", "artifact"}:
-            path = self._run_dir / str(row["path"])
-            if not path.is_file():
-                raise BackendRefusedError(f"the file of {kind} {row.get('name')!r} no longer exists: {path}")
-
+            path = self._file(kind, row)
             if kind == "image":
                 self._session.image(experiment, name, path, step)
             else:
@@ -343,6 +341,14 @@ class BatchSender:
         for key in shown.keys() - short.keys():
             self._session.text(experiment, key, shown[key], 0)
             yield len(shown[key])
+
+    def _file(self, kind: str, row: Mapping[str, Any]) -> Path:
+        """Return the path of a logged file; a row may name one outside of the run's folder, which is not sent."""
+        path = self._run_dir / str(row["path"])
+        if not is_file_inside(path, self._run_dir):
+            raise BackendRefusedError(f"the file of {kind} {row.get('name')!r} is not in the run's folder: {path}")
+
+        return path
 
     def _params_of(
         self, experiment: PlannedExperiment, params: dict[str, Any], rank: int, kind: str = "params"
@@ -416,7 +422,7 @@ class BatchSender:
 
 def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
     try:
-        report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+        report = json.loads(read_regular(run_dir / "report.json"))
         verdict: dict[str, Any] = report["verdict"]
         return verdict if report["run"]["state"] != "running" else None
     except (OSError, ValueError, KeyError, TypeError):

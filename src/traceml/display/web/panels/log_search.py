@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from traceml.own_files import is_file_inside
+
 __all__ = ["LEVELS", "LogTail", "log_tails", "search_logs"]
 
 _TAIL_BYTES = 16 * 1024
@@ -41,7 +43,8 @@ def log_tails(run_dir: Path, limit_bytes: int = _TAIL_BYTES) -> list[LogTail]:
     """
     folder = run_dir / "logs"
     try:
-        files = sorted(folder.rglob("*.log"), key=lambda file: file.stat().st_mtime)[-_LOG_FILES:]
+        found = [file for file in folder.rglob("*.log") if is_file_inside(file, run_dir)]
+        files = sorted(found, key=lambda file: file.stat().st_mtime)[-_LOG_FILES:]
         return sorted((_tail(folder, file, limit_bytes) for file in files), key=lambda tail: tail.name)
     except OSError:
         return []  # a file was removed meanwhile
