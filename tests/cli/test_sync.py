@@ -92,6 +92,24 @@ def test_what_runs_owe_is_delivered_once(runs_dir, capsys):
     assert values(second.path) == THREE
 
 
+@pytest.mark.needs("root")
+def test_runs_of_other_users_are_delivered_only_when_they_are_named(runs_dir, capsys):
+    """A run names trackers and plugins, and a delivery uses the keys of its caller: that needs the caller's consent."""
+    first, second = logged(runs_dir, "a", "jsonl"), logged(runs_dir, "b", "jsonl")
+    os.chown(first.path, 12345, -1)
+
+    assert cli.main(["sync"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["b: jsonl 3 delivered"]
+    assert "1 run of other users left out (a)" in err
+    assert states_of(first.path) == []
+    assert values(second.path) == THREE
+
+    assert cli.main(["sync", "a"]) == 0
+    assert "left out" not in capsys.readouterr().err
+    assert values(first.path) == THREE
+
+
 def test_json_tells_what_became_of_each(runs_dir, capsys):
     run = LoggedRun(runs_dir / "a")
     run.experiment(["jsonl", "no-such-tracker"], id="a")

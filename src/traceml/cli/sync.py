@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from traceml.database.store.store import merge_wal
 from traceml.database.store.store_file import STORE_NAME
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
-from traceml.formatting import printable
+from traceml.formatting import plural, printable
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.report.report_types import TrackerSection
@@ -134,9 +135,21 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
         yield from (find_run(run, runs_dir) for run in options.runs)
         return
 
+    foreign = []
     for info in reversed(list_runs(runs_dir)):
-        if info.state != "damaged" and (options.wait or info.state != "running"):
+        if info.state == "damaged" or (info.state == "running" and not options.wait):
+            continue
+
+        if info.path.stat().st_uid == os.geteuid():
             yield info.path.resolve()
+        else:
+            foreign.append(info.id)
+
+    if foreign:
+        _warn(
+            f"{plural(len(foreign), 'run')} of other users left out ({foreign[-1]}): a delivery uses your keys, and "
+            "imports the plugins that the run names. Name a run to deliver it all the same"
+        )
 
 
 def _tell_silent(runs_dir: Path) -> None:
