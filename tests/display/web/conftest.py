@@ -96,7 +96,9 @@ def browser() -> Iterator[Browser]:
     """Headless Chromium; ended with its module, since its event loop would block asyncio in others."""
     installed = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox", "--disable-gpu"])
+        names = "--host-resolver-rules=MAP *.example 127.0.0.1"  # of other sites, and of one that rebinds its name
+        arguments = ["--no-sandbox", "--disable-gpu", names]
+        browser = playwright.chromium.launch(executable_path=installed, args=arguments)
         yield browser
         browser.close()
 
