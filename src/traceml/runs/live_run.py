@@ -6,7 +6,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.window import slots_for
@@ -17,11 +17,11 @@ from traceml.runs.report.report_types import Report, TelemetrySection
 from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.logged_media import LoggedItems, MediaGroup
 from traceml.runs.rows.notes import Note, Notes
+from traceml.runs.rows.run_events import RunEvents
 from traceml.runs.rows.series import RunSeries, SeriesFollower
 
 __all__ = ["LiveRun"]
 
-_EVENTS = 200
 _RATES = 120
 # Window of the speed: a shorter one shows the flush of frames, a longer one hides changes.
 _RATE_S = 2.0
@@ -38,14 +38,14 @@ class LiveRun:
         run_dir: the run's folder.
 
     Attributes:
-        events: the newest events of the run.
+        events: the newest events of the run for people, oldest first.
         rates: steps per second over time, oldest first.
         findings: the findings so far, the verdict first; empty before there are any.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = Path(run_dir)
-        self.events: deque[RunEvent] = deque(maxlen=_EVENTS)
+        self.events = RunEvents()
         self.rates: deque[float] = deque(maxlen=_RATES)
         self.findings: list[Finding] = []
         self.digest = Digest(slots_for(1))
@@ -188,7 +188,7 @@ class LiveRun:
     def _take_events(self, reader: StoreReader) -> None:
         for event in reader.events(after=self._last_event):
             self._last_event = event.id
-            self.events.append(event)
+            self.events.take(event)
             if event.kind == "verdict":
                 self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
 

@@ -70,7 +70,7 @@ class Notes:
         from_events = [note for note in map(note_of_event, events) if note is not None]
         joined: list[Note] = []
         for note in sorted([*self._kept, *from_events], key=lambda note: note.epoch_s):
-            # A verdict is stored each time its numbers change, but shown once.
+            # The same words again, as of a warning of every rank, tell nothing new.
             if not joined or replace(joined[-1], epoch_s=note.epoch_s) != note:
                 joined.append(note)
 

@@ -53,8 +53,7 @@ class LogPanel:
     def show(self, state: RunState) -> None:
         """Show the current logs."""
         self._state = state
-        shown = [event for number, event in enumerate(state.events) if _is_new(state.events, number)]
-        rows = [_event_cells(event) for event in reversed(shown)]
+        rows = [_event_cells(event) for event in reversed(state.events)]
         words = self._words.lower().split()
         self._events.show([row for row in rows if all(word in " ".join(row).lower() for word in words)])
         if self._searching:
@@ -119,21 +118,6 @@ class LogPanel:
 
 
 _VALUE = "(event) => emit(event.target.value)"
-
-
-def _is_new(events: tuple[RunEvent, ...], number: int) -> bool:
-    """Return whether an event is new: the verdict is stored again each time its numbers change."""
-    event = events[number]
-    if event.kind != "verdict":
-        return True
-
-    before = next((each for each in reversed(events[:number]) if each.kind == "verdict"), None)
-    return before is None or _verdict_key(before) != _verdict_key(event)
-
-
-def _verdict_key(event: RunEvent) -> tuple[Any, ...]:
-    first = (event.data.get("findings") or [{}])[0]
-    return first.get("kind"), first.get("ranks"), first.get("phase")
 
 
 def _event_cells(event: RunEvent) -> list[str]:
