@@ -6,9 +6,12 @@ checkpoint or an evaluation do not count.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,9 +79,11 @@ class MemoryCurve:
         self._points: _Points = np.empty((0, 3), np.int64)
         self._rest = self._points  # samples that do not fill a point yet
         self._every = 1
+        self._growth: tuple[GrowthEstimate | None] | None = None  # until the next samples
 
     def add(self, steps: _Points, times: _Points, values: _Points) -> None:
         """Take samples in order; those before the first step are left out."""
+        self._growth = None
         new = np.stack([steps, times, values], axis=1).astype(np.int64)[steps >= 0]
         if len(new) and len(self.points) and new[0, 0] < self.points[-1, 0]:
             self._clear()  # another process of the same rank
@@ -100,48 +105,68 @@ class MemoryCurve:
 
     def growth(self) -> GrowthEstimate | None:
         """Return the growth after warm-up; None with too few samples."""
-        points = self.points
-        if not len(points):
-            return None
+        if self._growth is None:  # verdict and report ask for the same
+            self._growth = (_growth_of(self.points),)
 
-        first, last = int(points[0, 0]), int(points[-1, 0])
-        # Samples at the newest step may be of the time after training, when the script drops what it held.
-        kept = (points[:, 0] >= max(_WARM_UP_STEPS, first + (last - first) // 4)) & (points[:, 0] < last)
-        points = points[kept]
-        if len(np.unique(points[:, 0])) < _MIN_SAMPLES:
-            return None
+        return self._growth[0]
 
-        return _estimate(points)
+
+def _growth_of(points: _Points) -> GrowthEstimate | None:
+    if not len(points):
+        return None
+
+    first, last = int(points[0, 0]), int(points[-1, 0])
+    # Samples at the newest step may be of the time after training, when the script drops what it held.
+    points = points[(points[:, 0] >= max(_WARM_UP_STEPS, first + (last - first) // 4)) & (points[:, 0] < last)]
+    if len(points) < _MIN_SAMPLES or 1 + np.count_nonzero(np.diff(points[:, 0])) < _MIN_SAMPLES:
+        return None
+
+    return _estimate(points)
 
 
 def _estimate(points: _Points) -> GrowthEstimate | None:
     count = min(_PARTS, len(points) // 2)
-    lowest = np.concatenate([_lowest(part, len(part)) for part in np.array_split(points, count)])
-    steps, times, values = lowest.T.astype(float)
-    first, second = np.triu_indices(count, 1)
+    steps, times, values = _lowest_of_parts(points, count).T.astype(float)
+    first, second = _pairs(count)
     apart = steps[second] > steps[first]
     first, second = first[apart], second[apart]
     if not len(first):
         return None
 
     rises = values[second] - values[first]
-    quarters = [float(np.median(part)) for part in np.array_split(values, 4)]
+    quarters = [statistics.median(part.tolist()) for part in np.array_split(values, 4)]
     grown = quarters[-1] - quarters[0]
     least = max(LEAST_GROWN_BYTES, LEAST_GROWN_SHARE * float(values[-1]))
     steady = (
         float((rises > 0).mean()) >= STEADY
-        and min(np.diff(quarters)) >= _LEAST_RISE * grown / 3
+        and min(later - earlier for earlier, later in pairwise(quarters)) >= _LEAST_RISE * grown / 3
         and grown >= least
         and _is_long(points)
     )
     return GrowthEstimate(
-        bytes_per_step=float(np.median(rises / (steps[second] - steps[first]))),
-        bytes_per_s=float(np.median(rises / np.maximum(times[second] - times[first], 1.0))) * 1e9,
+        bytes_per_step=_median(rises / (steps[second] - steps[first])),
+        bytes_per_s=_median(rises / np.maximum(times[second] - times[first], 1.0)) * 1e9,
         grown_bytes=int(grown),
         since_step=int(points[0, 0]),
         now_bytes=int(points[-1, 2]),
         steady=bool(steady),
     )
+
+
+@cache
+def _pairs(count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return all pairs of numbers below `count`, the smaller first."""
+    first, second = np.triu_indices(count, 1)
+    return first, second
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    """Return the median; `np.median` takes several times as long, which counts for a thousand ranks."""
+    half = len(values) // 2
+    if len(values) % 2:
+        return float(np.partition(values, half)[half])
+
+    return float(np.partition(values, (half - 1, half))[half - 1 : half + 1].mean())
 
 
 def _is_long(points: _Points) -> bool:
@@ -157,6 +182,13 @@ def _lowest(points: _Points, every: int) -> _Points:
     groups = points.reshape(-1, every, 3)
     lowest: _Points = groups[np.arange(len(groups)), groups[:, :, 2].argmin(axis=1)]
     return lowest
+
+
+def _lowest_of_parts(points: _Points, count: int) -> _Points:
+    """Return the point with the fewest bytes of each of `count` parts; the first ones are longer by one point."""
+    each, longer = divmod(len(points), count)
+    cut = longer * (each + 1)
+    return np.concatenate([_lowest(points[:cut], each + 1), _lowest(points[cut:], each)])
 
 
 @dataclass(frozen=True, slots=True)
