@@ -115,6 +115,7 @@ def test_rows_lost_at_the_end_are_counted_when_the_rank_reported_its_total(tmp_p
             assert reader.lost("evals") == 10
             assert reader.lost("gpu") == 4
             assert reader.lost("steps") == 0
+            assert (reader.lost(("evals", "gpu", "steps")), reader.stored(("evals", "gpu"))) == (14, 2)
 
 
 def test_a_rank_that_comes_back_is_the_same_stream(tmp_path: Path) -> None:
@@ -138,6 +139,21 @@ def test_a_rank_that_comes_back_is_the_same_stream(tmp_path: Path) -> None:
         first, *_ = reader.streams()
         assert (first.identity, first.facts) == (WHO, {"local_rank": 0, "state": "killed"})
         assert first.state == "killed"
+
+
+def test_a_reader_sees_what_became_of_a_stream(tmp_path: Path) -> None:
+    """New facts are decoded, those that stayed are not again."""
+    with StoreWriter(tmp_path / "store.db") as writer:
+        first, second = writer.stream(WHO), writer.stream(WHO._replace(rank=1))
+        writer.commit()
+        with StoreReader(tmp_path / "store.db") as reader:
+            before = reader.streams()
+            writer.update_stream(second, state="killed")
+            writer.commit()
+            after = reader.streams()
+
+    assert [(record.id, record.state) for record in after] == [(first, "running"), (second, "killed")]
+    assert after[0] is before[0]
 
 
 def test_nothing_to_write_writes_nothing(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ class _Progress:
     next_seq: int = 0
 
 
+_NOTHING = _Progress(0)
+
+
 class StoreReader(FrameReader):
     """Reads a run's store. One thread at a time; open it after any fork.
 
@@ -49,6 +52,7 @@ class StoreReader(FrameReader):
         self._progress: dict[tuple[str, int], _Progress] = {}
         self._progress_after = 0
         self._emptied: dict[tuple[str, int], tuple[int, int]] = {}
+        self._streams: dict[int, tuple[tuple[Any, ...], StreamRecord]] = {}
 
     def meta(self) -> dict[str, Any]:
         """Return the facts of the run."""
@@ -59,7 +63,16 @@ class StoreReader(FrameReader):
     def streams(self) -> list[StreamRecord]:
         """Return all streams, in order of first appearance."""
         rows = self._fetch("SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams ORDER BY id")
-        return [StreamRecord(row[0], StreamIdentity(*row[1:7]), self._map(row[7], f"stream {row[0]}")) for row in rows]
+        return [self._stream(row) for row in rows]
+
+    def _stream(self, row: tuple[Any, ...]) -> StreamRecord:
+        """Return the stream of a row; its facts are decoded when they have changed, as a report asks for it often."""
+        known = self._streams.get(row[0])
+        if known is None or known[0] != row:
+            facts = self._map(row[7], f"stream {row[0]}")
+            known = self._streams[row[0]] = row, StreamRecord(row[0], StreamIdentity(*row[1:7]), facts)
+
+        return known[1]
 
     def events(self, after: int = 0, kind: str | None = None) -> list[RunEvent]:
         """Return the events after a cursor (the id of the last one seen), optionally of one kind."""
@@ -141,11 +154,12 @@ class StoreReader(FrameReader):
         """Return the number of frames of a table."""
         return int(self._fetch("SELECT count(*) FROM frames WHERE tbl = ?", self._id(table))[0][0])
 
-    def stored(self, table: str, stream: int | None = None) -> int:
-        """Return the number of stored rows of a table, of all streams or of one."""
+    def stored(self, tables: str | Collection[str], stream: int | None = None) -> int:
+        """Return the number of stored rows of a table, or of several, of all streams or of one."""
         self._update_progress()
-        emptied = sum(rows for key, (rows, _) in self._emptied.items() if _matches(key, table, stream))
-        return emptied + sum(total.stored for key, total in self._progress.items() if _matches(key, table, stream))
+        names = _names(tables)
+        emptied = sum(rows for key, (rows, _) in self._emptied.items() if _matches(key, names, stream))
+        return emptied + sum(total.stored for key, total in self._progress.items() if _matches(key, names, stream))
 
     def streams_with(self, table: str) -> set[int]:
         """Return the streams that have stored rows of a table."""
@@ -171,21 +185,21 @@ class StoreReader(FrameReader):
         """Return the level to which old rows are thinned; 0 where none are."""
         return int(self.meta().get(STATE_KEY, {}).get("level", 0))
 
-    def lost(self, table: str, stream: int | None = None) -> int:
-        """Return the exact number of rows of a table that were appended but never arrived.
+    def lost(self, tables: str | Collection[str], stream: int | None = None) -> int:
+        """Return the exact number of rows of a table, or of several, that were appended but never arrived.
 
         Rows after the last stored one are counted if the stream's facts have the total (`appended`).
         """
         self._update_progress()
-        missing = 0
-        for record in self.streams():
-            if stream is not None and record.id != stream:
-                continue
+        names, records = _names(tables), self.streams()
+        return sum(self._lost_of(record, names) for record in records if stream is None or record.id == stream)
 
-            total = self._progress.get((table, record.id), _Progress(0))
-            emptied, next_seq = self._emptied.get((table, record.id), (0, 0))
-            appended = max(total.next_seq, next_seq, int(record.facts.get("appended", {}).get(table, 0)))
-            missing += appended - total.stored - emptied
+    def _lost_of(self, record: StreamRecord, names: Collection[str]) -> int:
+        counted, missing = record.facts.get("appended", {}), 0
+        for name in names:
+            key = name, record.id
+            total, (emptied, next_seq) = self._progress.get(key, _NOTHING), self._emptied.get(key, (0, 0))
+            missing += max(total.next_seq, next_seq, int(counted.get(name, 0))) - total.stored - emptied
 
         return missing
 
@@ -329,5 +343,9 @@ def _spread(count: int, most: int) -> NDArray[np.bool_]:
     return chosen
 
 
-def _matches(key: tuple[str, int], table: str, stream: int | None) -> bool:
-    return key[0] == table and (stream is None or key[1] == stream)
+def _names(tables: str | Collection[str]) -> frozenset[str]:
+    return frozenset((tables,) if isinstance(tables, str) else tables)
+
+
+def _matches(key: tuple[str, int], names: Collection[str], stream: int | None) -> bool:
+    return key[0] in names and (stream is None or key[1] == stream)

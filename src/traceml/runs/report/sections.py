@@ -297,8 +297,7 @@ def _finite(value: float) -> float | None:
 
 def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> TelemetrySection:
     """Return the rows that tracing stored and lost, and its overhead."""
-    stored = sum(reader.stored(table) for table in TABLES)
-    lost = sum(reader.lost(table) for table in TABLES)
+    stored, lost = reader.stored(TABLES), reader.lost(TABLES)
     last = [row for rank in sorted(digest.ranks) if (row := digest.samples.last(TELEMETRY.name, rank)) is not None]
     hooks = [int(row["hook_ns_per_step"]) for row in last if row["hook_ns_per_step"] > 0]
     overhead_us = float(np.mean(hooks)) / 1e3 if hooks else None
