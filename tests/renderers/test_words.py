@@ -1,11 +1,12 @@
-"""Words for ends of ranks."""
+"""Words for ends of ranks, and for the cost and the gain of a finding."""
 
 from __future__ import annotations
 
 import msgspec
 import pytest
 
-from traceml.renderers.words import end_of_rank, restarts_text
+from tests.renderers.reports import finding, straggler
+from traceml.renderers.words import cost_text, end_of_rank, gain_sentence, restarts_text
 from traceml.runs.report.report_types import RankSection, RestartSection
 
 
@@ -52,3 +53,36 @@ def test_restarts_in_words(restarts, text):
         for number, (step, lost) in enumerate(restarts)
     ]
     assert restarts_text(sections) == text
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (straggler(), "steps are 4.7x faster once this is fixed"),
+        (finding("EVAL_HEAVY", speedup_if_fixed=1.43), "the run is 1.43x faster once this is fixed"),
+        (straggler(summary="Without it steps would be 4.7x faster."), None),
+        (straggler(next="Set num_workers=2; about 4.7x faster."), None),
+        (straggler(next="Put the data on a faster disk."), "steps are 4.7x faster once this is fixed"),
+        (finding(), None),
+    ],
+)
+def test_the_gain_is_told_once(told, says):
+    """A gain that the summary or the advice names is not told again."""
+    assert gain_sentence(told) == says
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("INPUT_BOUND", "40 % of step time"),
+        ("STARTUP", "40 % of the run's time"),
+        ("DUPLICATE_DATA", "40 % of the ranks' work"),
+        ("STEPS_SKIPPED", "40 % of the steps"),
+        ("HANG", None),
+        ("RANK_LOST", None),
+    ],
+)
+def test_the_cost_is_of_what_the_kind_costs(kind, says):
+    """A share of the run, of work or of steps is not told as one of step time; a lost rank has none."""
+    assert cost_text(finding(kind, cost_share=0.4)) == says
+    assert cost_text(finding(kind)) is None

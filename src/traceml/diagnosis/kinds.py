@@ -301,6 +301,9 @@ def _unknown(finding: _FindingFacts) -> str:
     return f"{words} on {ranks_text(finding.ranks)}{where} (unknown to this version of traceml)"
 
 
+_STEP_TIME, _RUN_TIME, _STEPS = "step time", "the run's time", "the steps"
+
+
 @dataclass(frozen=True, slots=True)
 class KindRule:
     """Rules of a kind.
@@ -311,7 +314,7 @@ class KindRule:
         is_straggler: whether it blames ranks that the others wait for.
         sorts_first: whether it comes before the kinds that are ordered by cost.
         critical_first: the same where it is critical.
-        of_run: whether its cost is a share of the run's wall time; else of step time.
+        cost_of: the whole that its cost is a share of, in words; empty where the share says nothing to people.
     """
 
     headline: str | Callable[[_FindingFacts], str]
@@ -319,7 +322,12 @@ class KindRule:
     is_straggler: bool = False
     sorts_first: bool = False
     critical_first: bool = False
-    of_run: bool = False
+    cost_of: str = _STEP_TIME
+
+    @property
+    def of_run(self) -> bool:
+        """Whether its cost is a share of the run's wall time."""
+        return self.cost_of == _RUN_TIME
 
 
 _SLOW = KindRule("{ranks_are} slow in {phase}: the others wait, {share}", is_straggler=True)
@@ -345,30 +353,30 @@ class Kind(StrEnum):
     STRAGGLER = "STRAGGLER", _SLOW
     CPU_CONTENTION = "CPU_CONTENTION", KindRule("The training waits for a CPU core: {share}")
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
-    STARTUP = "STARTUP", KindRule("{share} is start-up, before the first step", of_run=True)
-    EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", of_run=True)
+    STARTUP = "STARTUP", KindRule("{share} is start-up, before the first step", cost_of=_RUN_TIME)
+    EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", cost_of=_RUN_TIME)
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
     GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
-    RECOMPILES = "RECOMPILES", KindRule(_recompiles, of_run=True)
+    RECOMPILES = "RECOMPILES", KindRule(_recompiles, cost_of=_RUN_TIME)
     THROTTLED = "THROTTLED", KindRule(_throttled, Severity.WARNING)
-    STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(_skipped)
+    STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(_skipped, cost_of=_STEPS)
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
     DATA_IMBALANCE = (
         "DATA_IMBALANCE",
         KindRule("Batches differ in size, and ranks wait for the largest: {share}"),
     )
-    DUPLICATE_DATA = "DUPLICATE_DATA", KindRule(_duplicates)
+    DUPLICATE_DATA = "DUPLICATE_DATA", KindRule(_duplicates, cost_of="the ranks' work")
     NO_GRADIENT_SYNC = (
         "NO_GRADIENT_SYNC",
         KindRule("The ranks never exchange gradients: each trains its own model", Severity.WARNING),
     )
-    NUMERIC = "NUMERIC", KindRule(_not_finite, Severity.CRITICAL, sorts_first=True)
+    NUMERIC = "NUMERIC", KindRule(_not_finite, Severity.CRITICAL, sorts_first=True, cost_of=_STEPS)
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(_limit)
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(_leak, critical_first=True)
     MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(_pressure)
     MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks} {use} far more memory than the others")
-    HANG = "HANG", KindRule(_hang, Severity.CRITICAL, sorts_first=True)
-    RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
+    HANG = "HANG", KindRule(_hang, Severity.CRITICAL, sorts_first=True, cost_of="")
+    RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True, cost_of="")
     WORKER_LOST = "WORKER_LOST", KindRule(_lost_worker, Severity.WARNING, sorts_first=True)
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)
 
@@ -409,7 +417,7 @@ class Kind(StrEnum):
         if not isinstance(rule, str):
             return rule(finding)
 
-        whole = "the run's time" if self.rule.of_run else "step time"
+        whole = self.rule.cost_of
         share = f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share else f"part of {whole}"
         ranks = capitalized(ranks_text(finding.ranks))
         are, use = ("is", "uses") if len(finding.ranks) == 1 else ("are", "use")

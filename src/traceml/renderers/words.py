@@ -1,14 +1,15 @@
-"""Words for the end of a rank and for the state of a tracker."""
+"""Words for the end of a rank, for the gain of a finding, and for the state of a tracker."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.formatting import count_text, duration_text, percent_text, phase_words, plural, ranks_text
+from traceml.diagnosis.findings import Finding
+from traceml.formatting import count_text, duration_text, gain_text, percent_text, phase_words, plural, ranks_text
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RankSection, RestartSection, TimeSection, TrackerSection
 
-__all__ = ["end_of_rank", "goodput_text", "restarts_text", "tracker_text"]
+__all__ = ["cost_text", "end_of_rank", "gain_sentence", "goodput_text", "restarts_text", "tracker_text"]
 
 _ERROR_CHARS = 100
 _SHOWN_RESTARTS = 3
@@ -31,6 +32,21 @@ def end_of_rank(rank: RankSection) -> str | None:
     when = f", last step {count_text(end.last_step)}" if end.last_step is not None and end.last_step >= 0 else ""
     where = f", in {phase_words(end.open_phase)}" if end.open_phase else ""
     return f"{text}{when}{where}"
+
+
+def cost_text(finding: Finding) -> str | None:
+    """Return `40 % of step time`, or of what else the kind costs; None where there is no cost to tell."""
+    whole = finding.kind.rule.cost_of
+    return f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share and whole else None
+
+
+def gain_sentence(finding: Finding) -> str | None:
+    """Return `steps are 1.3x faster once this is fixed`; None where there is no gain, or the finding tells it."""
+    if finding.gain is None or "x faster" in f"{finding.summary} {finding.next}":
+        return None
+
+    subject = "the run is" if finding.kind.rule.of_run else "steps are"
+    return f"{subject} {gain_text(finding.gain)} once this is fixed"
 
 
 def restarts_text(restarts: Sequence[RestartSection]) -> str:

@@ -95,7 +95,7 @@ def _compute_bound(
         severity=Kind.COMPUTE_BOUND.severity_for(0.0),
         phase=heaviest,
         summary=(
-            f"No bottleneck found: {percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
+            f"{percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
             f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})"
             f"{_heaviest_code(facts, means.get('forward', 0.0) / step)}."
             f"{covered(facts.time)}"
@@ -135,7 +135,7 @@ def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[st
 
 
 def _healthy(step: float, shares: dict[str, float]) -> str:
-    return f"No bottleneck found: a step takes {ns_text(step)}; {_largest(shares)}."
+    return f"A step takes {ns_text(step)}: {_largest(shares)}."
 
 
 def _largest(shares: dict[str, float]) -> str:

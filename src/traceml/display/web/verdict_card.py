@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from traceml.diagnosis.findings import Finding
 from traceml.display.web.elements import Container, FactList, TextNode, set_visible
-from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, percent_text, rate_text
+from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView
+from traceml.renderers.words import cost_text
 
 __all__ = ["FindingsPanel", "VerdictCard"]
 
@@ -89,10 +90,8 @@ class FindingsPanel:
 
 
 def _costs(verdict: Finding) -> list[tuple[str, str]]:
-    costs = []
-    if verdict.cost_share:
-        costs.append(("costs", f"{percent_text(verdict.cost_share)} of step time"))
-
+    cost = cost_text(verdict)
+    costs = [] if cost is None else [("costs", cost)]
     if verdict.gain is not None:
         costs.append(("if fixed", gain_text(verdict.gain)))
 

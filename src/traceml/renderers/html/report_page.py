@@ -15,7 +15,6 @@ from traceml.formatting import (
     capitalized,
     count_text,
     duration_text,
-    gain_text,
     ms_text,
     overhead_text,
     plural,
@@ -28,6 +27,7 @@ from traceml.renderers.content_policy import content_policy
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.html.html_tables import line_list, memory_facts, phase_table, rank_table, run_facts, stacks
 from traceml.renderers.views import RunView, run_view
+from traceml.renderers.words import gain_sentence
 from traceml.runs.about import About
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.series import RunSeries
@@ -90,10 +90,8 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
         with_evidence: whether its numbers are shown.
     """
     heading = f'<p class="headline">{escaped(verdict.headline)}</p>'
-    gaining = "the run is" if verdict.kind.rule.of_run else "steps are"
-    gain = (
-        f'<p class="gain"><b>Gain</b>{gaining} {gain_text(verdict.gain)} once this is fixed</p>' if verdict.gain else ""
-    )
+    gaining = gain_sentence(verdict)
+    gain = f'<p class="gain"><b>Gain</b>{gaining}</p>' if gaining else ""
     to_do = f'<p class="next"><b>Next</b>{escaped(verdict.next)}</p>' if verdict.next else ""
     return (
         f'<section class="card {"verdict" if first else "finding"} {verdict.severity}">'

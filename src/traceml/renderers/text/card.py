@@ -9,13 +9,11 @@ from typing import IO
 from rich.console import Console, Group
 from rich.text import Text
 
-from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
     bytes_text,
     count_text,
     duration_text,
-    gain_text,
     ms_text,
     overhead_text,
     part_words,
@@ -27,7 +25,7 @@ from traceml.formatting import (
 from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
-from traceml.renderers.words import tracker_text
+from traceml.renderers.words import gain_sentence, tracker_text
 from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME, Report, TimePart, read_report
 
 __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
@@ -101,7 +99,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         *_verdict_lines(view, width),
         Text(),
         *_time_lines(view, width),
-        _steps_line(view, width, viewport),
+        *([_steps_line(view, width, viewport)] if view.steps.count else []),
         *_data_line(view, viewport),
         *_labeled("Basis", view.sample or "", width),
         *_labeled("Clock", view.untimed or "", width),
@@ -162,15 +160,10 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
         yield Text(f" {line}")
 
     yield from _labeled("Next", verdict.next, width, style="bold")
-    if verdict.gain is not None and "faster" not in verdict.summary:
-        yield from _labeled("Gain", f"{_gaining(verdict)} {gain_text(verdict.gain)} once this is fixed", width)
+    yield from _labeled("Gain", gain_sentence(verdict) or "", width)
 
     for note in view.remarks:
         yield from (Text(f" {line}", style="yellow") for line in wrapped(note, width - 1))
-
-
-def _gaining(finding: Finding) -> str:
-    return "the run is" if finding.kind.rule.of_run else "steps are"
 
 
 def wrapped(text: str, width: int) -> list[str]:
@@ -208,7 +201,7 @@ def _steps_line(view: RunView, width: int, viewport: Viewport) -> Text:
         if line.cell_len + 5 + len(shown) <= width:
             break
 
-    return line.append(f"  {viewport.glyphs.dot}  {shown}") if steps.count else line
+    return line.append(f"  {viewport.glyphs.dot}  {shown}")
 
 
 def _data_line(view: RunView, viewport: Viewport) -> Iterator[Text]:
