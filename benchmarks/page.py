@@ -36,7 +36,8 @@ from traceml.supervise.page_process import PageProcess
 
 DEMO = Path(__file__).parents[1] / "src" / "traceml" / "cli" / "_demo_train.py"
 SETTLE_S = 3.0
-GOAL_CPU_PCT, GOAL_ANSWER_S, GOAL_PAINT_S = 5.0, 1.0, 2.0
+GOAL_CPU_PCT, GOAL_ANSWER_S, GOAL_PAINT_S, GOAL_LIST_S = 5.0, 1.0, 2.0, 0.5
+LISTED = 300
 
 
 class Viewer:
@@ -269,33 +270,56 @@ def tell_thousand(keeper: PageProcess, generator: Any, run_id: str) -> bool:
 
 
 def first_paint() -> bool:
-    """Open the page of a run in Chromium with nothing cached, three times."""
+    """Open the page of a run, and the list of many runs, in Chromium with nothing cached, three times each."""
     from playwright.sync_api import sync_playwright
 
+    installed = shutil.which("chromium") or shutil.which("google-chrome")
+    with tempfile.TemporaryDirectory() as folder:
+        run = store_runs(Path(folder), LISTED)
+        with PageProcess(Path(folder), 0) as keeper, Viewer(keeper, f"/run/{run}"), sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+            passed = [
+                tell_paint(browser, keeper.address(), f"list of {LISTED} runs", "a.name:visible", GOAL_LIST_S),
+                tell_paint(browser, keeper.address(run), "a run", "h1:visible", GOAL_PAINT_S),
+            ]
+            browser.close()
+
+    return all(passed)
+
+
+def store_runs(folder: Path, count: int) -> str:
+    """Store runs that differ in their names alone, and return the newest one's."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.diagnosis.fabricated import Job, adds
     from tests.runs.fabricated_store import store_run
 
-    installed = shutil.which("chromium") or shutil.which("google-chrome")
-    paints = []
-    with tempfile.TemporaryDirectory() as folder, PageProcess(Path(folder), 0) as keeper:
-        run = store_run(Path(folder) / "20260101-000000-run-0001", Job(ranks=4, steps=400), adds("forward", 12, (2,)))
-        with Viewer(keeper, "/"), sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-            for _ in range(3):
-                page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
-                page.goto(keeper.address(run.name))
-                page.wait_for_selector("h1:visible")
-                paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-                page.wait_for_function(f"{paint} > 0")
-                paints.append(page.evaluate(paint) / 1e3)
-                page.context.close()
+    from traceml.runs.report.report import build_report, save_report
 
-            browser.close()
+    run = store_run(folder / "20260101-000000-run-0000", Job(ranks=4, steps=400), adds("forward", 12, (2,)))
+    save_report(run, build_report(run))
+    for number in range(1, count):
+        shutil.copytree(run, folder / f"20260101-000000-run-{number:04}")
 
-    told = ", ".join(f"{each:.2f}" for each in paints)
-    print(f"first paint in Chromium, nothing cached: {told} s (goal {GOAL_PAINT_S:g} s)")
-    return statistics.median(paints) <= GOAL_PAINT_S
+    return f"20260101-000000-run-{count - 1:04}"
+
+
+def tell_paint(browser: Any, address: str, what: str, shown: str, goal_s: float) -> bool:
+    """Open an address three times; tell when something was painted first, and when the element `shown` was there."""
+    paints, whole = [], []
+    for _ in range(3):
+        page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+        began_s = time.monotonic()
+        page.goto(address, wait_until="commit")
+        page.wait_for_selector(shown)
+        whole.append(time.monotonic() - began_s)
+        paint = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"
+        page.wait_for_function(f"({paint}) > 0")
+        paints.append(page.evaluate(paint) / 1e3)
+        page.context.close()
+
+    told, complete = (", ".join(f"{each:.2f}" for each in times) for times in (paints, whole))
+    print(f"first paint in Chromium, nothing cached, {what}: {told} s (goal {goal_s:g} s), all of it in {complete} s")
+    return statistics.median(paints) <= goal_s
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ _SHOWN = 5
 class RunInfo:
     """Facts of a run for lists.
 
+    Examples:
+        >>> for run in traceml.runs():
+        ...     print(run.id, run.state, run.verdict, run.step_ms)
+
     Attributes:
         path: its folder.
         id: name of the folder, name: name that people gave it later, else that of the start.
@@ -127,9 +131,9 @@ def list_runs(runs_dir: Path) -> list[RunInfo]:
 
 def describe_run(path: Path) -> RunInfo:
     """Return the facts of a run; a run that cannot be read is `damaged`."""
-    stored = _stored(path)
-    run = stored.run
     summary = read_summary(path / REPORT_NAME)
+    stored = _stored(path, with_verdict=summary is None)
+    run = stored.run
     verdict, steps = (stored.verdict, StepsSection()) if summary is None else (summary.verdict, summary.steps)
     started, ended = run.get("started"), run.get("ended")
     labels = read_labels(path)
@@ -258,14 +262,14 @@ def _is_run(path: Path) -> bool:
     return (path / STORE_NAME).is_file() or (path / REPORT_NAME).is_file()
 
 
-def _stored(path: Path) -> _StoredFacts:
+def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
     if not (path / STORE_NAME).exists():
         return _reported(path)
 
     try:
         with closing(StoreReader(path / STORE_NAME)) as reader:
             meta = reader.meta()
-            event = reader.last_event("verdict")
+            event = reader.last_event("verdict") if with_verdict else None
     except StoreError:
         return _StoredFacts({}, {}, None, damaged=True)
 
@@ -288,10 +292,14 @@ def _reported(path: Path) -> _StoredFacts:
     return _StoredFacts(msgspec.to_builtins(run), {}, None)
 
 
-def _size(path: Path) -> int:
+def _size(path: str | os.PathLike[str]) -> int:
     total = 0
-    for file in path.rglob("*"):
-        with contextlib.suppress(OSError):  # it may be removed meanwhile
-            total += file.stat().st_size if file.is_file() else 0
+    with contextlib.suppress(OSError), os.scandir(path) as entries:  # it may be removed meanwhile
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    total += _size(entry)
+                elif entry.is_file():
+                    total += entry.stat().st_size
 
     return total

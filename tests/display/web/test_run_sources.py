@@ -178,6 +178,20 @@ def test_the_list_tells_what_changed(tmp_path):
     assert len(source.read().runs) == 1
 
 
+def test_a_later_visit_reads_no_old_run_again(tmp_path):
+    """After a pause the whole list comes again, and of an ended run what was read before: its store is not opened."""
+    folder = tmp_path / "runs"
+    store = store_run(folder / RUN, Job(ranks=2, steps=30)) / "store.db"
+    source = RunsSource(folder)
+    before, written = source.read(), store.stat()
+    source.close()
+    store.write_bytes(b"no store")
+    os.utime(store, ns=(written.st_atime_ns, written.st_mtime_ns))
+
+    assert source.read() == before
+    assert source.read() is None
+
+
 def test_labels_are_those_of_the_moment(tmp_path, run_dir):
     """Also of a run that has ended; archived runs are there for those who ask for them."""
     source = RunsSource(tmp_path)

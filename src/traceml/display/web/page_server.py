@@ -87,7 +87,8 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
 
 @asynccontextmanager
 async def _lifespan(pages: Pages, _: object) -> AsyncIterator[None]:
-    """Read the runs again on SIGUSR1: the parent sends it when a run has ended, before it ends the page."""
+    """Read the list of runs, and all again on SIGUSR1: the parent sends it when a run has ended."""
+    pages.read_ahead()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, pages.refresh)
     yield
 

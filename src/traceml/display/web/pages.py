@@ -39,7 +39,8 @@ class Pages:
     def __init__(self, runs_dir: Path) -> None:
         self._runs_dir = runs_dir
         self._themes: set[str] = set()
-        self._list: PollerRegistry[RunsState] = PollerRegistry(lambda _: RunsSource(runs_dir), interval_s=_LIST_S)
+        runs = RunsSource(runs_dir)  # one for all visits: what it knows of old runs is read once
+        self._list: PollerRegistry[RunsState] = PollerRegistry(lambda _: runs, interval_s=_LIST_S)
         self._runs: PollerRegistry[RunState] = PollerRegistry(self._open_run, interval_s=_RUN_S)
         self._compared: PollerRegistry[CompareState] = PollerRegistry(self._open_comparison, interval_s=_COMPARE_S)
 
@@ -49,6 +50,11 @@ class Pages:
         ui.page("/run/{run_id}", response_timeout=_RESPONSE_TIMEOUT_S)(self._show_run)
         compare = ui.page("/compare/{runs:path}", title="Compare - traceml", response_timeout=_RESPONSE_TIMEOUT_S)
         compare(self._show_comparison)
+
+    def read_ahead(self) -> None:
+        """Read the list now, so that the first visit finds it; called in the event loop."""
+        self._list.subscribe("", _ignore)
+        self._list.unsubscribe("", _ignore)
 
     def refresh(self) -> None:
         """Read the list and the open runs again, now."""
@@ -109,3 +115,7 @@ class Pages:
             await asyncio.wait_for(first.wait(), _FIRST_S)
         except TimeoutError:
             pass  # the page shows that it is waiting
+
+
+def _ignore(_state: object) -> None:
+    """Take no notice of a state."""

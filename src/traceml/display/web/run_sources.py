@@ -244,7 +244,8 @@ class RunsSource:
         return state
 
     def close(self) -> None:
-        """Do nothing: no file stays open."""
+        """Keep what was read of runs that have ended, for later visits; the next read returns the list again."""
+        self._state = None
 
     def _list(self) -> list[RunFields]:
         known = {path: self._describe(path) for path in run_folders(self._path)}
