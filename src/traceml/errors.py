@@ -80,7 +80,15 @@ _SHOWN_LINES = 20  # of a worker's log in an error's text; `log_tail` has all
 
 
 class TraceMLError(Exception):
-    """Base of every error that traceml raises on purpose."""
+    """Base of every error that traceml raises on purpose.
+
+    Examples:
+        >>> try:
+        ...     traceml.load_run("no-such-run")
+        ... except traceml.TraceMLError as error:
+        ...     print(type(error).__name__)
+        RunNotFoundError
+    """
 
 
 class SettingsError(TraceMLError, ValueError):
@@ -318,7 +326,17 @@ class TaskForkedError(TaskError):
 
 
 class TasksFailedError(TaskError, ExceptionGroup[Exception]):
-    """Tasks failed: `exceptions` holds what each raised, with its traceback, in the order of failure."""
+    """Tasks failed: `exceptions` holds what each raised, with its traceback, in the order of failure.
+
+    Examples:
+        >>> with traceml.Runtime() as runtime:
+        ...     tasks = [runtime.submit(int, text) for text in ("1", "x")]
+        ...     try:
+        ...         runtime.wait_all(raise_on_error=True)
+        ...     except traceml.TasksFailedError as error:
+        ...         print(error.exceptions)
+        (ValueError("invalid literal for int() with base 10: 'x'"),)
+    """
 
     def derive(self, excs: Sequence[Exception]) -> TasksFailedError:  # type: ignore[override]
         """Return a subgroup, for `except*` and `split`."""

@@ -533,7 +533,12 @@ def _settings_class() -> Any:
     from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
     class Base(BaseSettings):
-        """Settings of traceml, typed, each with a description."""
+        """Settings of traceml, typed, each with a description.
+
+        Examples:
+            >>> traceml.Settings(project="vision").project
+            'vision'
+        """
 
         model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
         _sources: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -8,11 +8,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import traceml
 from traceml import traces
 
-__all__ = ["PAGES", "ROOT", "Block", "blocks", "commands_of", "docstring_examples", "spans"]
+__all__ = ["PAGES", "ROOT", "Block", "blocks", "commands_of", "docstring_examples", "run_examples", "spans"]
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -68,13 +69,41 @@ def _blocks_of(page: Path) -> Iterator[Block]:
 
 
 def docstring_examples() -> list[Block]:
-    """Return the examples in the docstrings of public names."""
-    public = [
-        (f"{owner.__name__}.{name}", getattr(owner, name)) for owner in (traceml, traces) for name in owner.__all__
-    ]
+    """Return the examples in the docstrings of public names, the shutdown of this process last."""
     parser = doctest.DocTestParser()
-    texts = {name: "".join(each.source for each in parser.get_examples(value.__doc__ or "")) for name, value in public}
+    names = sorted(_DOCUMENTED, key=lambda name: name == "traceml.shutdown")
+    texts = {name: "".join(each.source for each in parser.get_examples(_docstring(name))) for name in names}
     return [Block(name, 1, "python", "", text) for name, text in texts.items() if text]
+
+
+_DOCUMENTED = {f"{owner.__name__}.{name}": (owner, name) for owner in (traceml, traces) for name in owner.__all__}
+
+
+def _docstring(name: str) -> str:
+    owner, own_name = _DOCUMENTED[name]
+    return getattr(owner, own_name).__doc__ or ""
+
+
+class _ShownOutput(doctest.OutputChecker):
+    """Compares the outputs that a docstring shows; one that it does not show may be anything."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+def run_examples(name: str, names: dict[str, Any]) -> None:
+    """Run the examples in the docstring of a public name, and compare the outputs that it shows.
+
+    Args:
+        name: such as `traceml.init`.
+        names: the variables, also for the examples that follow.
+    """
+    examples = doctest.DocTestParser().get_doctest(_docstring(name), names, name, None, None)
+    examples.globs = names  # the parser has made a copy
+    failures: list[str] = []
+    ran = doctest.DocTestRunner(_ShownOutput()).run(examples, out=failures.append, clear_globs=False)
+    if ran.failed:
+        raise AssertionError("".join(failures))
 
 
 def spans(page: Path) -> list[str]:

@@ -201,27 +201,28 @@ def _runnable() -> dict[str, list[Block]]:
         if block.page not in STORIES and not any(mark in block.text for mark in CALLED_ELSEWHERE):
             pages.setdefault(block.page, []).append(block)
 
-    examples = [each for each in docstring_examples() if each.page != "traceml.launch"]
+    examples = [each for each in docstring_examples() if each.page not in ("traceml.launch", "traceml.Launcher")]
     return {**pages, EXAMPLES: sorted(examples, key=lambda each: each.page != "traceml.init")}
 
 
-def test_main_functions_have_an_example():
-    """Those that a user meets first."""
-    shown = {each.page.rpartition(".")[2] for each in docstring_examples()}
+def test_public_names_have_an_example():
+    """All but the errors, of which two have one, and a list of patterns."""
+    shown = {each.page for each in docstring_examples()}
+    errors = {name for name in traceml.__all__ if name.endswith("Error")} - {"TraceMLError", "TasksFailedError"}
+    names = {f"traceml.{name}" for name in traceml.__all__ if name not in errors | {"DEFAULT_ENV_VARS"}}
 
-    assert {"init", "phase", "trace", "trace_data", "trace_step", "load_run", "runs", "summary", "Experiment"} <= shown
-    assert {"log_metric", "launch", "Runtime", "open", "Writer"} <= shown
+    assert names | {f"traceml.traces.{name}" for name in traces.__all__} == shown
 
 
 @pytest.mark.process
 def test_python_runs(tmp_path):
     """The blocks of a page run in their order, after what the reader's program provides; all in one process."""
-    parts = ["import os, sys, traceml"]
+    parts = ["import os, sys, traceml", "from tests.documentation.pages import run_examples"]
     for number, (page, own) in enumerate(_runnable().items()):
         (tmp_path / str(number)).mkdir()
         parts.append(f"os.chdir({str(tmp_path / str(number))!r}); names = {{'traceml': traceml, '__name__': 'page'}}")
         parts.append(f"exec({PRELUDES.get(page, '')!r}, names)")
-        parts += [f"exec(compile({block.text!r}, {str(block)!r}, 'exec'), names)" for block in own]
+        parts += [_run_of(block) for block in own]
         parts.append(f"traceml.shutdown(); print('ran', {page!r})")
 
     script = tmp_path / "all_pages.py"
@@ -238,6 +239,14 @@ def test_python_runs(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert set(re.findall(r"^ran (.+)$", done.stdout, re.MULTILINE)) == _runnable().keys()
+
+
+def _run_of(block: Block) -> str:
+    """Return the line that runs a block of a page, or the examples in a docstring with the outputs that they show."""
+    if block.page.startswith("traceml."):
+        return f"run_examples({block.page!r}, names)"
+
+    return f"exec(compile({block.text!r}, {str(block)!r}, 'exec'), names)"
 
 
 def test_python_that_is_not_run_here_is_run_elsewhere():

@@ -21,7 +21,12 @@ __all__ = ["NotebookRun", "Run", "load_run"]
 
 
 class NotebookRun(stored.Run):
-    """A run on disk, running or ended, made by `load_run`; notebooks draw it."""
+    """A run on disk, running or ended, made by `load_run`; notebooks draw it.
+
+    Examples:
+        >>> run = traceml.load_run()
+        >>> print(run.id, run.state, len(run.steps()), len(run.metrics()))
+    """
 
     def show(self, file: TextIO | None = None) -> None:
         """Draw verdict and charts in a notebook; elsewhere write verdict, steps and phases as a few lines of text.

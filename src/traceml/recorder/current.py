@@ -40,7 +40,13 @@ def current_recorder() -> Recorder | None:
 
 
 def is_enabled() -> bool:
-    """Whether this process is being traced."""
+    """Whether this process is being traced.
+
+    Examples:
+        >>> if traceml.is_enabled():
+        ...     print("this process is traced")
+        this process is traced
+    """
     return state.recorder is not None and state.recorder.enabled
 
 

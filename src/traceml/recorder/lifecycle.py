@@ -100,7 +100,13 @@ def _set_log_level(config: Config) -> None:
 
 
 def shutdown() -> None:
-    """Stop tracing: send the remaining rows, within 5 s, and remove all hooks. Also done when the process ends."""
+    """Stop tracing: send the remaining rows, within 5 s, and remove all hooks. Also done when the process ends.
+
+    Examples:
+        >>> traceml.shutdown()
+        >>> traceml.is_enabled()
+        False
+    """
     _stop("failed" if state.recorder is not None and state.recorder.failed else "finished")
 
 

@@ -34,6 +34,11 @@ _SHOW_S = 3.0
 class Recorder:
     """Recorder of one rank. `traceml.init` makes it; a disabled one does nothing.
 
+    Examples:
+        >>> recorder = traceml.init(local=True)
+        >>> recorder.enabled
+        True
+
     Args:
         config: the settings in force.
         parent: identity of the process that this one was forked from, when it logs for that one's run.

@@ -21,6 +21,12 @@ class TaskHandle(TaskRecord, Generic[T]):
     `name`, `task_id` (the number of the submission, from 0), `state` and the methods are for users; the other
     attributes belong to the engine. The handle is the record itself: a second object costs 48 B per pending task, and
     0.05 us.
+
+    Examples:
+        >>> with traceml.Runtime(threads=2) as runtime:
+        ...     task = runtime.submit(pow, 2, 10, name="power")
+        ...     print(task.get(), task.name, task.state)
+        1024 power completed
     """
 
     __slots__ = ()

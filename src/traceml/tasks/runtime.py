@@ -291,7 +291,12 @@ _default: Runtime | None = None
 
 
 def get_default_runtime() -> Runtime:
-    """Return the Runtime of this process; created at the first call, and again after it was shut down."""
+    """Return the Runtime of this process; created at the first call, and again after it was shut down.
+
+    Examples:
+        >>> traceml.get_default_runtime().submit(len, "abc").get()
+        3
+    """
     with _default_lock:
         if _default is None or _default.closed:
             set_default_runtime(Runtime())
@@ -302,6 +307,12 @@ def get_default_runtime() -> Runtime:
 
 def set_default_runtime(runtime: Runtime | None) -> Runtime | None:
     """Set the Runtime of this process; None: the next call of `get_default_runtime` creates one.
+
+    Examples:
+        >>> before = traceml.set_default_runtime(traceml.Runtime(threads=2))
+        >>> traceml.get_default_runtime().threads
+        2
+        >>> traceml.get_default_runtime().shutdown()
 
     Returns:
         the previous one; it is not shut down.

@@ -40,6 +40,11 @@ _BACKENDS = ("nccl", "gloo", "mpi", "ucc", "auto", None)
 class LaunchResult(Generic[T]):
     """Results of the workers of a launch; `LaunchResult[float]` where the function returns a float.
 
+    Examples:
+        >>> result = traceml.LaunchResult({"node1": [0.5, 0.4], "node2": [0.3, 0.2]})
+        >>> result.rank(2), result.index("node1", 1)
+        (0.3, 0.4)
+
     Attributes:
         results: by hostname (as given to `launch`), then by local rank.
     """

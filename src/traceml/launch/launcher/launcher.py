@@ -17,7 +17,12 @@ T = TypeVar("T")
 
 @dataclass
 class Launcher(LaunchOptions):
-    """Runs functions on hosts; the options are those of `launch`. Works with `tyro.cli(traceml.Launcher)`."""
+    """Runs functions on hosts; the options are those of `launch`. Works with `tyro.cli(traceml.Launcher)`.
+
+    Examples:
+        >>> launcher = traceml.Launcher(hostnames=["node1", "node2"], workers_per_host=8)
+        >>> losses = launcher.run(train, func_kwargs={"lr": 0.1}).results["node1"]
+    """
 
     @overload
     def run(

@@ -32,6 +32,11 @@ def read(
 ) -> TraceReader:
     """Return a reader of traces.
 
+    Examples:
+        >>> reader = traces.read("trace.pfw.gz")
+        >>> sum(len(batch.name) for batch in reader)
+        1
+
     Args:
         paths: files, folders and patterns, as in `discover`.
         args: keys of the events' `args` to return as columns.

@@ -25,6 +25,10 @@ Identity = tuple[int, int, int, int]  # device, inode, size in bytes, time of mo
 def discover(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Find trace files.
 
+    Examples:
+        >>> [path.name for path in traces.discover("*.pfw.gz")]
+        ['trace.pfw.gz']
+
     Args:
         paths: a file (taken as it is), a folder (all traces in and under it, recognized by their content), a pattern
             with `*`, `?` or `[`, or several of these.

@@ -60,6 +60,25 @@ class BackendInterface(ABC):
     A delivery process can be killed after the tracker got a batch and before that was recorded; the batch then comes
     again. A backend duplicates nothing when it is `idempotent`, or when `resume` cuts off what the tracker got after
     `mark`, or when `resume` asks for the run from its first row, because it can only be written anew.
+
+    Examples:
+        >>> class PrintBackend(traceml.BackendInterface):
+        ...     def start_experiment(self, name, project):
+        ...         return name
+        ...
+        ...     def log_metric(self, name, value, step):
+        ...         print(name, value, step)
+        ...
+        ...     def log_params(self, params):
+        ...         print(params)
+        ...
+        ...     def log_artifact(self, artifact_path, artifact_name=None):
+        ...         print(artifact_path)
+        ...
+        ...     def end_experiment(self):
+        ...         print("end")
+        >>> PrintBackend().log_metric("loss", 0.5, 1)
+        loss 0.5 1
     """
 
     metadata: ClassVar[PluginMetadata | None] = None
@@ -181,6 +200,24 @@ class FrameworkInterface(ABC):
     """Captures a framework's own logging calls, in the training process.
 
     The original is called first and its result returned; the capture itself never raises into the training.
+
+    Examples:
+        >>> class PrintCapture(traceml.FrameworkInterface):
+        ...     def patch(self, orchestrator):
+        ...         def log(values):
+        ...             self.original(values)
+        ...             for name, value in values.items():
+        ...                 orchestrator.route_metric(traceml.Metric(name, value))
+        ...
+        ...         self.original, wandb.log = wandb.log, log
+        ...
+        ...     def unpatch(self):
+        ...         wandb.log = self.original
+        >>> capture = PrintCapture()
+        >>> capture.patch(traceml.Orchestrator())
+        >>> wandb.log({"loss": 0.5})
+        {'loss': 0.5}
+        >>> capture.unpatch()
     """
 
     metadata: ClassVar[PluginMetadata | None] = None
@@ -196,7 +233,18 @@ class FrameworkInterface(ABC):
 
 
 class CollectorInterface(ABC):
-    """Reads facts or values about the run: once, or every `interval` seconds."""
+    """Reads facts or values about the run: once, or every `interval` seconds.
+
+    Examples:
+        >>> import os
+        >>> class LoadAverage(traceml.CollectorInterface):
+        ...     interval = 5.0
+        ...
+        ...     def collect(self):
+        ...         return [traceml.Metric("load/1min", os.getloadavg()[0])]
+        >>> [metric.name for metric in LoadAverage().collect()]
+        ['load/1min']
+    """
 
     metadata: ClassVar[PluginMetadata | None] = None
     """Name and description. None: it is known by its import path alone."""

@@ -13,6 +13,10 @@ __all__ = ["Metric"]
 class Metric:
     """One value under a name at a step.
 
+    Examples:
+        >>> traceml.Metric("loss", 0.5, step=1).value
+        0.5
+
     Args:
         name: any text.
         value: the number; given to `Orchestrator.route_metric` it may be anything that `log_metric` takes.

@@ -18,7 +18,15 @@ __all__ = ["BackendPlugin", "CollectorPlugin", "FrameworkPlugin", "PluginInterfa
 
 
 class PluginInterface(ABC):
-    """Base of every plugin: created without arguments, then initialized."""
+    """Base of every plugin: created without arguments, then initialized.
+
+    Examples:
+        >>> class Named(traceml.PluginInterface):
+        ...     @classmethod
+        ...     def get_metadata(cls):
+        ...         return traceml.PluginMetadata(name="named", version="1.0")
+        >>> Named().initialize({})
+    """
 
     @classmethod
     @abstractmethod
@@ -33,7 +41,19 @@ class PluginInterface(ABC):
 
 
 class BackendPlugin(PluginInterface):
-    """Creates a backend."""
+    """Creates a backend.
+
+    Examples:
+        >>> class PrintPlugin(traceml.BackendPlugin):
+        ...     @classmethod
+        ...     def get_metadata(cls):
+        ...         return traceml.PluginMetadata(name="print", version="1.0")
+        ...
+        ...     def create_backend(self, config):
+        ...         return PrintBackend()  # see BackendInterface
+        >>> PrintPlugin.get_metadata().name
+        'print'
+    """
 
     @abstractmethod
     def create_backend(self, config: Mapping[str, Any]) -> BackendInterface:
@@ -49,7 +69,19 @@ class BackendPlugin(PluginInterface):
 
 
 class FrameworkPlugin(PluginInterface):
-    """Captures a framework's logging calls."""
+    """Captures a framework's logging calls.
+
+    Examples:
+        >>> class PrintCapturePlugin(traceml.FrameworkPlugin):
+        ...     @classmethod
+        ...     def get_metadata(cls):
+        ...         return traceml.PluginMetadata(name="print-capture", version="1.0")
+        ...
+        ...     def create_framework(self):
+        ...         return PrintCapture()  # see FrameworkInterface
+        >>> PrintCapturePlugin.get_metadata().name
+        'print-capture'
+    """
 
     _framework: FrameworkInterface | None = None
 
@@ -76,7 +108,19 @@ class FrameworkPlugin(PluginInterface):
 
 
 class CollectorPlugin(PluginInterface):
-    """Creates a collector."""
+    """Creates a collector.
+
+    Examples:
+        >>> class LoadPlugin(traceml.CollectorPlugin):
+        ...     @classmethod
+        ...     def get_metadata(cls):
+        ...         return traceml.PluginMetadata(name="load-average", version="1.0")
+        ...
+        ...     def create_collector(self, config):
+        ...         return LoadAverage()  # see CollectorInterface
+        >>> LoadPlugin().create_collector({}).interval
+        5.0
+    """
 
     @abstractmethod
     def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:

@@ -26,6 +26,11 @@ class PluginType(StrEnum):
 class PluginMetadata:
     """Facts about a plugin; the built-in ones and third parties' declare the same.
 
+    Examples:
+        >>> metadata = traceml.PluginMetadata(name="watts", version="1.0", dependencies=("wattmeter",))
+        >>> print(metadata.missing())
+        watts needs wattmeter, which is not installed: pip install wattmeter
+
     Args:
         name: what users write in `backend=[…]`, `frameworks=[…]` or `collectors=[…]`.
         version: the plugin's own.

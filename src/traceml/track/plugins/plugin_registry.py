@@ -73,6 +73,16 @@ _Plugin = TypeVar("_Plugin", bound=type)
 def register(plugin: _Plugin) -> _Plugin:
     """Register a class under the name in its metadata; usable as a decorator.
 
+    Examples:
+        >>> @traceml.register
+        ... class Watts(traceml.CollectorInterface):
+        ...     metadata = traceml.PluginMetadata(name="watts", version="1.0")
+        ...
+        ...     def collect(self):
+        ...         return [{"power/limit_watts": 300}]
+        >>> Watts().collect()
+        [{'power/limit_watts': 300}]
+
     Args:
         plugin: a plugin, or a backend, framework or collector that declares `metadata`.
 

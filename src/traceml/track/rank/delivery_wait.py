@@ -39,6 +39,10 @@ def flush(timeout: float | None = 30.0, experiment: int | None = None) -> bool:
     Without a tracker, until it is stored. After `traceml.shutdown()`, until the trackers' runs have ended too. Rows
     that a tracker refuses are not waited for; the report counts them.
 
+    Examples:
+        >>> traceml.log_metric("loss", 0.5)
+        >>> is_delivered = traceml.flush(timeout=20)
+
     Args:
         timeout: longest wait in seconds; None waits until all is delivered, or a tracker is broken.
         experiment: number of the experiment whose trackers count; by default all that this process logs to.
@@ -69,6 +73,9 @@ def flush(timeout: float | None = 30.0, experiment: int | None = None) -> bool:
 
 def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None) -> bool:
     """Upload what trackers are still missing, as the command `traceml sync` does; return whether they have everything.
+
+    Examples:
+        >>> has_everything = traceml.sync(timeout=20)
 
     Args:
         run: folder or id of a run; it waits while the run is recorded. By default the run of this process, and without

@@ -294,7 +294,13 @@ def _state_after(kind: type[BaseException] | None) -> str:
 
 
 def get_active_experiment() -> Experiment | None:
-    """Return the innermost experiment that has begun and not ended; None where there is none."""
+    """Return the innermost experiment that has begun and not ended; None where there is none.
+
+    Examples:
+        >>> with traceml.Experiment("warm-up", backend="jsonl"):
+        ...     print(traceml.get_active_experiment().name)
+        warm-up
+    """
     return open_experiments[-1] if open_experiments else None
 
 
@@ -315,6 +321,9 @@ def log_metric(name: str, value: Any, step: int | None = None) -> None:
 def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
     """Log several values at one step.
 
+    Examples:
+        >>> traceml.log_metrics({"loss": 0.5, "lr": 0.1}, step=1)
+
     Args:
         metrics: name -> value; see `log_metric`.
         step: their step.
@@ -327,6 +336,9 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
 def log_params(params: Mapping[str, Any]) -> None:
     """Log parameters of this run.
 
+    Examples:
+        >>> traceml.log_params({"lr": 0.1, "model": {"layers": 12}})
+
     Args:
         params: name -> value; maps may be nested.
     """
@@ -335,6 +347,9 @@ def log_params(params: Mapping[str, Any]) -> None:
 
 def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
     """Log a file, or the files of a folder. It may be deleted right after, but not be rewritten in place.
+
+    Examples:
+        >>> traceml.log_artifact("trace.pfw.gz", "traces/rank0.pfw.gz")
 
     Args:
         path: the file. It is opened now and copied by a background thread.
@@ -349,6 +364,9 @@ def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
 def log_text(name: str, text: str, step: int | None = None) -> None:
     """Log a text.
 
+    Examples:
+        >>> traceml.log_text("sample", "the quick brown fox", step=1)
+
     Args:
         name: any text.
         text: the text.
@@ -359,6 +377,10 @@ def log_text(name: str, text: str, step: int | None = None) -> None:
 
 def log_image(name: str, image: Any, step: int | None = None) -> None:
     """Log an image.
+
+    Examples:
+        >>> import numpy
+        >>> traceml.log_image("noise", numpy.random.rand(32, 32), step=1)
 
     Args:
         name: any text.
@@ -371,6 +393,9 @@ def log_image(name: str, image: Any, step: int | None = None) -> None:
 
 def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
     """Log the distribution of values.
+
+    Examples:
+        >>> traceml.log_histogram("gradients", [0.1, 0.3, 0.2], step=1, bins=8)
 
     Args:
         name: any text.

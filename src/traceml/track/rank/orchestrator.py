@@ -20,6 +20,12 @@ __all__ = ["Orchestrator"]
 class Orchestrator:
     """Logs values of frameworks, collectors and users' own code for the active experiment.
 
+    Examples:
+        >>> orchestrator = traceml.Orchestrator()
+        >>> orchestrator.route_metric(traceml.Metric("loss", 0.5, step=1))
+        >>> orchestrator.health()["state"]
+        'running'
+
     Args:
         logger: logs for its experiment instead.
 

@@ -32,6 +32,11 @@ def start_logging(
 ) -> Experiment:
     """Begin an experiment that lasts until `stop_logging`, the next `start_logging`, or the end of the process.
 
+    Examples:
+        >>> experiment = traceml.start_logging("baseline", backend="jsonl")
+        >>> traceml.log_metric("loss", 0.5)
+        >>> traceml.stop_logging()
+
     Args:
         exp_name: name of the experiment.
         project: the project at the trackers.
@@ -60,7 +65,13 @@ def start_logging(
 
 
 def stop_logging() -> None:
-    """End every open experiment, the inner ones first."""
+    """End every open experiment, the inner ones first.
+
+    Examples:
+        >>> traceml.stop_logging()
+        >>> print(traceml.get_active_experiment())
+        None
+    """
     while open_experiments:
         open_experiments[-1].end()
 

@@ -35,6 +35,10 @@ def file_handler(
 ) -> LineHandler:
     """Return a handler that writes a worker's output to `<log_dir>/<hostname>[<local_rank>].log`.
 
+    Examples:
+        >>> [traceml.file_handler("node1", local_rank, log_dir="logs") for local_rank in range(2)]
+        [file_handler('logs/node1[0].log'), file_handler('logs/node1[1].log')]
+
     Args:
         hostname: the host, as it is named in `hostnames`.
         local_rank: the worker's; None for the host's agent, whose file is `<hostname>.log`.
@@ -47,6 +51,10 @@ def file_handler(
 
 def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO | None = None) -> LineHandler:
     """Return a handler that prints a worker's output.
+
+    Examples:
+        >>> import sys
+        >>> handlers = [traceml.stream_handler("node1", local_rank, sys.stderr) for local_rank in range(2)]
 
     Args:
         hostname: the host, as it is named in `hostnames`.
@@ -77,6 +85,11 @@ def add_filter_to_handler(
     log_level: int | str = logging.NOTSET,
 ) -> None:
     """Restrict `handler` to the output of one worker, or of one host's agent.
+
+    Examples:
+        >>> import logging
+        >>> handler = logging.StreamHandler()
+        >>> traceml.add_filter_to_handler(handler, "node1", 0, logging.WARNING)
 
     Args:
         handler: any handler of `logging`.
