@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from traceml.cli.parsing import CommandParser, parse, wrapped
+from traceml.cli.parsing import CommandParser, _one_line, parse, wrapped
 from traceml.errors import UsageError
 
 
@@ -51,6 +51,14 @@ def test_errors_are_one_line(words, says, capsys):
     assert "\n" not in str(caught.value)
     assert not set("│╭─╰") & set(str(caught.value))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["--count", "('--count',)"])
+def test_a_value_that_is_missing_is_named_as_by_each_tyro(name):
+    """tyro before 1.0.14 prints the name as a tuple."""
+    box = f"╭─ Missing argument ─╮\n│ Missing value for argument '{name}'. Expected 1 values. │\n╰───╯"
+
+    assert _one_line(box) == "--count needs a value"
 
 
 @dataclass(frozen=True)

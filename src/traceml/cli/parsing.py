@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _NO_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: expected (?:one argument|at least one \w+)$")
-_NO_TYRO_VALUE = re.compile(r"^missing value for argument '(\S+)'\. Expected .*$")
+# Before tyro 1.0.14 the name is printed as a tuple: '('--count',)'.
+_NO_TYRO_VALUE = re.compile(r"^missing value for argument '(?:\(')?([^\s',]+)(?:',\))?'\. Expected .*$")
 _WRONG_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: takes")  # an option and its aliases
 _MISSING = re.compile(r"^[│|]? {5,6}(\S+)", re.MULTILINE)  # their explanations are indented further
 _NOT_A_NUMBER = re.compile(
