@@ -1,4 +1,4 @@
-# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak, audit.
+# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak, audit, release.
 # Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 2)
 
-.PHONY: demo check test lint types style unit system docs bench accuracy faults soak audit clean
+.PHONY: demo check test lint types style unit system docs bench accuracy faults soak audit release clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE:=/*.[ch]))
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -91,6 +91,14 @@ soak: $(VENV)/.test
 audit: $(VENV)/.test
 	@$(PIP) install --group audit
 	$(BIN)/python release/audit.py $(ARGS)
+
+# What a registry takes, in dist: source distribution and wheel, each tried in an empty environment. Five minutes.
+release: $(VENV)/.release
+	$(BIN)/python release/build.py $(ARGS)
+
+$(VENV)/.release: $(VENV)/.base
+	@$(PIP) install --group release
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .bench build dist
