@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from traceml.witness.kernel_state import ProcessInfo, process_info
+from traceml.witness.program_names import program_name
 
 __all__ = ["LEAST_CORES", "BusyProcesses"]
 
@@ -72,12 +73,8 @@ def _is_below(pid: int, own: Collection[int], known: Mapping[int, ProcessInfo]) 
 
 
 def _name(pid: int, user: int) -> str:
-    """Return the name of a process of a user, as `top` shows it; empty for another user's."""
-    folder = Path(f"/proc/{pid}")
+    """Return the name of a process of a user; empty for another user's."""
     try:
-        if folder.stat().st_uid != user:
-            return ""
-
-        return (folder / "comm").read_text("utf-8", "replace").strip()
+        return program_name(pid) if Path(f"/proc/{pid}").stat().st_uid == user else ""
     except OSError:  # it has just ended
         return ""
