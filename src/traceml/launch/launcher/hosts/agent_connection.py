@@ -22,6 +22,7 @@ from traceml.launch.wire import bootstrap
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.process_cleanup import end_job
 from traceml.process_ends import end_of_status
+from traceml.witness.kernel_state import process_info
 
 __all__ = ["AgentConnection"]
 
@@ -38,6 +39,7 @@ _KEPT_LINES = 20
 _READ_BYTES = 65536
 _TOO_OLD = 78  # exit status of the bootstrap program
 _SILENT_S = 6.0  # longer than any pause of a connection that works: both sides send something every few seconds
+_LOST = "A host whose agent is silent that long counts as lost, and the job ends: the other ranks would wait for it."
 _END_WAIT_S = 1.0  # a program that has closed its output exits soon; its status is known only then
 
 _log = logging.getLogger("traceml.launch")
@@ -241,7 +243,10 @@ class AgentConnection:
         ended = f"{carrier} {_describe_exit(status)}"
         if self.hello is not None:
             what = f"its agent was lost while the job ran ({reason}; {ended})"
-            return what, "" if carrier == "the agent" else _explain_loss(output, silence_s)
+            if carrier != "the agent":
+                return what, _explain_loss(output, silence_s)
+
+            return what, _explain_silence(int(self.hello["pid"]), silence_s) if status is None else ""
 
         advice = "The launcher starts the Python at its own path; give that host's path with `python=`."
         program = re.escape(self._python)
@@ -265,12 +270,28 @@ class AgentConnection:
 def _explain_loss(output: str, silence_s: float) -> str:
     """Return why a connection that worked may have broken."""
     if silence_s >= _SILENT_S or re.search(r"Timeout, server|timed out|Broken pipe|No route|unreachable", output):
-        return f"Nothing was received from it for {silence_s:.0f} s: the host or the network is down."
+        down = "the host or the network is down, or its agent was stopped (SIGSTOP, a suspended machine)"
+        return f"Nothing was received from it for {silence_s:.0f} s: {down}. {_LOST}"
 
     if re.search(r"closed by remote host|[Cc]onnection (closed|reset)", output):
         return "Its sshd closed the connection: the host shuts down, or the session was ended."
 
     return "The connection worked to the end: the agent was killed, by a user or for lack of memory."
+
+
+def _explain_silence(agent: int, silence_s: float) -> str:
+    """Return why the agent of this machine may be silent.
+
+    Args:
+        agent: its process, which still runs.
+        silence_s: seconds for which it sent nothing.
+    """
+    info = process_info(agent)
+    if info is None:
+        return ""
+
+    why = "was stopped by a signal (SIGSTOP, Ctrl-Z)" if info.state == "T" else f"did not run for {silence_s:.0f} s"
+    return f"Its process {agent} {why}. {_LOST}"
 
 
 _connections: weakref.WeakSet[AgentConnection] = weakref.WeakSet()  # all of them, in the pool or in a launch
