@@ -149,6 +149,7 @@ _DEATHS = (
     _death("worker", function="decode"),
     _death("exit"),
     _death("os_exit"),
+    _case("death, terminated x2", "deaths terminated", "RANK_LOST", ranks=2, cause="ended_from_outside", fails=True),
 )
 
 _FILES = (
@@ -248,6 +249,15 @@ _HANGS = (
     *(_hang("uneven", 1, cause="mismatch", ranks=ranks) for ranks in (3, 4)),
     *(_hang("stopped", 1, cause="never_came", ranks=ranks) for ranks in (3, 4)),
     *(_hang("held", 1, cause="never_came", function="hold_interpreter", ranks=ranks) for ranks in (3, 4)),
+    _case(
+        "stopped for 12 s and continued x2",
+        "hangs paused",
+        "STOPPED",
+        ranks=2,
+        blamed=(1,),
+        steps=80,
+        never=frozenset({"HANG", "RANK_LOST", "JITTER"}),
+    ),
     _no_hang("evaluate"),
     _no_hang("tokenize"),
 )
@@ -274,6 +284,8 @@ _STALLS = (
     _case("makes and drops objects", "stalls drops", steps=200, never=frozenset({"GC_PAUSES"})),
     _case("compiles for each name", "stalls names", "RECOMPILES", function="forward", steps=200),
     _case("compiles for each size", "stalls sizes", "RECOMPILES", function="forward", steps=200),
+    _case("compiles many layers", "stalls deep --steps 60", steps=60, also=frozenset({"STARTUP"}),
+          never=frozenset({"RECOMPILES", "JITTER", "SLOWDOWN"})),
     _case("compiled for any size", "stalls sizes_dynamic", steps=200, never=frozenset({"RECOMPILES"})),
     _case("compiled, with smaller last batches", "stalls last_batch", steps=200,
           never=frozenset({"RECOMPILES", "JITTER"})),

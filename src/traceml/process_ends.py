@@ -6,11 +6,25 @@ Imports nothing of traceml, so that errors, launcher, verdicts and screens can s
 from __future__ import annotations
 
 import signal
+import time
 
-__all__ = ["CRASHES", "end_of_status", "exit_text", "signal_name", "signal_text"]
+__all__ = ["CRASHES", "EndedBySignal", "end_of_status", "exit_text", "signal_name", "signal_text"]
 
 CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV))
 """Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
+
+
+class EndedBySignal(KeyboardInterrupt):
+    """A signal asks a launcher for the end; like Ctrl-C, it ends the job on all hosts first.
+
+    Attributes:
+        number: of the signal.
+        at_s: epoch seconds at which it came.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.at_s = number, time.time()
 
 
 def signal_name(number: int) -> str:

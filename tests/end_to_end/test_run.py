@@ -291,9 +291,12 @@ def test_a_signal_to_the_command_reaches_the_job(
 
     assert ended.status == status, ended.stderr
     assert ended.report["run"]["state"] == "stopped"
-    assert ended.report["verdict"]["kind"] != "RANK_LOST"
+    verdict = ended.report["verdict"]
     assert ended.report["steps"]["count"] > 0
+    assert (verdict["kind"] == "RANK_LOST") is (number == signal.SIGTERM)
     if number == signal.SIGTERM:
+        assert (verdict["ranks"], verdict["evidence"]["cause"]) == ([], "ended_from_outside")
+        assert f"(process {os.getpid()}) ended the job" in verdict["summary"]
         assert [rank["exit"]["signal"] for rank in ended.report["ranks"]] == [number] * ranks
     assert_nothing_is_left(ended)
 

@@ -69,14 +69,16 @@ def sleeper(tmp_path: Path):
 def test_a_stopped_process_is_noted(sleeper) -> None:
     """Its time and its step are in the row."""
     process = sleeper("    sys.stdin.readline()\n")
+    began_s = time.time()
     process.send_signal(signal.SIGSTOP)
     time.sleep(_STOPPED_S)  # what is measured
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate("\n", timeout=60)
 
     (row,) = map(json.loads, out.splitlines())
-    assert (row["kind"], row["step"], row["part"]) == ("stopped", 7, "steps")
+    assert (row["kind"], row["from_step"], row["step"], row["part"]) == ("stopped", 7, 7, "steps")
     assert row["seconds"] > _STOPPED_S - 0.2
+    assert began_s - 0.2 < row["began_s"] < began_s + _STOPPED_S
 
 
 @pytest.mark.process
@@ -119,3 +121,26 @@ def test_waiting_is_no_stop(monkeypatch: pytest.MonkeyPatch, used: tuple[int, in
     meter.slept(0.5, monotonic_ns() - 2_500_000_000)
 
     assert rows == (["stopped startup"] if noted else [])
+
+
+@pytest.mark.parametrize(("asleep_s", "noted"), [(1, []), (90, [("suspended", 90.0, 6, 8)])])
+def test_a_suspended_machine_is_noted(
+    monkeypatch: pytest.MonkeyPatch, asleep_s: int, noted: list[tuple[str, float, int, int]]
+) -> None:
+    """Its monotonic clock stands still, so no sleep is late; the clock since boot goes on."""
+    rows: list[tuple[str, float, int, int]] = []
+    slots = {Slot.STEP_START: 0, Slot.STEP: 6}
+    readings = iter([5 * 10**9, (5 + asleep_s) * 10**9, (5 + asleep_s) * 10**9])
+    monkeypatch.setattr("traceml.recorder.stop_meter._suspended_ns", lambda: next(readings))
+
+    def note(_kind: str, *, seconds: float, step: int, part: str, from_step: int, began_s: float) -> None:
+        assert began_s <= time.time() - seconds + 1
+        rows.append((part, seconds, from_step, step))
+
+    meter = StopMeter(slots, note)
+    meter.turn()
+    slots[Slot.STEP] = 8
+    meter.slept(0.5, monotonic_ns())
+    meter.slept(0.5, monotonic_ns())
+
+    assert rows == noted

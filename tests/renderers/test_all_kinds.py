@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,14 @@ from tests.diagnosis.rules.test_training_losses import history as losses_of
 from tests.diagnosis.stalls.test_gc_pauses import collections
 from tests.diagnosis.stalls.test_gc_pauses import history as collected
 from tests.diagnosis.stalls.test_recompiles import compilations, long_forwards
+from tests.diagnosis.stalls.test_stopped_ranks import pause
 from tests.diagnosis.stalls.test_throttled import THERMAL
 from tests.diagnosis.stalls.test_throttled import samples as hot_samples
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
 from traceml.database.looks import RankLook
 from traceml.database.schema import EPOCHS, Compiled, Resource
+from traceml.diagnosis.facts.ending_signal import EndingSignal
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
 from traceml.diagnosis.facts.lost_workers import LostWorker
 from traceml.diagnosis.facts.resource_use import ResourceUse
@@ -43,6 +46,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
+from traceml.diagnosis.facts.stopped_time import Stop
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -130,6 +134,9 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "CPU_CONTENTION": lambda: found(ALONE, main_wait={0: 0.45}, core_wait={0: 0.4}),
     "JITTER": lambda: found(Job(ranks=1, steps=220, grouped=False), RARE),
     "STARTUP": lambda: found(ALONE, time=RunTime.of(200.0, {"steps": 110.0, "startup": 90.0})),
+    "STARTUP, compiled": lambda: found(
+        ALONE, time=replace(RunTime.of(200.0, {"steps": 110.0, "startup": 90.0}), compile_s=70.0)
+    ),
     "EVAL_HEAVY": lambda: found(ALONE, time=RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12)),
     "CHECKPOINT_STALLS": lambda: found(ALONE, adds("checkpoint", 100, every=20)),
     "GC_PAUSES": lambda: found(ALONE, adds("other", 30), pauses=collected(r0=collections(30, called=True))),
@@ -146,6 +153,15 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
         ALONE, pauses=compilations(*[Compiled.AGAIN] * 7, Compiled.LIMIT, ms=0.1, guard=7)
     ),
     "THROTTLED": lambda: found(ALONE, samples=hot_samples(THERMAL)),
+    "STOPPED": lambda: found(
+        Job(ranks=2),
+        pause(57, 1),
+        stops={1: [Stop(30.0, "steps", 57, 57, 4e8)]},
+        time=RunTime.of(100.0, {"steps": 100.0}),
+    ),
+    "STOPPED, machine": lambda: found(
+        ALONE, stops={0: [Stop(3600.0, "suspended", 57, 57)]}, time=RunTime.of(7200.0, {"steps": 3600.0})
+    ),
     "STEPS_SKIPPED": skipped,
     "SLOWDOWN": lambda: found(ALONE, later),
     "DATA_IMBALANCE": imbalanced,
@@ -200,6 +216,14 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
             ),
         ),
         job_end_s=1e6,
+        state="stopped",
+    ),
+    "RANK_LOST, ended from outside": lambda: found(
+        Job(ranks=2),
+        exits=(
+            RankExit(rank=0, state="killed", signal=15, last_step=219, saved_steps=200, stopped=True, open_step=220),
+        ),
+        ended_by=EndingSignal(15, 1e6, "slurmstepd", 4711),
         state="stopped",
     ),
     "RANK_LOST, crash": lambda: found(

@@ -6,8 +6,10 @@ import argparse
 import ctypes
 import os
 import resource
+import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -60,8 +62,18 @@ def fail() -> None:
     raise KeyError("label")
 
 
+def terminate_job() -> None:
+    """Have the launcher ended by SIGTERM, as a scheduler does it: it is the parent of torchrun."""
+    torchrun = Path(f"/proc/{os.getppid()}/stat").read_text()
+    os.kill(int(torchrun.rpartition(")")[2].split()[1]), signal.SIGTERM)
+    time.sleep(60)
+
+
 def stop(how: str) -> None:
     """End this process."""
+    if how == "terminated":
+        terminate_job()
+
     if how == "memory":
         keep(24)
     elif how == "allocation":

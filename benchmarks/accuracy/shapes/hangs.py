@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -75,6 +76,12 @@ def receive() -> None:
     dist.recv(torch.zeros(4), src=0)
 
 
+def pause() -> None:
+    """Have this process stopped by a signal for 12 seconds."""
+    pid = os.getpid()
+    subprocess.Popen(["/bin/sh", "-c", f"kill -STOP {pid}; sleep 12; kill -CONT {pid}"])
+
+
 def evaluate(model: torch.nn.Module) -> None:
     """Evaluate for long, on this rank only."""
     end_s = time.monotonic() + 15
@@ -93,7 +100,7 @@ def tokenize() -> None:
 
 ON_RANK_1 = {
     "sleep": sleep, "held": hold_interpreter, "file_lock": wait_for_file, "pipe": fill_pipe, "receive": receive,
-    "tokenize": tokenize,
+    "tokenize": tokenize, "paused": pause,
 }  # fmt: skip
 
 

@@ -14,6 +14,20 @@ options = parser.parse_args()
 how = options.how
 
 
+class Deep(nn.Module):
+    """Many different layers, which take long to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(256, 256) for _ in range(150))
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x) * (1 + i / 100) + x.mean(dim=-1, keepdim=True))
+
+        return x
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -76,12 +90,12 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     held = many_objects() if how.startswith(("collects", "remembers")) else None
     replay = deque(maxlen=400_000)
-    net = Net()
+    net = Deep() if how == "deep" else Net()
     sgd = torch.optim.SGD(net.parameters(), lr=0.01)
     if how == "remembers_frozen":
         gc.collect()
         gc.freeze()
         gc.disable()
 
-    compiles = how in ("names", "sizes", "sizes_dynamic", "last_batch")
+    compiles = how in ("names", "sizes", "sizes_dynamic", "last_batch", "deep")
     train(compiled(net) if compiles else net, sgd, loss_of)

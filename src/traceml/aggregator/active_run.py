@@ -25,6 +25,7 @@ from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.facts.ending_signal import END, ending_signal_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures
@@ -76,6 +77,7 @@ class ActiveRun:
         self.admission = Admission(self._facts, self._table, named=named, on_helper=self._note_helper)
         self._leaving: list[Peer] = []
         self._unmatched_exits: list[dict[str, Any]] = []
+        self._ended_by: dict[str, Any] = {}
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
         self.live.on_loaded = self._note_loaded
@@ -250,7 +252,8 @@ class ActiveRun:
             return
 
         if report.get("lost"):
-            if not stream.ended:
+            stream.exit["host_lost"] = str(report["lost"])
+            if not stream.ended or stream.state is StreamState.LOST:
                 self._end_stream(stream, StreamState.LOST)
 
             return
@@ -279,6 +282,7 @@ class ActiveRun:
             incarnation = Incarnation(str(report.get("host") or socket.gethostname()), boot_id(), pid, 0, "")
             stream = self._add_stream(self.attempt, rank, incarnation, local_rank, "")
             if report.get("lost"):
+                stream.exit["host_lost"] = str(report["lost"])
                 self._end_stream(stream, StreamState.LOST)
                 continue
 
@@ -314,6 +318,12 @@ class ActiveRun:
 
         broken = any(stream.state is not StreamState.FINISHED for stream in members)
         return quiet_s > (RESTART_S if broken and self._facts.restarts_left else SETTLE_S)
+
+    def note_ending(self, ended_by: object) -> None:
+        """Take the signal that ended the job, as its launcher reports it; see `ending_signal_of`."""
+        if (found := ending_signal_of(ended_by)) is not None:
+            self.live.intake.facts.ended_by = found
+            self._ended_by = {"ended_by": ended_by}
 
     def end_remaining(self, status: int | None) -> None:
         """Finalize every rank that has not ended: the launcher reports the end of the job and its status."""
@@ -382,7 +392,7 @@ class ActiveRun:
             self._facts.values = before
             return False
 
-        self.store.event("end", {"state": self.state, "status": status})
+        self.store.event(END, {"state": self.state, "status": status, **self._ended_by})
         self.store.close()
         self.live.resize(0)  # an aggregator remembers many runs that are over
         for stream in self.connected:  # a rank with more rows comes back, and opens the run again

@@ -133,6 +133,7 @@ class Commands:
 
             await asyncio.sleep(_DRAIN_POLL_S)
 
+        run.note_ending(args.get("ended_by"))
         run.end_remaining(status)
         for _ in range(_END_TRIES):
             if await self._aggregator.end(run, status):

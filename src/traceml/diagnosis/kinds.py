@@ -11,6 +11,7 @@ from traceml.formatting import (
     bytes_text,
     capitalized,
     count_text,
+    duration_text,
     factor_text,
     left_text,
     line_text,
@@ -34,6 +35,7 @@ FLOOR_NS = 1e6
 _MEMORIES = {"device": "Device memory", "pinned": "Pinned memory"}
 # A line with this share of a finding's cost stands in its headline.
 _MOST = 0.6
+_HALF = 0.5
 
 
 def least_cost_ns(step_ns: float, share: float = WARNING_SHARE) -> float:
@@ -79,6 +81,11 @@ def _lost_ranks(finding: _FindingFacts) -> str:
     evidence = finding.evidence
     if by_scheduler := _BY_SCHEDULER.get(evidence.get("cause", "")):
         return f"Ended by the scheduler: {by_scheduler}"
+
+    if evidence.get("cause") == "ended_from_outside":
+        step = evidence.get("step")
+        when = "" if step is None else f" at step {count_text(int(step))}"
+        return f"The job was ended from outside by {signal_name(int(evidence['signal']))}{when}"
 
     how = ""
     if evidence.get("worker_pid") is not None:
@@ -288,11 +295,31 @@ def _recompiles(finding: _FindingFacts) -> str:
     return f"The same function is compiled again and again: {share}"
 
 
+def _startup(finding: _FindingFacts) -> str:
+    """Return `45 % of the run's time is start-up, before the first step`, or that most of it is compiling."""
+    share = f"{percent_text(finding.cost_share)} of the run's time" if finding.cost_share else "Part of the run's time"
+    if finding.evidence.get("compile_share", 0) >= _HALF:
+        return f"{share} is start-up, most of it torch.compile"
+
+    before = ", before the first step" if "compile_s" not in finding.evidence else ""
+    return f"{share} is start-up{before}"
+
+
 def _throttled(finding: _FindingFacts) -> str:
     """Return `The driver lowers the clock of GPU 3: temperature`."""
     devices = finding.evidence.get("devices") or []
     which = f"GPU {devices[0]}" if len(devices) == 1 else f"{len(devices)} GPUs"
     return f"The driver lowers the clock of {which}: {finding.evidence.get('reason')}"
+
+
+def _stopped(finding: _FindingFacts) -> str:
+    """Return `Rank 1 stood still for 30 s`, or that its machine was suspended."""
+    seconds, ranks = finding.evidence.get("stopped_s"), ranks_text(finding.ranks)
+    how_long = "a while" if seconds is None else duration_text(float(seconds))
+    if finding.evidence.get("suspended"):
+        return f"The machine of {ranks} was suspended for {how_long}"
+
+    return f"{capitalized(ranks)} stood still for {how_long}"
 
 
 def _unknown(finding: _FindingFacts) -> str:
@@ -353,12 +380,13 @@ class Kind(StrEnum):
     STRAGGLER = "STRAGGLER", _SLOW
     CPU_CONTENTION = "CPU_CONTENTION", KindRule("The training waits for a CPU core: {share}")
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
-    STARTUP = "STARTUP", KindRule("{share} is start-up, before the first step", cost_of=_RUN_TIME)
+    STARTUP = "STARTUP", KindRule(_startup, cost_of=_RUN_TIME)
     EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", cost_of=_RUN_TIME)
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
     GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
     RECOMPILES = "RECOMPILES", KindRule(_recompiles, cost_of=_RUN_TIME)
     THROTTLED = "THROTTLED", KindRule(_throttled, Severity.WARNING)
+    STOPPED = "STOPPED", KindRule(_stopped, cost_of=_RUN_TIME)
     STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(_skipped, cost_of=_STEPS)
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
     DATA_IMBALANCE = (

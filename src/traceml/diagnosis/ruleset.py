@@ -28,6 +28,7 @@ from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.rules.training_data import duplicate_data, loss_not_finite, never_synchronized
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
+from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
@@ -60,13 +61,14 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         *throttled(facts),
         *_training(facts),
     ]
-    around = [*outside_steps(facts.time, facts.lines), *_memory(facts)]
+    around = [*outside_steps(facts.time, facts.lines), *stopped_ranks(window, facts), *_memory(facts)]
     main = [*lost, *(finding for finding in around if finding.severity is not Severity.INFO)]
     remarks = [finding for finding in around if finding.severity is Severity.INFO]
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
     if len(window) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
 
+    window = without_stopped_steps(window, facts)
     segments = segments_of(window, facts)
     main += _timing(window, segments, facts)
     crowded = cpu_contention(facts)

@@ -1,8 +1,9 @@
-"""Time in which the process did not run: stopped by a signal or a debugger, in a frozen container, a paused machine."""
+"""Time in which the process did not run: stopped by a signal or a debugger, or frozen or suspended with others."""
 
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ class StopMeter:
     """Tells a stopped process from one that waits for a core, the GIL or memory, when a sleep lasted too long.
 
     Whoever is stopped neither wakes nor waits for a core. All methods are for the thread that sleeps. Where the kernel
-    does not tell how long a thread waited for a core, nothing is noted.
+    does not tell how long a thread waited for a core, no stop is noted. While the whole machine is suspended, its
+    monotonic clock stands still and the clock since boot does not, which tells the two apart.
 
     Args:
         slots: open-phase words of the flight file.
@@ -32,13 +34,17 @@ class StopMeter:
         self._slots, self._note = slots, note
         self._sched: ProcFile | None = None
         self._before: tuple[int, int, int] | None = None
+        self._step = slots[Slot.STEP]
+        self._suspended_ns = _suspended_ns()
 
     def turn(self) -> None:
         """Record what the thread has used so far; call at least once a second."""
         self._before = self._used()
+        self._step = self._slots[Slot.STEP]
 
     def slept(self, asked_s: float, began_ns: int) -> None:
-        """Check a sleep that began then and was to last so long; note it if the process was stopped."""
+        """Check a sleep that began then and was to last so long; note it if the process did not run meanwhile."""
+        self._check_suspended()
         late_ns = monotonic_ns() - began_ns - int(asked_s * 1e9)
         if late_ns < _SHORTEST_NS or self._before is None or (used := self._used()) is None:
             return
@@ -48,13 +54,25 @@ class StopMeter:
             return
 
         slots = self._slots
-        part = "steps" if slots[Slot.STEP_START] else "startup" if slots[Slot.STEP] < 0 else "outside"
-        self._note("stopped", seconds=round(late_ns / 1e9, 3), step=slots[Slot.STEP], part=part)
+        self._append(late_ns, "steps" if slots[Slot.STEP_START] else "startup" if slots[Slot.STEP] < 0 else "outside")
 
     def close(self) -> None:
         """Close the open file."""
         if self._sched is not None:
             self._sched.close()
+
+    def _check_suspended(self) -> None:
+        before, self._suspended_ns = self._suspended_ns, _suspended_ns()
+        if self._suspended_ns - before >= _SHORTEST_NS:
+            self._append(self._suspended_ns - before, "suspended")
+
+    def _append(self, ns: int, part: str) -> None:
+        """Append a row; other threads may have begun further steps since, so it has the last one before, too."""
+        seconds = round(ns / 1e9, 3)
+        self._note(
+            "stopped", seconds=seconds, step=self._slots[Slot.STEP], part=part, from_step=self._step,
+            began_s=round(time.time() - seconds, 3),
+        )  # fmt: skip
 
     def _used(self) -> tuple[int, int, int] | None:
         """Return the thread's wait for cores (ns), voluntary switches, and page faults that read from a disk."""
@@ -66,3 +84,8 @@ class StopMeter:
 
         usage = resource.getrusage(resource.RUSAGE_THREAD)
         return core_wait_ns, usage.ru_nvcsw, usage.ru_majflt
+
+
+def _suspended_ns() -> int:
+    """Return the time since boot in which this machine was suspended."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)

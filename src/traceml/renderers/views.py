@@ -164,7 +164,7 @@ class RunView:
         if self.state not in ("failed", "stopped") or self.steps.count or self.run.restarts or self.trackers:
             return None
 
-        if self.state == "stopped":
+        if self.state == "stopped" and self.verdict.kind is not Kind.RANK_LOST:
             return "Stopped before the first step."
 
         if any(rank.exit.signal for rank in self.report.ranks):

@@ -151,21 +151,23 @@ class AggregatorProcess(RestartingProcess):
             with contextlib.closing(connection):
                 connection.request(name, args, timeout_s=end_s - time.monotonic())
 
-    def finish(self, exits: Sequence[dict[str, Any]], status: int) -> bool:
+    def finish(self, exits: Sequence[dict[str, Any]], status: int, ended_by: Mapping[str, Any] | None = None) -> bool:
         """Report the end of the processes and of the run; return whether it is complete on disk.
 
         Args:
             exits: the end of each rank, in the form of the command `exits`.
             status: the job's exit status, as in a shell.
+            ended_by: the signal that asked for the end, in the form of the command `finish`.
         """
+        end = {"status": status} if ended_by is None else {"status": status, "ended_by": dict(ended_by)}
         try:
             if not self.running:
                 self.start()
 
-            finished = self._report_end(exits, status)
+            finished = self._report_end(exits, end)
             if finished is None:  # it hangs or died: a new one reads what the ranks have left in memory
                 self._replace()
-                finished = self._report_end(exits, status)
+                finished = self._report_end(exits, end)
         except (TraceMLError, OSError) as error:
             _log.debug("the run cannot be finished: %s", error)
             return False
@@ -206,7 +208,7 @@ class AggregatorProcess(RestartingProcess):
 
         self.start()
 
-    def _report_end(self, exits: Sequence[dict[str, Any]], status: int) -> bool | None:
+    def _report_end(self, exits: Sequence[dict[str, Any]], end: dict[str, Any]) -> bool | None:
         """Return whether the aggregator has completed the run; None without an answer."""
         hello = Hello(role="client", run=self.run_id)
         try:
@@ -217,7 +219,7 @@ class AggregatorProcess(RestartingProcess):
         with contextlib.closing(connection):
             try:
                 connection.request("exits", {"exits": list(exits)}, timeout_s=_FINISH_TIMEOUT_S)
-                connection.request("finish", {"status": status}, timeout_s=_FINISH_TIMEOUT_S)
+                connection.request("finish", end, timeout_s=_FINISH_TIMEOUT_S)
             except OSError:  # a TimeoutError, or the connection broke
                 return None
             except TraceMLError as error:

@@ -13,6 +13,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,13 @@ from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
+from traceml.witness.program_names import program_name
 
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
 _ENDING = {signal.SIGINT, signal.SIGTERM}
+_TOLD = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job by hand
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
 
 
@@ -103,6 +106,7 @@ class Supervisor:
         self._on_tick = on_tick
         self._failures: list[dict[str, Any]] = []
         self._signals: set[int] = set()
+        self._ended_by: dict[str, Any] | None = None
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> Self:
@@ -219,8 +223,18 @@ class Supervisor:
                 self._aggregator.take_last_look()
 
             self._signals.add(info.si_signo)
+            self._note_sender(info)
             if info.si_code != _SI_KERNEL and process.poll() is None:
                 process.send_signal(info.si_signo)
+
+    def _note_sender(self, info: signal.struct_siginfo) -> None:
+        """Remember who told the job to end: the program may have ended when the job has."""
+        if self._ended_by is not None or info.si_signo not in _TOLD:
+            return
+
+        self._ended_by = {"signal": info.si_signo, "time": time.time()}
+        if info.si_code != _SI_KERNEL:
+            self._ended_by |= {"sender": program_name(info.si_pid), "sender_pid": info.si_pid}
 
     def _show(self, terminal: ScriptPipe, *, at_end: bool = False) -> bool:
         """Show what the script wrote; return whether there may be more."""
@@ -256,7 +270,10 @@ class Supervisor:
         # Who signals the command ends the job as a whole: no rank is the cause.
         ends = {-number for number in self._signals} | {128 + number for number in self._signals}
         failures = [each | {"stopped": True} if each["exitcode"] in ends else each for each in failures]
-        return self._aggregator.finish(failures, self._status(process))
+        if self._ended_by is not None:
+            self._ended_by["waited_s"] = round(time.time() - self._ended_by["time"], 3)
+
+        return self._aggregator.finish(failures, self._status(process), self._ended_by)
 
 
 def _output_pipe() -> ScriptPipe:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
@@ -79,6 +81,45 @@ def test_a_start_up_of_imports_is_told_as_such():
     assert found.summary.endswith("60 % of it in imports.")
     assert found.evidence["import_share"] == pytest.approx(0.6)
     assert "cache" not in found.next.lower()
+
+
+def compiled(compile_s: float, startup_s: float, wall_s: float = 100.0, **parts: float):
+    time = replace(RunTime.of(wall_s, {"startup": startup_s, **parts}), compile_s=compile_s)
+    lines = (SampledLine(0, "startup", "/x/train.py", 12, "tokenize", None, 80),)
+    found = diagnose(window_of(ALONE), JobFacts(time=time, lines=lines))
+    return next((each for each in found if each.kind is Kind.STARTUP), None)
+
+
+def test_compiling_in_the_first_steps_is_told_as_such():
+    """No line of the user's is to blame, and the advice is on torch.compile."""
+    found = compiled(42.0, 50.0, steps=50.0)
+
+    assert found.headline == "50 % of the run's time is start-up, most of it torch.compile"
+    assert found.summary == (
+        "Start-up with the compilations of the first steps took 50 s: 50 % of the run's 1:40; torch.compile took 42 s "
+        "of it."
+    )
+    assert "TORCHINDUCTOR_CACHE_DIR" in found.next
+    assert found.evidence["compile_share"] == pytest.approx(0.84)
+    assert "line" not in found.evidence
+
+
+@pytest.mark.parametrize(("compile_s", "told"), [(0.0, False), (2.0, False), (6.0, True)])
+def test_a_little_compiling_is_not_the_start_up(compile_s: float, told: bool):
+    """Below a tenth the line is told instead; below a half the headline does not name it."""
+    found = compiled(compile_s, 50.0, steps=50.0)
+
+    assert ("torch.compile took" in found.summary) is told
+    assert ("TORCHINDUCTOR" in found.next) is told
+    assert "torch.compile" not in found.headline
+    assert ("tokenize" in found.summary) is not told
+
+
+def test_compiling_after_a_restart_is_no_start_up():
+    """It is part of the restart."""
+    found = compiled(9.0, 50.0, steps=30.0, restart=20.0)
+
+    assert "torch.compile" not in found.summary
 
 
 def test_a_few_imports_are_not_told():

@@ -155,6 +155,19 @@ def test_rows_of_a_running_run_arrive_late(tmp_path, silent_s, idle):
     assert time.seconds["idle"] == pytest.approx(idle or 0, abs=1e-6)
 
 
+def test_compiling_in_the_first_steps_is_start_up(tmp_path: Path) -> None:
+    """It is no step, no useful time, and nothing is counted twice."""
+    with closing(StoreReader(store(tmp_path / "run") / STORE_NAME)) as reader:
+        whole = reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0
+        before, after = wall_time(*whole), wall_time(*whole, compile_s={0: 3.0, 1: 1.0})
+
+    assert after.compile_s == pytest.approx(2.0)
+    assert after.seconds["startup"] == pytest.approx(before.seconds["startup"] + 2.0)
+    assert after.seconds["steps"] == pytest.approx(before.seconds["steps"] - 2.0)
+    assert after.useful.productive_s == pytest.approx(before.useful.productive_s - 2.0)
+    assert sum(after.seconds.values()) == pytest.approx(15.0)
+
+
 def test_a_rank_that_was_stopped(tmp_path: Path) -> None:
     """Its time is no time of steps; the mean over ranks has half of what one of two was stopped."""
     folder = store(tmp_path / "run")

@@ -66,6 +66,13 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
     if ended.exception and ended.file:
         return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
 
+    if ended.state == "lost" and ended.host_lost:
+        host = f" {ended.host}" if ended.host else ""
+        return (
+            f"Look at the host{host}: whether it or its network was down, and whether the launch agent there was "
+            "killed or stopped; the launcher ends a job whose agent is silent for 15 s."
+        )
+
     if ended.state == "lost" and ended.process_gone:
         return (
             f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "

@@ -56,6 +56,9 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
     if ended.exception:
         return f"ended with {_short(ended.exception)}{at}"
 
+    if ended.state == "lost" and ended.host_lost:
+        return f"{was} lost with {'their' if many else 'its'} host: {ended.host_lost}"
+
     if ended.state == "lost" and ended.process_gone:
         return "ended without a report: by a signal or by os._exit"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.deaths.end_words import end_text, step_text
+from traceml.diagnosis.deaths.ended_from_outside import ended_from_outside
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_behind, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
 from traceml.diagnosis.deaths.scheduler_ends import ended_by_scheduler, lost_steps, lost_steps_text
@@ -37,11 +38,13 @@ _PEER_GONE = (
 
 
 def rank_lost(facts: JobFacts) -> list[Finding]:
-    """Return the finding about lost ranks: the first to end, the cause, the step and the phase."""
+    """Return the finding about lost ranks, the first to end with its cause, or about a job ended as a whole."""
     bad = ended_badly(facts.exits)
     causes = root_causes(bad)
     if by_scheduler := ended_by_scheduler(bad, causes, facts):
         return by_scheduler
+    if from_outside := ended_from_outside(causes, facts):
+        return from_outside
     if not causes:
         return []
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits
+from traceml.diagnosis.facts.ending_signal import EndingSignal
 from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.lost_workers import LostWorker, lost_worker_of
@@ -82,6 +83,7 @@ class RankExit:
         open_s: age of the open step at the end, seconds.
         saved_steps: steps in its last checkpoint; None where it saved none.
         scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted` or `requeued`.
+        host_lost: reason for which the launcher gave up its host.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """
 
@@ -105,6 +107,7 @@ class RankExit:
     oom: str | None = None
     saved_steps: int | None = None
     scheduler: str | None = None
+    host_lost: str | None = None
 
     @classmethod
     def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
@@ -154,6 +157,7 @@ class JobFacts:
         lost_workers: rank -> loader workers that died, the first of them.
         growing: rank -> containers that grew while its memory did, when it looked last.
         exits: ends of ranks.
+        ended_by: signal that the launcher received and that ended the job; None without one.
         job_end_s: epoch second at which the scheduler ends the job; None where it has no limit.
         limits: use of resources that have a limit.
         save_folders: rank -> folder into which it wrote checkpoints.
@@ -168,6 +172,7 @@ class JobFacts:
         latest: last step of each rank, -1 before the first.
         progress: progress of each rank; None where it is not known.
         pauses: times in which the training stood still for the interpreter or for torch.compile.
+        stops: rank -> times in which its process did not run.
     """
 
     world_size: int = 1
@@ -189,6 +194,7 @@ class JobFacts:
     lost_workers: Mapping[int, Sequence[LostWorker]] = field(default_factory=dict)
     growing: Mapping[int, Sequence[GrowingObjects]] = field(default_factory=dict)
     exits: tuple[RankExit, ...] = ()
+    ended_by: EndingSignal | None = None
     job_end_s: float | None = None
     limits: tuple[ResourceUse, ...] = ()
     save_folders: Mapping[int, str] = field(default_factory=dict)
@@ -203,6 +209,7 @@ class JobFacts:
     latest: tuple[int, ...] = ()
     progress: JobProgress | None = None
     pauses: PauseHistory = field(default_factory=PauseHistory)
+    stops: Mapping[int, Sequence[Stop]] = field(default_factory=dict)
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None where it is not known."""
@@ -271,6 +278,7 @@ class JobFactsBuilder:
         self.names: dict[int, dict[int, str]] = {}
         """Texts of each rank by id: names of user phases, sampled lines."""
         self.state = "running"
+        self.ended_by: EndingSignal | None = None
         self.limits, self.lines, self.memory = UseHistory(), LineCounts(), MemoryHistory()
         self.workers = WorkerHistory()
         self.lost_workers: dict[int, list[LostWorker]] = {}
@@ -435,6 +443,7 @@ class JobFactsBuilder:
             model=self._model,
             fused=known.get("fused"),
             compile_s=known.get("compile_s"),
+            ended_by=self.ended_by,
             job_end_s=known.get("job_end_s"),
             loader=self._loaders[0] if self._loaders else None,
             loaders=dict(self.loaders),
@@ -451,6 +460,7 @@ class JobFactsBuilder:
             latest=tuple(latest),
             progress=self._progress(),
             pauses=self.pauses,
+            stops=dict(self.stops),
             epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),

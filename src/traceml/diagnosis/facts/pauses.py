@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINE_OTHER, LINE_PHASES, PAUSES, Pause
+from traceml.database.schema import LINE_OTHER, LINE_PHASES, PAUSES, Compiled, Pause
+from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.facts.sampled_lines import parsed_place
 
 __all__ = ["PauseHistory", "Saves"]
@@ -64,6 +65,12 @@ class PauseHistory:
         """Return the kept rows of a rank about one cause."""
         rows = self._rows.get(rank)
         return np.empty(0, PAUSES.dtype) if rows is None else rows[rows["cause"] == cause]
+
+    def set_up_compile_s(self, rank: int) -> float:
+        """Return the seconds for which functions were compiled for the first time in the first steps of a rank."""
+        rows = self.rows(rank, Pause.COMPILATION)
+        in_set_up = (rows["step"] >= 0) & (rows["step"] < SET_UP_STEPS)
+        return float(rows["ns"][in_set_up & (rows["detail"] == Compiled.FIRST)].sum()) / 1e9
 
     def text(self, rank: int, number: int) -> str:
         """Return a text of a rank by its id; empty where it is not known."""

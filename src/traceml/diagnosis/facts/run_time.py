@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from traceml.diagnosis.facts.useful_time import UsefulTime
 
-__all__ = ["HEAVY_SHARE", "PARTS", "RunTime"]
+__all__ = ["HEAVY_SHARE", "PARTS", "SET_UP_STEPS", "RunTime"]
 
 PARTS = (
     "startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "stopped", "restart", "unexplained",
 )  # fmt: skip
 """The parts of a run's wall time:
 
-- `startup`: from the run's start to the first batch
+- `startup`: from the run's start to the first batch, and compiling in the first steps
 - `steps`: training steps, without saving and without the start of epochs
 - `evaluation`: evaluation batches, with the time until the next training batch
 - `checkpoint`: saving inside steps
@@ -27,6 +27,8 @@ PARTS = (
 """
 
 
+SET_UP_STEPS = 10
+"""First steps of a run that a diagnosis leaves out, as they include set-up."""
 HEAVY_SHARE = 0.25
 """A part of the wall time that is worth a word: start-up or evaluation is reported from this share on."""
 
@@ -40,12 +42,14 @@ class RunTime:
         seconds: by part (`PARTS`), the mean over ranks; the parts add up to `wall_s`.
         evaluations: times that evaluation interrupted the training, on one rank.
         useful: steps that count, and those that an attempt repeats.
+        compile_s: of the start-up (after a restart: of that), compiling functions for the first steps.
     """
 
     wall_s: float
     seconds: Mapping[str, float] = field(default_factory=dict)
     evaluations: int = 0
     useful: UsefulTime = field(default_factory=UsefulTime)
+    compile_s: float = 0.0
 
     @property
     def goodput(self) -> float:

@@ -16,6 +16,8 @@ STARTUP_S = 5.0
 """A shorter start-up is not reported."""
 LONG_STARTUP_S = 60.0
 """From here on a long start-up is a warning."""
+_TOLD_COMPILING = 0.1
+"""Share of the start-up from which on compiling is told."""
 
 
 def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Finding]:
@@ -40,6 +42,10 @@ def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Fi
 
 
 def _startup(time: RunTime, startup_s: float, line: BlamedLine | None, imports: float) -> Finding:
+    compiled = min(time.compile_s / startup_s, 1.0) if time.share("restart") == 0 else 0.0
+    if compiled >= _TOLD_COMPILING:
+        return _compiled_startup(time, startup_s, compiled)
+
     mostly_imports = imports >= NAMED_SHARE
     where = f", {percent_text(imports)} of it in imports" if mostly_imports else line.of_it if line else ""
     return Finding(
@@ -61,6 +67,32 @@ def _startup(time: RunTime, startup_s: float, line: BlamedLine | None, imports: 
     )
 
 
+def _compiled_startup(time: RunTime, startup_s: float, compiled: float) -> Finding:
+    """Return the finding about a start-up that includes the compilations of the first steps."""
+    return Finding(
+        kind=Kind.STARTUP,
+        severity=Severity.WARNING if startup_s >= LONG_STARTUP_S else Severity.INFO,
+        summary=(
+            f"Start-up with the compilations of the first steps took {duration_text(startup_s)}: "
+            f"{percent_text(time.share('startup'))} of the run's {duration_text(time.wall_s)}; torch.compile took "
+            f"{duration_text(time.compile_s)} of it."
+        ),
+        next=_FOR_COMPILING,
+        evidence={
+            "startup_s": startup_s,
+            "wall_s": time.wall_s,
+            "share": time.share("startup"),
+            "compile_s": time.compile_s,
+            "compile_share": compiled,
+        },
+        cost_share=time.share("startup"),
+    )
+
+
+_FOR_COMPILING = (
+    "A longer run has a smaller share of it. Keep compiled code from run to run (TORCHINDUCTOR_CACHE_DIR on a disk "
+    "that stays: the default is in /tmp), or compile one repeated block of the model instead of all of it."
+)
 _FOR_IMPORTS = (
     "A longer run has a smaller share of it. Import what only some runs need where it is used (python -X importtime "
     "shows what takes long), and keep the Python environment on a local disk."

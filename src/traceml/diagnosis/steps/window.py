@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits
+from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     Floats,
@@ -23,7 +24,7 @@ from traceml.diagnosis.steps.step_split import (
     spread_device_times,
 )
 
-__all__ = ["MAX_CELLS", "MAX_USER_PHASES", "SET_UP_STEPS", "Ints", "Rows", "StepWindow", "Window", "slots_for"]
+__all__ = ["MAX_CELLS", "MAX_USER_PHASES", "Ints", "Rows", "StepWindow", "Window", "slots_for"]
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
@@ -38,8 +39,6 @@ _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
 MAX_CELLS = 640_000
 """Most steps of all ranks together that a window has."""
 _MIN_STEPS = 20
-SET_UP_STEPS = 10
-"""First steps of a run that a diagnosis leaves out, as they include set-up."""
 MAX_USER_PHASES = 32
 """Names of user phases beyond these count as `other`."""
 

@@ -6,15 +6,9 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from traceml.process_ends import EndedBySignal
+
 __all__ = ["EndedBySignal", "ended_by"]
-
-
-class EndedBySignal(KeyboardInterrupt):
-    """A signal asks for the end; like Ctrl-C, it ends the job on all hosts first."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 @contextmanager

@@ -85,7 +85,11 @@ def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime
     streams = [stream for stream in reader.streams() if not stream.facts.get("helps")]
     sums = digest.step_sums or reader.step_sums()
     ended_s, is_running = started_s + duration_s, state == "running"
-    return wall_time(streams, sums, started_s, ended_s, is_running=is_running, stops=digest.facts.stops)
+    facts = digest.facts
+    return wall_time(
+        streams, sums, started_s, ended_s, is_running=is_running, stops=facts.stops,
+        compile_s={rank: facts.pauses.set_up_compile_s(rank) for rank in digest.ranks},
+    )  # fmt: skip
 
 
 def report_window(digest: Digest, last: int = 200) -> Window:

@@ -29,6 +29,7 @@ def wall_time(
     *,
     is_running: bool = False,
     stops: Mapping[int, Sequence[Stop]] | None = None,
+    compile_s: Mapping[int, float] | None = None,
 ) -> RunTime:
     """Return the wall time of a run by part, the mean over ranks.
 
@@ -39,6 +40,7 @@ def wall_time(
         ended_s: its end, or now.
         is_running: whether it runs: then the time up to the last row counts, as rows arrive late.
         stops: times in which each rank did not run.
+        compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is no training.
     """
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
@@ -55,9 +57,18 @@ def wall_time(
         ] or parts
 
     known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]}
+    compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
+    known["steps"] -= compiled_s
+    known["restart" if attempt else "startup"] += compiled_s
     time = RunTime.of(max(ended_s - started_s, 0.0), known, _most_evaluations(sums.values()))
     goes_on = checkpoints(records)
-    return replace(time, useful=UsefulTime.mean(_useful(of_rank, sums, goes_on) for of_rank in ranks))
+    useful = UsefulTime.mean(_useful(of_rank, sums, goes_on) for of_rank in ranks)
+    useful = replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
+    return replace(time, useful=useful, compile_s=compiled_s)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
 
 
 def _by_rank(records: Sequence[StreamRecord], sums: Mapping[int, StepSums]) -> list[list[StreamRecord]]:

@@ -36,6 +36,7 @@ from traceml.database.schema import (
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
+from traceml.diagnosis.facts.ending_signal import END, ending_signal_of
 from traceml.diagnosis.facts.job_facts import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
@@ -350,6 +351,10 @@ class Digest:
         for event in reader.events(self._last_takers, CORE_TAKERS):
             self._last_takers = event.id
             self.facts.core_takers.add(event.data.get("cores"))
+
+        ended = reader.last_event(END)
+        if ended is not None:
+            self.facts.ended_by = ending_signal_of(ended.data.get("ended_by"))
 
         aborted = reader.last_event(ABORT)
         if aborted is not None and aborted.data.get("attempt") == self._attempt:

@@ -26,6 +26,7 @@ from traceml.launch.launcher.job.job_state import JobState, MakeLogs
 from traceml.launch.launcher.job.payload_sender import PayloadSender, shares_memory_with
 from traceml.launch.launcher.logs.log_handlers import log_level
 from traceml.launch.wire import payload
+from traceml.process_ends import EndedBySignal
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing
@@ -311,7 +312,11 @@ class LaunchJob:
         if isinstance(error, WorkerFailedError):
             status = 128 + error.signal if error.signal else error.exit_code or 1
 
-        self._tracing.finish(status)
+        ended_by = None
+        if isinstance(error, EndedBySignal):
+            status, ended_by = 128 + error.number, {"signal": error.number, "time": error.at_s}
+
+        self._tracing.finish(status, ended_by)
 
     def _prepare(self, host: JobHost) -> None:
         theirs = str(host.hello.get("python"))

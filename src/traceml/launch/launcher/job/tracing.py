@@ -260,18 +260,19 @@ class Tracing:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def finish(self, status: int) -> bool:
+    def finish(self, status: int, ended_by: Mapping[str, Any] | None = None) -> bool:
         """Report the end of the job to the aggregator; return whether the run is complete on disk.
 
         Args:
             status: the job's exit status, as in a shell.
+            ended_by: the signal that ended it, see `AggregatorProcess.finish`.
         """
         for exited in self._exits:
             flight = self._flights.get(exited["rank"])
             if flight is not None and flight.path:
                 exited["flight"] = flight.path
 
-        self._finished = self._begun and self._aggregator.finish(self._exits, status)
+        self._finished = self._begun and self._aggregator.finish(self._exits, status, ended_by)
         return self._finished
 
     def close(self) -> None:

@@ -1,0 +1,98 @@
+"""Jobs that another process ended as a whole: a scheduler, a preemption, a kill command, a closed session."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from traceml.diagnosis.deaths.end_words import step_text
+from traceml.diagnosis.deaths.scheduler_ends import lost_steps, lost_steps_text
+from traceml.diagnosis.facts.ending_signal import EndingSignal
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.formatting import duration_text
+from traceml.process_ends import signal_name
+
+__all__ = ["ended_from_outside"]
+
+_EARLY_S = 0.5  # clocks of hosts differ a little
+_SENDERS = (
+    (("slurm",), "Ask Slurm why: sacct -j JOBID -o State,ExitCode,Elapsed (CANCELLED, PREEMPTED, TIMEOUT)"),
+    (("timeout",), "The command `timeout` ended it: give it more time"),
+    (("systemd-oomd", "earlyoom"), "It ends programs when the host lacks memory: use less, or a host with more"),
+    (("systemd", "init"), "Its unit was stopped, its session was closed, or the machine shuts down"),
+    (("pbs", "sge", "lsf", "res", "condor"), "Ask the scheduler why it ended the job"),
+)
+_OUTSIDE = "A container is ended by its runtime: a deleted or evicted pod, a preempted node, docker stop"
+_HANG_UP = "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid"
+_UNKNOWN = "Find out what sent it: a scheduler's limit or preemption, or a kill command"
+
+
+def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
+    """Return the finding about a job that its launcher was told to end; empty where a rank had failed before.
+
+    Args:
+        causes: ends of ranks that nothing else explains.
+        facts: about the job, with the signal.
+    """
+    by = facts.ended_by
+    if by is None or any(ended.at_s is not None and ended.at_s < by.at_s - _EARLY_S for ended in causes):
+        return []
+
+    last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
+    lost, returned = lost_steps(last, facts.exits), not ended_badly(facts.exits)
+    return [
+        Finding(
+            kind=Kind.RANK_LOST,
+            severity=Severity.WARNING if returned else Kind.RANK_LOST.severity_for(0.0),
+            phase=None if returned else last.open_phase,
+            summary=_summary(by, last, returned=returned) + f"{lost_steps_text(lost)}.",
+            next=f"{_reason(by)}. {_ADVICE}",
+            evidence=_evidence(by, last, lost),
+            cost_share=1.0,
+        )
+    ]
+
+
+_ADVICE = "Save a checkpoint on the signal, or often, and go on from the last one."
+
+
+def _summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str:
+    name = f"{signal_name(by.number)} from {_sender(by)}"
+    if returned:
+        after = f", {duration_text(by.waited_s)} later" if by.waited_s else ""
+        return f"{name} told the job to end, and it returned by itself{after}{step_text(last)}"
+
+    return f"{name} ended the job{step_text(last)}"
+
+
+def _sender(by: EndingSignal) -> str:
+    if by.sender_pid == 0:
+        return "outside the container"
+
+    if by.sender_pid is None:
+        return "another process" if by.number != signal.SIGHUP else "the terminal"
+
+    return f"{by.sender or 'a program that has ended'} (process {by.sender_pid})"
+
+
+def _reason(by: EndingSignal) -> str:
+    if by.sender_pid == 0:
+        return _OUTSIDE
+
+    known = (text for names, text in _SENDERS if by.sender.startswith(names))
+    return next(known, _HANG_UP if by.number == signal.SIGHUP else _UNKNOWN)
+
+
+def _evidence(by: EndingSignal, last: RankExit, lost: int | None) -> dict[str, object]:
+    known = {
+        "cause": "ended_from_outside",
+        "signal": by.number,
+        "sender": by.sender or None,
+        "sender_pid": by.sender_pid,
+        "step": last.open_step if last.open_step is not None else last.last_step,
+        "last_step": last.last_step,
+        "lost_steps": lost,
+    }
+    return {key: value for key, value in known.items() if value is not None}

@@ -1,0 +1,55 @@
+"""Signal by which another process ended the whole job, as its launcher received it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["END", "EndingSignal", "ending_signal_of"]
+
+END = "end"
+"""Kind of the event at the end of a run: `{"state", "status", "ended_by"}`, see `ending_signal_of`."""
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask for the end; by SIGINT a user stops the job by hand."""
+
+
+class EndingSignal(NamedTuple):
+    """A signal that ended a job.
+
+    Attributes:
+        number: of the signal.
+        at_s: epoch seconds at which the launcher received it.
+        sender: name of the program that sent it; empty where that is not known.
+        sender_pid: its process, 0 if it is outside of this container; None where it is not known.
+        waited_s: time from the signal to the end of the job, seconds.
+    """
+
+    number: int
+    at_s: float
+    sender: str = ""
+    sender_pid: int | None = None
+    waited_s: float = 0.0
+
+
+def ending_signal_of(facts: object) -> EndingSignal | None:
+    """Return the signal that a launcher has reported: `{signal, time, sender, sender_pid, waited_s}`.
+
+    None if it reported none, or one by which nobody ends a job.
+    """
+    if not isinstance(facts, Mapping) or facts.get("signal") not in _ENDING:
+        return None
+
+    sender, pid = facts.get("sender"), facts.get("sender_pid")
+    return EndingSignal(
+        number=int(facts["signal"]),
+        at_s=_seconds(facts.get("time")),
+        sender=sender if isinstance(sender, str) else "",
+        sender_pid=pid if isinstance(pid, int) else None,
+        waited_s=_seconds(facts.get("waited_s")),
+    )
+
+
+def _seconds(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -1,0 +1,125 @@
+"""Jobs that another process ended as a whole: who it was, what is lost, and ends that are none of it."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from traceml.diagnosis.deaths.lost_ranks import rank_lost
+from traceml.diagnosis.facts.ending_signal import EndingSignal, ending_signal_of
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.kinds import Kind, Severity
+
+AT_S = 1_000_000.0
+SLURM = EndingSignal(15, AT_S, "slurmstepd", 812, 3.0)
+
+
+def swept(rank: int, **facts: object) -> RankExit:
+    """Return the end of a rank to which its launcher passed SIGTERM on."""
+    usual = {"state": "killed", "signal": 15, "last_step": 811, "open_step": 812, "stopped": True}
+    return RankExit(rank=rank, **{**usual, **facts})  # type: ignore[arg-type]
+
+
+def job(*exits: RankExit, by: EndingSignal | None = SLURM, **facts: object) -> JobFacts:
+    return JobFacts(world_size=2, exits=exits, ended_by=by, **facts)  # type: ignore[arg-type]
+
+
+def test_who_ended_the_job_is_told_with_the_lost_steps() -> None:
+    """Program, process and signal; no rank is blamed."""
+    (finding,) = rank_lost(job(swept(0, saved_steps=700, open_phase="forward"), swept(1)))
+
+    assert finding.summary == (
+        "SIGTERM from slurmstepd (process 812) ended the job, in step 812, in forward; 112 steps since the last "
+        "checkpoint are lost."
+    )
+    assert (finding.kind, finding.severity, finding.ranks) == (Kind.RANK_LOST, Severity.CRITICAL, ())
+    assert finding.headline == "The job was ended from outside by SIGTERM at step 812"
+    assert "sacct" in finding.next
+    assert finding.evidence["lost_steps"] == 112
+
+
+@pytest.mark.parametrize(
+    ("by", "words", "advice"),
+    [
+        (EndingSignal(15, AT_S, "timeout", 9), "from timeout (process 9)", "more time"),
+        (EndingSignal(15, AT_S, "bash", 9), "from bash (process 9)", "kill command"),
+        (EndingSignal(15, AT_S, "", 9), "from a program that has ended (process 9)", "kill command"),
+        (EndingSignal(15, AT_S, "", 0), "from outside the container", "preempted node"),
+        (EndingSignal(15, AT_S), "from another process", "kill command"),
+        (EndingSignal(1, AT_S), "SIGHUP from the terminal", "tmux"),
+        (EndingSignal(15, AT_S, "systemd-oomd", 1), "from systemd-oomd", "memory"),
+    ],
+)
+def test_the_sender_decides_the_advice(by: EndingSignal, words: str, advice: str) -> None:
+    """What is not known of it is not said."""
+    (finding,) = rank_lost(job(swept(0), swept(1), by=by))
+
+    assert words in finding.summary
+    assert advice in finding.next
+
+
+def test_a_script_that_returned_by_itself_is_a_warning() -> None:
+    """It handled the signal and saved; nothing is lost."""
+    ends = (RankExit(rank=rank, last_step=99, saved_steps=100) for rank in range(2))
+    (finding,) = rank_lost(job(*ends))
+
+    assert finding.severity is Severity.WARNING
+    assert finding.summary == (
+        "SIGTERM from slurmstepd (process 812) told the job to end, and it returned by itself, 3.0 s later, after step "
+        "99."
+    )
+
+
+def test_the_status_of_a_handler_is_no_cause() -> None:
+    """A script that exits with a code of its own after the signal was ended by the signal."""
+    (finding,) = rank_lost(job(RankExit(rank=0, state="failed", code=1, last_step=5, at_s=AT_S + 2)))
+
+    assert finding.evidence["cause"] == "ended_from_outside"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        job(RankExit(rank=0, state="failed", code=1, exception="KeyError: 3", at_s=AT_S - 9), swept(1)),
+        job(RankExit(rank=0, state="killed", signal=9, oom="group", at_s=AT_S - 20), swept(1)),
+        job(swept(0, at_s=AT_S), swept(1, at_s=AT_S), job_end_s=AT_S),
+    ],
+    ids=["exception before", "out of memory before", "time limit"],
+)
+def test_what_came_before_is_the_cause(facts: JobFacts) -> None:
+    """Who ends a job that has failed is not its cause; a known limit says more."""
+    (finding,) = rank_lost(facts)
+
+    assert finding.evidence.get("cause") != "ended_from_outside"
+
+
+def test_ctrl_c_and_a_normal_end_are_no_finding() -> None:
+    """A user who stops a job knows it."""
+    interrupted = tuple(swept(rank, signal=2) for rank in range(2))
+
+    assert rank_lost(job(*interrupted, by=None)) == []
+    assert rank_lost(job(RankExit(rank=0, last_step=99), by=None)) == []
+
+
+@pytest.mark.parametrize("facts", [None, {}, {"signal": 2, "time": 1.0}, {"signal": "15"}, [15]])
+def test_reports_without_an_ending_signal(facts: object) -> None:
+    """Another signal, or another form."""
+    assert ending_signal_of(facts) is None
+
+
+def test_a_report_is_read() -> None:
+    """As `traceml run` sends it; what it does not know is missing."""
+    told = {"signal": int(signal.SIGTERM), "time": AT_S, "sender": "slurmstepd", "sender_pid": 812, "waited_s": 3}
+
+    assert ending_signal_of(told) == SLURM
+    assert ending_signal_of({"signal": 1, "time": AT_S}) == EndingSignal(1, AT_S)
+
+
+def test_a_host_that_was_given_up_is_told() -> None:
+    """The launcher lost its agent; how its ranks ended then says nothing."""
+    ends = (RankExit(rank=rank, state="lost", process_gone=True, host_lost="its agent was lost") for rank in range(2))
+    (finding,) = rank_lost(JobFacts(world_size=2, exits=tuple(ends)))
+
+    assert finding.summary.startswith("Ranks 0, 1 were lost with their host: its agent was lost")
+    assert "silent for 15 s" in finding.next
