@@ -263,3 +263,32 @@ def test_variables_without_a_setting_are_not_unknown_settings():
     """A variable that one command documents must not stop the others."""
     assert load(dict.fromkeys(USER_ENV, "0")).sources["port"] == "default"
     assert {"TRACEML_CACHE_DIR", "TRACEML_NATIVE"} == USER_ENV.keys()
+
+
+@pytest.mark.parametrize("address", ["host:\u00b2", "host:999999", "host:", ":1"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    """A digit of another script is no port."""
+    with pytest.raises(SettingsError, match=r"TRACEML_ADDRESS: .* is not an address"):
+        read({"TRACEML_ADDRESS": address})
+
+
+@pytest.mark.parametrize("variable", ["TRACEML_RUNS_DIR=~nobody-of-this-name/runs", "TRACEML_BACKEND=" + "[" * 5000])
+def test_values_that_cannot_be_converted_name_their_variable(variable: str) -> None:
+    """A home of nobody and JSON without end are bad values, not errors of Python."""
+    name, _, text = variable.partition("=")
+    with pytest.raises(SettingsError, match=f"{name}: .* is not allowed"):
+        read({name: text})
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000, f"port = {'9' * 5000}"])
+def test_files_that_python_cannot_read_are_no_toml(tmp_path: Path, text: str) -> None:
+    """Arrays too deep and numbers too long are an error with the file's name."""
+    (tmp_path / "traceml.toml").write_text(text)
+    with pytest.raises(SettingsError, match=r"traceml\.toml: is not TOML"):
+        read({}, tmp_path)
+
+
+def test_a_project_whose_tools_are_no_table_is_passed_over(tmp_path: Path) -> None:
+    """Somebody else's mistake in pyproject.toml does not stop a training."""
+    (tmp_path / "pyproject.toml").write_text('tool = 3\nname = "traceml"\n')
+    assert read({}, tmp_path).port == 29765

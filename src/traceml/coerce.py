@@ -29,7 +29,7 @@ def coerce(kind: Any, value: Any, limits: Limits) -> Any:
     """
     try:
         return _convert(kind, value, limits)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, RuntimeError):  # RuntimeError: no such user, JSON too deep
         return BAD
 
 

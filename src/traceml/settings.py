@@ -331,6 +331,7 @@ def _launch_folder() -> Path | None:
 # --- sources of values ----------------------------------------------------------------------------------------------
 
 _Entry = tuple[str, str, Any]  # (source, setting, value)
+_PORT_DIGITS = 5
 
 
 def _arguments(arguments: Mapping[str, Any]) -> Iterator[_Entry]:
@@ -359,7 +360,7 @@ def _supervisor(environ: Mapping[str, str]) -> dict[str, Any]:
         return {}
 
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS):
         raise SettingsError(
             "TRACEML_ADDRESS", f"{address!r} is not an address", source="TRACEML_ADDRESS", allowed="host:port"
         )
@@ -387,7 +388,8 @@ def _project_file(folder: Path | None) -> Iterator[_Entry]:
 
         path = place / "pyproject.toml"
         if (text := _text_of(path)) is not None and "traceml" in text:  # else tomllib need not be imported
-            table = _parse(path, text).get("tool", {}).get("traceml")
+            tools = _parse(path, text).get("tool")
+            table = tools.get("traceml") if isinstance(tools, dict) else None  # else it is no project of ours
             if table is not None:
                 yield from _table(table, path)
                 return
@@ -414,7 +416,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, and tables too deep
         raise SettingsError(path.name, f"is not TOML: {error}", source=str(path), allowed="a TOML file") from error
 
 
