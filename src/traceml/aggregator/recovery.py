@@ -19,6 +19,7 @@ from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 from traceml.ids import safe_run_id
 from traceml.transport.hello import check_rank
+from traceml.transport.server import RefusedError
 from traceml.witness.crash_stacks import crash_facts
 
 __all__ = ["DeadFlight", "appended_rows", "dead_flights", "recover"]
@@ -165,7 +166,7 @@ def _take(stream: Stream, ingest: Ingest, table: str, image: FlightSnapshot) -> 
             if uncommitted > _COMMIT_BYTES:  # a journal may be larger than memory
                 uncommitted = 0
                 ingest.commit()
-    except (StoreError, ValueError, OSError) as error:  # ProtocolError is a ValueError
+    except (StoreError, ValueError, OSError, RefusedError) as error:  # ProtocolError is a ValueError
         _log.warning("rows of table %r of %r are lost: %s", table, stream, error)
 
     return stream.next.get(table, 0) - before

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
 
+import msgpack
 import pytest
 
 from traceml.database.flight.flight import FlightFile
@@ -258,3 +259,38 @@ def test_a_pipe_in_the_spool_stops_nobody(tmp_path: Path) -> None:
 
     assert image.spooled_files == []
     assert image.pending_rows == []
+
+
+def test_maps_before_a_damaged_one_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Damage in a log costs what is behind it there, and no row of another table."""
+    flight = FlightFile.create(tmp_path, {"rank": 1})
+    assert flight.path is not None
+    for number in range(3):
+        flight.log("names").append({"id": number, "name": f"name {number}"})
+        flight.ring("evals").append(number, 0, 0, 0)
+    flight.close(unlink=False)
+    at = flight.path.read_bytes().index(b"name 1")
+    rewrite(flight.path, at - 8, b"\xc1" * 8)
+
+    image = read_flight(flight.path)
+
+    assert image.log_rows("names") == [{"id": 0, "name": "name 0"}]
+    assert image.take("names")[:2] == (0, 1)
+    assert image.take("evals").n == 3
+    assert [row["id"] for row in image.all_maps("names")] == [0]
+    assert "2 of the 3 rows of its log 'names'" in caplog.text
+
+
+@pytest.mark.parametrize(("place", "number"), [(1, 1 << 40), (2, 3), (2, -1), (3, 5)])
+def test_tables_out_of_bounds_are_damage(tmp_path: Path, place: int, number: int) -> None:
+    """Offset, capacity and size of rows are those of a writer, or nothing is read."""
+    path = left_behind(tmp_path).path
+    assert path is not None
+    entries = msgpack.unpackb(path.read_bytes()[12288:16384].rstrip(b"\0"), strict_map_key=False)
+    entries[0][place] = number
+    packed = msgpack.packb(entries)
+    rewrite(path, 12288, packed)
+    rewrite(path, 64, struct.pack("@q", len(packed)))
+
+    with pytest.raises(StoreError, match="is out of bounds"):
+        read_flight(path)

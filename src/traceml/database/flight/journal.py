@@ -21,9 +21,11 @@ from traceml.own_files import create_own, make_own_folder, opened_own
 __all__ = ["JOURNAL_SUFFIX", "Journal", "journal_path", "read_journal"]
 
 JOURNAL_SUFFIX = ".journal"
-# magic, first row, rows, bytes of data, CRC-32 of those
+# magic, first row, rows, bytes of data, CRC-32 of these three and the data
 _RECORD = struct.Struct("<4sqqqI4x")
-_MAGIC = b"TMJ1"
+_MAGIC = b"TMJ2"
+_NUMBERS = struct.Struct("<qqq")
+_OLD_MAGIC = b"TMJ1"  # its checksum is of the data alone
 
 
 def journal_path(stem: Path, table: str) -> Path:
@@ -80,7 +82,7 @@ class Journal:
         if self._descriptor < 0:
             self._open()
 
-        record = _RECORD.pack(_MAGIC, first, n, len(data), zlib.crc32(data)) + data
+        record = _RECORD.pack(_MAGIC, first, n, len(data), _checksum(_MAGIC, first, n, data)) + data
         try:
             _write_all(self._descriptor, record, self._size)
         except OSError:
@@ -164,12 +166,18 @@ def _records(descriptor: int) -> Iterator[RowSlice]:
     while len(head := os.pread(descriptor, _RECORD.size, offset)) == _RECORD.size:
         magic, first, n, size, checksum = _RECORD.unpack(head)
         left = os.fstat(descriptor).st_size - offset - _RECORD.size
-        data = os.pread(descriptor, size, offset + _RECORD.size) if magic == _MAGIC and 0 <= size <= left else b""
-        if magic != _MAGIC or len(data) != size or zlib.crc32(data) != checksum:
+        is_known = magic in (_MAGIC, _OLD_MAGIC) and 0 <= size <= left
+        data = os.pread(descriptor, size, offset + _RECORD.size) if is_known else b""
+        if not is_known or len(data) != size or _checksum(magic, first, n, data) != checksum:
             return
 
         yield RowSlice(first, n, data)
         offset += _RECORD.size + size
+
+
+def _checksum(magic: bytes, first: int, n: int, data: bytes) -> int:
+    start = zlib.crc32(_NUMBERS.pack(first, n, len(data))) if magic == _MAGIC else 0
+    return zlib.crc32(data, start)
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

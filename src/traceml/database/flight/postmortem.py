@@ -34,6 +34,14 @@ from traceml.database.flight.flight_header import (
     is_locked,
     own_mapping,
 )
+from traceml.database.flight.flight_layout import (
+    UNREADABLE,
+    TableExtent,
+    damaged,
+    read_layout,
+    unpacked_header,
+    whole_maps,
+)
 from traceml.database.flight.journal import JOURNAL_SUFFIX, read_journal
 from traceml.database.flight.rings import COUNTERS_PER_TABLE, RowSlice
 from traceml.database.schema import OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
@@ -43,6 +51,8 @@ from traceml.own_files import check_own_folder, opened_own
 __all__ = ["FlightSnapshot", "TableCounters", "flight_identity", "read_flight"]
 
 _CRASH_BYTES = 256 << 10
+
+_STATES = frozenset(FlightState)
 
 _log = logging.getLogger("traceml")
 
@@ -59,16 +69,6 @@ class TableCounters:
     acked: int
     dropped: int
     base: int
-
-
-@dataclass(frozen=True, slots=True)
-class _TableExtent:
-    """Location of a table in the file."""
-
-    name: str
-    offset: int
-    capacity: int
-    row_bytes: int
 
 
 class FlightSnapshot:
@@ -90,13 +90,9 @@ class FlightSnapshot:
         self._data = data
         folders = dict.fromkeys((path.parent, *disk_folders(runs_dir)))
         self._stems = [folder / path.stem for folder in folders if _is_own_folder(folder)]
-        self._prologue = prologue = _prologue(path, data)
-        self.identity: dict[str, Any] = self._unpack(IDENTITY_AT[prologue[5] & 1], prologue[6 + (prologue[5] & 1)])
-        self._tables: dict[str, tuple[int, _TableExtent]] = {}
-        for index, (name, offset, capacity, row_bytes, layout) in enumerate(self._unpack(LAYOUT_AT, prologue[8])):
-            self._check_layout(name, layout)
-            self._tables[name] = (index, _TableExtent(name, offset, capacity, row_bytes))
-
+        self._prologue = _prologue(path, data)
+        self.identity = self._read_identity()
+        self._tables = self._read_layout()
         words = struct.unpack_from(f"@{OPEN_SLOTS}q", data, OPEN_SLOTS_AT)
         self._slots: tuple[int, ...] = words
 
@@ -126,8 +122,9 @@ class FlightSnapshot:
 
     @property
     def state(self) -> FlightState:
-        """The last state the rank reported."""
-        return FlightState(self._slots[Slot.STATE])
+        """The last state the rank reported; RUNNING where it cannot be read."""
+        state = self._slots[Slot.STATE]
+        return FlightState(state) if state in _STATES else FlightState.RUNNING
 
     @property
     def same_boot(self) -> bool:
@@ -200,7 +197,7 @@ class FlightSnapshot:
         return first, bytes(ring[begin * size :]) + bytes(ring[: end * size])
 
     def log_rows(self, name: str, start: int = 0) -> list[dict[str, Any]]:
-        """Return a log's maps from number `start` on, as far as memory reaches back."""
+        """Return a log's maps from number `start` on, as far as memory reaches back, up to a damaged one."""
         return self._walk(name)[0][max(start - self.counters(name).base, 0) :]
 
     @property
@@ -229,7 +226,7 @@ class FlightSnapshot:
             try:
                 with opened_own(path) as descriptor:
                     row = msgpack.unpackb(_read_all(descriptor))
-            except (OSError, ValueError, msgpack.UnpackException) as error:
+            except (OSError, *UNREADABLE) as error:
                 _log.debug("%s cannot be used: %r", path, error)
                 continue
 
@@ -266,11 +263,9 @@ class FlightSnapshot:
             yield taken
 
     def all_maps(self, name: str) -> Iterator[dict[str, Any]]:
-        """Yield the maps of a log in its journal and in memory."""
+        """Yield the maps of a log in its journal and in memory, without damaged ones."""
         for taken in self.take_all(name):
-            unpacker = msgpack.Unpacker(max_buffer_size=max(len(taken.data), 1), strict_map_key=False)
-            unpacker.feed(taken.data)
-            yield from unpacker
+            yield from whole_maps(taken.data, taken.n)[0]
 
     def unlink(self) -> None:
         """Remove the file, its journals and its spool, as all rows are stored."""
@@ -296,47 +291,33 @@ class FlightSnapshot:
 
         rows, ends = self._walk(name)
         base = self.counters(name).base
+        if (count := self.counters(name).appended - base) > len(rows):
+            text = "flight file %s: %d of the %d rows of its log %r are damaged or behind a damaged one"
+            _log.warning(text, self.path, count - len(rows), count, name)
+
         first = min(max(start - base, 0), len(rows))
         offset = self._tables[name][1].offset
         return RowSlice(base + first, len(rows) - first, self._data[offset + ends[first] : offset + ends[-1]])
 
     def _walk(self, name: str) -> tuple[list[dict[str, Any]], list[int]]:
+        """Return the maps of a log in memory up to a damaged one, and the offset after each, from 0."""
         _, extent = self._tables[name]
-        unpacker = msgpack.Unpacker(strict_map_key=False)
-        unpacker.feed(self._data[extent.offset : extent.offset + extent.capacity])
-        rows: list[dict[str, Any]] = []
-        ends = [0]
         counters = self.counters(name)
-        for _ in range(counters.appended - counters.base):
-            rows.append(self._next_map(unpacker, name))
-            ends.append(unpacker.tell())
+        data = self._data[extent.offset : extent.offset + extent.capacity]
+        return whole_maps(data, counters.appended - counters.base)
 
-        return rows, ends
+    def _read_identity(self) -> dict[str, Any]:
+        place = self._prologue[5] & 1
+        start, length = IDENTITY_AT[place], self._prologue[6 + place]
+        found = unpacked_header(self.path, self._data[start : start + length])
+        if not isinstance(found, dict):
+            raise damaged(self.path, "its identity is not a map")
 
-    def _next_map(self, unpacker: msgpack.Unpacker, name: str) -> dict[str, Any]:
-        try:
-            row = unpacker.unpack()
-        except (ValueError, msgpack.UnpackException) as error:
-            raise _damaged(self.path, f"its log {name!r} cannot be unpacked") from error
+        return found
 
-        if not isinstance(row, dict):
-            raise _damaged(self.path, f"its log {name!r} holds a value that is not a map")
-
-        return row
-
-    def _unpack(self, offset: int, length: int) -> Any:
-        try:
-            return msgpack.unpackb(self._data[offset : offset + length], strict_map_key=False)
-        except (ValueError, msgpack.UnpackException) as error:
-            raise _damaged(self.path, "its header cannot be unpacked") from error
-
-    def _check_layout(self, name: str, layout: Any) -> None:
-        table = TABLES.get(name)
-        if table is None or table.layout != layout:
-            raise StoreError(
-                f"flight file {self.path}: table {name!r} has columns that this version of traceml does not know. "
-                "Read it with the version that wrote it, or delete it."
-            )
+    def _read_layout(self) -> dict[str, tuple[int, TableExtent]]:
+        entries = unpacked_header(self.path, self._data[LAYOUT_AT : LAYOUT_AT + self._prologue[8]])
+        return read_layout(self.path, entries, self._prologue[2])
 
 
 def read_flight(path: Path, runs_dir: Path | None = None) -> FlightSnapshot:
@@ -374,7 +355,7 @@ def flight_identity(path: Path) -> dict[str, Any]:
         place = prologue[5] & 1
         found = msgpack.unpackb(data[IDENTITY_AT[place] :][: prologue[6 + place]], strict_map_key=False)
         return found if isinstance(found, dict) else {}
-    except (StoreError, OSError, ValueError, msgpack.UnpackException):
+    except (StoreError, OSError, *UNREADABLE):
         return {}
 
 
@@ -406,7 +387,7 @@ def _read_all(descriptor: int) -> bytes:
 
 def _prologue(path: Path, data: bytes) -> tuple[Any, ...]:
     if len(data) < DATA_AT or data[:8] != MAGIC:
-        raise _damaged(path, "its header is incomplete")
+        raise damaged(path, "its header is incomplete")
 
     prologue = PROLOGUE.unpack_from(data)
     if prologue[1] != VERSION:
@@ -416,13 +397,9 @@ def _prologue(path: Path, data: bytes) -> tuple[Any, ...]:
         )
 
     if len(data) < prologue[2] and len(data) != DATA_AT:  # a crash appends text
-        raise _damaged(path, f"it is truncated: {len(data)} of {prologue[2]} bytes")
+        raise damaged(path, f"it is truncated: {len(data)} of {prologue[2]} bytes")
 
     return prologue
-
-
-def _damaged(path: Path, why: str) -> StoreError:
-    return StoreError(f"flight file {path} is damaged: {why}. Delete it.")
 
 
 def _still_alive(path: Path) -> StoreError:
