@@ -168,6 +168,7 @@ def _warn(text: str) -> None:
 
 def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console) -> list[_DeliveryOutcome]:
     """Deliver one run to all its trackers at once."""
+    merge_wal(run_dir / STORE_NAME)  # a killed writer may have left a transaction, which a reader may not undo
     _finish(run_dir, wait=options.wait)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         processes = [process for process in _processes(run_dir, reader, options, config) if _is_due(process)]

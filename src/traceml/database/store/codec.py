@@ -132,8 +132,8 @@ def _unzstd(data: bytes) -> bytes:
     try:
         _check_size(zstandard.frame_content_size(data))  # negative where it is not told
         body: bytes = _compressors.unpack(data, max_output_size=_MOST_BYTES)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from error
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise ValueError(str(error) or "it does not fit into memory") from error
 
     return body
 

@@ -61,6 +61,7 @@ class FrameReader:
     def __init__(self, path: Path, on_damage: Callable[[str], None] | None = None) -> None:
         self.path = Path(path)
         self._on_damage = on_damage
+        self._streams = 0
         self._database = open_for_reading(self.path)
         with translate_errors(self.path, "read"):
             rows = self._database.execute("SELECT id, name, layout FROM tables").fetchall()
@@ -215,11 +216,39 @@ class FrameReader:
         while not is_last:
             with self._snapshot():  # the writer merges frames
                 rows = self._fetch(query, self._id(table), after_id, META_BATCH)
-                found = np.array(rows, np.int64).reshape(-1, 4)
+                found = self._known_frames(table, rows)
                 yield found[choose(found), 0].tolist()
 
             is_last = len(rows) < META_BATCH
             after_id = rows[-1][0] if rows else after_id
+
+    def _known_frames(self, table: str, rows: list[tuple[Any, ...]]) -> NDArray[np.int64]:
+        """Return (id, stream, first step, last step) of frames, without those of a damaged page."""
+        try:
+            found = np.array(rows, np.int64).reshape(-1, 4)
+        except (ValueError, TypeError, OverflowError):
+            whole = [row for row in rows if all(type(each) is int for each in row)]
+            found = np.array(whole, np.int64).reshape(-1, 4)
+
+        stream = found[:, 1]
+        found = found[(stream > 0) & (stream <= self._newest_stream(int(stream.max(initial=0))))]
+        if len(found) < len(rows):
+            self._tell_damage(f"{len(rows) - len(found)} frames of {table} have no proper stream or steps")
+
+        return found
+
+    def _newest_stream(self, wanted: int) -> int:
+        """Return the largest id of a stream, which grows while the store is written."""
+        if wanted > self._streams:
+            self._streams = int(self._fetch("SELECT coalesce(max(id), 0) FROM streams")[0][0])
+
+        return self._streams
+
+    def _tell_damage(self, what: str) -> None:
+        if self._on_damage is None:
+            raise self._damaged(what)
+
+        self._on_damage(what)
 
     def _frames_by_id(self, table: str, numbers: list[int]) -> Iterator[Frame]:
         for batch in self._rows_by_id(numbers):
@@ -246,10 +275,7 @@ class FrameReader:
             try:
                 whole = self._decoded(table, row)
             except ValueError as error:
-                if self._on_damage is None:
-                    raise self._damaged(str(error)) from error
-
-                self._on_damage(str(error))
+                self._tell_damage(str(error))
                 continue
 
             key = (table, whole.stream)
@@ -267,6 +293,7 @@ class FrameReader:
     def _decoded(self, table: str, row: tuple[Any, ...]) -> Frame:
         number, stream, seq, n, first, last, codec, data, thinned = row
         dtype = self._dtypes[table]
+        _check_types(table, row)
         try:
             decoded = decode(codec, data, dtype.itemsize if dtype is not None else 1)
         except ValueError as error:
@@ -281,6 +308,7 @@ class FrameReader:
         """Return some rows of a frame."""
         number, stream, seq, n, first, last, codec, data, thinned = row
         try:
+            _check_types(table, row)
             planes = decode_planes(codec, data, self._dtype(table).itemsize)
         except ValueError as error:
             raise self._damaged(f"frame {number} of {table}: {error}") from error
@@ -333,6 +361,13 @@ class FrameReader:
     def _fetch(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with translate_errors(self.path, "read"):
             return self._database.execute(query, values).fetchall()
+
+
+def _check_types(table: str, row: tuple[Any, ...]) -> None:
+    """Refuse values of a damaged page: SQLite gives what it finds, whatever its column is declared to be."""
+    *numbers, data, thinned = row
+    if not isinstance(data, bytes) or not all(type(each) is int for each in (*numbers, thinned)):
+        raise ValueError(f"frame {row[0]!r} of {table} has values of other types")
 
 
 def _column(planes: NDArray[np.uint8], offset: int) -> NDArray[np.int64]:

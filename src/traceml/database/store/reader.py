@@ -195,11 +195,11 @@ class StoreReader(FrameReader):
         return sum(self._lost_of(record, names) for record in records if stream is None or record.id == stream)
 
     def _lost_of(self, record: StreamRecord, names: Collection[str]) -> int:
-        counted, missing = record.facts.get("appended", {}), 0
+        missing = 0
         for name in names:
             key = name, record.id
             total, (emptied, next_seq) = self._progress.get(key, _NOTHING), self._emptied.get(key, (0, 0))
-            missing += max(total.next_seq, next_seq, int(counted.get(name, 0))) - total.stored - emptied
+            missing += max(total.next_seq, next_seq, record.appended(name)) - total.stored - emptied
 
         return missing
 
@@ -315,8 +315,9 @@ class StoreReader(FrameReader):
         query = f"SELECT {columns} FROM {FRAME_ROWS} WHERE frames.id > ? ORDER BY frames.id LIMIT ?"  # noqa: S608
         while rows := self._fetch(query, self._progress_after, META_BATCH):
             for frame, stream, number, seq, n in rows:
-                if number not in self._names or not isinstance(n, int) or not isinstance(seq, int):
-                    continue  # damaged: its table or number of rows is unknown
+                is_known = number in self._names and _is_stream(stream, self._newest_stream)
+                if not is_known or not isinstance(n, int) or not isinstance(seq, int):
+                    continue  # damaged: its table, stream or number of rows is unknown
 
                 total = self._progress.setdefault((self._names[number], stream), _Progress(frame))
                 total.stored += max(seq + n - max(seq, total.next_seq), 0)
@@ -341,6 +342,10 @@ def _spread(count: int, most: int) -> NDArray[np.bool_]:
     chosen = np.zeros(count, bool)
     chosen[:: -(-count // most)] = chosen[-1:] = True
     return chosen
+
+
+def _is_stream(stream: Any, newest: Callable[[int], int]) -> bool:
+    return isinstance(stream, int) and 0 < stream <= newest(stream)
 
 
 def _names(tables: str | Collection[str]) -> frozenset[str]:

@@ -72,6 +72,12 @@ class StreamRecord:
         """The last state from the aggregator; `running` before any."""
         return str(self.facts.get("state", "running"))
 
+    def appended(self, table: str) -> int:
+        """Number of rows of a table that its rank had appended when it ended; 0 where it is not known."""
+        totals = self.facts.get("appended")
+        rows = totals.get(table) if isinstance(totals, dict) else None
+        return rows if isinstance(rows, int) else 0
+
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
@@ -129,14 +135,17 @@ class Frame:
             StoreError: the bytes are damaged.
         """
         unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=0)
-        unpacker.feed(self.data)
         try:
+            unpacker.feed(self.data)
             rows = list(unpacker)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise StoreError(f"frame {self.id} of {self.table} is damaged: {error}") from error
 
         if not all(isinstance(row, dict) for row in rows):
             raise StoreError(f"frame {self.id} of {self.table} is damaged: it holds values that are not maps")
+
+        if len(rows) != self.n:  # the last one is cut off: iterating only stops
+            raise StoreError(f"frame {self.id} of {self.table} is damaged: it holds {len(rows)} of {self.n} maps")
 
         return rows
 

@@ -311,7 +311,7 @@ class StoreWriter:
             self._streams: dict[int, tuple[StreamIdentity, dict[str, Any]]] = {}
             query = "SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams"
             for row in self._database.execute(query):
-                self._streams[row[0]] = (StreamIdentity(*row[1:7]), msgpack.unpackb(row[7], strict_map_key=False))
+                self._streams[row[0]] = (StreamIdentity(*row[1:7]), self._unpacked_facts(row[0], row[7]))
 
             self._ids = {identity: number for number, (identity, _) in self._streams.items()}
             self._next: dict[_Key, int] = {}
@@ -329,6 +329,17 @@ class StoreWriter:
 
             self._load_spool()
 
+    def _unpacked_facts(self, stream: int, data: bytes) -> dict[str, Any]:
+        facts: Any = None
+        with contextlib.suppress(ValueError, TypeError, msgpack.UnpackException):
+            facts = msgpack.unpackb(data, strict_map_key=False)
+
+        if not isinstance(facts, dict):
+            raise StoreError(f"the run's store {self.path} is damaged: the facts of stream {stream} cannot be read. "
+                             "Move it away, or start a new run.")  # fmt: skip
+
+        return facts
+
     def _load_spool(self) -> None:
         """Hold the rows that an earlier writer has not written as frames."""
         for stored in self._spool.stored():
@@ -340,12 +351,23 @@ class StoreWriter:
 
 
 def merge_wal(path: Path) -> None:
-    """Merge the write-ahead log of a finished store that readers had open when it was closed."""
-    if not path.with_name(f"{path.name}-wal").exists():
+    """Merge the write-ahead log of a finished store that readers had open when it was closed.
+
+    Also undo a transaction in which a writer without such a log was killed.
+    """
+    if not path.with_name(f"{path.name}-wal").exists() and not _has_open_journal(path):
         return
 
     with contextlib.suppress(StoreError):  # it has a writer again, or is read-only: it is complete anyway
         StoreWriter(path).close()
+
+
+def _has_open_journal(path: Path) -> bool:
+    """Whether there is a rollback journal that is not ended: an ended one is empty, or begins with zeros."""
+    with contextlib.suppress(OSError), path.with_name(f"{path.name}-journal").open("rb") as file:
+        return any(file.read(8))
+
+    return False
 
 
 def _lock_folder(path: Path) -> int:

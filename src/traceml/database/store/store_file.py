@@ -22,6 +22,7 @@ STORE_VERSION = 3
 # Version 1 has neither thinned frames nor summaries, version 2 no emptied frames and no spool: these are empty then.
 _OLDEST_VERSION = 1
 _APPLICATION_ID = 0x54524D4C  # "TRML"
+_NEEDS_ROLLBACK = 776  # SQLITE_READONLY_ROLLBACK
 _BUSY_MS = 5000
 _log = logging.getLogger("traceml")
 # With 4 kB pages a frame over 1 kB spills into overflow pages and wastes up to 43 %.
@@ -163,12 +164,35 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     with translate_errors(path, "read"):
         try:
             return _connect_reader(path, "mode=ro")
-        except sqlite3.OperationalError:
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == _NEEDS_ROLLBACK:
+                _roll_back(path)
+                return _connect_reader(path, "mode=ro")
+
             # Read-only media: SQLite cannot create its -shm file there, and there is no writer.
             if os.access(path.parent, os.W_OK) or path.with_name(path.name + "-wal").exists():
                 raise
 
             return _connect_reader(path, "immutable=1")
+
+
+def _roll_back(path: Path) -> None:
+    """Undo a transaction in which a writer was killed, which a reader may not.
+
+    Not on a network filesystem: it may not show the lock of a writer that lives on another host.
+
+    Raises:
+        StoreError: it has to be done on the writer's host.
+    """
+    if network_filesystem(path) is not None:
+        raise StoreError(
+            f"the run's store {path} is being written, or its writer was killed while it wrote. If no aggregator is "
+            "running, `traceml sync` on the host of the last one makes it readable."
+        )
+
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None)) as database:
+        database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        database.execute("PRAGMA schema_version").fetchone()
 
 
 def _connect_reader(path: Path, mode: str) -> sqlite3.Connection:
