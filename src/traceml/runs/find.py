@@ -275,11 +275,23 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
 
     findings = event.data.get("findings") if event is not None else None
     try:
-        verdict = Finding.from_dict(findings[0]) if findings else None
+        verdict = Finding.from_dict(findings[0]) if isinstance(findings, list) and findings else None
     except msgspec.ValidationError:  # another version's verdict: the run is listed without it
         verdict = None
 
-    return _StoredFacts(meta.get("run", {}), meta.get("aggregator", {}), verdict)
+    run, aggregator = meta.get("run", {}), meta.get("aggregator", {})
+    is_whole = _are_facts(run) and isinstance(aggregator, dict)
+    return _StoredFacts(run, aggregator, verdict) if is_whole else _StoredFacts({}, {}, verdict, damaged=True)
+
+
+def _are_facts(run: Any) -> bool:
+    """Return whether facts of a run have their types: those of a damaged page have any."""
+    if not isinstance(run, dict):
+        return False
+
+    times = (run.get("started"), run.get("ended"))
+    is_timed = all(time is None or type(time) in (int, float) for time in times)
+    return is_timed and type(run.get("world_size", 1)) is int
 
 
 def _reported(path: Path) -> _StoredFacts:

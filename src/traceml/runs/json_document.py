@@ -7,7 +7,10 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["JsonDocument"]
+__all__ = ["UNREADABLE_JSON", "JsonDocument"]
+
+UNREADABLE_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""Errors of msgspec for a file that is damaged or of another version."""
 
 
 class JsonDocument:

@@ -9,6 +9,7 @@ import msgspec
 
 from traceml.errors import StoreError, UsageError
 from traceml.own_files import read_regular, replace_file
+from traceml.runs.json_document import UNREADABLE_JSON
 
 __all__ = [
     "LABELS_NAME",
@@ -38,7 +39,7 @@ def read_labels(run_dir: Path) -> RunLabels:
     """Return the labels of a run; none where there are none, or where they cannot be read."""
     try:
         return msgspec.json.decode(read_regular(run_dir / LABELS_NAME), type=RunLabels)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE_JSON):
         return RunLabels()
 
 

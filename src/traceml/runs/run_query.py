@@ -13,6 +13,7 @@ import msgspec
 from traceml.errors import UsageError
 from traceml.own_files import read_regular
 from traceml.runs.find import RunInfo
+from traceml.runs.json_document import UNREADABLE_JSON
 from traceml.runs.report.report_types import REPORT_NAME, MetricSection, SetupSection
 
 __all__ = ["FIELDS", "RunFields", "RunRecord", "select_runs", "sort_runs"]
@@ -126,7 +127,7 @@ class RunFields:
             try:
                 data = read_regular(self.info.path / REPORT_NAME)
                 self._logged = msgspec.json.decode(data, type=_LoggedFigures)
-            except (OSError, msgspec.DecodeError):
+            except (OSError, *UNREADABLE_JSON):
                 self._logged = _LoggedFigures()  # it runs, or cannot be read: it has no such values
 
         return self._logged
@@ -224,6 +225,6 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _order_key(value: Any) -> tuple[int, float, str]:
+def _order_key(value: Any) -> tuple[int, int | float, str]:
     """Return a key that orders numbers before texts."""
-    return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value).lower())
+    return (0, value, "") if isinstance(value, int | float) else (1, 0.0, str(value).lower())

@@ -196,7 +196,27 @@ def _read(path: Path) -> TrackerState | None:
         known = {each.name for each in fields(TrackerState)}
         state = TrackerState(**{name: value for name, value in stored.items() if name in known})
         state.phase = DeliveryPhase(state.phase)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None  # no file, or of another version: the delivery starts over
 
-    return state
+    return state if _has_types(state) else None
+
+
+def _has_types(state: TrackerState) -> bool:
+    """Whether the values have the types of a new state's: those of a damaged file have any."""
+    new = TrackerState("")
+    nested = (*state.reached.values(), *state.experiments.values()) if _is_map(state.reached, state.experiments) else ()
+    return _is_map(state.reached, state.experiments, *nested) and all(
+        _is_like(getattr(new, each.name), getattr(state, each.name)) for each in fields(TrackerState)
+    )
+
+
+def _is_map(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _is_like(default: object, value: object) -> bool:
+    if default is None:
+        return value is None or type(value) in (int, float)
+
+    return type(value) in (int, float) if type(default) is float else type(value) is type(default)
