@@ -7,6 +7,7 @@ Process: the agent packs, the launcher unpacks.
 
 from __future__ import annotations
 
+import gzip
 import io
 import logging
 import os
@@ -102,7 +103,7 @@ def unpack_flight(data: bytes, folder: Path, name: str) -> Path:
                     shutil.copyfileobj(source, file)
 
         draft.replace(path)  # atomically, and last: the aggregator may read it at any moment
-    except (tarfile.TarError, zlib.error, EOFError, KeyError, FileNotFoundError) as error:
+    except (tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, KeyError, FileNotFoundError) as error:
         raise ValueError(f"the flight file of {name} was damaged in transit: {error}") from error
 
     return path

@@ -13,6 +13,7 @@ from traceml.errors import SlurmError
 __all__ = ["Allocation", "allocation", "step_command"]
 
 _SCONTROL_TIMEOUT_S = 30
+_MOST_DIGITS = 6  # of a number of CPUs, tasks or nodes
 
 _log = logging.getLogger("traceml.launch")
 
@@ -53,7 +54,7 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
 
     workers: dict[str, int | None] = {}
     groups: dict[str, int] = {}
-    for group in range(int(environ.get("SLURM_HET_SIZE", 0))):
+    for group in range(_number(environ, "SLURM_HET_SIZE", 0)):
         for node, count in _workers(environ, job_id, f"_HET_GROUP_{group}").items():
             if node in groups:
                 _log.warning(
@@ -90,7 +91,7 @@ def _counts(environ: Mapping[str, str], group: str) -> Sequence[int | None]:
     """Return the number of workers of each node, in the order of nodes."""
     cpus = _read_counts(environ.get(f"SLURM_JOB_CPUS_PER_NODE{group}", ""))
     if "SLURM_STEP_NUM_TASKS" in environ:  # in a step, variables of tasks are the step's
-        per_task = int(environ.get("SLURM_CPUS_PER_TASK", 1))
+        per_task = max(1, _number(environ, "SLURM_CPUS_PER_TASK", 1))
         return [max(1, count // per_task) for count in cpus]
 
     # Slurm always sets the tasks per node, by default 1: use them only if the user asked for tasks
@@ -141,7 +142,19 @@ def _expand(listed: str, environ: Mapping[str, str]) -> list[str]:
 def _read_counts(text: str) -> list[int]:
     """Read `4(x2),2` as 4, 4, 2."""
     found: list[int] = []
-    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text, re.ASCII):
+        if len(number) > _MOST_DIGITS or len(times) > _MOST_DIGITS:
+            raise SlurmError(f"{text[:100]!r} cannot be the CPUs or tasks of Slurm's nodes")
+
         found += [int(number)] * int(times or 1)
 
     return found
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    """Return the value of one of Slurm's variables."""
+    text = environ.get(name, str(default))
+    if not re.fullmatch(rf"\d{{1,{_MOST_DIGITS}}}", text, re.ASCII):
+        raise SlurmError(f"{name} is {text[:100]!r}, not a number as Slurm sets it: unset it, or start a job of Slurm")
+
+    return int(text)
