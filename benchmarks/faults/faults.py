@@ -122,15 +122,21 @@ def losses_of_rows(job: FaultedJob, report: dict[str, Any], aftermath: str | Non
         return f"nothing of {steps} steps, {logged} values{after}", wrong
 
     reported = reported_losses(report)
+    if reported is None:
+        return f"{', '.join(parts)}; reported: losses unknown", wrong
+
     if sum(count for count in missing.values() if count > 0) != reported:
         wrong.append("another number is reported")
 
     return f"{', '.join(parts)}; reported: {reported}", wrong
 
 
-def reported_losses(report: dict[str, Any]) -> int:
-    """Return how many rows a report tells as lost or waiting."""
+def reported_losses(report: dict[str, Any]) -> int | None:
+    """Return how many rows a report tells as lost or waiting; None where it tells that nobody knows."""
     telemetry, trackers = report.get("telemetry") or {}, report.get("trackers") or []
+    if "rows_lost" in telemetry and telemetry["rows_lost"] is None:
+        return None
+
     pending = sum(each["pending"] or 0 for each in trackers)
     return int(telemetry.get("rows_lost") or 0) + pending
 

@@ -254,7 +254,7 @@ class ActiveRun:
         if report.get("lost"):
             stream.exit["host_lost"] = str(report["lost"])
             if not stream.ended or stream.state is StreamState.LOST:
-                self._end_stream(stream, StreamState.LOST)
+                self._end_stream(stream, StreamState.LOST, is_total_known=False)
 
             return
 
@@ -283,7 +283,7 @@ class ActiveRun:
             stream = self._add_stream(self.attempt, rank, incarnation, local_rank, "")
             if report.get("lost"):
                 stream.exit["host_lost"] = str(report["lost"])
-                self._end_stream(stream, StreamState.LOST)
+                self._end_stream(stream, StreamState.LOST, is_total_known=False)
                 continue
 
             note_exit(stream, report)
@@ -297,7 +297,7 @@ class ActiveRun:
             if stream.is_dead:
                 self._finalize_dead(stream)
             elif not stream.seen_here and time.monotonic() - stream.disconnected_s > LOST_AFTER_S:
-                self._end_stream(stream, StreamState.LOST)
+                self._end_stream(stream, StreamState.LOST, is_total_known=False)
 
     def is_over(self, *, has_launcher: bool) -> bool:
         """Return whether the run can be closed.
@@ -509,9 +509,18 @@ class ActiveRun:
         if state is StreamState.LOST:
             stream.exit["process_gone"] = True  # certain, unlike for a host that fell silent
 
-        self._end_stream(stream, state)
+        # One that had ended before has said bye, after its last row.
+        is_known = image is not None or stream.ended or stream.has_removed_flight
+        self._end_stream(stream, state, is_total_known=is_known)
 
-    def _end_stream(self, stream: Stream, state: StreamState) -> None:
+    def _end_stream(self, stream: Stream, state: StreamState, *, is_total_known: bool = True) -> None:
+        """Set the final state of a rank.
+
+        Args:
+            stream: the rank's.
+            state: its final state.
+            is_total_known: whether it is known how many rows the rank appended, so that missing ones can be counted.
+        """
         stream.state = state
         self._table.away.pop(stream, None)
         self._touched_s = time.monotonic()
@@ -519,7 +528,8 @@ class ActiveRun:
             stream.exit.setdefault("at_s", stream.exit.get("reported_s", self._facts.now_s()))
             note_oom(stream)
 
-        self.store.update_stream(stream.id, state=str(state), ended=self._facts.now_s(), exit=stream.exit)
+        ended = {"ended": self._facts.now_s(), "exit": stream.exit, "total_unknown": not is_total_known}
+        self.store.update_stream(stream.id, state=str(state), **ended)
         self.store.event("rank", {"rank": stream.rank, "attempt": stream.attempt, "state": str(state),
                                   "exit": stream.exit})  # fmt: skip
         if stream.in_window:

@@ -176,6 +176,12 @@ class Stream:
 
         return Path(self.flight) if self.flight and self.on_this_boot else None
 
+    @property
+    def has_removed_flight(self) -> bool:
+        """Whether a process of this host has removed its flight file, as it does when all its rows are stored."""
+        path = self.flight_path
+        return self.seen_here and path is not None and not path.exists()
+
     def connect(self, peer: Peer) -> None:
         """Use a new connection; an earlier one is dead, even if TCP has not noticed."""
         if self.peer is not None and self.peer is not peer:

@@ -64,6 +64,15 @@ def test_losses_and_overhead_are_always_there():
     )
 
 
+def test_unknown_losses_are_no_zero():
+    """Of a host out of reach nobody knows what was lost; before there is a report nothing is claimed."""
+    report = healthy()
+    report.telemetry.rows_lost = None
+
+    assert live_lines(live_view(report), Viewport())[-1].plain.startswith(" tracing losses unknown of 8,012")
+    assert "unknown" not in live_lines(live_view(too_early()), Viewport())[-1].plain
+
+
 def test_color_tells_phases_apart():
     """With colors a rank's bar has a background per phase; without, labels and bars alone."""
     with_color = live_lines(live_view(slow_rank()), Viewport(color=True))[4]

@@ -455,3 +455,17 @@ def test_a_finding_names_the_line(tmp_path):
     assert [(line["phase"], line["line"], line["samples"]) for line in report["lines"]] == [
         ("other", 23, 70), ("forward", 9, 30),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "is_unknown"), [("lost", True), ("running", True), ("lost", False)])
+def test_losses_of_a_host_out_of_reach_are_unknown(tmp_path, state, is_unknown):
+    """What a rank appended after its host was lost is not known: no number is told, unless it still runs."""
+    writer = open_store(tmp_path / "run", world_size=1)
+    add_rank(writer, 0, rows_of(Job(ranks=1, steps=50, grouped=False))[0], state=state, total_unknown=is_unknown)
+    writer.close()
+
+    telemetry = report_on(tmp_path / "run")["telemetry"]
+
+    assert telemetry["rows_stored"] == 50
+    assert telemetry["rows_lost"] == (None if state == "lost" and is_unknown else 0)
+    assert (telemetry["rows_appended"] is None) == (state == "lost" and is_unknown)

@@ -226,9 +226,11 @@ def _next(now: RunView, viewport: Viewport) -> Iterator[Text]:
 
 def _tracing(now: RunView, viewport: Viewport) -> Text:
     telemetry = now.telemetry
-    lost = telemetry.rows_lost or 0
+    lost = telemetry.rows_lost
     line = Text(" tracing ", style="dim")
-    line.append(f"{count_text(lost)} rows lost" if lost else "no row lost", style="bold red not dim" if lost else "")
+    is_unknown = lost is None and telemetry.rows_stored is not None  # else there is no report yet
+    words = "losses unknown" if is_unknown else f"{count_text(lost)} rows lost" if lost else "no row lost"
+    line.append(words, style="bold red not dim" if lost or is_unknown else "")
     line.append(f" of {count_text(telemetry.rows_stored)}")
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     line.append(f" {viewport.glyphs.dot} overhead {overhead}")

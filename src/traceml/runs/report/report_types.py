@@ -11,7 +11,7 @@ from traceml.diagnosis.findings import Finding, significant
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import StoreError
 from traceml.own_files import read_regular
-from traceml.runs.json_document import JsonDocument
+from traceml.runs.json_document import UNREADABLE_JSON, JsonDocument
 
 __all__ = [
     "PAGE_NAME",
@@ -306,6 +306,7 @@ class TelemetrySection(msgspec.Struct, kw_only=True):
     rows_appended: int | None = None
     rows_stored: int | None = None
     rows_lost: int | None = None
+    """None where nobody knows: a rank's host was out of reach at its end. So is `rows_appended` then."""
     rows_thinned: int | None = None
     """Stored rows that were removed because of their age; the figures of the whole run have them."""
     overhead_us_per_step: float | None = None
@@ -376,7 +377,7 @@ def read_report(path: Path) -> Report:
     """
     try:
         return msgspec.json.decode(read_regular(path), type=Report)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE_JSON as error:
         raise StoreError(f"{path} is not a report: {error}") from error
 
 
@@ -391,5 +392,5 @@ def read_summary(path: Path) -> ReportSummary | None:
     """Return parts of the report in a file, without reading the rest; None where there is no report."""
     try:
         return msgspec.json.decode(read_regular(path), type=ReportSummary)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE_JSON):
         return None

@@ -301,14 +301,16 @@ def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> Tel
     last = [row for rank in sorted(digest.ranks) if (row := digest.samples.last(TELEMETRY.name, rank)) is not None]
     hooks = [int(row["hook_ns_per_step"]) for row in last if row["hook_ns_per_step"] > 0]
     overhead_us = float(np.mean(hooks)) / 1e3 if hooks else None
+    # Of a rank whose host is out of reach nobody knows what it appended after its last row.
+    is_unknown = any(record.facts.get("total_unknown") for record in reader.streams() if record.state != "running")
     appended = stored + lost
     if digest.state == "running":
         appended = max(appended, sum(int(row["rows_appended"]) for row in last))
 
     return TelemetrySection(
-        rows_appended=appended,
+        rows_appended=None if is_unknown else appended,
         rows_stored=stored,
-        rows_lost=lost,
+        rows_lost=None if is_unknown else lost,
         rows_thinned=reader.thinned_rows(),
         overhead_us_per_step=None if overhead_us is None else significant(overhead_us),
         overhead_share=significant(overhead_us / 1e3 / step_ms) if overhead_us is not None and step_ms else None,
