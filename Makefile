@@ -1,4 +1,4 @@
-# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak, audit, release.
+# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak, fuzz, audit, release.
 # Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 2)
 
-.PHONY: demo check test lint types style unit system docs bench accuracy faults soak audit release clean
+.PHONY: demo check test lint types style unit system docs bench accuracy faults soak fuzz audit release clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE:=/*.[ch]))
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -86,6 +86,10 @@ faults: system $(VENV)/.test
 # An hour of runs that come and go, torn connections and a killed aggregator; ARGS="--minutes 2" is two minutes.
 soak: $(VENV)/.test
 	$(BIN)/python benchmarks/faults/soak.py $(ARGS)
+
+# Generated input and killed writers of stores, with new seeds; prints the counts and the smallest input that fails.
+fuzz: $(VENV)/.test
+	$(BIN)/python benchmarks/faults/fuzz.py $(ARGS)
 
 # Licenses of all dependencies (release/licenses.toml), and known vulnerabilities where OSV can be reached.
 audit: $(VENV)/.test

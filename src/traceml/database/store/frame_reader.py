@@ -61,7 +61,7 @@ class FrameReader:
     def __init__(self, path: Path, on_damage: Callable[[str], None] | None = None) -> None:
         self.path = Path(path)
         self._on_damage = on_damage
-        self._streams = 0
+        self._last_stream = 0
         self._database = open_for_reading(self.path)
         with translate_errors(self.path, "read"):
             rows = self._database.execute("SELECT id, name, layout FROM tables").fetchall()
@@ -239,10 +239,10 @@ class FrameReader:
 
     def _newest_stream(self, wanted: int) -> int:
         """Return the largest id of a stream, which grows while the store is written."""
-        if wanted > self._streams:
-            self._streams = int(self._fetch("SELECT coalesce(max(id), 0) FROM streams")[0][0])
+        if wanted > self._last_stream:
+            self._last_stream = int(self._fetch("SELECT coalesce(max(id), 0) FROM streams")[0][0])
 
-        return self._streams
+        return self._last_stream
 
     def _tell_damage(self, what: str) -> None:
         if self._on_damage is None:
