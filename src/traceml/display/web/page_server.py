@@ -21,6 +21,8 @@ __all__ = ["PageConfig", "serve"]
 # A browser that was away for less is sent what it missed; else, or after a restart of the server, it reloads the page.
 _RECONNECT_S = 30.0
 _HISTORY = 60
+# So many connections are accepted before the first of them is counted and cut.
+_BACKLOG = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
             log_level="warning",
             access_log=False,
             http=unproved.protocol(),
+            backlog=_BACKLOG,
             ws="wsproto",
             ws_per_message_deflate=False,
             server_header=False,
