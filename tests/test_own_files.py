@@ -94,6 +94,24 @@ def test_only_regular_files_are_read_and_none_is_waited_for(tmp_path: Path) -> N
         read_regular(tmp_path / "none")
 
 
+def test_a_file_with_holes_takes_no_memory(tmp_path: Path) -> None:
+    """A few bytes of an archive may become a file of terabytes; the limit itself is read."""
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(1 << 40)
+
+    with pytest.raises(OSError, match="more than 268,435,456 bytes"):
+        read_regular(tmp_path / "holes")
+    with pytest.raises(OSError, match="more than 3 bytes"):
+        read_regular(_written(tmp_path / "four", b"four"), 3)
+
+    assert read_regular(tmp_path / "four", 4) == b"four"
+
+
+def _written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
 def test_what_leads_out_of_a_folder_is_not_inside(tmp_path: Path) -> None:
     """By dots, by an absolute path, or by a link; a folder that is a link itself is no way out."""
     folder = tmp_path / "folder"

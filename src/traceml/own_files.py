@@ -27,6 +27,7 @@ __all__ = [
 
 _OTHERS_WRITE = 0o022
 _OTHERS_ANY = 0o077
+_MOST_BYTES = 256 << 20  # the report of a job of 65,536 ranks has less
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -49,15 +50,18 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
     """Return the content of a regular file of any user, also through links; it never waits.
 
     Raises:
         PermissionError: it is a pipe, a device or a folder.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is larger than `most_bytes`: a file with holes takes no room on a disk.
     """
     with open(_open_regular(path, os.O_RDONLY), "rb") as file:
-        return file.read()
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
+
+        return file.read(most_bytes)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -24,6 +24,7 @@ __all__ = [
 
 LABELS_NAME = "labels.json"
 _MOST_TAG = 64
+_MOST_BYTES = 4 << 20
 
 
 class RunLabels(msgspec.Struct, kw_only=True):
@@ -38,7 +39,7 @@ class RunLabels(msgspec.Struct, kw_only=True):
 def read_labels(run_dir: Path) -> RunLabels:
     """Return the labels of a run; none where there are none, or where they cannot be read."""
     try:
-        return msgspec.json.decode(read_regular(run_dir / LABELS_NAME), type=RunLabels)
+        return msgspec.json.decode(read_regular(run_dir / LABELS_NAME, _MOST_BYTES), type=RunLabels)
     except (OSError, *UNREADABLE_JSON):
         return RunLabels()
 
