@@ -16,6 +16,7 @@ import pytest
 
 from tests.database.store.store_writers import STREAMS, frame
 from traceml.database.schema import STEPS
+from traceml.database.store import store_file
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreError
@@ -239,6 +240,16 @@ def test_store_with_a_program_in_it_is_refused(
 
     with pytest.raises(StoreError, match=r"has the (view 'more'|trigger 'again').*move it away"):
         open_store(path)
+
+
+def test_value_of_gigabytes_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before memory is taken for it."""
+    monkeypatch.setattr(store_file, "_MOST_VALUE_BYTES", 1 << 20)
+    path = make_store(tmp_path / "store.db")
+    rewrite(path, "INSERT INTO meta VALUES ('large', zeroblob(?))", 2 << 20)
+
+    with StoreReader(path) as reader, pytest.raises(StoreError, match="too big"):
+        reader.meta()
 
 
 def test_store_of_other_columns_is_not_continued_but_read(tmp_path: Path) -> None:
