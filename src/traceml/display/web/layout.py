@@ -34,9 +34,20 @@ def _head() -> str:
     return f"<style>{colors}\n{style}</style><script>{charts}\n{script}</script>"
 
 
+# Shown by the browser before it has run the scripts that build the page, which takes most of a second; the style sheet
+# hides it then. It has no text of a run, as it is not escaped.
+_FIRST_PAINT = """
+<div id="first-paint" aria-hidden="true">
+  <div class="top"><div class="bar"><span class="brand">traceml</span></div></div>
+  <div class="page"><p class="note">Loading the page</p></div>
+</div>
+"""
+
+
 def add_head() -> None:
-    """Add style sheet and script to the page that is being built."""
+    """Add style sheet, script and first paint to the page that is being built."""
     ui.add_head_html(_head())
+    ui.add_body_html(_FIRST_PAINT)
 
 
 def theme_of(cookies: dict[str, str]) -> str:
