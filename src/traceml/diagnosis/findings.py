@@ -56,12 +56,15 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         return self.kind.headline(self)
 
     def rounded(self) -> Finding:
-        """Return the finding as the report has it: plain numbers, lists and texts, in few digits."""
+        """Return the finding as the report has it: plain numbers, lists and texts, in few digits.
+
+        Cost and gain keep six: rounded again for a headline, they must not differ from the summary, which was not.
+        """
         return msgspec.structs.replace(
             self,
             evidence=plain(self.evidence),
-            cost_share=round(float(self.cost_share), 4),
-            speedup_if_fixed=round(float(self.speedup_if_fixed), 3),
+            cost_share=round(float(self.cost_share), 6),
+            speedup_if_fixed=round(float(self.speedup_if_fixed), 6),
         )
 
     def to_dict(self) -> dict[str, Any]:
