@@ -166,7 +166,7 @@ def test_a_busy_machine_is_said(tmp_path):
     found = compare_runs(tmp_path / "a", tmp_path / "b").to_dict()
 
     assert found["b"]["core_wait_share"] == pytest.approx(0.4)
-    assert any("waited for a CPU core 2% of the time in A, 40% in B" in remark for remark in found["remarks"])
+    assert any("for 2 % of the time that they had work in A, 40 % in B" in remark for remark in found["remarks"])
 
 
 def test_a_run_that_goes_on_is_compared_as_far_as_it_is(healthy, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.findings import significant
+from traceml.formatting import percent_text
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import (
     Comparison,
@@ -232,8 +233,8 @@ def _differences(a: ComparedRun, b: ComparedRun) -> list[str]:
     waits = [side.report.setup.core_wait_share or 0.0 for side in (a, b)]
     if max(waits) > _BUSY:
         remarks.append(
-            f"ranks waited for a CPU core {waits[0]:.0%} of the time in A, {waits[1]:.0%} in B: other programs on the "
-            "machine may be the difference"
+            f"ranks waited for a CPU core for {percent_text(waits[0])} of the time that they had work in A, "
+            f"{percent_text(waits[1])} in B: other programs on the machine may be the difference"
         )
 
     for side, which in ((a, "A"), (b, "B")):

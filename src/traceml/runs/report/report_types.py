@@ -320,7 +320,8 @@ class SetupSection(msgspec.Struct, kw_only=True):
     """Facts that decide whether two runs can be compared.
 
     `model` has class, parameters, dtype, device, parallelism and whether it is compiled; `params` has what was logged,
-    nested names joined by a dot. `core_wait_share` is the share of time in which ranks waited for a CPU core.
+    nested names joined by a dot. `core_wait_share` is the share of their time with
+    work in which ranks waited for a CPU core.
     """
 
     model: dict[str, Any] = {}
