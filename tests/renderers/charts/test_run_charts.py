@@ -141,6 +141,16 @@ def test_a_rank_without_rows_is_a_hole_in_the_heat_map():
     assert run_charts.heatmap_chart(unknown) is None
 
 
+@pytest.mark.parametrize(("rows", "labeled"), [(2, 2), (32, 32), (33, 17), (125, 32)])
+def test_rows_of_the_heat_map_are_labeled_where_there_is_room(rows, labeled):
+    """Up to 32 rows each has its label; of more every n-th has one."""
+    work = np.ones((rows, 4)) * np.arange(rows)[:, None]
+    heat = HeatMap([(row, row) for row in range(rows)], np.arange(4), 1, work, work)
+
+    axis = run_charts.heatmap_chart(heat)["yAxis"]
+    assert len(axis["data"][:: axis["axisLabel"]["interval"] + 1]) == labeled
+
+
 def test_users_phases_have_colors_of_their_own():
     """User phases have different colors, in order of appearance."""
     colors = LIGHT.of_phases(["forward", "augment", "tokenize"])

@@ -103,7 +103,7 @@ class ChartCard:
 
             with Container("div", "plot") as self.plot:
                 self._canvas = ui.echart({}).classes("canvas")
-                self._empty = TextNode("p", waiting or "Nothing to show yet", "empty")
+                self._empty = TextNode("p", waiting or "No data", "empty")
 
             label = f"data of {title}"
             Container("div", "datatable", hidden=True, tabindex="0", role="region", aria_label=label)

@@ -49,6 +49,7 @@ _GIB = 2**30
 _RANK_BARS = 24
 _SMALL_SHARE = 0.005
 _LINES = 8
+_HEAT_LABELS = 32
 _LEAST_HEAT_PCT = 25.0
 _METRICS = 24
 _TIME_UNITS = (("h", 3600), ("min", 60), ("s", 1))
@@ -147,7 +148,8 @@ def heatmap_chart(heat: HeatMap, theme: Theme = LIGHT) -> Option | None:
     option = blank(theme)
     option["tooltip"] = {**tooltip(theme), "trigger": "item"}
     option["xAxis"] = {**category_axis(_steps_text(heat.steps.tolist()), theme), "name": "step"}
-    option["yAxis"] = {**category_axis(labels, theme), "inverse": True}
+    option["yAxis"] = rows = {**category_axis(labels, theme), "inverse": True}
+    rows["axisLabel"]["interval"] = (len(labels) - 1) // _HEAT_LABELS  # of many ranks every n-th, or they touch
     option["visualMap"] = {
         "min": 0, "max": number(most), "calculable": False, "orient": "horizontal", "right": 8, "top": 0,
         "itemHeight": 90, "itemWidth": 10, "text": [f"{most:.0f} % of a step", "0"], "textGap": 6,
