@@ -1,6 +1,7 @@
 """Draw live.svg and card.svg: run `traceml demo` on a pseudo-terminal and export its screen.
 
-`make pictures` runs it; it needs a machine without other load.
+`make pictures` runs it; it needs a machine without other load. The demonstration runs in a folder `demo` of the
+temporary folder, with the package beside it, so that the paths in the pictures are short and nobody's own.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import io
 import os
 import pty
 import re
+import shutil
 import struct
 import sys
+import tempfile
 from fcntl import ioctl
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +25,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.terminal_theme import NIGHT_OWLISH
 from rich.text import Text
+
+import traceml
 
 FOLDER = Path(__file__).resolve().parent
 COLUMNS, ROWS = 96, 40
@@ -42,8 +47,19 @@ def main() -> None:
     """Run the demonstration once and write both pictures."""
     os.environ["TERM"] = "xterm"
     os.environ.pop("COLORTERM", None)
+    place = Path(tempfile.gettempdir(), "demo")
+    place.mkdir()
+    try:
+        place.joinpath("traceml").symlink_to(Path(traceml.__file__).parent)
+        _draw(place)
+    finally:
+        shutil.rmtree(place)
+
+
+def _draw(place: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
+        os.chdir(place)
         os.execv(sys.executable, [sys.executable, "-m", "traceml", "demo"])  # noqa: S606
 
     ioctl(terminal, TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
