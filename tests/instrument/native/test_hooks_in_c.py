@@ -359,3 +359,20 @@ def test_it_can_be_forbidden(monkeypatch: pytest.MonkeyPatch, traced: Traced) ->
     monkeypatch.setenv("TRACEML_NATIVE", "0")
 
     assert isinstance(new_clock(traced.flight, traced.instrumentation), CellClock)
+
+
+def test_what_is_forbidden_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TRACEML_NATIVE=0 nothing opens the library, as its user may have a reason; dynamo needs no faces then."""
+    opened: list[str] = []
+    monkeypatch.setenv("TRACEML_NATIVE", "0")
+    monkeypatch.setattr(native, "import_module", opened.append)
+    native._load.cache_clear()
+    try:
+        assert native.extension() is None
+        native.show_torch()
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+
+    assert opened == []
+    assert native.extension() is not None

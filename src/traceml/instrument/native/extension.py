@@ -94,7 +94,7 @@ def _reduce(hook: _hot_path.Hook) -> Any:
 
 def show_torch() -> None:
     """Give the hooks the faces that dynamo traces."""
-    loaded = _load()
+    loaded = extension()
     if loaded is not None and loaded.Hook.__dict__["__call__"] is _no_call:
         faces = import_module("traceml.instrument.native.dynamo_faces")
         _set_face(loaded, "__call__", faces.__call__)
