@@ -13,6 +13,7 @@ import pytest
 
 from tests.launch.driver import Driver
 from traceml.launch.wire.log_records import RecordDecoder
+from traceml.launch.worker import worker_main
 
 
 def test_the_zygote_stays_and_has_one_thread(driver: Driver) -> None:
@@ -328,3 +329,9 @@ def test_a_further_worker_costs_little_memory(driver: Driver) -> None:
     found = driver.run(private, workers=4, backend="gloo")
 
     assert max(found) < 20_000
+
+
+@pytest.mark.parametrize(("version", "can"), [("2.4.1+cu121", False), ("2.5.0", True), ("2.10.0a0+git1", True)])
+def test_the_store_of_each_torch(version: str, can: bool) -> None:
+    """The store with libuv refuses a bound port in torch 2.4, in which the older form is used."""
+    assert worker_main._takes_listener_with_libuv(version) is can

@@ -207,6 +207,7 @@ def _join(request: Mapping[str, Any], listener: int | None) -> Any:
     """Create the default process group on a store whose port rank 0's agent has bound; return the store."""
     from datetime import timedelta
 
+    import torch
     import torch.distributed as dist
 
     env = request["env"]
@@ -220,11 +221,21 @@ def _join(request: Mapping[str, Any], listener: int | None) -> Any:
         timeout=timeout,
         wait_for_workers=False,
         master_listen_fd=listener,
+        use_libuv=_takes_listener_with_libuv(torch.__version__),
     )
     dist.init_process_group(
         backend=request["backend"], store=dist.PrefixStore("0", store), rank=rank, world_size=world, timeout=timeout
     )
     return store
+
+
+def _takes_listener_with_libuv(version: str) -> bool:
+    """Return whether the usual store of a torch, that with libuv, can take a port which is bound already.
+
+    Args:
+        version: of torch. In 2.4 the store refuses that, and only its older form can be used.
+    """
+    return tuple(int(part) for part in version.split(".")[:2]) >= (2, 5)
 
 
 def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
