@@ -24,7 +24,7 @@ from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_frames import ChannelClosedError
 from traceml.launch.wire.payload_buffer import PayloadBuffer
-from traceml.launch.wire.process_cleanup import find_leftovers, terminate_all
+from traceml.launch.wire.process_cleanup import find_leftovers, in_slurm_step, terminate_all
 from traceml.launch.wire.tunnel import TunnelListener
 from traceml.process_ends import end_of_status
 
@@ -61,6 +61,8 @@ class Agent:
         self._payloads: dict[int, PayloadBuffer] = {}
         self._listeners: dict[str, Any] = {}
         self._signals: set[int] = set()
+        # before its end Slurm sends SIGTERM to all processes of a step, and workers may have time to save until SIGKILL
+        self._spares, self._parent = in_slurm_step(), os.getppid()
         self._busy_s = time.monotonic()
         self._watches_write = False
 
@@ -129,6 +131,9 @@ class Agent:
             return
 
         signals, self._signals = self._signals, set()
+        if self._spares and os.getppid() == self._parent:
+            signals.discard(signal.SIGTERM)
+
         if signals & {signal.SIGTERM, signal.SIGHUP}:
             raise _EndAgent(f"signal {signal.Signals(min(signals & {signal.SIGTERM, signal.SIGHUP})).name}")
 

@@ -6,9 +6,19 @@ import os
 import signal
 from typing import NoReturn
 
-from traceml.launch.wire.process_cleanup import become_subreaper, die_with_parent, find_leftovers, terminate_all
+from traceml.launch.wire.process_cleanup import (
+    become_subreaper,
+    die_with_parent,
+    find_leftovers,
+    in_slurm_step,
+    terminate_all,
+)
 
 __all__ = ["fork_under_reaper"]
+
+# Slurm sends the signal of sbatch --signal to all processes of a step: it is meant for scripts. Ignored, it is so in
+# all processes that descend from the reaper, until a script handles it.
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def fork_under_reaper() -> None:
@@ -17,6 +27,10 @@ def fork_under_reaper() -> None:
     Call it early: the parent keeps the memory that this process has now.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher may have blocked some
+    if in_slurm_step():
+        for number in _WARNINGS:
+            signal.signal(number, signal.SIG_IGN)
+
     become_subreaper()
     parent, agent = os.getpid(), os.fork()
     if agent == 0:

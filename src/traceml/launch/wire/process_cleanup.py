@@ -21,6 +21,7 @@ __all__ = [
     "die_with_parent",
     "end_job",
     "find_leftovers",
+    "in_slurm_step",
     "terminate_all",
 ]
 
@@ -44,6 +45,11 @@ def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> 
     _prctl(_PR_SET_PDEATHSIG, int(how))
     if how and os.getppid() != parent:
         os.kill(os.getpid(), how)
+
+
+def in_slurm_step() -> bool:
+    """Return whether this process belongs to a step of Slurm, which sends its signals to all processes of the step."""
+    return "SLURM_STEP_ID" in os.environ
 
 
 def become_subreaper() -> None:

@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.process_cleanup import become_subreaper, die_with_parent, find_leftovers, terminate_all
+from traceml.launch.wire.process_cleanup import (
+    become_subreaper,
+    die_with_parent,
+    find_leftovers,
+    in_slurm_step,
+    terminate_all,
+)
 from traceml.launch.worker.blas import one_blas_thread
 from traceml.witness.stack_signal import STACK_SIGNAL
 
@@ -62,6 +68,9 @@ def _prepare(agent: FdSocket, spec: Mapping[str, Any]) -> None:
     """Import the modules that workers share; report the result to the agent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # a worker without a handler must not die of it
+    if in_slurm_step():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the workers, as for the agent
+
     agent.send("up")
     own_path = list(sys.path)
     sys.path[:0] = [folder for folder in spec["sys_path"] if folder not in own_path]
@@ -167,7 +176,9 @@ def _close_in_worker(
 ) -> tuple[dict[str, Any], list[int]]:
     """Close the zygote's descriptors in a worker."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
     selector.close()
     agent.close()
     for fd in fds:
