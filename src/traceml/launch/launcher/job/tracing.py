@@ -6,6 +6,7 @@ The loop of the launch drives it; see `Tracing`.
 from __future__ import annotations
 
 import logging
+import os
 import selectors
 import shlex
 import sys
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 from traceml import settings
 from traceml.database.flight.flight_folders import COPIES_FOLDER
+from traceml.launch.launcher.hosts.slurm_jobs import scheduler_end
 from traceml.launch.launcher.job.abort_watch import AbortWatch
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
@@ -271,6 +273,9 @@ class Tracing:
             flight = self._flights.get(exited["rank"])
             if flight is not None and flight.path:
                 exited["flight"] = flight.path
+
+        if status and (why := scheduler_end(os.environ)):
+            self._exits = [exited | {"scheduler": why} for exited in self._exits]
 
         self._finished = self._begun and self._aggregator.finish(self._exits, status, ended_by)
         return self._finished

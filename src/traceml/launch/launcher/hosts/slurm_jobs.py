@@ -1,0 +1,162 @@
+"""Jobs of Slurm, as its controller describes them, and requests to cancel one or to queue it again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from traceml.errors import SlurmError
+
+__all__ = ["SlurmJob", "cancel_job", "minutes_of", "read_job", "requeue_job", "scheduler_end"]
+
+_TIMEOUT_S = 10
+_FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+_AT_LIMIT_S = 5.0  # the clocks of the controller and of this host may differ by as much
+
+_log = logging.getLogger("traceml.launch")
+
+
+@dataclass(frozen=True, slots=True)
+class SlurmJob:
+    """A job as Slurm describes it.
+
+    Attributes:
+        job_id: its number.
+        state: RUNNING, PENDING, COMPLETED, ….
+        reason: why it is in that state, in Slurm's words.
+        end_s: epoch seconds at which it ends or has ended; sooner than its limit once it is preempted.
+        limit_s: epoch seconds of its time limit; None without one.
+        preempted: whether another job takes its place.
+        restarts: how often it was queued again.
+    """
+
+    job_id: str
+    state: str
+    reason: str = ""
+    end_s: float | None = None
+    limit_s: float | None = None
+    preempted: bool = False
+    restarts: int = 0
+
+
+def read_job(job_id: str) -> SlurmJob | None:
+    """Return what Slurm knows of a job; None where it knows nothing or does not answer."""
+    shown = _ask("scontrol", "show", "job", job_id, "--oneliner")
+    if shown is None:  # it is forgotten some minutes after its end, unless there is accounting
+        state = _ask("sacct", "-j", job_id, "-X", "-n", "-P", "-o", "State")
+        return SlurmJob(job_id, state.split()[0]) if state and state.split() else None
+
+    facts = dict(_FIELD.findall(shown))
+    start_s, minutes = _seconds(facts.get("StartTime", "")), minutes_of(facts.get("TimeLimit", ""))
+    return SlurmJob(
+        job_id,
+        facts.get("JobState", "UNKNOWN"),
+        reason=facts.get("Reason", ""),
+        end_s=_seconds(facts.get("EndTime", "")),
+        limit_s=None if start_s is None or minutes is None else start_s + 60 * minutes,
+        preempted=facts.get("JobState") == "PREEMPTED" or _seconds(facts.get("PreemptTime", "")) is not None,
+        restarts=int(facts.get("Restarts") or 0),
+    )
+
+
+def scheduler_end(environ: Mapping[str, str], within_s: float = 0.0) -> str | None:
+    """Return why Slurm ends the job that this process is part of; None where it does not.
+
+    Args:
+        environ: with Slurm's variables.
+        within_s: also where the job's end is at most so many seconds away, as Slurm has warned of it.
+
+    Returns:
+        `preempted`, `time_limit`, or `requeued`: by an administrator, or where nothing else is known.
+    """
+    job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
+    if job is None:
+        return None
+
+    if job.preempted:
+        return "preempted"
+
+    if job.state == "TIMEOUT" or job.reason == "TimeLimit":
+        return "time_limit"
+
+    if job.restarts > int(environ.get("SLURM_RESTART_COUNT") or 0):
+        return "requeued"
+
+    end_s = min((each for each in (job.end_s, job.limit_s) if each is not None), default=None)
+    near = end_s is not None and time.time() >= end_s - max(within_s, _AT_LIMIT_S)
+    return "time_limit" if near and job.state == "RUNNING" else None
+
+
+def requeue_job(job_id: str) -> None:
+    """Queue a job again, which ends it here.
+
+    Raises:
+        SlurmError: Slurm does not do it.
+    """
+    _request("scontrol", "requeue", job_id)
+
+
+def cancel_job(job_id: str) -> None:
+    """End a job, or take it from the queue; one that has ended is left alone.
+
+    Raises:
+        SlurmError: Slurm does not do it.
+    """
+    _request("scancel", job_id)
+
+
+def minutes_of(text: str) -> int | None:
+    """Return the whole minutes of a duration as Slurm writes it, rounded up; None where it is none.
+
+    The forms are `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30` and `1-12:30:00`.
+    """
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        return None
+
+    parts = [int(part) for part in match["rest"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        return 24 * 60 * int(match["days"]) + 60 * hours + minutes + (seconds > 0)
+
+    hours, minutes, seconds = (0, *parts, 0)[:3] if len(parts) < 3 else parts
+    return 60 * hours + minutes + (seconds > 0)
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:  # Unknown, None, N/A
+        return None
+
+
+def _ask(*command: str) -> str | None:
+    """Return the output of a command of Slurm; None where it fails."""
+    try:
+        done = _run(command)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _log.debug("`%s` failed: %s", " ".join(command), error)
+        return None
+
+    return None if done.returncode else done.stdout
+
+
+def _request(*command: str) -> None:
+    try:
+        done = _run(command)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SlurmError(f"`{' '.join(command)}` cannot be run: {error}") from error
+
+    if done.returncode:
+        raise SlurmError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")
+
+
+def _run(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)

@@ -1,0 +1,77 @@
+"""Slurm's durations, and what it says of a job."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from traceml.errors import SlurmError
+from traceml.launch.launcher.hosts.slurm_jobs import minutes_of, read_job, requeue_job, scheduler_end
+
+_SHOWN = (
+    "JobId=7 JobName=train JobState={state} Reason={reason} Requeue=1 Restarts={restarts} TimeLimit={limit} "
+    "StartTime=2020-01-01T00:00:00 EndTime={end} PreemptEligibleTime=2020-01-01T00:00:00 PreemptTime={preempted}"
+)
+_USUAL = {
+    "state": "RUNNING", "reason": "None", "restarts": "0", "limit": "UNLIMITED", "end": "Unknown", "preempted": "None",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("90:00", 90),
+        ("0:30", 1),
+        ("1:30:00", 90),
+        ("00:01:01", 2),
+        ("1-12", 2160),
+        ("1-12:30", 2190),
+        ("1-00:00:00", 1440),
+        ("UNLIMITED", None),
+        ("1:2:3:4", None),
+        ("-5", None),
+        ("", None),
+    ],
+)
+def test_durations_are_read(text: str, minutes: int | None) -> None:
+    """All of Slurm's forms, rounded up to minutes."""
+    assert minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize(
+    ("shown", "why"),
+    [
+        ({}, None),
+        ({"preempted": "2020-01-01T00:10:00"}, "preempted"),
+        ({"state": "PREEMPTED"}, "preempted"),
+        ({"state": "TIMEOUT"}, "time_limit"),
+        ({"state": "COMPLETING", "reason": "TimeLimit"}, "time_limit"),
+        ({"limit": "00:10:00"}, "time_limit"),
+        ({"end": "2020-01-01T00:10:00"}, "time_limit"),
+        ({"restarts": "1"}, "requeued"),
+        ({"state": "CANCELLED", "end": "2020-01-01T00:10:00"}, None),
+    ],
+)
+def test_why_slurm_ends_a_job(
+    shown: dict[str, str], why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the text that `scontrol` prints; a cancelled job, or one that runs, is not ended by the scheduler."""
+    program = tmp_path / "scontrol"
+    program.write_text(f"#!/bin/sh\necho '{_SHOWN.format_map(_USUAL | shown)}'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    assert scheduler_end({"SLURM_JOB_ID": "7"}) == why
+    assert scheduler_end({}) is None
+
+
+def test_without_slurm_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading says so by None, a request by an error that names the command."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert read_job("7") is None
+    with pytest.raises(SlurmError, match="`scontrol requeue 7` cannot be run"):
+        requeue_job("7")
