@@ -80,6 +80,7 @@ SUBROOMS = {
     "database.flight": {"database.schema"},
     "database.store": {"database.schema"},
     "launch.launcher": {"launch.wire", "supervise", "database"},
+    "launch.launcher.submission": {"launch.launcher", "supervise"},
     "launch.launcher.hosts": {"launch.wire"},
     "launch.launcher.logs": {"launch.wire"},
     "launch.launcher.job": {"launch.launcher.hosts", "launch.launcher.logs", "launch.wire", "supervise", "database"},

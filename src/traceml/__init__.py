@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchResult
     from traceml.launch.launcher.launcher import Launcher, launch
     from traceml.launch.launcher.logs.log_handlers import add_filter_to_handler, file_handler, stream_handler
+    from traceml.launch.launcher.submission.submitted_job import SubmittedJob
     from traceml.recorder.annotations import phase, set_step, trace, trace_data, trace_step
     from traceml.recorder.current import is_enabled
     from traceml.recorder.lifecycle import shutdown
@@ -89,6 +90,7 @@ _NAMES = {
     "traceml.launch.launcher.launch_options": "DEFAULT_ENV_VARS LaunchResult",
     "traceml.launch.launcher.launcher": "Launcher launch",
     "traceml.launch.launcher.logs.log_handlers": "add_filter_to_handler file_handler stream_handler",
+    "traceml.launch.launcher.submission.submitted_job": "SubmittedJob",
     "traceml.recorder.annotations": "phase set_step trace trace_data trace_step",
     "traceml.recorder.current": "is_enabled",
     "traceml.recorder.lifecycle": "shutdown",
@@ -152,6 +154,7 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "SettingsError",
     "SlurmError",
     "StoreError",
+    "SubmittedJob",
     "TaskCancelledError",
     "TaskDeadlockError",
     "TaskError",

@@ -122,8 +122,10 @@ def commands_of(line: str) -> list[list[str]]:
 
 
 def _is_value(before: list[str]) -> bool:
-    """Whether the word after these is a value: the name of a package or of a secret."""
-    return before[:1] == ["pip"] or (before[:1] == ["kubectl"] and "--" not in before)
+    """Whether the word after these is a value: the name of a package, of a secret or of torchrun's log files."""
+    return (
+        before[:1] == ["pip"] or before[-1:] == ["--logs-specs"] or (before[:1] == ["kubectl"] and "--" not in before)
+    )
 
 
 def _until_end(words: list[str]) -> Iterator[str]:

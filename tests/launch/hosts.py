@@ -346,7 +346,7 @@ class Slurm:
             self._daemons.append(host.start(*words, env=self.environ, stdout=log, stderr=log))
 
     def _is_ready(self) -> bool:
-        states = self.run("sinfo", "-h", "-N", "-o", "%T", check=False).stdout.split()
+        states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).stdout.split()
         return states == ["idle"] * (len(self.hosts.all) - 1)
 
     def _configuration(self) -> str:
@@ -374,7 +374,12 @@ class Slurm:
             "JobAcctGatherType=jobacct_gather/none",
             "AccountingStorageType=accounting_storage/none",
             *(f"NodeName={n.name} NodeHostname={n.name} NodeAddr={n.address} CPUs=4 RealMemory=2000" for n in nodes),
+            "PreemptType=preempt/partition_prio",
+            "PreemptMode=REQUEUE",
             f"PartitionName=main Nodes={','.join(n.name for n in nodes)} Default=YES State=UP OverSubscribe=YES",
+            # a job of `urgent` takes the nodes of one of `spare`, which has a grace time to save
+            f"PartitionName=spare Nodes={','.join(n.name for n in nodes)} State=UP PriorityTier=1 GraceTime=20",
+            f"PartitionName=urgent Nodes={','.join(n.name for n in nodes)} State=UP PriorityTier=9 PreemptMode=OFF",
         ]
         return "\n".join(lines) + "\n"
 

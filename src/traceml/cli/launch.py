@@ -13,6 +13,7 @@ from traceml import settings
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_run_options, check_report, given, host_names, script_words
+from traceml.cli.submission.submit_options import add_submit_options, check_submit_options, submit_script
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 from traceml.formatting import printable
 
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
     """Run a script on hosts; return its exit status."""
     options = _parser().parse_args(list(_joined(argv)))
     target, *arguments = script_words(options, example="traceml launch --hostnames node1 node2 train.py")
+    check_submit_options(options)
     check_report(options.report)
     named = given(
         runs_dir=options.runs_dir,
@@ -48,14 +50,19 @@ def main(argv: list[str]) -> int:
     if options.live == "terminal" and not sys.stdout.isatty():
         raise UsageError("--live terminal needs a terminal; standard output is not one")
 
+    name = config.run_name or Path(target).stem
+    script = {"module" if options.module else "path": target, "argv": arguments}
+    if options.submit:
+        report = options.report and options.report.absolute()
+        traced = {"name": name, "report": report, **named} if config.enabled else None
+        return submit_script(options, _launcher(options), script, traced, target)
+
     from traceml.launch.launcher.assembly import run_script
     from traceml.launch.launcher.end_signals import EndedBySignal, ended_by
     from traceml.launch.launcher.job.tracing import Tracing
     from traceml.supervise.page_process import PageScreen
     from traceml.supervise.screens import terminal_screen
 
-    name = config.run_name or Path(target).stem
-    script = {"module" if options.module else "path": target, "argv": arguments}
     screen: MakeScreen = {"none": _no_screen, "web": PageScreen}.get(options.live, terminal_screen)
     tracing = Tracing(name, make_screen=screen, report=options.report, **named) if config.enabled else None
     try:
@@ -120,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     workers.add_argument("--extra-env-vars", metavar="PATTERN ...", help="additional variables")
     workers.add_argument("--env-file", type=Path, metavar="FILE", help="sourced by bash on each host")
     workers.add_argument("--no-cpu-affinity", action="store_true", help="do not distribute the cores over the workers")
+    add_submit_options(parser)
     add_run_options(parser)
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
     return parser

@@ -19,6 +19,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("as many ranks on each of two hosts as it has GPUs", "traceml launch --hostnames a b train.py"),
         ("a module", "traceml launch --hostnames a,b -m my_package.train"),
         ("the nodes of a Slurm allocation, through srun", "salloc -N2 traceml launch train.py"),
+        ("as a job of Slurm, queued again when it is ended", "traceml launch --submit --nodes 2 train.py"),
     ),
     "serve": (
         ("for scripts with traceml.init() on this host", "traceml serve"),

@@ -30,7 +30,7 @@ from traceml.launch.wire.payload import SerializedValue
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing
 
-__all__ = ["run_function", "run_script"]
+__all__ = ["run_function", "run_script", "users_path"]
 
 
 def run_function(
@@ -104,7 +104,7 @@ def _job_spec(options: LaunchOptions, call: SerializedValue | None, script: Mapp
         environ=matching(os.environ, (*options.default_env_vars, *options.extra_env_vars)),
         env_file=None if options.env_file is None else str(Path(options.env_file).expanduser().absolute()),
         cwd=_working_directory(),
-        sys_path=list(_users_path(skip_first=script is not None)),
+        sys_path=list(users_path(skip_first=script is not None)),
         main=main_script.describe(),
         cpu_affinity=options.cpu_affinity,
         keep_agents=options.keep_agents,
@@ -119,7 +119,7 @@ def _working_directory() -> str:
         raise UsageError(text) from None
 
 
-def _users_path(*, skip_first: bool) -> Iterator[str]:
+def users_path(*, skip_first: bool = False) -> Iterator[str]:
     """Yield the module search path without the interpreter's own folders: a host's interpreter has its own.
 
     Args:

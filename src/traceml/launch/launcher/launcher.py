@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from traceml.launch.launcher.function_call import read_call
 from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchOptions, LaunchResult
+
+if TYPE_CHECKING:
+    from traceml.launch.launcher.submission.submitted_job import SubmittedJob
 
 __all__ = ["Launcher", "launch"]
 
@@ -48,6 +51,88 @@ class Launcher(LaunchOptions):
         self.check()
         call = read_call(func, args, kwargs)
         return run_function(self, call.func, call.args, call.kwargs, call.log_handlers)
+
+    def submit(
+        self,
+        func: Callable[..., T],
+        func_args: Sequence[Any] | None = (),
+        func_kwargs: Mapping[str, Any] | None = None,
+        *,
+        log_handlers: Any = "auto",
+        nodes: int = 1,
+        time: int | str = 60,
+        partition: str | None = None,
+        gpus_per_node: int | None = None,
+        cpus_per_node: int | None = None,
+        mem: str | None = None,
+        account: str | None = None,
+        qos: str | None = None,
+        job_name: str | None = None,
+        signal: str = "USR2@120",
+        retries: int = 3,
+        folder: str | Path | None = None,
+        sbatch: Mapping[str, str | int | bool] | None = None,
+    ) -> SubmittedJob[LaunchResult[T]]:
+        """Submit a job to Slurm that does what `run` does, on the nodes that it gets.
+
+        It needs submitit (extra `submit`), and a folder that all nodes can read. When Slurm ends the job at its time
+        limit or for another job, it is queued again, and the function starts again: it goes on from its own checkpoint.
+        All its starts are attempts of one run.
+
+        Examples:
+            >>> job = traceml.Launcher(trace=True).submit(train, nodes=2, time="12:00:00", gpus_per_node=8)
+            >>> model = job.result().rank(0)
+
+        Args:
+            func: the function.
+            func_args: its positional arguments.
+            func_kwargs: its keyword arguments.
+            log_handlers: as for `launch`.
+            nodes: number of nodes.
+            time: time limit: minutes, or a duration in Slurm's form (`1:30:00`, `1-12:00:00`).
+            partition: partition; None: the cluster's default.
+            gpus_per_node: GPUs of each node.
+            cpus_per_node: CPU cores of each node.
+            mem: memory of each node (`64G`).
+            account: account to charge.
+            qos: quality of service.
+            job_name: name in the queue; None: the function's.
+            signal: signal that every worker gets before the time limit, and how many seconds before; "" for none. A
+                worker that does not handle SIGUSR1 or SIGUSR2 ignores it.
+            retries: how often the job is queued again.
+            folder: folder of the job's files; `%j` stands for the job's id. None: `slurm/%j` in the folder of logs.
+            sbatch: further options of sbatch by name.
+
+        Raises:
+            TraceMLError: submitit is not installed.
+            SlurmError: this host cannot submit, or Slurm refuses the job.
+            UsageError: an argument has an invalid value.
+        """
+        from traceml.launch.launcher.submission.allocation_call import AllocationCall
+        from traceml.launch.launcher.submission.slurm_options import SlurmOptions
+        from traceml.launch.launcher.submission.submitting import submit
+
+        self.check()
+        own = {"func_args": func_args, "func_kwargs": func_kwargs, "log_handlers": log_handlers}
+        slurm = SlurmOptions(
+            nodes=nodes,
+            time=time,
+            partition=partition,
+            gpus_per_node=gpus_per_node,
+            cpus_per_node=cpus_per_node,
+            mem=mem,
+            account=account,
+            qos=qos,
+            job_name=job_name,
+            signal=signal,
+            retries=retries,
+            folder=folder,
+            sbatch=sbatch or {},
+        )
+        call = AllocationCall(
+            options=self, call=read_call(func, (), own), retries=slurm.retries, warning_s=slurm.warning_s
+        )
+        return submit(call, slurm, getattr(func, "__name__", "launch").strip("<>"))
 
 
 def launch(

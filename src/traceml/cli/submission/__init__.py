@@ -1,0 +1,1 @@
+"""Submission of a launch by the command line. Imports what `cli` imports."""

@@ -1,0 +1,104 @@
+"""Options of a job that is submitted to Slurm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from traceml.errors import UsageError
+from traceml.launch.launcher.hosts.slurm_jobs import minutes_of
+
+__all__ = ["SlurmOptions"]
+
+_SIGNAL = re.compile(r"(?P<name>[A-Z]+[0-9]?|[0-9]+)@(?P<seconds>[0-9]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmOptions:
+    """Options of a job that is submitted to Slurm.
+
+    Attributes:
+        nodes: number of nodes.
+        time: time limit: minutes, or a duration in Slurm's form (`1:30:00`, `1-12:00:00`).
+        partition: partition; None: the cluster's default.
+        gpus_per_node: GPUs of each node.
+        cpus_per_node: CPU cores of each node.
+        mem: memory of each node (`64G`).
+        account: account to charge.
+        qos: quality of service.
+        job_name: name in the queue; None: the function's or the script's.
+        signal: signal that scripts get before the end, and how many seconds before; "" for none.
+        retries: how often the job is queued again after its time limit or a preemption.
+        folder: folder of the job's files, which all nodes can read; `%j` stands for the job's id.
+        sbatch: further options of sbatch by name, `{"constraint": "a100", "exclusive": True}`.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    nodes: int = 1
+    time: int | str = 60
+    partition: str | None = None
+    gpus_per_node: int | None = None
+    cpus_per_node: int | None = None
+    mem: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    job_name: str | None = None
+    signal: str = "USR2@120"
+    retries: int = 3
+    folder: str | Path | None = None
+    sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 1), ("gpus_per_node", 1), ("cpus_per_node", 1), ("retries", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise UsageError(f"{name}={value!r}: give a number of at least {least}")
+
+        if not self.minutes:
+            raise UsageError(f"time={self.time!r}: give minutes, or a duration such as '1:30:00' or '1-12:00:00'")
+
+        if self.signal and _SIGNAL.fullmatch(self.signal) is None:
+            raise UsageError(f"signal={self.signal!r}: give a name and seconds, such as 'USR2@120', or '' for none")
+
+    @property
+    def minutes(self) -> int:
+        """The time limit in minutes; 0 where it is no duration."""
+        return minutes_of(str(self.time)) or 0
+
+    @property
+    def warning_s(self) -> float:
+        """Seconds between the signal and the end."""
+        match = _SIGNAL.fullmatch(self.signal)
+        return float(match["seconds"]) if match is not None else 0.0
+
+    def parameters(self, name: str) -> dict[str, Any]:
+        """Return the parameters of submitit's executor, without those that were not given.
+
+        Args:
+            name: name of the job if none was given.
+        """
+        more: dict[str, Any] = {"requeue": True} if self.retries else {"no-requeue": True}
+        if self.signal:
+            more["signal"] = self.signal
+
+        chosen = {
+            "job_name": self.job_name or name,
+            "time": self.minutes,
+            "nodes": self.nodes,
+            "ntasks_per_node": 1,
+            "cpus_per_task": self.cpus_per_node,
+            "gpus_per_node": self.gpus_per_node,
+            "partition": self.partition,
+            "mem": self.mem,
+            "account": self.account,
+            "qos": self.qos,
+            "use_srun": False,  # agents are steps; the job's first process stays out of the way of Slurm's signals
+            "stderr_to_stdout": True,
+            "additional_parameters": {**more, **self.sbatch},
+        }
+        return {key: value for key, value in chosen.items() if value is not None}
