@@ -13,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 
 from traceml.errors import TraceMLError
 
-__all__ = ["DAMAGE", "JSON_VALUES", "TEXTS", "Damage", "Target", "refusal"]
+__all__ = ["DAMAGE", "JSON_VALUES", "PACKABLE", "TEXTS", "Damage", "Target", "refusal"]
 
 _WORDS = [0, 1, -1, 7, 255, 1 << 20, 1 << 31, 1 << 40, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, -(1 << 63)]
 _EDIT_KINDS = ["cut", "put", "put", "word", "insert", "remove", "repeat"]
@@ -99,6 +99,19 @@ JSON_VALUES = st.recursive(
     max_leaves=8,
 )
 """Values of any type."""
+
+
+PACKABLE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(),
+    st.text(max_size=10),
+    st.binary(max_size=10),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(0, 3), max_size=2),
+)
+"""Values that msgpack packs."""
 
 
 def refusal(call: Callable[[], object]) -> TraceMLError | None:

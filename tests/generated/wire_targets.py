@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 from hypothesis import strategies as st
 
-from tests.generated.targets import DAMAGE, JSON_VALUES, Damage, Target, refusal
+from tests.generated.targets import DAMAGE, JSON_VALUES, PACKABLE, Damage, Target, refusal
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
 from traceml.aggregator.streams import Incarnation, Stream
@@ -140,7 +140,7 @@ def _row_frames(draw: st.DrawFn) -> list[tuple[Any, Any, Any, Any]]:
             keys = st.sampled_from(
                 ["id", "name", "kind", "t_ns", "value", "path", "step", "text", "data", "chunk", "n"]
             )
-            maps = draw(st.lists(st.dictionaries(keys, _PACKABLE, max_size=5), min_size=n, max_size=n))
+            maps = draw(st.lists(st.dictionaries(keys, PACKABLE, max_size=5), min_size=n, max_size=n))
             data = b"".join(msgpack.packb(row) for row in maps)
 
         odd = draw(st.integers(0, 9))
@@ -151,18 +151,6 @@ def _row_frames(draw: st.DrawFn) -> list[tuple[Any, Any, Any, Any]]:
         frames.append(tuple(frame))
 
     return frames
-
-
-_PACKABLE = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**63), 2**64 - 1),
-    st.floats(),
-    st.text(max_size=10),
-    st.binary(max_size=10),
-    st.lists(st.integers(0, 3), max_size=3),
-    st.dictionaries(st.text(max_size=3), st.integers(0, 3), max_size=2),
-)
 
 
 def _channel(value: tuple[Damage, list[int]], _folder: Path) -> None:

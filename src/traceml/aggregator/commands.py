@@ -107,7 +107,8 @@ class Commands:
 
     def take_reply(self, stream: Stream, reply: dict[str, Any]) -> None:
         """Add a rank's reply to a forwarded command."""
-        query = self._queries.get(reply.get("id", 0))
+        number = reply.get("id")
+        query = self._queries.get(number) if isinstance(number, int) else None
         if query is not None:
             query.answer(stream.rank, {key: value for key, value in reply.items() if key not in ("t", "id")})
 
