@@ -206,13 +206,16 @@ def test_rank_whose_host_is_out_of_reach_is_lost(registry):  # noqa: F811
     assert "process_gone" not in stream.exit
 
 
-@pytest.mark.parametrize("comes_back", [False, True])
-def test_what_a_lost_host_appended_is_not_known(registry, comes_back):  # noqa: F811
+@pytest.mark.parametrize(("later", "is_unknown"), [("nothing", True), ("exit", True), ("bye", False)])
+def test_what_a_lost_host_appended_is_not_known(registry, later, is_unknown):  # noqa: F811
     """Its rows after the last one here cannot be counted, until it comes back and says bye."""
     run, stream = join(registry, remote(0, 1))
     run.disconnected(stream)
-    run.take_exit({"rank": 0, "host": "far", "pid": stream.incarnation.pid, "lost": "its network is down"})
-    if comes_back:
+    far = {"rank": 0, "host": "far", "pid": stream.incarnation.pid}
+    run.take_exit({**far, "lost": "its network is down"})
+    if later == "exit":
+        run.take_exit({**far, "exitcode": 1})
+    elif later == "bye":
         join(registry, remote(0, 1))
         leave(run, stream)
 
@@ -220,7 +223,7 @@ def test_what_a_lost_host_appended_is_not_known(registry, comes_back):  # noqa: 
 
     with StoreReader(run.path / STORE_NAME) as reader:
         (record,) = reader.streams()
-    assert record.facts["total_unknown"] is not comes_back
+    assert record.facts["total_unknown"] is is_unknown
 
 
 def test_rank_that_was_dead_before_its_first_word_was_read(registry, tmp_path):  # noqa: F811

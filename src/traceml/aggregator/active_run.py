@@ -509,8 +509,8 @@ class ActiveRun:
         if state is StreamState.LOST:
             stream.exit["process_gone"] = True  # certain, unlike for a host that fell silent
 
-        # One that had ended before has said bye, after its last row.
-        is_known = image is not None or stream.ended or stream.has_removed_flight
+        has_said_bye = stream.ended and stream.state is not StreamState.LOST
+        is_known = image is not None or has_said_bye or stream.has_removed_flight
         self._end_stream(stream, state, is_total_known=is_known)
 
     def _end_stream(self, stream: Stream, state: StreamState, *, is_total_known: bool = True) -> None:
