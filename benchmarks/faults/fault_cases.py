@@ -295,12 +295,14 @@ def _immutable_run(job: FaultedJob) -> str:
     return ""
 
 
-def _moved_run(job: FaultedJob) -> None:
+def _moved_run(job: FaultedJob) -> str:
     job.start()
     job.wait_for_step(_AT_STEP)
     (folder,) = job.run_dirs()
     folder.rename(folder.with_name("moved"))
     job.finish()
+    job.ask("sync", "moved")
+    return "and delivered by `traceml sync moved`"
 
 
 # Clock, descriptors, memory, namespaces

@@ -52,3 +52,14 @@ def test_a_store_that_cannot_be_read_is_told(run_dir: Path, tmp_path: Path) -> N
     assert "traceml run: no report of this run: " in told.getvalue()
     assert "aggregator.log may give the reason" in told.getvalue()
     assert not (tmp_path / "mine.html").exists()
+
+
+def test_a_folder_that_was_moved_is_told(run_dir: Path) -> None:
+    """The rows are where the folder is now: the user learns how to read and deliver them."""
+    run_dir.rename(run_dir.with_name("moved"))
+    told = io.StringIO()
+
+    print_final_report(run_dir, finished=True, program="traceml run", file=told)
+
+    assert f"its folder {run_dir} was moved or removed while it ran" in told.getvalue()
+    assert "`traceml sync FOLDER`" in told.getvalue()

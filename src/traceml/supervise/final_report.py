@@ -16,6 +16,11 @@ _UNFINISHED = """\
 The rest stays in memory files for an hour: `traceml serve --runs-dir {runs}` stores it and writes the report.
 """
 
+_MOVED = (
+    "its folder {folder} was moved or removed while it ran. If you moved it, `traceml report FOLDER` shows the run, and "
+    "`traceml sync FOLDER` delivers to trackers what they lack."
+)
+
 
 def print_final_report(
     run_dir: Path, *, finished: bool, program: str, report: Path | None = None, file: TextIO
@@ -40,7 +45,8 @@ def print_final_report(
 
         print_card(path, file=file)
     except (TraceMLError, OSError) as error:  # the job's own result matters more
-        file.write(printable(f"{program}: no report of this run: {error}", lines=True) + "\n")
+        why = error if run_dir.is_dir() else _MOVED.format(folder=run_dir)
+        file.write(printable(f"{program}: no report of this run: {why}", lines=True) + "\n")
     else:
         if report is not None:
             _copy_report(path, report, program, file)
