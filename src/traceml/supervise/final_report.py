@@ -17,8 +17,8 @@ The rest stays in memory files for an hour: `traceml serve --runs-dir {runs}` st
 """
 
 _MOVED = (
-    "its folder {folder} was moved or removed while it ran. If you moved it, `traceml report FOLDER` shows the run, and "
-    "`traceml sync FOLDER` delivers to trackers what they lack."
+    "its folder {folder} was moved or removed while it ran. If you moved it, `traceml report FOLDER` shows the run, "
+    "and `traceml sync FOLDER` delivers to trackers what they lack."
 )
 
 
