@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "tracking": [],
     "diagnosis_accuracy": ["--runs", "150"],
     "compare_runs": [],
+    "fleet": [],
     "report_page": [],
     "long_runs": [],
     "integrations": [],

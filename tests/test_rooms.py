@@ -66,6 +66,7 @@ SUBROOMS = {
     },
     "runs.comparison": {"runs.report", "runs.rows", "runs.json_document", "diagnosis", "database"},
     "runs.export": {"runs.report", "runs.rows", "diagnosis", "traces", "database"},
+    "runs.fleet": {"runs.report", "runs.find", "runs.run_query", "runs.json_document", "diagnosis", "traces"},
     "diagnosis.facts": {"database"},
     "diagnosis.steps": {"diagnosis.facts", "database"},
     "diagnosis.hangs": {

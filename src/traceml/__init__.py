@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it; the import of typing takes longer than all the rest
 if TYPE_CHECKING:
+    from typing import Any
+
     from traceml.display.notebook import Run, load_run
     from traceml.errors import (
         AgentFailedError,

@@ -127,6 +127,11 @@ class Config:
         "Folder of the runs, relative to the working directory; under Hydra to the one in which it was started.",
     )
     log_dir: Path = _set(Path("traceml_logs"), "Folder of the launcher's log files.")
+    fleet_dir: Path | None = _set(
+        None,
+        "Folder of the fleet's dataset, for `traceml fleet`. When it is set, the aggregator adds each run at its end. "
+        "Needs the extra `parquet`.",
+    )
     run_id: str | None = _set(None, "Key by which the ranks of one job find their run; also the name of its folder.")
     run_name: str | None = _set(None, "Name of the run; by default the name of the script.")
     project: str = _set("default", "Project of the run at trackers.")

@@ -141,3 +141,18 @@ def test_a_damaged_store_has_no_page(run, tmp_path):
         write_page(run, tmp_path / "mine.html")
 
     assert not (tmp_path / "mine.html").exists()
+
+
+def test_an_ended_run_joins_the_fleet(run, tmp_path, monkeypatch, caplog):
+    """With the setting `fleet_dir`; where it cannot be written, the reports are, and the log says so."""
+    write_reports(run)
+    assert not (tmp_path / "fleet").exists()
+
+    monkeypatch.setenv("TRACEML_FLEET_DIR", str(tmp_path / "fleet"))
+    write_reports(run)
+    assert [path.suffix for path in (tmp_path / "fleet").rglob("*") if path.is_file()] == [".parquet"]
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRACEML_FLEET_DIR", str(tmp_path / "file"))
+    assert write_reports(run).exists()
+    assert "was not added to the fleet's dataset" in caplog.text

@@ -15,6 +15,7 @@ from traceml.runs.report.report import full_report, save_report, update_trackers
 from traceml.runs.report.report_types import PAGE_NAME, Report
 from traceml.runs.rows.digest import Digest, read_digest
 from traceml.runs.rows.series import SeriesFollower
+from traceml.settings import load
 
 __all__ = ["page_text", "refresh_reports", "write_page", "write_reports"]
 
@@ -23,6 +24,8 @@ _log = logging.getLogger("traceml")
 
 def write_reports(run_dir: Path) -> Path:
     """Write both reports into the run's folder and return the path of `report.json`.
+
+    With the setting `fleet_dir`, a run that has ended is added to the fleet's dataset; a failure is only logged.
 
     Raises:
         StoreError: the store cannot be read.
@@ -36,7 +39,18 @@ def write_reports(run_dir: Path) -> Path:
         with fail_open(_log, "display", f"{run_dir / PAGE_NAME} was not written"):
             write_atomic(run_dir / PAGE_NAME, _page(digest, reader, report))
 
+    with fail_open(_log, "display", f"{run_dir.name} was not added to the fleet's dataset"):
+        _add_to_fleet(report)
+
     return path
+
+
+def _add_to_fleet(report: Report) -> None:
+    folder = load().fleet_dir
+    if folder is not None and report.run.state != "running":
+        from traceml.runs.fleet.fleet_dataset import FleetDataset
+
+        FleetDataset(folder).add(report)
 
 
 def refresh_reports(run_dir: Path) -> None:

@@ -224,6 +224,8 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
     environ["TRACEML_PROFILE_ON_FINDING"] = str(config.profile_on_finding)
     if config.keep_runs is not None:
         environ["TRACEML_KEEP_RUNS"] = str(config.keep_runs)
+    if config.fleet_dir is not None:
+        environ["TRACEML_FLEET_DIR"] = str(config.fleet_dir.absolute())
     if config.otlp_endpoint is not None:
         environ["TRACEML_OTLP_ENDPOINT"] = config.otlp_endpoint
     if config.debug:

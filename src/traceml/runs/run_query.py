@@ -6,7 +6,7 @@ import operator
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -16,7 +16,7 @@ from traceml.runs.find import RunInfo
 from traceml.runs.json_document import UNREADABLE_JSON
 from traceml.runs.report.report_types import REPORT_NAME, MetricSection, SetupSection
 
-__all__ = ["FIELDS", "RunFields", "RunRecord", "select_runs", "sort_runs"]
+__all__ = ["FIELDS", "RunFields", "RunRecord", "SearchedRun", "select_runs", "sort_runs"]
 
 FIELDS: dict[str, Callable[[RunInfo], Any]] = {
     "id": lambda info: info.id,
@@ -46,6 +46,30 @@ _ORDERS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+
+
+class SearchedRun(Protocol):
+    """A run whose values are found by name."""
+
+    @property
+    def tags(self) -> Sequence[str]:
+        """Its tags."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The texts in which a word alone is searched."""
+
+    def unknown_name(self, name: str) -> str:
+        """Return the text of an error for a name that no run has, with the names that there are."""
+
+    def value(self, name: str) -> Any:
+        """Return a value; None where the run has none of this name."""
+
+    def has(self, name: str) -> bool:
+        """Return whether the run has a value of this name."""
+
+
+_R = TypeVar("_R", bound=SearchedRun)
 
 
 class RunRecord(msgspec.Struct, kw_only=True):
@@ -95,6 +119,23 @@ class RunFields:
     def __repr__(self) -> str:
         return f"RunFields({self.info.id})"
 
+    @property
+    def tags(self) -> Sequence[str]:
+        """Its tags."""
+        return self.info.tags
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """Its id, name, project, state, verdict and tags."""
+        info = self.info
+        return info.id, info.name, info.project, info.state, info.verdict or "", *info.tags
+
+    def unknown_name(self, name: str) -> str:
+        """Return the text of an error for a name that no run has, with the fields."""
+        return (
+            f"no run has a field, parameter or metric {name!r}. Fields: {', '.join(FIELDS)}; others are what was logged"
+        )
+
     def value(self, name: str) -> Any:
         """Return a field, a parameter, or a metric's last value; None where the run has none of this name."""
         if name in FIELDS:
@@ -133,7 +174,7 @@ class RunFields:
         return self._logged
 
 
-def select_runs(runs: Sequence[RunFields], conditions: str) -> list[RunFields]:
+def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
     """Return the runs that meet all conditions.
 
     Args:
@@ -153,7 +194,7 @@ def select_runs(runs: Sequence[RunFields], conditions: str) -> list[RunFields]:
     return [run for run in runs if all(test(run) for test in tests)]
 
 
-def sort_runs(runs: Sequence[RunFields], name: str, *, reverse: bool = False) -> list[RunFields]:
+def sort_runs(runs: Sequence[_R], name: str, *, reverse: bool = False) -> list[_R]:
     """Return runs by a field, the smallest first; those without it last.
 
     Raises:
@@ -167,7 +208,7 @@ def sort_runs(runs: Sequence[RunFields], name: str, *, reverse: bool = False) ->
     ]
 
 
-def _test_of(term: str, runs: Sequence[RunFields]) -> Callable[[RunFields], bool]:
+def _test_of(term: str, runs: Sequence[SearchedRun]) -> Callable[[SearchedRun], bool]:
     if not term.startswith("!"):
         return _test(term, runs)
 
@@ -175,30 +216,24 @@ def _test_of(term: str, runs: Sequence[RunFields]) -> Callable[[RunFields], bool
     return lambda run: not test(run)
 
 
-def _test(term: str, runs: Sequence[RunFields]) -> Callable[[RunFields], bool]:
+def _test(term: str, runs: Sequence[SearchedRun]) -> Callable[[SearchedRun], bool]:
     if term.startswith("tag:"):
         tag = term.removeprefix("tag:")
-        return lambda run: tag in run.info.tags
+        return lambda run: tag in run.tags
 
     found = _TERM.match(term)
     if found is None:
         word = term.lower()
-        return lambda run: any(word in text.lower() for text in _texts(run.info))
+        return lambda run: any(word in text.lower() for text in run.texts)
 
     name, sign, wanted = found.groups()
     _check(name, runs)
     return lambda run: _holds(run.value(name), sign, wanted)
 
 
-def _texts(info: RunInfo) -> list[str]:
-    return [info.id, info.name, info.project, info.state, info.verdict or "", *info.tags]
-
-
-def _check(name: str, runs: Sequence[RunFields]) -> None:
+def _check(name: str, runs: Sequence[SearchedRun]) -> None:
     if runs and not any(run.has(name) for run in runs):
-        raise UsageError(
-            f"no run has a field, parameter or metric {name!r}. Fields: {', '.join(FIELDS)}; others are what was logged"
-        )
+        raise UsageError(runs[0].unknown_name(name))
 
 
 def _holds(value: Any, sign: str, wanted: str) -> bool:

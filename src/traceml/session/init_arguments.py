@@ -22,6 +22,7 @@ class InitArguments(TypedDict, total=False):
     connect_timeout: float
     runs_dir: str | PathLike[str]
     log_dir: str | PathLike[str]
+    fleet_dir: str | PathLike[str] | None
     run_id: str | None
     run_name: str | None
     project: str

@@ -88,6 +88,11 @@ def test_the_list_of_runs(printed, runs):
         valid("runs", printed("runs", "--json", "--runs-dir", str(runs), *words))
 
 
+def test_the_fleet(printed, runs, tmp_path):
+    """Of a few runs on one host."""
+    valid("fleet", printed("fleet", "--json", "--update", "--runs-dir", str(runs), "--dataset", str(tmp_path / "f")))
+
+
 @pytest.mark.parametrize("words", [[], ["--by", "cat", "--agg", "p95,std"], ["--where", "dur>4"]])
 def test_analyses(printed, tmp_path, words):
     """Overview and groups."""

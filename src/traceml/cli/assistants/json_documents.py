@@ -10,6 +10,7 @@ import msgspec
 from traceml.database.looks import RankLook
 from traceml.renderers.text.rank_stacks_text import MissingRank
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons
+from traceml.runs.fleet.fleet_types import FleetDocument
 from traceml.runs.report.report_types import Report
 from traceml.runs.run_query import RunRecord
 from traceml.whatif.straggler_cost import WhatIf
@@ -175,6 +176,7 @@ DOCUMENTS: dict[str, tuple[Any, str]] = {
     "compares": (Comparisons, "traceml compare of more than two runs, with --json"),
     "analysis": (TraceAnalysis, "traceml analyze --json"),
     "whatif": (WhatIf, "traceml whatif --json"),
+    "fleet": (FleetDocument, "traceml fleet --json"),
     "runs": (list[RunRecord], "traceml runs --json"),
     "stacks": (StacksDocument, "traceml stacks --json"),
     "profile": (ProfileDocument, "traceml profile --json"),

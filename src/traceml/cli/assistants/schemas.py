@@ -24,7 +24,7 @@ class SchemaOptions:
     """
 
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]", help_behavior_hint="")] = None
-    """report, compare, compares, analysis, whatif, runs or stacks."""
+    """report, compare, compares, analysis, whatif, fleet, runs, stacks or profile."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR", help_behavior_hint="")] = None
     """Write all of them to this folder instead."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False

@@ -46,6 +46,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("from run A to run B", "traceml compare a1b2 c3d4"),
         ("fail a CI job if B is 5 % slower", "traceml compare a1b2 c3d4 --fail-over 5"),
     ),
+    "fleet": (
+        ("all runs of the folder", "traceml fleet --update"),
+        ("a run, next to those of its project", "traceml fleet a1b2 --update --where project=default"),
+    ),
     "export": (
         ("for https://ui.perfetto.dev", "traceml export --format perfetto"),
         ("tables for pandas or DuckDB", "traceml export a1b2 --format parquet -o tables"),

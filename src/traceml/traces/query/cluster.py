@@ -33,7 +33,7 @@ from traceml.traces.query.labels import Labels
 from traceml.traces.query.partial import PartialAnalysis, absorb, partial_of
 from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFacts
 
-__all__ = ["analyze_part", "run_on"]
+__all__ = ["analyze_part", "dask_client", "run_on"]
 
 _PER_THREAD = 3  # parts that run or wait per thread of the cluster
 _CONNECT_S = 10
@@ -65,7 +65,7 @@ def run_on(
         TraceEmptyError: there is no event.
     """
     whole: set[int] = set()
-    with _client(cluster) as client:
+    with dask_client(cluster) as client:
         while True:
             try:
                 analysis, facts = _run_once(client, query, files, labels or Labels(), whole, progress)
@@ -225,7 +225,15 @@ def _absorb_fitting(
 
 
 @contextmanager
-def _client(cluster: Any) -> Iterator[Any]:
+def dask_client(cluster: Any) -> Iterator[Any]:
+    """Connect to a cluster with workers; the value is the `distributed.Client`.
+
+    Args:
+        cluster: a scheduler's address, the path of its file, or a `distributed.Client`, which stays open.
+
+    Raises:
+        UsageError: `distributed` is not installed, or no scheduler answers.
+    """
     if _is_client(cluster):
         yield cluster
         return

@@ -1,0 +1,1 @@
+"""The command `traceml fleet`."""

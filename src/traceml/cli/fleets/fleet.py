@@ -1,0 +1,112 @@
+"""`traceml fleet`: a run next to its model's history, and hosts that are often slow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from traceml.cli.parsing import parse
+from traceml.formatting import plural, printable
+from traceml.runs.fleet.fleet_dataset import DATASET_NAME, FleetDataset, FleetUpdate
+from traceml.settings import load
+
+__all__ = ["main"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class FleetOptions:
+    """Show a run next to earlier runs of its model, and the hosts that were slow in most of their last jobs.
+
+    Runs are read from a dataset: Parquet files with a row for each run, host, rank and phase.
+
+    With the setting fleet_dir, each run is added at its end; --update adds those of a folder.
+    """
+
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
+    """The run: its id, or the last four characters of its id (default: the newest run)."""
+    update: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """First add the ended runs of the folder of runs that are missing in the dataset."""
+    where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = None
+    """Only runs that meet all of these: 'project=vision hosts~gpu-04 !state=failed'. Names: id, name, project, month,
+    script, model, ranks, hosts, batch_size, steps, step_ms, state, verdict, and other facts of the dataset."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the result as JSON and nothing else."""
+    dataset: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Folder of the dataset (default: the setting fleet_dir, without it `fleet` in the folder of runs)."""
+    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None
+    """Read the dataset on the workers of this Dask scheduler; they need it under the same path."""
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Folder of the runs (default: the setting runs_dir)."""
+
+
+def main(argv: list[str]) -> int:
+    """Print what the fleet's dataset tells."""
+    options = parse(FleetOptions, argv, prog="traceml fleet")
+    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    dataset = FleetDataset(_folder(options, config.fleet_dir, config.runs_dir))
+    if options.update:
+        _print_update(dataset.update(config.runs_dir))
+
+    from traceml.runs.fleet.fleet_overview import fleet_document
+
+    with _progress() as progress:
+        document = fleet_document(dataset, options.run, options.where, options.dask, progress)
+
+    if options.json:
+        print(document.to_json())
+        return 0
+
+    from rich.console import Console
+
+    from traceml.renderers.text.fleet_lines import fleet_lines
+    from traceml.renderers.text.viewport import Viewport
+
+    console = Console(highlight=False)
+    for line in fleet_lines(document, Viewport.of(console)):
+        console.print(line, soft_wrap=True)
+
+    return 0
+
+
+def _folder(options: FleetOptions, fleet_dir: Path | None, runs_dir: Path) -> Path:
+    if options.dataset is not None:
+        return Path(options.dataset)
+
+    return runs_dir / DATASET_NAME if fleet_dir is None or options.runs_dir is not None else fleet_dir
+
+
+def _print_update(done: FleetUpdate) -> None:
+    """Report an update on standard error: standard output may be JSON."""
+    parts = [
+        f"{plural(done.added, 'run')} added",
+        f"{done.known:,} known" if done.known else "",
+        f"{done.running:,} still running" if done.running else "",
+        f"{done.without_steps:,} without steps" if done.without_steps else "",
+    ]
+    print(f"traceml fleet: {', '.join(filter(None, parts))}", file=sys.stderr)
+    for message in done.damage[:_SHOWN]:
+        print(printable(f"traceml fleet: left out: {message}"), file=sys.stderr)
+
+    if len(done.damage) > _SHOWN:
+        print(f"traceml fleet: and {len(done.damage) - _SHOWN} more", file=sys.stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], object] | None]:
+    """Show the progress of reading, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    from rich.console import Console
+
+    with Console(stderr=True).status("Reading") as status:
+        yield lambda done, files: status.update(f"Reading: {done:,} of {files:,} files")

@@ -1,0 +1,124 @@
+"""The fleet for a terminal: a run next to its history, and slow hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from rich.text import Text
+
+from traceml.formatting import count_text, ms_text, phase_label, phase_words, plural
+from traceml.renderers.printable import printable_copy
+from traceml.renderers.text.card import wrapped
+from traceml.renderers.text.viewport import Viewport
+from traceml.runs.fleet.fleet_types import (
+    STEP,
+    FleetDocument,
+    HostJudgment,
+    PhaseHistory,
+    RunHistory,
+    SlowHost,
+)
+
+__all__ = ["fleet_lines"]
+
+_MAX_WIDTH = 100
+_STYLES = {"slower": "bold red", "faster": "bold green"}
+_SHOWN = 20
+
+
+def fleet_lines(document: FleetDocument, viewport: Viewport) -> Iterator[Text]:
+    """Yield the lines for a terminal.
+
+    Args:
+        document: the fleet.
+        viewport: of the terminal; at most 100 columns are used.
+    """
+    document = printable_copy(document)
+    width = min(viewport.width, _MAX_WIDTH)
+    dates = f" from {_date(document.first_started)} to {_date(document.last_started)}" if document.first_started else ""
+    yield from _wrapped(f"{plural(document.runs, 'run')}{dates} in {document.dataset}", width, "bold")
+    if document.history is not None:
+        yield Text()
+        yield from _history(document.history, width)
+
+    yield Text()
+    yield from _hosts(document.hosts, width)
+    for sentence in document.covers:
+        yield Text()
+        yield from _wrapped(sentence, width, "dim")
+
+    for message in document.damage[:_SHOWN]:
+        yield from _wrapped(f"left out: {message}", width, "yellow")
+
+
+def _history(history: RunHistory, width: int) -> Iterator[Text]:
+    of = ", ".join(filter(None, [history.script, history.model, plural(history.world_size, "rank")]))
+    yield from _wrapped(f"Run {history.run}: {of}", width, "bold")
+    yield from _wrapped(_history_sentence(history), width)
+    if history.phases:
+        yield Text(f"  {'':<14}{'this run':>10}{'usual':>10}{'usual range':>23}  change", style="dim")
+        yield from (_phase(phase) for phase in history.phases)
+
+
+def _history_sentence(history: RunHistory) -> str:
+    others = (
+        f" {plural(history.others, 'other earlier run')} of the script differ in model, batch size or ranks."
+        if history.others
+        else ""
+    )
+    if not history.phases:
+        return f"It is not compared: there are too few earlier runs like it ({history.runs}), or steps.{others}"
+
+    unusual = [phase for phase in history.phases if phase.outcome != "same"]
+    words = " and ".join(f"{_words(phase.phase)} is {phase.outcome} than usual" for phase in unusual[:3])
+    more = f", and {len(unusual) - 3} others" if len(unusual) > 3 else ""
+    outcome = f"{words}{more}" if unusual else "every phase is as usual"
+    return f"Next to {plural(history.runs, 'earlier run')} like it, {outcome}.{others}"
+
+
+def _words(phase: str) -> str:
+    return "the step" if phase == STEP else phase_words(phase)
+
+
+def _phase(phase: PhaseHistory) -> Text:
+    label = phase_label(phase.phase)
+    span = f"{ms_text(phase.low_ms)} to {ms_text(phase.high_ms)}"
+    line = Text(f"  {label[:13]:<14}{ms_text(phase.mean_ms):>10}{ms_text(phase.usual_ms):>10}{span:>23}  ")
+    if phase.change is None:
+        return line.append("new" if phase.mean_ms else "-")
+
+    line.append(f"{phase.change:+.1%}".replace("%", " %"), style=_STYLES.get(phase.outcome, ""))
+    return line.append("" if phase.outcome == "same" else f"  {phase.outcome}", style=_STYLES.get(phase.outcome, ""))
+
+
+def _hosts(hosts: HostJudgment, width: int) -> Iterator[Text]:
+    if not hosts.judged:
+        yield from _wrapped("Hosts: none has enough jobs on several hosts to be judged", width, "bold")
+        return
+
+    many = f"{len(hosts.slow)} of {plural(hosts.judged, 'judged host')}" if hosts.slow else "none of the judged hosts"
+    verb = "were" if len(hosts.slow) > 1 else "was"
+    yield from _wrapped(f"Hosts: {many} {verb} among the slowest in most of their last jobs", width, "bold")
+    if hosts.slow:
+        name = max(len("host"), *(len(slow.host) for slow in hosts.slow[:_SHOWN]))
+        yield Text(f"  {'host':<{name}}  slow jobs  by chance  slower by  last      mostly in", style="dim")
+        yield from (_host(slow, name) for slow in hosts.slow[:_SHOWN])
+
+    if len(hosts.slow) > _SHOWN:
+        yield Text(f"  and {count_text(len(hosts.slow) - _SHOWN)} more: --json lists all", style="dim")
+
+
+def _host(slow: SlowHost, width: int) -> Text:
+    jobs = f"{slow.slow_jobs} of {slow.jobs}"
+    excess = f"{slow.excess:.1%}".replace("%", " %")
+    text = f"  {slow.host:<{width}}  {jobs:>9}  {slow.expected_jobs:>9.1f}  {excess:>9}  {_date(slow.last_started)}  "
+    return Text(text).append(phase_words(slow.phase))
+
+
+def _date(started: float | None) -> str:
+    return "an unknown day" if started is None else f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d}"
+
+
+def _wrapped(text: str, width: int, style: str = "") -> Iterator[Text]:
+    return (Text(line, style=style) for line in wrapped(text, width))

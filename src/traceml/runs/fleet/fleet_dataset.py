@@ -1,0 +1,175 @@
+"""The fleet's dataset: Parquet files in folders by project and month, one file per run.
+
+`project=NAME/month=2026-11/RUN-STARTED.parquet`, as DuckDB, Spark, Dask and polars read partitions. A file is written
+under another name and then renamed, so readers see it whole, and writers on any host do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import msgspec
+
+from traceml.errors import StoreError, TraceMLError, UsageError
+from traceml.installation import install_command
+from traceml.runs.find import run_folders
+from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
+from traceml.runs.report.report import build_report
+from traceml.runs.report.report_types import REPORT_NAME, Report, RunSection, read_report
+
+__all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "partition_of"]
+
+DATASET_NAME = "fleet"
+"""Folder of the dataset in the folder of runs, where no other is set."""
+
+
+class _RunOfReport(msgspec.Struct):
+    """The part of a report that tells where its rows belong."""
+
+    run: RunSection
+
+
+@dataclass(slots=True)
+class FleetUpdate:
+    """Outcome of an update.
+
+    Attributes:
+        added: runs that were added or written again.
+        known: runs that were in the dataset already.
+        running: runs that have not ended.
+        without_steps: ended runs that have no step, and so no row.
+        damage: messages about runs that cannot be read.
+    """
+
+    added: int = 0
+    known: int = 0
+    running: int = 0
+    without_steps: int = 0
+    damage: list[str] = field(default_factory=list)
+
+
+class FleetDataset:
+    """The dataset in a folder, which need not exist yet.
+
+    Args:
+        folder: the dataset.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def __repr__(self) -> str:
+        return f"FleetDataset({str(self.folder)!r})"
+
+    def files(self) -> list[Path]:
+        """Return its files, in the order of their names."""
+        return sorted(self.folder.glob("project=*/month=*/[!.]*.parquet"))
+
+    def path_of(self, run: RunSection) -> Path:
+        """Return the file of a run; ids that people choose may repeat, so the start is part of its name."""
+        month = "unknown" if run.started is None else f"{datetime.fromtimestamp(run.started, UTC):%Y-%m}"
+        folder = self.folder / f"project={quote(run.project, safe='')}" / f"month={month}"
+        return folder / f"{quote(run.id, safe='')}-{int(run.started or 0)}.parquet"
+
+    def add(self, report: Report) -> Path | None:
+        """Add a run, or replace it; return its file, None where it has no steps.
+
+        Raises:
+            UsageError: pyarrow is not installed.
+            TraceMLError: the file cannot be written.
+        """
+        rows = fleet_rows(report)
+        if not rows["rank"]:
+            return None
+
+        path = self.path_of(report.run)
+        try:
+            _write(path, rows)
+        except OSError as error:
+            raise TraceMLError(
+                f"cannot write {path}: {error.strerror or error}. Choose another folder: the setting fleet_dir"
+            ) from error
+
+        return path
+
+    def update(self, runs_dir: Path) -> FleetUpdate:
+        """Add the ended runs of a folder that are missing, or whose report is newer.
+
+        Raises:
+            UsageError: pyarrow is not installed.
+            TraceMLError: a file cannot be written.
+        """
+        done = FleetUpdate()
+        for run_dir in sorted(run_folders(runs_dir)):
+            try:
+                self._update(run_dir, done)
+            except StoreError as error:
+                done.damage.append(str(error))
+
+        return done
+
+    def _update(self, run_dir: Path, done: FleetUpdate) -> None:
+        if self._is_known(run_dir):
+            done.known += 1
+            return
+
+        report = _report(run_dir)
+        if report.run.state == "running":
+            done.running += 1
+        elif self.add(report) is None:
+            done.without_steps += 1
+        else:
+            done.added += 1
+
+    def _is_known(self, run_dir: Path) -> bool:
+        path = run_dir / REPORT_NAME
+        try:
+            run = msgspec.json.decode(path.read_bytes(), type=_RunOfReport).run
+            return self.path_of(run).stat().st_mtime_ns >= path.stat().st_mtime_ns
+        except (OSError, msgspec.DecodeError):
+            return False
+
+
+def partition_of(path: Path) -> tuple[str, str]:
+    """Return the project and the month that the folders of a file name."""
+    parts = dict(part.split("=", 1) for part in path.parts[-3:-1] if "=" in part)
+    return unquote(parts.get("project", "")), unquote(parts.get("month", ""))
+
+
+def _report(run_dir: Path) -> Report:
+    """Return the report that was written at a run's end, or one made from its store.
+
+    Raises:
+        StoreError: neither can be read.
+    """
+    with suppress(OSError, StoreError):
+        return read_report(run_dir / REPORT_NAME)
+
+    return build_report(run_dir)
+
+
+def _write(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UsageError(
+            f"the fleet's dataset needs pyarrow, which cannot be imported ({error}): {install_command('parquet')}"
+        ) from error
+
+    kinds = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+    fields = [pa.field(each.name, kinds[each.kind], metadata={"description": each.doc}) for each in COLUMNS]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")  # no other writer, on any host, has this name
+    try:
+        pq.write_table(pa.table(dict(rows), schema=pa.schema(fields)), draft, compression="zstd")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

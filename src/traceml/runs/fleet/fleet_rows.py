@@ -1,0 +1,114 @@
+"""Rows of the fleet's dataset: one per run, host, rank and phase."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, Literal
+
+from traceml.runs.report.report_types import Report
+
+__all__ = ["COLUMNS", "WAITING", "FleetColumn", "fleet_rows", "script_of"]
+
+WAITING = "comm"
+"""The phase in which a rank waits for others; all others are its own work."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetColumn:
+    """Column of the dataset: its name with the unit as suffix, type, and meaning."""
+
+    name: str
+    kind: Literal["string", "int64", "float64", "bool"]
+    doc: str
+
+
+COLUMNS = (
+    FleetColumn("run", "string", "id of the run"),
+    FleetColumn("name", "string", "its name"),
+    FleetColumn("started_epoch_s", "float64", "its start in seconds since 1970"),
+    FleetColumn("duration_s", "float64", "its duration in seconds"),
+    FleetColumn("state", "string", "its end: finished, stopped, failed, hung, lost"),
+    FleetColumn("verdict", "string", "kind of its verdict"),
+    FleetColumn("script", "string", "file name of its script, or its module"),
+    FleetColumn("model", "string", "class of the model; null where it is not known, as in the next five"),
+    FleetColumn("parameters", "int64", "number of parameters"),
+    FleetColumn("dtype", "string", "type of the first parameter"),
+    FleetColumn("device", "string", "kind of device: cpu, cuda, ..."),
+    FleetColumn("parallel", "string", "ddp, fsdp, ...; null for a model that is not wrapped"),
+    FleetColumn("compiled", "bool", "whether torch.compile was used"),
+    FleetColumn("batch_size", "int64", "batch size of the loader, null where it is not known"),
+    FleetColumn("world_size", "int64", "ranks"),
+    FleetColumn("steps", "int64", "steps of the run"),
+    FleetColumn("step_ms", "float64", "mean step time over all ranks"),
+    FleetColumn("traceml_version", "string", "version that wrote the report"),
+    FleetColumn("host", "string", "host of the rank"),
+    FleetColumn("rank", "int64", "the rank"),
+    FleetColumn("phase", "string", "the phase; `comm` includes waiting for other ranks, all others are own work"),
+    FleetColumn("mean_ms", "float64", "mean time of the phase per step on the rank"),
+)
+"""All columns. The project and the month are in the folders' names."""
+
+
+def fleet_rows(report: Report) -> dict[str, list[Any]]:
+    """Return the rows of a run as columns; none where it has no steps.
+
+    Args:
+        report: of the run.
+    """
+    facts, hosts = _facts(report), {rank.rank: rank.host for rank in report.ranks}
+    cells = [(phase.phase, each) for phase in report.phases for each in phase.by_rank]
+    rows: dict[str, list[Any]] = {name: [value] * len(cells) for name, value in facts.items()}
+    return rows | {
+        "host": [hosts.get(each.rank, "") for _, each in cells],
+        "rank": [each.rank for _, each in cells],
+        "phase": [phase for phase, _ in cells],
+        "mean_ms": [each.mean_ms for _, each in cells],
+    }
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    run, model = report.run, report.setup.model
+    device = model.get("device")
+    return {
+        "run": run.id,
+        "name": run.name,
+        "started_epoch_s": run.started,
+        "duration_s": run.duration_s,
+        "state": run.state,
+        "verdict": report.verdict.kind.value,
+        "script": script_of(run.command),
+        "model": model.get("model"),
+        "parameters": model.get("parameters"),
+        "dtype": model.get("dtype"),
+        "device": None if device is None else str(device).partition(":")[0],  # `cuda:3` is the rank's number
+        "parallel": model.get("parallel"),
+        "compiled": model.get("compiled"),
+        "batch_size": report.setup.batch_size,
+        "world_size": run.world_size,
+        "steps": report.steps.count,
+        "step_ms": report.steps.mean_ms,
+        "traceml_version": report.traceml_version,
+    }
+
+
+def script_of(command: str | Sequence[str]) -> str:
+    """Return the script in a command line without its folder, or the module after `-m`; empty where there is none."""
+    words = _words(command) if isinstance(command, str) else list(command)
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "-m":
+            return word
+
+        if word.endswith(".py"):
+            return PurePath(word).name
+
+    return PurePath(words[0]).name if words else ""
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quote that was cut off
+        return command.split()
