@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.eventually import eventually
@@ -141,3 +142,23 @@ def test_noise_before_the_agent_is_skipped_and_kept(tmp_path: Path) -> None:
     assert "exit code 4" in error.reason
     assert error.words == ["Welcome to the machine"]
     assert not link.alive
+
+
+def test_an_agent_that_was_stopped_is_told() -> None:
+    """It still exists and is silent; nothing of it is left."""
+    link = AgentConnection(HostSpec("localhost", "local", 1), sys.executable, None)
+
+    def first() -> dict[str, Any] | None:
+        link.channel.flush()
+        return next(iter(link.channel.receive()), None)
+
+    link.hello = eventually(first, "the agent's first message")
+    agent = psutil.Process(int(link.hello["pid"]))
+    agent.suspend()
+    eventually(lambda: agent.status() == psutil.STATUS_STOPPED, "the agent to stop")
+
+    error = link.failure("nothing was received from the other side for 15 s")
+
+    assert "stopped by a signal (SIGSTOP" in str(error)
+    assert "counts as lost" in str(error)
+    eventually(lambda: not agent.is_running(), "the agent to end")

@@ -165,7 +165,7 @@ class AgentConnection:
         Args:
             reason: the channel's reason.
         """
-        silence_s = self.channel.silence_s
+        silence_s, was_stopped = self.channel.silence_s, self._is_stopped()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_WAIT_S)
 
@@ -181,8 +181,19 @@ class AgentConnection:
             self._clean_up(str(self.hello["mark"]), int(self.hello["pid"]))
 
         what, advice = self._explain(status, "\n".join(output), reason, silence_s)
+        if was_stopped:
+            advice = f"Its process was stopped by a signal (SIGSTOP, Ctrl-Z). {_LOST}"
+
         _log.debug("%s: agent lost: %s (%s, status %s)", self.spec.name, what, reason, status)
         return AgentFailedError(self.spec.name, what, advice=advice, words=output)
+
+    def _is_stopped(self) -> bool:
+        """Return whether the agent is a process of this machine that a signal has stopped."""
+        if self.hello is None or self.spec.transport != "local":
+            return False
+
+        info = process_info(int(self.hello["pid"]))
+        return info is not None and info.state == "T"
 
     def close(self, *, wait_s: float = _END_WAIT_S) -> None:
         """End the agent, which ends its workers when the channel closes.
@@ -243,10 +254,7 @@ class AgentConnection:
         ended = f"{carrier} {_describe_exit(status)}"
         if self.hello is not None:
             what = f"its agent was lost while the job ran ({reason}; {ended})"
-            if carrier != "the agent":
-                return what, _explain_loss(output, silence_s)
-
-            return what, _explain_silence(int(self.hello["pid"]), silence_s) if status is None else ""
+            return what, "" if carrier == "the agent" else _explain_loss(output, silence_s)
 
         advice = "The launcher starts the Python at its own path; give that host's path with `python=`."
         program = re.escape(self._python)
@@ -277,21 +285,6 @@ def _explain_loss(output: str, silence_s: float) -> str:
         return "Its sshd closed the connection: the host shuts down, or the session was ended."
 
     return "The connection worked to the end: the agent was killed, by a user or for lack of memory."
-
-
-def _explain_silence(agent: int, silence_s: float) -> str:
-    """Return why the agent of this machine may be silent.
-
-    Args:
-        agent: its process, which still runs.
-        silence_s: seconds for which it sent nothing.
-    """
-    info = process_info(agent)
-    if info is None:
-        return ""
-
-    why = "was stopped by a signal (SIGSTOP, Ctrl-Z)" if info.state == "T" else f"did not run for {silence_s:.0f} s"
-    return f"Its process {agent} {why}. {_LOST}"
 
 
 _connections: weakref.WeakSet[AgentConnection] = weakref.WeakSet()  # all of them, in the pool or in a launch
