@@ -24,6 +24,7 @@ from tests.diagnosis.memory.memories import (
     leaking,
     uneven_devices,
 )
+from tests.diagnosis.memory.test_allocator_churn import emptied
 from tests.diagnosis.rules.test_batch_sizes import uneven, window
 from tests.diagnosis.rules.test_training_data import group_of_two, history
 from tests.diagnosis.rules.test_training_losses import NAN
@@ -181,6 +182,7 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "MEMORY_PRESSURE": lambda: found(ALONE, **full_host()),
     "MEMORY_PRESSURE, device": lambda: found(ALONE, memory=full_device()),
     "MEMORY_IMBALANCE": lambda: found(Job(ranks=4), memory=uneven_devices()),
+    "ALLOCATOR_CHURN": lambda: found(Job(ranks=2), turnover=emptied(ranks=(1,)), latest=(219, 219)),
     "HANG": lambda: hanging(
         standing.look(1, standing.line(6, "stuck", PATH), wchan="hrtimer_nanosleep", groups=BEHIND)
     ),

@@ -403,6 +403,10 @@ class Kind(StrEnum):
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(_leak, critical_first=True)
     MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(_pressure)
     MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks} {use} far more memory than the others")
+    ALLOCATOR_CHURN = (
+        "ALLOCATOR_CHURN",
+        KindRule("Device memory is given back to the driver in each step", Severity.WARNING, cost_of=""),
+    )
     HANG = "HANG", KindRule(_hang, Severity.CRITICAL, sorts_first=True, cost_of="")
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True, cost_of="")
     WORKER_LOST = "WORKER_LOST", KindRule(_lost_worker, Severity.WARNING, sorts_first=True)

@@ -10,6 +10,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
 from traceml.diagnosis.rules.batch_sizes import data_imbalance
@@ -98,7 +99,7 @@ def _training(facts: JobFacts) -> list[Finding]:
 
 
 def _memory(facts: JobFacts) -> list[Finding]:
-    return [*memory_leaks(facts), *memory_pressure(facts), *memory_imbalance(facts)]
+    return [*memory_leaks(facts), *memory_pressure(facts), *memory_imbalance(facts), *allocator_churn(facts)]
 
 
 def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:

@@ -327,7 +327,7 @@ class Recording:
         from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
 
         rank = self.identity.rank_identity.local_rank
-        return open_samplers(local_rank=rank, workers=worker_pids, save_folder=self._save_folder)
+        return open_samplers(local_rank=rank, workers=worker_pids, save_folder=self._save_folder, note=self.note)
 
     def _save_folder(self) -> str | None:
         return self.instrumentation.save_folder.path if self.instrumentation is not None else None

@@ -22,7 +22,11 @@ _Factory = Callable[[], Sampler]
 
 
 def open_samplers(
-    *, local_rank: int, workers: Groups = tuple, save_folder: Callable[[], str | None] = lambda: None
+    *,
+    local_rank: int,
+    workers: Groups = tuple,
+    save_folder: Callable[[], str | None] = lambda: None,
+    note: Callable[..., None] | None = None,
 ) -> list[Sampler]:
     """Open the samplers that work on this machine; local rank 0 also opens those of the host.
 
@@ -32,10 +36,11 @@ def open_samplers(
         local_rank: the number of this rank on its host.
         workers: returns (number of the loader, ids of its worker processes) of each iterator.
         save_folder: returns the folder of the checkpoints.
+        note: appends a row to `info`.
     """
     factories: list[_Factory] = [
         ProcessSampler,
-        TorchMemorySampler,
+        lambda: TorchMemorySampler(note=note),
         LimitsSampler,
         lambda: LoaderWorkersSampler(workers),
     ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from traceml.database.schema import TORCH_MEMORY, Table
 from traceml.samplers.base import SampleRow
+from traceml.samplers.segment_watch import SegmentWatch
 
 __all__ = ["TorchMemorySampler"]
 
@@ -17,6 +18,7 @@ class TorchMemorySampler:
 
     Args:
         modules: the loaded modules; None: `sys.modules`.
+        note: appends a row to `info`, about memory that is given back and requested again.
     """
 
     name: ClassVar[str] = "torch_memory"
@@ -24,7 +26,8 @@ class TorchMemorySampler:
     start_interval_s: ClassVar[float | None] = None
     cost_us: ClassVar[float] = 60.0
 
-    def __init__(self, modules: Any = None) -> None:
+    def __init__(self, modules: Any = None, note: Callable[..., None] | None = None) -> None:
+        self._segments = None if note is None else SegmentWatch(note)
         self._modules = sys.modules if modules is None else modules
 
     def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
@@ -38,6 +41,9 @@ class TorchMemorySampler:
             figures = cuda.memory_stats(device)
             reserved = figures.get("reserved_bytes.all.current", 0)
             peak = figures.get("allocated_bytes.all.peak", 0)
+            if self._segments is not None:
+                self._segments.take(t_ns, step, device, figures)
+
             if reserved or peak:
                 allocated, total = figures.get("allocated_bytes.all.current", 0), _total_bytes(cuda, device)
                 retries = figures.get("num_alloc_retries", 0)

@@ -24,6 +24,7 @@ from traceml.diagnosis.facts.progress.rank_progress import JobProgress, Progress
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
+from traceml.diagnosis.facts.segment_turnover import TurnoverHistory
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
@@ -173,6 +174,7 @@ class JobFacts:
         progress: progress of each rank; None where it is not known.
         pauses: times in which the training stood still for the interpreter or for torch.compile.
         stops: rank -> times in which its process did not run.
+        turnover: device memory that ranks give back to the driver and request again.
     """
 
     world_size: int = 1
@@ -210,6 +212,7 @@ class JobFacts:
     progress: JobProgress | None = None
     pauses: PauseHistory = field(default_factory=PauseHistory)
     stops: Mapping[int, Sequence[Stop]] = field(default_factory=dict)
+    turnover: TurnoverHistory = field(default_factory=TurnoverHistory)
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None where it is not known."""
@@ -292,6 +295,7 @@ class JobFactsBuilder:
         self.pauses = PauseHistory(self.names)
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
+        self.turnover = TurnoverHistory()
         self.stops: dict[int, list[Stop]] = {}
         """Times in which a rank did not run."""
         self._epochs = np.empty(0, EPOCHS.dtype)
@@ -337,6 +341,8 @@ class JobFactsBuilder:
             self.lost_workers[rank] = [*self.lost_workers.get(rank, []), lost][:_MAX_LOST]
         elif kind == "saves" and isinstance(row.get("folder"), str):
             self.save_folders[rank] = row["folder"]
+        elif kind == "segments":
+            self.turnover.add(rank, row)
         elif kind == "growth":
             self.growing[rank] = growing_of(row)
         elif kind == "input":
@@ -384,6 +390,7 @@ class JobFactsBuilder:
         """Forget how an earlier process of a rank ended or stood still: another one has joined."""
         self.exits.pop(rank, None)
         self.progress.forget(rank)
+        self.turnover.forget(rank)
 
     def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.HOST`, sent by one rank per host."""
@@ -461,6 +468,7 @@ class JobFactsBuilder:
             progress=self._progress(),
             pauses=self.pauses,
             stops=dict(self.stops),
+            turnover=self.turnover,
             epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
