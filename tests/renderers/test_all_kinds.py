@@ -29,6 +29,8 @@ from tests.diagnosis.rules.test_batch_sizes import uneven, window
 from tests.diagnosis.rules.test_training_data import group_of_two, history
 from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
+from tests.diagnosis.stalls.test_device_faults import GOOD
+from tests.diagnosis.stalls.test_device_faults import facts as faulty
 from tests.diagnosis.stalls.test_gc_pauses import collections
 from tests.diagnosis.stalls.test_gc_pauses import history as collected
 from tests.diagnosis.stalls.test_recompiles import compilations, long_forwards
@@ -155,6 +157,7 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
         ALONE, pauses=compilations(*[Compiled.AGAIN] * 7, Compiled.LIMIT, ms=0.1, guard=7)
     ),
     "THROTTLED": lambda: found(ALONE, samples=hot_samples(THERMAL)),
+    "DEVICE_FAULT": lambda: found(ALONE, health=faulty(GOOD, {"xid": 79}).health),
     "STOPPED": lambda: found(
         Job(ranks=2),
         pause(57, 1),

@@ -295,6 +295,12 @@ def _recompiles(finding: _FindingFacts) -> str:
     return f"The same function is compiled again and again: {share}"
 
 
+def _device_fault(finding: _FindingFacts) -> str:
+    """Return `GPU 3 reports a fault`, or that several do."""
+    devices = finding.evidence.get("devices") or []
+    return f"GPU {devices[0]} reports a fault" if len(devices) == 1 else f"{len(devices)} GPUs report faults"
+
+
 def _startup(finding: _FindingFacts) -> str:
     """Return `45 % of the run's time is start-up, before the first step`, or that most of it is compiling."""
     share = f"{percent_text(finding.cost_share)} of the run's time" if finding.cost_share else "Part of the run's time"
@@ -386,6 +392,7 @@ class Kind(StrEnum):
     GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
     RECOMPILES = "RECOMPILES", KindRule(_recompiles, cost_of=_RUN_TIME)
     THROTTLED = "THROTTLED", KindRule(_throttled, Severity.WARNING)
+    DEVICE_FAULT = "DEVICE_FAULT", KindRule(_device_fault, critical_first=True, cost_of="")
     STOPPED = "STOPPED", KindRule(_stopped, cost_of=_RUN_TIME)
     STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(_skipped, cost_of=_STEPS)
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)

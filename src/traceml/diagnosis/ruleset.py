@@ -27,6 +27,7 @@ from traceml.diagnosis.rules.skipped_updates import steps_skipped
 from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.rules.training_data import duplicate_data, loss_not_finite, never_synchronized
+from traceml.diagnosis.stalls.device_faults import device_faults
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
@@ -60,6 +61,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         *steps_skipped(facts.skipped, facts.losses),
         *limits_near(facts.limits, facts.save_folders),
         *throttled(facts),
+        *device_faults(facts),
         *_training(facts),
     ]
     around = [*outside_steps(facts.time, facts.lines), *stopped_ranks(window, facts), *_memory(facts)]

@@ -45,9 +45,9 @@ def open_samplers(
         lambda: LoaderWorkersSampler(workers),
     ]
     if local_rank == 0:
-        factories += [HostSampler, GpuSampler, lambda: HostLimitsSampler(save_folder)]
+        factories += [HostSampler, lambda: GpuSampler(note=note), lambda: HostLimitsSampler(save_folder)]
     elif has_own_gpus(local_rank, os.environ.get(VARIABLE)):
-        factories += [GpuSampler]
+        factories += [lambda: GpuSampler(note=note)]
 
     opened: list[Sampler] = []
     for factory in factories:

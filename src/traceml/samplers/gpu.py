@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from traceml.database.schema import GPU, Table
 from traceml.samplers.base import SampleRow
 from traceml.samplers.nvml import Nvml, NvmlError
+from traceml.samplers.nvml_health import HealthWatch, NvmlHealth
 from traceml.samplers.visible_gpus import VARIABLE
 
 __all__ = ["GpuSampler"]
@@ -20,6 +21,7 @@ class GpuSampler:
 
     Args:
         nvml: the driver's interface; None: the installed driver.
+        note: appends a row to `info`, about faults of the devices.
 
     Raises:
         NvmlError: there is no driver, or no device is visible.
@@ -30,7 +32,7 @@ class GpuSampler:
     start_interval_s: ClassVar[float | None] = None
     cost_us: ClassVar[float] = 100.0
 
-    def __init__(self, nvml: Nvml | None = None) -> None:
+    def __init__(self, nvml: Nvml | None = None, note: Callable[..., None] | None = None) -> None:
         self._nvml = nvml or Nvml()
         self._visible = os.environ.get(VARIABLE)
         self._devices = self._nvml.devices(self._visible)
@@ -38,9 +40,15 @@ class GpuSampler:
             self._nvml.close()
             raise NvmlError("the driver reports no device, or none is visible")
 
-    def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:  # noqa: ARG002 - the protocol's signature
+        watched = NvmlHealth(self._nvml.library, self._devices) if note is not None else None
+        self._faults = HealthWatch(watched, note) if watched is not None and note is not None else None
+
+    def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
         """Yield one row per device; a lost device does not hide the others."""
         self._follow_variable()
+        if self._faults is not None:
+            self._faults.check(t_ns, step, self._devices)
+
         lost: NvmlError | None = None
         for device in self._devices:
             try:
@@ -61,6 +69,9 @@ class GpuSampler:
 
     def close(self) -> None:
         """Release the driver."""
+        if self._faults is not None:
+            self._faults.close()
+
         self._nvml.close()
 
 

@@ -147,6 +147,11 @@ class Nvml:
             reasons.value & 0x7FFFFFFFFFFFFFFF if has_reasons else _UNKNOWN,
         )
 
+    @property
+    def library(self) -> Any:
+        """The loaded library."""
+        return self._library
+
     def close(self) -> None:
         """Release the driver."""
         self._library.nvmlShutdown()

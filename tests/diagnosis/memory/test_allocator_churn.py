@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.diagnosis.memory.memories import GB, device
+from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
 from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.segment_turnover import TurnoverHistory
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.allocator_churn import allocator_churn
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits
+from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
+from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
 from traceml.diagnosis.facts.ending_signal import EndingSignal
 from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
 from traceml.diagnosis.facts.loss_history import LossHistory
@@ -24,7 +26,6 @@ from traceml.diagnosis.facts.progress.rank_progress import JobProgress, Progress
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
-from traceml.diagnosis.facts.segment_turnover import TurnoverHistory
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
@@ -175,6 +176,7 @@ class JobFacts:
         pauses: times in which the training stood still for the interpreter or for torch.compile.
         stops: rank -> times in which its process did not run.
         turnover: device memory that ranks give back to the driver and request again.
+        health: faults of devices.
     """
 
     world_size: int = 1
@@ -213,6 +215,7 @@ class JobFacts:
     pauses: PauseHistory = field(default_factory=PauseHistory)
     stops: Mapping[int, Sequence[Stop]] = field(default_factory=dict)
     turnover: TurnoverHistory = field(default_factory=TurnoverHistory)
+    health: GpuHealthHistory = field(default_factory=GpuHealthHistory)
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None where it is not known."""
@@ -295,7 +298,7 @@ class JobFactsBuilder:
         self.pauses = PauseHistory(self.names)
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
-        self.turnover = TurnoverHistory()
+        self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
         self.stops: dict[int, list[Stop]] = {}
         """Times in which a rank did not run."""
         self._epochs = np.empty(0, EPOCHS.dtype)
@@ -343,6 +346,8 @@ class JobFactsBuilder:
             self.save_folders[rank] = row["folder"]
         elif kind == "segments":
             self.turnover.add(rank, row)
+        elif kind == "gpu_health":
+            self.health.add(rank, row)
         elif kind == "growth":
             self.growing[rank] = growing_of(row)
         elif kind == "input":
@@ -469,6 +474,7 @@ class JobFactsBuilder:
             pauses=self.pauses,
             stops=dict(self.stops),
             turnover=self.turnover,
+            health=self.health,
             epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),

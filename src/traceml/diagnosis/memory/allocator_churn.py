@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from traceml.diagnosis.facts.devices.segment_turnover import SegmentTurnover
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.segment_turnover import SegmentTurnover
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.memory.pressure import LEAST_RETRIES

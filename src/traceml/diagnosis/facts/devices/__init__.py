@@ -1,0 +1,1 @@
+"""Facts of devices: faults that they report, and memory that goes back and forth between torch and the driver."""

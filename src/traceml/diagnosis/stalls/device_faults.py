@@ -1,0 +1,91 @@
+"""Devices that report faults of their own: XID events, memory errors, memory that has to be replaced."""
+
+from __future__ import annotations
+
+from traceml.diagnosis.facts.devices.gpu_health import GpuHealth
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.formatting import count_text, plural
+
+__all__ = ["device_faults"]
+
+# NVIDIA's catalog of XID errors. Those that only follow the end of a process (43, 45) are left out.
+_BY_PROGRAM = {
+    13: "a kernel of the program failed",
+    31: "a kernel of the program used an invalid address",
+}
+_BY_HARDWARE = {
+    48: "a memory error that ECC could not correct",
+    63: "memory is to be replaced by spare rows",
+    64: "memory could not be replaced by spare rows",
+    74: "an NVLink error",
+    79: "the device has fallen off the bus",
+    92: "many memory errors that were corrected",
+    94: "a memory error that ended one program",
+    95: "a memory error that may have hit all programs",
+    119: "its firmware did not answer",
+    120: "its firmware failed",
+}
+_RESET = "Have the device reset (nvidia-smi --gpu-reset, or a reboot of its host), and train on another one until then"
+
+
+def device_faults(facts: JobFacts) -> list[Finding]:
+    """Return the finding about faults of devices, told of the worst one."""
+    found = [(severity, each) for each in facts.health.devices.values() if (severity := _severity(each)) is not None]
+    if not found:
+        return []
+
+    severity, worst = max(found, key=lambda each: (each[0] is Severity.CRITICAL, len(each[1].xids)))
+    host = f" of {facts.hosts[worst.rank]}" if len(set(facts.hosts.values())) > 1 and worst.rank in facts.hosts else ""
+    return [
+        Finding(
+            kind=Kind.DEVICE_FAULT,
+            severity=severity,
+            summary=f"GPU {worst.index}{host}: {'; '.join(_faults(worst))}.",
+            next=_advice(worst, severity),
+            evidence={
+                "devices": sorted({each.index for _, each in found}),
+                "xids": [xid for xid, _ in worst.xids],
+                "ecc_errors": worst.ecc_errors,
+                "new_ecc_errors": worst.new_errors,
+                "remap_pending": worst.remap_pending > 0,
+                "remap_failed": worst.remap_failed > 0,
+            },
+        )
+    ]
+
+
+def _severity(health: GpuHealth) -> Severity | None:
+    numbers = {xid for xid, _ in health.xids}
+    if numbers & _BY_HARDWARE.keys() or health.new_errors or health.remap_failed > 0:
+        return Severity.CRITICAL
+
+    return Severity.WARNING if numbers & _BY_PROGRAM.keys() or health.remap_pending > 0 else None
+
+
+def _faults(health: GpuHealth) -> list[str]:
+    words = [
+        f"XID {xid} ({text}){'' if step < 0 else f' in step {count_text(step)}'}"
+        for xid, step in dict(health.xids).items()
+        if (text := _BY_HARDWARE.get(xid) or _BY_PROGRAM.get(xid))
+    ]
+    if health.new_errors:
+        words.append(f"{plural(health.new_errors, 'memory error')} that ECC could not correct since the run began")
+
+    if health.remap_failed > 0:
+        words.append("no spare rows are left to replace damaged memory")
+    elif health.remap_pending > 0:
+        words.append("damaged memory is replaced at the next reset")
+
+    return words
+
+
+def _advice(health: GpuHealth, severity: Severity) -> str:
+    if severity is Severity.CRITICAL:
+        return f"{_RESET}; the kernel's log has more (dmesg, NVRM: Xid)."
+
+    if health.xids:
+        return "Run it with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer, to see which kernel failed."
+
+    return f"{_RESET}."

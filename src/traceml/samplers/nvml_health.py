@@ -1,0 +1,144 @@
+"""Faults of devices as NVML tells them: XID events, memory errors, rows that are remapped; and the highest clock."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from traceml.samplers.nvml import NvmlDevice
+
+__all__ = ["DeviceHealth", "HealthWatch", "NvmlHealth"]
+
+_CLOCK_SM = 1
+_UNCORRECTED, _SINCE_BOOT = 1, 0  # kinds of memory errors, and of their counters
+_XID_EVENTS = 0x8
+_UNKNOWN = -1
+_MAX_EVENTS = 16
+_EVERY_NS = 5 * 10**9
+
+
+class DeviceHealth(NamedTuple):
+    """Counters of a device; -1 where it does not offer one.
+
+    Attributes:
+        ecc_errors: memory errors since the boot that ECC could not correct.
+        remap_pending: 1 if memory waits for the next reset to be replaced, else 0.
+        remap_failed: 1 if there was no spare memory to replace it, else 0.
+        max_clock_mhz: highest clock of the SMs.
+    """
+
+    ecc_errors: int = _UNKNOWN
+    remap_pending: int = _UNKNOWN
+    remap_failed: int = _UNKNOWN
+    max_clock_mhz: int = _UNKNOWN
+
+
+class _EventData(ctypes.Structure):
+    _fields_ = (
+        ("device", ctypes.c_void_p),
+        ("type", ctypes.c_ulonglong),
+        ("data", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    )
+
+
+class NvmlHealth:
+    """Calls of NVML about faults; those that the driver or the device lacks give nothing.
+
+    Args:
+        library: the loaded libnvidia-ml.
+        devices: the devices to watch for XID events from now on.
+    """
+
+    def __init__(self, library: Any, devices: Sequence[NvmlDevice]) -> None:
+        self._library = library
+        self._events: ctypes.c_void_p | None = None
+        self._indices = {device.handle.value: device.index for device in devices}
+        events = ctypes.c_void_p()
+        if self._call("nvmlEventSetCreate", ctypes.byref(events)):
+            registered = [
+                self._call("nvmlDeviceRegisterEvents", device.handle, ctypes.c_ulonglong(_XID_EVENTS), events)
+                for device in devices
+            ]
+            self._events = events if any(registered) else None
+
+    def read(self, device: NvmlDevice) -> DeviceHealth:
+        """Return the counters of a device."""
+        errors, clock = ctypes.c_ulonglong(), ctypes.c_uint()
+        corrected, uncorrected, pending, failed = (ctypes.c_uint() for _ in range(4))
+        has_errors = self._call(
+            "nvmlDeviceGetTotalEccErrors", device.handle, ctypes.c_uint(_UNCORRECTED), ctypes.c_uint(_SINCE_BOOT),
+            ctypes.byref(errors),
+        )  # fmt: skip
+        has_rows = self._call(
+            "nvmlDeviceGetRemappedRows", device.handle, *map(ctypes.byref, (corrected, uncorrected, pending, failed))
+        )
+        has_clock = self._call(
+            "nvmlDeviceGetMaxClockInfo", device.handle, ctypes.c_uint(_CLOCK_SM), ctypes.byref(clock)
+        )
+        return DeviceHealth(
+            errors.value if has_errors else _UNKNOWN,
+            pending.value if has_rows else _UNKNOWN,
+            failed.value if has_rows else _UNKNOWN,
+            clock.value if has_clock else _UNKNOWN,
+        )
+
+    def xids(self) -> Iterable[tuple[int, int]]:
+        """Yield (NVML's number of the device, XID) of the events since the last call, at most some of them."""
+        event = _EventData()
+        for _ in range(_MAX_EVENTS if self._events is not None else 0):
+            if not self._call("nvmlEventSetWait_v2", self._events, ctypes.byref(event), ctypes.c_uint(0)):
+                return
+
+            if event.type & _XID_EVENTS and event.device in self._indices:
+                yield self._indices[event.device], event.data
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._events is not None:
+            self._call("nvmlEventSetFree", self._events)
+            self._events = None
+
+    def _call(self, name: str, *values: Any) -> bool:
+        """Call a function; return whether the driver has it and it succeeded."""
+        with suppress(AttributeError):  # an older driver
+            return bool(getattr(self._library, name)(*values) == 0)
+
+        return False
+
+
+class HealthWatch:
+    """Notes counters of devices when they change, and XID events; called at each sample.
+
+    Args:
+        health: the calls.
+        note: appends a row `gpu_health` to `info`: `index` with the counters, or `index`, `xid` and `step`.
+    """
+
+    def __init__(self, health: NvmlHealth, note: Callable[..., None]) -> None:
+        self._health, self._note = health, note
+        self._before: dict[int, DeviceHealth] = {}
+        self._due_ns = 0
+
+    def check(self, t_ns: int, step: int, devices: Iterable[NvmlDevice]) -> None:
+        """Look again if it is time."""
+        if t_ns < self._due_ns:
+            return
+
+        self._due_ns = t_ns + _EVERY_NS
+        for index, xid in self._health.xids():
+            self._note("gpu_health", index=index, xid=xid, step=step)
+
+        for device in devices:
+            now = self._health.read(device)
+            if now != self._before.get(device.index, DeviceHealth()):
+                self._note("gpu_health", index=device.index, step=step, **now._asdict())
+
+            self._before[device.index] = now
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._health.close()
