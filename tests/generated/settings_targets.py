@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.generated.targets import DAMAGE, JSON_VALUES, TEXTS, Damage, Target, refusal
 from traceml.errors import SettingsError, SlurmError, UsageError
+from traceml.launch.launcher.hosts.hostfile import is_hostfile, read_hostfile, split_port
 from traceml.launch.launcher.hosts.hosts import resolve_hosts
 from traceml.settings import Config, declarations, load
 
@@ -81,6 +82,16 @@ def _hosts(value: tuple[Any, Any, dict[str, str]], _folder: Path) -> None:
     assert isinstance(error, UsageError | SlurmError | None)
 
 
+def _hostfile(value: tuple[Damage, str], folder: Path) -> None:
+    """A hostfile and host names of any text are read or refused."""
+    damage, name = value
+    path = folder / "hosts"
+    path.write_bytes(damage.of(b"# cluster\nnode1 slots=8\nnode2:2222 slots=4 max_slots=8\n[fe80::1]:22\n"))
+    assert isinstance(refusal(lambda: read_hostfile(path)), UsageError | None)
+    assert isinstance(refusal(lambda: split_port(name)), UsageError | None)
+    is_hostfile(name)
+
+
 _JSON = st.recursive(
     st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=10)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
@@ -108,6 +119,9 @@ TARGETS = (
         60,
     ),
     Target("settings as arguments", st.dictionaries(_NAMES, JSON_VALUES, max_size=3), _arguments, 80),
+    Target(
+        "hostfile", st.tuples(DAMAGE, st.one_of(TEXTS, st.sampled_from(["a:22", "a:" + "9" * 5000]))), _hostfile, 50
+    ),
     Target(
         "hosts of a launch",
         st.tuples(

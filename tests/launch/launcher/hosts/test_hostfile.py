@@ -9,7 +9,7 @@ import pytest
 import traceml
 from tests.launch.hosts import Hosts
 from traceml.errors import UsageError
-from traceml.launch.launcher.hosts.hostfile import read_hostfile
+from traceml.launch.launcher.hosts.hostfile import is_hostfile, read_hostfile, split_port
 from traceml.launch.launcher.hosts.hosts import resolve_hosts
 
 
@@ -81,3 +81,21 @@ print(result.results)
 
     assert told.splitlines()[-1] == "{'node1': [('node1', 0), ('node1', 1)], 'node2:22': [('node2', 2)]}"
     assert traceml.Launcher(hostnames=path).hostnames == path
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name", "x" * 5000, "a\0b"])
+def test_names_that_are_no_path_are_no_hostfile(text: str) -> None:
+    """A home of nobody and a name that is too long are not looked for on disk."""
+    assert not is_hostfile(text)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_hostfile(Path(text))
+
+
+def test_numbers_without_end_are_refused(tmp_path: Path) -> None:
+    """Python converts no text of thousands of digits."""
+    (tmp_path / "hosts").write_text("node1 slots=" + "9" * 5000)
+    with pytest.raises(UsageError, match="is not a number of workers"):
+        read_hostfile(tmp_path / "hosts")
+
+    with pytest.raises(UsageError, match="is no port"):
+        split_port("node1:" + "9" * 5000)

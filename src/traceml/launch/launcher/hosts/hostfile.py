@@ -13,12 +13,18 @@ __all__ = ["is_hostfile", "read_hostfile", "split_port"]
 _PORT = re.compile(r"(?P<host>(?:[^@]+@)?(?:\[[^\]]+\]|[^:\[\]]+)):(?P<port>[^:]*)")
 _OPTION = re.compile(r"(?P<key>slots|max[-_]slots)=(?P<count>.*)")
 _MOST = 65_535
+_MOST_DIGITS = 6
 
 
 def is_hostfile(text: str) -> bool:
     """Return whether a text in the place of host names is the path of a hostfile: it has a slash, or is a file."""
-    is_path = "/" in text and not text.startswith("ssh://")
-    return is_path or (text not in ("auto", "slurm") and Path(text).expanduser().is_file())
+    if "/" in text and not text.startswith("ssh://"):
+        return True
+
+    try:
+        return text not in ("auto", "slurm") and Path(text).expanduser().is_file()
+    except (OSError, RuntimeError):  # longer than a name may be; a home of nobody
+        return False
 
 
 def read_hostfile(path: Path) -> dict[str, int | None]:
@@ -35,8 +41,8 @@ def read_hostfile(path: Path) -> dict[str, int | None]:
     """
     try:
         lines = path.expanduser().read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: no text, or no path; RuntimeError: no such home
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(f"hostfile {path} cannot be read: {reason}") from error
 
     found: dict[str, list[int | None]] = {}
@@ -63,7 +69,7 @@ def split_port(name: str) -> tuple[str, int | None]:
         return name, None
 
     port = match["port"]
-    if not (port.isascii() and port.isdigit() and 0 < int(port) <= _MOST):
+    if not (_is_number(port) and 0 < int(port) <= _MOST):
         raise UsageError(f"hostnames has {name!r}: {port!r} is no port; give a number from 1 to {_MOST} for ssh")
 
     host = match["host"]
@@ -78,13 +84,17 @@ def _slots(words: list[str], place: str) -> int | None:
             raise UsageError(f"{place}: {word!r} is not understood; write `host`, `host:port` or `host slots=8`")
 
         count = match["count"]
-        if not (count.isascii() and count.isdigit() and int(count)):
+        if not (_is_number(count) and int(count)):
             raise UsageError(f"{place}: {match['key']}={count} is not a number of workers; give 1 or more")
 
         if match["key"] == "slots":
             slots = int(count)
 
     return slots
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 
 def _is_address(name: str) -> bool:
