@@ -15,12 +15,13 @@ import msgpack
 from hypothesis import strategies as st
 
 from tests.generated.targets import DAMAGE, Damage, Target, refusal
-from traceml.database.schema import EVALS, STEPS
+from traceml.database.schema import EVALS, METRICS, STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.runs.find import describe_run, is_delivered, list_runs
+from traceml.track.delivery.record_reader import RecordReader
 from traceml.track.tracker_state import TrackerState, states_of
 
 __all__ = ["TARGETS"]
@@ -171,6 +172,36 @@ def _state(value: tuple[dict[str, Any], Damage | None], folder: Path) -> None:
     states_of(folder)
 
 
+def _cursor(value: tuple[list[int], list[tuple[int, bool]]], folder: Path) -> None:
+    """However large its batches are and wherever it starts again, a delivery reads each row once, in order."""
+    frames, batches = value
+    path, written = folder / STORE_NAME, 0
+    with StoreWriter(path) as writer:
+        stream = writer.stream(StreamIdentity(0, 0, "here", 100, 5))
+        names = [{"id": 0, "name": "loss"}, {"id": "odd"}, {"name": 7}]
+        writer.append(stream, "names", 0, len(names), b"".join(map(msgpack.packb, names)))
+        for number, n in enumerate(frames):
+            rows = [METRICS.struct.pack(0, step, 0, 1.0, 0, 0) for step in range(written, written + n)]
+            writer.append(stream, "metrics", written, n, b"".join(rows))
+            writer.append(stream, "logged", number, 1, msgpack.packb({"kind": "text", "number": number}))
+            writer.commit(number * 100.0)
+            written += n
+
+    with StoreReader(path) as reader:
+        records, cursor = RecordReader(reader), {}
+        steps: list[int] = []
+        texts: list[int] = []
+        for size, starts_again in [*batches, *[(3, False)] * (2 * written + 2 * len(frames) + 2)]:
+            records = RecordReader(reader) if starts_again else records
+            batch = records.read(cursor, size)
+            steps += [each.step for group in batch.metrics.values() for each in group]
+            texts += [each.row["number"] for each in batch.logged]
+            cursor = json.loads(json.dumps(batch.cursor))
+
+    assert steps == list(range(written))
+    assert texts == list(range(len(frames)))
+
+
 _JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
@@ -190,6 +221,15 @@ TARGETS = (
         st.tuples(st.sampled_from(["run", "stream", "event"]), st.one_of(_PACKABLE, st.binary(max_size=20))),
         _damaged_map,
         40,
+    ),
+    Target(
+        "cursor of a delivery",
+        st.tuples(
+            st.lists(st.integers(1, 9), min_size=1, max_size=5),
+            st.lists(st.tuples(st.integers(1, 12), st.booleans()), max_size=8),
+        ),
+        _cursor,
+        30,
     ),
     Target(
         "state of a delivery",

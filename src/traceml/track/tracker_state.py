@@ -206,8 +206,11 @@ def _has_types(state: TrackerState) -> bool:
     """Whether the values have the types of a new state's: those of a damaged file have any."""
     new = TrackerState("")
     nested = (*state.reached.values(), *state.experiments.values()) if _is_map(state.reached, state.experiments) else ()
-    return _is_map(state.reached, state.experiments, *nested) and all(
-        _is_like(getattr(new, each.name), getattr(state, each.name)) for each in fields(TrackerState)
+    are_maps = _is_map(state.cursor, state.reached, state.experiments, *nested)
+    return (
+        are_maps
+        and all(type(each) is int for each in state.cursor.values())
+        and all(_is_like(getattr(new, each.name), getattr(state, each.name)) for each in fields(TrackerState))
     )
 
 
