@@ -63,6 +63,7 @@ class Serving:
                 stdout=log,
                 stderr=log,
                 imports="aggregator",
+                forks=True,  # the processes that write reports
             )
 
         os.close(tell)

@@ -121,7 +121,8 @@ def test_init_never_asks_the_driver(spied: Traceml) -> None:
 def test_a_failing_clock_does_not_reach_training(traceml: Traceml) -> None:
     """Loss and status are those of the plain script, and the report counts the failure."""
     (traceml.folder / "flaky.py").write_text(FLAKY)
-    plain = forked.run([sys.executable, TINY, "--steps", "400"], capture_output=True, text=True, check=True)
+    words = [sys.executable, TINY, "--steps", "400"]
+    plain = forked.run(words, env=traceml.environ, capture_output=True, text=True, check=True)
 
     ended = traceml("run", "flaky.py", TINY, "--steps", "400")
 

@@ -40,7 +40,8 @@ def test_one_process_is_traced_and_passed_through(traceml: Traceml) -> None:
     ended = traceml("run", TINY, "--steps", "60")
 
     assert ended.status == 0, ended.stderr
-    plain = forked.run([sys.executable, TINY, "--steps", "60"], capture_output=True, text=True, check=True)
+    words = [sys.executable, TINY, "--steps", "60"]
+    plain = forked.run(words, env=traceml.environ, capture_output=True, text=True, check=True)
     assert ended.stdout == plain.stdout  # the loss to the last bit
     assert str(ended.run_dir / "report.json") in ended.stderr.replace("\n", "")
     report = ended.report
@@ -236,11 +237,14 @@ def test_an_unwritable_runs_folder_stops_before_training(traceml: Traceml, tmp_p
     assert ended.stdout == ""
 
 
-def test_disabled_is_python_alone(traceml: Traceml) -> None:
-    """TRACEML_ENABLED=0 runs the script and leaves no trace."""
-    ended = traceml("run", TINY, "--steps", "3", TRACEML_ENABLED="0")
+def test_disabled_is_python_alone(traceml: Traceml, tmp_path: Path) -> None:
+    """TRACEML_ENABLED=0 runs the script and leaves no trace: no module of ours is in its process."""
+    script = tmp_path / "alone.py"
+    script.write_text("import sys\nprint(sys.argv[1:], [each for each in sys.modules if each.startswith('traceml')])\n")
 
-    assert ended.status == 0
+    ended = traceml("run", script, "--steps", "3", TRACEML_ENABLED="0")
+
+    assert (ended.status, ended.stdout) == (0, "['--steps', '3'] []\n")
     assert ended.stderr == ""
     assert not (ended.folder / "traceml_runs").exists()
 

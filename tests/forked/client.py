@@ -20,7 +20,9 @@ from typing import Any
 from tests.forked.fork_request import APPLIED_LATER, Request, can_be_forked, note_started, number_from, send
 from tests.forked.sibling import is_possible
 
-__all__ = ["Popen", "run"]
+__all__ = ["TRACKERS", "Popen", "run"]
+
+TRACKERS = frozenset({"aim", "clearml", "mlflow", "trackio", "wandb"})
 
 
 class _Server:
@@ -60,9 +62,9 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """Python process; forked if that makes no difference to it.
 
     Args:
-        forks: if possible, fork the torchrun and the ranks that it starts, too; it does not import torch itself.
-        imports: what it imports: `torch`, or the `aggregator`'s libraries only, since a process with torch has more to
-            clear when it ends.
+        forks: if possible, fork what it starts, too: aggregator, torchrun, ranks; it does not import torch itself.
+        imports: what it imports: `torch`, the name of a tracker, or the `aggregator`'s libraries only, since a process
+            with more has more to clear when it ends.
     """
 
     _status_pipe: int | None = None

@@ -27,9 +27,9 @@ _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 APPLIED_LATER = {"PYTHONPATH", "PYTHONWARNINGS", "PYTHONUNBUFFERED"}
 # By importing torch or scikit-learn in this process, and by torchrun, which means a process group.
 _SET_BY_LIBRARIES = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
-# Modules that import torch, of all that `traceml run` and torchrun start; and those that start ranks.
-_WITH_TORCH = {"traceml.session.entry", "traceml.supervise.elastic", "torch.distributed.run"}
-_STARTERS = _WITH_TORCH - {"traceml.session.entry"}
+# Modules that import much, of all that `traceml run`, aggregators and torchrun start; and those that start others.
+_STARTERS = {"mlflow", "traceml", "traceml.supervise.elastic", "torch.distributed.run"}
+_LARGE = _STARTERS | {"traceml.display.report_main", "traceml.session.entry", "traceml.track.delivery", "uvicorn"}
 
 Options = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ class Request:
         environ: all of its environment.
         new_session: start it in a session of its own.
         fds: the numbers that its file descriptors shall have.
-        forks: its own Python processes that import torch are forked too.
+        forks: its own Python processes that import much are forked too.
         death_signal: signal that it gets when its parent ends; 0: none.
     """
 
@@ -115,7 +115,7 @@ def note_started(process: Any, pid: int, options: Options) -> None:
 
 
 def fork_as_siblings(sock: socket.socket) -> None:
-    """Let `subprocess.Popen` of this process fork programs that import torch, by the process at the socket."""
+    """Let `subprocess.Popen` of this process fork programs that import much, by the process at the socket."""
     original: Callable[..., None] = subprocess.Popen._execute_child
     bound = inspect.signature(original).bind
     mine = dict(os.environ)
@@ -125,8 +125,8 @@ def fork_as_siblings(sock: socket.socket) -> None:
         setup = options["preexec_fn"]
         number = 0 if setup is None else inspect.getclosurevars(setup).nonlocals.get("death_signal", -1) or 0
         program = Program.parse([os.fspath(each) for each in options["args"]][1:])
-        imports_torch = program is not None and (program.kind == "" or program.target in _WITH_TORCH)
-        if program is None or not imports_torch or number < 0 or not can_be_forked(options, mine):
+        is_large = program is not None and (program.kind == "" or program.target in _LARGE)
+        if program is None or not is_large or number < 0 or not can_be_forked(options, mine):
             original(self, *values)
             return
 

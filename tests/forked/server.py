@@ -31,8 +31,7 @@ __all__: list[str] = []
 
 # Imports that cost much, by kind of server; of each, the ones that it needs. torch imports `_dynamo` only when an
 # optimizer is made.
-_SHARED = {
-    "aggregator": {"numpy": ()},
+_SHARED: dict[str, dict[str, tuple[str, ...]]] = {
     "torch": {
         "numpy": (),
         "pydantic": (),
@@ -42,8 +41,19 @@ _SHARED = {
         "torch.distributed.run": ("torch",),
     },
 }
-# Of the standard library and small ones: they need not be hidden.
-_PLAIN = {"aggregator": ("asyncio", "sqlite3", "msgpack", "msgspec", "zstandard"), "torch": ()}
+# Those that need not be hidden: of the standard library, small ones, and what trackers import. Some trackers start
+# threads when they are imported, or read variables that tests set; of these, only what they need is imported.
+_SMALL = (
+    "argparse", "asyncio", "concurrent.futures", "ctypes", "difflib", "importlib.metadata", "msgpack", "msgspec",
+    "psutil", "rich.console", "rich.table", "sqlite3", "ssl", "statistics", "tempfile", "urllib.request", "zstandard",
+)  # fmt: skip
+_PLAIN = {
+    "aim": ("aim",),
+    "clearml": ("PIL.Image", "attr", "furl", "jsonschema", "requests", "yaml"),
+    "mlflow": ("alembic", "fastapi", "flask", "graphene", "opentelemetry.sdk.trace", "requests", "sqlalchemy.orm"),
+    "trackio": ("gradio_client", "huggingface_hub"),
+    "wandb": ("wandb",),
+}
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 _MAX_FDS = 64
 
@@ -225,10 +235,11 @@ if __name__ == "__main__":
     atexit.register(last_exit)  # before those of all modules
     filters = list(warnings.filters)
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    for name in _PLAIN[sys.argv[2]]:
+    kind = sys.argv[2]
+    for name in (*_SMALL, *_PLAIN.get(kind, ())):
         importlib.import_module(name)
 
-    preloaded = Preloaded(_SHARED[sys.argv[2]], {"torch": _load_backends})
+    preloaded = Preloaded(_SHARED.get(kind, {"numpy": ()}), {"torch": _load_backends})
     warnings.resetwarnings()
     warnings.filters[:] = filters
     gc.freeze()  # else each child goes through all of these objects when it ends
