@@ -6,12 +6,13 @@ import json
 import os
 import sqlite3
 import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.documentation.pages import ROOT, blocks
+from tests.forked.commands import Commands
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]  # on a loaded machine a start alone takes 10 s
 
@@ -33,11 +34,12 @@ def follow(tmp_path):
 def _run(line: str, folder: Path) -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRACEML_", "MLFLOW_"))}
     kept |= {"OMP_NUM_THREADS": "1", "TRACEML_DELIVERY_NICE": "0", "XDG_CACHE_HOME": str(folder / "cache")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, timeout=100,
-        env={**kept, "PATH": path},
-    )  # fmt: skip
+    with closing(Commands(folder / "bin")) as commands:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, timeout=100,
+            env=kept | {"PATH": commands.path()},
+        )  # fmt: skip
+
     assert done.returncode == 0, f"{line}\n{done.stderr}"
     return done.stdout + done.stderr
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.cli.assistants.test_mcp_server import TRAIN, environ
+from tests.forked.commands import Commands
 from traceml.runs.report.report_types import read_report
 
 ACTION = Path(__file__).parents[3] / ".github" / "actions" / "traceml"
@@ -54,23 +55,24 @@ def run_action(folder: Path, **inputs: str) -> Job:
         return _EXPRESSION.sub(lambda found: names[found.group(1)], value)
 
     log, status = "", 0
-    for step in action["runs"]["steps"]:
-        if "run" not in step or step["name"] == "Install traceml":
-            continue
+    with closing(Commands(folder / "bin")) as commands:
+        for step in action["runs"]["steps"]:
+            if "run" not in step or step["name"] == "Install traceml":
+                continue
 
-        own = {name: text(str(value)) for name, value in step.get("env", {}).items()}
-        env = {**environ(), **own, **{name: str(path) for name, path in files.items()}, "RUNNER_TEMP": str(folder)}
-        env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        where = folder / text(step.get("working-directory", "."))
-        done = subprocess.run(
-            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", text(step["run"])],
-            cwd=where, env=env, capture_output=True, text=True, timeout=100, check=False,
-        )  # fmt: skip
-        log += done.stdout + done.stderr
-        outputs |= dict(line.split("=", 1) for line in files["GITHUB_OUTPUT"].read_text().splitlines())
-        status = done.returncode
-        if status:
-            break
+            own = {name: text(str(value)) for name, value in step.get("env", {}).items()}
+            env = {**environ(), **own, **{name: str(path) for name, path in files.items()}, "RUNNER_TEMP": str(folder)}
+            where = folder / text(step.get("working-directory", "."))
+            env["PATH"] = commands.path()
+            done = subprocess.run(
+                ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", text(step["run"])],
+                cwd=where, env=env, capture_output=True, text=True, timeout=100, check=False,
+            )  # fmt: skip
+            log += done.stdout + done.stderr
+            outputs |= dict(line.split("=", 1) for line in files["GITHUB_OUTPUT"].read_text().splitlines())
+            status = done.returncode
+            if status:
+                break
 
     return Job(status, outputs, files["GITHUB_STEP_SUMMARY"].read_text(), log)
 

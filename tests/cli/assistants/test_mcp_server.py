@@ -140,7 +140,8 @@ def test_the_stacks_of_a_running_job(folder: Path) -> None:
     (folder / "wait.py").write_text(TRAIN + WAIT)
     words = command("run", "--live", "none", "wait.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(words, cwd=folder, env=environ(), **pipes) as job:  # type: ignore[call-overload]
+    with forked.Popen(words, forks=True, cwd=folder, env=environ(), **pipes) as job:
+        assert job.stdout is not None
         assert "trained" in job.stdout.readline()
         (stacks,) = asked(folder, ("stacks", {}))
         job.communicate("\n", timeout=60)

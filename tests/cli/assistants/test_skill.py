@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 from tests.cli.assistants.test_mcp_server import TRAIN, WAIT, environ
@@ -67,8 +66,7 @@ def _with_a_job(folder: Path, command: str) -> None:
 
 def _check(folder: Path, command: str) -> None:
     words = [sys.executable, "-m", *shlex.split(command)]
-    run = partial(forked.run, forks=True) if words[3] == "run" else subprocess.run
-    done = run(words, cwd=folder, env=environ(), capture_output=True, text=True, timeout=100, check=False)
+    done = forked.run(words, forks=True, cwd=folder, env=environ(), capture_output=True, text=True, timeout=100)
 
     assert done.returncode == 0, f"{command}: {done.stderr}"
     if "--json" in words:

@@ -29,7 +29,7 @@ from traceml.runs.report.report_types import REPORT_NAME
 
 # Trains until its standard input is closed; then all ranks agree on the last step.
 TRAINING = """
-import os, select, sys, torch, torch.distributed as dist
+import os, select, sys, time, torch, torch.distributed as dist
 from torch import nn
 
 dist.init_process_group("gloo")
@@ -43,6 +43,7 @@ def step(x):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+    time.sleep(0.002)  # leaves the cores to the commands that are tested
 
 
 data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4096, 64)), batch_size=16)
@@ -93,9 +94,7 @@ class _RunningJob:
 
     def profile(self, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "traceml", "profile", "--runs-dir", "runs", *words]
-        return subprocess.run(
-            command, cwd=self.folder, capture_output=True, text=True, env=_environ(), timeout=120, check=False
-        )
+        return forked.run(command, cwd=self.folder, capture_output=True, text=True, env=_environ(), timeout=120)
 
     def finish(self) -> None:
         (self.folder / "stop").touch()
@@ -210,7 +209,7 @@ def test_a_rank_that_dies_is_told(start: Callable[..., _RunningJob]) -> None:
     """Nobody waits for its trace."""
     job = start()
     command = [sys.executable, "-m", "traceml", "profile", "--runs-dir", "runs", "--steps", "1000", "--timeout", "60"]
-    asked = subprocess.Popen(command, cwd=job.folder, stderr=subprocess.PIPE, text=True, env=_environ())
+    asked = forked.Popen(command, cwd=job.folder, stderr=subprocess.PIPE, text=True, env=_environ())
     flags = StepFlag.PROFILED
     eventually(lambda: (unpack_bits(job.steps(1)["bits"]).flags & flags > 0).any(), "the window", timeout_s=60)
     os.kill(job.pids()[1], signal.SIGKILL)
