@@ -82,8 +82,8 @@ _LONG_FIRST = (
     "instrument",
 )
 
-# Folders whose files share a fixture that takes long: the page's server and its runs.
-_TOGETHER = ("display/web",)
+# Folders whose files share what takes long: the page's server and its runs, the imports of trackers' libraries.
+_TOGETHER = ("display/web", "track/backends")
 
 _LACKING = pytest.StashKey[dict[str, Part]]()
 _STARTED = pytest.StashKey[list[str]]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from tests.forked import client as forked
 from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import METRICS
 from traceml.database.store.reader import StreamIdentity
@@ -87,12 +89,20 @@ class LoggedRun:
 
 def deliver(run_dir: Path, backend: str, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a delivery process to its end."""
-    import os
+    words, environment = [str(run_dir), backend, *more], {**os.environ, **environ}
+    with delivering(*words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        out, err = process.communicate(timeout=100)
 
-    command = [sys.executable, "-m", "traceml.track.delivery", str(run_dir), backend, *more]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=100, env={**os.environ, **environ}, check=False
-    )
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def delivering(run_dir: str, backend: str, *more: str, **options: Any) -> forked.Popen:
+    """Start a delivery process, which has imported a tracker's library already if that is large.
+
+    It has the priority of the tests: beside them, one of the lowest priority would take minutes.
+    """
+    command = [sys.executable, "-m", "traceml.track.delivery", run_dir, backend, "--nice", "0", *more]
+    return forked.Popen(command, imports=backend if backend in forked.TRACKERS else "aggregator", **options)
 
 
 def state_of(run_dir: Path, backend: str = "jsonl") -> TrackerState:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.eventually import eventually
+from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.track.tracker_state import TrackerState
 
@@ -64,8 +65,9 @@ class Job:
         own |= {"TRACEML_DELIVERY_NICE": "0"}  # other tests may use every core
         own |= {"TRACEML_TRACK_GIT": "0", "TRACEML_TRACK_ENV": "0", "TRACEML_TRACK_SYSTEM": "0"}
         self.environ = environ(folder, **(own | settings))
-        self.process = subprocess.Popen(
+        self.process = forked.Popen(
             [sys.executable, *command, "script.py", json.dumps(backends)],
+            forks=bool(command),
             cwd=folder,
             env=self.environ,
             stdout=subprocess.PIPE,
@@ -139,14 +141,14 @@ def children_of(pid: int) -> list[int]:
 
 def finish(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a command of ours to its end."""
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "traceml", *words],
+        forks=True,
         cwd=folder,
         env=environ(folder, **settings),
         capture_output=True,
         text=True,
         timeout=100,
-        check=False,
     )
 
 

@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from tests.forked import client as forked
+
 __all__ = ["MLflowServer"]
 
 
@@ -43,9 +45,10 @@ class MLflowServer:
         environment = {**os.environ, **quick}
         log = (self.folder / "server.log").open("ab")
         with log:
-            self._process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            self._process = forked.Popen(
+                command, imports="mlflow", forks=True, cwd=self.folder, env=environment, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
 
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

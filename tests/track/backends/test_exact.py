@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.track.fabricated import LoggedRun, state_of
+from tests.track.fabricated import LoggedRun, delivering, state_of
 from tests.track.readers import READERS, Value
 
 pytestmark = [
@@ -51,11 +51,11 @@ def test_a_killed_delivery_is_exact(backend: str, tmp_path: Path) -> None:
     run_dir, expected = _logged(tmp_path, backend)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "CLEARML_"))}
     environment |= {"WANDB_MODE": "offline", "CLEARML_OFFLINE_MODE": "1"}
-    command = [sys.executable, "-m", "traceml.track.delivery", str(run_dir), backend]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     killed = 0
     for attempt in range(40):
         before = state_of(run_dir, backend).delivered if attempt else 0
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = delivering(str(run_dir), backend, env=environment, **pipes)
         while process.poll() is None and killed < (1 if backend in ONCE else KILLS):
             if state_of(run_dir, backend).delivered > before:
                 time.sleep(0.01 * (killed + 1))  # into the next batch

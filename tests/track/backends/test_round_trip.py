@@ -12,7 +12,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.track.contents import CONTENTS, Contents
-from tests.track.fabricated import START_NS, LoggedRun, deliver, state_of
+from tests.track.fabricated import START_NS, LoggedRun, deliver, delivering, state_of
 from traceml.track.tracker_state import EXIT_AGAIN
 
 pytestmark = [
@@ -57,8 +57,8 @@ def _deliver_until(run: LoggedRun, backend: str, rows: int, ending: signal.Signa
     """Let a delivery process follow the run until it has delivered so many rows, then end it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "CLEARML_"))}
     environment |= {"WANDB_MODE": "offline", "CLEARML_OFFLINE_MODE": "1"}
-    command = [sys.executable, "-m", "traceml.track.delivery", str(run.path), backend]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = delivering(str(run.path), backend, env=environment, **pipes)
 
     def delivered() -> bool:
         assert process.poll() in {None, EXIT_AGAIN}, state_of(run.path, backend).error

@@ -18,7 +18,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
-from tests.track.fabricated import LoggedRun, deliver, state_of
+from tests.track.fabricated import LoggedRun, deliver, delivering, state_of
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_TAKEN, DeliveryPhase, TrackerState, locked
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"
@@ -112,11 +112,10 @@ def test_what_is_delivered_is_exact_however_often_the_process_is_killed(run: Log
     run.experiment(["jsonl"], id="x")
     run.metrics({"a": [float(i) for i in range(60_000)]})
     run.end()
-    command = [sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"]
     chance, kills = random.Random(5), 0
     while True:
         allowed_s = chance.uniform(0.0, 0.06) if kills < 5 else 60
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = delivering(str(run.path), "jsonl", stderr=subprocess.DEVNULL)
         try:
             # From the moment it delivers; earlier kills find nothing to break.
             eventually(lambda: process.poll() is not None or state_of(run.path).pid == process.pid)  # noqa: B023
@@ -136,7 +135,7 @@ def test_a_run_that_goes_on_is_followed_and_a_stopped_process_continued(run: Log
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.experiment(["jsonl"], id="x")
     run.metrics({"a": [1.0, 2.0]})
-    first = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"])
+    first = delivering(str(run.path), "jsonl")
     eventually(lambda: state_of(run.path).delivered == 2)
     assert deliver(run.path, "jsonl").returncode == EXIT_TAKEN, "one process at a time delivers"
 
@@ -183,7 +182,7 @@ def test_an_experiment_ends_after_the_last_value_that_was_logged_before(run: Log
     run.experiment(["jsonl"], 2, id="second", name="second")
     run.row("end", 1, values=5_000)
     run.writer.commit()
-    process = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"])
+    process = delivering(str(run.path), "jsonl")
     try:
         for first_step in range(0, 5_000, 1_000):
             run.metrics({"a": [float(i) for i in range(first_step, first_step + 1_000)]}, 1, first_step=first_step)
@@ -206,7 +205,7 @@ def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) ->
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.experiment(["jsonl"], 1, id="outer", name="outer")
     run.metrics({"a": [1.0]}, 1)
-    process = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"])
+    process = delivering(str(run.path), "jsonl")
     try:
         eventually(lambda: state_of(run.path).delivered == 1)
         run.metrics({"b": [2.0]}, 2)
@@ -348,8 +347,7 @@ def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_tw
     def delivered(count: int) -> bool:
         nonlocal process
         if process is None or process.poll() is not None:
-            command = [sys.executable, "-m", "traceml.track.delivery", str(run.path), FAULTY]
-            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            process = delivering(str(run.path), FAULTY, stderr=subprocess.DEVNULL)
 
         return state_of(run.path, FAULTY).passed == count
 
