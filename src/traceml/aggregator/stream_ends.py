@@ -20,7 +20,7 @@ __all__ = ["final_state", "note_exit", "note_oom", "resumed_at", "state_of_dead"
 _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 
 _OOM = ("group", "host")  # where a counter of out-of-memory kills has grown
-_SCHEDULER = ("time_limit", "preempted", "requeued")  # why it ended the job
+_SCHEDULER = ("time_limit", "preempted", "warned", "requeued")  # why it ended the job
 
 
 def note_exit(stream: Stream, report: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ class _FindingFacts(Protocol):
     def evidence(self) -> Mapping[str, Any]: ...
 
 
-_BY_SCHEDULER = {"time_limit": "time limit", "preempted": "preemption", "requeued": "queued again"}
+_BY_SCHEDULER = {"time_limit": "time limit", "preempted": "preemption", "warned": "warning", "requeued": "queued again"}
 
 
 def _lost_ranks(finding: _FindingFacts) -> str:

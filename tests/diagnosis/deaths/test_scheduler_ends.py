@@ -73,6 +73,11 @@ def test_other_ends_are_no_time_limit(facts: JobFacts) -> None:
         ("preempted", "The scheduler preempted the job (SIGTERM), in step 812; ", "preemption"),
         ("requeued", "The scheduler ended the job to queue it again (SIGTERM), in step 812; ", "queued again"),
         ("time_limit", "The scheduler ended the job at its time limit (SIGTERM), in step 812; ", "time limit"),
+        (
+            "warned",
+            "The scheduler warned the job of its time limit, and the job ended (SIGTERM), in step 812; ",
+            "warning",
+        ),
     ],
 )
 @pytest.mark.parametrize("stopped", [True, None])

@@ -91,9 +91,9 @@ print(job.state)
     assert told.splitlines() == ["no data True", "FAILED"]
 
 
-def launch(slurm: Slurm, folder: Path, *words: str) -> str:
+def launch(slurm: Slurm, folder: Path, *words: str, code: str = _TRAIN) -> str:
     """Submit the training by the command line; return the job's id."""
-    (folder / "train.py").write_text(_TRAIN)
+    (folder / "train.py").write_text(code)
     python = slurm.hosts.launcher.command()[0]
     told = slurm.run(python, "-m", "traceml", "launch", "--submit", *words, "train.py", cwd=folder).stdout
     assert "output: " in told, told
@@ -159,6 +159,20 @@ print(job.result(timeout=90).results)
     )
 
     assert told.strip() == "{'node1': ['saved'], 'node2': ['saved']}"
+
+
+def test_a_job_that_leaves_at_the_warning_is_queued_again(slurm: Slurm, tmp_path: Path) -> None:
+    """It saves at Slurm's signal and ends with a status of its own; the report names the warning, and no lost step."""
+    (tmp_path / "enough").touch()  # the training itself is over before the signal
+    code = _TRAIN.replace("print(", "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))\nprint(", 1)
+    job = launch(slurm, tmp_path, "--time", "1", "--signal", "USR2@58", code=code + "\ntime.sleep(100)\n")
+
+    eventually(lambda: state(slurm, job) == "PENDING" and (tmp_path / "saved-0.pt").exists(), "it to be queued again")
+
+    report = json.loads((tmp_path / "traceml_runs" / "latest" / "report.json").read_text())
+    assert report["findings"][0]["evidence"]["cause"] == "warned"
+    assert "and the job ended (exit code 7)" in report["findings"][0]["summary"]
+    slurm.run("scancel", job)
 
 
 def test_a_cancelled_job_has_no_result_and_is_not_queued_again(slurm: Slurm, tmp_path: Path) -> None:

@@ -76,9 +76,7 @@ def submit_script(
 
     asked = {key: value for key in _ASKED if (value := getattr(options, key)) is not None}
     slurm = SlurmOptions(**asked, sbatch=dict(map(_sbatch_option, options.sbatch)))
-    call = AllocationCall(
-        options=launcher, script=script, tracing=tracing, retries=slurm.retries, warning_s=slurm.warning_s
-    )
+    call = AllocationCall(options=launcher, script=script, tracing=tracing, retries=slurm.retries)
     job = submit(call, slurm, Path(name).stem, options.run_name)
     sys.stdout.write(
         f"submitted job {job.job_id}; its run is {job.run_id}\n"

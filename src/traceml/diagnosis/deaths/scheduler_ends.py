@@ -42,6 +42,10 @@ _CAUSES = {
         "fewer steps, save more often, or on SIGTERM and the signal of sbatch --signal, if the partition gives a grace "
         "time.",
     ),
+    "warned": _Words(
+        "warned the job of its time limit, and the job ended",
+        "Ask for more time, or go on from the last checkpoint: `traceml launch --submit` queues the job again.",
+    ),
     "requeued": _Words(
         "ended the job to queue it again",
         "It goes on from the last checkpoint when it starts again. To lose fewer steps, save more often.",

@@ -84,7 +84,7 @@ class RankExit:
         process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
         open_s: age of the open step at the end, seconds.
         saved_steps: steps in its last checkpoint; None where it saved none.
-        scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted` or `requeued`.
+        scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`.
         host_lost: reason for which the launcher gave up its host.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """

@@ -129,9 +129,7 @@ class Launcher(LaunchOptions):
             folder=folder,
             sbatch=sbatch or {},
         )
-        call = AllocationCall(
-            options=self, call=read_call(func, (), own), retries=slurm.retries, warning_s=slurm.warning_s
-        )
+        call = AllocationCall(options=self, call=read_call(func, (), own), retries=slurm.retries)
         return submit(call, slurm, getattr(func, "__name__", "launch").strip("<>"))
 
 

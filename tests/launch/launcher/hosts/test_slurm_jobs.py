@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ _SHOWN = (
 _USUAL = {
     "state": "RUNNING", "reason": "None", "restarts": "0", "limit": "UNLIMITED", "end": "Unknown", "preempted": "None",
 }  # fmt: skip
+
+
+def slurm_that_shows(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a `scontrol` first on the path that prints a text: such states of a real one last for moments."""
+    program = folder / "scontrol"
+    program.write_text(f"#!/bin/sh\necho '{text}'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
 @pytest.mark.parametrize(
@@ -59,13 +68,21 @@ def test_why_slurm_ends_a_job(
     shown: dict[str, str], why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the text that `scontrol` prints; a cancelled job, or one that runs, is not ended by the scheduler."""
-    program = tmp_path / "scontrol"
-    program.write_text(f"#!/bin/sh\necho '{_SHOWN.format_map(_USUAL | shown)}'\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    slurm_that_shows(_SHOWN.format_map(_USUAL | shown), tmp_path, monkeypatch)
 
     assert scheduler_end({"SLURM_JOB_ID": "7"}) == why
     assert scheduler_end({}) is None
+
+
+def test_a_submitted_job_knows_when_it_was_warned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end between the signal and the limit comes from the warning; before it, or without one, it does not."""
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 100))
+    slurm_that_shows(_SHOWN.format_map(_USUAL | {"end": end}), tmp_path, monkeypatch)
+
+    assert scheduler_end({"SLURM_JOB_ID": "7", "TRACEML_JOB_WARNING_S": "180"}) == "warned"
+    assert scheduler_end({"SLURM_JOB_ID": "7", "TRACEML_JOB_WARNING_S": "50"}) is None
+    assert scheduler_end({"SLURM_JOB_ID": "7", "TRACEML_JOB_WARNING_S": "50"}, early_s=60) == "warned"
+    assert scheduler_end({"SLURM_JOB_ID": "7"}, early_s=60) is None
 
 
 def test_without_slurm_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,15 +65,16 @@ def read_job(job_id: str) -> SlurmJob | None:
     )
 
 
-def scheduler_end(environ: Mapping[str, str], within_s: float = 0.0) -> str | None:
+def scheduler_end(environ: Mapping[str, str], early_s: float = 0.0) -> str | None:
     """Return why Slurm ends the job that this process is part of; None where it does not.
 
     Args:
-        environ: with Slurm's variables.
-        within_s: also where the job's end is at most so many seconds away, as Slurm has warned of it.
+        environ: with Slurm's variables, and ours of a submitted job.
+        early_s: how much earlier than it was asked to Slurm may have sent the signal that announces the limit.
 
     Returns:
-        `preempted`, `time_limit`, or `requeued`: by an administrator, or where nothing else is known.
+        `preempted`; `time_limit`; `warned`: the limit is not reached, but Slurm has sent the signal that announces it;
+        or `requeued`: by an administrator, or where nothing else is known.
     """
     job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
     if job is None:
@@ -89,8 +90,11 @@ def scheduler_end(environ: Mapping[str, str], within_s: float = 0.0) -> str | No
         return "requeued"
 
     end_s = min((each for each in (job.end_s, job.limit_s) if each is not None), default=None)
-    near = end_s is not None and time.time() >= end_s - max(within_s, _AT_LIMIT_S)
-    return "time_limit" if near and job.state == "RUNNING" else None
+    if end_s is None or job.state != "RUNNING":
+        return None
+
+    left_s, warning_s = end_s - time.time(), float(environ.get("TRACEML_JOB_WARNING_S") or 0)
+    return "time_limit" if left_s <= _AT_LIMIT_S else "warned" if 0 < warning_s >= left_s - early_s else None
 
 
 def requeue_job(job_id: str) -> None:

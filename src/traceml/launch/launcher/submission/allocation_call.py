@@ -21,9 +21,11 @@ __all__ = ["AllocationCall", "AllocationOutcome", "last_outcome"]
 _WHY = {
     "preempted": "Slurm preempted the job",
     "time_limit": "the job reached its time limit",
+    "warned": "the job ended close to its time limit",
     "requeued": "Slurm ended the job to queue it again",
 }
-_MARGIN_S = 5.0  # Slurm looks at limits and signals every few seconds
+
+_EARLY_S = 60.0  # "may be sent up to 60 seconds earlier than specified", in the words of sbatch's manual
 
 _log = logging.getLogger("traceml")
 
@@ -46,7 +48,6 @@ class AllocationCall:
         script: the script, see `assembly.run_script`.
         tracing: arguments of the script's `Tracing`; None: it is not traced.
         retries: how often the job may be queued again.
-        warning_s: seconds between Slurm's signal and the end.
     """
 
     options: LaunchOptions
@@ -54,7 +55,6 @@ class AllocationCall:
     script: Mapping[str, Any] | None = None
     tracing: Mapping[str, Any] | None = field(default=None)
     retries: int = 0
-    warning_s: float = 0.0
 
     def __call__(self) -> AllocationOutcome:
         """Run the launch.
@@ -101,7 +101,7 @@ class AllocationCall:
             SystemExit: it is queued.
             SlurmError: its retries are used up, or it cannot be queued.
         """
-        why = scheduler_end(os.environ, self.warning_s + _MARGIN_S if self.warning_s else 0.0)
+        why = scheduler_end(os.environ, _EARLY_S)
         if why is None:
             return
 

@@ -71,10 +71,10 @@ class SlurmOptions:
         return minutes_of(str(self.time)) or 0
 
     @property
-    def warning_s(self) -> float:
-        """Seconds between the signal and the end."""
+    def warning_s(self) -> int:
+        """Seconds between the signal and the end; 0 without one."""
         match = _SIGNAL.fullmatch(self.signal)
-        return float(match["seconds"]) if match is not None else 0.0
+        return int(match["seconds"]) if match is not None else 0
 
     def parameters(self, name: str) -> dict[str, Any]:
         """Return the parameters of submitit's executor, without those that were not given.

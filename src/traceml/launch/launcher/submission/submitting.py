@@ -49,7 +49,7 @@ def submit(call: AllocationCall, options: SlurmOptions, name: str, run_name: str
     config = settings.load()
     run_id = choose_run_id(config.run_id, run_name or config.run_name or name)
     executor = submitit.SlurmExecutor(_folder(options, config.log_dir), max_num_timeout=options.retries)
-    executor.update_parameters(**options.parameters(name), setup=_setup(executor.folder, run_id))
+    executor.update_parameters(**options.parameters(name), setup=_setup(executor.folder, run_id, options.warning_s))
     try:
         job = executor.submit(call)
     except (FailedJobError, FailedSubmissionError) as error:
@@ -63,7 +63,7 @@ def _folder(options: SlurmOptions, log_dir: str | Path) -> Path:
     return Path(options.folder or Path(log_dir or "traceml_logs") / "slurm" / "%j").expanduser().absolute()
 
 
-def _setup(folder: Path, run_id: str) -> list[str]:
+def _setup(folder: Path, run_id: str, warning_s: int) -> list[str]:
     """Return the lines of the job's script before submitit's own command, which is not reached.
 
     A shell that waits for its child dies of Slurm's SIGTERM, and Slurm then kills the child before it can write the
@@ -73,6 +73,7 @@ def _setup(folder: Path, run_id: str) -> list[str]:
     return [
         "export SUBMITIT_EXECUTOR=slurm",
         f"export TRACEML_RUN_ID={shlex.quote(run_id)}",
+        f"export TRACEML_JOB_WARNING_S={warning_s}",
         *([f"export PYTHONPATH={shlex.quote(path)}"] if path else []),
         f"exec {shlex.join([sys.executable, '-u', '-m', _PROGRAM, str(folder)])}",
     ]
