@@ -43,6 +43,7 @@ CALLED_ELSEWHERE = {
 THEIRS = {"watch", "view", "inspect"}  # commands of traceml-ai
 STORIES = {"docs/quickstart.md", "docs/guides/mlflow.md"}  # run by test_stories.py
 EXAMPLES = "docstrings"
+ON_HOSTS = {"traceml.launch", "traceml.Launcher", "traceml.SubmittedJob"}  # run in tests/launch
 # Values that a page's code takes from the reader's program.
 PRELUDES = {
     "README.md": """
@@ -201,7 +202,7 @@ def _runnable() -> dict[str, list[Block]]:
         if block.page not in STORIES and not any(mark in block.text for mark in CALLED_ELSEWHERE):
             pages.setdefault(block.page, []).append(block)
 
-    examples = [each for each in docstring_examples() if each.page not in ("traceml.launch", "traceml.Launcher")]
+    examples = [each for each in docstring_examples() if each.page not in ON_HOSTS]
     return {**pages, EXAMPLES: sorted(examples, key=lambda each: each.page != "traceml.init")}
 
 

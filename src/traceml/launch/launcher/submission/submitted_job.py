@@ -24,7 +24,11 @@ _FILE_S = 10.0  # a network file system may show a file later
 
 
 class SubmittedJob(Generic[R_co]):
-    """A job that was submitted to Slurm.
+    """A job that was submitted to Slurm, see `Launcher.submit`.
+
+    Examples:
+        >>> job = traceml.Launcher().submit(train, nodes=2)
+        >>> model = job.result().rank(0)
 
     Attributes:
         job_id: Slurm's id.
