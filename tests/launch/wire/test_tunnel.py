@@ -170,6 +170,43 @@ def test_others_cannot_take_all_descriptors_of_the_agent(monkeypatch: pytest.Mon
         between.close()
 
 
+def test_connections_leave_descriptors_to_the_launcher(between: Between, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a share of its limit a connection ends at once, with what it has sent; earlier and later ones pass."""
+    ends = between.connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(tunnel, "_MOST_USED", 0.0)
+        with socket.create_connection(("127.0.0.1", between.listener.port), timeout=20) as refused:
+            refused.sendall(b"lost")
+            assert _is_ended(refused)
+
+    late = _next(between)
+    for near, far in (ends, late):
+        near.sendall(b"ping")
+        assert far.recv(4) == b"ping"
+        near.close()
+        far.close()
+
+
+def _next(between: Between) -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a new connection; the refused one was accepted and closed by the launcher before."""
+    near = socket.create_connection(("127.0.0.1", between.listener.port), timeout=20)
+    near.sendall(b"next")
+    while True:
+        far, _ = between.server.accept()
+        far.settimeout(20)
+        if far.recv(4) == b"next":
+            return near, far
+
+        far.close()
+
+
+def _is_ended(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
 def _connected(between: Between) -> socket.socket:
     """Return a connection that passes, as soon as there is room again."""
     while True:

@@ -10,6 +10,7 @@ Process: launcher and agent.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import resource
 import selectors
@@ -29,6 +30,7 @@ _CONNECT_TIMEOUT_S = 1.0
 # Every user of the host can connect to the listener, and only the aggregator, at the other end, asks for the token. A
 # rank and each of its children that logs has one connection. The agent needs its other descriptors for the workers.
 _SHARE, _LEAST_RELAYS, _UNLIMITED = 4, 16, 4096
+_MOST_USED = 0.75  # of the launcher's descriptors, all hosts together
 
 _log = logging.getLogger("traceml")
 
@@ -111,15 +113,30 @@ class TunnelConnector:
         number: int = message["id"]
         outgoing = self._channel.open_stream(kind="tunnel", of=number)
         try:
-            sock = socket.create_connection(("127.0.0.1", self._port), timeout=_CONNECT_TIMEOUT_S)
+            sock = self._connected()
         except OSError as error:
             _log.debug("the tunnel's connection to port %d fails: %s", self._port, error)
-            sock, other = socket.socketpair()  # accepts the bytes that are under way, and ends
-            other.close()
+            self._channel.accept(number, lambda _: None, lambda _: None)  # drops the bytes that are under way
+            outgoing.end({"text": str(error)})
+            return
 
         relay = TunnelConnection(self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(number, None))
         self._relays[number] = relay
         relay.receive_from(number)
+
+    def _connected(self) -> socket.socket:
+        """Return a connection to the aggregator.
+
+        Raises:
+            OSError: nothing listens there, or the launcher needs its other descriptors.
+        """
+        sock = socket.create_connection(("127.0.0.1", self._port), timeout=_CONNECT_TIMEOUT_S)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if limit == resource.RLIM_INFINITY or sock.fileno() < _MOST_USED * limit:  # the lowest free one is taken
+            return sock
+
+        sock.close()
+        raise OSError(errno.EMFILE, f"of {limit} descriptors few are left; start the job after `ulimit -n 65536`")
 
     def close(self) -> None:
         """Close every connection."""
