@@ -244,6 +244,23 @@ def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: 
     assert any(line.get("metric") == "system/cpu_pct" for line in lines)
 
 
+@pytest.mark.parametrize("backend", ["jsonl", "tensorboard"])
+def test_an_id_is_no_path(run: LoggedRun, tmp_path: Path, backend: str) -> None:
+    """An experiment's id is part of a file's name: whatever it is, the file is in its folder."""
+    before = set(tmp_path.iterdir())
+    for number, experiment in enumerate(("../../../planted", f"{tmp_path}/planted", "a/b", "..")):
+        run.experiment([backend], number, id=experiment, name=f"exp{number}")
+        run.metrics({"loss": [1.0]}, number)
+
+    run.end()
+    done = deliver(run.path, backend)
+
+    assert done.returncode == 0, done.stderr
+    assert set(tmp_path.iterdir()) == before
+    files = [path for path in (run.path / backend).rglob("*") if path.is_file()]
+    assert len(files) == 4
+
+
 def test_no_file_outside_of_the_run_is_sent(run: LoggedRun, tmp_path: Path) -> None:
     """A row's path is text: one that leads elsewhere, by dots, as a whole or through a link, is refused."""
     (tmp_path / "secret.txt").write_text("secret")

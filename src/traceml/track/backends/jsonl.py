@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.track.backends.append_file import FileBackend
-from traceml.track.backends.safe_names import nonfinite_text
+from traceml.track.backends.safe_names import nonfinite_text, safe_file_name
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -35,7 +35,7 @@ class JsonlBackend(FileBackend):
     def __init__(self, config: Mapping[str, Any]) -> None:
         options, experiment = config.get("options") or {}, config["experiment"]
         folder = Path(options.get("path") or Path(config["run_dir"], "jsonl")).expanduser().absolute()
-        path = Path(config.get("continue_run") or folder / f"{experiment['id']}.jsonl")
+        path = Path(config.get("continue_run") or folder / f"{safe_file_name(str(experiment['id']))}.jsonl")
         super().__init__(folder, path, keep=bool(config.get("continue_run")))
         self._copies = "path" in options  # else files stay in the run's artifacts folder
         self._experiment = experiment

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["flattened", "is_this_machine", "nonfinite_text", "safe_name"]
+__all__ = ["flattened", "is_this_machine", "nonfinite_text", "safe_file_name", "safe_name"]
+
+_NO_FILE = re.compile(r"[/\0]")
+_LONGEST_FILE = 180
 
 
 @lru_cache(maxsize=1 << 17)  # a run may have 100,000 names, one per row
@@ -31,6 +34,11 @@ def safe_name(name: str, refused: re.Pattern[str], longest: int) -> str:
     kept = refused.sub("_", name)[: longest - 9]
     # A cut may create something that is refused (`..`, a trailing slash).
     return refused.sub("_", f"{kept}~{digits}") if not refused.search("~") else refused.sub("_", f"{kept}_{digits}")
+
+
+def safe_file_name(name: str) -> str:
+    """Return a part of a file's name that stays in its folder, whatever `name` is; see `safe_name`."""
+    return safe_name(name, _NO_FILE, _LONGEST_FILE)
 
 
 def flattened(params: Mapping[str, Any], separator: str) -> dict[str, Any]:

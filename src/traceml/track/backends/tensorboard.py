@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.track.backends.append_file import FileBackend
-from traceml.track.backends.safe_names import flattened, nonfinite_text, safe_name
+from traceml.track.backends.safe_names import flattened, nonfinite_text, safe_file_name, safe_name
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -46,7 +46,8 @@ class TensorBoardBackend(FileBackend):
         options, self._experiment = config.get("options") or {}, config["experiment"]
         folder = Path(options.get("log_dir") or Path(config["run_dir"], "tensorboard")).expanduser().absolute()
         run_folder = Path(config.get("continue_run") or folder / _folder_name(self._experiment))
-        super().__init__(folder, run_folder / f"events.out.tfevents.traceml.{self._experiment['id']}")
+        file = f"events.out.tfevents.traceml.{safe_file_name(str(self._experiment['id']))}"
+        super().__init__(folder, run_folder / file)
         # TensorBoard keeps the first hyperparameters of a run, so they are written once, at its end.
         self._hparams: dict[str, Any] = dict((config.get("mark") or {}).get("hparams") or {})
         self._ended: float | None = None
