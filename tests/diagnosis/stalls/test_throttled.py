@@ -7,6 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
 from traceml.database.schema import GPU
+from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.findings import Finding
@@ -30,8 +31,13 @@ def samples(reasons: int, *, low_mhz: int = 1200, share: float = 0.5, busy_pct: 
     return machine
 
 
-def found(machine: MachineSamples) -> list[Finding]:
-    return [each for each in diagnose(window_of(ALONE), JobFacts(samples=machine)) if each.kind is Kind.THROTTLED]
+def found(machine: MachineSamples, highest_mhz: int | None = None) -> list[Finding]:
+    health = GpuHealthHistory()
+    if highest_mhz is not None:
+        health.add(0, {"index": 3, "max_clock_mhz": highest_mhz})
+
+    facts = JobFacts(samples=machine, health=health)
+    return [each for each in diagnose(window_of(ALONE), facts) if each.kind is Kind.THROTTLED]
 
 
 @pytest.mark.parametrize(
@@ -69,3 +75,26 @@ def test_the_reason_is_told(reasons, words, advice):
 def test_what_slows_nothing_down_is_silent(machine):
     """An idle device, a clock that somebody set, and a device at its power limit are usual."""
     assert found(machine) == []
+
+
+def test_a_clock_limit_far_below_the_highest_clock_is_told():
+    """Somebody has set it; the device could run faster."""
+    (finding,) = found(samples(APPLICATION, share=1.0), 1980)
+
+    assert "GPU 3 ran at 1200 MHz instead of 1980, because of: a clock limit that was set" in finding.summary
+    assert "nvidia-smi -rgc" in finding.next
+
+
+@pytest.mark.parametrize(
+    ("machine", "highest_mhz"),
+    [
+        (samples(APPLICATION, low_mhz=1600, share=1.0), 1980),
+        (samples(0, share=1.0), 1980),
+        (samples(APPLICATION, share=1.0, busy_pct=10.0), 1980),
+        (samples(APPLICATION, share=1.0), -1),
+    ],
+    ids=["a little", "no limit", "not computing", "highest clock unknown"],
+)
+def test_other_clocks_are_no_limit(machine, highest_mhz):
+    """A clock that is low without a set limit has other reasons."""
+    assert found(machine, highest_mhz) == []

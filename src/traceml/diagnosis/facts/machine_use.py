@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import GPU, HOST, PROCESS, Table
 from traceml.diagnosis.facts.core_waits import share_of_wall_time
 
-__all__ = ["LoweredClock", "MachineSamples", "MachineUse"]
+__all__ = ["SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse"]
 
 MAX_RANKS = 8
 """Ranks whose samples are kept: they stand for the others, and a live verdict has thousands."""
@@ -37,6 +37,8 @@ LEAST_DROP = 0.15
 """A power limit is usual under load: it counts from this loss of clock on, against the device's other samples."""
 _BUSY_PCT = 50.0
 _POWER_LIMIT = 0x4
+_SET_LIMIT, SET_LIMIT = 0x2, "a clock limit that was set"
+_LEAST_CAP = 0.25  # loss of the highest clock from which on a limit is told: few devices keep that under load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,20 @@ class MachineSamples:
             for index in np.unique(kept.rows["index"]).tolist() if table == GPU.name else ():
                 if (one := _lowered_clock(kept.rows[kept.rows["index"] == index])) is not None:
                     found.setdefault(rank, []).append(one)
+
+        return found
+
+    def capped_clocks(self, highest_mhz: Mapping[tuple[int, int], int]) -> dict[int, list[LoweredClock]]:
+        """Return the devices that computed far below their highest clock because a limit was set, by rank.
+
+        Args:
+            highest_mhz: highest clock by rank and NVML's number of the device.
+        """
+        found: dict[int, list[LoweredClock]] = {}
+        for (rank, index), highest in highest_mhz.items():
+            kept = self._kept.get((GPU.name, rank))
+            if kept is not None and (one := _capped_clock(kept.rows[kept.rows["index"] == index], highest)) is not None:
+                found.setdefault(rank, []).append(one)
 
         return found
 
@@ -252,3 +268,23 @@ def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
         power_w=float(low["power_w"].mean()),
     )
     return None if bit == _POWER_LIMIT and found.lost < LEAST_DROP else found
+
+
+def _capped_clock(rows: NDArray[np.void], highest_mhz: int) -> LoweredClock | None:
+    """Return the clock of a device that a set limit keeps far below its highest one; None where none does."""
+    busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
+    is_set = (busy["throttle_reasons"] & _SET_LIMIT) != 0
+    if len(busy) < LEAST_SAMPLES or is_set.mean() < LEAST_SHARE:
+        return None
+
+    capped = busy[is_set]
+    found = LoweredClock(
+        index=int(capped["index"][0]),
+        reason=SET_LIMIT,
+        share=float(is_set.mean()),
+        clock_mhz=float(np.median(capped["sm_clock_mhz"])),
+        usual_mhz=float(highest_mhz),
+        temperature_c=float(capped["temperature_c"].max()),
+        power_w=float(capped["power_w"].mean()),
+    )
+    return found if found.lost >= _LEAST_CAP else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.machine_use import LoweredClock
+from traceml.diagnosis.facts.machine_use import SET_LIMIT, LoweredClock
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import percent_text
@@ -13,7 +13,8 @@ __all__ = ["throttled"]
 
 def throttled(facts: JobFacts) -> list[Finding]:
     """Return the finding about lowered clocks, told of the device that lost most."""
-    by_rank = facts.samples.lowered_clocks()
+    highest = {key: each.max_clock_mhz for key, each in facts.health.devices.items() if each.max_clock_mhz > 0}
+    by_rank = facts.samples.lowered_clocks() or facts.samples.capped_clocks(highest)
     found = [(rank, one) for rank, several in by_rank.items() for one in several]
     if not found:
         return []
@@ -56,6 +57,9 @@ def _at(worst: LoweredClock) -> str:
 def _advice(reason: str) -> str:
     if reason.startswith("temperature"):
         return "Look at the cooling of the host (fans, airflow, other jobs on it), or train on another one."
+
+    if reason == SET_LIMIT:
+        return "Ask who set the limit (nvidia-smi -q -d CLOCK), and lift it: nvidia-smi -rgc, and -rac."
 
     if reason == "power limit":
         return "Compare the device's power limit with that of others (nvidia-smi -q -d POWER), and ask who lowered it."
