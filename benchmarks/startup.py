@@ -1,5 +1,5 @@
-"""What tracing costs around the training: imports, disabled calls, init, shutdown, memory, the recorder's thread, and
-how much longer a job takes from the command line to the prompt.
+"""What tracing costs around the training: imports, disabled calls, init, shutdown, memory, the recorder's thread, the
+commands that show runs, and how much longer a job takes from the command line to the prompt.
 
     python benchmarks/startup.py [--peer] [--rounds 7] [--seconds 10] [--only NAME ...] [--json FILE]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def main() -> int:
         "life": measure_life,
         "memory": measure_memory,
         "thread": measure_thread,
+        "commands": measure_commands,
         "run": measure_run,
     }
     results = {}
@@ -163,7 +165,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=30.0, help="how long the recorder's thread is watched after 10 s"
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="import, disabled, life, memory, thread, run")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="import, disabled, life, memory, thread, commands, run"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here")
     return parser.parse_args()
 
@@ -223,6 +227,38 @@ def measure_thread(options: argparse.Namespace, folder: Path) -> Any:
             )
 
     return results
+
+
+def measure_commands(options: argparse.Namespace, folder: Path) -> Any:
+    """Time of commands on a run of 50 steps, their CPU time too, as other programs on the machine disturb it less."""
+    (folder / "train.py").write_text(SCRIPT)
+    job = [str(BIN / "traceml"), "run", "--live", "none", "train.py"]
+    subprocess.run(job, cwd=folder, env=_environ(), capture_output=True, check=True)
+    commands = {
+        "python -c pass": ["python", "-c", "pass"],
+        "traceml report": ["traceml", "report"],
+        "traceml runs": ["traceml", "runs"],
+    }
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for number in range(options.rounds + 1):
+        for name, words in commands.items():
+            taken = _times([str(BIN / words[0]), *words[1:]], folder)
+            if number:
+                samples[name].append(taken)
+
+    for name, taken_s in samples.items():
+        whole, cpu = (statistics.median(values) for values in zip(*taken_s, strict=True))
+        print(f"{name}: {whole:.2f} s, CPU {cpu:.2f} s")
+
+    return samples
+
+
+def _times(command: Sequence[str], folder: Path) -> tuple[float, float]:
+    """Run a command; return its seconds, and its CPU seconds."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, cwd=folder, env=_environ(), capture_output=True, check=True)
+    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def measure_run(options: argparse.Namespace, folder: Path) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -155,3 +157,17 @@ def test_lines_are_printed_as_a_flame_graph(slow, capsys):
     assert json.loads(capsys.readouterr().out)["profiles"][0]["type"] == "sampled"
     assert cli.main(["report", "--format", "perfetto"]) == 2
     assert "--lines" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_a_written_report_needs_few_modules(tmp_path):
+    """Neither the modules that make reports, nor typeguard, which some options would make tyro import."""
+    run = store_run(tmp_path / "run", Job(steps=60))
+    save_report(run, build_report(run))
+    code = "import sys; from traceml import cli; cli.main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    words = ["report", "run", "--fail-on", "HANG", "--runs-dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+
+    assert "HEALTHY" in done.stdout
+    loaded = set(done.stderr.split())
+    assert not {"typeguard", "asyncio", "traceml.runs.report.report", "traceml.diagnosis.ruleset"} & loaded

@@ -23,7 +23,6 @@ from traceml.renderers.text.line_table import print_lines
 from traceml.renderers.views import run_view
 from traceml.runs.export.flame_graph import FLAME_GRAPHS
 from traceml.runs.find import find_run
-from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import REPORT_NAME, Report, TrackerSection, read_report
 from traceml.runs.report.trackers import trackers
 from traceml.settings import load
@@ -119,6 +118,8 @@ def current_report(run_dir: Path) -> Report:
             return report
     except (OSError, StoreError):
         pass  # not written yet, or damaged: the store has everything
+
+    from traceml.runs.report.report import build_report  # its modules take longer to import than all others
 
     try:
         return build_report(run_dir)
