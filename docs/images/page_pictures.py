@@ -19,7 +19,7 @@ from traceml.supervise.page_process import PageProcess
 
 FOLDER = Path(__file__).resolve().parent
 DESK, SHORT_DESK, PHONE = (
-    {"width": width, "height": height} for width, height in ((1280, 1560), (1280, 900), (390, 844))
+    {"width": width, "height": height} for width, height in ((1280, 1740), (1280, 900), (390, 844))
 )
 
 
