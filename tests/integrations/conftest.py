@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from traceml.runs.run import Run
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-__all__ = ["Ended", "Job", "job", "serving"]
+__all__ = ["Ended", "Job", "job", "jobs_in", "serving"]
 
 
 @dataclass
@@ -71,6 +72,13 @@ Job = Callable[..., Ended]
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
     """Run a script of this folder; its whole process group is ended afterwards."""
+    with jobs_in(tmp_path) as run:
+        yield run
+
+
+@contextmanager
+def jobs_in(folder: Path, timeout_s: float = 110) -> Iterator[Job]:
+    """Run scripts of this folder in another one; their whole process groups are ended afterwards."""
     started: list[subprocess.Popen[str]] = []
 
     def run(script: str, *arguments: str, ranks: int = 1, **values: str) -> Ended:
@@ -80,14 +88,14 @@ def job(tmp_path: Path) -> Iterator[Job]:
         popen = subprocess.Popen if script.startswith("ray") else partial(forked.Popen, forks=ranks > 1)
         process = popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],
-            env=environ(tmp_path, TRACEML_QUIET="", **own), cwd=tmp_path, text=True, start_new_session=True,
+            env=environ(folder, TRACEML_QUIET="", **own), cwd=folder, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         started.append(process)
-        stdout, stderr = process.communicate(timeout=110)
+        stdout, stderr = process.communicate(timeout=timeout_s)
         assert process.returncode == 0, stdout + stderr
         lines = [line for line in stdout.splitlines() if line.startswith('{"')]
-        return Ended(json.loads(lines[-1]) if lines else None, stderr, tmp_path)
+        return Ended(json.loads(lines[-1]) if lines else None, stderr, folder)
 
     yield run
     for process in started:

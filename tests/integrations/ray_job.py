@@ -1,8 +1,9 @@
-"""Two workers of Ray Train, traced as one run: on one host, and as if they were on two."""
+"""Trainings of two workers of Ray Train, all by one Ray: two that end well, and two in which one rank raises."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -41,15 +42,39 @@ def both(config: dict[str, Any]) -> None:
     report({"running": is_enabled()})
 
 
+def fail(config: dict[str, Any]) -> None:
+    """Train a wrapped model; one rank raises in step 50."""
+    model = ray.train.torch.prepare_model(torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(80):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        if step == 50 and ray.train.get_context().get_world_rank() == config["failing"]:
+            raise RuntimeError(f"rank {config['failing']} is bad")
+
+
 once = trace(train, connect_timeout=9.0)
 
-if __name__ == "__main__":
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=True)
-    result = ray.train.torch.TorchTrainer(
-        both,
-        train_loop_config={"epochs": 3},
+
+def fit(function: Any, **config: int) -> str:
+    """Train on two workers; return the name of the error."""
+    trainer = ray.train.torch.TorchTrainer(
+        function,
+        train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
-        run_config=ray.train.RunConfig(storage_path=str(__import__("pathlib").Path("ray").absolute())),
-    ).fit()
-    print(json.dumps({"error": repr(result.error)}), flush=True)
+        run_config=ray.train.RunConfig(storage_path=str(Path("ray").absolute())),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # whatever Ray makes of it
+        return type(error).__name__
+
+    return ""
+
+
+if __name__ == "__main__":
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+    errors = [fit(both, epochs=3), fit(trace(fail), failing=1), fit(trace(fail), failing=0)]
+    print(json.dumps({"errors": errors}), flush=True)
     ray.shutdown()

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
-from tests.integrations.conftest import Job
+import pytest
+
+from tests.integrations.conftest import Ended, jobs_in
+
+pytestmark = pytest.mark.timeout(400)
 
 
-def test_workers_are_the_ranks_of_one_run(job: Job) -> None:
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
+    """All trainings, on one Ray: it and its driver take more CPU time to start than a training."""
+    with jobs_in(tmp_path_factory.mktemp("ray"), timeout_s=300) as job:
+        yield job("ray_job.py", RAY_AUTH_MODE="disabled", RAY_TRAIN_V2_ENABLED="1")
+
+
+def test_workers_are_the_ranks_of_one_run(ended: Ended) -> None:
     """Both workers are in one run in the driver's folder, by the host's aggregator as by one started for hosts.
 
     What they report is captured once.
     """
-    ended = job("ray_job.py", RAY_AUTH_MODE="disabled", RAY_TRAIN_V2_ENABLED="1")
-
-    assert ended.said == {"error": "None"}
-    assert len(ended.runs) == 2
-    for run in ended.runs:
+    assert ended.said["errors"][0] == ""
+    assert len(ended.runs) == 4
+    for run in ended.runs[:2]:
         steps = run.steps()
         assert Counter(steps["rank"].tolist()) == {0: 24, 1: 24}
         assert (steps["forward_ns"] > 0).all()
@@ -31,13 +41,10 @@ def test_workers_are_the_ranks_of_one_run(job: Job) -> None:
     assert (ended.folder / "traceml_runs").is_dir()
 
 
-def test_a_failed_training_keeps_all_rows_and_shows_the_verdict(job: Job) -> None:
+def test_a_failed_training_keeps_all_rows_and_shows_the_verdict(ended: Ended) -> None:
     """Ray kills the other ranks and their children: their rows, the report and the driver's verdict remain."""
-    ended = job("ray_failing_job.py", RAY_AUTH_MODE="disabled", RAY_TRAIN_V2_ENABLED="1")
-
-    assert all(ended.said["errors"])
-    assert len(ended.runs) == 2
-    for run, failing in zip(ended.runs, (1, 0), strict=True):
+    assert all(ended.said["errors"][1:])
+    for run, failing in zip(ended.runs[2:], (1, 0), strict=True):
         steps = Counter(run.steps()["rank"].tolist())
         assert steps[failing] == 51
         assert steps[1 - failing] in (50, 51)
