@@ -1,4 +1,4 @@
-# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak, fuzz, audit, release.
+# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak, fuzz, audit, release, compatibility.
 # Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 2)
 
-.PHONY: demo check test lint types style unit system docs bench accuracy faults soak fuzz audit release clean
+.PHONY: demo check test lint types style unit system docs bench accuracy faults soak fuzz audit release compatibility clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE:=/*.[ch]))
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -99,6 +99,10 @@ audit: $(VENV)/.test
 # What a registry takes, in dist: source distribution and wheel, each tried in an empty environment. Five minutes.
 release: $(VENV)/.release
 	$(BIN)/python release/build.py $(ARGS)
+
+# The wheel with each Python and the oldest and newest torch; writes docs/compatibility.md. 30 GB of disk.
+compatibility: $(VENV)/.release
+	$(BIN)/python release/compatibility.py --output docs/compatibility.md $(ARGS)
 
 $(VENV)/.release: $(VENV)/.base
 	@$(PIP) install --group release
