@@ -58,6 +58,19 @@ def test_own_processes_and_their_children_are_left_out(taker: int) -> None:
         assert used(read, own, _NAME) == 0.0
 
 
+def test_another_rank_of_the_same_launcher_is_no_other_process(taker: int) -> None:
+    """It has not connected yet: the same parent has started it from the same program."""
+    with subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        read = BusyProcesses()
+        read.read({taker})
+        assert used(read, {taker}, _NAME) == 0.0
+
+        assert eventually(lambda: used(read, set(), _NAME), "some CPU time") >= 0.1
+        other.kill()
+
+
 def test_processes_of_other_users_have_no_name(taker: int) -> None:
     """What runs under another account is nobody's business; that it takes the cores is."""
     read = BusyProcesses(user=Path(f"/proc/{taker}").stat().st_uid + 1)

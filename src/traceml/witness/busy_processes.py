@@ -35,7 +35,8 @@ class BusyProcesses:
         Empty at the first reading. The name of processes of other users is empty.
 
         Args:
-            own: processes that are left out with all their descendants.
+            own: processes that are left out with all their descendants, and with those that the same parent has
+                started from the same program: ranks that have not connected yet, or have ended their tracing.
         """
         now_s, known = time.monotonic(), _processes()
         passed_s, self._read_s = now_s - self._read_s, now_s
@@ -43,6 +44,7 @@ class BusyProcesses:
         if before is None or passed_s <= 0:
             return {}
 
+        own = {*own, *self._siblings(own, known)}
         used: Counter[str] = Counter()
         for pid, info in known.items():
             cores = (info.cpu_s - before.get(pid, info.cpu_s)) / passed_s
@@ -50,6 +52,13 @@ class BusyProcesses:
                 used[_name(pid, self._user)] += cores  # type: ignore[assignment]
 
         return {name: round(cores, 2) for name, cores in used.most_common() if cores >= LEAST_CORES}
+
+    def _siblings(self, own: Collection[int], known: Mapping[int, ProcessInfo]) -> set[int]:
+        parents = {known[pid].parent for pid in own if pid in known}
+        children = {pid: info.parent for pid, info in known.items() if info.parent in parents}
+        programs = {pid: (parent, _name(pid, self._user)) for pid, parent in children.items()}
+        of_own = {programs[pid] for pid in own if pid in programs}
+        return {pid for pid, program in programs.items() if program in of_own}
 
 
 def _processes() -> dict[int, ProcessInfo]:
