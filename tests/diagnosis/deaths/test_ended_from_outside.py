@@ -71,6 +71,11 @@ def test_a_script_that_returned_by_itself_is_a_warning() -> None:
     )
 
 
+def test_a_script_that_ignored_the_signal_ended_by_itself() -> None:
+    """It trained on to its end."""
+    assert rank_lost(job(RankExit(rank=0, last_step=99), by=SLURM._replace(waited_s=7200.0))) == []
+
+
 def test_the_status_of_a_handler_is_no_cause() -> None:
     """A script that exits with a code of its own after the signal was ended by the signal."""
     (finding,) = rank_lost(job(RankExit(rank=0, state="failed", code=1, last_step=5, at_s=AT_S + 2)))

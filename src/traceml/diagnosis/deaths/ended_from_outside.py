@@ -17,6 +17,7 @@ from traceml.process_ends import signal_name
 __all__ = ["ended_from_outside"]
 
 _EARLY_S = 0.5  # clocks of hosts differ a little
+_LATE_S = 600.0  # a script that goes on for longer, and then ends well, has ignored the signal
 _SENDERS = (
     (("slurm",), "Ask Slurm why: sacct -j JOBID -o State,ExitCode,Elapsed (CANCELLED, PREEMPTED, TIMEOUT)"),
     (("timeout",), "The command `timeout` ended it: give it more time"),
@@ -40,8 +41,12 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
     if by is None or any(ended.at_s is not None and ended.at_s < by.at_s - _EARLY_S for ended in causes):
         return []
 
+    returned = not ended_badly(facts.exits)
+    if returned and by.waited_s > _LATE_S:
+        return []
+
     last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
-    lost, returned = lost_steps(last, facts.exits), not ended_badly(facts.exits)
+    lost = lost_steps(last, facts.exits)
     return [
         Finding(
             kind=Kind.RANK_LOST,
