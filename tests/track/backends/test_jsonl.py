@@ -13,6 +13,7 @@ import pytest
 
 from tests.track.backends.conftest import Maker
 from traceml.errors import BackendError
+from traceml.track.backends.jsonl import JsonlBackend
 from traceml.track.plugins.metric import Metric
 
 
@@ -154,3 +155,25 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
     assert ran.stdout.split() == ["1"]
     lines = _lines(tmp_path / "jsonl" / "e.jsonl")
     assert [line["step"] for line in lines[1:]] == list(range(400))
+
+
+def test_a_file_that_was_moved_with_its_run_is_continued(tmp_path: Path) -> None:
+    """After its last confirmed line, where the run's folder is now; a file that is nowhere is an error."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    config = {"experiment": {"id": "one"}, "options": {}}
+    backend = JsonlBackend({**config, "run_dir": str(before)})
+    backend.start_experiment("one", "tests")
+    backend.log_metric("loss", 1.0, 0)
+    mark = backend.mark()
+    backend.log_metric("loss", 2.0, 1)  # not confirmed
+    before.rename(after)
+
+    again = JsonlBackend({**config, "run_dir": str(after)})
+    again.resume(mark)
+    again.start_experiment("one", "tests")
+    again.log_metric("loss", 3.0, 1)
+
+    assert [line["value"] for line in _lines(after / "jsonl" / "one.jsonl")[1:]] == [1.0, 3.0]
+    assert again.mark()["path"] == str(after / "jsonl" / "one.jsonl")
+    with pytest.raises(BackendError, match="is gone"):
+        JsonlBackend({**config, "run_dir": str(tmp_path / "elsewhere")}).resume(mark)

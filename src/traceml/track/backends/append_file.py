@@ -90,7 +90,7 @@ class FileBackend(BackendInterface):
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
         """Cut off what comes after the mark."""
-        self._path, self._keep = Path(mark["path"]), True
+        self._path, self._keep = self._place_of(Path(mark["path"])), True
         cut_back(self._path, mark["offset"])
         return True
 
@@ -107,6 +107,11 @@ class FileBackend(BackendInterface):
     def mark(self) -> dict[str, Any]:
         """Return the file and its length."""
         return {"path": str(self._path), "offset": self._path.stat().st_size}
+
+    def _place_of(self, path: Path) -> Path:
+        """Return where a file is now: in the usual folder, if that was moved with its run."""
+        places = (path, self._root / path.name, self._root / path.parent.name / path.name)
+        return next((place for place in places if place.exists()), path)
 
     def _open(self) -> AppendFile:
         """Open the file, and create its folder."""
