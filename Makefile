@@ -75,7 +75,7 @@ $(VENV)/.docs: $(VENV)/.base
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-# 139 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and half an hour.
+# 142 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and half an hour.
 accuracy: $(VENV)/.test
 	$(BIN)/python benchmarks/accuracy/judge.py --output docs/accuracy.md $(ARGS)
 
