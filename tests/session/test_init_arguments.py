@@ -21,4 +21,7 @@ def test_every_setting_is_an_argument_of_its_type() -> None:
 
 def _taken(kind: Any) -> Any:
     forms: dict[Any, Any] = {tuple: Sequence[str], dict: Mapping[(str, *get_args(kind)[1:])], Path: str | PathLike[str]}
+    if kind == Path | None:
+        return forms[Path] | None
+
     return forms.get(get_origin(kind) or kind, kind)

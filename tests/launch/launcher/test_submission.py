@@ -150,20 +150,20 @@ def test_a_signal_of_slurm_reaches_the_function_alone(slurm: Slurm, tmp_path: Pa
         slurm,
         tmp_path,
         f"""
-import signal, subprocess, time, traceml
+import os, signal, subprocess, time, traceml
 from pathlib import Path
 from tests.eventually import eventually
 
 def train():
     got = []
     signal.signal(signal.SIG{name}, lambda number, _: got.append(number))
-    Path("ready").touch()
+    Path("ready" + os.environ["RANK"]).touch()
     while not got:
-        signal.pause()
+        time.sleep(0.05)
     return "saved"
 
 job = traceml.Launcher(backend=None).submit(train, nodes=2)
-eventually(Path("ready").exists, "the function to run")
+eventually(lambda: len(list(Path().glob("ready*"))) == 2, "the function to run on both nodes")
 subprocess.run(["scancel", "--signal={name}", job.job_id], check=True)
 print(job.result(timeout=90).results)
 """,

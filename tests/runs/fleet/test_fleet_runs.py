@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from distributed import Client
 
 from tests.dask_programs import dask_programs
 from tests.runs.fleet.fabricated_fleet import PHASES_MS, fleet_report
@@ -81,5 +82,6 @@ def test_conditions_choose_runs(dataset):
 @pytest.mark.process
 def test_dask_reads_the_same(dataset, tmp_path):
     """Workers of a cluster return the runs as threads do."""
-    with dask_programs(tmp_path, workers=2) as address:
+    with dask_programs(tmp_path, workers=2) as address, Client(address) as client:
+        client.wait_for_workers(2, timeout=30)
         assert read_runs(dataset.files(), dask=address) == read_runs(dataset.files())
