@@ -75,6 +75,22 @@ def test_containers_of_variables_and_their_attributes_are_seen() -> None:
     assert (len(losses), len(metrics), len(short)) == (10, 1, 2)
 
 
+def test_a_container_is_the_same_under_another_name() -> None:
+    """One look comes while a method runs, `self.history`, the other while its caller does, `tracker.history`."""
+    tracker = Tracker()
+    tracker.history += [torch.zeros(10) for _ in range(9)]
+
+    def method(self: Tracker) -> dict[tuple[str, int], HeldObjects]:
+        return look(sys._getframe(), is_here)
+
+    inside, outside = method(tracker), look(sys._getframe(), is_here)
+
+    keys = [{key for key, held in found.items() if held.path.endswith(".history")} for found in (inside, outside)]
+    assert len(keys[0]) == 1
+    assert keys[0] == keys[1]
+    assert {inside[key].path for key in keys[0]} == {"self.history"}
+
+
 def test_a_look_leaves_no_references_behind() -> None:
     """A variable that the other thread deletes afterwards is gone at once."""
     ready, seen, gone = threading.Event(), threading.Event(), threading.Event()

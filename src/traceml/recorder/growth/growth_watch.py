@@ -140,6 +140,9 @@ def _grows(readings: list[int]) -> bool:
 def _has_grown(before: HeldObjects, after: HeldObjects, steps: int) -> bool:
     from traceml.recorder.growth.held_objects import MAX_CHAIN
 
+    if (before.kind, before.item) != (after.kind, after.item):  # another object at the same address
+        return False
+
     if after.kind != "graph":
         return after.size > before.size
 

@@ -68,7 +68,7 @@ class _Place(NamedTuple):
 
 
 def look(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> dict[tuple[str, int], HeldObjects]:
-    """Return the containers that the user's frames reach, by path and identity.
+    """Return the containers that the user's frames reach: by identity, a tensor with its graph by path.
 
     Args:
         frame: the innermost frame of a thread.
@@ -87,8 +87,8 @@ def look(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> dict[
         try:
             held = _held(place)
             if held is not None:
-                # A sum of losses is another tensor in each step.
-                found[place.path, 0 if held.kind == "graph" else id(place.value)] = held
+                # A sum of losses is another tensor in each step. The path to a container depends on the open frames.
+                found[(place.path, 0) if held.kind == "graph" else ("", id(place.value))] = held
 
             if place.depth < _MAX_DEPTH:
                 places.extend(_inside(place))
