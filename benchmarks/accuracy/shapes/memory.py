@@ -103,11 +103,9 @@ class Listing(Dataset):
 
 def listing():
     trainer = Trainer()
-    for number, x in enumerate(DataLoader(Listing(), 128, num_workers=1)):
-        trainer.step(x)
-        trainer.step(x)
-        if number > 1500:
-            break
+    for x in DataLoader(Listing(), 128, num_workers=1):
+        for _ in range(5):
+            trainer.step(x)
 
 
 def evaluates():
