@@ -130,6 +130,17 @@ def test_workers_that_copy_shared_objects_are_told_with_the_attribute():
     assert finding.evidence["attribute"] == "Listing.files"
 
 
+@pytest.mark.parametrize(("left_bytes", "is_told"), [(14 * GB, False), (100 * MB, True)])
+def test_copies_end_with_what_there_is_to_copy(left_bytes, is_told):
+    """A host that has room for all of it will not be full."""
+    facts = growing_workers()
+    host(facts["memory"], 16 * GB - left_bytes)
+    (finding,) = leaks(**facts, hosts={0: "h"})
+
+    assert ("are full in" in finding.summary) is is_told
+    assert ("left_s" in finding.evidence) is is_told
+
+
 def test_copies_of_a_further_loader_are_told_with_its_data_set():
     """The validation loader's, which is described after that of the training."""
     (finding,) = leaks(**growing_workers(number=1))

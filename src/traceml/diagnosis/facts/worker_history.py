@@ -104,3 +104,11 @@ class WorkerHistory:
 
         grown, new = (int(np.diff(watched.memory[name])[0]) for name in ("private_bytes", "anonymous_bytes"))
         return grown > 0 and new <= COPIED_SHARE * grown
+
+    def uncopied_bytes(self, rank: int, loader: int) -> int:
+        """Return the memory that the workers share since the fork, and may still copy; 0 where it is not known."""
+        watched = self._watched.get((rank, loader))
+        if watched is None or watched.memory is None:
+            return 0
+
+        return max(int(watched.memory["anonymous_bytes"][-1]) - int(watched.memory["private_bytes"][-1]), 0)

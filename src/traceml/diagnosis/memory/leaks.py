@@ -82,9 +82,12 @@ def _finding(
 ) -> Finding:
     rank = max(found, key=lambda each: found[each][1].bytes_per_step)
     device, growth = found[rank]
-    room = _room(facts, kind, rank, device, by_kind)
     workers = facts.workers.workers(rank, device) if kind is MemoryKind.WORKERS else 0
     copied = copied_objects(facts, rank, device) if workers else None
+    room = _room(facts, kind, rank, device, by_kind)
+    if copied and room and room.left_s > facts.workers.uncopied_bytes(rank, device) / max(growth.bytes_per_s, 1.0):
+        room = None  # all is copied before it is full
+
     cause = None if workers or kind is MemoryKind.PINNED else growth_cause(facts, rank, growth.bytes_per_step)
     why = copied or cause
     unread = _unread_steps(facts)

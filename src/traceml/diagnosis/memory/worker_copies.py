@@ -53,7 +53,7 @@ def copied_objects(facts: JobFacts, rank: int, loader: int) -> CopiedObjects | N
 
     text = (
         " These are copies of memory shared since the fork: reading a Python object updates its reference count, which "
-        "copies its page."
+        "copies its page, until all are copied."
     )
     if not described.objects:
         return CopiedObjects(text, f"Keep what the Dataset holds {_AS_ARRAYS}", {"copies": True})
