@@ -70,12 +70,11 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
 
 def step_text(ended: RankExit) -> str:
     """Return when a rank ended: `, in step 42, in forward`."""
-    step = ended.open_step if ended.open_step is not None else ended.last_step
-    if step is None:
+    if ended.step is None:
         return ", before the first step"
 
     inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
-    return f", {'in' if ended.open_step is not None else 'after'} step {step}{inside}"
+    return f", {'in' if ended.open_step is not None else 'after'} step {ended.step}{inside}"
 
 
 def _signal_text(ended: RankExit) -> str:

@@ -96,7 +96,7 @@ def _evidence(by: EndingSignal, last: RankExit, lost: int | None) -> dict[str, o
         "signal": by.number,
         "sender": by.sender or None,
         "sender_pid": by.sender_pid,
-        "step": last.open_step if last.open_step is not None else last.last_step,
+        "step": last.step,
         "last_step": last.last_step,
         "lost_steps": lost,
     }

@@ -149,7 +149,7 @@ def _evidence(
         "file": ended.file,
         "line": ended.line,
         "function": ended.function,
-        "step": ended.open_step if ended.open_step is not None else ended.last_step,
+        "step": ended.step,
         "last_step": ended.last_step,
         "lost_steps": lost,
         "host": ended.host,

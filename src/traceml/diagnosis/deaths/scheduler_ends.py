@@ -126,7 +126,7 @@ def _evidence(ended: RankExit, cause: str, lost: int | None) -> dict[str, object
         "cause": cause,
         "signal": ended.signal,
         "code": ended.code,
-        "step": ended.open_step if ended.open_step is not None else ended.last_step,
+        "step": ended.step,
         "last_step": ended.last_step,
         "lost_steps": lost,
     }

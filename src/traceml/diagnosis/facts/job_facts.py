@@ -111,6 +111,11 @@ class RankExit:
     scheduler: str | None = None
     host_lost: str | None = None
 
+    @property
+    def step(self) -> int | None:
+        """The step in which it ended, or after which; None before the first."""
+        return self.open_step if self.open_step is not None else self.last_step
+
     @classmethod
     def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
         """Return an exit from the facts of a stream, which the rank, its launcher and its flight file reported."""

@@ -69,12 +69,11 @@ def stood_s(reader: StoreReader, *, hung: bool) -> float:
 
 def _section(attempt: int, causes: Sequence[RankExit], lost_s: float | None, before: int) -> RestartSection:
     first = causes[0]
-    step = first.open_step if first.open_step is not None else first.last_step
     return RestartSection(
         attempt=attempt,
         ranks=sorted(each.rank for each in causes),
         reason=_reason(first),
-        step=None if step is None else step + before,
+        step=None if first.step is None else first.step + before,
         lost_s=lost_s,
     )
 
