@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, SampledLine, import_share, outside_line
@@ -48,43 +49,41 @@ def _startup(time: RunTime, startup_s: float, line: BlamedLine | None, imports: 
 
     mostly_imports = imports >= NAMED_SHARE
     where = f", {percent_text(imports)} of it in imports" if mostly_imports else line.of_it if line else ""
-    return Finding(
-        kind=Kind.STARTUP,
-        severity=Severity.WARNING if startup_s >= LONG_STARTUP_S else Severity.INFO,
-        summary=(
-            f"Training began {duration_text(startup_s)} after the start: {percent_text(time.share('startup'))} "
-            f"of the run's {duration_text(time.wall_s)}{where}."
-        ),
-        next=_FOR_IMPORTS if mostly_imports else _for_startup(line),
-        evidence={
-            "startup_s": startup_s,
-            "wall_s": time.wall_s,
-            "share": time.share("startup"),
+    return _startup_finding(
+        time,
+        startup_s,
+        f"Training began {duration_text(startup_s)} after the start: {_part_of_run(time)}{where}.",
+        _FOR_IMPORTS if mostly_imports else _for_startup(line),
+        {
             **({"import_share": imports} if mostly_imports else {}),
             **({} if line is None else line.evidence(1.0)),
         },
-        cost_share=time.share("startup"),
     )
 
 
 def _compiled_startup(time: RunTime, startup_s: float, compiled: float) -> Finding:
     """Return the finding about a start-up that includes the compilations of the first steps."""
+    summary = (
+        f"Start-up with the compilations of the first steps took {duration_text(startup_s)}: {_part_of_run(time)}; "
+        f"torch.compile took {duration_text(time.compile_s)} of it."
+    )
+    evidence = {"compile_s": time.compile_s, "compile_share": compiled}
+    return _startup_finding(time, startup_s, summary, _FOR_COMPILING, evidence)
+
+
+def _part_of_run(time: RunTime) -> str:
+    return f"{percent_text(time.share('startup'))} of the run's {duration_text(time.wall_s)}"
+
+
+def _startup_finding(
+    time: RunTime, startup_s: float, summary: str, advice: str, evidence: Mapping[str, Any]
+) -> Finding:
     return Finding(
         kind=Kind.STARTUP,
         severity=Severity.WARNING if startup_s >= LONG_STARTUP_S else Severity.INFO,
-        summary=(
-            f"Start-up with the compilations of the first steps took {duration_text(startup_s)}: "
-            f"{percent_text(time.share('startup'))} of the run's {duration_text(time.wall_s)}; torch.compile took "
-            f"{duration_text(time.compile_s)} of it."
-        ),
-        next=_FOR_COMPILING,
-        evidence={
-            "startup_s": startup_s,
-            "wall_s": time.wall_s,
-            "share": time.share("startup"),
-            "compile_s": time.compile_s,
-            "compile_share": compiled,
-        },
+        summary=summary,
+        next=advice,
+        evidence={"startup_s": startup_s, "wall_s": time.wall_s, "share": time.share("startup"), **evidence},
         cost_share=time.share("startup"),
     )
 
