@@ -98,17 +98,19 @@ class WorkerHistory:
 
     def copies(self, rank: int, loader: int) -> bool:
         """Return whether the private memory of the workers grows by copies of what they share since the fork."""
-        watched = self._watched.get((rank, loader))
-        if watched is None or watched.memory is None:
+        memory = self._memory(rank, loader)
+        if memory is None:
             return False
 
-        grown, new = (int(np.diff(watched.memory[name])[0]) for name in ("private_bytes", "anonymous_bytes"))
+        grown, new = (int(np.diff(memory[name])[0]) for name in ("private_bytes", "anonymous_bytes"))
         return grown > 0 and new <= COPIED_SHARE * grown
 
     def uncopied_bytes(self, rank: int, loader: int) -> int:
         """Return the memory that the workers share since the fork, and may still copy; 0 where it is not known."""
-        watched = self._watched.get((rank, loader))
-        if watched is None or watched.memory is None:
-            return 0
+        memory = self._memory(rank, loader)
+        return 0 if memory is None else max(int(memory["anonymous_bytes"][-1]) - int(memory["private_bytes"][-1]), 0)
 
-        return max(int(watched.memory["anonymous_bytes"][-1]) - int(watched.memory["private_bytes"][-1]), 0)
+    def _memory(self, rank: int, loader: int) -> NDArray[np.void] | None:
+        """Return the first and newest rows with private memory of the same workers; None without them."""
+        watched = self._watched.get((rank, loader))
+        return None if watched is None else watched.memory
