@@ -41,7 +41,7 @@ PACES = ((60, 5), (240, 2))
 """With fewer samples than this, they come so many times as often."""
 
 MOST_COST = 0.004
-"""Share of a core above which the first samples come less often, but at least `_SURE_PACE` times as often as usual."""
+"""Share of a core above which the samples of the first pace come less often: `_SURE_PACE` times as often as usual."""
 
 _SURE_PACE = 3  # else a run of seconds on busy cores would have none
 _COST_SAMPLES = 8  # the cost is a mean of so many
