@@ -116,7 +116,7 @@ FORBIDDEN = {
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
     "formatting", "former_settings", "settings", "coerce", "errors", "clock", "ids", "installation", "own_files",
-    "priority", "fail_open", "process_ends", "version", "privacy", "witness",
+    "priority", "fail_open", "fork_gate", "process_ends", "version", "privacy", "witness",
 }  # fmt: skip
 
 # Classes that have their name more than once: each a callback that its framework's users look for under this name.

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from traceml.errors import AggregatorForeignError, AggregatorUnavailableError
+from traceml.fork_gate import fork_gate
 from traceml.recorder.detached_process import DetachedProcess
 from traceml.settings import Config
 from traceml.transport.auth import runtime_folder
@@ -95,7 +96,8 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
             reason = f"another process has the runs folder {config.runs_dir}, and does not answer"
             raise missing or AggregatorUnavailableError(config.host, config.port, waited_s, reason)
 
-        time.sleep(_LOCK_POLL_S)
+        with fork_gate.opened():
+            time.sleep(_LOCK_POLL_S)
 
 
 def _take_lock(config: Config) -> FolderLock | None:
@@ -186,7 +188,8 @@ def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_en
             if waited_s > _ENDING_S and is_ending():
                 raise
 
-            time.sleep(_PROBE_S)
+            with fork_gate.opened():
+                time.sleep(_PROBE_S)
 
 
 def _listen(config: Config) -> socket.socket | None:

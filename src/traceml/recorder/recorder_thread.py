@@ -12,6 +12,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
+from traceml.fork_gate import fork_gate
 from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.stop_meter import StopMeter
@@ -265,7 +266,10 @@ class RecorderThread:
 
     def _guarded(self, turn: Callable[[], None]) -> None:
         level = logging.DEBUG if self.errors else logging.WARNING
-        with fail_open(_log, "recorder", "a turn of the recorder's thread failed, and it continues", level=level):
+        with (
+            fail_open(_log, "recorder", "a turn of the recorder's thread failed, and it continues", level=level),
+            fork_gate,
+        ):
             turn()
             return
 

@@ -34,6 +34,7 @@ from traceml.database.flight.flight_folders import ARTIFACTS, pending_row_path, 
 from traceml.database.flight.rings import RowSlice
 from traceml.database.schema import BLOBS
 from traceml.fail_open import fail_open
+from traceml.fork_gate import fork_gate
 from traceml.own_files import make_own_folder
 
 __all__ = ["BlobTable", "FileUpload", "FileUploader", "RefusedFileError"]
@@ -226,7 +227,9 @@ class FileUploader:
             if time.monotonic() > deadline_s or not advance():
                 return "stopped" if self.pending else "done"
 
-            time.sleep(_POLL_S)
+            with fork_gate.opened():
+                time.sleep(_POLL_S)
+
             if self.progress != seen:
                 seen, since_s = self.progress, time.monotonic()
             elif time.monotonic() - since_s > stuck_s:
@@ -279,7 +282,9 @@ class FileUploader:
         """Copy a file into the spool, under the name of its contents."""
         folder = self._folder()
         part = folder / f".{threading.get_ident()}.part"
-        digest, size = hashlib.sha256(), 0
+        with fork_gate:
+            digest, size = hashlib.sha256(), 0
+
         try:
             with part.open("wb") as file:
                 for data in _chunks_of(upload.source):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from traceml.clock import clock_pair, monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.fail_open import failures
+from traceml.fork_gate import fork_gate
 from traceml.transport.client_handshake import RECEIVE_BYTES, ClientHandshake, client_tls, open_socket, refusal
 from traceml.transport.framing import Decoder, encode, rows_frame
 from traceml.transport.hello import Hello
@@ -211,7 +212,9 @@ class Connection:
         deadline = time.monotonic() + timeout_s
         while timeout_s > 0:
             left_s = max(0.0, deadline - time.monotonic())
-            events = self._poll.poll(left_s * 1000.0)
+            with fork_gate.opened():
+                events = self._poll.poll(left_s * 1000.0)
+
             if not events:
                 break
 
@@ -226,7 +229,9 @@ class Connection:
         """Send the unsent bytes, for up to `timeout_s`; return whether all were sent."""
         deadline = time.monotonic() + timeout_s
         while self._unsent and (left_s := deadline - time.monotonic()) > 0:
-            self._poll.poll(left_s * 1000.0)
+            with fork_gate.opened():
+                self._poll.poll(left_s * 1000.0)
+
             self._flush()
             self._fill()  # a peer that waits until we read would never read our bytes
 

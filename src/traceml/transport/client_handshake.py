@@ -10,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AggregatorForeignError, AggregatorRefusedError, ProtocolError
+from traceml.fork_gate import fork_gate
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode
 from traceml.transport.hello import Hello
@@ -98,7 +99,8 @@ class ClientHandshake:
 
             self._sock.settimeout(left_s)
             try:
-                data = self._sock.recv(RECEIVE_BYTES)
+                with fork_gate.opened():
+                    data = self._sock.recv(RECEIVE_BYTES)
             except TimeoutError:
                 raise TimeoutError(f"a program listens there, but sent no {kind}{self._tls_hint(kind)}") from None
 
@@ -153,7 +155,10 @@ def open_socket(host: str, port: int, timeout_s: float) -> socket.socket:
     Raises:
         OSError: none listens there, or it did not answer in time.
     """
-    sock = socket.create_connection((host, port), timeout=timeout_s)
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with fork_gate.opened():  # for the connection, which may take long; no fork while a name is looked up
+        sock = _connect_to_any([(str(address[0]), int(address[1])) for *_, address in addresses], timeout_s)
+
     # A connect to a free ephemeral port can connect to itself: TCP allows a simultaneous open with one socket.
     if sock.getsockname() == sock.getpeername():
         sock.close()
@@ -161,6 +166,14 @@ def open_socket(host: str, port: int, timeout_s: float) -> socket.socket:
 
     keep_alive(sock)
     return sock
+
+
+def _connect_to_any(addresses: list[tuple[str, int]], timeout_s: float) -> socket.socket:
+    for address in addresses[:-1]:
+        with contextlib.suppress(OSError):
+            return socket.create_connection(address, timeout=timeout_s)
+
+    return socket.create_connection(addresses[-1], timeout=timeout_s)
 
 
 def refusal(message: dict[str, Any], host: str, port: int) -> ConnectionError:

@@ -135,6 +135,7 @@ class AutoCapture:
             self._child = CollectorProcess(names, registered(PluginType.COLLECTOR), self._config.mask, self._log_row)
 
     def _start_thread(self, name: str) -> None:
+        from traceml.privacy import Masker
         from traceml.track.rank.collectors.readings import readings
 
         def warn(error: Exception) -> None:
@@ -148,10 +149,9 @@ class AutoCapture:
             warn(error)
             return
 
-        def run() -> None:
-            from traceml.privacy import Masker
+        masker = Masker(self._config.mask)
 
-            masker = Masker(self._config.mask)
+        def run() -> None:
             for rows in readings(collector, warn, self._stopped):
                 for row in rows:
                     if isinstance(row, Metric):

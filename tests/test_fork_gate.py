@@ -1,0 +1,160 @@
+"""Forks while other threads of ours are at work."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import signal
+import ssl
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.eventually import eventually
+from traceml.fork_gate import ForkGate, fork_gate
+
+FORKS = 300
+
+pytestmark = pytest.mark.process
+
+
+@contextmanager
+def working(work: Callable[[], object]) -> Iterator[None]:
+    """Let another thread do something over and over, as the recorder's does: inside the gate, with pauses."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            with fork_gate:
+                work()
+
+            ended.wait(0.0001)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+def status_of_child(work: Callable[[], object]) -> int:
+    """Fork a child that does something; return its status, or the signal that ended it, after 20 s at most."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # its default action ends a child that waits for a lock, too
+        work()
+        os._exit(0)
+
+    return os.waitpid(child, 0)[1]
+
+
+def digest() -> bytes:
+    """Compute an HMAC, as `multiprocessing` does where a loader worker passes a descriptor."""
+    return hmac.digest(b"key", b"message", "sha256")
+
+
+def make_context() -> ssl.SSLContext:
+    """Do what takes OpenSSL's locks without the interpreter's, as our handshake's HMAC does too, but for longer."""
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def import_it() -> None:
+    """Import a module for the first time, which holds its lock for the time of the import."""
+    sys.modules.pop("this_takes_long", None)
+    import this_takes_long  # type: ignore[import-not-found] # noqa: F401
+
+
+def test_a_child_never_waits_for_locks_of_openssl() -> None:
+    """Without the gate 6 of 98 children did, here."""
+    with working(make_context):
+        assert {status_of_child(digest) for _ in range(FORKS)} == {0}
+
+
+def test_a_child_never_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the gate 6 of 7 children did: the lock of a module that the parent imported stays locked in the child."""
+    (tmp_path / "this_takes_long.py").write_text("import time\ntime.sleep(0.002)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with working(import_it):
+        assert {status_of_child(import_it) for _ in range(50)} == {0}
+
+
+def test_a_fork_waits_until_the_work_has_ended() -> None:
+    """Also one of work inside work; what waits inside `opened` does not hold it up."""
+    gate = ForkGate()
+    inside, leave, order = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        with gate, gate, gate.opened():
+            inside.set()
+            leave.wait()
+            order.append("waited")
+
+        order.append("left")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    gate.hold()
+    leave.set()
+    eventually(lambda: order == ["waited"])
+    gate.release()
+    thread.join()
+    assert order == ["waited", "left"]
+
+
+def test_a_thread_that_stays_inside_delays_few_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first fork waits for it; the next ones only briefly; it still leaves the gate as usual."""
+    monkeypatch.setattr("traceml.fork_gate._PATIENCE_S", 0.05)
+    gate = ForkGate()
+    inside, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with gate:
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    for _ in range(2):
+        gate.hold()
+        gate.release()
+
+    leave.set()
+    thread.join()
+    gate.hold()
+    gate.release()
+    with gate:
+        pass
+
+
+def test_a_thread_forks_inside_its_own_work() -> None:
+    """It stays inside in the parent and in the child, and leaves as usual in both."""
+
+    def leave_and_fork() -> None:
+        fork_gate.__exit__()
+        assert fork_gate._inside == {}
+        assert status_of_child(digest) == 0
+
+    with fork_gate:
+        assert status_of_child(leave_and_fork) == 0
+        assert list(fork_gate._inside.values()) == [1]
+
+    assert fork_gate._inside == {}
+
+
+def test_threads_do_not_wait_for_each_other() -> None:
+    """The recorder's thread waits for the one that copies files."""
+    ended = threading.Event()
+
+    def work() -> None:
+        with fork_gate:
+            ended.set()
+
+    with fork_gate:
+        threading.Thread(target=work).start()
+        assert ended.wait(60)
