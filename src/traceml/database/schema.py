@@ -115,7 +115,7 @@ class Table:
         """Position of each column by name."""
         return {name: position for position, name in enumerate(self.names)}
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Size of one row."""
         return 8 * len(self.columns)

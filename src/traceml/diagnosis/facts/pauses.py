@@ -54,12 +54,19 @@ class PauseHistory:
 
     def __init__(self, names: Mapping[int, Mapping[int, str]] | None = None) -> None:
         self._rows: dict[int, Rows] = {}
+        self._ranks: dict[int, set[int]] = {cause: set() for cause in Pause}
         self._names: Mapping[int, Mapping[int, str]] = {} if names is None else names
 
     def add(self, rank: int, rows: Rows) -> None:
         """Take rows of a rank, in order."""
         before = self._rows.get(rank)
         self._rows[rank] = (rows.copy() if before is None else np.concatenate([before, rows]))[-MAX_ROWS:]
+        for cause in np.unique(rows["cause"]).tolist():
+            self._ranks.setdefault(cause, set()).add(rank)
+
+    def ranks(self, cause: Pause) -> set[int]:
+        """Return the ranks that had such a pause: few of many, as a rule."""
+        return self._ranks[cause]
 
     def rows(self, rank: int, cause: Pause) -> Rows:
         """Return the kept rows of a rank about one cause."""
@@ -111,8 +118,8 @@ class PauseHistory:
             wanted: selects rows.
         """
         sums: dict[str, Floats] = {}
-        for row, rank in enumerate(ranks):
-            rows = self.rows(int(rank), cause)
+        for row in np.flatnonzero(np.isin(ranks, list(self.ranks(cause)))).tolist():
+            rows = self.rows(int(ranks[row]), cause)
             for phase, columns, ns in _shares(rows[wanted(rows)], steps):
                 values = sums.setdefault(phase, np.zeros((len(ranks), len(steps)), np.float32))
                 np.add.at(values[row], columns, ns)

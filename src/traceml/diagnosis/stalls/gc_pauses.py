@@ -124,7 +124,7 @@ def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
 
 def _rows_in(window: Window, facts: JobFacts, segments: Segments, *, called: bool) -> Rows:
     found = []
-    for rank in segments.ranks.tolist():
+    for rank in sorted(facts.pauses.ranks(Pause.COLLECTION).intersection(segments.ranks.tolist())):
         rows = facts.pauses.rows(rank, Pause.COLLECTION)
         inside = (rows["step"] >= window.steps[0]) & (rows["step"] <= window.steps[-1])
         found.append(rows[inside & (rows["called"] == int(called))])

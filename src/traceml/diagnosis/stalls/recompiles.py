@@ -98,7 +98,8 @@ def _are_anew(rows: Rows) -> NDArray[np.bool_]:
 
 
 def _recompiled(segments: Segments, facts: JobFacts) -> _Recompiled | None:
-    by_rank = {rank: _often(facts.pauses.rows(rank, Pause.COMPILATION)) for rank in segments.ranks.tolist()}
+    compiled = facts.pauses.ranks(Pause.COMPILATION).intersection(segments.ranks.tolist())
+    by_rank = {rank: _often(facts.pauses.rows(rank, Pause.COMPILATION)) for rank in sorted(compiled)}
     rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()), default=None)
     if rank is None or not len(by_rank[rank]):
         return None
