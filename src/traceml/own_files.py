@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import get_native_id
 
 __all__ = [
+    "cache_home",
     "check_own_folder",
     "create_own",
     "is_file_inside",
@@ -28,6 +29,12 @@ __all__ = [
 _OTHERS_WRITE = 0o022
 _OTHERS_ANY = 0o077
 _MOST_BYTES = 256 << 20  # the report of a job of 65,536 ranks has less
+
+
+def cache_home() -> Path:
+    """Return this user's folder of caches, which may not exist: XDG_CACHE_HOME, or ~/.cache."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    return Path(named or os.path.expanduser("~/.cache"))  # noqa: PTH111 - raises nothing where there is no home
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> int:

@@ -27,6 +27,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.runs.find import list_runs
 from traceml.runs.run import load_run
+from traceml.track.plugins.code_seal import seal
 from traceml.track.tracker_state import TrackerState, states_of
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"
@@ -223,6 +224,62 @@ def test_rows_of_another_host_wait_until_the_user_knows(runs_dir: Path, capsys: 
     assert len(load_run(info.path).steps()) == 1
 
 
+def plugin_that_leaves_a_mark(folder: Path) -> str:
+    """Write a module with a backend that leaves the file `imported` beside it; return its import path."""
+    folder.mkdir()
+    (folder / "of_a_run.py").write_text(
+        "from pathlib import Path\nfrom traceml.track.backends.jsonl import JsonlBackend as Backend\n"
+        "Path(__file__).with_name('imported').touch()\n"
+    )
+    return "of_a_run:Backend"
+
+
+@pytest.mark.parametrize("role", ["backend", "fallback"])
+def test_code_that_a_run_from_elsewhere_names_is_not_imported(
+    runs_dir: Path, capsys: pytest.CaptureFixture[str], role: str
+) -> None:
+    """Whoever sent the run may have written it, so a person has to name the plugin."""
+    folder = runs_dir.parent / "code"
+    plugin = plugin_that_leaves_a_mark(folder)
+    backend = plugin if role == "backend" else "jsonl"
+    run = LoggedRun(runs_dir / "a")
+    run.experiment([backend], id="a", sys_path=[str(folder)], options={backend: {"fallback": plugin}})
+    run.end()
+
+    assert cli.main(["sync", "a"]) == 3
+    out = capsys.readouterr().out
+    assert f"backend '{plugin}' is code that the run names" in out
+    assert f"traceml sync a --backend {plugin}" in out
+    assert not (folder / "imported").exists()
+
+    assert cli.main(["sync", "a", "--backend", plugin]) == 0
+    assert (folder / "imported").exists()
+
+
+def test_folders_of_a_run_from_elsewhere_hide_no_library(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its own nor the working directory: a built-in tracker imports its library from where it is installed."""
+    Path("msgpack.py").write_text("raise SystemExit('imported from the working directory')")
+    run = LoggedRun(runs_dir / "a")
+    run.experiment(["jsonl"], id="a", sys_path=[str(runs_dir.parent)])
+    run.metrics({"loss": [1.0, 2.0, 3.0]})
+    run.end()
+
+    assert cli.main(["sync", "a"]) == 0
+    assert values(run.path) == THREE
+
+
+def test_code_of_an_own_run_is_imported_unasked(runs_dir: Path) -> None:
+    """The rank has sealed what it announced."""
+    folder = runs_dir.parent / "code"
+    row = {"backends": [plugin_that_leaves_a_mark(folder)], "sys_path": [str(folder)], "registered": {}}
+    run = LoggedRun(runs_dir / "a")
+    run.experiment(**row, id="a", seal=seal(row))
+    run.end()
+
+    assert cli.main(["sync", "a"]) == 0
+    assert (folder / "imported").exists()
+
+
 def test_run_comes_before_backend(runs_dir, capsys):
     logged(runs_dir, "a", "jsonl")
 
@@ -282,7 +339,7 @@ def test_a_tracker_that_is_always_busy_holds_nobody_up(runs_dir, monkeypatch, ca
     (runs_dir / "behavior").write_text('{"start": "busy"}')
     monkeypatch.setattr(sync, "STALL_LIMIT_S", 1.0)
 
-    assert cli.main(["sync", "a"]) == 3
+    assert cli.main(["sync", "a", "--backend", FAULTY]) == 3
     assert "1 pending" in capsys.readouterr().out
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,8 @@ from traceml.settings import Config, load
 from traceml.track.delivery.delivery_process import DeliveryProcess
 from traceml.track.delivery.plan import DeliveryPlan, delivery_settings
 from traceml.track.delivery.record_reader import logged_rows
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import BUILT_IN
 from traceml.track.rank.announcement import refuse_secrets
 from traceml.track.tracker_state import DeliveryPhase, TrackerState, locked
 
@@ -210,16 +213,17 @@ def _finish(run_dir: Path, *, wait: bool) -> None:
 def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config: Config) -> Iterator[DeliveryProcess]:
     plan = DeliveryPlan(reader, run_dir)
     plan.refresh()
-    asked = plan.backends()
+    asked, is_own = plan.backends(), plan.is_own
     for backend in options.backend or asked:
+        # Who names a plugin wants its code; who names a run, or nothing, may not know what is in it.
+        is_wanted = backend in options.backend and backend not in BUILT_IN[PluginType.BACKEND]
+        start = partial(DeliveryProcess, run_dir, backend, once=True, nice=0, installed_only=not (is_own or is_wanted))
         if backend in asked:
-            yield DeliveryProcess(run_dir, backend, asked[backend].options(backend), once=True, nice=0)
+            yield start(asked[backend].options(backend))
         else:
             own = config.backend_options.get(backend, {})
             refuse_secrets({backend: own})
-            yield DeliveryProcess(
-                run_dir, backend, own, once=True, forced=own, settings=delivery_settings(config), nice=0
-            )
+            yield start(own, forced=own, settings=delivery_settings(config))
 
 
 def _is_due(process: DeliveryProcess) -> bool:
@@ -298,4 +302,5 @@ def _print(outcomes: Sequence[_DeliveryOutcome]) -> None:
             error=each.error,
             fallback=each.fallback,
         )
-        print(printable(f"{each.run}: {tracker_text(tracker)}"), file=sys.stdout, flush=True)
+        text = tracker_text(tracker, most_chars=len(each.error))  # whole: its end says what to do
+        print(printable(f"{each.run}: {text}"), file=sys.stdout, flush=True)

@@ -81,8 +81,13 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "an exception"
 
 
-def tracker_text(tracker: TrackerSection) -> str:
-    """Return the state of a tracker: `mlflow 12,340 delivered, 20 pending: refused the connection`."""
+def tracker_text(tracker: TrackerSection, most_chars: int = _ERROR_CHARS) -> str:
+    """Return the state of a tracker: `mlflow 12,340 delivered, 20 pending: refused the connection`.
+
+    Args:
+        tracker: the tracker.
+        most_chars: most characters of its error.
+    """
     parts = [f"{count_text(tracker.delivered)} delivered"]
     if tracker.fallback:
         parts.append(f"{count_text(min(tracker.fallback, tracker.delivered))} of them to its fallback")
@@ -93,7 +98,7 @@ def tracker_text(tracker: TrackerSection) -> str:
     if tracker.failed:
         parts.append(f"{count_text(tracker.failed)} refused")
 
-    error = tracker.error if len(tracker.error) <= _ERROR_CHARS else f"{tracker.error[:_ERROR_CHARS]}..."
+    error = tracker.error if len(tracker.error) <= most_chars else f"{tracker.error[:most_chars]}..."
     what = tracker.state if tracker.state in ("unauthorized", "broken") else ""
     why = ": ".join(text for text in (what, error) if text)
     return f"{tracker.backend} {', '.join(parts)}" + (f" ({why})" if why else "")

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from traceml.clock import boot_id, process_start_ticks
-from traceml.own_files import check_own_folder, make_own_folder, open_own
+from traceml.own_files import cache_home, check_own_folder, make_own_folder, open_own
 
 __all__ = [
     "AGGREGATOR",
@@ -229,7 +229,7 @@ def _candidates() -> list[Path]:
     folders = [Path(parent, "traceml") for parent in parents if parent and _is_own(Path(parent))]
     # The name under /tmp is predictable, so owner and mode are checked before anything there is used.
     folders.append(Path(f"/tmp/traceml-{uid}"))  # noqa: S108
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 - raises nothing
+    cache = cache_home()
     if cache.is_absolute():
         folders.append(cache / "traceml" / os.uname().nodename)  # several hosts may share a home
 

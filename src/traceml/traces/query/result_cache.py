@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from traceml.own_files import cache_home
 from traceml.traces.reader.trace_files import identity
 
 __all__ = ["ResultCache", "cache_folder"]
@@ -30,8 +31,7 @@ _SETTLED_NS = 50_000_000
 def cache_folder() -> Path:
     """Return the folder of cached results: TRACEML_CACHE_DIR, or `traceml` in the user's cache folder."""
     named = os.environ.get("TRACEML_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - a home may be absent
-    return Path(named or Path(base, "traceml"), "traces")
+    return Path(named or cache_home() / "traceml", "traces")
 
 
 class ResultCache:

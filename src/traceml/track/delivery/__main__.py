@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="deliver what is there and end")
     parser.add_argument("--options", type=json.loads, help="options of the backend as JSON")
     parser.add_argument("--settings", type=json.loads, help="current settings as JSON, with --options")
+    parser.add_argument("--installed-only", action="store_true", help="import nothing that the run names")
     parser.add_argument("--nice", type=int, default=19, help="niceness of the process")
     parser.add_argument("--parent", type=int, help="process id; end when that process ends")
     arguments = parser.parse_args(argv)
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 once=arguments.once,
                 options=arguments.options,
                 settings=arguments.settings,
+                installed_only=arguments.installed_only,
             )
         except TraceMLError as error:
             _log.error("%s", error)

@@ -57,6 +57,7 @@ class DeliveryLoop:
         once: deliver what is there and end, even if the run is not over.
         options: options of the backend, in place of those of the experiments; if given, every experiment is delivered.
         settings: current settings from `plan.delivery_settings`, for a run that did not request this backend.
+        installed_only: import nothing from the folders that the run names.
 
     Raises:
         TraceMLError: the store cannot be read, or the settings are wrong.
@@ -70,9 +71,11 @@ class DeliveryLoop:
         once: bool = False,
         options: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
+        installed_only: bool = False,
     ) -> None:
         self._run_dir = run_dir
         self._once = once
+        self._installed_only = installed_only
         self._stop = threading.Event()
         self._state = TrackerState.load(run_dir, backend)
         self._state.pid = os.getpid()
@@ -126,7 +129,11 @@ class DeliveryLoop:
         first = next((each.row for each in self._plan.experiments.values()), {})
         # Only known names: the row came over a connection.
         os.environ.update(variables({str(name): str(value) for name, value in (first.get("environ") or {}).items()}))
-        sys.path.extend(path for path in first.get("sys_path") or () if path not in sys.path)
+        if self._installed_only:
+            self._plan.check_installed(self._state.backend, str(self._options.get("fallback") or ""))
+        else:
+            sys.path.extend(path for path in first.get("sys_path") or () if path not in sys.path)
+
         with contextlib.suppress(OSError):  # relative paths in options start at the folder of the script's start
             os.chdir(str(first.get("folder") or "."))
 

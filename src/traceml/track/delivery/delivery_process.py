@@ -55,6 +55,7 @@ class DeliveryProcess:
             line, so none may be a secret.
         settings: the current settings from `plan.delivery_settings`, with `forced`.
         nice: niceness of the process.
+        installed_only: import nothing from the working directory, nor from folders that the run names.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class DeliveryProcess:
         forced: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
         nice: int = 19,
+        installed_only: bool = False,
     ) -> None:
         self.run_dir = run_dir
         self.backend = backend
@@ -75,6 +77,7 @@ class DeliveryProcess:
         self._forced = forced
         self._settings = settings
         self._nice = nice
+        self._installed_only = installed_only
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s = _FIRST_PAUSE_S
         self._due_s = self._started_s = 0.0
@@ -164,9 +167,11 @@ class DeliveryProcess:
         self._process = None
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "traceml.track.delivery", str(self.run_dir), self.backend]
+        safe_path = ["-P"] if self._installed_only else []  # else Python looks in the working directory first
+        command = [sys.executable, *safe_path, "-m", "traceml.track.delivery", str(self.run_dir), self.backend]
         command += ["--parent", str(os.getpid()), "--nice", str(self._nice)]
         command += ["--once"] if self._once else []
+        command += ["--installed-only"] if self._installed_only else []
         command += ["--options", json.dumps(self._forced)] if self._forced is not None else []
         command += ["--settings", json.dumps(self._settings)] if self._settings is not None else []
         self._started_s = time.monotonic()

@@ -10,7 +10,11 @@ from typing import Any
 
 from traceml.database.schema import LOGGED
 from traceml.database.store.reader import StoreReader
+from traceml.errors import PluginError
 from traceml.settings import Config
+from traceml.track.plugins.code_seal import is_sealed
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import BUILT_IN
 
 __all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "restricted", "settings_of"]
 
@@ -127,6 +131,26 @@ class DeliveryPlan:
                 wanted.setdefault(backend, experiment)
 
         return wanted
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a process of this user has named the code of this run: every announcement bears its seal."""
+        return bool(self.experiments) and all(is_sealed(experiment.row) for experiment in self.experiments.values())
+
+    def check_installed(self, *backends: str) -> None:
+        """Check that backends are built in or of an installed package, not imported from a path that the run names.
+
+        Raises:
+            PluginError: one is a plugin of the run; the text says how to import it all the same.
+        """
+        named = {name for each in self.experiments.values() for name in each.row.get("registered") or ()}
+        for name in filter(None, backends):
+            if name not in BUILT_IN[PluginType.BACKEND] and (":" in name or name in named):
+                raise PluginError(
+                    f"backend {name!r} is code that the run names, and the run was not recorded by this user with this "
+                    f"home: it is not imported unasked. If you trust it: traceml sync {self._run_dir.name} "
+                    f"--backend {name}"
+                )
 
     def run_experiment(self) -> PlannedExperiment:
         """Return an experiment for the whole run, which gets rows that were logged outside of any."""

@@ -41,11 +41,12 @@ def announcement(
     Raises:
         UsageError: an option holds a secret.
     """
+    from traceml.track.plugins.code_seal import seal
     from traceml.track.plugins.plugin_metadata import PluginType
     from traceml.track.plugins.plugin_registry import registered
 
     refuse_secrets(options)
-    return {
+    row = {
         "backends": list(backends),
         "options": _with_environment({name: dict(values) for name, values in options.items()}, backends),
         "include": list(config.include),
@@ -64,6 +65,7 @@ def announcement(
         "source": sys.argv[0] if sys.argv else "",
         "user": _user() if config.track_env else "",
     }
+    return row | {"seal": seal(row)}
 
 
 def _user() -> str:
