@@ -13,9 +13,10 @@ from traceml import settings
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_run_options, check_report, given, host_names, script_words
-from traceml.cli.submission.submit_options import add_submit_options, check_submit_options, submit_script
+from traceml.cli.submission.submit_options import add_submit_options, await_job, check_submit_options, submit_script
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 from traceml.formatting import printable
+from traceml.process_ends import EndedBySignal
 
 if TYPE_CHECKING:
     from traceml.supervise.screens import MakeScreen
@@ -52,22 +53,12 @@ def main(argv: list[str]) -> int:
 
     name = config.run_name or Path(target).stem
     script = {"module" if options.module else "path": target, "argv": arguments}
-    if options.submit:
-        report = options.report and options.report.absolute()
-        traced = {"name": name, "report": report, **named} if config.enabled else None
-        return submit_script(options, _launcher(options), script, traced, target)
-
-    from traceml.launch.launcher.assembly import run_script
-    from traceml.launch.launcher.end_signals import EndedBySignal, ended_by
-    from traceml.launch.launcher.job.tracing import Tracing
-    from traceml.supervise.page_process import PageScreen
-    from traceml.supervise.screens import terminal_screen
-
-    screen: MakeScreen = {"none": _no_screen, "web": PageScreen}.get(options.live, terminal_screen)
-    tracing = Tracing(name, make_screen=screen, report=options.report, **named) if config.enabled else None
+    tracing: dict[str, Any] | None = {"name": name, **named} if config.enabled else None
     try:
-        with ended_by(signal.SIGTERM, signal.SIGHUP):
-            run_script(_launcher(options), script, tracing=tracing)
+        if options.submit:
+            _submit(options, script, tracing)
+        else:
+            _run(options, script, tracing)
     except WorkerFailedError as error:
         _explain(error, f"traceml launch: {error}")
         return 128 + error.signal if error.signal else error.exit_code or 1
@@ -79,6 +70,28 @@ def main(argv: list[str]) -> int:
         raise
 
     return 0
+
+
+def _submit(options: argparse.Namespace, script: dict[str, Any], tracing: dict[str, Any] | None) -> None:
+    if tracing is not None:
+        tracing["report"] = options.report and options.report.absolute()
+
+    job = submit_script(options, _launcher(options), script, tracing, script.get("path") or script["module"])
+    if options.wait:
+        await_job(job)
+
+
+def _run(options: argparse.Namespace, script: dict[str, Any], tracing: dict[str, Any] | None) -> None:
+    from traceml.launch.launcher.assembly import run_script
+    from traceml.launch.launcher.end_signals import ended_by
+    from traceml.launch.launcher.job.tracing import Tracing
+    from traceml.supervise.page_process import PageScreen
+    from traceml.supervise.screens import terminal_screen
+
+    screen: MakeScreen = {"none": _no_screen, "web": PageScreen}.get(options.live, terminal_screen)
+    traced = Tracing(make_screen=screen, report=options.report, **tracing) if tracing is not None else None
+    with ended_by(signal.SIGTERM, signal.SIGHUP):
+        run_script(_launcher(options), script, tracing=traced)
 
 
 def _explain(error: BaseException, text: str = "") -> None:

@@ -143,6 +143,23 @@ def test_a_preempted_job_goes_on_as_the_next_attempt_of_its_run(slurm: Slurm, tm
     assert report["run"]["state"] == "finished"
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "told"),
+    [("print('trained')", 0, ""), ("import sys; sys.exit(7)", 7, "exit code 7"), ("raise KeyError('x')", 1, "'x'")],
+)
+def test_wait_ends_with_the_status_of_the_script(
+    slurm: Slurm, tmp_path: Path, code: str, status: int, told: str
+) -> None:
+    """As `traceml launch` in an allocation does, so that a workflow goes on or stops; a status of Slurm says less."""
+    (tmp_path / "train.py").write_text(code)
+    words = (slurm.hosts.launcher.command()[0], "-m", "traceml", "launch", "--submit", "--wait", "train.py")
+    ended = slurm.run(*words, cwd=tmp_path, check=False, timeout_s=_LONG_S)
+
+    assert ended.returncode == status, ended.stderr
+    assert "output: " in ended.stdout
+    assert told in ended.stderr
+
+
 @pytest.mark.parametrize("name", ["USR2", "TERM"])
 def test_a_signal_of_slurm_reaches_the_function_alone(slurm: Slurm, tmp_path: Path, name: str) -> None:
     """Slurm sends it to all processes of the steps: the function saves, and the agents bring its result home."""
@@ -272,6 +289,7 @@ def test_what_is_missing_here_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     ("words", "complaint"),
     [
         (["--nodes", "2"], "--nodes needs --submit"),
+        (["--wait"], "--wait needs --submit"),
         (["--sbatch", "exclusive"], "--sbatch needs --submit"),
         (["--submit", "--live", "web"], "--live web shows a job that runs here"),
         (["--submit", "--time", "soon"], "time='soon'"),

@@ -1,16 +1,19 @@
-"""Options of `traceml launch --submit`, and the submission."""
+"""Options of `traceml launch --submit`, the submission, and the wait for its end."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traceml.cli.number_range import NumberRange
 from traceml.errors import UsageError
 
-__all__ = ["add_submit_options", "check_submit_options", "submit_script"]
+if TYPE_CHECKING:
+    from traceml.launch.launcher.submission.submitted_job import SubmittedJob
+
+__all__ = ["add_submit_options", "await_job", "check_submit_options", "submit_script"]
 
 _ASKED = ("nodes", "time", "partition", "gpus_per_node", "cpus_per_node", "mem", "account", "qos", "signal", "retries")
 
@@ -19,6 +22,9 @@ def add_submit_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a job of Slurm."""
     slurm = parser.add_argument_group("submission to Slurm")
     slurm.add_argument("--submit", action="store_true", help="submit this launch as a job, and return; needs submitit")
+    slurm.add_argument(
+        "--wait", action="store_true", help="with --submit: wait for the job's end, and exit with the script's status"
+    )
     slurm.add_argument("--nodes", type=NumberRange(least=1), metavar="N", help="nodes (default: 1)")
     slurm.add_argument("--time", metavar="T", help="time limit: minutes, 1:30:00, 1-12:00:00 (default: 60)")
     slurm.add_argument("--partition", metavar="NAME", help="partition (default: the cluster's)")
@@ -53,15 +59,15 @@ def check_submit_options(options: argparse.Namespace) -> None:
 
         return
 
-    given = [name for name in (*_ASKED, "sbatch") if getattr(options, name)]
+    given = [name for name in (*_ASKED, "sbatch", "wait") if getattr(options, name)]
     if given:
         raise UsageError(f"--{given[0].replace('_', '-')} needs --submit")
 
 
 def submit_script(
     options: argparse.Namespace, launcher: Any, script: dict[str, Any], tracing: dict[str, Any] | None, name: str
-) -> int:
-    """Submit the launch of a script, and print how it is followed.
+) -> SubmittedJob[Any]:
+    """Submit the launch of a script, print how it is followed, and return the handle of its job.
 
     Args:
         options: the command line's.
@@ -82,7 +88,22 @@ def submit_script(
         f"submitted job {job.job_id}; its run is {job.run_id}\n"
         f"  output: {job.output}\n  follow: traceml top {job.run_id}\n  cancel: scancel {job.job_id}\n"
     )
-    return 0
+    sys.stdout.flush()
+    return job
+
+
+def await_job(job: SubmittedJob[Any]) -> None:
+    """Wait for the end of a job, also while it is queued again.
+
+    Raises:
+        Exception: what the launch raised there.
+        KeyboardInterrupt: the user waits no longer; its note says that the job goes on.
+    """
+    try:
+        job.result()
+    except KeyboardInterrupt as error:
+        error.add_note(f"traceml launch: job {job.job_id} goes on; end it by scancel {job.job_id}")
+        raise
 
 
 def _sbatch_option(text: str) -> tuple[str, str | bool]:
