@@ -18,16 +18,7 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 class LightningPart:
-    """Callback or logger, whose instances are also those of Lightning.
-
-    Args:
-        report: show the verdict.
-        settings: as for `traceml.init`; `local=True` and `on_missing="warn"` unless set here or elsewhere.
-
-    Raises:
-        SettingsError: an unknown setting or a bad value.
-        ImportError: Lightning is not installed.
-    """
+    """Callback or logger, whose instances are also those of Lightning. Its arguments are described by those classes."""
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Return an instance that is also one of Lightning's class."""
