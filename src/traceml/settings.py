@@ -204,6 +204,12 @@ class Config:
         "Base URL of an OpenTelemetry collector (`http://collector:4318`) to which the aggregator sends metrics and "
         "spans; without it OpenTelemetry's own variables count, such as OTEL_EXPORTER_OTLP_ENDPOINT.",
     )
+    topology_file: Path | None = _set(
+        None,
+        "File of the cluster's switches, in the format of Slurm's topology.conf (`SwitchName=leaf1 Nodes=gpu[01-32]`), "
+        "on each host. With it a verdict can name the switch of slow ranks. Without it, ranks that Slurm started "
+        "use SLURM_TOPOLOGY_ADDR.",
+    )
     local_only: bool = _set(False, "Deliver only to trackers on this machine.")
     keep_runs: int | None = _set(
         None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import PACKED
+from traceml.fail_open import fail_open
 from traceml.privacy import secrets_only
+from traceml.recorder.fabric.switches import switches_above
 from traceml.recorder.identity import Identity
 from traceml.samplers.base import SamplerStatistics
 from traceml.version import __version__
@@ -59,6 +63,8 @@ class RecorderStatistics:
     clock_rtt_ns: int | None = None
 
 
+_log = logging.getLogger("traceml")
+
 # A child that only logs has no steps nor samples.
 _CHILD_CAPACITIES = {table.name: 2 for table in PACKED}
 
@@ -84,6 +90,15 @@ def _job_end(environ: Mapping[str, str]) -> dict[str, float]:
     return {"job_end_s": float(end)} if end.isdecimal() else {}
 
 
+def _switches(config: Config) -> dict[str, list[str]]:
+    """Return the switches above this host, the leaf first, where they are known."""
+    found: list[str] = []
+    with fail_open(_log, "recorder", "the switches above this host are not known"):
+        found = switches_above(socket.gethostname(), os.environ, config.topology_file)
+
+    return {"switches": found} if found else {}
+
+
 def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
     """Return what the row `process` of `info` says of this process."""
     return {
@@ -98,4 +113,5 @@ def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "machine_cores": os.cpu_count(),
         **_job_end(os.environ),
+        **_switches(config),
     }

@@ -54,6 +54,7 @@ class InitArguments(TypedDict, total=False):
     exclude: Sequence[str]
     mask: Sequence[str]
     otlp_endpoint: str | None
+    topology_file: str | PathLike[str] | None
     local_only: bool
     keep_runs: int | None
     retention: float | Literal["off"]

@@ -1,0 +1,1 @@
+"""Place of a rank's host in the cluster's network."""
