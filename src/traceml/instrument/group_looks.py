@@ -14,13 +14,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from traceml.database.looks import GroupLook
 
-__all__ = ["GroupLooks"]
+__all__ = ["GroupLooks", "mesh_coordinates"]
 
 _DUMP_S = 1.0
 _AGAIN_S = 10.0
 # The recorder of NCCL is its own; where both exist, the general one is empty for NCCL.
 _DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+# A device mesh names the group of a dimension `mesh_NAME`; Megatron has these names.
+_MESH_GROUP = "mesh_"
+_MEGATRON_GROUPS = {
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
+    "DATA_PARALLEL_GROUP": "dp",
+    "TENSOR_MODEL_PARALLEL_GROUP": "tp",
+    "CONTEXT_PARALLEL_GROUP": "cp",
+    "EXPERT_MODEL_PARALLEL_GROUP": "ep",
+}
+_MOST_DIMENSIONS = 16
 _PEER = re.compile(r"(?:->|<-)\s*(\d+)\s*$")
+
+
+def mesh_coordinates() -> dict[str, int]:
+    """Return this rank's place in each dimension of its device meshes, by the group of that dimension."""
+    if not _is_initialized():
+        return {}
+
+    me: int = sys.modules["torch.distributed"].get_rank()
+    found: dict[str, int] = {}
+    for group, _, members in _groups():
+        dimension = _dimension(str(getattr(group, "group_desc", "") or ""))
+        if dimension and me in members and len(members) > 1 and len(found) < _MOST_DIMENSIONS:
+            found[dimension] = members[me]
+
+    return found
+
+
+def _dimension(description: str) -> str | None:
+    if description.startswith(_MESH_GROUP) and description != "mesh_default":
+        return description.removeprefix(_MESH_GROUP)
+
+    return _MEGATRON_GROUPS.get(description)
 
 
 class GroupLooks:
@@ -112,8 +144,8 @@ def _sequence(group: Any) -> int:
         return 0
 
 
-def _groups() -> list[tuple[Any, str, Iterable[int]]]:
-    """Return (group, name, global ranks) of all groups of this rank."""
+def _groups() -> list[tuple[Any, str, Mapping[int, int]]]:
+    """Return (group, name, global rank -> rank in the group) of all groups of this rank."""
     world: Any = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "_world", None)
     names = dict(getattr(world, "pg_names", {}))
     members = dict(getattr(world, "pg_group_ranks", {}))

@@ -187,6 +187,7 @@ class Instrumentation:
         if self.clock.first_loader is None:
             self._guarded(self._look_for_iterators)
 
+        self._guarded(self._report_mesh)
         return self._discovery is None or self.clock.optimizers_alive > 0
 
     def _look_for_iterators(self) -> None:
@@ -213,6 +214,8 @@ class Instrumentation:
         self._guarded(self._report_training_loader)
         if clock.group is None:
             self._guarded(self._find_group)
+        else:
+            self._guarded(self._report_mesh)
 
         if self._losses is not None:
             self._losses.plan()
@@ -397,6 +400,14 @@ class Instrumentation:
 
         if self._on_group is not None:
             self._on_group()
+
+    def _report_mesh(self) -> None:
+        """Tell this rank's place in the device mesh, by which a verdict names a pipeline stage or a replica."""
+        from traceml.instrument.group_looks import mesh_coordinates
+
+        coordinates = mesh_coordinates()
+        if coordinates:
+            self._report({"kind": "mesh", "coordinates": coordinates})
 
     def _drop_group(self) -> None:
         self.clock.group = self.clock.sequence = None
