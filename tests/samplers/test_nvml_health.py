@@ -82,6 +82,34 @@ def test_counters_are_noted_when_they_change_and_events_once() -> None:
     assert driver.sets == 0
 
 
+def test_the_nvlink_domain_is_noted_once_it_is_known() -> None:
+    """The fabric manager may still be at work when the job begins; a host of its own is in no domain."""
+    rows: list[dict[str, Any]] = []
+    driver = FaultyDriver()
+    state = {"state": 2, "cluster": bytes(range(16))}
+
+    def fabric(_handle: Any, out: Any) -> int:
+        out._obj.state, out._obj.clique = state["state"], 7
+        ctypes.memmove(out._obj.cluster, state["cluster"], 16)
+        return 0
+
+    driver.nvmlDeviceGetGpuFabricInfo = fabric  # type: ignore[attr-defined]
+    sampler = GpuSampler(Nvml(driver), lambda kind, **row: rows.append({"kind": kind, **row}))
+    list(sampler.sample(0, 1))
+    state["state"] = 3
+    state["cluster"] = bytes(16)
+    list(sampler.sample(10 * S, 2))
+    assert [row for row in rows if row["kind"] == "nvlink"] == []
+
+    state["cluster"] = bytes(range(16))
+    for second in (20, 30):
+        list(sampler.sample(second * S, second))
+
+    assert [row for row in rows if row["kind"] == "nvlink"] == [
+        {"kind": "nvlink", "domain": "000102030405060708090a0b0c0d0e0f.7"}
+    ]
+
+
 def test_a_driver_without_these_calls_is_silent() -> None:
     """An older one, or a device that offers none."""
     rows: list[object] = []

@@ -16,6 +16,7 @@ _UNCORRECTED, _SINCE_BOOT = 1, 0  # kinds of memory errors, and of their counter
 _XID_EVENTS = 0x8
 _UNKNOWN = -1
 _MAX_EVENTS = 16
+_FABRIC_COMPLETED = 3
 _EVERY_NS = 5 * 10**9
 
 
@@ -42,6 +43,15 @@ class _EventData(ctypes.Structure):
         ("data", ctypes.c_ulonglong),
         ("gpu_instance", ctypes.c_uint),
         ("compute_instance", ctypes.c_uint),
+    )
+
+
+class _FabricInfo(ctypes.Structure):
+    _fields_ = (
+        ("cluster", ctypes.c_ubyte * 16),
+        ("status", ctypes.c_int),
+        ("clique", ctypes.c_uint),
+        ("state", ctypes.c_ubyte),
     )
 
 
@@ -86,6 +96,15 @@ class NvmlHealth:
             clock.value if has_clock else _UNKNOWN,
         )
 
+    def nvlink_domain(self, device: NvmlDevice) -> str | None:
+        """Return the id of the NVLink domain of several hosts in which a device is; None where it is in none."""
+        fabric = _FabricInfo()
+        found = self._call("nvmlDeviceGetGpuFabricInfo", device.handle, ctypes.byref(fabric))
+        if not found or fabric.state != _FABRIC_COMPLETED or fabric.status or not any(fabric.cluster):
+            return None
+
+        return f"{bytes(fabric.cluster).hex()}.{fabric.clique}"
+
     def xids(self) -> Iterable[tuple[int, int]]:
         """Yield (NVML's number of the device, XID) of the events since the last call, at most some of them."""
         event = _EventData()
@@ -115,13 +134,15 @@ class HealthWatch:
 
     Args:
         health: the calls.
-        note: appends a row `gpu_health` to `info`: `index` with the counters, or `index`, `xid` and `step`.
+        note: appends rows to `info`: `gpu_health` with `index` and the counters, or `index`, `xid` and `step`; `nvlink`
+            with the `domain` of this host.
     """
 
     def __init__(self, health: NvmlHealth, note: Callable[..., None]) -> None:
         self._health, self._note = health, note
         self._before: dict[int, DeviceHealth] = {}
         self._due_ns = 0
+        self._domain: str | None = None
 
     def check(self, t_ns: int, step: int, devices: Iterable[NvmlDevice]) -> None:
         """Look again if it is time."""
@@ -133,11 +154,18 @@ class HealthWatch:
             self._note("gpu_health", index=index, xid=xid, step=step)
 
         for device in devices:
+            self._note_domain(device)
             now = self._health.read(device)
             if now != self._before.get(device.index, DeviceHealth()):
                 self._note("gpu_health", index=device.index, step=step, **now._asdict())
 
             self._before[device.index] = now
+
+    def _note_domain(self, device: NvmlDevice) -> None:
+        """Note the NVLink domain of this host when it is known, which all of its devices share."""
+        if self._domain is None and (domain := self._health.nvlink_domain(device)) is not None:
+            self._domain = domain
+            self._note("nvlink", domain=domain)
 
     def close(self) -> None:
         """Stop watching."""
