@@ -28,8 +28,8 @@ def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
     if not segments.grouped:
         return np.asarray(np.maximum(segments.step - (segments.own - own).mean(axis=0), 0))
 
-    longest = own.max(axis=0)
-    left = segments.step - (segments.own.max(axis=0) - longest)
+    longest = segments.longest(own)
+    left = segments.step - (segments.longest(segments.own) - longest)
     least = np.minimum(segments.step, longest)
     return _shared_out(np.maximum(left, least), np.maximum(least - left, 0), least, segments.begins)
 

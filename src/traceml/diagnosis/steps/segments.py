@@ -8,12 +8,14 @@ after the row's sync point and delays the next one, so it is counted there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.topology.topology import RankGroup
 from traceml.diagnosis.steps.step_split import PHASES, Floats, has_group
 from traceml.diagnosis.steps.window import Window
 
@@ -45,6 +47,8 @@ class Segments:
         measured: steps in which it was measured; in the others `backward` is the rank's mean.
         device: whether these are device times.
         begins: steps whose predecessor is not in the window.
+        stands_for: see `Window`.
+        above: see `Window`.
     """
 
     ranks: NDArray[np.int64]
@@ -57,6 +61,26 @@ class Segments:
     measured: NDArray[np.bool_]
     device: bool
     begins: NDArray[np.bool_]
+    stands_for: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    def ranks_of(self, rows: NDArray[np.intp]) -> list[int]:
+        """Return the ranks of some rows, and those that they stand for."""
+        ranks = self.ranks[rows].tolist()
+        return sorted(each for rank in ranks for each in self.stands_for.get(rank, (rank,)))
+
+    @cached_property
+    def all_ranks(self) -> list[int]:
+        """All ranks of the window, and those that they stand for."""
+        return self.ranks_of(np.arange(len(self.ranks)))
+
+    def longest(self, own: Floats) -> Floats:
+        """Return the own work of the rank that takes longest, by step.
+
+        Args:
+            own: own work of each row, which may have been changed.
+        """
+        return np.asarray((own + self.above if len(self.above) else own).max(axis=0))
 
     @property
     def step_ns(self) -> float:
@@ -77,7 +101,10 @@ class Segments:
 
 @dataclass(frozen=True, kw_only=True)
 class LateRanks:
-    """Ranks that are late for the same reason; `rows` and `others` are indices of the window's ranks."""
+    """Ranks that are late for the same reason; `rows` and `others` are indices of the window's ranks.
+
+    `group` is the host, switch or part of the mesh that they are, None for single ranks.
+    """
 
     rows: NDArray[np.intp]
     others: NDArray[np.intp]
@@ -86,6 +113,7 @@ class LateRanks:
     dominance: float
     everywhere: bool
     by_part_ns: Mapping[str, float]
+    group: RankGroup | None = None
 
 
 def segments_of(window: Window, facts: JobFacts) -> Segments:
@@ -105,7 +133,20 @@ def segments_of(window: Window, facts: JobFacts) -> Segments:
     own = sum(parts.values(), np.zeros_like(window.total))
     wait = _least(window.wait[:, measured]) if grouped and known else np.empty(0, np.float32)
     step = window.total.mean(axis=0)
-    return Segments(window.ranks, parts, own, step, wait, grouped, known, measured, window.device, window.begins)
+    return Segments(
+        window.ranks,
+        parts,
+        own,
+        step,
+        wait,
+        grouped,
+        known,
+        measured,
+        window.device,
+        window.begins,
+        window.stands_for,
+        window.above,
+    )
 
 
 def median_over_ranks(values: Floats) -> Floats:

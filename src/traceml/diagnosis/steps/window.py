@@ -67,6 +67,8 @@ class Window:
         device: whether device times replace the CPU times of the device's phases; see `step_split`.
         elements: size of the batches of each step, 0 where it is not known.
         samples: number of samples in them, 0 where it is not known.
+        stands_for: rank -> the ranks of its host that it stands for, itself among them, where hosts are merged.
+        above: by rank and step, own work of the longest of those beyond that of the rank itself; empty without any.
     """
 
     ranks: Ints
@@ -79,6 +81,8 @@ class Window:
     device: bool = False
     elements: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
     samples: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    stands_for: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -141,6 +145,8 @@ class Window:
             self.device,
             self.elements[:, columns] if len(self.elements) else self.elements,
             self.samples[:, columns] if len(self.samples) else self.samples,
+            self.stands_for,
+            self.above[:, columns] if len(self.above) else self.above,
         )
 
 
