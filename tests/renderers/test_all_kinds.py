@@ -50,6 +50,7 @@ from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop
+from traceml.diagnosis.facts.topology.topology import Topology
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -68,6 +69,9 @@ LINES = (
 LATE_LINES = (
     SampledLine(1, "other", PATH, 23, "update_metric", None, 80),
     *(SampledLine(rank, "forward", PATH, 7, "forward", None, 60) for rank in range(4)),
+)
+TWO_HOSTS = Topology(
+    hosts={rank: f"gpu-{rank // 8:03}" for rank in range(16)}, mesh={rank: {"pp": rank // 8} for rank in range(16)}
 )
 RARE = adds("other", 120, chance=0.04)
 ELABORATED = {"MEMORY_LEAK, workers"}  # the summary begins with the headline, and is shown alone in alerts
@@ -132,6 +136,9 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "RESIDUAL_HEAVY": lambda: found(ALONE, adds("other", 30)),
     "INPUT_STRAGGLER": lambda: found(Job(ranks=4), adds("input_wait", 20, (1,))),
     "COMPUTE_STRAGGLER": lambda: found(Job(ranks=4), adds("forward", 20, (1,))),
+    "COMPUTE_STRAGGLER, host": lambda: found(
+        Job(ranks=16, steps=80), adds("forward", 20, tuple(range(8, 16))), topology=TWO_HOSTS
+    ),
     "H2D_STRAGGLER": lambda: found(Job(ranks=4), adds("h2d", 20, (1,))),
     "STRAGGLER": lambda: found(Job(ranks=4), adds("other", 20, (1,))),
     "RESIDUAL_HEAVY, every n-th step": lambda: found(ALONE, adds("other", 200, every=20)),

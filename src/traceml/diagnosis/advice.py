@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine
+from traceml.diagnosis.facts.topology.topology import RankGroup
 from traceml.formatting import gain_text, ranks_text
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "for_lacking_core",
     "for_residual",
     "for_saving",
+    "for_slow_group",
     "for_straggler",
 ]
 
@@ -164,6 +166,27 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
         )
 
     return f"Look at what {names}{at} does in its {part} phase that the others do not."
+
+
+def for_slow_group(group: RankGroup) -> str:
+    """Return advice on a group of which all ranks slow the others down.
+
+    Args:
+        group: the host, NVLink domain, switch or part of the mesh.
+    """
+    if group.level == "host":
+        return (
+            f"Look at {group.name}, as its ranks are slow together: clocks and temperature of its devices, cores that "
+            "other programs use, its file system and its network."
+        )
+
+    if group.level == "mesh":
+        return (
+            f"Compare the work of {group.name} with that of the others: its layers, its data, and code that runs only "
+            "there."
+        )
+
+    return f"Look at what the hosts of {group.name} share: its links, power and cooling, and the storage behind it."
 
 
 def for_lacking_core(ranks: tuple[int, ...], facts: JobFacts) -> str:

@@ -458,7 +458,8 @@ class Kind(StrEnum):
 
         whole = self.rule.cost_of
         share = f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share else f"part of {whole}"
-        ranks = capitalized(ranks_text(finding.ranks))
+        group = finding.evidence.get("rank_group") or {}
+        ranks = capitalized(group.get("words") or ranks_text(finding.ranks))
         are, use = ("is", "uses") if len(finding.ranks) == 1 else ("are", "use")
         phase = phase_words(finding.phase) if finding.phase else "the step"
         return capitalized(rule.format(share=share, phase=phase, ranks_are=f"{ranks} {are}", ranks=ranks, use=use))

@@ -35,7 +35,7 @@ from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.window import Window
-from traceml.formatting import ns_text, percent_text
+from traceml.formatting import count_text, ns_text, percent_text
 
 __all__ = ["MIN_STEPS", "diagnose"]
 
@@ -73,7 +73,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
 
     window = without_stopped_steps(window, facts)
     segments = segments_of(window, facts)
-    main += _timing(window, segments, facts)
+    main += _of_seen_ranks(_timing(window, segments, facts), window, facts)
     crowded = cpu_contention(facts)
     if main:
         # Waiting for cores makes all phases longer: beside another cause it is a remark.
@@ -83,7 +83,23 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
     if crowded:
         return [*crowded, *remarks]
 
-    return [_unknown_backward(window, segments) or nothing_found(segments, facts), *remarks]
+    nothing = _unknown_backward(window, segments) or nothing_found(segments, facts)
+    return [*_of_seen_ranks([nothing], window, facts), *remarks]
+
+
+def _of_seen_ranks(found: list[Finding], window: Window, facts: JobFacts) -> list[Finding]:
+    """Add to the first finding about steps how many ranks it rests on, where some are missing."""
+    if not found or not facts.latest:
+        return found
+
+    started = sum(step >= 0 for step in facts.latest[: facts.world_size])
+    seen = started - len(window.missing_ranks)
+    if seen >= facts.world_size:
+        return found
+
+    text = f" {count_text(seen)} of {count_text(facts.world_size)} ranks were seen in these steps."
+    evidence = {**found[0].evidence, "ranks_seen": seen, "world_size": facts.world_size}
+    return [replace(found[0], summary=found[0].summary + text, evidence=evidence), *found[1:]]
 
 
 def _training(facts: JobFacts) -> list[Finding]:

@@ -29,6 +29,7 @@ from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, Sampled
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
+from traceml.diagnosis.facts.topology.topology import Topology, TopologyHistory
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "ModelFacts", "RankExit", "ended_badly"]
@@ -182,6 +183,7 @@ class JobFacts:
         stops: rank -> times in which its process did not run.
         turnover: device memory that ranks give back to the driver and request again.
         health: faults of devices.
+        topology: place of each rank: host, switches, NVLink domain, coordinates of the device mesh.
     """
 
     world_size: int = 1
@@ -221,6 +223,7 @@ class JobFacts:
     stops: Mapping[int, Sequence[Stop]] = field(default_factory=dict)
     turnover: TurnoverHistory = field(default_factory=TurnoverHistory)
     health: GpuHealthHistory = field(default_factory=GpuHealthHistory)
+    topology: Topology = field(default_factory=Topology)
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None where it is not known."""
@@ -304,6 +307,7 @@ class JobFactsBuilder:
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
         self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
+        self.topology = TopologyHistory()
         self.stops: dict[int, list[Stop]] = {}
         """Times in which a rank did not run."""
         self._epochs = np.empty(0, EPOCHS.dtype)
@@ -328,6 +332,7 @@ class JobFactsBuilder:
         """Take a row of the `info` log: loader, model, process, exit and resumed rows are used."""
         kind = row.get("kind")
         self.progress.info(rank, row)
+        self.topology.info(rank, row)
         if kind == "loader":
             # The training loader where it is known, else the first: evaluation comes later.
             self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
@@ -480,6 +485,7 @@ class JobFactsBuilder:
             stops=dict(self.stops),
             turnover=self.turnover,
             health=self.health,
+            topology=self.topology.build(self.hosts),
             epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),

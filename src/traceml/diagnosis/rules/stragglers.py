@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.facts.sampled_lines import blamed_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.long_steps import long_steps_blame
+from traceml.diagnosis.rules.straggler_words import late_evidence, late_summary, mean_of_others, waited_for_core
 from traceml.diagnosis.steps.replay import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
 from traceml.diagnosis.steps.steady_excess import steady_excess
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["straggler_kind", "stragglers"]
 
@@ -114,15 +114,15 @@ def late_in_one_part(segments: Segments, facts: JobFacts) -> list[LateRanks]:
     if steady is None or steady.dominance < DOMINANCE or facts.oversubscribed:
         return []
 
-    row, others = steady.row, np.delete(np.arange(len(segments.ranks)), steady.row)
+    row, others = np.array([steady.row]), np.delete(np.arange(len(segments.ranks)), steady.row)
     if steady.mean_ns - _without_core_ns(segments, facts, row) < EXCESS_SHARE * segments.step_ns:
         return []
 
-    reference = {part: _mean_of_others(values[others]) for part, values in segments.parts.items()}
-    if _lacks_core(facts, int(segments.ranks[row])) or _is_slower_overall(segments, row, reference, steady.part):
+    reference = {part: mean_of_others(values[others]) for part, values in segments.parts.items()}
+    if _lacks_core(facts, int(segments.ranks[steady.row])) or _is_slower_overall(segments, row, reference, steady.part):
         return []
 
-    late = _late(segments, np.array([row]), others, steady.part, everywhere=False)
+    late = _late(segments, facts, row, others, steady.part, everywhere=False)
     saved = saved_ns(segments, _without_stragglers(segments, [late]))
     return [late] if saved >= STEADY_GAIN_SHARE * segments.step_ns else []
 
@@ -137,52 +137,87 @@ def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return np.flatnonzero(late), np.flatnonzero(~late)
 
 
-def _mean_of_others(values: Floats) -> Floats:
-    """Return the mean work of the other ranks in each step.
-
-    It is not the median: with skewed noise, the median of several ranks is below the mean of each of them.
-    """
-    return np.asarray(values.mean(axis=0))
-
-
 def _late_groups(
     segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]
 ) -> list[LateRanks]:
-    reference = {part: _mean_of_others(values[others]) for part, values in segments.parts.items()}
-    own = _mean_of_others(segments.own[others])
+    reference = {part: mean_of_others(values[others]) for part, values in segments.parts.items()}
+    own = mean_of_others(segments.own[others])
     excess = (segments.own[rows] - own).mean(axis=1)
     spread = float((segments.own[others].mean(axis=1) - own.mean()).max())
     # All other ranks must be clearly apart from the late ones.
     if not len(rows) or float(excess.min()) < MIN_EXCESS_RATIO * max(spread, 0.0):
         return []
 
-    groups: dict[tuple[str, bool], list[int]] = {}
-    for row, mean in zip(rows.tolist(), excess.tolist(), strict=True):
-        if mean < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _is_significant(
-            segments, row, others, reference
-        ):
+    causes: dict[tuple[str, bool], list[int]] = {}
+    for row in rows.tolist():
+        cause = _cause(segments, facts, np.array([row]), others, reference)
+        if cause is not None:
+            causes.setdefault(cause, []).append(row)
+
+    together = _one_group(segments, facts, rows, others, reference, causes)
+    found = [_late(segments, facts, np.array(late), others, *cause) for cause, late in causes.items()]
+    return [together] if together is not None else sorted(found, key=lambda late: -late.excess_ns)
+
+
+def _one_group(
+    segments: Segments,
+    facts: JobFacts,
+    rows: NDArray[np.intp],
+    others: NDArray[np.intp],
+    reference: Mapping[str, Floats],
+    causes: Mapping[tuple[str, bool], Sequence[int]],
+) -> LateRanks | None:
+    """Return the late ranks as one where they are a host, a switch or a part of the mesh with one cause.
+
+    The noise of a single rank may hide its cause, or let it look slower in everything; that of a group hides less.
+    """
+    if sum(not everywhere for _, everywhere in causes) > 1:
+        return None
+
+    blamed = sorted(row for late in causes.values() for row in late)
+    for some in (rows, np.array(blamed, np.intp)):
+        if facts.topology.smallest_group(segments.ranks_of(some), segments.all_ranks) is None:
             continue
 
-        part, everywhere = _blamed_part(segments, facts, row, reference, mean)
-        if part and not (everywhere and not _persists(segments.own[row] - own, segments)):
-            groups.setdefault((part, everywhere), []).append(row)
+        cause = _cause(segments, facts, some, others, reference)
+        if cause is not None:
+            return _late(segments, facts, some, others, *cause)
 
-    found = [_late(segments, np.array(group), others, *cause) for cause, group in groups.items()]
-    return sorted(found, key=lambda late: -late.excess_ns)
+    return None
+
+
+def _cause(
+    segments: Segments,
+    facts: JobFacts,
+    rows: NDArray[np.intp],
+    others: NDArray[np.intp],
+    reference: Mapping[str, Floats],
+) -> tuple[str, bool] | None:
+    """Return (the part to blame, whether the ranks are slower in everything); None where their excess may be chance."""
+    over = segments.own[rows].mean(axis=0) - mean_of_others(segments.own[others])
+    excess = float(over.mean())
+    if excess < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _is_significant(
+        segments, rows, others, reference
+    ):
+        return None
+
+    part, everywhere = _blamed_part(segments, facts, rows, reference, excess)
+    return None if part is None or (everywhere and not _persists(over, segments)) else (part, everywhere)
 
 
 def _blamed_part(
-    segments: Segments, facts: JobFacts, row: int, reference: Mapping[str, Floats], excess: float
+    segments: Segments, facts: JobFacts, rows: NDArray[np.intp], reference: Mapping[str, Floats], excess: float
 ) -> tuple[str | None, bool]:
-    """Return (the part to blame or None, whether the rank is slower in everything)."""
-    by_part = {part: float((values[row] - reference[part]).mean()) for part, values in segments.parts.items()}
+    """Return (the part to blame or None, whether the ranks are slower in everything)."""
+    by_part = {part: float((values[rows] - reference[part]).mean()) for part, values in segments.parts.items()}
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
-    everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, row, reference, part)
+    everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, reference, part)
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
-    chancy = seldom or facts.oversubscribed or _lacks_core(facts, int(segments.ranks[row]))
+    lacking = all(_lacks_core(facts, rank) for rank in segments.ranks[rows].tolist())
+    chancy = seldom or facts.oversubscribed or lacking
     floor = EVERYWHERE_SHARE if everywhere or chancy else EXCESS_SHARE
-    if excess - _without_core_ns(segments, facts, row) < floor * segments.step_ns or (
+    if excess - _without_core_ns(segments, facts, rows) < floor * segments.step_ns or (
         everywhere and facts.oversubscribed
     ):
         return None, everywhere
@@ -190,13 +225,16 @@ def _blamed_part(
     return part, everywhere
 
 
-def _is_slower_overall(segments: Segments, row: int, reference: Mapping[str, Floats], part: str) -> bool:
-    """Return whether another computing part is slower by a similar factor: then the rank is slower, not that part."""
+def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], reference: Mapping[str, Floats], part: str) -> bool:
+    """Return whether another computing part is slower by a similar factor: then the ranks are, not that part."""
     if part not in COMPUTE:
         return False
 
     base = {name: max(float(reference[name].mean()), 1.0) for name in COMPUTE if name in reference}
-    excess = {name: _measured_steps(segments, name, segments.parts[name][row] - reference[name]) for name in base}
+    excess = {
+        name: _measured_steps(segments, name, segments.parts[name][rows].mean(axis=0) - reference[name])
+        for name in base
+    }
     least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
     return any(
         float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= SIMILAR_MIN_Z_SCORE
@@ -212,17 +250,20 @@ def _lacks_core(facts: JobFacts, rank: int) -> bool:
     return bool(others) and mine >= LACKING_SHARE and mine >= 2 * float(np.median(others))
 
 
-def _without_core_ns(segments: Segments, facts: JobFacts, row: int) -> float:
-    """Return the time per step that this rank waited for a core beyond the other ranks; 0 where it is not known."""
-    rank = int(segments.ranks[row])
-    others = [share for other, share in facts.core_wait.items() if other != rank]
-    more = facts.core_wait.get(rank, 0.0) - float(np.median(others)) if others else 0.0
+def _without_core_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> float:
+    """Return the time per step that the ranks waited for a core beyond the others; 0 where it is not known."""
+    late = segments.ranks[rows].tolist()
+    others = [share for other, share in facts.core_wait.items() if other not in late]
+    mine = float(np.mean([facts.core_wait.get(rank, 0.0) for rank in late]))
+    more = mine - float(np.median(others)) if others else 0.0
     return max(more, 0.0) * segments.step_ns
 
 
-def _is_significant(segments: Segments, row: int, others: NDArray[np.intp], reference: Mapping[str, Floats]) -> bool:
-    """Return whether the excess is not chance: it is steady, or nearly all long steps are of this rank."""
-    excess = {part: values[row] - reference[part] for part, values in segments.parts.items()}
+def _is_significant(
+    segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], reference: Mapping[str, Floats]
+) -> bool:
+    """Return whether the excess is not chance: it is steady, or nearly all long steps are of these ranks."""
+    excess = {part: values[rows].mean(axis=0) - reference[part] for part, values in segments.parts.items()}
     backward = excess.pop("backward", np.zeros(1, np.float32))
     steady = [np.sum(list(excess.values()), axis=0), _measured_steps(segments, "backward", backward)]
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
@@ -232,7 +273,7 @@ def _is_significant(segments: Segments, row: int, others: NDArray[np.intp], refe
     if errors >= needed:
         return True
 
-    return errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(segments, row, others)
+    return errors >= MIN_Z_SCORE_OF_LONG and all(long_steps_blame(segments, row, others) for row in rows.tolist())
 
 
 def _measured_steps(segments: Segments, part: str, values: Floats) -> Floats:
@@ -259,14 +300,19 @@ def _persists(excess: Floats, segments: Segments) -> bool:
 
 
 def _late(
-    segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], part: str, everywhere: bool
+    segments: Segments,
+    facts: JobFacts,
+    rows: NDArray[np.intp],
+    others: NDArray[np.intp],
+    part: str,
+    everywhere: bool,
 ) -> LateRanks:
     by_part = {
-        name: float((values[rows].mean(axis=0) - _mean_of_others(values[others])).mean())
+        name: float((values[rows].mean(axis=0) - mean_of_others(values[others])).mean())
         for name, values in segments.parts.items()
     }
     positive = {name: value for name, value in by_part.items() if value > 0}
-    excess = float((segments.own[rows].mean(axis=0) - _mean_of_others(segments.own[others])).mean())
+    excess = float((segments.own[rows].mean(axis=0) - mean_of_others(segments.own[others])).mean())
     dominance = by_part[part] / max(sum(positive.values()), 1.0)
     return LateRanks(
         rows=rows,
@@ -276,6 +322,7 @@ def _late(
         dominance=dominance,
         everywhere=everywhere,
         by_part_ns=positive,
+        group=facts.topology.smallest_group(segments.ranks_of(rows), segments.all_ranks),
     )
 
 
@@ -300,77 +347,26 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     )
     # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
     share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
-    ranks = tuple(int(rank) for rank in segments.ranks[late.rows])
+    ranks = tuple(segments.ranks_of(late.rows))
     gain = speedup(segments, saved)
     kind = straggler_kind(late.part)
     mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
-    others = [int(rank) for rank in segments.ranks[late.others]]
+    others = segments.ranks_of(late.others)
     line = None if late.everywhere else blamed_line(facts.lines, late.part, mine, ranks, others)
     lacking = late.part != "input_wait" and all(_lacks_core(facts, rank) for rank in ranks)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
+    if late.group is not None and line is None and late.part != "input_wait":
+        action = advice.for_slow_group(late.group)
+
     return Finding(
         kind=kind,
         severity=kind.severity_for(share),
         ranks=ranks,
         phase=late.part,
-        summary=_summary(segments, late, ranks, share, gain, line) + (_ready(facts, ranks, others) if lacking else ""),
+        summary=late_summary(segments, late, ranks, share, gain, line)
+        + (waited_for_core(facts, ranks, others) if lacking else ""),
         next=advice.for_lacking_core(ranks, facts) if lacking else action,
-        evidence=_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
+        evidence=late_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,
         speedup_if_fixed=gain,
     )
-
-
-def _ready(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]) -> str:
-    """Return the sentence about late ranks that waited for a core."""
-    mine, usual = (float(np.median([facts.main_wait.get(rank, 0.0) for rank in some])) for some in (ranks, others))
-    return (
-        f" {capitalized(ranks_text(ranks))} waited for a CPU core for {percent_text(mine)} of the time that "
-        f"{'they' if len(ranks) > 1 else 'it'} had work (the others {percent_text(usual)})."
-    )
-
-
-def _summary(
-    segments: Segments,
-    late: LateRanks,
-    ranks: tuple[int, ...],
-    share: float,
-    gain: float,
-    line: BlamedLine | None,
-) -> str:
-    subject = f"{capitalized(ranks_text(ranks))} {'slow' if len(ranks) > 1 else 'slows'} the others down"
-    own = segments.parts[late.part]
-    mine, others = float(own[late.rows].mean()), float(_mean_of_others(own[late.others]).mean())
-    if late.everywhere:
-        return (
-            f"{subject}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
-            f"others (most of it in {phase_words(late.part)}); without it steps would be {gain_text(gain)}."
-        )
-
-    where = line.of_it if line else ""
-    whose = "their" if len(ranks) > 1 else "its"
-    return (
-        f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
-        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it steps "
-        f"would be {gain_text(gain)}."
-    )
-
-
-def _evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
-    own = segments.parts[late.part]
-    mine = own[late.rows].mean(axis=0)
-    others = _mean_of_others(own[late.others])
-    often = float((mine - others > 0.5 * max((mine - others).max(), 1.0)).mean())
-    evidence: dict[str, object] = {
-        "step_ms": segments.step_ns / 1e6,
-        "own_ms": float(mine.mean()) / 1e6,
-        "others_ms": float(others.mean()) / 1e6,
-        "excess_ms": late.excess_ns / 1e6,
-        "excess_ms_by_phase": {name: value / 1e6 for name, value in late.by_part_ns.items()},
-        "dominance": late.dominance,
-        "share_of_steps_late": often,
-        "steps": segments.own.shape[1],
-    }
-    hosts = {str(rank): facts.hosts[rank] for rank in ranks if rank in facts.hosts}
-    waits = {str(rank): facts.main_wait[rank] for rank in ranks if rank in facts.main_wait}
-    return {**evidence, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}

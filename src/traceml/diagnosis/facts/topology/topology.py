@@ -1,0 +1,173 @@
+"""Topology of a job: the groups of ranks that share hardware or a part of the model.
+
+A rule that has found slow ranks asks for the smallest group that explains them: nearly all of its ranks are among them,
+and no other rank is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from traceml.formatting import count_text
+
+__all__ = ["RankGroup", "Topology", "TopologyHistory"]
+
+MOST_ABSENT = 0.1
+"""A group is to blame if at most this share of its ranks is not among the slow ones."""
+
+_MESH_WORDS = {
+    "pp": "pipeline stage",
+    "pipeline": "pipeline stage",
+    "stage": "pipeline stage",
+    "dp": "data-parallel replica",
+    "dp_replicate": "data-parallel replica",
+    "replicate": "data-parallel replica",
+    "dp_shard": "data-parallel shard",
+    "fsdp": "data-parallel shard",
+    "tp": "tensor-parallel rank",
+    "cp": "context-parallel rank",
+    "ep": "expert-parallel rank",
+}
+_Key = Callable[[int], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankGroup:
+    """Ranks that share something.
+
+    Attributes:
+        level: `host`, `nvlink`, `switch` or `mesh`.
+        name: its name in words, such as `host gpu-041` or `pipeline stage 3`.
+        size: number of its ranks in the window.
+        slow: number of them that are slow.
+        also: names of other groups of the same ranks.
+    """
+
+    level: str
+    name: str
+    size: int
+    slow: int
+    also: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The slow ranks in words: `all 8 ranks of host gpu-041`, `31 of 32 ranks of switch leaf7`."""
+        some = "all" if self.slow == self.size else f"{count_text(self.slow)} of"
+        return f"{some} {count_text(self.size)} ranks of {self.name}"
+
+    def evidence(self) -> dict[str, Any]:
+        """Return the group as a finding has it."""
+        return {
+            "words": self.words,
+            "level": self.level,
+            "name": self.name,
+            "size": self.size,
+            "slow": self.slow,
+            "also": list(self.also),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Places of ranks, as far as they are known.
+
+    Attributes:
+        hosts: rank -> host.
+        domains: host -> NVLink domain.
+        switches: rank -> switches above its host, the leaf first.
+        mesh: rank -> dimension of the device mesh -> coordinate.
+    """
+
+    hosts: Mapping[int, str] = field(default_factory=dict)
+    domains: Mapping[str, str] = field(default_factory=dict)
+    switches: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    mesh: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+    def smallest_group(self, slow: Collection[int], ranks: Collection[int]) -> RankGroup | None:
+        """Return the smallest group that explains slow ranks; None where they are no group.
+
+        Args:
+            slow: the slow ranks.
+            ranks: all ranks that were compared, the slow ones among them.
+        """
+        if len(slow) < 2:
+            return None
+
+        found: list[tuple[int, str, str]] = []
+        for level, key_of in self._levels(next(iter(slow))):
+            keys = {key_of(rank) for rank in slow}
+            name = keys.pop()
+            if keys or name is None:
+                continue
+
+            size = sum(key_of(rank) == name for rank in ranks)
+            if size < len(ranks) and size - len(slow) <= MOST_ABSENT * size:
+                found.append((size, level, name))
+
+        return _smallest(found, len(slow))
+
+    def _levels(self, rank: int) -> Iterator[tuple[str, _Key]]:
+        """Yield the levels at which a rank has a place, the most local first."""
+        yield "host", lambda each: _named("host", self.hosts.get(each))
+        yield "nvlink", lambda each: _named("NVLink domain", self.domains.get(self.hosts.get(each, "")))
+        for above in range(len(self.switches.get(rank, ()))):
+            yield "switch", lambda each, above=above: _named("switch", _at(self.switches.get(each, ()), above))  # type: ignore[misc]
+
+        for dimension in self.mesh.get(rank, {}):
+            yield "mesh", lambda each, dimension=dimension: _coordinate(dimension, self.mesh.get(each, {}))  # type: ignore[misc]
+
+
+class TopologyHistory:
+    """Places of ranks, as they report them."""
+
+    def __init__(self) -> None:
+        self._domains: dict[int, str] = {}
+        self._switches: dict[int, tuple[str, ...]] = {}
+        self._mesh: dict[int, dict[str, int]] = {}
+
+    def info(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take a row of the `info` log: `process`, `mesh` and `nvlink` rows are used."""
+        kind = row.get("kind")
+        if kind == "process":
+            self._switches[rank] = tuple(str(name) for name in row.get("switches") or ())
+        elif kind == "mesh" and isinstance(row.get("coordinates"), Mapping):
+            self._mesh[rank] = {str(name): at for name, at in row["coordinates"].items() if isinstance(at, int)}
+        elif kind == "nvlink" and row.get("domain"):
+            self._domains[rank] = str(row["domain"])
+
+    def build(self, hosts: Mapping[int, str]) -> Topology:
+        """Return the places that are known now.
+
+        Args:
+            hosts: rank -> host.
+        """
+        domains = {hosts[rank]: domain for rank, domain in self._domains.items() if rank in hosts}
+        return Topology(hosts=hosts, domains=domains, switches=self._switches, mesh=self._mesh)
+
+
+def _smallest(found: list[tuple[int, str, str]], slow: int) -> RankGroup | None:
+    if not found:
+        return None
+
+    # Of groups of one size the first is the most local: `min` keeps it.
+    size, level, name = min(found, key=lambda each: each[0])
+    also = tuple(other for count, _, other in found if count == size and other != name)
+    return RankGroup(level=level, name=name, size=size, slow=slow, also=also)
+
+
+def _named(word: str, name: str | None) -> str | None:
+    return f"{word} {name}" if name else None
+
+
+def _at(names: tuple[str, ...], index: int) -> str | None:
+    return names[index] if index < len(names) else None
+
+
+def _coordinate(dimension: str, coordinates: Mapping[str, int]) -> str | None:
+    if dimension not in coordinates:
+        return None
+
+    word = _MESH_WORDS.get(dimension)
+    return f"{word} {coordinates[dimension]}" if word else f"mesh coordinate {dimension}={coordinates[dimension]}"

@@ -1,0 +1,100 @@
+"""Sentences and numbers about ranks that the others wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import BlamedLine
+from traceml.diagnosis.steps.segments import LateRanks, Segments
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
+
+__all__ = ["late_evidence", "late_summary", "mean_of_others", "waited_for_core"]
+
+_MOST_LISTED = 64  # a switch or a stage has thousands of ranks
+
+
+def mean_of_others(values: Floats) -> Floats:
+    """Return the mean work of the other ranks in each step.
+
+    It is not the median: with skewed noise, the median of several ranks is below the mean of each of them.
+    """
+    return np.asarray(values.mean(axis=0))
+
+
+def waited_for_core(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]) -> str:
+    """Return the sentence about late ranks that waited for a core."""
+    mine, usual = (float(np.median([facts.main_wait.get(rank, 0.0) for rank in some])) for some in (ranks, others))
+    return (
+        f" {capitalized(ranks_text(ranks))} waited for a CPU core for {percent_text(mine)} of the time that "
+        f"{'they' if len(ranks) > 1 else 'it'} had work (the others {percent_text(usual)})."
+    )
+
+
+def late_summary(
+    segments: Segments,
+    late: LateRanks,
+    ranks: tuple[int, ...],
+    share: float,
+    gain: float,
+    line: BlamedLine | None,
+) -> str:
+    """Return the sentence about late ranks.
+
+    Args:
+        segments: the window.
+        late: the ranks, as indices.
+        ranks: their numbers.
+        share: cost as a share of step time.
+        gain: old / new step time without their excess.
+        line: where the excess is, if it is known.
+    """
+    subject = f"{_subject(late, ranks)} {'slow' if len(ranks) > 1 else 'slows'} the others down"
+    own = segments.parts[late.part]
+    mine, others = float(own[late.rows].mean()), float(mean_of_others(own[late.others]).mean())
+    if late.everywhere:
+        return (
+            f"{subject}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
+            f"others (most of it in {phase_words(late.part)}); without it steps would be {gain_text(gain)}."
+        )
+
+    where = line.of_it if line else ""
+    whose = "their" if len(ranks) > 1 else "its"
+    return (
+        f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
+        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it steps "
+        f"would be {gain_text(gain)}."
+    )
+
+
+def _subject(late: LateRanks, ranks: tuple[int, ...]) -> str:
+    if late.group is None:
+        return capitalized(ranks_text(ranks))
+
+    return f"{capitalized(late.group.words)} ({', '.join([*late.group.also, ranks_text(ranks)])})"
+
+
+def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
+    """Return the numbers behind that sentence."""
+    own = segments.parts[late.part]
+    mine = own[late.rows].mean(axis=0)
+    others = mean_of_others(own[late.others])
+    often = float((mine - others > 0.5 * max((mine - others).max(), 1.0)).mean())
+    evidence: dict[str, object] = {
+        "step_ms": segments.step_ns / 1e6,
+        "own_ms": float(mine.mean()) / 1e6,
+        "others_ms": float(others.mean()) / 1e6,
+        "excess_ms": late.excess_ns / 1e6,
+        "excess_ms_by_phase": {name: value / 1e6 for name, value in late.by_part_ns.items()},
+        "dominance": late.dominance,
+        "share_of_steps_late": often,
+        "steps": segments.own.shape[1],
+    }
+    group = {"rank_group": late.group.evidence()} if late.group is not None else {}
+    listed = ranks[:_MOST_LISTED]
+    hosts = {str(rank): facts.hosts[rank] for rank in listed if rank in facts.hosts}
+    waits = {str(rank): facts.main_wait[rank] for rank in listed if rank in facts.main_wait}
+    return {**evidence, **group, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}

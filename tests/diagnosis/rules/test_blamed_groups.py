@@ -1,0 +1,145 @@
+"""Slow hosts, switches and stages of fabricated runs: the verdict names the smallest group that explains them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, rows_of, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.topology.topology import Topology
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.window import StepWindow
+
+JOB = Job(ranks=32, steps=80)
+RANKS = range(JOB.ranks)
+# Hosts of 4 ranks, 2 hosts per leaf switch; 4 stages of 8 ranks across all hosts.
+CLUSTER = Topology(
+    hosts={rank: f"gpu-{rank // 4:03}" for rank in RANKS},
+    switches={rank: (f"leaf{rank // 8}",) for rank in RANKS},
+    mesh={rank: {"pp": rank % 4} for rank in RANKS},
+)
+HOST, LEAF, STAGE = tuple(range(8, 12)), tuple(range(16, 24)), tuple(range(1, 32, 4))
+
+
+def verdict(*faults, job: Job = JOB, seed: int = 0, **facts) -> Finding:
+    known = {"hosts": CLUSTER.hosts, "topology": CLUSTER, **facts}
+    return diagnose(window_of(job, *faults, seed=seed), JobFacts(world_size=job.ranks, **known))[0]
+
+
+@pytest.mark.parametrize("part", ["forward", "input_wait", "other"])
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(HOST, "host gpu-002"), (LEAF, "switch leaf2"), (STAGE, "pipeline stage 1")]
+)
+def test_a_slow_group_is_named(part, ranks, name):
+    """Headline, summary and evidence name the group; the ranks are listed beside it."""
+    found = verdict(adds(part, 10, ranks))
+
+    assert (found.ranks, found.phase) == (ranks, part)
+    assert found.evidence["rank_group"]["name"] == name
+    assert found.headline.startswith(f"All {len(ranks)} ranks of {name} are slow in ")
+    assert found.summary.startswith(f"All {len(ranks)} ranks of {name} (ranks ")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_weakly_slow_host_is_one_finding(seed):
+    """The noise of single ranks does not split the host: its ranks are judged together."""
+    found = verdict(adds("forward", 4.0, HOST), job=Job(ranks=32, steps=80, sigma=0.25), seed=seed)
+
+    assert (found.ranks, found.phase) == (HOST, "forward")
+    assert found.evidence["rank_group"]["name"] == "host gpu-002"
+
+
+@pytest.mark.parametrize("ranks", [(9,), (8, 9, 10), (3, 4), (0, 5, 10)], ids=str)
+def test_ranks_that_are_no_group_are_named_alone(ranks):
+    """One rank, three of four, neighbors on two hosts, and any three: no host, switch or stage is blamed."""
+    found = verdict(adds("forward", 10, ranks))
+
+    assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, ranks)
+    assert "rank_group" not in found.evidence
+    assert "host" not in found.headline
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_a_fault_nobody_is_blamed(seed):
+    """Places alone make no straggler."""
+    assert not verdict(seed=seed).kind.rule.is_straggler
+
+
+def test_a_host_that_is_slower_in_everything_is_blamed_as_a_whole():
+    """Low clocks: each part takes half as long again on each of its ranks."""
+
+    def throttled(own, _) -> None:
+        for part in ("forward", "backward", "optimizer"):
+            own[part][list(HOST)] *= 1.6
+
+    found = verdict(throttled)
+
+    assert found.ranks == HOST
+    assert "slower in every part" in found.summary
+    assert "clocks and temperature" in found.next
+
+
+def test_two_causes_on_one_host_stay_two_findings():
+    """Ranks of one host that are late in different parts are not one group."""
+    job = Job(ranks=4, steps=80)
+    place = Topology(hosts=dict.fromkeys((0, 1), "a") | dict.fromkeys((2, 3), "b"))
+    faults = adds("input_wait", 40, (2,)), adds("forward", 20, (3,))
+
+    found = diagnose(window_of(job, *faults), JobFacts(world_size=4, topology=place))
+
+    assert [(each.ranks, each.phase) for each in found] == [((2,), "input_wait"), ((3,), "forward")]
+
+
+@pytest.mark.parametrize("fault", [adds("forward", 10, HOST), adds("input_wait", 20)], ids=["slow host", "slow input"])
+def test_ranks_that_were_not_seen_are_counted(fault):
+    """The verdict tells on how many ranks it rests, if some never sent a step."""
+    silent = tuple(79 if rank not in (5, 6) else -1 for rank in RANKS)
+    rows = rows_of(JOB, fault)
+    window = StepWindow(128, JOB.ranks)
+    for rank in RANKS:
+        if silent[rank] >= 0:
+            window.scatter(np.full(JOB.steps, rank), rows[rank])
+
+    facts = JobFacts(world_size=JOB.ranks, hosts=CLUSTER.hosts, topology=CLUSTER, latest=silent)
+    found = diagnose(window.aligned(), facts)[0]
+
+    assert found.summary.endswith("30 of 32 ranks were seen in these steps.")
+    assert (found.evidence["ranks_seen"], found.evidence["world_size"]) == (30, 32)
+
+
+def test_where_all_ranks_were_seen_none_are_counted():
+    """Nor where it is not known who was."""
+    for latest in ((79,) * JOB.ranks, ()):
+        assert "were seen" not in verdict(adds("forward", 10, HOST), latest=latest).summary
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_that_come_and_go_are_no_stragglers(seed):
+    """Ranks that end, and others that begin again from step 0 in their place, are not taken for slow ones."""
+    random = np.random.default_rng(seed)
+    rows = rows_of(JOB, seed=seed)
+    window = StepWindow(128, JOB.ranks)
+    changes = {
+        int(rank): int(step)
+        for rank, step in zip(random.choice(JOB.ranks, 6, replace=False), random.integers(20, 70, 6), strict=True)
+    }
+    for rank in RANKS:
+        until = changes.get(rank, JOB.steps)
+        window.scatter(np.full(until, rank), rows[rank][:until])
+        if until == JOB.steps:
+            continue
+
+        window.end(rank)
+        if random.random() < 0.6:  # a spare joins, with steps of its own and a slow first one
+            window.clear(rank)
+            again = rows[rank][: JOB.steps - until].copy()
+            again["forward_ns"][0] += 2_000_000_000
+            again["total_ns"][0] += 2_000_000_000
+            window.scatter(np.full(len(again), rank), again)
+
+    facts = JobFacts(world_size=JOB.ranks, topology=CLUSTER, latest=tuple(window.latest.tolist()))
+
+    assert not any(found.kind.rule.is_straggler for found in diagnose(window.aligned(), facts))
