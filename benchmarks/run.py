@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "fleet": [],
     "report_page": [],
     "long_runs": [],
+    "export": [],
     "integrations": [],
     "tasks": [],
     "launch": [],

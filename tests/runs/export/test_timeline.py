@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.runs.export.exported import BOOT_NS, STEPS, S, events_in, innermost, nested, rich_run, slices_by_track
+from traceml.runs.export import step_tracks
 from traceml.runs.export.exporter import export_run
 from traceml.runs.run import Run
 
@@ -149,6 +151,36 @@ def test_counters_and_marks(perfetto):
     assert {"grad is nan", "warning", "text note", "verdict COMPUTE_STRAGGLER"} <= set(marks)
     assert marks["text note"]["args"]["text"] == 'hello, "world"\nü'
     assert marks["verdict COMPUTE_STRAGGLER"]["s"] == "g"
+
+
+def test_device_steps_are_complete(perfetto):
+    """Also those of steps that waited for their user phases to the end."""
+    steps = [event["args"]["step"] for event in perfetto if event.get("cat") == "device" and event["name"] == "step"]
+
+    assert sorted(steps) == sorted([*range(STEPS)] * 2)
+
+
+def test_blocks_of_any_size_give_the_same_trace(run_dir, perfetto, tmp_path, monkeypatch):
+    """Rows that wait for rows of another table, or of another rank, are written as in one block."""
+    monkeypatch.setattr(step_tracks, "_MOST_ROWS", 70)
+    monkeypatch.setattr(step_tracks, "_CELLS", 100)
+    export_run(run_dir, "perfetto", tmp_path / "blocks.json")
+
+    assert comparable(events_in(tmp_path / "blocks.json")) == comparable(perfetto)
+
+
+def comparable(events):
+    """Return events without their numbers, which depend on their order; arrows as pairs of ends."""
+    ends = defaultdict(list)
+    plain = []
+    for event in events:
+        text = json.dumps({key: value for key, value in event.items() if key != "id"}, sort_keys=True)
+        if event["ph"] in "sf":
+            ends[event["id"]].append(text)
+        else:
+            plain.append(text)
+
+    return Counter(plain), Counter("".join(sorted(each)) for each in ends.values())
 
 
 def test_many_ranks(tmp_path):

@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 
-__all__ = ["FlowArrow", "FlowArrows", "SyncArrival"]
+import numpy as np
+from numpy.typing import NDArray
 
-# Arrivals kept of sync points that are not complete; beyond that, the oldest point is dropped.
-_MOST_HELD = 200_000
+__all__ = ["FlowArrows", "SyncArrows"]
+
+Longs = NDArray[np.int64]
+
+_MOST_HELD = 1_000_000  # arrivals of one kind whose sync points are not complete: 40 MB
+_RANK, _STEP, _BEGAN, _ARRIVED, _LEFT = range(5)
 
 
 @dataclass(frozen=True, slots=True)
-class SyncArrival:
-    """Arrival of a rank at a sync point, in epoch nanoseconds.
+class SyncArrows:
+    """Arrows between slices of two ranks; both ends are inside the slices, the first not after the second.
 
     Attributes:
-        pid, tid: its process and track in the trace.
-        began_ns: start of the slice that ends with its arrival.
-        arrived_ns: end of its own work.
-        left_ns: end of its waiting.
+        source, target: ranks.
+        from_ns, to_ns: epoch nanoseconds.
     """
 
-    pid: int
-    tid: int
-    began_ns: int
-    arrived_ns: int
-    left_ns: int
-
-    @property
-    def waited_ns(self) -> int:
-        """Duration of its waiting."""
-        return self.left_ns - self.arrived_ns
+    source: Longs
+    from_ns: Longs
+    target: Longs
+    to_ns: Longs
 
 
-@dataclass(frozen=True, slots=True)
-class FlowArrow:
-    """Arrow between slices of two ranks; both ends are inside the slices, the first not after the second."""
+@dataclass(slots=True)
+class _Held:
+    """Arrivals of one kind whose sync points are not complete, and the ranks with new ones since the last match."""
 
-    source: SyncArrival
-    from_ns: int
-    target: SyncArrival
-    to_ns: int
+    ranks: int
+    arrivals: list[Longs] = field(default_factory=list)
+    count: int = 0
+    newly: set[int] = field(default_factory=set)
+
+    def match(self) -> SyncArrows:
+        """Return the arrows of complete points, and keep the other arrivals: the newest, where there are too many."""
+        complete, rest = _matched(np.concatenate(self.arrivals), self.ranks)
+        rest = rest[-_MOST_HELD // 2 :] if len(rest) > _MOST_HELD else rest
+        self.arrivals, self.count, self.newly = [rest], len(rest), set()
+        return _arrows(complete)
 
 
 class FlowArrows:
@@ -52,35 +55,49 @@ class FlowArrows:
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Hashable, dict[int, SyncArrival]] = OrderedDict()
-        self._held = 0
+        self._held: dict[Hashable, _Held] = {}
 
-    def add_arrival(self, point: Hashable, rank: int, arrival: SyncArrival, ranks: int) -> list[FlowArrow]:
-        """Take an arrival; return the arrows of the sync point once all `ranks` ranks have arrived."""
-        arrived = self._open.setdefault(point, {})
-        self._held += rank not in arrived
-        arrived[rank] = arrival
-        if len(arrived) == ranks:
-            del self._open[point]
-            self._held -= ranks
-            return _arrows(list(arrived.values()))
+    def add_arrivals(self, kind: Hashable, rank: int, arrivals: Longs, ranks: int) -> SyncArrows | None:
+        """Take arrivals of a rank; return arrows now and then, when all ranks have new arrivals.
 
-        while self._held > _MOST_HELD:
-            self._held -= len(self._open.popitem(last=False)[1])
+        Args:
+            kind: kind of sync point, of which each step has one.
+            rank: the rank.
+            arrivals: per row the step, and in epoch nanoseconds the start of the slice that ends with the arrival, the
+                end of its own work, and the end of its waiting.
+            ranks: number of ranks.
+        """
+        held = self._held.setdefault(kind, _Held(ranks))
+        held.arrivals.append(np.column_stack([np.full(len(arrivals), rank), arrivals]))
+        held.count += len(arrivals)
+        held.newly.add(rank)
+        return held.match() if len(held.newly) == ranks or held.count > _MOST_HELD else None
 
-        return []
+    def rest(self) -> Iterator[SyncArrows]:
+        """Yield the remaining arrows, at the end."""
+        for held in self._held.values():
+            yield held.match()
 
 
-def _arrows(arrivals: list[SyncArrival]) -> list[FlowArrow]:
-    last = min(arrivals, key=lambda arrival: arrival.waited_ns)
-    arrows = []
-    for arrival in arrivals:
-        if arrival is last or arrival.waited_ns <= 0:
-            continue
+def _matched(arrivals: Longs, ranks: int) -> tuple[Longs, Longs]:
+    """Return the arrivals at complete sync points, point x rank x column, and the others, oldest step first."""
+    arrivals = arrivals[np.lexsort((arrivals[:, _RANK], arrivals[:, _STEP]))]
+    is_last = np.ones(len(arrivals), bool)  # of a rank that repeated a step
+    is_last[:-1] = (np.diff(arrivals[:, : _STEP + 1], axis=0) != 0).any(axis=1)
+    arrivals = arrivals[is_last]
+    _, point, counts = np.unique(arrivals[:, _STEP], return_inverse=True, return_counts=True)
+    is_complete = counts[point] == ranks
+    return arrivals[is_complete].reshape(-1, ranks, arrivals.shape[1]), arrivals[~is_complete]
 
-        to_ns = arrival.left_ns - min(1_000, (arrival.waited_ns + 1) // 2)
-        from_ns = min(last.arrived_ns - 1 + last.waited_ns // 2, to_ns)
-        if from_ns > last.began_ns:  # else the clocks differ by more than the wait
-            arrows.append(FlowArrow(last, from_ns, arrival, to_ns))
 
-    return arrows
+def _arrows(points: Longs) -> SyncArrows:
+    waited = points[:, :, _LEFT] - points[:, :, _ARRIVED]
+    number = np.arange(len(points))
+    last = waited.argmin(axis=1)
+    source = points[number, last]
+    to_ns = points[:, :, _LEFT] - np.minimum(1_000, (waited + 1) // 2)
+    from_ns = np.minimum((source[:, _ARRIVED] - 1 + waited[number, last] // 2)[:, None], to_ns)
+    drawn = (waited > 0) & (from_ns > source[:, _BEGAN, None])  # else the clocks differ by more than the wait
+    drawn[number, last] = False
+    sources = np.broadcast_to(source[:, _RANK, None], drawn.shape)
+    return SyncArrows(sources[drawn], from_ns[drawn], points[:, :, _RANK][drawn], to_ns[drawn])

@@ -17,7 +17,7 @@ from traceml.database.schema import STEPS, StepFlag, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.steps.step_split import has_group
 from traceml.errors import TraceMLError
-from traceml.runs.export.timeline import rows_with_waiting, step_slices
+from traceml.runs.export.step_parts import STEP_PARTS, part_bounds, step_parts, waiting_of
 from traceml.runs.export.top_operators import CallSamples, OperatorTable
 from traceml.runs.rows.clocks import RunClocks
 
@@ -190,19 +190,15 @@ class _ProfileMerger:
         pid, tid = self._process(each.rank, each.pid), self._track(each.rank, each.pid, _TRACK)
         yield _name("thread_name", pid, tid, name=_TRACK)
         yield _name("thread_sort_index", pid, tid, sort_index=-1)
-        for row in rows_with_waiting(inside, grouped=has_group(self._world)):
-            end_ns = self._clocks.of_stamp(stream.id, row["t_end_ns"])
-            yield from self._step(row, end_ns, pid, tid)
-
-    def _step(self, row: dict[str, int], end_ns: int, pid: int, tid: int) -> Iterator[dict[str, Any]]:
-        at_ns = end_ns - row["total_ns"]
-        yield self._slice(f"step {row['step']}", "step", at_ns, end_ns, pid, tid)
-        for name, category, ns in step_slices(row, ()):
-            until_ns = min(at_ns + ns, end_ns)
-            if until_ns > at_ns:
-                yield self._slice(name, category, at_ns, until_ns, pid, tid)
-
-            at_ns = max(until_ns, at_ns)
+        end = self._clocks.of_stamp(stream.id, inside["t_end_ns"])
+        begin = end - inside["total_ns"]
+        parts = step_parts(inside, waiting_of(inside, grouped=has_group(self._world)))
+        starts, ends = part_bounds(begin, end, parts)
+        for number, step in enumerate(inside["step"].tolist()):
+            yield self._slice(f"step {step}", "step", int(begin[number]), int(end[number]), pid, tid)
+            for (name, category), at, until in zip(STEP_PARTS, starts[number], ends[number], strict=True):
+                if until > at:
+                    yield self._slice(name, category, int(at), int(until), pid, tid)
 
     def _slice(self, name: str, category: str, begin_ns: int, end_ns: int, pid: int, tid: int) -> dict[str, Any]:
         ts, dur = (begin_ns - self._origin_ns) / 1000, (end_ns - begin_ns) / 1000

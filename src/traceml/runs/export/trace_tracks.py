@@ -35,7 +35,7 @@ class TraceTracks:
         tid = pid * 10 + lane
         if pid not in self._named:
             facts = {"rank": stream.rank, "host": stream.host, "os_pid": stream.identity.pid}
-            self._name("process_name", f"rank {stream.rank} ({stream.host})", pid, pid, tid, **facts)
+            self._name("process_name", f"rank {stream.rank} ({stream.host})", pid, pid, pid * 10, **facts)
 
         if -tid not in self._named:
             self._name("thread_name", _LANES[lane], -tid, pid, tid)

@@ -9,7 +9,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,17 @@ class BlockWriter:
         while self.pending and self._write_block():
             pass
 
+    def write_lines(self, text: bytes, events: int) -> None:
+        """Write events that are encoded already, after the pending ones."""
+        with self._lock:
+            self.flush()
+            if self._closed or self._writing:
+                self._lost += events
+                return
+
+            with self._alone():
+                self._guarded(lambda: self._write_text(text, events), events)
+
     def close(self) -> None:
         """Write all pending events and finish the file; may be called again."""
         atexit.unregister(self.close)
@@ -147,25 +159,31 @@ class BlockWriter:
             if self._writing:
                 return False  # called by a signal handler during a write
 
-            self._writing = True
-            try:
+            with self._alone():
                 block = [self.pending.popleft() for _ in range(min(len(self.pending), _BLOCK))]
                 if len(self.pending) <= _BLOCK and not self._closed:
                     self.limit = _BLOCK
 
                 if block:
-                    self._guarded(lambda: self._write(block), len(block))
-            finally:
-                self._writing = False
+                    self._guarded(lambda: self._write_text(lines(block), len(block)), len(block))
 
         return True
 
-    def _write(self, block: list[Any]) -> None:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep signal handlers of this thread from writing."""
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
+
+    def _write_text(self, text: bytes, events: int) -> None:
         if self._sink is None:
             self._sink = open_sink(self.path)
 
-        self._bytes += self._sink.write(lines(block))
-        self._written += len(block)
+        self._bytes += self._sink.write(text)
+        self._written += events
         self._blocks += 1
 
     def _guarded(self, write: Callable[[], None], events: int) -> None:

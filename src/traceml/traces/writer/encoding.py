@@ -18,6 +18,7 @@ __all__ = [
     "TraceEvent",
     "args_of",
     "lines",
+    "quoted",
 ]
 
 
@@ -89,6 +90,14 @@ def args_of(values: Mapping[str, Any]) -> msgspec.Raw:
         return msgspec.Raw(_encoder.encode(values))
     except Exception:  # noqa: BLE001 - lone surrogates, cycles, a __str__ that raises: they are written as text
         return msgspec.Raw(_encoder.encode({_clean(key): _clean(_text(value)) for key, value in values.items()}))
+
+
+def quoted(text: str) -> bytes:
+    """Return a text as JSON."""
+    try:
+        return _encoder.encode(text)
+    except UnicodeEncodeError:  # a lone surrogate, as returned by os.fsdecode
+        return _encoder.encode(_clean(text))
 
 
 def lines(events: Sequence[Any]) -> bytes:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import iscoroutinefunction
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -81,6 +82,10 @@ class Writer:
         process_name: name of the process in the trace; the name of the script by default.
         origin_ns: write microseconds since this time (epoch nanoseconds) instead, with nanoseconds as decimals.
 
+    Attributes:
+        path: the file.
+        origin_ns: as given.
+
     Raises:
         UsageError: the path's suffix is not a known format.
         OSError: the file cannot be written.
@@ -100,7 +105,7 @@ class Writer:
 
         monotonic, epoch_ns = clock_pair()
         self._offset_ns = epoch_ns - monotonic
-        self._origin_ns = origin_ns
+        self.origin_ns = origin_ns
         self._process_name = process_name or _script_name()
         self._begin()
         self._blocks = BlockWriter(self.path, self._begin)
@@ -216,7 +221,7 @@ class Writer:
         """Write a span from `start_ns` to `end_ns`, epoch nanoseconds."""
         ts = self._us(start_ns)
         packed = args_of(args) if args else NO_ARGS
-        dur = (end_ns - start_ns) / 1000 if self._origin_ns is not None else int(self._us(end_ns) - ts)
+        dur = (end_ns - start_ns) / 1000 if self.origin_ns is not None else int(self._us(end_ns) - ts)
         self._put(SpanEvent(next(self._ids), name, cat, pid, tid, ts, dur, "X", packed))
 
     def write_instant(
@@ -248,6 +253,19 @@ class Writer:
         """Write the name of a process or a thread."""
         self._put(MetaEvent(what, pid, tid, "M", args_of({"name": name, **facts})))
 
+    def take_ids(self, count: int) -> list[int]:
+        """Return the numbers of the next events, for `write_lines`."""
+        return list(islice(self._ids, count))
+
+    def write_lines(self, text: bytes, events: int) -> None:
+        """Write events that are encoded already, after the pending ones.
+
+        Args:
+            text: a JSON object per line; times are microseconds since `origin_ns`.
+            events: number of lines.
+        """
+        self._blocks.write_lines(text, events)
+
     def flush(self) -> None:
         """Write all pending events now."""
         self._blocks.flush()
@@ -270,7 +288,7 @@ class Writer:
             tid = self._register_thread()
 
         offset_ns = self._offset_ns
-        if self._origin_ns is None:
+        if self.origin_ns is None:
             ts = (start_ns + offset_ns) // 1000
             packed = args_of(args) if args else NO_ARGS
             dur = (end_ns + offset_ns) // 1000 - ts
@@ -292,7 +310,7 @@ class Writer:
         return monotonic_ns() + self._offset_ns
 
     def _us(self, epoch_ns: int) -> int | float:
-        return epoch_ns // 1000 if self._origin_ns is None else (epoch_ns - self._origin_ns) / 1000
+        return epoch_ns // 1000 if self.origin_ns is None else (epoch_ns - self.origin_ns) / 1000
 
     def _tid(self) -> int:
         try:

@@ -1,0 +1,155 @@
+"""Events from arrays: the text of a block is made at once, without an object per event.
+
+The text is the one that the same events have when they are written one by one, and takes about a fifth of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.traces.writer.encoding import args_of, quoted
+from traceml.traces.writer.writer import Writer
+
+__all__ = ["ArrowBlock", "EventBlocks", "SpanBlock", "SpanKind"]
+
+Longs = NDArray[np.int64]
+
+_SPAN = b'{"id":%%d,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"dur":%b,"ph":"X","args":%b}\n'
+_ARROW = b'{"id":%%d,"name":%b,"cat":%b,"pid":%%d,"tid":%%d,"ts":%b,"ph":"%b"%b}\n'
+_US = {False: b"%d", True: b"%d%b"}  # whole microseconds; with the text of their fraction
+_FRACTIONS = np.array([str(ns / 1000)[1:].encode() for ns in range(1000)], object)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanKind:
+    """Common parts of some spans of a block.
+
+    Attributes:
+        name, cat: name and category.
+        numbers: names of arguments that are integers; each span has its own values.
+        args: arguments that all of them have, after the numbers.
+    """
+
+    name: str
+    cat: str
+    numbers: tuple[str, ...] = ()
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanBlock:
+    """Spans of one thread.
+
+    Attributes:
+        pid, tid: process and thread.
+        kinds: kinds of spans.
+        kind: number in `kinds` of each span.
+        start_ns, end_ns: epoch nanoseconds of each span.
+        numbers: span x argument, of as many as the kind with the most; a kind with fewer uses the first ones.
+    """
+
+    pid: int
+    tid: int
+    kinds: Sequence[SpanKind]
+    kind: NDArray[np.intp]
+    start_ns: Longs
+    end_ns: Longs
+    numbers: Longs
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowBlock:
+    """Arrows of one name.
+
+    Attributes:
+        name, cat: name and category.
+        first_id: number of the first one; the others follow.
+        source, target: pid and tid of both ends, arrow x 2.
+        from_ns, to_ns: epoch nanoseconds of both ends.
+    """
+
+    name: str
+    cat: str
+    first_id: int
+    source: Longs
+    target: Longs
+    from_ns: Longs
+    to_ns: Longs
+
+
+class EventBlocks:
+    """Writes blocks to a trace.
+
+    Args:
+        writer: the trace.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer, self._origin_ns = writer, writer.origin_ns
+        self._us = _US[writer.origin_ns is not None]
+
+    def write_spans(self, block: SpanBlock) -> None:
+        """Write spans."""
+        ids = self._writer.take_ids(len(block.kind))
+        templates = [self._span_template(kind, block.pid, block.tid) for kind in block.kinds]
+        times = [*self._times(block.start_ns), *self._durations(block.start_ns, block.end_ns)]
+        columns = [np.array(ids, object), *times, *block.numbers.T]
+        counts = np.array([len(kind.numbers) for kind in block.kinds])[block.kind]
+        used = np.arange(len(columns)) < (counts + 1 + len(times))[:, None]
+        text = _filled([templates[number] for number in block.kind.tolist()], columns, used)
+        self._writer.write_lines(text, len(ids))
+
+    def write_arrows(self, block: ArrowBlock) -> None:
+        """Write both ends of arrows."""
+        count = len(block.from_ns)
+        ids = np.arange(block.first_id, block.first_id + count)
+        ends = ((block.source, block.from_ns), (block.target, block.to_ns))
+        columns = [column for tracks, at_ns in ends for column in (ids, *tracks.T, *self._times(at_ns))]
+        template = self._arrow_template(block, b"s", b"") + self._arrow_template(block, b"f", b',"bp":"e"')
+        self._writer.write_lines(_filled([template] * count, columns), 2 * count)
+
+    def _span_template(self, kind: SpanKind, pid: int, tid: int) -> bytes:
+        number = [b"%b:%%d" % _constant(quoted(name)) for name in kind.numbers]
+        other = [_constant(bytes(args_of(kind.args)))[1:-1]] if kind.args else []
+        args = b"{" + b",".join((*number, *other)) + b"}"
+        name, cat = _constant(quoted(kind.name)), _constant(quoted(kind.cat))
+        return _SPAN % (name, cat, pid, tid, self._us, self._us, args)
+
+    def _arrow_template(self, block: ArrowBlock, phase: bytes, rest: bytes) -> bytes:
+        return _ARROW % (_constant(quoted(block.name)), _constant(quoted(block.cat)), self._us, phase, rest)
+
+    def _times(self, epoch_ns: Longs) -> list[NDArray[Any]]:
+        """Return the columns of a time: microseconds, and their fraction if nanoseconds are written."""
+        return [epoch_ns // 1000] if self._origin_ns is None else _with_fraction(epoch_ns - self._origin_ns)
+
+    def _durations(self, start_ns: Longs, end_ns: Longs) -> list[NDArray[Any]]:
+        if self._origin_ns is None:
+            return [end_ns // 1000 - start_ns // 1000]
+
+        return _with_fraction(end_ns - start_ns)
+
+
+def _with_fraction(ns: Longs) -> list[NDArray[Any]]:
+    fraction = _FRACTIONS[ns % 1000]
+    if (before := ns < 0).any():  # before the origin, for instance of a host whose clock is wrong
+        fraction[before] = b"e-3"
+
+    return [np.where(before, ns, ns // 1000), fraction]
+
+
+def _filled(templates: list[bytes], columns: Sequence[NDArray[Any]], used: NDArray[np.bool_] | None = None) -> bytes:
+    """Return the templates with the used values of each row put in."""
+    values = np.empty((len(templates), len(columns)), object)
+    for number, column in enumerate(columns):
+        values[:, number] = column
+
+    return b"".join(templates) % tuple((values if used is None else values[used]).ravel().tolist())
+
+
+def _constant(text: bytes) -> bytes:
+    return text.replace(b"%", b"%%")
