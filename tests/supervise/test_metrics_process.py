@@ -15,7 +15,8 @@ import pytest
 from tests.display.monitoring.running import running_run, series_of
 from traceml.errors import TraceMLError
 from traceml.supervise import metrics_process
-from traceml.supervise.metrics_process import ListenAddress, MetricsProcess, metrics_beside
+from traceml.supervise.listen_address import ListenAddress
+from traceml.supervise.metrics_process import MetricsProcess, metrics_beside
 
 FREE = ListenAddress(port=0)
 

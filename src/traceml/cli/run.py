@@ -17,13 +17,14 @@ from traceml.cli.scripts import add_prometheus_option, add_run_options, check_re
 from traceml.errors import TraceMLError, UsageError
 from traceml.installation import install_command
 from traceml.supervise.aggregator_process import choose_run_id
-from traceml.supervise.final_report import print_final_report
-from traceml.supervise.metrics_process import metrics_beside
+from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from traceml.supervise.listen_address import ListenAddress
 
 __all__ = ["main", "run_job"]
 
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
             TRACEML_PROFILE_ON_FINDING=str(_PROFILE_AFTER_S) if options.profile_on_finding else None,
         ),
     )
-    with metrics_beside(job.runs_dir, options.prometheus, config.token, _print_line) as keep_metrics:
+    with _metrics(job, options.prometheus, config.token) as keep_metrics:
         return run_job(job, live=options.live, report=options.report, on_tick=keep_metrics)
 
 
@@ -124,6 +125,7 @@ def run_job(
             make_screen=make_screen,
             on_delivery=_print_delivery,
             on_tick=lambda: [keep() for keep in kept],
+            on_ended=load_card,
         ) as supervisor:
             outcome = supervisor.run()
             print_final_report(
@@ -131,6 +133,17 @@ def run_job(
             )
 
     return outcome.status
+
+
+def _metrics(
+    job: LocalJob, address: ListenAddress | None, token: str | None
+) -> AbstractContextManager[Callable[[], None] | None]:
+    if address is None:
+        return nullcontext()
+
+    from traceml.supervise.metrics_process import metrics_beside
+
+    return metrics_beside(job.runs_dir, address, token, _print_line)
 
 
 def _page(job: LocalJob, live: str) -> AbstractContextManager[Callable[[], None] | None]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from traceml.errors import UsageError
-from traceml.supervise.metrics_process import ListenAddress
+from traceml.supervise.listen_address import ListenAddress
 
 __all__ = ["add_prometheus_option", "add_run_options", "check_report", "given", "host_names", "script_words"]
 

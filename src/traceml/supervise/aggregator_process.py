@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -18,15 +17,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
-from traceml.transport.client import Connection, connect
-from traceml.transport.hello import Hello
 from traceml.transport.runs_folder import create_runs_dir
+
+if TYPE_CHECKING:
+    from traceml.transport.client import Connection
 
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
@@ -60,7 +60,7 @@ class AggregatorProcess(RestartingProcess):
         super().__init__()
         self.run_id = run_id
         self.runs_dir = runs_dir
-        self.token = os.environ.get("TRACEML_TOKEN") or secrets.token_hex(16)
+        self.token = os.environ.get("TRACEML_TOKEN") or os.urandom(16).hex()  # `secrets` takes 5 ms to import
         self._listener: socket.socket | None = None
         self._stopping = False
         self._on_delivery = on_delivery
@@ -145,9 +145,9 @@ class AggregatorProcess(RestartingProcess):
         self._ask("look_from_outside", look, _LOOK_S)
 
     def _ask(self, name: str, args: dict[str, Any], limit_s: float) -> None:
-        hello, end_s = Hello(role="client", run=self.run_id), time.monotonic() + limit_s
+        end_s = time.monotonic() + limit_s
         with contextlib.suppress(TraceMLError, OSError):
-            connection = connect("127.0.0.1", self.port, hello, self.token, timeout_s=limit_s, tries=1)
+            connection = self._connect(limit_s, tries=1)
             with contextlib.closing(connection):
                 connection.request(name, args, timeout_s=end_s - time.monotonic())
 
@@ -190,6 +190,17 @@ class AggregatorProcess(RestartingProcess):
 
         return self._listener
 
+    def prepare_requests(self) -> None:
+        """Import what requests need. Call it once the job is started: the script must not wait for this."""
+        from traceml.transport import client  # noqa: F401
+
+    def _connect(self, timeout_s: float, **options: Any) -> Connection:
+        from traceml.transport.client import connect
+        from traceml.transport.hello import Hello
+
+        hello = Hello(role="client", run=self.run_id)
+        return connect("127.0.0.1", self.port, hello, self.token, timeout_s=timeout_s, **options)
+
     def _wait_for_deliveries(self, connection: Connection) -> None:
         """Wait until trackers have received what was logged; the aggregator skips those that make no progress."""
         report_at_s: float | None = time.monotonic() + _REPORT_DELIVERY_S
@@ -210,9 +221,8 @@ class AggregatorProcess(RestartingProcess):
 
     def _report_end(self, exits: Sequence[dict[str, Any]], end: dict[str, Any]) -> bool | None:
         """Return whether the aggregator has completed the run; None without an answer."""
-        hello = Hello(role="client", run=self.run_id)
         try:
-            connection = connect("127.0.0.1", self.port, hello, self.token, timeout_s=_ANSWER_TIMEOUT_S)
+            connection = self._connect(_ANSWER_TIMEOUT_S)
         except (TraceMLError, OSError):
             return None
 

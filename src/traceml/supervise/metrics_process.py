@@ -9,68 +9,28 @@ import contextlib
 import errno
 import hashlib
 import hmac
-import ipaddress
 import logging
 import os
-import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
 from traceml.errors import TraceMLError
 from traceml.installation import install_command
+from traceml.supervise.listen_address import ListenAddress
 from traceml.supervise.processes import spawn_server
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport import auth
 
-__all__ = ["ListenAddress", "MetricsProcess", "metrics_beside"]
+__all__ = ["MetricsProcess", "metrics_beside"]
 
 _NICE = 5  # as the page: at 19 an answer would take seconds where the training uses every core
 _STOP_TIMEOUT_S = 5.0
-_ADDRESS = re.compile(r"(?:\[?(?P<host>[^\[\]\s]+?)\]?:)?(?P<port>\d{1,5})")
 
 _log = logging.getLogger("traceml")
-
-
-@dataclass(frozen=True, slots=True)
-class ListenAddress:
-    """Address of the metrics; the default port is 29767."""
-
-    host: str = "127.0.0.1"
-    port: int = 29767
-
-    @classmethod
-    def parse(cls, text: str) -> ListenAddress:
-        """Return the address in a text: PORT or HOST:PORT.
-
-        Raises:
-            ValueError: it is neither; the text says what is allowed.
-        """
-        match = _ADDRESS.fullmatch(text)
-        if match is None or int(match["port"]) > 65535:
-            raise ValueError(f"takes PORT or HOST:PORT with a port from 0 to 65535, not {text!r}")
-
-        return cls(match["host"] or cls().host, int(match["port"]))
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this host reaches it."""
-        if self.host == "localhost":
-            return True
-
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a name
-            return False
-
-    def at(self, port: int) -> str:
-        """Return the URL of the metrics at a port."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{port}/metrics"
 
 
 class MetricsProcess(RestartingProcess):

@@ -88,6 +88,7 @@ class Supervisor:
         make_screen: Callable[[], Screen] | None = None,
         on_delivery: Callable[[], object] | None = None,
         on_tick: Callable[[], object] | None = None,
+        on_ended: Callable[[], object] | None = None,
     ) -> None:
         """Prepare a job.
 
@@ -97,13 +98,14 @@ class Supervisor:
                 the run's folder. None: the job writes directly to our terminal or pipe.
             on_delivery: called once if the job has ended and trackers still receive logged values.
             on_tick: called a few times a second while the job runs.
+            on_ended: called once when the processes of the job have ended, before the run is completed.
         """
         self._job = job
         self._make_screen = make_screen
         self._screen: Screen | None = None
         self._copy: OutputCopy | None = None
         self._aggregator = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery, settings=job.environ)
-        self._on_tick = on_tick
+        self._on_tick, self._on_ended = on_tick, on_ended
         self._failures: list[dict[str, Any]] = []
         self._signals: set[int] = set()
         self._ended_by: dict[str, Any] | None = None
@@ -122,6 +124,9 @@ class Supervisor:
         """Run the job; return when all its processes have ended and the run is stored."""
         self._aggregator.start()
         process = self._run_job()
+        if self._on_ended is not None:
+            self._on_ended()
+
         finished = self._finish(process)
         return JobOutcome(self._status(process), finished)
 
@@ -131,6 +136,7 @@ class Supervisor:
         terminal = _output_pipe() if self._make_screen is not None else None
         process = self._start_job(terminal)
         try:
+            self._aggregator.prepare_requests()
             if self._make_screen is not None:
                 self._screen = self._make_screen()
                 self._copy = OutputCopy(self._job.run_dir / "logs" / "output.log")

@@ -25,7 +25,7 @@ from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.tunnel import TunnelConnector
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
-from traceml.supervise.final_report import print_final_report
+from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.screens import MakeScreen, Output, terminal_screen
 from traceml.supervise.supervisor import Screen
 
@@ -276,6 +276,9 @@ class Tracing:
 
         if status and (why := scheduler_end(os.environ)):
             self._exits = [exited | {"scheduler": why} for exited in self._exits]
+
+        if self._begun:
+            load_card()
 
         self._finished = self._begun and self._aggregator.finish(self._exits, status, ended_by)
         return self._finished
