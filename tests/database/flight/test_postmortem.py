@@ -281,6 +281,29 @@ def test_maps_before_a_damaged_one_are_read(tmp_path: Path, caplog: pytest.LogCa
     assert "2 of the 3 rows of its log 'names'" in caplog.text
 
 
+@pytest.mark.parametrize(("word", "number"), [(0, 2), (0, -7), (1, 4), (2, 1 << 60), (3, -1), (4, 9)])
+def test_impossible_counters_cost_their_table_alone(
+    tmp_path: Path, word: int, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More rows sent, stored or removed than appended: nobody can say which rows are in memory."""
+    flight = FlightFile.create(tmp_path, {"rank": 1})
+    assert flight.path is not None
+    for ring, columns in ((flight.ring("evals"), 4), (flight.ring("epochs"), 6)):
+        for _ in range(3):
+            ring.append(*[0] * columns)
+        ring.sent = ring.acked = 3
+    slot = flight.ring("evals").slot
+    flight.close(unlink=False)
+    rewrite(flight.path, 8 * (slot + word), struct.pack("@q", number))
+
+    image = read_flight(flight.path)
+
+    assert image.take("evals").n == 0
+    assert image.waiting("evals") == 0
+    assert image.take("epochs").n == 3
+    assert caplog.text.count("the counters of its table 'evals' are damaged") == 1
+
+
 @pytest.mark.parametrize(("place", "number"), [(1, 1 << 40), (2, 3), (2, -1), (3, 5)])
 def test_tables_out_of_bounds_are_damage(tmp_path: Path, place: int, number: int) -> None:
     """Offset, capacity and size of rows are those of a writer, or nothing is read."""

@@ -13,16 +13,15 @@ import shutil
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
 from traceml.clock import boot_id
+from traceml.database.flight.flight_counters import TableCounters, read_counters
 from traceml.database.flight.flight_folders import FLIGHT_SUFFIX, PENDING_SUFFIX, disk_folders, spool_folder
 from traceml.database.flight.flight_header import (
-    COUNTERS_AT,
     DATA_AT,
     IDENTITY_AT,
     LAYOUT_AT,
@@ -43,32 +42,18 @@ from traceml.database.flight.flight_layout import (
     whole_maps,
 )
 from traceml.database.flight.journal import JOURNAL_SUFFIX, read_journal
-from traceml.database.flight.rings import COUNTERS_PER_TABLE, RowSlice
+from traceml.database.flight.rings import RowSlice
 from traceml.database.schema import OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
 from traceml.errors import StoreError
 from traceml.own_files import check_own_folder, opened_own
 
-__all__ = ["FlightSnapshot", "TableCounters", "flight_identity", "read_flight"]
+__all__ = ["FlightSnapshot", "flight_identity", "read_flight"]
 
 _CRASH_BYTES = 256 << 10
 
 _STATES = frozenset(FlightState)
 
 _log = logging.getLogger("traceml")
-
-
-@dataclass(frozen=True, slots=True)
-class TableCounters:
-    """Counters of one table when the process died, in rows.
-
-    `base` is the number of a log's first map in memory; earlier maps are stored or in the journal.
-    """
-
-    appended: int
-    sent: int
-    acked: int
-    dropped: int
-    base: int
 
 
 class FlightSnapshot:
@@ -95,6 +80,7 @@ class FlightSnapshot:
         self._tables = self._read_layout()
         words = struct.unpack_from(f"@{OPEN_SLOTS}q", data, OPEN_SLOTS_AT)
         self._slots: tuple[int, ...] = words
+        self._counters: dict[str, TableCounters] = {}
 
     def __repr__(self) -> str:
         return f"FlightSnapshot({str(self.path)!r}, pid={self.identity.get('pid')}, state={self.state.name})"
@@ -173,7 +159,10 @@ class FlightSnapshot:
             return TableCounters(max((taken.first + taken.n for taken in self._journaled(name)), default=0), 0, 0, 0, 0)
 
         index, _ = self._tables[name]
-        return TableCounters(*struct.unpack_from("@5q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
+        if name not in self._counters:
+            self._counters[name] = read_counters(self.path, name, self._data, index)
+
+        return self._counters[name]
 
     def waiting(self, name: str) -> int:
         """Count the rows of a packed table that are in memory and not stored."""
