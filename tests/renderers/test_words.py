@@ -55,6 +55,12 @@ def test_restarts_in_words(restarts, text):
     assert restarts_text(sections) == text
 
 
+def test_a_restart_by_the_scheduler_names_no_rank():
+    """All ranks were ended alike."""
+    section = RestartSection(attempt=0, reason="preempted by the scheduler", step=30, lost_s=12.0)
+    assert restarts_text([section]) == "Restarted once: preempted by the scheduler at step 30 (lost 12 s)"
+
+
 @pytest.mark.parametrize(
     ("told", "says"),
     [

@@ -74,7 +74,8 @@ def goodput_text(time: TimeSection) -> str:
 def _restart_text(restart: RestartSection) -> str:
     step = "before the first step" if restart.step is None else f"at step {count_text(restart.step)}"
     lost = "" if restart.lost_s is None else f" (lost {duration_text(restart.lost_s)})"
-    return f"{ranks_text(restart.ranks)}, {restart.reason} {step}{lost}"
+    whose = f"{ranks_text(restart.ranks)}, " if restart.ranks else ""
+    return f"{whose}{restart.reason} {step}{lost}"
 
 
 def _first_line(text: str) -> str:

@@ -40,7 +40,7 @@ def test_the_limit_is_told_with_the_lost_steps(stopped: bool | None) -> None:
         Kind.RANK_LOST, (), "Ended by the scheduler: time limit"
     )  # fmt: skip
     assert (finding.evidence["cause"], finding.evidence["lost_steps"]) == ("time_limit", 112)
-    assert "--signal=USR1@120" in finding.next
+    assert "--signal=USR2@120" in finding.next
 
 
 def test_a_warning_comes_before_the_limit() -> None:

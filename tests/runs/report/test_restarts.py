@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
@@ -68,6 +69,38 @@ def test_each_restart_is_listed(tmp_path: Path) -> None:
         ([0], "exit code 3", 6.0),
         ([0], "lost without a report", None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        ("preempted", "preempted by the scheduler"),
+        ("requeued", "queued again by the scheduler"),
+        ("time_limit", "ended by the scheduler at its time limit"),
+    ],
+)
+def test_an_attempt_that_the_scheduler_ended_blames_no_rank(tmp_path: Path, cause: str, reason: str) -> None:
+    """SIGTERM is how the scheduler ends a job; also where the launcher passed it on."""
+    ended = {"state": "killed", "exit": {"signal": 15, "last_step": 29, "step": 30, "scheduler": cause}}
+    passed_on = {"state": "killed", "exit": {**ended["exit"], "stopped": True}}
+    for number, end in enumerate((ended, passed_on)):
+        with store(tmp_path / f"run{number}") as writer:
+            attempt(writer, 0, 30, 100, end, end)
+            attempt(writer, 1, 50, 141, FINE, FINE)
+
+        expected = RestartSection(attempt=0, ranks=[], reason=reason, step=30, lost_s=12.0)
+        assert build_report(tmp_path / f"run{number}").run.restarts == [expected]
+
+
+def test_a_rank_that_failed_before_the_scheduler_is_the_reason(tmp_path: Path) -> None:
+    """The scheduler's words say nothing of an exception."""
+    swept = {"state": "killed", "exit": {**SWEPT["exit"], "scheduler": "requeued"}}
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, swept, failed(**{**RAISED["exit"], "scheduler": "requeued"}))
+        attempt(writer, 1, 50, 141, FINE, FINE)
+
+    (found,) = build_report(tmp_path / "run").run.restarts
+    assert (found.ranks, found.reason) == ([1], "RuntimeError")
 
 
 def test_an_attempt_that_ended_well_is_no_restart(tmp_path: Path) -> None:

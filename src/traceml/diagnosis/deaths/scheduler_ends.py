@@ -13,9 +13,9 @@ from traceml.diagnosis.kinds import Kind
 from traceml.formatting import plural
 from traceml.process_ends import signal_name
 
-__all__ = ["ended_by_scheduler", "lost_steps", "lost_steps_text"]
+__all__ = ["end_by_scheduler", "ended_by_scheduler", "lost_steps", "lost_steps_text"]
 
-# A scheduler ends a job at its limit, and may warn it before: Slurm with --signal=USR1@120.
+# A scheduler ends a job at its limit, and may warn it before: Slurm with --signal=USR2@120.
 _EARLY_S = {
     signal.SIGTERM: 60.0,
     signal.SIGKILL: 30.0,
@@ -34,7 +34,7 @@ _CAUSES = {
     "time_limit": _Words(
         "ended the job at its time limit",
         "Ask for more time, and go on from the last checkpoint. To lose fewer steps, save when the scheduler "
-        "warns: sbatch --signal=USR1@120 sends a signal two minutes before the end.",
+        "warns: sbatch --signal=USR2@120 sends a signal two minutes before the end.",
     ),
     "preempted": _Words(
         "preempted the job",
@@ -61,12 +61,12 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
         causes: those that caused the others.
         facts: about the job, with the time limit.
     """
-    ended = [each for each in causes or bad if _cause(each, facts.job_end_s)]
-    if not ended or len(ended) < len(causes or bad):
+    found = end_by_scheduler(bad, causes, facts.job_end_s)
+    if found is None:
         return []
 
-    last = max(ended, key=lambda each: each.last_step or 0)
-    lost, cause = lost_steps(last, facts.exits), str(_cause(last, facts.job_end_s))
+    last, cause = found
+    lost = lost_steps(last, facts.exits)
     return [
         Finding(
             kind=Kind.RANK_LOST,
@@ -79,6 +79,24 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
             cost_share=1.0,
         )
     ]
+
+
+def end_by_scheduler(
+    bad: Sequence[RankExit], causes: Sequence[RankExit], job_end_s: float | None
+) -> tuple[RankExit, str] | None:
+    """Return the rank that came furthest and the cause, if the scheduler ended a job; None if something else did.
+
+    Args:
+        bad: the ends that are failures.
+        causes: those that caused the others.
+        job_end_s: epoch second of the job's time limit; None if it is not known.
+    """
+    ended = [each for each in causes or bad if _cause(each, job_end_s)]
+    if not ended or len(ended) < len(causes or bad):
+        return None
+
+    last = max(ended, key=lambda each: each.last_step or 0)
+    return last, str(_cause(last, job_end_s))
 
 
 def lost_steps(ended: RankExit, exits: Sequence[RankExit]) -> int | None:

@@ -52,7 +52,8 @@ PAGE_NAME = "report.html"
 class RestartSection(msgspec.Struct, kw_only=True):
     """A restart of the job: the attempt that ended, the ranks that ended it, why, and in which step.
 
-    `lost_s` is the time from the last step before to the first step after; None while there is none.
+    `ranks` is empty where the scheduler ended the job. `lost_s` is the time from the last step before to the first step
+    after; None while there is none.
     """
 
     attempt: int

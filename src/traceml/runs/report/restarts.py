@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.deaths.lost_ranks import root_causes
+from traceml.diagnosis.deaths.scheduler_ends import end_by_scheduler
 from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RestartSection
@@ -19,6 +21,12 @@ from traceml.runs.rows.clocks import RunClocks
 __all__ = ["restarts", "stood_s"]
 
 _STOOD_S = 10.0  # a step that was open for so long on all ranks, when an earlier attempt was ended, had hung
+_BY_SCHEDULER = {
+    "time_limit": "ended by the scheduler at its time limit",
+    "preempted": "preempted by the scheduler",
+    "warned": "ended after the scheduler's warning",
+    "requeued": "queued again by the scheduler",
+}
 _MOST_RANKS = 8  # of an attempt, whose first and last steps are read
 
 
@@ -36,18 +44,32 @@ def restarts(reader: StoreReader) -> list[RestartSection]:
     ordered = sorted(attempts.items())
     found = []
     for (attempt, streams), (_, following) in pairwise(ordered):
-        if causes := _causes(streams):
-            died = next(stream for stream in streams if stream.rank == causes[0].rank)
+        if ended := _ended(streams):
+            died = next(stream for stream in streams if stream.rank == ended.first.rank)
             before = resumes_at(died, checkpoints(streams))
-            found.append(_section(attempt, causes, _lost_s(reader, streams, following), before))
+            found.append(_section(attempt, ended, _lost_s(reader, streams, following), before))
 
     return found
 
 
-def _causes(streams: Sequence[StreamRecord]) -> list[RankExit]:
+class _Ended(NamedTuple):
+    """The rank that ended an attempt, all ranks with that cause, and the cause; no ranks if the scheduler ended it."""
+
+    first: RankExit
+    ranks: list[int]
+    reason: str
+
+
+def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
     newest = {stream.rank: stream for stream in streams}.values()
     exits = [RankExit.from_facts(each.rank, each.state, each.facts.get("exit", {}), each.host) for each in newest]
-    return root_causes(ended_badly(exits))
+    bad = ended_badly(exits)
+    causes = root_causes(bad)
+    if by_scheduler := end_by_scheduler(bad, causes, None):
+        last, cause = by_scheduler
+        return _Ended(last, [], _BY_SCHEDULER[cause])
+
+    return _Ended(causes[0], sorted(each.rank for each in causes), _reason(causes[0])) if causes else None
 
 
 def stood_s(reader: StoreReader, *, hung: bool) -> float:
@@ -67,13 +89,12 @@ def stood_s(reader: StoreReader, *, hung: bool) -> float:
     return sum(age for attempt, age in each.items() if (hung if attempt == last else age >= _STOOD_S))
 
 
-def _section(attempt: int, causes: Sequence[RankExit], lost_s: float | None, before: int) -> RestartSection:
-    first = causes[0]
+def _section(attempt: int, ended: _Ended, lost_s: float | None, before: int) -> RestartSection:
     return RestartSection(
         attempt=attempt,
-        ranks=sorted(each.rank for each in causes),
-        reason=_reason(first),
-        step=None if first.step is None else first.step + before,
+        ranks=ended.ranks,
+        reason=ended.reason,
+        step=None if ended.first.step is None else ended.first.step + before,
         lost_s=lost_s,
     )
 
