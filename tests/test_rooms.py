@@ -70,12 +70,15 @@ SUBROOMS = {
     "diagnosis.facts": {"database"},
     "diagnosis.steps": {"diagnosis.facts", "database"},
     "diagnosis.hangs": {
-        "diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "diagnosis.rules", "database",
+        "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps",
+        "diagnosis.rules", "database",
     },
     "diagnosis.rules": {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
     },
-    "diagnosis.deaths": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
+    "diagnosis.deaths": {
+        "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "database",
+    },
     "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "database.flight": {"database.schema"},

@@ -8,6 +8,7 @@ from traceml.diagnosis.facts.topology.topology import RankGroup
 from traceml.formatting import gain_text, ranks_text
 
 __all__ = [
+    "even_batches",
     "for_comm",
     "for_copies",
     "for_iterator",
@@ -18,6 +19,14 @@ __all__ = [
     "for_slow_group",
     "for_straggler",
 ]
+
+
+def even_batches() -> str:
+    """Return advice on ranks that end before the others."""
+    return (
+        "If the data ended there, give each rank the same number of batches (DistributedSampler, drop_last=True), or "
+        "train under torch.distributed.algorithms.join.Join, which lets ranks end early."
+    )
 
 
 def for_copies(facts: JobFacts) -> str:

@@ -87,6 +87,9 @@ def _lost_ranks(finding: _FindingFacts) -> str:
         when = "" if step is None else f" at step {count_text(int(step))}"
         return f"The job was ended from outside by {signal_name(int(evidence['signal']))}{when}"
 
+    if evidence.get("cause") == "left_early":
+        return f"{capitalized(ranks_text(finding.ranks))} ended before the others"
+
     how = ""
     if evidence.get("worker_pid") is not None:
         its = "its loader worker" if evidence.get("workers") == 1 else "one of its loader workers"

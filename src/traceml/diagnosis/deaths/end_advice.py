@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+
 from traceml.database.schema import Resource
+from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import signal_of_code
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, KILL, for_shared_memory
@@ -54,6 +57,12 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
         limits = [use.limit for use in facts.limits if use.resource is Resource.OPEN_FILES and use.rank == ended.rank]
         return _for_files(limits[0] if limits else None)
 
+    if ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1:
+        return (
+            "Compare the sizes and types of that collective on all ranks: where these differ, the backend ends "
+            f"the process. The output of rank {ended.rank} has its reason (`terminate called`)."
+        )
+
     if ended.signal in CRASHES and ended.file:
         return f"Look at the call at {ended.file}:{ended.line}: an extension, or a library of another version, crashed."
 
@@ -62,6 +71,12 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
 
     if ended.signal is not None:
         return "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command."
+
+    if failed_because_of_peer(ended) and facts.world_size > 1:
+        return (
+            "Another rank closed its connection while it still ran: look for destroy_process_group(), an early return "
+            f"or a caught exception on the others; the full traceback of rank {ended.rank} is in the run's output."
+        )
 
     if ended.exception and ended.file:
         return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."

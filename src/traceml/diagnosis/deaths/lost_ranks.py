@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, left_early
 from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.deaths.end_words import end_text, step_text
 from traceml.diagnosis.deaths.ended_from_outside import ended_from_outside
@@ -22,19 +23,6 @@ __all__ = ["rank_lost", "root_causes", "was_stopped"]
 
 # Ends that another rank's end causes: the launcher's SIGTERM, or a collective whose peer has gone.
 _SWEPT_AWAY = ("SIGTERM", "SIGINT", "SIGHUP")
-_PEER_GONE = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "broken pipe",
-    "socket closed",
-    "socket timeout",
-    "gloo",
-    "nccl",
-    "distbackenderror",
-    "distnetworkerror",
-    "process group",
-    "store->get",
-)
 
 
 def rank_lost(facts: JobFacts) -> list[Finding]:
@@ -45,6 +33,8 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
         return by_scheduler
     if from_outside := ended_from_outside(causes, facts):
         return from_outside
+    if left := left_early(causes, facts):
+        return left
     if not causes:
         return []
 
@@ -78,7 +68,7 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     if not own and (not unforced or any(ended.interrupted for ended in bad)):
         return []
 
-    causes = own or [ended for ended in unforced if not _failed_because_of_peer(ended)] or unforced
+    causes = own or [ended for ended in unforced if not failed_because_of_peer(ended)] or unforced
     causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
     # Ranks with the same cause ended together; another cause later is a consequence.
     return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
@@ -109,12 +99,7 @@ def _follows(ended: RankExit) -> bool:
     if ended.signal is not None:
         return signal_name(ended.signal) in _SWEPT_AWAY
 
-    return ended.interrupted or _failed_because_of_peer(ended)
-
-
-def _failed_because_of_peer(ended: RankExit) -> bool:
-    text = (ended.exception or "").lower()
-    return any(word in text for word in _PEER_GONE)
+    return ended.interrupted or failed_because_of_peer(ended)
 
 
 def _summary(

@@ -1,0 +1,84 @@
+"""Ranks that failed because another one had closed its connection, as its script ended before theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from traceml.diagnosis.advice import even_batches
+from traceml.diagnosis.deaths.end_words import step_text
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.formatting import capitalized, plural, ranks_text
+
+__all__ = ["failed_because_of_peer", "left_early"]
+
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "socket timeout",
+    "gloo",
+    "nccl",
+    "distbackenderror",
+    "distnetworkerror",
+    "process group",
+    "store->get",
+)
+_OF_GROUPS = ("runtimeerror", "torch.distributed.", "dist")  # a data set's server closes connections too
+
+
+def failed_because_of_peer(ended: RankExit) -> bool:
+    """Whether a rank's exception tells that another one was gone."""
+    text = (ended.exception or "").lower()
+    return any(word in text for word in _PEER_GONE)
+
+
+def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
+    """Return the finding about ranks whose script had ended when the others failed; empty without such ranks.
+
+    Args:
+        causes: ends of ranks that nothing else explains.
+        facts: about the job.
+    """
+    gone = [each for each in facts.exits if each.state == "finished"]
+    if not gone or not causes or not all(map(_lost_its_group, causes)):
+        return []
+
+    failed = min(causes, key=lambda each: each.rank)
+    if any((each.last_step or 0) > (failed.step or 0) for each in gone):
+        return []  # it had come further, and did not need the others any more
+
+    first = gone[0]
+    return [
+        Finding(
+            kind=Kind.RANK_LOST,
+            severity=Kind.RANK_LOST.severity_for(0.0),
+            ranks=tuple(sorted(each.rank for each in gone)),
+            phase=None,
+            summary=_summary(gone, causes, failed),
+            next=even_batches(),
+            evidence={"cause": "left_early", "code": first.code or 0, **_steps(first)}
+            | {"followed": sorted(each.rank for each in causes), "exception": failed.exception},
+            cost_share=1.0,
+        )
+    ]
+
+
+def _lost_its_group(ended: RankExit) -> bool:
+    return failed_because_of_peer(ended) and (ended.exception or "").lower().startswith(_OF_GROUPS)
+
+
+def _steps(ended: RankExit) -> dict[str, int]:
+    return {} if ended.last_step is None else {"last_step": ended.last_step}
+
+
+def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:
+    ranks = sorted(each.rank for each in gone)
+    whose = f"{ranks_text(ranks)}'s script" if len(ranks) == 1 else f"the scripts of {ranks_text(ranks)}"
+    counts = {(-1 if each.last_step is None else each.last_step) + 1 for each in gone}
+    after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""
+    others = ranks_text(sorted(each.rank for each in causes))
+    at = f" at {failed.file}:{failed.line}" if failed.file else ""
+    return f"{capitalized(whose)} ended{after} while {others} still trained, and failed{at}{step_text(failed)}."

@@ -1,0 +1,70 @@
+"""Ranks that failed because another one was gone, whose own end was no failure."""
+
+from __future__ import annotations
+
+from traceml.diagnosis.deaths.lost_ranks import rank_lost
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+
+CUT = RankExit(
+    rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4711",
+    file="train.py", line=28, last_step=40, open_step=41, open_phase="backward",
+)  # fmt: skip
+LEFT = RankExit(rank=1, state="finished", code=0, last_step=40)
+
+
+def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
+    """It did not fail; the others could not go on without it."""
+    (finding,) = rank_lost(JobFacts(exits=(CUT, LEFT), world_size=2))
+
+    assert finding.summary == (
+        "Rank 1's script ended after 41 steps while rank 0 still trained, and failed at train.py:28, in step 41, in "
+        "backward."
+    )
+    assert finding.headline == "Rank 1 ended before the others"
+    assert (finding.ranks, finding.evidence["cause"], finding.evidence["followed"]) == ((1,), "left_early", [0])
+    assert "drop_last" in finding.next
+
+
+def test_a_rank_that_had_come_further_did_not_leave() -> None:
+    """It needed the others no more."""
+    further = RankExit(rank=1, state="finished", code=0, last_step=60)
+
+    assert rank_lost(JobFacts(exits=(CUT, further), world_size=2))[0].ranks == (0,)
+
+
+def test_a_failure_of_its_own_blames_nobody_else() -> None:
+    """An error of the script, or of a connection to something else than a rank."""
+    for exception in ("ValueError: bad label", "ConnectionResetError: [Errno 104] Connection reset by peer"):
+        own = RankExit(rank=0, state="failed", code=1, exception=exception, last_step=40)
+
+        assert rank_lost(JobFacts(exits=(own, LEFT), world_size=2))[0].ranks == (0,)
+
+
+def test_a_rank_that_left_the_group_and_runs_is_looked_for() -> None:
+    """Its connection is closed, and nothing tells which of the others it was."""
+    swept = RankExit(rank=1, state="killed", signal=15, stopped=True, last_step=40)
+    (finding,) = rank_lost(JobFacts(exits=(CUT, swept), world_size=2))
+
+    assert finding.ranks == (0,)
+    assert "destroy_process_group" in finding.next
+
+
+def test_one_process_has_no_other_rank() -> None:
+    """A closed connection is to a server."""
+    alone = RankExit(rank=0, state="failed", code=1, exception="BrokenPipeError: [Errno 32] Broken pipe", file="a.py",
+                     line=3)  # fmt: skip
+
+    assert "Another rank" not in rank_lost(JobFacts(exits=(alone,), world_size=1))[0].next
+
+
+def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:
+    """Gloo ends a process that gets more or less than it expects; elsewhere an abort is an extension's crash."""
+    for phase, world_size, words in (
+        ("comm", 2, "sizes and types"),
+        ("other", 2, "an extension"),
+        ("comm", 1, "an ext"),
+    ):
+        ended = RankExit(rank=1, state="killed", signal=6, file="train.py", line=9, stack="...", open_phase=phase)
+        (finding,) = rank_lost(JobFacts(exits=(ended,), world_size=world_size))
+
+        assert words in finding.next
