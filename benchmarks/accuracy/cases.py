@@ -262,6 +262,31 @@ _HANGS = (
     _no_hang("tokenize"),
 )
 
+
+def _wait(how: str, *, function: str | None = None, ranks: int = 1, cause: str = "stands") -> Case:
+    many = f" x{ranks}" if ranks > 1 else ""
+    return _case(f"hang, {how.replace('_', ' ')}{many}", f"waits {how}", "HANG", ranks=ranks, blamed=(0,),
+                 cause="never_came" if ranks > 1 else cause, function=function or how, hang_timeout_s=10.0,
+                 fails=True)  # fmt: skip
+
+
+def _long(how: str) -> Case:
+    return _case(f"no hang, {how.replace('_', ' ')}", f"waits {how}", *QUIET, "JITTER", "EVAL_HEAVY", "RESIDUAL_HEAVY",
+                 "STARTUP", steps=80, never=frozenset({"HANG", "RANK_LOST"}),
+                 hang_timeout_s=10.0)  # fmt: skip
+
+
+_WAITS = (
+    *(_wait(how) for how in ("two_locks", "no_producer", "locked_database", "unread_child", "silent_server",
+                             "full_backlog", "unjoined_queue", "pause_in_c", "thread_result", "spin")),
+    *(_wait(how, ranks=2) for how in ("locked_file", "silent_peer", "long_child", "poll_file", "backtrack")),
+    _wait("at_exit_waits", function="no_producer"),
+    _wait("thread_at_exit", function="silent_peer"),
+    _wait("item_in_c", ranks=2),
+    _wait("item_from_server", function="silent_server"),
+    *(_long(how) for how in ("evaluate_long", "save_long", "fetch_with_output", "solve")),
+)  # fmt: skip
+
 _LEAK = frozenset({"MEMORY_LEAK"})
 
 _MEMORY = (
@@ -302,6 +327,7 @@ CASES: tuple[Case, ...] = (
     *_ENGINES,
     *_SHARDED,
     *_HANGS,
+    *_WAITS,
     *_MEMORY,
     *_STALLS,
 )

@@ -6,9 +6,10 @@ import msgpack
 import pytest
 
 from traceml.database.flight.rings import pack_map
-from traceml.database.looks import LOOK, FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.database.looks import LOOK, FrameLook, GroupLook, ProcessLook, RankLook, ThreadLook, WorkerLook
 
 LINE = FrameLook(file="train.py", line=28, function="main", is_user=True)
+BLOCKER = ProcessLook(pid=5, name="ffmpeg", state="S", wchan="do_wait", waits_on="stdout")
 FULL = RankLook(
     at_ns=7_000,
     rank=1,
@@ -22,7 +23,9 @@ FULL = RankLook(
     process_state="S",
     cpu_share=0.25,
     groups=(GroupLook(members=(0, 1), number=15, operation="all_reduce", sizes=(2372,), in_flight=True),),
-    workers=(WorkerLook(index=1, pid=77, state="S", waits_for_batch=2, frames=(LINE,)),),
+    workers=(WorkerLook(index=1, pid=77, state="S", waits_for_batch=2, frames=(LINE,), blocker=BLOCKER),),
+    threads=(ThreadLook(name="upload", line=LINE, is_daemon=True),),
+    blocker=BLOCKER,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,23 @@ def test_a_lock_on_a_file_is_named(tmp_path: Path) -> None:
         with _python(code) as process:
             try:
                 eventually(lambda: wait_state(process.pid).waits_on == str(path))
+            finally:
+                process.kill()
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_the_other_end_of_a_connection_is_named(family: socket.AddressFamily, host: str) -> None:
+    """A process that receives from a server which sends nothing."""
+    code = f"import socket\nsocket.create_connection(({host!r}, int(input()))).recv(1)"
+    with socket.create_server((host, 0), family=family) as server:
+        port = server.getsockname()[1]
+        with _python(code, stdin=subprocess.PIPE) as process:
+            try:
+                assert process.stdin is not None
+                process.stdin.write(f"{port}\n".encode())
+                process.stdin.flush()
+                shown = f"[{host}]" if family is socket.AF_INET6 else host
+                eventually(lambda: wait_state(process.pid).waits_on == f"tcp {shown}:{port}")
             finally:
                 process.kill()
 

@@ -15,7 +15,18 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Self
 
-__all__ = ["ABORT", "LOOK", "MAX_FRAMES", "FrameLook", "GroupLook", "RankLook", "WorkerLook"]
+__all__ = [
+    "ABORT",
+    "LOOK",
+    "MAX_FRAMES",
+    "MAX_THREADS",
+    "FrameLook",
+    "GroupLook",
+    "ProcessLook",
+    "RankLook",
+    "ThreadLook",
+    "WorkerLook",
+]
 
 LOOK = "look"
 """Kind of the row, and of the event."""
@@ -23,6 +34,8 @@ ABORT = "abort"
 """Kind of the event of a job that was found to hang, and is ended for that."""
 MAX_FRAMES = 40
 """Frames of a stack that are kept, the innermost ones."""
+MAX_THREADS = 4
+"""Other threads that are kept."""
 
 
 class _Record:
@@ -96,6 +109,40 @@ class GroupLook(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessLook(_Record):
+    """Another process, for which one waits: a child, or the holder of a file's lock.
+
+    Attributes:
+        pid: its number.
+        name: its program; empty if not known.
+        state: letter of the kernel, as `WorkerLook.state`.
+        wchan: name of the kernel function in which it sleeps.
+        waits_on: file or pipe that its system call waits for.
+    """
+
+    pid: int = 0
+    name: str = ""
+    state: str = ""
+    wchan: str = ""
+    waits_on: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadLook(_Record):
+    """Another thread of the rank that runs the user's code.
+
+    Attributes:
+        name: its name.
+        line: innermost frame of the user's code.
+        is_daemon: whether the interpreter ends without waiting for it.
+    """
+
+    name: str = ""
+    line: FrameLook | None = field(default=None, metadata={"of": FrameLook})
+    is_daemon: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLook(_Record):
     """A worker process of the rank's data loader.
 
@@ -109,6 +156,7 @@ class WorkerLook(_Record):
         frames: its Python stack, the innermost frame first.
         waits_for_batch: number of the batch that the rank waits for from this worker; None when it is not that worker.
         start_method: `fork`, `spawn` or `forkserver`; empty if not known.
+        blocker: the process that it waits for; None if there is none, or that is not known.
     """
 
     index: int = 0
@@ -120,6 +168,7 @@ class WorkerLook(_Record):
     frames: tuple[FrameLook, ...] = _of(FrameLook, ())
     waits_for_batch: int | None = _of(int)
     start_method: str = ""
+    blocker: ProcessLook | None = field(default=None, metadata={"of": ProcessLook})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +192,9 @@ class RankLook(_Record):
         outer_line: outermost frame of the user's code, where it differs: libraries that own the loop lie between them.
         process_state: letter of the kernel for the main thread: R, S, D, T (stopped by a signal), t (by a debugger), Z.
         wchan: name of the kernel function in which the main thread sleeps.
-        waits_on: what the descriptor of its system call is: a path, `pipe:[...]`, `socket:[...]`, `stderr`, `stdin`.
+        waits_on: what the descriptor of its system call is: a path, `pipe:[...]`, `socket:[...]`, `tcp ADDRESS:PORT` of
+            the peer, `stderr`, `stdin`.
+        blocker: the process that the training thread waits for; None if there is none, or that is not known.
         cpu_share: cores that the rank and its children have used since the look before; None if not known.
         io_bytes_per_s: bytes that they have read and written; None if not known.
         is_waiting_for_terminal: whether the main thread reads from a terminal.
@@ -154,6 +205,8 @@ class RankLook(_Record):
         sequence: number of collectives of the default group as `STEPS.bits` counts them; -1 if not known.
         groups: newest operation by process group.
         workers: workers of the data loader that is being read.
+        threads: other threads that run the user's code, those without which the interpreter does not end first; at most
+            `MAX_THREADS`.
         ended: whether the rank has made progress again: the quiet period of `quiet_s` is over.
         is_last: whether it was made because the job is being ended.
     """
@@ -171,6 +224,7 @@ class RankLook(_Record):
     process_state: str = ""
     wchan: str = ""
     waits_on: str = ""
+    blocker: ProcessLook | None = field(default=None, metadata={"of": ProcessLook})
     cpu_share: float | None = _of(float)
     io_bytes_per_s: float | None = _of(float)
     is_waiting_for_terminal: bool = False
@@ -181,6 +235,7 @@ class RankLook(_Record):
     sequence: int = -1
     groups: tuple[GroupLook, ...] = _of(GroupLook, ())
     workers: tuple[WorkerLook, ...] = _of(WorkerLook, ())
+    threads: tuple[ThreadLook, ...] = _of(ThreadLook, ())
     ended: bool = False
     is_last: bool = False
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from traceml.clock import monotonic_ns
 from traceml.database.flight.live_words import LiveWords, read_live_words
 from traceml.database.looks import MAX_FRAMES, FrameLook, RankLook
+from traceml.database.process_looks import blocker_of
 from traceml.witness.kernel_state import ProcessUse, is_job_suspended, process_info, read_status, tree_use, wait_state
 from traceml.witness.stack_signal import SignaledStacks, find_stack_file
 from traceml.witness.stack_text import main_frames
@@ -22,7 +23,7 @@ __all__ = ["FIRST_SILENT_S", "SilentLooks", "silent_s"]
 
 FIRST_SILENT_S = 3.0
 """Silence after which the first look is made: loading a library holds the GIL for a second or two."""
-_VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "is_last"}
+_VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "is_last"}
 _DEAD = ("Z", "X")
 _BUSY_CORES, _STAMP_S = 0.2, 10.0
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
@@ -83,6 +84,7 @@ class SilentLooks:
             process_state=seen.state,
             wchan=seen.wchan,
             waits_on=seen.waits_on,
+            blocker=blocker_of(self._pid, self._pid),
             cpu_share=cpu_share,
             io_bytes_per_s=io_bytes_per_s,
             is_waiting_for_terminal=seen.is_terminal_input,

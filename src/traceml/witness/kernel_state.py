@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ __all__ = [
     "threads_of",
     "tree_use",
     "wait_state",
+    "waiting_call",
 ]
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -61,7 +64,8 @@ class WaitState:
         state: the letter that ps shows; X when the process is gone.
         wchan: the kernel function in which it sleeps; empty while it runs, or if it may not be read.
         waits_on: the file, pipe or socket of the descriptor that its system call waits for; `stdin`, `stdout` or
-            `stderr` for these; empty without one, or if it may not be read.
+            `stderr` for these; `tcp ADDRESS:PORT` of the peer for a connection; empty without one, or if it may not be
+            read.
         is_terminal_input: whether it reads from a terminal.
         tracer: process id of an attached debugger, 0 without one.
     """
@@ -177,21 +181,49 @@ def _descendants(pid: int) -> Iterable[int]:
     return found
 
 
+def waiting_call(thread: int) -> tuple[int, ...]:
+    """Return the number of the system call that a thread is in, and its arguments; empty if it runs.
+
+    Empty too if its calls may not be read.
+    """
+    words = _read(f"/proc/{thread}/syscall").split()
+    if len(words) < 2 or not words[0].isdigit():
+        return ()
+
+    return int(words[0]), *(int(word, 16) for word in words[1:7])
+
+
 def _waiting_call(pid: int) -> tuple[int, int]:
     """Return the number of the main thread's system call, and the descriptor that it waits for; -1 without one."""
-    words = _read(f"/proc/{pid}/syscall").split()
-    if len(words) < 2 or not words[0].isdigit():  # it runs, or its calls may not be read
-        return -1, -1
-
-    call = int(words[0])
-    return call, int(words[1], 16) if call in _ON_DESCRIPTOR.get(platform.machine(), ()) else -1
+    call, descriptor, *_ = waiting_call(pid) or (-1, -1)
+    return call, descriptor if call in _ON_DESCRIPTOR.get(platform.machine(), ()) else -1
 
 
 def _target(pid: int, descriptor: int) -> str:
     try:
-        return str(Path(f"/proc/{pid}/fd/{descriptor}").readlink())
+        target = str(Path(f"/proc/{pid}/fd/{descriptor}").readlink())
     except OSError:
         return ""
+
+    return (_peer(pid, target[8:-1]) if target.startswith("socket:[") else "") or target
+
+
+def _peer(pid: int, inode: str) -> str:
+    """Return `tcp ADDRESS:PORT` of the other end of a connection; empty for another socket."""
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in _read(f"/proc/{pid}/net/{table}").splitlines()[1:]:
+            words = line.split()
+            if words[9:10] == [inode] and (port := int(words[2].rpartition(":")[2], 16)):
+                return f"tcp {_address(words[2].rpartition(':')[0], family)}:{port}"
+
+    return ""
+
+
+def _address(digits: str, family: socket.AddressFamily) -> str:
+    """Return an address that the kernel has written as words of four bytes in the order of the machine."""
+    words = [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
+    text = socket.inet_ntop(family, b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+    return f"[{text}]" if family is socket.AF_INET6 else text
 
 
 def _names(folder: str) -> list[str]:

@@ -135,7 +135,9 @@ def test_a_receive_from_a_rank_in_a_collective_is_a_circle():
     )
     one = look(1, call("all_reduce"), line(57), groups=(group(6, "all_reduce"),))
 
-    assert "rank 0 in recv from rank 1 (train.py:56 main), rank 1 in all_reduce #6" in summary(found(receives, one))
+    finding = found(receives, one)
+    assert "rank 0 in recv from rank 1 (train.py:56 main), rank 1 in all_reduce #6" in summary(finding)
+    assert "Give each send a receive" in finding.next
 
 
 def test_all_ranks_in_the_same_collective_blame_nobody():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from traceml.database.looks import FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.database.looks import FrameLook, GroupLook, ProcessLook, RankLook, ThreadLook, WorkerLook
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
 
 _LIBRARY = FrameLook(file="/site-packages/torch/distributed.py", line=2372, function="all_reduce")
 _TRAIN = FrameLook(file="/home/me/train.py", line=40, function="train", is_user=True)
 _STUCK = FrameLook(file="/home/me/train.py", line=6, function="stuck", is_user=True)
+TRANSFERS = (("send", 2), ("recv", 0), ("recv", None))
 _GROUP = GroupLook(members=(0, 1), number=61, operation="all_reduce", sizes=(4,), in_flight=True)
 
 
@@ -42,6 +43,18 @@ def test_ranks_in_different_collectives_are_shown_apart() -> None:
     assert "barrier 62" in text
 
 
+def test_a_send_or_receive_is_shown_with_the_other_rank() -> None:
+    """If it is known."""
+    looks = [GroupLook(operation=name, in_flight=True, is_p2p=True, peer=peer) for name, peer in TRANSFERS]
+    texts = [stacks_text([_stack(0, frames=(_TRAIN,), groups=(look,))]) for look in looks]
+
+    assert [text.splitlines()[1].strip() for text in texts] == [
+        "send to rank 2 is not done",
+        "recv from rank 0 is not done",
+        "recv is not done",
+    ]
+
+
 def test_a_healthy_rank_is_not_said_to_stand() -> None:
     """Between two steps there is always a moment without progress."""
     text = stacks_text([_stack(0, frames=(_TRAIN,), quiet_s=0.3)])
@@ -60,6 +73,17 @@ def test_a_rank_that_could_not_answer_says_why() -> None:
     assert "holds the GIL in C code, computing\n" in text
     assert "holds the GIL in C code, waiting\n  waits on stderr\n" in text
     assert "stopped by a signal\n  no Python stack" in text
+
+
+def test_other_threads_and_the_awaited_process_are_shown() -> None:
+    """Ranks that differ in them are shown apart."""
+    thread = ThreadLook(name="upload", line=_STUCK)
+    blocker = ProcessLook(pid=77, name="ffmpeg")
+    text = stacks_text([_stack(0, frames=(_TRAIN,), threads=(thread,), blocker=blocker), _stack(1, frames=(_TRAIN,))])
+
+    assert "  waits for process 77 (ffmpeg)\n" in text
+    assert "  thread 'upload': train.py:6 stuck\n\nrank 1" in text
+    assert text.count("upload") == 1
 
 
 def test_the_awaited_worker_is_shown() -> None:

@@ -11,8 +11,9 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import PartedRanks
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.blame import HangCause
-from traceml.diagnosis.hangs.hang_words import hang_advice, hang_summary, operation_text, parted_text
-from traceml.diagnosis.hangs.one_look import blocked_worker, doing, user_line
+from traceml.diagnosis.hangs.hang_advice import hang_advice
+from traceml.diagnosis.hangs.hang_words import hang_summary, operation_text, parted_text
+from traceml.diagnosis.hangs.one_look import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill, standstill
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.window import Window
@@ -63,8 +64,9 @@ def _finding(found: Standstill, parted: PartedRanks | None) -> Finding:
 
 def _evidence(found: Standstill, shown: RankLook | None) -> dict[str, Any]:
     worker = blocked_worker(shown) if shown is not None else None
+    thread = awaited_thread(shown) if shown is not None else None
     line = user_line(worker) if worker is not None and user_line(worker) is not None else None
-    line = line or (user_line(shown) if shown is not None else None)
+    line = line or (thread.line if thread is not None else None) or (user_line(shown) if shown is not None else None)
     operation = found.blame.operation
     known = {
         "cause": str(found.blame.cause),
@@ -81,5 +83,7 @@ def _evidence(found: Standstill, shown: RankLook | None) -> dict[str, Any]:
         "process_state": (shown.process_state or None) if shown is not None else None,
         "state": (doing(shown) or None) if shown is not None else None,
         "worker": worker.pid if worker is not None else None,
+        "thread": thread.name if thread is not None else None,
+        "blocker": shown.blocker.pid if shown is not None and shown.blocker is not None else None,
     }
     return {key: value for key, value in known.items() if value is not None}

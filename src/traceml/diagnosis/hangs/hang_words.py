@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from traceml.database.looks import GroupLook, RankLook
+from traceml.database.looks import GroupLook, RankLook, ThreadLook
 from traceml.diagnosis.facts.progress.step_sequences import PartedRanks
 from traceml.diagnosis.hangs.blame import HangCause
-from traceml.diagnosis.hangs.one_look import blocked_worker, doing, user_line
+from traceml.diagnosis.hangs.one_look import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill
 from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
 
-__all__ = ["hang_advice", "hang_summary", "operation_text", "parted_text"]
+__all__ = ["hang_summary", "operation_text", "parted_text"]
 
+_LOCK = "waiting for a lock"
 _LISTED = 3  # different places that a sentence lists
 
 
@@ -161,7 +162,23 @@ def _place(found: Standstill, rank: int) -> str:
             f"(process {worker.pid}) is {where}"
         )
 
-    return _own_place(look)
+    if (thread := awaited_thread(look)) is not None:
+        return f"at its end, waiting for its {_thread_place(thread)}"
+
+    return _own_place(look) + _threads_text(look)
+
+
+def _thread_place(thread: ThreadLook) -> str:
+    at = f" in {line_text(thread.line.file, thread.line.line, thread.line.function)}" if thread.line else ""
+    return f"thread {thread.name!r}{at}"
+
+
+def _threads_text(look: RankLook) -> str:
+    """Return where other threads are, of which one may hold the lock that a rank waits for."""
+    if not doing(look).endswith(_LOCK):
+        return ""
+
+    return "".join(f", with its {_thread_place(thread)}" for thread in look.threads[:_LISTED])
 
 
 def _own_place(look: RankLook) -> str:
@@ -215,68 +232,3 @@ def _age(found: Standstill, ranks: Sequence[int] = ()) -> str:
     return duration_text(
         min((found.looks[rank].quiet_s for rank in ranks if rank in found.looks), default=found.quiet_s)
     )
-
-
-def hang_advice(found: Standstill) -> str:
-    """Return one sentence about what to do next."""
-    cause, looks = found.blame.cause, found.looks
-    first = next((looks[rank] for rank in (found.blame.ranks or sorted(looks)) if rank in looks), None)
-    what = _ADVICE.get(cause)
-    if what is not None:
-        return what
-
-    return _advice_for(first, found) if first is not None else _look_at(found)
-
-
-def _look_at(found: Standstill) -> str:
-    others = found.blame.waits and found.blame.ranks
-    why = (
-        f"Find out why {ranks_text(found.blame.ranks)} reached that point and the others did not"
-        if others
-        else "Find out what it is waiting for, and why that never arrives"
-    )
-    return f"{why}." if found.is_over else f"{why}; `traceml stacks` shows what each rank does now."
-
-
-_ADVICE: Mapping[HangCause, str] = {
-    HangCause.MISMATCH: (
-        "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
-        "differs between ranks."
-    ),
-    HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
-    HangCause.CIRCLE: "Let all ranks of both groups call these collectives in the same order.",
-    HangCause.ENDED: (
-        "If the data ended there, give each rank the same number of batches (DistributedSampler, drop_last=True), or "
-        "train under torch.distributed.algorithms.join.Join, which lets ranks end early."
-    ),
-    HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
-    HangCause.NETWORK: (
-        "Look at the network between the ranks and at the devices (NCCL_DEBUG=INFO, dmesg): all of them called the "
-        "same collective."
-    ),
-    HangCause.UNANSWERED: "Look at the processes of the ranks that did not answer, and at their hosts.",
-}
-
-
-def _advice_for(look: RankLook, found: Standstill) -> str:
-    if look.process_state == "T":
-        return "Continue the process with `kill -CONT`, and find out what stopped it."
-
-    worker = blocked_worker(look)
-    if worker is not None:
-        if "lock" in doing(worker) and worker.start_method in ("", "fork"):
-            return (
-                "Do not use a lock in the dataset that the training process may hold when it starts its workers: "
-                "create it in the worker (worker_init_fn), or start workers with multiprocessing_context='spawn'."
-            )
-
-        return "Look at what the dataset does there; `DataLoader(timeout=60)` turns such a wait into an error."
-
-    what = doing(look)
-    if what.startswith("writing to"):
-        return "Let the parent process read that pipe, or send the output to a file."
-
-    if "file lock" in what:
-        return "Look for a process that holds the lock, or remove a stale lock file."
-
-    return _look_at(found)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.database.looks import FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.database.looks import FrameLook, GroupLook, ProcessLook, RankLook, ThreadLook, WorkerLook
 
-__all__ = ["blocked_worker", "collective_wait", "doing", "is_busy", "is_excused", "user_line"]
+__all__ = [
+    "awaited_thread",
+    "blocked_worker",
+    "collective_wait",
+    "doing",
+    "is_before_full_pipe",
+    "is_busy",
+    "is_excused",
+    "user_line",
+]
 
 BUSY_CORES = 0.2
 """A rank that uses at least so many cores computes."""
@@ -39,6 +48,7 @@ _SLEEPS = (
     ("poll_schedule", "waiting for input"),
 )
 _PIPE_WRITES = ("anon_pipe_write", "pipe_write")
+_TCP = "tcp "
 _DISK = ("io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
 
 
@@ -46,6 +56,20 @@ def user_line(look: RankLook | WorkerLook) -> FrameLook | None:
     """Return the innermost line of the user's code."""
     known = look.user_line if isinstance(look, RankLook) else None
     return known or next((frame for frame in look.frames if frame.is_user), None)
+
+
+def awaited_thread(look: RankLook | WorkerLook) -> ThreadLook | None:
+    """Return the thread that the interpreter waits for at its end."""
+    if not isinstance(look, RankLook):
+        return None
+
+    is_at_end = any(frame.function == "_shutdown" and frame.file.endswith("threading.py") for frame in look.frames)
+    return next((thread for thread in look.threads if not thread.is_daemon), None) if is_at_end else None
+
+
+def is_before_full_pipe(look: RankLook | WorkerLook | ProcessLook) -> bool:
+    """Whether a process writes to a pipe that nobody reads."""
+    return look.wchan.startswith(_PIPE_WRITES)
 
 
 def is_excused(look: RankLook) -> bool:
@@ -143,20 +167,48 @@ def doing(look: RankLook | WorkerLook) -> str:
         return "in C code that holds the GIL, " + ("computing" if state == "R" else "waiting")
 
     if state == "D" or look.wchan.startswith(_DISK):
-        return f"waiting for a disk{_on(look.waits_on)}"
+        return f"waiting for a disk{_bracketed(*_path(look.waits_on))}"
 
-    if look.wchan.startswith(_PIPE_WRITES):
+    if is_before_full_pipe(look):
         return f"writing to {look.waits_on or 'a pipe'}, which nobody reads"
 
-    if state == "R":
-        return "computing"
+    return "computing" if state == "R" else _waiting(look)
 
+
+def _waiting(look: RankLook | WorkerLook) -> str:
     words = next((text for start, text in _SLEEPS if look.wchan.startswith(start)), "")
-    return words + _on(look.waits_on) if words.endswith("file lock") else words
+    if words.endswith("file lock"):
+        return words + _bracketed(*_path(look.waits_on), *_held_by(look.blocker))
+
+    if look.waits_on == "stdin":
+        return "waiting for input on stdin"
+
+    if look.waits_on.startswith(_TCP):
+        address = look.waits_on.removeprefix(_TCP)
+        return f"connecting to {address}" if "connect" in look.wchan else f"waiting for the network ({address})"
+
+    return _for_child(look.blocker) or words if words.startswith("waiting for a child") else words
 
 
-def _on(path: str) -> str:
-    return f" ({path})" if path.startswith("/") else ""
+def _held_by(holder: ProcessLook | None) -> list[str]:
+    return [] if holder is None else [", ".join(filter(None, [f"held by process {holder.pid}", holder.name]))]
+
+
+def _for_child(child: ProcessLook | None) -> str:
+    if child is None:
+        return ""
+
+    unread = f"nobody reads its {child.waits_on or 'output'}" if is_before_full_pipe(child) else ""
+    return f"waiting for process {child.pid} to end{_bracketed(child.name, unread)}"
+
+
+def _path(target: str) -> list[str]:
+    return [target] if target.startswith("/") else []
+
+
+def _bracketed(*parts: str) -> str:
+    told = ", ".join(filter(None, parts))
+    return f" ({told})" if told else ""
 
 
 def _any_in(parts: Sequence[str], files: Sequence[str]) -> bool:

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.looks import MAX_FRAMES, FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.database.process_looks import blocker_of
 from traceml.database.schema import LINE_PHASES, Slot
+from traceml.recorder.quiet.thread_looks import other_threads
+from traceml.recorder.quiet.transfer_looks import open_transfer
 from traceml.recorder.user_code import UserCode
 from traceml.witness.kernel_state import io_bytes, is_job_suspended, process_info, tree_use, wait_state
 from traceml.witness.thread_frames import thread_frame
@@ -86,6 +89,7 @@ class LookMaker:
             process_state=seen.state,
             wchan=seen.wchan,
             waits_on=seen.waits_on,
+            blocker=blocker_of(os.getpid(), number),
             cpu_share=cpu_share,
             io_bytes_per_s=io_bytes_per_s,
             is_waiting_for_terminal=seen.is_terminal_input,
@@ -93,10 +97,17 @@ class LookMaker:
             is_suspended=info is not None and is_job_suspended(info),
             is_idle_notebook="ipykernel" in sys.modules and not user,
             is_compiling=compiles,
-            groups=self._groups(),
+            groups=self._operations(frame),
             workers=self._workers(quiet_s),
+            threads=other_threads(self._thread(), self._user),
             is_last=is_last,
         )
+
+    def _operations(self, frame: FrameType | None) -> tuple[GroupLook, ...]:
+        transfer = open_transfer(frame, self._user.contains)
+        groups = self._groups()
+        is_known = any(group.is_p2p and group.in_flight for group in groups)
+        return groups if transfer is None or is_known else (*groups, transfer)
 
     def end(self, quiet_s: float) -> RankLook:
         """Return the look that ends a quiet period of so many seconds."""

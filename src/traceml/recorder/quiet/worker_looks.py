@@ -6,6 +6,7 @@ import os
 import time
 
 from traceml.database.looks import MAX_FRAMES, FrameLook, WorkerLook
+from traceml.database.process_looks import blocker_of
 from traceml.instrument.workers.loader_workers import LoaderWorker, workers_of_loaders
 from traceml.witness.kernel_state import process_info, wait_state
 from traceml.witness.stack_signal import SignaledStacks, find_stack_file, worker_target
@@ -58,6 +59,7 @@ class WorkerLooks:
             frames=frames,
             waits_for_batch=worker.waits_for_batch,
             start_method=worker.start_method,
+            blocker=blocker_of(worker.pid, worker.pid) if worker.waits_for_batch is not None else None,
         )
 
     def _frames(self, pid: int, quiet_s: float) -> tuple[FrameLook, ...]:

@@ -57,7 +57,7 @@ def stacks_text(ranks: Sequence[RankStack], missing: Sequence[MissingRank] = ())
 def _key(look: RankLook) -> object:
     """Return all that is said of a rank, but step and time: what is said of a group must be true of each."""
     stuck = [(worker.index, worker.pid, worker.frames) for worker in look.workers if worker.waits_for_batch is not None]
-    return look.phase, look.frames, _operation(look.groups), tuple(_why_silent(look)), tuple(stuck)
+    return look.phase, look.frames, _operation(look.groups), tuple(_why_silent(look)), tuple(stuck), look.threads
 
 
 def _group_text(group: Sequence[RankStack]) -> str:
@@ -68,6 +68,7 @@ def _group_text(group: Sequence[RankStack]) -> str:
     lines = [f"{ranks}{of_one}: {', '.join(_facts(looks))}"]
     lines += [f"  {text}" for text in (_operation(first.groups), *_why_silent(first)) if text]
     lines += _frames(first.frames, "  ") or ["  no Python stack"]
+    lines += [f"  thread {each.name!r}: {_line(each.line)}" for each in first.threads if each.line]
     for worker in first.workers:
         lines += _worker(worker) if worker.waits_for_batch is not None else []
 
@@ -98,13 +99,21 @@ def _why_silent(look: RankLook) -> Iterable[str]:
     if look.waits_on:
         yield f"waits on {look.waits_on}"
 
+    if look.blocker is not None:
+        yield f"waits for process {look.blocker.pid} ({look.blocker.name})"
+
 
 def _operation(groups: Sequence[GroupLook]) -> str:
     running = [each for each in groups if each.in_flight and each.operation]
-    return "; ".join(
-        f"{each.operation} {each.number} of {f'group {each.name}' if each.name else 'the default group'} is not done"
-        for each in running
-    )
+    return "; ".join(f"{_operation_name(each)} is not done" for each in running)
+
+
+def _operation_name(group: GroupLook) -> str:
+    if group.is_p2p:
+        way = "from" if "recv" in group.operation else "to"
+        return group.operation + (f" {way} rank {group.peer}" if group.peer is not None else "")
+
+    return f"{group.operation} {group.number} of {f'group {group.name}' if group.name else 'the default group'}"
 
 
 def _frames(frames: Sequence[FrameLook], indent: str) -> list[str]:

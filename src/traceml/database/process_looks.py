@@ -1,0 +1,27 @@
+"""Looks at the process that another one waits for."""
+
+from __future__ import annotations
+
+from traceml.database.looks import ProcessLook
+from traceml.witness.blocking_process import blocking_process
+from traceml.witness.kernel_state import wait_state
+from traceml.witness.program_names import program_name
+
+__all__ = ["blocker_of"]
+
+
+def blocker_of(pid: int, thread: int) -> ProcessLook | None:
+    """Return the process that a thread waits for; None if it waits for none, or that is not known.
+
+    Args:
+        pid: the waiting process.
+        thread: its thread that waits.
+    """
+    blocker = blocking_process(pid, thread)
+    if blocker is None:
+        return None
+
+    seen = wait_state(blocker)
+    return ProcessLook(
+        pid=blocker, name=program_name(blocker), state=seen.state, wchan=seen.wchan, waits_on=seen.waits_on
+    )

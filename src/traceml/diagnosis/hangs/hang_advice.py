@@ -1,0 +1,104 @@
+"""Advice about hangs: the next thing to do about one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from traceml.database.looks import RankLook, WorkerLook
+from traceml.diagnosis.advice import even_batches
+from traceml.diagnosis.hangs.blame import HangCause
+from traceml.diagnosis.hangs.one_look import awaited_thread, blocked_worker, doing, is_before_full_pipe
+from traceml.diagnosis.hangs.standstill import Standstill
+from traceml.formatting import ranks_text
+
+__all__ = ["hang_advice"]
+
+
+def hang_advice(found: Standstill) -> str:
+    """Return one sentence about what to do next."""
+    cause, looks = found.blame.cause, found.looks
+    first = next((looks[rank] for rank in (found.blame.ranks or sorted(looks)) if rank in looks), None)
+    what = _ADVICE.get(cause)
+    if cause is HangCause.CIRCLE and any(wait.is_p2p for wait in found.blame.waits.values()):
+        return _OF_TRANSFERS
+
+    if what is not None:
+        return what
+
+    return _advice_for(first, found) if first is not None else _look_at(found)
+
+
+def _look_at(found: Standstill) -> str:
+    others = found.blame.waits and found.blame.ranks
+    why = (
+        f"Find out why {ranks_text(found.blame.ranks)} reached that point and the others did not"
+        if others
+        else "Find out what it is waiting for, and why that never arrives"
+    )
+    return f"{why}." if found.is_over else f"{why}; `traceml stacks` shows what each rank does now."
+
+
+_OF_TRANSFERS = "Give each send a receive on the other rank, and each receive a send, in the same order on both ranks."
+_ADVICE: Mapping[HangCause, str] = {
+    HangCause.MISMATCH: (
+        "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
+        "differs between ranks."
+    ),
+    HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
+    HangCause.CIRCLE: "Let all ranks of both groups call these collectives in the same order.",
+    HangCause.ENDED: even_batches(),
+    HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
+    HangCause.NETWORK: (
+        "Look at the network between the ranks and at the devices (NCCL_DEBUG=INFO, dmesg): all of them called the "
+        "same collective."
+    ),
+    HangCause.UNANSWERED: "Look at the processes of the ranks that did not answer, and at their hosts.",
+}
+
+
+def _advice_for(look: RankLook, found: Standstill) -> str:
+    if look.process_state == "T":
+        return "Continue the process with `kill -CONT`, and find out what stopped it."
+
+    worker = blocked_worker(look)
+    if worker is not None:
+        if doing(worker).endswith("waiting for a lock") and worker.start_method in ("", "fork"):
+            return (
+                "Do not use a lock in the dataset that the training process may hold when it starts its workers: "
+                "create it in the worker (worker_init_fn), or start workers with multiprocessing_context='spawn'."
+            )
+
+        default = "Look at what the dataset does there; `DataLoader(timeout=60)` turns such a wait into an error."
+        return _for_wait(worker) or default
+
+    return _for_wait(look) or _look_at(found)
+
+
+def _for_wait(look: RankLook | WorkerLook) -> str:
+    """Return the advice about what a process waits for by itself; empty where there is none."""
+    what, blocker = doing(look), look.blocker
+    if awaited_thread(look) is not None:
+        return "Tell that thread to end before the script does, or make it a daemon: Thread(daemon=True)."
+
+    if what.startswith("writing to"):
+        return "Let the parent process read that pipe, or send the output to a file."
+
+    if "file lock" in what and blocker is not None:
+        return f"Find out why process {blocker.pid} keeps the lock, or end it: `kill {blocker.pid}`."
+
+    if "file lock" in what:
+        return "Look for a process that holds the lock, or remove a stale lock file."
+
+    if blocker is not None and is_before_full_pipe(blocker):
+        return "Read the output of that process while it runs: communicate() instead of wait(), or send it to a file."
+
+    if blocker is not None:
+        return f"Find out what process {blocker.pid} does; a timeout (`subprocess.run(timeout=60)`) ends such a wait."
+
+    if "stdin" in what:
+        return "Pass the answer as an option of the script, or let it read from a file: nobody is asked in a job."
+
+    if what.startswith(("connecting to", "waiting for the network")):
+        return "Give the connection a timeout, so that it fails and can be tried again, and look at the server."
+
+    return ""

@@ -1,0 +1,58 @@
+"""The process that another one waits for: its child, or the holder of a file's lock."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from traceml.witness.kernel_state import waiting_call
+
+__all__ = ["blocking_process"]
+
+# wait4 has the child's number in its first argument, waitid (with P_PID in its first) in its second.
+_WAIT4 = {"x86_64": 61, "aarch64": 260}
+_WAITID = {"x86_64": 247, "aarch64": 95}
+_P_PID = 1
+_LOCKS = Path("/proc/locks")
+_BLOCKED = "->"
+
+
+def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
+    """Return the number of the process that a thread waits for; None if it waits for none, or that is not known.
+
+    Args:
+        pid: the waiting process.
+        thread: its thread that waits.
+        locks: the kernel's list of locked files.
+    """
+    call = waiting_call(thread)
+    machine = platform.machine()
+    if call[:1] == (_WAIT4.get(machine),) and len(call) > 1:
+        return _number(call[1])
+
+    if call[:2] == (_WAITID.get(machine), _P_PID) and len(call) > 2:
+        return _number(call[2])
+
+    return _lock_holder(pid, locks)
+
+
+def _number(argument: int) -> int | None:
+    """Return the number of a process; None for a group of processes, or any child."""
+    signed = (argument & 0xFFFFFFFF) - (argument & 0x80000000) * 2
+    return signed if signed > 0 else None
+
+
+def _lock_holder(pid: int, locks: Path) -> int | None:
+    """Return the process that has the lock which a process waits for.
+
+    A line is `1: FLOCK ADVISORY WRITE 4711 08:01:1234 0 EOF`; those that wait have its number, and `->` before `FLOCK`.
+    """
+    try:
+        lines = [line.split() for line in locks.read_text().splitlines()]
+    except OSError:
+        return None
+
+    awaited = {words[0] for words in lines if words[1:2] == [_BLOCKED] and words[5:6] == [str(pid)]}
+    holders = (words[4] for words in lines if words[0] in awaited and words[1:2] != [_BLOCKED] and len(words) > 4)
+    holder = next((int(each) for each in holders if each.isdecimal()), None)
+    return holder or None

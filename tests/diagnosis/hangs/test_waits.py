@@ -1,0 +1,120 @@
+"""Sentences about ranks that wait for another process or thread, or for a connection; and the advice about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.diagnosis.hangs.standing import found, group, in_backward, line, look
+from traceml.database.looks import FrameLook, ProcessLook, ThreadLook, WorkerLook
+from traceml.diagnosis.findings import Finding
+
+LOCK = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
+HOLDER = ProcessLook(pid=77, name="python build.py", state="S", wchan="hrtimer_nanosleep")
+CHILD = ProcessLook(pid=78, name="ffmpeg", state="S", wchan="do_sys_poll")
+FULL = ProcessLook(pid=79, name="ffmpeg", state="S", wchan="anon_pipe_write", waits_on="stdout")
+HELPER = ThreadLook(name="Thread-1", line=line(40, "upload"))
+QUEUE = FrameLook(file="/usr/lib/python3.11/multiprocessing/queues.py", line=103, function="get")
+BEHIND = (group(14, "all_reduce", flying=False),)
+END = FrameLook(file="/usr/lib/python3.11/threading.py", line=1590, function="_shutdown")
+
+
+def stuck(*frames: FrameLook, **seen: Any) -> Finding:
+    """Return the finding about one process that stands still."""
+    finding = found(look(0, *(frames or (line(6, "stuck"),)), **seen), ranks=1)
+    assert finding is not None
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("seen", "words", "advice"),
+    [
+        (
+            LOCK | {"blocker": HOLDER},
+            "waiting for a file lock (/tmp/lock, held by process 77, python build.py) for 75 s.",
+            "`kill 77`",
+        ),
+        (LOCK, "waiting for a file lock (/tmp/lock) for 75 s.", "stale lock file"),
+        (
+            {"wchan": "do_wait", "blocker": CHILD},
+            "waiting for process 78 to end (ffmpeg) for 75 s.",
+            "what process 78 does",
+        ),
+        (
+            {"wchan": "do_wait", "blocker": FULL},
+            "waiting for process 79 to end (ffmpeg, nobody reads its stdout) for 75 s.",
+            "communicate()",
+        ),
+        ({"wchan": "do_wait"}, "waiting for a child process to end for 75 s.", "traceml stacks"),
+        ({"wchan": "anon_pipe_read", "waits_on": "stdin"}, "waiting for input on stdin", "option of the script"),
+        (
+            {"wchan": "wait_woken", "waits_on": "tcp 10.0.0.7:443"},
+            "waiting for the network (10.0.0.7:443)",
+            "Give the connection a timeout",
+        ),
+        (
+            {"wchan": "inet_stream_connect", "waits_on": "tcp 10.0.0.7:443"},
+            "stuck, connecting to 10.0.0.7:443 for 75 s.",
+            "Give the connection a timeout",
+        ),
+    ],
+)
+def test_what_a_rank_waits_for_is_named(seen: dict[str, Any], words: str, advice: str) -> None:
+    """The process that has the lock, the child, the other end of the connection; and what to do about it."""
+    finding = stuck(**seen)
+
+    assert words in finding.summary
+    assert advice in finding.next
+
+
+def test_the_process_that_is_waited_for_is_evidence() -> None:
+    """Its number; there is none where a rank only sleeps."""
+    assert stuck(**LOCK, blocker=HOLDER).evidence["blocker"] == 77
+    assert "blocker" not in stuck(wchan="hrtimer_nanosleep").evidence
+
+
+def test_a_wait_for_a_lock_tells_where_the_other_threads_are() -> None:
+    """One of them may hold it."""
+    finding = stuck(wchan="futex_do_wait", threads=(HELPER,))
+
+    assert finding.summary == (
+        "Rank 0 has been in train.py:6 stuck, waiting for a lock, with its thread 'Thread-1' in train.py:40 upload "
+        "for 75 s."
+    )
+
+
+def test_a_rank_that_sleeps_waits_for_no_thread() -> None:
+    """A thread of its own that runs beside it says nothing."""
+    assert "Thread-1" not in stuck(wchan="hrtimer_nanosleep", threads=(HELPER,)).summary
+
+
+def test_an_end_that_waits_for_a_thread_names_it() -> None:
+    """The main thread has no line of the user's code any more; the thread has."""
+    finding = stuck(END, phase="exit", wchan="futex_do_wait", threads=(HELPER,))
+
+    assert finding.summary == (
+        "Rank 0 has been at its end, waiting for its thread 'Thread-1' in train.py:40 upload for 75 s."
+    )
+    assert (finding.evidence["file"], finding.evidence["line"]) == ("/home/me/train.py", 40)
+    assert finding.evidence["thread"] == "Thread-1"
+    assert "daemon" in finding.next
+
+
+def test_an_end_does_not_wait_for_a_daemon() -> None:
+    """The interpreter ends without it."""
+    daemon = ThreadLook(name="Thread-1", line=line(40, "upload"), is_daemon=True)
+
+    assert "waiting for its thread" not in stuck(END, phase="exit", threads=(daemon,)).summary
+
+
+def test_a_worker_before_a_locked_file_is_not_told_to_be_spawned() -> None:
+    """A lock of a file is no lock of a thread: who holds it is told."""
+    worker = WorkerLook(index=0, pid=80, state="S", waits_for_batch=2, blocker=HOLDER, **LOCK)
+    waits = look(1, QUEUE, line(28), phase="input_wait", groups=BEHIND, workers=(worker,), wchan="futex_do_wait")
+    finding = found(in_backward(0), waits)
+
+    assert finding is not None
+    assert "(process 80) is waiting for a file lock (/tmp/lock, held by process 77" in finding.summary
+    assert "spawn" not in finding.next
+    assert "`kill 77`" in finding.next

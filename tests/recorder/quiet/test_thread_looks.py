@@ -1,0 +1,64 @@
+"""Other threads of a rank that run the user's code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from traceml.database.looks import ThreadLook
+from traceml.recorder.quiet.thread_looks import other_threads
+from traceml.recorder.user_code import UserCode
+
+
+class Upload:
+    """A thread that waits in code of the user."""
+
+    def __init__(self) -> None:
+        self.ready, self.done = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.ready.set()
+        self.done.wait()
+
+
+@contextmanager
+def uploading(name: str, *, daemon: bool) -> Iterator[None]:
+    upload = Upload()
+    thread = threading.Thread(target=upload.wait, name=name, daemon=daemon)
+    thread.start()
+    upload.ready.wait()
+    try:
+        yield
+    finally:
+        upload.done.set()
+        thread.join()
+
+
+def looks() -> list[ThreadLook]:
+    """Return what the recorder's thread sees."""
+    training = threading.get_ident()
+    with ThreadPoolExecutor(1) as recorder:
+        return list(recorder.submit(other_threads, training, UserCode()).result())
+
+
+def test_a_thread_is_told_with_its_line_of_user_code() -> None:
+    """And those first that the interpreter waits for at its end."""
+    with uploading("prefetch", daemon=True), uploading("upload", daemon=False):
+        found = [look for look in looks() if look.name in ("prefetch", "upload")]
+
+    assert [(look.name, look.is_daemon) for look in found] == [("upload", False), ("prefetch", True)]
+    assert found[0].line is not None
+    assert (found[0].line.function, found[0].line.is_user) == ("Upload.wait", True)
+    assert found[0].line.file == __file__
+
+
+def test_the_training_thread_and_idle_pools_are_not_told() -> None:
+    """A pool's thread without work runs none of the user's code."""
+    with ThreadPoolExecutor(1, thread_name_prefix="idle") as pool:
+        pool.submit(int).result()
+        names = {look.name for look in looks()}
+
+    assert not any(name.startswith("idle") for name in names)
+    assert threading.current_thread().name not in names
