@@ -118,3 +118,25 @@ def test_a_worker_before_a_locked_file_is_not_told_to_be_spawned() -> None:
     assert "(process 80) is waiting for a file lock (/tmp/lock, held by process 77" in finding.summary
     assert "spawn" not in finding.next
     assert "`kill 77`" in finding.next
+
+
+def test_a_rank_that_is_ready_to_run_computes() -> None:
+    """On a busy host it gets less than a fifth of a core."""
+    runs = look(0, line(6, "solve"), process_state="R", cpu_share=0.05)
+
+    assert found(runs, ranks=1) is None
+    assert found(runs, ranks=1, hang_timeout_s=14.0) is not None
+
+
+def test_a_call_that_holds_the_gil_may_read_a_large_file_before_the_first_step() -> None:
+    """As json.load does; in training no call takes so long, and one that sleeps computes nothing."""
+    loads = look(
+        0, line(6, "read_labels"), answered="signal", process_state="R", phase="startup", step=-1, in_step=False
+    )
+    training = look(0, line(6, "match"), answered="signal", process_state="R")
+    sleeps = look(0, line(6, "wait"), answered="signal", phase="startup", step=-1, in_step=False)
+
+    assert found(loads, ranks=1, rows=False) is None
+    assert found(loads, ranks=1, rows=False, hang_timeout_s=14.0) is not None
+    assert found(training, ranks=1) is not None
+    assert found(sleeps, ranks=1, rows=False) is not None

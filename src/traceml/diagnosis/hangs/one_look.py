@@ -86,17 +86,21 @@ def is_excused(look: RankLook) -> bool:
 def is_busy(look: RankLook) -> bool:
     """Whether the rank, or the loader worker that it waits for, computes or transfers; waiting for others is not that.
 
-    A rank whose own thread was silent is not busy: it holds the GIL inside one call. A worker that is ready to run
-    computes, however little of a core it gets.
+    A rank or worker that is ready to run computes, however little of a core it gets. A rank whose own thread was silent
+    is not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
     """
-    if collective_wait(look) is not None or look.answered in ("signal", "kernel"):
+    if collective_wait(look) is not None:
         return False
+
+    runs = look.process_state == "R"
+    if look.answered in ("signal", "kernel"):
+        return runs and look.step < 0
 
     worker = blocked_worker(look)
     if worker is not None and (worker.state == "R" or (worker.cpu_share or 0.0) >= BUSY_CORES):
         return True
 
-    return (look.cpu_share or 0.0) >= BUSY_CORES or (look.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
+    return runs or (look.cpu_share or 0.0) >= BUSY_CORES or (look.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
 
 
 def blocked_worker(look: RankLook) -> WorkerLook | None:
