@@ -179,10 +179,13 @@ def thread_at_exit() -> None:
 def evaluate_long(model: torch.nn.Module) -> None:
     """Evaluate for 30 s."""
     end_s = time.monotonic() + 30
+    model.eval()
     with torch.no_grad():
         while time.monotonic() < end_s:
             model(torch.randn(256, 64))
             time.sleep(0.02)
+
+    model.train()
 
 
 def save_long() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.diagnosis.fabricated import Job, window_of
+from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, ModelFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.kinds import Kind
@@ -80,3 +80,22 @@ def test_steps_too_short_to_judge_are_said_to_be():
     assert "the loop's own overhead (35 % data loading" in found.summary
     assert "larger batches (batch_size is 4)" in found.next
     assert "Nothing needs fixing" not in found.next
+
+
+@pytest.mark.parametrize(("other_ms", "kind"), [(9.0, Kind.HEALTHY), (0.1, Kind.COMPUTE_BOUND)])
+def test_one_step_that_takes_most_of_the_time_is_told(other_ms, kind):
+    """A single pause is no pattern, but something that needs to be looked at."""
+    job = Job(ranks=1, grouped=False, own={"forward": 8.0, "backward": 8.0, "other": other_ms})
+    (found, *_) = diagnose(window_of(job, adds("other", 30_000.0, every=job.steps)), JobFacts())
+
+    assert found.kind is kind
+    assert "One step took" in found.summary
+    assert "Nothing needs fixing" not in found.next
+
+
+def test_a_short_pause_is_not_told():
+    """Other programs on the host cause such pauses, and in a long run they are nothing."""
+    for ms in (300.0, 4_000.0):
+        (found, *_) = diagnose(window_of(ALONE, adds("other", ms, every=ALONE.steps)), JobFacts())
+
+        assert "One step took" not in found.summary

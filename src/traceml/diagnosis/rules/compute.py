@@ -13,7 +13,7 @@ from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.compute_advice import for_compute
 from traceml.diagnosis.rules.outside_steps import covered
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
-from traceml.formatting import ns_text, percent_text, phase_words
+from traceml.formatting import count_text, ns_text, percent_text, phase_words
 
 __all__ = ["COMPUTE_SHARE", "nothing_found"]
 
@@ -24,6 +24,10 @@ SHORT_STEP_NS = 2e6
 """In a shorter step no part can cost the millisecond from which it is reported and leave room for another."""
 SHORT_LOOP_SHARE = 0.25
 """Such a step is too short to judge if this share of it is no computation."""
+
+_PAUSE_NS, _PAUSE_SHARE = 5e9, 0.25
+"""A single step is told from this time on, if it is this share of all steps."""
+_FIND_PAUSE = "Find out what the long step did: `traceml report --lines` shows the lines in which it was seen."
 
 _WAITING = "waiting for other ranks"
 
@@ -46,7 +50,8 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     if short is not None:
         evidence["too_short"] = True
 
-    summary, action = short or (_healthy(step, shares), _when_healthy(shares))
+    pause = _pause(segments, step)
+    summary, action = short or (_healthy(step, shares) + pause, _FIND_PAUSE if pause else _when_healthy(shares))
     return Finding(
         kind=Kind.HEALTHY,
         severity=Kind.HEALTHY.severity_for(0.0),
@@ -69,6 +74,15 @@ def _without_pauses(segments: Segments) -> NDArray[np.intp]:
         longest = np.union1d(longest, after[~segments.begins[after]])
 
     return np.setdiff1d(np.arange(count), longest)
+
+
+def _pause(segments: Segments, step: float) -> str:
+    """Return a sentence about one long pause; empty where it is too short to matter."""
+    longest = float(segments.step.max())
+    if longest < _PAUSE_NS or longest < _PAUSE_SHARE * float(segments.step.sum()):
+        return ""
+
+    return f" One step took {ns_text(longest)}, as long as {count_text(round(longest / step))} of these."
 
 
 def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
@@ -98,7 +112,7 @@ def _compute_bound(
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
             f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})"
             f"{_heaviest_code(facts, means.get('forward', 0.0) / step)}."
-            f"{covered(facts.time)}"
+            f"{_pause(segments, step)}{covered(facts.time)}"
         ),
         next=for_compute(heaviest, facts, device=segments.device),
         evidence=evidence,
