@@ -27,6 +27,13 @@ def _lacks_files(ended: RankExit) -> bool:
     return "too many open files" in text or "items of ancdata" in text
 
 
+def _lacks_disk(ended: RankExit) -> bool:
+    text = (ended.exception or "").lower()
+    # The last is what torch.save says when its file could not be written to the end.
+    is_cut = "inline_container.cc" in text and "unexpected pos" in text
+    return is_cut or "no space left" in text or "quota exceeded" in text
+
+
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
     """Return advice on a lost rank.
 
@@ -52,6 +59,12 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
 
     if ended.signal == BUS_ERROR or _lacks_shared_memory(ended):
         return for_shared_memory()
+
+    if _lacks_disk(ended):
+        return (
+            "Make room on the disk of that file (df -h, df -i, the user's quota), and keep fewer checkpoints. The last "
+            "file is not complete: go on from the one before."
+        )
 
     if _lacks_files(ended):
         limits = [use.limit for use in facts.limits if use.resource is Resource.OPEN_FILES and use.rank == ended.rank]
