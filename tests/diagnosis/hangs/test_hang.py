@@ -71,6 +71,14 @@ def test_more_steps_of_the_others_are_told():
     )
 
 
+def test_the_step_in_which_a_script_ended_counts():
+    """Its end has closed it: here both ranks have made 41 steps."""
+    ended = RankExit(rank=1, state="finished", code=0, last_step=39, open_step=40)
+    text = summary(judged(facts([replace(in_backward(0), step=41)], ended, steps=40)))
+
+    assert text.startswith("Rank 1's script ended after 41 steps; rank 0 waits")
+
+
 def test_different_operations_at_the_same_number_never_meet():
     """Both lines are named, after 5 s."""
     zero = look(0, call("all_reduce"), line(25), quiet_s=6.0, groups=(group(6, "all_reduce"),))

@@ -47,7 +47,7 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
         return []
 
     failed = min(causes, key=lambda each: each.rank)
-    if any((each.last_step or 0) > (failed.step or 0) for each in gone):
+    if any(each.steps > (failed.step or 0) + 1 for each in gone):
         return []  # it had come further, and did not need the others any more
 
     first = gone[0]
@@ -77,7 +77,7 @@ def _steps(ended: RankExit) -> dict[str, int]:
 def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:
     ranks = sorted(each.rank for each in gone)
     whose = f"{ranks_text(ranks)}'s script" if len(ranks) == 1 else f"the scripts of {ranks_text(ranks)}"
-    counts = {(-1 if each.last_step is None else each.last_step) + 1 for each in gone}
+    counts = {each.steps for each in gone}
     after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""
     others = ranks_text(sorted(each.rank for each in causes))
     at = f" at {failed.file}:{failed.line}" if failed.file else ""

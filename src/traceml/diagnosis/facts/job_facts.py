@@ -117,6 +117,11 @@ class RankExit:
         """The step in which it ended, or after which; None before the first."""
         return self.open_step if self.open_step is not None else self.last_step
 
+    @property
+    def steps(self) -> int:
+        """Steps of a rank that has ended well: its end has closed the one that was open."""
+        return max(-1 if step is None else step for step in (self.last_step, self.open_step)) + 1
+
     @classmethod
     def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
         """Return an exit from the facts of a stream, which the rank, its launcher and its flight file reported."""

@@ -105,8 +105,7 @@ def _stands_text(found: Standstill) -> str:
 def _ended_text(found: Standstill) -> str:
     """Return that ranks have ended, after how many steps where that differs, and who waits."""
     gone = found.blame.ranks
-    counts = {rank: found.ended[rank].last_step for rank in gone if rank in found.ended}
-    steps = {-1 if step is None else step + 1 for step in counts.values()}
+    steps = {found.ended[rank].steps for rank in gone if rank in found.ended}
     others = {look.step + (0 if look.in_step else 1) for look in found.looks.values() if look.step >= 0}
     after = ""
     if len(steps) == 1 and (count := next(iter(steps))) > 0:
