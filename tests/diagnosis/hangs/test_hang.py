@@ -373,6 +373,23 @@ def test_one_process_waits_in_no_collective():
     assert finding.evidence["cause"] == "stands"
 
 
+def test_an_older_look_does_not_replace_a_newer_one():
+    """A report reads the looks of other processes, as one at an import that held the GIL, after the rank's own."""
+    silent = look(1, line(2, "import_torch"), answered="signal", quiet_s=3.0, step=-1, at_ns=NOW_NS - 90 * S)
+    over = replace(silent, ended=True, quiet_s=4.0, at_ns=NOW_NS - 89 * S)
+
+    for looks in ((silent, over, in_backward(0), STUCK), (in_backward(0), STUCK, silent, over)):
+        assert "it has been in train.py:6 stuck, sleeping for 75 s" in summary(found(*looks))
+
+
+def test_a_pause_that_is_read_late_counts():
+    """It shows what is normal in this run."""
+    paused = look(1, line(6), quiet_s=60.0, at_ns=NOW_NS - 90 * S)
+    over = replace(paused, quiet_s=62.0, ended=True, at_ns=NOW_NS - 88 * S)
+
+    assert found(in_backward(0), STUCK, paused, over) is None
+
+
 def test_steps_that_take_long_give_more_time():
     """With steps of 40 s, a pause of 75 s is none."""
     slow = window_of(Job(ranks=2, own={"forward": 40_000.0}))

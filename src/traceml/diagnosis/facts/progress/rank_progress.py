@@ -162,10 +162,12 @@ class ProgressHistory:
             self._saw(rank, t_ns)
 
     def look(self, look: RankLook) -> None:
-        """Take a look at a rank."""
+        """Take a look at a rank. An older one than the newest only tells a pause: readers have events after rows."""
         rank = look.rank
         self._saw(rank, look.at_ns)
-        if not look.ended:
+        if look.at_ns < self._newest_ns(rank):
+            self._count_pause(look, 0.0)
+        elif not look.ended:
             before = None if rank in self._over else self._looks.get(rank)
             changes = self._changes.get(rank, 0) if before is not None else 0
             self._changes[rank] = changes + (before is not None and _state(before) != _state(look))
@@ -174,10 +176,18 @@ class ProgressHistory:
         elif rank in self._looks:
             self._over[rank] = look.at_ns
             if not self._looks[rank].is_last:
-                in_training = look.step >= 0
-                self._quiet[in_training] = max(self._quiet[in_training], look.quiet_s, self._looks[rank].quiet_s)
+                self._count_pause(look, self._looks[rank].quiet_s)
 
         self._check_looks()
+
+    def _newest_ns(self, rank: int) -> int:
+        known = self._looks.get(rank)
+        return max(known.at_ns if known is not None else 0, self._over.get(rank, 0))
+
+    def _count_pause(self, look: RankLook, quiet_s: float) -> None:
+        if look.ended:
+            in_training = look.step >= 0
+            self._quiet[in_training] = max(self._quiet[in_training], look.quiet_s, quiet_s)
 
     def forget(self, rank: int) -> None:
         """Forget a rank, of which another process has joined."""
