@@ -176,6 +176,14 @@ def growing_list(**facts) -> dict[int, tuple]:
     return {0: growing_of({"grown": [LIST | facts]})}
 
 
+@pytest.mark.parametrize(("rate", "words"), [(4096.2, "gained 4,096 elements"), (0.25, "gained 0.25 elements")])
+def test_the_rate_of_a_growing_list_is_a_number_for_people(rate, words):
+    """Not 4.1e+03."""
+    (finding,) = leaks(**leaking(), growing=growing_list(per_step=rate))
+
+    assert words in finding.summary
+
+
 def test_a_list_of_graphs_is_told_with_its_line():
     """It is no cache that fills, also in the first epoch."""
     first = {"loader": LoaderFacts(length=10**9, batch_size=32), "latest": (1000,)}

@@ -12,6 +12,8 @@ from traceml.formatting import count_text, line_text
 
 __all__ = ["GrowthCause", "growth_cause"]
 
+_COUNTED = 100  # from so many elements per step on their number is whole
+
 
 class GrowthCause(NamedTuple):
     """A container that explains a growth of memory.
@@ -63,7 +65,7 @@ def _text(found: GrowingObjects) -> str:
         )
 
     kind = "cache of" if found.kind == "lru_cache" else found.kind
-    rate = f"{found.per_step:.3g}"
+    rate = f"{found.per_step:.3g}" if found.per_step < _COUNTED else count_text(round(found.per_step))
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
     return (
         f" Meanwhile the {kind} {found.path}{_where(found)} gained {rate} element{'' if rate == '1' else 's'} per "
