@@ -287,6 +287,29 @@ _WAITS = (
     *(_long(how) for how in ("evaluate_long", "save_long", "fetch_with_output", "solve")),
 )  # fmt: skip
 
+
+def _meet(how: str, *blamed: int, cause: str, function: str | None = None, ranks: int = 2) -> Case:
+    return _case(f"hang, {how.replace('_', ' ')} x{ranks}", f"collectives {how}", "HANG", ranks=ranks, blamed=blamed,
+                 cause=cause, function=function, hang_timeout_s=10.0, fails=True)  # fmt: skip
+
+
+_MEETINGS = (
+    _meet("late", 1, cause="never_came", function="late"),
+    _meet("index", 1, cause="never_came", function="poll"),
+    _meet("send", 0, 1, cause="circle", function="diverge"),
+    _meet("receive", 0, 1, cause="circle", function="diverge", ranks=3),
+    _meet("half", 0, 1, cause="circle", function="diverge", ranks=4),
+    _meet("objects", 0, 1, cause="mismatch", function="diverge"),
+    # Whether the others still wait when the look comes, or have lost their connection, is chance: rank 1 left.
+    _case("leaves early x2", "collectives leaves", "HANG", "RANK_LOST", ranks=2, blamed=(1,), hang_timeout_s=10.0,
+          fails=True),
+    _case("leaves at once x2", "collectives leaves_at_once", "RANK_LOST", ranks=2, blamed=(1,), fails=True),
+    _case("reduces other sizes x2", "collectives reduce_sizes", "RANK_LOST", ranks=2, function="diverge",
+          blamed=(1,), fails=True),
+    _case("no hang, rank 0 validates x2", "collectives validates", *QUIET, "JITTER", "EVAL_HEAVY", "STRAGGLER",
+          "RESIDUAL_HEAVY", "COMM_BOUND", ranks=2, never=frozenset({"HANG", "RANK_LOST"}), hang_timeout_s=10.0),
+)  # fmt: skip
+
 _LEAK = frozenset({"MEMORY_LEAK"})
 
 _MEMORY = (
@@ -328,6 +351,7 @@ CASES: tuple[Case, ...] = (
     *_SHARDED,
     *_HANGS,
     *_WAITS,
+    *_MEETINGS,
     *_MEMORY,
     *_STALLS,
 )
