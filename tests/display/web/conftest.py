@@ -26,7 +26,7 @@ from traceml.diagnosis.steps.window import StepWindow
 from traceml.runs.report.report import build_report, save_report
 from traceml.supervise.page_process import PageProcess
 
-expect.set_options(timeout=15_000)  # of patience where the machine is busy; what is there at once is seen at once
+expect.set_options(timeout=30_000)  # of patience where the machine is busy; what is there at once is seen at once
 
 
 @pytest.fixture(scope="package")
@@ -176,6 +176,11 @@ class LiveJob:
         self._done += steps
         told = [finding.to_dict() for finding in diagnose(self._window.aligned(), JobFacts(world_size=4))]
         self._writer.event("verdict", {"verdict": told[0], "findings": told, "step": self._done - 1})
+        self._writer.commit()
+
+    def log(self, name: str, values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+        """Log values of the first rank, one per step."""
+        add_metrics(self._writer, self._streams[0], {name: values})
         self._writer.commit()
 
     def end(self) -> None:

@@ -103,6 +103,8 @@ class ChartCard:
 
             with Container("div", "plot") as self.plot:
                 self._canvas = ui.echart({}).classes("canvas")
+                # NiceGUI would set its own, empty option a moment after the browser has drawn ours, and erase it.
+                self._canvas._update_method = None
                 self._empty = TextNode("p", waiting or "No data", "empty")
 
             label = f"data of {title}"

@@ -16,14 +16,15 @@ window.tracemlCharts = (() => {
     for (const [id, option] of Object.entries(charts)) {
       given.set(id, option);
       waiting.set(id, option);
-      drawOne(id, option, 200);
+      drawOne(id, option);
     }
   }
 
-  function drawOne(id, option, tries) {
+  /* Draws a chart when NiceGUI has made it, however long a busy machine takes for that. */
+  function drawOne(id, option) {
     const chart = chartOf(id);
     if (!chart) {
-      if (tries > 0) setTimeout(() => waiting.get(id) === option && drawOne(id, option, tries - 1), 25);
+      if (document.getElementById(`c${id}`)) setTimeout(() => waiting.get(id) === option && drawOne(id, option), 25);
       return;
     }
     waiting.delete(id);
@@ -171,7 +172,7 @@ window.tracemlCharts = (() => {
   function set(control) {
     settings[control.dataset.setting] = control.type === "checkbox" ? control.checked : control.type === "range" ? Number(control.value) : control.value;
     try { localStorage.setItem("traceml-charts", JSON.stringify(settings)); } catch { /* private window */ }
-    for (const [id, option] of given) if (isMetric(id)) drawOne(id, option, 0);
+    for (const [id, option] of given) if (isMetric(id)) drawOne(id, option);
   }
 
   function showSettings() {
@@ -188,6 +189,6 @@ window.tracemlCharts = (() => {
     for (const menu of document.querySelectorAll("details.menu[open]")) if (!menu.contains(event.target)) menu.open = false;
   });
   document.addEventListener("input", (event) => event.target.dataset?.setting && set(event.target));
-  document.addEventListener("DOMContentLoaded", () => setTimeout(showSettings, 300));
+  document.addEventListener("DOMContentLoaded", () => traceml.whenBuilt(showSettings));
   return { draw, rows, csv, settings };
 })();

@@ -18,6 +18,12 @@ window.traceml = (() => {
     tell();
   }
 
+  /* Calls a function when NiceGUI has built the page, which takes seconds on a busy machine. */
+  function whenBuilt(act) {
+    if (document.getElementById("content")) act();
+    else setTimeout(() => whenBuilt(act), 25);
+  }
+
   function toggleTheme() {
     try { localStorage.setItem("traceml-theme", theme() === "dark" ? "light" : "dark"); } catch { /* private window */ }
     applyTheme();
@@ -97,7 +103,7 @@ window.traceml = (() => {
   document.addEventListener("DOMContentLoaded", () => {
     applyTheme();
     watchConnection();
-    setTimeout(() => { applyTheme(); follow(); }, 300);
+    whenBuilt(() => { applyTheme(); follow(); });
   });
-  return { follow, theme };
+  return { follow, theme, whenBuilt };
 })();
