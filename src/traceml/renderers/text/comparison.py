@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group
 from rich.text import Text
@@ -217,30 +217,30 @@ def _rest(comparison: Comparison) -> Iterator[Text]:
 
 
 def _metric_rows(comparison: Comparison) -> Iterator[Text]:
-    rows = comparison.metrics
-    if rows:
-        yield Text()
-        yield Text(f" {'last value':<22}{'A':>11}{'B':>11}{'change':>10}", style="dim")
-
-    for row in rows[:_SHOWN_METRICS]:
-        line = Text(f" {row.name[:21]:<22}{value_text(row.a):>11}{value_text(row.b):>11}")
-        yield line.append(f"{change_text(row.change):>10}")
-
-    if len(rows) > _SHOWN_METRICS:
-        yield Text(f" and {count_text(len(rows) - _SHOWN_METRICS)} other metrics: --json has them", style="dim")
+    heading = f"{'last value':<22}{'A':>11}{'B':>11}{'change':>10}"
+    lines = [
+        f"{row.name[:21]:<22}{value_text(row.a):>11}{value_text(row.b):>11}{change_text(row.change):>10}"
+        for row in comparison.metrics
+    ]
+    return _first_lines(heading, lines, _SHOWN_METRICS, "metrics")
 
 
 def _param_rows(comparison: Comparison) -> Iterator[Text]:
-    rows = comparison.params
-    if rows:
+    lines = [f"{row.name[:21]:<22}{value_text(row.a)} -> {value_text(row.b)}" for row in comparison.params]
+    return _first_lines(f"{'parameter':<22}A -> B", lines, _SHOWN_PARAMS, "parameters")
+
+
+def _first_lines(heading: str, lines: Sequence[str], most: int, noun: str) -> Iterator[Text]:
+    """Show the first lines of a list, and how many more there are; nothing of an empty list."""
+    if lines:
         yield Text()
-        yield Text(f" {'parameter':<22}A -> B", style="dim")
+        yield Text(f" {heading}", style="dim")
 
-    for row in rows[:_SHOWN_PARAMS]:
-        yield Text(f" {row.name[:21]:<22}{value_text(row.a)} -> {value_text(row.b)}")
+    for line in lines[:most]:
+        yield Text(f" {line}")
 
-    if len(rows) > _SHOWN_PARAMS:
-        yield Text(f" and {count_text(len(rows) - _SHOWN_PARAMS)} other parameters: --json has them", style="dim")
+    if len(lines) > most:
+        yield Text(f" and {count_text(len(lines) - most)} other {noun}: --json has them", style="dim")
 
 
 def _phase_sentence(comparison: Comparison) -> Iterator[str]:
