@@ -6,9 +6,10 @@ import gc
 import io
 import random
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -100,8 +101,15 @@ def plain() -> Iterator[list[float]]:
     torch.set_num_threads(threads)
 
 
-def losses(traced: Instrumentation | None) -> list[float]:
-    """Train in a loop that meets most hooks; return the losses."""
+def losses(traced: Instrumentation | None, at_moment: Callable[[int], object] = lambda _: None) -> list[float]:
+    """Train in a loop that meets most hooks; return the losses.
+
+    Args:
+        traced: the hooks, if there are any.
+        at_moment: called at the start and before each batch with the number of such calls before.
+    """
+    moments = count()
+    at_moment(next(moments))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -109,6 +117,7 @@ def losses(traced: Instrumentation | None) -> list[float]:
     found = []
     for epoch in range(2):
         for index, (x,) in enumerate(DataLoader(TensorDataset(torch.randn(24, 4)), batch_size=2, shuffle=True)):
+            at_moment(next(moments))
             x.to("meta")
             loss = model(x).square().mean()
             if epoch:
@@ -128,6 +137,7 @@ def losses(traced: Instrumentation | None) -> list[float]:
 
             found.append(loss.item())
 
+        at_moment(next(moments))
         model.eval()
         with torch.no_grad():
             found += [model(x).sum().item() for (x,) in DataLoader(TensorDataset(torch.randn(4, 4)))]
@@ -139,6 +149,7 @@ def losses(traced: Instrumentation | None) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters())
     (fixed,) = next(iter(DataLoader(TensorDataset(torch.randn(4, 4)), batch_size=2)))
     for index in range(70):
+        at_moment(next(moments))
         if index == 60:
             with torch.no_grad():
                 found.append(model.eval()(fixed).sum().item())
@@ -200,11 +211,12 @@ def watched(on_call: Callable[[str], None]) -> Iterator[None]:
         sys.setprofile(None)
 
 
-def calls_of_ours(plain: list[float], folder: Path) -> Counter[str]:
-    """Train; return the number of calls of each function of ours that may raise."""
-    calls: Counter[str] = Counter()
-    with installed(folder) as traced, watched(lambda name: calls.update([name])):
-        assert losses(traced) == plain
+def calls_of_ours(plain: list[float], folder: Path) -> dict[str, list[int]]:
+    """Train; return the moment of each call of each function of ours that may raise."""
+    now = [0]
+    calls: defaultdict[str, list[int]] = defaultdict(list)
+    with installed(folder) as traced, watched(lambda name: calls[name].append(now[0])):
+        assert losses(traced, lambda moment: now.__setitem__(0, moment)) == plain
 
     return calls
 
@@ -214,7 +226,7 @@ def test_each_function_of_ours_may_raise(
 ) -> None:
     """An error in one call of any function during training is counted, and the losses are those without tracing.
 
-    Each training takes half a second, so functions of both forms raise in the native one only.
+    Each of them takes a training, so functions of both forms raise in the native one only.
     """
     calls = calls_of_ours(plain, tmp_path)
     assert len(calls) > 80
@@ -222,30 +234,38 @@ def test_each_function_of_ours_may_raise(
         monkeypatch.setenv("TRACEML_NATIVE", "1")
         in_both = calls_of_ours(plain, tmp_path) if extension() is not None else {}
         monkeypatch.setenv("TRACEML_NATIVE", "0")
-        calls = Counter({name: count for name, count in calls.items() if name not in in_both})
+        calls = {name: moments for name, moments in calls.items() if name not in in_both}
 
     chosen = random.Random(0)
-    came_through, not_counted = [], []
-    for name, count in sorted(calls.items()):
-        at, before = chosen.randint(1, count), failures().get("instrument", 0)
-        left = [at]
+    raised, came_through, not_counted = [], [], []
+    for name, moments in sorted(calls.items()):
+        at, before = chosen.randrange(len(moments)), failures().get("instrument", 0)
+        call = f"{name}, call {at + 1}"
+        left = [at - moments.index(moments[at]) + 1]  # calls of that moment
 
-        def raise_once(called: str, name: str = name, left: list[int] = left) -> None:
+        def raise_once(called: str, name: str = name, call: str = call, left: list[int] = left) -> None:
             left[0] -= called == name
             if left[0] == 0 and called == name:
                 sys.setprofile(None)  # it has done its work, and costs more than the training
+                raised.append(call)
                 raise Injected(name)
 
         try:
-            with installed(tmp_path) as traced, watched(raise_once):
-                assert losses(traced) == plain
-        except Injected:
-            came_through.append(f"{name}, call {at}")
+            with installed(tmp_path) as traced, ExitStack() as watching:
 
-        if left[0] <= 0 and failures().get("instrument", 0) == before:
-            not_counted.append(f"{name}, call {at}")
+                def watch(moment: int, begin: int = moments[at], on_call: Any = raise_once) -> None:
+                    if moment == begin:
+                        watching.enter_context(watched(on_call))  # noqa: B023 - of this training
+
+                assert losses(traced, watch) == plain
+        except Injected:
+            came_through.append(call)
+
+        if raised[-1:] == [call] and failures().get("instrument", 0) == before:
+            not_counted.append(call)
 
     assert came_through == not_counted == []
+    assert len(raised) > 0.9 * len(calls)
 
 
 class FailingSlots:
