@@ -104,9 +104,9 @@ class Traceml:
 
     def close(self) -> None:
         for process in self._running:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with process:  # closes its pipes, which would fail another test, and waits
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture

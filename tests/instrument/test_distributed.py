@@ -112,6 +112,7 @@ def test_a_group_is_destroyed_right_after_a_backward_pass(tmp_path: Path) -> Non
         outputs = [process.communicate(timeout=60)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            with process:
+                process.kill()
 
     assert outputs == [f"{CYCLES} groups\n"] * 2

@@ -97,11 +97,13 @@ def jobs_in(folder: Path, timeout_s: float = 110) -> Iterator[Job]:
         lines = [line for line in stdout.splitlines() if line.startswith('{"')]
         return Ended(json.loads(lines[-1]) if lines else None, stderr, folder)
 
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    try:
+        yield run
+    finally:
+        for process in started:
+            with process:  # closes its pipes, which would fail another test, and waits
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def _started_s(path: Path) -> float:

@@ -117,13 +117,12 @@ class Job:
 
     def close(self) -> None:
         """Leave nothing behind."""
-        for pid in [*children_of(self.process.pid), self.process.pid]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-
-        self.process.wait()
+        with self.process:  # closes its pipes, which would fail another test, and waits
+            for pid in [*children_of(self.process.pid), self.process.pid]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
 
 
 def children_of(pid: int) -> list[int]:
