@@ -82,7 +82,7 @@ def test_a_rank_that_holds_the_gil_in_c_is_told_with_its_line(
         """
     )
 
-    look = eventually(lambda: next((look for look in rank.looks() if look.frames), None), timeout_s=30)
+    look = eventually(lambda: next((look for look in rank.looks() if look.frames), None))
 
     assert (look.answered, look.process_state, look.phase, look.step) == ("signal", state, "startup", -1)
     assert look.user_line is not None
@@ -106,12 +106,12 @@ def test_a_stopped_rank_is_told_and_when_it_goes_on(script: Callable[[str], Scri
     )
     rank.process.send_signal(signal.SIGSTOP)
 
-    look = eventually(lambda: next(iter(rank.looks()), None), timeout_s=30)
+    look = eventually(lambda: next(iter(rank.looks()), None))
     assert (look.answered, look.process_state, look.frames) == ("kernel", "T", ())
     assert not look.is_suspended
 
     rank.process.send_signal(signal.SIGCONT)
-    over = eventually(lambda: next((look for look in rank.looks() if look.ended), None), timeout_s=30)
+    over = eventually(lambda: next((look for look in rank.looks() if look.ended), None))
     assert over.quiet_s >= 3
     assert rank.process.poll() is None
 
@@ -152,7 +152,7 @@ def test_a_rank_that_answers_is_not_looked_at(script: Callable[[str], Script]) -
         with rank.serving.store() as store:
             return any(row["kind"] == LOOK for _, row in store.log_rows("info"))
 
-    eventually(told_itself, timeout_s=30)
+    eventually(told_itself)
     assert rank.looks() == []
 
 
@@ -178,7 +178,7 @@ def test_a_rank_before_a_full_pipe_tells_what_it_waits_on(script: Callable[..., 
             rows = [row for _, row in store.log_rows("info") if row["kind"] == LOOK]
             return RankLook.from_row(rows[-1]) if rows else None
 
-    look = eventually(own_look, timeout_s=30)
+    look = eventually(own_look)
     assert (look.answered, look.waits_on, look.process_state) == ("recorder", "stderr", "S")
     assert look.user_line is not None
     assert look.user_line.function == "complain"

