@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 import random
 import sys
 from collections import defaultdict
@@ -86,6 +87,12 @@ _OUTER = frozenset({"compile_in_place", "impl", "original", "original_iter", "or
 
 class Injected(Exception):
     """An error of ours."""
+
+
+@pytest.fixture(autouse=True)
+def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log no error: pytest would keep each with its frames, so the models of all trainings, which are searched."""
+    monkeypatch.setattr(logging.getLogger("traceml"), "disabled", True)
 
 
 @pytest.fixture(scope="module")
