@@ -404,6 +404,7 @@ def test_keys_do_what_the_list_of_keys_says(visit: Visits) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.keyboard.press("r")
     expect(page.locator("h1")).to_have_text("Runs")
+    page.wait_for_selector("a.name")  # the list comes later where the machine is busy
     page.keyboard.press("j")
     assert page.evaluate("document.activeElement.className") == "name"
 
