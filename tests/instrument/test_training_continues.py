@@ -262,7 +262,7 @@ def test_each_function_of_ours_may_raise(
 
                 def watch(moment: int, begin: int = moments[at], on_call: Any = raise_once) -> None:
                     if moment == begin:
-                        watching.enter_context(watched(on_call))  # noqa: B023 - of this training
+                        watching.enter_context(watched(on_call))
 
                 assert losses(traced, watch) == plain
         except Injected:

@@ -306,7 +306,8 @@ def test_a_run_that_goes_on_is_followed_in_place(visit: Visits, live_job: LiveJo
     live_job.train(100)
     expect(page.locator("h1:visible")).to_contain_text("Rank 1 is slow in forward")
     is_drawn(page, "Step time")
-    page.locator(".banner").evaluate("banner => { banner.style.display = 'none'; }")  # a busy machine is silent for longer than 5 s
+    # A busy machine is silent for longer than 5 s, which is told above the charts.
+    page.locator(".banner").evaluate("banner => { banner.style.display = 'none'; }")
     page.evaluate("""() => {
       window.mark = document.querySelector('section[aria-label="Step time"] canvas');
       window.moved = 0;
