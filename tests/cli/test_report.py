@@ -48,6 +48,15 @@ def test_json_is_the_report_and_nothing_else(slow, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads((slow / "report.json").read_text())
 
 
+def test_markdown_has_the_verdict(slow, capsys):
+    """--md prints it for a pull request; it is one of several forms."""
+    assert cli.main(["report", "--md"]) == 0
+    assert "Rank 1 is slow in forward" in capsys.readouterr().out.splitlines()[0]
+
+    assert cli.main(["report", "--md", "--json"]) == 2
+    assert "cannot be combined" in capsys.readouterr().err
+
+
 def test_running_run_is_read_from_its_store(runs_dir, capsys):
     """A run that goes on has no report yet: it is made from the store, and so is a report that is out of date."""
     folder = store_run(runs_dir / "going-on", Job(steps=100), facts={"state": "running", "ended": None})

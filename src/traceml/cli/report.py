@@ -20,6 +20,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.renderers.text.line_table import print_lines
+from traceml.renderers.text.report_markdown import report_markdown
 from traceml.renderers.views import run_view
 from traceml.runs.export.flame_graph import FLAME_GRAPHS
 from traceml.runs.find import find_run
@@ -43,6 +44,8 @@ class ReportOptions:
     """The run: its folder, its id, or the last four characters of its id (default: the latest run)."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the report as JSON and nothing else."""
+    md: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the report as Markdown, for a pull request."""
     html: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the report with its charts as one HTML file, and print nothing."""
     lines: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -61,8 +64,8 @@ def main(argv: list[str]) -> int:
     """Print a report; return 0, or 1 if there is an unwanted finding."""
     options = parse(ReportOptions, argv, prog="traceml report")
     unwanted = _kinds(options.fail_on)
-    if sum((options.json, options.html is not None, options.lines)) > 1:
-        raise UsageError("--json, --html and --lines cannot be combined")
+    if sum((options.json, options.md, options.html is not None, options.lines)) > 1:
+        raise UsageError("--json, --md, --html and --lines cannot be combined")
 
     if options.format and not options.lines:
         raise UsageError("--format needs --lines: `traceml report --lines --format speedscope > lines.json`")
@@ -73,6 +76,8 @@ def main(argv: list[str]) -> int:
         _write_page(run_dir, Path(options.html))
     elif options.json:
         print(report.to_json())
+    elif options.md:
+        print(report_markdown(report), end="")
     elif options.format:
         print(json.dumps(FLAME_GRAPHS[options.format](report)))
     elif options.lines:

@@ -15,6 +15,7 @@ from traceml.renderers.text.comparison import (
     step_change_text,
     value_text,
 )
+from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons
 
 __all__ = ["comparison_markdown", "comparisons_markdown"]
@@ -26,13 +27,13 @@ def comparison_markdown(comparison: Comparison) -> str:
     """Return the comparison of two runs: the result, a table, parameters, notes."""
     comparison = printable_copy(comparison)
     lines = [
-        f"**{_plain(compared_headline(comparison))}**",
+        f"**{plain_markdown(compared_headline(comparison))}**",
         "",
-        *(f"{_plain(sentence)}  " for sentence in compared_sentences(comparison)),
+        *(f"{plain_markdown(sentence)}  " for sentence in compared_sentences(comparison)),
         "",
-        f"A: `{_code(comparison.a.id)}`, B: `{_code(comparison.b.id)}`",
+        f"A: `{markdown_code(comparison.a.id)}`, B: `{markdown_code(comparison.b.id)}`",
         "",
-        *_table(("", "A", "B", "change", "99 % between", "significant"), _rows(comparison)),
+        *markdown_table(("", "A", "B", "change", "99 % between", "significant"), _rows(comparison)),
         *_differing(comparison),
         *_notes([*comparison.obstacles, *comparison.remarks]),
     ]
@@ -43,10 +44,10 @@ def comparisons_markdown(comparisons: Comparisons) -> str:
     """Return several runs that are compared with one baseline: a row for each, parameters, notes."""
     comparisons = printable_copy(comparisons)
     first = comparisons.comparisons[0]
-    rows = [(f"A `{_code(first.a.id)}`", ms_text(first.step_time.mean.a_ms), "", "", first.a.verdict)]
+    rows = [(f"A `{markdown_code(first.a.id)}`", ms_text(first.step_time.mean.a_ms), "", "", first.a.verdict)]
     rows += [
         (
-            f"`{_code(each.b.id)}`",
+            f"`{markdown_code(each.b.id)}`",
             ms_text(each.step_time.mean.b_ms),
             step_change_text(each.step_time.mean),
             significance_word(each),
@@ -55,11 +56,11 @@ def comparisons_markdown(comparisons: Comparisons) -> str:
         for each in comparisons.comparisons
     ]
     values = [*compared_losses(comparisons), *compared_params(comparisons)]
-    runs = ["A", *(f"`{_code(each.b.id)}`" for each in comparisons.comparisons)]
+    runs = ["A", *(f"`{markdown_code(each.b.id)}`" for each in comparisons.comparisons)]
     notes = [f"{each.b.id}: {note}" for each in comparisons.comparisons for note in (*each.obstacles, *each.remarks)]
     lines = [
-        *_table(("run", "step time", "change", "significant", "verdict"), rows),
-        *(["", *_table(("", *runs), [(name, *of_runs) for name, of_runs in values])] if values else ()),
+        *markdown_table(("run", "step time", "change", "significant", "verdict"), rows),
+        *(["", *markdown_table(("", *runs), [(name, *of_runs) for name, of_runs in values])] if values else ()),
         *_notes(notes),
     ]
     return "\n".join(lines) + "\n"
@@ -87,32 +88,8 @@ def _rows(comparison: Comparison) -> Iterator[Sequence[str]]:
 
 def _differing(comparison: Comparison) -> list[str]:
     rows = [(row.name, value_text(row.a), value_text(row.b)) for row in comparison.params]
-    return ["", *_table(("parameter", "A", "B"), rows)] if rows else []
+    return ["", *markdown_table(("parameter", "A", "B"), rows)] if rows else []
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
-    return ["", *(f"- {_plain(note)}" for note in notes)] if notes else []
-
-
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> Iterator[str]:
-    yield _line(head)
-    yield _line(["---", *["---:"] * (len(head) - 1)])
-    yield from (_line([_cell(cell) for cell in row]) for row in rows)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(text: str) -> str:
-    """Return a text that stays in its cell; a code span is kept."""
-    return text.replace("|", "\\|") if text.startswith(("`", "A `")) else _plain(text)
-
-
-def _plain(text: str) -> str:
-    """Return a text without meaning in Markdown or HTML: names and values are the user's."""
-    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|#~" else sign for sign in text)
-
-
-def _code(text: str) -> str:
-    return text.replace("`", "'")
+    return ["", *(f"- {plain_markdown(note)}" for note in notes)] if notes else []

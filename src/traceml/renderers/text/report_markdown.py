@@ -1,0 +1,119 @@
+"""Reports as Markdown, for pull requests and job summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from traceml.diagnosis.findings import Finding
+from traceml.formatting import (
+    bytes_text,
+    duration_text,
+    ms_text,
+    part_words,
+    percent_text,
+    phase_label,
+    plural,
+    rate_text,
+)
+from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
+from traceml.renderers.views import RunView, run_view, visible_ranks
+from traceml.renderers.words import gain_sentence, tracker_text
+from traceml.runs.report.report_types import Report
+
+__all__ = ["report_markdown"]
+
+_MOST_RANKS = 16
+
+
+def report_markdown(report: Report) -> str:
+    """Return a report: the verdict with its figures and advice, tables of steps, phases and ranks, other findings."""
+    view = run_view(report)
+    verdict = view.verdict
+    lines = [
+        f"**{verdict.kind}: {plain_markdown(verdict.headline)}**",
+        "",
+        *_paragraphs(verdict.summary, _labeled("Next", verdict.next), _labeled("Gain", gain_sentence(verdict) or "")),
+        *_paragraphs(*view.remarks),
+        _outcome(view),
+        *_parts("part of the run", "time", _time_rows(view)),
+        *_parts("phase", "mean", _phase_rows(view)),
+        *_rank_table(view),
+        *_list(_closing(view)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _labeled(label: str, text: str) -> str:
+    return f"{label}: {text}" if text else ""
+
+
+def _paragraphs(*texts: str) -> Iterator[str]:
+    for text in filter(None, texts):
+        yield from (plain_markdown(text), "")
+
+
+def _outcome(view: RunView) -> str:
+    steps = view.steps
+    facts = [plural(view.run.world_size, "rank")]
+    if steps.count:
+        facts += [
+            plural(steps.count, "step"),
+            f"{rate_text(view.steps_per_second)} steps/s",
+            *(f"{name} {ms_text(ms)}" for name, ms in (("mean", steps.mean_ms), ("p99", steps.p99_ms))),
+        ]
+
+    after = "" if view.run.duration_s is None else f" after {duration_text(view.run.duration_s)}"
+    return f"Run `{markdown_code(view.run.id)}`: {', '.join(facts)}, {view.state}{after}"
+
+
+def _time_rows(view: RunView) -> Iterator[Sequence[str]]:
+    for part in view.time_parts if view.report.time is not None else ():
+        yield part_words(part.part), duration_text(part.seconds), percent_text(part.share)
+
+
+def _phase_rows(view: RunView) -> Iterator[Sequence[str]]:
+    for phase in view.phases:
+        yield phase_label(phase.phase), ms_text(phase.mean_ms), percent_text(phase.share)
+
+
+def _parts(what: str, value: str, rows: Iterator[Sequence[str]]) -> list[str]:
+    found = list(rows)
+    return ["", *markdown_table((what, value, "share"), found)] if found else []
+
+
+def _rank_table(view: RunView) -> list[str]:
+    if len(view.ranks) < 2:
+        return []
+
+    phases = [phase.phase for phase in view.phases]
+    rows = [
+        (
+            str(row.rank),
+            ms_text(row.step_ms) if row.phases else "-",
+            *(ms_text(dict(row.phases).get(phase)) for phase in phases),
+            bytes_text(row.cuda_bytes or row.rss_bytes),
+        )
+        for row in visible_ranks(view.ranks, _MOST_RANKS)
+    ]
+    hidden = len(view.ranks) - len(rows)
+    head = ("rank", "step", *(plain_markdown(phase_label(phase)) for phase in phases), "memory")
+    return ["", *markdown_table(head, rows), *(["", f"{plural(hidden, 'more rank')} in the report"] if hidden else ())]
+
+
+def _closing(view: RunView) -> Iterator[str]:
+    ended = [row for row in view.ranks if row.end]
+    yield from (f"rank {row.rank} on {row.host}: {row.end}" for row in ended[:_MOST_RANKS])
+    if len(ended) > _MOST_RANKS:
+        yield f"and {plural(len(ended) - _MOST_RANKS, 'more rank')} that ended"
+
+    yield from (_also(other) for other in view.others)
+    yield from (tracker_text(tracker) for tracker in view.trackers)
+
+
+def _also(finding: Finding) -> str:
+    return f"{finding.kind}: {finding.headline}"
+
+
+def _list(texts: Iterator[str]) -> list[str]:
+    found = [f"- {plain_markdown(text)}" for text in texts]
+    return ["", *found] if found else []
