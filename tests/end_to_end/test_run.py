@@ -49,6 +49,7 @@ def test_one_process_is_traced_and_passed_through(traceml: Traceml) -> None:
     assert report["run"]["state"] == "finished"
     assert report["steps"]["count"] == 60
     assert report["telemetry"]["rows_lost"] == 0
+    assert (ended.run_dir.parent / ".gitignore").read_text() == "*\n"
     assert_nothing_is_left(ended)
 
 

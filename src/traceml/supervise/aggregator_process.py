@@ -115,6 +115,7 @@ class AggregatorProcess(RestartingProcess):
         """
         logs = self.run_dir / "logs"
         try:
+            create_runs_dir(self.runs_dir)
             logs.mkdir(parents=True, exist_ok=True)
             log = (logs / "aggregator.log").open("ab")
         except OSError as error:
