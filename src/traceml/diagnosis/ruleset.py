@@ -32,6 +32,7 @@ from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.stalls.throttled import throttled
+from traceml.diagnosis.steps.even_models import as_one_training
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.window import Window
@@ -122,6 +123,7 @@ def _memory(facts: JobFacts) -> list[Finding]:
 
 def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
     step_ns = segments.step_ns
+    segments = as_one_training(window, segments, facts.other_models)
     uneven, even = data_imbalance(window, segments)
     if even:
         segments = segments.changed(even, new_step_times(segments, even))

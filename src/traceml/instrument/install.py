@@ -188,6 +188,7 @@ class Instrumentation:
             self._guarded(self._look_for_iterators)
 
         self._guarded(self._report_mesh)
+        self._guarded(self._report_anomaly_detection)
         return self._discovery is None or self.clock.optimizers_alive > 0
 
     def _look_for_iterators(self) -> None:
@@ -212,6 +213,7 @@ class Instrumentation:
 
         self._look_for_device()
         self._guarded(self._report_training_loader)
+        self._guarded(self._report_anomaly_detection)
         if clock.group is None:
             self._guarded(self._find_group)
         else:
@@ -467,7 +469,7 @@ class Instrumentation:
         from traceml.instrument.facts import model_facts
         from traceml.instrument.values.reductions import ReductionCounter
 
-        self._report(model_facts(module))
+        self._report(model_facts(module), step=self.clock.step)
         if self.clock.reductions is None:
             self.clock.reductions = ReductionCounter()
 
@@ -481,7 +483,12 @@ class Instrumentation:
     def _report_optimizer(self, optimizer: Any) -> None:
         from traceml.instrument.facts import optimizer_facts
 
-        self._report(optimizer_facts(optimizer))
+        self._report(optimizer_facts(optimizer), step=self.clock.step)
+
+    def _report_anomaly_detection(self) -> None:
+        is_on = bool(sys.modules["torch"].is_anomaly_enabled())
+        if is_on or "anomaly_detection" in self._reported:
+            self._report({"kind": "anomaly_detection", "on": is_on})
 
     def _report(self, info: Info, **more: Any) -> None:
         """Report facts that are not those of the last report of their kind, with more that is not compared."""

@@ -30,6 +30,7 @@ from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
 from traceml.diagnosis.facts.topology.topology import Topology, TopologyHistory
+from traceml.diagnosis.facts.trained_models import TrainedModels
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "ModelFacts", "RankExit", "ended_badly"]
@@ -163,6 +164,8 @@ class JobFacts:
         samples: use of cores, memory and devices over the run.
         model: the trained model.
         fused: whether the optimizer is a fused one; None where that is not known.
+        detects_anomalies: whether autograd's detection of anomalies is on.
+        other_models: steps before which a model or optimizer of another size appeared, without the run's first ones.
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
         loaders: rank -> its data loaders, in the order of their first use; of equal ones in a row the first.
@@ -203,6 +206,8 @@ class JobFacts:
     samples: MachineSamples = field(default_factory=MachineSamples)
     model: ModelFacts | None = None
     fused: bool | None = None
+    detects_anomalies: bool = False
+    other_models: tuple[int, ...] = ()
     compile_s: float | None = None
     loader: LoaderFacts | None = None
     loaders: Mapping[int, Sequence[LoaderFacts]] = field(default_factory=dict)
@@ -323,6 +328,7 @@ class JobFactsBuilder:
         """Other processes on the host of rank 0, seen while a rank waited for a core."""
         self.samples = MachineSamples()
         """Use of cores, memory and devices."""
+        self._models = TrainedModels()
         self.loaders: dict[int, Sequence[LoaderFacts]] = {}
         self._loaders: list[LoaderFacts] = []
         self._training_loader: tuple[int, int] | None = None
@@ -338,6 +344,7 @@ class JobFactsBuilder:
         kind = row.get("kind")
         self.progress.info(rank, row)
         self.topology.info(rank, row)
+        self._models.info(rank, row)
         if kind == "loader":
             # The training loader where it is known, else the first: evaluation comes later.
             self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
@@ -371,6 +378,8 @@ class JobFactsBuilder:
             self.batches.reduction_facts(row)
         elif kind == "compilation":
             self._facts["compile_s"] = row.get("seconds")
+        elif kind == "anomaly_detection":
+            self._facts["detects_anomalies"] = bool(row.get("on"))
         elif kind in ("process", "model", "group", "optimizer"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
             device = str(row.get("device") or "cpu").partition(":")[0]
@@ -469,6 +478,8 @@ class JobFactsBuilder:
             samples=self.samples,
             model=self._model,
             fused=known.get("fused"),
+            detects_anomalies=known.get("detects_anomalies", False),
+            other_models=self._models.steps,
             compile_s=known.get("compile_s"),
             ended_by=self.ended_by,
             job_end_s=known.get("job_end_s"),

@@ -5,7 +5,12 @@ from __future__ import annotations
 from traceml.diagnosis.facts.job_facts import JobFacts, ModelFacts
 from traceml.formatting import duration_text, percent_text
 
-__all__ = ["for_compute"]
+__all__ = ["WITHOUT_ANOMALIES", "for_compute"]
+
+WITHOUT_ANOMALIES = (
+    "Turn autograd's detection of anomalies off (set_detect_anomaly, detect_anomaly): it records the stack of each "
+    "operation and checks each gradient, and is meant for the search for a NaN."
+)
 
 BUSY_SHARE = 0.7
 """A device that computes for less of the time waits for launches."""
@@ -19,6 +24,9 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
         facts: about the job.
         device: whether the computation is on a device.
     """
+    if facts.detects_anomalies:
+        return WITHOUT_ANOMALIES
+
     if phase == "optimizer":
         return _optimizer(facts)
 

@@ -1,0 +1,34 @@
+"""Steps at which another model is trained."""
+
+from __future__ import annotations
+
+from traceml.diagnosis.facts.job_facts import JobFactsBuilder
+
+
+def model(step: int, parameters: int) -> dict[str, object]:
+    return {"kind": "model", "model": "Net", "parameters": parameters, "step": step}
+
+
+def optimizer(step: int, tensors: int) -> dict[str, object]:
+    return {"kind": "optimizer", "optimizer": "Adam", "tensors": tensors, "step": step}
+
+
+def steps_of(*rows: dict[str, object]) -> tuple[int, ...]:
+    facts = JobFactsBuilder()
+    for row in rows:
+        facts.info(0, row)
+
+    return facts.build().other_models
+
+
+def test_models_of_other_sizes_and_more_of_a_model_are_noted() -> None:
+    """A sweep, and a training that adds layers to its optimizer."""
+    assert steps_of(model(0, 10), optimizer(0, 4), model(200, 1000), optimizer(200, 4)) == (200,)
+    assert steps_of(model(0, 10), optimizer(0, 2), optimizer(150, 8)) == (150,)
+
+
+def test_equal_models_and_the_first_ones_are_no_others() -> None:
+    """Folds train the same model again; a generator and its critic come before the first step."""
+    assert steps_of(model(0, 10), optimizer(0, 4), model(100, 10), optimizer(100, 4)) == ()
+    assert steps_of(model(0, 10), model(0, 20), model(100, 20), model(100, 10)) == ()
+    assert steps_of({"kind": "model", "model": "Net", "parameters": 5}) == ()

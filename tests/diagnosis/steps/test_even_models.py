@@ -1,0 +1,105 @@
+"""Several trainings in one run: their models are not compared, the rest of the loop is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.even_models import as_one_training
+from traceml.diagnosis.steps.segments import segments_of
+
+OWN = {"input_wait": 0.5, "forward": 16.0, "backward": 32.0, "optimizer": 6.0, "other": 0.8}
+ALONE = Job(ranks=1, steps=600, grouped=False, own=OWN)
+STARTS = (200, 400)
+
+
+def sweep(*factors, parts=("forward", "backward", "optimizer")):
+    """Return a fault: from step 200 and from step 400 on, other models."""
+
+    def fault(own, _) -> None:
+        for part in parts:
+            for start, factor in zip(STARTS, factors, strict=True):
+                own[part][:, start:] *= factor
+
+    return fault
+
+
+def kinds(job: Job, fault, starts=STARTS) -> set[Kind]:
+    window = window_of(job, fault)
+    return {each.kind for each in diagnose(window, JobFacts(world_size=job.ranks, other_models=starts))}
+
+
+@pytest.mark.parametrize("factors", [(2, 2), (0.5, 4), (1, 3), (4, 0.25)])
+def test_the_models_of_a_sweep_are_no_slowdown(factors):
+    """Larger ones take longer; where nothing is known of them, that is a slowdown."""
+    assert kinds(ALONE, sweep(*factors)) == {Kind.COMPUTE_BOUND}
+    assert Kind.SLOWDOWN in kinds(ALONE, sweep(*factors), ())
+
+
+def test_a_few_steps_of_a_larger_model_are_no_jitter():
+    """The last tenth of the run has another model."""
+
+    def last(own, _) -> None:
+        for part in ("forward", "backward"):
+            own[part][:, 540:] *= 5
+
+    assert kinds(ALONE, last, (540,)) == {Kind.COMPUTE_BOUND}
+    assert kinds(ALONE, last, ()) & {Kind.JITTER, Kind.SLOWDOWN}
+
+
+def test_the_rest_of_the_loop_is_still_compared():
+    """Code that is slower in the second training is not the model."""
+
+    def slower(own, random) -> None:
+        sweep(2, 2)(own, random)
+        own["other"][:, 300:] += 60
+
+    window = window_of(ALONE, slower)
+    found = diagnose(window, JobFacts(other_models=STARTS))
+
+    assert (found[0].kind, found[0].phase) == (Kind.SLOWDOWN, "other")
+    assert abs(found[0].evidence["since_step"] - 300) <= 20
+
+
+def test_a_slowdown_within_a_training_is_found():
+    """From step 500 on, 100 steps after the last model."""
+
+    def slower(own, random) -> None:
+        sweep(2, 2)(own, random)
+        for values in own.values():
+            values[:, 500:] *= 2
+
+    assert Kind.SLOWDOWN in kinds(ALONE, slower)
+
+
+def test_parts_keep_their_sums():
+    """So the shares of the step are true."""
+    window = window_of(ALONE, sweep(2, 2))
+    segments = segments_of(window, JobFacts())
+    even = as_one_training(window, segments, STARTS)
+
+    assert even.step_ns == pytest.approx(segments.step_ns, rel=1e-3)
+    for part, values in segments.parts.items():
+        assert even.parts[part].mean() == pytest.approx(float(values.mean()), rel=1e-3)
+
+    assert np.median(even.step[:150]) == pytest.approx(float(np.median(even.step[-150:])), rel=0.05)
+
+
+def test_ranks_that_wait_for_each_other_are_evened_too():
+    """Their communication grows with the model."""
+    job = Job(ranks=2, steps=600, own=OWN)
+
+    assert not kinds(job, sweep(2, 2)) & {Kind.SLOWDOWN, Kind.JITTER}
+
+
+def test_one_training_is_left_alone():
+    """Also where the others are outside the window."""
+    window = window_of(ALONE)
+    segments = segments_of(window, JobFacts())
+
+    assert as_one_training(window, segments, ()) is segments
+    assert as_one_training(window, segments, (0, 5, 10_000)) is segments
