@@ -21,6 +21,9 @@ __all__ = [
 ]
 
 
+_WAITS_FOR_OTHERS = ("Condition.wait", "Queue.get", "Connection._recv", "Connection._recv_bytes", "wait")
+
+
 def even_batches() -> str:
     """Return advice on ranks that end before the others."""
     return (
@@ -40,8 +43,18 @@ def for_copies(facts: JobFacts) -> str:
     )
 
 
-def for_iterator() -> str:
-    """Return advice against waiting for an iterator that is not a DataLoader."""
+def for_iterator(called: str | None = None) -> str:
+    """Return advice against waiting for an iterator that is not a DataLoader, or for a queue.
+
+    Args:
+        called: library function in which most of the waiting was seen.
+    """
+    if called in _WAITS_FOR_OTHERS:
+        return (
+            "The thread or process that fills the queue does not keep up: make its batches cheaper, or let several "
+            "processes make them (an IterableDataset in a DataLoader with num_workers)."
+        )
+
     return (
         "Make batches in other processes: an IterableDataset in a DataLoader with num_workers. Or fetch the next "
         "batch in a thread while the model computes."
@@ -57,8 +70,8 @@ def for_residual(part: str, line: BlamedLine | None) -> str:
     """
     if line is not None:
         return (
-            f"Make {line.place} cheaper, call it every n-th step only, or take it out of the training loop. `traceml "
-            "report --lines` shows the other lines."
+            f"Make {line.place} cheaper, or take it out of the training loop: the workers of a DataLoader can prepare "
+            "batches; metrics and logs can run every n-th step. `traceml report --lines` shows the other lines."
         )
 
     if part not in ("other", "user"):

@@ -51,6 +51,17 @@ def test_an_iterator_that_is_no_loader_is_waited_for():
     assert [each.kind for each in diagnose(window, JobFacts(world_size=1, lines=lines))] == [Kind.INPUT_BOUND]
 
 
+def test_a_queue_that_runs_empty_is_not_told_to_use_a_thread():
+    """Another thread fills it already."""
+    library = "/lib/python3.11/threading.py:295 Condition.wait"
+    waits = SampledLine(0, "input_wait", "/home/me/train.py", 7, "main", library, 43)
+    finding = found(Kind.INPUT_BOUND, waits, line("forward", "forward", 57), job=UNFED)
+    read = found(Kind.INPUT_BOUND, line("input_wait", "read", 43), line("forward", "forward", 57), job=UNFED)
+
+    assert finding.next.startswith("The thread or process that fills the queue does not keep up")
+    assert "in a thread while the model computes" in read.next
+
+
 @pytest.mark.parametrize(
     ("lines", "job"),
     [

@@ -8,10 +8,13 @@ from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, ModelFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.compute_advice import for_compute
+from traceml.diagnosis.rules.compute_advice import WITHOUT_ANOMALIES, for_compute
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, grouped=False)
+HALF_BUSY = Job(
+    ranks=1, grouped=False, own={"input_wait": 0.6, "forward": 2.0, "backward": 4.0, "optimizer": 0.5, "other": 0.6}
+)
 PLAIN, COMPILED = ModelFacts(dtype="torch.float32"), ModelFacts(dtype="torch.float32", compiled=True)
 
 HALF = ModelFacts(dtype="torch.bfloat16", compiled=True)
@@ -99,3 +102,13 @@ def test_a_short_pause_is_not_told():
         (found, *_) = diagnose(window_of(ALONE, adds("other", ms, every=ALONE.steps)), JobFacts())
 
         assert "One step took" not in found.summary
+
+
+def test_detection_of_anomalies_is_turned_off_first():
+    """It makes each backward pass slower, and is left on by mistake."""
+    by_compute = diagnose(window_of(ALONE), JobFacts(detects_anomalies=True))[0]
+    by_health = diagnose(window_of(HALF_BUSY), JobFacts(detects_anomalies=True))[0]
+
+    assert (by_compute.kind, by_health.kind) == (Kind.COMPUTE_BOUND, Kind.HEALTHY)
+    assert by_compute.next == by_health.next == WITHOUT_ANOMALIES
+    assert WITHOUT_ANOMALIES not in (each.next for each in diagnose(window_of(ALONE), JobFacts()))

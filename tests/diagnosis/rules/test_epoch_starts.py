@@ -25,11 +25,14 @@ def waits(ms: float, every: int = EPOCH):
     return fault
 
 
-def findings(ms: float, *, every: int = EPOCH, loader: LoaderFacts | None = LOADER, create_ms: float = 0.0):
+def findings(
+    ms: float, *, every: int = EPOCH, loader: LoaderFacts | None = LOADER, create_ms: float = 0.0, drain_ms: float = 0.0
+):
     window = window_of(ALONE, waits(ms, every))
     rows = np.zeros(-(-ALONE.steps // every), EPOCHS.dtype)
     rows["step"] = np.arange(len(rows)) * every
     rows["ns"], rows["create_ns"] = (ms + 0.3) * MS, create_ms * MS
+    rows["drain_ns"] = drain_ms * MS
     return diagnose(window, JobFacts(loader=loader, epochs=rows))
 
 
@@ -75,6 +78,14 @@ def test_an_iterator_in_each_step_gets_its_own_advice():
 
     assert "for each step" in found.summary
     assert "Keep one iterator" in found.next
+
+
+def test_epochs_of_one_batch_keep_their_workers():
+    """Each iterator ends, so the script makes the next one on purpose."""
+    (found,) = restarts(findings(60, every=1, create_ms=50, drain_ms=2))
+
+    assert "at the start of an epoch" in found.summary
+    assert "persistent_workers=True" in found.next
 
 
 def test_epochs_of_the_lowest_rank_are_kept():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,3 +104,30 @@ def test_a_loader_needs_no_search(traced: Traced) -> None:
         train(model, optimizer, x)
 
     assert traced.instrumentation.feeding is None
+
+
+def test_the_queue_of_another_thread_feeds_the_training(traced: Traced) -> None:
+    """The loop takes its batches from it; a queue that a function of the loop reads is other code."""
+    ask = Asked(traced)
+
+    class Tensors(queue.Queue):
+        def _get(self) -> Any:
+            ask()
+            return super()._get()
+
+    batches, messages = Tensors(), Tensors()
+    for _ in range(5):
+        batches.put(X)
+        messages.put(X)
+
+    def log() -> None:
+        messages.get()
+
+    model = net()
+    optimizer = sgd(model)
+    train(model, optimizer, batches.get())
+    for _ in range(4):
+        train(model, optimizer, batches.get())
+        assert ask.answers.pop("_get") == {True}
+        log()
+        assert ask.answers.pop("_get") == {False}

@@ -30,7 +30,7 @@ from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
 from traceml.diagnosis.facts.topology.topology import Topology, TopologyHistory
-from traceml.diagnosis.facts.trained_models import TrainedModels
+from traceml.diagnosis.facts.trainings.trained_models import TrainedModels
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "ModelFacts", "RankExit", "ended_badly"]

@@ -33,6 +33,7 @@ __all__ = [
     "clearing_share",
     "import_share",
     "main_library",
+    "ordering_share",
     "outside_line",
     "parsed_place",
 ]
@@ -56,6 +57,7 @@ OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 _USER = Phase.USER.label
 _MODULE = "<module>"
 _CLEARS = re.compile(r"\bzero_grad$")
+_ORDERS = re.compile(r"Sampler\.__iter__$")
 _FEWEST_CLEARING = 5  # it only lowers a cost
 _KEYS = ("phase", "line_id", "library_id")
 _SUMS = ("samples", "watched_ns", "cpu_ns")
@@ -289,6 +291,14 @@ def clearing_share(lines: Sequence[SampledLine]) -> float:
         each.samples for each in seen if any(_CLEARS.search(name) for name in (each.function, each.library) if name)
     )
     return clearing / total if total >= _FEWEST_CLEARING else 0.0
+
+
+def ordering_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
+    seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
+    total = sum(each.samples for each in seen)
+    ordering = sum(each.samples for each in seen if each.library and _ORDERS.search(each.library))
+    return ordering / total if total >= FEWEST_SAMPLES else 0.0
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:

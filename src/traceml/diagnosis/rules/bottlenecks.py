@@ -11,10 +11,18 @@ from msgspec.structs import replace
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line, clearing_share, iterator_share
+from traceml.diagnosis.facts.sampled_lines import (
+    BlamedLine,
+    blamed_line,
+    clearing_share,
+    iterator_share,
+    main_library,
+)
+from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import Advised, for_input
+from traceml.diagnosis.rules.own_loading import of_new_iterators, of_sampler
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
@@ -78,7 +86,12 @@ class _PhaseCost:
 
     def line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line of the user's code that most of it is spent in, where the samples tell."""
-        return blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
+        return own_line(facts.lines, self.part, self._phase_share, self.ranks)
+
+    def library(self, facts: JobFacts) -> str | None:
+        """Return the library function that most of it is spent in, where the user's code only calls a trainer."""
+        line = blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
+        return None if line is None else main_library(facts.lines, self.part, line)
 
     @property
     def _phase_share(self) -> float:
@@ -120,11 +133,14 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
 
     rare = _mostly_rare(segments.parts["input_wait"])
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
-    # With workers, the line is the loop's own: the work is in their processes.
-    line = None if facts.loader is not None and facts.loader.num_workers else cost.line(facts)
-    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}{where}."
     pipeline = pipeline_of(segments, facts, float(cost.removed.mean()))
-    advised = for_input(facts, pipeline)
+    line = cost.line(facts)
+    by_sampler = of_sampler(facts, line)
+    if facts.loader is not None and facts.loader.num_workers and by_sampler is None:
+        line = None  # it is the loop's own: the work is in the workers' processes
+
+    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}{where}."
+    advised = by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline)
     evidence = cost.line_evidence(line) | _loader_evidence(facts) | _fetch_evidence(pipeline, advised)
     found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, **evidence)
     return [found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)]
@@ -163,7 +179,8 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
             line = cost.line(facts)
-            where = phase_words(part) + (line.of_it if line else "")
+            library = cost.library(facts) if line is None else None
+            where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             evidence = cost.line_evidence(line)
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), **evidence))
@@ -187,10 +204,11 @@ def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Find
         return None
 
     phase_share = share * float(segments.parts["other"].mean()) / step_ns
-    line = blamed_line(facts.lines, "input_wait", phase_share, cost.ranks)
+    line = own_line(facts.lines, "input_wait", phase_share, cost.ranks)
+    called = main_library(facts.lines, "input_wait", line) if line else None
     summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}."
     evidence = line.evidence(phase_share) if line else {}
-    return replace(cost.finding(Kind.INPUT_BOUND, summary, advice.for_iterator(), **evidence), phase="input_wait")
+    return replace(cost.finding(Kind.INPUT_BOUND, summary, advice.for_iterator(called), **evidence), phase="input_wait")
 
 
 def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:

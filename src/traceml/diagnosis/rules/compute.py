@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import blamed_line, main_library
+from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.comm import min_wait_ns
-from traceml.diagnosis.rules.compute_advice import for_compute
+from traceml.diagnosis.rules.compute_advice import WITHOUT_ANOMALIES, for_compute
 from traceml.diagnosis.rules.outside_steps import covered
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import count_text, ns_text, percent_text, phase_words
@@ -51,7 +52,8 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
         evidence["too_short"] = True
 
     pause = _pause(segments, step)
-    summary, action = short or (_healthy(step, shares) + pause, _FIND_PAUSE if pause else _when_healthy(shares))
+    action = _FIND_PAUSE if pause else _when_healthy(shares, facts)
+    summary, action = short or (_healthy(step, shares) + pause, action)
     return Finding(
         kind=Kind.HEALTHY,
         severity=Kind.HEALTHY.severity_for(0.0),
@@ -126,6 +128,9 @@ def _heaviest_code(facts: JobFacts, forward_share: float) -> str:
         return ""
 
     called = main_library(facts.lines, "forward", line)
+    if calls_trainer(facts.lines, line):
+        return f"; most of forward is in {called}" if called else ""
+
     return f"; {line.share_text} of forward is in {line.place}" + (f", which calls {called}" if called else "")
 
 
@@ -159,7 +164,10 @@ def _largest(shares: dict[str, float]) -> str:
     )
 
 
-def _when_healthy(shares: dict[str, float]) -> str:
+def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
+    if facts.detects_anomalies:
+        return WITHOUT_ANOMALIES
+
     if shares.get(_WAITING, 0.0) >= 0.2:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
 

@@ -14,9 +14,25 @@ from traceml.diagnosis.steps.step_split import Floats
 from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, gain_text, ns_text, percent_text
 
-__all__ = ["workers_restarted"]
+__all__ = ["begins_each_step", "workers_restarted"]
 
+EACH_STEP_SHARE = 0.5
+"""A script makes an iterator in each step if so many of its steps wait for the first batch of one."""
+_FEWEST_STARTS = 10
 _PART = "input_wait"
+
+
+def begins_each_step(epochs: NDArray[np.void]) -> bool:
+    """Return whether each step makes an iterator for one batch: an epoch of one batch would end its iterator.
+
+    Args:
+        epochs: rows of `schema.EPOCHS`.
+    """
+    if len(epochs) < _FEWEST_STARTS:
+        return False
+
+    steps = int(epochs["step"][-1]) - int(epochs["step"][0]) + 1
+    return len(epochs) >= EACH_STEP_SHARE * steps and bool((epochs["drain_ns"] > 0).mean() < EACH_STEP_SHARE)
 
 
 def workers_restarted(
@@ -44,7 +60,8 @@ def workers_restarted(
     if saved < least_cost_ns(step_ns):
         return [], {}
 
-    return [_finding(segments, restart_ns, saved, step_ns, workers)], {_PART: kept}
+    each_step = begins_each_step(facts.epochs)
+    return [_finding(segments, restart_ns, saved, step_ns, workers, each_step)], {_PART: kept}
 
 
 def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -61,11 +78,10 @@ def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray
 
 
 def _finding(
-    segments: Segments, restart_ns: NDArray[np.float64], saved: float, step_ns: float, workers: int
+    segments: Segments, restart_ns: NDArray[np.float64], saved: float, step_ns: float, workers: int, each_step: bool
 ) -> Finding:
     count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
-    every_step = count > segments.parts[_PART].shape[1] / 2
-    times = "for each step" if every_step else f"{count_text(count)} times, at the start of an epoch"
+    times = "for each step" if each_step else f"{count_text(count)} times, at the start of an epoch"
     return Finding(
         kind=Kind.INPUT_BOUND,
         severity=Kind.INPUT_BOUND.severity_for(share),
@@ -77,7 +93,7 @@ def _finding(
         ),
         next=(
             "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
-            if every_step
+            if each_step
             else "Set persistent_workers=True in the DataLoader, and use the same DataLoader in all epochs."
         ),
         evidence={

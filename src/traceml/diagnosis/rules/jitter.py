@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.facts.sampled_lines import BlamedLine
+from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
@@ -160,7 +161,7 @@ def _line(
     values = segments.parts[phase][of]
     share = float(values.mean()) / step_ns
     held = float(events.excess[phase][of].sum()) >= LINE_SHARE * float(values.sum())
-    return (blamed_line(facts.lines, phase, share, () if rank is None else (rank,)) if held else None), share
+    return (own_line(facts.lines, phase, share, () if rank is None else (rank,)) if held else None), share
 
 
 def excess_over_usual(values: Floats, columns: NDArray[np.intp]) -> Floats:

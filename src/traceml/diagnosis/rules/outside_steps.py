@@ -7,6 +7,7 @@ from typing import Any
 
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, SampledLine, import_share, outside_line
+from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import count_text, duration_text, part_words, percent_text
@@ -37,7 +38,8 @@ def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Fi
         found.append(_startup(time, startup_s, outside_line(lines, "startup"), import_share(lines, "startup")))
 
     if time.share("evaluation") >= HEAVY_SHARE:
-        found.append(_evaluation(time, outside_line(lines, "outside")))
+        line = outside_line(lines, "outside")
+        found.append(_evaluation(time, None if line is None or calls_trainer(lines, line) else line))
 
     return found
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.facts.sampled_lines import BlamedLine
+from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE, RARE, excess_over_usual, usual
@@ -117,7 +118,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     share = period.saved_ns / step_ns
     phase_share = float(segments.parts[period.part].mean()) / step_ns
     held = period.saved_ns >= LINE_SHARE * phase_share * step_ns
-    line = blamed_line(facts.lines, period.part, phase_share) if held else None
+    line = own_line(facts.lines, period.part, phase_share) if held else None
     long_ns, usual_ns = float(segments.step[period.columns].mean()), float(np.median(segments.step))
     half = speedup(segments, period.saved_ns / 2)
     return Finding(

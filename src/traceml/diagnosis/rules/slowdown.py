@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.facts.sampled_lines import BlamedLine
+from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.changes import SideChange, changes
@@ -212,7 +213,7 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
     part = None if crowded else _part(bins, change)
     share = lost / mean
     phase_share = 0.0 if part is None else _share(bins, part)
-    line = None if part is None else blamed_line(facts.lines, part, phase_share)
+    line = None if part is None else own_line(facts.lines, part, phase_share)
     since = int(bins.first_step[change.first])
     end = bins.first_step[change.last] if change.last < len(bins.steps) else None
     per_step = (change.after_ns - change.before_ns) / max(int(bins.first_step[-1] - bins.first_step[0]), 1)

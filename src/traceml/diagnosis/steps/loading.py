@@ -9,7 +9,7 @@ from traceml.diagnosis.facts.sampled_lines import busy_share
 from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
 
-__all__ = ["Pipeline", "pipeline_of"]
+__all__ = ["Pipeline", "fetch_cpu", "pipeline_of"]
 
 TAKE_NS = 3e5
 """Time that the training process takes to receive a batch from a worker."""
@@ -111,16 +111,16 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
         if use is not None and bound:
             fetch_ns, busy = fetch_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _LEAST_READY)
     else:
-        fetch_ns, busy = wait_ns, _fetch_cpu(facts)
+        fetch_ns, busy = wait_ns, fetch_cpu(facts)
 
-    fetch_cpu = 1.0 if busy is None else busy
-    rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * fetch_cpu)
+    computes = 1.0 if busy is None else busy
+    rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
     if workers and cores:  # they cannot have used more than there is
-        fetch_cpu = min(fetch_cpu, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
+        computes = min(computes, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
 
     return Pipeline(
         fetch_ns=fetch_ns,
-        fetch_cpu=fetch_cpu,
+        fetch_cpu=computes,
         rest_ns=rest_ns,
         rest_cores=rest_cores,
         cores=cores,
@@ -142,7 +142,7 @@ def _unbound(use: WorkerUse, facts: JobFacts) -> float:
     return (1.0 - use.waited) / max(1.0 - min(facts.wait_share, use.waited), _LEAST_READY)
 
 
-def _fetch_cpu(facts: JobFacts) -> float | None:
+def fetch_cpu(facts: JobFacts) -> float | None:
     """Return the share of a fetch by the training thread in which it computes, or waits for a core to do so."""
     busy = busy_share(facts.lines, "input_wait")
     return None if busy is None else min(busy / max(1.0 - facts.wait_share, _LEAST_READY), 1.0)

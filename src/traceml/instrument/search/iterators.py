@@ -1,6 +1,7 @@
-"""Iterators that give batches and are no DataLoader: generators that are suspended while the training runs.
+"""Iterators that give batches and are no DataLoader: generators that are suspended while the training runs, and queues.
 
-Python reports no call of a generator, so their time is `other`; samples of the stack tell it from other code.
+Python reports no call of a generator, so their time is `other`; samples of the stack tell it from other code. A queue
+from which the training loop takes its batches is filled by another thread or process.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import CodeType, FrameType, GeneratorType
+from types import CodeType, FrameType, FunctionType, GeneratorType
 from typing import Any
 
 __all__ = ["Feeding", "feeding_of"]
 
 _MAX_DEPTH = 200
+_QUEUES = (("queue", "Queue"), ("multiprocessing.queues", "Queue"), ("multiprocessing.queues", "SimpleQueue"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Feeding:
     """Code by which the training loop gets its batches.
 
     Attributes:
-        generators: code of the generators that were suspended in the first backward pass.
+        generators: code of the generators that were suspended in the first backward pass, and of the queues' `get`.
         callers: code that had called that pass; the training loop is among it.
     """
 
@@ -59,4 +61,11 @@ def feeding_of(objects: Iterable[Any]) -> Feeding:
         frame = frame.f_back
 
     named = (code for code in generators - callers if not code.co_name.startswith("<"))
-    return Feeding(frozenset(named), frozenset(callers))
+    return Feeding(frozenset(named) | _queue_codes(), frozenset(callers))
+
+
+def _queue_codes() -> frozenset[CodeType]:
+    """Return the code by which queues give their next item."""
+    kinds = (getattr(sys.modules.get(module), name, None) for module, name in _QUEUES)
+    gets = (getattr(kind, "get", None) for kind in kinds)
+    return frozenset(get.__code__ for get in gets if isinstance(get, FunctionType))

@@ -1,0 +1,1 @@
+"""Trainings of a run: their models, and whether the script or a library has the loop."""

@@ -1,0 +1,40 @@
+"""Lines that only call a library's trainer (`trainer.train()`, `model.learn()`): all phases are in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from traceml.database.schema import Phase
+from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, SampledLine, blamed_line
+
+__all__ = ["calls_trainer", "own_line"]
+
+_FEWEST_SAMPLES = 3
+_BACKWARD, _OPTIMIZER = Phase.BACKWARD.label, Phase.OPTIMIZER.label
+
+
+def own_line(
+    lines: Sequence[SampledLine], part: str, phase_share: float, ranks: Collection[int] = ()
+) -> BlamedLine | None:
+    """Return `blamed_line`, where it is more than the call of a trainer.
+
+    Args:
+        lines: the sampled lines of a run.
+        part: a phase, `other`, or a user's phase by its name.
+        phase_share: the phase's share of the step, as measured by the hooks.
+        ranks: the ranks to look at; empty for all.
+    """
+    line = blamed_line(lines, part, phase_share, ranks)
+    return None if line is None or calls_trainer(lines, line) else line
+
+
+def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
+    """Return whether backward passes and optimizer run in the very same line: the user's code has no loop."""
+    return all(_has_most(lines, phase, line) for phase in (_BACKWARD, _OPTIMIZER))
+
+
+def _has_most(lines: Sequence[SampledLine], phase: str, line: BlamedLine) -> bool:
+    seen = [each for each in lines if each.part == phase]
+    same = sum(each.samples for each in seen if (each.file, each.line) == (line.file, line.line))
+    total = sum(each.samples for each in seen)
+    return total >= _FEWEST_SAMPLES and same >= NAMED_SHARE * total

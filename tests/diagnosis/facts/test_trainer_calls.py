@@ -1,0 +1,69 @@
+"""A line that calls a trainer is no cause; a line of the user's own loop is."""
+
+from __future__ import annotations
+
+from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+GAME = "/lib/gymnasium/envs/classic_control/cartpole.py:160 CartPoleEnv.step"
+
+
+def seen(part: str, number: int, samples: int, library: str | None = None) -> SampledLine:
+    return SampledLine(0, part, "/home/me/train.py", number, "<module>", library, samples)
+
+
+TRAINER = tuple(seen(part, 12, 30) for part in ("backward", "optimizer"))
+LOOP = (seen("backward", 14, 30), seen("optimizer", 15, 30))
+
+
+def residual(*lines: SampledLine) -> Finding:
+    window = window_of(ALONE, adds("other", 10))
+    found = diagnose(window, JobFacts(lines=lines))
+    return next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
+
+
+def test_the_call_of_a_trainer_is_not_blamed_but_the_library() -> None:
+    """`PPO(...).learn(...)` has all phases; the game takes the time."""
+    finding = residual(seen("other", 12, 40, GAME), seen("other", 12, 3), seen("forward", 12, 15), *TRAINER)
+
+    assert "line" not in finding.evidence
+    assert "most of it in CartPoleEnv.step" in finding.summary
+    assert "train.py:12" not in finding.next
+
+
+def test_a_line_of_the_loop_is_blamed() -> None:
+    """Also where the loss, and its backward pass, are in the same line: the optimizer steps in another."""
+    rest = [seen("forward", 12, 15), seen("backward", 12, 20), seen("optimizer", 13, 20)]
+    finding = residual(seen("other", 12, 43), *rest)
+
+    assert finding.evidence["line"] == 12
+    assert "train.py:12" in finding.next
+
+
+def test_heavy_computation_is_in_the_library_then() -> None:
+    """The line of the loop is named with the function that it calls."""
+    linear = "/lib/torch/nn/modules/linear.py:134 Linear.forward"
+    called = diagnose(window_of(ALONE), JobFacts(lines=(seen("forward", 12, 30, linear), *TRAINER)))[0]
+    own = diagnose(window_of(ALONE), JobFacts(lines=(seen("forward", 12, 30, linear), *LOOP)))[0]
+
+    assert "most of forward is in Linear.forward" in called.summary
+    assert "train.py" not in called.summary
+    assert "of forward is in train.py:12" in own.summary
+
+
+def test_an_evaluation_by_a_trainer_has_no_line() -> None:
+    """Its own code has one."""
+    time = RunTime.of(100.0, {"steps": 50.0, "evaluation": 45.0}, 4)
+
+    def evaluated(*lines: SampledLine) -> Finding:
+        found = diagnose(window_of(ALONE), JobFacts(lines=(seen("outside", 12, 40), *lines), time=time))
+        return next(each for each in found if each.kind is Kind.EVAL_HEAVY)
+
+    assert "train.py" not in evaluated(*TRAINER).summary
+    assert "mostly at train.py:12" in evaluated(*LOOP).summary

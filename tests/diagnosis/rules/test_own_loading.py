@@ -1,0 +1,94 @@
+"""Loading that the training process does by itself: no number of workers helps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from traceml.database.schema import EPOCHS
+from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+DRAWS = "/lib/torch/utils/data/sampler.py:163 RandomSampler.__iter__"
+WAITS = "/lib/torch/utils/data/dataloader.py:1252 _MultiProcessingDataLoaderIter._try_get_data"
+
+
+def seen(function: str, library: str | None, *, busy: float = 1.0) -> tuple[SampledLine, ...]:
+    """Return samples of the waiting for data, in which the training thread is on a core for a share of the time."""
+    watched = 200_000_000
+    rest = SampledLine(0, "forward", "/me/train.py", 5, "forward", None, 30)
+    return SampledLine(0, "input_wait", "/me/train.py", 9, function, library, 70, watched, int(busy * watched)), rest
+
+
+def epochs(every: int = 1, drain_ns: int = 0) -> np.ndarray:
+    rows = np.zeros(-(-ALONE.steps // every), EPOCHS.dtype)
+    rows["step"] = np.arange(len(rows)) * every
+    rows["ns"], rows["drain_ns"] = 30 * MS, drain_ns
+    return rows
+
+
+def found(lines: tuple[SampledLine, ...], rows: np.ndarray, workers: int = 0) -> Finding:
+    """Return what is said of a run whose steps of 14 ms wait 30 ms for data."""
+    loader = LoaderFacts(dataset="Rows", length=1_000_000, num_workers=workers, batch_size=16, persistent_workers=True)
+    window = window_of(ALONE, adds("input_wait", 30))
+    return next(
+        each
+        for each in diagnose(window, JobFacts(loader=loader, lines=lines, epochs=rows))
+        if each.kind is Kind.INPUT_BOUND
+    )
+
+
+def test_an_iterator_in_each_step_is_told_with_its_gain() -> None:
+    """`next(iter(loader))` orders a million samples for one batch: without it 44 ms become 14."""
+    finding = found(seen("main", DRAWS), epochs())
+
+    assert finding.next.startswith("Keep one iterator of the loader: ")
+    assert "all 1,000,000 samples" in finding.next
+    assert "num_workers" not in finding.next
+    assert finding.speedup_if_fixed == pytest.approx(3.1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "rows"),
+    [
+        (seen("main", DRAWS), epochs(every=20)),  # epochs of 20 steps
+        (seen("main", DRAWS), epochs(drain_ns=3000)),  # epochs of one batch, which end
+        (seen("Rows.__getitem__", None), epochs()),  # reading samples takes the time
+        ((), epochs()),  # not known
+    ],
+)
+def test_other_waits_are_told_to_use_workers(lines: tuple[SampledLine, ...], rows: np.ndarray) -> None:
+    """Only an order that is drawn for each batch is an iterator's fault."""
+    assert "Keep one iterator" not in found(lines, rows).next
+
+
+def test_a_sampler_that_computes_has_a_line_and_no_advice_on_workers() -> None:
+    """It runs in the training process, whatever the number of workers."""
+    finding = found(seen("Balanced.draw", None), epochs(every=110), workers=1)
+
+    assert finding.evidence["function"] == "Balanced.draw"
+    assert "train.py:9 Balanced.draw" in finding.next
+    assert "more workers will not help" in finding.next
+    assert "workers_advised" not in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("lines", "workers"),
+    [
+        (seen("Balanced.draw", None), 0),  # without workers it is the data set's line, as before
+        (seen("main", WAITS, busy=0.02), 1),  # the loop's own line, which waits
+        (seen("main", WAITS), 1),  # batches are taken from the workers
+        (seen("main", None, busy=0.02), 1),
+    ],
+)
+def test_waiting_for_workers_blames_no_sampler(lines: tuple[SampledLine, ...], workers: int) -> None:
+    """The training process has to compute, and not in receiving batches."""
+    finding = found(lines, epochs(every=110), workers)
+
+    assert "sampler" not in finding.next
+    assert ("function" in finding.evidence) == (not workers)
