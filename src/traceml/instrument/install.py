@@ -228,7 +228,8 @@ class Instrumentation:
         if clock.reductions is not None:
             self._guarded(self._report_reductions)
 
-        if backwards and not forward_ns and clock.rows > 1:
+        is_called = forward_ns and (self._batches is None or self._batches.has_trained)
+        if backwards and not is_called and clock.rows > 1:
             self._guarded(self._discovery.descend)
 
     # ---- installing ----

@@ -68,6 +68,50 @@ def test_evaluation_does_not_count(traced: Traced) -> None:
     assert sizes(traced) == [(4, 16)] * 4
 
 
+def test_rollouts_do_not_count(traced: Traced) -> None:
+    """A policy that is called with one state is trained on sixteen, by its parts: only these have the size."""
+
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+        def evaluate_actions(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    policy = Policy()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    for _ in range(70):
+        with torch.no_grad():
+            for _ in range(3):
+                policy(torch.randn(1, 4))
+
+        policy.evaluate_actions(torch.randn(16, 4)).sum().backward()
+        optimizer.step()
+
+    samples = [row for row, _ in sizes(traced)]
+    assert set(samples[:64]) == {0}
+    assert samples[66:] == [16] * (70 - 66)
+
+
+def test_a_call_without_gradients_changes_no_size(traced: Traced) -> None:
+    """A larger batch of evaluation, before a batch of the usual size and one of its own."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for size in (4, 4, 8, 4):
+        with torch.no_grad():
+            model(torch.randn(8, 4))
+            model(torch.randn(2, 4))
+
+        model(torch.randn(size, 4)).sum().backward()
+        optimizer.step()
+
+    assert [row for row, _ in sizes(traced)] == [4, 4, 8, 4]
+
+
 def test_two_models_on_one_batch_count_once(traced: Traced) -> None:
     """Discriminator and generator of a GAN train on the same samples."""
     one, two = nn.Linear(4, 4), nn.Linear(4, 1)

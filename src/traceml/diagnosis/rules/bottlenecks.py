@@ -21,8 +21,7 @@ from traceml.diagnosis.facts.sampled_lines import (
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
-from traceml.diagnosis.rules.loading_advice import Advised, for_input
-from traceml.diagnosis.rules.own_loading import of_new_iterators, of_sampler
+from traceml.diagnosis.rules.loading_advice import Advised, for_input, of_new_iterators, of_sampler
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.segments import COMPUTE, Segments

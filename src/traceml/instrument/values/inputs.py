@@ -1,7 +1,8 @@
 """Sizes of the batches that are trained on, and fingerprints of some of them.
 
-The size is that of the first tensor in the arguments of the last forward before a backward pass. The forward hook only
-compares its shape with the one before, which costs 0.15 us; all else is done here, when it has changed.
+The size is that of the first tensor in the arguments of the last forward with gradients before a backward pass. The
+forward hook only compares its shape with the one before, which costs 0.15 us; all else is done here, when it has
+changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are none of the training's.
 
 A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU. Ranks that
 train on the same batches have the same ones. It takes some 10 us, so the first 3 batches of an epoch have one, and one
@@ -47,7 +48,9 @@ class BatchReader:
         self._clock, self._on_input = clock, on_input
         self._known = False
         self._taken = self._wanted = 0
-        self._broken = False
+        self._broken = self._calls = False
+        self.has_trained = False
+        """Whether a model was called with gradients: else only its parts may have been."""
         self._rollouts = RolloutSearch()
         self.begin_epoch()
 
@@ -101,6 +104,11 @@ class BatchReader:
 
     def _note(self, tensor: Any, model: Any) -> None:
         clock = self._clock
+        if not torch.is_grad_enabled():
+            self._note_call(tensor, model)
+            return
+
+        self.has_trained, self._calls = True, False
         if tensor is None or not tensor.dim():
             clock.input_shape, clock.input_samples, clock.input_elements = None, 0, 0
             return
@@ -112,13 +120,18 @@ class BatchReader:
             self._on_input(tensor, model)
 
         if not self._rollouts.is_over:
-            self._look_for_rollouts(tensor, model)
-
-    def _look_for_rollouts(self, tensor: Any, model: Any) -> None:
-        if torch.is_grad_enabled():
             self._rollouts.trained(tensor)
-            self._clock.stretch.is_rollout = self._rollouts.found
-        elif model is not None and not model.training and self._clock.listener.is_trained(model):
+            clock.stretch.is_rollout = self._rollouts.found
+
+    def _note_call(self, tensor: Any, model: Any) -> None:
+        """Note a call without gradients, whose input is none that is trained on; the first one may be a rollout's."""
+        self._clock.input_shape = None  # the next call with gradients is measured
+        if self._calls or tensor is None or not tensor.dim():
+            return
+
+        self._calls = True
+        evaluates = model is not None and not model.training and self._clock.listener.is_trained(model)
+        if evaluates and not self._rollouts.is_over:
             self._rollouts.called(tensor)
 
     def _fail(self, error: Exception) -> None:

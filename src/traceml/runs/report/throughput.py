@@ -14,6 +14,7 @@ from traceml.runs.rows.step_totals import StepTotals
 __all__ = ["put_batch_sizes"]
 
 _MOST = 0.9
+_KNOWN = 0.95
 _DISTINCT_SHARE = 0.1  # accumulation and the last batches of epochs make few sizes
 
 
@@ -29,13 +30,19 @@ def put_batch_sizes(section: StepsSection, digest: Digest, steps: Window | StepT
     distinct = batches.distinct_ranks(ranks)
     rows = [ranks.index(rank) for rank in distinct]
     samples, elements = _by_rank(steps.samples, steps), _by_rank(steps.elements, steps)
-    if not rows or not samples.size or not samples[rows].all() or _are_parts(digest):
+    if not rows or not samples.size or not samples[rows].all() or not _are_known(digest) or _are_parts(digest):
         return
 
     section.data_ranks = len(distinct)
     section.samples_per_step = significant(float(samples[rows].sum()))
     if batches.tokens:
         section.tokens_per_step = significant(float(elements[rows].sum()))
+
+
+def _are_known(digest: Digest) -> bool:
+    """Return whether nearly all steps have a size: in the others the model's parts may have been called alone."""
+    samples = digest.whole_window().samples
+    return not samples.size or bool((samples > 0).mean() >= _KNOWN)
 
 
 def _are_parts(digest: Digest) -> bool:
