@@ -30,6 +30,7 @@ class Case:
         beside: whether another program takes a core meanwhile.
         fails: whether the script fails.
         cause: cause of a hang; None: any or none.
+        needs: module that the script imports; without it the case is left out.
         hang_timeout_s: `hang_timeout` of a job that is ended when it hangs; None: the usual one, and it is not ended.
     """
 
@@ -48,6 +49,7 @@ class Case:
     beside: bool = False
     fails: bool = False
     cause: str | None = None
+    needs: str = "torch"
     hang_timeout_s: float | None = None
 
 
@@ -68,6 +70,22 @@ def _ddp(fault: str, *kinds: str, ranks: int = 2, more: str = "", **facts: objec
 
 def _loop(name: str, *kinds: str, **facts: object) -> Case:
     return _case(name.replace("_", " "), f"loops {name}", *kinds, **facts)
+
+
+def _habit(name: str, *kinds: str, **facts: object) -> Case:
+    return _case(f"habit, {name.replace('_', ' ')}", f"habits {name}", *kinds, **facts)
+
+
+def _tutorial(name: str, *kinds: str, **facts: object) -> Case:
+    return _case(f"tutorial, {name.replace('_', ' ')}", f"tutorials {name}", *kinds, **facts)
+
+
+def _game(name: str, *kinds: str, **facts: object) -> Case:
+    return _case(f"tutorial, {name.replace('_', ' ')}", f"games {name}", *kinds, **facts)
+
+
+def _installed(name: str, needs: str, *kinds: str, **facts: object) -> Case:
+    return _case(f"installed, {name.replace('_', ' ')}", f"installed {name}", *kinds, needs=needs, **facts)
 
 
 _STRAGGLERS = frozenset({"STRAGGLER", "INPUT_STRAGGLER", "COMPUTE_STRAGGLER", "H2D_STRAGGLER"})
@@ -186,6 +204,58 @@ _LOOPS = (
     _loop("recurrent", steps=150, never=frozenset({"JITTER"})),
     _loop("slower_with_time", "SLOWDOWN", function="replay", steps=300),
     _loop("jump", "SLOWDOWN", function="check_gradients", steps=300, since_step=150),
+)
+
+_HABITS = (
+    _habit("iterator_in_each_step", "INPUT_BOUND", phase="input_wait", function="iterator_in_each_step", steps=100),
+    _habit("slow_sampler", "INPUT_BOUND", phase="input_wait", function="Balanced.draw", steps=200),
+    _habit("slow_sampler_without_workers", "INPUT_BOUND", phase="input_wait", function="Balanced.draw", steps=200),
+    _habit("mixup_in_collate", "INPUT_BOUND", phase="input_wait", function="blend", steps=200),
+    _habit("prefetch_thread", "INPUT_BOUND", phase="input_wait", function="prefetch_thread", steps=150),
+    _habit("prefetch_thread_that_keeps_up", steps=150),
+    _habit("http_stream", "INPUT_BOUND", phase="input_wait", function="Served.download", steps=120),
+    _habit("prints_each_step", steps=200),
+    _habit("progress_bar", steps=400),
+    _habit("plots_each_step", "RESIDUAL_HEAVY", phase="other", function="plots_each_step.<locals>.plot", steps=60),
+    _habit(
+        "prepares_a_table", "RESIDUAL_HEAVY", "INPUT_BOUND", function="prepares_a_table.<locals>.features", steps=150
+    ),
+    _habit("saves_each_20th_step", "CHECKPOINT_STALLS", phase="checkpoint", steps=200, never=_LOUD),
+    _habit("evaluates_a_loader_each_50_steps", *QUIET, "EVAL_HEAVY", steps=200, never=_LOUD),
+    _habit("keeps_the_best"),
+    _habit("multi_task", steps=100),
+    _habit("sweep", steps=1200, never=_LOUD | {"SLOWDOWN"}),
+    _habit("unfreezes", steps=400, never=_LOUD | {"SLOWDOWN"}),
+    _habit("longer_sequences", steps=450, never=_LOUD | {"SLOWDOWN"}),
+    _habit("anomaly_detection", steps=200),
+    _habit("averages_weights", steps=600),
+)
+
+_TUTORIALS = (
+    _tutorial("dcgan", steps=200),
+    _tutorial("vae", steps=200),
+    _tutorial("word_language_model", steps=120),
+    _game("reinforce", "RESIDUAL_HEAVY", phase="other", function="Game.simulate", steps=60),
+    _game("dqn", "RESIDUAL_HEAVY", phase="other", function="Game.simulate", steps=297),
+    _game("cleanrl_ppo", "RESIDUAL_HEAVY", function="Game.simulate", steps=160, never=frozenset({"JITTER"})),
+    _tutorial("style_transfer", steps=60),
+    _tutorial("deep_dream", steps=200),
+    _tutorial("adversarial", steps=200),
+    _tutorial("functional", steps=200),
+    _tutorial("meta_learning", steps=60),
+    _tutorial("diffusion", *QUIET, "RESIDUAL_HEAVY", steps=200, never=frozenset({"JITTER"})),
+    _tutorial("sharpness", steps=200),
+    _tutorial("full_graph", *QUIET, "EVAL_HEAVY", steps=150, never=_LOUD),
+)
+
+_INSTALLED = (
+    _installed("geometric", "torch_geometric", *QUIET, "INPUT_BOUND", steps=120),
+    _installed("sb3_ppo", "stable_baselines3", "RESIDUAL_HEAVY", steps=160, never=frozenset({"JITTER"})),
+    _installed("sb3_dqn", "stable_baselines3", "RESIDUAL_HEAVY", function="_game.<locals>.Game.simulate"),
+    _installed("hf_language_model", "transformers", *QUIET, "EVAL_HEAVY", "CHECKPOINT_STALLS", steps=160),
+    _installed("lightning_gan", "pytorch_lightning", steps=200),
+    _installed("accelerate_accumulates", "accelerate", steps=100),
+    _installed("web_dataset", "webdataset", *QUIET, "INPUT_BOUND", steps=200),
 )
 
 _FRAMEWORKS = (
@@ -346,6 +416,9 @@ CASES: tuple[Case, ...] = (
     *_DEATHS,
     *_FILES,
     *_LOOPS,
+    *_HABITS,
+    *_TUTORIALS,
+    *_INSTALLED,
     *_FRAMEWORKS,
     *_ENGINES,
     *_SHARDED,

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,13 @@ def _span(path: Path, function: str) -> tuple[int, int]:
     return 0, 0
 
 
-def page(results: list[Judged]) -> str:
-    """Return `docs/accuracy.md`."""
+def page(results: list[Judged], without: list[Case]) -> str:
+    """Return `docs/accuracy.md`.
+
+    Args:
+        results: of the cases that were run.
+        without: the others, which need libraries that are not installed.
+    """
     right = sum(not each.wrong for each in results)
     healthy = [each for each in results if each.case.kinds <= QUIET]
     false = sum(bool(each.wrong) for each in healthy)
@@ -195,6 +201,7 @@ def page(results: list[Judged]) -> str:
         f"Taken on {os.cpu_count()} cores with Python {platform.python_version()} and torch {version('torch')}.",
         f"In {crowded} of the runs the training waited for a core a quarter of the time or more, mostly because of",
         "other programs: `CPU_CONTENTION` is true of these.",
+        *_left_out(without),
         "",
         f"**{right} of {len(results)} right.** Of {len(healthy)} healthy runs, {false} have a sentence that is wrong.",
         "",
@@ -204,6 +211,11 @@ def page(results: list[Judged]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _left_out(without: list[Case]) -> list[str]:
+    names = ", ".join(case.name for case in without)
+    return [f"Left out, as libraries are not installed: {names}."] if without else []
 
 
 def _is_crowded(report: dict[str, Any]) -> bool:
@@ -283,12 +295,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="keep the results in this file, and take it further if it exists")
     parser.add_argument("--keep", type=Path, help="keep the runs below this folder")
     options = parser.parse_args()
-    cases = [case for case in CASES if options.only in case.name]
+    wanted = [case for case in CASES if options.only in case.name]
+    cases = [case for case in wanted if find_spec(case.needs) is not None]
+    without = [case for case in wanted if case not in cases]
+    for case in without:
+        print(f"left out, as {case.needs} is not installed: {case.name}")
+
     results = judge(cases, stored(options.json), options.keep, options.json)
     right = sum(not each.wrong for each in results.values())
     print(f"{right} of {len(results)} right")
     if options.output:
-        options.output.write_text(page(list(results.values())))
+        options.output.write_text(page(list(results.values()), without))
 
     return int(right < len(results))
 
