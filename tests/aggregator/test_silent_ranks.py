@@ -91,6 +91,32 @@ def test_a_rank_that_holds_the_gil_in_c_is_told_with_its_line(
     assert rank.process.poll() is None
 
 
+def test_a_silent_rank_is_looked_at_before_its_job_is_ended(script: Callable[[str], Script]) -> None:
+    """What is said afterwards is not as old as the look before."""
+    rank = script(
+        """
+        import ctypes, signal, traceml
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        traceml.init(on_hang="abort", hang_timeout=5)
+        print("ready", flush=True)
+        signal.sigwait({signal.SIGUSR1})
+        ctypes.PyDLL(None).sleep(600)
+        """
+    )
+
+    def knows_settings() -> bool:
+        with rank.serving.store() as store:
+            return any(row["kind"] == "process" for _, row in store.log_rows("info"))
+
+    eventually(knows_settings, timeout_s=30)
+    rank.process.send_signal(signal.SIGUSR1)
+    last = eventually(lambda: next((look for look in rank.looks() if look.is_last), None), timeout_s=60)
+
+    assert last.answered == "signal"
+    assert last.quiet_s >= 5
+    assert rank.process.wait(30) != 0
+
+
 def test_a_stopped_rank_is_told_and_when_it_goes_on(script: Callable[[str], Script]) -> None:
     """A stopped process has no stack to tell; after SIGCONT the silence is over, and the rank unharmed."""
     rank = script(

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.silence.rank_stacks import looks_from_outside
+from traceml.aggregator.silence.silent_ranks import take_look
 from traceml.clock import process_start_ticks
 from traceml.database.looks import ABORT
 from traceml.fail_open import fail_open
@@ -47,6 +49,7 @@ class HungJobs:
             run: hangs.
         """
         _log.warning("run %s hangs and is ended, as on_hang is abort", run.id)
+        await self._look_at_silent(run)
         run.commit(force=True)
         with fail_open(_log, "aggregator", f"no report of the hung run {run.id}", level=logging.ERROR):
             if self._report is not None:
@@ -64,6 +67,13 @@ class HungJobs:
             identity = stream.incarnation
             if not stream.ended and stream.seen_here and process_start_ticks(identity.pid) == identity.start_ticks:
                 os.kill(identity.pid, signal.SIGKILL)
+
+    @staticmethod
+    async def _look_at_silent(run: ActiveRun) -> None:
+        """Look once more at ranks that cannot answer: the look before may be some seconds old, and is the last word."""
+        ranks = [stream for stream in run.connected if stream.in_window and not stream.is_helper]
+        for stream, look in (await looks_from_outside(ranks, is_last=True)).items():
+            take_look(run, stream, look)
 
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""
