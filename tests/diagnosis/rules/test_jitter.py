@@ -38,6 +38,18 @@ def test_the_line_of_rare_long_steps_is_named():
     assert 0.2 < found.evidence["line_share"] < 0.4
 
 
+def test_one_step_that_is_nearly_all_of_it_is_told_alone():
+    """The mean of a pause of 30 s and two of 100 ms is no time that any step took."""
+    short, one = adds("other", 100, every=150), adds("other", 30_000, every=ALONE.steps)
+    alone = jitter(ALONE, short, one, lines=())
+    alike = jitter(ALONE, at_once("other", 200, 0.03), lines=())
+
+    assert alone.summary.startswith("One of 390 steps takes 30"), alone.summary
+    assert "without it steps would be" in alone.summary
+    assert "One of" not in alike.summary
+    assert "without them steps would be" in alike.summary
+
+
 @pytest.mark.parametrize("part", ["other", "optimizer", "forward"])
 def test_long_steps_of_one_rank_are_told_once(part):
     """Before or after the point at which the ranks meet: the others wait in the same step or in the next one."""
