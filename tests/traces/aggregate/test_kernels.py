@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 
 import numpy as np
@@ -220,3 +221,49 @@ def test_spans_that_all_start_together(way, lengths):
         longest = length
 
     assert [found.self_ns(number) for number in range(9)] == expected
+
+
+def crossing(count):
+    """Return events of one thread whose spans begin one after another, and end in the same order."""
+    rows = 2 * count
+    is_end = np.repeat(np.array([0, 1], np.uint8), count)
+    name = np.tile(np.arange(count, dtype=np.int32), 2)
+    return np.arange(rows), is_end, np.zeros(rows, np.int32), name, name, np.zeros(rows, np.uint8)
+
+
+def test_many_crossing_spans_are_paired(way):
+    """Each end closes its own begin, below all later ones; a walk through these would take 10^10 steps."""
+    count = 200_000
+    matcher = pairs.SpanMatcher()
+    matcher.add(*crossing(count))
+    rows = [np.concatenate(each) for each in zip(*matcher.spans(), strict=True)]
+
+    assert rows[0].tolist() == list(range(count)), "in the order of the ends, which is that of the begins"
+    assert rows[1].tolist() == [count] * count
+    assert matcher.unpaired == pairs.Unpaired(crossed=count - 1)
+
+
+def test_a_crossing_span_costs_what_a_nested_one_does(monkeypatch):
+    """Without the library, the number of lines that run per span does not grow with the number of open begins."""
+    monkeypatch.setattr(pairs, "library", lambda: None)
+
+    def lines(count):
+        matcher, run = pairs.SpanMatcher(), 0
+        matcher.add(*crossing(count))
+
+        def trace(frame, event, arg):
+            nonlocal run
+            run += event == "line" and frame.f_code.co_filename == pairs.__file__
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            list(matcher.spans())
+        finally:
+            sys.settrace(before)
+
+        return run
+
+    few, many = lines(100), lines(1000)
+    assert 900 < many - few <= 10 * few

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.traces.aggregate.numbering import PairNumbering
 from traceml.traces.aggregate.sorting import ExternalSorter, RowColumns
 from traceml.traces.native.library import grown, library, pointer
 
@@ -31,7 +34,8 @@ class SpanMatcher:
     """Matches begin and end events in the order of time; takes them in any order.
 
     An end without a name closes the innermost begin of its lane, an end with one the innermost begin of that name.
-    Begins inside that one stay open, so that spans which end in another order than they began are kept.
+    Begins inside that one stay open, so that spans which end in another order than they began are kept. The time of an
+    event does not depend on the number of open begins.
 
     Args:
         edges: sorts the events.
@@ -39,13 +43,15 @@ class SpanMatcher:
 
     def __init__(self, edges: ExternalSorter | None = None) -> None:
         self._edges = edges or ExternalSorter()
-        self._head = np.full(64, -1, np.int32)
-        self._ts, self._name = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int32)
+        self._keys = PairNumbering()  # (lane, name)
+        self._head, self._top = np.full(64, -1, np.int32), np.full(64, -1, np.int32)  # by lane, by key
+        self._ts, self._key = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int32)
         self._group, self._mark = np.zeros(_NODES, np.int32), np.zeros(_NODES, np.uint8)
+        self._above, self._under = np.zeros(_NODES, np.int32), np.zeros(_NODES, np.int32)
         self._below = np.arange(1, _NODES + 1, dtype=np.int32)
         self._below[-1] = -1
         self._free = ctypes.c_int32(0)
-        self._open: dict[int, list[_Open]] = {}  # without the library
+        self._open: dict[int, _OpenBegins] = {}  # by lane, without the library
         self.unpaired = Unpaired()
 
     def add(
@@ -73,22 +79,24 @@ class SpanMatcher:
         """Yield start, duration, group, lane and mark of the spans; sets `unpaired`."""
         for rows in self._edges.blocks():
             columns = [np.ascontiguousarray(column) for column in rows]
-            self._head = grown(self._head, int(columns[2].max()) + 1, -1)
             yield self._native(columns) if library() else self._plain(columns)
 
         self.unpaired.begins += self._left_open()
 
-    def _native(self, columns: list[NDArray[np.int64]]) -> RowColumns:
+    def _native(self, columns: list[NDArray[Any]]) -> RowColumns:
         lib = library()
         assert lib is not None
         count = len(columns[0])
         out = [np.empty(count, kind) for kind in (np.int64, np.int64, np.int32, np.int32, np.uint8)]
         tally = np.zeros(3, np.int64)
-        fixed = [pointer(column) for column in columns]
+        columns = [*columns, self._keys.number(columns[2], columns[3])]
+        self._head = grown(self._head, int(columns[2].max()) + 1, -1)
+        self._top = grown(self._top, len(self._keys), -1)
+        fixed = [pointer(each) for each in (*columns, self._head, self._top)]
         tail = [ctypes.byref(self._free), *(pointer(each) for each in (*out, tally))]
         at = 0
         while True:
-            nodes = (self._head, self._ts, self._name, self._group, self._mark, self._below)
+            nodes = (self._ts, self._key, self._group, self._mark, self._below, self._above, self._under)
             open_ = [pointer(each) for each in nodes]
             at = lib.traceml_match(ctypes.c_int64(at), ctypes.c_int64(count), *fixed, *open_, *tail)
             if at == count:
@@ -103,40 +111,29 @@ class SpanMatcher:
     def _grow(self) -> None:
         """Double the pool of open begins; all existing ones are in use."""
         size = len(self._ts)
-        self._ts, self._name = grown(self._ts, size + 1), grown(self._name, size + 1)
+        self._ts, self._key = grown(self._ts, size + 1), grown(self._key, size + 1)
         self._group, self._mark = grown(self._group, size + 1), grown(self._mark, size + 1)
+        self._above, self._under = grown(self._above, size + 1), grown(self._under, size + 1)
         self._below = grown(self._below, size + 1)
         self._below[size:-1] = np.arange(size + 1, len(self._below), dtype=np.int32)
         self._below[-1] = -1
         self._free.value = size
 
-    def _plain(self, columns: list[NDArray[np.int64]]) -> RowColumns:
+    def _plain(self, columns: list[NDArray[Any]]) -> RowColumns:
         spans: list[tuple[int, int, int, int, int]] = []
         for ts, is_end, lane, name, group, mark in zip(*(column.tolist() for column in columns), strict=True):
-            stack = self._open.setdefault(lane, [])
+            begins = self._open.setdefault(lane, _OpenBegins())
             if not is_end:
-                stack.append((ts, name, group, mark))
-            elif (begin := self._close(stack, name)) is not None:
+                begins.add((ts, name, group, mark))
+            elif (begin := begins.close(name, self.unpaired)) is not None:
                 spans.append((begin[0], ts - begin[0], begin[2], lane, begin[3]))
 
         kinds = (np.int64, np.int64, np.int32, np.int32, np.uint8)
         fields = zip(*spans, strict=True) if spans else ((),) * len(kinds)
         return tuple(np.array(each, kind) for each, kind in zip(fields, kinds, strict=True))
 
-    def _close(self, stack: list[_Open], name: int) -> _Open | None:
-        place = len(stack) - 1
-        while place >= 0 and name >= 0 and stack[place][1] != name:
-            place -= 1
-
-        if place < 0:
-            self.unpaired.ends += 1
-            return None
-
-        self.unpaired.crossed += place < len(stack) - 1
-        return stack.pop(place)
-
     def _left_open(self) -> int:
-        left = sum(len(stack) for stack in self._open.values())
+        left = sum(len(begins) for begins in self._open.values())
         for top in self._head.tolist():
             node = top
             while node >= 0:
@@ -144,3 +141,33 @@ class SpanMatcher:
                 node = int(self._below[node])
 
         return left
+
+
+class _OpenBegins:
+    """Open begins of a lane, by order and by name; without the library."""
+
+    def __init__(self) -> None:
+        self._begins: OrderedDict[int, _Open] = OrderedDict()
+        self._by_name: dict[int, list[int]] = {}
+        self._added = 0
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def add(self, begin: _Open) -> None:
+        """Open a span inside all others."""
+        self._begins[self._added] = begin
+        self._by_name.setdefault(begin[1], []).append(self._added)
+        self._added += 1
+
+    def close(self, name: int, unpaired: Unpaired) -> _Open | None:
+        """Take the innermost begin of a name, of any name if that is negative; None without one. Counts what is odd."""
+        last = next(reversed(self._begins), None)
+        named = self._by_name.get(name) if name >= 0 or last is None else self._by_name[self._begins[last][1]]
+        if not named:
+            unpaired.ends += 1
+            return None
+
+        place = named.pop()
+        unpaired.crossed += place != last
+        return self._begins.pop(place)

@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 5  /* raised when arguments or constants of this library change; library.py expects it */
+#define VERSION 6  /* raised when arguments or constants of this library change; library.py expects it */
 #define CELLS 128  /* buckets per power of two: at most 1/128 wide, so their middles are within 0.4 % */
 #define OCTAVES 57 /* 0..127 exactly, then one per power of two up to 2^63 */
 #define FEW 4      /* values stored per group before a histogram is used: with many groups, most have no more */
@@ -167,38 +167,49 @@ void traceml_unnest(int64_t lanes, int32_t *head, int64_t *cursor, const int64_t
  * An end with a name closes the innermost begin of that name; begins above it stay open for ends that come later. Spans
  * go to the `out_` arrays, which have room for one per input row. `tally` counts spans, ends of a begin with others above
  * it, and ends without a begin.
+ *
+ * An open begin is in two lists: of its lane, linked both ways from `head`, and of its key (a lane and a name), linked
+ * from `top`. So the time of a row does not depend on the number of open begins. The innermost begin of a lane is the
+ * innermost of its key too: whichever begin is closed, it is the first in the list of its key.
  */
 int64_t traceml_match(int64_t first, int64_t n, const int64_t *ts, const uint8_t *is_end, const int32_t *lane,
-                      const int32_t *name, const int32_t *group, const uint8_t *mark, int32_t *head, int64_t *node_ts,
-                      int32_t *node_name, int32_t *node_group, uint8_t *node_mark, int32_t *node_below,
+                      const int32_t *name, const int32_t *group, const uint8_t *mark, const int32_t *key,
+                      int32_t *head, int32_t *top, int64_t *node_ts, int32_t *node_key, int32_t *node_group,
+                      uint8_t *node_mark, int32_t *node_below, int32_t *node_above, int32_t *node_under,
                       int32_t *free_head, int64_t *out_start, int64_t *out_dur, int32_t *out_group, int32_t *out_lane,
                       uint8_t *out_mark, int64_t *tally) {
   for (int64_t i = first; i < n; i++) {
-    int32_t l = lane[i], node;
+    int32_t l = lane[i], k = key[i], node;
     if (!is_end[i]) {
       if (*free_head < 0) return i;
       node = *free_head;
       *free_head = node_below[node];
       node_ts[node] = ts[i];
-      node_name[node] = name[i];
+      node_key[node] = k;
       node_group[node] = group[i];
       node_mark[node] = mark[i];
       node_below[node] = head[l];
+      node_above[node] = -1;
+      if (head[l] >= 0) node_above[head[l]] = node;
       head[l] = node;
+      node_under[node] = top[k];
+      top[k] = node;
       continue;
     }
-    int32_t above = -1;
-    for (node = head[l]; node >= 0 && name[i] >= 0 && node_name[node] != name[i]; node = node_below[node]) above = node;
+    node = name[i] >= 0 ? top[k] : head[l];
     if (node < 0) {
       tally[2]++;
       continue;
     }
+    int32_t above = node_above[node], below = node_below[node];
     if (above >= 0) {
-      node_below[above] = node_below[node];
+      node_below[above] = below;
       tally[1]++;
     } else {
-      head[l] = node_below[node];
+      head[l] = below;
     }
+    if (below >= 0) node_above[below] = above;
+    top[node_key[node]] = node_under[node];
     node_below[node] = *free_head;
     *free_head = node;
     int64_t at = tally[0]++;

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 __all__ = ["LIBRARY", "grown", "library", "pointer"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 5
+_VERSION = 6
 _LOG = logging.getLogger("traceml")
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
