@@ -3,7 +3,8 @@
     python benchmarks/traces.py [--events 2000000] [--rounds 5] [--only NAME ...] [--json FILE]
 
 Files are generated from a seed, and every result is compared with their content. `members` is a .pfw.gz of 4 MiB gzip
-members, `single` the same text as one member, `large` five times as many events, `profiler` an export of torch.profiler
+members, `single` the same text as one member, `large` five times as many events, `decimals` with times of six decimals,
+`metadata` with a line of metadata per event, `zst` as one zstd frame, `profiler` an export of torch.profiler
 as JSON and compressed, `python` a tenth of `members`, with and without the scanner in C. Programs alternate within a
 run; times are medians from start to exit, CPU times include all threads, sizes are peak resident memory. The page cache
 is warm.
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 from peers import environment
 
 PEER = "dftracer-utils==0.0.14"
@@ -47,8 +50,8 @@ ASK_DUCKDB = """
 import duckdb, json, sys
 duckdb.sql("SET enable_progress_bar = false")  # it goes to the standard output
 rows = duckdb.sql(f'''SELECT name, count(*), sum(dur) FROM read_json('{sys.argv[1]}', format='newline_delimited',
-    columns={{name: 'VARCHAR', dur: 'BIGINT', ph: 'VARCHAR'}}) GROUP BY name''').fetchall()
-print(json.dumps({n: [c, int(d)] for n, c, d in rows}))
+    columns={{name: 'VARCHAR', dur: '{sys.argv[2]}', ph: 'VARCHAR'}}) {sys.argv[3]} GROUP BY name''').fetchall()
+print(json.dumps({n: [c, float(d)] for n, c, d in rows}))
 """
 ASK_JSON = """
 import collections, gzip, json, sys
@@ -94,6 +97,9 @@ def main() -> int:
         "members": members,
         "single": single,
         "large": large,
+        "decimals": decimals,
+        "metadata": metadata,
+        "zst": zst,
         "profiler": profiler,
         "profiler_gz": profiler_gz,
         "python": python,
@@ -117,7 +123,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=2_000_000, help="in `members`; others follow from it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="members, single, large, profiler, profiler_gz, python"
+        "--only", nargs="+", metavar="NAME", help="members, single, large, decimals, metadata, zst, profiler, ..."
     )
     parser.add_argument("--json", type=Path, help="also write the results here")
     return parser.parse_args()
@@ -171,10 +177,7 @@ def _is_right(output: bytes, truth: Answer) -> bool:
 def members(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
     """A typical file of dftracer."""
     path, truth = folder / "trace.pfw.gz", dict[str, tuple[int, float]]()
-    with path.open("wb") as file:
-        for block in _blocks(_posix_lines(events, truth), MEMBER_BYTES):
-            file.write(gzip.compress(block, 6, mtime=0))
-
+    _write_members(path, _posix_lines(events, truth))
     index = path.with_name(".dftindex")
     peer = [str(environment(PEER) / "python"), "-c", ASK_PEER, str(path)]
     forget_index = lambda: shutil.rmtree(index, ignore_errors=True)  # noqa: E731
@@ -182,7 +185,7 @@ def members(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
         *_ours(path),
         Asker("dftracer-utils, cold", peer, forget_index),
         Asker("dftracer-utils, indexed", peer),
-        Asker("duckdb", [str(environment(DUCKDB) / "python"), "-c", ASK_DUCKDB, str(path)]),
+        _duckdb(path),
     ]  # fmt: skip
 
 
@@ -213,8 +216,32 @@ def large(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
     return path, whole, [
         *_ours(path),
         Asker("dftracer-utils, cold", peer, forget_index),
-        Asker("duckdb", [str(environment(DUCKDB) / "python"), "-c", ASK_DUCKDB, str(path)]),
+        _duckdb(path),
     ]  # fmt: skip
+
+
+def decimals(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
+    """Times of six decimals, as tracers with a clock in nanoseconds and a float write them."""
+    path, truth = folder / "trace.pfw.gz", dict[str, tuple[int, float]]()
+    _write_members(path, _posix_lines(events, truth, finer=6))
+    return path, truth, [*_ours(path), _duckdb(path, of_time="DOUBLE")]
+
+
+def metadata(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
+    """Each event behind the name of a file, as dftracer writes it once per file."""
+    path, truth = folder / "trace.pfw.gz", dict[str, tuple[int, float]]()
+    _write_members(path, _posix_lines(events, truth, named=True))
+    return path, truth, [*_ours(path), _duckdb(path, where="WHERE ph = 'X'")]
+
+
+def zst(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
+    """The text of `members` as one zstd frame."""
+    path, truth = folder / "trace.pfw.zst", dict[str, tuple[int, float]]()
+    with path.open("wb") as file, zstandard.ZstdCompressor(3).stream_writer(file) as packed:
+        for block in _blocks(_posix_lines(events, truth), MEMBER_BYTES):
+            packed.write(block)
+
+    return path, truth, [*_ours(path), _duckdb(path)]
 
 
 def profiler(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
@@ -244,6 +271,17 @@ def python(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
     return path, truth, [ours, Asker("ours, cold, no C", ["env", "TRACEML_NATIVE=0", *ours.command], ours.before)]
 
 
+def _write_members(path: Path, lines: Iterable[str]) -> None:
+    with path.open("wb") as file:
+        for block in _blocks(lines, MEMBER_BYTES):
+            file.write(gzip.compress(block, 6, mtime=0))
+
+
+def _duckdb(path: Path, of_time: str = "BIGINT", where: str = "") -> Asker:
+    """Ask DuckDB, which is told the type of a time, and which rows are events."""
+    return Asker("duckdb", [str(environment(DUCKDB) / "python"), "-c", ASK_DUCKDB, str(path), of_time, where])
+
+
 def _ours(path: Path) -> list[Asker]:
     command = [str(Path(sys.executable).with_name("traceml")), "analyze", str(path), "--by", "name", "--json"]
     forget = lambda: shutil.rmtree(os.environ["TRACEML_CACHE_DIR"], ignore_errors=True)  # noqa: E731
@@ -269,18 +307,32 @@ def _count(truth: Answer, name: str, duration: float) -> None:
     truth[name] = (count + 1, total + duration)
 
 
-def _posix_lines(events: int, truth: Answer) -> Iterator[str]:
-    """Yield lines as dftracer writes them, about 190 bytes each."""
+def _posix_lines(events: int, truth: Answer, *, finer: int = 0, named: bool = False) -> Iterator[str]:
+    """Yield lines as dftracer writes them, about 190 bytes each.
+
+    Args:
+        events: number of events.
+        truth: filled with the answer.
+        finer: decimals of their times.
+        named: whether a line of metadata precedes each event.
+    """
     chance = random.Random(1)
     ts = 1795155070260249
     for number in range(events):
         ts += chance.randrange(30)
         name, duration = NAMES[chance.randrange(len(NAMES))], chance.randrange(5000)
-        _count(truth, name, duration)
+        fraction = f".{chance.randrange(10**finer):0{finer}}" if finer else ""
+        _count(truth, name, float(f"{duration}{fraction}"))
+        if named:
+            yield (
+                f'{{"id":{number},"name":"FH","cat":"dftracer","pid":16000,"tid":16000,"ph":"M",'
+                f'"args":{{"name":"/data/train/part-{number:09}.npz","value":"{number:016x}"}}}}\n'
+            )
+
         yield (
             f'{{"id":{number + 1},"name":"{name}","cat":"POSIX","pid":{16000 + number % 4},"tid":{16000 + number % 16},'
-            f'"ts":{ts},"dur":{duration},"ph":"X","args":{{"hhash":"6882804a826580cd","fhash":"{number % 200:016x}",'
-            f'"size":{chance.randrange(1 << 20)}}}}}\n'
+            f'"ts":{ts}{fraction},"dur":{duration}{fraction},"ph":"X","args":{{"hhash":"6882804a826580cd",'
+            f'"fhash":"{number % 200:016x}","size":{chance.randrange(1 << 20)}}}}}\n'
         )
 
 

@@ -12,10 +12,12 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+import zstandard
+
 from traceml.traces.reader.columns import MISSING, NO_TIME, TEXT, EventBatch, TraceFileFacts
 from traceml.traces.reader.reading import TraceReader, read
 
-__all__ = ["FORMS", "brute_force", "events_of", "make_events", "members", "normalized", "read_all"]
+__all__ = ["FORMS", "brute_force", "events_of", "frames", "make_events", "members", "normalized", "read_all"]
 
 Event = dict[str, Any]
 NAMES = [
@@ -106,6 +108,12 @@ FORMS: dict[str, Callable[[list[Event]], str]] = {
 def members(text: bytes, size: int) -> bytes:
     """Return text as gzip members of so many bytes each."""
     return b"".join(gzip.compress(text[at : at + size], 6, mtime=0) for at in range(0, len(text), size))
+
+
+def frames(text: bytes, size: int) -> bytes:
+    """Return text as zstd frames of so many bytes each."""
+    packer = zstandard.ZstdCompressor(write_checksum=True)
+    return b"".join(packer.compress(text[at : at + size]) for at in range(0, max(len(text), 1), max(size, 1)))
 
 
 def brute_force(events: Iterable[Event]) -> Counter[str]:

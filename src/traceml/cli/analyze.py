@@ -44,7 +44,7 @@ _TAKEN = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class Options:
-    """Summarize traces: dftracer's .pfw and .pfw.gz, Chrome and Perfetto JSON, exports of torch.profiler.
+    """Summarize traces: dftracer's .pfw, .pfw.gz and .pfw.zst, Chrome and Perfetto JSON, exports of torch.profiler.
 
     Without --by, an overview: the largest groups, overlap, I/O, kernels, operators, ranks, a timeline.
 

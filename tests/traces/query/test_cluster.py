@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.dask_programs import dask_programs
+from tests.traces.fabricated import frames
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.traces.query import cluster, file_parts
 from traceml.traces.query.analysis import TraceQuery
@@ -75,6 +76,8 @@ def traces(tmp_path, monkeypatch):
     events = list(events_of(1))
     zipped(tmp_path / "members.pfw.gz", lines(events), 3001)
     zipped(tmp_path / "one.pfw.gz", lines(events_of(2, 500)), 10**9)
+    (tmp_path / "frames.pfw.zst").write_bytes(frames("".join(lines(events_of(7))).encode(), 3001))
+    (tmp_path / "frame.pfw.zst").write_bytes(frames("".join(lines(events_of(8))).encode(), 10**9))
     (tmp_path / "plain.pfw").write_text("".join(lines(events_of(3))))
     (tmp_path / "array.json").write_text("[\n" + ",\n".join(map(json.dumps, events_of(4))) + "\n]\n")
     whole = {"distributedInfo": {"rank": 9}, "traceEvents": list(events_of(5)), "last": 1}
@@ -124,7 +127,7 @@ def test_files_that_cannot_be_cut_are_read_whole(traces, here):
     assert answer == summarize([traces / "damaged.pfw"], cached=False)
 
 
-@pytest.mark.parametrize("name", ["members.pfw.gz", "plain.pfw", "array.json", "object.json"])
+@pytest.mark.parametrize("name", ["members.pfw.gz", "frames.pfw.zst", "plain.pfw", "array.json", "object.json"])
 def test_parts_cover_a_file_once(traces, name):
     """Parts follow each other without gaps, and there are several."""
     cut = file_parts.split(0, traces / name)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.traces.brute import check, load
+from traceml.traces.query.analysis import TraceQuery
+from traceml.traces.query.conditions import parse_where
 from traceml.traces.query.labels import Labels
-from traceml.traces.query.summary import summarize
+from traceml.traces.query.summary import run_query, summarize
 
 DFTRACER = Path(__file__).parent / "data" / "dftracer-2.2.0.pfw.gz"  # written by dftracer itself
 
@@ -92,6 +94,17 @@ def test_dftracer_itself():
 
     only = summarize([DFTRACER], where="file~data.bin$,name=read", cached=False)
     assert only["events"] == sum(event["name"] == "read" and event["file"].endswith("data.bin") for event in events)
+
+
+def test_labels_of_files_are_kept_only_for_queries_about_files():
+    """dftracer writes a line per file: they are neither parsed nor kept where no field or condition needs them."""
+    for query, kept in (
+        (TraceQuery(("name",)), (0, 0)),
+        (TraceQuery(("file",)), (1, 0)),
+        (TraceQuery(("name",), parse_where("dur>0,host~.")), (0, 1)),
+    ):
+        labels = run_query(query, [DFTRACER])[0].context.labels
+        assert (bool(labels.files), bool(labels.hosts)) == kept
 
 
 def test_aggregated_rows_of_dftracer(tmp_path):

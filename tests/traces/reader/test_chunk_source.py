@@ -59,7 +59,7 @@ def test_a_long_member_between_short_ones_comes_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """No member longer than the limit is held in memory as a whole."""
-    monkeypatch.setattr(chunk_source, "_MAX_TEXT_BYTES", limit)
+    monkeypatch.setattr(chunk_source, "MAX_TEXT_BYTES", limit)
     monkeypatch.setattr(chunk_source, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(chunk_source, "_PART_BYTES", 5000)
     path, third = tmp_path / "trace", len(TEXT) // 3

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.traces.fabricated import FORMS, brute_force, make_events, members, read_all
+from tests.traces.fabricated import FORMS, brute_force, frames, make_events, members, read_all
 from traceml.errors import TraceEmptyError
 from traceml.traces.native import library as native
-from traceml.traces.reader import chunk_source, native_scanner
+from traceml.traces.reader import chunk_source, native_scanner, zstd_source
 from traceml.traces.reader.columns import FLOAT, INTEGER, MISSING, TEXT, FileDamage, StringTable
 from traceml.traces.reader.native_scanner import NativeScanner, new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner
@@ -123,6 +123,47 @@ def test_the_library_reads_fine_times_itself(monkeypatch: pytest.MonkeyPatch) ->
     assert not columns.exact
 
 
+def test_all_kinds_of_dftracer_are_read_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers for phase codes are usual, and metadata that nobody asked for is not even parsed."""
+    text = b"".join(b'{"ph":%b,"name":"FH","ts":1,"args":{"v":"x"}}\n' % kind for kind in (b"1", b"3", b"4", b'"M"'))
+    asked = new_scanner((), StringTable(), ("FH",)).scan(text, 0, wrapped=False, final=True)
+    monkeypatch.setattr(native_scanner, "parse", None)
+    monkeypatch.setattr(native_scanner, "parse_ranges", None)
+    columns = new_scanner((), StringTable(), ("HH",)).scan(text, 0, wrapped=False, final=True).columns
+
+    assert bytes(columns.arrays["ph"]) == b"XA"
+    assert bytes(asked.columns.arrays["ph"]) == b"XA"
+    assert [event["args"] for event in asked.findings.metadata] == [{"v": "x"}] * 2
+
+
+NAMED_METADATA = [
+    b'{"ph":"M","name":"wanted","args":{"a":1.5}}',
+    b'{"ph":"M","name":"w\\u0061nted"}',
+    b'{"ph":4,"name":"other"}',
+    b'{"name":"other","ph":"M","name":"wanted"}',
+    b'{"ph":"M","name":7}',
+    b'{"ph":"M","name":["wanted"]}',
+    b'{"ph":"M"}',
+    b'{"ph":"M","ph":"X","name":"wanted"}',
+    b'{"ph":"M","name":"wanted","ts":"5","args":{"b":"\xff"}}',
+    b'{"ph":"M","name":"wanted","args":{"c":%b}}' % (b"9" * 5000),
+]
+
+
+@pytest.mark.parametrize("metadata", [None, (), ("wanted",), ("wanted", 'o"dd')])
+def test_both_keep_the_metadata_that_was_asked_for(metadata: tuple[str, ...] | None) -> None:
+    """By name, however it is written; what cannot be converted is damage if it was asked for."""
+    for text in (*NAMED_METADATA, b"\n".join(NAMED_METADATA), b"\n".join(NAMED_METADATA[:-1])):
+        native_result, plain = (
+            kind((), StringTable(), metadata).scan(text + b"\n", 0, wrapped=False, final=True)
+            for kind in (new_scanner, PythonScanner)
+        )
+        assert native_result.findings.metadata == plain.findings.metadata
+        assert native_result.events == plain.events
+        names = {str(event.get("name")) for event in plain.findings.metadata}
+        assert metadata is None or names <= {*metadata}
+
+
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Answer | str]]:
     """Read a file with both scanners, and with several numbers of threads."""
@@ -150,9 +191,11 @@ def _shrink_chunks(chance: random.Random, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(chunk_source, "CHUNK_BYTES", chance.choice([100, 300, 1000, 5000]))
     patch.setattr(chunk_source, "_MEMBERS_BYTES", chance.choice([1, 100, 2000]))
     patch.setattr(chunk_source, "_MAX_MEMBERS_BYTES", chance.choice([1, 100, 10**6]))
-    patch.setattr(chunk_source, "_MAX_TEXT_BYTES", chance.choice([500, 10**6]))
+    patch.setattr(chunk_source, "MAX_TEXT_BYTES", chance.choice([500, 10**6]))
     patch.setattr(chunk_source, "_PART_BYTES", chance.choice([50, 500]))
     patch.setattr(chunk_source, "_FED_BYTES", chance.choice([40, 400]))
+    for name, least in (("CHUNK", 100), ("_FRAMES", 1), ("_MAX_FRAMES", 1), ("MAX_TEXT", 500), ("_PART", 50)):
+        patch.setattr(zstd_source, f"{name}_BYTES", chance.choice([least, 10**6]))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -166,7 +209,9 @@ def test_both_read_what_json_reads(
         text = form(events).encode("utf-8", "surrogatepass")
         _shrink_chunks(chance, monkeypatch)
         path = tmp_path / "trace"
-        path.write_bytes(chance.choice([text, gzip.compress(text), members(text, chance.choice([20, 100, 1000]))]))
+        size = chance.choice([20, 100, 1000])
+        packings = [text, gzip.compress(text), members(text, size), frames(text, len(text)), frames(text, size)]
+        path.write_bytes(chance.choice(packings))
         assert both(path) == [(brute_force(events), [])] * 3
 
 
@@ -189,7 +234,9 @@ def test_both_find_the_same_in_damaged_files(
     for form in FORMS.values():
         text = form(events).encode("utf-8", "surrogatepass")
         _shrink_chunks(chance, monkeypatch)
-        whole = chance.choice([text, gzip.compress(text), members(text, chance.choice([100, 1000]))])
+        size = chance.choice([100, 1000])
+        packings = [text, gzip.compress(text), members(text, size), frames(text, len(text)), frames(text, size)]
+        whole = chance.choice(packings)
         path = tmp_path / "trace"
         path.write_bytes(chance.choice([_hurt(chance, whole), gzip.compress(_hurt(chance, text))]))
         first, *others = both(path)

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.traces.fabricated import FORMS, brute_force, facts_of, make_events, members, read_all
+from tests.traces.fabricated import FORMS, brute_force, facts_of, frames, make_events, members, read_all
 from traceml.errors import TraceEmptyError, TraceMLError
 from traceml.traces.native import library as native
-from traceml.traces.reader import chunk_source
+from traceml.traces.reader import chunk_source, zstd_source
+from traceml.traces.reader.chunks import Chunk
 from traceml.traces.reader.columns import NO_TIME, StringTable
 from traceml.traces.reader.reading import read
 
@@ -43,6 +44,22 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk_source, "_MEMBERS_BYTES", 300)
     monkeypatch.setattr(chunk_source, "_PART_BYTES", 200)
     monkeypatch.setattr(chunk_source, "_FED_BYTES", 100)
+    monkeypatch.setattr(zstd_source, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(zstd_source, "_FRAMES_BYTES", 300)
+    monkeypatch.setattr(zstd_source, "_MAX_FRAMES_BYTES", 600)
+    monkeypatch.setattr(zstd_source, "_PART_BYTES", 200)
+
+
+def _packed(how: str, text: bytes, size: int) -> bytes:
+    """Return a text compressed as a whole or in pieces."""
+    ways = {
+        "plain": lambda: text,
+        "one member": lambda: gzip.compress(text),
+        "members": lambda: members(text, size),
+        "one frame": lambda: frames(text, len(text)),
+        "frames": lambda: frames(text, size),
+    }
+    return ways[how]()
 
 
 def _write(folder: Path, data: bytes, name: str = "trace") -> Path:
@@ -52,12 +69,12 @@ def _write(folder: Path, data: bytes, name: str = "trace") -> Path:
 
 
 @pytest.mark.usefixtures("scanner")
-@pytest.mark.parametrize("packed", ["plain", "one member", "members"])
+@pytest.mark.parametrize("packed", ["plain", "one member", "members", "one frame", "frames"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_read_as_json_reads_it(tmp_path: Path, form: str, packed: str) -> None:
     """Formats are detected by content; counts, names, times and arguments equal those of plain json."""
     text = FORMS[form](EVENTS).encode("utf-8", "surrogatepass")
-    data = {"plain": text, "one member": gzip.compress(text), "members": members(text, 3000)}[packed]
+    data = _packed(packed, text, 3000)
     found, reading = read_all(_write(tmp_path, data))
     facts = facts_of(reading)
 
@@ -68,13 +85,13 @@ def test_every_form_is_read_as_json_reads_it(tmp_path: Path, form: str, packed: 
 
 
 @pytest.mark.usefixtures("scanner", "small_chunks")
-@pytest.mark.parametrize("packed", ["plain", "one member", "members"])
+@pytest.mark.parametrize("packed", ["plain", "one member", "members", "one frame", "frames"])
 @pytest.mark.parametrize("form", FORMS)
 def test_events_across_chunks_are_whole(tmp_path: Path, form: str, packed: str) -> None:
     """The end of a chunk makes no difference, with either scanner."""
     events = make_events(60, 3)
     text = FORMS[form](events).encode("utf-8", "surrogatepass")
-    data = {"plain": text, "one member": gzip.compress(text), "members": members(text, 170)}[packed]
+    data = _packed(packed, text, 170)
     found, reading = read_all(_write(tmp_path, data), workers=3)
 
     assert found == brute_force(events)
@@ -291,7 +308,7 @@ def test_strings_are_shared_and_threads_end(tmp_path: Path, monkeypatch: pytest.
     path, strings, threads = _write(tmp_path, LINES), StringTable(), set[str]()
     load = chunk_source.PlainChunks._load
 
-    def loading(*args: Any) -> chunk_source.Chunk:
+    def loading(*args: Any) -> Chunk:
         threads.add(threading.current_thread().name)
         return load(*args)
 

@@ -25,7 +25,7 @@ _RESULTS = {
     **dict.fromkeys(("traceml_scanner_new", "traceml_scanner_texts"), _POINTER),
 }
 _ARGUMENTS = {
-    "traceml_scanner_new": [ctypes.c_char_p, _I64, _I32],
+    "traceml_scanner_new": [ctypes.c_char_p, _I64, _I32, _I32],
     "traceml_scanner_free": [_POINTER],
     "traceml_scanner_count": [_POINTER],
     "traceml_scanner_texts": [_POINTER, _I32, _POINTER],

@@ -11,40 +11,25 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "json_text.h"
+#include "name_table.h"
+#include "times.h"
+
 #define NO_TIME INT64_MIN
-#define MAX_DEPTH 60
 #define MAX_KEYS 32
-#define MAX_DIGITS 18 /* digits of a number that always fits in 64 bits */
-#define MAX_TIME_LENGTH 60 /* of a time as written; a longer one is for the scanner in Python */
-#define MAX_EXPONENT 99
 
 enum status { AT_END, CUT_OFF, BROKEN, CLOSED, FULL, DEEP };
 enum kind { MISSING, INTEGER, FLOAT, TEXT };
-enum outcome { OK, CUT, BAD, TOO_DEEP };
+enum column { NAME, CAT, PID, TID, ID, COLUMNS };
 
 typedef struct {
-    const uint8_t *at;
-    uint32_t length;
-    uint8_t tag; /* 0 missing, 's' text as written, 'n' integer as written */
-} slice;
-
-typedef struct {
-    uint64_t hash;
-    uint64_t head; /* the first bytes of the text */
-    uint64_t at;   /* offset in the arena; the first byte is the tag */
-    uint32_t length;
-    uint8_t tag;
-} entry;
-
-typedef struct {
-    entry *entries;
-    uint32_t *slots; /* number of an entry + 1 */
-    uint8_t *arena;
-    uint64_t arena_used, arena_size;
-    uint32_t count, capacity, mask;
+    name_table names;
     uint32_t keys;
     slice key[MAX_KEYS];
     uint8_t *key_text;
+    int32_t wanted; /* number of names of metadata that are of interest; -1: all are */
+    slice wanted_name[MAX_KEYS];
+    uint32_t last[COLUMNS]; /* number of the text that each column had last */
 } scanner;
 
 /* Output of traceml_scan; the caller owns the arrays, of `capacity` rows each. */
@@ -62,12 +47,6 @@ typedef struct {
 } columns;
 
 typedef struct {
-    const uint8_t *p, *end;
-    int unsure;
-    int decimals; /* decimals of a time in the text that make it nanoseconds */
-} cursor;
-
-typedef struct {
     uint8_t kind;
     int64_t integer;
     double number;
@@ -82,308 +61,6 @@ typedef struct {
     arg args[MAX_KEYS];
 } event;
 
-/* ---- names and their numbers ---- */
-
-/* Up to eight bytes as a word, missing ones 0; bytes before `end` are readable. */
-static inline uint64_t word_at(const uint8_t *p, uint32_t length, const uint8_t *end) {
-    uint64_t word = 0;
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-    if (end - p >= 8) {
-        memcpy(&word, p, 8);
-        return length >= 8 ? word : word & ((1ull << (8 * length)) - 1);
-    }
-#endif
-    memcpy(&word, p, length < 8 ? length : 8);
-    return word;
-}
-
-static inline uint64_t hash_of(const uint8_t *p, uint32_t length, uint8_t tag, uint64_t word, const uint8_t *end) {
-    uint64_t h = 0x9E3779B97F4A7C15ull ^ ((uint64_t)length << 8) ^ tag;
-    for (;;) {
-        h = (h ^ word) * 0xD6E8FEB86659FD93ull;
-        h ^= h >> 32;
-        if (length <= 8) return h;
-
-        p += 8, length -= 8;
-        word = word_at(p, length, end);
-    }
-}
-
-static int grow(scanner *s) {
-    uint32_t capacity = s->capacity * 2, mask = capacity * 2 - 1;
-    entry *entries = realloc(s->entries, sizeof(entry) * capacity);
-    if (!entries) return 0;
-
-    s->entries = entries;
-    uint32_t *slots = calloc((size_t)mask + 1, sizeof(uint32_t));
-    if (!slots) return 0;
-
-    for (uint32_t i = 0; i < s->count; i++) {
-        uint32_t slot = (uint32_t)entries[i].hash & mask;
-        while (slots[slot]) slot = (slot + 1) & mask;
-        slots[slot] = i + 1;
-    }
-
-    free(s->slots);
-    s->slots = slots, s->mask = mask, s->capacity = capacity;
-    return 1;
-}
-
-/* Number of a text; -1 when it is missing, -2 when memory is exhausted. */
-static int32_t intern(scanner *s, slice text, const uint8_t *end) {
-    if (!text.tag) return -1;
-
-    uint64_t head = word_at(text.at, text.length, end);
-    uint64_t hash = hash_of(text.at, text.length, text.tag, head, end);
-    uint32_t slot = (uint32_t)hash & s->mask;
-    for (; s->slots[slot]; slot = (slot + 1) & s->mask) {
-        const entry *known = &s->entries[s->slots[slot] - 1];
-        if (known->hash == hash && known->head == head && known->length == text.length && known->tag == text.tag &&
-            (text.length <= 8 || !memcmp(s->arena + known->at + 1, text.at, text.length)))
-            return (int32_t)(s->slots[slot] - 1);
-    }
-
-    if (s->count == s->capacity) {
-        if (!grow(s)) return -2;
-        return intern(s, text, end);
-    }
-
-    if (s->arena_used + text.length + 1 > s->arena_size) {
-        uint64_t size = (s->arena_size + text.length) * 2;
-        uint8_t *arena = realloc(s->arena, size);
-        if (!arena) return -2;
-        s->arena = arena, s->arena_size = size;
-    }
-
-    s->entries[s->count] = (entry){hash, head, s->arena_used, text.length, text.tag};
-    s->arena[s->arena_used] = text.tag;
-    memcpy(s->arena + s->arena_used + 1, text.at, text.length);
-    s->arena_used += text.length + 1;
-    s->slots[slot] = ++s->count;
-    return (int32_t)(s->count - 1);
-}
-
-/* ---- JSON ---- */
-
-static inline const uint8_t *skip_space(const uint8_t *p) {
-    while (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t') p++;
-    return p;
-}
-
-static inline int ended(const cursor *c, const uint8_t *p) { return p >= c->end ? CUT : BAD; }
-
-static inline int is_hex(uint8_t c) {
-    return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'f');
-}
-
-#define ONES 0x0101010101010101ull
-#define HIGH 0x8080808080808080ull
-#define HAS_ZERO(v) (((v) - ONES) & ~(v) & HIGH)
-
-/* Text after its opening quote; moves the cursor past the closing one. */
-static inline int take_string(cursor *c, slice *text, int *escaped) {
-    const uint8_t *p = c->p;
-    text->at = p;
-    *escaped = 0;
-    for (;;) {
-        while (c->end - p >= 8) {
-            uint64_t v;
-            memcpy(&v, p, 8);
-            /* a quote, a backslash, or a byte below 0x20: exact up to the first hit, and only that is used */
-            uint64_t hit = HAS_ZERO(v ^ (ONES * '"')) | HAS_ZERO(v ^ (ONES * '\\')) | ((v - ONES * 0x20) & ~v & HIGH);
-            if (hit) {
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-                p += __builtin_ctzll(hit) >> 3;
-#endif
-                break;
-            }
-            p += 8;
-        }
-
-        while (*p >= 0x20 && *p != '"' && *p != '\\') p++;
-        if (*p == '"') break;
-        if (*p != '\\') return ended(c, p);
-
-        *escaped = 1;
-        uint8_t e = p[1];
-        if (e == 'u') {
-            for (int i = 2; i < 6; i++)
-                if (!is_hex(p[i])) return ended(c, p + i);
-            p += 6;
-        } else if (e && strchr("\"\\/bfnrt", e)) {
-            p += 2;
-        } else {
-            return ended(c, p + 1);
-        }
-    }
-
-    if (p - text->at > UINT32_MAX) return BAD;
-
-    text->length = (uint32_t)(p - text->at);
-    text->tag = 's';
-    c->p = p + 1;
-    return OK;
-}
-
-static inline int is_digit(uint8_t c) { return (uint8_t)(c - '0') < 10; }
-
-typedef struct {
-    const uint8_t *at, *point, *end; /* point: begin of the digits of the fraction, NULL without one */
-    const uint8_t *exponent;         /* behind the letter e, NULL without one */
-    int negative;
-} number;
-
-static inline int take_number(cursor *c, number *n) {
-    const uint8_t *p = c->p;
-    n->negative = *p == '-', n->exponent = n->point = NULL;
-    p += n->negative;
-    n->at = p;
-    if (*p == 'I' || *p == 'N') return TOO_DEEP; /* Infinity or NaN: for the scanner in Python */
-    if (!is_digit(*p)) return ended(c, p);
-
-    p += *p == '0';
-    if (p == n->at) while (is_digit(*p)) p++;
-    n->end = p;
-    if (*p == '.') {
-        n->point = ++p;
-        if (!is_digit(*p)) return ended(c, p);
-        while (is_digit(*p)) p++;
-        n->end = p;
-    }
-
-    if ((*p | 32) == 'e') {
-        n->exponent = ++p;
-        p += *p == '+' || *p == '-';
-        if (!is_digit(*p)) return ended(c, p);
-        while (is_digit(*p)) p++;
-        n->end = p;
-    }
-
-    c->p = p;
-    return p >= c->end ? CUT : OK; /* the next chunk may contain more digits */
-}
-
-static inline int take_word(cursor *c) {
-    static const char *words[] = {"true", "false", "null"};
-    for (int w = 0; w < 3; w++) {
-        size_t length = strlen(words[w]);
-        if (*c->p == words[w][0]) {
-            for (size_t i = 0; i < length; i++)
-                if (c->p[i] != words[w][i]) return ended(c, c->p + i);
-            c->p += length;
-            return OK;
-        }
-    }
-
-    return *c->p == 'N' || *c->p == 'I' ? TOO_DEEP : ended(c, c->p);
-}
-
-static inline int skip_scalar(cursor *c) {
-    slice text;
-    number n;
-    int escaped;
-    if (*c->p == '"') return c->p++, take_string(c, &text, &escaped);
-    if (*c->p == '-' || is_digit(*c->p)) return take_number(c, &n);
-    return take_word(c);
-}
-
-/* Any value, from its first byte. */
-static int skip_value(cursor *c) {
-    uint64_t objects = 0; /* one bit per level: whether it is an object */
-    int depth = 0, outcome;
-    for (;;) {
-        uint8_t first = *c->p;
-        if (first == '{' || first == '[') {
-            if (++depth > MAX_DEPTH) return TOO_DEEP;
-            objects = objects << 1 | (first == '{');
-            c->p = skip_space(c->p + 1);
-            if (*c->p == (first == '{' ? '}' : ']')) goto closing;
-            goto member;
-        }
-
-        if ((outcome = skip_scalar(c))) return outcome;
-    after:
-        if (!depth) return OK;
-        c->p = skip_space(c->p);
-        if (*c->p == ',') {
-            c->p = skip_space(c->p + 1);
-            goto member;
-        }
-
-        if (*c->p != ((objects & 1) ? '}' : ']')) return ended(c, c->p);
-    closing:
-        c->p++, depth--, objects >>= 1;
-        goto after;
-    member:
-        if (objects & 1) {
-            slice text;
-            int escaped;
-            if (*c->p != '"') return ended(c, c->p);
-            c->p++;
-            if ((outcome = take_string(c, &text, &escaped))) return outcome;
-            c->p = skip_space(c->p);
-            if (*c->p != ':') return ended(c, c->p);
-            c->p = skip_space(c->p + 1);
-        }
-    }
-}
-
-/* ---- an event ---- */
-
-/* Value of an exponent; more than MAX_EXPONENT where it is larger or smaller than that allows. */
-static int exponent_of(const number *n) {
-    const uint8_t *p = n->exponent;
-    if (!p) return 0;
-
-    int negative = *p == '-', value = 0;
-    p += *p == '+' || *p == '-';
-    for (; p < n->end; p++)
-        if ((value = value * 10 + (*p - '0')) > MAX_EXPONENT) return MAX_EXPONENT + 1;
-
-    return negative ? -value : value;
-}
-
-/* Nanoseconds of digits whose last `finer` ones are behind the point, rounded: a half to even; -1 beyond 64 bits. */
-static int64_t rounded_ns(const uint8_t *digits, int count, int finer) {
-    int64_t ns = 0;
-    int whole = count - finer, next, rest = 0;
-    for (int i = 0; i < whole; i++) {
-        if (ns >= INT64_MAX / 10) return -1;
-        ns = ns * 10 + (i < count ? digits[i] : 0);
-    }
-
-    next = whole >= 0 && whole < count ? digits[whole] : 0;
-    for (int i = whole < 0 ? 0 : whole + 1; i < count; i++) rest |= digits[i];
-    return ns + (next > 5 || (next == 5 && (rest || ns & 1)));
-}
-
-/* A time as nanoseconds. */
-static int take_time(cursor *c, event *e, int64_t *ns) {
-    number n;
-    if (*c->p != '-' && !is_digit(*c->p)) return c->unsure = 1, skip_value(c);
-
-    int outcome = take_number(c, &n);
-    if (outcome) return outcome;
-
-    int exponent = exponent_of(&n), count = 0, finer = -c->decimals - exponent;
-    if (n.negative || exponent > MAX_EXPONENT || n.end - n.at > MAX_TIME_LENGTH) return c->unsure = 1, OK;
-
-    uint8_t digits[MAX_TIME_LENGTH];
-    const uint8_t *end = n.exponent ? n.exponent - 1 : n.end;
-    for (const uint8_t *p = n.at; p < end; p++) {
-        if (*p == '.') continue;
-        digits[count++] = *p - '0';
-        finer += n.point && p >= n.point;
-    }
-
-    int64_t value = rounded_ns(digits, count, finer);
-    if (value < 0) return c->unsure = 1, OK;
-
-    e->fractional |= n.point || n.exponent;
-    *ns = value;
-    return OK;
-}
-
 /* A text or an integer to intern. */
 static int take_label(cursor *c, slice *label) {
     int escaped;
@@ -395,7 +72,15 @@ static int take_label(cursor *c, slice *label) {
     if (!is_digit(*c->p) && *c->p != '-') return c->unsure = 1, skip_value(c);
 
     number n;
-    const uint8_t *start = c->p;
+    const uint8_t *start = c->p, *p = start;
+    while (is_digit(*p)) p++;
+    if (p > start && (*start != '0' || p == start + 1) && p - start <= MAX_DIGITS && p < c->end && *p != '.' &&
+        (*p | 32) != 'e') {
+        *label = (slice){start, (uint32_t)(p - start), 'n'};
+        c->p = p;
+        return OK;
+    }
+
     int outcome = take_number(c, &n);
     if (outcome) return outcome;
     if (n.point || n.exponent || (n.negative && *n.at == '0')) c->unsure = 1;
@@ -405,6 +90,9 @@ static int take_label(cursor *c, slice *label) {
     return OK;
 }
 
+#define METADATA 'M'
+#define INTEGER_KINDS "1X3A4M" /* dftracer's numbers, each with its letter behind it */
+
 static int take_kind(cursor *c, event *e) {
     slice text = {0};
     int escaped = 0;
@@ -412,12 +100,13 @@ static int take_kind(cursor *c, event *e) {
         c->p++;
         int outcome = take_string(c, &text, &escaped);
         if (outcome) return outcome;
-        if (text.length == 1 && *text.at > 0x20 && *text.at < 0x7F && *text.at != 'M') e->ph = *text.at;
+        if (text.length == 1 && *text.at > 0x20 && *text.at < 0x7F) e->ph = *text.at;
         else c->unsure = 1;
         return OK;
     }
 
-    if (*c->p == '1' && (c->p[1] == ',' || c->p[1] == '}')) return c->p++, e->ph = 'X', OK;
+    const char *number = is_digit(*c->p) ? memchr(INTEGER_KINDS, *c->p, sizeof INTEGER_KINDS - 1) : NULL;
+    if (number && (c->p[1] == ',' || c->p[1] == '}')) return c->p++, e->ph = (uint8_t)number[1], OK;
 
     c->unsure = 1;
     return skip_value(c);
@@ -509,7 +198,7 @@ static int take_id(cursor *c, event *e) {
 static inline int take_value(cursor *c, event *e, const scanner *s, slice key) {
     switch (key.length) {
     case 2:
-        if (IS(key, "ts")) return take_time(c, e, &e->ts_ns);
+        if (IS(key, "ts")) return take_time(c, &e->ts_ns, &e->fractional);
         if (IS(key, "ph")) return take_kind(c, e);
         if (IS(key, "id")) return take_id(c, e);
         break;
@@ -517,7 +206,7 @@ static inline int take_value(cursor *c, event *e, const scanner *s, slice key) {
         if (IS(key, "pid")) return take_label(c, &e->pid);
         if (IS(key, "tid")) return take_label(c, &e->tid);
         if (IS(key, "cat")) return take_label(c, &e->cat);
-        if (IS(key, "dur")) return take_time(c, e, &e->dur_ns);
+        if (IS(key, "dur")) return take_time(c, &e->dur_ns, &e->fractional);
         if (IS(key, "id2")) e->unusual_id = 1;
         break;
     case 4:
@@ -552,15 +241,26 @@ static int take_event(cursor *c, event *e, const scanner *s) {
     }
 }
 
+/* Number of a text of a column, in which that of the row before is likely. */
+static inline int32_t intern_in(scanner *s, enum column column, slice text, const uint8_t *end) {
+    uint32_t last = s->last[column];
+    if (last < s->names.count && text.tag && is_text(&s->names, &s->names.entries[last], text, word_at(text.at, text.length, end)))
+        return (int32_t)last;
+
+    int32_t number = intern(&s->names, text, end);
+    if (number >= 0) s->last[column] = (uint32_t)number;
+    return number;
+}
+
 static inline int has_identity(uint8_t ph) {
     return ph != 'X' && ph && strchr("bensftNOD", ph) != NULL;
 }
 
 static int put_row(scanner *s, columns *out, const event *e, const uint8_t *end) {
     int64_t row = out->rows;
-    int32_t name = intern(s, e->name, end), cat = intern(s, e->cat, end);
-    int32_t pid = intern(s, e->pid, end), tid = intern(s, e->tid, end);
-    int32_t id = has_identity(e->ph) ? intern(s, e->id, end) : -1;
+    int32_t name = intern_in(s, NAME, e->name, end), cat = intern_in(s, CAT, e->cat, end);
+    int32_t pid = intern_in(s, PID, e->pid, end), tid = intern_in(s, TID, e->tid, end);
+    int32_t id = has_identity(e->ph) ? intern_in(s, ID, e->id, end) : -1;
     int short_of_memory = name == -2 || cat == -2 || pid == -2 || tid == -2 || id == -2;
     out->ph[row] = e->ph;
     out->name[row] = name, out->cat[row] = cat, out->pid[row] = pid, out->tid[row] = tid, out->id[row] = id;
@@ -572,11 +272,22 @@ static int put_row(scanner *s, columns *out, const event *e, const uint8_t *end)
         out->arg_kinds[at] = a->kind;
         out->arg_integers[at] = a->kind == INTEGER ? a->integer : 0;
         out->arg_floats[at] = a->kind == INTEGER || a->kind == FLOAT ? a->number : __builtin_nan("");
-        out->arg_texts[at] = a->kind == TEXT ? intern(s, a->text, end) : -1;
+        out->arg_texts[at] = a->kind == TEXT ? intern(&s->names, a->text, end) : -1;
         short_of_memory |= out->arg_texts[at] == -2;
     }
 
     return !short_of_memory;
+}
+
+/* Whether metadata has a wanted name, or one with escapes, which may be equal to one. */
+static int is_wanted(const scanner *s, slice name) {
+    if (s->wanted < 0) return 1;
+    if (name.tag != 's') return 0;
+
+    for (int32_t w = 0; w < s->wanted; w++)
+        if (s->wanted_name[w].length == name.length && !memcmp(s->wanted_name[w].at, name.at, name.length)) return 1;
+
+    return memchr(name.at, '\\', name.length) != NULL;
 }
 
 static void put_unsure(scanner *s, columns *out, int64_t start, int64_t stop) {
@@ -592,41 +303,51 @@ static void put_unsure(scanner *s, columns *out, int64_t start, int64_t stop) {
 
 void traceml_scanner_free(scanner *s) {
     if (!s) return;
-    free(s->entries), free(s->slots), free(s->arena), free(s->key_text), free(s);
+    free(s->names.entries), free(s->names.slots), free(s->names.arena), free(s->key_text), free(s);
 }
 
-/* Create a scanner; `keys` are zero-terminated texts, one after another. */
-scanner *traceml_scanner_new(const char *keys, int64_t length, int32_t count) {
-    scanner *s = calloc(1, sizeof *s);
-    if (!s || count > MAX_KEYS) return free(s), NULL;
-
-    s->capacity = 1024, s->mask = 4095, s->arena_size = 1 << 16;
-    s->entries = malloc(sizeof(entry) * s->capacity);
-    s->slots = calloc((size_t)s->mask + 1, sizeof(uint32_t));
-    s->arena = malloc(s->arena_size);
-    s->key_text = malloc((size_t)length + 1);
-    if (!s->entries || !s->slots || !s->arena || !s->key_text) return traceml_scanner_free(s), NULL;
-
-    memcpy(s->key_text, keys, (size_t)length);
-    const uint8_t *at = s->key_text;
-    for (int32_t k = 0; k < count; k++) {
+/* Texts that are zero-terminated, one after another, as slices; returns the end. */
+static const uint8_t *take_texts(const uint8_t *at, slice *out, int32_t count) {
+    for (int32_t i = 0; i < count; i++) {
         uint32_t size = (uint32_t)strlen((const char *)at);
-        s->key[k] = (slice){at, size, 's'};
+        out[i] = (slice){at, size, 's'};
         at += size + 1;
     }
 
-    s->keys = (uint32_t)count;
+    return at;
+}
+
+/* Create a scanner.
+ *
+ * `texts` are zero-terminated, one after another: `keys` of args, and `wanted` names of metadata (-1: any name).
+ */
+scanner *traceml_scanner_new(const char *texts, int64_t length, int32_t keys, int32_t wanted) {
+    scanner *s = calloc(1, sizeof *s);
+    if (!s || keys > MAX_KEYS || wanted > MAX_KEYS) return free(s), NULL;
+
+    name_table *names = &s->names;
+    names->capacity = 1024, names->mask = 4095, names->arena_size = 1 << 16;
+    names->entries = malloc(sizeof(entry) * names->capacity);
+    names->slots = calloc((size_t)names->mask + 1, sizeof(uint32_t));
+    names->arena = malloc(names->arena_size);
+    s->key_text = malloc((size_t)length + 1);
+    if (!names->entries || !names->slots || !names->arena || !s->key_text) return traceml_scanner_free(s), NULL;
+
+    memcpy(s->key_text, texts, (size_t)length);
+    take_texts(take_texts(s->key_text, s->key, keys), s->wanted_name, wanted);
+    s->keys = (uint32_t)keys, s->wanted = wanted;
     return s;
 }
 
-int32_t traceml_scanner_count(const scanner *s) { return (int32_t)s->count; }
+int32_t traceml_scanner_count(const scanner *s) { return (int32_t)s->names.count; }
 
 /* Texts from a number on, one after another, each after its tag; `ends` are offsets from the returned address. */
 const uint8_t *traceml_scanner_texts(const scanner *s, int32_t first, int64_t *ends) {
-    for (uint32_t i = (uint32_t)first; i < s->count; i++)
-        ends[i - (uint32_t)first] = (int64_t)(s->entries[i].at - s->entries[first].at) + s->entries[i].length + 1;
+    const entry *known = s->names.entries;
+    for (uint32_t i = (uint32_t)first; i < s->names.count; i++)
+        ends[i - (uint32_t)first] = (int64_t)(known[i].at - known[first].at) + known[i].length + 1;
 
-    return s->arena + s->entries[first].at;
+    return s->names.arena + known[first].at;
 }
 
 /* Read events from `start` on; append them to the rows of `out`. */
@@ -652,8 +373,13 @@ int32_t traceml_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end
 
         if (c.unsure || !e.ph || (e.unusual_id && has_identity(e.ph)))
             put_unsure(s, out, out->stop, c.p - text);
-        else if (!put_row(s, out, &e, c.end))
-            return DEEP;
+        else if (e.ph != METADATA) {
+            if (!put_row(s, out, &e, c.end)) return DEEP;
+        } else if (is_wanted(s, e.name)) {
+            put_unsure(s, out, out->stop, c.p - text);
+        } else {
+            continue;
+        }
 
         out->rows++;
     }

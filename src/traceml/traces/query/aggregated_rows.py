@@ -76,7 +76,7 @@ def _rows(
     query: TraceQuery, files: Sequence[Path], labels: Labels
 ) -> Iterator[tuple[tuple[Any, ...], int | None, float | None]]:
     """Yield group, number of calls and the sum of their durations (us) of each aggregated row."""
-    reader = read(files, args=[*query.args, _COUNT, _SUM])
+    reader = read(files, args=[*query.args, _COUNT, _SUM], metadata=())
     context = FieldContext(reader.strings, list(files))
     context.labels = labels
     chosen, fields = EventFilter(query.where, context), [field_of(name, context) for name in query.by]

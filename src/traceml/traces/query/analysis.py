@@ -26,6 +26,7 @@ from traceml.traces.aggregate.work_kinds import classify
 from traceml.traces.query.event_filter import EventFilter
 from traceml.traces.query.expressions import Condition, Expression, comparisons
 from traceml.traces.query.fields import EventField, FieldContext, Ids, args_of, field_of
+from traceml.traces.query.labels import metadata_names
 from traceml.traces.query.measures import Measure
 from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, EventBatch, ExactTimes
 
@@ -86,8 +87,16 @@ class TraceQuery:
     @property
     def args(self) -> list[str]:
         """The keys of `args` that have to be read."""
-        fields = [*self.by, *(condition.field for condition in self.conditions)]
-        return list(dict.fromkeys([*args_of(fields), *self.summed, *(SIZES if self.report else ())]))
+        return list(dict.fromkeys([*args_of(self._used), *self.summed, *(SIZES if self.report else ())]))
+
+    @property
+    def metadata(self) -> tuple[str, ...]:
+        """The names of the metadata events that have to be read."""
+        return metadata_names(self._used)
+
+    @property
+    def _used(self) -> list[str]:
+        return [*self.by, *(condition.field for condition in self.conditions)]
 
 
 class Analysis:

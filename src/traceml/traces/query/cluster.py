@@ -104,7 +104,7 @@ def _analyzed(query: TraceQuery, part: FilePart, paths: list[str], labels: Label
         return _whole(analysis, part)
 
     try:
-        boundaries = read_part(part, query.args, strings, analysis.feed)
+        boundaries = read_part(part, query.args, strings, analysis.feed, query.metadata)
     except IndivisibleError as error:
         return str(error)
 
@@ -114,7 +114,8 @@ def _analyzed(query: TraceQuery, part: FilePart, paths: list[str], labels: Label
 def _whole(analysis: Analysis, part: FilePart) -> PartResult:
     from traceml.traces.reader.reading import read
 
-    reading = read([part.path], args=analysis.query.args, strings=analysis.context.strings, workers=1)
+    query, strings = analysis.query, analysis.context.strings
+    reading = read([part.path], args=query.args, strings=strings, workers=1, metadata=query.metadata)
     try:
         for batch in reading:
             analysis.feed(_as_source(batch, part.source))
@@ -218,7 +219,8 @@ def _add_parts(analysis: Analysis, parts: list[FilePart], results: Iterator[Part
 def _absorb_fitting(
     analysis: Analysis, partial: PartialAnalysis, part: FilePart, left: PartBoundaries, right: PartBoundaries | None
 ) -> None:
-    between = join_parts(left, right, part, analysis.query.args, analysis.context.strings)
+    query = analysis.query
+    between = join_parts(left, right, part, query.args, analysis.context.strings, query.metadata)
     absorb(analysis, partial, part.source)
     if between is not None:
         analysis.feed(between)

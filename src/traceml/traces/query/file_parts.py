@@ -7,7 +7,7 @@ fit (damage, a false member, text without an event) is read in one go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +20,11 @@ from traceml.traces.reader.columns import EventBatch, FileDamage, StringTable, T
 from traceml.traces.reader.event_rows import MICROSECONDS
 from traceml.traces.reader.formats import HeaderParser, TrailerParser, find_start, time_decimals
 from traceml.traces.reader.native_scanner import new_scanner
+from traceml.traces.reader.python_scanner import PythonScanner, Text
 from traceml.traces.reader.salvage import MAGIC
-from traceml.traces.reader.trace_files import GZIP_MAGIC
+from traceml.traces.reader.scan_result import ScanResult
+from traceml.traces.reader.trace_files import GZIP_MAGIC, is_zstd
+from traceml.traces.reader.zstd_source import frame_starts
 
 __all__ = ["FilePart", "IndivisibleError", "PartBoundaries", "facts_of", "join_parts", "read_part", "split"]
 
@@ -90,8 +93,12 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
     with path.open("rb") as file:
         start = file.read(1 << 16)
         zipped = start.startswith(GZIP_MAGIC)
-        step = max(_LEAST_BYTES, min(_ZIPPED_BYTES if zipped else _PLAIN_BYTES, -(-size // least)))
-        cuts = [_member_from(file, at, size) if zipped else at for at in range(step, size, step)]
+        packed = zipped or is_zstd(start)
+        step = max(_LEAST_BYTES, min(_ZIPPED_BYTES if packed else _PLAIN_BYTES, -(-size // least)))
+        if packed and not zipped:
+            cuts = frame_starts(file.fileno(), size, step)[1:]
+        else:
+            cuts = [_member_from(file, at, size) if zipped else at for at in range(step, size, step)]
 
     bounds = [0, *sorted({cut for cut in cuts if cut < size}), size]
     wrapped, decimals = _is_wrapped(path), time_decimals(path)
@@ -101,44 +108,92 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
 
 
 def read_part(
-    part: FilePart, keys: Sequence[str], strings: StringTable, take: Callable[[EventBatch], None]
+    part: FilePart,
+    keys: Sequence[str],
+    strings: StringTable,
+    take: Callable[[EventBatch], None],
+    metadata: Collection[str] | None = None,
 ) -> PartBoundaries:
     """Read a part, and pass each batch to `take`.
 
     Raises:
         IndivisibleError: the file has to be read in one go.
     """
-    scanner, boundaries, text = new_scanner(tuple(keys), strings), PartBoundaries(end=part.begin), b""
+    scanner = new_scanner(tuple(keys), strings, metadata)
     scanner.rows.decimals = part.decimals
-    begun = False
-    for chunk in _chunks(part, boundaries):
-        text += chunk
-        start = _start(part, text, boundaries) if not begun else 0
-        if start is None:
-            continue
+    reader = _PartReader(part, scanner)
+    for chunk in _chunks(part, reader.boundaries):
+        if (batch := reader.accept(chunk)) is not None:
+            take(batch)
 
-        begun = True
-        if boundaries.closed:
-            continue
-
-        result = scanner.scan(text, start, wrapped=part.wrapped, final=False)
-        findings = result.findings
-        if findings.damage or findings.searching:
-            raise IndivisibleError(f"{part.path}: damage in a part")
-
-        text, boundaries.closed = text[findings.stop :], findings.closed
-        boundaries.events += result.events
-        take(result.batch(part.source))
-
-    if not begun:
+    if not reader.begun:
         raise IndivisibleError(f"{part.path}: a part without a whole event")
 
-    boundaries.tail = text
-    return boundaries
+    return reader.boundaries
+
+
+class _PartReader:
+    """Joins the chunks of a part.
+
+    Args:
+        part: the part.
+        scanner: scans them.
+
+    Attributes:
+        boundaries: completed while the part is read.
+        begun: the first whole event was found.
+    """
+
+    def __init__(self, part: FilePart, scanner: PythonScanner) -> None:
+        self._part, self._scanner = part, scanner
+        self.boundaries, self.begun = PartBoundaries(end=part.begin), False
+
+    def accept(self, chunk: Text) -> EventBatch | None:
+        """Take the next chunk, whose text is valid until the one after it; return its events."""
+        result = self._attached(chunk) if self.begun and not self.boundaries.closed else None
+        return self._joined(chunk) if result is None else self._batch(result, chunk)
+
+    def _attached(self, chunk: Text) -> ScanResult | None:
+        """Return the events of a chunk, scanned without a copy of it; None where that is not possible."""
+        start = find_start(chunk)
+        if start is None:
+            return None
+
+        seam = self.boundaries.tail + chunk[:start]
+        head = self._scanner.scan(seam, 0, wrapped=self._part.wrapped, final=False)
+        found = head.findings
+        if found.stop != len(seam) or found.damage or found.closed or found.searching:
+            return None
+
+        return self._scanner.scan(chunk, start, wrapped=self._part.wrapped, final=False).after(head)
+
+    def _joined(self, chunk: Text) -> EventBatch | None:
+        """Return the events of a chunk and of the text before it; None where none begins yet, or they ended."""
+        text = self.boundaries.tail = self.boundaries.tail + chunk
+        start = 0 if self.begun else _start(self._part, text, self.boundaries)
+        if start is None or self.boundaries.closed:
+            return None
+
+        self.begun = True
+        return self._batch(self._scanner.scan(text, start, wrapped=self._part.wrapped, final=False), text)
+
+    def _batch(self, result: ScanResult, text: Text) -> EventBatch:
+        findings = result.findings
+        if findings.damage or findings.searching:
+            raise IndivisibleError(f"{self._part.path}: damage in a part")
+
+        self.boundaries.tail, self.boundaries.closed = bytes(text[findings.stop :]), findings.closed
+        self.boundaries.events += result.events
+        return result.batch(self._part.source)
 
 
 def join_parts(
-    left: PartBoundaries, right: PartBoundaries | None, part: FilePart, keys: Sequence[str], strings: StringTable
+    left: PartBoundaries,
+    right: PartBoundaries | None,
+    part: FilePart,
+    keys: Sequence[str],
+    strings: StringTable,
+    metadata: Collection[str] | None = None,
 ) -> EventBatch | None:
     """Return the events between a part and the next one, None when there are none.
 
@@ -148,6 +203,7 @@ def join_parts(
         part: the part.
         keys: the requested keys of `args`.
         strings: numbers of names.
+        metadata: names of the metadata events to return; None for all.
 
     Raises:
         IndivisibleError: the two do not fit.
@@ -159,7 +215,7 @@ def join_parts(
         raise IndivisibleError(f"{part.path}: the parts do not fit")
 
     text = left.tail + (right.head if right else b"")
-    scanner = new_scanner(tuple(keys), strings)
+    scanner = new_scanner(tuple(keys), strings, metadata)
     scanner.rows.decimals = part.decimals
     result = scanner.scan(text, 0, wrapped=part.wrapped, final=right is None)
     findings = result.findings
@@ -184,7 +240,8 @@ def facts_of(path: Path, parts: Sequence[PartBoundaries], *, wrapped: bool) -> T
     return facts
 
 
-def _chunks(part: FilePart, boundaries: PartBoundaries) -> Iterator[bytes]:
+def _chunks(part: FilePart, boundaries: PartBoundaries) -> Iterator[Text]:
+    """Yield the texts of a part's chunks, each valid until the next one."""
     source, buffer = open_source(Path(part.path), part.begin, part.end), TextBuffer()
     try:
         while (load := source.take(buffer)) is not None:
@@ -194,7 +251,7 @@ def _chunks(part: FilePart, boundaries: PartBoundaries) -> Iterator[bytes]:
 
             boundaries.end = chunk.end
             boundaries.raw_bytes += len(chunk.text)
-            yield bytes(chunk.text)
+            yield chunk.text
     finally:
         source.close()
 

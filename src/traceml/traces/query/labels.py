@@ -7,13 +7,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Labels"]
+__all__ = ["Labels", "metadata_names"]
 
 _RANK = re.compile(r"\brank[\s_:#-]*(\d+)", re.IGNORECASE)
 _RANK_IN_PATH = re.compile(r"(?:^|[^a-z])rank[_.=-]?(\d+)", re.IGNORECASE)
 _HOST_IN_BRACKETS = re.compile(r"\brank[\s_:#-]*\d+\s*\(([^()]+)\)", re.IGNORECASE)
 _TORCH_FILE = re.compile(r"^(.+)_\d+\.\d+\.pt\.trace\.json")
 _HASHES = {"HH": "hosts", "FH": "files"}  # dftracer's metadata; SH has other texts
+_PROCESS_NAMES = ("process_name", "process_labels")
+
+
+def metadata_names(fields: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the metadata events that a query needs: dftracer writes one for each file it saw."""
+    asked = set(fields)
+    hashes = (("host", "HH"), ("file", "FH"))
+    return (*_PROCESS_NAMES, *(name for field, name in hashes if field in asked))
 
 
 class Labels:
@@ -36,7 +44,7 @@ class Labels:
             if event.get("name") in _HASHES:
                 known: dict[object, str] = getattr(self, _HASHES[event["name"]])
                 known[str(args.get("value"))] = str(args.get("name"))
-            elif event.get("name") in ("process_name", "process_labels"):
+            elif event.get("name") in _PROCESS_NAMES:
                 self._name_process(source, event.get("pid"), str(args.get("name") or args.get("labels") or ""))
 
     def merge(self, other: Labels) -> None:

@@ -196,7 +196,7 @@ def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -
     from traceml.traces.reader.reading import read
 
     query = TraceQuery(where=parse_where(traces.where))
-    reading = read(traces.files, args=[*args, *query.args])
+    reading = read(traces.files, args=[*args, *query.args], metadata=())
     context = FieldContext(reading.strings, list(traces.files))
     context.labels = read_labels(query, traces.files)
     chosen, fields = EventFilter(query.where, context), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]

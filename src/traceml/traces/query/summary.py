@@ -85,7 +85,7 @@ def run_query(
     from traceml.traces.query.fields import FieldContext
     from traceml.traces.reader.reading import read
 
-    reader = read(files, args=query.args)
+    reader = read(files, args=query.args, metadata=query.metadata)
     context = FieldContext(reader.strings, list(files))
     context.labels = read_labels(query, files)
     analysis = Analysis(query, context)
@@ -137,7 +137,7 @@ def read_labels(query: TraceQuery, files: Sequence[Path]) -> Labels:
     if not any(condition.field in ("rank", "host", "file") for condition in query.conditions):
         return labels
 
-    reader = read(files)
+    reader = read(files, metadata=query.metadata)
     for batch in reader:
         labels.add_metadata(batch.source, batch.metadata)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 __all__ = ["TextBuffer"]
 
 _FIRST_BYTES = 5 * 1024 * 1024  # a chunk, and the last part of it that exceeds the limit
@@ -11,7 +13,7 @@ class TextBuffer:
     """Memory for the text of one chunk after another: fresh memory costs more than decompressing into it."""
 
     def __init__(self) -> None:
-        self._memory = bytearray(_FIRST_BYTES)
+        self._memory = memoryview(b"")
         self._used = 0
 
     def clear(self) -> None:
@@ -26,11 +28,15 @@ class TextBuffer:
         """Return memory for more bytes of the text."""
         begin, self._used = self._used, self._used + size
         if self._used >= len(self._memory):  # the text before may still be in use: the old memory stays
-            larger = bytearray(2 * self._used)
-            larger[:begin] = memoryview(self._memory)[:begin]
+            larger = np.empty(max(_FIRST_BYTES, 2 * self._used), np.uint8).data  # takes memory as it is used
+            larger[:begin] = self._memory[:begin]
             self._memory = larger
 
-        return memoryview(self._memory)[begin : self._used]
+        return self._memory[begin : self._used]
+
+    def take_back(self, size: int) -> None:
+        """Remove bytes at the end of the text: those of the last room that were not filled."""
+        self._used -= size
 
     def text(self, missing_bytes: int = 0) -> memoryview:
         """Return the text; a byte 0 follows it.
@@ -38,6 +44,7 @@ class TextBuffer:
         Args:
             missing_bytes: bytes of the last room that were not filled.
         """
-        self._used -= missing_bytes
-        self._memory[self._used] = 0
-        return memoryview(self._memory)[: self._used]
+        self.take_back(missing_bytes)
+        self.room(1)[:] = b"\0"
+        self.take_back(1)
+        return self._memory[: self._used]

@@ -9,74 +9,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from traceml.traces.reader.buffers import TextBuffer
+from traceml.traces.reader.chunks import CHUNK_BYTES, MAX_TEXT_BYTES, Chunk, ChunkSource
 from traceml.traces.reader.columns import FileDamage
 from traceml.traces.reader.salvage import MAGIC, new_inflater, next_member, read_at, salvaged
-from traceml.traces.reader.trace_files import GZIP_MAGIC
+from traceml.traces.reader.trace_files import GZIP_MAGIC, ZSTD_START_BYTES, is_zstd
+from traceml.traces.reader.zstd_source import ZstdChunks
 
-__all__ = ["CHUNK_BYTES", "Chunk", "ChunkSource", "GzipChunks", "Inflater", "PlainChunks", "open_source"]
+__all__ = ["GzipChunks", "Inflater", "PlainChunks", "open_source"]
 
-CHUNK_BYTES = 4 * 1024 * 1024  # of text, about: the work of one thread at a time
-_MEMBERS_BYTES = 512 * 1024  # compressed: members are taken together until they have this much
+_MEMBERS_BYTES = 256 * 1024  # compressed: members are taken together until they have this much
 _MAX_MEMBERS_BYTES = 1024 * 1024  # compressed: a longer first member is decompressed sequentially
-_MAX_TEXT_BYTES = 32 * 1024 * 1024  # of members taken together; more is read in parts
 _FED_BYTES = 64 * 1024
 _PART_BYTES = 512 * 1024  # of text, taken from the decompressor at a time
-
-
-@dataclass(slots=True)
-class Chunk:
-    """A part of a file.
-
-    Args:
-        text: its text; valid until the next chunk is loaded into the same buffer.
-        begin: where it begins in the file on disk.
-        end: where the next chunk has to begin.
-        stop: its expected end, where the next chunk was assumed to begin.
-        damage: ranges that could not be decompressed; offsets in the file.
-        too_long: the text exceeds the limit and is only the beginning: read the chunk in parts.
-    """
-
-    text: memoryview
-    begin: int
-    end: int
-    stop: int
-    damage: list[FileDamage] = field(default_factory=list)
-    too_long: bool = False
-
-
-class ChunkSource(Protocol):
-    """A file as chunks. `take` is called under a lock, its result without one."""
-
-    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
-        """Return a function that loads the next chunk into a buffer; None at the end."""
-        ...
-
-    def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:
-        """Load a range in chunks of limited size."""
-        ...
-
-    def close(self) -> None:
-        """Close the file."""
-        ...
 
 
 def open_source(path: Path, begin: int = 0, end: int | None = None) -> ChunkSource:
     """Open a file.
 
     Args:
-        path: the file, plain or gzip.
+        path: the file: plain, gzip or zstd.
         begin: first byte to read.
         end: end of the range; None for the end of the file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     size = os.fstat(descriptor).st_size
-    compressed = os.pread(descriptor, 2, 0) == GZIP_MAGIC
-    kind = GzipChunks if compressed else PlainChunks
+    start = os.pread(descriptor, ZSTD_START_BYTES, 0)
+    kind = GzipChunks if start.startswith(GZIP_MAGIC) else ZstdChunks if is_zstd(start) else PlainChunks
     return kind(descriptor, begin, size if end is None else min(end, size), size)
 
 
@@ -160,7 +122,7 @@ class GzipChunks:
 
     def _load(self, begin: int, stop: int, buffer: TextBuffer) -> Chunk:
         """Decompress the members that begin in a range."""
-        chunk = Inflater(self._descriptor, begin, self._size).read(stop, buffer, _MAX_TEXT_BYTES)
+        chunk = Inflater(self._descriptor, begin, self._size).read(stop, buffer, MAX_TEXT_BYTES)
         assert chunk is not None  # a member begins here
         chunk.too_long = chunk.end < stop
         return chunk

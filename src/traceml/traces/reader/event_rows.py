@@ -38,13 +38,17 @@ class NotAnEventError(ValueError):
     """An object that is not a trace event: it has no phase code (`ph`)."""
 
 
-def cleaned(event: dict[str, Any]) -> dict[str, Any]:
+def cleaned(event: dict[str, Any], *, plain: bool = False) -> dict[str, Any]:
     """Return an event as in `EventBatch.metadata`: `ph` a str, times numbers, texts encodable.
+
+    Args:
+        event: the event, which may be changed.
+        plain: all its texts are encodable.
 
     Raises:
         NotAnEventError: it has no phase code.
     """
-    clean: dict[str, Any] = _clean(event)
+    clean: dict[str, Any] = event if plain else _clean(event)
     clean["ph"] = _phase(event.get("ph"))
     for key in ("ts", "dur"):
         if key in clean:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from traceml.traces.reader.chunk_source import Chunk
+from traceml.traces.reader.chunks import Chunk
 from traceml.traces.reader.columns import EventBatch, FileDamage, TraceFileFacts
 from traceml.traces.reader.event_rows import MICROSECONDS
 from traceml.traces.reader.formats import HeaderParser, TrailerParser, time_decimals

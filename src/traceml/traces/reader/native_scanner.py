@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from traceml.traces.native.library import library
 from traceml.traces.reader.columns import ArgColumn, StringTable
 from traceml.traces.reader.event_rows import EventRow, encodable
-from traceml.traces.reader.python_scanner import PythonScanner, Text, parse
+from traceml.traces.reader.python_scanner import PythonScanner, Text, parse, parse_ranges
 from traceml.traces.reader.scan_result import ARG_COLUMNS, COLUMNS, ColumnBuilder, EventColumns, ScanFindings
 
 __all__ = ["NativeScanner", "new_scanner"]
@@ -39,16 +40,25 @@ class _NativeColumns(ctypes.Structure):
     ]
 
 
-def new_scanner(keys: tuple[str, ...], strings: StringTable) -> PythonScanner:
+def new_scanner(keys: tuple[str, ...], strings: StringTable, metadata: Collection[str] | None = None) -> PythonScanner:
     """Return the fastest available scanner, for use by one thread at a time.
 
     Args:
         keys: the requested keys of `args`.
         strings: numbers of names.
+        metadata: names of the metadata events to return; None for all. Others are not even parsed.
     """
-    plain = all(key.isascii() and key.isprintable() and not set(key) & {'"', "\\"} for key in keys)
-    loaded = library() if plain and len(keys) <= _MAX_KEYS else None
-    return PythonScanner(keys, strings) if loaded is None else NativeScanner(loaded, keys, strings)
+    loaded = library() if _are_comparable(keys) else None
+    if loaded is None:
+        return PythonScanner(keys, strings, metadata)
+
+    return NativeScanner(loaded, keys, strings, metadata)
+
+
+def _are_comparable(texts: Collection[str]) -> bool:
+    """Whether the library can compare texts with those in a file byte by byte."""
+    plain = all(text.isascii() and text.isprintable() and not set(text) & {'"', "\\"} for text in texts)
+    return plain and len(texts) <= _MAX_KEYS
 
 
 class NativeScanner(PythonScanner):
@@ -58,12 +68,20 @@ class NativeScanner(PythonScanner):
         native: the library.
         keys: the requested keys of `args`.
         strings: numbers of names.
+        metadata: names of the metadata events to return; None for all.
     """
 
-    def __init__(self, native: ctypes.CDLL, keys: tuple[str, ...], strings: StringTable) -> None:
-        super().__init__(keys, strings)
-        names = b"".join(key.encode() + b"\0" for key in keys)
-        self._scanner = native.traceml_scanner_new(names, len(names), len(keys))
+    def __init__(
+        self,
+        native: ctypes.CDLL,
+        keys: tuple[str, ...],
+        strings: StringTable,
+        metadata: Collection[str] | None = None,
+    ) -> None:
+        super().__init__(keys, strings, metadata)
+        wanted = metadata if metadata is not None and _are_comparable(metadata) else None
+        texts = b"".join(text.encode() + b"\0" for text in (*keys, *(wanted or ())))
+        self._scanner = native.traceml_scanner_new(texts, len(texts), len(keys), -1 if wanted is None else len(wanted))
         if not self._scanner:
             raise MemoryError("no memory for the trace scanner")
 
@@ -102,14 +120,12 @@ class NativeScanner(PythonScanner):
         )
         position = out.stop
         patches, dropped = dict[int, EventRow](), list[int]()
-        for row, begin, end in self._unsure[: out.unsure_rows].tolist():
-            try:
-                event, _ = parse(text, begin, final=True)
-            except ValueError:
+        for row, begin, end, event, plain in self._unsure_events(text):
+            if event is None:
                 status, position, out.rows = _BROKEN, begin, row
                 break
 
-            values = self._row(event, begin, end, findings)
+            values = self._row(event, begin, end, findings, plain=plain)
             if values is None:
                 dropped.append(row)
             else:
@@ -118,6 +134,27 @@ class NativeScanner(PythonScanner):
         findings.fractional |= bool(out.fractional)
         columns.add_block(self._block(out.rows, patches, dropped))
         return status, position
+
+    def _unsure_events(self, text: Text) -> Iterator[tuple[int, int, int, dict[str, Any] | None, bool]]:
+        """Yield row, begin, end, object, and whether it is plain, of what the library left to Python.
+
+        An object that cannot be converted is None, and the last one.
+        """
+        unsure = self._unsure[: self._out.unsure_rows].tolist()
+        parsed = parse_ranges(text, ((begin, end) for _, begin, end in unsure)) if unsure else None
+        if parsed is not None:
+            events, plain = parsed
+            yield from ((*place, event, plain) for place, event in zip(unsure, events, strict=True))
+            return
+
+        for row, begin, end in unsure:
+            try:
+                event, _ = parse(text, begin, final=True)
+            except ValueError:
+                yield row, begin, end, None, False
+                return
+
+            yield row, begin, end, event, False
 
     def _block(self, count: int, patches: dict[int, EventRow], dropped: list[int]) -> EventColumns:
         """Return a copy of the rows that the library filled, with its numbers of names replaced by the shared ones."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from traceml.traces.reader.buffers import TextBuffer
-from traceml.traces.reader.chunk_source import Chunk, ChunkSource, open_source
+from traceml.traces.reader.chunk_source import open_source
+from traceml.traces.reader.chunks import Chunk, ChunkSource
 from traceml.traces.reader.columns import EventBatch, FileDamage, StringTable, TraceFileFacts
 from traceml.traces.reader.file_reader import FileReader, ScanAhead
 from traceml.traces.reader.formats import find_start
@@ -17,6 +18,8 @@ from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner
 
 __all__ = ["ReadPipeline"]
+
+_AHEAD = 1  # chunks beyond one per thread: threads scan while the events of earlier chunks are added up
 
 
 @dataclass(slots=True)
@@ -52,10 +55,19 @@ class ReadPipeline:
         keys: the requested keys of `args`.
         strings: numbers of names.
         workers: number of threads.
+        metadata: names of the metadata events to return; None for all.
     """
 
-    def __init__(self, files: list[TraceFileFacts], keys: tuple[str, ...], strings: StringTable, workers: int) -> None:
+    def __init__(
+        self,
+        files: list[TraceFileFacts],
+        keys: tuple[str, ...],
+        strings: StringTable,
+        workers: int,
+        metadata: Collection[str] | None = None,
+    ) -> None:
         self._files, self._keys, self._strings, self._workers = files, keys, strings, workers
+        self._metadata = metadata
         self._taking = threading.Lock()
         self._tasks = self._all_tasks()
         self._sources: list[ChunkSource] = []
@@ -67,11 +79,11 @@ class ReadPipeline:
 
     def batches(self) -> Iterator[EventBatch]:
         """Yield the batches of all files in order; raise the first error of a thread."""
-        scanner = new_scanner(self._keys, self._strings)
+        scanner = self._new_scanner()
         scanned: dict[int, _ChunkTask] = {}
         number = 0
         try:
-            for _ in range(self._workers):
+            for _ in range(self._workers + _AHEAD):
                 self._submit()
 
             while self._running:
@@ -86,6 +98,9 @@ class ReadPipeline:
             self._executor.shutdown(cancel_futures=True)
             for source in self._sources:
                 source.close()
+
+    def _new_scanner(self) -> PythonScanner:
+        return new_scanner(self._keys, self._strings, self._metadata)
 
     def _submit(self) -> None:
         self._running.append(self._executor.submit(self._scan_next))
@@ -120,7 +135,7 @@ class ReadPipeline:
 
         task.chunk = task.load()
         if not task.first:
-            scanner = self._scanners.pop() if self._scanners else new_scanner(self._keys, self._strings)
+            scanner = self._scanners.pop() if self._scanners else self._new_scanner()
             scanner.rows.decimals = task.reader.decimals
             start = find_start(task.chunk.text)
             if start is not None:

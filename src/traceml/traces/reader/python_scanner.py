@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -15,7 +16,7 @@ from traceml.traces.reader.columns import FileDamage, StringTable
 from traceml.traces.reader.event_rows import EventRow, NotAnEventError, RowBuilder, cleaned, is_metadata
 from traceml.traces.reader.scan_result import ColumnBuilder, ScanFindings, ScanResult
 
-__all__ = ["MAX_EVENT_BYTES", "CutOffError", "PythonScanner", "Text", "parse"]
+__all__ = ["MAX_EVENT_BYTES", "CutOffError", "PythonScanner", "Text", "parse", "parse_ranges"]
 
 MAX_EVENT_BYTES = 32 * 1024 * 1024  # longer objects are damage: something was never closed
 _BETWEEN = re.compile(rb"[\s,\[\]]*")
@@ -39,13 +40,14 @@ class PythonScanner:
     Args:
         keys: the requested keys of `args`.
         strings: numbers of names.
+        metadata: names of the metadata events to return; None for all.
 
     Attributes:
         rows: makes rows of events.
     """
 
-    def __init__(self, keys: tuple[str, ...], strings: StringTable) -> None:
-        self._keys = keys
+    def __init__(self, keys: tuple[str, ...], strings: StringTable, metadata: Collection[str] | None = None) -> None:
+        self._keys, self._metadata = keys, None if metadata is None else tuple(metadata)
         self.rows = RowBuilder(keys, strings)
 
     def scan(self, text: Text, start: int, *, wrapped: bool, final: bool, searching: bool = False) -> ScanResult:
@@ -96,7 +98,9 @@ class PythonScanner:
         findings.closed = wrapped and position < len(text) and text[position] == ord("]")
         return position, findings.closed or position == len(text)
 
-    def _row(self, event: dict[str, Any], begin: int, end: int, findings: ScanFindings) -> EventRow | None:
+    def _row(
+        self, event: dict[str, Any], begin: int, end: int, findings: ScanFindings, *, plain: bool = False
+    ) -> EventRow | None:
         """Return a parsed object as a row, or add it to the metadata or the damage.
 
         Args:
@@ -104,15 +108,18 @@ class PythonScanner:
             begin: its first byte in the text.
             end: end of its range.
             findings: takes what is not a row.
+            plain: all its texts are encodable.
         """
         try:
-            event = cleaned(event)
+            event = cleaned(event, plain=plain)
         except NotAnEventError as error:
             findings.damage.append(FileDamage(begin, str(error), end - begin))
             return None
 
         if is_metadata(event):
-            findings.metadata.append(event)
+            if self._metadata is None or event.get("name") in self._metadata:
+                findings.metadata.append(event)
+
             return None
 
         row = self.rows.row_of(event)
@@ -154,6 +161,19 @@ def parse(text: Text, position: int, *, final: bool) -> tuple[dict[str, Any], in
         raise ValueError("an event that does not end")
 
     raise CutOffError
+
+
+def parse_ranges(text: Text, ranges: Iterable[tuple[int, int]]) -> tuple[list[dict[str, Any]], bool] | None:
+    """Parse objects that are known to be whole and sound, all at once: this takes a fraction of the time.
+
+    Returns:
+        The objects, and whether all their texts are encodable for sure; None when one of them cannot be converted.
+    """
+    whole = str(b"[%b]" % b",".join([text[begin:end] for begin, end in ranges]), "utf-8", "surrogateescape")
+    try:
+        return _DECODER.decode(whole), whole.isascii() and "\\" not in whole
+    except (RecursionError, ValueError, ArithmeticError):
+        return None
 
 
 def _next_start(findings: ScanFindings, text: Text, position: int, what: str, *, final: bool) -> int:

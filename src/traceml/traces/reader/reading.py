@@ -7,7 +7,7 @@ that long), the columns of a few chunks, and the distinct strings.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from traceml.errors import TraceEmptyError
@@ -29,6 +29,7 @@ def read(
     args: Iterable[str] = (),
     strings: StringTable | None = None,
     workers: int = 0,
+    metadata: Collection[str] | None = None,
 ) -> TraceReader:
     """Return a reader of traces.
 
@@ -42,6 +43,7 @@ def read(
         args: keys of the events' `args` to return as columns.
         strings: numbers of names; a new table when None.
         workers: threads; 0 for one per core that this process may use, at most 8.
+        metadata: names of the metadata events to return; None for all.
 
     Returns:
         Batches to iterate over, once.
@@ -50,9 +52,8 @@ def read(
         TraceNotFoundError: no trace was found under a path.
     """
     threads = workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
-    return TraceReader(
-        discover(paths), tuple(dict.fromkeys(args)), StringTable() if strings is None else strings, threads
-    )
+    known = StringTable() if strings is None else strings
+    return TraceReader(discover(paths), tuple(dict.fromkeys(args)), known, threads, metadata)
 
 
 class TraceReader:
@@ -63,10 +64,17 @@ class TraceReader:
         strings: the values of the numbers in the columns.
     """
 
-    def __init__(self, paths: Sequence[Path], keys: tuple[str, ...], strings: StringTable, workers: int) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        keys: tuple[str, ...],
+        strings: StringTable,
+        workers: int,
+        metadata: Collection[str] | None = None,
+    ) -> None:
         self.files = [TraceFileFacts(path, path.stat().st_size) for path in paths]
         self.strings = strings
-        self._keys, self._workers = keys, workers
+        self._keys, self._workers, self._metadata = keys, workers, metadata
 
     def __iter__(self) -> Iterator[EventBatch]:
         """Yield batches: file after file, in the order of each file.
@@ -74,7 +82,7 @@ class TraceReader:
         Raises:
             TraceEmptyError: at the end, when no file contains an event.
         """
-        yield from ReadPipeline(self.files, self._keys, self.strings, self._workers).batches()
+        yield from ReadPipeline(self.files, self._keys, self.strings, self._workers, self._metadata).batches()
         if not any(facts.events for facts in self.files):
             raise TraceEmptyError(_nothing_in(self.files))
 

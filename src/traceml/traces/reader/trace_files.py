@@ -11,10 +11,23 @@ from pathlib import Path
 
 from traceml.errors import TraceNotFoundError
 
-__all__ = ["GZIP_MAGIC", "Identity", "discover", "first_text", "identity", "looks_like_a_trace"]
+__all__ = [
+    "GZIP_MAGIC",
+    "SKIPPABLE",
+    "ZSTD_MAGIC",
+    "ZSTD_START_BYTES",
+    "Identity",
+    "discover",
+    "first_text",
+    "identity",
+    "is_zstd",
+    "looks_like_a_trace",
+]
 
 GZIP_MAGIC = b"\x1f\x8b"
-_SUFFIXES = (".pfw", ".pfw.gz")  # these are traces even when nothing in them is readable
+ZSTD_MAGIC, ZSTD_START_BYTES = b"\x28\xb5\x2f\xfd", 4
+SKIPPABLE = range(0x184D2A50, 0x184D2A60)  # magic numbers of zstd frames without text; pzstd begins with one
+_SUFFIXES = (".pfw", ".pfw.gz", ".pfw.zst")  # these are traces even when nothing in them is readable
 _FTRACE = re.compile(rb"^# tracer: |^[ \t]*\S[^\n]{0,40}-\d+ +(?:\( *[\d-]+\) +)?\[\d{3}\] ", re.MULTILINE)
 _SYSTRACE = (b"systrace", b"trace-viewer", b"trace viewer", b"tracing_analyzer")
 _SNIFFED_BYTES = 64 * 1024  # of a file in a folder: torch.profiler writes its device properties before the events
@@ -66,6 +79,11 @@ def looks_like_a_trace(path: Path) -> bool:
     return _may_be_json(start) and (b'"traceEvents"' in start or b'"ph"' in start)
 
 
+def is_zstd(start: bytes) -> bool:
+    """Return whether bytes begin a zstd frame; the first ZSTD_START_BYTES tell."""
+    return start.startswith(ZSTD_MAGIC) or int.from_bytes(start[:ZSTD_START_BYTES], "little") in SKIPPABLE
+
+
 def first_text(path: Path, size: int = _SNIFFED_BYTES) -> bytes:
     """Return the first text of a possible trace, about `size` bytes at most; empty when there is none."""
     try:
@@ -73,6 +91,9 @@ def first_text(path: Path, size: int = _SNIFFED_BYTES) -> bytes:
             start = file.read(4096)
             if start.startswith(GZIP_MAGIC):
                 return zlib.decompressobj(31).decompress(start + file.read(size), size)
+
+            if is_zstd(start):
+                return _first_of_zstd(start + file.read(size), size)
 
             return start + file.read(size) if _may_be_json(start) else b""
     except (OSError, zlib.error):
@@ -114,6 +135,17 @@ def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (file for name in names if (file := Path(parent, name)).is_file() and not name.startswith("."))
+
+
+def _first_of_zstd(data: bytes, size: int) -> bytes:
+    import zstandard
+
+    try:
+        text: bytes = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True).read(size)
+    except zstandard.ZstdError:
+        return b""
+
+    return text
 
 
 def _may_be_json(start: bytes) -> bool:

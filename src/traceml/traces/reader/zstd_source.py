@@ -1,0 +1,308 @@
+"""Text of a zstd file in chunks.
+
+The headers of its blocks tell where a frame ends, so frames are found without decompressing. Short frames (as pzstd
+writes) are taken a few at a time and decompressed in parallel, a long one (as zstd writes) sequentially.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from traceml.traces.reader.buffers import TextBuffer
+from traceml.traces.reader.chunks import CHUNK_BYTES, MAX_TEXT_BYTES, Chunk
+from traceml.traces.reader.columns import FileDamage
+from traceml.traces.reader.salvage import read_at
+from traceml.traces.reader.trace_files import SKIPPABLE, ZSTD_MAGIC, is_zstd
+
+__all__ = ["ZstdChunks", "frame_end", "frame_starts"]
+
+_FRAMES_BYTES = 512 * 1024  # compressed: frames are taken together until they have this much
+_MAX_FRAMES_BYTES = 1024 * 1024  # compressed: a longer frame is decompressed sequentially
+_PART_BYTES = 128 * 1024  # of text, taken from the decompressor at a time
+_FED_BYTES = 64 * 1024
+_SEARCHED_BYTES = 64 * 1024
+_HEADER_BYTES = 18  # at most
+_WINDOW_BYTES = 2**27  # at most, of a frame that is read; as zstd without --long=28 and more
+_NO_LIMIT = 2**62
+
+
+def frame_end(descriptor: int, begin: int, size: int, limit_bytes: int = _NO_LIMIT) -> int | None:
+    """Return where a frame ends.
+
+    Args:
+        descriptor: the file.
+        begin: where the frame begins.
+        size: the size of the file.
+        limit_bytes: give up on a longer one.
+
+    Returns:
+        Its end; None when no frame begins there, the file ends within it, or it is too long.
+    """
+    end = None
+    try:
+        for end in _block_ends(descriptor, begin, size):
+            if end - begin > limit_bytes:
+                return None
+    except ValueError:
+        return None
+
+    return end
+
+
+def frame_starts(descriptor: int, size: int, step_bytes: int) -> list[int]:
+    """Return starts of frames at least a step apart, beginning at 0; only 0 when the file is not frames throughout."""
+    starts, at = [0], 0
+    while at < size:
+        end = frame_end(descriptor, at, size)
+        if end is None:
+            return [0]
+
+        at = end
+        if at < size and at - starts[-1] >= step_bytes:
+            starts.append(at)
+
+    return starts
+
+
+class ZstdChunks:
+    """A zstd file of one or many frames.
+
+    Args:
+        descriptor: the open file; closed with the source.
+        begin, end: the range to read: frames that begin in it.
+        size: the size of the file.
+    """
+
+    def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
+        self._descriptor, self._next, self._end, self._size = descriptor, begin, end, size
+        self._stream: ZstdInflater | None = None
+
+    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
+        """Return a function that loads the next chunk into a buffer; None at the end."""
+        if self._stream is not None:
+            chunk = self._stream.read(self._end, buffer, CHUNK_BYTES)
+            return None if chunk is None else lambda: chunk
+
+        if self._next >= self._end:
+            return None
+
+        begin, self._next = self._next, self._after_frames(self._next)
+        if self._next == begin:
+            self._stream = ZstdInflater(self._descriptor, begin, self._size)
+            return self.take(buffer)
+
+        stop = self._next
+        return lambda: self._load(begin, stop, buffer)
+
+    def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:
+        """Load a range in chunks of limited size."""
+        inflater = ZstdInflater(self._descriptor, begin, self._size)
+        while (chunk := inflater.read(stop, buffer, CHUNK_BYTES)) is not None:
+            yield chunk
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _after_frames(self, begin: int) -> int:
+        """Return the end of some short frames; their begin when the first one is long, or none."""
+        end = begin
+        while end < self._end and end - begin < _FRAMES_BYTES:
+            found = frame_end(self._descriptor, end, self._size, _MAX_FRAMES_BYTES)
+            if found is None:
+                break
+
+            end = found
+
+        return end
+
+    def _load(self, begin: int, stop: int, buffer: TextBuffer) -> Chunk:
+        """Decompress the frames in a range."""
+        chunk = ZstdInflater(self._descriptor, begin, self._size).read(stop, buffer, MAX_TEXT_BYTES)
+        assert chunk is not None  # a frame begins here
+        chunk.too_long = chunk.end < stop
+        return chunk
+
+
+class ZstdInflater:
+    """Decompresses frames one after another; continues after damage where the next one begins.
+
+    Args:
+        descriptor: the file.
+        begin: where the first frame begins.
+        size: the size of the file.
+    """
+
+    def __init__(self, descriptor: int, begin: int, size: int) -> None:
+        self._descriptor, self._size = descriptor, size
+        self._begin = self._frame = begin  # starts of the chunk, of the open frame
+        self._input: Any = _FrameInput(descriptor, begin, size)
+        self._open: Any = None
+        self._damage: list[FileDamage] = []
+
+    def read(self, stop: int, buffer: TextBuffer, limit_bytes: int) -> Chunk | None:
+        """Return the next chunk; None at the end.
+
+        Args:
+            stop: frames that begin before it are read.
+            buffer: takes the text.
+            limit_bytes: of text, about: a chunk of this size may end within a frame.
+        """
+        if self._done(stop):
+            return None
+
+        size = 0
+        buffer.clear()
+        while size < limit_bytes and not self._done(stop):
+            size += self._more(buffer)
+
+        chunk = Chunk(buffer.text(), self._begin, self._frame, stop, self._damage)
+        self._begin, self._damage = self._frame, []
+        return chunk
+
+    def _done(self, stop: int) -> bool:
+        return self._open is None and self._frame >= min(stop, self._size)
+
+    def _more(self, buffer: TextBuffer) -> int:
+        """Append text; return the number of bytes, which may be 0."""
+        import zstandard
+
+        if self._open is None and not self._next_frame():
+            return 0
+
+        try:
+            made: int = self._open.readinto(buffer.room(_PART_BYTES))
+        except zstandard.ZstdError as error:
+            buffer.take_back(_PART_BYTES)
+            buffer.add(b"\n")  # no event continues across the gap
+            self._skip(str(error).removeprefix("zstd decompress error: "))
+            return 1
+
+        buffer.take_back(_PART_BYTES - made)
+        if not made:
+            self._close_frame()
+
+        return made
+
+    def _next_frame(self) -> bool:
+        """Open the frame at the current position; without one, continue at the next one."""
+        import zstandard
+
+        begin = self._frame
+        if is_zstd(read_at(self._descriptor, begin, len(ZSTD_MAGIC))):
+            self._input = _FrameInput(self._descriptor, begin, self._size)
+            decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+            self._open = decompressor.stream_reader(self._input, read_size=_FED_BYTES, read_across_frames=False)
+            return True
+
+        self._frame = _next_frame(self._descriptor, begin, self._size)
+        if not _is_padding(self._descriptor, begin, self._size):
+            self._damage.append(FileDamage(begin, "bytes that are not a zstd frame", self._frame - begin))
+
+        return False
+
+    def _close_frame(self) -> None:
+        """Go to the end of the open frame, all of whose text was returned."""
+        self._open, end = None, self._input.end()
+        if end is None:
+            lost = self._size - self._frame
+            self._damage.append(FileDamage(self._frame, f"the file ends within a zstd frame of {lost} bytes", 0))
+
+        self._frame = self._size if end is None else end
+
+    def _skip(self, reason: str) -> None:
+        """Go to the frame after the open, broken one."""
+        begin, self._open = max(self._frame, self._input.position - _FED_BYTES), None
+        self._frame = _next_frame(self._descriptor, max(begin, self._frame + 1), self._size)
+        self._damage.append(FileDamage(begin, f"a broken zstd frame ({reason})", self._frame - begin))
+
+
+class _FrameInput:
+    """Bytes of one frame, for the decompressor, which would continue with the next one."""
+
+    def __init__(self, descriptor: int, begin: int, size: int) -> None:
+        self._descriptor, self._size = descriptor, size
+        self._ends = _block_ends(descriptor, begin, size)
+        self._known = begin  # end of a block, or of the frame
+        self._ended = False
+        self.position = begin
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes."""
+        while self._known < self.position + size and not self._ended:
+            self._advance()
+
+        data = read_at(self._descriptor, self.position, min(size, max(self._known - self.position, 0)))
+        self.position += len(data)
+        return data
+
+    def end(self) -> int | None:
+        """Return where the frame ends, once all of it was read; None when it is cut off."""
+        while not self._ended:
+            self._advance()
+
+        return self._known if self._known <= self._size else None
+
+    def _advance(self) -> None:
+        try:
+            self._known = next(self._ends)
+        except StopIteration:
+            self._ended = True
+        except ValueError:  # the decompressor is to find the cause in what follows
+            self._ended, self._known = True, self._size + 1
+
+
+def _block_ends(descriptor: int, begin: int, size: int) -> Iterator[int]:
+    """Yield where the header, the blocks and the frame end; ValueError where that is no frame, or is cut off."""
+    header = read_at(descriptor, begin, _HEADER_BYTES)
+    if len(header) >= 8 and int.from_bytes(header[:4], "little") in SKIPPABLE:
+        yield _within(begin + 8 + int.from_bytes(header[4:8], "little"), size)
+        return
+
+    if not header.startswith(ZSTD_MAGIC) or len(header) < 6:
+        raise ValueError("not a frame")
+
+    at, last = begin + _header_bytes(header[4]), False
+    while not last:
+        yield _within(at + 3, size)
+        block = int.from_bytes(read_at(descriptor, at, 3), "little")
+        last, kind, length = bool(block & 1), block >> 1 & 3, block >> 3
+        if kind == 3:
+            raise ValueError("a reserved kind of block")
+
+        at = _within(at + 3 + (1 if kind == 1 else length), size)  # 1: a byte that is repeated
+
+    yield _within(at + 4 * (header[4] >> 2 & 1), size)  # a checksum
+
+
+def _within(position: int, size: int) -> int:
+    if position > size:
+        raise ValueError("the frame is cut off")
+
+    return position
+
+
+def _header_bytes(descriptor: int) -> int:
+    """Return the size of a frame's header by its first byte after the magic number."""
+    single, dictionary, content = descriptor >> 5 & 1, descriptor & 3, descriptor >> 6
+    return 5 + (1 - single) + (0, 1, 2, 4)[dictionary] + (single, 2, 4, 8)[content]
+
+
+def _next_frame(descriptor: int, position: int, size: int) -> int:
+    """Return the start of the first whole frame at or after a position; `size` when there is none."""
+    while position < size:
+        data = read_at(descriptor, position, min(_SEARCHED_BYTES, size - position))
+        hit = data.find(ZSTD_MAGIC)
+        if hit >= 0 and frame_end(descriptor, position + hit, size) is not None:
+            return position + hit
+
+        position += hit + 1 if hit >= 0 else max(len(data) - len(ZSTD_MAGIC) + 1, 1)
+
+    return size
+
+
+def _is_padding(descriptor: int, begin: int, size: int) -> bool:
+    """Return whether only zeros follow, as at the end of tape blocks."""
+    return size - begin <= _SEARCHED_BYTES and not read_at(descriptor, begin, size - begin).strip(b"\0")
