@@ -366,7 +366,8 @@ def _collapsed(bins: _Rows, of: NDArray[np.int64] | None = None) -> tuple[_Rows,
 def _joined_arrays(parts: Sequence[_Rows]) -> _Rows:
     """Concatenate bins; where the tables had other columns, missing fields are zero."""
     if len({part.dtype for part in parts}) == 1:
-        return np.concatenate(parts)
+        # Concatenating arrays of many fields compares the fields of each: 4x slower, with a thousand of them.
+        return np.frombuffer(b"".join(part.tobytes() for part in parts), parts[0].dtype)
 
     dtype = np.dtype(
         list({name: (name, part.dtype[name].str) for part in parts for name in part.dtype.names or ()}.values())
