@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "startup": ["--peer"],
     "ingest": [],
     "worlds": [],
+    "tree": [],
     "store_bytes": [],
     "retention": [],
     "tracking": [],

@@ -81,6 +81,7 @@ SUBROOMS = {
     },
     "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
+    "diagnosis.tree": {"diagnosis.findings", "diagnosis.intake", "diagnosis.facts", "diagnosis.steps", "database"},
     "database.flight": {"database.schema"},
     "database.store": {"database.schema"},
     "launch.launcher": {"launch.wire", "supervise", "database"},

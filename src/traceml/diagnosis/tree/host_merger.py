@@ -1,0 +1,143 @@
+"""Merging of the ranks of a host: each second, the rows of a few chosen ranks and exact sums of all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from traceml.database.schema import STEPS
+from traceml.database.store.summaries import TableSums, sum_rows
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.window import Rows, StepWindow, Window
+from traceml.diagnosis.tree.host_choice import RankChoice, choose_ranks
+from traceml.diagnosis.tree.host_second import HostSecond
+
+__all__ = ["STEPS_COMPARED", "HostMerger"]
+
+STEPS_COMPARED = 32
+"""Newest steps by which the ranks of a host are compared, and that are sent of a rank that is chosen."""
+_SLOTS = 128
+_SUM_STEPS = 4096  # the sums of a second are one bin, rarely two
+
+
+class HostMerger:
+    """Takes the step rows of a host's ranks, and makes the host's messages.
+
+    Args:
+        host: its name.
+        world_size: ranks of the job.
+    """
+
+    def __init__(self, host: str, world_size: int) -> None:
+        self._host = host
+        self._facts = JobFacts(world_size=world_size)
+        self._index: dict[int, int] = {}
+        self._held: dict[int, Rows] = {}
+        self._new: dict[int, list[Rows]] = {}
+        self._ended: set[int] = set()
+        self._sent: frozenset[int] = frozenset()
+        self._typical: int | None = None
+        self._last_step = -1
+        self._window = StepWindow(_SLOTS)
+
+    def add(self, rank: int, data: bytes) -> None:
+        """Take new rows of `steps` of a rank, in order."""
+        self._index.setdefault(rank, len(self._index))
+        self._new.setdefault(rank, []).append(np.frombuffer(data, STEPS.dtype))
+
+    def end(self, rank: int) -> None:
+        """Record that a rank has ended."""
+        self._ended.add(rank)
+        self._window.end(self._index.setdefault(rank, len(self._index)))
+
+    def join(self, rank: int) -> None:
+        """Record that another process has begun as this rank: its steps count anew."""
+        self._ended.discard(rank)
+        self._sent -= {rank}
+        self._held.pop(rank, None)
+        self._window.clear(self._index.setdefault(rank, len(self._index)))
+
+    def flush(self, asked: Collection[int] = ()) -> HostSecond | None:
+        """Return the message about the rows since the last one; None if no rank has a step.
+
+        Args:
+            asked: ranks whose rows are wanted besides those of the chosen ones.
+        """
+        new = {rank: np.concatenate(parts) for rank, parts in self._new.items()}
+        self._new.clear()
+        self._take(new)
+        window = self._window.aligned(last=STEPS_COMPARED)
+        if not len(window.ranks):
+            return None
+
+        segments, choice = self._chosen(window)
+        far = set(self._held).difference(choice.ordinary, choice.outliers, self._ended)
+        sent = frozenset({choice.typical, *choice.outliers, *far, *(rank for rank in asked if rank in self._held)})
+        begins = sorted(sent - self._sent)
+        rows = {rank: self._rows_of(rank, new, rank in begins) for rank in sorted(sent)}
+        first_step, above_ns = self._above(window, segments, choice)
+        self._sent, self._typical = sent, choice.typical
+        return HostSecond(
+            host=self._host,
+            typical=choice.typical,
+            ordinary=choice.ordinary,
+            rows=rows,
+            begins=tuple(begins),
+            ended=tuple(sorted(self._ended)),
+            first_step=first_step,
+            above_ns=above_ns,
+            sums=_sums(new.values()),
+        )
+
+    def _take(self, new: dict[int, Rows]) -> None:
+        for rank, rows in new.items():
+            held = self._held.get(rank)
+            self._held[rank] = (rows if held is None else np.concatenate([held, rows]))[-_SLOTS:]
+
+        if new:
+            indices = np.repeat([self._index[rank] for rank in new], [len(rows) for rows in new.values()])
+            self._window.scatter(indices, np.concatenate(list(new.values())))
+
+    def _chosen(self, window: Window) -> tuple[Segments, RankChoice]:
+        """Return the own work of the host's ranks and the choice, in which ranks have their numbers in the job."""
+        rank_of = np.array(list(self._index), np.int64)
+        segments = replace(segments_of(window, self._facts), ranks=rank_of[window.ranks])
+        return segments, choose_ranks(segments, self._typical)
+
+    def _rows_of(self, rank: int, new: dict[int, Rows], begins: bool) -> bytes:
+        if begins:
+            return bytes(self._held[rank][-STEPS_COMPARED:].tobytes())
+
+        return bytes(new[rank].tobytes()) if rank in new else b""
+
+    def _above(self, window: Window, segments: Segments, choice: RankChoice) -> tuple[int, Floats]:
+        """Return the first new step, and from there on the work of the longest rank beyond the typical one."""
+        if not len(window) or len(choice.ordinary) < 2:
+            return 0, np.empty(0, np.float32)
+
+        own = segments.own
+        ordinary = np.isin(segments.ranks, choice.ordinary)
+        above = own[ordinary].max(axis=0) - own[segments.ranks == choice.typical][0]
+        after = -1 if choice.typical != self._typical else self._last_step
+        fresh = window.steps > after
+        self._last_step = int(window.steps[-1])
+        if not fresh.any():
+            return 0, np.empty(0, np.float32)
+
+        first = int(window.steps[fresh][0])
+        values = np.full(int(window.steps[-1]) - first + 1, np.nan, np.float32)
+        values[window.steps[fresh] - first] = above[fresh]
+        return first, values
+
+
+def _sums(rows: Iterable[Rows]) -> TableSums:
+    parts = list(rows)
+    if not parts:
+        return TableSums.empty(STEPS)
+
+    sums = sum_rows(STEPS.name, np.concatenate(parts))[0]
+    return sums.widened(max(_SUM_STEPS, sums.width))

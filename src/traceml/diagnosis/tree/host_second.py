@@ -1,0 +1,101 @@
+"""Message of a host about a second: rows of the chosen ranks, and exact sums of all.
+
+Rows are those of the table `steps`, unchanged, so that the receiver takes them as it takes those of a rank. The sums
+are those of the store (`database.store.summaries`): any number of them can be joined without loss, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Self
+
+import msgpack
+import numpy as np
+
+from traceml.database.schema import STEPS
+from traceml.database.store.codec import decode, encode
+from traceml.database.store.summaries import TableSums
+from traceml.diagnosis.steps.step_split import Floats
+
+__all__ = ["HostSecond"]
+
+_NS_PER_MS = np.float32(1e6)  # milliseconds in half precision reach to a minute, accurate to 0.05 %
+_BINS = TableSums.empty(STEPS).bins.dtype
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HostSecond:
+    """The message of a host about a second.
+
+    Attributes:
+        host: its name.
+        typical: the rank that stands for the ordinary ones.
+        ordinary: the ranks that it stands for, itself among them.
+        rows: rank -> its new rows of `steps`, of the typical rank, of outliers, and of ranks that were asked for.
+        begins: ranks of `rows` that are sent from now on, with their newest earlier rows.
+        ended: ranks that have ended.
+        first_step: step of the first value of `above_ns`.
+        above_ns: by step, own work of the longest of the ordinary ranks beyond that of the typical one; NaN where a
+            rank has no such step.
+        sums: sums of the new rows of all ranks, with the histogram of their step times.
+    """
+
+    host: str
+    typical: int
+    ordinary: tuple[int, ...]
+    rows: Mapping[int, bytes]
+    begins: tuple[int, ...]
+    ended: tuple[int, ...]
+    first_step: int
+    above_ns: Floats
+    sums: TableSums
+
+    def encoded(self) -> bytes:
+        """Return the message as bytes."""
+        codec, packed = encode(STEPS, b"".join(self.rows.values()))
+        bins = [list(each) for each in self.sums.bins.tolist()]  # many are zero, which is one byte
+        counts = [len(data) // STEPS.row_bytes for data in self.rows.values()]
+        message = [
+            self.host, self.typical, self.ordinary, list(self.rows), counts, self.begins, self.ended, self.first_step,
+            (self.above_ns / _NS_PER_MS).astype("<f2").tobytes(), self.sums.width,
+            bins, self.sums.levels.astype("<u2").tobytes(), int(codec), packed,
+        ]  # fmt: skip
+        return bytes(msgpack.packb(message))
+
+    @classmethod
+    def decoded(cls, data: bytes) -> Self:
+        """Reverse `encoded`.
+
+        Raises:
+            ValueError: the bytes are damaged, or of another version.
+        """
+        try:
+            return cls._of(msgpack.unpackb(data))
+        except (TypeError, ValueError, msgpack.UnpackException) as error:
+            raise ValueError(f"the message of a host cannot be read: {error}") from error
+
+    @classmethod
+    def _of(cls, message: list[Any]) -> Self:
+        host, typical, ordinary, ranks, counts, begins, ended, first, above, width, bins, levels, codec, packed = (
+            message
+        )
+        rows = memoryview(decode(codec, packed, STEPS.row_bytes))
+        edges = [0, *accumulate(count * STEPS.row_bytes for count in counts)]
+        if len(ranks) != len(counts) or edges[-1] != len(rows):
+            raise ValueError("its rows are not those of its ranks")
+
+        sums = np.array([tuple(each) for each in bins], _BINS)
+        counted = np.frombuffer(levels, "<u2").reshape(-1, 2).astype(np.int64)
+        return cls(
+            host=str(host),
+            typical=int(typical),
+            ordinary=tuple(ordinary),
+            rows={rank: bytes(rows[a:b]) for rank, (a, b) in zip(ranks, pairwise(edges), strict=True)},
+            begins=tuple(begins),
+            ended=tuple(ended),
+            first_step=int(first),
+            above_ns=np.frombuffer(above, "<f2").astype(np.float32) * _NS_PER_MS,
+            sums=TableSums(STEPS.name, int(width), sums, counted),
+        )

@@ -1,0 +1,156 @@
+"""Fabricated clusters with a fault at one level, diagnosed from all rows and from the messages of hosts.
+
+`benchmarks/tree.py` uses it with more ranks and more faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.topology.topology import Topology
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.window import StepWindow
+from traceml.diagnosis.tree.central_merger import CentralMerger
+from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
+from traceml.diagnosis.tree.host_second import HostSecond
+
+LEVELS = ("none", "rank", "host", "switch", "stage", "all")
+PARTS = ("input_wait", "h2d", "forward", "backward", "optimizer", "other")
+LAST = STEPS_COMPARED
+STEPS_PER_SECOND = 10
+Rows = Sequence[np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts of some ranks below leaf switches; stages of the model are across all hosts."""
+
+    ranks: int = 64
+    per_host: int = 8
+    hosts_per_switch: int = 2
+    stages: int = 4
+
+    @property
+    def topology(self) -> Topology:
+        """The place of each rank."""
+        ranks = range(self.ranks)
+        return Topology(
+            hosts={rank: self.host_of(rank) for rank in ranks},
+            switches={rank: (f"leaf{rank // (self.per_host * self.hosts_per_switch)}",) for rank in ranks},
+            mesh={rank: {"pp": rank % self.stages} for rank in ranks},
+        )
+
+    def host_of(self, rank: int) -> str:
+        """Return the host of a rank."""
+        return f"gpu-{rank // self.per_host:04}"
+
+    def group(self, level: str, random: np.random.Generator) -> tuple[int, ...] | None:
+        """Return the ranks of any group of a level; None for all ranks."""
+        rank = int(random.integers(self.ranks))
+        under = self.per_host * self.hosts_per_switch
+        return {
+            "rank": (rank,),
+            "host": tuple(range(rank // self.per_host * self.per_host, (rank // self.per_host + 1) * self.per_host)),
+            "switch": tuple(range(rank // under * under, (rank // under + 1) * under)),
+            "stage": tuple(range(rank % self.stages, self.ranks, self.stages)),
+        }.get(level)
+
+
+@dataclass(frozen=True)
+class FaultyRun:
+    """A run of a cluster: its rows, and the level of its fault."""
+
+    cluster: Cluster
+    rows: Rows
+    level: str
+    ranks: tuple[int, ...] | None
+    part: str
+
+
+def any_run(cluster: Cluster, seed: int, level: str | None = None, steps: int = 70) -> FaultyRun:
+    """Return a run with a fault of any size in any part of the step of some ranks."""
+    random = np.random.default_rng(seed)
+    level = level or LEVELS[seed % len(LEVELS)]
+    job = Job(
+        ranks=cluster.ranks,
+        steps=steps,
+        sigma=float(random.uniform(0.03, 0.25)),
+        comm=float(random.uniform(0.3, 3.0)),
+        callback_every=int(random.choice([1, 4])),
+    ).scaled(float(random.choice([0.5, 1.0, 6.0])))
+    ranks, part = cluster.group(level, random), str(random.choice(PARTS))
+    size = sum(job.own.values()) * float(random.choice([0.05, 0.2, 0.35, 0.6, 1.5]))
+    faults: list[Fault] = [] if level == "none" else [adds(part, size, ranks, every=int(random.choice([1, 1, 3])))]
+    return FaultyRun(cluster, rows_of(job, *faults, seed=seed), level, ranks, part)
+
+
+def flat_verdict(run: FaultyRun) -> Finding:
+    """Return the verdict from the rows of all ranks."""
+    window = StepWindow(128, run.cluster.ranks)
+    for rank, rows in enumerate(run.rows):
+        window.scatter(np.full(len(rows), rank), rows)
+
+    return diagnose(window.aligned(last=LAST), facts_of(run.cluster, window.latest.tolist()))[0]
+
+
+def tree_verdict(run: FaultyRun) -> Finding:
+    """Return the last confirmed verdict from the messages of hosts, each of which has passed as bytes."""
+    central, asked = CentralMerger(run.cluster.ranks), set[int]()
+    verdict = None
+    for seconds in messages(run, asked):
+        central.take([HostSecond.decoded(data) for data in seconds])
+        findings = central_findings(central, run.cluster)
+        verdict = findings[0] if central.is_confirmed(findings) else verdict
+        asked.clear()
+        asked |= central.wanted(findings)
+
+    assert verdict is not None
+    return verdict
+
+
+def central_findings(central: CentralMerger, cluster: Cluster) -> list[Finding]:
+    """Return the findings of what hosts have sent so far."""
+    window, facts = central.snapshot(LAST)
+    return diagnose(window, facts_of(cluster, facts.latest))
+
+
+def messages(run: FaultyRun, asked: Collection[int] = ()) -> Iterator[list[bytes]]:
+    """Yield the messages of all hosts, second by second.
+
+    Args:
+        run: the run.
+        asked: ranks whose rows are asked for; may change between the seconds.
+    """
+    cluster = run.cluster
+    mergers: dict[str, HostMerger] = {}
+    for first in range(0, len(run.rows[0]), STEPS_PER_SECOND):
+        for rank, rows in enumerate(run.rows):
+            merger = mergers.setdefault(cluster.host_of(rank), HostMerger(cluster.host_of(rank), cluster.ranks))
+            merger.add(rank, rows[first : first + STEPS_PER_SECOND].tobytes())
+
+        flushed = [merger.flush(asked) for merger in mergers.values()]
+        yield [second.encoded() for second in flushed if second is not None]
+
+
+def facts_of(cluster: Cluster, latest: Sequence[int]) -> JobFacts:
+    """Return the facts that both forms have."""
+    topology = cluster.topology
+    return JobFacts(world_size=cluster.ranks, hosts=topology.hosts, topology=topology, latest=tuple(latest))
+
+
+def is_at_limit(*findings: Finding) -> bool:
+    """Return whether a finding is at the limit of a rule: its ranks are reported from a gain of 5 % on."""
+    return any(abs(finding.speedup_if_fixed - 1.05) <= 0.01 for finding in findings if finding.ranks)
+
+
+def told(finding: Finding) -> tuple[str, tuple[int, ...], str | None, str | None]:
+    """Return kind, ranks, phase and group of a verdict."""
+    group = finding.evidence.get("rank_group") or {}
+    return str(finding.kind), finding.ranks, finding.phase, group.get("words")
