@@ -24,13 +24,14 @@ MAX_TRIALS = 1000
 """With more long steps than this, the probability is not computed: twice the expected number is enough."""
 
 
-def long_steps_blame(segments: Segments, row: int, others: NDArray[np.intp]) -> bool:
-    """Return whether nearly all long steps are of one rank."""
+def long_steps_blame(segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp]) -> bool:
+    """Return whether nearly all long steps of each rank and the others are of that rank."""
     backward = segments.parts.get("backward", np.zeros_like(segments.own))
     counts = _counts(segments, segments.own - backward, others)
     counts = counts + _counts(segments, backward[:, segments.measured], others)
-    hits = int(counts[row])
-    return chance_of(hits, hits + int(counts[others].sum()), 1 / (len(others) + 1)) < MAX_P_VALUE
+    of_others, share = int(counts[others].sum()), 1 / (len(others) + 1)
+    # Of thousands of ranks most have the same number.
+    return all(chance_of(hits, hits + of_others, share) < MAX_P_VALUE for hits in set(counts[rows].tolist()))
 
 
 def _counts(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:

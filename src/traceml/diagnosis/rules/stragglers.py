@@ -54,6 +54,9 @@ SIMILAR_MIN_Z_SCORE = 2.0
 LACKING_SHARE = 0.15
 """A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
+MANY_ROWS = 64
+"""More late ranks than this are judged one by one only if they are no group: a stage has thousands."""
+
 _BATCHES = 8
 _MIN_MEASURED = 20
 
@@ -147,6 +150,11 @@ def _late_groups(
     # All other ranks must be clearly apart from the late ones.
     if not len(rows) or float(excess.min()) < MIN_EXCESS_RATIO * max(spread, 0.0):
         return []
+
+    if len(rows) > MANY_ROWS:
+        together = _one_group(segments, facts, rows, others, reference, {})
+        if together is not None:
+            return [together]
 
     causes: dict[tuple[str, bool], list[int]] = {}
     for row in rows.tolist():
@@ -273,7 +281,7 @@ def _is_significant(
     if errors >= needed:
         return True
 
-    return errors >= MIN_Z_SCORE_OF_LONG and all(long_steps_blame(segments, row, others) for row in rows.tolist())
+    return errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(segments, rows, others)
 
 
 def _measured_steps(segments: Segments, part: str, values: Floats) -> Floats:
