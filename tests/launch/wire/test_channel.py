@@ -221,6 +221,27 @@ def test_noise_before_the_greeting_is_kept_apart(pair: Pair) -> None:
     assert messages == [{"t": "hello"}]
 
 
+def test_an_opening_is_made_when_it_is_written_and_comes_first() -> None:
+    """It costs nothing until the channel is flushed; messages that were sent before are behind it."""
+    reading, writing = os.pipe()
+    channel = Channel(os.dup(reading), writing, side="launcher")
+    made: list[bytes] = []
+
+    def make() -> bytes:
+        made.append(b"program")
+        return made[-1]
+
+    channel.send("hello")
+    channel.open_with(make)
+    assert (made, channel.wants_write) == ([], True)
+
+    channel.flush()
+    assert (made, channel.wants_write) == ([b"program"], False)
+    assert os.read(reading, 100).startswith(b"program")
+    channel.close()
+    os.close(reading)
+
+
 def test_endless_noise_is_no_agent() -> None:
     """A program that only prints is not waited for until memory ends."""
     read, write = os.pipe()

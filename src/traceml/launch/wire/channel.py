@@ -91,6 +91,7 @@ class Channel:
         self._checked_s = time.monotonic()
         self._quiet_s = self._asked_s = 0.0
         # outgoing
+        self._opening: Callable[[], bytes] | None = None
         self._urgent: deque[bytes | memoryview] = deque()
         self._leaving: deque[bytes | memoryview] = deque()
         self._outgoing: dict[int, OutgoingStream] = {}
@@ -113,7 +114,7 @@ class Channel:
     @property
     def wants_write(self) -> bool:
         """Whether `flush` has something to do once `write_fd` is writable."""
-        return bool(self._urgent or self._leaving or self._ready)
+        return bool(self._opening or self._urgent or self._leaving or self._ready)
 
     def send(self, t: str, **fields: Any) -> None:
         """Queue the message `t`; it goes before all streams.
@@ -136,6 +137,10 @@ class Channel:
     def send_raw(self, data: bytes | memoryview) -> None:
         """Queue bytes that precede the first frame."""
         self._urgent.append(data)
+
+    def open_with(self, make: Callable[[], bytes]) -> None:
+        """Queue bytes that precede everything else; they are made when they are written."""
+        self._opening = make
 
     def open_stream(self, **about: Any) -> OutgoingStream:
         """Open a stream; a message `stream` announces its `id` and `about`."""
@@ -167,6 +172,10 @@ class Channel:
 
     def _gather(self, drained: dict[int, OutgoingStream]) -> bool:
         """Move the next frames to the output queue; return whether there are any."""
+        if self._opening is not None:
+            opening, self._opening = self._opening(), None
+            self._leaving.append(opening)
+
         size = 0
         while self._urgent and size < CHUNK_BYTES:
             size += len(self._urgent[0])

@@ -137,7 +137,8 @@ class AgentConnection:
         _connections.add(self)
         self.channel = Channel(outer_out, outer_in, side="launcher", name=spec.name, greeting=True)
         _log.debug("%s: agent started by %s, pid %d", spec.name, spec.transport, self._process.pid)
-        self.channel.send_raw(bootstrap.remote_program() if bundled else bootstrap.local_program())
+        # made when it is written: packing it takes as long as half a connection, which begins on all hosts meanwhile
+        self.channel.open_with(bootstrap.remote_program if bundled else bootstrap.local_program)
 
     def __repr__(self) -> str:
         pid = self._process.pid
