@@ -141,6 +141,9 @@ part = sys.argv[2]
 if part == "noop":
     rates, cpus = zip(*(noop() for _ in range(3)))
     found = {"noop_per_s": statistics.median(rates), "noop_cpu_us": statistics.median(cpus)}
+    if which == "traceml":
+        gc.disable()
+        found["noop_cpu_without_gc_us"] = statistics.median(noop()[1] for _ in range(3))
 elif part == "work":
     found = {"share_of_ideal": share_of_ideal(), "round_trip_us": round_trip()}
     if which == "traceml":
