@@ -6,11 +6,13 @@ Python are at the functions that they time. Both forms give the same rows.
 
 from __future__ import annotations
 
+from _thread import get_ident
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.schema import MICRO_BATCHES_MASK, STEPS, Slot, StepFlag, pack_bits
+from traceml.clock import monotonic_ns
+from traceml.database.schema import MICRO_BATCHES_MASK, STEPS, Phase, Slot, StepFlag, pack_bits
 from traceml.instrument.accumulator import (
     CHECK_FORWARD,
     NOT_READY,
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CellClock", "new_clock"]
 
-_STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
+_INPUT_WAIT, _USER = int(Phase.INPUT_WAIT), int(Phase.USER)
+_STEP_START, _STEP, _USER_NAME = int(Slot.STEP_START), int(Slot.STEP), int(Slot.USER_NAME)
 _NO_LOADER_BITS = pack_bits(0, int(StepFlag.NO_LOADER))
 # Columns of a usual step, whose other columns are 0.
 _USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
@@ -105,6 +108,44 @@ class CellClock(StepClock):
         self.cells, self.bind = hot.by_name, hot.bind
         super().__init__(flight, listener, thread=thread)
         self.commit = _make_commit(self)
+
+    def enter_user(self, phase: Any, bucket: int, name_id: int) -> None:
+        """Begin a user phase."""
+        try:
+            previous = self.current
+            if previous == _INPUT_WAIT or self.thread != get_ident():
+                return
+
+            t = monotonic_ns()
+            self.open_user_phases.append([phase, previous, t])
+            self.current = bucket
+            self.rare_times[bucket + 1] += 1
+            self.dirty = True
+            self.open_slots[_USER_NAME] = name_id
+            self.open_slots[_USER] = t
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
+
+    def leave_user(self, phase: Any, bucket: int) -> None:  # noqa: ARG002 - the form in C needs it
+        """End a user phase that is open, and those that began inside it."""
+        try:
+            stack = self.open_user_phases
+            if self.thread != get_ident() or not any(entry[0] is phase for entry in stack):
+                return
+
+            t = monotonic_ns()
+            while True:  # phases of generators and coroutines may end in any order
+                ended, previous, start = stack.pop()
+                self.add(ended.bucket, t - start)
+                self.add(previous, start - t)
+                self.current = previous
+                if ended is phase:
+                    break
+
+            self.open_slots[_USER_NAME] = stack[-1][0].name_id if stack else 0
+            self.open_slots[_USER] = stack[-1][2] if stack else 0
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
 
 
 def _make_commit(clock: CellClock) -> Callable[[int], None]:

@@ -144,8 +144,10 @@ def _native_timer(
     def slow(*args: Any, **kwargs: Any) -> Any:
         return _nested_call(timed, clock, measure, args, kwargs)
 
+    inner = timed.inner
+    original = timed.impl if inner is None else inner
     hook: Callable[..., Any] = make_hook(
-        clock, _FORWARD, timed.impl, slow, measure, timed.module, Tensor, is_grad_enabled
+        clock, _FORWARD, original, slow, measure, timed.module, Tensor, is_grad_enabled, inner is None
     )
     hook.timed = timed  # type: ignore[attr-defined]
     return hook

@@ -11,9 +11,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar
 
-from traceml.clock import monotonic_ns
 from traceml.database.flight.journaled import NameTable
-from traceml.database.schema import Phase, Slot
 from traceml.instrument.accumulator import FIRST_USER
 from traceml.instrument.step_clock import StepClock
 
@@ -22,7 +20,6 @@ __all__ = ["StepBlock", "UserPhase", "UserPhases", "traced"]
 F = TypeVar("F", bound=Callable[..., Any])
 _MAX_NAMES = 256
 _MORE = "(more phases)"
-_INPUT_WAIT, _USER, _USER_NAME = int(Phase.INPUT_WAIT), int(Phase.USER), int(Slot.USER_NAME)
 
 
 class UserPhase:
@@ -34,46 +31,13 @@ class UserPhase:
         self._clock, self.bucket, self.name_id = clock, bucket, name_id
 
     def __enter__(self) -> UserPhase:
-        clock = self._clock
-        try:
-            previous = clock.current
-            if previous == _INPUT_WAIT or clock.thread != get_ident():
-                return self
-
-            t = monotonic_ns()
-            clock.open_user_phases.append([self, previous, t])
-            clock.current = self.bucket
-            clock.rare_times[self.bucket + 1] += 1
-            clock.dirty = True
-            clock.open_slots[_USER_NAME] = self.name_id
-            clock.open_slots[_USER] = t
-        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            clock.fail(error)
-
+        self._clock.enter_user(self, self.bucket, self.name_id)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        clock = self._clock
-        try:
-            stack = clock.open_user_phases
-            if clock.thread != get_ident() or not any(entry[0] is self for entry in stack):
-                return
-
-            t = monotonic_ns()
-            while True:  # phases of generators and coroutines may end in any order
-                phase, previous, start = stack.pop()
-                clock.add(phase.bucket, t - start)
-                clock.add(previous, start - t)
-                clock.current = previous
-                if phase is self:
-                    break
-
-            clock.open_slots[_USER_NAME] = stack[-1][0].name_id if stack else 0
-            clock.open_slots[_USER] = stack[-1][2] if stack else 0
-        except Exception as failure:  # noqa: BLE001 - fail open: the clock counts and logs it
-            clock.fail(failure)
+        self._clock.leave_user(self, self.bucket)
 
 
 class UserPhases:

@@ -15,10 +15,10 @@ from torch import nn
 
 from tests.instrument.conftest import Traced
 from traceml.database.flight.flight import FlightFile
-from traceml.instrument import accumulator, backward, forward, install, loader, optimizer, step_clock, user
+from traceml.instrument import accumulator, backward, clock_forms, forward, install, loader, optimizer, step_clock
 from traceml.instrument.native.extension import extension, use_time
 
-_CLOCKED = (accumulator, backward, forward, loader, optimizer, step_clock, user)
+_CLOCKED = (accumulator, backward, clock_forms, forward, loader, optimizer, step_clock)
 _TABLES = ("steps", "evals", "epochs", "user_phases", "fingerprints")
 _EVENTS = 400
 
@@ -47,7 +47,16 @@ class Loop:
 
     def run(self) -> None:
         usual: list[Callable[[], None]] = [self.next_batch, self.forward, self.backward, self.step]
-        rare = [self.evaluate, self.phase, self.collective, self.accumulate, self.other, self.block, self.failing]
+        rare = [
+            self.evaluate,
+            self.phase,
+            self.crossed_phases,
+            self.collective,
+            self.accumulate,
+            self.other,
+            self.block,
+            self.failing,
+        ]
         has_loader = self.chance.random() < 0.7
         self.one = 0 if self.chance.random() < 0.7 else None
         while self.chance.random() > 1 / _EVENTS:
@@ -91,6 +100,15 @@ class Loop:
     def phase(self) -> None:
         with self.traced.instrumentation.phase(self.chance.choice("ab")):
             self.chance.choice([self.forward, self.backward, self.other])()
+
+    def crossed_phases(self) -> None:
+        """Phases as generators leave them: the outer one ends first, then the inner one, which has ended with it."""
+        outer, inner = (self.traced.instrumentation.phase(name) for name in self.chance.sample("abc", 2))
+        outer.__enter__()
+        inner.__enter__()
+        self.chance.choice([self.forward, self.other])()
+        outer.__exit__(None, None, None)
+        inner.__exit__(None, None, None)
 
     def collective(self) -> None:
         clock = self.traced.instrumentation.clock

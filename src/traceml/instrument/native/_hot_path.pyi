@@ -40,6 +40,7 @@ class HotFields:
     usual_loader: Any
     input_shape: Any
     rare_times: list[int]
+    open_user_phases: list[list[Any]]
     commit: Callable[[int], None]
 
     def connect(
@@ -53,11 +54,14 @@ class HotFields:
     def enter(self, phase: int) -> tuple[int, int] | None: ...
     def leave(self, phase: int, began: tuple[int, int]) -> None: ...
     def cancel(self, phase: int, began: tuple[int, int]) -> None: ...
+    def enter_user(self, phase: Any, bucket: int, name_id: int) -> None: ...
+    def leave_user(self, phase: Any, bucket: int) -> None: ...
 
 class Hook:
     kind: int
     original: Callable[..., Any]
     module: Any
+    passes_module: bool
 
     def __new__(
         cls,
@@ -69,6 +73,7 @@ class Hook:
         module: Any = None,
         tensor_type: type[Any] | None = None,
         is_grad_enabled: Callable[[], bool] | None = None,
+        passes_module: bool = True,
     ) -> Self: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
     def __getattr__(self, name: str) -> Any: ...

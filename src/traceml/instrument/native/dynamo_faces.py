@@ -22,7 +22,7 @@ def __call__(hook: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - name 
     """Call the original; outside dynamo, where code calls this by its name, the slot."""
     if not is_dynamo_compiling():
         return hook(*args, **kwargs)
-    if hook.kind == _FORWARD:
+    if hook.kind == _FORWARD and hook.passes_module:
         return hook.original(hook.module(), *args, **kwargs)
 
     return hook.original(*args, **kwargs)

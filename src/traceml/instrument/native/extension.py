@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["extension", "show_torch", "use_time"]
 
 _LAYOUT = (
-    *(int(phase) for phase in (Phase.INPUT_WAIT, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)),
+    *(int(phase) for phase in (Phase.INPUT_WAIT, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.USER)),
     len(Phase),
-    int(Slot.STEP_START),
-    int(Slot.STEP),
+    *(int(slot) for slot in (Slot.STEP_START, Slot.STEP, Slot.USER_NAME)),
     STEPS.row_bytes,
 )
 _NAME = "traceml.instrument.native._hot_path"

@@ -1,43 +1,18 @@
 /* Hooks: callables that time a call of the training loop. Each has the usual path of its phase; in every other case it
  * calls `slow`, a Python function, with the same arguments. */
-#include "hot_path.h"
+#include "hook.h"
 
 #include <stddef.h>
 
-#define MOST_ON_STACK 8
+static PyObject *method_type, *tag_name;
 
-typedef struct {
-    PyObject_HEAD
-    PyObject *(*vectorcall)(PyObject *, PyObject *const *, size_t, PyObject *);
-    HotFields *hot;
-    int kind; /* the phase */
-    PyObject *original, *slow, *helper, *module, *tensor_type, *is_grad_enabled;
-    PyObject *dict, *weakrefs;
-} Hook;
+/* ---- outside of the usual path ---- */
 
-static PyObject *method_type, *shape_name, *tag_name, *trains_names;
-
-static inline Py_ssize_t count_of(size_t nargsf) { return (Py_ssize_t)(nargsf & ~ARGUMENTS_OFFSET); }
-
-static inline int is_unusual(HotFields *hot) { return hot->current != OTHER || !is_training_thread(hot); }
-
-static int begin_phase(HotFields *hot, int phase, long long t) {
-    hot->current = phase;
-    return set_word(hot, phase, t);
+PyObject *call_slow(Hook *hook, PyObject *const *args, size_t nargsf, PyObject *names) {
+    return PyObject_Vectorcall(hook->slow, args, nargsf, names);
 }
 
-static int book(HotFields *hot, int phase, long long *bucket, long long start, long long *spent) {
-    long long now;
-    if (read_clock(&now)) return -1;
-
-    *spent = now - start;
-    *bucket += *spent;
-    hot->current = OTHER;
-    return set_word(hot, phase, 0);
-}
-
-/* Hooks in C have no frame in the traceback, from which the phase of an exception is read elsewhere. */
-static void note_failure(HotFields *hot, int phase) {
+void note_failure(HotFields *hot, int phase) {
     if (PyErr_ExceptionMatches(PyExc_StopIteration)) return; /* of each epoch; its id is soon another object's */
 
     PyObject *kind, *error, *traceback;
@@ -48,15 +23,7 @@ static void note_failure(HotFields *hot, int phase) {
     PyErr_Restore(kind, error, traceback);
 }
 
-/* End a phase after a call with this result, whose exception stays set. Returns 1 if it was booked, 0 after an error of
- * ours, -1 with an exception that is not ours. */
-static int end_phase(HotFields *hot, PyObject *result, int phase, long long *bucket, long long start, long long *spent) {
-    if (!result) note_failure(hot, phase);
-    if (is_plain(hot)) {
-        book(hot, phase, bucket, start, spent);
-        return 1;
-    }
-
+int end_watched(HotFields *hot, PyObject *result, int phase, long long *bucket, long long start, long long *spent) {
     PyObject *kind = NULL, *error = NULL, *traceback = NULL;
     if (!result) PyErr_Fetch(&kind, &error, &traceback);
     int status = book(hot, phase, bucket, start, spent) ? fail_open(hot) : 1;
@@ -64,106 +31,11 @@ static int end_phase(HotFields *hot, PyObject *result, int phase, long long *buc
     return status;
 }
 
-static PyObject *checked(PyObject *result, int status) {
-    if (status >= 0) return result;
-
-    Py_XDECREF(result);
-    return NULL;
-}
-
-/* ---- forward ---- */
-
-static PyObject *call_with(PyObject *function, PyObject *first, PyObject *const *args, Py_ssize_t n, PyObject *names) {
-    Py_ssize_t all = n + (names ? PyTuple_Size(names) : 0);
-    PyObject *on_stack[MOST_ON_STACK + 2];
-    PyObject **values = all <= MOST_ON_STACK ? on_stack : PyMem_Malloc((size_t)(all + 2) * sizeof *values);
-    if (!values) return PyErr_NoMemory();
-
-    values[1] = first;
-    memcpy(values + 2, args, (size_t)all * sizeof *values);
-    PyObject *result = PyObject_Vectorcall(function, values + 1, (size_t)(n + 1) | ARGUMENTS_OFFSET, names);
-    if (values != on_stack) PyMem_Free(values);
-    return result;
-}
-
-static int measure(Hook *hook, PyObject *module, PyObject *const *args, Py_ssize_t n, PyObject *names) {
-    PyObject *positional = PyTuple_New(n), *keywords = PyDict_New(), *result = NULL;
-    int status = positional && keywords ? 0 : -1;
-    for (Py_ssize_t i = 0; !status && i < n; i++) {
-        Py_INCREF(args[i]);
-        status = PyTuple_SetItem(positional, i, args[i]);
-    }
-
-    for (Py_ssize_t i = 0; !status && names && i < PyTuple_Size(names); i++)
-        status = PyDict_SetItem(keywords, PyTuple_GetItem(names, i), args[n + i]);
-
-    if (!status) result = PyObject_CallFunctionObjArgs(hook->helper, positional, keywords, module, NULL);
-    Py_XDECREF(positional);
-    Py_XDECREF(keywords);
-    Py_XDECREF(result);
-    return result ? 0 : -1;
-}
-
-/* Whether the first argument has the shape of the forward before; -1 with an exception. */
-static int has_known_shape(Hook *hook, PyObject *const *args, Py_ssize_t n) {
-    if (!n || (PyObject *)Py_TYPE(args[0]) != hook->tensor_type) return 0;
-
-    PyObject *shape = PyObject_GetAttr(args[0], shape_name);
-    int is_equal = shape ? PyObject_RichCompareBool(shape, none_for_null(hook->hot->input_shape), Py_EQ) : -1;
-    Py_XDECREF(shape);
-    return is_equal;
-}
-
-static int forward_begins(Hook *hook, long long t, PyObject *trains) {
-    PyObject *method = PyObject_GetAttrString((PyObject *)hook->hot, "forward_begins"), *number = PyLong_FromLongLong(t);
-    PyObject *values[] = {number, hook->module, trains}, *result = NULL;
-    if (method && number) result = PyObject_Vectorcall(method, values, 2, trains_names);
-    Py_XDECREF(method);
-    Py_XDECREF(number);
-    Py_XDECREF(result);
-    return result ? 0 : -1;
-}
-
-static int begin_forward(Hook *hook, PyObject *module, PyObject *const *args, Py_ssize_t n, PyObject *names,
-                         long long *t) {
-    HotFields *hot = hook->hot;
-    int is_known = has_known_shape(hook, args, n);
-    if (is_known < 0 || (!is_known && measure(hook, module, args, n, names)) || read_clock(t)) return -1;
-
-    PyObject *trains = PyObject_Vectorcall(hook->is_grad_enabled, NULL, 0, NULL);
-    if (!trains) return -1;
-
-    Py_DECREF(trains); /* one of two constants */
-    int status = 0;
-    if (trains == Py_False || hot->closes_at == hot->check_forward)
-        status = forward_begins(hook, *t, trains == Py_False ? Py_False : Py_True);
-    else if (hot->closes_at == hot->on_forward)
-        status = commit_step(hot, *t);
-
-    return status ? -1 : begin_phase(hot, FORWARD, *t);
-}
-
-static PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
-    Hook *hook = (Hook *)self;
-    HotFields *hot = hook->hot;
-    if (is_unusual(hot)) return PyObject_Vectorcall(hook->slow, args, nargsf, names);
-
-    Py_ssize_t n = count_of(nargsf);
-    PyObject *module = PyObject_Vectorcall(hook->module, NULL, 0, NULL), *result = NULL;
-    long long t, spent;
-    int failed = module ? begin_forward(hook, module, args, n, names, &t) : -1;
-    if (!failed || !fail_open(hot)) result = call_with(hook->original, none_for_null(module), args, n, names);
-    else failed = 1;
-
-    Py_XDECREF(module);
-    return failed ? result : checked(result, end_phase(hot, result, FORWARD, &hot->forward_ns, t, &spent));
-}
-
 /* ---- backward ---- */
 
-static int begin_backward(Hook *hook, PyObject *tensors, long long *t) {
+static inline int begin_backward(Hook *hook, PyObject *tensors, long long *t) {
     HotFields *hot = hook->hot;
-    if (!(hot->rows & hot->loss_mask)) {
+    if (!LIKELY(hot->rows & hot->loss_mask)) {
         PyObject *result = PyObject_Vectorcall(hook->helper, &tensors, 1, NULL);
         Py_XDECREF(result);
         if (!result) return -1;
@@ -175,11 +47,12 @@ static int begin_backward(Hook *hook, PyObject *tensors, long long *t) {
 static PyObject *call_backward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
-    if (hot->detail || !count_of(nargsf) || is_unusual(hot)) return PyObject_Vectorcall(hook->slow, args, nargsf, names);
+    if (!LIKELY(!hot->detail && count_of(nargsf) && is_usual(hot)))
+        return call_slow(hook, args, nargsf, names);
 
     long long t, spent;
     int failed = begin_backward(hook, args[0], &t);
-    if (failed && fail_open(hot)) return NULL;
+    if (!LIKELY(!failed) && fail_open(hot)) return NULL;
 
     PyObject *result = PyObject_Vectorcall(hook->original, args, nargsf, names);
     if (failed) return result;
@@ -200,13 +73,13 @@ static PyObject *call_step(PyObject *self, PyObject *const *args, size_t nargsf,
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
     long long ident = count_of(nargsf) ? (long long)(intptr_t)args[0] : 0;
-    if (hot->attempt || ident != hot->last_optimizer || !ident
-        || none_for_null(hot->first_loader) != none_for_null(hot->usual_loader) || is_unusual(hot))
-        return PyObject_Vectorcall(hook->slow, args, nargsf, names);
+    if (!LIKELY(!hot->attempt && ident == hot->last_optimizer && ident
+                && none_for_null(hot->first_loader) == none_for_null(hot->usual_loader) && is_usual(hot)))
+        return call_slow(hook, args, nargsf, names);
 
     long long t, spent;
     int failed = read_clock(&t) ? -1 : begin_phase(hot, OPTIMIZER, t);
-    if (failed && fail_open(hot)) return NULL;
+    if (!LIKELY(!failed) && fail_open(hot)) return NULL;
 
     PyObject *result = PyObject_Vectorcall(hook->original, args, nargsf, names);
     if (result) {
@@ -219,14 +92,14 @@ static PyObject *call_step(PyObject *self, PyObject *const *args, size_t nargsf,
 
 /* ---- next batch of a loader ---- */
 
-static int begin_wait(HotFields *hot, PyObject *loader, long long *t) {
+static inline int begin_wait(HotFields *hot, PyObject *loader, long long *t) {
     if (read_clock(t)) return -1;
 
     int status = loader == hot->closes_at ? commit_step(hot, *t) : call_method(hot, "boundary", *t, loader);
     return status ? -1 : begin_phase(hot, INPUT_WAIT, *t);
 }
 
-static int note_batch(Hook *hook, PyObject *loader, PyObject *batch) {
+static inline int note_batch(Hook *hook, PyObject *loader, PyObject *batch) {
     HotFields *hot = hook->hot;
     hot->batches++;
     if (none_for_null(hot->batch) == Py_None) {
@@ -242,7 +115,7 @@ static int note_batch(Hook *hook, PyObject *loader, PyObject *batch) {
 }
 
 /* The clock's `exhausted(loader, drain_ns)`, while the exception of the loader stays set. */
-static int note_end(HotFields *hot, PyObject *loader, long long spent) {
+COLD static int note_end(HotFields *hot, PyObject *loader, long long spent) {
     PyObject *kind, *error, *traceback;
     PyErr_Fetch(&kind, &error, &traceback);
     PyObject *result = PyObject_CallMethod((PyObject *)hot, "exhausted", "OL", loader, spent);
@@ -256,7 +129,7 @@ static int note_end(HotFields *hot, PyObject *loader, long long spent) {
 static PyObject *call_next(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
-    if (count_of(nargsf) != 1 || is_unusual(hot)) return PyObject_Vectorcall(hook->slow, args, nargsf, names);
+    if (!LIKELY(count_of(nargsf) == 1 && is_usual(hot))) return call_slow(hook, args, nargsf, names);
 
     PyObject *loader = PyObject_GetAttr(args[0], tag_name);
     if (!loader) return NULL;
@@ -264,7 +137,7 @@ static PyObject *call_next(PyObject *self, PyObject *const *args, size_t nargsf,
     long long t, spent;
     int failed = begin_wait(hot, loader, &t), status = 0;
     PyObject *result = NULL;
-    if (!failed || !fail_open(hot)) result = PyObject_Vectorcall(hook->original, args, nargsf, names);
+    if (LIKELY(!failed) || !fail_open(hot)) result = PyObject_Vectorcall(hook->original, args, nargsf, names);
     else failed = 1;
 
     if (!failed) status = end_phase(hot, result, INPUT_WAIT, &hot->input_ns, t, &spent);
@@ -275,26 +148,29 @@ static PyObject *call_next(PyObject *self, PyObject *const *args, size_t nargsf,
 
 /* ---- the type ---- */
 
+static PyObject *(*call_of(const Hook *hook))(PyObject *, PyObject *const *, size_t, PyObject *) {
+    switch (hook->kind) {
+    case FORWARD: return hook->get_shape ? call_forward : NULL;
+    case BACKWARD: return hook->helper ? call_backward : NULL;
+    case OPTIMIZER: return call_step;
+    case INPUT_WAIT: return hook->helper ? call_next : NULL;
+    default: return NULL;
+    }
+}
+
 static PyObject *hook_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     PyObject *hot, *original, *slow, *helper = NULL, *module = NULL, *tensor_type = NULL, *is_grad_enabled = NULL;
-    int kind;
+    int kind, passes_module = 1;
     if ((kwargs && PyDict_Size(kwargs))
-        || !PyArg_ParseTuple(args, "O!iOO|OOOO:Hook", hot_fields_type, &hot, &kind, &original, &slow, &helper, &module,
-                             &tensor_type, &is_grad_enabled))
+        || !PyArg_ParseTuple(args, "O!iOO|OOOOp:Hook", hot_fields_type, &hot, &kind, &original, &slow, &helper, &module,
+                             &tensor_type, &is_grad_enabled, &passes_module))
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "Hook takes no keyword arguments");
 
     Hook *hook = (Hook *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!hook) return NULL;
 
-    switch (kind) {
-    case FORWARD: hook->vectorcall = is_grad_enabled ? call_forward : NULL; break;
-    case BACKWARD: hook->vectorcall = helper ? call_backward : NULL; break;
-    case OPTIMIZER: hook->vectorcall = call_step; break;
-    case INPUT_WAIT: hook->vectorcall = helper ? call_next : NULL; break;
-    default: break;
-    }
-
     hook->kind = kind;
+    hook->passes_module = (char)passes_module;
     assign((PyObject **)&hook->hot, hot);
     assign(&hook->original, original);
     assign(&hook->slow, slow);
@@ -302,10 +178,12 @@ static PyObject *hook_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     assign(&hook->module, module);
     assign(&hook->tensor_type, tensor_type);
     assign(&hook->is_grad_enabled, is_grad_enabled);
+    int failed = is_grad_enabled && prepare_forward(hook);
+    hook->vectorcall = failed ? NULL : call_of(hook);
     if (hook->vectorcall) return (PyObject *)hook;
 
     Py_DECREF(hook);
-    return PyErr_Format(PyExc_ValueError, "no hook for phase %d with these arguments", kind);
+    return failed ? NULL : PyErr_Format(PyExc_ValueError, "no hook for phase %d with these arguments", kind);
 }
 
 /* Like a function: `optimizer.step` is a bound method. */
@@ -318,7 +196,7 @@ static PyObject *hook_get(PyObject *self, PyObject *object, PyObject *type) {
 }
 
 #define EACH_OBJECT(DO) \
-    DO(hot) DO(original) DO(slow) DO(helper) DO(module) DO(tensor_type) DO(is_grad_enabled) DO(dict)
+    DO(hot) DO(original) DO(slow) DO(helper) DO(module) DO(tensor_type) DO(is_grad_enabled) DO(shape) DO(dict)
 
 static int hook_traverse(PyObject *self, visitproc visit, void *arg) {
     Hook *hook = (Hook *)self;
@@ -354,6 +232,7 @@ static PyMemberDef members[] = {
     {"kind", T_INT, offsetof(Hook, kind), READONLY, NULL},
     {"original", T_OBJECT, offsetof(Hook, original), READONLY, NULL},
     {"module", T_OBJECT, offsetof(Hook, module), READONLY, NULL},
+    {"passes_module", T_BOOL, offsetof(Hook, passes_module), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -374,8 +253,6 @@ PyTypeObject *make_hook_type(void) {
     PyObject *types = PyImport_ImportModule("types");
     method_type = types ? PyObject_GetAttrString(types, "MethodType") : NULL;
     Py_XDECREF(types);
-    shape_name = PyUnicode_InternFromString("shape");
     tag_name = PyUnicode_InternFromString("_traceml_loader");
-    trains_names = Py_BuildValue("(s)", "trains");
-    return method_type && shape_name && tag_name && trains_names ? (PyTypeObject *)PyType_FromSpec(&spec) : NULL;
+    return method_type && tag_name ? (PyTypeObject *)PyType_FromSpec(&spec) : NULL;
 }

@@ -1,11 +1,10 @@
-/* Fields of the open step, the usual end of a step, and the begin and end of phases. */
+/* Fields of the open step, and the usual end of a step. */
 #include "hot_path.h"
 
 #include <stddef.h>
-#include <time.h>
 
 PyTypeObject *hot_fields_type;
-static PyObject *time_source; /* for tests: replaces the clock */
+PyObject *time_source;
 
 PyObject *use_time(PyObject *module, PyObject *source) {
     (void)module;
@@ -13,28 +12,14 @@ PyObject *use_time(PyObject *module, PyObject *source) {
     return new_none();
 }
 
-int is_plain(const HotFields *hot) { return !time_source && hot->open_slots == hot->mapped_slots && hot->words; }
-
-int read_clock(long long *now) {
-    if (!time_source) {
-        struct timespec time;
-        clock_gettime(CLOCK_MONOTONIC, &time);
-        *now = time.tv_sec * 1000000000LL + time.tv_nsec;
-        return 0;
-    }
-
+int read_source(long long *now) {
     PyObject *number = PyObject_CallNoArgs(time_source);
     *now = number ? PyLong_AsLongLong(number) : -1;
     Py_XDECREF(number);
     return *now == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
-int set_word(HotFields *hot, int index, long long value) {
-    if (hot->open_slots == hot->mapped_slots && hot->words) {
-        hot->words[index] = value;
-        return 0;
-    }
-
+int set_item(HotFields *hot, int index, long long value) {
     PyObject *key = PyLong_FromLong(index), *number = PyLong_FromLongLong(value);
     int status = key && number ? PyObject_SetItem(none_for_null(hot->open_slots), key, number) : -1;
     Py_XDECREF(key);
@@ -66,8 +51,7 @@ int fail_open(HotFields *hot) {
 }
 
 /* A thread to which the training moved with its context counts too: see `on_training_thread`. */
-int is_training_thread(HotFields *hot) {
-    if (hot->thread == PyThread_get_thread_ident()) return 1;
+int is_in_context(HotFields *hot) {
     if (!hot->thread || !hot->in_context) return 0;
 
     PyObject *token = PyObject_CallNoArgs(hot->in_context);
@@ -79,18 +63,27 @@ int is_training_thread(HotFields *hot) {
 
 /* ---- the end of a step ---- */
 
-static void write_row(HotFields *hot, long long t, long long bits) {
-    long long *row = (long long *)(hot->first_row + (hot->rows & hot->mask) * (long long)(COLUMNS * sizeof(long long)));
-    const long long values[COLUMNS] = {
-        hot->rows + hot->before, t, t - hot->seg_start, hot->input_ns, 0, hot->forward_ns, hot->backward_ns,
-        hot->optimizer_ns, 0, 0, 0, -1, hot->elements, hot->samples, bits,
-    };
-    memcpy(row, values, sizeof values);
+/* Values go straight to the row: a copy of an array waits for all stores before it, also those that missed the cache. */
+static inline void write_row(HotFields *hot, long long t, long long bits) {
+    long long *row = hot->first_row + (hot->rows & hot->mask) * COLUMNS;
+    row[0] = hot->rows + hot->before;
+    row[1] = t;
+    row[2] = t - hot->seg_start;
+    row[3] = hot->input_ns;
+    row[4] = 0;
+    row[5] = hot->forward_ns;
+    row[6] = hot->backward_ns;
+    row[7] = hot->optimizer_ns;
+    row[8] = row[9] = row[10] = 0;
+    row[11] = -1;
+    row[12] = hot->elements;
+    row[13] = hot->samples;
+    row[14] = bits;
     hot->rows++;
     __atomic_store_n(hot->count, hot->rows, __ATOMIC_RELEASE); /* the row first, the counter afterwards */
 }
 
-static int upkeep(HotFields *hot) {
+COLD static int upkeep(HotFields *hot) {
     PyObject *listener = PyObject_GetAttrString((PyObject *)hot, "listener");
     PyObject *result = listener ? PyObject_CallMethod(listener, "upkeep", "LL", hot->forward_ns, hot->backwards) : NULL;
     Py_XDECREF(listener);
@@ -99,7 +92,7 @@ static int upkeep(HotFields *hot) {
 }
 
 int commit_step(HotFields *hot, long long t) {
-    if (hot->dirty || (hot->backwards > hot->batches && hot->batches > 0) || !hot->count)
+    if (!LIKELY(!hot->dirty && !(hot->batches > 0 && hot->backwards > hot->batches) && hot->count))
         return call_method(hot, "commit_slow", t, NULL);
 
     long long n = hot->rows, bits;
@@ -118,7 +111,7 @@ int commit_step(HotFields *hot, long long t) {
 
     assign(&hot->closes_at, hot->not_ready);
     hot->attempt = hot->failure = 0;
-    if (!(n & hot->upkeep_mask) && upkeep(hot)) return -1;
+    if (!LIKELY(n & hot->upkeep_mask) && upkeep(hot)) return -1;
 
     hot->input_ns = hot->forward_ns = hot->backward_ns = hot->optimizer_ns = 0;
     hot->backwards = hot->samples = hot->elements = 0;
@@ -132,83 +125,11 @@ static PyObject *method_commit(PyObject *self, PyObject *time) {
     return new_none();
 }
 
-/* ---- phases ---- */
-
-static int add_rare(HotFields *hot, long long bucket, long long ns) {
-    PyObject *times = none_for_null(hot->rare_times), *before = PyList_GetItem(times, (Py_ssize_t)bucket);
-    long long sum = before ? PyLong_AsLongLong(before) : -1;
-    if (sum == -1 && PyErr_Occurred()) return -1;
-
-    hot->dirty = 1;
-    PyObject *after = PyLong_FromLongLong(sum + ns);
-    return after ? PyList_SetItem(times, (Py_ssize_t)bucket, after) : -1;
-}
-
-static int add_time(HotFields *hot, long long bucket, long long ns) {
-    switch (bucket) {
-    case INPUT_WAIT: hot->input_ns += ns; return 0;
-    case FORWARD: hot->forward_ns += ns; return 0;
-    case BACKWARD: hot->backward_ns += ns; return 0;
-    case OPTIMIZER: hot->optimizer_ns += ns; return 0;
-    case OTHER: return 0;
-    default: return add_rare(hot, bucket, ns);
-    }
-}
-
-/* Return None after an error of ours, NULL where the exception is none of ours. */
-static PyObject *none_after_error(HotFields *hot) {
-    if (fail_open(hot)) return NULL;
-
-    return new_none();
-}
-
-static PyObject *method_enter(PyObject *self, PyObject *number) {
-    HotFields *hot = (HotFields *)self;
-    long long phase = PyLong_AsLongLong(number), previous = hot->current, start;
-    if (phase == -1 && PyErr_Occurred()) return none_after_error(hot);
-    if (previous == INPUT_WAIT || previous == phase || hot->thread != PyThread_get_thread_ident()) return new_none();
-
-    if (read_clock(&start)) return none_after_error(hot);
-
-    hot->current = phase;
-    if (set_word(hot, (int)phase, start)) return none_after_error(hot);
-
-    PyObject *began = Py_BuildValue("LL", previous, start);
-    return began ? began : none_after_error(hot);
-}
-
-static int leave(HotFields *hot, long long phase, long long previous, long long start) {
-    long long now;
-    if (read_clock(&now) || add_time(hot, phase, now - start) || add_time(hot, previous, start - now)) return -1;
-
-    hot->current = previous;
-    return set_word(hot, (int)phase, 0);
-}
-
-static PyObject *method_leave(PyObject *self, PyObject *args) {
-    long long phase, previous, start;
-    if (!PyArg_ParseTuple(args, "L(LL):leave", &phase, &previous, &start)
-        || leave((HotFields *)self, phase, previous, start))
-        return none_after_error((HotFields *)self);
-
-    return new_none();
-}
-
-static PyObject *method_cancel(PyObject *self, PyObject *args) {
-    HotFields *hot = (HotFields *)self;
-    long long phase, previous, start;
-    if (!PyArg_ParseTuple(args, "L(LL):cancel", &phase, &previous, &start)) return none_after_error(hot);
-
-    hot->current = previous;
-    if (set_word(hot, (int)phase, 0)) return none_after_error(hot);
-
-    return new_none();
-}
-
 /* ---- the type ---- */
 
 static void disconnect(HotFields *hot) {
     hot->words = hot->count = NULL;
+    Py_CLEAR(hot->mapped_slots);
     PyBuffer_Release(&hot->slots_buffer); /* does nothing where it holds none */
     PyBuffer_Release(&hot->ring_buffer);
     PyBuffer_Release(&hot->count_buffer);
@@ -218,7 +139,7 @@ static int is_in_bounds(const HotFields *hot, long long offset, long long slot) 
     long long rows_end = offset + (hot->mask + 1) * (long long)(COLUMNS * sizeof(long long));
     return hot->slots_buffer.len >= (STEP + 1) * (Py_ssize_t)sizeof(long long)
         && slot >= 0 && hot->count_buffer.len >= (slot + 1) * (Py_ssize_t)sizeof(long long)
-        && offset >= 0 && hot->mask >= 0 && hot->ring_buffer.len >= rows_end;
+        && offset >= 0 && offset % (long long)sizeof(long long) == 0 && hot->mask >= 0 && hot->ring_buffer.len >= rows_end;
 }
 
 static PyObject *method_connect(PyObject *self, PyObject *args) {
@@ -242,11 +163,12 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
     }
 
     assign(&hot->mapped_slots, slots);
+    assign(&hot->open_slots, slots);
     assign(&hot->not_ready, not_ready);
     assign(&hot->on_forward, on_forward);
     assign(&hot->check_forward, check_forward);
     assign(&hot->in_context, in_context);
-    hot->first_row = (char *)hot->ring_buffer.buf + offset;
+    hot->first_row = (long long *)((char *)hot->ring_buffer.buf + offset);
     hot->words = hot->slots_buffer.buf;
     hot->count = (long long *)hot->count_buffer.buf + slot;
     return new_none();
@@ -254,7 +176,7 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
 
 #define EACH_OBJECT(DO) \
     DO(open_slots) DO(closes_at) DO(batch) DO(first_loader) DO(usual) DO(usual_loader) DO(input_shape) DO(rare_times) \
-    DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
+    DO(open_user_phases) DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
 
 static int hot_traverse(PyObject *self, visitproc visit, void *arg) {
     HotFields *hot = (HotFields *)self;
@@ -293,24 +215,46 @@ static PyMemberDef members[] = {
     NUMBER(failure), NUMBER(failed_in),
     NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
     TRUTH(dirty), TRUTH(detail), TRUTH(inspects),
-    OBJECT(open_slots), OBJECT(closes_at), OBJECT(batch), OBJECT(first_loader), OBJECT(usual), OBJECT(usual_loader),
-    OBJECT(input_shape), OBJECT(rare_times),
+    OBJECT(closes_at), OBJECT(batch), OBJECT(first_loader), OBJECT(usual), OBJECT(usual_loader),
+    OBJECT(input_shape), OBJECT(rare_times), OBJECT(open_user_phases),
     {NULL, 0, 0, 0, NULL},
+};
+
+static PyObject *get_open_slots(PyObject *self, void *unused) {
+    (void)unused;
+    PyObject *slots = none_for_null(((HotFields *)self)->open_slots);
+    Py_INCREF(slots);
+    return slots;
+}
+
+static int set_open_slots(PyObject *self, PyObject *slots, void *unused) {
+    (void)unused;
+    HotFields *hot = (HotFields *)self;
+    assign(&hot->open_slots, slots);
+    hot->words = slots && slots == hot->mapped_slots ? hot->slots_buffer.buf : NULL;
+    return 0;
+}
+
+static PyGetSetDef computed[] = {
+    {"open_slots", get_open_slots, set_open_slots, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyMethodDef methods[] = {
     {"connect", method_connect, METH_VARARGS, NULL},
     {"commit", method_commit, METH_O, NULL},
     {"enter", method_enter, METH_O, NULL},
-    {"leave", method_leave, METH_VARARGS, NULL},
-    {"cancel", method_cancel, METH_VARARGS, NULL},
+    {"leave", (PyCFunction)(void (*)(void))method_leave, METH_FASTCALL, NULL},
+    {"cancel", (PyCFunction)(void (*)(void))method_cancel, METH_FASTCALL, NULL},
+    {"enter_user", (PyCFunction)(void (*)(void))method_enter_user, METH_FASTCALL, NULL},
+    {"leave_user", (PyCFunction)(void (*)(void))method_leave_user, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 PyTypeObject *make_hot_fields_type(void) {
     static PyType_Slot slots[] = {
         {Py_tp_traverse, hot_traverse}, {Py_tp_clear, hot_clear}, {Py_tp_dealloc, hot_dealloc},
-        {Py_tp_members, members}, {Py_tp_methods, methods}, {0, NULL},
+        {Py_tp_members, members}, {Py_tp_getset, computed}, {Py_tp_methods, methods}, {0, NULL},
     };
     static PyType_Spec spec = {"traceml.instrument.native._hot_path.HotFields", sizeof(HotFields), 0,
                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, slots};

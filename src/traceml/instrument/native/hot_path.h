@@ -9,6 +9,7 @@
 #include <Python.h>
 #include <structmember.h>
 #include <string.h>
+#include <time.h>
 
 #define VECTORCALL_FLAG (1UL << 11)
 #define METHOD_DESCRIPTOR_FLAG (1UL << 17)
@@ -16,45 +17,104 @@
 
 PyAPI_FUNC(PyObject *) PyObject_Vectorcall(PyObject *, PyObject *const *, size_t, PyObject *);
 PyAPI_FUNC(PyObject *) PyVectorcall_Call(PyObject *, PyObject *, PyObject *);
+PyAPI_FUNC(PyObject *) PyWeakref_GetObject(PyObject *); /* later headers may leave it out, the stable ABI cannot */
 
 /* Numbers of phases and of words in the flight file; `LAYOUT` tells them to Python, which compares. */
-enum { INPUT_WAIT = 0, FORWARD = 2, BACKWARD = 3, OPTIMIZER = 4, OTHER = 8, STEP_START = 16, STEP = 17, COLUMNS = 15 };
+enum { INPUT_WAIT = 0, FORWARD = 2, BACKWARD = 3, OPTIMIZER = 4, USER = 7, OTHER = 8, STEP_START = 16, STEP = 17, USER_NAME = 18,
+       COLUMNS = 15 };
 
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
+
+/* Code that a usual step does not run lies apart from the code that it runs: a hook finds its lines out of the cache. */
+#define COLD __attribute__((cold, noinline))
+#define LIKELY(truth) __builtin_expect(!!(truth), 1)
+
+/* What hooks use in each step comes first and lies together, as the caches are cold for it. */
 typedef struct {
     PyObject_HEAD
     unsigned long thread;
     long long current;
-    long long input_ns, forward_ns, backward_ns, optimizer_ns;
-    long long rows, before, seg_start, attempt, backwards, batches, last_optimizer, loss_mask;
-    long long failure, failed_in; /* id of the exception that left a hook last, and the phase */
-    long long input_samples, input_elements, samples, elements;
+    long long *words; /* those of the flight file; NULL while others stand in for them */
+    PyObject *closes_at, *input_shape, *on_forward, *check_forward, *first_loader;
     char dirty, detail, inspects;
-    PyObject *open_slots, *closes_at, *batch, *first_loader, *usual, *usual_loader, *input_shape, *rare_times;
+    long long backwards, batches, rows, seg_start;
+    long long input_ns, forward_ns, backward_ns, optimizer_ns;
+    long long input_samples, input_elements, samples, elements;
+    long long attempt, last_optimizer, loss_mask, before;
+    long long failure, failed_in; /* id of the exception that left a hook last, and the phase */
     /* From `connect`: the memory of the flight file, and objects of the clock's rules. */
-    PyObject *mapped_slots, *not_ready, *on_forward, *check_forward, *in_context;
-    Py_buffer slots_buffer, ring_buffer, count_buffer;
-    long long *words, *count;
-    char *first_row;
+    long long *count, *first_row;
     long long mask, micro_mask, no_loader_bits, upkeep_mask;
+    PyObject *not_ready, *usual, *usual_loader, *batch;
+    PyObject *open_slots, *mapped_slots, *rare_times, *open_user_phases, *in_context;
+    Py_buffer slots_buffer, ring_buffer, count_buffer;
 } HotFields;
 
+#pragma GCC visibility push(hidden) /* known to be in this library: found without the table of other libraries' names */
 extern PyTypeObject *hot_fields_type;
+extern PyObject *time_source; /* for tests: replaces the clock */
 
 PyTypeObject *make_hot_fields_type(void);
 PyTypeObject *make_hook_type(void);
 PyObject *use_time(PyObject *module, PyObject *source);
 
+PyObject *method_enter(PyObject *self, PyObject *number);
+PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n);
+PyObject *method_cancel(PyObject *self, PyObject *const *args, Py_ssize_t n);
+PyObject *method_enter_user(PyObject *self, PyObject *const *args, Py_ssize_t n);
+PyObject *method_leave_user(PyObject *self, PyObject *const *args, Py_ssize_t n);
+
+/* Begin a phase; return 1, 0 where it does not count, or -1 with an exception set. */
+int enter_phase(HotFields *hot, long long phase, long long *previous, long long *start);
+
 /* All return 0, or -1 with an exception set. */
-int read_clock(long long *now);
-int set_word(HotFields *hot, int index, long long value);
+int leave_phase(HotFields *hot, long long phase, long long previous, long long start);
 int commit_step(HotFields *hot, long long t);
-int call_method(HotFields *hot, const char *name, long long number, PyObject *object);
+COLD int read_source(long long *now);
+COLD int set_item(HotFields *hot, int index, long long value);
+COLD int call_method(HotFields *hot, const char *name, long long number, PyObject *object);
 
 /* After an exception in our code: pass it to the clock's `fail`, which switches the hooks off. Returns 0; -1 where it
  * is none of ours, such as KeyboardInterrupt, and stays set. */
-int fail_open(HotFields *hot);
-int is_training_thread(HotFields *hot);
-int is_plain(const HotFields *hot);
+COLD int fail_open(HotFields *hot);
+
+/* Whether this thread, which is not the clock's, runs in its context. */
+COLD int is_in_context(HotFields *hot);
+#pragma GCC visibility pop
+
+/* The number of this thread. The module checks at its import that Python tells the same. */
+static inline unsigned long this_thread(void) {
+#if defined(__x86_64__) && defined(__GLIBC__) && __has_builtin(__builtin_thread_pointer)
+    return (unsigned long)__builtin_thread_pointer();
+#else
+    return PyThread_get_thread_ident();
+#endif
+}
+
+static inline int is_training_thread(HotFields *hot) {
+    return LIKELY(hot->thread == this_thread()) ? 1 : is_in_context(hot);
+}
+
+/* Whether neither a test nor a device sees the clock readings and words. */
+static inline int is_plain(const HotFields *hot) { return !time_source && hot->words; }
+
+static inline int read_clock(long long *now) {
+    if (!LIKELY(!time_source)) return read_source(now);
+
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    *now = time.tv_sec * 1000000000LL + time.tv_nsec;
+    return 0;
+}
+
+static inline int set_word(HotFields *hot, int index, long long value) {
+    if (!LIKELY(hot->words)) return set_item(hot, index, value);
+
+    hot->words[index] = value;
+    return 0;
+}
 
 static inline PyObject *none_for_null(PyObject *object) { return object ? object : Py_None; }
 

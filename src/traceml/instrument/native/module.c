@@ -1,4 +1,4 @@
-/* The extension module: its two types, and what it was compiled for. */
+/* The extension module: its types, and what it was compiled for. */
 #include "hot_path.h"
 
 /* The attribute cache of a type whose dictionary was changed directly is out of date. */
@@ -17,8 +17,8 @@ static PyMethodDef functions[] = {
 };
 
 static int fill(PyObject *module) {
-    PyObject *layout = Py_BuildValue("(iiiiiiii)", INPUT_WAIT, FORWARD, BACKWARD, OPTIMIZER, OTHER, STEP_START, STEP,
-                                     (int)(COLUMNS * sizeof(long long)));
+    PyObject *layout = Py_BuildValue("(iiiiiiiiii)", INPUT_WAIT, FORWARD, BACKWARD, OPTIMIZER, USER, OTHER, STEP_START, STEP,
+                                     USER_NAME, (int)(COLUMNS * sizeof(long long)));
     PyObject *fields = (PyObject *)make_hot_fields_type(), *hook = fields ? (PyObject *)make_hook_type() : NULL;
     int status = layout && hook ? PyModule_AddObjectRef(module, "LAYOUT", layout) : -1;
     if (!status) status = PyModule_AddObjectRef(module, "HotFields", fields);
@@ -29,6 +29,9 @@ static int fill(PyObject *module) {
 }
 
 PyMODINIT_FUNC PyInit__hot_path(void) {
+    if (this_thread() != PyThread_get_thread_ident())
+        return PyErr_Format(PyExc_ImportError, "the number of a thread is not where this library looks for it");
+
     static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_hot_path", NULL, -1, functions, NULL, NULL, NULL, NULL};
     PyObject *module = PyModule_Create(&definition);
     if (module && fill(module)) Py_CLEAR(module);

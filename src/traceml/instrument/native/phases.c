@@ -1,0 +1,205 @@
+/* Begin and end of the phases that hooks in Python and users mark. */
+#include "hot_path.h"
+
+static int add_rare(HotFields *hot, long long bucket, long long ns) {
+    PyObject *times = none_for_null(hot->rare_times), *before = PyList_GetItem(times, (Py_ssize_t)bucket);
+    long long sum = before ? PyLong_AsLongLong(before) : -1;
+    if (sum == -1 && PyErr_Occurred()) return -1;
+
+    hot->dirty = 1;
+    PyObject *after = PyLong_FromLongLong(sum + ns);
+    return after ? PyList_SetItem(times, (Py_ssize_t)bucket, after) : -1;
+}
+
+static int add_time(HotFields *hot, long long bucket, long long ns) {
+    switch (bucket) {
+    case INPUT_WAIT: hot->input_ns += ns; return 0;
+    case FORWARD: hot->forward_ns += ns; return 0;
+    case BACKWARD: hot->backward_ns += ns; return 0;
+    case OPTIMIZER: hot->optimizer_ns += ns; return 0;
+    case OTHER: return 0;
+    default: return add_rare(hot, bucket, ns);
+    }
+}
+
+/* Return None after an error of ours, NULL where the exception is none of ours. */
+static PyObject *none_after_error(HotFields *hot) {
+    if (fail_open(hot)) return NULL;
+
+    return new_none();
+}
+
+static PyObject *new_pair(long long first, long long second) {
+    PyObject *a = PyLong_FromLongLong(first), *b = PyLong_FromLongLong(second), *pair = NULL;
+    if (a && b) pair = PyTuple_Pack(2, a, b);
+    Py_XDECREF(a);
+    Py_XDECREF(b);
+    return pair;
+}
+
+int enter_phase(HotFields *hot, long long phase, long long *previous, long long *start) {
+    *previous = hot->current;
+    if (*previous == INPUT_WAIT || *previous == phase || hot->thread != this_thread()) return 0;
+    if (read_clock(start)) return -1;
+
+    hot->current = phase;
+    return set_word(hot, (int)phase, *start) ? -1 : 1;
+}
+
+int leave_phase(HotFields *hot, long long phase, long long previous, long long start) {
+    long long now;
+    if (read_clock(&now) || add_time(hot, phase, now - start) || add_time(hot, previous, start - now)) return -1;
+
+    hot->current = previous;
+    return set_word(hot, (int)phase, 0);
+}
+
+PyObject *method_enter(PyObject *self, PyObject *number) {
+    HotFields *hot = (HotFields *)self;
+    long long phase = PyLong_AsLongLong(number), previous, start;
+    if (phase == -1 && PyErr_Occurred()) return none_after_error(hot);
+
+    int status = enter_phase(hot, phase, &previous, &start);
+    if (!status) return new_none();
+
+    PyObject *began = status > 0 ? new_pair(previous, start) : NULL;
+    return began ? began : none_after_error(hot);
+}
+
+/* Read the arguments of `leave` and `cancel`: a phase, and what `enter` returned. */
+static int read_began(PyObject *const *args, Py_ssize_t n, long long *phase, long long *previous, long long *start) {
+    if (n != 2 || !PyTuple_Check(args[1]) || PyTuple_Size(args[1]) != 2) {
+        PyErr_SetString(PyExc_TypeError, "a phase and what `enter` returned are needed");
+        return -1;
+    }
+
+    *phase = PyLong_AsLongLong(args[0]);
+    *previous = PyLong_AsLongLong(PyTuple_GetItem(args[1], 0));
+    *start = PyLong_AsLongLong(PyTuple_GetItem(args[1], 1));
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n) {
+    long long phase, previous, start;
+    if (read_began(args, n, &phase, &previous, &start) || leave_phase((HotFields *)self, phase, previous, start))
+        return none_after_error((HotFields *)self);
+
+    return new_none();
+}
+
+PyObject *method_cancel(PyObject *self, PyObject *const *args, Py_ssize_t n) {
+    HotFields *hot = (HotFields *)self;
+    long long phase, previous, start;
+    if (read_began(args, n, &phase, &previous, &start)) return none_after_error(hot);
+
+    hot->current = previous;
+    if (set_word(hot, (int)phase, 0)) return none_after_error(hot);
+
+    return new_none();
+}
+
+/* ---- user phases ---- */
+
+/* Append [phase, enclosing phase, start] to the open user phases. */
+static int push_user(HotFields *hot, PyObject *phase, long long previous, long long start) {
+    PyObject *entry = PyList_New(3), *a = PyLong_FromLongLong(previous), *b = PyLong_FromLongLong(start);
+    if (!entry || !a || !b) {
+        Py_XDECREF(entry);
+        Py_XDECREF(a);
+        Py_XDECREF(b);
+        return -1;
+    }
+
+    Py_INCREF(phase);
+    PyList_SetItem(entry, 0, phase); /* takes the references, and cannot fail within a list's size */
+    PyList_SetItem(entry, 1, a);
+    PyList_SetItem(entry, 2, b);
+    int status = PyList_Append(none_for_null(hot->open_user_phases), entry);
+    Py_DECREF(entry);
+    return status;
+}
+
+static int begin_user(HotFields *hot, PyObject *phase, long long bucket, long long name_id) {
+    long long t, previous = hot->current;
+    if (previous == INPUT_WAIT || hot->thread != this_thread()) return 0;
+    if (read_clock(&t) || push_user(hot, phase, previous, t)) return -1;
+
+    hot->current = bucket;
+    return add_rare(hot, bucket + 1, 1) || set_word(hot, USER_NAME, name_id) || set_word(hot, USER, t) ? -1 : 0;
+}
+
+PyObject *method_enter_user(PyObject *self, PyObject *const *args, Py_ssize_t n) {
+    HotFields *hot = (HotFields *)self;
+    long long bucket = n == 3 ? PyLong_AsLongLong(args[1]) : -1, name_id = n == 3 ? PyLong_AsLongLong(args[2]) : -1;
+    if (n != 3) PyErr_SetString(PyExc_TypeError, "a user phase, its bucket and its name's id are needed");
+    if (PyErr_Occurred() || begin_user(hot, args[0], bucket, name_id)) return none_after_error(hot);
+
+    return new_none();
+}
+
+static long long number_at(PyObject *list, Py_ssize_t index) {
+    PyObject *number = PyList_GetItem(list, index);
+    return number ? PyLong_AsLongLong(number) : -1;
+}
+
+static long long attribute_of(PyObject *object, const char *name) {
+    PyObject *value = PyObject_GetAttrString(object, name);
+    long long number = value ? PyLong_AsLongLong(value) : -1;
+    Py_XDECREF(value);
+    return number;
+}
+
+/* End the innermost open user phase at `t`, whose bucket is given if it is `phase`. Returns 1 if it is, else 0. */
+static int pop_user(HotFields *hot, PyObject *phase, long long bucket, long long t) {
+    PyObject *open = hot->open_user_phases;
+    Py_ssize_t last = PyList_Size(open) - 1;
+    PyObject *entry = PyList_GetItem(open, last);
+    if (!entry) return -1;
+
+    PyObject *ended = PyList_GetItem(entry, 0); /* borrowed: its caller or a frame above holds a phase */
+    int is_own = ended == phase;
+    long long previous = number_at(entry, 1), start = number_at(entry, 2);
+    if (ended && !is_own) bucket = attribute_of(ended, "bucket");
+    if (PyErr_Occurred() || PyList_SetSlice(open, last, last + 1, NULL)) return -1;
+    if (add_time(hot, bucket, t - start) || add_time(hot, previous, start - t)) return -1;
+
+    hot->current = previous;
+    return is_own;
+}
+
+static int is_open_user(HotFields *hot, PyObject *phase) {
+    PyObject *open = none_for_null(hot->open_user_phases);
+    for (Py_ssize_t i = PyList_Size(open) - 1; i >= 0; i--)
+        if (PyList_GetItem(PyList_GetItem(open, i), 0) == phase) return 1;
+
+    return 0;
+}
+
+/* Phases of generators and coroutines may end in any order: those inside this one end with it. */
+static int end_user(HotFields *hot, PyObject *phase, long long bucket) {
+    long long t, name_id = 0, start = 0;
+    if (hot->thread != this_thread() || !is_open_user(hot, phase)) return 0;
+    if (read_clock(&t)) return -1;
+
+    int is_ended = 0;
+    while (!is_ended) is_ended = pop_user(hot, phase, bucket, t);
+    if (is_ended < 0) return -1;
+
+    Py_ssize_t open = PyList_Size(hot->open_user_phases);
+    if (open) {
+        PyObject *entry = PyList_GetItem(hot->open_user_phases, open - 1);
+        name_id = attribute_of(PyList_GetItem(entry, 0), "name_id");
+        start = number_at(entry, 2);
+    }
+
+    return PyErr_Occurred() || set_word(hot, USER_NAME, name_id) || set_word(hot, USER, start) ? -1 : 0;
+}
+
+PyObject *method_leave_user(PyObject *self, PyObject *const *args, Py_ssize_t n) {
+    HotFields *hot = (HotFields *)self;
+    long long bucket = n == 2 ? PyLong_AsLongLong(args[1]) : -1;
+    if (n != 2) PyErr_SetString(PyExc_TypeError, "a user phase and its bucket are needed");
+    if (PyErr_Occurred() || end_user(hot, args[0], bucket)) return none_after_error(hot);
+
+    return new_none();
+}
