@@ -28,18 +28,18 @@ from traceml.instrument import (
     Instrumentation,
     accumulator,
     backward,
+    clock_forms,
     forward,
     install,
     loader,
     optimizer,
     overhead,
     step_clock,
-    user,
 )
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.search import discovery
 
-_CLOCKED = (accumulator, backward, discovery, forward, loader, optimizer, overhead, step_clock, user)
+_CLOCKED = (accumulator, backward, clock_forms, discovery, forward, loader, optimizer, overhead, step_clock)
 _FOLDER = str(Path(traceml.instrument.__file__).parent)
 _SEEDS = 24
 # Functions that call the user's code, or that user and torch call: they catch what the others raise.
@@ -60,6 +60,8 @@ _GUARDS = frozenset(
         "StepAccumulator.fail",
         "StepAccumulator.leave",
         "StepAccumulator.stop",
+        "CellClock.enter_user",
+        "CellClock.leave_user",
         "CellField.__get__",  # a field of the clock, which is a member in C
         "CellField.__set__",
         "CheckpointPatches._begin",
