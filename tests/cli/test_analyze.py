@@ -151,7 +151,7 @@ def test_progress_is_for_terminals_only(trace):
 
 @pytest.mark.process
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Five times as many events, all beyond what is held for sorting, take a fifth more memory at most."""
+    """Five times as many events, all beyond what is held for sorting, take a fifth and some chunks more at most."""
     text = "".join(
         f'{{"ph":"X","name":"f{n % 9}","pid":1,"tid":{n % 5},"ts":{n * 7 % 90_000},"dur":{n % 400}}}\n'
         for n in range(60_000)
@@ -167,7 +167,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         assert json.loads(done.stdout)["events"] == 60_000 * copies
         peaks.append(int(done.stderr))
 
-    assert peaks[1] <= 1.2 * peaks[0]
+    chunks_kib = 16 * 1024  # threads that wait for a core hold fewer chunks at a time; the text is 143 MiB longer
+    assert peaks[1] <= 1.2 * peaks[0] + chunks_kib
 
 
 @pytest.mark.process
