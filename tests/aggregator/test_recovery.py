@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, Stored, finish, runs_in, script  # noqa: F401 - a fixture
 from traceml.aggregator.orphans import finish_flights
 from traceml.aggregator.recovery import dead_flights
@@ -28,6 +29,12 @@ KILLED = """
     traceml.log_artifact("model.bin", "best")
     while not list(pathlib.Path("traceml_runs").glob(".flights/*.files/.*.row")):
         time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+"""
+KILLED_EARLY = """
+    import os, traceml
+    traceml.init(on_missing="warn", connect_timeout=0.1)
+    traceml.log_metric("loss", 0.5, 7)
     os.kill(os.getpid(), 9)
 """
 # Each life of the process traces some steps and becomes the next one.
@@ -76,6 +83,23 @@ def test_dates_of_a_rank_that_never_connected_are_right(script: Script, tmp_path
     (stream,) = Stored(run_dir).streams
     now_ns = RunClocks([stream]).of_stamp(stream.id, monotonic_ns())
     assert abs(now_ns - time.time_ns()) < 60e9
+
+
+def test_the_rank_that_started_an_aggregator_is_killed_before_it_connects(
+    script: Script,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The aggregator looks for its rows while it waits for it, stores them, and ends."""
+    serving = Serving(tmp_path / "traceml_runs", tmp_path / "serve.log", "--exit-when-idle")
+    try:
+        finish(script(KILLED_EARLY), -signal.SIGKILL)
+
+        assert serving.process.wait(60) == 0
+        (run_dir,) = runs_in(serving.folder)
+        assert Stored(run_dir).values("loss") == [0.5]
+    finally:
+        serving.stop()
+        serving.sock.close()
 
 
 def test_each_life_of_a_process_that_calls_exec_has_its_own_file(script: Script, tmp_path: Path) -> None:  # noqa: F811

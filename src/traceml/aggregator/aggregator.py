@@ -47,6 +47,7 @@ _MAINTAIN_S = 0.015
 _LAST_ALERTS_S = 5.0
 # An aggregator that ends when idle waits this long for its first rank.
 _NEVER_JOINED_S = 60.0
+_ADOPT_S = 2.0
 
 _log = logging.getLogger("traceml")
 
@@ -110,7 +111,7 @@ class Aggregator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_due = False
-        self._idle_since_s = time.monotonic()
+        self._idle_since_s = self._adopted_s = time.monotonic()
         self._seen_any = False
         self._done = asyncio.Event()
 
@@ -382,10 +383,15 @@ class Aggregator:
         now_s = time.monotonic()
         delivering = self._deliveries.ended_runs or self._settling or self._alerts.is_busy
         if self.registry.open_runs or self._ending or delivering or any(peer.context for peer in self.server.peers):
-            self._idle_since_s = now_s
+            self._idle_since_s = self._adopted_s = now_s
 
         quiet_s = now_s - self._idle_since_s
-        if self._exit_when_idle and quiet_s > (_WATCH_S if self._seen_any else _NEVER_JOINED_S):
+        if self._exit_when_idle and not self._seen_any and now_s - self._adopted_s > _ADOPT_S:
+            # The rank that started this aggregator may have been killed before it connected.
+            self._adopted_s = now_s
+            with fail_open(_log, "aggregator", "rows of killed ranks were not recovered", once=True):
+                self._seen_any = bool(self.registry.recover_flights())
+        elif self._exit_when_idle and quiet_s > (_WATCH_S if self._seen_any else _NEVER_JOINED_S):
             self.stop()
 
     # --- inside ------------------------------------------------------------------------------------------------------
