@@ -96,8 +96,9 @@ def traced(form: str, tmp_path: Path) -> Iterator[Traced]:
     torch.set_num_threads(1)
     flight = FlightFile.create(tmp_path / "flight", {})
     info: list[dict[str, Any]] = []
+    began_ns = monotonic_ns()  # the first step begins while the hooks are installed
     instrumentation = install(flight, on_info=info.append)
-    traced = Traced(flight, instrumentation, info, monotonic_ns())
+    traced = Traced(flight, instrumentation, info, began_ns)
     yield traced
 
     instrumentation.uninstall()

@@ -490,7 +490,8 @@ class Instrumentation:
         self._report(optimizer_facts(optimizer), step=self.clock.step)
 
     def _report_anomaly_detection(self) -> None:
-        is_on = bool(sys.modules["torch"].is_anomaly_enabled())
+        torch = sys.modules.get("torch")  # a script may have steps without it
+        is_on = torch is not None and bool(torch.is_anomaly_enabled())
         if is_on or "anomaly_detection" in self._reported:
             self._report({"kind": "anomaly_detection", "on": is_on})
 
