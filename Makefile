@@ -1,4 +1,4 @@
-# One command each: demo, check, test, lint, docs, bench, accuracy, faults, soak, fuzz, audit, release, compatibility.
+# One command each: demo, check, test, frameworks, lint, docs, bench, accuracy, faults, soak, fuzz, audit, release, compatibility.
 # Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARE  := --dist loadgroup --no-loadscope-reorder
 JOBS   ?= $(shell expr $$(nproc) + 2)
 
-.PHONY: demo check test lint types style unit system docs bench accuracy faults soak fuzz audit release compatibility clean
+.PHONY: demo check test frameworks lint types style unit system docs bench accuracy faults soak fuzz audit release compatibility clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE:=/*.[ch]))
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -42,8 +42,15 @@ unit: $(VENV)/.test
 
 # Everything, after the system packages that the tests need (tests/system.py).
 test: system $(VENV)/.test
-	$(PYTEST) -n $(JOBS) $(SHARE) -m "not alone" $(ARGS)
+	$(PYTEST) -n $(JOBS) $(SHARE) -m "not alone and not frameworks" $(ARGS)
 	$(PYTEST) -m alone $(ARGS) || [ $$? = 5 ]  # 5: ARGS select none of them
+
+# TRL and DeepSpeed, in an environment of their own: TRL changes what transformers imports, and DeepSpeed compiles.
+frameworks: system
+	@$(PYTHON) -m venv build/frameworks
+	@build/frameworks/bin/python -m pip install --quiet 'pip>=25.1'
+	@build/frameworks/bin/python -m pip install --quiet -c constraints.txt --group test -e . trl deepspeed ninja
+	build/frameworks/bin/python -m pytest -m frameworks tests/integrations $(ARGS)
 
 system:
 	@$(PYTHON) tests/system.py install
@@ -75,7 +82,7 @@ $(VENV)/.docs: $(VENV)/.base
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-# 142 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and half an hour.
+# Real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and nearly an hour.
 accuracy: $(VENV)/.test
 	$(BIN)/python benchmarks/accuracy/judge.py --output docs/accuracy.md $(ARGS)
 

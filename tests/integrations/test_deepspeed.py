@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from importlib.util import find_spec
 
 import pytest
 
 from tests.integrations.conftest import Job
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed ninja")
+@pytest.mark.frameworks
 @pytest.mark.timeout(400)  # the first start of DeepSpeed compiles an extension
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_on_two_ranks(job: Job, stage: int) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 
 from tests.integrations.conftest import Job
 
 
-@pytest.mark.skipif(find_spec("trl") is None, reason="pip install trl")
+@pytest.mark.frameworks
 def test_a_fine_tuning(job: Job) -> None:
     """Nothing is computed otherwise; steps, tokens and metrics are those of the trainer."""
     ended = job("trl_job.py")
