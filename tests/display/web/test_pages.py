@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from playwright.sync_api import Page, expect
 from tests.diagnosis.fabricated import Job
 from tests.display.web.conftest import LiveJob, Visit
 from tests.display.web.runs import NASTY
-from tests.runs.fabricated_store import store_run
+from tests.runs.fabricated_store import run_facts, store_run
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.runs.find import describe_run, remove_ended
 
 Visits = Callable[..., Visit]
@@ -409,6 +412,29 @@ def test_keys_do_what_the_list_of_keys_says(visit: Visits) -> None:
     expect(newest).to_have_attribute("href", re.compile(SLOW))  # not a run that another test has just removed
     page.keyboard.press("j")
     expect(newest).to_be_focused()
+
+
+def test_the_run_with_the_focus_keeps_it(visit: Visits, runs_dir: Path) -> None:
+    """Rows are made anew when a run begins, changes or is removed; a pressed Escape is respected."""
+    page = visit().open("/")
+    mine = page.locator(f'a.name[href="/run/{SLOW}"]')
+    expect(mine).to_be_visible()
+    mine.focus()
+    newer = runs_dir / "20260106-000000-newer-0001"
+    newer.mkdir()
+    with StoreWriter(newer / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id=newer.name, name="newer", state="failed"))
+
+    try:
+        expect(page.locator(f'a.name[href="/run/{newer.name}"]')).to_be_visible()
+        expect(mine).to_be_focused()
+    finally:
+        shutil.rmtree(newer)
+
+    expect(page.locator(f'a.name[href="/run/{newer.name}"]')).to_have_count(0)
+    expect(mine).to_be_focused()
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement === document.body")
 
 
 @pytest.mark.parametrize("path", ["/", f"/run/{SLOW}", f"/compare/{FAST}/{SLOW}"])

@@ -68,6 +68,22 @@ window.traceml = (() => {
     links[Math.max(0, Math.min(links.length - 1, at + by))]?.focus();
   }
 
+  /* NiceGUI makes the rows of a table anew at each change: the run that has the focus keeps it. */
+  let focused = null;
+  const selector = (part) => {
+    if (part.matches("a.name")) return `a.name[href="${CSS.escape(part.getAttribute("href"))}"]`;
+    return part.dataset.run ? `input[data-run="${CSS.escape(part.dataset.run)}"]` : null;
+  };
+  function keepFocus() {
+    document.addEventListener("focusin", (event) => { focused = selector(event.target); });
+    document.addEventListener("focusout", (event) => queueMicrotask(() => {
+      if (event.target.isConnected && document.activeElement === document.body) focused = null;
+    }));
+    new MutationObserver(() => {
+      if (focused && document.activeElement === document.body) document.querySelector(focused)?.focus({ preventScroll: true });
+    }).observe(document.getElementById("content"), { childList: true, subtree: true });
+  }
+
   function help() {
     const dialog = document.getElementById("keys");
     if (dialog?.open) dialog.close();
@@ -103,7 +119,7 @@ window.traceml = (() => {
   document.addEventListener("DOMContentLoaded", () => {
     applyTheme();
     watchConnection();
-    whenBuilt(() => { applyTheme(); follow(); });
+    whenBuilt(() => { applyTheme(); follow(); keepFocus(); });
   });
   return { follow, theme, whenBuilt };
 })();
