@@ -25,7 +25,8 @@ def running_job(target: str | None, config: Config) -> Path:
     """Return the folder of the chosen job.
 
     Args:
-        target: a run's folder or id, or host:port of an aggregator on this host; None: the newest running job.
+        target: a run's folder or id, or host:port of an aggregator on this host; None: the newest running job of
+            the runs folder, else of the folder that an aggregator on the usual port serves.
         config: the settings.
 
     Raises:
@@ -50,7 +51,7 @@ def running_job(target: str | None, config: Config) -> Path:
 
 
 def _places(config: Config) -> list[Path]:
-    """Return the folders of runs to search: that of the settings, and that of a running aggregator."""
+    """Return the folders of runs to search: that of the settings, then that of a running aggregator."""
     served = auth.discover(config.port)
     places = [config.runs_dir.absolute()]
     if served is not None and served.runs_dir:
@@ -70,10 +71,12 @@ def _runs_of(host: str, port: int) -> Path:
 
 
 def _newest(places: list[Path]) -> Path:
-    infos = [info for place in places for info in list_runs(place)]
-    running = [info for info in infos if info.state == "running"]
-    if running:
-        return max(running, key=_age).path
+    infos: list[RunInfo] = []
+    for place in places:
+        infos += list_runs(place)
+        running = [info for info in infos if info.state == "running"]
+        if running:
+            return max(running, key=_age).path
 
     where = " or ".join(map(str, places))
     hint = "Start one with `traceml run SCRIPT`"
