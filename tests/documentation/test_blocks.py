@@ -39,6 +39,7 @@ CALLED_ELSEWHERE = {
     'backend="mlflow"': "track/backends/test_round_trip.py",
     "TrainingArguments(": "integrations/test_huggingface.py",
     "Accelerator(": "integrations/test_accelerate.py",
+    "SFTConfig(": "integrations/test_trl.py",
 }
 THEIRS = {"watch", "view", "inspect"}  # commands of traceml-ai
 STORIES = {"docs/quickstart.md", "docs/guides/mlflow.md"}  # run by test_stories.py
