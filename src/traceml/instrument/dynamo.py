@@ -38,7 +38,7 @@ def skip_own_code() -> None:
     if mark is None:
         return
 
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if name.startswith(_PACKAGE):
             for code in _codes(module):
                 mark(code, name in _LEAVES or code.co_name in _LEAF_FUNCTIONS)

@@ -90,7 +90,7 @@ def _finalize_modules(inherited: Mapping[str, object]) -> None:
 def _forget_modules(inherited: Mapping[str, object]) -> list[weakref.ref[ModuleType]]:
     """Remove modules from `sys.modules`, except inherited ones and ours; return references to them."""
     found = []
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if inherited.get(name) is module or name.partition(".")[0] == "traceml":
             continue
 
