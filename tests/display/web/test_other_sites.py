@@ -127,9 +127,13 @@ def test_a_click_on_a_page_elsewhere_changes_nothing(
         "/_nicegui_ws/socket.io/?EIO=4&transport=polling",
     ):
         for method in ("get", "post"):
-            mine.page.goto(f"http://127.0.0.1:{elsewhere}/")
-            mine.page.evaluate(submit, [f"{here}{path}", method])
-            mine.page.wait_for_timeout(200)
+            page = mine.context.new_page()
+            page.goto(f"http://127.0.0.1:{elsewhere}/")
+            with page.expect_request(lambda request: request.url.startswith(here)) as sent:
+                page.evaluate(submit, [f"{here}{path}", method])
+
+            sent.value.response()
+            page.close()
 
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     mine.foreign.clear()

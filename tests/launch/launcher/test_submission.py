@@ -193,7 +193,7 @@ print(job.result(timeout=90).results)
 def test_a_job_that_leaves_at_the_warning_is_queued_again(slurm: Slurm, tmp_path: Path) -> None:
     """It ends with a status of its own at Slurm's signal; the report names the warning."""
     code = _TRAIN.replace("print(", "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))\nprint(", 1)
-    job = launch(slurm, tmp_path, "--time", "1", "--signal", "USR2@40", code=code)  # after 20 s
+    job = launch(slurm, tmp_path, "--time", "2", "--signal", "USR2@60", code=code)  # after a minute
 
     eventually(
         lambda: state(slurm, job) == "PENDING" and (tmp_path / "saved-0.pt").exists(),
