@@ -192,16 +192,18 @@ print(job.result(timeout=90).results)
 
 def test_a_job_that_leaves_at_the_warning_is_queued_again(slurm: Slurm, tmp_path: Path) -> None:
     """It ends with a status of its own at Slurm's signal; the report names the warning."""
-    code = _TRAIN.replace("print(", "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))\nprint(", 1)
-    job = launch(slurm, tmp_path, "--time", "2", "--signal", "USR2@60", code=code)  # after a minute
+    # The handler is set before torch is imported, which may take longer than Slurm waits here.
+    code = f"import signal, sys\nsignal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))\n{_TRAIN}"
+    job = launch(slurm, tmp_path, "--time", "1", "--signal", "USR2@50", code=code)
 
+    latest = tmp_path / "traceml_runs" / "latest" / "report.json"
     eventually(
-        lambda: state(slurm, job) == "PENDING" and (tmp_path / "saved-0.pt").exists(),
+        lambda: state(slurm, job) == "PENDING" and latest.exists(),
         "it to be queued again",
         timeout_s=_LONG_S,
     )
 
-    report = json.loads((tmp_path / "traceml_runs" / "latest" / "report.json").read_text())
+    report = json.loads(latest.read_text())
     (lost,) = [finding for finding in report["findings"] if finding["kind"] == "RANK_LOST"]
     assert lost["evidence"]["cause"] == "warned"
     assert "and the job ended (exit code 7)" in lost["summary"]
