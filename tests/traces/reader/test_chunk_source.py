@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from tests.traces.fabricated import FORMS, brute_force, facts_of, make_events, members, read_all
-from traceml.traces.reader import chunk_source
+from traceml.traces.reader import chunk_source, compressed_chunks
 from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.chunk_source import open_source
 from traceml.traces.reader.salvage import MAGIC, new_inflater
@@ -59,8 +59,8 @@ def test_a_long_member_between_short_ones_comes_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """No member longer than the limit is held in memory as a whole."""
-    monkeypatch.setattr(chunk_source, "MAX_TEXT_BYTES", limit)
-    monkeypatch.setattr(chunk_source, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(compressed_chunks, "MAX_TEXT_BYTES", limit)
+    monkeypatch.setattr(compressed_chunks, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(chunk_source, "_PART_BYTES", 5000)
     path, third = tmp_path / "trace", len(TEXT) // 3
     path.write_bytes(members(TEXT[:third], 3000) + gzip.compress(TEXT[third:-third]) + members(TEXT[-third:], 3000))

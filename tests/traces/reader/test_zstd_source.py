@@ -13,7 +13,7 @@ import zstandard
 from tests.traces.fabricated import FORMS, brute_force, facts_of, frames, make_events, read_all
 from traceml.traces.query.file_parts import split
 from traceml.traces.query.summary import summarize
-from traceml.traces.reader import zstd_source
+from traceml.traces.reader import compressed_chunks, zstd_source
 from traceml.traces.reader.trace_files import discover
 from traceml.traces.reader.zstd_source import frame_end, frame_starts
 
@@ -26,7 +26,7 @@ SKIPPED = (0x184D2A53).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"hel
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few frames make a chunk, and little text."""
-    monkeypatch.setattr(zstd_source, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(compressed_chunks, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(zstd_source, "_FRAMES_BYTES", 2000)
     monkeypatch.setattr(zstd_source, "_MAX_FRAMES_BYTES", 6000)
     monkeypatch.setattr(zstd_source, "_PART_BYTES", 3000)
@@ -79,7 +79,7 @@ def test_long_and_short_frames_with_others_between(tmp_path: Path, workers: int)
 @pytest.mark.usefixtures("small")
 def test_frames_with_more_text_than_fits_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text of frames that are taken together is limited."""
-    monkeypatch.setattr(zstd_source, "MAX_TEXT_BYTES", 5000)
+    monkeypatch.setattr(compressed_chunks, "MAX_TEXT_BYTES", 5000)
     found, reading = read_all(_written(tmp_path, FRAMES), workers=3)
 
     assert found == brute_force(EVENTS)

@@ -6,13 +6,12 @@ writes) are taken a few at a time and decompressed in parallel, a long one (as z
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from traceml.traces.reader.buffers import TextBuffer
-from traceml.traces.reader.chunks import CHUNK_BYTES, MAX_TEXT_BYTES, Chunk
 from traceml.traces.reader.columns import FileDamage
+from traceml.traces.reader.compressed_chunks import CompressedChunks, Inflater
 from traceml.traces.reader.salvage import read_at
 from traceml.traces.reader.trace_files import SKIPPABLE, ZSTD_MAGIC, is_zstd
 
@@ -66,48 +65,13 @@ def frame_starts(descriptor: int, size: int, step_bytes: int) -> list[int]:
     return starts
 
 
-class ZstdChunks:
-    """A zstd file of one or many frames.
+class ZstdChunks(CompressedChunks):
+    """A zstd file of one or many frames."""
 
-    Args:
-        descriptor: the open file; closed with the source.
-        begin, end: the range to read: frames that begin in it.
-        size: the size of the file.
-    """
+    def _inflater(self, begin: int) -> Inflater:
+        return ZstdInflater(self._descriptor, begin, self._size)
 
-    def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
-        self._descriptor, self._next, self._end, self._size = descriptor, begin, end, size
-        self._stream: ZstdInflater | None = None
-
-    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
-        """Return a function that loads the next chunk into a buffer; None at the end."""
-        if self._stream is not None:
-            chunk = self._stream.read(self._end, buffer, CHUNK_BYTES)
-            return None if chunk is None else lambda: chunk
-
-        if self._next >= self._end:
-            return None
-
-        begin, self._next = self._next, self._after_frames(self._next)
-        if self._next == begin:
-            self._stream = ZstdInflater(self._descriptor, begin, self._size)
-            return self.take(buffer)
-
-        stop = self._next
-        return lambda: self._load(begin, stop, buffer)
-
-    def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:
-        """Load a range in chunks of limited size."""
-        inflater = ZstdInflater(self._descriptor, begin, self._size)
-        while (chunk := inflater.read(stop, buffer, CHUNK_BYTES)) is not None:
-            yield chunk
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
-
-    def _after_frames(self, begin: int) -> int:
-        """Return the end of some short frames; their begin when the first one is long, or none."""
+    def _after_units(self, begin: int) -> int:
         end = begin
         while end < self._end and end - begin < _FRAMES_BYTES:
             found = frame_end(self._descriptor, end, self._size, _MAX_FRAMES_BYTES)
@@ -118,55 +82,15 @@ class ZstdChunks:
 
         return end
 
-    def _load(self, begin: int, stop: int, buffer: TextBuffer) -> Chunk:
-        """Decompress the frames in a range."""
-        chunk = ZstdInflater(self._descriptor, begin, self._size).read(stop, buffer, MAX_TEXT_BYTES)
-        assert chunk is not None  # a frame begins here
-        chunk.too_long = chunk.end < stop
-        return chunk
 
-
-class ZstdInflater:
-    """Decompresses frames one after another; continues after damage where the next one begins.
-
-    Args:
-        descriptor: the file.
-        begin: where the first frame begins.
-        size: the size of the file.
-    """
+class ZstdInflater(Inflater):
+    """Decompresses frames one after another."""
 
     def __init__(self, descriptor: int, begin: int, size: int) -> None:
-        self._descriptor, self._size = descriptor, size
-        self._begin = self._frame = begin  # starts of the chunk, of the open frame
+        super().__init__(descriptor, begin, size)
         self._input: Any = _FrameInput(descriptor, begin, size)
-        self._open: Any = None
-        self._damage: list[FileDamage] = []
-
-    def read(self, stop: int, buffer: TextBuffer, limit_bytes: int) -> Chunk | None:
-        """Return the next chunk; None at the end.
-
-        Args:
-            stop: frames that begin before it are read.
-            buffer: takes the text.
-            limit_bytes: of text, about: a chunk of this size may end within a frame.
-        """
-        if self._done(stop):
-            return None
-
-        size = 0
-        buffer.clear()
-        while size < limit_bytes and not self._done(stop):
-            size += self._more(buffer)
-
-        chunk = Chunk(buffer.text(), self._begin, self._frame, stop, self._damage)
-        self._begin, self._damage = self._frame, []
-        return chunk
-
-    def _done(self, stop: int) -> bool:
-        return self._open is None and self._frame >= min(stop, self._size)
 
     def _more(self, buffer: TextBuffer) -> int:
-        """Append text; return the number of bytes, which may be 0."""
         import zstandard
 
         if self._open is None and not self._next_frame():
@@ -190,16 +114,16 @@ class ZstdInflater:
         """Open the frame at the current position; without one, continue at the next one."""
         import zstandard
 
-        begin = self._frame
+        begin = self._at
         if is_zstd(read_at(self._descriptor, begin, len(ZSTD_MAGIC))):
             self._input = _FrameInput(self._descriptor, begin, self._size)
             decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
             self._open = decompressor.stream_reader(self._input, read_size=_FED_BYTES, read_across_frames=False)
             return True
 
-        self._frame = _next_frame(self._descriptor, begin, self._size)
+        self._at = _next_frame(self._descriptor, begin, self._size)
         if not _is_padding(self._descriptor, begin, self._size):
-            self._damage.append(FileDamage(begin, "bytes that are not a zstd frame", self._frame - begin))
+            self._damage.append(FileDamage(begin, "bytes that are not a zstd frame", self._at - begin))
 
         return False
 
@@ -207,16 +131,16 @@ class ZstdInflater:
         """Go to the end of the open frame, all of whose text was returned."""
         self._open, end = None, self._input.end()
         if end is None:
-            lost = self._size - self._frame
-            self._damage.append(FileDamage(self._frame, f"the file ends within a zstd frame of {lost} bytes", 0))
+            lost = self._size - self._at
+            self._damage.append(FileDamage(self._at, f"the file ends within a zstd frame of {lost} bytes", 0))
 
-        self._frame = self._size if end is None else end
+        self._at = self._size if end is None else end
 
     def _skip(self, reason: str) -> None:
         """Go to the frame after the open, broken one."""
-        begin, self._open = max(self._frame, self._input.position - _FED_BYTES), None
-        self._frame = _next_frame(self._descriptor, max(begin, self._frame + 1), self._size)
-        self._damage.append(FileDamage(begin, f"a broken zstd frame ({reason})", self._frame - begin))
+        begin, self._open = max(self._at, self._input.position - _FED_BYTES), None
+        self._at = _next_frame(self._descriptor, max(begin, self._at + 1), self._size)
+        self._damage.append(FileDamage(begin, f"a broken zstd frame ({reason})", self._at - begin))
 
 
 class _FrameInput:
