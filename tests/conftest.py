@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadGroupScheduling
+from xdist.workermanage import WorkerController
 
 from tests.system import PARTS, Part, install_command, missing
 
@@ -108,6 +110,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None if _lies_in(collection_path, _ALONE_PATHS) is not None else True
 
     return True if _lies_in(collection_path, _LEFT_OUT.get(chosen, ())) is not None else None
+
+
+class _Groups(LoadGroupScheduling):
+    """Gives a worker that replaces a crashed one two tests to begin with, or the word that there are no more.
+
+    A worker runs a test only when it knows the next one. pytest-xdist 3.8 gives a late worker one group, which may have
+    been run by the worker that crashed, and another one after a test: both then wait for each other.
+    """
+
+    def _reschedule(self, node: WorkerController) -> None:
+        super()._reschedule(node)
+        while not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+            super()._reschedule(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Groups:
+    """Return what gives groups of tests to workers."""
+    return _Groups(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -45,7 +45,8 @@ def status_of_child(work: Callable[[], object]) -> int:
     """Fork a child that does something; return its status, or the signal that ended it, after 20 s at most."""
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # its default action ends a child that waits for a lock, too
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends a child that waits for a lock, too
+        signal.alarm(20)
         work()
         os._exit(0)
 
