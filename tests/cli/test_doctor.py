@@ -90,6 +90,18 @@ def test_bad_setting_is_broken(quick, capsys, monkeypatch):
     assert "Broken: settings" in shown
 
 
+def test_names_of_plugins(quick, capsys, monkeypatch):
+    """A name that no plugin has is a note with the one that was meant, as the script may register it."""
+    monkeypatch.setenv("TRACEML_BACKEND", "mlfow,jsonl")
+    monkeypatch.setenv("TRACEML_COLLECTORS", "my_package:Watts")
+
+    assert cli.main(["doctor"]) == 0
+
+    notes = [line for line in capsys.readouterr().out.splitlines() if " plugins " in line]
+    assert len(notes) == 1
+    assert "did you mean 'mlflow'?" in notes[0]
+
+
 def test_runs_dir_that_is_a_file(quick, capsys, monkeypatch, tmp_path):
     """A runs folder that cannot be created is broken, with the way out."""
     (tmp_path / "taken").touch()

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 from traceml.database.store.filesystem import network_filesystem
-from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, SettingsError
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, PluginError, SettingsError
 from traceml.installation import foreign_distributions, foreign_hint, free_threading_limits, install_command
 from traceml.process_ends import end_of_status
 from traceml.settings import Config, declarations, load
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import check_name
 from traceml.version import __version__
 
 __all__ = ["Check", "Setting", "all_checks", "setting_values"]
@@ -72,6 +74,7 @@ def all_checks() -> Iterator[Check]:
         return
 
     yield Check("settings", "ok", _origins(config))
+    yield from _plugins(config)
     yield _runs_dir(config.runs_dir)
     yield _flight_folder(Path("/dev/shm"))  # noqa: S108 - only checked
     yield _aggregator(config)
@@ -103,6 +106,18 @@ def _shown(value: object, *, secret: bool) -> str:
 def _origins(config: Config) -> str:
     own = {name: source for name, source in config.sources.items() if source != "default"}
     return "all defaults" if not own else f"{len(own)} set by you: {', '.join(own)}"
+
+
+def _plugins(config: Config) -> Iterator[Check]:
+    """Check the names of plugins; none is imported."""
+    wanted = [(PluginType.BACKEND, name) for name in config.backend]
+    wanted += [(PluginType.FRAMEWORK, name) for name in config.frameworks]
+    wanted += [(PluginType.COLLECTOR, name) for name in config.collectors]
+    for kind, name in wanted:
+        try:
+            check_name(kind, name)
+        except PluginError as error:
+            yield Check("plugins", "note", str(error), f"correct, unless your script registers {name!r}")
 
 
 def _installation(folder: Path, command: str | None) -> Check:
