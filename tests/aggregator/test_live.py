@@ -4,7 +4,7 @@ import msgpack
 import pytest
 
 from tests.aggregator.conftest import step_rows
-from tests.diagnosis.hangs.standing import NOW_NS, group, in_backward, line, look
+from tests.diagnosis.hangs.standing import NOW_NS, group, in_backward, line, snapshot
 from traceml.aggregator.live import LiveRows
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.aggregator.verdicts import LiveVerdict
@@ -158,32 +158,32 @@ def test_rank_of_another_attempt_clears_nothing(live):
 
 
 def hang(live: LiveRows) -> None:
-    """Take steps of both ranks, and then looks: rank 1 sleeps, and rank 0 waits for it."""
+    """Take steps of both ranks, and then snapshots: rank 1 sleeps, and rank 0 waits for it."""
     for rank in range(2):
         take_steps(live, stream_of(rank), 0, 50)
         live.take(stream_of(rank), "process", PROCESS.struct.pack(NOW_NS, 40, *[0] * 9))
 
     live.scatter()
-    for seen in (in_backward(0), look(1, line(6, "stuck"), groups=(group(14, "all_reduce", flying=False),))):
+    for seen in (in_backward(0), snapshot(1, line(6, "stuck"), groups=(group(14, "all_reduce", flying=False),))):
         live.take(stream_of(seen.rank), "info", msgpack.packb(seen.to_info()))
 
 
 def test_a_hang_is_told_though_no_row_of_a_step_arrives(live):
-    """The looks are enough, and a rank that goes on takes the verdict back."""
+    """The snapshots are enough, and a rank that goes on takes the verdict back."""
     verdicts, store = LiveVerdict(live), EventLog()
     hang(live)
     verdicts.update(store)
     assert [data["verdict"]["kind"] for _, data in store.events] == [Kind.HANG]
 
-    live.take(stream_of(1), "info", msgpack.packb(look(1, ended=True).to_info()))
+    live.take(stream_of(1), "info", msgpack.packb(snapshot(1, ended=True).to_info()))
     verdicts.update(store)
     assert store.events[-1][1]["verdict"]["kind"] == Kind.HEALTHY
 
 
-def test_a_look_of_another_process_counts(live):
-    """For a rank that cannot look at itself."""
+def test_a_snapshot_of_another_process_counts(live):
+    """For a rank that cannot take one of itself."""
     hang(live)
-    live.look(look(1, line(6, "stuck"), answered="signal", process_state="S"))
+    live.take_snapshot(snapshot(1, line(6, "stuck"), answered="signal", process_state="S"))
     verdicts, store = LiveVerdict(live), EventLog()
     verdicts.update(store)
 
@@ -191,7 +191,7 @@ def test_a_look_of_another_process_counts(live):
 
 
 def test_a_process_that_joins_again_does_not_stand_still(live):
-    """Looks at the rank's earlier process are not about this one."""
+    """Snapshots of the rank's earlier process are not about this one."""
     hang(live)
     for rank in range(2):
         live.join(stream_of(rank))

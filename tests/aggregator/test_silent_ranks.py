@@ -1,4 +1,4 @@
-"""Ranks whose recorder does not run: the aggregator of their host looks at them."""
+"""Ranks whose recorder does not run: the aggregator of their host takes snapshots of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import flight_identity
-from traceml.database.looks import LOOK, RankLook
-from traceml.database.silent_look import SilentLooks
+from traceml.database.silent_snapshots import SilentSnapshots
+from traceml.database.snapshots import SNAPSHOT, RankSnapshot
 from traceml.witness.kernel_state import process_info
 
 pytestmark = pytest.mark.process
@@ -38,9 +38,9 @@ class Script:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
 
-    def looks(self) -> list[RankLook]:
+    def snapshots(self) -> list[RankSnapshot]:
         with self.serving.store() as store:
-            return [RankLook.from_row(event.data) for event in store.events() if event.kind == LOOK]
+            return [RankSnapshot.from_row(event.data) for event in store.events() if event.kind == SNAPSHOT]
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -82,17 +82,22 @@ def test_a_rank_that_holds_the_gil_in_c_is_told_with_its_line(
         """
     )
 
-    look = eventually(lambda: next((look for look in rank.looks() if look.frames), None))
+    snapshot = eventually(lambda: next((snapshot for snapshot in rank.snapshots() if snapshot.frames), None))
 
-    assert (look.answered, look.process_state, look.phase, look.step) == ("signal", state, "startup", -1)
-    assert look.user_line is not None
-    assert (look.user_line.function, look.user_line.line) == ("hold", 7)
-    assert look.quiet_s >= 3
+    assert (snapshot.answered, snapshot.process_state, snapshot.phase, snapshot.step) == (
+        "signal",
+        state,
+        "startup",
+        -1,
+    )
+    assert snapshot.user_line is not None
+    assert (snapshot.user_line.function, snapshot.user_line.line) == ("hold", 7)
+    assert snapshot.quiet_s >= 3
     assert rank.process.poll() is None
 
 
-def test_a_silent_rank_is_looked_at_before_its_job_is_ended(script: Callable[[str], Script]) -> None:
-    """What is said afterwards is not as old as the look before."""
+def test_a_silent_rank_has_a_snapshot_from_before_its_job_is_ended(script: Callable[[str], Script]) -> None:
+    """What is said afterwards is not as old as the snapshot before."""
     rank = script(
         """
         import ctypes, signal, traceml
@@ -110,7 +115,7 @@ def test_a_silent_rank_is_looked_at_before_its_job_is_ended(script: Callable[[st
 
     eventually(knows_settings, timeout_s=30)
     rank.process.send_signal(signal.SIGUSR1)
-    last = eventually(lambda: next((look for look in rank.looks() if look.is_last), None), timeout_s=60)
+    last = eventually(lambda: next((snapshot for snapshot in rank.snapshots() if snapshot.is_last), None), timeout_s=60)
 
     assert last.answered == "signal"
     assert last.quiet_s >= 5
@@ -132,17 +137,17 @@ def test_a_stopped_rank_is_told_and_when_it_goes_on(script: Callable[[str], Scri
     )
     rank.process.send_signal(signal.SIGSTOP)
 
-    look = eventually(lambda: next(iter(rank.looks()), None))
-    assert (look.answered, look.process_state, look.frames) == ("kernel", "T", ())
-    assert not look.is_suspended
+    snapshot = eventually(lambda: next(iter(rank.snapshots()), None))
+    assert (snapshot.answered, snapshot.process_state, snapshot.frames) == ("kernel", "T", ())
+    assert not snapshot.is_suspended
 
     rank.process.send_signal(signal.SIGCONT)
-    over = eventually(lambda: next((look for look in rank.looks() if look.ended), None))
+    over = eventually(lambda: next((snapshot for snapshot in rank.snapshots() if snapshot.ended), None))
     assert over.quiet_s >= 3
     assert rank.process.poll() is None
 
 
-def test_a_dead_rank_is_not_looked_at(script: Callable[[str], Script]) -> None:
+def test_a_dead_rank_has_no_snapshot(script: Callable[[str], Script]) -> None:
     """Its parent has not collected it yet: it neither waits nor holds the GIL."""
     rank = script(
         """
@@ -154,16 +159,16 @@ def test_a_dead_rank_is_not_looked_at(script: Callable[[str], Script]) -> None:
     )
     pid = rank.process.pid
     (flight,) = (path for path in find_flights(default_folder()) if flight_identity(path).get("pid") == pid)
-    looks = SilentLooks(0, pid, flight)
-    assert looks.make() is not None
+    snapshots = SilentSnapshots(0, pid, flight)
+    assert snapshots.make() is not None
 
     rank.process.kill()
     eventually(lambda: process_info(pid).state == "Z", "the end of the rank")
 
-    assert looks.make() is None
+    assert snapshots.make() is None
 
 
-def test_a_rank_that_answers_is_not_looked_at(script: Callable[[str], Script]) -> None:
+def test_a_rank_that_answers_has_no_snapshot(script: Callable[[str], Script]) -> None:
     """A wait in Python lets the recorder run: it tells by itself, and nobody sends a signal."""
     rank = script(
         """
@@ -176,10 +181,10 @@ def test_a_rank_that_answers_is_not_looked_at(script: Callable[[str], Script]) -
 
     def told_itself() -> bool:
         with rank.serving.store() as store:
-            return any(row["kind"] == LOOK for _, row in store.log_rows("info"))
+            return any(row["kind"] == SNAPSHOT for _, row in store.log_rows("info"))
 
     eventually(told_itself)
-    assert rank.looks() == []
+    assert rank.snapshots() == []
 
 
 def test_a_rank_before_a_full_pipe_tells_what_it_waits_on(script: Callable[..., Script]) -> None:
@@ -199,12 +204,12 @@ def test_a_rank_before_a_full_pipe_tells_what_it_waits_on(script: Callable[..., 
         stderr=subprocess.PIPE,
     )
 
-    def own_look() -> RankLook | None:
+    def own_snapshot() -> RankSnapshot | None:
         with rank.serving.store() as store:
-            rows = [row for _, row in store.log_rows("info") if row["kind"] == LOOK]
-            return RankLook.from_row(rows[-1]) if rows else None
+            rows = [row for _, row in store.log_rows("info") if row["kind"] == SNAPSHOT]
+            return RankSnapshot.from_row(rows[-1]) if rows else None
 
-    look = eventually(own_look)
-    assert (look.answered, look.waits_on, look.process_state) == ("recorder", "stderr", "S")
-    assert look.user_line is not None
-    assert look.user_line.function == "complain"
+    snapshot = eventually(own_snapshot)
+    assert (snapshot.answered, snapshot.waits_on, snapshot.process_state) == ("recorder", "stderr", "S")
+    assert snapshot.user_line is not None
+    assert snapshot.user_line.function == "complain"

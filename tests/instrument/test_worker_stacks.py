@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.eventually import eventually
 from tests.instrument.conftest import Traced
-from traceml.database.looks import WorkerLook
+from traceml.database.snapshots import WorkerSnapshot
 from traceml.instrument.workers.loader_workers import follow_iterator
-from traceml.recorder.quiet.worker_looks import WorkerLooks
+from traceml.recorder.quiet.worker_snapshots import WorkerSnapshots
 
 STUCK = "lock.acquire()  # STUCK"
 
@@ -52,8 +52,8 @@ def test_the_line_of_a_worker_that_inherits_nothing(
     assert loader.worker_init_fn is touch
     next(iterator)
 
-    def stuck() -> WorkerLook | None:
-        (found,) = WorkerLooks(None, 10.0).make(60.0)
+    def stuck() -> WorkerSnapshot | None:
+        (found,) = WorkerSnapshots(None, 10.0).make(60.0)
         return found if found.frames and found.frames[0].function == "__getitem__" else None
 
     found = eventually(stuck, "the stack of the worker")

@@ -39,8 +39,8 @@ from tests.diagnosis.stalls.test_throttled import THERMAL
 from tests.diagnosis.stalls.test_throttled import samples as hot_samples
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
-from traceml.database.looks import RankLook
 from traceml.database.schema import EPOCHS, Compiled, Resource
+from traceml.database.snapshots import RankSnapshot
 from traceml.diagnosis.facts.ending_signal import EndingSignal
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
 from traceml.diagnosis.facts.lost_workers import LostWorker
@@ -113,7 +113,7 @@ DEAD_WORKER = "DataLoader worker (pid 4711) is killed by signal: Killed. "
 BEHIND = (standing.group(14, "all_reduce", flying=False),)
 
 
-def hanging(other: RankLook) -> list[Finding]:
+def hanging(other: RankSnapshot) -> list[Finding]:
     return diagnose(window_of(Job(ranks=2)), standing.facts([standing.in_backward(0), other]))
 
 
@@ -194,11 +194,11 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "MEMORY_IMBALANCE": lambda: found(Job(ranks=4), memory=uneven_devices()),
     "ALLOCATOR_CHURN": lambda: found(Job(ranks=2), turnover=emptied(ranks=(1,)), latest=(219, 219)),
     "HANG": lambda: hanging(
-        standing.look(1, standing.line(6, "stuck", PATH), wchan="hrtimer_nanosleep", groups=BEHIND)
+        standing.snapshot(1, standing.line(6, "stuck", PATH), wchan="hrtimer_nanosleep", groups=BEHIND)
     ),
     "HANG, in one collective": lambda: hanging(standing.in_backward(1)),
     "HANG, different collectives": lambda: hanging(
-        standing.look(
+        standing.snapshot(
             1, standing.call("barrier"), standing.line(40, "main", PATH), groups=(standing.group(15, "barrier"),)
         )
     ),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.eventually import eventually
-from traceml.database.looks import LOOK, RankLook
+from traceml.database.snapshots import SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import StoreReader
 from traceml.supervise import aggregator_process as module
 from traceml.supervise.supervisor import JobOutcome, LocalJob, Supervisor
@@ -88,25 +88,25 @@ def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_pat
     assert outcome == JobOutcome(status=4, finished=False)
 
 
-def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_look(tmp_path: Path) -> None:
+def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(tmp_path: Path) -> None:
     """The report has to know how the ranks stood when they were ended; the job gets the signal all the same."""
     (tmp_path / "train.py").write_text("import time\ntime.sleep(60)\n")
     store = tmp_path / "runs" / "latest" / "store.db"
     command = [sys.executable, "-m", "traceml", "run", "--runs-dir", "runs", "train.py"]
 
-    def looks() -> list[RankLook]:
+    def snapshots() -> list[RankSnapshot]:
         with StoreReader(store) as reader:
-            return [RankLook.from_row(row) for _, row in reader.log_rows("info") if row["kind"] == LOOK]
+            return [RankSnapshot.from_row(row) for _, row in reader.log_rows("info") if row["kind"] == SNAPSHOT]
 
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
         try:
-            eventually(lambda: store.exists() and looks(), "the first look, after 5 s")
+            eventually(lambda: store.exists() and snapshots(), "the first snapshot, after 5 s")
             job.send_signal(signal.SIGTERM)
             assert job.wait(60) == 128 + signal.SIGTERM
         finally:
             job.kill()
 
-    last = looks()[-1]
+    last = snapshots()[-1]
     assert (last.is_last, last.ended, last.answered) == (True, False, "recorder")
     assert last.quiet_s >= 5
     assert last.user_line is not None

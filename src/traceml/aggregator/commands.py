@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.registry import Registry
-from traceml.aggregator.silence.rank_stacks import looks_from_outside, stacks_reply
-from traceml.aggregator.silence.silent_ranks import take_look
+from traceml.aggregator.silence.rank_stacks import snapshots_from_outside, stacks_reply
+from traceml.aggregator.silence.silent_ranks import store_snapshot
 from traceml.aggregator.streams import Stream
-from traceml.database.looks import RankLook
+from traceml.database.snapshots import RankSnapshot
 from traceml.track.tracker_state import TrackerState
 from traceml.transport.server import Peer
 
@@ -27,7 +27,7 @@ _DRAIN_POLLS, _DRAIN_POLL_S = 200, 0.01
 _END_TRIES, _END_PAUSE_S = 25, 0.2
 _ANSWER_S = 10.0
 # A rank's recorder wakes at least twice a second, and ten times while the rank makes no progress.
-_LOOK_S, _LAST_LOOK_S = 2.0, 0.2
+_SNAPSHOT_S, _LAST_SNAPSHOT_S = 2.0, 0.2
 
 _log = logging.getLogger("traceml")
 
@@ -87,7 +87,7 @@ class Commands:
             "deliveries": self._deliveries,
             "trackers": self._trackers,
             "stacks": self._stacks,
-            "look_from_outside": self._look_from_outside,
+            "snapshot_from_outside": self._snapshot_from_outside,
             "stop": self._stop,
         }
 
@@ -175,34 +175,36 @@ class Commands:
         return {"replies": replies, "missing": sorted(query.waiting)}
 
     async def _stacks(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
-        """Look at all ranks: they are asked, and those that do not answer are looked at from outside."""
+        """Take a snapshot of each rank: by asking it, or from outside where it does not answer."""
         run = self._run_of(peer)
         asked = [stream for stream in run.connected if not stream.is_helper]
         if not asked:
             raise CommandError(f"no rank of run {run.id} is connected")
 
         is_last = args.get("last") is True
-        query = await self._ask(asked, "look", {"last": is_last}, _LAST_LOOK_S if is_last else _LOOK_S)
-        silent = await looks_from_outside([stream for stream in asked if stream.rank in query.waiting], is_last=is_last)
+        query = await self._ask(asked, "snapshot", {"last": is_last}, _LAST_SNAPSHOT_S if is_last else _SNAPSHOT_S)
+        silent = await snapshots_from_outside(
+            [stream for stream in asked if stream.rank in query.waiting], is_last=is_last
+        )
         if is_last:
-            for stream, look in silent.items():
-                take_look(run, stream, look)
+            for stream, snapshot in silent.items():
+                store_snapshot(run, stream, snapshot)
 
             run.commit(force=True)
 
         for stream in (each for each in asked if each.rank in query.waiting and each not in silent):
-            if (told := run.live.look_from_outside(stream.rank)) is not None:
+            if (told := run.live.snapshot_from_outside(stream.rank)) is not None:
                 silent[stream] = told  # by the agent of its host
 
         return stacks_reply(asked, query.answers, silent)
 
-    async def _look_from_outside(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
-        """Take an agent's look at a rank of its host: `{host, rank, pid, look}`."""
+    async def _snapshot_from_outside(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        """Take an agent's snapshot of a rank of its host: `{host, rank, pid, snapshot}`."""
         run, who = self._run_of(peer), (args.get("host"), args.get("rank"), args.get("pid"))
         for stream in run.connected:
             about = (stream.incarnation.host, stream.rank, stream.incarnation.pid)
-            if about == who and not stream.is_helper and isinstance(args.get("look"), dict):
-                take_look(run, stream, RankLook.from_row(args["look"]))
+            if about == who and not stream.is_helper and isinstance(args.get("snapshot"), dict):
+                store_snapshot(run, stream, RankSnapshot.from_row(args["snapshot"]))
 
         return {}
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.aggregator.active_run import ActiveRun
-from traceml.aggregator.silence.rank_stacks import looks_from_outside
-from traceml.aggregator.silence.silent_ranks import take_look
+from traceml.aggregator.silence.rank_stacks import snapshots_from_outside
+from traceml.aggregator.silence.silent_ranks import store_snapshot
 from traceml.clock import process_start_ticks
-from traceml.database.looks import ABORT
+from traceml.database.snapshots import ABORT
 from traceml.fail_open import fail_open
 
 __all__ = ["HungJobs"]
@@ -49,7 +49,7 @@ class HungJobs:
             run: hangs.
         """
         _log.warning("run %s hangs and is ended, as on_hang is abort", run.id)
-        await self._look_at_silent(run)
+        await self._snapshot_silent(run)
         run.commit(force=True)
         with fail_open(_log, "aggregator", f"no report of the hung run {run.id}", level=logging.ERROR):
             if self._report is not None:
@@ -69,11 +69,11 @@ class HungJobs:
                 os.kill(identity.pid, signal.SIGKILL)
 
     @staticmethod
-    async def _look_at_silent(run: ActiveRun) -> None:
-        """Look once more at ranks that cannot answer: the look before may be some seconds old, and is the last word."""
+    async def _snapshot_silent(run: ActiveRun) -> None:
+        """Take a last snapshot of ranks that cannot answer: the one before may be some seconds old."""
         ranks = [stream for stream in run.connected if stream.in_window and not stream.is_helper]
-        for stream, look in (await looks_from_outside(ranks, is_last=True)).items():
-            take_look(run, stream, look)
+        for stream, snapshot in (await snapshots_from_outside(ranks, is_last=True)).items():
+            store_snapshot(run, stream, snapshot)
 
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from traceml.aggregator.streams import Stream
-from traceml.database.looks import RankLook
 from traceml.database.schema import INFO, NAMES
+from traceml.database.snapshots import RankSnapshot
 from traceml.diagnosis.facts.job_facts import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
@@ -67,19 +67,19 @@ class LiveRows:
         elif stream.in_window:
             self.intake.add(table, stream.rank, data)
 
-    def look(self, look: RankLook) -> None:
-        """Take a look at a rank that another process has made."""
-        self.intake.facts.progress.look(look)
+    def take_snapshot(self, snapshot: RankSnapshot) -> None:
+        """Take a snapshot of a rank that another process has made."""
+        self.intake.facts.progress.take_snapshot(snapshot)
 
-    def look_from_outside(self, rank: int) -> RankLook | None:
-        """Return the newest look at a rank that stands still, if another process has made it."""
-        look = self.intake.facts.progress.look_at(rank)
-        return look if look is not None and look.answered in ("signal", "kernel") else None
+    def snapshot_from_outside(self, rank: int) -> RankSnapshot | None:
+        """Return the newest snapshot of a rank that stands still, if another process has made it."""
+        snapshot = self.intake.facts.progress.snapshot_of(rank)
+        return snapshot if snapshot is not None and snapshot.answered in ("signal", "kernel") else None
 
     @property
     def stands(self) -> bool:
         """Whether a rank makes no progress: then the verdict may change without any row."""
-        return self.intake.facts.progress.has_looks
+        return self.intake.facts.progress.has_snapshots
 
     def has_hung(self, state: str) -> bool:
         """Return whether a run that ended in this state had hung before.

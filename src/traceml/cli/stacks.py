@@ -14,11 +14,11 @@ import tyro
 from traceml.cli.assistants.json_documents import StacksDocument, StacksRank
 from traceml.cli.parsing import parse
 from traceml.cli.running_job import aggregator_of, running_job
-from traceml.database.looks import RankLook
+from traceml.database.snapshots import RankSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
 from traceml.settings import Config, load
 
-__all__ = ["look_at", "main", "stacks_document"]
+__all__ = ["ask_ranks", "main", "stacks_document"]
 
 _ANSWER_S = 15.0
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     options = parse(StacksOptions, argv, prog="traceml stacks")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     run_dir = running_job(options.run, config)
-    ranks, missing = look_at(run_dir, config)
+    ranks, missing = ask_ranks(run_dir, config)
     if options.json:
         print(json.dumps(msgspec.to_builtins(stacks_document(run_dir, ranks, missing))))
     else:
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def look_at(run_dir: Path, config: Config) -> tuple[list[RankStack], list[MissingRank]]:
-    """Ask the ranks of a running job for their stacks; return them, and the ranks that could not be looked at.
+def ask_ranks(run_dir: Path, config: Config) -> tuple[list[RankStack], list[MissingRank]]:
+    """Ask the ranks of a running job for their stacks; return them, and the ranks of which there is no snapshot.
 
     Raises:
         TraceMLError: its aggregator cannot be asked.
@@ -69,17 +69,17 @@ def look_at(run_dir: Path, config: Config) -> tuple[list[RankStack], list[Missin
 
 def stacks_document(run_dir: Path, ranks: list[RankStack], missing: list[MissingRank]) -> StacksDocument:
     """Return the stacks of a job as the document `traceml.stacks/1`."""
-    found = [StacksRank(host=each.host, pid=each.pid, **_fields(each.look)) for each in ranks]
+    found = [StacksRank(host=each.host, pid=each.pid, **_fields(each.snapshot)) for each in ranks]
     return StacksDocument(run=run_dir.name, ranks=found, missing=missing)
 
 
-def _fields(look: RankLook) -> dict[str, Any]:
-    return {each.name: getattr(look, each.name) for each in fields(look)}
+def _fields(snapshot: RankSnapshot) -> dict[str, Any]:
+    return {each.name: getattr(snapshot, each.name) for each in fields(snapshot)}
 
 
 def _ranks(reply: dict[str, Any]) -> list[RankStack]:
     stacks = reply["stacks"]
     return [
-        RankStack(str(row["host"]), int(row["pid"]), RankLook.from_row({**row, "frames": stacks[row["stack"]]}))
+        RankStack(str(row["host"]), int(row["pid"]), RankSnapshot.from_row({**row, "frames": stacks[row["stack"]]}))
         for row in reply["ranks"]
     ]

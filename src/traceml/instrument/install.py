@@ -409,7 +409,7 @@ class Instrumentation:
 
     def _report_mesh(self) -> None:
         """Tell this rank's place in the device mesh, by which a verdict names a pipeline stage or a replica."""
-        from traceml.instrument.group_looks import mesh_coordinates
+        from traceml.instrument.group_snapshots import mesh_coordinates
 
         coordinates = mesh_coordinates()
         if coordinates:

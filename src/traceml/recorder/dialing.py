@@ -17,7 +17,7 @@ from traceml.transport.runs_folder import AggregatorAddress, address_of, folder_
 
 __all__ = ["dial", "dial_as_client", "stored_elsewhere"]
 
-_LOOK_AGAIN_S = 1.0
+_RECHECK_S = 1.0
 
 
 def dial(
@@ -86,7 +86,7 @@ def _dial_folder(config: Config, hello: Hello, timeout_s: float, tries: int | No
         left_s = timeout_s - (time.monotonic() - began_s)
         try:
             token, tls = config.token or found.token, config.tls or found.tls
-            limit_s = min(left_s, _LOOK_AGAIN_S)
+            limit_s = min(left_s, _RECHECK_S)
             return connect(found.host, found.port, hello, token, timeout_s=limit_s, tries=tries, tls=tls)
         except AggregatorUnavailableError as error:
             waited_s = time.monotonic() - began_s

@@ -54,8 +54,8 @@ _INPUT_WAIT = int(Phase.INPUT_WAIT)
 _OWN_TABLES = (int(Phase.CHECKPOINT), int(Phase.USER))  # measured as such also during an evaluation
 
 
-class _Look(NamedTuple):
-    """A look at the training thread."""
+class _ThreadReading(NamedTuple):
+    """State of the training thread at a moment."""
 
     t_ns: int
     cpu_ns: int
@@ -136,10 +136,10 @@ class LineSampler:
         self._schedule(time.thread_time_ns() - began_ns)
 
     def _take(self, wait: Callable[[float], object], late_s: float) -> None:
-        before = self._look()
+        before = self._reading()
         wait(max(0.0, _LEAST_S + (_MOST_S - _LEAST_S) * _random() - late_s))
         frame = thread_frame(self._thread())
-        after = self._look()  # at once: the training thread goes on after 50 us
+        after = self._reading()  # at once: the training thread goes on after 50 us
         if frame is not None:
             self._count(self._key(frame, after.opened[0]), before, after)
 
@@ -175,7 +175,7 @@ class LineSampler:
 
         self._counts.clear()
 
-    def _count(self, key: _Key, before: _Look, after: _Look) -> None:
+    def _count(self, key: _Key, before: _ThreadReading, after: _ThreadReading) -> None:
         if key not in self._counts and len(self._counts) >= _MAX_LINES:
             return
 
@@ -187,9 +187,9 @@ class LineSampler:
             counts[1] += after.t_ns - before.t_ns
             counts[2] += after.cpu_ns - before.cpu_ns
 
-    def _look(self) -> _Look:
+    def _reading(self) -> _ThreadReading:
         """Return the time, the training thread's CPU time, and the open phase with the time at which it was opened."""
-        return _Look(monotonic_ns(), self._cpu_ns(), self._opened())
+        return _ThreadReading(monotonic_ns(), self._cpu_ns(), self._opened())
 
     def _cpu_ns(self) -> int:
         ident = self._thread()

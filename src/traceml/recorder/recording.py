@@ -103,7 +103,7 @@ class Recording:
             self._dial,
             flush_interval_s=config.flush_interval,
             commands={
-                "look": self._look,
+                "snapshot": self._snapshot,
                 "statistics": lambda _args: asdict(statistics()),
                 "profile": self._profiles.answer,
                 "abort": lambda _args: abort_process(self.thread.call_later),
@@ -390,9 +390,9 @@ class Recording:
         self.quiet(last)
         self.thread.is_attentive = self.quiet.is_quiet or self._profiles.is_used
 
-    def _look(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer the aggregator's command `look`."""
-        return self.quiet.look_now(is_last=args.get("last") is True).to_row()
+    def _snapshot(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer the aggregator's command `snapshot`."""
+        return self.quiet.snapshot_now(is_last=args.get("last") is True).to_row()
 
     def _is_feeding(self, frame: FrameType) -> bool:
         feeding = self.instrumentation.feeding if self.instrumentation is not None else None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
 _ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
-_LAST_LOOK_S, _LOOK_S = 0.2, 1.0
+_LAST_SNAPSHOT_S, _SNAPSHOT_S = 0.2, 1.0
 _POLL_S, _REPORT_DELIVERY_S = 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _STOP_TIMEOUT_S = 10.0  # its delivery processes save their position first
@@ -134,16 +134,16 @@ class AggregatorProcess(RestartingProcess):
                 own_session=True,
             )
 
-    def take_last_look(self) -> None:
-        """Have it look at ranks without progress, before a signal ends them; it takes at most a fifth of a second.
+    def take_last_snapshots(self) -> None:
+        """Have it take snapshots of ranks without progress, before a signal ends them; at most a fifth of a second.
 
         The ranks have described themselves since they stand still; this is how they stand at the end.
         """
-        self._ask("stacks", {"last": True}, _LAST_LOOK_S)
+        self._ask("stacks", {"last": True}, _LAST_SNAPSHOT_S)
 
-    def send_look(self, look: dict[str, Any]) -> None:
-        """Pass on a look at a rank of another host: `{host, rank, pid, look}`; another one follows if this is lost."""
-        self._ask("look_from_outside", look, _LOOK_S)
+    def send_snapshot(self, snapshot: dict[str, Any]) -> None:
+        """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
+        self._ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
 
     def _ask(self, name: str, args: dict[str, Any], limit_s: float) -> None:
         end_s = time.monotonic() + limit_s

@@ -226,7 +226,7 @@ class Supervisor:
         """Forward signals that were sent to this process only; the job receives those of the terminal itself."""
         while (info := signal.sigtimedwait(FORWARDED_SIGNALS, 0)) is not None:
             if info.si_signo in _ENDING and not self._signals & _ENDING:
-                self._aggregator.take_last_look()
+                self._aggregator.take_last_snapshots()
 
             self._signals.add(info.si_signo)
             self._note_sender(info)

@@ -18,7 +18,7 @@ __all__ = ["OtherThreads", "SwitchInterval", "switch_interval", "thread_cpu_ns",
 _SHORT_S = 50e-6
 _TIMER_SLACK_NS = 1000  # of 50,000 as usual, which the kernel adds to each wait
 _BUSY_SHARE = 0.02
-_CHECK_NS = 250_000_000  # the time from one look at all threads to the next, each of which costs 30 us
+_CHECK_NS = 250_000_000  # the time from one check of all threads to the next, each of which costs 30 us
 
 
 class SwitchInterval:
@@ -63,7 +63,7 @@ class OtherThreads:
 
     def __init__(self) -> None:
         self._used_ns: dict[int, int] = {}
-        self._looked_ns = 0
+        self._checked_ns = 0
         self._are_busy = False
 
     def are_busy(self, training: int) -> bool:
@@ -73,11 +73,11 @@ class OtherThreads:
             training: identifier of the training thread.
         """
         now = time.monotonic_ns()
-        passed_ns = now - self._looked_ns
+        passed_ns = now - self._checked_ns
         if passed_ns >= _CHECK_NS:
             used = self._used(training)
             busy_ns = sum(used_ns - self._used_ns.get(ident, used_ns) for ident, used_ns in used.items())
-            self._used_ns, self._looked_ns, self._are_busy = used, now, busy_ns > _BUSY_SHARE * passed_ns
+            self._used_ns, self._checked_ns, self._are_busy = used, now, busy_ns > _BUSY_SHARE * passed_ns
 
         return self._are_busy
 

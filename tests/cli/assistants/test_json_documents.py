@@ -16,7 +16,7 @@ from tests.whatif.generated_job import GeneratedJob, usual_s
 from traceml import cli
 from traceml.cli.assistants.json_documents import DOCUMENTS, StacksDocument, document_schema
 from traceml.cli.stacks import stacks_document
-from traceml.database.looks import FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack
 
 FOLDER = Path(__file__).parents[3] / "docs" / "schemas"
@@ -112,13 +112,13 @@ def test_what_if(printed, tmp_path):
 
 
 def test_stacks():
-    """With every part of a look."""
-    frame = FrameLook(file="train.py", line=3, function="wait", is_user=True)
-    worker = WorkerLook(index=1, pid=5, cpu_share=0.5, frames=(frame,), waits_for_batch=3)
-    look = RankLook(
-        rank=1, frames=(frame,), user_line=frame, groups=(GroupLook(members=(0, 1), peer=1),), workers=(worker,)
+    """With every part of a snapshot."""
+    frame = FrameSnapshot(file="train.py", line=3, function="wait", is_user=True)
+    worker = WorkerSnapshot(index=1, pid=5, cpu_share=0.5, frames=(frame,), waits_for_batch=3)
+    snapshot = RankSnapshot(
+        rank=1, frames=(frame,), user_line=frame, groups=(GroupSnapshot(members=(0, 1), peer=1),), workers=(worker,)
     )
-    made = stacks_document(Path("run"), [RankStack("h0", 7, look)], [MissingRank(0, "h1", "does not answer")])
+    made = stacks_document(Path("run"), [RankStack("h0", 7, snapshot)], [MissingRank(0, "h1", "does not answer")])
 
     document = json.loads(msgspec.json.encode(made))
     valid("stacks", document)

@@ -158,7 +158,7 @@ def test_full_log_refuses_and_counts() -> None:
 def test_full_log_starts_empty_when_all_is_stored() -> None:
     """A run of weeks has more facts than the log has room; those that the store has make room for new ones."""
     log = make_log(256)
-    row = {"kind": "look", "text": "x" * 40}
+    row = {"kind": "snapshot", "text": "x" * 40}
     for number in range(50):
         assert log.append(row | {"id": number})
         log.acked = log.appended

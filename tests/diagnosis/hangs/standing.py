@@ -1,4 +1,4 @@
-"""Jobs that stand still, made of looks."""
+"""Jobs that stand still, made of snapshots."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tests.diagnosis.fabricated import Job, window_of
-from traceml.database.looks import FrameLook, GroupLook, RankLook
 from traceml.database.schema import PROCESS, STEPS
+from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
@@ -19,39 +19,41 @@ QUIET_S = 75.0
 LAST_NS = 100 * S
 NOW_NS = LAST_NS + int(QUIET_S * S)
 TORCH = "/venv/lib/python3.11/site-packages/torch"
-ENGINE = FrameLook(file=f"{TORCH}/autograd/graph.py", line=800, function="_engine_run_backward")
+ENGINE = FrameSnapshot(file=f"{TORCH}/autograd/graph.py", line=800, function="_engine_run_backward")
 
 
-def line(number: int, function: str = "main", file: str = "/home/me/train.py") -> FrameLook:
+def line(number: int, function: str = "main", file: str = "/home/me/train.py") -> FrameSnapshot:
     """Return a frame of the user's code."""
-    return FrameLook(file=file, line=number, function=function, is_user=True)
+    return FrameSnapshot(file=file, line=number, function=function, is_user=True)
 
 
-def call(name: str) -> FrameLook:
+def call(name: str) -> FrameSnapshot:
     """Return the frame of a function of torch.distributed."""
-    return FrameLook(file=f"{TORCH}/distributed/distributed_c10d.py", line=2800, function=name)
+    return FrameSnapshot(file=f"{TORCH}/distributed/distributed_c10d.py", line=2800, function=name)
 
 
-def group(number: int, operation: str, *, flying: bool = True, **known: Any) -> GroupLook:
+def group(number: int, operation: str, *, flying: bool = True, **known: Any) -> GroupSnapshot:
     """Return the newest collective of the default group of two ranks."""
-    return GroupLook(**{"members": (0, 1), "number": number, "operation": operation, "in_flight": flying, **known})
+    return GroupSnapshot(**{"members": (0, 1), "number": number, "operation": operation, "in_flight": flying, **known})
 
 
-def look(rank: int, *frames: FrameLook, **known: Any) -> RankLook:
-    """Return a look at a rank that has stood still for 75 s in step 40."""
+def snapshot(rank: int, *frames: FrameSnapshot, **known: Any) -> RankSnapshot:
+    """Return a snapshot of a rank that has stood still for 75 s in step 40."""
     usual = {"step": 40, "in_step": True, "phase": "other", "answered": "recorder", "process_state": "S"}
-    return RankLook(**{"at_ns": NOW_NS, "rank": rank, "quiet_s": QUIET_S, "frames": frames, "cpu_share": 0.0,
+    return RankSnapshot(**{"at_ns": NOW_NS, "rank": rank, "quiet_s": QUIET_S, "frames": frames, "cpu_share": 0.0,
                        **usual, **known})  # fmt: skip
 
 
-def in_backward(rank: int, at: int = 28, number: int = 15, **known: Any) -> RankLook:
-    """Return a look at a rank that waits for its gradients' all_reduce."""
+def in_backward(rank: int, at: int = 28, number: int = 15, **known: Any) -> RankSnapshot:
+    """Return a snapshot of a rank that waits for its gradients' all_reduce."""
     groups = (group(number, "all_reduce", sizes=(2372,)),)
-    return look(rank, ENGINE, line(at), **{"phase": "backward", "wchan": "futex_do_wait", "groups": groups, **known})
+    return snapshot(
+        rank, ENGINE, line(at), **{"phase": "backward", "wchan": "futex_do_wait", "groups": groups, **known}
+    )
 
 
 def facts(
-    looks: Iterable[RankLook],
+    snapshots: Iterable[RankSnapshot],
     *exits: RankExit,
     ranks: int = 2,
     state: str = "running",
@@ -62,10 +64,10 @@ def facts(
     calls: Callable[[int, int], int] | None = None,
     **process: Any,
 ) -> JobFacts:
-    """Return the facts of a job: each rank has steps of 0.1 s until 75 s ago, and then those looks.
+    """Return the facts of a job: each rank has steps of 0.1 s until 75 s ago, and then those snapshots.
 
     Args:
-        looks: what was seen.
+        snapshots: what was seen.
         exits: ranks that have ended.
         ranks: ranks of the job.
         state: state of the run.
@@ -94,7 +96,7 @@ def facts(
         if not any(ended.rank == rank and ended.state == "finished" for ended in exits):
             builder.process_rows(rank, samples)
 
-    for each in looks:
+    for each in snapshots:
         builder.info(each.rank, each.to_info())
 
     for ended in exits:
@@ -104,9 +106,9 @@ def facts(
     return builder.build([steps - 1] * ranks)
 
 
-def found(*looks: RankLook, **job: Any) -> Finding | None:
-    """Return the finding about a job with these looks."""
-    return judged(facts(looks, *job.pop("exits", ()), **job))
+def found(*snapshots: RankSnapshot, **job: Any) -> Finding | None:
+    """Return the finding about a job with these snapshots."""
+    return judged(facts(snapshots, *job.pop("exits", ()), **job))
 
 
 def judged(job: JobFacts) -> Finding | None:

@@ -19,17 +19,17 @@ from tests.diagnosis.hangs.standing import (
     in_backward,
     judged,
     line,
-    look,
+    snapshot,
 )
-from traceml.database.looks import FrameLook, GroupLook, WorkerLook
 from traceml.database.schema import STEPS, pack_bits
+from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, WorkerSnapshot
 from traceml.diagnosis.facts.job_facts import JobFactsBuilder, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.kinds import Kind
 
 BEHIND = (group(14, "all_reduce", flying=False),)
-STUCK = look(1, line(6, "stuck"), groups=BEHIND, wchan="hrtimer_nanosleep")
+STUCK = snapshot(1, line(6, "stuck"), groups=BEHIND, wchan="hrtimer_nanosleep")
 
 
 def summary(finding: Finding | None) -> str:
@@ -81,8 +81,8 @@ def test_the_step_in_which_a_script_ended_counts():
 
 def test_different_operations_at_the_same_number_never_meet():
     """Both lines are named, after 5 s."""
-    zero = look(0, call("all_reduce"), line(25), quiet_s=6.0, groups=(group(6, "all_reduce"),))
-    one = look(1, call("all_gather"), line(24), quiet_s=6.0, groups=(group(6, "all_gather"),))
+    zero = snapshot(0, call("all_reduce"), line(25), quiet_s=6.0, groups=(group(6, "all_reduce"),))
+    one = snapshot(1, call("all_gather"), line(24), quiet_s=6.0, groups=(group(6, "all_gather"),))
 
     assert summary(found(zero, one)) == (
         "Rank 0 is in all_reduce #6 (train.py:25 main), rank 1 is in all_gather #6 (train.py:24 main), for 6.0 s: "
@@ -95,8 +95,10 @@ def test_different_operations_at_the_same_number_never_meet():
 def test_the_minority_of_operations_is_named():
     """Of four ranks the one in another collective."""
     known = {"members": (0, 1, 2, 3)}
-    many = [look(rank, call("all_reduce"), line(25), groups=(group(6, "all_reduce", **known),)) for rank in (0, 1, 3)]
-    one = look(2, call("barrier"), line(24), groups=(group(6, "barrier", **known),))
+    many = [
+        snapshot(rank, call("all_reduce"), line(25), groups=(group(6, "all_reduce", **known),)) for rank in (0, 1, 3)
+    ]
+    one = snapshot(2, call("barrier"), line(24), groups=(group(6, "barrier", **known),))
 
     assert found(*many, one, ranks=4).ranks == (2,)
 
@@ -105,7 +107,7 @@ def test_sizes_of_an_all_reduce_must_agree():
     """Sizes of a gather need not."""
 
     def at(rank, operation, size):
-        return look(rank, call(operation), line(5), groups=(group(3, operation, sizes=(size,)),))
+        return snapshot(rank, call(operation), line(5), groups=(group(3, operation, sizes=(size,)),))
 
     assert "of 4,096 elements" in summary(found(at(0, "all_reduce", 1024), at(1, "all_reduce", 4096)))
     assert "sizes differ" not in summary(found(at(0, "gather", 1024), at(1, "gather", 4096)))
@@ -114,8 +116,8 @@ def test_sizes_of_an_all_reduce_must_agree():
 def test_a_rank_alone_in_a_barrier_is_told():
     """As for a barrier that only the saving rank calls."""
     known = {"members": (0, 1, 2)}
-    alone = look(0, call("barrier"), line(30, "save"), groups=(group(6, "barrier", **known),))
-    others = [look(rank, line(41), groups=(group(5, "all_reduce", flying=False, **known),)) for rank in (1, 2)]
+    alone = snapshot(0, call("barrier"), line(30, "save"), groups=(group(6, "barrier", **known),))
+    others = [snapshot(rank, line(41), groups=(group(5, "all_reduce", flying=False, **known),)) for rank in (1, 2)]
 
     assert summary(found(alone, *others, ranks=3)) == (
         "Rank 0 alone has waited in barrier #6 (train.py:30 save) for 75 s: ranks 1, 2 never reached it: ranks 1, 2 in "
@@ -125,10 +127,12 @@ def test_a_rank_alone_in_a_barrier_is_told():
 
 def test_sub_groups_in_different_order_are_a_circle():
     """The ranks of the circle are named, not those that only wait for it."""
-    mine = GroupLook(name="mygrp", members=(0, 1), number=1, operation="all_reduce", in_flight=True)
+    mine = GroupSnapshot(name="mygrp", members=(0, 1), number=1, operation="all_reduce", in_flight=True)
     everyone = {"members": (0, 1, 2)}
-    zero = look(0, call("all_reduce"), line(20), groups=(group(5, "barrier", flying=False, **everyone), mine))
-    rest = [look(rank, call("all_reduce"), line(30), groups=(group(6, "all_reduce", **everyone),)) for rank in (1, 2)]
+    zero = snapshot(0, call("all_reduce"), line(20), groups=(group(5, "barrier", flying=False, **everyone), mine))
+    rest = [
+        snapshot(rank, call("all_reduce"), line(30), groups=(group(6, "all_reduce", **everyone),)) for rank in (1, 2)
+    ]
 
     assert summary(found(zero, *rest, ranks=3)) == (
         "Ranks 0, 1 wait for each other: rank 0 in all_reduce #1 of group 'mygrp' (train.py:20 main), rank 1 in "
@@ -138,10 +142,10 @@ def test_sub_groups_in_different_order_are_a_circle():
 
 def test_a_receive_from_a_rank_in_a_collective_is_a_circle():
     """Point to point operations need no number."""
-    receives = look(
+    receives = snapshot(
         0, call("recv"), line(56), groups=(group(5, "x", flying=False), group(1, "recv", is_p2p=True, peer=1))
     )
-    one = look(1, call("all_reduce"), line(57), groups=(group(6, "all_reduce"),))
+    one = snapshot(1, call("all_reduce"), line(57), groups=(group(6, "all_reduce"),))
 
     finding = found(receives, one)
     assert "rank 0 in recv from rank 1 (train.py:56 main), rank 1 in all_reduce #6" in summary(finding)
@@ -186,12 +190,12 @@ LOCK_FILE = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
 )
 def test_the_state_of_the_process_is_told(seen, words):
     """And nothing where the kernel's word is not known."""
-    assert words in summary(found(in_backward(0), look(1, line(6, "stuck"), groups=BEHIND, **seen)))
+    assert words in summary(found(in_backward(0), snapshot(1, line(6, "stuck"), groups=BEHIND, **seen)))
 
 
 def test_a_rank_alone_is_told_too():
     """One process needs no collective to hang."""
-    finding = found(look(0, line(6, "stuck"), wchan="anon_pipe_read"), ranks=1)
+    finding = found(snapshot(0, line(6, "stuck"), wchan="anon_pipe_read"), ranks=1)
 
     assert summary(finding) == (
         "Rank 0 has been in train.py:6 stuck, reading from a pipe that nobody writes to for 75 s."
@@ -202,10 +206,10 @@ def test_the_worker_whose_batch_is_awaited_is_named():
     """With its line and what it waits for; the other worker is not."""
     code = line(12, "Data.__getitem__", "/home/me/data.py")
     workers = (
-        WorkerLook(index=0, pid=77, state="S", wchan="futex_do_wait", frames=(code,), waits_for_batch=2),
-        WorkerLook(index=1, pid=78, state="S", wchan="anon_pipe_read"),
+        WorkerSnapshot(index=0, pid=77, state="S", wchan="futex_do_wait", frames=(code,), waits_for_batch=2),
+        WorkerSnapshot(index=1, pid=78, state="S", wchan="anon_pipe_read"),
     )
-    waits = look(1, call("x").__class__(file="/lib/multiprocessing/queues.py", function="get"), line(28),
+    waits = snapshot(1, call("x").__class__(file="/lib/multiprocessing/queues.py", function="get"), line(28),
                  phase="input_wait", groups=BEHIND, workers=workers)  # fmt: skip
     finding = found(in_backward(0), waits)
 
@@ -219,8 +223,8 @@ def test_the_worker_whose_batch_is_awaited_is_named():
 
 def test_a_spawned_worker_with_a_lock_is_not_advised_to_be_spawned():
     """It has inherited no lock from the training process."""
-    worker = WorkerLook(pid=77, state="S", wchan="futex_do_wait", waits_for_batch=2, start_method="spawn")
-    finding = found(in_backward(0), look(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,)))
+    worker = WorkerSnapshot(pid=77, state="S", wchan="futex_do_wait", waits_for_batch=2, start_method="spawn")
+    finding = found(in_backward(0), snapshot(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,)))
 
     assert "waiting for a lock" in summary(finding)
     assert finding.next.startswith("Look at what the dataset does there")
@@ -228,8 +232,8 @@ def test_a_spawned_worker_with_a_lock_is_not_advised_to_be_spawned():
 
 def test_a_worker_whose_line_is_not_known_is_told_by_its_state():
     """And one of which nothing is known, as what it is."""
-    worker = WorkerLook(pid=77, state="S", wchan="futex_do_wait", waits_for_batch=2)
-    waits = look(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,))
+    worker = WorkerSnapshot(pid=77, state="S", wchan="futex_do_wait", waits_for_batch=2)
+    waits = snapshot(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,))
     unknown = replace(waits, workers=(replace(worker, state="", wchan=""),))
 
     assert "whose worker 0 (process 77) is waiting for a lock for" in summary(found(in_backward(0), waits))
@@ -254,7 +258,7 @@ def skips_a_backward(rank: int, step: int) -> int:
 
 def test_ranks_that_parted_earlier_are_told_since_when():
     """The hang comes at the end; the step before was the first with another number of collectives."""
-    other = look(1, call("barrier"), line(30), wchan="futex_do_wait", groups=(group(15, "barrier"),))
+    other = snapshot(1, call("barrier"), line(30), wchan="futex_do_wait", groups=(group(15, "barrier"),))
     finding = found(in_backward(0), other, calls=skips_a_backward)
 
     assert finding is not None
@@ -267,15 +271,15 @@ def test_ranks_that_parted_earlier_are_told_since_when():
 
 def test_ranks_that_parted_tell_nothing_about_one_that_waits_for_no_collective():
     """Nor is it said of ranks that agree, or that never did."""
-    stands = [look(rank, line(6, "stuck"), wchan="anon_pipe_read") for rank in (0, 1)]
+    stands = [snapshot(rank, line(6, "stuck"), wchan="anon_pipe_read") for rank in (0, 1)]
     never = in_backward(0), STUCK
 
-    for looks, calls in (
+    for snapshots, calls in (
         (stands, skips_a_backward),
         (never, lambda _rank, step: pack_bits(1, 0, step + 6)),
         (never, lambda rank, step: pack_bits(1, 0, step + 6 + rank)),
     ):
-        finding = found(*looks, calls=calls)
+        finding = found(*snapshots, calls=calls)
         assert "apart" not in summary(finding)
         assert "apart_since_step" not in finding.evidence
 
@@ -301,13 +305,13 @@ def test_a_rank_that_may_stand_still_is_no_hang(seen):
 
 def test_a_compiler_in_the_stack_is_no_hang():
     """Whatever the line of the user's code."""
-    compiler = FrameLook(file="/venv/torch/_inductor/compile_fx.py", line=5, function="compile_fx")
+    compiler = FrameSnapshot(file="/venv/torch/_inductor/compile_fx.py", line=5, function="compile_fx")
 
-    assert found(in_backward(0), look(1, compiler, line(9), groups=BEHIND, cpu_share=0.5)) is None
+    assert found(in_backward(0), snapshot(1, compiler, line(9), groups=BEHIND, cpu_share=0.5)) is None
 
 
 def test_a_rank_that_makes_progress_is_no_hang():
-    """One without a look, whose recorder sends rows."""
+    """One without a snapshot, whose recorder sends rows."""
     assert found(in_backward(0)) is None
 
 
@@ -315,7 +319,7 @@ def test_standing_still_takes_the_time_that_was_set():
     """And longer in a run that has had such pauses before."""
     assert found(in_backward(0), STUCK, hang_timeout_s=80.0) is None
     assert found(in_backward(0), STUCK, hang_timeout_s=70.0) is not None
-    paused = look(1, line(6), quiet_s=60.0, at_ns=NOW_NS - 90 * S)
+    paused = snapshot(1, line(6), quiet_s=60.0, at_ns=NOW_NS - 90 * S)
     over = replace(paused, quiet_s=62.0, ended=True, at_ns=NOW_NS - 88 * S)
     assert found(paused, over, in_backward(0), STUCK) is None
 
@@ -330,14 +334,14 @@ def test_a_rank_that_computes_gets_five_times_as_long():
 
 def test_a_worker_that_is_ready_to_run_computes():
     """On a host with many programs it gets little of a core, for instance to import torch."""
-    worker = WorkerLook(pid=77, state="R", cpu_share=0.05, waits_for_batch=0)
-    waits = look(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,))
+    worker = WorkerSnapshot(pid=77, state="R", cpu_share=0.05, waits_for_batch=0)
+    waits = snapshot(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,))
 
     assert found(in_backward(0), waits) is None
     assert found(in_backward(0), waits, hang_timeout_s=14.0) is not None
 
 
-def test_progress_after_a_look_ends_the_hang():
+def test_progress_after_a_snapshot_ends_the_hang():
     """Steps that were made since, or the rank's own word."""
     over = replace(STUCK, ended=True)
 
@@ -349,14 +353,14 @@ def test_progress_after_a_look_ends_the_hang():
 def test_a_collective_in_flight_is_not_waited_for_by_a_sleeping_rank():
     """The stack tells: an asynchronous all_reduce that nobody waits for."""
     flying = (group(6, "all_reduce"),)
-    sleeps = look(1, line(6, "stuck"), groups=flying, wchan="hrtimer_nanosleep")
+    sleeps = snapshot(1, line(6, "stuck"), groups=flying, wchan="hrtimer_nanosleep")
 
-    assert found(look(0, line(9), groups=flying, wchan="hrtimer_nanosleep"), sleeps).evidence["cause"] == "stands"
+    assert found(snapshot(0, line(9), groups=flying, wchan="hrtimer_nanosleep"), sleeps).evidence["cause"] == "stands"
 
 
 def test_a_backward_that_computes_waits_for_nobody():
     """With nothing in flight, the engine computes."""
-    computes = look(1, ENGINE, line(28), phase="backward", groups=BEHIND, cpu_share=1.0, process_state="R")
+    computes = snapshot(1, ENGINE, line(28), phase="backward", groups=BEHIND, cpu_share=1.0, process_state="R")
 
     assert found(in_backward(0), computes) is None
 
@@ -368,23 +372,23 @@ def test_a_lost_rank_is_the_cause_of_the_wait():
 
 def test_one_process_waits_in_no_collective():
     """Its backward is long, and there is no other rank."""
-    finding = found(look(0, ENGINE, line(28), phase="backward"), ranks=1)
+    finding = found(snapshot(0, ENGINE, line(28), phase="backward"), ranks=1)
 
     assert finding.evidence["cause"] == "stands"
 
 
-def test_an_older_look_does_not_replace_a_newer_one():
-    """A report reads the looks of other processes, as one at an import that held the GIL, after the rank's own."""
-    silent = look(1, line(2, "import_torch"), answered="signal", quiet_s=3.0, step=-1, at_ns=NOW_NS - 90 * S)
+def test_an_older_snapshot_does_not_replace_a_newer_one():
+    """A report reads the snapshots of other processes, as one at an import that held the GIL, after the rank's own."""
+    silent = snapshot(1, line(2, "import_torch"), answered="signal", quiet_s=3.0, step=-1, at_ns=NOW_NS - 90 * S)
     over = replace(silent, ended=True, quiet_s=4.0, at_ns=NOW_NS - 89 * S)
 
-    for looks in ((silent, over, in_backward(0), STUCK), (in_backward(0), STUCK, silent, over)):
-        assert "it has been in train.py:6 stuck, sleeping for 75 s" in summary(found(*looks))
+    for snapshots in ((silent, over, in_backward(0), STUCK), (in_backward(0), STUCK, silent, over)):
+        assert "it has been in train.py:6 stuck, sleeping for 75 s" in summary(found(*snapshots))
 
 
 def test_a_pause_that_is_read_late_counts():
     """It shows what is normal in this run."""
-    paused = look(1, line(6), quiet_s=60.0, at_ns=NOW_NS - 90 * S)
+    paused = snapshot(1, line(6), quiet_s=60.0, at_ns=NOW_NS - 90 * S)
     over = replace(paused, quiet_s=62.0, ended=True, at_ns=NOW_NS - 88 * S)
 
     assert found(in_backward(0), STUCK, paused, over) is None
@@ -400,7 +404,7 @@ def test_steps_that_take_long_give_more_time():
 def test_an_end_without_a_number_takes_the_usual_time():
     """Whether a backward waits for a rank that has ended is not certain where its collectives are not known."""
     ended = RankExit(rank=1, state="finished", code=0, last_step=8)
-    waits = look(0, ENGINE, line(28), phase="backward", quiet_s=20.0)
+    waits = snapshot(0, ENGINE, line(28), phase="backward", quiet_s=20.0)
 
     assert judged(facts([waits], ended)) is None
 
@@ -411,14 +415,14 @@ STOPPED = (RankExit(rank=0, state="killed", signal=2), RankExit(rank=1, state="k
 
 
 def test_a_hung_job_that_was_interrupted_has_hung():
-    """By the looks before the end; also where nobody shows Ctrl-C."""
+    """By the snapshots before the end; also where nobody shows Ctrl-C."""
     assert "Rank 1 never reached" in summary(found(in_backward(0), STUCK, exits=STOPPED, state="stopped"))
     terminated = tuple(RankExit(rank=rank, state="killed", signal=15) for rank in (0, 1))
     assert "Rank 1 never reached" in summary(found(in_backward(0), STUCK, exits=terminated, state="failed"))
 
 
 def test_rows_alone_tell_that_a_job_hung():
-    """Without any look: open steps that were far older than steps take, and the line that Ctrl-C met."""
+    """Without any snapshot: open steps that were far older than steps take, and the line that Ctrl-C met."""
     interrupted = RankExit(
         rank=1, state="failed", code=130, exception="KeyboardInterrupt: ", file="/home/me/train.py", line=6,
         function="stuck", open_step=40, open_phase="other", open_s=75.0,
@@ -437,7 +441,8 @@ def test_a_job_that_was_interrupted_at_work_has_not_hung():
     assert judged(job) is None
     between = facts([], *(RankExit(rank=rank, state="killed", signal=2) for rank in (0, 1)), state="stopped", steps=39)
     progress = {
-        rank: replace(each, look=replace(each.look, in_step=False)) for rank, each in between.progress.ranks.items()
+        rank: replace(each, snapshot=replace(each.snapshot, in_step=False))
+        for rank, each in between.progress.ranks.items()
     }
     assert judged(replace(between, progress=replace(between.progress, ranks=progress))) is None
 
@@ -486,15 +491,15 @@ def test_what_was_a_hang_stays_one():
 
 def test_the_headline_tells_the_state_where_no_line_is_known():
     """A stopped process cannot be asked for its line."""
-    finding = found(in_backward(0), look(1, answered="kernel", process_state="T", groups=()))
+    finding = found(in_backward(0), snapshot(1, answered="kernel", process_state="T", groups=()))
 
     assert finding.headline == "Rank 1 blocks the others, stopped by a signal"
     assert "kill -CONT" in finding.next
 
 
 def test_a_silent_rank_stands_still_until_its_end():
-    """It sends nothing, and its last look is of the beginning of the hang."""
-    held = look(1, line(7, "hold"), answered="signal", quiet_s=4.0, at_ns=NOW_NS - 71 * S)
+    """It sends nothing, and its last snapshot is of the beginning of the hang."""
+    held = snapshot(1, line(7, "hold"), answered="signal", quiet_s=4.0, at_ns=NOW_NS - 71 * S)
     exits = [RankExit(rank=rank, state="killed", signal=15, at_s=1000.0 + 0.3 * rank) for rank in (0, 1)]
     early = [RankExit(rank=0, state="killed", signal=15, at_s=1000.0), RankExit(rank=1, state="killed", at_s=930.0)]
 

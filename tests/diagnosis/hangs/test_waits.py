@@ -6,23 +6,23 @@ from typing import Any
 
 import pytest
 
-from tests.diagnosis.hangs.standing import found, group, in_backward, line, look
-from traceml.database.looks import FrameLook, ProcessLook, ThreadLook, WorkerLook
+from tests.diagnosis.hangs.standing import found, group, in_backward, line, snapshot
+from traceml.database.snapshots import FrameSnapshot, ProcessSnapshot, ThreadSnapshot, WorkerSnapshot
 from traceml.diagnosis.findings import Finding
 
 LOCK = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
-HOLDER = ProcessLook(pid=77, name="python build.py", state="S", wchan="hrtimer_nanosleep")
-CHILD = ProcessLook(pid=78, name="ffmpeg", state="S", wchan="do_sys_poll")
-FULL = ProcessLook(pid=79, name="ffmpeg", state="S", wchan="anon_pipe_write", waits_on="stdout")
-HELPER = ThreadLook(name="Thread-1", line=line(40, "upload"))
-QUEUE = FrameLook(file="/usr/lib/python3.11/multiprocessing/queues.py", line=103, function="get")
+HOLDER = ProcessSnapshot(pid=77, name="python build.py", state="S", wchan="hrtimer_nanosleep")
+CHILD = ProcessSnapshot(pid=78, name="ffmpeg", state="S", wchan="do_sys_poll")
+FULL = ProcessSnapshot(pid=79, name="ffmpeg", state="S", wchan="anon_pipe_write", waits_on="stdout")
+HELPER = ThreadSnapshot(name="Thread-1", line=line(40, "upload"))
+QUEUE = FrameSnapshot(file="/usr/lib/python3.11/multiprocessing/queues.py", line=103, function="get")
 BEHIND = (group(14, "all_reduce", flying=False),)
-END = FrameLook(file="/usr/lib/python3.11/threading.py", line=1590, function="_shutdown")
+END = FrameSnapshot(file="/usr/lib/python3.11/threading.py", line=1590, function="_shutdown")
 
 
-def stuck(*frames: FrameLook, **seen: Any) -> Finding:
+def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
     """Return the finding about one process that stands still."""
-    finding = found(look(0, *(frames or (line(6, "stuck"),)), **seen), ranks=1)
+    finding = found(snapshot(0, *(frames or (line(6, "stuck"),)), **seen), ranks=1)
     assert finding is not None
     return finding
 
@@ -103,15 +103,15 @@ def test_an_end_that_waits_for_a_thread_names_it() -> None:
 
 def test_an_end_does_not_wait_for_a_daemon() -> None:
     """The interpreter ends without it."""
-    daemon = ThreadLook(name="Thread-1", line=line(40, "upload"), is_daemon=True)
+    daemon = ThreadSnapshot(name="Thread-1", line=line(40, "upload"), is_daemon=True)
 
     assert "waiting for its thread" not in stuck(END, phase="exit", threads=(daemon,)).summary
 
 
 def test_a_worker_before_a_locked_file_is_not_told_to_be_spawned() -> None:
     """A lock of a file is no lock of a thread: who holds it is told."""
-    worker = WorkerLook(index=0, pid=80, state="S", waits_for_batch=2, blocker=HOLDER, **LOCK)
-    waits = look(1, QUEUE, line(28), phase="input_wait", groups=BEHIND, workers=(worker,), wchan="futex_do_wait")
+    worker = WorkerSnapshot(index=0, pid=80, state="S", waits_for_batch=2, blocker=HOLDER, **LOCK)
+    waits = snapshot(1, QUEUE, line(28), phase="input_wait", groups=BEHIND, workers=(worker,), wchan="futex_do_wait")
     finding = found(in_backward(0), waits)
 
     assert finding is not None
@@ -122,7 +122,7 @@ def test_a_worker_before_a_locked_file_is_not_told_to_be_spawned() -> None:
 
 def test_a_rank_that_is_ready_to_run_computes() -> None:
     """On a busy host it gets less than a fifth of a core."""
-    runs = look(0, line(6, "solve"), process_state="R", cpu_share=0.05)
+    runs = snapshot(0, line(6, "solve"), process_state="R", cpu_share=0.05)
 
     assert found(runs, ranks=1) is None
     assert found(runs, ranks=1, hang_timeout_s=14.0) is not None
@@ -130,11 +130,11 @@ def test_a_rank_that_is_ready_to_run_computes() -> None:
 
 def test_a_call_that_holds_the_gil_may_read_a_large_file_before_the_first_step() -> None:
     """As json.load does; in training no call takes so long, and one that sleeps computes nothing."""
-    loads = look(
+    loads = snapshot(
         0, line(6, "read_labels"), answered="signal", process_state="R", phase="startup", step=-1, in_step=False
     )
-    training = look(0, line(6, "match"), answered="signal", process_state="R")
-    sleeps = look(0, line(6, "wait"), answered="signal", phase="startup", step=-1, in_step=False)
+    training = snapshot(0, line(6, "match"), answered="signal", process_state="R")
+    sleeps = snapshot(0, line(6, "wait"), answered="signal", phase="startup", step=-1, in_step=False)
 
     assert found(loads, ranks=1, rows=False) is None
     assert found(loads, ranks=1, rows=False, hang_timeout_s=14.0) is not None

@@ -60,7 +60,7 @@ def _no_variables(monkeypatch):
 def test_metrics_are_those_of_the_report(tmp_path):
     """With names, base units and attributes; counters are sums that only grow."""
     with collecting() as collector, running_run(tmp_path / "r1"):
-        exporter(tmp_path, collector.url).look(15.0)
+        exporter(tmp_path, collector.url).poll(15.0)
         live = LiveRun(tmp_path / "r1")
         live.refresh()
         report = live.report()
@@ -83,9 +83,9 @@ def test_runs_of_another_aggregator_are_its_own(tmp_path):
     """Two aggregators of one folder do not send a run twice."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
         other = exporter(tmp_path, collector.url, owner=1)
-        other.look(15.0)
+        other.poll(15.0)
         end(tmp_path / "r1", writer)
-        other.look(15.0, last=True)
+        other.poll(15.0, last=True)
 
     assert (collector.metrics, collector.traces) == ([], [])
 
@@ -97,7 +97,7 @@ def test_metrics_wait_for_their_interval(tmp_path):
         sender = exporter(tmp_path, collector.url, clock)
         for now_s in (100.0, 105.0, 114.0, 115.0, 120.0):
             clock.now_s = now_s
-            sender.look(15.0)
+            sender.poll(15.0)
 
     assert len(collector.metrics) == 2
 
@@ -106,11 +106,11 @@ def test_an_ended_run_is_a_trace_with_its_findings(tmp_path):
     """The run contains its attempts, these contain blocks of steps, and findings are events of the run."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
         sender = exporter(tmp_path, collector.url)
-        sender.look(15.0)
+        sender.poll(15.0)
         assert collector.traces == []
         report = end(tmp_path / "r1", writer)
-        sender.look(15.0, last=True)
-        sender.look(15.0, last=True)
+        sender.poll(15.0, last=True)
+        sender.poll(15.0, last=True)
 
     spans = collector.spans()
     root, attempt, *blocks = sorted(spans, key=lambda span: (span.name[:3] != "run", span.name[:3] != "att"))
@@ -133,7 +133,7 @@ def test_blocks_cover_the_steps_and_have_the_times_of_their_rows(tmp_path):
     """Blocks follow each other without a gap, and their phases are those of the charts."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
         end(tmp_path / "r1", writer)
-        exporter(tmp_path, collector.url).look(15.0, last=True)
+        exporter(tmp_path, collector.url).poll(15.0, last=True)
 
     blocks = [span for span in collector.spans() if span.name.startswith("step")]
     facts = sorted((attributes(block) for block in blocks), key=lambda each: each["traceml.step.first"])
@@ -149,7 +149,7 @@ def test_a_failed_run_is_an_error(tmp_path):
     """Its root span has the status of an error, which tracing systems show in red."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
         end(tmp_path / "r1", writer, state="failed")
-        exporter(tmp_path, collector.url).look(15.0, last=True)
+        exporter(tmp_path, collector.url).poll(15.0, last=True)
 
     root = next(span for span in collector.spans() if span.name.startswith("run"))
     assert (root.status.code, root.status.message) == (2, "the run is failed")
@@ -160,7 +160,7 @@ def test_the_same_run_has_the_same_ids(tmp_path):
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
         end(tmp_path / "r1", writer)
         for _ in range(2):
-            exporter(tmp_path, collector.url).look(15.0, last=True)
+            exporter(tmp_path, collector.url).poll(15.0, last=True)
 
     ids = [span.span_id for span in collector.spans()]
     assert ids[: len(ids) // 2] == ids[len(ids) // 2 :]
@@ -170,7 +170,7 @@ def test_runs_that_ended_before_are_not_sent(tmp_path):
     """A start of the exporter does not send the history of the folder."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
         end(tmp_path / "r1", writer, ended=time.time() - 30)
-        exporter(tmp_path, collector.url).look(15.0, last=True)
+        exporter(tmp_path, collector.url).poll(15.0, last=True)
 
     assert collector.traces == []
 
@@ -183,16 +183,16 @@ def test_a_collector_that_is_down_gets_the_spans_later(tmp_path, caplog):
     clock = Clock()
     sender = exporter(tmp_path, f"http://127.0.0.1:{port}", clock, timeout_s=0.2)
     with caplog.at_level(logging.WARNING, logger="traceml"), running_run(tmp_path / "r1") as writer:
-        sender.look(15.0)
+        sender.poll(15.0)
         end(tmp_path / "r1", writer)
         for _ in range(3):
             clock.now_s += 1000
-            sender.look(15.0)
+            sender.poll(15.0)
 
         with collecting(port) as collector:
             clock.now_s += 1000
-            sender.look(15.0)
-            sender.look(15.0, last=True)
+            sender.poll(15.0)
+            sender.poll(15.0, last=True)
 
     assert len([span for span in collector.spans() if span.name.startswith("run")]) == 1
     told = [record.getMessage() for record in caplog.records if record.name == "traceml"]
@@ -205,7 +205,7 @@ def test_texts_of_findings_are_masked(tmp_path):
     """The setting `mask` counts for what leaves the machine here too."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
         report = end(tmp_path / "r1", writer)
-        exporter(tmp_path, collector.url, mask=("re:Rank",)).look(15.0, last=True)
+        exporter(tmp_path, collector.url, mask=("re:Rank",)).poll(15.0, last=True)
 
     root = next(span for span in collector.spans() if span.name.startswith("run"))
     assert "Rank" in report.verdict.summary
@@ -220,11 +220,11 @@ def test_an_error_of_the_collector_keeps_the_spans(tmp_path):
         sender = exporter(tmp_path, collector.url, clock, timeout_s=0.2)
         collector.status = 400
         end(tmp_path / "r1", writer)
-        sender.look(15.0)
+        sender.poll(15.0)
         assert collector.spans() == []
         collector.status = 200
         clock.now_s += 1000
-        sender.look(15.0)
+        sender.poll(15.0)
 
     assert len([span for span in collector.spans() if span.name.startswith("run")]) == 1
 
@@ -234,6 +234,6 @@ def test_a_name_in_the_environment_counts(tmp_path, monkeypatch):
     monkeypatch.setenv("OTEL_SERVICE_NAME", "my-cluster")
     with collecting() as collector, running_run(tmp_path / "r1"):
         assert isinstance(collector, Collector)
-        exporter(tmp_path, collector.url).look(15.0)
+        exporter(tmp_path, collector.url).poll(15.0)
 
     assert attributes(collector.metrics[0].resource_metrics[0].resource)["service.name"] == "my-cluster"

@@ -1,4 +1,4 @@
-"""Looks at containers of a script whose memory grows."""
+"""Readings of the containers of a script whose memory grows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from traceml.database.schema import OPEN_SLOTS, Slot
 from traceml.recorder.growth.growing_lines import line_that_adds
 from traceml.recorder.growth.growth_watch import GrowthWatch
-from traceml.recorder.growth.held_objects import HeldObjects, look
+from traceml.recorder.growth.held_objects import HeldObjects, read_containers
 
 SECOND = 10**9
 
@@ -60,7 +60,7 @@ def test_containers_of_variables_and_their_attributes_are_seen() -> None:
     for number in range(12):
         photos[number], cached(number)
 
-    found = by_path(look(sys._getframe(), is_here))
+    found = by_path(read_containers(sys._getframe(), is_here))
 
     assert (found["losses"].size, found["losses"].holds_graph, found["losses"].item) == (10, True, "Tensor")
     assert (found["metrics['loss']"].size, found["metrics['loss']"].kind) == (20, "deque")
@@ -76,14 +76,14 @@ def test_containers_of_variables_and_their_attributes_are_seen() -> None:
 
 
 def test_a_container_is_the_same_under_another_name() -> None:
-    """One look comes while a method runs, `self.history`, the other while its caller does, `tracker.history`."""
+    """One reading comes while a method runs, `self.history`, the other while its caller does, `tracker.history`."""
     tracker = Tracker()
     tracker.history += [torch.zeros(10) for _ in range(9)]
 
     def method(self: Tracker) -> dict[tuple[str, int], HeldObjects]:
-        return look(sys._getframe(), is_here)
+        return read_containers(sys._getframe(), is_here)
 
-    inside, outside = method(tracker), look(sys._getframe(), is_here)
+    inside, outside = method(tracker), read_containers(sys._getframe(), is_here)
 
     keys = [{key for key, held in found.items() if held.path.endswith(".history")} for found in (inside, outside)]
     assert len(keys[0]) == 1
@@ -91,7 +91,7 @@ def test_a_container_is_the_same_under_another_name() -> None:
     assert {inside[key].path for key in keys[0]} == {"self.history"}
 
 
-def test_a_look_leaves_no_references_behind() -> None:
+def test_a_reading_leaves_no_references_behind() -> None:
     """A variable that the other thread deletes afterwards is gone at once."""
     ready, seen, gone = threading.Event(), threading.Event(), threading.Event()
     freed: list[bool] = []
@@ -110,7 +110,7 @@ def test_a_look_leaves_no_references_behind() -> None:
     thread = threading.Thread(target=train)
     thread.start()
     ready.wait(30)
-    look(sys._current_frames()[thread.ident or 0], is_here)
+    read_containers(sys._current_frames()[thread.ident or 0], is_here)
     seen.set()
     thread.join(30)
 
@@ -124,7 +124,7 @@ def test_a_sum_of_losses_has_a_long_graph() -> None:
     for _ in range(100):
         total = total + weight
 
-    held = by_path(look(sys._getframe(), is_here))["total"]
+    held = by_path(read_containers(sys._getframe(), is_here))["total"]
 
     assert held.kind == "graph"
     assert held.holds_graph
@@ -151,7 +151,7 @@ class Watched:
 
 
 def test_the_list_that_grows_with_memory_is_noted() -> None:
-    """Twelve turns later, once: its rate per step, its line, and the cost of looking."""
+    """Twelve turns later, once: its rate per step, its line, and the cost of reading."""
     watched, kept = Watched(), []
     for _ in range(16):
         kept.extend(bytearray(1 << 20) for _ in range(10))
@@ -166,7 +166,7 @@ def test_the_list_that_grows_with_memory_is_noted() -> None:
     assert note["cost_ms"] < 1000
 
 
-def test_level_memory_is_not_looked_into() -> None:
+def test_containers_are_not_read_while_memory_is_level() -> None:
     """A list of numbers grows, memory does not."""
     watched, numbers = Watched(), []
     for number in range(40):

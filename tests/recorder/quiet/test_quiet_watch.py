@@ -6,23 +6,23 @@ import pytest
 
 from tests.aggregator.conftest import Serving
 from tests.recorder.conftest import Run
-from traceml.database.looks import LOOK, RankLook
+from traceml.database.snapshots import SNAPSHOT, RankSnapshot
 
 pytestmark = pytest.mark.process
 
-_QUICK = {"TRACEML_HANG_TIMEOUT": "2"}  # so the first look comes after a second
+_QUICK = {"TRACEML_HANG_TIMEOUT": "2"}  # so the first snapshot comes after a second
 
 
-def _looks(serving: Serving) -> list[RankLook]:
+def _snapshots(serving: Serving) -> list[RankSnapshot]:
     with serving.store() as store:
-        return [RankLook.from_row(row) for _, row in store.log_rows("info") if row["kind"] == LOOK]
+        return [RankSnapshot.from_row(row) for _, row in store.log_rows("info") if row["kind"] == SNAPSHOT]
 
 
-def _lines(look: RankLook) -> list[str]:
-    return [f"{frame.line} {frame.function}" for frame in look.frames]
+def _lines(snapshot: RankSnapshot) -> list[str]:
+    return [f"{frame.line} {frame.function}" for frame in snapshot.frames]
 
 
-def test_a_sleep_in_the_users_code_is_looked_at(run_script: Run, serving: Serving) -> None:
+def test_a_sleep_in_the_users_code_is_in_the_snapshots(run_script: Run, serving: Serving) -> None:
     """Line, state and phase are told while it lasts; that it is over is told once."""
     done = run_script(
         """
@@ -42,19 +42,23 @@ def test_a_sleep_in_the_users_code_is_looked_at(run_script: Run, serving: Servin
     )
 
     assert done.returncode == 0, done.stderr
-    looks = [look for look in _looks(serving) if look.user_line is None or look.user_line.function == "stuck"]
-    first, last = looks[0], looks[-1]
+    snapshots = [
+        snapshot
+        for snapshot in _snapshots(serving)
+        if snapshot.user_line is None or snapshot.user_line.function == "stuck"
+    ]
+    first, last = snapshots[0], snapshots[-1]
     assert _lines(first) == ["6 stuck", "8 <module>"]
     assert (first.user_line, first.outer_line) == (first.frames[0], first.frames[1])
     assert all(frame.is_user for frame in first.frames)
     assert (first.answered, first.phase, first.step, first.in_step) == ("recorder", "startup", -1, False)
     assert (first.process_state, first.is_debugged, first.is_compiling) == ("S", False, False)
     assert 1 <= first.quiet_s < 3
-    assert [look.ended for look in looks] == [False] * (len(looks) - 1) + [True]
+    assert [snapshot.ended for snapshot in snapshots] == [False] * (len(snapshots) - 1) + [True]
     assert 2 < last.quiet_s < 60
 
 
-def test_a_script_that_moves_is_not_looked_at(run_script: Run, serving: Serving) -> None:
+def test_a_script_that_moves_has_no_snapshot(run_script: Run, serving: Serving) -> None:
     """Steps, output, and new lines of the script are progress, however long each takes."""
     body = "\n".join("        time.sleep(0.4)" for _ in range(6))
     done = run_script(
@@ -73,7 +77,7 @@ def test_a_script_that_moves_is_not_looked_at(run_script: Run, serving: Serving)
     )
 
     assert done.returncode == 0, done.stderr
-    assert [_lines(look) for look in _looks(serving)] == []
+    assert [_lines(snapshot) for snapshot in _snapshots(serving)] == []
 
 
 def test_a_loop_that_waits_for_a_file_stands_still(run_script: Run, serving: Serving) -> None:
@@ -96,8 +100,10 @@ def test_a_loop_that_waits_for_a_file_stands_still(run_script: Run, serving: Ser
     )
 
     assert done.returncode == 0, done.stderr
-    assert {look.user_line.function for look in _looks(serving) if look.user_line is not None} == {"wait_for"}
-    assert not any(look.ended for look in _looks(serving))
+    assert {snapshot.user_line.function for snapshot in _snapshots(serving) if snapshot.user_line is not None} == {
+        "wait_for"
+    }
+    assert not any(snapshot.ended for snapshot in _snapshots(serving))
 
 
 def test_an_interrupted_hang_has_not_ended(run_script: Run, serving: Serving) -> None:
@@ -113,9 +119,9 @@ def test_an_interrupted_hang_has_not_ended(run_script: Run, serving: Serving) ->
     )
 
     assert done.returncode != 0
-    looks = _looks(serving)
-    assert looks
-    assert not any(look.ended for look in looks)
+    snapshots = _snapshots(serving)
+    assert snapshots
+    assert not any(snapshot.ended for snapshot in snapshots)
 
 
 def test_a_stuck_loader_worker_is_named(run_script: Run, serving: Serving) -> None:
@@ -146,11 +152,11 @@ def test_a_stuck_loader_worker_is_named(run_script: Run, serving: Serving) -> No
         **_QUICK,
     )
 
-    look = next(each for each in reversed(_looks(serving)) if each.workers)
-    stuck = next(worker for worker in look.workers if worker.waits_for_batch is not None)
+    snapshot = next(each for each in reversed(_snapshots(serving)) if each.workers)
+    stuck = next(worker for worker in snapshot.workers if worker.waits_for_batch is not None)
     assert (stuck.index, stuck.waits_for_batch, stuck.state) == (1, 5, "S")
     assert "futex" in stuck.wchan
     assert (stuck.frames[0].function, stuck.frames[0].line, stuck.frames[0].is_user) == ("__getitem__", 13, True)
-    assert all(worker.frames == () for worker in look.workers if worker is not stuck)
-    assert look.user_line is not None
-    assert look.user_line.line == 20
+    assert all(worker.frames == () for worker in snapshot.workers if worker is not stuck)
+    assert snapshot.user_line is not None
+    assert snapshot.user_line.line == 20

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from traceml.database.looks import FrameLook, GroupLook, ProcessLook, RankLook, ThreadLook, WorkerLook
+from traceml.database.snapshots import (
+    FrameSnapshot,
+    GroupSnapshot,
+    ProcessSnapshot,
+    RankSnapshot,
+    ThreadSnapshot,
+    WorkerSnapshot,
+)
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
 
-_LIBRARY = FrameLook(file="/site-packages/torch/distributed.py", line=2372, function="all_reduce")
-_TRAIN = FrameLook(file="/home/me/train.py", line=40, function="train", is_user=True)
-_STUCK = FrameLook(file="/home/me/train.py", line=6, function="stuck", is_user=True)
+_LIBRARY = FrameSnapshot(file="/site-packages/torch/distributed.py", line=2372, function="all_reduce")
+_TRAIN = FrameSnapshot(file="/home/me/train.py", line=40, function="train", is_user=True)
+_STUCK = FrameSnapshot(file="/home/me/train.py", line=6, function="stuck", is_user=True)
 TRANSFERS = (("send", 2), ("recv", 0), ("recv", None))
-_GROUP = GroupLook(members=(0, 1), number=61, operation="all_reduce", sizes=(4,), in_flight=True)
+_GROUP = GroupSnapshot(members=(0, 1), number=61, operation="all_reduce", sizes=(4,), in_flight=True)
 
 
 def _stack(rank: int, **facts: object) -> RankStack:
     usual = {"step": 120, "in_step": True, "phase": "backward", "answered": "recorder", "process_state": "S"}
-    return RankStack("gpu1", 1000 + rank, RankLook(rank=rank, **usual | facts))  # type: ignore[arg-type]
+    return RankStack("gpu1", 1000 + rank, RankSnapshot(rank=rank, **usual | facts))  # type: ignore[arg-type]
 
 
 def test_equal_stacks_are_shown_once() -> None:
@@ -35,7 +42,7 @@ def test_equal_stacks_are_shown_once() -> None:
 
 def test_ranks_in_different_collectives_are_shown_apart() -> None:
     """What is said of a group is true of each rank in it."""
-    later = GroupLook(members=(0, 1), number=62, operation="barrier", in_flight=True)
+    later = GroupSnapshot(members=(0, 1), number=62, operation="barrier", in_flight=True)
     text = stacks_text([_stack(0, frames=(_TRAIN,), groups=(_GROUP,)), _stack(1, frames=(_TRAIN,), groups=(later,))])
 
     assert text.count("train.py:40 train") == 2
@@ -45,8 +52,8 @@ def test_ranks_in_different_collectives_are_shown_apart() -> None:
 
 def test_a_send_or_receive_is_shown_with_the_other_rank() -> None:
     """If it is known."""
-    looks = [GroupLook(operation=name, in_flight=True, is_p2p=True, peer=peer) for name, peer in TRANSFERS]
-    texts = [stacks_text([_stack(0, frames=(_TRAIN,), groups=(look,))]) for look in looks]
+    snapshots = [GroupSnapshot(operation=name, in_flight=True, is_p2p=True, peer=peer) for name, peer in TRANSFERS]
+    texts = [stacks_text([_stack(0, frames=(_TRAIN,), groups=(snapshot,))]) for snapshot in snapshots]
 
     assert [text.splitlines()[1].strip() for text in texts] == [
         "send to rank 2 is not done",
@@ -77,8 +84,8 @@ def test_a_rank_that_could_not_answer_says_why() -> None:
 
 def test_other_threads_and_the_awaited_process_are_shown() -> None:
     """Ranks that differ in them are shown apart."""
-    thread = ThreadLook(name="upload", line=_STUCK)
-    blocker = ProcessLook(pid=77, name="ffmpeg")
+    thread = ThreadSnapshot(name="upload", line=_STUCK)
+    blocker = ProcessSnapshot(pid=77, name="ffmpeg")
     text = stacks_text([_stack(0, frames=(_TRAIN,), threads=(thread,), blocker=blocker), _stack(1, frames=(_TRAIN,))])
 
     assert "  waits for process 77 (ffmpeg)\n" in text
@@ -88,8 +95,8 @@ def test_other_threads_and_the_awaited_process_are_shown() -> None:
 
 def test_the_awaited_worker_is_shown() -> None:
     """With its stack; the others are not."""
-    idle = WorkerLook(index=0, pid=10, state="S", wchan="pipe_read")
-    awaited = WorkerLook(index=1, pid=11, state="S", wchan="futex_do_wait", frames=(_STUCK,), waits_for_batch=5)
+    idle = WorkerSnapshot(index=0, pid=10, state="S", wchan="pipe_read")
+    awaited = WorkerSnapshot(index=1, pid=11, state="S", wchan="futex_do_wait", frames=(_STUCK,), waits_for_batch=5)
     text = stacks_text([_stack(0, frames=(_TRAIN,), workers=(idle, awaited), phase="input_wait")])
 
     assert (
@@ -109,6 +116,6 @@ def test_ranks_that_did_not_answer_are_named() -> None:
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:
     """A function's name comes from the user's code."""
-    evil = FrameLook(file="a.py", line=1, function="f\x1b[2J", is_user=True)
+    evil = FrameSnapshot(file="a.py", line=1, function="f\x1b[2J", is_user=True)
 
     assert "\x1b" not in stacks_text([_stack(0, frames=(evil,))])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.renderers.reports import finding, straggler
-from traceml.database.looks import LOOK
+from traceml.database.snapshots import SNAPSHOT
 from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
 from traceml.diagnosis.findings import Finding
@@ -25,7 +25,7 @@ def verdict(of: Finding) -> tuple[str, dict]:
 
 def test_readings_displace_nothing():
     """After an hour of readings of the host, the end of a rank is still there, and no reading is."""
-    readings = [(CORE_TAKERS, {"cores": {"ffmpeg": 0.8}}), (LOOK, {"stream": 1})] * 1_200
+    readings = [(CORE_TAKERS, {"cores": {"ffmpeg": 0.8}}), (SNAPSHOT, {"stream": 1})] * 1_200
 
     assert kept(("rank", {"rank": 0, "state": "failed"}), *readings) == [(0, "rank")]
 

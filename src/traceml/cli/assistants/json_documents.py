@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from traceml.database.looks import RankLook
+from traceml.database.snapshots import RankSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons
 from traceml.runs.fleet.fleet_types import FleetDocument
@@ -33,8 +33,8 @@ _Value = str | int | float | bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StacksRank(RankLook):
-    """A rank of `traceml stacks`: where it runs, and the look at it."""
+class StacksRank(RankSnapshot):
+    """A rank of `traceml stacks`: where it runs, and the snapshot of it."""
 
     host: str = ""
     pid: int = 0

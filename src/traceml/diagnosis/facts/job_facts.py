@@ -171,7 +171,7 @@ class JobFacts:
         loaders: rank -> its data loaders, in the order of their first use; of equal ones in a row the first.
         workers: worker processes of loaders over the run.
         lost_workers: rank -> loader workers that died, the first of them.
-        growing: rank -> containers that grew while its memory did, when it looked last.
+        growing: rank -> containers that grew while its memory did, at its last reading.
         exits: ends of ranks.
         ended_by: signal that the launcher received and that ended the job; None without one.
         job_end_s: epoch second at which the scheduler ends the job; None where it has no limit.
@@ -399,7 +399,7 @@ class JobFactsBuilder:
                 self._core_rows.setdefault(rank, row["cores"])
 
     def _progress(self) -> JobProgress | None:
-        if self.state == "running" and not self.progress.has_looks:
+        if self.state == "running" and not self.progress.has_snapshots:
             return None  # some rank makes progress
 
         opened = {

@@ -1,5 +1,5 @@
 """Hangs: whether a job stands still, which rank the others wait for, and the sentence about it.
 
-`standstill` decides, `one_look` reads a look, `blame` compares the ranks, `hang_words` makes the sentences, and `hang`
-the finding.
+`standstill` decides, `rank_state` reads a snapshot, `blame` compares the ranks, `hang_words` makes the sentences, and
+`hang` the finding.
 """

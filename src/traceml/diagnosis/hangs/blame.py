@@ -1,4 +1,4 @@
-"""Comparison of the looks at all ranks: which of them the others wait for.
+"""Comparison of the snapshots of all ranks: which of them the others wait for.
 
 A rank that waits in a collective waits for the members of its group that have not come to it: their number is lower, or
 they have ended. From rank to rank this leads to one that waits for nobody, or in a circle.
@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from traceml.database.looks import GroupLook, RankLook
-from traceml.diagnosis.hangs.one_look import collective_wait
+from traceml.database.snapshots import GroupSnapshot, RankSnapshot
+from traceml.diagnosis.hangs.rank_state import collective_wait
 
 __all__ = ["Blame", "HangCause", "blame"]
 
@@ -20,7 +20,7 @@ _SAME_SIZES = ("all_reduce", "broadcast", "reduce", "allreduce")
 
 
 class HangCause(StrEnum):
-    """Cause of a hang, as the looks prove it."""
+    """Cause of a hang, as the snapshots prove it."""
 
     NEVER_CAME = "never_came"  # some ranks do something else while the others wait for them
     ALONE = "alone"  # one rank is in a collective that no other has called
@@ -46,8 +46,8 @@ class Blame:
 
     cause: HangCause
     ranks: tuple[int, ...]
-    waits: Mapping[int, GroupLook]
-    operation: GroupLook | None = None
+    waits: Mapping[int, GroupSnapshot]
+    operation: GroupSnapshot | None = None
 
     @property
     def is_certain(self) -> bool:
@@ -56,20 +56,20 @@ class Blame:
         return is_numbered and self.cause in (HangCause.MISMATCH, HangCause.SIZES, HangCause.ENDED)
 
 
-def blame(looks: Mapping[int, RankLook], ended: Collection[int], world_size: int) -> Blame:
+def blame(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
     """Return which ranks block the job.
 
     Args:
-        looks: at the ranks that run; each stands still.
+        snapshots: at the ranks that run; each stands still.
         ended: ranks whose process has ended.
         world_size: ranks of the job.
     """
-    found = {rank: collective_wait(look) for rank, look in looks.items()} if world_size > 1 else {}
+    found = {rank: collective_wait(snapshot) for rank, snapshot in snapshots.items()} if world_size > 1 else {}
     waits = {rank: wait for rank, wait in found.items() if wait is not None}
     if not waits:
-        return Blame(HangCause.STANDS, tuple(sorted(looks)), waits)
+        return Blame(HangCause.STANDS, tuple(sorted(snapshots)), waits)
 
-    targets = {rank: _targets(rank, wait, looks, ended, world_size, waits) for rank, wait in waits.items()}
+    targets = {rank: _targets(rank, wait, snapshots, ended, world_size, waits) for rank, wait in waits.items()}
     roots, circle = _walk(targets)
     different = _different(waits)
     if different is not None and not roots:
@@ -81,15 +81,15 @@ def blame(looks: Mapping[int, RankLook], ended: Collection[int], world_size: int
     if circle:
         return Blame(HangCause.CIRCLE, circle, waits)
 
-    if set(range(world_size)) - looks.keys() - set(ended):
-        return Blame(HangCause.UNANSWERED, tuple(sorted(set(range(world_size)) - looks.keys() - set(ended))), waits)
+    if set(range(world_size)) - snapshots.keys() - set(ended):
+        return Blame(HangCause.UNANSWERED, tuple(sorted(set(range(world_size)) - snapshots.keys() - set(ended))), waits)
 
-    return _together(waits, looks)
+    return _together(waits, snapshots)
 
 
-def _together(waits: Mapping[int, GroupLook], looks: Mapping[int, RankLook]) -> Blame:
+def _together(waits: Mapping[int, GroupSnapshot], snapshots: Mapping[int, RankSnapshot]) -> Blame:
     """Return the blame of ranks of which none waits for a certain other one."""
-    others = tuple(sorted(looks.keys() - waits.keys()))
+    others = tuple(sorted(snapshots.keys() - waits.keys()))
     known = {(wait.name, wait.number, wait.operation) for wait in waits.values()}
     if others or len(known) > 1:
         return Blame(HangCause.UNANSWERED, (), waits)
@@ -99,11 +99,11 @@ def _together(waits: Mapping[int, GroupLook], looks: Mapping[int, RankLook]) -> 
 
 def _targets(
     rank: int,
-    wait: GroupLook,
-    looks: Mapping[int, RankLook],
+    wait: GroupSnapshot,
+    snapshots: Mapping[int, RankSnapshot],
     ended: Collection[int],
     world_size: int,
-    waits: Mapping[int, GroupLook],
+    waits: Mapping[int, GroupSnapshot],
 ) -> set[int]:
     """Return the ranks that a rank waits for."""
     if wait.is_p2p:
@@ -113,16 +113,16 @@ def _targets(
     return {
         member
         for member in members
-        if member in ended or (member in looks and _is_behind(looks[member], wait, is_waiting=member in waits))
+        if member in ended or (member in snapshots and _is_behind(snapshots[member], wait, is_waiting=member in waits))
     }
 
 
-def _is_behind(look: RankLook, wait: GroupLook, *, is_waiting: bool) -> bool:
+def _is_behind(snapshot: RankSnapshot, wait: GroupSnapshot, *, is_waiting: bool) -> bool:
     """Whether a rank has not come to a collective that another one waits in."""
-    if not look.groups or wait.number <= 0:  # no numbers: who waits too is not blamed
+    if not snapshot.groups or wait.number <= 0:  # no numbers: who waits too is not blamed
         return not is_waiting
 
-    own = next((group for group in look.groups if group.name == wait.name and not group.is_p2p), None)
+    own = next((group for group in snapshot.groups if group.name == wait.name and not group.is_p2p), None)
     return (own.number if own is not None else 0) < wait.number
 
 
@@ -155,7 +155,7 @@ def _reached(start: int, targets: Mapping[int, Collection[int]]) -> set[int]:
 def _of_roots(
     roots: Collection[int],
     targets: Mapping[int, Collection[int]],
-    waits: Mapping[int, GroupLook],
+    waits: Mapping[int, GroupSnapshot],
     ended: Collection[int],
 ) -> Blame:
     gone = tuple(sorted(rank for rank in roots if rank in ended))
@@ -169,7 +169,7 @@ def _of_roots(
     return Blame(HangCause.ALONE if is_alone else HangCause.NEVER_CAME, named, waits, operation)
 
 
-def _different(waits: Mapping[int, GroupLook]) -> Blame | None:
+def _different(waits: Mapping[int, GroupSnapshot]) -> Blame | None:
     """Return the blame where ranks are in one collective by its number, but in different operations."""
     met: dict[tuple[str, int], list[int]] = defaultdict(list)
     for rank, wait in waits.items():
@@ -188,11 +188,11 @@ def _different(waits: Mapping[int, GroupLook]) -> Blame | None:
     return None
 
 
-def _operation(wait: GroupLook) -> object:
+def _operation(wait: GroupSnapshot) -> object:
     return wait.operation
 
 
-def _sizes(wait: GroupLook) -> object:
+def _sizes(wait: GroupSnapshot) -> object:
     """Return the sizes of an operation that must be the same on all ranks."""
     return wait.sizes if wait.operation in _SAME_SIZES else ("any",)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from traceml.database.looks import RankLook
+from traceml.database.snapshots import RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import PartedRanks
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_words import hang_summary, operation_text, parted_text
-from traceml.diagnosis.hangs.one_look import awaited_thread, blocked_worker, doing, user_line
+from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill, standstill
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.window import Window
@@ -47,8 +47,8 @@ def hang(window: Window, facts: JobFacts) -> list[Finding]:
 
 def _finding(found: Standstill, parted: PartedRanks | None) -> Finding:
     named = found.blame.ranks if found.blame.cause is not HangCause.NETWORK else ()
-    first = next((found.looks[rank] for rank in named if rank in found.looks), None)
-    shown = first or (None if named else next(iter(found.looks.values())))
+    first = next((found.snapshots[rank] for rank in named if rank in found.snapshots), None)
+    shown = first or (None if named else next(iter(found.snapshots.values())))
     phase = shown.phase if shown is not None and shown.phase else None
     return Finding(
         kind=Kind.HANG,
@@ -62,7 +62,7 @@ def _finding(found: Standstill, parted: PartedRanks | None) -> Finding:
     )
 
 
-def _evidence(found: Standstill, shown: RankLook | None) -> dict[str, Any]:
+def _evidence(found: Standstill, shown: RankSnapshot | None) -> dict[str, Any]:
     worker = blocked_worker(shown) if shown is not None else None
     thread = awaited_thread(shown) if shown is not None else None
     line = user_line(worker) if worker is not None and user_line(worker) is not None else None

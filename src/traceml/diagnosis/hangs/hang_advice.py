@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from traceml.database.looks import RankLook, WorkerLook
+from traceml.database.snapshots import RankSnapshot, WorkerSnapshot
 from traceml.diagnosis.advice import even_batches
 from traceml.diagnosis.hangs.blame import HangCause
-from traceml.diagnosis.hangs.one_look import awaited_thread, blocked_worker, doing, is_before_full_pipe
+from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, is_before_full_pipe
 from traceml.diagnosis.hangs.standstill import Standstill
 from traceml.formatting import ranks_text
 
@@ -16,8 +16,8 @@ __all__ = ["hang_advice"]
 
 def hang_advice(found: Standstill) -> str:
     """Return one sentence about what to do next."""
-    cause, looks = found.blame.cause, found.looks
-    first = next((looks[rank] for rank in (found.blame.ranks or sorted(looks)) if rank in looks), None)
+    cause, snapshots = found.blame.cause, found.snapshots
+    first = next((snapshots[rank] for rank in (found.blame.ranks or sorted(snapshots)) if rank in snapshots), None)
     what = _ADVICE.get(cause)
     if cause is HangCause.CIRCLE and any(wait.is_p2p for wait in found.blame.waits.values()):
         return _OF_TRANSFERS
@@ -25,10 +25,10 @@ def hang_advice(found: Standstill) -> str:
     if what is not None:
         return what
 
-    return _advice_for(first, found) if first is not None else _look_at(found)
+    return _advice_for(first, found) if first is not None else _check_process(found)
 
 
-def _look_at(found: Standstill) -> str:
+def _check_process(found: Standstill) -> str:
     others = found.blame.waits and found.blame.ranks
     why = (
         f"Find out why {ranks_text(found.blame.ranks)} reached that point and the others did not"
@@ -56,11 +56,11 @@ _ADVICE: Mapping[HangCause, str] = {
 }
 
 
-def _advice_for(look: RankLook, found: Standstill) -> str:
-    if look.process_state == "T":
+def _advice_for(snapshot: RankSnapshot, found: Standstill) -> str:
+    if snapshot.process_state == "T":
         return "Continue the process with `kill -CONT`, and find out what stopped it."
 
-    worker = blocked_worker(look)
+    worker = blocked_worker(snapshot)
     if worker is not None:
         if doing(worker).endswith("waiting for a lock") and worker.start_method in ("", "fork"):
             return (
@@ -71,13 +71,13 @@ def _advice_for(look: RankLook, found: Standstill) -> str:
         default = "Look at what the dataset does there; `DataLoader(timeout=60)` turns such a wait into an error."
         return _for_wait(worker) or default
 
-    return _for_wait(look) or _look_at(found)
+    return _for_wait(snapshot) or _check_process(found)
 
 
-def _for_wait(look: RankLook | WorkerLook) -> str:
+def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     """Return the advice about what a process waits for by itself; empty where there is none."""
-    what, blocker = doing(look), look.blocker
-    if awaited_thread(look) is not None:
+    what, blocker = doing(snapshot), snapshot.blocker
+    if awaited_thread(snapshot) is not None:
         return "Tell that thread to end before the script does, or make it a daemon: Thread(daemon=True)."
 
     if what.startswith("writing to"):

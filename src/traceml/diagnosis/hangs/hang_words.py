@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from traceml.database.looks import GroupLook, RankLook, ThreadLook
+from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.diagnosis.facts.progress.step_sequences import PartedRanks
 from traceml.diagnosis.hangs.blame import HangCause
-from traceml.diagnosis.hangs.one_look import awaited_thread, blocked_worker, doing, user_line
+from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill
 from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
 
@@ -18,7 +18,7 @@ _LOCK = "waiting for a lock"
 _LISTED = 3  # different places that a sentence lists
 
 
-def operation_text(wait: GroupLook) -> str:
+def operation_text(wait: GroupSnapshot) -> str:
     """Return `all_reduce #15`, with the group's name unless it is the default one; empty if nothing is known."""
     if not wait.operation:
         return f"collective #{wait.number}" if wait.number > 0 else ""
@@ -40,11 +40,11 @@ def hang_summary(found: Standstill) -> str:
     elif cause is HangCause.CIRCLE:
         text = f"{ranks_text(found.blame.ranks)} wait for each other: {_places(found, found.blame.ranks)}"
     elif cause is HangCause.NETWORK:
-        where = _where_they_wait(found, sorted(found.looks))
+        where = _where_they_wait(found, sorted(found.snapshots))
         text = f"all ranks have been in {where} for {_age(found)}: the network, or the link of one of them"
     elif cause is HangCause.UNANSWERED:
         silent = f"; {ranks_text(found.blame.ranks)} did not answer" if found.blame.ranks else ""
-        text = f"no rank has made progress for {_age(found)}: {_places(found, found.looks)}{silent}"
+        text = f"no rank has made progress for {_age(found)}: {_places(found, found.snapshots)}{silent}"
     elif cause is HangCause.ENDED:
         text = _ended_text(found)
     elif cause is HangCause.STANDS:
@@ -94,7 +94,7 @@ def _late_text(found: Standstill) -> str:
 
 
 def _stands_text(found: Standstill) -> str:
-    ranks = sorted(found.looks)
+    ranks = sorted(found.snapshots)
     if len(ranks) == 1 or len({_place(found, rank) for rank in ranks}) == 1:
         has = "has" if len(ranks) == 1 else "have"
         return f"{ranks_text(ranks)} {has} been {_state_text(found, ranks)} for {_age(found)}"
@@ -106,7 +106,9 @@ def _ended_text(found: Standstill) -> str:
     """Return that ranks have ended, after how many steps where that differs, and who waits."""
     gone = found.blame.ranks
     steps = {found.ended[rank].steps for rank in gone if rank in found.ended}
-    others = {look.step + (0 if look.in_step else 1) for look in found.looks.values() if look.step >= 0}
+    others = {
+        snapshot.step + (0 if snapshot.in_step else 1) for snapshot in found.snapshots.values() if snapshot.step >= 0
+    }
     after = ""
     if len(steps) == 1 and (count := next(iter(steps))) > 0:
         after = f" after {plural(count, 'step')}"
@@ -143,15 +145,15 @@ def _state_text(found: Standstill, ranks: Sequence[int]) -> str:
 
 def _place(found: Standstill, rank: int) -> str:
     """Return `in train.py:6 stuck, sleeping` of a rank, with the operation or the worker that it waits for."""
-    look = found.looks.get(rank)
-    if look is None:
+    snapshot = found.snapshots.get(rank)
+    if snapshot is None:
         return "silent"
 
     wait = found.blame.waits.get(rank)
     if wait is not None:
         return f"in {_where_they_wait(found, [rank])}"
 
-    worker = blocked_worker(look)
+    worker = blocked_worker(snapshot)
     if worker is not None:
         line = user_line(worker)
         at = f"in {line_text(line.file, line.line, line.function)}" if line else ""
@@ -161,34 +163,34 @@ def _place(found: Standstill, rank: int) -> str:
             f"(process {worker.pid}) is {where}"
         )
 
-    if (thread := awaited_thread(look)) is not None:
+    if (thread := awaited_thread(snapshot)) is not None:
         return f"at its end, waiting for its {_thread_place(thread)}"
 
-    return _own_place(look) + _threads_text(look)
+    return _own_place(snapshot) + _threads_text(snapshot)
 
 
-def _thread_place(thread: ThreadLook) -> str:
+def _thread_place(thread: ThreadSnapshot) -> str:
     at = f" in {line_text(thread.line.file, thread.line.line, thread.line.function)}" if thread.line else ""
     return f"thread {thread.name!r}{at}"
 
 
-def _threads_text(look: RankLook) -> str:
+def _threads_text(snapshot: RankSnapshot) -> str:
     """Return where other threads are, of which one may hold the lock that a rank waits for."""
-    if not doing(look).endswith(_LOCK):
+    if not doing(snapshot).endswith(_LOCK):
         return ""
 
-    return "".join(f", with its {_thread_place(thread)}" for thread in look.threads[:_LISTED])
+    return "".join(f", with its {_thread_place(thread)}" for thread in snapshot.threads[:_LISTED])
 
 
-def _own_place(look: RankLook) -> str:
-    line, what = user_line(look), doing(look)
+def _own_place(snapshot: RankSnapshot) -> str:
+    line, what = user_line(snapshot), doing(snapshot)
     if line is not None and what.startswith("in C code"):
         return (
             f"{what.replace('in C code', f'in C code called at {line_text(line.file, line.line, line.function)}', 1)}"
         )
 
     if line is None:
-        phase = phase_words(look.phase) if look.phase and look.phase != "other" else ""
+        phase = phase_words(snapshot.phase) if snapshot.phase and snapshot.phase != "other" else ""
         return ", ".join(part for part in (f"in {phase}" if phase else "", what) if part) or "in unknown code"
 
     return f"in {line_text(line.file, line.line, line.function)}" + (f", {what}" if what else "")
@@ -207,11 +209,11 @@ def _places(found: Standstill, ranks: Iterable[int]) -> str:
 
 def _where_they_wait(found: Standstill, ranks: Sequence[int], of: str = "") -> str:
     """Return `all_reduce #15 (train.py:28 main)` of waiting ranks; the line of the first."""
-    wait, look = found.blame.waits[ranks[0]], found.looks[ranks[0]]
-    line = user_line(look)
+    wait, snapshot = found.blame.waits[ranks[0]], found.snapshots[ranks[0]]
+    line = user_line(snapshot)
     at = f" ({line_text(line.file, line.line, line.function)})" if line is not None else ""
-    what = operation_text(wait) or (phase_words(look.phase) if look.phase else "a collective")
-    inside = " in backward" if look.phase == "backward" and wait.operation else ""
+    what = operation_text(wait) or (phase_words(snapshot.phase) if snapshot.phase else "a collective")
+    inside = " in backward" if snapshot.phase == "backward" and wait.operation else ""
     return f"{what}{of}{inside}{at}"
 
 
@@ -229,5 +231,5 @@ def _waiters_text(found: Standstill) -> str:
 
 def _age(found: Standstill, ranks: Sequence[int] = ()) -> str:
     return duration_text(
-        min((found.looks[rank].quiet_s for rank in ranks if rank in found.looks), default=found.quiet_s)
+        min((found.snapshots[rank].quiet_s for rank in ranks if rank in found.snapshots), default=found.quiet_s)
     )

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from traceml.database.looks import FrameLook, RankLook
+from traceml.database.snapshots import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
-from traceml.diagnosis.hangs.one_look import is_busy, is_excused
+from traceml.diagnosis.hangs.rank_state import is_busy, is_excused
 
 __all__ = ["Standstill", "standstill"]
 
@@ -25,7 +25,7 @@ ENDED_S = 10.0
 
 _STEPS, _GAPS, _PAUSES, _BUSY_PAUSES = 20, 2, 1.5, 3
 _SLOW_STEPS = 3
-# A recorder that sent something so recently, and no look, has seen progress. Large jobs send samples less often.
+# A recorder that sent something so recently, and no snapshot, has seen progress. Large jobs send samples less often.
 _ALIVE_S, _RANKS_PER_S, _SENDING_S = 15.0, 100, 120.0
 
 
@@ -34,7 +34,7 @@ class Standstill:
     """A job that hangs, or has hung.
 
     Attributes:
-        looks: at the ranks that stand still.
+        snapshots: at the ranks that stand still.
         blame: who blocks it.
         quiet_s: seconds since any rank made progress.
         is_busy: whether a rank computes: it is slow, or in an endless loop.
@@ -42,7 +42,7 @@ class Standstill:
         is_over: whether the job has ended.
     """
 
-    looks: Mapping[int, RankLook]
+    snapshots: Mapping[int, RankSnapshot]
     blame: Blame
     quiet_s: float
     is_busy: bool
@@ -70,20 +70,20 @@ def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> Standstil
     ended = {each.rank: each for each in facts.exits}
     alive = {rank: each for rank, each in progress.ranks.items() if rank not in ended}
     alive_s = _ALIVE_S + min(2 * facts.world_size / _RANKS_PER_S, _SENDING_S)
-    looks = _looks(list(alive.values()), alive_s)
-    if looks is None:
+    snapshots = _snapshots(list(alive.values()), alive_s)
+    if snapshots is None:
         return None
 
-    found = _judged(looks, ended, facts.world_size, unsteady=_unsteady(progress), is_over=False)
+    found = _judged(snapshots, ended, facts.world_size, unsteady=_unsteady(progress), is_over=False)
     return found if found is not None and found.quiet_s >= _limit_s(found, progress, step_p99_s) else None
 
 
-def _looks(ranks: Sequence[RankProgress], alive_s: float) -> dict[int, RankLook] | None:
-    """Return the looks; None if there are none, or if a rank makes progress."""
-    if any(each.look is None and each.alive_s < alive_s for each in ranks):
+def _snapshots(ranks: Sequence[RankProgress], alive_s: float) -> dict[int, RankSnapshot] | None:
+    """Return the snapshots; None if there are none, or if a rank makes progress."""
+    if any(each.snapshot is None and each.alive_s < alive_s for each in ranks):
         return None
 
-    return {each.rank: each.look for each in ranks if each.look is not None} or None
+    return {each.rank: each.snapshot for each in ranks if each.snapshot is not None} or None
 
 
 def _unsteady(progress: JobProgress) -> set[int]:
@@ -91,29 +91,31 @@ def _unsteady(progress: JobProgress) -> set[int]:
 
 
 def _judged(
-    looks: Mapping[int, RankLook],
+    snapshots: Mapping[int, RankSnapshot],
     ended: Mapping[int, RankExit],
     world_size: int,
     *,
     unsteady: Collection[int],
     is_over: bool,
 ) -> Standstill | None:
-    if any(is_excused(look) for look in looks.values()):
+    if any(is_excused(snapshot) for snapshot in snapshots.values()):
         return None
 
-    quiet_s = min(look.quiet_s for look in looks.values())
-    blamed = blame(looks, ended.keys(), world_size)
-    busy = any(is_busy(look) or (rank in unsteady and rank not in blamed.waits) for rank, look in looks.items())
-    return Standstill(looks, blamed, quiet_s, busy, ended, is_over)
+    quiet_s = min(snapshot.quiet_s for snapshot in snapshots.values())
+    blamed = blame(snapshots, ended.keys(), world_size)
+    busy = any(
+        is_busy(snapshot) or (rank in unsteady and rank not in blamed.waits) for rank, snapshot in snapshots.items()
+    )
+    return Standstill(snapshots, blamed, quiet_s, busy, ended, is_over)
 
 
 def _limit_s(found: Standstill, progress: JobProgress, step_p99_s: float) -> float:
     """Return how long the job may stand still."""
-    is_stopped = any(look.process_state == "T" for look in found.looks.values())
+    is_stopped = any(snapshot.process_state == "T" for snapshot in found.snapshots.values())
     if is_stopped or (found.blame.is_certain and not found.is_busy):
         return min(CERTAIN_S, progress.timeout_s)
 
-    pause_s = progress.longest_quiet_s[any(look.step >= 0 for look in found.looks.values())]
+    pause_s = progress.longest_quiet_s[any(snapshot.step >= 0 for snapshot in found.snapshots.values())]
     if found.is_busy:
         return max(BUSY_FACTOR * progress.timeout_s, _BUSY_PAUSES * pause_s)
 
@@ -125,15 +127,17 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
     exits = {each.rank: each for each in facts.exits}
     finished = {rank: ended for rank, ended in exits.items() if ended.state == "finished"}
     ranks = [each for rank, each in progress.ranks.items() if rank not in finished]
-    looks = {each.rank: _with_exit(each.look, exits.get(each.rank)) for each in ranks if each.look is not None}
-    if not looks or len(looks) < len(ranks) or len(ranks) + len(finished) < facts.world_size:
+    snapshots = {
+        each.rank: _with_exit(each.snapshot, exits.get(each.rank)) for each in ranks if each.snapshot is not None
+    }
+    if not snapshots or len(snapshots) < len(ranks) or len(ranks) + len(finished) < facts.world_size:
         return None
 
-    by_rows = [look for look in looks.values() if look.answered == "rows"]
-    if not all(look.in_step for look in by_rows):
+    by_rows = [snapshot for snapshot in snapshots.values() if snapshot.answered == "rows"]
+    if not all(snapshot.in_step for snapshot in by_rows):
         return None  # an evaluation, as far as the rows tell
 
-    found = _judged(looks, finished, facts.world_size, unsteady=_unsteady(progress), is_over=True)
+    found = _judged(snapshots, finished, facts.world_size, unsteady=_unsteady(progress), is_over=True)
     if found is None:
         return None
 
@@ -148,13 +152,13 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
     return found if found.quiet_s >= limit_s else None
 
 
-def _with_exit(look: RankLook, ended: RankExit | None) -> RankLook:
+def _with_exit(snapshot: RankSnapshot, ended: RankExit | None) -> RankSnapshot:
     """Add what the end of a rank tells: its open phase, and the line that Ctrl-C has interrupted."""
     if ended is None:
-        return look
+        return snapshot
 
-    line = look.user_line
+    line = snapshot.user_line
     if line is None and ended.interrupted and ended.file and ended.line:
-        line = FrameLook(file=ended.file, line=ended.line, function=ended.function or "<module>", is_user=True)
+        line = FrameSnapshot(file=ended.file, line=ended.line, function=ended.function or "<module>", is_user=True)
 
-    return replace(look, phase=look.phase or ended.open_phase or "", user_line=line)
+    return replace(snapshot, phase=snapshot.phase or ended.open_phase or "", user_line=line)

@@ -44,7 +44,7 @@ from traceml.version import __version__
 
 __all__ = ["OtlpConfig", "OtlpExporter"]
 
-_LOOK_S = 5.0
+_POLL_S = 5.0
 _INTERVAL_S = 15.0
 _LONGEST_PAUSE_S = 300.0
 _MOST_PENDING = 100  # ended runs whose spans wait for the collector
@@ -110,12 +110,12 @@ class OtlpExporter:
             wait: waits some seconds; returns True at the end.
         """
         interval_s = _interval_s()
-        while not wait(min(_LOOK_S, interval_s)):
-            self.look(interval_s)
+        while not wait(min(_POLL_S, interval_s)):
+            self.poll(interval_s)
 
-        self.look(0.0, last=True)
+        self.poll(0.0, last=True)
 
-    def look(self, interval_s: float, *, last: bool = False) -> None:
+    def poll(self, interval_s: float, *, last: bool = False) -> None:
         """Send metrics if they are due, and the spans of runs that have ended.
 
         Args:
@@ -198,7 +198,7 @@ class OtlpExporter:
 
     def _is_ours(self, info: RunInfo) -> bool:
         ended_s = (info.started or 0.0) + (info.duration_s or 0.0)
-        if ended_s < self._began_s - _LOOK_S:
+        if ended_s < self._began_s - _POLL_S:
             return False
 
         with closing(StoreReader(info.path / STORE_NAME)) as reader:

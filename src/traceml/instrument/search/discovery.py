@@ -120,8 +120,8 @@ class ModuleDiscovery:
         pending, self._pending = self._pending, []
         found = {id(module): module for ref in pending if (module := ref()) is not None}
         start = monotonic_ns()
-        looks = start >= self._search_at_ns
-        if looks:
+        is_searching = start >= self._search_at_ns
+        if is_searching:
             # Not appended to one list: that list would be a young object too, and contain itself until it is collected.
             young = gc.get_objects(generation=0) + gc.get_objects(generation=1)
             found |= {id(module): module for module in _find_alive(young)[0]}
@@ -132,7 +132,7 @@ class ModuleDiscovery:
             if id(module) not in inner:
                 self.add(module)
 
-        if looks:
+        if is_searching:
             end = monotonic_ns()
             self._search_at_ns = end + (end - start) * _SHARE
 

@@ -1,4 +1,4 @@
-"""Looks at traced workers of this host whose recorder does not run; an aggregator sees its own host only."""
+"""Snapshots of traced workers of this host whose recorder does not run; an aggregator sees its own host only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.silent_look import FIRST_SILENT_S, SilentLooks, silent_s
+from traceml.database.silent_snapshots import FIRST_SILENT_S, SilentSnapshots, silent_s
 from traceml.launch.wire.flight_archive import find_live_flight
 
 if TYPE_CHECKING:
@@ -22,17 +22,17 @@ class SilentWorkers:
 
     Args:
         trace: the job's settings of tracing, as `start` has them.
-        send: sends a look: rank, process, and the look as a row.
+        send: sends a snapshot: rank, process, and the snapshot as a row.
     """
 
     def __init__(self, trace: Mapping[str, Any], send: Callable[[int, int, dict[str, Any]], object]) -> None:
         self._trace, self._send = trace, send
-        self._looks: dict[int, SilentLooks] = {}
+        self._snapshots: dict[int, SilentSnapshots] = {}
         self._silent_s: dict[int, float] = {}
         self._checked_s = 0.0
 
     def check(self, workers: Iterable[tuple[int, int]]) -> None:
-        """Look at who is silent, once a second; the stack of one takes 0.2 s, once while nothing changes.
+        """Take snapshots of silent workers, once a second; the stack of one takes 0.2 s, once while nothing changes.
 
         Args:
             workers: rank and process of those that run.
@@ -43,34 +43,34 @@ class SilentWorkers:
 
         self._checked_s = now_s
         for rank, pid in workers:
-            looks = self._looks_of(rank, pid)
-            if looks is not None:
-                self._check(looks, rank, pid)
+            snapshots = self._snapshots_of(rank, pid)
+            if snapshots is not None:
+                self._check(snapshots, rank, pid)
 
-    def _check(self, looks: SilentLooks, rank: int, pid: int) -> None:
-        words = looks.words()
+    def _check(self, snapshots: SilentSnapshots, rank: int, pid: int) -> None:
+        words = snapshots.words()
         if words is None or words.is_ending:
             return
 
         quiet_s = silent_s(words)
         if quiet_s >= FIRST_SILENT_S:
             self._silent_s[pid] = quiet_s
-            look = looks.make()
-            if look is not None and looks.is_news(look):
-                self._send(rank, pid, look.to_row())
+            snapshot = snapshots.make()
+            if snapshot is not None and snapshots.is_news(snapshot):
+                self._send(rank, pid, snapshot.to_row())
         elif pid in self._silent_s:
-            look = looks.end(self._silent_s.pop(pid))
-            del self._looks[pid]
-            if look is not None:
-                self._send(rank, pid, look.to_row())
+            snapshot = snapshots.end(self._silent_s.pop(pid))
+            del self._snapshots[pid]
+            if snapshot is not None:
+                self._send(rank, pid, snapshot.to_row())
 
-    def _looks_of(self, rank: int, pid: int) -> SilentLooks | None:
-        """Return the looks at a worker; None before it has a flight file."""
-        if pid not in self._looks:
+    def _snapshots_of(self, rank: int, pid: int) -> SilentSnapshots | None:
+        """Return the snapshots of a worker; None before it has a flight file."""
+        if pid not in self._snapshots:
             path = find_live_flight(pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
             if path is None:
                 return None
 
-            self._looks[pid] = SilentLooks(rank, pid, path)
+            self._snapshots[pid] = SilentSnapshots(rank, pid, path)
 
-        return self._looks[pid]
+        return self._snapshots[pid]

@@ -68,7 +68,7 @@ class WorkerGroup:
         self.idle = False
         self._selector, self._channel, self._zygote = selector, channel, zygote
         self._trace = message.get("trace") or {}
-        self._silent = SilentWorkers(self._trace, self._send_look)
+        self._silent = SilentWorkers(self._trace, self._send_snapshot)
         self._near = bool(message.get("near"))
         self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
@@ -375,8 +375,8 @@ class WorkerGroup:
 
         return {each.pid for each in self._ranks.values() if each.reported and each.running and each.pid is not None}
 
-    def _send_look(self, rank: int, pid: int, look: dict[str, Any]) -> None:
-        self._channel.send("look", job=self.job, rank=rank, pid=pid, look=look)
+    def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
+        self._channel.send("snapshot", job=self.job, rank=rank, pid=pid, snapshot=snapshot)
 
     def _send_end(self, each: WorkerState) -> None:
         each.end_sent = True

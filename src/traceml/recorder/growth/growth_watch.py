@@ -1,4 +1,4 @@
-"""Watch over the rank's memory: when it grows for long, it looks twice which containers of the script grow."""
+"""Watch over the rank's memory: when it grows for long, the containers of the script are read twice."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ __all__ = ["GrowthWatch"]
 INTERVAL_NS = 5 * 10**8
 """Time between two readings of memory."""
 BETWEEN_NS = 2 * 10**9
-"""Time between two looks at the containers, at least; they are at least 10 steps apart, too."""
+"""Time between two readings of the containers, at least; they are at least 10 steps apart, too."""
 LEAST_GROWN_BYTES = 16 << 20
-"""Growth over the kept readings from which on containers are looked at."""
-MAX_LOOKS = 6
+"""Growth over the kept readings from which on containers are read."""
+MAX_COMPARISONS = 6
 _LEAST_STEPS = 10
 _READINGS = 12
 _FIRST_PAUSE_NS = 20 * 10**9
 _LONG_CHAIN, _STEADY_SHARE = 30, 0.9
-_TOLD = 5  # growing containers that are told
+_REPORTED = 5  # growing containers that are reported
 
 
 class _First(NamedTuple):
-    """A look, to be compared with a later one."""
+    """The first reading of the containers, to be compared with a later one."""
 
     at_ns: int
     step: int
@@ -68,42 +68,42 @@ class GrowthWatch:
         self._readings: list[int] = []
         self._due_ns = 0
         self._first: _First | None = None
-        self._looks = 0
+        self._comparisons = 0
         self._pause_ns = _FIRST_PAUSE_NS
 
     def __call__(self, last: bool) -> None:
-        """Read memory, and look at the containers when it has grown."""
+        """Read memory, and the containers when it has grown."""
         now, step = self._now(), self._slots[Slot.STEP]
         if last:
             self._statm.close()
             return
 
-        if now < self._due_ns or step < _LEAST_STEPS or self._looks >= MAX_LOOKS:
+        if now < self._due_ns or step < _LEAST_STEPS or self._comparisons >= MAX_COMPARISONS:
             return
 
         self._due_ns = now + INTERVAL_NS
         if self._first is not None:
-            self._look_again(now, step, self._first)
+            self._compare(now, step, self._first)
             return
 
         self._readings = [*self._readings, self._read_bytes()][-_READINGS:]
         if _grows(self._readings):
             began = time.thread_time_ns()
-            containers = self._look()
+            containers = self._read_containers()
             self._first = _First(now, step, time.thread_time_ns() - began, containers)
 
-    def _look(self) -> dict[tuple[str, int], HeldObjects]:
-        from traceml.recorder.growth.held_objects import look  # a healthy rank does not pay for it
+    def _read_containers(self) -> dict[tuple[str, int], HeldObjects]:
+        from traceml.recorder.growth.held_objects import read_containers  # a healthy rank does not pay for it
 
-        return look(thread_frame(self._thread()), self._is_user)
+        return read_containers(thread_frame(self._thread()), self._is_user)
 
-    def _look_again(self, now: int, step: int, first: _First) -> None:
+    def _compare(self, now: int, step: int, first: _First) -> None:
         at_ns, at_step, cost_ns, before = first
         if now - at_ns < BETWEEN_NS or step - at_step < _LEAST_STEPS:
             return
 
         began = time.thread_time_ns()
-        after = self._look()
+        after = self._read_containers()
         steps = step - at_step
         grown = [
             _described(held, before[key].size, steps)
@@ -112,9 +112,9 @@ class GrowthWatch:
         ]
         cost_ns += time.thread_time_ns() - began
         grown.sort(key=lambda each: (not each["holds_graph"], -each["per_step"] * each["item_bytes"]))
-        self._note("growth", step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_TOLD])
+        self._note("growth", step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_REPORTED])
         self._first, self._readings = None, []
-        self._looks += 1
+        self._comparisons += 1
         self._due_ns, self._pause_ns = now + self._pause_ns, 2 * self._pause_ns
 
     def _read_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Containers that the script's variables reach, with their sizes: a short look from another thread.
+"""Containers that the script's variables reach, with their sizes: read briefly by another thread.
 
 Only variables of the training thread's frames in the user's code, globals of these files, and attributes a few levels
 below are visited, for some milliseconds at most. Nothing is kept but counts.
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from traceml.privacy import secrets_only
 
-__all__ = ["HeldObjects", "look"]
+__all__ = ["HeldObjects", "read_containers"]
 
 BUDGET_NS = 8_000_000
-"""CPU time after which a look ends."""
+"""CPU time after which a reading ends."""
 _MAX_VISITED = 4000
 _MAX_DEPTH = 4
 _MAX_FIELDS = 64
@@ -67,7 +67,9 @@ class _Place(NamedTuple):
     of_dataset: bool
 
 
-def look(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> dict[tuple[str, int], HeldObjects]:
+def read_containers(
+    frame: FrameType | None, is_user: Callable[[FrameType], bool]
+) -> dict[tuple[str, int], HeldObjects]:
     """Return the containers that the user's frames reach: by identity, a tensor with its graph by path.
 
     Args:

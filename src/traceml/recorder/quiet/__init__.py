@@ -1,1 +1,1 @@
-"""A rank that makes no progress: noticed, and looked at, on the recorder's thread."""
+"""A rank that makes no progress: noticed, and described by snapshots, on the recorder's thread."""

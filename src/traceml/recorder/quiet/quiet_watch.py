@@ -1,7 +1,7 @@
-"""Watch for the time without progress: then the rank looks at itself once a second.
+"""Watch for the time without progress: then the rank takes a snapshot of itself once a second.
 
-A look is sent when it differs from the last one, else every 10 s. Training does nothing for it. A rank whose steps are
-long has long pauses: the next look comes only after a pause that is longer than those before.
+A snapshot is sent when it differs from the last one, else every 10 s. Training does nothing for it. A rank whose steps
+are long has long pauses: the next snapshot comes only after a pause that is longer than those before.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from traceml.fail_open import fail_open
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
-    from traceml.database.looks import RankLook
-    from traceml.recorder.quiet.look_maker import LookMaker
+    from traceml.database.snapshots import RankSnapshot
     from traceml.recorder.quiet.progress_counters import ProgressCounters
+    from traceml.recorder.quiet.snapshot_maker import SnapshotMaker
 
 __all__ = ["QuietWatch"]
 
 _FIRST_S, _EVERY_S, _STAMP_S = 5.0, 1.0, 10.0
-_LAST_LOOK_S = 5.0
+_LAST_SNAPSHOT_S = 5.0
 _LONGER = 1.5
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "threads", "is_last"}
 _OF_PLACE = ("frames", "process_state", "wchan", "waits_on")
@@ -36,64 +36,64 @@ class QuietWatch:
     """Called in each turn of the recorder's thread.
 
     Args:
-        flight: takes the looks, as rows of `info`.
+        flight: takes the snapshots, as rows of `info`.
         progress: tells whether there was any.
-        maker: makes a look; called for the first one.
-        hang_timeout_s: a pause of this length is a hang; a look comes before its half at the latest.
+        maker: makes a snapshot; called for the first one.
+        hang_timeout_s: a pause of this length is a hang; a snapshot comes before its half at the latest.
     """
 
     def __init__(
         self,
         flight: FlightFile,
         progress: ProgressCounters,
-        maker: Callable[[], LookMaker],
+        maker: Callable[[], SnapshotMaker],
         hang_timeout_s: float,
     ) -> None:
         self.is_quiet = False
-        """Whether the rank is looked at now."""
+        """Whether snapshots of the rank are taken now."""
         self.ns = 0
-        """CPU and waiting time of all looks so far."""
+        """CPU and waiting time of all snapshots so far."""
         self._slots = flight.open_slots
         self._info, self._steps = flight.log("info"), flight.ring("steps")
         self._progress, self._make_maker = progress, maker
-        self._maker: LookMaker | None = None
+        self._maker: SnapshotMaker | None = None
         self._latest_s = hang_timeout_s / 2
         self._longest_s = 0.0
         self._moved_ns = monotonic_ns()
-        self._looked_ns = self._sent_ns = 0
+        self._taken_ns = self._sent_ns = 0
         self._sent: dict[str, object] = {}
 
     def __call__(self, last: bool) -> None:
-        """Take note of progress, or look."""
+        """Record progress, or take a snapshot."""
         now = monotonic_ns()
         if last or self._progress.moved():
             self._resume(now)
-        elif now - self._moved_ns >= self._first_s * 1e9 and now - self._looked_ns >= _EVERY_S * 1e9:
-            self._looked_ns = now
-            self._look(now)
+        elif now - self._moved_ns >= self._first_s * 1e9 and now - self._taken_ns >= _EVERY_S * 1e9:
+            self._taken_ns = now
+            self._snapshot(now)
 
     @property
     def quiet_s(self) -> float:
         """Seconds since the last progress that was noticed."""
         return (monotonic_ns() - self._moved_ns) / 1e9
 
-    def look_now(self, *, is_last: bool = False) -> RankLook:
-        """Return a look at this moment, on the recorder's thread.
+    def snapshot_now(self, *, is_last: bool = False) -> RankSnapshot:
+        """Return a snapshot of this moment, on the recorder's thread.
 
         Args:
             is_last: whether the job is being ended: then it is stored too, if there was no progress for 5 s.
         """
-        look = self._looks().make(self.quiet_s, is_last=is_last)
-        if is_last and look.quiet_s >= _LAST_LOOK_S:
-            self._send(look, monotonic_ns())
+        snapshot = self._snapshots().make(self.quiet_s, is_last=is_last)
+        if is_last and snapshot.quiet_s >= _LAST_SNAPSHOT_S:
+            self._send(snapshot, monotonic_ns())
 
-        return look
+        return snapshot
 
     @property
     def _first_s(self) -> float:
         return min(max(_FIRST_S, _LONGER * self._longest_s), self._latest_s)
 
-    def _looks(self) -> LookMaker:
+    def _snapshots(self) -> SnapshotMaker:
         if self._maker is None:
             self._maker = self._make_maker()
 
@@ -104,30 +104,32 @@ class QuietWatch:
         # A process that ends proves no progress: it may have been interrupted in the middle of a hang.
         if is_over and not self._slots[Slot.EXIT_START]:
             with fail_open(_log, "recorder", "the end of a pause is not reported", once=True):
-                look = self._looks().end(self.quiet_s)
-                self._info.append(look.to_info())
+                snapshot = self._snapshots().end(self.quiet_s)
+                self._info.append(snapshot.to_info())
 
         if self._steps.appended:  # the start-up has pauses of its own
             self._longest_s = max(self._longest_s, (now - self._moved_ns) / 1e9)
 
         self._moved_ns, self._sent = now, {}
 
-    def _look(self, now: int) -> None:
+    def _snapshot(self, now: int) -> None:
         self.is_quiet = True
-        look = self._looks().make(self.quiet_s)
-        told = {name: value for name, value in look.to_row().items() if name not in _VOLATILE}
-        told["busy"] = is_busy = (look.cpu_share or 0) >= _BUSY_CORES or (look.io_bytes_per_s or 0) >= _BUSY_BYTES
+        snapshot = self._snapshots().make(self.quiet_s)
+        told = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
+        told["busy"] = is_busy = (snapshot.cpu_share or 0) >= _BUSY_CORES or (
+            snapshot.io_bytes_per_s or 0
+        ) >= _BUSY_BYTES
         if is_busy:  # in library code it is elsewhere each time
             for name in _OF_PLACE:
                 told.pop(name, None)
 
         if told != self._sent or now - self._sent_ns >= _STAMP_S * 1e9:
             self._sent = told
-            self._send(look, now)
+            self._send(snapshot, now)
 
         self.ns += monotonic_ns() - now
 
-    def _send(self, look: RankLook, now: int) -> None:
+    def _send(self, snapshot: RankSnapshot, now: int) -> None:
         self._sent_ns = now
         if self._info.unstored_bytes < self._info.capacity_bytes // 2:  # facts of the training have priority
-            self._info.append(look.to_info())
+            self._info.append(snapshot.to_info())

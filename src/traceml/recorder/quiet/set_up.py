@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
-from traceml.instrument.group_looks import GroupLooks
+from traceml.instrument.group_snapshots import GroupSnapshots
 from traceml.recorder.quiet.progress_counters import ProgressCounters
 from traceml.recorder.quiet.quiet_watch import QuietWatch
 from traceml.recorder.user_code import UserCode
@@ -19,7 +19,7 @@ from traceml.witness.crash_stacks import report_crashes
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument.step_clock import StepClock
-    from traceml.recorder.quiet.look_maker import LookMaker
+    from traceml.recorder.quiet.snapshot_maker import SnapshotMaker
 
 __all__ = ["quiet_watch", "register_stacks"]
 
@@ -43,7 +43,7 @@ def quiet_watch(
         clock: returns the clock of the open step, None while nothing is traced.
         hang_timeout_s: a pause of this length is a hang.
     """
-    user, groups = UserCode(), GroupLooks()
+    user, groups = UserCode(), GroupSnapshots()
 
     def work() -> tuple[int, ...]:
         of = clock()
@@ -53,18 +53,18 @@ def quiet_watch(
         current = clock()
         return current is not None and current.is_evaluating
 
-    def maker() -> LookMaker:
-        from traceml.recorder.quiet.look_maker import LookMaker  # a healthy rank does not pay for it
-        from traceml.recorder.quiet.worker_looks import WorkerLooks
+    def maker() -> SnapshotMaker:
+        from traceml.recorder.quiet.snapshot_maker import SnapshotMaker  # a healthy rank does not pay for it
+        from traceml.recorder.quiet.worker_snapshots import WorkerSnapshots
 
-        return LookMaker(
+        return SnapshotMaker(
             flight,
             rank=rank,
             thread=thread,
             user=user,
             is_evaluating=is_evaluating,
             groups=groups.read,
-            workers=WorkerLooks(_stack_file(), hang_timeout_s).make,
+            workers=WorkerSnapshots(_stack_file(), hang_timeout_s).make,
         )
 
     return QuietWatch(flight, ProgressCounters(flight, thread, user, work, groups.state), maker, hang_timeout_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from traceml.database.looks import FrameLook, GroupLook, RankLook, WorkerLook
+from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
 from traceml.formatting import duration_text, line_text, phase_label, plural, printable, ranks_text
 
 __all__ = ["MissingRank", "RankStack", "stacks_text"]
@@ -22,11 +22,11 @@ _STATES = {
 
 @dataclass(frozen=True, slots=True)
 class RankStack:
-    """A rank's host, process id, and the look at it."""
+    """A rank's host, process id, and the snapshot of it."""
 
     host: str
     pid: int
-    look: RankLook
+    snapshot: RankSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +42,41 @@ def stacks_text(ranks: Sequence[RankStack], missing: Sequence[MissingRank] = ())
     """Return the stacks of a job, the largest group of equal ones first.
 
     Args:
-        ranks: the ranks that were looked at.
+        ranks: the ranks of which there is a snapshot.
         missing: the others.
     """
     groups: dict[object, list[RankStack]] = {}
     for each in ranks:
-        groups.setdefault(_key(each.look), []).append(each)
+        groups.setdefault(_key(each.snapshot), []).append(each)
 
-    parts = [_group_text(group) for group in sorted(groups.values(), key=lambda each: (-len(each), each[0].look.rank))]
+    parts = [
+        _group_text(group) for group in sorted(groups.values(), key=lambda each: (-len(each), each[0].snapshot.rank))
+    ]
     parts += [_missing_text(missing)] if missing else []
     return printable("\n\n".join(parts), lines=True)
 
 
-def _key(look: RankLook) -> object:
+def _key(snapshot: RankSnapshot) -> object:
     """Return all that is said of a rank, but step and time: what is said of a group must be true of each."""
-    stuck = [(worker.index, worker.pid, worker.frames) for worker in look.workers if worker.waits_for_batch is not None]
-    return look.phase, look.frames, _operation(look.groups), tuple(_why_silent(look)), tuple(stuck), look.threads
+    stuck = [
+        (worker.index, worker.pid, worker.frames) for worker in snapshot.workers if worker.waits_for_batch is not None
+    ]
+    return (
+        snapshot.phase,
+        snapshot.frames,
+        _operation(snapshot.groups),
+        tuple(_why_silent(snapshot)),
+        tuple(stuck),
+        snapshot.threads,
+    )
 
 
 def _group_text(group: Sequence[RankStack]) -> str:
-    looks = [each.look for each in group]
-    first = looks[0]
-    ranks = ranks_text(look.rank for look in looks) if len(looks) > 1 else f"rank {first.rank}"
+    snapshots = [each.snapshot for each in group]
+    first = snapshots[0]
+    ranks = ranks_text(snapshot.rank for snapshot in snapshots) if len(snapshots) > 1 else f"rank {first.rank}"
     of_one = f" ({group[0].host}, pid {group[0].pid})" if len(group) == 1 else ""
-    lines = [f"{ranks}{of_one}: {', '.join(_facts(looks))}"]
+    lines = [f"{ranks}{of_one}: {', '.join(_facts(snapshots))}"]
     lines += [f"  {text}" for text in (_operation(first.groups), *_why_silent(first)) if text]
     lines += _frames(first.frames, "  ") or ["  no Python stack"]
     lines += [f"  thread {each.name!r}: {_line(each.line)}" for each in first.threads if each.line]
@@ -75,40 +86,40 @@ def _group_text(group: Sequence[RankStack]) -> str:
     return "\n".join(lines)
 
 
-def _facts(looks: Sequence[RankLook]) -> Iterable[str]:
-    steps = sorted({look.step for look in looks})
+def _facts(snapshots: Sequence[RankSnapshot]) -> Iterable[str]:
+    steps = sorted({snapshot.step for snapshot in snapshots})
     if steps[-1] >= 0:
         yield f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
-    yield phase_label(looks[0].phase)
-    shortest, longest = min(look.quiet_s for look in looks), max(look.quiet_s for look in looks)
+    yield phase_label(snapshots[0].phase)
+    shortest, longest = min(snapshot.quiet_s for snapshot in snapshots), max(snapshot.quiet_s for snapshot in snapshots)
     if longest >= _STANDS_S:
         least = f"{duration_text(shortest)} to " if longest - shortest > _STANDS_S else ""
         yield f"no progress for {least}{duration_text(longest)}"
 
 
-def _why_silent(look: RankLook) -> Iterable[str]:
+def _why_silent(snapshot: RankSnapshot) -> Iterable[str]:
     """Say why the rank could not answer itself, and what it waits for."""
-    if look.process_state in _STATES:
-        yield _STATES[look.process_state]
-    elif look.answered == "signal":
-        yield f"holds the GIL in C code, {'computing' if look.process_state == 'R' else 'waiting'}"
-    elif look.answered == "kernel":
-        yield f"does not answer; {'it runs' if look.process_state == 'R' else f'it sleeps in {look.wchan}'}"
+    if snapshot.process_state in _STATES:
+        yield _STATES[snapshot.process_state]
+    elif snapshot.answered == "signal":
+        yield f"holds the GIL in C code, {'computing' if snapshot.process_state == 'R' else 'waiting'}"
+    elif snapshot.answered == "kernel":
+        yield f"does not answer; {'it runs' if snapshot.process_state == 'R' else f'it sleeps in {snapshot.wchan}'}"
 
-    if look.waits_on:
-        yield f"waits on {look.waits_on}"
+    if snapshot.waits_on:
+        yield f"waits on {snapshot.waits_on}"
 
-    if look.blocker is not None:
-        yield f"waits for process {look.blocker.pid} ({look.blocker.name})"
+    if snapshot.blocker is not None:
+        yield f"waits for process {snapshot.blocker.pid} ({snapshot.blocker.name})"
 
 
-def _operation(groups: Sequence[GroupLook]) -> str:
+def _operation(groups: Sequence[GroupSnapshot]) -> str:
     running = [each for each in groups if each.in_flight and each.operation]
     return "; ".join(f"{_operation_name(each)} is not done" for each in running)
 
 
-def _operation_name(group: GroupLook) -> str:
+def _operation_name(group: GroupSnapshot) -> str:
     if group.is_p2p:
         way = "from" if "recv" in group.operation else "to"
         return group.operation + (f" {way} rank {group.peer}" if group.peer is not None else "")
@@ -116,15 +127,15 @@ def _operation_name(group: GroupLook) -> str:
     return f"{group.operation} {group.number} of {f'group {group.name}' if group.name else 'the default group'}"
 
 
-def _frames(frames: Sequence[FrameLook], indent: str) -> list[str]:
+def _frames(frames: Sequence[FrameSnapshot], indent: str) -> list[str]:
     return [f"{indent}{'>' if each.is_user else ' '} {_line(each)}" for each in frames]
 
 
-def _line(frame: FrameLook) -> str:
+def _line(frame: FrameSnapshot) -> str:
     return line_text(frame.file, frame.line, frame.function)
 
 
-def _worker(worker: WorkerLook) -> list[str]:
+def _worker(worker: WorkerSnapshot) -> list[str]:
     head = f"  waits for batch {worker.waits_for_batch} of loader worker {worker.index} (pid {worker.pid})"
     asleep = f", which sleeps in {worker.wchan}" if worker.state == "S" and worker.wchan else ""
     running = ", which runs" if worker.state == "R" else ""

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.looks import ABORT, LOOK, RankLook
 from traceml.database.schema import (
     DEVICE_STEPS,
     EPOCHS,
@@ -33,6 +32,7 @@ from traceml.database.schema import (
     USER_PHASES,
     Table,
 )
+from traceml.database.snapshots import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
@@ -147,7 +147,7 @@ class Digest:
         self._read_streams(reader)
         # Names come before the rows that use them, so they are read first.
         taken = [self._follow_log(reader, NAMES.name), self._follow_log(reader, INFO.name)]
-        self._follow_looks(reader)
+        self._follow_snapshots(reader)
         taken += [self._follow(reader, table) for table in _FOLLOWED]
         taken.append(self.metrics.update(reader))
         return any(taken)
@@ -182,7 +182,7 @@ class Digest:
         """The same by stream, as read for `totals`."""
         self.set_up: StepTotals | None = None
         """The sums of the first steps, which include set-up; like `totals`."""
-        self._last_look = self._last_takers = 0
+        self._last_snapshot = self._last_takers = 0
         self.first: dict[int, tuple[int, int]] = {}
         """Step and monotonic end of the first row of each rank."""
 
@@ -341,12 +341,12 @@ class Digest:
         counts = [len(data) // table.row_bytes for data in by_rank.values()]
         self.sample_totals.take(table, np.repeat(list(by_rank), counts), rows)
 
-    def _follow_looks(self, reader: StoreReader) -> None:
-        """Take the looks that others have made of ranks which could not answer."""
-        for event in reader.events(self._last_look, LOOK):
-            self._last_look = event.id
+    def _follow_snapshots(self, reader: StoreReader) -> None:
+        """Take the snapshots that others have made of ranks which could not answer."""
+        for event in reader.events(self._last_snapshot, SNAPSHOT):
+            self._last_snapshot = event.id
             if event.data.get("stream") in self.streams:
-                self.facts.progress.look(RankLook.from_row(event.data))
+                self.facts.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
         for event in reader.events(self._last_takers, CORE_TAKERS):
             self._last_takers = event.id

@@ -14,9 +14,9 @@ from traceml.runs.rows.clocks import RunClocks
 __all__ = ["Note", "Notes", "note_of_event"]
 
 _KEPT = 500
-_LOOKED_AT = 5_000  # frames at the end of a store that are read at first
+_FIRST_READ = 5_000  # frames at the end of a store that are read at first
 _MOST_CHARS = 500
-_SILENT = {"end", "look", "process", "sampler"}  # kinds of rows without information for people
+_SILENT = {"end", "snapshot", "process", "sampler"}  # kinds of rows without information for people
 _HIDDEN = {"kind", "t_ns", "experiment"}
 
 
@@ -53,7 +53,7 @@ class Notes:
             StoreError: the store cannot be read.
         """
         if self._after is None:
-            self._after = max(reader.last_id() - _LOOKED_AT, 0)
+            self._after = max(reader.last_id() - _FIRST_READ, 0)
 
         while frames := reader.frames_of((INFO.name, LOGGED.name), self._after):
             self._after = frames[-1].id

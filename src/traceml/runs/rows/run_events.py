@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from traceml.database.looks import LOOK
+from traceml.database.snapshots import SNAPSHOT
 from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
 
 __all__ = ["RunEvents"]
 
 _KEPT = 200
-_READINGS = {LOOK, CORE_TAKERS}
+_READINGS = {SNAPSHOT, CORE_TAKERS}
 """Kinds that are stored every few seconds for the diagnosis, whose finding tells what they say."""
 
 

@@ -218,7 +218,7 @@ def test_an_allocation_of_slurm_needs_no_names(slurm: Slurm, folder: Path) -> No
 
 
 @pytest.mark.timeout(200)
-def test_a_rank_of_another_host_that_cannot_answer_is_looked_at_there(hosts: Hosts, folder: Path) -> None:
+def test_a_rank_of_another_host_that_cannot_answer_has_a_snapshot_from_there(hosts: Hosts, folder: Path) -> None:
     """It holds the GIL: its host's agent tells its line, and the hung job is ended."""
     ended = hosts.launcher.run(
         *command(hosts, "--kill-after-report", "train.py", "gil", "60"),

@@ -1,1 +1,1 @@
-"""Progress of the ranks, as rows and looks tell it."""
+"""Progress of the ranks, as rows and snapshots tell it."""

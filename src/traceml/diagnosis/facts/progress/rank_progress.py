@@ -1,4 +1,4 @@
-"""Progress of each rank by its rows, and looks at ranks that make none."""
+"""Progress of each rank by its rows, and snapshots of ranks that make none."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.looks import FrameLook, RankLook
 from traceml.database.schema import LINE_PHASES, unpack_bits
+from traceml.database.snapshots import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.progress.step_sequences import PartedRanks, StepSequences
 
 __all__ = ["DEFAULT_TIMEOUT_S", "JobProgress", "ProgressHistory", "RankProgress"]
@@ -24,7 +24,7 @@ _DYING_S = 3.0
 _FIRST_RANKS = 16
 _FOREVER_S = 1e9
 _CHANGES = 2
-_NO_PROGRESS = ("look", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
+_NO_PROGRESS = ("snapshot", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,15 @@ class RankProgress:
 
     Attributes:
         rank: the rank.
-        look: the newest look at it since its last progress; None while it makes progress, or where nobody looked.
-        quiet_s: seconds since its last progress, by that look or else by its rows.
+        snapshot: the newest one since its last progress; None while it makes progress, or where there is none.
+        quiet_s: seconds since its last progress, by that snapshot or else by its rows.
         alive_s: seconds since its recorder sent anything, by the clock of its host.
         step: last step that ended, -1 before the first.
         is_unsteady: whether it runs and sleeps by turns: a loop, which may be work.
     """
 
     rank: int
-    look: RankLook | None
+    snapshot: RankSnapshot | None
     quiet_s: float
     alive_s: float
     step: int
@@ -70,16 +70,16 @@ class JobProgress:
 
 
 class ProgressHistory:
-    """Collects rows and looks as they arrive."""
+    """Collects rows and snapshots as they arrive."""
 
     def __init__(self) -> None:
         self.timeout_s = DEFAULT_TIMEOUT_S
         self.aborts = False
         """Whether a job that hangs is to be ended (`on_hang`)."""
         self.was_aborted = False
-        """Whether the job was found to hang, and ended for that (`looks.ABORT`)."""
-        self.has_looks = False
-        """Whether any rank stands still now, as far as the looks tell."""
+        """Whether the job was found to hang, and ended for that (`snapshots.ABORT`)."""
+        self.has_snapshots = False
+        """Whether any rank stands still now, as far as the snapshots tell."""
         self._steps = np.full(_FIRST_RANKS, -1, np.int64)
         self._ends = np.zeros(_FIRST_RANKS, np.int64)  # of the last step or evaluation
         self._sequences = np.full(_FIRST_RANKS, -1, np.int64)
@@ -91,14 +91,14 @@ class ProgressHistory:
         self._cpu: dict[int, tuple[int, int, float | None]] = {}  # timestamp, CPU time, cores since the row before
         self._open_steps: dict[int, int] = {}
         self._lines: dict[int, tuple[int, int, int]] = {}  # timestamp, phase, id of the line
-        self._looks: dict[int, RankLook] = {}
-        self._over: dict[int, int] = {}  # timestamp of the end of the pause that the look is about
-        self._changes: dict[int, int] = {}  # of the process's state from look to look, in the same pause
+        self._snapshots: dict[int, RankSnapshot] = {}
+        self._over: dict[int, int] = {}  # timestamp of the end of the pause that the snapshot is about
+        self._changes: dict[int, int] = {}  # of the process's state from snapshot to snapshot, in the same pause
         self._quiet = [0.0, 0.0]
 
-    def look_at(self, rank: int) -> RankLook | None:
-        """Return the newest look at a rank that stands still; None if it does not."""
-        return None if rank in self._over else self._looks.get(rank)
+    def snapshot_of(self, rank: int) -> RankSnapshot | None:
+        """Return the newest snapshot of a rank that stands still; None if it does not."""
+        return None if rank in self._over else self._snapshots.get(rank)
 
     def steps(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
         """Take step rows of any ranks; those of one rank in order."""
@@ -153,41 +153,41 @@ class ProgressHistory:
             self.timeout_s = float(timeout_s) if isinstance(timeout_s, int | float) else self.timeout_s
             self.aborts = row.get("on_hang") == "abort"
 
-        if kind == "look":
-            self.look(RankLook.from_row({**row, "rank": rank}))
+        if kind == "snapshot":
+            self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
         elif isinstance(t_ns, int) and kind not in _NO_PROGRESS:
             self._began[rank] = max(self._began.get(rank, 0), t_ns)
 
         if isinstance(t_ns, int):
             self._saw(rank, t_ns)
 
-    def look(self, look: RankLook) -> None:
-        """Take a look at a rank. An older one than the newest only tells a pause: readers have events after rows."""
-        rank = look.rank
-        self._saw(rank, look.at_ns)
-        if look.at_ns < self._newest_ns(rank):
-            self._count_pause(look, 0.0)
-        elif not look.ended:
-            before = None if rank in self._over else self._looks.get(rank)
+    def take_snapshot(self, snapshot: RankSnapshot) -> None:
+        """Add a snapshot. An older one than the newest only adds a pause: readers have events after rows."""
+        rank = snapshot.rank
+        self._saw(rank, snapshot.at_ns)
+        if snapshot.at_ns < self._newest_ns(rank):
+            self._count_pause(snapshot, 0.0)
+        elif not snapshot.ended:
+            before = None if rank in self._over else self._snapshots.get(rank)
             changes = self._changes.get(rank, 0) if before is not None else 0
-            self._changes[rank] = changes + (before is not None and _state(before) != _state(look))
-            self._looks[rank] = look
+            self._changes[rank] = changes + (before is not None and _state(before) != _state(snapshot))
+            self._snapshots[rank] = snapshot
             self._over.pop(rank, None)
-        elif rank in self._looks:
-            self._over[rank] = look.at_ns
-            if not self._looks[rank].is_last:
-                self._count_pause(look, self._looks[rank].quiet_s)
+        elif rank in self._snapshots:
+            self._over[rank] = snapshot.at_ns
+            if not self._snapshots[rank].is_last:
+                self._count_pause(snapshot, self._snapshots[rank].quiet_s)
 
-        self._check_looks()
+        self._check_snapshots()
 
     def _newest_ns(self, rank: int) -> int:
-        known = self._looks.get(rank)
+        known = self._snapshots.get(rank)
         return max(known.at_ns if known is not None else 0, self._over.get(rank, 0))
 
-    def _count_pause(self, look: RankLook, quiet_s: float) -> None:
-        if look.ended:
-            in_training = look.step >= 0
-            self._quiet[in_training] = max(self._quiet[in_training], look.quiet_s, quiet_s)
+    def _count_pause(self, snapshot: RankSnapshot, quiet_s: float) -> None:
+        if snapshot.ended:
+            in_training = snapshot.step >= 0
+            self._quiet[in_training] = max(self._quiet[in_training], snapshot.quiet_s, quiet_s)
 
     def forget(self, rank: int) -> None:
         """Forget a rank, of which another process has joined."""
@@ -202,13 +202,13 @@ class ProgressHistory:
             self._cpu,
             self._open_steps,
             self._lines,
-            self._looks,
+            self._snapshots,
             self._over,
             self._changes,
         ):
             known.pop(rank, None)
 
-        self._check_looks()
+        self._check_snapshots()
 
     def build(
         self,
@@ -252,27 +252,27 @@ class ProgressHistory:
             step, last_ns = opened[0] - 1, now_ns - int(open_s * _S)
 
         alive_s = (now_ns - self._seen[rank]) / _S
-        look = self._looks.get(rank)
+        snapshot = self._snapshots.get(rank)
         over_ns = self._over.get(rank)
-        if look is not None and over_ns is not None and not (is_gone and now_ns - over_ns < _DYING_S * _S):
-            look = None
+        if snapshot is not None and over_ns is not None and not (is_gone and now_ns - over_ns < _DYING_S * _S):
+            snapshot = None
 
-        if look is not None and last_ns <= look.at_ns:
-            quiet_s = look.quiet_s + max((over_ns or now_ns) - look.at_ns, 0) / _S
-            look = replace(look, quiet_s=quiet_s)
+        if snapshot is not None and last_ns <= snapshot.at_ns:
+            quiet_s = snapshot.quiet_s + max((over_ns or now_ns) - snapshot.at_ns, 0) / _S
+            snapshot = replace(snapshot, quiet_s=quiet_s)
         else:
             quiet_s = max((now_ns - last_ns) / _S, open_s)
-            look = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
+            snapshot = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
-        return RankProgress(rank, look, quiet_s, alive_s, step, self._changes.get(rank, 0) >= _CHANGES)
+        return RankProgress(rank, snapshot, quiet_s, alive_s, step, self._changes.get(rank, 0) >= _CHANGES)
 
     def _from_rows(
         self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool
-    ) -> RankLook:
-        """Return what the rows tell of a rank that has ended, and that nobody looked at."""
+    ) -> RankSnapshot:
+        """Return what the rows tell of a rank that has ended, and has no snapshot."""
         open_step, last_ns = self._open_steps.get(rank, -1), now_ns - int(quiet_s * _S)
         t_ns, phase, line = self._lines.get(rank, (0, 0, -1))
-        return RankLook(
+        return RankSnapshot(
             at_ns=now_ns,
             rank=rank,
             quiet_s=quiet_s,
@@ -285,8 +285,8 @@ class ProgressHistory:
             sequence=int(self._sequences[rank]) if rank < len(self._sequences) else -1,
         )
 
-    def _check_looks(self) -> None:
-        self.has_looks = any(rank not in self._over for rank in self._looks)
+    def _check_snapshots(self) -> None:
+        self.has_snapshots = any(rank not in self._over for rank in self._snapshots)
 
     def _saw(self, rank: int, t_ns: int) -> None:
         self._seen[rank] = max(self._seen.get(rank, 0), t_ns)
@@ -302,8 +302,8 @@ class ProgressHistory:
         self._newest_gaps = np.append(self._newest_gaps, np.zeros(more, np.int64))
 
 
-def _state(look: RankLook) -> tuple[str, str]:
-    return look.answered, look.process_state
+def _state(snapshot: RankSnapshot) -> tuple[str, str]:
+    return snapshot.answered, snapshot.process_state
 
 
 def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:
@@ -316,8 +316,8 @@ def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int,
     return _FOREVER_S if at_s is None else max(ends) - at_s
 
 
-def _frame(text: str | None) -> FrameLook | None:
+def _frame(text: str | None) -> FrameSnapshot | None:
     """Return the frame of `FILE:LINE FUNCTION`."""
     place, _, function = (text or "").rpartition(" ")
     file, _, line = place.rpartition(":")
-    return FrameLook(file=file, line=int(line), function=function, is_user=True) if line.isdecimal() else None
+    return FrameSnapshot(file=file, line=int(line), function=function, is_user=True) if line.isdecimal() else None

@@ -208,9 +208,9 @@ class JobState:
         self.stacks |= {int(rank): stack for rank, stack in message["ranks"].items()}
         self.stacks_received.add(host.name)
 
-    def _on_look(self, host: JobHost, message: dict[str, Any]) -> None:
+    def _on_snapshot(self, host: JobHost, message: dict[str, Any]) -> None:
         if self._tracing is not None:
-            self._tracing.worker_looked(host.name, message)
+            self._tracing.worker_snapshot(host.name, message)
 
     def _on_idle(self, host: JobHost, _message: dict[str, Any]) -> None:
         host.idle = True

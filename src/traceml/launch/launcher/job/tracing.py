@@ -211,10 +211,10 @@ class Tracing:
         """Record that a function raised: its process is ended later, by us, and that is not the cause of its end."""
         self._raised.add(rank)
 
-    def worker_looked(self, host: str, message: Mapping[str, Any]) -> None:
-        """Pass on an agent's look at a worker that is silent: `{rank, pid, look}`."""
+    def worker_snapshot(self, host: str, message: Mapping[str, Any]) -> None:
+        """Pass on an agent's snapshot of a worker that is silent: `{rank, pid, snapshot}`."""
         about = {"host": self._hosts[host].name, "rank": message["rank"], "pid": message["pid"]}
-        self._aggregator.send_look({**about, "look": message["look"]})
+        self._aggregator.send_snapshot({**about, "snapshot": message["snapshot"]})
 
     def worker_exited(self, host: str, message: Mapping[str, Any], *, stopped: bool) -> None:
         """Record the end of a worker.

@@ -1,9 +1,10 @@
-"""Looks at ranks that stand still: the rows that a hang is diagnosed from.
+"""Snapshots of ranks that make no progress: the rows that a hang is diagnosed from.
 
-A *look* describes one rank at one moment in which it has made no progress for some seconds. The rank makes it; where it
-cannot answer, another process of its host does. It is a row of the log `info` of that rank (`{"kind": "look", "t_ns":
-..., ...}`), or, where another process made it, an event of the run of the kind `look` with the same map and the number
-of the rank's stream (`stream`). The live verdict, the report and other readers all get the same map.
+A *snapshot* describes one rank at one moment in which it has made no progress for some seconds. The rank takes it;
+where it cannot answer, another process of its host does. It is a row of the log `info` of that rank (`{"kind":
+"snapshot", "t_ns": ..., ...}`), or, where another process took it, an event of the run of the kind `snapshot` with the
+same map and the number of the rank's stream (`stream`). The live verdict, the report and all other
+readers get the same map.
 
 Values that are not known are left out of the row and have their default here. A reader ignores keys that it does not
 know and values of another type: rows may come from a newer version, or from a rank that was dying.
@@ -17,18 +18,18 @@ from typing import Any, Self
 
 __all__ = [
     "ABORT",
-    "LOOK",
     "MAX_FRAMES",
     "MAX_THREADS",
-    "FrameLook",
-    "GroupLook",
-    "ProcessLook",
-    "RankLook",
-    "ThreadLook",
-    "WorkerLook",
+    "SNAPSHOT",
+    "FrameSnapshot",
+    "GroupSnapshot",
+    "ProcessSnapshot",
+    "RankSnapshot",
+    "ThreadSnapshot",
+    "WorkerSnapshot",
 ]
 
-LOOK = "look"
+SNAPSHOT = "snapshot"
 """Kind of the row, and of the event."""
 ABORT = "abort"
 """Kind of the event of a job that was found to hang, and is ended for that."""
@@ -39,7 +40,7 @@ MAX_THREADS = 4
 
 
 class _Record:
-    """A part of a look as a map of plain values."""
+    """A part of a snapshot as a map of plain values."""
 
     __slots__ = ()
 
@@ -65,7 +66,7 @@ def _of(kind: type, default: Any = None) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FrameLook(_Record):
+class FrameSnapshot(_Record):
     """One frame of a Python stack.
 
     Attributes:
@@ -82,7 +83,7 @@ class FrameLook(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupLook(_Record):
+class GroupSnapshot(_Record):
     """The newest operation of a rank in one process group.
 
     Attributes:
@@ -109,13 +110,13 @@ class GroupLook(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessLook(_Record):
+class ProcessSnapshot(_Record):
     """Another process, for which one waits: a child, or the holder of a file's lock.
 
     Attributes:
         pid: its number.
         name: its program; empty if not known.
-        state: letter of the kernel, as `WorkerLook.state`.
+        state: letter of the kernel, as `WorkerSnapshot.state`.
         wchan: name of the kernel function in which it sleeps.
         waits_on: file or pipe that its system call waits for.
     """
@@ -128,7 +129,7 @@ class ProcessLook(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThreadLook(_Record):
+class ThreadSnapshot(_Record):
     """Another thread of the rank that runs the user's code.
 
     Attributes:
@@ -138,12 +139,12 @@ class ThreadLook(_Record):
     """
 
     name: str = ""
-    line: FrameLook | None = field(default=None, metadata={"of": FrameLook})
+    line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
     is_daemon: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerLook(_Record):
+class WorkerSnapshot(_Record):
     """A worker process of the rank's data loader.
 
     Attributes:
@@ -152,7 +153,7 @@ class WorkerLook(_Record):
         state: letter of the kernel: R, S, D, T, Z; empty if not known, X when the process is gone.
         wchan: name of the kernel function in which it sleeps.
         waits_on: file or pipe that its system call waits for.
-        cpu_share: cores that it has used since the look before; None if not known.
+        cpu_share: cores that it has used since the snapshot before; None if not known.
         frames: its Python stack, the innermost frame first.
         waits_for_batch: number of the batch that the rank waits for from this worker; None when it is not that worker.
         start_method: `fork`, `spawn` or `forkserver`; empty if not known.
@@ -165,18 +166,18 @@ class WorkerLook(_Record):
     wchan: str = ""
     waits_on: str = ""
     cpu_share: float | None = _of(float)
-    frames: tuple[FrameLook, ...] = _of(FrameLook, ())
+    frames: tuple[FrameSnapshot, ...] = _of(FrameSnapshot, ())
     waits_for_batch: int | None = _of(int)
     start_method: str = ""
-    blocker: ProcessLook | None = field(default=None, metadata={"of": ProcessLook})
+    blocker: ProcessSnapshot | None = field(default=None, metadata={"of": ProcessSnapshot})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankLook(_Record):
+class RankSnapshot(_Record):
     """A rank without progress at one moment.
 
     Attributes:
-        at_ns: monotonic timestamp of the look, by the clock of the rank's host.
+        at_ns: monotonic timestamp of the snapshot, by the clock of the rank's host.
         rank: the rank.
         quiet_s: seconds since its last progress: a row, batch, forward, collective, moved user stack, output, or byte
             of a checkpoint.
@@ -185,8 +186,8 @@ class RankLook(_Record):
         phase: the open phase of the step; else `other` in a step, `outside` between steps, `startup` before the first
             one, `evaluation`, or `exit` when the process has begun to end.
         answered: source of the stack: `recorder` (the rank's own thread), `signal` (faulthandler, as the rank's thread
-            was silent), `kernel` (no stack, only the process's state), `none`; `rows` where a reader has made the look
-            of a rank's last rows.
+            was silent), `kernel` (no stack, only the process's state), `none`; `rows` where a reader has made it of a
+            rank's last rows.
         frames: Python stack of the training thread, the innermost frame first, at most `MAX_FRAMES`.
         user_line: innermost frame of the user's code, also where `frames` does not reach it.
         outer_line: outermost frame of the user's code, where it differs: libraries that own the loop lie between them.
@@ -195,7 +196,7 @@ class RankLook(_Record):
         waits_on: what the descriptor of its system call is: a path, `pipe:[...]`, `socket:[...]`, `tcp ADDRESS:PORT` of
             the peer, `stderr`, `stdin`.
         blocker: the process that the training thread waits for; None if there is none, or that is not known.
-        cpu_share: cores that the rank and its children have used since the look before; None if not known.
+        cpu_share: cores that the rank and its children have used since the snapshot before; None if not known.
         io_bytes_per_s: bytes that they have read and written; None if not known.
         is_waiting_for_terminal: whether the main thread reads from a terminal.
         is_debugged: whether a debugger is attached or in the stack.
@@ -218,13 +219,13 @@ class RankLook(_Record):
     in_step: bool = False
     phase: str = ""
     answered: str = "none"
-    frames: tuple[FrameLook, ...] = _of(FrameLook, ())
-    user_line: FrameLook | None = field(default=None, metadata={"of": FrameLook})
-    outer_line: FrameLook | None = field(default=None, metadata={"of": FrameLook})
+    frames: tuple[FrameSnapshot, ...] = _of(FrameSnapshot, ())
+    user_line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
+    outer_line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
     process_state: str = ""
     wchan: str = ""
     waits_on: str = ""
-    blocker: ProcessLook | None = field(default=None, metadata={"of": ProcessLook})
+    blocker: ProcessSnapshot | None = field(default=None, metadata={"of": ProcessSnapshot})
     cpu_share: float | None = _of(float)
     io_bytes_per_s: float | None = _of(float)
     is_waiting_for_terminal: bool = False
@@ -233,15 +234,15 @@ class RankLook(_Record):
     is_idle_notebook: bool = False
     is_compiling: bool = False
     sequence: int = -1
-    groups: tuple[GroupLook, ...] = _of(GroupLook, ())
-    workers: tuple[WorkerLook, ...] = _of(WorkerLook, ())
-    threads: tuple[ThreadLook, ...] = _of(ThreadLook, ())
+    groups: tuple[GroupSnapshot, ...] = _of(GroupSnapshot, ())
+    workers: tuple[WorkerSnapshot, ...] = _of(WorkerSnapshot, ())
+    threads: tuple[ThreadSnapshot, ...] = _of(ThreadSnapshot, ())
     ended: bool = False
     is_last: bool = False
 
     def to_info(self) -> dict[str, Any]:
         """Return the row of the log `info`."""
-        return {"kind": LOOK, "t_ns": self.at_ns, **self.to_row()}
+        return {"kind": SNAPSHOT, "t_ns": self.at_ns, **self.to_row()}
 
 
 def _default(each: Field[Any]) -> Any:

@@ -13,30 +13,30 @@ from typing import Any
 import pytest
 
 from tests.forked import client as forked
-from traceml.instrument.group_looks import GroupLooks
+from traceml.instrument.group_snapshots import GroupSnapshots
 
 _SCRIPT = """
 import json, sys
 import torch, torch.distributed as dist
-from traceml.instrument.group_looks import GroupLooks, mesh_coordinates
+from traceml.instrument.group_snapshots import GroupSnapshots, mesh_coordinates
 
 rank, store = int(sys.argv[1]), sys.argv[2]
-looks = GroupLooks()
-before = [looks.read(), looks.state(), mesh_coordinates()]
+snapshots = GroupSnapshots()
+before = [snapshots.read(), snapshots.state(), mesh_coordinates()]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 ones = torch.ones(4, 2)
 for _ in range(3):
     dist.all_reduce(ones)
 pair = dist.new_group([0, 1], group_desc="pair")
 unused = dist.new_group([0, 1], group_desc="unused")
-state = looks.state()
+state = snapshots.state()
 if rank == 0:
     work = dist.all_reduce(ones, group=pair, async_op=True)
-    found = looks.read()
-    changed = state != looks.state()
+    found = snapshots.read()
+    changed = state != snapshots.state()
     dist.barrier()
 else:
-    found, changed = looks.read(), state != looks.state()
+    found, changed = snapshots.read(), state != snapshots.state()
     dist.barrier()
     work = dist.all_reduce(ones, group=pair, async_op=True)
 work.wait()
@@ -51,7 +51,7 @@ _MESH = """
 import json, sys
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from traceml.instrument.group_looks import mesh_coordinates
+from traceml.instrument.group_snapshots import mesh_coordinates
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
@@ -132,7 +132,7 @@ def test_groups_of_other_names_are_no_mesh(ranks: list[dict[str, Any]]) -> None:
 def test_an_import_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorder's thread may ask while the script imports torch.distributed, which has no functions yet."""
     monkeypatch.setitem(sys.modules, "torch.distributed", ModuleType("torch.distributed"))
-    looks = GroupLooks()
+    snapshots = GroupSnapshots()
 
-    assert looks.state() is None
-    assert looks.read() == ()
+    assert snapshots.state() is None
+    assert snapshots.read() == ()

@@ -1,8 +1,8 @@
-"""Looks at the process that another one waits for."""
+"""Snapshot of the process that another one waits for."""
 
 from __future__ import annotations
 
-from traceml.database.looks import ProcessLook
+from traceml.database.snapshots import ProcessSnapshot
 from traceml.witness.blocking_process import blocking_process
 from traceml.witness.kernel_state import wait_state
 from traceml.witness.program_names import program_name
@@ -10,7 +10,7 @@ from traceml.witness.program_names import program_name
 __all__ = ["blocker_of"]
 
 
-def blocker_of(pid: int, thread: int) -> ProcessLook | None:
+def blocker_of(pid: int, thread: int) -> ProcessSnapshot | None:
     """Return the process that a thread waits for; None if it waits for none, or that is not known.
 
     Args:
@@ -22,6 +22,6 @@ def blocker_of(pid: int, thread: int) -> ProcessLook | None:
         return None
 
     seen = wait_state(blocker)
-    return ProcessLook(
+    return ProcessSnapshot(
         pid=blocker, name=program_name(blocker), state=seen.state, wchan=seen.wchan, waits_on=seen.waits_on
     )

@@ -1,4 +1,4 @@
-"""Looks at the threads beside the training thread that run the user's code: it may wait for one of them."""
+"""Snapshots of the threads beside the training thread that run the user's code: it may wait for one of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from traceml.database.looks import MAX_THREADS, FrameLook, ThreadLook
+from traceml.database.snapshots import MAX_THREADS, FrameSnapshot, ThreadSnapshot
 from traceml.recorder.user_code import UserCode, user_line
 from traceml.witness.thread_frames import thread_frames
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["other_threads"]
 
 
-def other_threads(training: int, user: UserCode) -> tuple[ThreadLook, ...]:
+def other_threads(training: int, user: UserCode) -> tuple[ThreadSnapshot, ...]:
     """Return the threads that run the user's code, those that the interpreter waits for at its end first.
 
     Args:
@@ -25,13 +25,15 @@ def other_threads(training: int, user: UserCode) -> tuple[ThreadLook, ...]:
     """
     frames = thread_frames()
     threads = (each for each in threading.enumerate() if each.ident not in (training, threading.get_ident()))
-    found = sorted(_looks(threads, frames, user), key=lambda look: look.is_daemon)
+    found = sorted(_snapshots(threads, frames, user), key=lambda snapshot: snapshot.is_daemon)
     return tuple(found[:MAX_THREADS])
 
 
-def _looks(threads: Iterator[threading.Thread], frames: dict[int, FrameType], user: UserCode) -> Iterator[ThreadLook]:
+def _snapshots(
+    threads: Iterator[threading.Thread], frames: dict[int, FrameType], user: UserCode
+) -> Iterator[ThreadSnapshot]:
     for thread in threads:
         code, line = user_line(frames.get(thread.ident or 0), user.contains)
         if code is not None:
-            told = FrameLook(file=code.co_filename, line=line, function=code.co_qualname, is_user=True)
-            yield ThreadLook(name=thread.name, line=told, is_daemon=thread.daemon)
+            told = FrameSnapshot(file=code.co_filename, line=line, function=code.co_qualname, is_user=True)
+            yield ThreadSnapshot(name=thread.name, line=told, is_daemon=thread.daemon)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from traceml.database.looks import ThreadLook
-from traceml.recorder.quiet.thread_looks import other_threads
+from traceml.database.snapshots import ThreadSnapshot
+from traceml.recorder.quiet.thread_snapshots import other_threads
 from traceml.recorder.user_code import UserCode
 
 
@@ -36,7 +36,7 @@ def uploading(name: str, *, daemon: bool) -> Iterator[None]:
         thread.join()
 
 
-def looks() -> list[ThreadLook]:
+def snapshots() -> list[ThreadSnapshot]:
     """Return what the recorder's thread sees."""
     training = threading.get_ident()
     with ThreadPoolExecutor(1) as recorder:
@@ -46,9 +46,9 @@ def looks() -> list[ThreadLook]:
 def test_a_thread_is_told_with_its_line_of_user_code() -> None:
     """And those first that the interpreter waits for at its end."""
     with uploading("prefetch", daemon=True), uploading("upload", daemon=False):
-        found = [look for look in looks() if look.name in ("prefetch", "upload")]
+        found = [snapshot for snapshot in snapshots() if snapshot.name in ("prefetch", "upload")]
 
-    assert [(look.name, look.is_daemon) for look in found] == [("upload", False), ("prefetch", True)]
+    assert [(snapshot.name, snapshot.is_daemon) for snapshot in found] == [("upload", False), ("prefetch", True)]
     assert found[0].line is not None
     assert (found[0].line.function, found[0].line.is_user) == ("Upload.wait", True)
     assert found[0].line.file == __file__
@@ -58,7 +58,7 @@ def test_the_training_thread_and_idle_pools_are_not_told() -> None:
     """A pool's thread without work runs none of the user's code."""
     with ThreadPoolExecutor(1, thread_name_prefix="idle") as pool:
         pool.submit(int).result()
-        names = {look.name for look in looks()}
+        names = {snapshot.name for snapshot in snapshots()}
 
     assert not any(name.startswith("idle") for name in names)
     assert threading.current_thread().name not in names

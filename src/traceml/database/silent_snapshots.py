@@ -1,4 +1,4 @@
-"""A look at a rank of this host that cannot tell anything: its recorder's thread does not run.
+"""A snapshot of a rank of this host that cannot tell anything: its recorder's thread does not run.
 
 Somebody holds the GIL inside a call into C, or the process is stopped, or stuck in the kernel. Its flight file tells
 step and phase, /proc the state, and faulthandler the stack, where it is safe to ask.
@@ -12,25 +12,25 @@ from pathlib import Path
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.live_words import LiveWords, read_live_words
-from traceml.database.looks import MAX_FRAMES, FrameLook, RankLook
-from traceml.database.process_looks import blocker_of
+from traceml.database.process_snapshots import blocker_of
+from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, RankSnapshot
 from traceml.witness.kernel_state import ProcessUse, is_job_suspended, process_info, read_status, tree_use, wait_state
 from traceml.witness.stack_signal import SignaledStacks, find_stack_file
 from traceml.witness.stack_text import main_frames
 from traceml.witness.user_files import is_debugger, is_user_file
 
-__all__ = ["FIRST_SILENT_S", "SilentLooks", "silent_s"]
+__all__ = ["FIRST_SILENT_S", "SilentSnapshots", "silent_s"]
 
 FIRST_SILENT_S = 3.0
-"""Silence after which the first look is made: loading a library holds the GIL for a second or two."""
+"""Silence after which the first snapshot is made: loading a library holds the GIL for a second or two."""
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "is_last"}
 _DEAD = ("Z", "X")
 _BUSY_CORES, _STAMP_S = 0.2, 10.0
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
 
 
-class SilentLooks:
-    """Looks at one rank of this host, from another process.
+class SilentSnapshots:
+    """Snapshots of one rank of this host, taken from another process.
 
     Args:
         rank: its rank.
@@ -40,7 +40,7 @@ class SilentLooks:
 
     def __init__(self, rank: int, pid: int, flight: Path) -> None:
         self._rank, self._pid, self._flight = rank, pid, flight
-        self._frames: tuple[FrameLook, ...] = ()
+        self._frames: tuple[FrameSnapshot, ...] = ()
         self._asked: tuple[str, int] | None = None
         self._use: ProcessUse | None = None
         self._used_s = 0.0
@@ -51,10 +51,10 @@ class SilentLooks:
         """Return what the rank had open when its recorder woke last; None without a readable file."""
         return read_live_words(self._flight)
 
-    def make(self, *, is_last: bool = False) -> RankLook | None:
-        """Return a look at this moment; it takes up to half a second.
+    def make(self, *, is_last: bool = False) -> RankSnapshot | None:
+        """Return a snapshot of this moment; it takes up to half a second.
 
-        None if its flight file cannot be read, or the process is dead: what it did is in the look before.
+        None if its flight file cannot be read, or the process is dead: what it did is in the snapshot before.
 
         Args:
             is_last: whether the job is being ended.
@@ -70,7 +70,7 @@ class SilentLooks:
         frames = self._stack(words, seen.state)
         cpu_share, io_bytes_per_s = self._used()
         user = [frame for frame in frames if frame.is_user]
-        return RankLook(
+        return RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank,
             quiet_s=silent_s(words),
@@ -93,10 +93,10 @@ class SilentLooks:
             is_last=is_last,
         )
 
-    def is_news(self, look: RankLook) -> bool:
-        """Return whether a look is to be stored: it differs from the last one stored, or that is 10 s ago."""
-        told = {name: value for name, value in look.to_row().items() if name not in _VOLATILE}
-        told["busy"] = (look.cpu_share or 0) >= _BUSY_CORES
+    def is_news(self, snapshot: RankSnapshot) -> bool:
+        """Return whether a snapshot is to be stored: it differs from the last one stored, or that is 10 s ago."""
+        told = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
+        told["busy"] = (snapshot.cpu_share or 0) >= _BUSY_CORES
         now_s = time.monotonic()
         if told == self._told and now_s - self._told_s < _STAMP_S:
             return False
@@ -106,21 +106,21 @@ class SilentLooks:
 
     @property
     def has_news(self) -> bool:
-        """Whether any look was stored."""
+        """Whether any snapshot was stored."""
         return bool(self._told)
 
-    def end(self, quiet_s: float) -> RankLook | None:
-        """Return the look that ends a silence of so many seconds."""
+    def end(self, quiet_s: float) -> RankSnapshot | None:
+        """Return the snapshot that ends a silence of so many seconds."""
         words = self.words()
         if words is None:
             return None
 
-        return RankLook(
+        return RankSnapshot(
             at_ns=monotonic_ns(), rank=self._rank, quiet_s=round(quiet_s, 3), step=words.step, in_step=words.in_step,
             phase=words.phase, answered="kernel", ended=True,
         )  # fmt: skip
 
-    def _stack(self, words: LiveWords, state: str) -> tuple[FrameLook, ...]:
+    def _stack(self, words: LiveWords, state: str) -> tuple[FrameSnapshot, ...]:
         """Return the main thread's stack; asked for again only when the thread has run since."""
         moment = self._moment(state)
         if moment == self._asked:
@@ -163,6 +163,6 @@ def silent_s(words: LiveWords) -> float:
     return round(max(0, monotonic_ns() - words.heartbeat_ns) / 1e9, 3) if words.heartbeat_ns else 0.0
 
 
-def _frame(found: tuple[str, int, str]) -> FrameLook:
+def _frame(found: tuple[str, int, str]) -> FrameSnapshot:
     file, line, function = found
-    return FrameLook(file=file, line=line, function=function, is_user=is_user_file(file))
+    return FrameSnapshot(file=file, line=line, function=function, is_user=is_user_file(file))

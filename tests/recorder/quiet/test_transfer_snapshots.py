@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from traceml.recorder.quiet.transfer_looks import open_transfer
+from traceml.recorder.quiet.transfer_snapshots import open_transfer
 
 TORCH = "/site-packages/torch/distributed/distributed_c10d.py"
 CODE = """
@@ -54,10 +54,10 @@ def test_the_call_of_the_user_and_its_peer_are_told(
     call: str, arguments: tuple[Any, ...], operation: str, peer: int | None
 ) -> None:
     """The outermost function of torch; any sender may be meant."""
-    look = open_transfer(functions(f"/venv{TORCH}")[call](*arguments), is_test)
+    snapshot = open_transfer(functions(f"/venv{TORCH}")[call](*arguments), is_test)
 
-    assert look is not None
-    assert (look.operation, look.peer, look.is_p2p, look.in_flight) == (operation, peer, True, True)
+    assert snapshot is not None
+    assert (snapshot.operation, snapshot.peer, snapshot.is_p2p, snapshot.in_flight) == (operation, peer, True, True)
 
 
 def test_a_function_of_that_name_elsewhere_is_no_transfer() -> None:

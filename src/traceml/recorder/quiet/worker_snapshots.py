@@ -1,23 +1,23 @@
-"""Looks at the workers of the rank's data loader: state, CPU time, and the stack of the one that the rank waits for."""
+"""Snapshots of the data loader's workers: state, CPU time, and the stack of the one that the rank waits for."""
 
 from __future__ import annotations
 
 import os
 import time
 
-from traceml.database.looks import MAX_FRAMES, FrameLook, WorkerLook
-from traceml.database.process_looks import blocker_of
+from traceml.database.process_snapshots import blocker_of
+from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, WorkerSnapshot
 from traceml.instrument.workers.loader_workers import LoaderWorker, workers_of_loaders
 from traceml.witness.kernel_state import process_info, wait_state
 from traceml.witness.stack_signal import SignaledStacks, find_stack_file, worker_target
 from traceml.witness.stack_text import main_frames
 from traceml.witness.user_files import is_user_file
 
-__all__ = ["WorkerLooks"]
+__all__ = ["WorkerSnapshots"]
 
 
-class WorkerLooks:
-    """Looks at loader workers. Their stacks come by the signal, once in a quiet period, as faulthandler writes them.
+class WorkerSnapshots:
+    """Takes snapshots of loader workers. Stacks come by the signal, once in a quiet period, written by faulthandler.
 
     Forked workers have the rank's handler, and write into its file: one is asked at a time. Others have their own.
 
@@ -28,12 +28,12 @@ class WorkerLooks:
 
     def __init__(self, file: int | None, patience_s: float) -> None:
         self._file, self._patience_s = file, patience_s
-        self._asked: dict[tuple[int, bool], tuple[FrameLook, ...]] = {}
+        self._asked: dict[tuple[int, bool], tuple[FrameSnapshot, ...]] = {}
         self._batch: int | None = None
         self._cpu: dict[int, tuple[float, float]] = {}
 
-    def make(self, quiet_s: float) -> tuple[WorkerLook, ...]:
-        """Return looks at all workers.
+    def make(self, quiet_s: float) -> tuple[WorkerSnapshot, ...]:
+        """Return snapshots of all workers.
 
         Args:
             quiet_s: time without progress, in seconds.
@@ -44,12 +44,12 @@ class WorkerLooks:
             self._batch = batch
             self._asked.clear()
 
-        return tuple(self._look(each, quiet_s) for each in workers)
+        return tuple(self._snapshot(each, quiet_s) for each in workers)
 
-    def _look(self, worker: LoaderWorker, quiet_s: float) -> WorkerLook:
+    def _snapshot(self, worker: LoaderWorker, quiet_s: float) -> WorkerSnapshot:
         seen = wait_state(worker.pid)
         frames = self._frames(worker.pid, quiet_s) if worker.waits_for_batch is not None else ()
-        return WorkerLook(
+        return WorkerSnapshot(
             index=worker.number,
             pid=worker.pid,
             state=seen.state,
@@ -62,7 +62,7 @@ class WorkerLooks:
             blocker=blocker_of(worker.pid, worker.pid) if worker.waits_for_batch is not None else None,
         )
 
-    def _frames(self, pid: int, quiet_s: float) -> tuple[FrameLook, ...]:
+    def _frames(self, pid: int, quiet_s: float) -> tuple[FrameSnapshot, ...]:
         is_patient = quiet_s < self._patience_s
         if (pid, True) in self._asked and (is_patient or self._asked[pid, True]):
             return self._asked[pid, True]
@@ -99,11 +99,11 @@ class WorkerLooks:
         return round((info.cpu_s - before[0]) / (now_s - before[1]), 3)
 
 
-def _frames_of_worker(text: str) -> list[FrameLook]:
+def _frames_of_worker(text: str) -> list[FrameSnapshot]:
     """Return a worker's frames down to its loop; those below are of the process that it was forked from."""
-    frames: list[FrameLook] = []
+    frames: list[FrameSnapshot] = []
     for file, line, function in main_frames(text):
-        frames.append(FrameLook(file=file, line=line, function=function, is_user=is_user_file(file)))
+        frames.append(FrameSnapshot(file=file, line=line, function=function, is_user=is_user_file(file)))
         if function == "_worker_loop":
             break
 

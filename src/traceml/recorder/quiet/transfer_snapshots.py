@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import FrameType
 
-from traceml.database.looks import GroupLook
+from traceml.database.snapshots import GroupSnapshot
 
 __all__ = ["open_transfer"]
 
@@ -14,7 +14,7 @@ _PEERS = {"send": "dst", "recv": "src", "send_object_list": "dst", "recv_object_
 _MAX_DEPTH = 50
 
 
-def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupLook | None:
+def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupSnapshot | None:
     """Return the operation that the user's code has called, with the rank at its other end if that is an argument.
 
     Args:
@@ -30,7 +30,7 @@ def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool])
         if name in _PEERS and frame.f_code.co_filename.endswith(_FILE):
             peer = frame.f_locals.get(_PEERS[name])
             known = peer if type(peer) is int and peer >= 0 else None
-            found = GroupLook(operation=name, in_flight=True, is_p2p=True, peer=known)
+            found = GroupSnapshot(operation=name, in_flight=True, is_p2p=True, peer=known)
 
         frame = frame.f_back
 

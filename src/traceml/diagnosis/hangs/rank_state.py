@@ -1,10 +1,17 @@
-"""One look at a rank: whether it waits in a collective, what else it does, and whether that is normal."""
+"""State of a rank by its snapshot: whether it waits in a collective, what else it does, and whether that is normal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.database.looks import FrameLook, GroupLook, ProcessLook, RankLook, ThreadLook, WorkerLook
+from traceml.database.snapshots import (
+    FrameSnapshot,
+    GroupSnapshot,
+    ProcessSnapshot,
+    RankSnapshot,
+    ThreadSnapshot,
+    WorkerSnapshot,
+)
 
 __all__ = [
     "awaited_thread",
@@ -52,88 +59,88 @@ _TCP = "tcp "
 _DISK = ("io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
 
 
-def user_line(look: RankLook | WorkerLook) -> FrameLook | None:
+def user_line(snapshot: RankSnapshot | WorkerSnapshot) -> FrameSnapshot | None:
     """Return the innermost line of the user's code."""
-    known = look.user_line if isinstance(look, RankLook) else None
-    return known or next((frame for frame in look.frames if frame.is_user), None)
+    known = snapshot.user_line if isinstance(snapshot, RankSnapshot) else None
+    return known or next((frame for frame in snapshot.frames if frame.is_user), None)
 
 
-def awaited_thread(look: RankLook | WorkerLook) -> ThreadLook | None:
+def awaited_thread(snapshot: RankSnapshot | WorkerSnapshot) -> ThreadSnapshot | None:
     """Return the thread that the interpreter waits for at its end."""
-    if not isinstance(look, RankLook):
+    if not isinstance(snapshot, RankSnapshot):
         return None
 
-    is_at_end = any(frame.function == "_shutdown" and frame.file.endswith("threading.py") for frame in look.frames)
-    return next((thread for thread in look.threads if not thread.is_daemon), None) if is_at_end else None
+    is_at_end = any(frame.function == "_shutdown" and frame.file.endswith("threading.py") for frame in snapshot.frames)
+    return next((thread for thread in snapshot.threads if not thread.is_daemon), None) if is_at_end else None
 
 
-def is_before_full_pipe(look: RankLook | WorkerLook | ProcessLook) -> bool:
+def is_before_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSnapshot) -> bool:
     """Whether a process writes to a pipe that nobody reads."""
-    return look.wchan.startswith(_PIPE_WRITES)
+    return snapshot.wchan.startswith(_PIPE_WRITES)
 
 
-def is_excused(look: RankLook) -> bool:
+def is_excused(snapshot: RankSnapshot) -> bool:
     """Whether standing still is normal: input of a terminal, a debugger, job control, an idle notebook, compiling."""
-    flags = (look.is_waiting_for_terminal, look.is_debugged, look.is_suspended, look.is_idle_notebook)
-    files = [frame.file for frame in look.frames]
-    if any(flags) or look.process_state == "t":
+    flags = (snapshot.is_waiting_for_terminal, snapshot.is_debugged, snapshot.is_suspended, snapshot.is_idle_notebook)
+    files = [frame.file for frame in snapshot.frames]
+    if any(flags) or snapshot.process_state == "t":
         return True
 
-    compiles = look.is_compiling or _any_in(_COMPILER, files)
-    return compiles and collective_wait(look) is None and look.cpu_share != 0.0
+    compiles = snapshot.is_compiling or _any_in(_COMPILER, files)
+    return compiles and collective_wait(snapshot) is None and snapshot.cpu_share != 0.0
 
 
-def is_busy(look: RankLook) -> bool:
+def is_busy(snapshot: RankSnapshot) -> bool:
     """Whether the rank, or the loader worker that it waits for, computes or transfers; waiting for others is not that.
 
     A rank or worker that is ready to run computes, however little of a core it gets. A rank whose own thread was silent
     is not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
     """
-    if collective_wait(look) is not None:
+    if collective_wait(snapshot) is not None:
         return False
 
-    runs = look.process_state == "R"
-    if look.answered in ("signal", "kernel"):
-        return runs and look.step < 0
+    runs = snapshot.process_state == "R"
+    if snapshot.answered in ("signal", "kernel"):
+        return runs and snapshot.step < 0
 
-    worker = blocked_worker(look)
+    worker = blocked_worker(snapshot)
     if worker is not None and (worker.state == "R" or (worker.cpu_share or 0.0) >= BUSY_CORES):
         return True
 
-    return runs or (look.cpu_share or 0.0) >= BUSY_CORES or (look.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
+    return runs or (snapshot.cpu_share or 0.0) >= BUSY_CORES or (snapshot.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
 
 
-def blocked_worker(look: RankLook) -> WorkerLook | None:
+def blocked_worker(snapshot: RankSnapshot) -> WorkerSnapshot | None:
     """Return the loader worker whose batch the rank waits for."""
-    return next((worker for worker in look.workers if worker.waits_for_batch is not None), None)
+    return next((worker for worker in snapshot.workers if worker.waits_for_batch is not None), None)
 
 
-def collective_wait(look: RankLook) -> GroupLook | None:
+def collective_wait(snapshot: RankSnapshot) -> GroupSnapshot | None:
     """Return the collective that a rank waits in; None where it does something else.
 
     An operation in flight proves nothing, as it may be waited for later: the stack, the open phase or the kernel's
     state must show the wait. Where the operation is not known, the group has no members and no number.
     """
-    flying = [group for group in look.groups if group.in_flight]
-    called = _distributed_call(look.frames)
+    flying = [group for group in snapshot.groups if group.in_flight]
+    called = _distributed_call(snapshot.frames)
     if called in _POINT_TO_POINT:
-        default = GroupLook(operation=called, in_flight=True, is_p2p=True)
+        default = GroupSnapshot(operation=called, in_flight=True, is_p2p=True)
         return next((group for group in flying if group.is_p2p), default)
 
-    if not (called or _is_inside(look, has_flying=bool(flying))):
+    if not (called or _is_inside(snapshot, has_flying=bool(flying))):
         return None
 
     if flying:
         alike = (group for group in flying if called and group.operation and group.operation in called)
         return next(alike, flying[0])
 
-    if called or not look.groups:
-        return GroupLook(operation=called, in_flight=True)
+    if called or not snapshot.groups:
+        return GroupSnapshot(operation=called, in_flight=True)
 
     return None  # a backward pass that computes
 
 
-def _distributed_call(frames: Sequence[FrameLook]) -> str:
+def _distributed_call(frames: Sequence[FrameSnapshot]) -> str:
     """Return the function of torch.distributed that the user's code is in: the outermost one of the innermost run."""
     name = ""
     for frame in frames:
@@ -146,59 +153,59 @@ def _distributed_call(frames: Sequence[FrameLook]) -> str:
     return name
 
 
-def _is_inside(look: RankLook, *, has_flying: bool) -> bool:
-    if look.phase == "comm":
+def _is_inside(snapshot: RankSnapshot, *, has_flying: bool) -> bool:
+    if snapshot.phase == "comm":
         return True
 
-    in_user_code = bool(look.frames) and look.frames[0].is_user
-    if look.phase in _WAITING_PHASES and not in_user_code:
+    in_user_code = bool(snapshot.frames) and snapshot.frames[0].is_user
+    if snapshot.phase in _WAITING_PHASES and not in_user_code:
         return True
 
     # `work.wait()` is C code, called by the user's line: a lock, as far as the kernel knows.
-    return has_flying and look.wchan.startswith("futex")
+    return has_flying and snapshot.wchan.startswith("futex")
 
 
-def doing(look: RankLook | WorkerLook) -> str:
+def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     """Return what the process does, as far as the kernel and its silence tell: `sleeping`; empty if they do not."""
-    state = look.process_state if isinstance(look, RankLook) else look.state
+    state = snapshot.process_state if isinstance(snapshot, RankSnapshot) else snapshot.state
     if state == "T":
         return "stopped by a signal"
 
     if state in ("Z", "X"):
         return "dead"
 
-    if isinstance(look, RankLook) and look.answered in ("signal", "kernel"):
+    if isinstance(snapshot, RankSnapshot) and snapshot.answered in ("signal", "kernel"):
         return "in C code that holds the GIL, " + ("computing" if state == "R" else "waiting")
 
-    if state == "D" or look.wchan.startswith(_DISK):
-        return f"waiting for a disk{_bracketed(*_path(look.waits_on))}"
+    if state == "D" or snapshot.wchan.startswith(_DISK):
+        return f"waiting for a disk{_bracketed(*_path(snapshot.waits_on))}"
 
-    if is_before_full_pipe(look):
-        return f"writing to {look.waits_on or 'a pipe'}, which nobody reads"
+    if is_before_full_pipe(snapshot):
+        return f"writing to {snapshot.waits_on or 'a pipe'}, which nobody reads"
 
-    return "computing" if state == "R" else _waiting(look)
+    return "computing" if state == "R" else _waiting(snapshot)
 
 
-def _waiting(look: RankLook | WorkerLook) -> str:
-    words = next((text for start, text in _SLEEPS if look.wchan.startswith(start)), "")
+def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
+    words = next((text for start, text in _SLEEPS if snapshot.wchan.startswith(start)), "")
     if words.endswith("file lock"):
-        return words + _bracketed(*_path(look.waits_on), *_held_by(look.blocker))
+        return words + _bracketed(*_path(snapshot.waits_on), *_held_by(snapshot.blocker))
 
-    if look.waits_on == "stdin":
+    if snapshot.waits_on == "stdin":
         return "waiting for input on stdin"
 
-    if look.waits_on.startswith(_TCP):
-        address = look.waits_on.removeprefix(_TCP)
-        return f"connecting to {address}" if "connect" in look.wchan else f"waiting for the network ({address})"
+    if snapshot.waits_on.startswith(_TCP):
+        address = snapshot.waits_on.removeprefix(_TCP)
+        return f"connecting to {address}" if "connect" in snapshot.wchan else f"waiting for the network ({address})"
 
-    return _for_child(look.blocker) or words if words.startswith("waiting for a child") else words
+    return _for_child(snapshot.blocker) or words if words.startswith("waiting for a child") else words
 
 
-def _held_by(holder: ProcessLook | None) -> list[str]:
+def _held_by(holder: ProcessSnapshot | None) -> list[str]:
     return [] if holder is None else [", ".join(filter(None, [f"held by process {holder.pid}", holder.name]))]
 
 
-def _for_child(child: ProcessLook | None) -> str:
+def _for_child(child: ProcessSnapshot | None) -> str:
     if child is None:
         return ""
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from traceml.database.looks import GroupLook
+    from traceml.database.snapshots import GroupSnapshot
 
-__all__ = ["GroupLooks", "mesh_coordinates"]
+__all__ = ["GroupSnapshots", "mesh_coordinates"]
 
 _DUMP_S = 1.0
 _AGAIN_S = 10.0
@@ -55,7 +55,7 @@ def _dimension(description: str) -> str | None:
     return _MEGATRON_GROUPS.get(description)
 
 
-class GroupLooks:
+class GroupSnapshots:
     """Reads torch's flight recorder, without stacks: those need the GIL, and can hang."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class GroupLooks:
 
         return tuple(dump(False, False) for dump in _dumps()) if not self._queries_events() else None
 
-    def read(self) -> tuple[GroupLook, ...]:
+    def read(self) -> tuple[GroupSnapshot, ...]:
         """Return the newest operation by group; empty without groups."""
         if not _is_initialized():
             return ()
@@ -99,17 +99,17 @@ class GroupLooks:
     def _queries_events() -> bool:
         return hasattr(sys.modules.get("torch._C._distributed_c10d"), _DUMPS[0])
 
-    def _group(self, group: Any, name: str, members: Iterable[int]) -> GroupLook:
-        from traceml.database.looks import GroupLook  # a healthy rank does not pay for it
+    def _group(self, group: Any, name: str, members: Iterable[int]) -> GroupSnapshot:
+        from traceml.database.snapshots import GroupSnapshot  # a healthy rank does not pay for it
 
         description = str(getattr(group, "group_desc", "") or "")
         told: dict[str, Any] = {"name": _shown_name(name, description), "members": tuple(sorted(members))}
         entries = [each for each in self._entries if str((each.get("process_group") or [""])[0]) == name]
         if entries:
-            return GroupLook(**told, **_operation(max(entries, key=_order)))
+            return GroupSnapshot(**told, **_operation(max(entries, key=_order)))
 
         # Point-to-point operations count too in this number, so it is used only where there is no recorder.
-        return GroupLook(**told, number=0 if self._entries else _sequence(group))
+        return GroupSnapshot(**told, number=0 if self._entries else _sequence(group))
 
 
 def _operation(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A look at the own process: stack, phase, process groups, loader workers, and what the kernel says."""
+"""A snapshot of the own process: stack, phase, process groups, loader workers, and what the kernel says."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
-from traceml.database.looks import MAX_FRAMES, FrameLook, GroupLook, RankLook, WorkerLook
-from traceml.database.process_looks import blocker_of
+from traceml.database.process_snapshots import blocker_of
 from traceml.database.schema import LINE_PHASES, Slot
-from traceml.recorder.quiet.thread_looks import other_threads
-from traceml.recorder.quiet.transfer_looks import open_transfer
+from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
+from traceml.recorder.quiet.thread_snapshots import other_threads
+from traceml.recorder.quiet.transfer_snapshots import open_transfer
 from traceml.recorder.user_code import UserCode
 from traceml.witness.kernel_state import io_bytes, is_job_suspended, process_info, tree_use, wait_state
 from traceml.witness.thread_frames import thread_frame
@@ -25,13 +25,13 @@ from traceml.witness.user_files import is_debugger, is_ours
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
 
-__all__ = ["LookMaker", "frame_flags", "thread_number"]
+__all__ = ["SnapshotMaker", "frame_flags", "thread_number"]
 
 _MAX_DEPTH = 1000
 
 
-class LookMaker:
-    """Makes looks at this process.
+class SnapshotMaker:
+    """Takes snapshots of this process.
 
     Args:
         flight: its tables and open slots.
@@ -51,8 +51,8 @@ class LookMaker:
         thread: Callable[[], int],
         user: UserCode,
         is_evaluating: Callable[[], bool],
-        groups: Callable[[], tuple[GroupLook, ...]],
-        workers: Callable[[float], tuple[WorkerLook, ...]],
+        groups: Callable[[], tuple[GroupSnapshot, ...]],
+        workers: Callable[[float], tuple[WorkerSnapshot, ...]],
     ) -> None:
         self._slots, self._steps = flight.open_slots, flight.ring("steps")
         self._rank, self._thread, self._user = rank, thread, user
@@ -61,8 +61,8 @@ class LookMaker:
         self._own_bytes = _own_bytes()
         self._used_s = time.monotonic()
 
-    def make(self, quiet_s: float, *, is_last: bool = False) -> RankLook:
-        """Return a look at this moment.
+    def make(self, quiet_s: float, *, is_last: bool = False) -> RankSnapshot:
+        """Return a snapshot of this moment.
 
         Args:
             quiet_s: seconds since the last progress.
@@ -75,7 +75,7 @@ class LookMaker:
         seen, info = wait_state(number), process_info(number)
         compiles, debugged = frame_flags(frames)
         step, in_step = self._step()
-        return RankLook(
+        return RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank(),
             quiet_s=round(quiet_s, 3),
@@ -103,29 +103,29 @@ class LookMaker:
             is_last=is_last,
         )
 
-    def _operations(self, frame: FrameType | None) -> tuple[GroupLook, ...]:
+    def _operations(self, frame: FrameType | None) -> tuple[GroupSnapshot, ...]:
         transfer = open_transfer(frame, self._user.contains)
         groups = self._groups()
         is_known = any(group.is_p2p and group.in_flight for group in groups)
         return groups if transfer is None or is_known else (*groups, transfer)
 
-    def end(self, quiet_s: float) -> RankLook:
-        """Return the look that ends a quiet period of so many seconds."""
+    def end(self, quiet_s: float) -> RankSnapshot:
+        """Return the snapshot that ends a quiet period of so many seconds."""
         step, in_step = self._step()
-        return RankLook(
+        return RankSnapshot(
             at_ns=monotonic_ns(), rank=self._rank(), quiet_s=round(quiet_s, 3), step=step, in_step=in_step,
             phase=self._phase(), answered="recorder", ended=True,
         )  # fmt: skip
 
-    def _stack(self, frame: FrameType | None) -> tuple[list[FrameLook], list[FrameLook]]:
+    def _stack(self, frame: FrameType | None) -> tuple[list[FrameSnapshot], list[FrameSnapshot]]:
         """Return all frames without ours, and those of the user's code, the innermost first."""
-        frames: list[FrameLook] = []
-        user: list[FrameLook] = []
+        frames: list[FrameSnapshot] = []
+        user: list[FrameSnapshot] = []
         while frame is not None and len(frames) < _MAX_DEPTH:
             code = frame.f_code
             if not is_ours(code.co_filename):
                 is_user = self._user.contains(frame)
-                told = FrameLook(
+                told = FrameSnapshot(
                     file=code.co_filename, line=frame.f_lineno or 0, function=code.co_qualname, is_user=is_user
                 )
                 frames.append(told)
@@ -162,7 +162,7 @@ class LookMaker:
         return round(max(0.0, use.cpu_s - before.cpu_s) / passed_s, 3), round(moved / passed_s, 1)
 
 
-def frame_flags(frames: list[FrameLook]) -> tuple[bool, bool]:
+def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
     """Return whether torch.compile is in a stack, and whether a debugger is."""
     compiles = any(
         "torch/_dynamo/convert_frame" in each.file or ("torch/_inductor/" in each.file and "compile" in each.function)

@@ -1,0 +1,72 @@
+"""Snapshots of ranks as rows: written small, read back, and read although they are damaged or newer."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+
+from traceml.database.flight.rings import pack_map
+from traceml.database.snapshots import (
+    SNAPSHOT,
+    FrameSnapshot,
+    GroupSnapshot,
+    ProcessSnapshot,
+    RankSnapshot,
+    ThreadSnapshot,
+    WorkerSnapshot,
+)
+
+LINE = FrameSnapshot(file="train.py", line=28, function="main", is_user=True)
+BLOCKER = ProcessSnapshot(pid=5, name="ffmpeg", state="S", wchan="do_wait", waits_on="stdout")
+FULL = RankSnapshot(
+    at_ns=7_000,
+    rank=1,
+    quiet_s=13.5,
+    step=40,
+    in_step=True,
+    phase="backward",
+    answered="recorder",
+    frames=(FrameSnapshot(file="torch/autograd/graph.py", line=800, function="_engine_run_backward"), LINE),
+    user_line=LINE,
+    process_state="S",
+    cpu_share=0.25,
+    groups=(GroupSnapshot(members=(0, 1), number=15, operation="all_reduce", sizes=(2372,), in_flight=True),),
+    workers=(WorkerSnapshot(index=1, pid=77, state="S", waits_for_batch=2, frames=(LINE,), blocker=BLOCKER),),
+    threads=(ThreadSnapshot(name="upload", line=LINE, is_daemon=True),),
+    blocker=BLOCKER,
+)
+
+
+def test_a_snapshot_is_read_back_from_the_bytes_of_its_row():
+    """All values survive the packing of a log row."""
+    row = msgpack.unpackb(pack_map(FULL.to_info()))
+
+    assert (row["kind"], row["t_ns"]) == (SNAPSHOT, 7_000)
+    assert RankSnapshot.from_row(row) == FULL
+
+
+def test_values_that_are_not_known_are_left_out():
+    """A poor snapshot is a short row."""
+    assert RankSnapshot(at_ns=1, rank=3).to_info() == {"kind": SNAPSHOT, "t_ns": 1, "at_ns": 1, "rank": 3}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "read"),
+    [
+        ({"rank": 2, "color": "red"}, RankSnapshot(rank=2)),
+        ({"rank": 2, "quiet_s": 5}, RankSnapshot(rank=2, quiet_s=5.0)),
+        ({"rank": 2, "quiet_s": "long", "step": True, "cpu_share": []}, RankSnapshot(rank=2)),
+        (
+            {"rank": 2, "frames": "none", "groups": [3, {"number": 4}]},
+            RankSnapshot(rank=2, groups=(GroupSnapshot(number=4),)),
+        ),
+        ({"rank": 2, "user_line": [1], "workers": None}, RankSnapshot(rank=2)),
+        (
+            {"rank": 2, "groups": [{"members": [0, "x", 1]}]},
+            RankSnapshot(rank=2, groups=(GroupSnapshot(members=(0, 1)),)),
+        ),
+    ],
+)
+def test_unknown_keys_and_values_of_another_type_are_ignored(damaged, read):
+    """The rest of a damaged row is used."""
+    assert RankSnapshot.from_row(damaged) == read
