@@ -207,7 +207,7 @@ def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path
         ("TRACEML_UI_MODE", "here, `traceml run --live terminal|web|none`"),
     ],
 )
-def test_variables_of_traceml_ai_are_told_by_their_names_here(variable: str, here: str) -> None:
+def test_variables_of_traceml_ai_are_reported_by_their_names_here(variable: str, here: str) -> None:
     """Whoever moves from it reads what to set, and its automatic mode is what there is."""
     with pytest.raises(SettingsError) as caught:
         read({variable: "1"})

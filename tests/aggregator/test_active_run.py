@@ -261,7 +261,7 @@ def test_exits_without_a_rank_are_ignored(registry, report):  # noqa: F811
     assert stream.exit == {}
 
 
-def test_process_that_died_before_a_recorder_began_is_told_by_its_launcher_alone(registry, clock):  # noqa: F811
+def test_process_that_died_before_a_recorder_began_is_reported_by_its_launcher_alone(registry, clock):  # noqa: F811
     """Killed while it still started up, a rank is in the report all the same, with its signal."""
     run, stream = join(registry, hello(0, 1))
     leave(run, stream)

@@ -426,7 +426,7 @@ def test_aggregator_of_a_launcher_waits_for_it(serving):
     assert aggregator.process.wait(20) == 0
 
 
-def test_verdict_is_told_while_the_run_goes_on(serving):
+def test_verdict_is_reported_while_the_run_goes_on(serving):
     """About once a second the windows are diagnosed, and the verdict is in the store."""
     aggregator = serving()
     rank = aggregator.rank()

@@ -110,7 +110,7 @@ def test_end_of_a_rank_is_a_fact(live):
     assert (ended.rank, ended.state, ended.signal, ended.open_phase, ended.open_step) == (1, "killed", 9, "backward", 7)
 
 
-def test_verdict_is_told_when_it_changes(live):
+def test_verdict_is_reported_when_it_changes(live):
     """The same verdict is not stored again at once; another one is."""
     verdicts, store = LiveVerdict(live), EventLog()
     verdicts.update(store)
@@ -168,7 +168,7 @@ def hang(live: LiveRows) -> None:
         live.take(stream_of(seen.rank), "info", msgpack.packb(seen.to_info()))
 
 
-def test_a_hang_is_told_though_no_row_of_a_step_arrives(live):
+def test_a_hang_is_reported_though_no_row_of_a_step_arrives(live):
     """The snapshots are enough, and a rank that goes on takes the verdict back."""
     verdicts, store = LiveVerdict(live), EventLog()
     hang(live)

@@ -65,7 +65,7 @@ def script(serving: Callable[..., Serving], tmp_path: Path):
 @pytest.mark.parametrize(
     ("call", "state"), [("ctypes.PyDLL(None).sleep(60)", "S"), ("re.match('(a*)*b', 'a' * 40)", "R")]
 )
-def test_a_rank_that_holds_the_gil_in_c_is_told_with_its_line(
+def test_a_rank_that_holds_the_gil_in_c_is_reported_with_its_line(
     script: Callable[[str], Script], call: str, state: str
 ) -> None:
     """Its own thread cannot answer, so faulthandler does; whether it computes or waits, the kernel knows."""
@@ -122,7 +122,7 @@ def test_a_silent_rank_has_a_snapshot_from_before_its_job_is_ended(script: Calla
     assert rank.process.wait(30) != 0
 
 
-def test_a_stopped_rank_is_told_and_when_it_goes_on(script: Callable[[str], Script]) -> None:
+def test_a_stopped_rank_is_reported_and_when_it_goes_on(script: Callable[[str], Script]) -> None:
     """A stopped process has no stack to tell; after SIGCONT the silence is over, and the rank unharmed."""
     rank = script(
         """

@@ -203,7 +203,7 @@ def test_plot_writes_a_chart_beside_the_output(capsys, tmp_path, trace, suffix):
     ("name", "said"),
     [("chart.pdf", "ends neither in .html nor in .png"), ("no/chart.png", "there is no folder")],
 )
-def test_a_chart_that_cannot_be_written_is_told_before_reading(capsys, tmp_path, name, said):
+def test_a_chart_that_cannot_be_written_is_reported_before_reading(capsys, tmp_path, name, said):
     assert main(["analyze", "no-such-trace", "--plot", str(tmp_path / name)]) == 2
     assert said in capsys.readouterr().err
 

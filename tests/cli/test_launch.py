@@ -47,7 +47,7 @@ def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
         (["--hostnames", "a:b", "x.py"], "'b' is no port"),
     ],
 )
-def test_mistakes_are_told_in_one_line(words, complaint, capsys, monkeypatch, tmp_path) -> None:
+def test_mistakes_are_reported_in_one_line(words, complaint, capsys, monkeypatch, tmp_path) -> None:
     """Called wrongly, it says what is wrong before any host is asked, and exits with 2."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)

@@ -107,7 +107,7 @@ def test_unknown_kind_lists_the_kinds(slow, capsys):
     assert "COMM_BOUND" in error
 
 
-def test_no_run_is_told(runs_dir, capsys):
+def test_no_run_is_reported(runs_dir, capsys):
     """Without any run the error says how to make one, and the status is 3."""
     assert cli.main(["report"]) == 3
     assert "traceml run" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_unknown_run_names_what_exists(slow, capsys):
     assert slow.name in error
 
 
-def test_damaged_store_is_told(runs_dir, capsys):
+def test_damaged_store_is_reported(runs_dir, capsys):
     """A run whose store is damaged, and that has no report, gives one line that names it."""
     folder = runs_dir / "broken"
     folder.mkdir(parents=True)

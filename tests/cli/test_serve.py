@@ -200,7 +200,7 @@ def test_an_address_of_metrics_that_is_none_is_called_so(address, capsys):
     assert "--prometheus takes PORT or HOST:PORT with a port from 0 to 65535" in capsys.readouterr().err
 
 
-def test_a_script_in_place_of_the_address_is_told_what_to_write(tmp_path, monkeypatch, capsys):
+def test_a_script_in_place_of_the_address_is_reported_what_to_write(tmp_path, monkeypatch, capsys):
     """The port may be left out, but not before a script."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").touch()

@@ -109,7 +109,7 @@ def test_a_run_that_is_over_has_no_stacks(script: Any) -> None:  # noqa: F811
     assert "traceml report" in told.stderr
 
 
-def test_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither a job nor a run of that name."""
     assert cli.main(["stacks", "--runs-dir", str(tmp_path)]) == 3
     assert "no job is running in" in capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "no run 'nothing'" in capsys.readouterr().err
 
 
-def test_an_aggregator_that_cannot_be_asked_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_aggregator_that_cannot_be_asked_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On another host, and one that has published no address."""
     folder = running_run(tmp_path / "going-on")
 

@@ -126,7 +126,7 @@ def test_end_of_the_job_prints_its_verdict(tmp_path, top):
     assert b"COMPUTE_STRAGGLER" in shown.seen.split(b"\x1b[?1049l")[1]
 
 
-def test_no_running_job_is_told(tmp_path, top):
+def test_no_running_job_is_reported(tmp_path, top):
     """Without a running job the error names where it looked and the latest run's report."""
     store_run(tmp_path / "traceml_runs" / "over", Job(steps=60))
     shown = top()
@@ -136,7 +136,7 @@ def test_no_running_job_is_told(tmp_path, top):
     assert shown.end() == 3
 
 
-def test_run_that_is_over_is_told(tmp_path, top):
+def test_run_that_is_over_is_reported(tmp_path, top):
     """A run by its id that has ended points to its report."""
     store_run(tmp_path / "traceml_runs" / "over", Job(steps=60))
     shown = top("over")

@@ -71,7 +71,7 @@ def test_containers_of_many_objects_are_described(wrap) -> None:
 
 
 @pytest.mark.process
-def test_the_start_method_is_told_without_setting_it() -> None:
+def test_the_start_method_is_reported_without_setting_it() -> None:
     """Asking for it must not keep the script from choosing one."""
     code = (
         "import multiprocessing as mp, torch\n"

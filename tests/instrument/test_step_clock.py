@@ -452,7 +452,7 @@ def test_batches_that_are_gathered_first(traced: Traced) -> None:
     assert [row["micro"] for row in traced.finish()] == [4, 4, 4]
 
 
-def test_the_first_batch_of_an_epoch_is_told(traced: Traced) -> None:
+def test_the_first_batch_of_an_epoch_is_reported(traced: Traced) -> None:
     """Each epoch has a row, with the end of the iterator before; evaluation between them has none."""
     model = net()
     optimizer = sgd(model)

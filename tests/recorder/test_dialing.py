@@ -213,7 +213,7 @@ def test_init_finds_the_aggregator_that_serves_the_folder(tmp_path: Path, script
     assert address_of(tmp_path / "a" / "traceml_runs", 1) is None
 
 
-def test_given_address_may_have_another_folder_and_is_told(tmp_path: Path, script: Callable[..., Script]) -> None:
+def test_given_address_may_have_another_folder_and_is_reported(tmp_path: Path, script: Callable[..., Script]) -> None:
     """The run is where the aggregator's runs are, and one line says so."""
     server = Serving(tmp_path / "shared", tmp_path / "log")
     try:

@@ -28,7 +28,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "traceml"]
 
 
-def test_steps_whose_aggregator_never_came_back_are_told_and_stored_later(
+def test_steps_whose_aggregator_never_came_back_are_reported_and_stored_later(
     serving: Serving, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """One line says how many, where, until when and what to do; the report counts them; `traceml sync` stores them."""
@@ -58,7 +58,7 @@ def test_steps_whose_aggregator_never_came_back_are_told_and_stored_later(
     assert my_flights() == []
 
 
-def test_steps_that_the_ring_overwrote_are_told_with_numbers(
+def test_steps_that_the_ring_overwrote_are_reported_with_numbers(
     serving: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing says that all rows are kept, and at the end the loss is told, also if an aggregator came back."""
@@ -100,7 +100,7 @@ def test_overwritten_steps_are_counted_without_an_aggregator_too(
         path.unlink()
 
 
-def test_steps_that_no_aggregator_ever_took_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_steps_that_no_aggregator_ever_took_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is left for a later one: the warning at the start may be thousands of lines above."""
     traceml.init(port=free_port(), token=TOKEN, on_missing="warn", connect_timeout=0.2)
     do_steps(5)

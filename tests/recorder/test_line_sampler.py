@@ -174,7 +174,7 @@ def test_evaluation_is_in_no_step(flight: FlightFile, phase: Phase, counts_as: i
     assert {row[0] for row in rows_of(flight)} == {LINE_OUTSIDE, counts_as}
 
 
-def test_library_frames_are_skipped_and_told(flight: FlightFile) -> None:
+def test_library_frames_are_skipped_and_reported(flight: FlightFile) -> None:
     """The line is the user's; the library's function is beside it."""
     with Training(dumps) as training:
         rows = sampled(flight, training)
@@ -190,7 +190,7 @@ def imports() -> None:
     __import__("slow_module")
 
 
-def test_an_import_is_told_as_such(flight: FlightFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_is_reported_as_such(flight: FlightFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by the function that the module runs meanwhile; the line is that of the import."""
     packages = tmp_path / "site-packages"
     packages.mkdir()

@@ -293,7 +293,7 @@ def test_a_card_says_a_thing_once(case):
 
 
 @pytest.mark.parametrize("case", ["RESIDUAL_HEAVY", "STARTUP", "EVAL_HEAVY", "STRAGGLER"])
-def test_a_line_is_told_with_its_file(case):
+def test_a_line_is_reported_with_its_file(case):
     """The file's name, the line and the function are in the headline or the summary."""
     finding = of_kind(case)
 

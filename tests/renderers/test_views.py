@@ -58,7 +58,7 @@ def test_visible_ranks_keep_lost_slow_and_fast():
     assert len(visible_ranks(rows, 1)) == 1
 
 
-def test_ranks_that_were_never_heard_of_are_told():
+def test_ranks_that_were_never_heard_of_are_reported():
     """A rank that never reported is named."""
     made = thousand_ranks()
     assert run_view(made).absent is None
@@ -79,7 +79,7 @@ def test_a_report_without_ranks_misses_none():
     assert run_view(made).absent is None
 
 
-def test_gain_of_nothing_is_not_told():
+def test_gain_of_nothing_is_not_reported():
     """A speed-up below half a percent is not a gain."""
     assert run_view(report([{"forward": 1.0}], finding(speedup_if_fixed=1.001))).verdict.gain is None
 

@@ -72,7 +72,7 @@ def test_a_restart_by_the_scheduler_names_no_rank():
         (finding(), None),
     ],
 )
-def test_the_gain_is_told_once(told, says):
+def test_the_gain_is_reported_once(told, says):
     """A gain that the summary or the advice names is not told again."""
     assert gain_sentence(told) == says
 

@@ -41,7 +41,7 @@ def test_rank_0_of_the_last_attempt_tells(tmp_path):
     assert about.params == {"lr": 0.1, "depth": 3}
 
 
-def test_a_run_that_told_nothing(tmp_path):
+def test_a_run_that_reported_nothing(tmp_path):
     """There are empty maps."""
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts())

@@ -53,7 +53,7 @@ def test_what_fits_several_runs_is_refused(runs):
         find_run("2026", runs)
 
 
-def test_what_is_not_there_is_told_with_what_is(runs, tmp_path):
+def test_what_is_not_there_is_reported_with_what_is(runs, tmp_path):
     """A wrong id, an empty folder, no folder."""
     with pytest.raises(RunNotFoundError, match=r"'zzz'.*20260102-000000-train-0002"):
         find_run("zzz", runs)

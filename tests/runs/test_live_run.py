@@ -103,7 +103,7 @@ def test_a_run_that_ended_is_diagnosed_by_its_rows(tmp_path):
     assert (live.findings[0].kind, live.findings[0].ranks) == ("INPUT_STRAGGLER", (0,))
 
 
-def test_a_damaged_store_is_told(tmp_path):
+def test_a_damaged_store_is_reported(tmp_path):
     """A store that cannot be read is an error, not an empty screen."""
     (tmp_path / STORE_NAME).write_bytes(b"not a database, for sure" * 50)
 

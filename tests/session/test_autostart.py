@@ -170,7 +170,7 @@ def test_init_adds_its_settings(python: Python, tmp_path: Path) -> None:
     assert len(CARD.findall(ended.stderr)) == 1
 
 
-def test_a_late_init_is_told(python: Python, tmp_path: Path) -> None:
+def test_a_late_init_is_reported(python: Python, tmp_path: Path) -> None:
     """After the first optimizer the run has its name; `init` says which settings it ignores."""
     ended = python(f"{LOOP}\ntrain()\nimport traceml\ntraceml.init(run_name='late', local=True)")
 

@@ -32,7 +32,7 @@ def test_the_name_tells_what_a_report_is(run_dir: Path, tmp_path: Path) -> None:
         assert kind in page
 
 
-def test_a_report_that_cannot_be_put_there_is_told(run_dir: Path, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_put_there_is_reported(run_dir: Path, tmp_path: Path) -> None:
     """The verdict is printed all the same, and nothing is raised."""
     for name in ("gone/mine.html", "gone/mine.json"):
         told = io.StringIO()
@@ -42,7 +42,7 @@ def test_a_report_that_cannot_be_put_there_is_told(run_dir: Path, tmp_path: Path
         assert f"traceml run: cannot write {tmp_path / name}: " in told.getvalue()
 
 
-def test_a_store_that_cannot_be_read_is_told(run_dir: Path, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_read_is_reported(run_dir: Path, tmp_path: Path) -> None:
     """Without a verdict there is a line that says why, and where the rest is."""
     (run_dir / STORE_NAME).write_bytes(b"garbage" * 999)
     told = io.StringIO()
@@ -54,7 +54,7 @@ def test_a_store_that_cannot_be_read_is_told(run_dir: Path, tmp_path: Path) -> N
     assert not (tmp_path / "mine.html").exists()
 
 
-def test_a_folder_that_was_moved_is_told(run_dir: Path) -> None:
+def test_a_folder_that_was_moved_is_reported(run_dir: Path) -> None:
     """The rows are where the folder is now: the user learns how to read and deliver them."""
     run_dir.rename(run_dir.with_name("moved"))
     told = io.StringIO()

@@ -84,7 +84,7 @@ def test_the_token_is_derived_from_the_shared_secret_and_not_it(tmp_path):
     assert "shared" not in tokens[0]
 
 
-def test_a_port_in_use_is_told(tmp_path):
+def test_a_port_in_use_is_reported(tmp_path):
     """With its owner where that is known, and the way out."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

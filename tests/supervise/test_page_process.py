@@ -54,7 +54,7 @@ def test_a_page_is_served_replaced_when_killed_and_gone_at_the_end(tmp_path):
         assert again.token == token
 
 
-def test_a_port_in_use_is_told(tmp_path):
+def test_a_port_in_use_is_reported(tmp_path):
     """By whom, where that is known; a job takes another port instead."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

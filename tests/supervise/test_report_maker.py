@@ -49,7 +49,7 @@ def test_the_page_alone(run, maker):
     assert not (run / "report.json").exists()
 
 
-def test_a_killed_process_is_told_with_what_to_do(run, maker):
+def test_a_killed_process_is_reported_with_what_to_do(run, maker):
     """The error has the signal and the command that makes the report; the next report is made."""
     maker.prepare()
     os.kill(maker.waiting_pid, signal.SIGKILL)
@@ -60,7 +60,7 @@ def test_a_killed_process_is_told_with_what_to_do(run, maker):
     assert maker.write(run).is_file()
 
 
-def test_a_store_that_cannot_be_read_is_told_with_its_reason(run, maker):
+def test_a_store_that_cannot_be_read_is_reported_with_its_reason(run, maker):
     """The error of the other process arrives here."""
     (run / STORE_NAME).write_bytes(b"garbage" * 999)
 

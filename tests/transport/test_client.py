@@ -174,7 +174,7 @@ def test_silent_listener_is_told_from_none():
         dial(server.port, timeout_s=0.3)
 
 
-def test_other_protocol_is_told():
+def test_other_protocol_is_reported():
     """A web server on the port gives an error that says so, not a crash."""
     with (
         FalseServer(b"HTTP/1.1 400 Bad Request\r\n\r\n") as server,

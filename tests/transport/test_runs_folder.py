@@ -45,7 +45,7 @@ def test_git_ignores_a_runs_folder_of_ours_alone(runs_dir: Path, tmp_path: Path)
         create_runs_dir(tmp_path / "file")
 
 
-def test_address_is_told_while_the_lock_is_held(runs_dir: Path) -> None:
+def test_address_is_reported_while_the_lock_is_held(runs_dir: Path) -> None:
     """One process has the folder; others read its address, until it lets go."""
     assert address_of(runs_dir, 1) is None
     lock = FolderLock.take(runs_dir)

@@ -134,7 +134,7 @@ def test_wrong_token_is_refused_with_its_reason(encrypted: Serving) -> None:
         dial(encrypted.port, token="wrong")
 
 
-def test_plain_client_is_told_what_to_set(encrypted: Serving) -> None:
+def test_plain_client_is_reported_what_to_set(encrypted: Serving) -> None:
     """The server waits for TLS, and the client for a challenge: neither hangs."""
     with pytest.raises(AggregatorUnavailableError, match="set TRACEML_TLS=1 here too"):
         dial(encrypted.port, tls=False)

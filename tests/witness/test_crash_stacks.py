@@ -94,7 +94,7 @@ def test_a_crash_without_python_frames_tells_the_main_thread() -> None:
     assert crash_facts("") == {}
 
 
-def test_a_crash_in_our_own_thread_is_told_as_ours() -> None:
+def test_a_crash_in_our_own_thread_is_reported_as_ours() -> None:
     """No line of the user's is in it."""
     text = (
         "Fatal Python error: Segmentation fault\n\n"

@@ -25,12 +25,12 @@ from traceml.witness.program_names import program_name, python_program
         ("ray::Trainer.train", "worker"),
     ],
 )
-def test_the_script_or_module_is_told(command: str, name: str) -> None:
+def test_the_script_or_module_is_reported(command: str, name: str) -> None:
     """Without the folder, options and arguments; a process that has renamed itself keeps its name."""
     assert python_program(command.split(), "worker") == name
 
 
-def test_code_on_the_command_line_is_not_told() -> None:
+def test_code_on_the_command_line_is_not_reported() -> None:
     """It may hold anything; a helper of multiprocessing is named as such."""
     spawned = "from multiprocessing.spawn import spawn_main; spawn_main(tracker_fd=5, pipe_handle=7)"
 

@@ -36,7 +36,7 @@ def _ask_when_silent(told: Standing, file: int) -> str:
 @pytest.mark.parametrize(
     "call", ["ctypes.PyDLL(None).sleep(60)", "ctypes.PyDLL(None).poll(None, 0, 60_000)", "sum(range(10**11))"]
 )
-def test_the_line_that_holds_the_gil_is_told(call: str) -> None:
+def test_the_line_that_holds_the_gil_is_reported(call: str) -> None:
     """Waiting or computing in C, the main thread's innermost frame is the caller of the C function."""
     with standing(_HOLDS_GIL.format(call=call)) as told:
         file = find_stack_file(told.pid)

@@ -193,8 +193,8 @@ class Commands:
             run.commit(force=True)
 
         for stream in (each for each in asked if each.rank in query.waiting and each not in silent):
-            if (told := run.live.snapshot_from_outside(stream.rank)) is not None:
-                silent[stream] = told  # by the agent of its host
+            if (reported := run.live.snapshot_from_outside(stream.rank)) is not None:
+                silent[stream] = reported  # by the agent of its host
 
         return stacks_reply(asked, query.answers, silent)
 

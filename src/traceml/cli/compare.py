@@ -27,7 +27,7 @@ from traceml.runs.comparison.comparison_types import Comparison, Comparisons
 __all__ = ["main"]
 
 EXIT_GATE = 1
-EXIT_CANNOT_TELL = 3
+EXIT_UNDECIDED = 3
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _gate(found: list[Comparison], percent: float) -> int:
         why = "; ".join(each.obstacles) or "there are too few independent steps"
         print(f"traceml compare: {each.b.id}: --fail-over cannot be decided: {why}", file=sys.stderr)
 
-    return EXIT_GATE if slower else EXIT_CANNOT_TELL if unknown else 0
+    return EXIT_GATE if slower else EXIT_UNDECIDED if unknown else 0
 
 
 def _percent(comparison: Comparison) -> float:

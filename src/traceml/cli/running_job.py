@@ -116,8 +116,8 @@ def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
             f"The last state of the run: traceml report {run_dir.name}"
         )
 
-    told = address_of(run_dir.parent, served.port)
-    tls = config.tls or (told is not None and told.port == served.port and told.tls)
+    known = address_of(run_dir.parent, served.port)
+    tls = config.tls or (known is not None and known.port == served.port and known.tls)
     hello = Hello(role="client", run=run_dir.name)
     return connect(_reachable(served.host), served.port, hello, served.token, timeout_s=_CONNECT_S, tls=tls)
 

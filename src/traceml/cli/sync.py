@@ -132,7 +132,7 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
         for run_dir in finish_flights(runs_dir, _SILENT_S if options.ended else None):
             write_reports(run_dir)
 
-        _tell_silent(runs_dir)
+        _warn_of_silent(runs_dir)
 
     if options.runs:
         yield from (find_run(run, runs_dir) for run in options.runs)
@@ -155,7 +155,7 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
         )
 
 
-def _tell_silent(runs_dir: Path) -> None:
+def _warn_of_silent(runs_dir: Path) -> None:
     """Name the hosts whose ranks may live, as they were heard of within a day; their rows are left alone."""
     hosts = {str(snapshot.identity.get("host") or "an unknown host") for snapshot in silent_elsewhere(runs_dir)}
     if hosts:

@@ -1,4 +1,4 @@
-"""A snapshot of a rank of this host that cannot tell anything: its recorder's thread does not run.
+"""A snapshot of a rank of this host that cannot answer: its recorder's thread does not run.
 
 Somebody holds the GIL inside a call into C, or the process is stopped, or stuck in the kernel. Its flight file tells
 step and phase, /proc the state, and faulthandler the stack, where it is safe to ask.
@@ -44,8 +44,8 @@ class SilentSnapshots:
         self._asked: tuple[str, int] | None = None
         self._use: ProcessUse | None = None
         self._used_s = 0.0
-        self._told: dict[str, object] = {}
-        self._told_s = 0.0
+        self._stored: dict[str, object] = {}
+        self._stored_s = 0.0
 
     def words(self) -> LiveWords | None:
         """Return what the rank had open when its recorder woke last; None without a readable file."""
@@ -95,19 +95,19 @@ class SilentSnapshots:
 
     def is_news(self, snapshot: RankSnapshot) -> bool:
         """Return whether a snapshot is to be stored: it differs from the last one stored, or that is 10 s ago."""
-        told = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
-        told["busy"] = (snapshot.cpu_share or 0) >= _BUSY_CORES
+        state = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
+        state["busy"] = (snapshot.cpu_share or 0) >= _BUSY_CORES
         now_s = time.monotonic()
-        if told == self._told and now_s - self._told_s < _STAMP_S:
+        if state == self._stored and now_s - self._stored_s < _STAMP_S:
             return False
 
-        self._told, self._told_s = told, now_s
+        self._stored, self._stored_s = state, now_s
         return True
 
     @property
     def has_news(self) -> bool:
         """Whether any snapshot was stored."""
-        return bool(self._told)
+        return bool(self._stored)
 
     def end(self, quiet_s: float) -> RankSnapshot | None:
         """Return the snapshot that ends a silence of so many seconds."""

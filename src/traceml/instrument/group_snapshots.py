@@ -103,13 +103,13 @@ class GroupSnapshots:
         from traceml.database.snapshots import GroupSnapshot  # a healthy rank does not pay for it
 
         description = str(getattr(group, "group_desc", "") or "")
-        told: dict[str, Any] = {"name": _shown_name(name, description), "members": tuple(sorted(members))}
+        known: dict[str, Any] = {"name": _shown_name(name, description), "members": tuple(sorted(members))}
         entries = [each for each in self._entries if str((each.get("process_group") or [""])[0]) == name]
         if entries:
-            return GroupSnapshot(**told, **_operation(max(entries, key=_order)))
+            return GroupSnapshot(**known, **_operation(max(entries, key=_order)))
 
         # Point-to-point operations count too in this number, so it is used only where there is no recorder.
-        return GroupSnapshot(**told, number=0 if self._entries else _sequence(group))
+        return GroupSnapshot(**known, number=0 if self._entries else _sequence(group))
 
 
 def _operation(entry: Mapping[str, Any]) -> dict[str, Any]:

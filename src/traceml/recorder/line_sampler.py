@@ -73,9 +73,9 @@ class LineSampler:
     Args:
         flight: takes the rows of `schema.LINES`, and has the open slots.
         thread: returns the id of the training thread.
-        user: tells the user's code.
-        is_feeding: tells whether a frame runs for an iterator that gives batches and is no DataLoader.
-        is_evaluating: tells whether an evaluation runs, whose time is in no step.
+        user: recognizes the user's code.
+        is_feeding: returns whether a frame runs for an iterator that gives batches and is no DataLoader.
+        is_evaluating: returns whether an evaluation runs, whose time is in no step.
         interval_s: usual time between two samples.
     """
 

@@ -48,8 +48,8 @@ class OtlpProcess(RestartingProcess):
     def spawn_process(self) -> subprocess.Popen[bytes]:
         """Start the exporter."""
         config = self._config
-        told = {"endpoint": config.otlp_endpoint, "runs_dir": str(Path(config.runs_dir).absolute()), "nice": _NICE}
-        return spawn_server("traceml.display.monitoring", {**told, "owner": os.getpid(), "mask": config.mask})
+        options = {"endpoint": config.otlp_endpoint, "runs_dir": str(Path(config.runs_dir).absolute()), "nice": _NICE}
+        return spawn_server("traceml.display.monitoring", {**options, "owner": os.getpid(), "mask": config.mask})
 
     def close(self) -> None:
         """Have it send the last spans, and end; it may take some seconds longer than this call."""

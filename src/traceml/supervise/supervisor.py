@@ -29,7 +29,7 @@ __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
 _ENDING = {signal.SIGINT, signal.SIGTERM}
-_TOLD = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job by hand
+_BY_OTHERS = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job by hand
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
 
 
@@ -234,8 +234,8 @@ class Supervisor:
                 process.send_signal(info.si_signo)
 
     def _note_sender(self, info: signal.struct_siginfo) -> None:
-        """Remember who told the job to end: the program may have ended when the job has."""
-        if self._ended_by is not None or info.si_signo not in _TOLD:
+        """Remember who ended the job: the program may have ended when the job has."""
+        if self._ended_by is not None or info.si_signo not in _BY_OTHERS:
             return
 
         self._ended_by = {"signal": info.si_signo, "time": time.time()}

@@ -1,4 +1,4 @@
-"""The aggregator of a runs folder: each folder has at most one per host and user, and a file that tells its address.
+"""The aggregator of a runs folder: each folder has at most one per host and user, and a file with its address.
 
 The file is `.open/aggregator-HOST-UID` in the runs folder. Its lock is held by the aggregator, or by the process that
 starts one, as long as it lives. So the address of a dead aggregator is never believed, whatever became of its pid and
@@ -132,8 +132,8 @@ def address_of(runs_dir: Path, port: int) -> AggregatorAddress | None:
         runs_dir: the folder.
         port: the usual port, where one may listen that was started while another one had the folder.
     """
-    if (told := _told_address(runs_dir)) is not None:
-        return told
+    if (published := _published_address(runs_dir)) is not None:
+        return published
 
     usual = auth.discover(port)
     if usual is not None and usual.runs_dir and folder_id(Path(usual.runs_dir)) == (folder_id(runs_dir) or None):
@@ -142,7 +142,7 @@ def address_of(runs_dir: Path, port: int) -> AggregatorAddress | None:
     return None
 
 
-def _told_address(runs_dir: Path) -> AggregatorAddress | None:
+def _published_address(runs_dir: Path) -> AggregatorAddress | None:
     """Return the address in the folder's file, if the lock shows that its writer lives."""
     try:
         descriptor, free = _lock(runs_dir, create=False)

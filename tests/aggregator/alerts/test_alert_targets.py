@@ -34,7 +34,7 @@ def test_a_command_reads_the_alert(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.process
-def test_a_command_that_fails_is_told_with_its_words() -> None:
+def test_a_command_that_fails_is_reported_with_its_words() -> None:
     """Status and the end of its output; its arguments, which may hold a key, are not repeated."""
     with pytest.raises(TraceMLError, match="command sh failed with status 3: no mail today") as failure:
         _send(CommandAlert("sh -c 'echo no mail today >&2; exit 3' --key=hidden"))

@@ -69,7 +69,7 @@ def _to_file(folder: Path) -> str:
     return f"cat > {folder}/part-$$ && mv {folder}/part-$$ {folder}/alert-$$.json"
 
 
-def test_a_finding_that_stands_is_told_while_the_job_runs(tmp_path: Path) -> None:
+def test_a_finding_that_stands_is_reported_while_the_job_runs(tmp_path: Path) -> None:
     """Once; the run keeps when it was told, also to whom it could not be told."""
     code = TRAINING.replace("DELAY", "0.03").replace("LAST", "-1").replace("END", "pass")
     done = _run(tmp_path, code, 2.0, _to_file(tmp_path), "exit 7")
@@ -88,7 +88,7 @@ def test_a_finding_that_stands_is_told_while_the_job_runs(tmp_path: Path) -> Non
     assert report["telemetry"]["failures"] == {"aggregator": 1}
 
 
-def test_a_lost_rank_is_told_at_the_end(tmp_path: Path) -> None:
+def test_a_lost_rank_is_reported_at_the_end(tmp_path: Path) -> None:
     """At once, and before the command ends."""
     code = TRAINING.replace("DELAY", "0").replace("LAST", "60").replace("END", "os.kill(os.getpid(), signal.SIGKILL)")
     done = _run(tmp_path, code, 1000.0, _to_file(tmp_path))
@@ -99,7 +99,7 @@ def test_a_lost_rank_is_told_at_the_end(tmp_path: Path) -> None:
     assert "SIGKILL" in alert["text"]
 
 
-def test_a_hang_is_told_at_the_end(tmp_path: Path) -> None:
+def test_a_hang_is_reported_at_the_end(tmp_path: Path) -> None:
     """Of a job that is ended because it hangs."""
     code = TRAINING.replace("DELAY", "0").replace("LAST", "60").replace("END", "time.sleep(600)")
     _run(tmp_path, code, 1000.0, _to_file(tmp_path), TRACEML_HANG_TIMEOUT="5", TRACEML_ON_HANG="abort")

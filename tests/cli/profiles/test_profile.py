@@ -205,7 +205,7 @@ def test_a_trace_above_the_limit_is_refused(start: Callable[..., _RunningJob]) -
 
 
 @pytest.mark.process
-def test_a_rank_that_dies_is_told(start: Callable[..., _RunningJob]) -> None:
+def test_a_rank_that_dies_is_reported(start: Callable[..., _RunningJob]) -> None:
     """Nobody waits for its trace."""
     job = start()
     command = [sys.executable, "-m", "traceml", "profile", "--runs-dir", "runs", "--steps", "1000", "--timeout", "60"]
@@ -220,7 +220,7 @@ def test_a_rank_that_dies_is_told(start: Callable[..., _RunningJob]) -> None:
 
 
 @pytest.mark.process
-def test_a_job_that_makes_no_step_is_told(start: Callable[..., _RunningJob]) -> None:
+def test_a_job_that_makes_no_step_is_reported(start: Callable[..., _RunningJob]) -> None:
     """After the time limit; the training goes on without a profiler."""
     code = TRAINING.replace("        step(x)\n", "        step(x)\n        pause()\n").replace(
         "data =",
@@ -237,7 +237,7 @@ def test_a_job_that_makes_no_step_is_told(start: Callable[..., _RunningJob]) -> 
 
 
 @pytest.mark.process
-def test_a_profiler_of_the_script_is_told(start: Callable[..., _RunningJob]) -> None:
+def test_a_profiler_of_the_script_is_reported(start: Callable[..., _RunningJob]) -> None:
     """It is refused with a word, and the script's goes on."""
     code = TRAINING.replace("going = True", "own = torch.profiler.profile()\nown.start()\ngoing = True")
     job = start(code)
@@ -261,7 +261,9 @@ def test_bad_arguments_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> N
     assert "FILE.html" in capsys.readouterr().err
 
 
-def test_no_job_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_job_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The words say how to start one."""
     monkeypatch.setenv("TRACEML_PORT", "1")  # not that of an aggregator that runs beside the tests
     assert cli.main(["profile", "--runs-dir", str(tmp_path)]) == 3

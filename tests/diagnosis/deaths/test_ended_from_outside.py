@@ -25,7 +25,7 @@ def job(*exits: RankExit, by: EndingSignal | None = SLURM, **facts: object) -> J
     return JobFacts(world_size=2, exits=exits, ended_by=by, **facts)  # type: ignore[arg-type]
 
 
-def test_who_ended_the_job_is_told_with_the_lost_steps() -> None:
+def test_who_ended_the_job_is_reported_with_the_lost_steps() -> None:
     """Program, process and signal; no rank is blamed."""
     (finding,) = rank_lost(job(swept(0, saved_steps=700, open_phase="forward"), swept(1)))
 
@@ -121,7 +121,7 @@ def test_a_report_is_read() -> None:
     assert ending_signal_of({"signal": 1, "time": AT_S}) == EndingSignal(1, AT_S)
 
 
-def test_a_host_that_was_given_up_is_told() -> None:
+def test_a_host_that_was_given_up_is_reported() -> None:
     """The launcher lost its agent; how its ranks ended then says nothing."""
     ends = (RankExit(rank=rank, state="lost", process_gone=True, host_lost="its agent was lost") for rank in range(2))
     (finding,) = rank_lost(JobFacts(world_size=2, exits=tuple(ends)))

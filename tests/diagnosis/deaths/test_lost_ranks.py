@@ -9,7 +9,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, LoaderF
 from traceml.recorder.exits import describe
 
 
-def test_a_signal_is_told_with_step_and_phase():
+def test_a_signal_is_reported_with_step_and_phase():
     """The summary names rank, signal, step and open phase."""
     ended = RankExit(rank=3, state="killed", signal=9, last_step=41, open_step=42, open_phase="backward")
 
@@ -20,7 +20,7 @@ def test_a_signal_is_told_with_step_and_phase():
     assert "out-of-memory" in finding.next
 
 
-def test_an_exception_is_told_with_its_line():
+def test_an_exception_is_reported_with_its_line():
     """Message, file and line are in the evidence."""
     ended = RankExit(
         rank=0, state="failed", code=1, exception="ValueError: bad label 11", file="train.py", line=17, last_step=8
@@ -54,7 +54,7 @@ def test_the_advice_is_for_the_cause(ended, advice):
     assert advice in finding.next
 
 
-def test_an_exit_code_is_told():
+def test_an_exit_code_is_reported():
     """sys.exit(3) is a lost rank too."""
     finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3),)))[0]
 

@@ -97,7 +97,7 @@ def test_later_deaths_are_counted():
     {"state": "stopped"},  # the scheduler ends all processes
     {"explained": [0]},
 ])  # fmt: skip
-def test_a_death_that_is_told_already_is_not_told_again(facts):
+def test_a_death_that_is_reported_already_is_not_reported_again(facts):
     """Of a run that was stopped, and of a rank whose end it explains."""
     explained = facts.pop("explained", ())
 

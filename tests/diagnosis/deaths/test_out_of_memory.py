@@ -49,7 +49,7 @@ def lost(*, device: bool = False, limit: int | None = None, **end: object) -> Fi
     return rank_lost(facts)[0]
 
 
-def test_a_kill_by_the_kernel_is_told_with_growth_and_limit() -> None:
+def test_a_kill_by_the_kernel_is_reported_with_growth_and_limit() -> None:
     """Memory at the end, growth per minute, limit, step and phase."""
     finding = lost(state="killed", signal=9, oom="group", limit=2 * GIB)
 
@@ -90,7 +90,7 @@ def test_a_kill_command_is_no_lack_of_memory() -> None:
         ("MemoryError: ", None),
     ],
 )
-def test_an_allocation_that_failed_is_told_with_size_and_line(text: str, size: int | None) -> None:
+def test_an_allocation_that_failed_is_reported_with_size_and_line(text: str, size: int | None) -> None:
     """torch's allocator, NumPy's, Python's."""
     finding = lost(state="failed", code=1, exception=text, file="train.py", line=17)
 
@@ -100,7 +100,7 @@ def test_an_allocation_that_failed_is_told_with_size_and_line(text: str, size: i
     assert (finding.evidence["file"], finding.evidence["line"]) == ("train.py", 17)
 
 
-def test_a_device_that_is_full_is_told_with_its_peak() -> None:
+def test_a_device_that_is_full_is_reported_with_its_peak() -> None:
     """What was asked for, what was allocated, what the device has."""
     finding = lost(state="failed", code=1, exception=CUDA_TEXT, file="train.py", line=17, device=True)
 

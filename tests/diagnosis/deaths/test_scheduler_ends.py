@@ -28,7 +28,7 @@ def swept(rank: int, at_s: float = LIMIT_S, number: int = 15, **facts: object) -
 
 
 @pytest.mark.parametrize("stopped", [True, None])
-def test_the_limit_is_told_with_the_lost_steps(stopped: bool | None) -> None:
+def test_the_limit_is_reported_with_the_lost_steps(stopped: bool | None) -> None:
     """Whether the launcher passed the signal on or the ranks got it themselves."""
     (finding,) = rank_lost(ends(swept(0, stopped=stopped, saved_steps=700), swept(1, stopped=stopped)))
 
@@ -81,7 +81,7 @@ def test_other_ends_are_no_time_limit(facts: JobFacts) -> None:
     ],
 )
 @pytest.mark.parametrize("stopped", [True, None])
-def test_what_the_scheduler_says_is_told(stopped: bool | None, cause: str, words: str, headline: str) -> None:
+def test_what_the_scheduler_says_is_reported(stopped: bool | None, cause: str, words: str, headline: str) -> None:
     """Its own words count more than the announced limit, which is far away."""
     exits = swept(0, LIMIT_S - 5000, scheduler=cause, stopped=stopped, saved_steps=700)
 

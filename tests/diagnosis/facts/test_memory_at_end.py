@@ -23,7 +23,7 @@ def at_end(sizes_mib: Sequence[float], *, before: int = 0) -> EndMemory | None:
     return tail.at_end()
 
 
-def test_growth_is_told_per_minute() -> None:
+def test_growth_is_reported_per_minute() -> None:
     """10 MiB a second are 600 a minute."""
     end = at_end([100 + 10 * second for second in range(30)])
 

@@ -62,7 +62,7 @@ def test_a_rank_whose_script_ended_earlier_has_fewer_data():
     assert "drop_last" in finding.next
 
 
-def test_more_steps_of_the_others_are_told():
+def test_more_steps_of_the_others_are_reported():
     """The numbers of steps are told where they differ."""
     ended = RankExit(rank=1, state="finished", code=0, last_step=8)
 
@@ -113,7 +113,7 @@ def test_sizes_of_an_all_reduce_must_agree():
     assert "sizes differ" not in summary(found(at(0, "gather", 1024), at(1, "gather", 4096)))
 
 
-def test_a_rank_alone_in_a_barrier_is_told():
+def test_a_rank_alone_in_a_barrier_is_reported():
     """As for a barrier that only the saving rank calls."""
     known = {"members": (0, 1, 2)}
     alone = snapshot(0, call("barrier"), line(30, "save"), groups=(group(6, "barrier", **known),))
@@ -188,12 +188,12 @@ LOCK_FILE = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
         ({"wchan": "an_unknown_function"}, "in train.py:6 stuck for 75 s"),
     ],
 )
-def test_the_state_of_the_process_is_told(seen, words):
+def test_the_state_of_the_process_is_reported(seen, words):
     """And nothing where the kernel's word is not known."""
     assert words in summary(found(in_backward(0), snapshot(1, line(6, "stuck"), groups=BEHIND, **seen)))
 
 
-def test_a_rank_alone_is_told_too():
+def test_a_rank_alone_is_reported_too():
     """One process needs no collective to hang."""
     finding = found(snapshot(0, line(6, "stuck"), wchan="anon_pipe_read"), ranks=1)
 
@@ -230,7 +230,7 @@ def test_a_spawned_worker_with_a_lock_is_not_advised_to_be_spawned():
     assert finding.next.startswith("Look at what the dataset does there")
 
 
-def test_a_worker_whose_line_is_not_known_is_told_by_its_state():
+def test_a_worker_whose_line_is_not_known_is_reported_by_its_state():
     """And one of which nothing is known, as what it is."""
     worker = WorkerSnapshot(pid=77, state="S", wchan="futex_do_wait", waits_for_batch=2)
     waits = snapshot(1, line(28), phase="input_wait", groups=BEHIND, workers=(worker,))
@@ -256,7 +256,7 @@ def skips_a_backward(rank: int, step: int) -> int:
     return pack_bits(0 if is_skipped else 1, 0, step + 6 - (rank == 1 and step >= 20))
 
 
-def test_ranks_that_parted_earlier_are_told_since_when():
+def test_ranks_that_parted_earlier_are_reported_since_when():
     """The hang comes at the end; the step before was the first with another number of collectives."""
     other = snapshot(1, call("barrier"), line(30), wchan="futex_do_wait", groups=(group(15, "barrier"),))
     finding = found(in_backward(0), other, calls=skips_a_backward)

@@ -32,7 +32,7 @@ def emptied(*, ranks: tuple[int, ...] = (0,), each: int = 120, last: int = 210) 
     return history
 
 
-def test_emptying_the_cache_in_the_loop_is_told_with_its_line():
+def test_emptying_the_cache_in_the_loop_is_reported_with_its_line():
     """The line that called, as samples saw it; only of the rank itself."""
     lines = (
         SampledLine(1, "other", "/x/train.py", 41, "main", EMPTY_CACHE, 12),
@@ -50,7 +50,7 @@ def test_emptying_the_cache_in_the_loop_is_told_with_its_line():
     assert found.evidence["line"] == 41
 
 
-def test_without_a_line_all_causes_are_told():
+def test_without_a_line_all_causes_are_reported():
     """Samples may miss a short call."""
     (found,) = allocator_churn(JobFacts(turnover=emptied(), latest=(219,)))
 
@@ -89,7 +89,7 @@ def test_what_is_not_in_the_loop_is_silent(turnover: TurnoverHistory, latest: in
     assert allocator_churn(JobFacts(turnover=turnover, latest=(latest,))) == []
 
 
-def test_a_device_that_lacks_memory_is_not_told_twice():
+def test_a_device_that_lacks_memory_is_not_reported_twice():
     """torch itself empties the cache then, which is MEMORY_PRESSURE."""
     full = device(MemoryHistory(), [70 * GB] * 20, retries=40)
 

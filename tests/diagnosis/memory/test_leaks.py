@@ -23,7 +23,7 @@ def leaks(*faults, job: Job = ALONE, **facts) -> list[Finding]:
     return [finding for finding in findings if finding.kind is Kind.MEMORY_LEAK]
 
 
-def test_growth_is_told_with_its_rate_and_the_time_left():
+def test_growth_is_reported_with_its_rate_and_the_time_left():
     """4 MB per step, 80 MB per second, 1 GB left."""
     (finding,) = leaks(**leaking(used_bytes=15 * GB))
 
@@ -104,7 +104,7 @@ def test_device_memory_fills_the_device():
     assert finding.headline.startswith("Device memory grows by 4.00 MiB per step")
 
 
-def test_pinned_memory_is_told_as_such():
+def test_pinned_memory_is_reported_as_such():
     """It may count as resident memory too, which is then not told."""
     history = processes(MemoryHistory(), growing())
     (finding,) = leaks(memory=device(history, [GB] * 60, pinned=growing(100 * MB)))
@@ -119,7 +119,7 @@ def test_memory_that_has_stopped_growing_is_no_finding(rss):
     assert leaks(memory=host(processes(MemoryHistory(), rss), 15 * GB), hosts={0: "h"}) == []
 
 
-def test_workers_that_copy_shared_objects_are_told_with_the_attribute():
+def test_workers_that_copy_shared_objects_are_reported_with_the_attribute():
     """40 MB a minute each; the loader is in its first epoch, but a cache would be new memory."""
     (finding,) = leaks(**growing_workers())
 
@@ -141,7 +141,7 @@ def test_copies_end_with_what_there_is_to_copy(left_bytes, is_told):
     assert ("left_s" in finding.evidence) is is_told
 
 
-def test_copies_of_a_further_loader_are_told_with_its_data_set():
+def test_copies_of_a_further_loader_are_reported_with_its_data_set():
     """The validation loader's, which is described after that of the training."""
     (finding,) = leaks(**growing_workers(number=1))
 
@@ -149,7 +149,7 @@ def test_copies_of_a_further_loader_are_told_with_its_data_set():
 
 
 @pytest.mark.parametrize("facts", [{"copies": False}, {"start_method": "spawn"}])
-def test_workers_that_grow_otherwise_are_told_without_a_cause(facts):
+def test_workers_that_grow_otherwise_are_reported_without_a_cause(facts):
     """New memory is no copy, and spawned workers share nothing."""
     (finding,) = leaks(**growing_workers(**facts))
 
@@ -184,7 +184,7 @@ def test_the_rate_of_a_growing_list_is_a_number_for_people(rate, words):
     assert words in finding.summary
 
 
-def test_a_list_of_graphs_is_told_with_its_line():
+def test_a_list_of_graphs_is_reported_with_its_line():
     """It is no cache that fills, also in the first epoch."""
     first = {"loader": LoaderFacts(length=10**9, batch_size=32), "latest": (1000,)}
     (finding,) = leaks(**leaking(), growing=growing_list(), **first)
@@ -196,7 +196,7 @@ def test_a_list_of_graphs_is_told_with_its_line():
     assert (finding.evidence["file"], finding.evidence["line"]) == ("/home/me/train.py", 41)
 
 
-def test_a_sum_of_losses_is_told_as_a_graph():
+def test_a_sum_of_losses_is_reported_as_a_graph():
     """Its size in bytes is not known, its operations are."""
     (finding,) = leaks(**leaking(), growing=growing_list(path="total", kind="graph", line=None))
 

@@ -19,7 +19,7 @@ def found(ranks: int = 1, **facts) -> list[Finding]:
     return [finding for finding in findings if finding.kind in MEMORY]
 
 
-def test_a_host_that_is_nearly_full_is_told_with_what_the_ranks_hold():
+def test_a_host_that_is_nearly_full_is_reported_with_what_the_ranks_hold():
     """15 of 16 GB, 9 of them in the training process."""
     (finding,) = found(**full_host())
 
@@ -28,7 +28,7 @@ def test_a_host_that_is_nearly_full_is_told_with_what_the_ranks_hold():
     assert "the training processes hold 9.00 GiB" in finding.summary
 
 
-def test_the_limit_of_a_container_is_told_once():
+def test_the_limit_of_a_container_is_reported_once():
     """Its memory is a limit of its own kind."""
     assert found(**full_host(), limits=(ResourceUse(0, Resource.MEMORY, 95, 100),)) == []
 
@@ -42,7 +42,7 @@ def test_a_host_with_room_and_a_passing_peak_are_no_pressure():
     assert found(memory=peak) == []
 
 
-def test_a_device_that_was_full_is_told_with_its_retries():
+def test_a_device_that_was_full_is_reported_with_its_retries():
     """The peak counts, and allocations that had to free the cache."""
     (finding,) = found(memory=full_device())
 

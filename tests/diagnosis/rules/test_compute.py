@@ -86,7 +86,7 @@ def test_steps_too_short_to_judge_are_said_to_be():
 
 
 @pytest.mark.parametrize(("other_ms", "kind"), [(9.0, Kind.HEALTHY), (0.1, Kind.COMPUTE_BOUND)])
-def test_one_step_that_takes_most_of_the_time_is_told(other_ms, kind):
+def test_one_step_that_takes_most_of_the_time_is_reported(other_ms, kind):
     """A single pause is no pattern, but something that needs to be looked at."""
     job = Job(ranks=1, grouped=False, own={"forward": 8.0, "backward": 8.0, "other": other_ms})
     (found, *_) = diagnose(window_of(job, adds("other", 30_000.0, every=job.steps)), JobFacts())
@@ -96,7 +96,7 @@ def test_one_step_that_takes_most_of_the_time_is_told(other_ms, kind):
     assert "Nothing needs fixing" not in found.next
 
 
-def test_a_short_pause_is_not_told():
+def test_a_short_pause_is_not_reported():
     """Other programs on the host cause such pauses, and in a long run they are nothing."""
     for ms in (300.0, 4_000.0):
         (found, *_) = diagnose(window_of(ALONE, adds("other", ms, every=ALONE.steps)), JobFacts())

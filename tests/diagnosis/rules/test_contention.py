@@ -41,7 +41,7 @@ def crowded(use: MachineSamples, waited: float = 0.4, **facts: object) -> JobFac
     return JobFacts(samples=use, main_wait={0: 0.45}, core_wait={0: waited}, hosts={0: "h"}, cores={"h": 2}, **facts)
 
 
-def test_other_programs_are_told():
+def test_other_programs_are_reported():
     """The share of time without a core, the cores of the rank and of the others, and the gain."""
     (found,) = cpu_contention(crowded(samples(busy=0.5)))
 
@@ -92,7 +92,7 @@ def test_no_rank_is_named_where_all_wait_or_one_waits_a_little(waits):
         ({"threads": 1}, "more cores"),
     ],
 )
-def test_a_run_that_crowds_itself_is_told_so(facts, says):
+def test_a_run_that_crowds_itself_is_reported_so(facts, says):
     """Nobody else uses the cores."""
     (found,) = cpu_contention(crowded(samples(busy=1.9), **facts))
 

@@ -40,7 +40,7 @@ def restarts(found) -> list:
     return [each for each in found if each.evidence.get("restart_ms")]
 
 
-def test_workers_that_start_in_each_epoch_are_told():
+def test_workers_that_start_in_each_epoch_are_reported():
     """200 ms before each 20 steps of 14 ms: without them steps would be 1.6x faster."""
     (found,) = restarts(findings(200, create_ms=150))
 
@@ -51,7 +51,7 @@ def test_workers_that_start_in_each_epoch_are_told():
     assert found.speedup_if_fixed == pytest.approx(1.6, rel=0.1)
 
 
-def test_the_same_waiting_is_told_once():
+def test_the_same_waiting_is_reported_once():
     """What the workers' start explains is no other finding."""
     kinds = [each.kind for each in findings(200, create_ms=200)]
 

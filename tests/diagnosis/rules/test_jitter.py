@@ -38,7 +38,7 @@ def test_the_line_of_rare_long_steps_is_named():
     assert 0.2 < found.evidence["line_share"] < 0.4
 
 
-def test_one_step_that_is_nearly_all_of_it_is_told_alone():
+def test_one_step_that_is_nearly_all_of_it_is_reported_alone():
     """The mean of a pause of 30 s and two of 100 ms is no time that any step took."""
     short, one = adds("other", 100, every=150), adds("other", 30_000, every=ALONE.steps)
     alone = jitter(ALONE, short, one, lines=())
@@ -51,7 +51,7 @@ def test_one_step_that_is_nearly_all_of_it_is_told_alone():
 
 
 @pytest.mark.parametrize("part", ["other", "optimizer", "forward"])
-def test_long_steps_of_one_rank_are_told_once(part):
+def test_long_steps_of_one_rank_are_reported_once(part):
     """Before or after the point at which the ranks meet: the others wait in the same step or in the next one."""
     found = diagnose(window_of(Job(ranks=2, steps=400), adds(part, 200, (1,), chance=0.04)), JobFacts(world_size=2))
 

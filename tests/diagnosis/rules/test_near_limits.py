@@ -28,7 +28,7 @@ def found(resource: Resource, used: list[int], limit: int, *, seconds: float = 1
     return [finding for finding in findings if finding.kind is Kind.LIMIT_NEAR]
 
 
-def test_a_leak_of_open_files_is_told_with_the_time_left():
+def test_a_leak_of_open_files_is_reported_with_the_time_left():
     """One more descriptor in each step: 20 steps are left."""
     (finding,) = found(Resource.OPEN_FILES, list(range(206, 237, 5)), 256, seconds=5.0, steps=5, rank=3)
 

@@ -42,7 +42,7 @@ def test_a_verdict_on_steps_says_what_it_covers():
     ("wall_s", "startup", "severity", "place"),
     [(20.0, 8.0, "info", 1), (200.0, 80.0, "warning", 0), (10.0, 4.0, None, None), (1000.0, 80.0, None, None)],
 )
-def test_a_long_start_up_is_told(wall_s, startup, severity, place):
+def test_a_long_start_up_is_reported(wall_s, startup, severity, place):
     """From 5 s and a quarter of the run; it is the verdict from a minute on."""
     found = findings(wall_s, startup=startup, steps=wall_s - startup)
     kinds = [finding.kind for finding in found]
@@ -68,7 +68,7 @@ def test_a_start_up_names_its_line():
     assert found.headline == "45 % of the run's time is start-up, before the first step"
 
 
-def test_a_start_up_of_imports_is_told_as_such():
+def test_a_start_up_of_imports_is_reported_as_such():
     """Nobody can cache the result of an import, nor do it beside the training."""
     lines = (
         SampledLine(0, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 60),
@@ -90,7 +90,7 @@ def compiled(compile_s: float, startup_s: float, wall_s: float = 100.0, **parts:
     return next((each for each in found if each.kind is Kind.STARTUP), None)
 
 
-def test_compiling_in_the_first_steps_is_told_as_such():
+def test_compiling_in_the_first_steps_is_reported_as_such():
     """No line of the user's is to blame, and the advice is on torch.compile."""
     found = compiled(42.0, 50.0, steps=50.0)
 
@@ -122,7 +122,7 @@ def test_compiling_after_a_restart_is_no_start_up():
     assert "torch.compile" not in found.summary
 
 
-def test_a_few_imports_are_not_told():
+def test_a_few_imports_are_not_reported():
     """Most of the start-up is the user's own work."""
     lines = (
         SampledLine(0, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 40),
@@ -135,7 +135,7 @@ def test_a_few_imports_are_not_told():
     assert "train.py:12 tokenize" in found.next
 
 
-def test_much_evaluation_is_told_with_what_less_would_save():
+def test_much_evaluation_is_reported_with_what_less_would_save():
     """12 times 5 s of 100: half as often saves 30 %."""
     found = findings(100.0, steps=38.0, evaluation=60.0, startup=2.0, evaluations=12)[0]
 

@@ -43,7 +43,7 @@ def found(lines: tuple[SampledLine, ...], rows: np.ndarray, workers: int = 0) ->
     )
 
 
-def test_an_iterator_in_each_step_is_told_with_its_gain() -> None:
+def test_an_iterator_in_each_step_is_reported_with_its_gain() -> None:
     """`next(iter(loader))` orders a million samples for one batch: without it 44 ms become 14."""
     finding = found(seen("main", DRAWS), epochs())
 

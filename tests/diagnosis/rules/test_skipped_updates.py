@@ -27,7 +27,7 @@ def skipped(steps: list[int], total: int = 300) -> SkippedSteps:
     return facts
 
 
-def test_steps_that_are_skipped_for_good_are_told_with_the_first():
+def test_steps_that_are_skipped_for_good_are_reported_with_the_first():
     """200 of 300 steps, all since step 100."""
     facts = JobFacts(skipped=skipped(list(range(100, 300))))
 

@@ -36,7 +36,7 @@ def found(change, *lines, **options):
     return slowdown(history(change, **options), JobFacts(lines=lines))
 
 
-def test_a_jump_that_stays_is_told_with_its_step():
+def test_a_jump_that_stays_is_reported_with_its_step():
     """From 20 to 40 ms at bin 20, in one phase."""
     (finding,) = found(np.where(AT >= 20, 20.0, 0.0))
 
@@ -60,7 +60,7 @@ def test_a_jump_that_recovers_and_a_slow_start_end():
     assert first.summary.startswith("Until step ")
 
 
-def test_growth_is_told_with_its_rate_and_line():
+def test_growth_is_reported_with_its_rate_and_line():
     """0.02 ms more in each step: 20 ms in 960."""
     line = SampledLine(0, "other", "/x/train.py", 23, "smooth", None, 90)
     rest = SampledLine(0, "forward", "/x/train.py", 5, "forward", None, 110)

@@ -87,7 +87,7 @@ def test_steps_that_the_scaler_skips_did_no_harm():
     assert "checkpoint" not in findings[0].next
 
 
-def test_a_loss_that_is_not_finite_without_skips_is_told_beside_a_few():
+def test_a_loss_that_is_not_finite_without_skips_is_reported_beside_a_few():
     """The scaler skipped some steps at first, and the updates of the rest broke the model."""
     losses, steps = history([2.0] * 10 + [INF] * 20), skipped([0, 1, 2, 3, 4])
 

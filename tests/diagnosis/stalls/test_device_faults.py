@@ -48,7 +48,7 @@ def test_an_event_of_the_program_is_a_warning() -> None:
     assert "compute-sanitizer" in finding.next
 
 
-def test_memory_errors_of_this_run_are_told() -> None:
+def test_memory_errors_of_this_run_are_reported() -> None:
     """Those since its begin; earlier ones are not its concern."""
     finding = found({**GOOD, "ecc_errors": 4}, {**GOOD, "ecc_errors": 6, "remap_pending": 1})
 
@@ -64,7 +64,7 @@ def test_memory_errors_of_this_run_are_told() -> None:
         ({"remap_failed": 1}, "no spare rows are left", Severity.CRITICAL),
     ],
 )
-def test_rows_that_wait_or_fail_are_told(row: dict[str, object], words: str, severity: Severity) -> None:
+def test_rows_that_wait_or_fail_are_reported(row: dict[str, object], words: str, severity: Severity) -> None:
     """Also without an error in this run."""
     finding = found({**GOOD, **row})
 

@@ -38,7 +38,7 @@ def found(job: Job, *faults, pauses: PauseHistory) -> list[Finding]:
     return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, pauses=pauses))
 
 
-def test_a_call_in_each_step_is_told_with_its_line():
+def test_a_call_in_each_step_is_reported_with_its_line():
     """The call explains all of the time outside the phases, so no other finding is about that."""
     findings = found(ALONE, adds("other", 30), pauses=history(r0=collections(30, called=True)))
 

@@ -29,7 +29,7 @@ def found(pauses: PauseHistory) -> Finding:
     return diagnose(window_of(ALONE, adds("checkpoint", 100, every=20)), JobFacts(pauses=pauses))[0]
 
 
-def test_line_size_and_speed_are_told():
+def test_line_size_and_speed_are_reported():
     """The file too, as evidence."""
     finding = found(saves())
 

@@ -32,7 +32,7 @@ def found(job: Job, *faults, wall_s: float | None = 100.0, **facts) -> list[Find
     return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, group=job.grouped, time=time, **facts))
 
 
-def test_a_stopped_rank_is_told_with_its_step():
+def test_a_stopped_rank_is_reported_with_its_step():
     """The rank, how long, and in which step; the others waited."""
     (verdict, *others) = found(PAIR, pause(57, 1), stops={1: [STOP]})
 
@@ -76,7 +76,7 @@ def test_a_long_step_without_a_stop_is_no_stop():
         (150.0, 1000.0, Severity.WARNING),
     ],
 )
-def test_short_stops_are_not_told(seconds: float, wall_s: float, severity: Severity | None):
+def test_short_stops_are_not_reported(seconds: float, wall_s: float, severity: Severity | None):
     """From five seconds or a tenth of the run on; the tenth makes it a warning."""
     stop = STOP._replace(seconds=seconds)
     (told,) = [each for each in found(ALONE, wall_s=wall_s, stops={0: [stop]}) if each.kind is Kind.STOPPED] or [None]
@@ -84,7 +84,7 @@ def test_short_stops_are_not_told(seconds: float, wall_s: float, severity: Sever
     assert (told and told.severity) == severity
 
 
-def test_a_suspended_machine_is_told_as_such():
+def test_a_suspended_machine_is_reported_as_such():
     """Its clock tells; nobody sent a signal, and no step was long."""
     stop = Stop(3600.0, "suspended", 57, 57)
     (verdict, *_) = found(PAIR, wall_s=7200.0, stops={0: [stop._replace(began_s=5.0)], 1: [stop._replace(began_s=5.5)]})

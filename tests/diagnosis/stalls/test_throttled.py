@@ -49,7 +49,7 @@ def found(machine: MachineSamples, highest_mhz: int | None = None) -> list[Findi
         (POWER, "power limit", "power limit"),
     ],
 )
-def test_the_reason_is_told(reasons, words, advice):
+def test_the_reason_is_reported(reasons, words, advice):
     """With the device, its clock and the usual one."""
     (finding,) = found(samples(reasons))
 
@@ -77,7 +77,7 @@ def test_what_slows_nothing_down_is_silent(machine):
     assert found(machine) == []
 
 
-def test_a_clock_limit_far_below_the_highest_clock_is_told():
+def test_a_clock_limit_far_below_the_highest_clock_is_reported():
     """Somebody has set it; the device could run faster."""
     (finding,) = found(samples(APPLICATION, share=1.0), 1980)
 

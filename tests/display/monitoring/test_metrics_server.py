@@ -115,7 +115,7 @@ def test_text_of_a_user_cannot_break_the_format(tmp_path):
 @pytest.mark.parametrize(
     "header", ["", "Bearer", "Bearer wrong", "Basic secret", "secret", "Bearer secretx", "Bearer \xe9"]
 )
-def test_without_the_token_nothing_is_told(tmp_path, header):
+def test_without_the_token_nothing_is_reported(tmp_path, header):
     """A wrong token is refused on every path, before a run is read."""
     app = metrics_app(ActiveRuns(tmp_path), "secret")
 

@@ -48,7 +48,7 @@ def test_groups_say_how_many_runs_they_have_on_all_pages():
     assert [heading for heading, _ in part.runs] == ["ranks: 0 (40 runs)"] * 40 + ["ranks: 1 (40 runs)"] * 10
 
 
-def test_conditions_that_are_not_understood_are_told():
+def test_conditions_that_are_not_understood_are_reported():
     """The list is shown without them."""
     part = ListQuery(where="lr<1").part(some(3))
 

@@ -169,7 +169,7 @@ def test_a_single_rank_is_compared_with_no_other(visit: Visits) -> None:
     expect(page.locator('section[aria-label="Slow ranks"]')).to_be_hidden()
 
 
-def test_a_restart_is_told_beside_the_verdict(visit: Visits) -> None:
+def test_a_restart_is_reported_beside_the_verdict(visit: Visits) -> None:
     page = visit().open("/run/20260101-000000-again-0009")
 
     expect(page.locator(".verdict .note")).to_have_text(

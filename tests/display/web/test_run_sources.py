@@ -40,7 +40,7 @@ def follow():
         source.close()
 
 
-def test_a_finished_run_is_read_once_and_told_once(run_dir, follow):
+def test_a_finished_run_is_read_once_and_reported_once(run_dir, follow):
     """The page shows the report on disk, so that they cannot disagree."""
     save_report(run_dir, build_report(run_dir))
     report = json.loads((run_dir / "report.json").read_text())

@@ -56,7 +56,7 @@ def test_without_the_token_there_is_nothing(ask: Ask, path: str) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "%00", "é" * 50])
-def test_a_wrong_token_is_told(ask: Ask, token: str) -> None:
+def test_a_wrong_token_is_reported(ask: Ask, token: str) -> None:
     from urllib.parse import quote
 
     answer = ask(f"/?token={quote(token)}")

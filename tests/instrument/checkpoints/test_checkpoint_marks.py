@@ -64,7 +64,7 @@ def test_a_save_after_five_steps_holds_five(tmp_path: Path, traced: Any) -> None
     assert flight.open_slots[Slot.SAVED_IN] == place_of(tmp_path / "a.pt")
 
 
-def test_only_files_read_before_training_are_told(tmp_path: Path, traced: Any) -> None:
+def test_only_files_read_before_training_are_reported(tmp_path: Path, traced: Any) -> None:
     """Later ones are no start."""
     _, rows = traced
     torch.save({"x": 1}, tmp_path / "a.pt")

@@ -202,7 +202,7 @@ def test_env_file_is_sourced_by_bash(driver: Driver, tmp_path: Path) -> None:
         ({"need_torch": True}, {"torch.py": "import os; os.abort()"}, "died", "signal 6"),
     ],
 )
-def test_what_is_wrong_with_a_host_is_told(
+def test_what_is_wrong_with_a_host_is_reported(
     driver: Driver, tmp_path: Path, fields: dict[str, Any], files: dict[str, str], kind: str, text: str
 ) -> None:
     """Each thing that keeps workers from being made has a name and its own words; the agent can be asked again."""

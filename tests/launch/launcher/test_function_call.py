@@ -32,7 +32,7 @@ from traceml.launch.launcher.function_call import FunctionCall, read_call
         (({"lr": 1},), {"log_handlers": []}, (({"lr": 1},), {}, [])),
     ],
 )
-def test_each_form_is_told_by_its_arguments(args: Any, kwargs: Any, expected: Any) -> None:
+def test_each_form_is_reported_by_its_arguments(args: Any, kwargs: Any, expected: Any) -> None:
     """A sequence first, and nothing but a dict and log handlers after it, is our form; all else is its own."""
     assert read_call(print, args, kwargs) == FunctionCall(print, *expected)
 
@@ -45,7 +45,7 @@ def test_each_form_is_told_by_its_arguments(args: Any, kwargs: Any, expected: An
         (print, {"func_kwargs": ["one"]}, "func_kwargs is a list"),
     ],
 )
-def test_wrong_types_are_told(func: Any, kwargs: dict[str, Any], words: str) -> None:
+def test_wrong_types_are_reported(func: Any, kwargs: dict[str, Any], words: str) -> None:
     """What is given by the names of the first form must fit it."""
     with pytest.raises(UsageError, match=words):
         read_call(func, (), kwargs)

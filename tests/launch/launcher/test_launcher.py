@@ -54,7 +54,7 @@ def test_what_each_worker_returned_is_found_by_rank_and_host() -> None:
         assert env["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_a_result_that_is_not_there_is_told() -> None:
+def test_a_result_that_is_not_there_is_reported() -> None:
     """Ranks and hosts that the launch did not have are IndexErrors and KeyErrors that say what it had."""
     result = traceml.LaunchResult({"a": [1, 2], "b": [3]})
 

@@ -42,7 +42,7 @@ def test_a_slow_host_is_named(found: Preflight, named: list[str]) -> None:
     assert [name for name, _ in slow_hosts(found)] == named
 
 
-def test_hosts_that_do_not_fit_together_are_told() -> None:
+def test_hosts_that_do_not_fit_together_are_reported() -> None:
     """Versions that differ keep a group from working; a clock that is off only makes logs hard to read."""
     found = Preflight(hosts({}, {"torch": "2.4.0"}), clock_offsets_s={"n0": 0.0, "n1": -3.5})
     checks = {check.name: check for check in host_checks(found)}

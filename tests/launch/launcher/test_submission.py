@@ -251,7 +251,7 @@ except traceml.SlurmError as error:
         ({"signal": "USR2"}, "signal='USR2': give a name and seconds"),
     ],
 )
-def test_wrong_options_are_told(values: dict[str, Any], words: str) -> None:
+def test_wrong_options_are_reported(values: dict[str, Any], words: str) -> None:
     """Before anything is submitted."""
     with pytest.raises(UsageError) as caught:
         Launcher().submit(print, **values)
@@ -276,7 +276,7 @@ def test_options_become_those_of_sbatch() -> None:
     assert SlurmOptions(retries=0, signal="").parameters("x")["additional_parameters"] == {"no-requeue": True}
 
 
-def test_what_is_missing_here_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_here_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """submitit with the command that installs it; then the programs of Slurm."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match="sbatch and srun are not on the PATH: submit from a login node"):
@@ -298,7 +298,9 @@ def test_what_is_missing_here_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--submit", "--sbatch", "=x"], "--sbatch =x: give an option of sbatch"),
     ],
 )
-def test_misuse_of_the_command_is_told(words: list[str], complaint: str, capsys, monkeypatch, tmp_path: Path) -> None:
+def test_misuse_of_the_command_is_reported(
+    words: list[str], complaint: str, capsys, monkeypatch, tmp_path: Path
+) -> None:
     """In one line, with status 2."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.py").write_text("")

@@ -280,7 +280,7 @@ def test_more_than_was_allowed_closes_the_channel(pair: Pair) -> None:
         pair.run(lambda: False)
 
 
-def test_the_end_of_the_other_side_is_told(pair: Pair) -> None:
+def test_the_end_of_the_other_side_is_reported(pair: Pair) -> None:
     """End of file is an end, on the reading and on the writing side."""
     pair.agent.close()
     with pytest.raises(ChannelClosedError, match="the other side closed it"):

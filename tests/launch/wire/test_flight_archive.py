@@ -51,7 +51,7 @@ def test_journals_and_files_come_along(script: Script, tmp_path: Path) -> None: 
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])
-def test_a_damaged_archive_is_told(script: Script, tmp_path: Path, damage: bytes | None) -> None:  # noqa: F811
+def test_a_damaged_archive_is_reported(script: Script, tmp_path: Path, damage: bytes | None) -> None:  # noqa: F811
     """It is no flight file, and none is left that somebody might take for one."""
     data = damage
     if data is None:

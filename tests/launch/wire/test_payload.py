@@ -255,7 +255,7 @@ def test_what_cannot_be_pickled_is_named(number: int) -> None:
     assert isinstance(caught.value, TypeError)
 
 
-def test_a_list_too_deep_is_told() -> None:
+def test_a_list_too_deep_is_reported() -> None:
     """Python's recursion limit is no crash."""
     deep: list[Any] = []
     for _ in range(100_000):
@@ -322,7 +322,7 @@ def test_what_a_script_defines_travels_by_value_and_comes_home(tmp_path: Path) -
 
 
 @pytest.mark.process
-def test_a_function_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_function_that_is_not_there_is_reported(tmp_path: Path) -> None:
     """If a module lacks a name that was sent, the error names both and gives advice."""
     callee = CALLEE.replace("from pathlib", "import beside; del beside.shift\nfrom pathlib", 1)
     caught = "try:\n    exec({!r})\nexcept Exception as error:\n    print(error)\n    raise SystemExit(3)\n"

@@ -125,7 +125,7 @@ def test_a_connection_that_nobody_reads_holds_back_no_other(between: Between) ->
             assert far.recv(4) == b"ping"
 
 
-def test_an_end_that_dies_is_told_to_the_other(between: Between) -> None:
+def test_an_end_that_dies_is_reported_to_the_other(between: Between) -> None:
     """A rank, or an aggregator, that is gone leaves no connection open on the other side."""
     near, far = between.connect()
     near.close()

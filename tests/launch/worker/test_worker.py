@@ -197,7 +197,7 @@ def test_an_exception_travels_with_its_words(driver: Driver) -> None:
     assert driver.of("exited")[0]["code"] == 1
 
 
-def test_what_cannot_be_sent_back_is_told(driver: Driver) -> None:
+def test_what_cannot_be_sent_back_is_reported(driver: Driver) -> None:
     """A result that cannot be pickled is an error that names it."""
 
     def lock() -> dict[str, Any]:
@@ -213,7 +213,7 @@ def test_what_cannot_be_sent_back_is_told(driver: Driver) -> None:
     assert "the result: cannot pickle" in told["message"]
 
 
-def test_an_exception_that_cannot_be_sent_is_told_in_words(driver: Driver) -> None:
+def test_an_exception_that_cannot_be_sent_is_reported_in_words(driver: Driver) -> None:
     """The exception is made of what cannot be pickled: its words come all the same."""
 
     def fail() -> None:
@@ -240,7 +240,7 @@ def test_an_exception_that_cannot_be_sent_is_told_in_words(driver: Driver) -> No
         ("os.abort()", None, 6),
     ],
 )
-def test_how_a_worker_ended_is_told(driver: Driver, how: str, code: int | None, signal: int | None) -> None:
+def test_how_a_worker_ended_is_reported(driver: Driver, how: str, code: int | None, signal: int | None) -> None:
     """Exit codes, signals, and the last words: also those of C's buffers and faulthandler."""
 
     def end(how: str) -> None:
@@ -299,7 +299,7 @@ def test_a_script_runs_as_main(driver: Driver, tmp_path: Path) -> None:
     assert driver.wait("exited")["code"] == 5
 
 
-def test_a_function_that_is_not_there_is_told(driver: Driver, tmp_path: Path) -> None:
+def test_a_function_that_is_not_there_is_reported(driver: Driver, tmp_path: Path) -> None:
     """A function of a module that the host does not have: the error names the module."""
     (tmp_path / "only_here.py").write_text("def work():\n    pass\n")
     sys.path.insert(0, str(tmp_path))

@@ -207,7 +207,9 @@ def main():
         ("absent", None),
     ],
 )
-def test_a_line_is_told_only_where_it_is_the_only_one(tmp_path: Path, path: str, line: tuple[int, str] | None) -> None:
+def test_a_line_is_reported_only_where_it_is_the_only_one(
+    tmp_path: Path, path: str, line: tuple[int, str] | None
+) -> None:
     """Comments and comparisons do not count."""
     file = tmp_path / "train.py"
     file.write_text(CODE)

@@ -33,17 +33,17 @@ def full(watch: CollectionWatch):
     return [each for each in watch.take_long() if each.generation == 2]
 
 
-def test_a_call_is_told_with_its_line(watch):
+def test_a_call_is_reported_with_its_line(watch):
     """The line of this file that calls `gc.collect`, the open step and its phase."""
     gc.collect()
     (found,) = full(watch)
 
     assert (found.step, found.phase, found.together) == (7, LINE_OTHER, 1)
-    assert found.code is test_a_call_is_told_with_its_line.__code__
+    assert found.code is test_a_call_is_reported_with_its_line.__code__
     assert found.ns > 0
 
 
-def test_the_open_phase_is_told(watch, slots):
+def test_the_open_phase_is_reported(watch, slots):
     """A collection inside forward belongs to it."""
     slots[Phase.FORWARD] = 5
     gc.collect()

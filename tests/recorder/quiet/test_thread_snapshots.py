@@ -43,7 +43,7 @@ def snapshots() -> list[ThreadSnapshot]:
         return list(recorder.submit(other_threads, training, UserCode()).result())
 
 
-def test_a_thread_is_told_with_its_line_of_user_code() -> None:
+def test_a_thread_is_reported_with_its_line_of_user_code() -> None:
     """And those first that the interpreter waits for at its end."""
     with uploading("prefetch", daemon=True), uploading("upload", daemon=False):
         found = [snapshot for snapshot in snapshots() if snapshot.name in ("prefetch", "upload")]
@@ -54,7 +54,7 @@ def test_a_thread_is_told_with_its_line_of_user_code() -> None:
     assert found[0].line.file == __file__
 
 
-def test_the_training_thread_and_idle_pools_are_not_told() -> None:
+def test_the_training_thread_and_idle_pools_are_not_reported() -> None:
     """A pool's thread without work runs none of the user's code."""
     with ThreadPoolExecutor(1, thread_name_prefix="idle") as pool:
         pool.submit(int).result()

@@ -50,7 +50,7 @@ def functions(file: str) -> dict[str, Any]:
         ("recv_object_list", ([], 3), "recv_object_list", 3),
     ],
 )
-def test_the_call_of_the_user_and_its_peer_are_told(
+def test_the_call_of_the_user_and_its_peer_are_reported(
     call: str, arguments: tuple[Any, ...], operation: str, peer: int | None
 ) -> None:
     """The outermost function of torch; any sender may be meant."""

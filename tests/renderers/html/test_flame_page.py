@@ -27,6 +27,6 @@ def test_it_needs_no_network() -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_a_run_without_samples_is_told() -> None:
+def test_a_run_without_samples_is_reported() -> None:
     """The page says so."""
     assert "No lines were sampled." in flame_page(report_with())

@@ -103,7 +103,7 @@ def test_a_parameter_that_is_none_is_shown(tmp_path):
     assert "note None, lr 0.1" in _Page(page_of(run)).texts
 
 
-def test_a_missing_rank_is_told(tmp_path):
+def test_a_missing_rank_is_reported(tmp_path):
     """The note is under the table of ranks."""
     run = store_run(tmp_path / "run", Job(steps=60), facts={"world_size": 3})
 
@@ -111,7 +111,7 @@ def test_a_missing_rank_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("of", [report_page, inline_html])
-def test_what_a_long_runs_verdict_rests_on_is_told(tmp_path, of):
+def test_what_a_long_runs_verdict_rests_on_is_reported(tmp_path, of):
     """Page and notebook say of how many steps the verdict is; charts cover all of them, without gaps."""
     run = store_run(tmp_path / "run", Job(steps=2000))
     said = "Verdict from 310 of 2,000 steps, spread over the run; means are of all steps."

@@ -41,7 +41,7 @@ def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
     assert printed(path)[-2:] == [f" Report  {path}", f" Command traceml report {folder}"]
 
 
-def test_a_missing_rank_is_told():
+def test_a_missing_rank_is_reported():
     """A missing rank is named; without one there is no such line."""
     made = slow_rank()
     assert "Missing" not in text_of(made)
@@ -50,7 +50,7 @@ def test_a_missing_rank_is_told():
     assert " Missing no data from rank 2 (of 3)" in text_of(made)
 
 
-def test_what_a_long_runs_verdict_rests_on_is_told():
+def test_what_a_long_runs_verdict_rests_on_is_reported():
     """Where the verdict is of a sample of the steps, the card says of how many, and of what the means are."""
     made = slow_rank()
     assert "Basis" not in text_of(made)
@@ -84,7 +84,7 @@ def test_a_narrow_terminal_loses_no_word(name):
     assert top.endswith("─")
 
 
-def test_repeated_batches_are_told():
+def test_repeated_batches_are_reported():
     """Where ranks have the batches of others, the card says of how many ranks the samples are."""
     made = with_data(report([{"forward": 10.0}] * 4), samples=32, ranks=2)
 
@@ -93,7 +93,7 @@ def test_repeated_batches_are_told():
     assert "repeat" not in text_of(made)
 
 
-def test_errors_of_tracing_are_told():
+def test_errors_of_tracing_are_reported():
     """A run that lost step timing by an error says so."""
     made = slow_rank()
     assert "errors" not in text_of(made)
@@ -102,7 +102,7 @@ def test_errors_of_tracing_are_told():
     assert "errors in instrument: 1; errors in recorder: 2" in " ".join(text_of(made).split())
 
 
-def test_an_accelerator_without_device_times_is_told():
+def test_an_accelerator_without_device_times_is_reported():
     """Where the device's time is not known, the card says whose time the phases show."""
     made = slow_rank()
     assert "Clock" not in text_of(made)
@@ -143,7 +143,7 @@ def test_report_without_anything_optional(name):
     assert full.verdict.kind in text_of(bare)
 
 
-def test_lost_rows_are_told():
+def test_lost_rows_are_reported():
     """Rows that were lost are counted on the card."""
     assert "120 lost" in text_of(report([{"forward": 1.0}], lost=120))
     assert "none lost" in text_of(healthy())
@@ -183,7 +183,7 @@ def tracked(*trackers: TrackerSection) -> Report:
     return made
 
 
-def test_trackers_are_told_and_what_to_do_when_rows_wait():
+def test_trackers_are_reported_and_what_to_do_when_rows_wait():
     """Each tracker has a line; pending rows have a reason and the command that delivers them."""
     made = tracked(
         tracker("mlflow"),
@@ -204,7 +204,7 @@ def test_trackers_that_have_everything_need_no_advice():
     assert "traceml sync" not in text_of(tracked(tracker("mlflow")))
 
 
-def test_what_a_fallback_took_is_told():
+def test_what_a_fallback_took_is_reported():
     """The rows are at the fallback, not at the tracker."""
     shown = text_of(tracked(tracker("mlflow", fallback=12_000)))
     assert "mlflow 12,340 delivered, 12,000 of them to its fallback" in shown

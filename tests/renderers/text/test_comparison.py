@@ -44,7 +44,7 @@ def _shown(comparison, width):
     return out.getvalue()
 
 
-def test_a_slower_run_is_told_in_words(compared):
+def test_a_slower_run_is_reported_in_words(compared):
     """The text has the change, its confidence, rank and phase, and the new verdict."""
     comparison = compared("a", "slow")
     said = compared_sentences(comparison)

@@ -22,7 +22,7 @@ def test_times_are_per_step() -> None:
     assert operator_lines(table)[1].split()[:5] == ["100", "%", "1.00", "ms", "2.00"]
 
 
-def test_the_slow_down_is_told() -> None:
+def test_the_slow_down_is_reported() -> None:
     """Of the rank that it hit most; where it is not known, nothing is said."""
     assert slowdown_line({0: 2.13}) == "Steps took 2.1x as long while profiled; the diagnosis leaves them out."
     assert "2.1x as long while profiled (on rank 1)" in slowdown_line({0: 1.2, 1: 2.13})

@@ -18,7 +18,7 @@ OUTPUTS = {"perfetto": "out.json", "pfw": "out.pfw.gz", "parquet": "out", "csv":
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_damaged_frames_are_left_out_and_told(tmp_path, form):
+def test_damaged_frames_are_left_out_and_reported(tmp_path, form):
     """A frame that is garbage costs its rows alone."""
     run_dir = rich_run(tmp_path / "run")
     database = sqlite3.connect(run_dir / STORE_NAME)

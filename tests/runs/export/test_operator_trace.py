@@ -127,7 +127,7 @@ def test_the_slow_down_is_measured(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", gzip.compress(b"{", mtime=0), gzip.compress(b'{"traceEvents": [3]}', mtime=0)])
-def test_a_damaged_trace_is_told(store: Path, tmp_path: Path, data: bytes) -> None:
+def test_a_damaged_trace_is_reported(store: Path, tmp_path: Path, data: bytes) -> None:
     """The rank is named."""
     with StoreReader(store) as reader, pytest.raises(TraceMLError, match="the trace of rank 1 is damaged"):
         write_profile(tmp_path / "out.json", reader, [_rank(1, data)])

@@ -84,7 +84,7 @@ def test_an_earlier_export_is_replaced(run_dir, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"notes.txt", *(f"{name}.csv" for name in TABLES)}
 
 
-def test_a_file_in_the_way_is_told(run_dir, tmp_path):
+def test_a_file_in_the_way_is_reported(run_dir, tmp_path):
     (tmp_path / "c").write_text("")
 
     with pytest.raises(UsageError, match="is a file"):

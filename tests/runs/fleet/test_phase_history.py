@@ -35,7 +35,7 @@ def outcomes(found):
     return {phase.phase: phase.outcome for phase in found.phases}
 
 
-def test_a_slower_phase_is_told(history):
+def test_a_slower_phase_is_reported(history):
     """And the step with it; the others are as usual."""
     found = history([*earlier(20), fleet_report(20, factors={"input_wait": 5.0})])
 
@@ -48,7 +48,7 @@ def test_a_slower_phase_is_told(history):
     assert (found.runs, found.others, found.phases[0].phase) == (20, 0, "step")
 
 
-def test_a_faster_phase_is_told(history):
+def test_a_faster_phase_is_reported(history):
     """An update may have helped."""
     found = history([*earlier(20), fleet_report(20, factors={"forward": 0.5})])
 

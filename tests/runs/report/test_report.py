@@ -125,7 +125,7 @@ def test_a_resumed_training_has_the_steps_of_this_run(tmp_path):
     assert report["ranks"][0]["exit"]["last_step"] == 5_099
 
 
-def test_a_killed_rank_is_told_with_all_that_is_known(tmp_path):
+def test_a_killed_rank_is_reported_with_all_that_is_known(tmp_path):
     """Signal as a number, last step, open phase; the rank has rows to its end."""
     writer = open_store(tmp_path / "run", state="failed")
     rows = rows_of(Job(steps=100))
@@ -416,7 +416,7 @@ def test_the_file_is_valid_json_and_appears_whole(tmp_path):
     assert not list(folder.glob(".report.json-*"))
 
 
-def test_a_missing_store_is_told(tmp_path):
+def test_a_missing_store_is_reported(tmp_path):
     """Without a store there is no report."""
     with pytest.raises(StoreError, match="no run's store"):
         report_on(tmp_path)

@@ -21,7 +21,7 @@ def told(run_dir):
         live.close()
 
 
-def test_events_warnings_and_texts_are_told(tmp_path):
+def test_events_warnings_and_texts_are_reported(tmp_path):
     """The newest first, each with its rank; rows without words for a person are left out."""
     notes = told(rich_run(tmp_path / "run"))
 

@@ -30,7 +30,7 @@ def test_readings_displace_nothing():
     assert kept(("rank", {"rank": 0, "state": "failed"}), *readings) == [(0, "rank")]
 
 
-def test_a_verdict_is_told_when_it_changes():
+def test_a_verdict_is_reported_when_it_changes():
     """Another cost is no other verdict; another kind, phase or rank is, also the return of an earlier one."""
     slow = [straggler(), straggler(cost_share=0.5), straggler(phase="backward"), straggler(ranks=[2]), finding()]
 

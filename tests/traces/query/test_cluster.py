@@ -168,7 +168,7 @@ def test_nobody_answers(monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["foo", "", "tcp://foo", "bad.json", "no_address.json"])
-def test_what_is_no_address_is_told_at_once(tmp_path, monkeypatch, given):
+def test_what_is_no_address_is_reported_at_once(tmp_path, monkeypatch, given):
     """A name without a port, or a file that no scheduler has written, is an error that shows an address."""
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text("{")

@@ -200,7 +200,7 @@ def test_a_job_whose_every_process_is_killed_is_delivered_by_sync(tmp_path: Path
     assert len(found) - job.logged in {0, 1}
 
 
-def test_a_library_that_is_broken_is_told_and_holds_nobody_up(start: Start, tmp_path: Path) -> None:
+def test_a_library_that_is_broken_is_reported_and_holds_nobody_up(start: Start, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "clearml.py").write_text("raise ImportError('libclear.so.3: cannot open shared object')")
     job = start({"clearml": {}, "jsonl": {}}, PYTHONPATH=str(tmp_path / "broken"))

@@ -219,7 +219,7 @@ def test_an_experiment_after_a_shutdown_is_recorded_too(script: Script, tmp_path
         assert len(run.of("experiment")) == 1
 
 
-def test_a_tracker_that_does_not_exist_is_told_at_once(script: Script) -> None:
+def test_a_tracker_that_does_not_exist_is_reported_at_once(script: Script) -> None:
     """A slip in a name raises where the experiment begins; in a setting it is a warning, and logging goes on."""
     code = """
         import traceml
@@ -237,7 +237,7 @@ def test_a_tracker_that_does_not_exist_is_told_at_once(script: Script) -> None:
     assert "did you mean 'mlflow'?" in err
 
 
-def test_wrong_settings_are_told_where_an_experiment_begins(script: Script) -> None:
+def test_wrong_settings_are_reported_where_an_experiment_begins(script: Script) -> None:
     """As `init` does; a mere call warns, and the training goes on."""
     out = finish(
         script(
@@ -308,7 +308,7 @@ def test_a_sweeps_parameters(tmp_path: Path) -> None:
     assert wandb_sweep.parameters(environ | {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "none")}) == {}
 
 
-def test_wrong_steps_are_told(script: Script, tmp_path: Path) -> None:
+def test_wrong_steps_are_reported(script: Script, tmp_path: Path) -> None:
     """A step that is no whole number is an error at the call; one that is a whole float is taken."""
     out = finish(
         script("""

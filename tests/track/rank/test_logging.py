@@ -198,7 +198,7 @@ def test_without_any_aggregator_the_rows_wait(script: Script, tmp_path: Path) ->
     assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
 
 
-def test_an_aggregator_that_cannot_start_is_told_at_the_end(script: Script, tmp_path: Path) -> None:
+def test_an_aggregator_that_cannot_start_is_reported_at_the_end(script: Script, tmp_path: Path) -> None:
     """The runs folder cannot be made: the script's end says why nothing was stored, and what becomes of it."""
     (tmp_path / "traceml_runs").write_text("a file")
     process = script("""

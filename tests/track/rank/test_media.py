@@ -231,7 +231,7 @@ def test_figures_and_files_are_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image", [3, object(), {"a": 1}])
-def test_what_is_no_image_is_told(image: object) -> None:
+def test_what_is_no_image_is_reported(image: object) -> None:
     """With what would be one."""
     with pytest.raises(TypeError, match="an image is an array, a tensor"):
         image_of(image, 100)

@@ -132,7 +132,7 @@ def test_settings_of_the_recorder_cannot_change_later(script: Script) -> None:
     assert out.split()[-2:] == ["b", "True"]
 
 
-def test_unknown_names_are_told() -> None:
+def test_unknown_names_are_reported() -> None:
     """With what is meant, and where parameters belong; nothing is begun."""
     with pytest.raises(SettingsError, match=r"track_tensorbord.*did you mean 'track_tensorboard'.*log_params"):
         traceml.start_logging("e", config={"track_tensorbord": False})

@@ -12,7 +12,7 @@ from traceml.track.rank.tracker_warnings import TrackerWarnings
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
 
-def test_each_tracker_that_fails_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_tracker_that_fails_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With what is wrong and what becomes of the rows; those that deliver are not mentioned."""
     for backend, phase, error in (
         ("mlflow", DeliveryPhase.OPEN, "Connection refused"),

@@ -1,1 +1,1 @@
-"""Alerts: commands and webhooks that are told of findings."""
+"""Alerts: commands and webhooks that are notified of findings."""

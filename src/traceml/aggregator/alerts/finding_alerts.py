@@ -93,7 +93,7 @@ class FindingAlerts:
 
     @property
     def has_targets(self) -> bool:
-        """Whether anyone is told of findings."""
+        """Whether anyone is notified of findings."""
         return bool(self._targets)
 
     @property

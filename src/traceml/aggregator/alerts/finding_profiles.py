@@ -88,13 +88,13 @@ class FindingProfiles:
 
     async def _profile(self, run: ActiveRun, verdict: Finding) -> None:
         with fail_open(_log, "aggregator", f"run {run.id} could not be profiled"):
-            told = await _run_profile(run, verdict.ranks[:_MOST_RANKS])
+            profile = await _run_profile(run, verdict.ranks[:_MOST_RANKS])
             if not run.ended:
-                run.store.event("profile", _event(verdict, told))
+                run.store.event("profile", _event(verdict, profile))
 
 
 async def _run_profile(run: ActiveRun, ranks: Sequence[int]) -> dict[str, Any]:
-    """Return what `traceml profile --json` tells.
+    """Return what `traceml profile --json` prints.
 
     Raises:
         TraceMLError: it failed, or was killed after its time.
@@ -122,14 +122,14 @@ async def _run_profile(run: ActiveRun, ranks: Sequence[int]) -> dict[str, Any]:
     if process.returncode:
         raise TraceMLError(errors.decode(errors="replace").strip()[-500:])
 
-    told: dict[str, Any] = json.loads(output)
-    return told
+    profile: dict[str, Any] = json.loads(output)
+    return profile
 
 
-def _event(verdict: Finding, told: dict[str, Any]) -> dict[str, Any]:
+def _event(verdict: Finding, profile: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": str(verdict.kind),
         "file": _FILE,
-        "ranks": [each["rank"] for each in told["ranks"]],
-        "operators": told["operators"][:_SHOWN],
+        "ranks": [each["rank"] for each in profile["ranks"]],
+        "operators": profile["operators"][:_SHOWN],
     }

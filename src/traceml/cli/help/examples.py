@@ -100,5 +100,5 @@ def examples_text(command: str) -> str:
         command: `traceml report`, or its last word.
     """
     examples = EXAMPLES.get(command.removeprefix("traceml "), ())
-    lines = [line for told, words in examples for line in (f"  # {told}", f"  {words}")]
+    lines = [line for purpose, words in examples for line in (f"  # {purpose}", f"  {words}")]
     return "\n".join(["examples:", *lines]) if lines else ""

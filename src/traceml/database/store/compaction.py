@@ -55,7 +55,7 @@ class _Tail:
 
 
 class Compaction:
-    """Merges and sums the frames that it is told of, in rounds: about once a minute, those of all ranks together.
+    """Merges and sums the frames that it is given, in rounds: about once a minute, those of all ranks together.
 
     Args:
         editor: changes the store.

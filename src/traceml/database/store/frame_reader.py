@@ -233,7 +233,7 @@ class FrameReader:
         stream = found[:, 1]
         found = found[(stream > 0) & (stream <= self._newest_stream(int(stream.max(initial=0))))]
         if len(found) < len(rows):
-            self._tell_damage(f"{len(rows) - len(found)} frames of {table} have no proper stream or steps")
+            self._report_damage(f"{len(rows) - len(found)} frames of {table} have no proper stream or steps")
 
         return found
 
@@ -244,7 +244,7 @@ class FrameReader:
 
         return self._last_stream
 
-    def _tell_damage(self, what: str) -> None:
+    def _report_damage(self, what: str) -> None:
         if self._on_damage is None:
             raise self._damaged(what)
 
@@ -275,7 +275,7 @@ class FrameReader:
             try:
                 whole = self._decoded(table, row)
             except ValueError as error:
-                self._tell_damage(str(error))
+                self._report_damage(str(error))
                 continue
 
             key = (table, whole.stream)

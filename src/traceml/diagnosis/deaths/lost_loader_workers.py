@@ -52,9 +52,9 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
 def worker_behind(ended: RankExit, facts: JobFacts) -> LostWorker | None:
     """Return the worker whose death ended a rank; None if something else did."""
     lost, exception = facts.lost_workers.get(ended.rank, ()), ended.exception or ""
-    told = worker_in(exception)
-    if told is not None:
-        return next((each for each in lost if each.pid == told.pid), told)
+    reported = worker_in(exception)
+    if reported is not None:
+        return next((each for each in lost if each.pid == reported.pid), reported)
 
     is_cut = ended.open_phase == "input_wait" and exception.startswith(_CONNECTION_CUT)
     return lost[-1] if lost and is_cut else None

@@ -133,8 +133,8 @@ def _host_limit(ended: RankExit, facts: JobFacts) -> tuple[int | None, str]:
 
 def _on_device(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
     device = _fullest([each for each in facts.memory.devices() if each.rank == ended.rank])
-    told = _CAPACITY.search(text)
-    total = _bytes(told["size"], told["unit"]) if told else None
+    capacity = _CAPACITY.search(text)
+    total = _bytes(capacity["size"], capacity["unit"]) if capacity else None
     return MemoryEnd(
         cause="device_allocation",
         requested_bytes=_requested(text),

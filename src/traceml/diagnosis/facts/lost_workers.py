@@ -51,15 +51,15 @@ def lost_worker_of(row: Mapping[str, Any]) -> LostWorker | None:
     if "pid" not in known:
         return None
 
-    told = worker_in(str(row.get("message", "")))
-    if told is not None and "signal" not in known and "code" not in known:
-        known |= {"signal": told.signal, "code": told.code}
+    reported = worker_in(str(row.get("message", "")))
+    if reported is not None and "signal" not in known and "code" not in known:
+        known |= {"signal": reported.signal, "code": reported.code}
 
     return LostWorker(**known)
 
 
 def worker_in(exception: str) -> LostWorker | None:
-    """Return the worker whose death an exception of torch's loader tells; None for another exception."""
+    """Return the worker whose death an exception of torch's loader reports; None for another exception."""
     found = _DIED.search(exception)
     if found is None:
         return None

@@ -38,7 +38,7 @@ LEAST_DROP = 0.15
 _BUSY_PCT = 50.0
 _POWER_LIMIT = 0x4
 _SET_LIMIT, SET_LIMIT = 0x2, "a clock limit that was set"
-_LEAST_CAP = 0.25  # loss of the highest clock from which on a limit is told: few devices keep that under load
+_LEAST_CAP = 0.25  # loss of the highest clock from which on a limit is reported: few devices keep that under load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,8 +218,8 @@ def _path(target: str) -> list[str]:
 
 
 def _bracketed(*parts: str) -> str:
-    told = ", ".join(filter(None, parts))
-    return f" ({told})" if told else ""
+    text = ", ".join(filter(None, parts))
+    return f" ({text})" if text else ""
 
 
 def _any_in(parts: Sequence[str], files: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ FULL_SHARE = 0.93
 LEAST_RETRIES = 5
 """So many allocations that needed the cache to be freed are pressure, too."""
 UNEVEN = 1.25
-"""A rank needs this many times the median of the ranks, to be told."""
+"""A rank needs this many times the median of the ranks, to be reported."""
 UNEVEN_SHARE = 0.10
 """The difference is also this share of the memory that there is."""
 TIGHT_SHARE = 0.85
@@ -32,7 +32,7 @@ def memory_pressure(facts: JobFacts) -> list[Finding]:
 
 def _hosts(facts: JobFacts) -> list[Finding]:
     if any(use.resource is Resource.MEMORY and use.is_near for use in facts.limits):
-        return []  # that of the container is told as its limit
+        return []  # that of the container is reported as its limit
 
     full = {rank: host for rank, host in facts.memory.hosts().items() if host.held_share >= FULL_SHARE}
     if not full:

@@ -225,28 +225,30 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
         return []
 
     count, each_ns = int(saves.sum()), float(longest[saves].mean())
-    told, half = facts.pauses.saves(segments.ranks), speedup(segments, cost.saved_ns / 2)
+    known, half = facts.pauses.saves(segments.ranks), speedup(segments, cost.saved_ns / 2)
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save, for "
-        f"{ns_text(each_ns)} each{_of_save(told)}; without it steps would be {cost.faster}."
+        f"{ns_text(each_ns)} each{_of_save(known)}; without it steps would be {cost.faster}."
     )
-    evidence = {"saves": count, "save_ms": each_ns / 1e6, **(told.evidence() if told is not None else {})}
+    evidence = {"saves": count, "save_ms": each_ns / 1e6, **(known.evidence() if known is not None else {})}
     found = cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(half), **evidence)
     return [replace(found, speedup_if_fixed=half)]
 
 
-def _of_save(told: Saves | None) -> str:
+def _of_save(known: Saves | None) -> str:
     """Return where and how fast checkpoints are written: `, in train.py:93 train (76 MiB, 184 MiB/s)`."""
-    if told is None:
+    if known is None:
         return ""
 
     where = (
-        f", in {line_text(told.file, told.line, told.function)}" if told.file and told.line and told.function else ""
+        f", in {line_text(known.file, known.line, known.function)}"
+        if known.file and known.line and known.function
+        else ""
     )
-    if told.size_bytes is None or told.bytes_per_s is None:
+    if known.size_bytes is None or known.bytes_per_s is None:
         return where
 
-    return f"{where} ({bytes_text(int(told.size_bytes))}, {bytes_text(int(told.bytes_per_s))}/s)"
+    return f"{where} ({bytes_text(int(known.size_bytes))}, {bytes_text(int(known.bytes_per_s))}/s)"
 
 
 def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:

@@ -42,7 +42,7 @@ RARE = 0.25
 MIN_EVENTS = 3
 """Fewer long steps are single events."""
 ONE_STEP_SHARE = 0.8
-"""One long step has this share of what all of them cost: then it is told alone."""
+"""One long step has this share of what all of them cost: then it is reported alone."""
 LINE_SHARE = 0.6
 """The phase's line is named if the long steps have this share of the phase."""
 _ONE_RANK_EVENTS = 6

@@ -18,8 +18,8 @@ STARTUP_S = 5.0
 """A shorter start-up is not reported."""
 LONG_STARTUP_S = 60.0
 """From here on a long start-up is a warning."""
-_TOLD_COMPILING = 0.1
-"""Share of the start-up from which on compiling is told."""
+_REPORTED_COMPILING = 0.1
+"""Share of the start-up from which on compiling is reported."""
 
 
 def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Finding]:
@@ -46,7 +46,7 @@ def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Fi
 
 def _startup(time: RunTime, startup_s: float, line: BlamedLine | None, imports: float) -> Finding:
     compiled = min(time.compile_s / startup_s, 1.0) if time.share("restart") == 0 else 0.0
-    if compiled >= _TOLD_COMPILING:
+    if compiled >= _REPORTED_COMPILING:
         return _compiled_startup(time, startup_s, compiled)
 
     mostly_imports = imports >= NAMED_SHARE

@@ -63,7 +63,7 @@ class _Collections:
         """Number of collections."""
         return int(self.rows["count"].sum())
 
-    def is_worth_telling(self, segments: Segments) -> bool:
+    def is_significant(self, segments: Segments) -> bool:
         """Return whether there are several, and they cost enough."""
         return self.number >= LEAST_NUMBER and self.saved_ns >= least_cost_ns(segments.step_ns)
 
@@ -74,14 +74,14 @@ def gc_pauses(window: Window, segments: Segments, facts: JobFacts) -> tuple[list
     Args:
         window: the steps.
         segments: their own work.
-        facts: the collections that ranks have told.
+        facts: the collections that ranks have reported.
     """
     found: list[Finding] = []
     without: dict[str, Floats] = {}
     for called in (True, False):
         changed = segments.changed(without, new_step_times(segments, without)) if without else segments
         cost = _collections(window, changed, facts, called=called)
-        if cost is not None and cost.is_worth_telling(segments):
+        if cost is not None and cost.is_significant(segments):
             found.append(_finding(segments, cost))
             without |= cost.without
 

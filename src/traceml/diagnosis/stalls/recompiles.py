@@ -28,7 +28,7 @@ _TAKEN_FROM = ("forward", "backward", "other")
 _SHAPE = re.compile(r"(size|stride) mismatch at index (\d+)|\.(size|shape|stride)\b")
 _GRADIENTS = "grad_mode"
 _OWN = "/torch/_dynamo/"  # a frame that torch puts around a module of its own
-_TOLD_SHARE, _TOLD_GAIN = 0.01, 1.05
+_REPORTED_SHARE, _REPORTED_GAIN = 0.01, 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def recompiles(window: Window, segments: Segments, facts: JobFacts) -> tuple[lis
     Args:
         window: the steps.
         segments: their own work.
-        facts: the compilations that ranks have told, and the run's wall time.
+        facts: the compilations that ranks have reported, and the run's wall time.
     """
     taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _all)
     # A compilation is no long step to wonder about, also where it is no finding.
@@ -80,7 +80,7 @@ def _all(rows: Rows) -> NDArray[np.bool_]:
 
 
 def _window_share(window: Window, segments: Segments, facts: JobFacts) -> float:
-    """Return the share of step time; 0 where it is not worth telling."""
+    """Return the share of step time; 0 where it is too small to report."""
     taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _are_anew)
     if not taken:
         return 0.0
@@ -143,7 +143,7 @@ def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
     gain = 1 / (1 - min(share, _MOST_SHARE))
     place = line_text(file, line, function) if file and line and function and _OWN not in file else None
     more = f" and {plural(seen.functions - 1, 'other function')}" if seen.functions > 1 else ""
-    took = f", in {duration_text(seen.seconds)} ({percent_text(share)} of the time)" if share >= _TOLD_SHARE else ""
+    took = f", in {duration_text(seen.seconds)} ({percent_text(share)} of the time)" if share >= _REPORTED_SHARE else ""
     return Finding(
         kind=Kind.RECOMPILES,
         severity=Kind.RECOMPILES.severity_for(share),
@@ -151,7 +151,7 @@ def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
             f"torch.compile recompiled {place or 'the model'}{more} {plural(seen.number, 'time')}{took}"
             f"{_why(seen)}.{_given_up(seen)}"
         ),
-        next=_advice(seen) + (f": {gain_text(gain)}." if gain >= _TOLD_GAIN else "."),
+        next=_advice(seen) + (f": {gain_text(gain)}." if gain >= _REPORTED_GAIN else "."),
         evidence={
             "recompiles": seen.number,
             "compile_s": seen.seconds,

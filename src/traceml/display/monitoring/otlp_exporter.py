@@ -104,7 +104,7 @@ class OtlpExporter:
         self._declare()
 
     def run(self, wait: Callable[[float], bool]) -> None:
-        """Export until told to end, then once more.
+        """Export until asked to end, then once more.
 
         Args:
             wait: waits some seconds; returns True at the end.
@@ -151,13 +151,13 @@ class OtlpExporter:
     def _send_metrics(self) -> None:
         data = self._reader.get_metrics_data()
         if data is not None:
-            self._tell(self._metrics.export(data) is MetricExportResult.SUCCESS)
+            self._log_change(self._metrics.export(data) is MetricExportResult.SUCCESS)
 
     def _send_spans(self) -> None:
         """Send the spans of ended runs, the oldest first; at a failure the rest waits, longer each time."""
         while self._pending:
             accepted = self._spans.export(self._pending[0]) is SpanExportResult.SUCCESS
-            self._tell(accepted)
+            self._log_change(accepted)
             if not accepted:
                 self._retry_s = self._clock() + self._pause_s
                 self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
@@ -166,7 +166,7 @@ class OtlpExporter:
             self._pending.popleft()
             self._pause_s = _INTERVAL_S
 
-    def _tell(self, accepted: bool) -> None:
+    def _log_change(self, accepted: bool) -> None:
         """Log a change: a collector that is down for hours is one line."""
         if accepted is self._failing:
             self._failing = not accepted

@@ -31,8 +31,8 @@ class CheckpointPatches:
     Args:
         clock: times saves as `checkpoint`.
         log: takes down each save.
-        folder: is told of each path before it is written, so that it is known when the disk is full.
-        marks: are told of each path that was saved or loaded.
+        folder: is called with each path before it is written, so that it is known when the disk is full.
+        marks: are called with each path that was saved or loaded.
     """
 
     def __init__(self, clock: StepClock, log: SaveLog, folder: SaveFolder, marks: CheckpointMarks) -> None:

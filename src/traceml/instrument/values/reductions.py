@@ -26,7 +26,7 @@ class ReductionCounter:
         self._wrappers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._step = -1
         self._steps = self._backwards = self._reductions = 0
-        self._told: tuple[float, float] | None = None
+        self._reported: tuple[float, float] | None = None
 
     def watch(self, module: Any) -> None:
         """Count for the wrappers that are, or are in, a timed model."""
@@ -51,8 +51,11 @@ class ReductionCounter:
             return None
 
         backwards, reductions = (round(count / self._steps, 1) for count in (self._backwards, self._reductions))
-        if self._told is not None and max(abs(backwards - self._told[0]), abs(reductions - self._told[1])) < _CHANGE:
+        if (
+            self._reported is not None
+            and max(abs(backwards - self._reported[0]), abs(reductions - self._reported[1])) < _CHANGE
+        ):
             return None
 
-        self._told = backwards, reductions
+        self._reported = backwards, reductions
         return {"kind": "reductions", "backwards_per_step": backwards, "reductions_per_step": reductions}

@@ -22,7 +22,7 @@ class WorkerState:
         socket: to the worker; `worker_end` is its other end, until the fork.
         status: as `waitpid` returns it.
         reported: whether its function has returned or raised; it then waits to be released.
-        end_sent: whether the launcher was told of its end.
+        end_sent: whether the launcher was notified of its end.
     """
 
     rank: int

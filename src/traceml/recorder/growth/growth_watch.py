@@ -48,7 +48,7 @@ class GrowthWatch:
     Args:
         slots: open slots of the flight file.
         thread: returns the id of the training thread.
-        is_user: tells the user's code.
+        is_user: recognizes the user's code.
         note: takes (kind, facts): a row of `info`.
         now: returns a monotonic time in nanoseconds.
     """

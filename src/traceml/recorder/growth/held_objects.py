@@ -74,7 +74,7 @@ def read_containers(
 
     Args:
         frame: the innermost frame of a thread.
-        is_user: tells the user's code.
+        is_user: recognizes the user's code.
     """
     until = time.thread_time_ns() + BUDGET_NS
     found: dict[tuple[str, int], HeldObjects] = {}

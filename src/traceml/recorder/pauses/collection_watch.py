@@ -3,7 +3,7 @@
 A step without a collection costs nothing. A collection costs two calls, 0.9 us together; only one of a millisecond or
 more is looked at. The callback runs wherever an object is made, also inside our own hooks and in any thread: so it
 takes no lock, appends to nothing but a deque, which the recorder's thread empties, and looks at no frame. The line of a
-call is told by a wrapper of `gc.collect`.
+call is noted by a wrapper of `gc.collect`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from traceml.recorder.user_code import user_line
 __all__ = ["LONG_NS", "Collection", "CollectionWatch"]
 
 LONG_NS = 1_000_000
-"""From here on a collection is told by itself; shorter ones are told together."""
+"""From here on a collection is reported by itself; shorter ones are reported together."""
 _MAX_WAITING = 512
 _log = logging.getLogger("traceml")
 
@@ -59,8 +59,8 @@ class CollectionWatch:
 
     Args:
         slots: open slots of the flight file.
-        is_evaluating: tells whether an evaluation runs, whose time is in no step.
-        is_user: tells the user's code.
+        is_evaluating: returns whether an evaluation runs, whose time is in no step.
+        is_user: recognizes the user's code.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class CollectionWatch:
         self._own_collect: Callable[..., int] | None = None
         self._long: deque[Collection] = deque(maxlen=_MAX_WAITING)
         self._short_ns = self._short = 0
-        self._told = 0, 0
+        self._reported = 0, 0
 
     def start(self) -> None:
         """Time collections from now on."""
         gc.callbacks.append(self._called)
-        self._collect, gc.collect = gc.collect, self._told_collect(gc.collect)
+        self._collect, gc.collect = gc.collect, self._noting_collect(gc.collect)
         self._own_collect = gc.collect
 
     def stop(self) -> None:
@@ -100,11 +100,11 @@ class CollectionWatch:
         """Return number and wall time in ns of the short collections since the last call."""
         # Only the callback writes these sums: it may come at any moment, and nothing is lost.
         count, ns = self._short, self._short_ns
-        told, told_ns = self._told
-        self._told = count, ns
-        return count - told, ns - told_ns
+        reported, reported_ns = self._reported
+        self._reported = count, ns
+        return count - reported, ns - reported_ns
 
-    def _told_collect(self, original: Callable[..., int]) -> Callable[..., int]:
+    def _noting_collect(self, original: Callable[..., int]) -> Callable[..., int]:
         """Return `gc.collect` that notes the line which called it."""
 
         @functools.wraps(original)

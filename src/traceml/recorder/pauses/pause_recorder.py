@@ -1,4 +1,4 @@
-"""Rows of pauses: each turn of the recorder's thread takes what the collector and dynamo have told."""
+"""Rows of pauses: each turn of the recorder's thread takes what the collector and dynamo have reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PauseRecorder"]
 
-_SHORT_SHARE = 0.02  # short collections that take less of the time are not told
+_SHORT_SHARE = 0.02  # short collections that take less of the time are not reported
 _LEAST_NS = 10**8
 _CHECKPOINT = int(Phase.CHECKPOINT)
 
@@ -31,8 +31,8 @@ class PauseRecorder:
 
     Args:
         flight: takes the rows of `schema.PAUSES`.
-        is_evaluating: tells whether an evaluation runs, whose time is in no step.
-        is_user: tells the user's code.
+        is_evaluating: returns whether an evaluation runs, whose time is in no step.
+        is_user: recognizes the user's code.
         saves: takes down checkpoints; None without hooks.
         compilations: reads dynamo's records.
     """

@@ -33,7 +33,7 @@ class ProgressCounters:
     Args:
         flight: its tables and open slots.
         thread: returns the id of the training thread.
-        user: tells the user's code.
+        user: recognizes the user's code.
         work: returns numbers that change with each batch, forward and backward, also of an evaluation.
         collectives: returns text that changes with each collective.
     """
@@ -75,8 +75,8 @@ class ProgressCounters:
         is_new = False
         while frame is not None and depth < _MAX_DEPTH:
             code, line = frame.f_code, frame.f_lineno or 0
-            is_told = self._user.contains(frame) or code.co_name == "<module>"  # an import goes on
-            if is_told and line > self._lines.get(code, -1) and len(self._lines) < _MAX_CODES:
+            is_counted = self._user.contains(frame) or code.co_name == "<module>"  # an import goes on
+            if is_counted and line > self._lines.get(code, -1) and len(self._lines) < _MAX_CODES:
                 self._lines[code] = line
                 is_new = True
 

@@ -37,7 +37,7 @@ class QuietWatch:
 
     Args:
         flight: takes the snapshots, as rows of `info`.
-        progress: tells whether there was any.
+        progress: returns whether there was any.
         maker: makes a snapshot; called for the first one.
         hang_timeout_s: a pause of this length is a hang; a snapshot comes before its half at the latest.
     """
@@ -115,16 +115,16 @@ class QuietWatch:
     def _snapshot(self, now: int) -> None:
         self.is_quiet = True
         snapshot = self._snapshots().make(self.quiet_s)
-        told = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
-        told["busy"] = is_busy = (snapshot.cpu_share or 0) >= _BUSY_CORES or (
+        state = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
+        state["busy"] = is_busy = (snapshot.cpu_share or 0) >= _BUSY_CORES or (
             snapshot.io_bytes_per_s or 0
         ) >= _BUSY_BYTES
         if is_busy:  # in library code it is elsewhere each time
             for name in _OF_PLACE:
-                told.pop(name, None)
+                state.pop(name, None)
 
-        if told != self._sent or now - self._sent_ns >= _STAMP_S * 1e9:
-            self._sent = told
+        if state != self._sent or now - self._sent_ns >= _STAMP_S * 1e9:
+            self._sent = state
             self._send(snapshot, now)
 
         self.ns += monotonic_ns() - now

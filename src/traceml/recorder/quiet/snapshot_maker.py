@@ -37,7 +37,7 @@ class SnapshotMaker:
         flight: its tables and open slots.
         rank: returns its rank.
         thread: returns the id of the training thread.
-        user: tells the user's code.
+        user: recognizes the user's code.
         is_evaluating: whether an evaluation runs.
         groups: returns the newest operation by process group.
         workers: returns the loader's workers; its argument is the time without progress.
@@ -125,11 +125,11 @@ class SnapshotMaker:
             code = frame.f_code
             if not is_ours(code.co_filename):
                 is_user = self._user.contains(frame)
-                told = FrameSnapshot(
+                line = FrameSnapshot(
                     file=code.co_filename, line=frame.f_lineno or 0, function=code.co_qualname, is_user=is_user
                 )
-                frames.append(told)
-                user += [told] if is_user else []
+                frames.append(line)
+                user += [line] if is_user else []
 
             frame = frame.f_back
 

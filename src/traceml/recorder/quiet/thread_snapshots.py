@@ -21,7 +21,7 @@ def other_threads(training: int, user: UserCode) -> tuple[ThreadSnapshot, ...]:
 
     Args:
         training: identifier of the training thread, which is left out.
-        user: tells the user's code.
+        user: recognizes the user's code.
     """
     frames = thread_frames()
     threads = (each for each in threading.enumerate() if each.ident not in (training, threading.get_ident()))
@@ -35,5 +35,5 @@ def _snapshots(
     for thread in threads:
         code, line = user_line(frames.get(thread.ident or 0), user.contains)
         if code is not None:
-            told = FrameSnapshot(file=code.co_filename, line=line, function=code.co_qualname, is_user=True)
-            yield ThreadSnapshot(name=thread.name, line=told, is_daemon=thread.daemon)
+            innermost = FrameSnapshot(file=code.co_filename, line=line, function=code.co_qualname, is_user=True)
+            yield ThreadSnapshot(name=thread.name, line=innermost, is_daemon=thread.daemon)

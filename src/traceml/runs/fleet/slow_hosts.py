@@ -22,7 +22,7 @@ from traceml.runs.fleet.fleet_types import HostJudgment, SlowHost
 __all__ = ["LAST_JOBS", "LEAST_EXCESS", "LEAST_JOBS", "LEAST_STEPS", "MOST_CHANCE", "judge_hosts", "tail_probability"]
 
 LAST_JOBS = 20
-"""Jobs of a host that count, the newest: what was repaired before them is no longer told."""
+"""Jobs of a host that count, the newest: what was repaired before them is no longer reported."""
 LEAST_JOBS = 5
 LEAST_STEPS = 50
 LEAST_EXCESS = 0.02

@@ -25,9 +25,11 @@ def with_operators(findings: Sequence[Finding], reader: StoreReader) -> list[Fin
     if event is None:
         return list(findings)
 
-    told = {"operators": [_text(each) for each in event.data["operators"]], "profile": event.data["file"]}
+    measured = {"operators": [_text(each) for each in event.data["operators"]], "profile": event.data["file"]}
     return [
-        msgspec.structs.replace(each, evidence={**each.evidence, **told}) if each.kind == event.data["kind"] else each
+        msgspec.structs.replace(each, evidence={**each.evidence, **measured})
+        if each.kind == event.data["kind"]
+        else each
         for each in findings
     ]
 

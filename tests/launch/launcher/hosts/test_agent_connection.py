@@ -50,7 +50,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
-def test_each_kind_of_bad_host_is_told_as_such(hosts: Hosts, bare_python: Path, tmp_path: Path) -> None:
+def test_each_kind_of_bad_host_is_reported_as_such(hosts: Hosts, bare_python: Path, tmp_path: Path) -> None:
     """Output of ssh, the shell or Python there is recognized, kept, and shown with advice."""
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'Segfault in the sky' >&2; exit 9\n")
@@ -116,7 +116,7 @@ def test_a_python_of_another_version_gets_no_function(hosts: Hosts, bare_python:
     assert told["node1"][1].startswith("its Python is 3.99.1, ours 3.")
 
 
-def test_an_interpreter_that_is_not_here_is_told() -> None:
+def test_an_interpreter_that_is_not_here_is_reported() -> None:
     """On this host too, the interpreter's name is in the error."""
     with pytest.raises(AgentFailedError, match=r"host localhost: /no/such/python cannot be run here"):
         AgentConnection(HostSpec("localhost", "local", 1), "/no/such/python", None)
@@ -144,7 +144,7 @@ def test_noise_before_the_agent_is_skipped_and_kept(tmp_path: Path) -> None:
     assert not link.alive
 
 
-def test_an_agent_that_was_stopped_is_told() -> None:
+def test_an_agent_that_was_stopped_is_reported() -> None:
     """It still exists and is silent; nothing of it is left."""
     link = AgentConnection(HostSpec("localhost", "local", 1), sys.executable, None)
 

@@ -46,7 +46,7 @@ def test_hosts_and_slots_are_read(text: str, expected: dict[str, int | None], tm
         ("node1 4\n", "line 1: '4' is not understood; write `host`, `host:port` or `host slots=8`"),
     ],
 )
-def test_a_bad_line_is_told(text: str, words: str, tmp_path: Path) -> None:
+def test_a_bad_line_is_reported(text: str, words: str, tmp_path: Path) -> None:
     """The error names file, line and value."""
     with pytest.raises(UsageError) as caught:
         read_hostfile(hostfile(tmp_path, text))

@@ -76,7 +76,7 @@ def test_the_ssh_configuration_may_lead_elsewhere(tmp_path: Path) -> None:
         (["a"], "gpu", "workers_per_host='gpu': give a number"),
     ],
 )
-def test_what_cannot_be_is_told(names: Any, numbers: Any, words: str) -> None:
+def test_what_cannot_be_is_reported(names: Any, numbers: Any, words: str) -> None:
     """Bad arguments are ValueErrors that name the value."""
     with pytest.raises(UsageError) as caught:
         resolve_hosts(names, numbers, None, {})
@@ -94,7 +94,7 @@ def test_slurm_outside_of_slurm_is_a_runtime_error(names: Any, numbers: Any) -> 
     assert isinstance(caught.value, RuntimeError)
 
 
-def test_an_allocation_that_cannot_be_read_is_told() -> None:
+def test_an_allocation_that_cannot_be_read_is_reported() -> None:
     """A job id alone, or a missing scontrol, is an error with words instead of one worker on the wrong host."""
     with pytest.raises(SlurmError, match="job 7 of Slurm has no SLURM_JOB_NODELIST"):
         resolve_hosts("auto", "auto", None, {"SLURM_JOB_ID": "7"})

@@ -78,7 +78,7 @@ def test_words_of_sys_exit_are_written_once() -> None:
         (jobs.interrupt, 1, None, "raised KeyboardInterrupt"),
     ],
 )
-def test_a_death_is_told(func: Callable[[], None], code: int | None, number: int | None, words: str) -> None:
+def test_a_death_is_reported(func: Callable[[], None], code: int | None, number: int | None, words: str) -> None:
     """Signal or exit code, host, rank and last words of a worker that died are told, and travel on if pickled."""
     with pytest.raises(WorkerFailedError) as caught:
         launched(func)
@@ -156,13 +156,13 @@ def test_start_up_has_a_limit(tmp_path: Path) -> None:
         ({"func": "main"}, "func='main': it is not callable"),
     ],
 )
-def test_bad_arguments_are_told(options: dict[str, Any], words: str) -> None:
+def test_bad_arguments_are_reported(options: dict[str, Any], words: str) -> None:
     """A value that cannot be is a ValueError which names it."""
     with pytest.raises(ValueError, match=words):
         traceml.launch(**{"func": jobs.nothing, "hostnames": ["localhost"], **options})
 
 
-def test_an_env_file_that_fails_is_told(tmp_path: Path) -> None:
+def test_an_env_file_that_fails_is_reported(tmp_path: Path) -> None:
     """Bash's message is in the error, with the host's name; so is a missing file."""
     broken = tmp_path / "env.sh"
     broken.write_text("echo 'module: command not found'; exit 5\n")

@@ -117,7 +117,7 @@ def test_a_killed_rank_of_another_host_is_explained_by_its_flight_file(hosts: Ho
     assert nothing_left(hosts)
 
 
-def test_a_crash_is_told_with_the_line_of_the_script(hosts: Hosts, folder: Path) -> None:
+def test_a_crash_is_reported_with_the_line_of_the_script(hosts: Hosts, folder: Path) -> None:
     """faulthandler of a worker writes to its output, 60 frames of it; the report has the line as under `run`."""
     done = launched(hosts, folder, "train.py", "crash", "100")
 

@@ -232,7 +232,7 @@ class Raising(logging.Handler):
         raise ZeroDivisionError("a mistake of the user's")
 
 
-def test_a_handler_that_raises_is_told_of_once_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_handler_that_raises_is_reported_of_once_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
     """The others go on."""
     keeping = Keeping()
     routed([Raising(), keeping], (0, "out", b"a\nb\n"), (0, "err", b"c\n"))
@@ -351,7 +351,7 @@ def test_forked_children_share_a_pipe_and_last_words_arrive(pipe: tuple[int, int
     assert len(found) == 801
 
 
-def test_a_pipe_with_other_bytes_is_told_of_once(pipe: tuple[int, int]) -> None:
+def test_a_pipe_with_other_bytes_is_reported_of_once(pipe: tuple[int, int]) -> None:
     """Records before them arrive."""
     decoder = RecordDecoder()
     handler = RecordHandler(pipe[1])
