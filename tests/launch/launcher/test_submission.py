@@ -194,9 +194,11 @@ def test_a_job_that_leaves_at_the_warning_is_queued_again(slurm: Slurm, tmp_path
     """It ends with a status of its own at Slurm's signal; the report names the warning."""
     # The handler is set before torch is imported, which may take longer than Slurm waits here.
     code = f"import signal, sys\nsignal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))\n{_TRAIN}"
-    job = launch(slurm, tmp_path, "--time", "1", "--signal", "USR2@50", code=code)
+    job = launch(slurm, tmp_path, "--time", "2", "--signal", "USR2@110", code=code)
 
-    latest = tmp_path / "traceml_runs" / "latest" / "report.json"
+    latest, trained = tmp_path / "traceml_runs" / "latest" / "report.json", tmp_path / "trained"
+    eventually(lambda: trained.exists() or latest.exists(), "it to train, or to leave", timeout_s=_LONG_S)
+    slurm.run("scancel", "--signal=USR2", job, check=False)  # again: on a busy machine the first one finds no step yet
     eventually(
         lambda: state(slurm, job) == "PENDING" and latest.exists(),
         "it to be queued again",
