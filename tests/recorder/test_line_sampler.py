@@ -18,6 +18,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
 from traceml.recorder.line_sampler import LineSampler
 from traceml.witness.switch_interval import switch_interval
+from traceml.witness.user_files import OUR_FOLDERS
 
 SAMPLES = 40
 
@@ -172,6 +173,20 @@ def test_evaluation_is_in_no_step(flight: FlightFile, phase: Phase, counts_as: i
         sampler.flush()
 
     assert {row[0] for row in rows_of(flight)} == {LINE_OUTSIDE, counts_as}
+
+
+@pytest.mark.parametrize(("phase", "rows"), [(None, 0), (Phase.BACKWARD, 1)])
+def test_a_hook_between_phases_is_no_sample(flight: FlightFile, phase: Phase | None, rows: int) -> None:
+    """The line that it interrupted does nothing then; in a phase, it may have been seen late."""
+    hook = compile("for _ in range(10_000): pass", f"{OUR_FOLDERS[0]}instrument/some_hook.py", "exec")
+    flight.open_slots[Slot.STEP_START] = 1
+    if phase is not None:
+        flight.open_slots[phase] = 2
+
+    with Training(lambda: [exec(hook) for _ in range(1000)]) as training:
+        taken = sampled(flight, training, samples=3)
+
+    assert len({row[1] for row in taken}) == rows
 
 
 def test_library_frames_are_skipped_and_reported(flight: FlightFile) -> None:

@@ -30,7 +30,7 @@ from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_ST
 from traceml.recorder.user_code import UserCode
 from traceml.witness.switch_interval import OtherThreads, switch_interval, thread_cpu_ns, wait_precisely
 from traceml.witness.thread_frames import thread_frame
-from traceml.witness.user_files import is_ours
+from traceml.witness.user_files import is_instrumentation, is_ours
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -140,7 +140,7 @@ class LineSampler:
         wait(max(0.0, _LEAST_S + (_MOST_S - _LEAST_S) * _random() - late_s))
         frame = thread_frame(self._thread())
         after = self._reading()  # at once: the training thread goes on after 50 us
-        if frame is not None:
+        if frame is not None and not _is_own_work(frame, after.opened[0]):
             self._count(self._key(frame, after.opened[0]), before, after)
 
     def _schedule(self, cost_ns: int) -> None:
@@ -232,6 +232,11 @@ class LineSampler:
     def _id(self, code: CodeType, line: int) -> int:
         known = self._name_id(f"{code.co_filename}:{line} {_function(code)}")
         return -1 if known is None else known
+
+
+def _is_own_work(frame: FrameType, phase: int) -> bool:
+    """Return whether a hook runs, between two phases: the line that it interrupted does nothing then."""
+    return phase == LINE_OTHER and is_instrumentation(frame.f_code.co_filename)
 
 
 def _native_id(ident: int) -> int:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OUR_FOLDERS", "is_debugger", "is_ours", "is_user_file"]
+__all__ = ["OUR_FOLDERS", "is_debugger", "is_instrumentation", "is_ours", "is_user_file"]
 
 _DEBUGGER_FILES, _DEBUGGER_FOLDERS = ("/bdb.py", "/pdb.py"), ("/debugpy/", "/pydevd", "/_pydevd")
 _STANDARD = f"{Path(os.__file__).parent}/"
@@ -19,11 +19,17 @@ OUR_FOLDERS = tuple(f"{Path(each).parent.parent}/" for each in {__file__, (lambd
 
 On another host of a launch the code comes from a zip file, and is named as where it was compiled.
 """
+_INSTRUMENTATION = tuple(f"{folder}instrument/" for folder in OUR_FOLDERS)
 
 
 def is_ours(path: str) -> bool:
     """Return whether a file belongs to traceml."""
     return path.startswith(OUR_FOLDERS)
+
+
+def is_instrumentation(path: str) -> bool:
+    """Return whether a file belongs to what traceml does inside a training step, unasked."""
+    return path.startswith(_INSTRUMENTATION)
 
 
 def is_debugger(path: str) -> bool:
