@@ -220,7 +220,7 @@ _HABITS = (
     _habit(
         "prepares_a_table", "RESIDUAL_HEAVY", "INPUT_BOUND", function="prepares_a_table.<locals>.features", steps=150
     ),
-    _habit("saves_each_20th_step", "CHECKPOINT_STALLS", phase="checkpoint", steps=200, never=_LOUD),
+    _habit("saves_each_10th_step", "CHECKPOINT_STALLS", phase="checkpoint", steps=200, never=_LOUD),
     _habit("evaluates_a_loader_each_50_steps", *QUIET, "EVAL_HEAVY", steps=200, never=_LOUD),
     _habit("keeps_the_best"),
     _habit("multi_task", steps=100),
@@ -242,7 +242,7 @@ _TUTORIALS = (
     _tutorial("deep_dream", steps=200),
     _tutorial("adversarial", steps=200),
     _tutorial("functional", steps=200),
-    _tutorial("meta_learning", steps=60),
+    _tutorial("meta_learning", *QUIET, "RESIDUAL_HEAVY", steps=60),  # the inner updates
     _tutorial("diffusion", *QUIET, "RESIDUAL_HEAVY", steps=200, never=frozenset({"JITTER"})),
     _tutorial("sharpness", steps=200),
     _tutorial("full_graph", *QUIET, "EVAL_HEAVY", steps=150, never=_LOUD),
@@ -253,7 +253,7 @@ _INSTALLED = (
     _installed("sb3_ppo", "stable_baselines3", "RESIDUAL_HEAVY", steps=160, never=frozenset({"JITTER"})),
     _installed("sb3_dqn", "stable_baselines3", "RESIDUAL_HEAVY", function="_game.<locals>.Game.simulate"),
     _installed("hf_language_model", "transformers", *QUIET, "EVAL_HEAVY", "CHECKPOINT_STALLS", steps=160),
-    _installed("lightning_gan", "pytorch_lightning", steps=200),
+    _installed("lightning_gan", "pytorch_lightning", *QUIET, "RESIDUAL_HEAVY", steps=200),
     _installed("accelerate_accumulates", "accelerate", steps=100),
     _installed("web_dataset", "webdataset", *QUIET, "INPUT_BOUND", steps=200),
 )

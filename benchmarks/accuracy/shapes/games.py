@@ -105,7 +105,7 @@ class Agent(nn.Module):
 
 def cleanrl_ppo():
     """CleanRL: the agent is never called, only its methods; rollouts in training mode without gradients."""
-    agent, games = Agent(), [Game(0.0005) for _ in range(4)]
+    agent, games = Agent(), [Game(0.001) for _ in range(4)]
     optimizer = torch.optim.Adam(agent.parameters(), 2.5e-4, eps=1e-5)
     state = torch.stack([game.reset() for game in games])
     for _ in range(10):

@@ -243,12 +243,12 @@ def prepares_a_table():
         optimizer.step()
 
 
-def saves_each_20th_step():
+def saves_each_10th_step():
     model = net(64, 2048)
     optimizer = torch.optim.Adam(model.parameters())
 
     def save(step, _):
-        if step % 20 == 0:
+        if step % 10 == 0:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "last.pt")
 
     fit(model, optimizer, DataLoader(rows(), 16), save)

@@ -154,7 +154,7 @@ def accelerate_accumulates():
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
-    model = net(64, 1024)
+    model = net(64, 2048)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
     training, held_out = DataLoader(rows(), 16, shuffle=True), DataLoader(rows(320), 16)

@@ -53,7 +53,7 @@ def test_what_runs_there_is_named_with_its_line():
     found = findings(ALONE, adds("other", 200, every=25), lines=(line, rest))[0]
 
     assert "train.py:70 log_images" in found.headline
-    assert "Run train.py:70 log_images half as often" in found.next
+    assert "If half as often is enough, run train.py:70 log_images every 50th step: " in found.next
 
 
 def test_a_counter_that_begins_anew_in_each_epoch_has_a_period():

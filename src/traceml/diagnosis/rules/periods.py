@@ -151,6 +151,6 @@ def _advice(period: _Period, line: BlamedLine | None, half: float) -> str:
     what = "what these steps do besides" if line is None else line.place
     see = " `traceml report --lines` shows the lines." if line is None else ""
     return (
-        f"Run {what} half as often, every {ordinal_text(2 * period.every)} step: {gain_text(half)}. Or run it in "
-        f"the background, in a thread or another process.{see}"
+        f"If half as often is enough, run {what} every {ordinal_text(2 * period.every)} step: {gain_text(half)}. "
+        f"Otherwise make it cheaper, or run it in the background, in a thread or another process.{see}"
     )
