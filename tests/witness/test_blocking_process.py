@@ -6,12 +6,16 @@ import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.eventually import eventually
 from traceml.witness.blocking_process import blocking_process
+from traceml.witness.kernel_state import children_of
+from traceml.witness.program_names import program_name
 
 pytestmark = pytest.mark.process
 
@@ -41,6 +45,49 @@ def test_the_child_that_is_waited_for_is_found() -> None:
             eventually(lambda: blocking_process(process.pid, process.pid) == child)
         finally:
             os.killpg(process.pid, 9)
+
+
+SHELL = """
+import subprocess, sys
+child = subprocess.Popen(sys.argv[1], shell=True)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@contextmanager
+def waiting_for_shell(command: str) -> Iterator[tuple[int, int]]:
+    """A process that waits for a command, and the number of its shell."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SHELL, command], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process.pid, int(process.stdout.readline())
+        finally:
+            os.killpg(process.pid, 9)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sleep 61 | cat",
+        "cat /dev/zero | sleep 61",
+        "true && (sleep 61; true)",
+        "sh -c 'sleep 61; true'; true",
+    ],
+)
+def test_the_program_behind_a_shell_is_found(command: str) -> None:
+    """In a pipeline the one that does not wait for its pipe; also behind a shell in a shell."""
+    with waiting_for_shell(command) as (waiting, _):
+        eventually(lambda: program_name(blocking_process(waiting, waiting) or 0) == "sleep", f"sleep behind {command}")
+
+
+def test_a_shell_that_runs_several_programs_is_named_itself() -> None:
+    """Which of them it waits for is not known."""
+    with waiting_for_shell("sleep 61 & sleep 62; true") as (waiting, shell):
+        eventually(lambda: [program_name(each) for each in children_of(shell)] == ["sleep", "sleep"])
+        eventually(lambda: blocking_process(waiting, waiting) == shell)
 
 
 def test_a_wait_for_any_child_names_none() -> None:

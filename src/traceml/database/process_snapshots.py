@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from traceml.database.snapshots import ProcessSnapshot
-from traceml.witness.blocking_process import blocking_process
+from traceml.witness.blocking_process import behind_shells, blocking_process
 from traceml.witness.kernel_state import wait_state
 from traceml.witness.program_names import program_name
 
 __all__ = ["blocker_of"]
 
 
-def blocker_of(pid: int, thread: int) -> ProcessSnapshot | None:
+def blocker_of(pid: int, thread: int, child: int | None = None) -> ProcessSnapshot | None:
     """Return the process that a thread waits for; None if it waits for none, or that is not known.
 
     Args:
         pid: the waiting process.
         thread: its thread that waits.
+        child: the child that it waits for, where that is known.
     """
-    blocker = blocking_process(pid, thread)
+    blocker = blocking_process(pid, thread) if child is None else behind_shells(child)
     if blocker is None:
         return None
 

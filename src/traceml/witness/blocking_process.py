@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from traceml.witness.kernel_state import waiting_call
+from traceml.witness.kernel_state import children_of, process_info, wait_state, waiting_call
+from traceml.witness.program_names import program_name
 
-__all__ = ["blocking_process"]
+__all__ = ["behind_shells", "blocking_process"]
 
 # wait4 has the child's number in its first argument, waitid (with P_PID in its first) in its second.
 _WAIT4 = {"x86_64": 61, "aarch64": 260}
@@ -15,10 +16,15 @@ _WAITID = {"x86_64": 247, "aarch64": 95}
 _P_PID = 1
 _LOCKS = Path("/proc/locks")
 _BLOCKED = "->"
+_SHELLS = ("sh", "dash", "bash", "zsh", "ksh", "ash")
+_MOST_SHELLS = 8  # one in the other
+_DEAD = ("Z", "X")
 
 
 def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
     """Return the number of the process that a thread waits for; None if it waits for none, or that is not known.
+
+    Instead of a shell that itself waits, the program that the shell waits for.
 
     Args:
         pid: the waiting process.
@@ -28,12 +34,44 @@ def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
     call = waiting_call(thread)
     machine = platform.machine()
     if call[:1] == (_WAIT4.get(machine),) and len(call) > 1:
-        return _number(call[1])
+        return behind_shells(_number(call[1]))
 
     if call[:2] == (_WAITID.get(machine), _P_PID) and len(call) > 2:
-        return _number(call[2])
+        return behind_shells(_number(call[2]))
 
     return _lock_holder(pid, locks)
+
+
+def behind_shells(pid: int | None) -> int | None:
+    """Return the program that a shell runs, in place of the shell; the shell if it runs several.
+
+    Args:
+        pid: of any process.
+    """
+    for _ in range(_MOST_SHELLS):
+        program = None if pid is None else _run_by_shell(pid)
+        if program is None:
+            break
+
+        pid = program
+
+    return pid
+
+
+def _run_by_shell(pid: int) -> int | None:
+    """Return the only program that a waiting shell can wait for; None of another process, or where there are several.
+
+    A program of a pipeline that waits for its pipe waits for another one of the pipeline.
+    """
+    call = waiting_call(pid)[:1]
+    machine = platform.machine()
+    if program_name(pid) not in _SHELLS or call not in ((_WAIT4.get(machine),), (_WAITID.get(machine),)):
+        return None
+
+    running = [child for child in children_of(pid) if (info := process_info(child)) and info.state not in _DEAD]
+    others = [child for child in running if "pipe" not in wait_state(child).wchan]
+    found = others or running
+    return found[0] if len(found) == 1 else None
 
 
 def _number(argument: int) -> int | None:

@@ -14,6 +14,7 @@ __all__ = [
     "ProcessInfo",
     "ProcessUse",
     "WaitState",
+    "children_of",
     "io_bytes",
     "is_job_suspended",
     "process_info",
@@ -148,6 +149,12 @@ def tree_use(pid: int) -> ProcessUse:
     return ProcessUse(cpu_s, moved)
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the numbers of the processes that a process has started and that it has not collected yet."""
+    threads = _names(f"/proc/{pid}/task")
+    return [int(each) for thread in threads for each in _read(f"/proc/{pid}/task/{thread}/children").split()]
+
+
 def io_bytes(process: int | str) -> tuple[int, int]:
     """Return the bytes that a process has read and written by system calls, without sockets; 0 if not readable.
 
@@ -172,11 +179,9 @@ def _descendants(pid: int) -> Iterable[int]:
     found: list[int] = []
     todo = [pid]
     while todo and len(found) < _MOST_CHILDREN:
-        parent = todo.pop()
-        for thread in _names(f"/proc/{parent}/task"):
-            children = [int(each) for each in _read(f"/proc/{parent}/task/{thread}/children").split()]
-            found += children
-            todo += children
+        children = children_of(todo.pop())
+        found += children
+        todo += children
 
     return found
 

@@ -46,6 +46,7 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
             "waiting for process 79 to end (ffmpeg, nobody reads its stdout) for 75 s.",
             "communicate()",
         ),
+        ({"wchan": "do_sys_poll", "blocker": CHILD}, "waiting for process 78 to end (ffmpeg)", "what process 78 does"),
         ({"wchan": "do_wait"}, "waiting for a child process to end for 75 s.", "traceml stacks"),
         ({"wchan": "anon_pipe_read", "waits_on": "stdin"}, "waiting for input on stdin", "option of the script"),
         (

@@ -198,7 +198,7 @@ def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         address = snapshot.waits_on.removeprefix(_TCP)
         return f"connecting to {address}" if "connect" in snapshot.wchan else f"waiting for the network ({address})"
 
-    return _for_child(snapshot.blocker) or words if words.startswith("waiting for a child") else words
+    return (_for_child(snapshot.blocker) if snapshot.wchan else "") or words
 
 
 def _held_by(holder: ProcessSnapshot | None) -> list[str]:

@@ -15,6 +15,7 @@ from traceml.database.flight.open_phase import open_phase
 from traceml.database.process_snapshots import blocker_of
 from traceml.database.schema import LINE_PHASES, Slot
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
+from traceml.recorder.quiet.awaited_child import awaited_child
 from traceml.recorder.quiet.thread_snapshots import other_threads
 from traceml.recorder.quiet.transfer_snapshots import open_transfer
 from traceml.recorder.user_code import UserCode
@@ -89,7 +90,7 @@ class SnapshotMaker:
             process_state=seen.state,
             wchan=seen.wchan,
             waits_on=seen.waits_on,
-            blocker=blocker_of(os.getpid(), number),
+            blocker=blocker_of(os.getpid(), number, awaited_child(frame, self._user.contains)),
             cpu_share=cpu_share,
             io_bytes_per_s=io_bytes_per_s,
             is_waiting_for_terminal=seen.is_terminal_input,
