@@ -96,6 +96,34 @@ def test_a_rank_that_holds_the_gil_in_c_is_reported_with_its_line(
     assert rank.process.poll() is None
 
 
+def test_a_rank_whose_recorder_never_ran_is_told_with_its_line(script: Callable[[str], Script]) -> None:
+    """C code takes the GIL before the recorder's thread has come to its first turn."""
+    rank = script(
+        """
+        import ctypes, threading, traceml
+        from traceml.recorder.recorder_thread import RecorderThread
+        run, gate = RecorderThread._run, threading.Event()
+
+        def late(self):
+            while not gate.wait(0.05):
+                pass
+
+            run(self)
+
+        RecorderThread._run = late
+        traceml.init()
+        print("ready", flush=True)
+        ctypes.PyDLL(None).sleep(60)
+        """
+    )
+
+    snapshot = eventually(lambda: next((each for each in rank.snapshots() if each.frames), None))
+
+    assert (snapshot.answered, snapshot.step) == ("signal", -1)
+    assert snapshot.user_line is not None
+    assert snapshot.user_line.line == 15
+
+
 def test_a_silent_rank_has_a_snapshot_from_before_its_job_is_ended(script: Callable[[str], Script]) -> None:
     """What is said afterwards is not as old as the snapshot before."""
     rank = script(

@@ -81,8 +81,10 @@ class RecorderThread:
         self._thread = threading.Thread(target=self._run, name="traceml-recorder", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. From here on others see when it does not run, even if it never had the GIL."""
         self._thread.start()
+        self._slots[Slot.RECORDER_THREAD] = self._thread.native_id or 0
+        self._flight.beat(monotonic_ns())
 
     def use(self, scheduler: SamplerScheduler) -> None:
         """Replace the scheduler; before the start, or on the thread."""
@@ -133,7 +135,6 @@ class RecorderThread:
         return self._stored
 
     def _run(self) -> None:
-        self._slots[Slot.RECORDER_THREAD] = threading.get_native_id()
         while self._end is None:
             self._wake.clear()
             self._guarded(self._turn)
