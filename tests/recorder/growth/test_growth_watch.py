@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,75 @@ def test_containers_of_variables_and_their_attributes_are_seen() -> None:
     assert "short" not in found
     assert found["losses"].function == "test_containers_of_variables_and_their_attributes_are_seen"
     assert (len(losses), len(metrics), len(short)) == (10, 1, 2)
+
+
+class Net(torch.nn.Module):
+    """A model of the user's with a library's module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+
+
+def test_hooks_and_parameter_groups_are_seen_with_their_object() -> None:
+    """Of a module inside a library's, of a parameter, and of an optimizer; a hook's size is what it has taken along."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(9):
+        kept = torch.zeros(1000)
+        model.layers[1].register_forward_hook(lambda *_, kept=kept: None)
+        model.layers[0].weight.register_hook(lambda grad: grad)
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1000))]})
+
+    found = by_path(look(sys._getframe(), is_here))
+
+    hooks = found["model.layers.1"]
+    assert (hooks.kind, hooks.size, hooks.item) == ("hooks", 9, "function")
+    assert 4000 <= hooks.item_bytes < 5000
+    assert found["model.layers.0.weight"].size == 9
+    assert (found["optimizer"].kind, found["optimizer"].size) == ("param_groups", 10)
+    assert 4000 <= found["optimizer"].item_bytes < 6000
+    assert "model" not in found
+    assert "model.layers.0" not in found
+
+
+class Record:
+    """An element with a tensor of its own, and an object that it shares."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.output, self.tracker = torch.zeros(1000), tracker
+
+
+def test_the_size_of_an_element_has_its_own_tensors() -> None:
+    """Of an object, of what a function has taken along, and of a partial; not those of objects that they refer to."""
+    tracker = Tracker()
+    tracker.shared = torch.zeros(100_000)  # type: ignore[attr-defined]
+    output = torch.zeros(1000)
+    records = [Record(tracker) for _ in range(9)]
+    calls = [lambda: output for _ in range(9)]
+    partials = [partial(print, output, file=tracker) for _ in range(9)]
+
+    found = by_path(look(sys._getframe(), is_here))
+
+    assert all(4000 <= found[path].item_bytes < 6000 for path in ("records", "calls", "partials"))
+    assert (len(records), len(calls), len(partials)) == (9, 9, 9)
+
+
+def test_open_figures_of_pyplot_are_seen() -> None:
+    """The size of one is its picture's; closed ones are gone."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    try:
+        for _ in range(9):
+            pyplot.figure(figsize=(2, 1), dpi=100)
+
+        held = by_path(look(sys._getframe(), is_here))["pyplot"]
+        assert (held.kind, held.size, held.item_bytes) == ("figures", 9, 200 * 100 * 4)
+        assert held.function == "test_open_figures_of_pyplot_are_seen"
+    finally:
+        pyplot.close("all")
+
+    assert "pyplot" not in by_path(look(sys._getframe(), is_here))
 
 
 def test_a_container_is_the_same_under_another_name() -> None:
@@ -190,6 +259,9 @@ def main():
     if table[key] == value:
         seen.add(1)
     count += 1
+    model[0].register_forward_pre_hook(hook)  # optimizer.add_param_group()
+    figure, axes = plt.subplots(2)
+    axes.figure.savefig("a.png")
 """
 
 
@@ -215,3 +287,12 @@ def test_a_line_is_reported_only_where_it_is_the_only_one(
     file.write_text(CODE)
 
     assert line_that_adds(str(file), path) == line
+
+
+@pytest.mark.parametrize(("kind", "line"), [("hooks", (15, "main")), ("figures", (16, "main")), ("param_groups", None)])
+def test_containers_of_libraries_grow_by_calls(tmp_path: Path, kind: str, line: tuple[int, str] | None) -> None:
+    """Whatever the object is called."""
+    file = tmp_path / "train.py"
+    file.write_text(CODE)
+
+    assert line_that_adds(str(file), "model", kind) == line

@@ -19,7 +19,8 @@ class GrowingObjects:
     Attributes:
         path: expression that reaches it.
         file, line, function: the code with the variable; the line that adds to it, where only one does.
-        kind: its type; `graph` for a tensor, `lru_cache` for a cached function.
+        kind: its type; `graph` for a tensor, `lru_cache` for a cached function, `hooks` of a module or parameter,
+            `param_groups` of an optimizer, `figures` of pyplot.
         count: elements, or operations of the graph.
         per_step: how many came in a step.
         item_bytes: size of an element.

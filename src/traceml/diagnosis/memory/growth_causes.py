@@ -12,6 +12,11 @@ from traceml.formatting import count_text, line_text
 
 __all__ = ["GrowthCause", "growth_cause"]
 
+_OF_LIBRARIES = {
+    "hooks": "Register each hook of {path} once, before the loop, or remove it by its handle (handle.remove()).",
+    "param_groups": "Add parameter groups to {path} once, not in each step: it keeps the groups and their state.",
+    "figures": "Close each figure after it is saved: plt.close(figure). pyplot keeps those that are not closed.",
+}
 _COUNTED = 100  # from so many elements per step on their number is whole
 
 
@@ -64,12 +69,13 @@ def _text(found: GrowingObjects) -> str:
             "operations deep, which grows with each step."
         )
 
-    kind = "cache of" if found.kind == "lru_cache" else found.kind
+    own = found.kind in _OF_LIBRARIES
+    kind = "cache of" if found.kind == "lru_cache" else f"{found.kind} of" if own else found.kind
     rate = f"{found.per_step:.3g}" if found.per_step < _COUNTED else count_text(round(found.per_step))
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
     return (
         f" Meanwhile the {kind} {found.path}{_where(found)} gained {rate} element{'' if rate == '1' else 's'} per "
-        f"step{holds}; it has {count_text(found.count)}."
+        f"step{holds}; {'there are' if own else 'it has'} {count_text(found.count)}."
     )
 
 
@@ -79,6 +85,9 @@ def _action(found: GrowingObjects) -> str:
 
     if found.holds_graph:
         return f"Add loss.item() or loss.detach() to {found.path}: the tensor itself holds all of its graph."
+
+    if found.kind in _OF_LIBRARIES:
+        return _OF_LIBRARIES[found.kind].format(path=found.path)
 
     if found.kind == "lru_cache":
         return f"Give the cache of {found.path} a maxsize that fits into memory."

@@ -7,10 +7,17 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from traceml.recorder.growth.library_holders import FIGURES, HOOKS, PARAMETER_GROUPS
+
 __all__ = ["AddingLine", "line_that_adds"]
 
 _MAX_LINES = 20_000
 _METHODS = "append|appendleft|extend|add|insert|update|setdefault"
+_CALLS = {
+    HOOKS: re.compile(r"\.register_\w*hook\s*\("),
+    PARAMETER_GROUPS: re.compile(r"\.add_param_group\s*\("),
+    FIGURES: re.compile(r"\.(?:figure|subplots|subplot_mosaic)\s*\("),
+}
 _FUNCTION = re.compile(r"(\s*)(?:async\s+)?def\s+(\w+)")
 
 
@@ -21,23 +28,29 @@ class AddingLine(NamedTuple):
     function: str
 
 
-def line_that_adds(file: str, path: str) -> AddingLine | None:
+def line_that_adds(file: str, path: str, kind: str = "") -> AddingLine | None:
     """Return the only line of a file that adds to a container; None without one, or with several.
 
     Args:
         file: the user's file.
         path: expression that reaches the container; its last name is searched.
+        kind: of the container; those of libraries are added to by their functions.
     """
-    name = re.sub(r"\[.*\]$", "", path).rpartition(".")[2]
-    before = r"\." if "." in path else r"(?<![\w.])"
-    element = r"\s*(?:\[[^\]]*\]\s*)"
-    adds = re.compile(
-        rf"{before}{re.escape(name)}(?:{element}?\.\s*(?:{_METHODS})\s*\(|{element}=(?!=)|{element}?\+=)"
-        rf"|(?<![\w.]){re.escape(path)}\s*=\s*{re.escape(path)}\s*\+"
-    )
+    adds = _CALLS.get(kind) or _additions(path)
     lines = linecache.getlines(file)[:_MAX_LINES]
     found = [number for number, line in enumerate(lines, 1) if adds.search(line.partition("#")[0])]
     return AddingLine(found[0], _function_of(lines, found[0])) if len(found) == 1 else None
+
+
+def _additions(path: str) -> re.Pattern[str]:
+    """Return a pattern of the ways to add to a container that an expression reaches."""
+    name = re.sub(r"\[.*\]$", "", path).rpartition(".")[2]
+    before = r"\." if "." in path else r"(?<![\w.])"
+    element = r"\s*(?:\[[^\]]*\]\s*)"
+    return re.compile(
+        rf"{before}{re.escape(name)}(?:{element}?\.\s*(?:{_METHODS})\s*\(|{element}=(?!=)|{element}?\+=)"
+        rf"|(?<![\w.]){re.escape(path)}\s*=\s*{re.escape(path)}\s*\+"
+    )
 
 
 def _function_of(lines: Sequence[str], number: int) -> str:

@@ -156,6 +156,6 @@ def _described(held: HeldObjects, before: int, steps: int) -> dict[str, Any]:
 
     facts = held._asdict()
     facts["count"] = facts.pop("size")
-    line = line_that_adds(held.file, held.path)
+    line = line_that_adds(held.file, held.path, held.kind)
     where = {} if line is None else {"line": line.number, "function": line.function}
     return facts | {"per_step": round((held.size - before) / steps, 4), **where}

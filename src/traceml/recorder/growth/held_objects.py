@@ -1,7 +1,7 @@
 """Containers that the script's variables reach, with their sizes: read briefly by another thread.
 
 Only variables of the training thread's frames in the user's code, globals of these files, and attributes a few levels
-below are visited, for some milliseconds at most. Nothing is kept but counts.
+below are visited, and pyplot's figures, for some milliseconds at most. Nothing is kept but counts.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import gc
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from traceml.privacy import secrets_only
+from traceml.recorder.growth.library_holders import FIGURES, holders_of, pixel_bytes, pyplot_figures
 
 __all__ = ["HeldObjects", "read_containers"]
 
@@ -40,7 +43,7 @@ class HeldObjects(NamedTuple):
     Attributes:
         path: expression that reaches it: `losses`, `self.history`, `metrics['loss']`.
         file, function: the code whose variable the path begins with.
-        kind: its type; `graph` for a tensor, `lru_cache` for a cached function.
+        kind: its type; `graph` for a tensor, `lru_cache` for a cached function, or a kind of `library_holders`.
         size: its elements, or the operations in the graph.
         item: type of its newest element.
         item_bytes: size of that, as far as it is known without walking far.
@@ -65,6 +68,7 @@ class _Place(NamedTuple):
     depth: int
     frame: FrameType
     of_dataset: bool
+    kind: str = ""
 
 
 def read_containers(
@@ -102,11 +106,15 @@ def read_containers(
 
 def _roots(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[_Place]:
     files: set[str] = set()
+    figures = pyplot_figures()
     for _ in range(_MAX_FRAMES):
         if frame is None:
             return
 
         if is_user(frame):
+            if figures is not None and not files:
+                yield _Place(figures.value, figures.path, _MAX_DEPTH, frame, of_dataset=False, kind=figures.kind)
+
             for name, value in _variables(frame).items():
                 yield _Place(value, name, 0, frame, of_dataset=False)
 
@@ -152,7 +160,8 @@ def _held(place: _Place) -> HeldObjects | None:
 def _entry(place: _Place, kind: str, count: int, item: Any) -> HeldObjects:
     code = place.frame.f_code
     path = secrets_only().mask_text(place.path[:_MAX_PATH])
-    item_type, size = type(item).__name__, _size(item)
+    item_type, size = type(item).__name__, pixel_bytes(item) if place.kind == FIGURES else _size(item)
+    kind = place.kind or kind
     return HeldObjects(
         path, code.co_filename, code.co_name, kind, count, item_type, size, _holds_graph(item), place.of_dataset
     )
@@ -186,6 +195,9 @@ def _inside(place: _Place) -> Iterator[_Place]:
         for number, each in enumerate(list(islice(value, 4))):
             yield place._replace(value=each, path=f"{place.path}[{number}]", depth=place.depth + 1)
     elif isinstance(fields := getattr(value, "__dict__", None), dict):
+        for holder in holders_of(value, place.path):
+            yield place._replace(value=holder.value, path=holder.path, depth=_MAX_DEPTH, kind=holder.kind)
+
         inner = place.of_dataset or hasattr(type(value), "__getitem__") or "Dataset" in type(value).__name__
         is_library = type(value).__module__.partition(".")[0] in ("torch", "numpy", "traceml")
         for name, each in list(islice(fields.items(), _MAX_FIELDS)):
@@ -222,8 +234,37 @@ def _size(item: Any, depth: int = 2) -> int:
     if _is_tensor(item):
         return size + int(item.untyped_storage().nbytes())
 
-    if isinstance(item, (dict, *_LISTS)) and depth:
-        parts = list(islice(item.values() if isinstance(item, dict) else item, _MAX_FIELDS))
-        size += sum(_size(part, depth - 1) for part in parts) * max(len(item), 1) // max(len(parts), 1)
+    parts = _parts(item) if depth else ()
+    counted = list(islice(parts, _MAX_FIELDS))
+    below = depth - 1 if isinstance(item, (dict, *_LISTS)) else 0  # objects refer to others, which they may share
+    return size + sum(_size(part, below) for part in counted) * max(len(parts), 1) // max(len(counted), 1)
 
-    return size
+
+def _parts(item: Any) -> Collection[Any]:
+    """Return what an element consists of: that of a list or dict, what a function has taken along, or the fields."""
+    if isinstance(item, dict):
+        return item.values()
+
+    if isinstance(item, _LISTS):
+        return item
+
+    if isinstance(item, FunctionType):
+        return [*_taken_along(item), *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
+
+    if isinstance(item, partial):
+        return [item.func, *item.args, *item.keywords.values()]
+
+    if isinstance(item, _NOT_ENTERED):
+        return ()
+
+    return list(vars(item).values()) if hasattr(item, "__dict__") else ()
+
+
+def _taken_along(function: FunctionType) -> list[Any]:
+    """Return the variables of other functions that a function uses."""
+    contents = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not bound yet
+            contents.append(cell.cell_contents)
+
+    return contents
