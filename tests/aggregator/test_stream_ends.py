@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from traceml.aggregator.stream_ends import note_exit, note_oom, resumed_at
-from traceml.aggregator.streams import Incarnation, Stream
+from traceml.aggregator.stream_ends import note_exit, note_oom, resumed_at, state_of_dead
+from traceml.aggregator.streams import Incarnation, Stream, StreamState
+from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.flight_header import FlightState
+from traceml.database.flight.postmortem import FlightSnapshot
+from traceml.database.schema import Phase, Slot
 
 
 def stream(rank: int = 0, attempt: int = 0, **ended: Any) -> Stream:
@@ -76,3 +81,36 @@ def test_a_rank_goes_on_from_its_own_file_where_each_has_one() -> None:
     saved = [stream(rank, 0, saved_in=5, saved_steps=20 + 10 * rank) for rank in range(2)]
 
     assert [resumed_at(stream(rank, 1), 5, saved) for rank in range(3)] == [20, 30, 30]
+
+
+IN_LOOP = {Slot.STEP: 7, Slot.ITERATING: 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "code", "state"),
+    [
+        (IN_LOOP, 1, 0, StreamState.LOST),
+        ({Slot.STEP: 7, Phase.BACKWARD: 900}, 1, 0, StreamState.LOST),
+        ({Slot.STEP: 7}, 1, 0, StreamState.FINISHED),  # its loop may have ended
+        ({Slot.ITERATING: 1}, 1, 0, StreamState.FINISHED),  # it has not trained
+        (IN_LOOP | {Slot.EXIT_START: 900}, 1, 0, StreamState.FINISHED),
+        (IN_LOOP | {Slot.STATE: FlightState.FINISHED}, 1, 0, StreamState.FINISHED),
+        (IN_LOOP, 2, 0, StreamState.FINISHED),
+        (IN_LOOP, 1, None, StreamState.LOST),
+        (IN_LOOP, 1, 3, StreamState.FAILED),
+    ],
+)
+def test_exit_code_0_in_the_middle_of_a_loop_is_no_end(
+    tmp_path: Path, words: dict[int, int], world_size: int, code: int | None, state: StreamState
+) -> None:
+    """Of a single process: nobody else misses it. One whose exit handlers ran has come to its end."""
+    flight = FlightFile.create(tmp_path, {})
+    assert flight.path is not None
+    for slot, value in words.items():
+        flight.open_slots[slot] = value
+
+    image = FlightSnapshot(flight.path, flight.path.read_bytes())
+    ended = stream() if code is None else stream(code=code)
+
+    assert state_of_dead(ended, image, world_size) is state
+    assert state_of_dead(stream(code=0), None, world_size) is StreamState.FINISHED

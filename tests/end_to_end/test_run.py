@@ -372,3 +372,37 @@ def test_ranks_that_the_script_spawns(traceml: Traceml, tmp_path: Path, method: 
     assert ended.report["run"]["world_size"] == 2
     assert ended.report["telemetry"]["rows_lost"] == 0
     assert_nothing_is_left(ended)
+
+
+LEAVES = """
+import os, sys, torch
+from torch.utils.data import DataLoader
+model = torch.nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step, x in enumerate(DataLoader(torch.randn(400, 8), batch_size=8)):
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+    if step == int(sys.argv[1]):
+        if sys.argv[2] == "leaves":
+            break
+        os._exit(0)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "how", "state"), [("30", "exits", "lost"), ("30", "leaves", "finished"), ("999", "-", "finished")]
+)
+def test_a_process_that_leaves_in_the_middle_has_not_finished(traceml: Traceml, at: str, how: str, state: str) -> None:
+    """`os._exit(0)` inside the loop; after it, also after a loop that was left, the training has ended."""
+    script = traceml.folder / "leaves.py"
+    script.write_text(LEAVES)
+
+    ended = traceml("run", script, at, how)
+
+    assert ended.status == 0
+    assert ended.report["run"]["state"] == state
+    lost = [finding["summary"] for finding in ended.report["findings"] if finding["kind"] == "RANK_LOST"]
+    middle = "Rank 0 ended with exit code 0 in the middle of its script, in step 30, in code outside the known phases."
+    assert lost == ([middle] if state == "lost" else [])

@@ -287,7 +287,7 @@ class ActiveRun:
                 continue
 
             note_exit(stream, report)
-            self._end_stream(stream, state_of_dead(stream, None))
+            self._end_stream(stream, state_of_dead(stream, None, self.world_size))
 
         self._unmatched_exits.clear()
 
@@ -329,7 +329,7 @@ class ActiveRun:
         """Finalize every rank that has not ended: the launcher reports the end of the job and its status."""
         for stream in self.streams:
             if not stream.ended:
-                if status == 0:  # a rank that ends by os._exit says no bye, but nothing went wrong
+                if status == 0:  # a rank that ends by os._exit says no bye
                     stream.exit.setdefault("code", 0)
 
                 self._finalize_dead(stream)
@@ -505,7 +505,7 @@ class ActiveRun:
             self._recovered.append(image)
             self.store.update_stream(stream.id, appended=appended_rows(image))
 
-        state = state_of_dead(stream, image)
+        state = state_of_dead(stream, image, self.world_size)
         if state is StreamState.LOST:
             stream.exit["process_gone"] = True  # certain, unlike for a host that fell silent
 

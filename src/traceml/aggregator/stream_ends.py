@@ -10,6 +10,7 @@ from typing import Any
 from traceml.aggregator.streams import Stream, StreamState
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
+from traceml.database.schema import Slot
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
 from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
 from traceml.witness.crash_stacks import crash_facts
@@ -72,8 +73,14 @@ def resumed_at(stream: Stream, place: int, streams: Iterable[Stream]) -> int:
     return max((each.resumes_at + each.exit["saved_steps"] for each in before if each.attempt == newest), default=0)
 
 
-def state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:
-    """Return the final state of a dead process, by the reports of its launcher and its flight file."""
+def state_of_dead(stream: Stream, image: FlightSnapshot | None, world_size: int) -> StreamState:
+    """Return the final state of a dead process, by the reports of its launcher and its flight file.
+
+    Args:
+        stream: of the process.
+        image: its flight file; None where there is none.
+        world_size: ranks of the job. Of several, the others tell whether one that left by os._exit(0) is missed.
+    """
     if stream.exit.get("signal"):
         return StreamState.KILLED
 
@@ -83,8 +90,19 @@ def state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:
     if image is not None and image.state is FlightState.FAILED:
         return StreamState.FAILED
 
-    clean = stream.state is StreamState.FINISHED or (image is not None and image.state is FlightState.FINISHED)
-    return StreamState.FINISHED if clean or stream.exit.get("code") == 0 else StreamState.LOST
+    if stream.state is StreamState.FINISHED or (image is not None and image.state is FlightState.FINISHED):
+        return StreamState.FINISHED
+
+    if stream.exit.get("code") != 0 or (world_size == 1 and image is not None and _was_cut_off(image)):
+        return StreamState.LOST
+
+    return StreamState.FINISHED
+
+
+def _was_cut_off(image: FlightSnapshot) -> bool:
+    """Whether a process ended in the middle of its loop, without the interpreter's own end: by os._exit."""
+    in_loop = image.open_phase[0] is not None or image.slot(Slot.ITERATING) > 0
+    return in_loop and image.open_step is not None and not image.slot(Slot.EXIT_START)
 
 
 def final_state(members: Sequence[Stream], status: int | None) -> str:

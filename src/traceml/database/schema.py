@@ -219,6 +219,7 @@ class Slot(IntEnum):
     EVALUATING = 23  # 1 while the model is evaluated, as of the last heartbeat
     SAVED = 24  # number of steps in the last checkpoint that was saved, 0 before the first
     SAVED_IN = 25  # number of its folder, see instrument/values/checkpoint_marks.py
+    ITERATING = 26  # number of data loaders that a loop has not read to their end
 
 
 class StepFlag(IntFlag):

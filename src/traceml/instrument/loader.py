@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import Phase
+from traceml.database.schema import Phase, Slot
 from traceml.instrument.accumulator import OTHER, Began, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
@@ -18,7 +18,7 @@ __all__ = ["LoaderToken", "TracedIterable", "patch_loaders"]
 
 T = TypeVar("T")
 _TAG = "_traceml_loader"
-_INPUT_WAIT = int(Phase.INPUT_WAIT)
+_INPUT_WAIT, _ITERATING = int(Phase.INPUT_WAIT), int(Slot.ITERATING)
 
 
 class LoaderToken:
@@ -29,7 +29,7 @@ class LoaderToken:
         is_left: its last iterator is gone, as after `next(iter(loader))`: a step closes without another request.
     """
 
-    is_left = False
+    is_left = _is_read = False
     _iterator: Any = None
 
     def __init__(self, number: int = 0) -> None:
@@ -41,12 +41,20 @@ class LoaderToken:
         def leave(gone: Any) -> None:
             if gone is self._iterator:
                 self.is_left = True
+                self.read(clock, False)
                 clock.loader_left(self)
 
         self.is_left = False
         with suppress(TypeError):  # its class allows no weak references: it counts as alive
             self._iterator = weakref.ref(iterator, leave)
+            self.read(clock, True)
             follow_iterator(iterator, self.number)
+
+    def read(self, clock: StepClock, is_read: bool) -> None:
+        """Take down whether a loop reads the loader, or has read it to its end or left it."""
+        if is_read is not self._is_read and clock.is_training_thread():
+            self._is_read = is_read
+            clock.open_slots[_ITERATING] += 1 if is_read else -1
 
 
 Begin = Callable[[Any], Began | None]

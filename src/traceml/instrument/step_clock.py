@@ -169,6 +169,7 @@ class StepClock(StepAccumulator):
             loader: its token.
             drain_ns: time until the loader said so, in which its workers ended.
         """
+        loader.read(self, False)
         self.exhausted_loader = loader
         self.drain_ns += drain_ns
         self.evaluated = False
