@@ -166,7 +166,19 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     found += [*uneven, *collected, *compiled]
     # Live, the window is only the newest part of a longer run.
     slower = slowdown(StepHistory.of(window, segments), facts) if window.steps[0] <= _FIRST_STEPS else []
+    slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
+
+
+def _is_used_up(slower: Finding, waiting: Finding, window: Window) -> bool:
+    """Return whether steps became slower only because batches that had been made in advance were used up.
+
+    The thread or process that fills a queue begins before the first step; what it cannot keep up with is told.
+    """
+    is_queue = waiting.kind is Kind.INPUT_BOUND and waiting.phase == "input_wait" and slower.phase == "other"
+    stays = slower.evidence.get("shape") == "stays" and "function" not in slower.evidence
+    early = 2 * slower.evidence.get("since_step", 0) <= int(window.steps[-1])
+    return is_queue and stays and early
 
 
 def _explains(slower: Finding, other: Finding) -> bool:

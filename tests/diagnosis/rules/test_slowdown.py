@@ -155,3 +155,25 @@ def test_a_step_that_only_computes_is_like_all_phases():
     parts = {name: (ms + short * (name == "forward")) * MS for name, ms in usual.items()}
 
     assert slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), JobFacts()) == []
+
+
+QUEUE = (
+    SampledLine(0, "input_wait", "/x/train.py", 9, "main", "/lib/queue.py:180 Queue.get", 120),
+    SampledLine(0, "forward", "/x/train.py", 5, "forward", None, 60),
+)
+METRICS = (SampledLine(0, "other", "/x/train.py", 23, "metrics", None, 180),)
+
+
+@pytest.mark.parametrize(("since", "lines", "told"), [(60, QUEUE, False), (230, QUEUE, True), (60, METRICS, True)])
+def test_a_queue_that_was_full_at_first_is_no_slowdown(since, lines, told):
+    """Its thread does not keep up, and that is told; later, or in other code, steps do become slower."""
+
+    def later(own, _random):
+        own["other"] = own["other"] + np.where(np.arange(own["other"].shape[1]) >= since, 15.0, 0.0)
+
+    own = {"forward": 6.0, "backward": 10.0, "optimizer": 2.0, "other": 1.0}  # without a loader
+    findings = diagnose(window_of(Job(ranks=1, steps=300, grouped=False, own=own), later), JobFacts(lines=lines))
+
+    kinds = [finding.kind for finding in findings]
+    assert (Kind.SLOWDOWN in kinds) is told
+    assert (Kind.INPUT_BOUND in kinds) is (lines is QUEUE)
