@@ -11,6 +11,7 @@ import pytest
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, rows_of, takes_turns, window_of
 from traceml.database.schema import STEPS, StepFlag, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
@@ -24,6 +25,10 @@ TINY = Job(
     steps=400,
 )
 ALONE = Job(ranks=1, grouped=False)
+GAME = (
+    SampledLine(0, "other", "/me/game.py", 35, "simulate", None, 80),
+    SampledLine(0, "forward", "/me/game.py", 5, "forward", None, 40),
+)
 
 
 def verdict(job: Job, *faults: Fault, seed: int = 0, **facts: object) -> Finding:
@@ -137,6 +142,23 @@ def test_what_costs_all_ranks_names_no_rank(part, kind, job):
     found = verdict(job, adds(part, 10))
 
     assert (found.kind, found.ranks, found.phase) == (kind, (), part)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [((), "Make rollouts cheaper. Several environments"), (GAME, "Make game.py:35 simulate cheaper.")],
+)
+def test_a_script_that_plays_is_advised_on_its_environment(lines, words):
+    """Rollouts are no batches that a loader's workers could prepare; a phase of the user's own stays what it is."""
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30))
+    playing, supervised = (
+        next(each for each in diagnose(window, JobFacts(lines=lines, collects=collects)) if each.phase == "other")
+        for collects in (True, False)
+    )
+
+    assert playing.next.startswith(words)
+    assert "AsyncVectorEnv" in playing.next
+    assert "AsyncVectorEnv" not in supervised.next
 
 
 def test_a_users_heavy_phase_is_residual_under_its_name():

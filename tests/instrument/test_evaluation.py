@@ -254,6 +254,30 @@ def test_calls_without_gradients_that_are_no_evaluation(traced: Traced, loop: Ca
     assert traced.table("evals") == []
 
 
+def playing(observations: Callable[[], torch.Tensor]) -> None:
+    """Call a policy without gradients, in training mode as CleanRL does, and train it 130 times."""
+    policy = net()
+    optimizer = sgd(policy)
+    for _ in range(130):
+        seen = observations()
+        with torch.no_grad():
+            policy(seen[:2])
+
+        train(policy, optimizer, seen)
+
+
+@pytest.mark.parametrize(
+    ("observations", "reported"), [(lambda: torch.randn(6, 4), True), (lambda: torch.ones(2, 4), False)]
+)
+def test_rollouts_are_reported(traced: Traced, observations: Callable[[], torch.Tensor], reported: bool) -> None:
+    """What a model sees before it is trained on more of it; not a call on the same batch, as of a teacher."""
+    playing(observations)
+
+    assert ("rollouts" in {row["kind"] for row in traced.info}) is reported
+    assert len(traced.finish()) == 130
+    assert traced.table("evals") == []
+
+
 def test_rollouts_of_a_simulator(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """As stable-baselines3 does it, whose policies act in `eval()`."""
     monkeypatch.setitem(sys.modules, "gymnasium", ModuleType("gymnasium"))

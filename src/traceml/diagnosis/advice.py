@@ -61,13 +61,21 @@ def for_iterator(called: str | None = None) -> str:
     )
 
 
-def for_residual(part: str, line: BlamedLine | None) -> str:
+def for_residual(part: str, line: BlamedLine | None, facts: JobFacts) -> str:
     """Return advice on time in the user's own code.
 
     Args:
         part: a phase of the user, `other` or `user`.
         line: the line that most of it is spent in, where it is known.
+        facts: about the job.
     """
+    if facts.collects and part in ("other", "user"):
+        cheaper = "Make rollouts cheaper" if line is None else f"Make {line.place} cheaper"
+        return (
+            f"{cheaper}. Several environments can be stepped at once in processes of their own (gymnasium's "
+            "AsyncVectorEnv), or while the model trains. `traceml report --lines` shows all lines."
+        )
+
     if line is not None:
         return (
             f"Make {line.place} cheaper, or take it out of the training loop: the workers of a DataLoader can prepare "

@@ -43,6 +43,7 @@ class EvaluationStretch:
     Attributes:
         start: its begin, monotonic time in ns; 0 outside.
         is_rollout: whether calls without gradients collect what is trained on: there is none then.
+        is_play: the same of calls in training mode.
 
     Args:
         clock: the times of the open step.
@@ -52,7 +53,7 @@ class EvaluationStretch:
     def __init__(self, clock: StepAccumulator, rules: StepRules) -> None:
         self._clock, self._rules = clock, rules
         self.start = 0
-        self.is_rollout = False
+        self.is_rollout = self.is_play = False
         self._calls = self._last_call = 0
         self._is_first = False  # before the first step
         self._times: list[int] = []  # the buckets at the begin
@@ -76,11 +77,16 @@ class EvaluationStretch:
         if called is None or called.training or self._rules.explicit or not clock.listener.is_trained(called):
             return False
 
-        if self.is_rollout or any(name in sys.modules for name in _SIMULATORS) or self._is_usual():
+        if self.is_rollout or _has_simulator() or self._is_usual():
             return False
 
         self._open(t)
         return True
+
+    @property
+    def collects(self) -> bool:
+        """Whether the script collects by its models what it trains them on: reinforcement learning."""
+        return self.is_rollout or self.is_play or _has_simulator()
 
     def _is_usual(self) -> bool:
         """Whether each step evaluates the model on its batch first, as for pseudo-labels."""
@@ -143,3 +149,7 @@ class EvaluationStretch:
         """Leave the stretch to the rules for batches: nothing was trained on the loader's batch."""
         self.start = 0
         self._clock.closes_at = self._closes_at
+
+
+def _has_simulator() -> bool:
+    return any(name in sys.modules for name in _SIMULATORS)

@@ -217,6 +217,9 @@ class Instrumentation:
         self._look_for_device()
         self._guarded(self._report_training_loader)
         self._guarded(self._report_anomaly_detection)
+        if clock.stretch.collects:
+            self._report({"kind": "rollouts"})
+
         if clock.group is None:
             self._guarded(self._find_group)
         else:

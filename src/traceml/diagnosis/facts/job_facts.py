@@ -165,6 +165,7 @@ class JobFacts:
         model: the trained model.
         fused: whether the optimizer is a fused one; None where that is not known.
         detects_anomalies: whether autograd's detection of anomalies is on.
+        collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
         other_models: steps before which a model or optimizer of another size appeared, without the run's first ones.
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
@@ -207,6 +208,7 @@ class JobFacts:
     model: ModelFacts | None = None
     fused: bool | None = None
     detects_anomalies: bool = False
+    collects: bool = False
     other_models: tuple[int, ...] = ()
     compile_s: float | None = None
     loader: LoaderFacts | None = None
@@ -380,6 +382,8 @@ class JobFactsBuilder:
             self._facts["compile_s"] = row.get("seconds")
         elif kind == "anomaly_detection":
             self._facts["detects_anomalies"] = bool(row.get("on"))
+        elif kind == "rollouts":
+            self._facts["collects"] = True
         elif kind in ("process", "model", "group", "optimizer"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
             device = str(row.get("device") or "cpu").partition(":")[0]
@@ -479,6 +483,7 @@ class JobFactsBuilder:
             model=self._model,
             fused=known.get("fused"),
             detects_anomalies=known.get("detects_anomalies", False),
+            collects=known.get("collects", False),
             other_models=self._models.steps,
             compile_s=known.get("compile_s"),
             ended_by=self.ended_by,

@@ -182,7 +182,7 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
             where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             evidence = cost.line_evidence(line)
-            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), **evidence))
+            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line, facts), **evidence))
 
     return found
 

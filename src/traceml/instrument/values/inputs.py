@@ -52,6 +52,7 @@ class BatchReader:
         self.has_trained = False
         """Whether a model was called with gradients: else only its parts may have been."""
         self._rollouts = RolloutSearch()
+        self._plays = RolloutSearch()  # of calls in training mode, which are no evaluation in any case
         self.begin_epoch()
 
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: Any = None) -> None:
@@ -123,6 +124,10 @@ class BatchReader:
             self._rollouts.trained(tensor)
             clock.stretch.is_rollout = self._rollouts.found
 
+        if not self._plays.is_over:
+            self._plays.trained(tensor)
+            clock.stretch.is_play = self._plays.found
+
     def _note_call(self, tensor: Any, model: Any) -> None:
         """Note a call without gradients, whose input is none that is trained on; the first one may be a rollout's."""
         self._clock.input_shape = None  # the next call with gradients is measured
@@ -130,9 +135,12 @@ class BatchReader:
             return
 
         self._calls = True
-        evaluates = model is not None and not model.training and self._clock.listener.is_trained(model)
-        if evaluates and not self._rollouts.is_over:
-            self._rollouts.called(tensor)
+        if model is None or not self._clock.listener.is_trained(model):
+            return
+
+        search = self._plays if model.training else self._rollouts
+        if not search.is_over:
+            search.called(tensor)
 
     def _fail(self, error: Exception) -> None:
         self._broken, self._clock.inspects = True, False
