@@ -11,7 +11,7 @@ from torch._utils import ExceptionWrapper
 
 from tests.aggregator.conftest import Serving
 from tests.recorder.conftest import Run, exit_rows, stored_steps
-from traceml.recorder.exits import describe, status_of
+from traceml.recorder.exits import cause_of, describe, status_of
 
 START = """
 import sys, traceml
@@ -47,7 +47,6 @@ def test_an_exception_is_recorded_and_shown(serving: Serving, run_script: Run) -
         ("", 0, 0),
         ("sys.exit(0)", 0, 0),
         ("sys.exit(3)", 3, 3),
-        ("sys.exit('words')", 1, 1),
         ("try:\n    sys.exit(3)\nexcept SystemExit:\n    pass", 0, 0),
         ("try:\n    sys.exit(3)\nexcept SystemExit as kept:\n    error = kept", 0, 0),
         ("import threading\nt = threading.Thread(target=lambda: sys.exit(9))\nt.start()\nt.join()", 0, 0),
@@ -62,6 +61,41 @@ def test_a_status_is_recorded_when_it_ends_the_process(
     assert done.returncode == status
     assert [row["code"] for row in exit_rows(serving)] == [expected]
     assert all("exception" not in row for row in exit_rows(serving))
+
+
+@pytest.mark.parametrize("entry", [True, False])
+def test_the_text_of_an_exit_is_recorded(serving: Serving, run_script: Run, entry: bool) -> None:
+    """It is the reason that the script gives: with its line, and without secrets; the interpreter prints it too."""
+    key = "sk-" + "proj-aB3dE5fG7hI9jK1lM3nO5"
+    done = run_script(START + f"def leave():\n    sys.exit('no data for {key}')\nleave()\n", entry=entry)
+
+    (row,) = exit_rows(serving)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"no data for {key}\n")
+    assert (row["exception"], row["code"], row["function"], row["line"]) == ("SystemExit", 1, "leave", 8)
+    assert row["message"].startswith("no data for ")
+    assert key not in row["message"]
+
+
+def test_the_text_behind_an_exception_is_added(serving: Serving, run_script: Run) -> None:
+    """The exception stays the cause, with its line."""
+    ending = "try:\n    open('/missing/a.yaml')\nexcept OSError:\n    sys.exit('run set-up first')\n"
+    run_script(START + ending)
+
+    (row,) = exit_rows(serving)
+    assert (row["exception"], row["code"], row["line"]) == ("FileNotFoundError", 1, 8)
+    assert row["message"].endswith("'/missing/a.yaml' (sys.exit: run set-up first)")
+
+
+@pytest.mark.parametrize(("code", "cause"), [(0, False), (None, False), (2, True), ("2 of 3", True)])
+def test_the_cause_of_an_exit_is_what_was_handled(code: object, cause: bool) -> None:
+    """Only where it tells a failure; a text that repeats the exception is not added."""
+    leaving = SystemExit(code)
+    leaving.__context__ = error = ValueError("only 2 of 3")
+
+    assert cause_of(leaving) is (error if cause else None)
+    assert describe(leaving).get("message") == ("only 2 of 3" if cause else None)
+    assert cause_of(error) is error
 
 
 def test_the_exception_behind_a_status_is_recorded(serving: Serving, run_script: Run) -> None:
@@ -179,6 +213,7 @@ def test_a_message_that_fails_is_said() -> None:
 
     assert describe(Odd())["message"] == "<its text failed: RuntimeError>"
     assert describe(None) == {}
+    assert describe(SystemExit(3)) == {}
 
 
 def test_status_is_the_interpreters() -> None:

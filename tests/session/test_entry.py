@@ -190,6 +190,36 @@ def test_its_exception_is_recorded_with_its_phase(serving: Serving, run_script: 
     assert (row["exception"], row["code"], row["open_phase"], row["line"]) == ("RuntimeError", 1, "forward", 6)
 
 
+@pytest.mark.parametrize(
+    ("call", "phase"),
+    [
+        ("torch.save(lambda: 0, 'a.pt')", "checkpoint"),
+        ("model.eval(); model(torch.ones(2, 4)); torch.save({}, 'missing/a.pt')", "checkpoint"),
+        ("torch.load('missing.pt')", None),
+    ],
+)
+def test_an_exception_of_a_save_is_recorded_with_its_phase(
+    serving: Serving, run_script: Run, call: str, phase: str | None
+) -> None:
+    """What cannot be pickled, and a folder that is missing, also after an evaluation; a failed load is no save."""
+    run_script(
+        f"""
+        import torch
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(5):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        {call}
+        """,
+        entry=True,
+    )
+
+    (row,) = exit_rows(serving)
+    assert (row["code"], row["line"], row.get("open_phase")) == (1, 9, phase)
+
+
 def test_bad_settings_do_not_keep_it_from_running(run_script: Run) -> None:
     """The script runs untraced, and the user reads why."""
     done = run_script("print('ran')", entry=True, TRACEML_PROT="1")

@@ -14,16 +14,17 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
 from traceml.privacy import secrets_only
+from traceml.recorder.user_code import UserCode, user_line
 from traceml.witness.user_files import OUR_FOLDERS, is_ours, is_user_file
 
-__all__ = ["ExitWatch", "describe", "end_by_interrupt", "status_of"]
+__all__ = ["ExitWatch", "cause_of", "describe", "end_by_interrupt", "status_of"]
 
-_ATTRIBUTE = "_traceml"  # of a SystemExit: our finalizer
+_ATTRIBUTE, _PLACE = "_traceml", "_traceml_place"  # of a SystemExit: our finalizer, and where the program was left
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _MAX_TEXT = 20_000
 _CAUGHT = re.compile(r"Caught (?P<kind>\S+) in (?P<where>[^\n]+?)\.\nOriginal Traceback")
@@ -37,17 +38,19 @@ _PHASE_OF = {
         ("forward", Phase.FORWARD),
         ("backward", Phase.BACKWARD),
         ("optimizer", Phase.OPTIMIZER),
+        ("checkpoints/patch_checkpoints", Phase.CHECKPOINT),
     )
 }
 
 Report = Callable[[BaseException | None, int], None]
+_Place = dict[str, Any]  # `file`, `line` and `function` of the user's code; empty where it is not known
 
 
 class ExitWatch:
     """Reports the end of this process.
 
     Args:
-        report: called with the exception (None for a bare status) and the exit status, while the process still runs.
+        report: called with the exception (None for a normal end) and the exit status, while the process still runs.
 
     Attributes:
         interrupted: whether an uncaught KeyboardInterrupt ends the program.
@@ -88,30 +91,44 @@ class ExitWatch:
 
     def _exit(self, status: Any = None, /) -> NoReturn:
         leaving = SystemExit(status)
-        setattr(leaving, _ATTRIBUTE, _ExitFinalizer(leaving.code, sys.exc_info()[1], self.exited))
+        place = _place_of(sys._getframe(1))
+        setattr(leaving, _ATTRIBUTE, _ExitFinalizer(leaving.code, sys.exc_info()[1], place, self.exited))
         try:
             raise leaving
         finally:
             del leaving  # its traceback holds this frame: a cycle would keep it alive beyond its end
 
-    def exited(self, status: Any, cause: BaseException | None) -> None:
-        """Report that a SystemExit has ended the program."""
-        self._report(cause, status_of(SystemExit(status)))
+    def exited(self, status: Any, cause: BaseException | None, place: _Place) -> None:
+        """Report that a SystemExit has ended the program.
+
+        Args:
+            status: its status or text.
+            cause: the exception that was being handled.
+            place: where the program was left.
+        """
+        leaving = SystemExit(status)
+        leaving.__context__ = cause
+        setattr(leaving, _PLACE, place)
+        self._report(leaving, status_of(leaving))
 
 
 class _ExitFinalizer:
     """Attribute of a SystemExit whose finalizer detects whether the exception ended the program."""
 
-    __slots__ = ("_cause", "_on_exit", "_status")
+    __slots__ = ("_cause", "_on_exit", "_place", "_status")
 
     def __init__(
-        self, status: Any, cause: BaseException | None, on_exit: Callable[[Any, BaseException | None], None]
+        self,
+        status: Any,
+        cause: BaseException | None,
+        place: _Place,
+        on_exit: Callable[[Any, BaseException | None, _Place], None],
     ) -> None:
-        self._status, self._cause, self._on_exit = status, cause, on_exit
+        self._status, self._cause, self._place, self._on_exit = status, cause, place, on_exit
 
     def __del__(self) -> None:
         if sys._getframe().f_back is None and threading.current_thread() is threading.main_thread():
-            self._on_exit(self._status, self._cause)
+            self._on_exit(self._status, self._cause, self._place)
 
 
 def end_by_interrupt() -> None:
@@ -141,11 +158,53 @@ def status_of(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def describe(error: BaseException | None) -> dict[str, Any]:
-    """Return the fields of an `exit` row for an exception: type, message, and the line of the user's code."""
-    if error is None:
-        return {}
+def cause_of(error: BaseException | None) -> BaseException | None:
+    """Return the exception that ended the script: for a SystemExit that tells a failure, the one that was handled."""
+    if not isinstance(error, SystemExit):
+        return error
 
+    return cause_of(error.__context__) if status_of(error) else None
+
+
+def describe(error: BaseException | None) -> dict[str, Any]:
+    """Return the fields of an `exit` row for an exception: type, message, and the line of the user's code.
+
+    A SystemExit counts with its text, if it has one, and as the exception that was being handled.
+    """
+    cause = cause_of(error)
+    facts = {} if cause is None else _described(cause)
+    if not isinstance(error, SystemExit) or error.code is None or isinstance(error.code, int):
+        return facts
+
+    text = secrets_only().mask_text(_text_of(error)[:_MESSAGE_CHARS])
+    if not facts:
+        return {"exception": "SystemExit", "message": text, **_place_left(error)}
+
+    message = str(facts["message"])
+    return facts if not text or text in message else facts | {"message": f"{message} (sys.exit: {text})"}
+
+
+def _place_left(leaving: SystemExit) -> _Place:
+    """Return the place where a SystemExit was raised."""
+    known: _Place | None = getattr(leaving, _PLACE, None)
+    if known is not None:
+        return known
+
+    own = [each for each in traceback.extract_tb(leaving.__traceback__) if is_user_file(each.filename)]
+    return {"file": own[-1].filename, "line": own[-1].lineno or 0, "function": own[-1].name} if own else {}
+
+
+def _place_of(frame: FrameType | None) -> _Place:
+    """Return the innermost place of the user's code in a stack."""
+    with suppress(Exception):  # the script ends by its own words, whatever its frames hold
+        code, line = user_line(frame, UserCode().contains)
+        return {} if code is None else {"file": code.co_filename, "line": line, "function": code.co_name}
+
+    return {}
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    """Return the fields for an exception that is no SystemExit."""
     kind = type(error)
     name = (
         kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"

@@ -22,7 +22,7 @@ from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open
 from traceml.recorder.dialing import dial, stored_elsewhere
 from traceml.recorder.end_warnings import end_warnings
-from traceml.recorder.exits import describe
+from traceml.recorder.exits import cause_of, describe
 from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.line_sampler import LineSampler
@@ -238,14 +238,15 @@ class Recording:
             if began_ns := slots[Slot.STEP_START]:
                 facts["open_s"] = (slots[Slot.EXIT_START] - began_ns) / 1e9
 
-        if self._is_evaluating():
-            facts["open_phase"] = "evaluation"
+        told = {**self._phase_left(cause_of(error)), **describe(error)}
+        if self._is_evaluating() and told.get("open_phase") != Phase.CHECKPOINT.label:  # after an evaluation it saves
+            told["open_phase"] = "evaluation"
 
         if slots[Slot.SAVED_IN]:
             facts |= {"saved_steps": slots[Slot.SAVED], "saved_in": slots[Slot.SAVED_IN]}
 
         facts["at_s"] = time.time()
-        self.note("exit", urgent=True, **{**self._phase_left(error), **describe(error), **facts})
+        self.note("exit", urgent=True, **{**told, **facts})
         if status:
             slots[Slot.STATE] = FlightState.FAILED
 

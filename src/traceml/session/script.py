@@ -228,7 +228,7 @@ def _note_exit(leaving: SystemExit) -> None:
     from traceml.recorder.exits import status_of
     from traceml.recorder.lifecycle import note_exit
 
-    note_exit(leaving.__context__ if status_of(leaving) else None, status_of(leaving))
+    note_exit(leaving, status_of(leaving))
 
 
 def _show(error: BaseException) -> None:

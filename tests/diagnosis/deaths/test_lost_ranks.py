@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from traceml.database.schema import Resource
 from traceml.diagnosis.deaths.lost_ranks import rank_lost, root_causes
 from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, LoaderFacts, RankExit
+from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.recorder.exits import describe
 
 
@@ -45,6 +47,10 @@ def test_an_exception_is_reported_with_its_line():
         ({"exception": "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"}, "df -h"),
         ({"exception": "ValueError: unexpected pos", "file": "a.py", "line": 3}, "Read a.py:3"),
         ({"exception": "ValueError: no", "file": "a.py", "line": 3}, "Read a.py:3"),
+        ({"exception": "TypeError: cannot pickle '_thread.lock' object", "open_phase": "checkpoint"}, "state_dict()"),
+        ({"exception": "TypeError: cannot pickle 'module' object", "file": "a.py", "line": 3}, "Read a.py:3"),
+        ({"exception": "SystemExit: no data", "file": "a.py", "line": 3}, "that leads to a.py:3"),
+        ({"exception": "SystemExit: no data"}, "that leads to it"),
     ],
 )  # fmt: skip
 def test_the_advice_is_for_the_cause(ended, advice):
@@ -52,6 +58,31 @@ def test_the_advice_is_for_the_cause(ended, advice):
     finding = rank_lost(JobFacts(exits=(RankExit(**{"rank": 0, "state": "failed", "code": 1, **ended}),)))[0]
 
     assert advice in finding.next
+
+
+def test_a_script_that_ends_itself_is_told_with_its_text():
+    """Its own words, though they look like another rank's end; of an exception that only names it, nothing changes."""
+    own = RankExit(rank=0, state="failed", code=1, exception="SystemExit: nccl is missing\nask", file="a.py", line=3)
+    other = RankExit(rank=0, state="failed", code=1, exception="my.SystemExitError: x", file="a.py", line=3)
+
+    finding = rank_lost(JobFacts(exits=(own,), world_size=2))[0]
+
+    assert finding.summary == "Rank 0 ended by sys.exit('nccl is missing') at a.py:3, before the first step."
+    assert "a.py:3" in finding.next
+    assert "ended with my.SystemExitError: x at a.py:3" in rank_lost(JobFacts(exits=(other,)))[0].summary
+
+
+def test_a_process_that_left_in_the_middle_is_told():
+    """With exit code 0 it is no failure of the job, and no finished run either."""
+    left = RankExit(rank=0, state="lost", code=0, process_gone=True, last_step=41, open_step=42, open_phase="backward")
+
+    finding = rank_lost(JobFacts(exits=(left,)))[0]
+
+    assert finding.summary == "Rank 0 ended with exit code 0 in the middle of its script, in step 42, in backward."
+    assert finding.severity == "warning"
+    assert "os._exit(0)" in finding.next
+    assert finding.headline == "Rank 0 ended with exit code 0 at step 42, in backward"
+    assert rank_lost(JobFacts(exits=(RankExit(rank=0, code=0),))) == []
 
 
 def test_an_exit_code_is_reported():
@@ -90,6 +121,25 @@ def test_a_crash_names_the_line_that_called_into_c():
     assert (known.evidence["line"], known.evidence["function"]) == (12, "f")
     assert "train.py:12" in known.next
     assert "faulthandler" in unknown.next
+
+
+@pytest.mark.parametrize(
+    ("used", "host", "words"),
+    [
+        (60, "a", "give /dev/shm of 64.0 MiB more room"),
+        (3, "a", "Of /dev/shm only 5 % was used: probably a mapped file at train.py:12 has become shorter"),
+        (3, "b", "give /dev/shm more room"),
+    ],
+)
+def test_a_bus_error_is_shared_memory_or_a_mapped_file(used, host, words):
+    """By what was used of shared memory on that host; where that is not known, shared memory is the usual cause."""
+    ended = RankExit(rank=0, state="killed", signal=7, file="train.py", line=12, function="f", stack="File ...")
+    use = ResourceUse(1, Resource.SHARED_MEMORY, used << 20, 64 << 20)
+
+    finding = rank_lost(JobFacts(exits=(ended,), limits=(use,), hosts={0: "a", 1: host}, world_size=2))[0]
+
+    assert "SIGBUS" in finding.summary
+    assert words in finding.next
 
 
 def test_ranks_that_followed_are_not_the_cause():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from traceml.diagnosis.advice import even_batches
-from traceml.diagnosis.deaths.end_words import step_text
+from traceml.diagnosis.deaths.end_words import exit_words, step_text
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -32,7 +32,7 @@ _OF_GROUPS = ("runtimeerror", "torch.distributed.", "dist")  # a data set's serv
 def failed_because_of_peer(ended: RankExit) -> bool:
     """Whether a rank's exception tells that another one was gone."""
     text = (ended.exception or "").lower()
-    return any(word in text for word in _PEER_GONE)
+    return exit_words(ended) is None and any(word in text for word in _PEER_GONE)
 
 
 def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:

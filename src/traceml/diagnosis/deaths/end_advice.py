@@ -6,11 +6,11 @@ import signal
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
-from traceml.diagnosis.deaths.end_words import signal_of_code
+from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, KILL, for_shared_memory
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
-from traceml.formatting import count_text
+from traceml.formatting import count_text, percent_text
 from traceml.process_ends import CRASHES
 
 __all__ = ["for_exit"]
@@ -32,6 +32,10 @@ def _lacks_disk(ended: RankExit) -> bool:
     # The last is what torch.save says when its file could not be written to the end.
     is_cut = "inline_container.cc" in text and "unexpected pos" in text
     return is_cut or "no space left" in text or "quota exceeded" in text
+
+
+def _cannot_be_pickled(ended: RankExit) -> bool:
+    return ended.open_phase == "checkpoint" and "pickle" in (ended.exception or "").lower()
 
 
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
@@ -57,7 +61,10 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
             "not protect the ranks of torchrun."
         )
 
-    if ended.signal == BUS_ERROR or _lacks_shared_memory(ended):
+    if ended.signal == BUS_ERROR:
+        return _for_bus_error(ended, facts)
+
+    if _lacks_shared_memory(ended):
         return for_shared_memory()
 
     if _lacks_disk(ended):
@@ -85,14 +92,30 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
     if ended.signal is not None:
         return "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command."
 
+    if exit_words(ended) is not None:
+        where = f"{ended.file}:{ended.line}" if ended.file else "it"
+        return f"The script ended itself with this text: look at the condition that leads to {where}."
+
     if failed_because_of_peer(ended) and facts.world_size > 1:
         return (
             "Another rank closed its connection while it still ran: look for destroy_process_group(), an early return "
             f"or a caught exception on the others; the full traceback of rank {ended.rank} is in the run's output."
         )
 
+    if _cannot_be_pickled(ended):
+        return (
+            "Save state_dict() of the model and the optimizer instead of the objects: a lambda, a local class or "
+            "function, a lock or an open file in them cannot be pickled."
+        )
+
     if ended.exception and ended.file:
         return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
+
+    if was_cut_off(ended):
+        return (
+            "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. "
+            "A script that ends so on purpose calls traceml.shutdown() before."
+        )
 
     if ended.state == "lost" and ended.host_lost:
         host = f" {ended.host}" if ended.host else ""
@@ -115,6 +138,27 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
         return f"The rank is a wrapper; a signal ended the program that it started: read rank {ended.rank}'s output."
 
     return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."
+
+
+def _for_bus_error(ended: RankExit, facts: JobFacts) -> str:
+    """Return advice on SIGBUS: the kernel has no page for an address of shared memory, or of a mapped file."""
+    host = facts.hosts.get(ended.rank)
+    known = [
+        use for use in facts.limits if use.resource is Resource.SHARED_MEMORY and facts.hosts.get(use.rank) == host
+    ]
+    if not known:
+        return for_shared_memory()
+
+    shared = max(known, key=lambda use: use.share)
+    if shared.is_near:
+        return for_shared_memory(shared.limit)
+
+    where = f" at {ended.file}:{ended.line}" if ended.file else ""
+    return (
+        f"Of /dev/shm only {percent_text(shared.share)} was used: probably a mapped file{where} has become shorter, or "
+        "could not be read (numpy.memmap, safetensors, torch.load with mmap). Write a new file and rename it, instead "
+        "of changing one that a job reads; dmesg tells of a disk that fails."
+    )
 
 
 def _for_memory(memory: MemoryEnd) -> str:

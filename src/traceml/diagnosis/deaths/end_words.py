@@ -9,9 +9,10 @@ from traceml.diagnosis.facts.job_facts import RankExit
 from traceml.formatting import bytes_text, phase_words
 from traceml.process_ends import exit_text, signal_name, signal_text
 
-__all__ = ["end_text", "signal_of_code", "step_text"]
+__all__ = ["end_text", "exit_words", "signal_of_code", "step_text", "was_cut_off"]
 
 _MAX_SIGNAL = 64
+_LEFT = "SystemExit"  # as the row of an end has it: `SystemExit: TEXT`
 _CODES = {
     126: "a shell's code for 'cannot execute'",
     127: "a shell's code for 'command not found'",
@@ -22,6 +23,17 @@ def signal_of_code(code: int | None) -> int | None:
     """Return the signal that a shell's exit code stands for (128 + n); None for another code."""
     number = (code or 0) - 128
     return number if 0 < number <= _MAX_SIGNAL and number in set(signal.Signals) else None
+
+
+def exit_words(ended: RankExit) -> str | None:
+    """Return the text with which a script ended itself: `sys.exit('no data')`; None where it did not."""
+    name, _, text = (ended.exception or "").partition(": ")
+    return text if name == _LEFT else None
+
+
+def was_cut_off(ended: RankExit) -> bool:
+    """Whether a process left with exit code 0 before its script had ended."""
+    return ended.state == "lost" and ended.code == 0
 
 
 def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
@@ -53,11 +65,17 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
         at = f" in C code called at {_place(ended)}" if ended.file and ended.stack else ""
         return f"{was} killed by {signal_text(ended.signal)}{at}"
 
+    if (words := exit_words(ended)) is not None:
+        return f"ended by sys.exit({_short(words)!r}){at}"
+
     if ended.exception:
         return f"ended with {_short(ended.exception)}{at}"
 
     if ended.state == "lost" and ended.host_lost:
         return f"{was} lost with {'their' if many else 'its'} host: {ended.host_lost}"
+
+    if was_cut_off(ended):
+        return "ended with exit code 0 in the middle of its script"
 
     if ended.state == "lost" and ended.process_gone:
         return "ended without a report: by a signal or by os._exit"

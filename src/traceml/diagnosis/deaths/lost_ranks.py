@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, left_early
 from traceml.diagnosis.deaths.end_advice import for_exit
-from traceml.diagnosis.deaths.end_words import end_text, step_text
+from traceml.diagnosis.deaths.end_words import end_text, step_text, was_cut_off
 from traceml.diagnosis.deaths.ended_from_outside import ended_from_outside
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_behind, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
@@ -15,7 +15,7 @@ from traceml.diagnosis.deaths.worker_advice import for_worker
 from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
 from traceml.diagnosis.facts.lost_workers import LostWorker
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import capitalized, ranks_text
 from traceml.process_ends import signal_name
 
@@ -47,7 +47,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     return [
         Finding(
             kind=Kind.RANK_LOST,
-            severity=Kind.RANK_LOST.severity_for(0.0),
+            severity=Severity.WARNING if was_cut_off(first) else Kind.RANK_LOST.severity_for(0.0),
             ranks=ranks,
             phase=first.open_phase,
             summary=_summary(causes, memory, followed, worker, lost),

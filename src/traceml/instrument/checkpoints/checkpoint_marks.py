@@ -7,17 +7,23 @@ which an earlier attempt has saved.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from traceml.database.schema import Slot
+from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.save_log import target_path
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["CheckpointMarks", "place_of"]
+__all__ = ["CheckpointMarks", "Find", "place_of"]
 
 Info = dict[str, Any]
+Find = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
+"""Returns the path or file among the arguments of a function; None where there is none."""
+
+_log = logging.getLogger("traceml")
 
 
 class CheckpointMarks:
@@ -34,16 +40,34 @@ class CheckpointMarks:
 
     def saved(self, target: object) -> None:
         """Take down that the training thread has saved to a path or file."""
-        place, clock = place_of(target), self._clock
-        if place is not None and clock.is_training_thread():
-            self._slots[Slot.SAVED] = clock.step + bool(clock.attempt)
-            self._slots[Slot.SAVED_IN] = place
+        with fail_open(_log, "instrument", "a checkpoint could not be noted", once=True):
+            place, clock = place_of(target), self._clock
+            if place is not None and clock.is_training_thread():
+                self._slots[Slot.SAVED] = clock.step + bool(clock.attempt)
+                self._slots[Slot.SAVED_IN] = place
 
     def loaded(self, source: object) -> None:
         """Report that the training thread has read a path or file before its first step."""
         place, clock = place_of(source), self._clock
         if place is not None and clock.is_training_thread() and not clock.rows and not clock.attempt:
             self._report({"kind": "loaded", "place": place})
+
+    def loading(self, original: Callable[..., Any], find: Find) -> Callable[..., Any]:
+        """Return a function that calls `original`, which loads.
+
+        Args:
+            original: the function.
+            find: finds its path or file.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            with fail_open(_log, "instrument", "a checkpoint could not be noted", once=True):
+                self.loaded(find(args, kwargs))
+
+            return result
+
+        return call
 
 
 def place_of(target: object) -> int | None:

@@ -1,4 +1,7 @@
-"""Wrappers of the functions that save and load checkpoints: one each, for time, line, folder and mark."""
+"""Wrappers of the functions that save checkpoints: one each, for time, line, folder and mark.
+
+An exception that passes through a function of this file ended a save: see `recorder.exits`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.database.schema import Phase
 from traceml.fail_open import fail_open
-from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
+from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks, Find
 from traceml.instrument.checkpoints.save_folder import SaveFolder
 from traceml.instrument.checkpoints.save_log import SaveLog
 from traceml.instrument.patches import Patches
@@ -21,8 +24,6 @@ __all__ = ["CheckpointPatches"]
 
 _log = logging.getLogger("traceml")
 _CHECKPOINT = int(Phase.CHECKPOINT)
-Find = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
-"""Returns the path or file among the arguments of a function; None where there is none."""
 
 
 class CheckpointPatches:
@@ -41,7 +42,8 @@ class CheckpointPatches:
     def patch_torch(self, patches: Patches) -> None:
         """Wrap `torch.save` and `torch.load`."""
         torch, serialization = sys.modules["torch"], sys.modules["torch.serialization"]
-        saves, loads = self.saving(torch.save, _argument(1, "f")), self._loading(torch.load, _argument(0, "f"))
+        saves = self.saving(torch.save, _argument(1, "f"))
+        loads = self._marks.loading(torch.load, _argument(0, "f"))
         for module in (torch, serialization):
             patches.wrap(module, "save", saves)
             patches.wrap(module, "load", loads)
@@ -54,7 +56,7 @@ class CheckpointPatches:
             ("save", self.saving),
             ("async_save", self.saving),
             ("save_state_dict", self.saving),
-            ("load", self._loading),
+            ("load", self._marks.loading),
         ):
             original = getattr(package, name, None)
             if original is None:
@@ -101,18 +103,8 @@ class CheckpointPatches:
                     log.end(clock, args, kwargs, began[1], sys._getframe(1))
 
             if target is not None:
-                _guarded(self._marks.saved, target)
+                self._marks.saved(target)
 
-            return result
-
-        return call
-
-    def _loading(self, original: Callable[..., Any], find: Find) -> Callable[..., Any]:
-        """Return a function that calls `original`, which loads."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            _guarded(lambda: self._marks.loaded(find(args, kwargs)))
             return result
 
         return call
@@ -127,11 +119,6 @@ class CheckpointPatches:
             return target
 
         return None
-
-
-def _guarded(note: Callable[..., None], *args: object) -> None:
-    with fail_open(_log, "instrument", "a checkpoint could not be noted", once=True):
-        note(*args)
 
 
 def _argument(position: int | None, name: str) -> Find:

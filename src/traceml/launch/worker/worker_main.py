@@ -86,7 +86,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         result = _run_script(request) if request["script"] else _run_function(agent, request)
     except SystemExit as leaving:
         status = exit_status(leaving)
-        _note_end(request, None, status)
+        _note_end(request, leaving, status)
         if status:
             return status
 
