@@ -93,7 +93,7 @@ def test_hooks_and_parameter_groups_are_seen_with_their_object() -> None:
         model.layers[0].weight.register_hook(lambda grad: grad)
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1000))]})
 
-    found = by_path(look(sys._getframe(), is_here))
+    found = by_path(read_containers(sys._getframe(), is_here))
 
     hooks = found["model.layers.1"]
     assert (hooks.kind, hooks.size, hooks.item) == ("hooks", 9, "function")
@@ -121,7 +121,7 @@ def test_the_size_of_an_element_has_its_own_tensors() -> None:
     calls = [lambda: output for _ in range(9)]
     partials = [partial(print, output, file=tracker) for _ in range(9)]
 
-    found = by_path(look(sys._getframe(), is_here))
+    found = by_path(read_containers(sys._getframe(), is_here))
 
     assert all(4000 <= found[path].item_bytes < 6000 for path in ("records", "calls", "partials"))
     assert (len(records), len(calls), len(partials)) == (9, 9, 9)
@@ -135,13 +135,13 @@ def test_open_figures_of_pyplot_are_seen() -> None:
         for _ in range(9):
             pyplot.figure(figsize=(2, 1), dpi=100)
 
-        held = by_path(look(sys._getframe(), is_here))["pyplot"]
+        held = by_path(read_containers(sys._getframe(), is_here))["pyplot"]
         assert (held.kind, held.size, held.item_bytes) == ("figures", 9, 200 * 100 * 4)
         assert held.function == "test_open_figures_of_pyplot_are_seen"
     finally:
         pyplot.close("all")
 
-    assert "pyplot" not in by_path(look(sys._getframe(), is_here))
+    assert "pyplot" not in by_path(read_containers(sys._getframe(), is_here))
 
 
 def test_a_container_is_the_same_under_another_name() -> None:
