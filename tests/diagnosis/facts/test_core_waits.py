@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from traceml.database.schema import PROCESS
-from traceml.diagnosis.facts.core_waits import CoreWaits
+from traceml.diagnosis.facts.core_waits import CoreWaits, medians_of_others, ranks_without_core
 
 MS = 10**6
 
@@ -49,3 +49,34 @@ def test_too_little_is_not_known():
 
     assert waits.of_ready_time() == {}
     assert waits.of_wall_time() == {}
+
+
+@pytest.mark.parametrize("count", [*range(2, 9), 100, 101])
+def test_the_median_of_the_others_is_that_without_the_rank(count):
+    """It is the same as computed for each rank by itself, also with equal shares."""
+    shares = dict(enumerate(np.random.default_rng(count).integers(0, 4, count) / 8))
+
+    assert medians_of_others(shares) == {
+        rank: np.median([share for other, share in shares.items() if other != rank]) for rank in shares
+    }
+
+
+def test_a_rank_without_others_has_no_median():
+    """A single rank is compared with nobody."""
+    assert medians_of_others({}) == medians_of_others({3: 0.5}) == {}
+    assert ranks_without_core({3: 0.5}) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("shares", "lacking"),
+    [
+        ({0: 0.01, 1: 0.2, 2: 0.01, 3: 0.02}, {1}),
+        ({0: 0.01, 1: 0.2, 2: 0.01, 3: 0.2}, {1, 3}),
+        ({0: 0.4, 1: 0.4, 2: 0.4}, set()),  # all wait alike
+        ({0: 0.01, 1: 0.14}, set()),  # too little
+        ({0: 0.1, 1: 0.19}, set()),  # less than twice the other's
+    ],
+)
+def test_ranks_that_wait_more_than_others_lack_a_core(shares, lacking):
+    """A share of 15 %, twice the others', is what lacks."""
+    assert ranks_without_core(shares) == lacking

@@ -15,13 +15,22 @@ from numpy.typing import NDArray
 
 from traceml.witness.busy_processes import LEAST_CORES
 
-__all__ = ["CORE_TAKERS", "CoreTakerHistory", "CoreWaits", "share_of_wall_time"]
+__all__ = [
+    "CORE_TAKERS",
+    "CoreTakerHistory",
+    "CoreWaits",
+    "medians_of_others",
+    "ranks_without_core",
+    "share_of_wall_time",
+]
 
 CORE_TAKERS = "core_takers"
 """Kind of the event with cores by name of process, `{"cores": {"ffmpeg": 0.8}}`, those of other users as ''."""
 
 MIN_OBSERVED_NS = 2e8
 """With less time than this, nothing is known."""
+LACKING_SHARE = 0.15
+"""A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
 _READ = ("t_ns", "main_run_ns", "main_wait_ns", "step")
 
@@ -103,3 +112,28 @@ def share_of_wall_time(rows: NDArray[np.void]) -> float:
         return 0.0
 
     return float(rows["main_wait_ns"][-1] - rows["main_wait_ns"][0]) / passed
+
+
+def medians_of_others(shares: Mapping[int, float]) -> dict[int, float]:
+    """Return for each rank the median share of all other ranks; nothing for a single rank."""
+    count = len(shares)
+    if count < 2:
+        return {}
+
+    values = np.array(list(shares.values()))
+    order = np.argsort(values)
+    place = np.empty(count, np.intp)
+    place[order] = np.arange(count)
+    middle = np.array([(count - 2) // 2, (count - 1) // 2])  # of the others, which follow a rank one place earlier
+    medians = values[order][middle + (middle >= place[:, None])].mean(axis=1)
+    return dict(zip(shares, medians.tolist(), strict=True))
+
+
+def ranks_without_core(shares: Mapping[int, float]) -> frozenset[int]:
+    """Return the ranks that waited for a core, more than the others.
+
+    Args:
+        shares: rank -> share of its main thread's ready time in which it waited.
+    """
+    others = medians_of_others(shares)
+    return frozenset(rank for rank, median in others.items() if shares[rank] >= max(LACKING_SHARE, 2 * median))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from signal import SIGINT
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
-from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits
+from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits, medians_of_others, ranks_without_core
 from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
 from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
 from traceml.diagnosis.facts.ending_signal import EndingSignal
@@ -242,10 +242,28 @@ class JobFacts:
         before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
         return before[-1] if before else None
 
-    @property
+    @cached_property
     def wait_share(self) -> float:
         """Share of ready time in which main threads waited for a core: the median over ranks, 0 where not known."""
         return float(np.median(list(self.main_wait.values()))) if self.main_wait else 0.0
+
+    @cached_property
+    def without_core(self) -> frozenset[int]:
+        """Ranks whose main thread waited for a core, more than those of the others."""
+        return ranks_without_core(self.main_wait)
+
+    def core_wait_of_others(self, ranks: Collection[int]) -> float | None:
+        """Return the median share of wall time that all ranks but these waited for a core; None where not known."""
+        if len(ranks) == 1:  # as thousands are judged one by one
+            return self._medians_of_core_wait.get(*ranks)
+
+        late = set(ranks)
+        others = [share for rank, share in self.core_wait.items() if rank not in late]
+        return float(np.median(others)) if others else None
+
+    @cached_property
+    def _medians_of_core_wait(self) -> dict[int, float]:
+        return medians_of_others(self.core_wait)
 
     @property
     def waited_share(self) -> float:

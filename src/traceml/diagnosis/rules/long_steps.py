@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["long_steps_blame"]
+__all__ = ["count_long_steps", "long_steps_blame"]
 
 MAX_P_VALUE = 0.001
 """The probability that the long steps hit that rank by chance must be below this."""
@@ -24,11 +24,21 @@ MAX_TRIALS = 1000
 """With more long steps than this, the probability is not computed: twice the expected number is enough."""
 
 
-def long_steps_blame(segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp]) -> bool:
-    """Return whether nearly all long steps of each rank and the others are of that rank."""
+def count_long_steps(segments: Segments, others: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Return the number of long steps of each rank, compared with the others' work."""
     backward = segments.parts.get("backward", np.zeros_like(segments.own))
     counts = _counts(segments, segments.own - backward, others)
-    counts = counts + _counts(segments, backward[:, segments.measured], others)
+    return counts + _counts(segments, backward[:, segments.measured], others)
+
+
+def long_steps_blame(counts: NDArray[np.int64], rows: NDArray[np.intp], others: NDArray[np.intp]) -> bool:
+    """Return whether nearly all long steps of each rank and the others are of that rank.
+
+    Args:
+        counts: long steps of each rank.
+        rows: the ranks that may be blamed.
+        others: the others.
+    """
     of_others, share = int(counts[others].sum()), 1 / (len(others) + 1)
     # Of thousands of ranks most have the same number.
     return all(chance_of(hits, hits + of_others, share) < MAX_P_VALUE for hits in set(counts[rows].tolist()))

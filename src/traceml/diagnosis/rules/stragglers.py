@@ -8,6 +8,8 @@ from a core or a host that is slower in everything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from math import hypot
 
 import numpy as np
@@ -18,7 +20,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import blamed_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.long_steps import long_steps_blame
+from traceml.diagnosis.rules.long_steps import count_long_steps, long_steps_blame
 from traceml.diagnosis.rules.straggler_words import late_evidence, late_summary, mean_of_others, waited_for_core
 from traceml.diagnosis.steps.replay import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
@@ -51,14 +53,40 @@ SIMILAR_SLOWDOWN_SHARE = 0.25
 """If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
 SIMILAR_MIN_Z_SCORE = 2.0
 """The excess of that second part must be this many standard errors above 0."""
-LACKING_SHARE = 0.15
-"""A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
 MANY_ROWS = 64
 """More late ranks than this are judged one by one only if they are no group: a stage has thousands."""
 
 _BATCHES = 8
 _MIN_MEASURED = 20
+
+
+@dataclass(frozen=True)
+class _Others:
+    """The ranks that are not late, by whose work late ones are judged, each of thousands.
+
+    Attributes:
+        segments: the window.
+        rows: their indices.
+    """
+
+    segments: Segments
+    rows: NDArray[np.intp]
+
+    @cached_property
+    def own(self) -> Floats:
+        """Their mean own work, by step."""
+        return mean_of_others(self.segments.own[self.rows])
+
+    @cached_property
+    def parts(self) -> dict[str, Floats]:
+        """Its parts."""
+        return {part: mean_of_others(values[self.rows]) for part, values in self.segments.parts.items()}
+
+    @cached_property
+    def long_steps(self) -> NDArray[np.int64]:
+        """Long steps of all ranks, compared with theirs."""
+        return count_long_steps(self.segments, self.rows)
 
 
 def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
@@ -121,8 +149,8 @@ def late_in_one_part(segments: Segments, facts: JobFacts) -> list[LateRanks]:
     if steady.mean_ns - _without_core_ns(segments, facts, row) < EXCESS_SHARE * segments.step_ns:
         return []
 
-    reference = {part: mean_of_others(values[others]) for part, values in segments.parts.items()}
-    if _lacks_core(facts, int(segments.ranks[steady.row])) or _is_slower_overall(segments, row, reference, steady.part):
+    lacking = facts.without_core.issuperset(segments.ranks[row].tolist())
+    if lacking or _is_slower_overall(segments, row, _Others(segments, others), steady.part):
         return []
 
     late = _late(segments, facts, row, others, steady.part, everywhere=False)
@@ -143,26 +171,25 @@ def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 def _late_groups(
     segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]
 ) -> list[LateRanks]:
-    reference = {part: mean_of_others(values[others]) for part, values in segments.parts.items()}
-    own = mean_of_others(segments.own[others])
-    excess = (segments.own[rows] - own).mean(axis=1)
-    spread = float((segments.own[others].mean(axis=1) - own.mean()).max())
+    usual = _Others(segments, others)
+    excess = (segments.own[rows] - usual.own).mean(axis=1)
+    spread = float((segments.own[others].mean(axis=1) - usual.own.mean()).max())
     # All other ranks must be clearly apart from the late ones.
     if not len(rows) or float(excess.min()) < MIN_EXCESS_RATIO * max(spread, 0.0):
         return []
 
     if len(rows) > MANY_ROWS:
-        together = _one_group(segments, facts, rows, others, reference, {})
+        together = _one_group(segments, facts, rows, usual, {})
         if together is not None:
             return [together]
 
     causes: dict[tuple[str, bool], list[int]] = {}
     for row in rows.tolist():
-        cause = _cause(segments, facts, np.array([row]), others, reference)
+        cause = _cause(segments, facts, np.array([row]), usual)
         if cause is not None:
             causes.setdefault(cause, []).append(row)
 
-    together = _one_group(segments, facts, rows, others, reference, causes)
+    together = _one_group(segments, facts, rows, usual, causes)
     found = [_late(segments, facts, np.array(late), others, *cause) for cause, late in causes.items()]
     return [together] if together is not None else sorted(found, key=lambda late: -late.excess_ns)
 
@@ -171,8 +198,7 @@ def _one_group(
     segments: Segments,
     facts: JobFacts,
     rows: NDArray[np.intp],
-    others: NDArray[np.intp],
-    reference: Mapping[str, Floats],
+    usual: _Others,
     causes: Mapping[tuple[str, bool], Sequence[int]],
 ) -> LateRanks | None:
     """Return the late ranks as one where they are a host, a switch or a part of the mesh with one cause.
@@ -187,42 +213,34 @@ def _one_group(
         if facts.topology.smallest_group(segments.ranks_of(some), segments.all_ranks) is None:
             continue
 
-        cause = _cause(segments, facts, some, others, reference)
+        cause = _cause(segments, facts, some, usual)
         if cause is not None:
-            return _late(segments, facts, some, others, *cause)
+            return _late(segments, facts, some, usual.rows, *cause)
 
     return None
 
 
-def _cause(
-    segments: Segments,
-    facts: JobFacts,
-    rows: NDArray[np.intp],
-    others: NDArray[np.intp],
-    reference: Mapping[str, Floats],
-) -> tuple[str, bool] | None:
+def _cause(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> tuple[str, bool] | None:
     """Return (the part to blame, whether the ranks are slower in everything); None where their excess may be chance."""
-    over = segments.own[rows].mean(axis=0) - mean_of_others(segments.own[others])
+    over = segments.own[rows].mean(axis=0) - usual.own
     excess = float(over.mean())
-    if excess < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _is_significant(
-        segments, rows, others, reference
-    ):
+    if excess < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _is_significant(segments, rows, usual):
         return None
 
-    part, everywhere = _blamed_part(segments, facts, rows, reference, excess)
+    part, everywhere = _blamed_part(segments, facts, rows, usual, excess)
     return None if part is None or (everywhere and not _persists(over, segments)) else (part, everywhere)
 
 
 def _blamed_part(
-    segments: Segments, facts: JobFacts, rows: NDArray[np.intp], reference: Mapping[str, Floats], excess: float
+    segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _Others, excess: float
 ) -> tuple[str | None, bool]:
     """Return (the part to blame or None, whether the ranks are slower in everything)."""
-    by_part = {part: float((values[rows] - reference[part]).mean()) for part, values in segments.parts.items()}
+    by_part = {part: float((values[rows] - usual.parts[part]).mean()) for part, values in segments.parts.items()}
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
-    everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, reference, part)
+    everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, usual, part)
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
-    lacking = all(_lacks_core(facts, rank) for rank in segments.ranks[rows].tolist())
+    lacking = facts.without_core.issuperset(segments.ranks[rows].tolist())
     chancy = seldom or facts.oversubscribed or lacking
     floor = EVERYWHERE_SHARE if everywhere or chancy else EXCESS_SHARE
     if excess - _without_core_ns(segments, facts, rows) < floor * segments.step_ns or (
@@ -233,14 +251,14 @@ def _blamed_part(
     return part, everywhere
 
 
-def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], reference: Mapping[str, Floats], part: str) -> bool:
+def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Others, part: str) -> bool:
     """Return whether another computing part is slower by a similar factor: then the ranks are, not that part."""
     if part not in COMPUTE:
         return False
 
-    base = {name: max(float(reference[name].mean()), 1.0) for name in COMPUTE if name in reference}
+    base = {name: max(float(usual.parts[name].mean()), 1.0) for name in COMPUTE if name in usual.parts}
     excess = {
-        name: _measured_steps(segments, name, segments.parts[name][rows].mean(axis=0) - reference[name])
+        name: _measured_steps(segments, name, segments.parts[name][rows].mean(axis=0) - usual.parts[name])
         for name in base
     }
     least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
@@ -251,27 +269,17 @@ def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], reference: Ma
     )
 
 
-def _lacks_core(facts: JobFacts, rank: int) -> bool:
-    """Return whether this rank waited for a core, more than the others."""
-    others = [share for other, share in facts.main_wait.items() if other != rank]
-    mine = facts.main_wait.get(rank, 0.0)
-    return bool(others) and mine >= LACKING_SHARE and mine >= 2 * float(np.median(others))
-
-
 def _without_core_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> float:
     """Return the time per step that the ranks waited for a core beyond the others; 0 where it is not known."""
     late = segments.ranks[rows].tolist()
-    others = [share for other, share in facts.core_wait.items() if other not in late]
     mine = float(np.mean([facts.core_wait.get(rank, 0.0) for rank in late]))
-    more = mine - float(np.median(others)) if others else 0.0
-    return max(more, 0.0) * segments.step_ns
+    others = facts.core_wait_of_others(late)
+    return 0.0 if others is None else max(mine - others, 0.0) * segments.step_ns
 
 
-def _is_significant(
-    segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], reference: Mapping[str, Floats]
-) -> bool:
+def _is_significant(segments: Segments, rows: NDArray[np.intp], usual: _Others) -> bool:
     """Return whether the excess is not chance: it is steady, or nearly all long steps are of these ranks."""
-    excess = {part: values[rows].mean(axis=0) - reference[part] for part, values in segments.parts.items()}
+    excess = {part: values[rows].mean(axis=0) - usual.parts[part] for part, values in segments.parts.items()}
     backward = excess.pop("backward", np.zeros(1, np.float32))
     steady = [np.sum(list(excess.values()), axis=0), _measured_steps(segments, "backward", backward)]
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
@@ -281,7 +289,7 @@ def _is_significant(
     if errors >= needed:
         return True
 
-    return errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(segments, rows, others)
+    return errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(usual.long_steps, rows, usual.rows)
 
 
 def _measured_steps(segments: Segments, part: str, values: Floats) -> Floats:
@@ -361,7 +369,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
     others = segments.ranks_of(late.others)
     line = None if late.everywhere else blamed_line(facts.lines, late.part, mine, ranks, others)
-    lacking = late.part != "input_wait" and all(_lacks_core(facts, rank) for rank in ranks)
+    lacking = late.part != "input_wait" and facts.without_core.issuperset(ranks)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
     if late.group is not None and line is None and late.part != "input_wait":
         action = advice.for_slow_group(late.group)
