@@ -212,7 +212,7 @@ class Instrumentation:
         """Measure the overhead, look for a device, a process group, and models if none was called; every 64 steps."""
         clock = self.clock
         if self._overhead is not None:
-            self._guarded(lambda: self._overhead.measure(3 + max(1, backwards)))
+            self._guarded(lambda: self._overhead.measure(dirty=clock.dirty))
 
         self._look_for_device()
         self._guarded(self._report_training_loader)
@@ -375,7 +375,7 @@ class Instrumentation:
         from traceml.instrument.backward import timed_backward
         from traceml.instrument.overhead import HookOverhead
 
-        self._overhead = HookOverhead(timed_backward)
+        self._overhead = HookOverhead(timed_backward, self._flight)
 
     def _on_functional_import(self) -> None:
         from traceml.instrument.calls import patch_functional_collectives
