@@ -1,10 +1,11 @@
-"""`traceml export` of a million steps: time, CPU time and memory of the whole process.
+"""`traceml export` of a million steps, or logged values: time, CPU time and memory of the whole process.
 
-python benchmarks/export.py [--steps 1000000] [--repeat 3]
+python benchmarks/export.py [--steps 1000000] [--values 1000000] [--repeat 3]
 
 The runs are written by the real writer, in frames of 4,096 rows: one rank, and four ranks with waiting inside backward,
-whose arrows are drawn. Exports and the floor alternate. The floor only compresses the same text. Every step must be in
-the file, and the spans of a phase must add up to the rows.
+whose arrows are drawn; and one rank that logged values under ten names. Exports and the floor alternate. The floor only
+compresses the same text. Every step and value must be in the file; the spans of a phase, and the values, must add up to
+the rows. `--steps 0` or `--values 0` leaves a part out.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import run_facts
 
+from traceml.database.schema import METRICS
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
@@ -55,16 +59,64 @@ print(json.dumps({"s": took, "cpu_s": cpu_s, "peak": peak, "said": said}))
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--values", type=int, default=1_000_000)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     print(" ranks    format       s   CPU s  peak MB       events  file MB  floor CPU s")
-    for ranks in (1, 4):
+    for ranks in (1, 4) if options.steps else ():
         with tempfile.TemporaryDirectory() as folder:
             run, forward_ns = write_run(Path(folder) / "run", ranks, options.steps // ranks)
             for form in SUFFIXES:
-                print(_line(ranks, form, measure(run, form, forward_ns, options.repeat)), flush=True)
+                found = measure(run, form, options.repeat, lambda text, expected=forward_ns: check(text, expected))
+                print(_line(ranks, form, found), flush=True)
+
+    if options.values:
+        print(" logged values")
+        measure_values(options.values, options.repeat)
 
     return 0
+
+
+def measure_values(count: int, repeat: int) -> None:
+    """Print a line for each format of a run that logged values."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, total = write_values(Path(folder) / "run", count)
+        for form in SUFFIXES:
+            found = measure(run, form, repeat, lambda text: check_values(text, count, total))
+            print(_line(1, form, found), flush=True)
+
+        for form in ("parquet", "csv"):
+            export = [sys.executable, "-m", "traceml", "export", str(run), "--format", form, "-o", f"{run}-{form}"]
+            found = middle_of([timed([*export, "--json"]) for _ in range(repeat)])
+            size = sum(file.stat().st_size for file in Path(f"{run}-{form}").iterdir())
+            print(_line(1, form, {**found, "bytes": size, "floor_s": float("nan")}), flush=True)
+
+
+def write_values(folder: Path, count: int) -> tuple[Path, float]:
+    """Write a run that logged values; return its folder and their sum."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    rows = np.zeros(count, METRICS.dtype)
+    rows["t_ns"] = 1_700_000_000 * 10**9 + np.arange(count) * 10**6
+    rows["step"], rows["name_id"], rows["value"] = np.arange(count) // 10, np.arange(count) % 10, random.random(count)
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(world_size=1))
+        stream = writer.stream(StreamIdentity(0, 0, "h0", 100, 7, ""), state="finished")
+        for number in range(10):
+            writer.append(stream, "names", number, 1, msgpack.packb({"id": number, "name": f"layer.{number}/norm"}))
+
+        for start in range(0, count, FRAME):
+            part = rows[start : start + FRAME]
+            writer.append(stream, METRICS.name, start, len(part), part.tobytes())
+
+    return folder, float(rows["value"].sum())
+
+
+def check_values(text: Path, count: int, total: float) -> None:
+    """Compare the counters in the trace with the rows."""
+    found = [float(value) for value in re.findall(rb'"args":{"value":([^}]+)', text.read_bytes())]
+    if len(found) != count or abs(sum(found) - total) > 1e-6 * total:
+        raise SystemExit(f"{len(found)} values in the trace sum to {sum(found)}, {count} in the rows to {total}")
 
 
 def write_run(folder: Path, ranks: int, steps: int) -> tuple[Path, int]:
@@ -89,8 +141,8 @@ def write_run(folder: Path, ranks: int, steps: int) -> tuple[Path, int]:
     return folder, forward_ns
 
 
-def measure(run: Path, form: str, forward_ns: int, repeat: int) -> dict[str, float]:
-    """Return medians of several exports of a run."""
+def measure(run: Path, form: str, repeat: int, check_text: Callable[[Path], None]) -> dict[str, float]:
+    """Return medians of several exports of a run, whose text is checked."""
     path = run.parent / f"out.{SUFFIXES[form]}"
     text = run.parent / "text"
     export = [sys.executable, "-m", "traceml", "export", str(run), "--format", form, "-o", str(path), "--json"]
@@ -100,10 +152,14 @@ def measure(run: Path, form: str, forward_ns: int, repeat: int) -> dict[str, flo
         text.write_bytes(gzip.decompress(path.read_bytes()))
         floors.append(timed([sys.executable, "-c", FLOOR, str(text)])["cpu_s"])
 
-    check(text, forward_ns)
+    check_text(text)
+    return {**middle_of(exported), "bytes": path.stat().st_size, "floor_s": statistics.median(floors)}
+
+
+def middle_of(exported: list[dict[str, Any]]) -> dict[str, float]:
+    """Return medians of several exports, and the events or rows that the last one wrote."""
     middle = {key: statistics.median(each[key] for each in exported) for key in exported[0] if key != "said"}
-    rows = json.loads(exported[-1]["said"])["rows"]
-    return {**middle, "events": rows, "bytes": path.stat().st_size, "floor_s": statistics.median(floors)}
+    return {**middle, "events": json.loads(exported[-1]["said"])["rows"]}
 
 
 def timed(command: list[str]) -> dict[str, Any]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import numpy as np
 import pytest
 
-from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, SpanBlock, SpanKind
+from traceml.runs.export.event_blocks import (
+    ArrowBlock,
+    EventBlocks,
+    PointBlock,
+    PointKind,
+    SpanBlock,
+    SpanKind,
+)
 from traceml.traces.writer.writer import Writer
 
 ORIGIN_NS = 1_700_000_000_000_000_000
@@ -80,6 +88,36 @@ def test_arrows_are_written_as_single_events_are(tmp_path, origin_ns):
         EventBlocks(whole).write_arrows(block)
 
     assert whole.path.read_bytes() == one.path.read_bytes()
+
+
+@pytest.mark.parametrize("origin_ns", [None, ORIGIN_NS])
+@pytest.mark.parametrize("suffix", ["json", "pfw"])
+def test_points_are_written_as_single_events_are(tmp_path, origin_ns, suffix):
+    """Counters and instants of a block have the bytes of the same events, one by one."""
+    kinds = (
+        PointKind('100 %d of "ü"\n', "metric", "C", "value"),
+        PointKind("%b is nan", "metric", "i", "step", {"metric": "%b", "value": "nan"}),
+    )
+    values = [0.5, 3, -1e-7, 7, 1e300]
+    numbers = np.array([msgspec.json.encode(value) for value in values], object)
+    at = ORIGIN_NS + np.array([0, 1, 999_999, 10**12, 10**12 + 1])
+    block = PointBlock(7, 71, kinds, np.arange(5) % 2, at, numbers)
+    with Writer(tmp_path / f"one.{suffix}", origin_ns=origin_ns) as one:
+        one.write_name("thread_name", "events", pid=7, tid=71)
+        for number, value in enumerate(values):
+            of, at_ns = kinds[number % 2], int(at[number])
+            args = {of.number: value, **of.args}
+            if of.phase == "C":
+                one.write_counter(of.name, at_ns, args, pid=7, tid=71, cat=of.cat)
+            else:
+                one.write_instant(of.name, at_ns, pid=7, tid=71, cat=of.cat, args=args)
+
+    with Writer(tmp_path / f"block.{suffix}", origin_ns=origin_ns) as whole:
+        whole.write_name("thread_name", "events", pid=7, tid=71)
+        EventBlocks(whole).write_points(block)
+
+    assert whole.path.read_bytes() == one.path.read_bytes()
+    assert whole.statistics.written == one.statistics.written
 
 
 def test_pending_events_come_first_and_late_blocks_are_counted(tmp_path):

@@ -1,4 +1,4 @@
-"""Samples, metrics and events as counters and instants of a trace."""
+"""Samples and events as counters and instants of a trace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from traceml.database.schema import GPU, HOST, INFO, LOGGED, METRICS, PROCESS, TORCH_MEMORY
+from traceml.database.schema import GPU, HOST, INFO, LOGGED, PROCESS, TORCH_MEMORY
 from traceml.database.store.reader import RunEvent, StreamRecord
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
 from traceml.runs.rows.clocks import RunClocks
@@ -19,7 +19,7 @@ _GPU = ("utilization_pct", "memory_used_bytes", "temperature_c", "power_w", "sm_
 
 
 class CounterExporter:
-    """Writes samples, metrics and events.
+    """Writes samples and events.
 
     Args:
         writer: the trace.
@@ -37,7 +37,6 @@ class CounterExporter:
             TORCH_MEMORY.name: self._torch_memory,
             HOST.name: self._host,
             GPU.name: self._gpu,
-            METRICS.name: self._metric,
         }
         """Function that writes a row of each table."""
         self.logs: dict[str, Callable[[StreamRecord, Mapping[str, Any]], None]] = {
@@ -83,16 +82,6 @@ class CounterExporter:
     def _gpu(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
         for name in _GPU:
             self._count_of_host(stream, f"gpu {int(row['index'])}", row, (name,))
-
-    def _metric(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
-        name, value = self.name_of(stream.id, int(row["name_id"])), float(row["value"])
-        pid, tid = self._tracks.rank(stream, EVENTS)
-        at_ns = self._clocks.of_date(stream.id, int(row["t_ns"]))
-        if math.isfinite(value):
-            self._writer.write_counter(name, at_ns, {"value": value}, cat="metric", pid=pid, tid=tid)
-        else:
-            args = {"metric": name, "step": int(row["step"]), "value": str(value)}
-            self._writer.write_instant(f"{name} is {value}", at_ns, cat="metric", pid=pid, tid=tid, args=args)
 
     def _info(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
         at_ns = self._clocks.of_stamp(stream.id, int(row.get("t_ns", 0)))

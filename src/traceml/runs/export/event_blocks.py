@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from traceml.traces.writer.encoding import args_of, quoted
 from traceml.traces.writer.writer import Writer
 
-__all__ = ["ArrowBlock", "EventBlocks", "SpanBlock", "SpanKind"]
+__all__ = ["ArrowBlock", "EventBlocks", "PointBlock", "PointKind", "SpanBlock", "SpanKind"]
 
 Longs = NDArray[np.int64]
 
 _SPAN = b'{"id":%%d,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"dur":%b,"ph":"X","args":%b}\n'
+_POINT = b'{"id":%%d,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"ph":"%b"%b,"args":%b}\n'
 _ARROW = b'{"id":%%d,"name":%b,"cat":%b,"pid":%%d,"tid":%%d,"ts":%b,"ph":"%b"%b}\n'
+_SCOPE = {"C": b"", "i": b',"s":"t"'}
 _US = {False: b"%d", True: b"%d%b"}  # whole microseconds; with the text of their fraction
 _FRACTIONS = np.array([str(ns / 1000)[1:].encode() for ns in range(1000)], object)
 
@@ -60,6 +62,44 @@ class SpanBlock:
     start_ns: Longs
     end_ns: Longs
     numbers: Longs
+
+
+@dataclass(frozen=True, slots=True)
+class PointKind:
+    """Common parts of some points of a block.
+
+    Attributes:
+        name, cat: name and category.
+        phase: C, values of a counter, or i, instants of their thread.
+        number: name of the argument of which each point has its own value.
+        args: arguments that all of them have, after it.
+    """
+
+    name: str
+    cat: str
+    phase: Literal["C", "i"]
+    number: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PointBlock:
+    """Events without duration of one thread.
+
+    Attributes:
+        pid, tid: process and thread.
+        kinds: kinds of points.
+        kind: number in `kinds` of each point.
+        at_ns: epoch nanoseconds of each point.
+        numbers: argument of each point, as JSON in bytes.
+    """
+
+    pid: int
+    tid: int
+    kinds: Sequence[PointKind]
+    kind: NDArray[np.intp]
+    at_ns: Longs
+    numbers: NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +144,13 @@ class EventBlocks:
         text = _filled([templates[number] for number in block.kind.tolist()], columns, used)
         self._writer.write_lines(text, len(ids))
 
+    def write_points(self, block: PointBlock) -> None:
+        """Write counters and instants."""
+        ids = self._writer.take_ids(len(block.kind))
+        templates = [self._point_template(kind, block.pid, block.tid) for kind in block.kinds]
+        columns = [np.array(ids, object), *self._times(block.at_ns), block.numbers]
+        self._writer.write_lines(_filled([templates[number] for number in block.kind.tolist()], columns), len(ids))
+
     def write_arrows(self, block: ArrowBlock) -> None:
         """Write both ends of arrows."""
         count = len(block.from_ns)
@@ -114,11 +161,14 @@ class EventBlocks:
         self._writer.write_lines(_filled([template] * count, columns), 2 * count)
 
     def _span_template(self, kind: SpanKind, pid: int, tid: int) -> bytes:
-        number = [b"%b:%%d" % _constant(quoted(name)) for name in kind.numbers]
-        other = [_constant(bytes(args_of(kind.args)))[1:-1]] if kind.args else []
-        args = b"{" + b",".join((*number, *other)) + b"}"
+        args = _args_template(kind.numbers, b"%d", kind.args)
         name, cat = _constant(quoted(kind.name)), _constant(quoted(kind.cat))
         return _SPAN % (name, cat, pid, tid, self._us, self._us, args)
+
+    def _point_template(self, kind: PointKind, pid: int, tid: int) -> bytes:
+        args = _args_template((kind.number,), b"%b", kind.args)
+        name, cat = _constant(quoted(kind.name)), _constant(quoted(kind.cat))
+        return _POINT % (name, cat, pid, tid, self._us, kind.phase.encode(), _SCOPE[kind.phase], args)
 
     def _arrow_template(self, block: ArrowBlock, phase: bytes, rest: bytes) -> bytes:
         return _ARROW % (_constant(quoted(block.name)), _constant(quoted(block.cat)), self._us, phase, rest)
@@ -132,6 +182,12 @@ class EventBlocks:
             return [end_ns // 1000 - start_ns // 1000]
 
         return _with_fraction(end_ns - start_ns)
+
+
+def _args_template(numbers: Sequence[str], form: bytes, args: Mapping[str, Any]) -> bytes:
+    own = [b"%b:%b" % (_constant(quoted(name)), form) for name in numbers]
+    common = [_constant(bytes(args_of(args)))[1:-1]] if args else []
+    return b"{" + b",".join((*own, *common)) + b"}"
 
 
 def _with_fraction(ns: Longs) -> list[NDArray[Any]]:

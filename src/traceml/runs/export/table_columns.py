@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,12 +29,24 @@ from traceml.database.schema import (
 from traceml.database.store.reader import StreamRecord
 from traceml.runs.rows.clocks import RunClocks
 
-__all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "log_part", "packed_part"]
+__all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "RepeatedTexts", "log_part", "packed_part"]
 
 Kind = Literal["int64", "float64", "string"]
 Part = dict[str, Any]
-"""Column -> values of some rows: an array, a list, or one value for all rows. None is written as null, and -1 where it
-means "not measured"."""
+"""Column -> values of some rows: an array, a list, `RepeatedTexts`, or one value for all rows. None is written as null,
+and -1 where it means "not measured"."""
+
+
+class RepeatedTexts(NamedTuple):
+    """Texts of a column that has few different ones.
+
+    Attributes:
+        texts: the different texts.
+        at: index of each row's text.
+    """
+
+    texts: list[str | None]
+    at: NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,21 +198,26 @@ def _columns_of(
         return {"time_epoch_ns": date(stream.id, values)}
 
     if name in _NAMES:
-        return {_NAMES[name]: [name_of(number) if number >= 0 else None for number in values.tolist()]}
+        return {_NAMES[name]: _repeated(values, lambda number: name_of(number) if number >= 0 else None)}
 
     if name in _ENUMS:
-        return {name: [_name_in(_ENUMS[name], number) for number in values.tolist()]}
+        return {name: _repeated(values, partial(_name_in, _ENUMS[name]))}
 
     if name == "phase":
-        return {"phase": [LINE_PHASES.get(number, str(number)) for number in values.tolist()]}
+        return {"phase": _repeated(values, lambda number: LINE_PHASES.get(number, str(number)))}
 
     if name == "kind":
-        return {"source": [_name_in(MetricKind, number) for number in values.tolist()]}
+        return {"source": _repeated(values, partial(_name_in, MetricKind))}
 
     if name == "bits":
         return _bits(rows)
 
     return {_RENAMED.get(name, name): np.ma.masked_less(values, 0) if name == _NULLED else values}
+
+
+def _repeated(numbers: NDArray[np.int64], text_of: Callable[[int], str | None]) -> RepeatedTexts:
+    found, at = np.unique(numbers, return_inverse=True)
+    return RepeatedTexts([text_of(number) for number in found.tolist()], at)
 
 
 def _bits(rows: NDArray[np.void]) -> Part:

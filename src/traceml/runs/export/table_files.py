@@ -17,7 +17,15 @@ from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import StoreError, UsageError
 from traceml.installation import install_command
 from traceml.runs.export.export_progress import Progress, no_progress
-from traceml.runs.export.table_columns import TABLES, ExportTable, Part, log_part, packed_part, to_json
+from traceml.runs.export.table_columns import (
+    TABLES,
+    ExportTable,
+    Part,
+    RepeatedTexts,
+    log_part,
+    packed_part,
+    to_json,
+)
 from traceml.runs.rows.clocks import RunClocks
 
 __all__ = ["export_tables"]
@@ -229,6 +237,9 @@ class _Parquet:
         if values is None or isinstance(values, (int, float, str)):
             return self._pa.array([values], kind).take(self._pa.array(np.zeros(rows, np.int64)))
 
+        if isinstance(values, RepeatedTexts):
+            return self._array(values.texts, len(values.texts), kind).take(self._pa.array(values.at))
+
         if isinstance(values, np.ma.MaskedArray):
             return self._pa.array(np.asarray(values.data), kind, mask=np.ma.getmaskarray(values))
 
@@ -241,6 +252,9 @@ class _Parquet:
 def _listed(values: Any, rows: int) -> Iterator[Any] | list[Any]:
     if values is None or isinstance(values, (int, float, str)):
         return [values] * rows
+
+    if isinstance(values, RepeatedTexts):
+        values = np.array(values.texts, object)[values.at]
 
     listed: list[Any] = values if isinstance(values, list) else values.tolist()
     return listed

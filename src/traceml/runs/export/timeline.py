@@ -17,6 +17,7 @@ from traceml.database.schema import (
     LOADER_WORKERS,
     LOGS,
     LOSSES,
+    METRICS,
     NAMES,
     PACKED,
     PAUSES,
@@ -28,6 +29,7 @@ from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.counters import CounterExporter
 from traceml.runs.export.export_progress import Progress, no_progress
+from traceml.runs.export.metric_tracks import MetricTracks
 from traceml.runs.export.step_tracks import StepTracks
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
@@ -51,6 +53,7 @@ class TimelineExporter:
         self._reader, self._writer, self._clocks = reader, writer, clocks
         self._tracks = tracks.TraceTracks(writer)
         self._counters = CounterExporter(writer, self._tracks, clocks)
+        self._metrics = MetricTracks(writer, self._tracks, clocks, self._counters.name_of)
         self._steps = StepTracks(writer, self._tracks, clocks, self._counters.name_of)
         self._streams: dict[int, StreamRecord] = {}
         self.damage: list[str] = []
@@ -84,6 +87,7 @@ class TimelineExporter:
             self.damage.append(str(error))
 
         self._steps.write()
+        self._metrics.write()
         self._write_events()
 
     def _write_events(self) -> None:
@@ -117,6 +121,8 @@ class TimelineExporter:
     def _take_rows(self, stream: StreamRecord, table: str, rows: Any) -> None:
         if table in StepTracks.tables:
             self._steps.add(stream, table, rows)
+        elif table == METRICS.name:
+            self._metrics.add(stream, rows)
         elif table == EVALS.name:
             self._evals(stream, rows)
         elif table in self._counters.tables:

@@ -1,0 +1,109 @@
+"""Logged values in a trace: every value is there, whatever the sizes of blocks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from tests.runs.export.exported import BOOT_NS, S, events_in
+from tests.runs.fabricated_store import run_facts
+from traceml.database.schema import METRICS
+from traceml.database.store.reader import StreamIdentity
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.export import metric_tracks
+from traceml.runs.export.exporter import export_run
+
+NAMES = {1: "loss", 2: '100 % "ü"', 3: "grad/norm"}
+SHIFT_NS = 3600 * S  # by which the second rank's wall clock is wrong
+
+
+def logged(seed: int, count: int = 300) -> Any:
+    """Return rows of values of every kind; the number 9 has no name."""
+    random = np.random.default_rng(seed)
+    rows = np.zeros(count, METRICS.dtype)
+    rows["t_ns"] = BOOT_NS + np.sort(random.integers(0, 100 * S, count)) + seed * SHIFT_NS
+    rows["step"], rows["name_id"] = np.arange(count) - 5, random.choice([1, 2, 3, 9], count)
+    rows["value"] = random.choice([0.1, -3.0, 1e-9, 1e300, math.nan, math.inf, -math.inf], count)
+    return rows
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of two ranks that logged values, in frames of 7 rows."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id="run", world_size=2))
+        streams = [
+            writer.stream(
+                StreamIdentity(rank, 0, f"h{rank}", 100 + rank, 7, ""), state="finished",
+                clock=[0, BOOT_NS + rank * SHIFT_NS], clock_offset_ns=BOOT_NS, clock_rtt_ns=1000,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        for stream in streams:
+            for place, (number, name) in enumerate(NAMES.items()):
+                writer.append(stream, "names", place, 1, msgpack.packb({"id": number, "name": name}))
+
+        for start in range(0, 300, 7):
+            for rank, stream in enumerate(streams):
+                part = logged(rank)[start : start + 7]
+                writer.append(stream, METRICS.name, start, len(part), part.tobytes())
+
+    return folder
+
+
+def expected() -> Counter[str]:
+    """Return the events of all rows, each made by itself, as text."""
+    events: Counter[str] = Counter()
+    for rank in range(2):
+        for t_ns, step, number, value, *_ in logged(rank).tolist():
+            name, at_ns = NAMES.get(number, f"(name {number})"), t_ns - rank * SHIFT_NS
+            event = {"cat": "metric", "pid": rank + 1, "tid": 10 * (rank + 1) + 3, "ts": (at_ns - BOOT_NS) / 1000}
+            if math.isfinite(value):
+                event |= {"name": name, "ph": "C", "args": {"value": value}}
+            else:
+                args = {"metric": name, "step": step, "value": str(value)}
+                event |= {"name": f"{name} is {value}", "ph": "i", "s": "t", "args": args}
+
+            events[json.dumps(event, sort_keys=True)] += 1
+
+    return events
+
+
+def found(path: Path) -> Counter[str]:
+    metrics = (event for event in events_in(path) if event.get("cat") == "metric")
+    return Counter(json.dumps({k: v for k, v in each.items() if k != "id"}, sort_keys=True) for each in metrics)
+
+
+@pytest.mark.parametrize(("waiting", "block"), [(1, 1), (50, 16), (32_768, 16_384)])
+def test_every_value_is_an_event(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, block: int
+) -> None:
+    """Finite values are counters, others instants with the step, at the time of the aggregator's clock."""
+    monkeypatch.setattr(metric_tracks, "_MOST_ROWS", waiting)
+    monkeypatch.setattr(metric_tracks, "_BLOCK", block)
+    result = export_run(run_dir, "perfetto", tmp_path / "out.json")
+
+    assert not result.damage
+    assert found(result.path) == expected()
+
+
+def test_values_of_a_counter_are_in_order(run_dir: Path, tmp_path: Path) -> None:
+    """A value stays before those that were logged after it, as viewers join them by lines."""
+    export_run(run_dir, "pfw", tmp_path / "out.pfw")
+    times: dict[tuple[int, str], list[int]] = {}
+    for event in events_in(tmp_path / "out.pfw"):
+        if event["ph"] == "C":
+            times.setdefault((event["pid"], event["name"]), []).append(event["ts"])
+
+    assert len(times) == 2 * 4
+    assert all(each == sorted(each) for each in times.values())
