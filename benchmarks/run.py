@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "ingest": [],
     "worlds": [],
     "tree": [],
+    "relay": [],
     "store_bytes": [],
     "retention": [],
     "tracking": [],

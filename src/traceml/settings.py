@@ -133,6 +133,11 @@ class Config:
         "Folder of the fleet's dataset, for `traceml fleet`. When it is set, the aggregator adds each run at its end. "
         "Needs the extra `parquet`.",
     )
+    upstream: str | None = _set(
+        None,
+        "Address (`HOST:PORT`) of another aggregator to which `traceml serve` sends the merged rows of its ranks, "
+        "so that the ranks of all hosts are one run there. Both prove the same `token`, and `tls` is for both.",
+    )
     run_id: str | None = _set(None, "Key by which the ranks of one job find their run; also the name of its folder.")
     run_name: str | None = _set(None, "Name of the run; by default the name of the script.")
     project: str = _set("default", "Project of the run at trackers.")

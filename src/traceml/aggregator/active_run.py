@@ -19,7 +19,7 @@ from traceml.aggregator.restored_streams import restored_streams
 from traceml.aggregator.run_facts import RunFacts
 from traceml.aggregator.stream_ends import final_state, note_exit, note_oom, resumed_at, state_of_dead
 from traceml.aggregator.stream_table import StreamTable
-from traceml.aggregator.streams import Incarnation, Stream, StreamState
+from traceml.aggregator.streams import Incarnation, Stream, StreamPeer, StreamState
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
@@ -149,7 +149,7 @@ class ActiveRun:
         """Return the stream of a recorder that was connected before."""
         return self._table.of_process(incarnation, rank)
 
-    def join(self, hello: Hello, attempt: int, peer: Peer) -> Stream:
+    def join(self, hello: Hello, attempt: int, peer: StreamPeer) -> Stream:
         """Add a new rank, or a helper of one, to an attempt.
 
         Raises:
@@ -171,11 +171,13 @@ class ActiveRun:
         self.connect(stream, hello, peer)
         return stream
 
-    def connect(self, stream: Stream, hello: Hello, peer: Peer) -> None:
+    def connect(self, stream: Stream, hello: Hello, peer: StreamPeer) -> None:
         """Connect a stream, new or known."""
         self._reopen()
         if stream.ended:
             _log.info("%r has reconnected", stream)
+            if stream.state is StreamState.LOST and stream.in_window:
+                self.live.join(stream)
 
         stream.state = StreamState.RUNNING
         stream.flight = hello.flight
@@ -225,6 +227,11 @@ class ActiveRun:
 
         failed = stream.exit.get("exception") or stream.exit.get("code") or reason == "failed"
         self._end_stream(stream, StreamState.FAILED if failed else StreamState.FINISHED)
+
+    def end_relayed(self, stream: Stream, state: StreamState) -> None:
+        """End a rank as the aggregator of its host has found it; its exit is known already."""
+        stream.disconnect()
+        self._end_stream(stream, state, is_total_known=state is not StreamState.LOST)
 
     def disconnected(self, stream: Stream) -> None:
         """Record that a connection is gone."""
@@ -452,6 +459,7 @@ class ActiveRun:
         facts, before = self._facts, dict(self._facts.values)
         if attempt > self.attempt:
             facts.begin_attempt(attempt, hello)
+            self.live.begin_attempt()
             self.store.event("attempt", {"attempt": attempt})
             for stream in self.streams:
                 stream.in_window = stream.attempt >= attempt and not stream.is_helper

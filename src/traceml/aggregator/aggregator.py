@@ -22,8 +22,9 @@ from traceml.aggregator.core_takers import CoreTakers
 from traceml.aggregator.hung_jobs import HungJobs
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
+from traceml.aggregator.relay.relayed_hosts import RelayedHosts
 from traceml.aggregator.silence.silent_ranks import SilentRanks
-from traceml.aggregator.streams import Stream
+from traceml.aggregator.streams import Stream, StreamPeer
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.flight.flight_folders import COPIES_FOLDER
 from traceml.database.store.store import merge_wal
@@ -93,6 +94,7 @@ class Aggregator:
         self.registry = Registry(runs_dir, retention_gb)
         self.server = Server(self, token, tls)
         self._commands = Commands(self)
+        self._hosts = RelayedHosts(self._admit)
         self._run_id = run_id
         self._exit_when_idle = exit_when_idle
         self._on_rank = on_rank
@@ -172,6 +174,14 @@ class Aggregator:
         if hello.role != "rank":
             return {"acked": {}, "run_id": "", "run_dir": "", "run_dir_id": [], "stream": 0}
 
+        run, stream = peer.context = self._admit(hello, peer)
+        return {
+            "acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "run_dir_id": folder_id(run.path),
+            "stream": stream.id, "sample_interval_s": run.sample_interval_s,
+        }  # fmt: skip
+
+    def _admit(self, hello: Hello, peer: StreamPeer) -> tuple[ActiveRun, Stream]:
+        """Connect a rank, new or known, to its run."""
         known = self.registry.find_stream(hello)
         try:
             if known is not None:
@@ -189,16 +199,12 @@ class Aggregator:
             self.registry.mark_open(run)
 
         self._seen_any = True
-        peer.context = (run, stream)
         self._schedule()
         if self._on_rank is not None:
             with fail_open(_log, "aggregator", "the report cannot be prepared", once=True):
                 self._on_rank()
 
-        return {
-            "acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "run_dir_id": folder_id(run.path),
-            "stream": stream.id, "sample_interval_s": run.sample_interval_s,
-        }  # fmt: skip
+        return run, stream
 
     def rows(self, peer: Peer, message: dict[str, Any]) -> None:
         """Take rows, to be stored and acknowledged at the next tick."""
@@ -214,7 +220,10 @@ class Aggregator:
     def message(self, peer: Peer, message: dict[str, Any]) -> None:
         """Handle any message except rows."""
         kind = message["t"]
-        if kind == "command" and peer.context is None:
+        if peer.hello is not None and peer.hello.role == "relay" and kind != "bye":
+            self._hosts.take(peer, message)
+            self._schedule()
+        elif kind == "command" and peer.context is None:
             self._start(self._commands.run(peer, message))
         elif kind == "reply" and peer.context is not None:
             self._commands.take_reply(peer.context[1], message)
@@ -227,6 +236,7 @@ class Aggregator:
 
     def disconnected(self, peer: Peer) -> None:
         """Record that a peer's connection has ended."""
+        self._hosts.disconnected(peer)
         if peer.context is None:
             return
 
@@ -254,6 +264,7 @@ class Aggregator:
         if not run.end(status, diagnose=self._alerts.has_targets):
             return False
 
+        self._hosts.stored(run)
         self._alerts.check_end(run, run.final_findings)
         self._alerts.forget(run)
         self._profiles.forget(run)
@@ -307,6 +318,7 @@ class Aggregator:
         self._tick_due = False
         for run in self.registry.open_runs:
             if run.commit():
+                self._hosts.stored(run)
                 run.maintain(_MAINTAIN_S, self._deliveries.cursors(run.path))
             else:
                 self._schedule()
@@ -355,6 +367,7 @@ class Aggregator:
             self._core_takers.setdefault(run, CoreTakers(run, self._start)).check()
             verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
             verdict.update(run.store)
+            self._hosts.ask(run, verdict.wanted)
             self._alerts.check(run, verdict.findings)
             self._profiles.check(run, verdict.findings)
             run.commit()

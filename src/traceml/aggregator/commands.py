@@ -166,7 +166,7 @@ class Commands:
         run = self._run_of(peer)
         name = args.pop("name")
         ranks = args.pop("ranks", None)
-        asked = [each for each in run.connected if not each.is_helper and (ranks is None or each.rank in ranks)]
+        asked = [each for each in _askable(run) if ranks is None or each.rank in ranks]
         if not asked:
             raise CommandError(f"no rank of run {run.id} is connected")
 
@@ -177,7 +177,7 @@ class Commands:
     async def _stacks(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
         """Take a snapshot of each rank: by asking it, or from outside where it does not answer."""
         run = self._run_of(peer)
-        asked = [stream for stream in run.connected if not stream.is_helper]
+        asked = _askable(run)
         if not asked:
             raise CommandError(f"no rank of run {run.id} is connected")
 
@@ -233,3 +233,18 @@ class Commands:
             raise CommandError(f"there is no run {wanted!r} here" if wanted else "there is no run here yet")
 
         return run
+
+
+def _askable(run: ActiveRun) -> list[Stream]:
+    """Return the connected ranks of a run.
+
+    Raises:
+        CommandError: they are connected to the aggregators of their hosts, which carry out commands.
+    """
+    ranks = [stream for stream in run.connected if not stream.is_helper]
+    if ranks and all(stream.is_relayed for stream in ranks):
+        hosts = sorted({stream.incarnation.host for stream in ranks})
+        where = f"{', '.join(hosts[:3])}{', ...' if len(hosts) > 3 else ''}"
+        raise CommandError(f"the ranks of run {run.id} are connected to the aggregators of their hosts: ask on {where}")
+
+    return [stream for stream in ranks if not stream.is_relayed]

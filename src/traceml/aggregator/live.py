@@ -13,6 +13,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.stand_ins import StandIns
 from traceml.diagnosis.steps.window import slots_for
 from traceml.transport.framing import decode_log
 
@@ -41,6 +42,20 @@ class LiveRows:
         """Start an empty window for another number of ranks: how many steps are kept depends on it."""
         self.intake.resize(slots_for(world_size), world_size)
         self.intake.facts.world_size = world_size
+
+    @property
+    def stand_ins(self) -> StandIns:
+        """Ranks that stand for others of their host, where hosts are merged."""
+        return self.intake.window.stand_ins
+
+    def begin_attempt(self) -> None:
+        """Forget which ranks of the attempt before stood for others."""
+        self.intake.window.stand_ins = StandIns()
+
+    def silence(self, host: str) -> None:
+        """Record that a host is out of reach: its ranks are not compared."""
+        self.stand_ins.silence(host)
+        self.fresh = True
 
     def join(self, stream: Stream) -> None:
         """Add a rank; steps of an earlier incarnation are forgotten."""

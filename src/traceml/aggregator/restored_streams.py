@@ -36,6 +36,7 @@ def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[Stream
                           identity.recorder)  # fmt: skip
         stream = Stream(record.id, identity.rank, identity.attempt, incarnation, flight=facts.get("flight", ""))
         stream.is_helper = bool(facts.get("helps"))
+        stream.is_relayed = bool(facts.get("relayed"))
         stream.resumes_at = int(facts.get("resumes_at", 0))
         stream.seen_here = bool(facts.get("seen_here")) and stream.on_this_boot
         stream.state = StreamState(record.state)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgpack
 
@@ -17,10 +17,7 @@ from traceml.database.schema import TABLES
 from traceml.transport.hello import Hello
 from traceml.witness.oom_kills import OomWatch
 
-if TYPE_CHECKING:
-    from traceml.transport.server import Peer
-
-__all__ = ["Incarnation", "Stream", "StreamState"]
+__all__ = ["Incarnation", "Stream", "StreamPeer", "StreamState"]
 
 _BOOT = boot_id()
 _U64 = struct.Struct(">Q")
@@ -33,6 +30,27 @@ def _ack_head(table: str) -> bytes:
 
 # ack{table, seq} up to the number, the only part that differs: 10,000 ranks are acknowledged ten times a second.
 _ACK_HEADS = {name: _ack_head(name) for name in TABLES}
+
+
+class StreamPeer(Protocol):
+    """The other side of a rank's connection: a `transport.server.Peer`, or a share of the one of its host."""
+
+    context: Any
+
+    def write(self, frames: bytes) -> None:
+        """Send frames that are already encoded."""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message, unless the peer is gone."""
+
+    def pause(self, paused: bool) -> None:
+        """Stop or resume reading."""
+
+    def abort(self) -> None:
+        """Cut the connection."""
+
+    def close(self) -> None:
+        """Close after the written bytes have been sent."""
 
 
 class StreamState(StrEnum):
@@ -87,6 +105,7 @@ class Stream:
         "in_window",
         "incarnation",
         "is_helper",
+        "is_relayed",
         "names",
         "next",
         "oom_watch",
@@ -123,12 +142,14 @@ class Stream:
         """Per table the number to acknowledge after the commit."""
         self.names: dict[int, str] = {}
         """The rank's names by id, as received so far."""
-        self.peer: Peer | None = None
+        self.peer: StreamPeer | None = None
         self.connected = False
         self.disconnected_s = 0.0
         """Time when the connection was lost, monotonic seconds."""
         self.is_helper = False
         """Whether it is a forked child of a rank that only logs; it is no rank of its own."""
+        self.is_relayed = False
+        """Whether the aggregator of its host sends its rows."""
         self.in_window = True
         """Whether its rows enter the live windows: only the rank's newest incarnation does."""
         self.resumes_at = 0
@@ -182,7 +203,7 @@ class Stream:
         path = self.flight_path
         return self.seen_here and path is not None and not path.exists()
 
-    def connect(self, peer: Peer) -> None:
+    def connect(self, peer: StreamPeer) -> None:
         """Use a new connection; an earlier one is dead, even if TCP has not noticed."""
         if self.peer is not None and self.peer is not peer:
             self.peer.context = None

@@ -12,6 +12,8 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.window import Window
+from traceml.diagnosis.tree.host_merger import STEPS_COMPARED
+from traceml.diagnosis.tree.row_requests import RowRequests
 from traceml.fail_open import fail_open
 
 __all__ = ["LiveVerdict"]
@@ -24,6 +26,9 @@ _AFTER_FAILURE_S = 60.0
 
 # The rules' cost grows with ranks x steps; with a thousand ranks, fewer steps are enough.
 _MAX_STEPS, _MIN_STEPS, _MAX_CELLS = 200, 32, 65_536
+
+# A host that does not send the rows that it is asked for does not hold up the verdict for more diagnoses than these.
+_LONGEST_UNCONFIRMED = 5
 
 _log = logging.getLogger("traceml")
 
@@ -43,6 +48,9 @@ class LiveVerdict:
         """Number of diagnoses."""
         self.findings: list[Finding] = []
         """All findings of the last diagnosis."""
+        self.wanted: frozenset[int] = frozenset()
+        """Ranks whose rows the hosts are asked for, where hosts are merged."""
+        self._requests, self._unconfirmed = RowRequests(), 0
 
     @property
     def is_hang(self) -> bool:
@@ -59,7 +67,7 @@ class LiveVerdict:
         self._due_s = began_s + _AFTER_FAILURE_S
         findings: list[Finding] = []
         with fail_open(_log, "aggregator", "the live verdict failed"):
-            window, facts = self._live.intake.snapshot(_steps_for(self._live.intake.facts.world_size))
+            window, facts = self._live.intake.snapshot(self._steps())
             findings = diagnose(window, facts)
 
         if not findings:
@@ -68,12 +76,30 @@ class LiveVerdict:
         self.count += 1
         now_s = time.monotonic()
         self._due_s = now_s + (now_s - began_s) * (1 / _SHARE - 1) if now_s - began_s > _SHARE else 0.0
+        if not self._is_confirmed(findings):
+            return
+
         verdict = findings[0]
         self.findings = findings
         signature = (verdict.kind, verdict.ranks, verdict.phase)
         if signature != self._last or now_s - self._stored_s >= _REPEAT_S:
             self._last, self._stored_s = signature, now_s
             store.event("verdict", _event(findings, window))
+
+    def _steps(self) -> int:
+        """Return the number of steps to diagnose; where hosts are merged, those that are sent of each chosen rank."""
+        ranks = self._live.intake.facts.world_size
+        return STEPS_COMPARED if self._live.stand_ins else _steps_for(ranks)
+
+    def _is_confirmed(self, findings: list[Finding]) -> bool:
+        """Ask for the rows that findings near a limit need; return whether they are there, or do not come."""
+        if not self._live.stand_ins:
+            return True
+
+        self.wanted = self._requests.wanted(findings, self._live.stand_ins)
+        confirmed = self._requests.is_confirmed(findings, self._live.stand_ins)
+        self._unconfirmed = 0 if confirmed else self._unconfirmed + 1
+        return confirmed or self._unconfirmed > _LONGEST_UNCONFIRMED
 
 
 def _steps_for(ranks: int) -> int:

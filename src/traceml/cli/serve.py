@@ -21,6 +21,7 @@ from traceml.aggregator.aggregator import Aggregator
 from traceml.aggregator.alerts.alert_targets import target_of
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
+from traceml.aggregator.relay.upstream import Upstream
 from traceml.cli.number_range import PORT, NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_prometheus_option
@@ -40,6 +41,7 @@ __all__ = ["main"]
 _EPILOG = """\
 Training scripts with traceml.init() and the same runs folder on this host find it automatically.
 Scripts on other hosts need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
+--upstream sends merged rows to the aggregator of all hosts (TRACEML_TOKEN is then the same on all).
 --web prints the address of a page with all runs, running and ended.
 --prometheus 0.0.0.0:29767 lets other hosts read the metrics, with a bearer token.
 Scripts with another runs folder need TRACEML_PORT: their runs are stored here then.
@@ -51,7 +53,7 @@ _log = logging.getLogger("traceml")
 def main(argv: list[str]) -> int:
     """Serve until stopped; return the exit status."""
     options = _parser().parse_args(argv)
-    given = {"host": options.host, "port": options.port, "runs_dir": options.runs_dir}
+    given = {name: getattr(options, name) for name in ("host", "port", "runs_dir", "upstream")}
     config = settings.load(**{name: value for name, value in given.items() if value is not None})
     usual = "warning" if options.terminal else "info"  # log lines would disturb the screen
     level = config.log_level if config.sources["log_level"] != "default" else usual
@@ -80,6 +82,7 @@ def main(argv: list[str]) -> int:
             _page(config.runs_dir, options.web),
             _metrics(config, options),
             _collector(config),
+            _upstream(config, options, aggregator),
             _published(host, port, token, aggregator, _folder_lock(options, Path(config.runs_dir))),
             _screen(aggregator, wanted=options.terminal),
         ):
@@ -102,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         "--web", nargs="?", type=PORT, const=PAGE_PORT, metavar="PORT", help="also serve the web page (29766)"
     )
     add_prometheus_option(parser)
+    parser.add_argument(
+        "--upstream", metavar="HOST:PORT", help="also send merged rows of the ranks to the aggregator of all hosts"
+    )
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
     for descriptor in ("--fd", "--folder-fd", "--ready-fd"):
@@ -294,6 +300,22 @@ def _keep_alive(restart_if_dead: Callable[[], object], ended: Callable[[float], 
 
 
 @contextlib.contextmanager
+def _upstream(config: settings.Config, options: argparse.Namespace, aggregator: Aggregator) -> Iterator[None]:
+    """Send the runs to another aggregator, where one is set; the aggregator of a launched job has no other's token."""
+    if config.upstream is None or options.run_id is not None:
+        yield
+        return
+
+    upstream = Upstream(config.upstream, aggregator.registry.runs_dir, config.token, tls=config.tls)
+    with _background_thread(partial(upstream.run, partial(_open_runs, aggregator)), name="traceml-upstream"):
+        yield
+
+
+def _open_runs(aggregator: Aggregator) -> list[Path]:
+    return [run.path for run in aggregator.registry.open_runs]
+
+
+@contextlib.contextmanager
 def _screen(aggregator: Aggregator, *, wanted: bool) -> Iterator[None]:
     """Show each new run by `traceml top`, in a separate process: a slow terminal must not slow the store."""
     if not wanted:
@@ -308,7 +330,7 @@ def _show_runs(aggregator: Aggregator, ended: Callable[[float], bool]) -> None:
     shown: set[Path] = set()
     top: subprocess.Popen[bytes] | None = None
     while not ended(0.3):
-        runs = [run.path for run in aggregator.registry.open_runs if run.path not in shown]
+        runs = [path for path in _open_runs(aggregator) if path not in shown]
         if runs and (top is None or top.poll() is not None):
             shown.add(runs[-1])
             top = subprocess.Popen([sys.executable, "-m", "traceml", "top", str(runs[-1])])

@@ -49,6 +49,7 @@ __all__ = [
     "PHASE_LABELS",
     "PHASE_ORDER",
     "PROCESS",
+    "RELAYED_WHOLE",
     "STEPS",
     "TABLES",
     "TELEMETRY",
@@ -578,6 +579,8 @@ LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
 # Rows that the user logged are never evicted: beyond the memory limit they go to a journal on disk.
 USER_TABLES = frozenset({METRICS.name, LOGGED.name})
 JOURNALED = USER_TABLES | {NAMES.name}
+# Tables of which the aggregator of a host sends on the rows of all its ranks; of others it chooses ranks.
+RELAYED_WHOLE = frozenset({NAMES.name, INFO.name, METRICS.name})
 TABLES: dict[str, Table | Log] = {
     **{table.name: table for table in PACKED},
     **{log.name: log for log in (*LOGS, BLOBS)},

@@ -66,11 +66,12 @@ class RowIntake:
 
     def resize(self, slots: int, ranks: int) -> None:
         """Start an empty window for another number of ranks."""
-        self.window = StepWindow(slots, ranks)
+        self._replace_window(StepWindow(slots, ranks))
 
     def sample(self, steps: Ints, ranks: int) -> SampledWindow:
         """Start an empty window that keeps only these steps, ascending, and return it."""
-        self.window = window = SampledWindow(steps, ranks)
+        window = SampledWindow(steps, ranks)
+        self._replace_window(window)
         return window
 
     def end(self, ended: RankExit) -> None:
@@ -101,7 +102,11 @@ class RowIntake:
 
     def snapshot(self, last: int) -> tuple[Window, JobFacts]:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
-        return self.window.aligned(last=last), self.facts.build(self.window.latest.tolist())
+        window = self.window.aligned(last=last)
+        return window, self.facts.build(self.window.reached(window.missing_ranks).tolist())
+
+    def _replace_window(self, window: StepWindow) -> None:
+        window.stand_ins, self.window = self.window.stand_ins, window
 
     def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:
         if added := self._added[table.name]:

@@ -23,6 +23,7 @@ class InitArguments(TypedDict, total=False):
     runs_dir: str | PathLike[str]
     log_dir: str | PathLike[str]
     fleet_dir: str | PathLike[str] | None
+    upstream: str | None
     run_id: str | None
     run_name: str | None
     project: str

@@ -17,7 +17,7 @@ from traceml.transport.runs_folder import folder_id
 
 __all__ = ["WORLD_LIMIT", "Hello", "Role", "check_rank", "schemas"]
 
-Role = Literal["rank", "agent", "client"]
+Role = Literal["rank", "agent", "client", "relay"]
 
 _TEXT_LIMIT = 4096
 # Twice what one aggregator serves at a frame per rank and second. Its windows take 400 MB for so many ranks.
@@ -34,7 +34,8 @@ class Hello:
     """Identity of a peer; the aggregator trusts it after the proof of the token.
 
     Args:
-        role: `rank` sends rows; `agent` acts for a host; `client` sends commands.
+        role: `rank` sends rows; `agent` acts for a host; `client` sends commands; `relay` is the aggregator of a host,
+            which sends the rows of its ranks.
         run: the job key (`ids.job_key`), equal for all ranks of a job. For a client the run of its commands, or "".
         rank: rank in the job; 0 for clients.
         world_size: ranks in the job.

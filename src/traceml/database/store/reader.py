@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.schema import RELAYED_WHOLE
 from traceml.database.store.frame_reader import FRAME_ROWS, META_BATCH, FrameReader
 from traceml.database.store.records import Frame, RunEvent, StreamIdentity, StreamRecord, assembled
 from traceml.database.store.summaries import SAMPLE_TABLES, STEP_TABLES, StepSums, TableSums, sum_rows
@@ -194,9 +195,9 @@ class StoreReader(FrameReader):
         names, records = _names(tables), self.streams()
         return sum(self._lost_of(record, names) for record in records if stream is None or record.id == stream)
 
-    def _lost_of(self, record: StreamRecord, names: Collection[str]) -> int:
+    def _lost_of(self, record: StreamRecord, names: frozenset[str]) -> int:
         missing = 0
-        for name in names:
+        for name in names & RELAYED_WHOLE if record.facts.get("relayed") else names:
             key = name, record.id
             total, (emptied, next_seq) = self._progress.get(key, _NOTHING), self._emptied.get(key, (0, 0))
             missing += max(total.next_seq, next_seq, record.appended(name)) - total.stored - emptied

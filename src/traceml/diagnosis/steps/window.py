@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
+from traceml.diagnosis.steps.stand_ins import StandIns
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     Floats,
@@ -159,10 +160,14 @@ class StepWindow:
     Args:
         slots: steps kept per rank; see `slots_for`.
         ranks: ranks to allocate now; more are added as they arrive.
+
+    Attributes:
+        stand_ins: ranks that stand for others, where hosts are merged.
     """
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.slots = slots
+        self.stand_ins = StandIns()
         self._capacity = 0
         self._latest = np.empty(0, np.int64)
         self._ended = np.empty(0, bool)
@@ -178,6 +183,14 @@ class StepWindow:
     def latest(self) -> Ints:
         """Last step of each rank by rank index, -1 before the first."""
         return self._latest[: self._capacity]
+
+    def reached(self, missing: Collection[int] = ()) -> Ints:
+        """Return the last step of each rank, also of those that others stand for; -1 before the first.
+
+        Args:
+            missing: ranks with rows that are not compared; see `Window`.
+        """
+        return self.stand_ins.reached(self.latest, missing) if self.stand_ins else self.latest
 
     @property
     def end_ns(self) -> Ints:
@@ -286,7 +299,7 @@ class StepWindow:
         coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
         kept = coverage >= 0.5 * coverage.max()
         missing_ranks = (*missing_ranks, *chosen[~kept].tolist())
-        return self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks)
+        return self._with_stand_ins(self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks))
 
     def held(self, rank_index: int) -> Window:
         """Return all steps kept of one rank, in order."""
@@ -312,8 +325,19 @@ class StepWindow:
         """Return the steps that may be kept up to the newest, at most `last`, in order."""
         return np.arange(max(newest - last + 1, 0), newest + 1, dtype=np.int64)
 
+    def _with_stand_ins(self, window: Window) -> Window:
+        if not self.stand_ins:
+            return window
+
+        ranks = window.ranks.tolist()
+        above = self.stand_ins.above(ranks, window.steps)
+        return replace(window, stands_for=self.stand_ins.stands_for(ranks), above=above)
+
     def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
         seen = self._latest >= 0
+        if self.stand_ins:  # the steps of ranks whose rows are not sent end anywhere
+            seen[self.stand_ins.unsent[self.stand_ins.unsent < len(seen)]] = False
+
         live = seen & ~self._ended
         if not live.any():
             live = seen
@@ -322,6 +346,9 @@ class StepWindow:
             return np.empty(0, np.int64), ()
 
         near = live & (self._latest > self._latest[live].max() - max(self._reach // 2, 1))
+        if self.stand_ins and not np.isin(np.flatnonzero(near), self.stand_ins.silent).all():
+            near[np.isin(np.arange(len(near)), self.stand_ins.silent)] = False
+
         return np.flatnonzero(near), tuple(np.flatnonzero(live & ~near).tolist())
 
     def _window(self, ranks: Ints, steps: Ints, missing_ranks: tuple[int, ...]) -> Window:

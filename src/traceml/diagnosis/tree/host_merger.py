@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
@@ -30,9 +31,10 @@ class HostMerger:
     Args:
         host: its name.
         world_size: ranks of the job.
+        sent_rows: number of rows of each rank that were sent before; it is kept up to date.
     """
 
-    def __init__(self, host: str, world_size: int) -> None:
+    def __init__(self, host: str, world_size: int, sent_rows: Counter[int] | None = None) -> None:
         self._host = host
         self._facts = JobFacts(world_size=world_size)
         self._index: dict[int, int] = {}
@@ -40,6 +42,7 @@ class HostMerger:
         self._new: dict[int, list[Rows]] = {}
         self._ended: set[int] = set()
         self._sent: frozenset[int] = frozenset()
+        self._sent_rows = Counter[int]() if sent_rows is None else sent_rows
         self._typical: int | None = None
         self._last_step = -1
         self._window = StepWindow(_SLOTS)
@@ -80,6 +83,7 @@ class HostMerger:
         begins = sorted(sent - self._sent)
         rows = {rank: self._rows_of(rank, new, rank in begins) for rank in sorted(sent)}
         first_step, above_ns = self._above(window, segments, choice)
+        self._sent_rows.update({rank: len(data) // STEPS.row_bytes for rank, data in rows.items()})
         self._sent, self._typical = sent, choice.typical
         return HostSecond(
             host=self._host,
@@ -88,6 +92,7 @@ class HostMerger:
             rows=rows,
             begins=tuple(begins),
             ended=tuple(sorted(self._ended)),
+            ended_at=tuple(int(self._window.latest[self._index[rank]]) for rank in sorted(self._ended)),
             first_step=first_step,
             above_ns=above_ns,
             sums=_sums(new.values()),
@@ -106,7 +111,14 @@ class HostMerger:
         """Return the own work of the host's ranks and the choice, in which ranks have their numbers in the job."""
         rank_of = np.array(list(self._index), np.int64)
         segments = replace(segments_of(window, self._facts), ranks=rank_of[window.ranks])
-        return segments, choose_ranks(segments, self._typical)
+        return segments, choose_ranks(segments, self._kept())
+
+    def _kept(self) -> int | None:
+        """Return the rank that stays typical: at the beginning and at the end the one of which most rows are sent."""
+        if self._typical is not None and self._ended < self._index.keys():
+            return self._typical
+
+        return max(self._sent_rows, key=self._sent_rows.__getitem__, default=self._typical)
 
     def _rows_of(self, rank: int, new: dict[int, Rows], begins: bool) -> bytes:
         if begins:

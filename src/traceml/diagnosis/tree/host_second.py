@@ -17,11 +17,11 @@ import numpy as np
 from traceml.database.schema import STEPS
 from traceml.database.store.codec import decode, encode
 from traceml.database.store.summaries import TableSums
+from traceml.diagnosis.steps.stand_ins import HostChoice, packed_ms, unpacked_ns
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["HostSecond"]
 
-_NS_PER_MS = np.float32(1e6)  # milliseconds in half precision reach to a minute, accurate to 0.05 %
 _BINS = TableSums.empty(STEPS).bins.dtype
 
 
@@ -36,6 +36,7 @@ class HostSecond:
         rows: rank -> its new rows of `steps`, of the typical rank, of outliers, and of ranks that were asked for.
         begins: ranks of `rows` that are sent from now on, with their newest earlier rows.
         ended: ranks that have ended.
+        ended_at: the last step of each of these, -1 without any.
         first_step: step of the first value of `above_ns`.
         above_ns: by step, own work of the longest of the ordinary ranks beyond that of the typical one; NaN where a
             rank has no such step.
@@ -48,9 +49,24 @@ class HostSecond:
     rows: Mapping[int, bytes]
     begins: tuple[int, ...]
     ended: tuple[int, ...]
+    ended_at: tuple[int, ...]
     first_step: int
     above_ns: Floats
     sums: TableSums
+
+    @property
+    def choice(self) -> HostChoice:
+        """The ranks that are sent, and those that the typical one stands for."""
+        return HostChoice(
+            host=self.host,
+            typical=self.typical,
+            ordinary=self.ordinary,
+            sent=tuple(self.rows),
+            ended=self.ended,
+            ended_at=self.ended_at,
+            first_step=self.first_step,
+            above_ns=self.above_ns,
+        )
 
     def encoded(self) -> bytes:
         """Return the message as bytes."""
@@ -58,8 +74,9 @@ class HostSecond:
         bins = [list(each) for each in self.sums.bins.tolist()]  # many are zero, which is one byte
         counts = [len(data) // STEPS.row_bytes for data in self.rows.values()]
         message = [
-            self.host, self.typical, self.ordinary, list(self.rows), counts, self.begins, self.ended, self.first_step,
-            (self.above_ns / _NS_PER_MS).astype("<f2").tobytes(), self.sums.width,
+            self.host, self.typical, self.ordinary, list(self.rows), counts, self.begins, self.ended, self.ended_at,
+            self.first_step,
+            packed_ms(self.above_ns), self.sums.width,
             bins, self.sums.levels.astype("<u2").tobytes(), int(codec), packed,
         ]  # fmt: skip
         return bytes(msgpack.packb(message))
@@ -78,15 +95,14 @@ class HostSecond:
 
     @classmethod
     def _of(cls, message: list[Any]) -> Self:
-        host, typical, ordinary, ranks, counts, begins, ended, first, above, width, bins, levels, codec, packed = (
-            message
-        )
+        host, typical, ordinary, ranks, counts, begins, ended, ended_at, first, above, width, *sums = message
+        bins, levels, codec, packed = sums
         rows = memoryview(decode(codec, packed, STEPS.row_bytes))
         edges = [0, *accumulate(count * STEPS.row_bytes for count in counts)]
         if len(ranks) != len(counts) or edges[-1] != len(rows):
             raise ValueError("its rows are not those of its ranks")
 
-        sums = np.array([tuple(each) for each in bins], _BINS)
+        summed = np.array([tuple(each) for each in bins], _BINS)
         counted = np.frombuffer(levels, "<u2").reshape(-1, 2).astype(np.int64)
         return cls(
             host=str(host),
@@ -95,7 +111,8 @@ class HostSecond:
             rows={rank: bytes(rows[a:b]) for rank, (a, b) in zip(ranks, pairwise(edges), strict=True)},
             begins=tuple(begins),
             ended=tuple(ended),
+            ended_at=tuple(ended_at),
             first_step=int(first),
-            above_ns=np.frombuffer(above, "<f2").astype(np.float32) * _NS_PER_MS,
-            sums=TableSums(STEPS.name, int(width), sums, counted),
+            above_ns=unpacked_ns(above),
+            sums=TableSums(STEPS.name, int(width), summed, counted),
         )

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import significant
 from traceml.diagnosis.steps.step_split import PHASES
-from traceml.diagnosis.steps.window import Window
+from traceml.diagnosis.steps.window import Ints, Window
 from traceml.runs.report.report_types import (
     ExitSection,
     GpuSection,
@@ -55,8 +55,9 @@ def steps(digest: Digest, window: Window) -> StepsSection:
         digest: the run.
         window: the steps to describe; of a long run a sample.
     """
+    latest = digest.window.latest
     section = StepsSection(
-        count=max((steps_of(digest, rank) for rank in range(digest.window.latest.size)), default=0),
+        count=max((steps_of(digest, rank, latest) for rank in range(latest.size)), default=0),
         cut=digest.cut,
         diagnosed=len(window),
     )
@@ -85,9 +86,14 @@ def _totals(digest: Digest) -> StepTotals | None:
     return totals if totals is None or set_up is None else totals.without(set_up)
 
 
-def steps_of(digest: Digest, rank: int) -> int:
-    """Return the number of steps of a rank, without those before it resumed."""
-    latest = digest.window.latest
+def steps_of(digest: Digest, rank: int, latest: Ints) -> int:
+    """Return the number of steps of a rank, without those before it resumed.
+
+    Args:
+        digest: the run.
+        rank: the rank.
+        latest: last step of each rank.
+    """
     if rank >= len(latest) or latest[rank] < 0:
         return 0
 
@@ -153,25 +159,25 @@ def _number(value: float) -> float:
 
 def ranks(digest: Digest) -> list[RankSection]:
     """Return the state of each rank of the last attempt, and its end."""
+    latest = digest.window.reached()
     return [
         RankSection(
             rank=rank,
             host=stream.host,
             pid=stream.identity.pid,
-            steps=steps_of(digest, rank),
+            steps=steps_of(digest, rank, latest),
             state=stream.state,
-            exit=_exit(digest, stream),
+            exit=_exit(digest, stream, latest),
         )
         for rank, stream in sorted(digest.ranks.items())
     ]
 
 
-def _exit(digest: Digest, stream: StreamRecord) -> ExitSection:
+def _exit(digest: Digest, stream: StreamRecord, latest: Ints) -> ExitSection:
     ended = digest.facts.exits.get(stream.rank)
     if ended is None:
         ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
 
-    latest = digest.window.latest
     last_step = ended.last_step
     if stream.rank < len(latest) and latest[stream.rank] >= 0:
         # The rank's last report does not count the step that was still open.

@@ -18,6 +18,7 @@ from traceml.runs.rows.clocks import RunClocks
 __all__ = ["checkpoints", "resumes_at", "wall_time"]
 
 _S = 1e9
+_WHOLE = 0.9  # share of the steps of the rank with most of them
 _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
@@ -74,11 +75,25 @@ def _mean(values: Sequence[float]) -> float:
 def _by_rank(records: Sequence[StreamRecord], sums: Mapping[int, StepSums]) -> list[list[StreamRecord]]:
     """Return the streams with steps or evaluation of each rank, in the order of the job's attempts."""
     ranks: dict[int, list[StreamRecord]] = {}
+    partly = _sent_partly(records, sums)
     for stream in sorted(records, key=lambda stream: (stream.attempt, stream.id)):
+        if stream.id in partly:
+            continue
+
         if stream.id in sums and (sums[stream.id].count or sums[stream.id].evals.rows):
             ranks.setdefault(stream.rank, []).append(stream)
 
     return list(ranks.values())
+
+
+def _sent_partly(records: Iterable[StreamRecord], sums: Mapping[int, StepSums]) -> set[int]:
+    """Return the streams of which the aggregator of their host has sent a part of the steps only."""
+    relayed = [each for each in records if each.facts.get("relayed") and each.id in sums]
+    most: dict[int, int] = {}
+    for each in relayed:
+        most[each.attempt] = max(most.get(each.attempt, 0), sums[each.id].count)
+
+    return {each.id for each in relayed if sums[each.id].count < _WHOLE * most[each.attempt]}
 
 
 def _useful(streams: Sequence[StreamRecord], sums: Mapping[int, StepSums], goes_on: Mapping[int, int]) -> UsefulTime:

@@ -41,6 +41,7 @@ from traceml.diagnosis.facts.job_facts import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice
 from traceml.diagnosis.steps.step_split import has_group
 from traceml.diagnosis.steps.window import MAX_CELLS, Window, slots_for
 from traceml.runs.rows.metrics import MetricSummary
@@ -167,8 +168,8 @@ class Digest:
             state: of the run, where more is known than its aggregator recorded.
         """
         self.facts.state, self.facts.world_size = state or self.state, self.world_size
-        facts = self.facts.build(self.window.latest.tolist())
-        return diagnose(self.window.aligned() if window is None else window, facts)
+        window = self.window.aligned() if window is None else window
+        return diagnose(window, self.facts.build(self.window.reached(window.missing_ranks).tolist()))
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
@@ -182,7 +183,7 @@ class Digest:
         """The same by stream, as read for `totals`."""
         self.set_up: StepTotals | None = None
         """The sums of the first steps, which include set-up; like `totals`."""
-        self._last_snapshot = self._last_takers = 0
+        self._last_snapshot = self._last_takers = self._last_choice = 0
         self.first: dict[int, tuple[int, int]] = {}
         """Step and monotonic end of the first row of each rank."""
 
@@ -351,6 +352,11 @@ class Digest:
         for event in reader.events(self._last_takers, CORE_TAKERS):
             self._last_takers = event.id
             self.facts.core_takers.add(event.data.get("cores"))
+
+        for event in reader.events(self._last_choice, HOST_CHOICE):
+            self._last_choice = event.id
+            if event.data.get("attempt") == self._attempt:
+                self.window.stand_ins.take(HostChoice.from_facts(event.data))
 
         ended = reader.last_event(END)
         if ended is not None:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from traceml.database.snapshots import SNAPSHOT
 from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
+from traceml.diagnosis.steps.stand_ins import HOST_CHOICE
 
 __all__ = ["RunEvents"]
 
 _KEPT = 200
-_READINGS = {SNAPSHOT, CORE_TAKERS}
+_READINGS = {SNAPSHOT, CORE_TAKERS, HOST_CHOICE}
 """Kinds that are stored every few seconds for the diagnosis, whose finding tells what they say."""
 
 

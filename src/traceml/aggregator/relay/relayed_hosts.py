@@ -1,0 +1,194 @@
+"""Hosts that send the rows of their ranks here, each over one connection per run; in the center.
+
+A relayed rank is a stream of its run as one with a connection of its own. Its host looks after its process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.streams import Stream, StreamPeer, StreamState
+from traceml.database.schema import TABLES, Table
+from traceml.database.store.codec import decode
+from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice
+from traceml.errors import ProtocolError
+from traceml.transport.hello import Hello
+from traceml.transport.server import Peer
+
+__all__ = ["RelayedHosts", "RelayedRank"]
+
+
+class RelayedRank:
+    """The connection of a relayed rank, as its stream has one: it shares that of its host.
+
+    Args:
+        host: the connection of the host.
+    """
+
+    def __init__(self, host: Peer) -> None:
+        self.context: Any = None
+        self._host = host
+
+    def write(self, frames: bytes) -> None:
+        """Ignore acknowledgments of single tables: the host gets one for each of its messages."""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Ignore commands: the aggregator of the host carries them out."""
+
+    def pause(self, paused: bool) -> None:
+        """Stop or resume reading from the host."""
+        self._host.pause(paused)
+
+    def abort(self) -> None:
+        """Do nothing: the connection is the host's."""
+
+    def close(self) -> None:
+        """Do nothing: the connection is the host's."""
+
+
+@dataclass(slots=True)
+class _RelayedHost:
+    """A connected host, and its ranks by the number that it has given them."""
+
+    peer: Peer
+    key: str
+    ranks: dict[int, tuple[ActiveRun, Stream, RelayedRank]] = field(default_factory=dict)
+    run: ActiveRun | None = None
+    taken: int = 0
+    stored: int = 0
+    wanted: frozenset[int] = frozenset()
+
+
+class RelayedHosts:
+    """The connected hosts.
+
+    Args:
+        admit: admits a rank: returns its run and its stream.
+    """
+
+    def __init__(self, admit: Callable[[Hello, StreamPeer], tuple[ActiveRun, Stream]]) -> None:
+        self._admit = admit
+        self._hosts: dict[Peer, _RelayedHost] = {}
+
+    def take(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Handle a message of a host.
+
+        Raises:
+            ProtocolError: it is none that a host sends, or does not fit to those before.
+            RefusedError: a rank cannot be admitted, or a row not be stored.
+        """
+        assert peer.hello is not None
+        host = self._hosts.setdefault(peer, _RelayedHost(peer, f"{peer.hello.host} {peer.hello.recorder}".strip()))
+        kind = message["t"]
+        if kind == "rank":
+            self._join(host, message)
+        elif kind == "second":
+            self._second(host, message)
+        else:
+            raise ProtocolError(f"{kind[:50]!r} is not expected from the aggregator of a host")
+
+    def stored(self, run: ActiveRun) -> None:
+        """Tell the hosts of a run that the rows of all their messages so far are stored."""
+        for host in self._hosts.values():
+            if host.run is run and host.stored < host.taken:
+                host.stored = host.taken
+                host.peer.send({"t": "stored", "number": host.stored})
+
+    def ask(self, run: ActiveRun, ranks: Collection[int]) -> None:
+        """Ask the hosts of a run for all rows of some ranks from now on, and no longer for those of others."""
+        for host in self._hosts.values():
+            if host.run is not run or not (ranks or host.wanted):
+                continue
+
+            choice = run.live.stand_ins.choice_of(host.key)
+            wanted = choice.ranks.intersection(ranks) if choice is not None else frozenset[int]()
+            if wanted != host.wanted:
+                host.wanted = wanted
+                host.peer.send({"t": "wanted", "ranks": sorted(wanted)})
+
+    def disconnected(self, peer: Peer) -> None:
+        """Record that the connection of a host has ended: its ranks are out of reach."""
+        host = self._hosts.pop(peer, None)
+        if host is None:
+            return
+
+        gone = [(run, stream) for run, stream, link in host.ranks.values() if stream.peer is link]
+        for run, stream in gone:
+            run.disconnected(stream)
+
+        if gone and host.run is not None:
+            host.run.live.silence(host.key)
+
+    def _join(self, host: _RelayedHost, message: dict[str, Any]) -> None:
+        number, told = message.get("id"), message.get("hello")
+        if not isinstance(number, int) or not isinstance(told, dict):
+            raise ProtocolError("a relayed rank has no id and hello")
+
+        # Without the boot id and the flight file: its process and that file are its host's business, also where that
+        # is this host.
+        hello = replace(Hello.from_message(told), role="rank", boot_id="", flight="", parent="", runs_dir="")
+        link = RelayedRank(host.peer)
+        run, stream = self._admit(hello, link)
+        link.context = run, stream
+        stream.is_relayed = True
+        run.store.update_stream(stream.id, relayed=True)
+        host.ranks[number], host.run = (run, stream, link), run
+        host.peer.send({"t": "joined", "id": number, "acked": dict(stream.next)})
+
+    def _second(self, host: _RelayedHost, message: dict[str, Any]) -> None:
+        rows, number, chosen = message.get("rows"), message.get("number"), message.get("choice")
+        if not isinstance(rows, list) or not isinstance(number, int):
+            raise ProtocolError("the message of a host has no rows and number")
+
+        for each in rows:
+            self._take_rows(host, each)
+
+        if chosen is not None and host.run is not None:
+            self._choose(host.run, host.key, chosen)
+
+        for each in message.get("ends") or ():
+            self._end(host, each)
+
+        host.taken = number
+
+    @staticmethod
+    def _take_rows(host: _RelayedHost, row: Any) -> None:
+        try:
+            rank, name, seq, n, codec, packed = row
+            run, stream, _ = host.ranks[rank]
+            table = TABLES[name]
+            data = bytes(decode(codec, packed, table.row_bytes if isinstance(table, Table) else 1))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"relayed rows cannot be read: {error!r}") from error
+
+        run.ingest.take(stream, name, seq, n, data)
+
+    @staticmethod
+    def _choose(run: ActiveRun, key: str, row: Any) -> None:
+        try:
+            choice = replace(HostChoice.from_row(row), host=key)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+
+        ranks = (choice.typical, *choice.ordinary, *choice.sent, *choice.ended)
+        if min(ranks) < 0 or max(ranks) >= run.world_size:
+            raise ProtocolError(f"the choice of a host has ranks beyond the {run.world_size} of its run")
+
+        if run.live.stand_ins.take(choice):
+            run.store.event(HOST_CHOICE, {"attempt": run.attempt, **choice.to_facts()})
+
+    @staticmethod
+    def _end(host: _RelayedHost, end: Any) -> None:
+        try:
+            number, state, known = end
+            run, stream, link = host.ranks[number]
+            found, facts = StreamState(state), dict(known)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"the end of a relayed rank cannot be read: {error!r}") from error
+
+        if stream.peer is link and not stream.ended:
+            stream.exit |= facts
+            run.end_relayed(stream, found)

@@ -1,0 +1,375 @@
+"""Relay of one run to another aggregator: a reader of its store, in the aggregator of a host.
+
+The store is the only buffer: rows that could not be sent are read from it again. Each message has a number, and the
+center confirms the last one whose rows it has stored. A new connection goes on behind that message; rows that the
+center has nevertheless are not sent or not stored again, as the rows of each rank are numbered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from traceml.database.schema import NAMES, PACKED, RELAYED_WHOLE, STEPS, TABLES, TELEMETRY
+from traceml.database.store.codec import encode
+from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.steps.stand_ins import HostChoice
+from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
+from traceml.diagnosis.tree.host_second import HostSecond
+from traceml.transport.client import Connection
+from traceml.transport.hello import Hello
+
+__all__ = ["RunRelay"]
+
+# Telemetry counts the rows that a rank has appended, of which few are sent on.
+_CHOSEN = frozenset(table.name for table in PACKED) - RELAYED_WHOLE - {TELEMETRY.name}
+_FRAMES = 256
+_MESSAGE_BYTES = 1 << 20
+_MOST_UNSENT_BYTES = 4 << 20
+_JOIN_S, _FLUSH_S = 5.0, 1.0
+
+
+@dataclass(slots=True)
+class _RelayedStream:
+    """A stream of the run, as far as it is sent.
+
+    Attributes:
+        rank: its rank.
+        attempt: attempt of the job that it belongs to.
+        acked: by table, number of the next row that the center wants.
+        held: by table, newest rows that were not sent, as its rank was not chosen.
+        is_joined: whether the center has admitted it on this connection.
+        is_ended: whether the center knows of its end.
+    """
+
+    rank: int
+    attempt: int
+    acked: dict[str, int] = field(default_factory=dict)
+    held: dict[str, list[Frame]] = field(default_factory=dict)
+    is_joined: bool = False
+    is_ended: bool = False
+
+
+class RunRelay:
+    """Sends a run to another aggregator.
+
+    Args:
+        run_dir: folder of the run.
+        host_id: tells several aggregators of one host apart; the same after a restart.
+        dial: connects to the center.
+
+    Attributes:
+        is_done: whether the run is over, and all of it is stored in the center.
+    """
+
+    def __init__(self, run_dir: Path, host_id: str, dial: Callable[[Hello], Connection]) -> None:
+        self.path = run_dir
+        self.is_done = False
+        self._host_id, self._dial = host_id, dial
+        self._link: Connection | None = None
+        self._reader: StoreReader | None = None
+        self._cursor = self._safe = 0
+        self._number = self._stored = 0
+        self._marks: deque[tuple[int, int]] = deque()
+        self._asked: frozenset[int] = frozenset()
+        self._sent_rows = Counter[int]()
+        self._is_caught_up = self._is_over = False
+        self._streams: dict[int, _RelayedStream] = {}
+        self._begin_attempt(-1)
+
+    def __repr__(self) -> str:
+        return f"<relay of {self.path.name}>"
+
+    def turn(self) -> None:
+        """Send what is new, connecting first where there is no connection. Call it once a second.
+
+        Raises:
+            AggregatorRefusedError: the center refuses this host.
+            ConnectionError: the connection is lost; the next call makes another one.
+            StoreError: the run's store cannot be read.
+        """
+        try:
+            self._turn(self._connected())
+        except BaseException:
+            self.disconnect()
+            raise
+
+    def finish(self, timeout_s: float) -> None:
+        """Send what is new, and wait until it is stored there; see `turn`."""
+        deadline_s = time.monotonic() + timeout_s
+        self.turn()
+        while not self.is_stored and self._link is not None and (left_s := deadline_s - time.monotonic()) > 0:
+            self._take(self._link.receive(left_s))
+
+        self.is_done = self._is_over and self.is_stored
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the center has stored all that was read of the run."""
+        return self._is_caught_up and self._stored == self._number
+
+    def disconnect(self) -> None:
+        """Close the connection and the store."""
+        self._is_caught_up = False
+        if self._link is not None:
+            self._link.close("relay ends")
+            self._link = None
+
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _connected(self) -> Connection:
+        if self._link is None:
+            self._reader = StoreReader(self.path / STORE_NAME)
+            self._link = self._dial(self._hello())
+            self._cursor, self._number, self._stored, self._is_caught_up = self._safe, 0, 0, False
+            self._marks.clear()
+            self._asked = frozenset()
+            self._streams = {}
+            self._begin_attempt(-1)
+
+        return self._link
+
+    def _begin_attempt(self, attempt: int, world_size: int = 1) -> None:
+        """Compare the ranks of another attempt, or of the same one over another connection."""
+        self._attempt = attempt
+        self._merger = HostMerger(self._host_id, world_size, self._sent_rows)
+        self._choice: HostChoice | None = None
+
+    def _turn(self, link: Connection) -> None:
+        assert self._reader is not None
+        self._take(link.receive())
+        run = self._reader.meta().get("run", {})  # before the rows: all of a run that has ended are there
+        records = {record.id: record for record in self._reader.streams()}
+        new = self._new(records.values())
+        if new and self._streams:  # the center takes a rank that starts again when it knows the end of the one before
+            self._send_rest(link, self._reader, records, {record.id for record in new})
+
+        self._join(link, new, run)
+        self._is_caught_up = self._send_rest(link, self._reader, records)
+        ended = all(stream.is_ended for stream in self._streams.values())
+        self._is_over = self._is_caught_up and ended and run.get("ended") is not None
+        self.is_done = self._is_over and self.is_stored
+        link.flush(_FLUSH_S)
+
+    # --- ranks -------------------------------------------------------------------------------------------------------
+
+    def _new(self, records: Iterable[StreamRecord]) -> list[StreamRecord]:
+        """Return the ranks of the newest attempt that the center does not know, or that go on after their end."""
+        ranks = [each for each in records if not each.facts.get("helps") and not each.facts.get("relayed")]
+        attempt = max((record.attempt for record in ranks), default=-1)
+        newest = {record.rank: record for record in ranks if record.attempt == attempt}
+        return [record for record in newest.values() if self._is_new(record)]
+
+    def _is_new(self, record: StreamRecord) -> bool:
+        known = self._streams.get(record.id)
+        return known is None or (known.is_ended and record.state == "running")
+
+    def _join(self, link: Connection, new: list[StreamRecord], run: dict[str, Any]) -> None:
+        """Have the center admit ranks."""
+        if new and new[0].attempt != self._attempt:
+            if self._attempt >= 0:
+                self._sent_rows.clear()
+
+            self._begin_attempt(new[0].attempt, max(int(run.get("world_size", 1)), 1))
+
+        for record in new:
+            self._streams[record.id] = _RelayedStream(record.rank, record.attempt)
+            self._merger.join(record.rank)
+            link.send({"t": "rank", "id": record.id, "hello": _hello_of(record, run)})
+
+        self._await_joined(link)
+
+    def _await_joined(self, link: Connection) -> None:
+        deadline_s = time.monotonic() + _JOIN_S
+        while not all(stream.is_joined for stream in self._streams.values()):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"{link.address} has not admitted the ranks within {_JOIN_S:.0f} s")
+
+            self._take(link.receive(left_s))
+
+    def _ends(self, records: Mapping[int, StreamRecord]) -> list[list[Any]]:
+        """Return the ranks that have ended since the last call, all of whose rows are sent."""
+        ends = []
+        newest = {stream.rank: number for number, stream in self._streams.items() if stream.attempt == self._attempt}
+        for number, stream in self._streams.items():
+            state, known = records[number].state, records[number].facts.get("exit", {})
+            if state == "running" or stream.is_ended:
+                continue
+
+            stream.is_ended = True
+            ends.append([number, state, known])
+            if newest.get(stream.rank) == number:
+                self._merger.end(stream.rank)
+
+        return ends
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def _send_rest(
+        self, link: Connection, reader: StoreReader, records: Mapping[int, StreamRecord], but: Container[int] = ()
+    ) -> bool:
+        """Send the rows since the last call, and the ends of ranks; return whether there is no more.
+
+        Args:
+            link: the connection.
+            reader: of the run's store.
+            records: its streams, read before.
+            but: streams that the center does not know: their rows, and all after them, are left for later.
+        """
+        while link.unsent_bytes < _MOST_UNSENT_BYTES:
+            whole: list[Frame] = []
+            is_last = self._read(reader, records, but, whole)
+            self._send(link, whole, [])
+            if is_last:
+                self._send(link, [], self._ends(records))
+                return True
+
+            self._take(link.receive())
+
+        return False
+
+    def _read(
+        self, reader: StoreReader, records: Mapping[int, StreamRecord], but: Container[int], whole: list[Frame]
+    ) -> bool:
+        """Read rows for one message; return whether there are no more."""
+        size = 0
+        while size < _MESSAGE_BYTES:
+            frames = reader.frames_of((*RELAYED_WHOLE, *_CHOSEN), self._cursor, _FRAMES)
+            for frame in frames:
+                if frame.stream in but or frame.stream not in records:
+                    return True
+
+                self._cursor, size = frame.id, size + len(frame.data)
+                self._take_frame(frame, whole)
+
+            if not frames:
+                return True
+
+        return False
+
+    def _take_frame(self, frame: Frame, whole: list[Frame]) -> None:
+        stream = self._streams.get(frame.stream)
+        if stream is None or frame.thinned:
+            return
+
+        if frame.table == STEPS.name and stream.attempt == self._attempt:
+            self._merger.add(stream.rank, frame.data)
+
+        if frame.end > stream.acked.get(frame.table, 0):
+            (whole if frame.table in RELAYED_WHOLE else stream.held.setdefault(frame.table, [])).append(frame)
+
+    def _send(self, link: Connection, whole: list[Frame], ends: list[list[Any]]) -> None:
+        """Send one message, if there is anything to say."""
+        second = self._merger.flush(self._asked)
+        frames = [*whole, *self._chosen(second)]
+        choice = None if second is None else second.choice
+        is_known = choice is None or (choice.is_same(self._choice) and not len(choice.above_ns))
+        if is_known and not frames and not ends:
+            return
+
+        self._number += 1
+        self._choice = choice
+        self._marks.append((self._number, self._cursor))
+        link.send({
+            "t": "second", "number": self._number, "rows": list(_packed(frames)),
+            "choice": None if choice is None else choice.to_row(), "ends": ends,
+        })  # fmt: skip
+
+    def _chosen(self, second: HostSecond | None) -> list[Frame]:
+        """Return the held rows of the chosen ranks; keep the newest ones of the others, for when they are chosen."""
+        chosen: list[Frame] = []
+        for stream in self._streams.values():
+            is_chosen = second is not None and stream.attempt == self._attempt and stream.rank in second.rows
+            if is_chosen:
+                chosen += [frame for frames in stream.held.values() for frame in frames]
+                stream.held.clear()
+            else:
+                stream.held = {table: _newest(frames) for table, frames in stream.held.items()}
+
+        return chosen
+
+    # --- messages of the center --------------------------------------------------------------------------------------
+
+    def _take(self, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            kind = message["t"]
+            if kind == "joined" and message.get("id") in self._streams:
+                stream = self._streams[message["id"]]
+                stream.acked, stream.is_joined = dict(message.get("acked", {})), True
+                if (stored := stream.acked.get(STEPS.name, 0)) > self._sent_rows[stream.rank]:
+                    self._sent_rows[stream.rank] = stored
+            elif kind == "stored":
+                self._confirm(int(message["number"]))
+            elif kind == "wanted":
+                self._asked = frozenset(message["ranks"])
+
+    def _confirm(self, number: int) -> None:
+        self._stored = number
+        while self._marks and self._marks[0][0] <= number:
+            self._safe = self._marks.popleft()[1]
+
+    def _hello(self) -> Hello:
+        assert self._reader is not None
+        run = self._reader.meta().get("run", {})
+        return Hello(role="relay", run=_key(run), recorder=self._host_id, name=str(run.get("name", "")))
+
+
+def _key(run: dict[str, Any]) -> str:
+    """Return the job key of a run: where another run had it, its own id was added."""
+    return str(run.get("job", "")).partition("#")[0]
+
+
+def _hello_of(record: StreamRecord, run: dict[str, Any]) -> dict[str, Any]:
+    """Return the hello that a rank has sent to this aggregator, as far as the center needs it."""
+    facts, identity = record.facts, record.identity
+    hello = Hello(
+        role="rank", run=_key(run), rank=identity.rank, world_size=int(facts.get("world_size", 1)),
+        local_rank=int(facts.get("local_rank", 0)), attempt=max(identity.attempt - int(run.get("attempt_base", 0)), 0),
+        host=identity.host, pid=identity.pid, start_ticks=identity.start_ticks, recorder=identity.recorder,
+        boot_id="", run_id=str(run.get("id", "")) if run.get("named") else "", name=str(run.get("name", "")),
+        project=str(run.get("project", "default")), command=str(facts.get("command", "")),
+        restarts_left=int(run.get("restarts_left") or 0), schemas={}, clock=tuple(facts.get("clock") or (0, 0)),
+    )  # fmt: skip
+    return asdict(hello)
+
+
+def _newest(frames: list[Frame]) -> list[Frame]:
+    """Return the newest frames with so many rows as are compared, and the first of them cut."""
+    rows = 0
+    for at in range(len(frames) - 1, -1, -1):
+        rows += frames[at].n
+        if rows >= STEPS_COMPARED:
+            return [frames[at].after(frames[at].end - STEPS_COMPARED), *frames[at + 1 :]]
+
+    return frames
+
+
+def _packed(frames: Iterable[Frame]) -> Iterator[list[Any]]:
+    """Yield the rows of frames as a message has them, consecutive ones together; names come first."""
+    ordered = sorted(frames, key=lambda frame: (frame.table != NAMES.name, frame.stream, frame.table, frame.seq))
+    for (stream, table), group in groupby(ordered, key=lambda frame: (frame.stream, frame.table)):
+        for run in _consecutive(group):
+            codec, data = encode(TABLES[table], b"".join(frame.data for frame in run))
+            yield [stream, table, run[0].seq, sum(frame.n for frame in run), int(codec), data]
+
+
+def _consecutive(frames: Iterable[Frame]) -> Iterator[list[Frame]]:
+    run: list[Frame] = []
+    for frame in frames:
+        if run and frame.seq != run[-1].end:
+            yield run
+            run = []
+
+        run.append(frame)
+
+    if run:
+        yield run

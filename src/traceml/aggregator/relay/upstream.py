@@ -1,0 +1,189 @@
+"""Sender of a host's runs to another aggregator, in a thread of the host's."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+from traceml.aggregator.relay.run_relay import RunRelay
+from traceml.database.store.store import merge_wal
+from traceml.database.store.store_file import STORE_NAME
+from traceml.errors import AggregatorRefusedError, StoreError, TraceMLError, UsageError
+from traceml.own_files import replace_file
+from traceml.transport.client import Connection, connect
+from traceml.transport.hello import Hello
+
+__all__ = ["RELAY_MARK", "Upstream"]
+
+RELAY_MARK = "upstream.json"
+"""File in the folder of a run that is sent on: `{"address", "sent"}`; `sent` is true when all of it is stored there."""
+_EVERY_S = 1.0
+_CONNECT_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _REFUSED_PAUSE_S = 1.0, 10.0, 30.0
+_LAST_S = 3.0
+
+_log = logging.getLogger("traceml")
+
+
+class Upstream:
+    """Sends the runs of an aggregator to another one.
+
+    Args:
+        address: that of the other one, as HOST:PORT.
+        runs_dir: folder of the runs.
+        token: the secret of both; None: the one that an aggregator of this user on this host has published.
+        tls: encrypt the connections.
+
+    Raises:
+        UsageError: the address is none.
+    """
+
+    def __init__(self, address: str, runs_dir: Path, token: str | None, *, tls: bool = False) -> None:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+            raise UsageError(f"upstream takes HOST:PORT of another aggregator, not {address!r}")
+
+        self.address, self._host, self._port = address, host.strip("[]"), int(port)
+        self._token, self._tls = token, tls
+        self._host_id = hashlib.sha256(str(runs_dir.absolute()).encode()).hexdigest()[:12]
+        self._relays: dict[Path, RunRelay] = {}
+        self._retries: dict[Path, _Retry] = {}
+        for path in _left_over(runs_dir, self.address):
+            self._add(path)
+
+    def __repr__(self) -> str:
+        return f"<upstream {self.address}, {len(self._relays)} runs>"
+
+    def run(self, open_runs: Callable[[], Collection[Path]], ended: Callable[[float], bool]) -> None:
+        """Send until the end, and then what is left.
+
+        Args:
+            open_runs: returns the folders of the runs that are not over.
+            ended: waits for some seconds, and returns whether this is the end.
+        """
+        while not ended(_EVERY_S):
+            self.turn(open_runs())
+
+        self.close()
+
+    def turn(self, open_runs: Iterable[Path]) -> None:
+        """Send what is new of all runs. Call it once a second."""
+        for path in open_runs:
+            if path not in self._relays:
+                self._add(path)
+
+        for path, relay in list(self._relays.items()):
+            if not (path / STORE_NAME).is_file():
+                self._forget(path)
+            elif self._retries[path].is_due and self._tried(path, relay.turn) and relay.is_done:
+                self._done(path, relay)
+                del self._relays[path]
+
+    def close(self) -> None:
+        """Send what is left for some seconds, and log what could not be sent."""
+        deadline_s = time.monotonic() + _LAST_S
+        for path, relay in self._relays.items():
+            self._tried(path, lambda relay=relay: relay.finish(max(deadline_s - time.monotonic(), 0.0)))  # type: ignore[misc]
+            if relay.is_done:
+                self._done(path, relay)
+                continue
+
+            is_stored = relay.is_stored
+            relay.disconnect()
+            if not is_stored:
+                _log.warning(
+                    "run %s: its last rows are not stored at %s. `traceml serve --upstream %s` with the same runs "
+                    "folder sends them", path.name, self.address, self.address,
+                )  # fmt: skip
+
+        self._relays.clear()
+
+    def _add(self, path: Path) -> None:
+        self._relays[path], self._retries[path] = RunRelay(path, self._host_id, self._dial), _Retry()
+        _mark(path, self.address, sent=False)
+
+    def _forget(self, path: Path) -> None:
+        """Forget a run that was removed, as one without ranks is."""
+        self._relays.pop(path).disconnect()
+        with contextlib.suppress(OSError):
+            (path / RELAY_MARK).unlink()
+            path.rmdir()
+
+    def _done(self, path: Path, relay: RunRelay) -> None:
+        relay.disconnect()
+        _mark(path, self.address, sent=True)
+        merge_wal(path / STORE_NAME)  # which could not be done while it was read here
+
+    def _tried(self, path: Path, send: Callable[[], object]) -> bool:
+        """Send; return False after an error, which is logged once as long as it lasts."""
+        retry = self._retries[path]
+        try:
+            send()
+        except AggregatorRefusedError as error:
+            retry.failed(f"run {path.name} cannot be sent: {error}", _REFUSED_PAUSE_S)
+        except (OSError, StoreError, TraceMLError) as error:
+            retry.failed(f"run {path.name} waits here until {self.address} answers: {error}")
+        except Exception as error:  # noqa: BLE001 - the runs of this host go on
+            _log.exception("an error while run %s was sent", path.name)
+            retry.failed(f"run {path.name} cannot be sent: {error!r}", _REFUSED_PAUSE_S)
+        else:
+            retry.succeeded(f"run {path.name} is sent to {self.address}")
+            return True
+
+        return False
+
+    def _dial(self, hello: Hello) -> Connection:
+        return connect(self._host, self._port, hello, self._token, timeout_s=_CONNECT_S, tries=1, tls=self._tls)
+
+
+class _Retry:
+    """Time of the next try of a run, and what was logged about the last one."""
+
+    def __init__(self) -> None:
+        self._due_s, self._pause_s, self._told = 0.0, _FIRST_PAUSE_S, ""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to try."""
+        return time.monotonic() >= self._due_s
+
+    def failed(self, text: str, pause_s: float | None = None) -> None:
+        """Record a failure; the pauses between tries double."""
+        self._due_s = time.monotonic() + (self._pause_s if pause_s is None else pause_s)
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        _log.log(logging.DEBUG if self._told == "failed" else logging.WARNING, "%s", text)
+        self._told = "failed"
+
+    def succeeded(self, text: str) -> None:
+        """Record a success."""
+        self._pause_s = _FIRST_PAUSE_S
+        if self._told != "sent":
+            _log.info("%s", text)
+
+        self._told = "sent"
+
+
+def _left_over(runs_dir: Path, address: str) -> list[Path]:
+    """Return the runs whose end an earlier aggregator of this folder could not send there."""
+    return [mark.parent for mark in sorted(runs_dir.absolute().glob(f"*/{RELAY_MARK}")) if _is_left(mark, address)]
+
+
+def _is_left(mark: Path, address: str) -> bool:
+    try:
+        told = json.loads(mark.read_text())
+        return bool(told["address"] == address and not told["sent"] and (mark.parent / STORE_NAME).is_file())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.debug("ignoring %s: %r", mark, error)
+        return False
+
+
+def _mark(path: Path, address: str, *, sent: bool) -> None:
+    try:
+        replace_file(path / RELAY_MARK, json.dumps({"address": address, "sent": sent}).encode())
+    except OSError as error:
+        _log.warning("run %s would not be sent after a restart of this aggregator: %s", path.name, error)

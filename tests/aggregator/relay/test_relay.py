@@ -1,0 +1,300 @@
+"""Aggregators of hosts that send their ranks to another one: real aggregators, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from tests.aggregator.conftest import Serving, wait_for_acks
+from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.eventually import eventually
+from traceml.aggregator.relay.upstream import Upstream
+from traceml.database.schema import STEPS
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.tree.row_requests import CLEAR_GAIN
+from traceml.errors import TraceMLError, UsageError
+from traceml.runs.report.report import build_report
+from traceml.transport.client import Connection
+
+RANKS, STEPS_SENT = 8, 120
+HOSTS = ((0, 1, 2, 3), (4, 5, 6, 7))
+SLOW = rows_of(Job(ranks=RANKS, steps=STEPS_SENT), adds("forward", 9.0, (5,)))
+
+
+class Tree:
+    """A center, and the aggregators of two hosts with four ranks each."""
+
+    def __init__(self, serving: Callable[..., Serving], folder: Path) -> None:
+        self.center = serving(folder=folder / "center")
+        upstream = f"127.0.0.1:{self.center.port}"
+        self.hosts = [serving("--upstream", upstream, folder=folder / f"host{number}") for number in range(2)]
+        self.links: dict[int, Connection] = {}
+
+    def join(self, hosts: Sequence[int] = (0, 1)) -> None:
+        """Connect the ranks of some hosts to their aggregators."""
+        for number in hosts:
+            for rank in HOSTS[number]:
+                if rank in self.links:
+                    self.links[rank].close()
+
+                self.links[rank] = self.hosts[number].rank(rank, RANKS, run="tree", run_id="tree")
+
+    def send(self, rows: Sequence[np.ndarray[Any, Any]], first: int, count: int, ranks: Sequence[int] = ()) -> None:
+        """Send steps of ranks, and wait until their hosts have stored them."""
+        for rank in ranks or self.links:
+            send_steps(self.links[rank], rows[rank], first, count)
+
+        for rank in ranks or self.links:
+            wait_for_acks(self.links[rank], "steps", first + count)
+
+    def finish(self) -> None:
+        """End all ranks."""
+        for link in self.links.values():
+            assert link.finish("finished", timeout_s=20)
+
+    def facts(self) -> dict[str, Any]:
+        """The facts of the center's run; empty before it has one."""
+        path = self.center.folder / "tree" / STORE_NAME
+        if not path.exists():
+            return {}
+
+        with StoreReader(path) as store:
+            return dict(store.meta().get("run", {}))
+
+    def verdict(self) -> dict[str, Any]:
+        """The last verdict of the center; empty before there is one."""
+        return verdict_of(self.center)
+
+    def stored_steps(self) -> dict[int, list[int]]:
+        """The steps that the center has, by rank."""
+        if not (self.center.folder / "latest").exists():
+            return {}
+
+        with self.center.store() as store:
+            rows, streams = store.rows("steps"), {stream.id: stream.rank for stream in store.streams()}
+
+        return {rank: rows["step"][rows["stream"] == stream].tolist() for stream, rank in streams.items()}
+
+    def has_step(self, step: int, hosts: Sequence[int] = (0, 1)) -> bool:
+        """Whether the center has a step of these hosts."""
+        last = {rank: steps[-1] for rank, steps in self.stored_steps().items() if steps}
+        return all(any(last.get(rank, -1) >= step for rank in HOSTS[number]) for number in hosts)
+
+
+def send_steps(link: Connection, rows: np.ndarray[Any, Any], first: int, count: int) -> None:
+    link.send_rows("steps", first, count, rows[first : first + count].tobytes())
+
+
+def verdict_of(aggregator: Serving) -> dict[str, Any]:
+    if not (aggregator.folder / "latest").exists():
+        return {}
+
+    with aggregator.store() as store:
+        event = store.last_event("verdict")
+        return {} if event is None else dict(event.data["verdict"])
+
+
+def told(verdict: dict[str, Any]) -> tuple[Any, ...]:
+    return verdict.get("kind"), tuple(verdict.get("ranks", ())), verdict.get("phase")
+
+
+@pytest.fixture
+def tree(serving: Callable[..., Serving], tmp_path: Path) -> Iterator[Tree]:
+    tree = Tree(serving, tmp_path)
+    yield tree
+    for link in tree.links.values():
+        link.close()
+
+
+def flat_verdict(serving: Callable[..., Serving], folder: Path, rows: Sequence[np.ndarray[Any, Any]]) -> dict[str, Any]:
+    """Return the verdict of one aggregator of all ranks."""
+    flat = serving(folder=folder)
+    links = [flat.rank(rank, RANKS, run="tree") for rank in range(RANKS)]
+    for rank, link in enumerate(links):
+        send_steps(link, rows[rank], 0, STEPS_SENT)
+
+    found = eventually(lambda: (each := verdict_of(flat)).get("ranks") and each)
+    for link in links:
+        link.close()
+
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.process
+def test_the_center_has_the_run_of_all_hosts(tree, serving, tmp_path):
+    """The verdict is that of one aggregator of all ranks, live and in the report, from the rows of fewer ranks."""
+    tree.join()
+    for first in range(0, STEPS_SENT, 40):
+        tree.send(SLOW, first, 40)
+        eventually(lambda last=first + 39: tree.has_step(last))
+
+    flat = flat_verdict(serving, tmp_path / "flat", SLOW)
+    assert told(flat) == ("COMPUTE_STRAGGLER", (5,), "forward")
+    eventually(lambda: told(tree.verdict()) == told(flat))
+
+    tree.finish()
+    eventually(lambda: tree.facts().get("state") == "finished")
+    report = build_report(tree.center.folder / "tree")
+    assert told(report.verdict.to_dict()) == told(flat)
+    assert [(rank.rank, rank.state, rank.steps) for rank in report.ranks] == [
+        (rank, "finished", STEPS_SENT) for rank in range(RANKS)
+    ]
+    assert (report.run.world_size, report.steps.count, report.telemetry.rows_lost) == (RANKS, STEPS_SENT, 0)
+    steps = tree.stored_steps()
+    assert steps[5] == [*range(STEPS_SENT)]
+    assert sum(map(len, steps.values())) < RANKS * STEPS_SENT
+    for host in tree.hosts:
+        with host.store() as store:
+            assert store.stored("steps") == 4 * STEPS_SENT
+
+
+@pytest.mark.process
+def test_names_facts_and_metrics_of_all_ranks_are_there(tree):
+    """Each once, whoever is chosen."""
+    tree.join()
+    tree.send(SLOW, 0, 40)
+    for rank, link in tree.links.items():
+        link.send_rows("names", 0, 1, msgpack.packb({"id": 0, "name": f"loss {rank}"}))
+        link.send_rows("info", 0, 1, msgpack.packb({"kind": "warning", "t_ns": 1, "text": f"of {rank}"}))
+
+    tree.finish()
+    eventually(lambda: tree.facts().get("state") == "finished")
+
+    with tree.center.store() as store:
+        assert sorted(row["name"] for _, row in store.log_rows("names")) == [f"loss {rank}" for rank in range(RANKS)]
+        assert sorted(row["text"] for _, row in store.log_rows("info")) == [f"of {rank}" for rank in range(RANKS)]
+
+
+@pytest.mark.process
+def test_a_killed_center_goes_on_where_it_was(tree):
+    """Its hosts go on meanwhile, and nothing is stored twice or lost of the ranks that are sent."""
+    tree.join()
+    tree.send(SLOW, 0, 40)
+    eventually(lambda: tree.has_step(39))
+
+    tree.center.kill()
+    tree.send(SLOW, 40, 40)
+    eventually(lambda: f"waits here until 127.0.0.1:{tree.center.port} answers" in tree.center.log.read_text())
+    tree.center.start()
+    tree.send(SLOW, 80, 40)
+    eventually(lambda: tree.has_step(STEPS_SENT - 1))
+    tree.finish()
+
+    eventually(lambda: tree.facts().get("state") == "finished")
+    sent = [steps for steps in tree.stored_steps().values() if len(steps) == STEPS_SENT]
+    assert len(sent) >= 2
+    assert all(steps == [*range(STEPS_SENT)] for steps in sent)
+    assert all(steps == sorted(set(steps)) for steps in tree.stored_steps().values())
+
+
+@pytest.mark.process
+def test_a_killed_aggregator_of_a_host_goes_on_where_it_was(tree):
+    """Its ranks come back to it, and its rows to the center: each once."""
+    tree.join()
+    tree.send(SLOW, 0, 40)
+    eventually(lambda: tree.has_step(39))
+
+    tree.hosts[1].kill()
+    tree.hosts[1].start()
+    tree.join([1])
+    tree.send(SLOW, 40, 80)
+    eventually(lambda: tree.has_step(STEPS_SENT - 1))
+    tree.finish()
+
+    eventually(lambda: tree.facts().get("state") == "finished")
+    steps = tree.stored_steps()
+    assert steps[5] == [*range(STEPS_SENT)]
+    assert all(each == sorted(set(each)) for each in steps.values())
+
+
+@pytest.mark.process
+def test_a_silent_host_is_counted(tree):
+    """The verdict is about the others, and says how many were seen."""
+    tree.join()
+    tree.send(SLOW, 0, 60)
+    eventually(lambda: tree.has_step(59))
+
+    tree.hosts[1].kill()
+    tree.send(SLOW, 60, 60, HOSTS[0])
+
+    eventually(lambda: tree.verdict().get("summary", "").endswith("4 of 8 ranks were seen in these steps."))
+    assert not set(tree.verdict()["ranks"]) & set(HOSTS[1])
+
+
+@pytest.mark.process
+def test_what_could_not_be_sent_is_told_and_sent_later(tree):
+    """Also the end of a run that ended while the center was away: by the next aggregator of the same folder."""
+    tree.join([0])
+    tree.send(SLOW, 0, 40)
+    eventually(lambda: tree.has_step(39, [0]))
+    tree.center.kill()
+    tree.finish()
+
+    assert tree.hosts[0].stop() == 0
+    log = tree.hosts[0].log.read_text()
+    assert f"run tree: its last rows are not stored at 127.0.0.1:{tree.center.port}" in log
+
+    tree.center.start()
+    tree.hosts[0].start()
+    eventually(lambda: states_of(tree.center) == ["finished"] * 4)
+
+
+def states_of(aggregator: Serving) -> list[str]:
+    with aggregator.store() as store:
+        return [stream.state for stream in store.streams()]
+
+
+@pytest.mark.process
+def test_the_rows_beside_a_small_finding_are_asked_for(tree):
+    """A gain of some percent is told when the rows of all ranks of that host confirm it."""
+    rows = rows_of(Job(ranks=RANKS, steps=STEPS_SENT), adds("forward", 1.4, (5,)))
+    tree.join()
+    tree.send(rows, 0, 80)
+    eventually(lambda: tree.has_step(79))
+
+    eventually(lambda: all(steps for rank, steps in tree.stored_steps().items() if rank in HOSTS[1]))
+    eventually(lambda: told(tree.verdict()) == ("COMPUTE_STRAGGLER", (5,), "forward"))
+    assert tree.verdict()["speedup_if_fixed"] < CLEAR_GAIN
+
+
+@pytest.mark.process
+def test_commands_for_ranks_belong_to_their_hosts(tree):
+    """The center does not wait for answers that cannot come."""
+    tree.join()
+    tree.send(SLOW, 0, 10)
+    eventually(lambda: tree.facts().get("world_size") == RANKS)
+
+    with pytest.raises(TraceMLError, match="connected to the aggregators of their hosts: ask on"):
+        tree.center.ask("stacks", run="tree")
+
+
+@pytest.mark.parametrize("address", ["center", ":29765", "center:0", "center:port", "center:70000", ""])
+def test_an_upstream_that_is_no_address_is_refused(address, tmp_path):
+    """With the form that it takes."""
+    with pytest.raises(UsageError, match=f"upstream takes HOST:PORT of another aggregator, not {address!r}"):
+        Upstream(address, tmp_path, None)
+
+
+@pytest.mark.process
+def test_a_host_with_a_wrong_token_goes_on(serving, tmp_path, monkeypatch):
+    """Its own run is complete, and its log says why nothing is sent."""
+    center = serving(folder=tmp_path / "center")
+    monkeypatch.setattr("tests.aggregator.conftest.TOKEN", "another")
+    host = serving("--upstream", f"127.0.0.1:{center.port}", folder=tmp_path / "host")
+    rank = host.rank(0, 1, run="tree")
+    send_steps(rank, SLOW[0], 0, 40)
+
+    assert rank.finish("finished", timeout_s=20)
+
+    eventually(lambda: "cannot be sent" in host.log.read_text())
+    eventually(lambda: host.state() == "finished")
+    with closing(StoreReader((host.folder / "latest").resolve() / STORE_NAME)) as store:
+        assert store.stored(STEPS.name) == 40

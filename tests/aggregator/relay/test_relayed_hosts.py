@@ -1,0 +1,168 @@
+"""The center's side of a relay, from its wire: what it admits, confirms and refuses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.aggregator.conftest import TOKEN, Serving, step_rows
+from tests.eventually import eventually
+from traceml.diagnosis.steps.stand_ins import HostChoice
+from traceml.errors import AggregatorRefusedError
+from traceml.transport.client import Connection, connect
+from traceml.transport.hello import Hello
+
+pytestmark = pytest.mark.process
+CHOICE = HostChoice(host="h", typical=0, ordinary=(0, 1), sent=(0,))
+
+
+def relay_to(center: Serving, recorder: str = "folder") -> Connection:
+    return connect("127.0.0.1", center.port, Hello(role="relay", run="job", recorder=recorder), TOKEN, timeout_s=20)
+
+
+def hello_of(rank: int, world_size: int = 2, **facts: Any) -> dict[str, Any]:
+    hello = Hello(role="rank", run="job", rank=rank, world_size=world_size, recorder=f"r{rank}", schemas={}, **facts)
+    return asdict(hello)
+
+
+def answer(link: Connection, kind: str) -> dict[str, Any]:
+    """Wait for the next message of a kind."""
+    found: list[dict[str, Any]] = []
+
+    def has_come() -> bool:
+        found.extend(message for message in link.receive(0.05) if message["t"] == kind)
+        return bool(found)
+
+    eventually(has_come, kind)
+    return found[0]
+
+
+def join(link: Connection, *ranks: int) -> None:
+    for rank in ranks:
+        link.send({"t": "rank", "id": rank, "hello": hello_of(rank)})
+        assert answer(link, "joined")["id"] == rank
+
+
+def second(number: int, rows: list[list[Any]], choice: HostChoice | None = CHOICE, **more: Any) -> dict[str, Any]:
+    told = None if choice is None else choice.to_row()
+    return {"t": "second", "number": number, "rows": rows, "choice": told, "ends": [], **more}
+
+
+def steps(rank: int, start: int, count: int) -> list[Any]:
+    return [rank, "steps", start, count, 0, step_rows(start, count)]
+
+
+def test_messages_are_confirmed_when_they_are_stored(serving):
+    """Another connection of the same host goes on behind them; what is sent again is stored once."""
+    center = serving()
+    link = relay_to(center)
+    join(link, 0, 1)
+    link.send(second(1, [steps(0, 0, 10)]))
+    assert answer(link, "stored")["number"] == 1
+
+    again = relay_to(center)
+    again.send({"t": "rank", "id": 7, "hello": hello_of(0)})
+
+    assert answer(again, "joined")["acked"]["steps"] == 10
+    again.send(second(1, [[7, *steps(0, 5, 10)[1:]]]))
+    assert answer(again, "stored")["number"] == 1
+    with center.store() as store:
+        assert store.rows("steps")["step"].tolist() == [*range(15)]
+        assert len(store.streams()) == 2
+
+    link.close()
+    again.close()
+
+
+def test_rows_of_ranks_that_are_not_sent_are_no_loss(serving):
+    """A gap is a time in which the rank was not chosen. Of tables that are sent whole it counts."""
+    center = serving()
+    link = relay_to(center)
+    join(link, 0)
+
+    link.send(second(1, [steps(0, 0, 10), steps(0, 40, 10), [0, "info", 3, 1, 0, b"\x80"]]))
+
+    answer(link, "stored")
+    with center.store() as store:
+        assert (store.lost("steps"), store.lost("info")) == (0, 3)
+
+    link.close()
+
+
+def test_a_rank_that_was_lost_with_its_host_goes_on(serving):
+    """The center waits for its host, not for its process, which may be on the host of the center."""
+    center = serving()
+    link = relay_to(center)
+    join(link, 0, 1)
+    link.send(second(1, [steps(0, 0, 10)], ends=[[1, "lost", {}]]))
+    answer(link, "stored")
+
+    link.send({"t": "rank", "id": 1, "hello": hello_of(1)})
+    answer(link, "joined")
+    link.send(second(2, [], ends=[[0, "finished", {}], [1, "failed", {"code": 3}]]))
+
+    eventually(lambda: center.state() == "failed")
+    with center.store() as store:
+        ends = {stream.rank: (stream.state, stream.facts["exit"].get("code")) for stream in store.streams()}
+
+    assert ends == {0: ("finished", None), 1: ("failed", 3)}
+    link.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"t": "unheard"}, "'unheard' is not expected from the aggregator of a host"),
+        ({"t": "rows", "table": "steps", "seq": 0, "n": 0, "data": b""}, "rows come from ranks only"),
+        ({"t": "rank"}, "a relayed rank has no id and hello"),
+        ({"t": "rank", "id": 1, "hello": {}}, "the hello lacks 'role'"),
+        ({"t": "rank", "id": 1, "hello": {**hello_of(0), "rank": 9}}, "rank 9 of 2 is not possible"),
+        ({"t": "second", "number": 1}, "has no rows and number"),
+        (second(1, [[5, *steps(0, 0, 1)[1:]]]), "relayed rows cannot be read"),
+        (second(1, [[0, "nothing", 0, 1, 0, b""]]), "relayed rows cannot be read"),
+        (second(1, [[0, "steps", 0, 1, 4, b"no zstd"]]), "relayed rows cannot be read"),
+        (second(1, [[0, "steps", 0, 2, 0, step_rows(0, 1)]]), "2 rows of 'steps' are"),
+        (second(1, [7]), "relayed rows cannot be read"),
+        ({**second(1, []), "choice": [1]}, "the choice of a host cannot be read"),
+        (second(1, [], HostChoice(host="h", typical=2, ordinary=(2,), sent=(2,))), "ranks beyond the 2 of its run"),
+        (second(1, [], ends=[[0, "vanished", {}]]), "the end of a relayed rank cannot be read"),
+        (second(1, [], ends=[3]), "the end of a relayed rank cannot be read"),
+    ],
+)
+def test_what_is_no_message_of_a_host_is_refused(serving, message, why):
+    """That connection ends with the reason; the center goes on."""
+    center = serving()
+    link = relay_to(center)
+    join(link, 0)
+    link.send(message)
+
+    with pytest.raises(AggregatorRefusedError, match=why):
+        answer(link, "never")
+
+    other = relay_to(center, "other")
+    other.send({"t": "rank", "id": 0, "hello": hello_of(1)})
+    assert answer(other, "joined")["id"] == 0
+    link.close()
+    other.close()
+
+
+def test_durations_of_a_choice_arrive(serving):
+    """The event of the run has the ranks alone, and comes once as long as they are the same."""
+    center = serving()
+    link = relay_to(center)
+    join(link, 0, 1)
+    for number in (1, 2):
+        link.send(second(number, [steps(0, 10 * number, 10)], HostChoice(
+            host="h", typical=0, ordinary=(0, 1), sent=(0,), first_step=10 * number,
+            above_ns=np.full(10, 2e6, np.float32),
+        )))  # fmt: skip
+        assert answer(link, "stored")["number"] == number
+
+    with center.store() as store:
+        (event,) = store.events(kind="host_choice")
+
+    assert (event.data["typical"], event.data["ordinary"], event.data["sent"]) == (0, [0, 1], [0])
+    link.close()

@@ -1,0 +1,129 @@
+"""Ranks that stand for others of their host, in the window of the rules."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, rows_of
+from traceml.diagnosis.steps.stand_ins import HostChoice, StandIns
+from traceml.diagnosis.steps.window import StepWindow
+
+ROWS = rows_of(Job(ranks=8, steps=60))
+
+
+def choice(host: str = "a", typical: int = 0, sent: tuple[int, ...] = (0,), **facts) -> HostChoice:
+    """Return a choice of a host with the ranks 0 to 3, or 4 to 7."""
+    ordinary = (0, 1, 2, 3) if host == "a" else (4, 5, 6, 7)
+    return HostChoice(**{"host": host, "typical": typical, "ordinary": ordinary, "sent": sent, **facts})
+
+
+def window_of(*ranks: int, steps: int = 60) -> StepWindow:
+    window = StepWindow(128, 8)
+    for rank in ranks:
+        window.scatter(np.full(steps, rank), ROWS[rank][:steps])
+
+    return window
+
+
+def test_a_choice_passes_as_plain_data():
+    """Durations arrive to 0.1 %."""
+    sent = choice(ended=(3,), ended_at=(17,), first_step=5, above_ns=np.array([1e6, np.nan, 3e6], np.float32))
+
+    got = HostChoice.from_row(sent.to_row())
+
+    assert got.is_same(sent)
+    assert (got.ended_at, got.first_step) == ((17,), 5)
+    np.testing.assert_allclose(got.above_ns, sent.above_ns, rtol=1e-3)
+
+
+@pytest.mark.parametrize("row", [None, 7, [], ["a", 0, [0], [0], [], [], 0], ["a", 0, 5, [0], [], [], 0, b""]])
+def test_what_is_no_choice_is_refused(row):
+    """A peer may send anything."""
+    with pytest.raises(ValueError, match="the choice of a host cannot be read"):
+        HostChoice.from_row(row)
+
+
+def test_a_window_without_merged_hosts_has_no_stand_ins():
+    """As in the aggregator of all ranks."""
+    window = window_of(0, 1)
+
+    assert not window.stand_ins
+    assert window.aligned().stands_for == {}
+    assert window.reached().tolist() == window.latest.tolist()
+
+
+def test_typical_ranks_stand_for_ordinary_ones():
+    """Not for those that have rows of their own."""
+    window = window_of(0, 2, 4)
+    window.stand_ins.take(choice(sent=(0, 2)))
+    window.stand_ins.take(choice("b", 4, (4,)))
+
+    assert window.aligned().stands_for == {0: (0, 1, 3), 4: (4, 5, 6, 7)}
+    assert window.reached().tolist() == [59] * 8
+
+
+def test_only_other_ranks_are_a_change():
+    """New durations alone are none: they are not stored."""
+    stand_ins = StandIns()
+
+    assert stand_ins.take(choice())
+    assert not stand_ins.take(choice(first_step=9, above_ns=np.ones(3, np.float32)))
+    assert stand_ins.take(choice(sent=(0, 1)))
+
+
+def test_the_longest_work_of_the_others_is_known_by_step():
+    """0 where it is not, and of ranks that stand for nobody."""
+    window = window_of(0, 2)
+    window.stand_ins.take(choice(sent=(0, 2), first_step=58, above_ns=np.array([5e6, np.nan], np.float32)))
+
+    aligned = window.aligned(last=3)
+
+    assert aligned.steps.tolist() == [57, 58, 59]
+    assert aligned.above.tolist() == [[0, 5e6, 0], [0, 0, 0]]
+
+
+def test_ranks_that_are_not_sent_any_more_do_not_hold_up_the_others():
+    """Rank 2 differed for a while: its rows end, and the typical rank stands for it."""
+    window = window_of(0, 4)
+    window.scatter(np.full(20, 2), ROWS[2][:20])
+    window.stand_ins.take(choice())
+    window.stand_ins.take(choice("b", 4, (4,)))
+
+    assert window.aligned(last=5).ranks.tolist() == [0, 4]
+    assert window.aligned(last=5).steps.tolist() == [55, 56, 57, 58, 59]
+    assert window.reached()[2] == 59
+
+
+def test_hosts_out_of_reach_are_not_compared_until_they_are_back():
+    """Their ranks are missing, also those that their typical rank stands for."""
+    window = window_of(0, 4)
+    window.stand_ins.take(choice())
+    window.stand_ins.take(choice("b", 4, (4,)))
+    window.stand_ins.silence("b")
+
+    aligned = window.aligned()
+
+    assert (aligned.ranks.tolist(), aligned.missing_ranks) == ([0], (4,))
+    assert window.reached(aligned.missing_ranks).tolist() == [59, 59, 59, 59, 59, -1, -1, -1]
+    window.stand_ins.take(choice("b", 4, (4,)))
+    assert window.aligned().ranks.tolist() == [0, 4]
+
+
+def test_ended_ranks_have_their_last_step():
+    """Also where none of their rows was sent, and although the typical rank goes on."""
+    window = window_of(0)
+    window.stand_ins.take(choice(ordinary=(0, 1, 2), ended=(3,), ended_at=(31,)))
+
+    assert window.reached().tolist()[:4] == [59, 59, 59, 31]
+
+
+def test_chosen_ranks_are_an_event_without_durations():
+    """Exports write events as JSON."""
+    sent = choice(ended=(3,), ended_at=(17,), first_step=5, above_ns=np.ones(3, np.float32))
+
+    facts = json.loads(json.dumps({"attempt": 0, **sent.to_facts()}))
+
+    assert HostChoice.from_facts(facts).is_same(sent)
