@@ -62,8 +62,9 @@ _NEEDS_OF_FIXTURES = {
     "tiny_disk": ("root",),
     "tmux": ("tmux",),
 }
-# Files that take long start first, so that no worker is left with one of them at the end; before them all, tests on
-# hosts: the longest group, which mostly waits.
+# Fixtures whose tests share what is set up once: each is a group. They start first: the longest, which mostly wait.
+_SHARED_FIXTURES = ("slurm", "hosts")
+# Files that take long start next, so that no worker is left with one of them at the end.
 _LONG_FIRST = (
     "end_to_end/test_run.py",
     "instrument/test_training_continues.py",
@@ -133,7 +134,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Groups:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by folder and fixture, and give each file's tests to one worker; those that share hosts also."""
+    """Mark tests by folder and fixture, and give each file's tests to one worker; those that share a set-up also."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         for name in fixtures & set(_NEEDS_OF_FIXTURES):
@@ -160,11 +161,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _group(item: pytest.Item) -> str:
     """Return the name of the tests that one worker runs."""
-    if "hosts" in getattr(item, "fixturenames", ()):
-        return "hosts"
+    if (fixture := _shared_fixture(item)) is not None:
+        return fixture
 
     place = _lies_in(item.path, _TOGETHER)
     return str(item.path.relative_to(ROOT)) if place is None else _TOGETHER[place]
+
+
+def _shared_fixture(item: pytest.Item) -> str | None:
+    return next((name for name in _SHARED_FIXTURES if name in getattr(item, "fixturenames", ())), None)
 
 
 @cache
@@ -173,8 +178,8 @@ def _lies_in(path: Path, places: tuple[str, ...]) -> int | None:
 
 
 def _order(item: pytest.Item) -> int:
-    if "hosts" in getattr(item, "fixturenames", ()):
-        return -1
+    if (fixture := _shared_fixture(item)) is not None:
+        return _SHARED_FIXTURES.index(fixture) - len(_SHARED_FIXTURES)
 
     place = _lies_in(item.path, _LONG_FIRST)
     return len(_LONG_FIRST) if place is None else place

@@ -17,7 +17,7 @@ import pytest
 from tests.eventually import eventually
 from traceml.fork_gate import ForkGate, fork_gate
 
-FORKS = 300
+FORKS = 100
 
 pytestmark = pytest.mark.process
 

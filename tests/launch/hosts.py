@@ -369,6 +369,8 @@ class Slurm:
             "MpiDefault=none",
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_CPU",
+            # heterogeneous jobs start by the backfill scheduler alone, which else looks twice in a minute
+            "SchedulerParameters=bf_interval=1,sched_interval=2",
             "ReturnToService=2",
             "SlurmdParameters=config_overrides",
             "JobAcctGatherType=jobacct_gather/none",
