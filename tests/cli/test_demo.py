@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from tests.forked import client as forked
 from traceml import cli
 from traceml.cli import demo
 
@@ -68,9 +70,13 @@ def test_missing_package_is_named(started, capsys, monkeypatch, missing):
 
 
 @pytest.fixture
-def demo_train() -> ModuleType:
-    """The script; imported late, since scikit-learn is a long import for every worker that collects tests."""
-    return import_module("traceml.cli._demo_train")
+def demo_train() -> Iterator[ModuleType]:
+    """The script, on one thread as in the demonstration; its import of scikit-learn is long, so it comes late."""
+    script = import_module("traceml.cli._demo_train")
+    threads = script.torch.get_num_threads()
+    script.torch.set_num_threads(1)
+    yield script
+    script.torch.set_num_threads(threads)
 
 
 def test_script_trains(demo_train, capsys):
@@ -109,7 +115,10 @@ def test_example_trains():
     example = Path(__file__).parents[2] / "examples" / "mnist.py"
     words = ["--epochs", "1", "--train-images", "256", "--test-images", "100", "--batch-size", "32"]
 
-    done = subprocess.run([sys.executable, example, *words], capture_output=True, text=True, timeout=100, check=True)
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = forked.run([sys.executable, example, *words], env=environ, capture_output=True, text=True, timeout=100)
+
+    assert done.returncode == 0, done.stderr
 
     assert "Train Epoch: 1 [0/8 batches]" in done.stdout
     assert "Accuracy: " in done.stdout.splitlines()[-1]

@@ -230,10 +230,11 @@ def test_python_runs(tmp_path):
     script = tmp_path / "all_pages.py"
     script.write_text("\n".join(parts))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML_")}
+    own = {"PYTHONPATH": str(ROOT), "TRACEML_QUIET": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = forked.run(
         [sys.executable, str(script)],
         cwd=tmp_path,
-        env={**kept, "PYTHONPATH": str(ROOT), "TRACEML_QUIET": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        env={**kept, **own, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=100,

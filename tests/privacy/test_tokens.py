@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -68,9 +68,9 @@ def test_tokens_are_nowhere(tmp_path: Path) -> None:
     options = ["--live", "web", "--prometheus", "0.0.0.0:0", "--runs-dir", str(tmp_path / "runs")]
     given = "kitten-of-the-user"  # looks like no secret
     own = {"XDG_RUNTIME_DIR": str(runtime), "TRACEML_TOKEN": given, "FOUND": str(found), "TRACEML_DEBUG": "1"}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "traceml", "run", *options, str(script)],
-        env=environ(tmp_path, **own), cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False,
+        forks=True, env=environ(tmp_path, **own), cwd=tmp_path, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
 
     assert "the end" in done.stderr, done.stderr

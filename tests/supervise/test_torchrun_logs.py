@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import traceml
+from tests.forked import client as forked
 
 _SCRIPT = """
 import os, sys, torch
@@ -42,7 +43,7 @@ def torchrun(folder: Path, *words: str, **variables: str) -> subprocess.Complete
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML")}
     environ = {**kept, "PYTHONPATH": str(metadata.parent), "TRACEML": "1", "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-m", "torch.distributed.run", "--logs-specs", "traceml", *words]
-    return subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    return forked.run(command, forks=True, env=environ, cwd=folder, capture_output=True, text=True, timeout=100)
 
 
 def logs(run: Path) -> dict[str, str]:
