@@ -80,7 +80,7 @@ class Serving:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
-        return self.process.wait(30)
+        return self.process.wait(90)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -95,12 +95,12 @@ class Serving:
             role="rank", run=run, rank=rank, world_size=world_size, name="test",
             recorder=recorder or f"recorder-{rank}", **facts,
         )  # fmt: skip
-        return connect("127.0.0.1", self.port, hello, TOKEN, timeout_s=20)
+        return connect("127.0.0.1", self.port, hello, TOKEN, timeout_s=60)
 
     def ask(self, command: str, args: dict[str, Any] | None = None, *, run: str = "") -> dict[str, Any]:
-        connection = connect("127.0.0.1", self.port, Hello(role="client", run=run), TOKEN, timeout_s=20)
+        connection = connect("127.0.0.1", self.port, Hello(role="client", run=run), TOKEN, timeout_s=60)
         try:
-            return connection.request(command, args, timeout_s=20)
+            return connection.request(command, args, timeout_s=60)
         finally:
             connection.close("done")
 

@@ -22,7 +22,7 @@ from traceml.transport.hello import Hello
 
 
 def end_of(connection, reason="finished") -> None:
-    assert connection.finish(reason, timeout_s=20)
+    assert connection.finish(reason, timeout_s=60)
 
 
 def kill_rank(process: subprocess.Popen) -> None:
@@ -337,7 +337,7 @@ def test_finish_takes_what_is_still_on_the_way(serving):
     rank.close()  # not before: to close it with acknowledgments unread discards what the aggregator has not read
 
     assert reply["state"] == "finished"
-    assert aggregator.process.wait(20) == 0
+    assert aggregator.process.wait(90) == 0
     with aggregator.store() as store:
         assert store.stored("steps") == 20_000
 
@@ -410,7 +410,7 @@ def test_local_aggregator_ends_after_the_last_rank(serving):
     for rank in ranks:
         end_of(rank)
 
-    assert aggregator.process.wait(30) == 0
+    assert aggregator.process.wait(90) == 0
     assert aggregator.state() == "finished"
 
 
@@ -423,7 +423,7 @@ def test_aggregator_of_a_launcher_waits_for_it(serving):
     assert aggregator.process.poll() is None
     assert aggregator.state() == "running"
     aggregator.ask("finish", {"status": 0}, run="job")
-    assert aggregator.process.wait(20) == 0
+    assert aggregator.process.wait(90) == 0
 
 
 def test_verdict_is_reported_while_the_run_goes_on(serving):
@@ -449,7 +449,7 @@ def test_status_counts(serving):
     rank.send_rows("steps", 0, 10, step_rows(0, 10))
     wait_for_acks(rank, "steps", 10)
     with pytest.raises(AggregatorRefusedError):
-        connect("127.0.0.1", aggregator.port, Hello(), "wrong", timeout_s=10)
+        connect("127.0.0.1", aggregator.port, Hello(), "wrong", timeout_s=60)
 
     status = aggregator.ask("status")
 

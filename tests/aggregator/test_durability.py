@@ -56,7 +56,7 @@ class Training(threading.Thread):
                     connection = None
 
         assert connection is not None
-        connection.finish("finished", timeout_s=20)
+        connection.finish("finished", timeout_s=60)
 
 
 def test_thirty_kills_lose_nothing_and_double_nothing(serving):
@@ -113,7 +113,7 @@ def test_full_disk_holds_the_ranks_back_and_loses_nothing(serving, tiny_disk):
 
     wait_for_acks(rank, "steps", sent)
     assert "can be written again" in aggregator.log.read_text()
-    assert rank.finish("finished", timeout_s=20)
+    assert rank.finish("finished", timeout_s=60)
     eventually(lambda: aggregator.state() == "finished")
     with aggregator.store() as store:
         assert store.rows("steps")["step"].tolist() == [*range(sent)]
@@ -165,7 +165,7 @@ def _dial(aggregator: Serving) -> Connection:
     from traceml.transport.hello import Hello
 
     hello = Hello(role="rank", run="job", recorder="r")
-    return Connection.connect("127.0.0.1", aggregator.port, hello, TOKEN, timeout_s=10)
+    return Connection.connect("127.0.0.1", aggregator.port, hello, TOKEN, timeout_s=60)
 
 
 def fill(disk: Path) -> Path:

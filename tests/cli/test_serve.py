@@ -53,7 +53,7 @@ def test_ranks_of_this_user_find_it_without_being_told_the_token(serve):
     process = serve("--port", "0")
     port = port_of(process)
 
-    connection = connect("127.0.0.1", port, Hello(), timeout_s=10)
+    connection = connect("127.0.0.1", port, Hello(), timeout_s=60)
 
     assert connection.request("status")["pid"] == process.pid
     connection.close("done")
@@ -75,7 +75,7 @@ def test_token_outlives_a_crash(serve):
     second = serve("--port", str(port))
 
     assert port_of(second) == port
-    connect("127.0.0.1", port, Hello(), entry.token, timeout_s=10).close()
+    connect("127.0.0.1", port, Hello(), entry.token, timeout_s=60).close()
     second.send_signal(signal.SIGTERM)
     assert second.wait(60) == 0
 
@@ -160,7 +160,7 @@ def test_the_page_is_served_beside_the_aggregator(serve):
     assert "?token=" in address
     assert [status("/"), status(f"/{path}")] == [401, 303]
     process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    process.wait(90)
     with pytest.raises(ConnectionRefusedError):
         status("/")
 
@@ -189,7 +189,7 @@ def test_metrics_are_served_beside_the_aggregator(serve):
     status, text = ask()
     assert (status, "traceml_runs_hidden 0.0" in text) == (200, True)
     process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    process.wait(90)
     with pytest.raises(ConnectionRefusedError):
         ask()
 

@@ -100,7 +100,7 @@ def test_a_stopped_rank_is_shown(script: Any) -> None:  # noqa: F811
 def test_a_run_that_is_over_has_no_stacks(script: Any) -> None:  # noqa: F811
     """The error names its report."""
     rank: Script = script("import traceml\ntraceml.init()\nprint('ready', flush=True)\n")
-    rank.process.wait(30)
+    rank.process.wait(90)
     eventually(lambda: rank.serving.state() != "running", "the end of the run")
     told = _stacks(rank.serving.folder, rank.serving.run_dirs[0].name)
 

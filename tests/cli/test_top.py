@@ -63,7 +63,7 @@ class OnTerminal:
 
     def end(self) -> int:
         try:
-            return self.process.wait(30)
+            return self.process.wait(90)
         finally:
             self.close()
 

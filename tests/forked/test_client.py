@@ -148,7 +148,7 @@ def test_it_is_signaled_and_waited_for(environ: dict[str, str]) -> None:
             process.wait(0.01)
 
         process.terminate()
-        assert process.wait(30) == -signal.SIGTERM
+        assert process.wait(90) == -signal.SIGTERM
         assert process.poll() == -signal.SIGTERM
 
 

@@ -97,9 +97,9 @@ def test_a_remote_scheduler_takes_the_plugin(tmp_path: Path) -> None:
     from distributed import Client
 
     with dask_programs(tmp_path) as address, Client(address, set_as_default=False) as client:
-        client.wait_for_workers(1, timeout=30)
+        client.wait_for_workers(1, timeout=100)
         client.register_plugin(TraceMLDaskWorkerPlugin(threads=2))
-        assert client.submit(use, 2).result(timeout=30)[:2] == (12, 2)
+        assert client.submit(use, 2).result(timeout=100)[:2] == (12, 2)
 
 
 def test_outside_of_a_dask_task_there_is_no_worker() -> None:

@@ -42,7 +42,7 @@ def test_coroutines_run_side_by_side(rt: Runtime) -> None:
 
     handles = [rt.submit(meet) for _ in range(50)]
     for handle in handles:
-        handle.get(timeout=10)
+        handle.get(timeout=60)
 
     assert set(arrived) == {"traceml-loop"}
 
@@ -71,7 +71,7 @@ def test_handles_are_awaited_in_coroutines(single: Runtime) -> None:
     async def parent() -> list[int]:
         return list(await asyncio.gather(*(single.submit(double, i) for i in range(20)), single.submit(len, "abc")))
 
-    assert single.submit(parent).get(timeout=10) == [*range(0, 40, 2), 3]
+    assert single.submit(parent).get(timeout=60) == [*range(0, 40, 2), 3]
 
 
 def test_a_coroutine_can_be_cancelled(rt: Runtime) -> None:
@@ -110,7 +110,7 @@ def test_a_coroutine_is_ended_where_its_time_is_over(rt: Runtime) -> None:
     ):
         handle.get()
 
-    assert ended.wait(10)
+    assert ended.wait(60)
     eventually(lambda: rt.get_progress()["running"] == 0)
     assert rt.get_progress()["timed_out"] == 1
 
@@ -135,7 +135,7 @@ def test_a_coroutine_may_wait_for_a_callable(single: Runtime) -> None:
     async def blocking() -> int:
         return single.submit(len, "abc").get()
 
-    assert single.submit(blocking).get(timeout=10) == 3
+    assert single.submit(blocking).get(timeout=60) == 3
 
 
 def test_a_circle_through_a_blocked_loop_raises(single: Runtime) -> None:
@@ -149,11 +149,11 @@ def test_a_circle_through_a_blocked_loop_raises(single: Runtime) -> None:
 
     async def blocking() -> int:
         handle = single.submit(callable_task)
-        began.wait(10)
+        began.wait(60)
         return handle.get()
 
     with pytest.raises(TaskDeadlockError):
-        single.submit(blocking).get(timeout=10)
+        single.submit(blocking).get(timeout=60)
 
 
 def test_waiting_for_all_leaves_out_coroutines_of_a_blocked_loop(single: Runtime) -> None:
@@ -169,7 +169,7 @@ def test_waiting_for_all_leaves_out_coroutines_of_a_blocked_loop(single: Runtime
 
     async def blocking() -> str:
         handle = single.submit(callable_task)
-        began.wait(10)
+        began.wait(60)
         return handle.get()
 
     handle = single.submit(blocking)

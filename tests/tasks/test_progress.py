@@ -61,16 +61,16 @@ def test_tasks_report_how_far_they_are(rt: Runtime) -> None:
 
     def work() -> None:
         rt.progress(25)
-        reported.wait(10)
-        release.wait(10)
+        reported.wait(60)
+        release.wait(60)
 
     async def work_async() -> None:
         progress(50)
-        await asyncio.to_thread(reported.wait, 10)
+        await asyncio.to_thread(reported.wait, 60)
 
     rt.submit(work)
     rt.submit(work_async).done()
-    reported.wait(10)
+    reported.wait(60)
     found = {one["name"]: one["progress_pct"] for one in rt.get_progress()["tasks"]}
     assert found["work"] == 25.0
     release.set()

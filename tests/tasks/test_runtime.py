@@ -247,7 +247,7 @@ def test_wait_all_can_run_out_of_time(rt: Runtime) -> None:
         rt.wait_all(timeout=0.05)
 
     release.set()
-    rt.wait_all(timeout=10)
+    rt.wait_all(timeout=60)
 
 
 def test_io_tasks_have_threads_of_their_own(rt: Runtime) -> None:
@@ -439,10 +439,10 @@ def test_a_task_without_a_thread_raises(fn: Any) -> None:
     finally:
         threading.stack_size(before)
 
-    rt.wait_all(timeout=10)
+    rt.wait_all(timeout=60)
     assert rt.get_progress()["cancelled"] == 1
-    assert rt.submit(len, "a").get(timeout=10) == 1
-    rt.submit(nothing).get(timeout=10)
+    assert rt.submit(len, "a").get(timeout=60) == 1
+    rt.submit(nothing).get(timeout=60)
     rt.shutdown()
 
 

@@ -43,14 +43,14 @@ def test_a_chain_of_timed_tasks_ends(single: Runtime) -> None:
     """A task with a timeout runs on a compensating thread, which can be replaced."""
 
     def link(left: int) -> int:
-        return 1 + single.submit(link, left - 1, timeout=30).get() if left else 0
+        return 1 + single.submit(link, left - 1, timeout=60).get() if left else 0
 
-    assert single.submit(link, 30, timeout=30).get() == 30
+    assert single.submit(link, 30, timeout=60).get() == 30
     eventually(lambda: "traceml-compensating" not in threads_of_ours())
 
 
 def test_a_task_can_wait_with_a_limit_for_a_queued_one(single: Runtime) -> None:
-    assert single.submit(lambda: single.submit(len, "abc").get(timeout=10)).get(timeout=10) == 3
+    assert single.submit(lambda: single.submit(len, "abc").get(timeout=60)).get(timeout=60) == 3
 
 
 def test_a_wait_in_a_task_can_run_out_of_time(single: Runtime) -> None:
@@ -100,7 +100,7 @@ def test_tasks_that_all_wait_for_all_end(rt: Runtime) -> None:
     for _ in range(4):
         rt.submit(node, 3)
 
-    rt.wait_all(timeout=30)
+    rt.wait_all(timeout=60)
     assert rt.get_progress()["completed"] == 4 * 15
 
 
@@ -116,7 +116,7 @@ def test_wait_all_in_a_task_that_is_itself_waited_for(single: Runtime) -> None:
         single.submit(child).get()
         return done
 
-    assert single.submit(parent).get(timeout=10) == [1]
+    assert single.submit(parent).get(timeout=60) == [1]
 
 
 def test_wait_all_runs_what_is_submitted_meanwhile(single: Runtime) -> None:
@@ -129,7 +129,7 @@ def test_wait_all_runs_what_is_submitted_meanwhile(single: Runtime) -> None:
         single.wait_all()
 
     handle = single.submit(task)
-    assert began.wait(10)
+    assert began.wait(60)
     eventually(lambda: handle in blocked_tasks)
     later = single.submit(len, "abc")
     eventually(later.done)
@@ -275,14 +275,14 @@ def test_tasks_that_wait_for_each_other_raise(rt: Runtime) -> None:
     both = threading.Barrier(3)
 
     def task(other: int) -> object:
-        both.wait(10)
+        both.wait(60)
         return handles[other].get()
 
     handles += [rt.submit(task, 1), rt.submit(task, 0)]
-    both.wait(10)
+    both.wait(60)
     for handle in handles:
         with pytest.raises(TaskDeadlockError, match="cannot end before"):
-            handle.get(timeout=10)
+            handle.get(timeout=60)
 
 
 def test_a_child_that_waits_for_its_parent_raises(single: Runtime) -> None:
@@ -296,7 +296,7 @@ def test_a_child_that_waits_for_its_parent_raises(single: Runtime) -> None:
     box.append(single.submit(parent, name="parent"))
     ready.set()
     with pytest.raises(TaskDeadlockError, match="'child' waits for 'parent'"):
-        box[0].get(timeout=10)
+        box[0].get(timeout=60)
 
 
 def test_waiting_in_place_keeps_the_order_of_states(single: Runtime) -> None:
@@ -335,7 +335,7 @@ class Mixture:
         children = [self.spawn(depth - 1) for _ in range(self.choose.randint(0, 3) if depth else 0)]
         ways = (self.runtimes[0].wait_all, self.runtimes[1].wait_all, lambda: self.choose.choice(self.handles).get())
         for child in children:
-            way = self.choose.choice([child.get, child.get, child.cancel, lambda child=child: child.get(20), *ways])
+            way = self.choose.choice([child.get, child.get, child.cancel, lambda child=child: child.get(60), *ways])
             with suppress(TaskError, TimeoutError):
                 way()
 

@@ -54,7 +54,7 @@ class MLflowServer:
         while time.monotonic() < deadline:
             assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
                     assert answer.status == 200
                     return self
             except (urllib.error.URLError, OSError):

@@ -69,20 +69,20 @@ class Serving:
 
     def start(self) -> Serving:
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
         return self
 
     def connect(self, rank: int = 0, *, token: str = TOKEN, **facts: Any) -> Connection:
         hello = Hello(role="rank", run="job", rank=rank, world_size=64, **facts)
-        return Connection.connect("127.0.0.1", self.port, hello, token, timeout_s=10)
+        return Connection.connect("127.0.0.1", self.port, hello, token, timeout_s=60)
 
     def raw(self) -> socket.socket:
         """Connect without a word."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
 
     def _run(self) -> None:

@@ -31,7 +31,7 @@ class FalseServer:
         return self
 
     def __exit__(self, *_) -> None:
-        self._thread.join(10)
+        self._thread.join(60)
         self.sock.close()
 
     def _serve(self) -> None:
@@ -114,7 +114,7 @@ def test_clock_offset_is_within_half_a_round_trip(serving):
 def test_finish_waits_for_the_other_side(serving, monkeypatch):
     """`finish` returns True once the aggregator has said bye too."""
     monkeypatch.setattr("traceml.fail_open._failures", {})  # those of other tests in this process
-    assert serving.connect().finish("finished", timeout_s=10)
+    assert serving.connect().finish("finished", timeout_s=60)
     assert serving.handler.messages[-1] == {"t": "bye", "reason": "finished"}
 
 
@@ -157,7 +157,7 @@ def test_connect_retries_until_an_aggregator_answers():
     starter = threading.Timer(0.3, late.start)
     starter.start()
 
-    connection = connect("127.0.0.1", late.port, Hello(run="job"), TOKEN, timeout_s=20)
+    connection = connect("127.0.0.1", late.port, Hello(run="job"), TOKEN, timeout_s=60)
 
     assert connection.acked == {"steps": 7}
     connection.close()

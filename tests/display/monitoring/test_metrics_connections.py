@@ -35,10 +35,10 @@ def test_others_cannot_take_all_threads(port: int, sent: bytes) -> None:
     with ExitStack() as stack:
         opened = []
         for _ in range(metrics_server._MOST_CONNECTIONS + 10):
-            opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)))
+            opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)))
             opened[-1].sendall(sent)
 
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", "/metrics")
         assert connection.getresponse().status == 200
         connection.close()

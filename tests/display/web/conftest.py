@@ -84,7 +84,7 @@ def page_process(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
         with PageProcess(runs_dir, 0, nice=0) as page_process:
-            connection = http.client.HTTPConnection("127.0.0.1", page_process.port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", page_process.port, timeout=60)
             connection.request("GET", "/")  # it waits in the socket's backlog until it is served
             assert connection.getresponse().status == 401
             connection.close()

@@ -27,7 +27,7 @@ def ask(page_process: PageProcess) -> Ask:
     """Send one request and return the answer, read."""
 
     def send(path: str, **headers: str) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", page_process.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", page_process.port, timeout=60)
         try:
             connection.request("GET", path, headers=headers)
             answer = connection.getresponse()

@@ -64,7 +64,7 @@ def silent_connections(port: int, sent: bytes, count: int) -> Iterator[list[sock
     with contextlib.ExitStack() as stack:
         opened = []
         for _ in range(count):
-            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
             sock.sendall(sent)
             opened.append(sock)
 

@@ -341,7 +341,7 @@ def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
         pids = _kin(driver)
         eventually(lambda: not any(map(alive, pids)))  # the channel is open all the time
 
-        assert driver.process.wait(30) == 0
+        assert driver.process.wait(90) == 0
 
 
 def test_an_idle_agent_waits_for_a_launcher_that_says_nothing(tmp_path: Path) -> None:

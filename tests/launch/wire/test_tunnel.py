@@ -21,7 +21,7 @@ class Between:
 
     def __init__(self) -> None:
         self.server = socket.create_server(("127.0.0.1", 0))
-        self.server.settimeout(20)
+        self.server.settimeout(60)
         self.selector = selectors.DefaultSelector()
         ours, theirs = socket.socketpair()
         self._channels = [
@@ -39,9 +39,9 @@ class Between:
 
     def connect(self) -> tuple[socket.socket, socket.socket]:
         """Return both ends of a connection through the tunnel."""
-        near = socket.create_connection(("127.0.0.1", self.listener.port), timeout=20)
+        near = socket.create_connection(("127.0.0.1", self.listener.port), timeout=60)
         far, _ = self.server.accept()
-        far.settimeout(20)
+        far.settimeout(60)
         return near, far
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ def test_an_end_that_dies_is_reported_to_the_other(between: Between) -> None:
 def test_nobody_at_the_end_is_no_connection(between: Between) -> None:
     """Without an aggregator the rank's connection ends at once, so that it tries again later."""
     between.server.close()
-    with socket.create_connection(("127.0.0.1", between.listener.port), timeout=20) as near:
+    with socket.create_connection(("127.0.0.1", between.listener.port), timeout=60) as near:
         assert near.recv(1) == b""
 
 
@@ -153,7 +153,7 @@ def test_others_cannot_take_all_descriptors_of_the_agent(monkeypatch: pytest.Mon
     between = Between()
     try:
         first, second = between.connect(), between.connect()
-        with socket.create_connection(("127.0.0.1", between.listener.port), timeout=20) as refused:
+        with socket.create_connection(("127.0.0.1", between.listener.port), timeout=60) as refused:
             assert refused.recv(1) == b""
 
         for end in first:
@@ -175,7 +175,7 @@ def test_connections_leave_descriptors_to_the_launcher(between: Between, monkeyp
     ends = between.connect()
     with monkeypatch.context() as patch:
         patch.setattr(tunnel, "_MOST_USED", 0.0)
-        with socket.create_connection(("127.0.0.1", between.listener.port), timeout=20) as refused:
+        with socket.create_connection(("127.0.0.1", between.listener.port), timeout=60) as refused:
             refused.sendall(b"lost")
             assert _is_ended(refused)
 
@@ -189,11 +189,11 @@ def test_connections_leave_descriptors_to_the_launcher(between: Between, monkeyp
 
 def _next(between: Between) -> tuple[socket.socket, socket.socket]:
     """Return both ends of a new connection; the refused one was accepted and closed by the launcher before."""
-    near = socket.create_connection(("127.0.0.1", between.listener.port), timeout=20)
+    near = socket.create_connection(("127.0.0.1", between.listener.port), timeout=60)
     near.sendall(b"next")
     while True:
         far, _ = between.server.accept()
-        far.settimeout(20)
+        far.settimeout(60)
         if far.recv(4) == b"next":
             return near, far
 
@@ -210,7 +210,7 @@ def _is_ended(sock: socket.socket) -> bool:
 def _connected(between: Between) -> socket.socket:
     """Return a connection that passes, as soon as there is room again."""
     while True:
-        near = socket.create_connection(("127.0.0.1", between.listener.port), timeout=20)
+        near = socket.create_connection(("127.0.0.1", between.listener.port), timeout=60)
         between.server.settimeout(0.2)
         try:
             between.server.accept()[0].close()

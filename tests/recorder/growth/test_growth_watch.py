@@ -172,16 +172,16 @@ def test_a_reading_leaves_no_references_behind() -> None:
     def train() -> None:
         batch = Batch()
         ready.set()
-        seen.wait(30)
+        seen.wait(60)
         del batch
         freed.append(gone.is_set())
 
     thread = threading.Thread(target=train)
     thread.start()
-    ready.wait(30)
+    ready.wait(60)
     read_containers(sys._current_frames()[thread.ident or 0], is_here)
     seen.set()
-    thread.join(30)
+    thread.join(60)
 
     assert freed == [True]
 

@@ -142,7 +142,7 @@ def test_a_run_that_goes_on_is_followed_and_a_stopped_process_continued(run: Log
     run.metrics({"a": [3.0]}, first_step=2)
     eventually(lambda: state_of(run.path).delivered == 3)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(30) == EXIT_AGAIN
+    assert first.wait(90) == EXIT_AGAIN
     assert state_of(run.path).phase is DeliveryPhase.STOPPED
 
     run.metrics({"a": [4.0]}, first_step=3)
