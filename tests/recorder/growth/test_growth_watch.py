@@ -186,6 +186,17 @@ def test_a_reading_leaves_no_references_behind() -> None:
     assert freed == [True]
 
 
+def test_variables_below_deep_calls_of_a_library_are_seen() -> None:
+    """As of a script that saves a figure."""
+    kept = [torch.zeros(10) for _ in range(9)]
+    library: dict[str, Any] = {"read": read_containers, "frame": sys._getframe, "is_user": is_here}
+    code = "def call(depth):\n    return call(depth - 1) if depth else read(frame(), is_user)"
+    exec(compile(code, "/lib/draw.py", "exec"), library)
+
+    assert by_path(library["call"](60))["kept"].size == len(kept)
+    assert "kept" not in by_path(library["call"](600))
+
+
 def test_a_sum_of_losses_has_a_long_graph() -> None:
     """A tensor with the graphs of all steps is seen with the operations in a row."""
     weight = torch.ones(1, requires_grad=True)

@@ -27,7 +27,7 @@ BUDGET_NS = 8_000_000
 _MAX_VISITED = 4000
 _MAX_DEPTH = 4
 _MAX_FIELDS = 64
-_MAX_FRAMES = 20
+_MAX_FRAMES, _MAX_LIBRARY_FRAMES = 20, 200  # of the user's code, and beside them: pyplot saves a figure 30 calls deep
 MAX_CHAIN = 8000
 """Operations of a graph that are followed."""
 _MAX_PATH = 80
@@ -107,22 +107,29 @@ def read_containers(
 def _roots(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[_Place]:
     files: set[str] = set()
     figures = pyplot_figures()
-    for _ in range(_MAX_FRAMES):
-        if frame is None:
-            return
+    for user in _user_frames(frame, is_user):
+        if figures is not None and not files:
+            yield _Place(figures.value, figures.path, _MAX_DEPTH, user, of_dataset=False, kind=figures.kind)
 
+        for name, value in _variables(user).items():
+            yield _Place(value, name, 0, user, of_dataset=False)
+
+        if user.f_code.co_filename not in files:
+            files.add(user.f_code.co_filename)
+            for name, value in list(user.f_globals.items()):
+                if not name.startswith("__"):
+                    yield _Place(value, name, 0, user, of_dataset=False)
+
+
+def _user_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[FrameType]:
+    """Yield the frames of the user's code, the innermost first."""
+    found = others = 0
+    while frame is not None and found < _MAX_FRAMES and others < _MAX_LIBRARY_FRAMES:
         if is_user(frame):
-            if figures is not None and not files:
-                yield _Place(figures.value, figures.path, _MAX_DEPTH, frame, of_dataset=False, kind=figures.kind)
-
-            for name, value in _variables(frame).items():
-                yield _Place(value, name, 0, frame, of_dataset=False)
-
-            if frame.f_code.co_filename not in files:
-                files.add(frame.f_code.co_filename)
-                for name, value in list(frame.f_globals.items()):
-                    if not name.startswith("__"):
-                        yield _Place(value, name, 0, frame, of_dataset=False)
+            found += 1
+            yield frame
+        else:
+            others += 1
 
         frame = frame.f_back
 
