@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.instrument.conftest import Traced
 from tests.instrument.native.test_same_rows import Loop
 from traceml.database.flight.flight import FlightFile
+from traceml.database.schema import METRICS, Slot
 from traceml.instrument import install
 from traceml.instrument.native import extension as native
+from traceml.track.rank.logger import usual_writer
 
 
 def use(library: Path) -> None:
@@ -60,6 +64,32 @@ def call_with_many_arguments(folder: Path) -> None:
         flight.close(unlink=True)
 
 
+def log_values(folder: Path) -> int:
+    """Log values of every kind through a ring that wraps around; return the number of rows."""
+    flight = FlightFile.create(folder, {})
+    entries = {"loss": [7, 0]}
+    flight.open_slots[int(Slot.STEP)] = -1
+    writer = usual_writer(flight, entries, 3)
+    assert writer is not None
+    values: tuple[Any, ...] = (0.5, 3, True, None, "x", 10**400, -1, float("nan"))
+    steps: tuple[Any, ...] = (None, 4, -1, True, 2**63, "x")
+    for name, value, step in itertools.product(("loss", "new", b"loss", None), values, steps):
+        assert writer(name, value, step) is (
+            name == "loss" and type(value) in (int, float) and value != 10**400 and step in (4, -1) and step is not True
+        )
+
+    before = flight.metrics.appended
+    for step in range(3 * flight.metrics.capacity):
+        if not writer("loss", step, step):
+            flight.metrics.append(0, step, 7, step, 0, 3)  # makes room for more
+
+    assert flight.metrics.appended == before + 3 * flight.metrics.capacity
+    last = METRICS.struct.unpack(flight.metrics.take(flight.metrics.appended - 1).data)
+    assert last[1:] == (3 * flight.metrics.capacity - 1, 7, 3.0 * flight.metrics.capacity - 1, 0, 3)
+    flight.close(unlink=True)
+    return flight.metrics.appended
+
+
 class _Sum(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +105,7 @@ def main() -> None:
     use(library)
     torch.set_num_threads(1)
     call_with_many_arguments(folder / "arguments")
+    log_values(folder / "values")
     print(*(run(folder / str(seed), seed) for seed in seeds))
 
 

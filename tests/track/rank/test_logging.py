@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.aggregator.conftest import Serving
 from tests.eventually import eventually
 from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
@@ -214,10 +216,12 @@ def test_an_aggregator_that_cannot_start_is_reported_at_the_end(script: Script, 
     assert "traceml sync" in err
 
 
-def test_any_value_is_kept(script: Script, tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", ["1", "0"])  # values are appended in C, and in Python
+def test_any_value_is_kept(script: Script, tmp_path: Path, native: str) -> None:
     """Numbers of every kind arrive as numbers, NaN and infinities too; anything else is kept as what it is."""
     finish(
-        script("""
+        script(
+            """
         import decimal, fractions, numpy, torch, traceml
         numbers = {
             "int": 3, "bool": True, "big": 2**60, "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"),
@@ -232,23 +236,44 @@ def test_any_value_is_kept(script: Script, tmp_path: Path) -> None:
             traceml.log_metric(name, value, step=numpy.int64(4))
         traceml.log_metric("\\u00fcn\\u00ef/\\u00e7\\u00f6d\\u00e9 \\U0001f389", 1.0)
         traceml.log_params({"path": __import__("pathlib").Path("/a"), 3: {"deep": object}, "array": numpy.arange(3)})
-        """)
+        for value in (1.5, 2, True, None, 2**60, float("-inf"), 10**400, "text"):
+            for step in (7, None, True, 2**62, numpy.int8(1)):
+                traceml.log_metric("again", value, step)
+                traceml.log_metrics({"again": value}, step)
+        for wrong, step in (("again", 2**63), ("again", 1.5), ("again", "x"), (b"name", 1)):
+            try:
+                traceml.log_metric(wrong, 1.0, step)
+            except (TypeError, ValueError) as error:
+                traceml.log_text("refused", f"{type(error).__name__}: {error}")
+        """,
+            TRACEML_NATIVE=native,
+        )
     )
 
     stored = ended_run(tmp_path / "traceml_runs")
-    values = {metric.name: metric.value for _, metric in stored.metrics}
+    values = {metric.name: metric.value for _, metric in stored.metrics if metric.name != "again"}
     assert math.isnan(values.pop("nan"))
     assert values == {
         "int": 3.0, "bool": 1.0, "big": 2.0**60, "inf": math.inf, "-inf": -math.inf, "float32": 0.10000000149011612,
         "int64": -5.0, "bool_": 1.0, "0-d": 2.5, "decimal": 1.25, "fraction": 0.25, "tensor": 1.5, "grad": 7.0,
         "double": 0.1, "ünï/çödé 🎉": 1.0,
     }  # fmt: skip
-    others = {row["name"]: row["value"] for row in stored.of("value")}
+    others = {row["name"]: row["value"] for row in stored.of("value") if row["name"] != "again"}
     assert others == {
         "text": "warm", "none": None, "huge": str(10**400), "array": [0.0, 0.0, 0.0], "complex": "1j", "list": [1, "a"],
     }  # fmt: skip
-    assert {row["step"] for row in stored.of("value")} == {4}
+    assert {row["step"] for row in stored.of("value") if row["name"] != "again"} == {4}
     assert stored.of("params")[0]["params"] == {"path": "/a", "3": {"deep": "<class 'object'>"}, "array": [0, 1, 2]}
+    again = iter(stored.steps("again"))
+    for count in (0, 2, 4, 8, 10):  # None, kept as text, has taken two steps of the counter
+        expected = [7, 7, count, count + 1, 1, 1, 2**62, 2**62, 1, 1]
+        assert [next(again) for _ in expected] == expected
+
+    assert stored.values("again") == [value for value in (1.5, 2.0, 1.0, 2.0**60, -math.inf) for _ in range(10)]
+
+    assert [row["text"].partition(":")[0] for row in stored.of("text")] == [
+        "ValueError", "TypeError", "TypeError", "TypeError"
+    ]  # fmt: skip
 
 
 def test_a_hundred_thousand_names(script: Script, tmp_path: Path) -> None:
@@ -266,29 +291,34 @@ def test_a_hundred_thousand_names(script: Script, tmp_path: Path) -> None:
     assert all(metric.name == f"layer.{int(metric.value)}/norm" for _, metric in stored.metrics)
 
 
-def test_threads_and_a_signal_handler_log_at_once(script: Script, tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_threads_and_a_signal_handler_log_at_once(script: Script, tmp_path: Path, native: str) -> None:
     """8 threads, and a timer's signal handler that logs whatever it interrupts: every value is there once."""
     out = finish(
-        script("""
+        script(
+            """
         import itertools, signal, threading, traceml
         ticks = itertools.count()
         def tick(*_):
             traceml.log_metric("tick", next(ticks))
+            signal.setitimer(signal.ITIMER_REAL, 0.0005)  # once: ticks that come while one runs would nest
         def work(number):
             for i in range(10_000):
                 traceml.log_metric(f"thread{number}", i)
         traceml.log_metric("first", 0)
         signal.signal(signal.SIGALRM, tick)
-        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005)
         threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
         for thread in threads:
             thread.start()
         work(8)
         for thread in threads:
             thread.join()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
         print(next(ticks))
-        """)
+        """,
+            TRACEML_NATIVE=native,
+        )
     )
 
     stored = ended_run(tmp_path / "traceml_runs")

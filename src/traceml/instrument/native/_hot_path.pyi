@@ -7,6 +7,16 @@ LAYOUT: tuple[int, ...]
 
 def use_time(source: Callable[[], int] | None) -> None: ...
 def type_changed(changed: type[Any]) -> None: ...
+def metric_writer(
+    entries: dict[str, list[int]],
+    ring: Any,
+    acquire: Callable[[bool], bool],
+    release: Callable[[], None],
+    open_slots: Any,
+    memory: tuple[Any, int, int, Any, int],
+    experiment: int,
+    /,
+) -> Callable[[str, Any, int | None], bool]: ...
 
 class HotFields:
     thread: int

@@ -16,7 +16,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.schema import STEPS, Phase, Slot
+from traceml.database.schema import METRICS, STEPS, Phase, Slot
 from traceml.installation import free_threading_limits
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _LAYOUT = (
     len(Phase),
     *(int(slot) for slot in (Slot.STEP_START, Slot.STEP, Slot.USER_NAME)),
     STEPS.row_bytes,
+    METRICS.row_bytes,
 )
 _NAME = "traceml.instrument.native._hot_path"
 _log = logging.getLogger("traceml")

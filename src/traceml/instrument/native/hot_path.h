@@ -21,7 +21,7 @@ PyAPI_FUNC(PyObject *) PyWeakref_GetObject(PyObject *); /* later headers may lea
 
 /* Numbers of phases and of words in the flight file; `LAYOUT` tells them to Python, which compares. */
 enum { INPUT_WAIT = 0, FORWARD = 2, BACKWARD = 3, OPTIMIZER = 4, USER = 7, OTHER = 8, STEP_START = 16, STEP = 17, USER_NAME = 18,
-       COLUMNS = 15 };
+       COLUMNS = 15, METRIC_COLUMNS = 6 };
 
 #ifndef __has_builtin
 #define __has_builtin(name) 0
@@ -59,6 +59,7 @@ extern PyObject *time_source; /* for tests: replaces the clock */
 PyTypeObject *make_hot_fields_type(void);
 PyTypeObject *make_hook_type(void);
 PyObject *use_time(PyObject *module, PyObject *source);
+PyObject *metric_writer(PyObject *module, PyObject *args);
 
 PyObject *method_enter(PyObject *self, PyObject *number);
 PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n);

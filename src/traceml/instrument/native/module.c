@@ -13,12 +13,14 @@ static PyObject *type_changed(PyObject *module, PyObject *type) {
 static PyMethodDef functions[] = {
     {"use_time", use_time, METH_O, NULL},
     {"type_changed", type_changed, METH_O, NULL},
+    {"metric_writer", metric_writer, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static int fill(PyObject *module) {
-    PyObject *layout = Py_BuildValue("(iiiiiiiiii)", INPUT_WAIT, FORWARD, BACKWARD, OPTIMIZER, USER, OTHER, STEP_START, STEP,
-                                     USER_NAME, (int)(COLUMNS * sizeof(long long)));
+    PyObject *layout = Py_BuildValue("(iiiiiiiiiii)", INPUT_WAIT, FORWARD, BACKWARD, OPTIMIZER, USER, OTHER, STEP_START, STEP,
+                                     USER_NAME, (int)(COLUMNS * sizeof(long long)),
+                                     (int)(METRIC_COLUMNS * sizeof(long long)));
     PyObject *fields = (PyObject *)make_hot_fields_type(), *hook = fields ? (PyObject *)make_hook_type() : NULL;
     int status = layout && hook ? PyModule_AddObjectRef(module, "LAYOUT", layout) : -1;
     if (!status) status = PyModule_AddObjectRef(module, "HotFields", fields);

@@ -208,7 +208,11 @@ class Experiment:
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value; see `traceml.log_metric`."""
-        (self._logger or self._begun_logger()).metric(name, value, self.iteration if step is None else step)
+        logger = self._logger or self._begun_logger()
+        step = self.iteration if step is None else step
+        usual = logger.usual
+        if usual is None or not usual(name, value, step):
+            logger.metric(name, value, step)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log several values at one step."""
@@ -315,7 +319,10 @@ def log_metric(name: str, value: Any, step: int | None = None) -> None:
         value: a number, or an object that holds one: a tensor, a numpy scalar, a bool. Any other is logged as a text.
         step: the step; by default the current training step, else a counter per name.
     """
-    loggers.active.metric(name, value, step)
+    logger = loggers.active
+    usual = logger.usual
+    if usual is None or not usual(name, value, step):
+        logger.metric(name, value, step)
 
 
 def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -329,8 +336,10 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
         step: their step.
     """
     logger = loggers.active
+    usual = logger.usual
     for name, value in metrics.items():
-        logger.metric(name, value, step)
+        if usual is None or not usual(name, value, step):
+            logger.metric(name, value, step)
 
 
 def log_params(params: Mapping[str, Any]) -> None:

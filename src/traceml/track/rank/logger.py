@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import METRICS, Slot
+from traceml.instrument.native.extension import extension
 from traceml.privacy import secrets_only
 from traceml.recorder.current import on_change
 from traceml.track.rank.logged_values import DeferredValue, number_of, plain, step_of
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.settings import Config
 
-__all__ = ["Logger", "deferred_values"]
+__all__ = ["Logger", "deferred_values", "usual_writer"]
 
 _time_ns = time.time_ns
 _STEP, _ROW_BYTES = int(Slot.STEP), METRICS.row_bytes
 # Masked before they are stored; everything else is masked when it is delivered.
 _MASKED = {"params", "tags"}
+
+_Usual = Callable[[str, Any, int | None], bool]
 
 _loggers: weakref.WeakSet[Logger] = weakref.WeakSet()
 
@@ -42,6 +45,10 @@ class Logger:
         experiment: the experiment's number; 0 is the run's own.
         announce: returns the fields of the experiment's row, given the settings in force, or None for no row. Each
             process that logs for the experiment appends that row first.
+
+    Attributes:
+        usual: appends a usual value, given its name, the value and the step or None, and returns whether it was one;
+            `metric` takes every value. None before the first value, and where it is not built: it is in C.
     """
 
     __slots__ = (
@@ -61,6 +68,7 @@ class Logger:
         "_ring",
         "_slot",
         "_slots",
+        "usual",
     )
 
     def __init__(
@@ -71,6 +79,7 @@ class Logger:
         self._entries: dict[str, list[int]] = {}  # name -> [its number, the next step where none is given]
         self._deferred: deque[tuple[Any, ...]] = deque()
         self._flight: FlightFile | None = None
+        self.usual: _Usual | None = None
         _loggers.add(self)
 
     def __repr__(self) -> str:
@@ -154,6 +163,8 @@ class Logger:
     @experiment.setter
     def experiment(self, number: int) -> None:
         self._number = number
+        if self._flight is not None:
+            self.usual = usual_writer(self._flight, self._entries, number)
 
     @property
     def values(self) -> int:
@@ -201,7 +212,7 @@ class Logger:
     def unbind(self, *, forked: bool = False) -> None:
         """Forget the recorder; the next call finds another. In a forked child, deferred values belong to the parent."""
         self._entries = {}
-        self._flight = None
+        self._flight = self.usual = None
         if forked:
             self._deferred.clear()
 
@@ -234,6 +245,7 @@ class Logger:
         self._count, self._slot = ring.count, ring.slot
         self._masker = secrets_only(recorder.config.mask)
         self._flight = flight
+        self.usual = usual_writer(flight, self._entries, self._number)
         recorder.every_turn(_flush_all)
         facts = self._announce(recorder.config)
         if facts is not None:
@@ -251,6 +263,25 @@ class Logger:
             return
 
         self.row("value", step=step_of(step), t_ns=t_ns, name=name, value=value, source=kind)
+
+
+def usual_writer(flight: FlightFile, entries: dict[str, list[int]], experiment: int) -> _Usual | None:
+    """Return the function that appends usual values to a flight file; None where it is not built.
+
+    Args:
+        flight: the file.
+        entries: known names; see `Logger`.
+        experiment: the experiment's number.
+    """
+    native, ring = extension(), flight.metrics
+    if native is None:
+        return None
+
+    memory = ring.buffer, ring.offset, ring.mask, ring.count, ring.slot
+    writer: _Usual = native.metric_writer(
+        entries, ring, ring.lock.acquire, ring.lock.release, flight.open_slots, memory, experiment
+    )
+    return writer
 
 
 def deferred_values() -> int:

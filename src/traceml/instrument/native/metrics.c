@@ -1,0 +1,162 @@
+/* The usual logged value: a number under a known name, while memory has room for its row. */
+#include "hot_path.h"
+
+static const char kind_of_writer[] = "traceml.instrument.native.metrics";
+
+typedef struct {
+    PyObject *entries; /* name -> [its id, ...] */
+    PyObject *ring, *acquire, *release;
+    long long *step, *count, *first_row;
+    long long mask, limit, experiment;
+    Py_buffer slots_buffer, ring_buffer, count_buffer;
+} MetricWriter;
+
+static PyObject *new_truth(int truth) {
+    PyObject *object = truth ? Py_True : Py_False;
+    Py_INCREF(object);
+    return object;
+}
+
+/* What is no usual value is left to the caller, which tells of errors. */
+static PyObject *not_usual(void) {
+    PyErr_Clear();
+    return new_truth(0);
+}
+
+static int read_value(PyObject *number, double *value) {
+    if (!PyFloat_CheckExact(number) && !PyLong_CheckExact(number)) return -1;
+
+    *value = PyFloat_CheckExact(number) ? PyFloat_AsDouble(number) : PyLong_AsDouble(number);
+    return *value == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+static int read_step(const MetricWriter *writer, PyObject *number, long long *step) {
+    if (number != Py_None && !PyLong_CheckExact(number)) return -1;
+
+    *step = number == Py_None ? *writer->step : PyLong_AsLongLong(number);
+    return (*step == -1 && PyErr_Occurred()) || (number == Py_None && *step < 0) ? -1 : 0;
+}
+
+static int read_name(const MetricWriter *writer, PyObject *name, long long *id) {
+    PyObject *entry = PyUnicode_CheckExact(name) ? PyDict_GetItemWithError(writer->entries, name) : NULL;
+    if (!entry) return -1;
+
+    *id = PyLong_AsLongLong(PyList_GetItem(entry, 0));
+    return *id == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+/* The limit moves when room was made, which Python does. */
+COLD static int has_new_limit(MetricWriter *writer, long long n) {
+    PyObject *limit = PyObject_GetAttrString(writer->ring, "limit");
+    if (limit) writer->limit = PyLong_AsLongLong(limit);
+    Py_XDECREF(limit);
+    return n < writer->limit && !PyErr_Occurred();
+}
+
+static int write_value(MetricWriter *writer, long long step, long long id, double value) {
+    long long n = *writer->count;
+    if (!LIKELY(n < writer->limit) && !has_new_limit(writer, n)) return 0;
+
+    struct timespec time;
+    clock_gettime(CLOCK_REALTIME, &time);
+    long long *row = writer->first_row + (n & writer->mask) * METRIC_COLUMNS;
+    row[0] = time.tv_sec * 1000000000LL + time.tv_nsec;
+    row[1] = step;
+    row[2] = id;
+    memcpy(row + 3, &value, sizeof value);
+    row[4] = 0;
+    row[5] = writer->experiment;
+    __atomic_store_n(writer->count, n + 1, __ATOMIC_RELEASE); /* the row first, the counter afterwards */
+    return 1;
+}
+
+/* writer(name, value, step) -> whether it has written the row. It is under the ring's lock, which is never waited for: a
+ * thread that has it is in the middle of a row. */
+static PyObject *write_metric(PyObject *capsule, PyObject *const *args, Py_ssize_t n) {
+    MetricWriter *writer = PyCapsule_GetPointer(capsule, kind_of_writer);
+    long long step, id;
+    double value;
+    if (n != 3 || read_name(writer, args[0], &id) || read_value(args[1], &value) || read_step(writer, args[2], &step))
+        return not_usual();
+
+    PyObject *waits = Py_False, *held = PyObject_Vectorcall(writer->acquire, &waits, 1, NULL);
+    Py_XDECREF(held); /* one of two constants */
+    if (held != Py_True) return not_usual();
+
+    int is_written = write_value(writer, step, id, value);
+    if (!is_written) PyErr_Clear();
+    PyObject *released = PyObject_Vectorcall(writer->release, NULL, 0, NULL);
+    Py_XDECREF(released);
+    return released ? new_truth(is_written) : NULL;
+}
+
+/* ---- its making ---- */
+
+static void free_writer(MetricWriter *writer) {
+    PyBuffer_Release(&writer->slots_buffer); /* does nothing where it holds none */
+    PyBuffer_Release(&writer->ring_buffer);
+    PyBuffer_Release(&writer->count_buffer);
+    Py_CLEAR(writer->entries);
+    Py_CLEAR(writer->ring);
+    Py_CLEAR(writer->acquire);
+    Py_CLEAR(writer->release);
+    PyMem_Free(writer);
+}
+
+static void free_capsule(PyObject *capsule) { free_writer(PyCapsule_GetPointer(capsule, kind_of_writer)); }
+
+static int is_within(const MetricWriter *writer, long long offset, long long slot) {
+    const long long word = (long long)sizeof(long long), row = METRIC_COLUMNS * word;
+    return writer->slots_buffer.len >= (STEP + 1) * word && slot >= 0 && slot < writer->count_buffer.len / word
+        && offset >= 0 && offset % word == 0 && offset <= writer->ring_buffer.len && writer->mask >= 0
+        && writer->mask < (writer->ring_buffer.len - offset) / row;
+}
+
+static int map_memory(MetricWriter *writer, PyObject *slots, PyObject *buffer, long long offset, PyObject *count,
+                      long long slot) {
+    if (PyObject_GetBuffer(slots, &writer->slots_buffer, PyBUF_WRITABLE)
+        || PyObject_GetBuffer(buffer, &writer->ring_buffer, PyBUF_WRITABLE)
+        || PyObject_GetBuffer(count, &writer->count_buffer, PyBUF_WRITABLE))
+        return -1;
+
+    if (!is_within(writer, offset, slot)) {
+        PyErr_SetString(PyExc_ValueError, "the ring does not fit into its memory");
+        return -1;
+    }
+
+    writer->step = (long long *)writer->slots_buffer.buf + STEP;
+    writer->count = (long long *)writer->count_buffer.buf + slot;
+    writer->first_row = (long long *)((char *)writer->ring_buffer.buf + offset);
+    return 0;
+}
+
+PyObject *metric_writer(PyObject *module, PyObject *args) {
+    static PyMethodDef method = {"write_metric", (PyCFunction)(void (*)(void))write_metric, METH_FASTCALL, NULL};
+    (void)module;
+    PyObject *entries, *ring, *acquire, *release, *slots, *buffer, *count;
+    long long offset, mask, slot, experiment;
+    if (!PyArg_ParseTuple(args, "O!OOOO(OLLOL)L:metric_writer", &PyDict_Type, &entries, &ring, &acquire, &release,
+                          &slots, &buffer, &offset, &mask, &count, &slot, &experiment))
+        return NULL;
+
+    MetricWriter *writer = PyMem_Calloc(1, sizeof *writer);
+    if (!writer) return PyErr_NoMemory();
+
+    writer->mask = mask;
+    writer->experiment = experiment;
+    assign(&writer->entries, entries);
+    assign(&writer->ring, ring);
+    assign(&writer->acquire, acquire);
+    assign(&writer->release, release);
+    PyObject *capsule = map_memory(writer, slots, buffer, offset, count, slot)
+                            ? NULL
+                            : PyCapsule_New(writer, kind_of_writer, free_capsule);
+    if (!capsule) {
+        free_writer(writer);
+        return NULL;
+    }
+
+    PyObject *function = PyCFunction_NewEx(&method, capsule, NULL);
+    Py_DECREF(capsule);
+    return function;
+}
