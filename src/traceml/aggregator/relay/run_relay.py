@@ -157,6 +157,9 @@ class RunRelay:
         ended = all(stream.is_ended for stream in self._streams.values())
         self._is_over = self._is_caught_up and ended and run.get("ended") is not None
         self.is_done = self._is_over and self.is_stored
+        if self.is_stored:
+            self._safe = self._cursor
+
         link.flush(_FLUSH_S)
 
     # --- ranks -------------------------------------------------------------------------------------------------------

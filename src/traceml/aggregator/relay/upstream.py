@@ -97,8 +97,8 @@ class Upstream:
             relay.disconnect()
             if not is_stored:
                 _log.warning(
-                    "run %s: its last rows are not stored at %s. `traceml serve --upstream %s` with the same runs "
-                    "folder sends them", path.name, self.address, self.address,
+                    "run %s: %s has not confirmed that its last rows are stored there. `traceml serve --upstream %s` "
+                    "with the same runs folder sends what is missing", path.name, self.address, self.address,
                 )  # fmt: skip
 
         self._relays.clear()
