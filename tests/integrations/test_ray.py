@@ -16,7 +16,9 @@ pytestmark = pytest.mark.timeout(400)
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     """All trainings, on one Ray: it and its driver take more CPU time to start than a training."""
     with jobs_in(tmp_path_factory.mktemp("ray"), timeout_s=300) as job:
-        yield job("ray_job.py", RAY_AUTH_MODE="disabled", RAY_TRAIN_V2_ENABLED="1")
+        # Its watcher of nodes that are taken away is one more process that imports for seconds, for each training.
+        quick = {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+        yield job("ray_job.py", RAY_TRAIN_V2_ENABLED="1", **quick)
 
 
 def test_workers_are_the_ranks_of_one_run(ended: Ended) -> None:

@@ -43,10 +43,10 @@ def step(x):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    time.sleep(0.002)  # leaves the cores to the commands that are tested
+    time.sleep(0.01)  # leaves the cores to the commands that are tested
 
 
-data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4096, 64)), batch_size=16)
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(1024, 64)), batch_size=16)
 going = True
 while going:
     for (x,) in data:
