@@ -10,8 +10,10 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, rows_of, takes_turns, window_of
 from traceml.database.schema import STEPS, StepFlag, pack_bits
-from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
-from traceml.diagnosis.facts.job_facts import JobFactsBuilder
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.instrument.facts import model_facts
 
 

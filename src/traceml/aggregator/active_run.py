@@ -25,7 +25,7 @@ from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
-from traceml.diagnosis.facts.ending_signal import END, ending_signal_of
+from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures

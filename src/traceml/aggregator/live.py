@@ -8,7 +8,7 @@ from typing import Any
 from traceml.aggregator.streams import Stream
 from traceml.database.schema import INFO, NAMES
 from traceml.database.snapshots import RankSnapshot
-from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.intake import RowIntake

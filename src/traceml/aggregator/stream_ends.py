@@ -12,7 +12,7 @@ from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import Slot
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
-from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.witness.crash_stacks import crash_facts
 
 __all__ = ["final_state", "note_exit", "note_oom", "resumed_at", "state_of_dead"]

@@ -28,7 +28,9 @@ from traceml.database.schema import (
     USER_PHASES,
     Table,
 )
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.steps.step_sample import SampledWindow
 from traceml.diagnosis.steps.window import Ints, Rows, StepWindow, Window
 

@@ -10,14 +10,7 @@ from types import CoroutineType, TracebackType
 from typing import Any
 
 from traceml.errors import TaskCancelledError, TaskTimeoutError
-from traceml.tasks.task_record import (
-    TaskRecord,
-    ThreadState,
-    awaiting_thread,
-    name_of,
-    shorten,
-    wake_idle_waiters,
-)
+from traceml.tasks.task_record import TaskRecord, ThreadState, awaiting_thread, name_of, shorten, wake_idle_waiters
 from traceml.tasks.task_statistics import CANCELLED, COMPLETED, FAILED, FINAL, RUNNING, TIMED_OUT, EndedTask
 
 __all__ = ["WorkerReplaced", "cancel", "end", "expire", "fail", "run", "run_claimed"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
 
 CUT = RankExit(
     rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4711",

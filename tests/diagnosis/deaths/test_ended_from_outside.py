@@ -7,8 +7,9 @@ import signal
 import pytest
 
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.ending_signal import EndingSignal, ending_signal_of
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.ends.ending_signal import EndingSignal, ending_signal_of
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind, Severity
 
 AT_S = 1_000_000.0

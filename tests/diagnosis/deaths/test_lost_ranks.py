@@ -6,8 +6,11 @@ import pytest
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.deaths.lost_ranks import rank_lost, root_causes
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, LoaderFacts, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.recorder.exits import describe
 
 

@@ -6,8 +6,10 @@ import pytest
 
 from traceml.diagnosis.deaths.lost_loader_workers import worker_behind, worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
-from traceml.diagnosis.facts.lost_workers import LostWorker, lost_worker_of, worker_in
+from traceml.diagnosis.facts.ends.lost_workers import LostWorker, lost_worker_of, worker_in
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.kinds import Kind
 
 KILLED = "RuntimeError: DataLoader worker (pid 4711) is killed by signal: Killed. "

@@ -7,7 +7,8 @@ import pytest
 
 from traceml.database.schema import HOST, PROCESS, TORCH_MEMORY, Resource
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.findings import Finding

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.kinds import Kind
 
 LIMIT_S = 1_000_000.0

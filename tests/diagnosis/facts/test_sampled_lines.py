@@ -7,8 +7,9 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.database.schema import LINE_OTHER, LINES, Phase
-from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine, blamed_line, outside_line
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.facts.job_facts import JobFactsBuilder
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 
 
 def model(step: int, parameters: int) -> dict[str, object]:

@@ -23,7 +23,8 @@ from tests.diagnosis.hangs.standing import (
 )
 from traceml.database.schema import STEPS, pack_bits
 from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, WorkerSnapshot
-from traceml.diagnosis.facts.job_facts import JobFactsBuilder, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.kinds import Kind

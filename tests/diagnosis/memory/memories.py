@@ -8,8 +8,9 @@ import numpy as np
 
 from tests.diagnosis.facts.watched_workers import worker_rows
 from traceml.database.schema import HOST, PROCESS, TORCH_MEMORY
-from traceml.diagnosis.facts.job_facts import JobFactsBuilder, LoaderFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 
 MB, GB = 1 << 20, 1 << 30
 

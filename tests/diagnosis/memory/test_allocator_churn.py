@@ -6,7 +6,8 @@ import pytest
 
 from tests.diagnosis.memory.memories import GB, device
 from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.kinds import Kind, Severity

@@ -9,8 +9,9 @@ from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.memory.memories import GB, MB, device, growing, growing_workers, host, leaking, processes
 from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.growing_objects import growing_of
-from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose

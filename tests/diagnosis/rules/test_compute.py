@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, ModelFacts
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.compute_advice import WITHOUT_ANOMALIES, for_compute
 from traceml.diagnosis.ruleset import diagnose

@@ -8,8 +8,9 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
 from traceml.database.schema import GPU, HOST, PROCESS, Table
-from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.contention import cpu_contention
 from traceml.diagnosis.ruleset import diagnose

@@ -7,8 +7,9 @@ import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from traceml.database.schema import EPOCHS
-from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.stalls.device_faults import device_faults

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.stopped_time import Stop
 from traceml.diagnosis.findings import Finding

@@ -8,8 +8,9 @@ import pytest
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
 from tests.diagnosis.rules.test_contention import samples
-from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import for_input
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.segments import segments_of

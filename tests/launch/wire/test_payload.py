@@ -16,13 +16,7 @@ import torch
 
 from traceml.errors import PayloadError
 from traceml.launch.wire import pickling
-from traceml.launch.wire.payload import (
-    SerializedValue,
-    dump,
-    dump_call,
-    dump_exception,
-    load,
-)
+from traceml.launch.wire.payload import SerializedValue, dump, dump_call, dump_exception, load
 from traceml.launch.wire.payload_buffer import PayloadBuffer, map_private
 
 LARGE = 40_000  # floats: beyond what is put inside the pickle

@@ -8,14 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from traceml.runs.export.event_blocks import (
-    ArrowBlock,
-    EventBlocks,
-    PointBlock,
-    PointKind,
-    SpanBlock,
-    SpanKind,
-)
+from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, PointBlock, PointKind, SpanBlock, SpanKind
 from traceml.traces.writer.writer import Writer
 
 ORIGIN_NS = 1_700_000_000_000_000_000

@@ -18,12 +18,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from traceml.cli.assistants.json_documents import (
-    OperatorRecord,
-    ProfileDocument,
-    ProfiledRankRecord,
-    UnprofiledRank,
-)
+from traceml.cli.assistants.json_documents import OperatorRecord, ProfileDocument, ProfiledRankRecord, UnprofiledRank
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.cli.profiles.profile_client import ProfileClient, ProfileRequest, RankWindow

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from traceml.diagnosis.advice import even_batches
 from traceml.diagnosis.deaths.end_words import exit_words, step_text
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, plural, ranks_text

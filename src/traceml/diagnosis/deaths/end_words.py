@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
-from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.formatting import bytes_text, phase_words
 from traceml.process_ends import exit_text, signal_name, signal_text
 

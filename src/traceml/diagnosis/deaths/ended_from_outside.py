@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.deaths.scheduler_ends import lost_steps, lost_steps_text
-from traceml.diagnosis.facts.ending_signal import EndingSignal
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
+from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import duration_text

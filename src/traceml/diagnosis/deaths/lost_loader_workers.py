@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, KILL, for_worker
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
-from traceml.diagnosis.facts.lost_workers import LostWorker, worker_in
+from traceml.diagnosis.facts.ends.lost_workers import LostWorker, worker_in
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, count_text, ranks_text

@@ -12,8 +12,9 @@ from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_beh
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
 from traceml.diagnosis.deaths.scheduler_ends import ended_by_scheduler, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.worker_advice import for_worker
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
-from traceml.diagnosis.facts.lost_workers import LostWorker
+from traceml.diagnosis.facts.ends.lost_workers import LostWorker
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import capitalized, ranks_text

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from traceml.database.schema import Resource
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import DeviceMemory
 from traceml.formatting import bytes_text
 

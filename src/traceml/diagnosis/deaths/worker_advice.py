@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.facts.lost_workers import LostWorker
+from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.formatting import bytes_text
 from traceml.process_ends import CRASHES
 

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from traceml.database.snapshots import FrameSnapshot, RankSnapshot
-from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
 from traceml.diagnosis.hangs.rank_state import is_busy, is_excused

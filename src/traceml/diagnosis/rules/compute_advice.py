@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.facts.job_facts import JobFacts, ModelFacts
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.trainings.training_objects import ModelFacts
 from traceml.formatting import duration_text, percent_text
 
 __all__ = ["WITHOUT_ANOMALIES", "for_compute"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, main_library, ordering_share
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.rules.epoch_starts import begins_each_step
 from traceml.diagnosis.steps.loading import Pipeline, fetch_cpu
 from traceml.formatting import cores_text, count_text, gain_text, percent_text, plural

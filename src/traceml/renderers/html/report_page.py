@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import (
-    capitalized,
-    count_text,
-    duration_text,
-    ms_text,
-    overhead_text,
-    plural,
-    rate_text,
-)
+from traceml.formatting import capitalized, count_text, duration_text, ms_text, overhead_text, plural, rate_text
 from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped

@@ -11,14 +11,7 @@ from traceml.formatting import count_text, ms_text, phase_label, phase_words, pl
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
-from traceml.runs.fleet.fleet_types import (
-    STEP,
-    FleetDocument,
-    HostJudgment,
-    PhaseHistory,
-    RunHistory,
-    SlowHost,
-)
+from traceml.runs.fleet.fleet_types import STEP, FleetDocument, HostJudgment, PhaseHistory, RunHistory, SlowHost
 
 __all__ = ["fleet_lines"]
 

@@ -12,7 +12,7 @@ from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.deaths.lost_ranks import root_causes
 from traceml.diagnosis.deaths.scheduler_ends import end_by_scheduler
-from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RestartSection
 from traceml.runs.report.wall_time import checkpoints, resumes_at

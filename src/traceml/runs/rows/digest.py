@@ -36,8 +36,8 @@ from traceml.database.snapshots import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
-from traceml.diagnosis.facts.ending_signal import END, ending_signal_of
-from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose

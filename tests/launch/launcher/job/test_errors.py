@@ -13,13 +13,7 @@ import pytest
 
 import traceml
 from tests.launch import jobs
-from traceml.errors import (
-    AgentFailedError,
-    LaunchTimeoutError,
-    PayloadError,
-    RemoteTracebackError,
-    WorkerFailedError,
-)
+from traceml.errors import AgentFailedError, LaunchTimeoutError, PayloadError, RemoteTracebackError, WorkerFailedError
 
 
 def launched(func: Callable[..., Any], *args: Any, **options: Any) -> traceml.LaunchResult:

@@ -8,13 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError
-from traceml.launch.launcher.job.failures import (
-    JobFailure,
-    preparation_failed,
-    unreachable,
-    worker_died,
-    worker_raised,
-)
+from traceml.launch.launcher.job.failures import JobFailure, preparation_failed, unreachable, worker_died, worker_raised
 from traceml.launch.launcher.job.job_host import JobHost, Worker
 from traceml.launch.launcher.logs.log_router import LogRouter, LogStream
 from traceml.launch.wire.payload_buffer import PayloadBuffer

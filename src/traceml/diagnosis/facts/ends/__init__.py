@@ -1,0 +1,1 @@
+"""Ends of ranks, of loader workers and of the job, as processes and launchers report them."""

@@ -1,0 +1,118 @@
+"""The end of a rank, merged from the reports of the rank, its launcher and its flight file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from signal import SIGINT
+from typing import Any
+
+__all__ = ["RankExit", "ended_badly", "merged_exits", "with_last_step"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankExit:
+    """The end of a rank, usually a failure.
+
+    Attributes:
+        rank: the rank.
+        state: finished, failed (exception or exit code), killed (signal), lost (gone without a message).
+        code: exit code, signal: its number.
+        exception: `Type: message` of the exception that ended the script.
+        file, line, function: the user's code that raised it.
+        last_step: last step that ended, open_phase: the phase that was open, open_step: its step.
+        at_s: epoch seconds of the end, to separate the first from those that followed.
+        stopped: whether its launcher ended it, because of others.
+        process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
+        open_s: age of the open step at the end, seconds.
+        saved_steps: steps in its last checkpoint; None where it saved none.
+        scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`.
+        host_lost: reason for which the launcher gave up its host.
+        oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
+    """
+
+    rank: int
+    state: str = "finished"
+    code: int | None = None
+    signal: int | None = None
+    exception: str | None = None
+    file: str | None = None
+    line: int | None = None
+    function: str | None = None
+    last_step: int | None = None
+    open_phase: str | None = None
+    open_step: int | None = None
+    stack: str | None = None
+    at_s: float | None = None
+    host: str | None = None
+    stopped: bool | None = None
+    process_gone: bool | None = None
+    open_s: float | None = None
+    oom: str | None = None
+    saved_steps: int | None = None
+    scheduler: str | None = None
+    host_lost: str | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The step in which it ended, or after which; None before the first."""
+        return self.open_step if self.open_step is not None else self.last_step
+
+    @property
+    def steps(self) -> int:
+        """Steps of a rank that has ended well: its end has closed the one that was open."""
+        return max(-1 if step is None else step for step in (self.last_step, self.open_step)) + 1
+
+    @classmethod
+    def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
+        """Return an exit from the facts of a stream, which the rank, its launcher and its flight file reported."""
+        known = {name: reported[name] for name in _COPIED if reported.get(name) is not None}
+        if known.get("exception") and reported.get("message"):
+            known["exception"] = f"{known['exception']}: {reported['message']}"
+
+        if known.get("signal"):
+            known.pop("code", None)  # the exit code that the signal replaced
+
+        if known.get("last_step", 0) < 0:
+            del known["last_step"]  # it counts appended rows: there were none
+
+        known.setdefault("open_step", reported.get("step"))
+        return cls(rank=rank, state=state, host=host, **known)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the user ended it by Ctrl-C: by its signal, a shell's exit code for it, or the exception."""
+        is_signal = SIGINT in (self.signal, (self.code or 0) - 128)
+        return is_signal or (self.exception or "").startswith("KeyboardInterrupt")
+
+
+_COPIED = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state", "host"))
+_EXIT_FIELDS = tuple(name for name in RankExit.__dataclass_fields__ if name != "rank")
+
+
+def merged_exits(before: RankExit, after: RankExit) -> RankExit:
+    """Return the later report of an exit, with what only the earlier one knows."""
+    newer = {name: getattr(after, name) for name in _EXIT_FIELDS}
+    known = {name: getattr(before, name) if value is None else value for name, value in newer.items()}
+    if known["signal"]:
+        known["code"] = None
+
+    return RankExit(rank=after.rank, **known)
+
+
+def with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
+    """Return an exit with the last step of its rank, where it has none.
+
+    Args:
+        ended: the exit.
+        latest: last step of each rank, -1 for none.
+    """
+    if ended.last_step is not None or ended.rank >= len(latest) or latest[ended.rank] < 0:
+        return ended
+
+    return replace(ended, last_step=int(latest[ended.rank]))
+
+
+def ended_badly(exits: Iterable[RankExit]) -> list[RankExit]:
+    """Return the exits that are failures."""
+    return [ended for ended in exits if ended.state in ("failed", "killed", "lost")]

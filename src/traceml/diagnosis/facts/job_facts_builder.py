@@ -1,0 +1,274 @@
+"""Collection of the facts of a job from rows, as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
+from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits
+from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
+from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
+from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
+from traceml.diagnosis.facts.ends.lost_workers import LostWorker, lost_worker_of
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, merged_exits, with_last_step
+from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
+from traceml.diagnosis.facts.job_facts import OVERSUBSCRIBED, JobFacts
+from traceml.diagnosis.facts.loss_history import LossHistory
+from traceml.diagnosis.facts.machine_use import MachineSamples
+from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.pauses import PauseHistory
+from traceml.diagnosis.facts.progress.rank_progress import JobProgress, ProgressHistory
+from traceml.diagnosis.facts.resource_use import UseHistory
+from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts
+from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.diagnosis.facts.skipped_steps import SkippedSteps
+from traceml.diagnosis.facts.stopped_time import Stop, stop_of
+from traceml.diagnosis.facts.topology.topology import TopologyHistory
+from traceml.diagnosis.facts.trainings.trained_models import TrainedModels
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
+from traceml.diagnosis.facts.worker_history import WorkerHistory
+
+__all__ = ["JobFactsBuilder"]
+
+_KEPT = ("backend", "torch_threads", "fused", "job_end_s")
+_NO_ACCELERATOR = ("cpu", "meta")
+_MAX_LOADERS = _MAX_LOST = 64
+_MAX_EPOCHS = 65_536
+_LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
+
+
+class JobFactsBuilder:
+    """Collects facts from rows as they arrive.
+
+    Attributes:
+        accelerator: type of device of the models (cuda, mps), None where they are on the CPU.
+    """
+
+    def __init__(self, world_size: int = 1) -> None:
+        self.world_size = world_size
+        self.accelerator: str | None = None
+        self.hosts: dict[int, str] = {}
+        self.exits: dict[int, RankExit] = {}
+        self.names: dict[int, dict[int, str]] = {}
+        """Texts of each rank by id: names of user phases, sampled lines."""
+        self.state = "running"
+        self.ended_by: EndingSignal | None = None
+        self.limits, self.lines, self.memory = UseHistory(), LineCounts(), MemoryHistory()
+        self.workers = WorkerHistory()
+        self.lost_workers: dict[int, list[LostWorker]] = {}
+        self.save_folders: dict[int, str] = {}
+        self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
+        self.skipped = SkippedSteps()
+        self.steps_before: dict[int, int] = {}
+        """Steps of each rank in the training that it resumes."""
+        self.losses, self.batches = LossHistory(), BatchHistory()
+        self.progress = ProgressHistory()
+        self.pauses = PauseHistory(self.names)
+        self.time: RunTime | None = None
+        """Wall time by part, which a reader of the whole run sets."""
+        self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
+        self.topology = TopologyHistory()
+        self.stops: dict[int, list[Stop]] = {}
+        """Times in which a rank did not run."""
+        self._epochs = np.empty(0, EPOCHS.dtype)
+        self._epochs_rank: int | None = None
+        self._core_rows: dict[int, int] = {}
+        self._waits = CoreWaits()
+        self.core_takers = CoreTakerHistory()
+        """Other processes on the host of rank 0, seen while a rank waited for a core."""
+        self.samples = MachineSamples()
+        """Use of cores, memory and devices."""
+        self._models = TrainedModels()
+        self.loaders: dict[int, Sequence[LoaderFacts]] = {}
+        self._loaders: list[LoaderFacts] = []
+        self._training_loader: tuple[int, int] | None = None
+        self._model: ModelFacts | None = None
+        self._facts: dict[str, Any] = {}
+
+    def host(self, rank: int, host: str) -> None:
+        """Record the host of a rank."""
+        self.hosts[rank] = host
+
+    def info(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take a row of the `info` log: loader, model, process, exit and resumed rows are used."""
+        kind = row.get("kind")
+        self.progress.info(rank, row)
+        self.topology.info(rank, row)
+        self._models.info(rank, row)
+        if kind == "loader":
+            # The training loader where it is known, else the first: evaluation comes later.
+            self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
+            del self._loaders[_MAX_LOADERS:]
+            self.loaders[rank] = [*self.loaders.get(rank, ()), _loader(row)][-_MAX_LOADERS:]
+        elif kind == "training_loader" and isinstance(row.get("number"), int):
+            self._training_loader = rank, row["number"]
+        elif kind == "exit":
+            reported = RankExit.from_facts(
+                rank, "failed" if row.get("code") or row.get("exception") else "finished", row
+            )
+            # A rank reports how it is about to end; the fate of its process, where known, has priority.
+            self.exits[rank] = merged_exits(reported, self.exits[rank]) if rank in self.exits else reported
+        elif kind == "resumed" and isinstance(row.get("before"), int):
+            self.steps_before[rank] = row["before"]
+        elif kind == "stopped" and (stop := stop_of(row)) is not None:
+            self.stops.setdefault(rank, []).append(stop)
+        elif kind == "worker_lost" and (lost := lost_worker_of(row)) is not None:
+            self.lost_workers[rank] = [*self.lost_workers.get(rank, []), lost][:_MAX_LOST]
+        elif kind == "saves" and isinstance(row.get("folder"), str):
+            self.save_folders[rank] = row["folder"]
+        elif kind == "segments":
+            self.turnover.add(rank, row)
+        elif kind == "gpu_health":
+            self.health.add(rank, row)
+        elif kind == "growth":
+            self.growing[rank] = growing_of(row)
+        elif kind == "input":
+            self.batches.input(rank, row)
+        elif kind == "reductions":
+            self.batches.reduction_facts(row)
+        elif kind == "compilation":
+            self._facts["compile_s"] = row.get("seconds")
+        elif kind == "anomaly_detection":
+            self._facts["detects_anomalies"] = bool(row.get("on"))
+        elif kind == "rollouts":
+            self._facts["collects"] = True
+        elif kind in ("process", "model", "group", "optimizer"):
+            self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
+            device = str(row.get("device") or "cpu").partition(":")[0]
+            self.accelerator = device if kind == "model" and device not in _NO_ACCELERATOR else self.accelerator
+            if kind == "model" and (self._model is None or row.get("compiled")):
+                self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__dataclass_fields__})
+
+            if kind == "model":
+                self.batches.model(rank, row)
+            elif kind == "group":
+                self.batches.group_size = max(self.batches.group_size, int(row.get("group_size") or 0))
+
+            if isinstance(row.get("machine_cores"), int):
+                self.samples.machine_cores[rank] = row["machine_cores"]
+
+            if isinstance(row.get("cores"), int):
+                self._core_rows.setdefault(rank, row["cores"])
+
+    def _progress(self) -> JobProgress | None:
+        if self.state == "running" and not self.progress.has_snapshots:
+            return None  # some rank makes progress
+
+        opened = {
+            rank: (end.open_step, end.open_s)
+            for rank, end in self.exits.items()
+            if end.open_step is not None and end.open_s is not None
+        }
+        ended = {rank: end.at_s for rank, end in self.exits.items()}
+        return self.progress.build(self.hosts, self.names, ended, opened)
+
+    @property
+    def has_core_waits(self) -> bool:
+        """Whether the main thread of any rank waits for a core for long."""
+        return any(share >= OVERSUBSCRIBED for share in self._waits.of_ready_time().values())
+
+    def join(self, rank: int) -> None:
+        """Forget how an earlier process of a rank ended or stood still: another one has joined."""
+        self.exits.pop(rank, None)
+        self.progress.forget(rank)
+        self.turnover.forget(rank)
+
+    def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.HOST`, sent by one rank per host."""
+        if len(rows):
+            self._core_rows[rank] = int(rows["cores"][-1])
+            self.samples.add(HOST.name, rank, rows)
+            self.memory.host_rows(rank, rows)
+
+    def gpu_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.GPU`."""
+        self.samples.add(GPU.name, rank, rows)
+
+    def epoch_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.EPOCHS`; those of the lowest rank are kept, as all ranks begin epochs alike."""
+        if self._epochs_rank is None or rank < self._epochs_rank:
+            self._epochs_rank, self._epochs = rank, self._epochs[:0]
+
+        if rank == self._epochs_rank:
+            self._epochs = np.concatenate([self._epochs, rows])[-_MAX_EPOCHS:]
+
+    def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.PROCESS`, in order."""
+        self._waits.add(rank, rows)
+        self.samples.add(PROCESS.name, rank, rows)
+        self.memory.process_rows(rank, rows)
+        self.progress.process_rows(rank, rows)
+
+    def worker_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.LOADER_WORKERS`, in order."""
+        self.workers.add(rank, rows)
+        self.memory.worker_rows(rank, rows)
+
+    def exit(self, ended: RankExit) -> None:
+        """Record how a rank ended; facts that are missing here are kept from earlier reports."""
+        before = self.exits.get(ended.rank)
+        self.exits[ended.rank] = merged_exits(before, ended) if before else ended
+
+    def build(self, latest: Sequence[int] = ()) -> JobFacts:
+        """Return the facts as they are now.
+
+        Args:
+            latest: last step of each rank (-1: none), for ranks that could not report theirs.
+        """
+        cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
+        known = self._facts
+        facts = JobFacts(
+            world_size=self.world_size,
+            group=True if known.get("backend") else None,
+            backend=known.get("backend"),
+            hosts=dict(self.hosts),
+            cores=cores,
+            threads=known.get("torch_threads"),
+            main_wait=self._waits.of_ready_time(),
+            core_wait=self._waits.of_wall_time(),
+            core_takers=self.core_takers.most(),
+            samples=self.samples,
+            model=self._model,
+            fused=known.get("fused"),
+            detects_anomalies=known.get("detects_anomalies", False),
+            collects=known.get("collects", False),
+            other_models=self._models.steps,
+            compile_s=known.get("compile_s"),
+            ended_by=self.ended_by,
+            job_end_s=known.get("job_end_s"),
+            loader=self._loaders[0] if self._loaders else None,
+            loaders=dict(self.loaders),
+            workers=self.workers,
+            lost_workers=dict(self.lost_workers),
+            growing=dict(self.growing),
+            limits=self.limits.uses(),
+            save_folders=dict(self.save_folders),
+            memory=self.memory,
+            lines=LazyLines(self.lines, self.names),
+            skipped=self.skipped,
+            losses=self.losses,
+            batches=self.batches,
+            latest=tuple(latest),
+            progress=self._progress(),
+            pauses=self.pauses,
+            stops=dict(self.stops),
+            turnover=self.turnover,
+            health=self.health,
+            topology=self.topology.build(self.hosts),
+            epochs=self._epochs,
+            time=self.time,
+            exits=tuple(with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
+            state=self.state,
+        )
+        trained = facts.loader_of(*self._training_loader) if self._training_loader is not None else None
+        return facts if trained is None else replace(facts, loader=trained)
+
+
+def _loader(row: Mapping[str, Any]) -> LoaderFacts:
+    return LoaderFacts(**{name: row[name] for name in _LOADER_FIELDS if name in row})
