@@ -19,7 +19,7 @@ from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
-from traceml.recorder.dialing import stored_elsewhere
+from traceml.recorder.sending.dialing import stored_elsewhere
 from traceml.settings import load
 from traceml.transport.client import Connection
 from traceml.transport.hello import Hello

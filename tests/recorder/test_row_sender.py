@@ -11,8 +11,9 @@ import pytest
 
 from traceml.database.flight.flight import FlightFile
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
-from traceml.recorder import row_sender as module
-from traceml.recorder.row_sender import Losses, RowSender
+from traceml.recorder.sending import row_sender as module
+from traceml.recorder.sending.row_sender import RowSender
+from traceml.recorder.sending.send_cursor import Losses
 from traceml.transport.client import ClockOffset
 from traceml.transport.framing import decode_log
 

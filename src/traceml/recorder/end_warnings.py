@@ -10,7 +10,7 @@ from traceml.database.flight.flight_owner import ROWS_KEPT_S, USER_ROWS_KEPT_S
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
-    from traceml.recorder.row_sender import RowSender
+    from traceml.recorder.sending.row_sender import RowSender
 
 __all__ = ["end_warnings"]
 

@@ -20,7 +20,7 @@ from traceml.recorder.recording import Recording
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument import Instrumentation
-    from traceml.recorder.uploads import FileUploader
+    from traceml.recorder.sending.uploads import FileUploader
     from traceml.settings import Config
 
 __all__ = ["Recorder", "RecorderStatistics"]

@@ -14,9 +14,9 @@ from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
 from traceml.recorder.line_sampler import LineSampler
-from traceml.recorder.row_sender import RowSender
+from traceml.recorder.sending.row_sender import RowSender
+from traceml.recorder.sending.uploads import FileUploader
 from traceml.recorder.stop_meter import StopMeter
-from traceml.recorder.uploads import FileUploader
 from traceml.samplers.base import SamplerScheduler
 
 __all__ = ["FILES_TIMEOUT_S", "RecorderThread"]

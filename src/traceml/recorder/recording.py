@@ -20,7 +20,6 @@ from traceml.database.flight.flight_owner import remove_stale
 from traceml.database.schema import Phase, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open
-from traceml.recorder.dialing import dial, stored_elsewhere
 from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import cause_of, describe
 from traceml.recorder.growth.growth_watch import GrowthWatch
@@ -32,8 +31,9 @@ from traceml.recorder.profiles.profile_server import ProfileServer
 from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
 from traceml.recorder.recorder_facts import RecorderStatistics, capacities, child_capacities, process_facts
 from traceml.recorder.recorder_thread import RecorderThread
-from traceml.recorder.row_sender import RowSender
-from traceml.recorder.uploads import FileUploader
+from traceml.recorder.sending.dialing import dial, stored_elsewhere
+from traceml.recorder.sending.row_sender import RowSender
+from traceml.recorder.sending.uploads import FileUploader
 from traceml.recorder.user_code import UserCode
 from traceml.samplers.base import Sampler, SamplerScheduler
 from traceml.samplers.death_causes import DeathCauses

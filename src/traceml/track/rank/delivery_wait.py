@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from traceml.errors import TraceMLError
 from traceml.recorder.current import current_recorder
-from traceml.recorder.dialing import dial_as_client
+from traceml.recorder.sending.dialing import dial_as_client
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.logger import deferred_values
 from traceml.track.tracker_state import DeliveryPhase, TrackerState

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.recorder.current import current_recorder
-from traceml.recorder.uploads import FileUpload
+from traceml.recorder.sending.uploads import FileUpload
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
 if TYPE_CHECKING:

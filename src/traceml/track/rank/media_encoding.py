@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from traceml.recorder.uploads import RefusedFileError
+from traceml.recorder.sending.uploads import RefusedFileError
 
 __all__ = ["histogram_of", "image_of", "png"]
 

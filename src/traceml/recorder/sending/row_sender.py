@@ -9,23 +9,21 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
-from traceml.database.flight.rings import ByteLog, Ring
 from traceml.database.schema import GPU, HOST, LIMITS, LINES, LOADER_WORKERS, PROCESS, TELEMETRY, TORCH_MEMORY
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
-from traceml.recorder.uploads import BlobTable, FileUploader
+from traceml.recorder.sending.send_cursor import SendCursor
+from traceml.recorder.sending.uploads import FileUploader
 from traceml.transport.client import ClockOffset, Connection
 
-__all__ = ["Losses", "RowSender"]
+__all__ = ["RowSender"]
 
 _log = logging.getLogger("traceml")
 
-_SLICE_ROWS = 2048
 _FRAME_ROWS = 64
 _DIAL_TIMEOUT_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
@@ -42,65 +40,6 @@ _SAMPLED = frozenset(
 _MISSING_WARNING_NS = 15 * 10**9  # without an aggregator since the start: longer than one needs to start
 
 Command = Callable[[Mapping[str, Any]], Any]
-
-
-@dataclass(slots=True)
-class Losses:
-    """Rows that were overwritten before they were stored, as ranges, so that none is counted twice."""
-
-    _ranges: list[tuple[int, int]] = field(default_factory=list)
-    _settled: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return self._settled + sum(stop - start for start, stop in self._ranges)
-
-    def add(self, start: int, stop: int) -> None:
-        """Add [start, stop); ranges are added in the order of their ends, as rings only move on."""
-        while self._ranges and self._ranges[-1][1] >= start:
-            last_start, last_stop = self._ranges.pop()
-            start, stop = min(start, last_start), max(stop, last_stop)
-
-        self._ranges.append((start, stop))
-        if len(self._ranges) > 1024:  # rows so far back are not requested again
-            first_start, first_stop = self._ranges.pop(0)
-            self._settled += first_stop - first_start
-
-
-@dataclass(slots=True)
-class _SendCursor:
-    """Position in one table: rows below `sent` are on the wire."""
-
-    table: Ring | ByteLog | BlobTable
-    sent: int = 0
-    losses: Losses = field(default_factory=Losses)
-
-    def resume(self, seq: int) -> None:
-        """Continue where the aggregator says, even if it asks again for rows that it acknowledged."""
-        # A number beyond the appended rows is not about this table, and would skip rows.
-        self.sent = self.table.sent = self.table.acked = min(max(seq, 0), self.table.appended)
-
-    def settle(self) -> None:
-        """Count the rows that the ring has overwritten, where no more are sent."""
-        first = self.table.take(self.table.acked, 1).first
-        if first > self.table.acked:
-            self.losses.add(self.table.acked, first)
-
-    def frames(self, limit: int) -> Iterator[tuple[int, int, bytes]]:
-        """Yield (first row, rows, data) up to row `limit`, moving on as they are taken."""
-        while self.sent < limit:
-            taken = self.table.take(self.sent, min(_SLICE_ROWS, limit - self.sent))
-            if taken.first > self.sent:
-                self.losses.add(self.sent, taken.first)
-                self.table.dropped = self.losses.rows
-
-            if not taken.n:
-                self.sent = self.table.sent = max(self.sent, taken.first)
-                return
-
-            self.sent = self.table.sent = taken.first + taken.n
-            yield taken.first, taken.n, taken.data
 
 
 class RowSender:
@@ -131,10 +70,10 @@ class RowSender:
         self._commands = commands or {}
         self._flush_ns = self._sample_flush_ns = int(flush_interval_s * 1e9)
         # Names before the rows that use them.
-        self._logs = [_SendCursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
-        self._rings = [_SendCursor(ring) for ring in flight.rings.values()]
+        self._logs = [SendCursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
+        self._rings = [SendCursor(ring) for ring in flight.rings.values()]
         self._files, self._on_welcome, self._is_held = files, on_welcome, is_held
-        self._blobs = [_SendCursor(files.blobs)] if files is not None else []
+        self._blobs = [SendCursor(files.blobs)] if files is not None else []
         self._connection: Connection | None = None
         self._started_ns = self._flushed_ns = monotonic_ns()
         self._samples_flushed_ns = 0
@@ -204,7 +143,7 @@ class RowSender:
         return all(cursor.table.acked >= cursor.table.appended for cursor in self._cursors)
 
     @property
-    def _cursors(self) -> list[_SendCursor]:
+    def _cursors(self) -> list[SendCursor]:
         return self._logs + self._rings + self._blobs
 
     @property
@@ -370,7 +309,7 @@ class RowSender:
         messages = connection.receive(timeout_s)
         for message in messages:
             if message["t"] == "command":
-                connection.send(self._reply(message))
+                connection.send(_reply(message, self._commands))
 
         is_acked = connection.acked != self._acked
         if messages or is_acked:
@@ -380,18 +319,6 @@ class RowSender:
             self._acked = dict(connection.acked)
             for cursor in self._cursors:
                 cursor.table.acked = min(self._acked.get(cursor.table.name, 0), cursor.table.appended)
-
-    def _reply(self, message: dict[str, Any]) -> dict[str, Any]:
-        name = str(message.get("name"))
-        answer: dict[str, Any] = {"t": "reply", "id": message.get("id")}
-        command = self._commands.get(name)
-        if command is None:
-            return answer | {"error": f"this rank knows no command {name!r}; it knows {', '.join(self._commands)}"}
-
-        try:
-            return answer | {"result": command(message.get("args") or {})}
-        except Exception as error:  # noqa: BLE001 - the error goes back as the answer
-            return answer | {"error": f"{type(error).__name__}: {error}"}
 
     def _await(self, timeout_s: float) -> None:
         """Wait until the socket takes more bytes, or for answers."""
@@ -465,3 +392,17 @@ class RowSender:
     def _warn_once(self, key: str, text: str, error: object) -> None:
         _log.log(logging.DEBUG if key in self._warned else logging.WARNING, text, error)
         self._warned.add(key)
+
+
+def _reply(message: Mapping[str, Any], commands: Mapping[str, Command]) -> dict[str, Any]:
+    """Run a command of the aggregator; return the answer."""
+    name = str(message.get("name"))
+    answer: dict[str, Any] = {"t": "reply", "id": message.get("id")}
+    command = commands.get(name)
+    if command is None:
+        return answer | {"error": f"this rank knows no command {name!r}; it knows {', '.join(commands)}"}
+
+    try:
+        return answer | {"result": command(message.get("args") or {})}
+    except Exception as error:  # noqa: BLE001 - the error goes back as the answer
+        return answer | {"error": f"{type(error).__name__}: {error}"}

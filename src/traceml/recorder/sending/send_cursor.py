@@ -1,0 +1,72 @@
+"""Position of the sender in one table, and the rows that the table has overwritten before they were stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from traceml.database.flight.rings import ByteLog, Ring
+from traceml.recorder.sending.blob_table import BlobTable
+
+__all__ = ["Losses", "SendCursor"]
+
+_SLICE_ROWS = 2048
+
+
+@dataclass(slots=True)
+class Losses:
+    """Rows that were overwritten before they were stored, as ranges, so that none is counted twice."""
+
+    _ranges: list[tuple[int, int]] = field(default_factory=list)
+    _settled: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self._settled + sum(stop - start for start, stop in self._ranges)
+
+    def add(self, start: int, stop: int) -> None:
+        """Add [start, stop); ranges are added in the order of their ends, as rings only move on."""
+        while self._ranges and self._ranges[-1][1] >= start:
+            last_start, last_stop = self._ranges.pop()
+            start, stop = min(start, last_start), max(stop, last_stop)
+
+        self._ranges.append((start, stop))
+        if len(self._ranges) > 1024:  # rows so far back are not requested again
+            first_start, first_stop = self._ranges.pop(0)
+            self._settled += first_stop - first_start
+
+
+@dataclass(slots=True)
+class SendCursor:
+    """Position in one table: rows below `sent` are on the wire."""
+
+    table: Ring | ByteLog | BlobTable
+    sent: int = 0
+    losses: Losses = field(default_factory=Losses)
+
+    def resume(self, seq: int) -> None:
+        """Continue where the aggregator says, even if it asks again for rows that it acknowledged."""
+        # A number beyond the appended rows is not about this table, and would skip rows.
+        self.sent = self.table.sent = self.table.acked = min(max(seq, 0), self.table.appended)
+
+    def settle(self) -> None:
+        """Count the rows that the ring has overwritten, where no more are sent."""
+        first = self.table.take(self.table.acked, 1).first
+        if first > self.table.acked:
+            self.losses.add(self.table.acked, first)
+
+    def frames(self, limit: int) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (first row, rows, data) up to row `limit`, moving on as they are taken."""
+        while self.sent < limit:
+            taken = self.table.take(self.sent, min(_SLICE_ROWS, limit - self.sent))
+            if taken.first > self.sent:
+                self.losses.add(self.sent, taken.first)
+                self.table.dropped = self.losses.rows
+
+            if not taken.n:
+                self.sent = self.table.sent = max(self.sent, taken.first)
+                return
+
+            self.sent = self.table.sent = taken.first + taken.n
+            yield taken.first, taken.n, taken.data
