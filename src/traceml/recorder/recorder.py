@@ -81,7 +81,7 @@ class Recorder:
     @property
     def tracing(self) -> bool:
         """Whether the hooks are installed; else only logged values are recorded."""
-        return self._recording is not None and self._recording.tracing
+        return self._recording is not None and self._recording.tracing.is_on
 
     @property
     def identity(self) -> Identity | None:
@@ -106,7 +106,7 @@ class Recorder:
     @property
     def instrumentation(self) -> Instrumentation | None:
         """The installed hooks; None where nothing is traced."""
-        return self._recording.instrumentation if self._recording is not None else None
+        return self._recording.tracing.instrumentation if self._recording is not None else None
 
     @property
     def flight(self) -> FlightFile | None:

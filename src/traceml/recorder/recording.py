@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
@@ -19,30 +16,20 @@ from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import remove_stale
 from traceml.database.schema import Phase, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
-from traceml.fail_open import fail_open
 from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import cause_of, describe
-from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
-from traceml.recorder.line_sampler import LineSampler
-from traceml.recorder.pauses.pause_recorder import PauseRecorder
 from traceml.recorder.process_abort import abort_process
-from traceml.recorder.profiles.profile_server import ProfileServer
-from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
+from traceml.recorder.rank_tracing import RankTracing
 from traceml.recorder.recorder_facts import RecorderStatistics, capacities, child_capacities, process_facts
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.sending.dialing import dial, stored_elsewhere
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
-from traceml.recorder.user_code import UserCode
-from traceml.samplers.base import Sampler, SamplerScheduler
-from traceml.samplers.death_causes import DeathCauses
 from traceml.transport.client import Connection
 from traceml.witness.crash_stacks import forget_crashes
 
 if TYPE_CHECKING:
-    from traceml.instrument import Instrumentation
-    from traceml.instrument.step_clock import StepClock
     from traceml.settings import Config
 
 __all__ = ["Recording"]
@@ -76,9 +63,6 @@ class Recording:
         on_stored: Callable[[Path], None] = lambda _run_dir: None,
     ) -> None:
         self.identity = identity
-        self.instrumentation: Instrumentation | None = None
-        self._pauses: PauseRecorder | None = None
-        self.tracing = False
         self.exit_noted = False
         self.stream: int | None = None
         """Number of this recorder's rows in the run's store; None before a connection."""
@@ -95,31 +79,26 @@ class Recording:
             runs_dir=config.runs_dir,
         )
         self.files = FileUploader(self.flight.journal_stems, self._append_logged, self._wake, self.flight.claim)
-        self._profiles = ProfileServer(
-            self.flight, clock=self._step_clock, thread=self._training_thread, contains=UserCode().contains
+        self.tracing = RankTracing(
+            config, self.flight, rank=self._rank, note=self.note, on_group=self._group_initialized
         )
         self.sender = RowSender(
             self.flight,
             self._dial,
             flush_interval_s=config.flush_interval,
             commands={
-                "snapshot": self._snapshot,
+                "snapshot": self.tracing.snapshot,
                 "statistics": lambda _args: asdict(statistics()),
-                "profile": self._profiles.answer,
+                "profile": self.tracing.profiles.answer,
                 "abort": lambda _args: abort_process(self.thread.call_later),
             },
             files=self.files,
             on_welcome=self._welcomed,
             is_held=lambda: self.held,
         )
-        self.quiet = quiet_watch(
-            self.flight,
-            rank=lambda: self.identity.rank_identity.rank,
-            thread=self._training_thread,
-            clock=self._step_clock,
-            hang_timeout_s=config.hang_timeout,
+        self.thread = RecorderThread(
+            self.flight, self.sender, self.tracing.scheduler(()), self.tracing.hook_ns, files=self.files
         )
-        self.thread = RecorderThread(self.flight, self.sender, self._sampling(()), self._hook_ns, files=self.files)
         self.thread.measure_stops(self.note)
 
     def connect(self) -> None:
@@ -145,12 +124,8 @@ class Recording:
     def start(self, *, tracing: bool) -> None:
         """Install the hooks, if tracing, and start the thread."""
         if tracing:
-            self.thread.use(self._sampling(self._samplers()))
-            self._instrument()
-            self._sample_lines()
-            self._watch_growth()
-            self._watch_pauses()
-            self._watch_progress()
+            self.tracing.begin(self.thread, lambda action: action())
+
         if not self._is_child:
             self.note("process", **process_facts(self.identity, self._config))
 
@@ -160,13 +135,7 @@ class Recording:
 
     def trace(self) -> None:
         """Add tracing to a recording that has only logged so far."""
-        scheduler = self._sampling(self._samplers())
-        self.thread.call(lambda: self.thread.use(scheduler))
-        self._instrument()
-        self.thread.call(self._sample_lines)
-        self.thread.call(self._watch_growth)
-        self.thread.call(self._watch_pauses)
-        self._watch_progress()
+        self.tracing.begin(self.thread, self.thread.call)
 
     def finish(self, reason: str, timeout_s: float) -> bool:
         """Remove the hooks, send the remaining rows, say bye; return whether everything is stored.
@@ -176,10 +145,10 @@ class Recording:
             timeout_s: time for all of it.
         """
         self._ending = True
-        self._uninstrument()
+        self.tracing.end()
         self.flight.open_slots[Slot.STATE] = FlightState.FAILED if reason == "failed" else FlightState.FINISHED
         self._hold_until_ns = 0
-        self._profiles.close()
+        self.tracing.profiles.close()
         stop_export()
         has_launcher = self._config.supervised
         keep_trying = not self.held and (has_launcher or self._config.local)
@@ -201,18 +170,13 @@ class Recording:
         self.sender.detach()
         self.flight.close(unlink=True)
         forget_crashes()
-        self._uninstrument()
+        self.tracing.end()
 
     def forget(self) -> None:
         """Become a no-op in a forked child: the tables, the thread and the connection are the parent's."""
         self._ending = True
         forget_crashes()
-        if self.instrumentation is not None:
-            self.instrumentation.disable_in_child()
-
-        if self._pauses is not None:
-            self._pauses.forget()
-
+        self.tracing.forget()
         self.sender.abandon()
 
     def export_to_children(self, experiment: int = 0) -> None:
@@ -238,24 +202,21 @@ class Recording:
             if began_ns := slots[Slot.STEP_START]:
                 facts["open_s"] = (slots[Slot.EXIT_START] - began_ns) / 1e9
 
-        told = {**self._phase_left(cause_of(error)), **describe(error)}
-        if self._is_evaluating() and told.get("open_phase") != Phase.CHECKPOINT.label:  # after an evaluation it saves
-            told["open_phase"] = "evaluation"
+        reported = {**self.tracing.phase_left(cause_of(error)), **describe(error)}
+        if (
+            self.tracing.is_evaluating and reported.get("open_phase") != Phase.CHECKPOINT.label
+        ):  # after an evaluation it saves
+            reported["open_phase"] = "evaluation"
 
         if slots[Slot.SAVED_IN]:
             facts |= {"saved_steps": slots[Slot.SAVED], "saved_in": slots[Slot.SAVED_IN]}
 
         facts["at_s"] = time.time()
-        self.note("exit", urgent=True, **{**told, **facts})
+        self.note("exit", urgent=True, **{**reported, **facts})
         if status:
             slots[Slot.STATE] = FlightState.FAILED
 
         self.thread.wake()
-
-    def _phase_left(self, error: BaseException | None) -> dict[str, str]:
-        """Return the phase that an exception has left, where the traceback does not show it."""
-        phase = self.instrumentation.clock.phase_of(error) if self.instrumentation is not None else None
-        return {} if phase is None else {"open_phase": Phase(phase).label}
 
     @property
     def held(self) -> bool:
@@ -314,127 +275,16 @@ class Recording:
             bytes_sent=sender.bytes_sent,
             reconnects=max(sender.connections - 1, 0),
             cpu_ns=thread.cpu_ns,
-            hook_ns_per_step=self._hook_ns(),
+            hook_ns_per_step=self.tracing.hook_ns(),
             errors=thread.errors,
             samplers=thread.scheduler.statistics(),
             clock_offset_ns=sender.clock.offset_ns if sender.clock else None,
             clock_rtt_ns=sender.clock.rtt_ns if sender.clock else None,
         )
 
-    # --- sampling and hooks ------------------------------------------------------------------------------------------
-
-    def _samplers(self) -> Sequence[Sampler]:
-        from traceml.instrument.workers.loader_workers import worker_pids
-        from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
-
-        rank = self.identity.rank_identity.local_rank
-        return open_samplers(local_rank=rank, workers=worker_pids, save_folder=self._save_folder, note=self.note)
-
-    def _save_folder(self) -> str | None:
-        return self.instrumentation.save_folder.path if self.instrumentation is not None else None
-
-    def _sampling(self, samplers: Sequence[Sampler]) -> SamplerScheduler:
-        flight = self.flight
-        return SamplerScheduler(
-            samplers,
-            lambda table, row: flight.ring(table).append(*row),
-            interval_s=self._config.sample_interval,
-            intervals_s=self._config.sampler_intervals,
-            on_error=lambda name, error: self.note("sampler", name=name, error=f"{type(error).__name__}: {error}"),
-        )
-
-    def _instrument(self) -> None:
-        from traceml.instrument import install
-
-        self.tracing = True
-        with fail_open(_log, "recorder", "steps cannot be traced"):  # samples and trace_step still work
-            self.instrumentation = install(self.flight, on_info=self._append_info, on_group=self._group_initialized)
-
-    def _sample_lines(self) -> None:
-        interval_s = self._config.stack_interval
-        if interval_s:
-            self.thread.sample_lines(
-                LineSampler(
-                    self.flight,
-                    self._training_thread,
-                    is_feeding=self._is_feeding,
-                    is_evaluating=self._is_evaluating,
-                    interval_s=interval_s,
-                )
-            )
-
-    def _watch_growth(self) -> None:
-        with fail_open(_log, "recorder", "what grows in memory is not looked for"):
-            contains = UserCode().contains
-            self.thread.every_turn(GrowthWatch(self.flight.open_slots, self._training_thread, contains, self.note))
-
-    def _watch_pauses(self) -> None:
-        with fail_open(_log, "recorder", "garbage collections, compilations and checkpoints are not reported"):
-            saves = self.instrumentation.saves if self.instrumentation is not None else None
-            self._pauses = PauseRecorder(self.flight, self._is_evaluating, UserCode().contains, saves)
-            self.thread.every_turn(self._pauses)
-
-    def _watch_progress(self) -> None:
-        register_stacks(self.flight.descriptor)
-        self.thread.every_turn(self._check_progress)
-        with fail_open(_log, "recorder", "loader workers that die are not noted"):
-            self._death_causes = DeathCauses()
-            self.thread.every_turn(self._note_lost_workers)
-
-    def _note_lost_workers(self, _last: bool) -> None:
-        lost = self.instrumentation.lost_workers if self.instrumentation is not None else None
-        while lost:
-            self.note("worker_lost", urgent=True, **lost.popleft(), **self._death_causes.facts())
-
-    def _check_progress(self, last: bool) -> None:
-        self.flight.open_slots[Slot.EVALUATING] = int(self._is_evaluating())
-        self.quiet(last)
-        self.thread.is_attentive = self.quiet.is_quiet or self._profiles.is_used
-
-    def _snapshot(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer the aggregator's command `snapshot`."""
-        return self.quiet.snapshot_now(is_last=args.get("last") is True).to_row()
-
-    def _is_feeding(self, frame: FrameType) -> bool:
-        feeding = self.instrumentation.feeding if self.instrumentation is not None else None
-        return feeding is not None and feeding.contains(frame)
-
-    def _is_evaluating(self) -> bool:
-        return self.instrumentation is not None and self.instrumentation.clock.is_evaluating
-
-    def _step_clock(self) -> StepClock | None:
-        return self.instrumentation.clock if self.instrumentation is not None else None
-
-    def _training_thread(self) -> int:
-        clock = self._step_clock()
-        return clock.thread if clock is not None and clock.thread else threading.main_thread().ident or 0
-
-    def _uninstrument(self) -> None:
-        if self.instrumentation is None:
-            return
-
-        with fail_open(_log, "recorder", "a profile could not be ended"):
-            self._profiles.abandon()
-
-        with fail_open(_log, "recorder", "the time of torch.compile is not known"):
-            self._note_compilation()
-
-        with fail_open(_log, "recorder", "some hooks could not be removed"):  # those that stay do nothing
-            self.instrumentation.close_open_step()
-            self.instrumentation.uninstall()
-
-    def _note_compilation(self) -> None:
-        """Report how long torch.compile took, if it was used."""
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        times = getattr(dynamo, "compilation_time_metrics", {}).get("_compile.compile_inner")
-        if times:
-            self.note("compilation", seconds=round(sum(times), 3), graphs=len(times))
-
-    def _hook_ns(self) -> int:
-        return self.instrumentation.hook_ns_per_step() if self.instrumentation is not None else 0
-
-    def _append_info(self, facts: dict[str, Any]) -> None:
-        self.flight.log("info").append(facts)
+    def _rank(self) -> tuple[int, int]:
+        own = self.identity.rank_identity
+        return own.rank, own.local_rank
 
     def _append_logged(self, row: dict[str, Any]) -> None:
         self.flight.log("logged").append(row, urgent=True)
@@ -445,8 +295,6 @@ class Recording:
     def _remove_stale_flights(self) -> None:
         runs_dir = self._config.runs_dir
         remove_stale(default_folder(), *disk_folders(runs_dir), runs_dir=runs_dir)
-
-    # --- connecting --------------------------------------------------------------------------------------------------
 
     def _reach(self) -> Connection | None:
         """Return a connection; None where only the aggregator's presence was checked."""

@@ -1,0 +1,220 @@
+"""Tracing of a rank: hooks, samplers and watches, added to a recording that may have only logged before."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import Phase, Slot
+from traceml.fail_open import fail_open
+from traceml.recorder.growth.growth_watch import GrowthWatch
+from traceml.recorder.line_sampler import LineSampler
+from traceml.recorder.pauses.pause_recorder import PauseRecorder
+from traceml.recorder.profiles.profile_server import ProfileServer
+from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
+from traceml.recorder.user_code import UserCode
+from traceml.samplers.base import Sampler, SamplerScheduler
+from traceml.samplers.death_causes import DeathCauses
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+    from traceml.instrument import Instrumentation
+    from traceml.instrument.step_clock import StepClock
+    from traceml.recorder.recorder_thread import RecorderThread
+    from traceml.settings import Config
+
+__all__ = ["RankTracing"]
+
+_log = logging.getLogger("traceml")
+
+
+class RankTracing:
+    """Hooks, samplers and watches of a rank; before `begin` it traces nothing.
+
+    Args:
+        config: the settings in force.
+        flight: tables that the rows go to.
+        rank: returns the rank, and its number on its host.
+        note: takes (kind, facts): a row of `info`.
+        on_group: called on the training thread when a process group exists.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        flight: FlightFile,
+        *,
+        rank: Callable[[], tuple[int, int]],
+        note: Callable[..., None],
+        on_group: Callable[[], None],
+    ) -> None:
+        self._config, self._flight, self._rank, self._note, self._on_group = config, flight, rank, note, on_group
+        self.instrumentation: Instrumentation | None = None
+        self.is_on = False
+        """Whether tracing has begun."""
+        self._pauses: PauseRecorder | None = None
+        self.profiles = ProfileServer(
+            flight, clock=self._step_clock, thread=self._training_thread, contains=UserCode().contains
+        )
+        self._quiet = quiet_watch(
+            flight,
+            rank=lambda: rank()[0],
+            thread=self._training_thread,
+            clock=self._step_clock,
+            hang_timeout_s=config.hang_timeout,
+        )
+
+    def begin(self, thread: RecorderThread, run: Callable[[Callable[[], None]], None]) -> None:
+        """Install the hooks, and let the recorder's thread sample and watch.
+
+        Args:
+            thread: the recorder's.
+            run: runs an action on it, or at once while it has not started.
+        """
+        self._thread = thread
+        scheduler = self.scheduler(self._samplers())
+        run(lambda: thread.use(scheduler))
+        self._instrument()
+        run(self._sample_lines)
+        run(self._watch_growth)
+        run(self._watch_pauses)
+        self._watch_progress()
+
+    def end(self) -> None:
+        """Remove the hooks."""
+        if self.instrumentation is None:
+            return
+
+        with fail_open(_log, "recorder", "a profile could not be ended"):
+            self.profiles.abandon()
+
+        with fail_open(_log, "recorder", "the time of torch.compile is not known"):
+            self._note_compilation()
+
+        with fail_open(_log, "recorder", "some hooks could not be removed"):  # those that stay do nothing
+            self.instrumentation.close_open_step()
+            self.instrumentation.uninstall()
+
+    def forget(self) -> None:
+        """Become a no-op in a forked child."""
+        if self.instrumentation is not None:
+            self.instrumentation.disable_in_child()
+
+        if self._pauses is not None:
+            self._pauses.forget()
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether an evaluation runs, whose time is in no step."""
+        return self.instrumentation is not None and self.instrumentation.clock.is_evaluating
+
+    def phase_left(self, error: BaseException | None) -> dict[str, str]:
+        """Return the phase that an exception has left, where the traceback does not show it."""
+        phase = self.instrumentation.clock.phase_of(error) if self.instrumentation is not None else None
+        return {} if phase is None else {"open_phase": Phase(phase).label}
+
+    def snapshot(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer the aggregator's command `snapshot`."""
+        return self._quiet.snapshot_now(is_last=args.get("last") is True).to_row()
+
+    def hook_ns(self) -> int:
+        """Return what the hooks cost per step, in nanoseconds."""
+        return self.instrumentation.hook_ns_per_step() if self.instrumentation is not None else 0
+
+    def scheduler(self, samplers: Sequence[Sampler]) -> SamplerScheduler:
+        """Return a scheduler of samplers whose rows go to the tables."""
+        flight = self._flight
+        return SamplerScheduler(
+            samplers,
+            lambda table, row: flight.ring(table).append(*row),
+            interval_s=self._config.sample_interval,
+            intervals_s=self._config.sampler_intervals,
+            on_error=lambda name, error: self._note("sampler", name=name, error=f"{type(error).__name__}: {error}"),
+        )
+
+    def _samplers(self) -> Sequence[Sampler]:
+        from traceml.instrument.workers.loader_workers import worker_pids
+        from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
+
+        return open_samplers(
+            local_rank=self._rank()[1], workers=worker_pids, save_folder=self._save_folder, note=self._note
+        )
+
+    def _save_folder(self) -> str | None:
+        return self.instrumentation.save_folder.path if self.instrumentation is not None else None
+
+    def _instrument(self) -> None:
+        from traceml.instrument import install
+
+        self.is_on = True
+        with fail_open(_log, "recorder", "steps cannot be traced"):  # samples and trace_step still work
+            self.instrumentation = install(self._flight, on_info=self._append_info, on_group=self._on_group)
+
+    def _sample_lines(self) -> None:
+        interval_s = self._config.stack_interval
+        if interval_s:
+            self._thread.sample_lines(
+                LineSampler(
+                    self._flight,
+                    self._training_thread,
+                    is_feeding=self._is_feeding,
+                    is_evaluating=self._evaluates,
+                    interval_s=interval_s,
+                )
+            )
+
+    def _watch_growth(self) -> None:
+        with fail_open(_log, "recorder", "what grows in memory is not looked for"):
+            contains = UserCode().contains
+            self._thread.every_turn(GrowthWatch(self._flight.open_slots, self._training_thread, contains, self._note))
+
+    def _watch_pauses(self) -> None:
+        with fail_open(_log, "recorder", "garbage collections, compilations and checkpoints are not reported"):
+            saves = self.instrumentation.saves if self.instrumentation is not None else None
+            self._pauses = PauseRecorder(self._flight, self._evaluates, UserCode().contains, saves)
+            self._thread.every_turn(self._pauses)
+
+    def _watch_progress(self) -> None:
+        register_stacks(self._flight.descriptor)
+        self._thread.every_turn(self._check_progress)
+        with fail_open(_log, "recorder", "loader workers that die are not noted"):
+            self._death_causes = DeathCauses()
+            self._thread.every_turn(self._note_lost_workers)
+
+    def _note_lost_workers(self, _last: bool) -> None:
+        lost = self.instrumentation.lost_workers if self.instrumentation is not None else None
+        while lost:
+            self._note("worker_lost", urgent=True, **lost.popleft(), **self._death_causes.facts())
+
+    def _check_progress(self, last: bool) -> None:
+        self._flight.open_slots[Slot.EVALUATING] = int(self.is_evaluating)
+        self._quiet(last)
+        self._thread.is_attentive = self._quiet.is_quiet or self.profiles.is_used
+
+    def _is_feeding(self, frame: FrameType) -> bool:
+        feeding = self.instrumentation.feeding if self.instrumentation is not None else None
+        return feeding is not None and feeding.contains(frame)
+
+    def _evaluates(self) -> bool:
+        return self.is_evaluating
+
+    def _step_clock(self) -> StepClock | None:
+        return self.instrumentation.clock if self.instrumentation is not None else None
+
+    def _training_thread(self) -> int:
+        clock = self._step_clock()
+        return clock.thread if clock is not None and clock.thread else threading.main_thread().ident or 0
+
+    def _note_compilation(self) -> None:
+        """Report how long torch.compile took, if it was used."""
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        times = getattr(dynamo, "compilation_time_metrics", {}).get("_compile.compile_inner")
+        if times:
+            self._note("compilation", seconds=round(sum(times), 3), graphs=len(times))
+
+    def _append_info(self, facts: dict[str, Any]) -> None:
+        self._flight.log("info").append(facts)
