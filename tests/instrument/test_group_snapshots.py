@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from tests.forked import client as forked
-from traceml.instrument.group_snapshots import GroupSnapshots
+from traceml.instrument.groups.group_snapshots import GroupSnapshots
 
 _SCRIPT = """
 import json, sys
 import torch, torch.distributed as dist
-from traceml.instrument.group_snapshots import GroupSnapshots, mesh_coordinates
+from traceml.instrument.groups.group_snapshots import GroupSnapshots, mesh_coordinates
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 snapshots = GroupSnapshots()
@@ -51,7 +51,7 @@ _MESH = """
 import json, sys
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from traceml.instrument.group_snapshots import mesh_coordinates
+from traceml.instrument.groups.group_snapshots import mesh_coordinates
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)

@@ -22,6 +22,7 @@ _LEAVES = frozenset(
         "accumulator",
         "clock_forms",
         "step_clock",
+        "step_segments",
         "evaluation",
         "device",
         "search.discovery",

@@ -19,6 +19,7 @@ from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
 from traceml.instrument.checkpoints.save_folder import SaveFolder
 from traceml.instrument.checkpoints.save_log import SaveLog
 from traceml.instrument.clock_forms import new_clock
+from traceml.instrument.groups.default_group import DefaultGroup
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
@@ -55,7 +56,7 @@ class Instrumentation:
         device_types: frozenset[str] | None,
         thread: int,
     ) -> None:
-        self._flight, self._on_info, self._on_group = flight, on_info, on_group
+        self._flight, self._on_info = flight, on_info
         self._device_types = device_types
         self._patches = Patches()
         self._discovery: Any = None
@@ -71,6 +72,7 @@ class Instrumentation:
         self._timed: set[tuple[Any, str]] = set()
         self._reported: dict[str, Info] = {}  # the last facts by kind
         self.clock = new_clock(flight, self, thread=thread)
+        self._group = DefaultGroup(self.clock, self._patches, self._report, self._guarded, on_group)
         self._user_phases = UserPhases(self.clock, flight.names)
         self._watch = PostImportHook(
             {
@@ -190,7 +192,7 @@ class Instrumentation:
         if self.clock.first_loader is None:
             self._guarded(self._look_for_iterators)
 
-        self._guarded(self._report_mesh)
+        self._guarded(self._group.report_mesh)
         self._guarded(self._report_anomaly_detection)
         return self._discovery is None or self.clock.optimizers_alive > 0
 
@@ -220,11 +222,7 @@ class Instrumentation:
         if clock.stretch.collects:
             self._report({"kind": "rollouts"})
 
-        if clock.group is None:
-            self._guarded(self._find_group)
-        else:
-            self._guarded(self._report_mesh)
-
+        self._guarded(self._group.find if clock.group is None else self._group.report_mesh)
         if self._losses is not None:
             self._losses.plan()
 
@@ -322,22 +320,9 @@ class Instrumentation:
         from traceml.instrument import calls
 
         distributed: Any = sys.modules.get("torch.distributed")
-        if distributed is None or not distributed.is_available():
-            return
-
-        calls.patch_collectives(self._patches, self.clock)
-        c10d = sys.modules["torch.distributed.distributed_c10d"]
-        for name, change in (
-            ("init_process_group", self._making_group),
-            ("destroy_process_group", self._dropping_group),
-        ):
-            original = getattr(c10d, name)
-            wrapper = change(original)
-            for module in (c10d, distributed):
-                if getattr(module, name, None) is original:
-                    self._patches.wrap(module, name, wrapper)
-
-        self._find_group()
+        if distributed is not None and distributed.is_available():
+            calls.patch_collectives(self._patches, self.clock)
+            self._group.patch()
 
     def _look_for_device(self) -> None:
         """Measure device times from now on if the script uses CUDA; a job on the CPU pays nothing."""
@@ -387,65 +372,6 @@ class Instrumentation:
 
     def _on_safetensors_import(self) -> None:
         self._guarded(lambda: self._checkpoints.patch_safetensors(self._patches))
-
-    # ---- groups ----
-
-    def _find_group(self) -> None:
-        distributed: Any = sys.modules.get("torch.distributed")
-        clock = self.clock
-        if clock.group is not None or distributed is None or not distributed.is_available():
-            return
-
-        if not distributed.is_initialized():
-            return
-
-        group = distributed.group.WORLD
-        clock.group = group
-        self._report({"kind": "group", "group_size": distributed.get_world_size()})
-        if distributed.get_world_size() > 1:
-            clock.extras = clock.slow_commits = clock.dirty = clock.detail = True
-            # Private, so optional; it raises until the first collective of the group.
-            clock.sequence = _without_errors(getattr(group, "_get_sequence_number_for_group", None))
-
-        if self._on_group is not None:
-            self._on_group()
-
-    def _report_mesh(self) -> None:
-        """Tell this rank's place in the device mesh, by which a verdict names a pipeline stage or a replica."""
-        from traceml.instrument.group_snapshots import mesh_coordinates
-
-        coordinates = mesh_coordinates()
-        if coordinates:
-            self._report({"kind": "mesh", "coordinates": coordinates})
-
-    def _drop_group(self) -> None:
-        self.clock.group = self.clock.sequence = None
-        self.clock.extras = self.clock.device is not None
-        self.clock.detail = self.clock.extras or self.clock.awaits_backward
-
-    def _making_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        return self._then(original, self._find_group)
-
-    def _dropping_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        from traceml.witness.gloo_threads import await_gloo_threads
-
-        def drop(*args: Any, **kwargs: Any) -> Any:
-            with fail_open(_log, "instrument", "gloo's threads are not awaited", once=True):
-                await_gloo_threads()
-
-            return original(*args, **kwargs)
-
-        return self._then(drop, self._drop_group)
-
-    def _then(self, original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if self.clock.thread:
-                self._guarded(after)
-
-            return result
-
-        return call
 
     # ---- facts ----
 
@@ -513,19 +439,6 @@ class Instrumentation:
             return
 
         self.clock.errors += 1
-
-
-def _without_errors(read: Callable[[], int] | None) -> Callable[[], int] | None:
-    if read is None:
-        return None
-
-    def number() -> int:
-        try:
-            return read()
-        except RuntimeError:  # the group is destroyed, or its backend has no counter
-            return 0
-
-    return number
 
 
 def install(

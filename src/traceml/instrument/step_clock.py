@@ -1,9 +1,5 @@
 """State machine that detects training steps from the calls that the hooks report.
 
-A step is cut into *segments*, which begin at each request to a data loader. The kind of a segment (training,
-evaluation, or already the next step) is often known only later. So the clock saves the buckets at each cut
-(`times_at_cut`), and can still assign the time after it to the right step.
-
 Terms: an *attempt* is an outermost optimizer step call; the *anchor* is the training loader, whose next batch request
 closes a step after an attempt. `docs/steps.md` has the rules.
 """
@@ -17,17 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.accumulator import (
-    CHECK_FORWARD,
-    FIRST_USER,
-    NOT_READY,
-    ON_FORWARD,
-    OTHER,
-    Began,
-    StepAccumulator,
-    StepListener,
-)
+from traceml.instrument.accumulator import CHECK_FORWARD, FIRST_USER, NOT_READY, ON_FORWARD, OTHER, Began, StepListener
 from traceml.instrument.evaluation import EvaluationStretch
+from traceml.instrument.step_segments import SegmentedStep
 from traceml.instrument.values.last_step import usual_end
 
 if TYPE_CHECKING:
@@ -35,18 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["FUSED", "StepClock"]
 
-_BACKWARD, _OPTIMIZER, _CHECKPOINT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.CHECKPOINT)
+_BACKWARD, _OPTIMIZER = int(Phase.BACKWARD), int(Phase.OPTIMIZER)
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
-_DEVICE, _EPOCH = int(StepFlag.DEVICE), int(StepFlag.EPOCH)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 _SAMPLED_MASK = 3  # expensive measurements run on every 4th step
 _SLOW_STEP_NS = 2_000_000  # expensive measurements run on every step if steps take longer
 _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
 
 
-class StepClock(StepAccumulator):
-    """State machine that detects steps: it adds the rules for the end of a step to the accumulator."""
+class StepClock(SegmentedStep):
+    """State machine that detects steps: it adds the rules for segments and for the end of a step."""
 
     last_optimizer: int  # id of the optimizer that stepped last
     failure: int  # id of the exception that left a hook in C last
@@ -56,15 +43,11 @@ class StepClock(StepAccumulator):
 
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
-        self.open = False  # the first step has begun
         self.stretch = EvaluationStretch(self, self)
-        self.explicit = False  # trace_step() bounds the steps
         self.blocks = 0  # nested trace_step() blocks
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
         self.anchor: Any = None  # the training loader: the loader whose batches are trained on
-        self.segment_loader: Any = None  # the loader whose request began this segment
-        self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.fetched_ahead = False  # this step's batch came before the end of its loader
         self.inferred = False  # there is no optimizer: batches are the steps
         self.optimizers: dict[int, Any] = {}  # by id, weak references to those that have stepped and are alive
@@ -480,136 +463,11 @@ class StepClock(StepAccumulator):
         self.open_slots[_STEP_START], self.open_slots[_STEP] = 0, -1
         self.stop()
 
-    # ---- segments ----
-
     def _clear(self, t: int) -> None:
         super()._clear(t)
         self.fetched_ahead = False
         self.repeated = False  # the optimizer steps again on the same batch
         self.repeats: list[tuple[int, list[int], int]] = []  # ends of steps on the same batch
-
-    def _close_prefix(self) -> None:
-        """Append the row of the part before the cut; the part after it becomes the next step."""
-        times, times_at_cut = self.times, self.times_at_cut or self.zeros
-        times_at_cut = times_at_cut + [0] * (len(times) - len(times_at_cut))
-        flags = self.committed_flags | (_NO_LOADER if self.loader_at_cut is None else 0)
-        self.note_total(self.committed_ns)
-        if self.device is not None and self.device.close_prefix(self.step):
-            flags |= _DEVICE
-
-        self.append_step(
-            times_at_cut,
-            self.cut_ns,
-            self.committed_ns,
-            self.micro_batches,
-            flags,
-            self.committed_own_ns,
-            self.committed_data,
-        )
-        if self.eval_ns:
-            self._flush_evals(self.step)
-
-        self.times = [after - before for after, before in zip(times, times_at_cut, strict=True)]
-        self.first_loader = self.batch
-        self.attempt = 0
-        self.attempts.clear()
-        self.closes_at = CHECK_FORWARD
-        self._drop_prefix()
-        self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.step
-        if self.at_boundary is not None:
-            self.cross_boundary()
-
-    def begin_first_step(self, t: int) -> None:
-        """Begin the first step."""
-        self._begin(t)
-
-    def end_ready_part(self, t: int) -> None:
-        """End the part of a ready step that belongs to it; the next request to any loader is one for the next step."""
-        self._cut(t)
-        self.segment_loader = None
-
-    def _begin(self, t: int) -> None:
-        self.open = True
-        self.book_user_phases(t)
-        self._clear(t)
-
-    def _is_idle(self) -> bool:
-        """Whether no model ran in this segment."""
-        if self.trained is not None or self.evaluated or self.backwards:
-            return False
-
-        return self.times_at_cut is not None or not self.forward_ns
-
-    def _is_evaluation(self) -> bool:
-        """Whether a model ran on the batch without gradients (or in `eval()`), and nothing was trained on it."""
-        if self.backwards or (self.attempt and not self.pending):
-            return False
-
-        if self.batch is None:
-            return self.exhausted_loader is not None and self.evaluated  # on a prefetched batch
-
-        if self.trained is None:
-            return self.evaluated
-
-        module = self.trained()
-        return module is not None and not module.training
-
-    def _cut(self, t: int) -> None:
-        """End a segment of this step and save its buckets."""
-        self.book_user_phases(t)
-        self.times_at_cut = self.times
-        self.loader_at_cut = self.first_loader
-        self.committed_ns += t - self.seg_start
-        self.cut_ns = self.seg_start = t
-        self.pending = bool(self.attempt) and not self.explicit
-        self.closes_at = CHECK_FORWARD
-        self.add_segment()
-        self.committed_flags |= self.flags
-        self.committed_own_ns += self.own
-        self.committed_create_ns += self.create_ns
-        self.committed_drain_ns += self.drain_ns
-        self.own = self.flags = self.create_ns = self.drain_ns = 0
-        unused = max(self.batches - self.backwards, 0)
-        self._clear_segment()
-        self.batches = unused
-        if self.device is not None:
-            self.device.cut()
-
-    def _clear_segment(self) -> None:
-        self.backwards = self.batches = self.samples = self.elements = 0
-        self.batch = None
-        self.trained, self.evaluated = None, False
-        self.dirty = True
-
-    def _discard(self, t: int, *, batches: int, evaluating: bool) -> None:
-        """Move the segment from the step to evaluation; its checkpoint time stays in the step."""
-        times_at_cut = [] if self.times_at_cut is None else self.times_at_cut
-        kept = times_at_cut + [0] * (len(self.zeros) - len(times_at_cut))
-        saving = self.times[_CHECKPOINT] - kept[_CHECKPOINT]
-        kept[_CHECKPOINT] += saving
-        self.committed_ns += saving
-        self.times = kept
-        if self.times_at_cut is not None:
-            self.times_at_cut = kept.copy()
-
-        self.eval_ns += t - self.seg_start - saving
-        self.eval_batches += batches
-        self.fingerprint = 0
-        self.eval_end = self.seg_start = t
-        self.exhausted_loader = None
-        self.closes_at = CHECK_FORWARD
-        self.first_loader = None if self.times_at_cut is None else self.loader_at_cut
-        self.evaluating = evaluating
-        self.flags &= ~_EPOCH
-        self.create_ns = self.drain_ns = 0
-        self._clear_segment()
-        if self.device is not None:
-            self.device.discard()
-
-    def _merge(self) -> None:
-        """Join the part after the cut with the step."""
-        self.times_at_cut = None
-        self.pending = False
 
     def _hold_batch(self, t: int) -> None:
         """Save the end of a batch, which becomes a step if there turns out to be no optimizer."""
@@ -636,22 +494,3 @@ class StepClock(StepAccumulator):
         self.cut_on_step = True
         self.usual_loader = NOT_READY
         return True
-
-    def _hold(self, held: list[tuple[int, list[int], int]], t: int) -> None:
-        held.append((t, self.times, self.committed_ns + t - self.seg_start))
-
-    def _append_held(self, held: list[tuple[int, list[int], int]], flags: int, t: int) -> None:
-        """Append the rows of held steps, and begin the next one."""
-        before, before_total = self.zeros, 0
-        data = (self.input_elements, self.input_samples)
-        for end, times, total in held:
-            part = [b - a for b, a in zip(times, before + [0] * (len(times) - len(before)), strict=False)]
-            self.note_total(total - before_total)
-            self.append_step(part, end, total - before_total, 1, flags, -1, data)
-            before, before_total = times, total
-
-        held.clear()
-        if self.device is not None:
-            self.device.close(-1)
-
-        self._begin(t)

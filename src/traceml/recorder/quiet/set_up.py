@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
-from traceml.instrument.group_snapshots import GroupSnapshots
+from traceml.instrument.groups.group_snapshots import GroupSnapshots
 from traceml.recorder.quiet.progress_counters import ProgressCounters
 from traceml.recorder.quiet.quiet_watch import QuietWatch
 from traceml.recorder.user_code import UserCode

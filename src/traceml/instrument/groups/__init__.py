@@ -1,0 +1,1 @@
+"""Process groups of torch.distributed: when the job's group exists, and the newest operation of each."""

@@ -1,0 +1,124 @@
+"""The default process group: reported when the script makes it, forgotten when the script destroys it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from traceml.fail_open import fail_open
+
+if TYPE_CHECKING:
+    from traceml.instrument.patches import Patches
+    from traceml.instrument.step_clock import StepClock
+
+__all__ = ["DefaultGroup"]
+
+_log = logging.getLogger("traceml")
+
+
+class DefaultGroup:
+    """Watch for the default process group of torch.distributed.
+
+    Args:
+        clock: gets the group and its counter of collectives.
+        patches: the replaced functions.
+        report: takes facts about the group, and this rank's place in the device mesh.
+        guarded: runs an action; on failure it logs and counts it.
+        on_group: called on the training thread when the group exists.
+    """
+
+    def __init__(
+        self,
+        clock: StepClock,
+        patches: Patches,
+        report: Callable[[dict[str, Any]], None],
+        guarded: Callable[[Callable[[], Any]], None],
+        on_group: Callable[[], None] | None,
+    ) -> None:
+        self._clock, self._patches = clock, patches
+        self._report, self._guarded, self._on_group = report, guarded, on_group
+
+    def patch(self) -> None:
+        """Watch the functions that make and destroy the group; torch.distributed is imported and available."""
+        distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
+        for name, change in (("init_process_group", self._making), ("destroy_process_group", self._dropping)):
+            original = getattr(c10d, name)
+            wrapper = change(original)
+            for module in (c10d, distributed):
+                if getattr(module, name, None) is original:
+                    self._patches.wrap(module, name, wrapper)
+
+        self.find()
+
+    def find(self) -> None:
+        """Take the group if it exists and is not known yet."""
+        distributed: Any = sys.modules.get("torch.distributed")
+        clock = self._clock
+        if clock.group is not None or distributed is None or not distributed.is_available():
+            return
+
+        if not distributed.is_initialized():
+            return
+
+        group = distributed.group.WORLD
+        clock.group = group
+        self._report({"kind": "group", "group_size": distributed.get_world_size()})
+        if distributed.get_world_size() > 1:
+            clock.extras = clock.slow_commits = clock.dirty = clock.detail = True
+            # Private, so optional; it raises until the first collective of the group.
+            clock.sequence = _without_errors(getattr(group, "_get_sequence_number_for_group", None))
+
+        if self._on_group is not None:
+            self._on_group()
+
+    def report_mesh(self) -> None:
+        """Report this rank's place in the device mesh, by which a verdict names a pipeline stage or a replica."""
+        from traceml.instrument.groups.group_snapshots import mesh_coordinates
+
+        coordinates = mesh_coordinates()
+        if coordinates:
+            self._report({"kind": "mesh", "coordinates": coordinates})
+
+    def _drop(self) -> None:
+        self._clock.group = self._clock.sequence = None
+        self._clock.extras = self._clock.device is not None
+        self._clock.detail = self._clock.extras or self._clock.awaits_backward
+
+    def _making(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        return self._then(original, self.find)
+
+    def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        from traceml.witness.gloo_threads import await_gloo_threads
+
+        def drop(*args: Any, **kwargs: Any) -> Any:
+            with fail_open(_log, "instrument", "gloo's threads are not awaited", once=True):
+                await_gloo_threads()
+
+            return original(*args, **kwargs)
+
+        return self._then(drop, self._drop)
+
+    def _then(self, original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self._clock.thread:
+                self._guarded(after)
+
+            return result
+
+        return call
+
+
+def _without_errors(read: Callable[[], int] | None) -> Callable[[], int] | None:
+    if read is None:
+        return None
+
+    def number() -> int:
+        try:
+            return read()
+        except RuntimeError:  # the group is destroyed, or its backend has no counter
+            return 0
+
+    return number
