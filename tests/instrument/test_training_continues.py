@@ -77,8 +77,8 @@ _GUARDS = frozenset(
         "_differentiates_parameters",
         "_measure_own.<locals>.finished",
         "_measure_own.<locals>.queue",
-        "patch_loaders.<locals>.follow",
-        "patch_loaders.<locals>.token_of",
+        "_timed_iter.<locals>.follow",
+        "_timed_iter.<locals>.token_of",
         "timed_wait.<locals>.begin",
         "timed_wait.<locals>.end",
     }

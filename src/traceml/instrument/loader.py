@@ -141,18 +141,30 @@ def patch_loaders(
 
     iterator_type: Any = dataloader._BaseDataLoaderIter
     original_next, original_iter = iterator_type.__next__, dataloader.DataLoader.__iter__
-    begin, end = timed_wait(clock)
-    tokens = _LoaderTokens(on_loader)
+    wait = timed_wait(clock)
+    in_python = _timed_next(clock, wait, original_next, on_batch)
+    timed_next = in_python
+    if clock.hook is not None:
+        timed_next = clock.hook(clock, _INPUT_WAIT, original_next, in_python, on_batch)
+
+    patches.replace(iterator_type, _TAG, LoaderToken())
+    patches.wrap(iterator_type, "__next__", timed_next)
+    timed_iter = _timed_iter(clock, wait, original_iter, _LoaderTokens(on_loader), on_iterator)
+    patches.wrap(dataloader.DataLoader, "__iter__", timed_iter)
+
+
+def _timed_next(clock: StepClock, wait: tuple[Begin, End], original: Any, on_batch: Callable[[Any], None]) -> Any:
+    begin, end = wait
 
     def __next__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
         loader = self._traceml_loader
         began = begin(loader)
         if began is None:
-            return original_next(self)
+            return original(self)
 
         got = False
         try:
-            batch = original_next(self)
+            batch = original(self)
             got = True
         finally:
             end(began, loader, got)
@@ -165,14 +177,22 @@ def patch_loaders(
 
         return batch
 
+    return __next__
+
+
+def _timed_iter(
+    clock: StepClock, wait: tuple[Begin, End], original: Any, tokens: _LoaderTokens, on_iterator: Callable[[], None]
+) -> Any:
+    begin, end = wait
+
     def __iter__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
         loader = token_of(self)
         if loader is None:
-            return original_iter(self)
+            return original(self)
 
         began = begin(loader)
         try:
-            iterator = original_iter(self)
+            iterator = original(self)
         finally:
             if began is not None:
                 end(began, loader, None)
@@ -199,13 +219,7 @@ def patch_loaders(
             clock.fail(error)
             return None
 
-    patches.replace(iterator_type, _TAG, LoaderToken())
-    timed_next: Any = __next__
-    if clock.hook is not None:
-        timed_next = clock.hook(clock, _INPUT_WAIT, original_next, __next__, on_batch)
-
-    patches.wrap(iterator_type, "__next__", timed_next)
-    patches.wrap(dataloader.DataLoader, "__iter__", __iter__)
+    return __iter__
 
 
 class _LoaderTokens:

@@ -27,7 +27,7 @@ from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.append_file import AppendFile, cut_back
-from traceml.track.backends.safe_names import flattened, is_this_machine, safe_name
+from traceml.track.backends.safe_names import flattened, is_this_machine, merged_tags, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -167,11 +167,8 @@ class ClearMLBackend(BackendInterface):
         if not tags:
             return
 
-        fresh = [_plain(key if value in {"", "true"} else f"{key}: {value}") for key, value in tags.items()]
-        stale = tuple(_plain(f"{key}: ") for key in tags)
         with _errors():
-            kept = [tag for tag in self._task.get_tags() or () if tag not in tags and not tag.startswith(stale)]
-            self._task.set_tags([*kept, *fresh])
+            self._task.set_tags(merged_tags(self._task.get_tags() or (), tags, ": "))
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text to the task's console."""

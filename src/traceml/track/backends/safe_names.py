@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["flattened", "is_this_machine", "nonfinite_text", "safe_file_name", "safe_name"]
+__all__ = ["flattened", "is_this_machine", "merged_tags", "nonfinite_text", "safe_file_name", "safe_name"]
 
 _NO_FILE = re.compile(r"[/\0]")
 _LONGEST_FILE = 180
@@ -69,3 +69,24 @@ def is_this_machine(host: str | None) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def merged_tags(
+    before: Iterable[str], tags: Mapping[str, str], separator: str, longest: int | None = None
+) -> list[str]:
+    """Return the tags of a run as texts: `key`, or `key` and value, in place of earlier values of the same keys.
+
+    Args:
+        before: texts that the run has.
+        tags: values by key; "" and "true" are tags without a value.
+        separator: stands between key and value.
+        longest: texts are cut to so many characters.
+    """
+
+    def text(words: str) -> str:
+        return words.encode("utf-8", "backslashreplace").decode()[:longest]
+
+    stale = tuple(text(f"{key}{separator}") for key in tags)
+    kept = [tag for tag in before if tag not in tags and not tag.startswith(stale)]
+    fresh = (text(key if value in {"", "true"} else f"{key}{separator}{value}") for key, value in tags.items())
+    return [*kept, *(tag for tag in fresh if tag and tag not in kept)]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendUnauthorizedError
-from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.backends.safe_names import is_this_machine, merged_tags, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -187,14 +187,8 @@ class WandbBackend(BackendInterface):
         if not tags:
             return
 
-        short = [_plain(key if value in {"", "true"} else f"{key}:{value}") for key, value in tags.items()]
         with _errors():
-            stale = tuple(_plain(f"{key}:")[:_LONGEST_TAG] for key in tags)
-            existing = [tag for tag in self._run.tags or () if tag not in tags and not tag.startswith(stale)]
-            self._run.tags = (
-                *existing,
-                *(tag[:_LONGEST_TAG] for tag in short if tag and tag[:_LONGEST_TAG] not in existing),
-            )
+            self._run.tags = tuple(merged_tags(self._run.tags or (), tags, ":", _LONGEST_TAG))
             self._run.config.update({f"tags/{key}": value for key, value in tags.items()}, allow_val_change=True)
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
