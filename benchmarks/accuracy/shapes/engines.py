@@ -10,21 +10,12 @@ import time
 
 import torch
 import torch.nn.functional as F
+from small_net import net, rows
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 torch.manual_seed(0)
 random.seed(0)
-
-
-def net(inputs=64, hidden=512, outputs=10):
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-    )
-
-
-def rows(count=3200):
-    return TensorDataset(torch.randn(count, 64), torch.arange(count) % 10)
 
 
 # torchvision's references: a generator around the loader prints smoothed meters; an engine trains and evaluates.

@@ -8,20 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
+from small_net import net, rows
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 torch.manual_seed(0)
-
-
-def net(inputs=64, hidden=512, outputs=10):
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-    )
-
-
-def rows(count=3200):
-    return TensorDataset(torch.randn(count, 64), torch.arange(count) % 10)
 
 
 def geometric():

@@ -5,20 +5,11 @@ import time
 
 import torch
 import torch.nn.functional as F
+from small_net import net, rows
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 torch.manual_seed(0)
-
-
-def net(inputs=64, hidden=512, outputs=10):
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-    )
-
-
-def rows(count=3200):
-    return TensorDataset(torch.randn(count, 64), torch.arange(count) % 10)
 
 
 def gan():
