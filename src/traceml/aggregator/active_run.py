@@ -1,4 +1,4 @@
-"""A run that ranks send to: its store, the states of its streams, and its end."""
+"""A run that ranks send to: reports of exits, commits, maintenance, and its end."""
 
 from __future__ import annotations
 
@@ -11,25 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from traceml.aggregator.admission import Admission
-from traceml.aggregator.ingest import Ingest
-from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
-from traceml.aggregator.restored_streams import restored_streams
-from traceml.aggregator.run_facts import RunFacts
-from traceml.aggregator.stream_ends import final_state, note_exit, note_oom, resumed_at, state_of_dead
-from traceml.aggregator.stream_table import StreamTable
-from traceml.aggregator.streams import Incarnation, Stream, StreamPeer, StreamState
+from traceml.aggregator.run_streams import RunStreams
+from traceml.aggregator.stream_ends import final_state, note_exit, state_of_dead
+from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
-from traceml.database.store.reader import StoreReader, StreamIdentity
-from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures
-from traceml.transport.hello import WORLD_LIMIT, Hello
+from traceml.transport.hello import WORLD_LIMIT
 from traceml.transport.server import Peer
 
 __all__ = ["ActiveRun"]
@@ -47,14 +40,10 @@ LAUNCHER_WAIT_S = 3600.0
 # Of each process, steps and samples of about half an hour stay complete, however many ranks there are.
 LEAST_RETAINED_BYTES = 500_000
 
-# All ranks together send at most about so many frames of samples per table.
-_SAMPLE_FRAMES_PER_S = 100
-_LONGEST_SAMPLES_S = 60.0
-
 _log = logging.getLogger("traceml")
 
 
-class ActiveRun:
+class ActiveRun(RunStreams):
     """One run, open or ended.
 
     Args:
@@ -65,127 +54,23 @@ class ActiveRun:
     """
 
     def __init__(self, path: Path, key: str, *, named: bool, retention_gb: float | None = None) -> None:
-        self.path = path
-        self.key = key
-        self.named = named
-        self._retention_gb = retention_gb
-        self._table = StreamTable()
-        self._touched_s = time.monotonic()
         self._failures_before = Counter(failures())
+        super().__init__(path, key, named=named)
+        self._retention_gb = retention_gb
         self._recovered: list[FlightSnapshot] = []
-        self._facts = RunFacts(path.name, key, named=named)
-        self.admission = Admission(self._facts, self._table, named=named, on_helper=self._note_helper)
         self._leaving: list[Peer] = []
         self._unmatched_exits: list[dict[str, Any]] = []
         self._ended_by: dict[str, Any] = {}
-        self.store = StoreWriter(path / STORE_NAME)
-        self.live = LiveRows(1)
-        self.live.on_loaded = self._note_loaded
-        self.ingest = Ingest(self.store, self.live, self._pause_senders)
         self.final_findings: list[Finding] = []
         """Findings at the end of the run, if they were wanted."""
-        self._resume()
-        self._facts.write(self.store)
 
     def __repr__(self) -> str:
         return f"<run {self.id}: {self.state}, {len(self.streams)} streams>"
 
     @property
-    def id(self) -> str:
-        """Its folder's name."""
-        return self.path.name
-
-    @property
-    def state(self) -> str:
-        """running, finished, stopped, failed or lost."""
-        return self._facts.state
-
-    @property
-    def about(self) -> dict[str, str]:
-        """Its name and project."""
-        return {name: str(self._facts.values.get(name, "")) for name in ("name", "project")}
-
-    @property
-    def ended(self) -> bool:
-        """Whether it is over; a rank that reconnects opens it again."""
-        return self._facts.ended
-
-    @property
-    def attempt(self) -> int:
-        """The newest attempt of any rank."""
-        return self._facts.attempt
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks of the newest attempt."""
-        return self._facts.world_size
-
-    @property
-    def sample_interval_s(self) -> float:
-        """Longest time that a rank holds its samples."""
-        return min(max(1.0, self.world_size / _SAMPLE_FRAMES_PER_S), _LONGEST_SAMPLES_S)
-
-    @property
-    def streams(self) -> list[Stream]:
-        """All streams, in the order in which they came."""
-        return self._table.all
-
-    @property
-    def connected(self) -> list[Stream]:
-        """The streams that are connected now."""
-        return [stream for stream in self.streams if stream.connected]
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether any rank is connected now."""
-        return any(stream.connected for stream in self.streams)
-
-    @property
     def recovered(self) -> set[Path]:
         """Flight files whose rows are recovered, but not stored yet."""
         return {image.path for image in self._recovered}
-
-    def stream_of(self, incarnation: Incarnation, rank: int) -> Stream | None:
-        """Return the stream of a recorder that was connected before."""
-        return self._table.of_process(incarnation, rank)
-
-    def join(self, hello: Hello, attempt: int, peer: StreamPeer) -> Stream:
-        """Add a new rank, or a helper of one, to an attempt.
-
-        Raises:
-            StoreError: the store cannot be written.
-        """
-        self._reopen()
-        if hello.parent:
-            stream = self._add_stream(
-                attempt, hello.rank, Incarnation.from_hello(hello), hello.local_rank, hello.flight, is_helper=True
-            )
-            self.connect(stream, hello, peer)
-            return stream
-
-        self._update_facts(hello, attempt)  # first: the windows that the stream joins are sized by the world
-        stream = self._add_stream(attempt, hello.rank, Incarnation.from_hello(hello), hello.local_rank, hello.flight)
-        self.store.update_stream(
-            stream.id, world_size=hello.world_size, started=self._facts.now_s(), command=hello.command[:1000]
-        )
-        self.connect(stream, hello, peer)
-        return stream
-
-    def connect(self, stream: Stream, hello: Hello, peer: StreamPeer) -> None:
-        """Connect a stream, new or known."""
-        self._reopen()
-        if stream.ended:
-            _log.info("%r has reconnected", stream)
-            if stream.state is StreamState.LOST and stream.in_window:
-                self.live.join(stream)
-
-        stream.state = StreamState.RUNNING
-        stream.flight = hello.flight
-        stream.connect(peer)
-        self._table.away.pop(stream, None)
-        self.store.update_stream(stream.id, state="running", flight=hello.flight, clock=list(hello.clock))
-        if self.ingest.stalled:
-            peer.pause(True)
 
     def recover_flight(self, flight: DeadFlight) -> None:
         """Add the rows of a rank that died before it could connect, or that left only its flight file."""
@@ -232,13 +117,6 @@ class ActiveRun:
         """End a rank as the aggregator of its host has found it; its exit is known already."""
         stream.disconnect()
         self._end_stream(stream, state, is_total_known=state is not StreamState.LOST)
-
-    def disconnected(self, stream: Stream) -> None:
-        """Record that a connection is gone."""
-        stream.disconnect()
-        self._touched_s = time.monotonic()
-        if not stream.ended:
-            self._table.away[stream] = None
 
     def take_exit(self, report: dict[str, Any]) -> None:
         """Take a launcher's report of the end of a process.
@@ -433,78 +311,9 @@ class ActiveRun:
             except StoreError as error:
                 _log.error("run %s: %s", self.id, error)
 
-    # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _note_helper(self, stream: Stream) -> None:
-        self.store.update_stream(stream.id, helps=True)
-
     def _has_started_rank(self, flight: DeadFlight, attempt: int) -> bool:
         """Whether a process that could not connect has only started the one that is the rank now."""
         return self._table.of_rank(attempt, flight.rank) is not None and not appended_rows(flight.image).get("steps")
-
-    def _note_loaded(self, stream: Stream, row: dict[str, Any]) -> None:
-        """Store where a restarted rank goes on, if what it has read is a checkpoint of an earlier attempt."""
-        at = resumed_at(stream, row["place"], self.streams) if isinstance(row.get("place"), int) else 0
-        if at > stream.resumes_at:
-            stream.resumes_at = at
-            self.store.update_stream(stream.id, resumes_at=at)
-
-    def _pause_senders(self, pause: bool) -> None:
-        for stream in self.connected:
-            if stream.peer is not None:
-                stream.peer.pause(pause)
-
-    def _update_facts(self, hello: Hello, attempt: int) -> None:
-        """Update the run's facts from a rank's hello."""
-        facts, before = self._facts, dict(self._facts.values)
-        if attempt > self.attempt:
-            facts.begin_attempt(attempt, hello)
-            self.live.begin_attempt()
-            self.store.event("attempt", {"attempt": attempt})
-            for stream in self.streams:
-                stream.in_window = stream.attempt >= attempt and not stream.is_helper
-
-        if attempt >= self.attempt and hello.world_size != self.world_size:
-            self._resize(hello.world_size)
-
-        if not self.streams:
-            facts.name_after(hello)
-
-        facts.add_rank(hello)
-        if facts.values != before:  # most of ten thousand ranks change nothing
-            facts.write(self.store)
-
-    def _resize(self, world_size: int) -> None:
-        self._facts.resize(world_size)
-        self.live.resize(world_size)
-
-    def _add_stream(
-        self,
-        attempt: int,
-        rank: int,
-        incarnation: Incarnation,
-        local_rank: int,
-        flight: str,
-        *,
-        is_helper: bool = False,
-    ) -> Stream:
-        identity = StreamIdentity(
-            rank, attempt, incarnation.host, incarnation.pid, incarnation.start_ticks, incarnation.recorder
-        )
-        number = self.store.stream(
-            identity, state="running", local_rank=local_rank, boot_id=incarnation.boot, flight=flight
-        )
-        stream = Stream(number, rank, attempt, incarnation, flight=flight)
-        self.store.update_stream(number, seen_here=stream.seen_here)
-        stream.in_window = attempt >= self.attempt
-        stream.is_helper = is_helper
-        self._table.add(stream)
-        if is_helper:
-            self._note_helper(stream)
-        else:
-            self.live.join(stream)
-
-        return stream
 
     def _finalize_dead(self, stream: Stream, image: FlightSnapshot | None = None) -> None:
         """Recover the rows of a dead rank and set its final state."""
@@ -521,28 +330,6 @@ class ActiveRun:
         is_known = image is not None or has_said_bye or stream.has_removed_flight
         self._end_stream(stream, state, is_total_known=is_known)
 
-    def _end_stream(self, stream: Stream, state: StreamState, *, is_total_known: bool = True) -> None:
-        """Set the final state of a rank.
-
-        Args:
-            stream: the rank's.
-            state: its final state.
-            is_total_known: whether it is known how many rows the rank appended, so that missing ones can be counted.
-        """
-        stream.state = state
-        self._table.away.pop(stream, None)
-        self._touched_s = time.monotonic()
-        if state is not StreamState.FINISHED:
-            stream.exit.setdefault("at_s", stream.exit.get("reported_s", self._facts.now_s()))
-            note_oom(stream)
-
-        ended = {"ended": self._facts.now_s(), "exit": stream.exit, "total_unknown": not is_total_known}
-        self.store.update_stream(stream.id, state=str(state), **ended)
-        self.store.event("rank", {"rank": stream.rank, "attempt": stream.attempt, "state": str(state),
-                                  "exit": stream.exit})  # fmt: skip
-        if stream.in_window:
-            self.live.end(stream)
-
     def _store_rest(self) -> bool:
         try:
             self.store.commit()
@@ -551,35 +338,3 @@ class ActiveRun:
             return False
 
         return True
-
-    def _reopen(self) -> None:
-        """Open the store of a run that was over, because a rank has reconnected."""
-        if not self.ended:
-            return
-
-        self.store = StoreWriter(self.path / STORE_NAME)
-        self.live.resize(self.world_size)
-        self.ingest = Ingest(self.store, self.live, self._pause_senders)
-        self._facts.reopen()
-        self._touched_s = time.monotonic()
-        self._facts.write(self.store)
-
-    def _resume(self) -> None:
-        """Continue a store that an earlier aggregator began."""
-        with StoreReader(self.path / STORE_NAME) as reader:
-            facts = reader.meta().get("run")
-            if facts is None:
-                return
-
-            self._facts.values |= facts
-            self.live.resize(self.world_size)
-            for stream in restored_streams(reader, self.store):
-                stream.in_window = stream.attempt >= self.attempt
-                self._table.add(stream)
-                if not stream.ended:
-                    self._table.away[stream] = None
-
-                self.live.resume(stream)
-
-        self._facts.reopen()
-        self.store.event("resumed", {"was": facts["state"]})

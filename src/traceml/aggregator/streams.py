@@ -17,7 +17,7 @@ from traceml.database.schema import TABLES
 from traceml.transport.hello import Hello
 from traceml.witness.oom_kills import OomWatch
 
-__all__ = ["Incarnation", "Stream", "StreamPeer", "StreamState"]
+__all__ = ["Incarnation", "Stream", "StreamPeer", "StreamState", "moment_s"]
 
 _BOOT = boot_id()
 _U64 = struct.Struct(">Q")
@@ -222,3 +222,8 @@ class Stream:
             self.peer.write(b"".join([_ACK_HEADS[table] + _U64.pack(seq) for table, seq in self.unacked.items()]))
 
         self.unacked.clear()
+
+
+def moment_s() -> float:
+    """Return the monotonic time in seconds, by which changes of streams are compared."""
+    return time.monotonic()
