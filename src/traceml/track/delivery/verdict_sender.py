@@ -1,0 +1,94 @@
+"""The verdict of a run as tag, text and facts of an experiment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.own_files import read_regular
+from traceml.track.delivery.audit import AuditLog
+from traceml.track.delivery.plan import PlannedExperiment
+from traceml.track.delivery.tracker_session import TrackerSession
+from traceml.track.filters import DeliveryFilter
+from traceml.track.tracker_state import TrackerState
+
+__all__ = ["VerdictSender"]
+
+
+class VerdictSender:
+    """Sends the run's verdict to one backend.
+
+    Args:
+        state: counts, and the verdict that was sent last.
+        reader: the run's store.
+        filters: filters of the backend.
+        run_dir: the run's folder.
+        session: connections to the backend.
+        audit: records what is sent.
+    """
+
+    def __init__(
+        self,
+        state: TrackerState,
+        reader: StoreReader,
+        filters: DeliveryFilter,
+        run_dir: Path,
+        session: TrackerSession,
+        audit: AuditLog,
+    ) -> None:
+        self._state, self._reader, self._filters = state, reader, filters
+        self._run_dir, self._session, self._audit = run_dir, session, audit
+
+    def note(self, main: PlannedExperiment, event: RunEvent) -> None:
+        """Send a live verdict if it names another cause than the last one."""
+        verdict = event.data.get("verdict") or {}
+        if _has_no_step(verdict):
+            return
+
+        signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
+        if signature == self._state.memory.get("verdict") or not self._filters.takes("traceml/verdict"):
+            return
+
+        self._state.memory["verdict"] = signature
+        self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
+        self._session.text(main, "traceml/verdict", _verdict_text(verdict), max(int(event.data.get("step") or 0), 0))
+        self._audit.note("tags", ["traceml/verdict"], 1)
+        self._state.derived += 1
+
+    def send(self, main: PlannedExperiment) -> None:
+        """Send the verdict of the whole run from the report, else the last live one."""
+        if not self._filters.takes("traceml/verdict"):
+            return
+
+        verdict = _report_verdict(self._run_dir)
+        if verdict is None:
+            last = self._reader.last_event("verdict")
+            verdict = (last.data.get("verdict") or {}) if last is not None else {}
+
+        if verdict.get("kind") and not _has_no_step(verdict):
+            facts = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
+            self._session.tags(main, {"traceml/verdict": verdict["kind"]})
+            if facts:
+                self._session.facts(main, facts)
+
+            self._audit.note("tags", ["traceml/verdict", *facts], 1)
+
+
+def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        report = json.loads(read_regular(run_dir / "report.json"))
+        verdict: dict[str, Any] = report["verdict"]
+        return verdict if report["run"]["state"] != "running" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _has_no_step(verdict: dict[str, Any]) -> bool:
+    """Whether a verdict only reports that no step was traced, as for a run that only logs."""
+    return verdict.get("kind") == "INSUFFICIENT_DATA" and (verdict.get("evidence") or {}).get("steps") == 0
+
+
+def _verdict_text(verdict: dict[str, Any]) -> str:
+    return f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()
