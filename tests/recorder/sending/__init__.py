@@ -1,0 +1,1 @@
+"""Rows and files on their way to the aggregator."""
