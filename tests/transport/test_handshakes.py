@@ -22,7 +22,7 @@ class Connection:
 def small(monkeypatch: pytest.MonkeyPatch) -> OpenHandshakes:
     """Room for three connections and ten bytes."""
     monkeypatch.setattr(handshakes, "MAX_HANDSHAKES", 3)
-    monkeypatch.setattr(handshakes, "MAX_UNPROVED_BYTES", 10)
+    monkeypatch.setattr(handshakes, "MAX_UNAUTHENTICATED_BYTES", 10)
     return OpenHandshakes()
 
 

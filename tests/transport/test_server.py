@@ -182,7 +182,7 @@ def test_a_refusal_that_comes_again_is_warned_about_once(serving, caplog):
     assert caplog.text.count("refused this peer") == 1
 
 
-def test_unproved_peers_hold_few_bytes_together(serving, monkeypatch):
+def test_unauthenticated_peers_hold_few_bytes_together(serving, monkeypatch):
     """Each may send a hello in parts, but many that leave it at that are cut; a rank is welcome meanwhile."""
     monkeypatch.setattr(serving.server.handshakes, "_limit_bytes", 500_000)
     parked = []

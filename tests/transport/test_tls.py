@@ -159,7 +159,7 @@ def test_garbage_is_refused(encrypted: Serving) -> None:
     other.close()
 
 
-def test_unproved_peers_hold_little_state_together(encrypted: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unauthenticated_peers_hold_little_state_together(encrypted: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """TLS takes memory for each peer that begins a handshake: those that leave it at that are cut."""
     monkeypatch.setattr(encrypted.server.handshakes, "_limit_bytes", 500_000)
     begun = []

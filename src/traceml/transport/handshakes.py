@@ -7,14 +7,21 @@ import logging
 import time
 from typing import Protocol
 
-__all__ = ["MAX_HANDSHAKES", "MAX_UNPROVED_BYTES", "TLS_STATE_BYTES", "OpenHandshakes", "RefusalLog", "Unproved"]
+__all__ = [
+    "MAX_HANDSHAKES",
+    "MAX_UNAUTHENTICATED_BYTES",
+    "TLS_STATE_BYTES",
+    "OpenHandshakes",
+    "RefusalLog",
+    "UnauthenticatedPeer",
+]
 
 # Above this many the oldest is cut. Ten thousand ranks that reconnect at once fit.
 MAX_HANDSHAKES = 16_384
 # Of hellos that have arrived in part, all connections together. A hello is 2 to 6 kB and usually arrives at once.
-MAX_UNPROVED_BYTES = 16 * 1024 * 1024
+MAX_UNAUTHENTICATED_BYTES = 16 * 1024 * 1024
 # The same with TLS, whose state counts too (measured): 2,700 handshakes at a time.
-MAX_UNPROVED_TLS_BYTES = 128 * 1024 * 1024
+MAX_UNAUTHENTICATED_TLS_BYTES = 128 * 1024 * 1024
 TLS_STATE_BYTES = 48 * 1024
 
 _CONNECTION_BYTES = 10_000
@@ -25,7 +32,7 @@ _LOGGED_REFUSALS, _LOG_PERIOD_S = 20, 60.0
 _log = logging.getLogger("traceml")
 
 
-class Unproved(Protocol):
+class UnauthenticatedPeer(Protocol):
     """A connection in this state."""
 
     deadline_s: float
@@ -45,9 +52,9 @@ class OpenHandshakes:
     """
 
     def __init__(self, *, tls: bool = False) -> None:
-        self._limit_bytes = MAX_UNPROVED_TLS_BYTES if tls else MAX_UNPROVED_BYTES
-        self._open: dict[Unproved, None] = {}
-        self._held: dict[Unproved, int] = {}
+        self._limit_bytes = MAX_UNAUTHENTICATED_TLS_BYTES if tls else MAX_UNAUTHENTICATED_BYTES
+        self._open: dict[UnauthenticatedPeer, None] = {}
+        self._held: dict[UnauthenticatedPeer, int] = {}
         self.held_bytes = 0
         """Bytes of incomplete hellos."""
         self.cut = 0
@@ -57,7 +64,7 @@ class OpenHandshakes:
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, peer: Unproved, time_s: float) -> None:
+    def add(self, peer: UnauthenticatedPeer, time_s: float) -> None:
         """Give a connection this long."""
         self.discard(peer)
         self._open[peer] = None
@@ -66,7 +73,7 @@ class OpenHandshakes:
         if len(self._open) > MAX_HANDSHAKES:
             self._cut(next(iter(self._open)))
 
-    def hold(self, peer: Unproved, size: int) -> None:
+    def hold(self, peer: UnauthenticatedPeer, size: int) -> None:
         """Note how many bytes a connection takes: those of a hello without the rest, and the state of TLS."""
         self.held_bytes += size - self._held.get(peer, 0)
         if size:
@@ -78,12 +85,12 @@ class OpenHandshakes:
         while self.held_bytes > self._limit_bytes:
             self._cut(next(iter(self._held)))
 
-    def discard(self, peer: Unproved) -> None:
+    def discard(self, peer: UnauthenticatedPeer) -> None:
         """Forget a connection that was welcomed or closed."""
         self._open.pop(peer, None)
         self.held_bytes -= self._held.pop(peer, 0)
 
-    def overdue(self) -> list[Unproved]:
+    def overdue(self) -> list[UnauthenticatedPeer]:
         """Return the connections whose time is over."""
         now_s = time.monotonic()
         return [peer for peer in self._open if peer.deadline_s <= now_s]
@@ -102,7 +109,7 @@ class OpenHandshakes:
     def _note_peak(self) -> None:
         self._peak_bytes = max(self._peak_bytes, self.held_bytes + _CONNECTION_BYTES * len(self._open))
 
-    def _cut(self, peer: Unproved) -> None:
+    def _cut(self, peer: UnauthenticatedPeer) -> None:
         self.discard(peer)
         self.cut += 1
         peer.abort()

@@ -257,7 +257,7 @@ def skips_a_backward(rank: int, step: int) -> int:
     return pack_bits(0 if is_skipped else 1, 0, step + 6 - (rank == 1 and step >= 20))
 
 
-def test_ranks_that_parted_earlier_are_reported_since_when():
+def test_ranks_that_diverged_earlier_are_reported_since_when():
     """The hang comes at the end; the step before was the first with another number of collectives."""
     other = snapshot(1, call("barrier"), line(30), wchan="futex_do_wait", groups=(group(15, "barrier"),))
     finding = found(in_backward(0), other, calls=skips_a_backward)
@@ -270,7 +270,7 @@ def test_ranks_that_parted_earlier_are_reported_since_when():
     assert finding.evidence["apart_since_step"] == 20
 
 
-def test_ranks_that_parted_tell_nothing_about_one_that_waits_for_no_collective():
+def test_ranks_that_diverged_tell_nothing_about_one_that_waits_for_no_collective():
     """Nor is it said of ranks that agree, or that never did."""
     stands = [snapshot(rank, line(6, "stuck"), wchan="anon_pipe_read") for rank in (0, 1)]
     never = in_backward(0), STUCK

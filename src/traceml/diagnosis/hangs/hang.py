@@ -8,11 +8,11 @@ import numpy as np
 
 from traceml.database.snapshots import RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.progress.step_sequences import PartedRanks
+from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
-from traceml.diagnosis.hangs.hang_words import hang_summary, operation_text, parted_text
+from traceml.diagnosis.hangs.hang_words import diverged_text, hang_summary, operation_text
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill, standstill
 from traceml.diagnosis.kinds import Kind
@@ -21,7 +21,7 @@ from traceml.diagnosis.steps.window import Window
 __all__ = ["hang"]
 
 _S = 1e9
-# Ranks that were to meet in a collective: what they had called before tells where they parted.
+# Ranks that were to meet in a collective: what they had called before tells where they diverged.
 _OF_COLLECTIVES = (
     HangCause.NEVER_CAME, HangCause.ALONE, HangCause.ENDED, HangCause.MISMATCH, HangCause.SIZES, HangCause.CIRCLE,
 )  # fmt: skip
@@ -41,11 +41,11 @@ def hang(window: Window, facts: JobFacts) -> list[Finding]:
     if found is None:
         return []
 
-    parted = facts.progress.parted if facts.progress is not None and found.blame.cause in _OF_COLLECTIVES else None
-    return [_finding(found, parted)]
+    diverged = facts.progress.diverged if facts.progress is not None and found.blame.cause in _OF_COLLECTIVES else None
+    return [_finding(found, diverged)]
 
 
-def _finding(found: Standstill, parted: PartedRanks | None) -> Finding:
+def _finding(found: Standstill, diverged: DivergedRanks | None) -> Finding:
     named = found.blame.ranks if found.blame.cause is not HangCause.NETWORK else ()
     first = next((found.snapshots[rank] for rank in named if rank in found.snapshots), None)
     shown = first or (None if named else next(iter(found.snapshots.values())))
@@ -55,9 +55,9 @@ def _finding(found: Standstill, parted: PartedRanks | None) -> Finding:
         severity=Kind.HANG.severity_for(0.0),
         ranks=named,
         phase=phase,
-        summary=hang_summary(found) + (f" {parted_text(parted)}" if parted is not None else ""),
+        summary=hang_summary(found) + (f" {diverged_text(diverged)}" if diverged is not None else ""),
         next=hang_advice(found),
-        evidence=_evidence(found, shown) | ({} if parted is None else {"apart_since_step": parted.since}),
+        evidence=_evidence(found, shown) | ({} if diverged is None else {"apart_since_step": diverged.since}),
         cost_share=1.0,
     )
 

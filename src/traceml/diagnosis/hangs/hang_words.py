@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
-from traceml.diagnosis.facts.progress.step_sequences import PartedRanks
+from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill
 from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
 
-__all__ = ["hang_summary", "operation_text", "parted_text"]
+__all__ = ["diverged_text", "hang_summary", "operation_text"]
 
 _LOCK = "waiting for a lock"
 _LISTED = 3  # different places that a sentence lists
@@ -55,21 +55,23 @@ def hang_summary(found: Standstill) -> str:
     return capitalized(text) + "."
 
 
-def parted_text(parted: PartedRanks) -> str:
+def diverged_text(diverged: DivergedRanks) -> str:
     """Return since which step ranks have called different numbers of collectives, and what they did in it."""
     by_number: dict[int, list[int]] = defaultdict(list)
-    for rank, number in parted.collectives.items():
+    for rank, number in diverged.collectives.items():
         by_number[number].append(rank)
 
     (least, fewest), *more = sorted(by_number.items())
     called = [f"{ranks_text(fewest)} had called {plural(least, 'collective')}"]
     called += [f"{ranks_text(ranks)} {count_text(number)}" for number, ranks in more]
-    without = [rank for rank, count in parted.backwards.items() if count == 0]
+    without = [rank for rank, count in diverged.backwards.items() if count == 0]
     passes = ""
-    if without and len(without) < len(parted.backwards):
+    if without and len(without) < len(diverged.backwards):
         passes = f", in which {ranks_text(without)} ran no backward pass"
 
-    when = f"since step {count_text(parted.since)}" + (" at the latest" if parted.since > parted.agreed + 1 else "")
+    when = f"since step {count_text(diverged.since)}" + (
+        " at the latest" if diverged.since > diverged.agreed + 1 else ""
+    )
     listed = ", ".join(called[:_LISTED]) + (", …" if len(called) > _LISTED else "")
     return f"The ranks are apart {when}{passes}: at its end {listed}."
 

@@ -50,15 +50,15 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
     from traceml.display.web.pages import Pages
     from traceml.display.web.run_files import RunFiles
     from traceml.display.web.token_middleware import TokenMiddleware
-    from traceml.display.web.unproved_connections import UnprovedConnections
+    from traceml.display.web.unauthenticated_connections import UnauthenticatedConnections
 
-    unproved = UnprovedConnections()
+    unauthenticated = UnauthenticatedConnections()
     pages = Pages(config.runs_dir)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=partial(_lifespan, pages))
     RunFiles(config.runs_dir).register(app)
     pages.register()
     port = sock.getsockname()[1]
-    app.add_middleware(TokenMiddleware, token=config.token, port=port, on_proved=unproved.discard)
+    app.add_middleware(TokenMiddleware, token=config.token, port=port, on_authenticated=unauthenticated.discard)
     ui.run_with(
         app,
         title="traceml",
@@ -77,7 +77,7 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
             app,
             log_level="warning",
             access_log=False,
-            http=unproved.protocol(),
+            http=unauthenticated.protocol(),
             backlog=_BACKLOG,
             ws="wsproto",
             ws_per_message_deflate=False,

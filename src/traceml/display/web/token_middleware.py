@@ -53,12 +53,12 @@ class TokenMiddleware:
         app: the protected application.
         token: the secret.
         port: the port of the page.
-        on_proved: called with the address of a client that has shown the token or the cookie.
+        on_authenticated: called with the address of a client that has shown the token or the cookie.
     """
 
-    def __init__(self, app: App, token: str, port: int, on_proved: Callable[[Any], object]) -> None:
+    def __init__(self, app: App, token: str, port: int, on_authenticated: Callable[[Any], object]) -> None:
         self.app = app
-        self._on_proved = on_proved
+        self._on_authenticated = on_authenticated
         self._token = token
         self._name = cookie_name(port)
         self._cookie = cookie_value(token)
@@ -71,12 +71,12 @@ class TokenMiddleware:
 
         given = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
         if self._has_cookie(scope) and _same_origin(scope) and _JSONP_PARAMETER not in given:
-            self._on_proved(scope.get("client"))
+            self._on_authenticated(scope.get("client"))
             await self._forward(scope, receive, send, strip=TOKEN_PARAMETER in given)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif _same(given.get(TOKEN_PARAMETER, ""), self._token):
-            self._on_proved(scope.get("client"))
+            self._on_authenticated(scope.get("client"))
             await _redirect(send, _without_token(scope), self._set_cookie())
         else:
             await _refuse(send, wrong=TOKEN_PARAMETER in given)

@@ -27,9 +27,9 @@ def test_the_first_step_of_a_lasting_difference_is_found(many: int) -> None:
         add(found, 0, ones[first : first + many], first)
         add(found, 1, others[first : first + many], first)
 
-    assert found.parted is not None
-    assert (found.parted.agreed, found.parted.since) == (49, 50)
-    assert found.parted.collectives == {0: 55, 1: 54}
+    assert found.diverged is not None
+    assert (found.diverged.agreed, found.diverged.since) == (49, 50)
+    assert found.diverged.collectives == {0: 55, 1: 54}
 
 
 def test_a_difference_that_ends_is_none() -> None:
@@ -39,7 +39,7 @@ def test_a_difference_that_ends_is_none() -> None:
     add(found, 1, [5, 6, 7, 9])
     add(found, 2, [5, 6, 8, 9])
 
-    assert found.parted is None
+    assert found.diverged is None
 
 
 @pytest.mark.parametrize("numbers", [([5, 6], [7, 8]), ([0, 0], [0, 1])])
@@ -49,7 +49,7 @@ def test_ranks_that_never_agreed_are_not_apart(numbers: tuple[list[int], list[in
     for rank, of_rank in enumerate(numbers):
         add(found, rank, of_rank)
 
-    assert found.parted is None
+    assert found.diverged is None
 
 
 def test_a_rank_that_starts_again_is_compared_anew() -> None:
@@ -58,12 +58,12 @@ def test_a_rank_that_starts_again_is_compared_anew() -> None:
     for rank in (0, 1):
         add(found, rank, [5, 6 + rank])
 
-    assert found.parted is not None
+    assert found.diverged is not None
     found.forget()
     for rank in (0, 1):
         add(found, rank, [5, 6, 7])
 
-    assert found.parted is None
+    assert found.diverged is None
 
 
 def test_steps_of_a_sample_tell_the_latest_possible_one() -> None:
@@ -73,8 +73,8 @@ def test_steps_of_a_sample_tell_the_latest_possible_one() -> None:
         add(found, rank, [5])
         add(found, rank, [45 - rank], 40)
 
-    assert found.parted is not None
-    assert (found.parted.agreed, found.parted.since) == (0, 40)
+    assert found.diverged is not None
+    assert (found.diverged.agreed, found.diverged.since) == (0, 40)
 
 
 def test_thousands_of_ranks_have_room_for_some_steps() -> None:
@@ -86,5 +86,5 @@ def test_thousands_of_ranks_have_room_for_some_steps() -> None:
         rows["bits"][7] -= (step > 150) << 32
         found.add(ranks, rows)
 
-    assert found.parted is not None
-    assert found.parted.since == 151
+    assert found.diverged is not None
+    assert found.diverged.since == 151

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import LINE_PHASES, unpack_bits
 from traceml.database.snapshots import FrameSnapshot, RankSnapshot
-from traceml.diagnosis.facts.progress.step_sequences import PartedRanks, StepSequences
+from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
 
 __all__ = ["DEFAULT_TIMEOUT_S", "JobProgress", "ProgressHistory", "RankProgress"]
 
@@ -58,7 +58,7 @@ class JobProgress:
         longest_quiet_s: longest pause of any rank that ended with progress: before the first step, and after it.
         longest_gap_s: longest time from the end of a step to the end of the next.
         was_aborted: whether the job was found to hang, and ended for that.
-        parted: ranks that have called more collectives than others, and since when; None where all agree.
+        diverged: ranks that have called more collectives than others, and since when; None where all agree.
     """
 
     ranks: Mapping[int, RankProgress] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class JobProgress:
     longest_quiet_s: tuple[float, float] = (0.0, 0.0)
     longest_gap_s: float = 0.0
     was_aborted: bool = False
-    parted: PartedRanks | None = None
+    diverged: DivergedRanks | None = None
 
 
 class ProgressHistory:
@@ -238,8 +238,8 @@ class ProgressHistory:
 
             ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), open_steps.get(rank), is_gone=rank in gone)
 
-        quiet, parted = (self._quiet[0], self._quiet[1]), self._step_sequences.parted
-        return JobProgress(ranks, self.timeout_s, quiet, self._gap_ns / _S, self.was_aborted, parted)
+        quiet, diverged = (self._quiet[0], self._quiet[1]), self._step_sequences.diverged
+        return JobProgress(ranks, self.timeout_s, quiet, self._gap_ns / _S, self.was_aborted, diverged)
 
     def _of_rank(
         self, rank: int, now_ns: int, names: Mapping[int, str], opened: tuple[int, float] | None, *, is_gone: bool

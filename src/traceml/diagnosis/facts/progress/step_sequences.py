@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import unpack_bits
 
-__all__ = ["PartedRanks", "StepSequences"]
+__all__ = ["DivergedRanks", "StepSequences"]
 
 _FIRST_RANKS = 16
 _MOST_SLOTS, _LEAST_SLOTS, _CELLS = 1024, 64, 262_144
 
 
 @dataclass(frozen=True, slots=True)
-class PartedRanks:
+class DivergedRanks:
     """Ranks whose numbers of collectives differ, in all steps from one on.
 
     Attributes:
@@ -40,7 +40,7 @@ class StepSequences:
     """
 
     def __init__(self) -> None:
-        self.parted: PartedRanks | None = None
+        self.diverged: DivergedRanks | None = None
         """Ranks that are apart now; None where they agree, or nothing is known."""
         self._ranks = 0
         self._checked = self._agreed = -1
@@ -49,7 +49,7 @@ class StepSequences:
 
     def forget(self) -> None:
         """Begin anew, as a rank has."""
-        self.parted = None
+        self.diverged = None
         self._checked = self._agreed = -1
         self._cells[0] = -1
         self._latest[:] = -1
@@ -83,10 +83,10 @@ class StepSequences:
         agreeing = np.flatnonzero(numbers.min(axis=0) == numbers.max(axis=0)).tolist()
         at = agreeing[-1] + 1 if agreeing else 0
         if agreeing:
-            self._agreed, self.parted = int(steps[at - 1]), None
+            self._agreed, self.diverged = int(steps[at - 1]), None
 
-        if at < len(steps) and self.parted is None and self._agreed >= 0:
-            self.parted = PartedRanks(
+        if at < len(steps) and self.diverged is None and self._agreed >= 0:
+            self.diverged = DivergedRanks(
                 self._agreed,
                 int(steps[at]),
                 dict(enumerate(numbers[:, at].tolist())),
@@ -99,7 +99,7 @@ class StepSequences:
             return
 
         self._ranks = ranks
-        self._checked, self._agreed, self.parted = -1, -1, None
+        self._checked, self._agreed, self.diverged = -1, -1, None
         if ranks > len(self._latest):
             capacity = max(ranks, 2 * len(self._latest), _FIRST_RANKS)
             slots = min(max(_CELLS // capacity, _LEAST_SLOTS), _MOST_SLOTS)

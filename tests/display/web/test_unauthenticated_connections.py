@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from traceml.display.web.token_middleware import cookie_name, cookie_value
-from traceml.display.web.unproved_connections import MOST_UNPROVED, UnprovedConnections
+from traceml.display.web.unauthenticated_connections import MOST_UNAUTHENTICATED, UnauthenticatedConnections
 from traceml.supervise.page_process import PageProcess
 
 
@@ -30,7 +30,7 @@ def test_the_oldest_of_too_many_is_cut() -> None:
     """A connection that showed the cookie, or was closed, no longer counts."""
 
     async def connect() -> list[bool]:
-        counted, transports = UnprovedConnections(2), [CutTransport() for _ in range(5)]
+        counted, transports = UnauthenticatedConnections(2), [CutTransport() for _ in range(5)]
         for port, transport in enumerate(transports[:2]):
             counted.add(("127.0.0.1", port), transport)  # type: ignore[arg-type]
 
@@ -49,7 +49,7 @@ def test_a_port_that_is_used_again_is_another_connection() -> None:
     """Its time begins anew, and it is the newest."""
 
     async def connect() -> list[bool]:
-        counted, transports = UnprovedConnections(2), [CutTransport() for _ in range(4)]
+        counted, transports = UnauthenticatedConnections(2), [CutTransport() for _ in range(4)]
         for port, transport in zip((7, 8, 7, 9), transports, strict=True):
             counted.add(("127.0.0.1", port), transport)  # type: ignore[arg-type]
 
@@ -87,7 +87,7 @@ def _read_to_end(sock: socket.socket) -> bytes:
 def test_others_cannot_take_all_connections_of_the_page(page_process: PageProcess, sent: bytes) -> None:
     """Of idle connections, endless headers and endless bodies the oldest are cut; the user is answered."""
     cookie = f"{cookie_name(page_process.port)}={cookie_value(page_process.token)}"
-    with silent_connections(page_process.port, sent, MOST_UNPROVED + 50) as opened:
+    with silent_connections(page_process.port, sent, MOST_UNAUTHENTICATED + 50) as opened:
         connection = http.client.HTTPConnection("127.0.0.1", page_process.port, timeout=60)
         connection.request("GET", "/", headers={"Cookie": cookie})
         assert connection.getresponse().status == 200
