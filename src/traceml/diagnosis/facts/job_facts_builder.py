@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,65 +96,112 @@ class JobFactsBuilder:
         self.hosts[rank] = host
 
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
-        """Take a row of the `info` log: loader, model, process, exit and resumed rows are used."""
-        kind = row.get("kind")
+        """Take a row of the `info` log, by its kind."""
         self.progress.info(rank, row)
         self.topology.info(rank, row)
         self._models.info(rank, row)
-        if kind == "loader":
-            # The training loader where it is known, else the first: evaluation comes later.
-            self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
-            del self._loaders[_MAX_LOADERS:]
-            self.loaders[rank] = [*self.loaders.get(rank, ()), _loader(row)][-_MAX_LOADERS:]
-        elif kind == "training_loader" and isinstance(row.get("number"), int):
+        kind = row.get("kind")
+        take = self._BY_KIND.get(kind) if isinstance(kind, str) else None
+        if take is not None:
+            take(self, rank, row)
+
+    def _take_loader(self, rank: int, row: Mapping[str, Any]) -> None:
+        # The training loader where it is known, else the first: evaluation comes later.
+        self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
+        del self._loaders[_MAX_LOADERS:]
+        self.loaders[rank] = [*self.loaders.get(rank, ()), _loader(row)][-_MAX_LOADERS:]
+
+    def _take_training_loader(self, rank: int, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("number"), int):
             self._training_loader = rank, row["number"]
-        elif kind == "exit":
-            reported = RankExit.from_facts(
-                rank, "failed" if row.get("code") or row.get("exception") else "finished", row
-            )
-            # A rank reports how it is about to end; the fate of its process, where known, has priority.
-            self.exits[rank] = merged_exits(reported, self.exits[rank]) if rank in self.exits else reported
-        elif kind == "resumed" and isinstance(row.get("before"), int):
+
+    def _take_exit(self, rank: int, row: Mapping[str, Any]) -> None:
+        reported = RankExit.from_facts(rank, "failed" if row.get("code") or row.get("exception") else "finished", row)
+        # A rank reports how it is about to end; the fate of its process, where known, has priority.
+        self.exits[rank] = merged_exits(reported, self.exits[rank]) if rank in self.exits else reported
+
+    def _take_resumed(self, rank: int, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("before"), int):
             self.steps_before[rank] = row["before"]
-        elif kind == "stopped" and (stop := stop_of(row)) is not None:
+
+    def _take_stopped(self, rank: int, row: Mapping[str, Any]) -> None:
+        if (stop := stop_of(row)) is not None:
             self.stops.setdefault(rank, []).append(stop)
-        elif kind == "worker_lost" and (lost := lost_worker_of(row)) is not None:
+
+    def _take_lost_worker(self, rank: int, row: Mapping[str, Any]) -> None:
+        if (lost := lost_worker_of(row)) is not None:
             self.lost_workers[rank] = [*self.lost_workers.get(rank, []), lost][:_MAX_LOST]
-        elif kind == "saves" and isinstance(row.get("folder"), str):
+
+    def _take_saves(self, rank: int, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("folder"), str):
             self.save_folders[rank] = row["folder"]
-        elif kind == "segments":
-            self.turnover.add(rank, row)
-        elif kind == "gpu_health":
-            self.health.add(rank, row)
-        elif kind == "growth":
-            self.growing[rank] = growing_of(row)
-        elif kind == "input":
-            self.batches.input(rank, row)
-        elif kind == "reductions":
-            self.batches.reduction_facts(row)
-        elif kind == "compilation":
-            self._facts["compile_s"] = row.get("seconds")
-        elif kind == "anomaly_detection":
-            self._facts["detects_anomalies"] = bool(row.get("on"))
-        elif kind == "rollouts":
-            self._facts["collects"] = True
-        elif kind in ("process", "model", "group", "optimizer"):
-            self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
-            device = str(row.get("device") or "cpu").partition(":")[0]
-            self.accelerator = device if kind == "model" and device not in _NO_ACCELERATOR else self.accelerator
-            if kind == "model" and (self._model is None or row.get("compiled")):
-                self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__dataclass_fields__})
 
-            if kind == "model":
-                self.batches.model(rank, row)
-            elif kind == "group":
-                self.batches.group_size = max(self.batches.group_size, int(row.get("group_size") or 0))
+    def _take_growth(self, rank: int, row: Mapping[str, Any]) -> None:
+        self.growing[rank] = growing_of(row)
 
-            if isinstance(row.get("machine_cores"), int):
-                self.samples.machine_cores[rank] = row["machine_cores"]
+    def _take_reductions(self, _rank: int, row: Mapping[str, Any]) -> None:
+        self.batches.reduction_facts(row)
 
-            if isinstance(row.get("cores"), int):
-                self._core_rows.setdefault(rank, row["cores"])
+    def _take_compilation(self, _rank: int, row: Mapping[str, Any]) -> None:
+        self._facts["compile_s"] = row.get("seconds")
+
+    def _take_anomaly_detection(self, _rank: int, row: Mapping[str, Any]) -> None:
+        self._facts["detects_anomalies"] = bool(row.get("on"))
+
+    def _take_rollouts(self, _rank: int, _row: Mapping[str, Any]) -> None:
+        self._facts["collects"] = True
+
+    def _take_model(self, rank: int, row: Mapping[str, Any]) -> None:
+        device = str(row.get("device") or "cpu").partition(":")[0]
+        self.accelerator = device if device not in _NO_ACCELERATOR else self.accelerator
+        if self._model is None or row.get("compiled"):
+            self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__dataclass_fields__})
+
+        self.batches.model(rank, row)
+        self._take_setup(rank, row)
+
+    def _take_group(self, rank: int, row: Mapping[str, Any]) -> None:
+        self.batches.group_size = max(self.batches.group_size, int(row.get("group_size") or 0))
+        self._take_setup(rank, row)
+
+    def _take_setup(self, rank: int, row: Mapping[str, Any]) -> None:
+        self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
+        if isinstance(row.get("machine_cores"), int):
+            self.samples.machine_cores[rank] = row["machine_cores"]
+
+        if isinstance(row.get("cores"), int):
+            self._core_rows.setdefault(rank, row["cores"])
+
+    def _take_segments(self, rank: int, row: Mapping[str, Any]) -> None:
+        self.turnover.add(rank, row)
+
+    def _take_gpu_health(self, rank: int, row: Mapping[str, Any]) -> None:
+        self.health.add(rank, row)
+
+    def _take_input(self, rank: int, row: Mapping[str, Any]) -> None:
+        self.batches.input(rank, row)
+
+    _BY_KIND: ClassVar[Mapping[str, Callable[[JobFactsBuilder, int, Mapping[str, Any]], None]]] = {
+        "loader": _take_loader,
+        "training_loader": _take_training_loader,
+        "exit": _take_exit,
+        "resumed": _take_resumed,
+        "stopped": _take_stopped,
+        "worker_lost": _take_lost_worker,
+        "saves": _take_saves,
+        "segments": _take_segments,
+        "gpu_health": _take_gpu_health,
+        "growth": _take_growth,
+        "input": _take_input,
+        "reductions": _take_reductions,
+        "compilation": _take_compilation,
+        "anomaly_detection": _take_anomaly_detection,
+        "rollouts": _take_rollouts,
+        "process": _take_setup,
+        "optimizer": _take_setup,
+        "model": _take_model,
+        "group": _take_group,
+    }
 
     def _progress(self) -> JobProgress | None:
         if self.state == "running" and not self.progress.has_snapshots:
