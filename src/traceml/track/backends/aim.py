@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.backends.safe_names import is_this_machine, safe_name, utf8_text
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -154,7 +154,7 @@ class AimBackend(BackendInterface):
         """Send a text."""
         from aim import Text
 
-        clean = text.encode("utf-8", "backslashreplace").decode()
+        clean = utf8_text(text)
         self._object(Text(clean), "texts", name, step, lambda stored: stored.data == clean)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
@@ -382,4 +382,4 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
 
-    return str(value).encode("utf-8", "backslashreplace").decode()
+    return utf8_text(str(value))

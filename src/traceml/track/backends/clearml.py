@@ -27,7 +27,7 @@ from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.append_file import AppendFile, cut_back
-from traceml.track.backends.safe_names import flattened, is_this_machine, merged_tags, safe_name
+from traceml.track.backends.safe_names import flattened, is_this_machine, merged_tags, safe_name, utf8_text
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -345,7 +345,7 @@ def _typed(value: Any) -> Any:
 
 def _plain(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
-    return text.encode("utf-8", "backslashreplace").decode()
+    return utf8_text(text)
 
 
 def _pack(folder: Path) -> None:

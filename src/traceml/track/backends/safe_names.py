@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["flattened", "is_this_machine", "merged_tags", "nonfinite_text", "safe_file_name", "safe_name"]
+__all__ = ["flattened", "is_this_machine", "merged_tags", "nonfinite_text", "safe_file_name", "safe_name", "utf8_text"]
 
 _NO_FILE = re.compile(r"[/\0]")
 _LONGEST_FILE = 180
@@ -53,6 +53,11 @@ def flattened(params: Mapping[str, Any], separator: str) -> dict[str, Any]:
     return flat
 
 
+def utf8_text(text: str) -> str:
+    """Return a text that UTF-8 can hold: others of its characters, such as those of undecodable bytes, are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def nonfinite_text(value: float) -> str:
     """Return the text for NaN or an infinity in JSON, which has neither."""
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -84,7 +89,7 @@ def merged_tags(
     """
 
     def text(words: str) -> str:
-        return words.encode("utf-8", "backslashreplace").decode()[:longest]
+        return utf8_text(words)[:longest]
 
     stale = tuple(text(f"{key}{separator}") for key in tags)
     kept = [tag for tag in before if tag not in tags and not tag.startswith(stale)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.track.backends.append_file import FileBackend
-from traceml.track.backends.safe_names import flattened, nonfinite_text, safe_file_name, safe_name
+from traceml.track.backends.safe_names import flattened, nonfinite_text, safe_file_name, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -218,7 +218,7 @@ def _hparam(value: Any) -> bool | float | str:
     if isinstance(value, bool | int | float):
         return value if math.isfinite(value) else nonfinite_text(value)
 
-    return str(value).encode("utf-8", "backslashreplace").decode()[:_LONGEST_HPARAM]
+    return utf8_text(str(value))[:_LONGEST_HPARAM]
 
 
 def _png_size(content: bytes) -> tuple[int, int]:

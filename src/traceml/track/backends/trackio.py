@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.backends.safe_names import is_this_machine, safe_name, utf8_text
 from traceml.track.backends.trackio_places import TrackioEntry, TrackioFolder, TrackioPlace, TrackioRun, TrackioServer
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
@@ -110,7 +110,7 @@ class TrackioBackend(BackendInterface):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text as Markdown."""
-        self._log(name, {"_type": "trackio.markdown", "_value": _utf8(text)}, step)
+        self._log(name, {"_type": "trackio.markdown", "_value": utf8_text(text)}, step)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Send an image, under a name made of its content."""
@@ -197,10 +197,6 @@ def _time(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat()
 
 
-def _utf8(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _plain(value: Any) -> Any:
     """Return a value in a form that Trackio can hold."""
     if isinstance(value, int) and not isinstance(value, bool) and not -_LARGEST_INTEGER <= value < _LARGEST_INTEGER:
@@ -208,8 +204,8 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {_utf8(str(key)): _plain(each) for key, each in value.items()}
+        return {utf8_text(str(key)): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
 
-    return _utf8(str(value))
+    return utf8_text(str(value))

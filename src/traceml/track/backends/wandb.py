@@ -16,15 +16,14 @@ import json
 import os
 import re
 import shutil
-import struct
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendUnauthorizedError
-from traceml.track.backends.safe_names import is_this_machine, merged_tags, safe_name
+from traceml.track.backends.safe_names import is_this_machine, merged_tags, safe_name, utf8_text
+from traceml.track.backends.wandb_formats import history_request, wait_for_end
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -40,12 +39,8 @@ _LONGEST_NAME = 1000
 _MOST_KEYS = 500  # in one record
 _MOST_BUCKETS = 512  # of a histogram in W&B
 _LONGEST_TAG = 64
-_CLOSED_WITHIN_S = 20.0
 _EXIT_CODES = {"finished": 0, "stopped": 255}  # 255 is what W&B itself reports after Ctrl-C; of all others 1
 _START_S = 30.0  # longest start of an online run; delivery retries it, not the library
-# LevelDB's log: blocks of this size, a header in the first; records in one part (1), or first (2) … last (4).
-_BLOCK, _LOG_HEADER = 32768, 7
-_BEGINS, _ENDS = {1, 2}, {1, 4}
 
 
 class WandbBackend(BackendInterface):
@@ -246,7 +241,7 @@ class WandbBackend(BackendInterface):
             before = log.stat().st_size if self._mode == "offline" else 0
             self._run.finish(exit_code=self._exit_code)
             if self._mode == "offline":
-                _wait_for_end(log, before)
+                wait_for_end(log, before)
 
         self._run = None
 
@@ -292,7 +287,7 @@ class WandbBackend(BackendInterface):
 
             return
 
-        data = b"".join(_request(record, interface._stream_id) for record in records)
+        data = b"".join(history_request(record, interface._stream_id) for record in records)
 
         async def write() -> None:
             client._writer.write(data)
@@ -324,62 +319,6 @@ def _default_mode() -> str:
     return "online" if has_key else "offline"
 
 
-def _request(record: Mapping[str, Any], stream: str) -> bytes:
-    """Return a record of the history in the form that W&B's service reads from its socket."""
-    from wandb.proto import wandb_internal_pb2 as pb
-    from wandb.proto import wandb_server_pb2 as spb
-
-    request = spb.ServerRequest()
-    inner = request.record_publish
-    inner._info.stream_id = stream
-    history = inner.request.partial_history
-    for key, value in record.items():
-        item = history.item.add()
-        item.key = key
-        item.value_json = json.dumps(value)
-
-    history.action.CopyFrom(pb.HistoryAction(flush=True))
-    data: bytes = request.SerializeToString()
-    return struct.pack("<BI", ord("W"), len(data)) + data
-
-
-def _wait_for_end(log: Path, before: int) -> None:
-    """Wait until the run's last record is in its file, shortly after `finish` has returned."""
-    deadline = time.monotonic() + _CLOSED_WITHIN_S
-    while not _has_exit(log, before):
-        if time.monotonic() > deadline:
-            raise BackendError(f"W&B did not complete {log} within {_CLOSED_WITHIN_S:.0f} s")
-
-        time.sleep(0.005)
-
-
-def _has_exit(log: Path, since: int) -> bool:
-    """Whether a run's file, in LevelDB's log format, has its exit record after an offset."""
-    from wandb.proto import wandb_internal_pb2 as pb
-
-    data = log.read_bytes()
-    # From the start of a block; a record that began before it is skipped.
-    at, parts = max(since // _BLOCK * _BLOCK, _LOG_HEADER), None
-    while at + 7 <= len(data):
-        if _BLOCK - at % _BLOCK < 7:
-            at += _BLOCK - at % _BLOCK
-            continue
-
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        part, at = data[at + 7 : at + 7 + length], at + 7 + length
-        if len(part) < length:
-            return False
-
-        parts = part if kind in _BEGINS else None if parts is None else parts + part
-        if kind in _ENDS and parts is not None:
-            record = pb.Record()
-            record.ParseFromString(parts)
-            if record.WhichOneof("record_type") == "exit":
-                return True
-
-    return False
-
-
 def _plain(value: Any) -> Any:
     """Return a value in a form that JSON and UTF-8 can hold."""
     if value is None or isinstance(value, bool | int | float):
@@ -389,7 +328,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
 
-    return str(value).encode("utf-8", "backslashreplace").decode()
+    return utf8_text(str(value))
 
 
 @contextmanager
