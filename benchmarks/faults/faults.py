@@ -1,4 +1,4 @@
-"""Faults of every process and part of the system: what training did, what was lost, what the user was told.
+"""Faults of every process and part of the system: what training did, what was lost, what was reported to the user.
 
     python benchmarks/faults/faults.py [--only TEXT] [--output docs/faults.md] [--json FILE] [--keep FOLDER]
 
@@ -35,7 +35,7 @@ from fault_jobs import RANKS, FaultedJob
 _QUIET = {"BALANCED", "COMPUTE_BOUND", "CPU_CONTENTION", "INPUT_BOUND", "RESIDUAL_HEAVY", "COMM_BOUND", "STARTUP"}
 _SHOWN_SENTENCES = 4
 _TELLS_LOSS = re.compile(r"^ (Sent .*(wait|pending|error)|Tracing (?!.*none lost)|Restart)")
-# Lines of ours outside the card: logged without a name, so told by their words. Not tracebacks, nor torchrun's.
+# Lines of ours outside the card: logged without a name, so recognized by their words. Not tracebacks, nor torchrun's.
 _OURS = re.compile(r"traceml|aggregator|tracker|flight file|rows|are kept|not stored")
 _OTHERS = re.compile(
     r'^\s*(\[rank\d+\]:|File "|at |traceml: the page is at|raise |[WEI]\d{4} |traceml\.session\.entry FAILED)'
@@ -50,7 +50,7 @@ class Outcome:
         name: of the fault.
         training: what the training did.
         lost: rows that were lost.
-        told: sentences that the user saw.
+        reported: sentences that the user saw.
         wrong: what must not be.
         seconds: wall time.
     """
@@ -58,7 +58,7 @@ class Outcome:
     name: str
     training: str
     lost: str
-    told: list[str]
+    reported: list[str]
     wrong: list[str]
     seconds: float
 
@@ -142,7 +142,7 @@ def reported_losses(report: dict[str, Any]) -> int | None:
 
 
 def sentences(job: FaultedJob, report: dict[str, Any]) -> list[str]:
-    """Return what the user was told beyond what every run prints: the verdict of a bad end, losses, warnings."""
+    """Return what was reported to the user beyond what every run prints: the verdict of a bad end, losses, warnings."""
     findings = [each for each in report.get("findings", ()) if each["kind"] not in _QUIET]
     found = [f"{each['kind']}: {each['summary']}" for each in findings]
     card, others = _parts(job.output)
@@ -194,10 +194,10 @@ def page(outcomes: list[Outcome]) -> str:
             f"**{len(outcomes) - wrong} of {len(outcomes)} as they should be.**",
             "",
             *unmeasured,
-            "| fault | training | lost | told | wrong |",
+            "| fault | training | lost | reported | wrong |",
             "|---|---|---|---|---|",
             *(
-                f"| {each.name} | {each.training} | {each.lost} | {_cell(_told(each))} | {_cell(each.wrong)} |"
+                f"| {each.name} | {each.training} | {each.lost} | {_cell(_reported(each))} | {_cell(each.wrong)} |"
                 for each in outcomes
             ),
             "",
@@ -205,8 +205,8 @@ def page(outcomes: list[Outcome]) -> str:
     )
 
 
-def _told(outcome: Outcome) -> list[str]:
-    return [text for text in outcome.told if not _OTHERS.search(text)]
+def _reported(outcome: Outcome) -> list[str]:
+    return [text for text in outcome.reported if not _OTHERS.search(text)]
 
 
 def _cell(texts: list[str]) -> str:
@@ -243,7 +243,7 @@ def tell(outcome: Outcome) -> None:
     """Print an outcome."""
     mark = "WRONG" if outcome.wrong else "ok   "
     print(f"{mark} {outcome.name} ({outcome.seconds:.0f} s)", flush=True)
-    for text in (outcome.training, outcome.lost, *outcome.told, *(f"WRONG: {each}" for each in outcome.wrong)):
+    for text in (outcome.training, outcome.lost, *outcome.reported, *(f"WRONG: {each}" for each in outcome.wrong)):
         print(f"        {text}", flush=True)
 
 

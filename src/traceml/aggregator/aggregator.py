@@ -66,7 +66,7 @@ class Aggregator:
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
         delivery_nice: nice value of delivery processes.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
-        alerts: told of findings.
+        alerts: notified of findings.
         profiles: takes profiles by itself.
         tls: encrypt connections, with this certificate.
 

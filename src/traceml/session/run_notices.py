@@ -94,7 +94,7 @@ def await_report(run_dir: Path) -> None:
 
 
 def _show_at_end() -> None:
-    """Show the verdict that is due, unless a warning has told that not all rows are stored."""
+    """Show the verdict that is due, unless a warning has said that not all rows are stored."""
     if _due is None or not _due[1].all_stored:
         return
 

@@ -14,7 +14,7 @@ from traceml.witness.program_names import program_name
 __all__ = ["LEAST_CORES", "BusyProcesses"]
 
 LEAST_CORES = 0.1
-"""Processes of one name are told from so many cores on."""
+"""Processes of one name are reported from so many cores on."""
 
 
 class BusyProcesses:

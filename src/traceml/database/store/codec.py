@@ -130,7 +130,7 @@ def _unzstd(data: bytes) -> bytes:
     import zstandard
 
     try:
-        _check_size(zstandard.frame_content_size(data))  # negative where it is not told
+        _check_size(zstandard.frame_content_size(data))  # negative where it is not known
         body: bytes = _compressors.unpack(data, max_output_size=_MOST_BYTES)
     except (zstandard.ZstdError, MemoryError) as error:
         raise ValueError(str(error) or "it does not fit into memory") from error

@@ -32,7 +32,7 @@ _UNKNOWN = "Find out what sent it: a scheduler's limit or preemption, or a kill 
 
 
 def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
-    """Return the finding about a job that its launcher was told to end; empty where a rank had failed before.
+    """Return the finding about a job that its launcher was asked to end; empty where a rank had failed before.
 
     Args:
         causes: ends of ranks that nothing else explains.

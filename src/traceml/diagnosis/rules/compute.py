@@ -27,7 +27,7 @@ SHORT_LOOP_SHARE = 0.25
 """Such a step is too short to judge if this share of it is no computation."""
 
 _PAUSE_NS, _PAUSE_SHARE = 5e9, 0.25
-"""A single step is told from this time on, if it is this share of all steps."""
+"""A single step is reported from this time on, if it is this share of all steps."""
 _FIND_PAUSE = "Find out what the long step did: `traceml report --lines` shows the lines in which it was seen."
 
 _WAITING = "waiting for other ranks"

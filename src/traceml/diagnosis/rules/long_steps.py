@@ -1,4 +1,4 @@
-"""Long steps of a rank: a fault that comes in few steps, told from chance by whose long steps they are."""
+"""Long steps of a rank: a fault in few steps, distinguished from chance by whose long steps they are."""
 
 from __future__ import annotations
 

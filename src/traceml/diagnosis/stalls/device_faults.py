@@ -31,7 +31,7 @@ _RESET = "Have the device reset (nvidia-smi --gpu-reset, or a reboot of its host
 
 
 def device_faults(facts: JobFacts) -> list[Finding]:
-    """Return the finding about faults of devices, told of the worst one."""
+    """Return the finding about faults of devices, about the worst one."""
     found = [(severity, each) for each in facts.health.devices.values() if (severity := _severity(each)) is not None]
     if not found:
         return []

@@ -12,7 +12,7 @@ __all__ = ["throttled"]
 
 
 def throttled(facts: JobFacts) -> list[Finding]:
-    """Return the finding about lowered clocks, told of the device that lost most."""
+    """Return the finding about lowered clocks, about the device that lost most."""
     highest = {key: each.max_clock_mhz for key, each in facts.health.devices.items() if each.max_clock_mhz > 0}
     by_rank = facts.samples.lowered_clocks() or facts.samples.capped_clocks(highest)
     found = [(rank, one) for rank, several in by_rank.items() for one in several]

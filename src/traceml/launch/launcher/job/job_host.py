@@ -49,7 +49,7 @@ class JobHost:
         connection: to its agent.
         warm: whether its agent was kept from an earlier job and has not answered in this one.
         prepared: the agent's message that its zygote is ready, or why it is not.
-        started: whether it was told to start workers.
+        started: whether it was asked to start workers.
         idle: whether nothing of the job is left there.
         lost: whether its agent is out of reach.
         watches_write: whether the loop waits until its channel can be written.
