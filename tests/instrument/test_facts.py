@@ -8,7 +8,7 @@ from torch import nn
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
-from traceml.instrument.facts import model_facts
+from traceml.instrument.facts.descriptions import model_facts
 
 
 def test_the_threads_of_torch_reach_the_rules():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from traceml.instrument.facts import held_objects, loader_facts
+from traceml.instrument.facts.descriptions import held_objects, loader_facts
 from traceml.instrument.workers.loader_workers import follow_iterator, worker_pids
 
 
@@ -76,7 +76,7 @@ def test_the_start_method_is_reported_without_setting_it() -> None:
     code = (
         "import multiprocessing as mp, torch\n"
         "from torch.utils.data import DataLoader\n"
-        "from traceml.instrument.facts import loader_facts\n"
+        "from traceml.instrument.facts.descriptions import loader_facts\n"
         "loader = DataLoader(torch.zeros(8, 2), num_workers=1)\n"
         "first = loader_facts(loader)['start_method']\n"
         "mp.set_start_method('spawn')\n"

@@ -26,7 +26,7 @@ _LEAVES = frozenset(
         "evaluation",
         "device",
         "search.discovery",
-        "facts",
+        "facts.descriptions",
         "overhead",
     )
 )

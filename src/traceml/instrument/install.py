@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
 from traceml.instrument.checkpoints.save_folder import SaveFolder
 from traceml.instrument.checkpoints.save_log import SaveLog
 from traceml.instrument.clock_forms import new_clock
+from traceml.instrument.facts.fact_reports import FactReports
 from traceml.instrument.groups.default_group import DefaultGroup
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
@@ -56,7 +56,7 @@ class Instrumentation:
         device_types: frozenset[str] | None,
         thread: int,
     ) -> None:
-        self._flight, self._on_info = flight, on_info
+        self._flight = flight
         self._device_types = device_types
         self._patches = Patches()
         self._discovery: Any = None
@@ -66,13 +66,13 @@ class Instrumentation:
         self._losses: Any = None
         self._installed = True
         self.feeding: Feeding | None = None
-        self.save_folder = SaveFolder(lambda folder: self._report({"kind": "saves", "folder": folder}))
+        self.save_folder = SaveFolder(lambda folder: self._facts.report({"kind": "saves", "folder": folder}))
         self.saves = SaveLog()
         self.lost_workers: deque[Info] = deque(maxlen=_MAX_LOST)
         self._timed: set[tuple[Any, str]] = set()
-        self._reported: dict[str, Info] = {}  # the last facts by kind
         self.clock = new_clock(flight, self, thread=thread)
-        self._group = DefaultGroup(self.clock, self._patches, self._report, self._guarded, on_group)
+        self._facts = FactReports(self.clock, on_info)
+        self._group = DefaultGroup(self.clock, self._patches, self._facts.report, self._guarded, on_group)
         self._user_phases = UserPhases(self.clock, flight.names)
         self._watch = PostImportHook(
             {
@@ -116,7 +116,7 @@ class Instrumentation:
 
     def trace_data(self, iterable: Iterable[Any]) -> Any:
         """Return `iterable` with timed waits for its items; like a DataLoader, it separates steps."""
-        self._guarded(lambda: self._report_loader(iterable))
+        self._guarded(lambda: self._facts.loader(iterable))
         return TracedIterable(iterable, self.clock)
 
     # ---- called by integrations; `uninstall` removes these hooks too ----
@@ -193,7 +193,7 @@ class Instrumentation:
             self._guarded(self._look_for_iterators)
 
         self._guarded(self._group.report_mesh)
-        self._guarded(self._report_anomaly_detection)
+        self._guarded(self._facts.anomaly_detection)
         return self._discovery is None or self.clock.optimizers_alive > 0
 
     def _look_for_iterators(self) -> None:
@@ -204,7 +204,7 @@ class Instrumentation:
         if self.clock.optimizers_seen > 1:
             self._guarded(self._discovery.search_all)
 
-        self._guarded(lambda: self._report_optimizer(optimizer))
+        self._guarded(lambda: self._facts.optimizer(optimizer))
 
     def is_trained(self, module: Any) -> bool:
         """Return whether an optimizer has parameters of the module; where none is known, any model is trained."""
@@ -217,10 +217,10 @@ class Instrumentation:
             self._guarded(lambda: self._overhead.measure(dirty=clock.dirty))
 
         self._look_for_device()
-        self._guarded(self._report_training_loader)
-        self._guarded(self._report_anomaly_detection)
+        self._guarded(self._facts.training_loader)
+        self._guarded(self._facts.anomaly_detection)
         if clock.stretch.collects:
-            self._report({"kind": "rollouts"})
+            self._facts.report({"kind": "rollouts"})
 
         self._guarded(self._group.find if clock.group is None else self._group.report_mesh)
         if self._losses is not None:
@@ -230,7 +230,7 @@ class Instrumentation:
             self._batches.upkeep()
 
         if clock.reductions is not None:
-            self._guarded(self._report_reductions)
+            self._guarded(self._facts.reductions)
 
         is_called = forward_ns and (self._batches is None or self._batches.has_trained)
         if backwards and not is_called and clock.rows > 1:
@@ -258,10 +258,11 @@ class Instrumentation:
         self._guarded(self._patch_torch)
 
     def _patch_torch(self) -> None:
-        from traceml.instrument import calls, facts  # noqa: F401 - loaded now, for `skip_own_code`
+        from traceml.instrument import calls
         from traceml.instrument.backward import patch_backward
         from traceml.instrument.device import CudaDevice, built_devices
         from traceml.instrument.dynamo import skip_own_code
+        from traceml.instrument.facts import descriptions  # noqa: F401 - loaded now, for `skip_own_code`
         from traceml.instrument.forward import patch_compile, timer_maker
         from traceml.instrument.loader import patch_loaders
         from traceml.instrument.native.extension import show_torch
@@ -279,7 +280,7 @@ class Instrumentation:
 
         clock, patches = self.clock, self._patches
         show_torch()
-        self._batches = batches = BatchReader(clock, self._report_input)
+        self._batches = batches = BatchReader(clock, self._facts.input)
         self._losses = LossReader(clock, self._flight.ring("losses"), CudaLosses())
         timer = timer_maker(clock, batches.measure)
 
@@ -287,7 +288,7 @@ class Instrumentation:
             patch_optimizer_type(patches, clock, kind)
 
         self._discovery = ModuleDiscovery(
-            clock, timer, self._report_model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
+            clock, timer, self._facts.model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
         )
         patch_compile(patches, timer)
         patch_backward(patches, clock, self._losses.read)
@@ -353,7 +354,7 @@ class Instrumentation:
     def _checkpoints(self) -> CheckpointPatches:
         from traceml.instrument.checkpoints.patch_checkpoints import CheckpointPatches
 
-        marks = CheckpointMarks(self._flight.open_slots, self.clock, self._report)
+        marks = CheckpointMarks(self._flight.open_slots, self.clock, self._facts.report)
         return CheckpointPatches(self.clock, self.saves, self.save_folder, marks)
 
     def _measure_overhead(self) -> None:
@@ -373,64 +374,14 @@ class Instrumentation:
     def _on_safetensors_import(self) -> None:
         self._guarded(lambda: self._checkpoints.patch_safetensors(self._patches))
 
-    # ---- facts ----
+    # ---- called by hooks ----
 
     def _new_loader(self, loader: Any, number: int) -> None:
-        self._guarded(lambda: self._report_loader(loader, number))
-
-    def _report_loader(self, loader: Any, number: int | None = None) -> None:
-        from traceml.instrument.facts import loader_facts
-
-        self._report(loader_facts(loader), number=number)
-
-    def _report_training_loader(self) -> None:
-        """Tell which loader's batches are trained on: a script may read another one first."""
-        number = getattr(self.clock.anchor, "number", None)
-        if number is not None:
-            self._report({"kind": "training_loader", "number": number})
+        self._guarded(lambda: self._facts.loader(loader, number))
 
     def _new_iterator(self) -> None:
         self._batches.begin_epoch()
         self._discovery.search_recent()
-
-    def _report_input(self, tensor: Any, model: Any) -> None:
-        from traceml.instrument.facts import input_facts
-
-        self._report(input_facts(tensor, model))
-
-    def _report_model(self, module: Any) -> None:
-        from traceml.instrument.facts import model_facts
-        from traceml.instrument.values.reductions import ReductionCounter
-
-        self._report(model_facts(module), step=self.clock.step)
-        if self.clock.reductions is None:
-            self.clock.reductions = ReductionCounter()
-
-        self.clock.reductions.watch(module)
-
-    def _report_reductions(self) -> None:
-        facts = self.clock.reductions.facts() if self.clock.reductions is not None else None
-        if facts is not None:
-            self._report(facts)
-
-    def _report_optimizer(self, optimizer: Any) -> None:
-        from traceml.instrument.facts import optimizer_facts
-
-        self._report(optimizer_facts(optimizer), step=self.clock.step)
-
-    def _report_anomaly_detection(self) -> None:
-        torch = sys.modules.get("torch")  # a script may have steps without it
-        is_on = torch is not None and bool(torch.is_anomaly_enabled())
-        if is_on or "anomaly_detection" in self._reported:
-            self._report({"kind": "anomaly_detection", "on": is_on})
-
-    def _report(self, info: Info, **more: Any) -> None:
-        """Report facts that are not those of the last report of their kind, with more that is not compared."""
-        if self._on_info is None or self._reported.get(info["kind"]) == info:
-            return  # the script makes the same again for each step or epoch
-
-        self._reported[info["kind"]] = info
-        self._on_info(info | more | {"t_ns": monotonic_ns()})
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """Run a rare action; on failure log and count it, and continue without it."""

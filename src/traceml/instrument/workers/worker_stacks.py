@@ -10,7 +10,7 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 from traceml.fail_open import fail_open
-from traceml.instrument.facts import start_method
+from traceml.instrument.facts.descriptions import start_method
 from traceml.instrument.patches import Patches
 from traceml.witness.worker_init import ReportingInit
 

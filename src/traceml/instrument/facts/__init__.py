@@ -1,0 +1,1 @@
+"""Facts about the loaders, models and optimizers of the script, reported when they change."""

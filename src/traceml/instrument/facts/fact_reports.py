@@ -1,0 +1,85 @@
+"""Reports of facts about the script: each when it is known, and again when it has changed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from traceml.clock import monotonic_ns
+
+if TYPE_CHECKING:
+    from traceml.instrument.step_clock import StepClock
+
+__all__ = ["FactReports"]
+
+Info = dict[str, Any]
+
+
+class FactReports:
+    """Reports facts as rows of `info`.
+
+    Args:
+        clock: the clock of the open step.
+        on_info: takes the rows; None: nothing is reported.
+    """
+
+    def __init__(self, clock: StepClock, on_info: Callable[[Info], None] | None) -> None:
+        self._clock, self._on_info = clock, on_info
+        self._reported: dict[str, Info] = {}  # the last facts by kind
+
+    def report(self, info: Info, **more: Any) -> None:
+        """Report facts that are not those of the last report of their kind, with more that is not compared."""
+        if self._on_info is None or self._reported.get(info["kind"]) == info:
+            return  # the script makes the same again for each step or epoch
+
+        self._reported[info["kind"]] = info
+        self._on_info(info | more | {"t_ns": monotonic_ns()})
+
+    def loader(self, loader: Any, number: int | None = None) -> None:
+        """Report a loader, with its number in this process."""
+        from traceml.instrument.facts.descriptions import loader_facts
+
+        self.report(loader_facts(loader), number=number)
+
+    def training_loader(self) -> None:
+        """Report which loader's batches are trained on: a script may read another one first."""
+        number = getattr(self._clock.anchor, "number", None)
+        if number is not None:
+            self.report({"kind": "training_loader", "number": number})
+
+    def input(self, tensor: Any, model: Any) -> None:
+        """Report the input of a model."""
+        from traceml.instrument.facts.descriptions import input_facts
+
+        self.report(input_facts(tensor, model))
+
+    def model(self, module: Any) -> None:
+        """Report a model, and count the reductions of its gradients from now on."""
+        from traceml.instrument.facts.descriptions import model_facts
+        from traceml.instrument.values.reductions import ReductionCounter
+
+        self.report(model_facts(module), step=self._clock.step)
+        if self._clock.reductions is None:
+            self._clock.reductions = ReductionCounter()
+
+        self._clock.reductions.watch(module)
+
+    def reductions(self) -> None:
+        """Report backward passes and reductions per step, when they are known or have changed."""
+        facts = self._clock.reductions.facts() if self._clock.reductions is not None else None
+        if facts is not None:
+            self.report(facts)
+
+    def optimizer(self, optimizer: Any) -> None:
+        """Report an optimizer."""
+        from traceml.instrument.facts.descriptions import optimizer_facts
+
+        self.report(optimizer_facts(optimizer), step=self._clock.step)
+
+    def anomaly_detection(self) -> None:
+        """Report whether autograd detects anomalies, once it was on."""
+        torch = sys.modules.get("torch")  # a script may have steps without it
+        is_on = torch is not None and bool(torch.is_anomaly_enabled())
+        if is_on or "anomaly_detection" in self._reported:
+            self.report({"kind": "anomaly_detection", "on": is_on})
