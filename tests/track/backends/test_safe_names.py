@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from traceml.track.backends import clearml, mlflow, wandb
-from traceml.track.backends.safe_names import flattened, is_this_machine, safe_name
+from traceml.track.backends.safe_names import flattened, is_this_machine, merged_tags, safe_name
 
 REFUSED = [(mlflow._REFUSED, 250), (wandb._REFUSED, 1000), (wandb._REFUSED_ID, 128), (clearml._REFUSED, 1000)]
 
@@ -46,3 +47,26 @@ def test_this_machine() -> None:
     """Loopback is this machine; a name that only may resolve to it is not surely."""
     assert [is_this_machine(host) for host in ("localhost", "127.0.0.9", "::1")] == [True] * 3
     assert not any(is_this_machine(host) for host in (None, "", "10.0.0.1", "example.com", "localhost.example.com"))
+
+
+@pytest.mark.parametrize(
+    ("before", "tags", "merged"),
+    [
+        ([], {"sweep": "", "best": "true"}, ["sweep", "best"]),
+        (["mine", "phase: warm"], {"phase": "main"}, ["mine", "phase: main"]),
+        (["phase"], {"phase": "main"}, ["phase: main"]),
+        (["phases: 2"], {"phase": "main"}, ["phases: 2", "phase: main"]),
+        (["a"], {"a": "true"}, ["a"]),
+        (["mine"], {"mi\udcff": "1"}, ["mine", "mi\\udcff: 1"]),
+    ],
+)
+def test_tags_replace_earlier_values_of_their_keys(before: list[str], tags: dict[str, str], merged: list[str]) -> None:
+    """Those of other keys stay, also where a key is the beginning of another."""
+    assert merged_tags(before, tags, ": ") == merged
+
+
+def test_a_tag_whose_key_is_cut_replaces_the_earlier_one() -> None:
+    """As for W&B, which takes 64 characters."""
+    first = merged_tags([], {"x" * 70: "a"}, ":", 64)
+    assert first == ["x" * 64]
+    assert merged_tags(first, {"x" * 70: "b"}, ":", 64) == first
