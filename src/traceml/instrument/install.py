@@ -161,6 +161,7 @@ class Instrumentation:
         """End timing: the open step becomes a row if it has an optimizer attempt, else it is dropped."""
         if self.clock.thread:
             self._guarded(self.clock.finish)
+            self._guarded(self._report_rollouts)
             if self._losses is not None:
                 self._guarded(self._losses.finish)
 
@@ -219,8 +220,7 @@ class Instrumentation:
         self._look_for_device()
         self._guarded(self._facts.training_loader)
         self._guarded(self._facts.anomaly_detection)
-        if clock.stretch.collects:
-            self._facts.report({"kind": "rollouts"})
+        self._guarded(self._report_rollouts)
 
         self._guarded(self._group.find if clock.group is None else self._group.report_mesh)
         if self._losses is not None:
@@ -382,6 +382,10 @@ class Instrumentation:
     def _new_iterator(self) -> None:
         self._batches.begin_epoch()
         self._discovery.search_recent()
+
+    def _report_rollouts(self) -> None:
+        if self.clock.stretch.collects:
+            self._facts.report({"kind": "rollouts"})
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """Run a rare action; on failure log and count it, and continue without it."""
