@@ -392,3 +392,13 @@ def test_exit_of_a_rank_beyond_any_world_is_ignored(registry):  # noqa: F811
     run.settle_exits()
 
     assert run.world_size == len(run.streams) == 1
+
+
+def test_a_run_began_with_the_script_of_its_first_rank(registry):  # noqa: F811
+    """By that script's age; a rank that comes later changes nothing."""
+    before = time.time()
+    run, _ = join(registry, hello(0, script_ms=60_000))
+    assert run._facts.values["started"] == pytest.approx(before - 60, abs=5)
+
+    join(registry, hello(1, script_ms=3_600_000))
+    assert run._facts.values["started"] == pytest.approx(before - 60, abs=5)

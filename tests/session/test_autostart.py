@@ -90,6 +90,16 @@ def steps(tmp_path: Path) -> list[tuple[int, int]]:
     return [(rank["rank"], rank["steps"]) for rank in report(tmp_path)["ranks"]]
 
 
+def test_what_came_before_the_training_is_startup(python: Python, tmp_path: Path) -> None:
+    """The run began with the script, however late its aggregator was started."""
+    python(f"import time\ntime.sleep(1)\n{LOOP}\ntime.sleep(1)\ntrain()")
+
+    section = report(tmp_path)["time"]
+    parts = {part["part"]: part["seconds"] for part in section["parts"]}
+    assert parts["startup"] >= 2
+    assert sum(parts.values()) == pytest.approx(section["wall_s"], rel=0.01)
+
+
 def test_a_script_is_traced(python: Python, tmp_path: Path) -> None:
     """One line says where the run goes, the card follows at the end; the script's own output is untouched."""
     ended = python(SCRIPT)

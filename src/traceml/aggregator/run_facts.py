@@ -72,8 +72,9 @@ class RunFacts:
         self.values["world_size"] = world_size
 
     def name_after(self, hello: Hello) -> None:
-        """Take name, project and command from the first rank."""
+        """Take name, project, command and start from the first rank; a launcher's run began before it."""
         self.values |= {"name": hello.name or self.values["id"], "project": hello.project, "command": hello.command}
+        self.values["started"] = min(self.values["started"], self.now_s() - hello.script_ms / 1000)
 
     def add_rank(self, hello: Hello) -> None:
         """Take a rank's host and the restarts that are left."""

@@ -19,6 +19,7 @@ from traceml.privacy import secrets_only
 from traceml.settings import Config
 from traceml.transport.hello import Hello
 from traceml.witness.kernel_state import process_info
+from traceml.witness.script_time import script_age_ms
 
 __all__ = [
     "Identity",
@@ -74,6 +75,7 @@ class Identity:
             command=_command()[:4000],
             flight=str(flight or ""),
             runs_dir=_wanted_folder(config),
+            script_ms=0 if self.parent else script_age_ms(),
         )
 
     def of_child(self, *, provisional: bool = False) -> Identity:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from traceml.clock import boot_id, clock_pair, process_start_ticks
+from traceml.clock import boot_id, clock_pair, monotonic_ns, process_start_ticks
 from traceml.database import schema
 from traceml.errors import ProtocolError
 from traceml.transport.runs_folder import folder_id
@@ -57,6 +57,8 @@ class Hello:
         runs_dir_id: that folder's identity (`runs_folder.folder_id`), by default as it is when the hello is sent.
         restarts_left: number of restarts that the job's launcher has left.
         schemas: see `schemas()`.
+        script_ms: age of the process in milliseconds, if it runs the user's script, by `clock`; its run began so
+            much earlier.
         clock: (monotonic_ns, epoch_ns) read together; (0, 0) if the peer sent anything else.
     """
 
@@ -81,6 +83,7 @@ class Hello:
     runs_dir: str = ""
     runs_dir_id: list[Any] = field(default_factory=list)
     restarts_left: int = field(default_factory=lambda: _restarts_left(os.environ))
+    script_ms: int = 0
     schemas: dict[str, Any] = field(default_factory=schemas)
     clock: tuple[int, int] = field(default_factory=clock_pair)
 
@@ -92,6 +95,9 @@ class Hello:
 
         if self.runs_dir and not self.runs_dir_id:
             facts["runs_dir_id"] = folder_id(Path(self.runs_dir))
+
+        if self.script_ms:  # an aggregator may have been started since
+            facts["script_ms"] += (monotonic_ns() - self.clock[0]) // 10**6
 
         return {"t": "hello", "v": version, "nonce": nonce, "mac": proof, **facts}
 
@@ -173,6 +179,7 @@ _TYPES: dict[str, Any] = {
     "pid": int,
     "start_ticks": int,
     "restarts_left": int,
+    "script_ms": int,
     "schemas": dict,
     "runs_dir_id": (list, tuple),
     "clock": (list, tuple),

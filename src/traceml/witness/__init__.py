@@ -1,4 +1,4 @@
 """A process as another one sees it: its state in the kernel, its Python stacks on a signal, frames of its threads.
 
-Runs in ranks, agents, aggregators, and where tasks run. Imports nothing of traceml.
+Runs in ranks, agents, aggregators, and where tasks run. Imports leaves only.
 """

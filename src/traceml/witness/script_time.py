@@ -1,0 +1,46 @@
+"""Time since the script of this process began: what it does before it is traced is start-up of its run, too."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from traceml.clock import process_start_ticks
+from traceml.witness.user_files import is_user_file
+
+__all__ = ["note_end_of_run", "script_age_ms"]
+
+_pid_of_ended = 0
+
+
+def script_age_ms() -> int:
+    """Return the age of this process in milliseconds, if it was started to run the user's script.
+
+    Returns:
+        0 in a notebook, an interactive session, a worker of a pool or of another program, and after a first run: when
+        the work on the run began is not known there.
+    """
+    ticks = process_start_ticks(os.getpid())
+    if ticks is None or _pid_of_ended == os.getpid() or not _runs_script():
+        return 0
+
+    return max(int((time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")) * 1000), 0)
+
+
+def note_end_of_run() -> None:
+    """Note that the next run of this process begins later than the process."""
+    global _pid_of_ended
+    _pid_of_ended = os.getpid()
+
+
+def _runs_script() -> bool:
+    if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+        return False
+
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        return False
+
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    return file is not None and is_user_file(file)

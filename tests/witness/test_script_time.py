@@ -1,0 +1,51 @@
+"""Age of the process as the time since its script began."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import ModuleType
+
+import psutil
+import pytest
+
+from traceml.witness import script_time
+from traceml.witness.script_time import note_end_of_run, script_age_ms
+
+
+@pytest.fixture(autouse=True)
+def main(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The main module of a script, in place of pytest's."""
+    made = ModuleType("__main__")
+    made.__file__ = "/home/me/train.py"
+    monkeypatch.setitem(sys.modules, "__main__", made)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(script_time, "_pid_of_ended", 0)
+    return made
+
+
+def test_it_is_the_age_of_the_process() -> None:
+    """In a script."""
+    assert script_age_ms() / 1000 == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
+
+
+def test_it_is_unknown_where_the_process_was_there_before(main: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a pool that an installed program started, an interactive session, a notebook."""
+    main.__file__ = "/usr/lib/python3/site-packages/ray/default_worker.py"
+    assert script_age_ms() == 0
+    main.__file__ = None
+    assert script_age_ms() == 0
+
+    main.__file__ = "/home/me/train.py"
+    assert script_age_ms() > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "ps1", ">>> ", raising=False)
+        assert script_age_ms() == 0
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    assert script_age_ms() == 0
+
+
+def test_a_second_run_of_a_process_began_later() -> None:
+    """After the first one has ended."""
+    note_end_of_run()
+    assert script_age_ms() == 0
