@@ -3,9 +3,10 @@
     python benchmarks/relay.py [--ranks 1000 10000] [--seconds 10]
 
 Each host has a connection and sends one message a second: the steps of one typical rank at 10 steps a second, its
-samples of process and host, and what is known of the 7 others. The center is a real `traceml serve`, with connections,
-store and a verdict a second. Printed per case: its CPU as a share of one core, its resident memory, the time until a
-message is confirmed to be on disk, verdicts per second, and the bytes that a host sends in a second.
+samples of process and host at the interval that the center asks for, and what is known of the 7 others. The center is
+a real `traceml serve`, with connections, store and a verdict a second. Printed per case: its CPU as a share of one
+core, its resident memory, the time until a message is confirmed to be on disk, verdicts per second, and the bytes that
+a host sends in a second.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ def measure(ranks: int, seconds: float) -> bool:
 class HostGenerator(Generator):
     """All hosts, in one thread; a `Rank` is a host here, and `sent` the number of its last message."""
 
+    sample_every = 1
+
     def greet(self, sock: socket.socket, rank: int) -> None:
         """Prove the token as the aggregator of a host does."""
         challenge = wait_for(sock, Decoder())
@@ -110,7 +113,9 @@ class HostGenerator(Generator):
 
         joined = 0
         while joined < PER_HOST:
-            joined += len(member.decoder.feed(member.sock.recv(65536)))
+            for message in member.decoder.feed(member.sock.recv(65536)):
+                joined += 1
+                self.sample_every = max(round(message["sample_interval_s"]), 1)
 
         super().add(member)
 
@@ -147,10 +152,12 @@ class HostGenerator(Generator):
         table = self.durations[(member.rank + member.sent) % len(self.durations)][:STEPS_PER_S]
         steps = b"".join(HEAD.pack(first + i, 10**9 + (first + i) * STEP_NS) + rest for i, rest in enumerate(table))
         yield frame_of(STEPS, first, steps)
-        for sampled in (PROCESS, HOST):
-            row = np.zeros(1, sampled.dtype)
-            row["t_ns"] = 10**9 * (member.sent + 1)
-            yield frame_of(sampled, member.sent, row.tobytes())
+        every = self.sample_every
+        if member.sent % every == member.rank % every:
+            for sampled in (PROCESS, HOST):
+                rows = np.zeros(every, sampled.dtype)
+                rows["t_ns"] = 10**9 * (member.sent + np.arange(every))
+                yield frame_of(sampled, member.sent, rows.tobytes())
 
     def read(self, timeout_s: float) -> None:
         """Take the confirmations that have come, waiting up to `timeout_s` for the first."""

@@ -15,7 +15,7 @@ from tests.aggregator.conftest import Serving, wait_for_acks
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.eventually import eventually
 from traceml.aggregator.relay.upstream import Upstream
-from traceml.database.schema import STEPS
+from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.tree.row_requests import CLEAR_GAIN
@@ -171,6 +171,31 @@ def test_names_facts_and_metrics_of_all_ranks_are_there(tree):
     with tree.center.store() as store:
         assert sorted(row["name"] for _, row in store.log_rows("names")) == [f"loss {rank}" for rank in range(RANKS)]
         assert sorted(row["text"] for _, row in store.log_rows("info")) == [f"of {rank}" for rank in range(RANKS)]
+
+
+@pytest.mark.process
+def test_samples_that_wait_in_a_large_job_are_sent_at_its_end(serving, tmp_path):
+    """In a job of a thousand ranks a host sends the samples of its typical rank every ten seconds."""
+    center = serving(folder=tmp_path / "center")
+    host = serving("--upstream", f"127.0.0.1:{center.port}", folder=tmp_path / "host")
+    rank = host.rank(0, 1000, run="large")
+    samples = np.zeros(3, PROCESS.dtype)
+    for number in range(3):
+        rank.send_rows(PROCESS.name, number, 1, samples[number : number + 1].tobytes())
+        send_steps(rank, SLOW[0], 40 * number, 40)
+        eventually(lambda last=40 * (number + 1): stored_of(center, STEPS.name) == last)
+
+    assert rank.finish("finished", timeout_s=20)
+
+    eventually(lambda: stored_of(center, PROCESS.name) == 3)
+
+
+def stored_of(aggregator: Serving, table: str) -> int:
+    if not (aggregator.folder / "latest").exists():
+        return 0
+
+    with aggregator.store() as store:
+        return store.stored(table)
 
 
 @pytest.mark.process

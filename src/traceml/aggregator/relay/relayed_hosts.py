@@ -136,7 +136,8 @@ class RelayedHosts:
         stream.is_relayed = True
         run.store.update_stream(stream.id, relayed=True)
         host.ranks[number], host.run = (run, stream, link), run
-        host.peer.send({"t": "joined", "id": number, "acked": dict(stream.next)})
+        interval_s = run.sample_interval_s
+        host.peer.send({"t": "joined", "id": number, "acked": dict(stream.next), "sample_interval_s": interval_s})
 
     def _second(self, host: _RelayedHost, message: dict[str, Any]) -> None:
         rows, number, chosen = message.get("rows"), message.get("number"), message.get("choice")

@@ -15,10 +15,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from traceml.database.schema import NAMES, PACKED, RELAYED_WHOLE, STEPS, TABLES, TELEMETRY
+from traceml.database.schema import LINES, NAMES, PACKED, RELAYED_WHOLE, STEPS, TABLES, TELEMETRY
 from traceml.database.store.codec import encode
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.store_file import STORE_NAME
+from traceml.database.store.summaries import SAMPLE_TABLES
 from traceml.diagnosis.steps.stand_ins import HostChoice
 from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.tree.host_second import HostSecond
@@ -28,6 +29,7 @@ from traceml.transport.hello import Hello
 __all__ = ["RunRelay"]
 
 # Telemetry counts the rows that a rank has appended, of which few are sent on.
+_SAMPLES = frozenset(table.name for table in (*SAMPLE_TABLES, LINES))
 _CHOSEN = frozenset(table.name for table in PACKED) - RELAYED_WHOLE - {TELEMETRY.name}
 _FRAMES = 256
 _MESSAGE_BYTES = 1 << 20
@@ -79,6 +81,7 @@ class RunRelay:
         self._marks: deque[tuple[int, int]] = deque()
         self._asked: frozenset[int] = frozenset()
         self._sent_rows = Counter[int]()
+        self._samples_due_s, self._sample_interval_s = 0.0, 1.0
         self._is_caught_up = self._is_over = False
         self._streams: dict[int, _RelayedStream] = {}
         self._begin_attempt(-1)
@@ -290,11 +293,16 @@ class RunRelay:
     def _chosen(self, second: HostSecond | None) -> list[Frame]:
         """Return the held rows of the chosen ranks; keep the newest ones of the others, for when they are chosen."""
         chosen: list[Frame] = []
+        are_samples_due = time.monotonic() >= self._samples_due_s
+        if are_samples_due:  # half a turn early: turns are about a second apart
+            self._samples_due_s = time.monotonic() + self._sample_interval_s - 0.5
+
         for stream in self._streams.values():
             is_chosen = second is not None and stream.attempt == self._attempt and stream.rank in second.rows
             if is_chosen:
-                chosen += [frame for frames in stream.held.values() for frame in frames]
-                stream.held.clear()
+                waiting = frozenset() if are_samples_due or stream.is_ended else _SAMPLES
+                chosen += [frame for table, frames in stream.held.items() if table not in waiting for frame in frames]
+                stream.held = {table: frames for table, frames in stream.held.items() if table in waiting}
             else:
                 stream.held = {table: _newest(frames) for table, frames in stream.held.items()}
 
@@ -308,6 +316,7 @@ class RunRelay:
             if kind == "joined" and message.get("id") in self._streams:
                 stream = self._streams[message["id"]]
                 stream.acked, stream.is_joined = dict(message.get("acked", {})), True
+                self._sample_interval_s = float(message.get("sample_interval_s", 1.0))
                 if (stored := stream.acked.get(STEPS.name, 0)) > self._sent_rows[stream.rank]:
                     self._sent_rows[stream.rank] = stored
             elif kind == "stored":
