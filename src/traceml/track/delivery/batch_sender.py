@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.schema import METRICS, STEPS
-from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
+from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import BackendRefusedError
-from traceml.own_files import is_file_inside, read_regular
+from traceml.own_files import is_file_inside
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.derived import DerivedMetrics
@@ -21,6 +21,7 @@ from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment
 from traceml.track.delivery.record_reader import LoggedRecord, RecordBatch, RecordReader
 from traceml.track.delivery.refusals import count_refused
 from traceml.track.delivery.tracker_session import TrackerSession, ranked
+from traceml.track.delivery.verdict_sender import VerdictSender
 from traceml.track.filters import DeliveryFilter
 from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.plugins.metric import Metric
@@ -78,6 +79,7 @@ class BatchSender:
         self._audit = audit
         self._config = config
         self._is_done = is_done
+        self._verdicts = VerdictSender(state, reader, filters, run_dir, session, audit)
         self._everything = everything
         self._started = float(reader.meta().get("run", {}).get("started") or 0.0)
 
@@ -118,7 +120,7 @@ class BatchSender:
             return
 
         self._send_derived_values(main, self._derived().finish())
-        self._send_verdict(main)
+        self._verdicts.send(main)
 
     def end(self, run_state: str, run_ended: float | None) -> None:
         """End every open experiment, the inner ones first, in its own state and time or else in those of the run."""
@@ -219,44 +221,11 @@ class BatchSender:
         self._send_derived_values(main, rows)
         for event in self._reader.events(self._memory.get("event", 0), "verdict"):
             self._memory["event"] = event.id
-            self._note_verdict(main, event)
+            self._verdicts.note(main, event)
 
     def _stream_of(self, frame: Frame) -> StreamRecord:
         is_first = frame.table == STEPS.name and frame.seq == 0  # by then it is known what the rank goes on from
         return self._records.stream(frame.stream, fresh=is_first)
-
-    def _note_verdict(self, main: PlannedExperiment, event: RunEvent) -> None:
-        verdict = event.data.get("verdict") or {}
-        if _has_no_step(verdict):
-            return
-
-        signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
-        if signature == self._memory.get("verdict") or not self._filters.takes("traceml/verdict"):
-            return
-
-        self._memory["verdict"] = signature
-        self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
-        self._session.text(main, "traceml/verdict", _verdict_text(verdict), max(int(event.data.get("step") or 0), 0))
-        self._audit.note("tags", ["traceml/verdict"], 1)
-        self._state.derived += 1
-
-    def _send_verdict(self, main: PlannedExperiment) -> None:
-        """Send the verdict of the whole run from the report, else the last live one."""
-        if not self._filters.takes("traceml/verdict"):
-            return
-
-        verdict = _report_verdict(self._run_dir)
-        if verdict is None:
-            last = self._reader.last_event("verdict")
-            verdict = (last.data.get("verdict") or {}) if last is not None else {}
-
-        if verdict.get("kind") and not _has_no_step(verdict):
-            facts = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
-            self._session.tags(main, {"traceml/verdict": verdict["kind"]})
-            if facts:
-                self._session.facts(main, facts)
-
-            self._audit.note("tags", ["traceml/verdict", *facts], 1)
 
     # --- everything else ---------------------------------------------------------------------------------------------
 
@@ -420,24 +389,6 @@ class BatchSender:
         )
 
 
-def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
-    try:
-        report = json.loads(read_regular(run_dir / "report.json"))
-        verdict: dict[str, Any] = report["verdict"]
-        return verdict if report["run"]["state"] != "running" else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _has_no_step(verdict: dict[str, Any]) -> bool:
-    """Whether a verdict only reports that no step was traced, as for a run that only logs."""
-    return verdict.get("kind") == "INSUFFICIENT_DATA" and (verdict.get("evidence") or {}).get("steps") == 0
-
-
 def _digest(value: Any) -> str:
     """Return a digest to compare values; the state file must not hold a secret."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def _verdict_text(verdict: dict[str, Any]) -> str:
-    return f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()
