@@ -135,7 +135,7 @@ def test_nothing_is_read_before_it_is_complete(cuda: FakeCuda, traced: Traced) -
     cuda.reached_ms = 0.0
     train(600)
     assert traced.table("device_steps") == []
-    assert cuda.made < 64 * 12
+    assert cuda.made < 64 * 16  # 13 for a long step
 
     cuda.reached_ms = 1e9
     traced.instrumentation.close_open_step()
