@@ -84,6 +84,11 @@ class Registry:
         self._by_key: dict[str, ActiveRun] = {}
 
     @property
+    def runs(self) -> list[ActiveRun]:
+        """Runs that are open, and the newest of those that are over."""
+        return list(self._runs)
+
+    @property
     def open_runs(self) -> list[ActiveRun]:
         """Runs that are not over."""
         return [run for run in self._runs if not run.ended]

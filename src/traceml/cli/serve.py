@@ -21,7 +21,7 @@ from traceml.aggregator.aggregator import Aggregator
 from traceml.aggregator.alerts.alert_targets import target_of
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
-from traceml.aggregator.relay.upstream import Upstream
+from traceml.aggregator.relay.upstream import RELAY_MARK, Upstream
 from traceml.cli.number_range import PORT, NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_prometheus_option
@@ -307,8 +307,14 @@ def _upstream(config: settings.Config, options: argparse.Namespace, aggregator: 
         return
 
     upstream = Upstream(config.upstream, aggregator.registry.runs_dir, config.token, tls=config.tls)
-    with _background_thread(partial(upstream.run, partial(_open_runs, aggregator)), name="traceml-upstream"):
+    with _background_thread(partial(upstream.run, partial(_unsent_runs, aggregator)), name="traceml-upstream"):
         yield
+
+
+def _unsent_runs(aggregator: Aggregator) -> list[Path]:
+    """Return the open runs, and those that were over before they were seen here."""
+    runs = aggregator.registry.runs
+    return [run.path for run in runs if not run.ended or not (run.path / RELAY_MARK).exists()]
 
 
 def _open_runs(aggregator: Aggregator) -> list[Path]:
