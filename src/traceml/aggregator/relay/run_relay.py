@@ -343,13 +343,15 @@ def _key(run: dict[str, Any]) -> str:
 def _hello_of(record: StreamRecord, run: dict[str, Any]) -> dict[str, Any]:
     """Return the hello that a rank has sent to this aggregator, as far as the center needs it."""
     facts, identity = record.facts, record.identity
+    age_s = max(time.time() - float(run.get("started") or time.time()), 0.0)  # of the run, which began on this host
     hello = Hello(
         role="rank", run=_key(run), rank=identity.rank, world_size=int(facts.get("world_size", 1)),
         local_rank=int(facts.get("local_rank", 0)), attempt=max(identity.attempt - int(run.get("attempt_base", 0)), 0),
         host=identity.host, pid=identity.pid, start_ticks=identity.start_ticks, recorder=identity.recorder,
         boot_id="", run_id=str(run.get("id", "")) if run.get("named") else "", name=str(run.get("name", "")),
         project=str(run.get("project", "default")), command=str(facts.get("command", "")),
-        restarts_left=int(run.get("restarts_left") or 0), schemas={}, clock=tuple(facts.get("clock") or (0, 0)),
+        restarts_left=int(run.get("restarts_left") or 0), script_ms=int(1000 * age_s), schemas={},
+        clock=tuple(facts.get("clock") or (0, 0)),
     )  # fmt: skip
     return asdict(hello)
 
