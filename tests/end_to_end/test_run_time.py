@@ -10,6 +10,7 @@ from tests.end_to_end.conftest import Ended, Traceml
 
 SCRIPT = """
 import os, signal, sys, time
+from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,6 +35,8 @@ torch.set_num_threads(1)
 model = torch.nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 what = sys.argv[1]
+while not list(Path("traceml_runs").glob("*/store.db")):  # a rank that is killed before it connects tells no start
+    time.sleep(0.01)
 time.sleep(1)
 if what == "epochs":
     train(model, optimizer, 3, workers=1)

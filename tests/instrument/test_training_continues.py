@@ -282,7 +282,10 @@ class FailingSlots:
     """Words of the flight file that cannot always be written."""
 
     def __init__(self, slots: Any, failing: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self._set = failing(slots.__setitem__)
+        self._slots, self._set = slots, failing(slots.__setitem__)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._slots[index])
 
     def __setitem__(self, index: int, value: int) -> None:
         self._set(index, value)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.eventually import eventually
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
 from traceml.recorder.line_sampler import LineSampler
@@ -178,13 +179,17 @@ def test_evaluation_is_in_no_step(flight: FlightFile, phase: Phase, counts_as: i
 @pytest.mark.parametrize(("phase", "rows"), [(None, 0), (Phase.BACKWARD, 1)])
 def test_a_hook_between_phases_is_no_sample(flight: FlightFile, phase: Phase | None, rows: int) -> None:
     """The line that it interrupted does nothing then; in a phase, it may have been seen late."""
-    hook = compile("for _ in range(10_000): pass", f"{OUR_FOLDERS[0]}instrument/some_hook.py", "exec")
+    runs: list[bool] = []
+    ends: list[bool] = []
+    hook = compile("runs.append(True)\nwhile not ends: pass", f"{OUR_FOLDERS[0]}instrument/some_hook.py", "exec")
     flight.open_slots[Slot.STEP_START] = 1
     if phase is not None:
         flight.open_slots[phase] = 2
 
-    with Training(lambda: [exec(hook) for _ in range(1000)]) as training:
+    with Training(lambda: exec(hook, {"runs": runs, "ends": ends})) as training:
+        eventually(lambda: bool(runs), "the hook to run")
         taken = sampled(flight, training, samples=3)
+        ends.append(True)
 
     assert len({row[1] for row in taken}) == rows
 

@@ -39,10 +39,15 @@ class LoaderToken:
         """Notice when an iterator of the loader is gone, and tell the clock."""
 
         def leave(gone: Any) -> None:
-            if gone is self._iterator:
+            if gone is not self._iterator:
+                return
+
+            try:
                 self.is_left = True
                 self.read(clock, False)
                 clock.loader_left(self)
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+                clock.fail(error)
 
         self.is_left = False
         with suppress(TypeError):  # its class allows no weak references: it counts as alive

@@ -40,11 +40,10 @@ class CheckpointMarks:
 
     def saved(self, target: object) -> None:
         """Take down that the training thread has saved to a path or file."""
-        with fail_open(_log, "instrument", "a checkpoint could not be noted", once=True):
-            place, clock = place_of(target), self._clock
-            if place is not None and clock.is_training_thread():
-                self._slots[Slot.SAVED] = clock.step + bool(clock.attempt)
-                self._slots[Slot.SAVED_IN] = place
+        place, clock = place_of(target), self._clock
+        if place is not None and clock.is_training_thread():
+            self._slots[Slot.SAVED] = clock.step + bool(clock.attempt)
+            self._slots[Slot.SAVED_IN] = place
 
     def loaded(self, source: object) -> None:
         """Report that the training thread has read a path or file before its first step."""

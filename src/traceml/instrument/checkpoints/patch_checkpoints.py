@@ -103,7 +103,8 @@ class CheckpointPatches:
                     log.end(clock, args, kwargs, began[1], sys._getframe(1))
 
             if target is not None:
-                self._marks.saved(target)
+                with fail_open(_log, "instrument", "a checkpoint could not be noted", once=True):
+                    self._marks.saved(target)
 
             return result
 
