@@ -91,7 +91,7 @@ class Listing(Dataset):
     """Names of many files; a sample reads some of them, and so copies their pages into its worker."""
 
     def __init__(self):
-        self.files = [f"/data/train/{number:08}/image.jpg" * 3 for number in range(3_000_000)]
+        self.files = [f"/data/train/{number:08}/image.jpg" * 3 for number in range(5_000_000)]
 
     def __len__(self):
         return len(self.files) // 24
