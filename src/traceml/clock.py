@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["SteadyClock", "boot_id", "boot_time_s", "clock_pair", "machine_name", "monotonic_ns", "process_start_ticks"]
+__all__ = [
+    "TICKS_PER_S",
+    "SteadyClock",
+    "boot_id",
+    "boot_time_s",
+    "clock_pair",
+    "machine_name",
+    "monotonic_ns",
+    "process_start_ticks",
+]
+
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+"""Kernel clock ticks per second: the unit of times in `/proc/PID/stat`."""
 
 # On Linux perf_counter_ns is CLOCK_MONOTONIC too. The hooks use it, and one name keeps stamps comparable.
 monotonic_ns = time.perf_counter_ns

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
+from traceml.clock import TICKS_PER_S
 from traceml.database.schema import LOADER_WORKERS, Table
 from traceml.samplers.base import SampleRow
 from traceml.samplers.procfs import read_text
@@ -22,7 +23,7 @@ MEMORY_SHARE = 0.002
 EAGER_READS, _EAGER = 12, 10
 """So many first readings of memory may take ten times that share: a run of a minute has enough of them to judge."""
 _UNKNOWN = -1
-_TICK_NS = 10**9 // os.sysconf("SC_CLK_TCK")
+_TICK_NS = 10**9 // TICKS_PER_S
 # Fields of /proc/PID/stat after the command's name, which is in parentheses and may contain any character.
 _PARENT, _USER_TICKS, _SYSTEM_TICKS = 1, 11, 12
 

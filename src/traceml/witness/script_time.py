@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from traceml.clock import process_start_ticks
+from traceml.clock import TICKS_PER_S, process_start_ticks
 from traceml.witness.user_files import is_user_file
 
 __all__ = ["note_end_of_run", "script_age_ms"]
@@ -25,7 +25,7 @@ def script_age_ms() -> int:
     if ticks is None or _pid_of_ended == os.getpid() or not _runs_script():
         return 0
 
-    return max(int((time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")) * 1000), 0)
+    return max(int((time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / TICKS_PER_S) * 1000), 0)
 
 
 def note_end_of_run() -> None:
