@@ -123,13 +123,13 @@ class RelayedHosts:
             host.run.live.silence(host.key)
 
     def _join(self, host: _RelayedHost, message: dict[str, Any]) -> None:
-        number, told = message.get("id"), message.get("hello")
-        if not isinstance(number, int) or not isinstance(told, dict):
+        number, facts = message.get("id"), message.get("hello")
+        if not isinstance(number, int) or not isinstance(facts, dict):
             raise ProtocolError("a relayed rank has no id and hello")
 
         # Without the boot id and the flight file: its process and that file are its host's business, also where that
         # is this host.
-        hello = replace(Hello.from_message(told), role="rank", boot_id="", flight="", parent="", runs_dir="")
+        hello = replace(Hello.from_message(facts), role="rank", boot_id="", flight="", parent="", runs_dir="")
         link = RelayedRank(host.peer)
         run, stream = self._admit(hello, link)
         link.context = run, stream

@@ -145,7 +145,7 @@ class _Retry:
     """Time of the next try of a run, and what was logged about the last one."""
 
     def __init__(self) -> None:
-        self._due_s, self._pause_s, self._told = 0.0, _FIRST_PAUSE_S, ""
+        self._due_s, self._pause_s, self._reported = 0.0, _FIRST_PAUSE_S, ""
 
     @property
     def is_due(self) -> bool:
@@ -156,16 +156,16 @@ class _Retry:
         """Record a failure; the pauses between tries double."""
         self._due_s = time.monotonic() + (self._pause_s if pause_s is None else pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        _log.log(logging.DEBUG if self._told == "failed" else logging.WARNING, "%s", text)
-        self._told = "failed"
+        _log.log(logging.DEBUG if self._reported == "failed" else logging.WARNING, "%s", text)
+        self._reported = "failed"
 
     def succeeded(self, text: str) -> None:
         """Record a success."""
         self._pause_s = _FIRST_PAUSE_S
-        if self._told != "sent":
+        if self._reported != "sent":
             _log.info("%s", text)
 
-        self._told = "sent"
+        self._reported = "sent"
 
 
 def _left_over(runs_dir: Path, address: str) -> list[Path]:
@@ -175,8 +175,8 @@ def _left_over(runs_dir: Path, address: str) -> list[Path]:
 
 def _is_left(mark: Path, address: str) -> bool:
     try:
-        told = json.loads(mark.read_text())
-        return bool(told["address"] == address and not told["sent"] and (mark.parent / STORE_NAME).is_file())
+        content = json.loads(mark.read_text())
+        return bool(content["address"] == address and not content["sent"] and (mark.parent / STORE_NAME).is_file())
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.debug("ignoring %s: %r", mark, error)
         return False
