@@ -1,6 +1,6 @@
 """Cost of a center: simulated hosts of 8 ranks send it merged messages, as `traceml serve --upstream` does.
 
-    python benchmarks/relay.py [--ranks 1000 10000] [--seconds 10]
+    python benchmarks/center.py [--ranks 1000 10000] [--seconds 10]
 
 Each host has a connection and sends one message a second: the steps of one typical rank at 10 steps a second, its
 samples of process and host at the interval that the center asks for, and what is known of the 7 others. The center is

@@ -20,7 +20,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "ingest": [],
     "worlds": [],
     "tree": [],
-    "relay": [],
+    "center": [],
     "store_bytes": [],
     "retention": [],
     "tracking": [],
