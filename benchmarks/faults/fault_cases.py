@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fault_jobs import RANKS, FaultedJob, until_stored
+from relay import Relay
 from tests.aggregator.test_durability import fill
 from tests.launch.hosts import Hosts
 from tests.system import missing
-
-from relay import Relay
 
 PYTHON = sys.executable
 RUN = (PYTHON, "-m", "traceml", "run", "--live", "none", "--nproc-per-node", str(RANKS))

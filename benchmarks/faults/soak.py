@@ -27,10 +27,10 @@ from typing import IO
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from relay import Relay
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 
-from relay import Relay
 from traceml.database.schema import TABLES
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
