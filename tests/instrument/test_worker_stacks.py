@@ -53,7 +53,7 @@ def test_the_line_of_a_worker_that_inherits_nothing(
     next(iterator)
 
     def stuck() -> WorkerSnapshot | None:
-        (found,) = WorkerSnapshots(None, 10.0).make(60.0)
+        (found,) = WorkerSnapshots(None, 10.0).make(60.0, id(iterator))
         return found if found.frames and found.frames[0].function == "__getitem__" else None
 
     found = eventually(stuck, "the stack of the worker")

@@ -124,6 +124,27 @@ def test_an_interrupted_hang_has_not_ended(run_script: Run, serving: Serving) ->
     assert not any(snapshot.ended for snapshot in snapshots)
 
 
+def test_workers_ahead_of_a_training_that_stands_still_are_not_waited_for(run_script: Run, serving: Serving) -> None:
+    """They have made their batches; the training has not asked for one."""
+    run_script(
+        """
+        import os, signal, threading, time, torch, traceml
+        from torch.utils.data import DataLoader
+        traceml.init()
+        threading.Timer(9, os.kill, (os.getpid(), signal.SIGINT)).start()
+        for batch in DataLoader(torch.ones(64, 4), batch_size=4, num_workers=2):
+            time.sleep(3600)
+        """,
+        **_QUICK,
+    )
+
+    snapshot = next(each for each in reversed(_snapshots(serving)) if each.workers)
+    assert [worker.waits_for_batch for worker in snapshot.workers] == [None, None]
+    assert all(worker.frames == () for worker in snapshot.workers)
+    assert snapshot.user_line is not None
+    assert snapshot.user_line.line == 7
+
+
 def test_a_stuck_loader_worker_is_named(run_script: Run, serving: Serving) -> None:
     """The batch that the rank waits for, its worker, and the worker's line, by the signal."""
     run_script(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import weakref
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
-__all__ = ["LoaderWorker", "WorkersOfLoader", "follow_iterator", "worker_pids", "workers_of_loaders"]
+__all__ = ["LoaderWorker", "WorkersOfLoader", "awaited_loader", "follow_iterator", "worker_pids", "workers_of_loaders"]
+
+_RECEIVING, _FILES = "_get_data", ("/dataloader.py", "/stateful_dataloader.py")
+_MAX_DEPTH = 100
 
 # One entry per iterator that a training loop reads, added when it is created.
 _iterators: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -66,13 +70,36 @@ def worker_pids() -> tuple[WorkersOfLoader, ...]:
     return tuple(_pids.values())
 
 
-def workers_of_loaders() -> list[LoaderWorker]:
-    """Return the workers of all live iterators. It reads attributes that are private to torch: without them, none."""
-    return [worker for iterator in list(_iterators) for worker in _workers_of(iterator)]
+def awaited_loader(frame: FrameType | None) -> int | None:
+    """Return the `id` of the iterator whose next batch a thread waits to receive; None if it does something else.
+
+    Args:
+        frame: what the thread runs.
+    """
+    for _ in range(_MAX_DEPTH):
+        if frame is None:
+            break
+
+        if frame.f_code.co_name == _RECEIVING and frame.f_code.co_filename.endswith(_FILES):
+            return id(frame.f_locals.get("self"))
+
+        frame = frame.f_back
+
+    return None
 
 
-def _workers_of(iterator: Any) -> Iterator[LoaderWorker]:
-    missing = _missing_batch(iterator)
+def workers_of_loaders(awaited: int | None) -> list[LoaderWorker]:
+    """Return the workers of all live iterators. It reads attributes that are private to torch: without them, none.
+
+    Args:
+        awaited: `id` of the iterator that the rank waits for. Batches that others lack may be made, as an iterator
+            receives none until it is asked for the next one.
+    """
+    return [worker for iterator in list(_iterators) for worker in _workers_of(iterator, awaited)]
+
+
+def _workers_of(iterator: Any, awaited: int | None) -> Iterator[LoaderWorker]:
+    missing = _missing_batch(iterator) if id(iterator) == awaited else None
     for number, process in enumerate(getattr(iterator, "_workers", ())):
         batch = missing[0] if missing is not None and missing[1] == number else None
         method = getattr(process, "_start_method", "") or multiprocessing.get_start_method(allow_none=True) or ""

@@ -15,6 +15,7 @@ from traceml.database.flight.open_phase import open_phase
 from traceml.database.process_snapshots import blocker_of
 from traceml.database.schema import LINE_PHASES, Slot
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
+from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.quiet.awaited_child import awaited_child
 from traceml.recorder.quiet.thread_snapshots import other_threads
 from traceml.recorder.quiet.transfer_snapshots import open_transfer
@@ -41,7 +42,7 @@ class SnapshotMaker:
         user: recognizes the user's code.
         is_evaluating: whether an evaluation runs.
         groups: returns the newest operation by process group.
-        workers: returns the loader's workers; its argument is the time without progress.
+        workers: returns the loader's workers, by the time without progress and the iterator that the rank waits for.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class SnapshotMaker:
         user: UserCode,
         is_evaluating: Callable[[], bool],
         groups: Callable[[], tuple[GroupSnapshot, ...]],
-        workers: Callable[[float], tuple[WorkerSnapshot, ...]],
+        workers: Callable[[float, int | None], tuple[WorkerSnapshot, ...]],
     ) -> None:
         self._slots, self._steps = flight.open_slots, flight.ring("steps")
         self._rank, self._thread, self._user = rank, thread, user
@@ -99,7 +100,7 @@ class SnapshotMaker:
             is_idle_notebook="ipykernel" in sys.modules and not user,
             is_compiling=compiles,
             groups=self._operations(frame),
-            workers=self._workers(quiet_s),
+            workers=self._workers(quiet_s, awaited_loader(frame)),
             threads=other_threads(self._thread(), self._user),
             is_last=is_last,
         )

@@ -32,13 +32,14 @@ class WorkerSnapshots:
         self._batch: int | None = None
         self._cpu: dict[int, tuple[float, float]] = {}
 
-    def make(self, quiet_s: float) -> tuple[WorkerSnapshot, ...]:
+    def make(self, quiet_s: float, awaited: int | None) -> tuple[WorkerSnapshot, ...]:
         """Return snapshots of all workers.
 
         Args:
             quiet_s: time without progress, in seconds.
+            awaited: the iterator that the rank waits for, see `awaited_loader`; None asks no worker for its stack.
         """
-        workers = workers_of_loaders()
+        workers = workers_of_loaders(awaited)
         batch = next((each.waits_for_batch for each in workers if each.waits_for_batch is not None), None)
         if batch != self._batch:
             self._batch = batch
