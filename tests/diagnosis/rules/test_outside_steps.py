@@ -54,6 +54,14 @@ def test_a_long_start_up_is_reported(wall_s, startup, severity, place):
         assert found[place].severity == severity
 
 
+@pytest.mark.parametrize(("steps", "words"), [(0.0, "had not begun 80 s after"), (1.0, "began 80 s after")])
+def test_a_training_that_has_not_begun_did_not_begin(steps, words):
+    """A job may be ended, or hang, before its first step."""
+    (found,) = (each for each in findings(80.0 + steps, startup=80.0, steps=steps) if each.kind is Kind.STARTUP)
+
+    assert f"Training {words} the start" in found.summary
+
+
 def test_a_start_up_names_its_line():
     """Half of the samples before the first step."""
     lines = (

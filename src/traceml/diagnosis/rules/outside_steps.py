@@ -54,13 +54,21 @@ def _startup(time: RunTime, startup_s: float, line: BlamedLine | None, imports: 
     return _startup_finding(
         time,
         startup_s,
-        f"Training began {duration_text(startup_s)} after the start: {_part_of_run(time)}{where}.",
+        _began_text(time, startup_s) + where + ".",
         _FOR_IMPORTS if mostly_imports else _for_startup(line),
         {
             **({"import_share": imports} if mostly_imports else {}),
             **({} if line is None else line.evidence(1.0)),
         },
     )
+
+
+def _began_text(time: RunTime, startup_s: float) -> str:
+    after = f"{duration_text(startup_s)} after the start"
+    if time.share("steps", "evaluation") > 0:
+        return f"Training began {after}: {_part_of_run(time)}"
+
+    return f"Training had not begun {after}"
 
 
 def _compiled_startup(time: RunTime, startup_s: float, compiled: float) -> Finding:
