@@ -61,6 +61,7 @@ def facts(
     state: str = "running",
     steps: int = 40,
     silent: tuple[int, ...] = (),
+    absent: tuple[int, ...] = (),
     rows: bool = True,
     was_aborted: bool = False,
     calls: Callable[[int, int], int] | None = None,
@@ -75,6 +76,7 @@ def facts(
         state: state of the run.
         steps: steps of each rank.
         silent: ranks whose recorder sends nothing.
+        absent: ranks that have never sent anything.
         rows: whether steps were seen at all.
         was_aborted: whether it was ended because it hung.
         calls: returns the column `bits` of a rank's step.
@@ -82,7 +84,7 @@ def facts(
     """
     builder = JobFactsBuilder(ranks)
     builder.state = state
-    for rank in range(ranks):
+    for rank in sorted(set(range(ranks)) - set(absent)):
         builder.host(rank, "node1")
         builder.info(rank, {"kind": "process", "t_ns": LAST_NS - 50 * S, **process})
         if rows:

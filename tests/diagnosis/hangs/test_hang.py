@@ -58,7 +58,8 @@ def test_a_rank_whose_script_ended_earlier_has_fewer_data():
     finding = judged(facts([waits], ended, steps=9))
 
     assert summary(finding) == (
-        "Rank 1's script ended after 9 steps; rank 0 waits for it in all_reduce #15 in backward (train.py:28 main)."
+        "Rank 1's script ended after 9 steps; rank 0 waits for it in all_reduce #15 in backward (train.py:28 main), "
+        "for 7.0 s."
     )
     assert "drop_last" in finding.next
 
@@ -137,7 +138,7 @@ def test_sub_groups_in_different_order_are_a_circle():
 
     assert summary(found(zero, *rest, ranks=3)) == (
         "Ranks 0, 1 wait for each other: rank 0 in all_reduce #1 of group 'mygrp' (train.py:20 main), rank 1 in "
-        "all_reduce #6 (train.py:30 main)."
+        "all_reduce #6 (train.py:30 main), for 75 s; rank 2 waits for them in all_reduce #6 (train.py:30 main)."
     )
 
 
@@ -169,6 +170,19 @@ def test_a_rank_without_an_answer_is_no_culprit():
     finding = found(in_backward(0, groups=(group(15, "all_reduce", members=(0, 2)),)), ranks=2, silent=(1,))
 
     assert "rank 1 did not answer" in summary(finding)
+
+
+@pytest.mark.parametrize(("quiet_s", "is_hang"), [(75.0, True), (20.0, False)])
+def test_a_rank_that_never_answered_is_missed_after_the_end_too(quiet_s, is_hang):
+    """What was a hang while the job ran is one when it was ended; a rank that is still starting is none."""
+    waiting = snapshot(0, call("init_process_group"), line(7), step=-1, in_step=False, phase="startup", quiet_s=quiet_s)
+    ended = RankExit(rank=0, state="killed", signal=15)
+    finding = judged(facts([waiting], ended, state="stopped", rows=False, ranks=2, silent=(1,), absent=(1,)))
+
+    assert (finding is not None) is is_hang
+    if finding is not None:
+        assert "in init_process_group (train.py:7 main)" in summary(finding)
+        assert "rank 1 did not answer" in summary(finding)
 
 
 GIL = "in C code called at train.py:6 stuck that holds the GIL"

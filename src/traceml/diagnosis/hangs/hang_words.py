@@ -38,7 +38,8 @@ def hang_summary(found: Standstill) -> str:
     if cause in (HangCause.MISMATCH, HangCause.SIZES):
         text = _different_text(found)
     elif cause is HangCause.CIRCLE:
-        text = f"{ranks_text(found.blame.ranks)} wait for each other: {_places(found, found.blame.ranks)}"
+        places = _places(found, found.blame.ranks)
+        text = f"{ranks_text(found.blame.ranks)} wait for each other: {places}, for {_age(found)}{_waiters_text(found)}"
     elif cause is HangCause.NETWORK:
         where = _where_they_wait(found, sorted(found.snapshots))
         text = f"all ranks have been in {where} for {_age(found)}: the network, or the link of one of them"
@@ -118,7 +119,7 @@ def _ended_text(found: Standstill) -> str:
             after += f", the others had {count_text(min(others))}"
 
     whose = f"{ranks_text(gone)}'s script" if len(gone) == 1 else f"the scripts of {ranks_text(gone)}"
-    return f"{whose} ended{after}{_waiters_text(found)}"
+    return f"{whose} ended{after}{_waiters_text(found)}, for {_age(found)}"
 
 
 def _different_text(found: Standstill) -> str:

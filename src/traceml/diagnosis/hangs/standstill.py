@@ -131,7 +131,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
     snapshots = {
         each.rank: _with_exit(each.snapshot, exits.get(each.rank)) for each in ranks if each.snapshot is not None
     }
-    if not snapshots or len(snapshots) < len(ranks) or len(ranks) + len(finished) < facts.world_size:
+    if not snapshots or len(snapshots) < len(ranks):
         return None
 
     by_rows = [snapshot for snapshot in snapshots.values() if snapshot.answered == "rows"]
@@ -149,8 +149,11 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
         return found
 
     # What was a hang while the job ran stays one; rows alone miss progress inside a step.
-    limit_s = usual_s if by_rows else min(usual_s, _limit_s(found, progress, step_p99_s))
-    return found if found.quiet_s >= limit_s else None
+    live_s = _limit_s(found, progress, step_p99_s)
+    if len(ranks) + len(finished) < facts.world_size:  # others may never have got as far as the recorder
+        return found if not by_rows and found.quiet_s >= live_s else None
+
+    return found if found.quiet_s >= (usual_s if by_rows else min(usual_s, live_s)) else None
 
 
 def _with_exit(snapshot: RankSnapshot, ended: RankExit | None) -> RankSnapshot:
