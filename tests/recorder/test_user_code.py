@@ -40,3 +40,12 @@ def test_what_the_user_wrote(path: str, values: dict[str, object], *, is_of_user
         __file__ = "/opt/pytorch/torch/__init__.py"
 
     assert UserCode({"torch": Torch}).contains(frame_of(path, **values)) is is_of_user
+
+
+def test_a_file_as_a_script_and_as_a_module() -> None:
+    """A file of an installed package is the user's only where it runs as the script, in whatever order it is asked."""
+    path = "/usr/lib/python3/dist-packages/x/train.py"
+    script, module = frame_of(path, __name__="__main__", __spec__=None), frame_of(path)
+    user = UserCode()
+
+    assert [user.contains(frame) for frame in (module, script, module, script)] == [False, True, False, True]

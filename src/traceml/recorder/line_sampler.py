@@ -176,10 +176,13 @@ class LineSampler:
         self._counts.clear()
 
     def _count(self, key: _Key, before: _ThreadReading, after: _ThreadReading) -> None:
-        if key not in self._counts and len(self._counts) >= _MAX_LINES:
-            return
+        counts = self._counts.get(key)
+        if counts is None:
+            if len(self._counts) >= _MAX_LINES:
+                return
 
-        counts = self._counts.setdefault(key, [0, 0, 0])
+            counts = self._counts[key] = [0, 0, 0]
+
         counts[0] += 1
         self.samples += 1
         self._startup += key[0] == LINE_STARTUP

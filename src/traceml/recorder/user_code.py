@@ -1,4 +1,4 @@
-"""Frames of the user's code: asks `witness.user_files` once per code object; a script always is the user's."""
+"""Frames of the user's code: asks `witness.user_files` once per file; a script always is the user's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from traceml.witness.user_files import is_user_file
 
 __all__ = ["UserCode", "user_line"]
 
-_MAX_CODES = 4096
+_MAX_FILES = 4096
 _MAX_DEPTH = 200
 
 
 class UserCode:
-    """Recognizes frames of the user's code; remembers the answer for each code object.
+    """Recognizes frames of the user's code; remembers the answer for each file.
 
     A script is the user's wherever it lies.
 
@@ -25,19 +25,19 @@ class UserCode:
 
     def __init__(self, modules: Any = None) -> None:
         self._modules = modules
-        self._known: dict[CodeType, bool] = {}
+        self._known: dict[str, bool] = {}  # not by code object, whose hash is computed anew from all its constants
 
     def contains(self, frame: FrameType) -> bool:
         """Return whether the user wrote the code of a frame."""
-        code = frame.f_code
-        known = self._known.get(code)
+        path = frame.f_code.co_filename
+        known = self._known.get(path)
         if known is None:
-            if len(self._known) >= _MAX_CODES:  # code that is made anew for each call
+            if len(self._known) >= _MAX_FILES:  # code that is made anew for each call
                 self._known.clear()
 
-            known = self._known[code] = _is_script(frame) or is_user_file(code.co_filename, self._modules)
+            known = self._known[path] = is_user_file(path, self._modules)
 
-        return known
+        return known or _is_script(frame)
 
 
 def user_line(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> tuple[CodeType | None, int]:
