@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import msgspec
-import numpy as np
 
 from traceml.diagnosis.kinds import Kind, Severity
 
@@ -96,7 +95,7 @@ def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding
     return sorted(findings, key=lambda finding: (not finding.is_urgent, -cost(finding)))
 
 
-def significant(value: float | np.floating[Any] | None) -> float | None:
+def significant(value: SupportsFloat | None) -> float | None:
     """Return a number to 6 digits; None for None, NaN and infinity."""
     return float(f"{float(value):.6g}") if value is not None and math.isfinite(value) else None
 
@@ -106,16 +105,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
 
-    if isinstance(value, np.ndarray | list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
 
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-
-    if isinstance(value, int | np.integer):
-        return int(value)
-
-    if isinstance(value, float | np.floating):
+    if isinstance(value, float):
         return significant(value)
 
-    return value if value is None or isinstance(value, str) else str(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+
+    # Not by numpy's types: importing them takes as long as the rest of the card that shows a finished report.
+    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
