@@ -72,6 +72,21 @@ def test_a_long_line_is_thinned_and_keeps_its_extremes(store):
     assert np.all(np.diff(line.steps) > 0)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [10_000, 10_001])
+def test_means_of_the_greatest_values_are_finite(store, count):
+    """Their sum would be infinite, with a warning on the user's terminal; gaps do not count."""
+    writer, streams = store
+    values = np.full(count, 1e308)
+    values[5:8] = np.nan
+    log(writer, streams[0], ["loss"], values)
+
+    line = _lines(writer)["loss"]
+
+    assert line.values == pytest.approx(1e308)
+    assert line.missing == 3
+
+
 def test_what_is_no_number_is_a_gap_and_is_counted(store):
     """NaN and infinities break the line, and the line knows how many there were."""
     writer, streams = store

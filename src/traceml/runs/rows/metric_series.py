@@ -84,7 +84,7 @@ class MetricSeriesSet:
 
 
 def _points(rows: NDArray[np.void]) -> NDArray[np.float64]:
-    """Return step, sum, count, least, greatest, number of non-finite values, and time in seconds of each row."""
+    """Return step, mean, count, least, greatest, number of non-finite values, and time in seconds of each row."""
     values, finite = rows["value"], np.isfinite(rows["value"])
     points = np.empty((len(rows), 7))
     points[:, 0], points[:, 1], points[:, 2] = rows["step"], np.where(finite, values, 0), finite
@@ -96,17 +96,16 @@ def _points(rows: NDArray[np.void]) -> NDArray[np.float64]:
 def _joined(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Join pairs of neighbors."""
     starts = np.arange(0, len(points), 2)
-    joined = np.add.reduceat(points, starts)
-    joined[:, 0], joined[:, 6] = points[starts, 0], points[starts, 6]
-    joined[:, 3], joined[:, 4] = (
-        np.minimum.reduceat(points[:, 3], starts),
-        np.maximum.reduceat(points[:, 4], starts),
-    )
+    joined = points[starts]  # step and time are the first one's
+    joined[:, [2, 5]] = np.add.reduceat(points[:, [2, 5]], starts)
+    shares = points[:, 2] / np.maximum(np.repeat(joined[:, 2], 2)[: len(points)], 1)
+    joined[:, 1] = np.add.reduceat(points[:, 1] * shares, starts)  # a sum of the values themselves may overflow
+    joined[:, 3] = np.minimum.reduceat(points[:, 3], starts)
+    joined[:, 4] = np.maximum.reduceat(points[:, 4], starts)
     return joined
 
 
 def _line(name: str, points: NDArray[np.float64]) -> MetricSeries:
     some = points[:, 2] > 0
-    mean = np.divide(points[:, 1], points[:, 2], out=np.full(len(points), np.nan), where=some)
-    least, most = (np.where(some, points[:, column], np.nan) for column in (3, 4))
+    mean, least, most = (np.where(some, points[:, column], np.nan) for column in (1, 3, 4))
     return MetricSeries(name, points[:, 0], mean, least, most, int(points[:, 5].sum()), points[:, 6])
