@@ -147,3 +147,13 @@ def test_a_run_that_is_not_there(tmp_path, monkeypatch):
         load_run("nope")
 
     assert load_run("abcd").id == load_run().id == "20260101-000000-train-abcd"
+
+
+def test_one_long_name_does_not_widen_each_row(tmp_path):
+    """Memory goes with the rows and the names, not with their product."""
+    logged = LoggedRun(tmp_path / "run")
+    logged.metrics({"loss": [0.5] * 1000, "x" * 100_000: [1.0]})
+    metrics = load_run(logged.end()).metrics()
+
+    assert metrics.itemsize < 100
+    assert metrics[metrics["name"] == "x" * 100_000]["value"].tolist() == [1.0]

@@ -242,8 +242,9 @@ def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> RecordArray:
 
 def _logged(rows: NDArray[np.void], streams: dict[int, StreamRecord], names: dict[tuple[int, int], str]) -> RecordArray:
     pairs = zip(rows["stream"].tolist(), rows["name_id"].tolist(), strict=True)
-    named = np.array([names.get(pair, f"(name {pair[1]})") for pair in pairs], np.str_)
-    columns = [("name", named.dtype.str), ("rank", "<i8"), ("attempt", "<i8"), ("step", "<i8"), ("value", "<f8")]
+    named = [names.get(pair, f"(name {pair[1]})") for pair in pairs]
+    # Objects: an array of texts gives each row the bytes of the longest name, of any length.
+    columns = [("name", "O"), ("rank", "<i8"), ("attempt", "<i8"), ("step", "<i8"), ("value", "<f8")]
     table = np.empty(len(rows), [*columns, ("time", "<f8")])
     table["name"], table["time"] = named, rows["t_ns"] / 1e9
     table["rank"] = [streams[stream].rank for stream in rows["stream"].tolist()]
