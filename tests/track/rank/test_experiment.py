@@ -26,6 +26,8 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
             outer.log_metric("y", 2)
             outer.log_hyperparameter("depth", 3)
             outer.set_tags({"stage": 2})
+            outer.set_tags(["late"])
+            outer.set_tags("last")
             try:
                 with traceml.Experiment("inner", backend=["jsonl"], resume="earlier") as inner:
                     assert traceml.get_active_experiment() is inner
@@ -66,7 +68,7 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
         (again["experiment"], "finished"),
     ]
     assert [row["params"] for row in stored.of("params")] == [{"lr": 1}, {"depth": 3}]
-    assert [row["tags"] for row in stored.of("tags")] == [{"stage": "2"}]
+    assert [row["tags"] for row in stored.of("tags")] == [{"stage": "2"}, {"late": ""}, {"last": ""}]
 
 
 def test_an_experiment_begins_at_its_first_call(script: Script, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class Experiment:
         self.name = name
         self.project = project
         self.backends = names_of(backend)
-        self.tags = dict(tags) if isinstance(tags, Mapping) else dict.fromkeys(tags or (), "")
+        self.tags = _tags_of(tags or ())
         self.config: dict[str, Any] = dict(config or {})
         """Parameters at the start; under a sweep agent, those that the sweep chose."""
         self._parent = parent if isinstance(parent, Experiment) else None
@@ -227,9 +227,9 @@ class Experiment:
         """Log one parameter."""
         self.log_params({name: value})
 
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags."""
-        self._begun_logger().row("tags", tags={str(key): str(value) for key, value in tags.items()})
+    def set_tags(self, tags: Mapping[str, Any] | Sequence[str]) -> None:
+        """Set tags: names with values, or names alone."""
+        self._begun_logger().row("tags", tags=_tags_of(tags))
 
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Log a file, or the files of a folder; see `traceml.log_artifact`."""
@@ -263,7 +263,7 @@ class Experiment:
         loggers.note_backends(self._logger.experiment, chosen.backends)
         return {
             "id": self.id, "name": self.name, "project": self.project or config.project,
-            "tags": {str(key): str(value) for key, value in self.tags.items()}, "parent": self.parent,
+            "tags": self.tags, "parent": self.parent,
             "resume": self.resume, "params": self.config,
         } | announcement(config, chosen.backends, chosen.options)  # fmt: skip
 
@@ -287,6 +287,14 @@ def _renew_lock(forked: bool) -> None:
 
 on_change(_renew_lock)
 capturing.follow_recorder()  # a logging call may start the recorder
+
+
+def _tags_of(tags: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:
+    """Return tags with their values, empty where they are names alone; a text is one name."""
+    if isinstance(tags, Mapping):
+        return {str(name): str(value) for name, value in tags.items()}
+
+    return dict.fromkeys(map(str, [tags] if isinstance(tags, str) else tags), "")
 
 
 def _state_after(kind: type[BaseException] | None) -> str:
