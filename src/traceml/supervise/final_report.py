@@ -14,7 +14,7 @@ __all__ = ["load_card", "print_final_report"]
 
 _UNFINISHED = """\
 {program}: this run is not stored completely; {log} may give the reason.
-The rest stays in memory files for an hour: `traceml serve --runs-dir {runs}` stores it and writes the report.
+The rest stays in memory files for an hour, logged values for a week: `traceml serve --runs-dir {runs}` stores it.
 """
 
 _MOVED = (
