@@ -16,6 +16,8 @@ from traceml.aggregator.recovery import dead_flights
 from traceml.clock import boot_time_s, monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.runs.rows.clocks import RunClocks
 
 KILLED = """
@@ -46,6 +48,7 @@ LIVES = """
         os.execv(sys.executable, [sys.executable, *sys.argv[:-1], str(int(sys.argv[1]) + 1)])
     os.kill(os.getpid(), 9)
 """
+TICK_S = 0.1  # the kernel counts starts of processes in hundredths
 
 
 def test_rows_on_disk_are_stored_after_a_reboot(script: Script, tmp_path: Path) -> None:  # noqa: F811
@@ -83,6 +86,19 @@ def test_dates_of_a_rank_that_never_connected_are_right(script: Script, tmp_path
     (stream,) = Stored(run_dir).streams
     now_ns = RunClocks([stream]).of_stamp(stream.id, monotonic_ns())
     assert abs(now_ns - time.time_ns()) < 60e9
+
+
+def test_a_run_that_is_found_later_took_as_long_as_its_process(script: Script, tmp_path: Path) -> None:  # noqa: F811
+    """Neither its start nor its end is the moment at which its rows are stored, perhaps days later."""
+    before_s = time.time()
+    finish(script(KILLED_EARLY), -signal.SIGKILL)
+    after_s = time.time()
+
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+
+    with StoreReader(run_dir / STORE_NAME) as reader:
+        run = reader.meta()["run"]
+    assert before_s - TICK_S <= run["started"] <= run["ended"] <= after_s
 
 
 def test_the_rank_that_started_an_aggregator_is_killed_before_it_connects(

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 from dataclasses import replace
 
 import pytest
 
+from traceml.aggregator.orphans import finish_orphan
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
+from traceml.clock import boot_id, process_start_ticks
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -186,6 +191,38 @@ def test_orphans_are_adopted_once_and_the_lock_of_a_living_one_respected(registr
     later.resume_orphans()
     assert [each.path for each in later.open_runs] == [run.path]
     later.open_runs[0].close()
+
+
+def test_an_orphan_ended_when_its_store_was_last_written(registry):
+    """Not when somebody finishes it, which may be the next day."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        facts = {"host": socket.gethostname(), "boot_id": boot_id(), "pid": process.pid}
+        facts |= {"start_ticks": process_start_ticks(process.pid), "script_ms": 7_200_000}
+        run, stream = join(registry, hello(0, 1, **facts))
+
+    run.disconnected(stream)
+    run.close()
+    written_s = run.path.stat().st_mtime - 3600
+    for path in run.path.iterdir():
+        os.utime(path, (written_s, written_s))
+
+    assert finish_orphan(run.path)
+
+    with StoreReader(run.path / STORE_NAME) as reader:
+        assert reader.meta()["run"]["ended"] == written_s
+
+
+def test_an_orphan_ended_with_its_last_rank(registry):
+    """Its store may have been written since, by whoever merged it."""
+    run, stream = join(registry, hello(0, 1))
+    leave(run, stream)
+    run.close()
+
+    assert finish_orphan(run.path)
+
+    with StoreReader(run.path / STORE_NAME) as reader:
+        (rank,) = reader.streams()
+        assert reader.meta()["run"]["ended"] == rank.facts["ended"]
 
 
 @pytest.mark.parametrize("left", ["", "[]", '{"job": 5, "run": "x"}', '{"job": "j", "run": "../x"}', '{"job": "j"}'])

@@ -79,7 +79,9 @@ class ActiveRun(RunStreams):
             if not self.streams:
                 self._facts.values |= {"name": flight.name, "project": flight.project}
                 self._resize(flight.world_size)
-                self._facts.write(self.store)
+
+            self._facts.begin_at(flight.began_s)
+            self._facts.write(self.store)
 
             attempt = self._facts.attempt_of(flight.attempt)
             stream = self._add_stream(
@@ -268,7 +270,8 @@ class ActiveRun(RunStreams):
             with fail_open(_log, "aggregator", f"the last findings of run {self.id} are not known"):
                 self.final_findings = self.live.final_findings(state)
 
-        self._facts.end(state)
+        is_present = self._is_attended or status is not None
+        self._facts.end(state, None if is_present else max(self._signs_s, default=self._last_written_s))
         self._facts.write(self.store)
         if handled := Counter(failures()) - self._failures_before:
             self.store.put_meta("failures", dict(handled))
@@ -321,6 +324,7 @@ class ActiveRun(RunStreams):
         if image is not None:
             self._recovered.append(image)
             self.store.update_stream(stream.id, appended=appended_rows(image))
+            self._signs_s.append(image.last_beat_s)
 
         state = state_of_dead(stream, image, self.world_size)
         if state is StreamState.LOST:

@@ -53,6 +53,8 @@ class DeadFlight:
         if self.run_dir is not None and safe_run_id(self.run_dir.name) != self.run_dir.name:
             raise ValueError(f"{path} names a folder that cannot be a run's: {str(self.run_dir)!r:.200}")
 
+        self.began_s = image.clock[1] / 1e9 - max(int(facts.get("script_ms") or 0), 0) / 1e3
+        """Start of its script, else of its recorder, in epoch seconds."""
         self.folder = _folder_of(facts)
         """Runs folder of its run, else of the rank's settings."""
         self.world_size = int(facts.get("world_size", 1))

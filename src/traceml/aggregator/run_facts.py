@@ -74,7 +74,7 @@ class RunFacts:
     def name_after(self, hello: Hello) -> None:
         """Take name, project, command and start from the first rank; a launcher's run began before it."""
         self.values |= {"name": hello.name or self.values["id"], "project": hello.project, "command": hello.command}
-        self.values["started"] = min(self.values["started"], self.now_s() - hello.script_ms / 1000)
+        self.begin_at(self.now_s() - hello.script_ms / 1000)
 
     def add_rank(self, hello: Hello) -> None:
         """Take a rank's host and the restarts that are left."""
@@ -84,9 +84,14 @@ class RunFacts:
 
         self.values["restarts_left"] = hello.restarts_left
 
-    def end(self, state: str) -> None:
-        """Set the end to this moment."""
-        self.values |= {"state": state, "ended": self.now_s()}
+    def begin_at(self, epoch_s: float) -> None:
+        """Set the start to a moment that was found out later, if it is earlier."""
+        self.values["started"] = min(self.values["started"], epoch_s)
+
+    def end(self, state: str, at_s: float | None = None) -> None:
+        """Set the end to an epoch second, by default this moment; a run does not end before its start."""
+        ended = self.now_s() if at_s is None else max(at_s, self.values["started"])
+        self.values |= {"state": state, "ended": ended}
 
     def reopen(self) -> None:
         """Remove the end."""

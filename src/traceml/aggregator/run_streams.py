@@ -16,7 +16,7 @@ from traceml.aggregator.stream_table import StreamTable
 from traceml.aggregator.streams import Incarnation, Stream, StreamPeer, StreamState, moment_s
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.database.store.store_file import STORE_NAME, last_written_s
 from traceml.transport.hello import Hello
 
 __all__ = ["RunStreams"]
@@ -43,6 +43,10 @@ class RunStreams:
         self.named = named
         self._table = StreamTable()
         self._touched_s = moment_s()
+        # A run that this aggregator only finishes ended with the last sign of its ranks, perhaps days ago.
+        self._is_attended = False
+        self._signs_s: list[float] = []
+        self._last_written_s = last_written_s(path / STORE_NAME)
         self._facts = RunFacts(path.name, key, named=named)
         self.admission = Admission(self._facts, self._table, named=named, on_helper=self._note_helper)
         self.store = StoreWriter(path / STORE_NAME)
@@ -136,6 +140,7 @@ class RunStreams:
             if stream.state is StreamState.LOST and stream.in_window:
                 self.live.join(stream)
 
+        self._is_attended = True
         stream.state = StreamState.RUNNING
         stream.flight = hello.flight
         stream.connect(peer)
@@ -268,6 +273,9 @@ class RunStreams:
                     self._table.away[stream] = None
 
                 self.live.resume(stream)
+
+            ends = [facts.get("ended"), *(record.facts.get("ended") for record in reader.streams())]
+            self._signs_s += [float(end) for end in ends if end is not None]
 
         self._facts.reopen()
         self.store.event("resumed", {"was": facts["state"]})

@@ -108,6 +108,7 @@ class Identity:
             "host": socket.gethostname(),
             "recorder": self.recorder,
             "parent": self.parent,
+            "script_ms": 0 if self.parent else script_age_ms(),
         }
 
 

@@ -15,7 +15,15 @@ from traceml.database.schema import TABLES
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import StoreError
 
-__all__ = ["STORE_NAME", "STORE_VERSION", "create", "open_for_reading", "open_for_writing", "translate_errors"]
+__all__ = [
+    "STORE_NAME",
+    "STORE_VERSION",
+    "create",
+    "last_written_s",
+    "open_for_reading",
+    "open_for_writing",
+    "translate_errors",
+]
 
 STORE_NAME = "store.db"
 STORE_VERSION = 3
@@ -251,6 +259,12 @@ def _check_schema(database: sqlite3.Connection, path: Path) -> None:
             f"{path} has the {found[0]} {found[1]!r:.80}, which no traceml has written: the file was changed. "
             "Do not open it with other programs; move it away."
         )
+
+
+def last_written_s(path: Path) -> float | None:
+    """Return the time of the last write to a store, in epoch seconds; None where there is none."""
+    files = [path, path.with_name(f"{path.name}-wal")]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=None)
 
 
 def _version(database: sqlite3.Connection) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from traceml.clock import SteadyClock
 from traceml.database.schema import PROCESS
-from traceml.database.store.store_file import STORE_NAME
+from traceml.database.store.store_file import STORE_NAME, last_written_s
 from traceml.runs.rows.digest import Digest
 
 __all__ = ["run_times"]
@@ -23,7 +23,7 @@ def run_times(digest: Digest, state: str, run_dir: Path) -> tuple[float | None, 
     """
     started, ended = digest.run.get("started"), digest.run.get("ended")
     if ended is None and state != "running":  # the process that would have noted it is gone
-        ended = _last_row_s(digest) or _last_written_s(run_dir)
+        ended = _last_row_s(digest) or last_written_s(run_dir / STORE_NAME)
 
     if started is None:
         return None, ended, None
@@ -52,9 +52,3 @@ def _last_row_s(digest: Digest) -> float | None:
 
     latest = max(stamps, default=0)
     return clock.epoch_s(latest) if latest > clock.mono_ns else None
-
-
-def _last_written_s(run_dir: Path) -> float | None:
-    """Return the time of the last write to the store, in epoch seconds."""
-    files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal"]
-    return max((path.stat().st_mtime for path in files if path.exists()), default=None)
