@@ -42,13 +42,14 @@ from traceml.database.schema import HOST, PROCESS, STEPS, Table
 from traceml.database.store.codec import encode as compress
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
-from traceml.diagnosis.steps.stand_ins import HostChoice
+from traceml.diagnosis.steps.stand_ins import HostChoice, WorkAbove, packed_ms
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode
 from traceml.transport.hello import Hello
 
 PER_HOST, STEPS_PER_S = 8, 10
 STEP_NS = 100_000_000
+ABOVE = packed_ms(np.full(STEPS_PER_S, 2e6, np.float32))
 
 
 def main() -> int:
@@ -130,14 +131,11 @@ class HostGenerator(Generator):
     def send(self, member: Rank) -> None:
         """Send a host's next message."""
         number, first = member.sent + 1, member.sent * STEPS_PER_S
-        above_ns = np.full(STEPS_PER_S, 2e6, np.float32)
         ranks = tuple(range(PER_HOST * member.rank, PER_HOST * (member.rank + 1)))
-        choice = HostChoice(
-            host="", typical=ranks[0], ordinary=ranks, sent=ranks[:1], first_step=first, above_ns=above_ns
-        )
+        choice = HostChoice(host="", typical=ranks[0], ordinary=ranks, sent=ranks[:1])
         frame = encode({
-            "t": "second", "number": number, "rows": list(self.packed(member, first)), "choice": choice.to_row(),
-            "ends": [],
+            "t": "second", "number": number, "rows": list(self.packed(member, first)),
+            "choice": choice.to_row() if number == 1 else None, "above": WorkAbove(first, ABOVE).to_row(), "ends": [],
         })  # fmt: skip
         member.sent = number
         if self.measuring:

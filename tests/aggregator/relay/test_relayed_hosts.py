@@ -10,7 +10,7 @@ import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving, step_rows
 from tests.eventually import eventually
-from traceml.diagnosis.steps.stand_ins import HostChoice
+from traceml.diagnosis.steps.stand_ins import HostChoice, WorkAbove, packed_ms
 from traceml.errors import AggregatorRefusedError
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
@@ -126,6 +126,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (second(1, [7]), "relayed rows cannot be read"),
     ({**second(1, []), "choice": [1]}, "the choice of a host cannot be read"),
     (second(1, [], HostChoice(host="h", typical=2, ordinary=(2,), sent=(2,))), "ranks beyond the 2 of its run"),
+    (second(1, [], above=[-1, b""]), "the own work beyond the typical rank's cannot be read"),
     (second(1, [], ends=[[0, "vanished", {}]]), "the end of a relayed rank cannot be read"),
     (second(1, [], ends=[3]), "the end of a relayed rank cannot be read"),
 ]
@@ -147,16 +148,14 @@ def test_what_is_no_message_of_a_host_is_refused(serving):
     assert center.process.poll() is None
 
 
-def test_durations_of_a_choice_arrive(serving):
-    """The event of the run has the ranks alone, and comes once as long as they are the same."""
+def test_a_choice_is_one_event(serving):
+    """With the ranks alone; work beyond that of the typical rank comes without it."""
     center = serving()
     link = relay_to(center)
     join(link, 0, 1)
-    for number in (1, 2):
-        link.send(second(number, [steps(0, 10 * number, 10)], HostChoice(
-            host="h", typical=0, ordinary=(0, 1), sent=(0,), first_step=10 * number,
-            above_ns=np.full(10, 2e6, np.float32),
-        )))  # fmt: skip
+    for number in (1, 2, 3):
+        above = WorkAbove(10 * number, packed_ms(np.full(10, 2e6, np.float32))).to_row()
+        link.send(second(number, [steps(0, 10 * number, 10)], CHOICE if number < 3 else None, above=above))
         assert answer(link, "stored")["number"] == number
 
     with center.store() as store:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
-from traceml.diagnosis.steps.stand_ins import HostChoice, StandIns
+from traceml.diagnosis.steps.stand_ins import HostChoice, StandIns, WorkAbove, packed_ms
 from traceml.diagnosis.steps.window import StepWindow
 
 ROWS = rows_of(Job(ranks=8, steps=60))
@@ -28,22 +28,32 @@ def window_of(*ranks: int, steps: int = 60) -> StepWindow:
     return window
 
 
+def above(first_step: int, *values_ns: float) -> WorkAbove:
+    return WorkAbove(first_step, packed_ms(np.array(values_ns, np.float32)))
+
+
 def test_a_choice_passes_as_plain_data():
-    """Durations arrive to 0.1 %."""
-    sent = choice(ended=(3,), ended_at=(17,), first_step=5, above_ns=np.array([1e6, np.nan, 3e6], np.float32))
+    """With the steps at which ranks have ended."""
+    sent = choice(ended=(3,), ended_at=(17,))
 
     got = HostChoice.from_row(sent.to_row())
 
     assert got.is_same(sent)
-    assert (got.ended_at, got.first_step) == ((17,), 5)
-    np.testing.assert_allclose(got.above_ns, sent.above_ns, rtol=1e-3)
+    assert got.ended_at == (17,)
 
 
-@pytest.mark.parametrize("row", [None, 7, [], ["a", 0, [0], [0], [], [], 0], ["a", 0, 5, [0], [], [], 0, b""]])
+@pytest.mark.parametrize("row", [None, 7, [], ["a", 0, [0], [0], []], ["a", 0, 5, [0], [], []]])
 def test_what_is_no_choice_is_refused(row):
     """A peer may send anything."""
     with pytest.raises(ValueError, match="the choice of a host cannot be read"):
         HostChoice.from_row(row)
+
+
+@pytest.mark.parametrize("row", [None, 7, [], [0], [-1, b""], [2**62, b""], [0, "text"], [0, b"", 1], ["0", b""]])
+def test_what_is_no_work_beyond_that_of_a_typical_rank_is_refused(row):
+    """A peer may send anything."""
+    with pytest.raises(ValueError, match="the own work beyond the typical rank's cannot be read"):
+        WorkAbove.from_row(row)
 
 
 def test_a_window_without_merged_hosts_has_no_stand_ins():
@@ -66,23 +76,53 @@ def test_typical_ranks_stand_for_ordinary_ones():
 
 
 def test_only_other_ranks_are_a_change():
-    """New durations alone are none: they are not stored."""
+    """The same choice again is none: it is not stored."""
     stand_ins = StandIns()
 
     assert stand_ins.take(choice())
-    assert not stand_ins.take(choice(first_step=9, above_ns=np.ones(3, np.float32)))
+    assert not stand_ins.take(choice())
     assert stand_ins.take(choice(sent=(0, 1)))
 
 
 def test_the_longest_work_of_the_others_is_known_by_step():
-    """0 where it is not, and of ranks that stand for nobody."""
+    """To 0.1 %; 0 where it is not, and of ranks that stand for nobody."""
     window = window_of(0, 2)
-    window.stand_ins.take(choice(sent=(0, 2), first_step=58, above_ns=np.array([5e6, np.nan], np.float32)))
+    window.stand_ins.take(choice(sent=(0, 2)))
+    window.stand_ins.add("a", WorkAbove.from_row(above(58, 5e6, np.nan).to_row()))
 
     aligned = window.aligned(last=3)
 
     assert aligned.steps.tolist() == [57, 58, 59]
-    assert aligned.above.tolist() == [[0, 5e6, 0], [0, 0, 0]]
+    np.testing.assert_allclose(aligned.above, [[0, 5e6, 0], [0, 0, 0]], rtol=1e-3)
+
+
+def test_work_of_many_seconds_and_hosts_is_put_into_its_steps():
+    """However much comes between two verdicts, and whatever a host sends again."""
+    window = window_of(0, 4)
+    for host, typical in (("a", 0), ("b", 4)):
+        window.stand_ins.take(choice(host, typical, (typical,)))
+
+    for first_step in (0, *range(200)):
+        window.stand_ins.add("a", above(first_step % 60, 1e6 * (1 + first_step // 60)))
+        window.stand_ins.add("b", above(first_step % 60, 8e6))
+
+    aligned = window.aligned(last=2)
+    assert aligned.steps.tolist() == [58, 59]
+    np.testing.assert_allclose(aligned.above, [[3e6, 3e6], [8e6, 8e6]], rtol=1e-3)
+
+
+def test_another_typical_rank_has_other_work_beyond_its_own():
+    """What came for the one before is dropped; so is that of a host that is not known."""
+    window = window_of(0, 1)
+    window.stand_ins.add("a", above(59, 5e6))
+    window.stand_ins.take(choice())
+    window.stand_ins.add("a", above(59, 6e6))
+    window.stand_ins.take(choice(typical=1, sent=(1,)))
+
+    assert window.aligned(last=1).above.tolist() == [[0]]
+
+    window.stand_ins.add("a", above(59, 7e6))
+    np.testing.assert_allclose(window.aligned(last=1).above, [[7e6]], rtol=1e-3)
 
 
 def test_ranks_that_are_not_sent_any_more_do_not_hold_up_the_others():
@@ -122,7 +162,7 @@ def test_ended_ranks_have_their_last_step():
 
 def test_chosen_ranks_are_an_event_without_durations():
     """Exports write events as JSON."""
-    sent = choice(ended=(3,), ended_at=(17,), first_step=5, above_ns=np.ones(3, np.float32))
+    sent = choice(ended=(3,), ended_at=(17,))
 
     facts = json.loads(json.dumps({"attempt": 0, **sent.to_facts()}))
 

@@ -13,7 +13,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.streams import Stream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.codec import decode
-from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice
+from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice, WorkAbove
 from traceml.errors import ProtocolError
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer
@@ -140,7 +140,8 @@ class RelayedHosts:
         host.peer.send({"t": "joined", "id": number, "acked": dict(stream.next), "sample_interval_s": interval_s})
 
     def _second(self, host: _RelayedHost, message: dict[str, Any]) -> None:
-        rows, number, chosen = message.get("rows"), message.get("number"), message.get("choice")
+        rows, number = message.get("rows"), message.get("number")
+        chosen, above = message.get("choice"), message.get("above")
         if not isinstance(rows, list) or not isinstance(number, int):
             raise ProtocolError("the message of a host has no rows and number")
 
@@ -149,6 +150,9 @@ class RelayedHosts:
 
         if chosen is not None and host.run is not None:
             self._choose(host.run, host.key, chosen)
+
+        if above is not None and host.run is not None:
+            self._add_above(host.run, host.key, above)
 
         for each in message.get("ends") or ():
             self._end(host, each)
@@ -180,6 +184,13 @@ class RelayedHosts:
 
         if run.live.stand_ins.take(choice):
             run.store.event(HOST_CHOICE, {"attempt": run.attempt, **choice.to_facts()})
+
+    @staticmethod
+    def _add_above(run: ActiveRun, key: str, row: Any) -> None:
+        try:
+            run.live.stand_ins.add(key, WorkAbove.from_row(row))
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
 
     @staticmethod
     def _end(host: _RelayedHost, end: Any) -> None:

@@ -277,17 +277,17 @@ class RunRelay:
         """Send one message, if there is anything to say."""
         second = self._merger.flush(self._asked)
         frames = [*whole, *self._chosen(second)]
-        choice = None if second is None else second.choice
-        is_known = choice is None or (choice.is_same(self._choice) and not len(choice.above_ns))
-        if is_known and not frames and not ends:
+        choice = None if second is None or second.choice.is_same(self._choice) else second.choice
+        above = None if second is None or not len(second.above) else second.above.to_row()
+        if choice is None and above is None and not frames and not ends:
             return
 
         self._number += 1
-        self._choice = choice
+        self._choice = choice or self._choice
         self._marks.append((self._number, self._cursor))
         link.send({
             "t": "second", "number": self._number, "rows": list(_packed(frames)),
-            "choice": None if choice is None else choice.to_row(), "ends": ends,
+            "choice": None if choice is None else choice.to_row(), "above": above, "ends": ends,
         })  # fmt: skip
 
     def _chosen(self, second: HostSecond | None) -> list[Frame]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["HOST_CHOICE", "HostChoice", "StandIns", "packed_ms", "unpacked_ns"]
+__all__ = ["HOST_CHOICE", "HostChoice", "StandIns", "WorkAbove", "packed_ms"]
 
 HOST_CHOICE = "host_choice"
 """Kind of the event of a run by which a host chooses other ranks than before."""
 _NS_PER_MS = np.float32(1e6)  # milliseconds in half precision reach to a minute, accurate to 0.05 %
+_PACKED_MS = np.dtype("<f2")
+_STEP_LIMIT = 2**62
 _SLOTS = 128
+_MOST_WAITING = 4096  # where no verdict reads them
 _FACTS = ("host", "typical", "ordinary", "sent", "ended", "ended_at")
 
 Ints = NDArray[np.int64]
@@ -34,9 +37,6 @@ class HostChoice:
         sent: ranks whose rows are sent: the typical one, outliers, and those that were asked for.
         ended: ranks that have ended.
         ended_at: the last step of each of these, -1 without any.
-        first_step: step of the first value of `above_ns`.
-        above_ns: by step, own work of the longest of the ordinary ranks beyond that of the typical one; NaN where a
-            rank has no such step.
     """
 
     host: str
@@ -45,8 +45,6 @@ class HostChoice:
     sent: tuple[int, ...]
     ended: tuple[int, ...] = ()
     ended_at: tuple[int, ...] = ()
-    first_step: int = 0
-    above_ns: Floats = field(default_factory=lambda: np.empty(0, np.float32))
 
     @cached_property
     def alive(self) -> frozenset[int]:
@@ -76,7 +74,7 @@ class HostChoice:
     def to_row(self) -> list[Any]:
         """Return the choice as plain data."""
         chosen = [list(ranks) for ranks in (self.ordinary, self.sent, self.ended, self.ended_at)]
-        return [self.host, self.typical, *chosen, self.first_step, packed_ms(self.above_ns)]
+        return [self.host, self.typical, *chosen]
 
     def to_facts(self) -> dict[str, Any]:
         """Return the chosen ranks, as the event of a run has them."""
@@ -90,7 +88,7 @@ class HostChoice:
         Raises:
             ValueError: it is none.
         """
-        return cls.from_row([*(facts.get(name) for name in _FACTS), 0, b""])
+        return cls.from_row([facts.get(name) for name in _FACTS])
 
     @classmethod
     def from_row(cls, row: Any) -> Self:
@@ -100,7 +98,7 @@ class HostChoice:
             ValueError: it is none.
         """
         try:
-            host, typical, ordinary, sent, ended, ended_at, first_step, above = row
+            host, typical, ordinary, sent, ended, ended_at = row
             return cls(
                 host=str(host),
                 typical=int(typical),
@@ -108,25 +106,80 @@ class HostChoice:
                 sent=tuple(map(int, sent)),
                 ended=tuple(map(int, ended)),
                 ended_at=tuple(map(int, ended_at)),
-                first_step=int(first_step),
-                above_ns=unpacked_ns(above),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"the choice of a host cannot be read: {error}") from error
 
 
-def packed_ms(values_ns: Floats) -> bytes:
-    """Return durations as milliseconds in half precision."""
-    return bytes((values_ns / _NS_PER_MS).astype("<f2").tobytes())
+@dataclass(frozen=True, slots=True)
+class WorkAbove:
+    """Own work of the longest of a host's ordinary ranks beyond that of the typical one, for consecutive steps.
 
-
-def unpacked_ns(data: bytes) -> Floats:
-    """Reverse `packed_ms`.
-
-    Raises:
-        ValueError, TypeError: it is none.
+    Attributes:
+        first_step: step of the first value.
+        packed: the values, as `packed_ms` gives them.
     """
-    return np.asarray(np.frombuffer(data, "<f2").astype(np.float32) * _NS_PER_MS)
+
+    first_step: int = 0
+    packed: bytes = b""
+
+    def __len__(self) -> int:
+        return len(self.packed) // _PACKED_MS.itemsize
+
+    def to_row(self) -> list[Any]:
+        """Return it as plain data."""
+        return [self.first_step, self.packed]
+
+    @classmethod
+    def from_row(cls, row: Any) -> Self:
+        """Reverse `to_row`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if type(row) is list and len(row) == 2:
+            first_step, packed = row
+            if type(first_step) is int and 0 <= first_step < _STEP_LIMIT and type(packed) is bytes:
+                return cls(first_step, packed[: len(packed) // 2 * 2])
+
+        raise ValueError("the own work beyond the typical rank's cannot be read")
+
+
+def packed_ms(values_ns: Floats) -> bytes:
+    """Return durations as milliseconds in half precision; NaN where a rank has no such step."""
+    return bytes((values_ns / _NS_PER_MS).astype(_PACKED_MS).tobytes())
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The newest choices of all hosts as arrays.
+
+    Attributes:
+        size: ranks up to the highest one.
+        at: typical rank -> index of its host.
+        unsent: ranks whose rows are not sent.
+        typical: of each of these, the rank that stands for it.
+        ended: ranks that have ended.
+        ended_at: the last step of each of these.
+    """
+
+    size: int
+    at: Mapping[int, int]
+    unsent: Ints
+    typical: Ints
+    ended: Ints
+    ended_at: Ints
+
+    @classmethod
+    def of(cls, choices: Sequence[HostChoice]) -> Self:
+        unsent = [(rank, choice.typical) for choice in choices for rank in choice.unsent]
+        ended = [each for choice in choices for each in zip(choice.ended, choice.ended_at, strict=False)]
+        return cls(
+            max((rank + 1 for choice in choices for rank in (choice.typical, *choice.ranks)), default=0),
+            {choice.typical: at for at, choice in enumerate(choices)},
+            *np.array(unsent, np.int64).reshape(-1, 2).T,
+            *np.array(ended, np.int64).reshape(-1, 2).T,
+        )
 
 
 class StandIns:
@@ -141,7 +194,8 @@ class StandIns:
         self._silent: set[str] = set()
         self._above = np.zeros((0, _SLOTS), np.float32)
         self._steps = np.full((0, _SLOTS), -1, np.int64)
-        self._unsent: Ints | None = None
+        self._waiting: list[tuple[int, WorkAbove]] = []
+        self._chosen: _Chosen | None = None
 
     def __bool__(self) -> bool:
         return bool(self._choices)
@@ -154,10 +208,7 @@ class StandIns:
     @property
     def unsent(self) -> Ints:
         """Ranks whose rows are not sent now."""
-        if self._unsent is None:
-            self._unsent = np.array([rank for choice in self._choices for rank in choice.unsent], np.int64)
-
-        return self._unsent
+        return self._newest.unsent
 
     @property
     def silent(self) -> Ints:
@@ -181,15 +232,19 @@ class StandIns:
         self._choices[at] = choice
         self._silent.discard(choice.host)
         if before is None or choice.typical != before.typical:
+            self._waiting = [each for each in self._waiting if each[0] != at]
             self._steps[at] = -1
 
-        steps = np.arange(choice.first_step, choice.first_step + len(choice.above_ns))[-_SLOTS:]
-        self._above[at, steps % _SLOTS], self._steps[at, steps % _SLOTS] = choice.above_ns[-_SLOTS:], steps
-        changed = not choice.is_same(before)
-        if changed:
-            self._unsent = None
+        self._chosen = None
+        return not choice.is_same(before)
 
-        return changed
+    def add(self, host: str, above: WorkAbove) -> None:
+        """Add the work beyond that of a host's typical rank; without a choice of the host it is ignored."""
+        at = self._at.get(host)
+        if at is not None and len(above):
+            self._waiting.append((at, above))
+            if len(self._waiting) > _MOST_WAITING:
+                self._scatter()
 
     def silence(self, host: str) -> None:
         """Record that a host cannot be reached, until its next choice."""
@@ -197,15 +252,16 @@ class StandIns:
 
     def stands_for(self, ranks: Sequence[int]) -> dict[int, tuple[int, ...]]:
         """Return the ranks that some of these ranks stand for."""
-        typical = {choice.typical: choice for choice in self._choices}
-        return {rank: typical[rank].stands_for for rank in ranks if rank in typical}
+        at = self._newest.at
+        return {rank: self._choices[at[rank]].stands_for for rank in ranks if rank in at}
 
     def above(self, ranks: Sequence[int], steps: Ints) -> Floats:
         """Return own work of the longest of those that a rank stands for beyond its own, rank x step; 0 if unknown."""
-        typical = {choice.typical: at for at, choice in enumerate(self._choices)}
-        rows = [row for row, rank in enumerate(ranks) if rank in typical]
+        self._scatter()
+        hosts = self._newest.at
+        rows = [row for row, rank in enumerate(ranks) if rank in hosts]
         above = np.zeros((len(ranks), len(steps)), np.float32)
-        at = np.ix_(np.array([typical[ranks[row]] for row in rows], np.intp), steps % _SLOTS)
+        at = np.ix_(np.array([hosts[ranks[row]] for row in rows], np.intp), steps % _SLOTS)
         known = (self._steps[at] == steps) & ~np.isnan(self._above[at])
         above[rows] = np.where(known, self._above[at], np.float32(0))
         return above
@@ -217,17 +273,36 @@ class StandIns:
             latest: last step of each rank by its own rows, -1 without any.
             missing: ranks that are not compared: those that they stand for have no step either.
         """
-        size = max((rank + 1 for choice in self._choices for rank in choice.ranks), default=0)
-        reached = np.full(max(size, len(latest)), -1, np.int64)
+        chosen = self._newest
+        reached = np.full(max(chosen.size, len(latest)), -1, np.int64)
         reached[: len(latest)] = latest
-        missing = set(missing)
-        for choice in self._choices:
-            known = choice.typical not in missing and choice.typical < len(latest)
-            reached[choice.unsent] = latest[choice.typical] if known else -1
-            for rank, step in zip(choice.ended, choice.ended_at, strict=False):
-                reached[rank] = max(step, reached[rank])
-
+        known = reached.copy()
+        known[[rank for rank in missing if rank < len(known)]] = -1
+        reached[chosen.unsent] = known[chosen.typical]
+        reached[chosen.ended] = np.maximum(chosen.ended_at, reached[chosen.ended])
         return reached
+
+    @property
+    def _newest(self) -> _Chosen:
+        if self._chosen is None:
+            self._chosen = _Chosen.of(self._choices)
+
+        return self._chosen
+
+    def _scatter(self) -> None:
+        """Put the added work into the rings, that of all hosts at once."""
+        if not self._waiting:
+            return
+
+        counts = np.array([len(above) for _, above in self._waiting])
+        at = np.repeat([at for at, _ in self._waiting], counts)
+        firsts = np.repeat([above.first_step for _, above in self._waiting], counts)
+        steps = firsts + np.arange(len(firsts)) - np.repeat(np.cumsum(counts) - counts, counts)
+        packed = np.frombuffer(b"".join(above.packed for _, above in self._waiting), _PACKED_MS)
+        # Of a repeated index the last value stays, which is that of the newest step.
+        self._above[at, steps % _SLOTS] = packed.astype(np.float32) * _NS_PER_MS
+        self._steps[at, steps % _SLOTS] = steps
+        self._waiting.clear()
 
     def _grow(self, hosts: int) -> None:
         if hosts > len(self._above):

@@ -65,6 +65,7 @@ class CentralMerger:
         window, choice = self.intake.window, second.choice
         self._name_host(choice, window.stand_ins.choice_of(choice.host))
         window.stand_ins.take(choice)
+        window.stand_ins.add(choice.host, second.above)
         for rank in second.begins:
             window.clear(rank)
 

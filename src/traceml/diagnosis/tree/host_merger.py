@@ -12,7 +12,7 @@ from traceml.database.schema import STEPS
 from traceml.database.store.summaries import TableSums, sum_rows
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.segments import Segments, segments_of
-from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.stand_ins import WorkAbove, packed_ms
 from traceml.diagnosis.steps.window import Rows, StepWindow, Window
 from traceml.diagnosis.tree.host_choice import RankChoice, choose_ranks
 from traceml.diagnosis.tree.host_second import HostSecond
@@ -82,7 +82,7 @@ class HostMerger:
         sent = frozenset({choice.typical, *choice.outliers, *far, *(rank for rank in asked if rank in self._held)})
         begins = sorted(sent - self._sent)
         rows = {rank: self._rows_of(rank, new, rank in begins) for rank in sorted(sent)}
-        first_step, above_ns = self._above(window, segments, choice)
+        above = self._above(window, segments, choice)
         self._sent_rows.update({rank: len(data) // STEPS.row_bytes for rank, data in rows.items()})
         self._sent, self._typical = sent, choice.typical
         return HostSecond(
@@ -93,8 +93,7 @@ class HostMerger:
             begins=tuple(begins),
             ended=tuple(sorted(self._ended)),
             ended_at=tuple(int(self._window.latest[self._index[rank]]) for rank in sorted(self._ended)),
-            first_step=first_step,
-            above_ns=above_ns,
+            above=above,
             sums=_sums(new.values()),
         )
 
@@ -126,10 +125,10 @@ class HostMerger:
 
         return bytes(new[rank].tobytes()) if rank in new else b""
 
-    def _above(self, window: Window, segments: Segments, choice: RankChoice) -> tuple[int, Floats]:
-        """Return the first new step, and from there on the work of the longest rank beyond the typical one."""
+    def _above(self, window: Window, segments: Segments, choice: RankChoice) -> WorkAbove:
+        """Return the work of the longest rank beyond the typical one, from the first new step on."""
         if not len(window) or len(choice.ordinary) < 2:
-            return 0, np.empty(0, np.float32)
+            return WorkAbove()
 
         own = segments.own
         ordinary = np.isin(segments.ranks, choice.ordinary)
@@ -138,12 +137,12 @@ class HostMerger:
         fresh = window.steps > after
         self._last_step = int(window.steps[-1])
         if not fresh.any():
-            return 0, np.empty(0, np.float32)
+            return WorkAbove()
 
         first = int(window.steps[fresh][0])
         values = np.full(int(window.steps[-1]) - first + 1, np.nan, np.float32)
         values[window.steps[fresh] - first] = above[fresh]
-        return first, values
+        return WorkAbove(first, packed_ms(values))
 
 
 def _sums(rows: Iterable[Rows]) -> TableSums:

@@ -17,8 +17,7 @@ import numpy as np
 from traceml.database.schema import STEPS
 from traceml.database.store.codec import decode, encode
 from traceml.database.store.summaries import TableSums
-from traceml.diagnosis.steps.stand_ins import HostChoice, packed_ms, unpacked_ns
-from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.stand_ins import HostChoice, WorkAbove
 
 __all__ = ["HostSecond"]
 
@@ -37,9 +36,7 @@ class HostSecond:
         begins: ranks of `rows` that are sent from now on, with their newest earlier rows.
         ended: ranks that have ended.
         ended_at: the last step of each of these, -1 without any.
-        first_step: step of the first value of `above_ns`.
-        above_ns: by step, own work of the longest of the ordinary ranks beyond that of the typical one; NaN where a
-            rank has no such step.
+        above: own work of the longest of the ordinary ranks beyond that of the typical one, in the new steps.
         sums: sums of the new rows of all ranks, with the histogram of their step times.
     """
 
@@ -50,8 +47,7 @@ class HostSecond:
     begins: tuple[int, ...]
     ended: tuple[int, ...]
     ended_at: tuple[int, ...]
-    first_step: int
-    above_ns: Floats
+    above: WorkAbove
     sums: TableSums
 
     @property
@@ -64,8 +60,6 @@ class HostSecond:
             sent=tuple(self.rows),
             ended=self.ended,
             ended_at=self.ended_at,
-            first_step=self.first_step,
-            above_ns=self.above_ns,
         )
 
     def encoded(self) -> bytes:
@@ -75,8 +69,7 @@ class HostSecond:
         counts = [len(data) // STEPS.row_bytes for data in self.rows.values()]
         message = [
             self.host, self.typical, self.ordinary, list(self.rows), counts, self.begins, self.ended, self.ended_at,
-            self.first_step,
-            packed_ms(self.above_ns), self.sums.width,
+            self.above.to_row(), self.sums.width,
             bins, self.sums.levels.astype("<u2").tobytes(), int(codec), packed,
         ]  # fmt: skip
         return bytes(msgpack.packb(message))
@@ -95,7 +88,7 @@ class HostSecond:
 
     @classmethod
     def _of(cls, message: list[Any]) -> Self:
-        host, typical, ordinary, ranks, counts, begins, ended, ended_at, first, above, width, *sums = message
+        host, typical, ordinary, ranks, counts, begins, ended, ended_at, above, width, *sums = message
         bins, levels, codec, packed = sums
         rows = memoryview(decode(codec, packed, STEPS.row_bytes))
         edges = [0, *accumulate(count * STEPS.row_bytes for count in counts)]
@@ -112,7 +105,6 @@ class HostSecond:
             begins=tuple(begins),
             ended=tuple(ended),
             ended_at=tuple(ended_at),
-            first_step=int(first),
-            above_ns=unpacked_ns(above),
+            above=WorkAbove.from_row(above),
             sums=TableSums(STEPS.name, int(width), summed, counted),
         )
