@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
@@ -39,6 +40,14 @@ def _cannot_be_pickled(ended: RankExit) -> bool:
     return ended.open_phase == "checkpoint" and "pickle" in (ended.exception or "").lower()
 
 
+def _is_sizes_mismatch(ended: RankExit, facts: JobFacts) -> bool:
+    return ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1
+
+
+def _lost_peer(ended: RankExit, facts: JobFacts) -> bool:
+    return failed_because_of_peer(ended) and facts.world_size > 1
+
+
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
     """Return advice on a lost rank.
 
@@ -50,95 +59,8 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
     if memory is not None:
         return _for_memory(memory)
 
-    if ended.signal == KILL:
-        return (
-            "SIGKILL comes from outside the process: look for the kernel's out-of-memory killer (dmesg, the "
-            "scheduler's log), the job's memory limit, or a kill command."
-        )
-
-    if ended.signal == 1:
-        return (
-            "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid; nohup does "
-            "not protect the ranks of torchrun."
-        )
-
-    if ended.signal == BUS_ERROR:
-        return _for_bus_error(ended, facts)
-
-    if _lacks_shared_memory(ended):
-        return for_shared_memory()
-
-    if _lacks_disk(ended):
-        return (
-            "Make room on the disk of that file (df -h, df -i, the user's quota), and keep fewer checkpoints. The last "
-            "file is not complete: go on from the one before."
-        )
-
-    if _lacks_files(ended):
-        limits = [use.limit for use in facts.limits if use.resource is Resource.OPEN_FILES and use.rank == ended.rank]
-        return _for_files(limits[0] if limits else None)
-
-    if ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1:
-        return (
-            "Compare the sizes and types of that collective on all ranks: where these differ, the backend ends "
-            f"the process. The output of rank {ended.rank} has its reason (`terminate called`)."
-        )
-
-    if ended.signal in CRASHES and ended.file:
-        return f"Look at the call at {ended.file}:{ended.line}: an extension, or a library of another version, crashed."
-
-    if ended.signal in CRASHES:
-        return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
-
-    if ended.signal is not None:
-        return "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command."
-
-    if exit_words(ended) is not None:
-        where = f"{ended.file}:{ended.line}" if ended.file else "it"
-        return f"The script ended itself with this text: look at the condition that leads to {where}."
-
-    if failed_because_of_peer(ended) and facts.world_size > 1:
-        return (
-            "Another rank closed its connection while it still ran: look for destroy_process_group(), an early return "
-            f"or a caught exception on the others; the full traceback of rank {ended.rank} is in the run's output."
-        )
-
-    if _cannot_be_pickled(ended):
-        return (
-            "Save state_dict() of the model and the optimizer instead of the objects: a lambda, a local class or "
-            "function, a lock or an open file in them cannot be pickled."
-        )
-
-    if ended.exception and ended.file:
-        return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
-
-    if was_cut_off(ended):
-        return (
-            "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. "
-            "A script that ends so on purpose calls traceml.shutdown() before."
-        )
-
-    if ended.state == "lost" and ended.host_lost:
-        host = f" {ended.host}" if ended.host else ""
-        return (
-            f"Look at the host{host}: whether it or its network was down, and whether the launch agent there was "
-            "killed or stopped; the launcher ends a job whose agent is silent for 15 s."
-        )
-
-    if ended.state == "lost" and ended.process_gone:
-        return (
-            f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
-            "memory or time limit, or a kill command; the output of `traceml run` or torchrun names the signal."
-        )
-
-    if ended.state == "lost":
-        host = f" {ended.host}" if ended.host else ""
-        return f"Look at the host{host} and its network: the rank lost its connection without a report."
-
-    if signal_of_code(ended.code) is not None:
-        return f"The rank is a wrapper; a signal ended the program that it started: read rank {ended.rank}'s output."
-
-    return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."
+    text = next(text for applies, text in _ADVICE if applies(ended, facts))
+    return text if isinstance(text, str) else text(ended, facts)
 
 
 def _for_bus_error(ended: RankExit, facts: JobFacts) -> str:
@@ -182,10 +104,135 @@ def _for_memory(memory: MemoryEnd) -> str:
     return "Allocate less at once, or raise the limit: ulimit -v, the container's or the job's memory limit."
 
 
-def _for_files(limit: int | None) -> str:
+def _for_files(ended: RankExit, facts: JobFacts) -> str:
+    limits = [use.limit for use in facts.limits if use.resource is Resource.OPEN_FILES and use.rank == ended.rank]
+    limit = limits[0] if limits else None
     now = "" if limit is None else f" of {count_text(limit)}"
     return (
         "Close what the script opens (files in a Dataset, loggers), call "
         "torch.multiprocessing.set_sharing_strategy('file_system') before loaders with workers, or raise the "
         f"limit{now}: ulimit -n."
     )
+
+
+def _for_peer(ended: RankExit, _facts: JobFacts) -> str:
+    return (
+        "Another rank closed its connection while it still ran: look for destroy_process_group(), an early return "
+        f"or a caught exception on the others; the full traceback of rank {ended.rank} is in the run's output."
+    )
+
+
+def _for_sizes(ended: RankExit, _facts: JobFacts) -> str:
+    return (
+        "Compare the sizes and types of that collective on all ranks: where these differ, the backend ends "
+        f"the process. The output of rank {ended.rank} has its reason (`terminate called`)."
+    )
+
+
+def _for_exit_text(ended: RankExit, _facts: JobFacts) -> str:
+    where = f"{ended.file}:{ended.line}" if ended.file else "it"
+    return f"The script ended itself with this text: look at the condition that leads to {where}."
+
+
+def _for_lost_host(ended: RankExit, _facts: JobFacts) -> str:
+    return (
+        f"Look at the host{_name_of_host(ended)}: whether it or its network was down, and whether the launch agent "
+        "there was killed or stopped; the launcher ends a job whose agent is silent for 15 s."
+    )
+
+
+def _for_gone(ended: RankExit, _facts: JobFacts) -> str:
+    return (
+        f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
+        "memory or time limit, or a kill command; the output of `traceml run` or torchrun names the signal."
+    )
+
+
+def _for_silent(ended: RankExit, _facts: JobFacts) -> str:
+    return f"Look at the host{_name_of_host(ended)} and its network: the rank lost its connection without a report."
+
+
+def _name_of_host(ended: RankExit) -> str:
+    return f" {ended.host}" if ended.host else ""
+
+
+_Applies = Callable[[RankExit, JobFacts], bool]
+_Text = str | Callable[[RankExit, JobFacts], str]
+
+# When each advice applies. The first that does is given: what is known for certain stands above what is usual.
+_ADVICE: tuple[tuple[_Applies, _Text], ...] = (
+    (
+        lambda ended, _: ended.signal == KILL,
+        (
+            "SIGKILL comes from outside the process: look for the kernel's out-of-memory killer (dmesg, the "
+            "scheduler's log), the job's memory limit, or a kill command."
+        ),
+    ),
+    (
+        lambda ended, _: ended.signal == signal.SIGHUP,
+        (
+            "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid; nohup does "
+            "not protect the ranks of torchrun."
+        ),
+    ),
+    (lambda ended, _: ended.signal == BUS_ERROR, _for_bus_error),
+    (lambda ended, _: _lacks_shared_memory(ended), lambda *_: for_shared_memory()),
+    (
+        lambda ended, _: _lacks_disk(ended),
+        (
+            "Make room on the disk of that file (df -h, df -i, the user's quota), and keep fewer checkpoints. The last "
+            "file is not complete: go on from the one before."
+        ),
+    ),
+    (lambda ended, _: _lacks_files(ended), _for_files),
+    (_is_sizes_mismatch, _for_sizes),
+    (
+        lambda ended, _: ended.signal in CRASHES and bool(ended.file),
+        lambda ended, _: (
+            f"Look at the call at {ended.file}:{ended.line}: an extension, or a library of another version, crashed."
+        ),
+    ),
+    (
+        lambda ended, _: ended.signal in CRASHES,
+        "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed.",
+    ),
+    (
+        lambda ended, _: ended.signal is not None,
+        "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command.",
+    ),
+    (lambda ended, _: exit_words(ended) is not None, _for_exit_text),
+    (_lost_peer, _for_peer),
+    (
+        lambda ended, _: _cannot_be_pickled(ended),
+        (
+            "Save state_dict() of the model and the optimizer instead of the objects: a lambda, a local class or "
+            "function, a lock or an open file in them cannot be pickled."
+        ),
+    ),
+    (
+        lambda ended, _: bool(ended.exception and ended.file),
+        lambda ended, _: (
+            f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
+        ),
+    ),
+    (
+        lambda ended, _: was_cut_off(ended),
+        (
+            "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. "
+            "A script that ends so on purpose calls traceml.shutdown() before."
+        ),
+    ),
+    (lambda ended, _: ended.state == "lost" and bool(ended.host_lost), _for_lost_host),
+    (lambda ended, _: ended.state == "lost" and bool(ended.process_gone), _for_gone),
+    (lambda ended, _: ended.state == "lost", _for_silent),
+    (
+        lambda ended, _: signal_of_code(ended.code) is not None,
+        lambda ended, _: (
+            f"The rank is a wrapper; a signal ended the program that it started: read rank {ended.rank}'s output."
+        ),
+    ),
+    (
+        lambda *_: True,
+        lambda ended, _: f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}.",
+    ),
+)
