@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -40,6 +42,20 @@ def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > columns] == []
     assert set(examples_text(command).splitlines()) <= set(lines)
+
+
+@pytest.mark.parametrize("command", ["demo", "profile"])
+def test_help_has_the_defaults_in_force(command, capsys, monkeypatch):
+    """tyro adds none: each number and each choice that an option has when it is not given stands in its text."""
+    monkeypatch.setenv("COLUMNS", "200")
+    options = getattr(import_module(cli.COMMANDS[command][0]), f"{command.title()}Options")
+    defaults = [each.default for each in fields(options)]
+
+    assert cli.main([command, "--help"]) == 0
+
+    told = re.findall(r"\(default: (\w+)\)", capsys.readouterr().out)
+    in_force = [f"{each:g}" if isinstance(each, float) else str(each) for each in defaults if each not in (None, False)]
+    assert told == in_force
 
 
 @pytest.mark.parametrize("words", [["runs", name] for name in EDITS], ids=" ".join)

@@ -51,32 +51,30 @@ class Options:
     Damaged files are read as far as possible, and the damage is reported.
     """
 
-    paths: Annotated[tyro.conf.Positional[_Paths], _TAKEN, tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")] = (
-        _NO_PATHS
-    )
+    paths: Annotated[tyro.conf.Positional[_Paths], _TAKEN, tyro.conf.arg(metavar="PATH ...")] = _NO_PATHS
     """Files, folders of them, or patterns."""
-    by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
+    by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...")] = None
     """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""
-    where: Annotated[str, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = ""
+    where: Annotated[str, tyro.conf.arg(metavar="CONDITIONS")] = ""
     """Only events that match all of these: 'cat=POSIX,dur>100,name~read'. Operators: = != < <= > >= ~ (pattern) and
     IN (a, b); AND, OR, NOT and parentheses join them. Units are optional (2.5ms, 4KiB); without one, ts and dur are in
     microseconds."""
-    agg: Annotated[str | None, tyro.conf.arg(metavar="MEASURE,...", help_behavior_hint="")] = None
+    agg: Annotated[str | None, tyro.conf.arg(metavar="MEASURE,...")] = None
     """Columns of the groups: count, sum, mean, min, max, self, std, var, percentiles (p95), sums of arguments
     (sum:args.size)."""
-    top: Annotated[int | None, NumberRange(), tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    top: Annotated[int | None, NumberRange(), tyro.conf.arg(metavar="N")] = None
     """Number of groups (default: 20, all with --json)."""
-    overlap: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    overlap: bool = False
     """With --by: show the overlap of computing, I/O and communication too."""
-    timeline: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    timeline: bool = False
     """With --by: show the timeline too."""
-    plot: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    plot: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Also draw the groups: FILE.html (a page that opens without a network) or FILE.png."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the result as JSON and nothing else."""
-    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None
+    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
     """Read the files on the workers of this Dask scheduler; they need them under the same paths."""
-    no_cache: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    no_cache: bool = False
     """Read the files even if the result is cached."""
 
 

@@ -39,20 +39,18 @@ class CompareOptions:
     The test takes the autocorrelation of step times into account: see docs/report.md.
     """
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...")] = ()
     """Runs: folders, ids, the last four characters of ids, or report.json files. The first is the baseline."""
-    baseline: Annotated[str | None, tyro.conf.arg(metavar="A", help_behavior_hint="")] = None
+    baseline: Annotated[str | None, tyro.conf.arg(metavar="A")] = None
     """Compare with this run: as above, a tag or a run name (the newest counts), or last-healthy: the newest earlier
     run of the project, with as many ranks, that finished without a warning. Without runs, the latest is compared."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the comparison as JSON and nothing else."""
-    md: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    md: bool = False
     """Print it as Markdown, for a pull request."""
-    fail_over: Annotated[
-        float | None, NumberRange(float, least=0), tyro.conf.arg(metavar="PCT", help_behavior_hint="")
-    ] = None
+    fail_over: Annotated[float | None, NumberRange(float, least=0), tyro.conf.arg(metavar="PCT")] = None
     """Exit with 1 when steps take more than PCT percent longer than the baseline's and the change is significant."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

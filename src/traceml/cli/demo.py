@@ -29,17 +29,18 @@ class DemoOptions:
     """
 
     fault: Literal["forward", "input", "backward", "optimizer", "other", "none"] = "forward"
-    """The slow part of the step."""
+    """The slow part of the step (default: forward)."""
     rank: Annotated[int, NumberRange(least=0)] = 1
-    """The slow rank."""
+    """The slow rank (default: 1)."""
     ms: Annotated[float, NumberRange(float, least=0)] = 15.0
-    """Delay of its step in milliseconds."""
+    """Delay of its step in milliseconds (default: 15)."""
     steps: Annotated[int, NumberRange()] = 400
-    """Training steps."""
+    """Training steps (default: 400)."""
     ranks: Annotated[int, NumberRange()] = 2
-    """Number of ranks."""
+    """Number of ranks (default: 2)."""
     live: Literal["auto", "terminal", "web", "none"] = "auto"
-    """The live view: auto shows it on a terminal; web serves a page and prints its address."""
+    """The live view: auto shows it on a terminal; web serves a page and prints its address
+    (default: auto)."""
 
 
 def main(argv: list[str]) -> int:

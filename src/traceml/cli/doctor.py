@@ -34,18 +34,18 @@ EXIT_BROKEN = 3
 class DoctorOptions:
     """Check the installation, settings and hosts; exit with 3 when something is broken."""
 
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the findings as JSON and nothing else."""
-    settings: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    settings: bool = False
     """Also print every setting with its value and its source."""
-    backends: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    backends: bool = False
     """Also check the trackers: versions, credentials (never their values), reachability."""
-    hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...", help_behavior_hint="")] = ()
+    hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...")] = ()
     """Also check these hosts, or those of a hostfile, over ssh, or the Slurm nodes (`slurm`) with srun: versions,
     devices, clocks, speeds."""
-    ssh_config_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    ssh_config_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Configuration file for ssh, instead of your own."""
-    python: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    python: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """The interpreter on those hosts (default: the path of this one)."""
 
 

@@ -39,15 +39,15 @@ class ExportOptions:
     The run may be running or damaged: everything readable is written.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
     """The run: its folder, its id, or the last four characters of its id (default: the latest run)."""
-    format: Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="")] = None
+    format: Annotated[str | None, tyro.conf.arg(metavar="FORMAT")] = None
     """perfetto, pfw, parquet or csv (default: by the extension of the output)."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")] = None
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PATH")] = None
     """File or folder to write (default: named after the run, in the working directory)."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print what was written as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

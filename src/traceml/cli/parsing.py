@@ -73,8 +73,10 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     """
     import tyro
 
+    # The docstrings say what a default means, so tyro adds no `(default: ...)` of its own.
+    no_hint = tyro.conf.arg(help_behavior_hint="")
     options.__annotations__ = {
-        name: _light(hint) for name, hint in get_type_hints(options, include_extras=True).items()
+        name: Annotated[_light(hint), no_hint] for name, hint in get_type_hints(options, include_extras=True).items()
     }
     output = io.StringIO()
     try:

@@ -40,23 +40,21 @@ class ReportOptions:
     Works on ended and on running runs.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
     """The run: its folder, its id, or the last four characters of its id (default: the latest run)."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the report as JSON and nothing else."""
-    md: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    md: bool = False
     """Print the report as Markdown, for a pull request."""
-    html: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the report with its charts as one HTML file, and print nothing."""
-    lines: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    lines: bool = False
     """Show in which lines of the code the time was spent, by phase, from samples of the training threads."""
-    format: Annotated[
-        Literal["speedscope", "perfetto"] | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="")
-    ] = None
+    format: Annotated[Literal["speedscope", "perfetto"] | None, tyro.conf.arg(metavar="FORMAT")] = None
     """With --lines: print them as a flame graph for speedscope.app (speedscope) or ui.perfetto.dev (perfetto)."""
-    fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND", help_behavior_hint="")] = ()
+    fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND")] = ()
     """Exit with 1 if there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

@@ -36,25 +36,25 @@ class RunsOptions:
     `traceml runs rm|tag|note|rename|archive RUN` removes and labels runs.
     """
 
-    where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = None
+    where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS")] = None
     """Only runs that meet all of these: 'lr<0.1 tag:baseline state=finished'. Names are columns, parameters or metrics.
     Operators: = != < <= > >= ~ (contains). A word alone is searched in id, project, state, verdict, tags; ! negates."""
-    sort: Annotated[str | None, tyro.conf.arg(metavar="FIELD", help_behavior_hint="")] = None
+    sort: Annotated[str | None, tyro.conf.arg(metavar="FIELD")] = None
     """Sort by this column, parameter or metric, the smallest first (default: the newest first)."""
-    reverse: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    reverse: bool = False
     """Sort the other way round."""
-    columns: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
+    columns: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...")] = None
     """Columns to show: id, name, project, user, state, verdict, severity, ranks, samples/s, step_ms, steps, took, size,
     started, tags, note, archived, and any parameter or metric (its last value)."""
-    archived: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    archived: bool = False
     """List archived runs too."""
-    prune: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    prune: bool = False
     """Remove all but the newest runs, except running and tagged ones: --keep N, or the setting keep_runs."""
-    keep: Annotated[int | None, NumberRange(least=0), tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    keep: Annotated[int | None, NumberRange(least=0), tyro.conf.arg(metavar="N")] = None
     """With --prune: the number of runs to keep."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the list as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

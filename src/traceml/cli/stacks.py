@@ -30,13 +30,11 @@ class StacksOptions:
     Ranks with equal stacks are shown together. The job goes on undisturbed.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]", help_behavior_hint="")] = (
-        None
-    )
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]")] = None
     """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job)."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print one JSON document and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

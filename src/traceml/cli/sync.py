@@ -58,19 +58,17 @@ class SyncOptions:
     Exits with 3 when something could not be delivered: it stays in the run, for another try.
     """
 
-    runs: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]", help_behavior_hint="")
-    ] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()
     """Folders or ids of runs (default: all that have something to deliver)."""
-    backend: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    backend: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Only these trackers, also ones that the run did not use, with their options from the settings."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the result as JSON and nothing else."""
-    wait: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    wait: bool = False
     """Wait for runs that are still running, instead of leaving them to their aggregator."""
-    ended: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    ended: bool = False
     """Treat all jobs of the folder as ended: also store what ranks on other hosts left in it."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

@@ -26,15 +26,15 @@ class WhatIfOptions:
     The columns of the trace stand in docs/whatif.md.
     """
 
-    trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE.parquet", help_behavior_hint="")]
+    trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE.parquet")]
     """Parquet file with a row for each operation."""
-    meta: Annotated[Path, tyro.conf.arg(metavar="META.yaml", help_behavior_hint="")]
+    meta: Annotated[Path, tyro.conf.arg(metavar="META.yaml")]
     """YAML file with dp_size, pp_size, tp_size, vpp_size and world_size of the job."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the result as JSON and nothing else."""
-    heatmap: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
+    heatmap: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
     """Write a picture of the workers' slowdowns."""
-    timeline: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="")] = None
+    timeline: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Write ten steps as recorded and without stragglers, for ui.perfetto.dev."""
 
 

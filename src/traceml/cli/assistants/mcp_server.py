@@ -37,9 +37,9 @@ class McpOptions:
     Add it to a client with the command: traceml mcp --runs-dir DIR
     """
 
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs; no others are read (default: the setting runs_dir)."""
-    traces: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR ...", help_behavior_hint="")] = ()
+    traces: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR ...")] = ()
     """Folders whose traces analyze may read, beside the runs folder."""
 
 

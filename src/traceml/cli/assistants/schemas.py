@@ -23,11 +23,11 @@ class SchemaOptions:
     Without a name, the documents are listed.
     """
 
-    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]", help_behavior_hint="")] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
     """report, compare, compares, analysis, whatif, fleet, runs, stacks or profile."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR", help_behavior_hint="")] = None
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """Write all of them to this folder instead."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the list of documents as JSON and nothing else; a schema always is JSON."""
 
 

@@ -30,20 +30,20 @@ class FleetOptions:
     With the setting fleet_dir, each run is added at its end; --update adds those of a folder.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
     """The run: its id, or the last four characters of its id (default: the newest run)."""
-    update: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    update: bool = False
     """First add the ended runs of the folder of runs that are missing in the dataset."""
-    where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = None
+    where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS")] = None
     """Only runs that meet all of these: 'project=vision hosts~gpu-04 !state=failed'. Names: id, name, project, month,
     script, model, ranks, hosts, batch_size, steps, step_ms, state, verdict, and other facts of the dataset."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print the result as JSON and nothing else."""
-    dataset: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    dataset: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the dataset (default: the setting fleet_dir, without it `fleet` in the folder of runs)."""
-    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None
+    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
     """Read the dataset on the workers of this Dask scheduler; they need it under the same path."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

@@ -24,9 +24,7 @@ _FOLDERS = {"DIR"}
 class CompletionOptions:
     """Print a script that completes commands, options and files in a shell."""
 
-    shell: Annotated[
-        tyro.conf.Positional[Literal["bash", "zsh", "fish"]], tyro.conf.arg(metavar="SHELL", help_behavior_hint="")
-    ]
+    shell: Annotated[tyro.conf.Positional[Literal["bash", "zsh", "fish"]], tyro.conf.arg(metavar="SHELL")]
     """bash, zsh or fish."""
 
 

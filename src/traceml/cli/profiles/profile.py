@@ -53,29 +53,25 @@ class ProfileOptions:
     The script needs no change. With --cpu: draw the sampled lines of a run as a flame graph.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]", help_behavior_hint="")] = (
-        None
-    )
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]")] = None
     """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job, or run)."""
-    ranks: Annotated[str | None, tyro.conf.arg(metavar="RANKS", help_behavior_hint="")] = None
+    ranks: Annotated[str | None, tyro.conf.arg(metavar="RANKS")] = None
     """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, otherwise the first 8)."""
-    steps: Annotated[int, NumberRange(most=MOST_STEPS), tyro.conf.arg(metavar="N", help_behavior_hint="")] = 5
+    steps: Annotated[int, NumberRange(most=MOST_STEPS), tyro.conf.arg(metavar="N")] = 5
     """Number of steps (default: 5)."""
-    timeout: Annotated[
-        float, NumberRange(float, least=0, above=True), tyro.conf.arg(metavar="S", help_behavior_hint="")
-    ] = _LIMIT_S
+    timeout: Annotated[float, NumberRange(float, least=0, above=True), tyro.conf.arg(metavar="S")] = _LIMIT_S
     """Seconds in which the steps have to end (default: 120)."""
-    limit_mb: Annotated[int, NumberRange(most=4096), tyro.conf.arg(metavar="MB", help_behavior_hint="")] = 256
+    limit_mb: Annotated[int, NumberRange(most=4096), tyro.conf.arg(metavar="MB")] = 256
     """Largest trace of a rank, in megabytes (default: 256)."""
-    stacks: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    stacks: bool = False
     """Record Python functions too, which slows the steps down further."""
-    cpu: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    cpu: bool = False
     """Write the lines that were sampled so far as a flame graph; needs no running job."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """FILE.json or FILE.json.gz; with --cpu FILE.html (a page) or FILE.json (for speedscope.app)."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    json: bool = False
     """Print one JSON document and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

@@ -21,19 +21,18 @@ from traceml.settings import load
 
 __all__ = ["EDITS"]
 
-_Dir = Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
-_Json = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+_Dir = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
 
 
 @dataclass(frozen=True)
 class RemoveOptions:
     """Remove runs with everything in their folders. Asks first; a running job is refused."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")] = ()
     """Folders or ids of the runs."""
-    yes: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    yes: bool = False
     """Do not ask; needed where standard input is not a terminal."""
-    json: _Json = False
+    json: bool = False
     """Print the removed runs as JSON and nothing else."""
     runs_dir: _Dir = None
     """Folder of the runs (default: the setting runs_dir)."""
@@ -43,13 +42,13 @@ class RemoveOptions:
 class TagOptions:
     """Add tags to a run, or remove them: traceml runs tag RUN baseline."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or id of the run."""
-    tags: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TAG ...", help_behavior_hint="")] = ()
+    tags: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TAG ...")] = ()
     """The tags; without any, those of the run are printed."""
-    remove: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    remove: bool = False
     """Remove these tags instead of adding them."""
-    json: _Json = False
+    json: bool = False
     """Print the labels as JSON and nothing else."""
     runs_dir: _Dir = None
     """Folder of the runs (default: the setting runs_dir)."""
@@ -59,11 +58,11 @@ class TagOptions:
 class NoteOptions:
     """Write a note for a run: traceml runs note RUN 'with the new loader'."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or id of the run."""
-    text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help_behavior_hint="")] = None
+    text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]")] = None
     """The note; an empty one removes it; without it, that of the run is printed."""
-    json: _Json = False
+    json: bool = False
     """Print the labels as JSON and nothing else."""
     runs_dir: _Dir = None
     """Folder of the runs (default: the setting runs_dir)."""
@@ -73,11 +72,11 @@ class NoteOptions:
 class RenameOptions:
     """Give a run another name in lists and on its page: traceml runs rename RUN 'large batch'."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or id of the run."""
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = ""
     """The name; without it, the run has its own name again."""
-    json: _Json = False
+    json: bool = False
     """Print the labels as JSON and nothing else."""
     runs_dir: _Dir = None
     """Folder of the runs (default: the setting runs_dir)."""
@@ -87,11 +86,11 @@ class RenameOptions:
 class ArchiveOptions:
     """Leave runs out of lists without removing them; `traceml runs --archived` lists them."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")] = ()
     """Folders or ids of the runs."""
-    undo: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    undo: bool = False
     """List them again."""
-    json: _Json = False
+    json: bool = False
     """Print the labels as JSON and nothing else."""
     runs_dir: _Dir = None
     """Folder of the runs (default: the setting runs_dir)."""
