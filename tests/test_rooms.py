@@ -119,8 +119,8 @@ FORBIDDEN = {
 # Modules for users, which no other module imports.
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
-    "formatting", "former_settings", "settings", "coerce", "errors", "clock", "ids", "installation", "own_files",
-    "priority", "fail_open", "fork_gate", "process_ends", "version", "privacy", "witness",
+    "formatting", "former_settings", "setting_sources", "settings", "coerce", "errors", "clock", "ids", "installation",
+    "own_files", "priority", "fail_open", "fork_gate", "process_ends", "version", "privacy", "witness",
 }  # fmt: skip
 
 # Classes that have their name more than once: each a callback that its framework's users look for under this name.

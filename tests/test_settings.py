@@ -11,7 +11,8 @@ import pytest
 
 import traceml
 from traceml.errors import SettingsError
-from traceml.settings import INTERNAL_ENV, USER_ENV, Config, declarations, load, reference
+from traceml.setting_sources import INTERNAL_ENV, USER_ENV
+from traceml.settings import Config, declarations, load, reference
 
 ROOT = Path(__file__).parents[1]
 

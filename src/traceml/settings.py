@@ -1,8 +1,9 @@
 """Settings: one declaration per setting, and a loader that records the source of each value.
 
 `Config` is the declaration: its fields are the settings, with type, default, description and limits. `load()` fills one
-from arguments, environment, project file and user file, with the standard library alone, because every training
-process calls it. `Settings` is the same table as a pydantic-settings class, created on first use.
+from arguments, environment, project file and user file, which `setting_sources.py` reads, with the standard library
+alone, because every training process calls it. `Settings` is the same table as a pydantic-settings class, created on
+first use.
 
 `python -m traceml.settings` writes the reference page `docs/settings.md`.
 """
@@ -12,16 +13,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from traceml.coerce import BAD, allowed, coerce
-from traceml.errors import SettingsError
-from traceml.former_settings import former_setting, is_automatic_mode
+from traceml.setting_sources import ENV_PREFIX, INTERNAL_ENV, USER_ENV, Declaration, SettingSources
 
 if TYPE_CHECKING:
 
@@ -35,41 +34,12 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "ENV_PREFIX",
-    "INTERNAL_ENV",
-    "USER_ENV",
     "Config",
-    "Declaration",
     "Settings",
     "declarations",
     "load",
     "reference",
 ]
-
-ENV_PREFIX = "TRACEML_"
-
-# Variables that our own processes set for each other; any other with TRACEML_ is a setting, or in USER_ENV.
-INTERNAL_ENV: dict[str, str] = {
-    "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, overrides host and port",
-    "TRACEML_FAILURES_FD": "descriptor on which our torchrun reports failures to `traceml run`",
-    "TRACEML_JOB_WARNING_S": "seconds between Slurm's warning and the end of a submitted job",
-    "TRACEML_LAUNCH_MARK": "mark by which `launch` finds the processes that its workers have started, to end them too",
-    "TRACEML_OUTLIVES": "set for a process that may outlive a launch: an aggregator that a worker has started",
-    "TRACEML_COMMAND": "the launcher's command line, shown instead of its workers'",
-    "TRACEML_ATTEMPT": "number of this start of the job, where torchrun does not provide it",
-    "TRACEML_ANNOUNCED": "run whose folder and verdict a parent process prints",
-    "TRACEML_PARENT": "run of the parent process, for the processes that it starts",
-    "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
-    "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
-}
-# Variables that users may set for tools that read no settings file.
-USER_ENV: dict[str, str] = {
-    "TRACEML_CACHE_DIR": "folder in which `traceml analyze` keeps results",
-    "TRACEML_NATIVE": "with `0`, Python is used in place of what is compiled C: the hooks, which then cost some "
-    "microseconds more per step, and the scanner of traces; same results",
-}
-# Other spellings that files accept, known from similar tools.
-_ALIASES = {"backends": "backend"}
 
 
 def _set(
@@ -251,7 +221,7 @@ class Config:
         Raises:
             SettingsError: an unknown name or a bad value.
         """
-        given = list(_arguments(arguments))
+        given = list(SettingSources(declarations()).arguments(arguments))
         sources = {**self.sources, **{name: source for source, name, _ in given}}
         return replace(self, **{name: value for _, name, value in given}, sources=sources)
 
@@ -264,28 +234,6 @@ class Config:
     def address_given(self) -> bool:
         """Whether the aggregator's address was set; else it is that of the runs folder's aggregator."""
         return any(self.sources.get(name, "default") != "default" for name in ("host", "port"))
-
-
-@dataclass(frozen=True, slots=True)
-class Declaration:
-    """Declaration of one setting, for tools that print or check it."""
-
-    name: str
-    kind: Any
-    default: Any
-    doc: str
-    limits: Mapping[str, float | None]
-    secret: bool
-
-    @property
-    def env(self) -> str:
-        """The environment variable that sets it."""
-        return ENV_PREFIX + self.name.upper()
-
-    @property
-    def allowed(self) -> str:
-        """Accepted values, in words."""
-        return allowed(self.kind, self.limits)
 
 
 @cache
@@ -320,12 +268,18 @@ def load(environ: Mapping[str, str] | None = None, folder: Path | None = None, /
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     sources = dict.fromkeys(declarations(), "default")
-    layers = (_user_file(environ), _project_file(folder), _environment(environ), _arguments(arguments))
+    given = SettingSources(declarations())
+    layers = (
+        given.user_file(environ),
+        given.project_file(folder),
+        given.environment(environ),
+        given.arguments(arguments),
+    )
     for layer in layers:
         for source, name, value in layer:
             values[name], sources[name] = value, source
 
-    for name, value in _supervisor(environ).items():
+    for name, value in given.supervisor(environ).items():
         values[name], sources[name] = value, "TRACEML_ADDRESS" if name in {"host", "port"} else declarations()[name].env
 
     launched_in = _launch_folder()
@@ -343,156 +297,6 @@ def _launch_folder() -> Path | None:
             return Path(hydra.HydraConfig.get().runtime.cwd)
 
     return None
-
-
-# --- sources of values ----------------------------------------------------------------------------------------------
-
-_Entry = tuple[str, str, Any]  # (source, setting, value)
-_PORT_DIGITS = 5
-
-
-def _arguments(arguments: Mapping[str, Any]) -> Iterator[_Entry]:
-    for key, value in arguments.items():
-        yield from _checked(key, value, "argument", key)
-
-
-def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
-    """Yield the settings of the environment; an empty variable counts as unset, except for a list, which it empties."""
-    for variable, text in environ.items():
-        upper = variable.upper()
-        if not upper.startswith(ENV_PREFIX) or upper in INTERNAL_ENV or upper in USER_ENV:
-            continue
-
-        key = upper.removeprefix(ENV_PREFIX).lower()
-        if not text.strip() and not _is_list(_known(key, text, variable, variable)):
-            continue
-
-        yield from _checked(key, text, variable, variable)
-
-
-def _supervisor(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings that `traceml run` or `launch` has chosen for this process; they override arguments."""
-    address = environ.get("TRACEML_ADDRESS")
-    if not address:
-        return {}
-
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS):
-        raise SettingsError(
-            "TRACEML_ADDRESS", f"{address!r} is not an address", source="TRACEML_ADDRESS", allowed="host:port"
-        )
-
-    chosen: dict[str, Any] = {"host": host.strip("[]"), "port": int(port)}
-    for name in ("token", "run_id"):
-        if value := environ.get(declarations()[name].env):
-            chosen[name] = value
-
-    return chosen | {"tls": False}
-
-
-def _project_file(folder: Path | None) -> Iterator[_Entry]:
-    """Yield from the first `traceml.toml`, or `pyproject.toml` with a `[tool.traceml]`, found upwards."""
-    try:
-        start = (folder or Path.cwd()).absolute()
-    except OSError:  # the working directory was removed
-        return
-
-    for place in (start, *start.parents):
-        path = place / "traceml.toml"
-        if (text := _text_of(path)) is not None:
-            yield from _table(_parse(path, text), path)
-            return
-
-        path = place / "pyproject.toml"
-        if (text := _text_of(path)) is not None and "traceml" in text:  # else tomllib need not be imported
-            tools = _parse(path, text).get("tool")
-            table = tools.get("traceml") if isinstance(tools, dict) else None  # else it is no project of ours
-            if table is not None:
-                yield from _table(table, path)
-                return
-
-
-def _user_file(environ: Mapping[str, str]) -> Iterator[_Entry]:
-    base = environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", ""), ".config")
-    path = Path(base) / "traceml" / "config.toml"
-    if path.is_absolute() and (text := _text_of(path)) is not None:
-        yield from _table(_parse(path, text), path)
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(path.name, f"cannot be read: {error}", source=str(path), allowed="a TOML file") from error
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    import tomllib
-
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also a number of too many digits, and tables too deep
-        raise SettingsError(path.name, f"is not TOML: {error}", source=str(path), allowed="a TOML file") from error
-
-
-def _table(table: Any, path: Path) -> Iterator[_Entry]:
-    if not isinstance(table, dict):
-        raise SettingsError("tool.traceml", "is not a table", source=str(path), allowed="a table of settings")
-
-    for key, value in table.items():
-        # `backends` is a list of names, or one table of options per name.
-        name = "backend_options" if key == "backends" and isinstance(value, dict) else key
-        yield from _checked(name, value, str(path), key)
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _known(key: str, value: Any, source: str, written: str) -> str:
-    name = _ALIASES.get(key, key)
-    if name in declarations():
-        return name
-
-    former = former_setting(key, is_variable=written.upper().startswith(ENV_PREFIX))
-    if former is not None:
-        raise SettingsError(written, "is a setting of traceml-ai", source=source, allowed=f"here, {former}")
-
-    import difflib
-
-    near = difflib.get_close_matches(key, [*declarations(), *_ALIASES], n=1)
-    # A value under a misspelled name may be a secret: it is not repeated.
-    hidden = any(declarations()[_ALIASES.get(name, name)].secret for name in near) or "token" in key.lower()
-    problem = "no such setting" if hidden else f"no such setting, set to {value!r:.100}"
-    problem += f"; did you mean {near[0]!r}?" if near else ""
-    raise SettingsError(
-        written, problem, source=source, allowed="the settings that `python -m traceml.settings` describes"
-    )
-
-
-def _is_list(name: str) -> bool:
-    return get_origin(declarations()[name].kind) is tuple
-
-
-def _checked(key: str, value: Any, source: str, written: str) -> Iterator[_Entry]:
-    """Yield (source, setting, value in its own type); `written` is the key as the user wrote it."""
-    if is_automatic_mode(key, value):
-        return
-
-    name = _known(key, value, source, written)
-    declared = declarations()[name]
-    result = coerce(declared.kind, value, declared.limits)
-    if result is BAD:
-        shown = "a value" if declared.secret else repr(value)
-        raise SettingsError(written, f"{shown} is not allowed", source=source, allowed=declared.allowed)
-
-    if name == "mask" and result:
-        from traceml.privacy import Masker
-
-        Masker(result, source=source)  # a bad pattern is an error now, not when a value must be masked
-
-    yield source, name, result
 
 
 # --- the reference page; the pydantic form ----------------------------------------------------------------------

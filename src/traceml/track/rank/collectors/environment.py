@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from traceml.privacy import Masker
-from traceml.settings import ENV_PREFIX, INTERNAL_ENV, USER_ENV, declarations
+from traceml.setting_sources import ENV_PREFIX, INTERNAL_ENV, USER_ENV
+from traceml.settings import declarations
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
