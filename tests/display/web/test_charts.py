@@ -117,6 +117,7 @@ def test_three_runs_are_picked_and_overlaid(visit: Visits) -> None:
     expect(page.get_by_label("parameters that differ").first).to_contain_text("optimizer.name")
     is_drawn(page, "Step time of all runs")
     is_drawn(page, LOSS)
+    assert [line["name"] for line in option(page, "Step time of all runs")["series"]] == ["A", "B", "C"]
 
 
 # A busy browser: NiceGUI makes a chart by a timer of 0 ms, and sets its options by one of 10 ms; the page looks for the

@@ -139,8 +139,9 @@ class ComparePage:
             with Container("div", "tags"):
                 self._outcome = TextNode("span", "", "pill kind")
                 for side, run_id in zip(LETTERS, runs, strict=False):
-                    TextNode("b", side)
-                    link(run_id, run_path(run_id), "mono")
+                    with Container("span", "side"):
+                        TextNode("b", side)
+                        link(run_id, run_path(run_id), "mono")
 
             self._headline = TextNode("h1")
             self._details = TextNode("p", "", "summary")

@@ -44,7 +44,7 @@ def compared_steps_chart(a: StepSeries, b: StepSeries, theme: Theme = LIGHT) -> 
     option = blank(theme)
     option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
     option["yAxis"] = value_axis(theme, "ms")
-    for name, steps, color in (("A p50", a, theme.lines[4]), ("B p50", b, theme.lines[0])):
+    for name, steps, color in (("A p50", a, theme.lines[0]), ("B p50", b, theme.lines[1])):
         data = pairs(steps.steps.tolist(), plain_values(steps.p50_ms))
         option["series"].append(line_series(name, data, color, 2))
 
@@ -147,8 +147,8 @@ def _bars(rows: list[tuple[str, float, float]], theme: Theme) -> Option | None:
     option["xAxis"] = value_axis(theme, "ms")
     option["yAxis"] = {**category_axis([label for label, _, _ in rows], theme), "inverse": True}
     for name, values, color in (
-        ("A", [number(a) for _, a, _ in rows], theme.lines[4]),
-        ("B", [number(b) for _, _, b in rows], theme.lines[0]),
+        ("A", [number(a) for _, a, _ in rows], theme.lines[0]),
+        ("B", [number(b) for _, _, b in rows], theme.lines[1]),
     ):
         option["series"].append(bar_series(name, values, color))
 

@@ -44,6 +44,7 @@ class LogPanel:
                 self._events = DataTable(
                     (("Time", "nowrap"), ("What", "nowrap"), ("Details", "long")), "events, the newest first"
                 )
+                self._no_events = TextNode("p", "No events.", "note")
 
         with self._card:
             self._none = TextNode("p", "No line contains this.", "note")
@@ -54,6 +55,7 @@ class LogPanel:
         """Show the current logs."""
         self._state = state
         rows = [_event_cells(event) for event in reversed(state.events)]
+        set_visible(self._no_events, not rows)
         words = self._words.lower().split()
         self._events.show([row for row in rows if all(word in " ".join(row).lower() for word in words)])
         if self._searching:

@@ -74,12 +74,10 @@ class OverlayPanel:
         params = compared_params(Comparisons(baseline=runs.comparisons[0].a.id, comparisons=list(runs.comparisons)))
         self._params.show([[printable(name), *map(printable, values)] for name, values in params])
         set_visible(self._same, not params)
-        lines = [
-            (f"{letter}: {name}", each) for letter, name, each in zip(LETTERS, self._names, runs.series, strict=False)
-        ]
+        lines = list(zip(LETTERS, runs.series, strict=False))  # not by id: two ids are wider than a chart
         charts = overlaid_metric_charts(lines, THEMES[theme])
         set_visible(self._none, not charts)
-        steps = overlaid_steps_chart([(name, each.steps) for name, each in lines], THEMES[theme])
+        steps = overlaid_steps_chart([(letter, each.steps) for letter, each in lines], THEMES[theme])
         drawn = [self._steps.show(None if steps is None else as_json(steps))]
         drawn += [self._metric(name).show(as_json(option)) for name, option in charts]
         return [each for each in drawn if each is not None]
