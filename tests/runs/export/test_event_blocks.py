@@ -88,18 +88,18 @@ def test_arrows_are_written_as_single_events_are(tmp_path, origin_ns):
 def test_points_are_written_as_single_events_are(tmp_path, origin_ns, suffix):
     """Counters and instants of a block have the bytes of the same events, one by one."""
     kinds = (
-        PointKind('100 %d of "ü"\n', "metric", "C", "value"),
-        PointKind("%b is nan", "metric", "i", "step", {"metric": "%b", "value": "nan"}),
+        PointKind('100 %d of "ü"\n', "metric", "C", ("value",)),
+        PointKind("%b is nan", "metric", "i", ("step",), {"metric": "%b", "value": "nan"}),
     )
     values = [0.5, 3, -1e-7, 7, 1e300]
     numbers = np.array([msgspec.json.encode(value) for value in values], object)
     at = ORIGIN_NS + np.array([0, 1, 999_999, 10**12, 10**12 + 1])
-    block = PointBlock(7, 71, kinds, np.arange(5) % 2, at, numbers)
+    block = PointBlock(7, 71, kinds, np.arange(5) % 2, at, numbers[:, None])
     with Writer(tmp_path / f"one.{suffix}", origin_ns=origin_ns) as one:
         one.write_name("thread_name", "events", pid=7, tid=71)
         for number, value in enumerate(values):
             of, at_ns = kinds[number % 2], int(at[number])
-            args = {of.number: value, **of.args}
+            args = {of.numbers[0]: value, **of.args}
             if of.phase == "C":
                 one.write_counter(of.name, at_ns, args, pid=7, tid=71, cat=of.cat)
             else:

@@ -71,14 +71,14 @@ class PointKind:
     Attributes:
         name, cat: name and category.
         phase: C, values of a counter, or i, instants of their thread.
-        number: name of the argument of which each point has its own value.
-        args: arguments that all of them have, after it.
+        numbers: names of arguments of which each point has its own value; as many for all kinds of a block.
+        args: arguments that all of them have, after them.
     """
 
     name: str
     cat: str
     phase: Literal["C", "i"]
-    number: str
+    numbers: tuple[str, ...]
     args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -91,7 +91,7 @@ class PointBlock:
         kinds: kinds of points.
         kind: number in `kinds` of each point.
         at_ns: epoch nanoseconds of each point.
-        numbers: argument of each point, as JSON in bytes.
+        numbers: point x argument, as JSON in bytes.
     """
 
     pid: int
@@ -148,7 +148,7 @@ class EventBlocks:
         """Write counters and instants."""
         ids = self._writer.take_ids(len(block.kind))
         templates = [self._point_template(kind, block.pid, block.tid) for kind in block.kinds]
-        columns = [np.array(ids, object), *self._times(block.at_ns), block.numbers]
+        columns = [np.array(ids, object), *self._times(block.at_ns), *block.numbers.T]
         self._writer.write_lines(_filled([templates[number] for number in block.kind.tolist()], columns), len(ids))
 
     def write_arrows(self, block: ArrowBlock) -> None:
@@ -166,7 +166,7 @@ class EventBlocks:
         return _SPAN % (name, cat, pid, tid, self._us, self._us, args)
 
     def _point_template(self, kind: PointKind, pid: int, tid: int) -> bytes:
-        args = _args_template((kind.number,), b"%b", kind.args)
+        args = _args_template(kind.numbers, b"%b", kind.args)
         name, cat = _constant(quoted(kind.name)), _constant(quoted(kind.cat))
         return _POINT % (name, cat, pid, tid, self._us, kind.phase.encode(), _SCOPE[kind.phase], args)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.store.reader import StreamRecord
 from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind
+from traceml.runs.export.sample_tracks import as_json
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
@@ -66,27 +66,20 @@ class MetricTracks:
         form = _forms(rows["value"])
         found, kind = np.unique(rows["name_id"] * (1 + len(_NOT_FINITE)) + form, return_inverse=True)
         kinds = [self._kind(stream.id, *divmod(each, 1 + len(_NOT_FINITE))) for each in found.tolist()]
-        numbers = _as_json(np.where(form == 0, rows["value"], 0.0))
-        numbers[form > 0] = _as_json(rows["step"][form > 0])
+        numbers = as_json(np.where(form == 0, rows["value"], 0.0).tolist())
+        numbers[form > 0] = as_json(rows["step"][form > 0].tolist())
         at_ns = self._clocks.of_date(stream.id, rows["t_ns"])
-        self._blocks.write_points(PointBlock(pid, tid, kinds, kind, at_ns, numbers))
+        self._blocks.write_points(PointBlock(pid, tid, kinds, kind, at_ns, numbers[:, None]))
 
     def _kind(self, stream: int, number: int, form: int) -> PointKind:
         name = self._name_of(stream, number)
         if not form:
-            return PointKind(name, "metric", "C", "value")
+            return PointKind(name, "metric", "C", ("value",))
 
         value = _NOT_FINITE[form - 1]
-        return PointKind(f"{name} is {value}", "metric", "i", "step", {"metric": name, "value": value})
+        return PointKind(f"{name} is {value}", "metric", "i", ("step",), {"metric": name, "value": value})
 
 
 def _forms(values: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return 0 for each finite value, else one plus the place in `_NOT_FINITE`."""
     return np.select([np.isnan(values), values == np.inf, values == -np.inf], [1, 2, 3], 0)
-
-
-def _as_json(numbers: NDArray[Any]) -> NDArray[Any]:
-    """Return finite numbers as JSON, each as bytes."""
-    texts = np.empty(len(numbers), object)
-    texts[:] = msgspec.json.encode(numbers.tolist())[1:-1].split(b",") if len(numbers) else ()
-    return texts

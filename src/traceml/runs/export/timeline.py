@@ -27,9 +27,10 @@ from traceml.database.schema import STEPS as STEP_ROWS
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
-from traceml.runs.export.counters import CounterExporter
+from traceml.runs.export.event_marks import EventMarks
 from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.export.metric_tracks import MetricTracks
+from traceml.runs.export.sample_tracks import SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
@@ -52,9 +53,10 @@ class TimelineExporter:
     def __init__(self, reader: StoreReader, writer: Writer, clocks: RunClocks) -> None:
         self._reader, self._writer, self._clocks = reader, writer, clocks
         self._tracks = tracks.TraceTracks(writer)
-        self._counters = CounterExporter(writer, self._tracks, clocks)
-        self._metrics = MetricTracks(writer, self._tracks, clocks, self._counters.name_of)
-        self._steps = StepTracks(writer, self._tracks, clocks, self._counters.name_of)
+        self._marks = EventMarks(writer, self._tracks, clocks)
+        self._samples = SampleTracks(writer, self._tracks, clocks)
+        self._metrics = MetricTracks(writer, self._tracks, clocks, self._marks.name_of)
+        self._steps = StepTracks(writer, self._tracks, clocks, self._marks.name_of)
         self._streams: dict[int, StreamRecord] = {}
         self.damage: list[str] = []
         """Messages about unreadable parts of the store."""
@@ -88,12 +90,13 @@ class TimelineExporter:
 
         self._steps.write()
         self._metrics.write()
+        self._samples.write()
         self._write_events()
 
     def _write_events(self) -> None:
         try:
             for event in self._reader.events():
-                self._counters.event(event)
+                self._marks.event(event)
         except StoreError as error:
             self.damage.append(str(error))
 
@@ -114,9 +117,9 @@ class TimelineExporter:
     def _take_log(self, stream: StreamRecord, frame: Frame) -> None:
         for row in frame.maps():
             if frame.table == NAMES.name:
-                self._counters.name(stream.id, int(row["id"]), str(row["name"]))
-            elif frame.table in self._counters.logs:
-                self._counters.logs[frame.table](stream, row)
+                self._marks.name(stream.id, int(row["id"]), str(row["name"]))
+            elif frame.table in self._marks.logs:
+                self._marks.logs[frame.table](stream, row)
 
     def _take_rows(self, stream: StreamRecord, table: str, rows: Any) -> None:
         if table in StepTracks.tables:
@@ -125,9 +128,8 @@ class TimelineExporter:
             self._metrics.add(stream, rows)
         elif table == EVALS.name:
             self._evals(stream, rows)
-        elif table in self._counters.tables:
-            for row in rows:
-                self._counters.tables[table](stream, row)
+        elif table in self._samples.tables:
+            self._samples.add(stream, table, rows)
 
     def _evals(self, stream: StreamRecord, rows: Any) -> None:
         pid, tid = self._tracks.rank(stream, tracks.EVALS)

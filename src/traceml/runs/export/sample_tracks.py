@@ -1,0 +1,159 @@
+"""Samples in a trace, written in blocks of rows: counters of ranks and hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY
+from traceml.database.store.reader import StreamRecord
+from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind
+from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
+from traceml.runs.rows.clocks import RunClocks
+from traceml.traces.writer.writer import Writer
+
+__all__ = ["SampleTracks", "as_json"]
+
+_MOST_ROWS = 32_768  # rows of all ranks that wait to be written: 3 MB
+_BLOCK = 4096  # rows of a block, at most: 2 MB of text
+_GPU = ("utilization_pct", "memory_used_bytes", "temperature_c", "power_w", "sm_clock_mhz")
+_TORCH = ("allocated_bytes", "reserved_bytes")
+_HOST = (("cpu", "cpu_pct"), ("memory", "memory_used_bytes"))
+_READ = {
+    PROCESS.name: ["t_ns", "rss_bytes", "cpu_ns"],
+    TORCH_MEMORY.name: ["t_ns", "device", *_TORCH],
+    HOST.name: ["t_ns", *(field for _, field in _HOST)],
+    GPU.name: ["t_ns", "index", *_GPU],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    """A counter, and its value in each row.
+
+    Attributes:
+        name: its name.
+        fields: names of its values.
+        texts: row x field, as JSON in bytes.
+        shown: whether a row has an event of it.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    texts: NDArray[Any]
+    shown: NDArray[np.bool_]
+
+
+class SampleTracks:
+    """Writes samples of processes, hosts, GPUs and torch's memory.
+
+    Args:
+        writer: the trace.
+        tracks: its tracks.
+        clocks: the ranks' clocks.
+    """
+
+    tables = frozenset(_READ)
+    """Names of the tables whose rows it takes."""
+
+    def __init__(self, writer: Writer, tracks: TraceTracks, clocks: RunClocks) -> None:
+        self._blocks, self._tracks, self._clocks = EventBlocks(writer), tracks, clocks
+        self._rows: dict[tuple[int, str], tuple[StreamRecord, list[Any]]] = {}
+        self._waiting = 0
+        self._cpu: dict[int, tuple[int, int]] = {}  # by stream: time and CPU time of its last sample
+        self._speaks: dict[str, int] = {}
+        self._tables: dict[str, Callable[[StreamRecord, Any], None]] = {
+            PROCESS.name: self._process,
+            TORCH_MEMORY.name: self._torch_memory,
+            HOST.name: self._host,
+            GPU.name: self._gpu,
+        }
+
+    def add(self, stream: StreamRecord, table: str, rows: Any) -> None:
+        """Take rows of a table; they are written sometime later.
+
+        Raises:
+            KeyError: a column is missing.
+        """
+        if table == HOST.name and self._speaks.setdefault(stream.host, stream.id) != stream.id:
+            return  # another rank of this host reports the same
+
+        self._rows.setdefault((stream.id, table), (stream, []))[1].append(rows[_READ[table]])
+        self._waiting += len(rows)
+        if self._waiting >= _MOST_ROWS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the waiting rows."""
+        waiting, self._rows, self._waiting = self._rows, {}, 0
+        for (_, table), (stream, parts) in waiting.items():
+            rows = np.concatenate(parts)
+            for start in range(0, len(rows), _BLOCK):
+                self._tables[table](stream, rows[start : start + _BLOCK])
+
+    def _process(self, stream: StreamRecord, rows: Any) -> None:
+        t_ns, cpu_ns = rows["t_ns"], rows["cpu_ns"]
+        before = self._cpu.get(stream.id, (t_ns[0], cpu_ns[0]))
+        self._cpu[stream.id] = t_ns[-1], cpu_ns[-1]
+        passed, spent = np.diff(t_ns, prepend=before[0]), np.diff(cpu_ns, prepend=before[1])
+        shown = passed > 0
+        shares = spent / np.where(shown, passed, 1)
+        percent = [round(100 * share, 2) for share in shares.tolist()]
+        self._of_rank(
+            stream,
+            t_ns,
+            [
+                _counter("memory", rows, ("rss_bytes",), np.ones(len(rows), bool)),
+                _Counter("cpu", ("pct_of_a_core",), as_json(percent)[:, None], shown),
+            ],
+        )
+
+    def _torch_memory(self, stream: StreamRecord, rows: Any) -> None:
+        devices = rows["device"]
+        for device in np.unique(devices).tolist():
+            of_device = rows[devices == device]
+            counter = _counter(f"device {device} memory", of_device, _TORCH, np.ones(len(of_device), bool))
+            self._of_rank(stream, of_device["t_ns"], [counter])
+
+    def _host(self, stream: StreamRecord, rows: Any) -> None:
+        self._of_host(stream, rows, _HOST)
+
+    def _gpu(self, stream: StreamRecord, rows: Any) -> None:
+        numbers = rows["index"]
+        for number in np.unique(numbers).tolist():
+            self._of_host(stream, rows[numbers == number], [(f"gpu {number}", field) for field in _GPU])
+
+    def _of_rank(self, stream: StreamRecord, t_ns: Any, counters: Sequence[_Counter]) -> None:
+        self._write(self._tracks.rank(stream, EVENTS), stream, t_ns, counters)
+
+    def _of_host(self, stream: StreamRecord, rows: Any, fields: Sequence[tuple[str, str]]) -> None:
+        """Write a counter for each (name, field), where the field has a finite value."""
+        counters = [_counter(name, rows, (field,), np.isfinite(rows[field])) for name, field in fields]
+        if any(counter.shown.any() for counter in counters):
+            self._write(self._tracks.host(stream.host), stream, rows["t_ns"], counters)
+
+    def _write(self, track: tuple[int, int], stream: StreamRecord, t_ns: Any, counters: Sequence[_Counter]) -> None:
+        """Write the counters row by row: those of one name stay in the order of time."""
+        shown = np.stack([counter.shown for counter in counters], axis=1)
+        kinds = [PointKind(counter.name, "sample", "C", counter.fields) for counter in counters]
+        kind = np.broadcast_to(np.arange(len(kinds)), shown.shape)[shown]
+        at_ns = np.broadcast_to(self._clocks.of_stamp(stream.id, t_ns)[:, None], shown.shape)[shown]
+        texts = np.stack([counter.texts for counter in counters], axis=1)[shown]
+        self._blocks.write_points(PointBlock(*track, kinds, kind, at_ns, texts))
+
+
+def _counter(name: str, rows: Any, fields: tuple[str, ...], shown: NDArray[np.bool_]) -> _Counter:
+    texts = np.stack([as_json(np.where(shown, rows[field], 0).tolist()) for field in fields], axis=1)
+    return _Counter(name, fields, texts, shown)
+
+
+def as_json(numbers: Sequence[float]) -> NDArray[Any]:
+    """Return finite numbers as JSON, each as bytes."""
+    texts = np.empty(len(numbers), object)
+    texts[:] = msgspec.json.encode(numbers)[1:-1].split(b",") if len(numbers) else ()
+    return texts
