@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadGroupScheduling
 from xdist.workermanage import WorkerController
 
@@ -99,6 +100,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         gc.disable()  # until all is collected: next to nothing of it is garbage
 
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")  # a machine that does much else makes no example slow
     config.stash[_LACKING] = {part.name: part for part in missing()}
     config.stash[_STARTED] = started = []
     sys.addaudithook(lambda event, _: started.append(event) if event in _STARTS else None)

@@ -183,7 +183,9 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(actions)
 def test_any_mixture_adds_up(plan: list[str]) -> None:
     """After any mix of operations each task is counted once, in the state of its handle."""

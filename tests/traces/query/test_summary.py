@@ -206,7 +206,9 @@ edge = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(edge, min_size=1, max_size=40), st.booleans())
 def test_pairs(tmp_path, edges, in_order):
     """Begins and ends make spans by thread and by asynchronous id; unpaired ones are reported as damage."""
