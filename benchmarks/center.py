@@ -157,18 +157,9 @@ class HostGenerator(Generator):
                 rows["t_ns"] = 10**9 * (member.sent + np.arange(every))
                 yield frame_of(sampled, member.sent, rows.tobytes())
 
-    def read(self, timeout_s: float) -> None:
-        """Take the confirmations that have come, waiting up to `timeout_s` for the first."""
-        for key, _ in self.selector.select(timeout_s):
-            member = key.data
-            data = member.sock.recv(4096)
-            assert data, "the center closed a connection"
-            now_s = time.monotonic()
-            for message in member.decoder.feed(data):
-                if message["t"] == "stored":
-                    member.acked = message["number"]
-                    for number in [each for each in member.sent_at_s if each <= member.acked]:
-                        self.latencies_s.append(now_s - member.sent_at_s.pop(number))
+    def stored(self, message: dict[str, Any]) -> int:
+        """Return the number of the last message that is confirmed; 0 where the center says something else."""
+        return message["number"] if message["t"] == "stored" else 0
 
 
 def frame_of(table: Table, seq: int, data: bytes) -> list[Any]:

@@ -253,10 +253,15 @@ class Generator:
             assert data, "the aggregator closed a connection"
             now_s = time.monotonic()
             for message in member.decoder.feed(data):
-                assert message["t"] == "ack", message
-                member.acked = message["seq"]
-                for seq in [seq for seq in member.sent_at_s if seq <= member.acked]:
-                    self.latencies_s.append(now_s - member.sent_at_s.pop(seq))
+                member.acked = max(self.stored(message), member.acked)
+                for number in [each for each in member.sent_at_s if each <= member.acked]:
+                    self.latencies_s.append(now_s - member.sent_at_s.pop(number))
+
+    def stored(self, message: dict[str, Any]) -> int:
+        """Return the number up to which a message of the aggregator says that all is stored."""
+        assert message["t"] == "ack", message
+        number: int = message["seq"]
+        return number
 
 
 HEAD = struct.Struct("<2q")

@@ -42,9 +42,10 @@ def step_rows(start: int, count: int) -> bytes:
 class Serving:
     """An aggregator in a process of its own, on a socket that outlives it."""
 
-    def __init__(self, folder: Path, log: Path, *options: str) -> None:
+    def __init__(self, folder: Path, log: Path, *options: str, tls: bool = False) -> None:
         self.folder = folder
         self.options = options
+        self.tls = tls
         self.sock = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = self.sock.getsockname()[1]
         self.log = log
@@ -58,7 +59,7 @@ class Serving:
         with self.log.open("ab") as log:
             self.process = forked.Popen(
                 [*command, "--runs-dir", str(self.folder), *self.options],
-                env={**os.environ, "TRACEML_TOKEN": TOKEN},
+                env={**os.environ, "TRACEML_TOKEN": TOKEN, "TRACEML_TLS": str(self.tls).lower()},
                 pass_fds=(fd, tell),
                 stdout=log,
                 stderr=log,
@@ -95,10 +96,10 @@ class Serving:
             role="rank", run=run, rank=rank, world_size=world_size, name="test",
             recorder=recorder or f"recorder-{rank}", **facts,
         )  # fmt: skip
-        return connect("127.0.0.1", self.port, hello, TOKEN, timeout_s=60)
+        return connect("127.0.0.1", self.port, hello, TOKEN, timeout_s=60, tls=self.tls)
 
     def ask(self, command: str, args: dict[str, Any] | None = None, *, run: str = "") -> dict[str, Any]:
-        connection = connect("127.0.0.1", self.port, Hello(role="client", run=run), TOKEN, timeout_s=60)
+        connection = connect("127.0.0.1", self.port, Hello(role="client", run=run), TOKEN, timeout_s=60, tls=self.tls)
         try:
             return connection.request(command, args, timeout_s=60)
         finally:
@@ -136,8 +137,8 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     """Start aggregators; what still runs at the end is killed."""
     started: list[Serving] = []
 
-    def start(*options: str, folder: Path | None = None) -> Serving:
-        started.append(Serving(folder or tmp_path / "runs", tmp_path / "log", *options))
+    def start(*options: str, folder: Path | None = None, tls: bool = False) -> Serving:
+        started.append(Serving(folder or tmp_path / "runs", tmp_path / "log", *options, tls=tls))
         return started[-1]
 
     yield start
