@@ -9,6 +9,7 @@ from pathlib import Path
 
 __all__ = [
     "DISTRIBUTION",
+    "PACKAGE",
     "foreign_distributions",
     "foreign_hint",
     "free_threading_limits",
@@ -21,7 +22,8 @@ DISTRIBUTION = "traceml-torch"
 # Other products that install a folder `traceml` too, by the normalized names of their metadata folders.
 _FOREIGN = ("traceml", "traceml_ai")
 _METADATA = (".dist-info", ".egg-info")
-_PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent
+"""The folder of the package; products of the same name install into the folder around it."""
 # Extras whose library has no release for newer versions of Python: the first version without one.
 _ENDS: dict[str, tuple[int, int]] = {"aim": (3, 13)}
 
@@ -60,7 +62,7 @@ def free_threading_limits() -> str:
     )
 
 
-def foreign_distributions(folder: Path = _PACKAGE.parent) -> list[str]:
+def foreign_distributions(folder: Path = PACKAGE.parent) -> list[str]:
     """Return names and versions of other products that have installed a package `traceml` into the same folder.
 
     It reads names in one folder, so that a training process can afford it.
@@ -84,7 +86,7 @@ def warn_of_foreign() -> None:
     if found := foreign_distributions():
         logging.getLogger("traceml").warning(
             "%s installed a package `traceml` over this one, in %s, and either may fail: %s",
-            " and ".join(found), _PACKAGE, foreign_hint(found),
+            " and ".join(found), PACKAGE, foreign_hint(found),
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import traceml
 from traceml import cli
 from traceml.cli.checks import local_checks
 from traceml.settings import declarations, load
@@ -41,6 +42,20 @@ def test_everything_is_there(quick, capsys):
     assert f"{quick}" in shown
     assert "TRACEML_PORT" in shown
     assert "Everything that traceml needs is available." in shown
+
+
+def test_another_product_beside_the_package_is_seen(quick, capsys, monkeypatch, tmp_path):
+    """Its metadata is in the folder that contains the package, not in the package."""
+    assert cli.main(["doctor"]) == 0
+    assert f" in {Path(traceml.__file__).parent}\n" in capsys.readouterr().out
+
+    monkeypatch.setattr(local_checks, "PACKAGE", tmp_path / "traceml")
+    (tmp_path / "traceml_ai-0.5.0.dist-info").mkdir()
+
+    assert cli.main(["doctor"]) == 3
+    assert (
+        f"broken traceml       0.1.0 in {tmp_path / 'traceml'}, mixed with traceml-ai 0.5.0" in capsys.readouterr().out
+    )
 
 
 def test_problems_come_first_and_settings_on_request(quick, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from typing import Literal
 
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, PluginError, SettingsError
-from traceml.installation import foreign_distributions, foreign_hint, free_threading_limits, install_command
+from traceml.installation import PACKAGE, foreign_distributions, foreign_hint, free_threading_limits, install_command
 from traceml.process_ends import end_of_status
 from traceml.settings import Config, declarations, load
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -63,7 +63,7 @@ class Setting:
 
 def all_checks() -> Iterator[Check]:
     """Yield all checks; torch takes a second."""
-    yield _installation(Path(__file__).parents[2], shutil.which("traceml"))
+    yield _installation(PACKAGE.parent, shutil.which("traceml"))
     yield _python()
     yield from _packages()
     yield _torch()
