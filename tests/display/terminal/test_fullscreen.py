@@ -39,6 +39,15 @@ def test_many_ranks_fill_the_screen(terminal):
         assert terminal.screen.history == []
 
 
+def test_a_hint_that_does_not_fit_is_left_out_whole(terminal):
+    """The part of it that fits is no word."""
+    terminal.resize(60, 12)
+    with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
+        for last, expected in (("?: keys", 60), ("PgUp PgDn", 50)):
+            screen.draw(live_view(slow_rank()), footer=f"q quits   {'tables' * 6}tab   {last}")
+            assert len(terminal.visible_lines()[10]) == expected
+
+
 def test_keys_are_read(terminal):
     """A key comes back at once; without one the wait ends in time."""
     with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:

@@ -71,7 +71,7 @@ class FullScreen:
 
         Args:
             lines: makes the lines for a viewport.
-            footer: the line below.
+            footer: the line below; of its parts, three spaces apart, the first ones that fit are shown.
             least: smallest useful number of rows.
         """
         viewport = Viewport.of(self._console)
@@ -81,7 +81,7 @@ class FullScreen:
         else:
             drawn = list(lines(Viewport(columns, rows - 1, viewport.glyphs, viewport.color)))
 
-        drawn.append(Text(f" {footer}"[:columns], style="dim"))
+        drawn.append(Text(f" {_whole_parts(footer, columns - 1)}", style="dim"))
         frame = b"".join(
             b"\x1b[%d;1H" % number + ansi_bytes(self._console, line, columns)
             for number, line in enumerate(drawn, start=1)
@@ -136,3 +136,11 @@ class FullScreen:
 
 def _keyboard() -> int | None:
     return sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
+
+
+def _whole_parts(footer: str, columns: int) -> str:
+    parts = footer.split("   ")
+    while len(parts) > 1 and len("   ".join(parts)) > columns:
+        parts.pop()
+
+    return "   ".join(parts)[:columns]

@@ -71,9 +71,9 @@ class TopApp:
                 lambda viewport: help_lines(self._view, TABS, viewport), footer="any key: back", least=MIN_HEIGHT
             )
         elif tab.key not in self._factories:
-            screen.draw(self._view, footer=f"{_FOOTER}   Tab or {_KEYS[2:]}: tables   ?: keys")
+            screen.draw(self._view, footer=f"{_FOOTER}   ?: keys   Tab or {_KEYS[2:]}: tables")
         else:
-            screen.show(self._lines, footer=f"{_FOOTER}   Tab, {_KEYS}: tables   PgUp PgDn   ?: keys",
+            screen.show(self._lines, footer=f"{_FOOTER}   ?: keys   Tab, {_KEYS}: tables   PgUp PgDn",
                         least=MIN_HEIGHT)  # fmt: skip
 
     def press(self, key: str, screen: FullScreen) -> None:
