@@ -11,6 +11,7 @@ from torch._utils import ExceptionWrapper
 
 from tests.aggregator.conftest import Serving
 from tests.recorder.conftest import Run, exit_rows, stored_steps
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.recorder.exits import cause_of, describe, status_of
 
 START = """
@@ -60,6 +61,8 @@ def test_a_status_is_recorded_when_it_ends_the_process(
 
     assert done.returncode == status
     assert [row["code"] for row in exit_rows(serving)] == [expected]
+    if not status:
+        assert [RankExit.from_facts(0, "finished", row).steps for row in exit_rows(serving)] == [5]
     assert all("exception" not in row for row in exit_rows(serving))
 
 

@@ -70,6 +70,11 @@ class StepClock(SegmentedStep):
         """Whether an evaluation runs, as far as is known: a batch of it has ended, or it needs no batch."""
         return bool(self.evaluating or self.stretch.start)
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether an optimizer has stepped in the open step, so that the end of training closes it."""
+        return bool(self.pending or self.attempt)
+
     def boundary(self, t: int, loader: Any) -> None:
         """Handle a request to a loader: decide what kind of segment ends here.
 

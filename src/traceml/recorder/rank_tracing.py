@@ -112,6 +112,11 @@ class RankTracing:
         """Whether an evaluation runs, whose time is in no step."""
         return self.instrumentation is not None and self.instrumentation.clock.is_evaluating
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the end of training closes the open step; else it is dropped."""
+        return self.instrumentation is not None and self.instrumentation.clock.has_stepped
+
     def phase_left(self, error: BaseException | None) -> dict[str, str]:
         """Return the phase that an exception has left, where the traceback does not show it."""
         phase = self.instrumentation.clock.phase_of(error) if self.instrumentation is not None else None

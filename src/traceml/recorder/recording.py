@@ -197,8 +197,10 @@ class Recording:
         slots[Slot.EXIT_START] = monotonic_ns()
         facts: dict[str, Any] = {"code": status, "last_step": self.flight.ring("steps").appended - 1}
         if slots[Slot.STEP] >= 0:
-            facts["step"] = slots[Slot.STEP]
             facts["last_step"] = slots[Slot.STEP] - 1  # a resumed training does not count from 0
+            if status or self.tracing.has_stepped:  # after the last step another one is open
+                facts["step"] = slots[Slot.STEP]
+
             if began_ns := slots[Slot.STEP_START]:
                 facts["open_s"] = (slots[Slot.EXIT_START] - began_ns) / 1e9
 
