@@ -327,3 +327,14 @@ def test_a_rank_that_was_killed_while_it_ended_well_is_lost():
 
     [ended] = builder.build().exits
     assert (ended.state, ended.signal, ended.code, ended.last_step) == ("killed", 9, None, 58)
+
+
+@pytest.mark.parametrize(("row", "ends"), [({"code": 0}, False), ({"code": 3}, True), ({"exception": "E"}, True)])
+def test_a_script_that_ended_well_is_no_end_of_its_process(row, ends):
+    """A thread may keep the process, or a function that is called at its end; then it hangs there."""
+    builder = JobFactsBuilder(2)
+    builder.info(0, {"kind": "exit", **row})
+    assert bool(builder.build().exits) is ends
+
+    builder.exit(RankExit(rank=0, state="finished", code=0))
+    assert len(builder.build().exits) == 1

@@ -117,8 +117,12 @@ class JobFactsBuilder:
 
     def _take_exit(self, rank: int, row: Mapping[str, Any]) -> None:
         reported = RankExit.from_facts(rank, "failed" if row.get("code") or row.get("exception") else "finished", row)
-        # A rank reports how it is about to end; the fate of its process, where known, has priority.
-        self.exits[rank] = merged_exits(reported, self.exits[rank]) if rank in self.exits else reported
+        # A rank reports how it is about to end; the fate of its process, where known, has priority. A script that ended
+        # well says nothing of its process, which may stay for a thread or a function that is called at the end.
+        if rank in self.exits:
+            self.exits[rank] = merged_exits(reported, self.exits[rank])
+        elif reported.state != "finished":
+            self.exits[rank] = reported
 
     def _take_resumed(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("before"), int):
