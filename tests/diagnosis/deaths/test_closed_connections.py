@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -56,6 +58,31 @@ def test_one_process_has_no_other_rank() -> None:
                      line=3)  # fmt: skip
 
     assert "Another rank" not in rank_lost(JobFacts(exits=(alone,), world_size=1))[0].next
+
+
+@pytest.mark.parametrize(
+    ("phases", "says", "never"),
+    [
+        (("comm", "comm"), "Compare the sizes", "on none"),
+        (("backward", "comm"), "or on none: rank 2 was in backward.", "rank 3"),
+        (("backward", "backward"), "or on none: ranks 2, 3 were in backward.", "Compare"),
+        (("backward", "other"), "or on none: rank 2 was in backward.", "rank 3"),
+        ((None, "other"), "Compare the sizes", "on none"),
+    ],
+)
+def test_an_abort_in_a_collective_names_the_ranks_elsewhere(phases: tuple, says: str, never: str) -> None:
+    """A rank that left the collective out met it with another one, of another size."""
+    aborted = RankExit(
+        rank=1, state="killed", signal=6, file="train.py", line=9, stack="...", open_phase="comm", at_s=1
+    )
+    others = [
+        RankExit(rank=rank, state="killed", signal=15, stopped=True, open_phase=phase, at_s=2)
+        for rank, phase in zip((2, 3), phases, strict=True)
+    ]
+    finding = rank_lost(JobFacts(exits=(aborted, *others), world_size=4))[0]
+
+    assert says in finding.next
+    assert never not in finding.next
 
 
 def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:

@@ -12,7 +12,7 @@ from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, KILL, for_shared_memory
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.formatting import count_text, percent_text
+from traceml.formatting import count_text, percent_text, ranks_text
 from traceml.process_ends import CRASHES
 
 __all__ = ["for_exit"]
@@ -122,10 +122,20 @@ def _for_peer(ended: RankExit, _facts: JobFacts) -> str:
     )
 
 
-def _for_sizes(ended: RankExit, _facts: JobFacts) -> str:
+def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
+    """Return advice on a process that its backend ended because another rank sent more or less than it expects."""
+    reason = f"The output of rank {ended.rank} has its reason (`terminate called`)."
+    in_backward = [each.rank for each in facts.exits if each.open_phase == "backward"]
+    if not in_backward:
+        return (
+            "Compare the sizes and types of that collective on all ranks: where these differ, the backend ends the "
+            f"process. {reason}"
+        )
+
+    be = "was" if len(in_backward) == 1 else "were"
     return (
-        "Compare the sizes and types of that collective on all ranks: where these differ, the backend ends "
-        f"the process. The output of rank {ended.rank} has its reason (`terminate called`)."
+        f"Call that collective on every rank, or on none: {ranks_text(in_backward)} {be} in backward. Its sizes and "
+        f"types must be equal too: where they differ, the backend ends the process. {reason}"
     )
 
 
