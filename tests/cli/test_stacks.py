@@ -149,3 +149,14 @@ def test_equal_stacks_of_many_ranks_travel_once() -> None:
     assert reply["stacks"] == [[], frames]
     assert [row["stack"] for row in reply["ranks"]] == [0] + [1] * 998
     assert reply["missing"] == [{"rank": 999, "host": "far", "pid": 999, "why": "it did not answer"}]
+
+
+def test_ranks_that_never_connected_are_missing() -> None:
+    """The one that all others wait for may be among them."""
+    streams = [Stream(0, 0, 0, Incarnation("here", "boot", 1, 0, ""), flight="")]
+    reply = stacks_reply(streams, {0: {"result": {"rank": 0, "frames": []}}}, {}, {2, 1})
+
+    assert [(each["rank"], each["why"]) for each in reply["missing"]] == [
+        (1, "it has not connected"),
+        (2, "it has not connected"),
+    ]

@@ -196,7 +196,8 @@ class Commands:
             if (reported := run.live.snapshot_from_outside(stream.rank)) is not None:
                 silent[stream] = reported  # by the agent of its host
 
-        return stacks_reply(asked, query.answers, silent)
+        absent = set(range(run.world_size)) - {stream.rank for stream in run.streams}
+        return stacks_reply(asked, query.answers, silent, absent)
 
     async def _snapshot_from_outside(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
         """Take an agent's snapshot of a rank of its host: `{host, rank, pid, snapshot}`."""

@@ -114,6 +114,17 @@ def test_ranks_that_did_not_answer_are_named() -> None:
     assert many.endswith("ranks 3-5 did not answer, on 1 host: gpu2")
 
 
+def test_ranks_that_never_connected_have_no_host() -> None:
+    """They are told apart from those that do not answer."""
+    both = stacks_text([_stack(0)], [MissingRank(2, "", "it has not connected"), MissingRank(3, "gpu2", "no")])
+    none = stacks_text([_stack(0)], [MissingRank(3, "gpu2", "it did not answer")])
+
+    assert both.endswith(
+        "rank 2 has not connected: still starting, or stuck before tracing began\n\nrank 3 on gpu2: no"
+    )
+    assert "connected" not in none
+
+
 def test_what_a_terminal_would_obey_is_escaped() -> None:
     """A function's name comes from the user's code."""
     evil = FrameSnapshot(file="a.py", line=1, function="f\x1b[2J", is_user=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.aggregator.silence.silent_ranks import silent_snapshots
@@ -31,7 +31,10 @@ async def snapshots_from_outside(streams: Sequence[Stream], *, is_last: bool = F
 
 
 def stacks_reply(
-    streams: Sequence[Stream], answers: Mapping[int, Mapping[str, Any]], silent: Mapping[Stream, RankSnapshot]
+    streams: Sequence[Stream],
+    answers: Mapping[int, Mapping[str, Any]],
+    silent: Mapping[Stream, RankSnapshot],
+    absent: Iterable[int] = (),
 ) -> dict[str, Any]:
     """Return the reply: `ranks`, of which each has the number of its stack in `stacks`, and `missing`.
 
@@ -39,9 +42,12 @@ def stacks_reply(
         streams: the ranks that were asked.
         answers: rank -> its reply, with the snapshot as `result`.
         silent: snapshots from outside of those that did not answer.
+        absent: ranks that have never connected: their hosts and processes are not known.
     """
     ranks: list[dict[str, Any]] = []
-    missing: list[dict[str, Any]] = []
+    missing: list[dict[str, Any]] = [
+        {"rank": rank, "host": "", "pid": 0, "why": "it has not connected"} for rank in sorted(absent)
+    ]
     stacks: dict[str, tuple[int, Any]] = {}
     for stream in sorted(streams, key=lambda each: each.rank):
         about = {"rank": stream.rank, "host": stream.incarnation.host, "pid": stream.incarnation.pid}

@@ -31,7 +31,7 @@ class RankStack:
 
 @dataclass(frozen=True, slots=True)
 class MissingRank:
-    """A rank of which nothing is known now: its host, and why."""
+    """A rank of which nothing is known now: its host, empty where it has never connected, and why."""
 
     rank: int
     host: str
@@ -52,7 +52,9 @@ def stacks_text(ranks: Sequence[RankStack], missing: Sequence[MissingRank] = ())
     parts = [
         _group_text(group) for group in sorted(groups.values(), key=lambda each: (-len(each), each[0].snapshot.rank))
     ]
-    parts += [_missing_text(missing)] if missing else []
+    absent, silent = [each for each in missing if not each.host], [each for each in missing if each.host]
+    parts += [_absent_text(absent)] if absent else []
+    parts += [_missing_text(silent)] if silent else []
     return printable("\n\n".join(parts), lines=True)
 
 
@@ -141,6 +143,13 @@ def _worker(worker: WorkerSnapshot) -> list[str]:
     running = ", which runs" if worker.state == "R" else ""
     ended = f", which is {_STATES[worker.state]}" if worker.state in _STATES else ""
     return [f"{head}{asleep}{running}{ended}", *_frames(worker.frames, "    ")]
+
+
+def _absent_text(absent: Sequence[MissingRank]) -> str:
+    has = "has" if len(absent) == 1 else "have"
+    return (
+        f"{ranks_text(each.rank for each in absent)} {has} not connected: still starting, or stuck before tracing began"
+    )
 
 
 def _missing_text(missing: Sequence[MissingRank]) -> str:
