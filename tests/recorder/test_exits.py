@@ -64,6 +64,7 @@ def test_a_status_is_recorded_when_it_ends_the_process(
     if not status:
         assert [RankExit.from_facts(0, "finished", row).steps for row in exit_rows(serving)] == [5]
     assert all("exception" not in row for row in exit_rows(serving))
+    assert [row.get("line") for row in exit_rows(serving)] == [7 if status else None]
 
 
 @pytest.mark.parametrize("entry", [True, False])

@@ -169,12 +169,16 @@ def cause_of(error: BaseException | None) -> BaseException | None:
 def describe(error: BaseException | None) -> dict[str, Any]:
     """Return the fields of an `exit` row for an exception: type, message, and the line of the user's code.
 
-    A SystemExit counts with its text, if it has one, and as the exception that was being handled.
+    A SystemExit counts with its text, if it has one, and as the exception that was being handled; with a number alone
+    only the line is known.
     """
     cause = cause_of(error)
     facts = {} if cause is None else _described(cause)
-    if not isinstance(error, SystemExit) or error.code is None or isinstance(error.code, int):
+    if not isinstance(error, SystemExit) or error.code is None:
         return facts
+
+    if isinstance(error.code, int):
+        return facts or (_place_left(error) if status_of(error) else {})
 
     text = secrets_only().mask_text(_text_of(error)[:_MESSAGE_CHARS])
     if not facts:

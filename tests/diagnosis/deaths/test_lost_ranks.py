@@ -338,3 +338,18 @@ def test_a_script_that_ended_well_is_no_end_of_its_process(row, ends):
 
     builder.exit(RankExit(rank=0, state="finished", code=0))
     assert len(builder.build().exits) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "says", "advises"),
+    [
+        ({"file": "a.py", "line": 7, "function": "f"}, "exit code 3 at a.py:7, before", "leads to a.py:7"),
+        ({}, "exit code 3, before", "Read rank 1's output"),
+    ],
+)
+def test_an_exit_with_a_number_names_its_line(place, says, advises):
+    """Where it is known: a program that the rank became has none."""
+    (finding,) = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3, **place),)))
+
+    assert says in finding.summary
+    assert advises in finding.next

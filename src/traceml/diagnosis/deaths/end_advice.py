@@ -139,6 +139,16 @@ def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     )
 
 
+def _for_exit_code(ended: RankExit, _facts: JobFacts) -> str:
+    if not ended.file:
+        return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."
+
+    return (
+        f"The script ended itself with exit code {ended.code}: look at the condition that leads to "
+        f"{ended.file}:{ended.line}, and at rank {ended.rank}'s output."
+    )
+
+
 def _for_exit_text(ended: RankExit, _facts: JobFacts) -> str:
     where = f"{ended.file}:{ended.line}" if ended.file else "it"
     return f"The script ended itself with this text: look at the condition that leads to {where}."
@@ -243,6 +253,6 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     ),
     (
         lambda *_: True,
-        lambda ended, _: f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}.",
+        _for_exit_code,
     ),
 )

@@ -83,7 +83,7 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
     if ended.state == "lost":
         return "lost its connection without a report" if not many else "lost their connections without a report"
 
-    return f"{exit_text(ended.code)}{_code_text(ended.code)}"
+    return f"{exit_text(ended.code)}{_code_text(ended.code)}{at}"
 
 
 def step_text(ended: RankExit) -> str:
