@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,21 +28,34 @@ from traceml.errors import UsageError
 
 # These start jobs, hosts or servers, or need a terminal: their own tests run them; here their arguments are parsed.
 PARSED = {"demo", "launch", "mcp", "serve", "top"}
+WIDE = 100  # columns; texts below the examples have their lines as they are written
 NEEDS_JOB = {"stacks", "profile"}
 LINES = [(name, words) for name, examples in EXAMPLES.items() for _, words in examples]
 
 
-@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("columns", [60, WIDE])
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
-    """No line is wider, and the examples are in it as they are typed."""
+    """No line is wider, or ends before it is full; the examples are in it as they are typed."""
     monkeypatch.setenv("COLUMNS", str(columns))
 
     assert cli.main([command, "--help"]) == 0
 
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > columns] == []
+    assert [both for both in pairwise(lines) if columns == WIDE and _is_broken_early(*both)] == []
     assert set(examples_text(command).splitlines()) <= set(lines)
+    if columns == WIDE:
+        assert set(getattr(import_module(cli.COMMANDS[command][0]), "_EPILOG", "").splitlines()) <= set(lines)
+
+
+def _is_broken_early(line: str, below: str) -> bool:
+    """Return whether a text of an option goes on below, though its next word had room: up to 90, as margins differ."""
+    if not re.search(r"[a-z,;]$", line) or not re.match(r" {8,}[a-z(]", below):
+        return False
+
+    indented = len(below) - len(below.lstrip())
+    return line[:indented].strip() == "" and len(line) + 1 + len(below.split(maxsplit=1)[0]) <= WIDE - 10
 
 
 @pytest.mark.parametrize("command", ["demo", "profile"])

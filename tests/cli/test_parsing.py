@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Literal
 
 import pytest
@@ -29,6 +29,16 @@ class Options:
 def test_words_become_options():
     """Arguments fill the dataclass."""
     assert parse(Options, ["--count", "3", "--json"], prog="traceml thing") == Options(count=3, json=True)
+
+
+def test_help_without_the_source_lists_the_options(capsys):
+    """An installation may have compiled files only: the texts are missing then, not the help."""
+    options = make_dataclass("NoSourceOptions", [("steps", int, 5)])
+
+    with pytest.raises(SystemExit, match="0"):
+        parse(options, ["--help"], prog="traceml thing")
+
+    assert "--steps INT" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-Options before SCRIPT are traceml's; everything after it belongs to the script. The hosts need only
-Python and the packages of the script, at the same paths. Each rank finds RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment, as under torchrun.
+Options before SCRIPT are traceml's; everything after it belongs to the script.
+The hosts need only Python and the packages of the script, at the same paths.
+Each rank has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as under torchrun.
 The output of rank 0 is shown; the output of each rank is in the log folder.
 The exit status is that of the rank that failed first, 128 + n for signal n; 3 if a host failed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import inspect
 import io
@@ -11,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -73,10 +75,10 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     """
     import tyro
 
-    # The docstrings say what a default means, so tyro adds no `(default: ...)` of its own.
-    no_hint = tyro.conf.arg(help_behavior_hint="")
+    texts = _option_texts(options) if {"-h", "--help"} & {*argv} else {}  # it takes milliseconds
     options.__annotations__ = {
-        name: Annotated[_light(hint), no_hint] for name, hint in get_type_hints(options, include_extras=True).items()
+        name: Annotated[_light(hint), _explained(texts.get(name))]
+        for name, hint in get_type_hints(options, include_extras=True).items()
     }
     output = io.StringIO()
     try:
@@ -96,6 +98,29 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
 
     check_ranges(parsed)
     return parsed
+
+
+def _option_texts(options: type[Any]) -> dict[str, str]:
+    """Return the text below each option as one paragraph; tyro would keep the line breaks of the source."""
+    texts: dict[str, str] = {}
+    try:
+        (declared,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
+    except OSError:  # installed without its source
+        return texts
+
+    for option, below in pairwise(declared.body if isinstance(declared, ast.ClassDef) else ()):
+        match option, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name] = " ".join(text.split())
+
+    return texts
+
+
+def _explained(text: str | None) -> Any:
+    """Return the annotation with an option's text, which says what a default means: tyro adds no `(default: ...)`."""
+    import tyro
+
+    return tyro.conf.arg(help=text, help_behavior_hint="")
 
 
 def _description(options: type[Any], prog: str) -> str:

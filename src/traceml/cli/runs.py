@@ -33,7 +33,7 @@ _LONGEST = 40
 class RunsOptions:
     """List the runs in the folder of runs, newest first, or remove old ones.
 
-    `traceml runs rm|tag|note|rename|archive RUN` removes and labels runs.
+    Runs are removed and labeled by `traceml runs rm|tag|note|rename|archive RUN`.
     """
 
     where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS")] = None

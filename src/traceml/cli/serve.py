@@ -41,7 +41,7 @@ __all__ = ["main"]
 _EPILOG = """\
 Training scripts with traceml.init() and the same runs folder on this host find it automatically.
 Scripts on other hosts need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
---upstream sends merged rows to the aggregator of all hosts (TRACEML_TOKEN is then the same on all).
+--upstream sends merged rows to the aggregator of all hosts, with the same TRACEML_TOKEN on all.
 --web prints the address of a page with all runs, running and ended.
 --prometheus 0.0.0.0:29767 lets other hosts read the metrics, with a bearer token.
 Scripts with another runs folder need TRACEML_PORT: their runs are stored here then.

@@ -21,9 +21,9 @@ class WhatIfOptions:
 
     Shows how much longer a step takes than if all operations of a kind took the same time.
 
-    And whose the difference is: kind of operation, data-parallel rank, pipeline stage, worker.
+    Also by kind of operation, data-parallel rank, pipeline stage and worker.
 
-    The columns of the trace stand in docs/whatif.md.
+    docs/whatif.md describes the columns of the trace.
     """
 
     trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE.parquet")]

@@ -83,7 +83,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "doctor": (
         ("check this installation", "traceml doctor"),
         ("each setting and its source", "traceml doctor --settings"),
-        ("can jobs be launched there", "traceml doctor --hostnames a b"),
+        ("whether jobs can be launched there", "traceml doctor --hostnames a b"),
     ),
     "completion": (
         ("bash, in ~/.bashrc", 'eval "$(traceml completion bash)"'),
