@@ -1,4 +1,4 @@
-"""Waits for tasks, without deadlock, and the dependencies that they create over all Runtimes of the process.
+"""Waits for tasks, without deadlock.
 
 A thread that runs no task waits as for any pool. A task leaves a queued one to a free thread of its pool. Without one,
 it runs the queued task in place of the wait, or a compensating thread does: where the wait has a limit, the task has a
@@ -15,10 +15,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
-from typing import Any
 
 from traceml.errors import TaskDeadlockError, WaitTimeoutError
 from traceml.tasks.execution import WorkerReplaced, run_claimed
+from traceml.tasks.task_dependencies import (
+    blocked_set,
+    depends_on,
+    forget_dependencies,
+    queued_dependencies,
+    waiting_for,
+)
 from traceml.tasks.task_record import (
     TaskEngine,
     TaskRecord,
@@ -31,103 +37,21 @@ from traceml.tasks.task_record import (
     thread_state,
     wake_idle_waiters,
 )
-from traceml.tasks.task_statistics import FINAL, QUEUED
+from traceml.tasks.task_statistics import FINAL
 
 __all__ = [
     "await_for",
-    "blocked_set",
     "blocked_tasks",
     "compensate_all",
-    "depends_on",
     "forget_waits",
     "wait_for",
     "wait_for_all",
-    "waiting_tasks",
 ]
 
 _MAX_DEPTH = 100  # tasks on one stack
 blocked_tasks: set[TaskRecord] = set()  # tasks whose threads sleep until another task has ended
-# The targets of each waiting task, in order: other tasks, or all tasks of an engine.
-_targets: dict[TaskRecord, list[TaskRecord | TaskEngine]] = {}
 _compensated: set[TaskRecord] = set()  # tasks that wait while another thread runs the tasks that they need
 _log = logging.getLogger("traceml")
-
-
-@contextmanager
-def _waiting(task: TaskRecord | None, target: TaskRecord | TaskEngine) -> Iterator[None]:
-    """Record that a task waits for a target; code outside of tasks blocks no task."""
-    if task is None:
-        yield
-        return
-
-    _targets.setdefault(task, []).append(target)
-    try:
-        yield
-    finally:
-        targets = _targets.get(task, [])
-        if target in targets:  # not in the child of a fork
-            targets.remove(target)
-
-        if not targets:
-            _targets.pop(task, None)
-
-
-def waiting_tasks() -> list[TaskRecord]:
-    """Return the tasks that wait for others."""
-    return list(_targets)
-
-
-def blocked_set(task: TaskRecord | None) -> set[TaskRecord]:
-    """Return a task and all that cannot end before it: those that wait for it, for its engine, or for one of these."""
-    if task is None:
-        return set()
-
-    known: set[Any] = {task, task.engine}
-    pairs = [(waiter, tuple(targets)) for waiter, targets in list(_targets.items())]
-    while (
-        more := ({waiter for waiter, targets in pairs if not known.isdisjoint(targets)} | _coroutines_blocked_by(known))
-        - known
-    ):
-        known |= more | {waiter.engine for waiter in more}
-
-    return {one for one in known if isinstance(one, TaskRecord)}
-
-
-def _coroutines_blocked_by(known: set[Any]) -> set[TaskRecord]:
-    """Return the coroutines whose loop is blocked by one of these tasks."""
-    loops = [one.engine.loop for one in known if isinstance(one, TaskRecord)]
-    return {task for loop in loops if loop.blocker in known for task in list(loop.tasks)}
-
-
-def depends_on(task: TaskRecord, other: TaskRecord) -> bool:
-    """Whether a task waits for another, directly or through others."""
-    return any(one is other for one in _dependencies(task))
-
-
-def _queued_dependencies(task: TaskRecord) -> Iterator[TaskRecord]:
-    """Yield the queued tasks that a task waits for, directly or through others."""
-    return (one for one in _dependencies(task, through_all=True) if one.state is QUEUED and one.entry)
-
-
-def _dependencies(task: TaskRecord, *, through_all: bool = False) -> Iterator[TaskRecord]:
-    """Yield a task and those that it waits for; `through_all`: also those of the engines that it waits for."""
-    seen: set[Any] = set()
-    pending: list[Any] = [task]
-    while pending:
-        one = pending.pop()
-        if one in seen:
-            continue
-
-        seen.add(one)
-        if isinstance(one, TaskRecord):
-            yield one
-            pending += _targets.get(one, ())
-            loop = one.engine.loop
-            if loop.blocker is not None and one in loop.tasks:
-                pending.append(loop.blocker)
-        elif through_all:
-            pending += [waiter for waiter in list(_targets) if waiter.engine is one]
-            pending += one.next_queued()
 
 
 def wait_for(task: TaskRecord, timeout: float | None) -> None:
@@ -180,7 +104,7 @@ def _run_in_place(task: TaskRecord, thread: ThreadState) -> None:
     underneath = thread.current
     thread.depth += 1
     try:
-        with _waiting(current_task(), task):
+        with waiting_for(current_task(), task):
             run_claimed(task, thread)
     finally:
         thread.current, thread.depth = underneath, thread.depth - 1
@@ -197,7 +121,7 @@ def _block(task: TaskRecord, me: TaskRecord | None, timeout: float | None) -> No
     if me is None:
         woken = waker.sleep(_limit(timeout))
     else:
-        with _waiting(me, task), _blocked(me):
+        with waiting_for(me, task), _blocked(me):
             wake_idle_waiters()  # wait_all leaves out the tasks that wait for its own
             _refuse_deadlock(me, task)  # of two that close a circle at once, one sees the other here
             woken = _sleep(waker, me, timeout)
@@ -262,7 +186,7 @@ def _blocking_loop(me: TaskRecord | None) -> AbstractContextManager[None]:
 def _compensate(me: TaskRecord) -> None:
     """Start a thread for the queued tasks that a waiting task needs, unless free threads take them."""
     awaiting_thread.add(me)  # first: a thread that begins a task from here on calls this again
-    queued = [] if me in _compensated else list(_queued_dependencies(me))
+    queued = [] if me in _compensated else list(queued_dependencies(me))
     if queued and all(one.pool is not None and one.pool.has_free_thread() for one in queued):
         return
 
@@ -290,7 +214,7 @@ def _start_compensating(me: TaskRecord) -> None:
 def _run_dependencies(me: TaskRecord) -> None:
     thread = set_thread_state(ThreadState(replace=_replace_compensating, compensates=me))
     try:
-        while task := next(_queued_dependencies(me), None):
+        while task := next(queued_dependencies(me), None):
             if task.claim():
                 run_claimed(task, thread)
                 thread.current = None
@@ -311,7 +235,7 @@ def _replace_compensating(thread: ThreadState) -> None:
 
 def forget_waits() -> None:
     """Drop the waits of the process that this one was forked from."""
-    _targets.clear()
+    forget_dependencies()
     blocked_tasks.clear()
     _compensated.clear()
     awaiting_thread.clear()
@@ -327,9 +251,9 @@ async def await_for(task: TaskRecord) -> None:
     if not task.add_callback(call):
         return
 
-    with _waiting(me, task):
+    with waiting_for(me, task):
         wake_idle_waiters()
-        if blocked_tasks and any(_queued_dependencies(task)):
+        if blocked_tasks and any(queued_dependencies(task)):
             for blocked in tuple(blocked_tasks):  # they may hold all workers, and wait for this one
                 _compensate(blocked)
 
@@ -355,7 +279,7 @@ def wait_for_all(engine: TaskEngine, timeout: float | None) -> None:
 
     me, ends_s = current_task(), None if timeout is None else perf_counter() + timeout
     in_place = timeout is None and _may_run_tasks(thread_state(), engine)
-    with _waiting(me, engine), _blocking_loop(me):
+    with waiting_for(me, engine), _blocking_loop(me):
         wake_idle_waiters()
         while left := _unfinished(engine, me):
             if in_place and (task := _runnable(engine)):
