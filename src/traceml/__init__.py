@@ -63,9 +63,8 @@ if TYPE_CHECKING:
     from traceml.track.plugins.plugin_metadata import PluginMetadata
     from traceml.track.plugins.plugin_registry import register
     from traceml.track.rank.delivery_wait import flush, sync
-    from traceml.track.rank.experiment import (
-        Experiment,
-        Orchestrator,
+    from traceml.track.rank.experiment import Experiment, Orchestrator
+    from traceml.track.rank.log_calls import (
         get_active_experiment,
         log_artifact,
         log_histogram,
@@ -110,9 +109,9 @@ _NAMES = {
     "traceml.track.plugins.plugin_metadata": "PluginMetadata",
     "traceml.track.plugins.plugin_registry": "register",
     "traceml.track.rank.delivery_wait": "flush sync",
-    "traceml.track.rank.experiment": (
-        "Experiment Orchestrator get_active_experiment log_artifact log_histogram log_image log_metric log_metrics "
-        "log_params log_text"
+    "traceml.track.rank.experiment": "Experiment Orchestrator",
+    "traceml.track.rank.log_calls": (
+        "get_active_experiment log_artifact log_histogram log_image log_metric log_metrics log_params log_text"
     ),
     "traceml.track.rank.tracelet": "start_logging stop_logging",
 }

@@ -11,8 +11,9 @@ from typing import Any
 
 from traceml.integrations.lightning_part import STEPS, LightningPart, lightning_packages, owner_of
 from traceml.recorder.current import current_recorder
-from traceml.track.rank.experiment import Orchestrator, log_metrics, log_params
+from traceml.track.rank.experiment import Orchestrator
 from traceml.track.rank.frameworks.framework_capture import is_captured
+from traceml.track.rank.log_calls import log_metrics, log_params
 
 __all__ = ["TraceMLLogger"]
 

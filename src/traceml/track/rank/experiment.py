@@ -1,4 +1,4 @@
-"""Users' logging calls: `Experiment`, and `log_*` for the active experiment or the run's own."""
+"""An experiment of the user: what is logged inside it belongs to it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Experiment",
     "Orchestrator",
-    "get_active_experiment",
-    "log_artifact",
-    "log_histogram",
-    "log_image",
-    "log_metric",
-    "log_metrics",
-    "log_params",
-    "log_text",
     "names_of",
     "open_experiments",
 ]
@@ -303,124 +295,6 @@ def _state_after(kind: type[BaseException] | None) -> str:
         return "finished"
 
     return "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
-
-
-def get_active_experiment() -> Experiment | None:
-    """Return the innermost experiment that has begun and not ended; None where there is none.
-
-    Examples:
-        >>> with traceml.Experiment("warm-up", backend="jsonl"):
-        ...     print(traceml.get_active_experiment().name)
-        warm-up
-    """
-    return open_experiments[-1] if open_experiments else None
-
-
-def log_metric(name: str, value: Any, step: int | None = None) -> None:
-    """Log one value.
-
-    Examples:
-        >>> traceml.log_metric("val/accuracy", 0.93)
-
-    Args:
-        name: any text.
-        value: a number, or an object that holds one: a tensor, a numpy scalar, a bool. Any other is logged as a text.
-        step: the step; by default the current training step, else a counter per name.
-    """
-    logger = loggers.active
-    usual = logger.usual
-    if usual is None or not usual(name, value, step):
-        logger.metric(name, value, step)
-
-
-def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
-    """Log several values at one step.
-
-    Examples:
-        >>> traceml.log_metrics({"loss": 0.5, "lr": 0.1}, step=1)
-
-    Args:
-        metrics: name -> value; see `log_metric`.
-        step: their step.
-    """
-    logger = loggers.active
-    usual = logger.usual
-    for name, value in metrics.items():
-        if usual is None or not usual(name, value, step):
-            logger.metric(name, value, step)
-
-
-def log_params(params: Mapping[str, Any]) -> None:
-    """Log parameters of this run.
-
-    Examples:
-        >>> traceml.log_params({"lr": 0.1, "model": {"layers": 12}})
-
-    Args:
-        params: name -> value; maps may be nested.
-    """
-    loggers.active.row("params", params=dict(params))
-
-
-def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Log a file, or the files of a folder. It may be deleted right after, but not be rewritten in place.
-
-    Examples:
-        >>> traceml.log_artifact("trace.pfw.gz", "traces/rank0.pfw.gz")
-
-    Args:
-        path: the file. It is opened now and copied by a background thread.
-        name: its name; by default the name of the file.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
-    media.artifact(loggers.active, path, name)
-
-
-def log_text(name: str, text: str, step: int | None = None) -> None:
-    """Log a text.
-
-    Examples:
-        >>> traceml.log_text("sample", "the quick brown fox", step=1)
-
-    Args:
-        name: any text.
-        text: the text.
-        step: its step; by default as for `log_metric`.
-    """
-    media.text(loggers.active, name, text, step)
-
-
-def log_image(name: str, image: Any, step: int | None = None) -> None:
-    """Log an image.
-
-    Examples:
-        >>> import numpy
-        >>> traceml.log_image("noise", numpy.random.rand(32, 32), step=1)
-
-    Args:
-        name: any text.
-        image: an array or tensor (height, width), (height, width, channels) or (channels, height, width), of bytes or
-            of floats in 0..1; a PIL image; a matplotlib figure; a PNG or JPEG file's path or bytes.
-        step: its step; by default as for `log_metric`.
-    """
-    media.image(loggers.active, name, image, step)
-
-
-def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
-    """Log the distribution of values.
-
-    Examples:
-        >>> traceml.log_histogram("gradients", [0.1, 0.3, 0.2], step=1, bins=8)
-
-    Args:
-        name: any text.
-        values: numbers: an array, a tensor, a list.
-        step: its step; by default as for `log_metric`.
-        bins: number of intervals of equal width.
-    """
-    media.histogram(loggers.active, name, values, step, bins=bins)
 
 
 def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
