@@ -74,6 +74,16 @@ def test_tables_of_rooms_are_those_of_the_test() -> None:
     assert [leaf for leaf in LEAVES if f"`{leaf}.py`" not in page and f"`{leaf}/`" not in page] == []
 
 
+def test_every_folder_and_leaf_module_is_in_the_architecture() -> None:
+    """A reader finds each folder of the package, and each module beside the folders, with what it is for."""
+    package, page = ROOT / "src/traceml", (ROOT / "docs/architecture.md").read_text()
+    folders = [f"{path.parent.relative_to(package)}/" for path in package.rglob("*/__init__.py")]
+    modules = [path.name for path in package.glob("*.py") if not path.name.startswith("__")]
+
+    assert len(folders) > len(modules) > 0
+    assert [name for name in sorted(folders + modules) if f"{name}`" not in page] == []
+
+
 def test_every_kind_is_explained() -> None:
     """A verdict that can be given stands in docs/verdicts.md."""
     verdicts = (ROOT / "docs" / "verdicts.md").read_text()

@@ -1,1 +1,1 @@
-"""The command `traceml fleet`."""
+"""`traceml fleet`: a run next to earlier ones of its model, and hosts that are often slow."""
