@@ -31,6 +31,7 @@ from traceml.supervise.otlp_process import otlp_beside
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
 from traceml.supervise.page_process import PageProcess
 from traceml.supervise.report_maker import BESIDE_RUNS, ReportMaker
+from traceml.track.tracker_state import states_of
 from traceml.transport import auth
 from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id
 from traceml.transport.server import BACKLOG
@@ -215,16 +216,22 @@ def _write_report(reports: ReportMaker, run_dir: Path) -> None:
 
 def _clean_up(reports: ReportMaker, run_dir: Path, *, keep: int | None) -> None:
     """Update the report, and remove old runs if `keep_runs` is set."""
-    from traceml.runs.find import prune
+    if states_of(run_dir):  # somebody waits for the end of the run: no import for nothing
+        _update_trackers(reports, run_dir)
+
+    if keep is not None:
+        from traceml.runs.find import prune
+
+        for removed in prune(run_dir.parent, keep):
+            _log.info("removed the old run %s", removed.id)
+
+
+def _update_trackers(reports: ReportMaker, run_dir: Path) -> None:
     from traceml.runs.report.report import update_trackers
     from traceml.runs.report.report_types import PAGE_NAME
 
     if update_trackers(run_dir) and (run_dir / PAGE_NAME).exists():
         reports.write(run_dir, run_dir / PAGE_NAME)
-
-    if keep is not None:
-        for removed in prune(run_dir.parent, keep):
-            _log.info("removed the old run %s", removed.id)
 
 
 @contextlib.contextmanager
