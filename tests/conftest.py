@@ -180,12 +180,14 @@ def _lies_in(path: Path, places: tuple[str, ...]) -> int | None:
     return next((i for i, place in enumerate(places) if path.is_relative_to(ROOT / place)), None)
 
 
-def _order(item: pytest.Item) -> int:
+def _order(item: pytest.Item) -> tuple[int, bool]:
+    """Return the place of a test; in folders that share a browser, tests that need none come first."""
+    is_late = "browser" in getattr(item, "fixturenames", ()) and _lies_in(item.path, _TOGETHER) is not None
     if (fixture := _shared_fixture(item)) is not None:
-        return _SHARED_FIXTURES.index(fixture) - len(_SHARED_FIXTURES)
+        return _SHARED_FIXTURES.index(fixture) - len(_SHARED_FIXTURES), is_late
 
     place = _lies_in(item.path, _LONG_FIRST)
-    return len(_LONG_FIRST) if place is None else place
+    return len(_LONG_FIRST) if place is None else place, is_late
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Error, Page, Request, expect, sync_playwright
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.display.web.runs import NASTY, add_logged, add_metrics, add_rank_rows, rewrite
@@ -26,7 +26,8 @@ from traceml.diagnosis.steps.window import StepWindow
 from traceml.runs.report.report import build_report, save_report
 from traceml.supervise.page_process import PageProcess
 
-expect.set_options(timeout=30_000)  # of patience where the machine is busy; what is there at once is seen at once
+_PATIENCE_MS = 90_000  # where the machine is busy; what is there at once is seen at once
+expect.set_options(timeout=_PATIENCE_MS)
 
 
 @pytest.fixture(scope="package")
@@ -91,9 +92,9 @@ def page_process(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             yield page_process
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium; ended with its module, since its event loop would block asyncio in others."""
+    """Headless Chromium; tests without it come first, since its event loop would block asyncio in them."""
     installed = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         names = "--host-resolver-rules=MAP *.example 127.0.0.1"  # of other sites, and of one that rebinds its name
@@ -103,17 +104,73 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-class Visit:
-    """A browser at the page; records requests to other hosts and errors of scripts."""
+class Tabs:
+    """Tabs of the browser that tests use in turn: a new one fetches and compiles the page's scripts anew.
 
-    def __init__(self, browser: Browser, page_process: PageProcess, **options: object) -> None:
+    Args:
+        browser: of the tests.
+        origin: of the page, whose storage is cleared after each test.
+    """
+
+    def __init__(self, browser: Browser, origin: str) -> None:
+        self._browser, self._origin = browser, origin
+        self._contexts: dict[str, BrowserContext] = {}
+        self._idle: dict[BrowserContext, Page] = {}
+
+    def take(self, **options: object) -> Page:
+        """Return an empty tab of a profile with these options, which no other test uses."""
+        if (key := repr(sorted(options.items()))) not in self._contexts:
+            self._contexts[key] = self._browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+            self._contexts[key].set_default_timeout(_PATIENCE_MS)
+
+        context = self._contexts[key]
+        return self._idle.pop(context, None) or context.new_page()
+
+    def give_back(self) -> None:
+        """Close all tabs but the first of each profile, and forget what they have stored."""
+        for context in self._contexts.values():
+            for page in context.pages[1:]:
+                page.close()
+
+            for page in context.pages:
+                self._empty(page)
+                self._idle[context] = page
+
+            context.clear_cookies()
+
+    def close(self) -> None:
+        """Close all profiles."""
+        for context in self._contexts.values():
+            context.close()
+
+    def _empty(self, page: Page) -> None:
+        if page.url.startswith(self._origin):
+            page.evaluate("sessionStorage.clear()")
+
+        page.mouse.move(0, 0)
+        page.goto("about:blank")
+        session = page.context.new_cdp_session(page)
+        clear = {"origin": self._origin, "storageTypes": "local_storage,indexeddb,service_workers"}
+        session.send("Storage.clearDataForOrigin", clear)
+        session.detach()
+
+
+class Visit:
+    """A tab of a browser; records requests to other hosts and errors of scripts."""
+
+    def __init__(self, page: Page, page_process: PageProcess) -> None:
         self._page_process = page_process
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        self.page: Page = self.context.new_page()
+        self.page = page
+        self.context = page.context
         self.foreign: list[str] = []
         self.errors: list[str] = []
-        self.page.on("request", lambda request: self._note_request(request.url))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", self._note_request)
+        self.page.on("pageerror", self._note_error)
+
+    def end(self) -> None:
+        """Record no more."""
+        self.page.remove_listener("request", self._note_request)
+        self.page.remove_listener("pageerror", self._note_error)
 
     @property
     def port(self) -> int:
@@ -127,23 +184,43 @@ class Visit:
         self.page.goto(f"http://127.0.0.1:{self._page_process.port}{place}{query}{mark}{section}")
         return self.page
 
-    def _note_request(self, url: str) -> None:
-        if not url.startswith((f"http://127.0.0.1:{self._page_process.port}/", "data:", "blob:")):
-            self.foreign.append(url)
+    def _note_request(self, request: Request) -> None:
+        if not request.url.startswith((f"http://127.0.0.1:{self._page_process.port}/", "data:", "blob:")):
+            self.foreign.append(request.url)
+
+    def _note_error(self, error: Error) -> None:
+        self.errors.append(str(error))
+
+
+@pytest.fixture(scope="package")
+def tabs(browser: Browser, page_process: PageProcess) -> Iterator[Tabs]:
+    """The tabs that tests use in turn."""
+    kept = Tabs(browser, f"http://127.0.0.1:{page_process.port}")
+    yield kept
+    kept.close()
 
 
 @pytest.fixture
-def visit(browser: Browser, page_process: PageProcess) -> Iterator[Callable[..., Visit]]:
-    """Open browsers; none may have sent a request to another host or had a script error."""
+def visit(tabs: Tabs, page_process: PageProcess) -> Iterator[Callable[..., Visit]]:
+    """Open pages; none may have sent a request to another host or had a script error."""
     visits: list[Visit] = []
 
-    def start(**options: object) -> Visit:
-        visits.append(Visit(browser, page_process, **options))
+    def start(*, script: str = "", **options: object) -> Visit:
+        """Open a tab; with a script that runs before those of each page, one of its own."""
+        page = tabs.take(**options)
+        if script:
+            page = page.context.new_page()
+            page.add_init_script(script)
+
+        visits.append(Visit(page, page_process))
         return visits[-1]
 
     yield start
     for each in visits:
-        each.context.close()
+        each.end()
+
+    tabs.give_back()
+    for each in visits:
         assert each.foreign == []
         assert each.errors == []
 

@@ -136,9 +136,7 @@ _BUSY = """(() => {
 def test_a_chart_that_is_added_stays_drawn_however_late_the_browser_makes_it(visit: Visits, live_job: LiveJob) -> None:
     """A metric that is logged while the page is open."""
     live_job.train(60)
-    mine = visit()
-    mine.context.add_init_script(_BUSY)
-    page = mine.open(f"/run/{live_job.id}")
+    page = visit(script=_BUSY).open(f"/run/{live_job.id}")
     expect(page.locator(".figures > div", has_text="Steps").nth(1)).to_contain_text("60")
 
     live_job.log("late", np.linspace(2, 0.1, 60))

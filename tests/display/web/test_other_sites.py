@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser
 
 from tests.diagnosis.fabricated import Job
-from tests.display.web.conftest import Visit
+from tests.display.web.conftest import Tabs, Visit
 from tests.runs.fabricated_store import store_run
 from traceml.supervise.page_process import PageProcess
 
@@ -52,6 +53,14 @@ _ATTACK = """async (page) => {
 _NOTHING = dict.fromkeys(("page", "blind", "polling", "posted", "report", "frame"), "") | dict.fromkeys(
     ("script", "image", "socket"), False
 )
+
+
+@pytest.fixture
+def tabs(browser: Browser, page_process: PageProcess) -> Iterator[Tabs]:
+    """Of a new profile: connections and caches are shared within one, which is what an attack would use."""
+    own = Tabs(browser, f"http://127.0.0.1:{page_process.port}")
+    yield own
+    own.close()
 
 
 @pytest.fixture
