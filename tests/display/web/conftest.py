@@ -115,28 +115,39 @@ class Tabs:
     def __init__(self, browser: Browser, origin: str) -> None:
         self._browser, self._origin = browser, origin
         self._contexts: dict[str, BrowserContext] = {}
-        self._idle: dict[BrowserContext, Page] = {}
+        self._idle: dict[BrowserContext, list[Page]] = {}
+        self._used_once: set[Page] = set()
 
-    def take(self, **options: object) -> Page:
-        """Return an empty tab of a profile with these options, which no other test uses."""
+    def take(self, script: str = "", **options: object) -> Page:
+        """Return an empty tab of a profile with these options, which no other test uses.
+
+        Args:
+            script: runs before those of each page; such a tab is used once.
+            options: of `Browser.new_context`.
+        """
         if (key := repr(sorted(options.items()))) not in self._contexts:
-            self._contexts[key] = self._browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-            self._contexts[key].set_default_timeout(_PATIENCE_MS)
+            context = self._browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+            context.set_default_timeout(_PATIENCE_MS)
+            self._contexts[key], self._idle[context] = context, []
 
         context = self._contexts[key]
-        return self._idle.pop(context, None) or context.new_page()
+        page = context.new_page() if script or not self._idle[context] else self._idle[context].pop()
+        if script:
+            page.add_init_script(script)
+            self._used_once.add(page)
 
-    def give_back(self) -> None:
-        """Close all tabs but the first of each profile, and forget what they have stored."""
-        for context in self._contexts.values():
-            for page in context.pages[1:]:
-                page.close()
+        return page
 
-            for page in context.pages:
-                self._empty(page)
-                self._idle[context] = page
+    def give_back(self, pages: list[Page]) -> None:
+        """Empty the tabs of a test and forget what they have stored.
 
-            context.clear_cookies()
+        None is closed: Chromium may never close a tab that navigates.
+        """
+        for page in pages:
+            self._empty(page)
+            page.context.clear_cookies()
+            if page not in self._used_once:
+                self._idle[page.context].append(page)
 
     def close(self) -> None:
         """Close all profiles."""
@@ -207,19 +218,14 @@ def visit(tabs: Tabs, page_process: PageProcess) -> Iterator[Callable[..., Visit
 
     def start(*, script: str = "", **options: object) -> Visit:
         """Open a tab; with a script that runs before those of each page, one of its own."""
-        page = tabs.take(**options)
-        if script:
-            page = page.context.new_page()
-            page.add_init_script(script)
-
-        visits.append(Visit(page, page_process))
+        visits.append(Visit(tabs.take(script, **options), page_process))
         return visits[-1]
 
     yield start
     for each in visits:
         each.end()
 
-    tabs.give_back()
+    tabs.give_back([each.page for each in visits])
     for each in visits:
         assert each.foreign == []
         assert each.errors == []
