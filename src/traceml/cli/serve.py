@@ -33,6 +33,7 @@ from traceml.supervise.page_process import PageProcess
 from traceml.supervise.report_maker import BESIDE_RUNS, ReportMaker
 from traceml.track.tracker_state import states_of
 from traceml.transport import auth
+from traceml.transport.read_batches import BatchSelector
 from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id
 from traceml.transport.server import BACKLOG
 from traceml.transport.tls import make_identity
@@ -86,8 +87,9 @@ def main(argv: list[str]) -> int:
             _upstream(config, options, aggregator),
             _published(host, port, token, aggregator, _folder_lock(options, Path(config.runs_dir))),
             _screen(aggregator, wanted=options.terminal),
+            asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(BatchSelector())) as runner,
         ):
-            asyncio.run(aggregator.serve(sock, lambda: _announce_ready(options, host, port, aggregator)))
+            runner.run(aggregator.serve(sock, lambda: _announce_ready(options, host, port, aggregator)))
 
     return 0
 
