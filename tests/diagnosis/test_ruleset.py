@@ -12,6 +12,7 @@ from tests.diagnosis.fabricated import Fault, Job, adds, at_once, rows_of, takes
 from traceml.database.schema import STEPS, StepFlag, pack_bits
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
@@ -379,6 +380,38 @@ def test_no_steps_at_all_say_how_to_mark_them():
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "trace_step" in found.next
+
+
+@pytest.mark.parametrize("state", ["running", "finished"])
+def test_a_script_that_only_logs_learns_how_to_be_traced(state):
+    """To mark its steps would change nothing, and no step will come."""
+    found = diagnose(StepWindow(128).aligned(), JobFacts(state=state, only_logs=True))[0]
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert "the script only logs" in found.summary
+    assert "traceml.init()" in found.next
+    assert "trace_step" not in found.next
+
+
+@pytest.mark.parametrize("facts", [{"state": "failed", "only_logs": True}, {"state": "finished"}])
+def test_other_runs_without_steps_are_not_told_to_trace(facts):
+    """A script that failed comes first; one that is traced is traced already."""
+    found = diagnose(StepWindow(128).aligned(), JobFacts(**facts))[0]
+
+    assert "traceml.init()" not in found.next
+
+
+def test_a_logging_script_that_calls_init_is_traced():
+    """Its recorder only logged at first; a store of an earlier version does not tell."""
+    builder = JobFactsBuilder()
+    builder.info(0, {"kind": "process", "cores": 8})
+    assert not builder.build().only_logs
+
+    builder.info(0, {"kind": "process", "tracing": False})
+    assert builder.build().only_logs
+
+    builder.info(0, {"kind": "tracing"})
+    assert not builder.build().only_logs
 
 
 def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():

@@ -200,16 +200,20 @@ def _too_few(window: Window, facts: JobFacts) -> Finding:
     failed = not seen and facts.state == "failed"
     if not seen and facts.state == "stopped":
         why = "the run was stopped before its first step"
+    if is_untraced := facts.only_logs and not seen:
+        why = "the script only logs, its steps are not traced"
 
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
         severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
         summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.",
-        next=_WHEN_FAILED if failed else _for_more(seen, facts.state) if ended else "Wait for more steps.",
+        next=_WHEN_FAILED if failed else _TO_TRACE if is_untraced else _for_more(seen, facts.state) if ended else _WAIT,
         evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
     )
 
 
+_WAIT = "Wait for more steps."
+_TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init() before training."
 _WHEN_FAILED = "Read the job's output to see why it failed before it trained."
 
 

@@ -127,7 +127,7 @@ class Recording:
             self.tracing.begin(self.thread, lambda action: action())
 
         if not self._is_child:
-            self.note("process", **process_facts(self.identity, self._config))
+            self.note("process", tracing=tracing, **process_facts(self.identity, self._config))
 
         self.flight.open_slots[Slot.STATE] = FlightState.RUNNING
         self.thread.start()
@@ -136,6 +136,7 @@ class Recording:
     def trace(self) -> None:
         """Add tracing to a recording that has only logged so far."""
         self.tracing.begin(self.thread, self.thread.call)
+        self.note("tracing")
 
     def finish(self, reason: str, timeout_s: float) -> bool:
         """Remove the hooks, send the remaining rows, say bye; return whether everything is stored.

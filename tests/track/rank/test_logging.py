@@ -13,6 +13,7 @@ from tests.aggregator.conftest import Serving
 from tests.eventually import eventually
 from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
 from traceml.aggregator.orphans import finish_flights
+from traceml.runs.run import load_run
 
 
 def test_back_to_back_then_stop(script: Script, tmp_path: Path) -> None:
@@ -418,6 +419,8 @@ def test_init_after_logging_adds_tracing(script: Script, tmp_path: Path) -> None
     assert stored.values("before") == [1.0]
     assert stored.steps("inside") == list(range(5))
     assert len(stored.streams) == 1
+    rows = load_run(stored.run_dir).log("info")
+    assert [row.get("tracing") for row in rows if row["kind"] in ("process", "tracing")] == [False, None]
 
 
 def test_a_local_aggregator_that_dies_is_replaced(script: Script, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class JobFacts:
         fused: whether the optimizer is a fused one; None where that is not known.
         detects_anomalies: whether autograd's detection of anomalies is on.
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
+        only_logs: whether the script logs values and is not traced.
         other_models: steps before which a model or optimizer of another size appeared, without the run's first ones.
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
@@ -101,6 +102,7 @@ class JobFacts:
     fused: bool | None = None
     detects_anomalies: bool = False
     collects: bool = False
+    only_logs: bool = False
     other_models: tuple[int, ...] = ()
     compile_s: float | None = None
     loader: LoaderFacts | None = None

@@ -155,6 +155,14 @@ class JobFactsBuilder:
     def _take_rollouts(self, _rank: int, _row: Mapping[str, Any]) -> None:
         self._facts["collects"] = True
 
+    def _take_process(self, rank: int, row: Mapping[str, Any]) -> None:
+        self._take_setup(rank, row)
+        if row.get("tracing") is False:
+            self._facts["only_logs"] = True
+
+    def _take_tracing(self, _rank: int, _row: Mapping[str, Any]) -> None:
+        self._facts["only_logs"] = False
+
     def _take_model(self, rank: int, row: Mapping[str, Any]) -> None:
         device = str(row.get("device") or "cpu").partition(":")[0]
         self.accelerator = device if device not in _NO_ACCELERATOR else self.accelerator
@@ -201,7 +209,8 @@ class JobFactsBuilder:
         "compilation": _take_compilation,
         "anomaly_detection": _take_anomaly_detection,
         "rollouts": _take_rollouts,
-        "process": _take_setup,
+        "process": _take_process,
+        "tracing": _take_tracing,
         "optimizer": _take_setup,
         "model": _take_model,
         "group": _take_group,
@@ -289,6 +298,7 @@ class JobFactsBuilder:
             fused=known.get("fused"),
             detects_anomalies=known.get("detects_anomalies", False),
             collects=known.get("collects", False),
+            only_logs=known.get("only_logs", False),
             other_models=self._models.steps,
             compile_s=known.get("compile_s"),
             ended_by=self.ended_by,
