@@ -52,7 +52,8 @@ class ProgressCounters:
         self._thread, self._user, self._work, self._collectives = thread, user, work, collectives
         self._done: tuple[Any, ...] = ()
         self._rest: tuple[Any, ...] | None = None
-        self._lines: dict[CodeType, int] = {}  # the furthest line that was seen in each function
+        # The furthest line that was seen in each function, by id of its code, whose hash takes long.
+        self._lines: dict[int, tuple[CodeType, int]] = {}
 
     def moved(self) -> bool:
         """Return whether there was progress since the last call."""
@@ -74,15 +75,21 @@ class ProgressCounters:
         frame, depth = thread_frame(self._thread()), 0
         is_new = False
         while frame is not None and depth < _MAX_DEPTH:
-            code, line = frame.f_code, frame.f_lineno or 0
-            is_counted = self._user.contains(frame) or code.co_name == "<module>"  # an import goes on
-            if is_counted and line > self._lines.get(code, -1) and len(self._lines) < _MAX_CODES:
-                self._lines[code] = line
-                is_new = True
+            # A module is counted as its import goes on.
+            if frame.f_code.co_name == "<module>" or self._user.contains(frame):
+                is_new |= self._is_further(frame.f_code, frame.f_lineno or 0)
 
             frame, depth = frame.f_back, depth + 1
 
         return is_new
+
+    def _is_further(self, code: CodeType, line: int) -> bool:
+        known = self._lines.get(id(code))
+        if (known is not None and line <= known[1]) or len(self._lines) >= _MAX_CODES:
+            return False
+
+        self._lines[id(code)] = code, line
+        return True
 
 
 def _written_bytes() -> int:
