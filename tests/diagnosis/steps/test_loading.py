@@ -80,6 +80,14 @@ def test_advice_fits_the_loading(loading, loader, says, never):
     assert never not in text
 
 
+@pytest.mark.parametrize(("waited", "says"), [(0.83, "in memory"), (0.0, "num_workers=1"), (0.3, "num_workers=1")])
+def test_samples_are_in_memory_on_a_crowded_host_too(waited, says):
+    """86 us for a sample, of which a thread without a core computes for 15."""
+    loader = LoaderFacts(dataset="Subset", in_memory=True, num_workers=0, batch_size=32)
+
+    assert says in for_input(JobFacts(loader=loader, main_wait={0: waited}), pipeline(2.74, 13)).text
+
+
 def test_the_fetch_is_what_the_training_waits_for():
     """Without workers its CPU share is that of the training thread in the wait."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=20_000_000)]

@@ -54,16 +54,23 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
     if pipeline.worker_cores and pipeline.gain_on_all_cores() >= WORTHWHILE:
         return _all_cores(pipeline, pipeline.worker_cores)
 
-    if is_in_memory(loader, pipeline):
+    if is_in_memory(loader, pipeline, facts.wait_share):
         return _whole_batches(loader, pipeline)
 
     cores = _on(pipeline, facts)
     return _more_workers(loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores)
 
 
-def is_in_memory(loader: LoaderFacts, pipeline: Pipeline) -> bool:
-    """Return whether samples are in memory, and fetching one costs next to nothing."""
-    per_sample_ns = pipeline.fetch_ns / (loader.batch_size or 1)
+def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -> bool:
+    """Return whether samples are in memory, and fetching one costs next to nothing.
+
+    Args:
+        loader: the loader.
+        pipeline: its loading.
+        waited: share of its ready time in which the training process waited for a core: a fetch would be as much
+            shorter on a core of its own.
+    """
+    per_sample_ns = pipeline.fetch_ns * (1 - pipeline.fetch_cpu * waited) / (loader.batch_size or 1)
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 
