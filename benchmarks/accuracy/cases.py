@@ -80,6 +80,14 @@ def _tutorial(name: str, *kinds: str, **facts: object) -> Case:
     return _case(f"tutorial, {name.replace('_', ' ')}", f"tutorials {name}", *kinds, **facts)
 
 
+def _paper(name: str, *kinds: str, **facts: object) -> Case:
+    return _case(f"paper, {name.replace('_', ' ')}", f"papers {name}", *kinds, **facts)
+
+
+def _study(name: str, *kinds: str, **facts: object) -> Case:
+    return _case(f"study, {name.replace('_', ' ')}", f"studies {name}", *kinds, **facts)
+
+
 def _game(name: str, *kinds: str, **facts: object) -> Case:
     return _case(f"tutorial, {name.replace('_', ' ')}", f"games {name}", *kinds, **facts)
 
@@ -246,6 +254,31 @@ _TUTORIALS = (
     _tutorial("diffusion", *QUIET, "RESIDUAL_HEAVY", steps=200, never=frozenset({"JITTER"})),
     _tutorial("sharpness", steps=200),
     _tutorial("full_graph", *QUIET, "EVAL_HEAVY", steps=150, never=_LOUD),
+)
+
+_PAPERS = (
+    _paper("wgan_gp", steps=200, never=_LOUD),
+    _paper("soft_actor_critic", *QUIET, "RESIDUAL_HEAVY", steps=600, never=frozenset({"JITTER"})),
+    # The crops take a seventh of a step.
+    _paper("momentum_contrast", *QUIET, "INPUT_BOUND", steps=75, never=frozenset({"JITTER", "RESIDUAL_HEAVY"})),
+    _paper("two_tower", steps=200, never=_LOUD),
+    _paper("detection", *QUIET, "EVAL_HEAVY", "INPUT_BOUND", steps=180, never=frozenset({"JITTER", "RESIDUAL_HEAVY"})),
+    _paper("growing_batches", *QUIET, "INPUT_BOUND", steps=400, never=frozenset({"RESIDUAL_HEAVY"})),
+    # Gradients are clipped and summed by the script, in some lines.
+    _paper("private_gradients", *QUIET, "RESIDUAL_HEAVY", steps=200, never=frozenset({"JITTER", "INPUT_BOUND"})),
+    # The first step of L-BFGS counts with the last one of Adam, as those of two optimizers in one loop do.
+    _paper("informed_by_physics", steps=314, never=_LOUD),
+    _paper("checkpoints_activations", steps=60, never=_LOUD),
+)
+
+_STUDIES = (
+    _study("low_rank", steps=120, never=_LOUD),
+    _study("radiance_field", *QUIET, "EVAL_HEAVY", steps=150, never=frozenset({"INPUT_BOUND"})),
+    _study("translation", *QUIET, "EVAL_HEAVY", steps=90, never=_LOUD),
+    _study("early_stopping", *QUIET, "INPUT_BOUND", never=frozenset({"JITTER", "RESIDUAL_HEAVY"})),
+    _study("active_learning", *QUIET, "EVAL_HEAVY", "INPUT_BOUND", steps=600, never=frozenset({"RESIDUAL_HEAVY"})),
+    _study("skip_gram", steps=400, never=frozenset({"INPUT_BOUND", "JITTER"})),
+    _study("neural_ode", steps=40, never=_LOUD),
 )
 
 _INSTALLED = (
@@ -418,6 +451,8 @@ CASES: tuple[Case, ...] = (
     *_LOOPS,
     *_HABITS,
     *_TUTORIALS,
+    *_PAPERS,
+    *_STUDIES,
     *_INSTALLED,
     *_FRAMEWORKS,
     *_ENGINES,
