@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from traceml.clock import TICKS_PER_S
-
 __all__ = [
     "ProcessInfo",
     "ProcessUse",
@@ -27,6 +25,9 @@ __all__ = [
     "waiting_call",
 ]
 
+_TICKS_PER_S = os.sysconf(
+    "SC_CLK_TCK"
+)  # as in `traceml.clock`: this module also runs alone, on hosts without the package
 _STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 # System calls whose first argument is the descriptor that they wait for. poll and select have none.
 _ON_DESCRIPTOR = {
@@ -96,7 +97,7 @@ def process_info(pid: int | str) -> ProcessInfo | None:
     # the name, in brackets, may hold anything
     fields = text[text.rindex(")") + 2 :].split(None, 13)
     state, parent, group, terminal = fields[0], int(fields[1]), int(fields[2]), int(fields[4])
-    return ProcessInfo(int(pid), parent, state, group, terminal, (int(fields[11]) + int(fields[12])) / TICKS_PER_S)
+    return ProcessInfo(int(pid), parent, state, group, terminal, (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
 
 
 def threads_of(pid: int) -> list[ProcessInfo]:

@@ -228,13 +228,9 @@ def test_given_address_may_have_another_folder_and_is_reported(tmp_path: Path, s
     assert line.endswith(f"not in the runs_dir {tmp_path / 'a' / 'traceml_runs'}")
 
 
-def test_encrypted_jobs_find_an_encrypting_aggregator(
-    tmp_path: Path, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encrypted_jobs_find_an_encrypting_aggregator(tmp_path: Path, script: Callable[..., Script]) -> None:
     """The one that a job starts encrypts too. The folder's file tells that it does; who has only its port is told."""
-    with monkeypatch.context() as patch:
-        patch.setenv("TRACEML_TLS", "1")
-        server = Serving(tmp_path / "served" / "traceml_runs", tmp_path / "log")
+    server = Serving(tmp_path / "served" / "traceml_runs", tmp_path / "log", tls=True)
 
     try:
         for job in (script(tmp_path / "served"), script(tmp_path / "alone", tls=True, local=True)):
