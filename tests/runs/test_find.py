@@ -12,6 +12,7 @@ from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError
 from traceml.runs.find import find_run, list_runs, prune
 from traceml.runs.report.report import build_report, save_report
+from traceml.runs.run_labels import change_labels
 
 
 @pytest.fixture
@@ -45,6 +46,21 @@ def test_a_run_is_found_by_its_folder(runs, tmp_path_factory):
     folder = store_run(tmp_path_factory.mktemp("elsewhere") / "x", Job(steps=30))
 
     assert find_run(folder, runs) == folder.resolve()
+
+
+def test_a_run_is_found_by_a_name_of_its_own(runs):
+    """That of the start, or a later one. A name of several runs is refused, and an id goes first."""
+    for number, name in ((3, "sweep"), (4, "sweep"), (5, "before"), (6, "0001")):
+        facts = {"started": STARTED + number, "ended": STARTED + number + 5, "state": "finished", "name": name}
+        store_run(runs / f"2026010{number}-000000-train-000{number}", Job(steps=30), facts=facts)
+
+    change_labels(runs / "20260102-000000-train-0002", lambda labels: setattr(labels, "name", "after"))
+
+    assert find_run("before", runs).name.endswith("0005")
+    assert find_run("after", runs).name.endswith("0002")
+    assert find_run("0001", runs).name == "20260101-000000-train-0001"
+    with pytest.raises(RunNotFoundError, match=r"'sweep' matches 2 runs .*-0004, .*-0003\. Give the id"):
+        find_run("sweep", runs)
 
 
 def test_what_fits_several_runs_is_refused(runs):

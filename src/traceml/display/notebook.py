@@ -72,7 +72,7 @@ def load_run(path: str | os.PathLike[str] | None = None) -> NotebookRun:
         >>> print(run.verdict.kind, run.verdict.summary)
 
     Args:
-        path: its folder or its id, the latest where left out; ids are looked up in `runs_dir` of the settings.
+        path: its folder, id or name, the latest where left out; ids and names are those in `runs_dir` of the settings.
 
     Raises:
         RunNotFoundError: there is no such run.

@@ -16,19 +16,20 @@ __all__ = ["LAST_HEALTHY", "find_baseline", "find_compared", "is_healthy"]
 LAST_HEALTHY = "last-healthy"
 
 
-def find_compared(run: str | None, runs_dir: Path) -> Path:
+def find_compared(run: str | None, runs_dir: Path, *, by_name: bool = True) -> Path:
     """Return a run's folder, or its report where that is all there is, as on a build server.
 
     Args:
-        run: a folder, an id, a `report.json`, or None for the latest run.
+        run: a run as `find_run` takes it, or a `report.json`.
         runs_dir: folder of all runs.
+        by_name: take names of runs too.
 
     Raises:
         RunNotFoundError: there is no such run.
     """
     path = Path(run) if run is not None else None
     if path is None or path.suffix != ".json" or not path.is_file():
-        return find_run(run, runs_dir)
+        return find_run(run, runs_dir, by_name=by_name)
 
     return path.parent.resolve() if (path.parent / STORE_NAME).is_file() else path.resolve()
 
@@ -37,8 +38,8 @@ def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path
     """Return the run to compare others with.
 
     Args:
-        name: `last-healthy` (the newest earlier run of the project with as many ranks), a run as `find_compared` takes
-            it, a tag, or the name of runs; the newest run counts.
+        name: `last-healthy` (the newest earlier run of the project with as many ranks), an id or a path as
+            `find_compared` takes it, a tag, or the name of runs; the newest run counts.
         compared: the runs that are compared with it; none of them is the baseline.
         runs_dir: folder of all runs.
 
@@ -49,7 +50,7 @@ def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path
         return _last_healthy(compared, runs_dir)
 
     try:
-        return find_compared(name, runs_dir)
+        return find_compared(name, runs_dir, by_name=False)
     except RunNotFoundError as error:
         infos = _others(compared, runs_dir)
         named = [info for info in infos if name in info.tags] or [info for info in infos if info.name == name]

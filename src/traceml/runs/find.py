@@ -90,12 +90,13 @@ class _StoredFacts:
     damaged: bool = False
 
 
-def find_run(run: str | os.PathLike[str] | None, runs_dir: Path) -> Path:
+def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: bool = True) -> Path:
     """Return the folder of a run.
 
     Args:
-        run: a folder, an id (or the beginning or end of one), or None for the latest.
+        run: a folder, an id (or the beginning or end of one), the name that only this run has, or None for the latest.
         runs_dir: folder of all runs.
+        by_name: take names too.
 
     Raises:
         RunNotFoundError: there is none, or there are several; the message lists those that exist.
@@ -112,12 +113,15 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path) -> Path:
     text = str(run)
     # People type the four letters at the end.
     matching = [name for name in names if name.startswith(text) or name.endswith(text)] if text else []
+    if text and by_name and not matching:
+        matching = [info.id for info in list_runs(runs_dir) if info.name == text]
+
     if len(matching) == 1:
         return (runs_dir / matching[0]).resolve()
 
     if matching:
         raise RunNotFoundError(
-            f"{text!r} matches {len(matching)} runs in {runs_dir}: {_some(matching)}. Give more of the id."
+            f"{text!r} matches {len(matching)} runs in {runs_dir}: {_some(matching)}. Give the id, or more of it."
         )
 
     raise RunNotFoundError(f"no run {text!r}: it is not the folder of a run, and {_what_exists(runs_dir, names)}.")

@@ -183,7 +183,7 @@ def load_run(path: str | os.PathLike[str] | None = None) -> Run:
     """Return a run, ended or still running.
 
     Args:
-        path: its folder, its id, or None for the latest; ids are searched in the `runs_dir` of the settings.
+        path: its folder, id or name, or None for the latest; ids and names are those in `runs_dir` of the settings.
 
     Raises:
         RunNotFoundError: there is no such run.
