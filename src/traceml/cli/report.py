@@ -14,7 +14,6 @@ from rich.console import Console
 
 from traceml.cli.parsing import parse
 from traceml.database.flight.flight_owner import waiting_steps
-from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
@@ -25,8 +24,8 @@ from traceml.renderers.views import run_view
 from traceml.runs.export.flame_graph import FLAME_GRAPHS
 from traceml.runs.find import find_run
 from traceml.runs.report.report_types import REPORT_NAME, Report, TrackerSection, read_report
-from traceml.runs.report.trackers import trackers
 from traceml.settings import load
+from traceml.track.tracker_state import states_of
 
 __all__ = ["current_report", "main"]
 
@@ -131,6 +130,12 @@ def current_report(run_dir: Path) -> Report:
 
 
 def _trackers_now(run_dir: Path) -> list[TrackerSection]:
+    if not states_of(run_dir):
+        return []
+
+    from traceml.database.store.reader import StoreReader  # imports numpy
+    from traceml.runs.report.trackers import trackers
+
     try:
         with closing(StoreReader(run_dir / STORE_NAME)) as reader:
             return trackers(run_dir, reader)

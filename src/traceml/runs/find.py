@@ -13,14 +13,12 @@ from typing import Any
 
 import msgspec
 
-from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError, TraceMLError
 from traceml.runs.report.report_types import REPORT_NAME, StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
-from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import DeliveryPhase, states_of
 
 __all__ = [
@@ -220,6 +218,9 @@ def _remove(path: Path) -> None:
 
 def is_delivered(run_dir: Path) -> bool:
     """Return whether every tracker of a run has received everything that was logged."""
+    from traceml.database.store.reader import StoreReader  # imports numpy
+    from traceml.track.delivery.plan import DeliveryPlan
+
     done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.fallback_done}
     try:
         with closing(StoreReader(run_dir / STORE_NAME)) as reader:
@@ -269,6 +270,8 @@ def _is_run(path: Path) -> bool:
 def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
     if not (path / STORE_NAME).exists():
         return _reported(path)
+
+    from traceml.database.store.reader import StoreReader  # imports numpy, which a run by its id does not need
 
     try:
         with closing(StoreReader(path / STORE_NAME)) as reader:
