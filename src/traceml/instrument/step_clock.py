@@ -1,7 +1,7 @@
 """State machine that detects training steps from the calls that the hooks report.
 
-Terms: an *attempt* is an outermost optimizer step call; the *anchor* is the training loader, whose next batch request
-closes a step after an attempt. `docs/steps.md` has the rules.
+Terms: an *attempt* is an outermost optimizer step call; the next batch request to the *training loader* closes a step
+after an attempt. `docs/steps.md` has the rules.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepClock(SegmentedStep):
         self.blocks = 0  # nested trace_step() blocks
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
-        self.anchor: Any = None  # the training loader: the loader whose batches are trained on
+        self.training_loader: Any = None  # the loader whose batches are trained on
         self.fetched_ahead = False  # this step's batch came before the end of its loader
         self.inferred = False  # there is no optimizer: batches are the steps
         self.optimizers: dict[int, Any] = {}  # by id, weak references to those that have stepped and are alive
@@ -96,7 +96,7 @@ class StepClock(SegmentedStep):
             self._discard(t, batches=1, evaluating=True)
         elif idle and self.evaluating:
             self._discard(t, batches=0, evaluating=False)  # the time after the last evaluation batch
-        elif self.pending and loader is not self.anchor:
+        elif self.pending and loader is not self.training_loader:
             return  # still unknown: already the next step, or part of this one
 
         self.segment_loader = loader
@@ -106,10 +106,10 @@ class StepClock(SegmentedStep):
             self._cut(t)
 
     def _end_segment(self, t: int, loader: Any) -> None:
-        if self.anchor is None and self.backwards:
-            self.anchor = self.first_loader
+        if self.training_loader is None and self.backwards:
+            self.training_loader = self.first_loader
 
-        if self.attempt and loader is self.anchor:
+        if self.attempt and loader is self.training_loader:
             if not self.pending:
                 self.commit(t)
                 return
@@ -130,7 +130,7 @@ class StepClock(SegmentedStep):
             self._train_again(t)
         elif self.evaluating and self.batch is None and self._is_idle():
             self._discard(t, batches=0, evaluating=False)
-            if self.pending and self.anchor is None:
+            if self.pending and self.training_loader is None:
                 self._close_prefix()
         elif self.attempt and (self._needs_no_loader() or self.fetched_ahead) and not self.explicit:
             self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
@@ -227,7 +227,7 @@ class StepClock(SegmentedStep):
         if self.pending:
             if known:
                 if self.batch is not None:
-                    self._anchor_at(self.batch)  # a new loader replaced the last one
+                    self._train_from(self.batch)  # a new loader replaced the last one
 
                 self._close_prefix()
             else:
@@ -264,21 +264,21 @@ class StepClock(SegmentedStep):
 
         drained, self.exhausted_loader = self.exhausted_loader, None
         if self.first_loader is None:
-            if self.anchor is not None and drained is self.anchor:
+            if self.training_loader is not None and drained is self.training_loader:
                 self._was_fetched_ahead(ident)
             else:
                 self._expect_forward(t, ident)
 
             return
 
-        if self.anchor is None:
-            self._anchor_at(self.first_loader)
+        if self.training_loader is None:
+            self._train_from(self.first_loader)
 
         if self.first_loader.is_left:
             self._await_forward(ident)
             return
 
-        self.closes_at = self.usual = self.anchor
+        self.closes_at = self.usual = self.training_loader
         self.usual_loader = self.first_loader
 
     def _expect_forward(self, t: int, ident: int) -> None:
@@ -288,7 +288,7 @@ class StepClock(SegmentedStep):
             self._cut(t)
 
         if several:
-            self.closes_at = NOT_READY if self.anchor is None else self.anchor
+            self.closes_at = NOT_READY if self.training_loader is None else self.training_loader
         elif self.cut_on_step:
             self.closes_at = CHECK_FORWARD
         else:
@@ -297,7 +297,7 @@ class StepClock(SegmentedStep):
 
     def _was_fetched_ahead(self, ident: int) -> None:
         """Handle a step on a prefetched batch after the end of the training loader, as with accelerate's loaders."""
-        self.first_loader = self.anchor
+        self.first_loader = self.training_loader
         self._await_forward(ident)
 
     def loader_left(self, loader: Any) -> None:
@@ -313,14 +313,14 @@ class StepClock(SegmentedStep):
         self.dirty = True
         self.usual_loader = NOT_READY
         self.fetched_ahead = not self._may_step_again(ident)
-        self.closes_at = CHECK_FORWARD if self.fetched_ahead else self.anchor
+        self.closes_at = CHECK_FORWARD if self.fetched_ahead else self.training_loader
 
     def _may_step_again(self, ident: int) -> bool:
         """Whether another optimizer may follow in this step."""
         return ident != FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1)
 
-    def _anchor_at(self, loader: Any) -> None:
-        self.anchor = loader
+    def _train_from(self, loader: Any) -> None:
+        self.training_loader = loader
         self.usual_loader = NOT_READY
 
     def after_backward(self, t: int) -> None:

@@ -44,7 +44,7 @@ class FactReports:
 
     def training_loader(self) -> None:
         """Report which loader's batches are trained on: a script may read another one first."""
-        number = getattr(self._clock.anchor, "number", None)
+        number = getattr(self._clock.training_loader, "number", None)
         if number is not None:
             self.report({"kind": "training_loader", "number": number})
 

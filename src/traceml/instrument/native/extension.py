@@ -1,9 +1,9 @@
 """Loader of the hot path in C. Where it was not built, or TRACEML_NATIVE=0 forbids it, the hooks are in Python.
 
-A hook in C has a Python face for torch.compile. The interpreter calls the slots of its type; dynamo looks for
+A hook in C has methods in Python for torch.compile. The interpreter calls the slots of its type; dynamo looks for
 `__call__` and `__get__` among the type's attributes, and can trace only Python functions. So these two are replaced in
 the type's dictionary, which leaves the slots alone. (An assignment to the attribute would replace the slot too.)
-`dynamo_faces` has them; it needs torch, which may be imported later.
+`dynamo_methods` has them; it needs torch, which may be imported later.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def _load() -> Any:
         _log.warning("%s belongs to another version of traceml. Install the package again", loaded.__file__)
         return None
 
-    return loaded if _has_faces(loaded) else None
+    return loaded if _add_methods(loaded) else None
 
 
-def _has_faces(loaded: Any) -> bool:
-    """Give the hooks their faces; return whether calls still reach the code in C."""
-    _set_face(loaded, "__reduce__", _reduce)
-    _set_face(loaded, "__call__", _no_call)
+def _add_methods(loaded: Any) -> bool:
+    """Give the hooks their methods in Python; return whether calls still reach the code in C."""
+    _set_method(loaded, "__reduce__", _reduce)
+    _set_method(loaded, "__call__", _no_call)
     hook = loaded.Hook(loaded.HotFields(), int(Phase.OPTIMIZER), _no_call, lambda value: value)
     try:
         return loaded.Hook.__dict__["__call__"] is _no_call and hook(7) == 7
@@ -77,14 +77,14 @@ def _has_faces(loaded: Any) -> bool:
         return False
 
 
-def _set_face(loaded: Any, name: str, face: Callable[..., Any]) -> None:
+def _set_method(loaded: Any, name: str, method: Callable[..., Any]) -> None:
     (attributes,) = gc.get_referents(loaded.Hook.__dict__)  # the dictionary behind the read-only view
-    attributes[name] = face
+    attributes[name] = method
     loaded.type_changed(loaded.Hook)
 
 
 def _no_call(*_: object) -> None:
-    raise TypeError("the hooks of this interpreter call their Python face")
+    raise TypeError("the hooks of this interpreter call their methods in Python")
 
 
 def _reduce(hook: _hot_path.Hook) -> Any:
@@ -93,9 +93,9 @@ def _reduce(hook: _hot_path.Hook) -> Any:
 
 
 def show_torch() -> None:
-    """Give the hooks the faces that dynamo traces."""
+    """Give the hooks the methods that dynamo traces."""
     loaded = extension()
     if loaded is not None and loaded.Hook.__dict__["__call__"] is _no_call:
-        faces = import_module("traceml.instrument.native.dynamo_faces")
-        _set_face(loaded, "__call__", faces.__call__)
-        _set_face(loaded, "__get__", faces.__get__)
+        methods = import_module("traceml.instrument.native.dynamo_methods")
+        _set_method(loaded, "__call__", methods.__call__)
+        _set_method(loaded, "__get__", methods.__get__)
