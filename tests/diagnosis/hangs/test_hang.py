@@ -51,6 +51,28 @@ def test_a_rank_in_its_own_code_never_came_to_the_collective():
     assert (finding.ranks, finding.evidence["line"], finding.evidence["waiting"]) == ((1,), 6, [0])
 
 
+@pytest.mark.parametrize(
+    ("phase", "told"),
+    [
+        ("evaluation", "in evaluation, in train.py:6 stuck, sleeping"),
+        ("checkpoint", "in checkpoint saving, in train.py:6 stuck, sleeping"),
+        ("startup", "in start-up, in train.py:6 stuck, sleeping"),
+        ("exit", "at its end, in train.py:6 stuck, sleeping"),
+        ("rollout", "in phase 'rollout', in train.py:6 stuck, sleeping"),
+        ("outside", "in train.py:6 stuck, sleeping"),
+        ("other", "in train.py:6 stuck, sleeping"),
+    ],
+)
+def test_the_phase_is_told_where_it_says_more_than_the_line(phase, told):
+    """Of the rank that blocks the others, and of those that wait."""
+    waits = snapshot(0, call("barrier"), line(30), phase="evaluation", groups=(group(15, "barrier"),))
+
+    text = summary(found(waits, replace(STUCK, phase=phase)))
+
+    assert f"has been {told} for 75 s" in text
+    assert "in barrier #15 in evaluation (train.py:30 main)" in text
+
+
 def test_a_rank_whose_script_ended_earlier_has_fewer_data():
     """It is said after 5 s, as it can never come."""
     ended = RankExit(rank=1, state="finished", code=0, last_step=8)
@@ -181,7 +203,7 @@ def test_a_rank_that_never_answered_is_missed_after_the_end_too(quiet_s, is_hang
 
     assert (finding is not None) is is_hang
     if finding is not None:
-        assert "in init_process_group (train.py:7 main)" in summary(finding)
+        assert "in init_process_group in start-up (train.py:7 main)" in summary(finding)
         assert "rank 1 did not answer" in summary(finding)
 
 

@@ -16,6 +16,7 @@ __all__ = ["diverged_text", "hang_summary", "operation_text"]
 
 _LOCK = "waiting for a lock"
 _LISTED = 3  # different places that a sentence lists
+_VAGUE_PHASES = ("other", "outside")  # a line of code says more
 
 
 def operation_text(wait: GroupSnapshot) -> str:
@@ -186,17 +187,21 @@ def _threads_text(snapshot: RankSnapshot) -> str:
 
 
 def _own_place(snapshot: RankSnapshot) -> str:
+    """Return `in evaluation, in train.py:6 stuck, sleeping` of a rank: what is known of phase, line and state."""
     line, what = user_line(snapshot), doing(snapshot)
+    at = f"in {line_text(line.file, line.line, line.function)}" if line is not None else ""
     if line is not None and what.startswith("in C code"):
-        return (
-            f"{what.replace('in C code', f'in C code called at {line_text(line.file, line.line, line.function)}', 1)}"
-        )
+        at, what = "", what.replace("in C code", f"in C code called at {at.removeprefix('in ')}", 1)
 
-    if line is None:
-        phase = phase_words(snapshot.phase) if snapshot.phase and snapshot.phase != "other" else ""
-        return ", ".join(part for part in (f"in {phase}" if phase else "", what) if part) or "in unknown code"
+    phase = _phase_text(snapshot) if line is None or snapshot.phase not in _VAGUE_PHASES else ""
+    return ", ".join(part for part in (phase, at, what) if part) or "in unknown code"
 
-    return f"in {line_text(line.file, line.line, line.function)}" + (f", {what}" if what else "")
+
+def _phase_text(snapshot: RankSnapshot) -> str:
+    if not snapshot.phase or snapshot.phase == "other":
+        return ""
+
+    return "at its end" if snapshot.phase == "exit" else f"in {phase_words(snapshot.phase)}"
 
 
 def _places(found: Standstill, ranks: Iterable[int]) -> str:
@@ -216,7 +221,8 @@ def _where_they_wait(found: Standstill, ranks: Sequence[int], of: str = "") -> s
     line = user_line(snapshot)
     at = f" ({line_text(line.file, line.line, line.function)})" if line is not None else ""
     what = operation_text(wait) or (phase_words(snapshot.phase) if snapshot.phase else "a collective")
-    inside = " in backward" if snapshot.phase == "backward" and wait.operation else ""
+    is_told = wait.operation and snapshot.phase not in ("", "comm", *_VAGUE_PHASES)
+    inside = f" {_phase_text(snapshot)}" if is_told else ""
     return f"{what}{of}{inside}{at}"
 
 
