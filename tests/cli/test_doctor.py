@@ -201,7 +201,7 @@ def test_missing_package_is_broken(monkeypatch):
 def test_every_dependency_is_looked_for():
     """Those of pyproject.toml that each machine needs."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    needed = [re.split(r"[><=]", need)[0] for need in project["dependencies"] if ";" not in need]
+    needed = {re.split(r"[><=]", need)[0] for need in project["dependencies"] if "platform_machine" not in need}
 
     assert sorted(local_checks._REQUIRED) == sorted(needed)
 

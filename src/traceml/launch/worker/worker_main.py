@@ -233,9 +233,10 @@ def _takes_listener_with_libuv(version: str) -> bool:
     """Return whether the usual store of a torch, that with libuv, can take a port which is bound already.
 
     Args:
-        version: of torch. In 2.4 the store refuses that, and only its older form can be used.
+        version: of torch. Up to 2.7 the store refuses that, and only its older form can be used
+            (https://github.com/pytorch/pytorch/pull/150215).
     """
-    return tuple(int(part) for part in version.split(".")[:2]) >= (2, 5)
+    return tuple(int(part) for part in version.split(".")[:2]) >= (2, 8)
 
 
 def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
