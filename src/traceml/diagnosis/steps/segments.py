@@ -169,7 +169,7 @@ def _user_parts(window: Window) -> dict[str, Floats]:
     parts = {name if name not in window.times else f"phase {name}": values for name, values in window.user.items()}
     rest = np.maximum(window.times["user"] - sum(window.user.values(), np.float32(0)), 0)
     # Rows of user phases are in a separate table and may be missing for the newest steps.
-    return {**parts, "user": rest} if rest.mean() > 0.01 * max(window.times["user"].mean(), 1.0) else parts
+    return {**parts, "user": rest} if rest.sum() > 0.01 * max(window.times["user"].sum(), rest.size) else parts
 
 
 def _behind_sync(window: Window) -> Floats:

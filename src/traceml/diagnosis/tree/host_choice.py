@@ -40,6 +40,10 @@ def choose_ranks(segments: Segments, kept: int | None = None) -> RankChoice:
         segments: own work of the host's ranks in the newest steps.
         kept: the typical rank so far, which stays typical as long as it is an ordinary one.
     """
+    if not segments.own.size:  # no step that all of them have made: nobody differs yet
+        ranks = segments.ranks.tolist()
+        return RankChoice(_typical(ranks, kept), tuple(sorted(ranks)), ())
+
     apart = _differs(segments, segments.own)
     for values in segments.parts.values():
         apart |= _differs(segments, values)
@@ -48,9 +52,12 @@ def choose_ranks(segments: Segments, kept: int | None = None) -> RankChoice:
     by_work = np.argsort(means, kind="stable")
     ordinary = [row for row in by_work.tolist() if not apart[row]] or [int(by_work[(len(means) - 1) // 2])]
     ranks = segments.ranks[ordinary].tolist()
-    typical = kept if kept is not None and kept in ranks else ranks[(len(ranks) - 1) // 2]
     outliers = sorted(set(segments.ranks.tolist()).difference(ranks))
-    return RankChoice(typical, tuple(sorted(ranks)), tuple(outliers))
+    return RankChoice(_typical(ranks, kept), tuple(sorted(ranks)), tuple(outliers))
+
+
+def _typical(ranks: list[int], kept: int | None) -> int:
+    return kept if kept is not None and kept in ranks else ranks[(len(ranks) - 1) // 2]
 
 
 def _differs(segments: Segments, values: Floats) -> NDArray[np.bool_]:
