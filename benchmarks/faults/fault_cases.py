@@ -285,6 +285,7 @@ def _read_only_homes(job: FaultedJob) -> None:
 def _immutable_run(job: FaultedJob) -> str:
     job.start()
     job.wait_for_step(_AT_STEP)
+    until_stored(lambda: bool(job.delivered()))  # the tracker's file exists: only new files cannot be made
     (folder,) = job.run_dirs()
     subprocess.run(["chattr", "+i", str(folder)], check=True)
     try:
@@ -361,7 +362,7 @@ _SYSTEM = (
     Fault("disk of the runs", "full for 5 s", _disk_full(5), steps=400, needs=("root",)),
     Fault("disk of the runs", "full until the end", _disk_full(None), needs=("root",)),
     Fault("folder of the runs", "read-only", _read_only_runs, ends=True, needs=("root",)),
-    Fault("folder of the run", "immutable while it trains", _immutable_run, needs=("root",)),
+    Fault("folder of the run", "immutable while it trains", _immutable_run, steps=400, needs=("root",)),
     Fault("folder of the run", "moved while it trains", _moved_run),
     Fault("home, temporary and runtime folders", "read-only", _read_only_homes, needs=("root",)),
     Fault("wall clock", "+1 h, then -2 days", _clock, needs=("compiler",)),
