@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,7 @@ def rich_run(folder: Path, *, ranks: int = 2, steps: int = STEPS, user_ms: float
         for rank, rows in enumerate(rows_of(job, adds("forward", 20.0, (1,)))):
             rows["t_end_ns"] += rank * 50 * S  # each host has its own monotonic clock
             wall = BOOT_NS + rank * 3600 * S
-            stream = writer.stream(
-                StreamIdentity(rank, 0, f"h{rank}", 100 + rank, 7, ""), state="finished",
-                clock=[rank * 50 * S, wall], clock_offset_ns=BOOT_NS - rank * 50 * S, clock_rtt_ns=1000,
-            )  # fmt: skip
+            stream = add_stream(writer, rank, f"h{rank}", boot_ns=rank * 50 * S, wall_ns=wall)
             _fill(writer, stream, rows, wall, user_ms)
 
         writer.event("verdict", {"verdict": {"kind": "COMPUTE_STRAGGLER"}})
@@ -104,6 +102,19 @@ def _append(writer: StoreWriter, stream: int, table: str, dtype: Any, **values: 
         row[name] = value
 
     writer.append(stream, table, 0, 1, row.tobytes())
+
+
+def add_stream(writer: StoreWriter, rank: int, host: str, *, boot_ns: int = 0, wall_ns: int = BOOT_NS) -> int:
+    """Add a finished stream of a rank; its clock read `boot_ns` at `wall_ns`, which may be wrong."""
+    return writer.stream(
+        StreamIdentity(rank, 0, host, 100 + rank, 7, ""), state="finished",
+        clock=[boot_ns, wall_ns], clock_offset_ns=BOOT_NS - boot_ns, clock_rtt_ns=1000,
+    )  # fmt: skip
+
+
+def comparable(events: Iterable[dict[str, Any]]) -> Counter[str]:
+    """Return events without their numbers, as text."""
+    return Counter(json.dumps({k: v for k, v in each.items() if k != "id"}, sort_keys=True) for each in events)
 
 
 def events_in(path: Path) -> list[dict[str, Any]]:

@@ -12,13 +12,12 @@ import msgpack
 import numpy as np
 import pytest
 
-from tests.runs.export.exported import BOOT_NS, S, events_in
+from tests.runs.export.exported import BOOT_NS, S, add_stream, comparable, events_in
 from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import METRICS
-from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
-from traceml.runs.export import metric_tracks
+from traceml.runs.export import metric_tracks, waiting_rows
 from traceml.runs.export.exporter import export_run
 
 NAMES = {1: "loss", 2: '100 % "ü"', 3: "grad/norm"}
@@ -42,18 +41,12 @@ def run_dir(tmp_path: Path) -> Path:
     folder.mkdir()
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id="run", world_size=2))
-        streams = [
-            writer.stream(
-                StreamIdentity(rank, 0, f"h{rank}", 100 + rank, 7, ""), state="finished",
-                clock=[0, BOOT_NS + rank * SHIFT_NS], clock_offset_ns=BOOT_NS, clock_rtt_ns=1000,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
+        streams = [add_stream(writer, rank, f"h{rank}", wall_ns=BOOT_NS + rank * SHIFT_NS) for rank in range(2)]
         for stream in streams:
             for place, (number, name) in enumerate(NAMES.items()):
                 writer.append(stream, "names", place, 1, msgpack.packb({"id": number, "name": name}))
 
-        for start in range(0, 300, 7):
+        for start in range(0, 300, 7):  # frames of both in turns
             for rank, stream in enumerate(streams):
                 part = logged(rank)[start : start + 7]
                 writer.append(stream, METRICS.name, start, len(part), part.tobytes())
@@ -81,7 +74,7 @@ def expected() -> Counter[str]:
 
 def found(path: Path) -> Counter[str]:
     metrics = (event for event in events_in(path) if event.get("cat") == "metric")
-    return Counter(json.dumps({k: v for k, v in each.items() if k != "id"}, sort_keys=True) for each in metrics)
+    return comparable(metrics)
 
 
 @pytest.mark.parametrize(("waiting", "block"), [(1, 1), (50, 16), (32_768, 16_384)])
@@ -89,7 +82,7 @@ def test_every_value_is_an_event(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, block: int
 ) -> None:
     """Finite values are counters, others instants with the step, at the time of the aggregator's clock."""
-    monkeypatch.setattr(metric_tracks, "_MOST_ROWS", waiting)
+    monkeypatch.setattr(waiting_rows, "_MOST_ROWS", waiting)
     monkeypatch.setattr(metric_tracks, "_BLOCK", block)
     result = export_run(run_dir, "perfetto", tmp_path / "out.json")
 

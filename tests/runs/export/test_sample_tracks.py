@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.runs.export.exported import BOOT_NS, S, events_in
+from tests.runs.export.exported import S, add_stream, comparable, events_in
 from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
-from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
-from traceml.runs.export import sample_tracks
+from traceml.runs.export import sample_tracks, waiting_rows
 from traceml.runs.export.exporter import export_run
 
 HOSTS = ("a", "a", "b")
@@ -50,10 +49,7 @@ def run_dir(tmp_path: Path) -> Path:
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id="run", world_size=3))
         for rank, host in enumerate(HOSTS):
-            stream = writer.stream(
-                StreamIdentity(rank, 0, host, 100 + rank, 7, ""), state="finished",
-                clock=[0, BOOT_NS], clock_offset_ns=BOOT_NS, clock_rtt_ns=1000,
-            )  # fmt: skip
+            stream = add_stream(writer, rank, host)
             for table in (PROCESS, TORCH_MEMORY, HOST, GPU):
                 rows = sampled(table, rank)
                 for start in range(0, len(rows), 7):
@@ -104,7 +100,7 @@ def test_every_sample_is_an_event(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, block: int
 ) -> None:
     """Finite numbers are counters; those of one counter of a rank are in order, as viewers join them by lines."""
-    monkeypatch.setattr(sample_tracks, "_MOST_ROWS", waiting)
+    monkeypatch.setattr(waiting_rows, "_MOST_ROWS", waiting)
     monkeypatch.setattr(sample_tracks, "_BLOCK", block)
     result = export_run(run_dir, "perfetto", tmp_path / "out.json")
     samples = [event for event in events_in(result.path) if event.get("cat") == "sample"]
@@ -113,10 +109,7 @@ def test_every_sample_is_an_event(
         times.setdefault((event["pid"], event["name"], *event["args"]), []).append(event["ts"])
 
     assert not result.damage
-    assert (
-        Counter(json.dumps({k: v for k, v in each.items() if k != "id"}, sort_keys=True) for each in samples)
-        == expected()
-    )
+    assert comparable(samples) == expected()
     ranks = {key: each for key, each in times.items() if key[0] < 1_000_000}
     assert ranks
     assert all(each == sorted(each) for each in ranks.values())

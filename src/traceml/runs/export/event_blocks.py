@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.traces.writer.encoding import args_of, quoted
 from traceml.traces.writer.writer import Writer
 
-__all__ = ["ArrowBlock", "EventBlocks", "PointBlock", "PointKind", "SpanBlock", "SpanKind"]
+__all__ = ["ArrowBlock", "EventBlocks", "PointBlock", "PointKind", "SpanBlock", "SpanKind", "as_json"]
 
 Longs = NDArray[np.int64]
 
@@ -209,3 +210,10 @@ def _filled(templates: list[bytes], columns: Sequence[NDArray[Any]], used: NDArr
 
 def _constant(text: bytes) -> bytes:
     return text.replace(b"%", b"%%")
+
+
+def as_json(numbers: Sequence[float]) -> NDArray[Any]:
+    """Return finite numbers as JSON, each as bytes."""
+    texts = np.empty(len(numbers), object)
+    texts[:] = msgspec.json.encode(numbers)[1:-1].split(b",") if len(numbers) else ()
+    return texts

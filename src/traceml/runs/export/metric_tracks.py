@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.schema import METRICS
 from traceml.database.store.reader import StreamRecord
-from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind
-from traceml.runs.export.sample_tracks import as_json
+from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind, as_json
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
+from traceml.runs.export.waiting_rows import WaitingRows
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["MetricTracks"]
 
-_MOST_ROWS = 32_768  # rows of all ranks that wait to be written: 1 MB
 _BLOCK = 16_384  # events of a block, at most: 2 MB of text
 _READ = ("t_ns", "step", "name_id", "value")
 _NOT_FINITE = ("nan", "inf", "-inf")
@@ -37,8 +37,7 @@ class MetricTracks:
         self, writer: Writer, tracks: TraceTracks, clocks: RunClocks, name_of: Callable[[int, int], str]
     ) -> None:
         self._blocks, self._tracks, self._clocks, self._name_of = EventBlocks(writer), tracks, clocks, name_of
-        self._rows: dict[int, tuple[StreamRecord, list[Any]]] = {}
-        self._waiting = 0
+        self._rows = WaitingRows(lambda stream, _, rows: self._write_rows(stream, rows), _BLOCK)
 
     def add(self, stream: StreamRecord, rows: Any) -> None:
         """Take rows of `schema.METRICS`; they are written sometime later.
@@ -46,20 +45,11 @@ class MetricTracks:
         Raises:
             KeyError: a column is missing.
         """
-        self._rows.setdefault(stream.id, (stream, []))[1].append(rows[list(_READ)])
-        self._waiting += len(rows)
-        if self._waiting >= _MOST_ROWS:
-            self.write()
+        self._rows.add(stream, METRICS.name, rows[list(_READ)])
 
     def write(self) -> None:
         """Write the waiting rows."""
-        for stream, parts in self._rows.values():
-            rows = np.concatenate(parts)
-            for start in range(0, len(rows), _BLOCK):
-                self._write_rows(stream, rows[start : start + _BLOCK])
-
-        self._rows.clear()
-        self._waiting = 0
+        self._rows.write()
 
     def _write_rows(self, stream: StreamRecord, rows: Any) -> None:
         pid, tid = self._tracks.rank(stream, EVENTS)

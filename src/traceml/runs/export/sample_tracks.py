@@ -6,20 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY
 from traceml.database.store.reader import StreamRecord
-from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind
+from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind, as_json
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
+from traceml.runs.export.waiting_rows import WaitingRows
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
-__all__ = ["SampleTracks", "as_json"]
+__all__ = ["SampleTracks"]
 
-_MOST_ROWS = 32_768  # rows of all ranks that wait to be written: 3 MB
 _BLOCK = 4096  # rows of a block, at most: 2 MB of text
 _GPU = ("utilization_pct", "memory_used_bytes", "temperature_c", "power_w", "sm_clock_mhz")
 _TORCH = ("allocated_bytes", "reserved_bytes")
@@ -63,8 +62,7 @@ class SampleTracks:
 
     def __init__(self, writer: Writer, tracks: TraceTracks, clocks: RunClocks) -> None:
         self._blocks, self._tracks, self._clocks = EventBlocks(writer), tracks, clocks
-        self._rows: dict[tuple[int, str], tuple[StreamRecord, list[Any]]] = {}
-        self._waiting = 0
+        self._rows = WaitingRows(lambda stream, table, rows: self._tables[table](stream, rows), _BLOCK)
         self._cpu: dict[int, tuple[int, int]] = {}  # by stream: time and CPU time of its last sample
         self._speaks: dict[str, int] = {}
         self._tables: dict[str, Callable[[StreamRecord, Any], None]] = {
@@ -83,18 +81,11 @@ class SampleTracks:
         if table == HOST.name and self._speaks.setdefault(stream.host, stream.id) != stream.id:
             return  # another rank of this host reports the same
 
-        self._rows.setdefault((stream.id, table), (stream, []))[1].append(rows[_READ[table]])
-        self._waiting += len(rows)
-        if self._waiting >= _MOST_ROWS:
-            self.write()
+        self._rows.add(stream, table, rows[_READ[table]])
 
     def write(self) -> None:
         """Write the waiting rows."""
-        waiting, self._rows, self._waiting = self._rows, {}, 0
-        for (_, table), (stream, parts) in waiting.items():
-            rows = np.concatenate(parts)
-            for start in range(0, len(rows), _BLOCK):
-                self._tables[table](stream, rows[start : start + _BLOCK])
+        self._rows.write()
 
     def _process(self, stream: StreamRecord, rows: Any) -> None:
         t_ns, cpu_ns = rows["t_ns"], rows["cpu_ns"]
@@ -150,10 +141,3 @@ class SampleTracks:
 def _counter(name: str, rows: Any, fields: tuple[str, ...], shown: NDArray[np.bool_]) -> _Counter:
     texts = np.stack([as_json(np.where(shown, rows[field], 0).tolist()) for field in fields], axis=1)
     return _Counter(name, fields, texts, shown)
-
-
-def as_json(numbers: Sequence[float]) -> NDArray[Any]:
-    """Return finite numbers as JSON, each as bytes."""
-    texts = np.empty(len(numbers), object)
-    texts[:] = msgspec.json.encode(numbers)[1:-1].split(b",") if len(numbers) else ()
-    return texts
