@@ -92,11 +92,18 @@ def test_a_rank_that_differs_is_sent_with_its_earlier_rows():
     assert 5 in of_host[-1].ordinary
 
 
+def merger_of(job: Job) -> HostMerger:
+    """Return the merger of a host that has the rows of all ranks."""
+    merger = HostMerger("h", job.ranks)
+    for rank, rows in enumerate(rows_of(job)):
+        merger.add(rank, rows.tobytes())
+
+    return merger
+
+
 def test_ranks_can_be_asked_for():
     """Full rows of any rank, from the next second on."""
-    merger = HostMerger("h", 4)
-    for rank, rows in enumerate(rows_of(Job(ranks=4, steps=40))):
-        merger.add(rank, rows.tobytes())
+    merger = merger_of(Job(ranks=4, steps=40))
 
     chosen = merger.flush()
     assert chosen is not None
@@ -109,11 +116,7 @@ def test_ranks_can_be_asked_for():
 
 def test_ranks_do_not_differ_by_their_first_steps():
     """These are set-up, and not compared; without numpy's warning of an empty mean the host sends them."""
-    merger = HostMerger("h", 2)
-    for rank, rows in enumerate(rows_of(Job(ranks=2, steps=2))):
-        merger.add(rank, rows.tobytes())
-
-    sent = merger.flush()
+    sent = merger_of(Job(ranks=2, steps=2)).flush()
 
     assert sent is not None
     assert sent.ordinary == (0, 1)

@@ -16,7 +16,6 @@ __all__ = ["diverged_text", "hang_summary", "operation_text"]
 
 _LOCK = "waiting for a lock"
 _LISTED = 3  # different places that a sentence lists
-_VAGUE_PHASES = ("other", "outside")  # a line of code says more
 
 
 def operation_text(wait: GroupSnapshot) -> str:
@@ -193,7 +192,7 @@ def _own_place(snapshot: RankSnapshot) -> str:
     if line is not None and what.startswith("in C code"):
         at, what = "", what.replace("in C code", f"in C code called at {at.removeprefix('in ')}", 1)
 
-    phase = _phase_text(snapshot) if line is None or snapshot.phase not in _VAGUE_PHASES else ""
+    phase = _phase_text(snapshot) if line is None or snapshot.phase != "outside" else ""  # a line says more
     return ", ".join(part for part in (phase, at, what) if part) or "in unknown code"
 
 
@@ -221,9 +220,8 @@ def _where_they_wait(found: Standstill, ranks: Sequence[int], of: str = "") -> s
     line = user_line(snapshot)
     at = f" ({line_text(line.file, line.line, line.function)})" if line is not None else ""
     what = operation_text(wait) or (phase_words(snapshot.phase) if snapshot.phase else "a collective")
-    is_told = wait.operation and snapshot.phase not in ("", "comm", *_VAGUE_PHASES)
-    inside = f" {_phase_text(snapshot)}" if is_told else ""
-    return f"{what}{of}{inside}{at}"
+    phase = _phase_text(snapshot) if wait.operation and snapshot.phase not in ("comm", "outside") else ""
+    return f"{what}{of}{phase and f' {phase}'}{at}"
 
 
 def _waiters_text(found: Standstill) -> str:
