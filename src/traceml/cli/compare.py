@@ -40,7 +40,7 @@ class CompareOptions:
     """
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...")] = ()
-    """Runs: folders, ids, the last four characters of ids, or report.json files. The first is the baseline."""
+    """Runs: folders, ids, names, the last four characters of ids, or report.json files. The first is the baseline."""
     baseline: Annotated[str | None, tyro.conf.arg(metavar="A")] = None
     """Compare with this run: as above, a tag or a run name (the newest counts), or last-healthy: the newest earlier
     run of the project, with as many ranks, that finished without a warning. Without runs, the latest is compared."""

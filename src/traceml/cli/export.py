@@ -40,7 +40,7 @@ class ExportOptions:
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
-    """The run: its folder, its id, or the last four characters of its id (default: the latest run)."""
+    """The run: its folder, id or name, or the last four characters of its id (default: the latest run)."""
     format: Annotated[str | None, tyro.conf.arg(metavar="FORMAT")] = None
     """perfetto, pfw, parquet or csv (default: by the extension of the output)."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PATH")] = None

@@ -40,7 +40,7 @@ class ReportOptions:
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
-    """The run: its folder, its id, or the last four characters of its id (default: the latest run)."""
+    """The run: its folder, id or name, or the last four characters of its id (default: the latest run)."""
     json: bool = False
     """Print the report as JSON and nothing else."""
     md: bool = False

@@ -25,7 +25,7 @@ def running_job(target: str | None, config: Config) -> Path:
     """Return the folder of the chosen job.
 
     Args:
-        target: a run's folder or id, or host:port of an aggregator on this host; None: the newest running job of
+        target: a run's folder, id or name, or host:port of an aggregator on this host; None: the newest running job of
             the runs folder, else of the folder that an aggregator on the usual port serves.
         config: the settings.
 

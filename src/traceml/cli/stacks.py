@@ -31,7 +31,7 @@ class StacksOptions:
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]")] = None
-    """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job)."""
+    """A run's folder, id or name, or host:port of an aggregator on this host (default: the newest running job)."""
     json: bool = False
     """Print one JSON document and nothing else."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None

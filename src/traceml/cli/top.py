@@ -37,7 +37,7 @@ class TopOptions:
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]")] = None
-    """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job)."""
+    """A run's folder, id or name, or host:port of an aggregator on this host (default: the newest running job)."""
     json: bool = False
     """Print the report so far as JSON, once, and nothing else; needs no terminal."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None

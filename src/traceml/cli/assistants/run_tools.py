@@ -167,7 +167,7 @@ class RunTools:
 
     def _refuse_path(self, run: str) -> None:
         if run and Path(run).name != run:
-            raise UsageError(f"a run is named by its id, not by a path: {run!r}. list_runs has the ids")
+            raise UsageError(f"a run is named by its id or name, not by a path: {run!r}. list_runs has the ids")
 
     def _inside(self, path: Path) -> Path:
         resolved = path.resolve()

@@ -54,7 +54,7 @@ class ProfileOptions:
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]")] = None
-    """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job, or run)."""
+    """A run's folder, id or name, or host:port of an aggregator here (default: the newest running job, or run)."""
     ranks: Annotated[str | None, tyro.conf.arg(metavar="RANKS")] = None
     """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, otherwise the first 8)."""
     steps: Annotated[int, NumberRange(most=MOST_STEPS), tyro.conf.arg(metavar="N")] = 5

@@ -177,7 +177,7 @@ def _archive(argv: list[str]) -> int:
 
 def _found(runs: Sequence[str], runs_dir: str | None) -> list[Path]:
     if not runs:
-        raise UsageError("name a run: its folder or id, or `latest`")
+        raise UsageError("name a run: its folder, id or name, or `latest`")
 
     folder = _folder(runs_dir)
     return list(dict.fromkeys(find_run(run, folder) for run in runs))
