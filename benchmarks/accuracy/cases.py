@@ -343,13 +343,18 @@ _HANGS = (
     _hang("stopped", 1, cause="never_came"),
     _hang("worker", 1, cause="never_came", function="wait_for_lock"),
     _hang("barrier", 0, 1, cause="mismatch"),
-    _hang("uneven", 0, 1, cause="mismatch"),
+    _hang("uneven", 1, cause="data_ended"),
     _hang("subgroup", 0, 1, cause="circle"),
     _hang("skip", 0, 1, cause="mismatch"),
+    _hang("sleep", 1, cause="never_came", function="sleep", ranks=4),
+    _hang("file_lock", 1, cause="never_came", function="wait_for_file", ranks=3),
+    _hang("pipe", 1, cause="never_came", function="fill_pipe", ranks=4),
+    _hang("worker", 1, cause="never_came", function="wait_for_lock", ranks=3),
+    _hang("subgroup", 0, 1, cause="circle", ranks=4),
     _hang("worker --start-method spawn", 1, cause="never_came", function="wait_for_lock"),
     *(_hang("skip", 1, cause="mismatch", ranks=ranks) for ranks in (3, 4)),
     *(_hang("barrier", 0, cause="mismatch", ranks=ranks) for ranks in (3, 4)),
-    *(_hang("uneven", 1, cause="mismatch", ranks=ranks) for ranks in (3, 4)),
+    *(_hang("uneven", 1, cause="data_ended", ranks=ranks) for ranks in (3, 4)),
     *(_hang("stopped", 1, cause="never_came", ranks=ranks) for ranks in (3, 4)),
     *(_hang("held", 1, cause="never_came", function="hold_interpreter", ranks=ranks) for ranks in (3, 4)),
     _case(
@@ -382,12 +387,15 @@ def _long(how: str) -> Case:
 _WAITS = (
     *(_wait(how) for how in ("two_locks", "no_producer", "locked_database", "unread_child", "silent_server",
                              "full_backlog", "unjoined_queue", "pause_in_c", "thread_result", "spin")),
+    *(_wait(how) for how in ("hold_interpreter", "fill_stderr", "item_locked")),
+    _case("hang, stop itself", "waits stop_itself", "HANG", blamed=(0,), cause="stands", hang_timeout_s=10.0,
+          fails=True),
     *(_wait(how, ranks=2) for how in ("locked_file", "silent_peer", "long_child", "poll_file", "backtrack")),
     _wait("at_exit_waits", function="no_producer"),
     _wait("thread_at_exit", function="silent_peer"),
     _wait("item_in_c", ranks=2),
     _wait("item_from_server", function="silent_server"),
-    *(_long(how) for how in ("evaluate_long", "save_long", "fetch_with_output", "solve")),
+    *(_long(how) for how in ("evaluate_long", "save_long", "fetch_with_output", "fetch_slowly", "solve")),
 )  # fmt: skip
 
 

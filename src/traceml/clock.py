@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +36,7 @@ def clock_pair() -> tuple[int, int]:
     return monotonic_ns(), time.time_ns()
 
 
+@cache
 def boot_id() -> str:
     """Return an id of this boot of the machine; stamps of different boots cannot be compared."""
     try:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import traceml
+from tests.source_tree import SOURCE, nodes_of, source_files
 from traceml.database.flight.rings import Ring
 from traceml.database.schema import OPEN_SLOTS, STEPS, Phase, Slot
 
-_ROOT = Path(traceml.__file__).parent
 # Layouts of other formats: event columns of traces, the header of .pyc files, slots of a tracker.
 _OTHER_FORMATS = ("traces/", "launch/", "track/backends/", "database/schema.py")
 _SHIFTS, _MASKS = {16, 32}, {0xFFFF, 0x7FFFFFFF}
@@ -26,7 +25,7 @@ def _is_number(node: ast.expr, numbers: set[int] | None = None) -> bool:
 
 
 def _literals(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.BinOp):
             shift = isinstance(node.op, ast.LShift | ast.RShift) and _is_number(node.right, _SHIFTS)
             mask = isinstance(node.op, ast.BitAnd) and _is_number(node.right, _MASKS)
@@ -42,9 +41,9 @@ def _literals(path: Path) -> Iterator[str]:
 def test_no_other_module_spells_out_the_layout() -> None:
     """Shifts and masks of `bits`, and numbers of open slots, come from the schema by name."""
     found = {
-        str(path.relative_to(_ROOT)): list(_literals(path))
-        for path in _ROOT.rglob("*.py")
-        if not str(path.relative_to(_ROOT)).startswith(_OTHER_FORMATS)
+        str(path.relative_to(SOURCE)): list(_literals(path))
+        for path in source_files()
+        if not str(path.relative_to(SOURCE)).startswith(_OTHER_FORMATS)
     }
 
     assert {name: literals for name, literals in found.items() if literals} == {}

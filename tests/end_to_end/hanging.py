@@ -8,6 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 HOW = sys.argv[1]
 
@@ -22,8 +23,8 @@ def train() -> None:
     model = DistributedDataParallel(torch.nn.Linear(64, 64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     steps = 40 if HOW == "uneven" and rank == 1 else 50 if HOW == "uneven" else 41
-    for step in range(steps):
-        loss = model(torch.randn(8, 64)).pow(2).mean()
+    for step, batch in enumerate(DataLoader(torch.randn(8 * steps, 64), batch_size=8)):
+        loss = model(batch).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()  # BACKWARD
         optimizer.step()

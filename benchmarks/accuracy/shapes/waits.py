@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import queue
 import re
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -146,6 +147,24 @@ def pause_in_c() -> None:
     ctypes.CDLL(None).pause()
 
 
+def hold_interpreter() -> None:
+    """Wait in C with the interpreter's lock held."""
+    ctypes.PyDLL(None).pause()
+
+
+def stop_itself() -> None:
+    """Be stopped by a signal."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fill_stderr() -> None:
+    """Print to a standard error whose pipe nobody reads."""
+    _, end = os.pipe()
+    os.dup2(end, 2)
+    while True:
+        print("x" * 500, file=sys.stderr)
+
+
 def upload() -> None:
     """Receive from a server that sends nothing, in a thread."""
     silent_peer()
@@ -211,6 +230,24 @@ def solve() -> None:
         torch.linalg.svd(torch.randn(900, 900))
 
 
+def fetch_slowly() -> None:
+    """Receive some bytes each 6 s from a server that is slow."""
+    server = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve_slowly, args=(server,), daemon=True).start()
+    with socket.create_connection(server.getsockname()) as client:
+        while client.recv(1 << 16):
+            pass
+
+
+def serve_slowly(server: socket.socket) -> None:
+    """Send five parts of a file."""
+    connection, _ = server.accept()
+    with connection:
+        for _ in range(5):
+            time.sleep(6)
+            connection.sendall(bytes(1 << 12))
+
+
 def debug() -> None:
     """Stop in the debugger, which asks at a terminal."""
     breakpoint()
@@ -247,15 +284,29 @@ def item_from_server() -> None:
     silent_server()
 
 
+def item_locked() -> None:
+    """Take a lock that the training process held when it started this worker."""
+    with FIRST:
+        pass
+
+
 IN_WORKER: dict[str, Callable[[], None]] = {
     "item_in_c": item_in_c, "item_backtracks": item_backtracks, "item_from_server": item_from_server,
+    "item_locked": item_locked,
 }  # fmt: skip
 OF_MODEL = (retry_nan, evaluate_long)
 PLAIN = (
     two_locks, no_producer, locked_database, locked_file, unread_child, silent_peer, silent_server, full_backlog,
     question, long_child, unjoined_queue, spin, poll_file, backtrack, pause_in_c, thread_result, at_exit_waits,
-    thread_at_exit, save_long, fetch_with_output, solve, debug,
+    thread_at_exit, save_long, fetch_with_output, fetch_slowly, solve, debug, hold_interpreter, stop_itself,
+    fill_stderr,
 )  # fmt: skip
+
+
+def batches_of(loader: DataLoader[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Start the workers while a thread, which writes a log for example, holds a lock."""
+    with FIRST:
+        return iter(loader)
 
 
 def wait(how: str, model: torch.nn.Module) -> None:
@@ -285,7 +336,8 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     workers = 2 if options.how in IN_WORKER else 0
     loader = DataLoader(Items(options.how if is_it else ""), batch_size=BATCH, num_workers=workers)
-    for step, batch in enumerate(loader):
+    batches = batches_of(loader) if options.how == "item_locked" else loader
+    for step, batch in enumerate(batches):
         optimizer.zero_grad()
         model(batch).pow(2).mean().backward()
         optimizer.step()

@@ -24,5 +24,10 @@ def blocker_of(pid: int, thread: int, child: int | None = None) -> ProcessSnapsh
 
     seen = wait_state(blocker)
     return ProcessSnapshot(
-        pid=blocker, name=program_name(blocker), state=seen.state, wchan=seen.wchan, waits_on=seen.waits_on
+        pid=blocker,
+        is_self=blocker == pid,
+        name=program_name(blocker),
+        state=seen.state,
+        wchan=seen.wchan,
+        waits_on=seen.waits_on,
     )

@@ -221,6 +221,9 @@ class Slot(IntEnum):
     SAVED = 24  # number of steps in the last checkpoint that was saved, 0 before the first
     SAVED_IN = 25  # number of its folder, see instrument/values/checkpoint_marks.py
     ITERATING = 26  # number of data loaders that a loop has not read to their end
+    LINE = 27  # id in `names` of the user's line in the last sample, -1 without one
+    LINE_PHASE = 28  # the phase of that sample, as in `LINE_PHASES`
+    LINE_AT = 29  # monotonic timestamp of that sample, 0 before the first
 
 
 class StepFlag(IntFlag):

@@ -111,10 +111,11 @@ class GroupSnapshot(_Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSnapshot(_Record):
-    """Another process, for which one waits: a child, or the holder of a file's lock.
+    """A process for which one waits: a child, or the holder of a file's lock, which may be the one that waits.
 
     Attributes:
         pid: its number.
+        is_self: whether it is the one that waits.
         name: its program; empty if not known.
         state: letter of the kernel, as `WorkerSnapshot.state`.
         wchan: name of the kernel function in which it sleeps.
@@ -122,6 +123,7 @@ class ProcessSnapshot(_Record):
     """
 
     pid: int = 0
+    is_self: bool = False
     name: str = ""
     state: str = ""
     wchan: str = ""
@@ -203,6 +205,9 @@ class RankSnapshot(_Record):
         is_suspended: whether the whole process group was stopped by job control.
         is_idle_notebook: whether it is a notebook in which no cell runs.
         is_compiling: whether torch.compile is in the stack.
+        batches: batches that the training data loader has given, in all epochs; -1 if not known.
+        epoch: number of the iteration over that loader, from 1; 0 before the first, or if not known.
+        data_ended: whether it has no batch left in this epoch.
         sequence: number of collectives of the default group as `STEPS.bits` counts them; -1 if not known.
         groups: newest operation by process group.
         workers: workers of the data loader that is being read.
@@ -233,6 +238,9 @@ class RankSnapshot(_Record):
     is_suspended: bool = False
     is_idle_notebook: bool = False
     is_compiling: bool = False
+    batches: int = -1
+    epoch: int = 0
+    data_ended: bool = False
     sequence: int = -1
     groups: tuple[GroupSnapshot, ...] = _of(GroupSnapshot, ())
     workers: tuple[WorkerSnapshot, ...] = _of(WorkerSnapshot, ())

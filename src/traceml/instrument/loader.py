@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot
@@ -14,11 +14,25 @@ from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.workers.loader_workers import follow_iterator
 
-__all__ = ["LoaderToken", "TracedIterable", "patch_loaders"]
+__all__ = ["DataProgress", "LoaderToken", "TracedIterable", "patch_loaders"]
 
 T = TypeVar("T")
 _TAG = "_traceml_loader"
 _INPUT_WAIT, _ITERATING = int(Phase.INPUT_WAIT), int(Slot.ITERATING)
+
+
+class DataProgress(NamedTuple):
+    """Progress through the data of a loader.
+
+    Attributes:
+        batches: that it has given, in all epochs; -1 if not known.
+        epoch: number of its newest iterator, from 1; 0 before the first.
+        is_over: whether that one has no batch left.
+    """
+
+    batches: int = -1
+    epoch: int = 0
+    is_over: bool = False
 
 
 class LoaderToken:
@@ -31,6 +45,9 @@ class LoaderToken:
 
     is_left = _is_read = False
     _iterator: Any = None
+    _before: int | None = 0  # batches of the iterators before the newest one; None where one was left early
+    _epoch = 0
+    _last = -1  # batches of the newest iterator at its end; -1 before it
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
@@ -50,10 +67,37 @@ class LoaderToken:
                 clock.fail(error)
 
         self.is_left = False
+        self._count_anew()
         with suppress(TypeError):  # its class allows no weak references: it counts as alive
             self._iterator = weakref.ref(iterator, leave)
             self.read(clock, True)
             follow_iterator(iterator, self.number)
+
+    def end(self, clock: StepClock) -> None:
+        """Take down that its iterator has no batch left."""
+        self.read(clock, False)
+        given = self._given()
+        self._last = -1 if given is None else given
+
+    def data(self) -> DataProgress:
+        """Return how far its data is read, on any thread."""
+        given = self._given()
+        is_over = self._last >= 0 and given in (None, self._last)
+        given = self._last if is_over else given
+        batches = -1 if given is None or self._before is None else self._before + given
+        return DataProgress(batches, self._epoch, is_over)
+
+    def _given(self) -> int | None:
+        """Return the batches of the newest iterator, by torch's own count; None where it is gone."""
+        return getattr(self._iterator() if self._iterator is not None else None, "_num_yielded", None)
+
+    def _count_anew(self) -> None:
+        """Add the batches of an iterator that was read to its end; those of others are not known."""
+        if self._iterator is not None:
+            self._before = self._before + self._last if self._before is not None and self._last >= 0 else None
+
+        self._epoch += 1
+        self._last = -1
 
     def read(self, clock: StepClock, is_read: bool) -> None:
         """Take down whether a loop reads the loader, or has read it to its end or left it."""
@@ -154,8 +198,9 @@ def patch_loaders(
 
     patches.replace(iterator_type, _TAG, LoaderToken())
     patches.wrap(iterator_type, "__next__", timed_next)
-    timed_iter = _timed_iter(clock, wait, original_iter, _LoaderTokens(on_loader), on_iterator)
-    patches.wrap(dataloader.DataLoader, "__iter__", timed_iter)
+    tokens = _LoaderTokens(on_loader)
+    patches.wrap(dataloader.DataLoader, "__iter__", _timed_iter(clock, wait, original_iter, tokens, on_iterator))
+    patches.wrap(iterator_type, "__init__", _noting_init(clock, iterator_type.__init__, tokens, dataloader.DataLoader))
 
 
 def _timed_next(clock: StepClock, wait: tuple[Begin, End], original: Any, on_batch: Callable[[Any], None]) -> Any:
@@ -225,6 +270,21 @@ def _timed_iter(
             return None
 
     return __iter__
+
+
+def _noting_init(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type: type[Any]) -> Any:
+    """Return a constructor of iterators that reports loaders with an `__iter__` of their own: of fastai, torchdata."""
+
+    def __init__(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - name of the replaced method
+        try:
+            if getattr(type(loader), "__iter__", None) is not loader_type.__iter__ and clock.is_training_thread():
+                tokens.of(loader)
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
+
+        original(self, loader, *args, **kwargs)
+
+    return __init__
 
 
 class _LoaderTokens:

@@ -17,7 +17,7 @@ from traceml.database.flight.flight_owner import remove_stale
 from traceml.database.schema import Phase, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.recorder.end_warnings import end_warnings
-from traceml.recorder.exits import cause_of, describe
+from traceml.recorder.exits import address_limit_bytes, cause_of, describe
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.process_abort import abort_process
 from traceml.recorder.rank_tracing import RankTracing
@@ -213,6 +213,9 @@ class Recording:
 
         if slots[Slot.SAVED_IN]:
             facts |= {"saved_steps": slots[Slot.SAVED], "saved_in": slots[Slot.SAVED_IN]}
+
+        if status and (limit_bytes := address_limit_bytes()) is not None:
+            facts["address_limit_bytes"] = limit_bytes
 
         facts["at_s"] = time.time()
         self.note("exit", urgent=True, **{**reported, **facts})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from traceml.witness.kernel_state import children_of, process_info, wait_state, waiting_call
+from traceml.witness.kernel_state import children_of, is_running, wait_state, waiting_call
 from traceml.witness.program_names import program_name
 
 __all__ = ["behind_shells", "blocking_process"]
@@ -18,7 +18,6 @@ _LOCKS = Path("/proc/locks")
 _BLOCKED = "->"
 _SHELLS = ("sh", "dash", "bash", "zsh", "ksh", "ash")
 _MOST_SHELLS = 8  # one in the other
-_DEAD = ("Z", "X")
 
 
 def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
@@ -68,7 +67,7 @@ def _run_by_shell(pid: int) -> int | None:
     if program_name(pid) not in _SHELLS or call not in ((_WAIT4.get(machine),), (_WAITID.get(machine),)):
         return None
 
-    running = [child for child in children_of(pid) if (info := process_info(child)) and info.state not in _DEAD]
+    running = list(filter(is_running, children_of(pid)))
     others = [child for child in running if "pipe" not in wait_state(child).wchan]
     found = others or running
     return found[0] if len(found) == 1 else None

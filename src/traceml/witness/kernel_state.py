@@ -17,6 +17,7 @@ __all__ = [
     "children_of",
     "io_bytes",
     "is_job_suspended",
+    "is_running",
     "process_info",
     "read_status",
     "threads_of",
@@ -35,6 +36,7 @@ _ON_DESCRIPTOR = {
     "aarch64": {25, 29, 32, 63, 64, 65, 66, 67, 68, 82, 83, 202, 203, 206, 207, 211, 212, 242},
 }
 _READS = {"x86_64": 0, "aarch64": 63}
+_DEAD = ("Z", "X")
 _MOST_CHILDREN = 512
 
 
@@ -155,6 +157,12 @@ def children_of(pid: int) -> list[int]:
     """Return the numbers of the processes that a process has started and that it has not collected yet."""
     threads = _names(f"/proc/{pid}/task")
     return [int(each) for thread in threads for each in _read(f"/proc/{pid}/task/{thread}/children").split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and has not ended; one that nobody has collected yet has."""
+    info = process_info(pid)
+    return info is not None and info.state not in _DEAD
 
 
 def io_bytes(process: int | str) -> tuple[int, int]:

@@ -13,9 +13,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["OtherThreads", "SwitchInterval", "switch_interval", "thread_cpu_ns", "wait_precisely"]
+__all__ = ["SHORT_S", "OtherThreads", "SwitchInterval", "switch_interval", "thread_cpu_ns", "wait_precisely"]
 
-_SHORT_S = 50e-6
+SHORT_S = 50e-6
+"""The short interval where the training thread has a core."""
 _TIMER_SLACK_NS = 1000  # of 50,000 as usual, which the kernel adds to each wait
 _BUSY_SHARE = 0.02
 _CHECK_NS = 250_000_000  # the time from one check of all threads to the next, each of which costs 30 us
@@ -27,15 +28,14 @@ class SwitchInterval:
     def __init__(self) -> None:
         self._usual = self._short = 0.0
 
-    def shorten(self) -> bool:
+    def shorten(self, seconds: float = SHORT_S) -> bool:
         """Make it short until `restore`; return whether it was so already."""
         usual = sys.getswitchinterval()
-        if usual == self._short:
-            return True
-
-        sys.setswitchinterval(_SHORT_S)
-        self._usual, self._short = usual, sys.getswitchinterval()
-        return False
+        was_short = usual == self._short
+        self._usual = self._usual if was_short else usual
+        sys.setswitchinterval(seconds)
+        self._short = sys.getswitchinterval()
+        return was_short
 
     def restore(self) -> None:
         """Make it the script's again."""

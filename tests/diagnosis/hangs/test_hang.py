@@ -176,6 +176,27 @@ def test_a_receive_from_a_rank_in_a_collective_is_a_circle():
     assert "Give each send a receive" in finding.next
 
 
+def test_ranks_that_wait_at_several_places_are_told_apart():
+    """As the stages of a pipeline: each has its own peer and line."""
+    waiting = [
+        snapshot(rank, call("recv"), line(50 + rank), groups=(group(1, "recv", is_p2p=True, peer=peer),))
+        for rank, peer in ((0, 1), (1, 2), (3, 2))
+    ]
+
+    assert summary(found(*waiting, snapshot(2, line(6, "stuck"), wchan="hrtimer_nanosleep"), ranks=4)) == (
+        "Rank 2 has been in train.py:6 stuck, sleeping for 75 s; rank 0 waits for it in recv from rank 1 "
+        "(train.py:50 main), rank 1 in recv from rank 2 (train.py:51 main), rank 3 in recv from rank 2 "
+        "(train.py:53 main)."
+    )
+
+
+def test_lines_of_one_collective_are_all_told():
+    """Ranks may call it in different lines."""
+    ranks = [in_backward(0), in_backward(1, at=44)]
+
+    assert "all_reduce #15 in backward (train.py:28 main, train.py:44 main)" in summary(found(*ranks))
+
+
 def test_all_ranks_in_the_same_collective_blame_nobody():
     """The network may be it."""
     finding = found(in_backward(0), in_backward(1))
@@ -185,6 +206,17 @@ def test_all_ranks_in_the_same_collective_blame_nobody():
         "All ranks have been in all_reduce #15 in backward (train.py:28 main) for 75 s: the network, or the link of "
         "one of them."
     )
+
+
+def test_calls_that_point_to_no_rank_are_listed():
+    """As of torch.distributed.rpc: all ranks have answered, so none is to be looked for."""
+    zero = snapshot(0, call("rpc_sync"), line(20))
+    one = snapshot(1, call("shutdown"), line(30), groups=())
+    finding = found(zero, one)
+
+    assert "rank 0 in rpc_sync (train.py:20 main), rank 1 in shutdown (train.py:30 main)" in summary(finding)
+    assert "did not answer" not in finding.next
+    assert finding.next.startswith("Find out what these calls wait for")
 
 
 def test_a_rank_without_an_answer_is_no_culprit():
@@ -469,6 +501,16 @@ def test_rows_alone_tell_that_a_job_hung():
     finding = found(exits=(blocked, interrupted), state="stopped")
 
     assert summary(finding) == ("Rank 1 has been in train.py:6 stuck for 75 s; rank 0 waits for it in backward.")
+
+
+def test_rows_do_not_outweigh_a_pause_that_ended():
+    """A long step is compiled, with a pause now and then, when a scheduler ends it: no snapshot is open."""
+    terminated = tuple(RankExit(rank=rank, state="killed", signal=15, open_step=40, open_s=75.0) for rank in (0, 1))
+    paused = [snapshot(rank, line(6), quiet_s=5.0, at_ns=NOW_NS - 30 * S) for rank in (0, 1)]
+    over = [replace(each, quiet_s=7.0, ended=True, at_ns=NOW_NS - 28 * S) for each in paused]
+
+    assert found(*paused, *over, exits=terminated, state="failed") is None
+    assert found(exits=terminated, state="failed") is not None  # a recorder that has never told of a pause
 
 
 def test_a_job_that_was_interrupted_at_work_has_not_hung():

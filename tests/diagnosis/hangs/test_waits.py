@@ -35,6 +35,11 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
             "waiting for a file lock (/tmp/lock, held by process 77, python build.py) for 75 s.",
             "`kill 77`",
         ),
+        (
+            LOCK | {"blocker": ProcessSnapshot(pid=70, is_self=True, name="python train.py")},
+            "waiting for a file lock (/tmp/lock, held by this process itself) for 75 s.",
+            "Open the file once",
+        ),
         (LOCK, "waiting for a file lock (/tmp/lock) for 75 s.", "stale lock file"),
         (
             {"wchan": "do_wait", "blocker": CHILD},

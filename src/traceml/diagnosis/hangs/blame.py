@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot
 from traceml.diagnosis.hangs.rank_state import collective_wait
+from traceml.diagnosis.hangs.uneven_data import UnevenData, uneven_data
 
 __all__ = ["Blame", "HangCause", "blame"]
 
@@ -26,11 +27,16 @@ class HangCause(StrEnum):
     ALONE = "alone"  # one rank is in a collective that no other has called
     ENDED = "ended"  # some ranks have ended, and the others wait for them
     MISMATCH = "mismatch"  # the same collective by its number, but another operation
+    DATA_ENDED = "data_ended"  # the data of some ranks ended, after fewer batches than the others have had
     SIZES = "sizes"  # the same operation with other sizes
     CIRCLE = "circle"  # ranks wait for each other in different groups
     NETWORK = "network"  # all are in the same collective
     STANDS = "stands"  # no rank waits for another
     UNANSWERED = "unanswered"  # too little is known
+
+
+_NEVER_CAME = (HangCause.NEVER_CAME, HangCause.ALONE)
+_APART = (HangCause.MISMATCH, HangCause.SIZES, HangCause.CIRCLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +48,23 @@ class Blame:
         ranks: the ranks to name; empty for all.
         waits: the operation that each waiting rank is in.
         operation: the collective that the named ranks did not come to, or are in.
+        data: how many batches the ranks have had, where the data of some ended before that of the others.
     """
 
     cause: HangCause
     ranks: tuple[int, ...]
     waits: Mapping[int, GroupSnapshot]
     operation: GroupSnapshot | None = None
+    data: UnevenData | None = None
 
     @property
     def is_certain(self) -> bool:
         """Whether no time need pass: these ranks can never meet."""
-        is_numbered = self.operation is not None and self.operation.number > 0
-        return is_numbered and self.cause in (HangCause.MISMATCH, HangCause.SIZES, HangCause.ENDED)
+        if self.operation is None or self.operation.number <= 0:
+            return False
+
+        is_met = self.cause is HangCause.DATA_ENDED and all(rank in self.waits for rank in self.ranks)
+        return is_met or self.cause in (HangCause.MISMATCH, HangCause.SIZES, HangCause.ENDED)
 
 
 def blame(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
@@ -64,6 +75,28 @@ def blame(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_s
         ended: ranks whose process has ended.
         world_size: ranks of the job.
     """
+    met = _by_collectives(snapshots, ended, world_size)
+    data = uneven_data(snapshots)
+    return met if data is None else _of_data(met, data)
+
+
+def _of_data(met: Blame, data: UnevenData) -> Blame:
+    """Return the blame of ranks that have left their loop over the data, if the others wait in theirs."""
+    waiting = [wait for rank, wait in met.waits.items() if rank not in data.ranks]
+    if met.cause in _NEVER_CAME:
+        is_cause = set(met.ranks) <= set(data.ranks)
+    else:
+        is_cause = met.cause in _APART and set(data.ranks) <= met.waits.keys()
+
+    if not (waiting and is_cause):
+        return met
+
+    operation = min(waiting, key=lambda wait: wait.number)
+    return Blame(HangCause.DATA_ENDED, data.ranks, met.waits, operation, data)
+
+
+def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
+    """Return which ranks block the job, as the collectives tell that they are in."""
     found = {rank: collective_wait(snapshot) for rank, snapshot in snapshots.items()} if world_size > 1 else {}
     waits = {rank: wait for rank, wait in found.items() if wait is not None}
     if not waits:

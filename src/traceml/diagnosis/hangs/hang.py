@@ -23,7 +23,8 @@ __all__ = ["hang"]
 _S = 1e9
 # Ranks that were to meet in a collective: what they had called before tells where they diverged.
 _OF_COLLECTIVES = (
-    HangCause.NEVER_CAME, HangCause.ALONE, HangCause.ENDED, HangCause.MISMATCH, HangCause.SIZES, HangCause.CIRCLE,
+    HangCause.NEVER_CAME, HangCause.DATA_ENDED, HangCause.ALONE, HangCause.ENDED, HangCause.MISMATCH, HangCause.SIZES,
+    HangCause.CIRCLE,
 )  # fmt: skip
 
 
@@ -72,6 +73,8 @@ def _evidence(found: Standstill, shown: RankSnapshot | None) -> dict[str, Any]:
         "cause": str(found.blame.cause),
         "quiet_s": round(found.quiet_s, 1),
         "busy": found.is_busy or None,
+        "batches": max(found.blame.data.batches) if found.blame.data is not None else None,
+        "batches_of_others": min(found.blame.data.others) if found.blame.data is not None else None,
         "file": line.file if line else None,
         "line": line.line if line else None,
         "function": line.function if line else None,

@@ -22,6 +22,9 @@ def hang_advice(found: Standstill) -> str:
     if cause is HangCause.CIRCLE and any(wait.is_p2p for wait in found.blame.waits.values()):
         return _OF_TRANSFERS
 
+    if cause is HangCause.UNANSWERED and not found.blame.ranks:
+        return _OF_CALLS
+
     if what is not None:
         return what
 
@@ -39,6 +42,10 @@ def _check_process(found: Standstill) -> str:
 
 
 _OF_TRANSFERS = "Give each send a receive on the other rank, and each receive a send, in the same order on both ranks."
+_OF_CALLS = (
+    "Find out what these calls wait for: no rank is known to wait for another one. A timeout turns such a wait into an "
+    "error."
+)
 _ADVICE: Mapping[HangCause, str] = {
     HangCause.MISMATCH: (
         "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
@@ -47,6 +54,7 @@ _ADVICE: Mapping[HangCause, str] = {
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
     HangCause.CIRCLE: "Let all ranks of both groups call these collectives in the same order.",
     HangCause.ENDED: even_batches(),
+    HangCause.DATA_ENDED: even_batches(is_certain=True),
     HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
     HangCause.NETWORK: (
         "Look at the network between the ranks and at the devices (NCCL_DEBUG=INFO, dmesg): all of them called the "
@@ -82,6 +90,9 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
     if what.startswith("writing to"):
         return "Let the parent process read that pipe, or send the output to a file."
+
+    if "file lock" in what and blocker is not None and blocker.is_self:
+        return "Open the file once: another open file of the same process waits for its lock, too."
 
     if "file lock" in what and blocker is not None:
         return f"Find out why process {blocker.pid} keeps the lock, or end it: `kill {blocker.pid}`."

@@ -10,6 +10,7 @@ from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill
+from traceml.diagnosis.hangs.uneven_data import UnevenData
 from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
 
 __all__ = ["diverged_text", "hang_summary", "operation_text"]
@@ -88,12 +89,24 @@ def _late_text(found: Standstill) -> str:
             f"{ranks_text(named)} never reached it: {_places(found, named)}"
         )
 
-    never = f" never reached {what}:" if what and operation is not None and operation.number > 0 else ""
+    data = found.blame.data
+    if data is not None:
+        return f"{_of_data_text(found, data, what)}{_waiters_text(found)}"
+
+    is_numbered = operation is not None and operation.number > 0 and not operation.is_p2p
+    never = f" never reached {what}:" if what and is_numbered else ""
     it = "it has" if len(named) == 1 else "they have"
     subject = (
         f"{ranks_text(named)}{never} {it}" if never else f"{ranks_text(named)} {'has' if len(named) == 1 else 'have'}"
     )
     return f"{subject} been {_state_text(found, named)} for {_age(found, named)}{_waiters_text(found)}"
+
+
+def _of_data_text(found: Standstill, data: UnevenData, what: str) -> str:
+    """Return that the data of some ranks has ended, after how many batches, and where these ranks are now."""
+    whose, have = ("its", "it has") if len(data.ranks) == 1 else ("their", "they have")
+    text = f"{whose} data ended ({data.text}), and {have} been {_state_text(found, data.ranks)}"
+    return f"{ranks_text(data.ranks)} never reached {what or 'the collective'}: {text} for {_age(found, data.ranks)}"
 
 
 def _stands_text(found: Standstill) -> str:
@@ -215,10 +228,11 @@ def _places(found: Standstill, ranks: Iterable[int]) -> str:
 
 
 def _where_they_wait(found: Standstill, ranks: Sequence[int], of: str = "") -> str:
-    """Return `all_reduce #15 (train.py:28 main)` of waiting ranks; the line of the first."""
+    """Return `all_reduce #15 (train.py:28 main)` of ranks that wait in one operation, with their different lines."""
     wait, snapshot = found.blame.waits[ranks[0]], found.snapshots[ranks[0]]
-    line = user_line(snapshot)
-    at = f" ({line_text(line.file, line.line, line.function)})" if line is not None else ""
+    known = filter(None, (user_line(found.snapshots[rank]) for rank in ranks))
+    lines = list(dict.fromkeys(line_text(line.file, line.line, line.function) for line in known))
+    at = f" ({', '.join(lines[:_LISTED])}{', …' if len(lines) > _LISTED else ''})" if lines else ""
     what = operation_text(wait) or (phase_words(snapshot.phase) if snapshot.phase else "a collective")
     phase = _phase_text(snapshot) if wait.operation and snapshot.phase not in ("comm", "outside") else ""
     return f"{what}{of}{phase and f' {phase}'}{at}"
@@ -232,8 +246,14 @@ def _waiters_text(found: Standstill) -> str:
         return ""
 
     it = "it" if len(named) == 1 else "them"
-    wait = "waits" if len(waiting) == 1 else "wait"
-    return f"; {ranks_text(waiting)} {wait} for {it} in {_where_they_wait(found, waiting)}"
+    by_place: dict[str, list[int]] = defaultdict(list)
+    for rank in waiting:
+        by_place[_where_they_wait(found, [rank])].append(rank)
+
+    (place, ranks), *others = by_place.items()
+    first = f"{ranks_text(ranks)} {'waits' if len(ranks) == 1 else 'wait'} for {it} in {place}"
+    more = [f"{ranks_text(ranks)} in {place}" for place, ranks in others]
+    return "; " + ", ".join([first, *more[: _LISTED - 1]]) + (", …" if len(more) >= _LISTED else "")
 
 
 def _age(found: Standstill, ranks: Sequence[int] = ()) -> str:

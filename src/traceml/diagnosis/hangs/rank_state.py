@@ -202,7 +202,13 @@ def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
 
 def _held_by(holder: ProcessSnapshot | None) -> list[str]:
-    return [] if holder is None else [", ".join(filter(None, [f"held by process {holder.pid}", holder.name]))]
+    if holder is None:
+        return []
+
+    if holder.is_self:
+        return ["held by this process itself"]
+
+    return [", ".join(filter(None, [f"held by process {holder.pid}", holder.name]))]
 
 
 def _for_child(child: ProcessSnapshot | None) -> str:

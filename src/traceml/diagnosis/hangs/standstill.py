@@ -153,7 +153,8 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
     if len(ranks) + len(finished) < facts.world_size:  # others may never have got as far as the recorder
         return found if not by_rows and found.quiet_s >= live_s else None
 
-    return found if found.quiet_s >= (usual_s if by_rows else min(usual_s, live_s)) else None
+    by_rows_s = max(usual_s, _GAPS * max(progress.longest_quiet_s))
+    return found if found.quiet_s >= (by_rows_s if by_rows else min(usual_s, live_s)) else None
 
 
 def _with_exit(snapshot: RankSnapshot, ended: RankExit | None) -> RankSnapshot:

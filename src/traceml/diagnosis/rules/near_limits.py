@@ -10,10 +10,14 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import bytes_text, count_text, left_text, percent_text, plural, ranks_text
 
-__all__ = ["limits_near"]
+__all__ = ["QUOTA_ADVICE", "limits_near"]
 
 VERY_SOON_S = 600.0
 """A resource that ends within this time is critical."""
+
+QUOTA_ADVICE = (
+    "Ask for more CPUs, or run fewer threads: OMP_NUM_THREADS and num_workers beyond the quota are only throttled."
+)
 
 _DISKS = (Resource.DISK, Resource.CHECKPOINT_DISK)
 _BYTES = (Resource.SHARED_MEMORY, *_DISKS, Resource.MEMORY)
@@ -39,9 +43,7 @@ _ADVICE = {
     Resource.CHECKPOINT_DISK: "Keep fewer checkpoints, save only what a restart needs, or write them to another disk.",
     Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's pids limit.",
     Resource.MEMORY: "Find what grows (lists of losses that keep graphs, caches in a Dataset), or ask for more memory.",
-    Resource.CPU_QUOTA: (
-        "Ask for more CPUs, or run fewer threads: OMP_NUM_THREADS and num_workers beyond the quota are only throttled."
-    ),
+    Resource.CPU_QUOTA: QUOTA_ADVICE,
 }
 
 

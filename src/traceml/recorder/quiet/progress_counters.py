@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
 from traceml.witness.kernel_state import io_bytes
+from traceml.witness.received_bytes import received_bytes
 from traceml.witness.thread_frames import thread_frame
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class ProgressCounters:
         self._thread, self._user, self._work, self._collectives = thread, user, work, collectives
         self._done: tuple[Any, ...] = ()
         self._rest: tuple[Any, ...] | None = None
+        self._received = 0
         # The furthest line that was seen in each function, by id of its code, whose hash takes long.
         self._lines: dict[int, tuple[CodeType, int]] = {}
 
@@ -63,12 +65,22 @@ class ProgressCounters:
             self._lines.clear()
             return True
 
-        before, self._rest = self._rest, (*self._work(), self._collectives(), _written_bytes())
+        before, self._rest = self._rest, (*self._work(), self._collectives(), _written_bytes(), self._received_bytes())
         if before not in (None, self._rest):
             self._lines.clear()
             return True
 
         return self._is_elsewhere()
+
+    def _received_bytes(self) -> int:
+        """Return the bytes that have come on the connection that the training thread waits for, if it does."""
+        ident = self._thread()
+        number = next((thread.native_id for thread in threading.enumerate() if thread.ident == ident), None)
+        before, self._received = self._received, received_bytes(number) if number else 0
+        if not self._received:  # it waits for no connection now, as between two parts: that alone is no progress
+            self._received = before
+
+        return self._received
 
     def _is_elsewhere(self) -> bool:
         """Whether the training thread is further on in the user's code than ever since the last progress."""

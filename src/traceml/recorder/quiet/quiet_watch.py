@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
+from traceml.database.first_snapshot import first_snapshot_s
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["QuietWatch"]
 
-_FIRST_S, _EVERY_S, _STAMP_S = 5.0, 1.0, 10.0
+_EVERY_S, _STAMP_S = 1.0, 10.0
 _LAST_SNAPSHOT_S = 5.0
-_LONGER = 1.5
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "threads", "is_last"}
 _OF_PLACE = ("frames", "process_state", "wchan", "waits_on")
 _BUSY_CORES, _BUSY_BYTES = 0.2, 4096
@@ -57,7 +57,7 @@ class QuietWatch:
         self._info, self._steps = flight.log("info"), flight.ring("steps")
         self._progress, self._make_maker = progress, maker
         self._maker: SnapshotMaker | None = None
-        self._latest_s = hang_timeout_s / 2
+        self._timeout_s = hang_timeout_s
         self._longest_s = 0.0
         self._moved_ns = monotonic_ns()
         self._taken_ns = self._sent_ns = 0
@@ -91,7 +91,7 @@ class QuietWatch:
 
     @property
     def _first_s(self) -> float:
-        return min(max(_FIRST_S, _LONGER * self._longest_s), self._latest_s)
+        return first_snapshot_s(self._longest_s, self._timeout_s)
 
     def _snapshots(self) -> SnapshotMaker:
         if self._maker is None:

@@ -18,6 +18,7 @@ from traceml.witness.crash_stacks import report_crashes
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
+    from traceml.instrument.loader import DataProgress
     from traceml.instrument.step_clock import StepClock
     from traceml.recorder.quiet.snapshot_maker import SnapshotMaker
 
@@ -53,6 +54,11 @@ def quiet_watch(
         current = clock()
         return current is not None and current.is_evaluating
 
+    def data() -> DataProgress | None:
+        current = clock()
+        loader = current.training_loader if current is not None else None
+        return loader.data() if loader is not None else None
+
     def maker() -> SnapshotMaker:
         from traceml.recorder.quiet.snapshot_maker import SnapshotMaker  # a healthy rank does not pay for it
         from traceml.recorder.quiet.worker_snapshots import WorkerSnapshots
@@ -63,6 +69,7 @@ def quiet_watch(
             thread=thread,
             user=user,
             is_evaluating=is_evaluating,
+            data=data,
             groups=groups.read,
             workers=WorkerSnapshots(_stack_file(), hang_timeout_s).make,
         )

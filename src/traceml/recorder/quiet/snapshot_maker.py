@@ -26,6 +26,7 @@ from traceml.witness.user_files import is_debugger, is_ours
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
+    from traceml.instrument.loader import DataProgress
 
 __all__ = ["SnapshotMaker", "frame_flags", "thread_number"]
 
@@ -41,6 +42,7 @@ class SnapshotMaker:
         thread: returns the id of the training thread.
         user: recognizes the user's code.
         is_evaluating: whether an evaluation runs.
+        data: returns how far the data of the training loader is read; None where there is none.
         groups: returns the newest operation by process group.
         workers: returns the loader's workers, by the time without progress and the iterator that the rank waits for.
     """
@@ -53,12 +55,13 @@ class SnapshotMaker:
         thread: Callable[[], int],
         user: UserCode,
         is_evaluating: Callable[[], bool],
+        data: Callable[[], DataProgress | None],
         groups: Callable[[], tuple[GroupSnapshot, ...]],
         workers: Callable[[float, int | None], tuple[WorkerSnapshot, ...]],
     ) -> None:
         self._slots, self._steps = flight.open_slots, flight.ring("steps")
         self._rank, self._thread, self._user = rank, thread, user
-        self._is_evaluating, self._groups, self._workers = is_evaluating, groups, workers
+        self._is_evaluating, self._data, self._groups, self._workers = is_evaluating, data, groups, workers
         self._use = tree_use(os.getpid())
         self._own_bytes = _own_bytes()
         self._used_s = time.monotonic()
@@ -77,6 +80,7 @@ class SnapshotMaker:
         seen, info = wait_state(number), process_info(number)
         compiles, debugged = frame_flags(frames)
         step, in_step = self._step()
+        data = self._data()
         return RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank(),
@@ -99,6 +103,9 @@ class SnapshotMaker:
             is_suspended=info is not None and is_job_suspended(info),
             is_idle_notebook="ipykernel" in sys.modules and not user,
             is_compiling=compiles,
+            batches=data.batches if data is not None else -1,
+            epoch=data.epoch if data is not None else 0,
+            data_ended=data is not None and data.is_over,
             groups=self._operations(frame),
             workers=self._workers(quiet_s, awaited_loader(frame)),
             threads=other_threads(self._thread(), self._user),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.first_snapshot import first_snapshot_s
 from traceml.database.schema import LINE_PHASES, unpack_bits
 from traceml.database.snapshots import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
@@ -21,6 +22,8 @@ DEFAULT_TIMEOUT_S = 60.0
 _S = 1e9
 # An exception that ends a rank moves its stack first: what it did until then is how it hung.
 _DYING_S = 3.0
+_TURN_S = 1.5  # the next turn of the recorder takes a snapshot that is due
+_SENDING_S = 5.0  # a recorder whose last row is older may not have run
 _FIRST_RANKS = 16
 _FOREVER_S = 1e9
 _CHANGES = 2
@@ -262,9 +265,16 @@ class ProgressHistory:
             snapshot = replace(snapshot, quiet_s=quiet_s)
         else:
             quiet_s = max((now_ns - last_ns) / _S, open_s)
+            if over_ns is not None and alive_s < _SENDING_S:
+                quiet_s = min(quiet_s, self._unseen_s(), (now_ns - over_ns) / _S)
+
             snapshot = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
         return RankProgress(rank, snapshot, quiet_s, alive_s, step, self._changes.get(rank, 0) >= _CHANGES)
+
+    def _unseen_s(self) -> float:
+        """Return how long a recorder that runs, and has told of pauses, may stand still without a snapshot."""
+        return first_snapshot_s(max(self._quiet), self.timeout_s) + _TURN_S
 
     def _from_rows(
         self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool

@@ -43,7 +43,7 @@ _STACKS_S = 2.0
 _WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0
-_CLEANUP_S = 4.0  # for new connections to hosts whose agents were lost
+_CLEANUP_S = 8.0  # for new connections to hosts whose agents were lost: a busy host needs more than four
 _LOOPBACK = "127.0.0.1"
 # After a failure: the time for threads and exit handlers of the workers that have raised or returned.
 _EXIT_S = 10.0

@@ -1,0 +1,77 @@
+"""Batches that the training loader has given, and whether it has any left."""
+
+from __future__ import annotations
+
+import pytest
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.instrument.conftest import Traced
+from tests.instrument.test_step_clock import data, evaluate, net, sgd, train
+from traceml.instrument.loader import DataProgress
+
+
+def progress(traced: Traced) -> DataProgress:
+    return traced.instrumentation.clock.training_loader.data()
+
+
+def test_batches_of_all_epochs_are_counted(traced: Traced) -> None:
+    """Those of an evaluation are not; between two epochs none is left."""
+    model = net()
+    optimizer, loader = sgd(model), data(5)
+    for epoch in (1, 2):
+        for number, (x,) in enumerate(loader, 1):
+            train(model, optimizer, x)
+            assert progress(traced) == (5 * (epoch - 1) + number, epoch, False)
+
+        assert progress(traced) == (5 * epoch, epoch, True)
+        evaluate(model)
+        assert progress(traced) == (5 * epoch, epoch, True)
+
+
+@pytest.mark.process
+def test_workers_that_stay_are_counted_by_epoch(traced: Traced) -> None:
+    """Their iterator is one and the same object."""
+    model = net()
+    optimizer = sgd(model)
+    loader = DataLoader(data(4).dataset, batch_size=2, num_workers=1, persistent_workers=True)
+    for epoch in (1, 2):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        assert progress(traced) == (4 * epoch, epoch, True)
+
+
+def test_an_iterator_that_was_left_is_not_counted(traced: Traced) -> None:
+    """How many batches it gave is not known, so nothing is."""
+    model = net()
+    optimizer, loader = sgd(model), data(5)
+    for _ in range(2):
+        for (x,) in loader:
+            train(model, optimizer, x)
+            break
+
+    assert progress(traced) == (-1, 2, False)
+
+
+class _Faulty(TensorDataset):
+    """Rows of which one cannot be read."""
+
+    def __getitem__(self, index: int) -> object:
+        if index == 4:
+            raise ValueError("row 4")
+
+        return super().__getitem__(index)
+
+
+def test_a_batch_that_fails_is_not_the_end(traced: Traced) -> None:
+    """The script catches the exception and takes the next batch."""
+    model = net()
+    optimizer = sgd(model)
+    batches = iter(DataLoader(_Faulty(*data(5).dataset.tensors), batch_size=2))
+    train(model, optimizer, next(batches)[0])
+    train(model, optimizer, next(batches)[0])
+    with pytest.raises(ValueError, match="row 4"):
+        next(batches)
+
+    train(model, optimizer, next(batches)[0])
+    assert progress(traced) == (3, 1, False)
