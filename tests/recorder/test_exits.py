@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from torch._utils import ExceptionWrapper
 from tests.aggregator.conftest import Serving
 from tests.recorder.conftest import Run, exit_rows, stored_steps
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
-from traceml.recorder.exits import cause_of, describe, status_of
+from traceml.recorder.exits import address_limit_bytes, cause_of, describe, status_of
 
 START = """
 import sys, traceml
@@ -48,6 +49,9 @@ def test_an_exception_is_recorded_and_shown(serving: Serving, run_script: Run) -
         ("", 0, 0),
         ("sys.exit(0)", 0, 0),
         ("sys.exit(3)", 3, 3),
+        ("exit(3)", 3, 3),
+        ("quit()", 0, 0),
+        ("try:\n    exit(3)\nexcept SystemExit:\n    pass", 0, 0),
         ("try:\n    sys.exit(3)\nexcept SystemExit:\n    pass", 0, 0),
         ("try:\n    sys.exit(3)\nexcept SystemExit as kept:\n    error = kept", 0, 0),
         ("import threading\nt = threading.Thread(target=lambda: sys.exit(9))\nt.start()\nt.join()", 0, 0),
@@ -249,3 +253,14 @@ def test_a_handler_that_evaluates_text_keeps_the_status(serving: Serving, run_sc
 
     (row,) = exit_rows(serving)
     assert (done.returncode, row["exception"]) == (-signal.SIGINT, "KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("limit", [1 << 44, resource.RLIM_INFINITY])
+def test_the_limit_of_the_address_space_is_that_of_this_process(limit):
+    """None without one."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        assert address_limit_bytes() == (None if limit == resource.RLIM_INFINITY else limit)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

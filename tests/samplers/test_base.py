@@ -71,6 +71,20 @@ def test_missed_beats_are_not_made_up() -> None:
     assert scheduler.statistics()[0].samples == 1
 
 
+def test_samplers_stay_in_step_after_a_stop() -> None:
+    """Their intervals are 1,000 and 500 s: every second sample of one falls together with one of the other."""
+    scheduler = SamplerScheduler(
+        [Counting("a"), Counting("b")], lambda _t, _r: None, interval_s=1000, intervals_s={"b": 500}
+    )
+    before = scheduler.due_ns
+    for entry in scheduler._entries:
+        entry.due_ns -= 700 * 10**9
+
+    scheduler.run_due(0)
+
+    assert [entry.due_ns - before for entry in scheduler._entries] == [1300 * 10**9, 300 * 10**9]
+
+
 def test_a_sampler_that_raises_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
     """A failure is logged and reported once, counted each time, and retried."""
     broken, fine = Counting("broken", broken=True), Counting("fine")

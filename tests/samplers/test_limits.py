@@ -6,10 +6,13 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from traceml.database.schema import Resource
 from traceml.samplers import cgroup
-from traceml.samplers.limits import HostLimitsSampler, LimitsSampler
+from traceml.samplers.limits import HostLimitsSampler, LimitsSampler, open_files
 
 SECOND = 10**9
 
@@ -29,6 +32,19 @@ def test_open_files_are_counted_when_they_change() -> None:
     assert unchanged == []
     assert changed[3] - first[3] == len(more)
     assert len(list(sampler.sample(70 * SECOND, 6))) == 1
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_open_files_where_the_kernel_does_not_count_them(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
+    """Before Linux 6.2 the folder has no size, and its entries are counted."""
+    counted = len(list(Path("/proc/self/fd").iterdir())) - 1
+    if size is not None:
+        monkeypatch.setattr(os, "stat", lambda _path: SimpleNamespace(st_size=size))
+
+    found = open_files()
+    monkeypatch.undo()
+
+    assert found == (counted, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def test_file_systems_are_those_of_the_host() -> None:

@@ -85,14 +85,8 @@ def set_step(step: int) -> None:
     if type(step) is not int or step < 0:
         raise ValueError(f"set_step({step!r}): give the number of steps trained before, a whole number from 0")
 
-    running, recorder = state.instrumentation, state.recorder
-    if running is None or recorder is None:
-        return
-
-    before = running.set_step(step)
-    if before is not None:
-        recorder.note("resumed", step=step, before=before)
-    elif step:
+    running = state.instrumentation
+    if running is not None and running.set_step(step) is None and step:
         _log.warning("set_step(%d) is ignored: later steps are recorded already", step)
 
 

@@ -1,7 +1,7 @@
 """Detect the end of a process: an exception, a status, or a normal end.
 
 An unhandled exception passes `sys.excepthook`, which is wrapped here and still calls the one before it. SystemExit
-does not trigger `sys.excepthook`, and it may be caught, so a call of `sys.exit` alone proves nothing. But the
+does not trigger `sys.excepthook`, and it may be caught, so a call of `sys.exit` or `exit` alone proves nothing. But the
 interpreter deletes the exception after it has taken the status from it, when the main thread has no Python frame left:
 a finalizer on an attribute of the exception detects that.
 """
@@ -22,11 +22,12 @@ from traceml.privacy import secrets_only
 from traceml.recorder.user_code import UserCode, user_line
 from traceml.witness.user_files import OUR_FOLDERS, is_ours, is_user_file
 
-__all__ = ["ExitWatch", "cause_of", "describe", "end_by_interrupt", "status_of"]
+__all__ = ["ExitWatch", "address_limit_bytes", "cause_of", "describe", "end_by_interrupt", "status_of"]
 
 _ATTRIBUTE, _PLACE = "_traceml", "_traceml_place"  # of a SystemExit: our finalizer, and where the program was left
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _MAX_TEXT = 20_000
+_ADDRESS_SPACE = "Max address space"
 _CAUGHT = re.compile(r"Caught (?P<kind>\S+) in (?P<where>[^\n]+?)\.\nOriginal Traceback")
 _FRAME = re.compile(r'^ *File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>\S+)$', re.MULTILINE)
 # An exception closes the phases that it passes through, but its traceback contains their wrappers.
@@ -41,6 +42,8 @@ _PHASE_OF = {
         ("checkpoints/patch_checkpoints", Phase.CHECKPOINT),
     )
 }
+
+_Quitter: Any = getattr(sys.modules.get("_sitebuiltins"), "Quitter", None)  # not there with `python -S`
 
 Report = Callable[[BaseException | None, int], None]
 _Place = dict[str, Any]  # `file`, `line` and `function` of the user's code; empty where it is not known
@@ -61,11 +64,16 @@ class ExitWatch:
         self._report = report
         self._previous_hook: Any = None
         self._previous_exit: Any = None
+        self._quit: Any = None
+        self._previous_quit: Any = None
 
     def install(self) -> None:
-        """Wrap `sys.excepthook` and `sys.exit`."""
+        """Wrap `sys.excepthook`, `sys.exit`, and the built-in functions `exit` and `quit`."""
         self._previous_hook, self._previous_exit = sys.excepthook, sys.exit
         sys.excepthook, sys.exit = self._hook, self._exit
+        if _Quitter is not None:
+            self._previous_quit = previous = _Quitter.__call__
+            self._quit = _Quitter.__call__ = self._watched_quit(previous)
 
     def uninstall(self) -> None:
         """Restore the previous hooks; a hook that was wrapped since stays in place and only calls the previous one."""
@@ -73,6 +81,8 @@ class ExitWatch:
             sys.excepthook = self._previous_hook
         if sys.exit == self._exit:
             sys.exit = self._previous_exit
+        if _Quitter is not None and _Quitter.__call__ is self._quit:
+            _Quitter.__call__ = self._previous_quit
 
         self._report = _ignore
 
@@ -91,12 +101,24 @@ class ExitWatch:
 
     def _exit(self, status: Any = None, /) -> NoReturn:
         leaving = SystemExit(status)
-        place = _place_of(sys._getframe(1))
-        setattr(leaving, _ATTRIBUTE, _ExitFinalizer(leaving.code, sys.exc_info()[1], place, self.exited))
+        self._watch(leaving, sys.exc_info()[1], sys._getframe(1))
         try:
             raise leaving
         finally:
             del leaving  # its traceback holds this frame: a cycle would keep it alive beyond its end
+
+    def _watched_quit(self, original: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
+        def __call__(quitter: Any, code: Any = None) -> NoReturn:  # noqa: N807 - name of the replaced method
+            try:
+                original(quitter, code)
+            except SystemExit as leaving:
+                self._watch(leaving, leaving.__context__, sys._getframe(1))
+                raise
+
+        return __call__
+
+    def _watch(self, leaving: SystemExit, cause: BaseException | None, frame: FrameType) -> None:
+        setattr(leaving, _ATTRIBUTE, _ExitFinalizer(leaving.code, cause, _place_of(frame), self.exited))
 
     def exited(self, status: Any, cause: BaseException | None, place: _Place) -> None:
         """Report that a SystemExit has ended the program.
@@ -230,6 +252,18 @@ def _described(error: BaseException) -> dict[str, Any]:
     stack = "".join(traceback.format_list(shown[-_STACK_FRAMES:]))
     facts["stack"] = secrets_only().mask_text(stack)[-_STACK_CHARS:]  # it contains lines of the user's code
     return facts | _in_worker(text)
+
+
+def address_limit_bytes() -> int | None:
+    """Return the limit of this process's address space (`ulimit -v`); None without one, or where it is not known.
+
+    It is read without an import: there may be no memory left to load the module `resource`.
+    """
+    with suppress(Exception), open("/proc/self/limits", encoding="ascii") as file:
+        limit = next(line for line in file if line.startswith(_ADDRESS_SPACE)).removeprefix(_ADDRESS_SPACE).split()[0]
+        return int(limit) if limit.isdecimal() else None
+
+    return None
 
 
 def _in_worker(text: str) -> dict[str, Any]:

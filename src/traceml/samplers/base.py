@@ -69,8 +69,10 @@ class _Entry:
 
     def reschedule(self, now_ns: int, started_ns: int) -> None:
         interval = self.start_interval_ns if now_ns - started_ns < _START_NS else self.interval_ns
-        # Missed samples are dropped: a process that was stopped must not resume with a burst.
-        self.due_ns = max(self.due_ns + interval, now_ns + interval // 2)
+        # Missed samples are dropped: a process that was stopped must not resume with a burst. Whole intervals keep all
+        # samplers in step, so that the thread wakes once for all of them.
+        passed = max(0, now_ns + interval // 2 - self.due_ns)
+        self.due_ns += max(1, -(-passed // interval)) * interval
 
 
 @dataclass(slots=True)

@@ -126,7 +126,12 @@ class HostLimitsSampler(LimitsSampler):
 def open_files() -> _Usage:
     """Return (open descriptors of this process, its soft limit); None without a limit."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return None if limit == resource.RLIM_INFINITY else (len(os.listdir("/proc/self/fd")) - 1, limit)  # noqa: PTH208
+    if limit == resource.RLIM_INFINITY:
+        return None
+
+    # The size of the folder, since Linux 6.2: a list of thousands of files takes milliseconds.
+    used = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1  # noqa: PTH116, PTH208
+    return used, limit
 
 
 def device_of(path: str) -> int | None:

@@ -18,7 +18,7 @@ from traceml.database.flight.flight_folders import find_flights, pending_row_pat
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import is_alive
 from traceml.database.flight.postmortem import FlightSnapshot, read_flight
-from traceml.database.schema import STEPS, Phase, Slot
+from traceml.database.schema import LINE_OTHER, STEPS, Phase, Slot
 from traceml.errors import StoreError
 
 Start = Callable[..., "Popen[str]"]
@@ -124,6 +124,30 @@ def test_innermost_phase_is_the_one_begun_last(tmp_path: Path) -> None:
     assert image.open_step == 12
     assert image.state is FlightState.RUNNING
     assert image.slot(Slot.STEP_START) == 900
+    flight.close(unlink=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "line_id"),
+    [
+        ({Slot.LINE_PHASE: Phase.FORWARD, Slot.LINE_AT: 1001}, 7),
+        ({Slot.LINE_PHASE: Phase.FORWARD, Slot.LINE_AT: 999}, -1),
+        ({Slot.LINE_PHASE: LINE_OTHER, Slot.LINE_AT: 1001}, -1),
+        ({Slot.LINE_PHASE: LINE_OTHER, Slot.LINE_AT: 901, Phase.FORWARD: 0}, 7),
+        ({Slot.LINE_PHASE: LINE_OTHER, Slot.LINE_AT: 899, Phase.FORWARD: 0}, -1),
+        ({Slot.LINE_PHASE: LINE_OTHER, Slot.LINE_AT: 901, Phase.FORWARD: 0, Slot.STEP_START: 0}, -1),
+        ({}, -1),
+    ],
+)
+def test_the_last_line_is_that_of_the_open_phase(tmp_path: Path, words: dict[int, int], line_id: int) -> None:
+    """A line that was seen in the phase before, in an earlier step, or between steps is not where it ended."""
+    flight = FlightFile.create(tmp_path, {})
+    assert flight.path is not None
+    opened = {Slot.STEP_START: 900, Phase.FORWARD: 1000, Slot.LINE: 7}
+    for slot, value in {**opened, **words}.items():
+        flight.open_slots[slot] = value
+
+    assert FlightSnapshot(flight.path, flight.path.read_bytes()).line_id == line_id
     flight.close(unlink=True)
 
 

@@ -25,6 +25,30 @@ def test_a_signal_is_reported_with_step_and_phase():
     assert "out-of-memory" in finding.next
 
 
+def test_a_kill_is_reported_with_the_line_that_was_seen_last():
+    """A signal from outside names none, but a sample may have seen one in the phase that was open."""
+    ended = RankExit(rank=3, state="killed", signal=9, open_step=42, open_phase="other", seen="/a/train.py:23 load")
+
+    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+
+    assert finding.summary == (
+        "Rank 3 was killed by signal 9 (SIGKILL), in step 42, in code outside the known phases, last seen at "
+        "train.py:23 load."
+    )
+    assert (finding.evidence["file"], finding.evidence["line"]) == ("/a/train.py", 23)
+
+
+@pytest.mark.parametrize("seen", [None, "/a/train.py:23 load"])
+def test_a_line_that_is_known_hides_the_one_seen_last(seen):
+    """An exception tells its own line."""
+    ended = RankExit(rank=0, state="failed", code=1, exception="ValueError: no", file="b.py", line=17, seen=seen)
+
+    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+
+    assert "last seen" not in finding.summary
+    assert (finding.evidence["file"], finding.evidence["line"]) == ("b.py", 17)
+
+
 def test_an_exception_is_reported_with_its_line():
     """Message, file and line are in the evidence."""
     ended = RankExit(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.diagnosis.memory.memories import growing as growing_bytes
+from tests.diagnosis.memory.memories import processes
 from traceml.database.schema import HOST, PROCESS, TORCH_MEMORY, Resource
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse
@@ -63,6 +66,50 @@ def test_a_kill_by_the_kernel_is_reported_with_growth_and_limit() -> None:
     assert "holds on to memory" in finding.next
 
 
+KEPT = {
+    "path": "losses", "file": "/a/train.py", "function": "main", "line": 41, "kind": "list", "count": 4000,
+    "per_step": 1.0, "item_bytes": 200, "holds_graph": True, "of_dataset": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("end", "line", "function"),
+    [
+        ({"state": "killed", "signal": 9, "oom": "group", "seen": "/a/net.py:7 forward"}, 41, "main"),
+        (
+            {"state": "failed", "exception": CPU_TEXT, "file": "/a/net.py", "line": 7, "function": "forward"},
+            7,
+            "forward",
+        ),
+    ],
+)
+def test_the_list_that_grew_until_the_end_is_named(end: dict[str, object], line: int, function: str) -> None:
+    """With its line, which is the evidence of a kill: an exception has its own."""
+    ended = RankExit(rank=1, open_step=42, **end)  # type: ignore[arg-type]
+    memory = processes(MemoryHistory(), growing_bytes(), rank=1)
+    facts = JobFacts(world_size=2, exits=(ended,), memory=memory, growing={1: growing_of({"grown": [KEPT]})})
+
+    finding = rank_lost(facts)[0]
+
+    assert "the list losses (added to in train.py:41 main) gained 1 element per step" in finding.summary
+    assert finding.next.startswith("Add loss.item() or loss.detach() to losses")
+    assert (finding.evidence["container"], finding.evidence["line"]) == ("losses", line)
+    assert finding.evidence["function"] == function
+
+
+def test_a_list_that_grew_is_not_blamed_for_another_end() -> None:
+    """A kill command, and an end for lack of memory of a rank that did not grow."""
+    grew = {1: growing_of({"grown": [KEPT]})}
+    killed, level = RankExit(rank=1, state="killed", signal=9), processes(MemoryHistory(), [GIB] * 60, rank=1)
+    by_kernel = RankExit(rank=1, state="killed", signal=9, oom="group")
+    growing_memory = processes(MemoryHistory(), growing_bytes(), rank=1)
+
+    for ended, memory in ((killed, growing_memory), (by_kernel, level)):
+        finding = rank_lost(JobFacts(world_size=2, exits=(ended,), memory=memory, growing=grew))[0]
+        assert "losses" not in finding.summary + finding.next
+        assert "container" not in finding.evidence
+
+
 def test_a_kill_on_the_host_is_less_certain() -> None:
     """The host's counter may have counted another program's kill."""
     finding = lost(state="killed", signal=9, oom="host")
@@ -99,6 +146,15 @@ def test_an_allocation_that_failed_is_reported_with_size_and_line(text: str, siz
     assert "train.py:17, in step 42" in finding.summary
     assert finding.evidence.get("requested_bytes") == size
     assert (finding.evidence["file"], finding.evidence["line"]) == ("train.py", 17)
+
+
+@pytest.mark.parametrize(("oom", "is_told"), [(None, True), ("group", False)])
+def test_a_limit_of_the_address_space_is_told(oom: str | None, is_told: bool) -> None:
+    """It makes an allocation fail on a host with much room; the kernel kills for lack of real memory."""
+    finding = lost(state="failed", exception="MemoryError", file="a.py", line=3, oom=oom, address_limit_bytes=4 * GIB)
+
+    assert ("with a limit of 4.00 GiB for its address space (ulimit -v)" in finding.summary) == is_told
+    assert (finding.evidence["limit_of"] == "address_space") == is_told
 
 
 def test_a_device_that_is_full_is_reported_with_its_peak() -> None:

@@ -30,6 +30,8 @@ STEADY = {
     + np.where(np.arange(200) % 17 == 0, 300 * MB, 0),
     "slow, over many samples": 800 * MB + np.arange(4000) * 0.05 * MB + abs(noise(4000, 0.2 * MB)),
     "in jumps, each tenth sample": 500 * MB + np.arange(300) // 10 * 8 * MB,
+    "in 14 epochs": 500 * MB + np.arange(300) // 20 * 8 * MB,
+    "in 14 epochs, while pages come and go": 500 * MB + np.arange(300) // 20 * 8 * MB + noise(300, 0.02 * MB),
 }  # fmt: skip
 LEVEL = {
     "level": np.full(100, 500 * MB),
@@ -40,6 +42,8 @@ LEVEL = {
     "a cache that filled in the first half": 500 * MB + np.minimum(np.arange(200), 100) * 4 * MB,
     "a saw: the collector frees": 500 * MB + np.arange(300) % 40 * 10 * MB,
     "less than counts": 500 * MB + np.arange(100) * 0.2 * MB,
+    "a jump in each quarter": 500 * MB + np.arange(200) // 40 * 100 * MB,
+    "six jumps": 500 * MB + np.arange(240) // 30 * 50 * MB,
     "one jump": 500 * MB + (np.arange(100) > 50) * 500 * MB,
     "too few samples": 500 * MB + np.arange(8) * 80 * MB,
     "an epoch's lists, freed at its end": 500 * MB + np.arange(240) % 60 * 5 * MB,

@@ -7,10 +7,11 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.memory.memories import GB, MB, device, growing, growing_workers, host, leaking, processes
-from traceml.database.schema import EPOCHS
+from traceml.database.schema import EPOCHS, Resource
 from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -35,6 +36,14 @@ def test_growth_is_reported_with_its_rate_and_the_time_left():
     assert "grows by 4.00 MiB per step" in finding.headline
     assert finding.headline.endswith("full in 13 s")
     assert "256 steps" in finding.summary
+
+
+@pytest.mark.parametrize(("resource", "whose"), [(Resource.MEMORY, "container's"), (Resource.OPEN_FILES, "host's")])
+def test_a_limit_of_the_container_is_told_as_such(resource, whose):
+    """Its memory is what is compared with then."""
+    (finding,) = leaks(**leaking(used_bytes=15 * GB), limits=(ResourceUse(0, resource, 15 * GB, 16 * GB),))
+
+    assert f"At this rate the {whose} 16.0 GiB are full" in finding.summary
 
 
 def test_a_leak_that_lasts_for_long_is_no_more_than_a_warning():
@@ -185,6 +194,14 @@ def test_the_rate_of_a_growing_list_is_a_number_for_people(rate, words):
     assert words in finding.summary
 
 
+def test_few_elements_are_counted_and_make_no_rate():
+    """One that comes in each epoch tells nothing of a step."""
+    rare = growing_of({"steps": 180, "grown": [LIST | {"per_step": 3 / 180}]})
+    (finding,) = leaks(**leaking(), growing={0: rare})
+
+    assert "gained 3 elements in 180 steps, each of which holds the graph" in finding.summary
+
+
 def test_a_list_of_graphs_is_reported_with_its_line():
     """It is no cache that fills, also in the first epoch."""
     first = {"loader": LoaderFacts(length=10**9, batch_size=32), "latest": (1000,)}
@@ -211,7 +228,18 @@ def test_a_list_that_is_too_small_to_explain_the_growth_is_not_blamed(facts):
     (finding,) = leaks(**leaking(), growing=growing_list(**facts))
 
     assert "losses (" not in finding.summary
+    assert "No container that the script's variables reach was seen to grow by as much." in finding.summary
+    assert "native code" in finding.next
     assert "container" not in finding.evidence
+
+
+@pytest.mark.parametrize("growing", [{}, growing_list()])
+def test_native_code_is_suspected_only_where_the_containers_do_not_grow(growing):
+    """Not before they were read, nor where one explains it."""
+    (finding,) = leaks(**leaking(), growing=growing)
+
+    assert "was seen to grow" not in finding.summary
+    assert "native code" not in finding.next
 
 
 def test_a_cache_of_the_data_set_may_end_in_the_first_epoch():

@@ -7,9 +7,10 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
-from traceml.database.schema import GPU, HOST, PROCESS, Table
+from traceml.database.schema import GPU, HOST, PROCESS, Resource, Table
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
+from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.contention import cpu_contention
@@ -51,6 +52,19 @@ def test_other_programs_are_reported():
     assert found.speedup_if_fixed == pytest.approx(1 / 0.6)
     assert "Of 2 cores, it used 0.5 cores, other processes used 1.5 cores." in found.summary
     assert "End or move the other programs" in found.next
+
+
+@pytest.mark.parametrize(("throttled", "is_told"), [(890, True), (100, False)])
+def test_a_quota_is_the_cause_where_the_container_is_throttled(throttled: int, is_told: bool):
+    """Not the programs of the host, which use the cores that the container may not."""
+    quota = ResourceUse(0, Resource.CPU_QUOTA, throttled, 1000)
+
+    (found,) = cpu_contention(crowded(samples(busy=0.3), limits=(quota,)))
+
+    assert ("Its container was throttled in 89 % of the scheduling periods" in found.summary) == is_told
+    assert ("other processes used" in found.summary) != is_told
+    assert ("Ask for more CPUs" in found.next) == is_told
+    assert ("throttled_share" in found.evidence) == is_told
 
 
 def test_the_processes_that_take_the_cores_are_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 from collections import deque
@@ -113,7 +114,7 @@ class Record:
 
 
 def test_the_size_of_an_element_has_its_own_tensors() -> None:
-    """Of an object, of what a function has taken along, and of a partial; not those of objects that they refer to."""
+    """Of an object, a function with what it has taken along, a partial, an array; not of objects that they refer to."""
     tracker = Tracker()
     tracker.shared = torch.zeros(100_000)  # type: ignore[attr-defined]
     output = torch.zeros(1000)
@@ -121,10 +122,12 @@ def test_the_size_of_an_element_has_its_own_tensors() -> None:
     calls = [lambda: output for _ in range(9)]
     partials = [partial(print, output, file=tracker) for _ in range(9)]
 
+    arrays = [torch.zeros(1000).numpy() for _ in range(9)]
+
     found = by_path(read_containers(sys._getframe(), is_here))
 
-    assert all(4000 <= found[path].item_bytes < 6000 for path in ("records", "calls", "partials"))
-    assert (len(records), len(calls), len(partials)) == (9, 9, 9)
+    assert all(4000 <= found[path].item_bytes < 6000 for path in ("records", "calls", "partials", "arrays"))
+    assert (len(records), len(calls), len(partials), len(arrays)) == (9, 9, 9, 9)
 
 
 def test_open_figures_of_pyplot_are_seen() -> None:
@@ -244,6 +247,24 @@ def test_the_list_that_grows_with_memory_is_noted() -> None:
     assert "kept.extend" in Path(__file__).read_text().splitlines()[grown["line"] - 1]
     assert grown["item_bytes"] >= 1 << 20
     assert note["cost_ms"] < 1000
+
+
+@pytest.mark.parametrize("turns_per_element", [40, 100])
+def test_a_list_that_grows_in_each_epoch_is_noted(turns_per_element: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory grows by little in a minute, and not at all in most of it."""
+    watched, epochs = Watched(), [mmap.mmap(-1, 4096) for _ in range(8)]
+    # On a busy machine the kernel takes back pages of files meanwhile.
+    monkeypatch.setattr(watched.watch, "_read_bytes", lambda: (1 << 30) + sum(map(len, epochs)))
+    for turn in range(16 * turns_per_element):
+        if turn % turns_per_element == 0:
+            epochs.append(mmap.mmap(-1, 8 << 20))
+
+        watched.turn()
+
+    grown = [each for note in watched.notes for each in note["grown"] if each["path"] == "epochs"]
+    assert grown
+    steps_per_element = 10 * turns_per_element
+    assert 0.9 <= grown[0]["per_step"] * steps_per_element <= 2.1  # it begins at any time between two elements
 
 
 def test_containers_are_not_read_while_memory_is_level() -> None:

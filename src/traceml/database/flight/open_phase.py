@@ -20,9 +20,9 @@ def open_phase(slots: Sequence[int] | memoryview[int], has_steps: bool) -> tuple
         has_steps: whether a step has ended in this process.
     """
     began = slots[_STEP_START]
-    latest, phase = 0, LINE_OTHER if began else LINE_OUTSIDE if has_steps else LINE_STARTUP
-    for number in range(_PHASES):
-        if slots[number] > latest:
-            latest, phase = slots[number], number
+    opened = list(slots[:_PHASES])  # read once, as another process may write them
+    latest = max(opened)
+    if latest > 0:
+        return opened.index(latest), latest
 
-    return phase, latest or began
+    return LINE_OTHER if began else LINE_OUTSIDE if has_steps else LINE_STARTUP, began

@@ -43,7 +43,7 @@ from traceml.database.flight.flight_layout import (
 )
 from traceml.database.flight.journal import JOURNAL_SUFFIX, read_journal
 from traceml.database.flight.rings import RowSlice
-from traceml.database.schema import OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
+from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
 from traceml.errors import StoreError
 from traceml.own_files import check_own_folder, opened_own
 
@@ -143,6 +143,14 @@ class FlightSnapshot:
 
         wanted = self._slots[Slot.USER_NAME]
         return next((row["name"] for row in self.log_rows("names") if row.get("id") == wanted), None)
+
+    @property
+    def line_id(self) -> int:
+        """Id in `names` of the user's line that was seen last, -1 if none was seen in the phase that is open."""
+        phase, since_ns = self.open_phase
+        opened = phase if phase is not None else LINE_OTHER
+        is_of_phase = self._slots[Slot.LINE_PHASE] == opened and self._slots[Slot.LINE_AT] >= since_ns > 0
+        return self._slots[Slot.LINE] if is_of_phase else -1
 
     @property
     def open_step(self) -> int | None:

@@ -6,10 +6,11 @@ import signal
 
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
-from traceml.formatting import bytes_text, phase_words
+from traceml.diagnosis.facts.sampled_lines import parsed_place
+from traceml.formatting import bytes_text, line_text, phase_words
 from traceml.process_ends import exit_text, signal_name, signal_text
 
-__all__ = ["end_text", "exit_words", "signal_of_code", "step_text", "was_cut_off"]
+__all__ = ["end_text", "exit_words", "place_evidence", "seen_text", "signal_of_code", "step_text", "was_cut_off"]
 
 _MAX_SIGNAL = 64
 _LEFT = "SystemExit"  # as the row of an end has it: `SystemExit: TEXT`
@@ -93,6 +94,22 @@ def step_text(ended: RankExit) -> str:
 
     inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
     return f", {'in' if ended.open_step is not None else 'after'} step {ended.step}{inside}"
+
+
+def seen_text(ended: RankExit) -> str:
+    """Return the line in which a rank was seen last: `, last seen at train.py:23 load`; empty where it has told one."""
+    file, line, function = _seen(ended)
+    return f", last seen at {line_text(file, line, function)}" if file and line and function else ""
+
+
+def place_evidence(ended: RankExit) -> dict[str, object]:
+    """Return `file`, `line` and `function` for a finding's evidence: where a rank ended, or else was seen last."""
+    file, line, function = (ended.file, ended.line, ended.function) if ended.file else _seen(ended)
+    return {"file": file, "line": line, "function": function}
+
+
+def _seen(ended: RankExit) -> tuple[str | None, int | None, str | None]:
+    return parsed_place(None if ended.file else ended.seen)
 
 
 def _signal_text(ended: RankExit) -> str:

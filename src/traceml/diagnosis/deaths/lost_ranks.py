@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, left_early
 from traceml.diagnosis.deaths.end_advice import for_exit
-from traceml.diagnosis.deaths.end_words import end_text, step_text, was_cut_off
+from traceml.diagnosis.deaths.end_words import end_text, place_evidence, seen_text, step_text, was_cut_off
 from traceml.diagnosis.deaths.ended_from_outside import ended_from_outside
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_behind, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
@@ -15,8 +15,10 @@ from traceml.diagnosis.deaths.worker_advice import for_worker
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.memory.growth_causes import GrowthCause, growth_cause
 from traceml.formatting import capitalized, ranks_text
 from traceml.process_ends import signal_name
 
@@ -45,15 +47,21 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     followed = [ended.rank for ended in bad if ended not in causes]
     lost = lost_steps(first, facts.exits)
     memory = memory_end(first, facts) if worker is None else None
+    grown = _grown_container(first, memory, facts)
+    summary = _summary(causes, memory, followed, worker, lost)
     return [
         Finding(
             kind=Kind.RANK_LOST,
             severity=Severity.WARNING if was_cut_off(first) else Kind.RANK_LOST.severity_for(0.0),
             ranks=ranks,
             phase=first.open_phase,
-            summary=_summary(causes, memory, followed, worker, lost),
-            next=for_exit(first, facts, memory) if worker is None else for_worker(worker),
-            evidence=({} if worker is None else worker_evidence(worker)) | _evidence(first, memory, followed, lost),
+            summary=summary if grown is None else f"{summary}{grown.text}",
+            next=for_worker(worker) if worker else grown.action if grown else for_exit(first, facts, memory),
+            evidence={
+                **({} if worker is None else worker_evidence(worker)),
+                **_evidence(first, memory, followed, lost),
+                **_of_container(first, grown),
+            },
             cost_share=1.0,
         )
     ]
@@ -103,6 +111,24 @@ def _follows(ended: RankExit) -> bool:
     return ended.interrupted or failed_because_of_peer(ended)
 
 
+def _grown_container(ended: RankExit, memory: MemoryEnd | None, facts: JobFacts) -> GrowthCause | None:
+    """Return the container that explains the growth of a rank's memory until its end; None where none does."""
+    if memory is None or not memory.grows or memory.cause == "device_allocation":
+        return None
+
+    resident = (
+        growth for rank, kind, _, growth in facts.memory.steady() if (rank, kind) == (ended.rank, MemoryKind.RESIDENT)
+    )
+    growth = next(resident, None)
+    return None if growth is None else growth_cause(facts, ended.rank, growth.bytes_per_step)
+
+
+def _of_container(ended: RankExit, grown: GrowthCause | None) -> dict[str, object]:
+    """Return the evidence about a container; where an exception has its own line, that stays."""
+    own = ("file", "line", "function") if ended.file else ()
+    return {} if grown is None else {key: value for key, value in grown.evidence.items() if key not in own}
+
+
 def _summary(
     causes: Sequence[RankExit],
     memory: MemoryEnd | None,
@@ -113,7 +139,8 @@ def _summary(
     first = causes[0]
     subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
     how = f"ended because {death_words(worker)}" if worker else end_text(first, memory, many=len(causes) > 1)
-    text = f"{subject} {how}{step_text(first)}"
+    seen = seen_text(first) if worker is None and len(causes) == 1 else ""
+    text = f"{subject} {how}{step_text(first)}{seen}"
     if memory is not None and len(causes) == 1:
         text += memory.words()
 
@@ -132,9 +159,7 @@ def _evidence(
         "signal": ended.signal,
         "code": ended.code,
         "exception": ended.exception,
-        "file": ended.file,
-        "line": ended.line,
-        "function": ended.function,
+        **place_evidence(ended),
         "step": ended.step,
         "last_step": ended.last_step,
         "lost_steps": lost,

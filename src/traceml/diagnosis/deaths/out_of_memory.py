@@ -44,8 +44,8 @@ class MemoryEnd:
         used_bytes: resident memory, or memory allocated on the device, in the last sample.
         peak_bytes: at most so far.
         per_minute_bytes: growth of resident memory over the last minute; None if it did not grow steadily.
-        limit_bytes: what there was: the control group's limit, the host's memory, or the device's.
-        limit_of: `group`, `host` or `device`.
+        limit_bytes: what there was: the control group's limit, the host's memory, the device's, or that of `ulimit -v`.
+        limit_of: `group`, `host`, `device` or `address_space`.
     """
 
     cause: str
@@ -78,6 +78,8 @@ class MemoryEnd:
         limit = bytes_text(self.limit_bytes)
         if self.limit_of == "group":
             return f", with a limit of {limit} for its control group"
+        if self.limit_of == "address_space":
+            return f", with a limit of {limit} for its address space (ulimit -v)"
 
         return f"; the {self.limit_of} has {limit}"
 
@@ -122,7 +124,10 @@ def _on_host(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
 
 
 def _host_limit(ended: RankExit, facts: JobFacts) -> tuple[int | None, str]:
-    """Return the memory that the rank's control group or host has, and which."""
+    """Return the memory that the rank may have, by its own limit, that of its control group or host, and which."""
+    if not ended.oom and ended.address_limit_bytes is not None:
+        return ended.address_limit_bytes, "address_space"
+
     beside = {rank for rank, host in facts.hosts.items() if host == facts.hosts.get(ended.rank)} | {ended.rank}
     for use in facts.limits:
         if use.resource is Resource.MEMORY and use.rank in beside:

@@ -23,6 +23,7 @@ class GrowingObjects:
             `param_groups` of an optimizer, `figures` of pyplot.
         count: elements, or operations of the graph.
         per_step: how many came in a step.
+        steps: number of steps in which they were counted; 0 where it is not known.
         item_bytes: size of an element.
         holds_graph: whether the elements hold the graph of their computation.
         of_dataset: whether a data set holds it.
@@ -36,8 +37,14 @@ class GrowingObjects:
     per_step: float
     item_bytes: int
     line: int | None = None
+    steps: int = 0
     holds_graph: bool = False
     of_dataset: bool = False
+
+    @property
+    def gained(self) -> int:
+        """Elements that came while they were counted."""
+        return round(self.per_step * self.steps)
 
     def explains(self, bytes_per_step: float) -> bool:
         """Return whether it explains a growth of memory; the size of a graph is not known."""
@@ -50,10 +57,11 @@ _FIELDS = {field.name for field in fields(GrowingObjects)}
 
 def growing_of(row: Mapping[str, Any]) -> tuple[GrowingObjects, ...]:
     """Return the containers of a row `growth` of the `info` log, those with graphs first; damaged ones are left out."""
-    found = []
+    found, steps = [], row.get("steps")
+    common: dict[str, Any] = {"steps": steps} if isinstance(steps, int) else {}
     for each in row.get("grown") or ():
         try:
-            found.append(GrowingObjects(**{name: value for name, value in each.items() if name in _FIELDS}))
+            found.append(GrowingObjects(**common, **{name: value for name, value in each.items() if name in _FIELDS}))
         except (AttributeError, TypeError):
             continue
 

@@ -27,13 +27,16 @@ LEAST_GROWN_BYTES = 32 << 20
 LEAST_GROWN_SHARE = 0.05
 """Growth below this share of the memory in use is not reported."""
 STEADY = 0.97
-"""Share of pairs of samples that rise with time, from which on growth is steady."""
+"""Share of pairs of samples that do not fall with time, from which on growth is steady."""
+FEWEST_RISES = 0.45
+"""Share of the parts of the run that must rise: what grows in each epoch grows in stairs, few of them are no leak."""
 LEAST_S = 4.0
 """Samples must cover at least so many seconds, and `LEAST_STEPS` steps or `LONG_S` seconds."""
 LEAST_STEPS, LONG_S = 60, 30.0  # LBFGS fills its history of 100 updates within 50 steps
 _PARTS = 24
 _MIN_SAMPLES = 8
 _WARM_UP_STEPS = 20
+_LEVEL_SHARE = 0.1  # of the mean rise of a part: on a stair, some pages come and go
 _LEAST_RISE = 0.25  # of the mean rise of a quarter, for each quarter
 
 _RECENT = 12
@@ -137,8 +140,10 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
     quarters = [statistics.median(part.tolist()) for part in np.array_split(values, 4)]
     grown = quarters[-1] - quarters[0]
     least = max(LEAST_GROWN_BYTES, LEAST_GROWN_SHARE * float(values[-1]))
+    level = _LEVEL_SHARE * grown / count
     steady = (
-        float((rises > 0).mean()) >= STEADY
+        float((rises >= -level).mean()) >= STEADY
+        and np.count_nonzero(np.diff(values) > level) >= FEWEST_RISES * count
         and min(later - earlier for earlier, later in pairwise(quarters)) >= _LEAST_RISE * grown / 3
         and grown >= least
         and _is_long(points)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from traceml.diagnosis.facts.growing_objects import GrowingObjects
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.formatting import count_text, line_text
+from traceml.formatting import count_text, line_text, plural
 
 __all__ = ["GrowthCause", "growth_cause"]
 
@@ -17,6 +17,7 @@ _OF_LIBRARIES = {
     "param_groups": "Add parameter groups to {path} once, not in each step: it keeps the groups and their state.",
     "figures": "Close each figure after it is saved: plt.close(figure). pyplot keeps those that are not closed.",
 }
+_FEWEST = 10  # fewer elements give no rate: they may come in each epoch
 _COUNTED = 100  # from so many elements per step on their number is whole
 
 
@@ -71,12 +72,20 @@ def _text(found: GrowingObjects) -> str:
 
     own = found.kind in _OF_LIBRARIES
     kind = "cache of" if found.kind == "lru_cache" else f"{found.kind} of" if own else found.kind
-    rate = f"{found.per_step:.3g}" if found.per_step < _COUNTED else count_text(round(found.per_step))
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
     return (
-        f" Meanwhile the {kind} {found.path}{_where(found)} gained {rate} element{'' if rate == '1' else 's'} per "
-        f"step{holds}; {'there are' if own else 'it has'} {count_text(found.count)}."
+        f" Meanwhile the {kind} {found.path}{_where(found)} gained {_rate(found)}{holds}; "
+        f"{'there are' if own else 'it has'} {count_text(found.count)}."
     )
+
+
+def _rate(found: GrowingObjects) -> str:
+    """Return how many elements came: in a step, or in all steps where they are too few for a rate."""
+    if 0 < found.gained < _FEWEST:
+        return f"{plural(found.gained, 'element')} in {plural(found.steps, 'step')}"
+
+    rate = f"{found.per_step:.3g}" if found.per_step < _COUNTED else count_text(round(found.per_step))
+    return f"{rate} element{'' if rate == '1' else 's'} per step"
 
 
 def _action(found: GrowingObjects) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from traceml.database.schema import Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
 from traceml.diagnosis.facts.resource_use import SOON_S
@@ -47,6 +48,8 @@ _ADVICE = {
 }
 
 
+_UNSEEN = " No container that the script's variables reach was seen to grow by as much."
+_NATIVE = " If nothing is kept there, native code does it: an extension, a decoder, a library called by ctypes."
 _MAY_END = " The data is read for the first time: a cache that fills looks the same."
 
 
@@ -90,6 +93,7 @@ def _finding(
 
     cause = None if workers or kind is MemoryKind.PINNED else growth_cause(facts, rank, growth.bytes_per_step)
     why = copied or cause
+    is_unseen = kind is MemoryKind.RESIDENT and rank in facts.growing and why is None
     unread = _unread_steps(facts)
     is_open = unread > 0 and copied is None and (cause is None or cause.is_cache)
     grown = grown_workers(workers, growth) if workers else _grown(facts, kind, rank, growth)
@@ -98,8 +102,8 @@ def _finding(
         kind=Kind.MEMORY_LEAK,
         severity=_severity(room, unread if is_open else 0.0),
         ranks=ranks,
-        summary=f"{grown}{_full(room)}{why.text if why else ''}{_MAY_END if is_open else ''}",
-        next=why.action if why else _ADVICE[kind],
+        summary=f"{grown}{_full(room)}{why.text if why else _UNSEEN if is_unseen else ''}{_MAY_END if is_open else ''}",
+        next=why.action if why else f"{_ADVICE[kind]}{_NATIVE if is_unseen else ''}",
         evidence={
             "memory": str(kind),
             "bytes_per_step": growth.bytes_per_step,
@@ -149,13 +153,18 @@ def _room(
         host = facts.hosts.get(rank)
         memory = next((each for at, each in facts.memory.hosts().items() if facts.hosts.get(at) == host), None)
         left, total = (memory.total_bytes - memory.used_bytes, memory.total_bytes) if memory is not None else (0, 0)
-        rate, name = _host_rate(facts, host, by_kind), "host's"
+        rate, name = _host_rate(facts, host, by_kind), "container's" if _is_limited(facts, host) else "host's"
 
     if total <= 0 or rate <= 0:
         return None
 
     left_s = max(left, 0) / rate
     return _Room(left_s, left_s * growth.bytes_per_s / max(growth.bytes_per_step, 1.0), name, total)
+
+
+def _is_limited(facts: JobFacts, host: str | None) -> bool:
+    """Whether a container's limit is what memory is compared with on this host."""
+    return any(use.resource is Resource.MEMORY and facts.hosts.get(use.rank) == host for use in facts.limits)
 
 
 def _host_rate(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from traceml.database.schema import Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
 from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
 
 __all__ = ["OTHERS_CORES", "core_takers", "cpu_contention"]
@@ -27,19 +29,21 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     waited = min(waited, _MOST_SHARE)
     subject = "The ranks" if facts.world_size > 1 else "The training process"
     subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
+    throttled = _throttled_share(facts)
     return [
         Finding(
             kind=Kind.CPU_CONTENTION,
             severity=Kind.CPU_CONTENTION.severity_for(waited),
             ranks=ranks,
-            summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts)}",
-            next=_advice(facts),
+            summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}",
+            next=_advice(facts) if throttled is None else QUOTA_ADVICE,
             evidence={
                 "cpu_wait_share": waited,
                 **({} if facts.cores_per_rank is None else {"cores_per_rank": facts.cores_per_rank}),
                 **({} if use.busy_cores is None else {"busy_cores_per_rank": use.busy_cores}),
                 **({} if facts.others_cores is None else {"others_cores": facts.others_cores}),
                 **({"core_takers": dict(facts.core_takers)} if facts.core_takers else {}),
+                **({} if throttled is None else {"throttled_share": throttled}),
             },
             cost_share=waited,
             speedup_if_fixed=1 / (1 - waited),
@@ -75,7 +79,17 @@ def core_takers(facts: JobFacts) -> str | None:
     return f"other processes{own} used {cores_text(others)}"
 
 
-def _who(facts: JobFacts) -> str:
+def _throttled_share(facts: JobFacts) -> float | None:
+    """Return the share of scheduling periods in which the container was throttled; None where that is no cause."""
+    return next((use.share for use in facts.limits if use.resource is Resource.CPU_QUOTA and use.is_near), None)
+
+
+def _who(facts: JobFacts, throttled: float | None) -> str:
+    if throttled is not None:  # other programs have the cores that the container may not use
+        return (
+            f" Its container was throttled in {percent_text(throttled)} of the scheduling periods, because its CPU "
+            "quota was used up."
+        )
     if not facts.cores or facts.use.busy_cores is None:
         return ""
 

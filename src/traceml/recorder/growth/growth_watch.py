@@ -1,4 +1,8 @@
-"""Watch over the rank's memory: when it grows for long, the containers of the script are read twice."""
+"""Watch over the rank's memory: when it grows for long, the containers of the script are read twice.
+
+Memory may grow by a megabyte in a second or in a minute, in each step or in each epoch. So the readings of memory get
+rarer until they cover growth that counts, and the second reading of the containers waits until memory has grown again.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["GrowthWatch"]
 
 INTERVAL_NS = 5 * 10**8
-"""Time between two readings of memory."""
+"""Time between two readings of memory at first; while it does not grow enough, it doubles again and again."""
 BETWEEN_NS = 2 * 10**9
 """Time between two readings of the containers, at least; they are at least 10 steps apart, too."""
 LEAST_GROWN_BYTES = 16 << 20
 """Growth over the kept readings from which on containers are read."""
+GROWN_AGAIN_BYTES = 16 << 20
+"""Growth after the first reading of the containers, before the second one: less may be another object's."""
 MAX_COMPARISONS = 6
 _LEAST_STEPS = 10
 _READINGS = 12
@@ -38,6 +44,7 @@ class _First(NamedTuple):
 
     at_ns: int
     step: int
+    used_bytes: int
     cost_ns: int
     containers: dict[tuple[str, int], HeldObjects]
 
@@ -66,7 +73,7 @@ class GrowthWatch:
         self._statm = ProcFile("/proc/self/statm", 128)
         self._page_bytes = os.sysconf("SC_PAGE_SIZE")
         self._readings: list[int] = []
-        self._due_ns = 0
+        self._due_ns, self._interval_ns = 0, INTERVAL_NS
         self._first: _First | None = None
         self._comparisons = 0
         self._pause_ns = _FIRST_PAUSE_NS
@@ -81,16 +88,32 @@ class GrowthWatch:
         if now < self._due_ns or step < _LEAST_STEPS or self._comparisons >= MAX_COMPARISONS:
             return
 
-        self._due_ns = now + INTERVAL_NS
+        used_bytes = self._read_bytes()
         if self._first is not None:
-            self._compare(now, step, self._first)
+            self._due_ns = now + INTERVAL_NS
+            if self._is_later(now, step, used_bytes, self._first):
+                self._compare(now, step, self._first)
+
             return
 
-        self._readings = [*self._readings, self._read_bytes()][-_READINGS:]
+        self._take(used_bytes)
+        self._due_ns = now + self._interval_ns
         if _grows(self._readings):
             began = time.thread_time_ns()
             containers = self._read_containers()
-            self._first = _First(now, step, time.thread_time_ns() - began, containers)
+            self._first = _First(now, step, used_bytes, time.thread_time_ns() - began, containers)
+
+    def _take(self, used_bytes: int) -> None:
+        self._readings.append(used_bytes)
+        if len(self._readings) == 2 * _READINGS:
+            self._readings = [min(pair) for pair in zip(self._readings[::2], self._readings[1::2], strict=True)]
+            self._interval_ns *= 2
+
+    @staticmethod
+    def _is_later(now: int, step: int, used_bytes: int, first: _First) -> bool:
+        """Return whether enough has happened since the first reading to see in the containers what grows."""
+        grown = used_bytes - first.used_bytes
+        return now - first.at_ns >= BETWEEN_NS and step - first.step >= _LEAST_STEPS and grown >= GROWN_AGAIN_BYTES
 
     def _read_containers(self) -> dict[tuple[str, int], HeldObjects]:
         from traceml.recorder.growth.held_objects import read_containers  # a healthy rank does not pay for it
@@ -98,22 +121,18 @@ class GrowthWatch:
         return read_containers(thread_frame(self._thread()), self._is_user)
 
     def _compare(self, now: int, step: int, first: _First) -> None:
-        at_ns, at_step, cost_ns, before = first
-        if now - at_ns < BETWEEN_NS or step - at_step < _LEAST_STEPS:
-            return
-
         began = time.thread_time_ns()
-        after = self._read_containers()
-        steps = step - at_step
+        before, after = first.containers, self._read_containers()
+        steps = step - first.step
         grown = [
             _described(held, before[key].size, steps)
             for key, held in after.items()
             if key in before and _has_grown(before[key], held, steps)
         ]
-        cost_ns += time.thread_time_ns() - began
+        cost_ns = first.cost_ns + time.thread_time_ns() - began
         grown.sort(key=lambda each: (not each["holds_graph"], -each["per_step"] * each["item_bytes"]))
         self._note("growth", step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_REPORTED])
-        self._first, self._readings = None, []
+        self._first, self._readings, self._interval_ns = None, [], INTERVAL_NS
         self._comparisons += 1
         self._due_ns, self._pause_ns = now + self._pause_ns, 2 * self._pause_ns
 

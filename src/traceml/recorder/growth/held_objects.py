@@ -241,6 +241,9 @@ def _size(item: Any, depth: int = 2) -> int:
     if _is_tensor(item):
         return size + int(item.untyped_storage().nbytes())
 
+    if type(item).__module__ == "numpy":  # a view, also of a tensor, has the memory of another object
+        return max(size, int(getattr(item, "nbytes", 0)))
+
     parts = _parts(item) if depth else ()
     counted = list(islice(parts, _MAX_FIELDS))
     below = depth - 1 if isinstance(item, (dict, *_LISTS)) else 0  # objects refer to others, which they may share

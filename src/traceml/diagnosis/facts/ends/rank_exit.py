@@ -20,11 +20,13 @@ class RankExit:
         code: exit code, signal: its number.
         exception: `Type: message` of the exception that ended the script.
         file, line, function: the user's code that raised it.
+        seen: the user's line that was seen last in the phase that was open, `FILE:LINE FUNCTION`.
         last_step: last step that ended, open_phase: the phase that was open, open_step: its step.
         at_s: epoch seconds of the end, to separate the first from those that followed.
         stopped: whether its launcher ended it, because of others.
         process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
         open_s: age of the open step at the end, seconds.
+        address_limit_bytes: limit of its address space, where it had one.
         saved_steps: steps in its last checkpoint; None where it saved none.
         scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`.
         host_lost: reason for which the launcher gave up its host.
@@ -39,6 +41,7 @@ class RankExit:
     file: str | None = None
     line: int | None = None
     function: str | None = None
+    seen: str | None = None
     last_step: int | None = None
     open_phase: str | None = None
     open_step: int | None = None
@@ -49,6 +52,7 @@ class RankExit:
     process_gone: bool | None = None
     open_s: float | None = None
     oom: str | None = None
+    address_limit_bytes: int | None = None
     saved_steps: int | None = None
     scheduler: str | None = None
     host_lost: str | None = None
