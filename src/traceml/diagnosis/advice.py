@@ -5,9 +5,10 @@ from __future__ import annotations
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine
 from traceml.diagnosis.facts.topology.topology import RankGroup
-from traceml.formatting import gain_text, ranks_text
+from traceml.formatting import capitalized, gain_text, ranks_text
 
 __all__ = [
+    "EVENT_LOOP",
     "even_batches",
     "for_comm",
     "for_copies",
@@ -21,15 +22,22 @@ __all__ = [
 ]
 
 
+EVENT_LOOP = "EpollSelector.select"
+"""Library function in which asyncio's event loop waits while no task can run."""
 _WAITS_FOR_OTHERS = ("Condition.wait", "Queue.get", "Connection._recv", "Connection._recv_bytes", "wait")
 
 
-def even_batches() -> str:
-    """Return advice on ranks that end before the others."""
-    return (
-        "If the data ended there, give each rank the same number of batches (DistributedSampler, drop_last=True), or "
-        "train under torch.distributed.algorithms.join.Join, which lets ranks end early."
+def even_batches(*, is_certain: bool = False) -> str:
+    """Return advice on ranks that end before the others.
+
+    Args:
+        is_certain: whether it is known that the data of these ranks ended first.
+    """
+    how = (
+        "give each rank the same number of batches (DistributedSampler, drop_last=True), or train under "
+        "torch.distributed.algorithms.join.Join, which lets ranks end early."
     )
+    return capitalized(how) if is_certain else f"If the data ended there, {how}"
 
 
 def for_copies(facts: JobFacts) -> str:
@@ -61,14 +69,21 @@ def for_iterator(called: str | None = None) -> str:
     )
 
 
-def for_residual(part: str, line: BlamedLine | None, facts: JobFacts) -> str:
+def for_residual(part: str, line: BlamedLine | None, facts: JobFacts, called: str | None = None) -> str:
     """Return advice on time in the user's own code.
 
     Args:
         part: a phase of the user, `other` or `user`.
         line: the line that most of it is spent in, where it is known.
         facts: about the job.
+        called: library function that this line has called most of the time.
     """
+    if called == EVENT_LOOP:
+        return (
+            "Look at what the training awaits (a queue of batches that another task fills, a reply): let several "
+            "tasks, threads or processes make it, ahead of the step that needs it."
+        )
+
     if facts.collects and part in ("other", "user"):
         cheaper = "Make rollouts cheaper" if line is None else f"Make {line.place} cheaper"
         return (

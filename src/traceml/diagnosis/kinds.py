@@ -136,6 +136,7 @@ _HANGS = {
     "circle": "{ranks} wait for each other",
     "network": "All ranks hang in {operation}",
     "ended": "{ranks} ended, and the others wait",
+    "data_ended": "The data of {of_ranks} ended, and the others wait",
     "unanswered": "The job hangs: {ranks} did not answer",
 }
 _ALL_DIFFER = {
@@ -157,7 +158,12 @@ def _hang(finding: _FindingFacts) -> str:
     if cause in _HANGS and (finding.ranks or cause == "network"):
         are = f"{ranks} {'is' if len(finding.ranks) == 1 else 'are'}"
         template = _HANGS[cause] if waiting else _ALL_DIFFER.get(cause, _HANGS[cause])
-        text = template.format(ranks=ranks, ranks_are=are, operation=evidence.get("operation") or "a collective")
+        text = template.format(
+            ranks=ranks,
+            of_ranks=ranks_text(finding.ranks),
+            ranks_are=are,
+            operation=evidence.get("operation") or "a collective",
+        )
         return text if cause == "ended" else text + (at if cause == "network" else "")
 
     many = len(finding.ranks) != 1
@@ -180,7 +186,7 @@ def _user_code(finding: _FindingFacts) -> str:
         return f"{percent_text(share)} of step time is spent in {where}, mostly in {line}"
 
     if line and line_share and line_share >= _MOST * share:
-        share, where = line_share, line
+        share, where = min(line_share, share), line  # of the phase, rare long steps are not in the cost
 
     return f"{percent_text(share)} of step time is spent in {where}"
 

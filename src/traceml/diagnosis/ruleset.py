@@ -65,7 +65,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         *device_faults(facts),
         *_training(facts),
     ]
-    around = [*outside_steps(facts.time, facts.lines), *stopped_ranks(window, facts), *_memory(facts)]
+    around = [*outside_steps(facts), *stopped_ranks(window, facts), *_memory(facts)]
     main = [*lost, *(finding for finding in around if finding.severity is not Severity.INFO)]
     remarks = [finding for finding in around if finding.severity is Severity.INFO]
     in_steps = 1.0 if facts.time is None else facts.time.in_steps

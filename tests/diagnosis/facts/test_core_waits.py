@@ -80,3 +80,23 @@ def test_a_rank_without_others_has_no_median():
 def test_ranks_that_wait_more_than_others_lack_a_core(shares, lacking):
     """A share of 15 %, twice the others', is what lacks."""
     assert ranks_without_core(shares) == lacking
+
+
+def test_waiting_before_the_first_step_is_that_of_the_start_up():
+    """The kernel counts from the start of the process; a restarted rank does not count."""
+    waits = CoreWaits()
+    waits.add(0, rows((0, 0, 200, -1), (1000, 500, 3000, -1), (2000, 1000, 3900, 0)))
+    waits.add(0, rows((9000, 100, 7000, -1)))
+    waits.add(1, rows((0, 0, 1000, -1)))
+
+    assert waits.of_start_up_s() == pytest.approx(2.0)
+
+
+def test_waiting_that_the_kernel_does_not_count_is_none():
+    """It says -1 then."""
+    waits = CoreWaits()
+    unknown = rows((0, 0, 0, -1))
+    unknown["main_wait_ns"] = -1
+    waits.add(0, unknown)
+
+    assert waits.of_start_up_s() == 0.0

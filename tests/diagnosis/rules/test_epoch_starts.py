@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,37 @@ def test_a_loader_without_restarts_is_not_blamed(loader):
 def test_a_batch_that_takes_long_is_no_restart():
     """The first batch is fetched while nothing else runs: two workers may need two steps for it."""
     assert not restarts(findings(25))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_loader_that_each_epoch_makes_is_to_be_made_once(keeps):
+    """Workers that stay end with their loader: to keep them changes nothing there."""
+    renewed = replace(LOADER, persistent_workers=keeps, made=8)
+    (found,) = restarts(findings(200, loader=renewed, create_ms=150))
+
+    assert found.next.startswith("Make the DataLoader once, before the loop over epochs")
+    assert "Set persistent_workers" not in found.next
+
+
+def test_a_loader_for_some_epochs_is_not_made_for_each():
+    """Three folds with a loader each, of four epochs."""
+    (found,) = restarts(findings(200, loader=replace(LOADER, made=3), create_ms=150))
+
+    assert "Make the DataLoader once" not in found.next
+
+
+def test_loaders_that_were_made_are_counted_by_their_data():
+    """The evaluation's loader, of other length, is none of them."""
+    facts = JobFactsBuilder(1)
+    for length in (100, 20):
+        facts.info(0, {"kind": "loader", "dataset": "Rows", "length": length, "num_workers": 2})
+
+    facts.info(0, {"kind": "loaders_made", "dataset": "Rows", "length": 100, "num_workers": 2, "made": 4})
+    facts.info(0, {"kind": "loaders_made", "dataset": "Rows", "length": 20, "num_workers": 2, "made": 7})
+    loader = facts.build().loader
+
+    assert loader is not None
+    assert (loader.length, loader.made) == (100, 4)
 
 
 def test_an_iterator_in_each_step_gets_its_own_advice():

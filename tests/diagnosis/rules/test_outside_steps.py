@@ -17,9 +17,10 @@ from traceml.diagnosis.ruleset import diagnose
 ALONE = Job(ranks=1, steps=220, grouped=False)
 
 
-def findings(wall_s: float, *faults, lines=(), evaluations=0, **parts: float):
+def findings(wall_s: float, *faults, lines=(), evaluations=0, waited_s=0.0, ranks=1, **parts: float):
     time = RunTime.of(wall_s, parts, evaluations)
-    return diagnose(window_of(ALONE, *faults), JobFacts(time=time, lines=lines))
+    facts = JobFacts(time=time, lines=lines, startup_wait_s=waited_s, world_size=ranks)
+    return diagnose(window_of(ALONE, *faults), facts)
 
 
 def test_a_run_of_steps_says_nothing_about_its_time():
@@ -62,6 +63,15 @@ def test_a_training_that_has_not_begun_did_not_begin(steps, words):
     assert f"Training {words} the start" in found.summary
 
 
+@pytest.mark.parametrize(("state", "reported"), [("running", True), ("failed", True), ("finished", False)])
+def test_a_script_that_ended_well_without_a_step_had_no_long_start_up(state, reported):
+    """It trains without gradients, as by evolution strategies, or in another way that is not recognized."""
+    facts = JobFacts(time=RunTime.of(80.0, {"startup": 80.0}), state=state)
+    kinds = [each.kind for each in diagnose(window_of(replace(ALONE, steps=0)), facts)]
+
+    assert (Kind.STARTUP in kinds) is reported
+
+
 def test_a_start_up_names_its_line():
     """Half of the samples before the first step."""
     lines = (
@@ -89,6 +99,43 @@ def test_a_start_up_of_imports_is_reported_as_such():
     assert found.summary.endswith("60 % of it in imports.")
     assert found.evidence["import_share"] == pytest.approx(0.6)
     assert "cache" not in found.next.lower()
+
+
+IMPORTS = (SampledLine(0, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 60),)
+
+
+def test_imports_without_a_core_are_not_to_blame():
+    """On a busy host they take long whatever is imported."""
+    found = findings(20.0, startup=9.0, steps=11.0, lines=IMPORTS, waited_s=6.0)[-1]
+
+    assert found.kind is Kind.STARTUP
+    assert "It waited for a CPU core for 67 % of that." in found.summary
+    assert found.evidence["core_wait_share"] == pytest.approx(2 / 3)
+    assert "importtime" not in found.next
+    assert found.next.endswith("With free cores the start-up takes about 3.0 s.")
+    assert "ranks" not in found.next
+
+
+def test_ranks_that_start_together_take_the_cores_of_each_other():
+    """Fewer of them is then an advice too."""
+    assert "fewer ranks" in findings(20.0, startup=9.0, steps=11.0, waited_s=6.0, ranks=4)[-1].next
+
+
+def test_imports_that_had_their_core_are_told_to_be_fewer():
+    """A little waiting is usual; a slow disk is no waiting for a core."""
+    found = findings(20.0, startup=9.0, steps=11.0, lines=IMPORTS, waited_s=1.0)[-1]
+
+    assert "CPU core" not in found.summary
+    assert "importtime" in found.next
+
+
+def test_own_code_that_lacked_a_core_is_still_named():
+    """A cached result needs no core at all."""
+    lines = (SampledLine(0, "startup", "/x/train.py", 12, "tokenize", None, 80),)
+    found = findings(20.0, startup=9.0, steps=11.0, lines=lines, waited_s=6.0)[-1]
+
+    assert "It waited for a CPU core" in found.summary
+    assert "train.py:12 tokenize: cache its result" in found.next
 
 
 def compiled(compile_s: float, startup_s: float, wall_s: float = 100.0, **parts: float):

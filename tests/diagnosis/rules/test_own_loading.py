@@ -8,6 +8,7 @@ import pytest
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
@@ -93,3 +94,38 @@ def test_waiting_for_workers_blames_no_sampler(lines: tuple[SampledLine, ...], w
 
     assert "sampler" not in finding.next
     assert ("function" in finding.evidence) == (not workers)
+
+
+RECEIVES = "/lib/python3.11/selectors.py:402 _PollLikeSelector.select"
+LABELED = LoaderFacts(dataset="Labeled", length=640, num_workers=0, batch_size=16)
+UNLABELED = LoaderFacts(dataset="Unlabeled", length=3200, num_workers=1, batch_size=64)
+
+
+def two_loaders(library: str, evaluation: float = 0.0) -> Finding:
+    """Return what is said of steps that take a batch of each of two loaders."""
+    facts = JobFacts(
+        loader=LABELED,
+        loaders={0: (LABELED, UNLABELED)},
+        lines=seen("main", library, busy=0.1),
+        time=RunTime.of(10.0, {"steps": 9.0 - evaluation, "evaluation": evaluation}),
+    )
+    found = diagnose(window_of(ALONE, adds("input_wait", 30)), facts)
+    return next(each for each in found if each.kind is Kind.INPUT_BOUND)
+
+
+def test_the_loader_that_is_waited_for_is_told() -> None:
+    """The first loader of a step is read without workers, and the training waits for those of the second."""
+    finding = two_loaders(RECEIVES)
+
+    assert "num_workers=0" not in finding.next
+    assert "Labeled is read by the training process" not in finding.next
+    assert finding.evidence["num_workers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("library", "evaluation"),
+    [("/lib/torch/utils/data/_utils/fetch.py:54 _MapDatasetFetcher.fetch", 0.0), (RECEIVES, 1.0)],
+)
+def test_a_loader_without_workers_that_is_waited_for_stays(library: str, evaluation: float) -> None:
+    """The samples are in the fetch, or the workers may be those of an evaluation."""
+    assert two_loaders(library, evaluation).evidence["num_workers"] == 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
 from tests.diagnosis.rules.test_contention import samples
+from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
@@ -17,6 +20,7 @@ from traceml.diagnosis.steps.segments import segments_of
 
 ALONE = Job(ranks=1, grouped=False)
 FOLDER = LoaderFacts(dataset="Folder", num_workers=0, batch_size=8)
+EPOCHS_OF_THREE = np.zeros(3, EPOCHS.dtype)
 
 
 def pipeline(fetch: float, rest: float, cpu: float = 1.0, cores: int | None = 2, workers: int = 0) -> Pipeline:
@@ -70,14 +74,23 @@ def test_a_single_core_gains_nothing_by_workers():
         ),
         (None, LoaderFacts(num_workers=2, persistent_workers=False), "persistent_workers=True", "num_workers"),
         (None, LoaderFacts(num_workers=2, persistent_workers=True), "samples of the steps that wait", "persistent"),
+        (None, LoaderFacts(num_workers=2, persistent_workers=True, made=3), "Make the DataLoader once", "Set pers"),
+        (pipeline(298, 95), replace(FOLDER, made=3), "num_workers=2 and persistent_workers=True in one DataL", "wait"),
     ],
 )
 def test_advice_fits_the_loading(loading, loader, says, never):
     """Each advice where it is true, and not where another is."""
-    text = for_input(JobFacts(loader=loader), loading).text
+    text = for_input(JobFacts(loader=loader, epochs=EPOCHS_OF_THREE), loading).text
 
     assert says in text
     assert never not in text
+
+
+def test_workers_that_start_once_are_not_blamed_for_pauses():
+    """A run of one epoch starts them once, whether they stay or not."""
+    once = JobFacts(loader=LoaderFacts(num_workers=2, persistent_workers=False), epochs=EPOCHS_OF_THREE[:1])
+
+    assert "persistent" not in for_input(once, None).text
 
 
 @pytest.mark.parametrize(("waited", "says"), [(0.83, "in memory"), (0.0, "num_workers=1"), (0.3, "num_workers=1")])

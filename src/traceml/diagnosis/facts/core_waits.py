@@ -42,11 +42,14 @@ class CoreWaits:
         self._first: dict[int, tuple[int, ...]] = {}
         self._last: dict[int, tuple[int, ...]] = {}
         self._training: dict[int, tuple[int, int, int]] = {}
+        self._before: dict[int, int] = {}  # waited before the first step
+        self._begun: set[int] = set()  # ranks that had a step
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
         last, (wall, run, wait) = self._last.get(rank), self._training.get(rank, (0, 0, 0))
         for row in zip(*(rows[name].tolist() for name in _READ), strict=True):
+            self._note_start_up(rank, waited_ns=row[2], step=row[3])
             if last is None:
                 self._first[rank] = row
             elif last[3] >= 0 and row[3] >= 0:
@@ -56,6 +59,17 @@ class CoreWaits:
 
         if last is not None:
             self._last[rank], self._training[rank] = last, (wall, run, wait)
+
+    def _note_start_up(self, rank: int, waited_ns: int, step: int) -> None:
+        if step >= 0:
+            self._begun.add(rank)
+        elif rank not in self._begun:  # a restarted rank counts from 0 again
+            self._before[rank] = waited_ns
+
+    def of_start_up_s(self) -> float:
+        """Return the seconds that main threads waited for a core before the first step: the median over ranks."""
+        waited = [ns for ns in self._before.values() if ns >= 0]
+        return float(np.median(waited)) / 1e9 if waited else 0.0
 
     def of_ready_time(self) -> dict[int, float]:
         """Return the share of the time in which a main thread could have run that it waited for a core.

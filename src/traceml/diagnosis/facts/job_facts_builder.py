@@ -88,6 +88,7 @@ class JobFactsBuilder:
         self.loaders: dict[int, Sequence[LoaderFacts]] = {}
         self._loaders: list[LoaderFacts] = []
         self._training_loader: tuple[int, int] | None = None
+        self._loaders_made: dict[tuple[Any, ...], int] = {}
         self._model: ModelFacts | None = None
         self._facts: dict[str, Any] = {}
 
@@ -110,6 +111,10 @@ class JobFactsBuilder:
         self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
         del self._loaders[_MAX_LOADERS:]
         self.loaders[rank] = [*self.loaders.get(rank, ()), _loader(row)][-_MAX_LOADERS:]
+
+    def _take_loaders_made(self, _rank: int, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("made"), int):
+            self._loaders_made[_likeness(_loader(row))] = row["made"]
 
     def _take_training_loader(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("number"), int):
@@ -195,6 +200,7 @@ class JobFactsBuilder:
 
     _BY_KIND: ClassVar[Mapping[str, Callable[[JobFactsBuilder, int, Mapping[str, Any]], None]]] = {
         "loader": _take_loader,
+        "loaders_made": _take_loaders_made,
         "training_loader": _take_training_loader,
         "exit": _take_exit,
         "resumed": _take_resumed,
@@ -292,6 +298,7 @@ class JobFactsBuilder:
             threads=known.get("torch_threads"),
             main_wait=self._waits.of_ready_time(),
             core_wait=self._waits.of_wall_time(),
+            startup_wait_s=self._waits.of_start_up_s(),
             core_takers=self.core_takers.most(),
             samples=self.samples,
             model=self._model,
@@ -328,7 +335,15 @@ class JobFactsBuilder:
             state=self.state,
         )
         trained = facts.loader_of(*self._training_loader) if self._training_loader is not None else None
-        return facts if trained is None else replace(facts, loader=trained)
+        return replace(facts, loader=self._counted(facts.loader if trained is None else trained))
+
+    def _counted(self, loader: LoaderFacts | None) -> LoaderFacts | None:
+        made = self._loaders_made.get(_likeness(loader)) if loader is not None else None
+        return loader if loader is None or made is None else replace(loader, made=made)
+
+
+def _likeness(loader: LoaderFacts) -> tuple[Any, ...]:
+    return loader.dataset, loader.length, loader.num_workers
 
 
 def _loader(row: Mapping[str, Any]) -> LoaderFacts:

@@ -36,6 +36,7 @@ __all__ = [
     "ordering_share",
     "outside_line",
     "parsed_place",
+    "worker_wait_share",
 ]
 
 MIN_SAMPLES = 35
@@ -58,6 +59,7 @@ _USER = Phase.USER.label
 _MODULE = "<module>"
 _CLEARS = re.compile(r"\bzero_grad$")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
+_RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
 _FEWEST_CLEARING = 5  # it only lowers a cost
 _KEYS = ("phase", "line_id", "library_id")
 _SUMS = ("samples", "watched_ns", "cpu_ns")
@@ -299,6 +301,14 @@ def ordering_share(lines: Sequence[SampledLine]) -> float:
     total = sum(each.samples for each in seen)
     ordering = sum(each.samples for each in seen if each.library and _ORDERS.search(each.library))
     return ordering / total if total >= FEWEST_SAMPLES else 0.0
+
+
+def worker_wait_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
+    seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
+    total = sum(each.samples for each in seen)
+    receiving = sum(each.samples for each in seen if each.library and _RECEIVES.search(each.library))
+    return receiving / total if total >= FEWEST_SAMPLES else 0.0
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:

@@ -15,7 +15,13 @@ from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line, clear
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
-from traceml.diagnosis.rules.loading_advice import Advised, for_input, of_new_iterators, of_sampler
+from traceml.diagnosis.rules.loading_advice import (
+    Advised,
+    for_input,
+    of_new_iterators,
+    of_sampler,
+    with_waited_loader,
+)
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
@@ -124,6 +130,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     if cost is None or not cost.exceeds():
         return []
 
+    facts = with_waited_loader(facts)
     rare = _mostly_rare(segments.parts["input_wait"])
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
     pipeline = pipeline_of(segments, facts, float(cost.removed.mean()))
@@ -172,11 +179,14 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
             line = cost.line(facts)
-            library = cost.library(facts) if line is None else None
+            library = cost.library(facts)
             where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
+            where += ", where the event loop waits, as no task can run" if line and library == advice.EVENT_LOOP else ""
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             evidence = cost.line_evidence(line)
-            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line, facts), **evidence))
+            found.append(
+                cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line, facts, library), **evidence)
+            )
 
     return found
 

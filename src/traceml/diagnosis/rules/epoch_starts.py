@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.replay import saved_ns, speedup
@@ -14,11 +15,14 @@ from traceml.diagnosis.steps.step_split import Floats
 from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, gain_text, ns_text, percent_text
 
-__all__ = ["begins_each_step", "workers_restarted"]
+__all__ = ["LOADER_ONCE", "begins_each_step", "makes_loader_per_epoch", "workers_restarted"]
 
 EACH_STEP_SHARE = 0.5
 """A script makes an iterator in each step if so many of its steps wait for the first batch of one."""
+LOADER_ONCE = "Make the DataLoader once, before the loop over epochs, with persistent_workers=True"
+"""Advice against loaders that are made anew in each epoch."""
 _FEWEST_STARTS = 10
+_ANEW_SHARE = 0.5  # the number of loaders is known to a factor of two
 _PART = "input_wait"
 
 
@@ -35,6 +39,12 @@ def begins_each_step(epochs: NDArray[np.void]) -> bool:
     return len(epochs) >= EACH_STEP_SHARE * steps and bool((epochs["drain_ns"] > 0).mean() < EACH_STEP_SHARE)
 
 
+def makes_loader_per_epoch(facts: JobFacts) -> bool:
+    """Return whether the script makes its data loader anew in each epoch, which starts workers that are kept, too."""
+    made = facts.loader.made if facts.loader is not None else 1
+    return made > 1 and made >= _ANEW_SHARE * len(facts.epochs)
+
+
 def workers_restarted(
     window: Window, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
@@ -47,7 +57,10 @@ def workers_restarted(
         step_ns: mean step, to which the cost is compared.
     """
     workers = facts.loader.num_workers if facts.loader else None
-    if not workers or facts.loader is None or facts.loader.persistent_workers or _PART not in segments.parts:
+    if not workers or facts.loader is None or _PART not in segments.parts:
+        return [], {}
+
+    if facts.loader.persistent_workers and not makes_loader_per_epoch(facts):
         return [], {}
 
     columns, restart_ns = _restarts(window, facts, workers * float(np.median(segments.step)))
@@ -60,8 +73,7 @@ def workers_restarted(
     if saved < least_cost_ns(step_ns):
         return [], {}
 
-    each_step = begins_each_step(facts.epochs)
-    return [_finding(segments, restart_ns, saved, step_ns, workers, each_step)], {_PART: kept}
+    return [_finding(segments, restart_ns, saved, step_ns, facts)], {_PART: kept}
 
 
 def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -78,9 +90,11 @@ def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray
 
 
 def _finding(
-    segments: Segments, restart_ns: NDArray[np.float64], saved: float, step_ns: float, workers: int, each_step: bool
+    segments: Segments, restart_ns: NDArray[np.float64], saved: float, step_ns: float, facts: JobFacts
 ) -> Finding:
     count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
+    workers = facts.loader.num_workers if facts.loader is not None else None
+    each_step = begins_each_step(facts.epochs)
     times = "for each step" if each_step else f"{count_text(count)} times, at the start of an epoch"
     return Finding(
         kind=Kind.INPUT_BOUND,
@@ -91,11 +105,7 @@ def _finding(
             f"{percent_text(share)} of step time; with persistent workers, steps would be "
             f"{gain_text(speedup(segments, saved))}."
         ),
-        next=(
-            "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
-            if each_step
-            else "Set persistent_workers=True in the DataLoader, and use the same DataLoader in all epochs."
-        ),
+        next=_advice(facts, each_step=each_step),
         evidence={
             "epochs": count,
             "restart_ms": each_ns / 1e6,
@@ -106,3 +116,15 @@ def _finding(
         cost_share=share,
         speedup_if_fixed=speedup(segments, saved),
     )
+
+
+def _advice(facts: JobFacts, *, each_step: bool) -> str:
+    if each_step:
+        return "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
+
+    if makes_loader_per_epoch(facts):
+        return f"{LOADER_ONCE}: the script makes a new one for each epoch, and a new one starts its workers."
+
+    loader = facts.loader or LoaderFacts()
+    setting = f"{loader.option('persistent_workers')}=True"
+    return f"Set {setting} in the {loader.place}, and use the same DataLoader in all epochs."

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, main_library, ordering_share
+from traceml.diagnosis.facts.sampled_lines import (
+    NAMED_SHARE,
+    BlamedLine,
+    main_library,
+    ordering_share,
+    worker_wait_share,
+)
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
-from traceml.diagnosis.rules.epoch_starts import begins_each_step
+from traceml.diagnosis.rules.epoch_starts import LOADER_ONCE, begins_each_step, makes_loader_per_epoch
 from traceml.diagnosis.steps.loading import Pipeline, fetch_cpu
 from traceml.formatting import cores_text, count_text, gain_text, percent_text, plural
 
-__all__ = ["Advised", "for_input", "of_new_iterators", "of_sampler"]
+__all__ = ["Advised", "for_input", "of_new_iterators", "of_sampler", "with_waited_loader"]
 
 CHEAP_SAMPLE_NS = 50e3
 """A sample that is fetched in less time was in memory: workers would only add copies."""
@@ -46,7 +53,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
     """
     loader = facts.loader or LoaderFacts()
     if pipeline is None:
-        return _against_pauses(loader)
+        return _against_pauses(facts, loader)
 
     if loader.num_workers is None:
         return _prefetch(pipeline)
@@ -58,7 +65,24 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
         return _whole_batches(loader, pipeline)
 
     cores = _on(pipeline, facts)
-    return _more_workers(loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores)
+    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores)
+
+
+def with_waited_loader(facts: JobFacts) -> JobFacts:
+    """Return facts whose loader is the one that the training waits for, of several that it reads.
+
+    The training loader is the first one of a step, as that with labels beside that without. If it has no workers, and
+    the waiting is for some, it is for another loader's; with an evaluation, that may be the evaluation's.
+    """
+    evaluates = facts.time is not None and facts.time.share("evaluation") > 0
+    if facts.loader is None or facts.loader.num_workers or evaluates:
+        return facts
+
+    others = [loader for loaders in facts.loaders.values() for loader in loaders if loader.num_workers]
+    if not others or worker_wait_share(facts.lines) < NAMED_SHARE:
+        return facts
+
+    return replace(facts, loader=others[0])
 
 
 def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -> bool:
@@ -74,11 +98,13 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 
-def _against_pauses(loader: LoaderFacts) -> Advised:
-    if loader.num_workers and not loader.persistent_workers:
+def _against_pauses(facts: JobFacts, loader: LoaderFacts) -> Advised:
+    renewed = makes_loader_per_epoch(facts)
+    if loader.num_workers and len(facts.epochs) > 1 and (renewed or not loader.persistent_workers):
+        what = LOADER_ONCE if renewed else f"Set {loader.option('persistent_workers')}=True in the {loader.place}"
         return Advised(
-            "Set persistent_workers=True in the DataLoader: otherwise each epoch restarts its workers, and they fetch "
-            "the first batches while the training waits."
+            f"{what}: otherwise each epoch restarts its workers, and they fetch the first batches while the training "
+            "waits."
         )
 
     return Advised("Look at the samples of the steps that wait: larger files, or a slow disk or network at times.")
@@ -115,7 +141,7 @@ def _whole_batches(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
     )
 
 
-def _more_workers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised | None:
+def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised | None:
     workers = pipeline.best_workers()
     gain = pipeline.gain(workers)
     if workers <= pipeline.workers or gain < WORTHWHILE:
@@ -125,9 +151,10 @@ def _more_workers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advise
         f"{pipeline.workers} worker{'s' if pipeline.workers > 1 else ''} do{'' if pipeline.workers > 1 else 'es'} not "
         "keep up"
         if pipeline.workers
-        else f"{_data(loader)} is read by the training process itself (num_workers=0)"
+        else f"{_data(loader)} is read by the training process itself ({loader.option('num_workers')}=0)"
     )
-    text = f"{before}: set num_workers={workers}{_persistent(loader)}; {gain_text(gain, 'about')}{cores}."
+    setting = f"{loader.option('num_workers')}={workers}{_persistent(facts, loader)}"
+    text = f"{before}: set {setting}; {gain_text(gain, 'about')}{cores}."
     return Advised(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
 
 
@@ -171,8 +198,15 @@ def _on(pipeline: Pipeline, facts: JobFacts) -> str:
     return f" on {pipeline.cores} core{'s' if pipeline.cores > 1 else ''}{own}"
 
 
-def _persistent(loader: LoaderFacts) -> str:
-    return "" if loader.persistent_workers else " and persistent_workers=True"
+def _persistent(facts: JobFacts, loader: LoaderFacts) -> str:
+    if makes_loader_per_epoch(facts):
+        return " and persistent_workers=True in one DataLoader for all epochs"
+
+    return (
+        ""
+        if loader.persistent_workers or loader.trainer == "fastai"
+        else f" and {loader.option('persistent_workers')}=True"
+    )
 
 
 def _data(loader: LoaderFacts) -> str:

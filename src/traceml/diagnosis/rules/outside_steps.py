@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
-from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, SampledLine, import_share, outside_line
+from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, import_share, outside_line
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
@@ -18,24 +19,24 @@ STARTUP_S = 5.0
 """A shorter start-up is not reported."""
 LONG_STARTUP_S = 60.0
 """From here on a long start-up is a warning."""
+_REPORTED_WAIT = 0.25
+"""Share of the start-up from which on waiting for a core is reported."""
 _REPORTED_COMPILING = 0.1
 """Share of the start-up from which on compiling is reported."""
 
 
-def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Finding]:
-    """Return the findings about a long start-up and much evaluation.
-
-    Args:
-        time: wall time of the run; None where it is not known.
-        lines: lines in which the training threads were seen.
-    """
+def outside_steps(facts: JobFacts) -> list[Finding]:
+    """Return the findings about a long start-up and much evaluation; none where the run's time is not known."""
+    time, lines = facts.time, facts.lines
     if time is None:
         return []
 
     found = []
     startup_s = time.seconds.get("startup", 0.0)
-    if time.share("startup") >= HEAVY_SHARE and startup_s >= STARTUP_S:
-        found.append(_startup(time, startup_s, outside_line(lines, "startup"), import_share(lines, "startup")))
+    # A script that ended well without a step trains in a way that is not recognized, if at all.
+    has_begun = time.share("steps", "evaluation") > 0 or facts.state != "finished"
+    if has_begun and time.share("startup") >= HEAVY_SHARE and startup_s >= STARTUP_S:
+        found.append(_startup(time, startup_s, facts))
 
     if time.share("evaluation") >= HEAVY_SHARE:
         line = outside_line(lines, "outside")
@@ -44,20 +45,31 @@ def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Fi
     return found
 
 
-def _startup(time: RunTime, startup_s: float, line: BlamedLine | None, imports: float) -> Finding:
+def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
+    line, imports = outside_line(facts.lines, "startup"), import_share(facts.lines, "startup")
     compiled = min(time.compile_s / startup_s, 1.0) if time.share("restart") == 0 else 0.0
     if compiled >= _REPORTED_COMPILING:
         return _compiled_startup(time, startup_s, compiled)
 
     mostly_imports = imports >= NAMED_SHARE
     where = f", {percent_text(imports)} of it in imports" if mostly_imports else line.of_it if line else ""
+    waited = min(facts.startup_wait_s / startup_s, 1.0)
+    lacks_cores = waited >= _REPORTED_WAIT
+    crowded = f" It waited for a CPU core for {percent_text(waited)} of that." if lacks_cores else ""
+    own_code = line is not None and not mostly_imports
+    if lacks_cores and not own_code:
+        advice = _for_cores(startup_s - facts.startup_wait_s, facts.world_size)
+    else:
+        advice = _FOR_IMPORTS if mostly_imports else _for_startup(line)
+
     return _startup_finding(
         time,
         startup_s,
-        _began_text(time, startup_s) + where + ".",
-        _FOR_IMPORTS if mostly_imports else _for_startup(line),
+        _began_text(time, startup_s) + where + "." + crowded,
+        advice,
         {
             **({"import_share": imports} if mostly_imports else {}),
+            **({"core_wait_share": waited} if lacks_cores else {}),
             **({} if line is None else line.evidence(1.0)),
         },
     )
@@ -95,6 +107,14 @@ def _startup_finding(
         next=advice,
         evidence={"startup_s": startup_s, "wall_s": time.wall_s, "share": time.share("startup"), **evidence},
         cost_share=time.share("startup"),
+    )
+
+
+def _for_cores(left_s: float, ranks: int) -> str:
+    fewer = "start fewer ranks per host, " if ranks > 1 else ""
+    return (
+        f"The cores were taken meanwhile: {fewer}end or move other programs on this host (`top` names them), or give "
+        f"the run cores of its own. With free cores the start-up takes about {duration_text(max(left_s, 0.0))}."
     )
 
 

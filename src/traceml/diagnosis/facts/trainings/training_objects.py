@@ -15,7 +15,10 @@ class LoaderFacts:
 
     Attributes:
         number: of the loader in its process, in the order of their first use; None where it is not known.
+        made: loaders with the same data set, length and workers that the script has made, at least half of them.
         objects: its data set's containers of many Python objects: path, type, count, and type `of` one object.
+        trainer: framework that makes the loader from its own arguments: transformers, or fastai, which starts new
+            workers in each epoch; None for a script's own.
     """
 
     dataset: str | None = None
@@ -27,7 +30,18 @@ class LoaderFacts:
     persistent_workers: bool | None = None
     start_method: str | None = None
     number: int | None = None
+    made: int = 1
     objects: Sequence[Mapping[str, Any]] = ()
+    trainer: str | None = None
+
+    def option(self, name: str) -> str:
+        """Return the name under which the script sets an argument of DataLoader: that of its trainer, if it has one."""
+        return f"dataloader_{name}" if self.trainer == "transformers" else name
+
+    @property
+    def place(self) -> str:
+        """Class to which the script gives these arguments: `DataLoader` or `TrainingArguments`."""
+        return "TrainingArguments" if self.trainer == "transformers" else "DataLoader"
 
 
 @dataclass(frozen=True, kw_only=True)
