@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
+from traceml.clock import monotonic_ns
 
 X = torch.randn(2, 4)
 CALLS = 3
@@ -154,6 +155,25 @@ class Watching(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.append((self.training, self.clock.is_evaluating))
         return super().forward(x)
+
+
+def test_evaluation_of_averaged_weights(traced: Traced) -> None:
+    """The copy inside is called as often as the wrapper itself, as timm does: its batches are no part of the steps."""
+    model = net()
+    optimizer = sgd(model)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    validation = data(CALLS)
+    for _ in range(2):
+        for (x,) in data(4):
+            train(model, optimizer, x)
+            averaged.update_parameters(model)
+
+        with torch.inference_mode():
+            for (x,) in validation:
+                averaged.module.eval()(x)
+
+    assert len(traced.finish()) == 8
+    assert [row["batches"] for row in traced.table("evals")] == [CALLS, CALLS]
 
 
 @pytest.mark.parametrize("with_loader", [False, True])
@@ -349,3 +369,54 @@ def test_pseudo_labels_on_each_batch(traced: Traced) -> None:
 
     assert len(traced.finish()) == 20
     assert len(traced.table("evals")) <= 3
+
+
+def on_batches(model: nn.Module, batches: int) -> None:
+    model.eval()
+    with torch.no_grad():
+        for index, (x,) in enumerate(data(5)):
+            model(x)
+            if index + 1 == batches:
+                break
+
+    model.train()
+
+
+@pytest.mark.parametrize(
+    "evaluates", [evaluate, lambda model: on_batches(model, 4), lambda model: on_batches(model, 9)]
+)
+def test_what_a_script_does_at_its_end_is_no_evaluation(
+    traced: Traced, evaluates: Callable[[nn.Module], None], tmp_path: object
+) -> None:
+    """Plots, exports, workers that end: no later batch tells when the last evaluation ended."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(5):
+        train(model, optimizer, x)
+
+    began = monotonic_ns()
+    evaluates(model)
+    ended = monotonic_ns()
+    torch.save(model.state_dict(), f"{tmp_path}/model.pt")
+    saved = monotonic_ns()
+    time.sleep(20 * (ended - began) / 1e9)
+
+    assert len(traced.finish()) == 5
+    (row,) = traced.table("evals")
+    assert 0 < row["ns"] < 3 * (ended - began)
+    assert row["t_end_ns"] < saved + 3 * (ended - began)
+
+
+def test_usual_work_after_an_evaluation_is_part_of_it(traced: Traced) -> None:
+    """Metrics of all batches, as after the evaluation before it."""
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(2):
+        for (x,) in data(5):
+            train(model, optimizer, x)
+
+        on_batches(model, 9)
+        time.sleep(0.02)
+
+    traced.finish()
+    assert [row["ns"] >= 20_000_000 for row in traced.table("evals")] == [True, True]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
-from traceml.instrument.facts.descriptions import model_facts
+from traceml.instrument.facts.descriptions import loader_facts, model_facts
 
 
 def test_the_threads_of_torch_reach_the_rules():
@@ -64,3 +70,128 @@ def test_models_and_optimizers_have_their_step(traced: Traced) -> None:
 
     assert len(builder.build().other_models) == 1
     assert 2 <= builder.build().other_models[0] <= 3
+
+
+def test_loaders_that_each_epoch_makes_are_counted(traced: Traced) -> None:
+    """One loader for all epochs is none of them; of many only some counts are reported."""
+    model = net()
+    optimizer = sgd(model)
+    kept = data(3)
+    for _ in range(20):
+        for (x,) in kept:
+            train(model, optimizer, x)
+
+    before = [row for row in traced.info if row["kind"] == "loaders_made"]
+    for _ in range(20):
+        for (x,) in data(2):
+            train(model, optimizer, x)
+
+    assert not before
+    made = [row["made"] for row in traced.info if row["kind"] == "loaders_made"]
+    assert made == [2, 3, 4, 5, 6, 7, 8, 16]
+
+
+TRAINER = """
+class Trainer:
+    def get_train_dataloader(self): ...
+    def train(self):
+        return step(self)
+
+def step(trainer):
+    return describe()
+"""
+
+
+class Describing(NamedTuple):
+    """A trainer of a framework in which a loader begins.
+
+    Attributes:
+        framework: module of the class that makes the loader.
+        expected: the framework whose arguments make it.
+    """
+
+    framework: str
+    expected: str | None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Describing("transformers.trainer", "transformers"),
+        Describing("sentence_transformers.sentence_transformer.trainer", "transformers"),
+        Describing("trl.trainer.sft_trainer", "transformers"),
+        Describing("__main__", None),
+    ],
+)
+def test_a_loader_that_a_trainer_makes_has_its_name(case: Describing) -> None:
+    """A subclass in the script that makes the loader itself takes the arguments of DataLoader."""
+    code: dict[str, Any] = {"__name__": "transformers.trainer", "describe": lambda: loader_facts(data(1))}
+    exec(TRAINER, code)
+    own = type("Own", (code["Trainer"],), {"get_train_dataloader": _method_of(case.framework)})
+
+    assert own().train()["trainer"] == case.expected
+    assert loader_facts(data(1))["trainer"] is None
+
+
+class InnerLoader:
+    """The loader that fastai gives to torch's iterator: its own data set, made for another one."""
+
+    _IterableDataset_len_called = generator = worker_init_fn = multiprocessing_context = None
+    _auto_collation = persistent_workers = pin_memory = drop_last = False
+    num_workers, timeout, prefetch_factor, pin_memory_device, in_order = 0, 0, 2, "", True
+    _dataset_kind = 1  # an iterable
+
+    def __init__(self, d: Any) -> None:
+        self.d, self.dataset = d, self
+        self.collate_fn = self._get_shared_seed = lambda batch=None: batch
+        self._index_sampler = range(10)
+
+    def __iter__(self) -> Any:
+        return iter(self.d.dataset)
+
+
+InnerLoader.__module__ = "fastai.data.load"
+
+
+def test_a_loader_of_fastai_is_described(traced: Traced) -> None:
+    """It never calls iter() of torch's loader; advice needs the workers that it has, and the user's data set."""
+    dataset = TensorDataset(torch.randn(6, 4))
+    own = SimpleNamespace(dataset=dataset, bs=2)
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in _SingleProcessDataLoaderIter(InnerLoader(own)):
+        train(model, optimizer, x)
+
+    (row,) = [row for row in traced.info if row["kind"] == "loader"]
+    assert (row["dataset"], row["length"], row["batch_size"]) == ("TensorDataset", 6, 2)
+    assert (row["num_workers"], row["trainer"]) == (0, "fastai")
+    assert len(traced.finish()) == 6
+
+
+class OwnIteration(DataLoader[Any]):
+    """A loader that makes torch's iterator itself, as torchdata's StatefulDataLoader does."""
+
+    def __iter__(self) -> Any:
+        return _SingleProcessDataLoaderIter(self)
+
+
+def test_a_loader_with_its_own_iter_is_described_once(traced: Traced) -> None:
+    """Advice needs the workers that it has; a loader of torch is described once too."""
+    model = net()
+    optimizer = sgd(model)
+    for kind in (OwnIteration, DataLoader):
+        loader = kind(TensorDataset(torch.randn(6, 4)), batch_size=2)
+        for _ in range(2):
+            for (x,) in loader:
+                train(model, optimizer, x)
+
+    described = [row["loader"] for row in traced.info if row["kind"] == "loader"]
+    assert described == ["OwnIteration", "DataLoader"]
+    assert len(traced.finish()) == 12
+
+
+def _method_of(module: str) -> Any:
+    def get_train_dataloader(_self: Any) -> None: ...
+
+    get_train_dataloader.__module__ = module
+    return get_train_dataloader

@@ -245,6 +245,35 @@ def grad_scaler() -> None:
         scaler.update()
 
 
+def adam_then_lbfgs() -> None:
+    """Both are alive, as in trainings of networks that are informed by physics."""
+    model, x = net(), torch.randn(2, WIDTH)
+    first, second = torch.optim.Adam(model.parameters()), torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure() -> torch.Tensor:
+        second.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(15):
+        train(model, first, x)
+
+    for _ in range(5):
+        second.step(closure)
+
+
+def second_optimizer_after_a_warm_up() -> None:
+    """The other one steps now and then, with the first."""
+    model, other = net(), net()
+    first, second = sgd(model), sgd(other)
+    x = torch.randn(2, WIDTH)
+    for index in range(20):
+        train(model, first, x)
+        if index >= 14 and index % 2:
+            train(other, second, x)
+
+
 def evaluation_between_epochs() -> None:
     model = net()
     optimizer = sgd(model)
@@ -409,6 +438,8 @@ PATTERNS: list[tuple[Callable[[], None], int, int]] = [
     (lbfgs_loader, 20, 0),
     (lbfgs_no_loader, 20, 0),
     (grad_scaler, 20, 0),
+    (adam_then_lbfgs, 20, 0),
+    (second_optimizer_after_a_warm_up, 20, 0),
     (evaluation_between_epochs, 20, 12),
     (evaluation_every_5_steps, 20, 12),
     (evaluation_of_new_loaders, 20, 12),

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import traceml
 from tests.integrations.left_behind import digest, state_of
 from traceml.integrations.huggingface import TraceMLCallback, TraceMLTrainer
 from traceml.recorder.current import is_enabled
 
 ROWS = 88
+SAVE_S = 0.03
 
 
 class Data(torch.utils.data.Dataset[Any]):
@@ -124,6 +126,25 @@ def changed(before: dict[str, Any]) -> list[str]:
     return [name for name, value in before.items() if after.get(name) != value]
 
 
+class SlowToSave(Trainer):
+    """Saves more than torch writes."""
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(SAVE_S)
+        super().save_model(*args, **kwargs)
+
+
+def by_init() -> dict[str, Any]:
+    """Resume a training without a callback of ours, in a script that traces itself."""
+    one = trainer(SlowToSave, max_steps=10)
+    one.train()
+    traceml.init(local=True, run_name="by-init")
+    one.args.max_steps = 30
+    one.train(resume_from_checkpoint=True)
+    traceml.shutdown()
+    return {"steps": one.state.global_step}
+
+
 def ranks() -> dict[str, Any]:
     """One rank of several."""
     for _ in range(2):  # the second begins on one rank while the other still shows the first's verdict
@@ -139,6 +160,6 @@ def ranks() -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {"alone": alone, "ranks": ranks}[sys.argv[1]]()
+    found = {"alone": alone, "by_init": by_init, "ranks": ranks}[sys.argv[1]]()
     if found:
         print(json.dumps(found), flush=True)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+import traceml
 from tests.integrations.left_behind import digest, state_of
 from traceml.integrations.lightning import TraceMLCallback, TraceMLLogger
 from traceml.recorder.current import is_enabled
 
 package: Any = import_module(sys.argv[2])
+LOSS_S = 0.005
 
 
 class Data(torch.utils.data.Dataset[Any]):
@@ -145,6 +147,23 @@ def alone() -> dict[str, Any]:
     return said
 
 
+class SlowLoss(Module):
+    """Works for a while outside of its layers."""
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        time.sleep(LOSS_S)
+        return super().training_step(batch, index)
+
+
+def by_init() -> dict[str, Any]:
+    """Resume a training without a callback or logger of ours, in a script that traces itself."""
+    fit(SlowLoss(), traced=False).save_checkpoint("resumed.ckpt")
+    traceml.init(local=True, run_name="by-init")
+    trainer = fit(SlowLoss(), traced=False, max_epochs=3, ckpt_path="resumed.ckpt")
+    traceml.shutdown()
+    return {"steps": trainer.global_step}
+
+
 def names() -> dict[str, Any]:
     """Whose callback it is."""
     import lightning.pytorch
@@ -175,6 +194,6 @@ def ranks() -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {"alone": alone, "waiting": waiting, "ranks": ranks}[sys.argv[1]]()
+    found = {"alone": alone, "by_init": by_init, "waiting": waiting, "ranks": ranks}[sys.argv[1]]()
     if found:
         print(json.dumps(found), flush=True)

@@ -57,9 +57,17 @@ def fail(config: dict[str, Any]) -> None:
 once = trace(train, connect_timeout=9.0)
 
 
+class Trainer(ray.train.torch.TorchTrainer):
+    """Trainer without datasets, that nobody kills: for each Ray starts a process that imports for seconds."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        needless = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+        return [each for each in super()._create_default_callbacks() if type(each).__name__ not in needless]
+
+
 def fit(function: Any, **config: int) -> str:
     """Train on two workers; return the name of the error."""
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = Trainer(
         function,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),

@@ -6,6 +6,8 @@ from collections import Counter
 
 from tests.integrations.conftest import Job
 
+SAVE_S = 0.03
+
 
 def test_trainings_of_one_process(job: Job) -> None:
     """Nothing is computed otherwise, steps and metrics are the Trainer's own, and nothing is left behind."""
@@ -50,8 +52,19 @@ def test_trainings_of_one_process(job: Job) -> None:
     # The last one waits for its data, and says so; its arguments alone ask for us.
     assert waiting.path.name.split("-", 2)[2].startswith("by-name-")
     assert waiting.verdict.kind == "INPUT_BOUND"
+    assert "set dataloader_num_workers=" in waiting.verdict.next
     assert "INPUT_BOUND" in ended.stderr
     assert str(waiting.path) in ended.stderr
+
+
+def test_a_resumed_training_without_a_callback(job: Job) -> None:
+    """A script that traces itself has the Trainer's own step numbers, and all of its saving."""
+    ended = job("huggingface_job.py", "by_init")
+
+    steps = ended.run.steps()
+    assert ended.said == {"steps": 30}
+    assert steps["step"].tolist() == list(range(10, 30))
+    assert steps["step"][steps["checkpoint_ns"] >= SAVE_S * 1e9].tolist() == [19, 29]
 
 
 def test_ranks_of_torchrun(job: Job) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from tests.integrations.conftest import Job
+
+LOSS_S = 0.005
 
 
 def test_trainings_of_one_process(job: Job) -> None:
@@ -55,6 +59,17 @@ def test_a_verdict_is_shown(job: Job) -> None:
     assert (ended.run.steps()["forward_ns"] > 0).all()
     # It is the callback of the package that was imported; of both, once both are, and so are its copies and subclasses.
     assert ended.said == {"bases": ["traceml", "pytorch_lightning"], "both": [True] * 4, "key": "TraceMLCallback"}
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_resumed_training_without_a_callback(job: Job, package: str) -> None:
+    """A script that traces itself has Lightning's own step numbers, and `training_step` is the forward."""
+    ended = job("lightning_job.py", "by_init", package)
+
+    steps = ended.run.steps()
+    assert ended.said == {"steps": 33}
+    assert steps["step"].tolist() == list(range(22, 33))
+    assert (steps["forward_ns"] >= LOSS_S * 1e9).all()
 
 
 def test_ranks_that_lightning_starts(job: Job) -> None:

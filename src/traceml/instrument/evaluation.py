@@ -17,7 +17,7 @@ from traceml.instrument.accumulator import CHECK_FORWARD, ON_FORWARD, StepAccumu
 
 __all__ = ["EvaluationStretch"]
 
-_CHECKPOINT = int(Phase.CHECKPOINT)
+_CHECKPOINT, _FORWARD = int(Phase.CHECKPOINT), int(Phase.FORWARD)
 # Where one of these is loaded, calls without gradients choose actions. That they do it in `eval()` is usual.
 _SIMULATORS = ("gymnasium", "gym", "pettingzoo", "envpool", "dm_env", "stable_baselines3", "torchrl", "tianshou")
 _PREPARATION = 10  # a longer time, in evaluation calls, is preparation of the training
@@ -139,6 +139,19 @@ class EvaluationStretch:
 
         self.forget()
         clock.plan_detail()
+
+    def last_end(self, t: int) -> int:
+        """Return when the run's last stretch ended: after the usual time of a call, if the script then does more.
+
+        Args:
+            t: the end of training, monotonic.
+        """
+        between_ns = (self._last_call - self.start) // max(self._calls - 1, 1)
+        call_ns = (self._clock.forward_ns - self._times[_FORWARD]) // self._calls
+        usual_ns = max(between_ns, call_ns)
+        saving_ns = self._clock.times[_CHECKPOINT] - self._times[_CHECKPOINT]
+        rest_ns = t - self._last_call - saving_ns
+        return t if rest_ns < _PREPARATION * usual_ns else self._last_call + usual_ns + saving_ns
 
     def _is_continuous(self, t: int) -> bool:
         """Whether the training begins right after the last call: else the script tried the model, and prepares."""

@@ -19,12 +19,14 @@ from traceml.instrument.checkpoints.save_folder import SaveFolder
 from traceml.instrument.checkpoints.save_log import SaveLog
 from traceml.instrument.clock_forms import new_clock
 from traceml.instrument.facts.fact_reports import FactReports
+from traceml.instrument.framework_trainers import TRAINERS, imported_trainers
 from traceml.instrument.groups.default_group import DefaultGroup
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
 from traceml.instrument.search.iterators import Feeding, feeding_of
 from traceml.instrument.user import StepBlock, UserPhases
+from traceml.instrument.values.step_pace import StepPace
 
 if TYPE_CHECKING:
     from traceml.instrument.checkpoints.patch_checkpoints import CheckpointPatches
@@ -64,6 +66,7 @@ class Instrumentation:
         self._device: Any = None
         self._batches: Any = None
         self._losses: Any = None
+        self._pace = StepPace()
         self._installed = True
         self.feeding: Feeding | None = None
         self.save_folder = SaveFolder(lambda folder: self._facts.report({"kind": "saves", "folder": folder}))
@@ -80,6 +83,7 @@ class Instrumentation:
                 "torch.distributed._functional_collectives": self._on_functional_import,
                 "torch.distributed.checkpoint": self._on_checkpoint_import,
                 "safetensors.torch": self._on_safetensors_import,
+                **{name: functools.partial(self._on_trainer_import, name) for name in TRAINERS},
             }
         )
 
@@ -112,14 +116,18 @@ class Instrumentation:
 
         None if an earlier step has the number, or a later one.
         """
-        return self.clock.before if self.clock.continue_at(step) else None
+        if not self.clock.continue_at(step):
+            return None
+
+        self._facts.report({"kind": "resumed", "step": step, "before": self.clock.before})
+        return self.clock.before
 
     def trace_data(self, iterable: Iterable[Any]) -> Any:
         """Return `iterable` with timed waits for its items; like a DataLoader, it separates steps."""
         self._guarded(lambda: self._facts.loader(iterable))
         return TracedIterable(iterable, self.clock)
 
-    # ---- called by integrations; `uninstall` removes these hooks too ----
+    # ---- called for frameworks; `uninstall` removes these hooks too ----
 
     def time_saving(self, owner: Any, name: str) -> None:
         """Time the calls of a framework's function as `checkpoint`, if it exists."""
@@ -145,6 +153,18 @@ class Instrumentation:
             return timed_forward(original, self.clock, module_of, self._batches.measure)
 
         self._guarded(lambda: self._time(owner, name, timed))
+
+    def before_call(self, owner: Any, name: str, action: Callable[..., None]) -> None:
+        """Call `action` with the arguments of each call of a framework's rare function, before it."""
+
+        def following(original: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self._guarded(lambda: action(*args, **kwargs))
+                return original(*args, **kwargs)
+
+            return call
+
+        self._guarded(lambda: self._time(owner, name, following))
 
     def _time(self, owner: Any, name: str, timed: Callable[[Any], Any]) -> None:
         if self._installed and name in vars(owner) and (owner, name) not in self._timed:
@@ -212,8 +232,17 @@ class Instrumentation:
         return self._discovery is None or bool(self._discovery.is_trained(module))
 
     def upkeep(self, forward_ns: int, backwards: int) -> None:
-        """Measure the overhead, look for a device, a process group, and models if none was called; every 64 steps."""
-        clock = self.clock
+        """Plan the work beside the next 64 steps; measure the overhead, look for a device, a process group, and models
+        if none was called, unless steps are short.
+        """
+        clock, pace = self.clock, self._pace
+        pace.note(clock.rows)
+        if self._losses is not None:
+            self._losses.plan(pace.step_ns)
+
+        if not pace.is_due():
+            return
+
         if self._overhead is not None:
             self._guarded(lambda: self._overhead.measure(dirty=clock.dirty))
 
@@ -223,9 +252,6 @@ class Instrumentation:
         self._guarded(self._report_rollouts)
 
         self._guarded(self._group.find if clock.group is None else self._group.report_mesh)
-        if self._losses is not None:
-            self._losses.plan()
-
         if self._batches is not None:
             self._batches.upkeep()
 
@@ -251,6 +277,9 @@ class Instrumentation:
 
         if "safetensors.torch" in sys.modules:
             self._on_safetensors_import()
+
+        for name in imported_trainers():
+            self._on_trainer_import(name)
 
         self._watch.install()
 
@@ -373,6 +402,9 @@ class Instrumentation:
 
     def _on_safetensors_import(self) -> None:
         self._guarded(lambda: self._checkpoints.patch_safetensors(self._patches))
+
+    def _on_trainer_import(self, name: str) -> None:
+        self._guarded(lambda: TRAINERS[name](self))
 
     # ---- called by hooks ----
 

@@ -157,7 +157,7 @@ class StepClock(SegmentedStep):
             loader: its token.
             drain_ns: time until the loader said so, in which its workers ended.
         """
-        loader.read(self, False)
+        loader.end(self)
         self.exhausted_loader = loader
         self.drain_ns += drain_ns
         self.evaluated = False
@@ -229,9 +229,10 @@ class StepClock(SegmentedStep):
                 if self.batch is not None:
                     self._train_from(self.batch)  # a new loader replaced the last one
 
+                self.split(ident)
                 self._close_prefix()
             else:
-                self._merge()
+                self._merge(ident)
         elif known and not self.explicit and ident != FUSED:
             if self._needs_no_loader():
                 self.cut_on_step = True
@@ -447,13 +448,13 @@ class StepClock(SegmentedStep):
         t = monotonic_ns()
         self.book_user_phases(t)
         if self.stretch.start:
-            self._end_stretch(t)
+            self._end_stretch(self.stretch.last_end(t))
 
         if self.open and not self.explicit:
             if self._is_evaluation():
-                self._discard(t, batches=1, evaluating=False)
+                self._discard(self.usual_batch_end(t), batches=1, evaluating=False)
             elif self.evaluating and self._is_idle():
-                self._discard(t, batches=0, evaluating=False)
+                self._discard(self.usual_rest_end(t), batches=0, evaluating=False)
 
             if self.pending:
                 self._close_prefix()

@@ -20,6 +20,8 @@ __all__ = ["SegmentedStep"]
 _CHECKPOINT = int(Phase.CHECKPOINT)
 _NO_LOADER, _DEVICE, _EPOCH = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.EPOCH)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
+_STEPS_ALONE = 8  # steps of one optimizer, after which another one may begin a second phase of the training
+_FACTOR = 2  # the last evaluation may take so many times as long as usual
 
 
 class SegmentedStep(StepAccumulator):
@@ -31,6 +33,10 @@ class SegmentedStep(StepAccumulator):
         self.explicit = False  # trace_step() bounds the steps
         self.segment_loader: Any = None  # the loader whose request began this segment
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
+        self.joined = 0  # row of the last step in which another optimizer stepped, too
+        # Of a step that another optimizer joined, that optimizer's id, and cut, times and batches before it.
+        self.first_part: tuple[int, int, list[int], int, int] | None = None
+        self.longest_rest_ns = 0  # from the last batch of an evaluation to the next training batch
 
     def _close_prefix(self) -> None:
         """Append the row of the part before the cut; the part after it becomes the next step."""
@@ -54,6 +60,7 @@ class SegmentedStep(StepAccumulator):
             self._flush_evals(self.step)
 
         self.times = [after - before for after, before in zip(times, times_at_cut, strict=True)]
+        self.first_part = None
         self.first_loader = self.batch
         self.attempt = 0
         self.attempts.clear()
@@ -75,6 +82,7 @@ class SegmentedStep(StepAccumulator):
     def _begin(self, t: int) -> None:
         self.open = True
         self.book_user_phases(t)
+        self.first_part = None
         self._clear(t)
 
     def _is_idle(self) -> bool:
@@ -129,15 +137,19 @@ class SegmentedStep(StepAccumulator):
         """Move the segment from the step to evaluation; its checkpoint time stays in the step."""
         times_at_cut = [] if self.times_at_cut is None else self.times_at_cut
         kept = times_at_cut + [0] * (len(self.zeros) - len(times_at_cut))
-        saving = self.times[_CHECKPOINT] - kept[_CHECKPOINT]
+        saving = self._saving_ns()
         kept[_CHECKPOINT] += saving
         self.committed_ns += saving
         self.times = kept
         if self.times_at_cut is not None:
             self.times_at_cut = kept.copy()
 
-        self.eval_ns += t - self.seg_start - saving
+        spent = t - self.seg_start - saving
+        self.eval_ns += spent
         self.eval_batches += batches
+        if not batches:
+            self.longest_rest_ns = max(self.longest_rest_ns, spent)
+
         self.fingerprint = 0
         self.eval_end = self.seg_start = t
         self.exhausted_loader = None
@@ -150,10 +162,53 @@ class SegmentedStep(StepAccumulator):
         if self.device is not None:
             self.device.discard()
 
-    def _merge(self) -> None:
-        """Join the part after the cut with the step."""
+    def usual_rest_end(self, t: int) -> int:
+        """Return when the work after the batches of the run's last evaluation ended: as late as in those before.
+
+        What the script does at its end would belong to the evaluation.
+
+        Args:
+            t: the end of training, monotonic.
+        """
+        saving = self._saving_ns()
+        return self.seg_start + saving + min(t - self.seg_start - saving, _FACTOR * self.longest_rest_ns)
+
+    def usual_batch_end(self, t: int) -> int:
+        """Return when the last batch of an evaluation that was left early ended: after the usual time of a batch."""
+        saving, usual = self._saving_ns(), self.eval_ns // self.eval_batches if self.eval_batches else t
+        return self.seg_start + saving + min(t - self.seg_start - saving, _FACTOR * usual)
+
+    def _saving_ns(self) -> int:
+        before = 0 if self.times_at_cut is None else self.times_at_cut[_CHECKPOINT]
+        saving: int = self.times[_CHECKPOINT] - before
+        return saving
+
+    def _merge(self, ident: int) -> None:
+        """Join the part after the cut with the step, in which another optimizer steps."""
+        alone = self.rows - self.joined >= _STEPS_ALONE and self.first_loader is None and self.device is None
+        self.joined = self.rows
+        self.first_part = None
+        if alone and self.times_at_cut is not None:
+            self.first_part = ident, self.cut_ns, self.times_at_cut, self.committed_ns, self.micro_batches
+
         self.times_at_cut = None
         self.pending = False
+
+    def split(self, ident: int) -> None:
+        """Make two steps of one that two optimizers have, if the second one now steps again, and the first alone did.
+
+        So begins the second phase of a script that trains with Adam first, and then with L-BFGS.
+        """
+        if self.first_part is None or self.first_part[0] != ident or self.times_at_cut is None:
+            return
+
+        _, cut_ns, first, committed_ns, micro_batches = self.first_part
+        self.append_step(first, cut_ns, committed_ns, micro_batches, _NO_LOADER, -1)
+        first = first + [0] * (len(self.zeros) - len(first))
+        self.times_at_cut = [after - before for after, before in zip(self.times_at_cut, first, strict=True)]
+        self.times = [after - before for after, before in zip(self.times, first, strict=True)]
+        self.committed_ns -= committed_ns
+        self.micro_batches -= micro_batches
 
     def _hold(self, held: list[tuple[int, list[int], int]], t: int) -> None:
         held.append((t, self.times, self.committed_ns + t - self.seg_start))

@@ -1,7 +1,6 @@
 """Hugging Face `Trainer`: `TrainingArguments(report_to="traceml")`, `TraceMLCallback()`, or `TraceMLTrainer`.
 
-Steps and phases are detected as in any script. This adds the start and end of a training, also by an exception; saving
-counts as `checkpoint`, whatever library writes, and gradient clipping as `optimizer`.
+Steps and phases are detected as in any script. This adds the start and end of a training, also by an exception.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import functools
 import weakref
 from typing import Any
 
-from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -58,9 +56,6 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
         hooks = self.session.begin(**({"run_name": str(name)} if name and name != args.output_dir else {}))
         if hooks is not None:
             set_step(int(state.global_step))
-            hooks.time_saving(Trainer, "_save_checkpoint")
-            hooks.time_saving(Trainer, "save_model")
-            hooks.time_update(Accelerator, "clip_grad_norm_")
 
 
 class TraceMLTrainer(Trainer):  # type: ignore[misc]

@@ -1,8 +1,7 @@
 """Lightning 2.x, as `lightning` or `pytorch_lightning`: `Trainer(callbacks=[TraceMLCallback()])` or
 `Trainer(logger=TraceMLLogger())`.
 
-Lightning calls `training_step`, not the model, and calls it inside the optimizer's step. So `training_step` is timed as
-the forward, as users of Lightning see it.
+Steps and phases are detected as in any script that uses Lightning. This adds the start and end of a training.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from traceml.integrations.lightning_logger import TraceMLLogger
-from traceml.integrations.lightning_part import STEPS, LightningPart, owner_of
-from traceml.recorder.annotations import set_step
+from traceml.integrations.lightning_part import LightningPart
 
 __all__ = ["TraceMLCallback", "TraceMLLogger"]
 
@@ -53,16 +51,9 @@ class TraceMLCallback(LightningPart):
         """Return the hooks of each step that the class does not have."""
         return {name: None for name in _PER_STEP if not hasattr(cls, name)}
 
-    def on_fit_start(self, trainer: Any, _module: Any) -> None:
+    def on_fit_start(self, _trainer: Any, _module: Any) -> None:
         """Begin: the process group, the model and the optimizers exist."""
-        hooks = self.session.begin()
-        if hooks is not None:
-            _time_framework(hooks, trainer)
-
-    def on_train_start(self, trainer: Any, _module: Any) -> None:
-        """Count on where a resumed training was. Lightning counts the steps of each optimizer."""
-        if len(trainer.optimizers) == 1:
-            set_step(int(trainer.global_step))
+        self.session.begin()
 
     def on_exception(self, _trainer: Any, _module: Any, exception: BaseException) -> None:
         """End; `fit` raises the exception."""
@@ -72,11 +63,3 @@ class TraceMLCallback(LightningPart):
         """End, after everything else of `fit`."""
         if stage == "fit":
             self.session.end()
-
-
-def _time_framework(hooks: Any, trainer: Any) -> None:
-    """Time calls of the model's steps, and saving."""
-    for name in STEPS:
-        hooks.time_forward(owner_of(type(trainer.strategy), name), name, lambda strategy: strategy.lightning_module)
-
-    hooks.time_saving(owner_of(type(trainer), "save_checkpoint"), "save_checkpoint")

@@ -6,10 +6,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
-from traceml.integrations.lightning_part import STEPS, LightningPart, lightning_packages, owner_of
+from traceml.integrations.lightning_part import LightningPart
 from traceml.recorder.current import current_recorder
 from traceml.track.rank.experiment import Orchestrator
 from traceml.track.rank.frameworks.framework_capture import is_captured
@@ -53,11 +52,7 @@ class TraceMLLogger(LightningPart):
     @property
     def experiment(self) -> Orchestrator:
         """Front for values of any kind, such as images. Lightning reads it on each rank when a training is set up."""
-        hooks = self.session.begin()
-        if hooks is not None:
-            for package in lightning_packages("TraceMLLogger"):
-                _time_classes(hooks, package)
-
+        self.session.begin()
         return Orchestrator()
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -77,12 +72,3 @@ class TraceMLLogger(LightningPart):
             status: success, or failed while the exception is handled.
         """
         self.session.end(sys.exc_info()[1] if status != "success" else None)
-
-
-def _time_classes(hooks: Any, package: ModuleType) -> None:
-    """Time calls of the model's steps, and saving, where a logger has no trainer to ask for its strategy."""
-    strategy = import_module(f"{package.__name__}.strategies").Strategy
-    for name in STEPS:
-        hooks.time_forward(strategy, name, lambda owner: owner.lightning_module)
-
-    hooks.time_saving(owner_of(package.Trainer, "save_checkpoint"), "save_checkpoint")

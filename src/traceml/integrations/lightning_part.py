@@ -10,9 +10,8 @@ from typing import Any, Self, TypeVar
 
 from traceml.integrations.training_session import TrainingSession
 
-__all__ = ["STEPS", "LightningPart", "lightning_packages", "owner_of"]
+__all__ = ["LightningPart", "lightning_packages"]
 
-STEPS = ("training_step", "validation_step")
 Part = TypeVar("Part", bound="LightningPart")
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -65,11 +64,6 @@ def lightning_packages(needed_by: str) -> list[ModuleType]:
                 raise
 
     raise ImportError(f"{needed_by} needs Lightning: pip install lightning")
-
-
-def owner_of(kind: type[Any], name: str) -> type[Any]:
-    """Return the class that defines a method of a class."""
-    return next((base for base in kind.__mro__ if name in vars(base)), kind)
 
 
 def _create(kind: type[Part], packages: tuple[str, ...]) -> Part:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts"]
+__all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts", "trainer_above"]
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
 _TOKEN_TYPES = ("torch.int64", "torch.int32")
+_HUGGING_FACE = ("transformers.", "sentence_transformers.", "trl.")  # trainers that take TrainingArguments
+_FASTAI = "fastai.data.load"
 _MAX_FIELDS = 64
 _MAX_RANKS = 256
 _MANY_OBJECTS = 10_000
@@ -19,21 +21,42 @@ _MAX_PARTS = 16
 
 def loader_facts(loader: Any) -> dict[str, Any]:
     """Describe a DataLoader, or an iterable given to `trace_data`."""
-    dataset = getattr(loader, "dataset", None)
+    own = loader.d if type(loader).__module__ == _FASTAI else loader  # of theirs, the inner one is its own data set
+    dataset = getattr(own, "dataset", None)
     return {
         "kind": "loader",
-        "loader": type(loader).__name__,
+        "loader": type(own).__name__,
         "dataset": None if dataset is None else type(dataset).__name__,
         "length": _length(dataset),
         "in_memory": _in_memory(dataset),
         "num_workers": getattr(loader, "num_workers", None),
-        "batch_size": getattr(loader, "batch_size", None),
+        "batch_size": getattr(own, "batch_size", getattr(own, "bs", None)),
         "pin_memory": getattr(loader, "pin_memory", None),
         "persistent_workers": getattr(loader, "persistent_workers", None),
         "prefetch_factor": getattr(loader, "prefetch_factor", None),
         "start_method": start_method(loader),
         "objects": held_objects(dataset),
+        "trainer": trainer_above(sys._getframe(1)) if own is loader else "fastai",
     }
+
+
+def trainer_above(frame: Any) -> str | None:
+    """Return the framework whose trainer runs and makes loaders from its own arguments; None without one.
+
+    A subclass of a script that makes them itself takes the arguments of DataLoader.
+
+    Args:
+        frame: the innermost frame, in which a loader begins.
+    """
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.trainer":
+            makes = getattr(type(frame.f_locals.get("self")), "get_train_dataloader", None)
+            if makes is not None:
+                return "transformers" if makes.__module__.startswith(_HUGGING_FACE) else None
+
+        frame = frame.f_back
+
+    return None
 
 
 def model_facts(module: Any) -> dict[str, Any]:

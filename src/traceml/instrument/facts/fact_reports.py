@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["FactReports"]
 
 Info = dict[str, Any]
+_LIKE = ("dataset", "length", "num_workers")
+_COUNTED = 8  # from here on only powers of two are reported
 
 
 class FactReports:
@@ -27,6 +30,7 @@ class FactReports:
     def __init__(self, clock: StepClock, on_info: Callable[[Info], None] | None) -> None:
         self._clock, self._on_info = clock, on_info
         self._reported: dict[str, Info] = {}  # the last facts by kind
+        self._loaders: Counter[tuple[Any, ...]] = Counter()  # those that were made, by the facts in `_LIKE`
 
     def report(self, info: Info, **more: Any) -> None:
         """Report facts that are not those of the last report of their kind, with more that is not compared."""
@@ -40,7 +44,18 @@ class FactReports:
         """Report a loader, with its number in this process."""
         from traceml.instrument.facts.descriptions import loader_facts
 
-        self.report(loader_facts(loader), number=number)
+        facts = loader_facts(loader)
+        self.report(facts, number=number)
+        if self._on_info is not None:
+            self._count(facts)
+
+    def _count(self, facts: Info) -> None:
+        """Report how many loaders of one data set were made: a script may make one for each epoch."""
+        like = {name: facts[name] for name in _LIKE}
+        self._loaders[tuple(like.values())] += 1
+        made = self._loaders[tuple(like.values())]
+        if 1 < made <= _COUNTED or (made > _COUNTED and made.bit_count() == 1):
+            self.report({"kind": "loaders_made", **like, "made": made})
 
     def training_loader(self) -> None:
         """Report which loader's batches are trained on: a script may read another one first."""

@@ -32,7 +32,6 @@ _FREE_SCANS = 4
 _SHARE = 100  # further searches run while all of them took less than this fraction of the time
 _MAX_PENDING = 100_000
 _MAX_DESCENTS = 3
-_REPLICATED = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
 _log = logging.getLogger("traceml")
 
 
@@ -168,8 +167,9 @@ class ModuleDiscovery:
 
         self._known[id(module)] = weakref.ref(module)
         self._on_model(module)
-        if isinstance(module, _REPLICATED):  # evaluation often calls the module inside, on one rank
-            self._add_inside(module.module)
+        inside = _wrapped(module)
+        if inside is not None:
+            self._add_inside(inside)
 
     def _add_inside(self, module: Any) -> None:
         """Time a module without describing it as a model; a call inside the outer one's is a part of that."""
@@ -230,6 +230,16 @@ def _roots(modules: Iterable[Any]) -> list[Any]:
     made = [module for module in modules if "_modules" in vars(module)]  # a constructor may still be running
     children = {id(child) for module in made for child in vars(module)["_modules"].values()}
     return [module for module in made if id(module) not in children and _has_parameters(module)]
+
+
+def _wrapped(module: Any) -> Any:
+    """Return the module that a wrapper was made for, as replicas and averaged weights are; None if it is no wrapper.
+
+    Evaluation often calls the one inside, on one rank.
+    """
+    children = vars(module)["_modules"]
+    inside = children.get("module")
+    return inside if inside is not None and len(children) == 1 and _has_parameters(inside) else None
 
 
 def _has_parameters(module: Any) -> bool:

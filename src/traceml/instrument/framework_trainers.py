@@ -1,0 +1,76 @@
+"""Calls of the trainers of Hugging Face and Lightning, timed in every traced training, also without our callbacks.
+
+Lightning calls `training_step`, not the model, and calls it inside the optimizer's step. So `training_step` is timed as
+the forward, as users of Lightning see it. Trainers save more than torch.save writes. A training that
+resumes from a checkpoint counts on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["TRAINERS", "imported_trainers"]
+
+_LIGHTNING_STEPS = ("training_step", "validation_step")
+
+
+def _hugging_face(hooks: Any) -> None:
+    module: Any = sys.modules["transformers.trainer"]
+    hooks.time_saving(module.Trainer, "_save_checkpoint")
+    hooks.time_saving(module.Trainer, "save_model")
+    hooks.time_update(module.Accelerator, "clip_grad_norm_")
+    hooks.before_call(module.CallbackHandler, "on_train_begin", lambda *call: _count_on(hooks, call[2].global_step))
+
+
+def _lightning_strategy(package: str) -> Callable[[Any], None]:
+    def install(hooks: Any) -> None:
+        base = sys.modules[f"{package}.strategies.strategy"].Strategy
+        for name in _LIGHTNING_STEPS:
+            hooks.time_forward(base, name, _module_of)
+
+        hooks.before_call(base, "on_train_start", lambda strategy: _begin_fit(hooks, strategy))
+
+    return install
+
+
+def _lightning_trainer(package: str) -> Callable[[Any], None]:
+    return lambda hooks: hooks.time_saving(sys.modules[f"{package}.trainer.trainer"].Trainer, "save_checkpoint")
+
+
+TRAINERS: dict[str, Callable[[Any], None]] = {
+    "transformers.trainer": _hugging_face,
+    **{f"{name}.strategies.strategy": _lightning_strategy(name) for name in ("lightning.pytorch", "pytorch_lightning")},
+    **{f"{name}.trainer.trainer": _lightning_trainer(name) for name in ("lightning.pytorch", "pytorch_lightning")},
+}
+"""Module of a framework -> function that times its calls by an `Instrumentation`, once the script has imported it."""
+
+
+def _module_of(strategy: Any) -> Any:
+    return strategy.lightning_module
+
+
+def _begin_fit(hooks: Any, strategy: Any) -> None:
+    """Time the steps of a strategy that has its own, and count on. Lightning counts the steps of each optimizer."""
+    for name in _LIGHTNING_STEPS:
+        owner = next((kind for kind in type(strategy).__mro__ if name in vars(kind)), type(strategy))
+        hooks.time_forward(owner, name, _module_of)
+
+    if len(strategy.optimizers) == 1:
+        _count_on(hooks, strategy.lightning_module.trainer.global_step)
+
+
+def _count_on(hooks: Any, step: int) -> None:
+    """Count on where a resumed training was; one that is new, or counts less than the run, changes nothing."""
+    if step:
+        hooks.set_step(int(step))
+
+
+def imported_trainers() -> list[str]:
+    """Return the modules of `TRAINERS` that are imported; not those whose import has not ended."""
+    return [name for name in TRAINERS if (module := sys.modules.get(name)) is not None and not _begun(module)]
+
+
+def _begun(module: Any) -> bool:
+    return bool(getattr(module.__spec__, "_initializing", False))
