@@ -131,10 +131,10 @@ def test_waiting_is_no_stop(monkeypatch: pytest.MonkeyPatch, used: tuple[int, in
 def test_a_suspended_machine_is_noted(
     monkeypatch: pytest.MonkeyPatch, asleep_s: int, noted: list[tuple[str, float, int, int]]
 ) -> None:
-    """Its monotonic clock stands still, so no sleep is late; the clock since boot goes on."""
+    """Its monotonic clock stands still, so no sleep is late; the clock since boot goes on. It is noted once."""
     rows: list[tuple[str, float, int, int]] = []
     slots = {Slot.STEP_START: 0, Slot.STEP: 6}
-    readings = iter([5 * 10**9, (5 + asleep_s) * 10**9, (5 + asleep_s) * 10**9])
+    readings = iter(seconds * 10**9 for seconds in (5, 5, 5 + asleep_s, 5 + asleep_s))
     monkeypatch.setattr("traceml.recorder.stop_meter._suspended_ns", lambda: next(readings))
 
     def note(_kind: str, *, seconds: float, step: int, part: str, from_step: int, began_s: float) -> None:
@@ -145,6 +145,19 @@ def test_a_suspended_machine_is_noted(
     meter.turn()
     slots[Slot.STEP] = 8
     meter.slept(0.5, monotonic_ns())
-    meter.slept(0.5, monotonic_ns())
+    meter.turn()
+    meter.close()
 
     assert rows == noted
+
+
+def test_a_suspension_before_the_last_turn_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that ends right after it has no further turn."""
+    rows: list[str] = []
+    readings = iter(seconds * 10**9 for seconds in (5, 5, 65))
+    monkeypatch.setattr("traceml.recorder.stop_meter._suspended_ns", lambda: next(readings))
+    meter = StopMeter({Slot.STEP_START: 0, Slot.STEP: 6}, lambda _kind, *, part, **_: rows.append(part))
+    meter.turn()
+    meter.close()
+
+    assert rows == ["suspended"]

@@ -38,13 +38,13 @@ class StopMeter:
         self._suspended_ns = _suspended_ns()
 
     def turn(self) -> None:
-        """Record what the thread has used so far; call at least once a second."""
+        """Record what the thread has used so far, and note a suspension; call at least once a second."""
+        self._check_suspended()
         self._before = self._used()
         self._step = self._slots[Slot.STEP]
 
     def slept(self, asked_s: float, began_ns: int) -> None:
         """Check a sleep that began then and was to last so long; note it if the process did not run meanwhile."""
-        self._check_suspended()
         late_ns = monotonic_ns() - began_ns - int(asked_s * 1e9)
         if late_ns < _SHORTEST_NS or self._before is None or (used := self._used()) is None:
             return
@@ -57,7 +57,8 @@ class StopMeter:
         self._append(late_ns, "steps" if slots[Slot.STEP_START] else "startup" if slots[Slot.STEP] < 0 else "outside")
 
     def close(self) -> None:
-        """Close the open file."""
+        """Note a suspension since the last turn, and close the open file."""
+        self._check_suspended()
         if self._sched is not None:
             self._sched.close()
 

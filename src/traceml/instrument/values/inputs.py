@@ -90,7 +90,7 @@ class BatchReader:
         self._plan(_FIRST_BATCHES)
 
     def upkeep(self) -> None:
-        """Take the fingerprint of a batch from time to time; called every 64 rows."""
+        """Take the fingerprint of a batch from time to time; called every 64 rows, or every 256."""
         if not (self._clock.rows - 1) & _LATER_MASK:
             self._plan(1)
 

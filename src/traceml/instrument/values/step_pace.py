@@ -1,0 +1,42 @@
+"""Length of the latest steps, by which the work beside them is planned.
+
+Every 64 steps the instrumentation looks after itself. That takes 90 us and leaves cold caches to the next steps: 1.5 us
+per step. It happens every 256 steps where these take less than a millisecond, after the first 256 of a run.
+"""
+
+from __future__ import annotations
+
+from traceml.clock import monotonic_ns
+
+__all__ = ["SHORT_STEP_NS", "StepPace"]
+
+SHORT_STEP_NS = 1_000_000
+"""Shorter steps are disturbed less often."""
+_FIRST_STEPS = 256
+_SELDOM_MASK = 255
+
+
+class StepPace:
+    """Mean time of the latest steps.
+
+    Attributes:
+        step_ns: between the last two calls of `note`, in nanoseconds.
+    """
+
+    def __init__(self) -> None:
+        self.step_ns = 0
+        self._rows = self._at_ns = 0
+
+    def note(self, rows: int) -> None:
+        """Measure the steps since the last call.
+
+        Args:
+            rows: number of steps so far.
+        """
+        now = monotonic_ns()
+        self.step_ns = (now - self._at_ns) // max(rows - self._rows, 1)
+        self._rows, self._at_ns = rows, now
+
+    def is_due(self) -> bool:
+        """Return whether the instrumentation is looked after now."""
+        return self.step_ns >= SHORT_STEP_NS or self._rows <= _FIRST_STEPS or not (self._rows - 1) & _SELDOM_MASK
