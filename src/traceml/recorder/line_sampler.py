@@ -11,8 +11,13 @@ begins in a place that releases the lock, and is too short to leave blocks of te
 instead of 60 % of the time, on busy cores). So the interval stays short between samples, unless other threads of the
 script compute: these would take the lock from each other at every turn.
 
-Where one phase was open during the whole sleep, the training thread's CPU time in it is counted too. It tells whether
-the phase computes or waits.
+A thread that wants the lock wakes once in a switch interval until it gets it. Where the training thread holds the lock
+and waits for a core, that is a hundred times or more for a sample, and took up to 4.9 % of a core. So the interval
+becomes longer, and samples come less often, while they cost more than `MOST_COST`.
+
+Where one phase was open during the whole second sleep, the training thread's CPU time in it is counted too. It tells
+whether the phase computes or waits. Once there are many samples, every other one comes without the second sleep, if the
+interval was short during the first one.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.recorder.user_code import UserCode
-from traceml.witness.switch_interval import OtherThreads, switch_interval, thread_cpu_ns, wait_precisely
+from traceml.witness.switch_interval import SHORT_S, OtherThreads, switch_interval, thread_cpu_ns, wait_precisely
 from traceml.witness.thread_frames import thread_frame
 from traceml.witness.user_files import is_instrumentation, is_ours
 
@@ -41,7 +46,11 @@ PACES = ((60, 5), (240, 2))
 """With fewer samples than this, they come so many times as often."""
 
 MOST_COST = 0.004
-"""Share of a core above which the samples of the first pace come less often: `_SURE_PACE` times as often as usual."""
+"""Share of a core above which samples take the lock less eagerly, and come less often: the first ones down to
+`_SURE_PACE` times as often as usual, the others down to a `_SURE_PACE`th."""
+
+LONGEST_SWITCH_S = 400e-6
+"""Longest switch interval of an armed sample: a longer one saves little more."""
 
 _SURE_PACE = 3  # else a run of seconds on busy cores would have none
 _COST_SAMPLES = 8  # the cost is a mean of so many
@@ -100,6 +109,7 @@ class LineSampler:
         self._is_feeding = is_feeding or (lambda _frame: False)
         self._is_evaluating = is_evaluating or (lambda: False)
         self._others, self._cost_ns = OtherThreads(), 0.0
+        self._switch_s, self._judged = SHORT_S, 0  # its interval, and samples since the last look at the cost
         self._native_of = self._native = 0  # training thread, and its id in the system
         self._counts: dict[_Key, list[int]] = {}
         self._ids: dict[_Key, tuple[int, int]] = {}
@@ -121,11 +131,16 @@ class LineSampler:
             self._waits_precisely = True
 
         began_ns, late_s = time.thread_time_ns(), max(0.0, time.monotonic() - self.due_s)
-        if not switch_interval.shorten():
+        is_armed = switch_interval.shorten(self._switch_s)
+        if not is_armed:
             late_s = 0.0  # it woke where the lock was released: only a whole sleep leads away from there
 
+        is_brief = is_armed and self.pace == 1 and self.samples & 1
         try:
-            self._take(wait, late_s)
+            if is_brief:
+                self._take_now()
+            else:
+                self._take(wait, late_s)
         except BaseException:
             switch_interval.restore()
             raise
@@ -133,30 +148,54 @@ class LineSampler:
         if self._others.are_busy(self._thread()):
             switch_interval.restore()
 
-        self._schedule(time.thread_time_ns() - began_ns)
+        if not is_brief:  # else the cost of a sleep is not in it
+            self._judge(time.thread_time_ns() - began_ns)
+
+        self._schedule()
 
     def _take(self, wait: Callable[[float], object], late_s: float) -> None:
         before = self._reading()
         wait(max(0.0, _LEAST_S + (_MOST_S - _LEAST_S) * _random() - late_s))
         frame = thread_frame(self._thread())
         after = self._reading()  # at once: the training thread goes on after 50 us
-        if frame is not None and not _is_own_work(frame, after.opened[0]):
-            self._count(self._key(frame, after.opened[0]), before, after)
+        counts = self._count(frame, after.opened[0], after.t_ns)
+        if counts is not None and before.opened == after.opened:
+            counts[1] += after.t_ns - before.t_ns
+            counts[2] += after.cpu_ns - before.cpu_ns
 
-    def _schedule(self, cost_ns: int) -> None:
+    def _take_now(self) -> None:
+        frame = thread_frame(self._thread())
+        self._count(frame, self._opened()[0], monotonic_ns())
+
+    def _judge(self, cost_ns: int) -> None:
         self._cost_ns += (_SLEEPS * cost_ns - self._cost_ns) / _COST_SAMPLES
+        self._judged += 1
+        if self._judged == _COST_SAMPLES:
+            self._judged = 0
+            self._fit_switch_interval()
+
+    def _schedule(self) -> None:
         # Not from the end of this one: code that holds the lock makes samples late, and would be seen less often.
         due_s, now_s = self.due_s + self._next_s(), time.monotonic()
         self.due_s = due_s if due_s > now_s else now_s + self._next_s()
+
+    def _fit_switch_interval(self) -> None:
+        """Take the lock less eagerly if samples at the usual pace cost too much, and eagerly again if they do not."""
+        share = self._cost_ns / 1e9 / self._interval_s
+        if share > MOST_COST:
+            self._switch_s = min(2 * self._switch_s, LONGEST_SWITCH_S)
+        elif share < MOST_COST / 4:
+            self._switch_s = max(self._switch_s / 2, SHORT_S)
 
     def _next_s(self) -> float:
         """Return the time from one sample to the next.
 
         It is random, or samples would follow the period of the steps. On busy cores a sample costs milliseconds, as the
-        thread wakes often until the training thread releases the lock; then the first samples come less often, too.
+        thread wakes often until the training thread releases the lock; then they come less often.
         """
-        needed_s = min(self._cost_ns / 1e9 / MOST_COST, self._interval_s / _SURE_PACE)
-        return max(self._interval_s / self.pace * (0.5 + _random()), needed_s)
+        pace = self.pace
+        most_s = self._interval_s * _SURE_PACE if pace == 1 else self._interval_s / _SURE_PACE
+        return max(self._interval_s / pace * (0.5 + _random()), min(self._cost_ns / 1e9 / MOST_COST, most_s))
 
     def close(self) -> None:
         """Restore the switch interval."""
@@ -166,29 +205,43 @@ class LineSampler:
         """Append the counts since the last call as rows."""
         now, step = monotonic_ns(), self._slots[Slot.STEP]
         for key, counts in self._counts.items():
-            ids = self._ids.get(key)
-            if ids is None and len(self._ids) < _MAX_LINES:
-                ids = self._ids[key] = self._names_of(key)
-
-            if ids is not None:
+            if (ids := self._ids_of(key)) is not None:
                 self._lines.append(now, step, key[0], *ids, *counts)
 
         self._counts.clear()
 
-    def _count(self, key: _Key, before: _ThreadReading, after: _ThreadReading) -> None:
+    def _ids_of(self, key: _Key) -> tuple[int, int] | None:
+        ids = self._ids.get(key)
+        if ids is None and len(self._ids) < _MAX_LINES:
+            ids = self._ids[key] = self._names_of(key)
+
+        return ids
+
+    def _note(self, key: _Key, at_ns: int) -> None:
+        """Leave the line where others find it if this process is killed before the next flush."""
+        ids, slots = self._ids_of(key), self._slots
+        slots[Slot.LINE_AT] = 0  # so that no reader takes the parts of two samples for one
+        slots[Slot.LINE], slots[Slot.LINE_PHASE] = -1 if ids is None else ids[0], key[0]
+        slots[Slot.LINE_AT] = at_ns
+
+    def _count(self, frame: FrameType | None, phase: int, at_ns: int) -> list[int] | None:
+        """Count a sample; return the counts of its line where they are those of the open phase."""
+        if frame is None or _is_own_work(frame, phase):
+            return None
+
+        key = self._key(frame, phase)
+        self._note(key, at_ns)
         counts = self._counts.get(key)
         if counts is None:
             if len(self._counts) >= _MAX_LINES:
-                return
+                return None
 
             counts = self._counts[key] = [0, 0, 0]
 
         counts[0] += 1
         self.samples += 1
         self._startup += key[0] == LINE_STARTUP
-        if before.opened == after.opened and before.opened[0] == key[0]:
-            counts[1] += after.t_ns - before.t_ns
-            counts[2] += after.cpu_ns - before.cpu_ns
+        return counts if key[0] == phase else None
 
     def _reading(self) -> _ThreadReading:
         """Return the time, the training thread's CPU time, and the open phase with the time at which it was opened."""

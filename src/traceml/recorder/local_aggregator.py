@@ -36,6 +36,7 @@ _BACKLOG = 4096
 _PROBE_S = 0.25
 _TRY_S = 1.0
 _LOCK_POLL_S = 0.05
+_REFUSED_POLL_S = 0.5
 _ENDING_S = 4.0
 _START_S = 20.0  # a cold start on a slow disk; usually it is half a second
 
@@ -78,6 +79,7 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
     """Connect to the aggregator that serves the runs folder, or become the one process that starts it."""
     began_s = time.monotonic()
     timeout_s = max(config.connect_timeout, _START_S)
+    pause_s = _LOCK_POLL_S
     missing: AggregatorUnavailableError | AggregatorForeignError | None = None
     while True:
         found = address_of(config.runs_dir, config.port)
@@ -85,8 +87,12 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
             try:
                 token, tls = config.token or found.token, config.tls or found.tls
                 return connect(found.host, found.port, hello, token, timeout_s=_TRY_S, tries=1, tls=tls)
-            except (AggregatorUnavailableError, AggregatorForeignError) as error:
+            except AggregatorForeignError as error:
+                missing = error  # it stops
+            except AggregatorUnavailableError as error:
                 missing = error  # it starts, or stops
+                if error.refused:  # as on a full disk: no need for haste
+                    pause_s = min(2 * pause_s, _REFUSED_POLL_S)
         elif (lock := _take_lock(config)) is not None:
             with lock:
                 return _start_in_folder(config, hello, lock, began_s, timeout_s)
@@ -97,7 +103,7 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
             raise missing or AggregatorUnavailableError(config.host, config.port, waited_s, reason)
 
         with fork_gate.opened():
-            time.sleep(_LOCK_POLL_S)
+            time.sleep(pause_s)
 
 
 def _take_lock(config: Config) -> FolderLock | None:
@@ -173,7 +179,9 @@ def _await_own(
                 config.host, config.port, waited_s, f"the one started here has ended: {_last_line(Path(log))}"
             ) from missing
         if waited_s > timeout_s:
-            raise AggregatorUnavailableError(config.host, config.port, waited_s, missing.reason) from missing
+            raise AggregatorUnavailableError(
+                config.host, config.port, waited_s, missing.reason, refused=missing.refused
+            ) from missing
 
 
 def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_ending: Callable[[], bool]) -> Connection:

@@ -17,6 +17,7 @@ from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
 from traceml.recorder.stop_meter import StopMeter
+from traceml.recorder.wake_signal import WakeSignal
 from traceml.samplers.base import SamplerScheduler
 
 __all__ = ["FILES_TIMEOUT_S", "RecorderThread"]
@@ -73,7 +74,7 @@ class RecorderThread:
         self._released = dict.fromkeys(flight.rings, 0)
         self._telemetry_ns = monotonic_ns() + _FIRST_TELEMETRY_NS
         self._calls: deque[Callable[[], None]] = deque()
-        self._wake = threading.Event()
+        self._wake = WakeSignal()
         self._end: Callable[[], bool] | None = None
         self._stored = False
         self._grace_s, self._keep_trying = 0.0, False

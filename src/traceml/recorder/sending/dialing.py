@@ -91,4 +91,6 @@ def _dial_folder(config: Config, hello: Hello, timeout_s: float, tries: int | No
         except AggregatorUnavailableError as error:
             waited_s = time.monotonic() - began_s
             if waited_s >= timeout_s or tries is not None:
-                raise AggregatorUnavailableError(found.host, found.port, waited_s, error.reason) from error
+                raise AggregatorUnavailableError(
+                    found.host, found.port, waited_s, error.reason, refused=error.refused
+                ) from error
