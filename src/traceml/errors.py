@@ -8,6 +8,7 @@ TraceMLError
 ├── ProtocolError                 (ValueError)     bytes on the wire of another protocol or version
 ├── RunNotFoundError              (LookupError)    no run of the given name or path
 ├── StoreError                    (OSError)        a run's store cannot be written or read
+│   └── StoreVersionError                          its format is that of another version of traceml
 ├── UsageError                    (ValueError)     wrong arguments of a command or a function
 ├── WorkerFailedError             (RuntimeError)   a launched worker ended by a signal or an exit code
 ├── AgentFailedError              (RuntimeError)   a host of a launch cannot be used, or was lost
@@ -62,6 +63,7 @@ __all__ = [
     "SettingsError",
     "SlurmError",
     "StoreError",
+    "StoreVersionError",
     "TaskCancelledError",
     "TaskDeadlockError",
     "TaskError",
@@ -107,15 +109,25 @@ class SettingsError(TraceMLError, ValueError):
 
 
 class AggregatorUnavailableError(TraceMLError, ConnectionError):
-    """No aggregator answered at the address within the time allowed."""
+    """No aggregator answered at the address within the time allowed, or one could not take this process in yet."""
 
-    def __init__(self, host: str, port: int, waited_s: float, reason: str) -> None:
-        super().__init__(
-            f"no traceml aggregator answered at {host}:{port} within {waited_s:.1f} s (last try: {reason}). "
-            "Start one with `traceml serve`, let this job start its own with traceml.init(local=True), "
-            "or turn tracing off with TRACEML_ENABLED=0."
+    def __init__(self, host: str, port: int, waited_s: float, reason: str, *, refused: bool = False) -> None:
+        self.host, self.port, self.waited_s, self.reason, self.refused = host, port, waited_s, reason, refused
+        super().__init__(self._refusal_text() if refused else self._silence_text())
+
+    def _refusal_text(self) -> str:
+        reason = self.reason.rstrip(".")
+        return (
+            f"the traceml aggregator at {self.host}:{self.port} cannot take this process in: {reason}. "
+            "To train without tracing, set TRACEML_ENABLED=0."
         )
-        self.host, self.port, self.waited_s, self.reason = host, port, waited_s, reason
+
+    def _silence_text(self) -> str:
+        return (
+            f"no traceml aggregator answered at {self.host}:{self.port} within {self.waited_s:.1f} s "
+            f"(last try: {self.reason}). Start one with `traceml serve`, let this job start its own with "
+            "traceml.init(local=True), or turn tracing off with TRACEML_ENABLED=0."
+        )
 
 
 class AggregatorRefusedError(TraceMLError, ConnectionError):
@@ -140,6 +152,17 @@ class RunNotFoundError(TraceMLError, LookupError):
 
 class StoreError(TraceMLError, OSError):
     """A run's store cannot be written or read."""
+
+
+class StoreVersionError(StoreError):
+    """A run's store has the format of another version of traceml."""
+
+    def __init__(self, path: object, version: int, newest: int) -> None:
+        self.is_newer = version > newest
+        super().__init__(
+            f"the run's store {path} has format {version}, this traceml reads {newest}. "
+            f"Use {'a newer' if self.is_newer else 'the older'} traceml for this run."
+        )
 
 
 class UsageError(TraceMLError, ValueError):

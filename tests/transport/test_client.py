@@ -123,13 +123,11 @@ def test_sending_never_blocks_and_nothing_is_lost(serving):
     connection = serving.connect()
     serving.server.peers.copy().pop().pause(True)
     data = bytes(104 * 2048)
-    began = time.monotonic()
     count = 0
     while not connection.unsent_bytes:
         connection.send_rows("steps", 2048 * count, 2048, data)
         count += 1
 
-    assert time.monotonic() - began < 60
     connection.send_rows("steps", 2048 * count, 2048, data)
     serving._loop.call_soon_threadsafe(serving.server.peers.copy().pop().pause, False)
     eventually(lambda: connection.receive(0.05) == [] and connection.acked["steps"] == 2048 * (count + 1))

@@ -156,6 +156,15 @@ def test_full_descriptor_table_is_a_reason_that_passes(serving):
         serving.connect()
 
 
+def test_the_layouts_of_a_rank_are_not_kept(serving):
+    """They are those of this aggregator, and 19 kB of each of ten thousand ranks."""
+    connection = serving.connect(3)
+    (peer,) = serving.server.peers
+
+    assert (peer.hello.rank, peer.hello.schemas) == (3, {})
+    connection.close()
+
+
 def test_few_descriptors_leave_room_for_a_launcher(serving):
     """Half of them serve connections, and the last four no ranks: `traceml run` must reach its aggregator."""
     serving.server._limit = 16

@@ -19,7 +19,14 @@ from traceml.clock import clock_pair, monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.fail_open import failures
 from traceml.fork_gate import fork_gate
-from traceml.transport.client_handshake import RECEIVE_BYTES, ClientHandshake, client_tls, open_socket, refusal
+from traceml.transport.client_handshake import (
+    RECEIVE_BYTES,
+    ClientHandshake,
+    TemporaryRefusalError,
+    client_tls,
+    open_socket,
+    refusal,
+)
 from traceml.transport.framing import Decoder, encode, rows_frame
 from traceml.transport.hello import Hello
 
@@ -83,7 +90,8 @@ def connect(
 
         left_s = timeout_s - (time.monotonic() - began)
         if left_s <= 0 or number == tries:
-            raise AggregatorUnavailableError(host, port, time.monotonic() - began, last.reason)
+            waited_s = time.monotonic() - began
+            raise AggregatorUnavailableError(host, port, waited_s, last.reason, refused=last.refused)
 
         # A thousand ranks that lost one aggregator must not reconnect in the same instant. The last try is at the end.
         time.sleep(min(pause_s * random.uniform(0.5, 1.0), left_s))
@@ -156,8 +164,8 @@ class Connection:
             if isinstance(error, (AggregatorRefusedError, AggregatorUnavailableError)):
                 raise
 
-            reason = str(error) or type(error).__name__
-            raise AggregatorUnavailableError(host, port, time.monotonic() - began, reason) from error
+            reason, refused = str(error) or type(error).__name__, isinstance(error, TemporaryRefusalError)
+            raise AggregatorUnavailableError(host, port, time.monotonic() - began, reason, refused=refused) from error
 
         return cls(sock, shake.decoder, welcome, (host, port), shake.early, shake.tls)
 
@@ -260,7 +268,7 @@ class Connection:
                     if message["t"] != "reply" or message.get("id") != number:
                         kept.append(message)
                     elif "error" in message:
-                        raise TraceMLError(f"the aggregator cannot {name!r}: {message['error']}")
+                        raise TraceMLError(f"the aggregator's command {name!r} failed: {message['error']}")
                     else:
                         return message
         finally:

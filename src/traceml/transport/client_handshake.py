@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AggregatorForeignError, AggregatorRefusedError, ProtocolError
@@ -18,13 +19,26 @@ from traceml.transport.hello import Hello
 if TYPE_CHECKING:
     from traceml.transport.tls import TlsLayer
 
-__all__ = ["RECEIVE_BYTES", "ClientHandshake", "client_tls", "keep_alive", "open_socket", "refusal"]
+__all__ = [
+    "RECEIVE_BYTES",
+    "ClientHandshake",
+    "TemporaryRefusalError",
+    "client_tls",
+    "keep_alive",
+    "open_socket",
+    "refusal",
+]
 
 RECEIVE_BYTES = 65536
 
 _refusals: deque[tuple[str, int, str]] = deque(maxlen=20)
 
 _log = logging.getLogger("traceml")
+_Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
+
+
+class TemporaryRefusalError(ConnectionResetError):
+    """The aggregator refused this peer for now, as on a full disk; the text is its reason."""
 
 
 class ClientHandshake:
@@ -155,9 +169,11 @@ def open_socket(host: str, port: int, timeout_s: float) -> socket.socket:
     Raises:
         OSError: none listens there, or it did not answer in time.
     """
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # As bytes: for a name as text, the codec of international names and its tables are loaded, 260 KB in each rank.
+    name = host.encode() if host.isascii() else host
+    addresses = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     with fork_gate.opened():  # for the connection, which may take long; no fork while a name is looked up
-        sock = _connect_to_any([(str(address[0]), int(address[1])) for *_, address in addresses], timeout_s)
+        sock = _connect_to_any(addresses, timeout_s)
 
     # A connect to a free ephemeral port can connect to itself: TCP allows a simultaneous open with one socket.
     if sock.getsockname() == sock.getpeername():
@@ -168,12 +184,25 @@ def open_socket(host: str, port: int, timeout_s: float) -> socket.socket:
     return sock
 
 
-def _connect_to_any(addresses: list[tuple[str, int]], timeout_s: float) -> socket.socket:
+def _connect_to_any(addresses: Sequence[_Address], timeout_s: float) -> socket.socket:
     for address in addresses[:-1]:
         with contextlib.suppress(OSError):
-            return socket.create_connection(address, timeout=timeout_s)
+            return _connect_to(address, timeout_s)
 
-    return socket.create_connection(addresses[-1], timeout=timeout_s)
+    return _connect_to(addresses[-1], timeout_s)
+
+
+def _connect_to(address: _Address, timeout_s: float) -> socket.socket:
+    family, kind, protocol, _, place = address
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(place)
+    except BaseException:
+        sock.close()
+        raise
+
+    return sock
 
 
 def refusal(message: dict[str, Any], host: str, port: int) -> ConnectionError:
@@ -187,7 +216,7 @@ def refusal(message: dict[str, Any], host: str, port: int) -> ConnectionError:
     _log.log(
         logging.DEBUG if known else logging.WARNING, "the aggregator at %s:%d refused this peer: %s", host, port, why
     )
-    return ConnectionResetError(why) if message.get("retry") else AggregatorRefusedError(host, port, why)
+    return TemporaryRefusalError(why) if message.get("retry") else AggregatorRefusedError(host, port, why)
 
 
 def keep_alive(sock: socket.socket) -> None:

@@ -43,9 +43,14 @@ class FrameBuffer:
     parts: list[bytes] = field(default_factory=list)
     first_step: int = -1
     last_step: int = -1
+    packed: tuple[int, bytes] | None = None
+    """Codec and bytes of the rows, if they came so in one part."""
 
-    def add(self, n: int, data: bytes, first_step: int, last_step: int) -> None:
+    def add(
+        self, n: int, data: bytes, first_step: int, last_step: int, packed: tuple[int, bytes] | None = None
+    ) -> None:
         """Add the rows that follow."""
+        self.packed = None if self.parts else packed
         self.n += n
         self.parts.append(data)
         self.last_step = last_step
