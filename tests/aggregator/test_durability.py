@@ -143,11 +143,28 @@ def test_newcomer_to_a_full_disk_may_come_again(serving, tiny_disk):
     disk = tiny_disk(2 << 20)
     aggregator = serving(folder=disk / "runs")
     ballast = fill(disk)
-    with pytest.raises(AggregatorUnavailableError, match="space"):
-        _dial(aggregator)
+    for _ in range(3):
+        with pytest.raises(AggregatorUnavailableError, match=r"cannot take this process in: .* full\. Free some space"):
+            _dial(aggregator)
 
+    assert len(aggregator.run_dirs) == 1
     ballast.unlink()
     _dial(aggregator).close()
+    assert len(aggregator.run_dirs) == 1
+
+
+def test_the_aggregator_of_a_run_starts_on_a_full_disk(serving, tiny_disk):
+    """It tells ranks the reason, and begins its run once there is space."""
+    disk = tiny_disk(2 << 20)
+    (disk / "runs").mkdir()
+    ballast = fill(disk)
+    aggregator = serving("--run-id", "named", folder=disk / "runs")
+    with pytest.raises(AggregatorUnavailableError, match=r"named.* full\. Free some space"):
+        _dial(aggregator, run_id="named")
+
+    ballast.unlink()
+    _dial(aggregator, run_id="named").close()
+    assert [path.name for path in aggregator.run_dirs] == ["named"]
 
 
 def test_folder_that_cannot_be_written_is_a_reason(serving, tmp_path):
@@ -160,11 +177,11 @@ def test_folder_that_cannot_be_written_is_a_reason(serving, tmp_path):
         _dial(aggregator)
 
 
-def _dial(aggregator: Serving) -> Connection:
+def _dial(aggregator: Serving, run_id: str = "") -> Connection:
     from tests.aggregator.conftest import TOKEN
     from traceml.transport.hello import Hello
 
-    hello = Hello(role="rank", run="job", recorder="r")
+    hello = Hello(role="rank", run="job", run_id=run_id, recorder="r")
     return Connection.connect("127.0.0.1", aggregator.port, hello, TOKEN, timeout_s=60)
 
 

@@ -18,6 +18,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.report.report import build_report
 from traceml.runs.rows.clocks import RunClocks
 
 KILLED = """
@@ -47,6 +48,22 @@ LIVES = """
     if sys.argv[1] < "3":
         os.execv(sys.executable, [sys.executable, *sys.argv[:-1], str(int(sys.argv[1]) + 1)])
     os.kill(os.getpid(), 9)
+"""
+# It is killed in a function, once a sample has seen it there.
+KILLED_IN_A_LINE = """
+    import os, traceml
+    from pathlib import Path
+    from traceml.database.flight.flight_folders import default_folder, find_flights
+    from traceml.database.flight.postmortem import FlightSnapshot
+    traceml.init(on_missing="warn", connect_timeout=0.1)
+    traceml.log_metric("loss", 0.5, 7)
+    (path,) = find_flights(default_folder(), pid=os.getpid())
+    def load():
+        while FlightSnapshot(path, path.read_bytes()).line_id < 0:
+            pass
+        os.kill(os.getpid(), 9)
+    with traceml.trace_step():
+        load()
 """
 TICK_S = 0.1  # the kernel counts starts of processes in hundredths
 
@@ -99,6 +116,19 @@ def test_a_run_that_is_found_later_took_as_long_as_its_process(script: Script, t
     with StoreReader(run_dir / STORE_NAME) as reader:
         run = reader.meta()["run"]
     assert before_s - TICK_S <= run["started"] <= run["ended"] <= after_s
+
+
+def test_a_killed_rank_is_told_with_the_line_that_was_seen_last(script: Script, tmp_path: Path) -> None:  # noqa: F811
+    """Its flight file has the line of its last sample."""
+    process = script(KILLED_IN_A_LINE)
+    finish(process, -signal.SIGKILL)
+
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+
+    (ended,) = build_report(run_dir).findings
+    assert "last seen at" in ended.summary
+    assert "load" in ended.summary
+    assert ended.evidence["function"] == "load"
 
 
 def test_the_rank_that_started_an_aggregator_is_killed_before_it_connects(

@@ -63,8 +63,8 @@ class Admission:
 
     def _leave_to_children(self, hello: Hello, attempt: int) -> None:
         """Make the process that has only started a rank a helper: it is no rank itself."""
-        for stream in self._table.of_attempt(attempt):
-            if hello.spawned_by and stream.incarnation.recorder == hello.spawned_by and not stream.next.get("steps"):
+        for stream in self._table.of_recorder(attempt, hello.spawned_by) if hello.spawned_by else ():
+            if not stream.next.get("steps"):
                 self._table.remove_rank(stream)
                 self._on_helper(stream)
 

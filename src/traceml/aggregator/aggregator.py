@@ -265,6 +265,7 @@ class Aggregator:
             return False
 
         self._hosts.stored(run)
+        self._hosts.confirm(run, at_once=True)
         self._alerts.check_end(run, run.final_findings)
         self._alerts.forget(run)
         self._profiles.forget(run)
@@ -375,6 +376,7 @@ class Aggregator:
                 self._start(self._abort_checked(run))
 
         if not run.ended:  # also where no rows arrive
+            self._hosts.confirm(run)
             run.maintain(_MAINTAIN_S, self._deliveries.cursors(run.path))
 
         if run not in self._ending and run.is_over(has_launcher=self._has_launcher(run)):
@@ -416,7 +418,11 @@ class Aggregator:
             try:
                 self.registry.begin(self._run_id, key, named=True)
             except RefusedError as error:
-                raise StoreError(str(error)) from error
+                if not error.retry:
+                    raise StoreError(str(error)) from error
+
+                _log.warning("run %s begins when its ranks come: %s", self._run_id, error)
+                return
 
             self._seen_any = True
             return

@@ -96,8 +96,18 @@ class Ingest:
         """Return the counters."""
         return IngestStatistics(self._rows, self._repeated, self._commits, self._failed, self.stalled)
 
-    def take(self, stream: Stream, table: str, seq: int, n: int, data: bytes) -> None:
+    def take(
+        self, stream: Stream, table: str, seq: int, n: int, data: bytes, packed: tuple[int, bytes] | None = None
+    ) -> None:
         """Add `n` rows of a stream, the first of which has number `seq`.
+
+        Args:
+            stream: the stream.
+            table: name of the table.
+            seq: number of the first row.
+            n: number of rows.
+            data: the rows.
+            packed: codec and bytes of the same rows as the store has them, if they came so.
 
         Raises:
             RefusedError: there is no such table.
@@ -117,6 +127,7 @@ class Ingest:
         wanted = stream.next.get(table, 0)
         if seq < wanted:
             seq, n, data = self._cut(stream, table, seq, n, data, wanted)
+            packed = None
             if not n:
                 return
 
@@ -129,9 +140,9 @@ class Ingest:
             if len(maps) != n:
                 raise ProtocolError(f"a rows frame of {table!r} does not hold {n} maps")
             if table == BLOBS.name:
-                data = self._take_chunks(stream, maps)
+                data, packed = self._take_chunks(stream, maps), None
 
-        self._store.append(stream.id, table, seq, n, data, first, last)
+        self._store.append(stream.id, table, seq, n, data, first, last, packed)
         self._rows += n
         stream.next[table] = stream.unacked[table] = seq + n
         self._touched[stream] = None

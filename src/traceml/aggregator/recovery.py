@@ -207,6 +207,9 @@ def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str,
     elif image.open_step is not None:
         facts["open_phase"] = "other"
 
+    if (line := names.get(image.line_id)) is not None:
+        facts["seen"] = line
+
     if image.open_step is not None:
         facts |= {"open_step": image.open_step, "open_since_ns": since_ns}
         if began_ns := image.slot(Slot.STEP_START):

@@ -82,6 +82,7 @@ class Registry:
         self._retention_gb = retention_gb
         self._runs: list[ActiveRun] = []
         self._by_key: dict[str, ActiveRun] = {}
+        self._not_begun: dict[str, str] = {}  # job key -> the id under which its run could not be created
 
     @property
     def runs(self) -> list[ActiveRun]:
@@ -129,14 +130,20 @@ class Registry:
                 return other, attempt
 
         taken = other is not None and (bool(hello.run_id) or not other.ended)
-        run_id = new_run_id(hello.name or "run") if taken or not hello.run_id else safe_run_id(hello.run_id)
+        run_id = self._new_id(hello) if taken or not hello.run_id else safe_run_id(hello.run_id)
         # While the run of that key goes on, this one is found by its recorder alone.
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
+        self._not_begun[_key(hello)] = run_id
         run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
+        del self._not_begun[_key(hello)]
         if taken and other is not None and other.admission.starts_next_run(hello):
             self._by_key[_key(hello)] = run  # the job's other ranks join its next training too
 
         return run, run.admission.attempt_for(hello) or hello.attempt
+
+    def _new_id(self, hello: Hello) -> str:
+        """Return the id of a new run: a job that comes again after it was refused leaves no second folder."""
+        return self._not_begun.get(_key(hello)) or new_run_id(hello.name or "run")
 
     def _run_of_parent(self, hello: Hello) -> ActiveRun | None:
         """Return the run of a forked child's parent process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from bisect import bisect_left
 from typing import Any
 
 from traceml.clock import SteadyClock, boot_id, process_start_ticks
@@ -79,8 +80,9 @@ class RunFacts:
     def add_rank(self, hello: Hello) -> None:
         """Take a rank's host and the restarts that are left."""
         hosts = self.values["hosts"]
-        if hello.host not in hosts:
-            self.values["hosts"] = sorted({*hosts, hello.host})
+        at = bisect_left(hosts, hello.host)  # sorted: thousands of hosts are asked for by each of their ranks
+        if hosts[at : at + 1] != [hello.host]:
+            self.values["hosts"] = [*hosts[:at], hello.host, *hosts[at:]]
 
         self.values["restarts_left"] = hello.restarts_left
 

@@ -22,6 +22,7 @@ class StreamTable:
         self.away: dict[Stream, None] = {}
         self._current: dict[tuple[int, int], Stream] = {}
         self._by_incarnation: dict[tuple[Incarnation, int], Stream] = {}
+        self._by_recorder: dict[str, list[Stream]] = {}
 
     def add(self, stream: Stream) -> None:
         """Add a stream; a rank's newest one takes the place of the one before."""
@@ -32,6 +33,7 @@ class StreamTable:
             self._current[stream.attempt, stream.rank] = stream
 
         self._by_incarnation[stream.incarnation, stream.rank] = stream
+        self._by_recorder.setdefault(stream.incarnation.recorder, []).append(stream)
 
     def remove_rank(self, stream: Stream) -> None:
         """Make a rank's stream one of a helper."""
@@ -45,6 +47,11 @@ class StreamTable:
     def of_attempt(self, attempt: int) -> list[Stream]:
         """Return the newest stream of each rank in an attempt."""
         return [stream for (number, _), stream in self._current.items() if number == attempt]
+
+    def of_recorder(self, attempt: int, recorder: str) -> list[Stream]:
+        """Return the ranks of an attempt whose newest stream is that of a recorder."""
+        found = [stream for stream in self._by_recorder.get(recorder, ()) if stream.attempt == attempt]
+        return [stream for stream in found if self._current.get((attempt, stream.rank)) is stream]
 
     def of_process(self, incarnation: Incarnation, rank: int) -> Stream | None:
         """Return the stream of a recorder that was connected before."""

@@ -136,6 +136,19 @@ def test_a_webhook_that_is_busy_is_tried_again() -> None:
         assert "SECRET" not in str(failure.value)
 
 
+def test_a_webhook_that_does_not_answer_gets_the_alert_once() -> None:
+    """It may show it late, and would show it again with each try."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/services/SECRET"
+        with pytest.raises(TraceMLError, match=r"webhook 127.0.0.1 was sent the alert, and gave no answer in 0.2 s"):
+            _send(WebhookAlert(url, pauses_s=(0.0, 0.0), limit_s=0.2))
+
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
 def test_a_webhook_that_is_down_and_comes_up_gets_it(port: int) -> None:
     """The alert waits between tries; the tries are bounded."""
     url = f"http://127.0.0.1:{port}/x"

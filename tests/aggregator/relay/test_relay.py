@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,17 +14,19 @@ import msgpack
 import numpy as np
 import pytest
 
-from tests.aggregator.conftest import Serving, wait_for_acks
+from tests.aggregator.conftest import TOKEN, Serving, step_rows, wait_for_acks
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.eventually import eventually
-from traceml.aggregator.relay.upstream import Upstream
+from traceml.aggregator.relay.run_relay import RunRelay
+from traceml.aggregator.relay.upstream import RELAY_MARK, Upstream
 from traceml.database.schema import PROCESS, STEPS
-from traceml.database.store.reader import StoreReader
+from traceml.database.store.reader import StoreReader, StreamIdentity
+from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.tree.row_requests import CLEAR_GAIN
 from traceml.errors import TraceMLError, UsageError
 from traceml.runs.report.report import build_report
-from traceml.transport.client import Connection
+from traceml.transport.client import Connection, connect
 
 RANKS, STEPS_SENT = 8, 120
 HOSTS = ((0, 1, 2, 3), (4, 5, 6, 7))
@@ -308,6 +313,84 @@ def test_commands_for_ranks_belong_to_their_hosts(tree):
 
     with pytest.raises(TraceMLError, match="connected to the aggregators of their hosts: ask on"):
         tree.center.ask("stacks", run="tree")
+
+
+def host_run(folder: Path, steps: int) -> Path:
+    """Store a run of one rank with a frame for each of its steps."""
+    identity = StreamIdentity(rank=0, attempt=0, host="h", pid=1, start_ticks=1, recorder="r")
+    with StoreWriter(folder / STORE_NAME) as store:
+        store.put_meta("run", {"id": "tree", "job": "tree", "world_size": 1, "started": time.time()})
+        stream = store.stream(identity, state="running", world_size=1)
+        for step in range(steps):
+            store.append(stream, STEPS.name, step, 1, step_rows(step, 1), step, step)
+            store.commit()
+
+    return folder
+
+
+def damage(folder: Path, frames: int) -> None:
+    """Make the first frames of a run unreadable."""
+    with closing(sqlite3.connect(folder / STORE_NAME)) as database:
+        database.execute("UPDATE frames SET codec = 99 WHERE id <= ?", (frames,))
+        database.commit()
+
+
+@pytest.fixture
+def dial(serving, tmp_path):
+    center = serving(folder=tmp_path / "center")
+    return center, lambda hello: connect("127.0.0.1", center.port, hello, TOKEN, timeout_s=20)
+
+
+@pytest.mark.process
+def test_a_relay_goes_on_where_the_one_before_has_stopped(dial, tmp_path, monkeypatch):
+    """After a day it would read a day of rows, of which the center has all."""
+    monkeypatch.setattr("traceml.aggregator.relay.run_relay._HISTORY_FRAMES", 8)
+    center, connected = dial
+    run = host_run(tmp_path / "run", 40)
+    first = RunRelay(run, "host", connected)
+    first.finish(20)
+    first.disconnect()
+    assert first.safe == 40
+
+    host_run(run, 60)
+    damage(run, 30)
+    second = RunRelay(run, "host", connected, first.safe)
+    second.finish(20)
+    second.disconnect()
+
+    assert second.safe == 60
+    assert stored_of(center, STEPS.name) == 60
+
+
+@pytest.mark.process
+def test_a_center_without_the_run_gets_all_of_it(dial, tmp_path, monkeypatch):
+    """Its folder was removed, or another center has the same address."""
+    monkeypatch.setattr("traceml.aggregator.relay.run_relay._HISTORY_FRAMES", 8)
+    center, connected = dial
+    relay = RunRelay(host_run(tmp_path / "run", 40), "host", connected, 40)
+
+    relay.finish(20)
+    relay.disconnect()
+
+    assert stored_of(center, STEPS.name) == 40
+
+
+@pytest.mark.process
+def test_how_far_a_run_is_sent_is_kept_in_its_folder(dial, tmp_path):
+    """Also without an end of the aggregator; for another center it says nothing."""
+    center, _ = dial
+    run = host_run(tmp_path / "runs" / "run", 40)
+    upstream = Upstream(f"127.0.0.1:{center.port}", run.parent, TOKEN)
+
+    def is_kept() -> bool:
+        upstream.turn([run])
+        return bool(json.loads((run / RELAY_MARK).read_text())["safe"] == 40)
+
+    eventually(is_kept)
+    upstream.close()
+    assert json.loads((run / RELAY_MARK).read_text()) == {"address": upstream.address, "sent": False, "safe": 40}
+    Upstream("127.0.0.1:9", run.parent, TOKEN).turn([run])
+    assert json.loads((run / RELAY_MARK).read_text())["safe"] == 0
 
 
 @pytest.mark.parametrize("address", ["center", ":29765", "center:0", "center:port", "center:70000", ""])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +11,12 @@ import numpy as np
 import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving, step_rows
+from tests.aggregator.test_registry import Silent, registry  # noqa: F401 - a fixture
 from tests.eventually import eventually
+from traceml.aggregator.relay.relayed_hosts import CONFIRM_S, RelayedHosts
+from traceml.database.schema import PROCESS, STEPS
+from traceml.database.store.codec import encode
+from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.steps.stand_ins import HostChoice, WorkAbove, packed_ms
 from traceml.errors import AggregatorRefusedError
 from traceml.transport.client import Connection, connect
@@ -75,6 +82,113 @@ def test_messages_are_confirmed_when_they_are_stored(serving):
 
     link.close()
     again.close()
+
+
+class HostPeer(Silent):
+    """The connection of a host, of which the test reads what the center has sent."""
+
+    def __init__(self) -> None:
+        self.hello = Hello(role="relay", run="job", recorder="folder")
+        self.sent: list[dict[str, Any]] = []
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+
+class Center:
+    """The center's side of one host with one rank, on a clock that the test moves."""
+
+    def __init__(self, registry) -> None:  # noqa: F811
+        self.now_s = 100.0
+        self.peer, self.registry = HostPeer(), registry
+        self.hosts = RelayedHosts(self._admit, lambda: self.now_s)
+        self.hosts.take(self.peer, {"t": "rank", "id": 0, "hello": hello_of(0)})
+        self.run = registry.runs[0]
+
+    def take(self, message: dict[str, Any]) -> None:
+        self.hosts.take(self.peer, message)
+
+    def commit(self) -> None:
+        self.run.commit(force=True)
+        self.hosts.stored(self.run)
+
+    @property
+    def confirmed(self) -> list[int]:
+        return [message["number"] for message in self.peer.sent if message["t"] == "stored"]
+
+    def _admit(self, hello: Hello, peer: Any):
+        run, attempt = self.registry.assign(hello)
+        return run, run.join(hello, attempt, peer)
+
+
+@pytest.fixture
+def center(registry):  # noqa: F811
+    return Center(registry)
+
+
+def test_a_confirmation_is_for_the_messages_of_some_seconds(center):
+    """A host sends each second: an answer to each of a thousand hosts would be a tenth of the center's work."""
+    for number in (1, 2, 3):
+        center.take(second(number, [steps(0, 10 * number, 10)]))
+        center.commit()
+        center.now_s += 1
+
+    assert center.confirmed == [1]
+
+    center.now_s += CONFIRM_S
+    center.hosts.confirm(center.run)
+    center.hosts.confirm(center.run)
+    assert center.confirmed == [1, 3]
+
+
+@pytest.mark.parametrize("ask", [{"t": "confirm"}, second(3, [], ends=[[0, "finished", {}]])])
+def test_a_host_that_waits_is_answered_when_all_is_stored(center, ask):
+    """At the end of its ranks, or of itself: not before its last rows are on the disk."""
+    center.take(second(1, [steps(0, 0, 10)]))
+    center.commit()
+    center.take(second(2, [steps(0, 10, 10)]))
+    center.take(ask)
+    center.hosts.confirm(center.run)
+    assert center.confirmed == [1]
+
+    center.commit()
+    assert center.confirmed == [1, ask.get("number", 2)]
+
+
+def test_all_is_confirmed_where_the_run_ends(center):
+    """Its hosts would wait for it, and report that their rows are perhaps not stored."""
+    for number in (1, 2):
+        center.take(second(number, [steps(0, 10 * number, 10)]))
+        center.commit()
+
+    center.hosts.confirm(center.run, at_once=True)
+
+    assert center.confirmed == [1, 2]
+
+
+def test_rows_are_stored_in_the_form_in_which_they_come(center):
+    """They are compressed once, on their host. Rows that are sent again, or in two parts of one commit, are not."""
+    data = step_rows(0, 40)
+    codec, packed = encode(STEPS, data)
+    center.take(second(1, [[0, "steps", 0, 40, int(codec), packed]]))
+    center.run.commit(force=True)
+    again = encode(STEPS, step_rows(30, 20))
+    center.take(second(2, [[0, "steps", 30, 20, int(again[0]), again[1]], steps(0, 50, 10)]))
+    center.run.commit(force=True)
+    rows = np.zeros(2, PROCESS.dtype)
+    center.take(second(3, [[0, "process", 0, 2, 0, rows.tobytes()]]))
+    center.run.commit(force=True)
+
+    with StoreReader(center.run.store.path) as store:
+        assert store.rows("steps")["step"].tolist() == [*range(60)]
+        assert len(store.rows("process")) == 2
+
+    with closing(sqlite3.connect(center.run.store.path)) as database:
+        frames = database.execute("SELECT n, codec, data FROM frames ORDER BY id").fetchall()
+
+    assert frames[0] == (40, int(codec), packed)
+    assert [n for n, _, _ in frames] == [40, 20, 2]
+    assert frames[2][1:] == (0, rows.tobytes())
 
 
 def test_rows_of_ranks_that_are_not_sent_are_no_loss(serving):
@@ -156,6 +270,7 @@ def test_a_choice_is_one_event(serving):
     for number in (1, 2, 3):
         above = WorkAbove(10 * number, packed_ms(np.full(10, 2e6, np.float32))).to_row()
         link.send(second(number, [steps(0, 10 * number, 10)], CHOICE if number < 3 else None, above=above))
+        link.send({"t": "confirm"})
         assert answer(link, "stored")["number"] == number
 
     with center.store() as store:

@@ -45,10 +45,10 @@ def append(writer: StoreWriter, stream: int, table: str, seq: int, rows: NDArray
 
 def assert_sums(reader: StoreReader, written: Written) -> None:
     """Compare the run's sums with those of all rows that were written."""
-    steps, samples = reader.step_sums(), reader.sample_sums()
+    steps = reader.step_sums()
     for (stream, table), rows in written.items():
         wanted = sum_rows(table, rows)[0]
-        got = getattr(steps[stream], table) if hasattr(StepSums.of({}), table) else samples[table][stream]
+        got = getattr(steps[stream], table) if hasattr(StepSums.of({}), table) else reader.table_sums(table)[stream]
         assert_same(got, wanted)
 
 

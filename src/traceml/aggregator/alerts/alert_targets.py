@@ -146,10 +146,12 @@ class WebhookAlert:
     Attributes:
         url: the URL; its path is often a secret.
         pauses_s: seconds between tries.
+        limit_s: seconds that the server may take to connect, and then to answer.
     """
 
     url: str
     pauses_s: tuple[float, ...] = _PAUSES_S
+    limit_s: float = _WEBHOOK_S
 
     @property
     def name(self) -> str:
@@ -159,8 +161,10 @@ class WebhookAlert:
     async def send(self, document: bytes) -> None:
         """Post it, with some tries if the server is down or busy.
 
+        A server that has it and does not answer gets it once: it may show it, only late.
+
         Raises:
-            TraceMLError: the server refuses it, or did not take it in any try.
+            TraceMLError: the server refuses it, gave no answer, or did not take it in any try.
         """
         for pause_s in (*self.pauses_s, None):
             try:
@@ -171,6 +175,10 @@ class WebhookAlert:
                 why = f"it answered {error.code} {error.reason}"
                 if error.code < 500 and error.code not in _BUSY:
                     raise TraceMLError(f"{self.name} refuses alerts: {why}") from None
+            except TimeoutError:  # of the answer: that of the connection is a URLError
+                raise TraceMLError(
+                    f"{self.name} was sent the alert, and gave no answer in {self.limit_s:g} s"
+                ) from None
             except (OSError, ValueError) as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
 
@@ -182,5 +190,5 @@ class WebhookAlert:
     def _post(self, document: bytes) -> None:
         headers = {"Content-Type": "application/json", "User-Agent": f"traceml/{__version__}"}
         request = urllib.request.Request(self.url, document, headers, method="POST")  # noqa: S310 - http(s), see target_of
-        with urllib.request.urlopen(request, timeout=_WEBHOOK_S):  # noqa: S310
+        with urllib.request.urlopen(request, timeout=self.limit_s):  # noqa: S310
             pass

@@ -5,6 +5,7 @@ A relayed rank is a stream of its run as one with a connection of its own. Its h
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,10 @@ from traceml.errors import ProtocolError
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer
 
-__all__ = ["RelayedHosts", "RelayedRank"]
+__all__ = ["CONFIRM_S", "RelayedHosts", "RelayedRank"]
+
+CONFIRM_S = 5.0
+"""Longest time until a host knows that its rows are stored. It needs that after a lost connection, and at its end."""
 
 
 class RelayedRank:
@@ -51,7 +55,13 @@ class RelayedRank:
 
 @dataclass(slots=True)
 class _RelayedHost:
-    """A connected host, and its ranks by the number that it has given them."""
+    """A connected host, and its ranks by the number that it has given them.
+
+    Attributes:
+        taken, stored, confirmed: number of the last message that has come, is stored, and is known to be by the host.
+        confirmed_s: monotonic time of the last confirmation.
+        is_waiting: whether the host waits for the next one.
+    """
 
     peer: Peer
     key: str
@@ -59,6 +69,9 @@ class _RelayedHost:
     run: ActiveRun | None = None
     taken: int = 0
     stored: int = 0
+    confirmed: int = 0
+    confirmed_s: float = 0.0
+    is_waiting: bool = False
     wanted: frozenset[int] = frozenset()
 
 
@@ -67,10 +80,15 @@ class RelayedHosts:
 
     Args:
         admit: admits a rank: returns its run and its stream.
+        moment_s: returns the monotonic time in seconds.
     """
 
-    def __init__(self, admit: Callable[[Hello, StreamPeer], tuple[ActiveRun, Stream]]) -> None:
-        self._admit = admit
+    def __init__(
+        self,
+        admit: Callable[[Hello, StreamPeer], tuple[ActiveRun, Stream]],
+        moment_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._admit, self._moment_s = admit, moment_s
         self._hosts: dict[Peer, _RelayedHost] = {}
 
     def take(self, peer: Peer, message: dict[str, Any]) -> None:
@@ -87,14 +105,32 @@ class RelayedHosts:
             self._join(host, message)
         elif kind == "second":
             self._second(host, message)
+        elif kind == "confirm":
+            host.is_waiting = host.confirmed < host.taken
         else:
             raise ProtocolError(f"{kind[:50]!r} is not expected from the aggregator of a host")
 
     def stored(self, run: ActiveRun) -> None:
-        """Tell the hosts of a run that the rows of all their messages so far are stored."""
+        """Record that the rows of all messages so far of a run's hosts are stored."""
         for host in self._hosts.values():
-            if host.run is run and host.stored < host.taken:
+            if host.run is run:
                 host.stored = host.taken
+
+        self.confirm(run)
+
+    def confirm(self, run: ActiveRun, *, at_once: bool = False) -> None:
+        """Tell hosts of a run which of their messages are stored: those that wait for it, others every few seconds.
+
+        Args:
+            run: the run.
+            at_once: tell all of them.
+        """
+        now_s = self._moment_s()
+        for host in self._hosts.values():
+            is_due = at_once or host.is_waiting or now_s - host.confirmed_s >= CONFIRM_S
+            if host.run is run and host.confirmed < host.stored and is_due:
+                host.confirmed, host.confirmed_s = host.stored, now_s
+                host.is_waiting &= host.stored < host.taken
                 host.peer.send({"t": "stored", "number": host.stored})
 
     def ask(self, run: ActiveRun, ranks: Collection[int]) -> None:
@@ -156,6 +192,7 @@ class RelayedHosts:
 
         for each in message.get("ends") or ():
             self._end(host, each)
+            host.is_waiting = True
 
         host.taken = number
 
@@ -169,7 +206,7 @@ class RelayedHosts:
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"relayed rows cannot be read: {error!r}") from error
 
-        run.ingest.take(stream, name, seq, n, data)
+        run.ingest.take(stream, name, seq, n, data, (int(codec), packed) if type(packed) is bytes else None)
 
     @staticmethod
     def _choose(run: ActiveRun, key: str, row: Any) -> None:

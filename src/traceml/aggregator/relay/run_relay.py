@@ -32,6 +32,7 @@ __all__ = ["RunRelay"]
 _SAMPLES = frozenset(table.name for table in (*SAMPLE_TABLES, LINES))
 _CHOSEN = frozenset(table.name for table in PACKED) - RELAYED_WHOLE - {TELEMETRY.name}
 _FRAMES = 256
+_HISTORY_FRAMES = 4096  # read again, about a minute: ranks are compared over it, and some samples may wait
 _MESSAGE_BYTES = 1 << 20
 _MOST_UNSENT_BYTES = 4 << 20
 _JOIN_S, _FLUSH_S = 5.0, 1.0
@@ -65,19 +66,21 @@ class RunRelay:
         run_dir: folder of the run.
         host_id: tells several aggregators of one host apart; the same after a restart.
         dial: connects to the center.
+        safe: `safe` of an earlier relay of the run.
 
     Attributes:
         is_done: whether the run is over, and all of it is stored in the center.
+        safe: id of a frame up to which the center has all.
     """
 
-    def __init__(self, run_dir: Path, host_id: str, dial: Callable[[Hello], Connection]) -> None:
+    def __init__(self, run_dir: Path, host_id: str, dial: Callable[[Hello], Connection], safe: int = 0) -> None:
         self.path = run_dir
         self.is_done = False
         self._host_id, self._dial = host_id, dial
         self._link: Connection | None = None
         self._reader: StoreReader | None = None
-        self._cursor = self._safe = 0
-        self._number = self._stored = 0
+        self._cursor = self.safe = safe
+        self._number, self._stored = 0, 0
         self._marks: deque[tuple[int, int]] = deque()
         self._asked: frozenset[int] = frozenset()
         self._sent_rows = Counter[int]()
@@ -107,6 +110,9 @@ class RunRelay:
         """Send what is new, and wait until it is stored there; see `turn`."""
         deadline_s = time.monotonic() + timeout_s
         self.turn()
+        if not self.is_stored and self._link is not None:
+            self._link.send({"t": "confirm"})
+
         while not self.is_stored and self._link is not None and (left_s := deadline_s - time.monotonic()) > 0:
             self._take(self._link.receive(left_s))
 
@@ -132,7 +138,8 @@ class RunRelay:
         if self._link is None:
             self._reader = StoreReader(self.path / STORE_NAME)
             self._link = self._dial(self._hello())
-            self._cursor, self._number, self._stored, self._is_caught_up = self._safe, 0, 0, False
+            self._cursor, self._is_caught_up = max(self.safe - _HISTORY_FRAMES, 0), False
+            self._number = self._stored = 0
             self._marks.clear()
             self._asked = frozenset()
             self._streams = {}
@@ -156,12 +163,15 @@ class RunRelay:
             self._send_rest(link, self._reader, records, {record.id for record in new})
 
         self._join(link, new, run)
+        if not any(stream.acked for stream in self._streams.values()):  # the center is another one, or an attempt new
+            self._cursor = 0
+
         self._is_caught_up = self._send_rest(link, self._reader, records)
         ended = all(stream.is_ended for stream in self._streams.values())
         self._is_over = self._is_caught_up and ended and run.get("ended") is not None
         self.is_done = self._is_over and self.is_stored
         if self.is_stored:
-            self._safe = self._cursor
+            self.safe = self._cursor
 
         link.flush(_FLUSH_S)
 
@@ -327,7 +337,7 @@ class RunRelay:
     def _confirm(self, number: int) -> None:
         self._stored = number
         while self._marks and self._marks[0][0] <= number:
-            self._safe = self._marks.popleft()[1]
+            self.safe = self._marks.popleft()[1]
 
     def _hello(self) -> Hello:
         assert self._reader is not None

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from traceml.aggregator.relay.run_relay import RunRelay
 from traceml.database.store.store import merge_wal
@@ -21,7 +22,11 @@ from traceml.transport.hello import Hello
 __all__ = ["RELAY_MARK", "Upstream"]
 
 RELAY_MARK = "upstream.json"
-"""File in the folder of a run that is sent on: `{"address", "sent"}`; `sent` is true when all of it is stored there."""
+"""File in the folder of a run that is sent on: `{"address", "sent", "safe"}`.
+
+`sent` is true when all of the run is stored there; before, all frames up to number `safe` are.
+"""
+_MARK_TURNS = 30
 _EVERY_S = 1.0
 _CONNECT_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _REFUSED_PAUSE_S = 1.0, 10.0, 30.0
@@ -53,6 +58,8 @@ class Upstream:
         self._host_id = hashlib.sha256(str(runs_dir.absolute()).encode()).hexdigest()[:12]
         self._relays: dict[Path, RunRelay] = {}
         self._retries: dict[Path, _Retry] = {}
+        self._marked: dict[Path, int] = {}
+        self._turns = 0
         for path in _left_over(runs_dir, self.address):
             self._add(path)
 
@@ -84,6 +91,10 @@ class Upstream:
                 self._done(path, relay)
                 del self._relays[path]
 
+        self._turns += 1
+        if self._turns % _MARK_TURNS == 0:
+            self._mark_safe()
+
     def close(self) -> None:
         """Send what is left for some seconds, and log what could not be sent."""
         deadline_s = time.monotonic() + _LAST_S
@@ -95,6 +106,7 @@ class Upstream:
 
             is_stored = relay.is_stored
             relay.disconnect()
+            _mark(path, self.address, sent=False, safe=relay.safe)
             if not is_stored:
                 _log.warning(
                     "run %s: %s has not confirmed that its last rows are stored there. `traceml serve --upstream %s` "
@@ -104,8 +116,9 @@ class Upstream:
         self._relays.clear()
 
     def _add(self, path: Path) -> None:
-        self._relays[path], self._retries[path] = RunRelay(path, self._host_id, self._dial), _Retry()
-        _mark(path, self.address, sent=False)
+        safe = _safe_of(path, self.address)
+        self._relays[path], self._retries[path] = RunRelay(path, self._host_id, self._dial, safe), _Retry()
+        _mark(path, self.address, sent=False, safe=safe)
 
     def _forget(self, path: Path) -> None:
         """Forget a run that was removed, as one without ranks is."""
@@ -114,9 +127,16 @@ class Upstream:
             (path / RELAY_MARK).unlink()
             path.rmdir()
 
+    def _mark_safe(self) -> None:
+        """Store how far the runs are sent, so that the next aggregator of this folder begins there."""
+        for path, relay in self._relays.items():
+            if relay.safe != self._marked.get(path):
+                self._marked[path] = relay.safe
+                _mark(path, self.address, sent=False, safe=relay.safe)
+
     def _done(self, path: Path, relay: RunRelay) -> None:
         relay.disconnect()
-        _mark(path, self.address, sent=True)
+        _mark(path, self.address, sent=True, safe=relay.safe)
         merge_wal(path / STORE_NAME)  # which could not be done while it was read here
 
     def _tried(self, path: Path, send: Callable[[], object]) -> bool:
@@ -174,16 +194,30 @@ def _left_over(runs_dir: Path, address: str) -> list[Path]:
 
 
 def _is_left(mark: Path, address: str) -> bool:
+    content = _read_mark(mark, address)
+    return "sent" in content and not content["sent"] and (mark.parent / STORE_NAME).is_file()
+
+
+def _safe_of(path: Path, address: str) -> int:
+    """Return the frame up to which an earlier aggregator of this folder has sent a run there; 0 where none has."""
+    safe = _read_mark(path / RELAY_MARK, address).get("safe")
+    return safe if type(safe) is int else 0
+
+
+def _read_mark(mark: Path, address: str) -> dict[str, Any]:
+    """Return what a mark says of a run that is sent there; empty without one."""
     try:
         content = json.loads(mark.read_text())
-        return bool(content["address"] == address and not content["sent"] and (mark.parent / STORE_NAME).is_file())
+        return content if content["address"] == address else {}
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.debug("ignoring %s: %r", mark, error)
-        return False
+        return {}
 
 
-def _mark(path: Path, address: str, *, sent: bool) -> None:
+def _mark(path: Path, address: str, *, sent: bool, safe: int) -> None:
     try:
-        replace_file(path / RELAY_MARK, json.dumps({"address": address, "sent": sent}).encode())
+        replace_file(path / RELAY_MARK, json.dumps({"address": address, "sent": sent, "safe": safe}).encode())
     except OSError as error:
         _log.warning("run %s would not be sent after a restart of this aggregator: %s", path.name, error)

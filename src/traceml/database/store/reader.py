@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import RELAYED_WHOLE
 from traceml.database.store.frame_reader import FRAME_ROWS, META_BATCH, FrameReader
 from traceml.database.store.records import Frame, RunEvent, StreamIdentity, StreamRecord, assembled
-from traceml.database.store.summaries import SAMPLE_TABLES, STEP_TABLES, StepSums, TableSums, sum_rows
+from traceml.database.store.summaries import STEP_TABLES, StepSums, TableSums, sum_rows
 from traceml.database.store.thinning import STATE_KEY
 
 __all__ = ["Frame", "RunEvent", "StoreReader", "StreamIdentity", "StreamRecord"]
@@ -215,10 +215,6 @@ class StoreReader(FrameReader):
             stream: StepSums.of({name: sums[stream] for name, sums in by_table.items() if stream in sums})
             for stream in streams
         }
-
-    def sample_sums(self) -> dict[str, dict[int, TableSums]]:
-        """Return the exact sums of all samples of the run, by sampled table and stream; see `step_sums`."""
-        return {table.name: self.table_sums(table.name) for table in SAMPLE_TABLES if table.name in self._ids}
 
     def table_sums(self, table: str) -> dict[int, TableSums]:
         """Return the exact sums of a table by stream: its summaries, and the rows after them."""

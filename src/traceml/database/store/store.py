@@ -119,6 +119,7 @@ class StoreWriter:
         data: bytes | memoryview,
         first_step: int = _NO_STEP,
         last_step: int = _NO_STEP,
+        packed: tuple[int, bytes] | None = None,
     ) -> int:
         """Buffer a frame for the next commit; return the number of new rows.
 
@@ -132,6 +133,7 @@ class StoreWriter:
             data: the rows as received.
             first_step: training step of the first row; -1 for rows without steps.
             last_step: training step of the last row.
+            packed: codec and bytes that `codec.encode` has given for these rows: they are not compressed again.
 
         Raises:
             ValueError: the stream or table is unknown, or the size does not match the number of rows.
@@ -147,7 +149,7 @@ class StoreWriter:
             if known == n:
                 return 0
 
-            data, seq, n = _without_head(table, bytes(data), known), expected, n - known
+            data, seq, n, packed = _without_head(table, bytes(data), known), expected, n - known, None
             first_step = _first_step(table, data)
 
         self._next[key] = seq + n
@@ -160,7 +162,7 @@ class StoreWriter:
         if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
             buffer = self._begin(key, seq)
 
-        buffer.add(n, bytes(data), first_step, last_step)
+        buffer.add(n, bytes(data), first_step, last_step, packed)
         return n
 
     def next_seq(self, stream: int, table: str) -> int:
@@ -271,7 +273,7 @@ class StoreWriter:
 
     def _encode(self, key: _Key, rows: FrameBuffer) -> None:
         stream, table = key
-        codec, data = encode(TABLES[table], b"".join(rows.parts))
+        codec, data = rows.packed or encode(TABLES[table], b"".join(rows.parts))
         steps = (rows.first_step, rows.last_step)
         self._encoded.append((stream, self._table_ids[table], rows.seq, rows.n, *steps, int(codec), data))
 

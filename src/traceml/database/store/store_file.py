@@ -13,7 +13,7 @@ import msgpack
 
 from traceml.database.schema import TABLES
 from traceml.database.store.filesystem import network_filesystem
-from traceml.errors import StoreError
+from traceml.errors import StoreError, StoreVersionError
 
 __all__ = [
     "STORE_NAME",
@@ -240,10 +240,7 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
     _check_schema(database, path)
     version = _version(database)
     if not _OLDEST_VERSION <= version <= STORE_VERSION:
-        raise StoreError(
-            f"the run's store {path} has format {version}, this traceml reads {STORE_VERSION}. "
-            f"Use {'a newer' if version > STORE_VERSION else 'the older'} traceml for this run."
-        )
+        raise StoreVersionError(path, version, STORE_VERSION)
 
 
 def _check_schema(database: sqlite3.Connection, path: Path) -> None:
