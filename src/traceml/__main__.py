@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from traceml.cli import main
-
 if __name__ == "__main__":
+    # `-m` has put the working directory first on the path, where the user's modules are, and the installed command has
+    # its own folder there. Aggregators are started in this way: they must import no `sqlite3.py` of the user.
+    if not sys.flags.safe_path:
+        sys.path[0] = sys.executable.rpartition("/")[0]
+
+    from traceml.cli import main
+
     sys.exit(main())

@@ -113,7 +113,9 @@ def test_a_script_that_ends_badly(traceml: Traceml, end: str, status: int, expec
     assert_nothing_is_left(ended)
 
 
-@pytest.mark.parametrize(("end", "status", "signal_number"), [("kill", 137, 9), ("raise", 1, None), ("_exit", 4, None)])
+@pytest.mark.parametrize(
+    ("end", "status", "signal_number"), [("kill", 137, 9), ("raise", 1, None), ("_exit", 4, None), ("term", 143, 15)]
+)
 def test_a_rank_of_two_is_lost(traceml: Traceml, end: str, status: int, signal_number: int | None) -> None:
     """The verdict names the rank that went first, not those that torchrun ended after it."""
     ended = traceml("run", "--nproc-per-node", "2", TINY, "--steps", "60", "--at", "30", "--rank", "1", "--end", end)

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.diagnosis.fabricated import Job
@@ -15,6 +16,11 @@ from tests.runs.fabricated_store import store_run
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import TraceMLError
 from traceml.supervise.report_maker import ReportMaker
+
+
+def waiting_pid() -> int:
+    (pid,) = (child.pid for child in psutil.Process().children() if "traceml.display.report_main" in child.cmdline())
+    return pid
 
 
 @pytest.fixture
@@ -52,7 +58,7 @@ def test_the_page_alone(run, maker):
 def test_a_killed_process_is_reported_with_what_to_do(run, maker):
     """The error has the signal and the command that makes the report; the next report is made."""
     maker.prepare()
-    os.kill(maker.waiting_pid, signal.SIGKILL)
+    os.kill(waiting_pid(), signal.SIGKILL)
 
     with pytest.raises(TraceMLError, match=r"killed by signal 9 \(SIGKILL\).*`traceml report .*run` makes it again"):
         maker.write(run)
@@ -71,7 +77,7 @@ def test_a_store_that_cannot_be_read_is_reported_with_its_reason(run, maker):
 def test_the_waiting_process_yields_to_others_and_ends_with_its_parent(maker):
     """It is killed first when memory runs out, has a lower priority, and ends when nobody can ask it any more."""
     maker.prepare()
-    pid = maker.waiting_pid
+    pid = waiting_pid()
     with Path(f"/proc/{pid}/oom_score_adj").open() as score:
         eventually(lambda: (score.seek(0), score.read().strip() == "1000")[1])
 

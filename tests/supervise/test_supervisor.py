@@ -75,6 +75,18 @@ def test_an_aggregator_that_dies_again_and_again_is_started_again(tmp_path: Path
     assert report_of(run_dir)["run"]["state"] == "finished"
 
 
+def test_modules_of_the_user_in_the_working_directory_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the aggregator nor by the process that writes the report: both read the store by sqlite3."""
+    (tmp_path / "sqlite3.py").write_text("raise RuntimeError('a module of the user')\n")
+    monkeypatch.chdir(tmp_path)
+    outcome, run_dir = supervise(tmp_path, "sys.exit(0)")
+
+    assert outcome == JobOutcome(status=0, finished=True)
+    assert report_of(run_dir)["run"]["state"] == "finished"
+
+
 def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_path: Path) -> None:
     """If no aggregator can be started any longer, the job still runs to its own end."""
     runs = str(tmp_path / "runs")

@@ -8,7 +8,10 @@ from typing import Any
 
 from traceml.clock import boot_id, process_start_ticks
 
-__all__ = ["is_watched", "state_of"]
+__all__ = ["UNREADABLE_STATES", "is_watched", "state_of"]
+
+UNREADABLE_STATES = ("damaged", "newer", "older")
+"""States in lists of runs whose store this traceml cannot read: it is damaged, or of another version."""
 
 
 def state_of(run: Mapping[str, Any], aggregator: Mapping[str, Any]) -> str:

@@ -12,11 +12,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["first_failure", "main", "status_of"]
+
+_CLOSING = (-signal.SIGTERM, -signal.SIGKILL)  # by which torchrun ends workers
+_RUNNING = "_traceml_running"  # attribute of torchrun's processes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,14 +72,17 @@ def status_of(exitcode: int) -> int:
 
 
 def _reporter(fd_text: str | None) -> Any:
-    """Return a function that writes {rank: ProcessFailure} pairs to the descriptor, or does nothing without one."""
+    """Return a function that writes (rank, ProcessFailure) pairs to the descriptor, or does nothing without one.
+
+    It also takes the local ranks that ran until torchrun ended them.
+    """
     if fd_text is None:
-        return lambda _failures: None
+        return lambda _failures, _running=(): None
 
     fd = int(fd_text)
     os.set_inheritable(fd, False)
 
-    def report(failures: Iterable[tuple[int, Any]]) -> None:
+    def report(failures: Iterable[tuple[int, Any]], running: Collection[int] = ()) -> None:
         for rank, failure in failures:
             line = {
                 "rank": rank,
@@ -84,6 +90,7 @@ def _reporter(fd_text: str | None) -> Any:
                 "pid": failure.pid,
                 "exitcode": failure.exitcode,
                 "time": failure.timestamp,
+                **({"stopped": True} if failure.local_rank in running and failure.exitcode in _CLOSING else {}),
             }
             with contextlib.suppress(BrokenPipeError):  # `traceml run` was killed: nobody reads it
                 os.write(fd, json.dumps(line).encode() + b"\n")
@@ -110,15 +117,41 @@ def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
 
     def monitor(self: Any, *args: Any, **kwargs: Any) -> Any:
         agents[:] = [self]
+        running = _running_at_close(getattr(self, "_pcontext", None))
         result = original(self, *args, **kwargs)
         if failures := getattr(result, "failures", None):
-            report(failures.items())
+            report(failures.items(), running)
             reported.append(True)
 
         return result
 
     api.LocalElasticAgent._monitor_workers = monitor
     return reported, agents
+
+
+def _running_at_close(context: Any) -> set[int]:
+    """Return a set that torchrun's end of an attempt fills with the local ranks that still run: it ends these.
+
+    It has a list of failures, in which they look like a rank that somebody killed. Where the attributes that are read
+    here are missing, the set stays empty.
+    """
+    if not hasattr(context, "close") or not hasattr(context, "subprocess_handlers"):
+        return set()
+    if (known := vars(context).get(_RUNNING)) is not None:
+        return known  # type: ignore[no-any-return]
+
+    running: set[int] = set()
+    original = context.close
+
+    def close(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(AttributeError):
+            running.update(rank for rank, each in context.subprocess_handlers.items() if each.proc.poll() is None)
+
+        return original(*args, **kwargs)
+
+    setattr(context, _RUNNING, running)
+    context.close = close
+    return running
 
 
 def _ended(agents: Sequence[Any]) -> list[tuple[int, Any]]:

@@ -35,11 +35,6 @@ class ReportMaker:
         self._prepared: subprocess.Popen[bytes] | None = None
         self._one_at_a_time = threading.Lock()
 
-    @property
-    def waiting_pid(self) -> int | None:
-        """Id of the process that was prepared; None where there is none."""
-        return None if self._prepared is None else self._prepared.pid
-
     def prepare(self) -> None:
         """Start the process of the next report now: it loads its modules, and waits. This shortens the end of a run.
 

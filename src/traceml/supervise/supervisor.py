@@ -23,11 +23,14 @@ from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
+from traceml.supervise.unread_output import UnreadOutput
+from traceml.witness.kernel_state import children_of, is_running
 from traceml.witness.program_names import program_name
 
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
+_STDOUT, _STDERR = 1, 2
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 _BY_OTHERS = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job by hand
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
@@ -110,12 +113,16 @@ class Supervisor:
         self._signals: set[int] = set()
         self._ended_by: dict[str, Any] | None = None
         self._selector = selectors.DefaultSelector()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unread = UnreadOutput((_STDOUT, _STDERR), self._is_ending, self._keep_output)
 
     def __enter__(self) -> Self:
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
+        self._unread.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._unread.__exit__()
         self._aggregator.close()
         self._selector.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)
@@ -134,7 +141,7 @@ class Supervisor:
 
     def _run_job(self) -> subprocess.Popen[bytes]:
         terminal = _output_pipe() if self._make_screen is not None else None
-        process = self._start_job(terminal)
+        process = self._process = self._start_job(terminal)
         try:
             self._aggregator.prepare_requests()
             if self._make_screen is not None:
@@ -232,6 +239,23 @@ class Supervisor:
             self._note_sender(info)
             if info.si_code != _SI_KERNEL and process.poll() is None:
                 process.send_signal(info.si_signo)
+
+    def _is_ending(self) -> bool:
+        """Whether the job was asked to end, or its processes have ended; torchrun may be left, with its log."""
+        if (self._signals | signal.sigpending()) & _ENDING:
+            return True
+
+        process = self._process
+        if process is None or process.returncode is not None:
+            return process is not None
+
+        return self._job.elastic and not any(map(is_running, children_of(process.pid)))
+
+    def _keep_output(self, data: bytes) -> None:
+        """Keep output that nobody has read."""
+        copy = OutputCopy(self._job.run_dir / "logs" / "unread.log")
+        copy.write(data)
+        copy.close()
 
     def _note_sender(self, info: signal.struct_siginfo) -> None:
         """Remember who ended the job: the program may have ended when the job has."""
