@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -12,7 +14,7 @@ from tests.renderers.reports import with_data
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml import cli
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.database.store.store_file import STORE_NAME, STORE_VERSION
 from traceml.runs.find import describe_run
 from traceml.runs.report.report import build_report, save_report
 
@@ -42,6 +44,25 @@ def test_runs_are_listed_newest_first(three, capsys):
     mean_ms = json.loads((three[-1] / "report.json").read_text())["steps"]["mean_ms"]
     assert float(lines[0].split()[4].replace(",", "")) == pytest.approx(16e3 / mean_ms, rel=1e-2)
     assert max(map(len, (head, *lines))) <= 80
+
+
+def test_what_to_do_about_runs_that_cannot_be_read(three, capsys):
+    """Of each state the first run is named, on standard error; runs that can be read are not."""
+    assert cli.main(["runs"]) == 0
+    assert capsys.readouterr().err == ""
+
+    for run in three[:2]:
+        with closing(sqlite3.connect(run / STORE_NAME)) as database:
+            database.execute(f"PRAGMA user_version={STORE_VERSION + 1}")
+
+    (three[2] / STORE_NAME).write_bytes(b"no database at all" * 100)
+    assert cli.main(["runs"]) == 0
+
+    output, problems = capsys.readouterr()
+    assert [line.split()[1] for line in output.splitlines()[1:]].count("newer") == 2
+    newer, damaged = problems.splitlines()
+    assert newer == "newer: run-1 and 1 more: a newer traceml has written it: update this one to read it"
+    assert damaged == "damaged: run-2: `traceml report RUN` says why it cannot be read"
 
 
 def test_json(three, capsys):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds
 from tests.renderers.reports import finding
 from tests.runs.fabricated_store import STARTED, run_facts, store_run
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.database.store.store_file import STORE_NAME, STORE_VERSION
 from traceml.errors import RunNotFoundError
 from traceml.runs.find import find_run, list_runs, prune
 from traceml.runs.report.report import build_report, save_report
@@ -100,6 +103,18 @@ def test_a_list_tells_state_and_verdict(runs):
     assert infos["0000"].verdict is None
     assert (infos["0001"].duration_s, infos["0002"].duration_s) == (None, 5)
     assert infos["0000"].size_bytes > 0
+
+
+def test_a_list_tells_a_store_of_another_version_from_a_damaged_one(tmp_path):
+    """The state says whether a newer or an older traceml reads it."""
+    for name, version in (("later", STORE_VERSION + 1), ("earlier", 0), ("current", STORE_VERSION)):
+        run = store_run(tmp_path / name, Job(steps=20))
+        with closing(sqlite3.connect(run / STORE_NAME)) as database:
+            database.execute(f"PRAGMA user_version={version}")
+
+    states = {info.id: info.state for info in list_runs(tmp_path)}
+
+    assert states == {"later": "newer", "earlier": "older", "current": "finished"}
 
 
 def test_a_list_has_the_severity_of_the_verdict(tmp_path):

@@ -65,9 +65,11 @@ class Job:
         own |= {"TRACEML_DELIVERY_NICE": "0"}  # other tests may use every core
         own |= {"TRACEML_TRACK_GIT": "0", "TRACEML_TRACK_ENV": "0", "TRACEML_TRACK_SYSTEM": "0"}
         self.environ = environ(folder, **(own | settings))
+        trackers = {*backends} & forked.TRACKERS
         self.process = forked.Popen(
             [sys.executable, *command, "script.py", json.dumps(backends)],
             forks=bool(command),
+            imports=trackers.pop() if len(trackers) == 1 and "torch" not in code else "torch",  # as its deliveries do
             cwd=folder,
             env=self.environ,
             stdout=subprocess.PIPE,
@@ -143,6 +145,7 @@ def finish(folder: Path, *words: str, **settings: str) -> subprocess.CompletedPr
     return forked.run(
         [sys.executable, "-m", "traceml", *words],
         forks=True,
+        imports="mlflow",
         cwd=folder,
         env=environ(folder, **settings),
         capture_output=True,

@@ -113,7 +113,7 @@ def current_report(run_dir: Path) -> Report:
     try:
         report = read_report(run_dir / REPORT_NAME)
         if report.run.state != "running":
-            report.trackers = _trackers_now(run_dir)  # deliveries may continue after the end
+            report.trackers = _trackers_now(run_dir) or report.trackers  # deliveries may continue after the end
             if report.run.state == "lost":  # and so may its ranks
                 report.run.steps_waiting = waiting_steps(run_dir)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,6 +21,7 @@ from traceml.formatting import bytes_text, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
 from traceml.runs.find import RunInfo, list_runs, prune
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
+from traceml.runs.run_state import UNREADABLE_STATES
 from traceml.settings import load
 
 __all__ = ["main"]
@@ -80,6 +82,7 @@ def main(argv: list[str]) -> int:
         _print_json(runs, _names(options.columns) if options.columns else ())
     elif runs:
         _print_list(runs, _names(options.columns or _COLUMNS))
+        _print_unreadable([run.info for run in runs])
     elif every:
         print(f"No run in {config.runs_dir} meets the conditions; there are {len(every)} runs, archived ones included")
     else:
@@ -135,6 +138,20 @@ def _print_removed(infos: Sequence[RunInfo]) -> None:
     print(f"{len(infos)} run{'' if len(infos) == 1 else 's'} removed, {freed} freed" if infos else "Nothing to remove")
 
 
+def _print_unreadable(infos: Sequence[RunInfo]) -> None:
+    """Say what to do about runs of which nothing is listed because their stores cannot be read."""
+    advice = {
+        "newer": "a newer traceml has written it: update this one to read it",
+        "older": "only an older traceml reads its format",
+        "damaged": "`traceml report RUN` says why it cannot be read",
+    }
+    for state, text in advice.items():
+        ids = [printable(info.id) for info in infos if info.state == state]
+        if ids:
+            more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
+            print(f"{state}: {ids[0]}{more}: {text}", file=sys.stderr)
+
+
 def _print_list(runs: Sequence[RunFields], columns: list[str]) -> None:
     console = Console(highlight=False)
     rows = [[_cell(run, name) for name in columns] for run in runs]
@@ -147,7 +164,7 @@ def _print_list(runs: Sequence[RunFields], columns: list[str]) -> None:
     console.print(Text(_joined(heads, widths, sides), style="dim"), soft_wrap=True)
     for run, row in zip(runs, rows, strict=True):
         line = Text(_joined(row, widths, sides))
-        if run.info.state in ("failed", "hung", "lost", "damaged") and "state" in columns:
+        if run.info.state in ("failed", "hung", "lost", *UNREADABLE_STATES) and "state" in columns:
             start = sum(width + 2 for width in widths[: columns.index("state")])
             line.stylize("red", start, start + len(run.info.state))
 

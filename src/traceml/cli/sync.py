@@ -30,7 +30,7 @@ from traceml.formatting import plural, printable
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.report.report_types import TrackerSection
-from traceml.runs.run_state import is_watched
+from traceml.runs.run_state import UNREADABLE_STATES, is_watched
 from traceml.settings import Config, load
 from traceml.track.delivery.delivery_process import DeliveryProcess
 from traceml.track.delivery.plan import DeliveryPlan, delivery_settings
@@ -138,7 +138,7 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
 
     foreign = []
     for info in reversed(list_runs(runs_dir)):
-        if info.state == "damaged" or (info.state == "running" and not options.wait):
+        if info.state in UNREADABLE_STATES or (info.state == "running" and not options.wait):
             continue
 
         if info.path.stat().st_uid == os.geteuid():

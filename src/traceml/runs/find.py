@@ -15,7 +15,7 @@ import msgspec
 
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
-from traceml.errors import RunNotFoundError, StoreError, TraceMLError
+from traceml.errors import RunNotFoundError, StoreError, StoreVersionError, TraceMLError
 from traceml.runs.report.report_types import REPORT_NAME, StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
@@ -47,7 +47,8 @@ class RunInfo:
     Attributes:
         path: its folder.
         id: name of the folder, name: name that people gave it later, else that of the start.
-        state: running, finished, stopped, failed, hung, lost; `damaged` when its store cannot be read.
+        state: running, finished, stopped, failed, hung, lost; `damaged` if its store cannot be read, `newer` or `older`
+            if another version of traceml is needed to read it.
         started: epoch seconds, duration_s: None while it runs.
         verdict: kind of the verdict in its report, or of the live verdict; None before there is one.
         severity: of that verdict: info, warning or critical.
@@ -85,7 +86,7 @@ class _StoredFacts:
     run: dict[str, Any]
     aggregator: dict[str, Any]
     verdict: Finding | None
-    damaged: bool = False
+    unreadable: str = ""
 
 
 def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: bool = True) -> Path:
@@ -132,7 +133,7 @@ def list_runs(runs_dir: Path) -> list[RunInfo]:
 
 
 def describe_run(path: Path) -> RunInfo:
-    """Return the facts of a run; a run that cannot be read is `damaged`."""
+    """Return the facts of a run; a run that cannot be read is `damaged`, `newer` or `older`."""
     summary = read_summary(path / REPORT_NAME)
     stored = _stored(path, with_verdict=summary is None)
     run = stored.run
@@ -143,7 +144,7 @@ def describe_run(path: Path) -> RunInfo:
         path=path,
         id=path.name,
         name=labels.name or str(run.get("name", path.name)),
-        state="damaged" if stored.damaged else state_of(run, stored.aggregator),
+        state=stored.unreadable or state_of(run, stored.aggregator),
         started=started,
         duration_s=ended - started if started is not None and ended is not None else None,
         world_size=int(run.get("world_size", 1)),
@@ -219,14 +220,12 @@ def _remove(path: Path) -> None:
 def is_delivered(run_dir: Path) -> bool:
     """Return whether every tracker of a run has received everything that was logged."""
     from traceml.database.store.reader import StoreReader  # imports numpy
-    from traceml.track.delivery.plan import DeliveryPlan
+    from traceml.track.delivery.plan import requested_backends
 
     done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.fallback_done}
     try:
         with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-            plan = DeliveryPlan(reader, run_dir)
-            plan.refresh()
-            return plan.backends().keys() <= done
+            return requested_backends(reader, run_dir) <= done
     except StoreError:
         return True  # what cannot be read cannot be delivered
 
@@ -277,8 +276,10 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
         with closing(StoreReader(path / STORE_NAME)) as reader:
             meta = reader.meta()
             event = reader.last_event("verdict") if with_verdict else None
+    except StoreVersionError as error:
+        return _StoredFacts({}, {}, None, "newer" if error.is_newer else "older")
     except StoreError:
-        return _StoredFacts({}, {}, None, damaged=True)
+        return _StoredFacts({}, {}, None, "damaged")
 
     findings = event.data.get("findings") if event is not None else None
     try:
@@ -288,7 +289,7 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
 
     run, aggregator = meta.get("run", {}), meta.get("aggregator", {})
     is_whole = _are_facts(run) and isinstance(aggregator, dict)
-    return _StoredFacts(run, aggregator, verdict) if is_whole else _StoredFacts({}, {}, verdict, damaged=True)
+    return _StoredFacts(run, aggregator, verdict) if is_whole else _StoredFacts({}, {}, verdict, "damaged")
 
 
 def _are_facts(run: Any) -> bool:
@@ -306,7 +307,7 @@ def _reported(path: Path) -> _StoredFacts:
     try:
         run = read_report(path / REPORT_NAME).run
     except (OSError, StoreError):
-        return _StoredFacts({}, {}, None, damaged=True)
+        return _StoredFacts({}, {}, None, "damaged")
 
     return _StoredFacts(msgspec.to_builtins(run), {}, None)
 

@@ -129,6 +129,11 @@ def _spans(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [each for each in events if each["ph"] == "X" and each["name"].startswith(name)]
 
 
+def _overlap_us(one: dict[str, Any], other: dict[str, Any]) -> float:
+    end = min(each["ts"] + each["dur"] for each in (one, other))
+    return float(end - max(one["ts"], other["ts"]))
+
+
 @pytest.mark.process
 def test_ranks_of_a_running_job_are_profiled(start: Callable[..., _RunningJob]) -> None:
     """One file: processes named after ranks, our phases above the operators, the same steps on each rank."""
@@ -153,9 +158,9 @@ def test_ranks_of_a_running_job_are_profiled(start: Callable[..., _RunningJob]) 
         steps = {each["name"].removeprefix("step "): each for each in _spans(mine, "step ")}
         marks = {each["name"].removeprefix("ProfilerStep#"): each for each in _spans(mine, "ProfilerStep#")}
         assert set(steps) == set(marks) == {str(first + n) for n in range(4)}
-        for number, mark in marks.items():
-            middle = mark["ts"] + mark["dur"] / 2
-            assert steps[number]["ts"] < middle < steps[number]["ts"] + steps[number]["dur"]
+        for number, mark in marks.items():  # the first one begins with the profiler, which starts before its step
+            shared = {other: _overlap_us(mark, step) for other, step in steps.items()}
+            assert shared[number] == max(shared.values()) > 0
 
         assert _spans(mine, "aten::addmm")
         assert _spans(mine, "backward")

@@ -17,6 +17,7 @@ from traceml.renderers.run_readings import Reading, readings
 from traceml.runs.find import RunInfo
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report_types import Report
+from traceml.runs.run_state import UNREADABLE_STATES
 
 __all__ = ["MOST_RUNS", "ActiveRuns", "RunsSnapshot"]
 
@@ -24,7 +25,7 @@ MOST_RUNS = 32
 """Running runs that are shown; the oldest of more are counted only."""
 
 # Each has a value, 0 at first: Prometheus sees an increase only in a series that it knows.
-_STATES = ("running", "finished", "stopped", "failed", "hung", "lost", "damaged")
+_STATES = ("running", "finished", "stopped", "failed", "hung", "lost", *UNREADABLE_STATES)
 _FRESH_S = 1.0  # who asks more often, as two servers together, gets the same answer
 
 _log = logging.getLogger("traceml")

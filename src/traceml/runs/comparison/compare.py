@@ -170,7 +170,7 @@ def _alike(mean: StatisticChange, phases: list[PhaseChange]) -> str:
         return ""
 
     return (
-        f"all {len(large)} large phases are {'slower' if whole > 0 else 'faster'} in B, as when the machine was under "
+        f"all {len(large)} large phases are {'slower' if whole > 0 else 'faster'}, as when the machine was under "
         "different load: repeat the run to tell that from a change of the code"
     )
 

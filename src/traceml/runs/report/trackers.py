@@ -7,6 +7,7 @@ from pathlib import Path
 from traceml.database.schema import LOGGED, METRICS
 from traceml.database.store.reader import StoreReader
 from traceml.runs.report.report_types import TrackerSection
+from traceml.track.delivery.plan import requested_backends
 from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, TrackerState, states_of
 
 __all__ = ["trackers"]
@@ -17,13 +18,20 @@ def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSe
 
     Args:
         run_dir: the run's folder.
-        reader: its store, to count the pending rows; without one they are unknown.
+        reader: its store, to count the pending rows and to find trackers that never wrote a state; without one
+            neither is known.
+
+    Raises:
+        StoreError: the store cannot be read.
     """
+    states = {state.backend: state for state in states_of(run_dir)}
     logged = None
     if reader is not None and METRICS.name in reader.tables:
         logged = reader.stored(METRICS.name) + reader.stored(LOGGED.name)
+        # One that cannot write its state has everything pending.
+        states = {name: TrackerState(name) for name in requested_backends(reader, run_dir)} | states
 
-    return [_tracker(state, logged) for state in states_of(run_dir)]
+    return [_tracker(states[name], logged) for name in sorted(states)]
 
 
 def _tracker(state: TrackerState, logged: int | None) -> TrackerSection:

@@ -16,7 +16,14 @@ from traceml.track.plugins.code_seal import is_sealed
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
 
-__all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "restricted", "settings_of"]
+__all__ = [
+    "DeliveryPlan",
+    "PlannedExperiment",
+    "delivery_settings",
+    "requested_backends",
+    "restricted",
+    "settings_of",
+]
 
 # Settings that an experiment's row may contain; the defaults apply to the others.
 _SETTINGS = (
@@ -59,6 +66,17 @@ class PlannedExperiment:
     def settings(self) -> Config:
         """Return the settings of its announcement, with defaults for missing ones."""
         return settings_of(self.row)
+
+
+def requested_backends(reader: StoreReader, run_dir: Path) -> set[str]:
+    """Return the backends that a run's experiments ask for.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    plan = DeliveryPlan(reader, run_dir)
+    plan.refresh()
+    return set(plan.backends())
 
 
 def settings_of(row: Mapping[str, Any]) -> Config:
