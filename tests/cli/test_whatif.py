@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,15 @@ def test_format_that_cannot_be_drawn(capsys, words, tmp_path):
 def test_missing_options(capsys, words):
     assert main(words[:2]) == 2
     assert "--meta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sizes", "is_told"), [("tp_size: 1", False), ("tp_size: 3", True)])
+def test_a_layout_that_does_not_add_up_is_told(capsys, words, sizes, is_told):
+    """The result does not depend on it, so it is no error."""
+    meta = Path(words[-1])
+    meta.write_text(meta.read_text().replace("tp_size: 1", sizes))
+
+    assert main([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert ("but its sizes give" in err) == is_told
+    assert json.loads(out)["schema"] == "traceml.whatif/1"

@@ -47,6 +47,22 @@ def test_missing_column(job, tmp_path):
         load_job(trace, meta)
 
 
+def test_a_layout_without_a_size_is_named(job, tmp_path):
+    """Not taken for 1, and then blamed on the trace."""
+    trace, meta = job.write(tmp_path)
+    meta.write_text("".join(line for line in meta.read_text().splitlines(keepends=True) if "dp_size" not in line))
+    with pytest.raises(UsageError, match=r"has no dp_size: add the sizes"):
+        load_job(trace, meta)
+
+
+def test_a_negative_duration_is_refused_with_its_row(job, tmp_path):
+    """It would make a step shorter."""
+    trace, meta = job.write(tmp_path)
+    write([row | {"duration": -0.5} if number == 7 else row for number, row in enumerate(job.rows)], trace)
+    with pytest.raises(UsageError, match=r"row 7 has a duration of -0\.5 s"):
+        load_job(trace, meta)
+
+
 def test_two_workers_of_one_place(job, tmp_path):
     trace, meta = job.write(tmp_path)
     write([*job.rows, job.rows[-1]], trace)

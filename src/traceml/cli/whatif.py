@@ -48,7 +48,16 @@ def main(argv: list[str]) -> int:
     from traceml.whatif.straggler_cost import explain_job
     from traceml.whatif.trace_loading import load_job
 
-    simulator = Simulator(load_job(options.trace, options.meta))
+    job = load_job(options.trace, options.meta)
+    if job.layout.world_size != job.layout.product:
+        layout = job.layout
+        print(
+            f"traceml whatif: {options.meta} says world_size {layout.world_size}, but its sizes give {layout.product} "
+            "ranks; the result does not depend on tensor-parallel ranks",
+            file=sys.stderr,
+        )
+
+    simulator = Simulator(job)
     result = explain_job(simulator)
     if options.heatmap is not None:
         from traceml.whatif.heatmap import draw_heatmap

@@ -78,6 +78,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     vpp_size: int = 1
     world_size: int = 1
 
+    @property
+    def product(self) -> int:
+        """Ranks by the sizes of all dimensions; `vpp_size` divides stages, and adds none."""
+        return self.dp_size * self.pp_size * self.tp_size * self.dsp_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobTrace:

@@ -18,6 +18,7 @@ __all__ = ["load_job"]
 
 _INTEGERS = ("dp_rank", "stage", "rank", "step", "seq_id", "mc", "gmc", "mb_id")
 _COLUMNS = (*_INTEGERS, "optype", "start_ts", "duration")
+_NEEDED = ("dp_size", "pp_size")  # the trace is compared with these
 _NEEDS = f"traceml whatif needs {{}}: {install_command('whatif')}"
 
 Integers = NDArray[np.int64]
@@ -95,6 +96,9 @@ def _layout(path: Path) -> Layout:
         if name != "trial_name" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UsageError(f"{path}: {name} is {value!r}, expected a positive integer")
 
+    if missing := [name for name in _NEEDED if name not in known]:
+        raise UsageError(f"{path} has no {' and no '.join(missing)}: add the sizes of the job's layout")
+
     return Layout(**{**known, "trial_name": str(known.get("trial_name", ""))})
 
 
@@ -132,6 +136,11 @@ def _rows(path: Path) -> dict[str, Any]:
 
     if not (np.isfinite(rows["start_ts"]).all() and np.isfinite(rows["duration"]).all()):
         raise UsageError(f"{path} has operations without a start or a duration")
+    if (rows["duration"] < 0).any():
+        row = int(np.argmax(rows["duration"] < 0))
+        raise UsageError(
+            f"{path}: row {row} has a duration of {rows['duration'][row]:g} s; durations are seconds, 0 or more"
+        )
 
     rows["optype"] = np.unique(table["optype"].cast(pyarrow.string()).to_numpy().astype(str), return_inverse=True)
     return rows
