@@ -46,6 +46,10 @@ def demonstrate(runs_dir: str, fault: str) -> str:
         "2",
         "--fault",
         fault,
+        "--ms",
+        "200",  # seen also where other programs use the cores
+        "--steps",
+        "120",
         "--live",
         "none",
     ]

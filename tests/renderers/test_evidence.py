@@ -47,3 +47,18 @@ def test_lists_and_long_maps_are_cut() -> None:
         ("seen", "yes"),
     ]
     assert len(evidence_items({"ms_by_rank": {str(rank): 1.0 for rank in range(100)}})) == 8
+
+
+def test_the_stack_of_an_exception_keeps_its_lines() -> None:
+    """Marks below a line are left out: they fit only where all letters are equally wide."""
+    stack = '  File "train.py", line 4, in f\n    x = a ^ b\n        ~~^~~\n  File "b.py", line 2, in g\n    ~y\n    ^^'
+
+    ((label, text),) = evidence_items({"stack": stack})
+
+    assert label == "stack"
+    assert text.splitlines() == [
+        '  File "train.py", line 4, in f',
+        "    x = a ^ b",
+        '  File "b.py", line 2, in g',
+        "    ~y",
+    ]

@@ -25,6 +25,15 @@ def test_slowest_by_own_work_without_a_verdict():
     assert [row.rank for row in run_view(uneven).ranks if row.slowest] == [1]
 
 
+def test_the_rank_that_a_hang_is_blamed_on_is_marked():
+    """No other one, however much it worked before; none where all ranks are blamed."""
+    uneven = [{"forward": 5.0, "comm": 2.0}, {"forward": 7.0}]
+    by_first, by_both = (report(uneven, finding("HANG", ranks=ranks)) for ranks in ((0,), (0, 1)))
+
+    assert [row.rank for row in run_view(by_first).ranks if row.slowest] == [0]
+    assert not any(row.slowest for row in run_view(by_both).ranks)
+
+
 def test_single_rank_is_never_marked():
     """A single rank cannot be the slowest."""
     assert not run_view(report([{"forward": 5.0}])).ranks[0].slowest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ __all__ = ["evidence_items"]
 
 _LONGEST = 8  # entries of one map; the report has all
 _SHARES = ("share", "dominance", "fraction")
+_MARKS = re.compile(r"\n[ ^~]*[\^~][ ^~]*$", re.MULTILINE)  # below a line of a traceback; they fit one font only
 
 
 def evidence_items(evidence: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -36,6 +38,9 @@ def _items(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _label(name: str) -> str:
+    if name == "waiting":  # ranks
+        return "waiting ranks"
+
     words = name.split("_")
     for unit in ("ms", "us", "s", "bytes", "pct", "ns"):
         if unit in words[1:]:
@@ -50,7 +55,7 @@ def _key_text(key: str) -> str:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, str):
-        return value
+        return _MARKS.sub("", value)
 
     if isinstance(value, bool):
         return "yes" if value else "no"

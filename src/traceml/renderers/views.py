@@ -275,9 +275,12 @@ def _phases_by_rank(report: Report) -> dict[int, tuple[tuple[str, float], ...]]:
 
 
 def _slowest(rows: Sequence[RankRow], verdict: Finding) -> frozenset[int]:
-    """Return the ranks to mark: those that the verdict calls slow, else one whose own work stands out."""
+    """Return the ranks to mark: those that the verdict accuses, else one whose own work stands out."""
     if verdict.kind.rule.is_straggler:
         return frozenset(verdict.ranks)
+
+    if verdict.kind is Kind.HANG:  # the mark of another rank would accuse it
+        return frozenset(verdict.ranks if len(verdict.ranks) < len(rows) else ())
 
     if len(rows) < 2:
         return frozenset()

@@ -56,6 +56,14 @@ def test_a_slower_run_is_reported_in_words(compared):
     assert said[2] == "The verdict went from HEALTHY to COMPUTE_STRAGGLER."
 
 
+def test_a_faster_run_names_the_rank_that_was_mended(compared):
+    """Not the communication in which the other ranks waited for it; no rank where all changed alike."""
+    assert compared_sentences(compared("slow", "a"))[1].startswith(
+        "Rank 1's own work fell by 4.97 ms, most of it in forward; the others waited for it in A."
+    )
+    assert not any("own work" in sentence for sentence in compared_sentences(compared("slow", "slow")))
+
+
 def test_a_phase_is_blamed_where_no_rank_is(runs, tmp_path):
     """When all ranks got slower in the same part, the part is named."""
     all_slow = store_run(tmp_path / "all", Job(steps=200), adds("forward", 5), seed=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,11 +190,19 @@ class ComparePage:
 
 def several_headline(comparisons: Sequence[Comparison]) -> str:
     """Return how many runs are slower or faster than the first, in a sentence."""
-    counts = {word: sum(each.outcome == word for each in comparisons) for word in ("slower", "faster", "same")}
-    counts["not comparable"] = len(comparisons) - sum(counts.values())
-    words = {"same": "not significantly different"}
-    parts = [f"{count} {words.get(word, word)}" for word, count in counts.items() if count]
-    return f"Compared with A: {', '.join(parts)}"
+    counts = Counter(map(_outcome_words, comparisons))
+    return f"Compared with A: {', '.join(f'{count} {words}' for words, count in counts.items())}"
+
+
+def _outcome_words(comparison: Comparison) -> str:
+    if comparison.outcome != "unknown":
+        return "not significantly different" if comparison.outcome == "same" else comparison.outcome
+
+    if not comparison.obstacles:
+        return "with too few steps to tell"
+
+    has_test = comparison.step_time.mean.p is not None
+    return "where the machine may be the difference" if has_test else "not comparable"
 
 
 _TIME_COLUMNS = (

@@ -172,6 +172,7 @@ class FactList:
             set_visible(pair, True)
             term.set_text(label)
             detail.set_text(value)
+            pair.set_classes("lines" if "\n" in value else "")
 
         for pair, _, _ in self._pairs[count:]:
             set_visible(pair, False)

@@ -91,6 +91,7 @@ class RunsPage:
         self._show_picked()
         archived = sum(info.archived for info in state.runs)
         self._found.set_text(_found(part, archived, shown=self._query.archived))
+        set_visible(self._found, bool(state.runs))
         self._place.set_text(f"Page {min(self._query.page, part.pages)} of {part.pages}")
         for each in (self._previous, self._next, self._place):
             set_visible(each, part.pages > 1)

@@ -38,7 +38,7 @@ def blank(theme: Theme) -> Option:
         "backgroundColor": "transparent",
         "textStyle": {"color": theme.text, "fontFamily": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"},
         "legend": {"show": True, "type": "scroll", "top": 0, "left": 0, "right": 0, "itemWidth": 12, "itemHeight": 8,
-                   "icon": "roundRect", "textStyle": {"color": theme.muted, "fontSize": 11}},
+                   "icon": "roundRect", "textStyle": {"color": theme.muted, "fontSize": 11, "lineHeight": 16}},
         "tooltip": tooltip(theme),
         "grid": {"left": 8, "right": 16, "top": 44, "bottom": 8, "containLabel": True},
         "series": [],

@@ -260,8 +260,10 @@ def _rank_sentence(comparison: Comparison) -> Iterator[str]:
     if len(ranks) < 2 or not step:
         return
 
-    deltas = sorted(row.delta_ms for row in ranks)
-    worst = max(ranks, key=lambda row: row.delta_ms)
-    if worst.delta_ms - deltas[(len(deltas) - 1) // 2] > _STANDS_OUT * step:
-        part = f"{ms_text(worst.delta_ms)}, most of it in {phase_words(worst.phase or '')}"
-        yield f"Rank {worst.rank}'s own work grew by {part}; the others wait for it."
+    sign = 1 if comparison.outcome == "slower" else -1
+    deltas = sorted(sign * row.delta_ms for row in ranks)
+    most = max(ranks, key=lambda row: sign * row.delta_ms)
+    if sign * most.delta_ms - deltas[(len(deltas) - 1) // 2] > _STANDS_OUT * step:
+        part = f"{ms_text(abs(most.delta_ms))}, most of it in {phase_words(most.phase or '')}"
+        change, others = ("grew", "wait for it") if sign > 0 else ("fell", "waited for it in A")
+        yield f"Rank {most.rank}'s own work {change} by {part}; the others {others}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,16 +99,22 @@ _COLUMNS = (
     ("Mean step", "n"),
     ("Change", "n"),
     ("Significant", "n"),
+    ("Why unknown", "long"),
 )
+
+
+_OF_B = re.compile(r"\bB(?= on | is | has )|(?<= in )B\b")
+"""The second run in the texts of a comparison, which here has a letter of its own."""
 
 
 def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
     first = runs.comparisons[0]
     mean = first.step_time.mean
-    rows = [["A", names[0], first.a.verdict, count_text(first.a.steps), ms_text(mean.a_ms), "-", "-"]]
+    rows = [["A", names[0], first.a.verdict, count_text(first.a.steps), ms_text(mean.a_ms), "-", "-", ""]]
     for letter, name, each in zip(LETTERS[1:], names[1:], runs.comparisons, strict=False):
         row = each.step_time.mean
         change, sure = step_change_text(row), significance_word(each)
-        rows.append([letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure])
+        cells = [letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure]
+        rows.append([*cells, _OF_B.sub(letter, "; ".join(each.obstacles))])
 
     return [[printable(cell) for cell in row] for row in rows]

@@ -7,6 +7,7 @@ from typing import Any
 
 from nicegui import ui
 
+from traceml.diagnosis.kinds import Kind
 from traceml.display.web.elements import run_path
 from traceml.display.web.runlist.list_query import ListPart, ListQuery
 from traceml.formatting import printable
@@ -111,7 +112,9 @@ _LABELS = {"name": "Run", "state": "State", "verdict": "Verdict", "ranks": "Rank
 def _row(run: RunFields, heading: str, query: ListQuery, picked: set[str]) -> dict[str, Any]:
     info = run.info
     cells = {name: _cell(run, name) for name in query.columns}
-    looks = {"state": info.state, "verdict": info.severity or "", "severity": info.severity or ""}
+    severity = info.severity or ""
+    judged = "" if info.verdict == Kind.INSUFFICIENT_DATA else severity  # else it would be green, as a healthy run
+    looks = {"state": info.state, "verdict": judged, "severity": severity}
     return {
         "id": info.id,
         "name": printable(info.name),
@@ -125,7 +128,16 @@ def _row(run: RunFields, heading: str, query: ListQuery, picked: set[str]) -> di
     }
 
 
+def _kind_words(kind: str) -> str:
+    """Return a kind of verdict in words, abbreviations in capitals."""
+    first, *rest = kind.split("_")
+    return " ".join([first if first in _ABBREVIATIONS else first.capitalize(), *map(str.lower, rest)])
+
+
+_ABBREVIATIONS = ("CPU", "GC", "H2D")
+
+
 def _cell(run: RunFields, name: str) -> str:
     text = run_cell(run, name)
-    text = text.replace("_", " ").capitalize() if name == "verdict" else text
+    text = _kind_words(text) if name == "verdict" else text
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
