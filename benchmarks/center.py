@@ -5,13 +5,14 @@
 Each host has a connection and sends one message a second: the steps of one typical rank at 10 steps a second, its
 samples of process and host at the interval that the center asks for, and what is known of the 7 others. The center is
 a real `traceml serve`, with connections, store and a verdict a second. Printed per case: its CPU as a share of one
-core, its resident memory, the time until a message is confirmed to be on disk, verdicts per second, and the bytes that
-a host sends in a second.
+core, and in microseconds per message; its resident memory, the time until a message is confirmed to be on disk (the
+center answers for some seconds at once), verdicts per second, and the bytes that a host sends in a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import socket
 import sys
 import tempfile
@@ -57,8 +58,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1000, 10000])
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args()
-    print("| ranks | hosts | CPU of one core | RSS MB | stored p50 / p99 / max ms | verdicts /s | B/s of a host "
-          "| rows sent = stored |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print("| ranks | hosts | CPU of one core, us per message | RSS MB | stored p50 / p99 / max ms | verdicts /s "
+          "| B/s of a host | rows sent = stored |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     results = [measure(ranks, options.seconds) for ranks in options.ranks]
     return 0 if all(results) else 1
 
@@ -77,6 +78,7 @@ def measure(ranks: int, seconds: float) -> bool:
             elapsed_s, cpu_s = time.monotonic() - before_s, cpu_seconds(center.pid) - cpu_before
             verdicts, rss_mb = status(sock)["verdicts"] - verdicts, resident_mb(center.pid)
             sent_bytes = (hosts.bytes_sent - bytes_before) / hosts.count / elapsed_s
+            messages = hosts.count * math.ceil(seconds)
             hosts.drain()
             center.terminate()
             center.wait()
@@ -88,8 +90,8 @@ def measure(ranks: int, seconds: float) -> bool:
 
     confirmed = " / ".join(f"{1000 * quantile(hosts.latencies_s, share):.0f}" for share in (0.5, 0.99, 1.0))
     print(
-        f"| {ranks:,} | {hosts.count:,} | {100 * cpu_s / elapsed_s:.1f} % | {rss_mb:.0f} | {confirmed} "
-        f"| {verdicts / elapsed_s:.2f} | {sent_bytes:.0f} "
+        f"| {ranks:,} | {hosts.count:,} | {100 * cpu_s / elapsed_s:.1f} %, {1e6 * cpu_s / messages:.0f} | {rss_mb:.0f} "
+        f"| {confirmed} | {verdicts / elapsed_s:.2f} | {sent_bytes:.0f} "
         f"| {hosts.rows_sent:,} {'=' if stored == hosts.rows_sent else '!='} {stored:,} |", flush=True,
     )  # fmt: skip
     return stored == hosts.rows_sent
@@ -107,18 +109,21 @@ class HostGenerator(Generator):
         proof = auth.mac(TOKEN, challenge["nonce"], hello.role, hello.run, hello.rank)
         sock.sendall(encode(hello.to_message(WIRE_VERSION, auth.client_nonce(), proof)))
 
-    def add(self, member: Rank) -> None:
-        """Have the ranks of a host admitted."""
-        for rank in range(PER_HOST):
-            member.sock.sendall(encode({"t": "rank", "id": rank, "hello": self.hello_of(member.rank, rank)}))
+    def add(self, members: list[Rank]) -> None:
+        """Have the ranks of hosts admitted."""
+        for member in members:
+            hellos = [self.hello_of(member.rank, rank) for rank in range(PER_HOST)]
+            frames = [encode({"t": "rank", "id": rank, "hello": hello}) for rank, hello in enumerate(hellos)]
+            member.sock.sendall(b"".join(frames))
 
-        joined = 0
-        while joined < PER_HOST:
-            for message in member.decoder.feed(member.sock.recv(65536)):
-                joined += 1
-                self.sample_every = max(round(message["sample_interval_s"]), 1)
+        for member in members:
+            joined = 0
+            while joined < PER_HOST:
+                for message in member.decoder.feed(member.sock.recv(65536)):
+                    joined += 1
+                    self.sample_every = max(round(message["sample_interval_s"]), 1)
 
-        super().add(member)
+        super().add(members)
 
     def hello_of(self, host: int, rank: int) -> dict[str, Any]:
         """Return the hello of a rank of a host."""
@@ -156,6 +161,13 @@ class HostGenerator(Generator):
                 rows = np.zeros(every, sampled.dtype)
                 rows["t_ns"] = 10**9 * (member.sent + np.arange(every))
                 yield frame_of(sampled, member.sent, rows.tobytes())
+
+    def drain(self) -> None:
+        """Ask for the last confirmations, wait for them, and leave."""
+        for member in self.ranks:
+            member.sock.sendall(encode({"t": "confirm"}))
+
+        super().drain()
 
     def stored(self, message: dict[str, Any]) -> int:
         """Return the number of the last message that is confirmed; 0 where the center says something else."""

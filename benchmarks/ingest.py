@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,30 +162,37 @@ class Generator:
         self.durations = [make_durations(random.Random(seed)) for seed in range(50)]
 
     def connect(self) -> None:
-        """Connect all, a few hundred at a time, from many source addresses: one has too few ports."""
-        for start in range(0, self.count, 256):
-            socks = []
-            for rank in range(start, min(start + 256, self.count)):
-                sock = socket.socket()
-                sock.bind((f"127.{1 + rank // 200 // 250}.{1 + rank // 200 % 250}.1", 0))
-                sock.connect(("127.0.0.1", self.port))
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                socks.append(sock)
+        """Connect all."""
+        self.join(range(self.count))
 
-            for rank, sock in enumerate(socks, start):
+    def join(self, ranks: Sequence[int]) -> None:
+        """Connect ranks in this order, a few hundred at a time: the aggregator reads many connections at once."""
+        for start in range(0, len(ranks), 256):
+            socks = {rank: self.open(rank) for rank in ranks[start : start + 256]}
+            for rank, sock in socks.items():
                 self.greet(sock, rank)
 
-            for rank, sock in enumerate(socks, start):
-                member = Rank(rank, sock)
-                welcome = wait_for(sock, member.decoder)
+            members = [Rank(rank, sock) for rank, sock in socks.items()]
+            for member in members:
+                welcome = wait_for(member.sock, member.decoder)
                 assert welcome["t"] == "welcome", welcome
-                self.add(member)
 
-    def add(self, member: Rank) -> None:
-        """Take a rank whose handshake is over."""
-        member.sock.setblocking(False)
-        self.selector.register(member.sock, selectors.EVENT_READ, member)
-        self.ranks.append(member)
+            self.add(members)
+
+    def open(self, rank: int) -> socket.socket:
+        """Return a connection from one of many source addresses: one has too few ports."""
+        sock = socket.socket()
+        sock.bind((f"127.{1 + rank // 200 // 250}.{1 + rank // 200 % 250}.1", 0))
+        sock.connect(("127.0.0.1", self.port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def add(self, members: list[Rank]) -> None:
+        """Take ranks whose handshake is over."""
+        for member in members:
+            member.sock.setblocking(False)
+            self.selector.register(member.sock, selectors.EVENT_READ, member)
+            self.ranks.append(member)
 
     def greet(self, sock: socket.socket, rank: int) -> None:
         """Prove the token as a rank does."""

@@ -1,12 +1,17 @@
 """What a training step costs more with everything on, and with the peer; and whether every step has its row.
 
-    python benchmarks/step_overhead.py [--rounds 9] [--steps 4000] [--no-peer] [--json FILE]
+    python benchmarks/step_overhead.py [--rounds 9] [--steps 1000] [--no-peer] [--json FILE]
 
 One Linear(64, 64) on a fixed batch, one thread: the smallest step there is (60-120 us). Each round is a process that
-runs a block of the plain loop, two blocks under a recorder which is connected to a running aggregator, and a plain one
-after `shutdown()`; the differences within a process are compared. (Many recorders in one process would be none of a
-user's: the interpreter adapts to the first.) The peer, which cannot be switched off again, takes turns as whole
-processes with plain ones.
+runs blocks of the plain loop, blocks under a recorder which is connected to a running aggregator, and plain ones after
+`shutdown()`. (Many recorders in one process would be none of a user's: the interpreter adapts to the first.) The first
+traced blocks have the start of the run; the others come after a second. Processes whose recorder is switched off take
+turns with these: what they seem to add is noise. The peer, which cannot be switched off again, takes turns as whole
+processes with plain ones; it is measured after a second, too.
+
+A shared machine runs at two speeds, for seconds at a time. So the fastest blocks of each kind are compared: the tenth
+of all rounds whose median step is shortest. The median leaves out what is done in some steps only; the mean of the
+fastest 99 % of a block's steps has it.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers import environment
 from startup import BIN, PEER, _Aggregator, _environ
 
+_BLOCKS = 5
 LOOP = """
 import json, os, sys, time
 import torch
@@ -47,6 +54,11 @@ def block(n):
         optimizer.step()
         took.append(clock() - start)
     return took
+
+def run_for(seconds, block):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        block(500)
 """
 
 OURS = (
@@ -54,16 +66,17 @@ OURS = (
     + """
 import traceml
 block(2000)
-plain, traced = [block(count)], []
+plain = [block(count) for _ in range(rounds)]
 recorder = traceml.init()
 block(2000)
-for _ in range(rounds):
-    traced.append(block(count))
-own = recorder.instrumentation.hook_ns_per_step()
+first = [block(count) for _ in range(rounds)]
+run_for(1, block)
+traced = [block(count) for _ in range(2 * rounds)]
+own = recorder.instrumentation.hook_ns_per_step() if traceml.is_enabled() else 0
 traceml.shutdown()
 block(2000)
-plain.append(block(count))
-json.dump({"plain": plain, "traced": traced, "own_ns": own}, open(out, "w"))
+plain += [block(count) for _ in range(rounds)]
+json.dump({"plain": plain, "traced": traced, "first": first, "own_ns": own}, open(out, "w"))
 """
 )
 
@@ -82,7 +95,7 @@ json.dump({"steps": steps, "seconds": took}, open(out, "w"))
 """
 )
 
-PLAIN = LOOP + 'block(1000); json.dump(block(count), open(out, "w"))'
+PLAIN = LOOP + 'run_for(1, block); json.dump([block(count) for _ in range(rounds)], open(out, "w"))'
 
 THEIRS = (
     LOOP
@@ -101,8 +114,8 @@ def traced(n):
         took.append(clock() - start)
     return took
 
-traced(1000)
-json.dump(traced(count), open(out, "w"))
+run_for(1, traced)
+json.dump([traced(count) for _ in range(rounds)], open(out, "w"))
 """
 )
 
@@ -132,7 +145,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4000, help="steps per block")
+    parser.add_argument("--steps", type=int, default=1000, help="steps per block")
     parser.add_argument("--seconds", type=int, default=20, help="how long to run at full speed")
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--json", type=Path)
@@ -140,24 +153,48 @@ def _options() -> argparse.Namespace:
 
 
 def measure_ours(kind: str, options: argparse.Namespace, folder: Path, address: dict[str, str]) -> dict[str, float]:
-    """Plain and traced blocks in turn, in one process per round."""
-    rounds = [_script(OURS, folder, [kind, "2", str(options.steps)], address) for _ in range(options.rounds)]
-    found = {arm: [block for one in rounds for block in one[arm]] for arm in ("plain", "traced")}
-    medians = {arm: [statistics.median(block) / 1e3 for block in found[arm]] for arm in found}
-    added = statistics.median(
-        statistics.fmean(medians["traced"][i : i + 2]) - statistics.fmean(medians["plain"][i : i + 2])
-        for i in range(0, 2 * options.rounds, 2)
-    )
+    """Plain and traced blocks in turn, in one process per round, and the same without tracing."""
+    rounds, untraced = [], []
+    for _ in range(options.rounds):
+        for switch, results in (("1", rounds), ("0", untraced)):
+            environ = address | {"TRACEML_ENABLED": switch}
+            results.append(_script(OURS, folder, [kind, str(_BLOCKS), str(options.steps)], environ))
+
+    found = {arm: _fastest([block for one in rounds for block in one[arm]]) for arm in ("plain", "traced", "first")}
+    still = {arm: _fastest([block for one in untraced for block in one[arm]]) for arm in ("plain", "traced")}
+    plain_us = _typical_us(found["plain"])
+    added, first = (_typical_us(found[arm]) - plain_us for arm in ("traced", "first"))
+    mean = _typical_us(found["traced"], _usual_mean) - _typical_us(found["plain"], _usual_mean)
+    noise = _typical_us(still["traced"]) - _typical_us(still["plain"])
     own_us = statistics.median(one["own_ns"] for one in rounds) / 1e3
-    p999 = {arm: _quantile([step for block in found[arm] for step in block], 0.999) / 1e3 for arm in medians}
+    p999 = {arm: _quantile([step for block in found[arm] for step in block], 0.999) / 1e3 for arm in still}
     print(
-        f"{kind}: plain {statistics.median(medians['plain']):.1f} us, added {added:+.2f} us (goal: 1.5); "
+        f"{kind}: plain {plain_us:.1f} us, added {added:+.2f} us (goal: 1.5), "
+        f"mean {mean:+.2f} us, in the first second {first:+.2f} us, without tracing {noise:+.2f} us; "
         f"p99.9 plain {p999['plain']:.0f} us, traced {p999['traced']:.0f} us (goal: + 500); "
         f"the rank's own estimate {own_us:.1f} us"
     )
-    return {"plain_us": statistics.median(medians["plain"]), "added_us": added, "own_us": own_us} | {
-        f"p999_{arm}_us": value for arm, value in p999.items()
-    }
+    return {
+        "plain_us": plain_us,
+        "added_us": added,
+        "added_mean_us": mean,
+        "added_first_us": first,
+        "noise_us": noise,
+        "own_us": own_us,
+    } | {f"p999_{arm}_us": value for arm, value in p999.items()}
+
+
+def _fastest(blocks: list[list[int]]) -> list[list[int]]:
+    """Return the tenth of the blocks whose median step is shortest."""
+    return sorted(blocks, key=statistics.median)[: max(len(blocks) // 10, 1)]
+
+
+def _typical_us(blocks: list[list[int]], typical: Callable[[list[int]], float] = statistics.median) -> float:
+    return statistics.fmean(typical(block) for block in blocks) / 1e3
+
+
+def _usual_mean(block: list[int]) -> float:
+    return statistics.fmean(sorted(block)[: len(block) * 99 // 100])
 
 
 def measure_rate(options: argparse.Namespace, folder: Path, address: dict[str, str]) -> dict[str, float]:
@@ -176,16 +213,17 @@ def measure_rate(options: argparse.Namespace, folder: Path, address: dict[str, s
 def measure_peer(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Whole processes in turn: the peer's way to run a script, and plain python in the peer's environment."""
     peer = environment(PEER, "torch")
-    plain, traced = [], []
-    for _ in range(3):
+    plain: list[list[int]] = []
+    traced: list[list[int]] = []
+    for _ in range(options.rounds):
         for code, values, words in (
             (PLAIN, plain, [str(peer / "python")]),
             (THEIRS, traced, [str(peer / "traceml"), "run"]),
         ):
-            values.append(_script(code, folder, ["sgd", "0", str(options.steps * 2)], {}, words))
+            values += _script(code, folder, ["sgd", str(_BLOCKS), str(options.steps)], {}, words)
 
-    medians = [statistics.median(statistics.median(block) for block in arm) / 1e3 for arm in (plain, traced)]
-    p999 = [_quantile([step for block in arm for step in block], 0.999) / 1e3 for arm in (plain, traced)]
+    medians = [_typical_us(_fastest(arm)) for arm in (plain, traced)]
+    p999 = [_quantile([step for block in _fastest(arm) for step in block], 0.999) / 1e3 for arm in (plain, traced)]
     print(
         f"peer (traceml-ai 0.5.0): plain {medians[0]:.1f} us, added {medians[1] - medians[0]:+.1f} us; "
         f"p99.9 plain {p999[0]:.0f} us, traced {p999[1]:.0f} us"

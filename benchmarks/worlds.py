@@ -22,7 +22,7 @@ from typing import Any
 
 import msgpack
 
-from ingest import Generator, Rank, cpu_seconds, start_aggregator, status, wait_for
+from ingest import Generator, Rank, cpu_seconds, start_aggregator, status
 from traceml.transport.framing import rows_frame
 
 PHASES = 50
@@ -98,7 +98,7 @@ class ShuffledJob(Generator):
     def connect_last(self) -> float:
         """Connect rank N - 1; return the seconds of its handshake."""
         began_s = time.monotonic()
-        self.join(self.count - 1)
+        self.join([self.count - 1])
         return time.monotonic() - began_s
 
     def connect_others(self) -> float:
@@ -106,28 +106,17 @@ class ShuffledJob(Generator):
         began_s = time.monotonic()
         others = list(range(self.count - 1))
         random.Random(1).shuffle(others)
-        for rank in others:
-            self.join(rank)
-
+        self.join(others)
         while any(member.acked < PHASES for member in self.ranks):
             self.read(1.0)
 
         return time.monotonic() - began_s
 
-    def join(self, rank: int) -> None:
-        """Connect one rank, and send the names of its phases."""
-        sock = socket.socket()
-        sock.bind((f"127.{1 + rank // 200 // 250}.{1 + rank // 200 % 250}.1", 0))
-        sock.connect(("127.0.0.1", self.port))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.greet(sock, rank)
-        member = Rank(rank, sock)
-        welcome = wait_for(sock, member.decoder)
-        if welcome["t"] != "welcome":
-            raise RuntimeError(f"rank {rank} of {self.count} is not welcome: {welcome}")
-
-        self.add(member)
-        sock.sendall(rows_frame("names", 0, PHASES, NAMES))
+    def add(self, members: list[Rank]) -> None:
+        """Send the names of the phases of ranks whose handshake is over."""
+        super().add(members)
+        for member in members:
+            member.sock.sendall(rows_frame("names", 0, PHASES, NAMES))
 
 
 if __name__ == "__main__":
