@@ -67,6 +67,7 @@ _NEEDS_OF_FIXTURES = {
 _SHARED_FIXTURES = ("slurm", "hosts")
 # Files that take long start next, so that no worker is left with one of them at the end.
 _LONG_FIRST = (
+    "test_fork_gate.py",  # forks 150 times, which takes ten times as long once this process has imported torch
     "end_to_end/test_run.py",
     "instrument/test_training_continues.py",
     "track/backends/test_round_trip.py",
@@ -88,6 +89,8 @@ _LONG_FIRST = (
 
 # Folders whose files share what takes long: the page's server and its runs, the imports of trackers' libraries.
 _TOGETHER = ("display/web", "track/backends")
+# Files that share the syntax trees of all sources.
+_READ_SOURCES = ("test_rooms.py", "test_prose.py", "database/test_row_layout.py")
 
 _LACKING = pytest.StashKey[dict[str, Part]]()
 _STARTED = pytest.StashKey[list[str]]()
@@ -166,6 +169,9 @@ def _group(item: pytest.Item) -> str:
     """Return the name of the tests that one worker runs."""
     if (fixture := _shared_fixture(item)) is not None:
         return fixture
+
+    if _lies_in(item.path, _READ_SOURCES) is not None:
+        return "sources"
 
     place = _lies_in(item.path, _TOGETHER)
     return str(item.path.relative_to(ROOT)) if place is None else _TOGETHER[place]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+from tests.source_tree import SOURCE, nodes_of, source_files
+
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src" / "traceml"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _QUESTION = re.compile(r"(What|How|Who|Whose|Where|When|Which|Why)\b")
@@ -17,9 +19,9 @@ _BRITISH = re.compile(
     r"|travell(ed|ing)|labell(ed|ing)|modell(ed|ing)|signall(ed|ing)"
     r"|\banalys(e|ed|ing|er)\b|\b(capitalis|categoris|customis|emphasis|finalis|generalis|initialis|maximis|minimis|modularis|normalis|optimis"
     r"|organis|parallelis|prioritis|quantis|randomis|realis|recognis|reorganis|serialis|specialis|stabilis|standardis"
-    r"|summaris|synchronis|tokenis|utilis|vectoris|visualis)(e|ed|es|er|ers|ing|ation|ations)\b",
-    re.IGNORECASE,
+    r"|summaris|synchronis|tokenis|utilis|vectoris|visualis)(e|ed|es|er|ers|ing|ation|ations)\b"
 )
+_WORD = re.compile(r"\w+")
 # Private words of earlier versions, each with the term that replaced it.
 _PRIVATE = {
     "crew": "worker group",
@@ -38,12 +40,12 @@ _PRIVATE = {
     "holds the others up": "slows the others down",
     "hold others up": "slow others down",
 }
-_PRIVATE_WORD = re.compile("|".join(rf"\b{word}\b" for word in _PRIVATE), re.IGNORECASE)
+_PRIVATE_WORD = re.compile("|".join(rf"\b{word}\b" for word in _PRIVATE))
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:
-    for path in sorted(SOURCE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path in source_files():
+        for node in nodes_of(path):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node)
                 if text:
@@ -51,10 +53,23 @@ def _docstrings() -> Iterator[tuple[str, str]]:
                     yield f"{path.relative_to(ROOT)}:{line}", text
 
 
-def _lines() -> Iterator[tuple[str, str]]:
-    for path in [*sorted(SOURCE.rglob("*.py")), *sorted(SOURCE.rglob("*.c")), *PAGES]:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            yield f"{path.relative_to(ROOT)}:{number}", line
+@cache
+def _texts() -> dict[str, str]:
+    """Return the texts in lower case by their path."""
+    paths = [*source_files(), *sorted(SOURCE.rglob("*.c")), *PAGES]
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").lower() for path in paths}
+
+
+def _words() -> dict[str, str]:
+    """Return each word that occurs, with the path of a text: a word occurs a hundred times on average."""
+    return {word: path for path, text in _texts().items() for word in set(_WORD.findall(text))}
+
+
+def _places(pattern: re.Pattern[str]) -> Iterator[str]:
+    """Yield where a text has a pattern: path, line and what was found."""
+    for path, text in _texts().items():
+        for found in pattern.finditer(text):
+            yield f"{path}:{text.count(chr(10), 0, found.start()) + 1}: {found[0]}"
 
 
 def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
@@ -64,9 +79,9 @@ def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
 
 def test_spelling_is_american() -> None:
     """One spelling in code and docs, that of torch."""
-    assert [f"{place}: {found[0]}" for place, line in _lines() if (found := _BRITISH.search(line))] == []
+    assert [f"{path}: {word}" for word, path in _words().items() if _BRITISH.search(word)] == []
 
 
 def test_words_are_those_of_the_field() -> None:
     """No word needs a translation that the field has a term for."""
-    assert [f"{place}: {found[0]}" for place, line in _lines() if (found := _PRIVATE_WORD.search(line))] == []
+    assert list(_places(_PRIVATE_WORD)) == []

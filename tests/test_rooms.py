@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 import traceml
-
-SOURCE = Path(traceml.__file__).parent
+from tests.source_tree import SOURCE, nodes_of, source_files
 
 # Top to bottom; a room imports only from rooms below it, from itself, and from the leaf modules.
 ROOMS = (
@@ -77,7 +76,7 @@ SUBROOMS = {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
     },
     "diagnosis.deaths": {
-        "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "database",
+        "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.memory", "database",
     },
     "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
@@ -133,25 +132,25 @@ SHARED_FILES = {"huggingface", "lightning", "ray", "tensorboard"}
 def _files() -> dict[str, Path]:
     """Return the package's modules by dotted name."""
     names = {}
-    for path in sorted(SOURCE.rglob("*.py")):
+    for path in source_files():
         parts = path.relative_to(SOURCE.parent).with_suffix("").parts
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
 
     return names
 
 
-@cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
 def _room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Yield every name that a module imports: also inside functions, under TYPE_CHECKING, and by `import_module`."""
-    for node in ast.walk(_tree(path)):
+@cache
+def _imports(path: Path) -> frozenset[str]:
+    """Return every name that a module imports: also inside functions, under TYPE_CHECKING, and by `import_module`."""
+    return frozenset(_import_names(path))
+
+
+def _import_names(path: Path) -> Iterator[str]:
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -166,7 +165,7 @@ def _imports(path: Path) -> Iterator[str]:
 
 def _started(path: Path) -> set[str]:
     """Return the modules that a module names in strings: processes started by `python -m`."""
-    values = {node.value for node in ast.walk(_tree(path)) if isinstance(node, ast.Constant)}
+    values = {node.value for node in nodes_of(path) if isinstance(node, ast.Constant)}
     return {value for value in values if isinstance(value, str)} & _files().keys()
 
 
@@ -219,7 +218,7 @@ def test_folders_keep_to_their_part_of_a_room() -> None:
         if folder is None:
             continue
 
-        imported = set(_imports(path))
+        imported = _imports(path)
         assert not {each.split(".")[0] for each in imported} & FORBIDDEN.get(folder, set()), name
         allowed = SUBROOMS[folder] | {folder, *LEAVES, *FACES}
         inside = {each.removeprefix("traceml.") for each in imported if each.startswith("traceml.")}
@@ -245,9 +244,7 @@ def test_folders_are_small() -> None:
 def test_rooms_do_not_import_the_package() -> None:
     """`import traceml` brings the public names of every room: only the command line may use it."""
     bare = {
-        name
-        for name, path in _files().items()
-        if _room_of(path) not in {*FACES, "cli"} and "traceml" in set(_imports(path))
+        name for name, path in _files().items() if _room_of(path) not in {*FACES, "cli"} and "traceml" in _imports(path)
     }
 
     assert bare == set()
@@ -280,7 +277,7 @@ def test_a_class_has_its_name_alone() -> None:
     """A class name occurs once in the package, its leading underscore ignored."""
     homes = defaultdict(set)
     for name, path in _files().items():
-        for node in ast.walk(_tree(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.ClassDef):
                 homes[node.name.lstrip("_")].add(name)
 

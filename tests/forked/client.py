@@ -33,16 +33,23 @@ class _Server:
     """
 
     def __init__(self, kind: str) -> None:
-        self.environ = {name: value for name, value in os.environ.items() if name not in APPLIED_LATER}
-        one_thread = self.environ | {"OMP_NUM_THREADS": "1"}
-        if kind == "torch":  # the others do not compute
-            self.environ = one_thread
-
+        kept = {name: value for name, value in os.environ.items() if name not in APPLIED_LATER}
+        one_thread = self._environ = kept | {"OMP_NUM_THREADS": "1"}
+        self._computes = kind == "torch"
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(Path(__file__).with_name("server.py")), str(theirs.fileno()), kind]
         self._process = subprocess.Popen(command, env=one_thread, pass_fds=[theirs.fileno()])
         theirs.close()
         atexit.register(self._close)
+
+    def environ_for(self, requested: Mapping[str, str] | None) -> Mapping[str, str]:
+        """Return its environment; as many threads as requested where nothing computes."""
+        threads = (os.environ if requested is None else requested).get("OMP_NUM_THREADS")
+        if self._computes or threads == self._environ["OMP_NUM_THREADS"]:
+            return self._environ
+
+        kept = {name: value for name, value in self._environ.items() if name != "OMP_NUM_THREADS"}
+        return kept if threads is None else kept | {"OMP_NUM_THREADS": threads}
 
     def start(self, request: Request, options: Mapping[str, Any]) -> tuple[int, int]:
         """Fork a process; return its id, and a pipe that yields its wait status."""
@@ -82,7 +89,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     def _execute_child(self, *values: Any) -> None:
         options = inspect.signature(super()._execute_child).bind(*values).arguments
         server = _server(self._imports)
-        if options["preexec_fn"] is not None or not can_be_forked(options, server.environ):
+        if options["preexec_fn"] is not None or not can_be_forked(options, server.environ_for(options["env"])):
             super()._execute_child(*values)
             return
 

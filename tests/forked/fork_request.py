@@ -102,8 +102,12 @@ def send(sock: socket.socket, request: Request, options: Options) -> tuple[int, 
 
 def number_from(pipe: int) -> int:
     """Read a number from the process that forks."""
-    line = os.read(pipe, 32)  # written in one piece
-    assert line, "the process that forks is gone: see above for what it said"
+    line = b""
+    while not line.endswith(b"\n"):  # and no more: the status of a process that has ended already comes next
+        part = os.read(pipe, 1)
+        assert part, "the process that forks is gone: see above for what it said"
+        line += part
+
     return int(line)
 
 

@@ -50,10 +50,12 @@ _SMALL = (
 _PLAIN = {
     "aim": ("aim",),
     "clearml": ("PIL.Image", "attr", "furl", "jsonschema", "requests", "yaml"),
-    "mlflow": ("alembic", "fastapi", "flask", "graphene", "opentelemetry.sdk.trace", "requests", "sqlalchemy.orm"),
+    "mlflow": ("aiohttp", "alembic", "fastapi", "graphene", "mlflow.store.tracking.sqlalchemy_store"),
     "trackio": ("gradio_client", "huggingface_hub"),
     "wandb": ("wandb",),
 }
+# Optional modules of trackers that start threads when they are imported. MLflow has no support for it then.
+_WITHHELD = {"mlflow": ("polars",)}
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 _MAX_FDS = 64
 
@@ -155,7 +157,7 @@ def _become(request: Request, preloaded: Preloaded) -> None:
         setattr(sys, name, _stream(fd, name, mode, unbuffered=unbuffered))
         setattr(sys, f"__{name}__", getattr(sys, name))
 
-    if (numpy_random := preloaded.peek("numpy.random")) is not None:
+    if (numpy_random := preloaded.peek("numpy.random") or sys.modules.get("numpy.random")) is not None:
         numpy_random.seed()  # `random` does so itself
 
     threading.main_thread()._set_native_id()
@@ -235,9 +237,15 @@ if __name__ == "__main__":
     atexit.register(last_exit)  # before those of all modules
     filters = list(warnings.filters)
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's, which pandas imports
     kind = sys.argv[2]
+    withheld = dict.fromkeys(_WITHHELD.get(kind, ()))
+    sys.modules.update(withheld)
     for name in (*_SMALL, *_PLAIN.get(kind, ())):
         importlib.import_module(name)
+
+    for name in withheld:
+        del sys.modules[name]
 
     preloaded = Preloaded(_SHARED.get(kind, {"numpy": ()}), {"torch": _load_backends})
     warnings.resetwarnings()

@@ -169,6 +169,17 @@ def test_a_new_interpreter_is_started_where_it_is_asked_for(
         assert process.communicate() == ("1\n", None)
 
 
+def test_threads_are_those_of_the_environment_where_nothing_computes(environ: dict[str, str]) -> None:
+    """Libraries of trackers and of the aggregator start none: such a process is forked whatever the variable is."""
+    for threads in ({"OMP_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "1"}):
+        code = "import os; print(os.environ['OMP_NUM_THREADS'], len(os.listdir('/proc/self/task')))"
+        with client.Popen(
+            [sys.executable, "-c", code], env=environ | threads, stdout=subprocess.PIPE, text=True, imports="aggregator"
+        ) as process:
+            assert process.forked
+            assert process.communicate() == (f"{threads['OMP_NUM_THREADS']} 1\n", None)
+
+
 STARTS = """
 import os, subprocess, sys
 words = ["-m", "traceml.session.entry", "script.py"]
