@@ -266,8 +266,7 @@ _PAPERS = (
     _paper("growing_batches", *QUIET, "INPUT_BOUND", steps=400, never=frozenset({"RESIDUAL_HEAVY"})),
     # Gradients are clipped and summed by the script, in some lines.
     _paper("private_gradients", *QUIET, "RESIDUAL_HEAVY", steps=200, never=frozenset({"JITTER", "INPUT_BOUND"})),
-    # The first step of L-BFGS counts with the last one of Adam, as those of two optimizers in one loop do.
-    _paper("informed_by_physics", steps=314, never=_LOUD),
+    _paper("informed_by_physics", steps=315, never=_LOUD),
     _paper("checkpoints_activations", steps=60, never=_LOUD),
 )
 

@@ -263,6 +263,66 @@ def adam_then_lbfgs() -> None:
         second.step(closure)
 
 
+def refine(model: nn.Module, batches: list[torch.Tensor]) -> None:
+    """Make an L-BFGS optimizer, and train with it, one step a batch."""
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    for x in batches:
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def lbfgs_made_after_adam() -> None:
+    model, x = net(), torch.randn(2, WIDTH)
+    first = torch.optim.Adam(model.parameters())
+    for _ in range(15):
+        train(model, first, x)
+
+    refine(model, [x] * 5)
+    assert first.state
+
+
+def lbfgs_made_after_an_evaluation() -> None:
+    model, x = net(), torch.randn(2, WIDTH)
+    first = torch.optim.Adam(model.parameters())
+    for _ in range(15):
+        train(model, first, x)
+
+    model.eval()
+    with torch.no_grad():
+        for _ in range(4):
+            model(x)
+
+    model.train()
+    refine(model, [x] * 5)
+    assert first.state
+
+
+def lbfgs_on_all_data_after_batches() -> None:
+    model = net()
+    first, loader = torch.optim.Adam(model.parameters()), data(15)
+    for (x,) in loader:
+        train(model, first, x)
+
+    refine(model, [torch.randn(30, WIDTH)] * 5)
+    assert first.state
+
+
+def lbfgs_in_turns_with_adam() -> None:
+    model, x = net(), torch.randn(2, WIDTH)
+    first = torch.optim.Adam(model.parameters())
+    for _ in range(2):
+        for _ in range(12):
+            train(model, first, x)
+
+        refine(model, [x] * 3)
+
+
 def second_optimizer_after_a_warm_up() -> None:
     """The other one steps now and then, with the first."""
     model, other = net(), net()
@@ -439,6 +499,10 @@ PATTERNS: list[tuple[Callable[[], None], int, int]] = [
     (lbfgs_no_loader, 20, 0),
     (grad_scaler, 20, 0),
     (adam_then_lbfgs, 20, 0),
+    (lbfgs_made_after_adam, 20, 0),
+    (lbfgs_made_after_an_evaluation, 20, 4),
+    (lbfgs_on_all_data_after_batches, 20, 0),
+    (lbfgs_in_turns_with_adam, 30, 0),
     (second_optimizer_after_a_warm_up, 20, 0),
     (evaluation_between_epochs, 20, 12),
     (evaluation_every_5_steps, 20, 12),

@@ -132,7 +132,7 @@ class StepClock(SegmentedStep):
             self._discard(t, batches=0, evaluating=False)
             if self.pending and self.training_loader is None:
                 self._close_prefix()
-        elif self.attempt and (self._needs_no_loader() or self.fetched_ahead) and not self.explicit:
+        elif self.attempt and (self.needs_no_loader or self.fetched_ahead) and not self.explicit:
             self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
             self.commit(t)
 
@@ -234,16 +234,16 @@ class StepClock(SegmentedStep):
             else:
                 self._merge(ident)
         elif known and not self.explicit and ident != FUSED:
-            if self._needs_no_loader():
+            if self.needs_no_loader:
                 self.cut_on_step = True
                 self.usual_loader = NOT_READY
                 self.commit(t)
             else:
                 self.repeated = self.batch is not None
-
-    def _needs_no_loader(self) -> bool:
-        """Whether the step closes without a request to a loader: there is none, or its last iterator is gone."""
-        return self.first_loader is None or self.first_loader.is_left
+        elif not known and not self.explicit and ident != FUSED and self.may_begin_a_phase():
+            self._cut(t)
+            self._merge(ident)
+            self.closes_at = NOT_READY
 
     def _are_attempts_gone(self) -> bool:
         """Whether no optimizer of this step is alive, as where the script makes one for each step."""

@@ -34,8 +34,8 @@ class SegmentedStep(StepAccumulator):
         self.segment_loader: Any = None  # the loader whose request began this segment
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.joined = 0  # row of the last step in which another optimizer stepped, too
-        # Of a step that another optimizer joined, that optimizer's id, and cut, times and batches before it.
-        self.first_part: tuple[int, int, list[int], int, int] | None = None
+        # Of a step that another optimizer joined, that optimizer's id, and cut, times, batches, flags and data before it.
+        self.first_part: tuple[int, int, list[int], int, int, int, tuple[int, int]] | None = None
         self.longest_rest_ns = 0  # from the last batch of an evaluation to the next training batch
 
     def _close_prefix(self) -> None:
@@ -183,32 +183,51 @@ class SegmentedStep(StepAccumulator):
         saving: int = self.times[_CHECKPOINT] - before
         return saving
 
+    @property
+    def needs_no_loader(self) -> bool:
+        """Whether the step closes without a request to a loader: there is none, or its last iterator is gone."""
+        return self.first_loader is None or self.first_loader.is_left
+
     def _merge(self, ident: int) -> None:
         """Join the part after the cut with the step, in which another optimizer steps."""
-        alone = self.rows - self.joined >= _STEPS_ALONE and self.first_loader is None and self.device is None
+        alone = self.may_begin_a_phase()
         self.joined = self.rows
         self.first_part = None
         if alone and self.times_at_cut is not None:
-            self.first_part = ident, self.cut_ns, self.times_at_cut, self.committed_ns, self.micro_batches
+            flags = self.committed_flags | (_NO_LOADER if self.loader_at_cut is None else 0)
+            times, data = self.times_at_cut, self.committed_data
+            self.first_part = ident, self.cut_ns, times, self.committed_ns, self.micro_batches, flags, data
 
         self.times_at_cut = None
         self.pending = False
 
+    def may_begin_a_phase(self) -> bool:
+        """Whether another optimizer, if it steps now, may begin a second phase of the training."""
+        return self.needs_no_loader and self.rows - self.joined >= _STEPS_ALONE
+
     def split(self, ident: int) -> None:
         """Make two steps of one that two optimizers have, if the second one now steps again, and the first alone did.
 
-        So begins the second phase of a script that trains with Adam first, and then with L-BFGS.
+        So begins the second phase of a script that trains with Adam first, and then with L-BFGS. The times of a device
+        are not known for either.
         """
         if self.first_part is None or self.first_part[0] != ident or self.times_at_cut is None:
             return
 
-        _, cut_ns, first, committed_ns, micro_batches = self.first_part
-        self.append_step(first, cut_ns, committed_ns, micro_batches, _NO_LOADER, -1)
+        _, cut_ns, first, committed_ns, micro_batches, flags, data = self.first_part
+        if self.device is not None:
+            self.device.discard()
+
+        self.append_step(first, cut_ns, committed_ns, micro_batches, flags, -1, data)
         first = first + [0] * (len(self.zeros) - len(first))
         self.times_at_cut = [after - before for after, before in zip(self.times_at_cut, first, strict=True)]
         self.times = [after - before for after, before in zip(self.times, first, strict=True)]
         self.committed_ns -= committed_ns
         self.micro_batches -= micro_batches
+        self.committed_flags &= ~flags
+        self.committed_elements -= data[0]
+        self.committed_samples -= data[1]
+        self.committed_fingerprint = 0
 
     def _hold(self, held: list[tuple[int, list[int], int]], t: int) -> None:
         held.append((t, self.times, self.committed_ns + t - self.seg_start))
