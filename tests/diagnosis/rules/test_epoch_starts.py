@@ -71,6 +71,15 @@ def test_a_loader_without_restarts_is_not_blamed(loader):
     assert not restarts(findings(200, loader=loader, create_ms=150))
 
 
+@pytest.mark.parametrize(("ms", "create_ms"), [(200, 150), (400, 0)])
+def test_nobody_is_told_to_keep_workers_that_cannot_be_kept(ms, create_ms):
+    """Each epoch of fastai makes an iterator, whose workers are new."""
+    found = findings(ms, loader=replace(LOADER, trainer="fastai"), create_ms=create_ms)
+
+    assert found[0].kind is not Kind.HEALTHY
+    assert all("persistent_workers" not in each.next for each in found)
+
+
 def test_a_batch_that_takes_long_is_no_restart():
     """The first batch is fetched while nothing else runs: two workers may need two steps for it."""
     assert not restarts(findings(25))

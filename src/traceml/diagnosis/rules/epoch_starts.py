@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,12 +17,10 @@ from traceml.diagnosis.steps.step_split import Floats
 from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, gain_text, ns_text, percent_text
 
-__all__ = ["LOADER_ONCE", "begins_each_step", "makes_loader_per_epoch", "workers_restarted"]
+__all__ = ["KeptWorkers", "begins_each_step", "keeping_workers", "workers_restarted"]
 
 EACH_STEP_SHARE = 0.5
 """A script makes an iterator in each step if so many of its steps wait for the first batch of one."""
-LOADER_ONCE = "Make the DataLoader once, before the loop over epochs, with persistent_workers=True"
-"""Advice against loaders that are made anew in each epoch."""
 _FEWEST_STARTS = 10
 _ANEW_SHARE = 0.5  # the number of loaders is known to a factor of two
 _PART = "input_wait"
@@ -39,10 +39,39 @@ def begins_each_step(epochs: NDArray[np.void]) -> bool:
     return len(epochs) >= EACH_STEP_SHARE * steps and bool((epochs["drain_ns"] > 0).mean() < EACH_STEP_SHARE)
 
 
-def makes_loader_per_epoch(facts: JobFacts) -> bool:
-    """Return whether the script makes its data loader anew in each epoch, which starts workers that are kept, too."""
-    made = facts.loader.made if facts.loader is not None else 1
-    return made > 1 and made >= _ANEW_SHARE * len(facts.epochs)
+class KeptWorkers(NamedTuple):
+    """Advice to keep the loader's workers from epoch to epoch.
+
+    Attributes:
+        action: what to do, a sentence without its end.
+        setting: the same as a further argument of the loader.
+        because: how each epoch starts them now.
+    """
+
+    action: str
+    setting: str
+    because: str
+
+
+def keeping_workers(facts: JobFacts) -> KeptWorkers | None:
+    """Return how to keep the loader's workers; None where they are kept, or its trainer cannot do that."""
+    loader = facts.loader or LoaderFacts()
+    if loader.made > 1 and loader.made >= _ANEW_SHARE * len(facts.epochs):
+        return KeptWorkers(
+            "Make the DataLoader once, before the loop over epochs, with persistent_workers=True",
+            "persistent_workers=True in one DataLoader for all epochs",
+            "the script makes a new one for each epoch, and a new one starts its workers",
+        )
+
+    if loader.persistent_workers or loader.trainer == "fastai":
+        return None
+
+    setting = f"{loader.option('persistent_workers')}=True"
+    return KeptWorkers(
+        f"Set {setting} in the {loader.place}, and use the same DataLoader in all epochs",
+        setting,
+        "otherwise each epoch restarts its workers",
+    )
 
 
 def workers_restarted(
@@ -57,10 +86,8 @@ def workers_restarted(
         step_ns: mean step, to which the cost is compared.
     """
     workers = facts.loader.num_workers if facts.loader else None
-    if not workers or facts.loader is None or _PART not in segments.parts:
-        return [], {}
-
-    if facts.loader.persistent_workers and not makes_loader_per_epoch(facts):
+    keeping = keeping_workers(facts)
+    if not workers or keeping is None or _PART not in segments.parts:
         return [], {}
 
     columns, restart_ns = _restarts(window, facts, workers * float(np.median(segments.step)))
@@ -73,7 +100,7 @@ def workers_restarted(
     if saved < least_cost_ns(step_ns):
         return [], {}
 
-    return [_finding(segments, restart_ns, saved, step_ns, facts)], {_PART: kept}
+    return [_finding(segments, restart_ns, saved, step_ns, facts, keeping)], {_PART: kept}
 
 
 def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -90,7 +117,12 @@ def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray
 
 
 def _finding(
-    segments: Segments, restart_ns: NDArray[np.float64], saved: float, step_ns: float, facts: JobFacts
+    segments: Segments,
+    restart_ns: NDArray[np.float64],
+    saved: float,
+    step_ns: float,
+    facts: JobFacts,
+    keeping: KeptWorkers,
 ) -> Finding:
     count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
     workers = facts.loader.num_workers if facts.loader is not None else None
@@ -105,7 +137,11 @@ def _finding(
             f"{percent_text(share)} of step time; with persistent workers, steps would be "
             f"{gain_text(speedup(segments, saved))}."
         ),
-        next=_advice(facts, each_step=each_step),
+        next=(
+            "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
+            if each_step
+            else f"{keeping.action}: {keeping.because}."
+        ),
         evidence={
             "epochs": count,
             "restart_ms": each_ns / 1e6,
@@ -116,15 +152,3 @@ def _finding(
         cost_share=share,
         speedup_if_fixed=speedup(segments, saved),
     )
-
-
-def _advice(facts: JobFacts, *, each_step: bool) -> str:
-    if each_step:
-        return "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
-
-    if makes_loader_per_epoch(facts):
-        return f"{LOADER_ONCE}: the script makes a new one for each epoch, and a new one starts its workers."
-
-    loader = facts.loader or LoaderFacts()
-    setting = f"{loader.option('persistent_workers')}=True"
-    return f"Set {setting} in the {loader.place}, and use the same DataLoader in all epochs."

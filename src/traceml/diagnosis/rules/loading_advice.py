@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.sampled_lines import (
     worker_wait_share,
 )
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
-from traceml.diagnosis.rules.epoch_starts import LOADER_ONCE, begins_each_step, makes_loader_per_epoch
+from traceml.diagnosis.rules.epoch_starts import begins_each_step, keeping_workers
 from traceml.diagnosis.steps.loading import Pipeline, fetch_cpu
 from traceml.formatting import cores_text, count_text, gain_text, percent_text, plural
 
@@ -99,13 +99,9 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
 
 
 def _against_pauses(facts: JobFacts, loader: LoaderFacts) -> Advised:
-    renewed = makes_loader_per_epoch(facts)
-    if loader.num_workers and len(facts.epochs) > 1 and (renewed or not loader.persistent_workers):
-        what = LOADER_ONCE if renewed else f"Set {loader.option('persistent_workers')}=True in the {loader.place}"
-        return Advised(
-            f"{what}: otherwise each epoch restarts its workers, and they fetch the first batches while the training "
-            "waits."
-        )
+    keeping = keeping_workers(facts)
+    if loader.num_workers and len(facts.epochs) > 1 and keeping is not None:
+        return Advised(f"{keeping.action}: {keeping.because}, and they fetch the first batches while training waits.")
 
     return Advised("Look at the samples of the steps that wait: larger files, or a slow disk or network at times.")
 
@@ -153,7 +149,7 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
         if pipeline.workers
         else f"{_data(loader)} is read by the training process itself ({loader.option('num_workers')}=0)"
     )
-    setting = f"{loader.option('num_workers')}={workers}{_persistent(facts, loader)}"
+    setting = f"{loader.option('num_workers')}={workers}{_kept(facts)}"
     text = f"{before}: set {setting}; {gain_text(gain, 'about')}{cores}."
     return Advised(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
 
@@ -198,15 +194,9 @@ def _on(pipeline: Pipeline, facts: JobFacts) -> str:
     return f" on {pipeline.cores} core{'s' if pipeline.cores > 1 else ''}{own}"
 
 
-def _persistent(facts: JobFacts, loader: LoaderFacts) -> str:
-    if makes_loader_per_epoch(facts):
-        return " and persistent_workers=True in one DataLoader for all epochs"
-
-    return (
-        ""
-        if loader.persistent_workers or loader.trainer == "fastai"
-        else f" and {loader.option('persistent_workers')}=True"
-    )
+def _kept(facts: JobFacts) -> str:
+    keeping = keeping_workers(facts)
+    return "" if keeping is None else f" and {keeping.setting}"
 
 
 def _data(loader: LoaderFacts) -> str:
