@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.instrument.facts.descriptions import loader_facts, model_facts
+from traceml.instrument.workers.loader_workers import worker_pids
 
 
 def test_the_threads_of_torch_reach_the_rules():
@@ -138,11 +140,11 @@ class InnerLoader:
 
     _IterableDataset_len_called = generator = worker_init_fn = multiprocessing_context = None
     _auto_collation = persistent_workers = pin_memory = drop_last = False
-    num_workers, timeout, prefetch_factor, pin_memory_device, in_order = 0, 0, 2, "", True
+    timeout, prefetch_factor, pin_memory_device, in_order = 0, 2, "", True
     _dataset_kind = 1  # an iterable
 
-    def __init__(self, d: Any) -> None:
-        self.d, self.dataset = d, self
+    def __init__(self, d: Any, num_workers: int = 0) -> None:
+        self.d, self.dataset, self.num_workers = d, self, num_workers
         self.collate_fn = self._get_shared_seed = lambda batch=None: batch
         self._index_sampler = range(10)
 
@@ -166,6 +168,20 @@ def test_a_loader_of_fastai_is_described(traced: Traced) -> None:
     assert (row["dataset"], row["length"], row["batch_size"]) == ("TensorDataset", 6, 2)
     assert (row["num_workers"], row["trainer"]) == (0, "fastai")
     assert len(traced.finish()) == 6
+
+
+@pytest.mark.process
+def test_the_workers_of_fastai_are_followed(traced: Traced) -> None:
+    """Their CPU time, memory and deaths are told as those of torch's own loader."""
+    own = SimpleNamespace(dataset=TensorDataset(torch.ones(6, 4)), bs=2)
+    iterator = _MultiProcessingDataLoaderIter(InnerLoader(own, num_workers=2))
+
+    (group,) = worker_pids()
+    assert group.loader == 0
+    assert set(group.pids) == {child.pid for child in multiprocessing.active_children()}
+
+    del iterator
+    assert worker_pids() == ()
 
 
 class OwnIteration(DataLoader[Any]):

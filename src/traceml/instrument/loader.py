@@ -200,7 +200,9 @@ def patch_loaders(
     patches.wrap(iterator_type, "__next__", timed_next)
     tokens = _LoaderTokens(on_loader)
     patches.wrap(dataloader.DataLoader, "__iter__", _timed_iter(clock, wait, original_iter, tokens, on_iterator))
-    patches.wrap(iterator_type, "__init__", _noting_init(clock, iterator_type.__init__, tokens, dataloader.DataLoader))
+    for name, follows in (("__init__", False), ("_reset", True)):  # workers are started between the two
+        method = _noting(clock, getattr(iterator_type, name), tokens, dataloader.DataLoader, follows=follows)
+        patches.wrap(iterator_type, name, method)
 
 
 def _timed_next(clock: StepClock, wait: tuple[Begin, End], original: Any, on_batch: Callable[[Any], None]) -> Any:
@@ -272,19 +274,29 @@ def _timed_iter(
     return __iter__
 
 
-def _noting_init(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type: type[Any]) -> Any:
-    """Return a constructor of iterators that reports loaders with an `__iter__` of their own: of fastai, torchdata."""
+def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type: type[Any], *, follows: bool) -> Any:
+    """Return a method of iterators that reports loaders with an `__iter__` of their own: of fastai, torchdata.
 
-    def __init__(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - name of the replaced method
+    Args:
+        clock: the clock to use.
+        original: their `__init__` or `_reset`, which are given the loader.
+        tokens: of loaders.
+        loader_type: torch's own.
+        follows: whether the iterator has its workers by then.
+    """
+
+    def method(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:
         try:
             if getattr(type(loader), "__iter__", None) is not loader_type.__iter__ and clock.is_training_thread():
-                tokens.of(loader)
+                token = tokens.of(loader)
+                if follows:
+                    follow_iterator(self, token.number)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
         original(self, loader, *args, **kwargs)
 
-    return __init__
+    return method
 
 
 class _LoaderTokens:

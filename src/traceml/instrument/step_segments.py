@@ -34,7 +34,7 @@ class SegmentedStep(StepAccumulator):
         self.segment_loader: Any = None  # the loader whose request began this segment
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.joined = 0  # row of the last step in which another optimizer stepped, too
-        # Of a step that another optimizer joined, that optimizer's id, and cut, times, batches, flags and data before it.
+        # Of a step that another optimizer joined, its id, and cut, times, batches, flags and data before it.
         self.first_part: tuple[int, int, list[int], int, int, int, tuple[int, int]] | None = None
         self.longest_rest_ns = 0  # from the last batch of an evaluation to the next training batch
 
