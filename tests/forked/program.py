@@ -25,6 +25,7 @@ class Program:
         target: the script, module or code.
         warning_filters: values of `-W`.
         unbuffered: whether there is `-u`, first of all.
+        safe_path: whether there is `-P`, after it: `sys.path` has no folder of the program.
         status: exit status, once it has ended; None: it ends by a signal.
     """
 
@@ -33,6 +34,7 @@ class Program:
     target: str
     warning_filters: list[str] = field(default_factory=list)
     unbuffered: bool = False
+    safe_path: bool = False
     status: int | None = None
 
     @classmethod
@@ -41,22 +43,28 @@ class Program:
         filters: list[str] = []
         unbuffered = words[:1] == ["-u"]
         words = words[unbuffered:]
+        safe_path = words[:1] == ["-P"]
+        words = words[safe_path:]
         while words[:1] == ["-W"]:
             filters.append(words[1])
             words = words[2:]
 
+        rest = (filters, unbuffered, safe_path)
         if words[:1] in (["-m"], ["-c"]):
-            return cls(words[0], [words[0], *words[2:]], words[1], filters, unbuffered)
+            return cls(words[0], [words[0], *words[2:]], words[1], *rest)
 
-        return None if not words or words[0].startswith("-") else cls("", words, words[0], filters, unbuffered)
+        return None if not words or words[0].startswith("-") else cls("", words, words[0], *rest)
 
     @property
-    def folder(self) -> str:
-        """First folder of `sys.path`."""
-        if self.kind == "-c":
-            return ""
+    def folders(self) -> list[str]:
+        """First folders of `sys.path`: that of the program, if any."""
+        if self.safe_path:
+            return []
 
-        return str(Path.cwd() if self.kind else Path(self.target).resolve().parent)
+        if self.kind == "-c":
+            return [""]
+
+        return [str(Path.cwd() if self.kind else Path(self.target).resolve().parent)]
 
     def run(self) -> None:
         """Run it to its end; show its exception as the interpreter does.

@@ -194,7 +194,7 @@ def _set_up_interpreter(program: Program) -> None:
     sys.warnoptions[:] = options
     warnings._processoptions(options)
     folders = [str(Path(each).absolute()) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
-    sys.path[:0] = [program.folder, *folders]
+    sys.path[:0] = [*program.folders, *folders]
     sys.argv = list(program.argv)
 
 

@@ -16,6 +16,7 @@ from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_prometheus_option, add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
 from traceml.installation import install_command
+from traceml.own_programs import own_program
 from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.output import PassThroughScreen
@@ -214,7 +215,7 @@ def _command(options: argparse.Namespace, target: str, arguments: Sequence[str])
         return [sys.executable, "-m", "traceml.session.entry", *script]
 
     torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]
-    return [sys.executable, "-m", "traceml.supervise.elastic", *torchrun, "-m", "traceml.session.entry", *script]
+    return own_program("traceml.supervise.elastic", *torchrun, "-m", "traceml.session.entry", *script)
 
 
 def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:

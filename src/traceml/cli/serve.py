@@ -26,6 +26,7 @@ from traceml.cli.number_range import PORT, NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_prometheus_option
 from traceml.errors import TraceMLError
+from traceml.own_programs import own_program
 from traceml.supervise.metrics_process import metrics_beside
 from traceml.supervise.otlp_process import otlp_beside
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
@@ -348,7 +349,7 @@ def _show_runs(aggregator: Aggregator, ended: Callable[[float], bool]) -> None:
         runs = [path for path in _open_runs(aggregator) if path not in shown]
         if runs and (top is None or top.poll() is not None):
             shown.add(runs[-1])
-            top = subprocess.Popen([sys.executable, "-m", "traceml", "top", str(runs[-1])])
+            top = subprocess.Popen(own_program("traceml", "top", str(runs[-1])))
 
     if top is not None and top.poll() is None:
         top.terminate()

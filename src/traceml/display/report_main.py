@@ -6,13 +6,9 @@ a process of its own because a report needs memory and time: neither its end nor
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__" and not sys.flags.safe_path:
-    sys.path[0] = sys.executable.rpartition("/")[0]  # as in `traceml.__main__`: no modules of the user
-
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 

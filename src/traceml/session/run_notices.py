@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
 from traceml.formatting import printable
+from traceml.own_programs import own_program
 from traceml.recorder.lifecycle import on_end
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def show_verdict(run_dir: Path) -> None:
     await_report(run_dir)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "traceml", "report", str(run_dir)],
+            own_program("traceml", "report", str(run_dir)),
             env=_environ(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SHOW_S, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as failure:

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
+from traceml.own_programs import own_program
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.runs_folder import create_runs_dir
@@ -122,7 +122,7 @@ class AggregatorProcess(RestartingProcess):
             raise _unwritable(self.run_dir, error) from error
 
         fd = self._listen().fileno()
-        command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--run-id", self.run_id]
+        command = own_program("traceml", "serve", "--fd", str(fd), "--run-id", self.run_id)
         command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle"]
         with log:
             return spawn(

@@ -10,10 +10,11 @@ import pty
 import signal
 import struct
 import subprocess
-import sys
 import termios
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
+
+from traceml.own_programs import own_program
 
 __all__ = ["FORWARDED_SIGNALS", "PseudoTerminal", "ScriptPipe", "spawn", "spawn_server"]
 
@@ -73,7 +74,7 @@ def spawn_server(
     settings_in, settings_out = os.pipe()
     try:
         return spawn(
-            [sys.executable, "-m", module, *arguments],
+            own_program(module, *arguments),
             environ=os.environ,
             stdin=settings_in,
             stdout=subprocess.DEVNULL,

@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 from traceml.errors import TraceMLError
+from traceml.own_programs import own_program
 from traceml.process_ends import end_of_status
 from traceml.supervise.processes import spawn
 
@@ -68,7 +68,7 @@ class ReportMaker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         return spawn(
-            [sys.executable, "-m", "traceml.display.report_main", str(self._nice)],
+            own_program("traceml.display.report_main", str(self._nice)),
             environ=os.environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
+from traceml.own_programs import own_program
 
 __all__ = ["PROFILED_KINDS", "FindingProfiles"]
 
@@ -103,7 +103,7 @@ async def _run_profile(run: ActiveRun, ranks: Sequence[int]) -> dict[str, Any]:
     words += ["--steps", str(_STEPS), "--timeout", str(_STEPS_S)]
     words += ["--ranks", ",".join(map(str, ranks))] if ranks else []
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "traceml", *words,
+        *own_program("traceml", *words),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip

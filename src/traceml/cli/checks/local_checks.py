@@ -180,7 +180,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _torch(command: Sequence[str] = (sys.executable, "-c", _ASK_TORCH)) -> Check:
+def _torch(command: Sequence[str] = (sys.executable, "-P", "-c", _ASK_TORCH)) -> Check:
     """Import torch in a separate process, as the import may crash it."""
     if _version("torch") is None:
         return Check("torch", "note", "not installed: reports work, training does not", install_command("torch"))

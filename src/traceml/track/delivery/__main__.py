@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from traceml.errors import TraceMLError
+from traceml.own_programs import search_working_directory
 from traceml.priority import lower_priority
 from traceml.track.delivery.delivery_loop import DeliveryLoop
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_TAKEN, TrackerState, locked
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     lower_priority(arguments.nice)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("traceml").setLevel(logging.INFO)
+    if not arguments.installed_only:
+        search_working_directory()
+
     with locked(arguments.run_dir, arguments.backend) as is_locked:
         if not is_locked:
             return EXIT_TAKEN

@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from traceml.own_programs import own_program
 from traceml.process_ends import end_of_status
 from traceml.track.delivery.credentials import environment_for
 from traceml.track.tracker_state import (
@@ -167,8 +167,7 @@ class DeliveryProcess:
         self._process = None
 
     def _start(self) -> None:
-        safe_path = ["-P"] if self._installed_only else []  # else Python looks in the working directory first
-        command = [sys.executable, *safe_path, "-m", "traceml.track.delivery", str(self.run_dir), self.backend]
+        command = own_program("traceml.track.delivery", str(self.run_dir), self.backend)
         command += ["--parent", str(os.getpid()), "--nice", str(self._nice)]
         command += ["--once"] if self._once else []
         command += ["--installed-only"] if self._installed_only else []

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from traceml.errors import PluginError
+from traceml.own_programs import own_program, search_working_directory
 from traceml.track.delivery.credentials import environment_for, read_key_file
 from traceml.track.filters import backend_options
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -67,7 +68,7 @@ def probe(backend: str, options: Mapping[str, Any], run_dir: Path) -> ProbeResul
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "traceml.track.delivery.probe", backend, str(run_dir)],
+            own_program("traceml.track.delivery.probe", backend, str(run_dir)),
             input=json.dumps(dict(options)),
             env=environment_for(backend, options),
             capture_output=True,
@@ -88,6 +89,7 @@ def probe(backend: str, options: Mapping[str, Any], run_dir: Path) -> ProbeResul
 def main() -> None:
     """Probe the backend that the command line names, and print the result."""
     backend, run_dir = sys.argv[1], sys.argv[2]
+    search_working_directory()
     out = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not mix with the result
     result = _probe(backend, json.loads(sys.stdin.read() or "{}"), Path(run_dir))

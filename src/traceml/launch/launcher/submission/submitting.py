@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from traceml.launch.launcher.assembly import users_path
 from traceml.launch.launcher.submission.allocation_call import AllocationCall
 from traceml.launch.launcher.submission.slurm_options import SlurmOptions
 from traceml.launch.launcher.submission.submitted_job import SubmittedJob
+from traceml.own_programs import own_program
 from traceml.supervise.aggregator_process import choose_run_id
 
 __all__ = ["submit"]
@@ -75,5 +75,5 @@ def _setup(folder: Path, run_id: str, warning_s: int) -> list[str]:
         f"export TRACEML_RUN_ID={shlex.quote(run_id)}",
         f"export TRACEML_JOB_WARNING_S={warning_s}",
         *([f"export PYTHONPATH={shlex.quote(path)}"] if path else []),
-        f"exec {shlex.join([sys.executable, '-u', '-m', _PROGRAM, str(folder)])}",
+        f"exec {shlex.join(own_program(_PROGRAM, str(folder), unbuffered=True))}",
     ]

@@ -1,0 +1,29 @@
+"""Commands that start programs of ours beside the user's."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["own_program", "search_working_directory"]
+
+
+def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[str]:
+    """Return the command that runs a module of ours in a process of its own.
+
+    `-P` keeps the working directory off its path: it is where users have their `queue.py` or `json.py`.
+    Processes that load what users name call `search_working_directory`.
+
+    Args:
+        module: its name, as for `python -m`.
+        arguments: its arguments.
+        unbuffered: what it prints appears at once, in a file too.
+    """
+    return [sys.executable, "-uP" if unbuffered else "-P", "-m", module, *arguments]
+
+
+def search_working_directory() -> None:
+    """Let this process find modules of the user, such as a tracker: after all that are installed."""
+    with suppress(OSError):  # the folder is gone
+        sys.path.append(str(Path.cwd()))
