@@ -217,8 +217,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def pytest_sessionfinish() -> None:
     """Print no verdict of a run that a test has started in this process: its aggregator and its folder are gone."""
-    if "traceml.session.run_notices" in sys.modules:
-        sys.modules["traceml.session.run_notices"]._due = None
+    if "traceml.recorder.run_notices" in sys.modules:
+        sys.modules["traceml.recorder.run_notices"]._due = None
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

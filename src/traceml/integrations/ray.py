@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from traceml.integrations.training_session import TrainingSession
 from traceml.recorder.identity import script_name
-from traceml.session.run_notices import show_verdict
+from traceml.recorder.run_notices import show_verdict
 from traceml.settings import load
 
 __all__ = ["trace"]

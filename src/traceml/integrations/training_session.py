@@ -11,7 +11,7 @@ from traceml import settings
 from traceml.recorder.current import current_recorder
 from traceml.recorder.exits import status_of
 from traceml.recorder.lifecycle import note_exit, shutdown
-from traceml.session.run_notices import dismiss, show_verdict
+from traceml.recorder.run_notices import dismiss, show_verdict
 from traceml.session.startup import load_forgiving, start
 from traceml.track.rank import capturing
 

@@ -30,7 +30,7 @@ def register(shell: Any) -> None:
 
 def _trace_cell(shell: Any, name: str, cell: str) -> None:
     from traceml.display.notebook import load_run
-    from traceml.session.run_notices import await_report
+    from traceml.recorder.run_notices import await_report
     from traceml.session.startup import init
 
     arguments: InitArguments = {"local": True, "quiet": True}

@@ -102,7 +102,7 @@ def start(config: Config, *, wait: bool = True, hold: bool = False) -> Recorder:
         wait: connect now; else the recorder's thread connects when it can.
         hold: connect only when this process trains or logs.
     """
-    from traceml.session.run_notices import announce
+    from traceml.recorder.run_notices import announce
 
     if config.enabled and (config.backend or config.collectors):  # most jobs do without it
         with fail_open(_log, "track", "tracking could not be started"):

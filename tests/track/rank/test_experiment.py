@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,17 @@ def test_the_runs_own_experiment(script: Script, tmp_path: Path, explicit: bool)
     (row,) = ended_run(tmp_path / "traceml_runs").of("experiment")
     assert (row["name"], row["backends"]) == ("mine" if explicit else "named", ["jsonl"])
     assert (row["experiment"] == 0) is not explicit
+
+
+@pytest.mark.parametrize("quiet", ["", "1"])
+def test_a_script_that_only_logs_says_where_and_ends_with_its_card(script: Script, quiet: str) -> None:
+    """One line at the start, as a traced one; the card says that its steps are not traced."""
+    process = script("import traceml; traceml.Experiment('e', backend=[]).log_metric('x', 1)", TRACEML_QUIET=quiet)
+    _, err = process.communicate(timeout=60)
+
+    line = re.match(r"traceml: recording this run; results in traceml_runs/\S+; live: `traceml top`\n", err)
+    assert (line is None, err == "") == (bool(quiet), bool(quiet)), err
+    assert ("its steps are not traced" in " ".join(err.split())) is not bool(quiet)
 
 
 def test_the_settings_trackers_get_everything_without_any_init(script: Script, tmp_path: Path) -> None:

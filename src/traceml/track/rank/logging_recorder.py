@@ -13,6 +13,7 @@ from traceml.recorder import lifecycle
 from traceml.recorder.current import state
 from traceml.recorder.identity import spawned_from
 from traceml.recorder.recorder import Recorder
+from traceml.recorder.run_notices import announce
 
 __all__ = ["recorder_for_logging"]
 
@@ -47,7 +48,7 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
         else:
             config = settings.load(**{"local": True, **_settings_of_parent(), **given})
 
-        recorder = lifecycle.start(config, wait=False, tracing=False)
+        recorder = lifecycle.start(config, wait=False, tracing=False, on_stored=announce)
     except TraceMLError as error:
         if again:
             raise

@@ -1,4 +1,4 @@
-"""The two things that a traced script prints on standard error: where its run is stored, and at the end the verdict.
+"""The two things that a recorded script prints on standard error: where its run is stored, and at the end the verdict.
 
 `traceml run` and `launch` print both themselves. `quiet=True` prints neither.
 """
@@ -52,7 +52,8 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
         _due = run_dir, recorder
         on_end(_show_at_end)
         if _is_same(run_dir.parent, config.runs_dir):  # else a warning has named the folder
-            _print(f"traceml: tracing this run; results in {_short(run_dir)}; live: {_live_view(run_dir)}")
+            does = "tracing" if recorder.tracing else "recording"
+            _print(f"traceml: {does} this run; results in {_short(run_dir)}; live: {_live_view(run_dir)}")
 
 
 def dismiss(run_dir: Path) -> None:
