@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorUnavailableError
+from traceml.recorder import local_aggregator
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, encode
 
@@ -161,3 +165,18 @@ def test_an_aggregator_that_cannot_start_is_explained(quiet_process: None, tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(AggregatorUnavailableError, match=r"the one started here has ended: .*local-"):
         traceml.init(local=True, port=free_port(), runs_dir=tmp_path / "file" / "runs")
+
+
+@pytest.mark.process
+def test_an_aggregator_that_cannot_store_is_explained_after_the_usual_time(
+    quiet_process: None, tiny_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk it answers at once: the wait for one that starts slowly is not for that."""
+    disk = tiny_disk(1 << 16)
+    with contextlib.suppress(OSError), (disk / "full").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+    monkeypatch.setattr(local_aggregator, "_START_S", math.inf)
+    with pytest.raises(AggregatorUnavailableError, match=r"cannot take this process in: .*disk is full"):
+        traceml.init(local=True, port=free_port(), runs_dir=disk / "runs", connect_timeout=0.2)

@@ -166,19 +166,22 @@ def _start_and_connect(
 def _await_own(
     config: Config, hello: Hello, process: DetachedProcess, log: str, began_s: float, timeout_s: float
 ) -> Connection:
-    """Connect to the aggregator that was started here."""
+    """Connect to the aggregator that was started here; for one that answers, but refuses, wait `connect_timeout`."""
+    refused_s: float | None = None
     while True:
         try:
             return connect(config.host, config.port, hello, config.token, timeout_s=0.5, tries=1, tls=config.tls)
         except AggregatorUnavailableError as error:
             missing = error
 
-        waited_s = time.monotonic() - began_s
+        now_s = time.monotonic()
+        waited_s = now_s - began_s
+        refused_s = (refused_s or now_s) if missing.refused else None  # as on a full disk
         if process.has_ended():
             raise AggregatorUnavailableError(
                 config.host, config.port, waited_s, f"the one started here has ended: {_last_line(Path(log))}"
             ) from missing
-        if waited_s > timeout_s:
+        if waited_s > timeout_s or (refused_s is not None and now_s - refused_s > config.connect_timeout):
             raise AggregatorUnavailableError(
                 config.host, config.port, waited_s, missing.reason, refused=missing.refused
             ) from missing
