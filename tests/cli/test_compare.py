@@ -157,7 +157,7 @@ def test_several_runs_are_compared_with_the_first(compare):
     of_runs = json.loads(compare("first", "again", "slow", "--json")[1])
 
     assert status == 1
-    assert [line.split()[:2] for line in shown.splitlines()[1:4]] == [["A", "first"], ["B1", "again"], ["B2", "slow"]]
+    assert [line.split()[:2] for line in shown.splitlines()[1:4]] == [["A", "first"], ["B", "again"], ["C", "slow"]]
     assert "slow: step time" in complaint
     assert "again" not in complaint
     assert (of_runs["schema"], of_runs["baseline"]) == ("traceml.compares/1", "first")

@@ -1,8 +1,10 @@
-"""Several runs, each compared with the same baseline: a table for terminals."""
+"""Several runs, each compared with the same baseline: their letters, and a table for terminals."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from string import ascii_uppercase
 
 from rich.console import Group
 from rich.text import Text
@@ -14,11 +16,12 @@ from traceml.renderers.text.comparison import step_change_text, value_text
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, ParamChange
 
-__all__ = ["compared_losses", "compared_params", "compared_runs", "significance_word"]
+__all__ = ["compared_losses", "compared_params", "compared_runs", "run_letter", "significance_word", "with_letter"]
 
 _MAX_WIDTH = 120
 _STYLES = {"slower": "bold red", "faster": "bold green"}
 _SHOWN = 12
+_OF_B = re.compile(r"\bB(?= on | is | has )|(?<= in )B\b")  # the second run, in the texts of a comparison of two
 
 
 def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
@@ -36,6 +39,17 @@ def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
         line.truncate(width)
 
     return Group(*lines)
+
+
+def run_letter(number: int) -> str:
+    """Return the name of a compared run in tables and charts: A is the baseline, B the next run; A1 follows Z."""
+    again, place = divmod(number, len(ascii_uppercase))
+    return f"{ascii_uppercase[place]}{again or ''}"
+
+
+def with_letter(note: str, letter: str) -> str:
+    """Return a note on the second run of a comparison of two, where that run has a letter of its own."""
+    return _OF_B.sub(letter, note)
 
 
 def significance_word(comparison: Comparison) -> str:
@@ -72,14 +86,9 @@ def _table(comparisons: Comparisons) -> Iterator[Text]:
     yield Text(f" A   {first.a.id:<{width}}  {ms_text(first.step_time.mean.a_ms):>9}{'':24}{first.a.verdict}")
     for number, each in enumerate(comparisons.comparisons):
         mean = each.step_time.mean
-        line = Text(f" {_mark(number + 1):<3} {each.b.id:<{width}}  {ms_text(mean.b_ms):>9}")
+        line = Text(f" {run_letter(number + 1):<3} {each.b.id:<{width}}  {ms_text(mean.b_ms):>9}")
         line.append(f"{step_change_text(mean):>9}", style=_STYLES.get(each.outcome, ""))
         yield line.append(f"  {significance_word(each):<13}{each.b.verdict}")
-
-
-def _mark(number: int) -> str:
-    """Return the name of a run in the table: notes on it call it B, as in a comparison of two."""
-    return f"B{number}" if number else "A"
 
 
 def _values(comparisons: Comparisons) -> Iterator[Text]:
@@ -88,7 +97,7 @@ def _values(comparisons: Comparisons) -> Iterator[Text]:
     rows += compared_params(comparisons)
     if rows:
         yield Text()
-        marks = " | ".join(_mark(number) for number in range(len(comparisons.comparisons) + 1))
+        marks = " | ".join(run_letter(number) for number in range(len(comparisons.comparisons) + 1))
         yield Text(f" {'value':<26}{marks}", style="dim")
 
     for name, values in rows[:_SHOWN]:
@@ -99,6 +108,8 @@ def _values(comparisons: Comparisons) -> Iterator[Text]:
 
 
 def _notes(comparisons: Comparisons, width: int) -> Iterator[Text]:
-    for each in comparisons.comparisons:
+    for number, each in enumerate(comparisons.comparisons, 1):
+        letter = run_letter(number)
         for note in (*each.obstacles, *each.remarks):
-            yield from (Text(line, style="yellow") for line in wrapped(f" {each.b.id}: {note}", width - 1))
+            told = f" {letter}: {with_letter(note, letter)}"
+            yield from (Text(line, style="yellow") for line in wrapped(told, width - 1))

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from traceml.formatting import bytes_text, ms_text, phase_label
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.text.compared_runs import compared_losses, compared_params, significance_word
+from traceml.renderers.text.compared_runs import (
+    compared_losses,
+    compared_params,
+    run_letter,
+    significance_word,
+    with_letter,
+)
 from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
@@ -47,20 +53,24 @@ def comparisons_markdown(comparisons: Comparisons) -> str:
     rows = [(f"A `{markdown_code(first.a.id)}`", ms_text(first.step_time.mean.a_ms), "", "", first.a.verdict)]
     rows += [
         (
-            f"`{markdown_code(each.b.id)}`",
+            f"{run_letter(number)} `{markdown_code(each.b.id)}`",
             ms_text(each.step_time.mean.b_ms),
             step_change_text(each.step_time.mean),
             significance_word(each),
             each.b.verdict,
         )
-        for each in comparisons.comparisons
+        for number, each in enumerate(comparisons.comparisons, 1)
     ]
     values = [*compared_losses(comparisons), *compared_params(comparisons)]
-    runs = ["A", *(f"`{markdown_code(each.b.id)}`" for each in comparisons.comparisons)]
-    notes = [f"{each.b.id}: {note}" for each in comparisons.comparisons for note in (*each.obstacles, *each.remarks)]
+    letters = [run_letter(number) for number in range(len(comparisons.comparisons) + 1)]
+    notes = [
+        f"{letter}: {with_letter(note, letter)}"
+        for letter, each in zip(letters[1:], comparisons.comparisons, strict=True)
+        for note in (*each.obstacles, *each.remarks)
+    ]
     lines = [
         *markdown_table(("run", "step time", "change", "significant", "verdict"), rows),
-        *(["", *markdown_table(("", *runs), [(name, *of_runs) for name, of_runs in values])] if values else ()),
+        *(["", *markdown_table(("", *letters), [(name, *of_runs) for name, of_runs in values])] if values else ()),
         *_notes(notes),
     ]
     return "\n".join(lines) + "\n"

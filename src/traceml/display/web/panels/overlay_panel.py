@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,14 +9,14 @@ from traceml.display.web.chart_cache import THEMES, as_json
 from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, search_box, set_visible
 from traceml.formatting import count_text, ms_text, printable
 from traceml.renderers.charts.comparison_charts import overlaid_metric_charts, overlaid_steps_chart
-from traceml.renderers.text.compared_runs import compared_params, significance_word
+from traceml.renderers.text.compared_runs import compared_params, run_letter, significance_word, with_letter
 from traceml.renderers.text.comparison import step_change_text
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons
 from traceml.runs.rows.series import RunSeries
 
 __all__ = ["LETTERS", "ComparedRuns", "OverlayPanel"]
 
-LETTERS = "ABCDEFGHIJKL"
+LETTERS = tuple(run_letter(number) for number in range(12))
 """Names of the compared runs in tables and charts; so many can be compared."""
 
 
@@ -103,10 +102,6 @@ _COLUMNS = (
 )
 
 
-_OF_B = re.compile(r"\bB(?= on | is | has )|(?<= in )B\b")
-"""The second run in the texts of a comparison, which here has a letter of its own."""
-
-
 def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
     first = runs.comparisons[0]
     mean = first.step_time.mean
@@ -115,6 +110,6 @@ def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
         row = each.step_time.mean
         change, sure = step_change_text(row), significance_word(each)
         cells = [letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure]
-        rows.append([*cells, _OF_B.sub(letter, "; ".join(each.obstacles))])
+        rows.append([*cells, with_letter("; ".join(each.obstacles), letter)])
 
     return [[printable(cell) for cell in row] for row in rows]
