@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -117,15 +118,18 @@ class Supervisor:
         self._unread = UnreadOutput((_STDOUT, _STDERR), self._is_ending, self._keep_output)
 
     def __enter__(self) -> Self:
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
-        self._unread.__enter__()
+        with ExitStack() as opened:  # closed in the opposite order
+            signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
+            opened.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, FORWARDED_SIGNALS)
+            opened.callback(self._selector.close)
+            opened.callback(self._aggregator.close)
+            opened.enter_context(self._unread)
+            self._opened = opened.pop_all()
+
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._unread.__exit__()
-        self._aggregator.close()
-        self._selector.close()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)
+        self._opened.close()
 
     def run(self) -> JobOutcome:
         """Run the job; return when all its processes have ended and the run is stored."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from traceml.database.schema import LOGGED, METRICS
+from traceml.database.schema import METRICS
 from traceml.database.store.reader import StoreReader
 from traceml.runs.report.report_types import TrackerSection
 from traceml.track.delivery.plan import requested_backends
+from traceml.track.delivery.record_reader import logged_rows
 from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, TrackerState, states_of
 
 __all__ = ["trackers"]
@@ -27,7 +28,7 @@ def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSe
     states = {state.backend: state for state in states_of(run_dir)}
     logged = None
     if reader is not None and METRICS.name in reader.tables:
-        logged = reader.stored(METRICS.name) + reader.stored(LOGGED.name)
+        logged = logged_rows(reader)
         # One that cannot write its state has everything pending.
         states = {name: TrackerState(name) for name in requested_backends(reader, run_dir)} | states
 
