@@ -374,6 +374,17 @@ def test_few_steps_are_insufficient():
     assert "20 are needed" in found.summary
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("state", ["finished", "failed", "stopped"])
+def test_the_first_steps_alone_are_not_no_steps(ranks, state):
+    """They include set-up and are left out; to mark the steps, or to say that there was none, would be wrong."""
+    found = diagnose(window_of(Job(steps=3, ranks=ranks)), JobFacts(state=state))[0]
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert "after the first ones; 20 are needed" in found.summary
+    assert "30 training steps" in found.next
+
+
 def test_no_steps_at_all_say_how_to_mark_them():
     """A run that ended without a step gets a way out."""
     found = diagnose(StepWindow(128).aligned(), JobFacts(state="finished"))[0]

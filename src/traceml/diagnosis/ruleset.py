@@ -192,22 +192,25 @@ def _explains(slower: Finding, other: Finding) -> bool:
 
 def _too_few(window: Window, facts: JobFacts) -> Finding:
     seen = len(window)
-    why = "no step was seen" if not seen else f"only {seen} step{'s' if seen > 1 else ''} after the first ones"
-    if len(window.ranks) > 1 and not seen:
-        why = f"the {len(window.ranks)} ranks have no step in common"
+    began = len(window.ranks) > 0
+    why = f"only {seen} step{'s' if seen > 1 else ''} after the first ones"
+    if not seen:
+        ranks = f"the {len(window.ranks)} ranks have no step in common" if len(window.ranks) > 1 else "no step"
+        why = f"{ranks} after the first ones" if began else "no step was seen"
 
     ended = facts.state != "running"
-    failed = not seen and facts.state == "failed"
-    if not seen and facts.state == "stopped":
+    failed = not began and facts.state == "failed"
+    if not began and facts.state == "stopped":
         why = "the run was stopped before its first step"
-    if is_untraced := facts.only_logs and not seen:
+    if is_untraced := facts.only_logs and not began:
         why = "the script only logs, its steps are not traced"
 
+    advice = _for_more(facts.state, began=began) if ended else _WAIT
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
         severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
         summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.",
-        next=_WHEN_FAILED if failed else _TO_TRACE if is_untraced else _for_more(seen, facts.state) if ended else _WAIT,
+        next=_WHEN_FAILED if failed else _TO_TRACE if is_untraced else advice,
         evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
     )
 
@@ -217,11 +220,11 @@ _TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init() 
 _WHEN_FAILED = "Read the job's output to see why it failed before it trained."
 
 
-def _for_more(seen: int, state: str) -> str:
+def _for_more(state: str, *, began: bool) -> str:
     if state == "lost":
         return "The aggregator ended before the run. `traceml sync` stores steps that its ranks left, if there are any."
 
-    if seen:
+    if began:
         return f"Let the run make at least {MIN_STEPS + 10} training steps."
 
     return (
