@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["dask_programs"]
 
-_START_S = 30
+_START_S = 120
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def dask_programs(folder: Path, *, workers: int = 1) -> Iterator[str]:
     finally:
         for program in reversed(programs):
             program.terminate()
-            program.wait(20)
+            program.wait(240)
 
 
 def _address(file: Path) -> str:

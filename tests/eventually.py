@@ -12,7 +12,7 @@ T = TypeVar("T")
 _SHORTEST_S, _LONGEST_S = 0.005, 0.25
 
 
-def eventually(condition: Callable[[], T], what: str = "the condition", *, timeout_s: float = 60) -> T:
+def eventually(condition: Callable[[], T], what: str = "the condition", *, timeout_s: float = 120) -> T:
     """Poll until a condition holds; return its value. The time is far above what a loaded machine needs.
 
     A condition that takes long, by starting a process or reading a store, is checked less often: what it waits for

@@ -88,7 +88,7 @@ def test_the_first_use_of_a_mixed_package_warns(tmp_path: Path) -> None:
     install(tmp_path, "traceml_ai-0.5.0.dist-info")
     (tmp_path / "traceml").symlink_to(ROOT / "src" / "traceml")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import traceml; traceml.Metric; traceml.is_enabled"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
 
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("traceml-ai 0.5.0 installed a package `traceml` over this one") == 1
@@ -103,7 +103,7 @@ def test_the_command_beside_a_module_of_our_name(tmp_path: Path, words: tuple[st
     code = "import sys; from traceml_torch import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", code, *words],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, timeout=240,
         check=False,
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ def test_a_type_checker_sees_the_names(tmp_path: Path) -> None:
     config.write_text("[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n" + SKIPPED)
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir", str(tmp_path), str(script)],
-        capture_output=True, text=True, timeout=110, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
     assert done.returncode in (0, 1), done.stderr

@@ -81,7 +81,7 @@ class Serving:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
-        return self.process.wait(90)
+        return self.process.wait(240)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -337,7 +337,7 @@ def test_finish_takes_what_is_still_on_the_way(serving):
     rank.close()  # not before: to close it with acknowledgments unread discards what the aggregator has not read
 
     assert reply["state"] == "finished"
-    assert aggregator.process.wait(90) == 0
+    assert aggregator.process.wait(240) == 0
     with aggregator.store() as store:
         assert store.stored("steps") == 20_000
 
@@ -410,7 +410,7 @@ def test_local_aggregator_ends_after_the_last_rank(serving):
     for rank in ranks:
         end_of(rank)
 
-    assert aggregator.process.wait(90) == 0
+    assert aggregator.process.wait(240) == 0
     assert aggregator.state() == "finished"
 
 
@@ -423,7 +423,7 @@ def test_aggregator_of_a_launcher_waits_for_it(serving):
     assert aggregator.process.poll() is None
     assert aggregator.state() == "running"
     aggregator.ask("finish", {"status": 0}, run="job")
-    assert aggregator.process.wait(90) == 0
+    assert aggregator.process.wait(240) == 0
 
 
 def test_verdict_is_reported_while_the_run_goes_on(serving):

@@ -76,7 +76,7 @@ def test_thirty_kills_lose_nothing_and_double_nothing(serving):
         rank.over.set()
 
     for rank in ranks:
-        rank.join(60)
+        rank.join(240)
         assert not rank.is_alive()
 
     eventually(lambda: aggregator.state() == "finished")

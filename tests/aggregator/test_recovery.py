@@ -140,7 +140,7 @@ def test_the_rank_that_started_an_aggregator_is_killed_before_it_connects(
     try:
         finish(script(KILLED_EARLY), -signal.SIGKILL)
 
-        assert serving.process.wait(60) == 0
+        assert serving.process.wait(240) == 0
         (run_dir,) = runs_in(serving.folder)
         assert Stored(run_dir).values("loss") == [0.5]
     finally:
@@ -151,7 +151,7 @@ def test_the_rank_that_started_an_aggregator_is_killed_before_it_connects(
 def test_each_life_of_a_process_that_calls_exec_has_its_own_file(script: Script, tmp_path: Path) -> None:  # noqa: F811
     """Pid and start time stay the same; every file is in memory, and nothing is said about space."""
     process = script(LIVES, 1)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
 
     assert process.returncode == -signal.SIGKILL
     assert len(find_flights(default_folder(), pid=process.pid)) == 3

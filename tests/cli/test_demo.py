@@ -116,7 +116,7 @@ def test_example_trains():
     words = ["--epochs", "1", "--train-images", "256", "--test-images", "100", "--batch-size", "32"]
 
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = forked.run([sys.executable, example, *words], env=environ, capture_output=True, text=True, timeout=100)
+    done = forked.run([sys.executable, example, *words], env=environ, capture_output=True, text=True, timeout=240)
 
     assert done.returncode == 0, done.stderr
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import traceml
+from tests.ports import free_port
 from traceml import cli
 from traceml.cli.checks import local_checks
 from traceml.settings import declarations, load
@@ -24,8 +25,7 @@ def quick(monkeypatch, tmp_path):
     """Leave out torch, which takes a second, and the working directory's own settings."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(local_checks, "_torch", lambda: local_checks.Check("torch", "ok", "2.0"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("TRACEML_PORT", str(port))
     return port
 
@@ -225,8 +225,7 @@ def test_no_shared_memory_is_a_note(tmp_path):
 @pytest.mark.process
 def test_backends_are_looked_at_one_by_one(quick, capsys, monkeypatch, tmp_path):
     """Each tracker has versions, credentials without values, and reachability; a failing configured one is broken."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     key_file = tmp_path / "key"
     key_file.write_text("geheim123")

@@ -170,7 +170,7 @@ def test_examples_of_run_train(folder, line):
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML_")}
     done = subprocess.run(
         [sys.executable, "-m", "traceml", "run", *_words(line)],
-        cwd=folder, env={**environ, "TRACEML_PORT": "0"}, capture_output=True, text=True, check=False, timeout=100,
+        cwd=folder, env={**environ, "TRACEML_PORT": "0"}, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
 
     assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr

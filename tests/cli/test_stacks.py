@@ -30,7 +30,7 @@ pytestmark = pytest.mark.process
 def _stacks(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
     command = [sys.executable, "-m", "traceml", "stacks", "--runs-dir", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240, check=False)
 
 
 def _ranks(folder: Path) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def test_a_job_of_traceml_run_is_shown(tmp_path: Path) -> None:
         assert "  > train.py:3 wait" in lines
         assert lines.index("  > train.py:3 wait") < lines.index("  > train.py:5")
         assert job.poll() is None
-        job.communicate("\n", timeout=60)
+        job.communicate("\n", timeout=240)
 
     assert job.returncode == 0
 
@@ -83,7 +83,7 @@ def test_a_rank_that_holds_the_gil_is_shown(script: Any) -> None:  # noqa: F811
         return bool(told["answered"] == "signal")
 
     # On a busy machine the rank's thread wakes too seldom to show that it asks for the GIL in vain.
-    eventually(is_answered, "it to be asked by a signal", timeout_s=60)
+    eventually(is_answered, "it to be asked by a signal")
     assert told["process_state"] == "S"
     assert (told["user_line"]["function"], told["user_line"]["line"]) == ("hold", 7)
     assert "holds the GIL in C code, waiting" in _stacks(rank.serving.folder).stdout
@@ -107,7 +107,7 @@ def test_a_stopped_rank_is_shown(script: Any) -> None:  # noqa: F811
 def test_a_run_that_is_over_has_no_stacks(script: Any) -> None:  # noqa: F811
     """The error names its report."""
     rank: Script = script("import traceml\ntraceml.init()\nprint('ready', flush=True)\n")
-    rank.process.wait(90)
+    rank.process.wait(240)
     eventually(lambda: rank.serving.state() != "running", "the end of the run")
     told = _stacks(rank.serving.folder, rank.serving.run_dirs[0].name)
 

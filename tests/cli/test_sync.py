@@ -146,7 +146,7 @@ def test_wait_delivers_a_run_when_it_is_over(runs_dir):
     with StoreWriter(run.path / STORE_NAME) as writer:
         writer.put_meta("run", {"id": "a", "started": 0.0, "ended": 1.0, "state": "finished", "job": "a"})
 
-    assert waiting.communicate(timeout=60)[0].splitlines() == ["a: jsonl 3 delivered"]
+    assert waiting.communicate(timeout=240)[0].splitlines() == ["a: jsonl 3 delivered"]
     assert values(run.path) == THREE
     assert cli.main(["sync"]) == 0
 
@@ -183,7 +183,7 @@ def test_what_never_reached_an_aggregator_is_found(tmp_path):
     (tmp_path / "traceml_runs" / "latest").symlink_to("newer")
     both = [start(tmp_path, "sync") for _ in range(2)]  # at once: each value is in one run, once
 
-    assert [(process.wait(100), process.communicate()[1]) for process in both] == [(0, "")] * 2
+    assert [(process.wait(240), process.communicate()[1]) for process in both] == [(0, "")] * 2
     assert (tmp_path / "traceml_runs" / "latest").resolve() == newer.path
     (run_dir,) = (path for path in (tmp_path / "traceml_runs").glob("2*"))
     assert values(run_dir) == [("loss", i, i / 8) for i in range(300)]

@@ -50,7 +50,7 @@ class OnTerminal:
         os.close(slave)
         self.seen = b""
 
-    def until(self, text: str, timeout_s: float = 30.0) -> None:
+    def until(self, text: str, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while text.encode() not in self.seen:
             left_s = deadline - time.monotonic()
@@ -63,7 +63,7 @@ class OnTerminal:
 
     def end(self) -> int:
         try:
-            return self.process.wait(90)
+            return self.process.wait(240)
         finally:
             self.close()
 

@@ -61,7 +61,7 @@ def notebook(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     client = nbclient.NotebookClient(
         notebook,
-        timeout=60,
+        timeout=240,
         allow_errors=True,
         kernel_manager_class=_Kernel,
         resources={"metadata": {"path": str(folder)}},

@@ -237,7 +237,7 @@ def test_python_runs(tmp_path):
         env={**kept, **own, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
 
     assert done.returncode == 0, done.stderr

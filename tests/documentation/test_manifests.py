@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests.aggregator.conftest import TOKEN, Serving
 from tests.documentation.pages import ROOT
 from tests.eventually import eventually
 from tests.forked import client as forked
+from tests.ports import free_port
 from tests.recorder.conftest import serving
 from traceml import settings
 
@@ -113,16 +113,14 @@ def test_the_pods_of_the_jobset_are_one_run(serving, tmp_path):
     """The command of each pod, run here, trains with the other, and both ranks are in one run of the aggregator."""
     (jobset,) = _manifests("jobset")
     (tmp_path / "train.py").write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     pods = [
         _start(jobset, {"JOB_COMPLETION_INDEX": str(index), "MASTER_PORT": str(port)}, serving, tmp_path)
         for index in range(2)
     ]
 
-    assert [pod.wait(100) for pod in pods] == [0, 0]
+    assert [pod.wait(240) for pod in pods] == [0, 0]
 
     report = eventually(lambda: list(serving.folder.glob("2*/report.json")), "the report")
     (facts,) = [json.loads(path.read_text())["run"] for path in report]

@@ -36,7 +36,7 @@ def _run(line: str, folder: Path) -> str:
     kept |= {"OMP_NUM_THREADS": "1", "TRACEML_DELIVERY_NICE": "0", "XDG_CACHE_HOME": str(folder / "cache")}
     with closing(Commands(folder / "bin")) as commands:
         done = subprocess.run(
-            ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, timeout=100,
+            ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, timeout=240,
             env=kept | {"PATH": commands.path()},
         )  # fmt: skip
 

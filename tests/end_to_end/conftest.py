@@ -48,11 +48,11 @@ class Running:
     process: subprocess.Popen[str]
     folder: Path
 
-    def wait_for(self, condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
+    def wait_for(self, condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
         """Poll until `condition` returns something true; return it."""
         return eventually(condition, what, timeout_s=timeout_s)
 
-    def end(self, timeout_s: float = 90) -> Ended:
+    def end(self, timeout_s: float = 240) -> Ended:
         stdout, stderr = self.process.communicate(timeout=timeout_s)
         return Ended(self.process.returncode, stdout, stderr, self.folder)
 

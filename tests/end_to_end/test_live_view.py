@@ -41,7 +41,7 @@ class OnTerminal:
         )
         os.close(slave)
 
-    def until(self, condition: Callable[[list[str]], bool], timeout_s: float = 60.0) -> list[str]:
+    def until(self, condition: Callable[[list[str]], bool], timeout_s: float = 120.0) -> list[str]:
         """Follow the screen until it looks as wanted; return its lines."""
         deadline = time.monotonic() + timeout_s
         while not condition(lines := self.screen.lines()):
@@ -51,7 +51,7 @@ class OnTerminal:
 
         return lines
 
-    def end(self, timeout_s: float = 60.0) -> list[str]:
+    def end(self, timeout_s: float = 240.0) -> list[str]:
         """Follow the screen to the end; return everything that was on it, the history first."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

@@ -35,7 +35,7 @@ class Tmux:
 
     def until(self, condition: Callable[[list[str]], bool], *, colors: bool = False) -> list[str]:
         """Look until the screen is as wanted; return its lines."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not condition(lines := self("capture-pane", "-p", *(["-e"] if colors else []), "-t", "top").split("\n")):
             assert time.monotonic() < deadline, "\n".join(lines)
             time.sleep(0.05)

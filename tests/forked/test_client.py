@@ -62,7 +62,7 @@ def forked(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]
     given, _ = options.pop("input", None), options.pop("capture_output")
     with client.Popen(words, **(pipes | options)) as process:
         assert process.forked
-        out, err = process.communicate(given, timeout=60)
+        out, err = process.communicate(given, timeout=240)
 
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
@@ -148,7 +148,7 @@ def test_it_is_signaled_and_waited_for(environ: dict[str, str]) -> None:
             process.wait(0.01)
 
         process.terminate()
-        assert process.wait(90) == -signal.SIGTERM
+        assert process.wait(240) == -signal.SIGTERM
         assert process.poll() == -signal.SIGTERM
 
 
@@ -221,7 +221,7 @@ def test_its_own_children_are_forked_too(starter: client.Popen) -> None:
     assert parent == str(starter.pid)
     assert "libtorch" in Path(f"/proc/{child}/maps").read_text()
     os.kill(int(child), signal.SIGUSR1)
-    out, err = starter.communicate("wait for it", timeout=60)
+    out, err = starter.communicate("wait for it", timeout=240)
     assert (starter.returncode, out) == (0, f"{-signal.SIGUSR1}\n")
     assert err == "it has words to say\n"
 
@@ -233,9 +233,9 @@ def test_the_kernel_ends_its_children(starter: client.Popen) -> None:
     others = psutil.Process(starter.pid).children()
     starter.kill()
 
-    starter.wait(60)
+    starter.wait(240)
     assert starter.stdout.read() == ""  # all that held it are gone
-    psutil.wait_procs(others, timeout=60)
+    psutil.wait_procs(others, timeout=240)
     assert len(others) == 2
     assert not [each for each in others if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     assert child in [each.pid for each in others]

@@ -35,7 +35,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         for rank in range(2)
     ]
     for process in processes:
-        _, stderr = process.communicate(timeout=100)
+        _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0, stderr
 
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
@@ -109,7 +109,7 @@ def test_a_group_is_destroyed_right_after_a_backward_pass(tmp_path: Path) -> Non
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             with process:

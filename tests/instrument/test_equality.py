@@ -37,7 +37,7 @@ def test_training_is_equal_and_nothing_is_left(world_size: int, tmp_path: Path) 
             for rank in range(world_size)
         ]  # fmt: skip
         for rank, process in enumerate(ranks):
-            _, stderr = process.communicate(timeout=110)
+            _, stderr = process.communicate(timeout=240)
             assert process.returncode == 0, stderr
             found = json.loads((tmp_path / str(rank)).read_text())
             assert (found["traced"], found["afterwards"], found["left"]) == ([], [], [])

@@ -82,7 +82,7 @@ def test_the_start_method_is_reported_without_setting_it() -> None:
         "mp.set_start_method('spawn')\n"
         "print(first, loader_facts(loader)['start_method'])\n"
     )
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=240)
 
     assert printed.stdout.split() == [multiprocessing.get_all_start_methods()[0], "spawn"]
     assert loader_facts(DataLoader(Listing(), num_workers=1, multiprocessing_context="forkserver"))["start_method"] == (

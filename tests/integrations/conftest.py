@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import pytest
 from tests.aggregator.conftest import serving
 from tests.eventually import eventually
 from tests.forked import client as forked
+from tests.ports import free_port
 from tests.recorder.conftest import environ
 from traceml.runs.run import Run
 
@@ -77,12 +77,12 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 
 @contextmanager
-def jobs_in(folder: Path, timeout_s: float = 110) -> Iterator[Job]:
+def jobs_in(folder: Path, timeout_s: float = 240) -> Iterator[Job]:
     """Run scripts of this folder in another one; their whole process groups are ended afterwards."""
     started: list[subprocess.Popen[str]] = []
 
     def run(script: str, *arguments: str, ranks: int = 1, **values: str) -> Ended:
-        own = {"TRACEML_PORT": str(_free_port()), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | values
+        own = {"TRACEML_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | values
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         # Ray starts a dozen processes that import torch for themselves: to fork its driver gains nothing
         popen = subprocess.Popen if script.startswith("ray") else partial(forked.Popen, forks=ranks > 1)
@@ -109,8 +109,3 @@ def jobs_in(folder: Path, timeout_s: float = 110) -> Iterator[Job]:
 def _started_s(path: Path) -> float:
     started: float = json.loads((path / "report.json").read_text())["run"]["started"]
     return started
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])

@@ -18,7 +18,7 @@ from traceml.launch.wire import bootstrap, payload
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_frames import ChannelClosedError
 
-DEADLINE_S = 90.0
+DEADLINE_S = 120.0
 
 
 class Driver:
@@ -65,7 +65,7 @@ class Driver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.channel.close()
         try:
-            self.process.wait(timeout=30)
+            self.process.wait(timeout=240)
         finally:
             self.process.kill()
             self.process.wait()

@@ -60,7 +60,7 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
 

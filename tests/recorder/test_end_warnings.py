@@ -12,8 +12,9 @@ import pytest
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
+from tests.ports import free_port
 from tests.recorder.conftest import environ, stored_steps
-from tests.recorder.test_recorder import do_steps, free_port, my_flights
+from tests.recorder.test_recorder import do_steps, my_flights
 from traceml.runs.report.report import build_report
 
 pytestmark = pytest.mark.usefixtures("quiet_process")

@@ -16,6 +16,7 @@ import pytest
 import traceml
 from tests.aggregator.conftest import Serving
 from tests.eventually import eventually
+from tests.ports import free_port
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -31,11 +32,6 @@ for _ in range(int(sys.argv[1])):
     with traceml.trace_step():
         pass
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def port_is_free(port: int) -> bool:
@@ -72,7 +68,7 @@ def test_ranks_share_one_aggregator_that_ends_with_them(tmp_path: Path) -> None:
         for rank in range(4)
     ]
     for rank in ranks:
-        _, err = rank.communicate(timeout=60)
+        _, err = rank.communicate(timeout=240)
         assert rank.returncode == 0, err
 
     eventually(lambda: port_is_free(port))

@@ -29,7 +29,7 @@ signal.pause()
 @pytest.mark.process
 def test_the_process_ends_with_its_workers():
     """By SIGTERM; a worker that is stuck would keep the output open for ever."""
-    ended = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240, check=False)
 
     assert ended.returncode == -signal.SIGTERM, ended.stderr
     assert ended.stdout.strip().isdecimal()

@@ -76,7 +76,7 @@ def test_a_stopped_process_is_noted(sleeper) -> None:
         process.send_signal(signal.SIGSTOP)
         time.sleep(_STOPPED_S)  # what is measured
         process.send_signal(signal.SIGCONT)
-        out, _ = process.communicate("\n", timeout=60)
+        out, _ = process.communicate("\n", timeout=240)
         rows = [json.loads(line) for line in out.splitlines()]
 
     (row,) = rows
@@ -90,7 +90,7 @@ def test_a_process_that_holds_the_gil_is_not_stopped(sleeper) -> None:
     """A C function that sleeps with the GIL keeps the thread from running too, but the thread tries."""
     process = sleeper(f"    import ctypes\n    ctypes.PyDLL(None).usleep({int(_STOPPED_S * 1e6)})\n")
 
-    assert process.communicate(timeout=60)[0] == ""
+    assert process.communicate(timeout=240)[0] == ""
 
 
 def test_a_kernel_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:

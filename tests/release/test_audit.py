@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 from release.audit import audit_licenses, tell_licenses, unreachable
 from release.licenses import LicensedPackage, dependencies, is_allowed, license_of
+
+from tests.ports import free_port
 
 
 def test_licenses_of_all_dependencies_are_allowed() -> None:
@@ -92,7 +92,6 @@ def test_a_refusal_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_server_that_is_away() -> None:
     """The reason is told, so that the audit can say why it did not take place."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     assert "refused" in unreachable(f"http://127.0.0.1:{port}")

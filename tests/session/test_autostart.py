@@ -66,7 +66,7 @@ def python(tmp_path: Path) -> Python:
         own = {"TRACEML": "1", "TRACEML_QUIET": "", "PYTHONPATH": path, "COLUMNS": "80"}
         return forked.run(
             [sys.executable, *by, str(script), *words], forks=bool(by),
-            cwd=tmp_path, env=environ(tmp_path, **own | values), capture_output=True, text=True, timeout=100,
+            cwd=tmp_path, env=environ(tmp_path, **own | values), capture_output=True, text=True, timeout=240,
             check=False,
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import zipfile
@@ -14,6 +13,7 @@ import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
+from tests.ports import free_port
 from tests.recorder.conftest import Run, environ, exit_rows, stored_steps
 
 PROBE = '''
@@ -87,8 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *words: str) -> tuple[int, str, str]:
     """Run without an aggregator anywhere."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = str(sock.getsockname()[1])
+    port = str(free_port())
 
     done = subprocess.run(
         [sys.executable, *words],
@@ -96,7 +95,7 @@ def run(folder: Path, *words: str) -> tuple[int, str, str]:
         env=environ(folder, TRACEML_PORT=port),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     # `python -m` shows the frames of runpy; ours are not shown at all.
@@ -268,7 +267,7 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
 
     assert process.returncode == -signal.SIGINT
     assert out == "cleaned up\n"

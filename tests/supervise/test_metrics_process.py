@@ -13,6 +13,7 @@ import time
 import pytest
 
 from tests.display.monitoring.running import running_run, series_of
+from tests.ports import free_port
 from traceml.errors import TraceMLError
 from traceml.supervise import metrics_process
 from traceml.supervise.listen_address import ListenAddress
@@ -158,8 +159,7 @@ def test_only_loopback_needs_no_token(host, expected):
 
 def test_a_script_under_traceml_run_can_be_scraped(tmp_path):
     """While it runs, with its state; the server ends with the job."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     (tmp_path / "train.py").write_text(
         "import urllib.request\n"
@@ -167,7 +167,7 @@ def test_a_script_under_traceml_run_can_be_scraped(tmp_path):
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML_")}
     command = [sys.executable, "-m", "traceml", "run", "--live", "none", "--prometheus", str(port), "train.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False)
 
     assert done.returncode == 0, done.stderr
     assert "traceml_runs_hidden" in series_of(done.stdout)

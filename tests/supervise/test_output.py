@@ -28,7 +28,7 @@ def run_with_page(folder: Path, **streams: int) -> subprocess.CompletedProcess[b
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "traceml", "run", "--live", "web", "--runs-dir", str(folder / "runs"), str(script)]
-    return subprocess.run(command, check=True, timeout=60, **streams)
+    return subprocess.run(command, check=True, timeout=240, **streams)
 
 
 def kept(folder: Path) -> bytes:

@@ -68,7 +68,7 @@ def test_an_aggregator_that_does_not_answer_at_the_end_is_replaced(tmp_path: Pat
 def test_an_aggregator_that_dies_again_and_again_is_started_again(tmp_path: Path) -> None:
     """However often it was killed, the next one is there at the end, and the job has not been touched."""
     outcome, run_dir = supervise(
-        tmp_path, "for _ in range(3):\n    victim = aggregator(); victim.kill(); victim.wait(20)\nsys.exit(0)"
+        tmp_path, "for _ in range(3):\n    victim = aggregator(); victim.kill(); victim.wait(240)\nsys.exit(0)"
     )
 
     assert outcome == JobOutcome(status=0, finished=True)
@@ -94,7 +94,7 @@ def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_pat
         tmp_path,
         f"wait_for({runs + '/a-run/store.db'!r}); victim = aggregator(); victim.suspend()\n"
         f"shutil.rmtree({runs!r}); open({runs!r}, 'w').close()\n"
-        "victim.kill(); victim.wait(20); time.sleep(0.3); sys.exit(4)",
+        "victim.kill(); victim.wait(240); time.sleep(0.3); sys.exit(4)",
     )
 
     assert outcome == JobOutcome(status=4, finished=False)
@@ -114,7 +114,7 @@ def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(tmp_path: P
         try:
             eventually(lambda: store.exists() and snapshots(), "the first snapshot, after 5 s")
             job.send_signal(signal.SIGTERM)
-            assert job.wait(60) == 128 + signal.SIGTERM
+            assert job.wait(240) == 128 + signal.SIGTERM
         finally:
             job.kill()
 

@@ -43,7 +43,7 @@ def torchrun(folder: Path, *words: str, **variables: str) -> subprocess.Complete
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML")}
     environ = {**kept, "PYTHONPATH": str(metadata.parent), "TRACEML": "1", "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-m", "torch.distributed.run", "--logs-specs", "traceml", *words]
-    return forked.run(command, forks=True, env=environ, cwd=folder, capture_output=True, text=True, timeout=100)
+    return forked.run(command, forks=True, env=environ, cwd=folder, capture_output=True, text=True, timeout=240)
 
 
 def logs(run: Path) -> dict[str, str]:

@@ -72,7 +72,7 @@ def test_a_slow_reader_loses_nothing_before_the_end(pipe: Pipe) -> None:
     written = pipe.fill()
     with UnreadOutput([pipe.writer], is_ending, kept.extend, patience_s=0.01):
         for _ in range(5):
-            assert asked.acquire(timeout=60)
+            assert asked.acquire(timeout=240)
 
     assert not kept
     assert os.read(pipe.reader, 1 << 20) == written
@@ -104,7 +104,7 @@ def test_a_job_with_unread_output_ends_when_it_is_asked_to(tmp_path: Path, pipe:
         try:
             eventually(lambda: pipe.is_full, "a full pipe", timeout_s=120)
             os.killpg(job.pid, signal.SIGINT)
-            status = job.wait(120)
+            status = job.wait(240)
         finally:
             job.kill()
 

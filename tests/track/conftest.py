@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import pytest
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 from tests.forked import client as forked
+from tests.ports import free_port
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -22,11 +22,6 @@ from traceml.track.delivery.record_reader import RecordReader
 from traceml.track.plugins.metric import Metric
 
 Script = Callable[..., "subprocess.Popen[str]"]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 class Stored:
@@ -114,7 +109,7 @@ def script(tmp_path: Path) -> Iterator[Script]:
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     """Wait for a script's end; return what it printed."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == status, err
     return out
 

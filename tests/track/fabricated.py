@@ -91,7 +91,7 @@ def deliver(run_dir: Path, backend: str, *more: str, **environ: str) -> subproce
     """Run a delivery process to its end."""
     words, environment = [str(run_dir), backend, *more], {**os.environ, **environ}
     with delivering(*words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=240)
 
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -92,7 +92,7 @@ class Job:
     def state(self, backend: str) -> TrackerState:
         return TrackerState.load(self.run_dir, backend)
 
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 60) -> Any:
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 120) -> Any:
         def alive_or() -> Any:
             value = condition()
             assert value or self.process.poll() is None, self.process.communicate()
@@ -110,7 +110,7 @@ class Job:
         found = [pid for pid in children_of(self.process.pid) if words in _command(pid)]
         return found[-1] if found else None
 
-    def finish(self, timeout_s: float = 100) -> str:
+    def finish(self, timeout_s: float = 240) -> str:
         """Let the script end; return what `traceml run` printed beside the script's output."""
         (self.folder / "enough").touch()
         _, printed = self.process.communicate(timeout=timeout_s)
@@ -150,7 +150,7 @@ def finish(folder: Path, *words: str, **settings: str) -> subprocess.CompletedPr
         env=environ(folder, **settings),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
 
 

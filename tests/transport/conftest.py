@@ -69,7 +69,7 @@ class Serving:
 
     def start(self) -> Serving:
         self._thread.start()
-        assert self._ready.wait(60)
+        assert self._ready.wait(240)
         return self
 
     def connect(self, rank: int = 0, *, token: str = TOKEN, **facts: Any) -> Connection:
@@ -82,7 +82,7 @@ class Serving:
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(60)
+        self._thread.join(240)
         self._loop.close()
 
     def _run(self) -> None:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.eventually import eventually
+from tests.ports import free_port
 from tests.transport.conftest import TOKEN, Serving
 from traceml.clock import monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, TraceMLError
@@ -31,7 +32,7 @@ class FalseServer:
         return self
 
     def __exit__(self, *_) -> None:
-        self._thread.join(60)
+        self._thread.join(240)
         self.sock.close()
 
     def _serve(self) -> None:
@@ -139,8 +140,7 @@ def test_sending_never_blocks_and_nothing_is_lost(serving):
 
 def test_no_aggregator_names_every_remedy():
     """Without an aggregator the error names address, time, and the ways out."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     with pytest.raises(AggregatorUnavailableError) as caught:
         connect("127.0.0.1", port, Hello(), TOKEN, timeout_s=0.3)

@@ -24,7 +24,7 @@ def test_no_codec_of_international_names_is_loaded(host: str) -> None:
     """A rank that connects does without its tables."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [sys.executable, "-c", CONNECTS, host, str(listener.getsockname()[1])]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
     assert (done.stdout, done.stderr) == ("False\n", "")
 

@@ -55,7 +55,7 @@ class Relay:
 
     def close(self) -> None:
         self._listener.close()
-        self._thread.join(60)
+        self._thread.join(240)
 
     def _run(self) -> None:
         client, _ = self._listener.accept()
@@ -67,7 +67,7 @@ class Relay:
         back = threading.Thread(target=self._copy, args=(server, client), daemon=True)
         back.start()
         self._copy(client, server)
-        back.join(60)
+        back.join(240)
         client.close()
         server.close()
 

@@ -46,7 +46,7 @@ def crash(tmp_path: Path, how: str) -> tuple[str, str]:
     script.write_text(_CRASH)
     file.write_bytes(b"rows")
     ended = subprocess.run(
-        [sys.executable, str(script), str(file), how], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, str(script), str(file), how], capture_output=True, text=True, check=False, timeout=240
     )
     assert ended.returncode == (0 if how == "fork" else -11), ended.stderr
     assert file.read_bytes().startswith(b"rows")

@@ -122,7 +122,7 @@ def test_a_real_kill_is_seen_after_the_process_is_gone(small_group: Path) -> Non
         assert eater.stdout is not None
         assert eater.stdout.readline() == "inside\n"
         watched = OomWatch(eater.pid)
-        eater.communicate("go\n", timeout=60)
+        eater.communicate("go\n", timeout=240)
 
     assert eater.returncode == -9
     assert watched.killed() == "group"

@@ -46,7 +46,7 @@ def test_what_arrives_is_counted(connection: tuple[socket.socket, socket.socket]
         eventually(lambda total=total: received_bytes(number) == total, f"{total} bytes")
 
     peer.shutdown(socket.SHUT_WR)
-    thread.join(60)
+    thread.join(240)
     assert not thread.is_alive()
 
 
@@ -62,6 +62,6 @@ def test_a_wait_for_something_else_has_none() -> None:
     os.close(writer)
     lock.release()
     for thread, _ in waits:
-        thread.join(60)
+        thread.join(240)
 
     os.close(reader)

@@ -111,7 +111,7 @@ def test_two_askers_do_not_mix_their_answers() -> None:
         eventually(lambda: first.step() or bool(first._sent_s))
 
         assert second.wait(2) == ""
-        assert main_frames(first.wait(60))
+        assert main_frames(first.wait(240))
         for file in files:
             os.close(file)  # type: ignore[arg-type]
 

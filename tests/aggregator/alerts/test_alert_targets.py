@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
+from tests.ports import free_port
 from traceml.aggregator.alerts.alert_targets import CommandAlert, WebhookAlert, target_of
 from traceml.errors import TraceMLError
 
@@ -108,10 +109,7 @@ class _Webhook:
 
 @pytest.fixture
 def port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        number: int = free.getsockname()[1]
-
-    return number
+    return free_port()
 
 
 def test_a_webhook_is_sent_the_alert() -> None:

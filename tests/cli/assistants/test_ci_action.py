@@ -66,7 +66,7 @@ def run_action(folder: Path, **inputs: str) -> Job:
             env["PATH"] = commands.path()
             done = subprocess.run(
                 ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", text(step["run"])],
-                cwd=where, env=env, capture_output=True, text=True, timeout=100, check=False,
+                cwd=where, env=env, capture_output=True, text=True, timeout=240, check=False,
             )  # fmt: skip
             log += done.stdout + done.stderr
             outputs |= dict(line.split("=", 1) for line in files["GITHUB_OUTPUT"].read_text().splitlines())
@@ -102,7 +102,7 @@ def baseline(place: Path) -> Path:
 def test_action_is_valid() -> None:
     """By the schema that the public validator has, and every variable of the script is given by a step."""
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-actions"]
-    done = subprocess.run([*command, str(ACTION / "action.yml")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, str(ACTION / "action.yml")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout
 
     steps = yaml.safe_load((ACTION / "action.yml").read_text())["runs"]["steps"]
@@ -172,7 +172,7 @@ def test_the_workflow_in_the_documentation_is_valid(tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "workflow.yml").write_text(text)
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
-    done = subprocess.run([*command, str(tmp_path / "workflow.yml")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, str(tmp_path / "workflow.yml")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout
 
     action = yaml.safe_load((ACTION / "action.yml").read_text())

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environ(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -144,7 +144,7 @@ def test_the_stacks_of_a_running_job(folder: Path) -> None:
         assert job.stdout is not None
         assert "trained" in job.stdout.readline()
         (stacks,) = asked(folder, ("stacks", {}))
-        job.communicate("\n", timeout=60)
+        job.communicate("\n", timeout=240)
 
     assert job.returncode == 0
     jsonschema.validate(stacks.structured_content, document_schema("stacks"))

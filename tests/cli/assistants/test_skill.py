@@ -61,12 +61,12 @@ def _with_a_job(folder: Path, command: str) -> None:
         assert job.stdout is not None
         assert "trained" in job.stdout.readline(), (folder / "errors.txt").read_text()
         _check(folder, command)
-        job.communicate("\n", timeout=60)
+        job.communicate("\n", timeout=240)
 
 
 def _check(folder: Path, command: str) -> None:
     words = [sys.executable, "-m", *shlex.split(command)]
-    done = forked.run(words, forks=True, cwd=folder, env=environ(), capture_output=True, text=True, timeout=100)
+    done = forked.run(words, forks=True, cwd=folder, env=environ(), capture_output=True, text=True, timeout=240)
 
     assert done.returncode == 0, f"{command}: {done.stderr}"
     if "--json" in words:

@@ -86,7 +86,7 @@ class _RunningJob:
             found = list((self.folder / "runs").glob(f"2*/{STORE_NAME}"))
             return bool(found) and all(len(self.steps(rank)) > 20 for rank in range(ranks))
 
-        eventually(trains, "the training", timeout_s=60)
+        eventually(trains, "the training")
 
     def pids(self) -> dict[int, int]:
         with StoreReader(self.run_dir / STORE_NAME) as reader:
@@ -94,11 +94,11 @@ class _RunningJob:
 
     def profile(self, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "traceml", "profile", "--runs-dir", "runs", *words]
-        return forked.run(command, cwd=self.folder, capture_output=True, text=True, env=_environ(), timeout=120)
+        return forked.run(command, cwd=self.folder, capture_output=True, text=True, env=_environ(), timeout=240)
 
     def finish(self) -> None:
         (self.folder / "stop").touch()
-        _, errors = self.process.communicate(timeout=90)
+        _, errors = self.process.communicate(timeout=240)
         assert self.process.returncode == 0, errors
 
 
@@ -122,7 +122,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., _RunningJob]]:
             job.process.send_signal(signal.SIGTERM)
 
         with job.process:  # closes its pipe, also where it has ended by itself
-            job.process.wait(60)
+            job.process.wait(240)
 
 
 def _spans(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -216,9 +216,9 @@ def test_a_rank_that_dies_is_reported(start: Callable[..., _RunningJob]) -> None
     command = [sys.executable, "-m", "traceml", "profile", "--runs-dir", "runs", "--steps", "1000", "--timeout", "60"]
     asked = forked.Popen(command, cwd=job.folder, stderr=subprocess.PIPE, text=True, env=_environ())
     flags = StepFlag.PROFILED
-    eventually(lambda: (unpack_bits(job.steps(1)["bits"]).flags & flags > 0).any(), "the window", timeout_s=60)
+    eventually(lambda: (unpack_bits(job.steps(1)["bits"]).flags & flags > 0).any(), "the window")
     os.kill(job.pids()[1], signal.SIGKILL)
-    _, errors = asked.communicate(timeout=90)
+    _, errors = asked.communicate(timeout=240)
 
     assert asked.returncode == 3
     assert "rank 1: it ended while it was profiled" in errors

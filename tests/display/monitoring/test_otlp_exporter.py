@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import socket
 import time
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from tests.display.monitoring.collector import Collector, collecting
 from tests.display.monitoring.running import running_run
+from tests.ports import free_port
 from tests.runs.fabricated_store import run_facts
 from traceml.database.store.store import StoreWriter
 from traceml.display.monitoring.otlp_exporter import OtlpConfig, OtlpExporter
@@ -177,8 +177,7 @@ def test_runs_that_ended_before_are_not_sent(tmp_path):
 
 def test_a_collector_that_is_down_gets_the_spans_later(tmp_path, caplog):
     """Two lines are logged, however often it is tried; nothing is lost or sent twice."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     clock = Clock()
     sender = exporter(tmp_path, f"http://127.0.0.1:{port}", clock, timeout_s=0.2)

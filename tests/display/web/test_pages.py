@@ -340,7 +340,7 @@ def test_a_page_that_is_killed_comes_back_with_what_it_missed(
     kill_page()
     expect(page.get_by_text("Connection lost")).to_be_visible()
     live_job.train(60)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while "120" not in (steps.text_content() or "") and time.monotonic() < deadline:
         page_process.restart_if_dead()  # type: ignore[attr-defined]
         page.wait_for_timeout(200)

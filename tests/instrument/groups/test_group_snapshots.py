@@ -79,7 +79,7 @@ def _answers(script: str, world_size: int, folder: Path) -> list[Any]:
         )
         for rank in range(world_size)
     ]
-    answers = [process.communicate(timeout=100) for process in processes]
+    answers = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, answers
     return [json.loads(out) for out, _ in answers]
 

@@ -115,11 +115,11 @@ def test_the_cleanup_of_a_lost_agent_needs_nothing_installed(tmp_path: Path) -> 
     command = [sys.executable, "-S", *bootstrap.agent_command(sys.executable)[1:]]
     program = bootstrap.cleanup_program("of-a-lost-agent", 1 << 22)
 
-    done = subprocess.run(command, input=program, capture_output=True, cwd=tmp_path, timeout=60, check=False)
+    done = subprocess.run(command, input=program, capture_output=True, cwd=tmp_path, timeout=240, check=False)
 
     try:
         assert (done.returncode, done.stderr) == (0, b"")
-        assert left.wait(60) == -signal.SIGTERM or left.returncode == -signal.SIGKILL
+        assert left.wait(240) == -signal.SIGTERM or left.returncode == -signal.SIGKILL
     finally:
         left.kill()
 
@@ -341,7 +341,7 @@ def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
         pids = _kin(driver)
         eventually(lambda: not any(map(alive, pids)))  # the channel is open all the time
 
-        assert driver.process.wait(90) == 0
+        assert driver.process.wait(240) == 0
 
 
 def test_an_idle_agent_waits_for_a_launcher_that_says_nothing(tmp_path: Path) -> None:

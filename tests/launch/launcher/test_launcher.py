@@ -31,7 +31,7 @@ def script(tmp_path: Path, text: str, *arguments: str, **options: Any) -> subpro
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(text))
     return subprocess.run(
-        [sys.executable, path, *arguments], capture_output=True, text=True, timeout=100, cwd=tmp_path, **options
+        [sys.executable, path, *arguments], capture_output=True, text=True, timeout=240, cwd=tmp_path, **options
     )
 
 
@@ -323,7 +323,7 @@ def test_nothing_is_left_when_the_launcher_ends(tmp_path: Path, send: Callable[[
             for pid in eventually(lambda mark=mark: mark.exists() and mark.read_text().split(), "the workers to run")
         ]
         send(process.pid)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=240)
 
     eventually(lambda: not any(map(psutil.pid_exists, pids)), "workers and their children to be gone")
     assert process.returncode != 0
@@ -356,7 +356,7 @@ def test_a_child_forked_during_a_launch_does_not_keep_it_alive(tmp_path: Path) -
     (tmp_path / "script.py").write_text(textwrap.dedent(code))
     pid, out = tmp_path / "pid", tmp_path / "out"
     with out.open("w") as file:  # no pipe: the child would hold it
-        subprocess.run([sys.executable, "script.py", pid], cwd=tmp_path, stdout=file, timeout=100, check=False)
+        subprocess.run([sys.executable, "script.py", pid], cwd=tmp_path, stdout=file, timeout=240, check=False)
 
     child = psutil.Process(int(eventually(out.read_text, "the child to run")))
     try:

@@ -69,7 +69,7 @@ def test_a_function_runs_on_the_nodes_of_the_job(slurm: Slurm, tmp_path: Path) -
 import os, socket, traceml
 def where(base, *, more): return socket.gethostname(), int(os.environ["RANK"]), base + more
 job = traceml.Launcher(backend=None).submit(where, (1,), {"more": 2}, nodes=2, cpus_per_node=2, time="0:05:00")
-print(job.result(timeout=90).results)
+print(job.result(timeout=240).results)
 print(job.done, job.output.exists(), job.job_id.isdigit())
 job.cancel()  # it has ended: nothing happens
 """,
@@ -92,7 +92,7 @@ from tests.eventually import eventually
 def train(): raise ValueError("no data")
 job = traceml.Launcher(backend=None).submit(train)
 try:
-    job.result(timeout=90)
+    job.result(timeout=240)
 except ValueError as error:
     print(error, "rank 0" in error.__notes__[0])
 eventually(lambda: job.state not in ("RUNNING", "COMPLETING"), "the job's end")
@@ -183,7 +183,7 @@ def train():
 job = traceml.Launcher(backend=None).submit(train, nodes=2)
 eventually(lambda: len(list(Path().glob("ready*"))) == 2, "the function to run on both nodes")
 subprocess.run(["scancel", "--signal={name}", job.job_id], check=True)
-print(job.result(timeout=90).results)
+print(job.result(timeout=240).results)
 """,
         PYTHONPATH=str(Path(__file__).parents[3]),
     )
@@ -233,7 +233,7 @@ except TimeoutError as error:
     print(error)
 job.cancel()
 try:
-    job.result(timeout=60)
+    job.result(timeout=240)
 except traceml.SlurmError as error:
     print(str(error).split(";")[0])
 """,

@@ -31,7 +31,7 @@ class Pair:
 
     def run(self, until: Callable[[], bool]) -> None:
         """Run both loops until the condition holds."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         with selectors.DefaultSelector() as selector:
             for each in self.heard:
                 selector.register(each.read_fd, selectors.EVENT_READ, each)

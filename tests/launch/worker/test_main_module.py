@@ -48,7 +48,7 @@ def test_classes_of_the_script_can_be_pickled_and_processes_started(tmp_path: Pa
 
     for words in (["script.py"], ["-m", "script"]):
         done = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.stdout == "as it should be\n", done.stdout + done.stderr
 
@@ -66,7 +66,7 @@ def test_a_spawned_process_does_not_launch_again(tmp_path: Path) -> None:
     )
 
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
     )
 
     assert done.stdout.splitlines()[-1] == "1"

@@ -175,16 +175,16 @@ def test_a_reading_leaves_no_references_behind() -> None:
     def train() -> None:
         batch = Batch()
         ready.set()
-        seen.wait(60)
+        seen.wait(240)
         del batch
         freed.append(gone.is_set())
 
     thread = threading.Thread(target=train)
     thread.start()
-    ready.wait(60)
+    ready.wait(240)
     read_containers(sys._current_frames()[thread.ident or 0], is_here)
     seen.set()
-    thread.join(60)
+    thread.join(240)
 
     assert freed == [True]
 

@@ -50,7 +50,7 @@ def test_the_child_is_found_by_the_call_that_waits(wait: Callable[[subprocess.Po
         finally:
             os.killpg(child.pid, 9)
 
-        thread.join(60)
+        thread.join(240)
         assert not thread.is_alive()
         assert awaited_child(sys._getframe(), is_test) is None
 
@@ -66,4 +66,4 @@ def test_a_function_of_that_name_elsewhere_waits_for_no_child() -> None:
         assert awaited_child(None, is_test) is None
     finally:
         event.set()
-        thread.join(60)
+        thread.join(240)

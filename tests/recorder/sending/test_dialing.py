@@ -88,7 +88,7 @@ class Script:
     def end(self) -> str:
         """Let it end; return its standard error."""
         _ = self.where
-        _, err = self._process.communicate("\n", timeout=60)
+        _, err = self._process.communicate("\n", timeout=240)
         assert self._process.returncode == 0, err
         return err
 

@@ -83,5 +83,5 @@ def test_conditions_choose_runs(dataset):
 def test_dask_reads_the_same(dataset, tmp_path):
     """Workers of a cluster return the runs as threads do."""
     with dask_programs(tmp_path, workers=2) as address, Client(address) as client:
-        client.wait_for_workers(2, timeout=100)
+        client.wait_for_workers(2, timeout=240)
         assert read_runs(dataset.files(), dask=address) == read_runs(dataset.files())

@@ -142,7 +142,7 @@ def test_a_run_that_goes_on_is_followed_and_a_stopped_process_continued(run: Log
     run.metrics({"a": [3.0]}, first_step=2)
     eventually(lambda: state_of(run.path).delivered == 3)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(90) == EXIT_AGAIN
+    assert first.wait(240) == EXIT_AGAIN
     assert state_of(run.path).phase is DeliveryPhase.STOPPED
 
     run.metrics({"a": [4.0]}, first_step=3)
@@ -190,7 +190,7 @@ def test_an_experiment_ends_after_the_last_value_that_was_logged_before(run: Log
 
         eventually(lambda: lines_of(run.path, "jsonl/first.jsonl")[-1]["type"] == "end")  # while the run goes on
         run.end()
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
     finally:
         process.kill()
         process.wait()
@@ -212,7 +212,7 @@ def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) ->
         run.experiment(["jsonl"], 2, id="inner", name="inner")
         run.metrics({"c": [3.0]}, 2, rank=1)  # a forked child, which announces nothing
         run.end()
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
     finally:
         process.kill()
         process.wait()

@@ -113,7 +113,7 @@ def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
         own |= {"TRACEML_PORT": str(server.port), "TRACEML_TOKEN": TOKEN}
         done = subprocess.run(
             [sys.executable, str(script), "--api-key", PLANTED["argument"]],
-            env=environ(tmp_path, **own), cwd=script.parent, capture_output=True, text=True, timeout=100, check=False,
+            env=environ(tmp_path, **own), cwd=script.parent, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert "cannot log in" in done.stderr
         run_dir = tmp_path / "runs" / "planted"

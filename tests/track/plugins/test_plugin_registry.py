@@ -16,7 +16,7 @@ import pytest
 
 import traceml
 from tests.eventually import eventually
-from tests.track.conftest import free_port
+from tests.ports import free_port
 from traceml import (
     BackendInterface,
     BackendPlugin,
@@ -241,7 +241,7 @@ with traceml.Experiment("example") as experiment:
         bar.set_postfix(loss=step / 7, phase="train")
         traceml.log_metric("own", step * 2, step=step)
 
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while names.count("load/1min") < 2 and time.monotonic() < until:
         time.sleep(0.01)
 

@@ -135,7 +135,7 @@ def test_the_choice_of_a_tracker_is_said(
         """,
         **({"MLFLOW_TRACKING_URI": uri} if uri else {}),
     )
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
 
     assert process.returncode == 0, err
     assert err.count("no backend was named") == err.count(said) == 1, err
@@ -246,7 +246,7 @@ def test_a_tracker_that_does_not_exist_is_reported_at_once(script: Script) -> No
     assert "did you mean 'mlflow'?" in finish(script(code.replace("NAMES", '["jsonl", "mlfow"]')))
 
     process = script(code.replace("NAMES", "None"), TRACEML_BACKEND="mlfow")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (0, ""), err
     assert "did you mean 'mlflow'?" in err
 

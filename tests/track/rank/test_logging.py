@@ -209,7 +209,7 @@ def test_an_aggregator_that_cannot_start_is_reported_at_the_end(script: Script, 
         with traceml.Experiment("x", backend="jsonl") as experiment:
             experiment.log_metric("loss", 1.0)
         """)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
 
     assert process.returncode == 0, err
     assert "traceml_runs" in err
@@ -368,7 +368,7 @@ def test_a_full_disk_costs_only_what_has_no_room(script: Script, tmp_path: Path)
             traceml.log_metric("x", i)
         print(traceml.Orchestrator().health()["appended"] >= 20_000)
         """)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
 
     assert process.returncode == 0, err
     assert out == "True\n"

@@ -121,7 +121,7 @@ def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
                 print(error)
         """
     )
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
 
     assert process.returncode == 0, err
     assert "nowhere" in out

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.track.conftest import Script, free_port
+from tests.ports import free_port
+from tests.track.conftest import Script
 from traceml.track.rank.tracker_warnings import TrackerWarnings
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
@@ -49,7 +50,7 @@ def test_the_end_of_a_script_tells(script: Script) -> None:
         f"http://127.0.0.1:{free_port()}",
         TRACEML_DELIVERY_NICE="0",
     )
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=240)
 
     assert process.returncode == 0, err
     assert "mlflow at http://127.0.0.1" in err

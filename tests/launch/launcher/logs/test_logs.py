@@ -205,7 +205,7 @@ class Stopped(io.StringIO):
         self.going = threading.Event()
 
     def write(self, text: str) -> int:
-        assert self.going.wait(60)
+        assert self.going.wait(240)
         return super().write(text)
 
 
