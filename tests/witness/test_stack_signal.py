@@ -11,6 +11,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.witness.processes import Standing, standing
+from traceml.witness import stack_signal
 from traceml.witness.kernel_state import process_info
 from traceml.witness.stack_signal import SignaledStacks, find_stack_file, is_registered, worker_target
 from traceml.witness.stack_text import main_first, main_frames
@@ -49,15 +50,19 @@ def test_the_line_that_holds_the_gil_is_reported(call: str) -> None:
 
 
 def test_a_wait_in_c_is_not_ended() -> None:
-    """The signal goes to another thread, so the user's poll returns 0 at its time, not -1."""
-    call = "print(ctypes.PyDLL(None).poll(None, 0, 1500), flush=True)"
+    """The signal goes to another thread, so the user's poll returns when there is something to read, not with -1."""
+    call = "import select, struct; wanted = ctypes.create_string_buffer(struct.pack('ihh', 0, select.POLLIN, 0))"
+    call += "\n    print(ctypes.PyDLL(None).poll(wanted, 1, -1), flush=True)"
     with standing(_HOLDS_GIL.format(call=call)) as told:
         file = find_stack_file(told.pid)
         assert file is not None
         assert _ask_when_silent(told, file)
         os.close(file)
 
-        assert told.line() == "0"
+        assert told.process.stdin is not None
+        told.process.stdin.write("\n")
+        told.process.stdin.flush()
+        assert told.line() == "1"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,22 @@ def test_a_process_whose_thread_gets_the_gil_is_not_asked(code: str) -> None:
 
         assert SignaledStacks(told.pid, file, asker=told.thread).wait(2) == ""
         assert os.fstat(file).st_size == 0
+        os.close(file)
+
+
+def test_a_thread_that_had_no_core_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy host it wakes a few times only; it gets the signal once it has woken often enough within one probe."""
+    monkeypatch.setattr(stack_signal, "_PROBES_S", 3600.0)
+    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(60)")) as told:
+        file = find_stack_file(told.pid)
+        assert file is not None
+        _ask_when_silent(told, file)
+        wakes = iter([0, *(count for probe in range(3) for count in (100 * probe + 7, 100 * probe + 100))])
+        monkeypatch.setattr(SignaledStacks, "_wakes_of", lambda _: next(wakes, 1000))
+        asked = SignaledStacks(told.pid, file, asker=told.thread)
+
+        assert main_frames(asked.wait(240))
+        assert next(wakes, None) is None
         os.close(file)
 
 

@@ -52,7 +52,7 @@ class SilentSnapshots:
         return read_live_words(self._flight)
 
     def make(self, *, is_last: bool = False) -> RankSnapshot | None:
-        """Return a snapshot of this moment; it takes up to half a second.
+        """Return a snapshot of this moment; it takes up to a second.
 
         None if its flight file cannot be read, or the process is dead: what it did is in the snapshot before.
 

@@ -30,6 +30,8 @@ _MAX_BYTES = 1024 * 1024
 # A thread that waits for the GIL wakes at each switch interval, 5 ms, to ask for it again. One that waits for anything
 # else sleeps on.
 _PROBE_S, _LEAST_WAKES = 0.1, 8
+# Where others use the cores it wakes less often: then another probe may do.
+_PROBES_S = 0.45
 _FIRST_S, _QUIET_S = 0.3, 0.05
 # A signal ends the waits of these system calls in user code: sleep, poll, select, epoll.
 _ENDED_EARLY = {
@@ -106,24 +108,27 @@ class SignaledStacks:
         """Whether the signal was sent."""
         self._pid, self._file, self._asker, self._target = pid, file, asker, target
         self._wakes = self._wakes_of() if asker is not None else 0
-        self._began_s, self._sent_s, self._grown_s, self._size = time.monotonic(), 0.0, 0.0, 0
+        self._probe_s = self._began_s = time.monotonic()
+        self._sent_s, self._grown_s, self._size = 0.0, 0.0, 0
 
     def step(self) -> bool:
         """Go on; return whether it is over."""
         now_s = time.monotonic()
         if self._sent_s:
             return self._is_written(now_s)
-        if self._asker is not None and now_s - self._began_s < _PROBE_S:
+        if self._asker is not None and now_s - self._probe_s < _PROBE_S:
             return False
 
         if not self._send():
-            return True
+            self._probe_s = now_s
+            self._wakes = self._wakes_of() if self._asker is not None else 0
+            return self._asker is None or now_s - self._began_s >= _PROBES_S
 
         self.was_sent = True
         self._sent_s = self._grown_s = now_s
         return False
 
-    def wait(self, timeout_s: float = 0.5) -> str:
+    def wait(self, timeout_s: float = 1.0) -> str:
         """Wait until it is over; return the text."""
         deadline_s = time.monotonic() + timeout_s
         while not self.step() and time.monotonic() < deadline_s:
