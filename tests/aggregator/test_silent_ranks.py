@@ -63,7 +63,7 @@ def script(serving: Callable[..., Serving], tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("call", "state"), [("ctypes.PyDLL(None).sleep(60)", "S"), ("re.match('(a*)*b', 'a' * 40)", "R")]
+    ("call", "state"), [("ctypes.PyDLL(None).sleep(600)", "S"), ("re.match('(a*)*b', 'a' * 40)", "R")]
 )
 def test_a_rank_that_holds_the_gil_in_c_is_reported_with_its_line(
     script: Callable[[str], Script], call: str, state: str
@@ -113,7 +113,7 @@ def test_a_rank_whose_recorder_never_ran_is_told_with_its_line(script: Callable[
         RecorderThread._run = late
         traceml.init()
         print("ready", flush=True)
-        ctypes.PyDLL(None).sleep(60)
+        ctypes.PyDLL(None).sleep(600)
         """
     )
 
@@ -203,7 +203,7 @@ def test_a_rank_that_answers_has_no_snapshot(script: Callable[[str], Script]) ->
         import time, traceml
         traceml.init()
         print("ready", flush=True)
-        time.sleep(60)
+        time.sleep(600)
         """
     )
 

@@ -70,7 +70,7 @@ def test_a_rank_that_holds_the_gil_is_shown(script: Any) -> None:  # noqa: F811
 
         def hold():
             print("ready", flush=True)
-            ctypes.PyDLL(None).sleep(60)
+            ctypes.PyDLL(None).sleep(600)
 
         hold()
         """
@@ -96,7 +96,7 @@ def test_a_stopped_rank_is_shown(script: Any) -> None:  # noqa: F811
         import time, traceml
         traceml.init()
         print("ready", flush=True)
-        time.sleep(60)
+        time.sleep(600)
         """
     )
     rank.process.send_signal(signal.SIGSTOP)

@@ -65,7 +65,7 @@ def test_a_child_does_not_hide_its_parents_death(serving: Serving, tmp_path: Pat
     script = tmp_path / "script.py"
     script.write_text(
         START
-        + "import time\nif os.fork() == 0:\n    print(os.getpid(), flush=True)\n    time.sleep(60)\ntime.sleep(60)\n"
+        + "import time\nif os.fork() == 0:\n    print(os.getpid(), flush=True)\n    time.sleep(600)\ntime.sleep(600)\n"
     )
     process = subprocess.Popen(
         [sys.executable, str(script)],

@@ -251,7 +251,7 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
         "        pass\n"
         "try:\n"
         "    print('ready', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
         "finally:\n"
         "    print('cleaned up', flush=True)\n"
     )

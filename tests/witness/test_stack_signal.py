@@ -35,7 +35,7 @@ def _ask_when_silent(told: Standing, file: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "call", ["ctypes.PyDLL(None).sleep(60)", "ctypes.PyDLL(None).poll(None, 0, 60_000)", "sum(range(10**11))"]
+    "call", ["ctypes.PyDLL(None).sleep(600)", "ctypes.PyDLL(None).poll(None, 0, 600_000)", "sum(range(10**11))"]
 )
 def test_the_line_that_holds_the_gil_is_reported(call: str) -> None:
     """Waiting or computing in C, the main thread's innermost frame is the caller of the C function."""
@@ -66,7 +66,7 @@ def test_a_wait_in_c_is_not_ended() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["print('ready', flush=True)\ntime.sleep(60)", "print('ready', flush=True)\nwhile True:\n    pass"]
+    "code", ["print('ready', flush=True)\ntime.sleep(600)", "print('ready', flush=True)\nwhile True:\n    pass"]
 )
 def test_a_process_whose_thread_gets_the_gil_is_not_asked(code: str) -> None:
     """Its frames may change while a handler reads them, which crashes it."""
@@ -82,7 +82,7 @@ def test_a_process_whose_thread_gets_the_gil_is_not_asked(code: str) -> None:
 def test_a_thread_that_had_no_core_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy host it wakes a few times only; it gets the signal once it has woken often enough within one probe."""
     monkeypatch.setattr(stack_signal, "_PROBES_S", 3600.0)
-    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(60)")) as told:
+    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(600)")) as told:
         file = find_stack_file(told.pid)
         assert file is not None
         _ask_when_silent(told, file)
@@ -97,7 +97,7 @@ def test_a_thread_that_had_no_core_is_probed_again(monkeypatch: pytest.MonkeyPat
 
 def test_a_stopped_process_is_not_asked() -> None:
     """It would handle the signal when it runs again."""
-    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(60)")) as told:
+    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(600)")) as told:
         os.kill(told.pid, signal.SIGSTOP)
         eventually(lambda: (info := process_info(told.pid)) is not None and info.state == "T")
         file = find_stack_file(told.pid)
@@ -123,7 +123,7 @@ def test_a_process_without_a_handler_is_spared() -> None:
 
 def test_two_askers_do_not_mix_their_answers() -> None:
     """The second one is refused while the first one reads."""
-    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(60)")) as told:
+    with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(600)")) as told:
         files = [find_stack_file(told.pid), find_stack_file(told.pid)]
         assert files[0] is not None
         assert files[1] is not None
@@ -139,7 +139,7 @@ def test_two_askers_do_not_mix_their_answers() -> None:
 
 def test_a_worker_in_a_sleep_of_c_code_is_left_alone() -> None:
     """Its only thread is in a wait that a signal would end; in a lock it is not."""
-    sleeper = [sys.executable, "-c", "import ctypes; print(flush=True); ctypes.PyDLL(None).sleep(60)"]
+    sleeper = [sys.executable, "-c", "import ctypes; print(flush=True); ctypes.PyDLL(None).sleep(600)"]
     with subprocess.Popen(sleeper, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
