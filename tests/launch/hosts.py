@@ -380,7 +380,7 @@ class Slurm:
             "PreemptMode=REQUEUE",
             f"PartitionName=main Nodes={','.join(n.name for n in nodes)} Default=YES State=UP OverSubscribe=YES",
             # a job of `urgent` takes the nodes of one of `spare`, which has a grace time to save
-            f"PartitionName=spare Nodes={','.join(n.name for n in nodes)} State=UP PriorityTier=1 GraceTime=20",
+            f"PartitionName=spare Nodes={','.join(n.name for n in nodes)} State=UP PriorityTier=1 GraceTime=90",
             f"PartitionName=urgent Nodes={','.join(n.name for n in nodes)} State=UP PriorityTier=9 PreemptMode=OFF",
         ]
         return "\n".join(lines) + "\n"

@@ -109,25 +109,23 @@ def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> No
 
 def test_what_is_delivered_is_exact_however_often_the_process_is_killed(run: LoggedRun) -> None:
     """SIGKILL at random moments: nothing is missing and nothing is there twice."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.experiment(["jsonl"], id="x")
     run.metrics({"a": [float(i) for i in range(60_000)]})
-    run.end()
-    chance, kills = random.Random(5), 0
-    while True:
-        allowed_s = chance.uniform(0.0, 0.06) if kills < 5 else 60
+    chance = random.Random(5)
+    for _ in range(5):
         process = delivering(str(run.path), "jsonl", stderr=subprocess.DEVNULL)
         try:
-            # From the moment it delivers; earlier kills find nothing to break.
-            eventually(lambda: process.poll() is not None or state_of(run.path).pid == process.pid)  # noqa: B023
-            process.wait(allowed_s)
-            break
-        except subprocess.TimeoutExpired:
+            # From the moment it delivers; earlier kills find nothing to break. It does not end before the run does.
+            eventually(lambda: state_of(run.path).pid == process.pid)  # noqa: B023
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0.0, 0.06))
+        finally:
             process.kill()
             process.wait()
-            kills += 1
 
-    assert process.returncode == 0
-    assert kills >= 3
+    run.end()
+    assert deliver(run.path, "jsonl").returncode == 0
     assert values(lines_of(run.path), "a") == [(i, float(i)) for i in range(60_000)]
 
 

@@ -118,8 +118,7 @@ def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
         assert "cannot log in" in done.stderr
         run_dir = tmp_path / "runs" / "planted"
         eventually(
-            lambda: all(state_of(run_dir, name).phase is DeliveryPhase.DONE for name in ("jsonl", "tensorboard")),
-            timeout_s=90,
+            lambda: all(state_of(run_dir, name).phase is DeliveryPhase.DONE for name in ("jsonl", "tensorboard"))
         )
     finally:
         server.stop()
