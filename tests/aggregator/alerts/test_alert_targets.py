@@ -48,8 +48,8 @@ def test_a_command_that_fails_is_reported_with_its_words() -> None:
 @pytest.mark.process
 def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
     """Also what it has left in the background."""
-    with pytest.raises(TraceMLError, match=r"did not end within 0.5 s, and was killed"):
-        _send(CommandAlert(f"sleep 600 & echo $! > {tmp_path}/pid; sleep 600", limit_s=0.5))
+    with pytest.raises(TraceMLError, match=r"did not end within 3 s, and was killed"):
+        _send(CommandAlert(f"sleep 600 & echo $! > {tmp_path}/pid; sleep 600", limit_s=3.0))
 
     pid = int((tmp_path / "pid").read_text())
 
@@ -138,8 +138,8 @@ def test_a_webhook_that_does_not_answer_gets_the_alert_once() -> None:
     """It may show it late, and would show it again with each try."""
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/services/SECRET"
-        with pytest.raises(TraceMLError, match=r"webhook 127.0.0.1 was sent the alert, and gave no answer in 0.2 s"):
-            _send(WebhookAlert(url, pauses_s=(0.0, 0.0), limit_s=0.2))
+        with pytest.raises(TraceMLError, match=r"webhook 127.0.0.1 was sent the alert, and gave no answer in 1 s"):
+            _send(WebhookAlert(url, pauses_s=(0.0, 0.0), limit_s=1.0))
 
         silent.setblocking(False)
         silent.accept()[0].close()
