@@ -97,25 +97,28 @@ def test_waiting_for_workers_blames_no_sampler(lines: tuple[SampledLine, ...], w
 
 
 RECEIVES = "/lib/python3.11/selectors.py:402 _PollLikeSelector.select"
-LABELED = LoaderFacts(dataset="Labeled", length=640, num_workers=0, batch_size=16)
-UNLABELED = LoaderFacts(dataset="Unlabeled", length=3200, num_workers=1, batch_size=64)
+FETCHES = "/lib/torch/utils/data/_utils/fetch.py:54 _MapDatasetFetcher.fetch"
+LABELED = LoaderFacts(dataset="Labeled", length=640, num_workers=0, batch_size=16, number=1)
+UNLABELED = LoaderFacts(dataset="Unlabeled", length=3200, num_workers=1, batch_size=64, number=2)
+CHECKED_FIRST = LoaderFacts(dataset="Test", length=640, num_workers=4, batch_size=64, number=0)
 
 
-def two_loaders(library: str, evaluation: float = 0.0) -> Finding:
-    """Return what is said of steps that take a batch of each of two loaders."""
+def two_loaders(*libraries: str, evaluation: float = 0.0) -> Finding:
+    """Return what is said of steps that take a batch of each of two loaders; samples are in library functions."""
     facts = JobFacts(
         loader=LABELED,
-        loaders={0: (LABELED, UNLABELED)},
-        lines=seen("main", library, busy=0.1),
+        loaders={0: (CHECKED_FIRST, LABELED, UNLABELED)},
+        lines=tuple(line for library in libraries for line in seen("main", library, busy=0.1)),
         time=RunTime.of(10.0, {"steps": 9.0 - evaluation, "evaluation": evaluation}),
     )
     found = diagnose(window_of(ALONE, adds("input_wait", 30)), facts)
     return next(each for each in found if each.kind is Kind.INPUT_BOUND)
 
 
-def test_the_loader_that_is_waited_for_is_told() -> None:
+@pytest.mark.parametrize("evaluation", [0.0, 1.0])
+def test_the_loader_that_is_waited_for_is_told(evaluation: float) -> None:
     """The first loader of a step is read without workers, and the training waits for those of the second."""
-    finding = two_loaders(RECEIVES)
+    finding = two_loaders(RECEIVES, evaluation=evaluation)
 
     assert "num_workers=0" not in finding.next
     assert "Labeled is read by the training process" not in finding.next
@@ -123,9 +126,8 @@ def test_the_loader_that_is_waited_for_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "evaluation"),
-    [("/lib/torch/utils/data/_utils/fetch.py:54 _MapDatasetFetcher.fetch", 0.0), (RECEIVES, 1.0)],
+    ("libraries", "evaluation"), [((FETCHES,), 0.0), ((FETCHES, RECEIVES, RECEIVES, RECEIVES), 6.0)]
 )
-def test_a_loader_without_workers_that_is_waited_for_stays(library: str, evaluation: float) -> None:
+def test_a_loader_without_workers_that_is_waited_for_stays(libraries: tuple[str, ...], evaluation: float) -> None:
     """The samples are in the fetch, or the workers may be those of an evaluation."""
-    assert two_loaders(library, evaluation).evidence["num_workers"] == 0
+    assert two_loaders(*libraries, evaluation=evaluation).evidence["num_workers"] == 0

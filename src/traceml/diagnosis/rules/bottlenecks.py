@@ -130,7 +130,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     if cost is None or not cost.exceeds():
         return []
 
-    facts = with_waited_loader(facts)
+    facts = with_waited_loader(facts, cost.saved_ns / step_ns)
     rare = _mostly_rare(segments.parts["input_wait"])
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
     pipeline = pipeline_of(segments, facts, float(cost.removed.mean()))

@@ -68,21 +68,37 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
     return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores)
 
 
-def with_waited_loader(facts: JobFacts) -> JobFacts:
+def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     """Return facts whose loader is the one that the training waits for, of several that it reads.
 
     The training loader is the first one of a step, as that with labels beside that without. If it has no workers, and
-    the waiting is for some, it is for another loader's; with an evaluation, that may be the evaluation's.
+    the waiting is for some, it is for another loader's: one that is first read later, as an evaluation before the
+    training has a loader, too.
+
+    Args:
+        facts: about the job.
+        waits: share of the steps in which they wait for data.
     """
-    evaluates = facts.time is not None and facts.time.share("evaluation") > 0
-    if facts.loader is None or facts.loader.num_workers or evaluates:
+    if facts.loader is None or facts.loader.num_workers:
         return facts
 
+    number = facts.loader.number or 0
     others = [loader for loaders in facts.loaders.values() for loader in loaders if loader.num_workers]
-    if not others or worker_wait_share(facts.lines) < NAMED_SHARE:
+    others = [loader for loader in others if loader.number is None or loader.number > number]
+    evaluated = _evaluation_share(facts, waits)
+    if not others or worker_wait_share(facts.lines) - evaluated < NAMED_SHARE * (1 - evaluated):
         return facts
 
     return replace(facts, loader=others[0])
+
+
+def _evaluation_share(facts: JobFacts, waits: float) -> float:
+    """Return how much of the sampled waiting may be that of evaluations, which are known as such after a batch."""
+    if facts.time is None:
+        return 0.0
+
+    evaluation, waiting = facts.time.share("evaluation"), waits * facts.time.share("steps")
+    return evaluation / (evaluation + waiting) if evaluation > 0 else 0.0
 
 
 def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -> bool:
