@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
 from traceml.recorder.line_sampler import LONGEST_SWITCH_S, LineSampler
+from traceml.recorder.user_code import UserCode
 from traceml.witness.switch_interval import SHORT_S, OtherThreads, switch_interval
 from traceml.witness.user_files import OUR_FOLDERS
 
@@ -234,6 +236,30 @@ def test_an_import_is_reported_as_such(flight: FlightFile, tmp_path: Path, monke
     assert all("slow_module" not in row[2] for row in of_line)
 
 
+def test_nothing_is_asked_of_the_import_system(
+    flight: FlightFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five of six frames of an import are its own: a sample of a deep one would take four times as long."""
+    (tmp_path / "slow_module.py").write_text("total = sum(number * number for number in range(300_000))")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = set()
+
+    class Asked(UserCode):
+        def contains(self, frame: FrameType) -> bool:
+            asked.add(frame.f_code.co_filename)
+            return False
+
+    with Training(imports) as training:
+        sampler = LineSampler(flight, training.ident, Asked())
+        for _ in range(SAMPLES):
+            sampler.sample(time.sleep)
+
+        sampler.close()
+
+    assert str(tmp_path / "slow_module.py") in asked
+    assert not [path for path in asked if path.startswith("<frozen importlib")]
+
+
 @pytest.mark.parametrize(
     ("slots", "phase"),
     [
@@ -280,11 +306,12 @@ def test_start_up_and_training_have_first_samples_of_their_own(
     assert [*paces, sampler.pace] == [8, 3, 1, 1, 3, 1, 1]
 
 
+@pytest.mark.parametrize("paces", [((4, 2),), ((4, 3), (100, 2))])
 def test_every_other_late_sample_is_without_the_second_sleep(
-    flight: FlightFile, monkeypatch: pytest.MonkeyPatch
+    flight: FlightFile, monkeypatch: pytest.MonkeyPatch, paces: tuple[tuple[int, int], ...]
 ) -> None:
-    """It has a line, and no CPU time. The first ones, whose interval was not short before, have both."""
-    monkeypatch.setattr("traceml.recorder.line_sampler.PACES", ((4, 2),))
+    """It has a line, and no CPU time. The first ones have both, at the pace at which there are few."""
+    monkeypatch.setattr("traceml.recorder.line_sampler.PACES", paces)
     monkeypatch.setattr(OtherThreads, "are_busy", lambda *_: False)  # threads that other tests have left may be
     sleeps, slept = [], []
 

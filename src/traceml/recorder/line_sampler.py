@@ -16,7 +16,7 @@ and waits for a core, that is a hundred times or more for a sample, and took up 
 becomes longer, and samples come less often, while they cost more than `MOST_COST`.
 
 Where one phase was open during the whole second sleep, the training thread's CPU time in it is counted too. It tells
-whether the phase computes or waits. Once there are many samples, every other one comes without the second sleep, if the
+whether the phase computes or waits. After the first samples every other one comes without the second sleep, if the
 interval was short during the first one.
 """
 
@@ -59,6 +59,7 @@ _LEAST_S, _MOST_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
 _COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
+_IMPORT_SYSTEM = "<frozen importlib"
 _INPUT_WAIT = int(Phase.INPUT_WAIT)
 _OWN_TABLES = (int(Phase.CHECKPOINT), int(Phase.USER))  # measured as such also during an evaluation
 
@@ -135,7 +136,7 @@ class LineSampler:
         if not is_armed:
             late_s = 0.0  # it woke where the lock was released: only a whole sleep leads away from there
 
-        is_brief = is_armed and self.pace == 1 and self.samples & 1
+        is_brief = is_armed and self.pace < PACES[0][1] and self.samples & 1
         try:
             if is_brief:
                 self._take_now()
@@ -268,11 +269,13 @@ class LineSampler:
                 break
 
             code = found.f_code
-            if self._user.contains(found):
+            if code.co_filename.startswith(_IMPORT_SYSTEM):  # five of six frames of an import
+                importing = code if code.co_filename == IMPORTING else importing
+            elif self._user.contains(found):
                 return phase, code, found.f_lineno, importing or library
+            else:
+                library = library or (None if _is_hidden(code) else code)
 
-            importing = code if code.co_filename == IMPORTING else importing
-            library = library or (None if _is_hidden(code) else code)
             found = found.f_back
 
         return phase, None, 0, importing or library
