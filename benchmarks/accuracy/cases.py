@@ -88,6 +88,10 @@ def _study(name: str, *kinds: str, **facts: object) -> Case:
     return _case(f"study, {name.replace('_', ' ')}", f"studies {name}", *kinds, **facts)
 
 
+def _mixture(name: str, *kinds: str, **facts: object) -> Case:
+    return _case(f"mixture, {name.replace('_', ' ')}", f"mixtures {name}", *kinds, **facts)
+
+
 def _game(name: str, *kinds: str, **facts: object) -> Case:
     return _case(f"tutorial, {name.replace('_', ' ')}", f"games {name}", *kinds, **facts)
 
@@ -280,6 +284,14 @@ _STUDIES = (
     _study("neural_ode", steps=40, never=_LOUD),
 )
 
+_MIXTURES = (
+    _mixture("loader_per_epoch", "INPUT_BOUND", phase="input_wait", steps=160, never=frozenset({"JITTER"})),
+    _mixture("adam_and_lbfgs", steps=220, never=_LOUD),
+    _mixture("awaits_batches", "RESIDUAL_HEAVY", phase="other", function="awaits_batches", steps=150),
+    _mixture("pseudo_labels", *QUIET, "EVAL_HEAVY", "INPUT_BOUND", steps=240, never=frozenset({"JITTER", "SLOWDOWN"})),
+    _mixture("pseudo_labels_wait", "INPUT_BOUND", phase="input_wait", steps=160),
+)
+
 _INSTALLED = (
     _installed("geometric", "torch_geometric", *QUIET, "INPUT_BOUND", steps=120),
     _installed("sb3_ppo", "stable_baselines3", "RESIDUAL_HEAVY", steps=160, never=frozenset({"JITTER"})),
@@ -460,6 +472,7 @@ CASES: tuple[Case, ...] = (
     *_TUTORIALS,
     *_PAPERS,
     *_STUDIES,
+    *_MIXTURES,
     *_INSTALLED,
     *_FRAMEWORKS,
     *_ENGINES,
