@@ -1,4 +1,4 @@
-"""Trainings of several parts: two loaders, two optimizers, averaged weights, tasks."""
+"""Trainings of several parts: two loaders, two optimizers, averaged weights, tasks, and plots after the last step."""
 
 import asyncio
 import copy
@@ -134,6 +134,31 @@ def pseudo_labels(rounds=4, steps=60, read_s=0.0, workers=0):
 def pseudo_labels_wait():
     """One worker reads the data without labels from a slow disk."""
     pseudo_labels(4, 40, read_s=0.001, workers=1)
+
+
+def evaluates_averages():
+    """The average of the weights is evaluated after each epoch, by itself and as its inner module."""
+    model, data, tested = net(hidden=1280), rows(1920), DataLoader(rows(640), 64)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(4):
+        for x, y in DataLoader(data, 32, shuffle=True):
+            train(model, optimizer, x, y)
+            average.update_parameters(model)
+        print(accuracy(average, tested), accuracy(average.module, tested))
+
+
+def plots_at_the_end():
+    """After the last evaluation the script draws figures for a while."""
+    model, data, tested = net(hidden=1280), DataLoader(rows(1600), 32, shuffle=True), DataLoader(rows(320), 64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(4):
+        for x, y in data:
+            train(model, optimizer, x, y)
+        print(accuracy(model, tested))
+    began = time.monotonic()
+    while time.monotonic() < began + 6:
+        torch.histc(torch.randn(100_000), 100)
 
 
 if __name__ == "__main__":
