@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -41,6 +42,8 @@ __all__ = ["Aggregator"]
 
 # An ack follows its rows after half of this on average; longer ticks save nothing (measured).
 TICK_S = 0.1
+# A host does not wait for each of its messages to be stored, and the verdict stores what has come before it looks.
+_HOSTS_TICK_S = 0.5
 _WATCH_S = 0.25
 _VERDICT_S = 1.0
 # After each tick, when the rows are acknowledged, for summing, merging and thinning what a run has stored.
@@ -112,7 +115,8 @@ class Aggregator:
         self._profiles = profiles if profiles is not None else FindingProfiles(0.0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
-        self._tick_due = False
+        self._tick_s = math.inf
+        self._tick_timer: asyncio.TimerHandle | None = None
         self._idle_since_s = self._adopted_s = time.monotonic()
         self._seen_any = False
         self._done = asyncio.Event()
@@ -214,15 +218,14 @@ class Aggregator:
 
         get = message.get
         context[0].ingest.take(context[1], get("table"), get("seq"), get("n"), get("data"))
-        if not self._tick_due:
-            self._schedule()
+        self._schedule()
 
     def message(self, peer: Peer, message: dict[str, Any]) -> None:
         """Handle any message except rows."""
         kind = message["t"]
         if peer.hello is not None and peer.hello.role == "relay" and kind != "bye":
             self._hosts.take(peer, message)
-            self._schedule()
+            self._schedule(_HOSTS_TICK_S if kind == "second" else TICK_S)
         elif kind == "command" and peer.context is None:
             self._start(self._commands.run(peer, message))
         elif kind == "reply" and peer.context is not None:
@@ -310,13 +313,19 @@ class Aggregator:
 
     # --- time --------------------------------------------------------------------------------------------------------
 
-    def _schedule(self) -> None:
-        if not self._tick_due:
-            self._tick_due = True
-            asyncio.get_running_loop().call_later(TICK_S, self._tick)
+    def _schedule(self, after_s: float = TICK_S) -> None:
+        """Have a tick within some seconds."""
+        if self._tick_s <= after_s:  # nearly always: it is due no later, or a moment later than one from now would be
+            return
+
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+
+        self._tick_s = after_s
+        self._tick_timer = asyncio.get_running_loop().call_later(after_s, self._tick)
 
     def _tick(self) -> None:
-        self._tick_due = False
+        self._tick_s, self._tick_timer = math.inf, None
         for run in self.registry.open_runs:
             if run.commit():
                 self._hosts.stored(run)
@@ -364,6 +373,7 @@ class Aggregator:
     def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
         run.check_absent()
         if diagnose:
+            run.commit()  # the verdict is of all that has come
             self._silent.setdefault(run, SilentRanks(run, self._start)).check()
             self._core_takers.setdefault(run, CoreTakers(run, self._start)).check()
             verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))

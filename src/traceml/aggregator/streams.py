@@ -210,6 +210,7 @@ class Stream:
             self.peer.abort()
 
         self.peer, self.connected = peer, True
+        self.is_relayed = False  # its host says so afterwards
 
     def disconnect(self) -> None:
         """Record that the connection is lost."""
@@ -218,7 +219,7 @@ class Stream:
 
     def acknowledge(self) -> None:
         """Send the rank the numbers up to which its rows are durable."""
-        if self.peer is not None:
+        if self.peer is not None and not self.is_relayed:
             self.peer.write(b"".join([_ACK_HEADS[table] + _U64.pack(seq) for table, seq in self.unacked.items()]))
 
         self.unacked.clear()

@@ -13,7 +13,7 @@ import pytest
 from tests.aggregator.conftest import TOKEN, Serving, step_rows
 from tests.aggregator.test_registry import Silent, registry  # noqa: F401 - a fixture
 from tests.eventually import eventually
-from traceml.aggregator.relay.relayed_hosts import CONFIRM_S, RelayedHosts
+from traceml.aggregator.relay.relayed_hosts import CONFIRM_S, RelayedHosts, RelayedRank
 from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.codec import encode
 from traceml.database.store.reader import StoreReader
@@ -153,6 +153,30 @@ def test_a_host_that_waits_is_answered_when_all_is_stored(center, ask):
 
     center.commit()
     assert center.confirmed == [1, ask.get("number", 2)]
+
+
+def test_the_last_message_of_a_host_is_confirmed_though_no_other_comes(center):
+    """Also where it was stored long before it is time to say so."""
+    for number in range(1, 3):
+        center.take(second(number, [steps(0, 10 * number, 10)]))
+        center.commit()
+
+    assert center.confirmed == [1]
+    center.now_s += CONFIRM_S
+    center.hosts.confirm(center.run)
+    assert center.confirmed == [1, 2]
+
+
+def test_relayed_ranks_are_not_acknowledged_one_by_one(center, monkeypatch):
+    """For thousands of them that took 2 % of the center's work, and nobody read it."""
+    written: list[bytes] = []
+    monkeypatch.setattr(RelayedRank, "write", lambda _, frames: written.append(frames))
+
+    center.take(second(1, [steps(0, 0, 10)]))
+    center.commit()
+
+    assert center.confirmed == [1]
+    assert written == []
 
 
 def test_all_is_confirmed_where_the_run_ends(center):

@@ -6,7 +6,7 @@ A relayed rank is a stream of its run as one with a connection of its own. Its h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,8 @@ class RelayedHosts:
     ) -> None:
         self._admit, self._moment_s = admit, moment_s
         self._hosts: dict[Peer, _RelayedHost] = {}
+        self._unstored: dict[Peer, _RelayedHost] = {}
+        self._is_asked = False
 
     def take(self, peer: Peer, message: dict[str, Any]) -> None:
         """Handle a message of a host.
@@ -112,11 +114,12 @@ class RelayedHosts:
 
     def stored(self, run: ActiveRun) -> None:
         """Record that the rows of all messages so far of a run's hosts are stored."""
-        for host in self._hosts.values():
-            if host.run is run:
-                host.stored = host.taken
+        stored = [host for host in self._unstored.values() if host.run is run]
+        for host in stored:
+            host.stored = host.taken
+            del self._unstored[host.peer]
 
-        self.confirm(run)
+        self._confirm(stored)
 
     def confirm(self, run: ActiveRun, *, at_once: bool = False) -> None:
         """Tell hosts of a run which of their messages are stored: those that wait for it, others every few seconds.
@@ -125,29 +128,35 @@ class RelayedHosts:
             run: the run.
             at_once: tell all of them.
         """
+        self._confirm([host for host in self._hosts.values() if host.run is run], at_once=at_once)
+
+    def _confirm(self, hosts: Iterable[_RelayedHost], *, at_once: bool = False) -> None:
         now_s = self._moment_s()
-        for host in self._hosts.values():
+        for host in hosts:
             is_due = at_once or host.is_waiting or now_s - host.confirmed_s >= CONFIRM_S
-            if host.run is run and host.confirmed < host.stored and is_due:
+            if is_due and host.confirmed < host.stored:
                 host.confirmed, host.confirmed_s = host.stored, now_s
                 host.is_waiting &= host.stored < host.taken
                 host.peer.send({"t": "stored", "number": host.stored})
 
     def ask(self, run: ActiveRun, ranks: Collection[int]) -> None:
         """Ask the hosts of a run for all rows of some ranks from now on, and no longer for those of others."""
-        for host in self._hosts.values():
-            if host.run is not run or not (ranks or host.wanted):
-                continue
+        if not (ranks or self._is_asked):
+            return
 
+        for host in [each for each in self._hosts.values() if each.run is run and (ranks or each.wanted)]:
             choice = run.live.stand_ins.choice_of(host.key)
             wanted = choice.ranks.intersection(ranks) if choice is not None else frozenset[int]()
             if wanted != host.wanted:
                 host.wanted = wanted
                 host.peer.send({"t": "wanted", "ranks": sorted(wanted)})
 
+        self._is_asked = any(host.wanted for host in self._hosts.values())
+
     def disconnected(self, peer: Peer) -> None:
         """Record that the connection of a host has ended: its ranks are out of reach."""
         host = self._hosts.pop(peer, None)
+        self._unstored.pop(peer, None)
         if host is None:
             return
 
@@ -195,6 +204,7 @@ class RelayedHosts:
             host.is_waiting = True
 
         host.taken = number
+        self._unstored[host.peer] = host
 
     @staticmethod
     def _take_rows(host: _RelayedHost, row: Any) -> None:

@@ -83,10 +83,11 @@ class MemoryCurve:
         self._rest = self._points  # samples that do not fill a point yet
         self._every = 1
         self._growth: tuple[GrowthEstimate | None] | None = None  # until the next samples
+        self._newest: tuple[int | None] | None = None
 
     def add(self, steps: _Points, times: _Points, values: _Points) -> None:
         """Take samples in order; those before the first step are left out."""
-        self._growth = None
+        self._growth = self._newest = None
         new = np.stack([steps, times, values], axis=1).astype(np.int64)[steps >= 0]
         if len(new) and len(self.points) and new[0, 0] < self.points[-1, 0]:
             self._clear()  # another process of the same rank
@@ -105,6 +106,14 @@ class MemoryCurve:
     def points(self) -> _Points:
         """Rows of (step, monotonic ns, bytes), in order."""
         return np.concatenate([self._points, _lowest(self._rest, len(self._rest))])
+
+    def newest(self) -> int | None:
+        """Return the bytes of the last point; None without any."""
+        if self._newest is None:  # asked for each second, of thousands of ranks that sample once a minute
+            points = self.points
+            self._newest = (int(points[-1, 2]) if len(points) else None,)
+
+        return self._newest[0]
 
     def growth(self) -> GrowthEstimate | None:
         """Return the growth after warm-up; None with too few samples."""
@@ -244,6 +253,7 @@ class MemoryHistory:
     def __init__(self) -> None:
         self._curves: dict[tuple[int, MemoryKind, int], MemoryCurve] = {}
         self._hosts: dict[int, NDArray[np.void]] = {}
+        self._host_memory: dict[int, HostMemory] = {}
         self._tails: dict[int, MemoryTail] = {}
         self._devices: dict[tuple[int, int], DeviceMemory] = {}
 
@@ -255,7 +265,9 @@ class MemoryHistory:
     def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.HOST`, in order, of the rank that samples its host."""
         known = self._hosts.get(rank)
-        self._hosts[rank] = (rows if known is None else np.concatenate([known, rows]))[-_RECENT:]
+        recent = self._hosts[rank] = (rows if known is None else np.concatenate([known, rows]))[-_RECENT:]
+        if len(recent):
+            self._host_memory[rank] = _host(recent)
 
     def device_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.TORCH_MEMORY`, in order."""
@@ -282,8 +294,8 @@ class MemoryHistory:
 
     def resident(self) -> dict[int, int]:
         """Return the newest resident memory of each rank."""
-        found = {rank: curve.points for (rank, kind, _), curve in self._curves.items() if kind is MemoryKind.RESIDENT}
-        return {rank: int(points[-1, 2]) for rank, points in sorted(found.items()) if len(points)}
+        found = {rank: curve.newest() for (rank, kind, _), curve in self._curves.items() if kind is MemoryKind.RESIDENT}
+        return {rank: size for rank, size in sorted(found.items()) if size is not None}
 
     def at_end(self, rank: int) -> EndMemory | None:
         """Return the resident memory of a rank in its last sample; None without any."""
@@ -292,7 +304,7 @@ class MemoryHistory:
 
     def hosts(self) -> dict[int, HostMemory]:
         """Return the memory of each host, by the rank that samples it."""
-        return {rank: _host(rows) for rank, rows in sorted(self._hosts.items()) if len(rows)}
+        return dict(sorted(self._host_memory.items()))
 
     def devices(self) -> list[DeviceMemory]:
         """Return the memory of each rank's devices."""

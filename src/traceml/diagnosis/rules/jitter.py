@@ -106,9 +106,10 @@ def _unexplained(segments: Segments) -> _LongSteps:
     # In the window's last step scripts save and end.
     long[-1] = False
     columns = np.flatnonzero(long)
-    excess = {part: excess_over_usual(values, columns) for part, values in segments.parts.items()}
-    if not len(columns) or not excess:
+    if not len(columns) or not segments.parts:
         return _LongSteps(columns[:0], {}, usual_ns)
+
+    excess = {part: excess_over_usual(values, columns) for part, values in segments.parts.items()}
 
     largest = np.argmax(np.stack([values.max(axis=0) for values in excess.values()]), axis=0)
     open_parts = np.array([part in UNNAMED for part in excess])

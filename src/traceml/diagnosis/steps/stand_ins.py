@@ -213,7 +213,7 @@ class StandIns:
     @property
     def silent(self) -> Ints:
         """Ranks of hosts that cannot be reached."""
-        hosts = [choice for choice in self._choices if choice.host in self._silent]
+        hosts = [choice for choice in map(self.choice_of, self._silent) if choice is not None]
         return np.array(sorted(rank for choice in hosts for rank in choice.ranks), np.int64)
 
     def choice_of(self, host: str) -> HostChoice | None:
