@@ -13,6 +13,7 @@ import pytest
 from tests.aggregator.conftest import TOKEN, Serving, step_rows
 from tests.aggregator.test_registry import Silent, registry  # noqa: F401 - a fixture
 from tests.eventually import eventually
+from traceml.aggregator.relay import relayed_hosts
 from traceml.aggregator.relay.relayed_hosts import CONFIRM_S, RelayedHosts, RelayedRank
 from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.codec import encode
@@ -177,6 +178,20 @@ def test_relayed_ranks_are_not_acknowledged_one_by_one(center, monkeypatch):
 
     assert center.confirmed == [1]
     assert written == []
+
+
+def test_rows_of_many_hosts_become_frames_together(center, monkeypatch):
+    """Each message as a frame would be written twice: it is merged a minute later."""
+    monkeypatch.setattr(relayed_hosts, "MANY_HOSTS", 1)
+    center.take({"t": "rank", "id": 1, "hello": hello_of(1)})
+    for number in range(1, 5):  # the first message does not wait
+        center.take(second(number, [steps(1, 10 * number - 10, 10)]))
+        center.commit()
+
+    assert center.confirmed == [1]  # the rows are on disk, though not as frames
+    center.run.store.commit(frames_of_all=True)
+    with StoreReader(center.run.store.path) as reader:
+        assert [(frame.seq, frame.n) for frame in reader.frames("steps")] == [(0, 10), (10, 30)]
 
 
 def test_all_is_confirmed_where_the_run_ends(center):

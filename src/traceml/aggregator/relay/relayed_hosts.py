@@ -19,10 +19,14 @@ from traceml.errors import ProtocolError
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer
 
-__all__ = ["CONFIRM_S", "RelayedHosts", "RelayedRank"]
+__all__ = ["CONFIRM_S", "MANY_HOSTS", "RelayedHosts", "RelayedRank"]
 
 CONFIRM_S = 5.0
 """Longest time until a host knows that its rows are stored. It needs that after a lost connection, and at its end."""
+
+MANY_HOSTS = 512
+"""From so many hosts on, their rows become frames after some seconds: a frame of each message would be merged again a
+minute later, which took a sixth of the center's work."""
 
 
 class RelayedRank:
@@ -181,6 +185,9 @@ class RelayedHosts:
         stream.is_relayed = True
         run.store.update_stream(stream.id, relayed=True)
         host.ranks[number], host.run = (run, stream, link), run
+        if len(self._hosts) >= MANY_HOSTS:
+            run.store.hold()
+
         interval_s = run.sample_interval_s
         host.peer.send({"t": "joined", "id": number, "acked": dict(stream.next), "sample_interval_s": interval_s})
 

@@ -165,6 +165,10 @@ class StoreWriter:
         buffer.add(n, bytes(data), first_step, last_step, packed)
         return n
 
+    def hold(self) -> None:
+        """From now on let steps and samples wait for others of their frame, as in a large job; see `spool`."""
+        self._is_large = True
+
     def next_seq(self, stream: int, table: str) -> int:
         """Return the number of the row that is expected next; rows that are only buffered are counted."""
         return self._next.get((stream, table), 0)
