@@ -128,7 +128,7 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
         if len(remaining) < 2:
             break
 
-        rows, others = (remaining[part] for part in divide_ranks(segments.own[remaining].mean(axis=1)))
+        rows, others = _without_near(segments, remaining, *divide_ranks(segments.own[remaining].mean(axis=1)))
         groups = _late_groups(segments, facts, rows, others)
         if not groups:
             break
@@ -166,6 +166,19 @@ def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         base = float(np.median(means[~late]))
 
     return np.flatnonzero(late), np.flatnonzero(~late)
+
+
+def _without_near(
+    segments: Segments, ranks: NDArray[np.intp], late: NDArray[np.intp], usual: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the late ranks and the others, where noise has put ranks that are near these among clearly late ones."""
+    means = segments.own[ranks].mean(axis=1)
+    excess = means - float(np.median(means[usual]))
+    clear = excess[late] >= MIN_EXCESS_RATIO * max(float(excess[usual].max()), 0.0)
+    if clear.any():
+        late, usual = late[clear], np.sort(np.append(usual, late[~clear]))
+
+    return ranks[late], ranks[usual]
 
 
 def _late_groups(
