@@ -141,8 +141,11 @@ class RunView:
 
     @property
     def sample(self) -> str | None:
-        """Steps that the verdict of a long run rests on, in words; None where it rests on all."""
-        return sample_text(self.steps.diagnosed, self.steps.count) if self.steps.cut else None
+        """Steps that a long run's verdict rests on, and ranks whose steps hosts have summed, in words; None for all."""
+        summed = self.steps.summed_ranks
+        texts = [sample_text(self.steps.diagnosed, self.steps.count)] if self.steps.cut else []
+        texts += [f"step times and phases are of all steps of {plural(summed, 'rank')}"] if summed else []
+        return "; ".join(texts) or None
 
     @property
     def untimed(self) -> str | None:

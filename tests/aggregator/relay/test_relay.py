@@ -23,9 +23,11 @@ from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.tree.row_requests import CLEAR_GAIN
 from traceml.errors import TraceMLError, UsageError
 from traceml.runs.report.report import build_report
+from traceml.runs.report.report_types import Report
 from traceml.transport.client import Connection, connect
 
 RANKS, STEPS_SENT = 8, 120
@@ -163,12 +165,26 @@ def test_the_center_has_the_run_of_all_hosts(tree, serving, tmp_path):
         (rank, "finished", STEPS_SENT) for rank in range(RANKS)
     ]
     assert (report.run.world_size, report.steps.count, report.telemetry.rows_lost) == (RANKS, STEPS_SENT, 0)
+    is_exact(report, SLOW)
     steps = tree.stored_steps()
     assert steps[5] == [*range(STEPS_SENT)]
     assert sum(map(len, steps.values())) < RANKS * STEPS_SENT
     for host in tree.hosts:
         with host.store() as store:
             assert store.stored("steps") == 4 * STEPS_SENT
+
+
+def is_exact(report: Report, rows: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Check that step times and phases are those of all steps of all ranks, after the set-up."""
+    kept = np.concatenate([each[SET_UP_STEPS:STEPS_SENT] for each in rows])
+    phases = {phase.phase: phase for phase in report.phases}
+    assert report.steps.summed_ranks == RANKS
+    assert report.steps.mean_ms == pytest.approx(kept["total_ns"].mean() / 1e6, rel=1e-3)
+    assert report.steps.p95_ms == pytest.approx(np.quantile(kept["total_ns"], 0.95) / 1e6, rel=0.01)
+    for name in ("forward", "optimizer", "input_wait"):
+        assert phases[name].mean_ms == pytest.approx(kept[f"{name}_ns"].mean() / 1e6, rel=1e-3)
+
+    assert sum(phase.share for phase in report.phases) == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.process

@@ -280,6 +280,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**second(1, []), "choice": [1]}, "the choice of a host cannot be read"),
     (second(1, [], HostChoice(host="h", typical=2, ordinary=(2,), sent=(2,))), "ranks beyond the 2 of its run"),
     (second(1, [], above=[-1, b""]), "the own work beyond the typical rank's cannot be read"),
+    (second(1, [], sums=[[0], {"steps": "?"}, {}, []]), "the sums of a host cannot be read"),
+    (second(1, [], sums=[[2], {}, {}, []]), "of other ranks than the 2 of its run"),
     (second(1, [], ends=[[0, "vanished", {}]]), "the end of a relayed rank cannot be read"),
     (second(1, [], ends=[3]), "the end of a relayed rank cannot be read"),
 ]

@@ -15,6 +15,7 @@ from traceml.aggregator.streams import Stream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.codec import decode
 from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice, WorkAbove
+from traceml.diagnosis.tree.host_sums import HOST_SUMS, HostSums
 from traceml.errors import ProtocolError
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer
@@ -206,6 +207,9 @@ class RelayedHosts:
         if above is not None and host.run is not None:
             self._add_above(host.run, host.key, above)
 
+        if message.get("sums") is not None and host.run is not None:
+            self._take_sums(host.run, host.key, message["sums"])
+
         for each in message.get("ends") or ():
             self._end(host, each)
             host.is_waiting = True
@@ -245,6 +249,19 @@ class RelayedHosts:
             run.live.stand_ins.add(key, WorkAbove.from_row(row))
         except ValueError as error:
             raise ProtocolError(str(error)) from error
+
+    @staticmethod
+    def _take_sums(run: ActiveRun, key: str, row: Any) -> None:
+        """Store the sums of a host; those that came before count no more."""
+        try:
+            ranks = HostSums.from_row(row).ranks
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+
+        if not ranks or min(ranks) < 0 or max(ranks) >= run.world_size:
+            raise ProtocolError(f"the sums of a host are of other ranks than the {run.world_size} of its run")
+
+        run.store.event(HOST_SUMS, {"attempt": run.attempt, "host": key, "sums": row})
 
     @staticmethod
     def _end(host: _RelayedHost, end: Any) -> None:

@@ -23,6 +23,7 @@ from traceml.database.store.summaries import SAMPLE_TABLES
 from traceml.diagnosis.steps.stand_ins import HostChoice
 from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.tree.host_second import HostSecond
+from traceml.diagnosis.tree.host_sums import HostSums
 from traceml.transport.client import Connection
 from traceml.transport.hello import Hello
 
@@ -246,7 +247,8 @@ class RunRelay:
             is_last = self._read(reader, records, but, whole)
             self._send(link, whole, [])
             if is_last:
-                self._send(link, [], self._ends(records))
+                ends = self._ends(records)
+                self._send(link, [], ends, self._sums(reader) if ends else None)
                 return True
 
             self._take(link.receive())
@@ -283,7 +285,12 @@ class RunRelay:
         if frame.end > stream.acked.get(frame.table, 0):
             (whole if frame.table in RELAYED_WHOLE else stream.held.setdefault(frame.table, [])).append(frame)
 
-    def _send(self, link: Connection, whole: list[Frame], ends: list[list[Any]]) -> None:
+    def _sums(self, reader: StoreReader) -> list[Any]:
+        """Return the sums of all steps of the attempt so far."""
+        newest = {stream.rank: number for number, stream in self._streams.items() if stream.attempt == self._attempt}
+        return HostSums.read(reader, {number: rank for rank, number in newest.items()}).to_row()
+
+    def _send(self, link: Connection, whole: list[Frame], ends: list[list[Any]], sums: list[Any] | None = None) -> None:
         """Send one message, if there is anything to say."""
         second = self._merger.flush(self._asked)
         frames = [*whole, *self._chosen(second)]
@@ -298,6 +305,7 @@ class RunRelay:
         link.send({
             "t": "second", "number": self._number, "rows": list(_packed(frames)),
             "choice": None if choice is None else choice.to_row(), "above": above, "ends": ends,
+            "sums": sums,
         })  # fmt: skip
 
     def _chosen(self, second: HostSecond | None) -> list[Frame]:

@@ -98,6 +98,8 @@ class StepsSection(msgspec.Struct, kw_only=True):
     known, or has parts of samples (nodes of graphs); tokens also where it is not integers by sample and position.
     The verdict of a long run (`cut`) rests on a sample of `diagnosed` steps spread over it; all else is of all steps.
     `untimed_device` is the accelerator of the models if its time was not measured; phases have CPU time then.
+    Where hosts are merged, `summed_ranks` is the number of ranks whose steps are all in the mean, the percentiles and
+    the phases' means, as their hosts have summed them; else it is 0.
     """
 
     count: int = 0
@@ -114,6 +116,7 @@ class StepsSection(msgspec.Struct, kw_only=True):
     cut: bool = False
     diagnosed: int = 0
     untimed_device: str | None = None
+    summed_ranks: int = 0
 
     def speed(self, *, running: bool) -> float | None:
         """Return steps per second: live, the speed now; of an ended run, of the time in steps, as the mean step is."""

@@ -65,7 +65,11 @@ def steps(digest: Digest, window: Window) -> StepsSection:
     if times.size and not (window if totals is None else totals).device:
         section.untimed_device = digest.facts.accelerator
 
-    if totals is not None:
+    of_all = digest.sums_of_hosts()
+    if of_all is not None and of_all.count.sum():
+        section.summed_ranks = digest.world_size
+        mean, quantiles = of_all.mean_ns, of_all.quantiles_ns(_QUANTILES)
+    elif totals is not None:
         mean, quantiles = totals.mean_ns, totals.quantiles_ns(_QUANTILES)
     elif times.size:
         mean, quantiles = float(times.mean()), np.quantile(times, _QUANTILES).tolist()
@@ -115,8 +119,24 @@ def _per_second(digest: Digest) -> float | None:
 def phases(digest: Digest, window: Window) -> list[PhaseSection]:
     """Return mean milliseconds by phase and rank; backward is own work, comm includes the waiting inside it."""
     by_rank = _means_by_rank(digest, window)
+    of_all = digest.sums_of_hosts()
+    exact = {} if of_all is None else _means_of_all(of_all, digest.grouped)
     whole = sum(sum(means.values()) for means in by_rank.values())
-    return [_phase(name, by_rank, whole) for name in _names(by_rank)]
+    found = [_phase(name, by_rank, whole) for name in _names(by_rank | ({-1: exact} if exact else {}))]
+    for phase in found if exact else ():
+        mean = exact.get(phase.phase, 0.0)
+        phase.mean_ms, phase.share = _number(mean), _number(mean / max(sum(exact.values()), 1e-12))
+
+    return found
+
+
+def _means_of_all(totals: StepTotals, grouped: bool) -> dict[str, float]:
+    """Return the mean milliseconds by phase of all steps of all ranks."""
+    counts = totals.count.sum(axis=1)
+    split = totals.mean_split(grouped=grouped)
+    return (
+        {name: float(np.average(means, weights=counts)) / _MS for name, means in split.items()} if counts.any() else {}
+    )
 
 
 def _means_by_rank(digest: Digest, window: Window) -> dict[int, dict[str, float]]:

@@ -44,6 +44,7 @@ from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice
 from traceml.diagnosis.steps.step_split import has_group
 from traceml.diagnosis.steps.window import MAX_CELLS, Window, slots_for
+from traceml.diagnosis.tree.host_sums import HOST_SUMS, HostSums
 from traceml.runs.rows.metrics import MetricSummary
 from traceml.runs.rows.sample_totals import SampleTotals
 from traceml.runs.rows.samples import Samples, rows_for
@@ -143,6 +144,20 @@ class Digest:
         """Whether the window has a sample of the run's steps: then the exact sums of all are in `totals`."""
         return self.totals is not None
 
+    def sums_of_hosts(self) -> StepTotals | None:
+        """Return the sums of the steps of all ranks, without set-up, by the lowest rank of each host.
+
+        None unless hosts are merged, and those of all ranks have sent their sums, as they do when their ranks end.
+        """
+        hosts = [each for each in self._host_sums.values() if each.steps.count]
+        if not hosts or {rank for each in hosts for rank in each.ranks} != set(range(self.world_size)):
+            return None
+
+        names = {each.ranks[0]: each.names for each in hosts}
+        whole = step_totals({each.ranks[0]: each.steps for each in hosts}, names)
+        set_up = {each.ranks[0]: each.set_up for each in hosts if each.set_up.count}
+        return whole.without(step_totals(set_up, names)) if set_up else whole
+
     def update(self, reader: StoreReader) -> bool:
         """Take what arrived since the last call; return whether there was anything."""
         self._read_streams(reader)
@@ -183,7 +198,8 @@ class Digest:
         """The same by stream, as read for `totals`."""
         self.set_up: StepTotals | None = None
         """The sums of the first steps, which include set-up; like `totals`."""
-        self._last_snapshot = self._last_takers = self._last_choice = 0
+        self._host_sums: dict[str, HostSums] = {}
+        self._last_snapshot = self._last_takers = self._last_choice = self._last_sums = 0
         self.first: dict[int, tuple[int, int]] = {}
         """Step and monotonic end of the first row of each rank."""
 
@@ -357,6 +373,11 @@ class Digest:
             self._last_choice = event.id
             if event.data.get("attempt") == self._attempt:
                 self.window.stand_ins.take(HostChoice.from_facts(event.data))
+
+        for event in reader.events(self._last_sums, HOST_SUMS):
+            self._last_sums = event.id
+            if event.data.get("attempt") == self._attempt:
+                self._host_sums[str(event.data.get("host"))] = HostSums.from_row(event.data.get("sums"))
 
         ended = reader.last_event(END)
         if ended is not None:

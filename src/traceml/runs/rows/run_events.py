@@ -9,11 +9,12 @@ from traceml.database.snapshots import SNAPSHOT
 from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
 from traceml.diagnosis.steps.stand_ins import HOST_CHOICE
+from traceml.diagnosis.tree.host_sums import HOST_SUMS
 
 __all__ = ["RunEvents"]
 
 _KEPT = 200
-_READINGS = {SNAPSHOT, CORE_TAKERS, HOST_CHOICE}
+_READINGS = {SNAPSHOT, CORE_TAKERS, HOST_CHOICE, HOST_SUMS}
 """Kinds that are stored every few seconds for the diagnosis, whose finding tells what they say."""
 
 

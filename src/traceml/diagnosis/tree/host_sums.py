@@ -1,0 +1,139 @@
+"""Exact sums of the steps of a host's ranks. The center, which has the rows of few of them, adds these up."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import msgpack
+import numpy as np
+
+from traceml.database.schema import DEVICE_STEPS, NAMES, STEPS, TABLES, USER_PHASES, Table
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.summaries import STEP_TABLES, StepSums, TableSums, sum_rows
+from traceml.diagnosis.facts.run_time import SET_UP_STEPS
+
+__all__ = ["HOST_SUMS", "HostSums"]
+
+HOST_SUMS = "host_sums"
+"""Kind of the event of a run with the sums of a host: the newest one counts."""
+_NAMES = tuple(table.name for table in STEP_TABLES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HostSums:
+    """Sums of all steps of some ranks.
+
+    Attributes:
+        ranks: the ranks.
+        steps: the sums of all of their steps; the groups of user phases are those of `names`.
+        set_up: the same of their first steps, which include set-up: reports leave them out.
+        names: names of user phases by id.
+    """
+
+    ranks: tuple[int, ...]
+    steps: StepSums
+    set_up: StepSums
+    names: Mapping[int, str]
+
+    @classmethod
+    def read(cls, reader: StoreReader, ranks: Mapping[int, int]) -> Self:
+        """Return the sums of streams of a store.
+
+        Args:
+            reader: of the store.
+            ranks: rank of each stream.
+
+        Raises:
+            StoreError: the store is damaged.
+        """
+        names = _Names(reader, ranks)
+        whole = [names.unified(stream, sums) for stream, sums in reader.step_sums().items() if stream in ranks]
+        first: dict[int, dict[str, TableSums]] = {}
+        for table in (STEPS, DEVICE_STEPS, USER_PHASES):
+            if table.name in reader.tables:
+                for stream, sums in _first_sums(reader, table, ranks).items():
+                    first.setdefault(stream, {})[table.name] = sums
+
+        set_up = [names.unified(stream, StepSums.of(sums)) for stream, sums in first.items()]
+        nothing = StepSums.of({})
+        return cls(
+            ranks=tuple(sorted(ranks.values())),
+            steps=nothing.join(*whole),
+            set_up=nothing.join(*set_up),
+            names=names.by_id,
+        )
+
+    def to_row(self) -> list[Any]:
+        """Return the sums as plain data, without bytes: events are also written as JSON."""
+        return [list(self.ranks), *map(_packed, (self.steps, self.set_up)), [list(each) for each in self.names.items()]]
+
+    @classmethod
+    def from_row(cls, row: Any) -> Self:
+        """Reverse `to_row`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            ranks, steps, set_up, names = row
+            return cls(
+                ranks=tuple(map(int, ranks)),
+                steps=_unpacked(steps),
+                set_up=_unpacked(set_up),
+                names={int(number): str(name) for number, name in names},
+            )
+        except (TypeError, ValueError, AttributeError, msgpack.UnpackException) as error:
+            raise ValueError(f"the sums of a host cannot be read: {error}") from error
+
+
+class _Names:
+    """Names of user phases with one id for all ranks: each process numbers them by itself."""
+
+    def __init__(self, reader: StoreReader, streams: Mapping[int, int]) -> None:
+        self.by_id: dict[int, str] = {}
+        self._ids: dict[str, int] = {}
+        self._of: dict[int, dict[int, int]] = {}
+        if NAMES.name in reader.tables:
+            for frame in reader.frames(NAMES.name):
+                if frame.stream in streams:
+                    for row in frame.maps():
+                        self._add(frame.stream, row["id"], row["name"])
+
+    def unified(self, stream: int, sums: StepSums) -> StepSums:
+        """Return sums of a stream in which user phases have these ids; unnamed ones are left out."""
+        of, user = self._of.get(stream, {}), sums.user_phases
+        ids = np.array([of.get(number, -1) for number in user.bins["group"].tolist()], np.int64)
+        bins = user.bins[ids >= 0].copy()
+        bins["group"] = ids[ids >= 0]
+        order = np.lexsort((bins["group"], bins["bin"]))
+        return replace(sums, user_phases=replace(user, bins=bins[order]))
+
+    def _add(self, stream: int, number: int, name: str) -> None:
+        known = self._ids.setdefault(name, len(self._ids))
+        self.by_id[known] = name
+        self._of.setdefault(stream, {})[number] = known
+
+
+def _first_sums(reader: StoreReader, table: Table, streams: Mapping[int, int]) -> dict[int, TableSums]:
+    frames = list(reader.step_frames(table.name, [(0, SET_UP_STEPS - 1)], set(streams)))
+    if not frames:
+        return {}
+
+    rows = np.frombuffer(b"".join(frame.data for frame in frames), table.dtype)
+    of = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
+    first = rows["step"] < SET_UP_STEPS
+    return sum_rows(table.name, rows[first], of[first])
+
+
+def _packed(sums: StepSums) -> dict[str, str]:
+    tables = {name: getattr(sums, name) for name in _NAMES}
+    return {name: base64.b85encode(each.encoded()).decode() for name, each in tables.items() if len(each.bins)}
+
+
+def _unpacked(packed: Any) -> StepSums:
+    return StepSums.of({
+        name: TableSums.decoded(name, base64.b85decode(text)) for name, text in packed.items() if name in TABLES
+    })  # fmt: skip
