@@ -7,8 +7,11 @@ are unchanged, and torch.compile traces through without a graph break, as the ti
 
 from __future__ import annotations
 
+import ctypes
+import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -105,7 +108,7 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
                 return _nested_call(timed, clock, measure, args, kwargs)
 
             try:
-                if not args or type(args[0]) is not Tensor or args[0].shape != input_shape:
+                if not args or type(args[0]) is not Tensor or args[0].is_nested or args[0].shape != input_shape:
                     measure(args, kwargs, module())
 
                 t = monotonic_ns()
@@ -147,10 +150,20 @@ def _native_timer(
     inner = timed.inner
     original = timed.impl if inner is None else inner
     hook: Callable[..., Any] = make_hook(
-        clock, _FORWARD, original, slow, measure, timed.module, Tensor, is_grad_enabled, inner is None
+        clock, _FORWARD, original, slow, measure, timed.module, _of_torch(), inner is None
     )
     hook.timed = timed  # type: ignore[attr-defined]
     return hook
+
+
+def _of_torch() -> tuple[type[Tensor], Callable[[], int], Callable[[], bool], int]:
+    """Return what a hook in C asks torch for; the last is the address of a function in C, 0 where there is none."""
+    address = 0
+    with suppress(OSError, AttributeError):  # it is in torch's stable interface for C
+        library = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        address = ctypes.cast(library.aoti_torch_grad_mode_is_enabled, ctypes.c_void_p).value or 0
+
+    return Tensor, Tensor().numel, is_grad_enabled, address
 
 
 def _nested_call(timed: TimedModule, clock: StepClock, measure: Measure, args: Any, kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import importlib
 import inspect
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from tests.instrument.conftest import Traced
+from traceml.instrument import forward
 from traceml.instrument.clock_forms import CellClock
 from traceml.instrument.native import extension as native
 
@@ -78,6 +80,47 @@ def test_calls_reach_the_code_in_c(traced: Traced) -> None:
 
     own = {name for name in called if not name.startswith(("LossReader.", "Ring.", "StepAccumulator.step"))}
     assert own == set()  # but one loss in 16 is read
+
+
+def test_a_forward_inside_another_stays_in_c(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a model which is timed, and was compiled afterwards: it is a part of the outer one."""
+    model, optimizer = made()
+    outer = nn.Sequential(model, nn.ReLU())
+    traced.instrumentation.trace_step(model=outer)
+    assert all("_compiled_call_impl" in vars(module) for module in (model, outer))
+    slow = []
+    monkeypatch.setattr(forward, "_begin", lambda *_: slow.append(True))
+
+    train(outer, optimizer, 4)
+
+    assert not slow
+    assert all(row["forward_ns"] > 0 for row in traced.finish())
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_gradients_are_asked_for(traced: Traced, monkeypatch: pytest.MonkeyPatch, is_known: bool) -> None:
+    """By torch's function in C, or where there is none, by that in Python: a call without them begins no step."""
+    if not is_known:
+        monkeypatch.setattr(ctypes, "CDLL", missing_library)
+
+    model, optimizer = made()
+    train(model, optimizer, 3)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.ones(3, 4))
+
+    model.train()
+    train(model, optimizer, 3)
+
+    rows = traced.finish()
+    assert len(rows) == 6
+    assert [row["samples"] for row in rows] == [2] * 6
+    assert len(traced.table("evals")) == 1
+
+
+def missing_library(name: str, **_: object) -> None:
+    raise OSError(name)
 
 
 def test_they_look_like_the_functions_that_they_time(traced: Traced) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -221,3 +222,41 @@ def test_fingerprints_tell_batches_apart() -> None:
     """Equal batches have equal fingerprints."""
     x = torch.randn(8, 5)
     assert fingerprint_of(x) == fingerprint_of(x.clone()) != fingerprint_of(x + 1)
+
+
+def test_a_batch_of_as_many_elements_has_its_own_samples(traced: Traced) -> None:
+    """As where a batch has as many tokens, in sequences of another length."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for shape in ((4, 8, 1), (8, 4, 1), (4, 2, 4, 1), (4, 1, 1)):
+        for _ in range(2):
+            model(torch.ones(shape)).sum().backward()
+            optimizer.step()
+
+    assert sizes(traced) == [(4, 32)] * 2 + [(8, 32)] * 2 + [(4, 32)] * 2 + [(4, 4)] * 2
+
+
+class Padding(nn.Module):
+    """Takes sequences of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        return self.linear(sequences.to_padded_tensor(0.0) if sequences.is_nested else sequences)
+
+
+def test_nested_tensors_have_no_size(traced: Traced) -> None:
+    """Torch raises when it is asked for the shape of one; the steps are timed as before."""
+    model = Padding()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(5, 2)])
+
+    for batch in (nested, torch.ones(4, 2), nested, nested, torch.ones(4, 2)):
+        model(batch).sum().backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(0, 0), (4, 8), (0, 0), (0, 0), (4, 8)]

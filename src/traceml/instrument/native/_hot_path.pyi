@@ -81,8 +81,7 @@ class Hook:
         slow: Callable[..., Any],
         helper: Callable[..., Any] | None = None,
         module: Any = None,
-        tensor_type: type[Any] | None = None,
-        is_grad_enabled: Callable[[], bool] | None = None,
+        of_torch: tuple[type[Any], Callable[[], int], Callable[[], bool], int] = ...,
         passes_module: bool = True,
     ) -> Self: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

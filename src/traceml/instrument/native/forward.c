@@ -35,7 +35,21 @@ static inline PyObject *call_with(PyObject *function, PyObject *first, PyObject 
     return PyObject_Vectorcall(function, values + 1, (size_t)(n + 1) | ARGUMENTS_OFFSET, names);
 }
 
-COLD static int measure(Hook *hook, PyObject *module, PyObject *const *args, Py_ssize_t n, PyObject *names) {
+/* Call the timed function, which is in use until it returns, as its module is. */
+static inline PyObject *call_original(Hook *hook, PyObject *const *args, size_t nargsf, PyObject *names) {
+    PyObject *module = PyWeakref_GetObject(hook->module), *result;
+    Py_XINCREF(module);
+    result = LIKELY(hook->passes_module) ? call_with(hook->original, none_for_null(module), args, count_of(nargsf), names)
+                                         : PyObject_Vectorcall(hook->original, args, nargsf, names);
+    Py_XDECREF(module);
+    return result;
+}
+
+COLD static PyObject *call_inside(Hook *hook, PyObject *const *args, size_t nargsf, PyObject *names) {
+    return call_original(hook, args, nargsf, names);
+}
+
+COLD static int measure(Hook *hook, PyObject *const *args, Py_ssize_t n, PyObject *names) {
     PyObject *positional = PyTuple_New(n), *keywords = PyDict_New(), *result = NULL;
     int status = positional && keywords ? 0 : -1;
     for (Py_ssize_t i = 0; !status && i < n; i++) {
@@ -46,29 +60,43 @@ COLD static int measure(Hook *hook, PyObject *module, PyObject *const *args, Py_
     for (Py_ssize_t i = 0; !status && names && i < PyTuple_Size(names); i++)
         status = PyDict_SetItem(keywords, PyTuple_GetItem(names, i), args[n + i]);
 
-    if (!status) result = PyObject_CallFunctionObjArgs(hook->helper, positional, keywords, module, NULL);
+    PyObject *module = status ? NULL : PyWeakref_GetObject(hook->module);
+    Py_XINCREF(module);
+    if (module) result = PyObject_CallFunctionObjArgs(hook->helper, positional, keywords, module, NULL);
+    Py_XDECREF(module);
     Py_XDECREF(positional);
     Py_XDECREF(keywords);
     Py_XDECREF(result);
     return result ? 0 : -1;
 }
 
-/* Whether the first argument has the shape of the forward before; -1 with an exception. */
-static inline int has_known_shape(Hook *hook, PyObject *const *args, Py_ssize_t n) {
-    if (!n || (PyObject *)Py_TYPE(args[0]) != hook->tensor_type) return 0;
+/* 0: the size of a tensor is measured by the helper, which also handles what makes torch raise here. */
+COLD static int is_unknown_size(void) {
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return -1;
 
-    PyObject *shape = hook->get_shape(hook->shape, args[0], hook->tensor_type);
-    int is_equal = shape ? PyObject_RichCompareBool(shape, none_for_null(hook->hot->input_shape), Py_EQ) : -1;
-    Py_XDECREF(shape);
-    return is_equal;
+    PyErr_Clear();
+    return 0;
 }
 
-/* True or False; NULL with an exception. */
-static inline PyObject *asks_for_gradients(Hook *hook) {
-    PyObject *trains = hook->grad_enabled ? hook->grad_enabled(hook->grad_self, NULL)
-                                          : PyObject_Vectorcall(hook->is_grad_enabled, NULL, 0, NULL);
-    Py_XDECREF(trains); /* one of two constants */
-    return trains;
+/* Whether the first argument has as many samples and elements as that of the forward before; -1 with an exception. (Its
+ * shape costs twice as much, as torch makes a tuple of it.) */
+static inline int has_known_size(Hook *hook, PyObject *const *args, Py_ssize_t n) {
+    HotFields *hot = hook->hot;
+    if (!n || (PyObject *)Py_TYPE(args[0]) != hook->tensor_type || none_for_null(hot->input_shape) == Py_None) return 0;
+    if (!LIKELY(hook->length(args[0]) == hot->input_samples && hook->numel)) return is_unknown_size();
+
+    PyObject *number = hook->numel(args[0], NULL);
+    long long elements = number && PyLong_CheckExact(number) ? PyLong_AsLongLong(number) : -1;
+    Py_XDECREF(number);
+    return LIKELY(elements == hot->input_elements) ? 1 : is_unknown_size();
+}
+
+/* 1 or 0; -1 with an exception. */
+COLD static int ask_for_gradients(Hook *hook) {
+    PyObject *answer = PyObject_Vectorcall(hook->is_grad_enabled, NULL, 0, NULL);
+    int is_true = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    return is_true;
 }
 
 COLD static int forward_begins(Hook *hook, long long t, PyObject *trains) {
@@ -81,54 +109,52 @@ COLD static int forward_begins(Hook *hook, long long t, PyObject *trains) {
     return result ? 0 : -1;
 }
 
-static inline int begin_forward(Hook *hook, PyObject *module, PyObject *const *args, Py_ssize_t n, PyObject *names,
-                                long long *t) {
+static inline int begin_forward(Hook *hook, PyObject *const *args, Py_ssize_t n, PyObject *names, long long *t) {
     HotFields *hot = hook->hot;
-    int is_known = has_known_shape(hook, args, n);
-    if (is_known < 0 || (!LIKELY(is_known) && measure(hook, module, args, n, names)) || read_clock(t)) return -1;
+    int is_known = has_known_size(hook, args, n);
+    if (is_known < 0 || (!LIKELY(is_known) && measure(hook, args, n, names)) || read_clock(t)) return -1;
 
-    PyObject *trains = asks_for_gradients(hook);
-    if (!trains) return -1;
+    int trains = LIKELY(hook->grad_mode) ? hook->grad_mode() : ask_for_gradients(hook);
+    if (trains < 0) return -1;
 
     int status = 0;
-    if (trains == Py_False || hot->closes_at == hot->check_forward)
-        status = forward_begins(hook, *t, trains == Py_False ? Py_False : Py_True);
+    if (!LIKELY(trains) || hot->closes_at == hot->check_forward)
+        status = forward_begins(hook, *t, trains ? Py_True : Py_False);
     else if (hot->closes_at == hot->on_forward)
         status = commit_step(hot, *t);
 
     return status ? -1 : begin_phase(hot, FORWARD, *t);
 }
 
+/* A forward inside one of these phases is part of it. */
+static inline int is_part_of_phase(const HotFields *hot) {
+    return hot->current == FORWARD || hot->current == BACKWARD || hot->current == INPUT_WAIT;
+}
+
 PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
-    if (!LIKELY(is_usual(hot))) return call_slow(hook, args, nargsf, names);
+    if (!LIKELY(is_usual(hot)))
+        return is_part_of_phase(hot) ? call_inside(hook, args, nargsf, names) : call_slow(hook, args, nargsf, names);
 
-    Py_ssize_t n = count_of(nargsf);
-    PyObject *module = PyWeakref_GetObject(hook->module), *result = NULL;
-    Py_XINCREF(module);
     long long t, spent;
-    int failed = module ? begin_forward(hook, module, args, n, names, &t) : -1;
-    if (LIKELY(!failed) || !fail_open(hot))
-        result = LIKELY(hook->passes_module) ? call_with(hook->original, none_for_null(module), args, n, names)
-                                     : PyObject_Vectorcall(hook->original, args, nargsf, names);
-    else failed = 1;
+    int failed = begin_forward(hook, args, count_of(nargsf), names, &t);
+    if (!LIKELY(!failed) && fail_open(hot)) return NULL;
 
-    Py_XDECREF(module);
+    PyObject *result = call_original(hook, args, nargsf, names);
     return failed ? result : checked(result, end_phase(hot, result, FORWARD, &hot->forward_ns, t, &spent));
 }
 
-int prepare_forward(Hook *hook) {
+int prepare_forward(Hook *hook, PyObject *numel, size_t grad_mode) {
     if (!trains_names) trains_names = Py_BuildValue("(s)", "trains");
-    if (!trains_names) return -1;
+    PyObject *base = trains_names ? PyObject_GetAttrString(hook->tensor_type, "__base__") : NULL;
+    if (!base) return -1;
 
-    hook->shape = PyObject_GetAttrString(hook->tensor_type, "shape");
-    if (!hook->shape) return -1;
+    if (PyType_Check(base)) hook->length = (lenfunc)PyType_GetSlot((PyTypeObject *)base, Py_mp_length);
+    Py_DECREF(base); /* its subclass holds it */
+    if (PyCFunction_Check(numel) && PyCFunction_GetFlags(numel) == METH_NOARGS)
+        hook->numel = PyCFunction_GetFunction(numel);
 
-    hook->get_shape = (descrgetfunc)PyType_GetSlot(Py_TYPE(hook->shape), Py_tp_descr_get);
-    if (PyCFunction_Check(hook->is_grad_enabled) && PyCFunction_GetFlags(hook->is_grad_enabled) == METH_NOARGS)
-        hook->grad_enabled = PyCFunction_GetFunction(hook->is_grad_enabled);
-
-    hook->grad_self = hook->grad_enabled ? PyCFunction_GetSelf(hook->is_grad_enabled) : NULL;
+    hook->grad_mode = (_Bool (*)(void))grad_mode;
     return 0;
 }

@@ -11,10 +11,10 @@ typedef struct {
     PyObject *original, *slow, *helper;
     int kind; /* the phase */
     char passes_module;
-    PyObject *module, *tensor_type, *is_grad_enabled, *shape; /* of a forward */
-    descrgetfunc get_shape;
-    PyCFunction grad_enabled;
-    PyObject *grad_self; /* borrowed from the function */
+    PyObject *module, *tensor_type, *is_grad_enabled; /* of a forward */
+    lenfunc length;
+    PyCFunction numel;
+    _Bool (*grad_mode)(void); /* NULL where torch has no such function */
     PyObject *dict, *weakrefs;
 } Hook;
 
@@ -22,8 +22,8 @@ typedef struct {
 PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names);
 
 /* Look up what a forward asks torch for, past the layers of a call and of an attribute by its name: 0, or -1 with an
- * exception set. */
-int prepare_forward(Hook *hook);
+ * exception set. `numel` is a method of a tensor, `grad_mode` the address of a function in C. */
+int prepare_forward(Hook *hook, PyObject *numel, size_t grad_mode);
 
 COLD PyObject *call_slow(Hook *hook, PyObject *const *args, size_t nargsf, PyObject *names);
 

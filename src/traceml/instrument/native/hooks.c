@@ -150,7 +150,7 @@ static PyObject *call_next(PyObject *self, PyObject *const *args, size_t nargsf,
 
 static PyObject *(*call_of(const Hook *hook))(PyObject *, PyObject *const *, size_t, PyObject *) {
     switch (hook->kind) {
-    case FORWARD: return hook->get_shape ? call_forward : NULL;
+    case FORWARD: return hook->length ? call_forward : NULL;
     case BACKWARD: return hook->helper ? call_backward : NULL;
     case OPTIMIZER: return call_step;
     case INPUT_WAIT: return hook->helper ? call_next : NULL;
@@ -159,11 +159,13 @@ static PyObject *(*call_of(const Hook *hook))(PyObject *, PyObject *const *, siz
 }
 
 static PyObject *hook_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    PyObject *hot, *original, *slow, *helper = NULL, *module = NULL, *tensor_type = NULL, *is_grad_enabled = NULL;
+    PyObject *hot, *original, *slow, *helper = NULL, *module = NULL, *tensor_type = NULL;
+    PyObject *numel = NULL, *is_grad_enabled = NULL;
+    unsigned long long grad_mode = 0;
     int kind, passes_module = 1;
     if ((kwargs && PyDict_Size(kwargs))
-        || !PyArg_ParseTuple(args, "O!iOO|OOOOp:Hook", hot_fields_type, &hot, &kind, &original, &slow, &helper, &module,
-                             &tensor_type, &is_grad_enabled, &passes_module))
+        || !PyArg_ParseTuple(args, "O!iOO|OO(OOOK)p:Hook", hot_fields_type, &hot, &kind, &original, &slow, &helper,
+                             &module, &tensor_type, &numel, &is_grad_enabled, &grad_mode, &passes_module))
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "Hook takes no keyword arguments");
 
     Hook *hook = (Hook *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
@@ -178,7 +180,7 @@ static PyObject *hook_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     assign(&hook->module, module);
     assign(&hook->tensor_type, tensor_type);
     assign(&hook->is_grad_enabled, is_grad_enabled);
-    int failed = is_grad_enabled && prepare_forward(hook);
+    int failed = is_grad_enabled && prepare_forward(hook, numel, (size_t)grad_mode);
     hook->vectorcall = failed ? NULL : call_of(hook);
     if (hook->vectorcall) return (PyObject *)hook;
 
@@ -196,7 +198,7 @@ static PyObject *hook_get(PyObject *self, PyObject *object, PyObject *type) {
 }
 
 #define EACH_OBJECT(DO) \
-    DO(hot) DO(original) DO(slow) DO(helper) DO(module) DO(tensor_type) DO(is_grad_enabled) DO(shape) DO(dict)
+    DO(hot) DO(original) DO(slow) DO(helper) DO(module) DO(tensor_type) DO(is_grad_enabled) DO(dict)
 
 static int hook_traverse(PyObject *self, visitproc visit, void *arg) {
     Hook *hook = (Hook *)self;

@@ -1,8 +1,9 @@
 """Sizes of the batches that are trained on, and fingerprints of some of them.
 
 The size is that of the first tensor in the arguments of the last forward with gradients before a backward pass. The
-forward hook only compares its shape with the one before, which costs 0.15 us; all else is done here, when it has
-changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are none of the training's.
+forward hook only compares its samples and elements with those before (in Python, its shape); all else is done here,
+when they have changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are none of the
+training's. A nested tensor has no size.
 
 A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU. Ranks that
 train on the same batches have the same ones. It takes some 10 us, so the first 3 batches of an epoch have one, and one
@@ -90,7 +91,7 @@ class BatchReader:
         self._plan(_FIRST_BATCHES)
 
     def upkeep(self) -> None:
-        """Take the fingerprint of a batch from time to time; called every 64 rows, or every 256."""
+        """Take the fingerprint of a batch from time to time; called every 64 rows."""
         if not (self._clock.rows - 1) & _LATER_MASK:
             self._plan(1)
 
@@ -110,7 +111,7 @@ class BatchReader:
             return
 
         self.has_trained, self._calls = True, False
-        if tensor is None or not tensor.dim():
+        if tensor is None or tensor.is_nested or not tensor.dim():
             clock.input_shape, clock.input_samples, clock.input_elements = None, 0, 0
             return
 
@@ -131,7 +132,7 @@ class BatchReader:
     def _note_call(self, tensor: Any, model: Any) -> None:
         """Note a call without gradients, whose input is none that is trained on; the first one may be a rollout's."""
         self._clock.input_shape = None  # the next call with gradients is measured
-        if self._calls or tensor is None or not tensor.dim():
+        if self._calls or tensor is None or tensor.is_nested or not tensor.dim():
             return
 
         self._calls = True
