@@ -240,6 +240,9 @@ class Instrumentation:
         if self._losses is not None:
             self._losses.plan(pace.step_ns)
 
+        if self._batches is not None:
+            self._batches.upkeep()
+
         if not pace.is_due():
             return
 
@@ -252,9 +255,6 @@ class Instrumentation:
         self._guarded(self._report_rollouts)
 
         self._guarded(self._group.find if clock.group is None else self._group.report_mesh)
-        if self._batches is not None:
-            self._batches.upkeep()
-
         if clock.reductions is not None:
             self._guarded(self._facts.reductions)
 

@@ -103,8 +103,12 @@ class LossReader:
 
             if self._scaled:
                 self._scaled = False
-            elif type(tensor) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
-                self._read(tensor)
+            elif type(tensor) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or tensor.numel() != 1:
+                return
+            elif tensor.is_cpu:  # with few calls of ours: the code of each is another place that is not in the caches
+                self._add(self._step_now(), tensor.item())
+            else:
+                self._read_device(tensor)
         except Exception as error:  # noqa: BLE001 - fail open
             self._fail(error)
 
@@ -122,24 +126,25 @@ class LossReader:
     def finish(self) -> None:
         """Append what is complete, at the end of the run."""
         self._collect()
-        self._flush()
+        if self._step >= 0:
+            self._flush()
 
-    def _read(self, tensor: Any) -> None:
-        if tensor.numel() != 1:
+    def _read_device(self, tensor: Any) -> None:
+        if not self._device.has(tensor):
             return
-        if tensor.is_cpu:
-            self._add(self._step_now(), tensor.item())
-        elif self._device.has(tensor):
-            self._is_on_device = True
-            self._clock.loss_mask = _SOME_STEPS
-            self._collect()
-            if self._free:
-                place = self._free.pop()
-                self._copies.append((self._step_now(), place, self._device.copy(tensor, place)))
+
+        self._is_on_device = True
+        self._clock.loss_mask = _SOME_STEPS
+        self._collect()
+        if self._free:
+            place = self._free.pop()
+            self._copies.append((self._step_now(), place, self._device.copy(tensor, place)))
 
     def _step_now(self) -> int:
         """Return the step that is trained; one that waits for its end, as at the end of an epoch, is before it."""
-        return self._clock.step + self._clock.pending
+        clock = self._clock
+        step: int = clock.rows + clock.before + clock.pending
+        return step
 
     def _collect(self) -> None:
         """Take the copies that are complete."""
@@ -150,16 +155,15 @@ class LossReader:
 
     def _add(self, step: int, loss: float) -> None:
         if step != self._step:
-            self._flush()
+            if self._step >= 0:
+                self._flush()
+
             self._step, self._sum = step, 0.0
 
         self._sum += loss
 
     def _flush(self) -> None:
         """Append the row of the last step that was read, unless there are many."""
-        if self._step < 0:
-            return
-
         now, is_finite = monotonic_ns(), self._sum - self._sum == 0
         if self._rows < _FIRST_ROWS or is_finite != self._was_finite or now - self._row_ns >= _ROW_NS:
             self._append(now, self._step, self._sum)
