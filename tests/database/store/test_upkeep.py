@@ -26,6 +26,8 @@ from traceml.database.store.thinning import sample_blocks
 from traceml.errors import StoreError
 
 ENOUGH_S = 1.0
+# Of a run that is thinned.
+RANKS, ROWS, LIMIT_BYTES = 2, 40_000, 2_500_000
 HOUR_S = 3600.0
 FIRST_ROW = np.zeros(1, STEPS.dtype)
 
@@ -367,70 +369,74 @@ def test_upkeep_starts_over_after_a_full_disk(tiny_disk: Callable[[int], Path]) 
             assert len(list(reader.frames("steps"))) < 100
 
 
+@pytest.fixture(scope="module")
+def thinned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("thinned")
+
+
+@pytest.fixture(scope="module")
+def thinned(thinned_folder: Path) -> Written:
+    """Write a run that needs several times its limit, as fast as two rows per frame; tests only read it."""
+    rows = {(rank, table.name): random_rows(table, ROWS) for rank in (1, 2) for table in (STEPS, PROCESS)}
+    for (_, table), data in rows.items():
+        column = "step" if table == "steps" else "t_ns"
+        data[column] = np.arange(ROWS) * (1 if table == "steps" else 10**9)
+
+    with StoreWriter(thinned_folder / "store.db") as writer:
+        streams = [writer.stream(identity(rank)) for rank in range(RANKS)]
+        assert streams == [1, 2]
+        for seq in range(0, ROWS, 20):
+            for (stream, table), data in rows.items():
+                append(writer, stream, table, seq, data[seq : seq + 20])
+            writer.commit(float(seq))
+            writer.maintain(ENOUGH_S, limit_bytes=LIMIT_BYTES, now_s=float(seq))
+            if seq == ROWS // 2:
+                kill(writer)
+                writer = StoreWriter(thinned_folder / "store.db")
+
+    return rows
+
+
 class TestThinning:
     """Old rows of a long run are thinned to blocks spread over it."""
 
-    RANKS, ROWS, LIMIT_BYTES = 2, 40_000, 2_500_000
-
-    @pytest.fixture
-    def written(self, tmp_path: Path) -> Written:
-        """Write a run that needs several times its limit, as fast as two rows per frame."""
-        rows = {(rank, table.name): random_rows(table, self.ROWS) for rank in (1, 2) for table in (STEPS, PROCESS)}
-        for (_, table), data in rows.items():
-            column = "step" if table == "steps" else "t_ns"
-            data[column] = np.arange(self.ROWS) * (1 if table == "steps" else 10**9)
-
-        with StoreWriter(tmp_path / "store.db") as writer:
-            streams = [writer.stream(identity(rank)) for rank in range(self.RANKS)]
-            assert streams == [1, 2]
-            for seq in range(0, self.ROWS, 20):
-                for (stream, table), data in rows.items():
-                    append(writer, stream, table, seq, data[seq : seq + 20])
-                writer.commit(float(seq))
-                writer.maintain(ENOUGH_S, limit_bytes=self.LIMIT_BYTES, now_s=float(seq))
-                if seq == self.ROWS // 2:
-                    kill(writer)
-                    writer = StoreWriter(tmp_path / "store.db")
-
-        return rows
-
-    def test_space_is_bounded_and_sums_are_exact(self, tmp_path: Path, written: Written) -> None:
+    def test_space_is_bounded_and_sums_are_exact(self, thinned_folder: Path, thinned: Written) -> None:
         """The rows that are left take no more than the limit; sums and counts are those of all rows."""
-        with closing(sqlite3.connect(tmp_path / "store.db")) as database:
+        with closing(sqlite3.connect(thinned_folder / "store.db")) as database:
             size, count = database.execute("SELECT sum(length(data)), count(*) FROM frames").fetchone()
-        assert size <= self.LIMIT_BYTES * 1.05
+        assert size <= LIMIT_BYTES * 1.05
         assert count < 1_000
-        with StoreReader(tmp_path / "store.db") as reader:
-            assert_sums(reader, written)
-            assert (reader.stored("steps"), reader.lost("steps")) == (2 * self.ROWS, 0)
-            assert reader.thinned("steps") == 2 * self.ROWS - len(reader.rows("steps"))
+        with StoreReader(thinned_folder / "store.db") as reader:
+            assert_sums(reader, thinned)
+            assert (reader.stored("steps"), reader.lost("steps")) == (2 * ROWS, 0)
+            assert reader.thinned("steps") == 2 * ROWS - len(reader.rows("steps"))
 
-    def test_the_same_blocks_of_steps_are_left_on_all_ranks(self, tmp_path: Path, written: Written) -> None:
+    def test_the_same_blocks_of_steps_are_left_on_all_ranks(self, thinned_folder: Path, thinned: Written) -> None:
         """What is left is complete blocks, spread over the run, aligned over ranks; the newest rows are all there."""
-        with StoreReader(tmp_path / "store.db") as reader:
+        with StoreReader(thinned_folder / "store.db") as reader:
             left = [reader.rows("steps", {rank}) for rank in (1, 2)]
-            sample = sample_blocks(0, self.ROWS - 1, 640)
+            sample = sample_blocks(0, ROWS - 1, 640)
             aligned = [reader.rows("steps", {rank}, steps=sample) for rank in (1, 2)]
 
         for rank, rows in zip((1, 2), left, strict=True):
-            whole = written[rank, "steps"][rows["step"]]
+            whole = thinned[rank, "steps"][rows["step"]]
             assert all((rows[name] == whole[name]).all() for name in STEPS.names)
-            assert rows["step"][-4_000:].tolist() == list(range(self.ROWS - 4_000, self.ROWS))
-            old = rows["step"][rows["step"] < self.ROWS // 2]
+            assert rows["step"][-4_000:].tolist() == list(range(ROWS - 4_000, ROWS))
+            old = rows["step"][rows["step"] < ROWS // 2]
             assert set(np.unique(old // 64, return_counts=True)[1].tolist()) == {64}
-            assert np.diff(old).max() < self.ROWS // 8
+            assert np.diff(old).max() < ROWS // 8
 
         assert len(aligned[0]) == len(aligned[1]) == 640
         assert aligned[0]["step"].tolist() == aligned[1]["step"].tolist()
 
-    def test_samples_are_left_over_the_whole_run(self, tmp_path: Path, written: Written) -> None:
+    def test_samples_are_left_over_the_whole_run(self, thinned_folder: Path, thinned: Written) -> None:
         """Samples of a process keep the whole run too, and the newest ones completely."""
-        del written
-        with StoreReader(tmp_path / "store.db") as reader:
+        del thinned
+        with StoreReader(thinned_folder / "store.db") as reader:
             seconds = reader.rows("process", {1})["t_ns"] // 10**9
-            assert seconds[-1_000:].tolist() == list(range(self.ROWS - 1_000, self.ROWS))
-            assert np.diff(seconds).max() < self.ROWS // 50
-            assert seconds[0] < self.ROWS // 50
+            assert seconds[-1_000:].tolist() == list(range(ROWS - 1_000, ROWS))
+            assert np.diff(seconds).max() < ROWS // 50
+            assert seconds[0] < ROWS // 50
 
 
 def test_rows_of_a_delivery_that_stands_still_stay_for_a_day(tmp_path: Path) -> None:
