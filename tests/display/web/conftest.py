@@ -98,7 +98,8 @@ def browser() -> Iterator[Browser]:
     installed = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         names = "--host-resolver-rules=MAP *.example 127.0.0.1"  # of other sites, and of one that rebinds its name
-        arguments = ["--no-sandbox", "--disable-gpu", names]
+        no_gpu = ["--disable-gpu", "--disable-gpu-compositing", "--disable-software-rasterizer"]
+        arguments = ["--no-sandbox", *no_gpu, names]
         browser = playwright.chromium.launch(executable_path=installed, args=arguments)
         yield browser
         browser.close()
