@@ -1,13 +1,16 @@
 """Detect the end of a process: an exception, a status, or a normal end.
 
 An unhandled exception passes `sys.excepthook`, which is wrapped here and still calls the one before it. SystemExit
-does not trigger `sys.excepthook`, and it may be caught, so a call of `sys.exit` or `exit` alone proves nothing. But the
-interpreter deletes the exception after it has taken the status from it, when the main thread has no Python frame left:
-a finalizer on an attribute of the exception detects that.
+does not trigger `sys.excepthook`, and it may be caught, so that it was raised proves nothing. But the interpreter reads
+the attribute `code` of one that ends the program, when the main thread has no Python frame left: a descriptor in place
+of that attribute detects that, also of `raise SystemExit(3)`. Python 3.11 has then no traceback of it any more, so
+`sys.exit` and `exit` note the place.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import sys
 import threading
@@ -24,7 +27,7 @@ from traceml.witness.user_files import OUR_FOLDERS, is_ours, is_user_file
 
 __all__ = ["ExitWatch", "address_limit_bytes", "cause_of", "describe", "end_by_interrupt", "status_of"]
 
-_ATTRIBUTE, _PLACE = "_traceml", "_traceml_place"  # of a SystemExit: our finalizer, and where the program was left
+_PLACE = "_traceml_place"  # of a SystemExit: where the program was left
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _MAX_TEXT = 20_000
 _ADDRESS_SPACE = "Max address space"
@@ -66,14 +69,17 @@ class ExitWatch:
         self._previous_exit: Any = None
         self._quit: Any = None
         self._previous_quit: Any = None
+        self._code = _ExitCode(self._exited)
 
     def install(self) -> None:
-        """Wrap `sys.excepthook`, `sys.exit`, and the built-in functions `exit` and `quit`."""
+        """Wrap `sys.excepthook`, `sys.exit`, the built-in functions `exit` and `quit`, and `SystemExit.code`."""
         self._previous_hook, self._previous_exit = sys.excepthook, sys.exit
         sys.excepthook, sys.exit = self._hook, self._exit
         if _Quitter is not None:
             self._previous_quit = previous = _Quitter.__call__
             self._quit = _Quitter.__call__ = self._watched_quit(previous)
+
+        self._code.install()
 
     def uninstall(self) -> None:
         """Restore the previous hooks; a hook that was wrapped since stays in place and only calls the previous one."""
@@ -84,6 +90,7 @@ class ExitWatch:
         if _Quitter is not None and _Quitter.__call__ is self._quit:
             _Quitter.__call__ = self._previous_quit
 
+        self._code.uninstall()
         self._report = _ignore
 
     def last_error(self) -> BaseException | None:
@@ -101,7 +108,7 @@ class ExitWatch:
 
     def _exit(self, status: Any = None, /) -> NoReturn:
         leaving = SystemExit(status)
-        self._watch(leaving, sys.exc_info()[1], sys._getframe(1))
+        setattr(leaving, _PLACE, _place_of(sys._getframe(1)))
         try:
             raise leaving
         finally:
@@ -112,45 +119,61 @@ class ExitWatch:
             try:
                 original(quitter, code)
             except SystemExit as leaving:
-                self._watch(leaving, leaving.__context__, sys._getframe(1))
+                setattr(leaving, _PLACE, _place_of(sys._getframe(1)))
                 raise
 
         return __call__
 
-    def _watch(self, leaving: SystemExit, cause: BaseException | None, frame: FrameType) -> None:
-        setattr(leaving, _ATTRIBUTE, _ExitFinalizer(leaving.code, cause, _place_of(frame), self.exited))
-
-    def exited(self, status: Any, cause: BaseException | None, place: _Place) -> None:
-        """Report that a SystemExit has ended the program.
-
-        Args:
-            status: its status or text.
-            cause: the exception that was being handled.
-            place: where the program was left.
-        """
-        leaving = SystemExit(status)
-        leaving.__context__ = cause
-        setattr(leaving, _PLACE, place)
-        self._report(leaving, status_of(leaving))
+    def _exited(self, leaving: SystemExit, status: Any) -> None:
+        ended = SystemExit(status)  # without the frames of the one that ends the program
+        ended.__context__ = leaving.__context__
+        setattr(ended, _PLACE, _place_left(leaving))
+        self._report(ended, status_of(ended))
 
 
-class _ExitFinalizer:
-    """Attribute of a SystemExit whose finalizer detects whether the exception ended the program."""
+class _ExitCode:
+    """Descriptor in place of `SystemExit.code`, which notes a read by the interpreter that ends the program.
 
-    __slots__ = ("_cause", "_on_exit", "_place", "_status")
+    Args:
+        on_exit: called with the exception and its status or text.
+    """
 
-    def __init__(
-        self,
-        status: Any,
-        cause: BaseException | None,
-        place: _Place,
-        on_exit: Callable[[Any, BaseException | None, _Place], None],
-    ) -> None:
-        self._status, self._cause, self._place, self._on_exit = status, cause, place, on_exit
+    def __init__(self, on_exit: Callable[[SystemExit, Any], None]) -> None:
+        self._on_exit = on_exit
+        self._previous: Any = None
 
-    def __del__(self) -> None:
+    def install(self) -> None:
+        """Take the place of the attribute."""
+        self._previous = SystemExit.__dict__["code"]
+        _set_code(self)
+
+    def uninstall(self) -> None:
+        """Restore the attribute, unless it was replaced again since."""
+        if SystemExit.__dict__["code"] is self:
+            _set_code(self._previous)
+
+    def __get__(self, leaving: SystemExit | None, owner: type | None = None) -> Any:
+        if leaving is None:
+            return self._previous
+
+        status = self._previous.__get__(leaving, owner)
         if sys._getframe().f_back is None and threading.current_thread() is threading.main_thread():
-            self._on_exit(self._status, self._cause, self._place)
+            self._on_exit(leaving, status)
+
+        return status
+
+    def __set__(self, leaving: SystemExit, status: Any) -> None:
+        self._previous.__set__(leaving, status)
+
+    def __delete__(self, leaving: SystemExit) -> None:
+        self._previous.__delete__(leaving)
+
+
+def _set_code(attribute: Any) -> None:
+    """Set `SystemExit.code`: the dictionary of a built-in type is behind a proxy, and lookups in it are cached."""
+    (attributes,) = gc.get_referents(SystemExit.__dict__)
+    attributes["code"] = attribute
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
 
 
 def end_by_interrupt() -> None:
