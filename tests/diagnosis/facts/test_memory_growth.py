@@ -31,6 +31,7 @@ STEADY = {
     "slow, over many samples": 800 * MB + np.arange(4000) * 0.05 * MB + abs(noise(4000, 0.2 * MB)),
     "in jumps, each tenth sample": 500 * MB + np.arange(300) // 10 * 8 * MB,
     "in 14 epochs": 500 * MB + np.arange(300) // 20 * 8 * MB,
+    "in 17 epochs": 500 * MB + np.arange(300) * 17 // 300 * 8 * MB,
     "in 14 epochs, while pages come and go": 500 * MB + np.arange(300) // 20 * 8 * MB + noise(300, 0.02 * MB),
 }  # fmt: skip
 LEVEL = {
@@ -68,6 +69,16 @@ def test_look_alikes_are_not_steady(name):
     growth = curve(LEVEL[name]).growth()
 
     assert growth is None or not growth.steady
+
+
+def test_jumps_at_any_time_are_not_steady():
+    """Twelve of any size in each of 100 runs: stairs come evenly."""
+    random = np.random.default_rng(1)
+    for _ in range(100):
+        at, sizes = random.integers(0, 240, 12), random.exponential(40 * MB, 12)
+        growth = curve(500 * MB + (np.arange(240)[:, None] >= at) @ sizes).growth()
+
+        assert growth is None or not growth.steady
 
 
 def test_what_is_dropped_after_the_last_step_does_not_hide_growth():

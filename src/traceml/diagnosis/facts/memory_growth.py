@@ -27,7 +27,7 @@ LEAST_GROWN_BYTES = 32 << 20
 LEAST_GROWN_SHARE = 0.05
 """Growth below this share of the memory in use is not reported."""
 STEADY = 0.97
-"""Share of pairs of samples that do not fall with time, from which on growth is steady."""
+"""Share of pairs of samples that rise with time, from which on growth is steady; of stairs, those that do not fall."""
 FEWEST_RISES = 0.45
 """Share of the parts of the run that must rise: what grows in each epoch grows in stairs, few of them are no leak."""
 LEAST_S = 4.0
@@ -37,6 +37,7 @@ _PARTS = 24
 _MIN_SAMPLES = 8
 _WARM_UP_STEPS = 20
 _LEVEL_SHARE = 0.1  # of the mean rise of a part: on a stair, some pages come and go
+_UNEVEN_PARTS = 1.5  # stairs begin somewhere in a part, so that the distances between them differ by this many
 _LEAST_RISE = 0.25  # of the mean rise of a quarter, for each quarter
 
 _RECENT = 12
@@ -151,8 +152,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
     least = max(LEAST_GROWN_BYTES, LEAST_GROWN_SHARE * float(values[-1]))
     level = _LEVEL_SHARE * grown / count
     steady = (
-        float((rises >= -level).mean()) >= STEADY
-        and np.count_nonzero(np.diff(values) > level) >= FEWEST_RISES * count
+        (float((rises > 0).mean()) >= STEADY or _is_in_stairs(steps, values, rises, level))
         and min(later - earlier for earlier, later in pairwise(quarters)) >= _LEAST_RISE * grown / 3
         and grown >= least
         and _is_long(points)
@@ -165,6 +165,26 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         now_bytes=int(points[-1, 2]),
         steady=bool(steady),
     )
+
+
+def _is_in_stairs(
+    steps: NDArray[np.float64], values: NDArray[np.float64], rises: NDArray[np.float64], level: float
+) -> bool:
+    """Whether memory grows by stairs that come evenly, as epochs do, and is level between them.
+
+    Jumps at any time are no leak that goes on: each has a cause of its own.
+
+    Args:
+        steps: of the parts of the run.
+        values: of these parts.
+        rises: between all pairs of them.
+        level: differences below this are none.
+    """
+    at = np.flatnonzero(np.diff(values) > level)
+    if float((rises >= -level).mean()) < STEADY or len(at) < FEWEST_RISES * len(values):
+        return False
+
+    return bool(np.ptp(np.diff(steps[at])) <= _UNEVEN_PARTS * np.diff(steps).max())
 
 
 @cache
