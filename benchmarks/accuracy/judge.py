@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,20 +97,42 @@ def run(case: Case, folder: Path) -> Judged:
 
     began = time.monotonic()
     with busy_core(wanted=case.beside):
-        ended = subprocess.run(
-            [str(part) for part in command], cwd=folder, env=environ | {"OMP_NUM_THREADS": "1"}, timeout=LIMIT_S,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        status = status_of([str(part) for part in command], folder, environ | {"OMP_NUM_THREADS": "1"})
 
     path = folder / "runs" / "latest" / "report.json"
     return Judged(
         case,
         report=json.loads(path.read_text()) if path.exists() else {},
-        failure=f"exit status {ended.returncode}: {ended.stderr[-300:]}"
-        if bool(ended.returncode) != case.fails
-        else "",
+        failure="" if bool(status) == case.fails and status is not None else _failure(status, folder),
         seconds=time.monotonic() - began,
     )
+
+
+def status_of(command: list[str], folder: Path, environ: dict[str, str], limit_s: float = LIMIT_S) -> int | None:
+    """Run a command, its output to files of a folder, and return its status; None if it was ended at the limit.
+
+    A process that the command leaves behind may keep a pipe open for longer than the command itself runs.
+    """
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as errors:
+        program = subprocess.Popen(
+            command, cwd=folder, env=environ, stdout=out, stderr=errors,
+            start_new_session=True,
+        )  # fmt: skip
+
+    try:
+        return program.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)  # also what it has left behind
+
+        program.wait()
+
+
+def _failure(status: int | None, folder: Path) -> str:
+    last = (folder / "stderr").read_text(errors="replace")[-300:]
+    return f"ended after {LIMIT_S} s: {last}" if status is None else f"exit status {status}: {last}"
 
 
 def differences(case: Case, report: dict[str, Any]) -> Iterator[str]:
