@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
+from traceml.database.schema import HOST, PROCESS, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.machine_use import MachineSamples
+from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
@@ -71,6 +74,21 @@ def test_growth_is_reported_with_its_rate_and_line():
     assert finding.evidence["growth_ms_per_step"] == pytest.approx(0.02, rel=0.1)
     assert finding.evidence["function"] == "smooth"
     assert "train.py:23 smooth" in finding.next
+
+
+@pytest.mark.parametrize(("limits", "whose"), [((), "host"), ((ResourceUse(0, Resource.MEMORY, 9, 10),), "container")])
+def test_memory_that_filled_meanwhile_is_told_with_its_owner(limits, whose):
+    """Samples of a container with a limit are of its own memory."""
+    rows = np.zeros(BINS, HOST.dtype)
+    rows["t_ns"], rows["memory_total_bytes"], rows["memory_used_bytes"] = AT * 1e9, 100, np.where(AT < 20, 20, 90)
+    processes = np.zeros(BINS, PROCESS.dtype)
+    processes["t_ns"], processes["step"] = rows["t_ns"], AT * WIDTH
+    samples = MachineSamples()
+    samples.add(HOST.name, 0, rows)
+    samples.add(PROCESS.name, 0, processes)
+    (finding,) = slowdown(history(np.where(AT >= 20, 20.0, 0.0)), JobFacts(samples=samples, limits=limits))
+
+    assert f"90 % of the {whose}'s memory was in use (otherwise 20 %)" in finding.summary
 
 
 def test_a_host_that_is_slower_blames_no_phase():

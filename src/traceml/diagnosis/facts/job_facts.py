@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import EPOCHS
+from traceml.database.schema import EPOCHS, Resource
 from traceml.diagnosis.facts.core_waits import medians_of_others, ranks_without_core
 from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
 from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
@@ -176,6 +176,10 @@ class JobFacts:
         """Share of the time in which a loader worker computes; None where it is not known."""
         use = self.workers.use()
         return None if use is None else use.busy
+
+    def has_memory_limit(self, host: str | None) -> bool:
+        """Whether the memory that counts on a host is that of a container, by its limit."""
+        return any(use.resource is Resource.MEMORY and self.hosts.get(use.rank) == host for use in self.limits)
 
     @cached_property
     def use(self) -> MachineUse:

@@ -84,7 +84,7 @@ class MachineUse:
         throttled: whether their clocks were lowered in most samples.
         major_faults: page faults per second that read from a disk, of a rank.
         disk_read_bytes: bytes per second that the host read from its disks.
-        memory_share: used share of the host's memory.
+        memory_share: used share of the memory of the host, or of its container where that has a limit.
     """
 
     waited: float | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from traceml.database.schema import Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
 from traceml.diagnosis.facts.resource_use import SOON_S
@@ -153,18 +152,13 @@ def _room(
         host = facts.hosts.get(rank)
         memory = next((each for at, each in facts.memory.hosts().items() if facts.hosts.get(at) == host), None)
         left, total = (memory.total_bytes - memory.used_bytes, memory.total_bytes) if memory is not None else (0, 0)
-        rate, name = _host_rate(facts, host, by_kind), "container's" if _is_limited(facts, host) else "host's"
+        rate, name = _host_rate(facts, host, by_kind), "container's" if facts.has_memory_limit(host) else "host's"
 
     if total <= 0 or rate <= 0:
         return None
 
     left_s = max(left, 0) / rate
     return _Room(left_s, left_s * growth.bytes_per_s / max(growth.bytes_per_step, 1.0), name, total)
-
-
-def _is_limited(facts: JobFacts, host: str | None) -> bool:
-    """Whether a container's limit is what memory is compared with on this host."""
-    return any(use.resource is Resource.MEMORY and facts.hosts.get(use.rank) == host for use in facts.limits)
 
 
 def _host_rate(

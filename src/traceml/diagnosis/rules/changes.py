@@ -16,7 +16,7 @@ OTHERS_CORES = 0.5
 CLOCK_FACTOR = 0.9
 """A clock below this factor of before is a change."""
 MEMORY_SHARE = 0.15
-"""More use of the host's memory by this share of it is a change."""
+"""More use of memory by this share of it is a change."""
 DISK_BYTES, DISK_FACTOR = 5e6, 3.0
 """More bytes per second from disks by this factor, and at least so many, are a change."""
 MAJOR_FAULTS = 20.0
@@ -45,15 +45,16 @@ class SideChange(NamedTuple):
 _CORES = "End or move what else runs on the host then (`top` names it), or give the training cores of its own."
 
 
-def changes(before: MachineUse, then: MachineUse) -> list[SideChange]:
+def changes(before: MachineUse, then: MachineUse, memory_of: str = "host") -> list[SideChange]:
     """Return what changed beside the steps, the likeliest cause first.
 
     Args:
         before: use in the other steps.
         then: use in the slow ones.
+        memory_of: whose memory the samples tell, the host's or the container's.
     """
     found = (_cores(before, then), _others(before, then), _clock(before, then), _swap(before, then))
-    return [each for each in (*found, _disk(before, then), _memory(before, then)) if each is not None]
+    return [each for each in (*found, _disk(before, then), _memory(before, then, memory_of)) if each is not None]
 
 
 def _cores(before: MachineUse, then: MachineUse) -> SideChange | None:
@@ -107,10 +108,10 @@ def _disk(before: MachineUse, then: MachineUse) -> SideChange | None:
     return SideChange("disk_read_bytes_per_s", text, rates[0], rates[1], advice)
 
 
-def _memory(before: MachineUse, then: MachineUse) -> SideChange | None:
+def _memory(before: MachineUse, then: MachineUse, owner: str) -> SideChange | None:
     shares = before.memory_share, then.memory_share
     if shares[0] is None or shares[1] is None or shares[1] - shares[0] < MEMORY_SHARE:
         return None
 
-    text = f"{percent_text(shares[1])} of the host's memory was in use (otherwise {percent_text(shares[0])})"
-    return SideChange("memory_share", text, shares[0], shares[1], "Look at what takes the host's memory then.")
+    text = f"{percent_text(shares[1])} of the {owner}'s memory was in use (otherwise {percent_text(shares[0])})"
+    return SideChange("memory_share", text, shares[0], shares[1], f"Look at what takes the {owner}'s memory then.")

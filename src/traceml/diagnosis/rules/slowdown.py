@@ -254,12 +254,15 @@ def _beside(bins: StepHistory, change: _Change, facts: JobFacts) -> list[SideCha
     """Return what else changed: in the slow steps against the others, or in the last third against the first."""
     third = len(bins.steps) // 3
     starts = [*bins.first_step.tolist(), _END]
+    hosts: set[str | None] = set(facts.hosts.values())
+    is_limited = all(map(facts.has_memory_limit, hosts or {None}))
+    memory_of = "container" if is_limited else "host"
     if change.shape == "growth":
-        return changes(facts.samples.use(1, starts[third]), facts.samples.use(starts[-1 - third]))
+        return changes(facts.samples.use(1, starts[third]), facts.samples.use(starts[-1 - third]), memory_of)
 
     then = facts.samples.use(starts[change.first], starts[change.last])
     others = (1, starts[change.first]) if change.first else (starts[change.last], _END)
-    return changes(facts.samples.use(*others), then)
+    return changes(facts.samples.use(*others), then, memory_of)
 
 
 def _is_crowded(change: _Change, beside: Sequence[SideChange]) -> bool:
