@@ -135,7 +135,7 @@ class ThreadSnapshot(_Record):
     """Another thread of the rank that runs the user's code.
 
     Attributes:
-        name: its name.
+        name: its name; empty where a library has started it in C.
         line: innermost frame of the user's code.
         is_daemon: whether the interpreter ends without waiting for it.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.hangs.standing import (
     ENGINE,
     NOW_NS,
+    TORCH,
     S,
     call,
     facts,
@@ -22,7 +24,7 @@ from tests.diagnosis.hangs.standing import (
     snapshot,
 )
 from traceml.database.schema import STEPS, pack_bits
-from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, WorkerSnapshot
+from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot, ThreadSnapshot, WorkerSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
@@ -188,6 +190,58 @@ def test_ranks_that_wait_at_several_places_are_told_apart():
         "(train.py:50 main), rank 1 in recv from rank 2 (train.py:51 main), rank 3 in recv from rank 2 "
         "(train.py:53 main)."
     )
+
+
+def in_schedule(rank: int, **known: Any) -> RankSnapshot:
+    """Return a snapshot of a stage that waits for another one, which nothing tells."""
+    frames = [FrameSnapshot(file=f"{TORCH}/distributed/pipelining/schedules.py", function=name, line=9)
+              for name in ("_wait_batch_p2p", "PipelineScheduleSingle.step")]  # fmt: skip
+    groups = (GroupSnapshot(members=(0, 1, 2), number=655),)
+    return snapshot(rank, *frames, line(70 + rank), phase="comm", groups=groups, **known)
+
+
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_stage_that_has_left_its_pipeline_is_told(left):
+    """It meets the others in a barrier that they never come to, with or without data of its own that ended."""
+    known = {"batches": 41, "epoch": 1} if left else {}
+    ended = {"batches": left, "epoch": 1, "data_ended": True} if left else {}
+    barrier = (group(1, "barrier", members=(0, 1, 2)),)
+    stages = [in_schedule(0, **known), in_schedule(1, **known)]
+    finding = found(*stages, snapshot(2, call("barrier"), line(131), phase="comm", groups=barrier, **ended), ranks=3)
+
+    assert finding.ranks == (2,)
+    assert summary(finding).startswith(
+        "Rank 2 never reached step: its data ended (40 batches, the others 41), and it has been in barrier #1"
+        if left
+        else "Ranks 0, 1 are in step (train.py:70 main, train.py:71 main), rank 2 is in barrier #1 (train.py:131 main)"
+    )
+
+
+def test_a_stage_that_computes_is_waited_for():
+    """Not the one that waits in the barrier."""
+    barrier = snapshot(2, call("barrier"), line(131), groups=(group(1, "barrier", members=(0, 1, 2)),))
+    finding = found(in_schedule(0), snapshot(1, line(6, "stuck"), groups=()), barrier, ranks=3)
+
+    assert finding.ranks == (1,)
+
+
+def test_a_remote_call_is_told_with_the_thread_that_may_run_it():
+    """It is no collective: what the other rank runs for it may be what waits."""
+    frame = FrameSnapshot(file=f"{TORCH}/distributed/rpc/api.py", function="rpc_sync", line=842)
+    running = (ThreadSnapshot(line=line(6, "stuck"), is_daemon=True),)
+    ranks = [snapshot(rank, frame, line(20), wchan="futex_do_wait", threads=running) for rank in (0, 1)]
+    finding = found(*ranks)
+
+    assert "ranks 0, 1 in rpc_sync (train.py:20 main), with its thread in train.py:6 stuck" in summary(finding)
+    assert "network" not in summary(finding) + finding.next
+
+
+@pytest.mark.parametrize(("state", "words"), [("R", "what that line computes"), ("S", "ctypes.PyDLL does not")])
+def test_a_call_that_holds_the_interpreter_has_advice(state, words):
+    """By whether it computes."""
+    held = snapshot(1, line(24, "hold"), answered="signal", process_state=state, quiet_s=500.0)
+
+    assert words in found(in_backward(0, quiet_s=500.0), held).next
 
 
 def test_lines_of_one_collective_are_all_told():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,19 @@ def test_a_thread_is_reported_with_its_line_of_user_code() -> None:
     assert found[0].line is not None
     assert (found[0].line.function, found[0].line.is_user) == ("Upload.wait", True)
     assert found[0].line.file == __file__
+
+
+def test_a_thread_that_a_library_started_is_reported_without_a_name() -> None:
+    """As those of torch.distributed.rpc, which Python's list of threads lacks."""
+    upload = Upload()
+    _thread.start_new_thread(upload.wait, ())
+    upload.ready.wait()
+    try:
+        (found,) = [each for each in snapshots() if each.line is not None and each.line.function == "Upload.wait"]
+    finally:
+        upload.done.set()
+
+    assert (found.name, found.is_daemon) == ("", True)
 
 
 def test_the_training_thread_and_idle_pools_are_not_reported() -> None:

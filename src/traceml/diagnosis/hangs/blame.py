@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot
-from traceml.diagnosis.hangs.rank_state import collective_wait
+from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait
 from traceml.diagnosis.hangs.uneven_data import UnevenData, uneven_data
 
 __all__ = ["Blame", "HangCause", "blame"]
@@ -104,8 +104,8 @@ def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int
 
     targets = {rank: _targets(rank, wait, snapshots, ended, world_size, waits) for rank, wait in waits.items()}
     roots, circle = _walk(targets)
-    different = _different(waits)
-    if different is not None and not roots:
+    different = _between_calls(waits, world_size) or (_different(waits) if not roots else None)
+    if different is not None:
         return different
 
     if roots:
@@ -124,7 +124,7 @@ def _together(waits: Mapping[int, GroupSnapshot], snapshots: Mapping[int, RankSn
     """Return the blame of ranks of which none waits for a certain other one."""
     others = tuple(sorted(snapshots.keys() - waits.keys()))
     known = {(wait.name, wait.number, wait.operation) for wait in waits.values()}
-    if others or len(known) > 1:
+    if others or len(known) > 1 or any(wait.is_p2p for wait in waits.values()):
         return Blame(HangCause.UNANSWERED, (), waits)
 
     return Blame(HangCause.NETWORK, (), waits, next(iter(waits.values())))
@@ -139,8 +139,8 @@ def _targets(
     waits: Mapping[int, GroupSnapshot],
 ) -> set[int]:
     """Return the ranks that a rank waits for."""
-    if wait.is_p2p:
-        return set() if wait.peer is None else {wait.peer}
+    if wait.is_p2p and wait.peer is not None:
+        return {wait.peer}
 
     members = set(wait.members or range(world_size)) - {rank}
     return {
@@ -152,7 +152,7 @@ def _targets(
 
 def _is_behind(snapshot: RankSnapshot, wait: GroupSnapshot, *, is_waiting: bool) -> bool:
     """Whether a rank has not come to a collective that another one waits in."""
-    if not snapshot.groups or wait.number <= 0:  # no numbers: who waits too is not blamed
+    if not snapshot.groups or wait.number <= 0 or wait.is_p2p:  # no numbers: who waits too is not blamed
         return not is_waiting
 
     own = next((group for group in snapshot.groups if group.name == wait.name and not group.is_p2p), None)
@@ -219,6 +219,28 @@ def _different(waits: Mapping[int, GroupSnapshot]) -> Blame | None:
                 return Blame(cause, _minority(list(groups.values())), waits, waits[ranks[0]])
 
     return None
+
+
+def _between_calls(waits: Mapping[int, GroupSnapshot], world_size: int) -> Blame | None:
+    """Return the blame where all ranks wait, some in one collective and the others in transfers with unknown peers.
+
+    Neither can end: the collective lacks the ranks of the transfers, and these lack a peer that is in the collective.
+    """
+    meeting = {rank: wait for rank, wait in waits.items() if not wait.is_p2p}
+    transfers = sorted(waits.keys() - meeting.keys())
+    known = {(wait.name, wait.number, wait.operation) for wait in meeting.values()}
+    if not transfers or len(known) != 1 or len(waits) < world_size:
+        return None
+
+    met = next(iter(meeting.values()))
+    moved = [waits[rank] for rank in transfers]
+    if met.number <= 0 or any(wait.peer is not None or wait.operation in REMOTE_CALLS for wait in moved):
+        return None
+
+    if not set(transfers) <= set(met.members or range(world_size)):
+        return None
+
+    return Blame(HangCause.MISMATCH, _minority([transfers, sorted(meeting)]), waits, moved[0])
 
 
 def _operation(wait: GroupSnapshot) -> object:

@@ -79,7 +79,24 @@ def _advice_for(snapshot: RankSnapshot, found: Standstill) -> str:
         default = "Look at what the dataset does there; `DataLoader(timeout=60)` turns such a wait into an error."
         return _for_wait(worker) or default
 
-    return _for_wait(snapshot) or _check_process(found)
+    return _for_wait(snapshot) or _for_held_lock(snapshot) or _check_process(found)
+
+
+def _for_held_lock(snapshot: RankSnapshot) -> str:
+    """Return the advice about a call of C code that keeps the interpreter to itself; empty for others."""
+    if not doing(snapshot).startswith("in C code"):
+        return ""
+
+    if snapshot.process_state == "R":
+        return (
+            "Look at what that line computes and with which data: a regular expression can take forever on some texts, "
+            "and no other thread runs meanwhile."
+        )
+
+    return (
+        "Find out what that call waits for. No other thread of the process runs meanwhile: if one is to end the wait, "
+        "it must release the GIL, as ctypes.CDLL does and ctypes.PyDLL does not."
+    )
 
 
 def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.hangs.blame import HangCause
-from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
+from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill
 from traceml.diagnosis.hangs.uneven_data import UnevenData
 from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
@@ -167,7 +167,8 @@ def _place(found: Standstill, rank: int) -> str:
 
     wait = found.blame.waits.get(rank)
     if wait is not None:
-        return f"in {_where_they_wait(found, [rank])}"
+        others = _threads_text(snapshot) if wait.operation in REMOTE_CALLS else ""  # such a call may be in one of them
+        return f"in {_where_they_wait(found, [rank])}{others}"
 
     worker = blocked_worker(snapshot)
     if worker is not None:
@@ -187,7 +188,7 @@ def _place(found: Standstill, rank: int) -> str:
 
 def _thread_place(thread: ThreadSnapshot) -> str:
     at = f" in {line_text(thread.line.file, thread.line.line, thread.line.function)}" if thread.line else ""
-    return f"thread {thread.name!r}{at}"
+    return f"thread {thread.name!r}{at}" if thread.name else f"thread{at}"
 
 
 def _threads_text(snapshot: RankSnapshot) -> str:
@@ -223,7 +224,7 @@ def _places(found: Standstill, ranks: Iterable[int]) -> str:
         by_place[_place(found, rank)].append(rank)
 
     parts = [f"{ranks_text(at)} {place}" for place, at in by_place.items()]
-    more = f", and {len(parts) - _LISTED} other places" if len(parts) > _LISTED else ""
+    more = f", and {plural(len(parts) - _LISTED, 'other place')}" if len(parts) > _LISTED else ""
     return ", ".join(parts[:_LISTED]) + more
 
 

@@ -14,6 +14,7 @@ from traceml.database.snapshots import (
 )
 
 __all__ = [
+    "REMOTE_CALLS",
     "awaited_thread",
     "blocked_worker",
     "collective_wait",
@@ -30,6 +31,9 @@ _BUSY_BYTES_PER_S = 10_000
 
 _DISTRIBUTED = "/torch/distributed/"
 _POINT_TO_POINT = ("send", "recv", "isend", "irecv", "batch_isend_irecv", "send_object_list", "recv_object_list")
+REMOTE_CALLS = ("rpc_sync", "rpc_async", "remote", "shutdown", "_wait_all", "_all_gather", "_barrier")
+"""Calls of torch.distributed.rpc: what they wait for is what the other rank runs for them."""
+_PIPELINES, _RPC = "/torch/distributed/pipelining/", "/torch/distributed/rpc/"
 _WRAPPERS = ("wrapper", "inner", "wrapped", "__call__")
 _COMPILER = ("/torch/_dynamo/", "/torch/_inductor/")
 _WAITING_PHASES = ("backward", "comm")
@@ -123,7 +127,7 @@ def collective_wait(snapshot: RankSnapshot) -> GroupSnapshot | None:
     """
     flying = [group for group in snapshot.groups if group.in_flight]
     called = _distributed_call(snapshot.frames)
-    if called in _POINT_TO_POINT:
+    if called in _POINT_TO_POINT or (called and _is_transfer(snapshot.frames, has_flying=bool(flying))):
         default = GroupSnapshot(operation=called, in_flight=True, is_p2p=True)
         return next((group for group in flying if group.is_p2p), default)
 
@@ -151,6 +155,12 @@ def _distributed_call(frames: Sequence[FrameSnapshot]) -> str:
             name = frame.function.rpartition(".")[2]
 
     return name
+
+
+def _is_transfer(frames: Sequence[FrameSnapshot], *, has_flying: bool) -> bool:
+    """Whether the innermost frames are of a pipeline's schedule, or of a remote call: neither is a collective."""
+    file = frames[0].file
+    return (_PIPELINES in file and not has_flying) or _RPC in file
 
 
 def _is_inside(snapshot: RankSnapshot, *, has_flying: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from traceml.database.snapshots import MAX_THREADS, FrameSnapshot, ThreadSnapshot
@@ -24,16 +24,21 @@ def other_threads(training: int, user: UserCode) -> tuple[ThreadSnapshot, ...]:
         user: recognizes the user's code.
     """
     frames = thread_frames()
-    threads = (each for each in threading.enumerate() if each.ident not in (training, threading.get_ident()))
-    found = sorted(_snapshots(threads, frames, user), key=lambda snapshot: snapshot.is_daemon)
+    others = {ident: frame for ident, frame in frames.items() if ident not in (training, threading.get_ident())}
+    found = sorted(_snapshots(others, user), key=lambda snapshot: snapshot.is_daemon)
     return tuple(found[:MAX_THREADS])
 
 
-def _snapshots(
-    threads: Iterator[threading.Thread], frames: dict[int, FrameType], user: UserCode
-) -> Iterator[ThreadSnapshot]:
-    for thread in threads:
-        code, line = user_line(frames.get(thread.ident or 0), user.contains)
-        if code is not None:
-            innermost = FrameSnapshot(file=code.co_filename, line=line, function=code.co_qualname, is_user=True)
+def _snapshots(frames: Mapping[int, FrameType], user: UserCode) -> Iterator[ThreadSnapshot]:
+    known = {thread.ident: thread for thread in threading.enumerate()}
+    for ident, frame in frames.items():
+        code, line = user_line(frame, user.contains)
+        if code is None:
+            continue
+
+        innermost = FrameSnapshot(file=code.co_filename, line=line, function=code.co_qualname, is_user=True)
+        thread = known.get(ident)  # none of threads that a library has started in C, as those of torch.distributed.rpc
+        if thread is None:
+            yield ThreadSnapshot(line=innermost, is_daemon=True)
+        else:
             yield ThreadSnapshot(name=thread.name, line=innermost, is_daemon=thread.daemon)
