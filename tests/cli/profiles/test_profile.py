@@ -20,11 +20,13 @@ from tests.forked import client as forked
 from tests.runs.report.test_line_shares import line, report_with
 from traceml import cli
 from traceml.cli.assistants.json_documents import document_schema
-from traceml.cli.profiles.profile import parse_ranks
+from traceml.cli.profiles.profile import parse_ranks, profiled_text
 from traceml.database.schema import StepFlag, unpack_bits
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import UsageError
+from traceml.runs.export.operator_trace import ProfiledRank
+from traceml.runs.export.top_operators import CallSamples
 from traceml.runs.report.report_types import REPORT_NAME
 
 # Trains until its standard input is closed; then all ranks agree on the last step.
@@ -250,6 +252,15 @@ def test_a_profiler_of_the_script_is_reported(start: Callable[..., _RunningJob])
 
     assert told.returncode == 3
     assert "rank 0: the script runs a profiler of its own" in told.stderr
+
+
+@pytest.mark.parametrize(("first", "expected"), [(198, "Ranks 0, 1, steps 198-202"), (33, "Ranks 0, 1")])
+def test_steps_are_told_of_all_ranks_or_of_none(first: int, expected: str) -> None:
+    """Ranks that share no collective are not in the same step."""
+    steps = {"host": "node1", "pid": 1, "steps": 5, "data": b"", "calls": CallSamples()}
+    traces = [ProfiledRank(rank=0, first_step=198, **steps), ProfiledRank(rank=1, first_step=first, **steps)]
+
+    assert profiled_text(traces) == expected
 
 
 def test_bad_arguments_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from traceml.runs.export.top_operators import OperatorTotal
 from traceml.runs.find import find_run
 from traceml.settings import Config, load
 
-__all__ = ["main", "parse_ranks"]
+__all__ = ["main", "parse_ranks", "profiled_text"]
 
 
 MOST_STEPS = 1000
@@ -171,7 +171,8 @@ def _print(written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWi
         print(note)
 
     if client.spread:
-        print("The ranks disagree on the step: " + "; ".join(_steps_text(each) for each in traces) + ".")
+        listed = "; ".join(f"rank {each.rank}: {_steps_text(each)}" for each in traces)
+        print(f"The ranks disagree on the step: {listed}.")
 
     if client.left_out > 0:
         print(f"{plural(client.left_out, 'further rank')} not profiled: choose others with --ranks.")
@@ -179,15 +180,20 @@ def _print(written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWi
     for each in failed:
         print(printable(f"traceml profile: rank {each.rank} was not profiled: {each.why}"), file=sys.stderr)
 
-    ranks = capitalized(ranks_text(each.rank for each in traces))
     size = bytes_text(written.path.stat().st_size)
-    print(f"{ranks}, {_steps_text(traces[0]).partition(': ')[2]}: {written.path} ({size}). Open it at "
-          "https://ui.perfetto.dev")  # fmt: skip
+    print(f"{profiled_text(traces)}: {written.path} ({size}). Open it at https://ui.perfetto.dev")
+
+
+def profiled_text(traces: Sequence[ProfiledRank]) -> str:
+    """Return `Ranks 0-3, steps 10-14`; without the steps where they are not those of all."""
+    ranks = capitalized(ranks_text(each.rank for each in traces))
+    steps = {_steps_text(each) for each in traces}
+    return f"{ranks}, {steps.pop()}" if len(steps) == 1 else ranks
 
 
 def _steps_text(each: ProfiledRank) -> str:
     last = each.first_step + each.steps - 1
-    return f"rank {each.rank}: " + (f"steps {each.first_step}-{last}" if each.steps > 1 else f"step {last}")
+    return f"steps {each.first_step}-{last}" if each.steps > 1 else f"step {last}"
 
 
 def _document(run: str, written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWindow]) -> ProfileDocument:
