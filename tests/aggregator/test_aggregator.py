@@ -414,6 +414,29 @@ def test_local_aggregator_ends_after_the_last_rank(serving):
     assert aggregator.state() == "finished"
 
 
+def test_a_signal_to_all_processes_of_a_job_is_no_good_end(serving, rank_process):
+    """As at a scheduler's time limit: the aggregator sees its ranks end before it ends itself."""
+    aggregator = serving("--exit-when-idle")
+    process, _ = rank_process(aggregator.port, 0, 1, 500, 200)
+
+    aggregator.process.send_signal(signal.SIGTERM)
+    kill_rank(process)
+
+    assert aggregator.process.wait(90) == 0
+    assert aggregator.state() == "lost"
+    with aggregator.store() as store:
+        assert store.streams()[0].facts["exit"]["process_gone"]
+
+
+def test_a_signal_to_the_aggregator_alone_ends_no_run(serving, rank_process):
+    """Its rank goes on: the run is left to the next aggregator."""
+    aggregator = serving("--exit-when-idle")
+    rank_process(aggregator.port, 0, 1, 500, 200)
+
+    assert aggregator.stop() == 0
+    assert aggregator.state() == "running"
+
+
 def test_aggregator_of_a_launcher_waits_for_it(serving):
     """Between the bye of the last rank and the launcher's word the run stays open: ranks may be started again."""
     aggregator = serving("--run-id", "job", "--exit-when-idle")

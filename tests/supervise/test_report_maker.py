@@ -23,6 +23,11 @@ def waiting_pid() -> int:
     return pid
 
 
+def ignored_signals(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("SigIgn:")).split()[1], 16)
+
+
 @pytest.fixture
 def run(tmp_path):
     return store_run(tmp_path / "run", Job(steps=60))
@@ -45,6 +50,16 @@ def test_both_reports_are_written_by_another_process(run, maker, prepared):
         assert maker.write(run) == run / "report.json"
         assert json.loads((run / "report.json").read_text())["verdict"]["kind"] in (run / "report.html").read_text()
         (run / "report.json").unlink()
+
+
+def test_a_signal_to_all_processes_of_a_job_ends_no_report(run, maker):
+    """As a scheduler sends it: the report tells of that end."""
+    maker.prepare()
+    pid = waiting_pid()
+    eventually(lambda: ignored_signals(pid) >> (signal.SIGTERM - 1) & 1)
+    os.kill(pid, signal.SIGTERM)
+
+    assert maker.write(run) == run / "report.json"
 
 
 def test_the_page_alone(run, maker):

@@ -49,6 +49,7 @@ _VERDICT_S = 1.0
 # After each tick, when the rows are acknowledged, for summing, merging and thinning what a run has stored.
 _MAINTAIN_S = 0.015
 _LAST_ALERTS_S = 5.0
+_SETTLE_POLLS, _SETTLE_POLL_S = 100, 0.05
 # An aggregator that ends when idle waits this long for its first rank.
 _NEVER_JOINED_S = 60.0
 _ADOPT_S = 2.0
@@ -169,7 +170,7 @@ class Aggregator:
         """Admit a peer: a rank gets its run and the numbers of its stored rows; clients and agents need neither."""
         hello = peer.hello
         assert hello is not None
-        if self._done.is_set():
+        if self._done.is_set() and hello.role == "rank":  # its launcher may still tell how the ranks ended
             raise RefusedError("this aggregator is stopping", retry=True)
 
         if hello.runs_dir and list(hello.runs_dir_id) != folder_id(self.registry.runs_dir):
@@ -297,10 +298,31 @@ class Aggregator:
         for flight in dead_flights(run.key, run.path.parent, copies=run.path / COPIES_FOLDER, but=run.recovered):
             run.recover_flight(flight)
 
+    async def _await_ranks(self) -> None:
+        """Wait a moment for ranks that end too, and for the launcher's report of it.
+
+        A scheduler signals all processes of a job at once.
+        """
+        for _ in range(_SETTLE_POLLS):
+            for run in self.registry.open_runs:
+                run.check_absent()
+                run.commit()
+
+            if all(_is_left(run) and not self._has_launcher(run) for run in self.registry.open_runs):
+                break
+
+            await asyncio.sleep(_SETTLE_POLL_S)
+
+        for run in filter(_is_left, self.registry.open_runs):
+            run.end_remaining(None)  # also those of other hosts, which nobody waits for any more
+
     async def _close_all(self) -> None:
+        if self._exit_when_idle:
+            await self._await_ranks()
+
         for run in self.registry.open_runs:
             over = not run.is_connected and all(stream.ended for stream in run.streams)
-            if (over or self._exit_when_idle) and await self.end(run):
+            if over and await self.end(run):
                 continue
 
             run.close()
@@ -491,3 +513,8 @@ def _elsewhere(hello: Hello, runs_dir: Path) -> str:
         "(with --port 0 next to this one) or let the job do it with traceml.init(local=True); "
         f"or set TRACEML_RUNS_DIR={runs_dir}, or the address (TRACEML_PORT), to store the run there"
     )
+
+
+def _is_left(run: ActiveRun) -> bool:
+    """Whether all ranks have left a run: none is connected, and none lives on this host."""
+    return not run.is_connected and all(stream.ended or not stream.seen_here for stream in run.streams)

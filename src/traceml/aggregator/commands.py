@@ -118,6 +118,9 @@ class Commands:
     async def _exits(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
         run = self._run_of(peer)
         exits = args.get("exits")
+        if run.ended:  # too late: this aggregator is stopping
+            return {}
+
         for report in exits if isinstance(exits, list) else []:
             if isinstance(report, dict):
                 run.take_exit(report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ _KILLED_FIRST = "1000"
 
 def main() -> int:
     """Write what is asked for; return the exit status."""
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # a scheduler sends it to all processes of a job, whose report it makes
     lower_priority(int(sys.argv[1]))
     _be_killed_first()
     gc.disable()  # the process ends with the report

@@ -74,7 +74,7 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
             severity=Kind.RANK_LOST.severity_for(0.0),
             ranks=(),
             phase=last.open_phase,
-            summary=f"The scheduler {_CAUSES[cause].what} ({_how(last)}){step_text(last)}{lost_steps_text(lost)}.",
+            summary=f"The scheduler {_CAUSES[cause].what}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.",
             next=_CAUSES[cause].next,
             evidence=_evidence(last, cause, lost),
             cost_share=1.0,
@@ -134,10 +134,11 @@ def _cause(ended: RankExit, job_end_s: float | None) -> str | None:
 
 
 def _how(ended: RankExit) -> str:
-    if ended.signal is None and ended.code:
-        return f"exit code {ended.code}"
+    """Return the signal or the exit code; empty where nobody has seen it, as without a launcher."""
+    if ended.signal is not None:
+        return f" ({signal_name(ended.signal)})"
 
-    return signal_name(ended.signal or signal.SIGKILL)
+    return f" (exit code {ended.code})" if ended.code else ""
 
 
 def _evidence(ended: RankExit, cause: str, lost: int | None) -> dict[str, object]:
