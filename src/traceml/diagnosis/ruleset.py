@@ -24,7 +24,7 @@ from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps
 from traceml.diagnosis.rules.skipped_updates import steps_skipped
-from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
+from traceml.diagnosis.rules.slowdown import is_of_the_host, slowdown, with_its_steps
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.rules.training_data import duplicate_data, loss_not_finite, never_synchronized
 from traceml.diagnosis.stalls.device_faults import device_faults
@@ -35,6 +35,7 @@ from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.even_models import as_one_training
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, ns_text, percent_text
 
@@ -76,6 +77,10 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
     segments = segments_of(window, facts)
     main += _of_seen_ranks(_timing(window, segments, facts), window, facts)
     crowded = cpu_contention(facts)
+    if crowded:  # a host that became busier is one cause, not two
+        remarks = [*(replace(each, severity=Severity.INFO) for each in main if is_of_the_host(each)), *remarks]
+        main = [each for each in main if not is_of_the_host(each)]
+
     if main:
         # Waiting for cores makes all phases longer: beside another cause it is a remark.
         as_remarks = [replace(finding, severity=Severity.INFO) for finding in crowded]
@@ -165,8 +170,14 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
 
     found += [*uneven, *collected, *compiled]
     # Live, the window is only the newest part of a longer run.
-    slower = slowdown(StepHistory.of(window, segments), facts) if window.steps[0] <= _FIRST_STEPS else []
+    late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
+    slower = slowdown(StepHistory.of(window, segments), facts, late) if window.steps[0] <= _FIRST_STEPS else []
     slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
+    for each in slower:
+        timed = [with_its_steps(one, each) for one in found]
+        if timed != found:  # those ranks are the cause: one finding
+            return timed
+
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
 
 

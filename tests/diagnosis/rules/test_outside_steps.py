@@ -17,9 +17,9 @@ from traceml.diagnosis.ruleset import diagnose
 ALONE = Job(ranks=1, steps=220, grouped=False)
 
 
-def findings(wall_s: float, *faults, lines=(), evaluations=0, waited_s=0.0, ranks=1, **parts: float):
+def findings(wall_s: float, *faults, lines=(), evaluations=0, waited_s=0.0, run_s=0.0, ranks=1, **parts: float):
     time = RunTime.of(wall_s, parts, evaluations)
-    facts = JobFacts(time=time, lines=lines, startup_wait_s=waited_s, world_size=ranks)
+    facts = JobFacts(time=time, lines=lines, startup_wait_s=waited_s, startup_run_s=run_s, world_size=ranks)
     return diagnose(window_of(ALONE, *faults), facts)
 
 
@@ -114,6 +114,29 @@ def test_imports_without_a_core_are_not_to_blame():
     assert "importtime" not in found.next
     assert found.next.endswith("With free cores the start-up takes about 3.0 s.")
     assert "ranks" not in found.next
+
+
+def test_a_start_up_without_a_core_is_a_remark():
+    """With free cores it would take 6 s: the verdict is about the steps."""
+    found = findings(160.0, adds("other", 20.0), startup=80.0, steps=80.0, lines=IMPORTS, waited_s=74.0)
+
+    assert [each.kind for each in found] == [Kind.RESIDUAL_HEAVY, Kind.STARTUP]
+    assert found[-1].severity == "info"
+
+
+def test_a_start_up_takes_what_it_ran():
+    """The last reading before the first step may count waiting of that step: 62 s of 60 s."""
+    found = findings(90.0, startup=60.0, steps=30.0, lines=IMPORTS, waited_s=62.0, run_s=5.0)[-1]
+
+    assert found.next.endswith("With free cores the start-up takes about 5.0 s.")
+    assert "92 % of that" in found.summary
+
+
+def test_what_started_the_ranks_may_have_waited_too():
+    """Its waiting is not counted, so the time that is left is a bound."""
+    found = findings(90.0, startup=60.0, steps=30.0, lines=IMPORTS, waited_s=30.0, ranks=2)[-1]
+
+    assert found.next.endswith("With free cores the start-up takes at most 30 s.")
 
 
 def test_ranks_that_start_together_take_the_cores_of_each_other():

@@ -12,9 +12,10 @@ from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
+from traceml.diagnosis.rules.slowdown import slowdown
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.step_history import StepHistory
 
 MS = 1e6
 BINS, WIDTH = 60, 16
@@ -145,6 +146,109 @@ def test_a_slower_phase_of_a_real_window_is_named():
 
     assert (finding.kind, finding.phase) == (Kind.SLOWDOWN, "other")
     assert abs(finding.evidence["since_step"] - 150) <= 5
+
+
+SOME = {"between": lambda at: (at >= 150) & (at < 250), "later": lambda at: at >= 200, "first": lambda at: at < 150}
+
+
+def of_one_rank(part, when, ranks, facts=None):
+    """Return the findings of 400 steps in which rank 1 takes 30 ms more in one part; the others wait for it."""
+
+    def longer(own, _random):
+        own[part][1] = own[part][1] + 30.0 * when(np.arange(own[part].shape[1]))
+
+    return diagnose(window_of(Job(steps=400, ranks=ranks), longer), facts or JobFacts(world_size=ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("part", ["other", "input_wait"])
+def test_a_rank_that_was_slow_for_some_steps_is_named(ranks, part):
+    """The others wait for it as long, so the means over ranks are slower in two parts."""
+    (finding,) = of_one_rank(part, SOME["between"], ranks)
+
+    assert (finding.kind, finding.ranks, finding.phase) == (Kind.SLOWDOWN, (1,), part)
+    assert "because of rank 1, in " in finding.summary
+    assert "of rank 1" in finding.next
+    assert finding.evidence["shape"] == "recovers"
+    assert finding.evidence["until_step"] == pytest.approx(250, abs=6)
+    assert finding.speedup_if_fixed == pytest.approx(1.48, abs=0.1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("part", ["other", "forward", "backward", "optimizer", "input_wait"])
+@pytest.mark.parametrize(("shape", "words"), [("later", "since step "), ("first", "until step ")])
+def test_a_late_rank_is_told_with_its_steps(ranks, part, shape, words):
+    """One cause is one finding: that other programs are to blame would contradict it."""
+    (finding,) = of_one_rank(part, SOME[shape], ranks)
+
+    assert (finding.kind.rule.is_straggler, finding.ranks, finding.phase) == (True, (1,), part)
+    assert f" {words}" in finding.summary
+    assert "turns" not in finding.summary
+    assert finding.speedup_if_fixed == pytest.approx({"later": 1.95, "first": 1.68}[shape], abs=0.1)
+
+
+def test_a_rank_that_becomes_slower_steadily_is_one_finding():
+    """0.075 ms with each step."""
+    (finding,) = of_one_rank("forward", lambda at: at / 400, 2)
+
+    assert (finding.kind, finding.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
+    assert finding.evidence["growth_ms_per_step"] == pytest.approx(0.075, rel=0.1)
+
+
+def test_a_late_rank_is_not_the_cause_of_what_slows_all():
+    """Rank 1 is late all along, and all ranks become slower in other code: two findings."""
+
+    def faults(own, _random):
+        own["forward"][1] += 8.0
+        own["other"] = own["other"] + 15.0 * (np.arange(own["other"].shape[1]) >= 200)
+
+    found = diagnose(window_of(Job(steps=400), faults), JobFacts(world_size=2))
+
+    assert {(each.kind, each.ranks) for each in found} >= {(Kind.SLOWDOWN, ()), (Kind.COMPUTE_STRAGGLER, (1,))}
+    assert all("since step" not in each.summary for each in found if each.ranks)
+
+
+@pytest.mark.parametrize(("waited", "told"), [(0.0, True), (0.3, False), (-1, False)])
+def test_slow_seconds_of_one_phase_count_if_the_ranks_had_their_cores(waited, told):
+    """100 steps of 45 ms; the kernel counts the waiting of the main thread, or says -1."""
+    samples = MachineSamples()
+    rows = np.zeros(40, PROCESS.dtype)
+    rows["step"], rows["t_ns"] = np.arange(0, 400, 10), np.arange(40) * 250 * MS
+    rows["main_wait_ns"] = rows["t_ns"] * waited if waited >= 0 else -1
+    for rank in range(2):
+        samples.add(PROCESS.name, rank, rows)
+
+    kinds = [each.kind for each in of_one_rank("forward", SOME["between"], 2, JobFacts(world_size=2, samples=samples))]
+
+    assert (Kind.SLOWDOWN in kinds) is told
+
+
+def test_a_host_that_becomes_busier_is_told_once():
+    """That the training waits for a core is the verdict, that it does so more than before a remark."""
+
+    def slower(own, _random):
+        for values in own.values():
+            values *= np.where(np.arange(values.shape[1]) >= 400, 2.0, 1.0)
+
+    crowded = JobFacts(world_size=2, main_wait={0: 0.6, 1: 0.6}, core_wait={0: 0.6, 1: 0.6}, cores={"a": 2})
+    window = window_of(Job(steps=800), slower)
+
+    assert [each.kind for each in diagnose(window, JobFacts(world_size=2))] == [Kind.SLOWDOWN]
+    contention, slowdown_of_host = diagnose(window, crowded)
+    assert (contention.kind, slowdown_of_host.kind) == (Kind.CPU_CONTENTION, Kind.SLOWDOWN)
+    assert slowdown_of_host.severity == "info"
+
+
+def test_longer_reductions_are_not_the_host():
+    """No rank's own work is longer."""
+    usual = {"forward": 6.0, "backward": 10.0, "comm": 4.0}
+    parts = {name: (ms + 15.0 * (AT >= 30) * (name == "comm")) * MS for name, ms in usual.items()}
+
+    (finding,) = slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), JobFacts())
+
+    assert finding.phase == "comm"
+    assert "alike" not in finding.summary
+    assert "links between the ranks" in finding.next
 
 
 def test_a_few_slow_seconds_of_a_host_are_no_finding():

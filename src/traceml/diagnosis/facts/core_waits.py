@@ -42,14 +42,14 @@ class CoreWaits:
         self._first: dict[int, tuple[int, ...]] = {}
         self._last: dict[int, tuple[int, ...]] = {}
         self._training: dict[int, tuple[int, int, int]] = {}
-        self._before: dict[int, int] = {}  # waited before the first step
+        self._before: dict[int, tuple[int, int]] = {}  # run and waited before the first step
         self._begun: set[int] = set()  # ranks that had a step
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
         last, (wall, run, wait) = self._last.get(rank), self._training.get(rank, (0, 0, 0))
         for row in zip(*(rows[name].tolist() for name in _READ), strict=True):
-            self._note_start_up(rank, waited_ns=row[2], step=row[3])
+            self._note_start_up(rank, (row[1], row[2]), step=row[3])
             if last is None:
                 self._first[rank] = row
             elif last[3] >= 0 and row[3] >= 0:
@@ -60,16 +60,23 @@ class CoreWaits:
         if last is not None:
             self._last[rank], self._training[rank] = last, (wall, run, wait)
 
-    def _note_start_up(self, rank: int, waited_ns: int, step: int) -> None:
+    def _note_start_up(self, rank: int, run_and_wait_ns: tuple[int, int], step: int) -> None:
         if step >= 0:
             self._begun.add(rank)
         elif rank not in self._begun:  # a restarted rank counts from 0 again
-            self._before[rank] = waited_ns
+            self._before[rank] = run_and_wait_ns
 
     def of_start_up_s(self) -> float:
         """Return the seconds that main threads waited for a core before the first step: the median over ranks."""
-        waited = [ns for ns in self._before.values() if ns >= 0]
-        return float(np.median(waited)) / 1e9 if waited else 0.0
+        return self._median_before_s(1)
+
+    def run_in_start_up_s(self) -> float:
+        """Return the seconds that main threads ran before the first step: the median over ranks."""
+        return self._median_before_s(0)
+
+    def _median_before_s(self, field: int) -> float:
+        known = [each[field] for each in self._before.values() if min(each) >= 0]
+        return float(np.median(known)) / 1e9 if known else 0.0
 
     def of_ready_time(self) -> dict[int, float]:
         """Return the share of the time in which a main thread could have run that it waited for a core.
@@ -115,15 +122,15 @@ class CoreTakerHistory:
         return {name: cores for name, cores in means.items() if cores >= LEAST_CORES}
 
 
-def share_of_wall_time(rows: NDArray[np.void]) -> float:
+def share_of_wall_time(rows: NDArray[np.void]) -> float | None:
     """Return the share of the time from the first to the last reading that the main thread waited for a core.
 
     Args:
-        rows: rows of `schema.PROCESS` of one rank, at least one; 0 where the kernel does not count.
+        rows: rows of `schema.PROCESS` of one rank, at least one; None where the kernel does not count.
     """
     passed = int(rows["t_ns"][-1] - rows["t_ns"][0])
     if passed <= 0 or rows["main_wait_ns"][0] < 0:
-        return 0.0
+        return None
 
     return float(rows["main_wait_ns"][-1] - rows["main_wait_ns"][0]) / passed
 

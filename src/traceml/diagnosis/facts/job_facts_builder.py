@@ -299,6 +299,7 @@ class JobFactsBuilder:
             main_wait=self._waits.of_ready_time(),
             core_wait=self._waits.of_wall_time(),
             startup_wait_s=self._waits.of_start_up_s(),
+            startup_run_s=self._waits.run_in_start_up_s(),
             core_takers=self.core_takers.most(),
             samples=self.samples,
             model=self._model,

@@ -122,7 +122,7 @@ class MachineSamples:
         hosts = list(self._rows(HOST, spans))
         disks = [_rate(rows, "disk_read_bytes") for rows in hosts]
         return MachineUse(
-            waited=_median([each[0] for each in processes]),
+            waited=_median([each[0] for each in processes if each[0] is not None]),
             busy_cores=_median([each[1] for each in processes]),
             major_faults=_median([each[2] for each in processes]),
             host_cores=self._host_cores(spans),
@@ -223,7 +223,7 @@ class _Thinned:
         return self._parts[0]
 
 
-def _rates(rows: NDArray[np.void]) -> tuple[float, float, float]:
+def _rates(rows: NDArray[np.void]) -> tuple[float | None, float, float]:
     """Return (share of time without a core, cores used, major faults per second) of a process."""
     return share_of_wall_time(rows), (_rate(rows, "cpu_ns") or 0.0) / 1e9, _rate(rows, "major_faults") or 0.0
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -202,7 +202,7 @@ def late_in_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[F
     if part is None or uneven[part] < TURNS_DOMINANCE * sum(uneven.values()):
         return []
 
-    finding = _late_in_turns(segments, part, segments.parts[part], step_ns)
+    finding = _late_in_turns(segments, facts, part, segments.parts[part], step_ns)
     return [finding] if finding is not None else []
 
 
@@ -212,7 +212,7 @@ def _imbalance(values: Floats) -> float:
     return float((values.max(axis=0) - median_over_ranks(values)).mean())
 
 
-def _late_in_turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Finding | None:
+def _late_in_turns(segments: Segments, facts: JobFacts, part: str, values: Floats, step_ns: float) -> Finding | None:
     outliers = _outliers(values, segments.measured if part == "backward" else None, step_ns)
     late = outliers.any(axis=0)
     turns = outliers[:, late]
@@ -236,6 +236,9 @@ def _late_in_turns(segments: Segments, part: str, values: Floats, step_ns: float
         return None  # all ranks, in a part that has a finding of its own
 
     ranks = () if some.all() else tuple(int(rank) for rank in segments.ranks[some])
+    if len(ranks) == 1:
+        return _seldom_late(segments, facts, part, ranks[0], (base, late_ns), float(late.mean()), saved, step_ns)
+
     return _turns_finding(segments, part, ranks, base, late_ns, float(late.mean()), even, step_ns)
 
 
@@ -247,6 +250,44 @@ def _outliers(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float)
     limit = quarter * max(2.0, np.exp(4.7 * spread)) + 0.05 * step_ns
     outliers = values > limit
     return np.asarray(outliers if columns is None else outliers & columns)
+
+
+def _seldom_late(
+    segments: Segments,
+    facts: JobFacts,
+    part: str,
+    rank: int,
+    levels_ns: tuple[float, float],
+    often: float,
+    saved: float,
+    step_ns: float,
+) -> Finding:
+    """Return the finding about a single rank that is late in some steps: no other takes a turn."""
+    kind, (base, late_ns) = straggler_kind(part), levels_ns
+    share, gain = saved / step_ns, speedup(segments, saved)
+    mine = float(segments.parts[part][segments.ranks == rank].mean()) / step_ns
+    line = blamed_line(facts.lines, part, mine, (rank,), segments.ranks[segments.ranks != rank].tolist())
+    return Finding(
+        kind=kind,
+        severity=kind.severity_for(share),
+        ranks=(rank,),
+        phase=part,
+        summary=(
+            f"Rank {rank} slows the others down in {percent_text(often)} of the steps: its {phase_words(part)} takes "
+            f"{ns_text(late_ns)} then instead of {ns_text(base)}{line.of_it if line else ''}; without that, steps "
+            f"would be {gain_text(gain)}."
+        ),
+        next=advice.for_straggler(part, (rank,), facts, line),
+        evidence={
+            "step_ms": step_ns / 1e6,
+            "usual_ms": base / 1e6,
+            "late_ms": late_ns / 1e6,
+            "share_of_steps_late": often,
+            **(line.evidence(mine) if line else {}),
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
 
 
 def _turns_finding(

@@ -18,7 +18,7 @@ __all__ = ["covered", "outside_steps"]
 STARTUP_S = 5.0
 """A shorter start-up is not reported."""
 LONG_STARTUP_S = 60.0
-"""From here on a long start-up is a warning."""
+"""From here on a long start-up is a warning, without its waiting for a core."""
 _REPORTED_WAIT = 0.25
 """Share of the start-up from which on waiting for a core is reported."""
 _REPORTED_COMPILING = 0.1
@@ -53,12 +53,14 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
 
     mostly_imports = imports >= NAMED_SHARE
     where = f", {percent_text(imports)} of it in imports" if mostly_imports else line.of_it if line else ""
-    waited = min(facts.startup_wait_s / startup_s, 1.0)
+    # Read once or twice a second: the last reading may be of the first step, and what ran took its time on any core.
+    waited_s = max(min(facts.startup_wait_s, startup_s - facts.startup_run_s), 0.0)
+    waited = waited_s / startup_s
     lacks_cores = waited >= _REPORTED_WAIT
     crowded = f" It waited for a CPU core for {percent_text(waited)} of that." if lacks_cores else ""
     own_code = line is not None and not mostly_imports
     if lacks_cores and not own_code:
-        advice = _for_cores(startup_s - facts.startup_wait_s, facts.world_size)
+        advice = _for_cores(startup_s - waited_s, facts.world_size)
     else:
         advice = _FOR_IMPORTS if mostly_imports else _for_startup(line)
 
@@ -67,11 +69,12 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
         startup_s,
         _began_text(time, startup_s) + where + "." + crowded,
         advice,
-        {
+        evidence={
             **({"import_share": imports} if mostly_imports else {}),
             **({"core_wait_share": waited} if lacks_cores else {}),
             **({} if line is None else line.evidence(1.0)),
         },
+        waited_s=waited_s,
     )
 
 
@@ -98,11 +101,11 @@ def _part_of_run(time: RunTime) -> str:
 
 
 def _startup_finding(
-    time: RunTime, startup_s: float, summary: str, advice: str, evidence: Mapping[str, Any]
+    time: RunTime, startup_s: float, summary: str, advice: str, evidence: Mapping[str, Any], waited_s: float = 0.0
 ) -> Finding:
     return Finding(
         kind=Kind.STARTUP,
-        severity=Severity.WARNING if startup_s >= LONG_STARTUP_S else Severity.INFO,
+        severity=Severity.WARNING if startup_s - waited_s >= LONG_STARTUP_S else Severity.INFO,
         summary=summary,
         next=advice,
         evidence={"startup_s": startup_s, "wall_s": time.wall_s, "share": time.share("startup"), **evidence},
@@ -112,9 +115,10 @@ def _startup_finding(
 
 def _for_cores(left_s: float, ranks: int) -> str:
     fewer = "start fewer ranks per host, " if ranks > 1 else ""
+    at_most = "at most" if ranks > 1 else "about"  # what starts the ranks may have waited, too
     return (
         f"The cores were taken meanwhile: {fewer}end or move other programs on this host (`top` names them), or give "
-        f"the run cores of its own. With free cores the start-up takes about {duration_text(max(left_s, 0.0))}."
+        f"the run cores of its own. With free cores the start-up takes {at_most} {duration_text(left_s)}."
     )
 
 

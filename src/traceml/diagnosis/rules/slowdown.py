@@ -6,11 +6,11 @@ it: level, levels with one or two jumps, or a straight line (Theil-Sen, H. Theil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -19,16 +19,14 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.changes import SideChange, changes
-from traceml.diagnosis.steps.segments import COMPUTE, Segments
-from traceml.diagnosis.steps.window import Window
-from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words
+from traceml.diagnosis.steps.segments import COMPUTE
+from traceml.diagnosis.steps.step_history import StepHistory
+from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["StepHistory", "slowdown"]
+__all__ = ["is_of_the_host", "slowdown", "with_its_steps"]
 
 MIN_BINS = 12
 """Fewer bins have no shape."""
-MIN_STEPS_PER_BIN = 4
-"""A bin has so many steps, as single ones are noise."""
 MIN_FACTOR = 1.2
 """A slow part is slower by this factor."""
 MIN_FACTOR_ALIKE = 1.25
@@ -37,59 +35,28 @@ MIN_ALIKE_NS = 10e9
 """And the slow part lasts so long: programs that come and go take cores for seconds."""
 SIMILAR_FACTOR = 0.5
 """If the rest of the step is slower by this share of the blamed phase's factor, all phases are."""
+MIN_COMPUTE_NS = 3e9
+"""A slow part of one computing phase lasts so long where the ranks had their cores, as counted by the kernel."""
+MIN_COMPARED_SHARE = 0.25
+"""And the rest of a rank's work, which is not slower, is at least this share of that phase."""
+HAS_CORE_WAIT = 0.05
+"""A rank has its core if it waits for one for less of the time."""
+SOME_RANKS_SHARE = 1 / 3
+"""Ranks are blamed if the others' work grows by less than this share of theirs."""
 MIN_Z_SCORE = 6.0
 """A jump is this many standard errors, by the deviation of bins from their level."""
 MIN_TAU = 0.7
 """Growth is steady if the bins' order agrees with time by this much (Kendall's tau)."""
 DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
-_MAX_BINS = 64
+_COMM = "comm"
+_STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
+_OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
 _END = 1 << 62
 _MIN_SEGMENT = 3
 _SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class StepHistory:
-    """Usual step by bin of the whole run: the median over its steps of the mean over all ranks.
-
-    Attributes:
-        first_step: first step of each bin.
-        steps: number of steps in each bin.
-        step_ns: step time of each bin.
-        parts_ns: phase -> the same.
-    """
-
-    first_step: NDArray[np.int64]
-    steps: NDArray[np.int64]
-    step_ns: Floats
-    parts_ns: Mapping[str, Floats]
-
-    @classmethod
-    def of(cls, window: Window, segments: Segments) -> StepHistory:
-        """Return the history of a window, in up to 64 bins of equal width in steps.
-
-        Args:
-            window: aligned steps.
-            segments: its own work; the rest of a step is waiting for other ranks.
-        """
-        first, last = int(window.steps[0]), int(window.steps[-1])
-        width = max(-(-(last - first + 1) // _MAX_BINS), -(-MIN_STEPS_PER_BIN * (last - first + 1) // len(window)))
-        numbers, starts = np.unique((window.steps - first) // width, return_index=True)
-        ends = [*starts[1:].tolist(), len(window.steps)]
-
-        def usual(values: NDArray[np.floating[Any]]) -> Floats:
-            return np.array([np.median(values[at:end]) for at, end in zip(starts.tolist(), ends, strict=True)])
-
-        parts = {name: values.mean(axis=0, dtype=np.float64) for name, values in segments.parts.items()}
-        waiting = np.maximum(segments.step - sum(parts.values()), 0)
-        if len(starts) > 1 and ends[-1] - starts[-1] < MIN_STEPS_PER_BIN:  # of too few steps
-            numbers, starts, ends = numbers[:-1], starts[:-1], ends[:-1]
-
-        by_bin = {name: usual(values) for name, values in {**parts, "comm": waiting + parts.get("comm", 0)}.items()}
-        return cls(first + numbers * width, np.diff([*starts, ends[-1]]), usual(segments.step), by_bin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +78,19 @@ class _Change:
         return slice(self.first, self.last)
 
 
-def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
+def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...]] = ()) -> list[Finding]:
     """Return the finding about steps that became slower, or were slow at first.
 
     Args:
         bins: history of the whole run.
         facts: about the job.
+        late: groups of ranks that are known to be late.
     """
     if len(bins.steps) < MIN_BINS:
         return []
 
     change = _growth(bins.step_ns) or _jump(bins.step_ns)
-    if change is None or not _is_clear(bins, change):
+    if change is None or not _is_clear(bins, change, facts, late):
         return []
 
     mean = float(np.average(bins.step_ns, weights=bins.steps))
@@ -133,14 +101,23 @@ def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
     return [_finding(bins, change, lost, mean, facts)]
 
 
-def _is_clear(bins: StepHistory, change: _Change) -> bool:
+def _is_clear(bins: StepHistory, change: _Change, facts: JobFacts, late: Collection[tuple[int, ...]]) -> bool:
     """Return whether the slow part is slow enough; where a busy host makes the same picture, also long enough."""
     part = _part(bins, change)
-    if part is not None and part not in COMPUTE:
+    if (part is not None and part not in (*COMPUTE, _COMM)) or _ranks(bins, change) in late:
         return change.factor >= MIN_FACTOR
 
     lasted_ns = float((bins.step_ns * bins.steps)[change.bins].sum())
-    return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= MIN_ALIKE_NS
+    least_ns = MIN_COMPUTE_NS if part in COMPUTE and _has_cores(bins, change, part, facts) else MIN_ALIKE_NS
+    return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= least_ns
+
+
+def _has_cores(bins: StepHistory, change: _Change, part: str, facts: JobFacts) -> bool:
+    """Return whether ranks had their cores meanwhile: the kernel counted, and other work did not become slower."""
+    usual, _ = _levels_of(bins, change)
+    compared = sum(usual.values()) - usual[part] - usual.get(_COMM, 0.0)
+    waited = facts.samples.use(*_steps_of(bins, change)).waited
+    return waited is not None and waited < HAS_CORE_WAIT and compared >= MIN_COMPARED_SHARE * usual[part]
 
 
 def _growth(values: Floats) -> _Change | None:
@@ -215,9 +192,10 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
     crowded = _is_crowded(change, beside)
     # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
     part = None if crowded else _part(bins, change)
+    ranks = _ranks(bins, change)
     share = lost / mean
     phase_share = 0.0 if part is None else _share(bins, part)
-    line = None if part is None else own_line(facts.lines, part, phase_share)
+    line = None if part in (None, _COMM) else own_line(facts.lines, part, phase_share, ranks)
     since = int(bins.first_step[change.first])
     end = bins.first_step[change.last] if change.last < len(bins.steps) else None
     per_step = (change.after_ns - change.before_ns) / max(int(bins.first_step[-1] - bins.first_step[0]), 1)
@@ -235,10 +213,11 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
     return Finding(
         kind=Kind.SLOWDOWN,
         severity=Kind.SLOWDOWN.severity_for(share),
+        ranks=ranks,
         phase=part,
-        summary=_summary(change, since, end, per_step, share, "" if crowded else _where(part, line))
+        summary=_summary(change, since, end, per_step, share, _where(part, ranks, line, crowded=crowded))
         + _meanwhile(beside),
-        next=beside[0].advice if beside and (crowded or line is None) else _advice(change, part, line),
+        next=beside[0].advice if beside and (crowded or line is None) else _advice(change, part, ranks, line),
         evidence=evidence,
         cost_share=share,
         speedup_if_fixed=1 / max(1 - share, 0.01),
@@ -260,9 +239,14 @@ def _beside(bins: StepHistory, change: _Change, facts: JobFacts) -> list[SideCha
     if change.shape == "growth":
         return changes(facts.samples.use(1, starts[third]), facts.samples.use(starts[-1 - third]), memory_of)
 
-    then = facts.samples.use(starts[change.first], starts[change.last])
     others = (1, starts[change.first]) if change.first else (starts[change.last], _END)
-    return changes(facts.samples.use(*others), then, memory_of)
+    return changes(facts.samples.use(*others), facts.samples.use(*_steps_of(bins, change)), memory_of)
+
+
+def _steps_of(bins: StepHistory, change: _Change) -> tuple[int, int]:
+    """Return the slow part's first step, and the first one after it."""
+    starts = [*bins.first_step.tolist(), _END]
+    return max(starts[change.first], 1), starts[change.last]
 
 
 def _is_crowded(change: _Change, beside: Sequence[SideChange]) -> bool:
@@ -282,7 +266,7 @@ def _part(bins: StepHistory, change: _Change) -> str | None:
     differences = {name: slow[name] - usual[name] for name in usual}
     whole = sum(value for value in differences.values() if value > 0)
     part = max(differences, key=lambda name: differences[name], default=None)
-    if part in (None, "comm") or not differences[part] >= DOMINANT_SHARE * whole > 0:
+    if part is None or not differences[part] >= DOMINANT_SHARE * whole > 0:
         return None
 
     rest, more = (sum(values.values()) - values[part] for values in (usual, differences))
@@ -290,15 +274,34 @@ def _part(bins: StepHistory, change: _Change) -> str | None:
     return part if more / max(rest, 1.0) < similar else None
 
 
+def _ranks(bins: StepHistory, change: _Change) -> tuple[int, ...]:
+    """Return the ranks whose own work alone became longer; empty for all."""
+    if len(bins.own_ns) < 2:
+        return ()
+
+    usual, slow = _usual_and_slow(bins, change)
+    longer = np.median(bins.own_ns[:, slow], axis=1) - np.median(bins.own_ns[:, usual], axis=1)
+    late = longer >= 0.5 * longer.max()
+    whole = float(np.median(bins.step_ns[slow]) - np.median(bins.step_ns[usual]))
+    if 2 * late.sum() > len(late) or longer.max() < DOMINANT_SHARE * whole:
+        return ()
+
+    return tuple(bins.ranks[late].tolist()) if longer[~late].max() < SOME_RANKS_SHARE * longer.max() else ()
+
+
+def _usual_and_slow(bins: StepHistory, change: _Change) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the bins outside and inside the slow part; of growth the first and the last third."""
+    at, third = np.arange(len(bins.steps)), len(bins.steps) // 3
+    if change.shape == "growth":
+        return at < third, at >= len(at) - third
+
+    slow = (at >= change.first) & (at < change.last)
+    return ~slow, slow
+
+
 def _levels_of(bins: StepHistory, change: _Change) -> tuple[dict[str, float], dict[str, float]]:
     """Return the usual time and the slow time of each phase."""
-    slow = np.zeros(len(bins.steps), bool)
-    slow[change.bins] = True
-    usual = ~slow
-    if change.shape == "growth":
-        third = len(slow) // 3
-        usual, slow = np.arange(len(slow)) < third, np.arange(len(slow)) >= len(slow) - third
-
+    usual, slow = _usual_and_slow(bins, change)
     return _medians(bins, usual), _medians(bins, slow)
 
 
@@ -306,11 +309,12 @@ def _medians(bins: StepHistory, at: NDArray[np.bool_]) -> dict[str, float]:
     return {name: float(np.median(values[at])) for name, values in bins.parts_ns.items()}
 
 
-def _where(part: str | None, line: BlamedLine | None) -> str:
+def _where(part: str | None, ranks: tuple[int, ...], line: BlamedLine | None, *, crowded: bool) -> str:
+    whose = f", because of {ranks_text(ranks)}" if ranks else ""
     if part is None:
-        return ", in all phases alike"
+        return whose if crowded else f"{whose}, in all phases alike"
 
-    return f", in {phase_words(part)}" + (line.of_it if line else "")
+    return f"{whose}, in {phase_words(part)}" + (line.of_it if line else "")
 
 
 def _summary(change: _Change, since: int, end: int | None, per_step: float, share: float, where: str) -> str:
@@ -330,22 +334,67 @@ def _summary(change: _Change, since: int, end: int | None, per_step: float, shar
     return f"From step {count_text(since)} to step {until} {longer}"
 
 
-def _advice(change: _Change, part: str | None, line: BlamedLine | None) -> str:
+def with_its_steps(late: Finding, slower: Finding) -> Finding:
+    """Return a finding about late ranks with the steps in which they are; unchanged where others became slower.
+
+    Args:
+        late: about ranks that the others wait for.
+        slower: about steps that became slower.
+    """
+    if not _is_same_cause(late, slower):
+        return late
+
+    evidence = {name: slower.evidence[name] for name in _STEPS if name in slower.evidence}
+    since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
+    when = {
+        "stays": f"It has been so since step {since}.",
+        "first": f"It was so until step {until}.",
+        "recovers": f"It was so from step {since} to step {until}.",
+        "growth": f"It grows by {ns_text(1e6 * evidence.get('growth_ms_per_step', 0.0))} with each step.",
+    }
+    text = f"{late.summary} {when[evidence['shape']]}"
+    return replace(late, summary=text, evidence={**late.evidence, **evidence})
+
+
+def _is_same_cause(late: Finding, slower: Finding) -> bool:
+    """Return whether steps became slower because of ranks that are late."""
+    same = slower.phase in (None, late.phase)
+    return late.kind.rule.is_straggler and bool(slower.ranks) and slower.ranks == late.ranks and same
+
+
+def is_of_the_host(slower: Finding) -> bool:
+    """Return whether steps became slower in all phases, on all ranks, and nothing but the cores changed meanwhile."""
+    alike = slower.kind is Kind.SLOWDOWN and slower.phase is None and not slower.ranks
+    return alike and _OF_CORES.issuperset(slower.evidence.get("changed", ()))
+
+
+def _advice(change: _Change, part: str | None, ranks: tuple[int, ...], line: BlamedLine | None) -> str:
     if line is not None and change.shape == "growth":
         return f"Look at {line.place} for what it keeps or repeats: a list, a history or a graph that grows."
 
     if line is not None:
         return f"Look at what {line.place} does then and not otherwise."
 
+    of_ranks = f" of {ranks_text(ranks)}" if ranks else ""
     if part is None:
         return (
-            "All phases are slower, so the code is not the cause: look for other programs on the host, clocks lowered "
-            "by heat or power, and swapping at that time."
+            f"All phases are slower, so the code is not the cause: look for other programs on the host{of_ranks}, "
+            "clocks lowered by heat or power, and swapping at that time."
+        )
+
+    if part == _COMM:
+        return (
+            "Look at the links between the ranks at that time, at what else uses them, and at how much is reduced "
+            "then: no rank's own work is longer."
         )
 
     if part == "input_wait":
-        return "Look at the data from that step on: larger files, another shard, a page cache that no longer holds it."
+        return (
+            f"Look at the data{of_ranks} from that step on: larger files, another shard, a page cache that no longer "
+            "holds it."
+        )
 
     return (
-        f"Look at what changes in {phase_words(part)} then: batch size, sequence length, recompilation, a growing list."
+        f"Look at what changes in {phase_words(part)}{of_ranks} then: batch size, sequence length, recompilation, a "
+        "growing list."
     )

@@ -1,0 +1,89 @@
+"""History of the usual step over the whole run, in equal bins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.window import Window
+
+__all__ = ["StepHistory"]
+
+MIN_STEPS_PER_BIN = 4
+"""A bin has so many steps, as single ones are noise."""
+_MAX_BINS = 64
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepHistory:
+    """Usual step by bin of the whole run: medians over its steps.
+
+    The others wait for the rank that takes longest, so its work is that of the step: a mean over ranks would count most
+    of it as waiting.
+
+    Attributes:
+        first_step: first step of each bin.
+        steps: number of steps in each bin.
+        step_ns: step time of each bin, the mean over all ranks.
+        parts_ns: phase -> its time on the rank that takes longest, and the rest of the step; the mean over ranks that
+            do not wait for each other.
+        ranks: ranks that wait for each other, one per row of `own_ns`; empty where rows stand for several ranks.
+        own_ns: own work of each, rank x bin.
+    """
+
+    first_step: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    step_ns: Floats
+    parts_ns: Mapping[str, Floats]
+    ranks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    own_ns: Floats = field(default_factory=lambda: np.empty((0, 0)))
+
+    @classmethod
+    def of(cls, window: Window, segments: Segments) -> StepHistory:
+        """Return the history of a window, in up to 64 bins of equal width in steps.
+
+        Args:
+            window: aligned steps.
+            segments: its own work; the rest of a step is waiting for other ranks.
+        """
+        first, last = int(window.steps[0]), int(window.steps[-1])
+        width = max(-(-(last - first + 1) // _MAX_BINS), -(-MIN_STEPS_PER_BIN * (last - first + 1) // len(window)))
+        numbers, starts = np.unique((window.steps - first) // width, return_index=True)
+        ends = [*starts[1:].tolist(), len(window.steps)]
+
+        def usual(values: NDArray[np.floating[Any]]) -> Floats:
+            spans = zip(starts.tolist(), ends, strict=True)
+            return np.stack([np.median(values[..., at:end], axis=-1) for at, end in spans], axis=-1)
+
+        parts = _of_longest(segments)
+        waiting = np.maximum(segments.step - sum(parts.values()), 0)
+        if len(starts) > 1 and ends[-1] - starts[-1] < MIN_STEPS_PER_BIN:  # of too few steps
+            numbers, starts, ends = numbers[:-1], starts[:-1], ends[:-1]
+
+        single = segments.grouped and not segments.stands_for and not len(segments.above)
+        return cls(
+            first_step=first + numbers * width,
+            steps=np.diff([*starts, ends[-1]]),
+            step_ns=usual(segments.step),
+            parts_ns={
+                name: usual(values) for name, values in {**parts, "comm": waiting + parts.get("comm", 0)}.items()
+            },
+            ranks=segments.ranks if single else np.empty(0, np.int64),
+            own_ns=usual(segments.own) if single else np.empty((0, 0)),
+        )
+
+
+def _of_longest(segments: Segments) -> dict[str, Floats]:
+    """Return the parts of each step on the rank that takes longest in it."""
+    if not segments.grouped:
+        return {name: values.mean(axis=0, dtype=np.float64) for name, values in segments.parts.items()}
+
+    at, row = np.arange(segments.own.shape[1]), segments.own.argmax(axis=0)
+    return {name: values[row, at].astype(np.float64) for name, values in segments.parts.items()}
