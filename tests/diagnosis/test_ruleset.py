@@ -359,6 +359,17 @@ def test_time_without_a_core_is_no_work(ms, share):
     assert verdict(Job(), adds("backward", ms, (1,)), core_wait={0: share, 1: share}).ranks == (1,)
 
 
+def test_a_rank_that_computes_more_waits_more_for_a_core():
+    """On a busy host that is due to its code: four times the work, as the kernel counts, waits four times as long."""
+    starved = {"main_wait": {0: 0.85, 1: 0.85}, "core_wait": {0: 0.6, 1: 0.15}}
+    slowed = {"main_wait": {0: 0.85, 1: 0.4}, "core_wait": {0: 0.6, 1: 0.07}}
+
+    found = verdict(Job(), adds("other", 20.0, (0,)), **starved)
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.STRAGGLER, (0,), "other")
+    assert verdict(Job(), adds("other", 20.0, (0,)), **slowed).kind is Kind.CPU_CONTENTION
+
+
 def test_ranks_without_a_group_do_not_wait_for_each_other():
     """Separate processes are no stragglers."""
     found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)), group=False)

@@ -53,3 +53,14 @@ def test_the_gain_is_that_of_saving_half_as_often():
 
     assert finding.speedup_if_fixed == pytest.approx(1 / (1 - finding.cost_share / 2), rel=0.01)
     assert "Save half as often" in finding.next
+
+
+@pytest.mark.parametrize(("saving", "named"), [((0,), (0,)), (None, ()), ((0, 1), ())])
+def test_the_rank_that_alone_saves_is_named(saving, named):
+    """The other waits for it: three saves are too few to call it late."""
+    finding = diagnose(window_of(Job(steps=190), adds("checkpoint", 400.0, saving, every=60)), JobFacts(world_size=2))[
+        0
+    ]
+
+    assert (finding.kind, finding.ranks) == (Kind.CHECKPOINT_STALLS, named)
+    assert ("steps save on rank 0, for " in finding.summary) is bool(named)

@@ -152,16 +152,31 @@ class JobFacts:
 
     def core_wait_of_others(self, ranks: Collection[int]) -> float | None:
         """Return the median share of wall time that all ranks but these waited for a core; None where not known."""
-        if len(ranks) == 1:  # as thousands are judged one by one
-            return self._medians_of_core_wait.get(*ranks)
+        return _of_others(ranks, self.core_wait, self._medians_of_core_wait)
 
-        late = set(ranks)
-        others = [share for rank, share in self.core_wait.items() if rank not in late]
-        return float(np.median(others)) if others else None
+    def core_run(self, ranks: Collection[int]) -> tuple[float, float] | None:
+        """Return the shares of wall time that main threads of ranks ran, the mean, and of all others, the median.
+
+        None where that is not known: what runs without ever waiting for a core is not.
+        """
+        mine, others = [self._core_runs.get(rank, 0.0) for rank in ranks], None
+        if self._core_runs.keys() >= set(ranks):
+            others = _of_others(ranks, self._core_runs, self._medians_of_core_run)
+
+        return (float(np.mean(mine)), others) if mine and others else None
 
     @cached_property
     def _medians_of_core_wait(self) -> dict[int, float]:
         return medians_of_others(self.core_wait)
+
+    @cached_property
+    def _core_runs(self) -> dict[int, float]:
+        ready = ((rank, waited, self.main_wait.get(rank, 0.0)) for rank, waited in self.core_wait.items())
+        return {rank: waited * (1 - share) / share for rank, waited, share in ready if share > 0}
+
+    @cached_property
+    def _medians_of_core_run(self) -> dict[int, float]:
+        return medians_of_others(self._core_runs)
 
     @property
     def waited_share(self) -> float:
@@ -207,3 +222,12 @@ class JobFacts:
 
         shares = [self.cores[host] // count for host, count in per_host.items() if host in self.cores]
         return max(1, min(shares)) if shares else None
+
+
+def _of_others(ranks: Collection[int], shares: Mapping[int, float], medians: Mapping[int, float]) -> float | None:
+    if len(ranks) == 1:  # as thousands are judged one by one
+        return medians.get(*ranks)
+
+    late = set(ranks)
+    others = [share for rank, share in shares.items() if rank not in late]
+    return float(np.median(others)) if others else None

@@ -43,6 +43,8 @@ ITERATOR_SHARE = 0.5
 """Code outside the phases is waiting for an iterator if this share of its samples is."""
 CROWDED_SHARE = 0.20
 """The share from which code outside the phases is reported when the ranks have too few cores."""
+SAVING_SHARE = 1 / 3
+"""A rank saves if it takes this share of the time of the one that saves longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,19 +226,28 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     longest = values[:, :-1].max(axis=0, initial=0)
     saves = longest > FLOOR_NS
     kept = np.concatenate([np.zeros_like(values[:, :-1]), values[:, -1:]], axis=1)
-    cost = _PhaseCost(segments, "checkpoint", step_ns, (), values - kept, saved_ns(segments, {"checkpoint": kept}))
+    ranks, removed = _ranks_with(segments, values[:, :-1]), values - kept
+    cost = _PhaseCost(segments, "checkpoint", step_ns, ranks, removed, saved_ns(segments, {"checkpoint": kept}))
     if saves.sum() < 2 or not cost.exceeds():
         return []
 
     count, each_ns = int(saves.sum()), float(longest[saves].mean())
     known, half = facts.pauses.saves(segments.ranks), speedup(segments, cost.saved_ns / 2)
+    where = f" on {ranks_text(ranks)}" if ranks else ""
     summary = (
-        f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save, for "
-        f"{ns_text(each_ns)} each{_of_save(known)}; without it steps would be {cost.faster}."
+        f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save{where}"
+        f", for {ns_text(each_ns)} each{_of_save(known)}; without it steps would be {cost.faster}."
     )
     evidence = {"saves": count, "save_ms": each_ns / 1e6, **(known.evidence() if known is not None else {})}
     found = cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(half), **evidence)
     return [replace(found, speedup_if_fixed=half)]
+
+
+def _ranks_with(segments: Segments, values: Floats) -> tuple[int, ...]:
+    """Return the ranks that have a part, where others do not; empty for all."""
+    sums = values.sum(axis=1)
+    rows = np.flatnonzero(sums >= SAVING_SHARE * sums.max())
+    return () if len(rows) == len(sums) else tuple(segments.ranks_of(rows))
 
 
 def _of_save(known: Saves | None) -> str:

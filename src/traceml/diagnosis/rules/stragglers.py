@@ -283,11 +283,15 @@ def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Other
 
 
 def _without_core_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> float:
-    """Return the time per step that the ranks waited for a core beyond the others; 0 where it is not known."""
+    """Return the time per step that the ranks waited for a core beyond the others; 0 where it is not known.
+
+    On a busy host who has more to compute waits longer for a core: that much is due to the work.
+    """
     late = segments.ranks[rows].tolist()
     mine = float(np.mean([facts.core_wait.get(rank, 0.0) for rank in late]))
-    others = facts.core_wait_of_others(late)
-    return 0.0 if others is None else max(mine - others, 0.0) * segments.step_ns
+    others, run = facts.core_wait_of_others(late), facts.core_run(late)
+    more_work = 1.0 if run is None else max(run[0] / run[1], 1.0)
+    return 0.0 if others is None else max(mine - more_work * others, 0.0) * segments.step_ns
 
 
 def _is_significant(segments: Segments, rows: NDArray[np.intp], usual: _Others) -> bool:
