@@ -36,6 +36,29 @@ def test_every_nth_step_is_named(job, part, every):
     assert found[0].headline.startswith(f"Every {every}th step is long")
 
 
+def busy(own, random) -> None:
+    """Make forward of any length, as on a host with ten programs per core."""
+    own["forward"] *= random.lognormal(1.0, 0.9, own["forward"].shape)
+
+
+@pytest.mark.parametrize("every", [17, 20])
+def test_a_period_is_found_among_steps_of_all_lengths(every):
+    """Steps are long by chance as often, but not by other code."""
+    starved = {"main_wait": {0: 0.9}, "core_wait": {0: 0.6}}
+    found = findings(Job(ranks=1, steps=400, grouped=False), busy, adds("other", 90, every=every), **starved)
+
+    assert (found[0].kind, found[0].phase) == (Kind.RESIDUAL_HEAVY, "other")
+    assert found[0].evidence["every_n_steps"] == every
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_of_all_lengths_have_no_period(seed):
+    """Also if other code is long by chance."""
+    window = window_of(ALONE, busy, at_once("other", 90, 0.05), seed=seed)
+
+    assert not any("every_n_steps" in each.evidence for each in diagnose(window, JobFacts()))
+
+
 def test_the_last_step_makes_no_period():
     """A script that hangs at its end, and two short pauses before at such a distance."""
 

@@ -270,6 +270,19 @@ def test_the_heaviest_phase_is_not_to_blame_if_all_are_slower():
     assert finding.phase is None
 
 
+@pytest.mark.parametrize(("waited", "phase"), [(0.0, "backward"), (0.9, None)])
+def test_with_too_few_cores_a_phase_is_compared_with_each_other(waited, phase):
+    """Backward takes 1.64x and forward 1.47x as long, while the optimizer takes less by chance."""
+    usual = {"forward": 30.5, "backward": 59.6, "optimizer": 9.1}
+    slow = {"forward": 44.9, "backward": 97.1, "optimizer": 1.5}
+    parts = {name: np.where(AT < 30, slow[name], usual[name]) * MS for name in usual}
+    bins = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+
+    (finding,) = slowdown(bins, JobFacts(main_wait={0: waited}))
+
+    assert finding.phase == phase
+
+
 def test_a_step_that_only_computes_is_like_all_phases():
     """Where forward is nearly the whole step, a few slow seconds may be the host's."""
     usual = {"forward": 19.0, "other": 1.0}

@@ -25,6 +25,8 @@ MIN_LONG_STEPS = 4
 """Fewer long steps have no period."""
 REGULAR_SHARE = 0.8
 """Long steps with another one at the same distance have this share of the time beyond the usual."""
+MIN_PART_SHARE = 0.5
+"""Where steps of all lengths hide the long ones, a part of them is longer than usual by this share of a usual step."""
 FILLED_SHARE = 0.6
 """So many of the steps at that distance, from the first long one to the last, are long."""
 
@@ -68,17 +70,36 @@ def periodic_steps(
 
 def _period(window: Window, segments: Segments) -> _Period | None:
     usual_ns, limit = usual(segments.step)
+    found = _at_distance(window, segments.step, usual_ns, limit)
+    if found is not None:
+        return _of_part(segments, *found)
+
+    # On a busy host steps of all lengths hide the regular ones, but not in the part that makes these long.
+    for part in UNNAMED:
+        if (values := segments.parts.get(part)) is not None:
+            longest = values.max(axis=0)
+            part_ns, _ = usual(longest)
+            found = _at_distance(window, longest, part_ns, part_ns + MIN_PART_SHARE * usual_ns)
+            if found is not None:
+                return _of_part(segments, *found)
+
+    return None
+
+
+def _at_distance(
+    window: Window, values: Floats, usual_ns: float, limit_ns: float
+) -> tuple[int, NDArray[np.intp]] | None:
+    """Return (the distance, the columns) of the values above a limit that follow each other regularly."""
     # The last step has what the script does before it ends, also a hang: it makes no period.
-    long = np.flatnonzero(segments.step[:-1] > limit)
-    if not MIN_LONG_STEPS <= len(long) <= RARE * len(segments.step):
+    long = np.flatnonzero(values[:-1] > limit_ns)
+    if not MIN_LONG_STEPS <= len(long) <= RARE * len(values):
         return None
 
-    found = regular(window.steps[long], segments.step[long] - usual_ns)
-    if found is None:
-        return None
+    found = regular(window.steps[long], values[long] - usual_ns)
+    return None if found is None else (found[0], long[found[1]])
 
-    every, members = found
-    columns = long[members]
+
+def _of_part(segments: Segments, every: int, columns: NDArray[np.intp]) -> _Period | None:
     excess = {part: excess_over_usual(values, columns).max(axis=0).sum() for part, values in segments.parts.items()}
     part = max(excess, key=lambda name: excess[name], default=None)
     if part is None or part not in UNNAMED:

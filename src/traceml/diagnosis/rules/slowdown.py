@@ -6,7 +6,7 @@ it: level, levels with one or two jumps, or a straight line (Theil-Sen, H. Theil
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,7 +103,7 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
 
 def _is_clear(bins: StepHistory, change: _Change, facts: JobFacts, late: Collection[tuple[int, ...]]) -> bool:
     """Return whether the slow part is slow enough; where a busy host makes the same picture, also long enough."""
-    part = _part(bins, change)
+    part = _part(bins, change, facts)
     if (part is not None and part not in (*COMPUTE, _COMM)) or _ranks(bins, change) in late:
         return change.factor >= MIN_FACTOR
 
@@ -191,7 +191,7 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
     beside = _beside(bins, change, facts)
     crowded = _is_crowded(change, beside)
     # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
-    part = None if crowded else _part(bins, change)
+    part = None if crowded else _part(bins, change, facts)
     ranks = _ranks(bins, change)
     share = lost / mean
     phase_share = 0.0 if part is None else _share(bins, part)
@@ -260,8 +260,11 @@ def _meanwhile(beside: Sequence[SideChange]) -> str:
     return "".join(f" {'Meanwhile' if not at else 'And'} {each.text}." for at, each in enumerate(beside[:2]))
 
 
-def _part(bins: StepHistory, change: _Change) -> str | None:
-    """Return the phase that has most of the difference, and grew by far more than the rest; None if all grew."""
+def _part(bins: StepHistory, change: _Change, facts: JobFacts) -> str | None:
+    """Return the phase that has most of the difference, and grew by far more than the rest; None if all grew.
+
+    With too few cores each computing phase counts by itself: what else varies would hide that it grew.
+    """
     usual, slow = _levels_of(bins, change)
     differences = {name: slow[name] - usual[name] for name in usual}
     whole = sum(value for value in differences.values() if value > 0)
@@ -271,7 +274,16 @@ def _part(bins: StepHistory, change: _Change) -> str | None:
 
     rest, more = (sum(values.values()) - values[part] for values in (usual, differences))
     similar = SIMILAR_FACTOR * differences[part] / max(usual[part], 1.0)
+    if facts.oversubscribed and any(differences[name] >= similar * usual[name] for name in _compared(usual, part)):
+        return None
+
     return part if more / max(rest, 1.0) < similar else None
+
+
+def _compared(usual: Mapping[str, float], part: str) -> list[str]:
+    """Return the other computing phases that are long enough to compare one with."""
+    least = MIN_COMPARED_SHARE * usual[part]
+    return [name for name in COMPUTE if name != part and usual.get(name, 0.0) >= least] if part in COMPUTE else []
 
 
 def _ranks(bins: StepHistory, change: _Change) -> tuple[int, ...]:
