@@ -185,9 +185,35 @@ def autograd_grad_of_tensors() -> None:
                 weight -= 0.01 * grad
 
 
+def step_by_transform(model: nn.Module, values: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return new parameters, as `torch.func` trains: the model keeps its own."""
+
+    def loss_of(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().mean()
+
+    grads, _ = torch.func.grad_and_value(loss_of)(values)
+    return {name: values[name] - 0.01 * grads[name] for name in values}
+
+
+def transform() -> None:
+    model = net()
+    values = {name: value.detach() for name, value in model.named_parameters()}
+    for (x,) in data(B):
+        values = step_by_transform(model, values, x)
+
+
+def transform_without_loader() -> None:
+    model = net()
+    values = {name: value.detach() for name, value in model.named_parameters()}
+    for _ in range(B):
+        values = step_by_transform(model, values, X)
+
+
 @pytest.mark.parametrize(
     ("loop", "evaluations"),
     [
+        (transform, 0),
+        (transform_without_loader, 0),
         (autograd_grad, 0),
         (autograd_grad_without_loader, 0),
         (autograd_grad_of_tensors, 0),
@@ -218,6 +244,20 @@ def test_gradients_of_inputs_and_inner_loops(traced: Traced) -> None:
         inner = torch.autograd.grad(model(x).square().mean(), tuple(model.parameters()), create_graph=True)
         optimizer.zero_grad()
         (model(x + attack).mean() + penalty.square().mean() + sum(grad.square().sum() for grad in inner)).backward()
+        optimizer.step()
+
+    rows = traced.finish()
+    assert [row["micro"] for row in rows] == [1] * 20
+
+
+def test_transforms_in_an_inner_loop_are_no_steps(traced: Traced) -> None:
+    """Its gradients are differentiated again: by backward, or by an outer transform."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(20):
+        fast = step_by_transform(model, dict(model.named_parameters()), x)
+        optimizer.zero_grad()
+        torch.func.functional_call(model, fast, (x,)).square().mean().backward()
         optimizer.step()
 
     rows = traced.finish()

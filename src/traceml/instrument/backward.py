@@ -1,7 +1,8 @@
 """Timing of backward passes, and of the part until the last local gradient.
 
 `Tensor.backward` calls `torch.autograd.backward`, so one patch covers both. `torch.autograd.grad` is a backward pass of
-the training if it computes gradients of parameters, and not their graph, as an inner loop does.
+the training if it computes gradients of parameters, and not their graph, as an inner loop does. `torch.func.grad`
+calls it too.
 
 Under DDP all ranks leave backward together, so its wall time says nothing about a rank's own work. A hook on the loss
 queues a callback on the autograd engine. It runs after the last local gradient and before DDP's callback, which waits
@@ -26,6 +27,7 @@ __all__ = ["patch_backward", "timed_backward"]
 
 _INPUT_WAIT, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.BACKWARD)
 _CALLBACK = int(StepFlag.CALLBACK)
+functorch: Any = getattr(torch._C, "_functorch", None)
 
 
 def patch_backward(patches: Patches, clock: StepClock, read_loss: Callable[[Any], None]) -> None:
@@ -108,6 +110,9 @@ def _timed_grad(original: Callable[..., Any], clock: StepClock, read_loss: Calla
         if _differentiates_parameters(clock, inputs, kwargs):
             return _slow_path(original, clock, read_loss, outputs, (inputs, *args), kwargs)
 
+        if _is_of_transform(clock, inputs):  # its tensors are wrappers: nothing is read of them or hooked
+            return _slow_path(lambda _: original(outputs, inputs, *args, **kwargs), clock, _read_nothing, (), (), {})
+
         began = clock.enter(_BACKWARD)  # a penalty or an inner loop: a part of the step
         try:
             return original(outputs, inputs, *args, **kwargs)
@@ -129,6 +134,27 @@ def _differentiates_parameters(clock: StepClock, inputs: Any, options: dict[str,
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
         return False
+
+
+def _is_of_transform(clock: StepClock, inputs: Any) -> bool:
+    """Whether these are gradients by `torch.func.grad` of several tensors, as of a training's parameters.
+
+    Not those of a transform inside another one, nor those of an inner loop, which `backward` goes through.
+    """
+    try:
+        several = functorch is not None and isinstance(inputs, (list, tuple)) and len(inputs) > 1
+        if not several or not all(functorch.is_gradtrackingtensor(each) for each in inputs):
+            return False
+
+        first = inputs[0]
+        return functorch.maybe_get_level(first) == 1 and not functorch.get_unwrapped(first).requires_grad
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
+        return False
+
+
+def _read_nothing(_: Any) -> None:
+    """Leave the loss of a transform unread."""
 
 
 def _slow_path(
