@@ -370,6 +370,14 @@ def test_a_rank_that_computes_more_waits_more_for_a_core():
     assert verdict(Job(), adds("other", 20.0, (0,)), **slowed).kind is Kind.CPU_CONTENTION
 
 
+@pytest.mark.parametrize(("ms", "told"), [(9.0, False), (30.0, True)])
+def test_the_forward_of_a_training_without_modules_is_no_residual(ms, told):
+    """Plain tensors: no module tells when forward runs, which takes about as long as backward."""
+    job = Job(ranks=1, grouped=False, own={"backward": 10.0, "optimizer": 1.0, "other": ms})
+
+    assert (verdict(job).kind is Kind.RESIDUAL_HEAVY) is told
+
+
 def test_ranks_without_a_group_do_not_wait_for_each_other():
     """Separate processes are no stragglers."""
     found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)), group=False)

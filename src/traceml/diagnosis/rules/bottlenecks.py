@@ -176,7 +176,7 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         # A named phase explains its rare long steps; those of unnamed code are jitter.
         cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
         if cost is not None and part == "other":
-            cost = cost.scaled(1 - clearing_share(facts.lines))
+            cost = cost.scaled(max(1 - clearing_share(facts.lines) - _forward_share(segments), 0.0))
 
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
@@ -191,6 +191,14 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
             )
 
     return found
+
+
+def _forward_share(segments: Segments) -> float:
+    """Return the share of `other` that is the forward of a training without modules: at most as long as backward."""
+    if "forward" in segments.parts or "backward" not in segments.parts:
+        return 0.0
+
+    return min(float(segments.parts["backward"].mean()) / max(float(segments.parts["other"].mean()), 1.0), 1.0)
 
 
 def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Finding | None:
