@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, at_once, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, steps=400, grouped=False)
@@ -88,3 +91,19 @@ def test_without_samples_the_lines_are_pointed_to():
 
     assert "traceml report --lines" in found.next
     assert "traceml.phase" not in found.next
+
+
+@pytest.mark.parametrize(("evaluations", "kinds"), [(10, {Kind.EVAL_HEAVY}), (2, {Kind.EVAL_HEAVY, Kind.JITTER})])
+def test_waiting_for_the_evaluation_of_a_rank_is_not_the_network(evaluations: int, kinds: set[Kind]) -> None:
+    """Ten steps are long, after ten evaluations on rank 0; two evaluations leave most of them to explain."""
+    window = window_of(Job(ranks=2, steps=400))
+    window.total[:, 5::40] += 150 * MS
+    window.times["backward"][:, 5::40] += 150 * MS
+    window.wait[:, 5::40] += 150 * MS
+    parts = {"steps": 9.0, "evaluation": 0.75}
+    time = replace(RunTime.of(10.0, parts, evaluations), evaluators=(0,), evaluators_s=1.5)
+
+    found = diagnose(window, JobFacts(world_size=2, group=True, time=time))
+
+    assert {each.kind for each in found if each.severity is not Severity.INFO} == kinds
+    assert next(each.ranks for each in found if each.kind is Kind.EVAL_HEAVY) == (0,)

@@ -21,7 +21,7 @@ BOOT_S = 1_700_000_000
 USUAL_WAIT_S = 0.01
 
 
-def store(folder: Path, *, attempts: int = 1, evals: bool = True) -> Path:
+def store(folder: Path, *, attempts: int = 1, evaluators: tuple[int, ...] = (0, 1)) -> Path:
     """Write a run of two ranks: start-up of 4 s, 40 steps of 0.1 s, evaluation of 2 s, 20 steps; it ends 3 s later."""
     folder.mkdir()
     with StoreWriter(folder / STORE_NAME) as writer:
@@ -35,7 +35,7 @@ def store(folder: Path, *, attempts: int = 1, evals: bool = True) -> Path:
                     StreamIdentity(rank, attempt, "h0", 100 + rank, attempt, ""), state="finished",
                     clock=[begin, BOOT_S * S + begin], clock_offset_ns=BOOT_S * S, clock_rtt_ns=1000,
                 )  # fmt: skip
-                fill(writer, stream, begin, evals=evals)
+                fill(writer, stream, begin, evals=rank in evaluators)
 
     return folder
 
@@ -74,7 +74,7 @@ def test_the_parts_are_those_of_the_run(tmp_path):
 
 def test_a_pause_between_steps_is_no_step(tmp_path):
     """The same two seconds, without rows of evaluation."""
-    _, parts = time_of(store(tmp_path / "run", evals=False))
+    _, parts = time_of(store(tmp_path / "run", evaluators=()))
 
     assert parts["between_epochs"] == pytest.approx(2.0)
 
@@ -166,6 +166,18 @@ def test_compiling_in_the_first_steps_is_start_up(tmp_path: Path) -> None:
     assert after.seconds["steps"] == pytest.approx(before.seconds["steps"] - 2.0)
     assert after.useful.productive_s == pytest.approx(before.useful.productive_s - 2.0)
     assert sum(after.seconds.values()) == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize(("evaluators", "named", "seconds"), [((0, 1), (), 0.0), ((1,), (1,), 2.0), ((), (), 0.0)])
+def test_ranks_that_evaluate_alone(
+    tmp_path: Path, evaluators: tuple[int, ...], named: tuple[int, ...], seconds: float
+) -> None:
+    """They are told with their own time, not the mean of all."""
+    folder = store(tmp_path / "run", evaluators=evaluators)
+    with closing(StoreReader(folder / STORE_NAME)) as reader:
+        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0)
+
+    assert (found.evaluators, found.evaluators_s) == (named, pytest.approx(seconds))
 
 
 def test_a_rank_that_was_stopped(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ class RunTime:
         wall_s: from its start to its end, or until now.
         seconds: by part (`PARTS`), the mean over ranks; the parts add up to `wall_s`.
         evaluations: times that evaluation interrupted the training, on one rank.
+        evaluators: ranks that evaluate where most others do not, in order.
+        evaluators_s: their seconds of evaluation, the mean.
         useful: steps that count, and those that an attempt repeats.
         compile_s: of the start-up (after a restart: of that), compiling functions for the first steps.
     """
@@ -50,6 +52,8 @@ class RunTime:
     evaluations: int = 0
     useful: UsefulTime = field(default_factory=UsefulTime)
     compile_s: float = 0.0
+    evaluators: tuple[int, ...] = ()
+    evaluators_s: float = 0.0
 
     @property
     def goodput(self) -> float:

@@ -46,6 +46,7 @@ ONE_STEP_SHARE = 0.8
 LINE_SHARE = 0.6
 """The phase's line is named if the long steps have this share of the phase."""
 _ONE_RANK_EVENTS = 6
+_PER_EVALUATION = 2  # long steps around one evaluation of some ranks, for which the others wait
 _MAX_CELLS = 100_000
 
 
@@ -89,7 +90,14 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
     if facts.oversubscribed and not _exceeds_cpu_contention(segments, events):
         return []
 
-    return [_jitter(segments, facts, events, cost, step_ns)]
+    found = _jitter(segments, facts, events, cost, step_ns)
+    waits_for_evaluation = (
+        found.phase == "comm"
+        and bool(facts.evaluators)
+        and facts.time is not None
+        and len(events.columns) <= _PER_EVALUATION * facts.time.evaluations
+    )
+    return [] if waits_for_evaluation else [found]
 
 
 def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:

@@ -10,8 +10,8 @@ from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, import_share, outside_line
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind, Severity
-from traceml.formatting import count_text, duration_text, part_words, percent_text
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
+from traceml.formatting import count_text, duration_text, part_words, percent_text, ranks_text
 
 __all__ = ["covered", "outside_steps"]
 
@@ -38,9 +38,13 @@ def outside_steps(facts: JobFacts) -> list[Finding]:
     if has_begun and time.share("startup") >= HEAVY_SHARE and startup_s >= STARTUP_S:
         found.append(_startup(time, startup_s, facts))
 
-    if time.share("evaluation") >= HEAVY_SHARE:
+    evaluation_s = time.evaluators_s if facts.evaluators else time.seconds.get("evaluation", 0.0)
+    least = WARNING_SHARE if facts.evaluators else HEAVY_SHARE  # in the steps of the others it is waiting
+    if evaluation_s >= least * time.wall_s > 0:
         line = outside_line(lines, "outside")
-        found.append(_evaluation(time, None if line is None or calls_trainer(lines, line) else line))
+        found.append(
+            _evaluation(time, evaluation_s, None if line is None or calls_trainer(lines, line) else line, facts)
+        )
 
     return found
 
@@ -144,22 +148,28 @@ def _for_startup(line: BlamedLine | None) -> str:
     )
 
 
-def _evaluation(time: RunTime, line: BlamedLine | None) -> Finding:
-    share, seconds = time.share("evaluation"), time.seconds["evaluation"]
+def _evaluation(time: RunTime, seconds: float, line: BlamedLine | None, facts: JobFacts) -> Finding:
+    alone, share = facts.evaluators, seconds / time.wall_s
     times = max(time.evaluations, 1)
     each = seconds / times
     often = "once" if times == 1 else f"{count_text(times)} times"
-    saved = share / 2
+    saved = share * (1 - len(alone) / facts.world_size) if alone else share / 2
+    who = f" on {ranks_text(alone)}, for which the others wait" if alone else ""
+    elsewhere = "with larger ones under torch.inference_mode(), or in another process."
     return Finding(
         kind=Kind.EVAL_HEAVY,
         severity=Kind.EVAL_HEAVY.severity_for(share),
+        ranks=alone,
         summary=(
-            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is evaluation: "
+            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is evaluation{who}: "
             f"{often} {duration_text(each)}" + (f", mostly at {line.place}" if line else "") + "."
         ),
         next=(
-            f"Evaluate half as often: that saves {percent_text(saved)} of the run. Or evaluate on fewer batches, with "
-            "larger ones under torch.inference_mode(), or in another process."
+            f"Evaluate on all ranks, each on its part of the data: that saves {percent_text(saved)} of the run. Or "
+            f"evaluate less often, on fewer batches, {elsewhere}"
+            if alone
+            else f"Evaluate half as often: that saves {percent_text(saved)} of the run. Or evaluate on fewer batches, "
+            f"{elsewhere}"
         ),
         evidence={
             "evaluation_s": seconds,

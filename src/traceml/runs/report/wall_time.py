@@ -19,6 +19,7 @@ __all__ = ["checkpoints", "resumes_at", "wall_time"]
 
 _S = 1e9
 _WHOLE = 0.9  # share of the steps of the rank with most of them
+_FEW = 0.5  # ranks with less than this share of the longest evaluation do not evaluate: a first pass, or a check
 _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
@@ -65,7 +66,11 @@ def wall_time(
     goes_on = checkpoints(records)
     useful = UsefulTime.mean(_useful(of_rank, sums, goes_on) for of_rank in ranks)
     useful = replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
-    return replace(time, useful=useful, compile_s=compiled_s)
+    evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
+    evaluators, evaluators_s = _evaluators(evaluation)
+    return replace(
+        time, useful=useful, compile_s=compiled_s, evaluators=evaluators, evaluators_s=min(evaluators_s, time.wall_s)
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -118,6 +123,20 @@ def checkpoints(records: Sequence[StreamRecord]) -> dict[int, int]:
         found[stream.attempt] = max(at, found.get(stream.attempt, 0))
 
     return found
+
+
+def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
+    """Return the ranks that evaluate where most others do not, and their seconds of it, the mean; none if most do.
+
+    Args:
+        seconds: rank -> its evaluation.
+    """
+    longest = max(seconds.values(), default=0.0)
+    some = tuple(sorted(rank for rank, s in seconds.items() if s > _FEW * longest))
+    if not some or len(some) > len(seconds) / 2:
+        return (), 0.0
+
+    return some, _mean([seconds[rank] for rank in some])
 
 
 def _most_evaluations(sums: Iterable[StepSums]) -> int:
