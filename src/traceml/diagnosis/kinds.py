@@ -312,12 +312,21 @@ def _device_fault(finding: _FindingFacts) -> str:
 
 def _startup(finding: _FindingFacts) -> str:
     """Return `45 % of the run's time is start-up, before the first step`, or that most of it is compiling."""
-    share = f"{percent_text(finding.cost_share)} of the run's time" if finding.cost_share else "Part of the run's time"
+    share = _run_share(finding)
     if finding.evidence.get("compile_share", 0) >= _HALF:
         return f"{share} is start-up, most of it torch.compile"
 
     before = ", before the first step" if "compile_s" not in finding.evidence else ""
     return f"{share} is start-up{before}"
+
+
+def _evaluation(finding: _FindingFacts) -> str:
+    """Return `60 % of the run's time is evaluation`, with the ranks that evaluate for all."""
+    return f"{_run_share(finding)} is evaluation" + (f" on {ranks_text(finding.ranks)}" if finding.ranks else "")
+
+
+def _run_share(finding: _FindingFacts) -> str:
+    return f"{percent_text(finding.cost_share)} of the run's time" if finding.cost_share else "Part of the run's time"
 
 
 def _throttled(finding: _FindingFacts) -> str:
@@ -396,7 +405,7 @@ class Kind(StrEnum):
     CPU_CONTENTION = "CPU_CONTENTION", KindRule("The training waits for a CPU core: {share}")
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
     STARTUP = "STARTUP", KindRule(_startup, cost_of=_RUN_TIME)
-    EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", cost_of=_RUN_TIME)
+    EVAL_HEAVY = "EVAL_HEAVY", KindRule(_evaluation, cost_of=_RUN_TIME)
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
     GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
     RECOMPILES = "RECOMPILES", KindRule(_recompiles, cost_of=_RUN_TIME)

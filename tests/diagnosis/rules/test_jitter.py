@@ -103,7 +103,7 @@ def test_waiting_for_the_evaluation_of_a_rank_is_not_the_network(evaluations: in
     parts = {"steps": 9.0, "evaluation": 0.75}
     time = replace(RunTime.of(10.0, parts, evaluations), evaluators=(0,), evaluators_s=1.5)
 
-    found = diagnose(window, JobFacts(world_size=2, group=True, time=time))
+    found = diagnose(window, JobFacts(world_size=2, time=time))
 
     assert {each.kind for each in found if each.severity is not Severity.INFO} == kinds
     assert next(each.ranks for each in found if each.kind is Kind.EVAL_HEAVY) == (0,)

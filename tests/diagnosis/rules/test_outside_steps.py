@@ -223,17 +223,20 @@ def test_much_evaluation_is_reported_with_what_less_would_save():
     assert found.speedup_if_fixed == pytest.approx(1 / 0.7)
 
 
-@pytest.mark.parametrize(("group", "share"), [(True, 0.4), (False, None)])
-def test_evaluation_on_one_rank_costs_all_their_time(group: bool, share: float | None) -> None:
+@pytest.mark.parametrize(("group", "share"), [(None, 0.4), (False, None)])
+def test_evaluation_on_one_rank_costs_all_their_time(group: bool | None, share: float | None) -> None:
     """Rank 0 of four evaluates for 40 s of 100: the mean is a tenth. Ranks without a group do not wait."""
     time = replace(RunTime.of(100.0, {"steps": 90.0, "evaluation": 10.0}, 8), evaluators=(0,), evaluators_s=40.0)
 
-    found = diagnose(window_of(ALONE), JobFacts(time=time, world_size=4, group=group))
+    found = diagnose(
+        window_of(Job(ranks=4, steps=220, grouped=group is None)), JobFacts(time=time, world_size=4, group=group)
+    )
     heavy = next((each for each in found if each.kind is Kind.EVAL_HEAVY), None)
 
     assert (heavy and heavy.cost_share) == share
     if heavy is not None:
         assert heavy.ranks == (0,)
+        assert heavy.headline == "40 % of the run's time is evaluation on rank 0"
         assert (
             "40 % of the run's 1:40 is evaluation on rank 0, for which the others wait: 8 times 5.0 s" in heavy.summary
         )

@@ -179,11 +179,6 @@ class JobFacts:
         return medians_of_others(self._core_runs)
 
     @property
-    def evaluators(self) -> tuple[int, ...]:
-        """Ranks that evaluate while the others of their group wait; empty where all do, or none waits."""
-        return self.time.evaluators if self.time is not None and self.group else ()
-
-    @property
     def waited_share(self) -> float:
         """The same as a share of wall time, where that is known; else of ready time."""
         return float(np.median(list(self.core_wait.values()))) if self.core_wait else self.wait_share

@@ -93,8 +93,8 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
     found = _jitter(segments, facts, events, cost, step_ns)
     waits_for_evaluation = (
         found.phase == "comm"
-        and bool(facts.evaluators)
         and facts.time is not None
+        and bool(facts.time.evaluators)
         and len(events.columns) <= _PER_EVALUATION * facts.time.evaluations
     )
     return [] if waits_for_evaluation else [found]

@@ -25,8 +25,13 @@ _REPORTED_COMPILING = 0.1
 """Share of the start-up from which on compiling is reported."""
 
 
-def outside_steps(facts: JobFacts) -> list[Finding]:
-    """Return the findings about a long start-up and much evaluation; none where the run's time is not known."""
+def outside_steps(facts: JobFacts, *, grouped: bool) -> list[Finding]:
+    """Return the findings about a long start-up and much evaluation; none where the run's time is not known.
+
+    Args:
+        facts: about the job.
+        grouped: whether its ranks wait for each other, also for those that evaluate alone.
+    """
     time, lines = facts.time, facts.lines
     if time is None:
         return []
@@ -38,13 +43,13 @@ def outside_steps(facts: JobFacts) -> list[Finding]:
     if has_begun and time.share("startup") >= HEAVY_SHARE and startup_s >= STARTUP_S:
         found.append(_startup(time, startup_s, facts))
 
-    evaluation_s = time.evaluators_s if facts.evaluators else time.seconds.get("evaluation", 0.0)
-    least = WARNING_SHARE if facts.evaluators else HEAVY_SHARE  # in the steps of the others it is waiting
+    alone = time.evaluators if grouped else ()
+    evaluation_s = time.evaluators_s if alone else time.seconds.get("evaluation", 0.0)
+    least = WARNING_SHARE if alone else HEAVY_SHARE  # in the steps of the others it is waiting
     if evaluation_s >= least * time.wall_s > 0:
         line = outside_line(lines, "outside")
-        found.append(
-            _evaluation(time, evaluation_s, None if line is None or calls_trainer(lines, line) else line, facts)
-        )
+        line = None if line is None or calls_trainer(lines, line) else line
+        found.append(_evaluation(time, evaluation_s, line, alone, facts.world_size))
 
     return found
 
@@ -148,12 +153,14 @@ def _for_startup(line: BlamedLine | None) -> str:
     )
 
 
-def _evaluation(time: RunTime, seconds: float, line: BlamedLine | None, facts: JobFacts) -> Finding:
-    alone, share = facts.evaluators, seconds / time.wall_s
+def _evaluation(
+    time: RunTime, seconds: float, line: BlamedLine | None, alone: tuple[int, ...], world_size: int
+) -> Finding:
+    share = seconds / time.wall_s
     times = max(time.evaluations, 1)
     each = seconds / times
     often = "once" if times == 1 else f"{count_text(times)} times"
-    saved = share * (1 - len(alone) / facts.world_size) if alone else share / 2
+    saved = share * (1 - len(alone) / world_size) if alone else share / 2
     who = f" on {ranks_text(alone)}, for which the others wait" if alone else ""
     elsewhere = "with larger ones under torch.inference_mode(), or in another process."
     return Finding(

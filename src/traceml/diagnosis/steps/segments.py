@@ -19,7 +19,7 @@ from traceml.diagnosis.facts.topology.topology import RankGroup
 from traceml.diagnosis.steps.step_split import PHASES, Floats, has_group
 from traceml.diagnosis.steps.window import Window
 
-__all__ = ["COMPUTE", "UNNAMED", "LateRanks", "Segments", "median_over_ranks", "segments_of"]
+__all__ = ["COMPUTE", "UNNAMED", "LateRanks", "Segments", "is_grouped", "median_over_ranks", "segments_of"]
 
 COMPUTE = ("forward", "backward", "optimizer")
 UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
@@ -118,7 +118,7 @@ class LateRanks:
 
 def segments_of(window: Window, facts: JobFacts) -> Segments:
     """Return the window's own work, with or without a process group."""
-    grouped = _grouped(window, facts)
+    grouped = is_grouped(window, facts)
     parts = _user_parts(window)
     parts.update({name: window.times[name] for name in PHASES if name not in _SPLIT})
     parts["optimizer"] = _behind_sync(window) if grouped else window.times["optimizer"]
@@ -160,7 +160,8 @@ def median_over_ranks(values: Floats) -> Floats:
     return upper if len(values) % 2 else (by_step[:, :half].max(axis=1) + upper) * by_step.dtype.type(0.5)
 
 
-def _grouped(window: Window, facts: JobFacts) -> bool:
+def is_grouped(window: Window, facts: JobFacts) -> bool:
+    """Return whether the ranks wait for each other."""
     if not has_group(max(facts.world_size, len(window.ranks)), facts.group):
         return False
 
