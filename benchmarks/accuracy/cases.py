@@ -290,7 +290,8 @@ _MIXTURES = (
     _mixture("awaits_batches", "RESIDUAL_HEAVY", phase="other", function="awaits_batches", steps=150),
     _mixture("pseudo_labels", *QUIET, "EVAL_HEAVY", "INPUT_BOUND", steps=240, never=frozenset({"JITTER", "SLOWDOWN"})),
     _mixture("pseudo_labels_wait", "INPUT_BOUND", phase="input_wait", steps=160),
-    _mixture("evaluates_averages", *QUIET, "EVAL_HEAVY", steps=240, never=_LOUD),
+    # Updating the averages is a seventh of its step, outside the known phases.
+    _mixture("evaluates_averages", *QUIET, "EVAL_HEAVY", "RESIDUAL_HEAVY", steps=240, never=_LOUD - {"RESIDUAL_HEAVY"}),
     _mixture("plots_at_the_end", steps=200, never=_LOUD | {"EVAL_HEAVY"}),
 )
 
