@@ -34,7 +34,7 @@ from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stoppe
 from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.even_models import as_one_training
 from traceml.diagnosis.steps.replay import new_step_times
-from traceml.diagnosis.steps.segments import Segments, is_grouped, segments_of
+from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, ns_text, percent_text
@@ -66,7 +66,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         *device_faults(facts),
         *_training(facts),
     ]
-    around = [*outside_steps(facts, grouped=is_grouped(window, facts)), *stopped_ranks(window, facts), *_memory(facts)]
+    around = [*outside_steps(window, facts), *stopped_ranks(window, facts), *_memory(facts)]
     main = [*lost, *(finding for finding in around if finding.severity is not Severity.INFO)]
     remarks = [finding for finding in around if finding.severity is Severity.INFO]
     in_steps = 1.0 if facts.time is None else facts.time.in_steps

@@ -159,11 +159,12 @@ class JobFacts:
 
         None where that is not known: what runs without ever waiting for a core is not.
         """
-        mine, others = [self._core_runs.get(rank, 0.0) for rank in ranks], None
-        if self._core_runs.keys() >= set(ranks):
-            others = _of_others(ranks, self._core_runs, self._medians_of_core_run)
+        runs = self._core_runs
+        if not ranks or not runs.keys() >= set(ranks):
+            return None
 
-        return (float(np.mean(mine)), others) if mine and others else None
+        others = _of_others(ranks, runs, self._medians_of_core_run)
+        return (float(np.mean([runs[rank] for rank in ranks])), others) if others else None
 
     @cached_property
     def _medians_of_core_wait(self) -> dict[int, float]:

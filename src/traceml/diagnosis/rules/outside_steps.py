@@ -11,6 +11,8 @@ from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, impor
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
+from traceml.diagnosis.steps.segments import is_grouped
+from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, duration_text, part_words, percent_text, ranks_text
 
 __all__ = ["covered", "outside_steps"]
@@ -25,12 +27,12 @@ _REPORTED_COMPILING = 0.1
 """Share of the start-up from which on compiling is reported."""
 
 
-def outside_steps(facts: JobFacts, *, grouped: bool) -> list[Finding]:
+def outside_steps(window: Window, facts: JobFacts) -> list[Finding]:
     """Return the findings about a long start-up and much evaluation; none where the run's time is not known.
 
     Args:
+        window: aligned steps, which tell whether ranks wait for those that evaluate alone.
         facts: about the job.
-        grouped: whether its ranks wait for each other, also for those that evaluate alone.
     """
     time, lines = facts.time, facts.lines
     if time is None:
@@ -43,7 +45,7 @@ def outside_steps(facts: JobFacts, *, grouped: bool) -> list[Finding]:
     if has_begun and time.share("startup") >= HEAVY_SHARE and startup_s >= STARTUP_S:
         found.append(_startup(time, startup_s, facts))
 
-    alone = time.evaluators if grouped else ()
+    alone = time.evaluators if time.evaluators and is_grouped(window, facts) else ()
     evaluation_s = time.evaluators_s if alone else time.seconds.get("evaluation", 0.0)
     least = WARNING_SHARE if alone else HEAVY_SHARE  # in the steps of the others it is waiting
     if evaluation_s >= least * time.wall_s > 0:
