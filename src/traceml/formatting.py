@@ -31,6 +31,7 @@ __all__ = [
     "rate_text",
     "sample_text",
     "short_label",
+    "summed_text",
 ]
 
 MISSING = "-"
@@ -318,6 +319,11 @@ def place_text(place: str, room: int) -> str:
 def library_text(text: str) -> str:
     """Return `torch/nn/functional.py:12 relu` of a library's function, without the folder of packages."""
     return _PACKAGES_FOLDER.sub("", text, count=1)
+
+
+def summed_text(ranks: int) -> str:
+    """Return the ranks whose steps are all in the figures of merged hosts, in words."""
+    return f"step times and phases are of all steps of {plural(ranks, 'rank')}"
 
 
 def sample_text(diagnosed: int, count: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import capitalized, count_text, plural, ranks_text, rate_text, sample_text
+from traceml.formatting import capitalized, count_text, plural, ranks_text, rate_text, sample_text, summed_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.words import end_of_rank, goodput_text, restarts_text
 from traceml.runs.report.report_types import (
@@ -144,7 +144,7 @@ class RunView:
         """Steps that a long run's verdict rests on, and ranks whose steps hosts have summed, in words; None for all."""
         summed = self.steps.summed_ranks
         texts = [sample_text(self.steps.diagnosed, self.steps.count)] if self.steps.cut else []
-        texts += [f"step times and phases are of all steps of {plural(summed, 'rank')}"] if summed else []
+        texts += [summed_text(summed)] if summed else []
         return "; ".join(texts) or None
 
     @property

@@ -16,7 +16,7 @@ from traceml.database.schema import METRICS, NAMES, PHASE_COLUMNS, STEPS, unpack
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import capitalized, plural, sample_text
+from traceml.formatting import capitalized, sample_text, summed_text
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report
@@ -261,7 +261,7 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"{steps.count} steps, mean {steps.mean_ms:.4g} ms, p99 {steps.p99_ms:.4g} ms")
 
     if steps.summed_ranks:
-        lines.append(f"Step times and phases are of all steps of {plural(steps.summed_ranks, 'rank')}")
+        lines.append(capitalized(summed_text(steps.summed_ranks)))
 
     if steps.cut:
         lines.append(capitalized(sample_text(steps.diagnosed, steps.count)))
