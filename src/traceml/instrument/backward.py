@@ -27,7 +27,7 @@ __all__ = ["patch_backward", "timed_backward"]
 
 _INPUT_WAIT, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.BACKWARD)
 _CALLBACK = int(StepFlag.CALLBACK)
-functorch: Any = getattr(torch._C, "_functorch", None)
+_functorch: Any = getattr(torch._C, "_functorch", None)
 
 
 def patch_backward(patches: Patches, clock: StepClock, read_loss: Callable[[Any], None]) -> None:
@@ -142,12 +142,12 @@ def _is_of_transform(clock: StepClock, inputs: Any) -> bool:
     Not those of a transform inside another one, nor those of an inner loop, which `backward` goes through.
     """
     try:
-        several = functorch is not None and isinstance(inputs, (list, tuple)) and len(inputs) > 1
-        if not several or not all(functorch.is_gradtrackingtensor(each) for each in inputs):
+        several = _functorch is not None and isinstance(inputs, (list, tuple)) and len(inputs) > 1
+        if not several or not all(_functorch.is_gradtrackingtensor(each) for each in inputs):
             return False
 
         first = inputs[0]
-        return functorch.maybe_get_level(first) == 1 and not functorch.get_unwrapped(first).requires_grad
+        return _functorch.maybe_get_level(first) == 1 and not _functorch.get_unwrapped(first).requires_grad
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
         return False

@@ -7,7 +7,7 @@ assigned to the right step. `StepClock` decides; this class keeps the parts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from traceml.database.schema import Phase, Slot, StepFlag
 from traceml.instrument.accumulator import CHECK_FORWARD, StepAccumulator, StepListener
@@ -24,6 +24,22 @@ _STEPS_ALONE = 8  # steps of one optimizer, after which another one may begin a 
 _FACTOR = 2  # the last evaluation may take so many times as long as usual
 
 
+class _FirstPart(NamedTuple):
+    """The part of a step before its cut, which may become a step by itself; see `StepAccumulator.append_step`.
+
+    Attributes:
+        joined_by: id of the optimizer that steps after the cut.
+    """
+
+    joined_by: int
+    end_ns: int
+    times: list[int]
+    committed_ns: int
+    micro_batches: int
+    flags: int
+    data: tuple[int, int]
+
+
 class SegmentedStep(StepAccumulator):
     """Times of the open step before and after its last cut, and the rows that the parts become."""
 
@@ -34,8 +50,7 @@ class SegmentedStep(StepAccumulator):
         self.segment_loader: Any = None  # the loader whose request began this segment
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.joined = 0  # row of the last step in which another optimizer stepped, too
-        # Of a step that another optimizer joined, its id, and cut, times, batches, flags and data before it.
-        self.first_part: tuple[int, int, list[int], int, int, int, tuple[int, int]] | None = None
+        self.first_part: _FirstPart | None = None  # of a step that another optimizer has joined
         self.longest_rest_ns = 0  # from the last batch of an evaluation to the next training batch
 
     def _close_prefix(self) -> None:
@@ -195,8 +210,9 @@ class SegmentedStep(StepAccumulator):
         self.first_part = None
         if alone and self.times_at_cut is not None:
             flags = self.committed_flags | (_NO_LOADER if self.loader_at_cut is None else 0)
-            times, data = self.times_at_cut, self.committed_data
-            self.first_part = ident, self.cut_ns, times, self.committed_ns, self.micro_batches, flags, data
+            self.first_part = _FirstPart(
+                ident, self.cut_ns, self.times_at_cut, self.committed_ns, self.micro_batches, flags, self.committed_data
+            )
 
         self.times_at_cut = None
         self.pending = False
@@ -211,22 +227,22 @@ class SegmentedStep(StepAccumulator):
         So begins the second phase of a script that trains with Adam first, and then with L-BFGS. The times of a device
         are not known for either.
         """
-        if self.first_part is None or self.first_part[0] != ident or self.times_at_cut is None:
+        part = self.first_part
+        if part is None or part.joined_by != ident or self.times_at_cut is None:
             return
 
-        _, cut_ns, first, committed_ns, micro_batches, flags, data = self.first_part
         if self.device is not None:
             self.device.discard()
 
-        self.append_step(first, cut_ns, committed_ns, micro_batches, flags, -1, data)
-        first = first + [0] * (len(self.zeros) - len(first))
+        self.append_step(part.times, part.end_ns, part.committed_ns, part.micro_batches, part.flags, -1, part.data)
+        first = part.times + [0] * (len(self.zeros) - len(part.times))
         self.times_at_cut = [after - before for after, before in zip(self.times_at_cut, first, strict=True)]
         self.times = [after - before for after, before in zip(self.times, first, strict=True)]
-        self.committed_ns -= committed_ns
-        self.micro_batches -= micro_batches
-        self.committed_flags &= ~flags
-        self.committed_elements -= data[0]
-        self.committed_samples -= data[1]
+        self.committed_ns -= part.committed_ns
+        self.micro_batches -= part.micro_batches
+        self.committed_flags &= ~part.flags
+        self.committed_elements -= part.data[0]
+        self.committed_samples -= part.data[1]
         self.committed_fingerprint = 0
 
     def _hold(self, held: list[tuple[int, list[int], int]], t: int) -> None:

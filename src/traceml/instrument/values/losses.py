@@ -126,8 +126,7 @@ class LossReader:
     def finish(self) -> None:
         """Append what is complete, at the end of the run."""
         self._collect()
-        if self._step >= 0:
-            self._flush()
+        self._flush()
 
     def _read_device(self, tensor: Any) -> None:
         if not self._device.has(tensor):
@@ -155,15 +154,16 @@ class LossReader:
 
     def _add(self, step: int, loss: float) -> None:
         if step != self._step:
-            if self._step >= 0:
-                self._flush()
-
+            self._flush()
             self._step, self._sum = step, 0.0
 
         self._sum += loss
 
     def _flush(self) -> None:
         """Append the row of the last step that was read, unless there are many."""
+        if self._step < 0:
+            return
+
         now, is_finite = monotonic_ns(), self._sum - self._sum == 0
         if self._rows < _FIRST_ROWS or is_finite != self._was_finite or now - self._row_ns >= _ROW_NS:
             self._append(now, self._step, self._sum)
