@@ -23,9 +23,8 @@ _KILLED_FIRST = "1000"
 
 def main() -> int:
     """Write what is asked for; return the exit status."""
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # a scheduler sends it to all processes of a job, whose report it makes
+    # A scheduler sends it to all processes of a job, whose report this one makes.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lower_priority(int(sys.argv[1]))
     _be_killed_first()
     gc.disable()  # the process ends with the report
