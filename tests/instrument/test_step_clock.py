@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -210,9 +210,9 @@ def two_optimizers_one_model() -> None:
         second.step()
 
 
-def lbfgs(batches: Iterator[torch.Tensor]) -> None:
-    model = net()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+def refine(model: nn.Module, batches: Iterable[torch.Tensor], optimizer: torch.optim.LBFGS | None = None) -> None:
+    """Train with L-BFGS, one step a batch; with an optimizer that is made here if none is given."""
+    optimizer = optimizer or torch.optim.LBFGS(model.parameters(), max_iter=2)
     for x in batches:
 
         def closure(x: torch.Tensor = x) -> torch.Tensor:
@@ -222,6 +222,11 @@ def lbfgs(batches: Iterator[torch.Tensor]) -> None:
             return loss
 
         optimizer.step(closure)
+
+
+def lbfgs(batches: Iterator[torch.Tensor]) -> None:
+    model = net()
+    refine(model, batches, torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3))
 
 
 def lbfgs_loader() -> None:
@@ -249,32 +254,10 @@ def adam_then_lbfgs() -> None:
     """Both are alive, as in trainings of networks that are informed by physics."""
     model, x = net(), torch.randn(2, WIDTH)
     first, second = torch.optim.Adam(model.parameters()), torch.optim.LBFGS(model.parameters(), max_iter=2)
-
-    def closure() -> torch.Tensor:
-        second.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
-
     for _ in range(15):
         train(model, first, x)
 
-    for _ in range(5):
-        second.step(closure)
-
-
-def refine(model: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Make an L-BFGS optimizer, and train with it, one step a batch."""
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
-    for x in batches:
-
-        def closure(x: torch.Tensor = x) -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+    refine(model, [x] * 5, second)
 
 
 def lbfgs_made_after_adam() -> None:
