@@ -121,7 +121,7 @@ def of_verdict(run: Path) -> dict[str, float]:
     with closing(StoreReader(run / STORE_NAME)) as reader:
         digest = read_digest(reader)
 
-    segments = segments_of(digest.window.aligned(last=N), digest.facts.build())
+    segments = segments_of(digest.kept.aligned(last=N), digest.facts.build())
     return {name: float(values.mean()) / segments.step_ns for name, values in segments.parts.items()}
 
 

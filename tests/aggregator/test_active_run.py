@@ -301,7 +301,7 @@ def test_last_rank_of_a_large_job_may_connect_first(registry):  # noqa: F811
         tracemalloc.stop()
 
     assert peak_bytes < 16e6
-    assert run.world_size == len(run.live.intake.window.latest) == 1024
+    assert run.world_size == len(run.live.intake.kept.latest) == 1024
 
 
 @pytest.mark.parametrize(("ranks", "interval_s"), [(1, 1.0), (100, 1.0), (1_000, 10.0), (10_000, 60.0)])
@@ -317,7 +317,7 @@ def test_late_rank_of_an_earlier_attempt_does_not_resize_the_job(registry):  # n
     run, _ = join(registry, hello(0, 2, attempt=1, recorder="new"))
     join(registry, hello(7, 8, recorder="old"))
 
-    assert run.world_size == len(run.live.intake.window.latest) == 2
+    assert run.world_size == len(run.live.intake.kept.latest) == 2
 
 
 def test_run_that_is_over_keeps_no_window(registry):  # noqa: F811
@@ -327,10 +327,10 @@ def test_run_that_is_over_keeps_no_window(registry):  # noqa: F811
     leave(run, stream)
     assert run.end()
 
-    assert run.live.intake.window.nbytes == 0
+    assert run.live.intake.kept.nbytes == 0
 
     assert join(registry, hello(0, 1)) == (run, stream)
-    assert len(run.live.intake.window.latest) == 1
+    assert len(run.live.intake.kept.latest) == 1
     assert run.live.intake.names[0] == {0: "augment"}
 
 

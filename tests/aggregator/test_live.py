@@ -47,8 +47,8 @@ def test_frames_of_a_tick_reach_the_window_together(live):
 
     live.scatter()
 
-    assert live.intake.window.latest.tolist() == [49, 49]
-    assert len(live.intake.window.aligned(20)) == 20
+    assert live.intake.kept.latest.tolist() == [49, 49]
+    assert len(live.intake.kept.aligned(20)) == 20
     assert live.fresh
 
 
@@ -56,12 +56,12 @@ def test_rows_of_an_older_attempt_stay_out(live):
     """Rows of a dead incarnation are stored, but are not the rank's newest steps."""
     take_steps(live, stream_of(0), 0, 50)
     old = stream_of(0)
-    old.in_window = False
+    old.is_diagnosed = False
     take_steps(live, old, 0, 80)
 
     live.scatter()
 
-    assert live.intake.window.latest[0] == 49
+    assert live.intake.kept.latest[0] == 49
 
 
 def test_names_give_user_phases_their_names(live):
@@ -75,7 +75,7 @@ def test_names_give_user_phases_their_names(live):
 
     live.scatter()
 
-    assert live.intake.window.aligned().user["augment"].mean() == 1000
+    assert live.intake.kept.aligned().user["augment"].mean() == 1000
 
 
 def test_facts_are_gathered(live):
@@ -151,10 +151,10 @@ def test_rank_of_another_attempt_clears_nothing(live):
     live.scatter()
     for rank in (1, 5):
         late = stream_of(rank)
-        late.in_window = False
+        late.is_diagnosed = False
         live.join(late)
 
-    assert live.intake.window.latest.tolist() == [-1, 49]
+    assert live.intake.kept.latest.tolist() == [-1, 49]
 
 
 def hang(live: LiveRows) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from traceml.database.schema import STEPS, StepFlag, pack_bits
-from traceml.diagnosis.steps.window import StepWindow, Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 
 MS = 1e6
 PARTS = ("input_wait", "h2d", "forward", "backward", "optimizer", "checkpoint", "user", "other")
@@ -104,13 +105,13 @@ def rows_of(job: Job, *faults: Fault, seed: int = 0) -> list[np.ndarray[Any, Any
     return [_rows(job, rank, own, wait) for rank in range(job.ranks)]
 
 
-def window_of(job: Job, *faults: Fault, seed: int = 0, last: int = 1000) -> Window:
-    """Return the aligned window of a fabricated run."""
-    window = StepWindow(1024, job.ranks)
+def window_of(job: Job, *faults: Fault, seed: int = 0, last: int = 1000) -> AlignedSteps:
+    """Return the aligned steps of a fabricated run."""
+    kept = KeptSteps(1024, job.ranks)
     for rank, rows in enumerate(rows_of(job, *faults, seed=seed)):
-        window.scatter(np.full(len(rows), rank), rows)
+        kept.scatter(np.full(len(rows), rank), rows)
 
-    return window.aligned(last=last)
+    return kept.aligned(last=last)
 
 
 def _own_work(job: Job, random: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
-from tests.diagnosis.rules.test_batch_sizes import uneven, window
+from tests.diagnosis.rules.test_batch_sizes import steps_of, uneven
 from tests.diagnosis.rules.test_slowdown import AT, history
 from tests.diagnosis.stalls.test_recompiles import compilations, long_forwards
 from traceml.database.schema import Compiled
@@ -16,16 +16,16 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.slowdown import slowdown
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.window import Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 
 ALONE = Job(ranks=1, grouped=False)
 
 
-def found(kind: Kind, of: Window, facts: JobFacts) -> Finding:
+def found(kind: Kind, of: AlignedSteps, facts: JobFacts) -> Finding:
     return next(each for each in diagnose(of, facts) if each.kind is kind)
 
 
-def gain(before: Window, after: Window) -> float:
+def gain(before: AlignedSteps, after: AlignedSteps) -> float:
     return float(before.total.mean() / after.total.mean())
 
 
@@ -33,7 +33,7 @@ def test_batches_of_equal_size_give_the_promised_gain() -> None:
     """The same elements in each step, dealt evenly to the ranks; they are no finding then."""
     job = Job(ranks=4)
     sizes = uneven(4, job.steps)
-    before, after = window(job, sizes), window(job, np.broadcast_to(sizes.mean(axis=0), sizes.shape))
+    before, after = steps_of(job, sizes), steps_of(job, np.broadcast_to(sizes.mean(axis=0), sizes.shape))
 
     finding = found(Kind.DATA_IMBALANCE, before, JobFacts(world_size=4))
 

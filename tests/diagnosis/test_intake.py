@@ -17,11 +17,11 @@ def test_step_rows_of_all_ranks_reach_the_window_with_a_flush() -> None:
         for start in (0, 30):
             intake.add(STEPS.name, rank, rows[start : start + 30].tobytes())
 
-    before = intake.window.latest.max()
+    before = intake.kept.latest.max()
 
     assert before == -1
     assert (intake.flush(), intake.flush()) == (True, False)
-    assert intake.window.latest.tolist() == [49, 49]
+    assert intake.kept.latest.tolist() == [49, 49]
 
 
 def test_user_phases_and_facts_are_taken_at_once() -> None:

@@ -18,7 +18,7 @@ from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.window import StepWindow
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 
 TINY = Job(
     own={"input_wait": 0.15, "forward": 0.1, "backward": 0.15, "optimizer": 0.1, "other": 0.15},
@@ -406,7 +406,7 @@ def test_the_first_steps_alone_are_not_no_steps(ranks, state):
 
 def test_no_steps_at_all_say_how_to_mark_them():
     """A run that ended without a step gets a way out."""
-    found = diagnose(StepWindow(128).aligned(), JobFacts(state="finished"))[0]
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state="finished"))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "trace_step" in found.next
@@ -415,7 +415,7 @@ def test_no_steps_at_all_say_how_to_mark_them():
 @pytest.mark.parametrize("state", ["running", "finished"])
 def test_a_script_that_only_logs_learns_how_to_be_traced(state):
     """To mark its steps would change nothing, and no step will come."""
-    found = diagnose(StepWindow(128).aligned(), JobFacts(state=state, only_logs=True))[0]
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state=state, only_logs=True))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "the script only logs" in found.summary
@@ -426,7 +426,7 @@ def test_a_script_that_only_logs_learns_how_to_be_traced(state):
 @pytest.mark.parametrize("facts", [{"state": "failed", "only_logs": True}, {"state": "finished"}])
 def test_other_runs_without_steps_are_not_told_to_trace(facts):
     """A script that failed comes first; one that is traced is traced already."""
-    found = diagnose(StepWindow(128).aligned(), JobFacts(**facts))[0]
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(**facts))[0]
 
     assert "traceml.init()" not in found.next
 
@@ -446,7 +446,7 @@ def test_a_logging_script_that_calls_init_is_traced():
 
 def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
     """Without any rank, as torchrun could not start them, the advice is to read the job's output."""
-    found = diagnose(StepWindow(128).aligned(), JobFacts(state="failed"))[0]
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state="failed"))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "output" in found.next
@@ -456,7 +456,7 @@ def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
 @pytest.mark.parametrize("steps", [0, 15])
 def test_a_run_without_its_aggregator_is_not_waited_for(steps):
     """Its steps may be in the memory of the host; more will not come."""
-    window = window_of(Job(steps=steps)) if steps else StepWindow(128).aligned()
+    window = window_of(Job(steps=steps)) if steps else KeptSteps(128).aligned()
     found = diagnose(window, JobFacts(state="lost"))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
@@ -468,7 +468,7 @@ def test_a_run_without_its_aggregator_is_not_waited_for(steps):
 def test_a_job_that_was_interrupted_before_it_trained_was_stopped(end):
     """Ctrl-C is no failure to look into."""
     ended = RankExit(rank=0, state="killed", **end)
-    found = diagnose(StepWindow(128).aligned(), JobFacts(state="stopped", exits=(ended,)))[0]
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state="stopped", exits=(ended,)))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "the run was stopped before its first step" in found.summary
@@ -526,10 +526,10 @@ def test_rows_with_nothing_in_them_do_no_harm():
     """Steps of no length give no division by zero."""
     rows = np.zeros(60, STEPS.dtype)
     rows["step"], rows["backward_own_ns"] = np.arange(60), -1
-    window = StepWindow(128)
-    window.scatter(np.zeros(60, np.int64), rows)
+    kept = KeptSteps(128)
+    kept.scatter(np.zeros(60, np.int64), rows)
 
-    assert diagnose(window.aligned(), JobFacts())[0].kind is Kind.HEALTHY
+    assert diagnose(kept.aligned(), JobFacts())[0].kind is Kind.HEALTHY
 
 
 def test_profiled_steps_are_left_out():
@@ -540,13 +540,13 @@ def test_profiled_steps_are_left_out():
         own["forward"][1, long] += 80.0
 
     def found(flag):
-        window = StepWindow(1024)
+        kept = KeptSteps(1024)
         for rank, rows in enumerate(rows_of(Job(), profile)):
             marked = np.isin(rows["step"], long) & (rank == 1)
             rows["bits"] |= np.where(marked, pack_bits(0, flag), 0)
-            window.scatter(np.full(len(rows), rank), rows)
+            kept.scatter(np.full(len(rows), rank), rows)
 
-        return [each.kind for each in diagnose(window.aligned(), JobFacts())]
+        return [each.kind for each in diagnose(kept.aligned(), JobFacts())]
 
     usual = [each.kind for each in diagnose(window_of(Job()), JobFacts())]
     assert found(0) != usual

@@ -11,7 +11,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.window import StepWindow
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.errors import StoreError
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report_types import Report
@@ -54,14 +54,14 @@ def test_only_what_is_new_is_read(tmp_path):
 
 def test_the_aggregators_verdict_is_shown(tmp_path):
     """The live verdict comes from the store's events, so that all screens agree."""
-    window = StepWindow(256)
+    kept = KeptSteps(256)
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(state="running", ended=None))
         for rank, rows in enumerate(rows_of(Job(steps=100), adds("forward", 20, (1,)))):
             add_rank(writer, rank, rows, state="running")
-            window.scatter(np.full(len(rows), rank), rows)
+            kept.scatter(np.full(len(rows), rank), rows)
 
-        told = [finding.to_dict() for finding in diagnose(window.aligned(), JobFacts(world_size=2))]
+        told = [finding.to_dict() for finding in diagnose(kept.aligned(), JobFacts(world_size=2))]
         writer.event("verdict", {"verdict": told[0], "findings": told, "step": 99})
 
     live = LiveRun(tmp_path)

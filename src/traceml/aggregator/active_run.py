@@ -222,7 +222,7 @@ class ActiveRun(RunStreams):
                 self._finalize_dead(stream)
 
     def commit(self, *, force: bool = False) -> bool:
-        """Commit and acknowledge the rows, then add them to the live windows; return whether all are stored."""
+        """Commit and acknowledge the rows, then diagnose them; return whether all are stored."""
         if not self.ingest.commit(force=force):
             return False
 

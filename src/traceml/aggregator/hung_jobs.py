@@ -71,7 +71,7 @@ class HungJobs:
     @staticmethod
     async def _snapshot_silent(run: ActiveRun) -> None:
         """Take a last snapshot of ranks that cannot answer: the one before may be some seconds old."""
-        ranks = [stream for stream in run.connected if stream.in_window and not stream.is_helper]
+        ranks = [stream for stream in run.connected if stream.is_diagnosed and not stream.is_helper]
         for stream, snapshot in (await snapshots_from_outside(ranks, is_last=True)).items():
             store_snapshot(run, stream, snapshot)
 

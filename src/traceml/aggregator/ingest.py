@@ -57,11 +57,11 @@ class IngestStatistics:
 
 
 class Ingest:
-    """Ingest of one run's rows into its store and its live windows.
+    """Ingest of one run's rows into its store and its live diagnosis.
 
     Args:
         store: the run's store.
-        live: the live windows.
+        live: its live diagnosis.
         artifacts: takes the chunks of files; by default into the store's folder.
         pause_senders: pauses (True) or resumes the run's ranks while the store cannot be written.
     """

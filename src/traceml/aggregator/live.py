@@ -13,8 +13,8 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.kept_steps import slots_for
 from traceml.diagnosis.steps.stand_ins import StandIns
-from traceml.diagnosis.steps.window import slots_for
 from traceml.transport.framing import decode_log
 
 __all__ = ["LiveRows"]
@@ -39,18 +39,18 @@ class LiveRows:
         """Whether something arrived since the last diagnosis."""
 
     def resize(self, world_size: int) -> None:
-        """Start an empty window for another number of ranks: how many steps are kept depends on it."""
+        """Keep steps anew, for another number of ranks: how many are kept depends on it."""
         self.intake.resize(slots_for(world_size), world_size)
         self.intake.facts.world_size = world_size
 
     @property
     def stand_ins(self) -> StandIns:
         """Ranks that stand for others of their host, where hosts are merged."""
-        return self.intake.window.stand_ins
+        return self.intake.kept.stand_ins
 
     def begin_attempt(self) -> None:
         """Forget which ranks of the attempt before stood for others."""
-        self.intake.window.stand_ins = StandIns()
+        self.intake.kept.stand_ins = StandIns()
 
     def silence(self, host: str) -> None:
         """Record that a host is out of reach: its ranks are not compared."""
@@ -60,14 +60,14 @@ class LiveRows:
     def join(self, stream: Stream) -> None:
         """Add a rank; steps of an earlier incarnation are forgotten."""
         self.resume(stream)
-        if stream.in_window:
-            self.intake.window.clear(stream.rank)
+        if stream.is_diagnosed:
+            self.intake.kept.clear(stream.rank)
             self.intake.facts.join(stream.rank)
 
     def resume(self, stream: Stream) -> None:
         """Add a rank as an earlier aggregator left it."""
         self.intake.facts.host(stream.rank, stream.incarnation.host)
-        if stream.in_window:
+        if stream.is_diagnosed:
             self.intake.names[stream.rank] = stream.names
 
     def end(self, stream: Stream) -> None:
@@ -79,7 +79,7 @@ class LiveRows:
         """Take rows that the store has taken."""
         if table in _LOGS:
             self._take_log(stream, table, data)
-        elif stream.in_window:
+        elif stream.is_diagnosed:
             self.intake.add(table, stream.rank, data)
 
     def take_snapshot(self, snapshot: RankSnapshot) -> None:
@@ -117,14 +117,14 @@ class LiveRows:
         return diagnose(window, facts)
 
     def scatter(self) -> None:
-        """Put the rows that arrived since the last tick into the window."""
+        """Put the rows that arrived since the last tick among the kept ones."""
         self.fresh |= self.intake.flush()
 
     def _take_log(self, stream: Stream, table: str, data: bytes) -> None:
         for row in decode_log(data):
             (_take_name if table == NAMES.name else self._take_info)(stream, row)
 
-        if table == NAMES.name and stream.in_window:
+        if table == NAMES.name and stream.is_diagnosed:
             self.intake.names[stream.rank] = stream.names
 
     def _take_info(self, stream: Stream, row: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class LiveRows:
             stream.exit.update({key: value for key, value in row.items() if key not in ("kind", "t_ns")})
         elif row.get("kind") == "loaded":
             self.on_loaded(stream, row)
-        elif stream.in_window:
+        elif stream.is_diagnosed:
             self.intake.facts.info(stream.rank, row)
 
 

@@ -137,7 +137,7 @@ class RunStreams:
         self._reopen()
         if stream.ended:
             _log.info("%r has reconnected", stream)
-            if stream.state is StreamState.LOST and stream.in_window:
+            if stream.state is StreamState.LOST and stream.is_diagnosed:
                 self.live.join(stream)
 
         self._is_attended = True
@@ -179,7 +179,7 @@ class RunStreams:
             self.live.begin_attempt()
             self.store.event("attempt", {"attempt": attempt})
             for stream in self.streams:
-                stream.in_window = stream.attempt >= attempt and not stream.is_helper
+                stream.is_diagnosed = stream.attempt >= attempt and not stream.is_helper
 
         if attempt >= self.attempt and hello.world_size != self.world_size:
             self._resize(hello.world_size)
@@ -213,7 +213,7 @@ class RunStreams:
         )
         stream = Stream(number, rank, attempt, incarnation, flight=flight)
         self.store.update_stream(number, seen_here=stream.seen_here)
-        stream.in_window = attempt >= self.attempt
+        stream.is_diagnosed = attempt >= self.attempt
         stream.is_helper = is_helper
         self._table.add(stream)
         if is_helper:
@@ -242,7 +242,7 @@ class RunStreams:
         self.store.update_stream(stream.id, state=str(state), **ended)
         self.store.event("rank", {"rank": stream.rank, "attempt": stream.attempt, "state": str(state),
                                   "exit": stream.exit})  # fmt: skip
-        if stream.in_window:
+        if stream.is_diagnosed:
             self.live.end(stream)
 
     def _reopen(self) -> None:
@@ -267,7 +267,7 @@ class RunStreams:
             self._facts.values |= facts
             self.live.resize(self.world_size)
             for stream in restored_streams(reader, self.store):
-                stream.in_window = stream.attempt >= self.attempt
+                stream.is_diagnosed = stream.attempt >= self.attempt
                 self._table.add(stream)
                 if not stream.ended:
                     self._table.away[stream] = None

@@ -28,7 +28,7 @@ class StreamTable:
         """Add a stream; a rank's newest one takes the place of the one before."""
         self.all.append(stream)
         if stream.is_helper:
-            stream.in_window = False
+            stream.is_diagnosed = False
         else:
             self._current[stream.attempt, stream.rank] = stream
 
@@ -38,7 +38,7 @@ class StreamTable:
     def remove_rank(self, stream: Stream) -> None:
         """Make a rank's stream one of a helper."""
         del self._current[stream.attempt, stream.rank]
-        stream.is_helper, stream.in_window = True, False
+        stream.is_helper, stream.is_diagnosed = True, False
 
     def of_rank(self, attempt: int, rank: int) -> Stream | None:
         """Return the newest stream of a rank in an attempt."""

@@ -102,8 +102,8 @@ class Stream:
         "exit",
         "flight",
         "id",
-        "in_window",
         "incarnation",
+        "is_diagnosed",
         "is_helper",
         "is_relayed",
         "names",
@@ -150,8 +150,8 @@ class Stream:
         """Whether it is a forked child of a rank that only logs; it is no rank of its own."""
         self.is_relayed = False
         """Whether the aggregator of its host sends its rows."""
-        self.in_window = True
-        """Whether its rows enter the live windows: only the rank's newest incarnation does."""
+        self.is_diagnosed = True
+        """Whether its rows are diagnosed live: only those of the rank's newest incarnation are."""
         self.resumes_at = 0
         """Steps in the checkpoint with which it began, if it counts its own from 0."""
         self.reported_dead = False

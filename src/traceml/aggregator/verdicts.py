@@ -11,7 +11,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.window import Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.tree.host_merger import STEPS_COMPARED
 from traceml.diagnosis.tree.row_requests import RowRequests
 from traceml.fail_open import fail_open
@@ -106,6 +106,6 @@ def _steps_for(ranks: int) -> int:
     return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // max(ranks, 1)))
 
 
-def _event(findings: list[Finding], window: Window) -> dict[str, Any]:
+def _event(findings: list[Finding], window: AlignedSteps) -> dict[str, Any]:
     data = [finding.to_dict() for finding in findings]
     return {"verdict": data[0], "findings": data, "step": int(window.steps[-1]) if len(window) else None}

@@ -1,4 +1,4 @@
-"""Intake of rows for the diagnosis: from tables to a step window and job facts.
+"""Intake of rows for the diagnosis: from tables to kept steps and job facts.
 
 The aggregator adds frames from the wire; a reader of a store adds frames from the store.
 """
@@ -31,8 +31,9 @@ from traceml.database.schema import (
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
-from traceml.diagnosis.steps.step_sample import SampledWindow
-from traceml.diagnosis.steps.window import Ints, Rows, StepWindow, Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
+from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
+from traceml.diagnosis.steps.step_sample import SampledSteps
 
 __all__ = ["RowIntake"]
 
@@ -47,7 +48,7 @@ class RowIntake:
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.facts = JobFactsBuilder(max(ranks, 1))
-        self.window = StepWindow(slots, ranks)
+        self.kept = KeptSteps(slots, ranks)
         self.names = self.facts.names
         self._added: dict[str, list[tuple[int, bytes]]] = {STEPS.name: [], DEVICE_STEPS.name: []}
         self._takers: dict[str, Callable[[int, Rows], None]] = {
@@ -67,22 +68,22 @@ class RowIntake:
         }
 
     def resize(self, slots: int, ranks: int) -> None:
-        """Start an empty window for another number of ranks."""
-        self._replace_window(StepWindow(slots, ranks))
+        """Keep steps anew, for another number of ranks."""
+        self._replace(KeptSteps(slots, ranks))
 
-    def sample(self, steps: Ints, ranks: int) -> SampledWindow:
-        """Start an empty window that keeps only these steps, ascending, and return it."""
-        window = SampledWindow(steps, ranks)
-        self._replace_window(window)
-        return window
+    def sample(self, steps: Ints, ranks: int) -> SampledSteps:
+        """Keep only these steps from now on, ascending; return where they are kept."""
+        sampled = SampledSteps(steps, ranks)
+        self._replace(sampled)
+        return sampled
 
     def end(self, ended: RankExit) -> None:
         """Record how a rank ended; the others are no longer aligned with it."""
         self.facts.exit(ended)
-        self.window.end(ended.rank)
+        self.kept.end(ended.rank)
 
     def add(self, table: str, rank: int, data: bytes) -> None:
-        """Add rows of one rank, in order; step rows reach the window with the next `flush`.
+        """Add rows of one rank, in order; step rows are kept with the next `flush`.
 
         Args:
             table: name of a packed table; tables that the diagnosis does not need are ignored.
@@ -96,19 +97,19 @@ class RowIntake:
             self._takers[table](rank, np.frombuffer(data, _DTYPES[table]))
 
     def flush(self) -> bool:
-        """Put the added step rows of all ranks into the window at once; return whether there were any."""
+        """Put the added step rows of all ranks among the kept ones at once; return whether there were any."""
         found = bool(self._added[STEPS.name])
         self._scatter(STEPS, self._take_steps)
-        self._scatter(DEVICE_STEPS, self.window.scatter_device)
+        self._scatter(DEVICE_STEPS, self.kept.scatter_device)
         return found
 
-    def snapshot(self, last: int) -> tuple[Window, JobFacts]:
+    def snapshot(self, last: int) -> tuple[AlignedSteps, JobFacts]:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
-        window = self.window.aligned(last=last)
-        return window, self.facts.build(self.window.reached(window.missing_ranks).tolist())
+        window = self.kept.aligned(last=last)
+        return window, self.facts.build(self.kept.reached(window.missing_ranks).tolist())
 
-    def _replace_window(self, window: StepWindow) -> None:
-        window.stand_ins, self.window = self.window.stand_ins, window
+    def _replace(self, kept: KeptSteps) -> None:
+        kept.stand_ins, self.kept = self.kept.stand_ins, kept
 
     def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:
         if added := self._added[table.name]:
@@ -119,7 +120,7 @@ class RowIntake:
             added.clear()
 
     def _take_steps(self, ranks: NDArray[np.int64], rows: Rows) -> None:
-        self.window.scatter(ranks, rows)
+        self.kept.scatter(ranks, rows)
         self.facts.skipped.add(ranks, rows)
         self.facts.batches.steps(rows)
         self.facts.progress.steps(ranks, rows)
@@ -129,7 +130,7 @@ class RowIntake:
         self.facts.progress.line_rows(rank, rows)
 
     def _take_user_phases(self, rank: int, rows: Rows) -> None:
-        self.window.scatter_user(rank, rows, self.names.get(rank, {}))
+        self.kept.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
 _PACKED = (

@@ -32,11 +32,11 @@ from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.stalls.throttled import throttled
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.even_models import as_one_training
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.step_history import StepHistory
-from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, ns_text, percent_text
 
 __all__ = ["MIN_STEPS", "diagnose"]
@@ -48,7 +48,7 @@ _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
 
 
-def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
+def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return the findings, the verdict first; never empty.
 
     Args:
@@ -93,7 +93,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
     return [*_of_seen_ranks([nothing], window, facts), *remarks]
 
 
-def _of_seen_ranks(found: list[Finding], window: Window, facts: JobFacts) -> list[Finding]:
+def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Add to the first finding about steps how many ranks it rests on, where some are missing."""
     if not found or not facts.latest:
         return found
@@ -126,7 +126,7 @@ def _memory(facts: JobFacts) -> list[Finding]:
     return [*memory_leaks(facts), *memory_pressure(facts), *memory_imbalance(facts), *allocator_churn(facts)]
 
 
-def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
+def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
     step_ns = segments.step_ns
     segments = as_one_training(window, segments, facts.other_models)
     uneven, even = data_imbalance(window, segments)
@@ -181,7 +181,7 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
 
 
-def _is_used_up(slower: Finding, waiting: Finding, window: Window) -> bool:
+def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps) -> bool:
     """Return whether steps became slower only because batches that had been made in advance were used up.
 
     The thread or process that fills a queue begins before the first step; what it cannot keep up with is told.
@@ -201,7 +201,7 @@ def _explains(slower: Finding, other: Finding) -> bool:
     return same and slower.cost_share >= _EXPLAINED_SHARE * other.cost_share
 
 
-def _too_few(window: Window, facts: JobFacts) -> Finding:
+def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
     seen = len(window)
     began = len(window.ranks) > 0
     why = f"only {seen} step{'s' if seen > 1 else ''} after the first ones"
@@ -244,7 +244,7 @@ def _for_more(state: str, *, began: bool) -> str:
     )
 
 
-def _unknown_backward(window: Window, segments: Segments) -> Finding | None:
+def _unknown_backward(window: AlignedSteps, segments: Segments) -> Finding | None:
     """Report that own backward was not measured: slow computation and slow communication look the same then."""
     if segments.backward_known:
         return None

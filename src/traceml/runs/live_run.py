@@ -9,7 +9,7 @@ from pathlib import Path
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.steps.window import slots_for
+from traceml.diagnosis.steps.kept_steps import slots_for
 from traceml.errors import StoreError
 from traceml.runs.about import About, about_run
 from traceml.runs.report.report import make_report, report_window, run_wall_time
@@ -193,7 +193,7 @@ class LiveRun:
                 self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
 
     def _take_rate(self) -> None:
-        latest, ends = self.digest.window.latest, self.digest.window.end_ns
+        latest, ends = self.digest.kept.latest, self.digest.kept.end_ns
         if not latest.size or int(latest.max()) < 0:
             return
 

@@ -11,7 +11,8 @@ from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.window import StepWindow, Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 
 Sizes = Callable[[int, int], np.ndarray]
 
@@ -34,14 +35,14 @@ def rarely_large(ranks: int, steps: int) -> np.ndarray:
     return random.uniform(0.95, 1.05, (ranks, steps)) * np.where(random.random(steps) < 1 / 30, 8, 1)
 
 
-def window(job: Job, sizes: np.ndarray, *faults: Fault, known: bool = True) -> Window:
-    """Return the window of a run whose forward and backward take longer for larger batches."""
+def steps_of(job: Job, sizes: np.ndarray, *faults: Fault, known: bool = True) -> AlignedSteps:
+    """Return the steps of a run whose forward and backward take longer for larger batches."""
 
     def grows(own, random):
         for part in ("forward", "backward"):
             own[part] *= sizes
 
-    found = StepWindow(1024, job.ranks)
+    found = KeptSteps(1024, job.ranks)
     for rank, rows in enumerate(rows_of(job, grows, *faults)):
         rows["elements"] = sizes[rank] * 1000 * known
         found.scatter(np.full(len(rows), rank), rows)
@@ -49,7 +50,7 @@ def window(job: Job, sizes: np.ndarray, *faults: Fault, known: bool = True) -> W
     return found.aligned(last=1000)
 
 
-def kinds(of: Window, job: Job) -> list[Kind]:
+def kinds(of: AlignedSteps, job: Job) -> list[Kind]:
     return [finding.kind for finding in diagnose(of, JobFacts(world_size=job.ranks))]
 
 
@@ -57,7 +58,7 @@ def kinds(of: Window, job: Job) -> list[Kind]:
 def test_ranks_that_wait_for_the_largest_batch(sizes: Sizes):
     """The difference is that of the batches: no rank is a straggler."""
     job = Job(ranks=4)
-    of = window(job, sizes(4, job.steps))
+    of = steps_of(job, sizes(4, job.steps))
 
     finding = diagnose(of, JobFacts(world_size=4))[0]
 
@@ -70,13 +71,13 @@ def test_ranks_that_wait_for_the_largest_batch(sizes: Sizes):
 def test_without_sizes_the_same_run_has_a_straggler():
     """The rule's information is the size: without it, the rank with more work is late."""
     job = Job(ranks=4)
-    assert any(kind.rule.is_straggler for kind in kinds(window(job, one_larger(4, job.steps), known=False), job))
+    assert any(kind.rule.is_straggler for kind in kinds(steps_of(job, one_larger(4, job.steps), known=False), job))
 
 
 def test_a_slow_rank_is_found_among_uneven_batches():
     """What does not follow the size is judged as usual."""
     job = Job(ranks=4)
-    found = kinds(window(job, uneven(4, job.steps), adds("input_wait", 9.0, (2,))), job)
+    found = kinds(steps_of(job, uneven(4, job.steps), adds("input_wait", 9.0, (2,))), job)
     assert Kind.INPUT_STRAGGLER in found
 
 
@@ -84,14 +85,14 @@ def test_rare_large_batches_are_no_jitter():
     """Long steps of one rank whose batches are as much larger are explained."""
     job = Job(ranks=1, grouped=False)
     sizes = rarely_large(1, job.steps)
-    assert Kind.JITTER in kinds(window(job, sizes, known=False), job)
-    assert Kind.JITTER not in kinds(window(job, sizes), job)
+    assert Kind.JITTER in kinds(steps_of(job, sizes, known=False), job)
+    assert Kind.JITTER not in kinds(steps_of(job, sizes), job)
 
 
 def test_equal_batches_are_no_finding():
     """A slow rank whose batches are like the others' is a straggler."""
     job = Job(ranks=4)
-    of = window(job, np.ones((4, job.steps)), adds("forward", 6.0, (1,)))
+    of = steps_of(job, np.ones((4, job.steps)), adds("forward", 6.0, (1,)))
     found = kinds(of, job)
     assert Kind.DATA_IMBALANCE not in found
     assert Kind.COMPUTE_STRAGGLER in found

@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.topology.topology import Topology
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.window import StepWindow
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 
 JOB = Job(ranks=32, steps=80)
 RANKS = range(JOB.ranks)
@@ -98,13 +98,13 @@ def test_ranks_that_were_not_seen_are_counted(fault):
     """The verdict tells on how many ranks it rests, if some never sent a step."""
     silent = tuple(79 if rank not in (5, 6) else -1 for rank in RANKS)
     rows = rows_of(JOB, fault)
-    window = StepWindow(128, JOB.ranks)
+    kept = KeptSteps(128, JOB.ranks)
     for rank in RANKS:
         if silent[rank] >= 0:
-            window.scatter(np.full(JOB.steps, rank), rows[rank])
+            kept.scatter(np.full(JOB.steps, rank), rows[rank])
 
     facts = JobFacts(world_size=JOB.ranks, hosts=CLUSTER.hosts, topology=CLUSTER, latest=silent)
-    found = diagnose(window.aligned(), facts)[0]
+    found = diagnose(kept.aligned(), facts)[0]
 
     assert found.summary.endswith("30 of 32 ranks were seen in these steps.")
     assert (found.evidence["ranks_seen"], found.evidence["world_size"]) == (30, 32)
@@ -121,25 +121,25 @@ def test_ranks_that_come_and_go_are_no_stragglers(seed):
     """Ranks that end, and others that begin again from step 0 in their place, are not taken for slow ones."""
     random = np.random.default_rng(seed)
     rows = rows_of(JOB, seed=seed)
-    window = StepWindow(128, JOB.ranks)
+    kept = KeptSteps(128, JOB.ranks)
     changes = {
         int(rank): int(step)
         for rank, step in zip(random.choice(JOB.ranks, 6, replace=False), random.integers(20, 70, 6), strict=True)
     }
     for rank in RANKS:
         until = changes.get(rank, JOB.steps)
-        window.scatter(np.full(until, rank), rows[rank][:until])
+        kept.scatter(np.full(until, rank), rows[rank][:until])
         if until == JOB.steps:
             continue
 
-        window.end(rank)
+        kept.end(rank)
         if random.random() < 0.6:  # a spare joins, with steps of its own and a slow first one
-            window.clear(rank)
+            kept.clear(rank)
             again = rows[rank][: JOB.steps - until].copy()
             again["forward_ns"][0] += 2_000_000_000
             again["total_ns"][0] += 2_000_000_000
-            window.scatter(np.full(len(again), rank), again)
+            kept.scatter(np.full(len(again), rank), again)
 
-    facts = JobFacts(world_size=JOB.ranks, topology=CLUSTER, latest=tuple(window.latest.tolist()))
+    facts = JobFacts(world_size=JOB.ranks, topology=CLUSTER, latest=tuple(kept.latest.tolist()))
 
-    assert not any(found.kind.rule.is_straggler for found in diagnose(window.aligned(), facts))
+    assert not any(found.kind.rule.is_straggler for found in diagnose(kept.aligned(), facts))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.diagnosis.steps.stand_ins import HostChoice, StandIns, WorkAbove, packed_ms
-from traceml.diagnosis.steps.window import StepWindow
 
 ROWS = rows_of(Job(ranks=8, steps=60))
 
@@ -20,12 +20,12 @@ def choice(host: str = "a", typical: int = 0, sent: tuple[int, ...] = (0,), **fa
     return HostChoice(**{"host": host, "typical": typical, "ordinary": ordinary, "sent": sent, **facts})
 
 
-def window_of(*ranks: int, steps: int = 60) -> StepWindow:
-    window = StepWindow(128, 8)
+def kept_of(*ranks: int, steps: int = 60) -> KeptSteps:
+    kept = KeptSteps(128, 8)
     for rank in ranks:
-        window.scatter(np.full(steps, rank), ROWS[rank][:steps])
+        kept.scatter(np.full(steps, rank), ROWS[rank][:steps])
 
-    return window
+    return kept
 
 
 def above(first_step: int, *values_ns: float) -> WorkAbove:
@@ -58,21 +58,21 @@ def test_what_is_no_work_beyond_that_of_a_typical_rank_is_refused(row):
 
 def test_a_window_without_merged_hosts_has_no_stand_ins():
     """As in the aggregator of all ranks."""
-    window = window_of(0, 1)
+    kept = kept_of(0, 1)
 
-    assert not window.stand_ins
-    assert window.aligned().stands_for == {}
-    assert window.reached().tolist() == window.latest.tolist()
+    assert not kept.stand_ins
+    assert kept.aligned().stands_for == {}
+    assert kept.reached().tolist() == kept.latest.tolist()
 
 
 def test_typical_ranks_stand_for_ordinary_ones():
     """Not for those that have rows of their own."""
-    window = window_of(0, 2, 4)
-    window.stand_ins.take(choice(sent=(0, 2)))
-    window.stand_ins.take(choice("b", 4, (4,)))
+    kept = kept_of(0, 2, 4)
+    kept.stand_ins.take(choice(sent=(0, 2)))
+    kept.stand_ins.take(choice("b", 4, (4,)))
 
-    assert window.aligned().stands_for == {0: (0, 1, 3), 4: (4, 5, 6, 7)}
-    assert window.reached().tolist() == [59] * 8
+    assert kept.aligned().stands_for == {0: (0, 1, 3), 4: (4, 5, 6, 7)}
+    assert kept.reached().tolist() == [59] * 8
 
 
 def test_only_other_ranks_are_a_change():
@@ -86,11 +86,11 @@ def test_only_other_ranks_are_a_change():
 
 def test_the_longest_work_of_the_others_is_known_by_step():
     """To 0.1 %; 0 where it is not, and of ranks that stand for nobody."""
-    window = window_of(0, 2)
-    window.stand_ins.take(choice(sent=(0, 2)))
-    window.stand_ins.add("a", WorkAbove.from_row(above(58, 5e6, np.nan).to_row()))
+    kept = kept_of(0, 2)
+    kept.stand_ins.take(choice(sent=(0, 2)))
+    kept.stand_ins.add("a", WorkAbove.from_row(above(58, 5e6, np.nan).to_row()))
 
-    aligned = window.aligned(last=3)
+    aligned = kept.aligned(last=3)
 
     assert aligned.steps.tolist() == [57, 58, 59]
     np.testing.assert_allclose(aligned.above, [[0, 5e6, 0], [0, 0, 0]], rtol=1e-3)
@@ -98,66 +98,66 @@ def test_the_longest_work_of_the_others_is_known_by_step():
 
 def test_work_of_many_seconds_and_hosts_is_put_into_its_steps():
     """However much comes between two verdicts, and whatever a host sends again."""
-    window = window_of(0, 4)
+    kept = kept_of(0, 4)
     for host, typical in (("a", 0), ("b", 4)):
-        window.stand_ins.take(choice(host, typical, (typical,)))
+        kept.stand_ins.take(choice(host, typical, (typical,)))
 
     for first_step in (0, *range(200)):
-        window.stand_ins.add("a", above(first_step % 60, 1e6 * (1 + first_step // 60)))
-        window.stand_ins.add("b", above(first_step % 60, 8e6))
+        kept.stand_ins.add("a", above(first_step % 60, 1e6 * (1 + first_step // 60)))
+        kept.stand_ins.add("b", above(first_step % 60, 8e6))
 
-    aligned = window.aligned(last=2)
+    aligned = kept.aligned(last=2)
     assert aligned.steps.tolist() == [58, 59]
     np.testing.assert_allclose(aligned.above, [[3e6, 3e6], [8e6, 8e6]], rtol=1e-3)
 
 
 def test_another_typical_rank_has_other_work_beyond_its_own():
     """What came for the one before is dropped; so is that of a host that is not known."""
-    window = window_of(0, 1)
-    window.stand_ins.add("a", above(59, 5e6))
-    window.stand_ins.take(choice())
-    window.stand_ins.add("a", above(59, 6e6))
-    window.stand_ins.take(choice(typical=1, sent=(1,)))
+    kept = kept_of(0, 1)
+    kept.stand_ins.add("a", above(59, 5e6))
+    kept.stand_ins.take(choice())
+    kept.stand_ins.add("a", above(59, 6e6))
+    kept.stand_ins.take(choice(typical=1, sent=(1,)))
 
-    assert window.aligned(last=1).above.tolist() == [[0]]
+    assert kept.aligned(last=1).above.tolist() == [[0]]
 
-    window.stand_ins.add("a", above(59, 7e6))
-    np.testing.assert_allclose(window.aligned(last=1).above, [[7e6]], rtol=1e-3)
+    kept.stand_ins.add("a", above(59, 7e6))
+    np.testing.assert_allclose(kept.aligned(last=1).above, [[7e6]], rtol=1e-3)
 
 
 def test_ranks_that_are_not_sent_any_more_do_not_hold_up_the_others():
     """Rank 2 differed for a while: its rows end, and the typical rank stands for it."""
-    window = window_of(0, 4)
-    window.scatter(np.full(20, 2), ROWS[2][:20])
-    window.stand_ins.take(choice())
-    window.stand_ins.take(choice("b", 4, (4,)))
+    kept = kept_of(0, 4)
+    kept.scatter(np.full(20, 2), ROWS[2][:20])
+    kept.stand_ins.take(choice())
+    kept.stand_ins.take(choice("b", 4, (4,)))
 
-    assert window.aligned(last=5).ranks.tolist() == [0, 4]
-    assert window.aligned(last=5).steps.tolist() == [55, 56, 57, 58, 59]
-    assert window.reached()[2] == 59
+    assert kept.aligned(last=5).ranks.tolist() == [0, 4]
+    assert kept.aligned(last=5).steps.tolist() == [55, 56, 57, 58, 59]
+    assert kept.reached()[2] == 59
 
 
 def test_hosts_out_of_reach_are_not_compared_until_they_are_back():
     """Their ranks are missing, also those that their typical rank stands for."""
-    window = window_of(0, 4)
-    window.stand_ins.take(choice())
-    window.stand_ins.take(choice("b", 4, (4,)))
-    window.stand_ins.silence("b")
+    kept = kept_of(0, 4)
+    kept.stand_ins.take(choice())
+    kept.stand_ins.take(choice("b", 4, (4,)))
+    kept.stand_ins.silence("b")
 
-    aligned = window.aligned()
+    aligned = kept.aligned()
 
     assert (aligned.ranks.tolist(), aligned.missing_ranks) == ([0], (4,))
-    assert window.reached(aligned.missing_ranks).tolist() == [59, 59, 59, 59, 59, -1, -1, -1]
-    window.stand_ins.take(choice("b", 4, (4,)))
-    assert window.aligned().ranks.tolist() == [0, 4]
+    assert kept.reached(aligned.missing_ranks).tolist() == [59, 59, 59, 59, 59, -1, -1, -1]
+    kept.stand_ins.take(choice("b", 4, (4,)))
+    assert kept.aligned().ranks.tolist() == [0, 4]
 
 
 def test_ended_ranks_have_their_last_step():
     """Also where none of their rows was sent, and although the typical rank goes on."""
-    window = window_of(0)
-    window.stand_ins.take(choice(ordinary=(0, 1, 2), ended=(3,), ended_at=(31,)))
+    kept = kept_of(0)
+    kept.stand_ins.take(choice(ordinary=(0, 1, 2), ended=(3,), ended_at=(31,)))
 
-    assert window.reached().tolist()[:4] == [59, 59, 59, 31]
+    assert kept.reached().tolist()[:4] == [59, 59, 59, 31]
 
 
 def test_chosen_ranks_are_an_event_without_durations():

@@ -10,57 +10,57 @@ from traceml.database.schema import DEVICE_STEPS, USER_PHASES
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.diagnosis.steps.segments import segments_of
-from traceml.diagnosis.steps.step_sample import SampledWindow
-from traceml.diagnosis.steps.window import StepWindow
+from traceml.diagnosis.steps.step_sample import SampledSteps
 
 BLOCKS = [range(64), range(640, 704), range(1984, 2000)]
 STEPS = np.concatenate([np.array(block) for block in BLOCKS])
 
 
 def sampled(rows, steps=STEPS):
-    window = SampledWindow(steps, len(rows))
+    kept = SampledSteps(steps, len(rows))
     for rank, of_rank in enumerate(rows):
-        window.scatter(np.full(len(of_rank), rank), of_rank)
+        kept.scatter(np.full(len(of_rank), rank), of_rank)
 
-    return window
+    return kept
 
 
 def test_only_the_chosen_steps_are_kept():
-    """Of all rows the chosen ones are in the window, whatever order frames come in; the newest step is known."""
+    """Of all rows the chosen ones are kept, whatever order frames come in; the newest step is known."""
     rows = rows_of(Job(steps=2000))
-    window = SampledWindow(STEPS)
+    kept = SampledSteps(STEPS)
     for rank, of_rank in enumerate(rows):
         for part in np.array_split(of_rank, 7):
-            window.scatter(np.full(len(part), rank), part)
+            kept.scatter(np.full(len(part), rank), part)
 
-    aligned = window.aligned(last=10_000)
+    aligned = kept.aligned(last=10_000)
 
     assert aligned.steps.tolist() == [step for step in STEPS.tolist() if step >= 10]
     assert aligned.total[1].tolist() == pytest.approx(rows[1]["total_ns"][aligned.steps].tolist(), rel=1e-6)
-    assert window.latest.tolist() == [1999, 1999]
-    assert window.slots == len(STEPS)
+    assert kept.latest.tolist() == [1999, 1999]
+    assert kept.slots == len(STEPS)
 
 
 def test_a_rank_that_ended_early_keeps_its_steps_and_cuts_no_others():
-    """Ranks are aligned as in a window of the newest steps; one that stayed far behind is named."""
+    """Ranks are aligned as where the newest steps are kept; one that stayed far behind is named."""
     rows = rows_of(Job(ranks=3, steps=2000))
-    window = sampled([rows[0], rows[1], rows[2][:300]])
+    kept = sampled([rows[0], rows[1], rows[2][:300]])
 
-    aligned = window.aligned(last=10_000)
+    aligned = kept.aligned(last=10_000)
 
     assert aligned.ranks.tolist() == [0, 1]
     assert aligned.missing_ranks == (2,)
-    assert window.held(2).steps.tolist() == list(range(64))
+    assert kept.held(2).steps.tolist() == list(range(64))
 
 
 def test_latest_steps_are_known_without_their_rows():
     """How far each rank came is told apart from the rows."""
-    window = sampled(rows_of(Job(steps=700)))
-    window.advance(np.arange(2), np.array([1999, 1500]), np.array([7, 8]))
+    kept = sampled(rows_of(Job(steps=700)))
+    kept.advance(np.arange(2), np.array([1999, 1500]), np.array([7, 8]))
 
-    assert window.latest.tolist() == [1999, 1500]
-    assert window.end_ns.tolist() == [7, 8]
+    assert kept.latest.tolist() == [1999, 1500]
+    assert kept.end_ns.tolist() == [7, 8]
 
 
 def test_user_phases_and_device_times_of_other_steps_are_left_out():
@@ -107,11 +107,11 @@ def test_the_verdict_is_that_of_all_steps(faults, kind, ranks):
     """A sample of 1,500 of 12,000 steps gives the verdict of all of them."""
     rows = rows_of(Job(steps=12_000), *faults, seed=3)
     steps = np.concatenate([np.arange(first, first + 64) for first in range(0, 12_000 - 64, 512)])
-    whole = StepWindow(16_384)
+    whole = KeptSteps(16_384)
     for rank, of_rank in enumerate(rows):
         whole.scatter(np.full(len(of_rank), rank), of_rank)
 
-    for window in (sampled(rows, steps), whole):
-        verdict = diagnose(window.aligned(last=20_000), JobFacts(world_size=2, group=True))[0]
+    for kept in (sampled(rows, steps), whole):
+        verdict = diagnose(kept.aligned(last=20_000), JobFacts(world_size=2, group=True))[0]
 
         assert (verdict.kind, verdict.ranks) == (kind, ranks)

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology.topology import Topology
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.window import StepWindow
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.diagnosis.tree.central_merger import CentralMerger
 from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.tree.host_second import HostSecond
@@ -93,11 +93,11 @@ def any_run(cluster: Cluster, seed: int, level: str | None = None, steps: int = 
 
 def flat_verdict(run: FaultyRun) -> Finding:
     """Return the verdict from the rows of all ranks."""
-    window = StepWindow(128, run.cluster.ranks)
+    kept = KeptSteps(128, run.cluster.ranks)
     for rank, rows in enumerate(run.rows):
-        window.scatter(np.full(len(rows), rank), rows)
+        kept.scatter(np.full(len(rows), rank), rows)
 
-    return diagnose(window.aligned(last=LAST), facts_of(run.cluster, window.latest.tolist()))[0]
+    return diagnose(kept.aligned(last=LAST), facts_of(run.cluster, kept.latest.tolist()))[0]
 
 
 def tree_verdict(run: FaultyRun) -> Finding:

@@ -22,7 +22,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.window import StepWindow
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.runs.report.report import build_report, save_report
 from traceml.supervise.page_process import PageProcess
 
@@ -240,7 +240,7 @@ class LiveJob:
         folder.mkdir()
         self._rows = rows_of(Job(ranks=4, steps=400), adds("forward", 12, (1,)))
         self._done = 0
-        self._window = StepWindow(512)
+        self._kept = KeptSteps(512)
         self._writer = StoreWriter(folder / STORE_NAME)
         facts = run_facts(id=self.id, name="live", state="running", started=time.time(), ended=None, world_size=4)
         self._writer.put_meta("run", facts)
@@ -255,10 +255,10 @@ class LiveJob:
             new = rows[self._done : self._done + steps]
             add_rank_rows(self._writer, stream, new, self._done)
 
-            self._window.scatter(np.full(len(new), rank), new)
+            self._kept.scatter(np.full(len(new), rank), new)
 
         self._done += steps
-        told = [finding.to_dict() for finding in diagnose(self._window.aligned(), JobFacts(world_size=4))]
+        told = [finding.to_dict() for finding in diagnose(self._kept.aligned(), JobFacts(world_size=4))]
         self._writer.event("verdict", {"verdict": told[0], "findings": told, "step": self._done - 1})
         self._writer.commit()
 

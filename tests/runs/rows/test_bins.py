@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import PHASES
-from traceml.diagnosis.steps.window import Window
 from traceml.runs.rows.bins import StepBins
 
 
@@ -16,7 +16,7 @@ def _window(total_ms, first=0, ranks=1):
     times = {phase: np.zeros_like(total) for phase in PHASES} | {"forward": total}
     own = np.full_like(total, np.nan)
     steps = np.arange(first, first + len(total_ms))
-    return Window(np.arange(ranks), steps, times, total, own)
+    return AlignedSteps(np.arange(ranks), steps, times, total, own)
 
 
 def _taken(window):

@@ -8,7 +8,7 @@ import pytest
 from tests.diagnosis.fabricated import MS, Job, adds, rows_of
 from traceml.database.schema import DEVICE_STEPS, PHASE_COLUMNS, STEPS, USER_PHASES, StepFlag, pack_bits
 from traceml.database.store.summaries import StepSums, sum_rows
-from traceml.diagnosis.steps.window import StepWindow
+from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.runs.rows.bins import StepBins
 from traceml.runs.rows.step_totals import SetUpSums, step_totals
 
@@ -46,15 +46,15 @@ def totals_of(ranks):
 
 
 def window_of(ranks):
-    window = StepWindow(1024, len(ranks))
+    kept = KeptSteps(1024, len(ranks))
     for rank, of_rank in enumerate(ranks):
-        window.scatter(np.full(len(of_rank["steps"]), rank), of_rank["steps"])
-        window.scatter_user(rank, of_rank["user_phases"], NAMES[rank])
+        kept.scatter(np.full(len(of_rank["steps"]), rank), of_rank["steps"])
+        kept.scatter_user(rank, of_rank["user_phases"], NAMES[rank])
         if DEVICE_STEPS.name in of_rank:
             device = of_rank[DEVICE_STEPS.name]
-            window.scatter_device(np.full(len(device), rank), device)
+            kept.scatter_device(np.full(len(device), rank), device)
 
-    return window.aligned(last=1024, skip_first=0)
+    return kept.aligned(last=1024, skip_first=0)
 
 
 @pytest.mark.parametrize("grouped", [True, False])

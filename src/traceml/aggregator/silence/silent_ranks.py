@@ -45,7 +45,7 @@ class SilentRanks:
     def check(self) -> None:
         """Notice who falls silent and who wakes, and take snapshots of the silent ones; once a second."""
         here = [stream for stream in self._run.connected if stream.seen_here]
-        connected = [stream for stream in here if stream.in_window and not stream.is_helper]
+        connected = [stream for stream in here if stream.is_diagnosed and not stream.is_helper]
         for stream in self._silences.keys() - set(connected):
             del self._silences[stream]
 

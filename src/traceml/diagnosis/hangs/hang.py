@@ -16,7 +16,7 @@ from traceml.diagnosis.hangs.hang_words import diverged_text, hang_summary, oper
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.standstill import Standstill, standstill
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.steps.window import Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 
 __all__ = ["hang"]
 
@@ -28,7 +28,7 @@ _OF_COLLECTIVES = (
 )  # fmt: skip
 
 
-def hang(window: Window, facts: JobFacts) -> list[Finding]:
+def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return the finding about a job that hangs, or has hung when it was ended.
 
     Args:

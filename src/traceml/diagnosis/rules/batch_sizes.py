@@ -6,10 +6,10 @@ import numpy as np
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import new_step_times, speedup
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.diagnosis.steps.window import Window
 from traceml.formatting import gain_text, ns_text, percent_text
 
 __all__ = ["data_imbalance"]
@@ -20,7 +20,7 @@ MIN_EXPLAINED = 0.5
 """Share of the differences in own computation that follow the size."""
 
 
-def data_imbalance(window: Window, segments: Segments) -> tuple[list[Finding], dict[str, Floats]]:
+def data_imbalance(window: AlignedSteps, segments: Segments) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding, and the computing parts without what follows the size of the batches.
 
     Rules that look for slow ranks and irregular steps judge what remains. The cost is the waiting for the rank with

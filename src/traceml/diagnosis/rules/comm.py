@@ -10,8 +10,8 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import Segments
-from traceml.diagnosis.steps.window import Window
 from traceml.formatting import gain_text, ns_text, percent_text
 
 __all__ = ["comm_bound", "min_wait_ns"]
@@ -34,7 +34,7 @@ def min_wait_ns(segments: Segments) -> float:
     return float(np.median(segments.wait)) if segments.wait.size else 0.0
 
 
-def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
+def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
     """Find communication that costs much while no rank is late, which the caller has checked."""
     cost = min_wait_ns(segments)
     step = float(np.median(segments.step))

@@ -11,10 +11,10 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, gain_text, ns_text, percent_text
 
 __all__ = ["KeptWorkers", "begins_each_step", "keeping_workers", "workers_restarted"]
@@ -75,7 +75,7 @@ def keeping_workers(facts: JobFacts) -> KeptWorkers | None:
 
 
 def workers_restarted(
-    window: Window, segments: Segments, facts: JobFacts, step_ns: float
+    window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about workers that each epoch restarts, and the waiting as it would be without that.
 
@@ -103,7 +103,7 @@ def workers_restarted(
     return [_finding(segments, restart_ns, saved, step_ns, facts, keeping)], {_PART: kept}
 
 
-def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def _restarts(window: AlignedSteps, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return the steps that waited for new workers, as columns of the window, and how long.
 
     Persistent workers also fetch the first batch only when it is asked for. As they keep up with the steps otherwise, a

@@ -11,8 +11,8 @@ from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, impor
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import is_grouped
-from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, duration_text, part_words, percent_text, ranks_text
 
 __all__ = ["covered", "outside_steps"]
@@ -27,7 +27,7 @@ _REPORTED_COMPILING = 0.1
 """Share of the start-up from which on compiling is reported."""
 
 
-def outside_steps(window: Window, facts: JobFacts) -> list[Finding]:
+def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return the findings about a long start-up and much evaluation; none where the run's time is not known.
 
     Args:

@@ -13,10 +13,10 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE, RARE, excess_over_usual, usual
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import UNNAMED, Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.diagnosis.steps.window import Window
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phase_words
 
 __all__ = ["MIN_LONG_STEPS", "REGULAR_SHARE", "periodic_steps"]
@@ -51,7 +51,7 @@ class _Period:
 
 
 def periodic_steps(
-    window: Window, segments: Segments, facts: JobFacts, step_ns: float
+    window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about long steps at a fixed distance, and the part of the step without them.
 
@@ -68,7 +68,7 @@ def periodic_steps(
     return [_finding(segments, facts, period, step_ns)], {period.part: period.removed}
 
 
-def _period(window: Window, segments: Segments) -> _Period | None:
+def _period(window: AlignedSteps, segments: Segments) -> _Period | None:
     usual_ns, limit = usual(segments.step)
     found = _at_distance(window, segments.step, usual_ns, limit)
     if found is not None:
@@ -87,7 +87,7 @@ def _period(window: Window, segments: Segments) -> _Period | None:
 
 
 def _at_distance(
-    window: Window, values: Floats, usual_ns: float, limit_ns: float
+    window: AlignedSteps, values: Floats, usual_ns: float, limit_ns: float
 ) -> tuple[int, NDArray[np.intp]] | None:
     """Return (the distance, the columns) of the values above a limit that follow each other regularly."""
     # The last step has what the script does before it ends, also a hang: it makes no period.

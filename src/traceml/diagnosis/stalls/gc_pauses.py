@@ -12,10 +12,10 @@ from traceml.diagnosis.facts.pauses import Rows
 from traceml.diagnosis.facts.sampled_lines import parsed_place
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import new_step_times, saved_ns, speedup
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.diagnosis.steps.window import Window
 from traceml.formatting import gain_text, line_text, ns_text, ordinal_text, percent_text, ranks_text
 
 __all__ = ["gc_pauses"]
@@ -68,7 +68,7 @@ class _Collections:
         return self.number >= LEAST_NUMBER and self.saved_ns >= least_cost_ns(segments.step_ns)
 
 
-def gc_pauses(window: Window, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+def gc_pauses(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the findings about garbage collections, and the parts of the step without them.
 
     Args:
@@ -88,7 +88,7 @@ def gc_pauses(window: Window, segments: Segments, facts: JobFacts) -> tuple[list
     return found, without
 
 
-def _collections(window: Window, segments: Segments, facts: JobFacts, *, called: bool) -> _Collections | None:
+def _collections(window: AlignedSteps, segments: Segments, facts: JobFacts, *, called: bool) -> _Collections | None:
     taken = facts.pauses.per_step(
         segments.ranks, window.steps, Pause.COLLECTION, lambda rows: rows["called"] == int(called)
     )
@@ -122,7 +122,7 @@ def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
     return np.clip(values - usual, 0, ns).astype(np.float32)
 
 
-def _rows_in(window: Window, facts: JobFacts, segments: Segments, *, called: bool) -> Rows:
+def _rows_in(window: AlignedSteps, facts: JobFacts, segments: Segments, *, called: bool) -> Rows:
     found = []
     for rank in sorted(facts.pauses.ranks(Pause.COLLECTION).intersection(segments.ranks.tolist())):
         rows = facts.pauses.rows(rank, Pause.COLLECTION)

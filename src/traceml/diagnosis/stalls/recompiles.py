@@ -14,10 +14,10 @@ from traceml.diagnosis.facts.pauses import Rows
 from traceml.diagnosis.facts.sampled_lines import parsed_place
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import saved_ns
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.diagnosis.steps.window import Window
 from traceml.formatting import duration_text, gain_text, line_text, percent_text, plural
 
 __all__ = ["recompiles"]
@@ -52,7 +52,7 @@ class _Recompiled:
     guard: str
 
 
-def recompiles(window: Window, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about recompiled functions, and the parts of the step without these compilations.
 
     Args:
@@ -79,7 +79,7 @@ def _all(rows: Rows) -> NDArray[np.bool_]:
     return np.ones(len(rows), bool)
 
 
-def _window_share(window: Window, segments: Segments, facts: JobFacts) -> float:
+def _window_share(window: AlignedSteps, segments: Segments, facts: JobFacts) -> float:
     """Return the share of step time; 0 where it is too small to report."""
     taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _are_anew)
     if not taken:

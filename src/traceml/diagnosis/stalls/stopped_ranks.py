@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.stopped_time import Stop
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
-from traceml.diagnosis.steps.window import Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.formatting import capitalized, count_text, duration_text, plural, ranks_text
 
 __all__ = ["stopped_ranks", "without_stopped_steps"]
@@ -23,7 +23,7 @@ _MOST_SHARE = 0.99
 _LEAST_OF_STEP = 0.5  # a step with a stop lasts longer than this share of it
 
 
-def stopped_ranks(window: Window, facts: JobFacts) -> list[Finding]:
+def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return the finding about ranks that were stopped and went on.
 
     Args:
@@ -46,7 +46,7 @@ def stopped_ranks(window: Window, facts: JobFacts) -> list[Finding]:
     return [_finding(ranks, stops[worst], share, others_wait=held)]
 
 
-def without_stopped_steps(window: Window, facts: JobFacts) -> Window:
+def without_stopped_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
     """Return the window without the steps in which a rank was stopped: they tell nothing of its code."""
     kept = np.ones(len(window), bool)
     for row, rank in enumerate(window.ranks.tolist()):
@@ -57,7 +57,7 @@ def without_stopped_steps(window: Window, facts: JobFacts) -> Window:
     return window if kept.all() else window.select(kept)
 
 
-def _column_of(window: Window, row: int, stop: Stop) -> int | None:
+def _column_of(window: AlignedSteps, row: int, stop: Stop) -> int | None:
     """Return the step in which a stop was: the longest of those that were open at about that time."""
     near: NDArray[np.intp] = np.flatnonzero((window.steps >= stop.first_step) & (window.steps <= stop.last_step))
     if not len(near):
@@ -67,19 +67,19 @@ def _column_of(window: Window, row: int, stop: Stop) -> int | None:
     return column if window.total[row, column] >= _LEAST_OF_STEP * stop.seconds * 1e9 else None
 
 
-def _have_waited(window: Window, rank: int, stop: Stop) -> bool:
+def _have_waited(window: AlignedSteps, rank: int, stop: Stop) -> bool:
     """Return whether the step of a stop was as long on all ranks."""
     rows = np.flatnonzero(window.ranks == rank)
     column = _column_of(window, int(rows[0]), stop) if len(rows) and stop.part == "steps" else None
     return column is not None and bool(window.total[:, column].min() >= _LEAST_OF_STEP * stop.seconds * 1e9)
 
 
-def _recent(window: Window, stops: Mapping[int, Sequence[Stop]]) -> dict[int, list[Stop]]:
+def _recent(window: AlignedSteps, stops: Mapping[int, Sequence[Stop]]) -> dict[int, list[Stop]]:
     first = int(window.steps[0]) if len(window) else 0
     return {rank: [stop for stop in of_rank if stop.last_step >= first] for rank, of_rank in stops.items()}
 
 
-def _window_s(window: Window, rank: int) -> float:
+def _window_s(window: AlignedSteps, rank: int) -> float:
     rows = np.flatnonzero(window.ranks == rank)
     return float(window.total[rows[0]].sum(dtype=np.float64)) / 1e9 if len(rows) else 0.0
 

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.diagnosis.steps.window import Window
 
 __all__ = ["as_one_training"]
 
 _USUAL = 0.25  # half of a training may be slow
 
 
-def as_one_training(window: Window, segments: Segments, starts: Sequence[int]) -> Segments:
+def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[int]) -> Segments:
     """Return a window in which all trainings compute equally long.
 
     Args:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology.topology import RankGroup
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import PHASES, Floats, has_group
-from traceml.diagnosis.steps.window import Window
 
 __all__ = ["COMPUTE", "UNNAMED", "LateRanks", "Segments", "is_grouped", "median_over_ranks", "segments_of"]
 
@@ -47,8 +47,8 @@ class Segments:
         measured: steps in which it was measured; in the others `backward` is the rank's mean.
         device: whether these are device times.
         begins: steps whose predecessor is not in the window.
-        stands_for: see `Window`.
-        above: see `Window`.
+        stands_for: see `AlignedSteps`.
+        above: see `AlignedSteps`.
     """
 
     ranks: NDArray[np.int64]
@@ -116,7 +116,7 @@ class LateRanks:
     group: RankGroup | None = None
 
 
-def segments_of(window: Window, facts: JobFacts) -> Segments:
+def segments_of(window: AlignedSteps, facts: JobFacts) -> Segments:
     """Return the window's own work, with or without a process group."""
     grouped = is_grouped(window, facts)
     parts = _user_parts(window)
@@ -160,7 +160,7 @@ def median_over_ranks(values: Floats) -> Floats:
     return upper if len(values) % 2 else (by_step[:, :half].max(axis=1) + upper) * by_step.dtype.type(0.5)
 
 
-def is_grouped(window: Window, facts: JobFacts) -> bool:
+def is_grouped(window: AlignedSteps, facts: JobFacts) -> bool:
     """Return whether the ranks wait for each other."""
     if not has_group(max(facts.world_size, len(window.ranks)), facts.group):
         return False
@@ -169,14 +169,14 @@ def is_grouped(window: Window, facts: JobFacts) -> bool:
     return facts.group or bool(not np.isnan(window.backward_own).all() or window.times["comm"].any())
 
 
-def _user_parts(window: Window) -> dict[str, Floats]:
+def _user_parts(window: AlignedSteps) -> dict[str, Floats]:
     parts = {name if name not in window.times else f"phase {name}": values for name, values in window.user.items()}
     rest = np.maximum(window.times["user"] - sum(window.user.values(), np.float32(0)), 0)
     # Rows of user phases are in a separate table and may be missing for the newest steps.
     return {**parts, "user": rest} if rest.sum() > 0.01 * max(window.times["user"].sum(), rest.size) else parts
 
 
-def _behind_sync(window: Window) -> Floats:
+def _behind_sync(window: AlignedSteps) -> Floats:
     """Return the optimizer's work in the segment after its step; where that is unknown, the step's own."""
     optimizer = window.times["optimizer"]
     return np.where(window.begins, optimizer, np.roll(optimizer, 1, axis=1))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import Segments
-from traceml.diagnosis.steps.window import Window
 
 __all__ = ["StepHistory"]
 
@@ -46,7 +46,7 @@ class StepHistory:
     own_ns: Floats = field(default_factory=lambda: np.empty((0, 0)))
 
     @classmethod
-    def of(cls, window: Window, segments: Segments) -> StepHistory:
+    def of(cls, window: AlignedSteps, segments: Segments) -> StepHistory:
         """Return the history of a window, in up to 64 bins of equal width in steps.
 
         Args:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.steps.window import Ints, Rows, StepWindow
+from traceml.diagnosis.steps.aligned_steps import Ints
+from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
 
-__all__ = ["SampledWindow"]
+__all__ = ["SampledSteps"]
 
 
-class SampledWindow(StepWindow):
+class SampledSteps(KeptSteps):
     """The rows of chosen steps of every rank; other rows are left out.
 
     Args:

@@ -1,4 +1,4 @@
-"""Joining of the messages of all hosts: the window and the facts that the rules take."""
+"""Joining of the messages of all hosts: the steps and the facts that the rules take."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from traceml.database.store.summaries import TableSums
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.stand_ins import HostChoice
-from traceml.diagnosis.steps.window import Window
 from traceml.diagnosis.tree.host_second import HostSecond
 from traceml.diagnosis.tree.row_requests import RowRequests
 
@@ -39,7 +39,7 @@ class CentralMerger:
     @property
     def rows(self) -> int:
         """Number of ranks whose rows are taken now."""
-        return sum(len(choice.sent) for choice in self.intake.window.stand_ins.choices)
+        return sum(len(choice.sent) for choice in self.intake.kept.stand_ins.choices)
 
     def take(self, seconds: Sequence[HostSecond]) -> None:
         """Take the messages of many hosts, at most one of each."""
@@ -51,29 +51,29 @@ class CentralMerger:
 
     def wanted(self, findings: Sequence[Finding]) -> frozenset[int]:
         """Return the ranks whose full rows are wanted; see `RowRequests`."""
-        return self._requests.wanted(findings, self.intake.window.stand_ins)
+        return self._requests.wanted(findings, self.intake.kept.stand_ins)
 
     def is_confirmed(self, findings: Sequence[Finding]) -> bool:
         """Return whether findings can be told; see `RowRequests`."""
-        return self._requests.is_confirmed(findings, self.intake.window.stand_ins)
+        return self._requests.is_confirmed(findings, self.intake.kept.stand_ins)
 
-    def snapshot(self, last: int) -> tuple[Window, JobFacts]:
+    def snapshot(self, last: int) -> tuple[AlignedSteps, JobFacts]:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
         return self.intake.snapshot(last)
 
     def _take(self, second: HostSecond) -> None:
-        window, choice = self.intake.window, second.choice
-        self._name_host(choice, window.stand_ins.choice_of(choice.host))
-        window.stand_ins.take(choice)
-        window.stand_ins.add(choice.host, second.above)
+        kept, choice = self.intake.kept, second.choice
+        self._name_host(choice, kept.stand_ins.choice_of(choice.host))
+        kept.stand_ins.take(choice)
+        kept.stand_ins.add(choice.host, second.above)
         for rank in second.begins:
-            window.clear(rank)
+            kept.clear(rank)
 
         for rank, data in second.rows.items():
             self.intake.add(STEPS.name, rank, data)
 
         for rank in second.ended:
-            window.end(rank)
+            kept.end(rank)
 
     def _name_host(self, choice: HostChoice, before: HostChoice | None) -> None:
         for rank in choice.alive.difference(() if before is None else before.alive):

@@ -11,9 +11,10 @@ import numpy as np
 from traceml.database.schema import STEPS
 from traceml.database.store.summaries import TableSums, sum_rows
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.stand_ins import WorkAbove, packed_ms
-from traceml.diagnosis.steps.window import Rows, StepWindow, Window
 from traceml.diagnosis.tree.host_choice import RankChoice, choose_ranks
 from traceml.diagnosis.tree.host_second import HostSecond
 
@@ -45,7 +46,7 @@ class HostMerger:
         self._sent_rows = Counter[int]() if sent_rows is None else sent_rows
         self._typical: int | None = None
         self._last_step = -1
-        self._window = StepWindow(_SLOTS)
+        self._steps = KeptSteps(_SLOTS)
 
     def add(self, rank: int, data: bytes) -> None:
         """Take new rows of `steps` of a rank, in order."""
@@ -55,14 +56,14 @@ class HostMerger:
     def end(self, rank: int) -> None:
         """Record that a rank has ended."""
         self._ended.add(rank)
-        self._window.end(self._index.setdefault(rank, len(self._index)))
+        self._steps.end(self._index.setdefault(rank, len(self._index)))
 
     def join(self, rank: int) -> None:
         """Record that another process has begun as this rank: its steps count anew."""
         self._ended.discard(rank)
         self._sent -= {rank}
         self._held.pop(rank, None)
-        self._window.clear(self._index.setdefault(rank, len(self._index)))
+        self._steps.clear(self._index.setdefault(rank, len(self._index)))
 
     def flush(self, asked: Collection[int] = ()) -> HostSecond | None:
         """Return the message about the rows since the last one; None if no rank has a step.
@@ -73,7 +74,7 @@ class HostMerger:
         new = {rank: np.concatenate(parts) for rank, parts in self._new.items()}
         self._new.clear()
         self._take(new)
-        window = self._window.aligned(last=STEPS_COMPARED)
+        window = self._steps.aligned(last=STEPS_COMPARED)
         if not len(window.ranks):
             return None
 
@@ -92,7 +93,7 @@ class HostMerger:
             rows=rows,
             begins=tuple(begins),
             ended=tuple(sorted(self._ended)),
-            ended_at=tuple(int(self._window.latest[self._index[rank]]) for rank in sorted(self._ended)),
+            ended_at=tuple(int(self._steps.latest[self._index[rank]]) for rank in sorted(self._ended)),
             above=above,
             sums=_sums(new.values()),
         )
@@ -104,9 +105,9 @@ class HostMerger:
 
         if new:
             indices = np.repeat([self._index[rank] for rank in new], [len(rows) for rows in new.values()])
-            self._window.scatter(indices, np.concatenate(list(new.values())))
+            self._steps.scatter(indices, np.concatenate(list(new.values())))
 
-    def _chosen(self, window: Window) -> tuple[Segments, RankChoice]:
+    def _chosen(self, window: AlignedSteps) -> tuple[Segments, RankChoice]:
         """Return the own work of the host's ranks and the choice, in which ranks have their numbers in the job."""
         rank_of = np.array(list(self._index), np.int64)
         segments = replace(segments_of(window, self._facts), ranks=rank_of[window.ranks])
@@ -125,7 +126,7 @@ class HostMerger:
 
         return bytes(new[rank].tobytes()) if rank in new else b""
 
-    def _above(self, window: Window, segments: Segments, choice: RankChoice) -> WorkAbove:
+    def _above(self, window: AlignedSteps, segments: Segments, choice: RankChoice) -> WorkAbove:
         """Return the work of the longest rank beyond the typical one, from the first new step on."""
         if not len(window) or len(choice.ordinary) < 2:
             return WorkAbove()

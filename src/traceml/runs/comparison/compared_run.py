@@ -55,4 +55,4 @@ def _from_store(run_dir: Path) -> ComparedRun:
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         digest = read_digest(reader)
         report = full_report(digest, reader, run_dir)
-        return ComparedRun(report, job_times(digest.whole_window()))
+        return ComparedRun(report, job_times(digest.all_aligned()))

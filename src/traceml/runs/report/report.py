@@ -11,7 +11,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.steps.window import Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.errors import StoreError
 from traceml.own_files import replace_file
 from traceml.runs.report import sections
@@ -62,7 +62,7 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
         run_dir: its folder.
     """
     digest.facts.time = run_wall_time(digest, reader, run_dir)
-    window = digest.whole_window()
+    window = digest.all_aligned()
     findings = digest.diagnose(window, state_of(digest.run, digest.aggregator))
     report = make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
     report.setup, report.step_times = setup_section(digest, reader), step_times_section(window)
@@ -92,14 +92,14 @@ def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime
     )  # fmt: skip
 
 
-def report_window(digest: Digest, last: int = 200) -> Window:
+def report_window(digest: Digest, last: int = 200) -> AlignedSteps:
     """Return the steps that a report describes: those of the diagnosis, or the first ones of a very short run."""
-    window = digest.window.aligned(last=last)
+    window = digest.kept.aligned(last=last)
     return window if len(window) else _first_steps(digest)
 
 
-def _first_steps(digest: Digest) -> Window:
-    return digest.window.aligned(skip_first=0)
+def _first_steps(digest: Digest) -> AlignedSteps:
+    return digest.kept.aligned(skip_first=0)
 
 
 def save_report(run_dir: Path, report: Report) -> Path:
@@ -149,7 +149,7 @@ def write_atomic(path: Path, text: str) -> None:
 def make_report(
     digest: Digest,
     reader: StoreReader,
-    window: Window,
+    window: AlignedSteps,
     findings: Sequence[Finding],
     run_dir: Path,
     telemetry: TelemetrySection | None = None,

@@ -42,7 +42,7 @@ def _last_row_s(digest: Digest) -> float | None:
     if clock is None:
         return None
 
-    ends = digest.window.end_ns
+    ends = digest.kept.end_ns
     stamps = []
     for rank, stream in digest.ranks.items():
         if stream.facts.get("boot_id") == clock.boot:

@@ -15,8 +15,8 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import significant
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
 from traceml.diagnosis.steps.step_split import PHASES
-from traceml.diagnosis.steps.window import Ints, Window
 from traceml.runs.report.report_types import (
     ExitSection,
     GpuSection,
@@ -48,14 +48,14 @@ _QUANTILES = (0.5, 0.95, 0.99)
 _ORDER = tuple(phase for phase in PHASES if phase not in ("user", "other"))
 
 
-def steps(digest: Digest, window: Window) -> StepsSection:
+def steps(digest: Digest, window: AlignedSteps) -> StepsSection:
     """Return the number of steps and their durations.
 
     Args:
         digest: the run.
         window: the steps to describe; of a long run a sample.
     """
-    latest = digest.window.latest
+    latest = digest.kept.latest
     section = StepsSection(
         count=max((steps_of(digest, rank, latest) for rank in range(latest.size)), default=0),
         cut=digest.cut,
@@ -106,7 +106,7 @@ def steps_of(digest: Digest, rank: int, latest: Ints) -> int:
 
 def _per_second(digest: Digest) -> float | None:
     """Return steps per second of wall time, time between steps included, of the rank with the most steps."""
-    latest, ends = digest.window.latest, digest.window.end_ns
+    latest, ends = digest.kept.latest, digest.kept.end_ns
     if not latest.size or not digest.first:
         return None
 
@@ -116,7 +116,7 @@ def _per_second(digest: Digest) -> float | None:
     return significant((int(latest[rank]) - first_step) / (passed_ns / 1e9)) if passed_ns > 0 else None
 
 
-def phases(digest: Digest, window: Window) -> list[PhaseSection]:
+def phases(digest: Digest, window: AlignedSteps) -> list[PhaseSection]:
     """Return mean milliseconds by phase and rank; backward is own work, comm includes the waiting inside it."""
     by_rank = _means_by_rank(digest, window)
     of_all = digest.sums_of_hosts()
@@ -139,19 +139,19 @@ def _means_of_all(totals: StepTotals, grouped: bool) -> dict[str, float]:
     )
 
 
-def _means_by_rank(digest: Digest, window: Window) -> dict[int, dict[str, float]]:
+def _means_by_rank(digest: Digest, window: AlignedSteps) -> dict[int, dict[str, float]]:
     if (totals := _totals(digest)) is not None:
         return _means(totals, digest.grouped)
 
     by_rank = _means(window, digest.grouped)
     for rank in sorted(set(digest.ranks) - set(by_rank)):
-        if rank < len(digest.window.latest) and digest.window.latest[rank] >= 0:
-            by_rank |= _means(digest.window.held(rank), digest.grouped)
+        if rank < len(digest.kept.latest) and digest.kept.latest[rank] >= 0:
+            by_rank |= _means(digest.kept.held(rank), digest.grouped)
 
     return by_rank
 
 
-def _means(steps: Window | StepTotals, grouped: bool) -> dict[int, dict[str, float]]:
+def _means(steps: AlignedSteps | StepTotals, grouped: bool) -> dict[int, dict[str, float]]:
     """Return each rank's mean milliseconds by phase; they add up to its mean step."""
     split = {name: (means / _MS).tolist() for name, means in steps.mean_split(grouped=grouped).items()}
     return {rank: {name: means[row] for name, means in split.items()} for row, rank in enumerate(steps.ranks.tolist())}
@@ -179,7 +179,7 @@ def _number(value: float) -> float:
 
 def ranks(digest: Digest) -> list[RankSection]:
     """Return the state of each rank of the last attempt, and its end."""
-    latest = digest.window.reached()
+    latest = digest.kept.reached()
     return [
         RankSection(
             rank=rank,

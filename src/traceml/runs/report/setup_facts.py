@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import INFO
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import significant
-from traceml.diagnosis.steps.window import Window
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.runs.about import about_run
 from traceml.runs.report.report_types import SetupSection, StepTimes
 from traceml.runs.rows.digest import Digest
@@ -42,12 +42,12 @@ def setup_section(digest: Digest, reader: StoreReader) -> SetupSection:
     )
 
 
-def job_times(window: Window) -> NDArray[Any]:
+def job_times(window: AlignedSteps) -> NDArray[Any]:
     """Return milliseconds of each step: the mean over ranks, as they wait for each other."""
     return window.total.mean(axis=0, dtype=np.float64) / _MS if window.total.size else np.empty(0)
 
 
-def step_times_section(window: Window) -> StepTimes:
+def step_times_section(window: AlignedSteps) -> StepTimes:
     """Return times of single steps; of more than 1,024, stretches of 64 that are spread evenly."""
     times = job_times(window)
     if len(times) > _STEPS:

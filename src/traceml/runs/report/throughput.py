@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from traceml.diagnosis.findings import significant
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.diagnosis.steps.window import Window
 from traceml.runs.report.report_types import StepsSection
 from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.step_totals import StepTotals
@@ -18,7 +18,7 @@ _KNOWN = 0.95
 _DISTINCT_SHARE = 0.1  # accumulation and the last batches of epochs make few sizes
 
 
-def put_batch_sizes(section: StepsSection, digest: Digest, steps: Window | StepTotals) -> None:
+def put_batch_sizes(section: StepsSection, digest: Digest, steps: AlignedSteps | StepTotals) -> None:
     """Set the samples and tokens of a mean step of the job, where they are known.
 
     Args:
@@ -41,7 +41,7 @@ def put_batch_sizes(section: StepsSection, digest: Digest, steps: Window | StepT
 
 def _are_known(digest: Digest) -> bool:
     """Return whether nearly all steps have a size: in the others the model's parts may have been called alone."""
-    samples = digest.whole_window().samples
+    samples = digest.all_aligned().samples
     return not samples.size or bool((samples > 0).mean() >= _KNOWN)
 
 
@@ -50,7 +50,7 @@ def _are_parts(digest: Digest) -> bool:
 
     The loader's batches have a fixed size, and most inputs are larger than one and of different sizes.
     """
-    loader, samples = digest.facts.build().loader, digest.whole_window().samples
+    loader, samples = digest.facts.build().loader, digest.all_aligned().samples
     if loader is None or not loader.batch_size or not samples.size:
         return False
 
@@ -59,7 +59,7 @@ def _are_parts(digest: Digest) -> bool:
     return bool(larger.mean() > _MOST and len(sizes) > _DISTINCT_SHARE * samples.shape[1])
 
 
-def _by_rank(values: Floats, steps: Window | StepTotals) -> Floats:
+def _by_rank(values: Floats, steps: AlignedSteps | StepTotals) -> Floats:
     """Return the mean of each rank's steps."""
-    count = len(steps) if isinstance(steps, Window) else steps.count.sum(axis=1)
+    count = len(steps) if isinstance(steps, AlignedSteps) else steps.count.sum(axis=1)
     return np.asarray(values.sum(axis=1, dtype=np.float64) / np.maximum(count, 1))

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.store.summaries import LEVEL_RATIO
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import split_backward
-from traceml.diagnosis.steps.window import Window
 from traceml.runs.rows.step_totals import StepTotals
 
 __all__ = ["StepBins"]
@@ -62,7 +62,7 @@ class StepBins:
         """Number of bins up to the last that has steps."""
         return (self.latest - self.first) // self.width + 1 if self.latest >= 0 else 0
 
-    def take(self, window: Window) -> bool:
+    def take(self, window: AlignedSteps) -> bool:
         """Take the steps of a window after the last one taken; return whether there were any."""
         new = window.select(window.steps > self.latest)
         if not len(new) or not len(new.ranks):
@@ -74,7 +74,7 @@ class StepBins:
         self._take_times(new)
         return True
 
-    def take_totals(self, totals: StepTotals, sample: Window) -> None:
+    def take_totals(self, totals: StepTotals, sample: AlignedSteps) -> None:
         """Take all steps of a long run, as the first ones: means and extremes of all, percentiles of a sample.
 
         Args:
@@ -190,7 +190,7 @@ class StepBins:
     def _bins_of(self, steps: Ints) -> Ints:
         return (steps - self.first) // self.width
 
-    def _take_histogram(self, new: Window) -> None:
+    def _take_histogram(self, new: AlignedSteps) -> None:
         bins = self._bins_of(new.steps)
         total = np.maximum(new.total.astype(np.float64), 1.0)
         levels = np.clip(np.log(total / _LEAST_NS) / _RATIO, 0, _LEVELS - 1).astype(np.int64)
@@ -198,7 +198,7 @@ class StepBins:
         np.minimum.at(self._least, bins, total.min(axis=0))
         np.maximum.at(self._most, bins, total.max(axis=0))
 
-    def _take_ranks(self, new: Window) -> None:
+    def _take_ranks(self, new: AlignedSteps) -> None:
         rows = self._rows_of(new.ranks)
         measured = ~np.isnan(new.backward_own)
         values = {
@@ -213,7 +213,7 @@ class StepBins:
         for name, each in values.items():
             self._by_rank[name][np.ix_(rows, bins)] += np.add.reduceat(each, starts, axis=1)
 
-    def _take_times(self, new: Window) -> None:
+    def _take_times(self, new: AlignedSteps) -> None:
         bins = self._bins_of(new.steps)
         for name, values in new.named_times().items():
             kept = self._times.setdefault(name, np.zeros(self.bins))

@@ -41,9 +41,10 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.kept_steps import MAX_CELLS, slots_for
 from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice
 from traceml.diagnosis.steps.step_split import has_group
-from traceml.diagnosis.steps.window import MAX_CELLS, Window, slots_for
 from traceml.diagnosis.tree.host_sums import HOST_SUMS, HostSums
 from traceml.runs.rows.metrics import MetricSummary
 from traceml.runs.rows.sample_totals import SampleTotals
@@ -79,7 +80,7 @@ class Digest:
         self.streams: dict[int, StreamRecord] = {}
         """The streams of the last attempt, by id."""
         self._ranks: dict[int, StreamRecord] = {}
-        self._kept_steps: Window | None = None
+        self._aligned: AlignedSteps | None = None
         self._start_over()
 
     @property
@@ -119,7 +120,7 @@ class Digest:
             self._read_sample(reader, rows)
         else:
             self._intake.resize(_slots(reader.stored(STEPS.name), len(self._ranks)), max(self._ranks, default=0) + 1)
-            self._use_window()
+            self._follow_intake()
 
         self._start_samples(reader)
         self.update(reader)
@@ -141,7 +142,7 @@ class Digest:
 
     @property
     def cut(self) -> bool:
-        """Whether the window has a sample of the run's steps: then the exact sums of all are in `totals`."""
+        """Whether a sample is kept of the run's steps: then the exact sums of all are in `totals`."""
         return self.totals is not None
 
     def sums_of_hosts(self) -> StepTotals | None:
@@ -168,32 +169,32 @@ class Digest:
         taken.append(self.metrics.update(reader))
         return any(taken)
 
-    def whole_window(self) -> Window:
+    def all_aligned(self) -> AlignedSteps:
         """Return all steps that were kept, without those of the set-up."""
-        if self._kept_steps is None:
-            self._kept_steps = self.window.aligned(last=self.window.slots)
+        if self._aligned is None:
+            self._aligned = self.kept.aligned(last=self.kept.slots)
 
-        return self._kept_steps
+        return self._aligned
 
-    def diagnose(self, window: Window | None = None, state: str | None = None) -> list[Finding]:
-        """Return the findings for a window of this run.
+    def diagnose(self, window: AlignedSteps | None = None, state: str | None = None) -> list[Finding]:
+        """Return the findings for some steps of this run.
 
         Args:
             window: by default the newest steps.
             state: of the run, where more is known than its aggregator recorded.
         """
         self.facts.state, self.facts.world_size = state or self.state, self.world_size
-        window = self.window.aligned() if window is None else window
-        return diagnose(window, self.facts.build(self.window.reached(window.missing_ranks).tolist()))
+        window = self.kept.aligned() if window is None else window
+        return diagnose(window, self.facts.build(self.kept.reached(window.missing_ranks).tolist()))
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
-        self.window, self.facts = self._intake.window, self._intake.facts
-        self._kept_steps = None
+        self.kept, self.facts = self._intake.kept, self._intake.facts
+        self._aligned = None
         self.samples = Samples()
         self.sample_totals = SampleTotals()
         self.totals: StepTotals | None = None
-        """Exact sums of all steps, where the window has only some of them."""
+        """Exact sums of all steps, where only some are kept."""
         self.step_sums: dict[int, StepSums] = {}
         """The same by stream, as read for `totals`."""
         self.set_up: StepTotals | None = None
@@ -224,7 +225,7 @@ class Digest:
         current = self._ranks.get(rank)
         if record.id not in self.streams and current is not None:
             # A second recorder of the same rank: its steps count from 0 again.
-            self.window.clear(rank)
+            self.kept.clear(rank)
             self.first.pop(rank, None)
 
         self.streams[record.id] = record
@@ -256,8 +257,8 @@ class Digest:
         tables = _of_steps(reader)
         ranges = step_ranges(reader, tables, len(totals.ranks), first, last, rows)
         chosen = np.concatenate([np.arange(begin, end + 1) for begin, end in ranges])
-        window = self._intake.sample(chosen, int(totals.ranks.max()) + 1)
-        self._use_window()
+        sampled = self._intake.sample(chosen, int(totals.ranks.max()) + 1)
+        self._follow_intake()
         set_up = SetUpSums()
         for table in tables:
             for by_rank in self._batches(reader.step_frames(table.name, ranges, self._newest())):
@@ -269,14 +270,14 @@ class Digest:
         self.set_up = set_up.totals(self._intake.names)
 
         ends = {rank: int(each.steps.bins["end_ns"].max()) for rank, each in sums.items() if each.count}
-        window.advance(totals.ranks, totals.latest, np.array([ends[rank] for rank in totals.ranks.tolist()]))
+        sampled.advance(totals.ranks, totals.latest, np.array([ends[rank] for rank in totals.ranks.tolist()]))
 
-    def _use_window(self) -> None:
-        """Follow the intake's window, which was replaced before it had rows."""
-        self.window = self._intake.window
+    def _follow_intake(self) -> None:
+        """Use the intake's kept steps, which were replaced before there were rows."""
+        self.kept = self._intake.kept
         for rank, record in self._ranks.items():
             if record.state != "running":
-                self.window.end(rank)
+                self.kept.end(rank)
 
     def _start_samples(self, reader: StoreReader) -> None:
         """Take sampled tables of a long run: exact totals, and rows of frames that are spread over it."""
@@ -347,7 +348,7 @@ class Digest:
 
             self._intake.add(table.name, rank, data)
 
-        self._kept_steps = None
+        self._aligned = None
         if is_sampled:
             self._add_totals(table, by_rank)
 
@@ -372,7 +373,7 @@ class Digest:
         for event in reader.events(self._last_choice, HOST_CHOICE):
             self._last_choice = event.id
             if event.data.get("attempt") == self._attempt:
-                self.window.stand_ins.take(HostChoice.from_facts(event.data))
+                self.kept.stand_ins.take(HostChoice.from_facts(event.data))
 
         for event in reader.events(self._last_sums, HOST_SUMS):
             self._last_sums = event.id

@@ -144,17 +144,17 @@ class SeriesFollower:
             self._attempt = digest.attempt
             self._bins = StepBins(len(digest.ranks))
             if digest.totals is not None:
-                self._bins.take_totals(digest.totals, digest.whole_window())
+                self._bins.take_totals(digest.totals, digest.all_aligned())
 
         self._bins.grouped = digest.grouped
 
         self._lines.update(reader)
-        latest = digest.window.latest
+        latest = digest.kept.latest
         new = int(latest.max()) - self._bins.latest if latest.size else 0
         if new <= 0:
             return
 
-        window = digest.window.aligned(last=new, skip_first=0)
+        window = digest.kept.aligned(last=new, skip_first=0)
         if window.device and digest.state == "running":
             window = window.select(slice(None, -_DEVICE_LAG))
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, Table
 from traceml.database.store.summaries import StepSums, TableSums, sum_rows
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
+from traceml.diagnosis.steps.kept_steps import MAX_USER_PHASES
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     Floats,
@@ -19,7 +20,6 @@ from traceml.diagnosis.steps.step_split import (
     split_backward,
     spread_device_times,
 )
-from traceml.diagnosis.steps.window import MAX_USER_PHASES
 
 __all__ = ["SetUpSums", "StepTotals", "step_totals"]
 

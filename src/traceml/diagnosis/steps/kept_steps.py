@@ -1,13 +1,9 @@
-"""Aligned steps: the same steps of all ranks, as arrays for the rules.
-
-`StepWindow` takes rows as they arrive, for thousands of ranks at a time; `Window` has the steps that all ranks have.
-"""
+"""Kept steps: rows as they arrive, for thousands of ranks at a time, of which the aligned ones are taken."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,19 +11,12 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
 from traceml.diagnosis.steps.stand_ins import StandIns
-from traceml.diagnosis.steps.step_split import (
-    DEVICE_LABELS,
-    Floats,
-    named_times,
-    put_device_times,
-    split_backward,
-    spread_device_times,
-)
+from traceml.diagnosis.steps.step_split import DEVICE_LABELS, Floats, put_device_times, spread_device_times
 
-__all__ = ["MAX_CELLS", "MAX_USER_PHASES", "Ints", "Rows", "StepWindow", "Window", "slots_for"]
+__all__ = ["MAX_CELLS", "MAX_USER_PHASES", "KeptSteps", "Rows", "slots_for"]
 
-Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
 
 # The durations of a step row and the size of its batch are neighbors: one slice of the row matrix holds them all.
@@ -53,105 +42,7 @@ def slots_for(ranks: int) -> int:
     return slots
 
 
-@dataclass(frozen=True)
-class Window:
-    """Steps that all ranks have.
-
-    Attributes:
-        ranks: the ranks, one per row of the arrays.
-        steps: the training steps, one per column.
-        times: phase (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
-        total: wall time of each step in nanoseconds.
-        backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
-        user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
-        missing_ranks: ranks with rows, but with none of these steps.
-        device: whether device times replace the CPU times of the device's phases; see `step_split`.
-        elements: size of the batches of each step, 0 where it is not known.
-        samples: number of samples in them, 0 where it is not known.
-        stands_for: rank -> the ranks of its host that it stands for, itself among them, where hosts are merged.
-        above: by rank and step, own work of the longest of those beyond that of the rank itself; empty without any.
-    """
-
-    ranks: Ints
-    steps: Ints
-    times: Mapping[str, Floats]
-    total: Floats
-    backward_own: Floats
-    user: Mapping[str, Floats] = field(default_factory=dict)
-    missing_ranks: tuple[int, ...] = ()
-    device: bool = False
-    elements: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    samples: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    stands_for: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    @cached_property
-    def begins(self) -> NDArray[np.bool_]:
-        """Steps whose predecessor is not in the window: the first step of each block of consecutive ones."""
-        return np.asarray(np.diff(self.steps, prepend=-2) != 1)
-
-    @cached_property
-    def wait(self) -> Floats:
-        """Waiting for other ranks and for the network: inside backward, and in collectives; NaN where unknown."""
-        return self.times["backward"] - self.backward_own + self.times["comm"]
-
-    @cached_property
-    def measured(self) -> NDArray[np.bool_]:
-        """Steps in which every rank measured its own backward."""
-        if not len(self.ranks):
-            return np.zeros(len(self.steps), bool)
-
-        return np.asarray(~np.isnan(self.backward_own).any(axis=0))
-
-    @cached_property
-    def own_mean(self) -> Floats:
-        """Mean own backward of each rank over the steps that measured it; NaN where none did."""
-        known = ~np.isnan(self.backward_own)
-        count = known.sum(axis=1)
-        whole = np.where(known, self.backward_own, 0).sum(axis=1, dtype=np.float64)
-        return np.where(count > 0, whole / np.maximum(count, 1), np.nan)
-
-    @property
-    def own_backward(self) -> Floats:
-        """Own backward of each step. Where it was not measured, it is the rank's mean, without the noise of waiting."""
-        return np.where(np.isnan(self.backward_own), self.own_mean[:, None].astype(np.float32), self.backward_own)
-
-    def named_times(self) -> dict[str, Floats]:
-        """Return the phases of each step, the user's phases by name; they add up to `total`."""
-        return named_times(self.times, self.user)
-
-    def mean_split(self, *, grouped: bool) -> dict[str, Floats]:
-        """Return mean nanoseconds per step by phase and rank: own work, and waiting as `comm`.
-
-        Args:
-            grouped: whether the ranks wait for each other; see `has_group`.
-        """
-        steps = max(len(self), 1)
-        means = {name: values.sum(axis=1, dtype=np.float64) / steps for name, values in self.named_times().items()}
-        return split_backward(means, self.own_mean, grouped=grouped)
-
-    def select(self, columns: slice | NDArray[np.bool_]) -> Window:
-        """Return the same ranks with some of the steps."""
-        return Window(
-            self.ranks,
-            self.steps[columns],
-            {name: values[:, columns] for name, values in self.times.items()},
-            self.total[:, columns],
-            self.backward_own[:, columns],
-            {name: values[:, columns] for name, values in self.user.items()},
-            self.missing_ranks,
-            self.device,
-            self.elements[:, columns] if len(self.elements) else self.elements,
-            self.samples[:, columns] if len(self.samples) else self.samples,
-            self.stands_for,
-            self.above[:, columns] if len(self.above) else self.above,
-        )
-
-
-class StepWindow:
+class KeptSteps:
     """The last rows of every rank: a ring of `slots` steps for each, which is added when the rank arrives.
 
     The rows of a rank must arrive in order. A rank that starts again from step 0 overwrites its earlier rows.
@@ -188,7 +79,7 @@ class StepWindow:
         """Return the last step of each rank, also of those that others stand for; -1 before the first.
 
         Args:
-            missing: ranks with rows that are not compared; see `Window`.
+            missing: ranks with rows that are not compared; see `AlignedSteps`.
         """
         return self.stand_ins.reached(self.latest, missing) if self.stand_ins else self.latest
 
@@ -273,7 +164,7 @@ class StepWindow:
         self._ended[rank_index], self._latest[rank_index] = False, -1
         self._step[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
 
-    def aligned(self, last: int = 200, skip_first: int = SET_UP_STEPS) -> Window:
+    def aligned(self, last: int = 200, skip_first: int = SET_UP_STEPS) -> AlignedSteps:
         """Return the newest steps that all live ranks have.
 
         Ranks that ended, or that are behind by more than half the ring, are left out. When all ranks have ended, the
@@ -301,7 +192,7 @@ class StepWindow:
         missing_ranks = (*missing_ranks, *chosen[~kept].tolist())
         return self._with_stand_ins(self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks))
 
-    def held(self, rank_index: int) -> Window:
+    def held(self, rank_index: int) -> AlignedSteps:
         """Return all steps kept of one rank, in order."""
         mine = self._step[rank_index * self.slots : (rank_index + 1) * self.slots]
         latest = int(self._latest[rank_index])
@@ -325,7 +216,7 @@ class StepWindow:
         """Return the steps that may be kept up to the newest, at most `last`, in order."""
         return np.arange(max(newest - last + 1, 0), newest + 1, dtype=np.int64)
 
-    def _with_stand_ins(self, window: Window) -> Window:
+    def _with_stand_ins(self, window: AlignedSteps) -> AlignedSteps:
         if not self.stand_ins:
             return window
 
@@ -351,7 +242,7 @@ class StepWindow:
 
         return np.flatnonzero(near), tuple(np.flatnonzero(live & ~near).tolist())
 
-    def _window(self, ranks: Ints, steps: Ints, missing_ranks: tuple[int, ...]) -> Window:
+    def _window(self, ranks: Ints, steps: Ints, missing_ranks: tuple[int, ...]) -> AlignedSteps:
         at = self._cells(ranks[:, None], steps)
         values = np.ascontiguousarray(np.moveaxis(self._values[at], -1, 0))
         total, own = values[_POSITION["total_ns"]], values[_POSITION["backward_own_ns"]]
@@ -367,7 +258,7 @@ class StepWindow:
             user = {name: values * kept for name, values in user.items()}
 
         elements, samples = values[_POSITION["elements"]], values[_POSITION["samples"]]
-        return Window(ranks, steps, times, total, own, user, missing_ranks, device, elements, samples)
+        return AlignedSteps(ranks, steps, times, total, own, user, missing_ranks, device, elements, samples)
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
         if self._device is None or not at.size:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import MS, Job, rows_of, window_of
 from traceml.database.schema import DEVICE_STEPS, STEPS, USER_PHASES, pack_bits
-from traceml.diagnosis.steps.window import StepWindow, slots_for
+from traceml.diagnosis.steps.kept_steps import KeptSteps, slots_for
 
 
 def some_rows(first: int, count: int, total: int = 10_000_000) -> np.ndarray:
@@ -18,17 +18,17 @@ def some_rows(first: int, count: int, total: int = 10_000_000) -> np.ndarray:
     return rows
 
 
-def put(window: StepWindow, rank: int, rows: np.ndarray) -> None:
-    window.scatter(np.full(len(rows), rank), rows)
+def put(kept: KeptSteps, rank: int, rows: np.ndarray) -> None:
+    kept.scatter(np.full(len(rows), rank), rows)
 
 
 def test_ranks_align_on_the_steps_that_all_have():
     """The newest step is the one which the slowest rank has ended."""
-    window = StepWindow(128)
-    put(window, 0, some_rows(0, 80))
-    put(window, 1, some_rows(0, 70))
+    kept = KeptSteps(128)
+    put(kept, 0, some_rows(0, 80))
+    put(kept, 1, some_rows(0, 70))
 
-    aligned = window.aligned(last=30)
+    aligned = kept.aligned(last=30)
 
     assert aligned.ranks.tolist() == [0, 1]
     assert aligned.steps.tolist() == list(range(40, 70))
@@ -36,45 +36,45 @@ def test_ranks_align_on_the_steps_that_all_have():
 
 def test_the_first_steps_are_left_out():
     """Set-up steps do not count, and fewer of them are left out where little would remain."""
-    window = StepWindow(128)
-    put(window, 0, some_rows(0, 60))
-    short = StepWindow(128)
+    kept = KeptSteps(128)
+    put(kept, 0, some_rows(0, 60))
+    short = KeptSteps(128)
     put(short, 0, some_rows(0, 25))
 
-    assert window.aligned().steps[0] == 10
+    assert kept.aligned().steps[0] == 10
     assert short.aligned().steps[0] == 5
 
 
 def test_many_ranks_in_one_write():
     """Rows of many ranks go in by one call, and each rank's newest row is known."""
-    window = StepWindow(128)
+    kept = KeptSteps(128)
     ranks = np.repeat(np.arange(500), 20)
     rows = np.concatenate([some_rows(0, 20)] * 500)
     rows["t_end_ns"] = ranks * 1000 + rows["step"]
 
-    window.scatter(ranks, rows)
+    kept.scatter(ranks, rows)
 
-    assert window.latest[:500].tolist() == [19] * 500
-    assert window.end_ns[7] == 7019
-    assert window.aligned(skip_first=0).total.shape[0] == 500
+    assert kept.latest[:500].tolist() == [19] * 500
+    assert kept.end_ns[7] == 7019
+    assert kept.aligned(skip_first=0).total.shape[0] == 500
 
 
 def test_memory_is_bounded_at_ten_thousand_ranks():
-    """Ten thousand ranks fit into 150 MB, and their window is small."""
-    window = StepWindow(slots_for(10_000), 10_000)
+    """Ten thousand ranks fit into 150 MB, and their arrays are small."""
+    kept = KeptSteps(slots_for(10_000), 10_000)
 
-    assert window.nbytes < 150e6
-    assert window.slots >= 128
+    assert kept.nbytes < 150e6
+    assert kept.slots >= 128
 
 
 def test_a_rank_that_ended_is_not_waited_for():
     """When a rank has ended, the others' steps go on being compared."""
-    window = StepWindow(128)
-    put(window, 0, some_rows(0, 100))
-    put(window, 1, some_rows(0, 40))
-    window.end(1)
+    kept = KeptSteps(128)
+    put(kept, 0, some_rows(0, 100))
+    put(kept, 1, some_rows(0, 40))
+    kept.end(1)
 
-    aligned = window.aligned()
+    aligned = kept.aligned()
 
     assert aligned.ranks.tolist() == [0]
     assert aligned.steps[-1] == 99
@@ -82,22 +82,22 @@ def test_a_rank_that_ended_is_not_waited_for():
 
 def test_when_all_have_ended_the_common_steps_count():
     """At the end of a run, the steps that all ranks had are returned."""
-    window = StepWindow(128)
+    kept = KeptSteps(128)
     for rank, count in enumerate((60, 58)):
-        put(window, rank, some_rows(0, count))
-        window.end(rank)
+        put(kept, rank, some_rows(0, count))
+        kept.end(rank)
 
-    assert window.aligned().steps[-1] == 57
+    assert kept.aligned().steps[-1] == 57
 
 
 def test_a_rank_left_far_behind_is_named_and_not_waited_for():
     """A silent rank does not stop the diagnosis of the others."""
-    window = StepWindow(128)
-    put(window, 0, some_rows(0, 100))
-    put(window, 1, some_rows(0, 100))
-    put(window, 2, some_rows(0, 20))
+    kept = KeptSteps(128)
+    put(kept, 0, some_rows(0, 100))
+    put(kept, 1, some_rows(0, 100))
+    put(kept, 2, some_rows(0, 20))
 
-    aligned = window.aligned()
+    aligned = kept.aligned()
 
     assert aligned.ranks.tolist() == [0, 1]
     assert aligned.missing_ranks == (2,)
@@ -105,11 +105,11 @@ def test_a_rank_left_far_behind_is_named_and_not_waited_for():
 
 def test_a_rank_that_starts_again_leaves_nothing_behind():
     """After a restart from step 0 old rows are not mistaken for new ones."""
-    window = StepWindow(128)
-    put(window, 0, some_rows(0, 100))
-    put(window, 0, some_rows(0, 30, total=5_000_000))
+    kept = KeptSteps(128)
+    put(kept, 0, some_rows(0, 100))
+    put(kept, 0, some_rows(0, 30, total=5_000_000))
 
-    aligned = window.aligned(skip_first=0)
+    aligned = kept.aligned(skip_first=0)
 
     assert aligned.steps.tolist() == list(range(30))
     assert float(aligned.total.mean()) == pytest.approx(5e6)
@@ -117,13 +117,13 @@ def test_a_rank_that_starts_again_leaves_nothing_behind():
 
 def test_rows_that_were_lost_are_no_steps():
     """A step counts only where every rank has it; a rank that lost most of its rows is left out."""
-    window = StepWindow(128)
-    put(window, 0, some_rows(0, 60))
-    put(window, 1, np.delete(some_rows(0, 60), [30, 31]))
-    put(window, 2, some_rows(0, 60)[::4])
-    put(window, 2, some_rows(59, 1))
+    kept = KeptSteps(128)
+    put(kept, 0, some_rows(0, 60))
+    put(kept, 1, np.delete(some_rows(0, 60), [30, 31]))
+    put(kept, 2, some_rows(0, 60)[::4])
+    put(kept, 2, some_rows(59, 1))
 
-    aligned = window.aligned()
+    aligned = kept.aligned()
 
     assert aligned.ranks.tolist() == [0, 1]
     assert aligned.missing_ranks == (2,)
@@ -150,16 +150,16 @@ def test_own_backward_and_waiting_are_told_apart():
 
 def test_user_phases_are_found_by_name():
     """A rank's ids become names, and only rows of the same step count."""
-    window = StepWindow(128)
+    kept = KeptSteps(128)
     for rank, name_id in ((0, 4), (1, 9)):
         rows = some_rows(0, 40)
         rows["user_ns"] = 2_000_000
-        put(window, rank, rows)
+        put(kept, rank, rows)
         user = np.zeros(40, USER_PHASES.dtype)
         user["step"], user["name_id"], user["ns"] = np.arange(40), name_id, 2_000_000
-        window.scatter_user(rank, user, {name_id: "augment"})
+        kept.scatter_user(rank, user, {name_id: "augment"})
 
-    aligned = window.aligned()
+    aligned = kept.aligned()
 
     assert list(aligned.user) == ["augment"]
     assert aligned.user["augment"].mean() == pytest.approx(2e6)
@@ -167,16 +167,16 @@ def test_user_phases_are_found_by_name():
 
 def test_device_times_take_the_place_of_what_the_cpu_saw():
     """On CUDA the CPU measures launches; its waiting counts only while the device is idle."""
-    window = StepWindow(128)
+    kept = KeptSteps(128)
     rows = some_rows(0, 40, total=20_000_000)
     rows["forward_ns"], rows["input_wait_ns"] = 1_000_000, 18_000_000
-    put(window, 0, rows)
+    put(kept, 0, rows)
     device = np.zeros(40, DEVICE_STEPS.dtype)
     device["step"], device["forward_ns"], device["backward_ns"] = np.arange(40), 5_000_000, 10_000_000
     device["backward_own_ns"] = -1
-    window.scatter_device(np.zeros(40, np.int64), device)
+    kept.scatter_device(np.zeros(40, np.int64), device)
 
-    aligned = window.aligned()
+    aligned = kept.aligned()
 
     assert aligned.device
     assert aligned.times["forward"].mean() == pytest.approx(5e6)
@@ -192,18 +192,18 @@ def device_rows(steps: np.ndarray, forward_ns: int) -> np.ndarray:
 
 def test_steps_without_device_times_have_the_mean_of_the_others():
     """Short steps are timed on every fourth step: no mean is of both clocks, and a short step is not overfull."""
-    window = StepWindow(128)
+    kept = KeptSteps(128)
     rows = some_rows(0, 80, total=2 * MS)
     rows["forward_ns"], rows["h2d_ns"], rows["input_wait_ns"] = MS // 10, MS // 10, 2 * MS
     rows["total_ns"][41] = MS // 2
-    put(window, 0, rows)
+    put(kept, 0, rows)
     timed = np.arange(0, 80, 4)
     device = device_rows(timed, MS)
     device["forward_ns"] = np.where(timed % 8 == 0, MS // 2, 3 * MS // 2)  # 1 ms on average
     device["backward_ns"], device["backward_own_ns"] = MS // 2, MS // 4
-    window.scatter_device(np.zeros(len(device), np.int64), device)
+    kept.scatter_device(np.zeros(len(device), np.int64), device)
 
-    aligned = window.aligned(skip_first=8)
+    aligned = kept.aligned(skip_first=8)
     usual = aligned.select(aligned.steps != 41)
 
     assert aligned.device
@@ -216,14 +216,14 @@ def test_steps_without_device_times_have_the_mean_of_the_others():
 
 def test_device_times_are_used_if_every_rank_has_some():
     """If one rank has none, all ranks are compared by the CPU's times."""
-    window = StepWindow(128, 2)
+    kept = KeptSteps(128, 2)
     for rank in range(2):
-        put(window, rank, some_rows(0, 40))
+        put(kept, rank, some_rows(0, 40))
 
-    window.scatter_device(np.zeros(40, np.int64), device_rows(np.arange(40), MS))
-    one = window.aligned()
-    window.scatter_device(np.ones(1, np.int64), device_rows(np.array([33]), 2 * MS))
-    both = window.aligned()
+    kept.scatter_device(np.zeros(40, np.int64), device_rows(np.arange(40), MS))
+    one = kept.aligned()
+    kept.scatter_device(np.ones(1, np.int64), device_rows(np.array([33]), 2 * MS))
+    both = kept.aligned()
 
     assert not one.device
     assert one.times["forward"].mean() == pytest.approx(5 * MS)
@@ -233,9 +233,9 @@ def test_device_times_are_used_if_every_rank_has_some():
 
 def test_one_ranks_steps_can_be_asked_for():
     """`held` returns the steps of one rank, independent of the others."""
-    window = StepWindow(128)
+    kept = KeptSteps(128)
     for rank, rows in enumerate(rows_of(Job(steps=50))):
-        put(window, rank, rows[: 50 - 20 * rank])
+        put(kept, rank, rows[: 50 - 20 * rank])
 
-    assert len(window.held(0)) == 50
-    assert len(window.held(1)) == 30
+    assert len(kept.held(0)) == 50
+    assert len(kept.held(1)) == 30

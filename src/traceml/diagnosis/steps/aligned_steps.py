@@ -1,0 +1,114 @@
+"""Aligned steps: the same steps of all ranks, as arrays for the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.steps.step_split import Floats, named_times, split_backward
+
+__all__ = ["AlignedSteps", "Ints"]
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class AlignedSteps:
+    """Steps that all ranks have.
+
+    Attributes:
+        ranks: the ranks, one per row of the arrays.
+        steps: the training steps, one per column.
+        times: phase (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
+        total: wall time of each step in nanoseconds.
+        backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
+        user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
+        missing_ranks: ranks with rows, but with none of these steps.
+        device: whether device times replace the CPU times of the device's phases; see `step_split`.
+        elements: size of the batches of each step, 0 where it is not known.
+        samples: number of samples in them, 0 where it is not known.
+        stands_for: rank -> the ranks of its host that it stands for, itself among them, where hosts are merged.
+        above: by rank and step, own work of the longest of those beyond that of the rank itself; empty without any.
+    """
+
+    ranks: Ints
+    steps: Ints
+    times: Mapping[str, Floats]
+    total: Floats
+    backward_own: Floats
+    user: Mapping[str, Floats] = field(default_factory=dict)
+    missing_ranks: tuple[int, ...] = ()
+    device: bool = False
+    elements: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    samples: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    stands_for: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def begins(self) -> NDArray[np.bool_]:
+        """Steps whose predecessor is not in the window: the first step of each block of consecutive ones."""
+        return np.asarray(np.diff(self.steps, prepend=-2) != 1)
+
+    @cached_property
+    def wait(self) -> Floats:
+        """Waiting for other ranks and for the network: inside backward, and in collectives; NaN where unknown."""
+        return self.times["backward"] - self.backward_own + self.times["comm"]
+
+    @cached_property
+    def measured(self) -> NDArray[np.bool_]:
+        """Steps in which every rank measured its own backward."""
+        if not len(self.ranks):
+            return np.zeros(len(self.steps), bool)
+
+        return np.asarray(~np.isnan(self.backward_own).any(axis=0))
+
+    @cached_property
+    def own_mean(self) -> Floats:
+        """Mean own backward of each rank over the steps that measured it; NaN where none did."""
+        known = ~np.isnan(self.backward_own)
+        count = known.sum(axis=1)
+        whole = np.where(known, self.backward_own, 0).sum(axis=1, dtype=np.float64)
+        return np.where(count > 0, whole / np.maximum(count, 1), np.nan)
+
+    @property
+    def own_backward(self) -> Floats:
+        """Own backward of each step. Where it was not measured, it is the rank's mean, without the noise of waiting."""
+        return np.where(np.isnan(self.backward_own), self.own_mean[:, None].astype(np.float32), self.backward_own)
+
+    def named_times(self) -> dict[str, Floats]:
+        """Return the phases of each step, the user's phases by name; they add up to `total`."""
+        return named_times(self.times, self.user)
+
+    def mean_split(self, *, grouped: bool) -> dict[str, Floats]:
+        """Return mean nanoseconds per step by phase and rank: own work, and waiting as `comm`.
+
+        Args:
+            grouped: whether the ranks wait for each other; see `has_group`.
+        """
+        steps = max(len(self), 1)
+        means = {name: values.sum(axis=1, dtype=np.float64) / steps for name, values in self.named_times().items()}
+        return split_backward(means, self.own_mean, grouped=grouped)
+
+    def select(self, columns: slice | NDArray[np.bool_]) -> AlignedSteps:
+        """Return the same ranks with some of the steps."""
+        return AlignedSteps(
+            self.ranks,
+            self.steps[columns],
+            {name: values[:, columns] for name, values in self.times.items()},
+            self.total[:, columns],
+            self.backward_own[:, columns],
+            {name: values[:, columns] for name, values in self.user.items()},
+            self.missing_ranks,
+            self.device,
+            self.elements[:, columns] if len(self.elements) else self.elements,
+            self.samples[:, columns] if len(self.samples) else self.samples,
+            self.stands_for,
+            self.above[:, columns] if len(self.above) else self.above,
+        )
