@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
-from traceml.database.schema import StepFlag
+from traceml.database.schema import Phase, StepFlag
 
 N = 20
 WIDTH = 4
@@ -548,6 +549,30 @@ def test_the_first_batch_of_an_epoch_is_reported(traced: Traced) -> None:
     for row in epochs:
         assert row["create_ns"] > 0
         assert row["create_ns"] + row["drain_ns"] < row["ns"] == steps[row["step"]]["input_wait_ns"]
+
+
+@pytest.mark.process
+def test_workers_of_a_dropped_loader_end_in_the_wait_for_the_next(
+    traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that were asked to stay end with their loader: that is the wait for the next epoch's first batch."""
+    model, joined_in = net(), []
+    optimizer = sgd(model)
+    join = BaseProcess.join
+
+    def noting(self: BaseProcess, timeout: float | None = None) -> None:
+        joined_in.append(traced.instrumentation.clock.current)
+        join(self, timeout)
+
+    monkeypatch.setattr(BaseProcess, "join", noting)
+    for _ in range(3):
+        for (x,) in DataLoader(data(4).dataset, batch_size=2, num_workers=1, persistent_workers=True):
+            train(model, optimizer, x)
+
+    steps, epochs = traced.finish(), traced.table("epochs")
+    assert set(joined_in) == {Phase.INPUT_WAIT}
+    for row in epochs[1:]:
+        assert 0 < row["create_ns"] + row["drain_ns"] < row["ns"] == steps[row["step"]]["input_wait_ns"]
 
 
 def test_what_is_saved_after_an_evaluation(traced: Traced, tmp_path: Path) -> None:

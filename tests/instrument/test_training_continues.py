@@ -60,6 +60,7 @@ _GUARDS = frozenset(
         "StepAccumulator.fail",
         "StepAccumulator.leave",
         "StepAccumulator.stop",
+        "StepAccumulator.workers_ended",
         "CellClock.enter_user",
         "CellClock.leave_user",
         "CellField.__get__",  # a field of the clock, which is a member in C

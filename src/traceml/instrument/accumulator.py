@@ -308,6 +308,14 @@ class StepAccumulator:
         self.flags |= _EPOCH
         self.dirty = True
 
+    def workers_ended(self, began: Began) -> None:
+        """Handle the end of a dropped iterator's workers: the row of the epoch that follows in this step has it."""
+        try:
+            self.drain_ns += monotonic_ns() - began[1]
+            self.dirty = True
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
+
     def commit_slow(self, t: int) -> None:
         """Close a step that has segments, rare or user phases, flags, a group or a device."""
         self.book_user_phases(t)

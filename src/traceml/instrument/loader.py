@@ -204,6 +204,9 @@ def patch_loaders(
         method = _noting(clock, getattr(iterator_type, name), tokens, dataloader.DataLoader, follows=follows)
         patches.wrap(iterator_type, name, method)
 
+    shutdown = _timed_shutdown(clock, dataloader._MultiProcessingDataLoaderIter._shutdown_workers)
+    patches.wrap(dataloader._MultiProcessingDataLoaderIter, "_shutdown_workers", shutdown)
+
 
 def _timed_next(clock: StepClock, wait: tuple[Begin, End], original: Any, on_batch: Callable[[Any], None]) -> Any:
     begin, end = wait
@@ -272,6 +275,23 @@ def _timed_iter(
             return None
 
     return __iter__
+
+
+def _timed_shutdown(clock: StepClock, original: Any) -> Any:
+    """Return a method that ends the workers of an iterator; the end of one that is dropped is input, too."""
+
+    def _shutdown_workers(self: Any) -> None:
+        began = clock.enter(_INPUT_WAIT) if clock.current >= OTHER else None
+        if began is None:
+            return original(self)
+
+        try:
+            return original(self)
+        finally:
+            clock.leave(_INPUT_WAIT, began)
+            clock.workers_ended(began)
+
+    return _shutdown_workers
 
 
 def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type: type[Any], *, follows: bool) -> Any:
