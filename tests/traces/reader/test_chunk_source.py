@@ -70,6 +70,23 @@ def test_a_long_member_between_short_ones_comes_in_parts(
     assert facts_of(reading).damage == []
 
 
+@pytest.mark.parametrize("fed", [7, 1000, 64 * 1024])
+@pytest.mark.parametrize("missing", [1, 8, len(ONE) // 2])
+def test_a_member_that_was_cut_ends_where_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int, fed: int
+) -> None:
+    """A tracer was killed, and the next one appended to its file: nothing of the next is lost, no event is made up."""
+    monkeypatch.setattr(chunk_source, "_FED_BYTES", fed)
+    path = tmp_path / "trace"
+    path.write_bytes(ONE + ONE[:-missing] + ONE)
+    found, reading = read_all(path, workers=1)
+    rest = zlib.decompressobj(31).decompress(ONE[:-missing]).count(b"\n")
+
+    assert facts_of(reading).damage[0].what == "a gzip member was cut here, where the next one begins"
+    assert facts_of(reading).damage[0].offset == 2 * len(ONE) - missing
+    assert facts_of(reading).events == found.total() == 2 * len(EVENTS) + rest
+
+
 @pytest.mark.parametrize("padding", [b"", bytes(10_240)])
 def test_padding_and_empty_members_are_no_damage(tmp_path: Path, padding: bytes) -> None:
     """bgzip ends a file with an empty member; tapes and archives pad with zeros."""

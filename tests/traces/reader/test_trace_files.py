@@ -64,6 +64,13 @@ def test_nothing_found_is_an_error(folder: Path, name: str, why: str) -> None:
         discover([])
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    """`traceml analyze <(zcat trace.gz)`: the error says what to do."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TraceNotFoundError, match="a pipe"):
+        discover(tmp_path / "pipe")
+
+
 def test_identity_changes_with_the_file(folder: Path) -> None:
     """The identity changes when a file is written to, or replaced by one of the same size and time."""
     path = folder / "b.json"

@@ -15,7 +15,7 @@ from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.chunks import CHUNK_BYTES, Chunk, ChunkSource
 from traceml.traces.reader.columns import FileDamage
 from traceml.traces.reader.compressed_chunks import CompressedChunks, Inflater
-from traceml.traces.reader.salvage import MAGIC, new_inflater, next_member, read_at, salvaged
+from traceml.traces.reader.salvage import MAGIC, is_member, new_inflater, next_member, read_at, salvaged
 from traceml.traces.reader.trace_files import GZIP_MAGIC, ZSTD_START_BYTES, is_zstd
 from traceml.traces.reader.zstd_source import ZstdChunks
 
@@ -109,10 +109,9 @@ class GzipInflater(Inflater):
         if self._open is None and not self._next_member():
             return b""
 
-        data, self._held = self._held, b""
-        if not data and self._open.needs_input:
-            data = read_at(self._descriptor, self._fed, min(_FED_BYTES, self._size - self._fed))
-            self._fed += len(data)
+        data = self._input() if self._open.needs_input else b""
+        if data is None:
+            return b"\n"  # no event continues from one member into the next
 
         try:
             text: bytes = self._open.decompress(data, _PART_BYTES)
@@ -121,13 +120,28 @@ class GzipInflater(Inflater):
 
         self._made += len(text)
         if self._open.eof:
-            self._held = self._open.unused_data
+            self._held = self._open.unused_data + self._held
             self._open, self._at = None, self._fed - len(self._held)
         elif not data and not text and self._open.needs_input and self._fed >= self._size:
             lost = self._size - self._at
             self._fail(FileDamage(self._at, f"the file ends within a gzip member of {lost} bytes", 0), self._size)
 
         return text
+
+    def _input(self) -> bytes | None:
+        """Return the next bytes of the open member; None when it was cut, and another begins in its place."""
+        if len(self._held) < len(MAGIC):
+            read = read_at(self._descriptor, self._fed, min(_FED_BYTES, self._size - self._fed))
+            self._fed, self._held = self._fed + len(read), self._held + read
+
+        begin = self._fed - len(self._held)
+        if self._made and self._held.startswith(MAGIC) and is_member(self._descriptor, begin):
+            self._fail(FileDamage(begin, "a gzip member was cut here, where the next one begins", 0), begin)
+            return None
+
+        stop = _possible_member(self._held, last=self._fed >= self._size)
+        data, self._held = self._held[:stop], self._held[stop:]
+        return data
 
     def _next_member(self) -> bool:
         """Open the member at the current position; without one, continue at the next one."""
@@ -161,3 +175,13 @@ class GzipInflater(Inflater):
     def _fail(self, damage: FileDamage | None, resume: int) -> None:
         self._damage += [damage] if damage else []
         self._open, self._held, self._at = None, b"", resume
+
+
+def _possible_member(data: bytes, *, last: bool) -> int:
+    """Return the first position after the start at which a member may begin; the end of the data without one."""
+    hit = data.find(MAGIC, 1)
+    if hit >= 0:
+        return hit
+
+    parts = [] if last else [MAGIC[:size] for size in range(len(MAGIC) - 1, 0, -1)]
+    return next((len(data) - len(part) for part in parts if data[1:].endswith(part)), len(data))

@@ -9,7 +9,7 @@ from typing import Any
 
 from traceml.traces.reader.trace_files import GZIP_MAGIC
 
-__all__ = ["MAGIC", "Salvaged", "new_inflater", "next_member", "read_at", "salvaged"]
+__all__ = ["MAGIC", "Salvaged", "is_member", "new_inflater", "next_member", "read_at", "salvaged"]
 
 MAGIC = GZIP_MAGIC + b"\x08"
 _GZIP, _RAW = 31, -15  # zlib's window bits
@@ -55,12 +55,22 @@ def read_at(descriptor: int, position: int, size: int) -> bytes:
     return data
 
 
+def is_member(descriptor: int, position: int) -> bool:
+    """Return whether a member of text begins at a position, and not only a magic number by chance."""
+    try:
+        start = new_inflater().decompress(read_at(descriptor, position, _TRIED_BYTES), 1024)
+    except Exception:  # noqa: BLE001 - isal and zlib raise their own errors, and all mean no
+        return False
+
+    return bool(start) and start[:256].translate(None, _CONTROLS) == start[:256]
+
+
 def next_member(descriptor: int, position: int, end: int) -> int:
     """Return the start of the first sound member at or after a position; `end` when there is none before it."""
     while position < end:
         data = read_at(descriptor, position, min(_SEARCHED_BYTES, end - position))
         hit = data.find(MAGIC)
-        if hit >= 0 and _is_member(read_at(descriptor, position + hit, _TRIED_BYTES)):
+        if hit >= 0 and is_member(descriptor, position + hit):
             return position + hit
 
         position += hit + 1 if hit >= 0 else max(len(data) - len(MAGIC) + 1, 1)
@@ -96,16 +106,6 @@ def salvaged(descriptor: int, begin: int, size: int, skipped_bytes: int) -> Salv
 
     end = position + _TRAILER_BYTES if inflater.eof else position
     return Salvaged(b"".join(parts), min(end, size), inflater.eof)
-
-
-def _is_member(data: bytes) -> bool:
-    """Return whether a member of text begins here, and not only a magic number by chance."""
-    try:
-        start = new_inflater().decompress(data, 1024)
-    except Exception:  # noqa: BLE001 - isal and zlib raise their own errors, and all mean no
-        return False
-
-    return bool(start) and start[:256].translate(None, _CONTROLS) == start[:256]
 
 
 def _header_bytes(data: bytes) -> int:

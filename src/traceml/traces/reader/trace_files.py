@@ -116,6 +116,8 @@ def _under(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in _walk(path) if looks_like_a_trace(file))
         looked = "a folder in which no file is a trace (.pfw, .pfw.gz, Chrome JSON, torch.profiler's JSON)"
+    elif path.is_fifo():
+        raise TraceNotFoundError(f"{path}: a pipe. A trace is read at several places at once: write it to a file first")
     elif path.exists():
         return [path]
     elif any(mark in str(path) for mark in "*?["):
