@@ -25,7 +25,7 @@ from tests.diagnosis.memory.memories import (
     uneven_devices,
 )
 from tests.diagnosis.memory.test_allocator_churn import emptied
-from tests.diagnosis.rules.test_batch_sizes import uneven, window
+from tests.diagnosis.rules.test_batch_sizes import steps_of, uneven
 from tests.diagnosis.rules.test_training_data import group_of_two, history
 from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
@@ -108,7 +108,7 @@ def skipped() -> list[Finding]:
 
 def imbalanced() -> list[Finding]:
     job = Job(ranks=4)
-    return diagnose(window(job, uneven(4, job.steps)), JobFacts(world_size=4))
+    return diagnose(steps_of(job, uneven(4, job.steps)), JobFacts(world_size=4))
 
 
 DEAD_WORKER = "DataLoader worker (pid 4711) is killed by signal: Killed. "

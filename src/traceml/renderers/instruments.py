@@ -103,7 +103,12 @@ class Instruments:
     GPU_SIZE = Instrument("gpu_memory_size", "Memory of a GPU", BaseUnit.BYTES, _GPU)
     GPU_HEAT = Instrument("gpu_temperature_peak", "Highest temperature of a GPU", BaseUnit.CELSIUS, _GPU)
     GPU_POWER = Instrument("gpu_power", "Mean power of a GPU", BaseUnit.WATTS, _GPU)
-    TIME = Instrument("time", "Wall time of the run by part, the mean over ranks", BaseUnit.SECONDS, ("run", "part"))
+    TIME = Instrument(
+        "time",
+        "Wall time of the run by part; where others wait, of the ranks that evaluate or save",
+        BaseUnit.SECONDS,
+        ("run", "part"),
+    )
     GOODPUT = Instrument("goodput", "Share of wall time in steps that count, without waiting for data", BaseUnit.RATIO)
     VERDICT = Instrument("verdict", "The verdict of the run as labels; the value is 1", labels=_FINDING)
     COST = Instrument(

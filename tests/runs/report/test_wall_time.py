@@ -180,6 +180,21 @@ def test_ranks_that_evaluate_alone(
     assert (found.evaluators, found.evaluators_s) == (named, pytest.approx(seconds))
 
 
+@pytest.mark.parametrize(("grouped", "evaluation", "steps"), [(False, 1.0, 5.4), (True, 2.0, 5.4)])
+def test_what_one_rank_evaluates_is_time_of_a_job_whose_ranks_wait(
+    tmp_path: Path, grouped: bool, evaluation: float, steps: float
+) -> None:
+    """The mean over ranks would have half of it, and the waiting of the others as steps or as pauses between them."""
+    folder = store(tmp_path / "run", evaluators=(0,))
+    with closing(StoreReader(folder / STORE_NAME)) as reader:
+        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0, grouped=grouped)
+
+    assert found.seconds["evaluation"] == pytest.approx(evaluation)
+    assert found.seconds["steps"] == pytest.approx(steps)
+    assert found.seconds["between_epochs"] == pytest.approx(2.0 - evaluation)
+    assert sum(found.seconds.values()) == pytest.approx(15.0)
+
+
 def test_a_rank_that_was_stopped(tmp_path: Path) -> None:
     """Its time is no time of steps; the mean over ranks has half of what one of two was stopped."""
     folder = store(tmp_path / "run")

@@ -281,6 +281,11 @@ class JobFactsBuilder:
         before = self.exits.get(ended.rank)
         self.exits[ended.rank] = merged_exits(before, ended) if before else ended
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the ranks are known to have made a process group."""
+        return bool(self._facts.get("backend")) or self.batches.group_size > 1
+
     def build(self, latest: Sequence[int] = ()) -> JobFacts:
         """Return the facts as they are now.
 

@@ -143,7 +143,9 @@ class TimePart(msgspec.Struct):
 
 
 class TimeSection(msgspec.Struct):
-    """Wall time of the run by part, the mean over ranks; the parts add up to `wall_s`.
+    """Wall time of the run by part; the parts add up to `wall_s`.
+
+    It is the mean over ranks, or over those that evaluate or save while the others wait for them.
 
     `goodput` is the share in steps, without waiting for data, saving, and steps that an attempt repeats: the time
     `productive_s` in `productive_steps`. `repeated_steps` were made by an earlier attempt already, and lost, as they

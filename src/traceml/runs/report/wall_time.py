@@ -20,6 +20,7 @@ __all__ = ["checkpoints", "resumes_at", "wall_time"]
 _S = 1e9
 _WHOLE = 0.9  # share of the steps of the rank with most of them
 _FEW = 0.5  # ranks with less than this share of the longest evaluation do not evaluate: a first pass, or a check
+_WORTH = 0.01  # share of the run from which on evaluation and saving of some ranks count as time of all
 _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
@@ -32,8 +33,12 @@ def wall_time(
     is_running: bool = False,
     stops: Mapping[int, Sequence[Stop]] | None = None,
     compile_s: Mapping[int, float] | None = None,
+    grouped: bool = False,
 ) -> RunTime:
-    """Return the wall time of a run by part, the mean over ranks.
+    """Return the wall time of a run by part, the mean over the ranks that set it.
+
+    Where ranks wait for each other, evaluation or saving on some of them, as on rank 0 alone, is time of the run: the
+    mean is over those ranks.
 
     Args:
         records: all of its streams.
@@ -43,6 +48,7 @@ def wall_time(
         is_running: whether it runs: then the time up to the last row counts, as rows arrive late.
         stops: times in which each rank did not run.
         compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is no training.
+        grouped: whether the ranks wait for each other.
     """
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
@@ -58,6 +64,11 @@ def wall_time(
             without_stops(each, stops.get(of_rank[0].rank, ())) for each, of_rank in zip(parts, ranks, strict=False)
         ] or parts
 
+    evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
+    evaluators, evaluators_s = _evaluators(evaluation)
+    if grouped:
+        ranks, parts = _setting_the_time(ranks, parts, _WORTH * (ended_s - started_s))
+
     known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]}
     compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
     known["steps"] -= compiled_s
@@ -66,8 +77,6 @@ def wall_time(
     goes_on = checkpoints(records)
     useful = UsefulTime.mean(_useful(of_rank, sums, goes_on) for of_rank in ranks)
     useful = replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
-    evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
-    evaluators, evaluators_s = _evaluators(evaluation)
     return replace(
         time, useful=useful, compile_s=compiled_s, evaluators=evaluators, evaluators_s=min(evaluators_s, time.wall_s)
     )
@@ -125,11 +134,28 @@ def checkpoints(records: Sequence[StreamRecord]) -> dict[int, int]:
     return found
 
 
+def _setting_the_time(
+    ranks: list[list[StreamRecord]], parts: list[dict[str, float]], least_s: float
+) -> tuple[list[list[StreamRecord]], list[dict[str, float]]]:
+    """Return the ranks that evaluate or save where most others do not, with their parts; else all ranks.
+
+    Args:
+        ranks: streams of each rank.
+        parts: of the wall time of each rank.
+        least_s: with less time of it, all ranks count.
+    """
+    some, seconds = _evaluators({index: each["evaluation"] + each["checkpoint"] for index, each in enumerate(parts)})
+    if not some or seconds < least_s:
+        return ranks, parts
+
+    return [ranks[index] for index in some], [parts[index] for index in some]
+
+
 def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
     """Return the ranks that evaluate where most others do not, and their seconds of it, the mean; none if most do.
 
     Args:
-        seconds: rank -> its evaluation.
+        seconds: rank -> its evaluation, or other time outside the training.
     """
     longest = max(seconds.values(), default=0.0)
     some = tuple(sorted(rank for rank, s in seconds.items() if s > _FEW * longest))
