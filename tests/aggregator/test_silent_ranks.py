@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
+import traceml
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import flight_identity
 from traceml.database.silent_snapshots import SilentSnapshots
 from traceml.database.snapshots import SNAPSHOT, RankSnapshot
+from traceml.diagnosis.kinds import Kind
+from traceml.runs.run import Run
 from traceml.witness.kernel_state import process_info
 
 pytestmark = pytest.mark.process
@@ -122,6 +125,72 @@ def test_a_rank_whose_recorder_never_ran_is_told_with_its_line(script: Callable[
     assert (snapshot.answered, snapshot.step) == ("signal", -1)
     assert snapshot.user_line is not None
     assert snapshot.user_line.line == 15
+
+
+# The recorder's thread asks for the GIL, and gets no further than that until the signal.
+_NEVER_CONNECTED = """
+import ctypes, os, signal, threading
+os.environ |= {{"TRACEML_RUN_ID": "job", "TRACEML_HANG_TIMEOUT": "5", **{environ}}}
+from traceml.recorder.recorder_thread import RecorderThread
+from traceml.session.startup import start_for_script
+run, gate = RecorderThread._run, threading.Event()
+
+def late(self):
+    while not gate.wait(0.05):
+        pass
+
+    run(self)
+
+RecorderThread._run = late
+signal.signal(signal.SIGUSR1, lambda *_: gate.set())
+start_for_script()
+
+def hold():
+    print("ready", flush=True)
+    ctypes.PyDLL(None).sleep(600)
+
+hold()
+signal.pause()
+"""
+
+
+def test_a_rank_that_never_connected_hangs_with_its_line(tmp_path: Path, serving: Callable[..., Serving]) -> None:
+    """Nobody but its flight file tells that it belongs to the job: live, in the report, and to `traceml stacks`."""
+    rank = Script(serving("--run-id", "job"), tmp_path, _NEVER_CONNECTED.format(environ={}))
+    try:
+        verdict = eventually(
+            lambda: next((each for each in loaded(rank).findings if each.kind is Kind.HANG), None), "the verdict"
+        )
+        assert verdict.ranks == (0,)
+        assert "in start-up, in C code called at script.py:20 hold that holds the GIL" in verdict.summary
+
+        told = rank.serving.ask("stacks", run="job")
+        assert [(each["rank"], each["pid"]) for each in told["ranks"]] == [(0, rank.process.pid)]
+        assert rank.process.poll() is None
+    finally:
+        rank.end()
+
+
+def test_a_rank_that_connects_late_was_only_slow(tmp_path: Path, serving: Callable[..., Serving]) -> None:
+    """It joins the run in which it was missed, once, and its silence is over."""
+    serves = serving()
+    first = serves.rank(0, 2, run="job", run_id="job")
+    rank = Script(serves, tmp_path, _NEVER_CONNECTED.format(environ={"RANK": "1", "WORLD_SIZE": "2"}))
+    try:
+        eventually(lambda: any(each.frames for each in rank.snapshots()), "a snapshot of rank 1")
+        rank.process.send_signal(signal.SIGUSR1)
+        over = eventually(lambda: next((each for each in rank.snapshots() if each.ended), None), "its silence to end")
+
+        assert over.rank == 1
+        eventually(lambda: serves.ask("status")["runs"][0]["connected"] == 2, "rank 1 to connect")
+        assert len(serves.run_dirs) == 1
+    finally:
+        rank.end()
+        first.close("done")
+
+
+def loaded(script: Script) -> Run:
+    return traceml.load_run(script.serving.run_dirs[0])
 
 
 def test_a_silent_rank_has_a_snapshot_from_before_its_job_is_ended(script: Callable[[str], Script]) -> None:

@@ -154,7 +154,7 @@ def test_equal_stacks_of_many_ranks_travel_once() -> None:
 def test_ranks_that_never_connected_are_missing() -> None:
     """The one that all others wait for may be among them."""
     streams = [Stream(0, 0, 0, Incarnation("here", "boot", 1, 0, ""), flight="")]
-    reply = stacks_reply(streams, {0: {"result": {"rank": 0, "frames": []}}}, {}, {2, 1})
+    reply = stacks_reply(streams, {0: {"result": {"rank": 0, "frames": []}}}, {}, {2: None, 1: None})
 
     assert [(each["rank"], each["why"]) for each in reply["missing"]] == [
         (1, "it has not connected"),

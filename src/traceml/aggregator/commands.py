@@ -180,35 +180,39 @@ class Commands:
     async def _stacks(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
         """Take a snapshot of each rank: by asking it, or from outside where it does not answer."""
         run = self._run_of(peer)
-        asked = _askable(run)
-        if not asked:
+        asked, is_last = _askable(run), args.get("last") is True
+        query = await self._ask(asked, "snapshot", {"last": is_last}, _LAST_SNAPSHOT_S if is_last else _SNAPSHOT_S)
+        waiting = [stream for stream in asked if stream.rank in query.waiting]
+        found = await snapshots_from_outside(run, waiting, is_last=is_last)
+        if not asked and not found:
             raise CommandError(f"no rank of run {run.id} is connected")
 
-        is_last = args.get("last") is True
-        query = await self._ask(asked, "snapshot", {"last": is_last}, _LAST_SNAPSHOT_S if is_last else _SNAPSHOT_S)
-        silent = await snapshots_from_outside(
-            [stream for stream in asked if stream.rank in query.waiting], is_last=is_last
-        )
         if is_last:
-            for stream, snapshot in silent.items():
-                store_snapshot(run, stream, snapshot)
-
             run.commit(force=True)
 
-        for stream in (each for each in asked if each.rank in query.waiting and each not in silent):
-            if (reported := run.live.snapshot_from_outside(stream.rank)) is not None:
-                silent[stream] = reported  # by the agent of its host
-
+        silent = {process.rank: snapshot for process, snapshot in found.items()}
         absent = set(range(run.world_size)) - {stream.rank for stream in run.streams}
-        return stacks_reply(asked, query.answers, silent, absent)
+        for rank in {stream.rank for stream in waiting} | absent:
+            if rank not in silent and (reported := run.live.snapshot_from_outside(rank)) is not None:
+                silent[rank] = reported  # by the agent of its host
+
+        here = {process.rank: process for process in found if process.stream is None}
+        return stacks_reply(asked, query.answers, silent, {rank: here.get(rank) for rank in absent | here.keys()})
 
     async def _snapshot_from_outside(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
         """Take an agent's snapshot of a rank of its host: `{host, rank, pid, snapshot}`."""
         run, who = self._run_of(peer), (args.get("host"), args.get("rank"), args.get("pid"))
+        if not isinstance(args.get("snapshot"), dict):
+            return {}
+
+        snapshot = RankSnapshot.from_row(args["snapshot"])
         for stream in run.connected:
             about = (stream.incarnation.host, stream.rank, stream.incarnation.pid)
-            if about == who and not stream.is_helper and isinstance(args.get("snapshot"), dict):
-                store_snapshot(run, stream, RankSnapshot.from_row(args["snapshot"]))
+            if about == who and not stream.is_helper:
+                store_snapshot(run, stream, snapshot)
+
+        if 0 <= snapshot.rank < run.world_size and run.lacks({"rank": snapshot.rank}):
+            store_snapshot(run, None, snapshot)
 
         return {}
 
@@ -219,6 +223,9 @@ class Commands:
         for stream in streams:
             if stream.peer is not None:
                 stream.peer.send({"t": "command", "id": number, "name": name, "args": args})
+
+        if not streams:
+            query.done.set()
 
         try:
             async with asyncio.timeout(limit_s):

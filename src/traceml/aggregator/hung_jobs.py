@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.silence.absent_ranks import AbsentRanks
 from traceml.aggregator.silence.rank_stacks import snapshots_from_outside
-from traceml.aggregator.silence.silent_ranks import store_snapshot
 from traceml.clock import process_start_ticks
 from traceml.database.snapshots import ABORT
 from traceml.fail_open import fail_open
@@ -68,12 +68,14 @@ class HungJobs:
             if not stream.ended and stream.seen_here and process_start_ticks(identity.pid) == identity.start_ticks:
                 os.kill(identity.pid, signal.SIGKILL)
 
+        for process in AbsentRanks(run).find():
+            os.kill(process.pid, signal.SIGKILL)
+
     @staticmethod
     async def _snapshot_silent(run: ActiveRun) -> None:
         """Take a last snapshot of ranks that cannot answer: the one before may be some seconds old."""
         ranks = [stream for stream in run.connected if stream.is_diagnosed and not stream.is_helper]
-        for stream, snapshot in (await snapshots_from_outside(ranks, is_last=True)).items():
-            store_snapshot(run, stream, snapshot)
+        await snapshots_from_outside(run, ranks, is_last=True)
 
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""

@@ -37,6 +37,7 @@ class LiveRows:
         """Called when a rank has read a file before its first step: its `loaded` row."""
         self.fresh = False
         """Whether something arrived since the last diagnosis."""
+        self._absent: dict[int, RankSnapshot] = {}  # the newest of each rank that has not connected
 
     def resize(self, world_size: int) -> None:
         """Keep steps anew, for another number of ranks: how many are kept depends on it."""
@@ -49,7 +50,8 @@ class LiveRows:
         return self.intake.kept.stand_ins
 
     def begin_attempt(self) -> None:
-        """Forget which ranks of the attempt before stood for others."""
+        """Forget which ranks of the attempt before stood for others, and which had not connected."""
+        self._absent.clear()
         self.intake.kept.stand_ins = StandIns()
 
     def silence(self, host: str) -> None:
@@ -60,9 +62,13 @@ class LiveRows:
     def join(self, stream: Stream) -> None:
         """Add a rank; steps of an earlier incarnation are forgotten."""
         self.resume(stream)
-        if stream.is_diagnosed:
-            self.intake.kept.clear(stream.rank)
-            self.intake.facts.join(stream.rank)
+        if not stream.is_diagnosed:
+            return
+
+        self.intake.kept.clear(stream.rank)
+        self.intake.facts.join(stream.rank)
+        if (stood := self._absent.pop(stream.rank, None)) is not None:  # it may connect only to end
+            self.take_snapshot(stood)
 
     def resume(self, stream: Stream) -> None:
         """Add a rank as an earlier aggregator left it."""
@@ -82,8 +88,16 @@ class LiveRows:
         elif stream.is_diagnosed:
             self.intake.add(table, stream.rank, data)
 
-    def take_snapshot(self, snapshot: RankSnapshot) -> None:
-        """Take a snapshot of a rank that another process has made."""
+    def take_snapshot(self, snapshot: RankSnapshot, *, is_absent: bool = False) -> None:
+        """Take a snapshot of a rank that another process has made.
+
+        Args:
+            snapshot: of the rank.
+            is_absent: whether the rank has not connected yet.
+        """
+        if is_absent:
+            self._absent[snapshot.rank] = snapshot
+
         self.intake.facts.progress.take_snapshot(snapshot)
 
     def snapshot_from_outside(self, rank: int) -> RankSnapshot | None:

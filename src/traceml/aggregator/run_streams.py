@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from traceml.aggregator.streams import Incarnation, Stream, StreamPeer, StreamSt
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME, last_written_s
-from traceml.transport.hello import Hello
+from traceml.transport.hello import WORLD_LIMIT, Hello
 
 __all__ = ["RunStreams"]
 
@@ -105,6 +106,38 @@ class RunStreams:
     def is_connected(self) -> bool:
         """Whether any rank is connected now."""
         return any(stream.connected for stream in self.streams)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether each rank of the newest attempt has connected."""
+        return bool(self.streams) and len(self._table.of_attempt(self.attempt)) >= self.world_size
+
+    def lacks(self, identity: Mapping[str, Any]) -> bool:
+        """Return whether a rank of the newest attempt has not connected.
+
+        Args:
+            identity: of its flight file.
+        """
+        attempt = self._facts.attempt_of(int(identity.get("attempt") or 0))
+        return attempt == self.attempt and self._table.of_rank(attempt, identity["rank"]) is None
+
+    def expect(self, identity: Mapping[str, Any]) -> None:
+        """Take from a rank that has not connected what no connected one has told: how many there are, when they hang.
+
+        Args:
+            identity: of its flight file.
+        """
+        world_size, timeout_s = identity.get("world_size"), identity.get("hang_timeout_s")
+        if self.streams or not (isinstance(world_size, int) and isinstance(timeout_s, int | float)):
+            return
+
+        before = dict(self._facts.values)
+        if self.world_size < world_size <= WORLD_LIMIT:
+            self._resize(world_size)
+
+        self.live.intake.facts.progress.timeout_s = self._facts.values["hang_timeout_s"] = float(timeout_s)
+        if self._facts.values != before:
+            self._facts.write(self.store)
 
     def stream_of(self, incarnation: Incarnation, rank: int) -> Stream | None:
         """Return the stream of a recorder that was connected before."""

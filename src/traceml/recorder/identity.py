@@ -109,6 +109,7 @@ class Identity:
             "recorder": self.recorder,
             "parent": self.parent,
             "script_ms": 0 if self.parent else script_age_ms(),
+            "hang_timeout_s": config.hang_timeout,
         }
 
 

@@ -167,6 +167,9 @@ class RunView:
         if self.state not in ("failed", "stopped") or self.steps.count or self.run.restarts or self.trackers:
             return None
 
+        if self.verdict.kind is Kind.HANG:
+            return None
+
         if self.state == "stopped" and self.verdict.kind is not Kind.RANK_LOST:
             return "Stopped before the first step."
 

@@ -233,7 +233,13 @@ def test_a_run_that_failed_before_its_first_step_is_one_line(tmp_path, kind, end
 
 
 @pytest.mark.parametrize(
-    ("kind", "end"), [("RANK_LOST", {"signal": 9}), ("HANG", {"code": 1}), ("RANK_LOST", {"code": 1, "trackers": True})]
+    ("kind", "end"),
+    [
+        ("RANK_LOST", {"signal": 9}),
+        ("HANG", {"code": 1}),
+        ("HANG", {"state": "stopped"}),
+        ("RANK_LOST", {"code": 1, "trackers": True}),
+    ],
 )
 def test_a_run_that_failed_early_gets_a_card_where_that_says_more(tmp_path, kind, end):
     """After a signal, for another verdict than the failure, and where logged values may wait."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.silence.silent_ranks import silent_snapshots
+from traceml.aggregator.silence.absent_ranks import AbsentRanks
+from traceml.aggregator.silence.silent_process import SilentProcess
+from traceml.aggregator.silence.silent_ranks import store_snapshot
 from traceml.database.silent_snapshots import SilentSnapshots, silent_s
 
 if TYPE_CHECKING:
+    from traceml.aggregator.active_run import ActiveRun
     from traceml.aggregator.streams import Stream
     from traceml.database.snapshots import RankSnapshot
 
@@ -18,42 +22,49 @@ __all__ = ["snapshots_from_outside", "stacks_reply"]
 _SILENT_S = 1.0  # a rank that only lacks a core is not asked by a signal
 
 
-async def snapshots_from_outside(streams: Sequence[Stream], *, is_last: bool = False) -> dict[Stream, RankSnapshot]:
-    """Take snapshots of ranks of this host that did not answer; those of other hosts are left out.
+async def snapshots_from_outside(
+    run: ActiveRun, streams: Sequence[Stream], *, is_last: bool = False
+) -> dict[SilentProcess, RankSnapshot]:
+    """Take snapshots of ranks of this host: of those that did not answer, and of those that have never connected.
 
     Args:
-        streams: the ranks.
-        is_last: whether the job is being ended.
+        run: the run.
+        streams: the ranks that did not answer; those of other hosts are left out.
+        is_last: whether the job is being ended: then the snapshots are stored.
     """
-    known = [(stream, snapshots) for stream in streams if (snapshots := silent_snapshots(stream)) is not None]
-    made = await asyncio.gather(*(asyncio.to_thread(_snapshot, snapshots, is_last) for _, snapshots in known))
-    return {stream: snapshot for (stream, _), snapshot in zip(known, made, strict=True) if snapshot is not None}
+    known = [process for process in map(SilentProcess.of, streams) if process is not None]
+    asked = [*known, *AbsentRanks(run).find()]
+    made = await asyncio.gather(*(asyncio.to_thread(_snapshot, each.snapshots(), is_last) for each in asked))
+    found = {process: snapshot for process, snapshot in zip(asked, made, strict=True) if snapshot is not None}
+    if is_last:
+        for process, snapshot in found.items():
+            store_snapshot(run, process.stream, snapshot)
+
+    return found
 
 
 def stacks_reply(
     streams: Sequence[Stream],
     answers: Mapping[int, Mapping[str, Any]],
-    silent: Mapping[Stream, RankSnapshot],
-    absent: Iterable[int] = (),
+    silent: Mapping[int, RankSnapshot],
+    absent: Mapping[int, SilentProcess | None] | None = None,
 ) -> dict[str, Any]:
     """Return the reply: `ranks`, of which each has the number of its stack in `stacks`, and `missing`.
 
     Args:
         streams: the ranks that were asked.
         answers: rank -> its reply, with the snapshot as `result`.
-        silent: snapshots from outside of those that did not answer.
-        absent: ranks that have never connected: their hosts and processes are not known.
+        silent: rank -> snapshot from outside, of those that did not answer.
+        absent: ranks that have never connected, with their processes where these are on this host.
     """
     ranks: list[dict[str, Any]] = []
-    missing: list[dict[str, Any]] = [
-        {"rank": rank, "host": "", "pid": 0, "why": "it has not connected"} for rank in sorted(absent)
-    ]
+    missing: list[dict[str, Any]] = []
     stacks: dict[str, tuple[int, Any]] = {}
-    for stream in sorted(streams, key=lambda each: each.rank):
-        about = {"rank": stream.rank, "host": stream.incarnation.host, "pid": stream.incarnation.pid}
-        snapshot = _row(stream, answers, silent)
+    for about, why in _asked(streams, answers, absent or {}):
+        rank = about["rank"]
+        snapshot = _row(answers.get(rank, {}).get("result"), silent.get(rank))
         if snapshot is None:
-            missing.append(about | {"why": str(answers.get(stream.rank, {}).get("error", "it did not answer"))})
+            missing.append(about | {"why": why})
             continue
 
         frames = snapshot.pop("frames", [])
@@ -63,16 +74,31 @@ def stacks_reply(
     return {"ranks": ranks, "stacks": [frames for _, frames in stacks.values()], "missing": missing}
 
 
+def _asked(
+    streams: Sequence[Stream],
+    answers: Mapping[int, Mapping[str, Any]],
+    absent: Mapping[int, SilentProcess | None],
+) -> list[tuple[dict[str, Any], str]]:
+    """Return rank, host and process of each rank, and why there is no answer if there is none."""
+    found = []
+    for rank, process in absent.items():
+        host, pid = (socket.gethostname(), process.pid) if process is not None else ("", 0)
+        found.append(({"rank": rank, "host": host, "pid": pid}, "it has not connected"))
+
+    for stream in streams:
+        why = str(answers.get(stream.rank, {}).get("error", "it did not answer"))
+        found.append(({"rank": stream.rank, "host": stream.incarnation.host, "pid": stream.incarnation.pid}, why))
+
+    return sorted(found, key=lambda each: each[0]["rank"])
+
+
 def _snapshot(snapshots: SilentSnapshots, is_last: bool) -> RankSnapshot | None:
     words = snapshots.words()
     return snapshots.make(is_last=is_last) if words is not None and silent_s(words) >= _SILENT_S else None
 
 
-def _row(
-    stream: Stream, answers: Mapping[int, Mapping[str, Any]], silent: Mapping[Stream, RankSnapshot]
-) -> dict[str, Any] | None:
-    answer = answers.get(stream.rank, {}).get("result")
+def _row(answer: Any, silent: RankSnapshot | None) -> dict[str, Any] | None:
     if isinstance(answer, dict):
         return dict(answer)
 
-    return silent[stream].to_row() if stream in silent else None
+    return silent.to_row() if silent is not None else None

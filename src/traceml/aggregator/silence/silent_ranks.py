@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from traceml.aggregator.silence.absent_ranks import AbsentRanks
+from traceml.aggregator.silence.silent_process import SilentProcess
 from traceml.database.silent_snapshots import FIRST_SILENT_S, SilentSnapshots, silent_s
 from traceml.database.snapshots import SNAPSHOT
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from traceml.aggregator.streams import Stream
     from traceml.database.snapshots import RankSnapshot
 
-__all__ = ["SilentRanks", "silent_snapshots", "store_snapshot"]
+__all__ = ["SilentRanks", "store_snapshot"]
 
 
 @dataclass(slots=True)
@@ -31,7 +33,7 @@ class _Silence:
 
 
 class SilentRanks:
-    """The silent ranks of one run.
+    """The silent ranks of one run, also those that have never connected.
 
     Args:
         run: the run.
@@ -40,56 +42,67 @@ class SilentRanks:
 
     def __init__(self, run: ActiveRun, start: Callable[[Any], None]) -> None:
         self._run, self._start = run, start
-        self._silences: dict[Stream, _Silence] = {}
+        self._absent = AbsentRanks(run)
+        self._silences: dict[SilentProcess, _Silence] = {}
 
     def check(self) -> None:
         """Notice who falls silent and who wakes, and take snapshots of the silent ones; once a second."""
-        here = [stream for stream in self._run.connected if stream.seen_here]
-        connected = [stream for stream in here if stream.is_diagnosed and not stream.is_helper]
-        for stream in self._silences.keys() - set(connected):
-            del self._silences[stream]
+        processes = [*self._connected(), *self._absent.find()]
+        for process in self._silences.keys() - set(processes):
+            self._leave(process)
 
-        for stream in connected:
-            snapshots = silent_snapshots(stream)
-            words = snapshots.words() if snapshots is not None else None
-            if snapshots is None or words is None:
+        for process in processes:
+            silence = self._silences.get(process)
+            words = (silence.snapshots if silence is not None else process.snapshots()).words()
+            if words is None:
                 continue
 
             quiet_s = silent_s(words)
             if quiet_s >= FIRST_SILENT_S and not words.is_ending:
-                silence = self._silences.setdefault(stream, _Silence(snapshots))
+                silence = self._silences.setdefault(process, _Silence(process.snapshots()))
                 silence.longest_s = quiet_s
                 if not silence.is_pending:
                     silence.is_pending = True
-                    self._start(self._snapshot(stream, silence))
-            elif quiet_s < FIRST_SILENT_S and stream in self._silences:
-                self._wake(stream)
+                    self._start(self._snapshot(process, silence))
+            elif quiet_s < FIRST_SILENT_S and silence is not None:
+                self._wake(process)
 
-    def _wake(self, stream: Stream) -> None:
-        silence = self._silences.pop(stream)
+    def _connected(self) -> list[SilentProcess]:
+        here = [stream for stream in self._run.connected if stream.seen_here]
+        ranks = [stream for stream in here if stream.is_diagnosed and not stream.is_helper]
+        return [process for process in map(SilentProcess.of, ranks) if process is not None]
+
+    def _leave(self, process: SilentProcess) -> None:
+        """Forget a process that has gone; one that was absent may have connected, so its silence is over."""
+        streams = [stream for stream in self._run.connected if stream.incarnation.pid == process.pid]
+        if process.stream is None and any(stream.rank == process.rank for stream in streams):
+            self._wake(process)
+        else:
+            del self._silences[process]
+
+    def _wake(self, process: SilentProcess) -> None:
+        silence = self._silences.pop(process)
         if silence.snapshots.has_news and (snapshot := silence.snapshots.end(silence.longest_s)) is not None:
-            store_snapshot(self._run, stream, snapshot)
+            store_snapshot(self._run, process.stream, snapshot)
 
-    async def _snapshot(self, stream: Stream, silence: _Silence) -> None:
+    async def _snapshot(self, process: SilentProcess, silence: _Silence) -> None:
         snapshot = await asyncio.to_thread(silence.snapshots.make)
         silence.is_pending = False
-        if snapshot is None or self._silences.get(stream) is not silence or self._run.ended:
+        if snapshot is None or self._silences.get(process) is not silence or self._run.ended:
             return
 
         if silence.snapshots.is_news(snapshot):
-            store_snapshot(self._run, stream, snapshot)
+            store_snapshot(self._run, process.stream, snapshot)
 
 
-def silent_snapshots(stream: Stream) -> SilentSnapshots | None:
-    """Return the snapshots of a stream's process; None if it is not on this host."""
-    path = stream.flight_path
-    if not stream.seen_here or path is None:
-        return None
+def store_snapshot(run: ActiveRun, stream: Stream | None, snapshot: RankSnapshot) -> None:
+    """Store a snapshot that the rank has not made itself, and give it to the live verdict.
 
-    return SilentSnapshots(stream.rank, stream.incarnation.pid, path)
-
-
-def store_snapshot(run: ActiveRun, stream: Stream, snapshot: RankSnapshot) -> None:
-    """Store a snapshot that the rank has not made itself, and give it to the live verdict."""
-    run.store.event(SNAPSHOT, {**snapshot.to_row(), "t_ns": snapshot.at_ns, "stream": stream.id})
-    run.live.take_snapshot(snapshot)
+    Args:
+        run: the run.
+        stream: of the rank; None before it has connected.
+        snapshot: of the rank.
+    """
+    whose = {"attempt": run.attempt} if stream is None else {"stream": stream.id}
+    run.store.event(SNAPSHOT, {**snapshot.to_row(), "t_ns": snapshot.at_ns, **whose})
+    run.live.take_snapshot(snapshot, is_absent=stream is None)

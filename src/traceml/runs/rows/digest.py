@@ -218,6 +218,9 @@ class Digest:
             if record.attempt == attempt and not record.facts.get("helps"):  # a child that logs is no rank
                 self._take_stream(record)
 
+        if isinstance(timeout_s := self.run.get("hang_timeout_s"), float):
+            self.facts.progress.timeout_s = timeout_s
+
         self.samples.most = rows_for(len(self._ranks))
 
     def _take_stream(self, record: StreamRecord) -> None:
@@ -363,7 +366,8 @@ class Digest:
         """Take the snapshots that others have made of ranks which could not answer."""
         for event in reader.events(self._last_snapshot, SNAPSHOT):
             self._last_snapshot = event.id
-            if event.data.get("stream") in self.streams:
+            # A rank that had not connected has no stream.
+            if event.data.get("stream") in self.streams or event.data.get("attempt") == self._attempt:
                 self.facts.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
         for event in reader.events(self._last_takers, CORE_TAKERS):

@@ -1,0 +1,64 @@
+"""Ranks that live on this host and have never connected: C code took the GIL before their recorder came to it.
+
+Such a rank has a flight file that it holds, which names its job.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceml.aggregator.silence.silent_process import SilentProcess
+from traceml.clock import boot_id, process_start_ticks
+from traceml.database.flight.flight_folders import default_folder, disk_folders
+from traceml.database.flight.flight_owner import find_unclaimed, is_alive
+from traceml.database.flight.postmortem import flight_identity
+from traceml.transport.hello import WORLD_LIMIT
+
+if TYPE_CHECKING:
+    from traceml.aggregator.active_run import ActiveRun
+
+__all__ = ["AbsentRanks"]
+
+
+class AbsentRanks:
+    """The ranks of one run that have not connected.
+
+    Args:
+        run: the run.
+    """
+
+    def __init__(self, run: ActiveRun) -> None:
+        self._run = run
+        self._known: dict[Path, dict[str, Any]] = {}
+
+    def find(self) -> list[SilentProcess]:
+        """Return the live processes of these ranks; of a rank that several processes claim to be, none.
+
+        Other processes of a rank inherit its variables, such as programs that it starts.
+        """
+        if self._run.is_complete:
+            self._known.clear()
+            return []
+
+        paths = find_unclaimed((default_folder(), *disk_folders(self._run.path.parent)))
+        self._known = {path: self._known.get(path) or flight_identity(path) for path in paths}
+        found: dict[int, list[SilentProcess]] = {}
+        for path, facts in self._known.items():
+            if self._is_absent(facts) and is_alive(path):
+                self._run.expect(facts)
+                process = SilentProcess(facts["rank"], facts["pid"], path)
+                found.setdefault(process.rank, []).append(process)
+
+        return [processes[0] for processes in found.values() if len(processes) == 1]
+
+    def _is_absent(self, facts: dict[str, Any]) -> bool:
+        """Whether a file's writer is a rank of this run that runs here and has not connected."""
+        rank, pid = facts.get("rank"), facts.get("pid")
+        if facts.get("job") != self._run.key or facts.get("parent") or facts.get("boot_id") != boot_id():
+            return False
+
+        if not (isinstance(rank, int) and isinstance(pid, int) and 0 <= rank < WORLD_LIMIT):
+            return False
+
+        return self._run.lacks(facts) and process_start_ticks(pid) == facts.get("start_ticks")

@@ -1,0 +1,41 @@
+"""A process of this host that is a rank, by which snapshots of it are taken and stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from traceml.database.silent_snapshots import SilentSnapshots
+
+if TYPE_CHECKING:
+    from traceml.aggregator.streams import Stream
+
+__all__ = ["SilentProcess"]
+
+
+@dataclass(frozen=True, slots=True)
+class SilentProcess:
+    """A rank of this host.
+
+    Attributes:
+        rank: its rank.
+        pid: its process.
+        flight: its flight file.
+        stream: its stream; None before it has connected.
+    """
+
+    rank: int
+    pid: int
+    flight: Path
+    stream: Stream | None = None
+
+    @classmethod
+    def of(cls, stream: Stream) -> SilentProcess | None:
+        """Return the process of a stream; None if it is not on this host."""
+        path = stream.flight_path
+        return cls(stream.rank, stream.incarnation.pid, path, stream) if stream.seen_here and path is not None else None
+
+    def snapshots(self) -> SilentSnapshots:
+        """Return what takes snapshots of it."""
+        return SilentSnapshots(self.rank, self.pid, self.flight)
