@@ -328,3 +328,20 @@ def test_a_rank_with_steps_is_no_helper_of_its_children(registry):
 
     assert other is not run
     assert not parent.is_helper
+
+
+def test_jobs_that_are_refused_are_not_kept_for_ever(registry, monkeypatch):
+    """A job that comes again after many others gets a new id; the newest ones get theirs again."""
+    begun = []
+
+    def refuse(run_id, key, **_):
+        begun.append(run_id)
+        raise RefusedError("full", retry=True)
+
+    monkeypatch.setattr(registry, "begin", refuse)
+    for number in [*range(150), 149, 0]:
+        with pytest.raises(RefusedError):
+            registry.assign(hello(run=f"job{number}"))
+
+    assert begun[150] == begun[149]
+    assert begun[151] != begun[0]

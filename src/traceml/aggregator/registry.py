@@ -82,7 +82,8 @@ class Registry:
         self._retention_gb = retention_gb
         self._runs: list[ActiveRun] = []
         self._by_key: dict[str, ActiveRun] = {}
-        self._not_begun: dict[str, str] = {}  # job key -> the id under which its run could not be created
+        # Job key -> the id under which its run could not be created; the newest ones.
+        self._not_begun: dict[str, str] = {}
 
     @property
     def runs(self) -> list[ActiveRun]:
@@ -133,7 +134,7 @@ class Registry:
         run_id = self._new_id(hello) if taken or not hello.run_id else safe_run_id(hello.run_id)
         # While the run of that key goes on, this one is found by its recorder alone.
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
-        self._not_begun[_key(hello)] = run_id
+        self._expect(_key(hello), run_id)
         run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
         del self._not_begun[_key(hello)]
         if taken and other is not None and other.admission.starts_next_run(hello):
@@ -144,6 +145,13 @@ class Registry:
     def _new_id(self, hello: Hello) -> str:
         """Return the id of a new run: a job that comes again after it was refused leaves no second folder."""
         return self._not_begun.get(_key(hello)) or new_run_id(hello.name or "run")
+
+    def _expect(self, key: str, run_id: str) -> None:
+        """Note the id of a run that may be refused; of jobs that never come again only the newest are remembered."""
+        self._not_begun.pop(key, None)
+        self._not_begun[key] = run_id
+        while len(self._not_begun) > _REMEMBERED:
+            del self._not_begun[next(iter(self._not_begun))]
 
     def _run_of_parent(self, hello: Hello) -> ActiveRun | None:
         """Return the run of a forked child's parent process."""
