@@ -17,7 +17,6 @@ class Counting:
 
     table: ClassVar[Table] = EVALS
     start_interval_s: ClassVar[float | None] = None
-    cost_us: ClassVar[float] = 1.0
 
     def __init__(self, name: str = "counting", broken: bool = False) -> None:
         self.name, self.broken, self.closed = name, broken, False  # type: ignore[misc]

@@ -30,7 +30,6 @@ class Sampler(Protocol):
     name: ClassVar[str]
     table: ClassVar[Table]
     start_interval_s: ClassVar[float | None]  # during the first 30 s, if shorter than the interval
-    cost_us: ClassVar[float]  # a measured reference; the real cost is in the statistics
 
     def sample(self, t_ns: int, step: int) -> Iterable[SampleRow]:
         """Return the rows of one sample.

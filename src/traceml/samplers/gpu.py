@@ -30,7 +30,6 @@ class GpuSampler:
     name: ClassVar[str] = "gpu"
     table: ClassVar[Table] = GPU
     start_interval_s: ClassVar[float | None] = None
-    cost_us: ClassVar[float] = 100.0
 
     def __init__(self, nvml: Nvml | None = None, note: Callable[..., None] | None = None) -> None:
         self._nvml = nvml or Nvml()

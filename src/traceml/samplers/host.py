@@ -25,7 +25,6 @@ class HostSampler:
     name: ClassVar[str] = "host"
     table: ClassVar[Table] = HOST
     start_interval_s: ClassVar[float | None] = None
-    cost_us: ClassVar[float] = 34.0
 
     def __init__(self) -> None:
         self._cores = cgroup.cores()

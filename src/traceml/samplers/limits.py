@@ -29,7 +29,6 @@ class LimitsSampler:
     name: ClassVar[str] = "limits"
     table: ClassVar[Table] = LIMITS
     start_interval_s: ClassVar[float | None] = None
-    cost_us: ClassVar[float] = 12.0
 
     def __init__(self) -> None:
         self._kept: dict[Resource, tuple[int, int]] = {}
@@ -64,7 +63,6 @@ class HostLimitsSampler(LimitsSampler):
     """
 
     name: ClassVar[str] = "host_limits"
-    cost_us: ClassVar[float] = 60.0
 
     def __init__(self, save_folder: Callable[[], str | None] = lambda: None) -> None:
         super().__init__()

@@ -32,7 +32,6 @@ class ProcessSampler:
     name: ClassVar[str] = "process"
     table: ClassVar[Table] = PROCESS
     start_interval_s: ClassVar[float | None] = 0.5
-    cost_us: ClassVar[float] = 60.0
 
     def __init__(self) -> None:
         self._page_bytes = os.sysconf("SC_PAGE_SIZE")

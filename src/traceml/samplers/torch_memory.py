@@ -24,7 +24,6 @@ class TorchMemorySampler:
     name: ClassVar[str] = "torch_memory"
     table: ClassVar[Table] = TORCH_MEMORY
     start_interval_s: ClassVar[float | None] = None
-    cost_us: ClassVar[float] = 60.0
 
     def __init__(self, modules: Any = None, note: Callable[..., None] | None = None) -> None:
         self._segments = None if note is None else SegmentWatch(note)

@@ -59,7 +59,6 @@ class LoaderWorkersSampler:
     name: ClassVar[str] = "loader_workers"
     table: ClassVar[Table] = LOADER_WORKERS
     start_interval_s: ClassVar[float | None] = None
-    cost_us: ClassVar[float] = 2.0  # without workers; about 50 for each
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
