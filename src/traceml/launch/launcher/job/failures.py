@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
@@ -189,15 +189,10 @@ def note_stacks(
     if not workers:
         return
 
-    lines = []
-    inside = {worker.rank for worker in workers if _in_collective(stacks.get(worker.rank, {}).get("stack") or "")}
-    absent = [worker for worker in workers if worker.rank not in inside]
-    inside.update(timed_out)
-    if inside and absent:
-        who, verb = "; ".join(map(str, absent)), "was" if len(inside) == 1 else "were"
-        lines.append(
-            f"{capitalized(ranks_text(inside))} {verb} waiting in a collective that these ranks had not entered: {who}."
-        )
+    texts = {worker.rank: str((stacks.get(worker.rank) or {}).get("stack") or "") for worker in workers}
+    inside = {rank for rank, text in texts.items() if _in_collective(text)} | set(timed_out)
+    outside = [worker for worker in workers if worker.rank not in inside]
+    lines = _who_waited(inside, outside, {rank for rank, text in texts.items() if not text}) if inside else []
 
     together: dict[str, list[Worker]] = {}
     for worker in workers:
@@ -209,6 +204,25 @@ def note_stacks(
         lines.append(who + (where if alone else where.replace(" was here:", " were here:", 1)))
 
     error.add_note("\n".join(lines))
+
+
+def _who_waited(inside: Collection[int], outside: Sequence[Worker], unknown: Collection[int]) -> list[str]:
+    """Return which ranks waited in a collective, and for whom; of ranks without a stack it is not known.
+
+    Args:
+        inside: ranks that waited.
+        outside: the other workers that had not ended.
+        unknown: ranks that reported no stack.
+    """
+    waited = f"{capitalized(ranks_text(inside))} {'was' if len(inside) == 1 else 'were'} waiting in a collective"
+    absent = [worker for worker in outside if worker.rank not in unknown]
+    if absent:
+        return [f"{waited} that these ranks had not entered: {'; '.join(map(str, absent))}."]
+
+    if outside:
+        return [f"{waited}. Whether these ranks had entered it is not known: {'; '.join(map(str, outside))}."]
+
+    return []
 
 
 def _where(stack: Mapping[str, Any] | None) -> str:
