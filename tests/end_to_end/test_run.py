@@ -43,7 +43,9 @@ def test_one_process_is_traced_and_passed_through(traceml: Traceml) -> None:
     words = [sys.executable, TINY, "--steps", "60"]
     plain = forked.run(words, env=traceml.environ, capture_output=True, text=True, check=True)
     assert ended.stdout == plain.stdout  # the loss to the last bit
-    assert str(ended.run_dir / "report.json") in ended.stderr.replace("\n", "")
+    first, _, card = ended.stderr.partition("\n")
+    assert first.startswith(f"traceml: tracing this run; results in traceml_runs/{ended.run_dir.name}; live: ")
+    assert str(ended.run_dir / "report.json") in card.replace("\n", "")
     report = ended.report
     assert report["schema"] == "traceml.report/1"
     assert report["run"]["state"] == "finished"
@@ -51,6 +53,14 @@ def test_one_process_is_traced_and_passed_through(traceml: Traceml) -> None:
     assert report["telemetry"]["rows_lost"] == 0
     assert (ended.run_dir.parent / ".gitignore").read_text() == "*\n"
     assert_nothing_is_left(ended)
+
+
+def test_a_quiet_run_prints_nothing(traceml: Traceml) -> None:
+    """TRACEML_QUIET=1 is neither the line at the start nor the card; the report is written and copied."""
+    ended = traceml("run", "--report", "copy.json", TINY, "--steps", "20", TRACEML_QUIET="1")
+
+    assert (ended.status, ended.stderr) == (0, "")
+    assert json.loads((traceml.folder / "copy.json").read_text()) == ended.report
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -158,7 +168,8 @@ def test_a_script_raises_before_its_first_step(traceml: Traceml, tmp_path: Path)
     ended = traceml("run", script)
 
     assert ended.status == 1
-    traceback, _, ours = ended.stderr.partition("traceml: ")
+    _, _, printed = ended.stderr.partition("\n")
+    traceback, _, ours = printed.partition("traceml: ")
     assert traceback.startswith("Traceback")
     assert traceback.rstrip().splitlines()[-1].startswith("json.decoder.JSONDecodeError")
     assert ours.startswith("Rank 0 ended with json.decoder.JSONDecodeError")

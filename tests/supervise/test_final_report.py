@@ -32,6 +32,17 @@ def test_the_name_tells_what_a_report_is(run_dir: Path, tmp_path: Path) -> None:
         assert kind in page
 
 
+def test_a_quiet_end_prints_only_what_went_wrong(run_dir: Path, tmp_path: Path) -> None:
+    """The report is copied, and no card is printed."""
+    told = io.StringIO()
+    for path in (tmp_path / "mine.json", tmp_path / "gone" / "mine.json"):
+        print_final_report(run_dir, finished=True, program="traceml run", report=path, quiet=True, file=told)
+
+    assert (tmp_path / "mine.json").exists()
+    assert told.getvalue().startswith(f"traceml run: cannot write {tmp_path / 'gone' / 'mine.json'}: ")
+    assert told.getvalue().count("\n") == 1
+
+
 def test_a_report_that_cannot_be_put_there_is_reported(run_dir: Path, tmp_path: Path) -> None:
     """The verdict is printed all the same, and nothing is raised."""
     for name in ("gone/mine.html", "gone/mine.json"):

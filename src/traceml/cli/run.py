@@ -20,6 +20,7 @@ from traceml.own_programs import own_program
 from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.output import PassThroughScreen
+from traceml.supervise.start_notice import print_start
 from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
 
 if TYPE_CHECKING:
@@ -101,18 +102,24 @@ def main(argv: list[str]) -> int:
         ),
     )
     with _metrics(job, options.prometheus, config.token) as keep_metrics:
-        return run_job(job, live=options.live, report=options.report, on_tick=keep_metrics)
+        return run_job(job, live=options.live, report=options.report, quiet=config.quiet, on_tick=keep_metrics)
 
 
 def run_job(
-    job: LocalJob, *, live: str = "auto", report: Path | None = None, on_tick: Callable[[], object] | None = None
+    job: LocalJob,
+    *,
+    live: str = "auto",
+    report: Path | None = None,
+    quiet: bool = False,
+    on_tick: Callable[[], object] | None = None,
 ) -> int:
-    """Run a job, show it live, and print its verdict.
+    """Run a job, say where it is stored, show it live, and print its verdict.
 
     Args:
         job: the job.
         live: `terminal`, `web`, `none`, or `auto`: the terminal view if there is a terminal.
         report: path for a copy of the report: the page if the name ends in .html, else the JSON.
+        quiet: print neither where it is stored nor the verdict.
         on_tick: called a few times a second while the job runs.
 
     Returns:
@@ -124,13 +131,19 @@ def run_job(
         with Supervisor(
             job,
             make_screen=make_screen,
+            on_start=None if quiet else lambda: print_start(job.run_dir, live=live != "web"),
             on_delivery=_print_delivery,
             on_tick=lambda: [keep() for keep in kept],
             on_ended=load_card,
         ) as supervisor:
             outcome = supervisor.run()
             print_final_report(
-                job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr
+                job.run_dir,
+                finished=outcome.finished,
+                program="traceml run",
+                report=report,
+                quiet=quiet,
+                file=sys.stderr,
             )
 
     return outcome.status

@@ -18,6 +18,7 @@ from traceml.fail_open import fail_open
 from traceml.formatting import printable
 from traceml.own_programs import own_program
 from traceml.recorder.lifecycle import on_end
+from traceml.transport.run_line import run_line, short_path
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
@@ -53,7 +54,7 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
         on_end(_show_at_end)
         if _is_same(run_dir.parent, config.runs_dir):  # else a warning has named the folder
             does = "tracing" if recorder.tracing else "recording"
-            _print(f"traceml: {does} this run; results in {_short(run_dir)}; live: {_live_view(run_dir)}")
+            _write(run_line(does, run_dir))
 
 
 def dismiss(run_dir: Path) -> None:
@@ -106,20 +107,15 @@ def _show_at_end() -> None:
     run_dir, recorder = _due
     own = recorder.rank_identity
     if recorder.failed and own.world_size > 1:  # the launcher ends the other ranks when this one has left
-        _print(f"traceml: rank {own.rank} failed; `traceml report {_short(run_dir)}` says why when the job has ended")
+        _print(
+            f"traceml: rank {own.rank} failed; `traceml report {short_path(run_dir)}` says why when the job has ended"
+        )
         return
 
     try:
         show_verdict(run_dir)
     except KeyboardInterrupt:
-        _print(f"traceml: `traceml report {_short(run_dir)}` shows the verdict")
-
-
-def _live_view(run_dir: Path) -> str:
-    from traceml.transport import auth
-
-    page = auth.find_page(str(run_dir.parent))
-    return f"http://127.0.0.1:{page.port}/run/{run_dir.name}" if page is not None else "`traceml top`"
+        _print(f"traceml: `traceml report {short_path(run_dir)}` shows the verdict")
 
 
 def _is_same(folder: Path, other: Path) -> bool:
@@ -127,14 +123,6 @@ def _is_same(folder: Path, other: Path) -> bool:
         return folder.samefile(other)
     except OSError:  # one of them is on another host, or does not exist
         return False
-
-
-def _short(run_dir: Path) -> str:
-    """Return the folder relative to the working directory, if it is inside."""
-    try:
-        return str(run_dir.relative_to(Path.cwd()))
-    except (ValueError, OSError):  # outside, or the working directory was removed
-        return str(run_dir)
 
 
 def _print(line: str) -> None:

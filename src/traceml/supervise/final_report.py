@@ -36,7 +36,7 @@ def _import_card() -> None:
 
 
 def print_final_report(
-    run_dir: Path, *, finished: bool, program: str, report: Path | None = None, file: TextIO
+    run_dir: Path, *, finished: bool, program: str, report: Path | None = None, quiet: bool = False, file: TextIO
 ) -> None:
     """Print the verdict card of a finished run. If the report cannot be made, print why; raise nothing.
 
@@ -45,6 +45,7 @@ def print_final_report(
         finished: whether the run is complete on disk.
         program: name of the program in messages.
         report: path for a copy of the report: the page if the name ends in .html, else the JSON.
+        quiet: print no card, only what went wrong.
         file: target; standard output belongs to the script.
     """
     from traceml.renderers.text.card import print_card
@@ -56,7 +57,8 @@ def print_final_report(
 
             path = write_reports(run_dir)
 
-        print_card(path, file=file)
+        if not quiet:
+            print_card(path, file=file)
     except (TraceMLError, OSError) as error:  # the job's own result matters more
         why = error if run_dir.is_dir() else _MOVED.format(folder=run_dir)
         file.write(printable(f"{program}: no report of this run: {why}", lines=True) + "\n")

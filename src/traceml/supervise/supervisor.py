@@ -90,6 +90,7 @@ class Supervisor:
         job: LocalJob,
         *,
         make_screen: Callable[[], Screen] | None = None,
+        on_start: Callable[[], object] | None = None,
         on_delivery: Callable[[], object] | None = None,
         on_tick: Callable[[], object] | None = None,
         on_ended: Callable[[], object] | None = None,
@@ -100,6 +101,7 @@ class Supervisor:
             job: the job.
             make_screen: makes the live view once the job is started; the job's output goes through it, with a copy in
                 the run's folder. None: the job writes directly to our terminal or pipe.
+            on_start: called once when the aggregator runs, before the job is started.
             on_delivery: called once if the job has ended and trackers still receive logged values.
             on_tick: called a few times a second while the job runs.
             on_ended: called once when the processes of the job have ended, before the run is completed.
@@ -109,7 +111,7 @@ class Supervisor:
         self._screen: Screen | None = None
         self._copy: OutputCopy | None = None
         self._aggregator = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery, settings=job.environ)
-        self._on_tick, self._on_ended = on_tick, on_ended
+        self._on_start, self._on_tick, self._on_ended = on_start, on_tick, on_ended
         self._failures: list[dict[str, Any]] = []
         self._signals: set[int] = set()
         self._ended_by: dict[str, Any] | None = None
@@ -134,6 +136,9 @@ class Supervisor:
     def run(self) -> JobOutcome:
         """Run the job; return when all its processes have ended and the run is stored."""
         self._aggregator.start()
+        if self._on_start is not None:
+            self._on_start()
+
         process = self._run_job()
         if self._on_ended is not None:
             self._on_ended()

@@ -84,6 +84,7 @@ def test_a_script_is_traced_on_all_hosts(hosts: Hosts, folder: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert done.stdout == "rank 0 of 2 __main__ ['train', '60', '--hostnames', 'x']\n"
+    assert done.stderr.startswith("traceml: tracing this run; results in traceml_runs/")
     assert "complaint of rank 0\n" in done.stderr
     report = json.loads((folder / "copy.json").read_text())
     assert report["run"]["state"] == "finished"

@@ -27,6 +27,7 @@ from traceml.launch.wire.tunnel import TunnelConnector
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.screens import MakeScreen, Output, terminal_screen
+from traceml.supervise.start_notice import print_start
 from traceml.supervise.supervisor import Screen
 
 __all__ = ["Tracing"]
@@ -94,6 +95,7 @@ class Tracing:
         }
         self._abort_watch = AbortWatch(self.run_dir) if config.on_hang == "abort" else None
         self._make_screen, self._report, self._program = make_screen, report, program
+        self._quiet = config.quiet
         self._screen: Screen | None = None
         self._waiting: deque[str] = deque()
         self._begun = False
@@ -300,7 +302,12 @@ class Tracing:
         if self._begun and self._finished is not None:
             finished, self._finished = self._finished, None
             print_final_report(
-                self.run_dir, finished=finished, program=self._program, report=self._report, file=sys.stderr
+                self.run_dir,
+                finished=finished,
+                program=self._program,
+                report=self._report,
+                quiet=self._quiet,
+                file=sys.stderr,
             )
 
     # --- helpers -----------------------------------------------------------------------------------------------------
@@ -321,6 +328,9 @@ class Tracing:
         if not self._begun:
             self._aggregator.start()
             self._begun = True
+            if not self._quiet:
+                print_start(self.run_dir)
+
             self._screen = self._make_screen(self.run_dir)
             if self._screen is not None:
                 self.output.redirected = self.errors.redirected = self._waiting

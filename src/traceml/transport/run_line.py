@@ -1,0 +1,35 @@
+"""The line that says where a run is stored, printed when it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from traceml.formatting import printable
+from traceml.transport import auth
+
+__all__ = ["run_line", "short_path"]
+
+
+def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:
+    """Return the line, with its end.
+
+    Args:
+        does: `tracing` or `recording`.
+        run_dir: the run's folder.
+        live: whether to say how to watch the run.
+    """
+    watch = f"; live: {_live_view(run_dir)}" if live else ""
+    return printable(f"traceml: {does} this run; results in {short_path(run_dir)}{watch}") + "\n"
+
+
+def short_path(run_dir: Path) -> str:
+    """Return the folder relative to the working directory, if it is inside."""
+    try:
+        return str(run_dir.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # outside, or the working directory was removed
+        return str(run_dir)
+
+
+def _live_view(run_dir: Path) -> str:
+    page = auth.find_page(str(run_dir.parent))
+    return f"http://127.0.0.1:{page.port}/run/{run_dir.name}" if page is not None else "`traceml top`"
