@@ -191,7 +191,9 @@ def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path
 
     settings, config = traceml.Settings(port=9), load(port=9)
 
-    assert settings.model_dump() == {name: getattr(config, name) for name in declarations()}
+    values = {name: getattr(config, name) for name in declarations()}
+    assert settings.model_dump() == {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    assert settings.backend == settings.include == []
     assert settings.sources == config.sources
     described = {name: each.description for name, each in type(settings).model_fields.items()}
     assert described == {name: each.doc for name, each in declarations().items()}
