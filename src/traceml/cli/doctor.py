@@ -37,7 +37,7 @@ class DoctorOptions:
     json: bool = False
     """Print the findings as JSON and nothing else."""
     settings: bool = False
-    """Also print every setting with its value and its source."""
+    """Print the settings alone, with their values and sources."""
     backends: bool = False
     """Also check the trackers: versions, credentials (never their values), reachability."""
     hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...")] = ()
@@ -60,6 +60,9 @@ def main(argv: list[str]) -> int:
         checks = [*all_checks(), *_check_backends(options), *(host_checks(found) if found else ())]
         report = _as_json(checks, _settings())
         print(json.dumps(report | ({"preflight": asdict(found)} if found else {}), indent=2))
+    elif options.settings:
+        _print_settings(Console(highlight=False), setting_values(load()))
+        checks = []
     else:
         checks = _print_checks(Console(highlight=False), options)
 
@@ -108,6 +111,10 @@ def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
     with console.status("checking") if console.is_terminal else nullcontext():
         checks = list(_checks(options))
 
+    if settings := _settings():
+        _print_settings(console, settings)
+        console.print()
+
     for check in sorted(checks, key=lambda each: _ORDER.index(each.state)):
         line = (
             Text()
@@ -117,10 +124,6 @@ def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
         console.print(line, soft_wrap=True)
         if check.hint:
             console.print(Text(f"{'':<21}{printable(check.hint)}", style="dim"), soft_wrap=True)
-
-    if options.settings and (settings := _settings()):
-        console.print()
-        _print_settings(console, settings)
 
     console.print()
     broken = [check.name for check in checks if check.state == "broken"]

@@ -82,7 +82,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "mcp": (("in the configuration of an assistant", "traceml mcp --runs-dir /data/traceml_runs"),),
     "doctor": (
         ("check this installation", "traceml doctor"),
-        ("each setting and its source", "traceml doctor --settings"),
+        ("only the settings, each with its source", "traceml doctor --settings"),
         ("whether jobs can be launched there", "traceml doctor --hostnames a b"),
     ),
     "completion": (
