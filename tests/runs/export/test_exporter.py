@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sqlite3
 
 import pytest
@@ -111,8 +112,22 @@ def test_output_that_cannot_be_written_leaves_nothing(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+@pytest.mark.parametrize("form", ["perfetto", "pfw"])
+def test_a_name_without_a_known_end_is_taken(tmp_path, form):
+    """The format was named, so the file may have any name; .gz compresses, and the content is the same."""
+    run_dir = store_run(tmp_path / "run", Job(steps=20))
+    contents = []
+    for name in (f"a{FORMATS[form][0].removesuffix('.gz')}", "trace", "trace.txt", "trace.gz"):
+        assert export_run(run_dir, form, tmp_path / name).files == (tmp_path / name,)
+        data = (tmp_path / name).read_bytes()
+        contents.append(gzip.decompress(data) if name.endswith(".gz") else data)
+
+    assert len(set(contents)) == 1
+    assert b"process_name" in contents[0]
+
+
 def test_names_and_formats(tmp_path):
-    """A trace's name must fit its format; where none is given the run's id is taken."""
+    """A trace has no name of another format; where none is given the run's id is taken."""
     with pytest.raises(UsageError, match=r"ends in \.pfw\.gz or \.pfw"):
         export_run(tmp_path, "pfw", tmp_path / "out.json")
 

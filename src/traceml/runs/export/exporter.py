@@ -66,15 +66,15 @@ def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_pro
     Args:
         run_dir: the run's folder.
         form: one of `FORMATS`.
-        path: the file or folder to write.
+        path: the file or folder to write. A file of another name is written too, compressed if it ends in .gz.
         progress: called from time to time with the frames of the store that were read, and their number.
 
     Raises:
-        UsageError: the path does not fit the format, or the format needs a package that is not installed.
+        UsageError: the path ends like a file of another format, or the format needs a package that is not installed.
         StoreError: the store cannot be read at all, or the output cannot be written.
     """
     ends = FORMATS[form]
-    if ends and not path.name.endswith(ends):
+    if ends and format_of(path) not in (form, None):
         raise UsageError(f"{path}: a file of format {form} ends in {' or '.join(ends)}")
 
     damage: dict[str, None] = {}  # a frame may be read twice
@@ -86,6 +86,15 @@ def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_pro
         except OSError as error:
             why = error.strerror or error
             raise StoreError(f"cannot write {path}: {why}. Give another path with -o, in an existing folder") from error
+
+
+def _missing_end(path: Path, form: str) -> str:
+    """Return the suffix by which the writer knows the format, if the path has none."""
+    ends = FORMATS[form]
+    if path.name.endswith(ends):
+        return ""
+
+    return next(end for end in ends if end.endswith(".gz") == path.name.endswith(".gz"))
 
 
 def _export_tables(
@@ -107,7 +116,7 @@ def _export_trace(
     # dftracer's readers take microseconds since 1970; Perfetto takes nanoseconds, but not 19 digits of them.
     origin_ns = origin_of(reader, clocks) if form == "perfetto" else None
     target = path.resolve()  # keeps a symbolic link
-    draft = target.with_name(f".{os.getpid()}-{target.name}")
+    draft = target.with_name(f".{os.getpid()}-{target.name}{_missing_end(target, form)}")
     try:
         with Writer(draft, origin_ns=origin_ns) as writer:
             timeline = TimelineExporter(reader, writer, clocks)
