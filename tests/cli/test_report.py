@@ -98,6 +98,13 @@ def test_fail_on_is_a_gate(slow, capsys, kinds, status):
     assert ("COMPUTE_STRAGGLER" in shown.err) == (status == 1)
 
 
+@pytest.mark.parametrize("words", [["--fail-on"], ["--fail-on", ""], ["--fail-on="]])
+def test_a_gate_without_a_kind_is_refused(slow, capsys, words):
+    """A job whose list of kinds is empty by mistake would always pass."""
+    assert cli.main(["report", "abcd", *words]) == 2
+    assert "--fail-on needs a KIND" in capsys.readouterr().err
+
+
 def test_unknown_kind_lists_the_kinds(slow, capsys):
     """An unknown kind is a usage error, before anything is read, with the kinds there are."""
     assert cli.main(["report", "nowhere", "--fail-on", "SLOW"]) == 2

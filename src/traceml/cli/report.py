@@ -61,6 +61,9 @@ def main(argv: list[str]) -> int:
     """Print a report; return 0, or 1 if there is an unwanted finding."""
     options = parse(ReportOptions, argv, prog="traceml report")
     unwanted = _kinds(options.fail_on)
+    if not unwanted and any(word.partition("=")[0] == "--fail-on" for word in argv):
+        raise UsageError("--fail-on needs a KIND, for example --fail-on RANK_LOST INPUT_BOUND")
+
     if sum((options.json, options.md, options.html is not None, options.lines)) > 1:
         raise UsageError("--json, --md, --html and --lines cannot be combined")
 

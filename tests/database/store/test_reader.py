@@ -358,7 +358,7 @@ def test_wrong_questions_are_reported(tmp_path: Path) -> None:
     assert set(reader.tables) >= {STEPS.name, "names"}
     with pytest.raises(StoreError, match="no table 'sandwiches'"):
         list(reader.frames("sandwiches"))
-    with pytest.raises(StoreError, match="log of maps"):
+    with pytest.raises(StoreError, match="has maps, not columns"):
         reader.rows("names")
     reader.close()
     with pytest.raises(StoreError, match="closed"):

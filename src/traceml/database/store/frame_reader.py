@@ -332,7 +332,7 @@ class FrameReader:
         self._id(table)
         dtype = self._dtypes[table]
         if dtype is None:
-            raise StoreError(f"{table!r} in {self.path} is a log of maps: read it with log_rows().")
+            raise StoreError(f"{table!r} in {self.path} has maps, not columns: read it with Run.log({table!r}).")
 
         return dtype
 
