@@ -167,6 +167,17 @@ def test_any_name_is_taken_and_none_is_mixed_up(make: Maker, uri: str, request: 
     assert metrics["a b"] == NAMES.index("a b")
 
 
+def test_long_names_of_runs_and_projects(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
+    """MLflow refuses a project of more than 500 characters; a database may refuse a run's of more than 250."""
+    about = {"id": request.node.name}
+    ids = [make("mlflow", tracking_uri=uri, experiment=about).start_experiment("r" * 999, "p" * 600) for _ in range(2)]
+    info = _client(uri).get_run(ids[0]).info
+
+    assert ids[0] == ids[1]
+    assert len(info.run_name) == 250
+    assert len(_client(uri).get_experiment(info.experiment_id).name) == 500
+
+
 def test_special_values_and_steps_out_of_order(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
     """NaN stays; the infinities become the largest numbers, as MLflow keeps them; steps may go backwards."""
     backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})

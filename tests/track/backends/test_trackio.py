@@ -31,7 +31,7 @@ sys.stdin.read()
 _READ = """
 import json, sys
 from trackio.sqlite_storage import SQLiteStorage
-about = {"project": "tests", "run_id": sys.argv[1]}
+about = {"project": SQLiteStorage.get_projects()[0], "run_id": sys.argv[1]}
 print(json.dumps([SQLiteStorage.get_logs(**about), SQLiteStorage.get_run_config(**about)], default=str))
 """
 
@@ -118,10 +118,10 @@ def test_a_folder_takes_any_name_and_value(tmp_path: Path) -> None:
 import json, sys
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_registry import create_backend
-about = {"id": "exp 1", "name": "../first", "project": "tests", "parent": "p", "user": "ada"}
+about = {"id": "exp 1", "name": "../first", "parent": "p", "user": "ada"}
 about["tags"] = {"team": "vision"}
 backend = create_backend("trackio", {"options": {}, "run_dir": sys.argv[1], "experiment": about, "run_id": "r"})
-number = backend.start_experiment("../first", "tests")
+number = backend.start_experiment("../first", "験" * 300)  # more bytes than a file's name may have
 for i, name in enumerate(("step", "__a", "a\\ud800", "x" * 2000, "Größe")):
     backend.log_metrics([Metric(name, float("inf") if i == 4 else i / 8, i, 1.0 + i)])
 backend.log_params({"_x": 1, "big": 2**70, "odd": [1, {"k": object}]})

@@ -162,6 +162,20 @@ def test_a_sweep_is_joined_by_a_delivery_that_was_started_elsewhere(tmp_path: Pa
     assert (kept["id"], about.run_id, about.sweep_id) == ("swept", "swept", "sw33p")
 
 
+@pytest.mark.parametrize("project", ["team/vision", "p" * 600, "50%: why?"])
+def test_any_project_is_taken(make: Maker, project: str) -> None:
+    """W&B refuses some characters and long names, and with them all rows of the experiment."""
+    backend = make("wandb", mode="offline")
+    backend.start_experiment("first", project)
+    backend.log_metric("loss", 1.0, 1)
+    folder = _folder(backend)
+    backend.end_experiment()
+    (about, *_) = [record.run for record in records(folder) if record.WhichOneof("record_type") == "run"]
+
+    assert about.project.startswith(project[:2])
+    assert _values(history(folder)) == [("loss", 1, 1.0)]
+
+
 def test_a_continued_run_has_its_id(make: Maker) -> None:
     """Resuming an experiment gives a further offline part of the same run, and leaves the first one alone."""
     first = make("wandb", mode="offline")

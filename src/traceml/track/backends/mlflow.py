@@ -30,7 +30,9 @@ __all__ = ["MLflowBackend"]
 
 # MLflow refuses other characters, and names that are no clean relative path (`/a`, `a/`, `a//b`, `a/../b`).
 _REFUSED = re.compile(r"[^/\w.\- :]|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
+_REFUSED_TITLE = re.compile("[\0\ud800-\udfff]")  # of a run or project: a text in a database
 _LONGEST_NAME = 250
+_LONGEST_PROJECT = 500
 _LONGEST_PATH = 400
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 8000
@@ -117,7 +119,9 @@ class MLflowBackend(BackendInterface):
             if run is None:
                 started_ms = round(1000 * (self._experiment.get("started") or time.time()))
                 tags = self._own_tags()
-                run = self._client.create_run(self._experiment_id, started_ms, tags, run_name=name)
+                run = self._client.create_run(
+                    self._experiment_id, started_ms, tags, safe_name(name, _REFUSED_TITLE, _LONGEST_NAME)
+                )
             elif run.info.status != "RUNNING":
                 self._client.update_run(run.info.run_id, status="RUNNING")
 
@@ -270,6 +274,7 @@ class MLflowBackend(BackendInterface):
         """Return the MLflow experiment of that name; another delivery may create it at the same moment."""
         from mlflow.exceptions import MlflowException
 
+        project = safe_name(project, _REFUSED_TITLE, _LONGEST_PROJECT)
         found = self._client.get_experiment_by_name(project)
         if found is None:
             try:

@@ -28,8 +28,10 @@ _REFUSED = re.compile(r"^(?:project|run|timestamp|step|time|metrics)$|^__|[\0\ud
 _REFUSED_PARAM = re.compile(r"^_|[\0\ud800-\udfff]")
 _REFUSED_RUN = re.compile(r"(?:^|(?<=/))\.{1,2}(?=/|$)|^/|/$|//|[\\\0\ud800-\udfff]")  # it is part of a path
 _REFUSED_FILE = re.compile(r"[\\/\0\ud800-\udfff]|^\.{1,2}$|^[A-Za-z]:")
+_REFUSED_PROJECT = re.compile("[\0\ud800-\udfff]")
 _REFUSED_ID = re.compile(r"[^A-Za-z0-9._-]")
 _LONGEST_NAME = 1000
+_LONGEST_PROJECT = 60  # it is the name of a file: a character has up to 4 bytes
 _MOST_BUCKETS = 512  # of a histogram in Trackio
 _LARGEST_INTEGER = 2**63
 
@@ -81,7 +83,9 @@ class TrackioBackend(BackendInterface):
     def start_experiment(self, name: str, project: str) -> str:
         """Open the place and the run."""
         self._place = TrackioServer(self._server) if self._server else TrackioFolder(self._folder)
-        self._run = TrackioRun(project, safe_name(name, _REFUSED_RUN, 200), self._id)
+        self._run = TrackioRun(
+            safe_name(project, _REFUSED_PROJECT, _LONGEST_PROJECT), safe_name(name, _REFUSED_RUN, 200), self._id
+        )
         if self._is_continued:
             self._config = self._place.config(self._run)
 

@@ -34,8 +34,10 @@ STEP = "traceml/step"
 # Keys that W&B or this backend reserves, and characters that UTF-8 cannot hold.
 _REFUSED = re.compile("^_(?=(?:step|timestamp|runtime|wandb)$)|^traceml/step$|[\0\ud800-\udfff]")
 _REFUSED_ID = re.compile(r"[^A-Za-z0-9_\-]")
+_REFUSED_PROJECT = re.compile(r"[/\\#?%:\0\ud800-\udfff]")
 _REFUSED_FILE = re.compile(r"[^A-Za-z0-9_.\-]")
 _LONGEST_NAME = 1000
+_LONGEST_PROJECT = 128
 _MOST_KEYS = 500  # in one record
 _MOST_BUCKETS = 512  # of a histogram in W&B
 _LONGEST_TAG = 64
@@ -119,7 +121,7 @@ class WandbBackend(BackendInterface):
                 resume="allow" if self._mode == "online" else None,
                 mode=self._mode,
                 name=name,
-                project=None if self._sweep else project,
+                project=None if self._sweep else safe_name(project, _REFUSED_PROJECT, _LONGEST_PROJECT),
                 entity=self._entity,
                 group=str(self._experiment["parent"]) if self._experiment.get("parent") else None,
                 dir=str(self._folder),
