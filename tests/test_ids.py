@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from types import ModuleType
 
@@ -12,6 +13,7 @@ from traceml.ids import detect_rank, job_key, launcher_job
 HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = {**HAND, "TORCHELASTIC_RUN_ID": "none"}
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}  # of a batch script
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
 
 
@@ -21,7 +23,11 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_
         (TORCHRUN, "torchrun@node0:29500"),
         ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "exp"}, "torchrun-exp@node0:29500"),
         ({**TORCHRUN, **SLURM}, "torchrun@node0:29500"),
+        ({**TORCHRUN, "MASTER_ADDR": "127.0.0.1"}, f"torchrun@{socket.gethostname()}:29500"),
         ({**SLURM, **HAND}, "slurm-77.3"),
+        ({**BATCH, **HAND}, "group@node0:29500"),
+        ({**HAND, "MASTER_ADDR": "localhost"}, f"group@{socket.gethostname()}:29500"),
+        ({**SLURM, **OPENMPI, "PMIX_NAMESPACE": "prterun-node0-42@1"}, "openmpi-prterun-node0-42@1"),
         ({**OPENMPI, "PMIX_NAMESPACE": "prterun-node0-42@1"}, "openmpi-prterun-node0-42@1"),
         ({**OPENMPI, "OMPI_MCA_ess_base_jobid": "4242"}, "openmpi-4242"),
         ({**OPENMPI, "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, "group@node0:29500"),
@@ -30,13 +36,18 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_
     ],
 )
 def test_ranks_of_a_job_share_the_launchers_key(environ: dict[str, str], key: str) -> None:
-    """The user's run id, then torchrun, Slurm, OpenMPI, and the rendezvous address of manually started ranks."""
+    """The user's run id, then torchrun, OpenMPI, Slurm's step, and the rendezvous address of manually started ranks."""
     assert job_key(environ) == key
 
 
-@pytest.mark.parametrize("environ", [{}, {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, {"PMIX_NAMESPACE": "x"}])
+@pytest.mark.parametrize(
+    "environ", [{}, {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, {"PMIX_NAMESPACE": "x"}, BATCH]
+)
 def test_a_process_alone_is_a_job_of_its_own(environ: dict[str, str]) -> None:
-    """Variables of a group without other ranks, left over in a shell, are ignored."""
+    """Variables of a group without other ranks, left over in a shell, are ignored.
+
+    So are those of a batch script, whose own steps, and whose programs, are jobs apart.
+    """
     assert launcher_job(environ) is None
     assert job_key(environ) != job_key(environ)
 
@@ -45,7 +56,9 @@ def test_a_process_alone_is_a_job_of_its_own(environ: dict[str, str]) -> None:
     ("environ", "found"),
     [
         (TORCHRUN, (1, 2, 1, "torchrun")),
-        ({**SLURM, **OPENMPI}, (1, 2, 0, "slurm")),
+        (SLURM, (1, 2, 0, "slurm")),
+        ({**SLURM, **OPENMPI}, (1, 2, 0, "openmpi")),
+        (BATCH, (0, 1, 0, "single process")),
         (OPENMPI, (1, 2, 0, "openmpi")),
         ({"RANK": "2", "WORLD_SIZE": "2"}, (0, 1, 0, "single process")),
         ({"RANK": "x", "WORLD_SIZE": "2"}, (0, 1, 0, "single process")),

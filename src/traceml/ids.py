@@ -22,6 +22,9 @@ __all__ = [
     "safe_run_id",
 ]
 
+_STEP = "SLURM_STEP_ID"
+_GROUP = "group@"
+
 
 @dataclass(frozen=True, slots=True)
 class RankIdentity:
@@ -35,7 +38,10 @@ class RankIdentity:
 
 
 def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
-    """Find this process's rank: an initialized process group, then torchrun's, Slurm's and OpenMPI's variables.
+    """Find this process's rank: an initialized process group, then torchrun's, OpenMPI's and Slurm's variables.
+
+    Slurm's are those of a step only: a batch script, too, has the number of tasks that it may start, and is rank 0.
+    Where mpirun starts its daemons by srun, the ranks have both, and Slurm's are those of the daemon.
 
     Args:
         environ: the environment variables.
@@ -54,9 +60,12 @@ def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
 
     for source, rank_key, size_key, local_key in (
         ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
         ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
+        if source == "slurm" and _STEP not in environ:
+            continue
+
         rank = _int(environ.get(rank_key), -1)
         size = _int(environ.get(size_key), -1)
         if 0 <= rank < size:
@@ -80,29 +89,37 @@ def job_key(environ: Mapping[str, str] = os.environ) -> str:
 def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the job's key by the variables of its launcher, None where there are none.
 
-    In this order: torchrun's run id with its rendezvous address, Slurm's job and step, OpenMPI's job, the rendezvous
-    address of manually started ranks.
+    In this order: torchrun's run id with its rendezvous address, OpenMPI's job, Slurm's job and step, the rendezvous
+    address of manually started ranks. Slurm's job alone is none: several jobs of ours may run in one allocation.
     """
     torchrun, address = environ.get("TORCHELASTIC_RUN_ID"), group_address(environ)
-    if torchrun is not None and environ.get("MASTER_PORT"):
+    if torchrun is not None and address is not None:
         # `none` is torchrun's default and the same for every job; the rendezvous address is not.
-        master = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
+        master = address.removeprefix(_GROUP)
         return f"torchrun-{torchrun}@{master}" if torchrun != "none" else f"torchrun@{master}"
-    if job := environ.get("SLURM_JOB_ID"):
-        return f"slurm-{job}.{environ.get('SLURM_STEP_ID', '0')}"
 
     sizes = [_int(environ.get(name), 1) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")]
     job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
     if job and sizes[1] > 1:
         return f"openmpi-{job}"
 
+    if (job := environ.get("SLURM_JOB_ID")) and (step := environ.get(_STEP)):
+        return f"slurm-{job}.{step}"
+
     return address if max(sizes) > 1 else None
 
 
 def group_address(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return a key made of a process group's rendezvous address, None where it is not set."""
+    """Return a key made of a process group's rendezvous address, None where it is not set.
+
+    An address that is the same on each host has this host's name: its ranks are on one host.
+    """
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    return f"group@{address}:{port}" if address and port else None
+    if not (address and port):
+        return None
+
+    is_own = address in ("localhost", "::1") or address.startswith("127.")
+    return f"{_GROUP}{socket.gethostname() if is_own else address}:{port}"
 
 
 def new_run_id(name: str, *, epoch_s: float | None = None) -> str:
