@@ -365,6 +365,20 @@ def test_an_optimizer_with_a_scheduler_made_before(tmp_path: Path) -> None:
     assert vars(optimizer)["step"] is own
 
 
+def test_an_optimizer_keeps_its_fast_attributes(traced: Traced) -> None:
+    """Nothing reads its `__dict__`: Python would make one, and find attributes more slowly from then on."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+
+    held = gc.get_referents(optimizer)  # its values, or the dictionary that has them
+    assert not any(type(part) is dict and "param_groups" in part for part in held)
+    assert any(part is optimizer.param_groups for part in held)
+    assert len(traced.finish()) == 3
+
+
 class Engine:
     """A framework's class, which calls parts of a model by itself."""
 

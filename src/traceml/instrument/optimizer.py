@@ -67,7 +67,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     An LR scheduler gives its optimizer an instance attribute `step` that calls the class's `step` of that time.
     """
     patch_optimizer_type(patches, clock, type(optimizer))
-    own = getattr(optimizer, "__dict__", {}).get("step")
+    own = _own_step(optimizer)
     if own is None or getattr(own, "_traceml_clock", None) is clock or is_wrapper(type(optimizer)):
         return
 
@@ -87,6 +87,19 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
             alive.step = own
 
     patches.on_undo(undo)
+
+
+def _own_step(optimizer: Any) -> Any:
+    """Return the attribute `step` of an optimizer itself, None where it has only that of its class.
+
+    `__dict__` is not read: that makes one of the instance's values, in which attributes are found more slowly.
+    """
+    owner = _owner(type(optimizer))
+    if owner is None:
+        return None
+
+    step = getattr(optimizer, "step", None)
+    return None if vars(owner)["step"].__get__(optimizer, type(optimizer)) == step else step
 
 
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dis
 import gc
 import importlib
 import inspect
@@ -146,6 +147,21 @@ def test_they_copy_and_pickle_by_name(traced: Traced) -> None:
     timer = model.__dict__["_compiled_call_impl"]
     assert copy.deepcopy(timer) is None
     assert pickle.loads(pickle.dumps(timer)) is None
+
+
+def test_the_interpreter_adapts_to_them(traced: Traced) -> None:
+    """A loop finds `optimizer.step` as fast as the method that the hook replaced: the type cannot change."""
+    model, optimizer = made()
+    train(model, optimizer, 1)
+
+    def loop() -> None:
+        for _ in range(200):
+            optimizer.step()
+
+    loop()
+    lookups = [each.opname for each in dis.get_instructions(loop, adaptive=True) if each.argval == "step"]
+    assert len(lookups) == 1
+    assert "METHOD_WITH_VALUES" in lookups[0]
 
 
 @pytest.mark.parametrize("first", ["scheduler", "tracing"])

@@ -251,7 +251,8 @@ PyTypeObject *make_hook_type(void) {
     };
     static PyType_Spec spec = {
         "traceml.instrument.native._hot_path.Hook", sizeof(Hook), 0,
-        (unsigned int)(Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | VECTORCALL_FLAG | METHOD_DESCRIPTOR_FLAG), slots};
+        (unsigned int)(Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | VECTORCALL_FLAG
+                       | METHOD_DESCRIPTOR_FLAG), slots};
     PyObject *types = PyImport_ImportModule("types");
     method_type = types ? PyObject_GetAttrString(types, "MethodType") : NULL;
     Py_XDECREF(types);
