@@ -106,6 +106,17 @@ def test_runs_that_are_not_there_or_cannot_be_read(compare, runs):
     assert "cannot compare broken" in complaint
 
 
+def test_notes_name_each_run_by_its_letter(compare):
+    """Of several runs the notes of the third are on C: on the terminal, in Markdown and in the JSON."""
+    told = "A ran on 2 ranks, C on 4: a step is not the same work"
+
+    found = json.loads(compare("first", "again", "wide", "--json")[1])
+
+    assert [each["obstacles"] for each in found["comparisons"]] == [[], [told]]
+    assert f" C: {told}" in compare("first", "again", "wide")[1]
+    assert f"- C: {told}" in compare("first", "again", "wide", "--md")[1]
+
+
 def test_reports_without_their_runs_are_compared(compare, runs, tmp_path):
     """A build server keeps reports: they hold step times, so the result is that of the runs."""
     for name in ("first", "again", "slow"):

@@ -22,7 +22,7 @@ from traceml.renderers.text.viewport import Viewport
 from traceml.runs.baseline import find_baseline, find_compared
 from traceml.runs.comparison.compare import compare_sides
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 
 __all__ = ["main"]
 
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
     first, *others = _chosen(options)
     side = _read(first)
-    found = [compare_sides(side, _read(other)) for other in others]
+    found = [compare_sides(side, _read(other), run_letter(number)) for number, other in enumerate(others, 1)]
     _print(found, options)
     return 0 if options.fail_over is None else _gate(found, options.fail_over)
 
@@ -120,7 +120,3 @@ def _gate(found: list[Comparison], percent: float) -> int:
         print(f"traceml compare: {each.b.id}: --fail-over cannot be decided: {why}", file=sys.stderr)
 
     return EXIT_GATE if slower else EXIT_UNDECIDED if unknown else 0
-
-
-def _percent(comparison: Comparison) -> float:
-    return 100 * (comparison.step_time.mean.change or 0.0)

@@ -25,7 +25,7 @@ from traceml.renderers.text.comparison import (
     step_change_text,
 )
 from traceml.runs.comparison.compare import compare_runs
-from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
+from traceml.runs.comparison.comparison_types import Comparison, StatisticChange, run_letter
 from traceml.runs.rows.series import read_series
 
 __all__ = ["ComparePage", "CompareSource", "CompareState"]
@@ -67,7 +67,9 @@ class CompareSource:
             return CompareState(problem=f"There is no run {' nor '.join(missing)}.")
 
         try:
-            comparisons = [compare_runs(self._runs[0], run) for run in self._runs[1:]]
+            comparisons = [
+                compare_runs(self._runs[0], run, run_letter(number)) for number, run in enumerate(self._runs[1:], 1)
+            ]
             series = [read_series(run) for run in self._runs]
         except StoreError as error:
             return CompareState(problem=str(error))

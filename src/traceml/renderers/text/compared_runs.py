@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from string import ascii_uppercase
 
 from rich.console import Group
 from rich.text import Text
@@ -14,14 +12,13 @@ from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.comparison import step_change_text, value_text
 from traceml.renderers.text.viewport import Viewport
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons, ParamChange
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, ParamChange, run_letter
 
-__all__ = ["compared_losses", "compared_params", "compared_runs", "run_letter", "significance_word", "with_letter"]
+__all__ = ["compared_losses", "compared_params", "compared_runs", "significance_word"]
 
 _MAX_WIDTH = 120
 _STYLES = {"slower": "bold red", "faster": "bold green"}
 _SHOWN = 12
-_OF_B = re.compile(r"\bB(?= on | is | has )|(?<= in )B\b")  # the second run, in the texts of a comparison of two
 
 
 def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
@@ -39,17 +36,6 @@ def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
         line.truncate(width)
 
     return Group(*lines)
-
-
-def run_letter(number: int) -> str:
-    """Return the name of a compared run in tables and charts: A is the baseline, B the next run; A1 follows Z."""
-    again, place = divmod(number, len(ascii_uppercase))
-    return f"{ascii_uppercase[place]}{again or ''}"
-
-
-def with_letter(note: str, letter: str) -> str:
-    """Return a note on the second run of a comparison of two, where that run has a letter of its own."""
-    return _OF_B.sub(letter, note)
 
 
 def significance_word(comparison: Comparison) -> str:
@@ -111,5 +97,4 @@ def _notes(comparisons: Comparisons, width: int) -> Iterator[Text]:
     for number, each in enumerate(comparisons.comparisons, 1):
         letter = run_letter(number)
         for note in (*each.obstacles, *each.remarks):
-            told = f" {letter}: {with_letter(note, letter)}"
-            yield from (Text(line, style="yellow") for line in wrapped(told, width - 1))
+            yield from (Text(f" {line}", style="yellow") for line in wrapped(f"{letter}: {note}", width - 2))

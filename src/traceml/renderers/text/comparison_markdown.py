@@ -6,13 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from traceml.formatting import bytes_text, ms_text, phase_label
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.text.compared_runs import (
-    compared_losses,
-    compared_params,
-    run_letter,
-    significance_word,
-    with_letter,
-)
+from traceml.renderers.text.compared_runs import compared_losses, compared_params, significance_word
 from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
@@ -22,7 +16,7 @@ from traceml.renderers.text.comparison import (
     value_text,
 )
 from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 
 __all__ = ["comparison_markdown", "comparisons_markdown"]
 
@@ -64,7 +58,7 @@ def comparisons_markdown(comparisons: Comparisons) -> str:
     values = [*compared_losses(comparisons), *compared_params(comparisons)]
     letters = [run_letter(number) for number in range(len(comparisons.comparisons) + 1)]
     notes = [
-        f"{letter}: {with_letter(note, letter)}"
+        f"{letter}: {note}"
         for letter, each in zip(letters[1:], comparisons.comparisons, strict=True)
         for note in (*each.obstacles, *each.remarks)
     ]

@@ -37,27 +37,29 @@ _BUSY = 0.10
 _LARGE, _LEAST_PHASES, _ALIKE = 0.05, 3, 0.5
 
 
-def compare_runs(a: Path, b: Path) -> Comparison:
+def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
     """Return the differences from run A to run B (`traceml.compare/1`, see docs/report.md).
 
     Args:
         a: folder of the run that is compared with, or its `report.json` without a folder.
         b: the other run, likewise.
+        letter: of the other run, in the notes.
 
     Raises:
         StoreError: a store or a report cannot be read.
     """
-    return compare_sides(read_compared(Path(a)), read_compared(Path(b)))
+    return compare_sides(read_compared(Path(a)), read_compared(Path(b)), letter)
 
 
-def compare_sides(first: ComparedRun, second: ComparedRun) -> Comparison:
+def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") -> Comparison:
     """Return the differences from a run that is compared with to another one.
 
     Args:
         first: run A.
-        second: run B.
+        second: the other one.
+        letter: of the other one, in the notes.
     """
-    obstacles = _obstacles(first, second)
+    obstacles = _obstacles(first, second, letter)
     times = StepTimeChanges(**{name: _time(first, second, name, test=not obstacles) for name in _STATISTICS})
     phases = _phases(first, second)
     outcome = _outcome(times.mean)
@@ -70,7 +72,7 @@ def compare_sides(first: ComparedRun, second: ComparedRun) -> Comparison:
         outcome=outcome,
         comparable=not obstacles and outcome != "unknown",
         obstacles=obstacles,
-        remarks=_differences(first, second),
+        remarks=_differences(first, second, letter),
         step_time=times,
         phases=phases,
         ranks=_ranks(first, second),
@@ -195,19 +197,19 @@ def _about(side: ComparedRun) -> RunSide:
     )
 
 
-def _obstacles(a: ComparedRun, b: ComparedRun) -> list[str]:
+def _obstacles(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
     """Return the reasons why the two cannot be compared."""
     reasons = []
     sizes = [side.report.run.world_size for side in (a, b)]
     if sizes[0] != sizes[1]:
-        reasons.append(f"A ran on {sizes[0]} ranks, B on {sizes[1]}: a step is not the same work")
+        reasons.append(f"A ran on {sizes[0]} ranks, {letter} on {sizes[1]}: a step is not the same work")
 
     for name in ("model", "parameters", "dtype", "device"):
         values = [side.report.setup.model.get(name) for side in (a, b)]
         if None not in values and values[0] != values[1]:
-            reasons.append(f"the models differ: {name} {values[0]} in A, {values[1]} in B")
+            reasons.append(f"the models differ: {name} {values[0]} in A, {values[1]} in {letter}")
 
-    for side, which in ((a, "A"), (b, "B")):
+    for side, which in ((a, "A"), (b, letter)):
         if side.is_file and not len(side.times_ms) and side.report.steps.count:
             reasons.append(f"{which} is a report without step times: of an earlier version, or written during the run")
         elif not len(side.times_ms):
@@ -216,7 +218,7 @@ def _obstacles(a: ComparedRun, b: ComparedRun) -> list[str]:
     return reasons
 
 
-def _differences(a: ComparedRun, b: ComparedRun) -> list[str]:
+def _differences(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
     """Return other differences that matter for the comparison."""
     remarks = []
     pairs = (
@@ -226,7 +228,7 @@ def _differences(a: ComparedRun, b: ComparedRun) -> list[str]:
         ("hosts", ", ".join(a.report.run.hosts), ", ".join(b.report.run.hosts)),
     )
     remarks += [
-        f"{what}: {_word(before)} in A, {_word(after)} in B"
+        f"{what}: {_word(before)} in A, {_word(after)} in {letter}"
         for what, before, after in pairs
         if before != after and (what != "batch size" or None not in (before, after))  # not every loader reports it
     ]
@@ -234,10 +236,10 @@ def _differences(a: ComparedRun, b: ComparedRun) -> list[str]:
     if max(waits) > _BUSY:
         remarks.append(
             f"ranks waited for a CPU core for {percent_text(waits[0])} of the time that they had work in A, "
-            f"{percent_text(waits[1])} in B: other programs on the machine may be the difference"
+            f"{percent_text(waits[1])} in {letter}: other programs on the machine may be the difference"
         )
 
-    for side, which in ((a, "A"), (b, "B")):
+    for side, which in ((a, "A"), (b, letter)):
         if side.report.run.state != "finished":
             remarks.append(f"{which} is {side.report.run.state}, not finished")
 

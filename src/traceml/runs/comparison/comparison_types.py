@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import ascii_uppercase
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +22,7 @@ __all__ = [
     "StatisticChange",
     "StepTimeChanges",
     "VerdictChange",
+    "run_letter",
 ]
 
 
@@ -169,8 +171,14 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
 
 
 class Comparisons(JsonDocument, msgspec.Struct, kw_only=True):
-    """Several runs, each compared with the same baseline, which is A of every comparison."""
+    """Several runs, each compared with the same baseline: A in all notes. The others are B, C and so on, in order."""
 
     schema: Literal["traceml.compares/1"] = "traceml.compares/1"
     baseline: str
     comparisons: list[Comparison]
+
+
+def run_letter(number: int) -> str:
+    """Return the name of a compared run in notes, tables and charts: A is the baseline, B the next; A1 follows Z."""
+    again, place = divmod(number, len(ascii_uppercase))
+    return f"{ascii_uppercase[place]}{again or ''}"

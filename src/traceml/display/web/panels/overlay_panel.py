@@ -9,9 +9,9 @@ from traceml.display.web.chart_cache import THEMES, as_json
 from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, search_box, set_visible
 from traceml.formatting import count_text, ms_text, printable
 from traceml.renderers.charts.comparison_charts import overlaid_metric_charts, overlaid_steps_chart
-from traceml.renderers.text.compared_runs import compared_params, run_letter, significance_word, with_letter
+from traceml.renderers.text.compared_runs import compared_params, significance_word
 from traceml.renderers.text.comparison import step_change_text
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 from traceml.runs.rows.series import RunSeries
 
 __all__ = ["LETTERS", "ComparedRuns", "OverlayPanel"]
@@ -110,6 +110,6 @@ def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
         row = each.step_time.mean
         change, sure = step_change_text(row), significance_word(each)
         cells = [letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure]
-        rows.append([*cells, with_letter("; ".join(each.obstacles), letter)])
+        rows.append([*cells, "; ".join(each.obstacles)])
 
     return [[printable(cell) for cell in row] for row in rows]
