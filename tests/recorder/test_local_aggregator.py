@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -24,6 +25,7 @@ from traceml.errors import AggregatorUnavailableError
 from traceml.recorder import local_aggregator
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, encode
+from traceml.transport.runs_folder import AggregatorAddress
 
 SCRIPT = """
 import sys, traceml
@@ -176,3 +178,22 @@ def test_an_aggregator_that_cannot_store_is_explained_after_the_usual_time(
     monkeypatch.setattr(local_aggregator, "_START_S", math.inf)
     with pytest.raises(AggregatorUnavailableError, match=r"cannot take this process in: .*disk is full"):
         traceml.init(local=True, port=free_port(), runs_dir=disk / "runs", connect_timeout=0.2)
+
+
+@pytest.mark.parametrize("is_port_given", [True, False])
+def test_one_that_another_rank_started_and_cannot_store_is_given_up_likewise(
+    quiet_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_port_given: bool
+) -> None:
+    """All ranks of a job give up after the same time, not only the one that started it."""
+
+    def refuse(host: str, port: int, *_: object, **__: object) -> NoReturn:
+        raise AggregatorUnavailableError(host, port, 0.1, "the disk is full", refused=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(local_aggregator, "_START_S", math.inf)
+        monkeypatch.setattr(local_aggregator, "connect", refuse)
+        monkeypatch.setattr(local_aggregator, "address_of", lambda *_: AggregatorAddress("127.0.0.1", port))
+        given = {"port": port} if is_port_given else {}
+        with pytest.raises(AggregatorUnavailableError, match="the disk is full"):
+            traceml.init(local=True, runs_dir=tmp_path / "runs", connect_timeout=0.2, **given)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from traceml.errors import AggregatorForeignError, AggregatorUnavailableError
+from traceml.errors import AggregatorForeignError, AggregatorUnavailableError, TraceMLError
 from traceml.fork_gate import fork_gate
 from traceml.own_programs import own_program
 from traceml.recorder.detached_process import DetachedProcess
@@ -75,12 +75,35 @@ def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]
         return _of_folder(config, hello, is_ending)
 
 
+class _Patience:
+    """Time for an aggregator that answers, but refuses, as on a full disk; one that starts has longer.
+
+    Args:
+        limit_s: seconds of refusals without a break.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._refused_s: float | None = None
+
+    def is_over(self, missing: TraceMLError | None) -> bool:
+        """Whether it has refused for too long; `missing` is the error of the last try."""
+        if not (isinstance(missing, AggregatorUnavailableError) and missing.refused):
+            self._refused_s = None
+            return False
+
+        now_s = time.monotonic()
+        self._refused_s = self._refused_s or now_s
+        return now_s - self._refused_s > self._limit_s
+
+
 def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> Connection:
     """Connect to the aggregator that serves the runs folder, or become the one process that starts it."""
     began_s = time.monotonic()
     timeout_s = max(config.connect_timeout, _START_S)
     pause_s = _LOCK_POLL_S
     missing: AggregatorUnavailableError | AggregatorForeignError | None = None
+    patience = _Patience(config.connect_timeout)
     while True:
         found = address_of(config.runs_dir, config.port)
         if found is not None:
@@ -98,7 +121,7 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
                 return _start_in_folder(config, hello, lock, began_s, timeout_s)
 
         waited_s = time.monotonic() - began_s
-        if waited_s > timeout_s or (waited_s > _ENDING_S and is_ending()):
+        if waited_s > timeout_s or patience.is_over(missing) or (waited_s > _ENDING_S and is_ending()):
             reason = f"another process has the runs folder {config.runs_dir}, and does not answer"
             raise missing or AggregatorUnavailableError(config.host, config.port, waited_s, reason)
 
@@ -166,22 +189,20 @@ def _start_and_connect(
 def _await_own(
     config: Config, hello: Hello, process: DetachedProcess, log: str, began_s: float, timeout_s: float
 ) -> Connection:
-    """Connect to the aggregator that was started here; for one that answers, but refuses, wait `connect_timeout`."""
-    refused_s: float | None = None
+    """Connect to the aggregator that was started here."""
+    patience = _Patience(config.connect_timeout)
     while True:
         try:
             return connect(config.host, config.port, hello, config.token, timeout_s=0.5, tries=1, tls=config.tls)
         except AggregatorUnavailableError as error:
             missing = error
 
-        now_s = time.monotonic()
-        waited_s = now_s - began_s
-        refused_s = (refused_s or now_s) if missing.refused else None  # as on a full disk
+        waited_s = time.monotonic() - began_s
         if process.has_ended():
             raise AggregatorUnavailableError(
                 config.host, config.port, waited_s, f"the one started here has ended: {_last_line(Path(log))}"
             ) from missing
-        if waited_s > timeout_s or (refused_s is not None and now_s - refused_s > config.connect_timeout):
+        if waited_s > timeout_s or patience.is_over(missing):
             raise AggregatorUnavailableError(
                 config.host, config.port, waited_s, missing.reason, refused=missing.refused
             ) from missing
@@ -189,6 +210,7 @@ def _await_own(
 
 def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_ending: Callable[[], bool]) -> Connection:
     """Connect to an aggregator that another rank starts."""
+    patience = _Patience(config.connect_timeout)
     while True:
         try:
             return connect(config.host, config.port, hello, config.token, timeout_s=_TRY_S, tries=1, tls=config.tls)
@@ -196,7 +218,7 @@ def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_en
             waited_s = time.monotonic() - began_s
             if waited_s > timeout_s:
                 raise _PortOccupiedError(config.host, config.port, waited_s, error.reason) from error
-            if waited_s > _ENDING_S and is_ending():
+            if patience.is_over(error) or (waited_s > _ENDING_S and is_ending()):
                 raise
 
             with fork_gate.opened():

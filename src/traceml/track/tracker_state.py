@@ -57,6 +57,8 @@ class DeliveryPhase(StrEnum):
 FAILING_PHASES = frozenset(
     {DeliveryPhase.WAITING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED, DeliveryPhase.BROKEN}
 )
+_GOING_ON = frozenset({DeliveryPhase.STARTING, DeliveryPhase.DELIVERING})
+_PROGRAM = b"traceml.track.delivery"  # in the command line of a delivery process
 
 
 @dataclass(slots=True)
@@ -143,6 +145,17 @@ class TrackerState:
     def busy(self, seconds: float) -> None:
         """Record that a call begins which may take `seconds`."""
         self.busy_until = time.time() + seconds
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether the process that delivered has ended without saying so, as after SIGKILL."""
+        if self.phase not in _GOING_ON or not self.pid:
+            return False
+
+        try:
+            return _PROGRAM not in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except OSError:
+            return True
 
     @property
     def is_in_slow_call(self) -> bool:

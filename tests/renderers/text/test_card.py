@@ -204,6 +204,17 @@ def test_trackers_that_have_everything_need_no_advice():
     assert "traceml sync" not in text_of(tracked(tracker("mlflow")))
 
 
+def test_rows_on_their_way_need_no_command():
+    """A script that only logs ends before its tracker's library is imported: the delivery goes on without it."""
+    waits = tracker("mlflow", "starting", delivered=0, pending=15)
+    down = tracker("wandb", "open", pending=3, error="ConnectionError: refused")
+
+    assert "delivery goes on; if it is cut off, traceml sync delivers the rest" in text_of(tracked(waits))
+    assert "traceml sync delivers the pending rows" in text_of(tracked(waits, down))
+    assert "goes on" not in text_of(tracked(waits, down))
+    assert "goes on" not in text_of(tracked(tracker("mlflow", "stopped", pending=15)))
+
+
 def test_what_a_fallback_took_is_reported():
     """The rows are at the fallback, not at the tracker."""
     shown = text_of(tracked(tracker("mlflow", fallback=12_000)))

@@ -26,7 +26,7 @@ from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
 from traceml.renderers.words import gain_sentence, tracker_text
-from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME, Report, TimePart, read_report
+from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME, Report, TimePart, TrackerSection, read_report
 
 __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
 
@@ -317,10 +317,19 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
         style = "yellow" if tracker.needs_attention else ""
         yield from _labeled("" if number else "Sent", tracker_text(tracker), width, style=style)
 
-    if view.run.state != "running" and any(tracker.pending for tracker in view.trackers):
-        yield from _labeled("", "traceml sync delivers the pending rows", width, style="bold")
+    if view.run.state != "running":
+        yield from _delivery_lines(view.trackers, width)
 
     yield from _labeled("Tracing", _telemetry_text(view), width)
+
+
+def _delivery_lines(trackers: Sequence[TrackerSection], width: int) -> Iterator[Text]:
+    """Yield what becomes of the rows that trackers lack."""
+    lacking = [tracker for tracker in trackers if tracker.pending]
+    if not all(tracker.goes_on for tracker in lacking):
+        yield from _labeled("", "traceml sync delivers the pending rows", width, style="bold")
+    elif lacking:
+        yield from _labeled("", "delivery goes on; if it is cut off, traceml sync delivers the rest", width)
 
 
 def _memory_text(view: RunView) -> str:

@@ -301,6 +301,11 @@ class TrackerSection(msgspec.Struct, kw_only=True):
     reasons: dict[str, int] = {}
 
     @property
+    def goes_on(self) -> bool:
+        """Whether a process is delivering, or soon will, and the tracker takes what it is sent."""
+        return self.state in ("starting", "delivering")
+
+    @property
     def needs_attention(self) -> bool:
         """Whether the tracker reports an error or refused rows."""
         return bool(self.error or self.failed)

@@ -38,7 +38,7 @@ def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSe
 def _tracker(state: TrackerState, logged: int | None) -> TrackerSection:
     return TrackerSection(
         backend=state.backend,
-        state=str(state.phase),
+        state=str(DeliveryPhase.STOPPED if state.was_cut_off else state.phase),
         delivered=state.delivered,
         pending=state.pending(logged) if logged is not None else None,
         failed=state.failed,
