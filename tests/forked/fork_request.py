@@ -29,7 +29,7 @@ APPLIED_LATER = {"PYTHONPATH", "PYTHONWARNINGS", "PYTHONUNBUFFERED"}
 _SET_BY_LIBRARIES = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
 # Modules that import much, of all that `traceml run`, aggregators and torchrun start; and those that start others.
 _STARTERS = {"mlflow", "traceml", "traceml.supervise.elastic", "torch.distributed.run"}
-_LARGE = _STARTERS | {"traceml.display.report_main", "traceml.session.entry", "traceml.track.delivery", "uvicorn"}
+_LARGE = _STARTERS | {"traceml.display.report_main", "traceml.track.delivery", "uvicorn"}
 
 Options = Mapping[str, Any]
 

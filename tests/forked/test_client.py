@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+import traceml
 from tests.forked import client
 
 FACTS = """
@@ -182,7 +183,8 @@ def test_threads_are_those_of_the_environment_where_nothing_computes(environ: di
 
 STARTS = """
 import os, subprocess, sys
-words = ["-m", "traceml.session.entry", "script.py"]
+import traceml
+words = [os.path.join(os.path.dirname(traceml.__file__), "session", "entry.py"), "script.py"]
 def die_with_us(death_signal):
     return lambda: death_signal
 child = subprocess.Popen([sys.executable, "-u", *words], stdout=subprocess.PIPE, preexec_fn=die_with_us(15), text=True)
@@ -216,7 +218,7 @@ def test_its_own_children_are_forked_too(starter: client.Popen) -> None:
     child, parent, other_is_child, *reported = starter.stdout.readline().split()
 
     assert reported[:2] == [child, parent]
-    assert reported[3:] == ["-u", "-m", "traceml.session.entry", "script.py"]
+    assert reported[3:] == ["-u", str(Path(traceml.__file__).parent / "session" / "entry.py"), "script.py"]
     assert other_is_child == "True"
     assert parent == str(starter.pid)
     assert "libtorch" in Path(f"/proc/{child}/maps").read_text()

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+import traceml
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.forked import client as forked
 from traceml.recorder.lifecycle import shutdown
 
+ENTRY = str(Path(traceml.__file__).parent / "session" / "entry.py")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -49,7 +51,7 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
     def run(code: str, *arguments: str, entry: bool = False, **values: str) -> subprocess.CompletedProcess[str]:
         script = tmp_path / "script.py"
         script.write_text(textwrap.dedent(code))
-        by = ["-m", "traceml.session.entry"] if entry else []
+        by = [ENTRY] if entry else []
         aggregator = {
             "TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder),
         }  # fmt: skip

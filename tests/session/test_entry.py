@@ -1,4 +1,4 @@
-"""`python -m traceml.session.entry` against `python`: the same output, errors, status and signals."""
+"""The entry point of traced scripts against `python`: the same output, errors, status and signals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 from tests.ports import free_port
-from tests.recorder.conftest import Run, environ, exit_rows, stored_steps
+from tests.recorder.conftest import ENTRY, Run, environ, exit_rows, stored_steps
 
 PROBE = '''
 """Its docstring."""
@@ -140,9 +140,21 @@ def test_a_script_lives_as_under_python(folder: Path, words: str) -> None:
     arguments = [rest] if rest in ("at once", "broken hook") else rest.split()
     command = [*(["-m"] if words.startswith("-m ") else []), program, *arguments]
 
-    plain, traced = run(folder, *command), run(folder, "-m", "traceml.session.entry", *command)
+    plain, traced = run(folder, *command), run(folder, ENTRY, *command)
 
     assert traced == plain
+
+
+def test_modules_of_the_user_are_not_taken_for_the_standard_library(tmp_path: Path) -> None:
+    """The working directory has modules of such names: our start imports none of them."""
+    for name in ("types", "contextlib", "runpy", "signal", "queue"):
+        (tmp_path / f"{name}.py").write_text(f"print('the {name} of the user')\n")
+    (tmp_path / "script.py").write_text("import sys\nprint(sys.argv, sys.path[0])\n")
+
+    plain, traced = run(tmp_path, "script.py"), run(tmp_path, ENTRY, "script.py")
+
+    assert traced == plain
+    assert traced[0] == 0
 
 
 def test_the_script_is_traced(serving: Serving, run_script: Run) -> None:
@@ -256,7 +268,7 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
         "    print('cleaned up', flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "traceml.session.entry", str(script)],
+        [sys.executable, ENTRY, str(script)],
         env=environ(
             tmp_path, TRACEML_PORT=str(serving.port), TRACEML_TOKEN=TOKEN, TRACEML_RUNS_DIR=str(serving.folder)
         ),

@@ -17,7 +17,7 @@ from traceml.witness.program_names import program_name, python_program
         ("/usr/bin/python3.12 /home/me/train.py --lr 0.1", "python train.py"),
         ("python -u -X dev train.py", "python train.py"),
         ("python -m torch.distributed.run train.py", "python -m torch.distributed.run"),
-        ("python -m traceml.session.entry train.py --lr 1", "python train.py"),
+        ("python /venv/lib/traceml/session/entry.py train.py --lr 1", "python train.py"),
         ("python -um pip list", "python -m pip"),
         ("python", "python"),
         ("python -c import", "python -c"),

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "run_job"]
 
+# By its path: `python -m` would import the user's `types.py` or `contextlib.py`, where the working directory has one.
+_ENTRY = Path(__file__).parents[1] / "session" / "entry.py"
+
 # torchrun's options with a value, so that the script is not taken for one. Listed here because importing torch takes a
 # second. `--no-python` is missing: only Python scripts can be traced.
 _TORCHRUN_WITH_VALUE = (
@@ -225,10 +228,10 @@ def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
 def _command(options: argparse.Namespace, target: str, arguments: Sequence[str]) -> list[str]:
     script = [*(["-m"] if options.module else []), target, *arguments]
     if not _elastic(options):
-        return [sys.executable, "-m", "traceml.session.entry", *script]
+        return [sys.executable, str(_ENTRY), *script]
 
     torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]
-    return own_program("traceml.supervise.elastic", *torchrun, "-m", "traceml.session.entry", *script)
+    return own_program("traceml.supervise.elastic", *torchrun, str(_ENTRY), *script)
 
 
 def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:

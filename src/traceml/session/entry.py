@@ -1,6 +1,7 @@
-"""Run a script as `python` would, under a recorder: `python -m traceml.session.entry [-m] SCRIPT [ARGS ...]`.
+"""Run a script as `python` would, under a recorder: `python .../session/entry.py [-m] SCRIPT [ARGS ...]`.
 
-`traceml run` starts it for each rank. This file is `__main__` itself until the script is.
+`traceml run` starts it for each rank. This file is `__main__` itself until the script is. It is started by its path:
+`python -m` imports modules of the standard library from the working directory, where users have their `types.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    # `-m` has put the working directory first on the path; our own imports must not find the user's modules there.
+    # Python has put this folder (with `-m`, the working directory) first on the path: it is not for imports.
     if not sys.flags.safe_path:
         del sys.path[0]
 

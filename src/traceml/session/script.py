@@ -61,7 +61,7 @@ def _run(argv: list[str]) -> BaseException | None:
     """Run the script to its end; return its exception, but let a SystemExit pass."""
     module, words = (True, argv[1:]) if argv[:1] == ["-m"] else (False, argv)
     if not words:
-        sys.exit("usage: python -m traceml.session.entry [-m] SCRIPT [ARGS ...]")
+        sys.exit("usage: python .../session/entry.py [-m] SCRIPT [ARGS ...]")
 
     sys.argv = list(words)
     _end_with_torchrun()

@@ -15,7 +15,7 @@ _MOST_CHARS = 60
 _THREAD_NAMES = ("python", "pt_main_thread", "pypy")  # what a Python process is called; torch renames its own
 _WITH_VALUE = ("-X", "-W", "--check-hash-based-pycs")
 _FLAGS = re.compile("-[a-zA-VY-Z]*[cm]")  # -c, -m, -um
-_ENTRY = ".session.entry"  # of traceml: runs a script
+_ENTRY = "/traceml/session/entry.py"  # runs a script
 _HELPERS = {
     "from multiprocessing.spawn": "multiprocessing",
     "from multiprocessing.forkserver": "multiprocessing",
@@ -64,12 +64,9 @@ def _runs(arguments: Iterable[str]) -> str:
         if argument in _WITH_VALUE:
             next(rest, None)
         elif not argument.startswith("-"):
-            return Path(argument).name
+            return _runs(rest) if argument.endswith(_ENTRY) else Path(argument).name
         elif _FLAGS.fullmatch(argument):
             value = next(rest, "")
-            if value == f"traceml{_ENTRY}":
-                return _runs(rest)
-
             return f"-m {value}" if argument.endswith("m") else _code_text(value)
 
     return ""

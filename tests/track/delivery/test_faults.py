@@ -154,7 +154,7 @@ def test_a_busy_a_locked_and_a_hanging_server_each_get_their_own_treatment(
 def test_a_training_that_is_killed_has_all_that_it_logged(start: Start) -> None:
     job = start({"jsonl": {}})
     job.goes_on(100)
-    pid = job.pid_of("traceml.session.entry")
+    pid = job.pid_of("traceml/session/entry.py")
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
 
