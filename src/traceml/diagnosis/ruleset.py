@@ -23,10 +23,8 @@ from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps
-from traceml.diagnosis.rules.skipped_updates import steps_skipped
 from traceml.diagnosis.rules.slowdown import is_of_the_host, slowdown, with_its_steps
 from traceml.diagnosis.rules.stragglers import stragglers
-from traceml.diagnosis.rules.training_data import duplicate_data, loss_not_finite, never_synchronized
 from traceml.diagnosis.stalls.device_faults import device_faults
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
@@ -37,6 +35,8 @@ from traceml.diagnosis.steps.even_models import as_one_training
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.step_history import StepHistory
+from traceml.diagnosis.training.skipped_updates import steps_skipped
+from traceml.diagnosis.training.training_data import duplicate_data, loss_not_finite, never_synchronized
 from traceml.formatting import count_text, ns_text, percent_text
 
 __all__ = ["MIN_STEPS", "diagnose"]
