@@ -220,22 +220,29 @@ def test_a_silent_rank_has_a_snapshot_from_before_its_job_is_ended(script: Calla
 
 
 def test_a_stopped_rank_is_reported_and_when_it_goes_on(script: Callable[[str], Script]) -> None:
-    """A stopped process has no stack to tell; after SIGCONT the silence is over, and the rank unharmed."""
+    """A stopped process has no stack to tell, but the line that was sampled last; after SIGCONT it is unharmed."""
     rank = script(
         """
         import time, traceml
         traceml.init()
         print("ready", flush=True)
-        step = 0
-        while True:
-            with traceml.trace_step():
+        with traceml.trace_step():
+            while True:
                 time.sleep(0.01)
         """
     )
+
+    def sampled() -> dict[int, str]:
+        with rank.serving.store() as store:
+            names = {row["id"]: row["name"] for _, row in store.log_rows("names")}
+            return {number: name for number, name in names.items() if "script.py:7 " in name}
+
+    lines = eventually(sampled, "a sample of its line")
     rank.process.send_signal(signal.SIGSTOP)
 
     snapshot = eventually(lambda: next(iter(rank.snapshots()), None))
     assert (snapshot.answered, snapshot.process_state, snapshot.frames) == ("kernel", "T", ())
+    assert snapshot.line_id in lines
     assert not snapshot.is_suspended
 
     rank.process.send_signal(signal.SIGCONT)

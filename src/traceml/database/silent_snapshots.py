@@ -80,6 +80,7 @@ class SilentSnapshots:
             answered="signal" if frames else "kernel",
             frames=frames,
             user_line=user[0] if user else None,
+            line_id=-1 if frames else words.line_id,
             outer_line=user[-1] if len(user) > 1 else None,
             process_state=seen.state,
             wchan=seen.wchan,

@@ -192,6 +192,8 @@ class RankSnapshot(_Record):
             rank's last rows.
         frames: Python stack of the training thread, the innermost frame first, at most `MAX_FRAMES`.
         user_line: innermost frame of the user's code, also where `frames` does not reach it.
+        line_id: id in `names` of the user's line that was sampled last, if there is no stack; else -1.
+        seen_line: that line, which a reader adds.
         outer_line: outermost frame of the user's code, where it differs: libraries that own the loop lie between them.
         process_state: letter of the kernel for the main thread: R, S, D, T (stopped by a signal), t (by a debugger), Z.
         wchan: name of the kernel function in which the main thread sleeps.
@@ -226,6 +228,8 @@ class RankSnapshot(_Record):
     answered: str = "none"
     frames: tuple[FrameSnapshot, ...] = _of(FrameSnapshot, ())
     user_line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
+    line_id: int = -1
+    seen_line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
     outer_line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
     process_state: str = ""
     wchan: str = ""

@@ -65,6 +65,7 @@ def facts(
     rows: bool = True,
     was_aborted: bool = False,
     calls: Callable[[int, int], int] | None = None,
+    names: dict[int, dict[int, str]] | None = None,
     **process: Any,
 ) -> JobFacts:
     """Return the facts of a job: each rank has steps of 0.1 s until 75 s ago, and then those snapshots.
@@ -80,10 +81,12 @@ def facts(
         rows: whether steps were seen at all.
         was_aborted: whether it was ended because it hung.
         calls: returns the column `bits` of a rank's step.
+        names: texts of each rank by id.
         process: what the ranks tell about their settings.
     """
     builder = JobFactsBuilder(ranks)
     builder.state = state
+    builder.names.update(names or {})
     for rank in sorted(set(range(ranks)) - set(absent)):
         builder.host(rank, "node1")
         builder.info(rank, {"kind": "process", "t_ns": LAST_NS - 50 * S, **process})

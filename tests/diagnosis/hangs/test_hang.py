@@ -628,6 +628,18 @@ def test_the_headline_tells_the_state_where_no_line_is_known():
 
     assert finding.headline == "Rank 1 blocks the others, stopped by a signal"
     assert "kill -CONT" in finding.next
+    assert "it has been stopped by a signal for 75 s; rank 0" in summary(finding)
+
+
+def test_the_line_that_was_sampled_last_is_told_of_a_stopped_rank():
+    """A reader knows its text, by the names that the rank has sent."""
+    rows = [in_backward(0), snapshot(1, answered="kernel", process_state="T", line_id=3)]
+    job = facts(rows, names={1: {3: "/home/me/train.py:31 main"}})
+    finding = judged(job)
+
+    assert "it has been stopped by a signal for 75 s, last seen at train.py:31 main; rank 0 waits" in summary(finding)
+    assert finding.headline == "Rank 1 blocks the others, stopped by a signal"
+    assert finding.evidence["seen"] == "/home/me/train.py:31 main"
 
 
 def test_a_silent_rank_stands_still_until_its_end():

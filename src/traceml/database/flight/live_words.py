@@ -17,6 +17,7 @@ __all__ = ["LiveWords", "read_live_words"]
 _WORDS = struct.Struct(f"@{OPEN_SLOTS}q")
 _COUNT = struct.Struct("@q")
 _STEPS_AT = COUNTERS_AT + 64 * PACKED.index(STEPS)
+_RECENT_NS = 10**9
 _BYTES = _STEPS_AT + _COUNT.size
 
 
@@ -57,6 +58,17 @@ class LiveWords:
     def phase(self) -> str:
         """The innermost open phase, as in `schema.LINE_PHASES`, or `exit`."""
         return "exit" if self.is_ending else LINE_PHASES[open_phase(self.slots, self.steps > 0)[0]]
+
+    @property
+    def line_id(self) -> int:
+        """Id in `names` of the user's line that was sampled last; -1 if that was long before the recorder fell silent.
+
+        In the phase that is open any sample tells where it is; one of another phase, where it just was.
+        """
+        phase, since_ns = open_phase(self.slots, self.steps > 0)
+        at_ns = self.slots[Slot.LINE_AT]
+        is_of_phase = self.slots[Slot.LINE_PHASE] == phase and at_ns >= since_ns > 0
+        return self.slots[Slot.LINE] if at_ns and (is_of_phase or self.heartbeat_ns - at_ns <= _RECENT_NS) else -1
 
 
 def read_live_words(path: Path) -> LiveWords | None:

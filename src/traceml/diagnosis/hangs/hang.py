@@ -68,7 +68,7 @@ def _evidence(found: Standstill, shown: RankSnapshot | None) -> dict[str, Any]:
     thread = awaited_thread(shown) if shown is not None else None
     line = user_line(worker) if worker is not None and user_line(worker) is not None else None
     line = line or (thread.line if thread is not None else None) or (user_line(shown) if shown is not None else None)
-    operation = found.blame.operation
+    operation, seen = found.blame.operation, shown.seen_line if shown is not None else None
     known = {
         "cause": str(found.blame.cause),
         "quiet_s": round(found.quiet_s, 1),
@@ -78,6 +78,7 @@ def _evidence(found: Standstill, shown: RankSnapshot | None) -> dict[str, Any]:
         "file": line.file if line else None,
         "line": line.line if line else None,
         "function": line.function if line else None,
+        "seen": f"{seen.file}:{seen.line} {seen.function}" if line is None and seen is not None else None,
         "step": shown.step if shown is not None and shown.step >= 0 else None,
         "operation": (operation_text(operation) or None) if operation is not None else None,
         "sizes": list(operation.sizes) or None if operation is not None else None,

@@ -99,7 +99,8 @@ def _late_text(found: Standstill) -> str:
     subject = (
         f"{ranks_text(named)}{never} {it}" if never else f"{ranks_text(named)} {'has' if len(named) == 1 else 'have'}"
     )
-    return f"{subject} been {_state_text(found, named)} for {_age(found, named)}{_waiters_text(found)}"
+    since = f"for {_age(found, named)}{_seen_text(found, named)}"
+    return f"{subject} been {_state_text(found, named)} {since}{_waiters_text(found)}"
 
 
 def _of_data_text(found: Standstill, data: UnevenData, what: str) -> str:
@@ -113,7 +114,7 @@ def _stands_text(found: Standstill) -> str:
     ranks = sorted(found.snapshots)
     if len(ranks) == 1 or len({_place(found, rank) for rank in ranks}) == 1:
         has = "has" if len(ranks) == 1 else "have"
-        return f"{ranks_text(ranks)} {has} been {_state_text(found, ranks)} for {_age(found)}"
+        return f"{ranks_text(ranks)} {has} been {_state_text(found, ranks)} for {_age(found)}{_seen_text(found, ranks)}"
 
     return f"no rank has made progress for {_age(found)}: {_places(found, ranks)}"
 
@@ -208,6 +209,13 @@ def _own_place(snapshot: RankSnapshot) -> str:
 
     phase = _phase_text(snapshot) if line is None or snapshot.phase != "outside" else ""  # a line says more
     return ", ".join(part for part in (phase, at, what) if part) or "in unknown code"
+
+
+def _seen_text(found: Standstill, ranks: Sequence[int]) -> str:
+    """Return `, last seen at train.py:6 stuck` of a rank that could not tell where it is."""
+    snapshot = found.snapshots.get(ranks[0]) if len(ranks) == 1 else None
+    seen = snapshot.seen_line if snapshot is not None and user_line(snapshot) is None else None
+    return f", last seen at {line_text(seen.file, seen.line, seen.function)}" if seen is not None else ""
 
 
 def _phase_text(snapshot: RankSnapshot) -> str:

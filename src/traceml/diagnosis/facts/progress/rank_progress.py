@@ -262,7 +262,7 @@ class ProgressHistory:
 
         if snapshot is not None and last_ns <= snapshot.at_ns:
             quiet_s = snapshot.quiet_s + max((over_ns or now_ns) - snapshot.at_ns, 0) / _S
-            snapshot = replace(snapshot, quiet_s=quiet_s)
+            snapshot = replace(snapshot, quiet_s=quiet_s, seen_line=_frame(names.get(snapshot.line_id)))
         else:
             quiet_s = max((now_ns - last_ns) / _S, open_s)
             if over_ns is not None and alive_s < _SENDING_S:
