@@ -70,6 +70,31 @@ def test_containers_of_many_objects_are_described(wrap) -> None:
     assert held_objects(None) == []
 
 
+class Samples(Dataset):
+    """A data set with tensors, which it reads for each sample."""
+
+    def __init__(self) -> None:
+        self.inputs, self.few = torch.zeros(8, 4), [1, 2, 3]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.inputs[index]
+
+
+@pytest.mark.parametrize("wrap", [lambda it: it, lambda it: Subset(it, [1, 2]), lambda it: ConcatDataset([it, it])])
+def test_a_data_set_keeps_its_fast_attributes(wrap) -> None:
+    """Nothing reads its `__dict__`: Python would make one, and find attributes more slowly from then on."""
+    samples = Samples()
+    loader = DataLoader(wrap(samples), batch_size=2)
+    facts = loader_facts(loader)
+
+    assert facts["in_memory"] is (True if loader.dataset is samples or isinstance(loader.dataset, Subset) else None)
+    for part in (samples, loader.dataset):
+        assert not any(type(each) is dict for each in gc.get_referents(part))
+
+
 @pytest.mark.process
 def test_the_start_method_is_reported_without_setting_it() -> None:
     """Asking for it must not keep the script from choosing one."""

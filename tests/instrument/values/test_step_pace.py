@@ -44,7 +44,7 @@ def test_short_steps_are_looked_after_less_often(
     assert rows == measured
 
 
-@pytest.mark.parametrize(("step_us", "mask"), [(80, 15), (1000, 15), (1001, 0), (10**6, 0)])
+@pytest.mark.parametrize(("step_us", "mask"), [(80, 63), (250, 63), (251, 15), (1000, 15), (1001, 0), (10**6, 0)])
 def test_short_steps_are_read_less_often(tmp_path: Path, step_us: int, mask: int) -> None:
     """The loss is read in steps whose number has none of the mask's bits: 62 times a second or more."""
     flight = FlightFile.create(tmp_path, {})

@@ -18,7 +18,7 @@ LASTING_SHARE = 0.25
 MIN_SKIPPED = 5
 """Fewer skipped steps than this are no finding."""
 _DENSE_SHARE = 0.8
-_READ_EVERY = 16  # losses of fast steps are read in every 16th
+_READ_EVERY = 64  # losses of fast steps are read in every 16th or 64th
 
 
 def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = None) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -193,8 +194,11 @@ def held_objects(dataset: Any) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for part in _parts_of(dataset):
+        if not any(_is_large(value) for value in _values_of(part)):
+            continue
+
         for name, value in list(getattr(part, "__dict__", {}).items())[:_MAX_FIELDS]:
-            if type(value) in _CONTAINERS and len(value) >= _MANY_OBJECTS:
+            if _is_large(value):
                 one = next(iter(value.values() if isinstance(value, dict) else value))
                 path, kind = f"{type(part).__name__}.{name}", type(value).__name__
                 found.append({"path": path, "type": kind, "count": len(value), "of": type(one).__name__})
@@ -202,13 +206,38 @@ def held_objects(dataset: Any) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: -each["count"])[:_MAX_CONTAINERS]
 
 
+def _is_large(value: Any) -> bool:
+    return type(value) in _CONTAINERS and len(value) >= _MANY_OBJECTS
+
+
+def _values_of(part: Any) -> list[Any]:
+    """Return the values of an object's attributes.
+
+    Its `__dict__` is read only where it has been before, or a value is a dict: reading makes one, and Python finds the
+    attributes more slowly from then on, for each sample of a data set.
+    """
+    held = gc.get_referents(part)
+    if any(type(each) is dict for each in held):
+        held = list(getattr(part, "__dict__", {}).values())
+
+    return held[:_MAX_FIELDS]
+
+
+def _own(part: Any, name: str) -> Any:
+    """Return an attribute of the object itself, without code of its class; None where it has none."""
+    kind = type(part)
+    if hasattr(kind, name) or hasattr(kind, "__getattr__") or kind.__getattribute__ is not object.__getattribute__:
+        return getattr(part, "__dict__", {}).get(name)
+
+    return getattr(part, name, None)
+
+
 def _parts_of(dataset: Any) -> list[Any]:
     """Return a data set and those that it wraps (Subset, ConcatDataset)."""
     parts = [dataset]
     for part in parts:
-        fields = getattr(part, "__dict__", {})
-        inner = fields.get("datasets")
-        parts += [fields["dataset"]] if fields.get("dataset") is not None else []
+        inner, wrapped = _own(part, "datasets"), _own(part, "dataset")
+        parts += [wrapped] if wrapped is not None else []
         parts += list(inner)[:_MAX_PARTS] if isinstance(inner, list | tuple) else []
         if len(parts) >= _MAX_PARTS:
             break
@@ -230,6 +259,5 @@ def _in_memory(dataset: Any) -> bool | None:
     if type(dataset).__name__ == "TensorDataset":
         return True
 
-    fields = list(getattr(dataset, "__dict__", {}).values())[:_MAX_FIELDS]
-    held = any(isinstance(field, arrays) and len(getattr(field, "shape", ())) > 0 for field in fields)
+    held = any(isinstance(value, arrays) and len(getattr(value, "shape", ())) > 0 for value in _values_of(dataset))
     return True if held else None

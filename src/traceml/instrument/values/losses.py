@@ -1,8 +1,9 @@
 """The loss of each step, read from the tensor on which backward is called.
 
-On the CPU that costs 1 us with warm caches, and 9 with cold ones. So it is read in every step, or in every 16th where
-steps take less than a millisecond: of a loss that is not finite the first step is told to 16 steps. A loss on a CUDA
-device is copied to pinned memory in every 16th step, and read once the device has done so, without waiting for it.
+On the CPU that costs 1 us with warm caches, and 9 with cold ones. So it is read in every step, in every 16th where
+steps take less than a millisecond, and in every 64th below a quarter of that: of a loss that is not finite the first
+step is told to 16 milliseconds. A loss on a CUDA device is copied to pinned memory in every 16th step, and read once
+the device has done so, without waiting for it.
 GradScaler's factor is left out. Losses of several backward passes of a step are added.
 
 Fast steps do not all have a row: there are at most 20 rows a second, besides the first ones and each change between
@@ -28,7 +29,7 @@ from traceml.instrument.values.step_pace import SHORT_STEP_NS
 
 __all__ = ["CudaLosses", "LossDevice", "LossReader", "patch_scale"]
 
-_EVERY_STEP, _SOME_STEPS = 0, 15
+_EVERY_STEP, _SOME_STEPS, _FEW_STEPS = 0, 15, 63
 _FIRST_ROWS = 16
 _ROW_NS = 50_000_000
 _PLACES = 8
@@ -121,7 +122,8 @@ class LossReader:
     def plan(self, step_ns: int) -> None:
         """Decide which steps are read, given how long they take."""
         if not self._is_on_device:
-            self._clock.loss_mask = _EVERY_STEP if step_ns > SHORT_STEP_NS else _SOME_STEPS
+            some = _SOME_STEPS if step_ns > SHORT_STEP_NS // 4 else _FEW_STEPS
+            self._clock.loss_mask = _EVERY_STEP if step_ns > SHORT_STEP_NS else some
 
     def finish(self) -> None:
         """Append what is complete, at the end of the run."""

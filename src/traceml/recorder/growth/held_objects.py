@@ -201,18 +201,30 @@ def _inside(place: _Place) -> Iterator[_Place]:
     elif isinstance(value, _LISTS):
         for number, each in enumerate(list(islice(value, 4))):
             yield place._replace(value=each, path=f"{place.path}[{number}]", depth=place.depth + 1)
-    elif isinstance(fields := getattr(value, "__dict__", None), dict):
+    else:
         for holder in holders_of(value, place.path):
             yield place._replace(value=holder.value, path=holder.path, depth=_MAX_DEPTH, kind=holder.kind)
 
-        inner = place.of_dataset or hasattr(type(value), "__getitem__") or "Dataset" in type(value).__name__
-        is_library = type(value).__module__.partition(".")[0] in ("torch", "numpy", "traceml")
-        for name, each in list(islice(fields.items(), _MAX_FIELDS)):
-            if not is_library or name == "dataset":
-                yield place._replace(
-                    value=each, path=f"{place.path}.{name}", depth=place.depth + 1,
-                    of_dataset=inner and name != "dataset" if is_library else inner,
-                )  # fmt: skip
+        yield from _attributes(place)
+
+
+def _attributes(place: _Place) -> Iterator[_Place]:
+    """Yield the attributes of an object; of one of a library only its data set.
+
+    A `__dict__` that is read once makes attributes slower, as those of an optimizer, which torch reads in each step.
+    """
+    value, depth = place.value, place.depth + 1
+    if type(value).__module__.partition(".")[0] in ("torch", "numpy", "traceml"):
+        dataset = getattr(value, "dataset", None)
+        if dataset is not None:
+            yield place._replace(value=dataset, path=f"{place.path}.dataset", depth=depth, of_dataset=False)
+
+        return
+
+    fields = getattr(value, "__dict__", None)
+    inner = place.of_dataset or hasattr(type(value), "__getitem__") or "Dataset" in type(value).__name__
+    for name, each in list(islice(fields.items(), _MAX_FIELDS)) if isinstance(fields, dict) else ():
+        yield place._replace(value=each, path=f"{place.path}.{name}", depth=depth, of_dataset=inner)
 
 
 def _is_tensor(value: Any) -> bool:
