@@ -482,6 +482,17 @@ def test_status_counts(serving):
     rank.close()
 
 
+def test_a_command_of_another_form_gets_an_answer(serving):
+    """Arguments that are no map are the client's mistake, not an internal error."""
+    aggregator = serving()
+    client = connect("127.0.0.1", aggregator.port, Hello(role="client"), TOKEN)
+    client.send({"t": "command", "id": 5, "name": "status", "args": ["not", "a", "map"]})
+
+    (reply,) = eventually(lambda: client.receive(0.1))
+    assert reply == {"t": "reply", "id": 5, "error": "the command's args are a map, not a list"}
+    client.close("done")
+
+
 def test_commands_reach_the_ranks_and_their_replies_come_back(serving):
     """A command that is not the aggregator's own is passed on, and the answers are gathered."""
     aggregator = serving()

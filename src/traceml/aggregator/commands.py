@@ -94,9 +94,12 @@ class Commands:
     async def run(self, peer: Peer, message: dict[str, Any]) -> None:
         """Carry out one command and reply, also after an error."""
         number, name = message.get("id"), str(message.get("name"))
-        args = message.get("args")
+        args = message.get("args") or {}
         try:
-            reply = await self._own.get(name, self._forward)(peer, {"name": name, **(args or {})})
+            if not isinstance(args, dict):
+                raise CommandError(f"the command's args are a map, not a {type(args).__name__}")
+
+            reply = await self._own.get(name, self._forward)(peer, {"name": name, **args})
         except CommandError as error:
             reply = {"error": str(error)}
         except Exception as error:  # noqa: BLE001 - a command that fails must not take the aggregator with it

@@ -92,7 +92,13 @@ def resolve_hosts(
 
 def _unwrapped(hostnames: Sequence[str] | str | os.PathLike[str]) -> Sequence[str] | str | os.PathLike[str]:
     """Return the element of a list of one word that is no host name: a command line makes a list of it."""
-    if isinstance(hostnames, str | os.PathLike) or len(hostnames) != 1 or not isinstance(hostnames[0], str):
+    if isinstance(hostnames, str | os.PathLike):
+        return hostnames
+
+    if not isinstance(hostnames, Sequence) or isinstance(hostnames, bytes):
+        raise UsageError(f"hostnames={hostnames!r}: give a list of names, a hostfile, 'auto' or 'slurm'")
+
+    if len(hostnames) != 1 or not isinstance(hostnames[0], str):
         return hostnames
 
     word = hostnames[0]
@@ -104,7 +110,7 @@ def _names(hostnames: Sequence[str] | str, found: Allocation | None) -> list[str
         if hostnames not in {"auto", "slurm"}:
             raise UsageError(
                 f"hostnames={hostnames!r}: give a list of names, a hostfile that exists, 'auto' or 'slurm' "
-                f"(did you mean [{hostnames!r}]?)"
+                f"(did you mean {hostnames.replace(',', ' ').split()!r}?)"
             )
 
         return list(found.workers) if found else ["localhost"]
@@ -115,7 +121,7 @@ def _names(hostnames: Sequence[str] | str, found: Allocation | None) -> list[str
 
     for name in names:
         # a name that starts with a dash would be an option of ssh
-        if not isinstance(name, str) or not name or name.startswith("-") or any(c.isspace() for c in name):
+        if not isinstance(name, str) or not name or name.startswith("-") or not name.isprintable() or " " in name:
             raise UsageError(f"hostnames has {name!r}, which is not a host name")
 
         split_port(name)
