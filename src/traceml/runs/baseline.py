@@ -8,6 +8,7 @@ from pathlib import Path
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import RunNotFoundError
+from traceml.formatting import plural
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
 from traceml.runs.report.report_types import RunSection, read_report
 
@@ -77,7 +78,7 @@ def _last_healthy(compared: Collection[Path], runs_dir: Path) -> Path:
         return healthy.path.resolve()
 
     raise RunNotFoundError(
-        f"{LAST_HEALTHY}: of {len(earlier)} earlier runs of project {projects.pop()!r} with as many ranks in "
+        f"{LAST_HEALTHY}: of {plural(len(earlier), 'earlier run')} of project {projects.pop()!r} with as many ranks in "
         f"{runs_dir}, none has finished without a warning. Name a baseline: --baseline RUN"
     )
 

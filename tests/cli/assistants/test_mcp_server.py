@@ -115,11 +115,12 @@ def test_the_report_of_a_real_run_is_as_published(folder: Path) -> None:
 
 def test_errors_reach_the_assistant(folder: Path) -> None:
     """With the text that says what to do; the server goes on."""
-    missing, outside, alone, bad, fine = asked(
+    missing, outside, alone, unknown, bad, fine = asked(
         folder,
         ("findings", {"run": "nosuch"}),
         ("analyze", {"paths": ["/etc/hosts"]}),
         ("compare", {}),
+        ("compare", {"a": "one", "b": "another"}),
         ("list_runs", {"limit": "many"}),
         ("list_runs", {}),
     )
@@ -128,6 +129,7 @@ def test_errors_reach_the_assistant(folder: Path) -> None:
         (missing, "no run 'nosuch'"),
         (outside, "--traces DIR"),
         (alone, "last-healthy"),
+        (unknown, "compare has no argument 'a'; it has run, baseline"),
         (bad, "limit"),
     ):
         assert result.is_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,7 +67,20 @@ def build_server(tools: RunTools) -> Any:
     except ImportError as error:
         raise TraceMLError("mcp needs the package mcp, version 2: pip install 'traceml-torch[mcp]'") from error
 
-    server = MCPServer("traceml", instructions=_INSTRUCTIONS, version=__version__, log_level="WARNING")
+    known = {tool.__name__: list(inspect.signature(tool).parameters) for tool in tools.tools()}
+
+    class StrictServer(MCPServer):  # type: ignore[misc]  # the package is optional
+        """A server that refuses unknown arguments; the package leaves them out, and answers another question."""
+
+        async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+            """Call a tool whose arguments all have a meaning."""
+            for argument in arguments:
+                if argument not in known.get(name, arguments):
+                    raise ToolError(f"{name} has no argument {argument!r}; it has {', '.join(known[name])}")
+
+            return await super().call_tool(name, arguments, context)
+
+    server = StrictServer("traceml", instructions=_INSTRUCTIONS, version=__version__, log_level="WARNING")
     for tool in tools.tools():
         server.add_tool(_with_reasons(tool, ToolError), annotations=ToolAnnotations(read_only_hint=True))
 
