@@ -143,10 +143,13 @@ def test_the_magic_traces_its_cell(notebook):
 
 @pytest.mark.process
 def test_the_magic_shows_the_error_of_its_cell(notebook):
-    """The exception is the cell's output, once."""
-    kinds = [output.get("ename") for output in notebook.cells[8]["outputs"]]
+    """The exception is the cell's output, once, and the run has failed by it."""
+    outputs = notebook.cells[8]["outputs"]
 
-    assert kinds.count("ZeroDivisionError") == 1
+    assert [output.get("ename") for output in outputs].count("ZeroDivisionError") == 1
+    (drawn,) = (output["data"]["text/plain"] for output in outputs if "data" in output)
+    assert ": failed, 1 rank" in drawn
+    assert "ZeroDivisionError" in drawn
 
 
 def test_outside_a_notebook_it_is_text(tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from traceml.recorder.current import current_recorder
-from traceml.recorder.lifecycle import shutdown
+from traceml.recorder.lifecycle import note_exit, shutdown
 
 if TYPE_CHECKING:
     from traceml.session.init_arguments import InitArguments
@@ -30,6 +30,7 @@ def register(shell: Any) -> None:
 
 def _trace_cell(shell: Any, name: str, cell: str) -> None:
     from traceml.display.notebook import load_run
+    from traceml.recorder.exits import status_of
     from traceml.recorder.run_notices import await_report
     from traceml.session.startup import init
 
@@ -39,7 +40,10 @@ def _trace_cell(shell: Any, name: str, cell: str) -> None:
 
     recorder = init(**arguments)
     try:
-        shell.run_cell(cell)  # shows the cell's exception itself
+        result = shell.run_cell(cell)  # shows the cell's exception itself
+        error = result.error_before_exec or result.error_in_exec
+        if error is not None:
+            note_exit(error, status_of(error))
     finally:
         shutdown()
 
