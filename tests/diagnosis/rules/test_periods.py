@@ -69,6 +69,19 @@ def test_the_last_step_makes_no_period():
     assert not any("every_n_steps" in each.evidence for each in findings(ALONE, ends))
 
 
+def test_one_very_long_step_is_not_every_nth():
+    """Once 45 s, in the middle, at a distance at which a few steps are a little longer by chance."""
+
+    def pauses(own, _) -> None:
+        own["other"][:, [138, 144, 156, 162]] += 30
+        own["other"][:, 150] += 45_000
+
+    found = findings(ALONE, pauses)
+
+    assert found[0].kind is Kind.JITTER
+    assert not any("every_n_steps" in each.evidence for each in found)
+
+
 def test_what_runs_there_is_named_with_its_line():
     """Where the samples of the phase tell it."""
     line = SampledLine(0, "other", "/home/me/train.py", 70, "log_images", None, 80)
