@@ -280,7 +280,7 @@ def _timed_iter(
 def _timed_shutdown(clock: StepClock, original: Any) -> Any:
     """Return a method that ends the workers of an iterator; the end of one that is dropped is input, too."""
 
-    def _shutdown_workers(self: Any) -> None:
+    def _shutdown_workers(self: Any) -> Any:
         began = clock.enter(_INPUT_WAIT) if clock.current >= OTHER else None
         if began is None:
             return original(self)

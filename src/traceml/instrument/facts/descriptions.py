@@ -225,7 +225,7 @@ def _values_of(part: Any) -> list[Any]:
 
 def _own(part: Any, name: str) -> Any:
     """Return an attribute of the object itself, without code of its class; None where it has none."""
-    kind = type(part)
+    kind: Any = type(part)
     if hasattr(kind, name) or hasattr(kind, "__getattr__") or kind.__getattribute__ is not object.__getattribute__:
         return getattr(part, "__dict__", {}).get(name)
 

@@ -90,7 +90,7 @@ def resolve_hosts(
     return specs
 
 
-def _unwrapped(hostnames: Sequence[str] | str | os.PathLike[str]) -> Sequence[str] | str | os.PathLike[str]:
+def _unwrapped(hostnames: Any) -> Sequence[str] | str | os.PathLike[str]:
     """Return the element of a list of one word that is no host name: a command line makes a list of it."""
     if isinstance(hostnames, str | os.PathLike):
         return hostnames
