@@ -107,6 +107,13 @@ def test_other_long_steps_have_no_period(steps):
     assert regular(np.array(steps), np.ones(len(steps))) is None
 
 
+def test_long_steps_in_rows_have_no_period():
+    """Long episodes of REINFORCE come in rows, in which every second step is long, too."""
+    episodes = [103, 104, 105, 106, 109, 112, 124, 126, 127, 128, *range(131, 143), *range(165, 171), *range(206, 225)]
+
+    assert regular(np.array(episodes), np.ones(len(episodes))) is None
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rare_long_steps_by_chance_stay_jitter(seed):
     """There is no period in chance."""

@@ -31,6 +31,8 @@ FILLED_SHARE = 0.6
 """So many of the steps at that distance, from the first long one to the last, are long."""
 MOST_OF_ONE = 0.5
 """A single step with more than this share of the long steps' excess is not one of many."""
+IN_A_ROW_SHARE = 1 / 3
+"""Steps that come directly after another long one are at most so many of them."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,11 @@ def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.b
         if every < 2 or follows.sum() < MIN_LONG_STEPS - 1 or regular_ns < REGULAR_SHARE * float(excess.sum()):
             continue
 
-        # Long steps that come in clumps, as on a busy host, have a distance too, but are not at each multiple of it.
+        # Long steps that come in clumps, as on a busy host or as long episodes of a game, have a distance too, but are
+        # not at each multiple of it, or also follow each other directly.
         regular_steps = steps[members]
-        if len(regular_steps) >= FILLED_SHARE * ((regular_steps[-1] - regular_steps[0]) / every + 1):
+        is_filled = len(regular_steps) >= FILLED_SHARE * ((regular_steps[-1] - regular_steps[0]) / every + 1)
+        if is_filled and float((np.diff(regular_steps) == 1).mean()) <= IN_A_ROW_SHARE:
             return int(every), members
 
     return None
