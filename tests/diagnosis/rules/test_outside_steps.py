@@ -223,6 +223,14 @@ def test_much_evaluation_is_reported_with_what_less_would_save():
     assert found.speedup_if_fixed == pytest.approx(1 / 0.7)
 
 
+def test_a_single_evaluation_is_not_made_half_as_often():
+    """It can only be on fewer batches."""
+    found = findings(100.0, steps=38.0, evaluation=60.0, startup=2.0, evaluations=1)[0]
+
+    assert found.kind == Kind.EVAL_HEAVY
+    assert found.next.startswith("Evaluate on half as many batches: that saves 30 % of the run. Or evaluate with ")
+
+
 @pytest.mark.parametrize(("group", "share"), [(None, 0.4), (False, None)])
 def test_evaluation_on_one_rank_costs_all_their_time(group: bool | None, share: float | None) -> None:
     """Rank 0 of four evaluates for 40 s of 100: the mean is a tenth. Ranks without a group do not wait."""

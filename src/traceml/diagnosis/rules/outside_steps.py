@@ -165,6 +165,10 @@ def _evaluation(
     saved = share * (1 - len(alone) / world_size) if alone else share / 2
     who = f" on {ranks_text(alone)}, for which the others wait" if alone else ""
     elsewhere = "with larger ones under torch.inference_mode(), or in another process."
+    less = f"Evaluate half as often: that saves {percent_text(saved)} of the run. Or evaluate on fewer batches, "
+    if times == 1:
+        less = f"Evaluate on half as many batches: that saves {percent_text(saved)} of the run. Or evaluate "
+
     return Finding(
         kind=Kind.EVAL_HEAVY,
         severity=Kind.EVAL_HEAVY.severity_for(share),
@@ -177,8 +181,7 @@ def _evaluation(
             f"Evaluate on all ranks, each on its part of the data: that saves {percent_text(saved)} of the run. Or "
             f"evaluate less often, on fewer batches, {elsewhere}"
             if alone
-            else f"Evaluate half as often: that saves {percent_text(saved)} of the run. Or evaluate on fewer batches, "
-            f"{elsewhere}"
+            else f"{less}{elsewhere}"
         ),
         evidence={
             "evaluation_s": seconds,
