@@ -36,8 +36,8 @@ def history(change, *, noise=0.02, seed=0, part="other", alike=False):
     return StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
 
 
-def found(change, *lines, **options):
-    return slowdown(history(change, **options), JobFacts(lines=lines))
+def found(change, *lines, main_wait=None, **options):
+    return slowdown(history(change, **options), JobFacts(lines=lines, main_wait=main_wait or {}))
 
 
 def test_a_jump_that_stays_is_reported_with_its_step():
@@ -281,6 +281,19 @@ def test_with_too_few_cores_a_phase_is_compared_with_each_other(waited, phase):
     (finding,) = slowdown(bins, JobFacts(main_wait={0: waited}))
 
     assert finding.phase == phase
+
+
+@pytest.mark.parametrize(
+    ("waited", "named", "phase"), [(0.83, False, None), (0.3, False, "other"), (0.83, True, "other")]
+)
+def test_other_code_of_a_rank_that_hardly_has_a_core_is_not_blamed(waited, named, phase):
+    """A sixth of a core is now more and now less: 1.5x as long is chance, unless samples name a line."""
+    lines = (*METRICS, SampledLine(0, "forward", "/x/train.py", 5, "forward", None, 500)) if named else ()
+
+    (finding,) = found(np.where(AT < 30, 10.0, 0.0), *lines, main_wait={0: waited})
+
+    assert finding.phase == phase
+    assert "alike" not in finding.summary
 
 
 def test_a_step_that_only_computes_is_like_all_phases():

@@ -50,6 +50,7 @@ MIN_TAU = 0.7
 DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
 _COMM = "comm"
+_OTHER = "other"
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
 _END = 1 << 62
@@ -196,6 +197,9 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
     share = lost / mean
     phase_share = 0.0 if part is None else _share(bins, part)
     line = None if part in (None, _COMM) else own_line(facts.lines, part, phase_share, ranks)
+    if part == _OTHER and line is None and _may_be_cores(change, facts):
+        part, crowded = None, True
+
     since = int(bins.first_step[change.first])
     end = bins.first_step[change.last] if change.last < len(bins.steps) else None
     per_step = (change.after_ns - change.before_ns) / max(int(bins.first_step[-1] - bins.first_step[0]), 1)
@@ -254,6 +258,14 @@ def _is_crowded(change: _Change, beside: Sequence[SideChange]) -> bool:
     waited = next((each.then - each.before for each in beside if each.name == "cpu_wait_share"), 0.0)
     taken = any(each.takes_cores and each.name != "cpu_wait_share" for each in beside)
     return waited >= (0.25 if taken else 0.5) * (1 - 1 / change.factor)
+
+
+def _may_be_cores(change: _Change, facts: JobFacts) -> bool:
+    """Return whether a core that is had for a small share of the time only, now more and now less, may be the cause.
+
+    Other code enters the kernel most often, and so loses its core there.
+    """
+    return facts.oversubscribed and change.factor * (1.0 - facts.wait_share) < 1.0
 
 
 def _meanwhile(beside: Sequence[SideChange]) -> str:
