@@ -166,6 +166,21 @@ def test_workers_that_wait_for_cores_gain_nothing_by_more_of_them():
     assert found.gain(8) == pytest.approx(1.0, abs=0.1)
 
 
+def test_waiting_of_workers_for_a_core_is_no_waiting_for_files():
+    """Four workers on two cores that other programs take: what they lack is cores, and more of them have no more."""
+    facts = JobFacts(
+        loader=LoaderFacts(dataset="Digits", num_workers=4),
+        workers=watched(4, busy=0.1, waited=0.85, cores=2),
+        hosts={0: "h"},
+        cores={"h": 2},
+    )
+    found = pipeline_of(segments_of(window_of(ALONE, adds("input_wait", 86)), facts), facts, 86 * MS)
+
+    assert found is not None
+    assert found.takes_cpu
+    assert "A fetch waits" not in for_input(facts, found).text
+
+
 def test_waits_at_the_starts_of_epochs_are_pauses():
     """One long wait in 50 steps tells nothing about a usual batch; one in three is that of three workers."""
 

@@ -115,8 +115,10 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
 
     computes = 1.0 if busy is None else busy
     rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
-    if workers and cores:  # they cannot have used more than there is
-        computes = min(computes, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
+    if workers and cores:  # what they cannot have used they waited for: that is no part of a fetch
+        used = min(computes, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
+        fetch_ns *= 1.0 - computes + used
+        computes = used / max(1.0 - computes + used, _LEAST_READY)
 
     return Pipeline(
         fetch_ns=fetch_ns,
