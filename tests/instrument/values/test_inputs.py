@@ -260,3 +260,14 @@ def test_nested_tensors_have_no_size(traced: Traced) -> None:
         optimizer.step()
 
     assert sizes(traced) == [(0, 0), (4, 8), (0, 0), (0, 0), (4, 8)]
+
+
+def test_vectors_of_numbers_have_no_size(traced: Traced) -> None:
+    """A state of four numbers, as of a game, is not four samples; eight token numbers may be."""
+    model, words = nn.Linear(4, 1), nn.Embedding(8, 1)
+    optimizer = torch.optim.SGD([*model.parameters(), *words.parameters()], lr=0.1)
+    for loss_of in (lambda: model(torch.ones(4)), lambda: words(torch.arange(8)), lambda: model(torch.ones(3, 4))):
+        loss_of().sum().backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(0, 0), (8, 8), (3, 12)]

@@ -67,6 +67,14 @@ def test_images_have_samples_only(tmp_path):
     assert steps.tokens_per_second is None
 
 
+def test_steps_without_a_known_batch_do_not_count(tmp_path):
+    """In 4 of 120 steps no batch was seen: the others' mean is 32, not 30.9."""
+    samples = np.full(120, 16)
+    samples[[0, 30, 60, 90]] = 0
+
+    assert steps_of(tmp_path / "run", samples=samples).samples_per_step == pytest.approx(32)
+
+
 def test_text_has_tokens_too(tmp_path):
     """Integers by sample and position are counted as tokens."""
     steps = steps_of(tmp_path / "run", inputs=(TEXT,))

@@ -3,7 +3,8 @@
 The size is that of the first tensor in the arguments of the last forward with gradients before a backward pass. The
 forward hook only compares its samples and elements with those before (in Python, its shape); all else is done here,
 when they have changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are none of the
-training's. A nested tensor has no size.
+training's. A nested tensor has no size, nor has a vector of floating-point numbers: it is one sample without a batch as
+often as a batch of numbers.
 
 A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU. Ranks that
 train on the same batches have the same ones. It takes some 10 us, so the first 3 batches of an epoch have one, and one
@@ -111,7 +112,7 @@ class BatchReader:
             return
 
         self.has_trained, self._calls = True, False
-        if tensor is None or tensor.is_nested or not tensor.dim():
+        if tensor is None or tensor.is_nested or tensor.dim() < 1 + tensor.is_floating_point():
             clock.input_shape, clock.input_samples, clock.input_elements = None, 0, 0
             return
 

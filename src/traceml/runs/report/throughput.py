@@ -60,6 +60,6 @@ def _are_parts(digest: Digest) -> bool:
 
 
 def _by_rank(values: Floats, steps: AlignedSteps | StepTotals) -> Floats:
-    """Return the mean of each rank's steps."""
-    count = len(steps) if isinstance(steps, AlignedSteps) else steps.count.sum(axis=1)
+    """Return the mean of each rank's steps; of a window, of those whose batch is known."""
+    count = np.count_nonzero(values, axis=1) if isinstance(steps, AlignedSteps) else steps.count.sum(axis=1)
     return np.asarray(values.sum(axis=1, dtype=np.float64) / np.maximum(count, 1))
