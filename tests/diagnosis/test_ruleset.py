@@ -375,7 +375,10 @@ def test_the_forward_of_a_training_without_modules_is_no_residual(ms, told):
     """Plain tensors: no module tells when forward runs, which takes about as long as backward."""
     job = Job(ranks=1, grouped=False, own={"backward": 10.0, "optimizer": 1.0, "other": ms})
 
-    assert (verdict(job).kind is Kind.RESIDUAL_HEAVY) is told
+    found = verdict(job)
+
+    assert (found.kind is Kind.RESIDUAL_HEAVY) is told
+    assert ("the model's forward is in this time, too" in found.next) is told
 
 
 def test_ranks_without_a_group_do_not_wait_for_each_other():

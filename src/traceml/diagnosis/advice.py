@@ -69,7 +69,9 @@ def for_iterator(called: str | None = None) -> str:
     )
 
 
-def for_residual(part: str, line: BlamedLine | None, facts: JobFacts, called: str | None = None) -> str:
+def for_residual(
+    part: str, line: BlamedLine | None, facts: JobFacts, called: str | None = None, *, has_forward: bool = False
+) -> str:
     """Return advice on time in the user's own code.
 
     Args:
@@ -77,6 +79,7 @@ def for_residual(part: str, line: BlamedLine | None, facts: JobFacts, called: st
         line: the line that most of it is spent in, where it is known.
         facts: about the job.
         called: library function that this line has called most of the time.
+        has_forward: whether the model's forward is in this time, as no module was called.
     """
     if called == EVENT_LOOP:
         return (
@@ -89,6 +92,14 @@ def for_residual(part: str, line: BlamedLine | None, facts: JobFacts, called: st
         return (
             f"{cheaper}. Several environments can be stepped at once in processes of their own (gymnasium's "
             "AsyncVectorEnv), or while the model trains. `traceml report --lines` shows all lines."
+        )
+
+    if has_forward:
+        place = "this code" if line is None else line.place
+        return (
+            f"No call of a module was seen, so the model's forward is in this time, too. If {place} is the forward, "
+            "make it cheaper (torch.compile, a lower precision); else take it out of the training loop. `traceml "
+            "report --lines` shows all lines."
         )
 
     if line is not None:

@@ -185,20 +185,24 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
             where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
             where += ", where the event loop waits, as no task can run" if line and library == advice.EVENT_LOOP else ""
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
-            evidence = cost.line_evidence(line)
-            found.append(
-                cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line, facts, library), **evidence)
-            )
+            has_forward = part == "other" and _is_without_forward(segments)
+            text = advice.for_residual(part, line, facts, library, has_forward=has_forward)
+            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line)))
 
     return found
 
 
 def _forward_share(segments: Segments) -> float:
     """Return the share of `other` that is the forward of a training without modules: at most as long as backward."""
-    if "forward" in segments.parts or "backward" not in segments.parts:
+    if not _is_without_forward(segments):
         return 0.0
 
     return min(float(segments.parts["backward"].mean()) / max(float(segments.parts["other"].mean()), 1.0), 1.0)
+
+
+def _is_without_forward(segments: Segments) -> bool:
+    """Return whether no module was called, as in a training without modules, or with ones that have own `__call__`."""
+    return "forward" not in segments.parts and "backward" in segments.parts
 
 
 def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Finding | None:
