@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,13 @@ from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 from tests.ports import free_port
 from tests.recorder.conftest import Run, stored_steps
+from traceml import settings
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import read_flight
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.recorder import lifecycle, recording
+from traceml.settings import Config
+from traceml.transport.client import Connection
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
 
@@ -134,6 +139,30 @@ def test_warn_goes_on_and_connects_later(tmp_path: Path, serving: Serving, caplo
     traceml.shutdown()
 
     assert stored_steps(serving) == list(range(100))
+
+
+def test_a_short_training_waits_for_an_aggregator_that_starts_slowly(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a busy host: the end comes while it starts, and would leave no run and no report."""
+    joined = threading.Event()
+    join, dial = threading.Thread.join, recording.dial
+
+    def noting(self: threading.Thread, timeout: float | None = None) -> None:
+        join(self, timeout)
+        joined.set()
+
+    def slow(config: Config, *args: Any, **kwargs: Any) -> Connection:
+        joined.wait(60)  # the recorder's end has given up, unless it waits for this
+        return dial(dataclasses.replace(config, local=False), *args, **kwargs)
+
+    monkeypatch.setattr(threading.Thread, "join", noting)
+    monkeypatch.setattr(recording, "dial", slow)
+    config = settings.load(port=serving.port, token=TOKEN, local=True)
+    recorder = lifecycle.start(config, wait=False)
+    do_steps(20)
+    assert recorder.stop(timeout_s=0.1)
+    assert stored_steps(serving) == list(range(20))
 
 
 @pytest.mark.parametrize("supervised", [True, False])

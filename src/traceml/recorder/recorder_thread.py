@@ -30,6 +30,7 @@ _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
 _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
+_DIALING_S = 30.0  # more than the start of an aggregator has
 FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
 
 
@@ -122,14 +123,19 @@ class RecorderThread:
 
         Args:
             reason: the bye's reason.
-            timeout_s: time for all of it.
+            timeout_s: time for all of it; an aggregator that starts meanwhile has more.
             keep_trying: whether to go on for that long when no aggregator answers.
         """
         self._grace_s, self._keep_trying = timeout_s, keep_trying
         self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, keep_trying=self._keep_trying)
         self._wake.set()
         is_busy = self._files is not None and self._files.pending
-        self._thread.join(timeout_s + 0.5 + (FILES_TIMEOUT_S if is_busy else 0.0))
+        limit_s = timeout_s + 0.5 + (FILES_TIMEOUT_S if is_busy else 0.0)
+        self._thread.join(limit_s)
+        if keep_trying and not self._sender.dialed.is_set():  # an aggregator starts slowly, as on a busy host
+            self._sender.dialed.wait(_DIALING_S)
+            self._thread.join(limit_s)
+
         if self._thread.is_alive():
             _log.warning("the recorder did not end within %.1f s; its last rows stay in its flight file", timeout_s)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -89,6 +90,9 @@ class RowSender:
         self._steps = flight.ring("steps")
         self._fast = [flight.ring(name) for name in ("steps", "metrics")]
         self._seen = {ring.name: 0 for ring in self._fast}
+        self.dialed = threading.Event()
+        """Set unless it waits for an aggregator to answer, which may start only then."""
+        self.dialed.set()
         self.connections = 0
         """Number of connections so far."""
         self.trouble = ""
@@ -350,6 +354,7 @@ class RowSender:
             return False
 
         try:
+            self.dialed.clear()
             self.attach(self._dial(_DIAL_TIMEOUT_S))
         except AggregatorRefusedError as error:
             self._refused, self.trouble = True, str(error)
@@ -368,6 +373,8 @@ class RowSender:
             self._retry_after(self._pause_s)
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             return False
+        finally:
+            self.dialed.set()
 
         if self.connections > 1:
             _log.info("reconnected to the aggregator")
