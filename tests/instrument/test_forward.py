@@ -80,6 +80,34 @@ def test_a_deleted_model_is_freed_at_once(traced: Traced) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_a_model_in_checkpointed_parts(traced: Traced, as_list: bool, reentrant: bool) -> None:
+    """Its parts are called in its place: that is the forward, which separates the steps, too."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = list(model) if as_list else model
+    for _ in range(5):
+        x = torch.randn(2, 4, requires_grad=True)
+        torch.utils.checkpoint.checkpoint_sequential(parts, 2, x, use_reentrant=reentrant).sum().backward()
+        optimizer.step()
+
+    rows = traced.finish()
+    assert len(rows) == 5
+    assert all(row["forward_ns"] > 0 for row in rows)
+    assert {row["samples"] for row in rows} == {2}
+
+
+def test_checkpointed_functions_are_no_model(traced: Traced) -> None:
+    """Functions without a module are called as they are."""
+    model, _ = made(traced)
+    x = torch.randn(2, 4, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint_sequential([torch.sin, torch.cos], 2, x, use_reentrant=False)
+    assert torch.equal(y, x.sin().cos())
+    assert not traced.instrumentation.clock.errors
+    assert model(y).shape == (2, 4)
+
+
 def test_replicas_call_themselves(traced: Traced) -> None:
     """DataParallel's copies do not call the original module."""
     model, _ = made(traced)

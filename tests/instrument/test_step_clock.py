@@ -442,6 +442,30 @@ def fused_in_backward() -> None:
         model(x).square().mean().backward()
 
 
+def second_optimizer_later() -> None:
+    """A second model and its optimizer join in the middle, as in a training that adds a critic."""
+    models, optimizers = [net()], []
+    optimizers.append(sgd(models[0]))
+    for index in range(20):
+        if index == 10:
+            models.append(net())
+            optimizers.append(sgd(models[1]))
+
+        x = torch.randn(2, WIDTH)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, x)
+
+
+def idle_optimizer_later() -> None:
+    """An optimizer that is made in the middle, and never steps."""
+    model = net()
+    optimizer = sgd(model)
+    for index in range(20):
+        idle = sgd(net()) if index == 10 else None
+        train(model, optimizer, torch.randn(2, WIDTH))
+        del idle
+
+
 def no_optimizer() -> None:
     model = net()
     for (x,) in data():
@@ -498,6 +522,8 @@ PATTERNS: list[tuple[Callable[[], None], int, int]] = [
     (fetched_ahead_no_evaluation, 20, 0),
     (fixed_batch_after_an_epoch, 20, 0),
     (fused_in_backward, 20, 0),
+    (second_optimizer_later, 20, 0),
+    (idle_optimizer_later, 20, 0),
     (no_optimizer, 20, 0),
     (no_optimizer_no_loader, 20, 0),
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +32,7 @@ __all__ = [
     "TimerMaker",
     "instrument_module",
     "is_instrumented",
+    "patch_checkpoint_sequential",
     "patch_compile",
     "restore_module",
     "timed_forward",
@@ -237,6 +239,28 @@ def timed_forward(
                 clock.fail(error)
 
     return call
+
+
+def patch_checkpoint_sequential(patches: Patches, clock: StepClock, measure: Measure) -> None:
+    """Time `checkpoint_sequential` as a call of the model: it calls the model's parts, and never the model itself."""
+    module: Any = sys.modules.get("torch.utils.checkpoint")
+    original = getattr(module, "checkpoint_sequential", None)
+    if original is None:
+        return
+
+    timed = timed_forward(original, clock, _first_module, lambda args, options, of: measure(args[1:], options, of))
+
+    def checkpoint_sequential(functions: Any, *args: Any, **kwargs: Any) -> Any:
+        call = original if _first_module(functions) is None else timed
+        return call(functions, *args, **kwargs)
+
+    patches.wrap(module, "checkpoint_sequential", checkpoint_sequential)
+
+
+def _first_module(functions: Any) -> Any:
+    """Return the model that is given as a whole, or the first module of a list; None without one."""
+    parts = functions if isinstance(functions, (list, tuple)) else (functions,)
+    return next((part for part in parts if isinstance(part, torch.nn.Module)), None)
 
 
 def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:

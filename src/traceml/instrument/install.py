@@ -292,7 +292,7 @@ class Instrumentation:
         from traceml.instrument.device import CudaDevice, built_devices
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.facts import descriptions  # noqa: F401 - loaded now, for `skip_own_code`
-        from traceml.instrument.forward import patch_compile, timer_maker
+        from traceml.instrument.forward import patch_checkpoint_sequential, patch_compile, timer_maker
         from traceml.instrument.loader import patch_loaders
         from traceml.instrument.native.extension import show_torch
         from traceml.instrument.optimizer import (
@@ -320,6 +320,7 @@ class Instrumentation:
             clock, timer, self._facts.model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
         )
         patch_compile(patches, timer)
+        patch_checkpoint_sequential(patches, clock, batches.measure)
         patch_backward(patches, clock, self._losses.read)
         patch_scale(patches, clock, self._losses.read_unscaled)
         patch_grad_scaler(patches, clock)
@@ -376,6 +377,7 @@ class Instrumentation:
             self._guarded(lambda: self._discovery.note_optimizer(optimizer))
             if self.clock.thread == get_ident():
                 self._guarded(self._discovery.search_recent)
+                self._guarded(self.clock.optimizer_made)
 
         self._patches.wrap(optimizer_type, "__init__", __init__)
 

@@ -53,6 +53,7 @@ class StepClock(SegmentedStep):
         self.optimizers: dict[int, Any] = {}  # by id, weak references to those that have stepped and are alive
         self.optimizers_seen = 0  # number of all that have stepped
         self.optimizers_alive = 0  # number of all with parameters of a model, at the last search
+        self.has_new_optimizer = False  # one was made after another had stepped, and has not stepped yet
         self.fuses = False  # optimizers step inside backward
         self.depth = 0  # 1 inside an optimizer step on the slow path
         self.inner_steps = 0  # optimizer steps inside the outermost one
@@ -224,6 +225,7 @@ class StepClock(SegmentedStep):
         """Handle an optimizer step call in a step that has one already: it may begin another step."""
         self.closes_at = NOT_READY  # and no forward in the optimizer's closure closes a step
         known = ident == self.attempt or ident in self.attempts or self._are_attempts_gone()
+        self.has_new_optimizer &= not known  # else it steps in no step of the others
         if self.pending:
             if known:
                 if self.batch is not None:
@@ -318,7 +320,7 @@ class StepClock(SegmentedStep):
 
     def _may_step_again(self, ident: int) -> bool:
         """Whether another optimizer may follow in this step."""
-        return ident != FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1)
+        return ident != FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1 or self.has_new_optimizer)
 
     def _train_from(self, loader: Any) -> None:
         self.training_loader = loader
@@ -353,6 +355,12 @@ class StepClock(SegmentedStep):
         """Decide whether backward passes take the slow path."""
         self.detail = self.awaits_backward or self.fuses or not self.optimizers_seen or self.is_detailed(self.rows)
 
+    def optimizer_made(self) -> None:
+        """Handle a new optimizer: it may step in the open step, after another one."""
+        if self.optimizers_seen:
+            self.has_new_optimizer = True
+            self.usual_loader = NOT_READY
+
     def register_optimizer(self, optimizer: Any) -> None:
         """Note an optimizer that is not the one of the last step."""
         ident = id(optimizer)
@@ -362,7 +370,7 @@ class StepClock(SegmentedStep):
 
         self.optimizers[ident] = self._reference(optimizer)
         self.optimizers_seen += 1
-        self.inferred = False
+        self.has_new_optimizer = self.inferred = False
         self.usual_loader = NOT_READY
         self.unmatched_batches.clear()
         self.plan_detail()
