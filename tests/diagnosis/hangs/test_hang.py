@@ -433,6 +433,17 @@ def test_a_compiler_in_the_stack_is_no_hang():
     assert found(in_backward(0), snapshot(1, compiler, line(9), groups=BEHIND, cpu_share=0.5)) is None
 
 
+def test_a_backward_pass_that_is_compiled_is_no_hang():
+    """torch.compile makes its code in the first one; whoever waits there waits below the engine, in C."""
+    compiler = FrameSnapshot(file="/venv/torch/_inductor/lowering.py", line=5, function="lower")
+    compiles = {"is_compiling": True, "cpu_share": 0.15, "process_state": "R"}
+
+    assert found(in_backward(0), snapshot(1, compiler, ENGINE, line(9), phase="backward", **compiles)) is None
+    assert found(in_backward(0), in_backward(1, **compiles)) is not None
+    alone = snapshot(0, ENGINE, line(9), phase="backward", **compiles)
+    assert found(alone, ranks=1) is None
+
+
 def test_a_rank_that_makes_progress_is_no_hang():
     """One without a snapshot, whose recorder sends rows."""
     assert found(in_backward(0)) is None

@@ -37,6 +37,7 @@ _PIPELINES, _RPC = "/torch/distributed/pipelining/", "/torch/distributed/rpc/"
 _WRAPPERS = ("wrapper", "inner", "wrapped", "__call__")
 _COMPILER = ("/torch/_dynamo/", "/torch/_inductor/")
 _WAITING_PHASES = ("backward", "comm")
+_ENGINE = "_engine_run_backward"
 # Kernel functions in which a process sleeps, by the first that begins like it.
 _SLEEPS = (
     ("hrtimer_nanosleep", "sleeping"),
@@ -83,24 +84,33 @@ def is_before_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSnapsho
     return snapshot.wchan.startswith(_PIPE_WRITES)
 
 
-def is_excused(snapshot: RankSnapshot) -> bool:
-    """Whether standing still is normal: input of a terminal, a debugger, job control, an idle notebook, compiling."""
+def is_excused(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
+    """Whether standing still is normal: input of a terminal, a debugger, job control, an idle notebook, compiling.
+
+    Args:
+        snapshot: of the rank.
+        is_alone: whether it is the job's only rank, so waits for no other.
+    """
     flags = (snapshot.is_waiting_for_terminal, snapshot.is_debugged, snapshot.is_suspended, snapshot.is_idle_notebook)
     files = [frame.file for frame in snapshot.frames]
     if any(flags) or snapshot.process_state == "t":
         return True
 
     compiles = snapshot.is_compiling or _any_in(_COMPILER, files)
-    return compiles and collective_wait(snapshot) is None and snapshot.cpu_share != 0.0
+    return compiles and (is_alone or collective_wait(snapshot) is None) and snapshot.cpu_share != 0.0
 
 
-def is_busy(snapshot: RankSnapshot) -> bool:
+def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
     """Whether the rank, or the loader worker that it waits for, computes or transfers; waiting for others is not that.
 
     A rank or worker that is ready to run computes, however little of a core it gets. A rank whose own thread was silent
     is not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
+
+    Args:
+        snapshot: of the rank.
+        is_alone: whether it is the job's only rank, so waits for no other.
     """
-    if collective_wait(snapshot) is not None:
+    if not is_alone and collective_wait(snapshot) is not None:
         return False
 
     runs = snapshot.process_state == "R"
@@ -167,8 +177,10 @@ def _is_inside(snapshot: RankSnapshot, *, has_flying: bool) -> bool:
     if snapshot.phase == "comm":
         return True
 
-    in_user_code = bool(snapshot.frames) and snapshot.frames[0].is_user
-    if snapshot.phase in _WAITING_PHASES and not in_user_code:
+    innermost = snapshot.frames[0] if snapshot.frames else FrameSnapshot()
+    # Below the engine that runs the backward pass, torch.compile makes its code the first time.
+    compiles = snapshot.is_compiling and innermost.function.rpartition(".")[2] != _ENGINE
+    if snapshot.phase in _WAITING_PHASES and not innermost.is_user and not compiles:
         return True
 
     # `work.wait()` is C code, called by the user's line: a lock, as far as the kernel knows.

@@ -99,13 +99,15 @@ def _judged(
     unsteady: Collection[int],
     is_over: bool,
 ) -> Standstill | None:
-    if any(is_excused(snapshot) for snapshot in snapshots.values()):
+    is_alone = world_size == 1
+    if any(is_excused(snapshot, is_alone=is_alone) for snapshot in snapshots.values()):
         return None
 
     quiet_s = min(snapshot.quiet_s for snapshot in snapshots.values())
     blamed = blame(snapshots, ended.keys(), world_size)
     busy = any(
-        is_busy(snapshot) or (rank in unsteady and rank not in blamed.waits) for rank, snapshot in snapshots.items()
+        is_busy(snapshot, is_alone=is_alone) or (rank in unsteady and rank not in blamed.waits)
+        for rank, snapshot in snapshots.items()
     )
     return Standstill(snapshots, blamed, quiet_s, busy, ended, is_over)
 
