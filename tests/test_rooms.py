@@ -305,6 +305,18 @@ def test_public_names_are_sorted_and_exist() -> None:
         assert getattr(traceml, name) is not None
 
 
+@pytest.mark.process
+def test_modules_of_frameworks_need_no_import_of_their_own() -> None:
+    """`traceml.dask.X` and `traceml.integrations.ray.X` work after `import traceml`; other names are missing."""
+    code = (
+        "import traceml\n"
+        "print(traceml.dask.TraceMLDaskWorkerPlugin.__name__, traceml.integrations.ray.__name__)\n"
+        "print(hasattr(traceml, 'nope'), hasattr(traceml.integrations, 'nope'))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "TraceMLDaskWorkerPlugin traceml.integrations.ray\nFalse False\n"
+
+
 def test_completion_offers_users_names_alone() -> None:
     """`dir(traceml)` has the public names and the imported folders, and none that the module needs itself."""
     offered = {name for name in dir(traceml) if not name.startswith("__")}

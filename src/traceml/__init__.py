@@ -116,6 +116,7 @@ _NAMES = {
     "traceml.track.rank.tracelet": "start_logging stop_logging",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULES = ("dask", "integrations")  # whose names users write in full, as traceml.dask.TraceMLDaskWorkerPlugin
 
 __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "AgentFailedError",
@@ -203,10 +204,14 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _MODULES:
+        return import_module(f"traceml.{name}")
+
     home = "traceml.version" if name == "__version__" else _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'traceml' has no attribute {name!r}")
-    from importlib import import_module
 
     import_module("traceml.installation").warn_of_foreign()
     value = getattr(import_module(home), name)
