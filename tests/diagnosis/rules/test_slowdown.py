@@ -145,7 +145,23 @@ def test_a_slower_phase_of_a_real_window_is_named():
     finding = diagnose(window_of(Job(steps=300), later), JobFacts(world_size=2))[0]
 
     assert (finding.kind, finding.phase) == (Kind.SLOWDOWN, "other")
-    assert abs(finding.evidence["since_step"] - 150) <= 5
+    assert finding.evidence["since_step"] == 150
+
+
+@pytest.mark.parametrize("at", [97, 98, 150, 397])
+def test_the_step_of_a_jump_is_exact(at):
+    """By the single steps, not by the bin of seven in which it is; also where it ends."""
+
+    def later(own, _random):
+        steps = np.arange(own["other"].shape[1])
+        own["other"] = own["other"] + np.where((steps >= at) & (steps < at + 333), 15.0, 0.0)
+
+    staying = diagnose(window_of(Job(steps=at + 333), later), JobFacts(world_size=2))[0]
+    between = diagnose(window_of(Job(steps=at + 555), later), JobFacts(world_size=2))[0]
+
+    assert staying.evidence["shape"] == "stays"
+    assert staying.evidence["since_step"] == at
+    assert (between.evidence["since_step"], between.evidence["until_step"]) == (at, at + 333)
 
 
 SOME = {"between": lambda at: (at >= 150) & (at < 250), "later": lambda at: at >= 200, "first": lambda at: at < 150}

@@ -200,13 +200,14 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
     if part == _OTHER and line is None and _may_be_cores(change, facts):
         part, crowded = None, True
 
-    since = int(bins.first_step[change.first])
-    end = bins.first_step[change.last] if change.last < len(bins.steps) else None
+    usual_ns, slow_ns = change.before_ns, change.after_ns
+    since = bins.edge(change.first, usual_ns, slow_ns) if change.first else int(bins.first_step[0])
+    end = bins.edge(change.last, slow_ns, usual_ns) if change.last < len(bins.steps) else None
     per_step = (change.after_ns - change.before_ns) / max(int(bins.first_step[-1] - bins.first_step[0]), 1)
     evidence = {
         "shape": change.shape,
         "since_step": since,
-        **({} if end is None else {"until_step": int(end)}),
+        **({} if end is None else {"until_step": end}),
         "factor": change.factor,
         "before_ms": change.before_ns / 1e6,
         "after_ms": change.after_ns / 1e6,
@@ -351,7 +352,7 @@ def _summary(change: _Change, since: int, end: int | None, per_step: float, shar
     if change.shape == "stays":
         return f"Since step {count_text(since)} {longer}"
 
-    until = count_text(None if end is None else int(end))
+    until = count_text(end)
     if change.shape == "first":
         return f"Until step {until} {longer}"
 

@@ -17,6 +17,7 @@ __all__ = ["StepHistory"]
 MIN_STEPS_PER_BIN = 4
 """A bin has so many steps, as single ones are noise."""
 _MAX_BINS = 64
+_END = 1 << 62
 
 Floats = NDArray[np.float64]
 
@@ -36,6 +37,7 @@ class StepHistory:
             do not wait for each other.
         ranks: ranks that wait for each other, one per row of `own_ns`; empty where rows stand for several ranks.
         own_ns: own work of each, rank x bin.
+        single_steps: steps of the run, single_ns: their step times; empty where only bins are known.
     """
 
     first_step: NDArray[np.int64]
@@ -44,6 +46,8 @@ class StepHistory:
     parts_ns: Mapping[str, Floats]
     ranks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     own_ns: Floats = field(default_factory=lambda: np.empty((0, 0)))
+    single_steps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    single_ns: Floats = field(default_factory=lambda: np.empty(0))
 
     @classmethod
     def of(cls, window: AlignedSteps, segments: Segments) -> StepHistory:
@@ -77,7 +81,24 @@ class StepHistory:
             },
             ranks=segments.ranks if single else np.empty(0, np.int64),
             own_ns=usual(segments.own) if single else np.empty((0, 0)),
+            single_steps=window.steps,
+            single_ns=segments.step.astype(np.float64),
         )
+
+    def edge(self, at: int, before_ns: float, after_ns: float) -> int:
+        """Return the first step after a change near the start of a bin: where single steps fit the two levels best.
+
+        Args:
+            at: the bin; its first step, where no single step tells.
+            before_ns: usual step before the change.
+            after_ns: usual step after it.
+        """
+        first = self.first_step
+        is_near = (self.single_steps >= first[max(at - 1, 0)]) & (self.single_steps < [*first[at + 1 :], _END][0])
+        steps, times_ns = self.single_steps[is_near], self.single_ns[is_near]
+        misfit = np.cumsum(np.abs(times_ns - before_ns) - np.abs(times_ns - after_ns))
+        split = int(misfit.argmin()) + 1 if len(misfit) else 0
+        return int(steps[split] if 0 < split < len(steps) else first[at])
 
 
 def _of_longest(segments: Segments) -> dict[str, Floats]:
