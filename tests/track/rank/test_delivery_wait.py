@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
+import pytest
+
+import traceml
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, finish
 from tests.track.fabricated import LoggedRun
@@ -116,3 +120,15 @@ def test_sync_delivers_what_is_left(script: Script, tmp_path: Path) -> None:
     )
     assert out.split() == ["True"] * 4 + ["False"]
     assert (earlier.path / "jsonl" / "x.jsonl").read_text().count('"loss"') == 2
+
+
+def test_a_complaint_of_the_command_names_it_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some of its messages begin with its name, some do not."""
+    for message in ("traceml sync: no run 'x'\n", "no run 'x'\n"):
+        ended = subprocess.CompletedProcess([], 3, "", message)
+        monkeypatch.setattr(subprocess, "run", lambda *_, ended=ended, **__: ended)
+        assert not traceml.sync("x")
+
+    assert caplog.messages == ["traceml sync: no run 'x'"] * 2

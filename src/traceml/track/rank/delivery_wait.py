@@ -100,7 +100,8 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
         return False
 
     if done.returncode:
-        _log.warning("traceml sync: %s", " ".join((done.stderr or done.stdout).split()))
+        complaint = " ".join((done.stderr or done.stdout).split())
+        _log.warning("traceml sync: %s", complaint.removeprefix("traceml sync: "))
 
     return done.returncode == 0
 
