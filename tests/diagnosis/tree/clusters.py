@@ -129,11 +129,11 @@ def messages(run: FaultyRun, asked: Collection[int] = ()) -> Iterator[list[bytes
         asked: ranks whose rows are asked for; may change between the seconds.
     """
     cluster = run.cluster
-    mergers: dict[str, HostMerger] = {}
+    hosts = sorted({cluster.host_of(rank) for rank in range(cluster.ranks)})
+    mergers = {host: HostMerger(host, cluster.ranks) for host in hosts}
     for first in range(0, len(run.rows[0]), STEPS_PER_SECOND):
         for rank, rows in enumerate(run.rows):
-            merger = mergers.setdefault(cluster.host_of(rank), HostMerger(cluster.host_of(rank), cluster.ranks))
-            merger.add(rank, rows[first : first + STEPS_PER_SECOND].tobytes())
+            mergers[cluster.host_of(rank)].add(rank, rows[first : first + STEPS_PER_SECOND].tobytes())
 
         flushed = [merger.flush(asked) for merger in mergers.values()]
         yield [second.encoded() for second in flushed if second is not None]
