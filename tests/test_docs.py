@@ -10,6 +10,8 @@ import pytest
 from tests.test_rooms import LEAVES, NARROW, ROOMS, SUBROOMS
 from traceml.cli import COMMANDS
 from traceml.diagnosis.kinds import Kind
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -45,6 +47,14 @@ def test_the_site_has_every_page() -> None:
     listed = re.findall(r"- [^:\n]+: (\S+\.md)$", navigation, re.MULTILINE)
     assert len(set(listed)) == len(listed)
     assert {page for page in pages if not page.startswith("decisions/")} - set(listed) == set()
+
+
+def test_every_tracker_is_in_its_table() -> None:
+    """A built-in tracker says what it needs, and whether it is exact."""
+    section = (ROOT / "docs" / "tracking.md").read_text().partition("\n## Trackers\n")[2].partition("\n## ")[0]
+
+    rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert sorted(rows) == sorted(BUILT_IN[PluginType.BACKEND])
 
 
 def test_pictures_of_the_readme_are_absolute() -> None:
