@@ -160,8 +160,9 @@ class StepAccumulator:
     hook: Callable[..., Callable[..., Any]] | None = None  # makes hooks in C; None: hooks are Python functions
     bind: Bind  # gives Python functions the fields
     commit: Callable[[int], None]  # closes the open step at a given time: appends the row and begins the next step
-    enter_user: Callable[[Any, int, int], None]  # begins a user phase, given its bucket and the id of its name
-    leave_user: Callable[[Any, int], None]  # ends one that is open, and those that began inside it, given its bucket
+    user_phase: Callable[[Any, int, int], Any] | None = None  # makes user phases in C; None: they are in Python
+    enter_user: Callable[[Any, int, int], None]  # in Python: begins a user phase, given its bucket and its name's id
+    leave_user: Callable[[Any], None]  # in Python: ends one that is open, and those that began inside it
 
     def __init__(self, flight: FlightFile, listener: StepListener, thread: int) -> None:
         self.listener, self.thread, self.errors = listener, thread, 0

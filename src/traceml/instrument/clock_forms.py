@@ -57,6 +57,7 @@ def _native_type(native: Any) -> type[StepClock]:
         """A clock whose hot fields are in C."""
 
         hook = native.Hook
+        user_phase = native.UserPhase
 
         def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
             super().__init__(flight, listener, thread=thread)
@@ -126,7 +127,7 @@ class CellClock(StepClock):
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
 
-    def leave_user(self, phase: Any, bucket: int) -> None:  # noqa: ARG002 - the form in C needs it
+    def leave_user(self, phase: Any) -> None:
         """End a user phase that is open, and those that began inside it."""
         try:
             stack = self.open_user_phases

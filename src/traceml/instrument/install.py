@@ -92,7 +92,7 @@ class Instrumentation:
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Return a context manager for a user phase."""
         try:
-            return self._user_phases.get(name)
+            return self._user_phases[name]
         except Exception:  # a `with` around each call would cost as much as the phase
             with fail_open(_log, "instrument", "a phase is not timed", once=True):
                 raise

@@ -23,7 +23,7 @@ _MORE = "(more phases)"
 
 
 class UserPhase:
-    """A named phase. One object serves all uses of the name, also nested ones."""
+    """A named phase, of a clock in Python. One object serves all uses of the name, also nested ones."""
 
     __slots__ = ("_clock", "bucket", "name_id")
 
@@ -37,30 +37,26 @@ class UserPhase:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._clock.leave_user(self, self.bucket)
+        self._clock.leave_user(self)
 
 
-class UserPhases:
-    """User phases of a clock by name."""
+class UserPhases(dict[str, UserPhase]):
+    """User phases of a clock by name; all names after the first 256 share one phase."""
 
     def __init__(self, clock: StepClock, names: NameTable) -> None:
+        super().__init__()
         self._clock, self._names = clock, names
-        self._phases: dict[str, UserPhase] = {}
         self._lock = threading.Lock()
 
-    def get(self, name: str) -> UserPhase:
-        """Return the phase of a name; all names after the first 256 share one phase."""
-        phase = self._phases.get(name)
-        return phase if phase is not None else self._make(str(name))
-
-    def _make(self, name: str) -> UserPhase:
-        if len(self._phases) >= _MAX_NAMES and name != _MORE:
-            return self.get(_MORE)
+    def __missing__(self, name: Any) -> UserPhase:
+        name = str(name)
+        if len(self) >= _MAX_NAMES and name != _MORE:
+            return self[_MORE]
 
         clock = self._clock
         with self._lock:
-            if name in self._phases:
-                return self._phases[name]
+            if name in self:
+                return self[name]
 
             name_id = self._names.id_of(name)
             if name_id is None:  # no room for its name
@@ -72,7 +68,7 @@ class UserPhases:
             clock.rare_times.extend((0, 0))
             clock.users.append(name_id)
             clock.slow_commits = clock.dirty = True
-            phase = self._phases[name] = UserPhase(clock, bucket, name_id)
+            phase = self[name] = (clock.user_phase or UserPhase)(clock, bucket, name_id)
             return phase
 
 

@@ -164,6 +164,28 @@ def test_the_interpreter_adapts_to_them(traced: Traced) -> None:
     assert "METHOD_WITH_VALUES" in lookups[0]
 
 
+def test_user_phases_run_no_python(traced: Traced) -> None:
+    """Begin and end of a phase call no function in Python, and leave an exception as it is."""
+    model, optimizer = made()
+    train(model, optimizer, 2)
+    phase = traced.instrumentation.phase("augment")
+    error, caught = ValueError("of the user"), None
+    frames: list[str] = []
+
+    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        with phase, phase:
+            raise error
+    except ValueError as passed:
+        caught = passed
+    finally:
+        sys.setprofile(None)
+
+    assert caught is error
+    assert frames == []
+    assert traced.instrumentation.clock.open_user_phases == []
+
+
 @pytest.mark.parametrize("first", ["scheduler", "tracing"])
 def test_schedulers_keep_steps_timed(tmp_path: Path, form: str, first: str) -> None:
     """A scheduler calls `__get__` of the class's step by its name: each step has its row, and no warning comes."""

@@ -246,8 +246,6 @@ static PyMethodDef methods[] = {
     {"enter", method_enter, METH_O, NULL},
     {"leave", (PyCFunction)(void (*)(void))method_leave, METH_FASTCALL, NULL},
     {"cancel", (PyCFunction)(void (*)(void))method_cancel, METH_FASTCALL, NULL},
-    {"enter_user", (PyCFunction)(void (*)(void))method_enter_user, METH_FASTCALL, NULL},
-    {"leave_user", (PyCFunction)(void (*)(void))method_leave_user, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

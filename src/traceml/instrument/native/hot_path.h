@@ -58,14 +58,13 @@ extern PyObject *time_source; /* for tests: replaces the clock */
 
 PyTypeObject *make_hot_fields_type(void);
 PyTypeObject *make_hook_type(void);
+PyTypeObject *make_user_phase_type(void);
 PyObject *use_time(PyObject *module, PyObject *source);
 PyObject *metric_writer(PyObject *module, PyObject *args);
 
 PyObject *method_enter(PyObject *self, PyObject *number);
 PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *method_cancel(PyObject *self, PyObject *const *args, Py_ssize_t n);
-PyObject *method_enter_user(PyObject *self, PyObject *const *args, Py_ssize_t n);
-PyObject *method_leave_user(PyObject *self, PyObject *const *args, Py_ssize_t n);
 
 /* Begin a phase; return 1, 0 where it does not count, or -1 with an exception set. */
 int enter_phase(HotFields *hot, long long phase, long long *previous, long long *start);

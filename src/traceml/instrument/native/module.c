@@ -22,11 +22,14 @@ static int fill(PyObject *module) {
                                      USER_NAME, (int)(COLUMNS * sizeof(long long)),
                                      (int)(METRIC_COLUMNS * sizeof(long long)));
     PyObject *fields = (PyObject *)make_hot_fields_type(), *hook = fields ? (PyObject *)make_hook_type() : NULL;
-    int status = layout && hook ? PyModule_AddObjectRef(module, "LAYOUT", layout) : -1;
+    PyObject *user_phase = hook ? (PyObject *)make_user_phase_type() : NULL;
+    int status = layout && user_phase ? PyModule_AddObjectRef(module, "LAYOUT", layout) : -1;
     if (!status) status = PyModule_AddObjectRef(module, "HotFields", fields);
     if (!status) status = PyModule_AddObjectRef(module, "Hook", hook);
+    if (!status) status = PyModule_AddObjectRef(module, "UserPhase", user_phase);
     Py_XDECREF(layout);
     Py_XDECREF(hook);
+    Py_XDECREF(user_phase);
     return status; /* `hot_fields_type` keeps its reference */
 }
 

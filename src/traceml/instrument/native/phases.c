@@ -1,6 +1,8 @@
 /* Begin and end of the phases that hooks in Python and users mark. */
 #include "hot_path.h"
 
+#include <stddef.h>
+
 static int add_rare(HotFields *hot, long long bucket, long long ns) {
     PyObject *times = none_for_null(hot->rare_times), *before = PyList_GetItem(times, (Py_ssize_t)bucket);
     long long sum = before ? PyLong_AsLongLong(before) : -1;
@@ -100,6 +102,12 @@ PyObject *method_cancel(PyObject *self, PyObject *const *args, Py_ssize_t n) {
 
 /* ---- user phases ---- */
 
+typedef struct {
+    PyObject_HEAD
+    HotFields *hot;
+    long long bucket, name_id;
+} UserPhase;
+
 /* Append [phase, enclosing phase, start] to the open user phases. */
 static int push_user(HotFields *hot, PyObject *phase, long long previous, long long start) {
     PyObject *entry = PyList_New(3), *a = PyLong_FromLongLong(previous), *b = PyLong_FromLongLong(start);
@@ -119,22 +127,13 @@ static int push_user(HotFields *hot, PyObject *phase, long long previous, long l
     return status;
 }
 
-static int begin_user(HotFields *hot, PyObject *phase, long long bucket, long long name_id) {
+static int begin_user(HotFields *hot, UserPhase *phase) {
     long long t, previous = hot->current;
     if (previous == INPUT_WAIT || hot->thread != this_thread()) return 0;
-    if (read_clock(&t) || push_user(hot, phase, previous, t)) return -1;
+    if (read_clock(&t) || push_user(hot, (PyObject *)phase, previous, t)) return -1;
 
-    hot->current = bucket;
-    return add_rare(hot, bucket + 1, 1) || set_word(hot, USER_NAME, name_id) || set_word(hot, USER, t) ? -1 : 0;
-}
-
-PyObject *method_enter_user(PyObject *self, PyObject *const *args, Py_ssize_t n) {
-    HotFields *hot = (HotFields *)self;
-    long long bucket = n == 3 ? PyLong_AsLongLong(args[1]) : -1, name_id = n == 3 ? PyLong_AsLongLong(args[2]) : -1;
-    if (n != 3) PyErr_SetString(PyExc_TypeError, "a user phase, its bucket and its name's id are needed");
-    if (PyErr_Occurred() || begin_user(hot, args[0], bucket, name_id)) return none_after_error(hot);
-
-    return new_none();
+    hot->current = phase->bucket;
+    return add_rare(hot, phase->bucket + 1, 1) || set_word(hot, USER_NAME, phase->name_id) || set_word(hot, USER, t) ? -1 : 0;
 }
 
 static long long number_at(PyObject *list, Py_ssize_t index) {
@@ -142,24 +141,16 @@ static long long number_at(PyObject *list, Py_ssize_t index) {
     return number ? PyLong_AsLongLong(number) : -1;
 }
 
-static long long attribute_of(PyObject *object, const char *name) {
-    PyObject *value = PyObject_GetAttrString(object, name);
-    long long number = value ? PyLong_AsLongLong(value) : -1;
-    Py_XDECREF(value);
-    return number;
-}
-
-/* End the innermost open user phase at `t`, whose bucket is given if it is `phase`. Returns 1 if it is, else 0. */
-static int pop_user(HotFields *hot, PyObject *phase, long long bucket, long long t) {
+/* End the innermost open user phase at `t`. Returns 1 if it is `phase`, else 0. */
+static int pop_user(HotFields *hot, UserPhase *phase, long long t) {
     PyObject *open = hot->open_user_phases;
     Py_ssize_t last = PyList_Size(open) - 1;
     PyObject *entry = PyList_GetItem(open, last);
     if (!entry) return -1;
 
-    PyObject *ended = PyList_GetItem(entry, 0); /* borrowed: its caller or a frame above holds a phase */
+    UserPhase *ended = (UserPhase *)PyList_GetItem(entry, 0); /* borrowed: its caller or a frame above holds a phase */
     int is_own = ended == phase;
-    long long previous = number_at(entry, 1), start = number_at(entry, 2);
-    if (ended && !is_own) bucket = attribute_of(ended, "bucket");
+    long long previous = number_at(entry, 1), start = number_at(entry, 2), bucket = ended ? ended->bucket : OTHER;
     if (PyErr_Occurred() || PyList_SetSlice(open, last, last + 1, NULL)) return -1;
     if (add_time(hot, bucket, t - start) || add_time(hot, previous, start - t)) return -1;
 
@@ -176,30 +167,87 @@ static int is_open_user(HotFields *hot, PyObject *phase) {
 }
 
 /* Phases of generators and coroutines may end in any order: those inside this one end with it. */
-static int end_user(HotFields *hot, PyObject *phase, long long bucket) {
+static int end_user(HotFields *hot, UserPhase *phase) {
     long long t, name_id = 0, start = 0;
-    if (hot->thread != this_thread() || !is_open_user(hot, phase)) return 0;
+    if (hot->thread != this_thread() || !is_open_user(hot, (PyObject *)phase)) return 0;
     if (read_clock(&t)) return -1;
 
     int is_ended = 0;
-    while (!is_ended) is_ended = pop_user(hot, phase, bucket, t);
+    while (!is_ended) is_ended = pop_user(hot, phase, t);
     if (is_ended < 0) return -1;
 
     Py_ssize_t open = PyList_Size(hot->open_user_phases);
     if (open) {
         PyObject *entry = PyList_GetItem(hot->open_user_phases, open - 1);
-        name_id = attribute_of(PyList_GetItem(entry, 0), "name_id");
+        name_id = ((UserPhase *)PyList_GetItem(entry, 0))->name_id;
         start = number_at(entry, 2);
     }
 
     return PyErr_Occurred() || set_word(hot, USER_NAME, name_id) || set_word(hot, USER, start) ? -1 : 0;
 }
 
-PyObject *method_leave_user(PyObject *self, PyObject *const *args, Py_ssize_t n) {
-    HotFields *hot = (HotFields *)self;
-    long long bucket = n == 2 ? PyLong_AsLongLong(args[1]) : -1;
-    if (n != 2) PyErr_SetString(PyExc_TypeError, "a user phase and its bucket are needed");
-    if (PyErr_Occurred() || end_user(hot, args[0], bucket)) return none_after_error(hot);
+static PyObject *user_phase_enter(PyObject *self, PyObject *unused) {
+    UserPhase *phase = (UserPhase *)self;
+    (void)unused;
+    if (begin_user(phase->hot, phase) && fail_open(phase->hot)) return NULL;
 
-    return new_none();
+    Py_INCREF(self);
+    return self;
+}
+
+static PyObject *user_phase_exit(PyObject *self, PyObject *const *args, Py_ssize_t n) {
+    UserPhase *phase = (UserPhase *)self;
+    (void)args;
+    (void)n;
+    return end_user(phase->hot, phase) ? none_after_error(phase->hot) : new_none();
+}
+
+static PyObject *user_phase_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    PyObject *hot;
+    long long bucket, name_id;
+    (void)kwargs;
+    if (!PyArg_ParseTuple(args, "O!LL:UserPhase", hot_fields_type, &hot, &bucket, &name_id)) return NULL;
+
+    UserPhase *phase = (UserPhase *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (!phase) return NULL;
+
+    assign((PyObject **)&phase->hot, hot);
+    phase->bucket = bucket;
+    phase->name_id = name_id;
+    return (PyObject *)phase;
+}
+
+/* Like a hook, it keeps its clock until its end: the collector may clear what a cycle still uses. */
+static int user_phase_traverse(PyObject *self, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(((UserPhase *)self)->hot);
+    return 0;
+}
+
+static void user_phase_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    Py_CLEAR(((UserPhase *)self)->hot);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+PyTypeObject *make_user_phase_type(void) {
+    static PyMethodDef methods[] = {
+        {"__enter__", user_phase_enter, METH_NOARGS, NULL},
+        {"__exit__", (PyCFunction)(void (*)(void))user_phase_exit, METH_FASTCALL, NULL},
+        {NULL, NULL, 0, NULL},
+    };
+    static PyMemberDef members[] = {
+        {"bucket", T_LONGLONG, offsetof(UserPhase, bucket), READONLY, NULL},
+        {"name_id", T_LONGLONG, offsetof(UserPhase, name_id), READONLY, NULL},
+        {NULL, 0, 0, 0, NULL},
+    };
+    static PyType_Slot slots[] = {
+        {Py_tp_new, user_phase_new}, {Py_tp_traverse, user_phase_traverse}, {Py_tp_dealloc, user_phase_dealloc},
+        {Py_tp_methods, methods}, {Py_tp_members, members}, {0, NULL},
+    };
+    static PyType_Spec spec = {"traceml.instrument.native._hot_path.UserPhase", sizeof(UserPhase), 0,
+                               (unsigned int)(Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE), slots};
+    return (PyTypeObject *)PyType_FromSpec(&spec);
 }
