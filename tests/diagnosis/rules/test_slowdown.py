@@ -93,11 +93,12 @@ def test_memory_that_filled_meanwhile_is_told_with_its_owner(limits, whose):
 
 
 def test_a_host_that_is_slower_blames_no_phase():
-    """All phases alike: not the code."""
+    """All phases alike: the host, or episodes of a game that become longer."""
     (finding,) = found(np.where(AT >= 30, 15.0, 0.0), alike=True)
 
     assert finding.phase is None
     assert "other programs on the host" in finding.next
+    assert "longer episodes" in finding.next
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -403,8 +403,9 @@ def _advice(change: _Change, part: str | None, ranks: tuple[int, ...], line: Bla
     of_ranks = f" of {ranks_text(ranks)}" if ranks else ""
     if part is None:
         return (
-            f"All phases are slower, so the code is not the cause: look for other programs on the host{of_ranks}, "
-            "clocks lowered by heat or power, and swapping at that time."
+            "All phases are slower, so no single piece of code is the cause. Either a step does more then, as with "
+            f"longer episodes or sequences; or look for other programs on the host{of_ranks}, clocks lowered by heat "
+            "or power, and swapping at that time."
         )
 
     if part == _COMM:
