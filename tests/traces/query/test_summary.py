@@ -237,7 +237,7 @@ def test_spans_that_end_in_another_order_are_kept(tmp_path, monkeypatch, setting
     assert {group["name"]: group["sum_us"] for group in answer["groups"]} == {"outer": 8, "inner": 7 + later}
     assert (answer["events"], answer["spans"]) == (4, 2)
     (damage,) = answer["files"][0]["damage"]
-    assert damage == {"offset": 0, "what": "1 end events close a span in which another is open", "lost_bytes": 0}
+    assert damage == {"offset": 0, "what": "1 end event of a span in which another is open", "lost_bytes": 0}
 
 
 def test_five_hundred_pairs(tmp_path):

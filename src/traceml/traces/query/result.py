@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from traceml.formatting import plural
 from traceml.traces.aggregate.sketch import RELATIVE_ERROR, quantile
 from traceml.traces.aggregate.stats import ArgumentSum, GroupStat
 from traceml.traces.query.analysis import Analysis
@@ -18,9 +19,9 @@ __all__ = ["SCHEMA", "merged_groups", "microseconds", "result_of", "stat_row"]
 SCHEMA = "traceml.analysis/1"
 _EXACT_FLOAT = 2**53
 _UNPAIRED = (
-    "{:,} begin events have no end",
-    "{:,} end events have no begin",
-    "{:,} end events close a span in which another is open",
+    ("begin event", "without an end"),
+    ("end event", "without a begin"),
+    ("end event", "of a span in which another is open"),
 )
 
 
@@ -142,7 +143,9 @@ def _with_unpaired(
         lost = analysis.unpaired.get(source)
         counts = (lost.begins, lost.ends, lost.crossed) if lost is not None else ()
         damage += [
-            FileDamage(0, what.format(count), 0) for what, count in zip(_UNPAIRED, counts, strict=False) if count
+            FileDamage(0, f"{plural(count, event)} {what}", 0)
+            for (event, what), count in zip(_UNPAIRED, counts, strict=False)
+            if count
         ]
         yield facts, damage
 
