@@ -190,6 +190,16 @@ DAMAGED: dict[str, tuple[bytes, Iterable[int], str]] = {
     "brackets without end": (_between(b'{"ph":"X","a":' + b"[" * 5000 + b"\n"), (), "too deeply"),
     "a wrong checksum": (bytes(BAD_SUM), (), "wrong checksum"),
     "an object that is not closed": (json.dumps({"traceEvents": PLAIN})[:-1].encode(), (), "not closed"),
+    "two objects, joined": (
+        json.dumps({"traceEvents": PLAIN}).encode() * 2,
+        (),
+        "another object after that of traceEvents",
+    ),
+    "many objects, joined": (
+        json.dumps({"traceEvents": PLAIN}).encode() * 9,
+        (),
+        "another object after that of traceEvents",
+    ),
 }
 
 

@@ -93,6 +93,9 @@ class FileReader:
 
         if self._text_bytes == 0 and not self._facts.damage:
             self._add_damage([FileDamage(0, "an empty file", 0)])
+        elif self._trailer is not None and (lost := self._trailer.other_bytes):
+            what = "another object after that of traceEvents; it is not read: make it a file of its own"
+            self._add_damage([FileDamage(self._text_bytes - lost, what, lost)])
         elif self._wrapped and (self._trailer is None or not self._trailer.read(self._facts.header)):
             self._add_damage([FileDamage(self._text_bytes, "the object around traceEvents is not closed", 0)])
 

@@ -21,6 +21,8 @@ _CLOSE = re.compile(rb"\s*\}\s*$")
 _START = re.compile(rb"\}[\s,]*(\{)\s*\"")
 _UNIT = re.compile(rb'"time_metric"\s*,\s*"value"\s*:\s*"(NS|US|MS|SEC)"')
 _DECIMALS = {b"NS": 0, b"US": MICROSECONDS, b"MS": 6, b"SEC": 9}
+_NEXT_OBJECT = re.compile(rb'\}\s*(\{)\s*"[^"]*"\s*:')  # without a comma: never within one JSON value
+_EDGE_BYTES = 64
 _MAX_KEPT_BYTES = 64 * 1024  # of a value beside the events
 _MAX_ENDING_BYTES = 1024 * 1024
 _DECODER = json.JSONDecoder()
@@ -104,14 +106,23 @@ class HeaderParser:
 
 
 class TrailerParser:
-    """Parser of the text after the events of an object: more keys, and its end."""
+    """Parser of the text after the events of an object: more keys, and its end.
+
+    Attributes:
+        other_bytes: bytes from the begin of another object on, as in two files that were joined; 0 without one.
+    """
 
     def __init__(self) -> None:
-        self._text = b""
+        self._text = self._edge = b""
         self._too_long = False
+        self.other_bytes = 0
 
     def add(self, text: bytes) -> None:
         """Append text."""
+        seen = self._edge + text
+        other = None if self.other_bytes else _NEXT_OBJECT.search(seen)
+        self.other_bytes += len(text) if self.other_bytes else len(seen) - other.start(1) if other else 0
+        self._edge = seen[-_EDGE_BYTES:]
         self._too_long |= len(self._text) + len(text) > _MAX_ENDING_BYTES
         self._text += b"" if self._too_long else text
 
