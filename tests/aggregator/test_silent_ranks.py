@@ -171,6 +171,15 @@ def test_a_rank_that_never_connected_hangs_with_its_line(tmp_path: Path, serving
         rank.end()
 
 
+def test_a_rank_that_never_connected_is_ended_too(tmp_path: Path, serving: Callable[..., Serving]) -> None:
+    """With `on_hang = "abort"`, which only its flight file tells; it cannot end itself."""
+    rank = Script(serving("--run-id", "job"), tmp_path, _NEVER_CONNECTED.format(environ={"TRACEML_ON_HANG": "abort"}))
+    try:
+        assert rank.process.wait(240) == -signal.SIGKILL
+    finally:
+        rank.end()
+
+
 def test_a_rank_that_connects_late_was_only_slow(tmp_path: Path, serving: Callable[..., Serving]) -> None:
     """It joins the run in which it was missed, once, and its silence is over."""
     serves = serving()

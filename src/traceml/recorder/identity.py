@@ -110,6 +110,7 @@ class Identity:
             "parent": self.parent,
             "script_ms": 0 if self.parent else script_age_ms(),
             "hang_timeout_s": config.hang_timeout,
+            "on_hang": config.on_hang,
         }
 
 
