@@ -71,7 +71,7 @@ def test_settings_alone(quick, capsys, monkeypatch):
 
 
 def test_problems_come_first(quick, capsys, monkeypatch):
-    """What is broken stands above notes, and notes above what is well."""
+    """What is broken stands above notes, notes above what is well, and that above the settings."""
     monkeypatch.setenv("TRACEML_PROT", "1")
     monkeypatch.setattr(local_checks, "_torch", lambda: local_checks.Check("torch", "note", "none"))
 
@@ -79,7 +79,15 @@ def test_problems_come_first(quick, capsys, monkeypatch):
     shown = capsys.readouterr().out
     states = [line.split()[0] for line in shown.splitlines() if line.startswith(("broken ", "note ", "ok "))]
     assert states == sorted(states, key=["broken", "note", "ok"].index)
-    assert states[0] == "broken"
+    assert shown.startswith("broken ")
+
+
+def test_settings_follow_the_checks(quick, capsys):
+    """The table of settings stands below the checks; the answer is last."""
+    cli.main(["doctor"])
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+
+    assert [block.split()[0] for block in blocks] == ["ok", "setting", "Everything"]
 
 
 def test_json_is_json_and_nothing_else(quick, capsys):

@@ -111,10 +111,6 @@ def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
     with console.status("checking") if console.is_terminal else nullcontext():
         checks = list(_checks(options))
 
-    if settings := _settings():
-        _print_settings(console, settings)
-        console.print()
-
     for check in sorted(checks, key=lambda each: _ORDER.index(each.state)):
         line = (
             Text()
@@ -124,6 +120,10 @@ def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
         console.print(line, soft_wrap=True)
         if check.hint:
             console.print(Text(f"{'':<21}{printable(check.hint)}", style="dim"), soft_wrap=True)
+
+    if settings := _settings():
+        console.print()
+        _print_settings(console, settings)
 
     console.print()
     broken = [check.name for check in checks if check.state == "broken"]
