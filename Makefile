@@ -68,7 +68,7 @@ types: $(VENV)/.lint
 # The site, in build/site; `make test` builds it too. A link that leads nowhere fails it.
 docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; for its search: $(BIN)/python -m http.server -d build/site"
 
 # Draws docs/images again, from demonstrations. Needs Chromium and a quiet machine.
 pictures: system $(VENV)/.test
