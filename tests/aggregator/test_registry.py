@@ -11,6 +11,7 @@ import pytest
 from traceml.aggregator.orphans import finish_orphan
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.clock import boot_id, process_start_ticks
+from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
@@ -63,7 +64,16 @@ class _Answered(Silent):
 
 
 @pytest.fixture
-def registry(tmp_path):
+def memory(tmp_path, monkeypatch):
+    """A folder in place of the host's memory, where tests beside this one have flight files of the same job."""
+    folder = tmp_path / "memory"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr("traceml.aggregator.recovery.default_folder", lambda: folder)
+    return folder
+
+
+@pytest.fixture
+def registry(tmp_path, memory):
     made = Registry(tmp_path / "runs")
     prepare_runs_dir(made.runs_dir)
     yield made
@@ -210,6 +220,22 @@ def test_an_orphan_ended_when_its_store_was_last_written(registry):
 
     with StoreReader(run.path / STORE_NAME) as reader:
         assert reader.meta()["run"]["ended"] == written_s
+
+
+def test_an_orphan_takes_no_rows_of_a_run_elsewhere(registry, tmp_path, memory):
+    """A job of the same name has left a dead rank in the host's memory, whose run is in another folder."""
+    facts = {"run_dir": str(tmp_path / "others" / "20260101-a"), "job": "job", "recorder": "another"}
+    FlightFile.create(memory, facts).close(unlink=False)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        facts = {"host": socket.gethostname(), "boot_id": boot_id(), "pid": process.pid}
+        run, stream = join(registry, hello(0, 1, **facts, start_ticks=process_start_ticks(process.pid)))
+
+    run.disconnected(stream)
+    run.close()
+    assert finish_orphan(run.path)
+
+    with StoreReader(run.path / STORE_NAME) as reader:
+        assert len(list(reader.streams())) == 1
 
 
 def test_an_orphan_ended_with_its_last_rank(registry):
