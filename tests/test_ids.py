@@ -13,7 +13,8 @@ from traceml.ids import detect_rank, job_key, launcher_job
 HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = {**HAND, "TORCHELASTIC_RUN_ID": "none"}
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-BATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}  # of a batch script
+PASSED_ON = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+BATCH = {**PASSED_ON, "SLURM_TASK_PID": "4242"}  # of a batch script
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
 
 
@@ -26,6 +27,8 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_
         ({**TORCHRUN, "MASTER_ADDR": "127.0.0.1"}, f"torchrun@{socket.gethostname()}:29500"),
         ({**SLURM, **HAND}, "slurm-77.3"),
         ({**BATCH, **HAND}, "group@node0:29500"),
+        (PASSED_ON, "slurm-77.0"),
+        ({"TORCHELASTIC_RUN_ID": "exp", "MASTER_PORT": "1"}, f"torchrun-exp@{socket.gethostname()}:1"),
         ({**HAND, "MASTER_ADDR": "localhost"}, f"group@{socket.gethostname()}:29500"),
         ({**SLURM, **OPENMPI, "PMIX_NAMESPACE": "prterun-node0-42@1"}, "openmpi-prterun-node0-42@1"),
         ({**OPENMPI, "PMIX_NAMESPACE": "prterun-node0-42@1"}, "openmpi-prterun-node0-42@1"),
@@ -59,6 +62,7 @@ def test_a_process_alone_is_a_job_of_its_own(environ: dict[str, str]) -> None:
         (SLURM, (1, 2, 0, "slurm")),
         ({**SLURM, **OPENMPI}, (1, 2, 0, "openmpi")),
         (BATCH, (0, 1, 0, "single process")),
+        (PASSED_ON, (0, 2, 0, "slurm")),
         (OPENMPI, (1, 2, 0, "openmpi")),
         ({"RANK": "2", "WORLD_SIZE": "2"}, (0, 1, 0, "single process")),
         ({"RANK": "x", "WORLD_SIZE": "2"}, (0, 1, 0, "single process")),

@@ -22,9 +22,6 @@ __all__ = [
     "safe_run_id",
 ]
 
-_STEP = "SLURM_STEP_ID"
-_GROUP = "group@"
-
 
 @dataclass(frozen=True, slots=True)
 class RankIdentity:
@@ -40,8 +37,8 @@ class RankIdentity:
 def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
     """Find this process's rank: an initialized process group, then torchrun's, OpenMPI's and Slurm's variables.
 
-    Slurm's are those of a step only: a batch script, too, has the number of tasks that it may start, and is rank 0.
-    Where mpirun starts its daemons by srun, the ranks have both, and Slurm's are those of the daemon.
+    Slurm's are those of a step only (`_slurm_step`). Where mpirun starts its daemons by srun, the ranks have both, and
+    Slurm's are those of the daemon.
 
     Args:
         environ: the environment variables.
@@ -63,7 +60,7 @@ def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
         ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
         ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
-        if source == "slurm" and _STEP not in environ:
+        if source == "slurm" and _slurm_step(environ) is None:
             continue
 
         rank = _int(environ.get(rank_key), -1)
@@ -93,9 +90,9 @@ def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
     address of manually started ranks. Slurm's job alone is none: several jobs of ours may run in one allocation.
     """
     torchrun, address = environ.get("TORCHELASTIC_RUN_ID"), group_address(environ)
-    if torchrun is not None and address is not None:
+    if torchrun is not None and (port := environ.get("MASTER_PORT")):
         # `none` is torchrun's default and the same for every job; the rendezvous address is not.
-        master = address.removeprefix(_GROUP)
+        master = f"{_master(environ.get('MASTER_ADDR', 'localhost'))}:{port}"
         return f"torchrun-{torchrun}@{master}" if torchrun != "none" else f"torchrun@{master}"
 
     sizes = [_int(environ.get(name), 1) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")]
@@ -103,23 +100,34 @@ def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
     if job and sizes[1] > 1:
         return f"openmpi-{job}"
 
-    if (job := environ.get("SLURM_JOB_ID")) and (step := environ.get(_STEP)):
+    if (job := environ.get("SLURM_JOB_ID")) and (step := _slurm_step(environ)):
         return f"slurm-{job}.{step}"
 
     return address if max(sizes) > 1 else None
 
 
 def group_address(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return a key made of a process group's rendezvous address, None where it is not set.
-
-    An address that is the same on each host has this host's name: its ranks are on one host.
-    """
+    """Return a key made of a process group's rendezvous address, None where it is not set."""
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if not (address and port):
-        return None
+    return f"group@{_master(address)}:{port}" if address and port else None
 
+
+def _master(address: str) -> str:
+    """Return the host of a rendezvous address: of one that is the same on each host, this host's name."""
     is_own = address in ("localhost", "::1") or address.startswith("127.")
-    return f"{_GROUP}{socket.gethostname() if is_own else address}:{port}"
+    return socket.gethostname() if is_own else address
+
+
+def _slurm_step(environ: Mapping[str, str]) -> str | None:
+    """Return the number of this task's step of a Slurm job, None outside of steps.
+
+    A batch script, too, has a rank (0), the number of tasks that it may start, and the process of its task, which a
+    container that passes on a task's rank alone has not.
+    """
+    if step := environ.get("SLURM_STEP_ID"):
+        return step
+
+    return "0" if "SLURM_PROCID" in environ and "SLURM_TASK_PID" not in environ else None
 
 
 def new_run_id(name: str, *, epoch_s: float | None = None) -> str:
