@@ -296,7 +296,8 @@ class Aggregator:
     def _recover_flights(self, run: ActiveRun) -> None:
         """Recover the rows of ranks of this run that were never connected here."""
         for flight in dead_flights(run.key, run.path.parent, copies=run.path / COPIES_FOLDER, but=run.recovered):
-            run.recover_flight(flight)
+            if flight.may_be_of(run.id):
+                run.recover_flight(flight)
 
     async def _await_ranks(self) -> None:
         """Wait a moment for ranks that end too, and for the launcher's report of it.

@@ -48,8 +48,7 @@ def finish_flights(runs_dir: Path, silence_s: float | None = None) -> list[Path]
 
 def _finish(run: ActiveRun, registry: Registry) -> bool:
     for flight in dead_flights(run.key, run.path.parent, but=run.recovered):
-        # The memory of a host has the files of every runs folder, and other folders have jobs of the same name.
-        if flight.run_dir is None or flight.run_dir.name == run.id:
+        if flight.may_be_of(run.id):
             run.recover_flight(flight)
 
     run.check_absent()

@@ -67,6 +67,13 @@ class DeadFlight:
             str(facts.get("recorder", "")),
         )
 
+    def may_be_of(self, run_id: str) -> bool:
+        """Return whether its rank was of a run, or never learned its run.
+
+        The memory of a host has the files of every runs folder, and other folders have jobs of the same name.
+        """
+        return self.run_dir is None or self.run_dir.name == run_id
+
 
 def dead_flights(
     job: str | None,
