@@ -133,6 +133,15 @@ def wait_for_acks(connection: Connection, table: str, seq: int) -> None:
 
 
 @pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in place of the host's memory, where tests beside this one have flight files of the same job."""
+    folder = tmp_path / "memory"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr("traceml.aggregator.recovery.default_folder", lambda: folder)
+    return folder
+
+
+@pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     """Start aggregators; what still runs at the end is killed."""
     started: list[Serving] = []

@@ -64,15 +64,6 @@ class _Answered(Silent):
 
 
 @pytest.fixture
-def memory(tmp_path, monkeypatch):
-    """A folder in place of the host's memory, where tests beside this one have flight files of the same job."""
-    folder = tmp_path / "memory"
-    folder.mkdir(mode=0o700)
-    monkeypatch.setattr("traceml.aggregator.recovery.default_folder", lambda: folder)
-    return folder
-
-
-@pytest.fixture
 def registry(tmp_path, memory):
     made = Registry(tmp_path / "runs")
     prepare_runs_dir(made.runs_dir)

@@ -127,10 +127,12 @@ def test_a_rank_whose_recorder_never_ran_is_told_with_its_line(script: Callable[
     assert snapshot.user_line.line == 15
 
 
+JOB = f"never-connected-{os.getpid()}"  # no other test's: its flight file is found by it
+
 # The recorder's thread asks for the GIL, and gets no further than that until the signal.
 _NEVER_CONNECTED = """
 import ctypes, os, signal, threading
-os.environ |= {{"TRACEML_RUN_ID": "job", "TRACEML_HANG_TIMEOUT": "5", **{environ}}}
+os.environ |= {environ}
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.session.startup import start_for_script
 run, gate = RecorderThread._run, threading.Event()
@@ -154,9 +156,13 @@ signal.pause()
 """
 
 
+def _never_connected(**more: str) -> str:
+    return _NEVER_CONNECTED.format(environ={"TRACEML_RUN_ID": JOB, "TRACEML_HANG_TIMEOUT": "5", **more})
+
+
 def test_a_rank_that_never_connected_hangs_with_its_line(tmp_path: Path, serving: Callable[..., Serving]) -> None:
     """Nobody but its flight file tells that it belongs to the job: live, in the report, and to `traceml stacks`."""
-    rank = Script(serving("--run-id", "job"), tmp_path, _NEVER_CONNECTED.format(environ={}))
+    rank = Script(serving("--run-id", JOB), tmp_path, _never_connected())
     try:
         verdict = eventually(
             lambda: next((each for each in loaded(rank).findings if each.kind is Kind.HANG), None), "the verdict"
@@ -164,7 +170,7 @@ def test_a_rank_that_never_connected_hangs_with_its_line(tmp_path: Path, serving
         assert verdict.ranks == (0,)
         assert "in start-up, in C code called at script.py:20 hold that holds the GIL" in verdict.summary
 
-        told = rank.serving.ask("stacks", run="job")
+        told = rank.serving.ask("stacks", run=JOB)
         assert [(each["rank"], each["pid"]) for each in told["ranks"]] == [(0, rank.process.pid)]
         assert rank.process.poll() is None
     finally:
@@ -173,7 +179,7 @@ def test_a_rank_that_never_connected_hangs_with_its_line(tmp_path: Path, serving
 
 def test_a_rank_that_never_connected_is_ended_too(tmp_path: Path, serving: Callable[..., Serving]) -> None:
     """With `on_hang = "abort"`, which only its flight file tells; it cannot end itself."""
-    rank = Script(serving("--run-id", "job"), tmp_path, _NEVER_CONNECTED.format(environ={"TRACEML_ON_HANG": "abort"}))
+    rank = Script(serving("--run-id", JOB), tmp_path, _never_connected(TRACEML_ON_HANG="abort"))
     try:
         assert rank.process.wait(240) == -signal.SIGKILL
     finally:
@@ -183,8 +189,8 @@ def test_a_rank_that_never_connected_is_ended_too(tmp_path: Path, serving: Calla
 def test_a_rank_that_connects_late_was_only_slow(tmp_path: Path, serving: Callable[..., Serving]) -> None:
     """It joins the run in which it was missed, once, and its silence is over."""
     serves = serving()
-    first = serves.rank(0, 2, run="job", run_id="job")
-    rank = Script(serves, tmp_path, _NEVER_CONNECTED.format(environ={"RANK": "1", "WORLD_SIZE": "2"}))
+    first = serves.rank(0, 2, run=JOB, run_id=JOB)
+    rank = Script(serves, tmp_path, _never_connected(RANK="1", WORLD_SIZE="2"))
     try:
         eventually(lambda: any(each.frames for each in rank.snapshots()), "a snapshot of rank 1")
         rank.process.send_signal(signal.SIGUSR1)
