@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.eventually import eventually
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
+from traceml.recorder import line_sampler
 from traceml.recorder.line_sampler import LONGEST_SWITCH_S, LineSampler
 from traceml.recorder.user_code import UserCode
 from traceml.witness.switch_interval import SHORT_S, OtherThreads, switch_interval
@@ -121,6 +123,26 @@ def test_code_that_holds_the_lock_is_seen(flight: FlightFile) -> None:
     assert functions["releases_the_lock"] >= 2
     assert sum(functions.values()) == SAMPLES
     assert all(line.startswith(__file__ + ":") for _, line, _, _ in rows)
+
+
+def holds_for_300_us() -> None:
+    until = time.perf_counter() + 0.0003
+    while time.perf_counter() < until:
+        pass
+
+
+def test_short_blocks_are_seen_by_costly_samples(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set computes for less than a millisecond between two calls that release the lock."""
+    monkeypatch.setattr(line_sampler, "SHORT_S", LONGEST_SWITCH_S)
+
+    def fetches() -> None:
+        holds_for_300_us()
+        torch.rand(1, 28, 28)
+
+    with Training(fetches) as training:
+        rows = sampled(flight, training, 40)
+
+    assert sum(samples for _, line, _, samples in rows if "holds_for_300_us" in line) >= 20
 
 
 def waited_for_a_core_s() -> float:

@@ -49,8 +49,10 @@ MOST_COST = 0.004
 """Share of a core above which samples take the lock less eagerly, and come less often: the first ones down to
 `_SURE_PACE` times as often as usual, the others down to a `_SURE_PACE`th."""
 
-LONGEST_SWITCH_S = 400e-6
-"""Longest switch interval of an armed sample: a longer one saves little more."""
+LONGEST_SWITCH_S = 100e-6
+"""Longest switch interval of an armed sample. With 400 us, a data set that computes for 300 us between two calls of
+torch was in 4 % of the samples of its fetches, not 85 %: where the lock is released sooner, it is never asked for.
+"""
 
 _SURE_PACE = 3  # else a run of seconds on busy cores would have none
 _COST_SAMPLES = 8  # the cost is a mean of so many
