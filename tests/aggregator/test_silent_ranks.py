@@ -99,25 +99,30 @@ def test_a_rank_that_holds_the_gil_in_c_is_reported_with_its_line(
     assert rank.process.poll() is None
 
 
+# The recorder's thread asks for the GIL, and gets no further than that until the gate is set.
+_LATE_RECORDER = """\
+from traceml.recorder.recorder_thread import RecorderThread
+run, gate = RecorderThread._run, threading.Event()
+
+def late(self):
+    while not gate.wait(0.05):
+        pass
+
+    run(self)
+
+RecorderThread._run = late
+"""
+
+
 def test_a_rank_whose_recorder_never_ran_is_told_with_its_line(script: Callable[[str], Script]) -> None:
     """C code takes the GIL before the recorder's thread has come to its first turn."""
     rank = script(
-        """
-        import ctypes, threading, traceml
-        from traceml.recorder.recorder_thread import RecorderThread
-        run, gate = RecorderThread._run, threading.Event()
-
-        def late(self):
-            while not gate.wait(0.05):
-                pass
-
-            run(self)
-
-        RecorderThread._run = late
-        traceml.init()
-        print("ready", flush=True)
-        ctypes.PyDLL(None).sleep(600)
-        """
+        f"""
+import ctypes, threading, traceml
+{_LATE_RECORDER}traceml.init()
+print("ready", flush=True)
+ctypes.PyDLL(None).sleep(600)
+"""
     )
 
     snapshot = eventually(lambda: next((each for each in rank.snapshots() if each.frames), None))
@@ -129,22 +134,11 @@ def test_a_rank_whose_recorder_never_ran_is_told_with_its_line(script: Callable[
 
 JOB = f"never-connected-{os.getpid()}"  # no other test's: its flight file is found by it
 
-# The recorder's thread asks for the GIL, and gets no further than that until the signal.
-_NEVER_CONNECTED = """
+_NEVER_CONNECTED = f"""
 import ctypes, os, signal, threading
-os.environ |= {environ}
-from traceml.recorder.recorder_thread import RecorderThread
+os.environ |= {{environ}}
 from traceml.session.startup import start_for_script
-run, gate = RecorderThread._run, threading.Event()
-
-def late(self):
-    while not gate.wait(0.05):
-        pass
-
-    run(self)
-
-RecorderThread._run = late
-signal.signal(signal.SIGUSR1, lambda *_: gate.set())
+{_LATE_RECORDER}signal.signal(signal.SIGUSR1, lambda *_: gate.set())
 start_for_script()
 
 def hold():
