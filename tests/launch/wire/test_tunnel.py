@@ -173,6 +173,8 @@ def test_others_cannot_take_all_descriptors_of_the_agent(monkeypatch: pytest.Mon
 def test_connections_leave_descriptors_to_the_launcher(between: Between, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above a share of its limit a connection ends at once, with what it has sent; earlier and later ones pass."""
     ends = between.connect()
+    ends[0].sendall(b"first")
+    assert ends[1].recv(5) == b"first"  # the launcher has counted its descriptors for this connection
     with monkeypatch.context() as patch:
         patch.setattr(tunnel, "_MOST_USED", 0.0)
         with socket.create_connection(("127.0.0.1", between.listener.port), timeout=60) as refused:
