@@ -14,7 +14,7 @@ from traceml.aggregator.streams import Incarnation, Stream
 from traceml.database.flight.flight_folders import default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import SILENCE_S, find_unclaimed, is_alive
-from traceml.database.flight.postmortem import FlightSnapshot, flight_identity, read_flight
+from traceml.database.flight.postmortem import FlightSnapshot, flight_identity, may_be_of, read_flight
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 from traceml.ids import safe_run_id
@@ -68,11 +68,8 @@ class DeadFlight:
         )
 
     def may_be_of(self, run_id: str) -> bool:
-        """Return whether its rank was of a run, or never learned its run.
-
-        The memory of a host has the files of every runs folder, and other folders have jobs of the same name.
-        """
-        return self.run_dir is None or self.run_dir.name == run_id
+        """Return whether its rank was of a run, or never learned its run."""
+        return may_be_of(self.image.identity, run_id)
 
 
 def dead_flights(

@@ -12,7 +12,7 @@ from traceml.aggregator.silence.silent_process import SilentProcess
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_owner import find_unclaimed, is_alive
-from traceml.database.flight.postmortem import flight_identity
+from traceml.database.flight.postmortem import flight_identity, may_be_of
 from traceml.transport.hello import WORLD_LIMIT
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class AbsentRanks:
         self._known = {path: self._known.get(path) or flight_identity(path) for path in paths}
         found: dict[int, list[SilentProcess]] = {}
         for path, facts in self._known.items():
-            if self._is_absent(facts) and is_alive(path):
+            # Read again: a rank that has connected elsewhere since has learned its run there.
+            if self._is_absent(facts) and is_alive(path) and may_be_of(flight_identity(path), self._run.id):
                 self._run.expect(facts)
                 process = SilentProcess(facts["rank"], facts["pid"], path)
                 found.setdefault(process.rank, []).append(process)

@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, TABLES, USER_TABLES,
 from traceml.errors import StoreError
 from traceml.own_files import check_own_folder, opened_own
 
-__all__ = ["FlightSnapshot", "flight_identity", "read_flight"]
+__all__ = ["FlightSnapshot", "flight_identity", "may_be_of", "read_flight"]
 
 _CRASH_BYTES = 256 << 10
 
@@ -354,6 +354,15 @@ def flight_identity(path: Path) -> dict[str, Any]:
         return found if isinstance(found, dict) else {}
     except (StoreError, OSError, *UNREADABLE):
         return {}
+
+
+def may_be_of(identity: Mapping[str, Any], run_id: str) -> bool:
+    """Return whether the rank that wrote a flight file is of a run, or has never learned its run.
+
+    The memory of a host has the files of every runs folder, and other folders have jobs of the same name.
+    """
+    run_dir = identity.get("run_dir")
+    return not run_dir or Path(str(run_dir)).name == run_id
 
 
 def _is_own_folder(folder: Path) -> bool:
