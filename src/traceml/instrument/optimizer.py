@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
 from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_thread
+from traceml.instrument.facts.own_attributes import own_attribute
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -67,7 +68,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     An LR scheduler gives its optimizer an instance attribute `step` that calls the class's `step` of that time.
     """
     patch_optimizer_type(patches, clock, type(optimizer))
-    own = _own_step(optimizer)
+    own = own_attribute(optimizer, "step")
     if own is None or getattr(own, "_traceml_clock", None) is clock or is_wrapper(type(optimizer)):
         return
 
@@ -83,23 +84,10 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
 
     def undo() -> None:
         alive = ref()
-        if alive is not None and vars(alive).get("step") is step:
+        if alive is not None and own_attribute(alive, "step") is step:
             alive.step = own
 
     patches.on_undo(undo)
-
-
-def _own_step(optimizer: Any) -> Any:
-    """Return the attribute `step` of an optimizer itself, None where it has only that of its class.
-
-    `__dict__` is not read: that makes one of the instance's values, in which attributes are found more slowly.
-    """
-    owner = _owner(type(optimizer))
-    if owner is None:
-        return None
-
-    step = getattr(optimizer, "step", None)
-    return None if vars(owner)["step"].__get__(optimizer, type(optimizer)) == step else step
 
 
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:

@@ -131,6 +131,7 @@ def test_the_size_of_an_element_has_its_own_tensors() -> None:
 
     assert all(4000 <= found[path].item_bytes < 6000 for path in ("records", "calls", "partials", "arrays"))
     assert (len(records), len(calls), len(partials), len(arrays)) == (9, 9, 9, 9)
+    assert not any(type(each) is dict for each in gc.get_referents(records[-1]))  # its attributes are as fast as before
 
 
 def test_open_figures_of_pyplot_are_seen() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from typing import Any
+
+from traceml.instrument.facts.own_attributes import attribute_values, named_attributes, own_attribute
 
 __all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts", "trainer_above"]
 
@@ -12,7 +13,6 @@ _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShard
 _TOKEN_TYPES = ("torch.int64", "torch.int32")
 _HUGGING_FACE = ("transformers.", "sentence_transformers.", "trl.")  # trainers that take TrainingArguments
 _FASTAI = "fastai.data.load"
-_MAX_FIELDS = 64
 _MAX_RANKS = 256
 _MANY_OBJECTS = 10_000
 _CONTAINERS = (list, tuple, dict, set)
@@ -194,14 +194,10 @@ def held_objects(dataset: Any) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for part in _parts_of(dataset):
-        if not any(_is_large(value) for value in _values_of(part)):
-            continue
-
-        for name, value in list(getattr(part, "__dict__", {}).items())[:_MAX_FIELDS]:
-            if _is_large(value):
-                one = next(iter(value.values() if isinstance(value, dict) else value))
-                path, kind = f"{type(part).__name__}.{name}", type(value).__name__
-                found.append({"path": path, "type": kind, "count": len(value), "of": type(one).__name__})
+        for name, value in named_attributes(part, _is_large):
+            one = next(iter(value.values() if isinstance(value, dict) else value))
+            path, kind = f"{type(part).__name__}.{name}", type(value).__name__
+            found.append({"path": path, "type": kind, "count": len(value), "of": type(one).__name__})
 
     return sorted(found, key=lambda each: -each["count"])[:_MAX_CONTAINERS]
 
@@ -210,33 +206,11 @@ def _is_large(value: Any) -> bool:
     return type(value) in _CONTAINERS and len(value) >= _MANY_OBJECTS
 
 
-def _values_of(part: Any) -> list[Any]:
-    """Return the values of an object's attributes.
-
-    Its `__dict__` is read only where it has been before, or a value is a dict: reading makes one, and Python finds the
-    attributes more slowly from then on, for each sample of a data set.
-    """
-    held = gc.get_referents(part)
-    if any(type(each) is dict for each in held):
-        held = list(getattr(part, "__dict__", {}).values())
-
-    return held[:_MAX_FIELDS]
-
-
-def _own(part: Any, name: str) -> Any:
-    """Return an attribute of the object itself, without code of its class; None where it has none."""
-    kind: Any = type(part)
-    if hasattr(kind, name) or hasattr(kind, "__getattr__") or kind.__getattribute__ is not object.__getattribute__:
-        return getattr(part, "__dict__", {}).get(name)
-
-    return getattr(part, name, None)
-
-
 def _parts_of(dataset: Any) -> list[Any]:
     """Return a data set and those that it wraps (Subset, ConcatDataset)."""
     parts = [dataset]
     for part in parts:
-        inner, wrapped = _own(part, "datasets"), _own(part, "dataset")
+        inner, wrapped = own_attribute(part, "datasets"), own_attribute(part, "dataset")
         parts += [wrapped] if wrapped is not None else []
         parts += list(inner)[:_MAX_PARTS] if isinstance(inner, list | tuple) else []
         if len(parts) >= _MAX_PARTS:
@@ -259,5 +233,7 @@ def _in_memory(dataset: Any) -> bool | None:
     if type(dataset).__name__ == "TensorDataset":
         return True
 
-    held = any(isinstance(value, arrays) and len(getattr(value, "shape", ())) > 0 for value in _values_of(dataset))
+    held = any(
+        isinstance(value, arrays) and len(getattr(value, "shape", ())) > 0 for value in attribute_values(dataset)
+    )
     return True if held else None

@@ -17,6 +17,7 @@ from itertools import islice
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from traceml.instrument.facts.own_attributes import attribute_values, named_attributes
 from traceml.privacy import secrets_only
 from traceml.recorder.growth.library_holders import FIGURES, holders_of, pixel_bytes, pyplot_figures
 
@@ -191,7 +192,7 @@ def _newest_cached(function: Any) -> Any:
 
 def _inside(place: _Place) -> Iterator[_Place]:
     value = place.value
-    if isinstance(value, _NOT_ENTERED) or _is_tensor(value):
+    if not _is_entered(value) or _is_tensor(value):
         return
 
     if isinstance(value, dict):
@@ -209,10 +210,7 @@ def _inside(place: _Place) -> Iterator[_Place]:
 
 
 def _attributes(place: _Place) -> Iterator[_Place]:
-    """Yield the attributes of an object; of one of a library only its data set.
-
-    A `__dict__` that is read once makes attributes slower, as those of an optimizer, which torch reads in each step.
-    """
+    """Yield the attributes of an object; of one of a library only its data set."""
     value, depth = place.value, place.depth + 1
     if type(value).__module__.partition(".")[0] in ("torch", "numpy", "traceml"):
         dataset = getattr(value, "dataset", None)
@@ -221,10 +219,13 @@ def _attributes(place: _Place) -> Iterator[_Place]:
 
         return
 
-    fields = getattr(value, "__dict__", None)
     inner = place.of_dataset or hasattr(type(value), "__getitem__") or "Dataset" in type(value).__name__
-    for name, each in list(islice(fields.items(), _MAX_FIELDS)) if isinstance(fields, dict) else ():
+    for name, each in named_attributes(value, _is_entered):
         yield place._replace(value=each, path=f"{place.path}.{name}", depth=depth, of_dataset=inner)
+
+
+def _is_entered(value: Any) -> bool:
+    return not isinstance(value, _NOT_ENTERED)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -276,10 +277,8 @@ def _parts(item: Any) -> Collection[Any]:
     if isinstance(item, partial):
         return [item.func, *item.args, *item.keywords.values()]
 
-    if isinstance(item, _NOT_ENTERED):
-        return ()
-
-    return list(vars(item).values()) if hasattr(item, "__dict__") else ()
+    has_fields = type(item).__dictoffset__ != 0  # asking the object itself for its `__dict__` would make one
+    return attribute_values(item) if has_fields and _is_entered(item) else ()
 
 
 def _taken_along(function: FunctionType) -> list[Any]:
