@@ -26,6 +26,18 @@ def test_an_error_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> Non
     assert failures()["attic"] == before + 1
 
 
+def test_the_handled_error_is_at_hand() -> None:
+    """What follows the block can report it."""
+    with fail_open(_log, "attic", "the roof could not be mended") as guarded:
+        pass
+
+    assert guarded.error is None
+    with fail_open(_log, "attic", "the roof could not be mended") as guarded:
+        raise ValueError("rain")
+
+    assert str(guarded.error) == "rain"
+
+
 def test_no_traceback_for_errors_of_the_system(caplog: pytest.LogCaptureFixture) -> None:
     """An OSError is logged by its text."""
     with fail_open(_log, "attic", "the file could not be read"):

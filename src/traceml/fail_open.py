@@ -28,9 +28,12 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
         once: warn for the first failure with this text only; repeats are logged at debug level.
         reraise: exceptions that are not handled here.
         level: of the warning.
+
+    Attributes:
+        error: what was handled, after the block; None without a failure.
     """
 
-    __slots__ = ("_level", "_log", "_once", "_package", "_reraise", "_what")
+    __slots__ = ("_level", "_log", "_once", "_package", "_reraise", "_what", "error")
 
     def __init__(
         self,
@@ -44,9 +47,10 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
     ) -> None:
         self._log, self._package, self._what = log, package, what
         self._once, self._reraise, self._level = once, reraise, level
+        self.error: Exception | None = None
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> fail_open:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -54,6 +58,7 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
         if not isinstance(error, Exception) or isinstance(error, self._reraise):
             return False
 
+        self.error = error
         _failures[self._package] = _failures.get(self._package, 0) + 1
         level = logging.DEBUG if self._once and _is_repeat(self._package, self._what) else self._level
         is_clear = isinstance(error, OSError | TraceMLError)

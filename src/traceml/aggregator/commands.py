@@ -17,6 +17,7 @@ from traceml.aggregator.silence.rank_stacks import snapshots_from_outside, stack
 from traceml.aggregator.silence.silent_ranks import store_snapshot
 from traceml.aggregator.streams import Stream
 from traceml.database.snapshots import RankSnapshot
+from traceml.fail_open import fail_open
 from traceml.track.tracker_state import TrackerState
 from traceml.transport.server import Peer
 
@@ -99,12 +100,13 @@ class Commands:
             if not isinstance(args, dict):
                 raise CommandError(f"the command's args are a map, not a {type(args).__name__}")
 
-            reply = await self._own.get(name, self._forward)(peer, {"name": name, **args})
+            with fail_open(_log, "aggregator", f"command {name!r} failed", reraise=CommandError) as guarded:
+                reply = await self._own.get(name, self._forward)(peer, {"name": name, **args})
+
+            if guarded.error is not None:
+                reply = {"error": f"internal error: {guarded.error!r}"}
         except CommandError as error:
             reply = {"error": str(error)}
-        except Exception as error:  # noqa: BLE001 - a command that fails must not take the aggregator with it
-            _log.exception("command %r failed", name)
-            reply = {"error": f"internal error: {error!r}"}
 
         peer.send({"t": "reply", "id": number, **reply})
 

@@ -26,6 +26,7 @@ from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.tree.row_requests import CLEAR_GAIN
 from traceml.errors import TraceMLError, UsageError
+from traceml.fail_open import failures
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report
 from traceml.transport.client import Connection, connect
@@ -407,6 +408,24 @@ def test_how_far_a_run_is_sent_is_kept_in_its_folder(dial, tmp_path):
     assert json.loads((run / RELAY_MARK).read_text()) == {"address": upstream.address, "sent": False, "safe": 40}
     Upstream("127.0.0.1:9", run.parent, TOKEN).turn([run])
     assert json.loads((run / RELAY_MARK).read_text())["safe"] == 0
+
+
+def test_an_error_of_one_run_is_counted_and_the_others_are_sent(tmp_path, monkeypatch, caplog):
+    """It is tried again later."""
+    runs = [host_run(tmp_path / "runs" / name, 1) for name in ("first", "second")]
+    tried: list[str] = []
+
+    def turn(relay: RunRelay) -> None:
+        tried.append(relay.path.name)
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr(RunRelay, "turn", turn)
+    before = failures().get("aggregator", 0)
+    Upstream("127.0.0.1:9", tmp_path / "runs", TOKEN).turn(runs)
+
+    assert tried == ["first", "second"]
+    assert failures()["aggregator"] == before + 2
+    assert "run second cannot be sent: ZeroDivisionError('broken')" in caplog.text
 
 
 @pytest.mark.parametrize("address", ["center", ":29765", "center:0", "center:port", "center:70000", ""])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, Phase, Slot
+from traceml.fail_open import failures
 from traceml.recorder.pauses import collection_watch
 from traceml.recorder.pauses.collection_watch import CollectionWatch
 from traceml.recorder.user_code import UserCode
@@ -107,7 +108,8 @@ def test_short_ones_are_summed(slots, monkeypatch):
 
 
 def test_an_error_ends_the_watch(slots, capfd):
-    """The interpreter would print it into the user's output at each collection."""
+    """It is counted. The interpreter would print it into the user's output at each collection."""
+    before = failures().get("recorder", 0)
 
     def fails() -> bool:
         raise ValueError("closed")
@@ -124,3 +126,4 @@ def test_an_error_ends_the_watch(slots, capfd):
 
     assert watch._called not in gc.callbacks
     assert "closed" not in capfd.readouterr().err
+    assert failures()["recorder"] == before + 1

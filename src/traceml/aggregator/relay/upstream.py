@@ -15,6 +15,7 @@ from traceml.aggregator.relay.run_relay import RunRelay
 from traceml.database.store.store import merge_wal
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorRefusedError, StoreError, TraceMLError, UsageError
+from traceml.fail_open import fail_open
 from traceml.own_files import replace_file
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
@@ -142,18 +143,20 @@ class Upstream:
     def _tried(self, path: Path, send: Callable[[], object]) -> bool:
         """Send; return False after an error, which is logged once as long as it lasts."""
         retry = self._retries[path]
+        expected = (OSError, StoreError, TraceMLError)
         try:
-            send()
+            with fail_open(_log, "aggregator", f"an error while run {path.name} was sent", reraise=expected) as guarded:
+                send()
         except AggregatorRefusedError as error:
             retry.failed(f"run {path.name} cannot be sent: {error}", _REFUSED_PAUSE_S)
-        except (OSError, StoreError, TraceMLError) as error:
+        except expected as error:
             retry.failed(f"run {path.name} waits here until {self.address} answers: {error}")
-        except Exception as error:  # noqa: BLE001 - the runs of this host go on
-            _log.exception("an error while run %s was sent", path.name)
-            retry.failed(f"run {path.name} cannot be sent: {error!r}", _REFUSED_PAUSE_S)
         else:
-            retry.succeeded(f"run {path.name} is sent to {self.address}")
-            return True
+            if guarded.error is None:
+                retry.succeeded(f"run {path.name} is sent to {self.address}")
+                return True
+
+            retry.failed(f"run {path.name} cannot be sent: {guarded.error!r}", _REFUSED_PAUSE_S)
 
         return False
 

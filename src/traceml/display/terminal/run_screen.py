@@ -12,6 +12,7 @@ from rich.console import Console
 
 from traceml.display.terminal.terminal_driver import TerminalDriver
 from traceml.errors import StoreError
+from traceml.fail_open import fail_open
 from traceml.renderers.views import live_view
 from traceml.runs.live_run import LiveRun
 
@@ -56,18 +57,22 @@ class RunScreen:
             return
 
         try:
-            self._run.refresh()
-            report = self._run.report()
-            if report.ranks:  # the number of ranks is unknown before the first one connects
-                self._driver.update(live_view(report, self._run.rates))
+            with fail_open(_log, "display", "the live view failed", reraise=StoreError) as guarded:
+                self._draw(self._run)
         except StoreError as error:
             self._stop(f"the live view ended: {error}")
-        except Exception:  # noqa: BLE001 - a bug in the view must not stop the job
-            _log.exception("the live view failed")
-            self._stop("the live view ended because of an error in traceml; the job continues")
+        else:
+            if guarded.error is not None:
+                self._stop("the live view ended because of an error in traceml; the job continues")
 
         ended_s = self._clock()
         self._due_s = ended_s + max(self._interval_s, (ended_s - began_s) / _SHARE)
+
+    def _draw(self, run: LiveRun) -> None:
+        run.refresh()
+        report = run.report()
+        if report.ranks:  # the number of ranks is unknown before the first one connects
+            self._driver.update(live_view(report, run.rates))
 
     def write(self, data: bytes) -> None:
         """Pass on output of the script, unchanged."""
