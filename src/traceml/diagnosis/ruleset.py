@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
+
 from msgspec.structs import replace
 
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
@@ -23,7 +26,7 @@ from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps
-from traceml.diagnosis.rules.slowdown import is_of_the_host, slowdown, with_its_steps
+from traceml.diagnosis.rules.slowdown import is_continued, is_of_the_host, slowdown, with_its_steps
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.stalls.device_faults import device_faults
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
@@ -31,7 +34,7 @@ from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.even_models import as_one_training
+from traceml.diagnosis.steps.even_models import as_one_training, trainings_of
 from traceml.diagnosis.steps.replay import new_step_times
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.step_history import StepHistory
@@ -78,7 +81,9 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     main += _of_seen_ranks(_timing(window, segments, facts), window, facts)
     crowded = cpu_contention(facts)
     if crowded:  # a host that became busier is one cause, not two
-        remarks = [*(replace(each, severity=Severity.INFO) for each in main if is_of_the_host(each)), *remarks]
+        several = len(trainings_of(window, facts.other_models)) > 1
+        of_host = [] if several else [replace(each, severity=Severity.INFO) for each in main if is_of_the_host(each)]
+        remarks = [*of_host, *remarks]
         main = [each for each in main if not is_of_the_host(each)]
 
     if main:
@@ -129,18 +134,7 @@ def _memory(facts: JobFacts) -> list[Finding]:
 def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
     step_ns = segments.step_ns
     segments = as_one_training(window, segments, facts.other_models)
-    uneven, even = data_imbalance(window, segments)
-    if even:
-        segments = segments.changed(even, new_step_times(segments, even))
-
-    collected, without_collections = gc_pauses(window, segments, facts)
-    if collected:
-        segments = segments.changed(without_collections, new_step_times(segments, without_collections))
-
-    compiled, without_compiling = recompiles(window, segments, facts)
-    if without_compiling:
-        segments = segments.changed(without_compiling, new_step_times(segments, without_compiling))
-
+    segments, explained = _without_explained(window, segments, facts)
     found, without_stragglers = stragglers(segments, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
     remaining = segments
@@ -168,10 +162,9 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
     if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, segments, facts)
 
-    found += [*uneven, *collected, *compiled]
-    # Live, the window is only the newest part of a longer run.
+    found += explained
     late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
-    slower = slowdown(StepHistory.of(window, segments), facts, late) if window.steps[0] <= _FIRST_STEPS else []
+    slower = _slower(window, segments, facts, late)
     slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
     for each in slower:
         timed = [with_its_steps(one, each) for one in found]
@@ -179,6 +172,61 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
             return timed
 
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
+
+
+def _without_explained(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[Segments, list[Finding]]:
+    """Return own work without what is explained (by batch sizes, collections, compiling), and the findings."""
+    uneven, even = data_imbalance(window, segments)
+    if even:
+        segments = segments.changed(even, new_step_times(segments, even))
+
+    collected, without_collections = gc_pauses(window, segments, facts)
+    if collected:
+        segments = segments.changed(without_collections, new_step_times(segments, without_collections))
+
+    compiled, without_compiling = recompiles(window, segments, facts)
+    if without_compiling:
+        segments = segments.changed(without_compiling, new_step_times(segments, without_compiling))
+
+    return segments, [*uneven, *collected, *compiled]
+
+
+def _slower(
+    window: AlignedSteps, segments: Segments, facts: JobFacts, late: Collection[tuple[int, ...]]
+) -> list[Finding]:
+    """Return the finding about steps that became slower.
+
+    Of several trainings, each is compared with itself. What one of them shows, of code that does not depend on the
+    model, may go on in those after it: then the finding is that of the run.
+    """
+    if window.steps[0] > _FIRST_STEPS:  # live, the window is only the newest part of a longer run
+        return []
+
+    of_run = slowdown(StepHistory.of(window, segments), facts, late)
+    trainings = trainings_of(window, facts.other_models)
+    if len(trainings) == 1:
+        return of_run
+
+    found: list[Finding] = []
+    for columns in trainings:
+        if columns.stop - columns.start >= MIN_STEPS:
+            found += slowdown(_history_of(window, columns, facts), facts, late)
+
+    goes_on = [each for each in of_run if any(is_continued(one, each) for one in found)]
+    return goes_on or sorted(found, key=lambda each: each.cost_share)[-1:]
+
+
+def _history_of(window: AlignedSteps, columns: slice, facts: JobFacts) -> StepHistory:
+    """Return the history of one of several trainings."""
+    training = window.select(columns)
+    segments, _ = _without_explained(training, segments_of(training, facts), facts)
+    steps = window.steps
+    return dataclasses.replace(
+        StepHistory.of(training, segments),
+        start=int(steps[columns.start]),
+        end=int(steps[columns.stop]) if columns.stop < len(steps) else int(steps[-1]) + 1,
+        of_run=float(training.total.sum() / window.total.sum()),
+    )
 
 
 def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps) -> bool:

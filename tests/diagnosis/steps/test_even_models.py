@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from tests.diagnosis.fabricated import Job, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.even_models import as_one_training
+from traceml.diagnosis.steps.even_models import as_one_training, trainings_of
 from traceml.diagnosis.steps.segments import segments_of
 
 OWN = {"input_wait": 0.5, "forward": 16.0, "backward": 32.0, "optimizer": 6.0, "other": 0.8}
@@ -28,8 +30,8 @@ def sweep(*factors, parts=("forward", "backward", "optimizer")):
     return fault
 
 
-def kinds(job: Job, fault, starts=STARTS) -> set[Kind]:
-    window = window_of(job, fault)
+def kinds(job: Job, fault, starts=STARTS, seed=0) -> set[Kind]:
+    window = window_of(job, fault, seed=seed)
     return {each.kind for each in diagnose(window, JobFacts(world_size=job.ranks, other_models=starts))}
 
 
@@ -103,3 +105,59 @@ def test_one_training_is_left_alone():
 
     assert as_one_training(window, segments, ()) is segments
     assert as_one_training(window, segments, (0, 5, 10_000)) is segments
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_noisy_steps_of_larger_models_are_no_slowdown(seed):
+    """On a busy host the steps of a large model vary more than those of a small one: its usual step is less clear."""
+
+    def busy(own, random) -> None:
+        sweep(4, 16)(own, random)
+        for values in own.values():
+            values[:, 400:] *= random.lognormal(0, 0.6, 200)
+
+    assert Kind.SLOWDOWN not in kinds(ALONE, busy, seed=seed)
+
+
+def test_a_host_that_became_busier_is_told_by_its_cores():
+    """In a run of several trainings what took longer may be the model, too: that is not told beside the cores."""
+
+    def slower(own, random) -> None:
+        sweep(2, 2)(own, random)
+        for values in own.values():
+            values[:, 500:] *= 2
+
+    def found(starts) -> set[Kind]:
+        facts = JobFacts(other_models=starts, cores={"": 1}, main_wait={0: 0.5}, core_wait={0: 0.5})
+        return {each.kind for each in diagnose(window_of(ALONE, slower), facts)}
+
+    assert found(()) == {Kind.CPU_CONTENTION, Kind.SLOWDOWN}
+    assert found(STARTS) == {Kind.CPU_CONTENTION}
+
+
+def with_sizes(window, sizes):
+    return replace(window, elements=np.broadcast_to(np.asarray(sizes, np.float32), window.total.shape))
+
+
+def test_larger_images_are_no_slowdown():
+    """Progressive resizing: also what is outside of the model takes longer, and not in proportion."""
+    window = window_of(ALONE, sweep(2.5, 7, parts=tuple(OWN)))
+    sizes = np.repeat([1e5, 2e5, 4e5], 200)[window.steps]
+
+    assert Kind.SLOWDOWN not in {each.kind for each in diagnose(with_sizes(window, sizes), JobFacts())}
+    assert Kind.SLOWDOWN in {each.kind for each in diagnose(window, JobFacts())}
+
+
+def test_sizes_divide_a_run_where_they_are_new_and_last():
+    """Not batches of all sizes, the last batch of an epoch, or a size that comes back."""
+    window = window_of(ALONE)
+    first = int(window.steps[0])
+
+    def starts(sizes) -> list[int]:
+        return [first + part.start for part in trainings_of(with_sizes(window, sizes[window.steps]), ())][1:]
+
+    assert starts(np.repeat([100, 200, 400], 200)) == [200, 400]
+    assert starts(np.repeat([100, 200, 100], 200)) == [200]
+    assert starts(np.where(np.arange(600) % 50 == 49, 60, 100)) == []
+    assert starts(np.random.default_rng(0).integers(50, 100, 600)) == []
+    assert starts(np.zeros(600)) == []

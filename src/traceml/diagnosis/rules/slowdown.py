@@ -23,7 +23,7 @@ from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["is_of_the_host", "slowdown", "with_its_steps"]
+__all__ = ["is_continued", "is_of_the_host", "slowdown", "with_its_steps"]
 
 MIN_BINS = 12
 """Fewer bins have no shape."""
@@ -47,13 +47,14 @@ MIN_Z_SCORE = 6.0
 """A jump is this many standard errors, by the deviation of bins from their level."""
 MIN_TAU = 0.7
 """Growth is steady if the bins' order agrees with time by this much (Kendall's tau)."""
+SAME_CHANGE = 0.1
+"""Changes whose first steps differ by less than this share of their number are the same."""
 DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
 _COMM = "comm"
 _OTHER = "other"
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
-_END = 1 << 62
 _MIN_SEGMENT = 3
 _SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
 
@@ -194,7 +195,7 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
     # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
     part = None if crowded else _part(bins, change, facts)
     ranks = _ranks(bins, change)
-    share = lost / mean
+    share = lost / mean * bins.of_run
     phase_share = 0.0 if part is None else _share(bins, part)
     line = None if part in (None, _COMM) else own_line(facts.lines, part, phase_share, ranks)
     if part == _OTHER and line is None and _may_be_cores(change, facts):
@@ -237,20 +238,22 @@ def _share(bins: StepHistory, part: str) -> float:
 def _beside(bins: StepHistory, change: _Change, facts: JobFacts) -> list[SideChange]:
     """Return what else changed: in the slow steps against the others, or in the last third against the first."""
     third = len(bins.steps) // 3
-    starts = [*bins.first_step.tolist(), _END]
+    starts = [*bins.first_step.tolist(), bins.end]
     hosts: set[str | None] = set(facts.hosts.values())
     is_limited = all(map(facts.has_memory_limit, hosts or {None}))
     memory_of = "container" if is_limited else "host"
     if change.shape == "growth":
-        return changes(facts.samples.use(1, starts[third]), facts.samples.use(starts[-1 - third]), memory_of)
+        return changes(
+            facts.samples.use(bins.start, starts[third]), facts.samples.use(starts[-1 - third], bins.end), memory_of
+        )
 
-    others = (1, starts[change.first]) if change.first else (starts[change.last], _END)
+    others = (bins.start, starts[change.first]) if change.first else (starts[change.last], bins.end)
     return changes(facts.samples.use(*others), facts.samples.use(*_steps_of(bins, change)), memory_of)
 
 
 def _steps_of(bins: StepHistory, change: _Change) -> tuple[int, int]:
     """Return the slow part's first step, and the first one after it."""
-    starts = [*bins.first_step.tolist(), _END]
+    starts = [*bins.first_step.tolist(), bins.end]
     return max(starts[change.first], 1), starts[change.last]
 
 
@@ -385,6 +388,15 @@ def _is_same_cause(late: Finding, slower: Finding) -> bool:
     """Return whether steps became slower because of ranks that are late."""
     same = slower.phase in (None, late.phase)
     return late.kind.rule.is_straggler and bool(slower.ranks) and slower.ranks == late.ranks and same
+
+
+def is_continued(of_training: Finding, of_run: Finding) -> bool:
+    """Return whether what became slower in one of several trainings is that of the run, and not their models."""
+    if of_run.phase in (None, _COMM, *COMPUTE) or of_run.phase != of_training.phase:
+        return False
+
+    since, same = (each.evidence["since_step"] for each in (of_run, of_training))
+    return of_run.evidence["shape"] == "growth" or abs(since - same) <= SAME_CHANGE * max(since, same)
 
 
 def is_of_the_host(slower: Finding) -> bool:

@@ -1,7 +1,8 @@
-"""Steps of several trainings in one run, as a sweep and layers that are unfrozen make them, as if of one.
+"""Steps of several trainings in one run, as a sweep and layers that are unfrozen make them: apart, or as if of one.
 
-Computation and waiting for other ranks depend on the model, so rules that look for a change over time or for irregular
-steps would find the models. Each training has them at its own usual value here, times a factor that keeps their sum.
+Computation and waiting for other ranks depend on the model, so rules that look for irregular steps would find the
+models. Each training has them at its own usual value here, times a factor that keeps their sum. A change over time is
+looked for in each training by itself.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["as_one_training"]
+__all__ = ["as_one_training", "trainings_of"]
 
 _USUAL = 0.25  # half of a training may be slow
+_LASTING = 20
+_SAME_SIZE = 0.02
 
 
 def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[int]) -> Segments:
@@ -39,6 +42,37 @@ def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[i
     waiting = np.maximum(segments.step - segments.own.mean(axis=0), 0)
     step = changed.own.mean(axis=0) + _even(waiting[None], trainings)[0]
     return segments.changed(parts, np.asarray(step, segments.step.dtype))
+
+
+def trainings_of(window: AlignedSteps, starts: Sequence[int]) -> list[slice]:
+    """Return the steps of each training, whose model and size of batches stay the same.
+
+    Args:
+        window: the steps.
+        starts: first step of each training but the first.
+    """
+    edges = {*np.searchsorted(window.steps, starts).tolist(), *_new_sizes(window)}
+    inner = sorted(edge for edge in edges if 0 < edge < len(window))
+    return [slice(*span) for span in zip([0, *inner], [*inner, len(window)], strict=True)]
+
+
+def _new_sizes(window: AlignedSteps) -> list[int]:
+    """Return the steps from which on batches have a size that is new and lasts, as in progressive resizing."""
+    sizes = window.elements.mean(axis=0) if len(window.elements) else np.empty(0)
+    if not len(sizes) or (sizes <= 0).any():
+        return []
+
+    bounds = np.array([0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)])
+    lasting = bounds[:-1][np.diff(bounds) >= _LASTING].tolist()
+    known: list[float] = []
+    found = []
+    for start in lasting:
+        size = float(sizes[start])
+        if not any(abs(size - one) <= _SAME_SIZE * one for one in known):
+            known.append(size)
+            found.append(start)
+
+    return found[1:]
 
 
 def _even(values: Floats, trainings: Sequence[NDArray[np.intp]]) -> Floats:

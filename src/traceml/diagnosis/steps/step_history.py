@@ -38,6 +38,8 @@ class StepHistory:
         ranks: ranks that wait for each other, one per row of `own_ns`; empty where rows stand for several ranks.
         own_ns: own work of each, rank x bin.
         single_steps: steps of the run, single_ns: their step times; empty where only bins are known.
+        start, end: the first step of what is compared, and the first one after it: a training, where a run has several.
+        of_run: its share of the step time of the run.
     """
 
     first_step: NDArray[np.int64]
@@ -48,6 +50,9 @@ class StepHistory:
     own_ns: Floats = field(default_factory=lambda: np.empty((0, 0)))
     single_steps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     single_ns: Floats = field(default_factory=lambda: np.empty(0))
+    start: int = 1
+    end: int = _END
+    of_run: float = 1.0
 
     @classmethod
     def of(cls, window: AlignedSteps, segments: Segments) -> StepHistory:
