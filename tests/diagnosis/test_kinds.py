@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 from tests.renderers.reports import finding
+from tests.source_tree import nodes_of, source_files
 from traceml.diagnosis.kinds import Kind, Severity
+
+_SEVERITIES = {f"Severity.{each.name}" for each in Severity}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,20 @@ def test_severity_follows_the_cost_unless_declared():
     assert Kind.INPUT_BOUND.severity_for(0.60) is Severity.CRITICAL
     assert Kind.RANK_LOST.severity_for(0.0) is Severity.CRITICAL
     assert Kind.HEALTHY.severity_for(1.0) is Severity.INFO
+
+
+def test_no_rule_repeats_a_severity():
+    """A finding's severity is declared with its kind, or follows from its cost or from facts."""
+    constant = [
+        f"{path.name}:{node.lineno}"
+        for path in source_files()
+        for node in nodes_of(path)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding"
+        for given in node.keywords
+        if given.arg == "severity" and ast.unparse(given.value) in _SEVERITIES
+    ]
+
+    assert constant == []
 
 
 def test_an_unknown_kind_is_no_member():

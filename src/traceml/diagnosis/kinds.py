@@ -361,7 +361,7 @@ class KindRule:
 
     Attributes:
         headline: a template with {share}, {phase}, {ranks_are}, {ranks} and {use}, or a function of the finding.
-        severity: of each finding of the kind; None where the cost decides.
+        severity: of a finding whose rule does not weigh it by its facts; None where the cost decides.
         is_straggler: whether it blames ranks that the others wait for.
         sorts_first: whether it comes before the kinds that are ordered by cost.
         critical_first: the same where it is critical.
@@ -426,7 +426,7 @@ class Kind(StrEnum):
     NUMERIC = "NUMERIC", KindRule(_not_finite, Severity.CRITICAL, sorts_first=True, cost_of=_STEPS)
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(_limit)
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(_leak, critical_first=True)
-    MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(_pressure)
+    MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(_pressure, Severity.WARNING)
     MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks} {use} far more memory than the others")
     ALLOCATOR_CHURN = (
         "ALLOCATOR_CHURN",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from traceml.database.flight.flight_owner import ROWS_KEPT_S, USER_ROWS_KEPT_S
+from traceml.formatting import count_text, plural
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -27,8 +28,9 @@ def end_warnings(flight: FlightFile, sender: RowSender, *, stored: bool, supervi
     steps, lost = flight.ring("steps"), sender.steps_lost
     if lost:
         yield (
-            f"{lost:,} of {steps.appended:,} steps are lost: they were overwritten before an aggregator could store "
-            f"them. A rank keeps {steps.capacity:,} steps; TRACEML_RING_ROWS sets the number."
+            f"{count_text(lost)} of {plural(steps.appended, 'step')} are lost: they were overwritten before an "
+            f"aggregator could store them. A rank keeps {plural(steps.capacity, 'step')}; TRACEML_RING_ROWS sets the "
+            "number."
         )
 
     # An aggregator that is only slow reads the file itself, when the rank is gone.
@@ -38,12 +40,12 @@ def end_warnings(flight: FlightFile, sender: RowSender, *, stored: bool, supervi
 
     if not sender.connections and not flight.holds_user_rows:
         yield (
-            f"{waiting:,} steps of this rank are not stored, as no aggregator answered ({sender.trouble}). Start one "
-            "first with `traceml serve`, or call traceml.init(local=True)."
+            f"{plural(waiting, 'step')} of this rank {'is' if waiting == 1 else 'are'} not stored, as no aggregator "
+            f"answered ({sender.trouble}). Start one first with `traceml serve`, or call traceml.init(local=True)."
         )
         return
 
-    what = [f"{waiting:,} steps"] if waiting else []
+    what = [plural(waiting, "step")] if waiting else []
     what += ["logged rows"] if flight.holds_user_rows else []
     until_s = time.time() + (USER_ROWS_KEPT_S if flight.holds_user_rows else ROWS_KEPT_S)
     until = time.strftime("%Y-%m-%d %H:%M" if flight.holds_user_rows else "%H:%M", time.localtime(until_s))

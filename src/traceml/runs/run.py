@@ -16,7 +16,7 @@ from traceml.database.schema import METRICS, NAMES, PHASE_COLUMNS, STEPS, unpack
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import capitalized, sample_text, summed_text
+from traceml.formatting import capitalized, ms_text, percent_text, phase_label, plural, sample_text, summed_text
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report
@@ -255,10 +255,10 @@ def _logged(rows: NDArray[np.void], streams: dict[int, StreamRecord], names: dic
 
 def _lines(report: Report) -> list[str]:
     run, steps = report.run, report.steps
-    lines = [f"{run.id}: {run.state}, {run.world_size} rank{'s' if run.world_size > 1 else ''}"]
+    lines = [f"{run.id}: {run.state}, {plural(run.world_size, 'rank')}"]
     lines += finding_lines(report.verdict)
     if steps.mean_ms is not None:
-        lines.append(f"{steps.count} steps, mean {steps.mean_ms:.4g} ms, p99 {steps.p99_ms:.4g} ms")
+        lines.append(f"{plural(steps.count, 'step')}, mean {ms_text(steps.mean_ms)}, p99 {ms_text(steps.p99_ms)}")
 
     if steps.summed_ranks:
         lines.append(capitalized(summed_text(steps.summed_ranks)))
@@ -266,5 +266,7 @@ def _lines(report: Report) -> list[str]:
     if steps.cut:
         lines.append(capitalized(sample_text(steps.diagnosed, steps.count)))
 
-    parts = [f"{phase.phase} {100 * phase.share:.0f} %" for phase in report.phases if phase.share >= 0.005]
+    parts = [
+        f"{phase_label(phase.phase)} {percent_text(phase.share)}" for phase in report.phases if phase.share >= 0.005
+    ]
     return [*lines, ", ".join(parts)] if parts else lines

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TaskError, UsageError
+from traceml.formatting import ms_text
 from traceml.tasks.engine import Engine
 from traceml.tasks.task_record import ThreadState, current_task
 from traceml.tasks.task_statistics import COMPLETED, FINAL, RECORDS, EndedTask
@@ -129,7 +130,7 @@ def view(found: dict[str, Any]) -> RenderableType:
     for task in [one for one in found["tasks"] if one["state"] == "running"][:_MAX_BARS]:
         pct = task["progress_pct"]
         line = ProgressBar(total=100, completed=pct, width=_BAR_WIDTH, pulse=pct == 0)
-        table.add_row(Text(task["name"]), line, Text(f"{task['execution_duration_ms'] / 1e3:.1f} s"))
+        table.add_row(Text(task["name"]), line, Text(ms_text(task["execution_duration_ms"])))
 
     return table
 

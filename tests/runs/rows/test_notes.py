@@ -25,7 +25,7 @@ def test_events_warnings_and_texts_are_reported(tmp_path):
     """The newest first, each with its rank; rows without words for a person are left out."""
     notes = told(rich_run(tmp_path / "run"))
 
-    assert notes[0] == (None, "verdict", "COMPUTE_STRAGGLER, ranks all")
+    assert notes[0] == (None, "verdict", "COMPUTE_STRAGGLER")
     assert sorted(notes[1:]) == [
         (0, "text", 'note, hello, "world" ü'), (0, "warning", "look out"),
         (1, "text", 'note, hello, "world" ü'), (1, "warning", "look out"),
@@ -60,7 +60,7 @@ def test_only_what_is_new_is_read(tmp_path):
     writer.commit()
     live.refresh()
 
-    assert [note.text for note in live.notes()] == ["HEALTHY, ranks all", "second", "first"]
+    assert [note.text for note in live.notes()] == ["HEALTHY", "second", "first"]
     live.close()
     writer.close()
 

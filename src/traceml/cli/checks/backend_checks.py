@@ -13,6 +13,7 @@ from traceml.cli.checks.local_checks import Check
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import PluginError, RunNotFoundError, StoreError
+from traceml.formatting import ms_text
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run
 from traceml.runs.report.trackers import trackers
@@ -88,7 +89,7 @@ def _deliveries(runs_dir: Path) -> Iterator[Check]:
         return
 
     for tracker in section:
-        latency = "" if tracker.latency_ms is None else f", {tracker.latency_ms:.0f} ms a batch"
+        latency = "" if tracker.latency_ms is None else f", {ms_text(tracker.latency_ms)} a batch"
         hint = f"traceml sync {run_dir.name}" if tracker.pending else ""
         text = f"{tracker_text(tracker)}{latency}"
         yield Check("latest run", "note" if tracker.needs_attention else "ok", text, hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from traceml.cli.checks.local_checks import Check
-from traceml.formatting import bytes_text
+from traceml.formatting import bytes_text, duration_text, ms_text
 from traceml.launch.launcher.preflight import HostFacts, Preflight, slow_hosts
 
 __all__ = ["host_checks"]
@@ -28,11 +28,11 @@ def host_checks(found: Preflight) -> Iterator[Check]:
         yield Check("network", "broken", f"no process group over these hosts: {found.trouble}", hint)
 
     for link in found.links:
-        text = f"{link.latency_ms:.2f} ms, {link.megabytes_per_s:.0f} MB/s"
+        text = f"{ms_text(link.latency_ms)}, {link.megabytes_per_s:.0f} MB/s"
         yield Check("network", "ok", f"{' - '.join(link.hosts)}: {text}")
 
     if found.all_reduce_ms is not None:
-        yield Check("all-reduce", "ok", f"16 MiB over {len(usable)} hosts in {found.all_reduce_ms:.1f} ms (gloo)")
+        yield Check("all-reduce", "ok", f"16 MiB over {len(usable)} hosts in {ms_text(found.all_reduce_ms)} (gloo)")
 
     for name, why in slow_hosts(found):
         yield Check("slow", "note", f"{name}: {why}", "in data-parallel training all others wait for it")
@@ -47,7 +47,7 @@ def _host(host: HostFacts, found: Preflight) -> Check:
     facts = host.facts
     parts = [f"Python {facts['python']}, torch {facts['torch']}", _devices(facts["gpus"], facts["gpu_tflops"])]
     parts.append(f"{facts['cores']} cores, {facts['cpu_gflops']:.0f} GFLOP/s, load {facts['load']:.1f}")
-    parts.append(f"{bytes_text(facts['memory_free_bytes'])} free, answered in {host.connect_s:.1f} s")
+    parts.append(f"{bytes_text(facts['memory_free_bytes'])} free, answered in {duration_text(host.connect_s)}")
     offset_s = found.clock_offsets_s.get(host.name, 0.0)
     if abs(offset_s) <= _CLOCK_S:
         parts += [f"clock {1e3 * offset_s:+.1f} ms"] if host.name in found.clock_offsets_s else []

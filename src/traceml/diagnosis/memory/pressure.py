@@ -49,7 +49,7 @@ def _full_host(facts: JobFacts, rank: int, host: HostMemory) -> Finding:
     share = host.used_bytes / max(host.total_bytes, 1)
     return Finding(
         kind=Kind.MEMORY_PRESSURE,
-        severity=Severity.WARNING,
+        severity=Kind.MEMORY_PRESSURE.severity_for(0.0),
         summary=(
             f"{bytes_text(host.used_bytes)} of the {bytes_text(host.total_bytes)} memory{at} are in use "
             f"({percent_text(share)}); the training processes hold {bytes_text(own)}."
@@ -84,7 +84,7 @@ def _devices(facts: JobFacts) -> list[Finding]:
     return [
         Finding(
             kind=Kind.MEMORY_PRESSURE,
-            severity=Severity.WARNING,
+            severity=Kind.MEMORY_PRESSURE.severity_for(0.0),
             ranks=() if len(ranks) >= facts.world_size else tuple(sorted(ranks)),
             summary=(
                 f"Tensors took up to {bytes_text(worst.peak_bytes)} of the device's {bytes_text(worst.total_bytes)}"

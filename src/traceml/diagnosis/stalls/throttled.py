@@ -5,7 +5,7 @@ from __future__ import annotations
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import SET_LIMIT, LoweredClock
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.kinds import Kind
 from traceml.formatting import percent_text
 
 __all__ = ["throttled"]
@@ -24,7 +24,7 @@ def throttled(facts: JobFacts) -> list[Finding]:
     return [
         Finding(
             kind=Kind.THROTTLED,
-            severity=Severity.WARNING,
+            severity=Kind.THROTTLED.severity_for(0.0),
             summary=(
                 f"In {percent_text(worst.share)} of the samples in which it computed, GPU {worst.index}{host} ran at "
                 f"{worst.clock_mhz:.0f} MHz{_instead(worst)}, because of: {worst.reason}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.text import Text
 
-from traceml.formatting import printable
+from traceml.formatting import plural, printable
 from traceml.renderers.text.bars import bar, sparkline
 from traceml.renderers.text.live_panel import note_text, rule_line, speed_line, verdict_line
 from traceml.renderers.text.top_tables import BarCell, TableColumn, TableRow, TableView, TrendCell
@@ -113,7 +113,7 @@ def _position(first: int, shown: int, rows: int) -> str:
     if shown < rows:
         return f" rows {first + 1:,}-{first + shown:,} of {rows:,}"
 
-    return f" {rows:,} row{'' if rows == 1 else 's'}"
+    return f" {plural(rows, 'row')}"
 
 
 def _widths(columns: Sequence[TableColumn], rows: Sequence[TableRow], width: int) -> list[int]:

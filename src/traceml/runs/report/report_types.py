@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from traceml.diagnosis.findings import Finding, significant
-from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError
 from traceml.own_files import read_regular
 from traceml.runs.json_document import UNREADABLE_JSON, JsonDocument
@@ -376,7 +376,8 @@ class Report(JsonDocument, msgspec.Struct, kw_only=True):
     @classmethod
     def empty(cls, run_id: str) -> Report:
         """Return the report of a run whose store does not exist yet."""
-        verdict = Finding(kind=Kind.INSUFFICIENT_DATA, severity=Severity.INFO, summary="", next="")
+        kind = Kind.INSUFFICIENT_DATA
+        verdict = Finding(kind=kind, severity=kind.severity_for(0.0), summary="", next="")
         return cls(schema=SCHEMA, run=RunSection(id=run_id, name=run_id), verdict=verdict, findings=[verdict])
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from traceml.database.schema import INFO, LOGGED
 from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.formatting import ranks_text
 from traceml.runs.rows.clocks import RunClocks
 
-__all__ = ["Note", "Notes", "note_of_event"]
+__all__ = ["Note", "Notes"]
 
 _KEPT = 500
 _FIRST_READ = 5_000  # frames at the end of a store that are read at first
@@ -67,7 +68,7 @@ class Notes:
 
     def lines(self, events: Iterable[RunEvent] = ()) -> list[Note]:
         """Return the notes, the run's events among them, the newest first."""
-        from_events = [note for note in map(note_of_event, events) if note is not None]
+        from_events = [note for note in map(_note_of_event, events) if note is not None]
         joined: list[Note] = []
         for note in sorted([*self._kept, *from_events], key=lambda note: note.epoch_s):
             # The same words again, as of a warning of every rank, tell nothing new.
@@ -86,12 +87,13 @@ class Notes:
         self._kept.append(Note(at_s, self._ranks[stream], kind, _words(row)))
 
 
-def note_of_event(event: RunEvent) -> Note | None:
+def _note_of_event(event: RunEvent) -> Note | None:
     """Return an event of the run as a note."""
     data, at_s = event.data, event.epoch_ns / 1e9
     if event.kind == "verdict":
         verdict = data.get("verdict") or (data.get("findings") or [{}])[0]
-        return Note(at_s, None, "verdict", f"{verdict.get('kind', '')}, ranks {verdict.get('ranks') or 'all'}")
+        where = f" on {ranks_text(verdict['ranks'])}" if verdict.get("ranks") else ""
+        return Note(at_s, None, "verdict", f"{verdict.get('kind', '')}{where}")
 
     if event.kind == "rank":
         return Note(at_s, data.get("rank"), "rank", str(data.get("state", "")))

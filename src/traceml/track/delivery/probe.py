@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from traceml.errors import PluginError
+from traceml.formatting import ms_text
 from traceml.own_programs import own_program, search_working_directory
 from traceml.track.delivery.credentials import environment_for, read_key_file
 from traceml.track.filters import backend_options
@@ -155,7 +156,7 @@ def _check_http(url: str) -> tuple[bool, str]:
         reason = getattr(error, "reason", error)
         return False, f"does not respond: {reason}"
 
-    return status < 500, f"responds ({status}) in {1e3 * (time.monotonic() - began_s):.0f} ms"
+    return status < 500, f"responds ({status}) in {ms_text(1e3 * (time.monotonic() - began_s))}"
 
 
 def _check_port(host: str, port: int) -> tuple[bool, str]:
@@ -165,7 +166,7 @@ def _check_port(host: str, port: int) -> tuple[bool, str]:
     except OSError as error:
         return False, f"does not respond: {error.strerror or error}"
 
-    return True, f"responds in {1e3 * (time.monotonic() - began_s):.0f} ms"
+    return True, f"responds in {ms_text(1e3 * (time.monotonic() - began_s))}"
 
 
 def _check_folder(path: Path) -> tuple[bool, str]:
