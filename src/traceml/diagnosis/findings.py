@@ -8,7 +8,7 @@ from typing import Any, SupportsFloat
 
 import msgspec
 
-from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 
 __all__ = ["Finding", "in_order", "plain", "significant"]
 
@@ -44,10 +44,20 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         return self.speedup_if_fixed if self.speedup_if_fixed >= 1.005 else None
 
     @property
+    def is_critical(self) -> bool:
+        """Whether it has the highest severity."""
+        return self.severity is Severity.CRITICAL
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether it costs as much as a timing finding must."""
+        return self.cost_share >= WARNING_SHARE
+
+    @property
     def is_urgent(self) -> bool:
         """Whether it comes before the findings that are ordered by cost."""
         rule = self.kind.rule
-        return rule.sorts_first or (rule.critical_first and self.severity is Severity.CRITICAL)
+        return rule.sorts_first or (rule.critical_first and self.is_critical)
 
     @property
     def headline(self) -> str:

@@ -1,0 +1,370 @@
+"""Headlines of findings: one sentence without a period, of the numbers behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from traceml.formatting import (
+    bytes_text,
+    capitalized,
+    count_text,
+    duration_text,
+    factor_text,
+    left_text,
+    line_text,
+    ms_text,
+    ordinal_text,
+    percent_text,
+    phase_words,
+    ranks_text,
+)
+from traceml.process_ends import exit_text, signal_name
+
+__all__ = [
+    "FindingFacts",
+    "compute",
+    "device_fault",
+    "duplicates",
+    "evaluation",
+    "hang",
+    "healthy",
+    "input_wait",
+    "leak",
+    "limit",
+    "lost_ranks",
+    "lost_worker",
+    "not_finite",
+    "pressure",
+    "recompiles",
+    "skipped",
+    "slowdown",
+    "startup",
+    "stopped",
+    "throttled",
+    "unknown",
+    "user_code",
+]
+
+_MEMORIES = {"device": "Device memory", "pinned": "Pinned memory"}
+# A line with this share of a finding's cost stands in its headline.
+_MOST = 0.6
+_HALF = 0.5
+
+
+class FindingFacts(Protocol):
+    """The part of a finding that headlines need; see `Finding`."""
+
+    @property
+    def kind(self) -> str:
+        """Its kind."""
+        ...
+
+    @property
+    def is_critical(self) -> bool:
+        """Whether it has the highest severity."""
+        ...
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether it costs as much as a timing finding must."""
+        ...
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The affected ranks; empty for all."""
+        ...
+
+    @property
+    def phase(self) -> str | None:
+        """Its phase, None where it has none."""
+        ...
+
+    @property
+    def cost_share(self) -> float:
+        """Share of step time that it costs."""
+        ...
+
+    @property
+    def evidence(self) -> Mapping[str, Any]:
+        """The numbers behind it."""
+        ...
+
+
+_BY_SCHEDULER = {"time_limit": "time limit", "preempted": "preemption", "warned": "warning", "requeued": "queued again"}
+
+
+def lost_ranks(finding: FindingFacts) -> str:
+    """Return `Rank 1 ended by SIGKILL at step 37, in forward`."""
+    evidence = finding.evidence
+    if by_scheduler := _BY_SCHEDULER.get(evidence.get("cause", "")):
+        return f"Ended by the scheduler: {by_scheduler}"
+
+    if evidence.get("cause") == "ended_from_outside":
+        step = evidence.get("step")
+        when = "" if step is None else f" at step {count_text(int(step))}"
+        return f"The job was ended from outside by {signal_name(int(evidence['signal']))}{when}"
+
+    if evidence.get("cause") == "left_early":
+        return f"{capitalized(ranks_text(finding.ranks))} ended before the others"
+
+    how = ""
+    if evidence.get("worker_pid") is not None:
+        its = "its loader worker" if evidence.get("workers") == 1 else "one of its loader workers"
+        how = f" because {its} {_worker_end(evidence)}"
+    elif evidence.get("cause") == "out_of_memory":
+        how = " for lack of device memory" if evidence.get("limit_of") == "device" else " for lack of memory"
+    elif (number := evidence.get("signal")) is not None:
+        how = f" by {signal_name(int(number))}"
+    elif exception := evidence.get("exception"):
+        how = f" by {str(exception).splitlines()[0].split(':')[0]}"
+    elif (code := evidence.get("code")) is not None:
+        how = f" with exit code {code}"
+
+    step = evidence.get("step", evidence.get("last_step"))
+    when = "" if step is None else f" at step {count_text(int(step))}"
+    where = "" if finding.phase is None else f", in {phase_words(finding.phase)}"
+    return f"{capitalized(ranks_text(finding.ranks))} ended{how}{when}{where}"
+
+
+def _worker_end(evidence: Mapping[str, Any]) -> str:
+    if (number := evidence.get("worker_signal")) is not None:
+        return f"was killed by {signal_name(int(number))}"
+
+    code = evidence.get("worker_code")
+    return exit_text(code)
+
+
+def lost_worker(finding: FindingFacts) -> str:
+    """Return `A loader worker of rank 0 was killed by SIGKILL at step 37`."""
+    evidence = finding.evidence
+    several = int(evidence.get("lost", 1)) > 1
+    subject = f"{count_text(int(evidence['lost']))} loader workers" if several else "A loader worker"
+    step = evidence.get("step")
+    when = (
+        "" if step is None else f" {'from' if several else 'at'} step {count_text(int(step))}{' on' if several else ''}"
+    )
+    how = "died" if several else _worker_end(evidence)
+    return f"{subject} of {ranks_text(finding.ranks)} {how}{when}"
+
+
+_HANGS = {
+    "mismatch": "{ranks_are} in a different collective from the others",
+    "sizes": "{ranks_are} calling the collective with different tensor sizes",
+    "circle": "{ranks} wait for each other",
+    "network": "All ranks hang in {operation}",
+    "ended": "{ranks} ended, and the others wait",
+    "data_ended": "The data of {of_ranks} ended, and the others wait",
+    "unanswered": "The job hangs: {ranks} did not answer",
+}
+_ALL_DIFFER = {
+    "mismatch": "{ranks} are in different collectives",
+    "sizes": "{ranks} call the same collective with different tensor sizes",
+}
+
+
+def hang(finding: FindingFacts) -> str:
+    """Return `Rank 1 blocks the others, in train.py:6 stuck`, or that the job hung when it was ended."""
+    evidence = finding.evidence
+    cause, waiting = str(evidence.get("cause", "")), evidence.get("waiting")
+    ranks = capitalized(ranks_text(finding.ranks))
+    file = evidence.get("file")
+    at = f", in {line_text(file, evidence['line'], evidence['function'])}" if file else ""
+    if not file and finding.phase:
+        at = f", {evidence['state']}" if evidence.get("state") else f", in {phase_words(finding.phase)}"
+
+    if cause in _HANGS and (finding.ranks or cause == "network"):
+        are = f"{ranks} {'is' if len(finding.ranks) == 1 else 'are'}"
+        template = _HANGS[cause] if waiting else _ALL_DIFFER.get(cause, _HANGS[cause])
+        text = template.format(
+            ranks=ranks,
+            of_ranks=ranks_text(finding.ranks),
+            ranks_are=are,
+            operation=evidence.get("operation") or "a collective",
+        )
+        return text if cause == "ended" else text + (at if cause == "network" else "")
+
+    many = len(finding.ranks) != 1
+    if waiting:
+        return f"{ranks} {'block' if many else 'blocks'} the others{at}"
+
+    return f"{ranks} {'make' if many else 'makes'} no progress{at}"
+
+
+def user_code(finding: FindingFacts) -> str:
+    """Return `94 % of step time is spent in train.py:23 update_metric`, or `Every 25th step ...`."""
+    evidence = finding.evidence
+    share, where = finding.cost_share, phase_words(finding.phase or "other")
+    line_share = evidence.get("line_share")
+    line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
+    if every := evidence.get("every_n_steps"):
+        return f"Every {ordinal_text(int(every))} step is long, in {line or where}: {_of_step_time(finding)}"
+
+    if line and line_share is None:  # few samples
+        return f"{percent_text(share)} of step time is spent in {where}, mostly in {line}"
+
+    if line and line_share and line_share >= _MOST * share:
+        share, where = min(line_share, share), line  # of the phase, rare long steps are not in the cost
+
+    return f"{percent_text(share)} of step time is spent in {where}"
+
+
+def healthy(finding: FindingFacts) -> str:
+    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or that they are too short."""
+    if finding.evidence.get("too_short"):
+        return f"Steps of {ms_text(finding.evidence['step_ms'])} are too short to judge"
+
+    share = finding.evidence.get("steps_share")
+    return (
+        "No bottleneck found" if share is None else f"Steps are fine; they are {percent_text(share)} of the run's time"
+    )
+
+
+def compute(finding: FindingFacts) -> str:
+    """Return `The model's own compute limits this run, most of it in backward`."""
+    share = finding.evidence.get("steps_share")
+    phase = phase_words(finding.phase) if finding.phase else "the step"
+    if share is None:
+        return f"The model's own compute limits this run, most of it in {phase}"
+
+    return f"Compute limits the steps, most of it in {phase}; they are {percent_text(share)} of the run's time"
+
+
+def input_wait(finding: FindingFacts) -> str:
+    """Return `Training waits for data: 62 % of step time`, or that for its loader's workers to start."""
+    what = "new loader workers in each epoch" if finding.evidence.get("restart_ms") else "data"
+    return f"Training waits for {what}: {_of_step_time(finding)}"
+
+
+def _of_step_time(finding: FindingFacts) -> str:
+    return f"{percent_text(finding.cost_share)} of step time" if finding.cost_share else "part of step time"
+
+
+def slowdown(finding: FindingFacts) -> str:
+    """Return `Steps take 2.1x as long since step 200`."""
+    evidence = finding.evidence
+    if not evidence.get("factor"):
+        return "Steps become slower"
+
+    factor = factor_text(float(evidence["factor"]))
+    since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
+    shape = evidence.get("shape")
+    if shape == "growth":
+        return f"Steps become slower: at the end they take {factor} as long"
+
+    when = f"until step {until}" if shape == "first" else f"since step {since}"
+    return f"Steps take {factor} as long {when}" + (f", until step {until}" if shape == "recovers" else "")
+
+
+def limit(finding: FindingFacts) -> str:
+    """Return `Open files: 92 % of the limit in use`."""
+    evidence = finding.evidence
+    resource = str(evidence.get("resource", "resource")).replace("_", " ")
+    share = percent_text(evidence.get("used", 0) / max(evidence.get("limit", 1), 1))
+    if resource == "cpu quota":
+        return f"The CPU quota throttles this run {share} of the time"
+
+    return f"{capitalized(resource)}: {share} of the limit in use"
+
+
+def leak(finding: FindingFacts) -> str:
+    """Return `Memory of rank 1 grows by 4.00 MiB per step: full in 12 min`."""
+    evidence = finding.evidence
+    memory, left_s = evidence.get("memory", "resident"), evidence.get("left_s")
+    whose = f" of {ranks_text(finding.ranks)}" if finding.ranks else ""
+    if workers := int(evidence.get("workers", 0)):
+        each = bytes_text(int(60 * float(evidence["bytes_per_s"]) / workers))
+        which = f"Each of {workers} loader workers" if workers > 1 else "The loader worker"
+        return f"{which}{whose} grows by {each} per minute"
+
+    full = "" if left_s is None or not finding.is_critical else f": full in {left_text(float(left_s))}"
+    subject = _MEMORIES.get(str(memory), "Memory")
+    return f"{subject}{whose} grows by {bytes_text(int(evidence.get('bytes_per_step', 0)))} per step{full}"
+
+
+def pressure(finding: FindingFacts) -> str:
+    """Return `The host's memory is nearly full: 95 % in use`, or that of a device."""
+    evidence = finding.evidence
+    share = percent_text(float(evidence.get("used_share", 1.0)))
+    if evidence.get("memory") == "device":
+        return f"The device's memory is nearly full: up to {share} in use"
+
+    return f"The host's memory is nearly full: {share} in use"
+
+
+def duplicates(finding: FindingFacts) -> str:
+    """Return `Ranks 0-3 train on identical batches`."""
+    whose = capitalized(ranks_text(finding.ranks)) if finding.ranks else "All ranks"
+    return f"{whose} train on identical batches"
+
+
+def not_finite(finding: FindingFacts) -> str:
+    """Return `The loss has not been finite since step 120: first nan on rank 1`."""
+    evidence = finding.evidence
+    since = count_text(evidence.get("since_step"))
+    where = f" on {ranks_text(finding.ranks)}" if finding.ranks else ""
+    return f"The loss has not been finite since step {since}: first {evidence.get('loss', 'nan')}{where}"
+
+
+def skipped(finding: FindingFacts) -> str:
+    """Return `67 % of the steps are skipped because gradients are not finite`."""
+    share = f"{percent_text(finding.cost_share)} of the steps" if finding.cost_share else "Steps"
+    return f"{share} are skipped because gradients are not finite"
+
+
+def recompiles(finding: FindingFacts) -> str:
+    """Return `The same function is compiled again and again: ...`, or that it no longer is."""
+    if finding.evidence.get("limit_reached") and not finding.is_costly:
+        return "A function is no longer compiled: its inputs differ too often"
+
+    share = f"{percent_text(finding.cost_share)} of the run's time"
+    return f"The same function is compiled again and again: {share}"
+
+
+def device_fault(finding: FindingFacts) -> str:
+    """Return `GPU 3 reports a fault`, or that several do."""
+    devices = finding.evidence.get("devices") or []
+    return f"GPU {devices[0]} reports a fault" if len(devices) == 1 else f"{len(devices)} GPUs report faults"
+
+
+def startup(finding: FindingFacts) -> str:
+    """Return `45 % of the run's time is start-up, before the first step`, or that most of it is compiling."""
+    share = _run_share(finding)
+    if finding.evidence.get("compile_share", 0) >= _HALF:
+        return f"{share} is start-up, most of it torch.compile"
+
+    before = ", before the first step" if "compile_s" not in finding.evidence else ""
+    return f"{share} is start-up{before}"
+
+
+def evaluation(finding: FindingFacts) -> str:
+    """Return `60 % of the run's time is evaluation`, with the ranks that evaluate for all."""
+    return f"{_run_share(finding)} is evaluation" + (f" on {ranks_text(finding.ranks)}" if finding.ranks else "")
+
+
+def _run_share(finding: FindingFacts) -> str:
+    return f"{percent_text(finding.cost_share)} of the run's time" if finding.cost_share else "Part of the run's time"
+
+
+def throttled(finding: FindingFacts) -> str:
+    """Return `The driver lowers the clock of GPU 3: temperature`."""
+    devices = finding.evidence.get("devices") or []
+    which = f"GPU {devices[0]}" if len(devices) == 1 else f"{len(devices)} GPUs"
+    return f"The driver lowers the clock of {which}: {finding.evidence.get('reason')}"
+
+
+def stopped(finding: FindingFacts) -> str:
+    """Return `Rank 1 stood still for 30 s`, or that its machine was suspended."""
+    seconds, ranks = finding.evidence.get("stopped_s"), ranks_text(finding.ranks)
+    how_long = "a while" if seconds is None else duration_text(float(seconds))
+    if finding.evidence.get("suspended"):
+        return f"The machine of {ranks} was suspended for {how_long}"
+
+    return f"{capitalized(ranks)} stood still for {how_long}"
+
+
+def unknown(finding: FindingFacts) -> str:
+    """Return the name of a kind of a newer version, with ranks and phase."""
+    words = capitalized(finding.kind.lower().replace("_", " "))
+    where = f", in {phase_words(finding.phase)}" if finding.phase else ""
+    return f"{words} on {ranks_text(finding.ranks)}{where} (unknown to this version of traceml)"
