@@ -61,6 +61,7 @@ PARTS = (
     Part("hosts", ("iproute2", "openssh-client", "openssh-server"), _programs("ip", "ssh", "sshd")),
     Part("slurm", ("slurm-client", "slurmctld", "slurmd", "munge"), _programs("srun", "slurmctld", "slurmd", "munged")),
     Part("prometheus", ("prometheus",), _programs("promtool")),
+    Part("shells", ("fish", "zsh"), _programs("fish", "zsh")),
     Part("tmux", ("tmux",), _programs("tmux")),
     Part("chromium", ("chromium",), lambda: any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))),
     Part("root", (), lambda: os.getuid() == 0 and _can_mount(), "run the tests as root"),  # namespaces, mounts, chown

@@ -187,30 +187,84 @@ def test_completion_knows_every_command_and_public_option():
     assert {"-o", "--output"} <= options["export"]
 
 
+COMPLETED = [
+    ("traceml rep", {"report"}),
+    ("traceml report --h", {"--help", "--html"}),
+    ("traceml demo --fault in", {"input"}),
+    ("traceml completion z", {"zsh"}),
+    ("traceml runs t", {"tag"}),
+    ("traceml serve --fo", set()),
+    ("traceml run tra", {"trace.pfw.gz", "traceml_runs/", "train.py"}),
+    ("traceml run --nproc-per-node 2 trai", {"train.py"}),
+    ("traceml analyze trace.", {"trace.pfw.gz"}),
+    ("traceml report traceml_r", {"traceml_runs/"}),
+    ("traceml runs tag traceml_r", {"traceml_runs/"}),
+]
+ONE_OFFERED = [(typed, *offered) for typed, offered in COMPLETED if len(offered) == 1][::3]  # command, file, folder
+# An interactive zsh in a terminal of its own: Tab, then a key that writes the line down.
+ZSH = """
+zmodload zsh/zpty
+zpty inner zsh -f -i
+zpty -w inner 'autoload -U compinit; compinit -u -D; eval "$(cat completion.zsh)"; '\\
+'write() { print -r -- "$BUFFER" > line; print do""ne }; zle -N write; bindkey "^B" write; '\\
+'echo rea""dy'
+zpty -r inner seen '*ready*'
+zpty -wn inner "$1"$'\\t\\x02'
+zpty -r inner seen '*done*'
+zpty -d inner
+"""
+
+
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [
-        (["traceml", "rep"], {"report"}),
-        (["traceml", "report", "--h"], {"--help", "--html"}),
-        (["traceml", "demo", "--fault", "in"], {"input"}),
-        (["traceml", "completion", "z"], {"zsh"}),
-        (["traceml", "runs", "t"], {"tag"}),
-        (["traceml", "serve", "--fo"], set()),
-    ],
-)
-def test_bash_completes(folder, words, offered, capsys):
+@pytest.mark.parametrize(("typed", "offered"), COMPLETED)
+def test_bash_completes(folder, typed, offered, capsys):
     """As bash asks the script after a press of Tab."""
     cli.main(["completion", "bash"])
     (folder / "completion.bash").write_text(capsys.readouterr().out)
-    typed = " ".join(map(shlex.quote, words))
     program = (
-        f"source completion.bash; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; "
+        f"source completion.bash; COMP_WORDS=({typed}); COMP_CWORD={len(typed.split()) - 1}; "
         "$(complete -p traceml | sed 's/.*-F \\([^ ]*\\).*/\\1/') traceml; printf '%s\\n' \"${COMPREPLY[@]}\""
     )
     done = subprocess.run(["bash", "-c", program], cwd=folder, capture_output=True, text=True, check=False)
 
-    assert {word.strip() for word in done.stdout.split()} == offered, done.stderr
+    assert {word.strip() for word in done.stdout.split()} == {word.rstrip("/") for word in offered}, done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.needs("shells")
+def test_fish_completes(folder, capsys):
+    """With the line that the README names."""
+    cli.main(["completion", "fish"])
+    (folder / "completion.fish").write_text(capsys.readouterr().out)
+    asked = "; ".join(f'echo "> {typed}"; complete -C "{typed}"' for typed, _ in COMPLETED)
+    done = subprocess.run(
+        ["fish", "-c", f'eval "$(cat completion.fish)"; {asked}'],
+        env={**os.environ, "HOME": str(folder)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    answers = [answer.splitlines() for answer in done.stdout.split("> ")[1:]]
+    assert [(typed, {line.split("\t")[0] for line in lines}) for typed, *lines in answers] == COMPLETED, done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.needs("shells")
+@pytest.mark.parametrize(("typed", "offered"), ONE_OFFERED)
+def test_zsh_completes(folder, typed, offered, capsys):
+    """With the line that the README names."""
+    cli.main(["completion", "zsh"])
+    (folder / "completion.zsh").write_text(capsys.readouterr().out)
+    environ = {**os.environ, "ZDOTDIR": str(folder)}
+    subprocess.run(
+        ["zsh", "-fc", ZSH, "zsh", typed],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+
+    *before, _ = typed.split(" ")
+    assert (folder / "line").read_text().rstrip("\n ").startswith(" ".join([*before, offered]))
 
 
 @pytest.mark.process

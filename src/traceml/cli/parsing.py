@@ -20,7 +20,7 @@ from traceml.cli.help.examples import examples_text
 from traceml.cli.number_range import check_ranges
 from traceml.errors import UsageError
 
-__all__ = ["CommandParser", "WrappingFormatter", "parse", "wrapped"]
+__all__ = ["CommandParser", "WrappingFormatter", "option_texts", "parse", "wrapped"]
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     """
     import tyro
 
-    texts = _option_texts(options) if {"-h", "--help"} & {*argv} else {}  # it takes milliseconds
+    texts = option_texts(options) if {"-h", "--help"} & {*argv} else {}  # it takes milliseconds
     options.__annotations__ = {
         name: Annotated[_light(hint), _explained(texts.get(name))]
         for name, hint in get_type_hints(options, include_extras=True).items()
@@ -100,7 +100,7 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     return parsed
 
 
-def _option_texts(options: type[Any]) -> dict[str, str]:
+def option_texts(options: type[Any]) -> dict[str, str]:
     """Return the text below each option as one paragraph; tyro would keep the line breaks of the source."""
     texts: dict[str, str] = {}
     try:

@@ -12,12 +12,13 @@ import shtab
 import tyro
 
 from traceml import cli
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import option_texts, parse
 
 __all__ = ["main", "whole_parser"]
 
-_FILES = {"FILE", "PATH", "PATH ...", "FILE.png", "FILE.json", "TRACE.parquet", "META.yaml"}
-_FOLDERS = {"DIR"}
+_FILES = {"FILE", "FILE.png", "FILE.json", "PATH", "PATH ...", "TRACE.parquet", "META.yaml", "SCRIPT [ARGS ...]"}
+_FILES |= {"RUN..."}  # of `traceml compare`, which takes reports, too
+_FOLDERS = {"DIR", "[RUN]", "RUN ...", "[RUN ...]", "[RUN|ADDRESS]"}  # a run is given by its folder, too
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,17 @@ def _parser_of(module: ModuleType) -> argparse.ArgumentParser | None:
     """Return the parser of a command: its own, or one made from its dataclass of options."""
     if hasattr(module, "_parser"):
         made: argparse.ArgumentParser = module._parser()
+        for each in made._actions:
+            _complete(each, str(each.metavar))
+
         return made
 
     for name, value in vars(module).items():
         if name.endswith("Options") and is_dataclass(value) and value.__module__ == module.__name__:
             made = _made(value)
             if hasattr(module, "EDITS"):  # words of `traceml runs` before a run
-                made.add_argument("edit", nargs="?", choices=list(module.EDITS))
+                made.add_argument("edit", nargs="?", choices=list(module.EDITS), help="change runs")
+                _complete(made.add_argument("runs", nargs="*", help="runs to change"), "RUN ...")
 
             return made
 
@@ -66,7 +71,7 @@ def _parser_of(module: ModuleType) -> argparse.ArgumentParser | None:
 
 def _made(options: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    hints = get_type_hints(options, include_extras=True)
+    hints, texts = get_type_hints(options, include_extras=True), option_texts(options)
     for field in fields(options):
         hint, notes = _plain(hints[field.name])
         known = next((note for note in notes if hasattr(note, "metavar")), None)
@@ -80,6 +85,7 @@ def _made(options: Any) -> argparse.ArgumentParser:
             nargs = "*" if get_origin(hint) is tuple else None
             added = parser.add_argument(*names, nargs=nargs, metavar=metavar, choices=_choices(hint))
 
+        added.help = texts.get(field.name)
         added.required = field.default is MISSING and bool(added.option_strings)
         _complete(added, metavar)
 
