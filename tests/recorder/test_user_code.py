@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from traceml.recorder.user_code import UserCode
+from traceml.session import entry
 
 
 def frame_of(path: str, **values: object) -> object:
@@ -31,6 +32,8 @@ def frame_of(path: str, **values: object) -> object:
         ("/opt/pytorch/torch/nn/linear.py", {}, False),
         # a script wherever it lies, as `python /usr/lib/python3/dist-packages/x/train.py`
         ("/usr/lib/python3/dist-packages/x/train.py", {"__name__": "__main__", "__spec__": None}, True),
+        # what `traceml run` runs the script with
+        (entry.__file__, {"__name__": "__main__", "__spec__": None}, False),
     ],
 )
 def test_what_the_user_wrote(path: str, values: dict[str, object], *, is_of_user: bool) -> None:

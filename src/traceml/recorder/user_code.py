@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-from traceml.witness.user_files import is_user_file
+from traceml.witness.user_files import is_ours, is_user_file
 
 __all__ = ["UserCode", "user_line"]
 
@@ -60,5 +60,7 @@ def user_line(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> 
 
 
 def _is_script(frame: FrameType) -> bool:
+    """Return whether a frame is of the script; the program that runs it for `traceml run` was `__main__`, too."""
     values = frame.f_globals
-    return values.get("__name__") == "__main__" and values.get("__spec__") is None
+    is_main = values.get("__name__") == "__main__" and values.get("__spec__") is None
+    return is_main and not is_ours(frame.f_code.co_filename)
