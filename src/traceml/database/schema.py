@@ -507,7 +507,11 @@ PAUSES = Table(
         _q("called", "1 if the script's code called for it, else 0"),
         _q("size_bytes", "save: bytes of the files; -1 where that is not known"),
         _q("line_id", "the function, or the line that called for it, `FILE:LINE FUNCTION`, by id in `names`; else -1"),
-        _q("text_id", "compilation: the guard that failed; save: its first file; by id in `names`, else -1"),
+        _q(
+            "text_id",
+            "collection: the library's line that called for it; compilation: the guard that failed; save: its first "
+            "file; by id in `names`, else -1",
+        ),
     ),
     capacity=2048,
 )

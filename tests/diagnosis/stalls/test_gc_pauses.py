@@ -14,7 +14,8 @@ from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, steps=220, grouped=False)
-NAMES = {rank: {5: "/x/train.py:31 tidy"} for rank in range(4)}
+LIBRARY = "/v/lib/python3.11/site-packages/pykeen/training/training_loop.py:742 TrainingLoop._train"
+NAMES = {rank: {5: "/x/train.py:31 tidy", 6: LIBRARY} for rank in range(4)}
 
 
 def collections(ms: float, *, every: int = 1, phase: int = LINE_OTHER, called: bool = False, generation: int = 2):
@@ -47,7 +48,28 @@ def test_a_call_in_each_step_is_reported_with_its_line():
     assert (verdict.evidence["file"], verdict.evidence["line"]) == ("/x/train.py", 31)
     assert verdict.severity is Severity.CRITICAL
     assert verdict.cost_share == pytest.approx(30 / 44, rel=0.05)
-    assert "gc.collect() at train.py:31 tidy" in verdict.summary
+    assert "The script's gc.collect() at train.py:31 tidy" in verdict.summary
+    assert "take the call out of the loop" in verdict.next
+    assert "library" not in verdict.evidence
+
+
+@pytest.mark.parametrize(
+    ("line", "subject"),
+    [
+        (5, "The gc.collect() of pykeen at training_loop.py:742 TrainingLoop._train, through train.py:31 tidy, takes"),
+        (6, "The gc.collect() of pykeen at training_loop.py:742 TrainingLoop._train takes"),
+    ],
+)
+def test_a_call_of_a_library_is_not_said_to_be_the_scripts(line, subject):
+    """The user cannot take it out of the loop; with or without a line of the user."""
+    rows = collections(30, called=True)
+    rows["line_id"], rows["text_id"] = line, 6
+    verdict = found(ALONE, adds("other", 30), pauses=history(r0=rows))[0]
+
+    assert verdict.summary.startswith(subject)
+    assert "an option of pykeen" in verdict.next
+    assert "out of the loop" not in verdict.next
+    assert verdict.evidence["library"] == LIBRARY
 
 
 def test_the_gain_is_that_of_the_advice():

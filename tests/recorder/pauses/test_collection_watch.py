@@ -41,7 +41,37 @@ def test_a_call_is_reported_with_its_line(watch):
 
     assert (found.step, found.phase, found.together) == (7, LINE_OTHER, 1)
     assert found.code is test_a_call_is_reported_with_its_line.__code__
+    assert found.library is None
     assert found.ns > 0
+
+
+def library_code(path: str) -> dict[str, object]:
+    namespace: dict[str, object] = {"__name__": "library"}
+    exec(compile("import gc\n\ndef tidy():\n    gc.collect()\n", path, "exec"), namespace)
+    return namespace
+
+
+def test_a_call_of_a_library_is_reported_with_both_lines(watch):
+    """The user's line that led to it, and the library's that calls `gc.collect`."""
+    tidy = library_code("/x/site-packages/lib/loop.py")["tidy"]
+    tidy()
+    (found,) = full(watch)
+
+    assert found.code is test_a_call_of_a_library_is_reported_with_both_lines.__code__
+    assert (found.library, found.library_line) == (tidy.__code__, 4)
+
+
+def test_a_call_of_a_library_without_code_of_the_user(slots, monkeypatch):
+    """The library's line stands for it."""
+    monkeypatch.setattr(collection_watch, "LONG_NS", 0)
+    watch = CollectionWatch(slots, lambda: False, lambda frame: False)
+    tidy = library_code("/x/site-packages/lib/loop.py")["tidy"]
+    watch.start()
+    tidy()
+    watch.stop()
+    found = [each for each in watch.take_long() if each.generation == 2][-1]
+
+    assert (found.code, found.line) == (found.library, found.library_line) == (tidy.__code__, 4)
 
 
 def test_the_open_phase_is_reported(watch, slots):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class _Collections:
         rows: their rows in the window.
         saved_ns: time by which the mean step would be shorter.
         place: the line that called for most of them.
+        library: the line of a library that did, `FILE:LINE FUNCTION`; empty where the user's code did.
     """
 
     called: bool
@@ -49,6 +51,7 @@ class _Collections:
     rows: Rows
     saved_ns: float
     place: tuple[str | None, int | None, str | None]
+    library: str
 
     @property
     def full_ns(self) -> float:
@@ -108,8 +111,10 @@ def _collections(window: AlignedSteps, segments: Segments, facts: JobFacts, *, c
     ranks = () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
     rows = _rows_in(window, facts, segments, called=called)
     lead = int(segments.ranks[int(totals.argmax())])
-    place = parsed_place(facts.pauses.most_frequent(lead, rows[rows["count"] == 1], "line_id") or None)
-    return _Collections(called, without, ranks, rows, saved_ns(segments, without), place)
+    single = rows[rows["count"] == 1]
+    place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id") or None)
+    library = facts.pauses.most_frequent(lead, single, "text_id")
+    return _Collections(called, without, ranks, rows, saved_ns(segments, without), place, library)
 
 
 def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
@@ -155,7 +160,7 @@ def _finding(segments: Segments, cost: _Collections) -> Finding:
             f"{_subject(cost, place)} {ns_text(cost.saved_ns)} of each {ns_text(step_ns)} step "
             f"({percent_text(share)}): {_times(segments, cost)}."
         ),
-        next=_for_called(every, gain) if cost.called else _for_automatic(every, gain),
+        next=_advice(cost, every, gain),
         evidence={
             "pause_ms": cost.full_ns / 1e6,
             "collections": cost.number,
@@ -164,6 +169,7 @@ def _finding(segments: Segments, cost: _Collections) -> Finding:
             "called": cost.called,
             "every_advised": every,
             **({"file": file, "line": line, "function": function, "line_share": share} if place else {}),
+            **({"library": cost.library} if cost.library else {}),
         },
         cost_share=share,
         speedup_if_fixed=gain,
@@ -172,6 +178,12 @@ def _finding(segments: Segments, cost: _Collections) -> Finding:
 
 def _subject(cost: _Collections, place: str | None) -> str:
     where = f" on {ranks_text(cost.ranks)}" if cost.ranks else ""
+    file, line, function = parsed_place(cost.library)
+    if file and line and function:
+        inside = line_text(file, line, function)
+        through = f", through {place}," if place and place != inside else ""
+        return f"The gc.collect() of {_library_name(file)} at {inside}{through}{where} takes"
+
     if cost.called:
         return f"The script's gc.collect(){'' if place is None else f' at {place}'}{where} takes"
 
@@ -186,6 +198,26 @@ def _times(segments: Segments, cost: _Collections) -> str:
 
     often = "one" if apart > 0.67 else f"{1 / apart:.0f}"
     return f"{often} in each step{long}"
+
+
+def _library_name(file: str) -> str:
+    """Return the package of a library's file."""
+    inside = file.rpartition("-packages/")[2] if "-packages/" in file else Path(file).name
+    return inside.partition("/")[0].removesuffix(".py")
+
+
+def _advice(cost: _Collections, every: int, gain: float) -> str:
+    if cost.library:
+        return _for_library(_library_name(parsed_place(cost.library)[0] or ""), gain)
+
+    return _for_called(every, gain) if cost.called else _for_automatic(every, gain)
+
+
+def _for_library(name: str, gain: float) -> str:
+    return (
+        f"Tensors are freed without it: look for an option of {name} that leaves it out: {gain_text(gain)}. "
+        "gc.freeze() before the loop makes each collection shorter."
+    )
 
 
 def _for_called(every: int, gain: float) -> str:

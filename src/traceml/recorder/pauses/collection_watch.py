@@ -41,7 +41,9 @@ class Collection(NamedTuple):
         ns: its wall time.
         together: how many they are.
         generation: the oldest generation that it visited.
-        code, line: the user's code that called `gc.collect`; None, 0 where the interpreter decided.
+        code, line: the user's code that called `gc.collect`, itself or through a library, or a library's where no
+            code of the user did; None, 0 where the interpreter decided.
+        library, library_line: the library's code that called it; None, 0 where the user's code did.
     """
 
     t_end_ns: int
@@ -52,6 +54,8 @@ class Collection(NamedTuple):
     generation: int
     code: CodeType | None = None
     line: int = 0
+    library: CodeType | None = None
+    library_line: int = 0
 
 
 class CollectionWatch:
@@ -71,7 +75,7 @@ class CollectionWatch:
     ) -> None:
         self._slots, self._is_evaluating, self._is_user = slots, is_evaluating, is_user
         self._began_ns = 0
-        self._caller: tuple[CodeType, int] | None = None
+        self._caller: tuple[CodeType, int, CodeType | None, int] | None = None
         self._collect: Callable[..., int] | None = None
         self._own_collect: Callable[..., int] | None = None
         self._long: deque[Collection] = deque(maxlen=_MAX_WAITING)
@@ -110,9 +114,7 @@ class CollectionWatch:
         @functools.wraps(original)
         def collect(*args: Any, **kwargs: Any) -> int:
             with fail_open(_log, "recorder", "a collection's line is not reported", once=True):
-                frame = sys._getframe(1)
-                code, line = user_line(frame, self._is_user)
-                self._caller = (frame.f_code, frame.f_lineno) if code is None else (code, line)
+                self._caller = self._caller_of(sys._getframe(1))
 
             try:
                 return original(*args, **kwargs)
@@ -120,6 +122,14 @@ class CollectionWatch:
                 self._caller = None
 
         return collect
+
+    def _caller_of(self, frame: FrameType) -> tuple[CodeType, int, CodeType | None, int]:
+        own = frame.f_code, frame.f_lineno or 0
+        if self._is_user(frame):
+            return *own, None, 0
+
+        code, line = user_line(frame.f_back, self._is_user)
+        return *((code, line) if code is not None else own), *own
 
     def _called(self, when: str, info: dict[str, int]) -> None:
         try:
@@ -139,8 +149,8 @@ class CollectionWatch:
 
             phase, _ = open_phase(self._slots, True)
             step = -1 if self._is_evaluating() else self._slots[Slot.STEP]
-            code, line = self._caller or (None, 0)
-            self._long.append(Collection(now, step, max(phase, -1), now - began, 1, info["generation"], code, line))
+            caller = self._caller or ()
+            self._long.append(Collection(now, step, max(phase, -1), now - began, 1, info["generation"], *caller))
         except Exception:  # the interpreter would print it into the user's output, at each collection
             self.stop()
             with fail_open(_log, "recorder", "garbage collections are not timed any more", level=logging.DEBUG):

@@ -90,9 +90,20 @@ class PauseRecorder:
 
     def _append_collection(self, each: Collection) -> None:
         line = self._id(_place(each.code, each.line)) if each.code is not None else -1
+        library = self._id(_place(each.library, each.library_line)) if each.library is not None else -1
         cause, called = int(Pause.COLLECTION), int(each.code is not None)
         self._ring.append(
-            each.t_end_ns, each.step, cause, each.phase, each.ns, each.together, each.generation, called, -1, line, -1
+            each.t_end_ns,
+            each.step,
+            cause,
+            each.phase,
+            each.ns,
+            each.together,
+            each.generation,
+            called,
+            -1,
+            line,
+            library,
         )
 
     def _append_save(self, save: Save) -> None:
