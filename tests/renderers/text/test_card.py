@@ -173,6 +173,17 @@ def test_wrapped_keeps_words_whole():
     assert wrapped("", 5) == []
 
 
+def test_a_long_path_loses_its_middle_only():
+    """Its file and line stay, whatever the width; addresses are left as they are."""
+    path = "/tmp/venv/lib/python3.11/site-packages/stable_baselines3/common/utils.py:623,"
+
+    assert wrapped(f"at {path} in step 3", 36) == [
+        "at /tmp/.../common/utils.py:623, in",
+        "step 3",
+    ]
+    assert wrapped("https://example.org/a/b", 10) == ["https://example.org/a/b"]
+
+
 def tracker(backend: str, state: str = "done", **more: object) -> TrackerSection:
     return TrackerSection(**{"backend": backend, "state": state, "delivered": 12_340, "pending": 0, **more})
 

@@ -19,6 +19,7 @@ from traceml.formatting import (
     part_words,
     percent_text,
     phase_label,
+    place_text,
     plural,
     rate_text,
 )
@@ -167,9 +168,13 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Return the text in lines of at most `width` columns, broken between words; a longer word stands alone."""
+    """Return the text in lines of at most `width` columns, broken between words; a longer word stands alone.
+
+    Of a path that is longer the middle is left out: its file and line always stay.
+    """
     lines: list[str] = []
-    for word in text.split():
+    for whole in text.split():
+        word = place_text(whole, width) if "://" not in whole else whole
         if lines and len(lines[-1]) + 1 + len(word) <= width:
             lines[-1] += f" {word}"
         else:
