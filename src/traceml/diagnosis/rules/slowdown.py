@@ -1,13 +1,11 @@
 """Change over time: steps that grow, jump and stay, jump and recover, or are slow at first.
 
-The rules look at the usual step in equal bins of the whole run. A run is described by the simplest shape that explains
-it: level, levels with one or two jumps, or a straight line (Theil-Sen, H. Theil 1950; P. K. Sen 1968).
+The rules look at the usual step in equal bins of the whole run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,18 +17,15 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.changes import SideChange, changes
+from traceml.diagnosis.steps.level_changes import MIN_FACTOR, LevelChange, level_change
 from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["is_continued", "is_of_the_host", "slowdown", "with_its_steps"]
 
-MIN_BINS = 12
-"""Fewer bins have no shape."""
-MIN_FACTOR = 1.2
-"""A slow part is slower by this factor."""
 MIN_FACTOR_ALIKE = 1.25
-"""The same where all phases are slower: on shared hosts, speed varies."""
+"""A slow part is slower by this factor where all phases are: on shared hosts, speed varies."""
 MIN_ALIKE_NS = 10e9
 """And the slow part lasts so long: programs that come and go take cores for seconds."""
 SIMILAR_FACTOR = 0.5
@@ -43,10 +38,6 @@ HAS_CORE_WAIT = 0.05
 """A rank has its core if it waits for one for less of the time."""
 SOME_RANKS_SHARE = 1 / 3
 """Ranks are blamed if the others' work grows by less than this share of theirs."""
-MIN_Z_SCORE = 6.0
-"""A jump is this many standard errors, by the deviation of bins from their level."""
-MIN_TAU = 0.7
-"""Growth is steady if the bins' order agrees with time by this much (Kendall's tau)."""
 SAME_CHANGE = 0.1
 """Changes whose first steps differ by less than this share of their number are the same."""
 DOMINANT_SHARE = 0.7
@@ -55,29 +46,6 @@ _COMM = "comm"
 _OTHER = "other"
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
-_MIN_SEGMENT = 3
-_SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """A slow part of the run, bins [first, last), and what steps take in it and outside."""
-
-    shape: str
-    first: int
-    last: int
-    before_ns: float
-    after_ns: float
-
-    @property
-    def factor(self) -> float:
-        return self.after_ns / max(self.before_ns, 1.0)
-
-    @property
-    def bins(self) -> slice:
-        return slice(self.first, self.last)
 
 
 def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...]] = ()) -> list[Finding]:
@@ -88,10 +56,7 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
         facts: about the job.
         late: groups of ranks that are known to be late.
     """
-    if len(bins.steps) < MIN_BINS:
-        return []
-
-    change = _growth(bins.step_ns) or _jump(bins.step_ns)
+    change = level_change(bins.step_ns)
     if change is None or not _is_clear(bins, change, facts, late):
         return []
 
@@ -103,7 +68,7 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
     return [_finding(bins, change, lost, mean, facts)]
 
 
-def _is_clear(bins: StepHistory, change: _Change, facts: JobFacts, late: Collection[tuple[int, ...]]) -> bool:
+def _is_clear(bins: StepHistory, change: LevelChange, facts: JobFacts, late: Collection[tuple[int, ...]]) -> bool:
     """Return whether the slow part is slow enough; where a busy host makes the same picture, also long enough."""
     part = _part(bins, change, facts)
     if (part is not None and part not in (*COMPUTE, _COMM)) or _ranks(bins, change) in late:
@@ -114,7 +79,7 @@ def _is_clear(bins: StepHistory, change: _Change, facts: JobFacts, late: Collect
     return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= least_ns
 
 
-def _has_cores(bins: StepHistory, change: _Change, part: str, facts: JobFacts) -> bool:
+def _has_cores(bins: StepHistory, change: LevelChange, part: str, facts: JobFacts) -> bool:
     """Return whether ranks had their cores meanwhile: the kernel counted, and other work did not become slower."""
     usual, _ = _levels_of(bins, change)
     compared = sum(usual.values()) - usual[part] - usual.get(_COMM, 0.0)
@@ -122,74 +87,7 @@ def _has_cores(bins: StepHistory, change: _Change, part: str, facts: JobFacts) -
     return waited is not None and waited < HAS_CORE_WAIT and compared >= MIN_COMPARED_SHARE * usual[part]
 
 
-def _growth(values: Floats) -> _Change | None:
-    """Return a steady growth over the whole run, if a line explains it better than a jump."""
-    at = np.arange(len(values), dtype=float)
-    first, second = np.triu_indices(len(values), 1)
-    differences = values[second] - values[first]
-    slope = float(np.median(differences / (at[second] - at[first])))
-    level = float(np.median(values - slope * at))
-    tau = float(np.sign(differences).mean())
-    if slope <= 0 or tau < MIN_TAU:
-        return None
-
-    jump = min(range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1), key=lambda end: _fit(values, 0, end))
-    if _spread(values - _levels(values, jump)) < _spread(values - level - slope * at):
-        return None
-
-    end = level + slope * at[-1]
-    return _Change("growth", 0, len(values), max(level, 1.0), end)
-
-
-def _jump(values: Floats) -> _Change | None:
-    """Return the slow part of a run with two levels: at its end, at its beginning, or between."""
-    ordered, count = np.sort(values), len(values)
-    if ordered[-2] < MIN_FACTOR * ordered[1]:  # medians of three or more bins are between these
-        return None
-
-    simple = [(0, at) for at in range(_MIN_SEGMENT, count)] + [(at, count) for at in range(_MIN_SEGMENT, count - 1)]
-    between = [
-        (first, last)
-        for first in range(_MIN_SEGMENT, count - _MIN_SEGMENT)
-        for last in range(first + _MIN_SEGMENT, count - _MIN_SEGMENT + 1)
-    ]
-    fits = [min((_fit(values, *part), part) for part in parts) for parts in (simple, between)]
-    first, last = fits[1][1] if fits[1][0] < _SIMPLER * fits[0][0] else fits[0][1]
-    inside, outside = values[first:last], np.concatenate([values[:first], values[last:]])
-    slow, usual = float(np.median(inside)), float(np.median(outside))
-    if slow < usual and (first == 0 or last == count):  # the rest is the slow part
-        first, last, slow, usual = (last, count, usual, slow) if first == 0 else (0, first, usual, slow)
-
-    residuals = np.concatenate([inside - np.median(inside), outside - np.median(outside)])
-    spread = max(_spread(residuals), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)
-    if slow - usual < MIN_Z_SCORE * spread * np.sqrt(1 / len(inside) + 1 / len(outside)):
-        return None
-
-    return _Change("stays" if last == count else "first" if first == 0 else "recovers", first, last, usual, slow)
-
-
-def _fit(values: Floats, first: int, last: int) -> float:
-    """Return the absolute deviation of the values from two levels, inside and outside of a part."""
-    return _deviation(values[first:last]) + _deviation(np.concatenate([values[:first], values[last:]]))
-
-
-def _deviation(values: Floats) -> float:
-    """Return the sum of absolute deviations from the median: the upper half less the lower one, without the median."""
-    ordered, count = np.sort(values), len(values)
-    return float(ordered[(count + 1) // 2 :].sum() - ordered[: count // 2].sum())
-
-
-def _levels(values: Floats, at: int) -> Floats:
-    parts = np.split(values, [at])
-    return np.concatenate([np.full(len(part), np.median(part)) for part in parts])
-
-
-def _spread(values: Floats) -> float:
-    """Return the standard deviation by the median of absolute deviations."""
-    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
-
-
-def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts: JobFacts) -> Finding:
+def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, facts: JobFacts) -> Finding:
     beside = _beside(bins, change, facts)
     crowded = _is_crowded(change, beside)
     # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
@@ -235,7 +133,7 @@ def _share(bins: StepHistory, part: str) -> float:
     return float((bins.parts_ns[part] * bins.steps).sum() / max((bins.step_ns * bins.steps).sum(), 1.0))
 
 
-def _beside(bins: StepHistory, change: _Change, facts: JobFacts) -> list[SideChange]:
+def _beside(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[SideChange]:
     """Return what else changed: in the slow steps against the others, or in the last third against the first."""
     third = len(bins.steps) // 3
     starts = [*bins.first_step.tolist(), bins.end]
@@ -251,20 +149,20 @@ def _beside(bins: StepHistory, change: _Change, facts: JobFacts) -> list[SideCha
     return changes(facts.samples.use(*others), facts.samples.use(*_steps_of(bins, change)), memory_of)
 
 
-def _steps_of(bins: StepHistory, change: _Change) -> tuple[int, int]:
+def _steps_of(bins: StepHistory, change: LevelChange) -> tuple[int, int]:
     """Return the slow part's first step, and the first one after it."""
     starts = [*bins.first_step.tolist(), bins.end]
     return max(starts[change.first], 1), starts[change.last]
 
 
-def _is_crowded(change: _Change, beside: Sequence[SideChange]) -> bool:
+def _is_crowded(change: LevelChange, beside: Sequence[SideChange]) -> bool:
     """Return whether the loss of cores explains half of what the steps lost."""
     waited = next((each.then - each.before for each in beside if each.name == "cpu_wait_share"), 0.0)
     taken = any(each.takes_cores and each.name != "cpu_wait_share" for each in beside)
     return waited >= (0.25 if taken else 0.5) * (1 - 1 / change.factor)
 
 
-def _may_be_cores(change: _Change, facts: JobFacts) -> bool:
+def _may_be_cores(change: LevelChange, facts: JobFacts) -> bool:
     """Return whether a core that is had for a small share of the time only, now more and now less, may be the cause.
 
     Other code enters the kernel most often, and so loses its core there.
@@ -276,7 +174,7 @@ def _meanwhile(beside: Sequence[SideChange]) -> str:
     return "".join(f" {'Meanwhile' if not at else 'And'} {each.text}." for at, each in enumerate(beside[:2]))
 
 
-def _part(bins: StepHistory, change: _Change, facts: JobFacts) -> str | None:
+def _part(bins: StepHistory, change: LevelChange, facts: JobFacts) -> str | None:
     """Return the phase that has most of the difference, and grew by far more than the rest; None if all grew.
 
     With too few cores each computing phase counts by itself: what else varies would hide that it grew.
@@ -302,7 +200,7 @@ def _compared(usual: Mapping[str, float], part: str) -> list[str]:
     return [name for name in COMPUTE if name != part and usual.get(name, 0.0) >= least] if part in COMPUTE else []
 
 
-def _ranks(bins: StepHistory, change: _Change) -> tuple[int, ...]:
+def _ranks(bins: StepHistory, change: LevelChange) -> tuple[int, ...]:
     """Return the ranks whose own work alone became longer; empty for all."""
     if len(bins.own_ns) < 2:
         return ()
@@ -317,7 +215,7 @@ def _ranks(bins: StepHistory, change: _Change) -> tuple[int, ...]:
     return tuple(bins.ranks[late].tolist()) if longer[~late].max() < SOME_RANKS_SHARE * longer.max() else ()
 
 
-def _usual_and_slow(bins: StepHistory, change: _Change) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _usual_and_slow(bins: StepHistory, change: LevelChange) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the bins outside and inside the slow part; of growth the first and the last third."""
     at, third = np.arange(len(bins.steps)), len(bins.steps) // 3
     if change.shape == "growth":
@@ -327,7 +225,7 @@ def _usual_and_slow(bins: StepHistory, change: _Change) -> tuple[NDArray[np.bool
     return ~slow, slow
 
 
-def _levels_of(bins: StepHistory, change: _Change) -> tuple[dict[str, float], dict[str, float]]:
+def _levels_of(bins: StepHistory, change: LevelChange) -> tuple[dict[str, float], dict[str, float]]:
     """Return the usual time and the slow time of each phase."""
     usual, slow = _usual_and_slow(bins, change)
     return _medians(bins, usual), _medians(bins, slow)
@@ -345,7 +243,7 @@ def _where(part: str | None, ranks: tuple[int, ...], line: BlamedLine | None, *,
     return f"{whose}, in {phase_words(part)}" + (line.of_it if line else "")
 
 
-def _summary(change: _Change, since: int, end: int | None, per_step: float, share: float, where: str) -> str:
+def _summary(change: LevelChange, since: int, end: int | None, per_step: float, share: float, where: str) -> str:
     times = f"{ns_text(change.before_ns)} to {ns_text(change.after_ns)}"
     cost = f"; that costs {percent_text(share)} of step time."
     if change.shape == "growth":
@@ -396,7 +294,7 @@ def is_continued(of_training: Finding, of_run: Finding) -> bool:
         return False
 
     since, same = (each.evidence["since_step"] for each in (of_run, of_training))
-    return of_run.evidence["shape"] == "growth" or abs(since - same) <= SAME_CHANGE * max(since, same)
+    return of_run.evidence["shape"] == "growth" or bool(abs(since - same) <= SAME_CHANGE * max(since, same))
 
 
 def is_of_the_host(slower: Finding) -> bool:
@@ -405,7 +303,7 @@ def is_of_the_host(slower: Finding) -> bool:
     return alike and _OF_CORES.issuperset(slower.evidence.get("changed", ()))
 
 
-def _advice(change: _Change, part: str | None, ranks: tuple[int, ...], line: BlamedLine | None) -> str:
+def _advice(change: LevelChange, part: str | None, ranks: tuple[int, ...], line: BlamedLine | None) -> str:
     if line is not None and change.shape == "growth":
         return f"Look at {line.place} for what it keeps or repeats: a list, a history or a graph that grows."
 

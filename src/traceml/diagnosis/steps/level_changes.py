@@ -1,0 +1,129 @@
+"""Shape of step times over a run: steady growth, or a slow part that they jump into.
+
+Step times in equal bins are described by the simplest shape that explains them: level, levels with one or two jumps,
+or a straight line (Theil-Sen, H. Theil 1950; P. K. Sen 1968).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from traceml.diagnosis.steps.step_history import Floats
+
+__all__ = ["MIN_FACTOR", "LevelChange", "level_change"]
+
+MIN_BINS = 12
+"""Fewer bins have no shape."""
+MIN_FACTOR = 1.2
+"""A slow part is slower by this factor."""
+MIN_Z_SCORE = 6.0
+"""A jump is this many standard errors, by the deviation of bins from their level."""
+MIN_TAU = 0.7
+"""Growth is steady if the bins' order agrees with time by this much (Kendall's tau)."""
+_MIN_SEGMENT = 3
+_SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
+
+
+@dataclass(frozen=True, slots=True)
+class LevelChange:
+    """A slow part of the run, and what steps take in it and outside.
+
+    Attributes:
+        shape: `growth` of the whole run, or a slow part that `stays`, that `recovers`, or at the `first`.
+        first, last: its bins, [first, last).
+        before_ns, after_ns: usual step outside and inside; of growth, at its beginning and end.
+    """
+
+    shape: str
+    first: int
+    last: int
+    before_ns: float
+    after_ns: float
+
+    @property
+    def factor(self) -> float:
+        """Time of a slow step over that of a usual one."""
+        return self.after_ns / max(self.before_ns, 1.0)
+
+    @property
+    def bins(self) -> slice:
+        """The bins of the slow part."""
+        return slice(self.first, self.last)
+
+
+def level_change(values: Floats) -> LevelChange | None:
+    """Return how step times grow or jump; None where they keep one level, or are too few for a shape.
+
+    Args:
+        values: usual step time of each bin, in ns.
+    """
+    return _growth(values) or _jump(values) if len(values) >= MIN_BINS else None
+
+
+def _growth(values: Floats) -> LevelChange | None:
+    """Return a steady growth over the whole run, if a line explains it better than a jump."""
+    at = np.arange(len(values), dtype=float)
+    first, second = np.triu_indices(len(values), 1)
+    differences = values[second] - values[first]
+    slope = float(np.median(differences / (at[second] - at[first])))
+    level = float(np.median(values - slope * at))
+    tau = float(np.sign(differences).mean())
+    if slope <= 0 or tau < MIN_TAU:
+        return None
+
+    jump = min(range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1), key=lambda end: _fit(values, 0, end))
+    if _spread(values - _levels(values, jump)) < _spread(values - level - slope * at):
+        return None
+
+    end = level + slope * at[-1]
+    return LevelChange("growth", 0, len(values), max(level, 1.0), end)
+
+
+def _jump(values: Floats) -> LevelChange | None:
+    """Return the slow part of a run with two levels: at its end, at its beginning, or between."""
+    ordered, count = np.sort(values), len(values)
+    if ordered[-2] < MIN_FACTOR * ordered[1]:  # medians of three or more bins are between these
+        return None
+
+    simple = [(0, at) for at in range(_MIN_SEGMENT, count)] + [(at, count) for at in range(_MIN_SEGMENT, count - 1)]
+    between = [
+        (first, last)
+        for first in range(_MIN_SEGMENT, count - _MIN_SEGMENT)
+        for last in range(first + _MIN_SEGMENT, count - _MIN_SEGMENT + 1)
+    ]
+    fits = [min((_fit(values, *part), part) for part in parts) for parts in (simple, between)]
+    first, last = fits[1][1] if fits[1][0] < _SIMPLER * fits[0][0] else fits[0][1]
+    inside, outside = values[first:last], np.concatenate([values[:first], values[last:]])
+    slow, usual = float(np.median(inside)), float(np.median(outside))
+    if slow < usual and (first == 0 or last == count):  # the rest is the slow part
+        first, last, slow, usual = (last, count, usual, slow) if first == 0 else (0, first, usual, slow)
+
+    residuals = np.concatenate([inside - np.median(inside), outside - np.median(outside)])
+    spread = max(_spread(residuals), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)
+    if slow - usual < MIN_Z_SCORE * spread * np.sqrt(1 / len(inside) + 1 / len(outside)):
+        return None
+
+    return LevelChange("stays" if last == count else "first" if first == 0 else "recovers", first, last, usual, slow)
+
+
+def _fit(values: Floats, first: int, last: int) -> float:
+    """Return the absolute deviation of the values from two levels, inside and outside of a part."""
+    return _deviation(values[first:last]) + _deviation(np.concatenate([values[:first], values[last:]]))
+
+
+def _deviation(values: Floats) -> float:
+    """Return the sum of absolute deviations from the median: the upper half less the lower one, without the median."""
+    ordered, count = np.sort(values), len(values)
+    return float(ordered[(count + 1) // 2 :].sum() - ordered[: count // 2].sum())
+
+
+def _levels(values: Floats, at: int) -> Floats:
+    parts = np.split(values, [at])
+    return np.concatenate([np.full(len(part), np.median(part)) for part in parts])
+
+
+def _spread(values: Floats) -> float:
+    """Return the standard deviation by the median of absolute deviations."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
