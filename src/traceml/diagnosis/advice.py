@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine
 from traceml.diagnosis.facts.topology.topology import RankGroup
 from traceml.formatting import capitalized, gain_text, ranks_text
 

@@ -1,74 +1,25 @@
-"""Lines of the user's code that the training thread was seen in, by phase.
-
-Shares of phases come from the hooks; samples only divide a phase by line. A sampler sees code that never lets it look
-less often than it runs. So a function is named if its share of all samples explains half of the phase's measured share,
-and if the phase is not in more samples than its share: then other phases hide code, and this one may too.
-"""
+"""Lines of the user's code that the training thread was seen in, by phase."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import sqrt
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import IMPORTING, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, PHASE_LABELS, Phase
-from traceml.formatting import line_text, percent_text
+from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
 
-__all__ = [
-    "NAMED_SHARE",
-    "OUTSIDE_STEPS",
-    "BlamedLine",
-    "LazyLines",
-    "LineCounts",
-    "SampledLine",
-    "blamed_line",
-    "busy_share",
-    "clearing_share",
-    "import_share",
-    "main_library",
-    "ordering_share",
-    "outside_line",
-    "parsed_place",
-    "worker_wait_share",
-]
-
-MIN_SAMPLES = 35
-"""Fewer samples of a phase do not give a share in percent: with 35, a share of 0.9 is accurate to a tenth."""
-FEWEST_SAMPLES = 10
-"""Fewer samples of a phase do not name a line."""
-LEADING_RATIO = 2.0
-"""From `MIN_SAMPLES` on a function is also named if it has half of a phase, and so many times as much as any other."""
-MAX_EXCESS = 0.15
-"""The phase's share of the samples may exceed its share of the hooks' time by this much."""
-NAMED_SHARE = 0.5
-"""A function with a smaller share of the phase is not named."""
-NAMED_OF_EXCESS = 0.3
-"""The same for late ranks, beyond what the others do: the phase has other work on all ranks."""
+__all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "parsed_place"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 """Names of the time before the first step and between steps, beside those of the phases."""
 
-_USER = Phase.USER.label
-_MODULE = "<module>"
-_CLEARS = re.compile(r"\bzero_grad$")
-_ORDERS = re.compile(r"Sampler\.__iter__$")
-_RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
-_FEWEST_CLEARING = 5  # it only lowers a cost
 _KEYS = ("phase", "line_id", "library_id")
 _SUMS = ("samples", "watched_ns", "cpu_ns")
-_Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
-_WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
-
-_Place = tuple[str, str, int | None]
-"""File and function; the lines of a module have nothing in common, so each is a place of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,55 +45,6 @@ class SampledLine:
     samples: int
     watched_ns: int = 0
     cpu_ns: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BlamedLine:
-    """The function that holds most of a phase, with its most frequent line; of a module's own code the line.
-
-    Attributes:
-        file, line, function: where it is.
-        share: share of the phase that it has at least, 0..1.
-        samples: samples of the phase.
-    """
-
-    file: str
-    line: int
-    function: str
-    share: float
-    samples: int
-
-    @property
-    def place(self) -> str:
-        """The line in words: `train.py:23 update_metric`."""
-        return line_text(self.file, self.line, self.function)
-
-    @property
-    def share_text(self) -> str:
-        """The share of the phase in words: `all`, `94 %`, or `most` where the samples are few."""
-        if self.is_rough:
-            return "most"
-
-        return "all" if self.share > 0.99 else percent_text(self.share)
-
-    @property
-    def is_rough(self) -> bool:
-        """Whether there are too few samples for a share in percent."""
-        return self.samples < MIN_SAMPLES
-
-    @property
-    def of_it(self) -> str:
-        """The line as the end of a clause about the phase: `, 94 % of it in train.py:23 update_metric`."""
-        return f", {self.share_text} of it in {self.place}"
-
-    def evidence(self, phase_share: float) -> dict[str, Any]:
-        """Return the line as a finding's evidence; with few samples there is no `line_share`.
-
-        Args:
-            phase_share: share of the step that the phase has.
-        """
-        share = {} if self.is_rough else {"line_share": self.share * phase_share}
-        return {"file": self.file, "line": self.line, "function": self.function, **share}
 
 
 class LineCounts:
@@ -207,194 +109,6 @@ def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     np.add.at(sums, at.reshape(-1), rows[:, len(_KEYS) :])
     order = np.argsort(-sums[:, 0], kind="stable")
     return np.column_stack([keys, sums])[order]
-
-
-def blamed_line(
-    lines: Sequence[SampledLine],
-    part: str,
-    phase_share: float,
-    ranks: Collection[int] = (),
-    others: Collection[int] = (),
-) -> BlamedLine | None:
-    """Return the function that most of a phase is spent in; None where the samples do not tell.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a phase, `other`, or a user's phase by its name.
-        phase_share: the phase's share of the step, as measured by the hooks.
-        ranks: the ranks to look at; empty for all.
-        others: ranks to compare with: what they do too is not to blame.
-    """
-    code = part if part in PHASE_LABELS or part == "other" else _USER
-    functions, total, in_steps = _by_function(lines, code, ranks)
-    if total < FEWEST_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
-        return None
-
-    usual, _, in_steps_of_others = _by_function(lines, code, others) if others else (Counter(), 0, 1)
-    excess = {
-        place: samples - usual[place] * in_steps / max(in_steps_of_others, 1) for place, samples in functions.items()
-    }
-    place = max(excess, key=lambda name: excess[name], default=None)
-    whole = max(total, phase_share * in_steps)
-    if place is None or not _is_named(functions, place, whole, excess[place] if others else None):
-        return None
-
-    line = _most_frequent_line(_seen_on(lines, ranks), code, place)
-    return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
-
-
-def import_share(lines: Sequence[SampledLine], part: str) -> float:
-    """Return the share of a part's samples in which modules were imported; 0 where there are few samples."""
-    seen = [each for each in lines if each.part == part]
-    total = sum(each.samples for each in seen)
-    imports = sum(each.samples for each in seen if (each.library or "").startswith(IMPORTING))
-    return imports / total if total >= MIN_SAMPLES else 0.0
-
-
-def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
-    """Return the library function that a function of the user calls for half of its time; None where there is none.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a phase, or `other`.
-        line: the user's function.
-    """
-    place = line.file, line.function, line.line if line.function == _MODULE else None
-    calls: Counter[str | None] = Counter()
-    for each in lines:
-        if each.part == part and _place_of(each) == place:
-            calls[each.library] += each.samples
-
-    called, samples = calls.most_common(1)[0] if calls else (None, 0)
-    return called.rpartition(" ")[2] if called and samples >= NAMED_SHARE * calls.total() else None
-
-
-def busy_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int] = ()) -> float | None:
-    """Return the share of a phase's time in which the training thread was on a core; None where it is not known.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a phase, or `other`.
-        ranks: the ranks to look at; empty for all.
-    """
-    seen = [each for each in _seen_on(lines, ranks) if each.part == part]
-    watched = sum(each.watched_ns for each in seen)
-    return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
-
-
-def clearing_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` in which gradients are cleared (`zero_grad`), by samples; 0 where that is not known.
-
-    Freeing large gradients takes time, and is no work of the user's loop.
-    """
-    seen = [each for each in lines if each.part == "other"]
-    total = sum(each.samples for each in seen)
-    clearing = sum(
-        each.samples for each in seen if any(_CLEARS.search(name) for name in (each.function, each.library) if name)
-    )
-    return clearing / total if total >= _FEWEST_CLEARING else 0.0
-
-
-def ordering_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
-    seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
-    total = sum(each.samples for each in seen)
-    ordering = sum(each.samples for each in seen if each.library and _ORDERS.search(each.library))
-    return ordering / total if total >= FEWEST_SAMPLES else 0.0
-
-
-def worker_wait_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
-    seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
-    total = sum(each.samples for each in seen)
-    receiving = sum(each.samples for each in seen if each.library and _RECEIVES.search(each.library))
-    return receiving / total if total >= FEWEST_SAMPLES else 0.0
-
-
-def iterator_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` that is waiting for an iterator that is no DataLoader, by samples; 0 if unknown.
-
-    Its time is measured as `other`, and its samples are those of `input_wait`.
-    """
-    waiting = sum(each.samples for each in lines if each.part == Phase.INPUT_WAIT.label)
-    total = waiting + sum(each.samples for each in lines if each.part == "other")
-    return waiting / total if total >= MIN_SAMPLES else 0.0
-
-
-def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
-    """Return the function that half of the time outside steps is spent in; None where the samples do not tell.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a name of `OUTSIDE_STEPS`.
-    """
-    functions, total, _ = _by_function(lines, part, ())
-    place, samples = functions.most_common(1)[0] if functions else (None, 0)
-    if place is None or total < FEWEST_SAMPLES or not _is_named(functions, place, total):
-        return None
-
-    return BlamedLine(place[0], _most_frequent_line(lines, part, place), place[1], samples / total, total)
-
-
-def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: float | None = None) -> bool:
-    """Return whether a function has half of a phase, certainly; of late ranks, a part of it that others lack.
-
-    Args:
-        functions: samples of the phase by place.
-        place: the function.
-        whole: samples that the phase should have.
-        excess: samples beyond those of the other ranks.
-    """
-    samples = functions[place]
-    is_certain = _least_share(samples, whole) >= NAMED_SHARE
-    if excess is not None:
-        return excess >= NAMED_OF_EXCESS * whole and (is_certain or whole >= MIN_SAMPLES)
-
-    second = max((count for other, count in functions.items() if other != place), default=0)
-    leads = whole >= MIN_SAMPLES and samples >= max(NAMED_SHARE * whole, LEADING_RATIO * second)
-    return is_certain or leads
-
-
-def _least_share(samples: int, whole: float) -> float:
-    """Return the lower bound of a share at a confidence of 95 % (Wilson's score)."""
-    share, spread = samples / whole, _Z_SCORE**2 / whole
-    error = sqrt(share * (1 - share) * spread + spread**2 / 4)
-    return (share + spread / 2 - error) / (1 + spread)
-
-
-def _most_frequent_line(lines: Iterable[SampledLine], part: str, place: _Place) -> int:
-    counts: Counter[int] = Counter()
-    for each in lines:
-        if each.part == part and _place_of(each) == place and each.line is not None:
-            counts[each.line] += each.samples
-
-    return counts.most_common(1)[0][0]
-
-
-def _by_function(lines: Sequence[SampledLine], part: str, ranks: Collection[int]) -> tuple[Counter[_Place], int, int]:
-    """Return (samples of a phase by place, samples of the phase, samples in steps)."""
-    functions: Counter[_Place] = Counter()
-    total = in_steps = 0
-    for each in _seen_on(lines, ranks):
-        in_steps += each.samples if each.part not in OUTSIDE_STEPS else 0
-        if each.part == part:
-            total += each.samples
-            place = _place_of(each)
-            if place is not None:
-                functions[place] += each.samples
-
-    return functions, total, in_steps
-
-
-def _place_of(each: SampledLine) -> _Place | None:
-    if each.file is None or each.function is None:
-        return None
-
-    return each.file, each.function, each.line if each.function == _MODULE else None
-
-
-def _seen_on(lines: Sequence[SampledLine], ranks: Collection[int]) -> Iterator[SampledLine]:
-    return (each for each in lines if not ranks or each.rank in ranks)
 
 
 def parsed_place(text: str | None) -> tuple[str | None, int | None, str | None]:

@@ -9,9 +9,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from traceml.diagnosis import advice
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, clearing_share, iterator_share, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
-from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line, clearing_share, iterator_share, main_library
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns

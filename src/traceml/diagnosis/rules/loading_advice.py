@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import (
+from traceml.diagnosis.facts.blamed_lines import (
     NAMED_SHARE,
     BlamedLine,
     main_library,
     ordering_share,
     worker_wait_share,
 )
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.rules.epoch_starts import begins_each_step, keeping_workers
 from traceml.diagnosis.steps.loading import Pipeline, fetch_cpu

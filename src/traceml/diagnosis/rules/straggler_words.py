@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import BlamedLine
 from traceml.diagnosis.steps.segments import LateRanks, Segments
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
+from traceml.diagnosis.facts.blamed_lines import blamed_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import blamed_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.long_steps import count_long_steps, long_steps_blame

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from traceml.database.schema import Phase
-from traceml.diagnosis.facts.sampled_lines import NAMED_SHARE, BlamedLine, SampledLine, blamed_line
+from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, blamed_line
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 
 __all__ = ["calls_trainer", "own_line"]
 

@@ -1,0 +1,232 @@
+"""Which line a finding names, and when it names none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.diagnosis.facts.blamed_lines import blamed_line, outside_line
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+
+
+def line(part: str, function: str, samples: int, rank: int = 0, number: int = 7) -> SampledLine:
+    return SampledLine(rank, part, "/home/me/train.py", number, function, None, samples)
+
+
+def found(kind: Kind, *lines: SampledLine, part: str = "other", job: Job = ALONE, **facts):
+    window = window_of(job, adds(part, 10))
+    facts = JobFacts(world_size=job.ranks, lines=lines, **facts)
+    return next(each for each in diagnose(window, facts) if each.kind is kind)
+
+
+def test_the_line_of_other_code_is_named():
+    """10.3 of 24.1 ms are other code, so 43 of 100 samples are."""
+    finding = found(Kind.RESIDUAL_HEAVY, line("other", "update_metric", 43), line("forward", "forward", 57))
+
+    evidence = finding.evidence
+    assert (evidence["file"], evidence["line"], evidence["function"]) == ("/home/me/train.py", 7, "update_metric")
+    assert evidence["line_share"] == pytest.approx(0.43, abs=0.03)
+    assert finding.headline == "43 % of step time is spent in train.py:7 update_metric"
+    assert "train.py:7 update_metric" in finding.summary
+    assert "train.py:7 update_metric" in finding.next
+
+
+UNFED = Job(ranks=1, steps=220, grouped=False, own={"forward": 4.0, "backward": 8.0, "optimizer": 1.5, "other": 0.3})
+
+
+def test_an_iterator_that_is_no_loader_is_waited_for():
+    """Its time is measured as other code; its samples tell that the training waits for data."""
+    lines = [line("input_wait", "read_shard", 43), line("forward", "forward", 57)]
+    finding = found(Kind.INPUT_BOUND, *lines, job=UNFED)
+
+    assert (finding.phase, finding.evidence["function"]) == ("input_wait", "read_shard")
+    assert "train.py:7 read_shard" in finding.summary
+    window = window_of(UNFED, adds("other", 10))
+    assert [each.kind for each in diagnose(window, JobFacts(world_size=1, lines=lines))] == [Kind.INPUT_BOUND]
+
+
+def test_a_queue_that_runs_empty_is_not_told_to_use_a_thread():
+    """Another thread fills it already."""
+    library = "/lib/python3.11/threading.py:295 Condition.wait"
+    waits = SampledLine(0, "input_wait", "/home/me/train.py", 7, "main", library, 43)
+    finding = found(Kind.INPUT_BOUND, waits, line("forward", "forward", 57), job=UNFED)
+    read = found(Kind.INPUT_BOUND, line("input_wait", "read", 43), line("forward", "forward", 57), job=UNFED)
+
+    assert finding.next.startswith("The thread or process that fills the queue does not keep up")
+    assert "in a thread while the model computes" in read.next
+
+
+@pytest.mark.parametrize(
+    ("lines", "job"),
+    [
+        ([line("input_wait", "read_shard", 20), line("other", "update_metric", 23)], UNFED),  # more is other code
+        ([line("input_wait", "read_shard", 20)], UNFED),  # too few
+        ([line("input_wait", "__getitem__", 40), line("other", "update_metric", 3)], ALONE),  # a loader's own wait
+    ],
+)
+def test_other_code_that_is_no_iterators(lines, job):
+    """It stays other code."""
+    assert found(Kind.RESIDUAL_HEAVY, *lines, job=job).phase == "other"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [line("other", "update_metric", 9), line("forward", "forward", 12)],  # too few
+        [line("other", "update_metric", 90), line("forward", "forward", 10)],  # more than the hooks measured
+        [line("other", "update_metric", 40), line("forward", "forward", 160)],  # less than half of what they measured
+        [*(line("other", f"part_{n}", 5) for n in range(9)), line("forward", "forward", 60)],  # none stands out
+        [SampledLine(0, "other", None, None, None, None, 43), line("forward", "forward", 57)],  # not the user's code
+    ],
+)
+def test_no_line_is_named_where_samples_do_not_tell(lines):
+    """The phase is told, without a line."""
+    finding = found(Kind.RESIDUAL_HEAVY, *lines)
+
+    assert "file" not in finding.evidence
+    assert "code outside the known phases" in finding.headline
+    assert "train.py" not in finding.summary + finding.next
+
+
+def test_the_most_frequent_line_of_the_function_is_named():
+    """A function's lines count together."""
+    lines = [line("other", "f", 10, number=3), line("other", "f", 30, number=4), line("other", "g", 20)]
+
+    blamed = blamed_line(lines, "other", 1.0)
+
+    assert (blamed.function, blamed.line) == ("f", 4)
+    assert blamed.share == pytest.approx(40 / 60)
+
+
+@pytest.mark.parametrize(
+    ("of_it", "besides", "named"),
+    [(9, 0, False), (10, 0, True), (7, 3, False), (18, 4, True), (14, 8, False), (28, 17, False), (31, 14, True)],
+)
+def test_few_samples_name_a_line_if_half_of_the_phase_is_certain(of_it, besides, named):
+    """A training of a second has 20 to 30 samples."""
+    lines = [line("other", "decode", of_it), line("other", "main", besides), line("forward", "forward", 10)]
+
+    share = (of_it + besides) / (of_it + besides + 10)
+    assert (blamed_line(lines, "other", share) is not None) is named
+
+
+def test_from_35_samples_on_a_function_that_leads_is_named():
+    """Half of the phase, twice any other: 55 % is not certainly more than half, but nothing else may be the most."""
+    rest = [line("other", f"part_{n}", 5) for n in range(4)]
+    second = [line("other", "second", 17), line("other", "third", 3)]
+
+    assert blamed_line([line("other", "tokenize", 25), *rest], "other", 1.0).share_text == "56 %"
+    assert blamed_line([line("other", "tokenize", 25), *second], "other", 1.0) is None
+    assert blamed_line([line("other", "tokenize", 17), *rest[:3]], "other", 1.0) is None  # fewer than 35
+
+
+def test_of_two_functions_with_45_percent_none_is_named():
+    """By chance one of them has half of the samples, more often where these are few."""
+    random = np.random.default_rng(0)
+    named = 0
+    for _ in range(2000):
+        counts = random.multinomial(int(random.integers(10, 200)), [0.45, 0.45, 0.1])
+        functions = zip(("first", "second", "third"), counts.tolist(), strict=True)
+        named += blamed_line([line("other", *each) for each in functions], "other", 1.0) is not None
+
+    assert named <= 0.03 * 2000
+
+
+def test_few_samples_give_no_percentage():
+    """18 of 22 samples are 82 % with an error of 16: the sentences say "most"."""
+    lines = [line("other", "decode", 18), line("other", "main", 4), line("forward", "forward", 29)]
+    finding = found(Kind.RESIDUAL_HEAVY, *lines)
+
+    assert finding.evidence["function"] == "decode"
+    assert "line_share" not in finding.evidence
+    assert finding.headline == (
+        "43 % of step time is spent in code outside the known phases, mostly in train.py:7 decode"
+    )
+    assert ", most of it in train.py:7 decode" in finding.summary
+
+
+TORCH = "/lib/torch/optim/optimizer.py:1023 Optimizer.zero_grad"
+
+
+@pytest.mark.parametrize(
+    "clearing",
+    [
+        SampledLine(0, "other", "/home/me/train.py", 7, "train", TORCH, 40),
+        SampledLine(0, "other", "/home/me/optim.py", 9, "Optimizer.zero_grad", None, 40),
+    ],
+)
+def test_clearing_gradients_is_no_code_of_the_loop(clearing):
+    """By torch's optimizer or an own one; it stays a finding where it is the smaller part."""
+    forward = line("forward", "forward", 60)
+    window, kinds = window_of(ALONE, adds("other", 3)), {}
+    for rest in (4, 400):
+        lines = (clearing, line("other", "update_metric", rest), forward)
+        kinds[rest] = [each.kind for each in diagnose(window, JobFacts(lines=lines))]
+
+    assert Kind.RESIDUAL_HEAVY not in kinds[4]
+    assert Kind.RESIDUAL_HEAVY in kinds[400]
+
+
+def test_a_name_that_only_ends_like_it_counts():
+    """`my_zero_grad` is the user's own function."""
+    lines = (line("other", "my_zero_grad", 40), line("forward", "forward", 60))
+
+    assert Kind.RESIDUAL_HEAVY in [
+        each.kind for each in diagnose(window_of(ALONE, adds("other", 10)), JobFacts(lines=lines))
+    ]
+
+
+def test_lines_of_a_module_are_not_added():
+    """A script without functions: one line has most of the phase, or none does and none is named."""
+    forward = line("forward", "forward", 57)
+    most = [line("other", "<module>", 30, number=8), line("other", "<module>", 13, number=9), forward]
+    halves = [line("other", "<module>", 21, number=8), line("other", "<module>", 22, number=9), forward]
+
+    named = blamed_line(most, "other", 0.43)
+
+    assert named is not None
+    assert (named.line, named.share) == (8, pytest.approx(30 / 43))
+    assert blamed_line(halves, "other", 0.48) is None
+    assert outside_line([line("startup", "<module>", 40, number=n) for n in (1, 2, 3)], "startup") is None
+
+
+def test_a_share_is_what_the_function_has_at_least():
+    """Half of the step is in the phase, but only 40 of 100 samples: the rest of it was not seen."""
+    blamed = blamed_line([line("other", "f", 40), line("forward", "forward", 60)], "other", 0.5)
+
+    assert blamed.share == pytest.approx(0.8)
+
+
+def test_a_dataset_in_the_training_process_has_a_line_and_workers_have_none():
+    """With workers the training thread waits in the loop's own line."""
+    lines = (line("input_wait", "Files.__getitem__", 43), line("forward", "forward", 57))
+
+    without = found(Kind.INPUT_BOUND, *lines, part="input_wait", loader=LoaderFacts(num_workers=0))
+    with_workers = found(Kind.INPUT_BOUND, *lines, part="input_wait", loader=LoaderFacts(num_workers=4))
+
+    assert without.evidence["function"] == "Files.__getitem__"
+    assert "file" not in with_workers.evidence
+
+
+def test_a_straggler_is_blamed_for_what_the_others_do_not_do():
+    """Both ranks run `common`, mostly; rank 1 alone runs `extra`."""
+    window = window_of(Job(), adds("other", 20), adds("other", 15, (1,)))
+    lines = [
+        line("other", "common", 100), line("backward", "step", 100),
+        line("other", "common", 100, rank=1), line("other", "extra", 75, rank=1), line("backward", "step", 70, rank=1),
+    ]  # fmt: skip
+
+    findings = diagnose(window, JobFacts(world_size=2, lines=tuple(lines)))
+    blame = next(each for each in findings if each.kind is Kind.STRAGGLER)
+
+    assert blame.ranks == (1,)
+    assert blame.evidence["function"] == "extra"
+    assert "train.py:7 extra" in blame.summary
