@@ -20,6 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
 from traceml.instrument.accumulator import OTHER, Began, on_training_thread
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -42,6 +43,7 @@ def patch_backward(patches: Patches, clock: StepClock, read_loss: Callable[[Any]
     patches.wrap(torch.autograd, "grad", _timed_grad(torch.autograd.grad, clock, read_loss))
 
 
+@uncounted
 def timed_backward(
     original: Callable[..., None], clock: StepClock, read_loss: Callable[[Any], None]
 ) -> Callable[..., None]:
@@ -90,6 +92,7 @@ def timed_backward(
     return clock.bind(backward)
 
 
+@uncounted
 def _slow_backward(
     original: Callable[..., None], clock: StepClock, read_loss: Callable[[Any], None]
 ) -> Callable[..., None]:
@@ -99,6 +102,7 @@ def _slow_backward(
     return backward
 
 
+@uncounted
 def _timed_grad(original: Callable[..., Any], clock: StepClock, read_loss: Callable[[Any], None]) -> Callable[..., Any]:
     """Return a function that calls `original`, which is `torch.autograd.grad`, and times it."""
 
@@ -157,6 +161,7 @@ def _read_nothing(_: Any) -> None:
     """Leave the loss of a transform unread."""
 
 
+@uncounted
 def _slow_path(
     original: Callable[..., Any],
     clock: StepClock,

@@ -11,6 +11,7 @@ from typing import Any
 from torch.compiler import is_dynamo_compiling
 
 from traceml.database.schema import Phase
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -33,6 +34,7 @@ _FUNCTIONAL = re.compile(
 )
 
 
+@uncounted
 def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Callable[..., Any]:
     """Return a function that calls `original` and times it as a phase."""
 
@@ -93,6 +95,7 @@ def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str
         patches.wrap(tensor_type, name, _timed_copy(getattr(tensor_type, name), clock, device_types))
 
 
+@uncounted
 def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -> Callable[..., Any]:
     def copy(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling() or self.device.type != "cpu":
@@ -116,6 +119,7 @@ def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -
     return copy
 
 
+@uncounted
 def _timed_method(original: Any, phase: int, clock: StepClock) -> Callable[..., Any]:
     """Return a timed method for a C type, whose instances bind only Python functions."""
     timed = timed_call(original, phase, clock)

@@ -23,6 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
 from traceml.instrument.accumulator import CHECK_FORWARD, NOT_READY, ON_FORWARD, OTHER, Began, on_training_thread
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -86,6 +87,7 @@ class ForwardTimer:
         return type(None), ()
 
 
+@uncounted
 def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
     """Return a function that makes timers of modules for a clock."""
     if clock.hook is not None:
@@ -143,6 +145,7 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
     return make
 
 
+@uncounted
 def _native_timer(
     clock: StepClock, make_hook: Callable[..., Callable[..., Any]], measure: Measure, timed: TimedModule
 ) -> Callable[..., Any]:
@@ -168,6 +171,7 @@ def _of_torch() -> tuple[type[Tensor], Callable[[], int], Callable[[], bool], in
     return Tensor, Tensor().numel, is_grad_enabled, address
 
 
+@uncounted
 def _nested_call(timed: TimedModule, clock: StepClock, measure: Measure, args: Any, kwargs: Any) -> Any:
     """Call the module inside another phase, or on another thread."""
     began = _begin(timed, clock, measure, args, kwargs)
@@ -192,6 +196,7 @@ def _begin(timed: TimedModule, clock: StepClock, measure: Measure, args: Any, kw
         return None
 
 
+@uncounted
 def timed_forward(
     original: Callable[..., Any], clock: StepClock, module_of: Callable[[Any], Any], measure: Measure
 ) -> Callable[..., Any]:
@@ -241,6 +246,7 @@ def timed_forward(
     return call
 
 
+@uncounted
 def patch_checkpoint_sequential(patches: Patches, clock: StepClock, measure: Measure) -> None:
     """Time `checkpoint_sequential` as a call of the model: it calls the model's parts, and never the model itself."""
     module: Any = sys.modules.get("torch.utils.checkpoint")
@@ -263,6 +269,7 @@ def _first_module(functions: Any) -> Any:
     return next((part for part in parts if isinstance(part, torch.nn.Module)), None)
 
 
+@uncounted
 def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:
     def call(_module: Any, *args: Any, **kwargs: Any) -> Any:
         return inner(*args, **kwargs)
@@ -309,6 +316,7 @@ def restore_module(module: Any) -> None:
         module.__dict__[_SLOT] = timed.inner
 
 
+@uncounted
 def patch_compile(patches: Patches, make: TimerMaker) -> None:
     """Keep timing a module after `compile()`, and stop replicas from calling the original."""
     module_type = torch.nn.Module

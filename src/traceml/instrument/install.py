@@ -22,6 +22,7 @@ from traceml.instrument.facts.fact_reports import FactReports
 from traceml.instrument.framework_trainers import TRAINERS, imported_trainers
 from traceml.instrument.groups.default_group import DefaultGroup
 from traceml.instrument.import_hook import PostImportHook
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
 from traceml.instrument.search.iterators import Feeding, feeding_of
@@ -154,6 +155,7 @@ class Instrumentation:
 
         self._guarded(lambda: self._time(owner, name, timed))
 
+    @uncounted
     def before_call(self, owner: Any, name: str, action: Callable[..., None]) -> None:
         """Call `action` with the arguments of each call of a framework's rare function, before it."""
 
@@ -366,6 +368,7 @@ class Instrumentation:
         device = DeviceTimes(self.clock, self._flight.ring("device_steps"), self._device)
         self.clock.use_device(device, DeviceMarkingSlots(self.clock, device))
 
+    @uncounted
     def _watch_constructors(self, on_optimizer_type: Callable[[type[Any]], None]) -> None:
         """Search for models when an optimizer is created: the model exists then, and has not been called."""
         optimizer_type = sys.modules["torch"].optim.Optimizer

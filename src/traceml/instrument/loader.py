@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot
 from traceml.instrument.accumulator import OTHER, Began, on_training_thread
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.workers.loader_workers import follow_iterator
@@ -208,6 +209,7 @@ def patch_loaders(
     patches.wrap(dataloader._MultiProcessingDataLoaderIter, "_shutdown_workers", shutdown)
 
 
+@uncounted
 def _timed_next(clock: StepClock, wait: tuple[Begin, End], original: Any, on_batch: Callable[[Any], None]) -> Any:
     begin, end = wait
 
@@ -235,6 +237,7 @@ def _timed_next(clock: StepClock, wait: tuple[Begin, End], original: Any, on_bat
     return __next__
 
 
+@uncounted
 def _timed_iter(
     clock: StepClock, wait: tuple[Begin, End], original: Any, tokens: _LoaderTokens, on_iterator: Callable[[], None]
 ) -> Any:
@@ -277,6 +280,7 @@ def _timed_iter(
     return __iter__
 
 
+@uncounted
 def _timed_shutdown(clock: StepClock, original: Any) -> Any:
     """Return a method that ends the workers of an iterator; the end of one that is dropped is input, too."""
 
@@ -294,6 +298,7 @@ def _timed_shutdown(clock: StepClock, original: Any) -> Any:
     return _shutdown_workers
 
 
+@uncounted
 def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type: type[Any], *, follows: bool) -> Any:
     """Return a method of iterators that reports loaders with an `__iter__` of their own: of fastai, torchdata.
 
@@ -350,6 +355,7 @@ class TracedIterable(Generic[T]):
         self._token = LoaderToken()
         self._begin, self._end = timed_wait(clock)
 
+    @uncounted
     def __iter__(self) -> Iterator[T]:
         """Return a timed iterator."""
         began = self._begin(self._token)
@@ -381,6 +387,7 @@ class _TracedIterator(Generic[T]):
     def __iter__(self) -> _TracedIterator[T]:
         return self
 
+    @uncounted
     def __next__(self) -> T:
         began = self._begin(self._token)
         if began is None:

@@ -18,6 +18,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
 from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_thread
 from traceml.instrument.facts.own_attributes import own_attribute
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -62,6 +63,7 @@ def patch_optimizer_type(patches: Patches, clock: StepClock, kind: type[Any]) ->
     wrapper._traceml_clock = clock  # type: ignore[attr-defined]
 
 
+@uncounted
 def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     """Time the steps of an optimizer that is alive.
 
@@ -90,6 +92,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     patches.on_undo(undo)
 
 
+@uncounted
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a method that calls `original` and times it as an optimizer attempt."""
     if clock.hook is not None:
@@ -141,6 +144,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
     return clock.bind(step)
 
 
+@uncounted
 def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a function that calls `original` and times it as optimizer work without an attempt, such as clipping."""
 
@@ -168,6 +172,7 @@ def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[...
     return call
 
 
+@uncounted
 def _slow_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _slow_path(original, clock, self, args, kwargs)
@@ -175,6 +180,7 @@ def _slow_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
     return step
 
 
+@uncounted
 def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:
     """Run an optimizer step that differs from the usual loop."""
     began = _begin(clock, optimizer)
@@ -190,6 +196,7 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, a
         _end(clock, optimizer, began, failed=failed)
 
 
+@uncounted
 def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
     """Count `GradScaler.step` as an attempt, also when it skips the optimizer because of inf or nan."""
     from torch.amp.grad_scaler import GradScaler

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import sys
 import threading
@@ -268,7 +269,7 @@ def _described(error: BaseException) -> dict[str, Any]:
         frame = (own or shown)[-1]
         facts |= {"file": frame.filename, "line": frame.lineno or 0, "function": frame.name}
 
-    phases = [phase for frame in frames if (phase := _PHASE_OF.get(frame.filename)) is not None]
+    phases = [phase for frame in frames if (phase := _PHASE_OF.get(os.path.normpath(frame.filename))) is not None]
     if phases:
         facts["open_phase"] = phases[-1]
 

@@ -15,6 +15,7 @@ from typing import Any
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.save_log import target_path
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["CheckpointMarks", "Find", "place_of"]
@@ -51,6 +52,7 @@ class CheckpointMarks:
         if place is not None and clock.is_training_thread() and not clock.rows and not clock.attempt:
             self._report({"kind": "loaded", "place": place})
 
+    @uncounted
     def loading(self, original: Callable[..., Any], find: Find) -> Callable[..., Any]:
         """Return a function that calls `original`, which loads.
 

@@ -17,6 +17,7 @@ from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks, Find
 from traceml.instrument.checkpoints.save_folder import SaveFolder
 from traceml.instrument.checkpoints.save_log import SaveLog
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -75,6 +76,7 @@ class CheckpointPatches:
             if callable(original):
                 patches.wrap(module, name, self.saving(original, find))
 
+    @uncounted
     def saving(self, original: Callable[..., Any], find: Find | None = None) -> Callable[..., Any]:
         """Return a function that calls `original`, which saves.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from traceml.fail_open import fail_open
+from traceml.instrument.importlib_bootstrap import uncounted
 
 if TYPE_CHECKING:
     from traceml.instrument.patches import Patches
@@ -89,6 +90,7 @@ class DefaultGroup:
     def _making(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return self._then(original, self.find)
 
+    @uncounted
     def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:
         from traceml.witness.gloo_threads import await_gloo_threads
 
@@ -100,6 +102,7 @@ class DefaultGroup:
 
         return self._then(drop, self._drop)
 
+    @uncounted
     def _then(self, original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.clock import clock_pair
 from traceml.database.schema import StepFlag
 from traceml.fail_open import fail_open
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ class ProfileWindow:
                 original = getattr(torch.autograd.profiler, name)
                 self._patches.wrap(torch.autograd.profiler, name, self._giving_way(original))
 
+    @uncounted
     def _giving_way(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._is_ours and not self.is_over and self._clock.thread == get_ident():

@@ -23,6 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from traceml.clock import monotonic_ns
 from traceml.database.flight.rings import Ring
 from traceml.fail_open import fail_open
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.values.step_pace import SHORT_STEP_NS
@@ -182,6 +183,7 @@ class LossReader:
             raise error
 
 
+@uncounted
 def patch_scale(patches: Patches, clock: StepClock, read_unscaled: Callable[[Any], None]) -> None:
     """Read losses before `GradScaler.scale` multiplies them."""
     from torch.amp.grad_scaler import GradScaler

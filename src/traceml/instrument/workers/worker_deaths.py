@@ -11,6 +11,7 @@ from typing import Any
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.workers.loader_workers import worker_pids
@@ -22,6 +23,7 @@ _PID = re.compile(r"\(pid (\d+)\)")
 _KILLED = (os.CLD_KILLED, os.CLD_DUMPED)
 
 
+@uncounted
 def watch_workers(patches: Patches, clock: StepClock, lost: deque[dict[str, Any]]) -> None:
     """Append the facts of each loader worker that dies: its process, number, step, and signal or status.
 

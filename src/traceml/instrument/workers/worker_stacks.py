@@ -11,6 +11,7 @@ from typing import Any
 
 from traceml.fail_open import fail_open
 from traceml.instrument.facts.descriptions import start_method
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.witness.worker_init import ReportingInit
 
@@ -20,6 +21,7 @@ _FAILED = "the stacks of spawned loader workers cannot be reported"
 _log = logging.getLogger("traceml")
 
 
+@uncounted
 def report_worker_stacks(patches: Patches) -> None:
     """Let each loader worker that is started by spawn or forkserver report its stacks, before the user's code runs.
 

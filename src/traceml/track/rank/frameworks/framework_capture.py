@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from traceml.fail_open import fail_open
 from traceml.instrument.import_hook import PostImportHook
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.track.plugins.interfaces import FrameworkInterface, OrchestratorInterface
 from traceml.track.plugins.metric import Metric
@@ -77,6 +78,7 @@ class FrameworkCapture(FrameworkInterface):
         with fail_open(_log, "track", f"{module} cannot be captured in this version"):
             self.targets()[module](sys.modules[module])
 
+    @uncounted
     def around(
         self,
         owner: Any,

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from traceml.database.schema import MetricKind
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.track.plugins.interfaces import OrchestratorInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -47,6 +48,7 @@ class TensorBoardCapture(FrameworkCapture):
         self.around(writer, "add_images", convert, _log_image, is_number=False)
         self._patch_hparams(writer)
 
+    @uncounted
     def _patch_hparams(self, writer: Any) -> None:
         """Capture the parameters of `add_hparams`; it writes its metrics through `add_scalar` of another writer."""
         original = writer.add_hparams
