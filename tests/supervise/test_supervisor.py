@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,3 +118,23 @@ def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(tmp_path: P
     assert last.quiet_s >= 5
     assert last.user_line is not None
     assert last.user_line.line == 2
+
+
+def test_slurm_is_asked_why_it_ends_the_job(tmp_path: Path) -> None:
+    """Its answer is the verdict, with the time limit; such an answer of a real one takes a minute."""
+    shown = "JobState=RUNNING StartTime=2020-01-01T00:00:00 EndTime=2020-01-01T00:30:00 TimeLimit=00:30:00"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '{shown}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "train.py").write_text("import time\nopen('trains', 'w').close()\ntime.sleep(600)\n")
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    command = [sys.executable, "-m", "traceml", "run", "--runs-dir", "runs", "train.py"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL) as job:
+        try:
+            eventually((tmp_path / "trains").exists, "the script")
+            job.send_signal(signal.SIGTERM)
+            assert job.wait(240) == 128 + signal.SIGTERM
+        finally:
+            job.kill()
+
+    (found,) = (each for each in report_of(tmp_path / "runs" / "latest")["findings"] if each["kind"] == "RANK_LOST")
+    assert found["summary"].startswith("The scheduler ended the job at its time limit of 30 min (SIGTERM)")

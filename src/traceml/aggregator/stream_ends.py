@@ -12,6 +12,7 @@ from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import Slot
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
+from traceml.diagnosis.facts.ends.ending_signal import scheduler_words
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.witness.crash_stacks import crash_facts
 
@@ -21,7 +22,6 @@ __all__ = ["final_state", "note_exit", "note_oom", "resumed_at", "state_of_dead"
 _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 
 _OOM = ("group", "host")  # where a counter of out-of-memory kills has grown
-_SCHEDULER = ("time_limit", "preempted", "warned", "requeued")  # why it ended the job
 
 
 def note_exit(stream: Stream, report: dict[str, Any]) -> None:
@@ -41,9 +41,7 @@ def note_exit(stream: Stream, report: dict[str, Any]) -> None:
     if report.get("oom") in _OOM:
         stream.exit["oom"] = report["oom"]
 
-    if report.get("scheduler") in _SCHEDULER:
-        stream.exit["scheduler"] = report["scheduler"]
-
+    stream.exit |= scheduler_words(report)
     if isinstance(report.get("crash"), str):
         stream.exit = {**crash_facts(report["crash"]), **stream.exit}
 

@@ -85,9 +85,12 @@ def capacities(config: Config) -> dict[str, int]:
 
 
 def _job_end(environ: Mapping[str, str]) -> dict[str, float]:
-    """Return the time at which Slurm ends the job, as it tells the job's processes."""
-    end = environ.get("SLURM_JOB_END_TIME", "")
-    return {"job_end_s": float(end)} if end.isdecimal() else {}
+    """Return the time at which Slurm ends the job, and its time limit, as it tells the job's processes."""
+    start, end = environ.get("SLURM_JOB_START_TIME", ""), environ.get("SLURM_JOB_END_TIME", "")
+    if not end.isdecimal():
+        return {}
+
+    return {"job_end_s": float(end)} | ({"job_limit_s": float(int(end) - int(start))} if start.isdecimal() else {})
 
 
 def _switches(config: Config) -> dict[str, list[str]]:

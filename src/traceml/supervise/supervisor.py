@@ -24,6 +24,7 @@ from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
+from traceml.supervise.slurm_jobs import scheduler_facts
 from traceml.supervise.unread_output import UnreadOutput
 from traceml.witness.kernel_state import children_of, is_running
 from traceml.witness.program_names import program_name
@@ -311,6 +312,7 @@ class Supervisor:
         failures = [each | {"stopped": True} if each["exitcode"] in ends else each for each in failures]
         if self._ended_by is not None:
             self._ended_by["waited_s"] = round(time.time() - self._ended_by["time"], 3)
+            self._ended_by |= scheduler_facts(os.environ)
 
         return self._aggregator.finish(failures, self._status(process), self._ended_by)
 

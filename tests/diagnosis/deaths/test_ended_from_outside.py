@@ -122,6 +122,23 @@ def test_a_report_is_read() -> None:
     assert ending_signal_of({"signal": 1, "time": AT_S}) == EndingSignal(1, AT_S)
 
 
+def test_what_the_scheduler_said_is_read() -> None:
+    """What is no reason of a scheduler, or no limit, is left out."""
+    told = {"signal": 15, "time": AT_S, "scheduler": "time_limit", "limit_s": 1800}
+
+    assert ending_signal_of(told) == EndingSignal(15, AT_S, scheduler="time_limit", limit_s=1800.0)
+    assert ending_signal_of(told | {"limit_s": -1}) == EndingSignal(15, AT_S, scheduler="time_limit")
+    assert ending_signal_of(told | {"scheduler": "mood"}) == EndingSignal(15, AT_S)
+
+
+def test_a_script_that_saved_at_its_limit_is_a_warning() -> None:
+    """It returned by itself, after a signal whose reason the scheduler told."""
+    (finding,) = rank_lost(job(RankExit(rank=0, last_step=99), by=SLURM._replace(scheduler="time_limit")))
+
+    assert finding.severity is Severity.WARNING
+    assert finding.next.startswith("Ask for more time")
+
+
 def test_a_host_that_was_given_up_is_reported() -> None:
     """The launcher lost its agent; how its ranks ended then says nothing."""
     ends = (RankExit(rank=rank, state="lost", process_gone=True, host_lost="its agent was lost") for rank in range(2))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
+from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
@@ -43,6 +46,41 @@ def test_the_limit_is_reported_with_the_lost_steps(stopped: bool | None) -> None
     )  # fmt: skip
     assert (finding.evidence["cause"], finding.evidence["lost_steps"]) == ("time_limit", 112)
     assert "--signal=USR2@120" in finding.next
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"ended_by": EndingSignal(15, LIMIT_S, "slurmstepd", 8, scheduler="time_limit", limit_s=1800.0)},
+        {"job_end_s": LIMIT_S, "job_limit_s": 1800.0},
+    ],
+)
+def test_the_length_of_the_limit_is_told(facts: dict[str, Any]) -> None:
+    """As Slurm told `traceml run` when it was ended, or its variables at the start."""
+    (finding,) = rank_lost(JobFacts(world_size=2, exits=(swept(0, saved_steps=700, stopped=True), swept(1)), **facts))
+
+    assert finding.summary == (
+        "The scheduler ended the job at its time limit of 30 min (SIGTERM), in step 812; 112 steps since the last "
+        "checkpoint are lost."
+    )
+    assert finding.evidence["limit_s"] == 1800.0
+
+
+def test_the_length_of_the_limit_is_told_of_a_launch() -> None:
+    """Each rank's report has it."""
+    (finding,) = rank_lost(ends(swept(0, scheduler="time_limit", limit_s=7260.0), job_end_s=None))
+
+    assert "at its time limit of 2 h 1 min (SIGTERM)" in finding.summary
+
+
+def test_a_preemption_is_told_of_one_host() -> None:
+    """Slurm told `traceml run`; a rank that had failed before is the cause all the same."""
+    by = EndingSignal(15, LIMIT_S, "slurmstepd", 8, scheduler="preempted", limit_s=1800.0)
+    (finding,) = rank_lost(JobFacts(exits=(swept(0, LIMIT_S + 1, stopped=True),), ended_by=by))
+    failed = RankExit(rank=0, state="failed", code=1, exception="ValueError: no", at_s=LIMIT_S - 9)
+
+    assert finding.summary == "The scheduler preempted the job (SIGTERM), in step 812."
+    assert rank_lost(JobFacts(exits=(failed,), ended_by=by))[0].ranks == (0,)
 
 
 def test_a_warning_comes_before_the_limit() -> None:
@@ -149,6 +187,6 @@ def test_steps_since_the_last_checkpoint_are_lost(last: int | None, saved: int |
 def test_the_limit_comes_from_the_rank() -> None:
     """Its `process` row."""
     builder = JobFactsBuilder(1)
-    builder.info(0, {"kind": "process", "job_end_s": LIMIT_S})
+    builder.info(0, {"kind": "process", "job_end_s": LIMIT_S, "job_limit_s": 1800.0})
 
-    assert builder.build().job_end_s == LIMIT_S
+    assert (builder.build().job_end_s, builder.build().job_limit_s) == (LIMIT_S, 1800.0)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 
 from traceml.diagnosis.deaths.end_words import step_text
-from traceml.diagnosis.deaths.scheduler_ends import lost_steps, lost_steps_text
+from traceml.diagnosis.deaths.scheduler_ends import advice_on, failed_before, lost_steps, lost_steps_text
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -17,7 +17,6 @@ from traceml.process_ends import signal_name
 
 __all__ = ["ended_from_outside"]
 
-_EARLY_S = 0.5  # clocks of hosts differ a little
 _LATE_S = 600.0  # a script that goes on for longer, and then ends well, has ignored the signal
 _SENDERS = (
     (("slurm",), "Ask Slurm why: sacct -j JOBID -o State,ExitCode,Elapsed (CANCELLED, PREEMPTED, TIMEOUT)"),
@@ -39,7 +38,7 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
         facts: about the job, with the signal.
     """
     by = facts.ended_by
-    if by is None or any(ended.at_s is not None and ended.at_s < by.at_s - _EARLY_S for ended in causes):
+    if by is None or failed_before(causes, by):
         return []
 
     returned = not ended_badly(facts.exits)
@@ -54,7 +53,7 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
             severity=Severity.WARNING if returned else Kind.RANK_LOST.severity_for(0.0),
             phase=None if returned else last.open_phase,
             summary=_summary(by, last, returned=returned) + f"{lost_steps_text(lost)}.",
-            next=f"{_reason(by)}. {_ADVICE}",
+            next=f"{_reason(by)}. {_ADVICE}" if by.scheduler is None else advice_on(by.scheduler),
             evidence=_evidence(by, last, lost),
             cost_share=1.0,
         )

@@ -120,7 +120,7 @@ def _grown_container(ended: RankExit, memory: MemoryEnd | None, facts: JobFacts)
         growth for rank, kind, _, growth in facts.memory.steady() if (rank, kind) == (ended.rank, MemoryKind.RESIDENT)
     )
     growth = next(resident, None)
-    return None if growth is None else growth_cause(facts, ended.rank, growth.bytes_per_step)
+    return None if growth is None else growth_cause(facts, ended.rank, growth)
 
 
 def _of_container(ended: RankExit, grown: GrowthCause | None) -> dict[str, object]:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from traceml.diagnosis.deaths.end_words import step_text
+from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import plural
+from traceml.formatting import left_text, plural
 from traceml.process_ends import signal_name
 
-__all__ = ["end_by_scheduler", "ended_by_scheduler", "lost_steps", "lost_steps_text"]
+__all__ = ["advice_on", "end_by_scheduler", "ended_by_scheduler", "failed_before", "lost_steps", "lost_steps_text"]
 
 # A scheduler ends a job at its limit, and may warn it before: Slurm with --signal=USR2@120.
 _EARLY_S = {
@@ -24,6 +25,8 @@ _EARLY_S = {
     signal.SIGUSR1: 900.0,
     signal.SIGUSR2: 900.0,
 }
+
+_CLOCKS_S = 0.5  # clocks of hosts differ a little
 
 
 class _Words(NamedTuple):
@@ -62,21 +65,21 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
         causes: those that caused the others.
         facts: about the job, with the time limit.
     """
-    found = end_by_scheduler(bad, causes, facts.job_end_s)
+    found = _by_its_words(bad, causes, facts.ended_by) or end_by_scheduler(bad, causes, facts.job_end_s)
     if found is None:
         return []
 
     last, cause = found
-    lost = lost_steps(last, facts.exits)
+    lost, limit_s = lost_steps(last, facts.exits), _limit_s(cause, last, facts)
     return [
         Finding(
             kind=Kind.RANK_LOST,
             severity=Kind.RANK_LOST.severity_for(0.0),
             ranks=(),
             phase=last.open_phase,
-            summary=f"The scheduler {_CAUSES[cause].what}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.",
+            summary=f"{_did(cause, limit_s)}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.",
             next=_CAUSES[cause].next,
-            evidence=_evidence(last, cause, lost),
+            evidence=_evidence(last, cause, lost, limit_s),
             cost_share=1.0,
         )
     ]
@@ -98,6 +101,16 @@ def end_by_scheduler(
 
     last = max(ended, key=lambda each: each.last_step or 0)
     return last, str(_cause(last, job_end_s))
+
+
+def advice_on(cause: str) -> str:
+    """Return what to do about an end by the scheduler."""
+    return _CAUSES[cause].next
+
+
+def failed_before(causes: Sequence[RankExit], by: EndingSignal) -> bool:
+    """Return whether a rank had failed by itself when the job was asked to end."""
+    return any(ended.at_s is not None and ended.at_s < by.at_s - _CLOCKS_S for ended in causes)
 
 
 def lost_steps(ended: RankExit, exits: Sequence[RankExit]) -> int | None:
@@ -133,6 +146,29 @@ def _cause(ended: RankExit, job_end_s: float | None) -> str | None:
     return "time_limit" if ended.at_s >= job_end_s - _EARLY_S[signal.Signals(number)] else None
 
 
+def _by_its_words(
+    bad: Sequence[RankExit], causes: Sequence[RankExit], by: EndingSignal | None
+) -> tuple[RankExit, str] | None:
+    """Return the rank that came furthest and the cause that the scheduler told the launcher which it ended."""
+    if by is None or by.scheduler is None or not bad or failed_before(causes, by):
+        return None
+
+    return max(bad, key=lambda each: each.last_step or 0), by.scheduler
+
+
+def _limit_s(cause: str, last: RankExit, facts: JobFacts) -> float | None:
+    """Return the time limit that a job has reached, by the scheduler's own words where it was asked."""
+    if cause != "time_limit":
+        return None
+
+    told = None if facts.ended_by is None else facts.ended_by.limit_s
+    return told or last.limit_s or facts.job_limit_s
+
+
+def _did(cause: str, limit_s: float | None) -> str:
+    return f"The scheduler {_CAUSES[cause].what}{'' if limit_s is None else f' of {left_text(limit_s)}'}"
+
+
 def _how(ended: RankExit) -> str:
     """Return the signal or the exit code; empty where nobody has seen it, as without a launcher."""
     if ended.signal is not None:
@@ -141,9 +177,10 @@ def _how(ended: RankExit) -> str:
     return f" (exit code {ended.code})" if ended.code else ""
 
 
-def _evidence(ended: RankExit, cause: str, lost: int | None) -> dict[str, object]:
+def _evidence(ended: RankExit, cause: str, lost: int | None, limit_s: float | None) -> dict[str, object]:
     known = {
         "cause": cause,
+        "limit_s": limit_s,
         "signal": ended.signal,
         "code": ended.code,
         "step": ended.step,

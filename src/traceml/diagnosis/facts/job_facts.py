@@ -71,6 +71,7 @@ class JobFacts:
         exits: ends of ranks.
         ended_by: signal that the launcher received and that ended the job; None without one.
         job_end_s: epoch second at which the scheduler ends the job; None where it has no limit.
+        job_limit_s: that limit as a duration, seconds; None where it is not known.
         limits: use of resources that have a limit.
         save_folders: rank -> folder into which it wrote checkpoints.
         memory: memory of ranks, devices and hosts over the run.
@@ -117,6 +118,7 @@ class JobFacts:
     exits: tuple[RankExit, ...] = ()
     ended_by: EndingSignal | None = None
     job_end_s: float | None = None
+    job_limit_s: float | None = None
     limits: tuple[ResourceUse, ...] = ()
     save_folders: Mapping[int, str] = field(default_factory=dict)
     memory: MemoryHistory = field(default_factory=MemoryHistory)

@@ -36,7 +36,7 @@ from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["JobFactsBuilder"]
 
-_KEPT = ("backend", "torch_threads", "fused", "job_end_s")
+_KEPT = ("backend", "torch_threads", "fused", "job_end_s", "job_limit_s")
 _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOADERS = _MAX_LOST = 64
 _MAX_EPOCHS = 65_536
@@ -316,6 +316,7 @@ class JobFactsBuilder:
             compile_s=known.get("compile_s"),
             ended_by=self.ended_by,
             job_end_s=known.get("job_end_s"),
+            job_limit_s=known.get("job_limit_s"),
             loader=self._loaders[0] if self._loaders else None,
             loaders=dict(self.loaders),
             workers=self.workers,

@@ -6,11 +6,12 @@ import signal
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["END", "EndingSignal", "ending_signal_of"]
+__all__ = ["END", "EndingSignal", "ending_signal_of", "scheduler_words"]
 
 END = "end"
 """Kind of the event at the end of a run: `{"state", "status", "ended_by"}`, see `ending_signal_of`."""
 
+_SCHEDULER = ("time_limit", "preempted", "warned", "requeued")
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that ask for the end; by SIGINT a user stops the job by hand."""
 
@@ -24,6 +25,8 @@ class EndingSignal(NamedTuple):
         sender: name of the program that sent it; empty where that is not known.
         sender_pid: its process, 0 if it is outside of this container; None where it is not known.
         waited_s: time from the signal to the end of the job, seconds.
+        scheduler: why the scheduler ended the job, as `RankExit` has it; None if it did not, or did not say.
+        limit_s: the job's time limit, seconds; None where it is not known.
     """
 
     number: int
@@ -31,12 +34,15 @@ class EndingSignal(NamedTuple):
     sender: str = ""
     sender_pid: int | None = None
     waited_s: float = 0.0
+    scheduler: str | None = None
+    limit_s: float | None = None
 
 
 def ending_signal_of(facts: object) -> EndingSignal | None:
     """Return the signal that a launcher has reported: `{signal, time, sender, sender_pid, waited_s}`.
 
-    None if it reported none, or one by which nobody ends a job.
+    It may have what the scheduler said, too: see `scheduler_words`. None if it reported no signal, or one by which
+    nobody ends a job.
     """
     if not isinstance(facts, Mapping) or facts.get("signal") not in _ENDING:
         return None
@@ -48,7 +54,17 @@ def ending_signal_of(facts: object) -> EndingSignal | None:
         sender=sender if isinstance(sender, str) else "",
         sender_pid=pid if isinstance(pid, int) else None,
         waited_s=_seconds(facts.get("waited_s")),
+        **scheduler_words(facts),
     )
+
+
+def scheduler_words(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a launcher's report has of the scheduler: `scheduler` and `limit_s`; empty where it ended nothing."""
+    if facts.get("scheduler") not in _SCHEDULER:
+        return {}
+
+    limit_s = _seconds(facts.get("limit_s"))
+    return {"scheduler": facts["scheduler"]} | ({"limit_s": limit_s} if limit_s > 0 else {})
 
 
 def _seconds(value: Any) -> float:

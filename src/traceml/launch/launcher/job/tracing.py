@@ -19,7 +19,6 @@ from typing import Any, Self
 
 from traceml import settings
 from traceml.database.flight.flight_folders import COPIES_FOLDER
-from traceml.launch.launcher.hosts.slurm_jobs import scheduler_end
 from traceml.launch.launcher.job.abort_watch import AbortWatch
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
@@ -27,6 +26,7 @@ from traceml.launch.wire.tunnel import TunnelConnector
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.screens import MakeScreen, Output, terminal_screen
+from traceml.supervise.slurm_jobs import scheduler_facts
 from traceml.supervise.start_notice import print_start
 from traceml.supervise.supervisor import Screen
 
@@ -276,8 +276,8 @@ class Tracing:
             if flight is not None and flight.path:
                 exited["flight"] = flight.path
 
-        if status and (why := scheduler_end(os.environ)):
-            self._exits = [exited | {"scheduler": why} for exited in self._exits]
+        if status and (why := scheduler_facts(os.environ)):
+            self._exits = [exited | why for exited in self._exits]
 
         if self._begun:
             load_card()

@@ -13,8 +13,8 @@ from typing import Any
 from traceml.errors import SlurmError
 from traceml.launch.launcher.end_signals import EndedBySignal, ended_by
 from traceml.launch.launcher.function_call import FunctionCall
-from traceml.launch.launcher.hosts.slurm_jobs import read_job, requeue_job, scheduler_end
 from traceml.launch.launcher.launch_options import LaunchOptions
+from traceml.supervise.slurm_jobs import read_job, requeue_job, scheduler_end
 
 __all__ = ["AllocationCall", "AllocationOutcome", "last_outcome"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import UsageError
-from traceml.launch.launcher.hosts.slurm_jobs import minutes_of
+from traceml.supervise.slurm_jobs import minutes_of
 
 __all__ = ["SlurmOptions"]
 

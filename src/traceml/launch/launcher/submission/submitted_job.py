@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from traceml.errors import SlurmError, WaitTimeoutError
-from traceml.launch.launcher.hosts.slurm_jobs import cancel_job, read_job
 from traceml.launch.launcher.submission.allocation_call import AllocationOutcome
+from traceml.supervise.slurm_jobs import cancel_job, read_job
 
 __all__ = ["SubmittedJob"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from traceml.errors import SlurmError
-from traceml.launch.launcher.hosts.slurm_jobs import minutes_of, read_job, requeue_job, scheduler_end
+from traceml.supervise.slurm_jobs import minutes_of, read_job, requeue_job, scheduler_end
 
 _SHOWN = (
     "JobId=7 JobName=train JobState={state} Reason={reason} Requeue=1 Restarts={restarts} TimeLimit={limit} "

@@ -9,17 +9,18 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from traceml.errors import SlurmError
 
-__all__ = ["SlurmJob", "cancel_job", "minutes_of", "read_job", "requeue_job", "scheduler_end"]
+__all__ = ["SlurmJob", "cancel_job", "minutes_of", "read_job", "requeue_job", "scheduler_end", "scheduler_facts"]
 
 _TIMEOUT_S = 10
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _AT_LIMIT_S = 5.0  # the clocks of the controller and of this host may differ by as much
 
-_log = logging.getLogger("traceml.launch")
+_log = logging.getLogger("traceml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class SlurmJob:
         reason: why it is in that state, in Slurm's words.
         end_s: epoch seconds at which it ends or has ended; sooner than its limit once it is preempted.
         limit_s: epoch seconds of its time limit; None without one.
+        limit_minutes: the time limit; None without one.
         preempted: whether another job takes its place.
         restarts: how often it was queued again.
     """
@@ -41,6 +43,7 @@ class SlurmJob:
     reason: str = ""
     end_s: float | None = None
     limit_s: float | None = None
+    limit_minutes: int | None = None
     preempted: bool = False
     restarts: int = 0
 
@@ -60,9 +63,27 @@ def read_job(job_id: str) -> SlurmJob | None:
         reason=facts.get("Reason", ""),
         end_s=_seconds(facts.get("EndTime", "")),
         limit_s=None if start_s is None or minutes is None else start_s + 60 * minutes,
+        limit_minutes=minutes,
         preempted=facts.get("JobState") == "PREEMPTED" or _seconds(facts.get("PreemptTime", "")) is not None,
         restarts=int(facts.get("Restarts") or 0),
     )
+
+
+def scheduler_facts(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return why Slurm ends the job that this process is part of, for a report of its end; empty where it does not.
+
+    Args:
+        environ: as of `scheduler_end`.
+
+    Returns:
+        `scheduler`, as `scheduler_end` has it; `limit_s`, the job's time limit in seconds, if it has one.
+    """
+    job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
+    why = None if job is None else _reason(job, environ, 0.0)
+    if job is None or why is None:
+        return {}
+
+    return {"scheduler": why} | ({} if job.limit_minutes is None else {"limit_s": 60 * job.limit_minutes})
 
 
 def scheduler_end(environ: Mapping[str, str], early_s: float = 0.0) -> str | None:
@@ -77,9 +98,10 @@ def scheduler_end(environ: Mapping[str, str], early_s: float = 0.0) -> str | Non
         or `requeued`: by an administrator, or where nothing else is known.
     """
     job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
-    if job is None:
-        return None
+    return None if job is None else _reason(job, environ, early_s)
 
+
+def _reason(job: SlurmJob, environ: Mapping[str, str], early_s: float) -> str | None:
     if job.preempted:
         return "preempted"
 
