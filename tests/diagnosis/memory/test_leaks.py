@@ -253,6 +253,20 @@ def test_a_cache_of_the_data_set_may_end_in_the_first_epoch():
     assert "a cache that fills looks the same" in finding.summary
 
 
+def test_a_table_that_grows_by_copies_is_reported_with_its_rows():
+    """It is as large as the growth; a batch, which is another array in each step, is not."""
+    copied = {"path": "table", "kind": "DataFrame", "holds_graph": False, "is_copied": True}
+    (finding,) = leaks(
+        **leaking(), growing=growing_list(**copied, item_bytes=16, per_step=300_000.0, count=170_000_000)
+    )
+    (other,) = leaks(**leaking(), growing=growing_list(**copied, item_bytes=16, per_step=300_000.0, count=900_000))
+
+    assert "Meanwhile the DataFrame table (added to in" in finding.summary
+    assert "gained 300,000 rows per step; it has 170,000,000." in finding.summary
+    assert "each addition copies all of it" in finding.next
+    assert "table" not in other.summary
+
+
 def test_damaged_rows_are_left_out():
     """Of another version, or of another shape."""
     assert growing_of({"grown": [{"path": "x"}, 3, LIST]}) == growing_of({"grown": [LIST]})

@@ -11,6 +11,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -281,6 +283,46 @@ def test_containers_are_not_read_while_memory_is_level() -> None:
     assert watched.notes == []
 
 
+def more_of(kind: str, kept: Any) -> Any:
+    """Return a longer copy of what was kept: a library's, or Python's own."""
+    match kind:
+        case "ndarray":
+            return np.concatenate([np.zeros(0) if kept is None else kept, np.zeros(1 << 20)])
+        case "Tensor":
+            return torch.cat([torch.zeros(0, dtype=torch.int64) if kept is None else kept, torch.ones(1 << 20).long()])
+        case "DataFrame":
+            new = pandas.DataFrame({"loss": np.zeros(1 << 20)})
+            return new if kept is None else pandas.concat([kept, new])
+        case "str":
+            return ("" if kept is None else kept) + "x" * (8 << 20)
+        case _:
+            return [*(kept or ()), *(bytearray(1 << 20) for _ in range(8))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_step"),
+    [("ndarray", 104857.6), ("Tensor", 104857.6), ("DataFrame", 104857.6), ("str", 838860.8), ("list", 0.8)],
+)
+def test_what_grows_by_copies_is_noted(kind: str, per_step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer one takes its place in each step, so that it is another object each time."""
+    watched, longer, batch = Watched(), None, None
+    # Memory of earlier tests may be used again, so that this process needs no more.
+    monkeypatch.setattr(watched.watch, "_read_bytes", lambda: (1 << 30) + watched.slots[Slot.STEP] * (1 << 20))
+    for _ in range(16):
+        longer = more_of(kind, longer)
+        batch = np.zeros(1 << 20)
+        watched.turn()
+
+    (note,) = watched.notes
+    (grown,) = note["grown"]
+    assert batch is not None
+    assert (grown["path"], grown["kind"]) == ("longer", kind)
+    assert grown["is_copied"] or kind == "list"  # a new list may be where an earlier one was
+    assert grown["per_step"] == pytest.approx(per_step)
+    assert grown["function"] == "test_what_grows_by_copies_is_noted"
+    assert "longer = more_of" in Path(__file__).read_text().splitlines()[grown["line"] - 1]
+
+
 CODE = """class Tracker:
     def keep(self, out):
         self.history.append(out)  # losses.append(1)
@@ -323,6 +365,33 @@ def test_a_line_is_reported_only_where_it_is_the_only_one(
     file.write_text(CODE)
 
     assert line_that_adds(str(file), path) == line
+
+
+COPIES = """def main():
+    frame = pandas.concat(
+        [frame, new]
+    )
+    frame.loss = 3
+    history = np.append(history, [loss])
+    text += line
+    self.table = torch.cat([self.table, row])
+    items = [*items, item]
+    batch = np.concatenate(parts)
+    batch = torch.stack(parts)
+    frames = load(files)
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [("frame", 2), ("history", 6), ("text", 7), ("self.table", 8), ("items", 9), ("batch", None), ("frames", None)],
+)
+def test_the_line_that_makes_a_longer_copy_is_reported(tmp_path: Path, path: str, line: int | None) -> None:
+    """By a function that joins, or with itself on the right; where only one line does."""
+    file = tmp_path / "train.py"
+    file.write_text(COPIES)
+
+    assert line_that_adds(str(file), path, is_copied=True) == (None if line is None else (line, "main"))
 
 
 @pytest.mark.parametrize(("kind", "line"), [("hooks", (15, "main")), ("figures", (16, "main")), ("param_groups", None)])

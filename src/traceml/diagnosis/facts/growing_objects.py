@@ -27,6 +27,7 @@ class GrowingObjects:
         item_bytes: size of an element.
         holds_graph: whether the elements hold the graph of their computation.
         of_dataset: whether a data set holds it.
+        is_copied: whether a longer copy took its place.
     """
 
     path: str
@@ -40,14 +41,21 @@ class GrowingObjects:
     steps: int = 0
     holds_graph: bool = False
     of_dataset: bool = False
+    is_copied: bool = False
 
     @property
     def gained(self) -> int:
         """Elements that came while they were counted."""
         return round(self.per_step * self.steps)
 
-    def explains(self, bytes_per_step: float) -> bool:
-        """Return whether it explains a growth of memory; the size of a graph is not known."""
+    def explains(self, bytes_per_step: float, grown_bytes: int) -> bool:
+        """Return whether it explains a growth of memory; the size of a graph is not known.
+
+        A batch is another object in each step, too, but not as large as all growth.
+        """
+        if self.is_copied and self.count * self.item_bytes < LEAST_SHARE * grown_bytes:
+            return False
+
         counts = self.per_step > 0 or self.kind == "graph"
         return counts and (self.holds_graph or self.per_step * self.item_bytes >= LEAST_SHARE * bytes_per_step)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from traceml.diagnosis.facts.growing_objects import GrowingObjects
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.memory_growth import GrowthEstimate
 from traceml.formatting import count_text, line_text, plural
 
 __all__ = ["GrowthCause", "growth_cause"]
@@ -17,6 +18,8 @@ _OF_LIBRARIES = {
     "param_groups": "Add parameter groups to {path} once, not in each step: it keeps the groups and their state.",
     "figures": "Close each figure after it is saved: plt.close(figure). pyplot keeps those that are not closed.",
 }
+_UNITS = {"DataFrame": "row", "Series": "row", "str": "character", "bytes": "byte", "bytearray": "byte"}
+_TEXTS = {"str": "text", "Tensor": "tensor", "ndarray": "array"}
 _FEWEST = 10  # fewer elements give no rate: they may come in each epoch
 _COUNTED = 100  # from so many elements per step on their number is whole
 
@@ -37,9 +40,10 @@ class GrowthCause(NamedTuple):
     is_cache: bool
 
 
-def growth_cause(facts: JobFacts, rank: int, bytes_per_step: float) -> GrowthCause | None:
+def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCause | None:
     """Return the container that explains the growth of a rank's memory; None where none does."""
-    found = next((each for each in facts.growing.get(rank, ()) if each.explains(bytes_per_step)), None)
+    known = facts.growing.get(rank, ())
+    found = next((each for each in known if each.explains(growth.bytes_per_step, growth.grown_bytes)), None)
     if found is None:
         return None
 
@@ -72,6 +76,7 @@ def _text(found: GrowingObjects) -> str:
 
     own = found.kind in _OF_LIBRARIES
     kind = "cache of" if found.kind == "lru_cache" else f"{found.kind} of" if own else found.kind
+    kind = _TEXTS.get(kind, kind)
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
     return (
         f" Meanwhile the {kind} {found.path}{_where(found)} gained {_rate(found)}{holds}; "
@@ -85,7 +90,7 @@ def _rate(found: GrowingObjects) -> str:
         return f"{plural(found.gained, 'element')} in {plural(found.steps, 'step')}"
 
     rate = f"{found.per_step:.3g}" if found.per_step < _COUNTED else count_text(round(found.per_step))
-    return f"{rate} element{'' if rate == '1' else 's'} per step"
+    return f"{rate} {_UNITS.get(found.kind, 'element')}{'' if rate == '1' else 's'} per step"
 
 
 def _action(found: GrowingObjects) -> str:
@@ -100,5 +105,11 @@ def _action(found: GrowingObjects) -> str:
 
     if found.kind == "lru_cache":
         return f"Give the cache of {found.path} a maxsize that fits into memory."
+
+    if found.is_copied:
+        return (
+            f"Keep less in {found.path}, or write it out and clear it now and then: each addition copies all of it, "
+            "which takes longer each time."
+        )
 
     return f"Clear {found.path} now and then, bound its length (collections.deque with maxlen), or keep less per step."

@@ -90,7 +90,7 @@ def _finding(
     if copied and room and room.left_s > facts.workers.uncopied_bytes(rank, device) / max(growth.bytes_per_s, 1.0):
         room = None  # all is copied before it is full
 
-    cause = None if workers or kind is MemoryKind.PINNED else growth_cause(facts, rank, growth.bytes_per_step)
+    cause = None if workers or kind is MemoryKind.PINNED else growth_cause(facts, rank, growth)
     why = copied or cause
     is_unseen = kind is MemoryKind.RESIDENT and rank in facts.growing and why is None
     unread = _unread_steps(facts)

@@ -13,6 +13,7 @@ __all__ = ["AddingLine", "line_that_adds"]
 
 _MAX_LINES = 20_000
 _METHODS = "append|appendleft|extend|add|insert|update|setdefault"
+_JOINS = "(?:concat|concatenate|cat|append|stack|vstack|hstack|join|merge)"
 _CALLS = {
     HOOKS: re.compile(r"\.register_\w*hook\s*\("),
     PARAMETER_GROUPS: re.compile(r"\.add_param_group\s*\("),
@@ -28,18 +29,23 @@ class AddingLine(NamedTuple):
     function: str
 
 
-def line_that_adds(file: str, path: str, kind: str = "") -> AddingLine | None:
+def line_that_adds(file: str, path: str, kind: str = "", *, is_copied: bool = False) -> AddingLine | None:
     """Return the only line of a file that adds to a container; None without one, or with several.
 
     Args:
         file: the user's file.
         path: expression that reaches the container; its last name is searched.
         kind: of the container; those of libraries are added to by their functions.
+        is_copied: whether a longer one takes its place.
     """
-    adds = _CALLS.get(kind) or _additions(path)
     lines = linecache.getlines(file)[:_MAX_LINES]
-    found = [number for number, line in enumerate(lines, 1) if adds.search(line.partition("#")[0])]
+    found = [] if is_copied else _matching(lines, _CALLS.get(kind) or _additions(path))
+    found = found or _matching(lines, _copies(path))  # a list may be copied, too
     return AddingLine(found[0], _function_of(lines, found[0])) if len(found) == 1 else None
+
+
+def _matching(lines: Sequence[str], adds: re.Pattern[str]) -> list[int]:
+    return [number for number, line in enumerate(lines, 1) if adds.search(line.partition("#")[0])]
 
 
 def _additions(path: str) -> re.Pattern[str]:
@@ -51,6 +57,12 @@ def _additions(path: str) -> re.Pattern[str]:
         rf"{before}{re.escape(name)}(?:{element}?\.\s*(?:{_METHODS})\s*\(|{element}=(?!=)|{element}?\+=)"
         rf"|(?<![\w.]){re.escape(path)}\s*=\s*{re.escape(path)}\s*\+"
     )
+
+
+def _copies(path: str) -> re.Pattern[str]:
+    """Return a pattern of the ways to put a longer copy in the place of what an expression reaches."""
+    name = rf"(?<![\w.]){re.escape(path)}"
+    return re.compile(rf"{name}\s*(?:\+=|=(?!=)\s*(?:[\w.]*{_JOINS}\s*\(|.*{name}(?![\w.])))")
 
 
 def _function_of(lines: Sequence[str], number: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -122,12 +122,11 @@ class GrowthWatch:
 
     def _compare(self, now: int, step: int, first: _First) -> None:
         began = time.thread_time_ns()
-        before, after = first.containers, self._read_containers()
         steps = step - first.step
         grown = [
-            _described(held, before[key].size, steps)
-            for key, held in after.items()
-            if key in before and _has_grown(before[key], held, steps)
+            _described(held, before.size, steps)
+            for before, held in _pairs(first.containers, self._read_containers())
+            if _has_grown(before, held, steps)
         ]
         cost_ns = first.cost_ns + time.thread_time_ns() - began
         grown.sort(key=lambda each: (not each["holds_graph"], -each["per_step"] * each["item_bytes"]))
@@ -156,6 +155,18 @@ def _grows(readings: list[int]) -> bool:
     return first < second < last and last - first >= LEAST_GROWN_BYTES
 
 
+def _pairs(
+    before: Mapping[tuple[str, int], HeldObjects], after: Mapping[tuple[str, int], HeldObjects]
+) -> Iterator[tuple[HeldObjects, HeldObjects]]:
+    """Yield each container as it was and as it is; one that is new by the path of another was copied."""
+    known = {(held.path, held.file): held for held in before.values()}
+    for key, held in after.items():
+        if (same := before.get(key)) is not None:
+            yield same, held
+        elif (last := known.get((held.path, held.file))) is not None and not held.is_copied:
+            yield last, held._replace(is_copied=True)
+
+
 def _has_grown(before: HeldObjects, after: HeldObjects, steps: int) -> bool:
     from traceml.recorder.growth.held_objects import MAX_CHAIN
 
@@ -175,6 +186,6 @@ def _described(held: HeldObjects, before: int, steps: int) -> dict[str, Any]:
 
     facts = held._asdict()
     facts["count"] = facts.pop("size")
-    line = line_that_adds(held.file, held.path, held.kind)
+    line = line_that_adds(held.file, held.path, held.kind, is_copied=held.is_copied)
     where = {} if line is None else {"line": line.number, "function": line.function}
     return facts | {"per_step": round((held.size - before) / steps, 4), **where}

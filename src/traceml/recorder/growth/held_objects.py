@@ -33,6 +33,7 @@ MAX_CHAIN = 8000
 """Operations of a graph that are followed."""
 _MAX_PATH = 80
 _LEAST = 8  # smaller containers are not counted
+_LEAST_COPIED_BYTES = 4 << 20  # nor smaller arrays, of which a script has many
 _CO_OPTIMIZED = 0x1  # inspect.CO_OPTIMIZED: the code of a function
 _LISTS = (list, deque, tuple)
 _NOT_ENTERED = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, FrameType)
@@ -50,6 +51,7 @@ class HeldObjects(NamedTuple):
         item_bytes: size of that, as far as it is known without walking far.
         holds_graph: whether the element is a tensor that holds the graph of its computation.
         of_dataset: whether a data set holds it.
+        is_copied: whether it can only grow by a copy: an array, a table, a text.
     """
 
     path: str
@@ -61,6 +63,7 @@ class HeldObjects(NamedTuple):
     item_bytes: int
     holds_graph: bool
     of_dataset: bool
+    is_copied: bool = False
 
 
 class _Place(NamedTuple):
@@ -95,7 +98,8 @@ def read_containers(
             held = _held(place)
             if held is not None:
                 # A sum of losses is another tensor in each step. The path to a container depends on the open frames.
-                found[(place.path, 0) if held.kind == "graph" else ("", id(place.value))] = held
+                is_other = held.kind == "graph" or held.is_copied
+                found[(place.path, 0) if is_other else ("", id(place.value))] = held
 
             if place.depth < _MAX_DEPTH:
                 places.extend(_inside(place))
@@ -155,14 +159,43 @@ def _held(place: _Place) -> HeldObjects | None:
     value, kind = place.value, type(place.value).__name__
     if _is_tensor(value):
         length = _chain(value)
-        return _entry(place, "graph", length, value) if length >= _LEAST else None
+        return _entry(place, "graph", length, value) if length >= _LEAST else _copied(place)
 
     if isinstance(value, (dict, set, *_LISTS)):
         count = len(value)
         return _entry(place, kind, count, _newest(value)) if count >= _LEAST and type(value) is not tuple else None
 
     info = getattr(value, "cache_info", None) if callable(value) and hasattr(type(value), "cache_info") else None
-    return None if info is None else _entry(place, "lru_cache", int(info().currsize), _newest_cached(value))
+    return _copied(place) if info is None else _entry(place, "lru_cache", int(info().currsize), _newest_cached(value))
+
+
+def _copied(place: _Place) -> HeldObjects | None:
+    """Return a large array, table or text, whose elements have one size; None of anything else."""
+    count, total_bytes = _extent(place.value)
+    if count < _LEAST or total_bytes < _LEAST_COPIED_BYTES:
+        return None
+
+    entry = _entry(place, type(place.value).__name__, count, None)
+    return entry._replace(item_bytes=max(total_bytes // count, 1), is_copied=True)
+
+
+def _extent(value: Any) -> tuple[int, int]:
+    """Return the elements of an array or text, or the rows of a table, and all their bytes; 0 of anything else."""
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value), sys.getsizeof(value)
+
+    if _is_tensor(value):
+        return int(value.numel()), int(value.numel() * value.element_size())
+
+    library = type(value).__module__.partition(".")[0]
+    if library == "numpy" and hasattr(value, "nbytes"):
+        return int(value.size), int(value.nbytes)
+
+    if library == "pandas" and hasattr(value, "memory_usage"):
+        used = value.memory_usage(index=False)
+        return len(value), int(used.sum() if hasattr(used, "sum") else used)
+
+    return 0, 0
 
 
 def _entry(place: _Place, kind: str, count: int, item: Any) -> HeldObjects:
