@@ -118,18 +118,39 @@ def test_an_attempt_without_a_step_is_a_restart(tmp_path):
     assert "idle" not in parts
 
 
-def test_a_run_without_steps_is_start_up(tmp_path):
-    """Nothing else is known of it."""
+@pytest.mark.parametrize(("state", "part"), [("failed", "startup"), ("finished", "unexplained")])
+def test_a_run_without_steps_is_start_up(tmp_path, state, part):
+    """Nothing else is known of it; one that finished may have trained in a way that is not recognized."""
     folder = tmp_path / "run"
     folder.mkdir()
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id="run", world_size=1))
-        writer.stream(StreamIdentity(0, 0, "h0", 1, 1, ""), state="failed")
+        writer.stream(StreamIdentity(0, 0, "h0", 1, 1, ""), state=state)
 
     with closing(StoreReader(folder / STORE_NAME)) as reader:
         assert reader.step_sums() == {}
 
-    assert time_of(folder)[1] == {"startup": 10.0}
+    assert time_of(folder)[1] == {part: 10.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "counted"),
+    [([0.4, 8], 1), ([0.4, 4, 4], 2), ([4, 4, 4], 3), ([2, 2, 2, 2, 10], 5), ([0.4], 1)],
+    ids=["a check and one", "a check and two", "equal ones", "many short ones are much of it", "one"],
+)
+def test_a_short_check_is_no_evaluation(tmp_path: Path, seconds: list[float], counted: int) -> None:
+    """Lightning evaluates two batches before the first epoch."""
+    folder = store(tmp_path / "run", evaluators=())
+    rows = np.zeros(len(seconds), EVALS.dtype)
+    rows["step"], rows["batches"], rows["ns"] = np.arange(len(seconds)) * 10, 2, np.array(seconds) * S
+    rows["t_end_ns"] = 105 * S + np.cumsum(rows["ns"])
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.append(1, "evals", 0, len(seconds), rows.tobytes(), 0, 40)
+
+    with closing(StoreReader(folder / STORE_NAME)) as reader:
+        time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 140.0)
+
+    assert time.evaluations == counted
 
 
 @pytest.mark.parametrize(("attempts", "wall_s"), [(1, 15), (2, 35)])

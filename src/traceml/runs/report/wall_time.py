@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from traceml.database.store.reader import StreamRecord
-from traceml.database.store.summaries import StepSums
+from traceml.database.store.summaries import StepSums, TableSums
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.stopped_time import Stop, without_stops
 from traceml.diagnosis.facts.useful_time import UsefulTime, useful_time
@@ -20,6 +20,7 @@ __all__ = ["checkpoints", "resumes_at", "wall_time"]
 _S = 1e9
 _WHOLE = 0.9  # share of the steps of the rank with most of them
 _FEW = 0.5  # ranks with less than this share of the longest evaluation do not evaluate: a first pass, or a check
+_SHORT, _LITTLE = 0.25, 0.2  # evaluations this much shorter than the longest, if together they are this share of all
 _WORTH = 0.01  # share of the run from which on evaluation and saving of some ranks count as time of all
 _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
@@ -70,6 +71,9 @@ def wall_time(
         ranks, parts = _setting_the_time(ranks, parts, _WORTH * (ended_s - started_s))
 
     known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]}
+    if not ranks and records and all(stream.state == "finished" for stream in records):
+        known = dict.fromkeys(known, 0.0)  # what it did was not seen: it is no start-up of a training
+
     compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
     known["steps"] -= compiled_s
     known["restart" if attempt else "startup"] += compiled_s
@@ -166,7 +170,18 @@ def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
 
 
 def _most_evaluations(sums: Iterable[StepSums]) -> int:
-    return max((each.evals.rows for each in sums), default=0)
+    return max((_evaluations(each.evals) for each in sums), default=0)
+
+
+def _evaluations(evals: TableSums) -> int:
+    """Return how many evaluations there were, without short ones, as Lightning's check before the first epoch."""
+    rows, ns = evals.bins["rows"], evals.bins["ns"]
+    if not len(rows):
+        return 0
+
+    means = ns / rows
+    short = means < _SHORT * means.max()
+    return int(rows[~short].sum() if ns[short].sum() <= _LITTLE * ns.sum() else rows.sum())
 
 
 def _process(sums: StepSums, clocks: RunClocks, stream: StreamRecord) -> ProcessSums:
