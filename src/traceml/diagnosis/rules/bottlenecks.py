@@ -43,6 +43,10 @@ ITERATOR_SHARE = 0.5
 """Code outside the phases is waiting for an iterator if this share of its samples is."""
 CROWDED_SHARE = 0.20
 """The share from which code outside the phases is reported when the ranks have too few cores."""
+RARE_FACTOR = 1.1
+"""Rare long steps are told apart if a part costs more than this factor with them."""
+LEAST_ASIDE = 0.02
+"""What does not count is named from this share of the part on."""
 SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
 
@@ -55,6 +59,8 @@ class _PhaseCost:
         ranks: the ranks that have it; empty for all.
         removed: the work that a run without it would not do, rank x step.
         saved_ns: time by which the mean step would be shorter.
+        share: share of the part that counts; the rest is other things.
+        aside: what of the part does not count, in words.
     """
 
     segments: Segments
@@ -63,14 +69,28 @@ class _PhaseCost:
     ranks: tuple[int, ...]
     removed: Floats
     saved_ns: float
+    share: float = 1.0
+    aside: tuple[str, ...] = ()
 
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
         return self.saved_ns >= least_cost_ns(self.step_ns, share)
 
-    def scaled(self, share: float) -> _PhaseCost:
-        """Return a share of it."""
-        return dataclasses.replace(self, removed=self.removed * share, saved_ns=self.saved_ns * share)
+    def scaled(self, share: float, *aside: str) -> _PhaseCost:
+        """Return a share of it; the rest is what `aside` names."""
+        return dataclasses.replace(
+            self, removed=self.removed * share, saved_ns=self.saved_ns * share, share=share, aside=aside
+        )
+
+    def told(self) -> _PhaseCost:
+        """Return the cost with the rare long steps, as a screen shows the part; without them if they are much of it."""
+        values = self.segments.parts[self.part]
+        removed = values * np.float32(self.share)
+        saved = saved_ns(self.segments, {self.part: values - removed})
+        if saved > RARE_FACTOR * self.saved_ns:
+            return dataclasses.replace(self, aside=("rare long steps", *self.aside))
+
+        return dataclasses.replace(self, removed=removed, saved_ns=max(saved, self.saved_ns))
 
     @property
     def of_step(self) -> str:
@@ -78,7 +98,8 @@ class _PhaseCost:
         share = percent_text(self.saved_ns / self.step_ns)
         # Ranks that have it in turns wait for each other: a step loses more than the mean of each.
         lost_ns = max(float(self.removed.mean()), self.saved_ns)
-        return f"{ns_text(lost_ns)} of each {ns_text(self.step_ns)} step ({share})"
+        aside = f"; {' and '.join(self.aside)} aside" if self.aside else ""
+        return f"{ns_text(lost_ns)} of each {ns_text(self.step_ns)} step ({share}{aside})"
 
     @property
     def faster(self) -> str:
@@ -138,6 +159,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     pipeline = pipeline_of(segments, facts, float(cost.removed.mean()))
     line = cost.line(facts)
     by_sampler = of_sampler(facts, line)
+    cost = cost.told()
     if facts.loader is not None and facts.loader.num_workers and by_sampler is None:
         line = None  # it is the loop's own: the work is in the workers' processes
 
@@ -154,6 +176,7 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
     if cost is None or not cost.exceeds():
         return []
 
+    cost = cost.told()
     summary = (
         f"Copies to the device take {cost.of_step}; if they overlapped with computation, steps would be {cost.faster}."
     )
@@ -176,10 +199,11 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         # A named phase explains its rare long steps; those of unnamed code are jitter.
         cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
         if cost is not None and part == "other":
-            cost = cost.scaled(max(1 - clearing_share(facts.lines) - _forward_share(segments), 0.0))
+            cost = _without_torch(cost, segments, facts)
 
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
+            cost = cost.told()
             line = cost.line(facts)
             library = cost.library(facts)
             where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
@@ -190,6 +214,13 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line)))
 
     return found
+
+
+def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _PhaseCost:
+    """Return the cost of `other` without clearing gradients, and without the forward of a training without modules."""
+    known = {"clearing gradients": clearing_share(facts.lines), "the forward": _forward_share(segments)}
+    aside = [name for name, share in known.items() if share >= LEAST_ASIDE]
+    return cost.scaled(max(1 - sum(known.values()), 0.0), *aside)
 
 
 def _forward_share(segments: Segments) -> float:
@@ -248,11 +279,16 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     where = f" on {ranks_text(ranks)}" if ranks else ""
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save{where}"
-        f", for {ns_text(each_ns)} each{_of_save(known)}; without it steps would be {cost.faster}."
+        f", for {ns_text(each_ns)} each{_of_save(known)}{_at_end(values)}; without it steps would be {cost.faster}."
     )
     evidence = {"saves": count, "save_ms": each_ns / 1e6, **(known.evidence() if known is not None else {})}
     found = cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(half), **evidence)
     return [replace(found, speedup_if_fixed=half)]
+
+
+def _at_end(values: Floats) -> str:
+    """Return that a save in the last step does not count, where screens show its time, too."""
+    return ", the one in the last step aside" if values[:, -1].max(initial=0) > FLOOR_NS else ""
 
 
 def _ranks_with(segments: Segments, values: Floats) -> tuple[int, ...]:
