@@ -132,11 +132,11 @@ class ProcessSnapshot(_Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadSnapshot(_Record):
-    """Another thread of the rank that runs the user's code.
+    """Another thread of the rank: one that runs the user's code, or that its end waits for.
 
     Attributes:
         name: its name; empty where a library has started it in C.
-        line: innermost frame of the user's code.
+        line: innermost frame of the user's code, if it runs that.
         is_daemon: whether the interpreter ends without waiting for it.
     """
 

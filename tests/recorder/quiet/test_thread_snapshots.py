@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import pytest
+
 from traceml.database.snapshots import ThreadSnapshot
 from traceml.recorder.quiet.thread_snapshots import other_threads
 from traceml.recorder.user_code import UserCode
@@ -53,6 +55,23 @@ def test_a_thread_is_reported_with_its_line_of_user_code() -> None:
     assert found[0].line is not None
     assert (found[0].line.function, found[0].line.is_user) == ("Upload.wait", True)
     assert found[0].line.file == __file__
+
+
+def test_a_thread_without_user_code_is_reported_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter waits for it, and its name is what is known; before, it may be any library's."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, name="prefetcher")
+    thread.start()
+    try:
+        before = [snapshot.name for snapshot in snapshots()]
+        monkeypatch.setattr(threading.main_thread(), "is_alive", lambda: False)
+        found = [snapshot for snapshot in snapshots() if snapshot.name == "prefetcher"]
+    finally:
+        done.set()
+        thread.join()
+
+    assert "prefetcher" not in before
+    assert found == [ThreadSnapshot(name="prefetcher")]
 
 
 def test_a_thread_that_a_library_started_is_reported_without_a_name() -> None:
