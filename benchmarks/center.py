@@ -43,7 +43,7 @@ from traceml.database.schema import HOST, PROCESS, STEPS, Table
 from traceml.database.store.codec import encode as compress
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
-from traceml.diagnosis.steps.stand_ins import HostChoice, WorkAbove, packed_ms
+from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode
 from traceml.transport.hello import Hello

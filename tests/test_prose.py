@@ -33,6 +33,8 @@ _PRIVATE = {
     "tunnel mouth": "tunnel listener",
     "stand-in": "compensating thread",
     "stand_in": "substitute",
+    "stand-ins": "representatives",
+    "stand_ins": "representatives",
     "time-out": "timeout",
     "time-outs": "timeouts",
     "for ever": "forever, or a bound",

@@ -242,6 +242,17 @@ def test_folders_are_small() -> None:
     assert {folder: size for folder, size in sizes.items() if size > 20} == {}
 
 
+def test_a_folder_says_what_it_may_import() -> None:
+    """The docstring of a folder has two parts: what lives there, and where it runs and what it may import."""
+    docstrings = {
+        name: next(ast.get_docstring(node) or "" for node in nodes_of(path) if isinstance(node, ast.Module))
+        for name, path in _files().items()
+        if path.name == "__init__.py" and name != "traceml"
+    }
+
+    assert [name for name, text in docstrings.items() if "import" not in text.lower()] == []
+
+
 def test_rooms_do_not_import_the_package() -> None:
     """`import traceml` brings the public names of every room: only the command line may use it."""
     bare = {

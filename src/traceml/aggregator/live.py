@@ -14,7 +14,7 @@ from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import slots_for
-from traceml.diagnosis.steps.stand_ins import StandIns
+from traceml.diagnosis.steps.representatives import Representatives
 from traceml.transport.framing import decode_log
 
 __all__ = ["LiveRows"]
@@ -45,18 +45,18 @@ class LiveRows:
         self.intake.facts.world_size = world_size
 
     @property
-    def stand_ins(self) -> StandIns:
+    def representatives(self) -> Representatives:
         """Ranks that stand for others of their host, where hosts are merged."""
-        return self.intake.kept.stand_ins
+        return self.intake.kept.representatives
 
     def begin_attempt(self) -> None:
         """Forget which ranks of the attempt before stood for others, and which had not connected."""
         self._absent.clear()
-        self.intake.kept.stand_ins = StandIns()
+        self.intake.kept.representatives = Representatives()
 
     def silence(self, host: str) -> None:
         """Record that a host is out of reach: its ranks are not compared."""
-        self.stand_ins.silence(host)
+        self.representatives.silence(host)
         self.fresh = True
 
     def join(self, stream: Stream) -> None:

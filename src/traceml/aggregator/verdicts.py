@@ -89,15 +89,15 @@ class LiveVerdict:
     def _steps(self) -> int:
         """Return the number of steps to diagnose; where hosts are merged, those that are sent of each chosen rank."""
         ranks = self._live.intake.facts.world_size
-        return STEPS_COMPARED if self._live.stand_ins else _steps_for(ranks)
+        return STEPS_COMPARED if self._live.representatives else _steps_for(ranks)
 
     def _is_confirmed(self, findings: list[Finding]) -> bool:
         """Ask for the rows that findings near a limit need; return whether they are there, or do not come."""
-        if not self._live.stand_ins:
+        if not self._live.representatives:
             return True
 
-        self.wanted = self._requests.wanted(findings, self._live.stand_ins)
-        confirmed = self._requests.is_confirmed(findings, self._live.stand_ins)
+        self.wanted = self._requests.wanted(findings, self._live.representatives)
+        confirmed = self._requests.is_confirmed(findings, self._live.representatives)
         self._unconfirmed = 0 if confirmed else self._unconfirmed + 1
         return confirmed or self._unconfirmed > _LONGEST_UNCONFIRMED
 

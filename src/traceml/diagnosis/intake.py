@@ -109,7 +109,7 @@ class RowIntake:
         return window, self.facts.build(self.kept.reached(window.missing_ranks).tolist())
 
     def _replace(self, kept: KeptSteps) -> None:
-        kept.stand_ins, self.kept = self.kept.stand_ins, kept
+        kept.representatives, self.kept = self.kept.representatives, kept
 
     def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:
         if added := self._added[table.name]:

@@ -18,7 +18,7 @@ from traceml.aggregator.relay.relayed_hosts import CONFIRM_S, RelayedHosts, Rela
 from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.codec import encode
 from traceml.database.store.reader import StoreReader
-from traceml.diagnosis.steps.stand_ins import HostChoice, WorkAbove, packed_ms
+from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
 from traceml.errors import AggregatorRefusedError
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello

@@ -1,1 +1,4 @@
-"""Alerts: commands and webhooks that are notified of findings."""
+"""Alerts: commands and webhooks that are notified of findings.
+
+Runs in the aggregator. May import what `aggregator` may.
+"""

@@ -1,1 +1,4 @@
-"""Relay of a host's ranks to another aggregator: `upstream` runs in that of the host, `relayed_hosts` in the center."""
+"""Relay of a host's ranks to another aggregator: `upstream` runs in that of the host, `relayed_hosts` in the center.
+
+May import what `aggregator` may.
+"""

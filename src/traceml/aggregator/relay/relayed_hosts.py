@@ -14,7 +14,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.streams import Stream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.codec import decode
-from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice, WorkAbove
+from traceml.diagnosis.steps.representatives import HOST_CHOICE, HostChoice, WorkAbove
 from traceml.diagnosis.tree.host_sums import HOST_SUMS, HostSums
 from traceml.errors import ProtocolError
 from traceml.transport.hello import Hello
@@ -150,7 +150,7 @@ class RelayedHosts:
             return
 
         for host in [each for each in self._hosts.values() if each.run is run and (ranks or each.wanted)]:
-            choice = run.live.stand_ins.choice_of(host.key)
+            choice = run.live.representatives.choice_of(host.key)
             wanted = choice.ranks.intersection(ranks) if choice is not None else frozenset[int]()
             if wanted != host.wanted:
                 host.wanted = wanted
@@ -240,13 +240,13 @@ class RelayedHosts:
         if min(ranks) < 0 or max(ranks) >= run.world_size:
             raise ProtocolError(f"the choice of a host has ranks beyond the {run.world_size} of its run")
 
-        if run.live.stand_ins.take(choice):
+        if run.live.representatives.take(choice):
             run.store.event(HOST_CHOICE, {"attempt": run.attempt, **choice.to_facts()})
 
     @staticmethod
     def _add_above(run: ActiveRun, key: str, row: Any) -> None:
         try:
-            run.live.stand_ins.add(key, WorkAbove.from_row(row))
+            run.live.representatives.add(key, WorkAbove.from_row(row))
         except ValueError as error:
             raise ProtocolError(str(error)) from error
 

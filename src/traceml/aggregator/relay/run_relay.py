@@ -20,7 +20,7 @@ from traceml.database.store.codec import encode
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.store_file import STORE_NAME
 from traceml.database.store.summaries import SAMPLE_TABLES
-from traceml.diagnosis.steps.stand_ins import HostChoice
+from traceml.diagnosis.steps.representatives import HostChoice
 from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.tree.host_second import HostSecond
 from traceml.diagnosis.tree.host_sums import HostSums

@@ -1,1 +1,4 @@
-"""Ranks that do not answer: looked at from outside, by a process of their host."""
+"""Ranks that do not answer: looked at from outside, by a process of their host.
+
+Runs in the aggregator. May import what `aggregator` may.
+"""

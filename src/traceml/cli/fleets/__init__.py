@@ -1,1 +1,4 @@
-"""`traceml fleet`: a run next to earlier ones of its model, and hosts that are often slow."""
+"""`traceml fleet`: a run next to earlier ones of its model, and hosts that are often slow.
+
+Runs in the process of the command. May import what `cli` may.
+"""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
-from traceml.diagnosis.steps.stand_ins import StandIns
+from traceml.diagnosis.steps.representatives import Representatives
 from traceml.diagnosis.steps.step_split import DEVICE_LABELS, Floats, put_device_times, spread_device_times
 
 __all__ = ["MAX_CELLS", "MAX_USER_PHASES", "KeptSteps", "Rows", "slots_for"]
@@ -53,12 +53,12 @@ class KeptSteps:
         ranks: ranks to allocate now; more are added as they arrive.
 
     Attributes:
-        stand_ins: ranks that stand for others, where hosts are merged.
+        representatives: ranks that stand for others, where hosts are merged.
     """
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.slots = slots
-        self.stand_ins = StandIns()
+        self.representatives = Representatives()
         self._capacity = 0
         self._latest = np.empty(0, np.int64)
         self._ended = np.empty(0, bool)
@@ -81,7 +81,7 @@ class KeptSteps:
         Args:
             missing: ranks with rows that are not compared; see `AlignedSteps`.
         """
-        return self.stand_ins.reached(self.latest, missing) if self.stand_ins else self.latest
+        return self.representatives.reached(self.latest, missing) if self.representatives else self.latest
 
     @property
     def end_ns(self) -> Ints:
@@ -190,7 +190,7 @@ class KeptSteps:
         coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
         kept = coverage >= 0.5 * coverage.max()
         missing_ranks = (*missing_ranks, *chosen[~kept].tolist())
-        return self._with_stand_ins(self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks))
+        return self._with_representatives(self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks))
 
     def held(self, rank_index: int) -> AlignedSteps:
         """Return all steps kept of one rank, in order."""
@@ -216,18 +216,18 @@ class KeptSteps:
         """Return the steps that may be kept up to the newest, at most `last`, in order."""
         return np.arange(max(newest - last + 1, 0), newest + 1, dtype=np.int64)
 
-    def _with_stand_ins(self, window: AlignedSteps) -> AlignedSteps:
-        if not self.stand_ins:
+    def _with_representatives(self, window: AlignedSteps) -> AlignedSteps:
+        if not self.representatives:
             return window
 
         ranks = window.ranks.tolist()
-        above = self.stand_ins.above(ranks, window.steps)
-        return replace(window, stands_for=self.stand_ins.stands_for(ranks), above=above)
+        above = self.representatives.above(ranks, window.steps)
+        return replace(window, stands_for=self.representatives.stands_for(ranks), above=above)
 
     def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
         seen = self._latest >= 0
-        if self.stand_ins:  # the steps of ranks whose rows are not sent end anywhere
-            seen[self.stand_ins.unsent[self.stand_ins.unsent < len(seen)]] = False
+        if self.representatives:  # the steps of ranks whose rows are not sent end anywhere
+            seen[self.representatives.unsent[self.representatives.unsent < len(seen)]] = False
 
         live = seen & ~self._ended
         if not live.any():
@@ -237,8 +237,8 @@ class KeptSteps:
             return np.empty(0, np.int64), ()
 
         near = live & (self._latest > self._latest[live].max() - max(self._reach // 2, 1))
-        if self.stand_ins and not np.isin(np.flatnonzero(near), self.stand_ins.silent).all():
-            near[np.isin(np.arange(len(near)), self.stand_ins.silent)] = False
+        if self.representatives and not np.isin(np.flatnonzero(near), self.representatives.silent).all():
+            near[np.isin(np.arange(len(near)), self.representatives.silent)] = False
 
         return np.flatnonzero(near), tuple(np.flatnonzero(live & ~near).tolist())
 

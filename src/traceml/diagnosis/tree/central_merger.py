@@ -10,7 +10,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.stand_ins import HostChoice
+from traceml.diagnosis.steps.representatives import HostChoice
 from traceml.diagnosis.tree.host_second import HostSecond
 from traceml.diagnosis.tree.row_requests import RowRequests
 
@@ -39,7 +39,7 @@ class CentralMerger:
     @property
     def rows(self) -> int:
         """Number of ranks whose rows are taken now."""
-        return sum(len(choice.sent) for choice in self.intake.kept.stand_ins.choices)
+        return sum(len(choice.sent) for choice in self.intake.kept.representatives.choices)
 
     def take(self, seconds: Sequence[HostSecond]) -> None:
         """Take the messages of many hosts, at most one of each."""
@@ -51,11 +51,11 @@ class CentralMerger:
 
     def wanted(self, findings: Sequence[Finding]) -> frozenset[int]:
         """Return the ranks whose full rows are wanted; see `RowRequests`."""
-        return self._requests.wanted(findings, self.intake.kept.stand_ins)
+        return self._requests.wanted(findings, self.intake.kept.representatives)
 
     def is_confirmed(self, findings: Sequence[Finding]) -> bool:
         """Return whether findings can be told; see `RowRequests`."""
-        return self._requests.is_confirmed(findings, self.intake.kept.stand_ins)
+        return self._requests.is_confirmed(findings, self.intake.kept.representatives)
 
     def snapshot(self, last: int) -> tuple[AlignedSteps, JobFacts]:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
@@ -63,9 +63,9 @@ class CentralMerger:
 
     def _take(self, second: HostSecond) -> None:
         kept, choice = self.intake.kept, second.choice
-        self._name_host(choice, kept.stand_ins.choice_of(choice.host))
-        kept.stand_ins.take(choice)
-        kept.stand_ins.add(choice.host, second.above)
+        self._name_host(choice, kept.representatives.choice_of(choice.host))
+        kept.representatives.take(choice)
+        kept.representatives.add(choice.host, second.above)
         for rank in second.begins:
             kept.clear(rank)
 

@@ -17,7 +17,7 @@ import numpy as np
 from traceml.database.schema import STEPS
 from traceml.database.store.codec import decode, encode
 from traceml.database.store.summaries import TableSums
-from traceml.diagnosis.steps.stand_ins import HostChoice, WorkAbove
+from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove
 
 __all__ = ["HostSecond"]
 

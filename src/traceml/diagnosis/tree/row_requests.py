@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.steps.stand_ins import HostChoice, StandIns
+from traceml.diagnosis.steps.representatives import HostChoice, Representatives
 
 __all__ = ["RowRequests"]
 
@@ -24,31 +24,31 @@ class RowRequests:
         self._seconds = 0
         self._asked_until: dict[str, int] = {}
 
-    def wanted(self, findings: Sequence[Finding], stand_ins: StandIns) -> frozenset[int]:
+    def wanted(self, findings: Sequence[Finding], representatives: Representatives) -> frozenset[int]:
         """Return the ranks whose full rows are wanted: those of hosts with late ranks, for some time.
 
         Where many hosts are late, as below a switch, the typical ranks are enough. Call it once a second.
         """
         self._seconds += 1
         until = self._seconds + SECONDS_ASKED
-        self._asked_until |= {choice.host: until for choice in _late_hosts(findings, stand_ins)}
+        self._asked_until |= {choice.host: until for choice in _late_hosts(findings, representatives)}
         self._asked_until = {host: end for host, end in self._asked_until.items() if end > self._seconds}
-        choices = (stand_ins.choice_of(host) for host in self._asked_until)
+        choices = (representatives.choice_of(host) for host in self._asked_until)
         return frozenset(rank for choice in choices if choice is not None for rank in choice.alive)
 
     @staticmethod
-    def is_confirmed(findings: Sequence[Finding], stand_ins: StandIns) -> bool:
+    def is_confirmed(findings: Sequence[Finding], representatives: Representatives) -> bool:
         """Return whether findings about late ranks are far from a limit, or rest on the rows of all ranks beside them.
 
         At the limit of a rule these may decide otherwise than a typical rank does: wait for them before you tell.
         """
         gains = [finding.speedup_if_fixed for finding in findings if finding.kind.rule.is_straggler]
         return min(gains, default=CLEAR_GAIN) >= CLEAR_GAIN or all(
-            choice.alive <= set(choice.sent) for choice in _late_hosts(findings, stand_ins)
+            choice.alive <= set(choice.sent) for choice in _late_hosts(findings, representatives)
         )
 
 
-def _late_hosts(findings: Sequence[Finding], stand_ins: StandIns) -> list[HostChoice]:
+def _late_hosts(findings: Sequence[Finding], representatives: Representatives) -> list[HostChoice]:
     late = {rank for finding in findings if finding.kind.rule.is_straggler for rank in finding.ranks}
-    hosts = [choice for choice in stand_ins.choices if not late.isdisjoint(choice.alive)] if late else []
+    hosts = [choice for choice in representatives.choices if not late.isdisjoint(choice.alive)] if late else []
     return hosts if len(hosts) <= MOST_HOSTS_ASKED else []

@@ -1,1 +1,4 @@
-"""Process groups of torch.distributed: when the job's group exists, and the newest operation of each."""
+"""Process groups of torch.distributed: when the job's group exists, and the newest operation of each.
+
+Runs in the rank. May import what `instrument` may.
+"""

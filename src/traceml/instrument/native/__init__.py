@@ -1,3 +1,6 @@
-"""The hot path of the step clock in C: the fields of the open step, and the hooks around the calls of a loop."""
+"""The hot path of the step clock in C: the fields of the open step, and the hooks around the calls of a loop.
+
+Runs in the rank. May import what `instrument` may.
+"""
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""Worker processes of data loaders: which there are, and which died."""
+"""Worker processes of data loaders: which there are, and which died.
+
+Runs in the rank. May import what `instrument` may.
+"""

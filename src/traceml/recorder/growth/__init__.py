@@ -1,4 +1,7 @@
-"""Objects of the script that grow while memory does."""
+"""Objects of the script that grow while memory does.
+
+Runs in the rank, on the recorder's thread. May import what `recorder` may.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Pauses of the training for the interpreter or for torch.compile, as rows."""
+"""Pauses of the training for the interpreter or for torch.compile, as rows.
+
+Runs in the rank. May import what `recorder` may.
+"""
 
 from __future__ import annotations
 

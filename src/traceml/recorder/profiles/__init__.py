@@ -1,1 +1,4 @@
-"""A rank that is profiled on request: trace and sampled calls, sent in pieces."""
+"""A rank that is profiled on request: trace and sampled calls, sent in pieces.
+
+Runs in the rank, on the recorder's thread. May import what `recorder` may.
+"""

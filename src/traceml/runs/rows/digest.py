@@ -43,7 +43,7 @@ from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import MAX_CELLS, slots_for
-from traceml.diagnosis.steps.stand_ins import HOST_CHOICE, HostChoice
+from traceml.diagnosis.steps.representatives import HOST_CHOICE, HostChoice
 from traceml.diagnosis.steps.step_split import has_group
 from traceml.diagnosis.tree.host_sums import HOST_SUMS, HostSums
 from traceml.runs.rows.metrics import MetricSummary
@@ -377,7 +377,7 @@ class Digest:
         for event in reader.events(self._last_choice, HOST_CHOICE):
             self._last_choice = event.id
             if event.data.get("attempt") == self._attempt:
-                self.kept.stand_ins.take(HostChoice.from_facts(event.data))
+                self.kept.representatives.take(HostChoice.from_facts(event.data))
 
         for event in reader.events(self._last_sums, HOST_SUMS):
             self._last_sums = event.id

@@ -1,1 +1,4 @@
-"""Facts of devices: faults that they report, and memory that goes back and forth between torch and the driver."""
+"""Facts of devices: faults that they report, and memory that goes back and forth between torch and the driver.
+
+Gathered in the aggregator and by readers. Imports `database`.
+"""

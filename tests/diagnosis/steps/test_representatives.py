@@ -9,7 +9,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from traceml.diagnosis.steps.kept_steps import KeptSteps
-from traceml.diagnosis.steps.stand_ins import HostChoice, StandIns, WorkAbove, packed_ms
+from traceml.diagnosis.steps.representatives import HostChoice, Representatives, WorkAbove, packed_ms
 
 ROWS = rows_of(Job(ranks=8, steps=60))
 
@@ -60,7 +60,7 @@ def test_a_window_without_merged_hosts_has_no_stand_ins():
     """As in the aggregator of all ranks."""
     kept = kept_of(0, 1)
 
-    assert not kept.stand_ins
+    assert not kept.representatives
     assert kept.aligned().stands_for == {}
     assert kept.reached().tolist() == kept.latest.tolist()
 
@@ -68,8 +68,8 @@ def test_a_window_without_merged_hosts_has_no_stand_ins():
 def test_typical_ranks_stand_for_ordinary_ones():
     """Not for those that have rows of their own."""
     kept = kept_of(0, 2, 4)
-    kept.stand_ins.take(choice(sent=(0, 2)))
-    kept.stand_ins.take(choice("b", 4, (4,)))
+    kept.representatives.take(choice(sent=(0, 2)))
+    kept.representatives.take(choice("b", 4, (4,)))
 
     assert kept.aligned().stands_for == {0: (0, 1, 3), 4: (4, 5, 6, 7)}
     assert kept.reached().tolist() == [59] * 8
@@ -77,18 +77,18 @@ def test_typical_ranks_stand_for_ordinary_ones():
 
 def test_only_other_ranks_are_a_change():
     """The same choice again is none: it is not stored."""
-    stand_ins = StandIns()
+    representatives = Representatives()
 
-    assert stand_ins.take(choice())
-    assert not stand_ins.take(choice())
-    assert stand_ins.take(choice(sent=(0, 1)))
+    assert representatives.take(choice())
+    assert not representatives.take(choice())
+    assert representatives.take(choice(sent=(0, 1)))
 
 
 def test_the_longest_work_of_the_others_is_known_by_step():
     """To 0.1 %; 0 where it is not, and of ranks that stand for nobody."""
     kept = kept_of(0, 2)
-    kept.stand_ins.take(choice(sent=(0, 2)))
-    kept.stand_ins.add("a", WorkAbove.from_row(above(58, 5e6, np.nan).to_row()))
+    kept.representatives.take(choice(sent=(0, 2)))
+    kept.representatives.add("a", WorkAbove.from_row(above(58, 5e6, np.nan).to_row()))
 
     aligned = kept.aligned(last=3)
 
@@ -100,11 +100,11 @@ def test_work_of_many_seconds_and_hosts_is_put_into_its_steps():
     """However much comes between two verdicts, and whatever a host sends again."""
     kept = kept_of(0, 4)
     for host, typical in (("a", 0), ("b", 4)):
-        kept.stand_ins.take(choice(host, typical, (typical,)))
+        kept.representatives.take(choice(host, typical, (typical,)))
 
     for first_step in (0, *range(200)):
-        kept.stand_ins.add("a", above(first_step % 60, 1e6 * (1 + first_step // 60)))
-        kept.stand_ins.add("b", above(first_step % 60, 8e6))
+        kept.representatives.add("a", above(first_step % 60, 1e6 * (1 + first_step // 60)))
+        kept.representatives.add("b", above(first_step % 60, 8e6))
 
     aligned = kept.aligned(last=2)
     assert aligned.steps.tolist() == [58, 59]
@@ -114,14 +114,14 @@ def test_work_of_many_seconds_and_hosts_is_put_into_its_steps():
 def test_another_typical_rank_has_other_work_beyond_its_own():
     """What came for the one before is dropped; so is that of a host that is not known."""
     kept = kept_of(0, 1)
-    kept.stand_ins.add("a", above(59, 5e6))
-    kept.stand_ins.take(choice())
-    kept.stand_ins.add("a", above(59, 6e6))
-    kept.stand_ins.take(choice(typical=1, sent=(1,)))
+    kept.representatives.add("a", above(59, 5e6))
+    kept.representatives.take(choice())
+    kept.representatives.add("a", above(59, 6e6))
+    kept.representatives.take(choice(typical=1, sent=(1,)))
 
     assert kept.aligned(last=1).above.tolist() == [[0]]
 
-    kept.stand_ins.add("a", above(59, 7e6))
+    kept.representatives.add("a", above(59, 7e6))
     np.testing.assert_allclose(kept.aligned(last=1).above, [[7e6]], rtol=1e-3)
 
 
@@ -129,8 +129,8 @@ def test_ranks_that_are_not_sent_any_more_do_not_hold_up_the_others():
     """Rank 2 differed for a while: its rows end, and the typical rank stands for it."""
     kept = kept_of(0, 4)
     kept.scatter(np.full(20, 2), ROWS[2][:20])
-    kept.stand_ins.take(choice())
-    kept.stand_ins.take(choice("b", 4, (4,)))
+    kept.representatives.take(choice())
+    kept.representatives.take(choice("b", 4, (4,)))
 
     assert kept.aligned(last=5).ranks.tolist() == [0, 4]
     assert kept.aligned(last=5).steps.tolist() == [55, 56, 57, 58, 59]
@@ -140,22 +140,22 @@ def test_ranks_that_are_not_sent_any_more_do_not_hold_up_the_others():
 def test_hosts_out_of_reach_are_not_compared_until_they_are_back():
     """Their ranks are missing, also those that their typical rank stands for."""
     kept = kept_of(0, 4)
-    kept.stand_ins.take(choice())
-    kept.stand_ins.take(choice("b", 4, (4,)))
-    kept.stand_ins.silence("b")
+    kept.representatives.take(choice())
+    kept.representatives.take(choice("b", 4, (4,)))
+    kept.representatives.silence("b")
 
     aligned = kept.aligned()
 
     assert (aligned.ranks.tolist(), aligned.missing_ranks) == ([0], (4,))
     assert kept.reached(aligned.missing_ranks).tolist() == [59, 59, 59, 59, 59, -1, -1, -1]
-    kept.stand_ins.take(choice("b", 4, (4,)))
+    kept.representatives.take(choice("b", 4, (4,)))
     assert kept.aligned().ranks.tolist() == [0, 4]
 
 
 def test_ended_ranks_have_their_last_step():
     """Also where none of their rows was sent, and although the typical rank goes on."""
     kept = kept_of(0)
-    kept.stand_ins.take(choice(ordinary=(0, 1, 2), ended=(3,), ended_at=(31,)))
+    kept.representatives.take(choice(ordinary=(0, 1, 2), ended=(3,), ended_at=(31,)))
 
     assert kept.reached().tolist()[:4] == [59, 59, 59, 31]
 

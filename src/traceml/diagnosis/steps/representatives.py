@@ -1,4 +1,4 @@
-"""Stand-ins: ranks whose rows stand for those of other ranks of their host, where hosts are merged."""
+"""Representatives: ranks whose rows stand for those of other ranks of their host, where hosts are merged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["HOST_CHOICE", "HostChoice", "StandIns", "WorkAbove", "packed_ms"]
+__all__ = ["HOST_CHOICE", "HostChoice", "Representatives", "WorkAbove", "packed_ms"]
 
 HOST_CHOICE = "host_choice"
 """Kind of the event of a run by which a host chooses other ranks than before."""
@@ -182,7 +182,7 @@ class _Chosen:
         )
 
 
-class StandIns:
+class Representatives:
     """The newest choice of each host, and the work of the ranks that others stand for.
 
     It is false as long as no host is merged.
