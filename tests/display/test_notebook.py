@@ -121,6 +121,15 @@ def test_there_is_text_for_who_cannot_draw(notebook):
 
 
 @pytest.mark.process
+def test_the_end_of_a_run_draws_it(notebook):
+    """`traceml.shutdown()` draws the ended run: nobody reads what a kernel prints when it ends."""
+    (data,) = (output["data"] for output in notebook.cells[2]["outputs"] if "data" in output)
+
+    assert "<svg" in data["text/html"]
+    assert ": finished, 1 rank" in data["text/plain"]
+
+
+@pytest.mark.process
 def test_a_verdict_is_drawn_as_a_card(notebook):
     """`run.verdict` at the end of a cell is HTML, with text for who cannot draw, and no dataclass."""
     data = notebook.cells[4]["outputs"][0]["data"]
@@ -150,6 +159,7 @@ def test_the_magic_shows_the_error_of_its_cell(notebook):
     (drawn,) = (output["data"]["text/plain"] for output in outputs if "data" in output)
     assert ": failed, 1 rank" in drawn
     assert "ZeroDivisionError" in drawn
+    assert "In[9]:1" in drawn
 
 
 def test_outside_a_notebook_it_is_text(tmp_path, capsys):

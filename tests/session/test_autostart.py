@@ -118,6 +118,18 @@ def test_a_script_is_traced(python: Python, tmp_path: Path) -> None:
     assert steps(tmp_path) == [(0, 30)]
 
 
+def test_each_run_of_a_process_has_its_card(python: Python, tmp_path: Path) -> None:
+    """At the end, in their order: the script's own output stays together."""
+    fold = f"traceml.init(local=True, run_name=name)\n{LOOP}\ntrain()\ntraceml.shutdown()\nprint(name)"
+    indented = "\n".join(f"    {line}" for line in fold.splitlines())
+    ended = python(f"import traceml\nfor name in ('first', 'second'):\n{indented}", TRACEML="")
+
+    assert (ended.returncode, ended.stdout) == (0, "first\nsecond\n"), ended.stderr
+    assert len(CARD.findall(ended.stderr)) == 2
+    commands = re.findall(r"Command traceml report \S+-(\w+)-\w{4}$", ended.stderr, re.MULTILINE)
+    assert commands == ["first", "second"]
+
+
 def test_quiet_prints_nothing(python: Python, tmp_path: Path) -> None:
     """The run is stored all the same."""
     ended = python(SCRIPT, TRACEML_QUIET="1")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+from IPython.core.compilerop import CachingCompiler
 
 from traceml.witness import user_files
 
@@ -20,3 +25,16 @@ def test_our_files_are_known_by_both_names() -> None:
 
     assert not names["is_ours"]("/home/me/src/train.py")
     assert names["is_user_file"]("/home/me/src/train.py")
+
+
+def test_a_cell_is_shown_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in IPython's own tracebacks; other files, and all outside of a shell, are shown as they are."""
+    compiler = CachingCompiler()
+    cell = compiler.cache("train()", number=3)
+    shells = iter([None, *[SimpleNamespace(compile=compiler)] * 2, SimpleNamespace()])
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: next(shells)))
+
+    shown = [user_files.shown_file(path) for path in (cell, cell, "/home/me/train.py", cell)]
+    assert shown == [cell, "In[3]", "/home/me/train.py", cell]
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert user_files.shown_file(cell) == cell

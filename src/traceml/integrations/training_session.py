@@ -83,13 +83,13 @@ class TrainingSession:
 
         rank = recorder.rank_identity.rank
         run_dir = recorder.run_dir
-        shutdown()
-        if run_dir is None:
-            return
+        if run_dir is not None:
+            dismiss(run_dir)  # it is shown below
 
-        dismiss(run_dir)
+        shutdown()
         if (
-            show
+            run_dir is not None
+            and show
             and self._report
             and not recorder.config.quiet
             and rank == 0

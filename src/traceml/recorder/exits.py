@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from traceml.database.schema import Phase
 from traceml.privacy import secrets_only
 from traceml.recorder.user_code import UserCode, user_line
-from traceml.witness.user_files import OUR_FOLDERS, is_ours, is_user_file
+from traceml.witness.user_files import OUR_FOLDERS, is_ours, is_user_file, shown_file
 
 __all__ = ["ExitWatch", "address_limit_bytes", "cause_of", "describe", "end_by_interrupt", "status_of"]
 
@@ -241,14 +241,14 @@ def _place_left(leaving: SystemExit) -> _Place:
         return known
 
     own = [each for each in traceback.extract_tb(leaving.__traceback__) if is_user_file(each.filename)]
-    return {"file": own[-1].filename, "line": own[-1].lineno or 0, "function": own[-1].name} if own else {}
+    return {"file": shown_file(own[-1].filename), "line": own[-1].lineno or 0, "function": own[-1].name} if own else {}
 
 
 def _place_of(frame: FrameType | None) -> _Place:
     """Return the innermost place of the user's code in a stack."""
     with suppress(Exception):  # the script ends by its own words, whatever its frames hold
         code, line = user_line(frame, UserCode().contains)
-        return {} if code is None else {"file": code.co_filename, "line": line, "function": code.co_name}
+        return {} if code is None else {"file": shown_file(code.co_filename), "line": line, "function": code.co_name}
 
     return {}
 
@@ -267,7 +267,7 @@ def _described(error: BaseException) -> dict[str, Any]:
         # The innermost line may be deep in a library; the user needs the line of their own code that led there.
         own = [frame for frame in shown if is_user_file(frame.filename)]
         frame = (own or shown)[-1]
-        facts |= {"file": frame.filename, "line": frame.lineno or 0, "function": frame.name}
+        facts |= {"file": shown_file(frame.filename), "line": frame.lineno or 0, "function": frame.name}
 
     phases = [phase for frame in frames if (phase := _PHASE_OF.get(os.path.normpath(frame.filename))) is not None]
     if phases:

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.settings import Config
 
-__all__ = ["is_helper_process", "note_exit", "on_end", "shutdown", "start"]
+__all__ = ["is_helper_process", "note_exit", "on_end", "on_shutdown", "shutdown", "start"]
 
 _log = logging.getLogger("traceml")
 _lock = threading.Lock()
 _watch: ExitWatch | None = None
 _hooked = False
 _at_end: list[Callable[[], None]] = []
+_at_shutdown: list[Callable[[], None]] = []
 
 
 def start(
@@ -108,6 +109,14 @@ def shutdown() -> None:
         False
     """
     _stop("failed" if state.recorder is not None and state.recorder.failed else "finished")
+    for each in _at_shutdown:
+        each()
+
+
+def on_shutdown(function: Callable[[], None]) -> None:
+    """Call `function` after each `shutdown` of this process; a second registration changes nothing."""
+    if function not in _at_shutdown:
+        _at_shutdown.append(function)
 
 
 def on_end(function: Callable[[], None]) -> None:
@@ -206,6 +215,7 @@ def _after_fork() -> None:
     global _watch, _lock
     _lock = threading.Lock()  # the parent's may have been held
     _at_end.clear()
+    _at_shutdown.clear()
     recorder, state.recorder, state.instrumentation = state.recorder, None, None
     notify_change(forked=True)
     watch, _watch = _watch, None

@@ -35,7 +35,7 @@ from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_ST
 from traceml.recorder.user_code import UserCode
 from traceml.witness.switch_interval import SHORT_S, OtherThreads, switch_interval, thread_cpu_ns, wait_precisely
 from traceml.witness.thread_frames import thread_frame
-from traceml.witness.user_files import is_instrumentation, is_ours
+from traceml.witness.user_files import is_instrumentation, is_ours, shown_file
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -291,7 +291,7 @@ class LineSampler:
         return user, self._id(library, library.co_firstlineno) if library is not None else -1
 
     def _id(self, code: CodeType, line: int) -> int:
-        known = self._name_id(f"{code.co_filename}:{line} {_function(code)}")
+        known = self._name_id(f"{shown_file(code.co_filename)}:{line} {_function(code)}")
         return -1 if known is None else known
 
 

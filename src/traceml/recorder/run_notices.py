@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from traceml.fail_open import fail_open
 from traceml.formatting import printable
 from traceml.own_programs import own_program
-from traceml.recorder.lifecycle import on_end
+from traceml.recorder.lifecycle import on_end, on_shutdown
 from traceml.transport.run_line import run_line, short_path
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ _ANNOUNCED = "TRACEML_ANNOUNCED"
 # The aggregator writes the report half a second after the last rank has left.
 _REPORT_WAIT_S = 10.0
 _SHOW_S = 60.0
-_due: tuple[Path, Recorder] | None = None  # the run whose verdict is due at the end
+_MOST_SHOWN = 10  # each takes most of a second
+_due: list[tuple[Path, Recorder]] = []  # the runs whose verdicts are due, in the order of their starts
 
 
 def announce(recorder: Recorder, run_dir: Path) -> None:
@@ -43,15 +44,15 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
         recorder: of this process.
         run_dir: the run's folder.
     """
-    global _due
     with fail_open(_log, "session", "the run's folder cannot be announced", once=True):
         config, is_first = recorder.config, os.environ.get(_ANNOUNCED) != str(run_dir)
         if config.quiet or config.supervised or recorder.is_child or recorder.rank_identity.rank or not is_first:
             return
 
         os.environ[_ANNOUNCED] = str(run_dir)  # for children that join this run
-        _due = run_dir, recorder
+        _due.append((run_dir, recorder))
         on_end(_show_at_end)
+        on_shutdown(_show_to_user)
         if _is_same(run_dir.parent, config.runs_dir):  # else a warning has named the folder
             does = "tracing" if recorder.tracing else "recording"
             _write(run_line(does, run_dir))
@@ -59,9 +60,7 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
 
 def dismiss(run_dir: Path) -> None:
     """Print no verdict of this run when the process ends."""
-    global _due
-    if _due is not None and _due[0] == run_dir:
-        _due = None
+    _due[:] = [each for each in _due if each[0] != run_dir]
 
 
 def show_verdict(run_dir: Path) -> None:
@@ -97,25 +96,49 @@ def await_report(run_dir: Path) -> None:
 
 
 def _show_at_end() -> None:
-    """Show the verdict that is due, unless a warning has said that not all rows are stored."""
-    if _due is None or not _due[1].all_stored:
+    """Show the verdicts that are due, each run's unless a warning has said that not all of its rows are stored."""
+    if _is_interactive():  # nobody reads what a closed session prints
         return
 
-    if hasattr(sys, "ps1") or "ipykernel" in sys.modules:  # nobody reads what a closed session prints
-        return
+    due = _due[-_MOST_SHOWN:]
+    if len(_due) > len(due):
+        _print(f"traceml: the last {len(due)} of {len(_due)} verdicts; `traceml runs` has all")
 
-    run_dir, recorder = _due
+    try:
+        for run_dir, recorder in due:
+            _show_ended(run_dir, recorder)
+    except KeyboardInterrupt:
+        _print(f"traceml: `traceml report {short_path(run_dir)}` shows the verdict")
+
+
+def _show_ended(run_dir: Path, recorder: Recorder) -> None:
     own = recorder.rank_identity
+    if not recorder.all_stored:
+        return
+
     if recorder.failed and own.world_size > 1:  # the launcher ends the other ranks when this one has left
         _print(
             f"traceml: rank {own.rank} failed; `traceml report {short_path(run_dir)}` says why when the job has ended"
         )
+    else:
+        show_verdict(run_dir)
+
+
+def _show_to_user() -> None:
+    """Show the run that `shutdown` has ended to somebody who works in a notebook or an interactive session."""
+    if not _is_interactive() or not _due:
         return
 
-    try:
-        show_verdict(run_dir)
-    except KeyboardInterrupt:
-        _print(f"traceml: `traceml report {short_path(run_dir)}` shows the verdict")
+    with fail_open(_log, "session", "the run cannot be shown"):
+        run_dir, recorder = _due[-1]
+        dismiss(run_dir)
+        if recorder.all_stored and recorder.rank_identity.world_size == 1 and run_dir.is_dir():
+            await_report(run_dir)
+            recorder.show()
+
+
+def _is_interactive() -> bool:
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
 
 
 def _is_same(folder: Path, other: Path) -> bool:

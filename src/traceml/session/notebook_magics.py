@@ -20,7 +20,7 @@ def register(shell: Any) -> None:
         """Trace a cell as a run of its own, named `%%traceml NAME`, and draw it; an existing recorder is used."""
         recorder = current_recorder()
         if recorder is not None and recorder.tracing and recorder.enabled and not recorder.held:
-            shell.run_cell(cell)
+            _run(shell, cell)
             recorder.show()
         else:
             _trace_cell(shell, line.strip(), cell)
@@ -40,7 +40,7 @@ def _trace_cell(shell: Any, name: str, cell: str) -> None:
 
     recorder = init(**arguments)
     try:
-        result = shell.run_cell(cell)  # shows the cell's exception itself
+        result = _run(shell, cell)  # shows the cell's exception itself
         error = result.error_before_exec or result.error_in_exec
         if error is not None:
             note_exit(error, status_of(error))
@@ -50,3 +50,12 @@ def _trace_cell(shell: Any, name: str, cell: str) -> None:
     if recorder.run_dir is not None:
         await_report(recorder.run_dir)
         load_run(recorder.run_dir).show()
+
+
+def _run(shell: Any, cell: str) -> Any:
+    """Run the cell below the magic by the cell's own number, by which its lines are named."""
+    shell.execution_count -= 1  # the shell counts before it calls the magic
+    try:
+        return shell.run_cell(cell)
+    finally:
+        shell.execution_count += 1

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OUR_FOLDERS", "is_debugger", "is_instrumentation", "is_ours", "is_user_file"]
+__all__ = ["OUR_FOLDERS", "is_debugger", "is_instrumentation", "is_ours", "is_user_file", "shown_file"]
 
 _DEBUGGER_FILES, _DEBUGGER_FOLDERS = ("/bdb.py", "/pdb.py"), ("/debugpy/", "/pydevd", "/_pydevd")
 _STANDARD = f"{Path(os.__file__).parent}/"
@@ -35,6 +35,24 @@ def is_instrumentation(path: str) -> bool:
 def is_debugger(path: str) -> bool:
     """Return whether a file belongs to a debugger: pdb, debugpy, pydevd."""
     return path.endswith(_DEBUGGER_FILES) or any(folder in path for folder in _DEBUGGER_FOLDERS)
+
+
+def shown_file(path: str) -> str:
+    """Return a file of code as it is shown: `In[3]` for a cell of a notebook, instead of its temporary file."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", _nothing)()
+    if shell is None:
+        return path
+
+    try:
+        cell = shell.compile.format_code_name(path)  # as in IPython's own tracebacks
+    except Exception:  # noqa: BLE001 - another shell of the same name
+        return path
+
+    return path if cell is None else str(cell[1])
+
+
+def _nothing() -> None:
+    """Return None, as IPython does outside of its shells."""
 
 
 def is_user_file(path: str, modules: Any = None) -> bool:

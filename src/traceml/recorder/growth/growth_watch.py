@@ -17,6 +17,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.schema import Slot
 from traceml.samplers.procfs import ProcFile
 from traceml.witness.thread_frames import thread_frame
+from traceml.witness.user_files import shown_file
 
 if TYPE_CHECKING:
     from traceml.recorder.growth.held_objects import HeldObjects
@@ -187,5 +188,6 @@ def _described(held: HeldObjects, before: int, steps: int) -> dict[str, Any]:
     facts = held._asdict()
     facts["count"] = facts.pop("size")
     line = line_that_adds(held.file, held.path, held.kind, is_copied=held.is_copied)
+    facts["file"] = shown_file(held.file)
     where = {} if line is None else {"line": line.number, "function": line.function}
     return facts | {"per_step": round((held.size - before) / steps, 4), **where}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from traceml.database.schema import Compiled
+from traceml.witness.user_files import shown_file
 
 __all__ = ["Compilation", "CompilationReader"]
 
@@ -81,7 +82,8 @@ class CompilationReader:
         """Remember the function of a number; records of its backward pass do not name it."""
         name = getattr(record, "co_name", None)
         if name and len(self._places) < _MAX_FRAMES:
-            self._places[number.partition("/")[0]] = f"{record.co_filename}:{record.co_firstlineno} {name}"
+            file = shown_file(str(record.co_filename))
+            self._places[number.partition("/")[0]] = f"{file}:{record.co_firstlineno} {name}"
 
     def _detail(self, record: Any, number: str, guard: str) -> Compiled:
         if "recompile limit" in str(getattr(record, "fail_reason", None) or ""):

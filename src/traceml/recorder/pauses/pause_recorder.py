@@ -14,6 +14,7 @@ from traceml.recorder.pauses.collection_watch import LONG_NS, Collection, Collec
 from traceml.recorder.pauses.compilations import Compilation, CompilationReader
 from traceml.recorder.pauses.sizes import size_of
 from traceml.recorder.user_code import user_line
+from traceml.witness.user_files import shown_file
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -130,4 +131,4 @@ class PauseRecorder:
 
 
 def _place(code: CodeType, line: int) -> str:
-    return f"{code.co_filename}:{line} {code.co_qualname}"
+    return f"{shown_file(code.co_filename)}:{line} {code.co_qualname}"

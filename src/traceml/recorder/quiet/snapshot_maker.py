@@ -22,7 +22,7 @@ from traceml.recorder.quiet.transfer_snapshots import open_transfer
 from traceml.recorder.user_code import UserCode
 from traceml.witness.kernel_state import io_bytes, is_job_suspended, process_info, tree_use, wait_state
 from traceml.witness.thread_frames import thread_frame
-from traceml.witness.user_files import is_debugger, is_ours
+from traceml.witness.user_files import is_debugger, is_ours, shown_file
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -134,9 +134,8 @@ class SnapshotMaker:
             code = frame.f_code
             if not is_ours(code.co_filename):
                 is_user = self._user.contains(frame)
-                line = FrameSnapshot(
-                    file=code.co_filename, line=frame.f_lineno or 0, function=code.co_qualname, is_user=is_user
-                )
+                file = shown_file(code.co_filename)
+                line = FrameSnapshot(file=file, line=frame.f_lineno or 0, function=code.co_qualname, is_user=is_user)
                 frames.append(line)
                 user += [line] if is_user else []
 

@@ -11,7 +11,7 @@ from traceml.instrument.workers.loader_workers import LoaderWorker, workers_of_l
 from traceml.witness.kernel_state import process_info, wait_state
 from traceml.witness.stack_signal import SignaledStacks, find_stack_file, worker_target
 from traceml.witness.stack_text import main_frames
-from traceml.witness.user_files import is_user_file
+from traceml.witness.user_files import is_user_file, shown_file
 
 __all__ = ["WorkerSnapshots"]
 
@@ -104,7 +104,7 @@ def _frames_of_worker(text: str) -> list[FrameSnapshot]:
     """Return a worker's frames down to its loop; those below are of the process that it was forked from."""
     frames: list[FrameSnapshot] = []
     for file, line, function in main_frames(text):
-        frames.append(FrameSnapshot(file=file, line=line, function=function, is_user=is_user_file(file)))
+        frames.append(FrameSnapshot(file=shown_file(file), line=line, function=function, is_user=is_user_file(file)))
         if function == "_worker_loop":
             break
 
