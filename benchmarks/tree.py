@@ -26,6 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.diagnosis.fabricated import Job, rows_of
+from tests.diagnosis.tree.central_merger import CentralMerger
 from tests.diagnosis.tree.clusters import (
     LEVELS,
     STEPS_PER_SECOND,
@@ -39,7 +40,6 @@ from tests.diagnosis.tree.clusters import (
 )
 
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.tree.central_merger import CentralMerger
 from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.tree.host_second import HostSecond
 

@@ -56,7 +56,7 @@ def test_what_is_no_work_beyond_that_of_a_typical_rank_is_refused(row):
         WorkAbove.from_row(row)
 
 
-def test_a_window_without_merged_hosts_has_no_stand_ins():
+def test_a_window_without_merged_hosts_has_no_representatives():
     """As in the aggregator of all ranks."""
     kept = kept_of(0, 1)
 

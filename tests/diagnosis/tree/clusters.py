@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
+from tests.diagnosis.tree.central_merger import CentralMerger
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology.topology import Topology
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import KeptSteps
-from traceml.diagnosis.tree.central_merger import CentralMerger
 from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.tree.host_second import HostSecond
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.diagnosis.tree.central_merger import CentralMerger
 from tests.diagnosis.tree.clusters import (
     Cluster,
     FaultyRun,
@@ -19,7 +20,6 @@ from tests.diagnosis.tree.clusters import (
 )
 from traceml.database.schema import STEPS
 from traceml.database.store.summaries import StepSums, sum_rows
-from traceml.diagnosis.tree.central_merger import CentralMerger
 from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.tree.host_second import HostSecond
 

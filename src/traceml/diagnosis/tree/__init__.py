@@ -1,5 +1,5 @@
 """Merging of hosts: one message per host and second, from which the same rules give the same verdict.
 
-Runs in the aggregator of a host and, `central_merger` and `row_requests`, in the center. Imports findings, intake,
-`diagnosis.facts`, `diagnosis.steps` and `database`.
+`host_*` merge in the aggregator of a host; `row_requests` and the sums of `host_sums` are used in the center too. They
+import findings, intake, `diagnosis.facts`, `diagnosis.steps` and `database`.
 """

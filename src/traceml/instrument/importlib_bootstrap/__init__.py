@@ -3,6 +3,8 @@
 `warnings.warn(..., stacklevel=2)` names the line of the caller, which would be one of ours. Python does not count
 frames whose file name contains both `importlib` and `_bootstrap` (also in `logging`), as the path of this folder does.
 So the code of such functions is named by a path through this folder, which leads to their file.
+
+Runs in the rank. Imports nothing of traceml.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """Capture of what frameworks' own logging calls report: TensorBoard, Lightning, Hugging Face.
 
-Runs in the training process; a framework that is not imported is waited for, never imported.
+Runs in the training process; a framework that is not imported is waited for, never imported. May import what
+`track.rank` may.
 """

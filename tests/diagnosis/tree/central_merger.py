@@ -1,4 +1,4 @@
-"""Joining of the messages of all hosts: the steps and the facts that the rules take."""
+"""The center without its connections: joins the messages of all hosts, as `RelayedHosts` does with those of peers."""
 
 from __future__ import annotations
 
