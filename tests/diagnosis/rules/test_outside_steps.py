@@ -101,6 +101,49 @@ def test_a_start_up_of_imports_is_reported_as_such():
     assert "cache" not in found.next.lower()
 
 
+CHILD_ANSWER = "/usr/lib/python3.11/multiprocessing/connection.py:390 Connection._recv"
+
+
+@pytest.mark.parametrize(
+    ("file", "where"), [("/x/train.py", " in train.py:12 make_envs"), (None, "")], ids=["of the user", "of a library"]
+)
+def test_a_start_up_that_waits_for_child_processes_is_reported_as_such(file, where):
+    """Environments in processes of their own import everything anew: nothing is there to cache."""
+    place = (file, 12, "make_envs") if file else (None, None, None)
+    lines = (
+        SampledLine(0, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 30),
+        SampledLine(0, "startup", *place, CHILD_ANSWER, 70),
+    )
+
+    found = findings(20.0, startup=9.0, steps=11.0, lines=lines)[-1]
+
+    assert found.kind is Kind.STARTUP
+    assert found.summary.endswith(f"70 % of it waiting for answers of child processes{where}.")
+    assert found.evidence["child_wait_share"] == pytest.approx(0.7)
+    assert "cache" not in found.next.lower()
+
+
+@pytest.mark.parametrize(
+    "library",
+    [
+        "/usr/lib/python3.11/multiprocessing/queues.py:113 Queue.get",
+        "/usr/lib/python3.11/selectors.py:415 select",
+        None,
+    ],
+)
+def test_other_waiting_at_the_start_is_not_for_child_processes(library):
+    """As for the first batch of loader workers, or a few answers during imports."""
+    lines = (
+        SampledLine(0, "startup", "/x/train.py", 12, "tokenize", library, 70),
+        SampledLine(0, "startup", "/x/train.py", 13, "make_envs", CHILD_ANSWER, 30),
+    )
+
+    found = findings(20.0, startup=9.0, steps=11.0, lines=lines)[-1]
+
+    assert "child processes" not in found.summary + found.next
+    assert "child_wait_share" not in found.evidence
+
+
 IMPORTS = (SampledLine(0, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 60),)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = [
     "BlamedLine",
     "blamed_line",
     "busy_share",
+    "child_wait_share",
     "clearing_share",
     "import_share",
     "iterator_share",
@@ -34,6 +35,7 @@ __all__ = [
 
 MIN_SAMPLES = 35
 """Fewer samples of a phase do not give a share in percent: with 35, a share of 0.9 is accurate to a tenth."""
+_CHILD_ANSWER = "/multiprocessing/connection.py:"
 FEWEST_SAMPLES = 10
 """Fewer samples of a phase do not name a line."""
 LEADING_RATIO = 2.0
@@ -143,10 +145,21 @@ def blamed_line(
 
 def import_share(lines: Sequence[SampledLine], part: str) -> float:
     """Return the share of a part's samples in which modules were imported; 0 where there are few samples."""
+    return _share(lines, part, lambda library: library.startswith(IMPORTING))
+
+
+def child_wait_share(lines: Sequence[SampledLine], part: str) -> float:
+    """Return the share of a part's samples that wait for an answer of a child process; 0 where there are few samples.
+
+    Loader workers are none: their batches come through a queue.
+    """
+    return _share(lines, part, lambda library: _CHILD_ANSWER in library)
+
+
+def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[str], bool]) -> float:
     seen = [each for each in lines if each.part == part]
     total = sum(each.samples for each in seen)
-    imports = sum(each.samples for each in seen if (each.library or "").startswith(IMPORTING))
-    return imports / total if total >= MIN_SAMPLES else 0.0
+    return sum(each.samples for each in seen if chosen(each.library or "")) / total if total >= MIN_SAMPLES else 0.0
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:

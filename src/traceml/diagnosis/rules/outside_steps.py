@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, import_share, outside_line
+from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, child_wait_share, import_share, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
@@ -62,6 +62,10 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     if compiled >= _REPORTED_COMPILING:
         return _compiled_startup(time, startup_s, compiled)
 
+    children = child_wait_share(facts.lines, "startup")
+    if children >= NAMED_SHARE:
+        return _awaiting_startup(time, startup_s, children, line)
+
     mostly_imports = imports >= NAMED_SHARE
     where = f", {percent_text(imports)} of it in imports" if mostly_imports else line.of_it if line else ""
     # Read once or twice a second: the last reading may be of the first step, and what ran took its time on any core.
@@ -107,6 +111,16 @@ def _compiled_startup(time: RunTime, startup_s: float, compiled: float) -> Findi
     return _startup_finding(time, startup_s, summary, _FOR_COMPILING, evidence)
 
 
+def _awaiting_startup(time: RunTime, startup_s: float, share: float, line: BlamedLine | None) -> Finding:
+    """Return the finding about a start-up that is mostly waiting for child processes, as for environments of games."""
+    where = f" in {line.place}" if line else ""
+    summary = (
+        f"{_began_text(time, startup_s)}, {percent_text(share)} of it waiting for answers of child processes{where}."
+    )
+    evidence = {"child_wait_share": share, **({} if line is None else line.evidence(1.0))}
+    return _startup_finding(time, startup_s, summary, _FOR_CHILDREN, evidence)
+
+
 def _part_of_run(time: RunTime) -> str:
     return f"{percent_text(time.share('startup'))} of the run's {duration_text(time.wall_s)}"
 
@@ -136,6 +150,10 @@ def _for_cores(left_s: float, ranks: int) -> str:
 _FOR_COMPILING = (
     "A longer run has a smaller share of it. Keep compiled code from run to run (TORCHINDUCTOR_CACHE_DIR on a disk "
     "that stays: the default is in /tmp), or compile one repeated block of the model instead of all of it."
+)
+_FOR_CHILDREN = (
+    "A longer run has a smaller share of it. See what they do until they answer: those that are spawned, or come from "
+    "a fork server, import modules of their own on the same cores, so start fewer of them, or import less in them."
 )
 _FOR_IMPORTS = (
     "A longer run has a smaller share of it. Import what only some runs need where it is used (python -X importtime "
