@@ -74,3 +74,24 @@ def test_a_folder_that_was_moved_is_reported(run_dir: Path) -> None:
 
     assert f"its folder {run_dir} was moved or removed while it ran" in told.getvalue()
     assert "`traceml sync FOLDER`" in told.getvalue()
+
+
+@pytest.mark.parametrize(("others", "words"), [(0, ""), (1, "one more process trained"), (5, "and 2 more")])
+def test_other_trainings_of_the_script_are_named(tmp_path: Path, others: int, words: str) -> None:
+    """Not those of other jobs, nor of a job whose name begins alike."""
+    key = "20260101-000000-train-abcd"
+    run_dir = store_run(tmp_path / key, Job(steps=60), facts={"job": key})
+    for number in range(others):
+        store_run(tmp_path / f"child-{number}", Job(steps=20), facts={"job": f"{key}#child-{number}"})
+
+    store_run(tmp_path / "another", Job(steps=20), facts={"job": "another"})
+    store_run(tmp_path / "alike", Job(steps=20), facts={"job": f"{key}2#alike"})
+    told = io.StringIO()
+    print_final_report(run_dir, finished=True, program="traceml run", file=told)
+
+    last = told.getvalue().splitlines()[-1]
+    assert ("trained" in last) is bool(others)
+    assert words in last
+    assert ("child-0" in last) is bool(others)
+    assert "another," not in last
+    assert "alike" not in last

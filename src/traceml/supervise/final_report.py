@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 from pathlib import Path
 from typing import TextIO
 
 from traceml.errors import TraceMLError
+from traceml.fail_open import fail_open
 from traceml.formatting import printable
 
 __all__ = ["load_card", "print_final_report"]
 
+_log = logging.getLogger("traceml")
 _UNFINISHED = """\
 {program}: this run is not stored completely; {log} may give the reason.
 The rest stays in memory files for an hour, logged values for a week: `traceml serve --runs-dir {runs}` stores it.
@@ -63,11 +66,23 @@ def print_final_report(
         why = error if run_dir.is_dir() else _MOVED.format(folder=run_dir)
         file.write(printable(f"{program}: no report of this run: {why}", lines=True) + "\n")
     else:
+        if not quiet:
+            _print_others(run_dir, program, file)
+
         if report is not None:
             _copy_report(path, report, program, file)
 
     if not finished and run_dir.is_dir():
         file.write(_UNFINISHED.format(program=program, log=run_dir / "logs" / "aggregator.log", runs=run_dir.parent))
+
+
+def _print_others(run_dir: Path, program: str, file: TextIO) -> None:
+    """Print which other trainings the script has started, if any: the card is that of one run."""
+    from traceml.display.other_trainings import other_trainings
+
+    with fail_open(_log, "supervise", "other trainings of the script are not named"):
+        if others := other_trainings(run_dir):
+            file.write(printable(f"{program}: {others}", lines=True) + "\n")
 
 
 def _copy_report(written: Path, report: Path, program: str, file: TextIO) -> None:
