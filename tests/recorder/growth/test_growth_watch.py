@@ -317,10 +317,25 @@ def test_what_grows_by_copies_is_noted(kind: str, per_step: float, monkeypatch: 
     (grown,) = note["grown"]
     assert batch is not None
     assert (grown["path"], grown["kind"]) == ("longer", kind)
-    assert grown["is_copied"] or kind == "list"  # a new list may be where an earlier one was
+    assert grown["is_copied"] or kind == "list"  # a new list may be where the one before was
     assert grown["per_step"] == pytest.approx(per_step)
     assert grown["function"] == "test_what_grows_by_copies_is_noted"
     assert "longer = more_of" in Path(__file__).read_text().splitlines()[grown["line"] - 1]
+
+
+def test_a_copy_where_another_container_was_is_known_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python gives the memory of a list that is freed to the next one."""
+    watched = Watched()
+    other = HeldObjects("other", __file__, "main", "list", 9, "int", 32, holds_graph=False, of_dataset=False)
+    kept = other._replace(path="kept", item="bytearray", item_bytes=1 << 20, size=80)
+    readings = iter([{("", 1): other, ("", 2): kept}, {("", 1): kept._replace(size=160)}])
+    monkeypatch.setattr(watched.watch, "_read_bytes", lambda: (1 << 30) + watched.slots[Slot.STEP] * (1 << 20))
+    monkeypatch.setattr(watched.watch, "_read_containers", lambda: next(readings))
+    for _ in range(16):
+        watched.turn()
+
+    (note,) = watched.notes
+    assert [(each["path"], each["is_copied"], each["count"]) for each in note["grown"]] == [("kept", True, 160)]
 
 
 CODE = """class Tracker:

@@ -159,12 +159,16 @@ def _grows(readings: list[int]) -> bool:
 def _pairs(
     before: Mapping[tuple[str, int], HeldObjects], after: Mapping[tuple[str, int], HeldObjects]
 ) -> Iterator[tuple[HeldObjects, HeldObjects]]:
-    """Yield each container as it was and as it is; one that is new by the path of another was copied."""
+    """Yield each container as it was and as it is; one that is new by the path of another was copied.
+
+    A copy may be where another container was: the path tells, if there was one by it.
+    """
     known = {(held.path, held.file): held for held in before.values()}
     for key, held in after.items():
-        if (same := before.get(key)) is not None:
+        same, last = before.get(key), known.get((held.path, held.file))
+        if same is not None and (last is None or same.path == held.path):
             yield same, held
-        elif (last := known.get((held.path, held.file))) is not None and not held.is_copied:
+        elif last is not None and not held.is_copied:
             yield last, held._replace(is_copied=True)
 
 
