@@ -218,7 +218,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 def pytest_sessionfinish() -> None:
     """Print no verdict of a run that a test has started in this process: its aggregator and its folder are gone."""
     if "traceml.recorder.run_notices" in sys.modules:
-        sys.modules["traceml.recorder.run_notices"]._due = None
+        sys.modules["traceml.recorder.run_notices"]._due.clear()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
