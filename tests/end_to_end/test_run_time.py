@@ -58,8 +58,9 @@ SHAPES = {
     "ctrl-c": {"startup": 1.0, "steps": 0.6},
     "kill": {"startup": 1.0, "steps": 0.6},
     "restart": {"startup": 1.0, "steps": 0.8, "restart": 1.0},
-    "no steps": {"startup": 1.0},
+    "no steps": {"unexplained": 1.0},
 }
+OTHERS = {"unexplained", "idle", "between_epochs", "checkpoint"}
 
 
 def run(traceml: Traceml, shape: str) -> tuple[Ended, float]:
@@ -73,16 +74,18 @@ def run(traceml: Traceml, shape: str) -> tuple[Ended, float]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_parts_are_those_of_the_script(traceml: Traceml, shape: str) -> None:
-    """Each takes at least the time that the script sleeps in it, none is unexplained, and all add up."""
+    """Each takes at least what the script sleeps in it, and all add up; only without steps is time unexplained."""
     ended, took_s = run(traceml, shape)
 
     section = ended.report["time"]
     parts = {part["part"]: part["seconds"] for part in section["parts"]}
     assert sum(parts.values()) == pytest.approx(section["wall_s"], rel=0.01)
-    assert parts.get("unexplained", 0.0) <= 0.01 * section["wall_s"]
+    if "unexplained" not in SHAPES[shape]:
+        assert parts.get("unexplained", 0.0) <= 0.01 * section["wall_s"]
+
     assert section["wall_s"] == pytest.approx(ended.report["run"]["duration_s"], rel=0.01)
     assert section["wall_s"] < took_s
     for part, least_s in SHAPES[shape].items():
         assert parts[part] >= 0.95 * least_s, parts
 
-    assert set(parts) - {"unexplained", "idle", "between_epochs", "checkpoint"} == set(SHAPES[shape]) - {"idle"}
+    assert set(parts) - OTHERS == set(SHAPES[shape]) - OTHERS
