@@ -232,7 +232,7 @@ def _history_of(window: AlignedSteps, columns: slice, facts: JobFacts) -> StepHi
 def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps) -> bool:
     """Return whether steps became slower only because batches that had been made in advance were used up.
 
-    The thread or process that fills a queue begins before the first step; what it cannot keep up with is told.
+    The thread or process that fills a queue begins before the first step; what it cannot keep up with is reported.
     """
     is_queue = waiting.kind is Kind.INPUT_BOUND and waiting.phase == "input_wait" and slower.phase == "other"
     stays = slower.evidence.get("shape") == "stays" and "function" not in slower.evidence

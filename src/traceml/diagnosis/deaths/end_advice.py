@@ -80,7 +80,7 @@ def _for_bus_error(ended: RankExit, facts: JobFacts) -> str:
     return (
         f"Of /dev/shm only {percent_text(shared.share)} was used: probably a mapped file{where} has become shorter, or "
         "could not be read (numpy.memmap, safetensors, torch.load with mmap). Write a new file and rename it, instead "
-        "of changing one that a job reads; dmesg tells of a disk that fails."
+        "of changing one that a job reads; dmesg reports a failing disk."
     )
 
 

@@ -58,7 +58,7 @@ class MemoryEnd:
     limit_of: str = "host"
 
     def words(self) -> str:
-        """Return what a sentence tells of the memory: `; it used 1.2 GiB, …`; empty where nothing is known."""
+        """Return what a sentence says about the memory: `; it used 1.2 GiB, …`; empty where nothing is known."""
         if self.used_bytes is None:
             return ""
 

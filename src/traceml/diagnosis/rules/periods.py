@@ -178,7 +178,7 @@ def _where(part: str, line: BlamedLine | None) -> str:
 
 
 def _advice(period: _Period, line: BlamedLine | None, half: float) -> str:
-    what = "what these steps do besides" if line is None else line.place
+    what = "what else these steps do" if line is None else line.place
     see = " `traceml report --lines` shows the lines." if line is None else ""
     return (
         f"If half as often is enough, run {what} every {ordinal_text(2 * period.every)} step: {gain_text(half)}. "

@@ -2,7 +2,7 @@
 
 On the CPU that costs 1 us with warm caches, and 9 with cold ones. So it is read in every step, in every 16th where
 steps take less than a millisecond, and in every 64th below a quarter of that: of a loss that is not finite the first
-step is told to 16 milliseconds. A loss on a CUDA device is copied to pinned memory in every 16th step, and read once
+step is known to 16 milliseconds. A loss on a CUDA device is copied to pinned memory in every 16th step, and read once
 the device has done so, without waiting for it.
 GradScaler's factor is left out. Losses of several backward passes of a step are added.
 

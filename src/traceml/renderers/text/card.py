@@ -329,7 +329,7 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
 
 
 def _delivery_lines(trackers: Sequence[TrackerSection], width: int) -> Iterator[Text]:
-    """Yield what becomes of the rows that trackers lack."""
+    """Yield what happens to the rows that trackers lack."""
     lacking = [tracker for tracker in trackers if tracker.pending]
     if not all(tracker.goes_on for tracker in lacking):
         yield from _labeled("", "traceml sync delivers the pending rows", width, style="bold")

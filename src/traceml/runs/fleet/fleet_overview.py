@@ -23,7 +23,7 @@ def fleet_document(
     dask: str | None = None,
     progress: Progress | None = None,
 ) -> FleetDocument:
-    """Return what the dataset tells of a run, and of the hosts.
+    """Return what the dataset has about a run, and about the hosts.
 
     Args:
         dataset: the runs.

@@ -273,7 +273,7 @@ class ProgressHistory:
         return RankProgress(rank, snapshot, quiet_s, alive_s, step, self._changes.get(rank, 0) >= _CHANGES)
 
     def _unseen_s(self) -> float:
-        """Return how long a recorder that runs, and has told of pauses, may stand still without a snapshot."""
+        """Return how long a recorder that runs, and has reported pauses, may stand still without a snapshot."""
         return first_snapshot_s(max(self._quiet), self.timeout_s) + _TURN_S
 
     def _from_rows(
