@@ -137,6 +137,48 @@ def test_input_by_name(traced: Traced) -> None:
     assert [info["tokens"] for info in traced.info if info["kind"] == "input"] == [True]
 
 
+class Compared(nn.Module):
+    """A loss that calls its model for each text of a pair, as of sentence-transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.EmbeddingBag(50, 4)
+
+    def forward(self, texts: list[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
+        one, other = (self.model(each["input_ids"]) for each in texts)
+        return ((one * other).sum(1) - labels).pow(2).mean()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_texts_that_are_compared_are_all_tokens(traced: Traced, *, by_name: bool) -> None:
+    """A pair is one sample; only the first text's tokens were counted."""
+    model = Compared()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        texts = [{"attention_mask": torch.ones(2, n), "input_ids": torch.randint(50, (2, n))} for n in (7, 9)]
+        labels = torch.zeros(2)
+        (model(texts=texts, labels=labels) if by_name else model(texts, labels)).backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(2, 32)] * 3
+
+
+def test_targets_in_a_list_are_no_texts(traced: Traced) -> None:
+    """Boxes of a detection are not the samples; the images are."""
+
+    class Detector(nn.Linear):
+        def forward(self, images: torch.Tensor, targets: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+            return super().forward(images).sum() + sum(each["boxes"].sum() for each in targets)
+
+    model = Detector(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(3, 4), [{"boxes": torch.ones(5, 4), "input_ids": torch.ones(3, 9)}]).backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(3, 12)] * 2
+
+
 class Table(nn.Module):
     """A model for a table with columns of integers: as numbers, or looked up in an embedding for each column."""
 

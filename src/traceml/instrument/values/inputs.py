@@ -4,7 +4,8 @@ The size is that of the first tensor in the arguments of the last forward with g
 forward hook only compares its samples and elements with those before (in Python, its shape); all else is done here,
 when they have changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are none of the
 training's. A nested tensor has no size, nor has a vector of floating-point numbers: it is one sample without a batch as
-often as a batch of numbers.
+often as a batch of numbers. Texts that are compared with each other, a list of mappings with `input_ids`, are together
+the elements of their samples.
 
 A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU. Ranks that
 train on the same batches have the same ones. It takes some 10 us, so the first 3 batches of an epoch have one, and one
@@ -70,7 +71,8 @@ class BatchReader:
 
         try:
             tensor = _first_tensor(args, _DEPTH)
-            self._note(_first_tensor(kwargs, _DEPTH) if tensor is None else tensor, model)
+            tensor = _first_tensor(kwargs, _DEPTH) if tensor is None else tensor
+            self._note(tensor, model, _compared_elements((*args[:_WIDTH], *kwargs.values()), tensor))
         except Exception as error:  # noqa: BLE001 - the user's containers may raise anything
             self._fail(error)
 
@@ -105,7 +107,7 @@ class BatchReader:
         self._wanted = max(self._wanted, batches)
         clock.inspects = True
 
-    def _note(self, tensor: Any, model: Any) -> None:
+    def _note(self, tensor: Any, model: Any, elements: int) -> None:
         clock = self._clock
         if not torch.is_grad_enabled():
             self._note_call(tensor, model)
@@ -117,7 +119,7 @@ class BatchReader:
             return
 
         clock.input_shape = tensor.shape
-        clock.input_samples, clock.input_elements = int(tensor.shape[0]), tensor.numel()
+        clock.input_samples, clock.input_elements = int(tensor.shape[0]), elements or tensor.numel()
         if not self._known:
             self._known = True
             self._on_input(tensor, model)
@@ -163,6 +165,17 @@ def fingerprint_of(tensor: Any) -> int:
     stride = (count // _NUMBERS - 1) | 1  # odd: the rows of images are often a power of two
     numbers = tensor.detach().view(-1)[::stride][:_NUMBERS].tolist()
     return hash((count, *numbers)) & _MASK if len(set(numbers)) >= _DISTINCT else 0
+
+
+def _compared_elements(values: Iterable[Any], first: Any) -> int:
+    """Return the elements of texts that are compared with each other; 0 where the first tensor is of no such text."""
+    for value in values:
+        if isinstance(value, list | tuple) and isinstance(next(iter(value), None), Mapping):
+            texts = [each.get(_PREFERRED) for each in value[:_WIDTH] if isinstance(each, Mapping)]
+            if texts[0] is first and all(isinstance(each, torch.Tensor) for each in texts):
+                return sum(each.numel() for each in texts if each.shape[:1] == first.shape[:1])
+
+    return 0
 
 
 def _first_tensor(value: Any, depth: int) -> Any:
