@@ -18,7 +18,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import find_flights
 from traceml.database.flight.flight_header import MAGIC
 from traceml.database.flight.flight_owner import is_alive, remove_stale
-from traceml.database.flight.postmortem import read_flight
+from traceml.database.flight.postmortem import FlightSnapshot, read_flight
 from traceml.errors import StoreError
 
 Start = Callable[..., "Popen[str]"]
@@ -64,6 +64,23 @@ def test_dead_file_stays_for_a_grace_after_it_was_found(tmp_path: Path) -> None:
 
     assert remove_stale(tmp_path, grace_s=60) == [path]
     assert find_flights(tmp_path) == []
+
+
+def test_no_journals_are_searched_for_a_file_that_stays_anyway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each search reads the whole folder, and a rank begins with looking at each file."""
+    path = left_behind(tmp_path).path
+    searched = []
+
+    def journals(snapshot: FlightSnapshot) -> dict[str, Path]:
+        searched.append(snapshot.path)
+        return {}
+
+    monkeypatch.setattr(FlightSnapshot, "journals", property(journals))
+    assert remove_stale(tmp_path, grace_s=60) == []
+    assert searched == []
+
+    assert remove_stale(tmp_path, grace_s=-1) == [path]
+    assert searched
 
 
 def test_a_file_from_before_a_reboot_is_dead(tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ def _remove_if_stale(path: Path, runs_dir: Path | None, grace_s: float) -> bool:
             os.pwrite(descriptor, _WORD.pack(now), DEAD_SINCE_AT)
 
     age_s = now - (snapshot.dead_since_s or now)
-    if age_s <= (max(grace_s, USER_ROWS_KEPT_S) if snapshot.holds_user_rows else grace_s):
+    # By age first: what waits for storage is in journals, for which the folder is searched.
+    if age_s <= grace_s or (age_s <= USER_ROWS_KEPT_S and snapshot.holds_user_rows):
         return False
 
     snapshot.unlink()
