@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import closing
@@ -19,6 +20,10 @@ from tests.forked.commands import Commands
 from traceml.runs.report.report_types import read_report
 
 ACTION = Path(__file__).parents[3] / ".github" / "actions" / "traceml"
+(_WORKFLOW_TEXT,) = re.findall(
+    r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs" / "assistants.md").read_text(), re.DOTALL
+)
+WORKFLOW = yaml.safe_load(_WORKFLOW_TEXT)
 _EXPRESSION = re.compile(r"\$\{\{\s*([\w.-]+)\s*\}\}")
 # Steps that alternate between two durations are independent, whatever else runs on the machine: a comparison decides.
 QUICK = TRAIN.replace("return 60", "return 120").replace("time.sleep(0.004)", "time.sleep(0.01 + 0.01 * (at % 2))")
@@ -124,6 +129,40 @@ def test_a_finding_fails_the_job(place: Path) -> None:
     assert job.summary == Path(job.outputs["comment-file"]).read_text()
     assert "## traceml: INPUT_BOUND" in job.summary
     assert "found INPUT_BOUND (--fail-on)" in job.summary
+    assert _uploaded(job) == {"report.html", "report.json", "comment.md"}
+    assert _commented(job, place) == f"pr comment 7 --body-file {job.outputs['comment-file']}\n"
+    assert read_report(place / "baseline" / "report.json").verdict.kind == "INPUT_BOUND"
+
+
+def _uploaded(job: Job) -> set[str]:
+    """Return what the action's step after the training uploads, which also runs where that has failed."""
+    steps = yaml.safe_load((ACTION / "action.yml").read_text())["runs"]["steps"]
+    (upload,) = [step for step in steps if "upload-artifact" in step.get("uses", "")]
+    assert upload["if"].startswith("always() && ")
+    assert steps.index(upload) < [step["name"] for step in steps].index("Gate")
+    folder = upload["with"]["path"].replace("${{ steps.check.outputs.folder }}", job.outputs["folder"])
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def _commented(job: Job, place: Path) -> str:
+    """Run the steps that follow the action in the documented workflow; return the arguments that gh was given."""
+    given = {f"steps.traceml.outputs.{name}": value for name, value in job.outputs.items()}
+    given |= {"github.token": "secret", "github.event.number": "7"}
+
+    def text(value: str) -> str:
+        return _EXPRESSION.sub(lambda found: given[found.group(1)], value)
+
+    (place / "gh").write_text('#!/bin/sh\necho "$@" > gh.txt\n')
+    (place / "gh").chmod(0o755)
+    steps = WORKFLOW["jobs"]["speed"]["steps"]
+    later = steps[[step.get("id") for step in steps].index("traceml") + 1 :]
+    for step in (step for step in later if "run" in step):
+        env = {name: text(value) for name, value in step.get("env", {}).items()}
+        path = f"{place}:{Path(str(shutil.which('bash'))).parent}"
+        command = ["bash", "-e", "-c", text(step["run"])]
+        subprocess.run(command, cwd=place, env={"PATH": path, **env}, timeout=60, check=True)
+
+    return (place / "gh.txt").read_text()
 
 
 def test_other_findings_do_not(place: Path) -> None:
@@ -168,14 +207,12 @@ def test_the_status_of_the_script_is_the_jobs(place: Path) -> None:
 
 def test_the_workflow_in_the_documentation_is_valid(tmp_path: Path) -> None:
     """By the schema of workflows; it gives inputs and reads outputs that the action has."""
-    page = (Path(__file__).parents[3] / "docs" / "assistants.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "workflow.yml").write_text(text)
+    (tmp_path / "workflow.yml").write_text(_WORKFLOW_TEXT)
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
     done = subprocess.run([*command, str(tmp_path / "workflow.yml")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout
 
     action = yaml.safe_load((ACTION / "action.yml").read_text())
-    (step,) = [step for step in yaml.safe_load(text)["jobs"]["speed"]["steps"] if step.get("id") == "traceml"]
+    (step,) = [step for step in WORKFLOW["jobs"]["speed"]["steps"] if step.get("id") == "traceml"]
     assert set(step["with"]) <= set(action["inputs"])
-    assert set(re.findall(r"steps\.traceml\.outputs\.([\w-]+)", text)) <= set(action["outputs"])
+    assert set(re.findall(r"steps\.traceml\.outputs\.([\w-]+)", _WORKFLOW_TEXT)) <= set(action["outputs"])
