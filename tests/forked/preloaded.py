@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import resolve_name
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -50,16 +53,20 @@ class Preloaded:
         self,
         shared: Mapping[str, Sequence[str]],
         after: Mapping[str, Callable[[ModuleType], object]] = MappingProxyType({}),
+        own: Sequence[str] = (),
     ) -> None:
         """Import modules and hide them.
 
         Args:
             shared: names of modules; of each, the ones before it that its import needs.
             after: of some, what to call with the module at the end of its import.
+            own: names of modules that import others of their package; each comes with what it imports itself only.
         """
         self._after = after
         families = {name.partition(".")[0] for name in shared}
         groups = [_Group(needs, _load(name, families)) for name, needs in shared.items()]
+        self._own = {name.partition(".")[0] for name in own}
+        groups += [_Group(needs, [name]) for name, needs in _load_each(own, self._own).items()]
         self._groups = {name: group for group in groups for name in group.names}
         for group in groups:
             group.hide_attributes()
@@ -79,6 +86,14 @@ class Preloaded:
         spec.submodule_search_locations = module.__spec__.submodule_search_locations
         return spec
 
+    def leave_out_others(self) -> None:
+        """Hand out no module of a package that is elsewhere for this process."""
+        for package in self._own & set(self._hidden):
+            spec = PathFinder.find_spec(package)
+            if spec is None or spec.origin != self._hidden[package].__file__:
+                for name in [name for name in self._hidden if name.partition(".")[0] == package]:
+                    del self._hidden[name], self._groups[name]
+
     def peek(self, name: str) -> Any:
         """Return a hidden module, None if there is none; it stays hidden."""
         return self._hidden.get(name)
@@ -95,7 +110,8 @@ class Preloaded:
 
         self._groups = {name: each for name, each in self._groups.items() if each is not group}
         for needed in group.needs:
-            importlib.import_module(needed)
+            if needed not in sys.modules:
+                importlib.import_module(needed)
 
         for member in group.names:
             self._import(member)
@@ -144,3 +160,35 @@ def _load(name: str, families: set[str]) -> list[str]:
     before = set(sys.modules)
     importlib.import_module(name)
     return [each for each in sys.modules if each not in before and each.partition(".")[0] in families]
+
+
+def _load_each(names: Sequence[str], families: set[str]) -> dict[str, list[str]]:
+    """Import modules; return each of the families that is loaded, and what it imports."""
+    before = set(sys.modules)
+    with _noted_imports() as imported:
+        for name in names:
+            importlib.import_module(name)
+
+    found = [each for each in sys.modules if each not in before and each.partition(".")[0] in families]
+    return {each: [needed for needed in imported.get(each, {}) if needed in sys.modules] for each in found}
+
+
+@contextmanager
+def _noted_imports() -> Iterator[dict[str, dict[str, None]]]:
+    """Note what each module imports, in order; names in modules count as modules where they are ones."""
+    imported: dict[str, dict[str, None]] = {}
+    original = builtins.__import__
+
+    def note(name: str, globals_: Any = None, locals_: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        if globals_ is not None:
+            whole = resolve_name("." * level + name, globals_["__package__"]) if level else name
+            noted = imported.setdefault(globals_["__name__"], {})
+            noted |= dict.fromkeys([whole, *(f"{whole}.{each}" for each in fromlist or ())])
+
+        return original(name, globals_, locals_, fromlist, level)
+
+    builtins.__import__ = note
+    try:
+        yield imported
+    finally:
+        builtins.__import__ = original

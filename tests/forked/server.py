@@ -25,37 +25,11 @@ from typing import Any
 from fork_request import Request, fork_as_siblings
 from preloaded import Preloaded
 from program import Program
+from server_imports import BY_DEFAULT, OWN, PLAIN, SHARED, SMALL, WITHHELD
 from sibling import end_with_parent, fork_sibling, is_possible, rename, start_helper
 
 __all__: list[str] = []
 
-# Imports that cost much, by kind of server; of each, the ones that it needs. torch imports `_dynamo` only when an
-# optimizer is made.
-_SHARED: dict[str, dict[str, tuple[str, ...]]] = {
-    "torch": {
-        "numpy": (),
-        "pydantic": (),
-        "pydantic_settings": ("pydantic",),
-        "torch": ("numpy",),
-        "torch._dynamo": ("torch",),
-        "torch.distributed.run": ("torch",),
-    },
-}
-# Those that need not be hidden: of the standard library, small ones, and what trackers import. Some trackers start
-# threads when they are imported, or read variables that tests set; of these, only what they need is imported.
-_SMALL = (
-    "argparse", "asyncio", "concurrent.futures", "ctypes", "difflib", "importlib.metadata", "msgpack", "msgspec",
-    "psutil", "rich.console", "rich.table", "sqlite3", "ssl", "statistics", "tempfile", "urllib.request", "zstandard",
-)  # fmt: skip
-_PLAIN = {
-    "aim": ("aim",),
-    "clearml": ("PIL.Image", "attr", "furl", "jsonschema", "requests", "yaml"),
-    "mlflow": ("aiohttp", "alembic", "fastapi", "graphene", "mlflow.store.tracking.sqlalchemy_store"),
-    "trackio": ("gradio_client", "huggingface_hub"),
-    "wandb": ("wandb",),
-}
-# Optional modules of trackers that start threads when they are imported. MLflow has no support for it then.
-_WITHHELD = {"mlflow": ("polars",)}
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 _MAX_FDS = 64
 
@@ -239,15 +213,15 @@ if __name__ == "__main__":
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's, which pandas imports
     kind = sys.argv[2]
-    withheld = dict.fromkeys(_WITHHELD.get(kind, ()))
+    withheld = dict.fromkeys(WITHHELD.get(kind, ()))
     sys.modules.update(withheld)
-    for name in (*_SMALL, *_PLAIN.get(kind, ())):
+    for name in (*SMALL, *PLAIN.get(kind, ())):
         importlib.import_module(name)
 
     for name in withheld:
         del sys.modules[name]
 
-    preloaded = Preloaded(_SHARED.get(kind, {"numpy": ()}), {"torch": _load_backends})
+    preloaded = Preloaded(SHARED.get(kind, BY_DEFAULT), {"torch": _load_backends}, OWN)
     warnings.resetwarnings()
     warnings.filters[:] = filters
     gc.freeze()  # else each child goes through all of these objects when it ends
@@ -267,7 +241,8 @@ if __name__ == "__main__":
     assert program is not None, request.words
     sys.orig_argv[1:] = request.words
     _set_up_interpreter(program)
-    for name in ("preloaded", "program", "fork_request", "sibling"):
+    preloaded.leave_out_others()
+    for name in ("preloaded", "program", "server_imports", "fork_request", "sibling"):
         del sys.modules[name]
 
     program.run()
