@@ -67,6 +67,7 @@ __all__ = [
     "StepBits",
     "StepFlag",
     "Table",
+    "other_ns",
     "pack_bits",
     "unpack_bits",
 ]
@@ -259,6 +260,11 @@ def pack_bits(micro_batches: int, flags: int, sequence: int = 0) -> int:
 def unpack_bits(bits: Any) -> StepBits:
     """Return the fields of `bits`, of one row or of a numpy array of rows."""
     return StepBits(bits & MICRO_BATCHES_MASK, bits >> 16 & 0xFFFF, bits >> 32 & 0x7FFFFFFF)
+
+
+def other_ns(rows: Any) -> Any:
+    """Return the time outside the phases of steps, whose rows may lack phases that were not known then."""
+    return rows["total_ns"] - sum(rows[name] for name in PHASE_COLUMNS if name in rows.dtype.names)
 
 
 class MetricKind(IntEnum):

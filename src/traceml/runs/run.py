@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import METRICS, NAMES, PHASE_COLUMNS, STEPS, unpack_bits
+from traceml.database.schema import METRICS, NAMES, PHASE_COLUMNS, STEPS, other_ns, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
@@ -122,7 +122,7 @@ class Run:
         for name in ("rank", "step", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "t_end_ns"):
             steps[name] = rows[name]
 
-        steps["other_ns"] = rows["total_ns"] - sum(rows[name] for name in PHASE_COLUMNS)
+        steps["other_ns"] = other_ns(rows)
         steps["micro_batches"], steps["flags"], steps["sequence"] = unpack_bits(rows["bits"])
         return steps.view(RecordArray)
 

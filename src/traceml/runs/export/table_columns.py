@@ -18,12 +18,12 @@ from traceml.database.schema import (
     LOGGED,
     METRICS,
     PACKED,
-    PHASE_COLUMNS,
     MetricKind,
     Pause,
     Resource,
     StepFlag,
     Table,
+    other_ns,
     unpack_bits,
 )
 from traceml.database.store.reader import StreamRecord
@@ -222,9 +222,8 @@ def _repeated(numbers: NDArray[np.int64], text_of: Callable[[int], str | None]) 
 
 def _bits(rows: NDArray[np.void]) -> Part:
     bits = unpack_bits(rows["bits"])
-    parts = [name for name in PHASE_COLUMNS if name in (rows.dtype.names or ())]
     return {
-        "other_ns": rows["total_ns"] - sum(rows[name] for name in parts),
+        "other_ns": other_ns(rows),
         "micro_batches": bits.micro_batches,
         "flags": bits.flags,
         "sequence": bits.sequence,
