@@ -171,9 +171,10 @@ def _compared_elements(values: Iterable[Any], first: Any) -> int:
     """Return the elements of texts that are compared with each other; 0 where the first tensor is of no such text."""
     for value in values:
         if isinstance(value, list | tuple) and isinstance(next(iter(value), None), Mapping):
-            texts = [each.get(_PREFERRED) for each in value[:_WIDTH] if isinstance(each, Mapping)]
-            if texts[0] is first and all(isinstance(each, torch.Tensor) for each in texts):
-                return sum(each.numel() for each in texts if each.shape[:1] == first.shape[:1])
+            found = [each.get(_PREFERRED) for each in value[:_WIDTH] if isinstance(each, Mapping)]
+            texts = [each for each in found if isinstance(each, torch.Tensor)]
+            if found[0] is first and texts and len(texts) == len(found):
+                return sum(each.numel() for each in texts if each.shape[:1] == texts[0].shape[:1])
 
     return 0
 
