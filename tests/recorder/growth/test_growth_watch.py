@@ -6,7 +6,9 @@ import gc
 import mmap
 import sys
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from traceml.database.schema import OPEN_SLOTS, Slot
 from traceml.recorder.growth.growing_lines import line_that_adds
 from traceml.recorder.growth.growth_watch import GrowthWatch
-from traceml.recorder.growth.held_objects import HeldObjects, read_containers
+from traceml.recorder.growth.held_objects import BUDGET_NS, HeldObjects, read_containers
 
 SECOND = 10**9
 
@@ -223,12 +225,12 @@ def test_a_sum_of_losses_has_a_long_graph() -> None:
 class Watched:
     """A watch over this thread, with a clock and steps that the test moves."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_user: Callable[[Any], bool] = is_here) -> None:
         self.notes: list[dict[str, Any]] = []
         self.slots = [0] * OPEN_SLOTS
         self.at_ns = 0
         ident = threading.get_ident()
-        self.watch = GrowthWatch(self.slots, lambda: ident, is_here, self.note, lambda: self.at_ns)
+        self.watch = GrowthWatch(self.slots, lambda: ident, is_user, self.note, lambda: self.at_ns)
 
     def note(self, kind: str, **facts: Any) -> None:
         self.notes.append({"kind": kind, **facts})
@@ -237,6 +239,28 @@ class Watched:
         self.at_ns += SECOND
         self.slots[Slot.STEP] += 10
         self.watch(last=False)
+
+
+def test_a_reading_that_found_nothing_is_done_again() -> None:
+    """A collection of garbage on the reading thread takes tens of milliseconds: more than a reading may take."""
+    collections = 0
+
+    def is_user(frame: Any) -> bool:
+        nonlocal collections
+        until_ns = time.thread_time_ns() + 2 * BUDGET_NS
+        while not collections and time.thread_time_ns() < until_ns:
+            pass
+
+        collections += 1
+        return is_here(frame)
+
+    watched, images = Watched(is_user), []
+    for _ in range(16):
+        images += [bytearray(1 << 20) for _ in range(10)]
+        watched.turn()
+
+    (note,) = watched.notes
+    assert [each["path"] for each in note["grown"] if each["item"] == "bytearray"] == ["images"]
 
 
 def test_the_list_that_grows_with_memory_is_noted() -> None:
