@@ -111,9 +111,9 @@ _ALL_LATE: Callable[[str], Training] = lambda part: Training(PAIR, (adds(part, 8
 
 FOLLOWED: tuple[Followed, ...] = (
     Followed("copies overlap", Kind.H2D_BOUND, "non_blocking=True", *_cost("h2d", 6.0), _FAST),
-    Followed("own code is cheaper", Kind.RESIDUAL_HEAVY, "what the training loop does besides the model",
+    Followed("own code is cheaper", Kind.RESIDUAL_HEAVY, "what else the training loop does",
              *_cost("other", 10.0), Training(ALONE, (adds("forward", 10.0),))),
-    Followed("a phase of the user is cheaper", Kind.RESIDUAL_HEAVY, "what the training loop does besides the model",
+    Followed("a phase of the user is cheaper", Kind.RESIDUAL_HEAVY, "what else the training loop does",
              *_cost("user", 10.0), Training(ALONE, (adds("optimizer", 10.0),))),
     Followed("every 10th step, half as often", Kind.RESIDUAL_HEAVY, "every 20th step",
              Training(ALONE, (adds("other", 80.0, every=10),)), Training(ALONE, (adds("other", 80.0, every=20),)),
@@ -135,9 +135,9 @@ FOLLOWED: tuple[Followed, ...] = (
              Training(replace(PAIR, comm=0.8), (), _reductions(4, 4))),
     Followed("communication overlaps", Kind.COMM_BOUND, "Synchronize less per sample",
              Training(replace(PAIR, comm=12.0)), Training(replace(PAIR, comm=0.0)), _EVEN),
-    Followed("the data of a late rank", Kind.INPUT_STRAGGLER, "its shard, file system and worker processes",
+    Followed("the data of a late rank", Kind.INPUT_STRAGGLER, "shard, file system, worker processes",
              *_late("input_wait"), _ALL_LATE("input_wait")),
-    Followed("copies of a late rank", Kind.H2D_STRAGGLER, "the slot of its device", *_late("h2d"), _ALL_LATE("h2d")),
+    Followed("copies of a late rank", Kind.H2D_STRAGGLER, "PCIe slot of its device", *_late("h2d"), _ALL_LATE("h2d")),
     *(
         Followed(f"{part} of a late rank", Kind.COMPUTE_STRAGGLER, f"does in its {part} with the others",
                  *_late(part), _ALL_LATE(part))

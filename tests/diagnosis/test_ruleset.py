@@ -182,7 +182,7 @@ def test_the_numbers_of_a_sentence_agree():
     found = next(each for each in diagnose(window, JobFacts()) if each.kind is Kind.RESIDUAL_HEAVY)
 
     cost, step, share = re.match(
-        r"([\d.]+) ms of each ([\d.]+) ms step \(([\d.]+) %; rare long steps aside\)", found.summary
+        r"([\d.]+) ms of each ([\d.]+) ms step \(([\d.]+) %, not counting rare long steps\)", found.summary
     ).groups()
     assert 100 * float(cost) / float(step) == pytest.approx(float(share), abs=1.5)
 

@@ -98,7 +98,7 @@ def for_residual(
         place = "this code" if line is None else line.place
         return (
             f"No call of a module was seen, so the model's forward is in this time, too. If {place} is the forward, "
-            "make it cheaper (torch.compile, a lower precision); else take it out of the training loop. `traceml "
+            "make it cheaper (torch.compile, a lower precision); otherwise take it out of the training loop. `traceml "
             "report --lines` shows all lines."
         )
 
@@ -114,8 +114,8 @@ def for_residual(
         )
 
     return (
-        "Look at what the training loop does besides the model (loss function, metrics, logging, .item()); `traceml "
-        "report --lines` shows the lines in which it was seen."
+        "Look at what else the training loop does (loss function, metrics, logging, .item()); `traceml report --lines` "
+        "shows the lines in which it was seen."
     )
 
 
@@ -199,12 +199,12 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
 
     if part == "input_wait":
         return (
-            f"Look at the data of {names}{at}: its shard, file system and worker processes against another rank's; "
-            "time its loader alone."
+            f"Compare the data of {names}{at} with another rank's: shard, file system, worker processes; time its "
+            "loader alone."
         )
 
     if part == "h2d":
-        return f"Compare {names}{at} with the others: pinned memory, batch size, and the slot of its device."
+        return f"Compare {names}{at} with the others: pinned memory, batch size, and the PCIe slot of its device."
 
     if part in ("forward", "backward", "optimizer"):
         return (

@@ -67,7 +67,7 @@ def test_a_script_that_returned_by_itself_is_a_warning() -> None:
 
     assert finding.severity is Severity.WARNING
     assert finding.summary == (
-        "SIGTERM from slurmstepd (process 812) told the job to end, and it returned by itself, 3.0 s later, after step "
+        "SIGTERM from slurmstepd (process 812) asked the job to end, and it exited on its own, 3.0 s later, after step "
         "99."
     )
 

@@ -257,8 +257,8 @@ def test_all_ranks_in_the_same_collective_blame_nobody():
 
     assert finding.ranks == ()
     assert summary(finding) == (
-        "All ranks have been in all_reduce #15 in backward (train.py:28 main) for 75 s: the network, or the link of "
-        "one of them."
+        "All ranks have been in all_reduce #15 in backward (train.py:28 main) for 75 s: none is missing, so look "
+        "at network and devices."
     )
 
 
@@ -386,8 +386,8 @@ def test_ranks_that_diverged_earlier_are_reported_since_when():
 
     assert finding is not None
     assert finding.summary.endswith(
-        " The ranks are apart since step 20, in which rank 1 ran no backward pass: at its end rank 1 had called "
-        "25 collectives, rank 0 26."
+        " The ranks have been out of step since step 20, in which rank 1 ran no backward pass: at its end rank 1 had "
+        "called 25 collectives, rank 0 26."
     )
     assert finding.evidence["apart_since_step"] == 20
 

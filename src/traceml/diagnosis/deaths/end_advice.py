@@ -124,7 +124,7 @@ def _for_peer(ended: RankExit, _facts: JobFacts) -> str:
 
 def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     """Return advice on a process that its backend ended because another rank sent more or less than it expects."""
-    reason = f"The output of rank {ended.rank} has its reason (`terminate called`)."
+    reason = f"The output of rank {ended.rank} gives the reason (`terminate called`)."
     in_backward = [each.rank for each in facts.exits if each.open_phase == "backward"]
     if not in_backward:
         return (
@@ -201,7 +201,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         lambda ended, _: _lacks_disk(ended),
         (
             "Make room on the disk of that file (df -h, df -i, the user's quota), and keep fewer checkpoints. The last "
-            "file is not complete: go on from the one before."
+            "file is not complete: resume from the one before."
         ),
     ),
     (lambda ended, _: _lacks_files(ended), _for_files),
@@ -239,7 +239,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         lambda ended, _: was_cut_off(ended),
         (
             "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. "
-            "A script that ends so on purpose calls traceml.shutdown() before."
+            "A script that ends this way on purpose must call traceml.shutdown() first."
         ),
     ),
     (lambda ended, _: ended.state == "lost" and bool(ended.host_lost), _for_lost_host),

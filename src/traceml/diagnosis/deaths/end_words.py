@@ -97,7 +97,7 @@ def step_text(ended: RankExit) -> str:
 
 
 def seen_text(ended: RankExit) -> str:
-    """Return the line in which a rank was seen last: `, last seen at train.py:23 load`; empty where it has told one."""
+    """Return the line in which a rank was seen last: `, last seen at train.py:23 load`; "" where it has one."""
     file, line, function = _seen(ended)
     return f", last seen at {line_text(file, line, function)}" if file and line and function else ""
 

@@ -60,14 +60,14 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
     ]
 
 
-_ADVICE = "Save a checkpoint on the signal, or often, and go on from the last one."
+_ADVICE = "Save a checkpoint on the signal, or often, and resume from the last one."
 
 
 def _summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str:
     name = f"{signal_name(by.number)} from {_sender(by)}"
     if returned:
         after = f", {duration_text(by.waited_s)} later" if by.waited_s else ""
-        return f"{name} told the job to end, and it returned by itself{after}{step_text(last)}"
+        return f"{name} asked the job to end, and it exited on its own{after}{step_text(last)}"
 
     return f"{name} ended the job{step_text(last)}"
 

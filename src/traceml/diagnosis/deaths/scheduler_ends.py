@@ -37,22 +37,22 @@ class _Words(NamedTuple):
 _CAUSES = {
     "time_limit": _Words(
         "ended the job at its time limit",
-        "Ask for more time, and go on from the last checkpoint. To lose fewer steps, save when the scheduler "
+        "Ask for more time, and resume from the last checkpoint. To lose fewer steps, save when the scheduler "
         "warns: sbatch --signal=USR2@120 sends a signal two minutes before the end.",
     ),
     "preempted": _Words(
         "preempted the job",
-        "Go on from the last checkpoint: `traceml launch --submit` and sbatch --requeue queue the job again. To lose "
+        "Resume from the last checkpoint: `traceml launch --submit` and sbatch --requeue queue the job again. To lose "
         "fewer steps, save more often, or on SIGTERM and the signal of sbatch --signal, if the partition gives a grace "
         "time.",
     ),
     "warned": _Words(
         "warned the job of its time limit, and the job ended",
-        "Ask for more time, or go on from the last checkpoint: `traceml launch --submit` queues the job again.",
+        "Ask for more time, or resume from the last checkpoint: `traceml launch --submit` queues the job again.",
     ),
     "requeued": _Words(
         "ended the job to queue it again",
-        "It goes on from the last checkpoint when it starts again. To lose fewer steps, save more often.",
+        "It resumes from the last checkpoint when it starts again. To lose fewer steps, save more often.",
     ),
 }
 
@@ -149,7 +149,7 @@ def _cause(ended: RankExit, job_end_s: float | None) -> str | None:
 def _by_its_words(
     bad: Sequence[RankExit], causes: Sequence[RankExit], by: EndingSignal | None
 ) -> tuple[RankExit, str] | None:
-    """Return the rank that came furthest and the cause that the scheduler told the launcher which it ended."""
+    """Return the rank that came furthest and the cause that the scheduler gave to the launcher."""
     if by is None or by.scheduler is None or not bad or failed_before(causes, by):
         return None
 

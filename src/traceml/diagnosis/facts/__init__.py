@@ -1,4 +1,4 @@
-"""Facts besides the steps: loaders, hosts, exits, wall time, limits, sampled lines. Rules judge by them.
+"""Facts other than the steps: loaders, hosts, exits, wall time, limits, sampled lines. Rules judge by them.
 
 Gathered in the aggregator and by readers. Imports `database`.
 """

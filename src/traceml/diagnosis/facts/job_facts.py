@@ -1,4 +1,4 @@
-"""Facts besides the steps: loaders, hosts, exits. Rules use them to avoid false blame and to give advice."""
+"""Facts other than the steps: loaders, hosts, exits. Rules use them to avoid false blame and to give advice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OVERSUBSCRIBED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class JobFacts:
-    """Facts for the rules besides the window; each has a value that means "not known".
+    """Facts for the rules in addition to the window; each has a value that means "not known".
 
     Attributes:
         world_size: ranks of the run.

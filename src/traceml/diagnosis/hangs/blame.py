@@ -96,7 +96,7 @@ def _of_data(met: Blame, data: UnevenData) -> Blame:
 
 
 def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
-    """Return which ranks block the job, as the collectives tell that they are in."""
+    """Return which ranks block the job, by the collectives that they are in."""
     found = {rank: collective_wait(snapshot) for rank, snapshot in snapshots.items()} if world_size > 1 else {}
     waits = {rank: wait for rank, wait in found.items() if wait is not None}
     if not waits:

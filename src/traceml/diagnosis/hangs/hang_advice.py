@@ -94,8 +94,8 @@ def _for_held_lock(snapshot: RankSnapshot) -> str:
         )
 
     return (
-        "Find out what that call waits for. No other thread of the process runs meanwhile: if one is to end the wait, "
-        "it must release the GIL, as ctypes.CDLL does and ctypes.PyDLL does not."
+        "Find out what that call waits for. No other thread of the process runs meanwhile: if one of them is to end "
+        "the wait, the call must release the GIL (ctypes.CDLL does, ctypes.PyDLL does not)."
     )
 
 
@@ -124,7 +124,7 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         return f"Find out what process {blocker.pid} does; a timeout (`subprocess.run(timeout=60)`) ends such a wait."
 
     if "stdin" in what:
-        return "Pass the answer as an option of the script, or let it read from a file: nobody is asked in a job."
+        return "Pass the answer as an option of the script, or in a file: nobody can answer in a job."
 
     if what.startswith(("connecting to", "waiting for the network")):
         return "Give the connection a timeout, so that it fails and can be tried again, and look at the server."

@@ -43,7 +43,7 @@ def hang_summary(found: Standstill) -> str:
         text = f"{ranks_text(found.blame.ranks)} wait for each other: {places}, for {_age(found)}{_waiters_text(found)}"
     elif cause is HangCause.NETWORK:
         where = _where_they_wait(found, sorted(found.snapshots))
-        text = f"all ranks have been in {where} for {_age(found)}: the network, or the link of one of them"
+        text = f"all ranks have been in {where} for {_age(found)}: none is missing, so look at network and devices"
     elif cause is HangCause.UNANSWERED:
         silent = f"; {ranks_text(found.blame.ranks)} did not answer" if found.blame.ranks else ""
         text = f"no rank has made progress for {_age(found)}: {_places(found, found.snapshots)}{silent}"
@@ -75,7 +75,7 @@ def diverged_text(diverged: DivergedRanks) -> str:
         " at the latest" if diverged.since > diverged.agreed + 1 else ""
     )
     listed = ", ".join(called[:_LISTED]) + (", …" if len(called) > _LISTED else "")
-    return f"The ranks are apart {when}{passes}: at its end {listed}."
+    return f"The ranks have been out of step {when}{passes}: at its end {listed}."
 
 
 def _late_text(found: Standstill) -> str:

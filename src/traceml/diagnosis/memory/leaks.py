@@ -47,7 +47,7 @@ _ADVICE = {
 }
 
 
-_UNSEEN = " No container that the script's variables reach was seen to grow by as much."
+_UNSEEN = " No container that the script's variables refer to was seen to grow by as much."
 _NATIVE = " If nothing is kept there, native code does it: an extension, a decoder, a library called by ctypes."
 _MAY_END = " The data is read for the first time: a cache that fills looks the same."
 

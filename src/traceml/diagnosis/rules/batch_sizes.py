@@ -71,8 +71,8 @@ def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -
         kind=Kind.DATA_IMBALANCE,
         severity=Kind.DATA_IMBALANCE.severity_for(share),
         summary=(
-            f"{percent_text(explained)} of the differences in computation follow the size of the batches, whose "
-            f"largest in a step is {spread:.1f}x the smallest: no rank is slow, but the others wait {ns_text(cost)} of "
+            f"The sizes of the batches explain {percent_text(explained)} of the differences in computation: the "
+            f"largest in a step is {spread:.1f}x the smallest. No rank is slow, but the others wait {ns_text(cost)} of "
             f"each {ns_text(segments.step_ns)} step ({percent_text(share)}) for the one with the largest; with equal "
             f"sizes, steps would be {gain_text(gain)}."
         ),

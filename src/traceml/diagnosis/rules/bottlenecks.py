@@ -44,8 +44,8 @@ ITERATOR_SHARE = 0.5
 CROWDED_SHARE = 0.20
 """The share from which code outside the phases is reported when the ranks have too few cores."""
 RARE_FACTOR = 1.1
-"""Rare long steps are told apart if a part costs more than this factor with them."""
-LEAST_ASIDE = 0.02
+"""Rare long steps are not counted if a part costs more than this factor with them."""
+LEAST_UNCOUNTED = 0.02
 """What does not count is named from this share of the part on."""
 SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
@@ -60,7 +60,7 @@ class _PhaseCost:
         removed: the work that a run without it would not do, rank x step.
         saved_ns: time by which the mean step would be shorter.
         share: share of the part that counts; the rest is other things.
-        aside: what of the part does not count, in words.
+        uncounted: what of the part does not count, in words.
     """
 
     segments: Segments
@@ -70,25 +70,25 @@ class _PhaseCost:
     removed: Floats
     saved_ns: float
     share: float = 1.0
-    aside: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ()
 
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
         return self.saved_ns >= least_cost_ns(self.step_ns, share)
 
-    def scaled(self, share: float, *aside: str) -> _PhaseCost:
-        """Return a share of it; the rest is what `aside` names."""
+    def scaled(self, share: float, *uncounted: str) -> _PhaseCost:
+        """Return a share of it; the rest is what `uncounted` names."""
         return dataclasses.replace(
-            self, removed=self.removed * share, saved_ns=self.saved_ns * share, share=share, aside=aside
+            self, removed=self.removed * share, saved_ns=self.saved_ns * share, share=share, uncounted=uncounted
         )
 
-    def told(self) -> _PhaseCost:
+    def reported(self) -> _PhaseCost:
         """Return the cost with the rare long steps, as a screen shows the part; without them if they are much of it."""
         values = self.segments.parts[self.part]
         removed = values * np.float32(self.share)
         saved = saved_ns(self.segments, {self.part: values - removed})
         if saved > RARE_FACTOR * self.saved_ns:
-            return dataclasses.replace(self, aside=("rare long steps", *self.aside))
+            return dataclasses.replace(self, uncounted=("rare long steps", *self.uncounted))
 
         return dataclasses.replace(self, removed=removed, saved_ns=max(saved, self.saved_ns))
 
@@ -98,8 +98,8 @@ class _PhaseCost:
         share = percent_text(self.saved_ns / self.step_ns)
         # Ranks that have it in turns wait for each other: a step loses more than the mean of each.
         lost_ns = max(float(self.removed.mean()), self.saved_ns)
-        aside = f"; {' and '.join(self.aside)} aside" if self.aside else ""
-        return f"{ns_text(lost_ns)} of each {ns_text(self.step_ns)} step ({share}{aside})"
+        less = f", not counting {' and '.join(self.uncounted)}" if self.uncounted else ""
+        return f"{ns_text(lost_ns)} of each {ns_text(self.step_ns)} step ({share}{less})"
 
     @property
     def faster(self) -> str:
@@ -159,7 +159,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     pipeline = pipeline_of(segments, facts, float(cost.removed.mean()))
     line = cost.line(facts)
     by_sampler = of_sampler(facts, line)
-    cost = cost.told()
+    cost = cost.reported()
     if facts.loader is not None and facts.loader.num_workers and by_sampler is None:
         line = None  # it is the loop's own: the work is in the workers' processes
 
@@ -176,7 +176,7 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
     if cost is None or not cost.exceeds():
         return []
 
-    cost = cost.told()
+    cost = cost.reported()
     summary = (
         f"Copies to the device take {cost.of_step}; if they overlapped with computation, steps would be {cost.faster}."
     )
@@ -203,11 +203,13 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
 
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
-            cost = cost.told()
+            cost = cost.reported()
             line = cost.line(facts)
             library = cost.library(facts)
             where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
-            where += ", where the event loop waits, as no task can run" if line and library == advice.EVENT_LOOP else ""
+            if line and library == advice.EVENT_LOOP:
+                where += ", where the event loop waits because no task can run"
+
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             has_forward = part == "other" and _is_without_forward(segments)
             text = advice.for_residual(part, line, facts, library, has_forward=has_forward)
@@ -219,8 +221,8 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
 def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _PhaseCost:
     """Return the cost of `other` without clearing gradients, and without the forward of a training without modules."""
     known = {"clearing gradients": clearing_share(facts.lines), "the forward": _forward_share(segments)}
-    aside = [name for name, share in known.items() if share >= LEAST_ASIDE]
-    return cost.scaled(max(1 - sum(known.values()), 0.0), *aside)
+    uncounted = [name for name, share in known.items() if share >= LEAST_UNCOUNTED]
+    return cost.scaled(max(1 - sum(known.values()), 0.0), *uncounted)
 
 
 def _forward_share(segments: Segments) -> float:
@@ -288,7 +290,7 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
 
 def _at_end(values: Floats) -> str:
     """Return that a save in the last step does not count, where screens show its time, too."""
-    return ", the one in the last step aside" if values[:, -1].max(initial=0) > FLOOR_NS else ""
+    return ", not counting the one in the last step" if values[:, -1].max(initial=0) > FLOOR_NS else ""
 
 
 def _ranks_with(segments: Segments, values: Floats) -> tuple[int, ...]:

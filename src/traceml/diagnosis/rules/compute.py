@@ -144,7 +144,7 @@ def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[st
     now = f" (batch_size is {batch})" if batch else ""
     others = {part: share for part, share in shares.items() if part not in COMPUTE}
     summary = (
-        f"Steps of {ns_text(step)} are too short to judge: {percent_text(loop)} of one is the loop's own overhead "
+        f"Steps of {ns_text(step)} are too short to judge: {percent_text(loop)} of each is the loop's own overhead "
         f"({_largest(others)})."
     )
     return summary, (

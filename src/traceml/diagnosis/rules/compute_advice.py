@@ -9,8 +9,8 @@ from traceml.formatting import duration_text, percent_text
 __all__ = ["WITHOUT_ANOMALIES", "for_compute"]
 
 WITHOUT_ANOMALIES = (
-    "Turn autograd's detection of anomalies off (set_detect_anomaly, detect_anomaly): it records the stack of each "
-    "operation and checks each gradient, and is meant for the search for a NaN."
+    "Turn off autograd's anomaly detection (set_detect_anomaly, detect_anomaly): it records the stack of each "
+    "operation and checks each gradient, which only the search for a NaN needs."
 )
 
 BUSY_SHARE = 0.7

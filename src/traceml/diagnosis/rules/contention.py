@@ -127,4 +127,4 @@ def _advice(facts: JobFacts) -> str:
     if facts.others_cores is None:
         return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
-    return f"The run itself has more to compute than there are cores: try {tries}."
+    return f"The run itself needs more cores than there are: try {tries}."

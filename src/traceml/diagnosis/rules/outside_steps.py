@@ -152,8 +152,8 @@ _FOR_COMPILING = (
     "that stays: the default is in /tmp), or compile one repeated block of the model instead of all of it."
 )
 _FOR_CHILDREN = (
-    "A longer run has a smaller share of it. See what they do until they answer: those that are spawned, or come from "
-    "a fork server, import modules of their own on the same cores, so start fewer of them, or import less in them."
+    "A longer run has a smaller share of it. See what they do before they answer. Processes that are spawned, or come "
+    "from a fork server, import all modules again on the same cores: start fewer of them, or import less in them."
 )
 _FOR_IMPORTS = (
     "A longer run has a smaller share of it. Import what only some runs need where it is used (python -X importtime "

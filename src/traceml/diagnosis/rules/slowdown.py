@@ -273,9 +273,9 @@ def with_its_steps(late: Finding, slower: Finding) -> Finding:
     evidence = {name: slower.evidence[name] for name in _STEPS if name in slower.evidence}
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
     when = {
-        "stays": f"It has been so since step {since}.",
-        "first": f"It was so until step {until}.",
-        "recovers": f"It was so from step {since} to step {until}.",
+        "stays": f"This began at step {since}.",
+        "first": f"This ended at step {until}.",
+        "recovers": f"This lasted from step {since} to step {until}.",
         "growth": f"It grows by {ns_text(1e6 * evidence.get('growth_ms_per_step', 0.0))} with each step.",
     }
     text = f"{late.summary} {when[evidence['shape']]}"
@@ -308,20 +308,20 @@ def _advice(change: LevelChange, part: str | None, ranks: tuple[int, ...], line:
         return f"Look at {line.place} for what it keeps or repeats: a list, a history or a graph that grows."
 
     if line is not None:
-        return f"Look at what {line.place} does then and not otherwise."
+        return f"Look at what {line.place} does only then."
 
     of_ranks = f" of {ranks_text(ranks)}" if ranks else ""
     if part is None:
         return (
-            "All phases are slower, so no single piece of code is the cause. Either a step does more then, as with "
-            f"longer episodes or sequences; or look for other programs on the host{of_ranks}, clocks lowered by heat "
+            "All phases are slower, so no single piece of code is the cause. If steps have no more work then "
+            f"(longer episodes or sequences), look for other programs on the host{of_ranks}, clocks lowered by heat "
             "or power, and swapping at that time."
         )
 
     if part == _COMM:
         return (
-            "Look at the links between the ranks at that time, at what else uses them, and at how much is reduced "
-            "then: no rank's own work is longer."
+            "No rank's own work is longer: look at the links between the ranks at that time, at what else uses them, "
+            "and at how much data is reduced."
         )
 
     if part == "input_wait":

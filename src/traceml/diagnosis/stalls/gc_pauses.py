@@ -215,7 +215,7 @@ def _advice(cost: _Collections, every: int, gain: float) -> str:
 
 def _for_library(name: str, gain: float) -> str:
     return (
-        f"Tensors are freed without it: look for an option of {name} that leaves it out: {gain_text(gain)}. "
+        f"Tensors are freed without it. Look for an option of {name} that leaves it out: {gain_text(gain)}. "
         "gc.freeze() before the loop makes each collection shorter."
     )
 
@@ -223,7 +223,7 @@ def _for_library(name: str, gain: float) -> str:
 def _for_called(every: int, gain: float) -> str:
     less = "" if every > _MOST_EVERY else f", or call it every {ordinal_text(every)} step"
     return (
-        f"Tensors are freed without it: take the call out of the loop{less}: {gain_text(gain)}. gc.freeze() before the "
+        f"Tensors are freed without it. Take the call out of the loop{less}: {gain_text(gain)}. gc.freeze() before the "
         "loop makes each collection shorter."
     )
 

@@ -47,7 +47,7 @@ def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = Non
             phase="optimizer",
             summary=(
                 f"The optimizer skipped {count_text(count)} of {count_text(skipped.rows)} steps "
-                f"({percent_text(share)}), most of them since step {count_text(since)}, and goes on: {cause} "
+                f"({percent_text(share)}), most of them since step {count_text(since)}, and still does: {cause} "
                 "not finite, so these steps trained nothing."
             ),
             next=_FOR_GRADIENTS if loss is None else _FOR_LOSS,

@@ -69,7 +69,7 @@ class HostMerger:
         """Return the message about the rows since the last one; None if no rank has a step.
 
         Args:
-            asked: ranks whose rows are wanted besides those of the chosen ones.
+            asked: ranks whose rows are wanted in addition to those of the chosen ones.
         """
         new = {rank: np.concatenate(parts) for rank, parts in self._new.items()}
         self._new.clear()

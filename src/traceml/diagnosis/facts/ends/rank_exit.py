@@ -29,7 +29,7 @@ class RankExit:
         address_limit_bytes: limit of its address space, where it had one.
         saved_steps: steps in its last checkpoint; None where it saved none.
         scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`.
-        limit_s: the job's time limit, seconds, where the scheduler told it.
+        limit_s: the job's time limit, seconds, where the scheduler reported it.
         host_lost: reason for which the launcher gave up its host.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """

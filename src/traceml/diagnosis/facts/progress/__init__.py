@@ -1,4 +1,4 @@
-"""Progress of the ranks, as rows and snapshots tell it.
+"""Progress of the ranks, as rows and snapshots show it.
 
 Gathered in the aggregator and by readers. Imports `database`.
 """

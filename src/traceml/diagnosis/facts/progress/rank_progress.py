@@ -40,7 +40,7 @@ class RankProgress:
         quiet_s: seconds since its last progress, by that snapshot or else by its rows.
         alive_s: seconds since its recorder sent anything, by the clock of its host.
         step: last step that ended, -1 before the first.
-        is_unsteady: whether it runs and sleeps by turns: a loop, which may be work.
+        is_unsteady: whether it alternates between running and sleeping: a loop, which may be work.
     """
 
     rank: int

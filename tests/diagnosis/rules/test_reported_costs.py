@@ -1,4 +1,4 @@
-"""Shares of a step in the words of a finding: those of its bar, or what they leave out is told."""
+"""Shares of a step in the words of a finding: those of its bar, or the finding names what they leave out."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def test_a_finding_has_the_share_of_its_bar(kind, phase):
     assert percent_text(finding.cost_share) == share
 
 
-def test_rare_long_steps_are_told_apart():
+def test_rare_long_steps_are_not_counted():
     """They are jitter, and much of the time."""
     finding, share = found(Kind.RESIDUAL_HEAVY, adds("other", 12.0), adds("other", 400.0, chance=0.03))
 
-    assert "; rare long steps aside)" in finding.summary
+    assert ", not counting rare long steps)" in finding.summary
     assert share not in finding.summary
 
 
-def test_clearing_gradients_is_told_apart():
+def test_clearing_gradients_is_not_counted():
     """It is in the bar, and no code of the user."""
     lines = [
         SampledLine(0, "other", "a.py", 3, "train", None, 80),
@@ -51,10 +51,10 @@ def test_clearing_gradients_is_told_apart():
     ]
     finding, _ = found(Kind.RESIDUAL_HEAVY, adds("other", 20.0), facts=JobFacts(lines=lines))
 
-    assert "; clearing gradients aside)" in finding.summary
+    assert ", not counting clearing gradients)" in finding.summary
 
 
-def test_a_save_at_the_end_is_told_apart():
+def test_a_save_at_the_end_is_not_counted():
     """Scripts save and end: the window's last step is in the bar alone."""
 
     def saves(own, _) -> None:
@@ -62,5 +62,5 @@ def test_a_save_at_the_end_is_told_apart():
 
     finding, _ = found(Kind.CHECKPOINT_STALLS, saves)
 
-    assert "the one in the last step aside" in finding.summary
-    assert "aside" not in found(Kind.CHECKPOINT_STALLS, adds("checkpoint", 600.0, every=50))[0].summary
+    assert "not counting the one in the last step" in finding.summary
+    assert "not counting" not in found(Kind.CHECKPOINT_STALLS, adds("checkpoint", 600.0, every=50))[0].summary
