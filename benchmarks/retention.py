@@ -34,7 +34,7 @@ from traceml.aggregator.active_run import LEAST_RETAINED_BYTES
 from traceml.database.schema import PROCESS, STEPS, TELEMETRY, TORCH_MEMORY, Table
 from traceml.database.store import compaction
 from traceml.database.store.reader import StoreReader, StreamIdentity
-from traceml.database.store.spool import HOLD_S
+from traceml.database.store.unframed_rows import HOLD_S
 from traceml.database.store.store import StoreWriter
 from traceml.settings import Config
 

@@ -21,8 +21,8 @@ from traceml.database.schema import NAMES, TABLES, Table
 from traceml.database.store.codec import encode
 from traceml.database.store.frame_editor import THINNED
 from traceml.database.store.reader import StreamIdentity
-from traceml.database.store.spool import FrameBuffer, Spool, SpooledRows
 from traceml.database.store.store_file import open_for_writing, translate_errors
+from traceml.database.store.unframed_rows import FrameBuffer, IncomingRows, UnframedRows
 from traceml.database.store.upkeep import Upkeep
 from traceml.errors import StoreError
 
@@ -65,7 +65,7 @@ class StoreWriter:
         self._is_large = False  # for good: rows are never stored in another order than that of their numbers
         try:
             self._database = open_for_writing(self.path)
-            self._spool = Spool(self._database)
+            self._unframed = UnframedRows(self._database)
             self._load()
             with translate_errors(self.path, "read"):
                 self._upkeep = Upkeep(self.path, self._database, self._table_ids)
@@ -155,7 +155,7 @@ class StoreWriter:
         self._next[key] = seq + n
         if self._is_large and table in THINNED:
             self._touched.add(key)
-            self._spool.add(SpooledRows(stream, table, seq, n, bytes(data), first_step, last_step))
+            self._unframed.add(IncomingRows(stream, table, seq, n, bytes(data), first_step, last_step))
             return n
 
         buffer = self._buffers.get(key)
@@ -166,7 +166,7 @@ class StoreWriter:
         return n
 
     def hold(self) -> None:
-        """From now on let steps and samples wait for others of their frame, as in a large job; see `spool`."""
+        """From now on let steps and samples wait for others of their frame, as in a large job; see `unframed_rows`."""
         self._is_large = True
 
     def next_seq(self, stream: int, table: str) -> int:
@@ -184,7 +184,7 @@ class StoreWriter:
     def commit(self, now_s: float | None = None, *, frames_of_all: bool = False) -> dict[tuple[int, str], int]:
         """Write all buffered rows in one transaction.
 
-        In a large job, readers see steps and samples some seconds later; see `spool`.
+        In a large job, readers see steps and samples some seconds later; see `unframed_rows`.
 
         Args:
             now_s: monotonic time, by default now.
@@ -200,19 +200,19 @@ class StoreWriter:
         for key in list(self._buffers):
             self._finish(key)
 
-        for key, rows in self._spool.take(now_s, everything=frames_of_all):
+        for key, rows in self._unframed.take(now_s, everything=frames_of_all):
             self._encode(key, rows)
 
         # A reader that follows frames by id finds each name before the rows that use it.
         names = self._table_ids[NAMES.name]
         self._encoded.sort(key=lambda frame: frame[1] != names)
-        if not (self._encoded or self._dirty_streams or self._meta or self._events or self._spool.has_work):
+        if not (self._encoded or self._dirty_streams or self._meta or self._events or self._unframed.has_work):
             return {}
 
         with translate_errors(self.path, "write"):
             frames = self._write()
 
-        self._spool.settle()
+        self._unframed.settle()
         for frame, stream, number, _, n, _, _, _, data in frames:
             self._upkeep.note(stream, self._table_names[number], frame, n, len(data), now_s)
 
@@ -289,7 +289,7 @@ class StoreWriter:
         try:
             database.executemany(_UPSERT_STREAM, [self._stream_row(stream) for stream in sorted(self._dirty_streams)])
             database.executemany(_INSERT, frames)
-            self._spool.write()
+            self._unframed.write()
             database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", self._meta.items())
             database.executemany("INSERT INTO events (epoch_ns, kind, data) VALUES (?, ?, ?)", self._events)
             database.execute("COMMIT")
@@ -333,7 +333,7 @@ class StoreWriter:
                 key = (stream, names[number])
                 self._next[key] = max(self._next.get(key, 0), after)
 
-            self._load_spool()
+            self._load_unframed()
 
     def _unpacked_facts(self, stream: int, data: bytes) -> dict[str, Any]:
         facts: Any = None
@@ -346,13 +346,13 @@ class StoreWriter:
 
         return facts
 
-    def _load_spool(self) -> None:
+    def _load_unframed(self) -> None:
         """Hold the rows that an earlier writer has not written as frames."""
-        for stored in self._spool.stored():
+        for stored in self._unframed.stored():
             self._is_large = True
             key = (stored.stream, stored.table)
             if stored.seq >= self._next.get(key, 0):  # else it is in a frame
-                self._spool.add(stored, is_stored=True)
+                self._unframed.add(stored, is_stored=True)
                 self._next[key] = stored.seq + stored.n
 
 

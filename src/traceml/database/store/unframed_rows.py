@@ -19,7 +19,7 @@ import msgpack
 from traceml.database.schema import INFO
 from traceml.database.store.codec import decode, encode
 
-__all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "Spool", "SpooledRows"]
+__all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "UnframedRows", "IncomingRows"]
 
 HOLD_S = 10.0
 """How long rows wait for others of their frame."""
@@ -58,7 +58,7 @@ class FrameBuffer:
             self.first_step = first_step
 
 
-class SpooledRows(NamedTuple):
+class IncomingRows(NamedTuple):
     """Consecutive rows as they came; see `StoreWriter.append`."""
 
     stream: int
@@ -77,7 +77,7 @@ class HeldFrame(NamedTuple):
     rows: FrameBuffer
 
 
-class Spool:
+class UnframedRows:
     """Holds rows until they become frames, and their records in the store.
 
     Args:
@@ -89,25 +89,25 @@ class Spool:
         self._open: dict[_Key, FrameBuffer] = {}
         self._closing: dict[_Key, FrameBuffer] = {}
         self._early: list[HeldFrame] = []
-        self._new: list[SpooledRows] = []
+        self._new: list[IncomingRows] = []
         self._now_s = self._since_s = 0.0
         self._open_bytes = 0
         self._share = _LEAST_FRAMES
         self._last_record = self._closing_record = self._done_record = 0
 
-    def stored(self) -> Iterator[SpooledRows]:
+    def stored(self) -> Iterator[IncomingRows]:
         """Yield the rows that an earlier writer has left, in the order in which they came; damaged ones are lost."""
         for number, codec, data in self._database.execute("SELECT id, codec, data FROM spool ORDER BY id"):
             self._last_record = number
             try:
-                rows = [SpooledRows(*row) for row in msgpack.unpackb(decode(codec, data, 1))]
+                rows = [IncomingRows(*row) for row in msgpack.unpackb(decode(codec, data, 1))]
             except (ValueError, TypeError, msgpack.UnpackException) as error:
                 _log.warning("damaged rows of a run's store are left out: %s", error)
                 continue
 
             yield from rows
 
-    def add(self, rows: SpooledRows, *, is_stored: bool = False) -> None:
+    def add(self, rows: IncomingRows, *, is_stored: bool = False) -> None:
         """Hold rows; the next transaction stores them, unless they are."""
         key = (rows.stream, rows.table)
         held = self._open.get(key)
