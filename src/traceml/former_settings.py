@@ -19,7 +19,7 @@ _ELSEWHERE = {
     "dashboard_port": "`traceml serve --web PORT`",
     "disabled": "`enabled=False`, or TRACEML_ENABLED=0",
     "enable_logging": "`log_level`, or TRACEML_LOG_LEVEL=debug",
-    "expected_world_size": "nothing to set: the ranks tell the size of the job",
+    "expected_world_size": "nothing to set: the ranks report the size of the job",
     "html_report": "nothing to set: each run has a report.html",
     "master_addr": "an option of `traceml run`, as of torchrun: --master-addr",
     "master_port": "an option of `traceml run`, as of torchrun: --master-port",

@@ -57,8 +57,8 @@ def free_threading_limits() -> str:
         return ""
 
     return (
-        "this Python is free-threaded: traceml is not tested with it, and its hooks are in Python, which costs some "
-        "microseconds more per step, as the stable ABI of those in C does not cover it"
+        "this Python is free-threaded: traceml is not tested with it, and must use its hooks in Python (the stable ABI "
+        "of those in C does not cover it), which cost some microseconds more per step"
     )
 
 

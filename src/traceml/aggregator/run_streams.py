@@ -122,7 +122,7 @@ class RunStreams:
         return attempt == self.attempt and self._table.of_rank(attempt, identity["rank"]) is None
 
     def expect(self, identity: Mapping[str, Any]) -> None:
-        """Take from a rank that has not connected what no connected one has told: how many there are, when they hang.
+        """Take from a rank that has not connected what no connected one has sent: how many there are, when they hang.
 
         Args:
             identity: of its flight file.

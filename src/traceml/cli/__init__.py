@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stacks": ("traceml.cli.stacks", "show what each rank of a running job is doing now"),
     "profile": ("traceml.cli.profiles.profile", "profile the operators of a running job, or its sampled lines: --cpu"),
     "report": ("traceml.cli.report", "show what limits a run"),
-    "compare": ("traceml.cli.compare", "show what got slower between runs, and if it is significant"),
+    "compare": ("traceml.cli.compare", "show what got slower between runs, and whether it is significant"),
     "fleet": ("traceml.cli.fleets.fleet", "show a model's earlier runs, and hosts that are often slow"),
     "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas or DuckDB: --format"),
     "analyze": ("traceml.cli.analyze", "summarize traces of dftracer, torch.profiler, Perfetto or traceml"),

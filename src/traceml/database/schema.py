@@ -220,7 +220,7 @@ class Slot(IntEnum):
     RECORDER_THREAD = 22  # the kernel's number of that thread
     EVALUATING = 23  # 1 while the model is evaluated, as of the last heartbeat
     SAVED = 24  # number of steps in the last checkpoint that was saved, 0 before the first
-    SAVED_IN = 25  # number of its folder, see instrument/values/checkpoint_marks.py
+    SAVED_IN = 25  # number of its folder, see instrument/checkpoints/checkpoint_marks.py
     ITERATING = 26  # number of data loaders that a loop has not read to their end
     LINE = 27  # id in `names` of the user's line in the last sample, -1 without one
     LINE_PHASE = 28  # the phase of that sample, as in `LINE_PHASES`
@@ -521,7 +521,7 @@ PAUSES = Table(
     ),
     capacity=2048,
 )
-# Values of `phase` in `LINES` besides those of Phase.
+# Values of `phase` in `LINES` other than those of Phase.
 LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP = -1, -2, -3
 LINE_PHASES = {
     **{int(phase): phase.label for phase in Phase},

@@ -360,7 +360,7 @@ class StepAccumulator:
         if function is None:
             return
 
-        with fail_open(_log, "instrument", "a profile is given up"):
+        with fail_open(_log, "instrument", "a profile is abandoned"):
             self.flags |= function()
             return
 

@@ -319,5 +319,5 @@ def _function(code: CodeType) -> str:
 
 
 def _is_hidden(code: CodeType) -> bool:
-    """Return whether naming a library function tells nobody anything: generated code, and traceml."""
+    """Return whether naming a library function is of no use: generated code, and traceml."""
     return code.co_filename.startswith("<") or is_ours(code.co_filename)

@@ -173,7 +173,7 @@ class RankTracing:
             )
 
     def _watch_growth(self) -> None:
-        with fail_open(_log, "recorder", "what grows in memory is not looked for"):
+        with fail_open(_log, "recorder", "objects that grow in memory are not searched for"):
             contains = UserCode().contains
             self._thread.every_turn(GrowthWatch(self._flight.open_slots, self._training_thread, contains, self._note))
 
@@ -186,7 +186,7 @@ class RankTracing:
     def _watch_progress(self) -> None:
         register_stacks(self._flight.descriptor)
         self._thread.every_turn(self._check_progress)
-        with fail_open(_log, "recorder", "loader workers that die are not noted"):
+        with fail_open(_log, "recorder", "deaths of loader workers are not recorded"):
             self._death_causes = DeathCauses()
             self._thread.every_turn(self._note_lost_workers)
 

@@ -193,7 +193,7 @@ class RunView:
             waiting = self.run.steps_waiting
             are = "is not stored: it waits" if waiting == 1 else "are not stored: they wait"
             stores = "it" if waiting == 1 else "them"
-            found.append(f"{plural(waiting, 'step')} {are} in memory of this host; `traceml sync` stores {stores}")
+            found.append(f"{plural(waiting, 'step')} {are} in this host's memory; `traceml sync` stores {stores}")
 
         return tuple(found)
 

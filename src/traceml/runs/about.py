@@ -1,4 +1,4 @@
-"""Facts of a run besides its rows: program, versions, model, source and machine, as rank 0 reported them."""
+"""Facts of a run other than its rows: program, versions, model, source and machine, as rank 0 reported them."""
 
 from __future__ import annotations
 

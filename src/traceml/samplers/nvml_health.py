@@ -1,4 +1,4 @@
-"""Faults of devices as NVML tells them: XID events, memory errors, rows that are remapped; and the highest clock."""
+"""Faults of devices as NVML reports them: XID events, memory errors, rows that are remapped; and the highest clock."""
 
 from __future__ import annotations
 

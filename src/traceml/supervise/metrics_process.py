@@ -127,7 +127,7 @@ def metrics_beside(
         runs_dir: folder of the runs.
         address: where to listen; None: nothing is served.
         secret: see `MetricsProcess`.
-        announce: called with one line that tells the address.
+        announce: called with one line that has the address.
 
     Raises:
         TraceMLError: see `MetricsProcess`.

@@ -263,7 +263,7 @@ def _read(path: Path) -> PublishedServer | None:
 
 
 def _refuse(folder: Path, error: OSError) -> str:
-    """Return why a folder is not used, and tell the user once."""
+    """Return why a folder is not used, and warn the user once."""
     why = f"{folder} cannot keep an aggregator's token: {error.strerror or error}"
     if why not in _warned:
         _warned.add(why)

@@ -57,7 +57,7 @@ class Handler(Protocol):
     """Handler of peers that have proved the token."""
 
     def welcome(self, peer: Peer) -> dict[str, Any]:
-        """Admit a peer and return the welcome's fields besides the proof; may raise RefusedError."""
+        """Admit a peer and return the welcome's fields other than the proof; may raise RefusedError."""
 
     def rows(self, peer: Peer, message: dict[str, Any]) -> None:
         """Handle a `rows` message; may raise RefusedError or ProtocolError."""
@@ -250,7 +250,7 @@ class Peer(asyncio.BufferedProtocol):
             raise ProtocolError(f"{message['t'][:50]!r} came before the hello")
 
         if message.get("v") != WIRE_VERSION:
-            raise ProtocolError(f"wire version {message.get('v')!r} is spoken, this aggregator speaks {WIRE_VERSION}")
+            raise ProtocolError(f"the peer speaks wire version {message.get('v')!r}, this aggregator {WIRE_VERSION}")
 
         hello = Hello.from_message(message)
         proof, nonce = message.get("mac"), message.get("nonce")

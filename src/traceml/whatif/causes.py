@@ -61,7 +61,7 @@ def cause_of(
 
     kind, score = max(by_kind.items(), key=lambda item: item[1])
     where = "on many workers" if kind not in MEDIAN_KINDS else "between many workers"
-    return f"{kind} takes differently long {where}: it alone makes a step {factor_text(score)} as long."
+    return f"The duration of {kind} varies {where}: this alone makes a step {factor_text(score)} as long."
 
 
 def _slow_workers(job: JobTrace, worst: Sequence[Worker], share: float) -> str:

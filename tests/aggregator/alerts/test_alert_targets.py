@@ -138,7 +138,7 @@ def test_a_webhook_that_does_not_answer_gets_the_alert_once() -> None:
     """It may show it late, and would show it again with each try."""
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/services/SECRET"
-        with pytest.raises(TraceMLError, match=r"webhook 127.0.0.1 was sent the alert, and gave no answer in 1 s"):
+        with pytest.raises(TraceMLError, match=r"webhook 127.0.0.1 was sent the alert, but did not answer within 1 s"):
             _send(WebhookAlert(url, pauses_s=(0.0, 0.0), limit_s=1.0))
 
         silent.setblocking(False)
@@ -150,7 +150,7 @@ def test_a_webhook_that_does_not_answer_gets_the_alert_once() -> None:
 def test_a_webhook_that_is_down_and_comes_up_gets_it(port: int) -> None:
     """The alert waits between tries; the tries are bounded."""
     url = f"http://127.0.0.1:{port}/x"
-    with pytest.raises(TraceMLError, match=r"took no alert in 3 tries: .*refused"):
+    with pytest.raises(TraceMLError, match=r"did not accept the alert in 3 tries: .*refused"):
         _send(WebhookAlert(url, pauses_s=(0.0, 0.0)))
 
     async def send_and_come_up() -> _Webhook:

@@ -282,4 +282,4 @@ def test_restarts_and_waiting_steps_are_on_the_card():
     text = text_of(made)
 
     assert " Restarted once: rank 1, RuntimeError at step 30 (lost 12 s)\n" in text
-    assert " 1,234 steps are not stored: they wait in memory of this host; `traceml sync`\n stores them\n" in text
+    assert " 1,234 steps are not stored: they wait in this host's memory; `traceml sync`\n stores them\n" in text

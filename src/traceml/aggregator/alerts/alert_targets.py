@@ -91,8 +91,8 @@ class CommandAlert:
                 is_done = True
         except TimeoutError:
             raise TraceMLError(
-                f"{self.name} did not end within {self.limit_s:g} s, and was killed. Long work belongs into the "
-                "background, with its output elsewhere"
+                f"{self.name} did not end within {self.limit_s:g} s, and was killed. Run long work in the "
+                "background, with its output redirected"
             ) from None
         finally:
             if not is_done:
@@ -177,7 +177,7 @@ class WebhookAlert:
                     raise TraceMLError(f"{self.name} refuses alerts: {why}") from None
             except TimeoutError:  # of the answer: that of the connection is a URLError
                 raise TraceMLError(
-                    f"{self.name} was sent the alert, and gave no answer in {self.limit_s:g} s"
+                    f"{self.name} was sent the alert, but did not answer within {self.limit_s:g} s"
                 ) from None
             except (OSError, ValueError) as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
@@ -185,7 +185,8 @@ class WebhookAlert:
             if pause_s is not None:
                 await asyncio.sleep(pause_s)
 
-        raise TraceMLError(f"{self.name} took no alert in {len(self.pauses_s) + 1} tries: {why}")
+        tries = len(self.pauses_s) + 1
+        raise TraceMLError(f"{self.name} did not accept the alert in {tries} tries: {why}")
 
     def _post(self, document: bytes) -> None:
         headers = {"Content-Type": "application/json", "User-Agent": f"traceml/{__version__}"}

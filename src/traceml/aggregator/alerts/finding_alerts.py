@@ -130,7 +130,7 @@ class FindingAlerts:
             task.add_done_callback(self._tasks.pop)
 
     async def _send(self, run: ActiveRun, finding: Finding, target: AlertTarget, document: bytes) -> None:
-        error = "it was given up when the aggregator ended"
+        error = "the aggregator ended before it was delivered"
         try:
             with fail_open(_log, "aggregator", f"the alert {finding.kind} of run {run.id} was not delivered"):
                 try:
@@ -146,7 +146,7 @@ class FindingAlerts:
         """Store an event about an alert, in a run that is not over."""
         _log.info("alert %s of run %s to %s: %s", finding.kind, run.id, target.name, error or "delivered")
         if not run.ended:
-            with fail_open(_log, "aggregator", "an alert is not noted"):
+            with fail_open(_log, "aggregator", "an alert is not recorded"):
                 run.store.event("alert", {"kind": str(finding.kind), "target": target.name, "error": error})
 
 

@@ -33,7 +33,7 @@ class FleetOptions:
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
     """The run: its id, or the last four characters of its id (default: the newest run)."""
     update: bool = False
-    """First add the ended runs of the folder of runs that are missing in the dataset."""
+    """First add the ended runs that the dataset does not have yet."""
     where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS")] = None
     """Only runs that meet all of these: 'project=vision hosts~gpu-04 !state=failed'. Names: id, name, project, month,
     script, model, ranks, hosts, batch_size, steps, step_ms, state, verdict, and other facts of the dataset."""
@@ -48,7 +48,7 @@ class FleetOptions:
 
 
 def main(argv: list[str]) -> int:
-    """Print what the fleet's dataset tells."""
+    """Print what the fleet's dataset shows."""
     options = parse(FleetOptions, argv, prog="traceml fleet")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     dataset = FleetDataset(_folder(options, config.fleet_dir, config.runs_dir))

@@ -102,7 +102,7 @@ def await_job(job: SubmittedJob[Any]) -> None:
     try:
         job.result()
     except KeyboardInterrupt as error:
-        error.add_note(f"traceml launch: job {job.job_id} goes on; end it by scancel {job.job_id}")
+        error.add_note(f"traceml launch: job {job.job_id} keeps running; cancel it by `scancel {job.job_id}`")
         raise
 
 

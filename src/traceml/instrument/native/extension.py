@@ -56,7 +56,7 @@ def _load() -> Any:
     try:
         loaded = import_module(_NAME)
     except ImportError as error:
-        _log.debug("the hooks are in Python: %s", error)
+        _log.debug("the hooks in Python are used: %s", error)
         return None
 
     if loaded.LAYOUT != _LAYOUT:

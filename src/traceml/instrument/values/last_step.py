@@ -1,4 +1,4 @@
-"""The end of a run's last step, which no later step tells."""
+"""The end of a run's last step, which no later step marks."""
 
 from __future__ import annotations
 

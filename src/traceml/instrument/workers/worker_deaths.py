@@ -42,7 +42,7 @@ def watch_workers(patches: Patches, clock: StepClock, lost: deque[dict[str, Any]
         try:
             check()
         except RuntimeError as error:
-            with fail_open(_log, "instrument", "the death of a loader worker is not noted", once=True):
+            with fail_open(_log, "instrument", "the death of a loader worker is not recorded", once=True):
                 lost.append(_facts(str(error), clock))
 
             raise

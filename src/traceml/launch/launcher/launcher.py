@@ -76,7 +76,7 @@ class Launcher(LaunchOptions):
         """Submit a job to Slurm that does what `run` does, on the nodes that it gets.
 
         It needs submitit (extra `submit`), and a folder that all nodes can read. When Slurm ends the job at its time
-        limit or for another job, it is queued again, and the function starts again: it goes on from its own checkpoint.
+        limit or for another job, it is queued again, and the function starts again: it resumes from its own checkpoint.
         All its starts are attempts of one run.
 
         Examples:

@@ -75,7 +75,7 @@ class _Profile:
 
     def _run(self) -> None:
         try:
-            with fail_open(_log, "recorder", "a profile is given up"):
+            with fail_open(_log, "recorder", "a profile is abandoned"):
                 try:
                     self._follow_window()
                     self._save()

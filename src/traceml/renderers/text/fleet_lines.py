@@ -61,7 +61,8 @@ def _history_sentence(history: RunHistory) -> str:
         else ""
     )
     if not history.phases:
-        return f"It is not compared: there are too few earlier runs like it ({history.runs}), or steps.{others}"
+        few = f"there are too few earlier runs like it ({history.runs}), or it has too few steps"
+        return f"It is not compared: {few}.{others}"
 
     unusual = [phase for phase in history.phases if phase.outcome != "same"]
     words = " and ".join(f"{_words(phase.phase)} is {phase.outcome} than usual" for phase in unusual[:3])

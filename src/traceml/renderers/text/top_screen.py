@@ -40,7 +40,7 @@ KEYS = (
     ("? or h", "this help"),
     ("q, Escape, Ctrl-C", "quit; the job continues"),
 )
-"""Keys and their effect, besides the keys of the tables."""
+"""Keys and their effect, in addition to the keys of the tables."""
 
 
 def page_rows(viewport: Viewport) -> int:

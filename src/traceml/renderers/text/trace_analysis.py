@@ -121,7 +121,7 @@ def _aggregated(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iter
         return
 
     what = f"Aggregated by dftracer: {count_text(calls['count'])} calls in {plural(calls['rows'], 'row')}"
-    yield Text(f"{what}, in no other number", style="dim")
+    yield Text(f"{what}, not included in other figures", style="dim")
     groups = calls["groups"][:top]
     labels = [(field, 0, [_label(group[field]) for group in groups]) for field in result["by"]]
     counts = ("count", 11, [count_text(group["count"]) for group in groups])

@@ -173,7 +173,7 @@ def _alike(mean: StatisticChange, phases: list[PhaseChange]) -> str:
 
     return (
         f"all {len(large)} large phases are {'slower' if whole > 0 else 'faster'}, as when the machine was under "
-        "different load: repeat the run to tell that from a change of the code"
+        "different load: repeat the run to distinguish that from a change in the code"
     )
 
 

@@ -166,8 +166,8 @@ class DeliveryPlan:
             if name not in BUILT_IN[PluginType.BACKEND] and (":" in name or name in named):
                 raise PluginError(
                     f"backend {name!r} is code that the run names, and the run was not recorded by this user with this "
-                    f"home: it is not imported unasked. If you trust it: traceml sync {self._run_dir.name} "
-                    f"--backend {name}"
+                    "home: it is not imported without your consent. If you trust it: traceml sync "
+                    f"{self._run_dir.name} --backend {name}"
                 )
 
     def run_experiment(self) -> PlannedExperiment:

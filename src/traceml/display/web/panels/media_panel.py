@@ -19,7 +19,7 @@ _FILES = 500
 
 
 class MediaPanel:
-    """Logged values besides numbers, by kind and name; the newest first.
+    """Logged values other than numbers, by kind and name; the newest first.
 
     Args:
         run_id: the run.
