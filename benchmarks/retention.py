@@ -34,8 +34,8 @@ from traceml.aggregator.active_run import LEAST_RETAINED_BYTES
 from traceml.database.schema import PROCESS, STEPS, TELEMETRY, TORCH_MEMORY, Table
 from traceml.database.store import compaction
 from traceml.database.store.reader import StoreReader, StreamIdentity
-from traceml.database.store.unframed_rows import HOLD_S
 from traceml.database.store.store import StoreWriter
+from traceml.database.store.unframed_rows import HOLD_S
 from traceml.settings import Config
 
 TAIL_RANKS, TAIL_S = 64, 1200

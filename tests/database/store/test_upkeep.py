@@ -20,9 +20,9 @@ from traceml.database.schema import METRICS, PROCESS, STEPS, TABLES, Table
 from traceml.database.store import compaction
 from traceml.database.store.compaction import FANOUT
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.unframed_rows import HOLD_S
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.thinning import sample_blocks
+from traceml.database.store.unframed_rows import HOLD_S
 from traceml.errors import StoreError
 
 ENOUGH_S = 1.0

@@ -49,7 +49,7 @@ def test_a_call_in_each_step_is_reported_with_its_line():
     assert verdict.severity is Severity.CRITICAL
     assert verdict.cost_share == pytest.approx(30 / 44, rel=0.05)
     assert "The script's gc.collect() at train.py:31 tidy" in verdict.summary
-    assert "take the call out of the loop" in verdict.next
+    assert "Take the call out of the loop" in verdict.next
     assert "library" not in verdict.evidence
 
 

@@ -19,7 +19,7 @@ import msgpack
 from traceml.database.schema import INFO
 from traceml.database.store.codec import decode, encode
 
-__all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "UnframedRows", "IncomingRows"]
+__all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "IncomingRows", "UnframedRows"]
 
 HOLD_S = 10.0
 """How long rows wait for others of their frame."""

@@ -272,11 +272,12 @@ def with_its_steps(late: Finding, slower: Finding) -> Finding:
 
     evidence = {name: slower.evidence[name] for name in _STEPS if name in slower.evidence}
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
+    has, was = ("It has", "It was") if len(late.ranks) == 1 else ("They have", "They were")
     when = {
-        "stays": f"This began at step {since}.",
-        "first": f"This ended at step {until}.",
-        "recovers": f"This lasted from step {since} to step {until}.",
-        "growth": f"It grows by {ns_text(1e6 * evidence.get('growth_ms_per_step', 0.0))} with each step.",
+        "stays": f"{has} been slow since step {since}.",
+        "first": f"{was} slow until step {until}.",
+        "recovers": f"{was} slow from step {since} to step {until}.",
+        "growth": f"The difference grows by {ns_text(1e6 * evidence.get('growth_ms_per_step', 0.0))} with each step.",
     }
     text = f"{late.summary} {when[evidence['shape']]}"
     return replace(late, summary=text, evidence={**late.evidence, **evidence})
