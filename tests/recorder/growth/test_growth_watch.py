@@ -10,7 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -195,6 +197,17 @@ def test_a_reading_leaves_no_references_behind() -> None:
     thread.join(240)
 
     assert freed == [True]
+
+
+def test_variables_are_seen_however_long_a_collection_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may begin with the first allocation of a reading; without the variables nothing could be compared."""
+    kept = [torch.zeros(10) for _ in range(9)]
+    times = count(step=BUDGET_NS)
+    monkeypatch.setattr("traceml.recorder.growth.held_objects.time", SimpleNamespace(thread_time_ns=times.__next__))
+
+    found = by_path(read_containers(sys._getframe(), is_here))
+
+    assert found["kept"].size == len(kept)
 
 
 def test_variables_below_deep_calls_of_a_library_are_seen() -> None:

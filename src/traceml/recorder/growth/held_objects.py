@@ -26,6 +26,7 @@ __all__ = ["HeldObjects", "read_containers"]
 BUDGET_NS = 8_000_000
 """CPU time after which a reading ends."""
 _MAX_VISITED = 4000
+_ALWAYS_VISITED = 256  # variables that are visited also when a collection takes all of the time
 _MAX_DEPTH = 4
 _MAX_FIELDS = 64
 _MAX_FRAMES, _MAX_LIBRARY_FRAMES = 20, 200  # of the user's code, and beside them: pyplot saves a figure 30 calls deep
@@ -88,7 +89,7 @@ def read_containers(
     found: dict[tuple[str, int], HeldObjects] = {}
     places = deque(_roots(frame, is_user))
     seen: set[int] = set()
-    while places and len(seen) < _MAX_VISITED and time.thread_time_ns() < until:
+    while places and len(seen) < _MAX_VISITED and (len(seen) < _ALWAYS_VISITED or time.thread_time_ns() < until):
         place = places.popleft()
         if id(place.value) in seen:
             continue
