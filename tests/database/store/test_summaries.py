@@ -37,7 +37,7 @@ def random_rows(table: Table | Log, count: int, first: int = 0) -> NDArray[np.vo
     if "backward_own_ns" in table.names:
         rows["backward_own_ns"][RANDOM.random(count) < 0.5] = -1
     if "bits" in table.names:
-        rows["bits"] = [pack_bits(1, int(flag), 9) for flag in RANDOM.choice([0, StepFlag.DEVICE], count)]
+        rows["bits"] = RANDOM.choice([pack_bits(1, 0, 9), pack_bits(1, StepFlag.DEVICE, 9)], count)
     if table is GPU:
         rows["power_w"][RANDOM.random(count) < 0.3] = np.nan
 
