@@ -372,6 +372,16 @@ def test_a_rank_that_computes_more_waits_more_for_a_core():
     assert verdict(Job(), adds("other", 20.0, (0,)), **slowed).kind is Kind.CPU_CONTENTION
 
 
+def test_waiting_for_a_core_while_others_are_awaited_costs_nothing():
+    """Two ranks that compute alike, by the kernel's count: one waits for a core at its work, the other beside it."""
+    beside = {"main_wait": {0: 0.84, 1: 0.77}, "core_wait": {0: 0.8, 1: 0.5}}
+    alike = {"main_wait": {0: 0.5, 1: 0.5}, "core_wait": {0: 0.2, 1: 0.2}}
+    job = Job(own={"forward": 2.0, "backward": 5.0, "optimizer": 0.5, "other": 1.0})
+
+    assert verdict(job, adds("backward", 27.0, (0,)), **beside).kind is Kind.CPU_CONTENTION
+    assert verdict(job, adds("backward", 27.0, (0,)), **alike).ranks == (0,)
+
+
 @pytest.mark.parametrize(("ms", "told"), [(9.0, False), (30.0, True)])
 def test_the_forward_of_a_training_without_modules_is_no_residual(ms, told):
     """Plain tensors: no module tells when forward runs, which takes about as long as backward."""

@@ -285,13 +285,19 @@ def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Other
 def _without_core_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> float:
     """Return the time per step that the ranks waited for a core beyond the others; 0 where it is not known.
 
-    On a busy host who has more to compute waits longer for a core: that much is due to the work.
+    On a busy host who has more to compute waits longer for a core: that much is due to the work. What the others wait
+    for a core while they wait for the late ranks, too, costs nothing: no more counts than they work themselves.
     """
     late = segments.ranks[rows].tolist()
-    mine = float(np.mean([facts.core_wait.get(rank, 0.0) for rank in late]))
     others, run = facts.core_wait_of_others(late), facts.core_run(late)
+    if others is None:
+        return 0.0
+
+    own = segments.own.mean(axis=1)
+    mine_ns = float(np.mean([facts.core_wait.get(rank, 0.0) for rank in late])) * segments.step_ns
+    others_ns = min(others * segments.step_ns, float(np.median(np.delete(own, rows))))
     more_work = 1.0 if run is None else max(run[0] / run[1], 1.0)
-    return 0.0 if others is None else max(mine - more_work * others, 0.0) * segments.step_ns
+    return max(min(mine_ns, float(own[rows].mean())) - more_work * others_ns, 0.0)
 
 
 def _is_significant(segments: Segments, rows: NDArray[np.intp], usual: _Others) -> bool:
