@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
+import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
@@ -81,7 +83,7 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     main += _of_seen_ranks(_timing(window, segments, facts), window, facts)
     crowded = cpu_contention(facts)
     if crowded:  # a host that became busier is one cause, not two
-        several = len(trainings_of(window, facts.other_models)) > 1
+        several = len(trainings_of(window, facts.other_models, facts.same_models)) > 1
         of_host = [] if several else [replace(each, severity=Severity.INFO) for each in main if is_of_the_host(each)]
         remarks = [*of_host, *remarks]
         main = [each for each in main if not is_of_the_host(each)]
@@ -203,28 +205,28 @@ def _slower(
         return []
 
     of_run = slowdown(StepHistory.of(window, segments), facts, late)
-    trainings = trainings_of(window, facts.other_models)
+    trainings = trainings_of(window, facts.other_models, facts.same_models)
     if len(trainings) == 1:
         return of_run
 
     found: list[Finding] = []
     for columns in trainings:
-        if columns.stop - columns.start >= MIN_STEPS:
+        if columns.sum() >= MIN_STEPS:
             found += slowdown(_history_of(window, columns, facts), facts, late)
 
     goes_on = [each for each in of_run if any(is_continued(one, each) for one in found)]
     return goes_on or sorted(found, key=lambda each: each.cost_share)[-1:]
 
 
-def _history_of(window: AlignedSteps, columns: slice, facts: JobFacts) -> StepHistory:
+def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFacts) -> StepHistory:
     """Return the history of one of several trainings."""
     training = window.select(columns)
     segments, _ = _without_explained(training, segments_of(training, facts), facts)
-    steps = window.steps
+    after = window.steps[window.steps > training.steps[-1]]
     return dataclasses.replace(
         StepHistory.of(training, segments),
-        start=int(steps[columns.start]),
-        end=int(steps[columns.stop]) if columns.stop < len(steps) else int(steps[-1]) + 1,
+        start=int(training.steps[0]),
+        end=int(after[0] if len(after) else training.steps[-1] + 1),
         of_run=float(training.total.sum() / window.total.sum()),
     )
 

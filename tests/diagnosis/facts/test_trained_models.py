@@ -32,3 +32,14 @@ def test_equal_models_and_the_first_ones_are_no_others() -> None:
     assert steps_of(model(0, 10), optimizer(0, 4), model(100, 10), optimizer(100, 4)) == ()
     assert steps_of(model(0, 10), model(0, 20), model(100, 20), model(100, 10)) == ()
     assert steps_of({"kind": "model", "model": "Net", "parameters": 5}) == ()
+
+
+def test_models_that_are_trained_again_are_told() -> None:
+    """A search that trains two models on each fold; the second optimizer is like the first one."""
+    facts = JobFactsBuilder()
+    for step in range(0, 400, 100):
+        facts.info(0, model(step, 10 if step % 200 == 0 else 1000))
+        facts.info(0, optimizer(step, 4))
+
+    assert facts.build().other_models == (100, 200, 300)
+    assert facts.build().same_models == {200: 0, 300: 100}

@@ -154,10 +154,53 @@ def test_sizes_divide_a_run_where_they_are_new_and_last():
     first = int(window.steps[0])
 
     def starts(sizes) -> list[int]:
-        return [first + part.start for part in trainings_of(with_sizes(window, sizes[window.steps]), ())][1:]
+        return [first + int(part.argmax()) for part in trainings_of(with_sizes(window, sizes[window.steps]), ())][1:]
 
     assert starts(np.repeat([100, 200, 400], 200)) == [200, 400]
     assert starts(np.repeat([100, 200, 100], 200)) == [200]
     assert starts(np.where(np.arange(600) % 50 == 49, 60, 100)) == []
     assert starts(np.random.default_rng(0).integers(50, 100, 600)) == []
     assert starts(np.zeros(600)) == []
+
+
+def again(own, _) -> None:
+    """Change the model in steps 200 to 399."""
+    for part in ("forward", "backward", "optimizer"):
+        own[part][:, 200:400] *= 3
+
+
+def test_a_model_that_is_trained_again_is_no_slowdown():
+    """A search that compares models on each fold: the large one is between two trainings of the small one."""
+    window = window_of(ALONE, again)
+
+    def found(starts, returns) -> set[Kind]:
+        return {each.kind for each in diagnose(window, JobFacts(other_models=starts, same_models=returns))}
+
+    assert Kind.SLOWDOWN not in found(STARTS, {400: 0})
+    assert Kind.SLOWDOWN in found((), {})
+    first, second = trainings_of(window, STARTS, {400: 0})
+    assert set(window.steps[second].tolist()) == set(range(200, 400))
+    assert not (first & second).any()
+
+
+def test_a_batch_size_that_is_taken_again_is_no_slowdown():
+    """A search over batch sizes."""
+    window = window_of(ALONE, again)
+    sizes = np.repeat([1e5, 4e5, 1e5], 200)[window.steps]
+
+    assert Kind.SLOWDOWN not in {each.kind for each in diagnose(with_sizes(window, sizes), JobFacts())}
+
+
+def test_a_model_that_is_slower_when_trained_again_is_found():
+    """Its second training is compared with its first one."""
+
+    def slower(own, random) -> None:
+        again(own, random)
+        for part in ("forward", "backward"):
+            own[part][:, 400:] *= 2
+
+    facts = JobFacts(other_models=STARTS, same_models={400: 0})
+    slow = next(each for each in diagnose(window_of(ALONE, slower), facts) if each.kind is Kind.SLOWDOWN)
+
+    assert slow.evidence["shape"] == "stays"
+    assert abs(slow.evidence["since_step"] - 400) <= 20

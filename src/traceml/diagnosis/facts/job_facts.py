@@ -62,6 +62,7 @@ class JobFacts:
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
         only_logs: whether the script logs values and is not traced.
         other_models: steps before which a model or optimizer of another size appeared, without the run's first ones.
+        same_models: those of them before which an earlier one was trained again, with its first step.
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
         loaders: rank -> its data loaders, in the order of their first use; of equal ones in a row the first.
@@ -109,6 +110,7 @@ class JobFacts:
     collects: bool = False
     only_logs: bool = False
     other_models: tuple[int, ...] = ()
+    same_models: Mapping[int, int] = field(default_factory=dict)
     compile_s: float | None = None
     loader: LoaderFacts | None = None
     loaders: Mapping[int, Sequence[LoaderFacts]] = field(default_factory=dict)

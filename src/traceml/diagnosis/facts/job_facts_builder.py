@@ -313,6 +313,7 @@ class JobFactsBuilder:
             collects=known.get("collects", False),
             only_logs=known.get("only_logs", False),
             other_models=self._models.steps,
+            same_models=self._models.returns,
             compile_s=known.get("compile_s"),
             ended_by=self.ended_by,
             job_end_s=known.get("job_end_s"),

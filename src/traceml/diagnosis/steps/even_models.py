@@ -7,7 +7,7 @@ looked for in each training by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,35 +44,39 @@ def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[i
     return segments.changed(parts, np.asarray(step, segments.step.dtype))
 
 
-def trainings_of(window: AlignedSteps, starts: Sequence[int]) -> list[slice]:
-    """Return the steps of each training, whose model and size of batches stay the same.
+def trainings_of(
+    window: AlignedSteps, starts: Sequence[int], returns: Mapping[int, int] | None = None
+) -> list[NDArray[np.bool_]]:
+    """Return the steps of each training, whose model and size of batches are the same, in the order of their starts.
 
     Args:
         window: the steps.
         starts: first step of each training but the first.
+        returns: those of them that train an earlier model again, with its first step.
     """
-    edges = {*np.searchsorted(window.steps, starts).tolist(), *_new_sizes(window)}
-    inner = sorted(edge for edge in edges if 0 < edge < len(window))
-    return [slice(*span) for span in zip([0, *inner], [*inner, len(window)], strict=True)]
+    models = np.array([0, *((returns or {}).get(step, step) for step in sorted(starts))])
+    of_model = models[np.searchsorted(np.sort(starts), window.steps, side="right")]
+    keys = of_model * (len(window) + 1) + _sizes(window)
+    _, first, of_step = np.unique(keys, return_index=True, return_inverse=True)
+    return [of_step == training for training in np.argsort(first).tolist()]
 
 
-def _new_sizes(window: AlignedSteps) -> list[int]:
-    """Return the steps from which on batches have a size that is new and lasts, as in progressive resizing."""
+def _sizes(window: AlignedSteps) -> NDArray[np.intp]:
+    """Return the number of each step's batch size, among those that last for some steps, as in progressive resizing."""
     sizes = window.elements.mean(axis=0) if len(window.elements) else np.empty(0)
+    numbers = np.zeros(len(window), np.intp)
     if not len(sizes) or (sizes <= 0).any():
-        return []
+        return numbers
 
     bounds = np.array([0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)])
-    lasting = bounds[:-1][np.diff(bounds) >= _LASTING].tolist()
     known: list[float] = []
-    found = []
-    for start in lasting:
+    for start in bounds[:-1][np.diff(bounds) >= _LASTING].tolist():
         size = float(sizes[start])
-        if not any(abs(size - one) <= _SAME_SIZE * one for one in known):
-            known.append(size)
-            found.append(start)
+        number = next((at for at, one in enumerate(known) if abs(size - one) <= _SAME_SIZE * one), len(known))
+        known += [size] if number == len(known) else []
+        numbers[start:] = number
 
-    return found[1:]
+    return numbers
 
 
 def _even(values: Floats, trainings: Sequence[NDArray[np.intp]]) -> Floats:
