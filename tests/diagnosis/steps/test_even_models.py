@@ -204,3 +204,34 @@ def test_a_model_that_is_slower_when_trained_again_is_found():
 
     assert slow.evidence["shape"] == "stays"
     assert abs(slow.evidence["since_step"] - 400) <= 20
+
+
+def frozen(own, random) -> None:
+    """Train the head first: backward is short until step 300. All steps are delayed alike, by other programs."""
+    own["backward"][:, :300] = 0.4
+    for part in ("forward", "backward", "optimizer"):
+        own[part] += random.exponential(12.0, own[part].shape)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_delays_of_a_part_that_takes_no_time_are_no_jitter(seed):
+    """They are as long as those of the same part in the other training, which are no finding."""
+    facts = JobFacts(other_models=(300,), main_wait={0: 0.8}, core_wait={0: 0.8}, cores={"": 1})
+    found = {each.kind for each in diagnose(window_of(ALONE, frozen, seed=seed), facts)}
+
+    assert found == {Kind.CPU_CONTENTION}
+
+
+def test_long_steps_are_told_as_they_were():
+    """Not as they would be with a model of the mean size."""
+
+    def long(own, random) -> None:
+        sweep(1, 8)(own, random)
+        own["other"][:, [30, 77, 120, 131, 170, 181]] += 3000
+
+    window = window_of(ALONE, long)
+    found = next(each for each in diagnose(window, JobFacts(other_models=STARTS)) if each.kind is Kind.JITTER)
+    real = window.total.mean(axis=0)[np.isin(window.steps, [30, 77, 120, 131, 170, 181])] / 1e6
+
+    assert found.evidence["mean_long_ms"] == pytest.approx(float(real.mean()), rel=0.01)
+    assert found.evidence["usual_ms"] == pytest.approx(56, abs=10)

@@ -149,7 +149,8 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     phase_share = float(segments.parts[period.part].mean()) / step_ns
     held = period.saved_ns >= LINE_SHARE * phase_share * step_ns
     line = own_line(facts.lines, period.part, phase_share) if held else None
-    long_ns, usual_ns = float(segments.step[period.columns].mean()), float(np.median(segments.step))
+    long, usual_ns = segments.told(period.columns, float(np.median(segments.step)))
+    long_ns = float(long.mean())
     half = speedup(segments, period.saved_ns / 2)
     return Finding(
         kind=Kind.RESIDUAL_HEAVY,

@@ -1,12 +1,13 @@
 """Steps of several trainings in one run, as a sweep and layers that are unfrozen make them: apart, or as if of one.
 
 Computation and waiting for other ranks depend on the model, so rules that look for irregular steps would find the
-models. Each training has them at its own usual value here, times a factor that keeps their sum. A change over time is
+models. All trainings have them at one usual value here, times a factor that keeps their sum. A change over time is
 looked for in each training by itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,7 +42,8 @@ def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[i
     changed = segments.changed(parts, segments.step)
     waiting = np.maximum(segments.step - segments.own.mean(axis=0), 0)
     step = changed.own.mean(axis=0) + _even(waiting[None], trainings)[0]
-    return segments.changed(parts, np.asarray(step, segments.step.dtype))
+    even = segments.changed(parts, np.asarray(step, segments.step.dtype))
+    return dataclasses.replace(even, shift=segments.step - even.step)
 
 
 def trainings_of(
@@ -80,11 +82,17 @@ def _sizes(window: AlignedSteps) -> NDArray[np.intp]:
 
 
 def _even(values: Floats, trainings: Sequence[NDArray[np.intp]]) -> Floats:
-    """Return the values of each training over its usual one, at their sum before."""
+    """Return the values of each training around one usual value, at their sum before.
+
+    What exceeds the usual one is in proportion to it, and no longer than it was: a part that hardly takes time in one
+    training may be delayed there by as much as in another one.
+    """
     even = values.astype(np.float64)
-    for columns in trainings:
-        usual = float(np.quantile(even[:, columns], _USUAL))
-        even[:, columns] /= usual if usual > 0 else 1.0
+    usual = [float(np.quantile(even[:, columns], _USUAL)) for columns in trainings]
+    level = sum(each * len(columns) for each, columns in zip(usual, trainings, strict=True)) / values.shape[1]
+    for each, columns in zip(usual, trainings, strict=True):
+        in_proportion = even[:, columns] * (level / each) if each > 0 else np.full_like(even[:, columns], np.inf)
+        even[:, columns] = np.minimum(in_proportion, level + np.maximum(even[:, columns] - each, 0))
 
     whole = float(even.sum())
     return np.asarray(even * (float(values.sum()) / whole if whole > 0 else 0.0), dtype=values.dtype)

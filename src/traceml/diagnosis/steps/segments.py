@@ -49,6 +49,7 @@ class Segments:
         begins: steps whose predecessor is not in the window.
         stands_for: see `AlignedSteps`.
         above: see `AlignedSteps`.
+        shift: what each step took beyond `step` before several trainings were made as if of one; empty without any.
     """
 
     ranks: NDArray[np.int64]
@@ -63,6 +64,15 @@ class Segments:
     begins: NDArray[np.bool_]
     stands_for: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    shift: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def told(self, columns: NDArray[np.intp], usual_ns: float) -> tuple[Floats, float]:
+        """Return the times of some steps, and what is usual for them, as the run had them."""
+        if not len(self.shift):
+            return self.step[columns], usual_ns
+
+        shift = self.shift[columns]
+        return self.step[columns] + shift, max(usual_ns + float(shift.mean()), 0.0)
 
     def ranks_of(self, rows: NDArray[np.intp]) -> list[int]:
         """Return the ranks of some rows, and those that they stand for."""
