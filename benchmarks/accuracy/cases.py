@@ -435,7 +435,7 @@ _MEETINGS = (
           "RESIDUAL_HEAVY", "COMM_BOUND", ranks=2, never=frozenset({"HANG", "RANK_LOST"}), hang_timeout_s=10.0),
 )  # fmt: skip
 
-_LEAK = frozenset({"MEMORY_LEAK"})
+_LEAK, _IMBALANCE = frozenset({"MEMORY_LEAK"}), frozenset({"MEMORY_IMBALANCE"})
 
 _MEMORY = (
     _case("keeps losses", "memory losses", "MEMORY_LEAK", function="losses", steps=600),
@@ -448,6 +448,8 @@ _MEMORY = (
     _case("fills a cache in the first epoch", "memory fills_a_cache", steps=600, never=_LEAK),
     _case("batches of all sizes", "memory batches_of_all_sizes", steps=600, never=_LEAK),
     _case("keeps numbers", "memory floats", steps=600, never=_LEAK),
+    _case("rank 0 holds all data x2", "memory rank_0_holds_all", ranks=2, also=_IMBALANCE, never=_LEAK),
+    _case("each rank holds its half x2", "memory each_rank_holds_half", ranks=2, never=_LEAK | _IMBALANCE),
 )
 
 _STALLS = (

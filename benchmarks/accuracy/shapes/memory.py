@@ -1,5 +1,6 @@
 """Trainings whose memory grows, and some that only look so: each is a function."""
 
+import os
 import sys
 from functools import cache
 
@@ -136,6 +137,22 @@ def floats():
     for x in batches():
         loss = trainer.step(x)
         history += [loss.item()]
+
+
+def holds(parts):
+    """Train beside a part of a data set as large as an eighth of the host's memory."""
+    data = torch.ones(int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * parts / 8 / 4))
+    trainer = Trainer()
+    for x in batches(300):
+        trainer.step(x + data[0])
+
+
+def rank_0_holds_all():
+    holds(1 if os.environ["RANK"] == "0" else 0.001)
+
+
+def each_rank_holds_half():
+    holds(0.5)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.memory.memories import GB, device, full_device, full_host, host, processes, uneven_devices
-from traceml.database.schema import Resource
+from traceml.database.schema import PROCESS, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse
@@ -64,6 +66,21 @@ def test_a_rank_that_needs_far_more_than_the_others_is_named():
     assert (finding.ranks, finding.severity) == ((0,), "warning")
     assert remark.severity == "info"
     assert diagnose(window_of(Job(ranks=4)), JobFacts(world_size=4, memory=history))[0].kind not in MEMORY
+
+
+def test_what_a_rank_held_in_training_counts():
+    """At its end a script drops it, and the newest sample is of that time."""
+    history = host(MemoryHistory(), 8 * GB)
+    for rank in range(2):
+        rows = np.zeros(41, PROCESS.dtype)
+        rows["step"], rows["t_ns"] = np.minimum(np.arange(41), 39), np.arange(41) * 1e9
+        rows["rss_bytes"] = [*[(1 if rank else 6) * GB] * 40, GB]
+        history.process_rows(rank, rows)
+
+    (finding,) = found(2, memory=history)
+
+    assert (finding.kind, finding.ranks) == ("MEMORY_IMBALANCE", (0,))
+    assert finding.evidence["most_bytes"] == 6 * GB
 
 
 def test_ranks_with_nearly_equal_needs_are_not_compared():

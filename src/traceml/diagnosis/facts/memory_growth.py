@@ -109,10 +109,12 @@ class MemoryCurve:
         return np.concatenate([self._points, _lowest(self._rest, len(self._rest))])
 
     def newest(self) -> int | None:
-        """Return the bytes of the last point; None without any."""
+        """Return the bytes of the last point in training; None without any."""
         if self._newest is None:  # asked for each second, of thousands of ranks that sample once a minute
             points = self.points
-            self._newest = (int(points[-1, 2]) if len(points) else None,)
+            # At the newest step the training may be over, and the script may have dropped what it held.
+            trained = points[points[:, 0] < points[-1, 0]] if len(points) else points
+            self._newest = (int((trained if len(trained) else points)[-1, 2]) if len(points) else None,)
 
         return self._newest[0]
 
