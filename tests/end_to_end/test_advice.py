@@ -47,8 +47,25 @@ for step in range(161):
 """
 
 
-def report(traceml: Traceml, script: Path, *words: str) -> dict[str, Any]:
-    ended = traceml("run", script, *words)
+OPENS = """
+import resource, sys, time, torch
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+kept = []
+
+torch.set_num_threads(1)
+model = torch.nn.Linear(64, 10)
+opt = torch.optim.SGD(model.parameters(), lr=0.01)
+for step in range(150):
+    model(torch.randn(8, 64)).sum().backward()
+    opt.step(); opt.zero_grad()
+    file = open(__file__)
+    kept.append(file) if sys.argv[2] == "keeps" else file.close()
+    time.sleep(0.02)
+"""
+
+
+def report(traceml: Traceml, script: Path, *words: str, **environ: str) -> dict[str, Any]:
+    ended = traceml("run", script, *words, **environ)
     assert ended.status == 0, ended.stderr
     return ended.report
 
@@ -84,3 +101,20 @@ def test_long_steps_half_as_often_give_the_promised_gain(traceml: Traceml, tmp_p
 
     gain = before["steps"]["mean_ms"] / after["steps"]["mean_ms"]
     assert gain == pytest.approx(verdict["speedup_if_fixed"], rel=0.3)
+
+
+def test_files_that_are_closed_come_to_no_limit(traceml: Traceml, tmp_path: Path) -> None:
+    """A file that is opened in each step, and never closed; a higher limit is further away."""
+    script = tmp_path / "opens.py"
+    script.write_text(OPENS)
+
+    def found(*words: str) -> dict[str, Any] | None:
+        findings = report(traceml, script, *words, TRACEML_SAMPLER_INTERVALS='{"limits": 0.2}')["findings"]
+        return next((each for each in findings if each["kind"] == "LIMIT_NEAR"), None)
+
+    near = found("400", "keeps")
+    assert near is not None
+    assert near["evidence"]["resource"] == "open_files"
+    assert "never closed" in near["next"]
+    assert found("400", "closes") is None
+    assert found("4096", "keeps") is None

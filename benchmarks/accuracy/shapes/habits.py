@@ -244,12 +244,14 @@ def prepares_a_table():
 
 
 def saves_each_10th_step():
+    """The last state and the best one, both with the optimizer's."""
     model = net(64, 2048)
     optimizer = torch.optim.Adam(model.parameters())
 
     def save(step, _):
         if step % 10 == 0:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "last.pt")
+            for name in ("last.pt", "best.pt"):
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name)
 
     fit(model, optimizer, DataLoader(rows(), 16), save)
 
