@@ -94,6 +94,23 @@ def test_a_chart_is_saved_and_read_as_a_table(visit: Visits, tmp_path: Path) -> 
     assert page.evaluate("window.pwned") is None
 
 
+def test_a_menu_is_used_by_keys_alone(visit: Visits) -> None:
+    """Escape and each action close it, and the button that opens it has the focus again."""
+    page = visit().open(f"/run/{SLOW}")
+    is_drawn(page, "Step time")
+    card = page.locator('section[aria-label="Step time"]')
+    menu, summary = card.locator("details.menu"), card.locator("summary")
+    for keys in (("Tab", "Escape"), ("Tab", "Tab", "Enter")):  # the second action shows the whole range
+        summary.focus()
+        page.keyboard.press("Enter")
+        expect(menu).to_have_attribute("open", "")
+        for key in keys:
+            page.keyboard.press(key)
+
+        expect(menu).not_to_have_attribute("open", "")
+        expect(summary).to_be_focused()
+
+
 def test_hovering_a_chart_tells_values_with_units_in_all_of_its_axis(visit: Visits) -> None:
     page = visit().open(f"/run/{SLOW}")
     is_drawn(page, "Step time")

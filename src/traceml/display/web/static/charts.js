@@ -165,7 +165,7 @@ window.tracemlCharts = (() => {
   function act(button) {
     const card = button.closest(".chart"), id = idOf(card);
     const chart = chartOf(id), option = given.get(id);
-    button.closest("details").open = false;
+    traceml.closeMenu(button.closest("details"));
     if (chart && option) actions[button.dataset.chart]?.(card, chart, card.getAttribute("aria-label"), option);
   }
 

@@ -46,10 +46,21 @@ window.traceml = (() => {
     for (const tab of tabs()) tab.classList.toggle("here", tab === (here ?? tabs()[0]));
   }
 
+  /* The button that has opened the menu gets the focus: that of a hidden part is lost. */
+  function closeMenu(menu) {
+    menu.open = false;
+    menu.querySelector("summary").focus();
+  }
+
   function key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName ?? "") && event.target.type !== "checkbox";
-    if (event.key === "Escape") { document.activeElement?.blur?.(); return; }
+    if (event.key === "Escape") {
+      const menu = event.target.closest?.("details.menu[open]");
+      if (menu) closeMenu(menu);
+      else document.activeElement?.blur?.();
+      return;
+    }
     if (typing) return;
     const number = Number(event.key);
     if (number >= 1 && tabs()[number - 1]) tabs()[number - 1].click();
@@ -121,5 +132,5 @@ window.traceml = (() => {
     watchConnection();
     whenBuilt(() => { applyTheme(); follow(); keepFocus(); });
   });
-  return { follow, theme, whenBuilt };
+  return { closeMenu, follow, theme, whenBuilt };
 })();
