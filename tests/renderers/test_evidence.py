@@ -13,6 +13,8 @@ def test_numbers_get_their_units() -> None:
         "rss_bytes": 2**30,
         "waited_s": 12.5,
         "cpu_pct": 40,
+        "core_takers": {"ffmpeg": 0.535},
+        "others_cores": 2,
     }
 
     assert evidence_items(evidence) == [
@@ -22,6 +24,8 @@ def test_numbers_get_their_units() -> None:
         ("rss", "1.00 GiB"),
         ("waited", "12.5 s"),
         ("cpu", "40 %"),
+        ("core takers: ffmpeg", "0.5 cores"),
+        ("others cores", "2 cores"),
     ]
 
 

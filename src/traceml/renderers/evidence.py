@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from traceml.formatting import bytes_text, count_text, ms_text, percent_text, phase_label
+from traceml.formatting import bytes_text, cores_text, count_text, ms_text, percent_text, phase_label
 
 __all__ = ["evidence_items"]
 
 _LONGEST = 8  # entries of one map; the report has all
+_CORES = ("core_takers", "others_cores")
 _SHARES = ("share", "dominance", "fraction")
 _MARKS = re.compile(r"\n[ ^~]*[\^~][ ^~]*$", re.MULTILINE)  # below a line of a traceback; they fit one font only
 
@@ -50,6 +51,9 @@ def _label(name: str) -> str:
 
 
 def _key_text(key: str) -> str:
+    if not key:
+        return "other users"  # whose processes are not named
+
     return f"rank {key}" if key.isdigit() else phase_label(key)
 
 
@@ -79,6 +83,9 @@ def _number(name: str, value: float) -> str:
 
     if any(share in words for share in _SHARES):
         return percent_text(value)
+
+    if name in _CORES:
+        return cores_text(value)
 
     unit = " s" if "s" in words[1:] else ""
     return (count_text(int(value)) if float(value).is_integer() else f"{value:,.4g}") + unit

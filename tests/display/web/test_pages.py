@@ -240,6 +240,15 @@ def test_the_page_holds_what_was_logged(visit: Visits) -> None:
     assert page.evaluate("window.pwned") is None
 
 
+def test_a_run_without_its_source_tells_how_it_is_recorded(visit: Visits) -> None:
+    """Commit, packages and variables are read with an experiment, a tracker or a setting only."""
+    told = "TRACEML_COLLECTORS=git"
+    expect(visit().open(f"/run/{FAST}").locator("#overview .note:visible", has_text=told)).to_have_count(1)
+    page = visit().open(f"/run/{SLOW}")
+    expect(page.locator("#overview")).to_contain_text("c0ffee")
+    expect(page.locator("#overview .note:visible", has_text=told)).to_have_count(0)
+
+
 def test_files_of_a_run_are_downloaded_and_nothing_else_is(visit: Visits) -> None:
     """Logged files, logs and reports; no script in them can run; paths out of the run's folder are refused."""
     page = visit().open(f"/run/{SLOW}")

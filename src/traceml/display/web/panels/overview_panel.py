@@ -27,6 +27,10 @@ from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME
 __all__ = ["OverviewPanel"]
 
 _PARAMETERS = 300
+_NOT_COLLECTED = (
+    "Git commit, packages and variables are recorded with an Experiment, a tracker, or the setting collectors: "
+    "TRACEML_COLLECTORS=git,environment,system."
+)
 
 
 class OverviewPanel:
@@ -41,6 +45,7 @@ class OverviewPanel:
         with Container("div", "grid"):
             with Container("div", "card pad"):
                 self._facts = FactList("left")
+                self._not_collected = TextNode("p", _NOT_COLLECTED, "note")
                 self._links = Container("p", "links")
                 with Container("p", "links"):
                     link("Download report.html", file_path(run_id, PAGE_NAME))
@@ -63,6 +68,7 @@ class OverviewPanel:
         """Show the current facts."""
         about = state.about
         self._facts.show([*_identity(state, view), *about_facts(view, about)])
+        set_visible(self._not_collected, not (about.git or about.environment))
         self._show_links(view)
         params = view.report.setup.params or about.params
         shown = list(params.items())[:_PARAMETERS]
