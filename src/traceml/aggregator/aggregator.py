@@ -454,7 +454,7 @@ class Aggregator:
                 if not error.retry:
                     raise StoreError(str(error)) from error
 
-                _log.warning("run %s begins when its ranks come: %s", self._run_id, error)
+                _log.warning("run %s begins when its ranks connect: %s", self._run_id, error)
                 return
 
             self._seen_any = True

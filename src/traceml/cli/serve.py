@@ -172,8 +172,8 @@ def _folder_lock(options: argparse.Namespace, runs_dir: Path) -> FolderLock | No
         other = address_of(runs_dir, 0)
         where = f"at {other.host}:{other.port}" if other is not None else "that is starting"
         _log.warning(
-            "%s has an aggregator already, %s: jobs of this folder go there while it runs, and come here by "
-            "TRACEML_PORT", runs_dir.absolute(), where,
+            "%s has an aggregator already, %s: jobs of this folder go there while it runs. Set TRACEML_PORT to send "
+            "them here", runs_dir.absolute(), where,
         )  # fmt: skip
 
     return lock

@@ -1,4 +1,4 @@
-"""A picture of which workers hold a job up: one cell for each data-parallel rank and pipeline stage."""
+"""A picture of which workers slow a job down: one cell for each data-parallel rank and pipeline stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python stacks of a process whose own thread cannot tell them: faulthandler writes them on a signal.
+"""Python stacks of a process whose own thread cannot report them: faulthandler writes them on a signal.
 
 faulthandler reads the frames of all threads without the GIL. A process in which another thread runs Python code crashes
 after 3 to 80 such signals. So only a silent process gets one: its thread asks for the GIL in vain, so another thread

@@ -1,4 +1,4 @@
-"""Frames of other threads, read so that the interpreter survives it.
+"""Frames of other threads, read without a crash of the interpreter.
 
 Before Python 3.12 any allocation may start a collection, also the one that makes a frame's object. Where the collector
 then calls Python code (`gc.callbacks`, finalizers), the interpreter's lock passes to the thread whose frame it is; the

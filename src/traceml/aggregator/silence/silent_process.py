@@ -1,4 +1,4 @@
-"""A process of this host that is a rank, by which snapshots of it are taken and stored."""
+"""The process of a rank of this host, whose snapshots are taken from outside and stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search for optimizers that are none of torch's: objects with a method `step` that hold what is trained.
+"""Search for optimizers that do not derive from torch's: objects with a method `step` that hold what is trained.
 
 The search runs at the first backward pass, and only if no torch optimizer has parameters of the models.
 """

@@ -1,4 +1,4 @@
-"""Rollouts of a simulator that the script has itself: what the model sees in `eval()` is trained on afterwards.
+"""Rollouts of the script's own simulator: what the model sees in `eval()` is trained on afterwards.
 
 Both an evaluation and a rollout call the model without gradients between training steps. But only a rollout collects
 data: samples of its calls are among those of the next training batch, and they are new ones each time.

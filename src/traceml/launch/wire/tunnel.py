@@ -136,7 +136,7 @@ class TunnelConnector:
             return sock
 
         sock.close()
-        raise OSError(errno.EMFILE, f"of {limit} descriptors few are left; start the job after `ulimit -n 65536`")
+        raise OSError(errno.EMFILE, f"few of {limit} file descriptors are left; start the job after `ulimit -n 65536`")
 
     def close(self) -> None:
         """Close every connection."""

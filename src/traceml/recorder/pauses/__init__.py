@@ -1,4 +1,4 @@
-"""Pauses of the training for the interpreter or for torch.compile, as rows.
+"""Pauses of the training, as rows: garbage collections, compilations by torch.compile, checkpoints.
 
 Runs in the rank. May import what `recorder` may.
 """

@@ -1,4 +1,4 @@
-"""Size of what a checkpoint wrote."""
+"""Size of the files that a checkpoint wrote."""
 
 from __future__ import annotations
 

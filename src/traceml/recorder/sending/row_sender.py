@@ -1,4 +1,4 @@
-"""From the rank's tables to the aggregator: a cursor per table, frames, resends, reconnects.
+"""Sender of the rank's rows to the aggregator: a cursor per table, frames, resends, reconnects.
 
 The ring is the only buffer. Sent rows stay there until they are acknowledged: after a reconnect the sender continues
 where the aggregator's welcome says, and rows that the ring has overwritten meanwhile are counted exactly.

@@ -1,4 +1,4 @@
-"""Start, end and duration of a run, by a clock that nothing sets."""
+"""Start, end and duration of a run, by the monotonic clock."""
 
 from __future__ import annotations
 
