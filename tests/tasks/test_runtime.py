@@ -92,7 +92,7 @@ def test_the_documents_error_handling_runs_as_written(rt: Runtime) -> None:
     rt.wait_all()
     assert [f"{h.name} failed: {h.exception}" for h in rt.get_failed()] == ["fail failed: no"]
 
-    with pytest.raises(RuntimeError, match=r"1 task\(s\) failed: fail: ValueError: no"):
+    with pytest.raises(RuntimeError, match=r"1 task failed: fail: ValueError: no"):
         rt.wait_all(raise_on_error=True)
 
     rt.set_error_callback(lambda h, e: seen.append(f"FAILED {h.name}: {e}"))
@@ -120,7 +120,7 @@ def test_all_failures_are_raised_together(rt: Runtime) -> None:
     rt.submit(dict[str, int]().__getitem__, "b")
     rt.submit(len, 5)
     rt.submit(len, "fine")
-    with pytest.raises(RuntimeError, match=r"^3 task\(s\) failed: ") as caught:
+    with pytest.raises(RuntimeError, match=r"^3 tasks failed: ") as caught:
         rt.wait_all(raise_on_error=True)
 
     assert isinstance(caught.value, ExceptionGroup)
@@ -148,7 +148,7 @@ def test_many_failures_make_one_line(rt: Runtime) -> None:
     for i in range(200):
         rt.submit(fail, str(i), name=f"t{i}")
 
-    with pytest.raises(TasksFailedError, match=r"^200 task\(s\) failed: .*; and 197 more$") as caught:
+    with pytest.raises(TasksFailedError, match=r"^200 tasks failed: .*; and 197 more$") as caught:
         rt.wait_all(raise_on_error=True)
 
     assert len(caught.value.exceptions) == 200
@@ -243,7 +243,7 @@ def test_wait_all_can_run_out_of_time(rt: Runtime) -> None:
     release = threading.Event()
     rt.submit(release.wait)
     rt.submit(release.wait, io=True)
-    with pytest.raises(WaitTimeoutError, match=r"2 task\(s\) had not ended after 0.05 s"):
+    with pytest.raises(WaitTimeoutError, match=r"2 tasks had not ended after 0.05 s"):
         rt.wait_all(timeout=0.05)
 
     release.set()

@@ -13,6 +13,7 @@ from types import BuiltinFunctionType, FunctionType, MethodWrapperType, Tracebac
 from typing import Any, Self, TypeVar, cast, overload
 
 from traceml.errors import NotCallableError, TaskError, TasksFailedError, UsageError
+from traceml.formatting import plural
 from traceml.tasks.engine import Engine
 from traceml.tasks.handle import TaskHandle
 from traceml.tasks.progress import progress, showing, snapshot
@@ -283,7 +284,7 @@ def _raise_all(failed: list[TaskHandle[Any]]) -> None:
 
     texts = [f"{handle.name}: {type(error).__name__}: {error}" for handle, error in zip(failed, errors, strict=True)]
     more = [f"and {len(texts) - _NAMED} more"] if len(texts) > _NAMED else []
-    raise TasksFailedError(f"{len(failed)} task(s) failed: {'; '.join(texts[:_NAMED] + more)}", errors)
+    raise TasksFailedError(f"{plural(len(failed), 'task')} failed: {'; '.join(texts[:_NAMED] + more)}", errors)
 
 
 _default_lock = threading.RLock()

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 
 from traceml.errors import TaskDeadlockError, WaitTimeoutError
+from traceml.formatting import plural
 from traceml.tasks.execution import WorkerReplaced, run_claimed
 from traceml.tasks.task_dependencies import (
     blocked_set,
@@ -289,7 +290,7 @@ def wait_for_all(engine: TaskEngine, timeout: float | None) -> None:
                 continue
 
             if not _park(engine, me, ends_s, in_place=in_place):
-                raise WaitTimeoutError(f"{left} task(s) had not ended after {timeout:g} s")
+                raise WaitTimeoutError(f"{plural(left, 'task')} had not ended after {timeout:g} s")
 
 
 def _unfinished(engine: TaskEngine, me: TaskRecord | None) -> int:
