@@ -83,6 +83,20 @@ def test_no_rule_repeats_a_severity():
     assert constant == []
 
 
+def test_no_other_module_spells_a_kind():
+    """A kind is compared as a member of `Kind`: a text would outlive a renamed kind unnoticed."""
+    kinds = {str(each) for each in Kind}
+    spelled = [
+        f"{path.name}:{node.lineno}: {node.value}"
+        for path in source_files()
+        if path.name != "kinds.py"
+        for node in nodes_of(path)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in kinds
+    ]
+
+    assert spelled == []
+
+
 def test_an_unknown_kind_is_no_member():
     """A kind of a newer traceml is accepted by its name, and is not in the list of kinds."""
     assert Kind("SOME_NEW_KIND") == "SOME_NEW_KIND"

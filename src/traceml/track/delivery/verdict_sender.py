@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.diagnosis.kinds import Kind
 from traceml.own_files import read_regular
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.plan import PlannedExperiment
@@ -87,7 +88,7 @@ def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
 
 def _has_no_step(verdict: dict[str, Any]) -> bool:
     """Whether a verdict only reports that no step was traced, as for a run that only logs."""
-    return verdict.get("kind") == "INSUFFICIENT_DATA" and (verdict.get("evidence") or {}).get("steps") == 0
+    return verdict.get("kind") == Kind.INSUFFICIENT_DATA and (verdict.get("evidence") or {}).get("steps") == 0
 
 
 def _verdict_text(verdict: dict[str, Any]) -> str:
