@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.eventually import eventually
+from traceml.fail_open import failures
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
 from traceml.track.rank.collectors.collector_process import CollectorProcess
@@ -229,6 +230,7 @@ def test_collectors_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatc
 def test_failing_and_hanging_collectors_harm_nobody(caplog: pytest.LogCaptureFixture) -> None:
     """One that is missing, one that fails and one that hangs leave the others alive, and are named."""
     rows: list[dict[str, Any]] = []
+    before = failures().get("track", 0)
     names = ["my_collectors:Hanging", "my_collectors:Ticking", "my_collectors:Missing"]
     child = CollectorProcess(names, {}, (), rows.append)
     eventually(lambda: sum(row["name"] == "tick" for row in rows) >= 3)
@@ -239,6 +241,7 @@ def test_failing_and_hanging_collectors_harm_nobody(caplog: pytest.LogCaptureFix
     assert values[:3] == [1.0, 3.0, 4.0]
     assert "out of order for once" in caplog.text
     assert "Missing" in caplog.text
+    assert failures()["track"] == before + 2
 
 
 @pytest.mark.usefixtures("plugins")

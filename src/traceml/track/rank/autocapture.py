@@ -138,21 +138,26 @@ class AutoCapture:
         from traceml.privacy import Masker
         from traceml.track.rank.collectors.readings import readings
 
-        def warn(error: Exception) -> None:
-            _log.warning("collector %r: %s: %s", name, type(error).__name__, error)
+        def guard() -> fail_open:
+            return fail_open(_log, "track", f"collector {name!r} failed")
 
-        try:
+        collector: Any = None
+        with guard():
             plugin: Any = load(PluginType.COLLECTOR, name)
             plugin.initialize({})
             collector = plugin.create_collector({})
-        except Exception as error:  # noqa: BLE001 - code of a third party
-            warn(error)
+
+        if collector is None:
             return
+
+        def failed(error: Exception) -> None:
+            with guard():
+                raise error
 
         masker = Masker(self._config.mask)
 
         def run() -> None:
-            for rows in readings(collector, warn, self._stopped):
+            for rows in readings(collector, failed, self._stopped):
                 for row in rows:
                     if isinstance(row, Metric):
                         self._orchestrator.route_metric(row)

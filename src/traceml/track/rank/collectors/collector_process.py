@@ -19,6 +19,7 @@ from typing import Any
 
 import msgpack
 
+from traceml.errors import PluginError
 from traceml.fail_open import fail_open
 
 __all__ = ["CollectorProcess"]
@@ -119,7 +120,8 @@ class CollectorProcess:
         if kind == "once":
             self._first_readings.set()
         elif kind == "warning":
-            _log.warning("%s", row["text"])
+            with fail_open(_log, "track", "collected facts are missing"):
+                raise PluginError(row["text"])
         else:
             self._on_row(row)
 

@@ -45,7 +45,6 @@ class FrameworkCapture(FrameworkInterface):
         self._patches = Patches()
         self._watch: PostImportHook | None = None
         self._orchestrator: OrchestratorInterface | None = None
-        self._has_failed = False
 
     @abstractmethod
     def targets(self) -> Mapping[str, Callable[[ModuleType], None]]:
@@ -108,12 +107,11 @@ class FrameworkCapture(FrameworkInterface):
                 return original(*args, **kwargs)
 
             values: Any = None
-            is_read = False
+            failure: Exception | None = None
             try:
                 values = before(*args, **kwargs)
-                is_read = True
-            except Exception as error:  # noqa: BLE001 - fail open: the original reports what is wrong with the call
-                self._failed(name, error)
+            except Exception as error:  # noqa: BLE001 - the original may refuse the call too: then it is no failure
+                failure = error.with_traceback(None)  # which would keep this frame, and the values in it
 
             _depth.value = 1
             try:
@@ -121,11 +119,12 @@ class FrameworkCapture(FrameworkInterface):
             finally:
                 _depth.value = 0
 
-            if is_read:
-                try:
-                    after(orchestrator, values)
-                except Exception as error:  # noqa: BLE001 - fail open
-                    self._failed(name, error)
+            if failure is not None:
+                self._report(name, failure)
+                return result
+
+            with self.guard(name):
+                after(orchestrator, values)
 
             return result
 
@@ -143,7 +142,11 @@ class FrameworkCapture(FrameworkInterface):
             else:
                 orchestrator.route_metric(Metric(str(name), value, step, kind=self.kind))
 
-    def _failed(self, name: str, error: Exception) -> None:
-        if not self._has_failed:
-            self._has_failed = True
-            _log.warning("a call of %s was not captured (logged once): %r", name, error)
+    def _report(self, name: str, failure: Exception) -> None:
+        with self.guard(name):
+            raise failure
+
+    @staticmethod
+    def guard(name: str) -> fail_open:
+        """Return the guard of what captures a call of a function; its first failure is logged."""
+        return fail_open(_log, "track", f"a call of {name} was not captured", once=True)

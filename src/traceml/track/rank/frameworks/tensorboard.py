@@ -57,10 +57,8 @@ class TensorBoardCapture(FrameworkCapture):
             result = original(*args, **kwargs)
             orchestrator = self._orchestrator
             if orchestrator is not None and not self.is_inside():
-                try:
+                with self.guard("add_hparams"):
                     orchestrator.log_params(_hparams(*args, **kwargs))
-                except Exception as error:  # noqa: BLE001 - fail open
-                    self._failed("add_hparams", error)
 
             return result
 
