@@ -26,8 +26,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.diagnosis.fabricated import Job, rows_of
-from tests.diagnosis.tree.central_merger import CentralMerger
-from tests.diagnosis.tree.clusters import (
+from tests.diagnosis.merged_hosts.central_merger import CentralMerger
+from tests.diagnosis.merged_hosts.clusters import (
     LEVELS,
     STEPS_PER_SECOND,
     Cluster,
@@ -39,9 +39,9 @@ from tests.diagnosis.tree.clusters import (
     tree_verdict,
 )
 
+from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
+from traceml.diagnosis.merged_hosts.host_second import HostSecond
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
-from traceml.diagnosis.tree.host_second import HostSecond
 
 OWN_MS = {"input_wait": 2.0, "forward": 25.0, "backward": 55.0, "optimizer": 10.0, "other": 2.0}
 GOAL_BYTES, GOAL_CPU, GOAL_DELAY_S = 1000, 0.10, 3.0

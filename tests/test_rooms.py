@@ -82,7 +82,9 @@ SUBROOMS = {
     "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "diagnosis.training": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
-    "diagnosis.tree": {"diagnosis.findings", "diagnosis.intake", "diagnosis.facts", "diagnosis.steps", "database"},
+    "diagnosis.merged_hosts": {
+        "diagnosis.findings", "diagnosis.intake", "diagnosis.facts", "diagnosis.steps", "database",
+    },
     "database.flight": {"database.schema"},
     "database.store": {"database.schema"},
     "launch.launcher": {"launch.wire", "supervise", "database"},

@@ -10,10 +10,10 @@ from traceml.aggregator.live import LiveRows
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED
+from traceml.diagnosis.merged_hosts.row_requests import RowRequests
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.tree.host_merger import STEPS_COMPARED
-from traceml.diagnosis.tree.row_requests import RowRequests
 from traceml.fail_open import fail_open
 
 __all__ = ["LiveVerdict"]

@@ -24,7 +24,7 @@ from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
-from traceml.diagnosis.tree.row_requests import CLEAR_GAIN
+from traceml.diagnosis.merged_hosts.row_requests import CLEAR_GAIN
 from traceml.errors import TraceMLError, UsageError
 from traceml.fail_open import failures
 from traceml.runs.report.report import build_report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from tests.diagnosis.tree.clusters import Cluster, any_run, flat_verdict, told
+from tests.diagnosis.merged_hosts.clusters import Cluster, any_run, flat_verdict, told
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.rules.stragglers import find_late
 from traceml.diagnosis.steps.segments import segments_of

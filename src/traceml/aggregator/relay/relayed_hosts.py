@@ -14,8 +14,8 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.streams import Stream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.codec import decode
+from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS, HostSums
 from traceml.diagnosis.steps.representatives import HOST_CHOICE, HostChoice, WorkAbove
-from traceml.diagnosis.tree.host_sums import HOST_SUMS, HostSums
 from traceml.errors import ProtocolError
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Pause, Phase, Slot
 from traceml.privacy import secrets_only
+from traceml.recorder.pauses.checkpoint_size import size_of
 from traceml.recorder.pauses.collection_watch import LONG_NS, Collection, CollectionWatch
 from traceml.recorder.pauses.compilations import Compilation, CompilationReader
-from traceml.recorder.pauses.sizes import size_of
 from traceml.recorder.user_code import user_line
 from traceml.witness.user_files import shown_file
 

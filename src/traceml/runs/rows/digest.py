@@ -40,12 +40,12 @@ from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
+from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS, HostSums
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import MAX_CELLS, slots_for
 from traceml.diagnosis.steps.representatives import HOST_CHOICE, HostChoice
 from traceml.diagnosis.steps.step_split import has_group
-from traceml.diagnosis.tree.host_sums import HOST_SUMS, HostSums
 from traceml.runs.rows.metrics import MetricSummary
 from traceml.runs.rows.sample_totals import SampleTotals
 from traceml.runs.rows.samples import Samples, rows_for

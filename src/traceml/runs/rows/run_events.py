@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from traceml.database.snapshots import SNAPSHOT
 from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
+from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS
 from traceml.diagnosis.steps.representatives import HOST_CHOICE
-from traceml.diagnosis.tree.host_sums import HOST_SUMS
 
 __all__ = ["RunEvents"]
 

@@ -9,10 +9,10 @@ from traceml.database.store.summaries import TableSums
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
+from traceml.diagnosis.merged_hosts.host_second import HostSecond
+from traceml.diagnosis.merged_hosts.row_requests import RowRequests
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.representatives import HostChoice
-from traceml.diagnosis.tree.host_second import HostSecond
-from traceml.diagnosis.tree.row_requests import RowRequests
 
 __all__ = ["CentralMerger"]
 

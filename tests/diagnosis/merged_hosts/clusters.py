@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
-from tests.diagnosis.tree.central_merger import CentralMerger
+from tests.diagnosis.merged_hosts.central_merger import CentralMerger
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology.topology import Topology
 from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
+from traceml.diagnosis.merged_hosts.host_second import HostSecond
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import KeptSteps
-from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
-from traceml.diagnosis.tree.host_second import HostSecond
 
 LEVELS = ("none", "rank", "host", "switch", "stage", "all")
 PARTS = ("input_wait", "h2d", "forward", "backward", "optimizer", "other")

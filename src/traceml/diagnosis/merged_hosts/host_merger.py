@@ -11,12 +11,12 @@ import numpy as np
 from traceml.database.schema import STEPS
 from traceml.database.store.summaries import TableSums, sum_rows
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.merged_hosts.host_choice import RankChoice, choose_ranks
+from traceml.diagnosis.merged_hosts.host_second import HostSecond
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
 from traceml.diagnosis.steps.representatives import WorkAbove, packed_ms
 from traceml.diagnosis.steps.segments import Segments, segments_of
-from traceml.diagnosis.tree.host_choice import RankChoice, choose_ranks
-from traceml.diagnosis.tree.host_second import HostSecond
 
 __all__ = ["STEPS_COMPARED", "HostMerger"]
 

@@ -8,13 +8,13 @@ import msgpack
 import numpy as np
 import pytest
 
-from tests.diagnosis.tree.clusters import Cluster, any_run
+from tests.diagnosis.merged_hosts.clusters import Cluster, any_run
 from traceml.database.schema import NAMES, STEPS, USER_PHASES
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.summaries import StepSums, sum_rows
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
-from traceml.diagnosis.tree.host_sums import HostSums
+from traceml.diagnosis.merged_hosts.host_sums import HostSums
 
 CLUSTER = Cluster(ranks=16, per_host=4)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
-from tests.diagnosis.tree.central_merger import CentralMerger
-from tests.diagnosis.tree.clusters import (
+from tests.diagnosis.merged_hosts.central_merger import CentralMerger
+from tests.diagnosis.merged_hosts.clusters import (
     Cluster,
     FaultyRun,
     any_run,
@@ -20,8 +20,8 @@ from tests.diagnosis.tree.clusters import (
 )
 from traceml.database.schema import STEPS
 from traceml.database.store.summaries import StepSums, sum_rows
-from traceml.diagnosis.tree.host_merger import STEPS_COMPARED, HostMerger
-from traceml.diagnosis.tree.host_second import HostSecond
+from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
+from traceml.diagnosis.merged_hosts.host_second import HostSecond
 
 CLUSTER = Cluster(ranks=32, per_host=4)
 
@@ -32,7 +32,7 @@ def fabricated(*faults, steps: int = 70) -> FaultyRun:
 
 
 @pytest.mark.parametrize("seed", range(96))
-def test_the_tree_gives_the_verdict_of_all_rows(seed):
+def test_merged_hosts_give_the_verdict_of_all_rows(seed):
     """Kind, ranks, phase and group are the same, except where the gain is just at a limit; the cost to some percent."""
     run = any_run(CLUSTER, seed)
 
