@@ -124,10 +124,10 @@ def _words(line: str) -> list[str]:
 def test_examples_of_commands_that_start_jobs_are_understood(folder, command, line):
     """Each option exists and takes that value."""
     module = import_module(cli.COMMANDS[command][0])
-    if hasattr(module, "_parser"):
-        assert module._parser().parse_args(_words(line))
+    if hasattr(module, "make_parser"):
+        assert module.make_parser().parse_args(_words(line))
         with pytest.raises(UsageError):
-            module._parser().parse_args(["--no-such-option", "x"])
+            module.make_parser().parse_args(["--no-such-option", "x"])
     else:
         (options,) = [value for name, value in vars(module).items() if name.endswith("Options")]
         assert parse(options, _words(line), prog=f"traceml {command}")

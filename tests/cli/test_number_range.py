@@ -20,8 +20,8 @@ def _numeric_options() -> Iterator[tuple[str, str, Any]]:
     """Yield (command, option, range) for each numeric option of each command's own parser."""
     for command, (name, _) in COMMANDS.items():
         module = import_module(name)
-        if hasattr(module, "_parser"):
-            for action in module._parser()._actions:
+        if hasattr(module, "make_parser"):
+            for action in module.make_parser()._actions:
                 if action.type in (int, float) or isinstance(action.type, NumberRange):
                     yield command, action.option_strings[0], action.type
         else:
@@ -97,10 +97,10 @@ def test_a_wrong_number_of_nodes_is_one_line(nodes: str, capsys):
 
 
 def test_a_range_of_nodes_is_taken():
-    from traceml.cli.run import _parser
+    from traceml.cli.run import make_parser
 
-    assert _parser().parse_args(["--nnodes", "1:4", "--max_restarts", "2", "x.py"]).max_restarts == 2
-    assert isinstance(_parser(), argparse.ArgumentParser)
+    assert make_parser().parse_args(["--nnodes", "1:4", "--max_restarts", "2", "x.py"]).max_restarts == 2
+    assert isinstance(make_parser(), argparse.ArgumentParser)
 
 
 @pytest.mark.parametrize(("ranks", "says"), [("2", "the ranks are 0 to 1"), ("1", "there is only rank 0")])

@@ -94,8 +94,8 @@ def _parse(words: list[str]) -> object:
     if command == "runs" and rest[:1] and rest[0] in EDITS:
         return EDITS[rest[0]]
 
-    if hasattr(module, "_parser"):
-        return module._parser().parse_args(rest)
+    if hasattr(module, "make_parser"):
+        return module.make_parser().parse_args(rest)
 
     (options,) = [value for name, value in vars(module).items() if name.endswith("Options")]
     return parse(options, rest, prog=f"traceml {command}")

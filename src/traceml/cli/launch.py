@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from traceml.supervise.screens import MakeScreen
     from traceml.supervise.supervisor import Screen
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _EPILOG = """\
 Options before SCRIPT are traceml's; everything after it belongs to the script.
@@ -37,7 +37,7 @@ _LISTS = ("--hostnames", "--workers-per-host", "--default-env-vars", "--extra-en
 
 def main(argv: list[str]) -> int:
     """Run a script on hosts; return its exit status."""
-    options = _parser().parse_args(list(_joined(argv)))
+    options = make_parser().parse_args(list(_joined(argv)))
     target, *arguments = script_words(options, example="traceml launch --hostnames node1 node2 train.py")
     check_submit_options(options)
     check_report(options.report)
@@ -101,7 +101,8 @@ def _explain(error: BaseException, text: str = "") -> None:
             print(printable(line, lines=True), file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command, which completion uses too."""
     parser = CommandParser(
         prog="traceml launch",
         description="Run a training script on many hosts, see live what each rank does, and read what limits it.",
@@ -152,7 +153,7 @@ def _joined(argv: Sequence[str]) -> Iterator[str]:
     The values end at the next option or at a file name; those of `--workers-per-host` at the first other word.
     """
     words = list(argv)
-    takes_value = {name for action in _parser()._actions if action.nargs is None for name in action.option_strings}
+    takes_value = {name for action in make_parser()._actions if action.nargs is None for name in action.option_strings}
     while words and words[0].startswith("-") and words[0] != "--":
         option = words.pop(0)
         if option not in _LISTS:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from traceml.supervise.listen_address import ListenAddress
 
-__all__ = ["main", "run_job"]
+__all__ = ["main", "make_parser", "run_job"]
 
 # By its path: `python -m` would import the user's `types.py` or `contextlib.py`, where the working directory has one.
 _ENTRY = Path(__file__).parents[1] / "session" / "entry.py"
@@ -81,7 +81,7 @@ The exit status is that of the rank that failed first, 128 + n for signal n."""
 
 def main(argv: list[str]) -> int:
     """Run a script under tracing; return its exit status."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     target, *arguments = script_words(options, example="traceml run train.py")
     check_report(options.report)
     config = settings.load(**given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project))
@@ -172,7 +172,8 @@ def _page(job: LocalJob, live: str) -> AbstractContextManager[Callable[[], None]
     return page_beside(job.run_dir)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command, which completion uses too."""
     parser = CommandParser(
         prog="traceml run",
         description="Run a training script, see live what each rank does, and read at the end what limits it.",

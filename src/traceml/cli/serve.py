@@ -39,7 +39,7 @@ from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address
 from traceml.transport.server import BACKLOG
 from traceml.transport.tls import make_identity
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _EPILOG = """\
 Training scripts with traceml.init() and the same runs folder on this host find it automatically.
@@ -55,7 +55,7 @@ _log = logging.getLogger("traceml")
 
 def main(argv: list[str]) -> int:
     """Serve until stopped; return the exit status."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     given = {name: getattr(options, name) for name in ("host", "port", "runs_dir", "upstream")}
     config = settings.load(**{name: value for name, value in given.items() if value is not None})
     usual = "warning" if options.terminal else "info"  # log lines would disturb the screen
@@ -95,7 +95,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command, which completion uses too."""
     parser = CommandParser(
         prog="traceml serve",
         description="Start an aggregator: it stores the rows of training scripts, and diagnoses what limits them.",

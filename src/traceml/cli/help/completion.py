@@ -50,8 +50,8 @@ def whole_parser() -> argparse.ArgumentParser:
 
 def _parser_of(module: ModuleType) -> argparse.ArgumentParser | None:
     """Return the parser of a command: its own, or one made from its dataclass of options."""
-    if hasattr(module, "_parser"):
-        made: argparse.ArgumentParser = module._parser()
+    if hasattr(module, "make_parser"):
+        made: argparse.ArgumentParser = module.make_parser()
         for each in made._actions:
             _complete(each, str(each.metavar))
 
