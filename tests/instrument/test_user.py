@@ -94,6 +94,32 @@ def test_phases_of_other_threads_do_not_count(traced: Traced) -> None:
     assert traced.table("user_phases") == []
 
 
+def test_a_phase_nests_as_deep_as_its_function(traced: Traced) -> None:
+    """A phase in a function that calls itself is counted at each level; a step that ends inside gives it its time."""
+    model, optimizer, x = parts()
+    train(model, optimizer, x)
+
+    def descend(levels: int) -> None:
+        with traced.instrumentation.phase("walk"):
+            if levels > 1:
+                descend(levels - 1)
+            else:
+                train(model, optimizer, x)
+                train(model, optimizer, x)
+                burn(1)
+
+    descend(100)
+    train(model, optimizer, x)
+    rows = traced.finish()
+    counts = {user["step"]: user["count"] for user in traced.table("user_phases")}
+    assert len(rows) == 4
+    assert traced.instrumentation.clock.errors == 0
+    assert sum(counts.values()) == 100
+    assert rows[2]["user_ns"] >= 1_000_000
+    assert all(0 <= row["user_ns"] <= row["total_ns"] for row in rows)
+    assert rows[3]["user_ns"] == 0
+
+
 def test_phases_may_end_in_another_order(traced: Traced) -> None:
     """A generator's phase that outlives the phase around it breaks nothing."""
     model, optimizer, x = parts()

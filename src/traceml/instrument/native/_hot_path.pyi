@@ -50,7 +50,7 @@ class HotFields:
     usual_loader: Any
     input_shape: Any
     rare_times: list[int]
-    open_user_phases: list[list[Any]]
+    open_users: int
     commit: Callable[[int], None]
 
     def connect(
@@ -64,6 +64,7 @@ class HotFields:
     def enter(self, phase: int) -> tuple[int, int] | None: ...
     def leave(self, phase: int, began: tuple[int, int]) -> None: ...
     def cancel(self, phase: int, began: tuple[int, int]) -> None: ...
+    def book_user_phases(self, t: int) -> None: ...
 
 class UserPhase:
     bucket: int

@@ -176,7 +176,7 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
 
 #define EACH_OBJECT(DO) \
     DO(open_slots) DO(closes_at) DO(batch) DO(first_loader) DO(usual) DO(usual_loader) DO(input_shape) DO(rare_times) \
-    DO(open_user_phases) DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
+    DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
 
 static int hot_traverse(PyObject *self, visitproc visit, void *arg) {
     HotFields *hot = (HotFields *)self;
@@ -184,6 +184,7 @@ static int hot_traverse(PyObject *self, visitproc visit, void *arg) {
 #define VISIT(name) Py_VISIT(hot->name);
     EACH_OBJECT(VISIT)
 #undef VISIT
+    for (Py_ssize_t i = 0; i < hot->open_users; i++) Py_VISIT(hot->open_user_phases[i].phase);
     return 0;
 }
 
@@ -192,6 +193,7 @@ static int hot_clear(PyObject *self) {
 #define CLEAR(name) Py_CLEAR(hot->name);
     EACH_OBJECT(CLEAR)
 #undef CLEAR
+    while (hot->open_users > 0) Py_CLEAR(hot->open_user_phases[--hot->open_users].phase);
     return 0;
 }
 
@@ -200,6 +202,7 @@ static void hot_dealloc(PyObject *self) {
     PyObject_GC_UnTrack(self);
     disconnect((HotFields *)self);
     hot_clear(self);
+    PyMem_Free(((HotFields *)self)->open_user_phases);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
@@ -216,7 +219,8 @@ static PyMemberDef members[] = {
     NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
     TRUTH(dirty), TRUTH(detail), TRUTH(inspects),
     OBJECT(closes_at), OBJECT(batch), OBJECT(first_loader), OBJECT(usual), OBJECT(usual_loader),
-    OBJECT(input_shape), OBJECT(rare_times), OBJECT(open_user_phases),
+    OBJECT(input_shape), OBJECT(rare_times),
+    {"open_users", T_PYSSIZET, offsetof(HotFields, open_users), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -246,6 +250,7 @@ static PyMethodDef methods[] = {
     {"enter", method_enter, METH_O, NULL},
     {"leave", (PyCFunction)(void (*)(void))method_leave, METH_FASTCALL, NULL},
     {"cancel", (PyCFunction)(void (*)(void))method_cancel, METH_FASTCALL, NULL},
+    {"book_user_phases", method_book_user_phases, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

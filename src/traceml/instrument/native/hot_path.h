@@ -31,6 +31,12 @@ enum { INPUT_WAIT = 0, FORWARD = 2, BACKWARD = 3, OPTIMIZER = 4, USER = 7, OTHER
 #define COLD __attribute__((cold, noinline))
 #define LIKELY(truth) __builtin_expect(!!(truth), 1)
 
+/* A user phase that has begun: the phase around it, and when it began, or since when its time is not booked. */
+typedef struct {
+    PyObject *phase;
+    long long previous, start;
+} OpenUserPhase;
+
 /* What hooks use in each step comes first and lies together, as the caches are cold for it. */
 typedef struct {
     PyObject_HEAD
@@ -48,7 +54,9 @@ typedef struct {
     long long *count, *first_row;
     long long mask, micro_mask, no_loader_bits, upkeep_mask;
     PyObject *not_ready, *usual, *usual_loader, *batch;
-    PyObject *open_slots, *mapped_slots, *rare_times, *open_user_phases, *in_context;
+    PyObject *open_slots, *mapped_slots, *rare_times, *in_context;
+    OpenUserPhase *open_user_phases; /* innermost last */
+    Py_ssize_t open_users, user_room;
     Py_buffer slots_buffer, ring_buffer, count_buffer;
 } HotFields;
 
@@ -65,6 +73,7 @@ PyObject *metric_writer(PyObject *module, PyObject *args);
 PyObject *method_enter(PyObject *self, PyObject *number);
 PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *method_cancel(PyObject *self, PyObject *const *args, Py_ssize_t n);
+PyObject *method_book_user_phases(PyObject *self, PyObject *time);
 
 /* Begin a phase; return 1, 0 where it does not count, or -1 with an exception set. */
 int enter_phase(HotFields *hot, long long phase, long long *previous, long long *start);

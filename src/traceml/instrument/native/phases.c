@@ -108,23 +108,29 @@ typedef struct {
     long long bucket, name_id;
 } UserPhase;
 
-/* Append [phase, enclosing phase, start] to the open user phases. */
-static int push_user(HotFields *hot, PyObject *phase, long long previous, long long start) {
-    PyObject *entry = PyList_New(3), *a = PyLong_FromLongLong(previous), *b = PyLong_FromLongLong(start);
-    if (!entry || !a || !b) {
-        Py_XDECREF(entry);
-        Py_XDECREF(a);
-        Py_XDECREF(b);
+COLD static int make_room(HotFields *hot) {
+    Py_ssize_t room = hot->user_room ? 2 * hot->user_room : 8;
+    OpenUserPhase *moved = PyMem_Realloc(hot->open_user_phases, (size_t)room * sizeof *moved);
+    if (!moved) {
+        PyErr_NoMemory();
         return -1;
     }
 
+    hot->open_user_phases = moved;
+    hot->user_room = room;
+    return 0;
+}
+
+/* A list of the open phases would be freed and made anew with each use of a phase. */
+static int push_user(HotFields *hot, PyObject *phase, long long previous, long long start) {
+    if (!LIKELY(hot->open_users < hot->user_room) && make_room(hot)) return -1;
+
+    OpenUserPhase *open = hot->open_user_phases + hot->open_users++;
     Py_INCREF(phase);
-    PyList_SetItem(entry, 0, phase); /* takes the references, and cannot fail within a list's size */
-    PyList_SetItem(entry, 1, a);
-    PyList_SetItem(entry, 2, b);
-    int status = PyList_Append(none_for_null(hot->open_user_phases), entry);
-    Py_DECREF(entry);
-    return status;
+    open->phase = phase;
+    open->previous = previous;
+    open->start = start;
+    return 0;
 }
 
 static int begin_user(HotFields *hot, UserPhase *phase) {
@@ -136,39 +142,32 @@ static int begin_user(HotFields *hot, UserPhase *phase) {
     return add_rare(hot, phase->bucket + 1, 1) || set_word(hot, USER_NAME, phase->name_id) || set_word(hot, USER, t) ? -1 : 0;
 }
 
-static long long number_at(PyObject *list, Py_ssize_t index) {
-    PyObject *number = PyList_GetItem(list, index);
-    return number ? PyLong_AsLongLong(number) : -1;
+static int add_user(HotFields *hot, const OpenUserPhase *open, long long t) {
+    return add_time(hot, ((UserPhase *)open->phase)->bucket, t - open->start)
+                   || add_time(hot, open->previous, open->start - t)
+               ? -1
+               : 0;
 }
 
-/* End the innermost open user phase at `t`. Returns 1 if it is `phase`, else 0. */
+/* End the innermost open user phase at `t`. Returns 1 if it is `phase`, else 0; -1 with an exception. */
 static int pop_user(HotFields *hot, UserPhase *phase, long long t) {
-    PyObject *open = hot->open_user_phases;
-    Py_ssize_t last = PyList_Size(open) - 1;
-    PyObject *entry = PyList_GetItem(open, last);
-    if (!entry) return -1;
-
-    UserPhase *ended = (UserPhase *)PyList_GetItem(entry, 0); /* borrowed: its caller or a frame above holds a phase */
-    int is_own = ended == phase;
-    long long previous = number_at(entry, 1), start = number_at(entry, 2), bucket = ended ? ended->bucket : OTHER;
-    if (PyErr_Occurred() || PyList_SetSlice(open, last, last + 1, NULL)) return -1;
-    if (add_time(hot, bucket, t - start) || add_time(hot, previous, start - t)) return -1;
-
-    hot->current = previous;
-    return is_own;
+    OpenUserPhase ended = hot->open_user_phases[--hot->open_users];
+    int is_own = ended.phase == (PyObject *)phase, failed = add_user(hot, &ended, t);
+    hot->current = ended.previous;
+    Py_DECREF(ended.phase);
+    return failed ? -1 : is_own;
 }
 
 static int is_open_user(HotFields *hot, PyObject *phase) {
-    PyObject *open = none_for_null(hot->open_user_phases);
-    for (Py_ssize_t i = PyList_Size(open) - 1; i >= 0; i--)
-        if (PyList_GetItem(PyList_GetItem(open, i), 0) == phase) return 1;
+    for (Py_ssize_t i = hot->open_users - 1; i >= 0; i--)
+        if (hot->open_user_phases[i].phase == phase) return 1;
 
     return 0;
 }
 
 /* Phases of generators and coroutines may end in any order: those inside this one end with it. */
 static int end_user(HotFields *hot, UserPhase *phase) {
-    long long t, name_id = 0, start = 0;
+    long long t;
     if (hot->thread != this_thread() || !is_open_user(hot, (PyObject *)phase)) return 0;
     if (read_clock(&t)) return -1;
 
@@ -176,14 +175,24 @@ static int end_user(HotFields *hot, UserPhase *phase) {
     while (!is_ended) is_ended = pop_user(hot, phase, t);
     if (is_ended < 0) return -1;
 
-    Py_ssize_t open = PyList_Size(hot->open_user_phases);
-    if (open) {
-        PyObject *entry = PyList_GetItem(hot->open_user_phases, open - 1);
-        name_id = ((UserPhase *)PyList_GetItem(entry, 0))->name_id;
-        start = number_at(entry, 2);
+    OpenUserPhase *around = hot->open_users ? hot->open_user_phases + hot->open_users - 1 : NULL;
+    long long name_id = around ? ((UserPhase *)around->phase)->name_id : 0, start = around ? around->start : 0;
+    return set_word(hot, USER_NAME, name_id) || set_word(hot, USER, start) ? -1 : 0;
+}
+
+/* Add the time until now of the open user phases, as a step ends inside them. */
+PyObject *method_book_user_phases(PyObject *self, PyObject *time) {
+    HotFields *hot = (HotFields *)self;
+    long long t = PyLong_AsLongLong(time);
+    if (t == -1 && PyErr_Occurred()) return NULL;
+
+    for (Py_ssize_t i = 0; i < hot->open_users; i++) {
+        if (add_user(hot, hot->open_user_phases + i, t)) return NULL;
+
+        hot->open_user_phases[i].start = t;
     }
 
-    return PyErr_Occurred() || set_word(hot, USER_NAME, name_id) || set_word(hot, USER, start) ? -1 : 0;
+    return new_none();
 }
 
 static PyObject *user_phase_enter(PyObject *self, PyObject *unused) {
