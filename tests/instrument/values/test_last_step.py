@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.instrument.conftest import Traced
 from traceml.instrument.values.last_step import usual_end
 
-TAIL_NS = 300_000_000
+LEAST_TAIL_S = 0.3
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
@@ -38,12 +38,13 @@ def test_code_after_the_loop_is_no_part_of_it(traced: Traced, train) -> None:
     """The last step has as much code outside the phases as the others."""
     model = torch.nn.Linear(4, 1)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    time.sleep(TAIL_NS / 1e9)
+    longest_ns = max(row["other_ns"] for row in traced.steps())  # on a busy machine a pause in a step is long, too
+    time.sleep(max(LEAST_TAIL_S, 3e-9 * longest_ns))
     rows = traced.finish()
 
     assert len(rows) == 10
     assert rows[-1]["total_ns"] >= 10_000_000
-    assert rows[-1]["other_ns"] < TAIL_NS / 2
+    assert rows[-1]["other_ns"] <= longest_ns
     assert rows[-1]["t_end_ns"] - rows[-1]["total_ns"] >= rows[-2]["t_end_ns"] - 1_000
 
 
