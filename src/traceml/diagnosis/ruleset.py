@@ -155,7 +155,8 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
         found += periodic
         remaining = remaining.changed(without_long, new_step_times(remaining, without_long))
 
-    for rule in (input_bound, transfers, residual, checkpoints):
+    found += input_bound(remaining, facts, step_ns, "restarts of workers" if restarted else None)
+    for rule in (transfers, residual, checkpoints):
         found += rule(remaining, facts, step_ns)
 
     if not alternating:

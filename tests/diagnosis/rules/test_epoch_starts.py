@@ -62,6 +62,22 @@ def test_the_same_waiting_is_reported_once():
     assert kinds == [Kind.INPUT_BOUND]
 
 
+def test_waiting_besides_the_restarts_names_them():
+    """Its bar has both."""
+
+    def slow(own, random) -> None:
+        waits(200)(own, random)
+        own["input_wait"] += 12
+
+    window = window_of(ALONE, slow)
+    rows = np.zeros(ALONE.steps // EPOCH, EPOCHS.dtype)
+    rows["step"], rows["ns"], rows["create_ns"] = np.arange(len(rows)) * EPOCH, 212.3 * MS, 200 * MS
+    found = diagnose(window, JobFacts(loader=LOADER, epochs=rows))
+
+    (other,) = (each for each in found if each.kind is Kind.INPUT_BOUND and "restart_ms" not in each.evidence)
+    assert ", not counting restarts of workers)" in other.summary
+
+
 @pytest.mark.parametrize(
     "loader",
     [None, LoaderFacts(num_workers=0), LoaderFacts(num_workers=2, persistent_workers=True)],

@@ -64,3 +64,15 @@ def test_a_save_at_the_end_is_not_counted():
 
     assert "not counting the one in the last step" in finding.summary
     assert "not counting" not in found(Kind.CHECKPOINT_STALLS, adds("checkpoint", 600.0, every=50))[0].summary
+
+
+def test_a_little_clearing_of_gradients_counts():
+    """Else the finding would have a point less than its bar, and not say why."""
+    lines = [
+        SampledLine(0, "other", "a.py", 3, "train", None, 985),
+        SampledLine(0, "other", "a.py", 4, "train", "zero_grad", 15),
+    ]
+    finding, share = found(Kind.RESIDUAL_HEAVY, adds("other", 60.0), facts=JobFacts(lines=lines))
+
+    assert f"step ({share})" in finding.summary
+    assert percent_text(finding.cost_share) == share

@@ -146,8 +146,15 @@ class _PhaseCost:
         )
 
 
-def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """Find waiting for data on all ranks."""
+def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: str | None = None) -> list[Finding]:
+    """Find waiting for data on all ranks.
+
+    Args:
+        segments: own work.
+        facts: about the job.
+        step_ns: mean step, to which the cost is compared.
+        uncounted: waiting that another finding has, and the segments have not, in words.
+    """
     # Two steps are left out: the first batch after a pause is slow in any run.
     cost = _cost(segments, "input_wait", step_ns, rare_share=0)
     if cost is None or not cost.exceeds():
@@ -160,6 +167,9 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     line = cost.line(facts)
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
+    if uncounted is not None:
+        cost = dataclasses.replace(cost, uncounted=(*cost.uncounted, uncounted))
+
     if facts.loader is not None and facts.loader.num_workers and by_sampler is None:
         line = None  # it is the loop's own: the work is in the workers' processes
 
@@ -221,8 +231,8 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
 def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _PhaseCost:
     """Return the cost of `other` without clearing gradients, and without the forward of a training without modules."""
     known = {"clearing gradients": clearing_share(facts.lines), "the forward": _forward_share(segments)}
-    uncounted = [name for name, share in known.items() if share >= LEAST_UNCOUNTED]
-    return cost.scaled(max(1 - sum(known.values()), 0.0), *uncounted)
+    uncounted = {name: share for name, share in known.items() if share >= LEAST_UNCOUNTED}
+    return cost.scaled(max(1 - sum(uncounted.values()), 0.0), *uncounted)
 
 
 def _forward_share(segments: Segments) -> float:
