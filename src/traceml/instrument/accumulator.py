@@ -163,7 +163,6 @@ class StepAccumulator:
     user_phase: Callable[[Any, int, int], Any] | None = None  # makes user phases in C; None: they are in Python
     enter_user: Callable[[Any, int, int], None]  # in Python: begins a user phase, given its bucket and its name's id
     leave_user: Callable[[Any], None]  # in Python: ends one that is open, and those that began inside it
-    book_user_phases: Callable[[int], None]  # adds the time of those that are open, as a step ends in them
 
     def __init__(self, flight: FlightFile, listener: StepListener, thread: int) -> None:
         self.listener, self.thread, self.errors = listener, thread, 0
@@ -188,6 +187,7 @@ class StepAccumulator:
         self.current, self.detail = OTHER, True
         self.zeros = [0] * FIRST_USER
         self.users: list[int] = []  # name ids of user phases, by index
+        self.open_user_phases: list[list[Any]] = []  # in Python: [phase, enclosing phase, start], innermost last
         self.eval_ns = self.eval_batches = self.eval_end = 0
         self._clear(0)
         self.open_slots[_STEP] = -1  # no step is open yet
@@ -292,6 +292,14 @@ class StepAccumulator:
             self.open_slots[phase] = 0
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
+
+    def book_user_phases(self, t: int) -> None:
+        """Add the time until `t` of the open user phases, as a step ends inside them."""
+        for entry in self.open_user_phases:
+            phase, previous, start = entry
+            self.add(phase.bucket, t - start)
+            self.add(previous, start - t)
+            entry[2] = t
 
     # ---- rows ----
 

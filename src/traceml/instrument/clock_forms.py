@@ -107,7 +107,6 @@ class CellClock(StepClock):
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         hot = ClosureCells(tuple(name for name, value in vars(CellClock).items() if isinstance(value, CellField)))
         self.cells, self.bind = hot.by_name, hot.bind
-        self.open_user_phases: list[list[Any]] = []  # [phase, enclosing phase, start], innermost last
         super().__init__(flight, listener, thread=thread)
         self.commit = _make_commit(self)
 
@@ -148,14 +147,6 @@ class CellClock(StepClock):
             self.open_slots[_USER] = stack[-1][2] if stack else 0
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
-
-    def book_user_phases(self, t: int) -> None:
-        """Add the time until `t` of the open user phases, as a step ends inside them."""
-        for entry in self.open_user_phases:
-            phase, previous, start = entry
-            self.add(phase.bucket, t - start)
-            self.add(previous, start - t)
-            entry[2] = t
 
 
 def _make_commit(clock: CellClock) -> Callable[[int], None]:

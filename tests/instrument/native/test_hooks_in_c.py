@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from tests.instrument.conftest import Traced
+from traceml.database.schema import Phase
 from traceml.instrument import forward
 from traceml.instrument.clock_forms import CellClock
 from traceml.instrument.native import extension as native
@@ -183,7 +184,7 @@ def test_user_phases_run_no_python(traced: Traced) -> None:
 
     assert caught is error
     assert frames == []
-    assert traced.instrumentation.clock.open_users == 0
+    assert traced.flight.open_slots[Phase.USER] == 0
 
 
 @pytest.mark.parametrize("first", ["scheduler", "tracing"])

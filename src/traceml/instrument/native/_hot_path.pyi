@@ -50,7 +50,6 @@ class HotFields:
     usual_loader: Any
     input_shape: Any
     rare_times: list[int]
-    open_users: int
     commit: Callable[[int], None]
 
     def connect(

@@ -220,7 +220,6 @@ static PyMemberDef members[] = {
     TRUTH(dirty), TRUTH(detail), TRUTH(inspects),
     OBJECT(closes_at), OBJECT(batch), OBJECT(first_loader), OBJECT(usual), OBJECT(usual_loader),
     OBJECT(input_shape), OBJECT(rare_times),
-    {"open_users", T_PYSSIZET, offsetof(HotFields, open_users), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
