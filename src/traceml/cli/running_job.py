@@ -21,19 +21,20 @@ __all__ = ["aggregator_of", "running_job"]
 _CONNECT_S = 5.0
 
 
-def running_job(target: str | None, config: Config) -> Path:
+def running_job(target: str | None, config: Config, *, only_there: bool = False) -> Path:
     """Return the folder of the chosen job.
 
     Args:
         target: a run's folder, id or name, or host:port of an aggregator on this host; None: the newest running job of
             the runs folder, else of the folder that an aggregator on the usual port serves.
         config: the settings.
+        only_there: whether the user named the runs folder: a job of another one is not meant then.
 
     Raises:
         TraceMLError: it is not running, or no job is.
     """
     if target is None:
-        return _newest(_places(config))
+        return _newest([config.runs_dir.absolute()] if only_there else _places(config))
 
     host, _, port = target.rpartition(":")
     if host and port.isdigit() and not Path(target).exists():

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     """Ask the ranks of a job for their stacks, and print them."""
     options = parse(StacksOptions, argv, prog="traceml stacks")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
-    run_dir = running_job(options.run, config)
+    run_dir = running_job(options.run, config, only_there=options.runs_dir is not None)
     ranks, missing = ask_ranks(run_dir, config)
     if options.json:
         print(json.dumps(msgspec.to_builtins(stacks_document(run_dir, ranks, missing))))

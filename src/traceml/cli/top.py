@@ -47,16 +47,17 @@ class TopOptions:
 def main(argv: list[str]) -> int:
     """Show a running job until it ends or a key is pressed."""
     options = parse(TopOptions, argv, prog="traceml top")
-    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    is_named = options.runs_dir is not None
+    config = load(runs_dir=options.runs_dir) if is_named else load()
     if options.json:
-        print(current_report(running_job(options.run, config)).to_json())
+        print(current_report(running_job(options.run, config, only_there=is_named)).to_json())
         return 0
 
     console = Console(highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:
         raise UsageError("top needs a terminal; in a pipe use `traceml report`, which also works on a running job")
 
-    run_dir = running_job(options.run, config)
+    run_dir = running_job(options.run, config, only_there=is_named)
     if _watch(run_dir, console):
         print_report(current_report(run_dir), run_dir, console=console)
 

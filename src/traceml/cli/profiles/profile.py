@@ -90,7 +90,7 @@ def _operators(options: ProfileOptions, config: Config) -> int:
     if options.output and not options.output.endswith(_PACKED):
         raise UsageError(f"-o {options.output}: a profile is FILE.json or FILE.json.gz")
 
-    run_dir = running_job(options.run, config)
+    run_dir = running_job(options.run, config, only_there=options.runs_dir is not None)
     path = Path(options.output or f"{run_dir.name}.profile.json.gz")
     with closing(aggregator_of(run_dir, config, "profile")) as connection, StoreReader(run_dir / STORE_NAME) as reader:
         with _progress() as show:
