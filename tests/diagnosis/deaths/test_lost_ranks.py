@@ -87,6 +87,24 @@ def test_the_advice_is_for_the_cause(ended, advice):
     assert advice in finding.next
 
 
+@pytest.mark.parametrize(
+    ("exception", "advice"),
+    [
+        ("RuntimeError: Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR: refused",
+         "could not reach another rank"),
+        ("RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:34197", "closed its connection"),
+        ("RuntimeError: NCCL error: remote process exited or there was a network error", "closed its connection"),
+    ],
+)  # fmt: skip
+def test_a_group_that_was_never_set_up_lost_no_member(exception, advice):
+    """Where ranks could not connect, none has left: the advice is about start and network."""
+    ended = RankExit(rank=0, state="failed", code=1, exception=exception, file="train.py", line=3)
+
+    finding = rank_lost(JobFacts(exits=(ended,), world_size=2))[0]
+
+    assert advice in finding.next
+
+
 def test_a_script_that_ends_itself_is_told_with_its_text():
     """Its own words, though they look like another rank's end; of an exception that only names it, nothing changes."""
     own = RankExit(rank=0, state="failed", code=1, exception="SystemExit: nccl is missing\nask", file="a.py", line=3)

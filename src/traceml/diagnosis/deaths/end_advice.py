@@ -17,6 +17,9 @@ from traceml.process_ends import CRASHES
 
 __all__ = ["for_exit"]
 
+_NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection refused", "no route to host")
+"""What process groups say when they cannot be set up."""
+
 
 def _lacks_shared_memory(ended: RankExit) -> bool:
     text = (ended.exception or "").lower()
@@ -116,6 +119,13 @@ def _for_files(ended: RankExit, facts: JobFacts) -> str:
 
 
 def _for_peer(ended: RankExit, _facts: JobFacts) -> str:
+    if any(words in (ended.exception or "").lower() for words in _NOT_CONNECTED):
+        return (
+            f"Rank {ended.rank} could not reach another rank: look in the output for one that ended, or that started "
+            "later than the time limit of init_process_group allows; between hosts, check the interface "
+            "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and the firewall."
+        )
+
     return (
         "Another rank closed its connection while it still ran: look for destroy_process_group(), an early return "
         f"or a caught exception on the others; the full traceback of rank {ended.rank} is in the run's output."
