@@ -25,6 +25,8 @@ BENCHMARKS: dict[str, list[str]] = {
     "retention": [],
     "tracking": [],
     "diagnosis_accuracy": ["--runs", "150"],
+    "hang_times": [],
+    "stacks": [],
     "compare_runs": [],
     "fleet": [],
     "report_page": [],
