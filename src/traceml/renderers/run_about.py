@@ -13,7 +13,7 @@ from traceml.runs.about import About, package_versions
 __all__ = ["about_facts", "machine_text"]
 
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
-             "mlflow", "wandb", "clearml", "aim", "tensorboard")  # fmt: skip
+             "mlflow", "wandb", "clearml", "aim", "tensorboard", "trackio")  # fmt: skip
 _HOSTS = 16
 
 

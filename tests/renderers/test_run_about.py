@@ -1,0 +1,21 @@
+"""Facts to repeat a run, as page and report list them."""
+
+from __future__ import annotations
+
+from tests.renderers.reports import healthy
+from traceml.renderers.run_about import about_facts
+from traceml.renderers.views import run_view
+from traceml.runs.about import About
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import BUILT_IN
+
+
+def test_versions_of_all_trackers_are_listed() -> None:
+    """Of many installed packages the important ones are shown, those of each tracker among them."""
+    trackers = sorted(set(BUILT_IN[PluginType.BACKEND]) - {"jsonl"})  # it needs no library
+    installed = [f"{name}==1.2" for name in ("torch", "unrelated", *trackers)]
+
+    facts = dict(about_facts(run_view(healthy()), About(environment={"packages": installed})))
+
+    shown = facts["packages"].split(", ")
+    assert sorted(shown) == sorted(["torch 1.2", *(f"{name} 1.2" for name in trackers)])
