@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from traceml.instrument.import_hook import is_imported
+
 __all__ = ["TRAINERS", "imported_trainers"]
 
 _LIGHTNING_STEPS = ("training_step", "validation_step")
@@ -69,8 +71,4 @@ def _count_on(hooks: Any, step: int) -> None:
 
 def imported_trainers() -> list[str]:
     """Return the modules of `TRAINERS` that are imported; not those whose import has not ended."""
-    return [name for name in TRAINERS if (module := sys.modules.get(name)) is not None and not _begun(module)]
-
-
-def _begun(module: Any) -> bool:
-    return bool(getattr(module.__spec__, "_initializing", False))
+    return [name for name in TRAINERS if is_imported(name)]

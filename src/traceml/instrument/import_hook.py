@@ -1,29 +1,43 @@
 """Post-import hook: callbacks that run as soon as a module has been imported.
 
 `traceml run` installs the hooks before the script runs, when torch is not imported yet. Importing it ourselves would
-take that decision from the script.
+take that decision from the script. With `TRACEML=1` tracing starts inside the import of torch, which may be inside that
+of a framework: such a module is in `sys.modules`, but has no classes yet. Its import ends by clearing a flag of its
+spec, so the spec gets a class that calls back then.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["PostImportHook"]
+__all__ = ["PostImportHook", "is_imported"]
+
+_FLAG = "_initializing"
+_CALLBACKS = "_traceml_callbacks"
+
+
+def is_imported(name: str) -> bool:
+    """Return whether a module is imported, and its import has ended."""
+    return name in sys.modules and not getattr(getattr(sys.modules[name], "__spec__", None), _FLAG, False)
 
 
 class PostImportHook:
     """Import finder that finds nothing itself, but runs a callback after the execution of certain modules."""
 
     def __init__(self, callbacks: dict[str, Callable[[], None]]) -> None:
-        self._waiting = {name: callback for name, callback in callbacks.items() if name not in sys.modules}
+        self._waiting = {name: callback for name, callback in callbacks.items() if not is_imported(name)}
         self._searching = False
 
     def install(self) -> None:
         """Start watching, unless all modules are already imported."""
+        for name in [each for each in self._waiting if each in sys.modules and not is_imported(each)]:
+            _when_ended(sys.modules[name].__spec__, functools.partial(self._ended, name))
+
         if self._waiting:
             sys.meta_path.insert(0, self)
 
@@ -70,11 +84,41 @@ class PostImportHook:
             finally:
                 loader.__dict__.pop("exec_module", None)
 
-            callback = self._waiting.pop(name, None)
-            if callback is not None:
-                callback()
+            self._ended(name)
 
         try:
             loader.exec_module = exec_module
         except AttributeError:
             pass  # a loader written in C, shared by modules: torch has none
+
+    def _ended(self, name: str) -> None:
+        callback = self._waiting.pop(name, None)
+        if callback is not None and name in sys.modules:
+            callback()
+
+
+class _BegunSpec(ModuleSpec):
+    """The spec of a module whose import goes on: as before once it has ended."""
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(vars(self)[_FLAG])
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        vars(self)[_FLAG] = value
+        if value:
+            return
+
+        self.__class__ = ModuleSpec  # type: ignore[assignment]
+        for callback in vars(self).pop(_CALLBACKS):
+            callback()
+
+
+def _when_ended(spec: ModuleSpec | None, callback: Callable[[], None]) -> None:
+    """Call back when the import of a module has ended; never where another import system made its spec."""
+    if type(spec) is ModuleSpec:
+        vars(spec)[_CALLBACKS] = []
+        spec.__class__ = _BegunSpec
+    if type(spec) is _BegunSpec:
+        vars(spec)[_CALLBACKS].append(callback)

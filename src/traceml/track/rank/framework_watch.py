@@ -6,11 +6,10 @@ The capture costs 15 ms of imports, so it is loaded when the script imports a fr
 from __future__ import annotations
 
 import logging
-import sys
 from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
-from traceml.instrument.import_hook import PostImportHook
+from traceml.instrument.import_hook import PostImportHook, is_imported
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
@@ -35,7 +34,7 @@ def watch_frameworks(recorder: Recorder) -> None:
     """
     names = recorder.config.frameworks
     modules = {module for name in names for module in MODULES.get(name, ())}
-    if modules & sys.modules.keys() or not set(names) <= MODULES.keys():
+    if any(map(is_imported, modules)) or not set(names) <= MODULES.keys():
         _capture()
         return
 
