@@ -212,6 +212,42 @@ def test_columns_of_a_table_are_no_tokens(traced: Traced, make: Callable[[], nn.
     assert [info["tokens"] for info in traced.info if info["kind"] == "input"] == [are_tokens]
 
 
+class Sequences(nn.Module):
+    """A recurrent model, called with positions first or with samples first."""
+
+    def __init__(self, *, batch_first: bool, transposes: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.transposes = nn.Embedding(9, 4), transposes
+        self.rnn = nn.LSTM(4, 4, batch_first=batch_first)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(self.embedding(x.t() if self.transposes else x))[0].mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "has_loader", "counts"),
+    [
+        (lambda: Sequences(batch_first=False), False, False),
+        (lambda: Sequences(batch_first=True), False, True),
+        (lambda: Sequences(batch_first=False, transposes=True), True, True),
+        (lambda: Table(6, looks_up=True), False, True),
+    ],
+)
+def test_positions_are_no_samples(
+    traced: Traced, make: Callable[[], nn.Module], *, has_loader: bool, counts: bool
+) -> None:
+    """The first dimension may count positions where a module takes these first, unless the loader has made it."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = torch.randint(9, (10, 6))
+    for x in DataLoader(batches, batch_size=5) if has_loader else batches.split(5):
+        model(x).backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(5, 30)] * 2
+    assert [info["batch_first"] for info in traced.info if info["kind"] == "input"] == [counts]
+
+
 def test_fingerprints_are_of_the_first_batches_of_an_epoch(traced: Traced) -> None:
     """The first three batches that are trained on have a fingerprint; of evaluation there is none."""
     model = nn.Linear(4, 1)

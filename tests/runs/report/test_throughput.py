@@ -84,6 +84,13 @@ def test_text_has_tokens_too(tmp_path):
     assert steps.tokens_per_second == pytest.approx(1024 * steps.per_second, rel=1e-4)
 
 
+def test_positions_first_have_tokens_only(tmp_path):
+    """Where the first dimension may count positions, samples are not known."""
+    steps = steps_of(tmp_path / "run", inputs=({**TEXT, "batch_first": False},))
+
+    assert (steps.samples_per_step, steps.tokens_per_step) == (None, 1024)
+
+
 def test_a_long_run_is_counted_from_its_sums(tmp_path):
     """Where only some rows are read, all of them count."""
     steps = steps_of(tmp_path / "run", inputs=(TEXT,), steps=1000, most_rows=200)

@@ -66,6 +66,15 @@ def test_images_are_no_tokens_and_unknown_sizes_no_samples() -> None:
 
 
 @pytest.mark.parametrize("count", [300, 3000])
+def test_positions_first_are_no_samples(count: int) -> None:
+    """Tokens are counted where samples are not known, also after the facts were dropped."""
+    found = derive([*info(0, {**TEXT, "batch_first": False}), *steps(1, count)], interval_s=1)
+
+    assert named(found, "traceml/samples_per_s") == []
+    assert named(found, "traceml/tokens_per_s")
+
+
+@pytest.mark.parametrize("count", [300, 3000])
 def test_ranks_with_equal_batches_count_once(count: int) -> None:
     """Also after the facts of the ranks were dropped, and whatever was forgotten between frames."""
     split = {"kind": "model", "parallel": "dtensor"}

@@ -32,6 +32,8 @@ class BatchHistory:
         """Backward passes of a step, and those of them that average gradients; None where it is not known."""
         self.tokens = False
         """Whether the model's input is integers by sample and position, as in language models."""
+        self.batch_first = True
+        """Whether the first dimension of the input counts samples."""
         self._sequence: tuple[int, int] | None = None
         self._communicates = False
         self.group_size = 0
@@ -66,6 +68,7 @@ class BatchHistory:
         """Take the facts of a rank's first input of the model."""
         self._inputs.setdefault(rank, (row.get("dtype"), row.get("dimensions")))
         self.tokens = self.tokens or bool(row.get("tokens"))
+        self.batch_first = self.batch_first and bool(row.get("batch_first", True))
 
     def steps(self, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.STEPS`: do the ranks call collectives in their steps?"""

@@ -11,6 +11,7 @@ __all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts", "tra
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
 _TOKEN_TYPES = ("torch.int64", "torch.int32")
+_SEQUENCES = (2, 3)  # dimensions of a batch of sequences, of numbers and of vectors
 _HUGGING_FACE = ("transformers.", "sentence_transformers.", "trl.")  # trainers that take TrainingArguments
 _FASTAI = "fastai.data.load"
 _MAX_RANKS = 256
@@ -116,19 +117,29 @@ def _wrapper_of(module: Any, *names: str) -> Any:
     return next((each for each in module.modules() if type(each).__name__ in names), None)
 
 
-def input_facts(tensor: Any, model: Any = None) -> dict[str, Any]:
+def input_facts(tensor: Any, model: Any = None, batch_size: int | None = None) -> dict[str, Any]:
     """Describe the input of the model.
 
     Args:
         tensor: the first one.
         model: the called model, None where it is not known.
+        batch_size: of the loader, None without one.
     """
     return {
         "kind": "input",
         "dtype": str(tensor.dtype),
         "dimensions": tensor.dim(),
         "tokens": _are_tokens(tensor, model),
+        "batch_first": not _may_be_sequence_first(tensor, model) or batch_size == int(tensor.shape[0]),
     }
+
+
+def _may_be_sequence_first(tensor: Any, model: Any) -> bool:
+    """Return whether a tensor's first dimension may count positions: torch's RNNs and transformers take these first."""
+    if tensor.dim() not in _SEQUENCES or model is None:
+        return False
+
+    return any(getattr(module, "batch_first", None) is False for module in model.modules())
 
 
 def _are_tokens(tensor: Any, model: Any) -> bool:

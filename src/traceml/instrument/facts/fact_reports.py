@@ -67,7 +67,7 @@ class FactReports:
         """Report the input of a model."""
         from traceml.instrument.facts.descriptions import input_facts
 
-        self.report(input_facts(tensor, model))
+        self.report(input_facts(tensor, model, self._reported.get("loader", {}).get("batch_size")))
 
     def model(self, module: Any) -> None:
         """Report a model, and count the reductions of its gradients from now on."""

@@ -34,7 +34,8 @@ def put_batch_sizes(section: StepsSection, digest: Digest, steps: AlignedSteps |
         return
 
     section.data_ranks = len(distinct)
-    section.samples_per_step = significant(float(samples[rows].sum()))
+    if batches.batch_first:
+        section.samples_per_step = significant(float(samples[rows].sum()))
     if batches.tokens:
         section.tokens_per_step = significant(float(elements[rows].sum()))
 

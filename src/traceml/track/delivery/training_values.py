@@ -19,7 +19,7 @@ __all__ = ["TRAINING_TABLES", "TrainingValues"]
 
 TRAINING_TABLES = (INFO.name, FINGERPRINTS.name, LOSSES.name)
 _KINDS = ("model", "input")
-_FACTS = ("parallel", "gradient_size", "gradient_ranks", "dtype", "dimensions", "tokens")
+_FACTS = ("parallel", "gradient_size", "gradient_ranks", "dtype", "dimensions", "tokens", "batch_first")
 _FINGERPRINTS = 6  # of each rank
 _KNOWN_RANKS = 512  # facts of further ranks are not kept
 _DECIDED_STEPS = 1024  # who has data of its own is decided until then
@@ -68,12 +68,13 @@ class TrainingValues:
         """
         sizes, losses = self._memory.pop("sizes", None), self._ready_losses(step, last=last)
         values = {"traceml/loss": float(np.mean([_mean(each) for each in losses]))} if losses else {}
-        distinct, has_tokens = self._data_ranks(ranks, step)
+        distinct, has_tokens, has_samples = self._data_ranks(ranks, step)
         if sizes is None or not sizes["samples"] or not distinct or steps_per_s is None:
             return values
 
         per_row = distinct * steps_per_s / sizes["steps"]
-        values["traceml/samples_per_s"] = sizes["samples"] * per_row
+        if has_samples:
+            values["traceml/samples_per_s"] = sizes["samples"] * per_row
         if has_tokens:
             values["traceml/tokens_per_s"] = sizes["elements"] * per_row
 
@@ -100,20 +101,20 @@ class TrainingValues:
         known: dict[str, Any] = self._memory.setdefault("facts", {}).setdefault(str(stream.rank), {})
         return known
 
-    def _data_ranks(self, ranks: list[int], step: int) -> tuple[int, bool]:
-        """Return the number of ranks with data of their own, 0 where not known, and whether it is text."""
+    def _data_ranks(self, ranks: list[int], step: int) -> tuple[int, bool, bool]:
+        """Return the number of ranks with data of their own, 0 where not known; is it text, are samples counted?"""
         if (decided := self._memory.get("decided")) is not None:
-            return int(decided[0]), bool(decided[1])
+            return int(decided[0]), bool(decided[1]), all(decided[2:])
 
         batches = self._history()
         distinct = batches.distinct_ranks(ranks)
         if distinct:
             self._memory["repeating"] = sorted(set(ranks) - set(distinct))
         if step >= _DECIDED_STEPS:
-            self._memory["decided"] = [len(distinct), batches.tokens]
+            self._memory["decided"] = [len(distinct), batches.tokens, batches.batch_first]
             self._memory.pop("facts", None)
 
-        return len(distinct), batches.tokens
+        return len(distinct), batches.tokens, batches.batch_first
 
     def _history(self) -> BatchHistory:
         batches = BatchHistory()
