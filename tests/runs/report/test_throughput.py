@@ -84,6 +84,17 @@ def test_text_has_tokens_too(tmp_path):
     assert steps.tokens_per_second == pytest.approx(1024 * steps.per_second, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [(np.full(9, 8), 8), (np.array([8, 8, 8, 8, 8, 8, 8, 8, 6]), 7.67), (np.arange(300, 1200, 100), None)],
+)
+def test_few_steps_of_an_accumulation_are_counted(tmp_path, samples, expected):
+    """Nine steps of two batches each have one size, or two with the end of an epoch; those of graphs have nine."""
+    found = steps_of(tmp_path / "run", ranks=1, samples=samples, steps=9, loader={"batch_size": 4, "training": True})
+
+    assert found.samples_per_step == (None if expected is None else pytest.approx(expected, rel=0.02))
+
+
 def test_positions_first_have_tokens_only(tmp_path):
     """Where the first dimension may count positions, samples are not known."""
     steps = steps_of(tmp_path / "run", inputs=({**TEXT, "batch_first": False},))

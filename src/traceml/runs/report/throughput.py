@@ -16,6 +16,7 @@ __all__ = ["put_batch_sizes"]
 _MOST = 0.9
 _KNOWN = 0.95
 _DISTINCT_SHARE = 0.1  # accumulation and the last batches of epochs make few sizes
+_FEW_SIZES = 3  # in a run of a few steps
 
 
 def put_batch_sizes(section: StepsSection, digest: Digest, steps: AlignedSteps | StepTotals) -> None:
@@ -57,7 +58,7 @@ def _are_parts(digest: Digest) -> bool:
 
     larger = samples > loader.batch_size
     sizes = np.unique(samples[larger])
-    return bool(larger.mean() > _MOST and len(sizes) > _DISTINCT_SHARE * samples.shape[1])
+    return bool(larger.mean() > _MOST and len(sizes) > max(_FEW_SIZES, _DISTINCT_SHARE * samples.shape[1]))
 
 
 def _by_rank(values: Floats, steps: AlignedSteps | StepTotals) -> Floats:
