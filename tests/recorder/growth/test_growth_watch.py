@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import mmap
 import sys
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+import psutil
 import pytest
 import torch
 
@@ -236,51 +234,34 @@ def test_a_sum_of_losses_has_a_long_graph() -> None:
 
 
 class Watched:
-    """A watch over this thread, with a clock and steps that the test moves."""
+    """A watch over this thread, with a clock, steps and an amount of memory that the test moves.
 
-    def __init__(self, is_user: Callable[[Any], bool] = is_here) -> None:
+    That of this process does not do: what earlier tests have freed is used again, and the kernel takes pages back.
+    """
+
+    def __init__(self, bytes_per_turn: int = 10 << 20) -> None:
         self.notes: list[dict[str, Any]] = []
         self.slots = [0] * OPEN_SLOTS
-        self.at_ns = 0
+        self.at_ns, self.used_bytes, self.bytes_per_turn = 0, 1 << 30, bytes_per_turn
         ident = threading.get_ident()
-        self.watch = GrowthWatch(self.slots, lambda: ident, is_user, self.note, lambda: self.at_ns)
+        self.watch = GrowthWatch(self.slots, lambda: ident, is_here, self.note, lambda: self.at_ns)
+        self.watch._read_bytes = lambda: self.used_bytes  # type: ignore[method-assign]
 
     def note(self, kind: str, **facts: Any) -> None:
         self.notes.append({"kind": kind, **facts})
 
     def turn(self) -> None:
         self.at_ns += SECOND
+        self.used_bytes += self.bytes_per_turn
         self.slots[Slot.STEP] += 10
         self.watch(last=False)
-
-
-def test_a_reading_that_found_nothing_is_done_again() -> None:
-    """A collection of garbage on the reading thread takes tens of milliseconds: more than a reading may take."""
-    collections = 0
-
-    def is_user(frame: Any) -> bool:
-        nonlocal collections
-        until_ns = time.thread_time_ns() + 2 * BUDGET_NS
-        while not collections and time.thread_time_ns() < until_ns:
-            pass
-
-        collections += 1
-        return is_here(frame)
-
-    watched, images = Watched(is_user), []
-    for _ in range(16):
-        images += [bytearray(1 << 20) for _ in range(10)]
-        watched.turn()
-
-    (note,) = watched.notes
-    assert [each["path"] for each in note["grown"] if each["item"] == "bytearray"] == ["images"]
 
 
 def test_the_list_that_grows_with_memory_is_noted() -> None:
     """Twelve turns later, once: its rate per step, its line, and the cost of reading."""
     watched, kept = Watched(), []
     for _ in range(16):
-        kept.extend(bytearray(1 << 20) for _ in range(10))
+        kept.extend(bytearray(1 << 10) for _ in range(10))
         watched.turn()
 
     (note,) = watched.notes
@@ -288,19 +269,18 @@ def test_the_list_that_grows_with_memory_is_noted() -> None:
     assert (note["kind"], grown["kind"], grown["per_step"]) == ("growth", "list", 1.0)
     assert grown["function"] == "test_the_list_that_grows_with_memory_is_noted"
     assert "kept.extend" in Path(__file__).read_text().splitlines()[grown["line"] - 1]
-    assert grown["item_bytes"] >= 1 << 20
+    assert grown["item_bytes"] >= 1 << 10
     assert note["cost_ms"] < 1000
 
 
 @pytest.mark.parametrize("turns_per_element", [40, 100])
-def test_a_list_that_grows_in_each_epoch_is_noted(turns_per_element: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_that_grows_in_each_epoch_is_noted(turns_per_element: int) -> None:
     """Memory grows by little in a minute, and not at all in most of it."""
-    watched, epochs = Watched(), [mmap.mmap(-1, 4096) for _ in range(8)]
-    # On a busy machine the kernel takes back pages of files meanwhile.
-    monkeypatch.setattr(watched.watch, "_read_bytes", lambda: (1 << 30) + sum(map(len, epochs)))
+    watched, epochs = Watched(0), [bytearray(16) for _ in range(8)]
     for turn in range(16 * turns_per_element):
         if turn % turns_per_element == 0:
-            epochs.append(mmap.mmap(-1, 8 << 20))
+            epochs.append(bytearray(16))
+            watched.used_bytes += 8 << 20
 
         watched.turn()
 
@@ -310,9 +290,16 @@ def test_a_list_that_grows_in_each_epoch_is_noted(turns_per_element: int, monkey
     assert 0.9 <= grown[0]["per_step"] * steps_per_element <= 2.1  # it begins at any time between two elements
 
 
+def test_memory_of_this_process_is_read() -> None:
+    """Its resident memory, as the kernel counts it."""
+    read_bytes = GrowthWatch([], threading.get_ident, is_here, print)._read_bytes
+
+    assert read_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+
+
 def test_containers_are_not_read_while_memory_is_level() -> None:
     """A list of numbers grows, memory does not."""
-    watched, numbers = Watched(), []
+    watched, numbers = Watched(0), []
     for number in range(40):
         numbers += [number]
         watched.turn()
@@ -333,18 +320,16 @@ def more_of(kind: str, kept: Any) -> Any:
         case "str":
             return ("" if kept is None else kept) + "x" * (8 << 20)
         case _:
-            return [*(kept or ()), *(bytearray(1 << 20) for _ in range(8))]
+            return [*(kept or ()), *(bytearray(1 << 10) for _ in range(8))]
 
 
 @pytest.mark.parametrize(
     ("kind", "per_step"),
     [("ndarray", 104857.6), ("Tensor", 104857.6), ("DataFrame", 104857.6), ("str", 838860.8), ("list", 0.8)],
 )
-def test_what_grows_by_copies_is_noted(kind: str, per_step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_grows_by_copies_is_noted(kind: str, per_step: float) -> None:
     """A longer one takes its place in each step, so that it is another object each time."""
     watched, longer, batch = Watched(), None, None
-    # Memory of earlier tests may be used again, so that this process needs no more.
-    monkeypatch.setattr(watched.watch, "_read_bytes", lambda: (1 << 30) + watched.slots[Slot.STEP] * (1 << 20))
     for _ in range(16):
         longer = more_of(kind, longer)
         batch = np.zeros(1 << 20)
@@ -366,7 +351,6 @@ def test_a_copy_where_another_container_was_is_known_by_its_path(monkeypatch: py
     other = HeldObjects("other", __file__, "main", "list", 9, "int", 32, holds_graph=False, of_dataset=False)
     kept = other._replace(path="kept", item="bytearray", item_bytes=1 << 20, size=80)
     readings = iter([{("", 1): other, ("", 2): kept}, {("", 1): kept._replace(size=160)}])
-    monkeypatch.setattr(watched.watch, "_read_bytes", lambda: (1 << 30) + watched.slots[Slot.STEP] * (1 << 20))
     monkeypatch.setattr(watched.watch, "_read_containers", lambda: next(readings))
     for _ in range(16):
         watched.turn()

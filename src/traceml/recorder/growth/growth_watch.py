@@ -102,8 +102,7 @@ class GrowthWatch:
         if _grows(self._readings):
             began = time.thread_time_ns()
             containers = self._read_containers()
-            if containers:  # else a garbage collection on this thread has taken all of the time for it
-                self._first = _First(now, step, used_bytes, time.thread_time_ns() - began, containers)
+            self._first = _First(now, step, used_bytes, time.thread_time_ns() - began, containers)
 
     def _take(self, used_bytes: int) -> None:
         self._readings.append(used_bytes)
