@@ -12,7 +12,7 @@ JOBS   ?= $(shell expr $$(nproc) + 2)
 
 .PHONY: demo check test frameworks lint types style unit system docs bench accuracy faults soak fuzz audit release compatibility clean
 
-$(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE:=/*.[ch]))
+$(VENV)/.base: pyproject.toml constraints.txt hatch_build.py src/traceml/database/schema.py $(wildcard $(NATIVE:=/*.[ch]))
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing traceml with its demonstration into $(VENV) (once)"

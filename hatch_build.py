@@ -9,6 +9,7 @@ Python's headers, the package is installed without them and gives the same answe
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+_SCHEMA = Path("src", "traceml", "database", "schema.py")
 _COMMON = ("-std=gnu11", "-shared", "-fPIC")
 
 
@@ -111,6 +113,9 @@ def build(root: Path, part: Part, flags: tuple[str, ...] = ()) -> Path:
     if not compiler:
         raise BuildError("no C compiler")
 
+    if part is HOT_PATH:
+        _write_header(root)
+
     unfinished = folder / f"{part.library}.{os.getpid()}"
     sources = [str(folder / source) for source in part.sources]
     command = [*compiler, *_COMMON, *part.flags, *flags, "-o", str(unfinished), *sources]
@@ -124,6 +129,23 @@ def build(root: Path, part: Part, flags: tuple[str, ...] = ()) -> Path:
         raise BuildError(f"{shlex.join(command)} failed: {result.stderr.strip()}")
 
     return unfinished.replace(root / part.path)  # atomic: other processes may have the old one mapped
+
+
+def _write_header(root: Path) -> None:
+    """Write the numbers of phases, slots and columns that the hooks in C are compiled with."""
+    layout = runpy.run_path(str(root / _SCHEMA), run_name="schema")["native_layout"]()
+    text = (
+        f"/* Generated from {_SCHEMA.name} by hatch_build.py. */\n"
+        f"enum {{ {', '.join(layout.split())} }};\n"
+        f'#define LAYOUT "{layout}"\n'
+    )
+    header = root / HOT_PATH.folder / "schema.h"
+    if header.exists() and header.read_text() == text:
+        return  # `make` compares its time
+
+    unfinished = header.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(header)
 
 
 def _compiler() -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,10 +20,8 @@ pytestmark = [pytest.mark.process, pytest.mark.needs("compiler")]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A source tree with the sources of the native parts."""
-    for part in (SCANNER, HOT_PATH):
-        shutil.copytree(ROOT / part.folder, tmp_path / part.folder, ignore=shutil.ignore_patterns("*.so"))
-
+    """A source tree without native parts."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 
 
@@ -50,3 +51,38 @@ def test_free_threaded_python_gets_no_hooks_in_c(tree: Path, monkeypatch: pytest
         build(tree, HOT_PATH)
 
     assert build(tree, SCANNER).exists()
+
+
+TRAIN = """
+import torch, traceml
+from traceml.instrument.native.extension import extension
+
+traceml.init(local=True, quiet=True)
+net = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+for _ in range(20):
+    net(torch.ones(3, 2)).mean().backward()
+    optimizer.step()
+
+traceml.shutdown()
+steps = traceml.load_run().steps()
+print(traceml.__file__, extension() is not None, len(steps), steps["warmup_ns"].sum(), (steps["forward_ns"] > 0).all())
+"""
+
+
+def test_a_new_phase_is_one_line_of_the_schema(tree: Path) -> None:
+    """The hooks in C are compiled for it, and write its column as one without time."""
+    schema = tree / "src" / "traceml" / "database" / "schema.py"
+    text = schema.read_text()
+    last = re.search(r"    USER = (\d+), .*\n", text)
+    assert last is not None
+    new = f'    WARMUP = {int(last[1]) + 1}, "heating the device"\n'
+    schema.write_text(text[: last.end()] + new + text[last.end() :])
+    build(tree, HOT_PATH)
+
+    environ = {**os.environ, "PYTHONPATH": str(tree / "src")}
+    command = [sys.executable, "-c", TRAIN]
+    done = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True, timeout=240, check=False)
+
+    assert done.stderr == ""
+    assert done.stdout.split() == [str(tree / "src" / "traceml" / "__init__.py"), "True", "20", "0", "True"]

@@ -67,6 +67,7 @@ __all__ = [
     "StepBits",
     "StepFlag",
     "Table",
+    "native_layout",
     "other_ns",
     "pack_bits",
     "unpack_bits",
@@ -598,3 +599,14 @@ TABLES: dict[str, Table | Log] = {
     **{table.name: table for table in PACKED},
     **{log.name: log for log in (*LOGS, BLOBS)},
 }
+
+
+def native_layout() -> str:
+    """Return `NAME=number ...` of phases, open slots and the columns that the hooks in C write, as these spell them."""
+    names = [(f"PHASE_{phase.name}", phase.value) for phase in Phase]
+    names += [("PHASE_OTHER", len(Phase)), *((f"SLOT_{slot.name}", slot.value) for slot in Slot)]
+    for table in (STEPS, METRICS):
+        columns = [*table.names, "columns"]
+        names += [(f"{table.name}_{column}".upper(), number) for number, column in enumerate(columns)]
+
+    return " ".join(f"{name}={number:d}" for name, number in names)

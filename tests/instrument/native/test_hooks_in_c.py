@@ -376,7 +376,7 @@ def _missing(_name: str) -> ModuleType:
 
 def _other_version(_name: str) -> ModuleType:
     module = ModuleType("other")
-    module.__file__, module.LAYOUT = "other.so", (1, 2, 3)
+    module.__file__, module.LAYOUT = "other.so", "PHASE_FORWARD=1"
     return module
 
 

@@ -24,7 +24,7 @@ _FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-
 def library(tmp_path: Path) -> Path:
     """The hooks with checks of each access to memory and of each operation."""
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT / HOT_PATH.folder, tree / HOT_PATH.folder, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     try:
         return build(tree, HOT_PATH, _FLAGS)
     except BuildError as error:

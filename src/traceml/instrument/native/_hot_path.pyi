@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Self
 
-LAYOUT: tuple[int, ...]
+LAYOUT: str
 
 def use_time(source: Callable[[], int] | None) -> None: ...
 def type_changed(changed: type[Any]) -> None: ...

@@ -16,7 +16,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.schema import METRICS, STEPS, Phase, Slot
+from traceml.database.schema import Phase, native_layout
 from traceml.installation import free_threading_limits
 
 if TYPE_CHECKING:
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["extension", "show_torch", "use_time"]
 
-_LAYOUT = (
-    *(int(phase) for phase in (Phase.INPUT_WAIT, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.USER)),
-    len(Phase),
-    *(int(slot) for slot in (Slot.STEP_START, Slot.STEP, Slot.USER_NAME)),
-    STEPS.row_bytes,
-    METRICS.row_bytes,
-)
 _NAME = "traceml.instrument.native._hot_path"
 _log = logging.getLogger("traceml")
 
@@ -59,8 +52,10 @@ def _load() -> Any:
         _log.debug("the hooks in Python are used: %s", error)
         return None
 
-    if loaded.LAYOUT != _LAYOUT:
-        _log.warning("%s belongs to another version of traceml. Install the package again", loaded.__file__)
+    if native_layout() != loaded.LAYOUT:
+        _log.warning(
+            "%s was built for other columns, so tracing costs more. Install the package again", loaded.__file__
+        )
         return None
 
     return loaded if _add_methods(loaded) else None

@@ -123,12 +123,12 @@ static inline int begin_forward(Hook *hook, PyObject *const *args, Py_ssize_t n,
     else if (hot->closes_at == hot->on_forward)
         status = commit_step(hot, *t);
 
-    return status ? -1 : begin_phase(hot, FORWARD, *t);
+    return status ? -1 : begin_phase(hot, PHASE_FORWARD, *t);
 }
 
 /* A forward inside one of these phases is part of it. */
 static inline int is_part_of_phase(const HotFields *hot) {
-    return hot->current == FORWARD || hot->current == BACKWARD || hot->current == INPUT_WAIT;
+    return hot->current == PHASE_FORWARD || hot->current == PHASE_BACKWARD || hot->current == PHASE_INPUT_WAIT;
 }
 
 PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
@@ -142,7 +142,7 @@ PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyO
     if (!LIKELY(!failed) && fail_open(hot)) return NULL;
 
     PyObject *result = call_original(hook, args, nargsf, names);
-    return failed ? result : checked(result, end_phase(hot, result, FORWARD, &hot->forward_ns, t, &spent));
+    return failed ? result : checked(result, end_phase(hot, result, PHASE_FORWARD, &hot->forward_ns, t, &spent));
 }
 
 int prepare_forward(Hook *hook, PyObject *numel, size_t grad_mode) {

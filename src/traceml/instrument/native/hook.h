@@ -34,7 +34,7 @@ COLD int end_watched(HotFields *hot, PyObject *result, int phase, long long *buc
 
 static inline Py_ssize_t count_of(size_t nargsf) { return (Py_ssize_t)(nargsf & ~ARGUMENTS_OFFSET); }
 
-static inline int is_usual(HotFields *hot) { return hot->current == OTHER && is_training_thread(hot); }
+static inline int is_usual(HotFields *hot) { return hot->current == PHASE_OTHER && is_training_thread(hot); }
 
 static inline int begin_phase(HotFields *hot, int phase, long long t) {
     hot->current = phase;
@@ -47,7 +47,7 @@ static inline int book(HotFields *hot, int phase, long long *bucket, long long s
 
     *spent = now - start;
     *bucket += *spent;
-    hot->current = OTHER;
+    hot->current = PHASE_OTHER;
     return set_word(hot, phase, 0);
 }
 

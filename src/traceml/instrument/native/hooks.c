@@ -41,7 +41,7 @@ static inline int begin_backward(Hook *hook, PyObject *tensors, long long *t) {
         if (!result) return -1;
     }
 
-    return read_clock(t) ? -1 : begin_phase(hot, BACKWARD, *t);
+    return read_clock(t) ? -1 : begin_phase(hot, PHASE_BACKWARD, *t);
 }
 
 static PyObject *call_backward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
@@ -57,7 +57,7 @@ static PyObject *call_backward(PyObject *self, PyObject *const *args, size_t nar
     PyObject *result = PyObject_Vectorcall(hook->original, args, nargsf, names);
     if (failed) return result;
 
-    int status = end_phase(hot, result, BACKWARD, &hot->backward_ns, t, &spent);
+    int status = end_phase(hot, result, PHASE_BACKWARD, &hot->backward_ns, t, &spent);
     if (status > 0) {
         hot->backwards++;
         hot->samples += hot->input_samples;
@@ -78,7 +78,7 @@ static PyObject *call_step(PyObject *self, PyObject *const *args, size_t nargsf,
         return call_slow(hook, args, nargsf, names);
 
     long long t, spent;
-    int failed = read_clock(&t) ? -1 : begin_phase(hot, OPTIMIZER, t);
+    int failed = read_clock(&t) ? -1 : begin_phase(hot, PHASE_OPTIMIZER, t);
     if (!LIKELY(!failed) && fail_open(hot)) return NULL;
 
     PyObject *result = PyObject_Vectorcall(hook->original, args, nargsf, names);
@@ -87,7 +87,7 @@ static PyObject *call_step(PyObject *self, PyObject *const *args, size_t nargsf,
         assign(&hot->closes_at, hot->usual);
     }
 
-    return failed ? result : checked(result, end_phase(hot, result, OPTIMIZER, &hot->optimizer_ns, t, &spent));
+    return failed ? result : checked(result, end_phase(hot, result, PHASE_OPTIMIZER, &hot->optimizer_ns, t, &spent));
 }
 
 /* ---- next batch of a loader ---- */
@@ -96,7 +96,7 @@ static inline int begin_wait(HotFields *hot, PyObject *loader, long long *t) {
     if (read_clock(t)) return -1;
 
     int status = loader == hot->closes_at ? commit_step(hot, *t) : call_method(hot, "boundary", *t, loader);
-    return status ? -1 : begin_phase(hot, INPUT_WAIT, *t);
+    return status ? -1 : begin_phase(hot, PHASE_INPUT_WAIT, *t);
 }
 
 static inline int note_batch(Hook *hook, PyObject *loader, PyObject *batch) {
@@ -140,7 +140,7 @@ static PyObject *call_next(PyObject *self, PyObject *const *args, size_t nargsf,
     if (LIKELY(!failed) || !fail_open(hot)) result = PyObject_Vectorcall(hook->original, args, nargsf, names);
     else failed = 1;
 
-    if (!failed) status = end_phase(hot, result, INPUT_WAIT, &hot->input_ns, t, &spent);
+    if (!failed) status = end_phase(hot, result, PHASE_INPUT_WAIT, &hot->input_ns, t, &spent);
     if (status > 0) status = result ? note_batch(hook, loader, result) : note_end(hot, loader, spent);
     Py_DECREF(loader);
     return checked(result, status);
@@ -150,10 +150,10 @@ static PyObject *call_next(PyObject *self, PyObject *const *args, size_t nargsf,
 
 static PyObject *(*call_of(const Hook *hook))(PyObject *, PyObject *const *, size_t, PyObject *) {
     switch (hook->kind) {
-    case FORWARD: return hook->length ? call_forward : NULL;
-    case BACKWARD: return hook->helper ? call_backward : NULL;
-    case OPTIMIZER: return call_step;
-    case INPUT_WAIT: return hook->helper ? call_next : NULL;
+    case PHASE_FORWARD: return hook->length ? call_forward : NULL;
+    case PHASE_BACKWARD: return hook->helper ? call_backward : NULL;
+    case PHASE_OPTIMIZER: return call_step;
+    case PHASE_INPUT_WAIT: return hook->helper ? call_next : NULL;
     default: return NULL;
     }
 }

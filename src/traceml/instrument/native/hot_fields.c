@@ -65,20 +65,19 @@ int is_in_context(HotFields *hot) {
 
 /* Values go straight to the row: a copy of an array waits for all stores before it, also those that missed the cache. */
 static inline void write_row(HotFields *hot, long long t, long long bits) {
-    long long *row = hot->first_row + (hot->rows & hot->mask) * COLUMNS;
-    row[0] = hot->rows + hot->before;
-    row[1] = t;
-    row[2] = t - hot->seg_start;
-    row[3] = hot->input_ns;
-    row[4] = 0;
-    row[5] = hot->forward_ns;
-    row[6] = hot->backward_ns;
-    row[7] = hot->optimizer_ns;
-    row[8] = row[9] = row[10] = 0;
-    row[11] = -1;
-    row[12] = hot->elements;
-    row[13] = hot->samples;
-    row[14] = bits;
+    long long *restrict row = hot->first_row + (hot->rows & hot->mask) * STEPS_COLUMNS;
+    for (int column = 0; column < STEPS_COLUMNS; column++) row[column] = 0; /* the compiler leaves out what follows */
+    row[STEPS_STEP] = hot->rows + hot->before;
+    row[STEPS_T_END_NS] = t;
+    row[STEPS_TOTAL_NS] = t - hot->seg_start;
+    row[STEPS_INPUT_WAIT_NS] = hot->input_ns;
+    row[STEPS_FORWARD_NS] = hot->forward_ns;
+    row[STEPS_BACKWARD_NS] = hot->backward_ns;
+    row[STEPS_OPTIMIZER_NS] = hot->optimizer_ns;
+    row[STEPS_BACKWARD_OWN_NS] = -1;
+    row[STEPS_ELEMENTS] = hot->elements;
+    row[STEPS_SAMPLES] = hot->samples;
+    row[STEPS_BITS] = bits;
     hot->rows++;
     __atomic_store_n(hot->count, hot->rows, __ATOMIC_RELEASE); /* the row first, the counter afterwards */
 }
@@ -107,7 +106,7 @@ int commit_step(HotFields *hot, long long t) {
 
     write_row(hot, t, bits);
     hot->seg_start = t;
-    if (set_word(hot, STEP_START, t) || set_word(hot, STEP, hot->rows + hot->before)) return -1;
+    if (set_word(hot, SLOT_STEP_START, t) || set_word(hot, SLOT_STEP, hot->rows + hot->before)) return -1;
 
     assign(&hot->closes_at, hot->not_ready);
     hot->attempt = hot->failure = 0;
@@ -136,8 +135,8 @@ static void disconnect(HotFields *hot) {
 }
 
 static int is_in_bounds(const HotFields *hot, long long offset, long long slot) {
-    long long rows_end = offset + (hot->mask + 1) * (long long)(COLUMNS * sizeof(long long));
-    return hot->slots_buffer.len >= (STEP + 1) * (Py_ssize_t)sizeof(long long)
+    long long rows_end = offset + (hot->mask + 1) * (long long)(STEPS_COLUMNS * sizeof(long long));
+    return hot->slots_buffer.len >= (SLOT_STEP + 1) * (Py_ssize_t)sizeof(long long)
         && slot >= 0 && hot->count_buffer.len >= (slot + 1) * (Py_ssize_t)sizeof(long long)
         && offset >= 0 && offset % (long long)sizeof(long long) == 0 && hot->mask >= 0 && hot->ring_buffer.len >= rows_end;
 }

@@ -19,9 +19,7 @@ PyAPI_FUNC(PyObject *) PyObject_Vectorcall(PyObject *, PyObject *const *, size_t
 PyAPI_FUNC(PyObject *) PyVectorcall_Call(PyObject *, PyObject *, PyObject *);
 PyAPI_FUNC(PyObject *) PyWeakref_GetObject(PyObject *); /* later headers may leave it out, the stable ABI cannot */
 
-/* Numbers of phases and of words in the flight file; `LAYOUT` tells them to Python, which compares. */
-enum { INPUT_WAIT = 0, FORWARD = 2, BACKWARD = 3, OPTIMIZER = 4, USER = 7, OTHER = 8, STEP_START = 16, STEP = 17, USER_NAME = 18,
-       COLUMNS = 15, METRIC_COLUMNS = 6 };
+#include "schema.h" /* hatch_build.py writes it from database/schema.py; Python compares its `LAYOUT` with the schema */
 
 #ifndef __has_builtin
 #define __has_builtin(name) 0

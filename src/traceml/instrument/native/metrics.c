@@ -59,13 +59,13 @@ static int write_value(MetricWriter *writer, long long step, long long id, doubl
 
     struct timespec time;
     clock_gettime(CLOCK_REALTIME, &time);
-    long long *row = writer->first_row + (n & writer->mask) * METRIC_COLUMNS;
-    row[0] = time.tv_sec * 1000000000LL + time.tv_nsec;
-    row[1] = step;
-    row[2] = id;
-    memcpy(row + 3, &value, sizeof value);
-    row[4] = 0;
-    row[5] = writer->experiment;
+    long long *row = writer->first_row + (n & writer->mask) * METRICS_COLUMNS;
+    for (int column = 0; column < METRICS_COLUMNS; column++) row[column] = 0;
+    row[METRICS_T_NS] = time.tv_sec * 1000000000LL + time.tv_nsec;
+    row[METRICS_STEP] = step;
+    row[METRICS_NAME_ID] = id;
+    memcpy(row + METRICS_VALUE, &value, sizeof value);
+    row[METRICS_EXPERIMENT] = writer->experiment;
     __atomic_store_n(writer->count, n + 1, __ATOMIC_RELEASE); /* the row first, the counter afterwards */
     return 1;
 }
@@ -106,8 +106,8 @@ static void free_writer(MetricWriter *writer) {
 static void free_capsule(PyObject *capsule) { free_writer(PyCapsule_GetPointer(capsule, kind_of_writer)); }
 
 static int is_within(const MetricWriter *writer, long long offset, long long slot) {
-    const long long word = (long long)sizeof(long long), row = METRIC_COLUMNS * word;
-    return writer->slots_buffer.len >= (STEP + 1) * word && slot >= 0 && slot < writer->count_buffer.len / word
+    const long long word = (long long)sizeof(long long), row = METRICS_COLUMNS * word;
+    return writer->slots_buffer.len >= (SLOT_STEP + 1) * word && slot >= 0 && slot < writer->count_buffer.len / word
         && offset >= 0 && offset % word == 0 && offset <= writer->ring_buffer.len && writer->mask >= 0
         && writer->mask < (writer->ring_buffer.len - offset) / row;
 }
@@ -124,7 +124,7 @@ static int map_memory(MetricWriter *writer, PyObject *slots, PyObject *buffer, l
         return -1;
     }
 
-    writer->step = (long long *)writer->slots_buffer.buf + STEP;
+    writer->step = (long long *)writer->slots_buffer.buf + SLOT_STEP;
     writer->count = (long long *)writer->count_buffer.buf + slot;
     writer->first_row = (long long *)((char *)writer->ring_buffer.buf + offset);
     return 0;

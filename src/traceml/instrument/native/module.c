@@ -18,16 +18,12 @@ static PyMethodDef functions[] = {
 };
 
 static int fill(PyObject *module) {
-    PyObject *layout = Py_BuildValue("(iiiiiiiiiii)", INPUT_WAIT, FORWARD, BACKWARD, OPTIMIZER, USER, OTHER, STEP_START, STEP,
-                                     USER_NAME, (int)(COLUMNS * sizeof(long long)),
-                                     (int)(METRIC_COLUMNS * sizeof(long long)));
     PyObject *fields = (PyObject *)make_hot_fields_type(), *hook = fields ? (PyObject *)make_hook_type() : NULL;
     PyObject *user_phase = hook ? (PyObject *)make_user_phase_type() : NULL;
-    int status = layout && user_phase ? PyModule_AddObjectRef(module, "LAYOUT", layout) : -1;
+    int status = user_phase ? PyModule_AddStringConstant(module, "LAYOUT", LAYOUT) : -1;
     if (!status) status = PyModule_AddObjectRef(module, "HotFields", fields);
     if (!status) status = PyModule_AddObjectRef(module, "Hook", hook);
     if (!status) status = PyModule_AddObjectRef(module, "UserPhase", user_phase);
-    Py_XDECREF(layout);
     Py_XDECREF(hook);
     Py_XDECREF(user_phase);
     return status; /* `hot_fields_type` keeps its reference */

@@ -15,11 +15,11 @@ static int add_rare(HotFields *hot, long long bucket, long long ns) {
 
 static int add_time(HotFields *hot, long long bucket, long long ns) {
     switch (bucket) {
-    case INPUT_WAIT: hot->input_ns += ns; return 0;
-    case FORWARD: hot->forward_ns += ns; return 0;
-    case BACKWARD: hot->backward_ns += ns; return 0;
-    case OPTIMIZER: hot->optimizer_ns += ns; return 0;
-    case OTHER: return 0;
+    case PHASE_INPUT_WAIT: hot->input_ns += ns; return 0;
+    case PHASE_FORWARD: hot->forward_ns += ns; return 0;
+    case PHASE_BACKWARD: hot->backward_ns += ns; return 0;
+    case PHASE_OPTIMIZER: hot->optimizer_ns += ns; return 0;
+    case PHASE_OTHER: return 0;
     default: return add_rare(hot, bucket, ns);
     }
 }
@@ -41,7 +41,7 @@ static PyObject *new_pair(long long first, long long second) {
 
 int enter_phase(HotFields *hot, long long phase, long long *previous, long long *start) {
     *previous = hot->current;
-    if (*previous == INPUT_WAIT || *previous == phase || hot->thread != this_thread()) return 0;
+    if (*previous == PHASE_INPUT_WAIT || *previous == phase || hot->thread != this_thread()) return 0;
     if (read_clock(start)) return -1;
 
     hot->current = phase;
@@ -135,11 +135,12 @@ static int push_user(HotFields *hot, PyObject *phase, long long previous, long l
 
 static int begin_user(HotFields *hot, UserPhase *phase) {
     long long t, previous = hot->current;
-    if (previous == INPUT_WAIT || hot->thread != this_thread()) return 0;
+    if (previous == PHASE_INPUT_WAIT || hot->thread != this_thread()) return 0;
     if (read_clock(&t) || push_user(hot, (PyObject *)phase, previous, t)) return -1;
 
     hot->current = phase->bucket;
-    return add_rare(hot, phase->bucket + 1, 1) || set_word(hot, USER_NAME, phase->name_id) || set_word(hot, USER, t) ? -1 : 0;
+    int failed = add_rare(hot, phase->bucket + 1, 1) || set_word(hot, SLOT_USER_NAME, phase->name_id);
+    return failed || set_word(hot, PHASE_USER, t) ? -1 : 0;
 }
 
 static int add_user(HotFields *hot, const OpenUserPhase *open, long long t) {
@@ -177,7 +178,7 @@ static int end_user(HotFields *hot, UserPhase *phase) {
 
     OpenUserPhase *around = hot->open_users ? hot->open_user_phases + hot->open_users - 1 : NULL;
     long long name_id = around ? ((UserPhase *)around->phase)->name_id : 0, start = around ? around->start : 0;
-    return set_word(hot, USER_NAME, name_id) || set_word(hot, USER, start) ? -1 : 0;
+    return set_word(hot, SLOT_USER_NAME, name_id) || set_word(hot, PHASE_USER, start) ? -1 : 0;
 }
 
 /* Add the time until now of the open user phases, as a step ends inside them. */
