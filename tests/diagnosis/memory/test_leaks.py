@@ -202,6 +202,38 @@ def test_few_elements_are_counted_and_make_no_rate():
     assert "gained 3 elements in 180 steps, each of which holds the graph" in finding.summary
 
 
+def in_waves() -> np.ndarray:
+    """Memory of what grows by copies that take long: between two of them it is there once."""
+    at = np.arange(60)
+    return growing() + np.where(at % 7 == 0, 0, 40 * MB * at)
+
+
+TABLE = {"path": "table", "kind": "DataFrame", "item_bytes": 4 * MB, "holds_graph": False, "is_copied": True}
+
+
+def growing_table(step: int = 1000, count: int = 1000) -> dict[int, tuple]:
+    return {0: growing_of({"step": step, "steps": 20, "grown": [LIST | TABLE | {"count": count}]})}
+
+
+def test_growth_by_copies_that_come_and_go_is_reported_with_its_container():
+    """Memory itself goes up and down: one pair of samples in ten does not rise."""
+    (finding,) = leaks(memory=processes(MemoryHistory(), in_waves()), growing=growing_table(), latest=(1180,))
+
+    assert finding.evidence["container"] == "table"
+    assert "the DataFrame table (added to in train.py:41 main) gained 1 row per step" in finding.summary
+    assert finding.next.startswith("Keep less in table")
+
+
+@pytest.mark.parametrize(
+    "known",
+    [{}, growing_table(step=500), growing_table(count=400), growing_list()],
+    ids=["no container", "one that grew at first", "one that was cleared", "one that is not copied"],
+)
+def test_memory_in_waves_alone_is_no_leak(known):
+    """Nor is it one with a container that may have stopped to grow."""
+    assert not leaks(memory=processes(MemoryHistory(), in_waves()), growing=known, latest=(1180,))
+
+
 def test_a_list_of_graphs_is_reported_with_its_line():
     """It is no cache that fills, also in the first epoch."""
     first = {"loader": LoaderFacts(length=10**9, batch_size=32), "latest": (1000,)}

@@ -10,6 +10,8 @@ __all__ = ["GrowingObjects", "growing_of"]
 
 LEAST_SHARE = 0.3
 """A container explains growth if its new elements are at least this share of it."""
+LEAST_KEPT = 0.5
+"""A container is never cleared if it has so much of what came to it at its rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,7 @@ class GrowingObjects:
         count: elements, or operations of the graph.
         per_step: how many came in a step.
         steps: number of steps in which they were counted; 0 where it is not known.
+        step: the step at which they were counted last; -1 where it is not known.
         item_bytes: size of an element.
         holds_graph: whether the elements hold the graph of their computation.
         of_dataset: whether a data set holds it.
@@ -39,6 +42,7 @@ class GrowingObjects:
     item_bytes: int
     line: int | None = None
     steps: int = 0
+    step: int = -1
     holds_graph: bool = False
     of_dataset: bool = False
     is_copied: bool = False
@@ -47,6 +51,10 @@ class GrowingObjects:
     def gained(self) -> int:
         """Elements that came while they were counted."""
         return round(self.per_step * self.steps)
+
+    def is_never_cleared(self, latest: int) -> bool:
+        """Return whether it has kept half of what came since step 0, as of the newer half of the steps."""
+        return 0 <= latest <= 2 * self.step and self.count >= LEAST_KEPT * self.per_step * self.step > 0
 
     def explains(self, bytes_per_step: float, grown_bytes: int) -> bool:
         """Return whether it explains a growth of memory; the size of a graph is not known.
@@ -65,8 +73,8 @@ _FIELDS = {field.name for field in fields(GrowingObjects)}
 
 def growing_of(row: Mapping[str, Any]) -> tuple[GrowingObjects, ...]:
     """Return the containers of a row `growth` of the `info` log, those with graphs first; damaged ones are left out."""
-    found, steps = [], row.get("steps")
-    common: dict[str, Any] = {"steps": steps} if isinstance(steps, int) else {}
+    found = []
+    common = {name: row[name] for name in ("steps", "step") if isinstance(row.get(name), int)}
     for each in row.get("grown") or ():
         try:
             found.append(GrowingObjects(**common, **{name: value for name, value in each.items() if name in _FIELDS}))

@@ -62,7 +62,8 @@ class GrowthEstimate:
         grown_bytes: growth from the first quarter of the samples to the last.
         since_step: first step of the samples.
         now_bytes: the newest sample.
-        steady: whether it grew all the time, by an amount that counts; else it may have ended, or be noise.
+        rises: whether each quarter of it is above the one before, by an amount that counts.
+        steady: whether it also grew all the time; else it may be noise, or copies that come and go.
     """
 
     bytes_per_step: float
@@ -70,6 +71,7 @@ class GrowthEstimate:
     grown_bytes: int
     since_step: int
     now_bytes: int
+    rises: bool
     steady: bool
 
 
@@ -154,19 +156,20 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
     grown = quarters[-1] - quarters[0]
     least = max(LEAST_GROWN_BYTES, LEAST_GROWN_SHARE * float(values[-1]))
     level = _LEVEL_SHARE * grown / count
-    steady = (
-        (float((rises > 0).mean()) >= STEADY or _is_in_stairs(steps, values, rises, level))
-        and min(later - earlier for earlier, later in pairwise(quarters)) >= _LEAST_RISE * grown / 3
+    is_grown = (
+        min(later - earlier for earlier, later in pairwise(quarters)) >= _LEAST_RISE * grown / 3
         and grown >= least
         and _is_long(points)
     )
+    is_even = float((rises > 0).mean()) >= STEADY or _is_in_stairs(steps, values, rises, level)
     return GrowthEstimate(
         bytes_per_step=_median(rises / (steps[second] - steps[first])),
         bytes_per_s=_median(rises / np.maximum(times[second] - times[first], 1.0)) * 1e9,
         grown_bytes=int(grown),
         since_step=int(points[0, 0]),
         now_bytes=int(points[-1, 2]),
-        steady=bool(steady),
+        rises=bool(is_grown),
+        steady=bool(is_grown and is_even),
     )
 
 
@@ -333,12 +336,16 @@ class MemoryHistory:
         """Return the memory of each rank's devices."""
         return [found for _, found in sorted(self._devices.items())]
 
-    def steady(self) -> Iterator[tuple[int, MemoryKind, int, GrowthEstimate]]:
-        """Yield (rank, kind, device, growth) of each memory that grows steadily, by rank."""
+    def rising(self) -> Iterator[tuple[int, MemoryKind, int, GrowthEstimate]]:
+        """Yield (rank, kind, device, growth) of each memory that rises, by rank."""
         for (rank, kind, device), curve in sorted(self._curves.items()):
             growth = curve.growth()
-            if growth is not None and growth.steady:
+            if growth is not None and growth.rises:
                 yield rank, kind, device, growth
+
+    def steady(self) -> Iterator[tuple[int, MemoryKind, int, GrowthEstimate]]:
+        """Yield (rank, kind, device, growth) of each memory that grows steadily, by rank."""
+        return (each for each in self.rising() if each[3].steady)
 
 
 def _host(rows: NDArray[np.void]) -> HostMemory:

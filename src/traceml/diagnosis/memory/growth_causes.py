@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate
 from traceml.formatting import count_text, line_text, plural
 
-__all__ = ["GrowthCause", "growth_cause"]
+__all__ = ["GrowthCause", "growth_cause", "is_kept_in_copies"]
 
 _OF_LIBRARIES = {
     "hooks": "Register each hook of {path} once, before the loop, or remove it by its handle (handle.remove()).",
@@ -42,8 +42,7 @@ class GrowthCause(NamedTuple):
 
 def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCause | None:
     """Return the container that explains the growth of a rank's memory; None where none does."""
-    known = facts.growing.get(rank, ())
-    found = next((each for each in known if each.explains(growth.bytes_per_step, growth.grown_bytes)), None)
+    found = _explaining(facts, rank, growth)
     if found is None:
         return None
 
@@ -58,6 +57,17 @@ def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCa
         **({} if found.line is None else {"line": found.line}),
     }
     return GrowthCause(_text(found), _action(found), evidence, found.of_dataset and not found.holds_graph)
+
+
+def is_kept_in_copies(facts: JobFacts, rank: int, growth: GrowthEstimate) -> bool:
+    """Return whether a container explains growth in which copies come and go: each longer one takes its place."""
+    found = _explaining(facts, rank, growth)
+    return found is not None and found.is_copied and found.is_never_cleared(max(facts.latest, default=-1))
+
+
+def _explaining(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowingObjects | None:
+    known = facts.growing.get(rank, ())
+    return next((each for each in known if each.explains(growth.bytes_per_step, growth.grown_bytes)), None)
 
 
 def _where(found: GrowingObjects) -> str:

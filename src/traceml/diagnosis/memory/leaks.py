@@ -10,7 +10,7 @@ from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
 from traceml.diagnosis.facts.resource_use import SOON_S
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.diagnosis.memory.growth_causes import growth_cause
+from traceml.diagnosis.memory.growth_causes import growth_cause, is_kept_in_copies
 from traceml.diagnosis.memory.worker_copies import copied_objects, grown_workers
 from traceml.formatting import bytes_text, count_text, left_text, plural, ranks_text
 
@@ -63,9 +63,12 @@ class _Room:
 
 
 def memory_leaks(facts: JobFacts) -> list[Finding]:
-    """Return a finding for each kind of memory that grows steadily, about the rank where it grows most."""
+    """Return a finding for each kind of memory that grows steadily or by copies, about the rank where it grows most."""
     by_kind: dict[MemoryKind, dict[int, tuple[int, GrowthEstimate]]] = {}
-    for rank, kind, device, growth in facts.memory.steady():
+    for rank, kind, device, growth in facts.memory.rising():
+        if not growth.steady and (kind is MemoryKind.WORKERS or not is_kept_in_copies(facts, rank, growth)):
+            continue
+
         known = by_kind.setdefault(kind, {})
         if rank not in known or known[rank][1].bytes_per_step < growth.bytes_per_step:
             known[rank] = (device, growth)
