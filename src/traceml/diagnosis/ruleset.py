@@ -37,7 +37,7 @@ from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stoppe
 from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.even_models import as_one_training, trainings_of
-from traceml.diagnosis.steps.replay import new_step_times
+from traceml.diagnosis.steps.replay import replayed
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.diagnosis.training.skipped_updates import steps_skipped
@@ -139,21 +139,18 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
     segments, explained = _without_explained(window, segments, facts)
     found, without_stragglers = stragglers(segments, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
-    remaining = segments
-    if without_stragglers:
-        remaining = segments.changed(without_stragglers, new_step_times(segments, without_stragglers))
-
+    remaining = replayed(segments, without_stragglers)
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
     found += alternating
     restarted, without_restarts = workers_restarted(window, remaining, facts, step_ns)
     if restarted:
         found += restarted
-        remaining = remaining.changed(without_restarts, new_step_times(remaining, without_restarts))
+        remaining = replayed(remaining, without_restarts)
 
     periodic, without_long = periodic_steps(window, remaining, facts, step_ns)
     if periodic:
         found += periodic
-        remaining = remaining.changed(without_long, new_step_times(remaining, without_long))
+        remaining = replayed(remaining, without_long)
 
     found += input_bound(remaining, facts, step_ns, "restarts of workers" if restarted else None)
     for rule in (transfers, residual, checkpoints):
@@ -179,19 +176,14 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
 
 def _without_explained(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[Segments, list[Finding]]:
     """Return own work without what is explained (by batch sizes, collections, compiling), and the findings."""
-    uneven, even = data_imbalance(window, segments)
-    if even:
-        segments = segments.changed(even, new_step_times(segments, even))
+    explained, even = data_imbalance(window, segments)
+    segments = replayed(segments, even)
+    for rule in (gc_pauses, recompiles):
+        found, without = rule(window, segments, facts)
+        segments = replayed(segments, without)
+        explained = [*explained, *found]
 
-    collected, without_collections = gc_pauses(window, segments, facts)
-    if collected:
-        segments = segments.changed(without_collections, new_step_times(segments, without_collections))
-
-    compiled, without_compiling = recompiles(window, segments, facts)
-    if without_compiling:
-        segments = segments.changed(without_compiling, new_step_times(segments, without_compiling))
-
-    return segments, [*uneven, *collected, *compiled]
+    return segments, explained
 
 
 def _slower(

@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.sampled_lines import parsed_place
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.replay import new_step_times, saved_ns, speedup
+from traceml.diagnosis.steps.replay import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, line_text, ns_text, ordinal_text, percent_text, ranks_text
@@ -82,7 +82,7 @@ def gc_pauses(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tupl
     found: list[Finding] = []
     without: dict[str, Floats] = {}
     for called in (True, False):
-        changed = segments.changed(without, new_step_times(segments, without)) if without else segments
+        changed = replayed(segments, without)
         cost = _collections(window, changed, facts, called=called)
         if cost is not None and cost.is_significant(segments):
             found.append(_finding(segments, cost))

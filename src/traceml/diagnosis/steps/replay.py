@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["new_step_times", "saved_ns", "speedup", "with_typical_work", "without_rare"]
+__all__ = ["new_step_times", "replayed", "saved_ns", "speedup", "with_typical_work", "without_rare"]
+
+
+def replayed(segments: Segments, changed: Mapping[str, Floats]) -> Segments:
+    """Return the window with the own work of some parts replaced, and the step times that follow.
+
+    Args:
+        segments: the window.
+        changed: as of `new_step_times`; empty leaves the window as it is.
+    """
+    return segments.changed(changed, new_step_times(segments, changed)) if changed else segments
 
 
 def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
