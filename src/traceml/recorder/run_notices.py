@@ -19,6 +19,7 @@ from traceml.formatting import printable
 from traceml.own_programs import own_program
 from traceml.recorder.lifecycle import on_end, on_shutdown
 from traceml.transport.run_line import run_line, short_path
+from traceml.witness.script_time import is_interactive
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
@@ -97,7 +98,7 @@ def await_report(run_dir: Path) -> None:
 
 def _show_at_end() -> None:
     """Show the verdicts that are due, each run's unless a warning has said that not all of its rows are stored."""
-    if _is_interactive():  # nobody reads what a closed session prints
+    if is_interactive():  # nobody reads what a closed session prints
         return
 
     due = _due[-_MOST_SHOWN:]
@@ -126,7 +127,7 @@ def _show_ended(run_dir: Path, recorder: Recorder) -> None:
 
 def _show_to_user() -> None:
     """Show the run that `shutdown` has ended to somebody who works in a notebook or an interactive session."""
-    if not _is_interactive() or not _due:
+    if not is_interactive() or not _due:
         return
 
     with fail_open(_log, "session", "the run cannot be shown"):
@@ -135,10 +136,6 @@ def _show_to_user() -> None:
         if recorder.all_stored and recorder.rank_identity.world_size == 1 and run_dir.is_dir():
             await_report(run_dir)
             recorder.show()
-
-
-def _is_interactive() -> bool:
-    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
 
 
 def _is_same(folder: Path, other: Path) -> bool:

@@ -9,7 +9,7 @@ import time
 from traceml.clock import TICKS_PER_S, process_start_ticks
 from traceml.witness.user_files import is_user_file
 
-__all__ = ["note_end_of_run", "script_age_ms"]
+__all__ = ["is_interactive", "note_end_of_run", "script_age_ms"]
 
 _pid_of_ended = 0
 
@@ -34,8 +34,13 @@ def note_end_of_run() -> None:
     _pid_of_ended = os.getpid()
 
 
+def is_interactive() -> bool:
+    """Return whether somebody types at this process, in a notebook or an interactive session."""
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
+
+
 def _runs_script() -> bool:
-    if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+    if is_interactive():
         return False
 
     process = sys.modules.get("multiprocessing.process")
