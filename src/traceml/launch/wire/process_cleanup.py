@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 
-from traceml.witness.kernel_state import ProcessInfo, process_info
+from traceml.witness.kernel_state import ProcessInfo, is_running, process_info
 
 __all__ = [
     "AGENT_NAME",
@@ -114,17 +114,19 @@ class ProcessTermination:
 
     def step(self) -> bool:
         """Search and send signals; return whether it is finished; `left` holds processes that could not be ended."""
-        self.left = self._find()
+        found = self._find()
+        # A process loses its environment, by which it was found, some time before it has ended.
+        self.left = found | {pid for pid in self._asked - found if is_running(pid)}
         passed_s = time.monotonic() - self._start_s
         if not self.left or passed_s > self._limit_s:
             return True
 
         if passed_s >= self._grace_s:
-            _signal(self.left, signal.SIGKILL)
+            _signal(found, signal.SIGKILL)
         else:
-            _signal(self.left - self._asked, signal.SIGTERM)
-            self._asked |= self.left
+            _signal(found - self._asked, signal.SIGTERM)
 
+        self._asked |= found
         return False
 
 

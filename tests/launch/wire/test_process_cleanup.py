@@ -1,0 +1,28 @@
+"""Tests of ending the processes that a job has left on this host."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from traceml.launch.wire.process_cleanup import ProcessTermination
+
+
+@pytest.mark.process
+def test_a_process_that_can_no_longer_be_recognized_is_awaited() -> None:
+    """While a process ends, its environment is empty for some time; it has not ended, though no search finds it."""
+    with subprocess.Popen(["sh", "-c", "trap '' TERM; echo; exec sleep 86411"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = iter([{process.pid}])
+        ending = ProcessTermination(lambda: next(found, set()), grace_s=3600)
+
+        assert not ending.step()
+        assert not ending.step()
+        assert ending.left == {process.pid}
+
+        process.kill()
+        process.wait()
+        assert ending.step()
+        assert ending.left == set()
