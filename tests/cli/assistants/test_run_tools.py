@@ -63,6 +63,16 @@ def test_every_kind_is_explained(tools, kind):
     assert "](" not in raised
 
 
+def test_the_evidence_of_a_kind_is_explained(tools):
+    """Its details are below the table of kinds, those of several kinds in one item, and lead into no other item."""
+    raised = {kind: tools.explain_kind(kind)["raised"] for kind in ("HANG", "STRAGGLER", "JITTER")}
+
+    assert "`blocker`" in raised["HANG"]
+    assert "RANK_LOST" not in raised["HANG"]
+    assert "`evidence.rank_group`" in raised["STRAGGLER"]
+    assert raised["JITTER"].endswith("the phase is `comm`.")
+
+
 def test_a_comparison_is_the_document_of_the_command(tools):
     """With the last healthy run as the baseline."""
     found = tools.compare("slow")

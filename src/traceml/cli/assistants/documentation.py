@@ -31,10 +31,16 @@ def page_text(name: str) -> str:
 
 
 def kind_text(kind: str) -> str | None:
-    """Return when a kind of finding is raised, from the table of kinds; None where it has no row.
+    """Return when a kind of finding is raised, and its details; None where the table of kinds has no row of it.
 
     Args:
         kind: name of the kind, in capitals.
     """
-    row = re.search(rf"^\|[^|]*`{re.escape(kind)}`[^|]*\|(.*)\|$", page_text("verdicts.md"), re.MULTILINE)
-    return None if row is None else _LINK.sub(r"\1", row.group(1)).strip()
+    page, name = page_text("verdicts.md"), re.escape(kind)
+    row = re.search(rf"^\|[^|]*`{name}`[^|]*\|(.*)\|$", page, re.MULTILINE)
+    if row is None:
+        return None
+
+    details = re.search(rf"^- [^:]*`{name}`[^:]*:((?:.|\n(?=  ))*)", page, re.MULTILINE)
+    texts = [row.group(1), "" if details is None else details.group(1)]
+    return _LINK.sub(r"\1", " ".join(" ".join(texts).split()))
