@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 
+from traceml.fail_open import fail_open
 from traceml.samplers.base import Sampler
 from traceml.samplers.gpu import GpuSampler
 from traceml.samplers.host import HostSampler
@@ -51,9 +52,10 @@ def open_samplers(
 
     opened: list[Sampler] = []
     for factory in factories:
-        try:
-            opened.append(factory())
-        except Exception as error:  # noqa: BLE001 - fail open: the other samplers still work
-            _log.debug("no %s on this machine: %s", getattr(factory, "name", factory), error)
+        with fail_open(_log, "samplers", "a sampler cannot be started"):  # the other samplers still work
+            try:
+                opened.append(factory())
+            except OSError as error:  # this machine lacks what it reads, as the driver of GPUs
+                _log.debug("no %s on this machine: %s", getattr(factory, "name", factory), error)
 
     return opened
