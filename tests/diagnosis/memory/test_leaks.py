@@ -10,7 +10,7 @@ from tests.diagnosis.memory.memories import GB, MB, device, growing, growing_wor
 from traceml.database.schema import EPOCHS, Resource
 from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.memory_growth import MemoryHistory, MemoryKind
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
@@ -200,6 +200,17 @@ def test_few_elements_are_counted_and_make_no_rate():
     (finding,) = leaks(**leaking(), growing={0: rare})
 
     assert "gained 3 elements in 180 steps, each of which holds the graph" in finding.summary
+
+
+def test_a_leak_that_slows_the_steps_down_is_reported():
+    """Memory that grows less and less with time grows evenly with the steps; where they are even, a cache fills."""
+    slower = 2000 * (1 - np.exp(-np.arange(60) / 8))
+    times = np.arange(60) * 10**9
+
+    for steps, found in ((slower, ["MEMORY_LEAK"]), (np.arange(60) * 20, [])):
+        history = MemoryHistory()
+        history.curve(0, MemoryKind.RESIDENT).add(steps, times, 900 * MB + slower * MB)
+        assert [finding.kind for finding in leaks(memory=history)] == found
 
 
 def in_waves() -> np.ndarray:

@@ -59,7 +59,7 @@ class GrowthEstimate:
 
     Attributes:
         bytes_per_step, bytes_per_s: the median slope.
-        grown_bytes: growth from the first quarter of the samples to the last.
+        grown_bytes: growth from the first quarter of the time, or of the steps, to the last.
         since_step: first step of the samples.
         now_bytes: the newest sample.
         rises: whether each quarter of it is above the one before, by an amount that counts.
@@ -153,14 +153,13 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
 
     rises = values[second] - values[first]
     quarters = [statistics.median(part.tolist()) for part in np.array_split(values, 4)]
+    if not _all_rise(quarters) and _all_rise(by_steps := _of_steps(steps, values)):
+        quarters = by_steps
+
     grown = quarters[-1] - quarters[0]
     least = max(LEAST_GROWN_BYTES, LEAST_GROWN_SHARE * float(values[-1]))
     level = _LEVEL_SHARE * grown / count
-    is_grown = (
-        min(later - earlier for earlier, later in pairwise(quarters)) >= _LEAST_RISE * grown / 3
-        and grown >= least
-        and _is_long(points)
-    )
+    is_grown = _all_rise(quarters) and grown >= least and _is_long(points)
     is_even = float((rises > 0).mean()) >= STEADY or _is_in_stairs(steps, values, rises, level)
     return GrowthEstimate(
         bytes_per_step=_median(rises / (steps[second] - steps[first])),
@@ -171,6 +170,22 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         rises=bool(is_grown),
         steady=bool(is_grown and is_even),
     )
+
+
+def _all_rise(quarters: list[float]) -> bool:
+    """Return whether each quarter is above the one before, by an amount that counts."""
+    least = _LEAST_RISE * (quarters[-1] - quarters[0]) / 3
+    return min(later - earlier for earlier, later in pairwise(quarters)) >= least
+
+
+def _of_steps(steps: NDArray[np.float64], values: NDArray[np.float64]) -> list[float]:
+    """Return the memory in each quarter of the steps: a leak that slows them down grows less and less with time."""
+    edges = np.linspace(steps[0], steps[-1], 5)
+    parts = np.split(values, np.searchsorted(steps, edges[1:-1]))
+    middles = np.interp((edges[1:] + edges[:-1]) / 2, steps, values).tolist()
+    return [
+        statistics.median(part.tolist()) if len(part) else middle for part, middle in zip(parts, middles, strict=True)
+    ]
 
 
 def _is_in_stairs(
