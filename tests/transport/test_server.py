@@ -10,6 +10,7 @@ from tests.eventually import eventually
 from tests.transport.conftest import TOKEN
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.transport import auth
+from traceml.transport import server as server_module
 from traceml.transport.client import connect
 from traceml.transport.framing import MAX_HELLO_BYTES, Decoder, encode
 from traceml.transport.hello import Hello
@@ -119,11 +120,14 @@ def test_oversized_frame_of_a_rank_is_refused(serving):
     connection.close()
 
 
-def test_half_open_connections_are_ended(serving):
+def test_half_open_connections_are_ended(serving, monkeypatch):
     """A peer without a hello gets a reason and is cut off; others connect meanwhile."""
-    silent = [serving.raw() for _ in range(20)]
-    half = serving.raw()
-    half.sendall(b"\x00\x00")
+    with monkeypatch.context() as context:
+        context.setattr(server_module, "HANDSHAKE_S", 0.3)
+        silent = [serving.raw() for _ in range(20)]
+        half = serving.raw()
+        half.sendall(b"\x00\x00")
+        eventually(lambda: serving.server.statistics().accepted == 21)
 
     serving.connect().close()
     for sock in (*silent, half):

@@ -31,7 +31,7 @@ class Clock:
 
 def exporter(folder: Any, url: str, clock: Clock | None = None, owner: int | None = None, **more: Any) -> OtlpExporter:
     """Return an exporter of this process's runs."""
-    config = OtlpConfig(runs_dir=folder, owner=owner or os.getpid(), endpoint=url, **{"timeout_s": 1.0, **more})
+    config = OtlpConfig(runs_dir=folder, owner=owner or os.getpid(), endpoint=url, **{"timeout_s": 120.0, **more})
     return OtlpExporter(config, clock=clock or Clock())
 
 
@@ -180,7 +180,7 @@ def test_a_collector_that_is_down_gets_the_spans_later(tmp_path, caplog):
     port = free_port()
 
     clock = Clock()
-    sender = exporter(tmp_path, f"http://127.0.0.1:{port}", clock, timeout_s=0.2)
+    sender = exporter(tmp_path, f"http://127.0.0.1:{port}", clock, timeout_s=0.75)  # under that no request is retried
     with caplog.at_level(logging.WARNING, logger="traceml"), running_run(tmp_path / "r1") as writer:
         sender.poll(15.0)
         end(tmp_path / "r1", writer)
@@ -216,7 +216,7 @@ def test_an_error_of_the_collector_keeps_the_spans(tmp_path):
     """A refusal is tried again; then each run arrives once."""
     clock = Clock()
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
-        sender = exporter(tmp_path, collector.url, clock, timeout_s=0.2)
+        sender = exporter(tmp_path, collector.url, clock)
         collector.status = 400
         end(tmp_path / "r1", writer)
         sender.poll(15.0)
