@@ -14,7 +14,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.tasks.conftest import threads_of_ours
-from traceml import Runtime, TaskTimeoutError, WaitTimeoutError
+from traceml import Runtime, TaskTimeoutError
 from traceml.tasks.task_watchdog import location_of_thread
 
 
@@ -29,8 +29,8 @@ def linger(release: threading.Event) -> str:
 
 def test_a_timeout_counts_from_the_start(single: Runtime) -> None:
     """Time in the queue does not count."""
-    single.submit(time.sleep, 0.15)
-    assert single.submit(lambda: "in time", timeout=0.1).get() == "in time"
+    single.submit(time.sleep, 1.1)
+    assert single.submit(lambda: "in time", timeout=1).get() == "in time"
 
 
 def test_a_task_beyond_its_time_is_ended(single: Runtime, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,11 +214,18 @@ def test_a_lock_that_the_program_holds_across_a_wait_is_named(caplog: pytest.Log
         with table:
             pass
 
-    with Runtime(threads=1, stall_after=0.1) as rt:
-        with table, pytest.raises(WaitTimeoutError):
-            rt.submit(needs_it, name="needs").get(timeout=0.5)
+    def release() -> None:
+        try:
+            eventually(lambda: "Waiting for it" in caplog.text)
+        finally:
+            table.release()
 
-        rt.wait_all()
+    with Runtime(threads=1, stall_after=0.1) as rt:
+        table.acquire()
+        releasing = threading.Thread(target=release)
+        releasing.start()
+        rt.submit(needs_it, name="needs").get()
+        releasing.join()
 
     assert f"Waiting for it: the program at {__file__}:" in caplog.text
     assert "in test_a_lock_that_the_program_holds_across_a_wait_is_named, `rt.submit(needs_it" in caplog.text
@@ -252,9 +259,9 @@ def test_a_task_that_reports_is_not_stalled(caplog: pytest.LogCaptureFixture) ->
     def work() -> None:
         for pct in range(0, 100, 4):
             rt.progress(pct)
-            time.sleep(0.02)
+            time.sleep(0.1)
 
-    with Runtime(threads=1, stall_after=0.2) as rt:
+    with Runtime(threads=1, stall_after=2) as rt:
         rt.submit(work).get(timeout=60)
 
     assert caplog.text == ""
