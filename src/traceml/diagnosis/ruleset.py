@@ -165,12 +165,15 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
     found += explained
     late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
     slower = _slower(window, segments, facts, late)
-    slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
     for each in slower:
         timed = [with_its_steps(one, each) for one in found]
         if timed != found:  # those ranks are the cause: one finding
             return timed
 
+    if any(each.ranks in late for each in slower):  # late all along: as clear as any other change
+        slower = _slower(window, segments, facts, ())
+
+    slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
 
 

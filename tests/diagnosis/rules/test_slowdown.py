@@ -225,6 +225,23 @@ def test_a_late_rank_is_not_the_cause_of_what_slows_all():
     assert all("since step" not in each.summary for each in found if each.ranks)
 
 
+@pytest.mark.parametrize("parts", [("other",), ("forward", "backward", "optimizer", "other")])
+def test_a_rank_that_was_late_before_is_not_late_since_then(parts):
+    """Rank 1 is 20 ms late all along, and for the last 40 % of the steps by 16 ms more, as where its core is taken."""
+
+    def faults(own, _random):
+        own["other"][1] += 20.0
+        for part in parts:
+            own[part][1] = own[part][1] + 16.0 / len(parts) * (np.arange(own[part].shape[1]) >= 240)
+
+    found = diagnose(window_of(Job(steps=400), faults), JobFacts(world_size=2))
+    late = next(each for each in found if each.kind is Kind.STRAGGLER)
+
+    assert (late.ranks, late.phase) == ((1,), "other")
+    assert "slow since" not in late.summary
+    assert "shape" not in late.evidence
+
+
 @pytest.mark.parametrize(("waited", "told"), [(0.0, True), (0.3, False), (-1, False)])
 def test_slow_seconds_of_one_phase_count_if_the_ranks_had_their_cores(waited, told):
     """100 steps of 45 ms; the kernel counts the waiting of the main thread, or says -1."""

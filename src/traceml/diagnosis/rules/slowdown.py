@@ -40,6 +40,8 @@ SOME_RANKS_SHARE = 1 / 3
 """Ranks are blamed if the others' work grows by less than this share of theirs."""
 SAME_CHANGE = 0.1
 """Changes whose first steps differ by less than this share of their number are the same."""
+MIN_COST_RATIO = 0.5
+"""Ranks that are late only in the slow part cost about as much as it does; those late before it too, more than that."""
 DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
 _COMM = "comm"
@@ -284,8 +286,9 @@ def with_its_steps(late: Finding, slower: Finding) -> Finding:
 
 
 def _is_same_cause(late: Finding, slower: Finding) -> bool:
-    """Return whether steps became slower because of ranks that are late."""
+    """Return whether steps became slower because of ranks that are late, and were not late before."""
     same = slower.phase in (None, late.phase)
+    same = same and (slower.evidence["shape"] == "growth" or slower.cost_share >= MIN_COST_RATIO * late.cost_share)
     return late.kind.rule.is_straggler and bool(slower.ranks) and slower.ranks == late.ranks and same
 
 
