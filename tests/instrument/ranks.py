@@ -16,6 +16,7 @@ from torch import nn
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import STEPS, StepFlag, unpack_bits
 from traceml.instrument import install
+from traceml.instrument.facts.descriptions import model_facts
 
 STEPS_DONE = 24
 
@@ -125,7 +126,14 @@ def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
     clock = instrumentation.clock
     reductions = None if clock.reductions is None else clock.reductions.facts()
     same = losses == train(kind, rank)
-    return {"rows": rows, "groups": groups, "same": same, "errors": clock.errors, "reductions": reductions}
+    return {
+        "rows": rows,
+        "groups": groups,
+        "same": same,
+        "errors": clock.errors,
+        "reductions": reductions,
+        "gradient_size": model_facts(globals()[kind](rank)[1]).get("gradient_size"),
+    }
 
 
 def rows_of(values: tuple[int, ...]) -> dict[str, Any]:

@@ -83,6 +83,14 @@ def test_reductions_are_counted(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_average_gradients_are_known(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Only their batches are compared: the ranks of a tensor-parallel group share them on purpose."""
+    size = None if kind in ("manual", "tensor_parallel") else 2
+    assert [rank["gradient_size"] for rank in found[kind]] == [size, size]
+
+
+@pytest.mark.process
 def test_own_backward_tells_who_is_slow(found: dict[str, list[dict[str, Any]]]) -> None:
     """Backward takes equally long on both ranks; its own part shows that rank 1 is the slow one."""
     ranks = found["ddp"]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
 
@@ -30,6 +35,28 @@ def test_the_threads_of_torch_reach_the_rules():
         torch.set_num_threads(before)
 
     assert builder.build().threads == 3
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[Any]:
+    """A mesh of four ranks, two by two, seen by rank 1; no other rank exists, nothing is sent."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    dist.destroy_process_group()
+
+
+def test_ranks_of_a_sharded_model_are_known(four_ranks: Any) -> None:
+    """`fully_shard` averages gradients over its mesh only: tensor-parallel ranks are not in it, all of a hybrid are."""
+    from torch.distributed.fsdp import fully_shard
+
+    split, hybrid = nn.Linear(8, 8), nn.Linear(8, 8)
+    parallelize_module(split, four_ranks["inner"], ColwiseParallel())
+    fully_shard(split, mesh=four_ranks["outer"])
+    fully_shard(hybrid, mesh=four_ranks)
+
+    assert model_facts(split).items() >= {"gradient_size": 2, "gradient_ranks": [1, 3]}.items()
+    assert model_facts(hybrid).items() >= {"gradient_size": 4, "gradient_ranks": None}.items()
+    assert "gradient_size" not in model_facts(nn.Linear(8, 8))
 
 
 def test_detection_of_anomalies_is_reported_while_it_is_on(traced: Traced) -> None:

@@ -93,7 +93,7 @@ def model_facts(module: Any) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "compiled": compiled or getattr(slot, "inner", None) is not None,
         "parallel": wrapped or ("dtensor" if any(_is_distributed(parameter) for parameter in parameters) else None),
-        **_gradient_group(_wrapper_of(module, "DistributedDataParallel", "FullyShardedDataParallel")),
+        **_gradient_group(module),
     }
 
 
@@ -101,15 +101,31 @@ def _is_distributed(parameter: Any) -> bool:
     return type(getattr(parameter, "data", parameter)).__name__ == "DTensor"
 
 
-def _gradient_group(wrapper: Any) -> dict[str, Any]:
+def _gradient_group(module: Any) -> dict[str, Any]:
     """Describe the ranks that average their gradients: how many they are, and which, if they are not all."""
-    group, distributed = getattr(wrapper, "process_group", None), sys.modules.get("torch.distributed")
-    if group is None or distributed is None:
+    distributed = sys.modules.get("torch.distributed")
+    wrapper = _wrapper_of(module, "DistributedDataParallel", "FullyShardedDataParallel")
+    group = getattr(wrapper, "process_group", None)
+    ranks = _sharding_ranks(module) if group is None or not distributed else distributed.get_process_group_ranks(group)
+    if not ranks or distributed is None:
         return {}
 
-    ranks = distributed.get_process_group_ranks(group)
     some = len(ranks) < distributed.get_world_size() and len(ranks) <= _MAX_RANKS
     return {"gradient_size": len(ranks), "gradient_ranks": sorted(ranks) if some else None}
+
+
+def _sharding_ranks(module: Any) -> list[int]:
+    """Return the ranks of the largest mesh over which `fully_shard` averages gradients; empty without it."""
+    sharded = [each for each in module.modules() if hasattr(type(each), "_get_fsdp_state")]
+    meshes = [mesh for each in sharded for mesh in _meshes(each._get_fsdp_state())]
+    return max(meshes, key=len, default=[])
+
+
+def _meshes(state: Any) -> list[list[int]]:
+    """Return the ranks of the meshes of one module; torch 2.13 has several groups of parameters, earlier ones one."""
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    meshes = (getattr(getattr(group, "mesh_info", None), "mesh", None) for group in groups)
+    return [mesh.mesh.flatten().tolist() for mesh in meshes if mesh is not None]
 
 
 def _wrapper_of(module: Any, *names: str) -> Any:
