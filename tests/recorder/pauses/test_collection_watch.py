@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
-from collections.abc import Iterator
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 
 from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, Phase, Slot
 from traceml.fail_open import failures
+from traceml.instrument.native.extension import extension
 from traceml.recorder.pauses import collection_watch
 from traceml.recorder.pauses.collection_watch import CollectionWatch
 from traceml.recorder.user_code import UserCode
@@ -154,6 +162,63 @@ def test_an_error_ends_the_watch(slots, capfd):
         collection_watch.LONG_NS = collection_watch_ns
         watch.stop()
 
-    assert watch._called not in gc.callbacks
+    assert watch._callback not in gc.callbacks
     assert "closed" not in capfd.readouterr().err
     assert failures()["recorder"] == before + 1
+
+
+class Stop(BaseException):
+    """Raised by a signal's handler, as KeyboardInterrupt is."""
+
+
+@pytest.fixture
+def signal_in_collection(watch, monkeypatch) -> Callable[[], None]:
+    """Return a function after which the next collection begins with a signal, whose handler raises `Stop`."""
+    send = ctypes.PyDLL(None)["raise"]  # in C: Python would handle the signal before the watch's callback begins
+    send.argtypes = [ctypes.c_int, ctypes.py_object, ctypes.py_object]
+    callback = functools.partial(send, signal.SIGUSR1)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        gc.callbacks.remove(callback)
+        raise Stop
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    yield lambda: gc.callbacks.insert(0, callback)
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.skipif(not hasattr(extension(), "passing_on"), reason="needs the hooks in C")
+def test_a_signal_during_a_collection_reaches_the_script(watch, signal_in_collection, monkeypatch):
+    """Ctrl-C ends the script, with the traceback of its own line; the next collections are timed."""
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    signal_in_collection()
+    with pytest.raises(Stop) as raised:
+        gc.collect()
+
+    assert unraisable == []
+    assert "_called" not in [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
+    gc.collect()
+    assert len(full(watch)) == 1
+
+
+@pytest.mark.skipif(not hasattr(extension(), "passing_on"), reason="needs the hooks in C")
+@pytest.mark.parametrize(("error", "main"), [(ValueError, True), (Stop, False)])
+def test_only_what_stops_the_main_thread_is_raised_again(error, main, monkeypatch):
+    """An error of the callback, and what was raised in another thread, stay with the interpreter."""
+    unraisable: list[type[BaseException] | None] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: unraisable.append(told.exc_type))
+
+    def fails(when: str, info: dict[str, int]) -> None:
+        raise error
+
+    ident = threading.main_thread().ident
+    assert ident is not None
+    callback = extension().passing_on((fails, ident if main else ident + 1))
+    gc.callbacks.append(callback)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(callback)
+
+    assert unraisable == [error, error]

@@ -17,6 +17,7 @@ def metric_writer(
     experiment: int,
     /,
 ) -> Callable[[str, Any, int | None], bool]: ...
+def passing_on(own: tuple[Callable[..., None], int], /) -> Callable[..., None]: ...
 
 class HotFields:
     thread: int

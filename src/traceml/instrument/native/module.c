@@ -14,6 +14,7 @@ static PyMethodDef functions[] = {
     {"use_time", use_time, METH_O, NULL},
     {"type_changed", type_changed, METH_O, NULL},
     {"metric_writer", metric_writer, METH_VARARGS, NULL},
+    {"passing_on", passing_on, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

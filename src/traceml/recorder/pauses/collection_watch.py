@@ -3,7 +3,8 @@
 A step without a collection costs nothing. A collection costs two calls, 0.9 us together; only one of a millisecond or
 more is looked at. The callback runs wherever an object is made, also inside our own hooks and in any thread: so it
 takes no lock, appends to nothing but a deque, which the recorder's thread empties, and looks at no frame. The line of a
-call is noted by a wrapper of `gc.collect`.
+call is noted by a wrapper of `gc.collect`. A signal during a collection is handled where the callback begins; what its
+handler raises, such as KeyboardInterrupt, would be lost there, so the hooks in C pass it on to the script.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import gc
 import logging
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
@@ -21,6 +23,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
+from traceml.instrument.native.extension import extension
 from traceml.recorder.user_code import user_line
 
 __all__ = ["LONG_NS", "Collection", "CollectionWatch"]
@@ -74,6 +77,7 @@ class CollectionWatch:
         is_user: Callable[[FrameType], bool],
     ) -> None:
         self._slots, self._is_evaluating, self._is_user = slots, is_evaluating, is_user
+        self._callback: Callable[..., None] = self._called
         self._began_ns = 0
         self._caller: tuple[CodeType, int, CodeType | None, int] | None = None
         self._collect: Callable[..., int] | None = None
@@ -84,14 +88,18 @@ class CollectionWatch:
 
     def start(self) -> None:
         """Time collections from now on."""
-        gc.callbacks.append(self._called)
+        native = extension()
+        if native is not None and hasattr(native, "passing_on"):  # an older build has it not
+            self._callback = native.passing_on((self._called, threading.main_thread().ident))
+
+        gc.callbacks.append(self._callback)
         self._collect, gc.collect = gc.collect, self._noting_collect(gc.collect)
         self._own_collect = gc.collect
 
     def stop(self) -> None:
         """Time no more collections."""
-        if self._called in gc.callbacks:
-            gc.callbacks.remove(self._called)
+        if self._callback in gc.callbacks:
+            gc.callbacks.remove(self._callback)
 
         if self._collect is not None and gc.collect is self._own_collect:  # else it was replaced again after us
             gc.collect = self._collect
