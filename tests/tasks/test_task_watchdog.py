@@ -155,7 +155,8 @@ def test_deadlines_of_ended_tasks_do_not_pile_up() -> None:
 
 
 def test_a_stalled_task_is_named_with_its_line(caplog: pytest.LogCaptureFixture) -> None:
-    release = threading.Event()
+    release, held = threading.Event(), threading.Lock()
+    held.acquire()
 
     async def awaiting() -> None:
         while not release.is_set():  # noqa: ASYNC110 - the line that it stands on is the point
@@ -163,11 +164,12 @@ def test_a_stalled_task_is_named_with_its_line(caplog: pytest.LogCaptureFixture)
 
     with Runtime(threads=2, stall_after=0.1) as rt:
         rt.submit(linger, release, name="stuck")
-        rt.submit(time.sleep, 0.4, name="direct")
+        rt.submit(held.acquire, name="direct")
         rt.submit(awaiting)
         eventually(lambda: len(rt.get_progress()["stalled"]) == 3)
         stalled = {one["task"]: one for one in rt.get_progress()["stalled"]}
         release.set()
+        held.release()
 
     first = linger.__code__.co_firstlineno
     assert (stalled["stuck"]["file"], stalled["stuck"]["line"]) == (__file__, first + 1)
