@@ -363,13 +363,14 @@ def test_submit_after_shutdown_raises() -> None:
 
 
 def test_shutdown_without_wait_lets_tasks_end() -> None:
-    done = []
+    done, release = [], threading.Event()
     rt = Runtime(threads=1)
     for i in range(3):
-        rt.submit(lambda i=i: (time.sleep(0.02), done.append(i)))
+        rt.submit(lambda i=i: (release.wait(), done.append(i)))
 
     rt.shutdown(wait=False)
-    assert len(done) < 3
+    assert done == []
+    release.set()
     eventually(lambda: done == [0, 1, 2])
 
 
