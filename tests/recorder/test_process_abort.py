@@ -9,7 +9,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import multiprocessing, signal, time
+import multiprocessing, signal, subprocess, time
 from traceml.recorder.process_abort import abort_process
 
 def wait():
@@ -17,6 +17,7 @@ def wait():
 
 worker = multiprocessing.get_context("fork").Process(target=wait, daemon=True)
 worker.start()
+subprocess.Popen(["sh", "-c", "sleep 600 & wait"])
 print(worker.pid, flush=True)
 calls = []
 abort_process(lambda delay_s, call: calls.append((delay_s, call)))
@@ -27,8 +28,8 @@ signal.pause()
 
 
 @pytest.mark.process
-def test_the_process_ends_with_its_workers():
-    """By SIGTERM; a worker that is stuck would keep the output open for ever."""
+def test_the_process_ends_with_its_workers_and_programs():
+    """By SIGTERM; one that is stuck would keep the output open for ever."""
     ended = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240, check=False)
 
     assert ended.returncode == -signal.SIGTERM, ended.stderr

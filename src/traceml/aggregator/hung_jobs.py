@@ -15,6 +15,7 @@ from traceml.aggregator.silence.rank_stacks import snapshots_from_outside
 from traceml.clock import process_start_ticks
 from traceml.database.snapshots import ABORT
 from traceml.fail_open import fail_open
+from traceml.witness.kernel_state import end_started_processes
 
 __all__ = ["HungJobs"]
 
@@ -66,10 +67,10 @@ class HungJobs:
         for stream in run.streams:
             identity = stream.incarnation
             if not stream.ended and stream.seen_here and process_start_ticks(identity.pid) == identity.start_ticks:
-                os.kill(identity.pid, signal.SIGKILL)
+                _kill(identity.pid)
 
         for process in AbsentRanks(run).find():
-            os.kill(process.pid, signal.SIGKILL)
+            _kill(process.pid)
 
     @staticmethod
     async def _snapshot_silent(run: ActiveRun) -> None:
@@ -80,3 +81,9 @@ class HungJobs:
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""
         self._ended.discard(run)
+
+
+def _kill(pid: int) -> None:
+    """Kill a rank; programs that it has started are asked to end."""
+    end_started_processes(pid)
+    os.kill(pid, signal.SIGKILL)

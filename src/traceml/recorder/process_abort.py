@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from traceml.witness.kernel_state import end_started_processes
+
 __all__ = ["abort_process"]
 
 _ANSWER_S, _KILL_S = 0.2, 5.0
@@ -29,10 +31,11 @@ def abort_process(call_later: Callable[[float, Callable[[], None]], None]) -> di
 
 
 def _terminate() -> None:
-    """End this process with its loader's workers: one that is stuck does not see that its parent has gone."""
+    """End this process with its loader's workers and the programs it has started: they would outlive it if stuck."""
     if (processes := sys.modules.get("multiprocessing")) is not None:
         for child in processes.active_children():
             if child.daemon:
                 child.kill()
 
+    end_started_processes(os.getpid())
     os.kill(os.getpid(), signal.SIGTERM)

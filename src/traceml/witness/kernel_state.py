@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ __all__ = [
     "ProcessUse",
     "WaitState",
     "children_of",
+    "end_started_processes",
     "io_bytes",
     "is_job_suspended",
     "is_running",
@@ -157,6 +160,20 @@ def children_of(pid: int) -> list[int]:
     """Return the numbers of the processes that a process has started and that it has not collected yet."""
     threads = _names(f"/proc/{pid}/task")
     return [int(each) for thread in threads for each in _read(f"/proc/{pid}/task/{thread}/children").split()]
+
+
+def end_started_processes(pid: int) -> None:
+    """Send SIGTERM to what a process has started, and to what these have; not to programs of another process group.
+
+    These are the processes that a Ctrl-C would end, too. Some ignore the signal and end by themselves:
+    multiprocessing's resource tracker removes shared memory first.
+    """
+    own = process_info(pid)
+    for each in _descendants(pid):
+        info = process_info(each)
+        if own is not None and info is not None and info.group == own.group:
+            with suppress(OSError):  # it has ended, or belongs to another user
+                os.kill(each, signal.SIGTERM)
 
 
 def is_running(pid: int) -> bool:
