@@ -133,6 +133,15 @@ def for_saving(half: float) -> str:
 
 def for_comm(facts: JobFacts, grad_phase: str) -> str:
     """Return advice against waiting for the network."""
+    sharding = None if facts.batches is None else facts.batches.sharding
+    if sharding is not None:
+        keep = "reshard_after_forward=False" if sharding == "fsdp2" else "ShardingStrategy.SHARD_GRAD_OP"
+        return (
+            "Each step gathers the sharded parameters and reduces the gradients: use larger batches; keep the "
+            f"parameters after forward if memory allows ({keep}); or, if the model fits in each rank, train it with "
+            "DistributedDataParallel."
+        )
+
     if grad_phase == "comm":
         return "Call collectives less often, on one flattened tensor, or overlapped with computation (async_op=True)."
 

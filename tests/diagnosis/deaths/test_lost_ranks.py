@@ -69,6 +69,10 @@ def test_an_exception_is_reported_with_its_line():
         ({"exception": "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                        "dataloader's workers are out of shared memory."}, "--shm-size"),
         ({"exception": "OSError: [Errno 24] Too many open files: 'a.jpg'", "file": "a.py", "line": 3}, "ulimit -n"),
+        (
+            {"exception": "RuntimeError: DataLoader timed out after 2 seconds", "file": "a.py", "line": 3},
+            "raise the loader's timeout",
+        ),
         ({"exception": "OSError: [Errno 28] No space left on device", "file": "a.py", "line": 3}, "df -h"),
         ({"exception": "OSError: [Errno 122] Disk quota exceeded", "file": "a.py", "line": 3}, "quota"),
         ({"exception": "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"}, "df -h"),

@@ -60,6 +60,29 @@ def test_who_accumulates_is_not_told_to():
     assert "more micro-batches per step" in found(facts(4, 1)).next
 
 
+@pytest.mark.parametrize(("parallel", "keep"), [("fsdp2", "reshard_after_forward=False"), ("fsdp", "SHARD_GRAD_OP")])
+def test_a_sharded_model_has_advice_of_its_own(parallel, keep):
+    """The script calls no collective that it could call less often: the model gathers its parameters."""
+    builder = JobFactsBuilder(2)
+    for rank in range(2):
+        builder.info(rank, {"kind": "model", "parallel": parallel})
+
+    advice = found(builder.build()).next
+
+    assert keep in advice
+    assert "no_sync" not in advice
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "dtensor", None])
+def test_other_models_have_no_advice_on_sharding(parallel):
+    """Their parameters are not gathered."""
+    builder = JobFactsBuilder(2)
+    for rank in range(2):
+        builder.info(rank, {"kind": "model", "parallel": parallel})
+
+    assert "sharded" not in found(builder.build()).next
+
+
 def test_collectives_of_the_script_are_another_cause():
     """Time in collectives that the script calls is not DDP's."""
     window = window_of(Job(), adds("comm", 30))

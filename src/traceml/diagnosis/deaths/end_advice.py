@@ -39,6 +39,10 @@ def _lacks_disk(ended: RankExit) -> bool:
     return is_cut or "no space left" in text or "quota exceeded" in text
 
 
+def _had_no_batch(ended: RankExit) -> bool:
+    return "dataloader timed out after" in (ended.exception or "").lower()
+
+
 def _cannot_be_pickled(ended: RankExit) -> bool:
     return ended.open_phase == "checkpoint" and "pickle" in (ended.exception or "").lower()
 
@@ -149,6 +153,14 @@ def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     )
 
 
+def _for_no_batch(_ended: RankExit, facts: JobFacts) -> str:
+    dataset = (facts.loader and facts.loader.dataset) or "the data set"
+    return (
+        f"No loader worker had a batch in that time: look for a sample that {dataset} takes so long to read (while "
+        "the run waits, `traceml stacks` shows the line of each worker), or raise the loader's timeout."
+    )
+
+
 def _for_exit_code(ended: RankExit, _facts: JobFacts) -> str:
     if not ended.file:
         return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."
@@ -232,6 +244,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     ),
     (lambda ended, _: exit_words(ended) is not None, _for_exit_text),
     (_lost_peer, _for_peer),
+    (lambda ended, _: _had_no_batch(ended), _for_no_batch),
     (
         lambda ended, _: _cannot_be_pickled(ended),
         (

@@ -30,6 +30,8 @@ class BatchHistory:
         self._is_split = False
         self.reductions: tuple[float, float] | None = None
         """Backward passes of a step, and those of them that average gradients; None where it is not known."""
+        self.sharding: str | None = None
+        """`fsdp` or `fsdp2` where a model gathers its parameters in each step."""
         self.tokens = False
         """Whether the model's input is integers by sample and position, as in language models."""
         self.batch_first = True
@@ -51,6 +53,9 @@ class BatchHistory:
         self._models.add(rank)
         if row.get("parallel"):
             self._parallel.add(rank)
+
+        if row.get("parallel") in ("fsdp", "fsdp2"):
+            self.sharding = row["parallel"]
 
         splits = row.get("parallel") == "dtensor" and not row.get("gradient_size")
         self._is_split = self._is_split or splits or bool(row.get("gradient_ranks"))
