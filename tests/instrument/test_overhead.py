@@ -112,6 +112,31 @@ def test_the_figure_is_a_hook_per_entry(
     assert measured.ns_per_step == entries * HOOK_NS
 
 
+def test_one_of_two_measurements_that_was_interrupted_is_not_told(
+    traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program took the core meanwhile: a short run has no more than two."""
+    Training(traced).usual()
+    traced.finish()
+    now, tick = 0, TICK_NS
+
+    def read() -> int:
+        nonlocal now
+        now += tick
+        return now
+
+    use_time(read)
+    for module in (backward, overhead):
+        monkeypatch.setattr(module, "monotonic_ns", read)
+
+    measured = HookOverhead(timed_backward, traced.flight)
+    measured.measure(dirty=False)
+    usual, tick = measured.ns_per_step, 1000 * TICK_NS
+    measured.measure(dirty=False)
+
+    assert measured.ns_per_step == usual > 0
+
+
 def test_without_a_measurement_nothing_is_told(traced: Traced) -> None:
     """Before the first step the cost is 0."""
     assert HookOverhead(timed_backward, traced.flight).ns_per_step == 0
