@@ -52,6 +52,9 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=6)
     parser.add_argument("--no-peer", action="store_true")
     options = parser.parse_args()
+    if options.starts < 2:
+        parser.error("--starts: at least 2, as runs are compared in pairs")
+
     fabricated(options.pairs, None if options.no_peer else environment(PEER, "torch") / "python")
     real(options.starts)
     return 0

@@ -54,7 +54,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400, help="steps per training")
     parser.add_argument("--framework", choices=("huggingface", "lightning"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: at least 2, as blocks are compared with the next ones")
+
+    return options
 
 
 def _own_process(name: str, options: argparse.Namespace) -> dict[str, float]:

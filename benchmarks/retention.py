@@ -161,8 +161,9 @@ def measure_month(folder: Path, days: float, limit_per_rank: float, *, is_large:
     frame_s = round(HOLD_S) if is_large else FRAME_S
     run = Run(folder / "store.db", MONTH_RANKS, frame_s, int(limit_per_rank * MONTH_RANKS), is_large=is_large)
     sizes = []
-    for _ in range(round(days * 86_400 / CHUNK_S)):
-        run.advance(CHUNK_S)
+    seconds = max(1, round(days * 86_400 / FRAME_S)) * FRAME_S
+    for begin in range(0, seconds, CHUNK_S):
+        run.advance(min(CHUNK_S, seconds - begin))
         sizes.append((run.path.stat().st_size - run.empty_bytes) / MONTH_RANKS)
 
     run.writer.commit(frames_of_all=True)

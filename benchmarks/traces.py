@@ -171,7 +171,7 @@ def _is_right(output: bytes, truth: Answer) -> bool:
         found = {group["name"]: (group["count"], group["sum_us"]) for group in found["groups"]}
 
     same_counts = {name: count for name, (count, _) in found.items()} == {n: c for n, (c, _) in truth.items()}
-    return same_counts and all(abs(total - truth[name][1]) <= 1e-9 * total for name, (_, total) in found.items())
+    return same_counts and all(abs(total - truth[name][1]) <= 1e-8 * total for name, (_, total) in found.items())
 
 
 def members(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
