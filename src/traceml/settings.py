@@ -120,7 +120,7 @@ class Config:
         ("tensorboard", "lightning", "huggingface", "ray"), "Frameworks whose logging calls are captured."
     )
     track_system: bool = _set(True, "Send system metrics to the trackers.")
-    track_git: bool = _set(True, "Send the state of the git repository to the trackers.")
+    track_git: bool = _set(True, "Record the git commit, and send the state of the repository to the trackers.")
     track_env: bool = _set(True, "Send the environment (versions, hardware, variables) to the trackers.")
     sample_interval: float = _set(1.0, "Seconds between samples of process, host and devices.", low=0.01)
     sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, by sampler name.", low=0.01)

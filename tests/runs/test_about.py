@@ -41,6 +41,20 @@ def test_rank_0_of_the_last_attempt_tells(tmp_path):
     assert about.params == {"lr": 0.1, "depth": 3}
 
 
+def test_the_commit_is_that_of_the_start_where_no_collector_ran(tmp_path):
+    """The process has read it; it is no fact of the process then."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        stream = add_rank(writer, 0, rows_of(Job(steps=5))[0])
+        add_info(writer, stream, kind="process", python="3.12", git={"commit": "abc", "branch": "main"})
+
+    with StoreReader(tmp_path / STORE_NAME) as reader:
+        about = about_run(reader)
+
+    assert about.process == {"python": "3.12"}
+    assert about.git == {"commit": "abc", "branch": "main"}
+
+
 def test_a_run_that_reported_nothing(tmp_path):
     """There are empty maps."""
     with StoreWriter(tmp_path / STORE_NAME) as writer:

@@ -19,6 +19,7 @@ from traceml.recorder.fabric.switches import switches_above
 from traceml.recorder.identity import Identity
 from traceml.samplers.base import SamplerStatistics
 from traceml.version import __version__
+from traceml.witness.git_head import git_head
 
 if TYPE_CHECKING:
     from traceml.settings import Config
@@ -102,6 +103,16 @@ def _switches(config: Config) -> dict[str, list[str]]:
     return {"switches": found} if found else {}
 
 
+def _git(identity: Identity, config: Config) -> dict[str, dict[str, str]]:
+    """Return commit and branch of the script's repository, from rank 0 alone: a shared disk may be slow."""
+    found: dict[str, str] = {}
+    if config.track_git and identity.rank_identity.rank == 0:
+        with fail_open(_log, "recorder", "the git commit of the script is not known"):
+            found = git_head([*(Path(each).parent for each in sys.argv[:1] if each), Path.cwd()])
+
+    return {"git": found} if found else {}
+
+
 def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
     """Return what the row `process` of `info` says of this process."""
     return {
@@ -117,4 +128,5 @@ def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
         "machine_cores": os.cpu_count(),
         **_job_end(os.environ),
         **_switches(config),
+        **_git(identity, config),
     }

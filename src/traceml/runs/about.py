@@ -23,7 +23,8 @@ class About:
     Attributes:
         process: python, traceml, executable, argv, folder.
         model, loader, optimizer: of the training.
-        git, environment, system: from the collectors.
+        git: from its collector; without it, commit and branch as the process read them at its start.
+        environment, system: from their collectors.
         params: parameters that the user logged, with personal data masked, as reports are shared.
         tags: tags that the training set, with their values, masked too.
     """
@@ -59,6 +60,10 @@ def about_run(reader: StoreReader) -> About:
                 found.setdefault("tags", {}).update(row.get("tags") or {})
             elif row.get("kind") == "collected" and row.get("name") in ("git", "environment", "system"):
                 found[row["name"]] = dict(row.get("facts") or {})
+
+    head = found.get("process", {}).pop("git", None)
+    if isinstance(head, Mapping):
+        found.setdefault("git", dict(head))
 
     for name in ("params", "tags"):
         found[name] = Masker().mask_mapping(found.get(name, {}))

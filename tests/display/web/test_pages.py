@@ -241,7 +241,7 @@ def test_the_page_holds_what_was_logged(visit: Visits) -> None:
 
 
 def test_a_run_without_its_source_tells_how_it_is_recorded(visit: Visits) -> None:
-    """Commit, packages and variables are read with an experiment, a tracker or a setting only."""
+    """Uncommitted changes, packages and variables are read with an experiment, a tracker or a setting only."""
     told = "TRACEML_COLLECTORS=git"
     expect(visit().open(f"/run/{FAST}").locator("#overview .note:visible", has_text=told)).to_have_count(1)
     page = visit().open(f"/run/{SLOW}")
