@@ -145,23 +145,25 @@ def test_a_short_training_waits_for_an_aggregator_that_starts_slowly(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a busy host: the end comes while it starts, and would leave no run and no report."""
-    joined = threading.Event()
+    dialing, joined = threading.Event(), threading.Event()
     join, dial = threading.Thread.join, recording.dial
 
-    def noting(self: threading.Thread, timeout: float | None = None) -> None:
-        join(self, timeout)
+    def impatient(self: threading.Thread, timeout: float | None = None) -> None:
+        join(self, timeout if joined.is_set() else 0)
         joined.set()
 
     def slow(config: Config, *args: Any, **kwargs: Any) -> Connection:
+        dialing.set()
         joined.wait(60)  # the recorder's end has given up, unless it waits for this
         return dial(dataclasses.replace(config, local=False), *args, **kwargs)
 
-    monkeypatch.setattr(threading.Thread, "join", noting)
+    monkeypatch.setattr(threading.Thread, "join", impatient)
     monkeypatch.setattr(recording, "dial", slow)
     config = settings.load(port=serving.port, token=TOKEN, local=True)
     recorder = lifecycle.start(config, wait=False)
     do_steps(20)
-    assert recorder.stop(timeout_s=0.1)
+    assert dialing.wait(60)
+    assert recorder.stop(timeout_s=30)
     assert stored_steps(serving) == list(range(20))
 
 
