@@ -75,6 +75,25 @@ def test_every_row_is_given_once_whatever_is_acknowledged_when(tmp_path_factory:
     flight.close(unlink=True)
 
 
+def test_a_signal_after_room_was_made_loses_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its handler, which logs too, runs before the interrupted row is written: both are there once."""
+    make_room = JournaledRing.make_room
+
+    def interrupted(ring: JournaledRing) -> bool:
+        made = make_room(ring)
+        monkeypatch.setattr(JournaledRing, "make_room", make_room)
+        ring.append(-1, 0, 0, 0.0, 0, 0)
+        return made
+
+    monkeypatch.setattr(JournaledRing, "make_room", interrupted)
+    ring = ring_of(make_flight(tmp_path), 20)
+
+    data = drained(ring)[1]
+    assert sorted(numbers(data)) == [-1, *range(20)]
+
+
 def test_maps_go_to_the_journal_when_memory_is_full(tmp_path: Path) -> None:
     """Large and small ones keep their order, one larger than all of memory too; the files go when all is stored."""
     flight = make_flight(tmp_path)

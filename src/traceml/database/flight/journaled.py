@@ -52,10 +52,11 @@ class JournaledRing(Ring):
         count, slot = self.count, self.slot
         with self.lock:
             while True:
-                n = count[slot]
-                if n >= self.limit and not self.make_room():
-                    return False
+                while count[slot] >= self.limit:
+                    if not self.make_room():
+                        return False
 
+                n = count[slot]  # no signal is handled from here to the row, as nothing is called
                 self.pack_into(self.buffer, self.offset + (n & self.mask) * self.row_bytes, *values)
                 if count[slot] == n:  # else a signal handler has used this slot
                     count[slot] = n + 1
