@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests.instrument.conftest import Traced
 from traceml.database.schema import StepFlag
 from traceml.instrument import traced as traced_function
+from traceml.instrument.accumulator import StepAccumulator
 
 
 def parts() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
@@ -72,6 +74,41 @@ def test_a_phase_around_the_whole_loop_is_booked_in_each_step(traced: Traced) ->
     rows = traced.finish()
     assert len(rows) == 5
     assert all(row["user_ns"] >= 1_000_000 for row in rows[1:-1])
+
+
+def test_steps_with_phases_close_as_usual_ones(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a step inside of a phase takes the rules for unusual steps."""
+    model, optimizer, x = parts()
+    phase, step = traced.instrumentation.phase, StepAccumulator.append_step
+    closed: list[int] = []
+
+    def append_step(clock: StepAccumulator, *args: Any) -> None:
+        closed.append(clock.step)
+        step(clock, *args)
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            train(model, optimizer, x)
+            with phase("log"):
+                burn(0.1)
+
+    steps(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(StepAccumulator, "append_step", append_step)
+        steps(4)
+        assert not closed
+
+        with phase("epoch"):
+            steps(3)
+
+        assert len(closed) == 3
+
+    rows = traced.finish()
+    assert len(rows) == 10
+    for row in rows:
+        phases = [each["ns"] for each in traced.table("user_phases") if each["step"] == row["step"]]
+        assert len(phases) == (2 if row["step"] in (6, 7, 8, 9) else 1)
+        assert sum(phases) == row["user_ns"] >= 100_000
 
 
 def test_phases_of_other_threads_do_not_count(traced: Traced) -> None:

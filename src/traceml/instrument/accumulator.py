@@ -154,7 +154,8 @@ class StepAccumulator:
     inspects: bool  # the next batch gets a fingerprint
     batch: Any  # the first loader that gave a batch in this segment
     first_loader: Any  # the first loader that gave a batch in this step
-    dirty: bool  # closing this step takes `commit_slow`
+    dirty: bool  # closing this step takes all rules: see `commit_slow`
+    marked: bool  # this step has time in user phases
     detail: bool  # backward passes take the slow path: see `StepClock.plan_detail`
 
     hook: Callable[..., Callable[..., Any]] | None = None  # makes hooks in C; None: hooks are Python functions
@@ -179,7 +180,7 @@ class StepAccumulator:
         self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
         self.reductions: ReductionCounter | None = None  # once there is a parallel model
         self.extras = False  # there is a device, or a group with several ranks
-        self.slow_commits = False  # there are `extras`, user phases or a profile: every step is `dirty`
+        self.slow_commits = False  # there are `extras` or a profile: every step is `dirty`
         self.at_boundary: Callable[[], int] | None = None  # called at the end of a step; returns flags of the next one
         self.mean_ns = 0
 
@@ -244,7 +245,10 @@ class StepAccumulator:
             self.input_ns += ns
         elif bucket != OTHER:
             self.rare_times[bucket] += ns
-            self.dirty = True
+            if bucket > OTHER:
+                self.marked = True
+            else:
+                self.dirty = True
 
     def is_training_thread(self) -> bool:
         """Whether this is the training thread. Also sets `on_training_thread` again where a new context lost it."""
@@ -301,6 +305,12 @@ class StepAccumulator:
             self.add(previous, start - t)
             entry[2] = t
 
+    def append_user_phases(self) -> int:
+        """Append the rows of a usual step's user phases, which all have ended; return their time."""
+        total = self._append_users(self.rare_times)
+        self.rare_times = self.zeros.copy()
+        return total
+
     # ---- rows ----
 
     def new_iterator(self, create_ns: int) -> None:
@@ -318,7 +328,7 @@ class StepAccumulator:
             self.fail(error)
 
     def commit_slow(self, t: int) -> None:
-        """Close a step that has segments, rare or user phases, flags, a group or a device."""
+        """Close a step that has segments, rare phases, open user phases, flags, a group or a device."""
         self.book_user_phases(t)
         flags = self.flags | self.committed_flags | (_NO_LOADER if self.first_loader is None else 0)
         self.add_segment()
@@ -352,7 +362,7 @@ class StepAccumulator:
         if function is not None:
             self.slow_commits = self.dirty = True
         else:
-            self.slow_commits = bool(self.extras or self.users)
+            self.slow_commits = self.extras
 
     def cross_boundary(self) -> None:
         """Call the function of `call_at_boundary`: a step has ended, and the next one has begun."""
@@ -448,7 +458,7 @@ class StepAccumulator:
         self.fused = False  # an optimizer stepped inside backward
         self.attempts: set[int] = set()  # ids of the optimizers of further step calls
         self._drop_prefix()
-        self.dirty = self.slow_commits
+        self.dirty, self.marked = self.slow_commits, False
         self.open_slots[_STEP_START], self.open_slots[_STEP] = t, self.step
 
     def _drop_prefix(self) -> None:

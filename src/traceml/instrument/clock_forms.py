@@ -35,7 +35,7 @@ _STEP_START, _STEP, _USER_NAME = int(Slot.STEP_START), int(Slot.STEP), int(Slot.
 _NO_LOADER_BITS = pack_bits(0, int(StepFlag.NO_LOADER))
 # Columns of a usual step, whose other columns are 0.
 _USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
-                  "backward_own_ns", "elements", "samples", "bits")  # fmt: skip
+                  "user_ns", "backward_own_ns", "elements", "samples", "bits")  # fmt: skip
 
 
 def new_clock(flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> StepClock:
@@ -99,6 +99,7 @@ class CellClock(StepClock):
     batch = CellField()
     first_loader = CellField()
     dirty = CellField()
+    marked = CellField()
     detail = CellField()
     last_optimizer = CellField()
     usual = CellField()
@@ -121,7 +122,7 @@ class CellClock(StepClock):
             self.open_user_phases.append([phase, previous, t])
             self.current = bucket
             self.rare_times[bucket + 1] += 1
-            self.dirty = True
+            self.marked = True
             self.open_slots[_USER_NAME] = name_id
             self.open_slots[_USER] = t
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -152,14 +153,15 @@ class CellClock(StepClock):
 def _make_commit(clock: CellClock) -> Callable[[int], None]:
     """Return the function that closes the open step at a given time: it appends the row and begins the next step."""
     ring = clock.ring
-    commit_slow, upkeep = clock.commit_slow, clock.listener.upkeep
+    commit_slow, append_user_phases, upkeep = clock.commit_slow, clock.append_user_phases, clock.listener.upkeep
     pack_into = STEPS.partial_struct(*_USUAL_COLUMNS).pack_into
     buffer, offset, mask, row_bytes = ring.buffer, ring.offset, ring.mask, ring.row_bytes
     count, slot = ring.count, ring.slot
+    open_user_phases = clock.open_user_phases
     # Cells of the clock.
     input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = seg_start = attempt = backwards = batches = 0
     samples = elements = 0
-    dirty = False
+    dirty = marked = False
     open_slots: Any = None
     batch: Any = None
     first_loader: Any = None
@@ -167,11 +169,12 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
 
     def commit(t: int) -> None:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
-        nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at, samples, elements
-        if dirty or backwards > batches > 0:
+        nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at, samples, elements, marked
+        if dirty or open_user_phases or backwards > batches > 0:
             commit_slow(t)
             return
 
+        user_ns = append_user_phases() if marked else 0
         n = rows
         if first_loader is None:
             bits = backwards & MICRO_BATCHES_MASK | _NO_LOADER_BITS
@@ -183,9 +186,8 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
         row = offset + (n & mask) * row_bytes
         total = t - seg_start
         step = n + before
-        pack_into(
-            buffer, row, step, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, elements, samples, bits
-        )
+        times = input_ns, forward_ns, backward_ns, optimizer_ns, user_ns
+        pack_into(buffer, row, step, t, total, *times, -1, elements, samples, bits)
         count[slot] = rows = n + 1  # the row first, the counter afterwards
         seg_start = open_slots[_STEP_START] = t
         open_slots[_STEP] = rows + before
@@ -194,6 +196,7 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
         if not n & UPKEEP_MASK:
             upkeep(forward_ns, backwards)
 
+        marked = False
         input_ns = forward_ns = backward_ns = optimizer_ns = backwards = samples = elements = 0
 
     return clock.bind(commit)

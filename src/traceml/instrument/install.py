@@ -249,7 +249,7 @@ class Instrumentation:
             return
 
         if self._overhead is not None:
-            self._guarded(lambda: self._overhead.measure(dirty=clock.dirty))
+            self._guarded(lambda: self._overhead.measure(dirty=clock.dirty, marked=clock.marked))
 
         self._look_for_device()
         self._guarded(self._facts.training_loader)

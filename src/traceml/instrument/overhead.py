@@ -47,13 +47,14 @@ class HookOverhead:
         ordered = sorted(self._samples)
         return ordered[(len(ordered) - 1) // 2] if ordered else 0  # of two the shorter: a core was taken
 
-    def measure(self, *, dirty: bool) -> None:
+    def measure(self, *, dirty: bool, marked: bool = False) -> None:
         """Take one measurement on the training thread, after the row of a step.
 
         Args:
             dirty: whether that row was written by the rules for unusual steps.
+            marked: whether it was written by those for steps with user phases.
         """
-        self._clock.detail, self._clock.dirty = False, dirty
+        self._clock.detail, self._clock.dirty, self._clock.marked = False, dirty, marked
         call, commit = self._call, self._clock.commit
         t0 = monotonic_ns()
         t1 = monotonic_ns()

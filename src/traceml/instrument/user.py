@@ -67,7 +67,6 @@ class UserPhases(dict[str, UserPhase]):
             clock.zeros.extend((0, 0))
             clock.rare_times.extend((0, 0))
             clock.users.append(name_id)
-            clock.slow_commits = clock.dirty = True
             phase = self[name] = (clock.user_phase or UserPhase)(clock, bucket, name_id)
             return phase
 

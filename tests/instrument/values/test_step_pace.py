@@ -34,7 +34,7 @@ def test_short_steps_are_looked_after_less_often(
     readings = count(10**12, 64 * step_us * _US)
     monkeypatch.setattr(step_pace, "monotonic_ns", lambda: next(readings))
     rows: list[int] = []
-    monkeypatch.setattr(HookOverhead, "measure", lambda _, *, dirty: rows.append(traced.instrumentation.clock.rows))
+    monkeypatch.setattr(HookOverhead, "measure", lambda *_, **__: rows.append(traced.instrumentation.clock.rows))
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(600):

@@ -41,6 +41,7 @@ class HotFields:
     samples: int
     elements: int
     dirty: bool
+    marked: bool
     detail: bool
     inspects: bool
     open_slots: Any

@@ -64,7 +64,7 @@ int is_in_context(HotFields *hot) {
 /* ---- the end of a step ---- */
 
 /* Values go straight to the row: a copy of an array waits for all stores before it, also those that missed the cache. */
-static inline void write_row(HotFields *hot, long long t, long long bits) {
+static inline void write_row(HotFields *hot, long long t, long long user_ns, long long bits) {
     long long *restrict row = hot->first_row + (hot->rows & hot->mask) * STEPS_COLUMNS;
     for (int column = 0; column < STEPS_COLUMNS; column++) row[column] = 0; /* the compiler leaves out what follows */
     row[STEPS_STEP] = hot->rows + hot->before;
@@ -74,6 +74,7 @@ static inline void write_row(HotFields *hot, long long t, long long bits) {
     row[STEPS_FORWARD_NS] = hot->forward_ns;
     row[STEPS_BACKWARD_NS] = hot->backward_ns;
     row[STEPS_OPTIMIZER_NS] = hot->optimizer_ns;
+    row[STEPS_USER_NS] = user_ns;
     row[STEPS_BACKWARD_OWN_NS] = -1;
     row[STEPS_ELEMENTS] = hot->elements;
     row[STEPS_SAMPLES] = hot->samples;
@@ -90,11 +91,21 @@ COLD static int upkeep(HotFields *hot) {
     return result ? 0 : -1;
 }
 
+static int append_user_phases(HotFields *hot, long long *total) {
+    PyObject *number = PyObject_CallMethod((PyObject *)hot, "append_user_phases", NULL);
+    *total = number ? PyLong_AsLongLong(number) : -1;
+    Py_XDECREF(number);
+    return *total == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
 int commit_step(HotFields *hot, long long t) {
-    if (!LIKELY(!hot->dirty && !(hot->batches > 0 && hot->backwards > hot->batches) && hot->count))
+    int is_whole = !hot->dirty && !hot->open_users && hot->count;
+    if (!LIKELY(is_whole && !(hot->batches > 0 && hot->backwards > hot->batches)))
         return call_method(hot, "commit_slow", t, NULL);
 
-    long long n = hot->rows, bits;
+    long long n = hot->rows, user_ns = 0, bits;
+    if (!LIKELY(!hot->marked) && append_user_phases(hot, &user_ns)) return -1;
+
     if (none_for_null(hot->first_loader) == Py_None) {
         bits = (hot->backwards & hot->micro_mask) | hot->no_loader_bits;
     } else {
@@ -104,7 +115,7 @@ int commit_step(HotFields *hot, long long t) {
         hot->batches = 0;
     }
 
-    write_row(hot, t, bits);
+    write_row(hot, t, user_ns, bits);
     hot->seg_start = t;
     if (set_word(hot, SLOT_STEP_START, t) || set_word(hot, SLOT_STEP, hot->rows + hot->before)) return -1;
 
@@ -113,7 +124,7 @@ int commit_step(HotFields *hot, long long t) {
     if (!LIKELY(n & hot->upkeep_mask) && upkeep(hot)) return -1;
 
     hot->input_ns = hot->forward_ns = hot->backward_ns = hot->optimizer_ns = 0;
-    hot->backwards = hot->samples = hot->elements = 0;
+    hot->backwards = hot->samples = hot->elements = hot->marked = 0;
     return 0;
 }
 
@@ -216,7 +227,7 @@ static PyMemberDef members[] = {
     NUMBER(before), NUMBER(seg_start), NUMBER(attempt), NUMBER(backwards), NUMBER(batches), NUMBER(last_optimizer),
     NUMBER(failure), NUMBER(failed_in),
     NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
-    TRUTH(dirty), TRUTH(detail), TRUTH(inspects),
+    TRUTH(dirty), TRUTH(marked), TRUTH(detail), TRUTH(inspects),
     OBJECT(closes_at), OBJECT(batch), OBJECT(first_loader), OBJECT(usual), OBJECT(usual_loader),
     OBJECT(input_shape), OBJECT(rare_times),
     {NULL, 0, 0, 0, NULL},

@@ -42,7 +42,8 @@ typedef struct {
     long long current;
     long long *words; /* those of the flight file; NULL while others stand in for them */
     PyObject *closes_at, *input_shape, *on_forward, *check_forward, *first_loader;
-    char dirty, detail, inspects;
+    char dirty, marked, detail, inspects;
+    int open_users;
     long long backwards, batches, rows, seg_start;
     long long input_ns, forward_ns, backward_ns, optimizer_ns;
     long long input_samples, input_elements, samples, elements;
@@ -54,7 +55,7 @@ typedef struct {
     PyObject *not_ready, *usual, *usual_loader, *batch;
     PyObject *open_slots, *mapped_slots, *rare_times, *in_context;
     OpenUserPhase *open_user_phases; /* innermost last */
-    Py_ssize_t open_users, user_room;
+    Py_ssize_t user_room;
     Py_buffer slots_buffer, ring_buffer, count_buffer;
 } HotFields;
 

@@ -8,7 +8,9 @@ static int add_rare(HotFields *hot, long long bucket, long long ns) {
     long long sum = before ? PyLong_AsLongLong(before) : -1;
     if (sum == -1 && PyErr_Occurred()) return -1;
 
-    hot->dirty = 1;
+    if (bucket > PHASE_OTHER) hot->marked = 1;
+    else hot->dirty = 1;
+
     PyObject *after = PyLong_FromLongLong(sum + ns);
     return after ? PyList_SetItem(times, (Py_ssize_t)bucket, after) : -1;
 }
