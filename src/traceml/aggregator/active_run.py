@@ -254,12 +254,13 @@ class ActiveRun(RunStreams):
         except StoreError as error:  # the next commit reports a disk that is full
             _log.debug("run %s: %s", self.id, error)
 
-    def end(self, status: int | None = None, *, diagnose: bool = False) -> bool:
+    def end(self, status: int | None = None, *, diagnose: bool = False, report_follows: bool = False) -> bool:
         """Close the run; return False while rows cannot be stored.
 
         Args:
             status: exit status of the job, as its launcher reports it.
             diagnose: whether `final_findings` are wanted.
+            report_follows: whether its report is written next, for which deliveries to trackers wait.
         """
         if not self.commit(force=True):
             return False
@@ -272,6 +273,9 @@ class ActiveRun(RunStreams):
 
         is_present = self._is_attended or status is not None
         self._facts.end(state, None if is_present else max(self._signs_s, default=self._last_written_s))
+        if report_follows:
+            self.store.put_meta("report_asked_s", time.time())
+
         self._facts.write(self.store)
         if handled := Counter(failures()) - self._failures_before:
             self.store.put_meta("failures", dict(handled))

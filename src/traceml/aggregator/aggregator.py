@@ -265,7 +265,8 @@ class Aggregator:
     async def _end(self, run: ActiveRun, status: int | None) -> bool:
         self._recover_flights(run)
         run.settle_exits()
-        if not run.end(status, diagnose=self._alerts.has_targets):
+        report_follows = self._on_run_finished is not None
+        if not run.end(status, diagnose=self._alerts.has_targets, report_follows=report_follows):
             return False
 
         self._hosts.stored(run)

@@ -19,6 +19,7 @@ import pytest
 from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, delivering, state_of
+from traceml.own_files import replace_file
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_TAKEN, DeliveryPhase, TrackerState, locked
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"
@@ -147,6 +148,22 @@ def test_a_run_that_goes_on_is_followed_and_a_stopped_process_continued(run: Log
     run.end()
     assert deliver(run.path, "jsonl").returncode == 0
     assert values(lines_of(run.path), "a") == [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)]
+
+
+def test_the_verdict_of_the_report_that_follows_the_end_is_sent(run: LoggedRun) -> None:
+    """The report is written just after the run has ended: its verdict is awaited."""
+    run.experiment(["jsonl"], id="x")
+    run.metrics({"a": [1.0, 2.0]})
+    run.writer.put_meta("report_asked_s", time.time())
+    run.end()
+    process = delivering(str(run.path), "jsonl")
+    eventually(lambda: state_of(run.path).delivered == 2)
+    report = {"run": {"state": "finished"}, "verdict": {"kind": "INPUT_BOUND", "summary": "It waits."}}
+    replace_file(run.path / "report.json", json.dumps(report).encode())
+
+    assert process.wait(240) == 0
+    tags = [line["tags"] for line in lines_of(run.path) if line["type"] == "tags"]
+    assert {"traceml/verdict": "INPUT_BOUND"} in tags
 
 
 def test_experiments_are_kept_apart_and_end_when_their_ranks_have(run: LoggedRun) -> None:

@@ -31,6 +31,7 @@ from traceml.track.delivery.record_reader import RecordBatch, RecordReader, posi
 from traceml.track.delivery.refusals import RefusalOutcome, RefusalSearch
 from traceml.track.delivery.retry_policy import RetryPolicy, succeeded
 from traceml.track.delivery.tracker_session import RewindError, TrackerSession
+from traceml.track.delivery.verdict_sender import has_report
 from traceml.track.filters import DeliveryFilter
 from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_DONE, DeliveryPhase, TrackerState
@@ -41,6 +42,7 @@ __all__ = ["DeliveryLoop"]
 _LEAST_ROWS, _FIRST_ROWS, _BATCH_ROWS = 100, 1_000, 5_000
 _SLOW_BATCH_S = 2.0
 _POLL_S = 0.5
+_REPORT_S = 15.0  # longest wait for the report of a run that has ended
 _TIMEOUT_S = 60.0
 _STOP_S = 10.0
 _ANNOUNCEMENT_S = 5.0
@@ -401,7 +403,14 @@ class DeliveryLoop:
         return {"frame": self._state.cursor.get("frame", 0), "row": self._state.cursor.get("row", 0)}
 
     def _is_over(self) -> bool:
-        return self._reader.meta().get("run", {}).get("ended") is not None
+        """Return whether the run has ended, and its report, whose verdict is sent, is there or no longer expected."""
+        meta = self._reader.meta()
+        if meta.get("run", {}).get("ended") is None:
+            return False
+
+        asked_s = meta.get("report_asked_s", 0.0)
+        is_expected = 0 <= time.time() - asked_s < _REPORT_S  # not for longer where a clock was set back
+        return not is_expected or has_report(self._run_dir, asked_s)
 
     def _note_idle(self) -> None:
         """Report success when there was nothing to do since the start."""

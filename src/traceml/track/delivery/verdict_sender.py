@@ -15,7 +15,9 @@ from traceml.track.delivery.tracker_session import TrackerSession
 from traceml.track.filters import DeliveryFilter
 from traceml.track.tracker_state import TrackerState
 
-__all__ = ["VerdictSender"]
+__all__ = ["VerdictSender", "has_report"]
+
+_REPORT_NAME = "report.json"
 
 
 class VerdictSender:
@@ -77,9 +79,17 @@ class VerdictSender:
             self._audit.note("tags", ["traceml/verdict", *facts], 1)
 
 
+def has_report(run_dir: Path, since_s: float) -> bool:
+    """Return whether a run's report was written at or after a time, in epoch seconds."""
+    try:
+        return (run_dir / _REPORT_NAME).stat().st_mtime >= since_s
+    except OSError:
+        return False
+
+
 def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
     try:
-        report = json.loads(read_regular(run_dir / "report.json"))
+        report = json.loads(read_regular(run_dir / _REPORT_NAME))
         verdict: dict[str, Any] = report["verdict"]
         return verdict if report["run"]["state"] != "running" else None
     except (OSError, ValueError, KeyError, TypeError):
