@@ -153,8 +153,7 @@ def end_job(mark: str, agent: int) -> None:
 
 
 def _is_agent(pid: int) -> bool:
-    known = process_info(pid)
-    if known is None or known.state in "ZX":
+    if not is_running(pid):
         return False
 
     with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
