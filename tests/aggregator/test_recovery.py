@@ -30,7 +30,8 @@ KILLED = """
             traceml.log_metric("late", 1.0, 0)
     pathlib.Path("model.bin").write_bytes(b"weights" * 1000)
     traceml.log_artifact("model.bin", "best")
-    while not list(pathlib.Path("traceml_runs").glob(".flights/*.files/.*.row")):
+    # The copy gets its name last, when its row is written.
+    while not list(pathlib.Path("traceml_runs").glob(".flights/*.files/[!.]*")):
         time.sleep(0.01)
     os.kill(os.getpid(), 9)
 """
