@@ -150,6 +150,26 @@ def test_an_interrupted_hang_has_not_ended(run_script: Run, serving: Serving) ->
     assert not any(snapshot.ended for snapshot in snapshots)
 
 
+@pytest.mark.parametrize("has_moved", [False, True])
+def test_what_the_end_of_a_rank_has_moved_is_not_in_the_last_snapshot(
+    run_script: Run, serving: Serving, has_moved: bool
+) -> None:
+    """The launcher asks for it while Ctrl-C takes the rank's stack down: the one before has the place of the hang."""
+    code = f"""
+        import time, traceml
+        traceml.init()
+        while not seen: time.sleep(0.1)
+        watch, = watches
+        watch._moved_ns -= 10 * 10**9  # long enough for the last one
+        watch._progress.moved = lambda: {has_moved}
+        watch.snapshot_now(is_last=True)
+        """
+    done = run_script("watches = []\n" + _noting(code, then="watches.append(watch)"), **_QUICK)
+
+    assert done.returncode == 0, done.stderr
+    assert [each.is_last for each in _snapshots(serving)].count(True) == (not has_moved)
+
+
 def test_workers_ahead_of_a_training_that_stands_still_are_not_waited_for(run_script: Run, serving: Serving) -> None:
     """They have made their batches; the training has not asked for one."""
     code = """

@@ -81,8 +81,12 @@ class QuietWatch:
         """Return a snapshot of this moment, on the recorder's thread.
 
         Args:
-            is_last: whether the job is being ended: then it is stored too, if there was no progress for 5 s.
+            is_last: whether the job is being ended: then it is stored too, if there was no progress for 5 s. What its
+                end has moved since the thread's last turn is progress: the snapshot before tells how it hung.
         """
+        if is_last and self._progress.moved():
+            self._resume(monotonic_ns())
+
         snapshot = self._snapshots().make(self.quiet_s, is_last=is_last)
         if is_last and snapshot.quiet_s >= _LAST_SNAPSHOT_S:
             self._send(snapshot, monotonic_ns())
@@ -91,6 +95,9 @@ class QuietWatch:
 
     @property
     def _first_s(self) -> float:
+        if self._slots[Slot.EXIT_START]:  # an exit takes a while on a busy host, and replaces what was seen before it
+            return self._timeout_s
+
         return first_snapshot_s(self._longest_s, self._timeout_s)
 
     def _snapshots(self) -> SnapshotMaker:
