@@ -42,8 +42,8 @@ from ingest import (
 from traceml.database.schema import HOST, PROCESS, STEPS, Table
 from traceml.database.store.codec import encode as compress
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
+from traceml.run_folder import STORE_NAME
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode
 from traceml.transport.hello import Hello

@@ -33,7 +33,7 @@ from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import METRICS
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 FRAME = 4096
 SUFFIXES = {"pfw": "pfw.gz", "perfetto": "json.gz"}

@@ -25,7 +25,7 @@ from typing import Any
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import flight_identity
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 SHAPE = Path(__file__).parent / "accuracy" / "shapes" / "hangs.py"
 KINDS = ("sleep", "held", "stopped", "worker", "pipe", "file_lock", "skip", "uneven", "barrier")

@@ -29,7 +29,7 @@ from typing import Any
 
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.transport import auth
 from traceml.transport.client import connect
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame

@@ -28,7 +28,7 @@ from store_bytes import step_rows
 from traceml.database.schema import PROCESS, STEPS, pack_bits
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 HOUR = 3600
 S, MS = 10**9, 10**6

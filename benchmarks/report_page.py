@@ -19,8 +19,8 @@ from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.renderers.html.report_page import report_page
+from traceml.run_folder import STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report
 from traceml.runs.rows.digest import read_digest

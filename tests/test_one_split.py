@@ -15,9 +15,9 @@ from tests.runs.fabricated_store import STARTED, add_rank, run_facts
 from traceml.database.schema import DEVICE_STEPS, PHASE_LABELS, STEPS, StepFlag, pack_bits
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.steps.segments import segments_of
 from traceml.diagnosis.steps.step_split import DEVICE_LABELS
+from traceml.run_folder import STORE_NAME
 from traceml.runs.export.exporter import export_run
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report

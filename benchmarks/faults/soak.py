@@ -33,7 +33,7 @@ from tests.eventually import eventually
 
 from traceml.database.schema import TABLES
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 RANK = Path(__file__).resolve().with_name("soaking_rank.py")
 _LONGEST_RUN_S = 30.0

@@ -17,7 +17,7 @@ from tests.eventually import eventually
 from tests.forked import client as forked
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 

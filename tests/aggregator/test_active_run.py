@@ -12,7 +12,7 @@ from tests.aggregator.test_registry import Silent, hello, join, leave, registry 
 from traceml.aggregator import active_run as run_module
 from traceml.aggregator.streams import StreamState
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from tests.aggregator.conftest import ROOT, TOKEN, step_rows, wait_for_acks
 from tests.eventually import eventually
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorRefusedError, TraceMLError
+from traceml.run_folder import STORE_NAME
 from traceml.transport.client import connect
 from traceml.transport.hello import Hello
 
@@ -164,7 +164,7 @@ def test_two_runs_at_once(serving):
 
 def _store(folder: Path):
     from traceml.database.store.reader import StoreReader
-    from traceml.database.store.store_file import STORE_NAME
+    from traceml.run_folder import STORE_NAME
 
     return StoreReader(folder / STORE_NAME)
 

@@ -10,8 +10,8 @@ from traceml.aggregator.live import LiveRows
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.transport.framing import Decoder
 from traceml.transport.server import RefusedError
 

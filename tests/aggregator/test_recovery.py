@@ -17,7 +17,7 @@ from traceml.clock import boot_time_s, monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.rows.clocks import RunClocks
 

@@ -14,8 +14,8 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError
 

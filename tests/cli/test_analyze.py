@@ -12,7 +12,7 @@ import pytest
 
 from tests.traces.brute import check
 from traceml.cli import main
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 EVENTS = [
     {

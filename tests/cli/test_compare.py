@@ -9,7 +9,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
 from traceml import cli
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 
 

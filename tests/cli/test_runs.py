@@ -14,7 +14,8 @@ from tests.renderers.reports import with_data
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml import cli
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME, STORE_VERSION
+from traceml.database.store.store_file import STORE_VERSION
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import describe_run
 from traceml.runs.report.report import build_report, save_report
 

@@ -22,7 +22,7 @@ from traceml.aggregator.silence.rank_stacks import stacks_reply
 from traceml.aggregator.streams import Incarnation, Stream
 from traceml.clock import boot_id
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 pytestmark = pytest.mark.process
 

@@ -24,7 +24,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER
 from traceml.database.schema import STEPS
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import list_runs
 from traceml.runs.run import load_run
 from traceml.track.plugins.code_seal import seal

@@ -18,7 +18,7 @@ from tests.runs.fabricated_store import store_run
 from traceml import cli
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 
 def running_run(folder, **facts):

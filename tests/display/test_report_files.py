@@ -13,10 +13,10 @@ import pytest
 
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
-from traceml.database.store.store_file import STORE_NAME
 from traceml.display import report_files
 from traceml.display.report_files import refresh_reports, write_page, write_reports
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
 

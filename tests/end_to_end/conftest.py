@@ -17,7 +17,7 @@ import pytest
 from tests.eventually import eventually
 from tests.forked import client as forked
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 TINY = Path(__file__).with_name("tiny.py")
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.end_to_end.conftest import Running, Traceml
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 HANGING = Path(__file__).with_name("hanging.py")
 

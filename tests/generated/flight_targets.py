@@ -25,8 +25,8 @@ from traceml.database.flight.rings import RowSlice
 from traceml.database.schema import LOGS, PACKED, Phase, Slot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 
 __all__ = ["TARGETS"]
 

@@ -18,8 +18,8 @@ from tests.generated.targets import DAMAGE, Damage, Target, refusal
 from traceml.database.schema import EVALS, METRICS, STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import describe_run, is_delivered, list_runs
 from traceml.track.delivery.record_reader import RecordReader
 from traceml.track.tracker_state import TrackerState, states_of

@@ -22,7 +22,6 @@ from traceml.aggregator.streams import Incarnation, Stream
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import ProtocolError
 from traceml.launch.wire.channel_frames import (
     ChannelClosedError,
@@ -34,6 +33,7 @@ from traceml.launch.wire.channel_frames import (
 )
 from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.log_records import RecordDecoder, RecordHandler
+from traceml.run_folder import STORE_NAME
 from traceml.transport.framing import MAX_HELLO_BYTES, Decoder, decode_log, encode, rows_frame
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError

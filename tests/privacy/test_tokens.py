@@ -12,7 +12,7 @@ import pytest
 from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 SCRIPT = """
     import json, os, sys, time

@@ -111,7 +111,7 @@ assert process.exitcode == 0, process.exitcode
     counts = []
     for folder in serving.run_dirs:
         from traceml.database.store.reader import StoreReader
-        from traceml.database.store.store_file import STORE_NAME
+        from traceml.run_folder import STORE_NAME
 
         with StoreReader(folder / STORE_NAME) as store:
             counts.append(store.stored("steps"))

@@ -20,9 +20,9 @@ from tests.eventually import eventually
 from tests.ports import free_port
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorUnavailableError
 from traceml.recorder import local_aggregator
+from traceml.run_folder import STORE_NAME
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, encode
 from traceml.transport.runs_folder import AggregatorAddress

@@ -12,7 +12,7 @@ from tests.diagnosis.fabricated import Fault, Job, rows_of
 from traceml.database.schema import HOST, PROCESS, TELEMETRY, USER_PHASES
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 STARTED = 1_700_000_000.0
 

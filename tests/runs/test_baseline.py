@@ -6,8 +6,8 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import STARTED, store_run
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.baseline import find_baseline, find_compared
 from traceml.runs.find import describe_run
 from traceml.runs.report.report import build_report, save_report

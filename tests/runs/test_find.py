@@ -11,8 +11,9 @@ from tests.diagnosis.fabricated import Job, adds
 from tests.renderers.reports import finding
 from tests.runs.fabricated_store import STARTED, run_facts, store_run
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME, STORE_VERSION
+from traceml.database.store.store_file import STORE_VERSION
 from traceml.errors import RunNotFoundError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run, list_runs, prune
 from traceml.runs.report.report import build_report, save_report
 from traceml.runs.run_labels import change_labels

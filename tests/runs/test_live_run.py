@@ -8,11 +8,11 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report_types import Report
 

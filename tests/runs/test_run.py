@@ -14,8 +14,8 @@ from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, run_facts, store_run
 from tests.track.fabricated import START_NS, LoggedRun
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.run import Run, load_run
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.supervise.final_report import print_final_report
 
 

@@ -13,8 +13,8 @@ import pytest
 from tests.diagnosis.fabricated import Job
 from tests.eventually import eventually
 from tests.runs.fabricated_store import store_run
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import TraceMLError
+from traceml.run_folder import STORE_NAME
 from traceml.supervise.report_maker import ReportMaker
 
 

@@ -17,7 +17,7 @@ from tests.forked import client as forked
 from tests.ports import free_port
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.track.delivery.record_reader import RecordReader
 from traceml.track.plugins.metric import Metric
 

@@ -17,7 +17,7 @@ from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import METRICS
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.track.tracker_state import TrackerState
 
 START_NS = 1_700_000_000 * 10**9

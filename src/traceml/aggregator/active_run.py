@@ -17,11 +17,11 @@ from traceml.aggregator.stream_ends import final_state, note_exit, state_of_dead
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures
+from traceml.run_folder import STORE_NAME
 from traceml.transport.hello import WORLD_LIMIT
 from traceml.transport.server import Peer
 

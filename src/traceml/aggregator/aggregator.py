@@ -27,11 +27,10 @@ from traceml.aggregator.relay.relayed_hosts import RelayedHosts
 from traceml.aggregator.silence.silent_ranks import SilentRanks
 from traceml.aggregator.streams import Stream, StreamPeer
 from traceml.aggregator.verdicts import LiveVerdict
-from traceml.database.flight.flight_folders import COPIES_FOLDER
 from traceml.database.store.store import merge_wal
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
 from traceml.fail_open import fail_open
+from traceml.run_folder import COPIES_FOLDER, STORE_NAME
 from traceml.track.delivery.manager import STALL_LIMIT_S, DeliveryManager, RunDeliveries
 from traceml.transport.hello import Hello
 from traceml.transport.runs_folder import folder_id

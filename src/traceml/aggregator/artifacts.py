@@ -10,8 +10,8 @@ from typing import Any
 
 import msgpack
 
-from traceml.database.flight.flight_folders import ARTIFACTS
 from traceml.errors import ProtocolError
+from traceml.run_folder import ARTIFACTS
 
 __all__ = ["Artifacts"]
 

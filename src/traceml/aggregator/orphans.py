@@ -9,7 +9,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 __all__ = ["finish_flights", "finish_orphan"]
 

@@ -17,7 +17,8 @@ from traceml.aggregator.stream_table import StreamTable
 from traceml.aggregator.streams import Incarnation, Stream, StreamPeer, StreamState, moment_s
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME, last_written_s
+from traceml.database.store.store_file import last_written_s
+from traceml.run_folder import STORE_NAME
 from traceml.transport.hello import WORLD_LIMIT, Hello
 
 __all__ = ["RunStreams"]

@@ -145,7 +145,7 @@ def _summary(options: Options, measures: tuple[Measure, ...]) -> dict[str, Any]:
 
 def _with_hint(error: TraceNotFoundError, paths: tuple[str, ...]) -> TraceNotFoundError:
     """Return the error for a run's folder, which contains a store and no trace, with the commands to use."""
-    from traceml.database.store.store_file import STORE_NAME
+    from traceml.run_folder import STORE_NAME
 
     run = next((path for path in paths if Path(path, STORE_NAME).exists()), None)
     if run is None:

@@ -14,16 +14,16 @@ from rich.console import Console
 
 from traceml.cli.parsing import parse
 from traceml.database.flight.flight_owner import waiting_steps
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.renderers.text.line_table import print_lines
 from traceml.renderers.text.report_markdown import report_markdown
 from traceml.renderers.views import run_view
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.export.flame_graph import FLAME_GRAPHS
 from traceml.runs.find import find_run
-from traceml.runs.report.report_types import REPORT_NAME, Report, TrackerSection, read_report
+from traceml.runs.report.report_types import Report, TrackerSection, read_report
 from traceml.settings import load
 from traceml.track.tracker_state import states_of
 

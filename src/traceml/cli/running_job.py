@@ -6,8 +6,8 @@ import socket
 from pathlib import Path
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, TraceMLError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.live_run import LiveRun
 from traceml.settings import Config

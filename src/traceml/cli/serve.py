@@ -231,8 +231,8 @@ def _clean_up(reports: ReportMaker, run_dir: Path, *, keep: int | None) -> None:
 
 
 def _update_trackers(reports: ReportMaker, run_dir: Path) -> None:
+    from traceml.run_folder import PAGE_NAME
     from traceml.runs.report.report import update_trackers
-    from traceml.runs.report.report_types import PAGE_NAME
 
     if update_trackers(run_dir) and (run_dir / PAGE_NAME).exists():
         reports.write(run_dir, run_dir / PAGE_NAME)

@@ -23,11 +23,11 @@ from traceml.cli.parsing import parse
 from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
-from traceml.database.store.store_file import STORE_NAME
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import plural, printable
 from traceml.renderers.words import tracker_text
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.report.report_types import TrackerSection
 from traceml.runs.run_state import UNREADABLE_STATES, is_watched

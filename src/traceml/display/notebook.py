@@ -9,9 +9,9 @@ from contextlib import closing
 from typing import Any, TextIO
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.renderers.html.notebook_html import finding_html, inline_html
+from traceml.run_folder import STORE_NAME
 from traceml.runs import run as stored
 from traceml.runs.report.report import full_report
 from traceml.runs.rows.digest import read_digest

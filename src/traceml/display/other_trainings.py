@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import closing, suppress
 from pathlib import Path
 
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.find import run_folders
-from traceml.runs.report.report_types import REPORT_NAME, read_report
+from traceml.runs.report.report_types import read_report
 
 __all__ = ["other_trainings"]
 

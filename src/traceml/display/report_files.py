@@ -7,12 +7,12 @@ from contextlib import closing
 from pathlib import Path
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.fail_open import fail_open
 from traceml.renderers.html.report_page import report_page
+from traceml.run_folder import PAGE_NAME, STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report, save_report, update_trackers, write_atomic
-from traceml.runs.report.report_types import PAGE_NAME, Report
+from traceml.runs.report.report_types import Report
 from traceml.runs.rows.digest import Digest, read_digest
 from traceml.runs.rows.series import SeriesFollower
 from traceml.settings import load

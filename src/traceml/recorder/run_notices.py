@@ -18,6 +18,7 @@ from traceml.fail_open import fail_open
 from traceml.formatting import printable
 from traceml.own_programs import own_program
 from traceml.recorder.lifecycle import on_end, on_shutdown
+from traceml.run_folder import REPORT_NAME
 from traceml.transport.run_line import run_line, short_path
 from traceml.witness.script_time import is_interactive
 
@@ -92,7 +93,7 @@ def show_verdict(run_dir: Path) -> None:
 def await_report(run_dir: Path) -> None:
     """Wait until the aggregator has written the report of an ended run, for at most 10 s."""
     until_s = time.monotonic() + _REPORT_WAIT_S
-    while not (run_dir / "report.json").exists() and time.monotonic() < until_s:
+    while not (run_dir / REPORT_NAME).exists() and time.monotonic() < until_s:
         time.sleep(0.02)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import RunNotFoundError
 from traceml.formatting import plural
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
 from traceml.runs.report.report_types import RunSection, read_report
 

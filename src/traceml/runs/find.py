@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError, StoreVersionError, TraceMLError
-from traceml.runs.report.report_types import REPORT_NAME, StepsSection, rate_of, read_report, read_summary
+from traceml.run_folder import REPORT_NAME, STORE_NAME
+from traceml.runs.report.report_types import StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
 from traceml.track.tracker_state import DeliveryPhase, states_of

@@ -7,10 +7,10 @@ from collections import deque
 from pathlib import Path
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.kept_steps import slots_for
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.about import About, about_run
 from traceml.runs.report.report import make_report, report_window, run_wall_time
 from traceml.runs.report.report_types import Report, TelemetrySection

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import METRICS, NAMES, PHASE_COLUMNS, STEPS, other_ns, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import capitalized, ms_text, percent_text, phase_label, plural, sample_text, summed_text
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report

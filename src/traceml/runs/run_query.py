@@ -12,9 +12,10 @@ import msgspec
 
 from traceml.errors import UsageError
 from traceml.own_files import read_regular
+from traceml.run_folder import REPORT_NAME
 from traceml.runs.find import RunInfo
 from traceml.runs.json_document import UNREADABLE_JSON
-from traceml.runs.report.report_types import REPORT_NAME, MetricSection, SetupSection
+from traceml.runs.report.report_types import MetricSection, SetupSection
 
 __all__ = ["FIELDS", "RunFields", "RunRecord", "SearchedRun", "select_runs", "sort_runs"]
 

@@ -11,6 +11,7 @@ from typing import TextIO
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.formatting import printable
+from traceml.run_folder import REPORT_NAME
 
 __all__ = ["load_card", "print_final_report"]
 
@@ -54,7 +55,7 @@ def print_final_report(
     from traceml.renderers.text.card import print_card
 
     try:
-        path = run_dir / "report.json"
+        path = run_dir / REPORT_NAME
         if not finished or not path.exists():
             from traceml.display.report_files import write_reports  # loads what reads a store: a quarter of a second
 

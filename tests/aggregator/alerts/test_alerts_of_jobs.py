@@ -14,7 +14,7 @@ import pytest
 
 from tests.forked import client as forked
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 pytestmark = pytest.mark.process
 

@@ -13,10 +13,10 @@ import pytest
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import TraceMLError
+from traceml.run_folder import STORE_NAME
 
 SLOW = Finding(kind=Kind.INPUT_BOUND, severity=Severity.WARNING, phase="input_wait", summary="Slow.", next="Do.")
 LOST = Finding(kind=Kind.RANK_LOST, severity=Severity.CRITICAL, ranks=(1,), summary="Lost.", next="Look.")

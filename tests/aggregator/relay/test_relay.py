@@ -22,11 +22,11 @@ from traceml.aggregator.relay.upstream import RELAY_MARK, Upstream
 from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.merged_hosts.row_requests import CLEAR_GAIN
 from traceml.errors import TraceMLError, UsageError
 from traceml.fail_open import failures
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report
 from traceml.transport.client import Connection, connect

@@ -23,11 +23,10 @@ from traceml.cli.assistants.json_documents import document_schema
 from traceml.cli.profiles.profile import parse_ranks, profiled_text
 from traceml.database.schema import StepFlag, unpack_bits
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import UsageError
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.export.operator_trace import ProfiledRank
 from traceml.runs.export.top_operators import CallSamples
-from traceml.runs.report.report_types import REPORT_NAME
 
 # Trains until its standard input is closed; then all ranks agree on the last step.
 TRAINING = """

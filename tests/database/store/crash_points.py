@@ -20,7 +20,7 @@ from traceml.database.schema import STEPS
 from traceml.database.store import compaction, store_file
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 __all__ = ["MODES", "CrashPoint", "RecordedWriter", "check_crash", "crash_points", "recorded"]
 

@@ -14,7 +14,7 @@ from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 __all__ = ["running_run", "series_of"]
 

@@ -19,10 +19,10 @@ from tests.display.web.runs import NASTY, add_logged, add_metrics, add_rank_rows
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
 from tests.runs.report.test_restarts import FINE, RAISED, attempt, store
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import KeptSteps
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report, save_report
 from traceml.supervise.page_process import PageProcess
 

@@ -9,9 +9,9 @@ from tests.diagnosis.fabricated import Job, adds
 from tests.display.web.runs import NASTY, add_metrics
 from tests.runs.fabricated_store import store_run
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.display.web.chart_cache import ChartCache
 from traceml.renderers.views import run_view
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.rows.series import read_series
 

@@ -19,9 +19,9 @@ from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_fac
 from tests.runs.report.test_line_shares import line, report_with
 from traceml.database.schema import LINES
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.display.report_files import write_reports
 from traceml.renderers.html.flame_page import flame_page
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.run_labels import RunLabels, write_labels
 from traceml.track.tracker_state import DeliveryPhase, TrackerState

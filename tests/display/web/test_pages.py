@@ -17,7 +17,7 @@ from tests.display.web.conftest import LiveJob, Visit
 from tests.display.web.runs import NASTY
 from tests.runs.fabricated_store import run_facts, store_run
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import describe_run, remove_ended
 
 Visits = Callable[..., Visit]

@@ -12,8 +12,8 @@ from tests.diagnosis.fabricated import Job, rows_of
 from tests.display.web.runs import add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, run_facts, store_run
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.display.web.run_sources import RunSource, RunsSource, is_run_id
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report, save_report
 from traceml.runs.run_labels import RunLabels, write_labels
 

@@ -17,9 +17,9 @@ from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.recorder.sending.dialing import stored_elsewhere
+from traceml.run_folder import STORE_NAME
 from traceml.settings import load
 from traceml.transport.client import Connection
 from traceml.transport.hello import Hello

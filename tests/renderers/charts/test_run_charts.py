@@ -11,10 +11,10 @@ from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import add_rank, rows_of, run_facts
 from tests.runs.rows.test_metric_series import log
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.renderers.charts import run_charts
 from traceml.renderers.charts.palette import BY_CSS, DARK, LIGHT, css_variables
 from traceml.renderers.views import run_view
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.rows.series import HeatMap, RunSeries, SampleSeries, read_series
 

@@ -15,9 +15,9 @@ from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_fac
 from tests.runs.rows.test_metric_series import log
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.renderers.html.notebook_html import inline_html
 from traceml.renderers.html.report_page import report_page
+from traceml.run_folder import STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report
 from traceml.runs.rows.digest import read_digest

@@ -10,8 +10,8 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.comparison.compare import compare_runs, compare_sides
 from traceml.runs.comparison.compared_run import read_compared
 from traceml.runs.report.report import build_report

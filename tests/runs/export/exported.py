@@ -31,7 +31,7 @@ from traceml.database.schema import (
 )
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 
 S = 10**9
 BOOT_NS = 1_700_000_000 * S

@@ -11,8 +11,8 @@ from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.export.exported import STEPS, events_in, rich_run
 from tests.runs.fabricated_store import add_rank, run_facts, store_run
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.export.exporter import FORMATS, default_path, export_run, format_of
 
 OUTPUTS = {"perfetto": "out.json", "pfw": "out.pfw.gz", "parquet": "out", "csv": "out"}

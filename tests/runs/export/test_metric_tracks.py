@@ -16,7 +16,7 @@ from tests.runs.export.exported import BOOT_NS, S, add_stream, comparable, event
 from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import METRICS
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.export import metric_tracks, waiting_rows
 from traceml.runs.export.exporter import export_run
 

@@ -15,8 +15,8 @@ from tests.runs.fabricated_store import add_rank, run_facts
 from traceml.database.schema import STEPS, StepFlag, pack_bits
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import TraceMLError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.export.exporter import export_run
 from traceml.runs.export.operator_trace import ProfiledRank, steps_stored, write_profile
 from traceml.runs.export.top_operators import CallSamples

@@ -15,7 +15,7 @@ from tests.runs.export.exported import S, add_stream, comparable, events_in
 from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.export import sample_tracks, waiting_rows
 from traceml.runs.export.exporter import export_run
 

@@ -24,8 +24,8 @@ from tests.runs.fabricated_store import (
 from traceml.database.schema import DEVICE_STEPS, HOST, LINES, PROCESS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report, save_report
 from traceml.runs.rows import digest
 from traceml.runs.rows.series import read_series

@@ -11,7 +11,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import RestartSection
 

@@ -15,7 +15,7 @@ from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import STARTED, add_rank, run_facts
 from traceml.clock import SteadyClock, boot_id, monotonic_ns, process_start_ticks
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 
 DAY = 86400.0

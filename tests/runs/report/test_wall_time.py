@@ -12,7 +12,7 @@ from tests.runs.fabricated_store import add_info, run_facts
 from traceml.database.schema import EPOCHS, EVALS, STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.wall_time import wall_time
 

@@ -6,7 +6,7 @@ from contextlib import closing
 
 from tests.track.fabricated import LoggedRun
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.logged_media import LoggedItems
 
 

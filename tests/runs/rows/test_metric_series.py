@@ -11,7 +11,7 @@ from tests.runs.fabricated_store import add_rank, rows_of, run_facts
 from traceml.database.schema import METRICS
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.metric_series import MetricSeriesSet
 
 

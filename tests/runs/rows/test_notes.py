@@ -8,7 +8,7 @@ from tests.runs.fabricated_store import add_info, run_facts
 from tests.track.fabricated import LoggedRun
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.live_run import LiveRun
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.track.fabricated import START_NS, LoggedRun
 from traceml.database.schema import LOSSES
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.rows import metrics
 from traceml.runs.rows.metric_series import MetricSeriesSet

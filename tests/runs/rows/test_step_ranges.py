@@ -9,7 +9,7 @@ from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.rows import step_ranges as module
 from traceml.runs.rows.step_ranges import spread_ranges, step_ranges
 

@@ -13,7 +13,7 @@ from tests.eventually import eventually
 from tests.recorder.conftest import environ
 from tests.track.fabricated import state_of
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.track.tracker_state import DeliveryPhase
 
 # Each in its place; cut in two, so that neither this file nor its own diff holds one.

@@ -18,12 +18,12 @@ from typing import Any
 from traceml.database.schema import LINES, NAMES, PACKED, RELAYED_WHOLE, STEPS, TABLES, TELEMETRY
 from traceml.database.store.codec import encode
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
-from traceml.database.store.store_file import STORE_NAME
 from traceml.database.store.summaries import SAMPLE_TABLES
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.merged_hosts.host_second import HostSecond
 from traceml.diagnosis.merged_hosts.host_sums import HostSums
 from traceml.diagnosis.steps.representatives import HostChoice
+from traceml.run_folder import STORE_NAME
 from traceml.transport.client import Connection
 from traceml.transport.hello import Hello
 

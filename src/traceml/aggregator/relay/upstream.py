@@ -13,10 +13,10 @@ from typing import Any
 
 from traceml.aggregator.relay.run_relay import RunRelay
 from traceml.database.store.store import merge_wal
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorRefusedError, StoreError, TraceMLError, UsageError
 from traceml.fail_open import fail_open
 from traceml.own_files import replace_file
+from traceml.run_folder import STORE_NAME
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 

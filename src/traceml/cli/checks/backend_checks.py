@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from traceml.cli.checks.local_checks import Check
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import PluginError, RunNotFoundError, StoreError
 from traceml.formatting import ms_text
 from traceml.renderers.words import tracker_text
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run
 from traceml.runs.report.trackers import trackers
 from traceml.settings import Config

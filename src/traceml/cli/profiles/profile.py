@@ -25,11 +25,11 @@ from traceml.cli.profiles.profile_client import ProfileClient, ProfileRequest, R
 from traceml.cli.report import current_report
 from traceml.cli.running_job import aggregator_of, running_job
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import bytes_text, capitalized, plural, printable, ranks_text
 from traceml.renderers.html.flame_page import flame_page
 from traceml.renderers.text.operator_table import operator_lines, slowdown_line
+from traceml.run_folder import STORE_NAME
 from traceml.runs.export.flame_graph import speedscope
 from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_stored, write_profile
 from traceml.runs.export.top_operators import OperatorTotal

@@ -12,8 +12,6 @@ from pathlib import Path
 from traceml.own_files import check_own_folder
 
 __all__ = [
-    "ARTIFACTS",
-    "COPIES_FOLDER",
     "FALLBACK_FOLDER",
     "FLIGHT_SUFFIX",
     "PENDING_SUFFIX",
@@ -25,11 +23,8 @@ __all__ = [
 ]
 
 FLIGHT_SUFFIX = ".flight"
-ARTIFACTS = "artifacts"  # in a run's folder: logged files
 # In the runs folder: flight files of ranks without room in memory, and journals.
 FALLBACK_FOLDER = ".flights"
-# In a run's folder: copies of flight files from other hosts.
-COPIES_FOLDER = "flights"
 PENDING_SUFFIX = ".row"
 
 

@@ -16,7 +16,6 @@ from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import StoreError, StoreVersionError
 
 __all__ = [
-    "STORE_NAME",
     "STORE_VERSION",
     "create",
     "last_written_s",
@@ -25,7 +24,6 @@ __all__ = [
     "translate_errors",
 ]
 
-STORE_NAME = "store.db"
 STORE_VERSION = 3
 # Version 1 has neither thinned frames nor summaries, version 2 no emptied frames and no spool: these are empty then.
 _OLDEST_VERSION = 1

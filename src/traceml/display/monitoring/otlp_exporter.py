@@ -30,16 +30,16 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import StatusCode, set_span_in_context
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.display.monitoring.active_runs import ActiveRuns
 from traceml.errors import StoreError
 from traceml.privacy.masker import Masker
 from traceml.renderers.instruments import Instrument, Instruments
 from traceml.renderers.run_readings import Reading
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.export.run_spans import RunSpan, run_spans
 from traceml.runs.find import RunInfo
 from traceml.runs.report.report import build_report
-from traceml.runs.report.report_types import REPORT_NAME, Report, read_report
+from traceml.runs.report.report_types import Report, read_report
 from traceml.version import __version__
 
 __all__ = ["OtlpConfig", "OtlpExporter"]

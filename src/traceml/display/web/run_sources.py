@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.store.reader import RunEvent
-from traceml.database.store.store_file import STORE_NAME
 from traceml.display.web.chart_cache import ChartCache
 from traceml.display.web.panels.log_search import LogTail, log_tails
 from traceml.errors import StoreError
 from traceml.renderers.views import RunView, run_view
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import About
 from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report
-from traceml.runs.report.report_types import REPORT_NAME, Report, read_report
+from traceml.runs.report.report_types import Report, read_report
 from traceml.runs.rows.logged_media import MediaGroup
 from traceml.runs.run_labels import RunLabels, labels_time, read_labels
 from traceml.runs.run_query import RunFields

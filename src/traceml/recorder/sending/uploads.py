@@ -29,11 +29,12 @@ from typing import Any, Literal
 import msgpack
 
 from traceml.clock import boot_id
-from traceml.database.flight.flight_folders import ARTIFACTS, pending_row_path, spool_folder
+from traceml.database.flight.flight_folders import pending_row_path, spool_folder
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
 from traceml.own_files import make_own_folder
 from traceml.recorder.sending.blob_table import BlobTable
+from traceml.run_folder import ARTIFACTS
 
 __all__ = ["FileUpload", "FileUploader", "RefusedFileError"]
 

@@ -27,7 +27,8 @@ from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
 from traceml.renderers.words import gain_sentence, tracker_text
-from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME, Report, TimePart, TrackerSection, read_report
+from traceml.run_folder import PAGE_NAME, REPORT_NAME
+from traceml.runs.report.report_types import Report, TimePart, TrackerSection, read_report
 
 __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
 

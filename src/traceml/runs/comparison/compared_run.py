@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.report.report import full_report
-from traceml.runs.report.report_types import REPORT_NAME, Report, read_report
+from traceml.runs.report.report_types import Report, read_report
 from traceml.runs.report.setup_facts import job_times
 from traceml.runs.rows.digest import read_digest
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer

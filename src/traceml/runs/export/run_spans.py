@@ -11,7 +11,7 @@ import numpy as np
 
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamRecord
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.clocks import RunClocks
 from traceml.runs.rows.series import StepSeries, read_series

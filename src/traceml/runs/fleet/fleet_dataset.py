@@ -19,10 +19,11 @@ import msgspec
 
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.installation import install_command
+from traceml.run_folder import REPORT_NAME
 from traceml.runs.find import run_folders
 from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
 from traceml.runs.report.report import build_report
-from traceml.runs.report.report_types import REPORT_NAME, Report, RunSection, read_report
+from traceml.runs.report.report_types import Report, RunSection, read_report
 
 __all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "partition_of"]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.errors import StoreError
 from traceml.own_files import replace_file
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.report import sections
 from traceml.runs.report.profiled_operators import with_operators
-from traceml.runs.report.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
+from traceml.runs.report.report_types import SCHEMA, Report, RunSection, TelemetrySection, read_report
 from traceml.runs.report.restarts import restarts, stood_s
 from traceml.runs.report.run_times import run_times
 from traceml.runs.report.setup_facts import setup_section, step_times_section

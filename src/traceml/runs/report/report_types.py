@@ -14,8 +14,6 @@ from traceml.own_files import read_regular
 from traceml.runs.json_document import UNREADABLE_JSON, JsonDocument
 
 __all__ = [
-    "PAGE_NAME",
-    "REPORT_NAME",
     "SCHEMA",
     "ExitSection",
     "GpuSection",
@@ -45,8 +43,6 @@ __all__ = [
 ]
 
 SCHEMA: Literal["traceml.report/1"] = "traceml.report/1"
-REPORT_NAME = "report.json"
-PAGE_NAME = "report.html"
 
 
 class RestartSection(msgspec.Struct, kw_only=True):

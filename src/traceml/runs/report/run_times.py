@@ -7,7 +7,8 @@ from pathlib import Path
 
 from traceml.clock import SteadyClock
 from traceml.database.schema import PROCESS
-from traceml.database.store.store_file import STORE_NAME, last_written_s
+from traceml.database.store.store_file import last_written_s
+from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.digest import Digest
 
 __all__ = ["run_times"]

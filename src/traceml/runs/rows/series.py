@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.bins import StepBins
 from traceml.runs.rows.digest import Digest, read_digest
 from traceml.runs.rows.metric_series import MetricSeries, MetricSeriesSet

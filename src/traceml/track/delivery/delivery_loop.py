@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.privacy import Masker
+from traceml.run_folder import STORE_NAME
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.batch_sender import BatchSender

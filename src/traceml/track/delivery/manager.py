@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 from traceml.track.delivery.delivery_process import STOP_S, DeliveryProcess
 from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import states_of

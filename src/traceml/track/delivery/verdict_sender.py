@@ -9,6 +9,7 @@ from typing import Any
 from traceml.database.store.reader import RunEvent, StoreReader
 from traceml.diagnosis.kinds import Kind
 from traceml.own_files import read_regular
+from traceml.run_folder import REPORT_NAME
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.plan import PlannedExperiment
 from traceml.track.delivery.tracker_session import TrackerSession
@@ -16,8 +17,6 @@ from traceml.track.filters import DeliveryFilter
 from traceml.track.tracker_state import TrackerState
 
 __all__ = ["VerdictSender", "has_report"]
-
-_REPORT_NAME = "report.json"
 
 
 class VerdictSender:
@@ -82,14 +81,14 @@ class VerdictSender:
 def has_report(run_dir: Path, since_s: float) -> bool:
     """Return whether a run's report was written at or after a time, in epoch seconds."""
     try:
-        return (run_dir / _REPORT_NAME).stat().st_mtime >= since_s
+        return (run_dir / REPORT_NAME).stat().st_mtime >= since_s
     except OSError:
         return False
 
 
 def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
     try:
-        report = json.loads(read_regular(run_dir / _REPORT_NAME))
+        report = json.loads(read_regular(run_dir / REPORT_NAME))
         verdict: dict[str, Any] = report["verdict"]
         return verdict if report["run"]["state"] != "running" else None
     except (OSError, ValueError, KeyError, TypeError):

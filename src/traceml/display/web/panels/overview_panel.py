@@ -21,8 +21,8 @@ from traceml.display.web.run_sources import RunState
 from traceml.formatting import count_text, printable
 from traceml.renderers.run_about import about_facts
 from traceml.renderers.views import RunView
+from traceml.run_folder import PAGE_NAME, REPORT_NAME
 from traceml.runs.about import About, package_versions
-from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME
 
 __all__ = ["OverviewPanel"]
 

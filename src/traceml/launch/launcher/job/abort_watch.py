@@ -12,8 +12,8 @@ from pathlib import Path
 
 from traceml.database.snapshots import ABORT
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.run_folder import STORE_NAME
 
 __all__ = ["AbortWatch"]
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from traceml import settings
-from traceml.database.flight.flight_folders import COPIES_FOLDER
 from traceml.launch.launcher.job.abort_watch import AbortWatch
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.tunnel import TunnelConnector
+from traceml.run_folder import COPIES_FOLDER
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.screens import MakeScreen, Output, terminal_screen
