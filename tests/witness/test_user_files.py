@@ -38,3 +38,13 @@ def test_a_cell_is_shown_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown == [cell, "In[3]", "/home/me/train.py", cell]
     monkeypatch.delitem(sys.modules, "IPython")
     assert user_files.shown_file(cell) == cell
+
+
+def test_the_way_to_a_file_is_not_shown(tmp_path: Path) -> None:
+    """Python names a script as it was started; `..` after a link leads elsewhere than its text says."""
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "inner")
+
+    assert user_files.shown_file(f"{tmp_path}/real/inner/../train.py") == f"{tmp_path}/real/train.py"
+    assert user_files.shown_file(f"{tmp_path}/link/../train.py") == f"{tmp_path}/real/train.py"
+    assert user_files.shown_file(f"{tmp_path}/link/train.py") == f"{tmp_path}/link/train.py"
