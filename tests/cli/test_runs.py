@@ -220,3 +220,22 @@ def test_a_running_job_is_not_removed(tmp_path, monkeypatch, capsys):
     assert cli.main(["runs", "rm", "going", "--yes"]) == 3
     assert "still runs" in capsys.readouterr().err
     assert run.exists()
+
+
+def test_commit_and_branch_are_columns(tmp_path, monkeypatch, capsys):
+    """The beginning of the commit is shown, all of it is in the JSON, and both are conditions."""
+    monkeypatch.chdir(tmp_path)
+    for number, branch in enumerate(("main", "faster")):
+        run = tmp_path / "traceml_runs" / f"run-{number}"
+        store_run(run, Job(steps=20), facts={"started": STARTED + number})
+        report = build_report(run)
+        report.run.commit, report.run.branch = f"{number}c0ffee" * 5, branch
+        save_report(run, report)
+
+    assert cli.main(["runs", "--columns", "id,commit,branch"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["run", "commit", "branch"], ["run-1", "1c0ffee1c0", "faster"], ["run-0", "0c0ffee0c0", "main"]]
+
+    assert cli.main(["runs", "--where", "branch=main commit~0c0ffee", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(run["id"], run["commit"], run["branch"]) for run in told] == [("run-0", "0c0ffee" * 5, "main")]

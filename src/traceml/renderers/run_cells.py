@@ -13,8 +13,23 @@ from traceml.runs.run_query import RunFields
 
 __all__ = ["TEXT_FIELDS", "run_cell"]
 
-TEXT_FIELDS = ("id", "name", "project", "user", "state", "verdict", "severity", "tags", "note", "started")
+TEXT_FIELDS = (
+    "id",
+    "name",
+    "project",
+    "user",
+    "state",
+    "verdict",
+    "severity",
+    "tags",
+    "note",
+    "started",
+    "commit",
+    "branch",
+)
 """Fields that are texts: aligned left, numbers right."""
+
+_COMMIT = 10  # characters: enough to find it
 
 
 def run_cell(run: RunFields, name: str) -> str:
@@ -41,6 +56,10 @@ def _took(info: RunInfo) -> float | None:
     return info.duration_s
 
 
+def _commit(commit: Any) -> str:
+    return str(commit)[:_COMMIT]
+
+
 def _started(started_s: Any) -> str:
     return datetime.fromtimestamp(started_s).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
@@ -50,4 +69,5 @@ _SHOWN: dict[str, Callable[[Any], str]] = {
     "took": duration_text,
     "size": bytes_text,
     "started": _started,
+    "commit": _commit,
 }

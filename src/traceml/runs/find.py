@@ -16,7 +16,7 @@ import msgspec
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError, StoreVersionError, TraceMLError
 from traceml.run_folder import REPORT_NAME, STORE_NAME
-from traceml.runs.report.report_types import StepsSection, rate_of, read_report, read_summary
+from traceml.runs.report.report_types import SourceSection, StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
 from traceml.track.tracker_state import DeliveryPhase, states_of
@@ -57,6 +57,7 @@ class RunInfo:
         step_ms: mean step time, steps: number of steps; None and 0 before the report.
         project: of the run; tags, note, archived: labels that people gave it.
         user: owner of the folder; empty where the host does not know its name.
+        commit, branch: of the script's git repository; None outside one, and before the report.
     """
 
     path: Path
@@ -77,6 +78,8 @@ class RunInfo:
     note: str = ""
     archived: bool = False
     user: str = ""
+    commit: str | None = None
+    branch: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ def describe_run(path: Path) -> RunInfo:
     stored = _stored(path, with_verdict=summary is None)
     run = stored.run
     verdict, steps = (stored.verdict, StepsSection()) if summary is None else (summary.verdict, summary.steps)
+    source = SourceSection() if summary is None else summary.run
     started, ended = run.get("started"), run.get("ended")
     labels = read_labels(path)
     return RunInfo(
@@ -159,6 +163,8 @@ def describe_run(path: Path) -> RunInfo:
         note=labels.note,
         archived=labels.archived,
         user=_owner(path),
+        commit=source.commit,
+        branch=source.branch,
     )
 
 

@@ -37,6 +37,8 @@ FIELDS: dict[str, Callable[[RunInfo], Any]] = {
     "tags": lambda info: ",".join(info.tags),
     "note": lambda info: info.note or None,
     "archived": lambda info: info.archived,
+    "commit": lambda info: info.commit,
+    "branch": lambda info: info.branch,
 }
 """Fields that every run has; any other name is a logged parameter or, after that, the last value of a metric."""
 
@@ -96,6 +98,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     tags: list[str]
     note: str
     archived: bool
+    commit: str | None = None
+    branch: str | None = None
     values: dict[str, bool | int | float | str | None] = {}
 
 

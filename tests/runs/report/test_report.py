@@ -469,3 +469,23 @@ def test_losses_of_a_host_out_of_reach_are_unknown(tmp_path, state, is_unknown):
     assert telemetry["rows_stored"] == 50
     assert telemetry["rows_lost"] == (None if state == "lost" and is_unknown else 0)
     assert (telemetry["rows_appended"] is None) == (state == "lost" and is_unknown)
+
+
+def test_the_source_of_a_run_is_in_its_report(tmp_path):
+    """Commit and branch are those that the process read; without git itself nobody knows of uncommitted changes."""
+    with open_store(tmp_path / "run") as writer:
+        stream = add_rank(writer, 0, rows_of(Job(steps=5))[0])
+        add_info(writer, stream, kind="process", git={"commit": "c0ffee", "branch": "main"})
+
+    run = report_on(tmp_path / "run")["run"]
+    assert [run["commit"], run["branch"], run["dirty"]] == ["c0ffee", "main", None]
+
+
+def test_a_run_outside_a_repository_has_no_source(tmp_path):
+    """There is no commit, and a value that is no text is none."""
+    with open_store(tmp_path / "run") as writer:
+        stream = add_rank(writer, 0, rows_of(Job(steps=5))[0])
+        add_info(writer, stream, kind="process", git={"commit": 7})
+
+    run = report_on(tmp_path / "run")["run"]
+    assert [run["commit"], run["branch"], run["dirty"]] == [None, None, None]

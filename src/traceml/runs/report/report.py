@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.store.reader import StoreReader
@@ -14,6 +15,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.errors import StoreError
 from traceml.own_files import replace_file
 from traceml.run_folder import REPORT_NAME, STORE_NAME
+from traceml.runs.about import about_run
 from traceml.runs.report import sections
 from traceml.runs.report.profiled_operators import with_operators
 from traceml.runs.report.report_types import SCHEMA, Report, RunSection, TelemetrySection, read_report
@@ -65,8 +67,17 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
     window = digest.all_aligned()
     findings = digest.diagnose(window, state_of(digest.run, digest.aggregator))
     report = make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
-    report.setup, report.step_times = setup_section(digest, reader), step_times_section(window)
+    about = about_run(reader)
+    report.setup, report.step_times = setup_section(digest, reader, about), step_times_section(window)
+    _add_source(report.run, about.git)
     return report
+
+
+def _add_source(run: RunSection, git: Mapping[str, Any]) -> None:
+    commit, branch, dirty = (git.get(name) for name in ("commit", "branch", "dirty"))
+    run.commit = commit if isinstance(commit, str) else None
+    run.branch = branch if isinstance(branch, str) else None
+    run.dirty = dirty if isinstance(dirty, bool) else None
 
 
 def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime | None:

@@ -30,6 +30,7 @@ __all__ = [
     "RestartSection",
     "RunSection",
     "SetupSection",
+    "SourceSection",
     "StepTimes",
     "StepsSection",
     "SystemSection",
@@ -63,6 +64,8 @@ class RunSection(msgspec.Struct, kw_only=True):
     """Identity and outcome of the run; times are epoch seconds, `duration_s` counts up while it runs.
 
     `steps_waiting` counts the steps that ranks left in flight files of this host when their aggregator was gone.
+    `commit` and `branch` are those of the script's git repository; `dirty` is whether it had uncommitted changes, None
+    where git was not asked.
     """
 
     id: str
@@ -78,6 +81,9 @@ class RunSection(msgspec.Struct, kw_only=True):
     command: str | list[str] = ""
     restarts: list[RestartSection] = []
     steps_waiting: int = 0
+    commit: str | None = None
+    branch: str | None = None
+    dirty: bool | None = None
 
     @property
     def command_line(self) -> str:
@@ -390,10 +396,18 @@ def read_report(path: Path) -> Report:
         raise StoreError(f"{path} is not a report: {error}") from error
 
 
+class SourceSection(msgspec.Struct):
+    """The parts of a report's `run` that lists of runs show and stores do not have at hand."""
+
+    commit: str | None = None
+    branch: str | None = None
+
+
 class ReportSummary(msgspec.Struct):
     """The parts of a report that lists of runs show."""
 
     verdict: Finding
+    run: SourceSection = msgspec.field(default_factory=SourceSection)
     steps: StepsSection = msgspec.field(default_factory=StepsSection)
 
 

@@ -13,7 +13,7 @@ from traceml.database.schema import INFO
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import significant
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.runs.about import about_run
+from traceml.runs.about import About
 from traceml.runs.report.report_types import SetupSection, StepTimes
 from traceml.runs.rows.digest import Digest
 from traceml.track.backends.safe_names import flattened
@@ -26,8 +26,13 @@ _MOST_PARAMS, _MOST_TEXT = 500, 200
 _MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
 
 
-def setup_section(digest: Digest, reader: StoreReader) -> SetupSection:
+def setup_section(digest: Digest, reader: StoreReader, about: About) -> SetupSection:
     """Return the facts that decide whether two runs can be compared.
+
+    Args:
+        digest: of the run.
+        reader: its store.
+        about: its other facts, which have the parameters.
 
     Raises:
         StoreError: the store cannot be read.
@@ -37,7 +42,7 @@ def setup_section(digest: Digest, reader: StoreReader) -> SetupSection:
     return SetupSection(
         model=model,
         batch_size=batch_size,
-        params=_plain(about_run(reader).params),
+        params=_plain(about.params),
         core_wait_share=significant(facts.wait_share) if facts.main_wait else None,
     )
 
