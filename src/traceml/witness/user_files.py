@@ -40,8 +40,8 @@ def is_debugger(path: str) -> bool:
 def shown_file(path: str) -> str:
     """Return a file of code as it is shown.
 
-    That is `In[3]` for a cell of a notebook, instead of its temporary file, and a script started as `python ../train.py`
-    without the way to it.
+    That is `In[3]` for a cell of a notebook, instead of its temporary file, and a script that was started as
+    `python ../train.py` without the way to it.
     """
     if "/../" in path:
         return os.path.realpath(path)
