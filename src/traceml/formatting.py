@@ -11,6 +11,7 @@ __all__ = [
     "cores_text",
     "count_text",
     "duration_text",
+    "exception_line",
     "factor_text",
     "gain_text",
     "left_text",
@@ -281,6 +282,13 @@ def part_words(part: str) -> str:
 def short_label(phase: str) -> str:
     """Return a phase's name for a narrow column."""
     return _SHORT_LABELS.get(phase) or phase_label(phase)
+
+
+def exception_line(exception: str) -> str:
+    """Return an exception's first line; where that ends with a colon, with the line that it announces."""
+    lines = [stripped for line in exception.splitlines() if (stripped := line.strip())]
+    shown = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    return " ".join(shown)
 
 
 def phase_words(phase: str) -> str:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import count_text, duration_text, gain_text, percent_text, phase_words, plural, ranks_text
+from traceml.formatting import (
+    count_text,
+    duration_text,
+    exception_line,
+    gain_text,
+    percent_text,
+    phase_words,
+    plural,
+    ranks_text,
+)
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RankSection, RestartSection, TimeSection, TrackerSection
 
@@ -25,7 +34,7 @@ def end_of_rank(rank: RankSection) -> str | None:
     if end.signal is not None:
         text = f"killed by {signal_name(end.signal)}"
     elif end.exception:
-        text = f"failed with {_first_line(end.exception)}"
+        text = f"failed with {exception_line(end.exception) or 'an exception'}"
     elif end.code is not None:
         text = f"{rank.state} with exit code {end.code}"
 
@@ -76,10 +85,6 @@ def _restart_text(restart: RestartSection) -> str:
     lost = "" if restart.lost_s is None else f" (lost {duration_text(restart.lost_s)})"
     whose = f"{ranks_text(restart.ranks)}, " if restart.ranks else ""
     return f"{whose}{restart.reason} {step}{lost}"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "an exception"
 
 
 def tracker_text(tracker: TrackerSection, most_chars: int = _ERROR_CHARS) -> str:

@@ -121,6 +121,18 @@ def test_a_script_that_ends_itself_is_told_with_its_text():
     assert "ended with my.SystemExitError: x at a.py:3" in rank_lost(JobFacts(exits=(other,)))[0].summary
 
 
+def test_the_line_that_an_exception_announces_is_told():
+    """As libraries do that import lazily, and torch for a state that does not fit; other messages are one line."""
+    exception = "RuntimeError: Error(s) in loading state_dict for Net:\n\tsize mismatch for fc.bias: 3 and 4\n\tmore"
+    announced = RankExit(rank=0, state="failed", code=1, exception=exception, file="a.py", line=3)
+    other = RankExit(rank=0, state="failed", code=1, exception="KeyError: no\nask: me", file="a.py", line=3)
+
+    summary = rank_lost(JobFacts(exits=(announced,)))[0].summary
+
+    assert "loading state_dict for Net: size mismatch for fc.bias: 3 and 4 at a.py:3" in summary
+    assert "ended with KeyError: no at a.py:3" in rank_lost(JobFacts(exits=(other,)))[0].summary
+
+
 def test_a_process_that_left_in_the_middle_is_told():
     """With exit code 0 it is no failure of the job, and no finished run either."""
     left = RankExit(rank=0, state="lost", code=0, process_gone=True, last_step=41, open_step=42, open_phase="backward")

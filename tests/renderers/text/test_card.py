@@ -72,6 +72,14 @@ def test_the_rate_of_data_is_that_of_the_steps():
     assert "Data" not in text_of(made)
 
 
+def test_a_phase_too_long_for_its_column_is_named_shortly():
+    """A word is never cut off in its middle; where it fits, it stays whole."""
+    times = {"forward": 10.0, "optimizer": 5.0, "checkpoint": 9.0}
+    heading = next(line for line in text_of(report([times, times])).splitlines() if line.startswith("   rank"))
+
+    assert heading.split() == ["rank", "step", "forward", "optimizer", "ckpt", "memory"]
+
+
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_narrow_terminal_loses_no_word(name):
     """On 60 columns, facts that find no room are left out; no line of figures is cut in the middle."""

@@ -22,6 +22,7 @@ from traceml.formatting import (
     place_text,
     plural,
     rate_text,
+    short_label,
 )
 from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
@@ -264,7 +265,7 @@ def _rank_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]
         return
 
     columns = _column_phases(view, max(min((width - _RANK_WIDTH) // _CELL, _PHASE_COLUMNS), 1))
-    heading = "".join(f"{phase_label(phase)[: _CELL - 1]:>{_CELL}}" for phase in columns)
+    heading = "".join(f"{_column_label(phase):>{_CELL}}" for phase in columns)
     yield Text(f"   rank{'step':>{_CELL}}{heading}{'memory':>{_CELL}}", style="dim")
     rows = visible_ranks(view.ranks, _RANK_ROWS)
     for row in rows:
@@ -287,6 +288,11 @@ def _column_phases(view: RunView, most: int) -> list[str]:
     order = sorted(largest, key=lambda phase: (phase != view.verdict.phase, -largest[phase]))
     chosen = {phase for phase in order[:most] if largest[phase] >= _SMALL_SHARE}
     return [phase for phase in largest if phase in chosen]
+
+
+def _column_label(phase: str) -> str:
+    label = phase_label(phase)
+    return label if len(label) < _CELL else short_label(phase)[: _CELL - 1]
 
 
 def _rank_line(row: RankRow, columns: Sequence[str], viewport: Viewport) -> Text:
