@@ -77,7 +77,7 @@ def state_of_dead(stream: Stream, image: FlightSnapshot | None, world_size: int)
     Args:
         stream: of the process.
         image: its flight file; None where there is none.
-        world_size: ranks of the job. Of several, the others tell whether one that left by os._exit(0) is missed.
+        world_size: ranks of the job. Of several, the others show whether one that left by os._exit(0) is missed.
     """
     if stream.exit.get("signal"):
         return StreamState.KILLED

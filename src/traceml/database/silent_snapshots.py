@@ -1,6 +1,6 @@
 """A snapshot of a rank of this host that cannot answer: its recorder's thread does not run.
 
-Somebody holds the GIL inside a call into C, or the process is stopped, or stuck in the kernel. Its flight file tells
+Somebody holds the GIL inside a call into C, or the process is stopped, or stuck in the kernel. Its flight file has
 step and phase, /proc the state, and faulthandler the stack, where it is safe to ask.
 """
 

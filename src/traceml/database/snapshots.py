@@ -94,7 +94,7 @@ class GroupSnapshot(_Record):
         operation: its name without the backend: `all_reduce`, `barrier`, `send`; empty if not known.
         sizes: elements of each input tensor.
         in_flight: whether it is issued and not complete. A collective that nobody waits for can be in flight: the stack
-            tells whether the rank waits.
+            shows whether the rank waits.
         is_p2p: whether the operation is a send or a receive; then `number` counts those.
         peer: global rank that a send or receive is with; None if not known.
     """

@@ -54,7 +54,7 @@ class LoaderToken:
         self.number = number
 
     def follow(self, iterator: Any, clock: StepClock) -> None:
-        """Notice when an iterator of the loader is gone, and tell the clock."""
+        """Notice when an iterator of the loader is gone, and inform the clock."""
 
         def leave(gone: Any) -> None:
             if gone is not self._iterator:

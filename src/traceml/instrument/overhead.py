@@ -70,7 +70,7 @@ class HookOverhead:
 
 
 def entered_phases(flight: FlightFile) -> int:
-    """Return how many phases the last step entered, as far as its rows tell.
+    """Return how many phases the last step entered, as far as its rows show.
 
     A phase without time was not entered. Waiting for data, forward and backward count once per micro-batch, a user
     phase as often as it was entered, and any other once, as its calls are not counted.

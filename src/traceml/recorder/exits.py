@@ -205,7 +205,7 @@ def status_of(error: BaseException) -> int:
 
 
 def cause_of(error: BaseException | None) -> BaseException | None:
-    """Return the exception that ended the script: for a SystemExit that tells a failure, the one that was handled."""
+    """Return the exception that ended the script: for a SystemExit that reports a failure, the one that was handled."""
     if not isinstance(error, SystemExit):
         return error
 

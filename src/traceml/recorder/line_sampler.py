@@ -15,7 +15,7 @@ A thread that wants the lock wakes once in a switch interval until it gets it. W
 and waits for a core, that is a hundred times or more for a sample, and took up to 4.9 % of a core. So the interval
 becomes longer, and samples come less often, while they cost more than `MOST_COST`.
 
-Where one phase was open during the whole second sleep, the training thread's CPU time in it is counted too. It tells
+Where one phase was open during the whole second sleep, the training thread's CPU time in it is counted too. It shows
 whether the phase computes or waits. After the first samples every other one comes without the second sleep, if the
 interval was short during the first one.
 """

@@ -275,7 +275,7 @@ class Recorder:
         return self._recording.stream if self._recording is not None else None
 
     def note(self, kind: str, **facts: Any) -> None:
-        """Append a row to `info`, by which diagnosis knows what rows cannot tell."""
+        """Append a row to `info`, by which diagnosis knows what other rows do not hold."""
         if self._recording is not None and self.enabled and self.pid == os.getpid():
             self._recording.note(kind, **facts)
 

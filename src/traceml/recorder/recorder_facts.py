@@ -86,7 +86,7 @@ def capacities(config: Config) -> dict[str, int]:
 
 
 def _job_end(environ: Mapping[str, str]) -> dict[str, float]:
-    """Return the time at which Slurm ends the job, and its time limit, as it tells the job's processes."""
+    """Return the time at which Slurm ends the job, and its time limit, as it informs the job's processes."""
     start, end = environ.get("SLURM_JOB_START_TIME", ""), environ.get("SLURM_JOB_END_TIME", "")
     if not end.isdecimal():
         return {}

@@ -22,8 +22,8 @@ class StopMeter:
     """Tells a stopped process from one that waits for a core, the GIL or memory, when a sleep lasted too long.
 
     Whoever is stopped neither wakes nor waits for a core. All methods are for the thread that sleeps. Where the kernel
-    does not tell how long a thread waited for a core, no stop is noted. While the whole machine is suspended, its
-    monotonic clock stands still and the clock since boot does not, which tells the two apart.
+    does not show how long a thread waited for a core, no stop is noted. While the whole machine is suspended, its
+    monotonic clock stands still and the clock since boot does not, which distinguishes the two.
 
     Args:
         slots: open-phase words of the flight file.

@@ -44,13 +44,13 @@ def end_of_rank(rank: RankSection) -> str | None:
 
 
 def cost_text(finding: Finding) -> str | None:
-    """Return `40 % of step time`, or of what else the kind costs; None where there is no cost to tell."""
+    """Return `40 % of step time`, or of what else the kind costs; None where there is no cost."""
     whole = finding.kind.rule.cost_of
     return f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share and whole else None
 
 
 def gain_sentence(finding: Finding) -> str | None:
-    """Return `steps are 1.3x faster once this is fixed`; None where there is no gain, or the finding tells it."""
+    """Return `steps are 1.3x faster once this is fixed`; None where there is no gain, or the finding says it."""
     if finding.gain is None or "x faster" in f"{finding.summary} {finding.next}":
         return None
 

@@ -49,7 +49,7 @@ def python_program(command: Sequence[str], name: str = "python") -> str:
 
     Args:
         command: program and arguments.
-        name: what is returned if they do not tell.
+        name: what is returned if they do not show it.
     """
     if not Path(command[0]).name.startswith(_THREAD_NAMES):
         return name  # it has given itself another command line

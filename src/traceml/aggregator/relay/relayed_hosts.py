@@ -131,7 +131,7 @@ class RelayedHosts:
 
         Args:
             run: the run.
-            at_once: tell all of them.
+            at_once: inform all of them.
         """
         self._confirm([host for host in self._hosts.values() if host.run is run], at_once=at_once)
 

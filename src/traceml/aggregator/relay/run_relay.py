@@ -65,7 +65,7 @@ class RunRelay:
 
     Args:
         run_dir: folder of the run.
-        host_id: tells several aggregators of one host apart; the same after a restart.
+        host_id: distinguishes several aggregators of one host; the same after a restart.
         dial: connects to the center.
         safe: `safe` of an earlier relay of the run.
 

@@ -45,7 +45,7 @@ class ProfileRequest:
 
 @dataclass(slots=True)
 class RankWindow:
-    """The window of one rank, as its answers tell.
+    """The window of one rank, as its answers show.
 
     Attributes:
         rank: the rank.

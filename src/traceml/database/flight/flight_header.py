@@ -167,7 +167,7 @@ class FlightHeader:
 class FolderClaim:
     """A flight file without tables, beside files on disk of a rank whose flight file is in memory.
 
-    Memory is empty after a reboot. Then this file tells whose files they are.
+    Memory is empty after a reboot. Then this file shows whose files they are.
 
     Args:
         path: its path, with the name of the rank's flight file.

@@ -63,7 +63,7 @@ class LiveWords:
     def line_id(self) -> int:
         """Id in `names` of the user's line that was sampled last; -1 if that was long before the recorder fell silent.
 
-        In the phase that is open any sample tells where it is; one of another phase, where it just was.
+        In the phase that is open any sample shows where it is; one of another phase, where it just was.
         """
         phase, since_ns = open_phase(self.slots, self.steps > 0)
         at_ns = self.slots[Slot.LINE_AT]

@@ -31,7 +31,7 @@ _OF_GROUPS = ("runtimeerror", "torch.distributed.", "dist")  # a data set's serv
 
 
 def failed_because_of_peer(ended: RankExit) -> bool:
-    """Whether a rank's exception tells that another one was gone."""
+    """Whether a rank's exception shows that another one was gone."""
     text = (ended.exception or "").lower()
     return exit_words(ended) is None and any(word in text for word in _PEER_GONE)
 

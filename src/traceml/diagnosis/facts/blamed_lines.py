@@ -1,4 +1,4 @@
-"""Lines and libraries that a phase is spent in, as far as its samples tell.
+"""Lines and libraries that a phase is spent in, as far as its samples show.
 
 Shares of phases come from the hooks; samples only divide a phase by line. A sampler sees code that never lets it look
 less often than it runs. So a function is named if its share of all samples explains half of the phase's measured share,
@@ -116,7 +116,7 @@ def blamed_line(
     ranks: Collection[int] = (),
     others: Collection[int] = (),
 ) -> BlamedLine | None:
-    """Return the function that most of a phase is spent in; None where the samples do not tell.
+    """Return the function that most of a phase is spent in; None where the samples do not show one.
 
     Args:
         lines: the sampled lines of a run.
@@ -233,7 +233,7 @@ def iterator_share(lines: Sequence[SampledLine]) -> float:
 
 
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
-    """Return the function that half of the time outside steps is spent in; None where the samples do not tell.
+    """Return the function that half of the time outside steps is spent in; None where the samples do not show one.
 
     Args:
         lines: the sampled lines of a run.

@@ -44,7 +44,7 @@ class JobFacts:
 
     Attributes:
         world_size: ranks of the run.
-        group: whether the ranks share a process group; None if only the rows can tell.
+        group: whether the ranks share a process group; None if only the rows can show it.
         backend: the group's backend (gloo, nccl).
         hosts: rank -> host.
         cores: host -> cores that the job may use there.

@@ -109,7 +109,7 @@ class BatchHistory:
         """Return the ranks with data of their own: of ranks with equal batches the lowest; empty where not known.
 
         The later stages of a pipeline, whose input is that of another kind than the first one's, have none. Parts of a
-        model that is split by tensors have the same batches; where no fingerprints tell, their number is not known.
+        model that is split by tensors have the same batches; without fingerprints, their number is not known.
         """
         first = self._inputs.get(min(ranks, default=0))
         fed = [rank for rank in ranks if self._inputs.get(rank, first) == first]

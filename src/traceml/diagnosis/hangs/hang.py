@@ -32,7 +32,7 @@ def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return the finding about a job that hangs, or has hung when it was ended.
 
     Args:
-        window: steps of the job, which tell how long they take.
+        window: steps of the job, which show how long they take.
         facts: the job, with its progress.
     """
     # The last step may be the one that hung, and that the end of the job has closed.

@@ -212,7 +212,7 @@ def _own_place(snapshot: RankSnapshot) -> str:
 
 
 def _seen_text(found: Standstill, ranks: Sequence[int]) -> str:
-    """Return `, last seen at train.py:6 stuck` of a rank that could not tell where it is."""
+    """Return `, last seen at train.py:6 stuck` of a rank that could not report where it is."""
     snapshot = found.snapshots.get(ranks[0]) if len(ranks) == 1 else None
     seen = snapshot.seen_line if snapshot is not None and user_line(snapshot) is None else None
     return f", last seen at {line_text(seen.file, seen.line, seen.function)}" if seen is not None else ""

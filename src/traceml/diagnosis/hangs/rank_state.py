@@ -188,7 +188,7 @@ def _is_inside(snapshot: RankSnapshot, *, has_flying: bool) -> bool:
 
 
 def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
-    """Return what the process does, as far as the kernel and its silence tell: `sleeping`; empty if they do not."""
+    """Return what the process does, as far as the kernel and its silence show it: `sleeping`; empty if they do not."""
     state = snapshot.process_state if isinstance(snapshot, RankSnapshot) else snapshot.state
     if state == "T":
         return "stopped by a signal"

@@ -160,7 +160,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> St
 
 
 def _with_exit(snapshot: RankSnapshot, ended: RankExit | None) -> RankSnapshot:
-    """Add what the end of a rank tells: its open phase, and the line that Ctrl-C has interrupted."""
+    """Add what the end of a rank shows: its open phase, and the line that Ctrl-C has interrupted."""
     if ended is None:
         return snapshot
 

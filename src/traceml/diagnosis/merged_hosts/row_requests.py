@@ -40,7 +40,7 @@ class RowRequests:
     def is_confirmed(findings: Sequence[Finding], representatives: Representatives) -> bool:
         """Return whether findings about late ranks are far from a limit, or rest on the rows of all ranks beside them.
 
-        At the limit of a rule these may decide otherwise than a typical rank does: wait for them before you tell.
+        At the limit of a rule these may decide otherwise than a typical rank does: wait for them before you decide.
         """
         gains = [finding.speedup_if_fixed for finding in findings if finding.kind.rule.is_straggler]
         return min(gains, default=CLEAR_GAIN) >= CLEAR_GAIN or all(

@@ -107,7 +107,7 @@ class _PhaseCost:
         return gain_text(speedup(self.segments, self.saved_ns))
 
     def line(self, facts: JobFacts) -> BlamedLine | None:
-        """Return the line of the user's code that most of it is spent in, where the samples tell."""
+        """Return the line of the user's code that most of it is spent in, where the samples show it."""
         return own_line(facts.lines, self.part, self._phase_share, self.ranks)
 
     def library(self, facts: JobFacts) -> str | None:

@@ -51,7 +51,7 @@ def changes(before: MachineUse, then: MachineUse, memory_of: str = "host") -> li
     Args:
         before: use in the other steps.
         then: use in the slow ones.
-        memory_of: whose memory the samples tell, the host's or the container's.
+        memory_of: whose memory the samples are of, the host's or the container's.
     """
     found = (_cores(before, then), _others(before, then), _clock(before, then), _swap(before, then))
     return [each for each in (*found, _disk(before, then), _memory(before, then, memory_of)) if each is not None]

@@ -31,7 +31,7 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return the findings about a long start-up and much evaluation; none where the run's time is not known.
 
     Args:
-        window: aligned steps, which tell whether ranks wait for those that evaluate alone.
+        window: aligned steps, which show whether ranks wait for those that evaluate alone.
         facts: about the job.
     """
     time, lines = facts.time, facts.lines

@@ -47,7 +47,7 @@ def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
 
 def without_stopped_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
-    """Return the window without the steps in which a rank was stopped: they tell nothing of its code."""
+    """Return the window without the steps in which a rank was stopped: they show nothing of its code."""
     kept = np.ones(len(window), bool)
     for row, rank in enumerate(window.ranks.tolist()):
         for stop in facts.stops.get(rank, ()):

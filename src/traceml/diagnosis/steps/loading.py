@@ -91,7 +91,7 @@ class Pipeline:
 
 
 def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline | None:
-    """Return the loading of a window; None where the waits are pauses, which tell nothing about a usual batch.
+    """Return the loading of a window; None where the waits are pauses, which show nothing of a usual batch.
 
     Args:
         segments: the window.

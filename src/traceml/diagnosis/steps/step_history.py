@@ -94,7 +94,7 @@ class StepHistory:
         """Return the first step after a change near the start of a bin: where single steps fit the two levels best.
 
         Args:
-            at: the bin; its first step, where no single step tells.
+            at: the bin; its first step, where no single step can be named.
             before_ns: usual step before the change.
             after_ns: usual step after it.
         """

@@ -1,7 +1,7 @@
 """Iterators that give batches and are no DataLoader: generators that are suspended while the training runs, and queues.
 
-Python reports no call of a generator, so their time is `other`; samples of the stack tell it from other code. A queue
-from which the training loop takes its batches is filled by another thread or process.
+Python reports no call of a generator, so their time is `other`; samples of the stack distinguish it from other code. A
+queue from which the training loop takes its batches is filled by another thread or process.
 """
 
 from __future__ import annotations

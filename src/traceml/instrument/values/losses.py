@@ -44,7 +44,7 @@ class LossDevice(Protocol):
         """Whether a loss is on the device and may be copied now."""
 
     def copy(self, tensor: Any, place: int) -> Any:
-        """Begin to copy a loss to one of the 8 places; return an event whose `query` tells when it is there."""
+        """Begin to copy a loss to one of the 8 places; return an event whose `query` shows when it is there."""
 
     def value(self, place: int) -> float:
         """Return the loss that was copied to a place."""
@@ -81,7 +81,7 @@ class LossReader:
     """Reads losses and appends their rows.
 
     Args:
-        clock: tells the step; its `loss_mask` decides which steps are read.
+        clock: has the step; its `loss_mask` decides which steps are read.
         losses: the table of losses.
         device: copies losses that are not on the CPU.
     """

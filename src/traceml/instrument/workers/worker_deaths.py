@@ -29,7 +29,7 @@ def watch_workers(patches: Patches, clock: StepClock, lost: deque[dict[str, Any]
 
     Args:
         patches: keeps the originals.
-        clock: tells the open step.
+        clock: has the open step.
         lost: receives the facts. They come from a signal handler, which may interrupt code that holds a lock, so
             nothing more is done with them here.
     """

@@ -161,7 +161,7 @@ def _pairs(
 ) -> Iterator[tuple[HeldObjects, HeldObjects]]:
     """Yield each container as it was and as it is; one that is new by the path of another was copied.
 
-    A copy may be where another container was: the path tells, if there was one by it.
+    A copy may be where another container was: the path shows whether there was one by it.
     """
     known = {(held.path, held.file): held for held in before.values()}
     for key, held in after.items():

@@ -82,7 +82,7 @@ class QuietWatch:
 
         Args:
             is_last: whether the job is being ended: then it is stored too, if there was no progress for 5 s. What its
-                end has moved since the thread's last turn is progress: the snapshot before tells how it hung.
+                end has moved since the thread's last turn is progress: the snapshot before shows how it hung.
         """
         if is_last and self._progress.moved():
             self._resume(monotonic_ns())

@@ -163,7 +163,7 @@ def _alike(mean: StatisticChange, phases: list[PhaseChange]) -> str:
     """Return a sentence if every phase changed alike, as it does when one run had a slower machine; else nothing.
 
     A change of the code is seldom in all phases; the load of a shared machine always is, and no test within two runs
-    can tell it from the code.
+    can distinguish it from the code.
     """
     whole = np.log1p(mean.change or 0.0)
     large = [row for row in phases if row.a_ms >= _LARGE * (mean.a_ms or 0.0) and row.b_ms > 0]

@@ -32,7 +32,7 @@ DATASET_NAME = "fleet"
 
 
 class _RunOfReport(msgspec.Struct):
-    """The part of a report that tells where its rows belong."""
+    """The part of a report that shows where its rows belong."""
 
     run: RunSection
 

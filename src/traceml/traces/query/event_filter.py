@@ -37,7 +37,7 @@ _GREATEST = 2**63 - 1
 class EventFilter:
     """All conditions of a query.
 
-    A begin event has no duration yet. `outcomes` tells for each duration that conditions distinguish whether the event
+    A begin event has no duration yet. `outcomes` says for each duration that conditions distinguish whether the event
     would pass with it; `passes` applies this to the span's duration.
 
     Args:

@@ -80,7 +80,7 @@ def looks_like_a_trace(path: Path) -> bool:
 
 
 def is_zstd(start: bytes) -> bool:
-    """Return whether bytes begin a zstd frame; the first ZSTD_START_BYTES tell."""
+    """Return whether bytes begin a zstd frame; the first ZSTD_START_BYTES show it."""
     return start.startswith(ZSTD_MAGIC) or int.from_bytes(start[:ZSTD_START_BYTES], "little") in SKIPPABLE
 
 

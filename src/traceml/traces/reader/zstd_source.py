@@ -1,6 +1,6 @@
 """Text of a zstd file in chunks.
 
-The headers of its blocks tell where a frame ends, so frames are found without decompressing. Short frames (as pzstd
+The headers of its blocks show where a frame ends, so frames are found without decompressing. Short frames (as pzstd
 writes) are taken a few at a time and decompressed in parallel, a long one (as zstd writes) sequentially.
 """
 

@@ -279,7 +279,7 @@ class ProgressHistory:
     def _from_rows(
         self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool
     ) -> RankSnapshot:
-        """Return what the rows tell of a rank that has ended, and has no snapshot."""
+        """Return what the rows show of a rank that has ended, and has no snapshot."""
         open_step, last_ns = self._open_steps.get(rank, -1), now_ns - int(quiet_s * _S)
         t_ns, phase, line = self._lines.get(rank, (0, 0, -1))
         return RankSnapshot(
@@ -319,7 +319,7 @@ def _state(snapshot: RankSnapshot) -> tuple[str, str]:
 def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:
     """Return the seconds by which a rank ended before the last one of its host; without end where not known.
 
-    A silent rank sends nothing before its end: its last row does not tell when that was.
+    A silent rank sends nothing before its end: its last row does not show when that was.
     """
     at_s = ended[rank]
     ends = [each for other, each in ended.items() if each is not None and hosts.get(other) == hosts.get(rank)]

@@ -93,7 +93,7 @@ class SystemCollector(CollectorInterface):
 
 
 def _is_relevant(name: str) -> bool:
-    """Whether a variable may change the training; what our own processes tell each other does not, nor do our secrets.
+    """Whether a variable may change the training; what our own processes pass on does not, nor do our secrets.
 
     A token of a few letters looks like none to the masker.
     """
