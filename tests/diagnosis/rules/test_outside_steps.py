@@ -274,6 +274,18 @@ def test_a_single_evaluation_is_not_made_half_as_often():
     assert found.next.startswith("Evaluate on half as many batches: that saves 30 % of the run. Or evaluate with ")
 
 
+@pytest.mark.parametrize(("short_s", "said"), [(9.0, "once 51 s, besides shorter ones."), (0.4, "once 60 s.")])
+def test_short_evaluations_are_not_added_to_a_long_one(short_s: float, said: str) -> None:
+    """Validation on some batches of each epoch, and all data at the end; a check before them needs no word."""
+    parts = {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}
+    time = replace(RunTime.of(100.0, parts, 1), short_evaluations_s=short_s)
+
+    found = diagnose(window_of(ALONE), JobFacts(time=time, world_size=1))[0]
+
+    assert found.kind == Kind.EVAL_HEAVY
+    assert found.summary.endswith(said)
+
+
 @pytest.mark.parametrize(("group", "share"), [(None, 0.4), (False, None)])
 def test_evaluation_on_one_rank_costs_all_their_time(group: bool | None, share: float | None) -> None:
     """Rank 0 of four evaluates for 40 s of 100: the mean is a tenth. Ranks without a group do not wait."""

@@ -134,11 +134,11 @@ def test_a_run_without_steps_is_start_up(tmp_path, state, part):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "counted"),
-    [([0.4, 8], 1), ([0.4, 4, 4], 2), ([4, 4, 4], 3), ([2, 2, 2, 2, 10], 5), ([0.4], 1)],
+    ("seconds", "counted", "short_s"),
+    [([0.4, 8], 1, 0.4), ([0.4, 4, 4], 2, 0.4), ([4, 4, 4], 3, 0), ([2, 2, 2, 2, 10], 5, 0), ([0.4], 1, 0)],
     ids=["a check and one", "a check and two", "equal ones", "many short ones are much of it", "one"],
 )
-def test_a_short_check_is_no_evaluation(tmp_path: Path, seconds: list[float], counted: int) -> None:
+def test_a_short_check_is_no_evaluation(tmp_path: Path, seconds: list[float], counted: int, short_s: float) -> None:
     """Lightning evaluates two batches before the first epoch."""
     folder = store(tmp_path / "run", evaluators=())
     rows = np.zeros(len(seconds), EVALS.dtype)
@@ -150,7 +150,7 @@ def test_a_short_check_is_no_evaluation(tmp_path: Path, seconds: list[float], co
     with closing(StoreReader(folder / STORE_NAME)) as reader:
         time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 140.0)
 
-    assert time.evaluations == counted
+    assert (time.evaluations, time.short_evaluations_s) == (counted, pytest.approx(short_s))
 
 
 @pytest.mark.parametrize(("attempts", "wall_s"), [(1, 15), (2, 35)])

@@ -40,7 +40,8 @@ class RunTime:
     Attributes:
         wall_s: from its start to its end, or until now.
         seconds: by part (`PARTS`), the mean over the ranks that set it; the parts add up to `wall_s`.
-        evaluations: times that evaluation interrupted the training, on one rank.
+        evaluations: times that evaluation interrupted the training, on one rank, without short ones.
+        short_evaluations_s: seconds of those short ones.
         evaluators: ranks that evaluate where most others do not, in order.
         evaluators_s: their seconds of evaluation, the mean.
         useful: steps that count, and those that an attempt repeats.
@@ -54,6 +55,7 @@ class RunTime:
     compile_s: float = 0.0
     evaluators: tuple[int, ...] = ()
     evaluators_s: float = 0.0
+    short_evaluations_s: float = 0.0
 
     @property
     def goodput(self) -> float:

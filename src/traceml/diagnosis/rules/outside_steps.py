@@ -25,6 +25,8 @@ _REPORTED_WAIT = 0.25
 """Share of the start-up from which on waiting for a core is reported."""
 _REPORTED_COMPILING = 0.1
 """Share of the start-up from which on compiling is reported."""
+_REPORTED_SHORT = 0.05
+"""Share of the evaluation from which on short ones, next to those that are counted, are mentioned."""
 
 
 def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
@@ -178,8 +180,10 @@ def _evaluation(
 ) -> Finding:
     share = seconds / time.wall_s
     times = max(time.evaluations, 1)
-    each = seconds / times
+    short_s = min(time.short_evaluations_s, seconds)
+    each = (seconds - short_s) / times
     often = "once" if times == 1 else f"{count_text(times)} times"
+    others = ", besides shorter ones" if short_s >= _REPORTED_SHORT * seconds else ""
     saved = share * (1 - len(alone) / world_size) if alone else share / 2
     who = f" on {ranks_text(alone)}, for which the others wait" if alone else ""
     elsewhere = "with larger ones under torch.inference_mode(), or in another process."
@@ -193,7 +197,7 @@ def _evaluation(
         ranks=alone,
         summary=(
             f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is evaluation{who}: "
-            f"{often} {duration_text(each)}" + (f", mostly at {line.place}" if line else "") + "."
+            f"{often} {duration_text(each)}{others}" + (f", mostly at {line.place}" if line else "") + "."
         ),
         next=(
             f"Evaluate on all ranks, each on its part of the data: that saves {percent_text(saved)} of the run. Or "

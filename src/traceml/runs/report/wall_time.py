@@ -77,12 +77,18 @@ def wall_time(
     compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
     known["steps"] -= compiled_s
     known["restart" if attempt else "startup"] += compiled_s
-    time = RunTime.of(max(ended_s - started_s, 0.0), known, _most_evaluations(sums.values()))
+    evaluations, short_s = _most_evaluations(sums.values())
+    time = RunTime.of(max(ended_s - started_s, 0.0), known, evaluations)
     goes_on = checkpoints(records)
     useful = UsefulTime.mean(_useful(of_rank, sums, goes_on) for of_rank in ranks)
     useful = replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
     return replace(
-        time, useful=useful, compile_s=compiled_s, evaluators=evaluators, evaluators_s=min(evaluators_s, time.wall_s)
+        time,
+        useful=useful,
+        compile_s=compiled_s,
+        evaluators=evaluators,
+        evaluators_s=min(evaluators_s, time.wall_s),
+        short_evaluations_s=short_s,
     )
 
 
@@ -169,19 +175,25 @@ def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
     return some, _mean([seconds[rank] for rank in some])
 
 
-def _most_evaluations(sums: Iterable[StepSums]) -> int:
-    return max((_evaluations(each.evals) for each in sums), default=0)
+def _most_evaluations(sums: Iterable[StepSums]) -> tuple[int, float]:
+    return max((_evaluations(each.evals) for each in sums), default=(0, 0.0))
 
 
-def _evaluations(evals: TableSums) -> int:
-    """Return how many evaluations there were, without short ones, as Lightning's check before the first epoch."""
+def _evaluations(evals: TableSums) -> tuple[int, float]:
+    """Return how many evaluations there were, without short ones, and the seconds of those.
+
+    Short are Lightning's check before the first epoch, and evaluations on some batches next to one of all data.
+    """
     rows, ns = evals.bins["rows"], evals.bins["ns"]
     if not len(rows):
-        return 0
+        return 0, 0.0
 
     means = ns / rows
     short = means < _SHORT * means.max()
-    return int(rows[~short].sum() if ns[short].sum() <= _LITTLE * ns.sum() else rows.sum())
+    if ns[short].sum() > _LITTLE * ns.sum():
+        return int(rows.sum()), 0.0
+
+    return int(rows[~short].sum()), float(ns[short].sum()) / _S
 
 
 def _process(sums: StepSums, clocks: RunClocks, stream: StreamRecord) -> ProcessSums:
