@@ -345,6 +345,22 @@ def test_what_grows_by_copies_is_noted(kind: str, per_step: float) -> None:
     assert "longer = more_of" in Path(__file__).read_text().splitlines()[grown["line"] - 1]
 
 
+@pytest.mark.parametrize(("is_copied", "readings"), [(True, 2), (False, 1)])
+def test_what_grows_by_copies_is_read_again_soon(is_copied: bool, readings: int) -> None:
+    """Their rise is uneven, so that a short run too has to show that they are kept."""
+    watched = Watched()
+    mine: Any = np.zeros(1 << 20) if is_copied else [bytearray(1 << 10) for _ in range(8)]
+    for _ in range(24):
+        if is_copied:
+            mine = more_of("ndarray", mine)
+        else:
+            mine.append(bytearray(1 << 10))
+
+        watched.turn()
+
+    assert [len(note["grown"]) for note in watched.notes] == [1] * readings
+
+
 def test_a_copy_where_another_container_was_is_known_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python gives the memory of a list that is freed to the next one."""
     watched = Watched()
@@ -352,7 +368,7 @@ def test_a_copy_where_another_container_was_is_known_by_its_path(monkeypatch: py
     kept = other._replace(path="kept", item="bytearray", item_bytes=1 << 20, size=80)
     readings = iter([{("", 1): other, ("", 2): kept}, {("", 1): kept._replace(size=160)}])
     monkeypatch.setattr(watched.watch, "_read_containers", lambda: next(readings))
-    for _ in range(16):
+    for _ in range(10):
         watched.turn()
 
     (note,) = watched.notes

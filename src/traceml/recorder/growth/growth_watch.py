@@ -134,7 +134,11 @@ class GrowthWatch:
         self._note("growth", step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_REPORTED])
         self._first, self._readings, self._interval_ns = None, [], INTERVAL_NS
         self._comparisons += 1
-        self._due_ns, self._pause_ns = now + self._pause_ns, 2 * self._pause_ns
+        # A rise of copies is uneven: that they are kept is what proves it, so that is looked at again soon.
+        if self._comparisons == 1 and any(each["is_copied"] for each in grown):
+            self._due_ns = now + BETWEEN_NS
+        else:
+            self._due_ns, self._pause_ns = now + self._pause_ns, 2 * self._pause_ns
 
     def _read_bytes(self) -> int:
         """Return resident memory, and what torch has allocated on devices."""
