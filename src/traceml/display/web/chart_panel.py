@@ -8,7 +8,7 @@ from traceml.display.web.run_sources import RunState
 from traceml.formatting import count_text
 from traceml.runs.rows.metrics import OWN_LOSS
 
-__all__ = ["ChartPanel"]
+__all__ = ["ChartPanel", "metric_group"]
 
 _WAITING = "Waiting for the first steps"
 _TIME_PX = 130
@@ -97,7 +97,7 @@ class ChartPanel:
 
     def _metric(self, name: str) -> ChartCard:
         if name not in self._metrics:
-            with self._group(name.rpartition("/")[0]):
+            with self._group(metric_group(name)):
                 note = "read from each backward pass" if name == OWN_LOSS else ""
                 self._metrics[name] = ChartCard(name, note, classes="low", words=name)
 
@@ -139,3 +139,12 @@ class ChartPanel:
             self._heat_style = style
             self._heat.height(heat)
             self._ranks.height(bars)
+
+
+def metric_group(name: str) -> str:
+    """Return the group of a metric's chart: its name before the first slash, empty where it has none.
+
+    All layers are one group thus: `grad/layer0/weight` would be alone in a group of its layer.
+    """
+    prefix, slash, _ = name.partition("/")
+    return prefix if slash else ""
