@@ -107,7 +107,7 @@ def test_help_explains_the_keys(tmp_path, show):
     shown = show(rich_run(tmp_path / "run"))
     shown.press("m")
 
-    assert any("overview, phases, ranks" in line for line in shown.press("?"))
+    assert any("o p r m t l s               the table with this letter" in line for line in shown.press("?"))
     assert "[memory]" in shown.press("p")[2]
 
 

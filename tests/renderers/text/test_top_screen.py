@@ -43,6 +43,14 @@ def test_lines_keep_to_their_room(name, height, width):
     assert len(help_lines(view, TABS, Viewport(width, height))) == height
 
 
+def test_help_is_whole_on_a_narrow_screen():
+    """Each key has all of its words: the line of the tables ended in an ellipsis."""
+    viewport = Viewport(60, 23)
+    assert not any(
+        viewport.glyphs.ellipsis in line.plain for line in help_lines(live_view(slow_rank()), TABS, viewport)[4:]
+    )
+
+
 def test_pages_of_many_ranks():
     """A page shows the rows from the first on, and its position."""
     report = thousand_ranks()

@@ -75,7 +75,7 @@ def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: in
 def help_lines(view: LiveView, tabs: Sequence[Tab], viewport: Viewport) -> list[Text]:
     """Return the help on the keys, exactly `viewport.height` lines."""
     lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, ""), Text()]
-    keys_of_tables = (" ".join(tab.key for tab in tabs), ", ".join(tab.name for tab in tabs))
+    keys_of_tables = (" ".join(tab.key for tab in tabs), "the table with this letter")
     for keys, does in (keys_of_tables, *KEYS):
         lines.append(Text(f"  {keys:<28}", style="bold").append(does, style="not bold"))
 
