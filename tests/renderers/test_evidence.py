@@ -66,3 +66,14 @@ def test_the_stack_of_an_exception_keeps_its_lines() -> None:
         '  File "b.py", line 2, in g',
         "    ~y",
     ]
+
+
+def test_a_number_beyond_any_count_has_few_digits() -> None:
+    """The last loss before a divergence may have 37 digits, which filled two lines of the page."""
+    evidence = {"last_finite_loss": -8.94372e36, "steps": 10**14, "loss": float("inf")}
+
+    assert evidence_items(evidence) == [
+        ("last finite loss", "-8.944e+36"),
+        ("steps", "100,000,000,000,000"),
+        ("loss", "inf"),
+    ]
