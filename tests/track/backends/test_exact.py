@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.eventually import eventually
 from tests.track.fabricated import LoggedRun, delivering, state_of
 from tests.track.readers import READERS, Value
 
@@ -25,10 +27,10 @@ KILLS = 2
 ONCE = {"wandb"}
 
 
-def _logged(tmp_path: Path, backend: str) -> tuple[Path, list[Value]]:
-    """Write a run of two ranks: float32 values, steps that come twice and go back."""
+def _logged(tmp_path: Path, backend: str) -> tuple[LoggedRun, list[Value]]:
+    """Write a run of two ranks that goes on: float32 values, steps that come twice and go back."""
     values = [float(np.float32(i / 7)) for i in range(STEPS)]
-    run = LoggedRun(tmp_path / "runs" / "20260101-000000-exact-abcd")
+    run = LoggedRun(tmp_path / "runs" / "20260101-000000-exact-abcd", ended=None, state="running")
     expected: list[Value] = []
     for rank in range(2):
         run.experiment([backend], rank=rank, id="x", metrics_interval=1e6)
@@ -39,7 +41,7 @@ def _logged(tmp_path: Path, backend: str) -> tuple[Path, list[Value]]:
             expected += [(f"loss{suffix}", first_step + i, value) for i, value in enumerate(series)]
             expected += [(f"val/acc{suffix}", first_step + i, value) for i, value in enumerate(series[: STEPS // 5])]
 
-    return run.end(), sorted((name, step, float(np.float32(value))) for name, step, value in expected)
+    return run, sorted((name, step, float(np.float32(value))) for name, step, value in expected)
 
 
 @pytest.mark.parametrize("backend", sorted(READERS))
@@ -48,22 +50,22 @@ def test_a_killed_delivery_is_exact(backend: str, tmp_path: Path) -> None:
     if backend == "aim" and sys.version_info >= (3, 13):
         pytest.skip("there is no Aim for this Python")
 
-    run_dir, expected = _logged(tmp_path, backend)
+    run, expected = _logged(tmp_path, backend)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "CLEARML_"))}
     environment |= {"WANDB_MODE": "offline", "CLEARML_OFFLINE_MODE": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    killed = 0
+    kills_left = 1 if backend in ONCE else KILLS
     for attempt in range(40):
-        before = state_of(run_dir, backend).delivered if attempt else 0
-        process = delivering(str(run_dir), backend, env=environment, **pipes)
-        while process.poll() is None and killed < (1 if backend in ONCE else KILLS):
-            if state_of(run_dir, backend).delivered > before:
-                time.sleep(0.01 * (killed + 1))  # into the next batch
-                process.kill()
-                killed += process.wait() != 0
-                break
-
-            time.sleep(0.002)
+        before = state_of(run.path, backend).delivered if attempt else 0
+        process = delivering(str(run.path), backend, env=environment, **pipes)
+        if kills_left:  # it does not end well before the run does
+            wanted = min(before + 1, len(expected))  # the one before it may have left it nothing
+            eventually(lambda: process.poll() is not None or _has_delivered(run, backend, process.pid, wanted))  # noqa: B023
+            time.sleep(0.01 * kills_left)  # into the next batch
+            process.kill()
+            kills_left -= process.wait() == -signal.SIGKILL
+            if not kills_left:
+                run.end()
 
         _, errors = process.communicate()
         if process.returncode == 0:
@@ -71,8 +73,14 @@ def test_a_killed_delivery_is_exact(backend: str, tmp_path: Path) -> None:
     else:
         raise AssertionError(errors.decode()[-2000:])
 
-    assert killed
+    assert not kills_left
+    run_dir = run.path
     state = state_of(run_dir, backend)
     (kept,) = state.experiments.values()
     found = [row for row in READERS[backend](run_dir, kept["id"]) if not row[0].startswith(("traceml/", "system/"))]
     assert sorted((name, step, float(np.float32(value))) for name, step, value in found) == expected
+
+
+def _has_delivered(run: LoggedRun, backend: str, pid: int, wanted: int) -> bool:
+    state = state_of(run.path, backend)
+    return state.pid == pid and state.delivered >= wanted
