@@ -13,6 +13,8 @@ from traceml.display.report_files import write_reports
 
 SCRIPT = """
 import json, sys, time, traceml
+from traceml.session import run_summary
+run_summary._STORED_S = 120  # on a busy machine 2 s may be too little for all rows
 print(traceml.summary())
 traceml.init()
 for _ in range(40):

@@ -15,7 +15,7 @@ from tests.eventually import eventually
 from traceml.witness.busy_processes import BusyProcesses
 
 pytestmark = pytest.mark.process
-_NAME = "takes-a-core"
+_NAME = f"busy-{os.getpid()}"  # no other test's
 _BUSY = f"""
 open("/proc/self/comm", "w").write("{_NAME}")
 print("ready", flush=True)
