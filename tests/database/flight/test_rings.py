@@ -211,6 +211,19 @@ def test_log_takes_appends_of_many_threads() -> None:
         assert [row["number"] for row in rows if row["thread"] == thread] == list(range(200))
 
 
+def test_log_waits_for_another_thread() -> None:
+    """One that holds the lock may wait for a core of a busy host: no map is lost for that."""
+    log, taken = make_log(), []
+    with log._lock:
+        thread = threading.Thread(target=lambda: taken.append(log.append({"kind": "value"})))
+        thread.start()
+        thread.join(0.5)
+        assert taken == []
+
+    thread.join(60)
+    assert (taken, log.appended, log.dropped) == ([True], 1, 0)
+
+
 def test_log_gives_up_instead_of_hanging_when_its_lock_is_held() -> None:
     """A signal handler that interrupted an append loses its map, counted, rather than the training its life."""
     log = make_log()

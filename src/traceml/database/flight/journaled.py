@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.database.flight.journal import Journal
-from traceml.database.flight.rings import BASE, LOCK_TIMEOUT_S, MAX_TAKE_BYTES, ByteLog, Ring, RowSlice, map_ends
+from traceml.database.flight.rings import BASE, MAX_TAKE_BYTES, ByteLog, Ring, RowSlice, map_ends
 from traceml.database.schema import Log, Table
 
 __all__ = ["JournaledLog", "JournaledRing", "NameTable"]
@@ -160,7 +160,7 @@ class JournaledLog(ByteLog):
 
         Without space on the disk, or in a signal handler that interrupted an append, they stay in memory alone.
         """
-        if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
+        if not self._acquire():
             return
 
         try:

@@ -18,7 +18,6 @@ from traceml.database.schema import Log, Table
 __all__ = [
     "BASE",
     "COUNTERS_PER_TABLE",
-    "LOCK_TIMEOUT_S",
     "MAX_TAKE_BYTES",
     "ByteLog",
     "Ring",
@@ -30,8 +29,8 @@ __all__ = [
 # Per table in the header: appended, sent, acked, dropped, and of a log the number of the first map in memory.
 COUNTERS_PER_TABLE = 8
 _SENT, _ACKED, _DROPPED, BASE = 1, 2, 3, 4
-# A signal handler may append while the interrupted thread holds the lock: give up instead of hanging.
-LOCK_TIMEOUT_S = 0.2
+# Another thread that holds the lock may wait for the GIL and for a core, with tens of them on a busy host for seconds.
+_LOCK_TIMEOUT_S = 10.0
 MAX_TAKE_BYTES = 256 * 1024
 
 
@@ -204,7 +203,7 @@ class ByteLog(_CountedTable):
         super().__init__(log.name, count, slot)
         self.capacity_bytes = capacity_bytes
         self._buffer, self._offset = buffer, offset
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ends = [0]  # _ends[i]: start of map number base + i
 
     def __repr__(self) -> str:
@@ -231,7 +230,7 @@ class ByteLog(_CountedTable):
             urgent: may use the last eighth of the log.
         """
         data = pack_map(row)
-        if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
+        if not self._acquire():
             self.dropped += 1
             return False
 
@@ -239,6 +238,10 @@ class ByteLog(_CountedTable):
             return self._append(data, urgent)
         finally:
             self._lock.release()
+
+    def _acquire(self) -> bool:
+        """Take the lock. A signal handler does not get it that interrupted the thread that holds it."""
+        return not self._lock._is_owned() and self._lock.acquire(timeout=_LOCK_TIMEOUT_S)  # type: ignore[attr-defined]
 
     def _append(self, data: bytes, urgent: bool) -> bool:
         room = self.capacity_bytes - (0 if urgent else self.capacity_bytes // 8)
