@@ -166,6 +166,35 @@ def test_the_verdict_of_the_report_that_follows_the_end_is_sent(run: LoggedRun) 
     assert {"traceml/verdict": "INPUT_BOUND"} in tags
 
 
+def test_the_verdict_of_a_report_that_takes_long_is_sent_too(run: LoggedRun) -> None:
+    """The last experiment has ended with the run, and on a busy host its report takes more than the usual 10 s."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], 1, id="x")
+    run.metrics({"a": [1.0, 2.0]}, 1)
+    run.row("end", 1, values=2)
+    run.writer.commit()
+    first = delivering(str(run.path), "jsonl")
+    eventually(lambda: state_of(run.path).memory.get("to_end"))
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(240) == EXIT_AGAIN
+    state = state_of(run.path)
+    for noted in state.memory["to_end"].values():
+        noted[1] -= 60.0  # it was a minute ago
+
+    state.save(run.path)
+    run.writer.put_meta("report_asked_s", time.time())
+    run.end()
+    process = delivering(str(run.path), "jsonl")
+    eventually(lambda: state_of(run.path).pid == process.pid and state_of(run.path).phase is DeliveryPhase.DELIVERING)
+    report = {"run": {"state": "finished"}, "verdict": {"kind": "INPUT_BOUND", "summary": "It waits."}}
+    replace_file(run.path / "report.json", json.dumps(report).encode())
+
+    assert process.wait(240) == 0
+    tags = [line["tags"] for line in lines_of(run.path) if line["type"] == "tags"]
+    assert {"traceml/verdict": "INPUT_BOUND"} in tags
+    assert [line["type"] for line in lines_of(run.path)].count("end") == 1
+
+
 def test_experiments_are_kept_apart_and_end_when_their_ranks_have(run: LoggedRun) -> None:
     for rank in range(2):
         run.experiment(["jsonl"], 1, rank=rank, id="first", name="first")

@@ -356,14 +356,14 @@ class BatchSender:
     def end_finished(self) -> None:
         """End the experiments that all their ranks have left; call it after each confirmed batch, and when idle.
 
-        The last experiment stays open for 10 s: usually the run ends with it, and the run's last step times and its
-        verdict are still to come.
+        The last experiment stays open for 10 s, and after the end of the run: usually the run ends with it, and the
+        run's last step times and its verdict are still to come.
         """
         for key, (own_state, noted, ended) in list(self._experiments_to_close.items()):
             experiment = self._plan.experiments.get(key)
             if experiment is not None:
                 passed_s = time.time() - noted
-                if self._is_last(key) and passed_s < _LINGER_S:
+                if self._is_last(key) and (passed_s < _LINGER_S or self._has_run_ended()):
                     continue
                 if passed_s < _BEHIND_S and not self._has_all(key):
                     continue
@@ -376,6 +376,10 @@ class BatchSender:
                 self._session.end(experiment, own_state, ended)
 
             del self._experiments_to_close[key]
+
+    def _has_run_ended(self) -> bool:
+        """Whether `end` will end all experiments, once the report is there or no longer awaited."""
+        return self._reader.meta().get("run", {}).get("ended") is not None
 
     def _has_all(self, key: str) -> bool:
         """Whether all values logged before an experiment's end have arrived; they are in another table than the end."""
