@@ -58,9 +58,9 @@ def test_a_rank_that_sleeps_is_named_with_its_line(traceml: Traceml) -> None:
 
     os.killpg(running.process.pid, signal.SIGINT)
     report = running.end().report
-    assert report["run"]["state"] == "hung"
-    assert report["verdict"]["kind"] == "HANG"
-    assert (report["verdict"]["ranks"], report["verdict"]["evidence"]["line"]) == ([1], line_of("STUCK"))
+    after = report["verdict"]
+    assert (report["run"]["state"], after["kind"]) == ("hung", "HANG")
+    assert (after["ranks"], after["evidence"]["line"]) == ([1], line_of("STUCK")), after
 
 
 SEEN = re.compile(
