@@ -326,6 +326,19 @@ def test_ranks_that_a_process_spawns_take_its_place(registry):
     assert (second.attempt, run.world_size) == (0, 2)
 
 
+@pytest.mark.parametrize(("flight", "steps", "attempt"), [("a", 0, 0), ("a", 10, 1), ("b", 0, 1)])
+def test_a_rank_that_joins_a_process_group_is_no_restart(registry, flight, steps, attempt):
+    """The same recording without steps, now one of two ranks, is of the same attempt; a later one trains again."""
+    run, alone = join(registry, hello(0, 1, run_id="named", recorder="alone", pid=1, flight="/a"))
+    alone.next["steps"] = steps
+    leave(run, alone)
+    same, grouped = join(registry, hello(0, 2, run_id="named", recorder="grouped", pid=1, flight=f"/{flight}"))
+    _, other = join(registry, hello(1, 2, run_id="named", recorder="other", pid=2, flight="/c"))
+
+    assert same is run
+    assert (grouped.attempt, other.attempt, run.attempt, run.world_size) == (attempt, attempt, attempt, 2)
+
+
 def test_children_that_train_each_for_themselves_are_runs(registry):
     """Without a process group they are no ranks of one training, also one after the other."""
     join(registry, hello(0, 1, run_id="named", recorder="parent", pid=1))

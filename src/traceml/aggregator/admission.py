@@ -50,6 +50,9 @@ class Admission:
         if _is_busy(current, hello) or (hello.spawned_by and hello.world_size == 1):
             return None  # children that train each for themselves are runs of their own
 
+        if self._named and hello.flight == current.flight != "" and not current.next.get("steps"):
+            return attempt  # the same recording, which has joined a process group: that is no restart
+
         return self._facts.attempt + 1 if self._named else None
 
     def starts_next_run(self, hello: Hello) -> bool:
