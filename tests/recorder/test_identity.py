@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from traceml import settings
-from traceml.recorder.identity import identify, script_name
+from traceml.ids import RankIdentity
+from traceml.recorder.identity import Identity, identify, script_name
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
 
@@ -48,6 +49,28 @@ def test_hello_and_flight_file_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["job"] == hello.run
     for name in ("rank", "world_size", "local_rank", "attempt", "host", "recorder"):
         assert facts[name] == getattr(hello, name)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "job"),
+    [
+        ({}, "group@first:29500"),
+        ({"TORCHELASTIC_RUN_ID": "7"}, "alone"),
+        ({"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}, "alone"),
+    ],
+)
+def test_a_rank_that_sets_the_address_itself_is_of_that_group(
+    monkeypatch: pytest.MonkeyPatch, launcher: dict[str, str], job: str
+) -> None:
+    """Its other ranks, which it has started, have the address from their start on; a launcher's job stays."""
+    before = Identity("a", "alone", RankIdentity(), provisional=False)
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500", **launcher}.items():
+        monkeypatch.setenv(name, value)
+
+    grouped = RankIdentity(0, 2, 0, source="torch.distributed")
+    monkeypatch.setattr("traceml.recorder.identity.detect_rank", lambda: grouped)
+
+    assert identify(settings.load({}, Path("/proc")), before).job == job
 
 
 @pytest.mark.parametrize(

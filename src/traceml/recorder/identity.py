@@ -202,9 +202,10 @@ def identify(config: Config, before: Identity | None = None) -> Identity:
     """
     own = detect_rank()
     parent = _parent_process()
-    unlaunched = own.source in ("single process", "torch.distributed") and not config.run_id
     job = config.run_id or (before.job if before is not None else job_key())
-    if own.source == "torch.distributed" and own.world_size > 1 and unlaunched and launcher_job() is None:
+    # A script that starts its other ranks itself, as Lightning does, sets the address in its own environment, too.
+    unlaunched = launcher_job() in (None, group_address()) and not config.run_id
+    if own.source == "torch.distributed" and own.world_size > 1 and unlaunched:
         job = _group_key(job, parent)
 
     provisional = own.source == "single process" and parent is not None
