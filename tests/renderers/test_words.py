@@ -18,6 +18,7 @@ from traceml.runs.report.report_types import RankSection, RestartSection
         ({"state": "lost"}, "lost"),
         ({"state": "failed", "exit": {"code": 3, "last_step": -1}}, "failed with exit code 3"),
         ({"state": "failed", "exit": {"code": 1, "exception": "ValueError: x\n y"}}, "failed with ValueError: x"),
+        ({"state": "failed", "exit": {"code": 1, "exception": "KeyboardInterrupt"}}, "stopped with KeyboardInterrupt"),
     ],
 )
 def test_end_of_rank(rank, says):

@@ -33,8 +33,9 @@ def end_of_rank(rank: RankSection) -> str | None:
     text = rank.state
     if end.signal is not None:
         text = f"killed by {signal_name(end.signal)}"
-    elif end.exception:
-        text = f"failed with {exception_line(end.exception) or 'an exception'}"
+    elif end.exception:  # a script that handles Ctrl-C, as Lightning does, may then exit with a code of its own
+        how = "stopped" if end.exception.startswith("KeyboardInterrupt") else "failed"
+        text = f"{how} with {exception_line(end.exception) or 'an exception'}"
     elif end.code is not None:
         text = f"{rank.state} with exit code {end.code}"
 
