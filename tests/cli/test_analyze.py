@@ -81,7 +81,7 @@ def test_top_conditions_and_sections(capsys, trace):
     """--top, --where and the sections choose what is shown."""
     shown = output(capsys, trace, "--by", "tid", "--where", "cat=POSIX,dur>3", "--top", 2, "--overlap")
 
-    assert "and 1 more groups" in shown
+    assert "and 1 more group:" in shown
     assert "compute " not in shown, "what is not computing was left out by the condition"
     assert "I/O" in shown
     assert "Timeline" not in shown

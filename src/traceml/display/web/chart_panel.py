@@ -5,7 +5,7 @@ from __future__ import annotations
 from traceml.display.web.chart_cache import METRIC
 from traceml.display.web.elements import ChartCard, Container, TextNode, search_box, set_visible
 from traceml.display.web.run_sources import RunState
-from traceml.formatting import count_text
+from traceml.formatting import plural
 from traceml.runs.rows.metrics import OWN_LOSS
 
 __all__ = ["ChartPanel", "metric_group"]
@@ -77,7 +77,7 @@ class ChartPanel:
         set_visible(self._none, not metrics and "loss" not in made)
         set_visible(self._tools, bool(metrics))
         hidden = state.charts.metrics - len(metrics)
-        self._more.set_text(f"{count_text(hidden)} more metrics have no chart; report.json has them.")
+        self._more.set_text(f"{plural(hidden, 'more metric')} without a chart in report.json.")
         set_visible(self._more, hidden > 0)
         drawn = [
             chart.show(made.get(name))

@@ -13,6 +13,7 @@ from traceml.formatting import (
     overhead_text,
     percent_text,
     phase_label,
+    plural,
 )
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
@@ -43,7 +44,7 @@ class RankTable:
         missing = view.run.world_size - len(view.ranks)
         notes = []
         if hidden := len(view.ranks) - len(rows):
-            notes.append(f"{count_text(hidden)} more ranks, none slower than the slowest one here.")
+            notes.append(f"{plural(hidden, 'more rank')}, none slower than the slowest one here.")
 
         if missing > 0:
             notes.append(f"{count_text(missing)} of {count_text(view.run.world_size)} ranks have never reported.")

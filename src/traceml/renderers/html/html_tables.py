@@ -14,6 +14,7 @@ from traceml.formatting import (
     ms_text,
     percent_text,
     phase_label,
+    plural,
 )
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
@@ -61,7 +62,7 @@ def rank_table(view: RunView) -> Iterator[str]:
     yield from (_rank(row, phases) for row in rows)
     yield "</table></div>"
     if hidden := len(view.ranks) - len(rows):
-        yield f'<p class="more">{count_text(hidden)} more ranks in report.json.</p>'
+        yield f'<p class="more">{plural(hidden, "more rank")} in report.json.</p>'
 
     if view.absent:
         yield f'<p class="more">{escaped(capitalized(view.absent))}.</p>'

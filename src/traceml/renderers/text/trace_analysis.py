@@ -112,7 +112,7 @@ def _groups(
     numbers = [_measured(title, key, groups) for title, key in columns] or _numbers(groups, viewport)
     yield from _table(labels, [*numbers, ("of sum", 6, shares)], viewport)
     if len(result["groups"]) > top:
-        yield Text(f"and {count_text(len(result['groups']) - top)} more groups: --top N shows more", style="dim")
+        yield Text(f"and {plural(len(result['groups']) - top, 'more group')}: --top N shows more", style="dim")
 
 
 def _aggregated(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iterator[Text]:
@@ -128,7 +128,7 @@ def _aggregated(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iter
     times = [(title, 9, [_time(group[key]) for group in groups]) for title, key in _AGGREGATED_TIMES]
     yield from _table(labels, [counts, *times], viewport)
     if len(calls["groups"]) > top:
-        yield Text(f"and {count_text(len(calls['groups']) - top)} more groups: --top N shows more", style="dim")
+        yield Text(f"and {plural(len(calls['groups']) - top, 'more group')}: --top N shows more", style="dim")
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], viewport: Viewport) -> list[_Column]:
