@@ -16,6 +16,7 @@ __all__ = [
     "for_jitter",
     "for_lacking_core",
     "for_residual",
+    "for_rollouts",
     "for_saving",
     "for_slow_group",
     "for_straggler",
@@ -69,6 +70,19 @@ def for_iterator(called: str | None = None) -> str:
     )
 
 
+def for_rollouts(line: BlamedLine | None) -> str:
+    """Return advice on time in which the model collects what it trains on.
+
+    Args:
+        line: the line that most of it is spent in, where it is known.
+    """
+    cheaper = "Make rollouts cheaper" if line is None else f"Make {line.place} cheaper"
+    return (
+        f"{cheaper}. Several environments can be stepped at once in processes of their own (gymnasium's "
+        "AsyncVectorEnv), or while the model trains. `traceml report --lines` shows all lines."
+    )
+
+
 def for_residual(
     part: str, line: BlamedLine | None, facts: JobFacts, called: str | None = None, *, has_forward: bool = False
 ) -> str:
@@ -88,11 +102,7 @@ def for_residual(
         )
 
     if facts.collects and part in ("other", "user"):
-        cheaper = "Make rollouts cheaper" if line is None else f"Make {line.place} cheaper"
-        return (
-            f"{cheaper}. Several environments can be stepped at once in processes of their own (gymnasium's "
-            "AsyncVectorEnv), or while the model trains. `traceml report --lines` shows all lines."
-        )
+        return for_rollouts(line)
 
     if has_forward:
         place = "this code" if line is None else line.place

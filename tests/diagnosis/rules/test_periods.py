@@ -92,6 +92,15 @@ def test_what_runs_there_is_named_with_its_line():
     assert "If half as often is enough, run train.py:70 log_images every 50th step: " in found.next
 
 
+@pytest.mark.parametrize(("part", "collects"), [("forward", True), ("forward", False), ("other", True)])
+def test_rollouts_are_made_cheaper_not_rarer(part, collects):
+    """The model is called for them before every n-th step; what else runs in these steps may be a log of them."""
+    advice = findings(ALONE, adds(part, 200, every=25), collects=collects)[0].next
+
+    is_rollout = collects and part == "forward"
+    assert ("Make rollouts cheaper" in advice, "half as often" in advice) == (is_rollout, not is_rollout)
+
+
 def test_a_counter_that_begins_anew_in_each_epoch_has_a_period():
     """Every 25th step of epochs of 60 steps."""
     steps = np.array([24, 49, 84, 109, 144, 169])

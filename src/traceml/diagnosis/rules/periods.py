@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.advice import for_rollouts
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
@@ -160,7 +161,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
             f"Every {ordinal_text(period.every)} step takes {ns_text(long_ns)} instead of "
             f"{ns_text(usual_ns)}{_where(period.part, line)}: {percent_text(share)} of step time."
         ),
-        next=_advice(period, line, half),
+        next=_advice(facts, period, line, half),
         evidence={
             "every_n_steps": period.every,
             "long_steps": len(period.columns),
@@ -178,7 +179,10 @@ def _where(part: str, line: BlamedLine | None) -> str:
     return f", in {phase_words(part)}" if line is None else f", in {line.place}"
 
 
-def _advice(period: _Period, line: BlamedLine | None, half: float) -> str:
+def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: float) -> str:
+    if facts.collects and period.part == "forward":  # half as many rollouts are another training
+        return for_rollouts(line)
+
     what = "what else these steps do" if line is None else line.place
     see = " `traceml report --lines` shows the lines." if line is None else ""
     return (
