@@ -150,5 +150,5 @@ def test_data_loader_workers_are_no_ranks(serving: Serving, run_script: Run, met
     assert len(serving.run_dirs) == 1
     with serving.store() as store:
         assert len(store.streams()) == 1
-        assert store.stored("steps") == 8
+        assert store.stored("steps") == 8, done.stderr
         assert store.stored("user_phases") == 0

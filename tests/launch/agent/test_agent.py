@@ -568,4 +568,4 @@ def test_an_agent_leaks_nothing(driver: Driver) -> None:
         driver.start(time.sleep, 1000)
         driver.stop(grace_s=0)
 
-    assert held() == before
+    eventually(lambda: held() <= before, "the descriptors of the jobs to be closed")
