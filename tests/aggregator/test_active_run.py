@@ -11,6 +11,8 @@ import pytest
 from tests.aggregator.test_registry import Silent, hello, join, leave, registry  # noqa: F401 - a fixture
 from traceml.aggregator import active_run as run_module
 from traceml.aggregator.streams import StreamState
+from traceml.database.flight.flight import FlightFile
+from traceml.database.schema import Slot
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 
@@ -237,6 +239,24 @@ def test_rank_that_was_dead_before_its_first_word_was_read(registry, tmp_path): 
 
     assert stream.state is StreamState.LOST
     assert stream.exit["process_gone"]
+
+
+def test_the_middle_of_a_loop_is_known_when_the_flight_file_is_gone(registry, tmp_path):  # noqa: F811
+    """The launcher may report exit code 0 after the rows of a rank that left by os._exit are stored."""
+    flight = FlightFile.create(tmp_path, {})
+    flight.open_slots[Slot.STEP], flight.open_slots[Slot.ITERATING] = 7, 1
+    path = flight.path
+    flight.close(unlink=False)
+    run, stream = join(registry, hello(0, 1, pid=2**22 + 1, flight=str(path)))
+    run.disconnected(stream)
+    run.check_absent()
+    run.commit(force=True)
+    path.unlink(missing_ok=True)
+
+    run.take_exit({"pid": stream.incarnation.pid, "exitcode": 0})
+
+    assert stream.exit["code"] == 0
+    assert stream.state is StreamState.LOST
 
 
 def test_failure_after_a_clean_bye_counts(registry):  # noqa: F811

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from traceml.aggregator.stream_ends import note_exit, note_oom, resumed_at, state_of_dead
+from traceml.aggregator.stream_ends import note_exit, note_flight, note_oom, resumed_at, state_of_dead
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_header import FlightState
@@ -112,5 +112,7 @@ def test_exit_code_0_in_the_middle_of_a_loop_is_no_end(
     image = FlightSnapshot(flight.path, flight.path.read_bytes())
     ended = stream() if code is None else stream(code=code)
 
-    assert state_of_dead(ended, image, world_size) is state
-    assert state_of_dead(stream(code=0), None, world_size) is StreamState.FINISHED
+    note_flight(ended, image)
+
+    assert state_of_dead(ended, world_size) is state
+    assert state_of_dead(stream(code=0), world_size) is StreamState.FINISHED

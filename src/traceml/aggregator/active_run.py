@@ -13,7 +13,7 @@ from typing import Any
 
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.run_streams import RunStreams
-from traceml.aggregator.stream_ends import final_state, note_exit, state_of_dead
+from traceml.aggregator.stream_ends import final_state, note_exit, note_flight, state_of_dead
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
@@ -174,7 +174,7 @@ class ActiveRun(RunStreams):
                 continue
 
             note_exit(stream, report)
-            self._end_stream(stream, state_of_dead(stream, None, self.world_size))
+            self._end_stream(stream, state_of_dead(stream, self.world_size))
 
         self._unmatched_exits.clear()
 
@@ -326,11 +326,12 @@ class ActiveRun(RunStreams):
         """Recover the rows of a dead rank and set its final state."""
         image = recover(stream, self.ingest, self.path.parent, image)
         if image is not None:
+            note_flight(stream, image)
             self._recovered.append(image)
             self.store.update_stream(stream.id, appended=appended_rows(image))
             self._signs_s.append(image.last_beat_s)
 
-        state = state_of_dead(stream, image, self.world_size)
+        state = state_of_dead(stream, self.world_size)
         if state is StreamState.LOST:
             stream.exit["process_gone"] = True  # certain, unlike for a host that fell silent
 

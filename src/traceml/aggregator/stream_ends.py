@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.ends.ending_signal import scheduler_words
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.witness.crash_stacks import crash_facts
 
-__all__ = ["final_state", "note_exit", "note_oom", "resumed_at", "state_of_dead"]
+__all__ = ["final_state", "note_exit", "note_flight", "note_oom", "resumed_at", "state_of_dead"]
 
 # Exit status of a job that was ended from outside before its ranks had started.
 _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
@@ -71,36 +71,34 @@ def resumed_at(stream: Stream, place: int, streams: Iterable[Stream]) -> int:
     return max((each.resumes_at + each.exit["saved_steps"] for each in before if each.attempt == newest), default=0)
 
 
-def state_of_dead(stream: Stream, image: FlightSnapshot | None, world_size: int) -> StreamState:
+def note_flight(stream: Stream, image: FlightSnapshot) -> None:
+    """Add what the flight file of a dead process shows: its launcher may report the end when the file is gone."""
+    in_loop = image.open_phase[0] is not None or image.slot(Slot.ITERATING) > 0
+    stream.flight_state = image.state
+    # in the middle of its loop, without the interpreter's own end: by os._exit
+    stream.was_cut_off = in_loop and image.open_step is not None and not image.slot(Slot.EXIT_START)
+
+
+def state_of_dead(stream: Stream, world_size: int) -> StreamState:
     """Return the final state of a dead process, by the reports of its launcher and its flight file.
 
     Args:
         stream: of the process.
-        image: its flight file; None where there is none.
         world_size: ranks of the job. Of several, the others show whether one that left by os._exit(0) is missed.
     """
     if stream.exit.get("signal"):
         return StreamState.KILLED
 
-    if stream.exit.get("code") or stream.exit.get("exception"):
+    if stream.exit.get("code") or stream.exit.get("exception") or stream.flight_state is FlightState.FAILED:
         return StreamState.FAILED
 
-    if image is not None and image.state is FlightState.FAILED:
-        return StreamState.FAILED
-
-    if stream.state is StreamState.FINISHED or (image is not None and image.state is FlightState.FINISHED):
+    if stream.state is StreamState.FINISHED or stream.flight_state is FlightState.FINISHED:
         return StreamState.FINISHED
 
-    if stream.exit.get("code") != 0 or (world_size == 1 and image is not None and _was_cut_off(image)):
+    if stream.exit.get("code") != 0 or (world_size == 1 and stream.was_cut_off):
         return StreamState.LOST
 
     return StreamState.FINISHED
-
-
-def _was_cut_off(image: FlightSnapshot) -> bool:
-    """Whether a process ended in the middle of its loop, without the interpreter's own end: by os._exit."""
-    in_loop = image.open_phase[0] is not None or image.slot(Slot.ITERATING) > 0
-    return in_loop and image.open_step is not None and not image.slot(Slot.EXIT_START)
 
 
 def final_state(members: Sequence[Stream], status: int | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import msgpack
 
 from traceml.clock import boot_id, process_start_ticks
+from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import is_alive
 from traceml.database.schema import TABLES
 from traceml.transport.hello import Hello
@@ -101,6 +102,7 @@ class Stream:
         "disconnected_s",
         "exit",
         "flight",
+        "flight_state",
         "id",
         "incarnation",
         "is_diagnosed",
@@ -117,6 +119,7 @@ class Stream:
         "seen_here",
         "state",
         "unacked",
+        "was_cut_off",
     )
 
     def __init__(
@@ -154,6 +157,10 @@ class Stream:
         """Whether its rows are diagnosed live: only those of the rank's newest incarnation are."""
         self.resumes_at = 0
         """Steps in the checkpoint with which it began, if it counts its own from 0."""
+        self.flight_state: FlightState | None = None
+        """What its flight file said when it was dead; the file is removed with its last rows."""
+        self.was_cut_off = False
+        """Whether its process ended in the middle of its loop, by that file."""
         self.reported_dead = False
         """Whether a launcher has reported the end of its process."""
         self.reported_flight: Path | None = None
