@@ -1,10 +1,27 @@
-"""Words for the end of a process."""
+"""Requests for the end of a process, and words for it."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+
 import pytest
 
-from traceml.process_ends import end_of_status, exit_text, signal_name, signal_text
+from traceml.process_ends import StopRequest, end_of_status, exit_text, signal_name, signal_text
+
+# The signal comes anywhere in `wait`, also where it is about to sleep, or was just woken.
+ROUNDS = """
+import random, signal
+from traceml.process_ends import StopRequest
+
+for _ in range(20_000):
+    request = StopRequest()
+    signal.signal(signal.SIGALRM, request)
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-5))
+    while not request.wait(0.001):
+        pass
+"""
 
 
 def test_a_signal_has_its_name() -> None:
@@ -30,3 +47,24 @@ def test_an_end_has_a_signal_or_a_code(code, ended_by, text) -> None:
 def test_a_status_of_subprocess_is_either() -> None:
     """Signals are negative there."""
     assert (end_of_status(-15), end_of_status(2)) == ("was killed by signal 15 (SIGTERM)", "ended with exit code 2")
+
+
+@pytest.mark.process
+def test_a_handler_interrupts_the_wait_at_any_place() -> None:
+    """With `threading.Event` it waits for a lock of the code that it has interrupted."""
+    done = subprocess.run([sys.executable, "-c", ROUNDS], timeout=120, check=False)
+
+    assert done.returncode == 0
+
+
+def test_a_wait_ends_when_the_stop_is_requested() -> None:
+    """By another thread, too; before that it ends after its time."""
+    request = StopRequest()
+    assert not request.wait(0.0)
+    assert not request.is_set
+
+    threading.Timer(0.01, request).start()
+
+    assert request.wait(60)
+    assert request.is_set
+    assert request.wait(60)  # at once

@@ -1,14 +1,16 @@
-"""Words for the end of a process: a signal by its name, an exit code, or neither.
+"""End of a process: requests for it by a signal, and words for a signal, an exit code, or neither.
 
 Imports nothing of traceml, so that errors, launcher, verdicts and screens can say it in the same words.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import time
 
-__all__ = ["CRASHES", "EndedBySignal", "end_of_status", "exit_text", "signal_name", "signal_text"]
+__all__ = ["CRASHES", "EndedBySignal", "StopRequest", "end_of_status", "exit_text", "signal_name", "signal_text"]
 
 CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV))
 """Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
@@ -25,6 +27,39 @@ class EndedBySignal(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number, self.at_s = number, time.time()
+
+
+class StopRequest:
+    """An event that is set once, also by a handler of the thread that waits for it.
+
+    `threading.Event.set` waits for a lock that `wait` holds for a moment: a handler that comes in this moment waits for
+    ever.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        """Whether the stop was requested."""
+        self._read_end, self._write_end = os.pipe()
+        self._waiting = select.poll()
+        self._waiting.register(self._read_end, select.POLLIN)
+
+    def __call__(self, *_: object) -> None:
+        """Request the stop. The arguments are those of a signal handler."""
+        if not self.is_set:
+            self.is_set = True
+            os.write(self._write_end, b"\n")
+
+    def __del__(self) -> None:
+        """Close the pipe."""
+        for descriptor in (self._read_end, self._write_end):
+            os.close(descriptor)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the request; return whether it was made."""
+        if not self.is_set:
+            self._waiting.poll(1000 * timeout_s)
+
+        return self.is_set
 
 
 def signal_name(number: int) -> str:

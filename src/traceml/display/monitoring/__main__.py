@@ -10,12 +10,12 @@ import logging
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 from traceml.display.monitoring.active_runs import ActiveRuns
 from traceml.priority import lower_priority
+from traceml.process_ends import StopRequest
 
 
 def main() -> None:
@@ -36,8 +36,8 @@ def _serve(config: dict[str, Any]) -> None:
 
 def _send(config: dict[str, Any]) -> None:
     """Send until SIGTERM; then the last spans, for a few seconds at most."""
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    ended = StopRequest()
+    signal.signal(signal.SIGTERM, ended)
     from traceml.display.monitoring.otlp_exporter import OtlpConfig, OtlpExporter
 
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # each failed try would be a line; we log changes

@@ -11,7 +11,6 @@ import copy
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from traceml.database.store.reader import StoreReader
 from traceml.privacy import Masker
+from traceml.process_ends import StopRequest
 from traceml.run_folder import STORE_NAME
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
@@ -78,7 +78,7 @@ class DeliveryLoop:
         self._run_dir = run_dir
         self._once = once
         self._installed_only = installed_only
-        self._stop = threading.Event()
+        self._stop = StopRequest()
         self._state = TrackerState.load(run_dir, backend)
         self._state.pid = os.getpid()
         self._refusals = RefusalSearch(self._state)
@@ -102,8 +102,8 @@ class DeliveryLoop:
 
     def stop(self, *_: object) -> None:
         """End after the current batch, and at the latest after 10 s."""
-        self._stop.set()
         self._watchdog.end_within(_STOP_S)
+        self._stop()
 
     def run(self) -> int:
         """Deliver until all is done or a new process is needed; return the exit status."""
@@ -196,7 +196,7 @@ class DeliveryLoop:
             is_empty = batch.cursor == self._cursor()
             if is_empty and is_over:
                 return self._finish()
-            if is_empty and self._stop.is_set():
+            if is_empty and self._stop.is_set:
                 return self._stopped()
             if self._uses_fallback and time.time() >= self._state.retry_at:
                 return EXIT_AGAIN  # to probe the backend that failed
@@ -210,7 +210,7 @@ class DeliveryLoop:
 
             if (status := self._deliver(batch)) is not None:
                 return status
-            if self._stop.is_set():
+            if self._stop.is_set:
                 return self._stopped()
             if batch.is_last and not is_over:
                 self._stop.wait(_POLL_S)
