@@ -13,6 +13,7 @@ import pytest
 
 from tests.end_to_end.conftest import TINY, Ended, Running, Traceml
 from tests.forked import client as forked
+from tests.processes import command_of
 
 
 def assert_nothing_is_left(ended: Ended) -> None:
@@ -276,7 +277,7 @@ def test_two_runs_at_once_do_not_meet(traceml: Traceml) -> None:
 
 def _aggregators_of(running: Running) -> list[psutil.Process]:
     children = psutil.Process(running.process.pid).children()
-    return [child for child in children if "serve" in child.cmdline()]
+    return [child for child in children if "serve" in command_of(child)]
 
 
 def test_the_aggregator_dies_and_nothing_is_lost(traceml: Traceml) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job
 from tests.eventually import eventually
+from tests.processes import command_of
 from tests.runs.fabricated_store import store_run
 from traceml.errors import TraceMLError
 from traceml.run_folder import STORE_NAME
@@ -19,7 +20,7 @@ from traceml.supervise.report_maker import ReportMaker
 
 
 def waiting_pid() -> int:
-    (pid,) = (child.pid for child in psutil.Process().children() if "traceml.display.report_main" in child.cmdline())
+    (pid,) = (child.pid for child in psutil.Process().children() if "traceml.display.report_main" in command_of(child))
     return pid
 
 

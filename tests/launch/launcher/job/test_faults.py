@@ -17,6 +17,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.launch.hosts import Hosts
+from tests.processes import command_of
 
 # The user's script: it launches what it is told, on node1 and node2 with two workers each, and says what came of it.
 # Agents stay from launch to launch. Every worker leaves a daemon behind, which wants to survive.
@@ -180,7 +181,8 @@ def script(hosts: Hosts) -> Iterator[Script]:
 
 def left_on(hosts: Hosts, name: str) -> list[str]:
     """Return what is left on a host beside an idle agent, its reaper and its zygote."""
-    found = [" ".join(process.cmdline()[:3]) for process in hosts[name].processes()]
+    commands = map(command_of, hosts[name].processes())
+    found = [" ".join(command[:3]) for command in commands if command]
     pythons = [line for line in found if "python" in line]
     return [line for line in found if "python" not in line] + pythons[3:]
 

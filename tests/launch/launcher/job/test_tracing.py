@@ -15,6 +15,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.launch.hosts import Hosts, Slurm
+from tests.processes import command_of
 from traceml.runs.run import load_run
 
 TRAIN = """
@@ -143,7 +144,7 @@ def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> Non
     process = hosts.launcher.start(*command(hosts, "train.py", "slow", "100000"), cwd=folder)
 
     def aggregator() -> list[psutil.Process]:
-        return [each for each in hosts.launcher.processes() if "serve" in each.cmdline()]
+        return [each for each in hosts.launcher.processes() if "serve" in command_of(each)]
 
     def step() -> int:
         return min((int((folder / f"at-{rank}").read_text() or 0) for rank in (0, 1)), default=0)
