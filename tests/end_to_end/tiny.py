@@ -24,6 +24,7 @@ def main() -> nn.Module:
     parser.add_argument("--end", choices=("raise", "kill", "term", "exit", "_exit", "interrupt"), default="raise")
     parser.add_argument("--first-attempt-only", action="store_true")
     parser.add_argument("--marker", type=Path, help="file that gets this rank's pid once it trains")
+    parser.add_argument("--until", type=Path, help="file that ends the training early once it exists")
     options = parser.parse_args()
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -52,6 +53,8 @@ def main() -> nn.Module:
 
         optimizer.step()
         time.sleep(options.pause)
+        if options.until is not None and options.until.exists():
+            break
 
     print(f"rank {rank} loss {loss.item():.17g}", flush=True)
     if world_size > 1:
