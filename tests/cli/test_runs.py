@@ -230,12 +230,40 @@ def test_commit_and_branch_are_columns(tmp_path, monkeypatch, capsys):
         store_run(run, Job(steps=20), facts={"started": STARTED + number})
         report = build_report(run)
         report.run.commit, report.run.branch = f"{number}c0ffee" * 5, branch
+        report.run.dirty = None if number else True
         save_report(run, report)
 
-    assert cli.main(["runs", "--columns", "id,commit,branch"]) == 0
+    assert cli.main(["runs", "--columns", "id,git.commit,git.branch,git.dirty"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows == [["run", "commit", "branch"], ["run-1", "1c0ffee1c0", "faster"], ["run-0", "0c0ffee0c0", "main"]]
+    assert rows == [
+        ["run", "git.commit", "git.branch", "git.dirty"],
+        ["run-1", "1c0ffee1c0", "faster", "-"],
+        ["run-0", "0c0ffee0c0", "main", "True"],
+    ]
 
-    assert cli.main(["runs", "--where", "branch=main commit~0c0ffee", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [(run["id"], run["commit"], run["branch"]) for run in told] == [("run-0", "0c0ffee" * 5, "main")]
+    where = "git.branch=main git.commit~0c0ffee git.dirty=true"
+    assert cli.main(["runs", "--where", where, "--json"]) == 0
+    [told] = json.loads(capsys.readouterr().out)
+    assert [told[name] for name in ("id", "commit", "branch", "dirty")] == ["run-0", "0c0ffee" * 5, "main", True]
+
+
+def test_logged_parameters_called_commit_and_branch_are_found(tmp_path, monkeypatch, capsys):
+    """The fields of the repository do not hide them, in columns, conditions and order."""
+    monkeypatch.chdir(tmp_path)
+    for number, branch in enumerate(("b", "a")):
+        run = tmp_path / "traceml_runs" / f"run-{number}"
+        store_run(run, Job(steps=20), facts={"started": STARTED + number})
+        report = build_report(run)
+        report.run.commit, report.run.branch = "c0ffee", "main"
+        report.setup.params = {"commit": 1234567890123 + number, "branch": branch}
+        save_report(run, report)
+
+    words = ["runs", "--columns", "id,commit,branch", "--sort", "branch"]
+    assert cli.main(words) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["run", "commit", "branch"], ["run-1", "1234567890124", "a"], ["run-0", "1234567890123", "b"]]
+
+    assert cli.main([*words, "--where", "branch=b", "--json"]) == 0
+    [told] = json.loads(capsys.readouterr().out)
+    assert [told["commit"], told["branch"]] == ["c0ffee", "main"]
+    assert told["values"] == {"id": "run-0", "commit": 1234567890123, "branch": "b"}

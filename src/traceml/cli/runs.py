@@ -47,7 +47,7 @@ class RunsOptions:
     """Sort the other way round."""
     columns: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...")] = None
     """Columns to show: id, name, project, user, state, verdict, severity, ranks, samples/s, step_ms, steps, took, size,
-    started, tags, note, archived, commit, branch, and any parameter or metric (its last value)."""
+    started, tags, note, archived, git.commit, git.branch, git.dirty, and any parameter or metric (its last value)."""
     archived: bool = False
     """List archived runs too."""
     prune: bool = False

@@ -24,8 +24,9 @@ TEXT_FIELDS = (
     "tags",
     "note",
     "started",
-    "commit",
-    "branch",
+    "git.commit",
+    "git.branch",
+    "git.dirty",
 )
 """Fields that are texts: aligned left, numbers right."""
 
@@ -69,5 +70,5 @@ _SHOWN: dict[str, Callable[[Any], str]] = {
     "took": duration_text,
     "size": bytes_text,
     "started": _started,
-    "commit": _commit,
+    "git.commit": _commit,
 }

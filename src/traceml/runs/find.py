@@ -58,6 +58,7 @@ class RunInfo:
         project: of the run; tags, note, archived: labels that people gave it.
         user: owner of the folder; empty where the host does not know its name.
         commit, branch: of the script's git repository; None outside one, and before the report.
+        dirty: whether it had uncommitted changes; None where git was not asked.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class RunInfo:
     user: str = ""
     commit: str | None = None
     branch: str | None = None
+    dirty: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,7 @@ def describe_run(path: Path) -> RunInfo:
         user=_owner(path),
         commit=source.commit,
         branch=source.branch,
+        dirty=source.dirty,
     )
 
 

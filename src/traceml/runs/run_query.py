@@ -37,10 +37,14 @@ FIELDS: dict[str, Callable[[RunInfo], Any]] = {
     "tags": lambda info: ",".join(info.tags),
     "note": lambda info: info.note or None,
     "archived": lambda info: info.archived,
-    "commit": lambda info: info.commit,
-    "branch": lambda info: info.branch,
+    "git.commit": lambda info: info.commit,
+    "git.branch": lambda info: info.branch,
+    "git.dirty": lambda info: info.dirty,
 }
-"""Fields that every run has; any other name is a logged parameter or, after that, the last value of a metric."""
+"""Fields that every run has; any other name is a logged parameter or, after that, the last value of a metric.
+
+Trainings often log parameters called `commit` and `branch`, so ours have a prefix.
+"""
 
 _TERM = re.compile(r"^([^<>=!~]+?)(<=|>=|!=|<|>|=|~)(.*)$", re.DOTALL)
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {
@@ -100,6 +104,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     archived: bool
     commit: str | None = None
     branch: str | None = None
+    dirty: bool | None = None
     values: dict[str, bool | int | float | str | None] = {}
 
 

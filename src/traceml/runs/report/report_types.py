@@ -401,6 +401,7 @@ class SourceSection(msgspec.Struct):
 
     commit: str | None = None
     branch: str | None = None
+    dirty: bool | None = None
 
 
 class ReportSummary(msgspec.Struct):
