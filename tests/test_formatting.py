@@ -11,6 +11,7 @@ from traceml.formatting import (
     duration_text,
     factor_text,
     gain_text,
+    left_text,
     line_text,
     ms_text,
     ns_text,
@@ -170,3 +171,11 @@ def test_a_function_inside_another_is_named_with_it():
 def test_one_thing_is_no_plural():
     """`1 step`, and thousands are grouped."""
     assert [plural(count, "step") for count in (0, 1, 1204)] == ["0 steps", "1 step", "1,204 steps"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.3, "0.3 s"), (5.0, "5 s"), (6.4, "6.4 s"), (60.0, "60 s"), (600.0, "10 min")]
+)
+def test_left_text(seconds, text):
+    """A limit of a fraction of a second is not 0 s."""
+    assert left_text(seconds) == text

@@ -171,7 +171,7 @@ def percent_text(share: float | None) -> str:
 
 
 def duration_text(seconds: float | None) -> str:
-    """Return `0.84 s`, `42 s`, `12:07`, `3:04:05`."""
+    """Return `0.8 s`, `42 s`, `12:07`, `3:04:05`."""
     if seconds is None:
         return MISSING
 
@@ -187,9 +187,9 @@ def duration_text(seconds: float | None) -> str:
 
 
 def left_text(seconds: float) -> str:
-    """Return the time until something happens, in a sentence: `42 s`, `12 min`, `3 h 4 min`."""
+    """Return a limit or a time left, in a sentence: `0.5 s`, `5 s`, `42 s`, `12 min`, `3 h 4 min`."""
     if seconds < 99.5:
-        return duration_text(seconds)
+        return duration_text(seconds).replace(".0 ", " ")
 
     hours, minutes = divmod(round(seconds / 60), 60)
     return " ".join(part for part in (f"{hours} h" if hours else "", f"{minutes} min" if minutes else "") if part)

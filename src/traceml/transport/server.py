@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from traceml.clock import monotonic_ns
 from traceml.errors import ProtocolError
+from traceml.formatting import left_text
 from traceml.transport import auth
 from traceml.transport.client_handshake import keep_alive
 from traceml.transport.framing import MAX_FRAME_BYTES, MAX_HELLO_BYTES, WIRE_VERSION, Decoder, encode
@@ -381,7 +382,7 @@ class Server:
         """Close connections without a hello, and refused ones after their time."""
         for peer in self.handshakes.overdue():
             if isinstance(peer, Peer) and peer.state == "new":
-                peer.refuse(f"no hello within {HANDSHAKE_S:.0f} s", retry=True)
+                peer.refuse(f"no hello within {left_text(HANDSHAKE_S)}", retry=True)
             else:
                 peer.abort()
 

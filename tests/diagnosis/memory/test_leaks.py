@@ -194,6 +194,21 @@ def test_the_rate_of_a_growing_list_is_a_number_for_people(rate, words):
     assert words in finding.summary
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({}, "; it had 4,000 at step 1,200."),
+        ({"kind": "figures", "path": "pyplot"}, "; there were 4,000 at step 1,200."),
+        ({"kind": "graph", "path": "total"}, "an autograd graph, 4,000 operations deep at step 1,200, which grows"),
+    ],
+)
+def test_a_count_says_when_it_was_made(facts, words):
+    """A container is counted now and then, and not at the end of the run."""
+    (finding,) = leaks(**leaking(), growing={0: growing_of({"step": 1200, "grown": [LIST | facts]})})
+
+    assert words in finding.summary
+
+
 def test_few_elements_are_counted_and_make_no_rate():
     """One that comes in each epoch tells nothing of a step."""
     rare = growing_of({"steps": 180, "grown": [LIST | {"per_step": 3 / 180}]})
@@ -261,7 +276,7 @@ def test_a_sum_of_losses_is_reported_as_a_graph():
     """Its size in bytes is not known, its operations are."""
     (finding,) = leaks(**leaking(), growing=growing_list(path="total", kind="graph", line=None))
 
-    assert "The tensor total (in main, train.py) has an autograd graph 4,000 operations deep" in finding.summary
+    assert "The tensor total (in main, train.py) has an autograd graph, 4,000 operations deep" in finding.summary
     assert "line" not in finding.evidence
 
 
@@ -305,7 +320,7 @@ def test_a_table_that_grows_by_copies_is_reported_with_its_rows():
     (other,) = leaks(**leaking(), growing=growing_list(**copied, item_bytes=16, per_step=300_000.0, count=900_000))
 
     assert "Meanwhile the DataFrame table (added to in" in finding.summary
-    assert "gained 300,000 rows per step; it has 170,000,000." in finding.summary
+    assert "gained 300,000 rows per step; it had 170,000,000." in finding.summary
     assert "each addition copies all of it" in finding.next
     assert "table" not in other.summary
 

@@ -23,6 +23,7 @@ from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerge
 from traceml.diagnosis.merged_hosts.host_second import HostSecond
 from traceml.diagnosis.merged_hosts.host_sums import HostSums
 from traceml.diagnosis.steps.representatives import HostChoice
+from traceml.formatting import left_text
 from traceml.run_folder import STORE_NAME
 from traceml.transport.client import Connection
 from traceml.transport.hello import Hello
@@ -209,7 +210,7 @@ class RunRelay:
         while not all(stream.is_joined for stream in self._streams.values()):
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError(f"{link.address} has not admitted the ranks within {_JOIN_S:.0f} s")
+                raise TimeoutError(f"{link.address} has not admitted the ranks within {left_text(_JOIN_S)}")
 
             self._take(link.receive(left_s))
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, PluginError, SettingsError
+from traceml.formatting import left_text
 from traceml.installation import PACKAGE, foreign_distributions, foreign_hint, free_threading_limits, install_command
 from traceml.process_ends import end_of_status
 from traceml.settings import Config, declarations, load
@@ -188,7 +189,7 @@ def _torch(command: Sequence[str] = (sys.executable, "-P", "-c", _ASK_TORCH)) ->
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_TORCH_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return Check("torch", "broken", f"`import torch` took more than {_TORCH_TIMEOUT_S:.0f} s")
+        return Check("torch", "broken", f"`import torch` took more than {left_text(_TORCH_TIMEOUT_S)}")
 
     if asked.returncode != 0:
         said = asked.stderr.strip().splitlines()

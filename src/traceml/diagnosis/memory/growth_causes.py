@@ -80,8 +80,8 @@ def _where(found: GrowingObjects) -> str:
 def _text(found: GrowingObjects) -> str:
     if found.kind == "graph":
         return (
-            f" The tensor {found.path}{_where(found)} has an autograd graph {count_text(found.count)} "
-            "operations deep, which grows with each step."
+            f" The tensor {found.path}{_where(found)} has an autograd graph, {count_text(found.count)} "
+            f"operations deep{_counted_at(found)}, which grows with each step."
         )
 
     own = found.kind in _OF_LIBRARIES
@@ -90,8 +90,13 @@ def _text(found: GrowingObjects) -> str:
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
     return (
         f" Meanwhile the {kind} {found.path}{_where(found)} gained {_rate(found)}{holds}; "
-        f"{'there are' if own else 'it has'} {count_text(found.count)}."
+        f"{'there were' if own else 'it had'} {count_text(found.count)}{_counted_at(found)}."
     )
+
+
+def _counted_at(found: GrowingObjects) -> str:
+    """Return when the elements were counted, which was before the run's end."""
+    return f" at step {count_text(found.step)}" if found.step >= 0 else ""
 
 
 def _rate(found: GrowingObjects) -> str:

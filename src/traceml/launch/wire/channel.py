@@ -24,6 +24,7 @@ from typing import Any, Literal
 import msgpack
 
 from traceml.errors import ProtocolError
+from traceml.formatting import left_text
 from traceml.launch.wire.channel_frames import (
     CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
@@ -338,7 +339,7 @@ class Channel:
         self._quiet_s += min(now_s - self._checked_s, _LONGEST_TICK_S)
         self._checked_s = now_s
         if silence_s and self._quiet_s > silence_s:
-            raise ChannelClosedError(f"nothing was received from the other side for {self._quiet_s:.0f} s")
+            raise ChannelClosedError(f"nothing was received from the other side for {left_text(self._quiet_s)}")
 
         if self._quiet_s - self._asked_s >= PING_S:
             self._asked_s = self._quiet_s

@@ -17,6 +17,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import GPU, HOST, LIMITS, LINES, LOADER_WORKERS, PROCESS, TELEMETRY, TORCH_MEMORY
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
+from traceml.formatting import left_text
 from traceml.recorder.sending.send_cursor import SendCursor
 from traceml.recorder.sending.uploads import FileUploader
 from traceml.transport.client import ClockOffset, Connection
@@ -283,7 +284,7 @@ class RowSender:
         if silent_ns > self._silence_ns:
             # An aggregator that is only slow is not asked so soon again, least of all by thousands of ranks.
             self._silence_ns = min(2 * self._silence_ns, _LONGEST_SILENCE_NS)
-            raise ConnectionError(f"no answer for {silent_ns / 1e9:.0f} s")
+            raise ConnectionError(f"no answer for {left_text(silent_ns / 1e9)}")
 
     def _pace_samples(self, interval_s: Any) -> None:
         """Send samples as seldom as the aggregator asks, each rank at another time."""

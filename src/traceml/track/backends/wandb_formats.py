@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendError
+from traceml.formatting import left_text
 
 __all__ = ["history_request", "wait_for_end"]
 
@@ -43,7 +44,7 @@ def wait_for_end(log: Path, before: int) -> None:
     deadline = time.monotonic() + _CLOSED_WITHIN_S
     while not _has_exit(log, before):
         if time.monotonic() > deadline:
-            raise BackendError(f"W&B did not complete {log} within {_CLOSED_WITHIN_S:.0f} s")
+            raise BackendError(f"W&B did not complete {log} within {left_text(_CLOSED_WITHIN_S)}")
 
         time.sleep(0.005)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.store.reader import StoreReader
+from traceml.formatting import left_text
 from traceml.privacy import Masker
 from traceml.process_ends import StopRequest
 from traceml.run_folder import STORE_NAME
@@ -358,7 +359,7 @@ class DeliveryLoop:
         if self._undo is not None:
             self._undo()
 
-        self._note(TrackerFailure(FailureKind.TRANSIENT, f"{call} did not return within {allowed_s:.0f} s"))
+        self._note(TrackerFailure(FailureKind.TRANSIENT, f"{call} did not return within {left_text(allowed_s)}"))
 
     def _note(self, failure: TrackerFailure) -> float:
         wait_s = self._policy.note(self._state, failure)

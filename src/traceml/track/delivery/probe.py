@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from traceml.errors import PluginError
-from traceml.formatting import ms_text
+from traceml.formatting import left_text, ms_text
 from traceml.own_programs import own_program, search_working_directory
 from traceml.track.delivery.credentials import environment_for, read_key_file
 from traceml.track.filters import backend_options
@@ -78,7 +78,7 @@ def probe(backend: str, options: Mapping[str, Any], run_dir: Path) -> ProbeResul
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return ProbeResult({}, error=f"it did not respond within {_TIMEOUT_S:.0f} s")
+        return ProbeResult({}, error=f"it did not respond within {left_text(_TIMEOUT_S)}")
 
     with contextlib.suppress(ValueError, IndexError, TypeError):
         return ProbeResult(**json.loads(done.stdout.splitlines()[-1]))

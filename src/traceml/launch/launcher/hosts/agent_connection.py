@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from traceml.errors import AgentFailedError
+from traceml.formatting import left_text
 from traceml.launch.launcher.hosts.hostfile import split_port
 from traceml.launch.launcher.hosts.hosts import HostSpec
 from traceml.launch.launcher.hosts.slurm import step_command
@@ -280,7 +281,7 @@ def _explain_loss(output: str, silence_s: float) -> str:
     """Return why a connection that worked may have broken."""
     if silence_s >= _SILENT_S or re.search(r"Timeout, server|timed out|Broken pipe|No route|unreachable", output):
         down = "the host or the network is down, or its agent was stopped (SIGSTOP, a suspended machine)"
-        return f"Nothing was received from it for {silence_s:.0f} s: {down}. {_LOST}"
+        return f"Nothing was received from it for {left_text(silence_s)}: {down}. {_LOST}"
 
     if re.search(r"closed by remote host|[Cc]onnection (closed|reset)", output):
         return "Its sshd closed the connection: the host shuts down, or the session was ended."
