@@ -20,8 +20,8 @@ from traceml.database.flight.postmortem import flight_identity
 from traceml.database.silent_snapshots import SilentSnapshots
 from traceml.database.snapshots import SNAPSHOT, RankSnapshot
 from traceml.diagnosis.kinds import Kind
+from traceml.inspection.kernel_state import process_info
 from traceml.runs.run import Run
-from traceml.witness.kernel_state import process_info
 
 pytestmark = pytest.mark.process
 

@@ -21,11 +21,11 @@ from tests.eventually import eventually
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
+from traceml.inspection.switch_interval import SHORT_S, OtherThreads, switch_interval
+from traceml.inspection.user_files import PACKAGE_FOLDERS
 from traceml.recorder import line_sampler
 from traceml.recorder.line_sampler import LONGEST_SWITCH_S, LineSampler
 from traceml.recorder.user_code import UserCode
-from traceml.witness.switch_interval import SHORT_S, OtherThreads, switch_interval
-from traceml.witness.user_files import OUR_FOLDERS
 
 SAMPLES = 40
 
@@ -213,7 +213,7 @@ def test_a_hook_between_phases_is_no_sample(flight: FlightFile, phase: Phase | N
     """The line that it interrupted does nothing then; in a phase, it may have been seen late."""
     runs: list[bool] = []
     ends: list[bool] = []
-    hook = compile("runs.append(True)\nwhile not ends: pass", f"{OUR_FOLDERS[0]}instrument/some_hook.py", "exec")
+    hook = compile("runs.append(True)\nwhile not ends: pass", f"{PACKAGE_FOLDERS[0]}instrument/some_hook.py", "exec")
     flight.open_slots[Slot.STEP_START] = 1
     if phase is not None:
         flight.open_slots[phase] = 2

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
-from traceml.witness.busy_processes import BusyProcesses
+from traceml.inspection.busy_processes import BusyProcesses
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun

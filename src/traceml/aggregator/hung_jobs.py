@@ -15,7 +15,7 @@ from traceml.aggregator.silence.rank_stacks import snapshots_from_outside
 from traceml.clock import process_start_ticks
 from traceml.database.snapshots import ABORT
 from traceml.fail_open import fail_open
-from traceml.witness.kernel_state import end_started_processes
+from traceml.inspection.kernel_state import end_started_processes
 
 __all__ = ["HungJobs"]
 

@@ -18,9 +18,9 @@ from traceml.database.flight.postmortem import FlightSnapshot, flight_identity, 
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 from traceml.ids import safe_run_id
+from traceml.inspection.crash_stacks import crash_facts
 from traceml.transport.hello import check_rank
 from traceml.transport.server import RefusedError
-from traceml.witness.crash_stacks import crash_facts
 
 __all__ = ["DeadFlight", "appended_rows", "dead_flights", "recover"]
 

@@ -14,7 +14,7 @@ from traceml.database.schema import Slot
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
 from traceml.diagnosis.facts.ends.ending_signal import scheduler_words
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
-from traceml.witness.crash_stacks import crash_facts
+from traceml.inspection.crash_stacks import crash_facts
 
 __all__ = ["final_state", "note_exit", "note_flight", "note_oom", "resumed_at", "state_of_dead"]
 

@@ -15,8 +15,8 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import is_alive
 from traceml.database.schema import TABLES
+from traceml.inspection.oom_kills import OomWatch
 from traceml.transport.hello import Hello
-from traceml.witness.oom_kills import OomWatch
 
 __all__ = ["Incarnation", "Stream", "StreamPeer", "StreamState", "moment_s"]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from traceml.database.snapshots import ProcessSnapshot
-from traceml.witness.blocking_process import behind_shells, blocking_process
-from traceml.witness.kernel_state import wait_state
-from traceml.witness.program_names import program_name
+from traceml.inspection.blocking_process import blocking_process, skip_shells
+from traceml.inspection.kernel_state import wait_state
+from traceml.inspection.program_names import program_name
 
 __all__ = ["blocker_of"]
 
@@ -18,7 +18,7 @@ def blocker_of(pid: int, thread: int, child: int | None = None) -> ProcessSnapsh
         thread: its thread that waits.
         child: the child that it waits for, where that is known.
     """
-    blocker = blocking_process(pid, thread) if child is None else behind_shells(child)
+    blocker = blocking_process(pid, thread) if child is None else skip_shells(child)
     if blocker is None:
         return None
 

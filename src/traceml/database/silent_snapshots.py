@@ -14,10 +14,17 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.live_words import LiveWords, read_live_words
 from traceml.database.process_snapshots import blocker_of
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, RankSnapshot
-from traceml.witness.kernel_state import ProcessUse, is_job_suspended, process_info, read_status, tree_use, wait_state
-from traceml.witness.stack_signal import SignaledStacks, find_stack_file
-from traceml.witness.stack_text import main_frames
-from traceml.witness.user_files import is_debugger, is_user_file
+from traceml.inspection.kernel_state import (
+    ProcessUsage,
+    is_job_suspended,
+    process_info,
+    read_status,
+    tree_usage,
+    wait_state,
+)
+from traceml.inspection.stack_signal import SignaledStacks, find_stack_file
+from traceml.inspection.stack_text import main_frames
+from traceml.inspection.user_files import is_debugger, is_user_file
 
 __all__ = ["FIRST_SILENT_S", "SilentSnapshots", "silent_s"]
 
@@ -42,7 +49,7 @@ class SilentSnapshots:
         self._rank, self._pid, self._flight = rank, pid, flight
         self._frames: tuple[FrameSnapshot, ...] = ()
         self._asked: tuple[str, int] | None = None
-        self._use: ProcessUse | None = None
+        self._use: ProcessUsage | None = None
         self._used_s = 0.0
         self._stored: dict[str, object] = {}
         self._stored_s = 0.0
@@ -133,7 +140,7 @@ class SilentSnapshots:
             return ()
 
         try:
-            asked = SignaledStacks(self._pid, file, asker=words.recorder_thread)
+            asked = SignaledStacks(self._pid, file, silent_thread=words.recorder_thread)
             self._frames = tuple(_frame(each) for each in main_frames(asked.wait())[:MAX_FRAMES])
             self._asked = moment if asked.was_sent else None
         finally:
@@ -149,7 +156,7 @@ class SilentSnapshots:
         return (state, int(read_status(self._pid, "voluntary_ctxt_switches") or 0)) if state in "SD" else None
 
     def _used(self) -> tuple[float | None, float | None]:
-        use, now_s = tree_use(self._pid), time.monotonic()
+        use, now_s = tree_usage(self._pid), time.monotonic()
         before, self._use = self._use, use
         passed_s, self._used_s = now_s - self._used_s, now_s
         if before is None or passed_s < 0.1:

@@ -22,9 +22,9 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
+from traceml.inspection.user_files import PACKAGE_FOLDERS, display_path, is_package_file, is_user_file
 from traceml.privacy import secrets_only
 from traceml.recorder.user_code import UserCode, user_line
-from traceml.witness.user_files import OUR_FOLDERS, is_ours, is_user_file, shown_file
 
 __all__ = ["ExitWatch", "address_limit_bytes", "cause_of", "describe", "end_by_interrupt", "status_of"]
 
@@ -37,7 +37,7 @@ _FRAME = re.compile(r'^ *File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<fu
 # An exception closes the phases that it passes through, but its traceback contains their wrappers.
 _PHASE_OF = {
     f"{folder}instrument/{module}.py": phase.name.lower()
-    for folder in OUR_FOLDERS
+    for folder in PACKAGE_FOLDERS
     for module, phase in (
         ("loader", Phase.INPUT_WAIT),
         ("forward", Phase.FORWARD),
@@ -241,14 +241,17 @@ def _place_left(leaving: SystemExit) -> _Place:
         return known
 
     own = [each for each in traceback.extract_tb(leaving.__traceback__) if is_user_file(each.filename)]
-    return {"file": shown_file(own[-1].filename), "line": own[-1].lineno or 0, "function": own[-1].name} if own else {}
+    if not own:
+        return {}
+
+    return {"file": display_path(own[-1].filename), "line": own[-1].lineno or 0, "function": own[-1].name}
 
 
 def _place_of(frame: FrameType | None) -> _Place:
     """Return the innermost place of the user's code in a stack."""
     with suppress(Exception):  # the script ends by its own words, whatever its frames hold
         code, line = user_line(frame, UserCode().contains)
-        return {} if code is None else {"file": shown_file(code.co_filename), "line": line, "function": code.co_name}
+        return {} if code is None else {"file": display_path(code.co_filename), "line": line, "function": code.co_name}
 
     return {}
 
@@ -262,12 +265,12 @@ def _described(error: BaseException) -> dict[str, Any]:
     text = _text_of(error)
     facts: dict[str, Any] = {"exception": name, "message": secrets_only().mask_text(text[:_MESSAGE_CHARS])}
     frames = traceback.extract_tb(error.__traceback__)
-    shown = [frame for frame in frames if not is_ours(frame.filename)] or frames
+    shown = [frame for frame in frames if not is_package_file(frame.filename)] or frames
     if shown:
         # The innermost line may be deep in a library; the user needs the line of their own code that led there.
         own = [frame for frame in shown if is_user_file(frame.filename)]
         frame = (own or shown)[-1]
-        facts |= {"file": shown_file(frame.filename), "line": frame.lineno or 0, "function": frame.name}
+        facts |= {"file": display_path(frame.filename), "line": frame.lineno or 0, "function": frame.name}
 
     phases = [phase for frame in frames if (phase := _PHASE_OF.get(os.path.normpath(frame.filename))) is not None]
     if phases:

@@ -15,11 +15,11 @@ from typing import Any
 
 from traceml.clock import process_start_ticks
 from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launcher_job
+from traceml.inspection.kernel_state import process_info
+from traceml.inspection.script_time import script_age_ms
 from traceml.privacy import secrets_only
 from traceml.settings import Config
 from traceml.transport.hello import Hello
-from traceml.witness.kernel_state import process_info
-from traceml.witness.script_time import script_age_ms
 
 __all__ = [
     "Identity",

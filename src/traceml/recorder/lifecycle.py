@@ -144,7 +144,7 @@ def _stop(reason: str) -> None:
     if watch is not None:
         watch.uninstall()
     if recorder is not None:
-        from traceml.witness.script_time import note_end_of_run
+        from traceml.inspection.script_time import note_end_of_run
 
         note_end_of_run()
         with fail_open(_log, "recorder", "tracing did not end well"):  # the flight file keeps unsent rows

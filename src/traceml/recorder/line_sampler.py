@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
+from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
+from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.user_files import display_path, is_instrumentation, is_package_file
 from traceml.recorder.user_code import UserCode
-from traceml.witness.switch_interval import SHORT_S, OtherThreads, switch_interval, thread_cpu_ns, wait_precisely
-from traceml.witness.thread_frames import thread_frame
-from traceml.witness.user_files import is_instrumentation, is_ours, shown_file
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -130,7 +130,7 @@ class LineSampler:
             wait: sleeps for so many seconds, or less when the recorder's thread is needed.
         """
         if not self._waits_precisely:
-            wait_precisely()
+            reduce_timer_slack()
             self._waits_precisely = True
 
         began_ns, late_s = time.thread_time_ns(), max(0.0, time.monotonic() - self.due_s)
@@ -291,7 +291,7 @@ class LineSampler:
         return user, self._id(library, library.co_firstlineno) if library is not None else -1
 
     def _id(self, code: CodeType, line: int) -> int:
-        known = self._name_id(f"{shown_file(code.co_filename)}:{line} {_function(code)}")
+        known = self._name_id(f"{display_path(code.co_filename)}:{line} {_function(code)}")
         return -1 if known is None else known
 
 
@@ -320,4 +320,4 @@ def _function(code: CodeType) -> str:
 
 def _is_hidden(code: CodeType) -> bool:
     """Return whether naming a library function is of no use: generated code, and traceml."""
-    return code.co_filename.startswith("<") or is_ours(code.co_filename)
+    return code.co_filename.startswith("<") or is_package_file(code.co_filename)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from traceml.witness.kernel_state import end_started_processes
+from traceml.inspection.kernel_state import end_started_processes
 
 __all__ = ["abort_process"]
 

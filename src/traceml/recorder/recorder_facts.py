@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import PACKED
 from traceml.fail_open import fail_open
+from traceml.inspection.git_head import git_head
 from traceml.privacy import secrets_only
 from traceml.recorder.fabric.switches import switches_above
 from traceml.recorder.identity import Identity
 from traceml.samplers.base import SamplerStatistics
 from traceml.version import __version__
-from traceml.witness.git_head import git_head
 
 if TYPE_CHECKING:
     from traceml.settings import Config

@@ -16,6 +16,7 @@ from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import remove_stale
 from traceml.database.schema import Phase, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.inspection.crash_stacks import disable_crash_stacks
 from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import address_limit_bytes, cause_of, describe
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
@@ -27,7 +28,6 @@ from traceml.recorder.sending.dialing import dial, stored_elsewhere
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
 from traceml.transport.client import Connection
-from traceml.witness.crash_stacks import forget_crashes
 
 if TYPE_CHECKING:
     from traceml.settings import Config
@@ -161,7 +161,7 @@ class Recording:
 
         _log.debug("the recorder ends as %s; all rows stored: %s", reason, stored)
         self.flight.close(unlink=stored or is_useless)
-        forget_crashes()
+        disable_crash_stacks()
         self.files.close(unlink=stored or is_useless)
         return stored
 
@@ -170,13 +170,13 @@ class Recording:
         self._ending = True
         self.sender.detach()
         self.flight.close(unlink=True)
-        forget_crashes()
+        disable_crash_stacks()
         self.tracing.end()
 
     def forget(self) -> None:
         """Become a no-op in a forked child: the tables, the thread and the connection are the parent's."""
         self._ending = True
-        forget_crashes()
+        disable_crash_stacks()
         self.tracing.forget()
         self.sender.abandon()
 

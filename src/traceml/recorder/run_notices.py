@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
 from traceml.formatting import printable
+from traceml.inspection.script_time import is_interactive
 from traceml.own_programs import own_program
 from traceml.recorder.lifecycle import on_end, on_shutdown
 from traceml.run_folder import REPORT_NAME
 from traceml.transport.run_line import run_line, short_path
-from traceml.witness.script_time import is_interactive
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder

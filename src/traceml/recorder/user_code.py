@@ -1,4 +1,4 @@
-"""Frames of the user's code: asks `witness.user_files` once per file; a script always is the user's."""
+"""Frames of the user's code: asks `inspection.user_files` once per file; a script always is the user's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-from traceml.witness.user_files import is_ours, is_user_file
+from traceml.inspection.user_files import is_package_file, is_user_file
 
 __all__ = ["UserCode", "user_line"]
 
@@ -63,4 +63,4 @@ def _is_script(frame: FrameType) -> bool:
     """Return whether a frame is of the script; the program that runs it for `traceml run` was `__main__`, too."""
     values = frame.f_globals
     is_main = values.get("__name__") == "__main__" and values.get("__spec__") is None
-    return is_main and not is_ours(frame.f_code.co_filename)
+    return is_main and not is_package_file(frame.f_code.co_filename)

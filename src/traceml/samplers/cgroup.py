@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 
+from traceml.inspection.control_groups import ROOT, cgroup_folders, cgroup_paths, parent_folders
 from traceml.samplers.procfs import ProcFile, read_text
-from traceml.witness.control_groups import ROOT, group_folders, groups_of, upwards
 
 __all__ = ["CgroupMemory", "cores", "limited_memory", "limited_processes", "throttling"]
 
@@ -61,7 +61,7 @@ def limited_memory(root: str = ROOT, membership: str | None = None) -> CgroupMem
 def cores(root: str = ROOT, membership: str | None = None) -> int:
     """Return the number of cores that this process may use, by its affinity and its CPU quota."""
     allowed = len(os.sched_getaffinity(0))
-    quota = _quota(root, groups_of(membership))
+    quota = _quota(root, cgroup_paths(membership))
     return min(allowed, max(1, math.ceil(quota))) if quota is not None else allowed
 
 
@@ -92,17 +92,17 @@ def throttling(root: str = ROOT, membership: str | None = None) -> str | None:
 
 
 def _folders(controller: str, root: str, membership: str | None) -> list[str]:
-    return group_folders(controller, groups_of(membership), root)
+    return cgroup_folders(controller, cgroup_paths(membership), root)
 
 
 def _quota(root: str, groups: dict[str, str]) -> float | None:
     shares = []
-    for folder in upwards(root, groups.get("", "/")):
+    for folder in parent_folders(root, groups.get("", "/")):
         words = (read_text(f"{folder}/cpu.max") or "").split()
         if len(words) == 2 and words[0].isdigit():
             shares.append(int(words[0]) / int(words[1]))
 
-    for folder in upwards(f"{root}/cpu", groups.get("cpu", "/")):
+    for folder in parent_folders(f"{root}/cpu", groups.get("cpu", "/")):
         quota, period = read_text(f"{folder}/cpu.cfs_quota_us"), read_text(f"{folder}/cpu.cfs_period_us")
         if quota and period and int(quota) > 0:
             shares.append(int(quota) / int(period))
@@ -111,12 +111,13 @@ def _quota(root: str, groups: dict[str, str]) -> float | None:
 
 
 def _memory_folders(root: str, membership: str | None) -> list[tuple[str, str, str, str]]:
-    groups = groups_of(membership)
+    groups = cgroup_paths(membership)
     second = [
-        (folder, "memory.current", "memory.max", "inactive_file ") for folder in upwards(root, groups.get("", "/"))
+        (folder, "memory.current", "memory.max", "inactive_file ")
+        for folder in parent_folders(root, groups.get("", "/"))
     ]
     first = [
         (folder, "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file ")
-        for folder in upwards(f"{root}/memory", groups.get("memory", "/"))
+        for folder in parent_folders(f"{root}/memory", groups.get("memory", "/"))
     ]
     return second + first

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from traceml.inspection.control_groups import cgroup_paths
+from traceml.inspection.oom_kills import count_kills, oom_counter
 from traceml.samplers import cgroup
 from traceml.samplers.limits import file_system, open_files
-from traceml.witness.control_groups import groups_of
-from traceml.witness.oom_kills import count_kills, oom_counter
 
 __all__ = ["DeathCauses"]
 
@@ -21,7 +21,7 @@ class DeathCauses:
     """
 
     def __init__(self, counter: str | None = None) -> None:
-        self._counter = oom_counter(groups_of()) if counter is None else Path(counter)
+        self._counter = oom_counter(cgroup_paths()) if counter is None else Path(counter)
         self._before = count_kills(self._counter)
 
     def facts(self) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from traceml.inspection.kernel_state import children_of, is_running
+from traceml.inspection.program_names import program_name
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
 from traceml.supervise.slurm_jobs import scheduler_facts
 from traceml.supervise.unread_output import UnreadOutput
-from traceml.witness.kernel_state import children_of, is_running
-from traceml.witness.program_names import program_name
 
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 

@@ -21,11 +21,11 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
+from traceml.inspection.thread_frames import thread_frame, thread_frames
 from traceml.tasks.execution import expire
 from traceml.tasks.task_record import TaskRecord, ThreadState
 from traceml.tasks.task_statistics import FINAL, RUNNING
 from traceml.tasks.waiting import wait_for
-from traceml.witness.thread_frames import thread_frame, thread_frames
 
 __all__ = ["TaskWatchdog", "location_of_thread"]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.witness.busy_processes import LEAST_CORES
+from traceml.inspection.busy_processes import LEAST_CORES
 
 __all__ = [
     "CORE_TAKERS",

@@ -92,7 +92,7 @@ class DefaultGroup:
 
     @uncounted
     def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        from traceml.witness.gloo_threads import await_gloo_threads
+        from traceml.inspection.gloo_threads import await_gloo_threads
 
         def drop(*args: Any, **kwargs: Any) -> Any:
             with fail_open(_log, "instrument", "gloo's threads are not awaited", once=True):

@@ -10,10 +10,10 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 from traceml.fail_open import fail_open
+from traceml.inspection.worker_init import ReportingInit
 from traceml.instrument.facts.descriptions import start_method
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
-from traceml.witness.worker_init import ReportingInit
 
 __all__ = ["report_worker_stacks"]
 

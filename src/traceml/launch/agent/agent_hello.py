@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from traceml.clock import boot_id
+from traceml.inspection.kernel_state import process_info
 from traceml.launch.agent.machine import addresses, count_gpus
 from traceml.launch.wire.payload_buffer import can_reach
 from traceml.version import __version__
-from traceml.witness.kernel_state import process_info
 
 __all__ = ["hello"]
 

@@ -6,10 +6,10 @@ import os
 import time
 from typing import Any
 
+from traceml.inspection.kernel_state import wait_state
+from traceml.inspection.stack_signal import SignaledStacks, create_stack_file
+from traceml.inspection.stack_text import main_first
 from traceml.launch.wire.fd_socket import FdSocket
-from traceml.witness.kernel_state import wait_state
-from traceml.witness.stack_signal import SignaledStacks, create_stack_file
-from traceml.witness.stack_text import main_first
 
 __all__ = ["StackReader"]
 
@@ -68,7 +68,7 @@ class StackReader:
 
         silent_s = time.monotonic() - self._requested_s
         if self._signaled is None and silent_s > _SILENT_S and self._thread is not None:
-            self._signaled = SignaledStacks(self._pid, self._file, asker=self._thread)
+            self._signaled = SignaledStacks(self._pid, self._file, silent_thread=self._thread)
 
         if self._signaled is not None and self._signaled.step():
             self._text = main_first(self._signaled.text)

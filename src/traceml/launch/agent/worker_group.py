@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from traceml.inspection.oom_kills import OomWatch
 from traceml.launch.agent.machine import core_slices, interface_towards
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.silent_workers import SilentWorkers
@@ -24,7 +25,6 @@ from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
 from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers
 from traceml.process_ends import CRASHES
-from traceml.witness.oom_kills import OomWatch
 
 __all__ = ["WorkerGroup"]
 

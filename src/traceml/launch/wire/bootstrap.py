@@ -17,10 +17,10 @@ import struct
 import zipfile
 from pathlib import Path
 
+from traceml.inspection import kernel_state
 from traceml.launch.wire import process_cleanup
 from traceml.launch.wire.channel_frames import GREETING
 from traceml.launch.wire.process_cleanup import AGENT_NAME
-from traceml.witness import kernel_state
 
 __all__ = ["agent_command", "cleanup_program", "import_code", "local_program", "remote_program"]
 
@@ -36,7 +36,7 @@ _PACKAGES = (
     "samplers",
     "transport",
     "database",
-    "witness",
+    "inspection",
     "privacy",
 )
 _FIRST = ("cloudpickle",)  # only the same version surely unpacks what it packs

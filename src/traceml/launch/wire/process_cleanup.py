@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 
-from traceml.witness.kernel_state import ProcessInfo, is_running, process_info
+from traceml.inspection.kernel_state import ProcessInfo, is_running, process_info
 
 __all__ = [
     "AGENT_NAME",

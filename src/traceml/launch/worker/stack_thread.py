@@ -6,8 +6,8 @@ import contextlib
 import threading
 from types import FrameType
 
+from traceml.inspection.thread_frames import thread_frames
 from traceml.launch.wire.fd_socket import FdSocket
-from traceml.witness.thread_frames import thread_frames
 
 __all__ = ["serve_stacks"]
 

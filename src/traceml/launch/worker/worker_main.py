@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+from traceml.inspection import stack_signal
+from traceml.inspection.gloo_threads import await_gloo_threads
 from traceml.launch.wire import log_records, payload
 from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.payload_buffer import map_private
@@ -23,8 +25,6 @@ from traceml.launch.worker import main_module
 from traceml.launch.worker.blas import set_blas_threads
 from traceml.launch.worker.process_end import end_process, exit_status
 from traceml.launch.worker.stack_thread import serve_stacks
-from traceml.witness import stack_signal
-from traceml.witness.gloo_threads import await_gloo_threads
 
 __all__ = ["main"]
 

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from traceml.inspection.stack_signal import STACK_SIGNAL
 from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.process_cleanup import (
     become_subreaper,
@@ -28,7 +29,6 @@ from traceml.launch.wire.process_cleanup import (
     terminate_all,
 )
 from traceml.launch.worker.blas import one_blas_thread
-from traceml.witness.stack_signal import STACK_SIGNAL
 
 __all__ = ["main"]
 

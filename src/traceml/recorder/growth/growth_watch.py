@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Slot
+from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.user_files import display_path
 from traceml.samplers.procfs import ProcFile
-from traceml.witness.thread_frames import thread_frame
-from traceml.witness.user_files import shown_file
 
 if TYPE_CHECKING:
     from traceml.recorder.growth.held_objects import HeldObjects
@@ -196,6 +196,6 @@ def _described(held: HeldObjects, before: int, steps: int) -> dict[str, Any]:
     facts = held._asdict()
     facts["count"] = facts.pop("size")
     line = line_that_adds(held.file, held.path, held.kind, is_copied=held.is_copied)
-    facts["file"] = shown_file(held.file)
+    facts["file"] = display_path(held.file)
     where = {} if line is None else {"line": line.number, "function": line.function}
     return facts | {"per_step": round((held.size - before) / steps, 4), **where}

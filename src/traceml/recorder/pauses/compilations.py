@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from traceml.database.schema import Compiled
-from traceml.witness.user_files import shown_file
+from traceml.inspection.user_files import display_path
 
 __all__ = ["Compilation", "CompilationReader"]
 
@@ -82,7 +82,7 @@ class CompilationReader:
         """Remember the function of a number; records of its backward pass do not name it."""
         name = getattr(record, "co_name", None)
         if name and len(self._places) < _MAX_FRAMES:
-            file = shown_file(str(record.co_filename))
+            file = display_path(str(record.co_filename))
             self._places[number.partition("/")[0]] = f"{file}:{record.co_firstlineno} {name}"
 
     def _detail(self, record: Any, number: str, guard: str) -> Compiled:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Pause, Phase, Slot
+from traceml.inspection.user_files import display_path
 from traceml.privacy import secrets_only
 from traceml.recorder.pauses.checkpoint_size import size_of
 from traceml.recorder.pauses.collection_watch import LONG_NS, Collection, CollectionWatch
 from traceml.recorder.pauses.compilations import Compilation, CompilationReader
 from traceml.recorder.user_code import user_line
-from traceml.witness.user_files import shown_file
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -131,4 +131,4 @@ class PauseRecorder:
 
 
 def _place(code: CodeType, line: int) -> str:
-    return f"{shown_file(code.co_filename)}:{line} {code.co_qualname}"
+    return f"{display_path(code.co_filename)}:{line} {code.co_qualname}"

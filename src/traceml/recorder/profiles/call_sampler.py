@@ -7,9 +7,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.user_files import display_path
 from traceml.recorder.user_code import user_line
-from traceml.witness.thread_frames import thread_frame
-from traceml.witness.user_files import shown_file
 
 __all__ = ["CallSampler"]
 
@@ -40,7 +40,7 @@ class CallSampler:
         if code is None:
             return
 
-        place = (shown_file(code.co_filename), line, code.co_qualname)
+        place = (display_path(code.co_filename), line, code.co_qualname)
         self._samples.append((time.time_ns(), self._places.setdefault(place, len(self._places))))
 
     def to_row(self) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
-from traceml.witness.kernel_state import io_bytes
-from traceml.witness.received_bytes import received_bytes
-from traceml.witness.thread_frames import thread_frame
+from traceml.inspection.kernel_state import io_bytes
+from traceml.inspection.received_bytes import received_bytes
+from traceml.inspection.thread_frames import thread_frame
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile

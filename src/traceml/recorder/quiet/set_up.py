@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
+from traceml.inspection import stack_signal
+from traceml.inspection.crash_stacks import enable_crash_stacks
 from traceml.instrument.groups.group_snapshots import GroupSnapshots
 from traceml.recorder.quiet.progress_counters import ProgressCounters
 from traceml.recorder.quiet.quiet_watch import QuietWatch
 from traceml.recorder.user_code import UserCode
-from traceml.witness import stack_signal
-from traceml.witness.crash_stacks import report_crashes
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -85,7 +85,7 @@ def register_stacks(crash_file: int | None) -> None:
     """
     with fail_open(_log, "recorder", "the stacks of a crash cannot be reported"):
         if crash_file is not None:
-            report_crashes(crash_file)
+            enable_crash_stacks(crash_file)
 
     with fail_open(_log, "recorder", "the stacks of a silent process cannot be reported"):
         if sys.platform == "linux" and not stack_signal.is_registered(os.getpid()):

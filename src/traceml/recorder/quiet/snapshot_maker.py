@@ -15,14 +15,14 @@ from traceml.database.flight.open_phase import open_phase
 from traceml.database.process_snapshots import blocker_of
 from traceml.database.schema import LINE_PHASES, Slot
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
+from traceml.inspection.kernel_state import io_bytes, is_job_suspended, process_info, tree_usage, wait_state
+from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.user_files import display_path, is_debugger, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.quiet.awaited_child import awaited_child
 from traceml.recorder.quiet.thread_snapshots import other_threads
 from traceml.recorder.quiet.transfer_snapshots import open_transfer
 from traceml.recorder.user_code import UserCode
-from traceml.witness.kernel_state import io_bytes, is_job_suspended, process_info, tree_use, wait_state
-from traceml.witness.thread_frames import thread_frame
-from traceml.witness.user_files import is_debugger, is_ours, shown_file
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -62,7 +62,7 @@ class SnapshotMaker:
         self._slots, self._steps = flight.open_slots, flight.ring("steps")
         self._rank, self._thread, self._user = rank, thread, user
         self._is_evaluating, self._data, self._groups, self._workers = is_evaluating, data, groups, workers
-        self._use = tree_use(os.getpid())
+        self._use = tree_usage(os.getpid())
         self._own_bytes = _own_bytes()
         self._used_s = time.monotonic()
 
@@ -132,9 +132,9 @@ class SnapshotMaker:
         user: list[FrameSnapshot] = []
         while frame is not None and len(frames) < _MAX_DEPTH:
             code = frame.f_code
-            if not is_ours(code.co_filename):
+            if not is_package_file(code.co_filename):
                 is_user = self._user.contains(frame)
-                file = shown_file(code.co_filename)
+                file = display_path(code.co_filename)
                 line = FrameSnapshot(file=file, line=frame.f_lineno or 0, function=code.co_qualname, is_user=is_user)
                 frames.append(line)
                 user += [line] if is_user else []
@@ -159,7 +159,7 @@ class SnapshotMaker:
 
     def _used(self) -> tuple[float | None, float | None]:
         """Return the cores and the bytes per second of this process and its children since the last call."""
-        use, own_bytes, now_s = tree_use(os.getpid()), _own_bytes(), time.monotonic()
+        use, own_bytes, now_s = tree_usage(os.getpid()), _own_bytes(), time.monotonic()
         before, self._use = self._use, use
         own, self._own_bytes = own_bytes - self._own_bytes, own_bytes
         passed_s, self._used_s = now_s - self._used_s, now_s

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from traceml.database.snapshots import MAX_THREADS, FrameSnapshot, ThreadSnapshot
+from traceml.inspection.thread_frames import thread_frames
+from traceml.inspection.user_files import display_path
 from traceml.recorder.user_code import UserCode, user_line
-from traceml.witness.thread_frames import thread_frames
-from traceml.witness.user_files import shown_file
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -44,7 +44,9 @@ def _snapshots(frames: Mapping[int, FrameType], user: UserCode) -> Iterator[Thre
 
             continue
 
-        innermost = FrameSnapshot(file=shown_file(code.co_filename), line=line, function=code.co_qualname, is_user=True)
+        innermost = FrameSnapshot(
+            file=display_path(code.co_filename), line=line, function=code.co_qualname, is_user=True
+        )
         if thread is None:
             yield ThreadSnapshot(line=innermost, is_daemon=True)
         else:

@@ -7,11 +7,11 @@ import time
 
 from traceml.database.process_snapshots import blocker_of
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, WorkerSnapshot
+from traceml.inspection.kernel_state import process_info, wait_state
+from traceml.inspection.stack_signal import SignaledStacks, find_stack_file, signal_target
+from traceml.inspection.stack_text import main_frames
+from traceml.inspection.user_files import display_path, is_user_file
 from traceml.instrument.workers.loader_workers import LoaderWorker, workers_of_loaders
-from traceml.witness.kernel_state import process_info, wait_state
-from traceml.witness.stack_signal import SignaledStacks, find_stack_file, worker_target
-from traceml.witness.stack_text import main_frames
-from traceml.witness.user_files import is_user_file, shown_file
 
 __all__ = ["WorkerSnapshots"]
 
@@ -69,7 +69,7 @@ class WorkerSnapshots:
             return self._asked[pid, True]
 
         if (pid, is_patient) not in self._asked:
-            target = worker_target(pid, even_if_disturbed=not is_patient)
+            target = signal_target(pid, even_if_disturbed=not is_patient)
             text = self._stacks(pid, target) if target is not None else ""
             self._asked[pid, is_patient] = tuple(_frames_of_worker(text)[:MAX_FRAMES])
 
@@ -104,7 +104,7 @@ def _frames_of_worker(text: str) -> list[FrameSnapshot]:
     """Return a worker's frames down to its loop; those below are of the process that it was forked from."""
     frames: list[FrameSnapshot] = []
     for file, line, function in main_frames(text):
-        frames.append(FrameSnapshot(file=shown_file(file), line=line, function=function, is_user=is_user_file(file)))
+        frames.append(FrameSnapshot(file=display_path(file), line=line, function=function, is_user=is_user_file(file)))
         if function == "_worker_loop":
             break
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from traceml.witness.control_groups import ROOT, group_folders, groups_of
+from traceml.inspection.control_groups import ROOT, cgroup_folders, cgroup_paths
 
 __all__ = ["OomWatch", "count_kills", "oom_counter"]
 
@@ -20,7 +20,7 @@ class OomWatch:
 
     Args:
         pid: the process.
-        groups: its control groups, as `control_groups.groups_of` returns them; None reads them.
+        groups: its control groups, as `control_groups.cgroup_paths` returns them; None reads them.
         root: where the control groups are mounted.
         host: file with the host's counter.
     """
@@ -31,7 +31,7 @@ class OomWatch:
         self, pid: int | str = "self", *, groups: dict[str, str] | None = None, root: str = ROOT, host: Path = _HOST
     ) -> None:
         self._host = host
-        self._path = oom_counter(groups_of(pid=pid) if groups is None else groups, root, host)
+        self._path = oom_counter(cgroup_paths(pid=pid) if groups is None else groups, root, host)
         self._before = count_kills(self._path)
 
     def killed(self) -> str | None:
@@ -47,11 +47,11 @@ def oom_counter(groups: dict[str, str], root: str = ROOT, host: Path = _HOST) ->
     """Return the file that counts the kills of the innermost visible group; the host's where there is none.
 
     Args:
-        groups: as `control_groups.groups_of` returns them.
+        groups: as `control_groups.cgroup_paths` returns them.
         root: where the control groups are mounted.
         host: file with the host's counter.
     """
-    folders = group_folders("memory", groups, root) if groups else []
+    folders = cgroup_folders("memory", groups, root) if groups else []
     paths = (Path(folder) / name for folder in folders for name in _FILES)
     return next((path for path in paths if count_kills(path) is not None), host)
 

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["SHORT_S", "OtherThreads", "SwitchInterval", "switch_interval", "thread_cpu_ns", "wait_precisely"]
+__all__ = ["SHORT_S", "OtherThreads", "SwitchInterval", "reduce_timer_slack", "switch_interval", "thread_cpu_ns"]
 
 SHORT_S = 50e-6
 """The short interval where the training thread has a core."""
@@ -45,7 +45,7 @@ class SwitchInterval:
         self._short = 0.0
 
 
-def wait_precisely() -> None:
+def reduce_timer_slack() -> None:
     """Let the waits of this thread end in time, where the system can do that.
 
     On busy cores a thread that sleeps for tens of microseconds more loses its core, and gets it again when the training

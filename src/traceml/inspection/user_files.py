@@ -10,21 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OUR_FOLDERS", "is_debugger", "is_instrumentation", "is_ours", "is_user_file", "shown_file"]
+__all__ = ["PACKAGE_FOLDERS", "display_path", "is_debugger", "is_instrumentation", "is_package_file", "is_user_file"]
 
 _DEBUGGER_FILES, _DEBUGGER_FOLDERS = ("/bdb.py", "/pdb.py"), ("/debugpy/", "/pydevd", "/_pydevd")
 _STANDARD = f"{Path(os.__file__).parent}/"
-OUR_FOLDERS = tuple(f"{Path(each).parent.parent}/" for each in {__file__, (lambda: None).__code__.co_filename})
+PACKAGE_FOLDERS = tuple(f"{Path(each).parent.parent}/" for each in {__file__, (lambda: None).__code__.co_filename})
 """Names of the package\'s folder in tracebacks.
 
 On another host of a launch the code comes from a zip file, and is named as where it was compiled.
 """
-_INSTRUMENTATION = tuple(f"{folder}instrument/" for folder in OUR_FOLDERS)
+_INSTRUMENTATION = tuple(f"{folder}instrument/" for folder in PACKAGE_FOLDERS)
 
 
-def is_ours(path: str) -> bool:
+def is_package_file(path: str) -> bool:
     """Return whether a file belongs to traceml."""
-    return path.startswith(OUR_FOLDERS)
+    return path.startswith(PACKAGE_FOLDERS)
 
 
 def is_instrumentation(path: str) -> bool:
@@ -37,7 +37,7 @@ def is_debugger(path: str) -> bool:
     return path.endswith(_DEBUGGER_FILES) or any(folder in path for folder in _DEBUGGER_FOLDERS)
 
 
-def shown_file(path: str) -> str:
+def display_path(path: str) -> str:
     """Return a file of code as it is shown.
 
     That is `In[3]` for a cell of a notebook, instead of its temporary file, and a script that was started as
@@ -72,7 +72,7 @@ def is_user_file(path: str, modules: Any = None) -> bool:
     if path.startswith("<"):
         return path.startswith("<ipython-input-")
 
-    if "/site-packages/" in path or "/dist-packages/" in path or path.startswith((_STANDARD, *OUR_FOLDERS)):
+    if "/site-packages/" in path or "/dist-packages/" in path or path.startswith((_STANDARD, *PACKAGE_FOLDERS)):
         return False
 
     torch = getattr((sys.modules if modules is None else modules).get("torch"), "__file__", None)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 __all__ = [
     "ProcessInfo",
-    "ProcessUse",
+    "ProcessUsage",
     "WaitState",
     "children_of",
+    "current_syscall",
     "end_started_processes",
     "io_bytes",
     "is_job_suspended",
@@ -24,9 +25,8 @@ __all__ = [
     "process_info",
     "read_status",
     "threads_of",
-    "tree_use",
+    "tree_usage",
     "wait_state",
-    "waiting_call",
 ]
 
 _TICKS_PER_S = os.sysconf(
@@ -86,7 +86,7 @@ class WaitState:
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessUse:
+class ProcessUsage:
     """Use of some processes so far: CPU seconds, and bytes read and written through the kernel."""
 
     cpu_s: float = 0.0
@@ -133,7 +133,7 @@ def wait_state(pid: int) -> WaitState:
     if info is None:
         return WaitState()
 
-    call, descriptor = _waiting_call(pid)
+    call, descriptor = _blocking_syscall(pid)
     target = _target(pid, descriptor) if descriptor >= 0 else ""
     reads_terminal = call == _READS.get(platform.machine()) and target.startswith(("/dev/tty", "/dev/pts/"))
     return WaitState(
@@ -145,7 +145,7 @@ def wait_state(pid: int) -> WaitState:
     )
 
 
-def tree_use(pid: int) -> ProcessUse:
+def tree_usage(pid: int) -> ProcessUsage:
     """Return what a process and its descendants have used so far; those that have ended do not count."""
     cpu_s, moved = 0.0, 0
     for each in (pid, *_descendants(pid)):
@@ -153,7 +153,7 @@ def tree_use(pid: int) -> ProcessUse:
         cpu_s += info.cpu_s if info is not None else 0.0
         moved += sum(io_bytes(each))
 
-    return ProcessUse(cpu_s, moved)
+    return ProcessUsage(cpu_s, moved)
 
 
 def children_of(pid: int) -> list[int]:
@@ -213,7 +213,7 @@ def _descendants(pid: int) -> Iterable[int]:
     return found
 
 
-def waiting_call(thread: int) -> tuple[int, ...]:
+def current_syscall(thread: int) -> tuple[int, ...]:
     """Return the number of the system call that a thread is in, and its arguments; empty if it runs.
 
     Empty too if its calls may not be read.
@@ -225,9 +225,9 @@ def waiting_call(thread: int) -> tuple[int, ...]:
     return int(words[0]), *(int(word, 16) for word in words[1:7])
 
 
-def _waiting_call(pid: int) -> tuple[int, int]:
+def _blocking_syscall(pid: int) -> tuple[int, int]:
     """Return the number of the main thread's system call, and the descriptor that it waits for; -1 without one."""
-    call, descriptor, *_ = waiting_call(pid) or (-1, -1)
+    call, descriptor, *_ = current_syscall(pid) or (-1, -1)
     return call, descriptor if call in _ON_DESCRIPTOR.get(platform.machine(), ()) else -1
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["ROOT", "group_folders", "groups_of", "upwards"]
+__all__ = ["ROOT", "cgroup_folders", "cgroup_paths", "parent_folders"]
 
 ROOT = "/sys/fs/cgroup"
 """Where the control groups are mounted."""
 
 
-def groups_of(text: str | None = None, pid: int | str = "self") -> dict[str, str]:
+def cgroup_paths(text: str | None = None, pid: int | str = "self") -> dict[str, str]:
     """Return {controller: path}; the key of version 2 is "".
 
     Args:
@@ -32,18 +32,21 @@ def groups_of(text: str | None = None, pid: int | str = "self") -> dict[str, str
     return groups
 
 
-def upwards(root: str, path: str) -> list[str]:
+def parent_folders(root: str, path: str) -> list[str]:
     """Return the folders from the group up to the root; inside a container only the root may be visible."""
     parts = [part for part in path.split("/") if part and part != ".."]
     return ["/".join([root, *parts[:n]]) for n in range(len(parts), -1, -1)]
 
 
-def group_folders(controller: str, groups: dict[str, str], root: str = ROOT) -> list[str]:
+def cgroup_folders(controller: str, groups: dict[str, str], root: str = ROOT) -> list[str]:
     """Return the folders that may have a controller's files, those of version 2 first, each group before its parents.
 
     Args:
         controller: its name in version 1.
-        groups: the process's, as `groups_of` returns them.
+        groups: the process's, as `cgroup_paths` returns them.
         root: where the control groups are mounted.
     """
-    return [*upwards(root, groups.get("", "/")), *upwards(f"{root}/{controller}", groups.get(controller, "/"))]
+    return [
+        *parent_folders(root, groups.get("", "/")),
+        *parent_folders(f"{root}/{controller}", groups.get(controller, "/")),
+    ]

@@ -13,7 +13,7 @@ __all__ = ["Standing", "standing"]
 
 _HEAD = """
 import ctypes, os, sys, threading, time
-from traceml.witness import stack_signal
+from traceml.inspection import stack_signal
 
 file = stack_signal.create_stack_file()
 stack_signal.register(file)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
-from traceml.witness.blocking_process import blocking_process
-from traceml.witness.kernel_state import children_of
-from traceml.witness.program_names import program_name
+from traceml.inspection.blocking_process import blocking_process
+from traceml.inspection.kernel_state import children_of
+from traceml.inspection.program_names import program_name
 
 pytestmark = pytest.mark.process
 

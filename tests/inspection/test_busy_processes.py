@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
-from traceml.witness.busy_processes import BusyProcesses
+from traceml.inspection.busy_processes import BusyProcesses
 
 pytestmark = pytest.mark.process
 _NAME = f"busy-{os.getpid()}"  # no other test's

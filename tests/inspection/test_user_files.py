@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 from IPython.core.compilerop import CachingCompiler
 
-from traceml.witness import user_files
+from traceml.inspection import user_files
 
 
 def test_our_files_are_known_by_both_names() -> None:
     """A launch sends its code, compiled, to hosts that import it from a zip file."""
     source = Path(user_files.__file__).read_text()
-    names: dict[str, Any] = {"__file__": "/proc/7/fd/3/traceml/witness/user_files.py", "__name__": "user_files"}
-    exec(compile(source, "/home/me/src/traceml/witness/user_files.py", "exec"), names)
+    names: dict[str, Any] = {"__file__": "/proc/7/fd/3/traceml/inspection/user_files.py", "__name__": "user_files"}
+    exec(compile(source, "/home/me/src/traceml/inspection/user_files.py", "exec"), names)
 
     for root in ("/proc/7/fd/3", "/home/me/src"):
-        assert names["is_ours"](f"{root}/traceml/instrument/backward.py")
+        assert names["is_package_file"](f"{root}/traceml/instrument/backward.py")
         assert not names["is_user_file"](f"{root}/traceml/instrument/backward.py")
 
-    assert not names["is_ours"]("/home/me/src/train.py")
+    assert not names["is_package_file"]("/home/me/src/train.py")
     assert names["is_user_file"]("/home/me/src/train.py")
 
 
@@ -34,10 +34,10 @@ def test_a_cell_is_shown_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     shells = iter([None, *[SimpleNamespace(compile=compiler)] * 2, SimpleNamespace()])
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: next(shells)))
 
-    shown = [user_files.shown_file(path) for path in (cell, cell, "/home/me/train.py", cell)]
+    shown = [user_files.display_path(path) for path in (cell, cell, "/home/me/train.py", cell)]
     assert shown == [cell, "In[3]", "/home/me/train.py", cell]
     monkeypatch.delitem(sys.modules, "IPython")
-    assert user_files.shown_file(cell) == cell
+    assert user_files.display_path(cell) == cell
 
 
 def test_the_way_to_a_file_is_not_shown(tmp_path: Path) -> None:
@@ -45,6 +45,6 @@ def test_the_way_to_a_file_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / "real" / "inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "inner")
 
-    assert user_files.shown_file(f"{tmp_path}/real/inner/../train.py") == f"{tmp_path}/real/train.py"
-    assert user_files.shown_file(f"{tmp_path}/link/../train.py") == f"{tmp_path}/real/train.py"
-    assert user_files.shown_file(f"{tmp_path}/link/train.py") == f"{tmp_path}/link/train.py"
+    assert user_files.display_path(f"{tmp_path}/real/inner/../train.py") == f"{tmp_path}/real/train.py"
+    assert user_files.display_path(f"{tmp_path}/link/../train.py") == f"{tmp_path}/real/train.py"
+    assert user_files.display_path(f"{tmp_path}/link/train.py") == f"{tmp_path}/link/train.py"

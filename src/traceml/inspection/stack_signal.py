@@ -17,10 +17,10 @@ import signal
 import time
 from pathlib import Path
 
-from traceml.witness.kernel_state import process_info, read_status, threads_of
+from traceml.inspection.kernel_state import process_info, read_status, threads_of
 
 __all__ = ["STACK_SIGNAL", "SignaledStacks", "create_stack_file", "find_stack_file", "is_registered", "register",
-           "worker_target"]  # fmt: skip
+           "signal_target"]  # fmt: skip
 
 STACK_SIGNAL = signal.SIGRTMAX - 3
 """Makes a process's faulthandler write its Python stacks. SIGUSR1 and SIGUSR2 stay free for the user."""
@@ -72,7 +72,7 @@ def find_stack_file(pid: int) -> int | None:
     return None
 
 
-def worker_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
+def signal_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
     """Return the thread of a stuck loader worker that may get the signal; None where it may do harm.
 
     Args:
@@ -97,17 +97,17 @@ class SignaledStacks:
     Args:
         pid: the process.
         file: the file that its faulthandler writes.
-        asker: its thread that should have answered; None for a loader worker, which has none.
+        silent_thread: its thread that should have answered; None for a loader worker, which has none.
         target: the thread that gets the signal, of a loader worker.
     """
 
-    def __init__(self, pid: int, file: int, *, asker: int | None = None, target: int | None = None) -> None:
+    def __init__(self, pid: int, file: int, *, silent_thread: int | None = None, target: int | None = None) -> None:
         self.text = ""
         """The stacks as faulthandler writes them, the main thread's last; empty if it was not safe to ask."""
         self.was_sent = False
         """Whether the signal was sent."""
-        self._pid, self._file, self._asker, self._target = pid, file, asker, target
-        self._wakes = self._wakes_of() if asker is not None else 0
+        self._pid, self._file, self._silent_thread, self._target = pid, file, silent_thread, target
+        self._wakes = self._wakes_of() if silent_thread is not None else 0
         self._probe_s = self._began_s = time.monotonic()
         self._sent_s, self._grown_s, self._size = 0.0, 0.0, 0
 
@@ -116,13 +116,13 @@ class SignaledStacks:
         now_s = time.monotonic()
         if self._sent_s:
             return self._is_written(now_s)
-        if self._asker is not None and now_s - self._probe_s < _PROBE_S:
+        if self._silent_thread is not None and now_s - self._probe_s < _PROBE_S:
             return False
 
         if not self._send():
             self._probe_s = now_s
-            self._wakes = self._wakes_of() if self._asker is not None else 0
-            return self._asker is None or now_s - self._began_s >= _PROBES_S
+            self._wakes = self._wakes_of() if self._silent_thread is not None else 0
+            return self._silent_thread is None or now_s - self._began_s >= _PROBES_S
 
         self.was_sent = True
         self._sent_s = self._grown_s = now_s
@@ -138,7 +138,7 @@ class SignaledStacks:
 
     def _send(self) -> bool:
         """Send the signal; return False where it is not safe now."""
-        target = self._target if self._asker is None else self._target_of_silent()
+        target = self._target if self._silent_thread is None else self._target_of_silent()
         if target is None or not is_registered(self._pid):
             return False
 
@@ -161,10 +161,10 @@ class SignaledStacks:
         if main is None or main.state in "TtZX" or self._wakes_of() - self._wakes < _LEAST_WAKES:
             return None
 
-        return self._pid if main.state == "R" else self._asker
+        return self._pid if main.state == "R" else self._silent_thread
 
     def _wakes_of(self) -> int:
-        return int(read_status(self._pid, "voluntary_ctxt_switches", self._asker) or 0)
+        return int(read_status(self._pid, "voluntary_ctxt_switches", self._silent_thread) or 0)
 
     def _is_written(self, now_s: float) -> bool:
         """Whether faulthandler has written everything."""

@@ -10,7 +10,7 @@ import socket
 import struct
 import sys
 
-from traceml.witness.kernel_state import waiting_call
+from traceml.inspection.kernel_state import current_syscall
 
 __all__ = ["received_bytes"]
 
@@ -44,7 +44,7 @@ def _libc() -> ctypes.CDLL:
 
 def _awaited(thread: int) -> int:
     """Return the only descriptor that a thread waits for; -1 without one."""
-    call, first, count, *_ = *waiting_call(thread), -1, -1, -1
+    call, first, count, *_ = *current_syscall(thread), -1, -1, -1
     machine = platform.machine()
     if call in _RECEIVES.get(machine, ()):
         return first

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from traceml.fail_open import fail_open
-from traceml.witness import stack_signal
+from traceml.inspection import stack_signal
 
 __all__ = ["ReportingInit"]
 
@@ -26,7 +26,7 @@ class ReportingInit:
 
     def __call__(self, worker: int) -> None:
         """Set up the worker of this number, in its process."""
-        with fail_open(_log, "witness", "the stacks of a loader worker cannot be reported"):
+        with fail_open(_log, "inspection", "the stacks of a loader worker cannot be reported"):
             if not stack_signal.is_registered(os.getpid()):
                 stack_signal.register(stack_signal.create_stack_file())
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from traceml.inspection.git_head import git_head
 from traceml.recorder.identity import identify
 from traceml.recorder.recorder_facts import process_facts
 from traceml.settings import Config
-from traceml.witness.git_head import git_head
 
 _AUTHOR = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "protocol.file.allow=always")
 

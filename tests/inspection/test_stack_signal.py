@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from tests.eventually import eventually
-from tests.witness.processes import Standing, standing
-from traceml.witness import stack_signal
-from traceml.witness.kernel_state import process_info
-from traceml.witness.stack_signal import SignaledStacks, find_stack_file, is_registered, worker_target
-from traceml.witness.stack_text import main_first, main_frames
+from tests.inspection.processes import Standing, standing
+from traceml.inspection import stack_signal
+from traceml.inspection.kernel_state import process_info
+from traceml.inspection.stack_signal import SignaledStacks, find_stack_file, is_registered, signal_target
+from traceml.inspection.stack_text import main_first, main_frames
 
 pytestmark = pytest.mark.process
 
@@ -30,7 +30,12 @@ hold_in_c()
 def _ask_when_silent(told: Standing, file: int) -> str:
     """Ask until the thread that would answer waits for the GIL; before, it sleeps."""
     texts: list[str] = []
-    eventually(lambda: texts.append(SignaledStacks(told.pid, file, asker=told.thread).wait(2)) or bool(texts[-1]))  # type: ignore[func-returns-value]
+
+    def ask() -> bool:
+        texts.append(SignaledStacks(told.pid, file, silent_thread=told.thread).wait(2))
+        return bool(texts[-1])
+
+    eventually(ask)
     return texts[-1]
 
 
@@ -74,7 +79,7 @@ def test_a_process_whose_thread_gets_the_gil_is_not_asked(code: str) -> None:
         file = find_stack_file(told.pid)
         assert file is not None
 
-        assert SignaledStacks(told.pid, file, asker=told.thread).wait(2) == ""
+        assert SignaledStacks(told.pid, file, silent_thread=told.thread).wait(2) == ""
         assert os.fstat(file).st_size == 0
         os.close(file)
 
@@ -88,7 +93,7 @@ def test_a_thread_that_had_no_core_is_probed_again(monkeypatch: pytest.MonkeyPat
         _ask_when_silent(told, file)
         wakes = iter([0, *(count for probe in range(3) for count in (100 * probe + 7, 100 * probe + 100))])
         monkeypatch.setattr(SignaledStacks, "_wakes_of", lambda _: next(wakes, 1000))
-        asked = SignaledStacks(told.pid, file, asker=told.thread)
+        asked = SignaledStacks(told.pid, file, silent_thread=told.thread)
 
         assert main_frames(asked.wait(240))
         assert next(wakes, None) is None
@@ -103,7 +108,7 @@ def test_a_stopped_process_is_not_asked() -> None:
         file = find_stack_file(told.pid)
         assert file is not None
 
-        assert SignaledStacks(told.pid, file, asker=told.thread).wait(2) == ""
+        assert SignaledStacks(told.pid, file, silent_thread=told.thread).wait(2) == ""
         os.close(file)
 
 
@@ -128,7 +133,9 @@ def test_two_askers_do_not_mix_their_answers() -> None:
         assert files[0] is not None
         assert files[1] is not None
         _ask_when_silent(told, files[0])  # by now its thread waits for the GIL
-        first, second = (SignaledStacks(told.pid, file, asker=told.thread) for file in files if file is not None)
+        first, second = (
+            SignaledStacks(told.pid, file, silent_thread=told.thread) for file in files if file is not None
+        )
         eventually(lambda: first.step() or bool(first._sent_s))
 
         assert second.wait(2) == ""
@@ -146,8 +153,8 @@ def test_a_worker_in_a_sleep_of_c_code_is_left_alone() -> None:
             process.stdout.readline()
             eventually(lambda: (info := process_info(process.pid)) is not None and info.state == "S")
 
-            assert worker_target(process.pid) is None
-            assert worker_target(process.pid, even_if_disturbed=True) == process.pid
+            assert signal_target(process.pid) is None
+            assert signal_target(process.pid, even_if_disturbed=True) == process.pid
         finally:
             process.kill()
 

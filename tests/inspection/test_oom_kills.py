@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from traceml.witness.control_groups import ROOT, groups_of
-from traceml.witness.oom_kills import OomWatch, oom_counter
+from traceml.inspection.control_groups import ROOT, cgroup_paths
+from traceml.inspection.oom_kills import OomWatch, oom_counter
 
 _LIMIT_BYTES = 96 << 20
 # It moves into the group, waits for a line, and takes more memory than the group may have.
@@ -92,15 +92,17 @@ def test_the_counter_is_that_of_the_innermost_group(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / name).write_text("oom_kill_disable 0\noom_kill 1\n")
 
-    assert oom_counter(groups_of("0::/pods/mine"), str(tmp_path)) == Path(f"{tmp_path}/pods/mine/memory.events")
-    assert oom_counter(groups_of("9:memory:/old"), str(tmp_path)) == Path(f"{tmp_path}/memory/old/memory.oom_control")
-    assert oom_counter(groups_of("0::/other"), str(tmp_path)) == Path("/proc/vmstat")
+    assert oom_counter(cgroup_paths("0::/pods/mine"), str(tmp_path)) == Path(f"{tmp_path}/pods/mine/memory.events")
+    assert oom_counter(cgroup_paths("9:memory:/old"), str(tmp_path)) == Path(
+        f"{tmp_path}/memory/old/memory.oom_control"
+    )
+    assert oom_counter(cgroup_paths("0::/other"), str(tmp_path)) == Path("/proc/vmstat")
 
 
 @pytest.fixture
 def small_group() -> Iterator[Path]:
     """A real group of version 1 with little memory."""
-    folder = Path(f"{ROOT}/memory{groups_of().get('memory', '/missing')}/traceml-test")
+    folder = Path(f"{ROOT}/memory{cgroup_paths().get('memory', '/missing')}/traceml-test")
     try:
         folder.mkdir()
         (folder / "memory.limit_in_bytes").write_text(str(_LIMIT_BYTES))

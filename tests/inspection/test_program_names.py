@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from traceml.witness.program_names import program_name, python_program
+from traceml.inspection.program_names import program_name, python_program
 
 
 @pytest.mark.parametrize(

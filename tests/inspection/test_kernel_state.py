@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
-from traceml.witness.kernel_state import WaitState, is_job_suspended, process_info, threads_of, tree_use, wait_state
+from traceml.inspection.kernel_state import (
+    WaitState,
+    is_job_suspended,
+    process_info,
+    threads_of,
+    tree_usage,
+    wait_state,
+)
 
 pytestmark = pytest.mark.process
 
@@ -103,16 +110,16 @@ def test_a_process_that_is_gone_has_no_state() -> None:
 
     assert wait_state(process.pid) == WaitState()
     assert threads_of(process.pid) == []
-    assert tree_use(process.pid).cpu_s == 0
+    assert tree_usage(process.pid).cpu_s == 0
 
 
 def test_use_counts_children() -> None:
     """CPU time and bytes of a loader's workers are the rank's."""
-    before = tree_use(os.getpid())
+    before = tree_usage(os.getpid())
     with _python("import os\nfile = open('/dev/null', 'wb')\nwhile True: file.write(bytes(1 << 16))") as process:
         try:
-            eventually(lambda: tree_use(os.getpid()).io_bytes - before.io_bytes > 1 << 20)
-            eventually(lambda: tree_use(os.getpid()).cpu_s - before.cpu_s > 0.1)
-            assert tree_use(process.pid).cpu_s > 0
+            eventually(lambda: tree_usage(os.getpid()).io_bytes - before.io_bytes > 1 << 20)
+            eventually(lambda: tree_usage(os.getpid()).cpu_s - before.cpu_s > 0.1)
+            assert tree_usage(process.pid).cpu_s > 0
         finally:
             process.kill()

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from traceml.witness.kernel_state import process_info, read_status, threads_of
+from traceml.inspection.kernel_state import process_info, read_status, threads_of
 
 __all__ = ["await_gloo_threads"]
 
@@ -30,18 +30,18 @@ def await_gloo_threads(limit_s: float = _LIMIT_S) -> None:
         return
 
     deadline_s = time.monotonic() + limit_s
-    before = _rests(threads)
+    before = _switch_counts(threads)
     while time.monotonic() < deadline_s:
         # A thread that wants the GIL wakes at each switch interval to ask again. Nothing tells us when it has got it.
         time.sleep(min(2 * sys.getswitchinterval(), _LONGEST_S))
-        now = _rests(threads)
+        now = _switch_counts(threads)
         if now is not None and now == before:
             return
 
         before = now
 
 
-def _rests(threads: list[int]) -> list[str] | None:
+def _switch_counts(threads: list[int]) -> list[str] | None:
     """Return how often each of the threads has gone to sleep; None if one of them runs."""
     if any(info is not None and info.state in "RD" for info in map(process_info, threads)):
         return None

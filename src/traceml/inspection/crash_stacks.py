@@ -10,9 +10,9 @@ import faulthandler
 import os
 import re
 
-from traceml.witness.user_files import is_ours, is_user_file
+from traceml.inspection.user_files import is_package_file, is_user_file
 
-__all__ = ["crash_facts", "forget_crashes", "report_crashes"]
+__all__ = ["crash_facts", "disable_crash_stacks", "enable_crash_stacks"]
 
 _MOST_FRAMES, _MOST_CHARS = 20, 4000
 _FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
@@ -21,12 +21,12 @@ _descriptor = -1  # it keeps its number for good, as faulthandler does
 _busy = False
 
 
-def report_crashes(file: int) -> None:
+def enable_crash_stacks(file: int) -> None:
     """Have faulthandler append the stacks to a file on a fatal signal, unless the program uses faulthandler itself.
 
     Args:
-        file: an open descriptor. A duplicate of it is used until `forget_crashes`, which closes that: a POSIX lock on
-            the file is lost then.
+        file: an open descriptor. A duplicate of it is used until `disable_crash_stacks`, which closes that: a POSIX
+            lock on the file is lost then.
     """
     global _descriptor, _busy
     if _busy or (_descriptor < 0 and faulthandler.is_enabled()):
@@ -43,7 +43,7 @@ def report_crashes(file: int) -> None:
     _busy = True
 
 
-def forget_crashes() -> None:
+def disable_crash_stacks() -> None:
     """Write nothing more to the file, which ends; also in a forked child, whose crash is its own."""
     global _busy
     if not _busy:
@@ -64,7 +64,7 @@ def crash_facts(text: str) -> dict[str, str | int]:
     threads = [part for part in re.split(r"\n(?=Thread |Current thread )", text) if _FRAME.search(part)]
     crashed = next((part for part in threads if part.startswith(_CURRENT)), threads[-1] if threads else "")
     found = [each for each in _FRAME.finditer(crashed) if each["file"] != "<frozen runpy>"]
-    others = [each for each in found if not is_ours(each["file"])]
+    others = [each for each in found if not is_package_file(each["file"])]
     if all(each["file"].endswith("/threading.py") for each in others):  # a thread of our own
         others = found
 

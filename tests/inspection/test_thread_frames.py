@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from traceml.witness import thread_frames as thread_frames_module
-from traceml.witness.thread_frames import thread_frame, thread_frames
+from traceml.inspection import thread_frames as thread_frames_module
+from traceml.inspection.thread_frames import thread_frame, thread_frames
 
 STRESS = """
 import gc, json, os, random, sys, threading, time
-from traceml.witness.thread_frames import thread_frame
+from traceml.inspection.thread_frames import thread_frame
 
 def give_way(when, info):
     time.sleep(0)  # the interpreter's lock passes to the other thread, as it may at any call
@@ -90,7 +90,7 @@ def test_the_collector_is_left_as_it_was(is_on: bool) -> None:
 @pytest.mark.process
 def test_a_child_that_is_forked_meanwhile_collects() -> None:
     """The thread that reads is not in the child: the pause ends there, and frames can be read."""
-    from traceml.witness.thread_frames import _pause
+    from traceml.inspection.thread_frames import _pause
 
     reading, done = threading.Event(), threading.Event()
 

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import threading
 
-from traceml.witness.gloo_threads import await_gloo_threads
+from traceml.inspection.gloo_threads import await_gloo_threads
 
 _SET_NAME = 15  # PR_SET_NAME
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import psutil
 import pytest
 
-from traceml.witness import script_time
-from traceml.witness.script_time import note_end_of_run, script_age_ms
+from traceml.inspection import script_time
+from traceml.inspection.script_time import note_end_of_run, script_age_ms
 
 
 @pytest.fixture(autouse=True)

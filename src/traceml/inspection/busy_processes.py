@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from traceml.witness.kernel_state import ProcessInfo, process_info
-from traceml.witness.program_names import program_name
+from traceml.inspection.kernel_state import ProcessInfo, process_info
+from traceml.inspection.program_names import program_name
 
 __all__ = ["LEAST_CORES", "BusyProcesses"]
 

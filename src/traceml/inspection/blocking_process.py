@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from traceml.witness.kernel_state import children_of, is_running, wait_state, waiting_call
-from traceml.witness.program_names import program_name
+from traceml.inspection.kernel_state import children_of, current_syscall, is_running, wait_state
+from traceml.inspection.program_names import program_name
 
-__all__ = ["behind_shells", "blocking_process"]
+__all__ = ["blocking_process", "skip_shells"]
 
 # wait4 has the child's number in its first argument, waitid (with P_PID in its first) in its second.
 _WAIT4 = {"x86_64": 61, "aarch64": 260}
@@ -30,18 +30,18 @@ def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
         thread: its thread that waits.
         locks: the kernel's list of locked files.
     """
-    call = waiting_call(thread)
+    call = current_syscall(thread)
     machine = platform.machine()
     if call[:1] == (_WAIT4.get(machine),) and len(call) > 1:
-        return behind_shells(_number(call[1]))
+        return skip_shells(_number(call[1]))
 
     if call[:2] == (_WAITID.get(machine), _P_PID) and len(call) > 2:
-        return behind_shells(_number(call[2]))
+        return skip_shells(_number(call[2]))
 
     return _lock_holder(pid, locks)
 
 
-def behind_shells(pid: int | None) -> int | None:
+def skip_shells(pid: int | None) -> int | None:
     """Return the program that a shell runs, in place of the shell; the shell if it runs several.
 
     Args:
@@ -62,7 +62,7 @@ def _run_by_shell(pid: int) -> int | None:
 
     A program of a pipeline that waits for its pipe waits for another one of the pipeline.
     """
-    call = waiting_call(pid)[:1]
+    call = current_syscall(pid)[:1]
     machine = platform.machine()
     if program_name(pid) not in _SHELLS or call not in ((_WAIT4.get(machine),), (_WAITID.get(machine),)):
         return None

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from traceml.witness import thread_frames
-from traceml.witness.crash_stacks import crash_facts
+from traceml.inspection import thread_frames
+from traceml.inspection.crash_stacks import crash_facts
 
 _CRASH = """
 import ctypes, faulthandler, os, sys
-from traceml.witness.crash_stacks import forget_crashes, report_crashes
+from traceml.inspection.crash_stacks import disable_crash_stacks, enable_crash_stacks
 
 def crash():
     ctypes.string_at(0)
@@ -23,19 +23,19 @@ file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 how = sys.argv[2]
 if how == "own":
     faulthandler.enable()
-report_crashes(file)
+enable_crash_stacks(file)
 if how == "forgotten":
-    forget_crashes()
+    disable_crash_stacks()
 if how == "again":
-    forget_crashes()
-    report_crashes(file)
+    disable_crash_stacks()
+    enable_crash_stacks(file)
 if how == "later":
     faulthandler.enable()
 if how == "fork" and (pid := os.fork()):
     assert os.waitpid(pid, 0)[1] & 0x7F == 11
     sys.exit(0)
 if how == "fork":
-    forget_crashes()
+    disable_crash_stacks()
 crash()
 """
 

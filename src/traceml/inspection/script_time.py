@@ -7,7 +7,7 @@ import sys
 import time
 
 from traceml.clock import TICKS_PER_S, process_start_ticks
-from traceml.witness.user_files import is_user_file
+from traceml.inspection.user_files import is_user_file
 
 __all__ = ["is_interactive", "note_end_of_run", "script_age_ms"]
 
