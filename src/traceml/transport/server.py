@@ -153,8 +153,8 @@ class Peer(asyncio.BufferedProtocol):
                     self._greet(message)
         except (ProtocolError, RefusedError) as error:
             self.refuse(str(error), retry=getattr(error, "retry", False))
-        except Exception:  # noqa: BLE001
-            # A bug of ours or unexpected bytes: only this peer's connection ends.
+        except Exception:  # noqa: BLE001 - only this connection ends
+            # A bug of ours or unexpected bytes.
             self._server.count_handler_error()
             _log.exception("an error of the aggregator with %r; that connection is closed", self)
             self.refuse("internal error of the aggregator; see its log")
