@@ -141,6 +141,19 @@ def test_loader_workers_are_not_taken_for_other_programs(busy, says):
     assert says in found.next
 
 
+@pytest.mark.parametrize(
+    ("takers", "says"), [({"ffmpeg": 0.9}, "End or move the other programs"), ({}, "If other programs use the cores")]
+)
+def test_a_run_is_not_blamed_for_workers_whose_use_is_not_known(takers, says):
+    """They may sleep, in a training too short to watch them: who takes the cores is known, or open."""
+    loader = LoaderFacts(num_workers=4)
+
+    (found,) = cpu_contention(crowded(samples(busy=0.5), threads=1, loader=loader, core_takers=takers))
+
+    assert says in found.next
+    assert "The run itself" not in found.next
+
+
 def test_a_little_waiting_is_none():
     """A tenth of the time is usual; and a thread that has seldom work may wait for a core now and then."""
     assert cpu_contention(JobFacts(samples=samples(busy=0.9), main_wait={0: 0.09}, core_wait={0: 0.09})) == []

@@ -26,6 +26,7 @@ PROFILED_KINDS = (Kind.COMPUTE_BOUND, Kind.COMPUTE_STRAGGLER)
 """Verdicts that operators explain."""
 _FILE = "profile.json.gz"
 _STEPS, _SHOWN = 5, 5
+_MOST_TRIES = 3  # someone may be profiling the same ranks
 _MOST_RANKS = 4  # of those that are late: what the others do is mostly waiting
 _STEPS_S, _LIMIT_S = 120, 300
 
@@ -34,10 +35,11 @@ _log = logging.getLogger("traceml")
 
 @dataclass(slots=True)
 class _StandingVerdict:
-    """A verdict about computation: its kind, and since when it stands."""
+    """A verdict about computation: its kind, since when it stands or was tried last, and the tries."""
 
     kind: Kind | None = None
     since_s: float = 0.0
+    tries: int = 0
     is_done: bool = False
 
 
@@ -71,7 +73,8 @@ class FindingProfiles:
 
         if verdict.kind in PROFILED_KINDS and now_s - known.since_s >= self._after_s:
             known.is_done = True
-            task = asyncio.create_task(self._profile(run, verdict))
+            known.tries += 1
+            task = asyncio.create_task(self._profile(run, verdict, known))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -86,9 +89,18 @@ class FindingProfiles:
 
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _profile(self, run: ActiveRun, verdict: Finding) -> None:
+    async def _profile(self, run: ActiveRun, verdict: Finding, known: _StandingVerdict) -> None:
         with fail_open(_log, "aggregator", f"run {run.id} could not be profiled"):
-            profile = await _run_profile(run, verdict.ranks[:_MOST_RANKS])
+            try:
+                profile = await _run_profile(run, verdict.ranks[:_MOST_RANKS])
+            except TraceMLError as error:
+                if known.tries >= _MOST_TRIES:
+                    raise
+
+                _log.info("run %s could not be profiled yet: %s", run.id, error)
+                known.since_s, known.is_done = self._now_s(), False
+                return
+
             if not run.ended:
                 run.store.event("profile", _event(verdict, profile))
 

@@ -97,6 +97,7 @@ class ProfileClient:
     ) -> None:
         self._connection, self._hosts, self._on_progress = connection, hosts, on_progress
         self.windows: dict[int, RankWindow] = {}
+        self._opened: list[int] = []
         self.left_out = 0
         """Ranks that are not profiled because no ranks were chosen and there are many."""
 
@@ -154,8 +155,10 @@ class ProfileClient:
                 "do": "open", "first": first, "steps": request.steps, "limit_s": request.limit_s,
                 "limit_bytes": request.limit_bytes, "stacks": request.stacks,
             }  # fmt: skip
+            self._opened.append(each.rank)
             for answer in self._ask(args, [each.rank])[0]:
-                if "error" in answer:
+                if "error" in answer:  # it may have a window of another client, which stays open
+                    self._opened.remove(each.rank)
                     each.fail("failed", str(answer["error"]).removeprefix("TraceMLError: "))
 
     def _await(self, request: ProfileRequest) -> None:
@@ -221,10 +224,10 @@ class ProfileClient:
         raise TraceMLError(f"rank {rank} does not answer: its trace is lost")
 
     def _close(self) -> None:
-        """Tell all ranks that nothing more is wanted of them."""
+        """Tell the ranks that were opened that nothing more is wanted of them."""
         try:
-            if self.windows:
-                self._ask({"do": "close"}, list(self.windows))
+            if self._opened:
+                self._ask({"do": "close"}, self._opened)
         except (TraceMLError, OSError):
             pass  # those that are left remove their traces by themselves
 

@@ -63,10 +63,11 @@ def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
 
 
 def _foreign_cores(facts: JobFacts, workers: int) -> float:
-    """Return the cores that other programs use at least, besides the loader workers of the host's ranks."""
+    """Return the cores that other programs use at least: those that are known, or that loader workers cannot use."""
     here = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
     busy = 1.0 if facts.workers_busy is None else facts.workers_busy
-    return (facts.others_cores or 0.0) - here * workers * busy
+    others = facts.others_cores or 0.0
+    return max(others - here * workers * busy, min(sum(facts.core_takers.values()), others))
 
 
 def core_takers(facts: JobFacts) -> str | None:
@@ -124,7 +125,7 @@ def _advice(facts: JobFacts) -> str:
     what += ["fewer loader workers"] if workers else []
     what += [threads] if facts.threads is None or facts.threads > (facts.cores_per_rank or 1) else []
     tries = ", or ".join(what or ["more cores"])
-    if facts.others_cores is None:
+    if facts.others_cores is None or (workers and facts.workers_busy is None and core_takers(facts)):
         return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
     return f"The run itself needs more cores than there are: try {tries}."
