@@ -10,7 +10,7 @@ from traceml.formatting import bytes_text, printable
 from traceml.renderers.views import RunView
 from traceml.runs.about import About, package_versions
 
-__all__ = ["about_facts", "machine_text"]
+__all__ = ["about_facts", "machine_text", "map_text"]
 
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
              "mlflow", "wandb", "clearml", "aim", "tensorboard", "trackio")  # fmt: skip
@@ -33,7 +33,7 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
         ("packages", _packages(about)),
         ("ranks", f"{view.run.world_size} on {', '.join(view.run.hosts[:_HOSTS])}"),
         ("machine", machine_text(about.system)),
-        *((name, _map_text(facts)) for name, facts in _training(about)),
+        *((name, map_text(facts)) for name, facts in _training(about)),
     ]
     return [(name, printable(str(value), lines=True)) for name, value in rows if value]
 
@@ -66,5 +66,6 @@ def _packages(about: About) -> str | None:
     return ", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed) or None
 
 
-def _map_text(facts: Mapping[str, Any]) -> str:
+def map_text(facts: Mapping[str, Any]) -> str:
+    """Return a map as `name value, name value`, without what is None."""
     return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)

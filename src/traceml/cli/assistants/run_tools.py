@@ -194,8 +194,8 @@ class RunTools:
         )
 
 
-def bounded(document: dict[str, Any], most: int = MAX_CHARACTERS) -> dict[str, Any]:
-    """Return a document whose JSON has at most `most` characters: long lists, maps and texts are cut.
+def bounded(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document whose JSON has at most `MAX_CHARACTERS`: long lists, maps and texts are cut.
 
     What was cut is in its key `cut`: the path, and how many of how many items are left.
     """
@@ -205,10 +205,10 @@ def bounded(document: dict[str, Any], most: int = MAX_CHARACTERS) -> dict[str, A
         if cut:
             made["cut"] = dict(list(cut.items())[:20])
 
-        if len(json.dumps(made)) <= most:
+        if len(json.dumps(made)) <= MAX_CHARACTERS:
             return made
 
-    return {"cut": {"": f"the answer has more than {most} characters even without most items: ask for less"}}
+    return {"cut": {"": f"the answer has more than {MAX_CHARACTERS} characters even without most items: ask for less"}}
 
 
 def _cut(value: Any, path: str, items: int, cut: dict[str, str]) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.database.flight.journal import Journal
-from traceml.database.flight.rings import BASE, MAX_TAKE_BYTES, ByteLog, Ring, RowSlice, map_ends
+from traceml.database.flight.rings import BASE, ByteLog, Ring, RowSlice, map_ends, stop_within
 from traceml.database.schema import Log, Table
 
 __all__ = ["JournaledLog", "JournaledRing", "NameTable"]
@@ -149,10 +149,7 @@ class JournaledLog(ByteLog):
         first, n, data = record
         start = max(cursor, first)
         ends = map_ends(data)
-        stop = min(start + limit, first + n)
-        while stop > start + 1 and ends[stop - first] - ends[start - first] > MAX_TAKE_BYTES:
-            stop = start + (stop - start) // 2
-
+        stop = stop_within(ends, first, start, min(start + limit, first + n))
         return RowSlice(start, stop - start, data[ends[start - first] : ends[stop - first]])
 
     def save(self) -> None:

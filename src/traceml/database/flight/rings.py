@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -18,12 +18,12 @@ from traceml.database.schema import Log, Table
 __all__ = [
     "BASE",
     "COUNTERS_PER_TABLE",
-    "MAX_TAKE_BYTES",
     "ByteLog",
     "Ring",
     "RowSlice",
     "map_ends",
     "pack_map",
+    "stop_within",
 ]
 
 # Per table in the header: appended, sent, acked, dropped, and of a log the number of the first map in memory.
@@ -31,7 +31,7 @@ COUNTERS_PER_TABLE = 8
 _SENT, _ACKED, _DROPPED, BASE = 1, 2, 3, 4
 # Another thread that holds the lock may wait for the GIL and for a core, with tens of them on a busy host for seconds.
 _LOCK_TIMEOUT_S = 10.0
-MAX_TAKE_BYTES = 256 * 1024
+_MAX_TAKE_BYTES = 256 * 1024
 
 
 class RowSlice(NamedTuple):
@@ -284,14 +284,26 @@ class ByteLog(_CountedTable):
     def _take(self, cursor: int, limit: int) -> RowSlice:
         base, ends = self.base, self._ends
         cursor = max(cursor, base)  # earlier ones were stored before they left memory
-        stop = min(cursor + limit, self.appended)
-        while stop > cursor + 1 and ends[stop - base] - ends[cursor - base] > MAX_TAKE_BYTES:
-            stop = cursor + (stop - cursor) // 2
-
+        stop = stop_within(ends, base, cursor, min(cursor + limit, self.appended))
         if stop <= cursor:
             return RowSlice(cursor, 0, b"")
 
         return RowSlice(cursor, stop - cursor, self.read(cursor, stop))
+
+
+def stop_within(ends: Sequence[int], base: int, start: int, stop: int) -> int:
+    """Return the end of a slice of maps that has at most 256 KiB, or of the first map alone.
+
+    Args:
+        ends: where each map starts, and where the last one ends, as `map_ends` returns them.
+        base: sequence number of the map at `ends[0]`.
+        start: sequence number of the first map of the slice.
+        stop: that after the last one.
+    """
+    while stop > start + 1 and ends[stop - base] - ends[start - base] > _MAX_TAKE_BYTES:
+        stop = start + (stop - start) // 2
+
+    return stop
 
 
 def pack_map(fields: dict[str, Any]) -> bytes:

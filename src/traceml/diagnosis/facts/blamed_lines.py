@@ -145,7 +145,7 @@ def blamed_line(
 
 def import_share(lines: Sequence[SampledLine], part: str) -> float:
     """Return the share of a part's samples in which modules were imported; 0 where there are few samples."""
-    return _share(lines, part, lambda library: library.startswith(IMPORTING))
+    return _share(lines, part, lambda each: (each.library or "").startswith(IMPORTING), MIN_SAMPLES)
 
 
 def child_wait_share(lines: Sequence[SampledLine], part: str) -> float:
@@ -153,13 +153,14 @@ def child_wait_share(lines: Sequence[SampledLine], part: str) -> float:
 
     Loader workers are none: their batches come through a queue.
     """
-    return _share(lines, part, lambda library: _CHILD_ANSWER in library)
+    return _share(lines, part, lambda each: _CHILD_ANSWER in (each.library or ""), MIN_SAMPLES)
 
 
-def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[str], bool]) -> float:
+def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object], fewest: int) -> float:
+    """Return the share of a part's samples that are chosen; 0 where the part has fewer samples than `fewest`."""
     seen = [each for each in lines if each.part == part]
     total = sum(each.samples for each in seen)
-    return sum(each.samples for each in seen if chosen(each.library or "")) / total if total >= MIN_SAMPLES else 0.0
+    return sum(each.samples for each in seen if chosen(each)) / total if total >= fewest else 0.0
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
@@ -180,15 +181,9 @@ def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> s
     return called.rpartition(" ")[2] if called and samples >= NAMED_SHARE * calls.total() else None
 
 
-def busy_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int] = ()) -> float | None:
-    """Return the share of a phase's time in which the training thread was on a core; None where it is not known.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a phase, or `other`.
-        ranks: the ranks to look at; empty for all.
-    """
-    seen = [each for each in _seen_on(lines, ranks) if each.part == part]
+def busy_share(lines: Sequence[SampledLine], part: str) -> float | None:
+    """Return the share of a phase's time in which the training thread was on a core; None where it is not known."""
+    seen = [each for each in lines if each.part == part]
     watched = sum(each.watched_ns for each in seen)
     return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
 
@@ -198,28 +193,21 @@ def clearing_share(lines: Sequence[SampledLine]) -> float:
 
     Freeing large gradients takes time, and is no work of the user's loop.
     """
-    seen = [each for each in lines if each.part == "other"]
-    total = sum(each.samples for each in seen)
-    clearing = sum(
-        each.samples for each in seen if any(_CLEARS.search(name) for name in (each.function, each.library) if name)
-    )
-    return clearing / total if total >= _FEWEST_CLEARING else 0.0
+    return _share(lines, "other", _clears, _FEWEST_CLEARING)
+
+
+def _clears(line: SampledLine) -> bool:
+    return any(_CLEARS.search(name) for name in (line.function, line.library) if name)
 
 
 def ordering_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
-    seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
-    total = sum(each.samples for each in seen)
-    ordering = sum(each.samples for each in seen if each.library and _ORDERS.search(each.library))
-    return ordering / total if total >= FEWEST_SAMPLES else 0.0
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or ""), FEWEST_SAMPLES)
 
 
 def worker_wait_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
-    seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
-    total = sum(each.samples for each in seen)
-    receiving = sum(each.samples for each in seen if each.library and _RECEIVES.search(each.library))
-    return receiving / total if total >= FEWEST_SAMPLES else 0.0
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _RECEIVES.search(each.library or ""), FEWEST_SAMPLES)
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:

@@ -17,7 +17,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import gain_text, line_text, ns_text, ordinal_text, percent_text, ranks_text
+from traceml.formatting import gain_text, library_text, line_text, ns_text, ordinal_text, percent_text, ranks_text
 
 __all__ = ["gc_pauses"]
 
@@ -202,8 +202,8 @@ def _times(segments: Segments, cost: _Collections) -> str:
 
 def _library_name(file: str) -> str:
     """Return the package of a library's file."""
-    inside = file.rpartition("-packages/")[2] if "-packages/" in file else Path(file).name
-    return inside.partition("/")[0].removesuffix(".py")
+    inside = library_text(file)
+    return (Path(file).name if inside == file else inside).partition("/")[0].removesuffix(".py")
 
 
 def _advice(cost: _Collections, every: int, gain: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from traceml.formatting import (
@@ -18,7 +18,7 @@ from traceml.formatting import (
 )
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
-from traceml.renderers.run_about import about_facts
+from traceml.renderers.run_about import about_facts, map_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import tracker_text
 from traceml.runs.about import About
@@ -123,12 +123,8 @@ def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
 
 def run_facts(view: RunView, about: About) -> Iterator[str]:
     """Yield command, source, versions, machine, model."""
-    parameters = _map_text({name: str(value) for name, value in about.params.items()})
+    parameters = map_text({name: str(value) for name, value in about.params.items()})
     yield from _facts([*about_facts(view, about), ("parameters", parameters)])
-
-
-def _map_text(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
 
 
 def _facts(rows: Iterable[tuple[str, Any]]) -> Iterator[str]:

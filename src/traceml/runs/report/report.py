@@ -103,9 +103,9 @@ def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime
     )  # fmt: skip
 
 
-def report_window(digest: Digest, last: int = 200) -> AlignedSteps:
+def report_window(digest: Digest) -> AlignedSteps:
     """Return the steps that a report describes: those of the diagnosis, or the first ones of a very short run."""
-    window = digest.kept.aligned(last=last)
+    window = digest.kept.aligned()
     return window if len(window) else _first_steps(digest)
 
 

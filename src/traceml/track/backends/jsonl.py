@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.track.backends.append_file import FileBackend
-from traceml.track.backends.safe_names import nonfinite_text, safe_file_name
+from traceml.track.backends.safe_names import json_number, safe_file_name
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -61,7 +60,7 @@ class JsonlBackend(FileBackend):
             {
                 "type": "metric",
                 "name": row.name,
-                "value": row.value if math.isfinite(row.value) else nonfinite_text(row.value),
+                "value": json_number(row.value),
                 "step": row.step,
                 "timestamp": row.timestamp,
                 "rank": row.rank,
@@ -129,7 +128,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=st
 def _strict(value: Any) -> Any:
     """Return plain values in a form that strict JSON can hold."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else nonfinite_text(value)
+        return json_number(value)
     if isinstance(value, Mapping):
         return {str(key): _strict(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -8,7 +8,6 @@ apart by a millisecond.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import time
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
-from traceml.track.backends.safe_names import flattened, is_this_machine, nonfinite_text, safe_name
+from traceml.track.backends.safe_names import flattened, is_this_machine, json_number, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -330,7 +329,7 @@ class MLflowBackend(BackendInterface):
         metrics = [
             {
                 "key": key,
-                "value": value if math.isfinite(value) else nonfinite_text(value),
+                "value": json_number(value),
                 "timestamp": stamp,
                 "step": step,
             }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["flattened", "is_this_machine", "merged_tags", "nonfinite_text", "safe_file_name", "safe_name", "utf8_text"]
+__all__ = ["flattened", "is_this_machine", "json_number", "merged_tags", "safe_file_name", "safe_name", "utf8_text"]
 
 _NO_FILE = re.compile(r"[/\0]")
 _LONGEST_FILE = 180
@@ -58,8 +58,11 @@ def utf8_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def nonfinite_text(value: float) -> str:
-    """Return the text for NaN or an infinity in JSON, which has neither."""
+def json_number(value: float) -> float | str:
+    """Return a number as JSON holds it: NaN and the infinities, which it has not, as text."""
+    if math.isfinite(value):
+        return value
+
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 

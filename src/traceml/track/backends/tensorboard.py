@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import struct
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.track.backends.append_file import FileBackend
-from traceml.track.backends.safe_names import flattened, nonfinite_text, safe_file_name, safe_name, utf8_text
+from traceml.track.backends.safe_names import flattened, json_number, safe_file_name, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -216,7 +215,7 @@ def _cell(value: Any) -> str:
 def _hparam(value: Any) -> bool | float | str:
     """Return a value that the HParams tab can hold."""
     if isinstance(value, bool | int | float):
-        return value if math.isfinite(value) else nonfinite_text(value)
+        return json_number(value)
 
     return utf8_text(str(value))[:_LONGEST_HPARAM]
 
