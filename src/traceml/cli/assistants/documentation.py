@@ -31,16 +31,11 @@ def page_text(name: str) -> str:
 
 
 def kind_text(kind: str) -> str | None:
-    """Return when a kind of finding is raised, and its details; None where the table of kinds has no row of it.
+    """Return when a kind of finding is raised, and its details; None where the rules have no section of it.
 
     Args:
         kind: name of the kind, in capitals.
     """
-    page, name = page_text("verdicts.md"), re.escape(kind)
-    row = re.search(rf"^\|[^|]*`{name}`[^|]*\|(.*)\|$", page, re.MULTILINE)
-    if row is None:
-        return None
-
-    details = re.search(rf"^- [^:]*`{name}`[^:]*:((?:.|\n(?=  ))*)", page, re.MULTILINE)
-    texts = [row.group(1), "" if details is None else details.group(1)]
-    return _LINK.sub(r"\1", " ".join(" ".join(texts).split()))
+    page = page_text("verdicts.md")
+    section = re.search(rf"^### .*`{re.escape(kind)}`.*\n((?:(?!#).*\n)*)", page, re.MULTILINE)
+    return None if section is None else _LINK.sub(r"\1", " ".join(section.group(1).split()))
