@@ -318,6 +318,20 @@ def test_a_tracker_that_the_run_did_not_ask_for_gets_no_more_than_others(runs_di
     assert params == {"ward": "[masked:custom]"}
 
 
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_run_is_delivered_to_the_place_that_its_script_named(runs_dir, tmp_path, monkeypatch, is_named):
+    """Not where the environment of `traceml sync` points, unless the tracker is named: then the address was wrong."""
+    script, shell = (f"sqlite:///{tmp_path / name}.db" for name in ("script", "shell"))
+    run = LoggedRun(runs_dir / "a")
+    run.experiment(["mlflow"], id="a", options={"mlflow": {"tracking_uri": script}})
+    run.metrics({"loss": [1.0]})
+    run.end()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shell)
+
+    assert cli.main(["sync", "a", *(["--backend", "mlflow"] if is_named else [])]) == 0
+    assert [each.name for each in tmp_path.glob("*.db")] == ["shell.db" if is_named else "script.db"]
+
+
 def test_local_only_holds_for_sync_too(runs_dir, monkeypatch, capsys):
     """For a run without settings of its own it is the setting of now that counts."""
     logged(runs_dir, "a")

@@ -38,6 +38,7 @@ from traceml.track.delivery.record_reader import logged_rows
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
 from traceml.track.rank.announcement import refuse_secrets
+from traceml.track.rank.tracker_places import moved_options
 from traceml.track.tracker_state import DeliveryPhase, TrackerState, locked
 
 __all__ = ["STALL_LIMIT_S", "main"]
@@ -61,7 +62,7 @@ class SyncOptions:
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()
     """Folders or ids of runs (default: all that have something to deliver)."""
     backend: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Only these trackers, also ones that the run did not use, with their options from the settings."""
+    """Only these trackers, also ones that the run did not use, with options and addresses of the present settings."""
     json: bool = False
     """Print the result as JSON and nothing else."""
     wait: bool = False
@@ -216,10 +217,13 @@ def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config:
         # Who names a plugin wants its code; who names a run, or nothing, may not know what is in it.
         is_wanted = backend in options.backend and backend not in BUILT_IN[PluginType.BACKEND]
         start = partial(DeliveryProcess, run_dir, backend, once=True, nice=0, installed_only=not (is_own or is_wanted))
-        if backend in asked:
-            yield start(asked[backend].options(backend))
+        own = config.backend_options.get(backend, {})
+        announced = asked[backend].options(backend) if backend in asked else {}
+        moved = moved_options(backend, announced, own) if backend in options.backend else None
+        if backend in asked and moved is None:
+            yield start(announced)
         else:
-            own = config.backend_options.get(backend, {})
+            own = own if moved is None else moved
             refuse_secrets({backend: own})
             yield start(own, forced=own, settings=delivery_settings(config))
 

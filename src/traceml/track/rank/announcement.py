@@ -18,6 +18,7 @@ from traceml import settings
 from traceml.errors import UsageError
 from traceml.installation import install_command, unsupported
 from traceml.privacy import secrets_only
+from traceml.track.rank.tracker_places import place_options
 from traceml.track.wandb_sweep import variables
 
 __all__ = ["PER_EXPERIMENT", "ChosenTrackers", "announcement", "check_backends", "choose_trackers", "refuse_secrets"]
@@ -48,7 +49,7 @@ def announcement(
     refuse_secrets(options)
     row = {
         "backends": list(backends),
-        "options": _with_environment({name: dict(values) for name, values in options.items()}, backends),
+        "options": _with_environment(_with_places(options, backends), backends),
         "include": list(config.include),
         "exclude": list(config.exclude),
         "mask": list(config.mask),
@@ -189,6 +190,14 @@ def refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
                     f"option {key!r} of backend {backend!r} looks like a secret, which would be stored with the run. "
                     f"Put it into {variable}, or into a file of mode 0600 that `api_key_file` names"
                 )
+
+
+def _with_places(options: Mapping[str, Mapping[str, Any]], backends: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Add the places that variables name, of trackers and their fallbacks; delivery may run in another environment."""
+    fallbacks = {str(options[name]["fallback"]) for name in backends if options.get(name, {}).get("fallback")}
+    places = {name: place_options(name, options.get(name, {})) for name in {*backends, *fallbacks}}
+    named = [name for name in {*options, *places} if name in options or places[name]]
+    return {name: {**options.get(name, {}), **places.get(name, {})} for name in named}
 
 
 def _with_environment(options: dict[str, dict[str, Any]], backends: Sequence[str]) -> dict[str, dict[str, Any]]:
