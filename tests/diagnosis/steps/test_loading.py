@@ -133,6 +133,41 @@ def test_busy_workers_make_a_batch_per_step_each():
     assert found.gain(6) == pytest.approx(2.0, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("library", "says", "never"),
+    [
+        ("Connection._recv", "Set num_workers=0", "do not keep up"),
+        ("_PollLikeSelector.select", "num_workers=8", "The workers keep"),
+    ],
+)
+def test_more_workers_are_not_advised_where_batches_are_ready(library, says, never):
+    """Workers that are idle for most of the time are not late if the training process is seen receiving."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "train", f"/lib/multiprocessing/a.py:1 {library}", 40)]
+    segments = segments_of(window_of(ALONE, adds("input_wait", 14)), JobFacts())
+    loader = LoaderFacts(dataset="Sums", num_workers=4, batch_size=64)
+    usual = {"loader": loader, "lines": lines, "hosts": {0: "h"}, "cores": {"h": 2}}
+    facts = JobFacts(workers=watched(4, busy=0.03), **usual)
+    found = pipeline_of(segments, facts, 14 * MS)
+
+    assert found is not None
+    assert found.step_ns(4) == pytest.approx(segments.step_ns, rel=0.02)
+    text = for_input(facts, found).text
+    assert says in text
+    assert never not in text
+
+
+def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
+    """Each of two workers computes for most of the time: without them the step would be longer."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
+    segments = segments_of(window_of(ALONE, adds("input_wait", 4)), JobFacts())
+    usual = {"loader": LoaderFacts(num_workers=2), "lines": lines, "hosts": {0: "h"}, "cores": {"h": 8}}
+
+    for workers in (JobFacts(workers=watched(2, busy=0.6), **usual), JobFacts(**usual)):
+        found = pipeline_of(segments, workers, 4 * MS)
+        assert found is not None
+        assert "Put a batch into fewer tensors" in for_input(workers, found).text
+
+
 def test_workers_bound_to_one_core_gain_by_all_of_them():
     """Four workers that share a core of four: each computes for a quarter of the time and waits for the rest."""
     segments = segments_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())

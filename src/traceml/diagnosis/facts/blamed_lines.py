@@ -25,6 +25,7 @@ __all__ = [
     "busy_share",
     "child_wait_share",
     "clearing_share",
+    "handover_share",
     "import_share",
     "iterator_share",
     "main_library",
@@ -52,6 +53,7 @@ _MODULE = "<module>"
 _CLEARS = re.compile(r"\bzero_grad$")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
+_HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|recvfds|rebuild_\w+)$")
 _FEWEST_CLEARING = 5  # it only lowers a cost
 _Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
 _WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
@@ -208,6 +210,17 @@ def ordering_share(lines: Sequence[SampledLine]) -> float:
 def worker_wait_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
     return _share(lines, Phase.INPUT_WAIT.label, lambda each: _RECEIVES.search(each.library or ""), FEWEST_SAMPLES)
+
+
+def handover_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of the waiting for data in which a batch is there and is taken over; 0 if unknown.
+
+    The training process asks the worker for the memory of each tensor; it waits for a batch elsewhere.
+    """
+    seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
+    total = sum(each.samples for each in seen)
+    taking = sum(each.samples for each in seen if each.library and _HANDS_OVER.search(each.library))
+    return taking / total if total >= FEWEST_SAMPLES else 0.0
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:

@@ -65,6 +65,9 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
         return _whole_batches(loader, pipeline)
 
     cores = _on(pipeline, facts)
+    if pipeline.is_handover:
+        return _fewer_handovers(loader, pipeline, cores)
+
     return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores)
 
 
@@ -168,6 +171,16 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
     setting = f"{loader.option('num_workers')}={workers}{_kept(facts)}"
     text = f"{before}: set {setting}; {gain_text(gain, 'about')}{cores}."
     return Advised(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
+
+
+def _fewer_handovers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:
+    gain = pipeline.gain(0)
+    waits = "The workers keep up: training waits to receive their batches, tensor by tensor"
+    if gain < WORTHWHILE:
+        return Advised(f"{waits}. Put a batch into fewer tensors (collate_fn), or use larger batches.")
+
+    here = f"{loader.option('num_workers')}=0: a batch takes {pipeline.fetch_ns / 1e6:.3g} ms in the training process"
+    return Advised(f"{waits}. Set {here}; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 
 def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from traceml.diagnosis.facts.blamed_lines import busy_share
+from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, busy_share, handover_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
@@ -12,7 +12,7 @@ from traceml.diagnosis.steps.segments import Segments
 __all__ = ["Pipeline", "fetch_cpu", "pipeline_of"]
 
 TAKE_NS = 3e5
-"""Time that the training process takes to receive a batch from a worker."""
+"""Time that the training process usually takes to receive a batch from a worker."""
 ENOUGH = 0.95
 """More workers are not advised if they shorten the step by less than this factor."""
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -36,6 +36,8 @@ class Pipeline:
         cores: cores of a rank; None where not known.
         workers: loader workers now; 0 where the training process fetches by itself.
         worker_cores: cores that all workers together may use, where these are fewer; else None.
+        take_ns: time that the training process takes to receive a batch from a worker.
+        is_handover: whether it waits for that, and not for the workers to make batches.
     """
 
     fetch_ns: float
@@ -45,13 +47,15 @@ class Pipeline:
     cores: int | None = None
     workers: int = 0
     worker_cores: int | None = None
+    take_ns: float = TAKE_NS
+    is_handover: bool = False
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with so many workers: that of the training, of the workers, or of the cores."""
         if not workers:
             return self.rest_ns + self.fetch_ns
 
-        slowest = max(self.rest_ns + TAKE_NS, self.fetch_ns / workers)
+        slowest = max(self.rest_ns + self.take_ns, self.fetch_ns / workers)
         if self.worker_cores:
             slowest = max(slowest, self.fetch_ns * self.fetch_cpu / self.worker_cores)
 
@@ -106,7 +110,10 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
     cores = facts.cores_per_rank
     use = facts.workers.use() if workers else None
     bound = use is not None and use.cores < min(workers, cores or 1)
-    if workers:  # each makes batches all the time, as the training waits for them
+    handover = bool(workers) and handover_share(facts.lines) >= NAMED_SHARE
+    if use is not None and handover:  # they wait for orders in between
+        fetch_ns, busy = workers * segments.step_ns * use.ready, 1.0
+    elif workers:  # each makes batches all the time, as the training waits for them
         fetch_ns, busy = workers * segments.step_ns, None if use is None else use.ready
         if use is not None and bound:
             fetch_ns, busy = fetch_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _LEAST_READY)
@@ -128,6 +135,8 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
         cores=cores,
         workers=workers,
         worker_cores=use.cores if use is not None and bound else None,
+        take_ns=wait_ns if handover else TAKE_NS,
+        is_handover=handover,
     )
 
 
