@@ -119,9 +119,15 @@ class Config:
     frameworks: tuple[str, ...] = _set(
         ("tensorboard", "lightning", "huggingface", "ray"), "Frameworks whose logging calls are captured."
     )
-    track_system: bool = _set(True, "Send system metrics to the trackers.")
-    track_git: bool = _set(True, "Record the git commit, and send the state of the repository to the trackers.")
-    track_env: bool = _set(True, "Send the environment (versions, hardware, variables) to the trackers.")
+    track_system: bool = _set(True, "Record facts about the host, and send them and system metrics to the trackers.")
+    track_git: bool = _set(True, "Record the state of the git repository, and send it to the trackers.")
+    track_env: bool = _set(True, "Record the environment (versions, variables), and send it to the trackers.")
+    collect_after: float = _set(
+        10.0,
+        "Age in seconds of a run without `Experiment`, tracker or collectors at which its aggregator reads uncommitted "
+        "changes, packages, variables and facts about the host, if rank 0 is on that host.",
+        low=0,
+    )
     sample_interval: float = _set(1.0, "Seconds between samples of process, host and devices.", low=0.01)
     sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, by sampler name.", low=0.01)
     stack_interval: float = _set(
@@ -201,8 +207,8 @@ class Config:
     )
     delivery_nice: int = _set(
         19,
-        "Nice value of delivery processes. At 19 they use idle CPU time only, which is little next to a training that "
-        "uses every core.",
+        "Nice value of delivery processes, and of those that read uncommitted changes and packages. At 19 they use "
+        "idle CPU time only, which is little next to a training that uses every core.",
         low=0,
         high=19,
     )

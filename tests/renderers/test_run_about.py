@@ -10,6 +10,16 @@ from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
 
 
+def test_what_was_not_read_is_listed_with_the_reason() -> None:
+    """It stands beside what is known; without a reason nothing is said."""
+    short = About(git={"commit": "abc"}, unread=("git", "environment"), not_read="the run was shorter than 10 s")
+    facts = dict(about_facts(run_view(healthy()), short))
+
+    assert facts["git commit"] == "abc"
+    assert facts["not read"] == "uncommitted changes, packages, variables: the run was shorter than 10 s"
+    assert "not read" not in dict(about_facts(run_view(healthy()), About(unread=("git",))))
+
+
 def test_versions_of_all_trackers_are_listed() -> None:
     """Of many installed packages the important ones are shown, those of each tracker among them."""
     trackers = sorted(set(BUILT_IN[PluginType.BACKEND]) - {"jsonl"})  # it needs no library

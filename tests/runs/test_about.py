@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import msgpack
+import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, run_facts
+from traceml.database.source_reading import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
@@ -53,6 +55,72 @@ def test_the_commit_is_that_of_the_start_where_no_collector_ran(tmp_path):
 
     assert about.process == {"python": "3.12"}
     assert about.git == {"commit": "abc", "branch": "main"}
+
+
+def _read_on(folder, *readings, asked=None, rank=(), **facts):
+    """Return what is known of a run whose rank asks its aggregator to read, and what that has read."""
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        stream = add_rank(writer, 0, rows_of(Job(steps=5))[0], started=100.0, **facts)
+        collect = {"names": ["git", "environment", "system"], "after_s": 10.0} if asked is None else asked
+        add_info(writer, stream, kind="process", git={"commit": "abc"}, collect=collect)
+        add_rank(writer, 0, rows_of(Job(steps=5))[0], on_host="h1", helps=True)  # a child that logged
+        for row in rank:
+            _log(writer, stream, **row)
+
+        for reading in readings:
+            writer.event(SOURCE, reading.to_event())
+
+    with StoreReader(folder / STORE_NAME) as reader:
+        return about_run(reader)
+
+
+def test_what_the_aggregator_has_read_is_told(tmp_path):
+    """What the rank has read itself counts; names that are no collectors' are left out."""
+    read = {"git": {"commit": "def"}, "environment": {"python": "3.12"}, "system": {"cores": 8}, "params": {"lr": 7}}
+    mine = {"kind": "collected", "name": "system", "facts": {"cores": 4}}
+    about = _read_on(tmp_path, SourceReading(1, {"git": {"commit": "old"}}), SourceReading(1, read), rank=[mine])
+
+    assert about == About(git={"commit": "def"}, environment={"python": "3.12"}, system={"cores": 4})
+
+
+@pytest.mark.parametrize(
+    ("readings", "ended", "unread", "why"),
+    [
+        ([], 105.0, "git environment system", "the run was shorter than 10 s"),
+        ([], 111.0, "git environment system", "the run ended before they were read"),
+        ([], None, "git environment system", "they are read when the run is 10 s old"),
+        ([SourceReading(7, {"git": {"commit": "of another attempt"}})], 105.0, "git environment system",
+         "the run was shorter than 10 s"),
+        ([SourceReading(1, {"system": {"cores": 8}}, "ended")], 111.0, "git environment",
+         "the run ended before they were read"),
+        ([SourceReading(1, {}, "late")], 1000.0, "git environment system", "reading took too long"),
+        ([SourceReading(1, {}, "elsewhere")], None, "git environment system", "rank 0 is not on the host of the agg"),
+        ([SourceReading(1, {}, "a new one")], None, "git environment system", ""),
+        ([SourceReading(1, {"environment": {"python": "3"}, "system": {"cores": 8}})], None, "git",
+         "git gave no answer: it is not installed"),
+    ],
+)  # fmt: skip
+def test_why_something_was_not_read(tmp_path, readings, ended, unread, why):
+    """The commit of the start is told nevertheless."""
+    about = _read_on(tmp_path, *readings, ended=ended)
+
+    assert about.git == {"commit": "abc"}
+    assert " ".join(about.unread) == unread
+    assert about.not_read.startswith(why)
+    assert bool(about.not_read) == bool(why)
+
+
+@pytest.mark.parametrize("asked", [7, {"names": 7, "after_s": "soon"}, {"names": ["x"]}])
+def test_a_request_of_other_types_gives_no_reason(tmp_path, asked):
+    assert _read_on(tmp_path, asked=asked, ended=105.0).not_read == ""
+
+
+def test_what_settings_turn_off_is_not_missing(tmp_path):
+    """Nor is git outside a repository."""
+    about = _read_on(tmp_path, asked={"names": ["git", "system"], "after_s": 10.0}, ended=105.0)
+
+    assert about.unread == ("git", "system")
 
 
 def test_a_run_that_reported_nothing(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
+from traceml.aggregator.collecting.source_readings import SourceReadings
 from traceml.aggregator.commands import Commands
 from traceml.aggregator.core_takers import CoreTakers
 from traceml.aggregator.hung_jobs import HungJobs
@@ -67,7 +68,7 @@ class Aggregator:
         on_rank: called when a rank has joined.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
-        delivery_nice: nice value of delivery processes.
+        delivery_nice: nice value of delivery processes, and of those that read about the code of a run.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
         alerts: notified of findings.
         profiles: takes profiles by itself.
@@ -110,6 +111,7 @@ class Aggregator:
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._silent: dict[ActiveRun, SilentRanks] = {}
         self._core_takers: dict[ActiveRun, CoreTakers] = {}
+        self._sources = SourceReadings(delivery_nice)
         self._hung = HungJobs(on_run_finished)
         self._alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
         self._profiles = profiles if profiles is not None else FindingProfiles(0.0)
@@ -262,6 +264,7 @@ class Aggregator:
         return await asyncio.shield(self._ending[run]) and run.ended  # a rank may have opened it again
 
     async def _end(self, run: ActiveRun, status: int | None) -> bool:
+        await self._sources.end(run)
         self._recover_flights(run)
         run.settle_exits()
         report_follows = self._on_run_finished is not None
@@ -321,6 +324,7 @@ class Aggregator:
         if self._exit_when_idle:
             await self._await_ranks()
 
+        await self._sources.close()
         for run in self.registry.open_runs:
             over = not run.is_connected and all(stream.ended for stream in run.streams)
             if over and await self.end(run):
@@ -404,6 +408,7 @@ class Aggregator:
             self._hosts.ask(run, verdict.wanted)
             self._alerts.check(run, verdict.findings)
             self._profiles.check(run, verdict.findings)
+            self._sources.check(run)
             run.commit()
             if verdict.is_hang and self._hung.is_due(run):
                 self._start(self._abort_checked(run))

@@ -68,6 +68,7 @@ _log = logging.getLogger("traceml")
 
 # A child that only logs has no steps nor samples.
 _CHILD_CAPACITIES = {table.name: 2 for table in PACKED}
+_MOST_PATHS = 64
 
 
 def _capacity_of_metrics(config: Config) -> dict[str, int]:
@@ -129,4 +130,16 @@ def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
         **_job_end(os.environ),
         **_switches(config),
         **_git(identity, config),
+        **_to_collect(identity, config),
     }
+
+
+def _to_collect(identity: Identity, config: Config) -> dict[str, Any]:
+    """Return what rank 0 leaves to the aggregator of its host to read; nothing where it reads by itself."""
+    if identity.rank_identity.rank != 0 or config.backend or config.collectors:
+        return {}
+
+    wanted = {"git": config.track_git, "environment": config.track_env, "system": config.track_system}
+    names = [name for name, is_on in wanted.items() if is_on]
+    path = [os.path.abspath(each) for each in sys.path[:_MOST_PATHS]]  # noqa: PTH100 - no Path for each
+    return {"collect": {"names": names, "path": path, "mask": list(config.mask), "after_s": config.collect_after}}

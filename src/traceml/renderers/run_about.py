@@ -15,6 +15,7 @@ __all__ = ["about_facts", "machine_text", "map_text"]
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
              "mlflow", "wandb", "clearml", "aim", "tensorboard", "trackio")  # fmt: skip
 _HOSTS = 16
+_COLLECTED = {"git": "uncommitted changes", "environment": "packages, variables", "system": "machine"}
 
 
 def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
@@ -33,6 +34,7 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
         ("packages", _packages(about)),
         ("ranks", f"{view.run.world_size} on {', '.join(view.run.hosts[:_HOSTS])}"),
         ("machine", machine_text(about.system)),
+        ("not read", _not_read(about)),
         *((name, map_text(facts)) for name, facts in _training(about)),
     ]
     return [(name, printable(str(value), lines=True)) for name, value in rows if value]
@@ -58,6 +60,11 @@ def _training(about: About) -> Iterable[tuple[str, Mapping[str, Any]]]:
 def _commit(git: Mapping[str, Any]) -> str | None:
     commit = git.get("commit")
     return f"{commit}{' with uncommitted changes' if git.get('dirty') else ''}" if commit else None
+
+
+def _not_read(about: About) -> str | None:
+    """Return what was to be read beside the training, and was not, with the reason; None where that is not known."""
+    return about.not_read and f"{', '.join(_COLLECTED[name] for name in about.unread)}: {about.not_read}"
 
 
 def _packages(about: About) -> str | None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from traceml.database.schema import INFO, LOGGED
-from traceml.database.store.reader import StoreReader
+from traceml.database.source_reading import SOURCE, SourceReading
+from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.privacy.masker import Masker
 
 __all__ = ["About", "about_run", "package_versions"]
 
 # Facts are at the beginning; later frames contain texts, images, histograms.
 _FRAMES = 64
+_COLLECTORS = ("git", "environment", "system")
+_UNREAD = {
+    "elsewhere": "rank 0 is not on the host of the aggregator; TRACEML_COLLECTORS=git,environment,system reads there",
+    "ended": "the run ended before they were read",
+    "late": "reading took too long",
+    "failed": "they could not be read; the aggregator's log says why",
+}
+_NO_GIT = "git gave no answer: it is not installed, took too long, or the repository belongs to another user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +33,10 @@ class About:
         process: python, traceml, executable, argv, folder.
         model, loader, optimizer: of the training.
         git: from its collector; without it, commit and branch as the process read them at its start.
-        environment, system: from their collectors.
+        environment, system: from their collectors, which rank 0 or the aggregator on its host has started.
+        unread: those of the three that settings do not turn off, and whose collector has told nothing; git outside a
+            repository is none of them.
+        not_read: why there are such; empty where it is not known.
         params: parameters that the user logged, with personal data masked, as reports are shared.
         tags: tags that the training set, with their values, masked too.
     """
@@ -38,6 +50,8 @@ class About:
     system: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    not_read: str = ""
 
 
 def about_run(reader: StoreReader) -> About:
@@ -46,9 +60,10 @@ def about_run(reader: StoreReader) -> About:
     Raises:
         StoreError: the store cannot be read.
     """
-    streams = sorted(reader.streams(), key=lambda stream: (-stream.attempt, stream.rank, -stream.id))
+    ranks = [stream for stream in reader.streams() if not stream.facts.get("helps")]
+    first = sorted(ranks, key=lambda stream: (-stream.attempt, stream.rank, -stream.id))[:1]
     found: dict[str, dict[str, Any]] = {}
-    for stream in streams[:1]:
+    for stream in first:
         for row in _rows(reader, INFO.name, stream.id):
             if row.get("kind") in ("process", "model", "loader", "optimizer"):
                 found.setdefault(row["kind"], {name: row[name] for name in row if name not in ("kind", "t_ns")})
@@ -58,17 +73,59 @@ def about_run(reader: StoreReader) -> About:
                 found.setdefault("params", {}).update(row.get("params") or {})
             elif row.get("kind") in ("tags", "experiment"):
                 found.setdefault("tags", {}).update(row.get("tags") or {})
-            elif row.get("kind") == "collected" and row.get("name") in ("git", "environment", "system"):
+            elif row.get("kind") == "collected" and row.get("name") in _COLLECTORS:
                 found[row["name"]] = dict(row.get("facts") or {})
 
-    head = found.get("process", {}).pop("git", None)
+    reading = _reading_of(reader, first)
+    for name, facts in reading.facts.items() if reading is not None else ():
+        if name in _COLLECTORS:
+            found.setdefault(name, dict(facts))  # what the rank has read itself counts
+
+    process = found.get("process", {})
+    head, asked = process.pop("git", None), process.pop("collect", None)
+    unread = tuple(name for name in _wanted(asked) if name not in found and (name != "git" or head)) if first else ()
     if isinstance(head, Mapping):
         found.setdefault("git", dict(head))
 
     for name in ("params", "tags"):
         found[name] = Masker().mask_mapping(found.get(name, {}))
 
-    return About(**found)
+    return About(**found, unread=unread, not_read=_why_not(unread, reading, asked, first) if unread else "")
+
+
+def _wanted(asked: Any) -> Sequence[str]:
+    """Return the collectors that settings have not turned off, as far as the rank has told."""
+    names = asked.get("names") if isinstance(asked, Mapping) else None
+    return [name for name in _COLLECTORS if name in names] if isinstance(names, list) else _COLLECTORS
+
+
+def _reading_of(reader: StoreReader, first: Sequence[StreamRecord]) -> SourceReading | None:
+    event = reader.last_event(SOURCE)
+    reading = None if event is None else SourceReading.from_event(event.data)
+    return reading if reading is not None and [reading.stream] == [stream.id for stream in first] else None
+
+
+def _why_not(unread: Sequence[str], reading: SourceReading | None, asked: Any, first: Sequence[StreamRecord]) -> str:
+    """Return why collectors have told nothing.
+
+    Args:
+        unread: the collectors.
+        reading: what the aggregator has read.
+        asked: what the rank has asked it to read; None where it has not.
+        first: the rank.
+    """
+    if reading is not None:
+        return _UNREAD.get(reading.unread, _NO_GIT if unread == ("git",) else "")
+    due_s = asked.get("after_s") if isinstance(asked, Mapping) else None
+    if not isinstance(due_s, int | float):
+        return ""
+
+    began_s, ended_s = (first[0].facts.get(name) for name in ("started", "ended"))
+    if ended_s is None:
+        return f"they are read when the run is {due_s:g} s old"
+
+    is_short = began_s is not None and ended_s - began_s < due_s
+    return f"the run was shorter than {due_s:g} s" if is_short else _UNREAD["ended"]
 
 
 def package_versions(environment: Mapping[str, Any]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import msgspec
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError, StoreVersionError, TraceMLError
 from traceml.run_folder import REPORT_NAME, STORE_NAME
-from traceml.runs.report.report_types import SourceSection, StepsSection, rate_of, read_report, read_summary
+from traceml.runs.report.report_types import RunOrigin, StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
 from traceml.track.tracker_state import DeliveryPhase, states_of
@@ -143,7 +143,7 @@ def describe_run(path: Path) -> RunInfo:
     stored = _stored(path, with_verdict=summary is None)
     run = stored.run
     verdict, steps = (stored.verdict, StepsSection()) if summary is None else (summary.verdict, summary.steps)
-    source = SourceSection() if summary is None else summary.run
+    source = RunOrigin() if summary is None else summary.run
     started, ended = run.get("started"), run.get("ended")
     labels = read_labels(path)
     return RunInfo(

@@ -34,6 +34,7 @@ class InitArguments(TypedDict, total=False):
     track_system: bool
     track_git: bool
     track_env: bool
+    collect_after: float
     sample_interval: float
     sampler_intervals: Mapping[str, float]
     stack_interval: float

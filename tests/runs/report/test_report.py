@@ -22,6 +22,7 @@ from tests.runs.fabricated_store import (
     store_run,
 )
 from traceml.database.schema import DEVICE_STEPS, HOST, LINES, PROCESS
+from traceml.database.source_reading import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreError
@@ -479,6 +480,23 @@ def test_the_source_of_a_run_is_in_its_report(tmp_path):
 
     run = report_on(tmp_path / "run")["run"]
     assert [run["commit"], run["branch"], run["dirty"]] == ["c0ffee", "main", None]
+
+
+def test_what_was_read_of_the_source_is_in_the_report(tmp_path):
+    """Uncommitted changes, packages and variables, and why there are none."""
+    git = {"commit": "c0ffee", "dirty": True, "remote": "host:repo", "diff": "-a\n+b", "diff_truncated": True}
+    environment = {"packages": "numpy==2.3.1\ntorch==2.9", "variables": {"RANK": "0"}}
+    with open_store(tmp_path / "run") as writer:
+        add_rank(writer, 0, rows_of(Job(steps=5))[0])
+        writer.event(SOURCE, SourceReading(1, {"git": git, "environment": environment}, "late").to_event())
+
+    report = report_on(tmp_path / "run")
+    assert [report["run"]["commit"], report["run"]["dirty"]] == ["c0ffee", True]
+    assert report["source"] == {
+        "remote": "host:repo", "diff": "-a\n+b", "diff_truncated": True,
+        "packages": {"numpy": "2.3.1", "torch": "2.9"}, "variables": {"RANK": "0"},
+        "not_read": "reading took too long",
+    }  # fmt: skip
 
 
 def test_a_run_outside_a_repository_has_no_source(tmp_path):

@@ -99,6 +99,51 @@ def test_git_without_commit_branch_or_repository(repository: Path, tmp_path: Pat
     assert GitCollector({"folder": str(tmp_path / "gone")}).collect() == []
 
 
+def test_git_of_large_files_has_no_text(repository: Path) -> None:
+    """Git would hold them in memory several times; changes of other files follow."""
+    (repository / "data.csv").write_text("a\n")
+    git(repository, "add", "data.csv")
+    git(repository, "commit", "-q", "-m", "second")
+    with (repository / "data.csv").open("r+b") as data:
+        data.truncate(1 << 30)
+
+    (repository / "train.py").write_text("lr = 0.2\n")
+    facts = facts_of(GitCollector({"folder": str(repository)}))
+
+    assert "Binary files a/data.csv and b/data.csv differ" in facts["diff"]
+    assert "+lr = 0.2" in facts["diff"]
+
+
+def test_git_that_refuses_hangs_or_is_missing(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is told, nothing is raised, and nothing is waited for longer than the time that it has."""
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # as for a repository of another user
+    assert GitCollector({"folder": str(repository)}).collect() == []
+
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    assert GitCollector({"folder": str(repository)}).collect() == []
+
+    (folder / "git").write_text("#!/bin/sh\nexec /bin/sleep 3600\n")
+    (folder / "git").chmod(0o755)
+    assert GitCollector({"folder": str(repository), "git_timeout_s": 0.2}).collect() == []
+
+
+def test_git_of_the_folder_within_a_hook(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository of the hook, whose variables git sets, is not asked."""
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
+        monkeypatch.setenv(name, str(tmp_path / "other"))
+
+    facts = facts_of(GitCollector({"folder": str(repository)}))
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name)
+
+    assert facts["commit"] == git(repository, "rev-parse", "HEAD")
+    assert not facts["dirty"]
+
+
 @pytest.mark.parametrize(
     ("address", "shown"),
     [
@@ -135,6 +180,17 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "and more" not in facts["command"]
     assert "x y" not in facts["command"]
     assert facts["command"].startswith("train.py --lr 0.1 --api-key ")
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"), [({"OMP_NUM_THREADS": "5", "A": "b"}, {"OMP_NUM_THREADS": "5"}), (None, {})]
+)
+def test_environment_of_another_process(environ: dict[str, str] | None, told: dict[str, str]) -> None:
+    """Its variables and its version are told, none where they are not known."""
+    facts = facts_of(EnvironmentCollector({"argv": [], "python": "3.99.1", "environ": environ}))
+
+    assert facts["variables"] == told
+    assert facts["python"] == "3.99.1"
 
 
 def test_our_own_secrets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

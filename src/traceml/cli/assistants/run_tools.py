@@ -35,6 +35,7 @@ _LONGEST_TEXT = 2_000
 _MOST_RUNS = 100
 _NOT_ASKED = ("schema", "traceml_version", "hidden_metrics", "step_times")
 _SECTIONS = tuple(name for name in Report.__struct_fields__ if name not in _NOT_ASKED)
+_USUAL_SECTIONS = tuple(name for name in _SECTIONS if name != "source")
 
 
 class RunTools:
@@ -86,13 +87,14 @@ class RunTools:
         Args:
             run: id of the run, its last characters, or latest.
             sections: some of run, verdict, time, findings, steps, phases, ranks, lines, memory, system, metrics,
-                trackers, telemetry, setup; all by default. `lines` has the lines of code that took the time.
+                trackers, telemetry, setup, source; all but `source` by default. `lines` has the lines of code that took
+                the time, `source` uncommitted changes, packages and environment variables.
         """
         if unknown := sorted(set(sections or ()) - set(_SECTIONS)):
             raise UsageError(f"no such section: {', '.join(unknown)}. Sections: {', '.join(_SECTIONS)}")
 
         document = current_report(self._find(run)).to_dict()
-        return bounded({name: document[name] for name in (sections or _SECTIONS) if name in document})
+        return bounded({name: document[name] for name in (sections or _USUAL_SECTIONS) if name in document})
 
     def findings(self, run: str = "latest") -> dict[str, Any]:
         """Return what limits a run: each finding with its summary, advice, cost, gain and evidence; the verdict first.

@@ -19,6 +19,7 @@ from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report, read_report
+from traceml.runs.report.run_source import about_report
 from traceml.runs.rows.logged_media import MediaGroup
 from traceml.runs.run_labels import RunLabels, labels_time, read_labels
 from traceml.runs.run_query import RunFields
@@ -172,7 +173,7 @@ class RunSource:
 
         problem = "The store of this run is gone; this page shows its report."
         charts, labels = self._charts(view, None), read_labels(self._path)
-        about = About(params=report.setup.params, model=report.setup.model)
+        about = about_report(report)
         return self._changed(exists=True, problem=problem, view=view, charts=charts, labels=labels, about=about)
 
     def _changed(self, **values: Any) -> RunState:

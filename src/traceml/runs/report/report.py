@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.store.reader import StoreReader
@@ -20,6 +19,7 @@ from traceml.runs.report import sections
 from traceml.runs.report.profiled_operators import with_operators
 from traceml.runs.report.report_types import SCHEMA, Report, RunSection, TelemetrySection, read_report
 from traceml.runs.report.restarts import restarts, stood_s
+from traceml.runs.report.run_source import add_source
 from traceml.runs.report.run_times import run_times
 from traceml.runs.report.setup_facts import setup_section, step_times_section
 from traceml.runs.report.trackers import trackers
@@ -69,15 +69,8 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
     report = make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
     about = about_run(reader)
     report.setup, report.step_times = setup_section(digest, reader, about), step_times_section(window)
-    _add_source(report.run, about.git)
+    add_source(report, about)
     return report
-
-
-def _add_source(run: RunSection, git: Mapping[str, Any]) -> None:
-    commit, branch, dirty = (git.get(name) for name in ("commit", "branch", "dirty"))
-    run.commit = commit if isinstance(commit, str) else None
-    run.branch = branch if isinstance(branch, str) else None
-    run.dirty = dirty if isinstance(dirty, bool) else None
 
 
 def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime | None:

@@ -28,6 +28,7 @@ __all__ = [
     "Report",
     "ReportSummary",
     "RestartSection",
+    "RunOrigin",
     "RunSection",
     "SetupSection",
     "SourceSection",
@@ -343,6 +344,21 @@ class SetupSection(msgspec.Struct, kw_only=True):
     core_wait_share: float | None = None
 
 
+class SourceSection(msgspec.Struct, kw_only=True):
+    """Code and environment of the run beside `commit`, `branch` and `dirty`, masked.
+
+    `diff` has the uncommitted changes of files that git tracks, at most 256 KiB of them (`diff_truncated`). `not_read`
+    is why what is empty was not read; it is empty where all was, and where that is not known.
+    """
+
+    remote: str | None = None
+    diff: str = ""
+    diff_truncated: bool = False
+    packages: dict[str, str] = {}
+    variables: dict[str, str] = {}
+    not_read: str = ""
+
+
 class StepTimes(msgspec.Struct, kw_only=True):
     """Times of single steps, the mean over ranks, so that a report without its run can be compared.
 
@@ -373,6 +389,7 @@ class Report(JsonDocument, msgspec.Struct, kw_only=True):
     trackers: list[TrackerSection] = []
     telemetry: TelemetrySection = msgspec.field(default_factory=TelemetrySection)
     setup: SetupSection = msgspec.field(default_factory=SetupSection)
+    source: SourceSection = msgspec.field(default_factory=SourceSection)
     step_times: StepTimes = msgspec.field(default_factory=StepTimes)
 
     @classmethod
@@ -396,7 +413,7 @@ def read_report(path: Path) -> Report:
         raise StoreError(f"{path} is not a report: {error}") from error
 
 
-class SourceSection(msgspec.Struct):
+class RunOrigin(msgspec.Struct):
     """The parts of a report's `run` that lists of runs show and stores do not have at hand."""
 
     commit: str | None = None
@@ -408,7 +425,7 @@ class ReportSummary(msgspec.Struct):
     """The parts of a report that lists of runs show."""
 
     verdict: Finding
-    run: SourceSection = msgspec.field(default_factory=SourceSection)
+    run: RunOrigin = msgspec.field(default_factory=RunOrigin)
     steps: StepsSection = msgspec.field(default_factory=StepsSection)
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from traceml.database.snapshots import SNAPSHOT
+from traceml.database.source_reading import SOURCE
 from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS
@@ -14,8 +15,8 @@ from traceml.diagnosis.steps.representatives import HOST_CHOICE
 __all__ = ["RunEvents"]
 
 _KEPT = 200
-_READINGS = {SNAPSHOT, CORE_TAKERS, HOST_CHOICE, HOST_SUMS}
-"""Kinds that are stored every few seconds for the diagnosis, whose finding tells what they say."""
+_READINGS = {SNAPSHOT, CORE_TAKERS, HOST_CHOICE, HOST_SUMS, SOURCE}
+"""Kinds that are stored for the diagnosis, whose finding tells what they say, or for the run's overview."""
 
 
 class RunEvents:

@@ -28,8 +28,8 @@ __all__ = ["OverviewPanel"]
 
 _PARAMETERS = 300
 _NOT_COLLECTED = (
-    "Uncommitted changes, packages and variables are recorded with an Experiment, a tracker, or the setting "
-    "collectors: TRACEML_COLLECTORS=git,environment,system."
+    "Uncommitted changes, packages and variables of this run were not recorded. Rank 0 reads them at its start with an "
+    "Experiment, a tracker, or the setting collectors: TRACEML_COLLECTORS=git,environment,system."
 )
 
 
@@ -68,7 +68,7 @@ class OverviewPanel:
         """Show the current facts."""
         about = state.about
         self._facts.show([*_identity(state, view), *about_facts(view, about)])
-        set_visible(self._not_collected, not about.environment)
+        set_visible(self._not_collected, "environment" in about.unread and not about.not_read)
         self._show_links(view)
         params = view.report.setup.params or about.params
         shown = list(params.items())[:_PARAMETERS]

@@ -1,9 +1,9 @@
-"""Collector process, a child of a rank.
+"""Collector process, a child of a rank, or of the aggregator on the host of rank 0.
 
 It reads its request from standard input, as one line of JSON, and writes rows to standard output, as msgpack:
 `{"kind": "collected", "name", "facts"}`, `{"kind": "metric", "name", "value", "step", "t_ns"}`,
 `{"kind": "warning", "text"}` and, when all collectors that read once have done so, `{"kind": "once"}`. It ends with its
-last collector, or when its standard input ends, which is when the rank ends.
+last collector, or when its standard input ends, which is when its parent ends.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def main() -> None:
     collectors.start()
     threading.Thread(target=collectors.join, daemon=True).start()
     # Forked children of the rank hold the pipe too, so an open pipe does not mean that the rank lives.
-    rank = os.getppid()
-    while os.getppid() == rank:
+    parent = os.getppid()
+    while os.getppid() == parent:
         if select.select([0], [], [], 1.0)[0] and not os.read(0, 4096):
             break
 

@@ -36,7 +36,8 @@ class EnvironmentCollector(CollectorInterface):
     """Reads versions, packages, the command line and the relevant variables.
 
     Args:
-        config: `argv`, `executable`, `path` (sys.path) and `folder` of the training process, and the setting `mask`.
+        config: `argv`, `executable`, `path` (sys.path) and `folder` of the training process, and the setting `mask`;
+            where that is no parent of this process, also its `python` (version) and `environ` (None: not known).
     """
 
     metadata = PluginMetadata(name="environment", version="1", description="Python, packages, CUDA, command, variables")
@@ -52,14 +53,15 @@ class EnvironmentCollector(CollectorInterface):
         path = [str(each) for each in config.get("path") or sys.path]
         # Masked as a list, where an option tells about the next argument; in joined text an argument may end anywhere.
         argv = Masker(config.get("mask") or ()).mask_value("command", [str(each) for each in config.get("argv") or ()])
+        environ: Mapping[str, str] = config.get("environ", os.environ) or {}
         facts: dict[str, Any] = {
-            "python": platform.python_version(),
+            "python": config.get("python") or platform.python_version(),
             "implementation": platform.python_implementation(),
             "executable": config.get("executable") or sys.executable,
             "traceml": __version__,
             "folder": config.get("folder") or "",
             "command": shlex.join(argv),
-            "variables": {name: os.environ[name] for name in sorted(os.environ) if _is_relevant(name)},
+            "variables": {name: environ[name] for name in sorted(environ) if _is_relevant(name)},
             "packages": "\n".join(sorted(_packages(path), key=str.lower)),
         }
         facts |= _torch(path)

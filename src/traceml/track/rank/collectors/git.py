@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ __all__ = ["GitCollector"]
 MAX_DIFF_BYTES = 256 * 1024
 _TIMEOUT_S = 20.0
 # Read-only: takes no lock, asks for no password, starts no pager and no program that the repository configures.
-_GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "--no-pager")
+# Files above 16 MiB are compared without their text, which git would hold in memory several times.
+_GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-c", "core.bigFileThreshold=16m",
+        "--no-pager")  # fmt: skip
+# Set in hooks of git, for the repository of the hook.
+_OTHER_REPOSITORY = {
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE",
+    "GIT_PREFIX", "GIT_EXTERNAL_DIFF",
+}  # fmt: skip
 _ENVIRON = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
 
@@ -27,7 +35,7 @@ class GitCollector(CollectorInterface):
     """Reads the repository of the script, else that of the working directory.
 
     Args:
-        config: `script` and `folder`: paths of the training process.
+        config: `script` and `folder`: paths of the training process; `git_timeout_s`: longest time of a command.
     """
 
     metadata = PluginMetadata(name="git", version="1", description="commit, branch, uncommitted changes, remote")
@@ -36,18 +44,20 @@ class GitCollector(CollectorInterface):
         script, folder = config.get("script"), config.get("folder") or "."
         self._folders = [Path(folder, script).parent] if script else []
         self._folders.append(Path(folder))
+        self._timeout_s = float(config.get("git_timeout_s", _TIMEOUT_S))
 
     def collect(self) -> list[Metric | dict[str, Any]]:
         """Return one map: commit, branch, dirty, remote, diff, diff_truncated; nothing outside a repository."""
         for folder in self._folders:
-            status = _output(folder, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+            read = partial(_output, folder, self._timeout_s)
+            status = read("status", "--porcelain=v2", "--branch", "--untracked-files=no")
             if status is not None:
-                return [_facts(folder, status)]
+                return [_facts(read, status)]
 
         return []
 
 
-def _facts(folder: Path, status: str) -> dict[str, Any]:
+def _facts(read: Callable[..., str | None], status: str) -> dict[str, Any]:
     lines = status.splitlines()
     heads = dict(line.removeprefix("# branch.").split(" ", 1) for line in lines if line.startswith("# branch."))
     is_dirty = any(not line.startswith("#") for line in lines)
@@ -57,26 +67,26 @@ def _facts(folder: Path, status: str) -> dict[str, Any]:
         "branch": None if branch == "(detached)" else branch,
         "dirty": is_dirty,
     }
-    remote = _remote(folder, heads.get("upstream", ""))
+    remote = _remote(read, heads.get("upstream", ""))
     if remote:
         facts["remote"] = without_credentials(remote)
 
     if is_dirty:
-        diff = _output(folder, "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", limit=MAX_DIFF_BYTES)
+        diff = read("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", limit=MAX_DIFF_BYTES)
         facts["diff"] = diff or ""
         facts["diff_truncated"] = len((diff or "").encode()) >= MAX_DIFF_BYTES
 
     return facts
 
 
-def _remote(folder: Path, upstream: str) -> str | None:
-    names = (_output(folder, "remote") or "").split()
+def _remote(read: Callable[..., str | None], upstream: str) -> str | None:
+    names = (read("remote") or "").split()
     if not names:
         return None
 
     wanted = upstream.partition("/")[0]
     name = next((each for each in (wanted, "origin") if each in names), names[0])
-    return (_output(folder, "remote", "get-url", name) or "").strip() or None
+    return (read("remote", "get-url", name) or "").strip() or None
 
 
 def without_credentials(url: str) -> str:
@@ -98,9 +108,9 @@ def _without_user(user: str) -> str:
     return "git@" if user == "git" else ""
 
 
-def _output(folder: Path, *arguments: str, limit: int = 1 << 20) -> str | None:
+def _output(folder: Path, timeout_s: float, *arguments: str, limit: int = 1 << 20) -> str | None:
     """Return git's output, at most `limit` bytes; None when it fails or there is no git."""
-    environ = {key: value for key, value in os.environ.items() if key not in {"GIT_DIR", "GIT_EXTERNAL_DIFF"}}
+    environ = {key: value for key, value in os.environ.items() if key not in _OTHER_REPOSITORY}
     try:
         process = subprocess.Popen(
             [*_GIT, *arguments],
@@ -114,7 +124,7 @@ def _output(folder: Path, *arguments: str, limit: int = 1 << 20) -> str | None:
         return None
 
     assert process.stdout is not None
-    deadline = threading.Timer(_TIMEOUT_S, process.kill)  # the file system of a repository may hang
+    deadline = threading.Timer(timeout_s, process.kill)  # the file system of a repository may hang
     deadline.daemon = True
     deadline.start()
     with process.stdout:

@@ -1,0 +1,189 @@
+"""Readings of code, environment and machine of runs whose rank 0 leaves that to its aggregator.
+
+One process of the lowest priority reads once for each start of a job, beside the training, when the run has come to an
+age at which its cost is small. It is killed when the run ends, or when it takes too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from traceml.aggregator.collecting.source_request import SourceRequest, find_request
+from traceml.database.schema import INFO
+from traceml.database.source_reading import SOURCE, SourceReading
+from traceml.errors import PluginError
+from traceml.fail_open import fail_open
+from traceml.run_folder import STORE_NAME
+
+if TYPE_CHECKING:
+    from traceml.aggregator.active_run import ActiveRun
+    from traceml.aggregator.streams import Stream
+
+__all__ = ["SourceReadings"]
+
+# The priority first: the imports alone are half of the work.
+_BOOT = (
+    "from traceml.priority import lower_priority; lower_priority({nice}); "
+    "from traceml.track.rank.collectors.collector_main import main; main()"
+)
+_POLL_S, _POLLS = 1.0, 60
+_LONGEST_S = 300.0  # half a second of CPU time, beside a training that takes all cores
+_KILLED_S = 1.0  # a process that a file system holds ends later
+
+_log = logging.getLogger("traceml")
+
+
+class SourceReadings:
+    """Readings of the runs of an aggregator, one for each start of a job.
+
+    Args:
+        nice: nice value of the processes.
+    """
+
+    def __init__(self, nice: int) -> None:
+        self._boot = _BOOT.format(nice=nice)
+        self._runs: dict[ActiveRun, _RankReading] = {}
+
+    def check(self, run: ActiveRun) -> None:
+        """Begin when rank 0 of the newest start of the job has come. Call it about once a second."""
+        known = self._runs.get(run)
+        if known is not None and known.attempt == run.attempt:
+            return
+
+        rank = next((each for each in run.connected if _is_first(each, run)), None)
+        if rank is not None:
+            if known is not None:
+                known.cancel()
+
+            self._runs[run] = _RankReading(run, rank, self._boot)
+
+    async def end(self, run: ActiveRun) -> None:
+        """End the reading of a run that ends; what was read is stored."""
+        known = self._runs.pop(run, None)
+        if known is not None:
+            known.cancel()
+            await known.ended()
+
+    async def close(self) -> None:
+        """End all readings."""
+        for run in list(self._runs):
+            await self.end(run)
+
+
+def _is_first(stream: Stream, run: ActiveRun) -> bool:
+    return stream.rank == 0 and stream.attempt == run.attempt and not stream.is_helper
+
+
+class _RankReading:
+    """The reading of one start of a job, from the arrival of its rank 0."""
+
+    def __init__(self, run: ActiveRun, rank: Stream, boot: str) -> None:
+        self.attempt = rank.attempt
+        self._run, self._rank, self._boot = run, rank, boot
+        self._began_s = time.monotonic()
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._task = asyncio.create_task(self._read())
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+    async def ended(self) -> None:
+        await asyncio.wait({self._task})
+
+    async def _read(self) -> None:
+        with fail_open(_log, "aggregator", f"changes and packages of run {self._run.id} are not known", once=True):
+            request, names = await self._request()
+            if request is None or request.collect is None or not names:
+                return
+
+            if not self._rank.seen_here:
+                self._store("elsewhere")
+                return
+
+            await asyncio.sleep(request.collect.after_s - (time.monotonic() - self._began_s))
+            _, names = await self._find()  # an Experiment has begun meanwhile
+            if names:
+                await self._collect(request.line(names, self._rank.incarnation.pid))
+
+    async def _request(self) -> tuple[SourceRequest | None, list[str]]:
+        for _ in range(_POLLS):
+            await asyncio.sleep(_POLL_S)
+            if self._rank.next.get(INFO.name):
+                request, names = await self._find()
+                if request is not None:
+                    return request, names
+
+        return None, []
+
+    async def _find(self) -> tuple[SourceRequest | None, list[str]]:
+        return await asyncio.to_thread(find_request, self._run.path / STORE_NAME, self._rank.id)
+
+    async def _collect(self, request: bytes) -> None:
+        unread = "failed"
+        try:
+            async with asyncio.timeout(_LONGEST_S):
+                await self._run_collectors(request)
+
+            unread = ""
+        except TimeoutError:
+            unread = "late"
+        except asyncio.CancelledError:
+            unread = "ended"
+            raise
+        finally:
+            self._store(unread)
+
+    async def _run_collectors(self, request: bytes) -> None:
+        """Take what a process of the collectors reads, until its end.
+
+        Raises:
+            PluginError: it has failed.
+        """
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-c", self._boot, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(request)  # it stays open: the process ends with it
+            unpacker = msgpack.Unpacker(max_buffer_size=4 << 20)
+            while data := await process.stdout.read(1 << 16):
+                unpacker.feed(data)
+                for row in unpacker:
+                    self._take(row)
+
+            if await process.wait():
+                raise PluginError(f"the process of the collectors ended with status {process.returncode}")
+        finally:
+            await _kill(process)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "collected":
+            self._facts[row["name"]] = row["facts"]
+        elif row["kind"] == "warning":
+            with fail_open(_log, "aggregator", f"facts of run {self._run.id} are missing"):
+                raise PluginError(row["text"])
+
+    def _store(self, unread: str) -> None:
+        if not self._run.ended:
+            self._run.store.event(SOURCE, SourceReading(self._rank.id, self._facts, unread).to_event())
+
+
+async def _kill(process: Process) -> None:
+    """Kill a process and those that it has started, unless it has ended."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _KILLED_S)

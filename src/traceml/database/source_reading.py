@@ -1,0 +1,50 @@
+"""Record of what an aggregator has read for a rank that does not collect: code, environment and machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+__all__ = ["SOURCE", "SourceReading"]
+
+SOURCE = "source"
+"""Kind of the event in the run's store."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReading:
+    """One reading, for one start of a job.
+
+    Attributes:
+        stream: of rank 0, in the store.
+        facts: by collector, masked.
+        unread: why facts are missing: `elsewhere` (rank 0 is on another host), `ended` (the run, before they were
+            read), `late` (reading took too long) or `failed`; empty where collectors have read all that there is.
+    """
+
+    stream: int
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unread: str = ""
+
+    @classmethod
+    def from_event(cls, data: Mapping[str, Any]) -> Self:
+        """Return the reading of an event; what is no map of facts is left out."""
+        facts = data.get("facts")
+        pairs = facts.items() if isinstance(facts, Mapping) else ()
+        stream, unread = data.get("stream"), data.get("unread")
+        return cls(
+            stream if isinstance(stream, int) else -1,
+            {name: each for name, each in pairs if isinstance(name, str) and isinstance(each, Mapping)},
+            unread if isinstance(unread, str) else "",
+        )
+
+    def is_whole_for(self, stream: int) -> bool:
+        """Return whether it has read all that there was about a stream's process."""
+        return self.stream == stream and not self.unread
+
+    def to_event(self) -> dict[str, Any]:
+        """Return it as the data of an event."""
+        return {"stream": self.stream, "facts": {name: dict(each) for name, each in self.facts.items()}} | (
+            {"unread": self.unread} if self.unread else {}
+        )

@@ -1,0 +1,43 @@
+"""Facts that a rank tells about its process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from traceml.recorder.identity import identify
+from traceml.recorder.recorder_facts import process_facts
+from traceml.settings import Config
+
+
+def _collect(**settings: Any) -> Any:
+    config = Config(**settings)
+    return process_facts(identify(config), config).get("collect")
+
+
+def test_rank_0_leaves_changes_and_packages_to_the_aggregator() -> None:
+    """It tells where they are, when they are read, and which patterns are masked."""
+    asked = _collect(mask=("customer_*",), track_env=False, collect_after=30.0)
+
+    assert asked["names"] == ["git", "system"]
+    assert (asked["mask"], asked["after_s"]) == (["customer_*"], 30.0)
+    assert [Path(each) for each in asked["path"]] == [Path(each).absolute() for each in sys.path[:64]]
+
+
+def test_settings_turn_it_off() -> None:
+    assert _collect(track_git=False, track_env=False, track_system=False)["names"] == []
+
+
+@pytest.mark.parametrize("given", [{"backend": ("jsonl",)}, {"collectors": ("git",)}])
+def test_a_rank_that_collects_leaves_nothing(given: dict[str, Any]) -> None:
+    assert _collect(**given) is None
+
+
+def test_other_ranks_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    assert _collect() is None
