@@ -616,3 +616,19 @@ def test_what_is_saved_after_an_evaluation(traced: Traced, tmp_path: Path) -> No
     rows = traced.finish()
     assert [index for index, row in enumerate(rows) if row["checkpoint_ns"]] == [5]
     assert [row["batches"] for row in traced.table("evals")] == [3, 3]
+
+
+def test_the_end_of_the_loop_is_known(traced: Traced) -> None:
+    """Between epochs and after the last step another one is open, of which nothing is done."""
+    model = net()
+    optimizer = sgd(model)
+    clock, seen = traced.instrumentation.clock, []
+    for _ in range(2):
+        for (x,) in data(3):
+            seen.append(clock.loop_has_ended)
+            train(model, optimizer, x)
+            seen.append(clock.loop_has_ended)
+
+        assert clock.loop_has_ended
+
+    assert not any(seen)

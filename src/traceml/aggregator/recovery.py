@@ -208,13 +208,15 @@ def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str,
     elif phase is not None:
         user = image.open_user_phase or names.get(image.slot(Slot.USER_NAME)) if phase is Phase.USER else None
         facts["open_phase"] = user or phase.name.lower()
-    elif image.open_step is not None:
+    elif image.slot(Slot.EXIT_START):
+        facts["open_phase"] = "exit"
+    elif image.is_in_step:
         facts["open_phase"] = "other"
 
     if (line := names.get(image.line_id)) is not None:
         facts["seen"] = line
 
-    if image.open_step is not None:
+    if image.is_in_step:
         facts |= {"open_step": image.open_step, "open_since_ns": since_ns}
         if began_ns := image.slot(Slot.STEP_START):
             facts["open_s"] = max(image.slot(Slot.HEARTBEAT) - began_ns, 0) / 1e9

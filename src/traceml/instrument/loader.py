@@ -44,7 +44,7 @@ class LoaderToken:
         is_left: its last iterator is gone, as after `next(iter(loader))`: a step closes without another request.
     """
 
-    is_left = _is_read = False
+    is_left = is_read = False
     _iterator: Any = None
     _before: int | None = 0  # batches of the iterators before the newest one; None where one was left early
     _epoch = 0
@@ -102,8 +102,8 @@ class LoaderToken:
 
     def read(self, clock: StepClock, is_read: bool) -> None:
         """Take down whether a loop reads the loader, or has read it to its end or left it."""
-        if is_read is not self._is_read and clock.is_training_thread():
-            self._is_read = is_read
+        if is_read is not self.is_read and clock.is_training_thread():
+            self.is_read = is_read
             clock.open_slots[_ITERATING] += 1 if is_read else -1
 
 

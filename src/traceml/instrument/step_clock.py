@@ -76,6 +76,15 @@ class StepClock(SegmentedStep):
         """Whether an optimizer has stepped in the open step, so that the end of training closes it."""
         return bool(self.pending or self.attempt)
 
+    @property
+    def loop_has_ended(self) -> bool:
+        """Whether the training loader is at its end, and no part of another step has begun since."""
+        loader = self.training_loader
+        if loader is None or loader.is_read or self.batch is not None:
+            return False
+
+        return not (self.forward_ns or self.backwards or self.attempt)
+
     def boundary(self, t: int, loader: Any) -> None:
         """Handle a request to a loader: decide what kind of segment ends here.
 

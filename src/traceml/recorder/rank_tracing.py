@@ -117,6 +117,11 @@ class RankTracing:
         """Whether the end of training closes the open step; else it is dropped."""
         return self.instrumentation is not None and self.instrumentation.clock.has_stepped
 
+    @property
+    def loop_has_ended(self) -> bool:
+        """Whether the training loop is over, as far as is known, so that the open step is none."""
+        return self.instrumentation is not None and self.instrumentation.clock.loop_has_ended
+
     def phase_left(self, error: BaseException | None) -> dict[str, str]:
         """Return the phase that an exception has left, where the traceback does not show it."""
         phase = self.instrumentation.clock.phase_of(error) if self.instrumentation is not None else None
@@ -196,7 +201,7 @@ class RankTracing:
             self._note("worker_lost", urgent=True, **lost.popleft(), **self._death_causes.facts())
 
     def _check_progress(self, last: bool) -> None:
-        self._flight.open_slots[Slot.EVALUATING] = int(self.is_evaluating)
+        self._flight.open_slots[Slot.EVALUATING] = 1 if self.is_evaluating else 2 if self.loop_has_ended else 0
         self._quiet(last)
         self._thread.is_attentive = self._quiet.is_quiet or self.profiles.is_used
 

@@ -196,16 +196,16 @@ class Recording:
         self.exit_noted = True
         slots = self.flight.open_slots
         slots[Slot.EXIT_START] = monotonic_ns()
+        reported = {**self.tracing.phase_left(cause_of(error)), **describe(error)}
         facts: dict[str, Any] = {"code": status, "last_step": self.flight.ring("steps").appended - 1}
         if slots[Slot.STEP] >= 0:
             facts["last_step"] = slots[Slot.STEP] - 1  # a resumed training does not count from 0
-            if status or self.tracing.has_stepped:  # after the last step another one is open
+            if self._is_in_step(status, reported):
                 facts["step"] = slots[Slot.STEP]
 
             if began_ns := slots[Slot.STEP_START]:
                 facts["open_s"] = (slots[Slot.EXIT_START] - began_ns) / 1e9
 
-        reported = {**self.tracing.phase_left(cause_of(error)), **describe(error)}
         if (
             self.tracing.is_evaluating and reported.get("open_phase") != Phase.CHECKPOINT.label
         ):  # after an evaluation it saves
@@ -223,6 +223,18 @@ class Recording:
             slots[Slot.STATE] = FlightState.FAILED
 
         self.thread.wake()
+
+    def _is_in_step(self, status: int, reported: Mapping[str, Any]) -> bool:
+        """Whether the end comes in the middle of a step: after the last one another is open, of which nothing is done.
+
+        Args:
+            status: exit status.
+            reported: facts about the exception, with the phase that it has left.
+        """
+        if reported.get("open_phase") in (None, Phase.CHECKPOINT.label) and self.tracing.loop_has_ended:
+            return False
+
+        return bool(status) or self.tracing.has_stepped
 
     @property
     def held(self) -> bool:

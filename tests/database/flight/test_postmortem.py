@@ -122,8 +122,31 @@ def test_innermost_phase_is_the_one_begun_last(tmp_path: Path) -> None:
     assert image.open_phase == (Phase.USER, 1005)
     assert image.open_user_phase == "augment"
     assert image.open_step == 12
+    assert image.is_in_step
     assert image.state is FlightState.RUNNING
     assert image.slot(Slot.STEP_START) == 900
+    flight.close(unlink=True)
+
+
+@pytest.mark.parametrize(
+    ("slots", "is_in_step"),
+    [
+        ({Slot.STEP: -1}, False),
+        ({Slot.EVALUATING: 2}, False),
+        ({Slot.EVALUATING: 2, Slot.ITERATING: 1}, True),
+        ({Slot.EXIT_START: 950}, False),
+    ],
+    ids=["before the first", "after the loop", "in the next epoch since the last heartbeat", "as the process ends"],
+)
+def test_the_open_step_is_none_after_the_last_one(tmp_path: Path, slots: dict[Slot, int], is_in_step: bool) -> None:
+    """The end of a step opens the next one, of which a training that is over has done nothing."""
+    flight = FlightFile.create(tmp_path, {})
+    assert flight.path is not None
+    flight.open_slots[Slot.STEP_START], flight.open_slots[Slot.STEP] = 900, 12
+    for slot, value in slots.items():
+        flight.open_slots[slot] = value
+
+    assert FlightSnapshot(flight.path, flight.path.read_bytes()).is_in_step is is_in_step
     flight.close(unlink=True)
 
 

@@ -38,6 +38,23 @@ def test_a_kill_is_reported_with_the_line_that_was_seen_last():
     assert (finding.evidence["file"], finding.evidence["line"]) == ("/a/train.py", 23)
 
 
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"open_step": 0, "open_phase": "evaluation"}, ", in evaluation, before the first step."),
+        ({"open_step": 42, "last_step": 41, "open_phase": "evaluation"}, ", in evaluation, after step 41."),
+        ({"open_step": 42, "open_phase": "evaluation"}, ", in evaluation, after step 41."),
+        ({"open_step": 42, "last_step": 41, "open_phase": "exit"}, ", in the end of the process, after step 41."),
+        ({"last_step": 41, "open_phase": "checkpoint"}, ", in checkpoint saving, after step 41."),
+    ],
+)
+def test_an_end_outside_the_steps_is_in_none(where, words):
+    """A sanity check comes before the first step, and a script goes on after its last one."""
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, **where),)))[0]
+
+    assert finding.summary == f"Rank 0 was killed by signal 15 (SIGTERM){words}"
+
+
 @pytest.mark.parametrize("seen", [None, "/a/train.py:23 load"])
 def test_a_line_that_is_known_hides_the_one_seen_last(seen):
     """An exception tells its own line."""

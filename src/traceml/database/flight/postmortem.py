@@ -128,7 +128,7 @@ class FlightSnapshot:
     @property
     def is_evaluating(self) -> bool:
         """Whether the model was evaluated."""
-        return bool(self._slots[Slot.EVALUATING])
+        return self._slots[Slot.EVALUATING] == 1
 
     @property
     def crash_text(self) -> str:
@@ -156,6 +156,12 @@ class FlightSnapshot:
     def open_step(self) -> int | None:
         """Number of the open step, None without one."""
         return self._slots[Slot.STEP] if self._slots[Slot.STEP] >= 0 else None
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether the process was in the open step, and had ended neither its training loop nor itself."""
+        is_over = self._slots[Slot.EVALUATING] == 2 and not self._slots[Slot.ITERATING]
+        return self.open_step is not None and not (is_over or self._slots[Slot.EXIT_START])
 
     def slot(self, slot: Slot) -> int:
         """Return the value of a slot."""

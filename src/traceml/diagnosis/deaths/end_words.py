@@ -88,12 +88,12 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
 
 
 def step_text(ended: RankExit) -> str:
-    """Return when a rank ended: `, in step 42, in forward`."""
-    if ended.step is None:
-        return ", before the first step"
-
+    """Return when a rank ended: `, in step 42, in forward`, or `, in evaluation, after step 41`."""
     inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
-    return f", {'in' if ended.open_step is not None else 'after'} step {ended.step}{inside}"
+    if ended.in_step:
+        return f", in step {ended.step}{inside}"
+
+    return f"{inside}, before the first step" if ended.step is None else f"{inside}, after step {ended.step}"
 
 
 def seen_text(ended: RankExit) -> str:

@@ -60,9 +60,17 @@ class RankExit:
     host_lost: str | None = None
 
     @property
+    def in_step(self) -> bool:
+        """Whether it ended in a step: the time of an evaluation, and that after the training, is in none."""
+        return self.open_step is not None and self.open_phase not in ("evaluation", "exit")
+
+    @property
     def step(self) -> int | None:
         """The step in which it ended, or after which; None before the first."""
-        return self.open_step if self.open_step is not None else self.last_step
+        if self.in_step or self.last_step is not None:
+            return self.open_step if self.in_step else self.last_step
+
+        return self.open_step - 1 if self.open_step else None
 
     @property
     def steps(self) -> int:
