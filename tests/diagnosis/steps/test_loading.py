@@ -39,6 +39,26 @@ def test_workers_that_compute_share_the_cores():
     assert pipeline(298, 95).best_workers() == 2
 
 
+@pytest.mark.parametrize(("batches", "gain"), [(None, 1.38), (1000, 1.38), (2, 1.16), (1, 1.0)])
+def test_the_first_batch_of_an_epoch_is_waited_for_with_workers_too(batches, gain):
+    """Workers begin when the loop begins: of two batches of 11 ms next to 29 ms only one is made meanwhile."""
+    short = replace(pipeline(11.4, 29, cores=8), epoch_steps=batches)
+
+    assert short.gain(1) == pytest.approx(gain, abs=0.02)
+
+
+def test_the_length_of_epochs_is_known_by_their_starts():
+    """Steps that waited for the first batch of an iterator, every fifth here."""
+    starts = np.zeros(40, EPOCHS.dtype)
+    starts["step"] = np.arange(40) * 5
+    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+
+    for epochs, known in ((starts, 5.0), (starts[:1], None), (starts[:0], None)):
+        found = pipeline_of(segments, JobFacts(loader=FOLDER, epochs=epochs), 30 * MS)
+        assert found is not None
+        assert found.epoch_steps == known
+
+
 def test_workers_that_wait_may_exceed_the_cores():
     """A fetch that sleeps needs no core."""
     slow = pipeline(64, 8, cpu=0.0)

@@ -38,6 +38,8 @@ class Pipeline:
         worker_cores: cores that all workers together may use, where these are fewer; else None.
         take_ns: time that the training process takes to receive a batch from a worker.
         is_handover: whether it waits for that, and not for the workers to make batches.
+        epoch_steps: mean number of batches of an epoch; None where that is not known. Workers make the first one of an
+            epoch only when the training asks for it.
     """
 
     fetch_ns: float
@@ -49,6 +51,7 @@ class Pipeline:
     worker_cores: int | None = None
     take_ns: float = TAKE_NS
     is_handover: bool = False
+    epoch_steps: float | None = None
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with so many workers: that of the training, of the workers, or of the cores."""
@@ -59,7 +62,14 @@ class Pipeline:
         if self.worker_cores:
             slowest = max(slowest, self.fetch_ns * self.fetch_cpu / self.worker_cores)
 
-        return max(slowest, self._cpu_ns / self.cores) if self.cores else slowest
+        if self.cores:
+            slowest = max(slowest, self._cpu_ns / self.cores)
+
+        if self.epoch_steps is None:
+            return slowest
+
+        first = self.rest_ns + self.take_ns + self.fetch_ns
+        return slowest + max(first - slowest, 0.0) / self.epoch_steps
 
     def best_workers(self) -> int:
         """Return the smallest number of workers that gives nearly the shortest step."""
@@ -137,7 +147,14 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
         worker_cores=use.cores if use is not None and bound else None,
         take_ns=wait_ns if handover else TAKE_NS,
         is_handover=handover,
+        epoch_steps=_epoch_steps(facts),
     )
+
+
+def _epoch_steps(facts: JobFacts) -> float | None:
+    """Return the mean number of steps of an epoch, by the steps that wait for the first batch of one."""
+    starts = facts.epochs["step"]
+    return max((int(starts[-1]) - int(starts[0])) / (len(starts) - 1), 1.0) if len(starts) > 1 else None
 
 
 def are_pauses(segments: Segments, workers: int) -> bool:
