@@ -14,6 +14,7 @@ from traceml.formatting import (
     left_text,
     line_text,
     ms_text,
+    name_order,
     ns_text,
     ordinal_text,
     overhead_text,
@@ -179,3 +180,12 @@ def test_one_thing_is_no_plural():
 def test_left_text(seconds, text):
     """A limit of a fraction of a second is not 0 s."""
     assert left_text(seconds) == text
+
+
+def test_names_are_sorted_by_their_numbers():
+    """As people count, also with leading zeros and other signs, and the same each time."""
+    names = ["layer10.w", "layer2.w", "loss", "layer02.w", "layer2", "a/1", "1", "", "9" * 5000, "acc"]
+
+    assert sorted(names, key=name_order) == [
+        "", "1", "9" * 5000, "a/1", "acc", "layer2", "layer02.w", "layer2.w", "layer10.w", "loss",
+    ]  # fmt: skip

@@ -18,6 +18,7 @@ __all__ = [
     "library_text",
     "line_text",
     "ms_text",
+    "name_order",
     "ns_text",
     "ordinal_text",
     "overhead_text",
@@ -74,12 +75,21 @@ _PHASES = {
 _SHORT_LABELS = {"optimizer": "optim", "checkpoint": "ckpt"}
 _PACKAGES_FOLDER = re.compile(r"^.*/(site-packages|dist-packages|python3\.\d+)/")
 _ELIDED = ".../"  # for folders of a path
+_NUMBERS = re.compile("([0-9]+)")
 _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 
 
 def count_text(count: int | None) -> str:
     """Return `1,204`."""
     return MISSING if count is None else f"{count:,}"
+
+
+def name_order(name: str) -> tuple[tuple[int, str], ...]:
+    """Return the key by which names are sorted for people: `layer2` comes before `layer10`."""
+    parts = _NUMBERS.split(name)  # texts and numbers by turns
+    numbers = [part.lstrip("0") if index % 2 else "" for index, part in enumerate(parts)]
+    ordered = ((len(number), number or part) for part, number in zip(parts, numbers, strict=True))
+    return (*ordered, (0, name))
 
 
 def cores_text(cores: float) -> str:

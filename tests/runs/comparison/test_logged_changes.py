@@ -18,7 +18,7 @@ def reports(**sections):
 
 
 def test_last_values_losses_first():
-    """Metrics of both runs, those of rank 0; no share where a value is negative or not finite."""
+    """Metrics of both runs by name, those of rank 0; no share where a value is negative or not finite."""
     before = {"acc": 0.5, "val/loss": 2.0, "gap": -1.0, "bad": None, "only_a": 1.0, "acc/rank_1": 1.0}
     after = {"acc": 0.6, "val/loss": 1.0, "gap": 1.0, "bad": 1.0, "acc/rank_1": 1.0}
     a, b = reports(
@@ -27,7 +27,7 @@ def test_last_values_losses_first():
 
     changes = {row.name: row.change for row in metric_changes(a, b)}
 
-    assert list(changes) == ["val/loss", "acc", "gap", "bad"]
+    assert list(changes) == ["val/loss", "acc", "bad", "gap"]
     assert changes == {"val/loss": -0.5, "acc": 0.2, "gap": None, "bad": None}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from traceml.formatting import phase_label
+from traceml.formatting import name_order, phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
     bar_series,
@@ -87,7 +87,7 @@ def overlaid_metric_charts(
                 points = pairs(line.steps.tolist(), plain_values(line.values))
                 found.setdefault(line.name, []).append((run, points))
 
-    names = sorted(found, key=lambda name: (-len(found[name]), "loss" not in name.lower(), name))[:most]
+    names = sorted(found, key=lambda name: (-len(found[name]), "loss" not in name.lower(), name_order(name)))[:most]
     colors = {run: theme.lines[place % len(theme.lines)] for place, (run, _) in enumerate(runs)}
     charts = [(name, _overlaid(found[name], theme, "", colors)) for name in names]
     return [(name, option) for name, option in charts if option is not None]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from traceml.database.schema import PHASE_ORDER
-from traceml.formatting import duration_text, part_words, percent_text, phase_label
+from traceml.formatting import duration_text, name_order, part_words, percent_text, phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
     bar_series,
@@ -195,7 +195,7 @@ def metric_charts(
     for line in series.metrics:
         by_name.setdefault(_without_rank(line.name), []).append(line)
 
-    names = sorted(by_name, key=lambda name: (not _is_loss(name), name))[:most]
+    names = sorted(by_name, key=lambda name: (not _is_loss(name), name_order(name)))[:most]
     charts = [(name, _metric_chart(by_name[name], theme)) for name in names]
     if axes:
         for name, option in charts:

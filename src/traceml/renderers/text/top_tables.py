@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from traceml.formatting import bytes_text, count_text, ms_text, percent_text, phase_label
+from traceml.formatting import bytes_text, count_text, ms_text, name_order, percent_text, phase_label
 from traceml.renderers.text.bars import phase_color
 from traceml.renderers.views import RankRow, RunView
 from traceml.runs.report.report_types import Report
@@ -164,7 +164,7 @@ def metrics_table(report: Report, trends: Mapping[str, Sequence[float]]) -> Tabl
             ),
             "bold red" if entry.last is None else "",
         )
-        for name, entry in sorted(report.metrics.items())
+        for name, entry in sorted(report.metrics.items(), key=lambda item: name_order(item[0]))
     ]
     columns = (
         _left("metric"),

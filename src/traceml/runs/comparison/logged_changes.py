@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from traceml.diagnosis.findings import significant
+from traceml.formatting import name_order
 from traceml.runs.comparison.comparison_types import MetricChange, ParamChange
 from traceml.runs.report.report_types import Report
 
@@ -17,7 +18,7 @@ def metric_changes(a: Report, b: Report) -> list[MetricChange]:
     """Return the last values of metrics that both runs have, losses first; those of rank 0."""
     names = [name for name in a.metrics if name in b.metrics and not _OF_RANK.search(name)]
     changes = [_metric(name, a.metrics[name].last, b.metrics[name].last) for name in names]
-    return sorted(changes, key=lambda change: "loss" not in change.name.lower())
+    return sorted(changes, key=lambda change: ("loss" not in change.name.lower(), name_order(change.name)))
 
 
 def param_changes(a: Report, b: Report) -> list[ParamChange]:

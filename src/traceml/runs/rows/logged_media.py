@@ -9,6 +9,7 @@ from typing import Any
 
 from traceml.database.schema import LOGGED
 from traceml.database.store.reader import StoreReader
+from traceml.formatting import name_order
 from traceml.runs.rows.clocks import RunClocks
 
 __all__ = ["LoggedItem", "LoggedItems", "MediaGroup"]
@@ -94,7 +95,7 @@ class LoggedItems:
 
     def groups(self) -> tuple[MediaGroup, ...]:
         """Return the newest values by kind and name."""
-        ordered = sorted(self._found.items(), key=lambda entry: (_KINDS.index(entry[0][0]), entry[0][1]))
+        ordered = sorted(self._found.items(), key=lambda entry: (_KINDS.index(entry[0][0]), name_order(entry[0][1])))
         return tuple(
             MediaGroup(kind, name, tuple(items), self._counts[kind, name] - len(items))
             for (kind, name), items in ordered

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.store.reader import StoreReader
+from traceml.formatting import name_order
 from traceml.runs.rows.metrics import OWN_LOSS, MetricReader, is_hidden
 
 __all__ = ["MetricSeries", "MetricSeriesSet"]
@@ -62,11 +63,11 @@ class MetricSeriesSet:
                 self._add(name, np.concatenate(parts))
 
     def lines(self) -> list[MetricSeries]:
-        """Return the series, sorted by name."""
+        """Return the series, sorted by name: `layer2` before `layer10`."""
         hides_loss = is_hidden(self._points)
         return [
             _line(name, points)
-            for name, points in sorted(self._points.items())
+            for name, points in sorted(self._points.items(), key=lambda entry: name_order(entry[0]))
             if not (hides_loss and name.startswith(OWN_LOSS))
         ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 
 from traceml.errors import UsageError
-from traceml.formatting import plural
+from traceml.formatting import name_order, plural
 from traceml.renderers.run_cells import run_cell
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 
@@ -133,6 +133,6 @@ class ListQuery:
 
 def field_names(runs: Iterable[RunFields]) -> list[str]:
     """Return every name that can be a column: fields, then parameters and metrics of the runs."""
-    logged = sorted({name for run in runs for name in run.logged_names()})
+    logged = sorted({name for run in runs for name in run.logged_names()}, key=name_order)
     fields = [name for name in FIELDS if name not in _ALWAYS]
     return [*fields, *(name for name in logged if name not in FIELDS)]
