@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 __all__ = [
     "bytes_text",
     "capitalized",
+    "code_parts",
     "cores_text",
     "count_text",
     "duration_text",
@@ -75,6 +76,7 @@ _PHASES = {
 _SHORT_LABELS = {"optimizer": "optim", "checkpoint": "ckpt"}
 _PACKAGES_FOLDER = re.compile(r"^.*/(site-packages|dist-packages|python3\.\d+)/")
 _ELIDED = ".../"  # for folders of a path
+_CODE = re.compile("`([^`\n]+)`")
 _NUMBERS = re.compile("([0-9]+)")
 _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 
@@ -277,6 +279,11 @@ def _escape(found: re.Match[str]) -> str:
 def capitalized(text: str) -> str:
     """Return the text with a capital first letter, the rest unchanged."""
     return text[:1].upper() + text[1:]
+
+
+def code_parts(text: str) -> list[tuple[str, bool]]:
+    """Return the parts of a text, and whether each is code, which is between backticks on a terminal."""
+    return [(part, index % 2 == 1) for index, part in enumerate(_CODE.split(text)) if part]
 
 
 def phase_label(phase: str) -> str:

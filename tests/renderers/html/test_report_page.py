@@ -15,8 +15,10 @@ from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_fac
 from tests.runs.rows.test_metric_series import log
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
 from traceml.renderers.html.notebook_html import inline_html
-from traceml.renderers.html.report_page import report_page
+from traceml.renderers.html.report_page import report_page, verdict_card
 from traceml.run_folder import STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report
@@ -216,3 +218,15 @@ def test_it_prints_light_on_a_few_sheets(browser, tmp_path):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 703
     assert len(re.findall(rb"/Type\s*/Page\b", tab.pdf(prefer_css_page_size=True))) <= 4
     context.close()
+
+
+def test_commands_in_advice_are_code():
+    """Not between backticks, which are for terminals; a text of the script stays text."""
+    finding = Finding(
+        kind=Kind.HANG, severity="critical", summary="It waits in `f<b>` now.", next="`traceml stacks` and ` alone"
+    )
+
+    shown = verdict_card(finding)
+
+    assert "<p>It waits in <code>f&lt;b&gt;</code> now.</p>" in shown
+    assert "<b>Next</b><code>traceml stacks</code> and ` alone</p>" in shown

@@ -9,7 +9,9 @@ from urllib.parse import quote
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-__all__ = ["ChartCard", "Container", "DataTable", "FactList", "TextNode", "link", "run_path", "search_box",
+from traceml.formatting import code_parts
+
+__all__ = ["ChartCard", "Container", "DataTable", "FactList", "Prose", "TextNode", "link", "run_path", "search_box",
            "set_visible", "web_link"]  # fmt: skip
 
 
@@ -50,6 +52,30 @@ class Container(ui.element):  # type: ignore[misc]
     def set_classes(self, classes: str) -> None:
         """Replace the classes."""
         _set_classes(self, classes)
+
+
+class Prose(Container):
+    """A text with commands and names of code in it, between backticks.
+
+    Args:
+        tag: of the element.
+        classes: of the style sheet.
+    """
+
+    def __init__(self, tag: str, classes: str = "") -> None:
+        super().__init__(tag, classes)
+        self._text = ""
+
+    def set_text(self, text: str) -> None:
+        """Replace the text."""
+        if text == self._text:
+            return
+
+        self._text = text
+        self.clear()
+        with self:
+            for part, is_code in code_parts(text):
+                TextNode("code" if is_code else "span", part)
 
 
 def link(text: str, href: str, classes: str = "") -> TextNode:

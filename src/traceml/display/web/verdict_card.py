@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.diagnosis.findings import Finding
-from traceml.display.web.elements import Container, FactList, TextNode, set_visible
+from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_visible
 from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView
@@ -25,10 +25,10 @@ class VerdictCard:
                     self._state = TextNode("span", "", "pill")
 
                 self._headline = TextNode("h1", "", aria_live="polite")
-                self._summary = TextNode("p", "", "summary")
+                self._summary = Prose("p", "summary")
                 with Container("div", "next") as self._next_block:
                     TextNode("b", "Next")
-                    self._next = TextNode("span")
+                    self._next = Prose("span")
 
                 self._figures = FactList("figures")
                 self._notes = TextNode("p", "", "note")
@@ -60,7 +60,7 @@ class FindingsPanel:
     """The other findings."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[Container, TextNode, TextNode, TextNode]] = []
+        self._rows: list[tuple[Container, TextNode, TextNode, Prose]] = []
         with Container("div") as self._section:
             TextNode("h2", "Also found")
             self._card = Container("div", "card")
@@ -86,7 +86,7 @@ class FindingsPanel:
         with self._card, Container("div", "other") as row:
             kind = TextNode("span", "", "pill")
             with Container("div"):
-                self._rows.append((row, kind, TextNode("p", "", "head"), TextNode("p")))
+                self._rows.append((row, kind, TextNode("p", "", "head"), Prose("p")))
 
 
 def _costs(verdict: Finding) -> list[tuple[str, str]]:

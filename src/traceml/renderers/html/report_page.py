@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import capitalized, count_text, duration_text, ms_text, overhead_text, plural, rate_text
+from traceml.formatting import (
+    capitalized,
+    code_parts,
+    count_text,
+    duration_text,
+    ms_text,
+    overhead_text,
+    plural,
+    rate_text,
+)
 from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
@@ -84,12 +93,16 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
     heading = f'<p class="headline">{escaped(verdict.headline)}</p>'
     gaining = gain_sentence(verdict)
     gain = f'<p class="gain"><b>Gain</b>{gaining}</p>' if gaining else ""
-    to_do = f'<p class="next"><b>Next</b>{escaped(verdict.next)}</p>' if verdict.next else ""
+    to_do = f'<p class="next"><b>Next</b>{_prose(verdict.next)}</p>' if verdict.next else ""
     return (
         f'<section class="card {"verdict" if first else "finding"} {verdict.severity}">'
-        f'<span class="kind">{escaped(verdict.kind)}</span>{heading}<p>{escaped(verdict.summary)}</p>'
+        f'<span class="kind">{escaped(verdict.kind)}</span>{heading}<p>{_prose(verdict.summary)}</p>'
         f"{gain}{to_do}{_evidence(verdict.evidence) if with_evidence else ''}</section>"
     )
+
+
+def _prose(text: str) -> str:
+    return "".join(f"<code>{escaped(part)}</code>" if is_code else escaped(part) for part, is_code in code_parts(text))
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
