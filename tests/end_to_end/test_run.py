@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 from tests.end_to_end.conftest import TINY, Ended, Running, Traceml
 from tests.forked import client as forked
 from tests.processes import command_of
+from traceml.database.source_reading import SOURCE
+from traceml.database.store.reader import StoreReader
+from traceml.run_folder import STORE_NAME
 
 
 def assert_nothing_is_left(ended: Ended) -> None:
@@ -54,6 +58,39 @@ def test_one_process_is_traced_and_passed_through(traceml: Traceml) -> None:
     assert report["telemetry"]["rows_lost"] == 0
     assert (ended.run_dir.parent / ".gitignore").read_text() == "*\n"
     assert_nothing_is_left(ended)
+
+
+def test_a_traced_run_has_its_packages_and_changes(traceml: Traceml) -> None:
+    """They are read beside it when it is old enough; a run that ends before says so."""
+    identity = ("-c", "user.name=T", "-c", "user.email=t@example.org")
+    script, done = traceml.folder / "tiny.py", traceml.folder / "done"
+    script.write_bytes(TINY.read_bytes())
+    for words in (["init", "-q"], ["add", "tiny.py"], ["commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *identity, *words], cwd=traceml.folder, check=True)
+
+    with script.open("a") as text:
+        text.write("# changed\n")
+
+    soon = {"TRACEML_COLLECT_AFTER": "0", "TRACEML_DELIVERY_NICE": "0"}
+    going_on = traceml.start("run", script, "--steps", "100000", "--pause", "0.02", "--until", done, **soon)
+    going_on.wait_for_ranks(1)
+
+    def read() -> bool:
+        with StoreReader(traceml.folder / "traceml_runs" / "latest" / STORE_NAME) as store:
+            return store.last_event(SOURCE) is not None
+
+    going_on.wait_for(read, "packages to be read")
+    done.touch()
+    report = going_on.end().report
+    assert report["run"]["dirty"]
+    assert "+# changed" in report["source"]["diff"]
+    assert report["source"]["packages"]["pytest"] == pytest.__version__
+    assert report["source"]["not_read"] == ""
+
+    short = traceml("run", script, "--steps", "5", TRACEML_COLLECT_AFTER="3600").report
+    assert short["run"]["commit"] == report["run"]["commit"]
+    assert short["source"]["packages"] == {}
+    assert short["source"]["not_read"] == "the run was shorter than 3600 s"
 
 
 def test_a_quiet_run_prints_nothing(traceml: Traceml) -> None:

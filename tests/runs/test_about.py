@@ -95,7 +95,7 @@ def test_what_the_aggregator_has_read_is_told(tmp_path):
         ([SourceReading(1, {"system": {"cores": 8}}, "ended")], 111.0, "git environment",
          "the run ended before they were read"),
         ([SourceReading(1, {}, "late")], 1000.0, "git environment system", "reading took too long"),
-        ([SourceReading(1, {}, "elsewhere")], None, "git environment system", "rank 0 is not on the host of the agg"),
+        ([SourceReading(1, {}, "elsewhere")], None, "git environment system", "rank 0 is on another host than the agg"),
         ([SourceReading(1, {}, "a new one")], None, "git environment system", ""),
         ([SourceReading(1, {"environment": {"python": "3"}, "system": {"cores": 8}})], None, "git",
          "git gave no answer: it is not installed"),

@@ -17,7 +17,8 @@ __all__ = ["About", "about_run", "package_versions"]
 _FRAMES = 64
 _COLLECTORS = ("git", "environment", "system")
 _UNREAD = {
-    "elsewhere": "rank 0 is not on the host of the aggregator; TRACEML_COLLECTORS=git,environment,system reads there",
+    "elsewhere": "rank 0 is on another host than the aggregator, or in another container; with "
+    "TRACEML_COLLECTORS=git,environment,system it reads them itself",
     "ended": "the run ended before they were read",
     "late": "reading took too long",
     "failed": "they could not be read; the aggregator's log says why",
