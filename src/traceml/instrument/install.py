@@ -31,6 +31,8 @@ from traceml.instrument.values.step_pace import StepPace
 
 if TYPE_CHECKING:
     from traceml.instrument.checkpoints.patch_checkpoints import CheckpointPatches
+    from traceml.instrument.values.inputs import BatchReader
+    from traceml.instrument.values.losses import LossReader
 
 __all__ = ["Instrumentation", "install"]
 
@@ -290,24 +292,15 @@ class Instrumentation:
 
     def _patch_torch(self) -> None:
         from traceml.instrument import calls
-        from traceml.instrument.backward import patch_backward
         from traceml.instrument.device import CudaDevice, built_devices
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.facts import descriptions  # noqa: F401 - loaded now, for `skip_own_code`
-        from traceml.instrument.forward import patch_checkpoint_sequential, patch_compile, timer_maker
-        from traceml.instrument.loader import patch_loaders
+        from traceml.instrument.forward import timer_maker
         from traceml.instrument.native.extension import show_torch
-        from traceml.instrument.optimizer import (
-            patch_clipping,
-            patch_grad_scaler,
-            patch_optimizer,
-            patch_optimizer_type,
-        )
+        from traceml.instrument.optimizer import patch_optimizer, patch_optimizer_type
         from traceml.instrument.search.discovery import ModuleDiscovery
         from traceml.instrument.values.inputs import BatchReader
-        from traceml.instrument.values.losses import CudaLosses, LossReader, patch_scale
-        from traceml.instrument.workers.worker_deaths import watch_workers
-        from traceml.instrument.workers.worker_stacks import report_worker_stacks
+        from traceml.instrument.values.losses import CudaLosses, LossReader
 
         clock, patches = self.clock, self._patches
         show_torch()
@@ -321,21 +314,8 @@ class Instrumentation:
         self._discovery = ModuleDiscovery(
             clock, timer, self._facts.model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
         )
-        patch_compile(patches, timer)
-        patch_checkpoint_sequential(patches, clock, batches.measure)
-        patch_backward(patches, clock, self._losses.read)
-        patch_scale(patches, clock, self._losses.read_unscaled)
-        patch_grad_scaler(patches, clock)
-        patch_clipping(patches, clock)
-        patch_loaders(
-            patches,
-            clock,
-            self._new_loader,
-            lambda: self._guarded(self._new_iterator),
-            batches.inspect,
-        )
-        self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
-        self._guarded(lambda: report_worker_stacks(patches))
+        self._patch_passes(timer, batches, self._losses)
+        self._patch_loaders(batches)
         self._guarded(lambda: self._checkpoints.patch_torch(patches))
         types = built_devices() if self._device_types is None else self._device_types
         calls.patch_copies(patches, clock, types)
@@ -348,6 +328,32 @@ class Instrumentation:
         self._measure_overhead()
         skip_own_code()
         self._discovery.search_all()
+
+    def _patch_passes(self, timer: Callable[..., Any], batches: BatchReader, losses: LossReader) -> None:
+        """Time forward and backward passes, and what is done with gradients."""
+        from traceml.instrument.backward import patch_backward
+        from traceml.instrument.forward import patch_checkpoint_sequential, patch_compile
+        from traceml.instrument.optimizer import patch_clipping, patch_grad_scaler
+        from traceml.instrument.values.losses import patch_scale
+
+        clock, patches = self.clock, self._patches
+        patch_compile(patches, timer)
+        patch_checkpoint_sequential(patches, clock, batches.measure)
+        patch_backward(patches, clock, losses.read)
+        patch_scale(patches, clock, losses.read_unscaled)
+        patch_grad_scaler(patches, clock)
+        patch_clipping(patches, clock)
+
+    def _patch_loaders(self, batches: BatchReader) -> None:
+        """Time waits for batches, and watch the processes that make them."""
+        from traceml.instrument.loader import patch_loaders
+        from traceml.instrument.workers.worker_deaths import watch_workers
+        from traceml.instrument.workers.worker_stacks import report_worker_stacks
+
+        clock, patches = self.clock, self._patches
+        patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._new_iterator), batches.inspect)
+        self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
+        self._guarded(lambda: report_worker_stacks(patches))
 
     def _patch_distributed(self) -> None:
         from traceml.instrument import calls

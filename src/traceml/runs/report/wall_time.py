@@ -54,23 +54,22 @@ def wall_time(
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
     ranks = _by_rank(records, sums)
-    processes = [[_process(sums[stream.id], clocks, stream) for stream in of_rank] for of_rank in ranks] or [[]]
-    last_s = max((each.last_ns for of_rank in processes for each in of_rank), default=0) / _S
-    if is_running and 0 < ended_s - last_s < _LATE_S:
-        ended_s = last_s
+    processes = [[_process(sums[stream.id], clocks, stream) for stream in of_rank] for of_rank in ranks]
+    if is_running:
+        ended_s = _end_so_far(processes, ended_s)
 
-    parts = [wall_parts(of_rank, int(started_s * _S), int(ended_s * _S), attempt) for of_rank in processes]
-    if stops:
+    parts = [wall_parts(of_rank, int(started_s * _S), int(ended_s * _S), attempt) for of_rank in processes or [[]]]
+    if stops and ranks:
         parts = [
-            without_stops(each, stops.get(of_rank[0].rank, ())) for each, of_rank in zip(parts, ranks, strict=False)
-        ] or parts
+            without_stops(each, stops.get(of_rank[0].rank, ())) for each, of_rank in zip(parts, ranks, strict=True)
+        ]
 
     evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
     evaluators, evaluators_s = _evaluators(evaluation)
     if grouped:
         ranks, parts = _setting_the_time(ranks, parts, _WORTH * (ended_s - started_s))
 
-    known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]}
+    known = {part: _mean([each[part] for each in parts]) for part in parts[0]}
     if not ranks and records and all(stream.state == "finished" for stream in records):
         known = dict.fromkeys(known, 0.0)  # what it did was not seen: it is no start-up of a training
 
@@ -79,17 +78,20 @@ def wall_time(
     known["restart" if attempt else "startup"] += compiled_s
     evaluations, short_s = _most_evaluations(sums.values())
     time = RunTime.of(max(ended_s - started_s, 0.0), known, evaluations)
-    goes_on = checkpoints(records)
-    useful = UsefulTime.mean(_useful(of_rank, sums, goes_on) for of_rank in ranks)
-    useful = replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
     return replace(
         time,
-        useful=useful,
+        useful=_useful_time(ranks, sums, checkpoints(records), compiled_s),
         compile_s=compiled_s,
         evaluators=evaluators,
         evaluators_s=min(evaluators_s, time.wall_s),
         short_evaluations_s=short_s,
     )
+
+
+def _end_so_far(processes: Iterable[Iterable[ProcessSums]], now_s: float) -> float:
+    """Return the time of the last row of a running run; now, once its rows are late."""
+    last_s = max((each.last_ns for of_rank in processes for each in of_rank), default=0) / _S
+    return last_s if 0 < now_s - last_s < _LATE_S else now_s
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -120,8 +122,13 @@ def _sent_partly(records: Iterable[StreamRecord], sums: Mapping[int, StepSums]) 
     return {each.id for each in relayed if sums[each.id].count < _WHOLE * most[each.attempt]}
 
 
-def _useful(streams: Sequence[StreamRecord], sums: Mapping[int, StepSums], goes_on: Mapping[int, int]) -> UsefulTime:
-    return useful_time((sums[each.id].steps.bins, resumes_at(each, goes_on)) for each in streams)
+def _useful_time(
+    ranks: Sequence[Sequence[StreamRecord]], sums: Mapping[int, StepSums], goes_on: Mapping[int, int], compiled_s: float
+) -> UsefulTime:
+    """Return the mean over ranks of their useful time; compiling is none of it."""
+    by_rank = [[(sums[each.id].steps.bins, resumes_at(each, goes_on)) for each in streams] for streams in ranks]
+    useful = UsefulTime.mean(useful_time(of_rank) for of_rank in by_rank)
+    return replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
 
 
 def resumes_at(stream: StreamRecord, attempts: Mapping[int, int]) -> int:
