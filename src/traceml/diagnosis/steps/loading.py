@@ -121,6 +121,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
     use = facts.workers.use() if workers else None
     bound = use is not None and use.cores < min(workers, cores or 1)
     handover = bool(workers) and handover_share(facts.lines) >= NAMED_SHARE
+    busy: float | None
     if use is not None and handover:  # they wait for orders in between
         fetch_ns, busy = workers * segments.step_ns * use.ready, 1.0
     elif workers:  # each makes batches all the time, as the training waits for them
