@@ -22,7 +22,7 @@ from traceml.diagnosis.rules.batch_sizes import data_imbalance
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.compute import nothing_found
-from traceml.diagnosis.rules.contention import cpu_contention
+from traceml.diagnosis.rules.contention import cpu_contention, is_kept_waiting
 from traceml.diagnosis.rules.epoch_starts import workers_restarted
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
@@ -80,13 +80,18 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     window = without_stopped_steps(window, facts)
     segments = segments_of(window, facts)
-    main += _of_seen_ranks(_timing(window, segments, facts), window, facts)
+    timing = _timing(window, segments, facts)
+    main += _of_seen_ranks(timing, window, facts)
     crowded = cpu_contention(facts)
     if crowded:  # a host that became busier is one cause, not two
         several = len(trainings_of(window, facts.other_models, facts.same_models)) > 1
         of_host = [] if several else [replace(each, severity=Severity.INFO) for each in main if is_of_the_host(each)]
         remarks = [*of_host, *remarks]
         main = [each for each in main if not is_of_the_host(each)]
+
+    timing = [each for each in timing if not (crowded and is_of_the_host(each))]
+    if crowded and timing and is_kept_waiting(facts) and not any(each.kind.rule.is_straggler for each in timing):
+        return [*_contention_first(in_order(main, in_steps), crowded, timing), *remarks]
 
     if main:
         # Waiting for cores makes all phases longer: beside another cause it is a remark.
@@ -98,6 +103,13 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     nothing = _unknown_backward(window, segments) or nothing_found(segments, facts)
     return [*_of_seen_ranks([nothing], window, facts), *remarks]
+
+
+def _contention_first(ordered: list[Finding], crowded: list[Finding], timing: list[Finding]) -> list[Finding]:
+    """Return the findings in order, with waiting for cores before those about the time of steps."""
+    kinds = {each.kind for each in timing}
+    place = next(number for number, each in enumerate(ordered) if each.kind in kinds)
+    return [*ordered[:place], *crowded, *ordered[place:]]
 
 
 def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) -> list[Finding]:

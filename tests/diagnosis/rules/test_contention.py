@@ -207,3 +207,20 @@ def test_the_use_of_a_device_is_that_of_the_steps():
 
     assert (made.use(0, 100).clock_mhz, made.use(0, 100).throttled) == (1700, False)
     assert (made.use(100).clock_mhz, made.use(100).throttled, made.use(100).temperature_c) == (900, True, 92)
+
+
+@pytest.mark.parametrize(
+    ("busy", "waited", "first"),
+    [
+        (0.2, 0.5, Kind.CPU_CONTENTION),
+        (0.2, 0.45, Kind.INPUT_BOUND),
+        (1.9, 0.7, Kind.INPUT_BOUND),
+    ],
+    ids=["most of the time", "less than half of it", "by threads of its own"],
+)
+def test_waiting_for_other_programs_most_of_the_time_comes_first(busy, waited, first):
+    """A worker that is starved as the training is makes it wait for data, longer than that waits for a core."""
+    found = diagnose(window_of(ALONE, adds("input_wait", 40)), crowded(samples(busy=busy), waited=waited))
+
+    assert {each.kind for each in found} == {Kind.INPUT_BOUND, Kind.CPU_CONTENTION}
+    assert found[0].kind is first

@@ -11,11 +11,13 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
 from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
 
-__all__ = ["OTHERS_CORES", "core_takers", "cpu_contention"]
+__all__ = ["OTHERS_CORES", "core_takers", "cpu_contention", "is_kept_waiting"]
 
 OTHERS_CORES = 0.5
 """Other programs are named from so many cores on."""
 _MOST_SHARE = 0.9
+_MOSTLY = 0.5
+"""From this share on, waiting for other programs is no remark on what takes long beside it."""
 _SOME_SHARE = 0.25
 """Some ranks of a job are named from this share on, where most of the others have their cores."""
 
@@ -49,6 +51,15 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
             speedup_if_fixed=1 / (1 - waited),
         )
     ]
+
+
+def is_kept_waiting(facts: JobFacts) -> bool:
+    """Return whether the ranks waited for cores that other programs use for most of the time.
+
+    What they do instead of waiting is then less than half of the time, however long it takes on the clock.
+    """
+    workers = (facts.loader.num_workers if facts.loader else None) or 0
+    return facts.waited_share >= _MOSTLY and _foreign_cores(facts, workers) >= OTHERS_CORES
 
 
 def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
