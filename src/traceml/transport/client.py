@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["ClockOffset", "Connection", "connect"]
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+_CLOCK_READINGS = 8
 
 _log = logging.getLogger("traceml")
 
@@ -276,12 +277,12 @@ class Connection:
 
         raise TimeoutError(f"the aggregator did not answer {name!r} within {timeout_s:.1f} s")
 
-    def measure_clock(self, *, rounds: int = 8, timeout_s: float = 0.5) -> ClockOffset | None:
-        """Read the aggregator's clock `rounds` times, and send it the fastest result; None without any answer."""
+    def measure_clock(self, *, timeout_s: float = 0.5) -> ClockOffset | None:
+        """Read the aggregator's clock a few times, and send it the fastest result; None without any answer."""
         best: ClockOffset | None = None
         deadline = time.monotonic() + timeout_s
         kept: list[dict[str, Any]] = []
-        for _ in range(rounds):
+        for _ in range(_CLOCK_READINGS):
             sent_ns = monotonic_ns()
             self.send({"t": "ping", "ns": sent_ns})
             answer = self._await_pong(sent_ns, deadline, kept)

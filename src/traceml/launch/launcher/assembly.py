@@ -55,15 +55,13 @@ def run_function(
     return _run(options, specs, log_handlers, call=call, tracing=tracing)
 
 
-def run_script(
-    options: LaunchOptions, script: Mapping[str, Any], log_handlers: Any = "auto", *, tracing: Tracing | None = None
-) -> None:
+def run_script(options: LaunchOptions, script: Mapping[str, Any], *, tracing: Tracing | None = None) -> None:
     """Run a script (`path` or `module`, and `argv`) on every worker, as `traceml launch` does.
 
     Raises:
         The errors of `traceml.launch`; a script that ends with a status other than 0 is a WorkerFailedError.
     """
-    _run(options, _host_specs(options), log_handlers, script=script, tracing=tracing)
+    _run(options, _host_specs(options), "auto", script=script, tracing=tracing)
 
 
 def _host_specs(options: LaunchOptions) -> list[HostSpec]:

@@ -70,15 +70,12 @@ def overlaid_steps_chart(runs: Sequence[tuple[str, StepSeries]], theme: Theme = 
     return option
 
 
-def overlaid_metric_charts(
-    runs: Sequence[tuple[str, RunSeries]], theme: Theme = LIGHT, most: int = _METRICS
-) -> list[tuple[str, Option]]:
+def overlaid_metric_charts(runs: Sequence[tuple[str, RunSeries]], theme: Theme = LIGHT) -> list[tuple[str, Option]]:
     """Return (name, chart) of metrics of several runs, those that most runs have first; rank 0 of each run.
 
     Args:
         runs: name and series of each.
         theme: the colors.
-        most: largest number of charts.
     """
     found: dict[str, list[tuple[str, list[list[float | None]]]]] = {}
     for run, series in runs:
@@ -87,7 +84,7 @@ def overlaid_metric_charts(
                 points = pairs(line.steps.tolist(), plain_values(line.values))
                 found.setdefault(line.name, []).append((run, points))
 
-    names = sorted(found, key=lambda name: (-len(found[name]), "loss" not in name.lower(), name_order(name)))[:most]
+    names = sorted(found, key=lambda name: (-len(found[name]), "loss" not in name.lower(), name_order(name)))[:_METRICS]
     colors = {run: theme.lines[place % len(theme.lines)] for place, (run, _) in enumerate(runs)}
     charts = [(name, _overlaid(found[name], theme, "", colors)) for name in names]
     return [(name, option) for name, option in charts if option is not None]

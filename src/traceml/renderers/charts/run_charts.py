@@ -91,15 +91,9 @@ def phases_chart(steps: StepSeries, theme: Theme = LIGHT) -> Option | None:
     return option
 
 
-def ranks_chart(view: RunView, theme: Theme = LIGHT, most: int = _RANK_BARS) -> Option | None:
-    """Return each rank's mean step, divided into phases; of very many ranks the slowest and some others.
-
-    Args:
-        view: the run.
-        theme: the colors.
-        most: largest number of ranks.
-    """
-    rows = [row for row in visible_ranks(view.ranks, most) if row.step_ms > 0]
+def ranks_chart(view: RunView, theme: Theme = LIGHT) -> Option | None:
+    """Return each rank's mean step, divided into phases; of very many ranks the slowest and some others."""
+    rows = [row for row in visible_ranks(view.ranks, _RANK_BARS) if row.step_ms > 0]
     if not rows:
         return None
 

@@ -13,19 +13,14 @@ _SHOWN = 15
 _NAME_WIDTH = 44
 
 
-def operator_lines(table: OperatorTable, shown: int = _SHOWN) -> list[str]:
-    """Return the longest operators, one per line, with times per step.
-
-    Args:
-        table: the operators.
-        shown: number of lines.
-    """
+def operator_lines(table: OperatorTable) -> list[str]:
+    """Return the 15 longest operators, one per line, with times per step."""
     steps, has_device = max(table.steps, 1), table.has_device
     device_head = f"{'device':>10}" if has_device else ""
     lines = [f"{'per step':>8}{'':>3}{'CPU':>9}{device_head}{'calls':>8}  operator"]
     order = table.ordered()
     whole = sum(total.device_ns if has_device else max(total.self_ns, 0) for _, total in order) or 1
-    for name, total in order[:shown]:
+    for name, total in order[:_SHOWN]:
         share = (total.device_ns if has_device else max(total.self_ns, 0)) / whole
         device = f"{ms_text(total.device_ns / steps / 1e6):>10}" if has_device else ""
         cpu = ms_text(max(total.self_ns, 0) / steps / 1e6)
