@@ -14,6 +14,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreError, UsageError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.export.exporter import FORMATS, default_path, export_run, format_of
+from traceml.traces.query.summary import summarize
 
 OUTPUTS = {"perfetto": "out.json", "pfw": "out.pfw.gz", "parquet": "out", "csv": "out"}
 
@@ -150,3 +151,11 @@ def test_progress_rises_to_the_end(tmp_path, form):
     assert len(told) > 1
     assert told == sorted(set(told))
     assert told[-1][0] == told[-1][1]
+
+
+@pytest.mark.parametrize("form", ["perfetto", "pfw"])
+def test_events_are_those_that_the_analysis_counts(tmp_path, form):
+    """Names of processes and tracks are in the file, and are no events."""
+    exported = export_run(rich_run(tmp_path / "run"), form, tmp_path / OUTPUTS[form])
+
+    assert exported.rows == summarize([exported.path], cached=False)["events"]

@@ -34,7 +34,7 @@ class ExportResult:
         path: the file or folder.
         format: pfw, perfetto, parquet or csv.
         steps: step rows in it.
-        rows: events of a trace, or rows of all tables.
+        rows: events of a trace, as `traceml analyze` counts them, or rows of all tables.
         files: files in the folder; of a trace the file itself.
         damage: messages about unreadable parts of the store.
     """
@@ -124,11 +124,12 @@ def _export_trace(
 
         statistics = writer.statistics
         if statistics.lost:
-            events = statistics.lost + statistics.written
-            raise StoreError(f"cannot write {path}: {statistics.lost} of {events} events did not fit.")
+            tried = statistics.lost + statistics.written
+            raise StoreError(f"cannot write {path}: {statistics.lost} of {tried} events did not fit.")
 
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
 
-    return ExportResult(path, form, timeline.steps, statistics.written, (path,), (*damage, *timeline.damage))
+    events = statistics.written - timeline.names
+    return ExportResult(path, form, timeline.steps, events, (path,), (*damage, *timeline.damage))

@@ -66,6 +66,11 @@ class TimelineExporter:
         """Steps that were written."""
         return self._steps.steps
 
+    @property
+    def names(self) -> int:
+        """Names of processes and tracks that were written, which count as events of the file and not of the run."""
+        return self._tracks.names
+
     def write(self, progress: Progress = no_progress) -> None:
         """Write everything but unreadable parts, which `damage` lists.
 

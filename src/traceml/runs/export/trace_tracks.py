@@ -29,6 +29,11 @@ class TraceTracks:
         self._named: set[int] = set()
         self._hosts: dict[str, int] = {}
 
+    @property
+    def names(self) -> int:
+        """Names of processes and tracks that were written; they are no events."""
+        return len(self._named)
+
     def rank(self, stream: StreamRecord, lane: int) -> tuple[int, int]:
         """Return (process, track) of a rank."""
         pid = stream.rank + 1
