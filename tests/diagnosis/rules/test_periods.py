@@ -82,6 +82,23 @@ def test_one_very_long_step_is_not_every_nth():
     assert not any("every_n_steps" in each.evidence for each in found)
 
 
+def test_all_that_is_long_in_these_steps_is_one_finding():
+    """Rollouts before every 28th step call the model and an environment; no other cause is told of that time."""
+    played = SampledLine(0, "input_wait", "/me/ppo.py", 63, "<module>", "/lib/envs.py:9 step", 60)
+    found = findings(ALONE, adds("forward", 300, every=28), adds("other", 200, every=28), lines=(played,))
+
+    assert [(each.kind, each.phase) for each in found] == [(Kind.RESIDUAL_HEAVY, "forward")]
+    assert found[0].cost_share == pytest.approx(500 / 28 / (14.1 + 500 / 28), rel=0.15)
+
+
+def test_what_is_long_in_some_of_these_steps_is_not_joined():
+    """A part that is long by chance in a few of them costs what it costs."""
+    found = findings(ALONE, adds("forward", 300, every=28), adds("other", 200, every=112))
+    period = next(each for each in found if each.phase == "forward")
+
+    assert period.cost_share == pytest.approx(300 / 28 / (14.1 + 300 / 28 + 200 / 112), rel=0.15)
+
+
 def test_what_runs_there_is_named_with_its_line():
     """Where the samples of the phase tell it."""
     line = SampledLine(0, "other", "/home/me/train.py", 70, "log_images", None, 80)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -135,6 +136,34 @@ def test_input_by_name(traced: Traced) -> None:
 
     assert sizes(traced) == [(2, 14)] * 3
     assert [info["tokens"] for info in traced.info if info["kind"] == "input"] == [True]
+
+
+@dataclass(slots=True)
+class Series:
+    """A batch as a library of time series gives it to its model."""
+
+    past: torch.Tensor
+    stage: str = "train"
+
+
+def test_input_in_a_dataclass(traced: Traced) -> None:
+    """Its first tensor is the batch; a class is none, nor is one without tensors."""
+    inner = nn.Linear(4, 1)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, batch: Any, *_: Any) -> torch.Tensor:
+            return self.inner(batch.past if isinstance(batch, Series) else torch.ones(3, 4)).sum()
+
+    model, optimizer = Model(), torch.optim.SGD(inner.parameters(), lr=0.1)
+    for args in ((Series(torch.randn(5, 4)),), (Series,), ({"options": Series("none")}, torch.randn(2, 4))):
+        model(*args).backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(5, 20), (0, 0), (2, 8)]
 
 
 class Compared(nn.Module):

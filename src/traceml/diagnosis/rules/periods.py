@@ -32,6 +32,8 @@ FILLED_SHARE = 0.6
 """So many of the steps at that distance, from the first long one to the last, are long."""
 MOST_OF_ONE = 0.5
 """A single step with more than this share of the long steps' excess is not one of many."""
+JOINT_SHARE = 0.2
+"""A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
 IN_A_ROW_SHARE = 1 / 3
 """Steps that come directly after another long one are at most so many of them."""
 
@@ -43,22 +45,24 @@ class _Period:
     Attributes:
         every: the distance in steps.
         columns: their columns in the window.
-        part: the part of the step that makes them long.
-        removed: the part as it would be without them.
+        part: the part of the step that makes them longest.
+        removed: this part, and others that are long in the same steps, as they would be without them.
         saved_ns: time by which the mean step would be shorter.
+        part_saved_ns: how much of it is in the longest part.
     """
 
     every: int
     columns: NDArray[np.intp]
     part: str
-    removed: Floats
+    removed: dict[str, Floats]
     saved_ns: float
+    part_saved_ns: float
 
 
 def periodic_steps(
     window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the finding about long steps at a fixed distance, and the part of the step without them.
+    """Return the finding about long steps at a fixed distance, and the parts of the step without them.
 
     Args:
         window: the steps.
@@ -70,7 +74,7 @@ def periodic_steps(
     if period is None or period.saved_ns < least_cost_ns(step_ns):
         return [], {}
 
-    return [_finding(segments, facts, period, step_ns)], {period.part: period.removed}
+    return [_finding(segments, facts, period, step_ns)], period.removed
 
 
 def _period(window: AlignedSteps, segments: Segments) -> _Period | None:
@@ -105,14 +109,23 @@ def _at_distance(
 
 
 def _of_part(segments: Segments, every: int, columns: NDArray[np.intp]) -> _Period | None:
-    excess = {part: excess_over_usual(values, columns).max(axis=0).sum() for part, values in segments.parts.items()}
-    part = max(excess, key=lambda name: excess[name], default=None)
+    excess = {part: excess_over_usual(values, columns).max(axis=0) for part, values in segments.parts.items()}
+    part = max(excess, key=lambda name: excess[name].sum(), default=None)
     if part is None or part not in UNNAMED:
         return None
 
-    removed = segments.parts[part].copy()
-    removed[:, columns] = np.minimum(removed[:, columns], np.median(removed, axis=1, keepdims=True))
-    return _Period(every, columns, part, removed, saved_ns(segments, {part: removed}))
+    least_ns = JOINT_SHARE * float(np.median(excess[part]))  # by the median: some are long in these steps by chance
+    joint = [name for name in UNNAMED if name in excess and float(np.median(excess[name])) >= least_ns]
+    removed = {name: _without_excess(segments.parts[name], columns) for name in {part, *joint}}
+    saved = saved_ns(segments, {part: removed[part]})
+    return _Period(every, columns, part, removed, saved if len(removed) == 1 else saved_ns(segments, removed), saved)
+
+
+def _without_excess(values: Floats, columns: NDArray[np.intp]) -> Floats:
+    """Return a part that takes no longer than usual in some columns."""
+    usually = values.copy()
+    usually[:, columns] = np.minimum(usually[:, columns], np.median(values, axis=1, keepdims=True))
+    return usually
 
 
 def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.bool_]] | None:
@@ -148,7 +161,7 @@ def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.b
 def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: float) -> Finding:
     share = period.saved_ns / step_ns
     phase_share = float(segments.parts[period.part].mean()) / step_ns
-    held = period.saved_ns >= LINE_SHARE * phase_share * step_ns
+    held = period.part_saved_ns >= LINE_SHARE * phase_share * step_ns
     line = own_line(facts.lines, period.part, phase_share) if held else None
     long, usual_ns = segments.told(period.columns, float(np.median(segments.step)))
     long_ns = float(long.mean())

@@ -14,6 +14,7 @@ in 256 after them, at most one in 192 steps: 0.05 us per step.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -187,6 +188,9 @@ def _first_tensor(value: Any, depth: int) -> Any:
         return None
     if isinstance(value, Mapping):
         return _first_of((value.get(_PREFERRED), *value.values()), depth)
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _first_of((getattr(value, field.name, None) for field in dataclasses.fields(value)), depth)
 
     return _first_of(value, depth) if isinstance(value, list | tuple) else None
 
