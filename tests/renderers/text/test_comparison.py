@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
+from traceml.renderers.text.compared_runs import compared_runs
 from traceml.renderers.text.comparison import (
     change_text,
     compared_card,
@@ -18,6 +19,7 @@ from traceml.renderers.text.comparison import (
 )
 from traceml.renderers.text.viewport import ASCII, Viewport
 from traceml.runs.comparison.compare import compare_runs
+from traceml.runs.comparison.comparison_types import Comparisons
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,23 @@ def test_it_fits_the_terminal(compared, pair, width):
 
     assert max(len(line) for line in shown.splitlines()) <= min(width, 100)
     assert shown.isascii()
+
+
+@pytest.mark.parametrize("width", [60, 70, 80, 200])
+def test_the_table_of_several_runs_has_their_verdicts(compared, width):
+    """Whole, where the ids of the runs leave no room: these are cut in the middle."""
+    each = [compared("a", "slow"), compared("a", "again")]
+    for side in (side for comparison in each for side in (comparison.a, comparison.b)):
+        side.id = "20260101-000000-train-abcd"
+
+    found = Comparisons(baseline="a", comparisons=each)
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(compared_runs(found, Viewport(width, 40, ASCII)))
+
+    _, *rows = out.getvalue().splitlines()[:4]
+    assert [row.split()[-1] for row in rows] == ["HEALTHY", "COMPUTE_STRAGGLER", "HEALTHY"]
+    assert all("abcd " in row and len(row) <= width for row in rows)
+    assert ("..." in rows[0]) == (width < 79)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ __all__ = ["compared_losses", "compared_params", "compared_runs", "significance_
 _MAX_WIDTH = 120
 _STYLES = {"slower": "bold red", "faster": "bold green"}
 _SHOWN = 12
+_COLUMNS = 36  # of the table without run and verdict
+_ID_END = 5
 
 
 def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
@@ -30,7 +32,7 @@ def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
     """
     comparisons = printable_copy(comparisons)
     width = min(viewport.width, _MAX_WIDTH)
-    lines = [*_table(comparisons), *_values(comparisons), *_notes(comparisons, width)]
+    lines = [*_table(comparisons, viewport), *_values(comparisons), *_notes(comparisons, width)]
     for line in lines:
         line.no_wrap = True
         line.truncate(width)
@@ -65,16 +67,28 @@ def _b(row: ParamChange | None, base: float | str | None) -> float | str | None:
     return base if row is None else row.b
 
 
-def _table(comparisons: Comparisons) -> Iterator[Text]:
+def _table(comparisons: Comparisons, viewport: Viewport) -> Iterator[Text]:
     first = comparisons.comparisons[0]
-    width = max(len(run.id) for run in (first.a, *(each.b for each in comparisons.comparisons)))
-    yield Text(f"     {'run':<{width}}  {'step':>9}{'change':>9}  {'significant':<13}verdict", style="dim")
-    yield Text(f" A   {first.a.id:<{width}}  {ms_text(first.step_time.mean.a_ms):>9}{'':24}{first.a.verdict}")
+    runs = (first.a, *(each.b for each in comparisons.comparisons))
+    room = min(viewport.width, _MAX_WIDTH) - _COLUMNS - max(len(str(run.verdict)) for run in runs)
+    ids = [_middle_cut(run.id, room, viewport.glyphs.ellipsis) for run in runs]
+    width = max(map(len, ids))
+    yield Text(f"    {'run':<{width}}{'step':>9}{'change':>9}  {'significant':<12}verdict", style="dim")
+    yield Text(f" A  {ids[0]:<{width}}{ms_text(first.step_time.mean.a_ms):>9}{'':23}{first.a.verdict}")
     for number, each in enumerate(comparisons.comparisons):
         mean = each.step_time.mean
-        line = Text(f" {run_letter(number + 1):<3} {each.b.id:<{width}}  {ms_text(mean.b_ms):>9}")
+        line = Text(f" {run_letter(number + 1):<2} {ids[number + 1]:<{width}}{ms_text(mean.b_ms):>9}")
         line.append(f"{step_change_text(mean):>9}", style=_STYLES.get(each.outcome, ""))
-        yield line.append(f"  {significance_word(each):<13}{each.b.verdict}")
+        yield line.append(f"  {significance_word(each):<12}{each.b.verdict}")
+
+
+def _middle_cut(text: str, room: int, ellipsis: str) -> str:
+    """Return a run's id that fits: its start, and the end that tells runs of one name apart."""
+    if len(text) <= room:
+        return text
+
+    end = min(_ID_END, max(room - len(ellipsis), 1))
+    return text[: max(room - len(ellipsis) - end, 0)] + ellipsis + text[-end:]
 
 
 def _values(comparisons: Comparisons) -> Iterator[Text]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.findings import significant
-from traceml.formatting import percent_text
+from traceml.formatting import percent_text, plural
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import (
     Comparison,
@@ -202,7 +202,7 @@ def _obstacles(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
     reasons = []
     sizes = [side.report.run.world_size for side in (a, b)]
     if sizes[0] != sizes[1]:
-        reasons.append(f"A ran on {sizes[0]} ranks, {letter} on {sizes[1]}: a step is not the same work")
+        reasons.append(f"A ran on {plural(sizes[0], 'rank')}, {letter} on {sizes[1]}: a step is not the same work")
 
     for name in ("model", "parameters", "dtype", "device"):
         values = [side.report.setup.model.get(name) for side in (a, b)]
