@@ -109,7 +109,7 @@ def test_a_fork_waits_until_the_work_has_ended() -> None:
 
 def test_a_thread_that_stays_inside_delays_few_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first fork waits for it; the next ones only briefly; it still leaves the gate as usual."""
-    monkeypatch.setattr("traceml.fork_gate._PATIENCE_S", 0.05)
+    monkeypatch.setattr("traceml.fork_gate._TIMEOUT_S", 0.05)
     gate = ForkGate()
     inside, leave = threading.Event(), threading.Event()
 

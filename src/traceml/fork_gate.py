@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 __all__ = ["ForkGate", "fork_gate"]
 
-_PATIENCE_S = 2.0
+_TIMEOUT_S = 2.0
 _BRIEF_S = 0.01  # once a thread stayed inside for longer: not every fork pays for it
 
 
@@ -28,7 +28,7 @@ class ForkGate:
 
     def _start(self) -> None:
         self._changed = threading.Condition()
-        self._patience_s = _PATIENCE_S
+        self._timeout_s = _TIMEOUT_S
 
     def __enter__(self) -> None:
         """Let no other thread fork from now on."""
@@ -51,8 +51,8 @@ class ForkGate:
         """Wait, before a fork, until no other thread is inside; give up after 2 s, and be brief from then on."""
         self._changed.acquire()
         mine = {threading.get_ident()}
-        are_outside = self._changed.wait_for(lambda: self._inside.keys() <= mine, self._patience_s)
-        self._patience_s = _PATIENCE_S if are_outside else _BRIEF_S
+        are_outside = self._changed.wait_for(lambda: self._inside.keys() <= mine, self._timeout_s)
+        self._timeout_s = _TIMEOUT_S if are_outside else _BRIEF_S
 
     def release(self) -> None:
         """Allow threads in again, in the parent after a fork."""

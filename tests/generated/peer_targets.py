@@ -23,7 +23,7 @@ from traceml.transport.server import Peer
 __all__ = ["TARGETS"]
 
 _TOKEN = "of-generated-peers"
-_PATIENCE_S = 30.0
+_TIMEOUT_S = 30.0
 
 
 def _hello(challenge: dict[str, Any], role: Any) -> bytes:
@@ -42,7 +42,7 @@ async def _talk(folder: Path, role: str | None, damage: Damage | None, messages:
     sent = _hello(challenge, role or "rank") + b"".join(map(encode, messages))
     writer.write(sent if damage is None else damage.of(sent))
     writer.write_eof()
-    async with asyncio.timeout(_PATIENCE_S):
+    async with asyncio.timeout(_TIMEOUT_S):
         answered = await reader.read()
 
     writer.close()
@@ -78,7 +78,7 @@ def _client(value: tuple[Damage, list[dict[str, Any]]], _folder: Path) -> None:
     try:
         with near:
             hello = Hello(role="rank", run="job", rank=0, world_size=1)
-            ClientHandshake(near, "127.0.0.1", 1, time.monotonic() + _PATIENCE_S, None).run(hello, _TOKEN)
+            ClientHandshake(near, "127.0.0.1", 1, time.monotonic() + _TIMEOUT_S, None).run(hello, _TOKEN)
     except (AggregatorRefusedError, ProtocolError, OSError) as error:
         refused = error
     finally:

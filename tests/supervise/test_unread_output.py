@@ -52,7 +52,7 @@ def pipe() -> Iterator[Pipe]:
 def test_a_full_pipe_is_read_when_the_job_ends(pipe: Pipe) -> None:
     """Again and again, as its writer goes on; and what was read is kept."""
     written, ending, kept = pipe.fill(), threading.Event(), bytearray()
-    with UnreadOutput([pipe.writer], ending.is_set, kept.extend, patience_s=0.02):
+    with UnreadOutput([pipe.writer], ending.is_set, kept.extend, full_for_s=0.02):
         ending.set()
         os.write(pipe.writer, b"the end" * 10_000)  # it returns when that has been read, or is in the pipe
         eventually(lambda: not pipe.is_full, "room in the pipe")
@@ -70,7 +70,7 @@ def test_a_slow_reader_loses_nothing_before_the_end(pipe: Pipe) -> None:
         return False
 
     written = pipe.fill()
-    with UnreadOutput([pipe.writer], is_ending, kept.extend, patience_s=0.01):
+    with UnreadOutput([pipe.writer], is_ending, kept.extend, full_for_s=0.01):
         for _ in range(5):
             assert asked.acquire(timeout=240)
 
@@ -85,7 +85,7 @@ def test_a_pipe_with_room_is_left_to_its_reader(pipe: Pipe) -> None:
     full.fill()
     with open(os.devnull, "w") as nowhere:
         files = [pipe.writer, nowhere.fileno(), full.writer]
-        with UnreadOutput(files, lambda: True, kept.extend, patience_s=0.01):
+        with UnreadOutput(files, lambda: True, kept.extend, full_for_s=0.01):
             eventually(lambda: not full.is_full, "room in the full pipe")
 
     full.close()

@@ -75,7 +75,7 @@ def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]
         return _of_folder(config, hello, is_ending)
 
 
-class _Patience:
+class _RefusalTimeout:
     """Time for an aggregator that answers, but refuses, as on a full disk; one that starts has longer.
 
     Args:
@@ -103,7 +103,7 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
     timeout_s = max(config.connect_timeout, _START_S)
     pause_s = _LOCK_POLL_S
     missing: AggregatorUnavailableError | AggregatorForeignError | None = None
-    patience = _Patience(config.connect_timeout)
+    refusals = _RefusalTimeout(config.connect_timeout)
     while True:
         found = address_of(config.runs_dir, config.port)
         if found is not None:
@@ -121,7 +121,7 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
                 return _start_in_folder(config, hello, lock, began_s, timeout_s)
 
         waited_s = time.monotonic() - began_s
-        if waited_s > timeout_s or patience.is_over(missing) or (waited_s > _ENDING_S and is_ending()):
+        if waited_s > timeout_s or refusals.is_over(missing) or (waited_s > _ENDING_S and is_ending()):
             reason = f"another process has the runs folder {config.runs_dir}, and does not answer"
             raise missing or AggregatorUnavailableError(config.host, config.port, waited_s, reason)
 
@@ -190,7 +190,7 @@ def _await_own(
     config: Config, hello: Hello, process: DetachedProcess, log: str, began_s: float, timeout_s: float
 ) -> Connection:
     """Connect to the aggregator that was started here."""
-    patience = _Patience(config.connect_timeout)
+    refusals = _RefusalTimeout(config.connect_timeout)
     while True:
         try:
             return connect(config.host, config.port, hello, config.token, timeout_s=0.5, tries=1, tls=config.tls)
@@ -202,7 +202,7 @@ def _await_own(
             raise AggregatorUnavailableError(
                 config.host, config.port, waited_s, f"the one started here has ended: {_last_line(Path(log))}"
             ) from missing
-        if waited_s > timeout_s or patience.is_over(missing):
+        if waited_s > timeout_s or refusals.is_over(missing):
             raise AggregatorUnavailableError(
                 config.host, config.port, waited_s, missing.reason, refused=missing.refused
             ) from missing
@@ -210,7 +210,7 @@ def _await_own(
 
 def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_ending: Callable[[], bool]) -> Connection:
     """Connect to an aggregator that another rank starts."""
-    patience = _Patience(config.connect_timeout)
+    refusals = _RefusalTimeout(config.connect_timeout)
     while True:
         try:
             return connect(config.host, config.port, hello, config.token, timeout_s=_TRY_S, tries=1, tls=config.tls)
@@ -218,7 +218,7 @@ def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_en
             waited_s = time.monotonic() - began_s
             if waited_s > timeout_s:
                 raise _PortOccupiedError(config.host, config.port, waited_s, error.reason) from error
-            if patience.is_over(error) or (waited_s > _ENDING_S and is_ending()):
+            if refusals.is_over(error) or (waited_s > _ENDING_S and is_ending()):
                 raise
 
             with fork_gate.opened():

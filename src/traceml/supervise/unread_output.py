@@ -26,7 +26,7 @@ class UnreadOutput:
         files: descriptors that the job writes to; those that are no pipes are left alone.
         is_ending: returns whether the job has to end, or has ended. Before, the reader may be slow.
         keep: takes what was read.
-        patience_s: time for which a pipe must have been full meanwhile.
+        full_for_s: time for which a pipe must have been full meanwhile.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class UnreadOutput:
         files: Iterable[int],
         is_ending: Callable[[], bool],
         keep: Callable[[bytes], object],
-        patience_s: float = 10.0,
+        full_for_s: float = 10.0,
     ) -> None:
-        self._is_ending, self._keep, self._patience_s = is_ending, keep, patience_s
+        self._is_ending, self._keep, self._full_for_s = is_ending, keep, full_for_s
         self._full_since: dict[int, float | None] = dict.fromkeys(file for file in files if _is_pipe(file))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="traceml-unread", daemon=True)
@@ -53,7 +53,7 @@ class UnreadOutput:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(_EVERY_S, self._patience_s)):
+        while not self._stop.wait(min(_EVERY_S, self._full_for_s)):
             for file in self._full_since:
                 with contextlib.suppress(OSError):  # without the right to read it, it stays full
                     self._check(file)
@@ -66,7 +66,7 @@ class UnreadOutput:
         since_s = self._full_since[file]
         if since_s is None:
             self._full_since[file] = time.monotonic()
-        elif time.monotonic() - since_s >= self._patience_s:
+        elif time.monotonic() - since_s >= self._full_for_s:
             self._empty(file)
 
     def _empty(self, file: int) -> None:

@@ -134,7 +134,7 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
     phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
     rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
     share, gain = cost / step_ns, speedup(segments, cost)
-    long, usual_ns = segments.told(events.columns, events.usual_ns)
+    long, usual_ns = segments.as_measured(events.columns, events.usual_ns)
     how_long, them = _how_long(long, usual_ns, len(segments.step))
     line, phase_share = _line(segments, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
@@ -154,7 +154,7 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
             "steps": len(segments.step),
             "usual_ms": usual_ns / 1e6,
             "mean_long_ms": float(long.mean()) / 1e6,
-            "p99_ms": float(np.quantile(segments.told(np.arange(len(segments.step)), 0.0)[0], 0.99)) / 1e6,
+            "p99_ms": float(np.quantile(segments.as_measured(np.arange(len(segments.step)), 0.0)[0], 0.99)) / 1e6,
             "longest_ms": float(long.max()) / 1e6,
             "excess_ms_by_phase": {name: value / 1e6 for name, value in sums.items() if value > 0},
             **(line.evidence(phase_share) if line else {}),

@@ -163,7 +163,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     phase_share = float(segments.parts[period.part].mean()) / step_ns
     held = period.part_saved_ns >= LINE_SHARE * phase_share * step_ns
     line = own_line(facts.lines, period.part, phase_share) if held else None
-    long, usual_ns = segments.told(period.columns, float(np.median(segments.step)))
+    long, usual_ns = segments.as_measured(period.columns, float(np.median(segments.step)))
     long_ns = float(long.mean())
     half = speedup(segments, period.saved_ns / 2)
     return Finding(

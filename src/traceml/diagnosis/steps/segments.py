@@ -66,7 +66,7 @@ class Segments:
     above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
     shift: Floats = field(default_factory=lambda: np.empty(0, np.float32))
 
-    def told(self, columns: NDArray[np.intp], usual_ns: float) -> tuple[Floats, float]:
+    def as_measured(self, columns: NDArray[np.intp], usual_ns: float) -> tuple[Floats, float]:
         """Return the times of some steps, and what is usual for them, as the run had them."""
         if not len(self.shift):
             return self.step[columns], usual_ns

@@ -23,11 +23,11 @@ class WorkerSnapshots:
 
     Args:
         file: the rank's file of stacks; None without one.
-        patience_s: from this time without progress on, a worker is asked even if that may end a sleep in its C code.
+        disturb_after_s: after this time without progress a worker is asked even if that may end a sleep in its C code.
     """
 
-    def __init__(self, file: int | None, patience_s: float) -> None:
-        self._file, self._patience_s = file, patience_s
+    def __init__(self, file: int | None, disturb_after_s: float) -> None:
+        self._file, self._disturb_after_s = file, disturb_after_s
         self._asked: dict[tuple[int, bool], tuple[FrameSnapshot, ...]] = {}
         self._batch: int | None = None
         self._cpu: dict[int, tuple[float, float]] = {}
@@ -64,16 +64,16 @@ class WorkerSnapshots:
         )
 
     def _frames(self, pid: int, quiet_s: float) -> tuple[FrameSnapshot, ...]:
-        is_patient = quiet_s < self._patience_s
-        if (pid, True) in self._asked and (is_patient or self._asked[pid, True]):
+        undisturbed = quiet_s < self._disturb_after_s
+        if (pid, True) in self._asked and (undisturbed or self._asked[pid, True]):
             return self._asked[pid, True]
 
-        if (pid, is_patient) not in self._asked:
-            target = signal_target(pid, even_if_disturbed=not is_patient)
+        if (pid, undisturbed) not in self._asked:
+            target = signal_target(pid, even_if_disturbed=not undisturbed)
             text = self._stacks(pid, target) if target is not None else ""
-            self._asked[pid, is_patient] = tuple(_frames_of_worker(text)[:MAX_FRAMES])
+            self._asked[pid, undisturbed] = tuple(_frames_of_worker(text)[:MAX_FRAMES])
 
-        return self._asked[pid, is_patient]
+        return self._asked[pid, undisturbed]
 
     def _stacks(self, pid: int, target: int) -> str:
         own = find_stack_file(pid)
