@@ -164,6 +164,37 @@ def test_a_script_that_plays_is_advised_on_its_environment(lines, words):
     assert "AsyncVectorEnv" not in supervised.next
 
 
+@pytest.mark.parametrize(
+    ("library", "samples", "says", "never"),
+    [
+        ("/lib/torch/distributions/categorical.py:144 sample", 80, "torch's functions", "AsyncVectorEnv"),
+        ("/lib/gymnasium/envs/cartpole.py:165 CartPoleEnv.step", 80, "AsyncVectorEnv", "torch's functions"),
+    ],
+)
+def test_the_policy_of_a_script_that_plays_is_no_environment(library, samples, says, never):
+    """Environments in other processes leave the cost of the model's calls where it is."""
+    rest = SampledLine(0, "forward", "/me/ppo.py", 5, "forward", None, 40)
+    lines = (SampledLine(0, "other", "/me/ppo.py", 70, "select_action", library, samples), rest)
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30))
+    found = next(each for each in diagnose(window, JobFacts(lines=lines, collects=True)) if each.phase == "other")
+
+    assert says in found.next
+    assert never not in found.next
+
+
+@pytest.mark.parametrize(("played", "is_told"), [(5, False), (40, True)])
+def test_environments_that_take_little_are_not_advised_on(played, is_told):
+    """The updates of a DQN take most of the time in many lines, and its environment next to none."""
+    update = [SampledLine(0, "other", "/me/dqn.py", 190 + at, f"update{at}", None, 10) for at in range(8)]
+    step = SampledLine(0, "other", "/me/dqn.py", 20, "play", "/lib/gymnasium/envs/cartpole.py:165 step", played)
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30))
+    facts = JobFacts(lines=(*update, step), collects=True)
+    found = next(each for each in diagnose(window, facts) if each.phase == "other")
+
+    assert ("AsyncVectorEnv" in found.next) == is_told
+    assert ("Look at what else the training loop does" in found.next) != is_told
+
+
 def test_a_users_heavy_phase_is_residual_under_its_name():
     """The user's phase that takes the time is named."""
     window = window_of(ALONE, adds("user", 10))

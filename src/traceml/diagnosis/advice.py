@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine
+from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, play_share, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology.topology import RankGroup
 from traceml.formatting import capitalized, gain_text, ranks_text
@@ -23,6 +23,8 @@ __all__ = [
 ]
 
 
+LEAST_PLAYED = 0.3
+"""Environments are advised on if they take this share of the time, where no line has most of it."""
 EVENT_LOOP = "EpollSelector.select"
 """Library function in which asyncio's event loop waits while no task can run."""
 _WAITS_FOR_OTHERS = ("Condition.wait", "Queue.get", "Connection._recv", "Connection._recv_bytes", "wait")
@@ -102,7 +104,16 @@ def for_residual(
         )
 
     if facts.collects and part in ("other", "user"):
-        return for_rollouts(line)
+        played = play_share(facts.lines, part)
+        if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
+            return (
+                f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often for larger "
+                "tensors, as of several environments that are played at once (gymnasium's SyncVectorEnv), or use "
+                "torch.compile. `traceml report --lines` shows all lines."
+            )
+
+        if line is not None or played is None or played >= LEAST_PLAYED:
+            return for_rollouts(line)
 
     if has_forward:
         place = "this code" if line is None else line.place

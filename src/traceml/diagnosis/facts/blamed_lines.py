@@ -31,6 +31,8 @@ __all__ = [
     "main_library",
     "ordering_share",
     "outside_line",
+    "play_share",
+    "torch_share",
     "worker_wait_share",
 ]
 
@@ -50,6 +52,8 @@ NAMED_OF_EXCESS = 0.3
 
 _USER = Phase.USER.label
 _MODULE = "<module>"
+_TORCH = re.compile(r"(^|/)torch/")
+_PLAYS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
 _CLEARS = re.compile(r"\bzero_grad$")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
@@ -163,6 +167,24 @@ def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLin
     seen = [each for each in lines if each.part == part]
     total = sum(each.samples for each in seen)
     return sum(each.samples for each in seen if chosen(each)) / total if total >= fewest else 0.0
+
+
+def play_share(lines: Sequence[SampledLine], part: str) -> float | None:
+    """Return the share of a part's samples in libraries of environments; None where there are few samples."""
+    seen = [each for each in lines if each.part == part]
+    total = sum(each.samples for each in seen)
+    return _samples_in(seen, _PLAYS) / total if total >= FEWEST_SAMPLES else None
+
+
+def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
+    """Return the share of torch's functions in the samples of a function of the user, in a part of the step."""
+    place = line.file, line.function, line.line if line.function == _MODULE else None
+    seen = [each for each in lines if each.part == part and _place_of(each) == place]
+    return _samples_in(seen, _TORCH) / max(sum(each.samples for each in seen), 1)
+
+
+def _samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int:
+    return sum(each.samples for each in lines if each.library and libraries.search(each.library))
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
