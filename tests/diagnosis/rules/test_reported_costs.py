@@ -7,6 +7,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -76,3 +77,33 @@ def test_a_little_clearing_of_gradients_counts():
 
     assert f"step ({share})" in finding.summary
     assert percent_text(finding.cost_share) == share
+
+
+@pytest.mark.parametrize(("cores", "is_told"), [(2, True), (8, False)])
+def test_advice_that_gains_less_than_the_waiting_costs_says_so(cores, is_told):
+    """On two cores a second worker takes part of what the training computes with: 60 % of a step, but 2x faster."""
+    facts = JobFacts(loader=LoaderFacts(num_workers=0), hosts={0: "h"}, cores={"h": cores})
+    window = window_of(Job(ranks=1, grouped=False), adds("input_wait", 20))
+    waiting = next(each for each in diagnose(window, facts) if each.kind is Kind.INPUT_BOUND)
+
+    assert ("(60 %); without any of it steps would be 2.5x faster." in waiting.summary) is is_told
+    assert (waiting.speedup_if_fixed < 0.9 / (1 - waiting.cost_share)) is is_told
+
+
+def test_the_gain_beside_another_cause_is_that_of_the_run():
+    """A late rank is not fixed with the loading: its time stays in the step."""
+    window = window_of(Job(ranks=4), adds("forward", 20, (2,)), adds("input_wait", 10))
+    by_kind = {each.kind: each for each in diagnose(window, JobFacts(world_size=4))}
+
+    waiting = by_kind[Kind.INPUT_BOUND]
+    assert by_kind[Kind.COMPUTE_STRAGGLER].ranks == (2,)
+    assert waiting.speedup_if_fixed == pytest.approx(1 / (1 - waiting.cost_share), rel=0.03)
+
+
+def test_a_late_rank_that_hides_another_says_why_it_gains_less():
+    """With the first one fixed, the others wait for the second."""
+    window = window_of(Job(ranks=4), adds("forward", 30, (1,)), adds("other", 12, (2,)))
+    late = diagnose(window, JobFacts(world_size=4))[0]
+
+    assert late.speedup_if_fixed < 0.9 / (1 - late.cost_share)
+    assert late.summary.endswith("steps would be 1.66x faster, as what else is uneven then sets their pace.")

@@ -65,7 +65,7 @@ def _without(work: Floats, away: Floats) -> Floats:
 
 
 def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -> Finding:
-    share, gain = cost / segments.step_ns, speedup(segments, cost)
+    share, gain = cost / segments.step_ns, speedup(segments.step_ns, cost)
     spread = float((sizes.max(axis=0) / sizes.min(axis=0)).mean())
     return Finding(
         kind=Kind.DATA_IMBALANCE,

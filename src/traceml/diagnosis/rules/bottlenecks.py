@@ -47,6 +47,8 @@ RARE_FACTOR = 1.1
 """Rare long steps are not counted if a part costs more than this factor with them."""
 LEAST_UNCOUNTED = 0.02
 """What does not count is named from this share of the part on."""
+LEAST_PART = 1.05
+"""What the advice gains is compared with the gain without any waiting if that is larger by this factor."""
 SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
 
@@ -104,7 +106,7 @@ class _PhaseCost:
     @property
     def faster(self) -> str:
         """The gain in words: `2.9x faster`."""
-        return gain_text(speedup(self.segments, self.saved_ns))
+        return gain_text(speedup(self.step_ns, self.saved_ns))
 
     def line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line of the user's code that most of it is spent in, where the samples show it."""
@@ -142,7 +144,7 @@ class _PhaseCost:
             next=action,
             evidence=_evidence(self.segments, self.part, self.step_ns) | evidence,
             cost_share=share,
-            speedup_if_fixed=speedup(self.segments, self.saved_ns),
+            speedup_if_fixed=speedup(self.step_ns, self.saved_ns),
         )
 
 
@@ -163,7 +165,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
     facts = with_waited_loader(facts, cost.saved_ns / step_ns)
     rare = _mostly_rare(segments.parts["input_wait"])
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
-    pipeline = pipeline_of(segments, facts, float(cost.removed.mean()))
+    pipeline = pipeline_of(segments, facts, float(cost.removed.mean()), step_ns)
     line = cost.line(facts)
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
@@ -173,8 +175,10 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
     if facts.loader is not None and facts.loader.num_workers and by_sampler is None:
         line = None  # it is the loop's own: the work is in the workers' processes
 
-    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}{where}."
     advised = by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline)
+    is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > LEAST_PART * advised.gain
+    where += f"; without any of it steps would be {cost.faster}" if is_part else ""
+    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}{where}."
     evidence = cost.line_evidence(line) | _loader_evidence(facts) | _fetch_evidence(pipeline, advised)
     found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, **evidence)
     return [found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)]
@@ -287,7 +291,7 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
         return []
 
     count, each_ns = int(saves.sum()), float(longest[saves].mean())
-    known, half = facts.pauses.saves(segments.ranks), speedup(segments, cost.saved_ns / 2)
+    known, half = facts.pauses.saves(segments.ranks), speedup(step_ns, cost.saved_ns / 2)
     where = f" on {ranks_text(ranks)}" if ranks else ""
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save{where}"

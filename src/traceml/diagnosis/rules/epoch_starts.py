@@ -135,7 +135,7 @@ def _finding(
         summary=(
             f"The {workers} workers of the data loader are restarted {times}: {ns_text(each_ns)} each, "
             f"{percent_text(share)} of step time; with persistent workers, steps would be "
-            f"{gain_text(speedup(segments, saved))}."
+            f"{gain_text(speedup(step_ns, saved))}."
         ),
         next=(
             "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
@@ -150,5 +150,5 @@ def _finding(
             "steps": segments.parts[_PART].shape[1],
         },
         cost_share=share,
-        speedup_if_fixed=speedup(segments, saved),
+        speedup_if_fixed=speedup(step_ns, saved),
     )

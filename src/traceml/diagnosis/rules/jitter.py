@@ -133,7 +133,7 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
     part = max(sums, key=lambda name: sums[name])
     phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
     rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
-    share, gain = cost / step_ns, speedup(segments, cost)
+    share, gain = cost / step_ns, speedup(step_ns, cost)
     long, usual_ns = segments.as_measured(events.columns, events.usual_ns)
     how_long, them = _how_long(long, usual_ns, len(segments.step))
     line, phase_share = _line(segments, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
@@ -272,7 +272,7 @@ def _seldom_late(
 ) -> Finding:
     """Return the finding about a single rank that is late in some steps: no other takes a turn."""
     kind, (base, late_ns) = straggler_kind(part), levels_ns
-    share, gain = saved / step_ns, speedup(segments, saved)
+    share, gain = saved / step_ns, speedup(step_ns, saved)
     mine = float(segments.parts[part][segments.ranks == rank].mean()) / step_ns
     line = blamed_line(facts.lines, part, mine, (rank,), segments.ranks[segments.ranks != rank].tolist())
     return Finding(
@@ -309,7 +309,7 @@ def _turns_finding(
     step_ns: float,
 ) -> Finding:
     kind = straggler_kind(part)
-    share, gain = saved / step_ns, speedup(segments, saved)
+    share, gain = saved / step_ns, speedup(step_ns, saved)
     return Finding(
         kind=kind,
         severity=kind.severity_for(share),

@@ -165,7 +165,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     line = own_line(facts.lines, period.part, phase_share) if held else None
     long, usual_ns = segments.as_measured(period.columns, float(np.median(segments.step)))
     long_ns = float(long.mean())
-    half = speedup(segments, period.saved_ns / 2)
+    half = speedup(step_ns, period.saved_ns / 2)
     return Finding(
         kind=Kind.RESIDUAL_HEAVY,
         severity=Kind.RESIDUAL_HEAVY.severity_for(share),

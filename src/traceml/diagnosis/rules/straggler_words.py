@@ -14,6 +14,8 @@ from traceml.formatting import capitalized, gain_text, ns_text, percent_text, ph
 
 __all__ = ["late_evidence", "late_summary", "mean_of_others", "waited_for_core"]
 
+_UNEVEN = 0.03
+"""Cost and gain that differ by so much of the step are explained."""
 _MOST_LISTED = 64  # a switch or a stage has thousands of ranks
 
 
@@ -66,8 +68,13 @@ def late_summary(
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
         f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it steps "
-        f"would be {gain_text(gain)}."
+        f"would be {gain_text(gain)}{_pace(share, gain)}."
     )
+
+
+def _pace(share: float, gain: float) -> str:
+    """Return why steps gain less than the late ranks lose: the next slowest work takes part of it."""
+    return ", as what else is uneven then sets their pace" if share > 1 - 1 / gain + _UNEVEN else ""
 
 
 def _subject(late: LateRanks, ranks: tuple[int, ...]) -> str:

@@ -387,7 +387,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
     share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
     ranks = tuple(segments.ranks_of(late.rows))
-    gain = speedup(segments, saved)
+    gain = speedup(segments.step_ns, saved)
     kind = straggler_kind(late.part)
     mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
     others = segments.ranks_of(late.others)

@@ -149,7 +149,7 @@ def _finding(segments: Segments, cost: _Collections) -> Finding:
     every = _every(cost.full_ns, step_ns - cost.saved_ns)
     # What is left of them if they come as seldom as advised.
     kept_ns = min(cost.full_ns / every, cost.saved_ns)
-    gain = speedup(segments, cost.saved_ns - kept_ns)
+    gain = speedup(segments.step_ns, cost.saved_ns - kept_ns)
     file, line, function = cost.place
     place = line_text(file, line, function) if cost.called and file and line and function else None
     return Finding(

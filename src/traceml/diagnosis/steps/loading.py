@@ -40,6 +40,7 @@ class Pipeline:
         is_handover: whether it waits for that, and not for the workers to make batches.
         epoch_steps: mean number of batches of an epoch; None where that is not known. Workers make the first one of an
             epoch only when the training asks for it.
+        lost_ns: time of a step that another cause takes, which is not in the others: it stays.
     """
 
     fetch_ns: float
@@ -52,6 +53,7 @@ class Pipeline:
     take_ns: float = TAKE_NS
     is_handover: bool = False
     epoch_steps: float | None = None
+    lost_ns: float = 0.0
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with so many workers: that of the training, of the workers, or of the cores."""
@@ -78,7 +80,7 @@ class Pipeline:
 
     def gain(self, workers: int) -> float:
         """Return old / new step time with so many workers."""
-        return self.step_ns(self.workers) / self.step_ns(workers)
+        return self._gain_to(self.step_ns(workers))
 
     def gain_with(self, fetch_share: float, workers: int | None = None) -> float:
         """Return old / new step time if fetching took this share of its time.
@@ -88,11 +90,14 @@ class Pipeline:
             workers: number of workers then; None for that of now.
         """
         cheaper = replace(self, fetch_ns=self.fetch_ns * fetch_share)
-        return self.step_ns(self.workers) / cheaper.step_ns(self.workers if workers is None else workers)
+        return self._gain_to(cheaper.step_ns(self.workers if workers is None else workers))
 
     def gain_on_all_cores(self) -> float:
         """Return old / new step time if the workers could use all cores of the rank."""
-        return self.step_ns(self.workers) / replace(self, worker_cores=None).step_ns(self.workers)
+        return self._gain_to(replace(self, worker_cores=None).step_ns(self.workers))
+
+    def _gain_to(self, step_ns: float) -> float:
+        return (self.step_ns(self.workers) + self.lost_ns) / (step_ns + self.lost_ns)
 
     @property
     def takes_cpu(self) -> bool:
@@ -104,13 +109,14 @@ class Pipeline:
         return self.rest_ns * self.rest_cores + self.fetch_ns * self.fetch_cpu
 
 
-def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline | None:
+def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: float = 0.0) -> Pipeline | None:
     """Return the loading of a window; None where the waits are pauses, which show nothing of a usual batch.
 
     Args:
         segments: the window.
         facts: about the job.
         wait_ns: mean wait for data per step.
+        step_ns: mean step of the run, if other causes have been taken away in the window.
     """
     workers = (facts.loader.num_workers if facts.loader else None) or 0
     if workers and are_pauses(segments, workers):
@@ -149,6 +155,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline
         take_ns=wait_ns if handover else TAKE_NS,
         is_handover=handover,
         epoch_steps=_epoch_steps(facts),
+        lost_ns=max(step_ns - segments.step_ns, 0.0),
     )
 
 

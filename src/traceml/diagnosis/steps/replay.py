@@ -64,9 +64,14 @@ def saved_ns(segments: Segments, changed: Mapping[str, Floats]) -> float:
     return segments.step_ns - float(new_step_times(segments, changed).mean())
 
 
-def speedup(segments: Segments, saved: float) -> float:
-    """Return old / new step time if a step saves this many nanoseconds."""
-    return segments.step_ns / max(segments.step_ns - max(saved, 0.0), 1.0)
+def speedup(step_ns: float, saved: float) -> float:
+    """Return old / new step time if a step saves this many nanoseconds.
+
+    Args:
+        step_ns: mean step of the run, not of what is left of it without other causes: one cause is fixed.
+        saved: what is saved of it.
+    """
+    return step_ns / max(step_ns - max(saved, 0.0), 1.0)
 
 
 def with_typical_work(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
