@@ -162,7 +162,8 @@ def test_busy_workers_make_a_batch_per_step_each():
 )
 def test_more_workers_are_not_advised_where_batches_are_ready(library, says, never):
     """Workers that are idle for most of the time are not late if the training process is seen receiving."""
-    lines = [SampledLine(0, "input_wait", "a.py", 1, "train", f"/lib/multiprocessing/a.py:1 {library}", 40)]
+    starts = SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 SemLock.__init__", 45)
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "train", f"/lib/multiprocessing/a.py:1 {library}", 40), starts]
     segments = segments_of(window_of(ALONE, adds("input_wait", 14)), JobFacts())
     loader = LoaderFacts(dataset="Sums", num_workers=4, batch_size=64)
     usual = {"loader": loader, "lines": lines, "hosts": {0: "h"}, "cores": {"h": 2}}

@@ -57,7 +57,8 @@ _PLAYS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_en
 _CLEARS = re.compile(r"\bzero_grad$")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
-_HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|recvfds|rebuild_\w+)$")
+_HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
+_AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
 _FEWEST_CLEARING = 5  # it only lowers a cost
 _Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
 _WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
@@ -235,14 +236,13 @@ def worker_wait_share(lines: Sequence[SampledLine]) -> float:
 
 
 def handover_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of the waiting for data in which a batch is there and is taken over; 0 if unknown.
+    """Return the share of the waiting for loader workers in which a batch is there and is taken over; 0 if unknown.
 
     The training process asks the worker for the memory of each tensor; it waits for a batch elsewhere.
     """
     seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
-    total = sum(each.samples for each in seen)
-    taking = sum(each.samples for each in seen if each.library and _HANDS_OVER.search(each.library))
-    return taking / total if total >= FEWEST_SAMPLES else 0.0
+    taking, waiting = _samples_in(seen, _HANDS_OVER), _samples_in(seen, _AWAITS)
+    return taking / (taking + waiting) if taking + waiting >= FEWEST_SAMPLES else 0.0
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:

@@ -61,12 +61,12 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
     if pipeline.worker_cores and pipeline.gain_on_all_cores() >= WORTHWHILE:
         return _all_cores(pipeline, pipeline.worker_cores)
 
-    if is_in_memory(loader, pipeline, facts.wait_share):
-        return _whole_batches(loader, pipeline)
-
     cores = _on(pipeline, facts)
     if pipeline.is_handover:
         return _fewer_handovers(loader, pipeline, cores)
+
+    if is_in_memory(loader, pipeline, facts.wait_share):
+        return _whole_batches(loader, pipeline)
 
     return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores)
 
