@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from traceml.inspection.git_head import git_head
+from traceml.inspection.git_head import git_head, repository_folders
 from traceml.recorder.identity import identify
 from traceml.recorder.recorder_facts import process_facts
 from traceml.settings import Config
@@ -96,3 +96,12 @@ def test_rank_0_records_it_unless_it_must_not(tmp_path: Path, monkeypatch: pytes
 
     assert process_facts(identify(Config()), Config())["git"] == {"commit": "a" * 40}
     assert "git" not in process_facts(identify(Config()), Config(track_git=False))
+
+
+@pytest.mark.parametrize(
+    ("script", "folders"),
+    [("src/train.py", ["/a/src", "/a"]), ("/b/train.py", ["/b", "/a"]), ("", ["/a"]), (None, ["/a"])],
+)
+def test_the_folder_of_the_script_comes_first(script, folders):
+    """A script is in its repository wherever it is started."""
+    assert repository_folders(script, Path("/a")) == [Path(folder) for folder in folders]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from traceml.own_files import read_regular
 
-__all__ = ["git_head"]
+__all__ = ["git_head", "repository_folders"]
 
 _MOST_BYTES = 8 << 20  # of packed-refs
 _MOST_LEVELS = 64
@@ -29,6 +29,16 @@ def git_head(folders: Sequence[Path]) -> dict[str, str]:
         return _head_of(folders)
     except (OSError, ValueError):
         return {}
+
+
+def repository_folders(script: str | None, folder: Path) -> list[Path]:
+    """Return the folders whose repository is that of a training: its script's, then its working directory.
+
+    Args:
+        script: its path; empty or None where there is none.
+        folder: working directory.
+    """
+    return [*([Path(folder, script).parent] if script else []), folder]
 
 
 def _head_of(folders: Sequence[Path]) -> dict[str, str]:

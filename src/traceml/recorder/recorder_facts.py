@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import PACKED
 from traceml.fail_open import fail_open
-from traceml.inspection.git_head import git_head
+from traceml.inspection.git_head import git_head, repository_folders
 from traceml.privacy import secrets_only
 from traceml.recorder.fabric.switches import switches_above
 from traceml.recorder.identity import Identity
@@ -109,7 +109,7 @@ def _git(identity: Identity, config: Config) -> dict[str, dict[str, str]]:
     found: dict[str, str] = {}
     if config.track_git and identity.rank_identity.rank == 0:
         with fail_open(_log, "recorder", "the git commit of the script is not known"):
-            found = git_head([*(Path(each).parent for each in sys.argv[:1] if each), Path.cwd()])
+            found = git_head(repository_folders(sys.argv[0] if sys.argv else "", Path.cwd()))
 
     return {"git": found} if found else {}
 

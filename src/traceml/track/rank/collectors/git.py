@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from traceml.inspection.git_head import repository_folders
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -41,9 +42,7 @@ class GitCollector(CollectorInterface):
     metadata = PluginMetadata(name="git", version="1", description="commit, branch, uncommitted changes, remote")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        script, folder = config.get("script"), config.get("folder") or "."
-        self._folders = [Path(folder, script).parent] if script else []
-        self._folders.append(Path(folder))
+        self._folders = repository_folders(config.get("script"), Path(config.get("folder") or "."))
         self._timeout_s = float(config.get("git_timeout_s", _TIMEOUT_S))
 
     def collect(self) -> list[Metric | dict[str, Any]]:
