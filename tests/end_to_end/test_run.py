@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,8 @@ def test_a_module_is_run(traceml: Traceml, tmp_path: Path) -> None:
     ended = traceml("run", "-m", "package.train", "--steps", "20")
 
     assert ended.status == 0, ended.stderr
+    assert ended.report["run"]["name"] == "train"
+    assert re.fullmatch(r"\d{8}-\d{6}-train-[0-9a-f]{4}", ended.report["run"]["id"])
     assert ended.report["steps"]["count"] == 20
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from traceml import settings
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import CommandParser, WrappingFormatter
-from traceml.cli.scripts import add_run_options, check_report, given, host_names, script_words
+from traceml.cli.scripts import add_run_options, check_report, default_name, given, host_names, script_words
 from traceml.cli.submission.submit_options import add_submit_options, await_job, check_submit_options, submit_script
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 from traceml.formatting import printable
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if options.live == "terminal" and not sys.stdout.isatty():
         raise UsageError("--live terminal needs a terminal; standard output is not one")
 
-    name = config.run_name or Path(target).stem
+    name = config.run_name or default_name(target, is_module=options.module)
     script = {"module" if options.module else "path": target, "argv": arguments}
     tracing: dict[str, Any] | None = {"name": name, **named} if config.enabled else None
     try:
@@ -76,7 +76,8 @@ def _submit(options: argparse.Namespace, script: dict[str, Any], tracing: dict[s
     if tracing is not None:
         tracing["report"] = options.report and options.report.absolute()
 
-    job = submit_script(options, _launcher(options), script, tracing, script.get("path") or script["module"])
+    name = default_name(script.get("path") or script["module"], is_module=options.module)
+    job = submit_script(options, _launcher(options), script, tracing, name)
     if options.wait:
         await_job(job)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from traceml import settings
 from traceml.cli.number_range import PORT, NumberRange, node_count
 from traceml.cli.parsing import CommandParser, WrappingFormatter
-from traceml.cli.scripts import add_prometheus_option, add_run_options, check_report, given, script_words
+from traceml.cli.scripts import add_prometheus_option, add_run_options, check_report, default_name, given, script_words
 from traceml.errors import TraceMLError, UsageError
 from traceml.installation import install_command
 from traceml.own_programs import own_program
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     job = LocalJob(
         command=_command(options, target, arguments),
         elastic=_elastic(options),
-        run_id=choose_run_id(config.run_id, config.run_name or Path(target).stem),
+        run_id=choose_run_id(config.run_id, config.run_name or default_name(target, is_module=options.module)),
         runs_dir=Path(config.runs_dir).absolute(),
         environ=given(
             TRACEML_RUN_NAME=options.run_name,

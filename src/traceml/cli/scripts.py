@@ -10,7 +10,15 @@ from pathlib import Path
 from traceml.errors import UsageError
 from traceml.supervise.listen_address import ListenAddress
 
-__all__ = ["add_prometheus_option", "add_run_options", "check_report", "given", "host_names", "script_words"]
+__all__ = [
+    "add_prometheus_option",
+    "add_run_options",
+    "check_report",
+    "default_name",
+    "given",
+    "host_names",
+    "script_words",
+]
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +62,15 @@ def _address(text: str) -> ListenAddress:
         is_script = Path(text).is_file()
         usage = f"; before a script give the port: --prometheus {ListenAddress().port} {text}" if is_script else ""
         raise argparse.ArgumentTypeError(f"{error}{usage}") from None
+
+
+def default_name(target: str, *, is_module: bool) -> str:
+    """Return the default name of a run: that of the script's file, or the last part of a module's name."""
+    if not is_module:
+        return Path(target).stem
+
+    package, _, module = target.rpartition(".")
+    return package.rpartition(".")[2] if module == "__main__" and package else module
 
 
 def host_names(words: Iterable[str]) -> str | list[str]:

@@ -63,7 +63,8 @@ def _run(argv: list[str]) -> BaseException | None:
     if not words:
         sys.exit("usage: python .../session/entry.py [-m] SCRIPT [ARGS ...]")
 
-    sys.argv = list(words)
+    # A run may be named before its module is found: after a file, as Python's own argv[0] will be.
+    sys.argv = [words[0].replace(".", "/") + ".py" if module else words[0], *words[1:]]
     _end_with_torchrun()
     start_for_script()
     _raise_interrupts()

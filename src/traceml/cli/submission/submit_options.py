@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.cli.number_range import NumberRange
@@ -74,7 +73,7 @@ def submit_script(
         launcher: the launcher in the job.
         script: see `assembly.run_script`.
         tracing: arguments of its `Tracing`; None: it is not traced.
-        name: the script's.
+        name: the default name of the run.
     """
     from traceml.launch.launcher.submission.allocation_call import AllocationCall
     from traceml.launch.launcher.submission.slurm_options import SlurmOptions
@@ -83,7 +82,7 @@ def submit_script(
     asked = {key: value for key in _ASKED if (value := getattr(options, key)) is not None}
     slurm = SlurmOptions(**asked, sbatch=dict(map(_sbatch_option, options.sbatch)))
     call = AllocationCall(options=launcher, script=script, tracing=tracing, retries=slurm.retries)
-    job = submit(call, slurm, Path(name).stem, options.run_name)
+    job = submit(call, slurm, name, options.run_name)
     sys.stdout.write(
         f"submitted job {job.job_id}; its run is {job.run_id}\n"
         f"  output: {job.output}\n  follow: traceml top {job.run_id}\n  cancel: scancel {job.job_id}\n"
