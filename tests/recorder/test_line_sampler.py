@@ -140,8 +140,9 @@ def test_short_blocks_are_seen_by_costly_samples(flight: FlightFile, monkeypatch
         torch.rand(1, 28, 28)
 
     with Training(fetches) as training:
-        rows = sampled(flight, training, 40)
+        rows = sampled(flight, training, 200)
 
+    # 85 % of them; a fifth on a host with four programs for each core, and 4 % if the lock is never asked for
     assert sum(samples for _, line, _, samples in rows if "holds_for_300_us" in line) >= 20
 
 
