@@ -105,7 +105,7 @@ def test_git_of_large_files_has_no_text(repository: Path) -> None:
     git(repository, "add", "data.csv")
     git(repository, "commit", "-q", "-m", "second")
     with (repository / "data.csv").open("r+b") as data:
-        data.truncate(1 << 30)
+        data.truncate(20 << 20)
 
     (repository / "train.py").write_text("lr = 0.2\n")
     facts = facts_of(GitCollector({"folder": str(repository)}))
