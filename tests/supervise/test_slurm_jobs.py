@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from traceml.errors import SlurmError
-from traceml.supervise.slurm_jobs import minutes_of, read_job, requeue_job, scheduler_end
+from traceml.supervise.slurm_jobs import is_cancelled, minutes_of, read_job, requeue_job, scheduler_end
 
 _SHOWN = (
     "JobId=7 JobName=train JobState={state} Reason={reason} Requeue=1 Restarts={restarts} TimeLimit={limit} "
@@ -72,6 +72,26 @@ def test_why_slurm_ends_a_job(
 
     assert scheduler_end({"SLURM_JOB_ID": "7"}) == why
     assert scheduler_end({}) is None
+
+
+@pytest.mark.parametrize(
+    ("shown", "cancelled"),
+    [
+        ({}, False),
+        ({"state": "COMPLETING"}, True),
+        ({"state": "CANCELLED"}, True),
+        ({"state": "COMPLETING", "reason": "TimeLimit"}, False),
+        ({"state": "COMPLETING", "preempted": "2020-01-01T00:10:00"}, False),
+    ],
+)
+def test_a_cancelled_job_is_one_that_slurm_ends_without_a_reason(
+    shown: dict[str, str], cancelled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes still run while Slurm calls it COMPLETING."""
+    slurm_that_shows(_SHOWN.format_map(_USUAL | shown), tmp_path, monkeypatch)
+
+    assert is_cancelled({"SLURM_JOB_ID": "7"}) is cancelled
+    assert not is_cancelled({})
 
 
 def test_a_submitted_job_knows_when_it_was_warned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,16 @@ from typing import Any
 
 from traceml.errors import SlurmError
 
-__all__ = ["SlurmJob", "cancel_job", "minutes_of", "read_job", "requeue_job", "scheduler_end", "scheduler_facts"]
+__all__ = [
+    "SlurmJob",
+    "cancel_job",
+    "is_cancelled",
+    "minutes_of",
+    "read_job",
+    "requeue_job",
+    "scheduler_end",
+    "scheduler_facts",
+]
 
 _TIMEOUT_S = 10
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
@@ -99,6 +108,16 @@ def scheduler_end(environ: Mapping[str, str], early_s: float = 0.0) -> str | Non
     """
     job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
     return None if job is None else _reason(job, environ, early_s)
+
+
+def is_cancelled(environ: Mapping[str, str]) -> bool:
+    """Return whether the job that this process is part of was cancelled: its processes are being ended.
+
+    Args:
+        environ: with Slurm's variables.
+    """
+    job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
+    return job is not None and job.state in ("CANCELLED", "COMPLETING") and _reason(job, environ, 0.0) is None
 
 
 def _reason(job: SlurmJob, environ: Mapping[str, str], early_s: float) -> str | None:

@@ -14,7 +14,7 @@ from traceml.errors import SlurmError
 from traceml.launch.launcher.end_signals import EndedBySignal, ended_by
 from traceml.launch.launcher.function_call import FunctionCall
 from traceml.launch.launcher.launch_options import LaunchOptions
-from traceml.supervise.slurm_jobs import read_job, requeue_job, scheduler_end
+from traceml.supervise.slurm_jobs import is_cancelled, read_job, requeue_job, scheduler_end
 
 __all__ = ["AllocationCall", "AllocationOutcome", "last_outcome"]
 
@@ -71,6 +71,8 @@ class AllocationCall:
         except Exception as error:  # noqa: BLE001 - whatever a worker raised is the outcome
             self._go_on_later()
             outcome = AllocationOutcome(error=_portable(error))
+            if is_cancelled(os.environ):  # which ends the workers, too, and maybe first
+                outcome = AllocationOutcome(error=SlurmError("the job was cancelled"))
 
         _outcomes.append(outcome)
         return outcome
