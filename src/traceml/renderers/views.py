@@ -135,9 +135,10 @@ class RunView:
 
     @property
     def time_parts(self) -> list[TimePart]:
-        """Parts of the run's wall time that can be seen; none where it is not known."""
+        """Parts of the run's wall time that can be seen; none where nothing of it is known, as of a run that logs."""
         time = self.report.time
-        return [] if time is None else [part for part in time.parts if part.share >= _SMALL_SHARE]
+        parts = [] if time is None else [part for part in time.parts if part.share >= _SMALL_SHARE]
+        return [] if {part.part for part in parts} == {"unexplained"} else parts
 
     @property
     def sample(self) -> str | None:

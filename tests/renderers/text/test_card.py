@@ -12,7 +12,16 @@ from traceml.errors import StoreError
 from traceml.renderers.text.card import card, print_card, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import run_view
-from traceml.runs.report.report_types import SCHEMA, Report, RestartSection, RunSection, StepsSection, TrackerSection
+from traceml.runs.report.report_types import (
+    SCHEMA,
+    Report,
+    RestartSection,
+    RunSection,
+    StepsSection,
+    TimePart,
+    TimeSection,
+    TrackerSection,
+)
 
 
 def text_of(made: Report, **over) -> str:
@@ -117,6 +126,16 @@ def test_an_accelerator_without_device_times_is_reported():
 
     made.steps.untimed_device = "mps"
     assert " Clock   device times: not measured on mps; phases show CPU time" in text_of(made)
+
+
+def test_a_time_of_which_nothing_is_known_is_not_divided():
+    """The heading has the whole time of a run that only logs."""
+    made = slow_rank()
+    made.time = TimeSection(wall_s=10.0, parts=[TimePart("steps", 4.0, 0.4), TimePart("unexplained", 6.0, 0.6)])
+    assert " Time    10 s: steps 40 %, unexplained 60 %" in text_of(made)
+
+    made.time.parts = [TimePart("steps", 0.0, 0.0), TimePart("unexplained", 10.0, 1.0)]
+    assert " Time  " not in text_of(made)
 
 
 def test_print_card_of_a_damaged_report(tmp_path):

@@ -222,7 +222,7 @@ def _data_line(view: RunView, viewport: Viewport) -> Iterator[Text]:
 def _time_lines(view: RunView, width: int) -> Iterator[Text]:
     """Yield where the run's wall time went; nothing where that is not known, as live."""
     time = view.report.time
-    if time is None:
+    if time is None or not view.time_parts:
         return
 
     whole = f"{duration_text(time.wall_s)}: "
