@@ -9,6 +9,7 @@ from traceml.formatting import (
     capitalized,
     count_text,
     duration_text,
+    exception_line,
     factor_text,
     gain_text,
     left_text,
@@ -189,3 +190,17 @@ def test_names_are_sorted_by_their_numbers():
     assert sorted(names, key=name_order) == [
         "", "1", "9" * 5000, "a/1", "acc", "layer2", "layer02.w", "layer2.w", "layer10.w", "loss",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("exception", "line"),
+    [
+        ("ValueError: bad batch\nmore", "ValueError: bad batch"),
+        ("RuntimeError: Failed:\n  the loss is nan\nmore", "RuntimeError: Failed: the loss is nan"),
+        ("UnpicklingError: Weights only \x1b[1mload\x1b[0m failed", "UnpicklingError: Weights only load failed"),
+        ("", ""),
+    ],
+)
+def test_the_line_of_an_exception(exception, line):
+    """It says what happened in one line, without the colors that torch gives some of its texts."""
+    assert exception_line(exception) == line

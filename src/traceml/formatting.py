@@ -76,6 +76,7 @@ _PHASES = {
 _SHORT_LABELS = {"optimizer": "optim", "checkpoint": "ckpt"}
 _PACKAGES_FOLDER = re.compile(r"^.*/(site-packages|dist-packages|python3\.\d+)/")
 _ELIDED = ".../"  # for folders of a path
+_COLORS = re.compile(r"\x1b\[[\d;]*m")
 _CODE = re.compile("`([^`\n]+)`")
 _NUMBERS = re.compile("([0-9]+)")
 _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
@@ -302,8 +303,8 @@ def short_label(phase: str) -> str:
 
 
 def exception_line(exception: str) -> str:
-    """Return an exception's first line; where that ends with a colon, with the line that it announces."""
-    lines = [stripped for line in exception.splitlines() if (stripped := line.strip())]
+    """Return an exception's first line without colors; if that ends with a colon, with the line that it announces."""
+    lines = [stripped for line in _COLORS.sub("", exception).splitlines() if (stripped := line.strip())]
     shown = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
     return " ".join(shown)
 
