@@ -141,7 +141,7 @@ def test_three_runs_are_picked_and_overlaid(visit: Visits) -> None:
     expect(page.locator("h1")).to_have_text(re.compile("Compared with A: .*not comparable"))
     rows = page.get_by_role("region", name="table of the runs").locator("tbody tr")
     expect(rows).to_have_count(3)
-    expect(rows.nth(2)).to_contain_text("A ran on 1000 ranks, C on 4: a step is not the same work")
+    expect(rows.nth(2)).to_contain_text("A ran on 1,000 ranks, C on 4: a step is not the same work")
     expect(page.get_by_label("parameters that differ").first).to_contain_text("optimizer.name")
     is_drawn(page, "Step time of all runs")
     is_drawn(page, LOSS)
