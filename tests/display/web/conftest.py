@@ -289,11 +289,14 @@ def live_job(runs_dir: Path) -> Iterator[LiveJob]:
 
 
 @pytest.fixture
-def kill_page(page_process: PageProcess) -> Callable[[], None]:
-    """Return a function that kills the page's process, as an OOM kill would."""
+def kill_page(page_process: PageProcess) -> Iterator[Callable[[], None]]:
+    """Return a function that kills the page's process, as an OOM kill would; other tests get a new one."""
 
     def kill() -> None:
         assert page_process.pid is not None
         os.kill(page_process.pid, signal.SIGKILL)
 
-    return kill
+    yield kill
+    while not page_process.running:
+        page_process.restart_if_dead()
+        time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The table of runs: Quasar's, with its rows made by the server, a page at a time."""
+"""The table of runs, a page at a time; the browser's side is in `runs_table.js`."""
 
 from __future__ import annotations
 
@@ -20,42 +20,8 @@ _LONGEST = 60
 _PHONE = ("state", "verdict")  # the other columns are hidden where the screen is narrow
 _PILLS = {"state", "verdict", "severity"}
 
-# Vue's templates escape every value; `v-html` must never be used here.
-_HEADER = """
-<q-tr>
-  <th scope="col" class="pickcell"><span class="visually-hidden">pick</span></th>
-  <th v-for="col in props.cols" :key="col.name" scope="col" :class="col.look"
-      :aria-sort="col.order || 'none'">
-    <button type="button" class="sort" @click="$parent.$emit('sort', col.name)">{{ col.label }}<span
-      aria-hidden="true">{{ col.order === 'ascending' ? ' \\u2191' : col.order ? ' \\u2193' : '' }}</span></button>
-  </th>
-</q-tr>
-"""
-_BODY = """
-<tr v-if="props.row.heading" class="groupline" :key="'g' + props.row.id">
-  <th :colspan="props.cols.length + 1" scope="colgroup">{{ props.row.heading }}</th>
-</tr>
-<tr :key="props.row.id" :class="{ picked: props.row.picked }">
-  <td class="pickcell"><input type="checkbox" :data-run="props.row.id" :checked="props.row.picked"
-    :aria-label="'pick ' + props.row.name"
-    @change="$parent.$emit('pick', [props.row.id, $event.target.checked])"></td>
-  <td v-for="col in props.cols" :key="col.name" :class="col.look">
-    <template v-if="col.name === 'name'">
-      <a class="name" :href="props.row.href">{{ props.row.name }}</a>
-      <span class="id mono">{{ props.row.id }}</span>
-      <span v-if="props.row.tags.length" class="tagline"><span v-for="tag in props.row.tags" :key="tag"
-        class="pill">{{ tag }}</span></span>
-      <span v-if="props.row.note" class="id">{{ props.row.note }}</span>
-    </template>
-    <span v-else-if="props.row.looks[col.name] !== undefined && props.row.cells[col.name] !== '-'"
-      :class="'pill ' + props.row.looks[col.name]">{{ props.row.cells[col.name] }}</span>
-    <template v-else>{{ props.row.cells[col.name] }}</template>
-  </td>
-</tr>
-"""
 
-
-class RunsTable:
+class RunsTable(ui.element, component="runs_table.js"):  # type: ignore[misc, call-arg]  # checked without NiceGUI
     """The table, in one browser.
 
     Args:
@@ -64,26 +30,19 @@ class RunsTable:
     """
 
     def __init__(self, on_sort: Callable[[str], None], on_pick: Callable[[str, bool], None]) -> None:
-        self.element = ui.table(columns=[], rows=[], row_key="id")
-        self.element.props("flat wrap-cells hide-bottom")
-        self.element.props["table-class"] = "runs"
-        self.element.add_slot("header", _HEADER)
-        self.element.add_slot("body", _BODY)
-        self.element.on("sort", lambda event: on_sort(str(event.args)))
-        self.element.on("pick", lambda event: on_pick(str(event.args[0]), bool(event.args[1])))
+        super().__init__()
+        self.props["columns"], self.props["rows"] = [], []
+        self.on("sort", lambda event: on_sort(str(event.args)))
+        self.on("pick", lambda event: on_pick(str(event.args[0]), bool(event.args[1])))
 
     def show(self, part: ListPart, query: ListQuery, picked: set[str]) -> None:
         """Show the runs of a page of the list."""
         names = ["name", *query.columns]
         columns = [_column(name, query) for name in names]
         rows = [_row(run, heading, query, picked) for heading, run in _first_headings(part)]
-        if (columns, rows) != (self._columns, self._rows):
-            self._columns, self._rows = columns, rows
-            self.element.props["columns"], self.element.props["rows"] = columns, rows
-            self.element.update()
-
-    _columns: list[dict[str, Any]] | None = None
-    _rows: list[dict[str, Any]] | None = None
+        if (columns, rows) != (self.props["columns"], self.props["rows"]):
+            self.props["columns"], self.props["rows"] = columns, rows
+            self.update()
 
 
 def _first_headings(part: ListPart) -> list[tuple[str, RunFields]]:

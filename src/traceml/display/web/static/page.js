@@ -79,7 +79,7 @@ window.traceml = (() => {
     links[Math.max(0, Math.min(links.length - 1, at + by))]?.focus();
   }
 
-  /* NiceGUI makes the rows of a table anew at each change: the run that has the focus keeps it. */
+  /* A row of the list that moves loses the focus in browsers: the run that has it gets it back. */
   let focused = null;
   const selector = (part) => {
     if (part.matches("a.name")) return `a.name[href="${CSS.escape(part.getAttribute("href"))}"]`;
