@@ -26,6 +26,7 @@ from traceml.runs.comparison.comparison_types import (
 )
 from traceml.runs.comparison.logged_changes import metric_changes, param_changes
 from traceml.runs.comparison.significance import Difference, difference
+from traceml.runs.comparison.source_changes import package_changes, source_remarks, variable_changes
 
 __all__ = ["compare_runs", "compare_sides"]
 
@@ -83,6 +84,8 @@ def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") ->
         verdict=_verdicts(first, second),
         metrics=metric_changes(first.report, second.report),
         params=param_changes(first.report, second.report),
+        packages=package_changes(first.report, second.report),
+        variables=variable_changes(first.report, second.report),
     )
 
 
@@ -232,6 +235,7 @@ def _differences(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
         for what, before, after in pairs
         if before != after and (what != "batch size" or None not in (before, after))  # not every loader reports it
     ]
+    remarks += source_remarks(a.report, b.report, letter)
     waits = [side.report.setup.core_wait_share or 0.0 for side in (a, b)]
     if max(waits) > _BUSY:
         remarks.append(

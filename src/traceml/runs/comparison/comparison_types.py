@@ -21,6 +21,7 @@ __all__ = [
     "RunSide",
     "StatisticChange",
     "StepTimeChanges",
+    "TextChange",
     "VerdictChange",
     "run_letter",
 ]
@@ -141,6 +142,14 @@ class ParamChange(msgspec.Struct, kw_only=True):
     b: bool | int | float | str | None
 
 
+class TextChange(msgspec.Struct, kw_only=True):
+    """A version of a package or the value of a variable that differs in B; None where a run has none."""
+
+    name: str
+    a: str | None
+    b: str | None
+
+
 class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     """Differences from run A to run B.
 
@@ -152,6 +161,7 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
         phases: those that changed most first.
         metrics: last values of metrics in both runs, losses first.
         params: parameters that differ.
+        packages, variables: those that differ; none where those of a run are not known.
     """
 
     schema: Literal["traceml.compare/1"] = "traceml.compare/1"
@@ -168,6 +178,8 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     verdict: VerdictChange
     metrics: list[MetricChange] = []
     params: list[ParamChange] = []
+    packages: list[TextChange] = []
+    variables: list[TextChange] = []
 
 
 class Comparisons(JsonDocument, msgspec.Struct, kw_only=True):
