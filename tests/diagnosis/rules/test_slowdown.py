@@ -77,6 +77,19 @@ def test_growth_is_reported_with_its_rate_and_line():
     assert "train.py:23 smooth" in finding.next
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("longer", "shape"), [(AT / 6, "growth"), (np.where(AT >= 20, 9.0, 0.0), "stays")])
+def test_the_shape_of_one_part_is_found_on_a_busy_host(longer, shape, seed):
+    """In a third of the bins other programs make all phases take 1.4x as long."""
+    random = np.random.default_rng(seed)
+    busy = np.where(random.random(BINS) < 1 / 3, 1.4, 1.0)
+    usual = {"forward": 3.0, "backward": 2.0, "optimizer": 1.3, "other": 0.1 + longer}
+    parts = {name: ms * busy * random.lognormal(0, 0.05, BINS) * MS for name, ms in usual.items()}
+    (finding,) = slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), JobFacts())
+
+    assert (finding.phase, finding.evidence["shape"]) == ("other", shape)
+
+
 @pytest.mark.parametrize(("limits", "whose"), [((), "host"), ((ResourceUse(0, Resource.MEMORY, 9, 10),), "container")])
 def test_memory_that_filled_meanwhile_is_told_with_its_owner(limits, whose):
     """Samples of a container with a limit are of its own memory."""

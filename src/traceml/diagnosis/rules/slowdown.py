@@ -5,6 +5,7 @@ The rules look at the usual step in equal bins of the whole run.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.changes import SideChange, changes
-from traceml.diagnosis.steps.level_changes import MIN_FACTOR, LevelChange, level_change
+from traceml.diagnosis.steps.level_changes import MIN_FACTOR, LevelChange, level_change, steady_growth
 from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, ranks_text
@@ -58,7 +59,7 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
         facts: about the job.
         late: groups of ranks that are known to be late.
     """
-    change = level_change(bins.step_ns)
+    change = _change(bins, facts)
     if change is None or not _is_clear(bins, change, facts, late):
         return []
 
@@ -68,6 +69,21 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
         return []
 
     return [_finding(bins, change, lost, mean, facts)]
+
+
+def _change(bins: StepHistory, facts: JobFacts) -> LevelChange | None:
+    """Return how the steps change; as steady growth where that of one phase looks like a jump beside a busy host."""
+    change = level_change(bins.step_ns)
+    part = None if change is None or change.shape == "growth" else _part(bins, change, facts)
+    if part in (None, *COMPUTE, _COMM):
+        return change
+
+    own = steady_growth(bins.parts_ns[part])
+    if own is None:
+        return change
+
+    rest_ns = float(np.median(bins.step_ns - bins.parts_ns[part]))
+    return dataclasses.replace(own, before_ns=rest_ns + own.before_ns, after_ns=rest_ns + own.after_ns)
 
 
 def _is_clear(bins: StepHistory, change: LevelChange, facts: JobFacts, late: Collection[tuple[int, ...]]) -> bool:

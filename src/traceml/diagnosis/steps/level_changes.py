@@ -12,7 +12,7 @@ import numpy as np
 
 from traceml.diagnosis.steps.step_history import Floats
 
-__all__ = ["MIN_FACTOR", "LevelChange", "level_change"]
+__all__ = ["MIN_FACTOR", "LevelChange", "level_change", "steady_growth"]
 
 MIN_BINS = 12
 """Fewer bins have no shape."""
@@ -59,11 +59,15 @@ def level_change(values: Floats) -> LevelChange | None:
     Args:
         values: usual step time of each bin, in ns.
     """
-    return _growth(values) or _jump(values) if len(values) >= MIN_BINS else None
+    return steady_growth(values) or _jump(values) if len(values) >= MIN_BINS else None
 
 
-def _growth(values: Floats) -> LevelChange | None:
-    """Return a steady growth over the whole run, if a line explains it better than a jump."""
+def steady_growth(values: Floats) -> LevelChange | None:
+    """Return a growth over the whole run, if a line explains it better than a jump.
+
+    Args:
+        values: usual time of each of at least `MIN_BINS` bins, in ns.
+    """
     at = np.arange(len(values), dtype=float)
     first, second = np.triu_indices(len(values), 1)
     differences = values[second] - values[first]
