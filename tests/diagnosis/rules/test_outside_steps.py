@@ -101,6 +101,17 @@ def test_a_start_up_of_imports_is_reported_as_such():
     assert "cache" not in found.next.lower()
 
 
+def test_few_samples_of_a_start_up_are_enough_for_imports():
+    """As of a run that was killed early: `import torch` has no result to cache."""
+    lines = (SampledLine(0, "startup", "/x/train.py", 14, "<module>", f"{IMPORTING}:1165 _find_and_load", 25),)
+
+    found = findings(20.0, startup=9.0, steps=11.0, lines=lines)[-1]
+
+    assert found.summary.endswith("most of it in imports.")
+    assert "import_share" not in found.evidence
+    assert "cache" not in found.next.lower()
+
+
 CHILD_ANSWER = "/usr/lib/python3.11/multiprocessing/connection.py:390 Connection._recv"
 
 

@@ -21,6 +21,7 @@ from traceml.formatting import line_text, percent_text
 __all__ = [
     "NAMED_SHARE",
     "BlamedLine",
+    "SampledShare",
     "blamed_line",
     "busy_share",
     "child_wait_share",
@@ -68,6 +69,36 @@ _Place = tuple[str, str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
+class SampledShare:
+    """A share of a number of samples, 0..1."""
+
+    share: float
+    samples: int
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether there are too few samples for a share in percent."""
+        return self.samples < MIN_SAMPLES
+
+    @property
+    def is_most(self) -> bool:
+        """Whether it is half or more; of few samples, certainly."""
+        if self.samples < FEWEST_SAMPLES:
+            return False
+
+        share = _least_share(self.share * self.samples, self.samples) if self.is_rough else self.share
+        return share >= NAMED_SHARE
+
+    @property
+    def text(self) -> str:
+        """The share in words: `all`, `94 %`, or `most` where the samples are few."""
+        if self.is_rough:
+            return "most"
+
+        return "all" if self.share > 0.99 else percent_text(self.share)
+
+
+@dataclass(frozen=True, slots=True)
 class BlamedLine:
     """The function that holds most of a phase, with its most frequent line; of a module's own code the line.
 
@@ -91,15 +122,12 @@ class BlamedLine:
     @property
     def share_text(self) -> str:
         """The share of the phase in words: `all`, `94 %`, or `most` where the samples are few."""
-        if self.is_rough:
-            return "most"
-
-        return "all" if self.share > 0.99 else percent_text(self.share)
+        return SampledShare(self.share, self.samples).text
 
     @property
     def is_rough(self) -> bool:
         """Whether there are too few samples for a share in percent."""
-        return self.samples < MIN_SAMPLES
+        return SampledShare(self.share, self.samples).is_rough
 
     @property
     def of_it(self) -> str:
@@ -150,24 +178,29 @@ def blamed_line(
     return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
 
 
-def import_share(lines: Sequence[SampledLine], part: str) -> float:
-    """Return the share of a part's samples in which modules were imported; 0 where there are few samples."""
-    return _share(lines, part, lambda each: (each.library or "").startswith(IMPORTING), MIN_SAMPLES)
+def import_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
+    """Return the share of a part's samples in which modules were imported."""
+    return _sampled_share(lines, part, lambda each: (each.library or "").startswith(IMPORTING))
 
 
-def child_wait_share(lines: Sequence[SampledLine], part: str) -> float:
-    """Return the share of a part's samples that wait for an answer of a child process; 0 where there are few samples.
+def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
+    """Return the share of a part's samples that wait for an answer of a child process.
 
     Loader workers are none: their batches come through a queue.
     """
-    return _share(lines, part, lambda each: _CHILD_ANSWER in (each.library or ""), MIN_SAMPLES)
+    return _sampled_share(lines, part, lambda each: _CHILD_ANSWER in (each.library or ""))
+
+
+def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object]) -> SampledShare:
+    seen = [each for each in lines if each.part == part]
+    total = sum(each.samples for each in seen)
+    return SampledShare(sum(each.samples for each in seen if chosen(each)) / max(total, 1), total)
 
 
 def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object], fewest: int) -> float:
     """Return the share of a part's samples that are chosen; 0 where the part has fewer samples than `fewest`."""
-    seen = [each for each in lines if each.part == part]
-    total = sum(each.samples for each in seen)
-    return sum(each.samples for each in seen if chosen(each)) / total if total >= fewest else 0.0
+    found = _sampled_share(lines, part, chosen)
+    return found.share if found.samples >= fewest else 0.0
 
 
 def play_share(lines: Sequence[SampledLine], part: str) -> float | None:
@@ -289,7 +322,7 @@ def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: f
     return is_certain or leads
 
 
-def _least_share(samples: int, whole: float) -> float:
+def _least_share(samples: float, whole: float) -> float:
     """Return the lower bound of a share at a confidence of 95 % (Wilson's score)."""
     share, spread = samples / whole, _Z_SCORE**2 / whole
     error = sqrt(share * (1 - share) * spread + spread**2 / 4)

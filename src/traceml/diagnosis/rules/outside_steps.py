@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, child_wait_share, import_share, outside_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, SampledShare, child_wait_share, import_share, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
@@ -65,11 +65,11 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
         return _compiled_startup(time, startup_s, compiled)
 
     children = child_wait_share(facts.lines, "startup")
-    if children >= NAMED_SHARE:
+    if children.is_most:
         return _awaiting_startup(time, startup_s, children, line)
 
-    mostly_imports = imports >= NAMED_SHARE
-    where = f", {percent_text(imports)} of it in imports" if mostly_imports else line.of_it if line else ""
+    mostly_imports = imports.is_most
+    where = f", {imports.text} of it in imports" if mostly_imports else line.of_it if line else ""
     # Read once or twice a second: the last reading may be of the first step, and what ran took its time on any core.
     waited_s = max(min(facts.startup_wait_s, startup_s - facts.startup_run_s), 0.0)
     waited = waited_s / startup_s
@@ -87,7 +87,7 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
         _began_text(time, startup_s) + where + "." + crowded,
         advice,
         evidence={
-            **({"import_share": imports} if mostly_imports else {}),
+            **({"import_share": imports.share} if mostly_imports and not imports.is_rough else {}),
             **({"core_wait_share": waited} if lacks_cores else {}),
             **({} if line is None else line.evidence(1.0)),
         },
@@ -113,13 +113,12 @@ def _compiled_startup(time: RunTime, startup_s: float, compiled: float) -> Findi
     return _startup_finding(time, startup_s, summary, _FOR_COMPILING, evidence)
 
 
-def _awaiting_startup(time: RunTime, startup_s: float, share: float, line: BlamedLine | None) -> Finding:
+def _awaiting_startup(time: RunTime, startup_s: float, waiting: SampledShare, line: BlamedLine | None) -> Finding:
     """Return the finding about a start-up that is mostly waiting for child processes, as for environments of games."""
     where = f" in {line.place}" if line else ""
-    summary = (
-        f"{_began_text(time, startup_s)}, {percent_text(share)} of it waiting for answers of child processes{where}."
-    )
-    evidence = {"child_wait_share": share, **({} if line is None else line.evidence(1.0))}
+    summary = f"{_began_text(time, startup_s)}, {waiting.text} of it waiting for answers of child processes{where}."
+    share = {} if waiting.is_rough else {"child_wait_share": waiting.share}
+    evidence = {**share, **({} if line is None else line.evidence(1.0))}
     return _startup_finding(time, startup_s, summary, _FOR_CHILDREN, evidence)
 
 
