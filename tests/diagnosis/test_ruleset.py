@@ -392,6 +392,18 @@ def test_time_without_a_core_is_no_work(ms, share):
     assert verdict(Job(), adds("backward", ms, (1,)), core_wait={0: share, 1: share}).ranks == (1,)
 
 
+@pytest.mark.parametrize(("ready", "wall", "told"), [(0.21, 0.02, False), (0.8, 0.39, True)])
+def test_a_rank_that_sleeps_is_not_told_to_lack_a_core(ready, wall, told):
+    """Of the little time that it has work it may wait for a core for a fifth, and so for a fiftieth of the step."""
+    waits = {"main_wait": {0: 0.09, 1: ready}, "core_wait": {0: 0.01, 1: wall}}
+
+    found = verdict(Job(), adds("backward", 40.0, (1,)), **waits)
+
+    assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
+    assert ("waited for a CPU core" in found.summary) is told
+    assert ("is not the cause" in found.next) is told
+
+
 def test_a_rank_that_computes_more_waits_more_for_a_core():
     """On a busy host that is due to its code: four times the work, as the kernel counts, waits four times as long."""
     starved = {"main_wait": {0: 0.85, 1: 0.85}, "core_wait": {0: 0.6, 1: 0.15}}

@@ -53,6 +53,8 @@ SIMILAR_SLOWDOWN_SHARE = 0.25
 """If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
 SIMILAR_MIN_Z_SCORE = 2.0
 """The excess of that second part must be this many standard errors above 0."""
+WAITING_SHARE = 0.5
+"""Late ranks lack a core, and are not slow by their code, if waiting for one is this share of their excess."""
 
 MANY_ROWS = 64
 """More late ranks than this are judged one by one only if they are no group: a stage has thousands."""
@@ -379,6 +381,19 @@ def straggler_kind(part: str) -> Kind:
     return Kind.COMPUTE_STRAGGLER if part in COMPUTE else Kind.STRAGGLER
 
 
+def _lacks_cores(segments: Segments, facts: JobFacts, late: LateRanks) -> bool:
+    """Return whether late ranks waited for a core for half of what they take longer, as far as that is known.
+
+    A rank that mostly sleeps has little work, of which it may wait for a core for a large share.
+    """
+    ranks = segments.ranks[late.rows].tolist()
+    if not facts.without_core.issuperset(ranks):
+        return False
+
+    is_known = facts.core_wait_of_others(ranks) is not None
+    return not is_known or _without_core_ns(segments, facts, late.rows) >= WAITING_SHARE * late.excess_ns
+
+
 def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
     saved = saved_ns(
@@ -392,7 +407,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
     others = segments.ranks_of(late.others)
     line = None if late.everywhere else blamed_line(facts.lines, late.part, mine, ranks, others)
-    lacking = late.part != "input_wait" and facts.without_core.issuperset(ranks)
+    lacking = late.part != "input_wait" and _lacks_cores(segments, facts, late)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
     if late.group is not None and line is None and late.part != "input_wait":
         action = advice.for_slow_group(late.group)
