@@ -54,10 +54,11 @@ def test_advice_on_a_device_looks_at_the_dtype(model, says, never):
     assert never not in text
 
 
-def test_a_fused_optimizer_is_not_advised_twice():
-    """It steps less often instead."""
+def test_a_fused_form_is_advised_to_those_that_have_it():
+    """The others step less often, on larger batches."""
     assert "fused=True" in for_compute("optimizer", JobFacts(fused=False), device=False)
-    assert "fused=True" not in for_compute("optimizer", JobFacts(fused=True), device=False)
+    for fused in (True, None):  # fused already; LBFGS, or one of the user's own
+        assert "fused=True" not in for_compute("optimizer", JobFacts(fused=fused), device=False)
 
 
 def test_the_code_that_takes_most_of_forward_is_named():

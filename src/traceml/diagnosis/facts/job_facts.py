@@ -57,7 +57,7 @@ class JobFacts:
             '' are processes of other users.
         samples: use of cores, memory and devices over the run.
         model: the trained model.
-        fused: whether the optimizer is a fused one; None where that is not known.
+        fused: whether the optimizer is a fused one; None where it has no such form, as far as is known.
         detects_anomalies: whether autograd's detection of anomalies is on.
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
         only_logs: whether the script logs values and is not traced.

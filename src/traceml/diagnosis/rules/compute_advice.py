@@ -42,6 +42,9 @@ def _optimizer(facts: JobFacts) -> str:
     if facts.fused:
         return "The optimizer dominates, and is fused already: step less often, on larger batches."
 
+    if facts.fused is None:
+        return "The optimizer dominates: step less often, on larger batches, or use one that computes less."
+
     return "The optimizer dominates: use its fused form (fused=True), or step less often on larger batches."
 
 

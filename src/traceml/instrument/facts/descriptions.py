@@ -181,7 +181,7 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
         "groups": len(groups),
         "tensors": sum(len(group["params"]) for group in groups),
         "lr": first.get("lr") if isinstance(first.get("lr"), float) else None,
-        "fused": bool(first.get("fused")),
+        "fused": bool(first["fused"]) if "fused" in first else None,  # None: it has no fused form
         "foreach": first.get("foreach"),
     }
 
