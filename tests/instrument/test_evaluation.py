@@ -274,14 +274,14 @@ def test_calls_without_gradients_that_are_no_evaluation(traced: Traced, loop: Ca
     assert traced.table("evals") == []
 
 
-def playing(observations: Callable[[], torch.Tensor]) -> None:
+def playing(observations: Callable[[], torch.Tensor], acts_on: slice | int = slice(2)) -> None:
     """Call a policy without gradients, in training mode as CleanRL does, and train it 30 times."""
     policy = net()
     optimizer = sgd(policy)
     for _ in range(30):
         seen = observations()
         with torch.no_grad():
-            policy(seen[:2])
+            policy(seen[acts_on])
 
         train(policy, optimizer, seen)
 
@@ -296,6 +296,15 @@ def test_rollouts_are_reported(traced: Traced, observations: Callable[[], torch.
     assert len(traced.finish()) == 30
     assert ("rollouts" in {row["kind"] for row in traced.info}) is reported
     assert traced.table("evals") == []
+
+
+@pytest.mark.parametrize(("acts_on", "reported"), [(0, True), (slice(0), False)])
+def test_rollouts_of_single_states(traced: Traced, acts_on: slice | int, reported: bool) -> None:
+    """A state may come without a dimension of the batch; a batch without any is none."""
+    playing(lambda: torch.randn(6, 4), acts_on)
+
+    assert len(traced.finish()) == 30
+    assert ("rollouts" in {row["kind"] for row in traced.info}) is reported
 
 
 def test_rollouts_of_a_simulator(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,8 +193,11 @@ def _where(part: str, line: BlamedLine | None) -> str:
 
 
 def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: float) -> str:
-    if facts.collects and period.part == "forward":  # half as many rollouts are another training
-        return for_rollouts(line)
+    if facts.collects:  # half as many rollouts are another training
+        seldom = (
+            "" if period.part == "forward" else f" If it only logs or saves, do it half as often: {gain_text(half)}."
+        )
+        return for_rollouts(line) + seldom
 
     what = "what else these steps do" if line is None else line.place
     see = " `traceml report --lines` shows the lines." if line is None else ""

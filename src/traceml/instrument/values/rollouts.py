@@ -39,10 +39,13 @@ class RolloutSearch:
 
     def called(self, tensor: Any) -> None:
         """Remember samples of a call in `eval()` without gradients."""
-        is_plain = tensor.is_cpu and tensor.layout is torch.strided and tensor.dim() > 1
         self._seen = None
-        if is_plain and 0 < tensor[0].numel() * _ROWS <= _MOST_NUMBERS:
-            self._seen = tensor.shape[0], tensor[:_ROWS].detach().clone()
+        if not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel():
+            return
+
+        rows = tensor.detach() if tensor.dim() > 1 else tensor.detach()[None]  # a state alone, without a batch
+        if rows[0].numel() * _ROWS <= _MOST_NUMBERS:
+            self._seen = rows.shape[0], rows[:_ROWS].clone()
 
     def trained(self, tensor: Any) -> None:
         """Look for the samples in a training batch, which has more of them than a call."""
