@@ -36,7 +36,10 @@ def epochs(every: int = 1, drain_ns: int = 0) -> np.ndarray:
 
 def found(lines: tuple[SampledLine, ...], rows: np.ndarray, workers: int = 0) -> Finding:
     """Return what is said of a run whose steps of 14 ms wait 30 ms for data."""
-    loader = LoaderFacts(dataset="Rows", length=1_000_000, num_workers=workers, batch_size=16, persistent_workers=True)
+    loader = LoaderFacts(
+        dataset="Rows", length=1_000_000, num_workers=workers, batch_size=16, persistent_workers=True,
+        samplers=["Weighted"],
+    )  # fmt: skip
     window = window_of(ALONE, adds("input_wait", 30))
     return next(
         each
@@ -77,6 +80,14 @@ def test_a_sampler_that_computes_has_a_line_and_no_advice_on_workers() -> None:
     assert "train.py:9 Balanced.draw" in finding.next
     assert "more workers will not help" in finding.next
     assert "workers_advised" not in finding.evidence
+
+
+def test_a_sampler_without_workers_is_known_by_its_class() -> None:
+    """Workers would not draw its indices either."""
+    finding = found(seen("Weighted.draw", None), epochs(every=110))
+
+    assert "so workers will not help: make train.py:9 Weighted.draw cheaper" in finding.next
+    assert "num_workers" not in finding.next
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from traceml.instrument.facts.descriptions import optimizer_facts
+from traceml.instrument.facts.descriptions import loader_facts, optimizer_facts
 
 
 class OwnOptimizer:
@@ -28,3 +29,26 @@ class OwnOptimizer:
 def test_whether_an_optimizer_is_fused(make, options, fused):
     """None is one that has no such form."""
     assert optimizer_facts(make(torch.nn.Linear(2, 2).parameters(), **options))["fused"] is fused
+
+
+class ByLength(SequentialSampler):
+    """A sampler of the script."""
+
+
+class Buckets(BatchSampler):
+    """One that makes batches."""
+
+
+@pytest.mark.parametrize(
+    ("options", "classes"),
+    [
+        ({}, []),
+        ({"sampler": RandomSampler(range(8))}, []),
+        ({"sampler": ByLength(range(8))}, ["ByLength"]),
+        ({"batch_sampler": Buckets(ByLength(range(8)), 2, False)}, ["Buckets", "ByLength"]),
+        ({"batch_sampler": [[0, 1], [2, 3]]}, []),
+    ],
+)
+def test_samplers_that_are_none_of_torchs(options, classes):
+    """Their functions run in the training process, which the lines name by class."""
+    assert loader_facts(DataLoader(range(8), **options))["samplers"] == classes

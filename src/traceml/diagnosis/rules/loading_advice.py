@@ -254,23 +254,33 @@ def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> Advised | No
 
 
 def of_sampler(facts: JobFacts, line: BlamedLine | None) -> Advised | None:
-    """Return advice on a sampler that the workers wait for; None where the training process only waits.
+    """Return advice on a sampler that takes most of the waiting; None where it does not.
 
     Args:
         facts: about the job.
         line: line of the user's code in which the training process was seen meanwhile.
     """
-    if facts.loader is None or not facts.loader.num_workers or line is None:
+    loader = facts.loader
+    if loader is None or line is None:
         return None
 
-    computes = fetch_cpu(facts)
-    if computes is None or computes < COMPUTES or _receives(main_library(facts.lines, _PART, line)):
+    if loader.num_workers and not _computes_beside_workers(facts, line):
         return None
 
+    if not loader.num_workers and not line.function.startswith(tuple(f"{name}." for name in loader.samplers)):
+        return None  # it may be the data set's
+
+    more = "more workers" if loader.num_workers else "workers"
     return Advised(
-        "The sampler runs in the training process, so more workers will not help: make "
-        f"{line.place} cheaper, or draw the indices of many batches at once."
+        f"The sampler runs in the training process, so {more} will not help: make {line.place} cheaper, or draw the "
+        "indices of many batches at once."
     )
+
+
+def _computes_beside_workers(facts: JobFacts, line: BlamedLine) -> bool:
+    """Return whether the training process computes while it waits for data, and not in taking it from the workers."""
+    computes = fetch_cpu(facts)
+    return computes is not None and computes >= COMPUTES and not _receives(main_library(facts.lines, _PART, line))
 
 
 def _receives(called: str | None) -> bool:

@@ -14,6 +14,7 @@ _TOKEN_TYPES = ("torch.int64", "torch.int32")
 _SEQUENCES = (2, 3)  # dimensions of a batch of sequences, of numbers and of vectors
 _HUGGING_FACE = ("transformers.", "sentence_transformers.", "trl.")  # trainers that take TrainingArguments
 _FASTAI = "fastai.data.load"
+_OF_SAMPLERS = ("torch", "builtins", "abc", "collections", "typing")  # modules of torch's samplers and of base classes
 _MAX_RANKS = 256
 _MANY_OBJECTS = 10_000
 _CONTAINERS = (list, tuple, dict, set)
@@ -38,8 +39,17 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "prefetch_factor": getattr(loader, "prefetch_factor", None),
         "start_method": start_method(loader),
         "objects": held_objects(dataset),
+        "samplers": _sampler_classes(own),
         "trainer": trainer_above(sys._getframe(1)) if own is loader else "fastai",
     }
+
+
+def _sampler_classes(loader: Any) -> list[str]:
+    """Return the classes that choose samples and are none of torch's, as in the qualified names of their functions."""
+    outer = [own_attribute(loader, name) for name in ("batch_sampler", "sampler")]
+    inner = [own_attribute(each, "sampler") for each in outer]
+    kinds = {kind for each in (*outer, *inner) for kind in type(each).__mro__}
+    return sorted(kind.__qualname__ for kind in kinds if kind.__module__.partition(".")[0] not in _OF_SAMPLERS)
 
 
 def trainer_above(frame: Any) -> str | None:

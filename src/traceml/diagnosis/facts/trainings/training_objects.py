@@ -17,6 +17,7 @@ class LoaderFacts:
         number: of the loader in its process, in the order of their first use; None where it is not known.
         made: loaders with the same data set, length and workers that the script has made, at least half of them.
         objects: its data set's containers of many Python objects: path, type, count, and type `of` one object.
+        samplers: classes that choose its samples, by qualified name, without torch's.
         trainer: framework that makes the loader from its own arguments: transformers, or fastai, which starts new
             workers in each epoch; None for a script's own.
     """
@@ -32,6 +33,7 @@ class LoaderFacts:
     number: int | None = None
     made: int = 1
     objects: Sequence[Mapping[str, Any]] = ()
+    samplers: Sequence[str] = ()
     trainer: str | None = None
 
     def option(self, name: str) -> str:
