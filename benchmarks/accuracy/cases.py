@@ -27,6 +27,7 @@ class Case:
         since_step: step at which a slow-down began, within a tenth.
         also: kinds that must be among the findings.
         never: kinds that must not be among the findings.
+        unsaid: texts that would be false in the advice of any finding.
         beside: whether another program takes a core meanwhile.
         fails: whether the script fails.
         cause: cause of a hang; None: any or none.
@@ -46,6 +47,7 @@ class Case:
     since_step: int | None = None
     also: frozenset[str] = frozenset()
     never: frozenset[str] = frozenset()
+    unsaid: tuple[str, ...] = ()
     beside: bool = False
     fails: bool = False
     cause: str | None = None
@@ -64,7 +66,7 @@ def _ddp(fault: str, *kinds: str, ranks: int = 2, more: str = "", **facts: objec
     epochs = 2 * 80 // (4 if "--accumulate 4" in more else 1)
     return replace(
         _case(usual, f"ddp --fault {fault} {more}", *kinds, ranks=ranks),
-        **{"steps": epochs, **facts},  # type: ignore[arg-type]
+        **{"steps": epochs, "unsaid": ("is not the cause",), **facts},  # type: ignore[arg-type]
     )
 
 
@@ -169,7 +171,7 @@ _DDP = (
 
 def _death(how: str, *, cause: str | None = None, function: str | None = None) -> Case:
     return _case(f"death, {how.replace('_', ' ')} x2", f"deaths {how}", "RANK_LOST", ranks=2, blamed=(1,), cause=cause,
-                 function=function, fails=True)  # fmt: skip
+                 function=function, fails=True, unsaid=("cache its result",))  # fmt: skip
 
 
 _DEATHS = (
@@ -194,15 +196,15 @@ _LOOPS = (
     _loop("folds", steps=360),
     _loop("distill", steps=200, never=_LOUD),
     _loop("one_batch", steps=200),
-    _loop("ppo", "RESIDUAL_HEAVY", steps=192, never=frozenset({"JITTER"})),
-    _loop("lbfgs", steps=60),
+    _loop("ppo", "RESIDUAL_HEAVY", steps=192, never=frozenset({"JITTER"}), unsaid=("every 32nd step",)),
+    _loop("lbfgs", steps=60, unsaid=("fused=True",)),
     _loop("own_update", steps=200),
     _loop("new_optimizer_each_step", steps=200),
     _loop("autograd_grad", steps=200),
     _loop("generator_data", steps=200),
     _loop("slow_generator", "INPUT_BOUND", function="read_shard", steps=200),
     _loop("slow_iterator", "INPUT_BOUND", function="read_shard", steps=200),
-    _loop("own_optimizer", steps=200),
+    _loop("own_optimizer", steps=200, unsaid=("fused=True",)),
     _loop("clips", steps=200),
     _loop("evaluates_in_the_loop", "EVAL_HEAVY", steps=200, never=_LOUD),
     _loop("stream", steps=200),
@@ -221,7 +223,14 @@ _LOOPS = (
 _HABITS = (
     _habit("iterator_in_each_step", "INPUT_BOUND", phase="input_wait", function="iterator_in_each_step", steps=100),
     _habit("slow_sampler", "INPUT_BOUND", phase="input_wait", function="Balanced.draw", steps=200),
-    _habit("slow_sampler_without_workers", "INPUT_BOUND", phase="input_wait", function="Balanced.draw", steps=200),
+    _habit(
+        "slow_sampler_without_workers",
+        "INPUT_BOUND",
+        phase="input_wait",
+        function="Balanced.draw",
+        steps=200,
+        unsaid=("num_workers=",),
+    ),
     _habit("mixup_in_collate", "INPUT_BOUND", phase="input_wait", function="blend", steps=200),
     _habit("prefetch_thread", "INPUT_BOUND", phase="input_wait", function="prefetch_thread", steps=150),
     _habit("prefetch_thread_that_keeps_up", steps=150),

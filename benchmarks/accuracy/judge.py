@@ -150,6 +150,8 @@ def differences(case: Case, report: dict[str, Any]) -> Iterator[str]:
         yield f"{[rank['steps'] for rank in report['ranks']]} steps instead of {case.steps}"
 
     yield from (f"{kind} is false" for kind in sorted(case.never & kinds))
+    advice = " ".join(found["next"] for found in report["findings"])
+    yield from (f"advice '{text}' is false" for text in case.unsaid if text in advice)
     yield from (f"{kind} is missing" for kind in sorted(case.also - kinds))
     if "time" in report:
         total = sum(part["seconds"] for part in report["time"]["parts"])
