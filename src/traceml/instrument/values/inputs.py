@@ -133,6 +133,9 @@ class BatchReader:
             self._plays.trained(tensor)
             clock.stretch.is_play = self._plays.found
 
+        if self._rollouts.is_looking or self._plays.is_looking:
+            clock.input_shape = None  # the next call is read too
+
     def _note_call(self, tensor: Any, model: Any) -> None:
         """Note a call without gradients, whose input is none that is trained on; the first one may be a rollout's."""
         self._clock.input_shape = None  # the next call with gradients is measured

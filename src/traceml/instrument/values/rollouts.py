@@ -1,7 +1,7 @@
 """Rollouts of the script's own simulator: what the model sees in `eval()` is trained on afterwards.
 
 Both an evaluation and a rollout call the model without gradients between training steps. But only a rollout collects
-data: samples of its calls are among those of the next training batch, and they are new ones each time.
+data: samples of its calls are among those of the next training batches, and they are new ones each time.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ _ROWS = 16  # samples of a call that are remembered
 _MOST_NUMBERS = 1 << 16
 _DISTINCT = 3  # numbers of a sample that differ: a constant one could be equal by chance
 _FOUND = 3  # so many times samples of a call were trained on, each time others
+_BATCHES = 8  # training batches after a call in which its samples are looked for: they are drawn in another order
 _SEARCHES = 256  # after so many batches without, there are none: a search takes some 20 us
 
 
 class RolloutSearch:
-    """Compares the first call of each stretch without gradients with the training batch after it."""
+    """Compares the first call of each stretch without gradients with the training batches after it."""
 
     def __init__(self) -> None:
         self._seen: Any = None
         self._trained_on: set[tuple[float, ...]] = set()
-        self._searches = 0
+        self._searches = self._batches_left = 0
 
     @property
     def is_over(self) -> bool:
@@ -37,9 +38,14 @@ class RolloutSearch:
         """Whether the calls collect what is trained on."""
         return len(self._trained_on) >= _FOUND
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether the next training batch may have the samples."""
+        return self._seen is not None and not self.is_over
+
     def called(self, tensor: Any) -> None:
-        """Remember samples of a call in `eval()` without gradients."""
-        self._seen = None
+        """Remember samples of a call without gradients."""
+        self._seen, self._batches_left = None, _BATCHES
         if not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel():
             return
 
@@ -49,7 +55,10 @@ class RolloutSearch:
 
     def trained(self, tensor: Any) -> None:
         """Look for the samples in a training batch, which has more of them than a call."""
-        seen, self._seen = self._seen, None
+        seen, self._batches_left = self._seen, self._batches_left - 1
+        if self._batches_left <= 0:
+            self._seen = None
+
         if seen is None or not tensor.is_cpu or tensor.dtype != seen[1].dtype or tensor.shape[0] <= seen[0]:
             return
 
@@ -62,6 +71,7 @@ class RolloutSearch:
             for row in seen[1].flatten(1):
                 if bool((batch == row).all(1).any()):
                     self._note(row)
+                    self._seen = None
                     return
 
     def _note(self, row: Any) -> None:
