@@ -142,3 +142,17 @@ def test_the_loader_that_is_waited_for_is_told(evaluation: float) -> None:
 def test_a_loader_without_workers_that_is_waited_for_stays(libraries: tuple[str, ...], evaluation: float) -> None:
     """The samples are in the fetch, or the workers may be those of an evaluation."""
     assert two_loaders(*libraries, evaluation=evaluation).evidence["num_workers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "dataset"),
+    [("Views.__getitem__", "Views"), ("main.<locals>.Views.load", "Views"), ("Labeled.__getitem__", "Labeled")],
+)
+def test_the_loader_whose_data_set_takes_the_time_is_told(function: str, dataset: str) -> None:
+    """Of two without workers."""
+    views = LoaderFacts(dataset="Views", length=3200, num_workers=0, batch_size=64, number=2)
+    facts = JobFacts(loader=LABELED, loaders={0: (LABELED, views)}, lines=seen(function, None))
+    found = diagnose(window_of(ALONE, adds("input_wait", 30)), facts)
+
+    advice = next(each.next for each in found if each.kind is Kind.INPUT_BOUND)
+    assert advice.startswith(f"{dataset} is read by the training process itself")

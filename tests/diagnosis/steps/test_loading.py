@@ -106,6 +106,19 @@ def test_advice_fits_the_loading(loading, loader, says, never):
     assert never not in text
 
 
+@pytest.mark.parametrize(
+    ("in_memory", "says"),
+    [(True, "Make what is done with the samples of Rows cheaper (transforms, "), (None, "Make Rows's __getitem__ ")],
+)
+def test_samples_in_memory_are_not_told_to_be_cached(in_memory, says):
+    """Where more workers do not help: what takes the time is not reading them."""
+    loader = LoaderFacts(dataset="Rows", in_memory=in_memory, num_workers=2, persistent_workers=True, batch_size=16)
+    text = for_input(JobFacts(loader=loader), pipeline(30, 10, workers=2, cores=2)).text
+
+    assert text.startswith(says)
+    assert ("decode once and cache" in text) == (not in_memory)
+
+
 def test_workers_that_start_once_are_not_blamed_for_pauses():
     """A run of one epoch starts them once, whether they stay or not."""
     once = JobFacts(loader=LoaderFacts(num_workers=2, persistent_workers=False), epochs=EPOCHS_OF_THREE[:1])

@@ -26,6 +26,7 @@ __all__ = [
     "busy_share",
     "child_wait_share",
     "clearing_share",
+    "dataset_share",
     "handover_share",
     "import_share",
     "iterator_share",
@@ -266,6 +267,13 @@ def ordering_share(lines: Sequence[SampledLine]) -> float:
 def worker_wait_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
     return _share(lines, Phase.INPUT_WAIT.label, lambda each: _RECEIVES.search(each.library or ""), FEWEST_SAMPLES)
+
+
+def dataset_share(lines: Sequence[SampledLine], dataset: str) -> float:
+    """Return the share of the waiting for data in the functions of a data set's class, by samples; 0 if unknown."""
+    return _share(
+        lines, Phase.INPUT_WAIT.label, lambda each: f".{dataset}." in f".{each.function or ''}", FEWEST_SAMPLES
+    )
 
 
 def handover_share(lines: Sequence[SampledLine]) -> float:

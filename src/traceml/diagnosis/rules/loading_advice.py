@@ -8,6 +8,7 @@ from typing import NamedTuple
 from traceml.diagnosis.facts.blamed_lines import (
     NAMED_SHARE,
     BlamedLine,
+    dataset_share,
     main_library,
     ordering_share,
     worker_wait_share,
@@ -75,8 +76,8 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     """Return facts whose loader is the one that the training waits for, of several that it reads.
 
     The training loader is the first one of a step, as that with labels beside that without. If it has no workers, and
-    the waiting is for some, it is for another loader's: one that is first read later, as an evaluation before the
-    training has a loader, too.
+    the waiting is for some, or in the data set of another loader, it is for that loader's: one that is first read
+    later, as an evaluation before the training has a loader, too.
 
     Args:
         facts: about the job.
@@ -86,13 +87,19 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
         return facts
 
     number = facts.loader.number or 0
-    others = [loader for loaders in facts.loaders.values() for loader in loaders if loader.num_workers]
+    others = [loader for loaders in facts.loaders.values() for loader in loaders]
     others = [loader for loader in others if loader.number is None or loader.number > number]
     evaluated = _evaluation_share(facts, waits)
-    if not others or worker_wait_share(facts.lines) - evaluated < NAMED_SHARE * (1 - evaluated):
-        return facts
+    waited = (each for each in others if _share_of(each, facts) - evaluated >= NAMED_SHARE * (1 - evaluated))
+    return replace(facts, loader=next(waited, facts.loader))
 
-    return replace(facts, loader=others[0])
+
+def _share_of(loader: LoaderFacts, facts: JobFacts) -> float:
+    """Return the share of the waiting for data that is for a loader, as far as samples show it."""
+    if loader.num_workers:
+        return worker_wait_share(facts.lines)
+
+    return 0.0 if loader.dataset is None else dataset_share(facts.lines, loader.dataset)
 
 
 def _evaluation_share(facts: JobFacts, waits: float) -> float:
@@ -185,14 +192,16 @@ def _fewer_handovers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Adv
 
 def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:
     gain, cached = pipeline.gain_with(0.5), pipeline.gain_with(0.0)
-    how = (
-        "decode once and cache, smaller samples, transforms on the device"
-        if pipeline.takes_cpu
-        else "larger files, a faster or local disk, a cache in memory"
-    )
+    if loader.in_memory:
+        what, how = f"what is done with the samples of {_data(loader)}", "transforms, collate_fn"
+    elif pipeline.takes_cpu:
+        what, how = f"{_data(loader)}'s __getitem__", "decode once and cache, smaller samples, transforms on the device"
+    else:
+        what, how = f"{_data(loader)}'s __getitem__", "larger files, a faster or local disk, a cache in memory"
+
     crowd = f"; more workers will not help{cores}" if pipeline.workers or pipeline.cores else ""
     return Advised(
-        f"Make {_data(loader)}'s __getitem__ cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
+        f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
         f"cache {gain_text(cached, 'at most')}.",
         gain,
     )
