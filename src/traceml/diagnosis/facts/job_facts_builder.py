@@ -326,7 +326,7 @@ class JobFactsBuilder:
             limits=self.limits.uses(),
             save_folders=dict(self.save_folders),
             memory=self.memory,
-            lines=LazyLines(self.lines, self.names),
+            lines=LazyLines(self.lines, self.names, latest),
             skipped=self.skipped,
             losses=self.losses,
             batches=self.batches,

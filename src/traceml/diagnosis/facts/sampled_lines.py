@@ -19,6 +19,7 @@ OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 
 _KEYS = ("phase", "line_id", "library_id")
 _SUMS = ("samples", "watched_ns", "cpu_ns")
+_OUTSIDE = (LINE_STARTUP, LINE_OUTSIDE)
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
 
 
@@ -51,27 +52,59 @@ class LineCounts:
     """Sums the rows of `schema.LINES` by rank, phase and line."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, list[NDArray[np.int64]]] = {}
+        self._ranks: dict[int, _RankCounts] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
-        parts = self._parts.setdefault(rank, [])
-        parts.append(np.stack([rows[name] for name in (*_KEYS, *_SUMS)], axis=1))
-        if len(parts) > _MAX_PARTS:
-            self._parts[rank] = [_summed(parts)]
+        self._ranks.setdefault(rank, _RankCounts()).add(rows)
 
-    def lines(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
+    def lines(self, names: Mapping[int, Mapping[int, str]], latest: Sequence[int] = ()) -> tuple[SampledLine, ...]:
         """Return the lines of all ranks, the most frequent of each rank first.
 
         Args:
             names: texts of each rank by id.
+            latest: last whole step of each rank, -1 for none. In the step after it a rank may hang, or have ended its
+                training: what it does there is no part of the steps' phases.
         """
         return tuple(
             SampledLine(rank, LINE_PHASES.get(phase, "other"), *parsed_place(known.get(line)), known.get(called), *sums)
-            for rank, parts in sorted(self._parts.items())
+            for rank, counts in sorted(self._ranks.items())
             for known in (names.get(rank, {}),)
-            for phase, line, called, *sums in _summed(parts).tolist()
+            for phase, line, called, *sums in counts.summed(latest[rank] if rank < len(latest) else -1).tolist()
         )
+
+
+class _RankCounts:
+    """Rows of one rank; those of the open step are apart, but the first ones: they have samples of the steps before."""
+
+    def __init__(self) -> None:
+        self._parts: list[NDArray[np.int64]] = []
+        self._of_open_step: list[NDArray[np.int64]] = []
+        self._open_step, self._opened_ns = -1, 0
+
+    def add(self, rows: NDArray[np.void]) -> None:
+        """Take rows, in order."""
+        newest = int(rows["step"].max(initial=-1))
+        if newest > self._open_step:
+            self._parts += self._of_open_step
+            self._of_open_step = []
+            self._open_step, self._opened_ns = newest, int(rows["t_ns"][rows["step"] == newest].min())
+
+        is_open = (
+            (rows["step"] == self._open_step) & (rows["t_ns"] > self._opened_ns) & ~np.isin(rows["phase"], _OUTSIDE)
+        )
+        counts = np.stack([rows[name] for name in (*_KEYS, *_SUMS)], axis=1)
+        self._parts = _compact([*self._parts, counts[~is_open]])
+        self._of_open_step = _compact([*self._of_open_step, counts[is_open]])
+
+    def summed(self, latest: int) -> NDArray[np.int64]:
+        """Return the sums, with those of the open step if it is whole by now.
+
+        Args:
+            latest: the last whole step.
+        """
+        is_whole = latest >= self._open_step
+        return _summed([*self._parts, *(self._of_open_step if is_whole else [])])
 
 
 class LazyLines(Sequence[SampledLine]):
@@ -80,14 +113,15 @@ class LazyLines(Sequence[SampledLine]):
     Args:
         counts: the samples.
         names: texts of each rank by id.
+        latest: last whole step of each rank.
     """
 
-    def __init__(self, counts: LineCounts, names: Mapping[int, Mapping[int, str]]) -> None:
-        self._counts, self._names = counts, names
+    def __init__(self, counts: LineCounts, names: Mapping[int, Mapping[int, str]], latest: Sequence[int]) -> None:
+        self._counts, self._names, self._latest = counts, names, latest
 
     @cached_property
     def _lines(self) -> tuple[SampledLine, ...]:
-        return self._counts.lines(self._names)
+        return self._counts.lines(self._names, self._latest)
 
     @overload
     def __getitem__(self, at: int) -> SampledLine: ...
@@ -99,6 +133,10 @@ class LazyLines(Sequence[SampledLine]):
 
     def __len__(self) -> int:
         return len(self._lines)
+
+
+def _compact(parts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    return [_summed(parts)] if len(parts) > _MAX_PARTS else parts
 
 
 def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -217,7 +217,7 @@ def lines(digest: Digest) -> list[LineSection]:
     """Return the most frequent lines of the user's code, over all ranks."""
     found: dict[tuple[Any, ...], LineSection] = {}
     of_phase: Counter[str] = Counter()
-    for each in digest.facts.lines.lines(digest.names):
+    for each in digest.sampled_lines():
         of_phase[each.part] += each.samples
         key = (each.part, each.file, each.line, each.function, each.library)
         section = found.setdefault(key, _line(each))

@@ -38,6 +38,7 @@ from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import CORE_TAKERS
 from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS, HostSums
@@ -186,6 +187,10 @@ class Digest:
         self.facts.state, self.facts.world_size = state or self.state, self.world_size
         window = self.kept.aligned() if window is None else window
         return diagnose(window, self.facts.build(self.kept.reached(window.missing_ranks).tolist()))
+
+    def sampled_lines(self) -> tuple[SampledLine, ...]:
+        """Return the sampled lines of all ranks, without what they do in a step that never ends."""
+        return self.facts.lines.lines(self.names, self.kept.reached().tolist())
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
