@@ -106,7 +106,7 @@ class RowIntake:
     def snapshot(self, last: int) -> tuple[AlignedSteps, JobFacts]:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
         window = self.kept.aligned(last=last)
-        return window, self.facts.build(self.kept.reached(window.missing_ranks).tolist())
+        return window, self.facts.build(self.kept.reached(window.missing_ranks).tolist(), self.kept.end_ns.tolist())
 
     def _replace(self, kept: KeptSteps) -> None:
         kept.representatives, self.kept = self.kept.representatives, kept

@@ -29,36 +29,38 @@ def test_rows_are_summed_by_line():
 S = 1_000_000_000
 
 
-def rows(*facts: tuple[int, int, int, int]) -> np.ndarray:
-    """Return rows of ten samples: time in seconds, open step, phase, line."""
-    made = np.zeros(len(facts), LINES.dtype)
-    for row, (seconds, step, phase, line) in zip(made, facts, strict=True):
-        row["t_ns"], row["step"], row["phase"], row["line_id"], row["samples"] = seconds * S, step, phase, line, 10
-
+def rows(seconds: int, step: int, *lines: tuple[int, int]) -> np.ndarray:
+    """Return rows of ten samples that were counted to a time: the open step, and phase and line of each."""
+    made = np.zeros(len(lines), LINES.dtype)
+    made["t_ns"], made["step"], made["samples"] = seconds * S, step, 10
+    made["phase"], made["line_id"] = zip(*lines, strict=True)
     return made
 
 
-@pytest.mark.parametrize(("latest", "hung"), [(65, 0), (66, 30), (70, 30)])
-def test_a_step_that_never_ends_has_no_share_in_the_phases(latest, hung):
-    """The first rows of step 66 have samples of the steps before it; later ones are of a hang, until it is whole."""
+@pytest.mark.parametrize("step", [65, 66, -1], ids=["between steps", "in a step", "at the end of the process"])
+def test_what_runs_after_the_last_step_has_no_part_in_its_phases(step):
+    """Step 65 ends after 7 s; of the five seconds in which it does, it is not known what was seen after it."""
     counts = LineCounts()
-    counts.add(0, rows((1, 30, LINE_OTHER, 1), (2, 66, LINE_OTHER, 1), (2, 66, LINE_OTHER, 2)))
-    for seconds in (3, 4, 5):
-        counts.add(0, rows((seconds, 66, LINE_OTHER, 2), (seconds, 66, LINE_OUTSIDE, 3)))
+    for flushed in (rows(5, 30, (LINE_OTHER, 1)), rows(10, 65, (LINE_OTHER, 1), (LINE_OTHER, 2))):
+        counts.add(0, flushed)
 
-    found = {(each.part, each.line): each.samples for each in counts.lines(NAMES, [latest])}
+    for seconds in range(15, 500, 5):
+        counts.add(0, rows(seconds, step, (LINE_OTHER, 2), (LINE_OUTSIDE, 3)))
 
-    assert found == {("other", 1): 20, ("other", 2): 10 + hung, ("outside", 3): 30}
+    found = {(each.part, each.line): each.samples for each in counts.lines(NAMES, [7 * S])}
+
+    assert found == {("other", 1): 20, ("other", 2): 10, ("outside", 3): 970}
 
 
-def test_rows_of_a_step_count_when_the_next_one_has_begun():
-    """Steps may take longer than it takes to send samples."""
+def test_samples_of_a_step_count_when_the_next_one_has_begun():
+    """Steps may take longer than it takes to send samples, which come in one call or in several."""
     counts = LineCounts()
-    counts.add(0, rows((1, 5, LINE_OTHER, 1), (2, 5, LINE_OTHER, 1)))
-    assert [each.samples for each in counts.lines(NAMES, [4])] == [10]
+    counts.add(0, np.concatenate([rows(5, 4, (LINE_OTHER, 1)), rows(10, 5, (LINE_OTHER, 1))]))
+    counts.add(0, rows(15, 5, (LINE_OTHER, 1)))
+    assert [each.samples for each in counts.lines(NAMES, [7 * S])] == [20]
 
-    counts.add(0, rows((3, 6, LINE_OTHER, 1)))
-    assert [each.samples for each in counts.lines(NAMES, [4])] == [30]
+    counts.add(0, rows(20, 6, (LINE_OTHER, 1)))
+    assert [each.samples for each in counts.lines(NAMES, [17 * S])] == [40]
 
 
 NAMES = {0: {number: f"/x/train.py:{number} step" for number in (1, 2, 3)}}

@@ -286,11 +286,12 @@ class JobFactsBuilder:
         """Whether the ranks are known to have made a process group."""
         return bool(self._facts.get("backend")) or self.batches.group_size > 1
 
-    def build(self, latest: Sequence[int] = ()) -> JobFacts:
+    def build(self, latest: Sequence[int] = (), ends_ns: Sequence[int] = ()) -> JobFacts:
         """Return the facts as they are now.
 
         Args:
             latest: last step of each rank (-1: none), for ranks that could not report theirs.
+            ends_ns: end of that step by the rank's clock (0: none).
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         known = self._facts
@@ -326,7 +327,7 @@ class JobFactsBuilder:
             limits=self.limits.uses(),
             save_folders=dict(self.save_folders),
             memory=self.memory,
-            lines=LazyLines(self.lines, self.names, latest),
+            lines=LazyLines(self.lines, self.names, ends_ns),
             skipped=self.skipped,
             losses=self.losses,
             batches=self.batches,

@@ -58,53 +58,56 @@ class LineCounts:
         """Take rows of a rank."""
         self._ranks.setdefault(rank, _RankCounts()).add(rows)
 
-    def lines(self, names: Mapping[int, Mapping[int, str]], latest: Sequence[int] = ()) -> tuple[SampledLine, ...]:
+    def lines(self, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int] = ()) -> tuple[SampledLine, ...]:
         """Return the lines of all ranks, the most frequent of each rank first.
 
         Args:
             names: texts of each rank by id.
-            latest: last whole step of each rank, -1 for none. In the step after it a rank may hang, or have ended its
-                training: what it does there is no part of the steps' phases.
+            ends_ns: time at which the last step of each rank ended, 0 for none. After it a rank may hang, or have ended
+                its training: what it does then has no part in the phases of the steps.
         """
         return tuple(
             SampledLine(rank, LINE_PHASES.get(phase, "other"), *parsed_place(known.get(line)), known.get(called), *sums)
             for rank, counts in sorted(self._ranks.items())
             for known in (names.get(rank, {}),)
-            for phase, line, called, *sums in counts.summed(latest[rank] if rank < len(latest) else -1).tolist()
+            for phase, line, called, *sums in counts.summed(ends_ns[rank] if rank < len(ends_ns) else 0).tolist()
         )
 
 
 class _RankCounts:
-    """Rows of one rank; those of the open step are apart, but the first ones: they have samples of the steps before."""
+    """Rows of one rank. Those in the phases of steps are apart until a later step has begun."""
 
     def __init__(self) -> None:
         self._parts: list[NDArray[np.int64]] = []
-        self._of_open_step: list[NDArray[np.int64]] = []
-        self._open_step, self._opened_ns = -1, 0
+        self._newest: list[tuple[int, NDArray[np.int64]]] = []  # with the time since which they were counted
+        self._step, self._flushed_ns = -1, 0
 
     def add(self, rows: NDArray[np.void]) -> None:
-        """Take rows, in order."""
-        newest = int(rows["step"].max(initial=-1))
-        if newest > self._open_step:
-            self._parts += self._of_open_step
-            self._of_open_step = []
-            self._open_step, self._opened_ns = newest, int(rows["t_ns"][rows["step"] == newest].min())
-
-        is_open = (
-            (rows["step"] == self._open_step) & (rows["t_ns"] > self._opened_ns) & ~np.isin(rows["phase"], _OUTSIDE)
-        )
+        """Take rows, in order; all that were counted to the same time have it as theirs."""
         counts = np.stack([rows[name] for name in (*_KEYS, *_SUMS)], axis=1)
-        self._parts = _compact([*self._parts, counts[~is_open]])
-        self._of_open_step = _compact([*self._of_open_step, counts[is_open]])
+        outside = np.isin(rows["phase"], _OUTSIDE)
+        for flushed_ns in np.unique(rows["t_ns"]).tolist():
+            flushed = rows["t_ns"] == flushed_ns
+            step = int(rows["step"][flushed].max())
+            if step > self._step:
+                self._parts += [each for _, each in self._newest]
+                self._newest, self._step = [], step
 
-    def summed(self, latest: int) -> NDArray[np.int64]:
-        """Return the sums, with those of the open step if it is whole by now.
+            self._parts = _compact([*self._parts, counts[flushed & outside]])
+            self._newest.append((self._flushed_ns, counts[flushed & ~outside]))
+            self._flushed_ns = flushed_ns
+
+        if len(self._newest) > _MAX_PARTS:
+            first, *others = self._newest
+            self._newest = [first, (others[0][0], _summed([each for _, each in others]))]
+
+    def summed(self, end_ns: int) -> NDArray[np.int64]:
+        """Return the sums, of phases of steps those that were counted before a time.
 
         Args:
-            latest: the last whole step.
+            end_ns: the end of the last step.
         """
-        is_whole = latest >= self._open_step
-        return _summed([*self._parts, *(self._of_open_step if is_whole else [])])
+        return _summed([*self._parts, *(each for since_ns, each in self._newest if since_ns <= end_ns)])
 
 
 class LazyLines(Sequence[SampledLine]):
@@ -113,15 +116,15 @@ class LazyLines(Sequence[SampledLine]):
     Args:
         counts: the samples.
         names: texts of each rank by id.
-        latest: last whole step of each rank.
+        ends_ns: time at which the last step of each rank ended.
     """
 
-    def __init__(self, counts: LineCounts, names: Mapping[int, Mapping[int, str]], latest: Sequence[int]) -> None:
-        self._counts, self._names, self._latest = counts, names, latest
+    def __init__(self, counts: LineCounts, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int]) -> None:
+        self._counts, self._names, self._ends_ns = counts, names, ends_ns
 
     @cached_property
     def _lines(self) -> tuple[SampledLine, ...]:
-        return self._counts.lines(self._names, self._latest)
+        return self._counts.lines(self._names, self._ends_ns)
 
     @overload
     def __getitem__(self, at: int) -> SampledLine: ...

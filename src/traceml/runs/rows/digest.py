@@ -186,11 +186,12 @@ class Digest:
         """
         self.facts.state, self.facts.world_size = state or self.state, self.world_size
         window = self.kept.aligned() if window is None else window
-        return diagnose(window, self.facts.build(self.kept.reached(window.missing_ranks).tolist()))
+        latest, ends_ns = self.kept.reached(window.missing_ranks), self.kept.end_ns
+        return diagnose(window, self.facts.build(latest.tolist(), ends_ns.tolist()))
 
     def sampled_lines(self) -> tuple[SampledLine, ...]:
-        """Return the sampled lines of all ranks, without what they do in a step that never ends."""
-        return self.facts.lines.lines(self.names, self.kept.reached().tolist())
+        """Return the sampled lines of all ranks, in the phases of steps without what they did after the last one."""
+        return self.facts.lines.lines(self.names, self.kept.end_ns.tolist())
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
