@@ -2,30 +2,43 @@
 
     python benchmarks/hang_times.py [--kinds sleep held ...] [--ranks 2] [--timeout 10] [--rounds 2]
 
-Jobs of `accuracy/shapes/hangs.py` hang after their 60th step. The time is taken by a command of `on_finding`, which
-gets the finding at once, from the end of the last step of any rank. The detectors run on the recorder's thread of a
-training of this process: their CPU time is divided by its steps.
+Jobs of `accuracy/shapes/hangs.py` hang after their 60th step. Times are from the end of the last step of any rank to
+the finding, at a command of `on_finding`, in the live view in a terminal, and on the page in Chromium. The detectors
+run on the recorder's thread of a training of this process: their CPU time is divided by its steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from playwright.sync_api import sync_playwright
+
+from traceml.clock import monotonic_ns
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import flight_identity
 from traceml.database.store.reader import StoreReader
+from traceml.diagnosis.findings import Finding
 from traceml.run_folder import STORE_NAME
+from traceml.supervise.page_process import PageProcess
 
 SHAPE = Path(__file__).parent / "accuracy" / "shapes" / "hangs.py"
 KINDS = ("sleep", "held", "stopped", "worker", "pipe", "file_lock", "skip", "uneven", "barrier")
@@ -33,48 +46,103 @@ NOTE = """#!{python}
 import json, sys
 from pathlib import Path
 from traceml.clock import monotonic_ns
-now, finding = monotonic_ns(), json.load(sys.stdin)
-if "HANG" in json.dumps(finding):
-    Path({path!r}).with_suffix(".new").write_text(str(now))
+now, finding = monotonic_ns(), json.load(sys.stdin)["finding"]
+if finding["kind"] == "HANG":
+    Path({path!r}).with_suffix(".new").write_text(json.dumps([now, finding]))
     Path({path!r}).with_suffix(".new").rename({path!r})
 """
 WAIT_S = 180.0
 TRAINING_S = 20.0
 
 
-def seconds_to_sentence(kind: str, ranks: int, timeout_s: float, folder: Path) -> tuple[float, list[tuple[int, int]]]:
-    """Return the seconds from the last step of a job to the finding, and sizes and memory of its flight files."""
-    told, note = folder / "told", folder / "note.py"
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Seconds from the last step of a job to its finding, by place, and size and memory of its flight files."""
+
+    command_s: float
+    terminal_s: float
+    page_s: float
+    flights: list[tuple[int, int]]
+
+
+class Screen:
+    """The job's live view in a terminal of its own, and when what was on it."""
+
+    def __init__(self) -> None:
+        self._ours, self.theirs = os.openpty()
+        termios.tcsetwinsize(self._ours, (50, 120))
+        self._shown: list[tuple[int, bytes]] = []
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def seen_ns(self, text: str) -> int:
+        """Return when a text was first on it; 0: not yet."""
+        all_so_far = b""
+        for at_ns, shown in list(self._shown):
+            all_so_far = all_so_far[-200:] + shown
+            if text.encode() in all_so_far:
+                return at_ns
+
+        return 0
+
+    def _follow(self) -> None:
+        with suppress(OSError):  # the job has ended
+            while data := os.read(self._ours, 1 << 16):
+                self._shown.append((monotonic_ns(), data))
+
+
+def seconds_to_sentence(kind: str, ranks: int, timeout_s: float, folder: Path, browser: Any) -> Told:
+    """Let a job hang, and return when that was told where."""
+    told, note, screen = folder / "told", folder / "note.py", Screen()
     note.write_text(NOTE.format(python=sys.executable, path=str(told)))
     note.chmod(0o755)
     environ = {
-        **os.environ,
+        **os.environ, "TERM": "xterm-256color",
         "TRACEML_HANG_TIMEOUT": str(timeout_s), "TRACEML_ON_FINDING": str(note), "TRACEML_ON_FINDING_AFTER": "0",
     }  # fmt: skip
-    command = [sys.executable, "-m", "traceml", "run", "--runs-dir", str(folder), "--nproc-per-node", str(ranks)]
-    with subprocess.Popen(
-        [*command, str(SHAPE), kind],
-        cwd=folder, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    ) as job:  # fmt: skip
+    command = [sys.executable, "-m", "traceml", "run", "--live", "terminal", "--runs-dir", str(folder)]
+    with (
+        PageProcess(folder, 0) as page,
+        subprocess.Popen(
+            [*command, "--nproc-per-node", str(ranks), str(SHAPE), kind],
+            cwd=folder, env=environ, stdin=screen.theirs, stdout=screen.theirs, stderr=screen.theirs,
+            start_new_session=True,
+        ) as job,
+    ):  # fmt: skip
+        os.close(screen.theirs)
         try:
-            until_s = time.monotonic() + WAIT_S
-            while not told.exists() and time.monotonic() < until_s:
-                time.sleep(0.05)
-
-            if not told.exists():
-                sys.exit(f"no sentence about {kind} within {WAIT_S:.0f} s; its run is in {folder}")
-
-            run = (folder / "latest").resolve()
+            latest = folder / "latest"
+            wait_until(lambda: (latest / STORE_NAME).exists(), f"no run of {kind}")
+            run = latest.resolve()
+            tab = browser.new_page()
+            tab.goto(page.address(run.name))
+            tab.locator(".verdict", has_text=re.compile("HANG")).wait_for(timeout=WAIT_S * 1e3)
+            page_ns = monotonic_ns()
+            tab.close()
+            wait_until(told.exists, f"no finding of {kind}")
+            told_ns, finding = json.loads(told.read_text())
+            headline = msgspec.convert(finding, Finding).headline[:40]
+            wait_until(lambda: screen.seen_ns(headline) > 0, f"'{headline}' is not in the live view")
             with StoreReader(run / STORE_NAME) as reader:
                 last_ns = int(reader.rows("steps")["t_end_ns"].max())
 
-            return (int(told.read_text()) - last_ns) / 1e9, flight_bytes(run)
+            times = (told_ns, screen.seen_ns(headline), page_ns)
+            return Told(*((each - last_ns) / 1e9 for each in times), flights=flight_bytes(run))
         finally:
             job.send_signal(signal.SIGINT)
             try:
                 job.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(job.pid, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], bool], lacking: str) -> None:
+    """Wait for a condition; end the program where it does not come."""
+    until_s = time.monotonic() + WAIT_S
+    while not condition():
+        if time.monotonic() > until_s:
+            sys.exit(f"{lacking} within {WAIT_S:.0f} s")
+
+        time.sleep(0.05)
 
 
 def flight_bytes(run: Path) -> list[tuple[int, int]]:
@@ -147,16 +215,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     sizes: list[tuple[int, int]] = []
-    print(f"| hang, {options.ranks} ranks, hang_timeout {options.timeout:g} s | median | worst |\n|---|---|---|")
-    for kind in options.kinds:
-        taken = []
-        for _ in range(options.rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                seconds, found = seconds_to_sentence(kind, options.ranks, options.timeout, Path(folder))
-                taken.append(seconds)
-                sizes += found
+    print(f"hang_timeout {options.timeout:g} s, {options.ranks} ranks: median and worst\n")
+    print("| hang | command | live view | page |\n|---|---|---|---|")
+    installed = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        for kind in options.kinds:
+            taken = []
+            for _ in range(options.rounds):
+                with tempfile.TemporaryDirectory() as folder:
+                    taken.append(seconds_to_sentence(kind, options.ranks, options.timeout, Path(folder), browser))
 
-        print(f"| {kind} | {statistics.median(taken):.1f} s | {max(taken):.1f} s |", flush=True)
+            sizes += [flight for told in taken for flight in told.flights]
+            places = zip(*((told.command_s, told.terminal_s, told.page_s) for told in taken), strict=True)
+            cells = [f"{statistics.median(place):.1f}, {max(place):.1f} s" for place in places]
+            print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+
+        browser.close()
 
     if sizes:
         size, memory = (max(each) / 1e6 for each in zip(*sizes, strict=True))
