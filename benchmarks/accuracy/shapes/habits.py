@@ -314,7 +314,7 @@ def sweep():
 
 def unfreezes():
     """Trains the head first, then all of the model."""
-    model = net(64, 2048, depth=2)
+    model = net(64, 1024, depth=4)
     for layer in model[:-1]:
         layer.requires_grad_(False)
     optimizer = torch.optim.SGD(model[-1].parameters(), 0.01)
