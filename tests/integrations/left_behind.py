@@ -15,6 +15,7 @@ _MODULES = {
     "transformers.trainer_callback": ("CallbackHandler",),
     "accelerate.accelerator": ("Accelerator",),
     "accelerate.optimizer": ("AcceleratedOptimizer",),
+    "keras.src.optimizers.base_optimizer": ("BaseOptimizer",),
     "safetensors.torch": (),
     "lightning.pytorch.trainer.trainer": ("Trainer",),
     "lightning.pytorch.strategies.strategy": ("Strategy",),

@@ -1,8 +1,8 @@
-"""Calls of the trainers of Hugging Face and Lightning, timed in every traced training, also without our callbacks.
+"""Calls of Hugging Face, Lightning and Keras, timed in every traced training, also without our callbacks.
 
 Lightning calls `training_step`, not the model, and calls it inside the optimizer's step. So `training_step` is timed as
 the forward, as users of Lightning see it. Trainers save more than torch.save writes. A training that
-resumes from a checkpoint counts on.
+resumes from a checkpoint counts on. The optimizers of Keras are not torch's and have no method `step`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ def _lightning_trainer(package: str) -> Callable[[Any], None]:
     return lambda hooks: hooks.time_saving(sys.modules[f"{package}.trainer.trainer"].Trainer, "save_checkpoint")
 
 
+def _keras(hooks: Any) -> None:
+    hooks.time_update(sys.modules["keras.src.optimizers.base_optimizer"].BaseOptimizer, "apply")
+
+
 TRAINERS: dict[str, Callable[[Any], None]] = {
     "transformers.trainer": _hugging_face,
+    "keras.src.optimizers.base_optimizer": _keras,
     **{f"{name}.strategies.strategy": _lightning_strategy(name) for name in ("lightning.pytorch", "pytorch_lightning")},
     **{f"{name}.trainer.trainer": _lightning_trainer(name) for name in ("lightning.pytorch", "pytorch_lightning")},
 }
