@@ -37,6 +37,13 @@ def test_the_call_of_a_trainer_is_not_blamed_but_the_library() -> None:
     assert "train.py:12" not in finding.next
 
 
+def test_a_trainer_whose_optimizer_is_not_known() -> None:
+    """Its forward passes are in the same line."""
+    finding = residual(seen("other", 12, 40, GAME), seen("forward", 12, 15), seen("backward", 12, 15))
+
+    assert "line" not in finding.evidence
+
+
 def test_a_line_of_the_loop_is_blamed() -> None:
     """Also where the loss, and its backward pass, are in the same line: the optimizer steps in another."""
     rest = [seen("forward", 12, 15), seen("backward", 12, 20), seen("optimizer", 13, 20)]

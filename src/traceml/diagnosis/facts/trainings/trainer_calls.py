@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.sampled_lines import SampledLine
 __all__ = ["calls_trainer", "own_line"]
 
 _FEWEST_SAMPLES = 3
-_BACKWARD, _OPTIMIZER = Phase.BACKWARD.label, Phase.OPTIMIZER.label
+_FORWARD, _BACKWARD, _OPTIMIZER = (phase.label for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER))
 
 
 def own_line(
@@ -30,8 +30,12 @@ def own_line(
 
 
 def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
-    """Return whether backward passes and optimizer run in the very same line: the user's code has no loop."""
-    return all(_has_most(lines, phase, line) for phase in (_BACKWARD, _OPTIMIZER))
+    """Return whether backward passes and optimizer run in the very same line: the user's code has no loop.
+
+    The forward passes stand for an optimizer that the hooks do not know.
+    """
+    update = _OPTIMIZER if any(each.part == _OPTIMIZER for each in lines) else _FORWARD
+    return all(_has_most(lines, phase, line) for phase in (_BACKWARD, update))
 
 
 def _has_most(lines: Sequence[SampledLine], phase: str, line: BlamedLine) -> bool:
