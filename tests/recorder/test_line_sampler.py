@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.eventually import eventually
+from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
@@ -309,6 +310,27 @@ def test_between_steps_is_not_startup(flight: FlightFile) -> None:
 
     with Training(releases_the_lock) as training:
         assert {row[0] for row in sampled(flight, training, samples=2)} == {LINE_OUTSIDE}
+
+
+def test_samples_since_the_end_of_the_last_step_have_a_later_time(flight: FlightFile) -> None:
+    """The next step may never end: a rank that hangs is sampled, too."""
+    with Training(releases_the_lock) as training:
+        sampler = LineSampler(flight, training.ident)
+        sampler.sample(time.sleep)
+        flight.ring("steps").append(*range(len(flight.ring("steps")._table.columns)))
+        ended_ns = monotonic_ns()
+        for _ in range(3):
+            sampler.sample(time.sleep)
+
+        sampler.flush()
+
+    rows, seen = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype), collections.Counter[int]()
+    for row in rows:
+        seen[int(row["t_ns"])] += int(row["samples"])
+
+    (before_ns, before), (_, since) = sorted(seen.items())
+    assert (before, since) == (1, 3)
+    assert before_ns >= ended_ns
 
 
 def test_start_up_and_training_have_first_samples_of_their_own(

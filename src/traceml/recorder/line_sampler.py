@@ -75,6 +75,7 @@ class _ThreadReading(NamedTuple):
 
 
 _Key = tuple[int, CodeType | None, int, CodeType | None]
+_Counts = dict[_Key, list[int]]
 
 
 class LineSampler:
@@ -114,7 +115,9 @@ class LineSampler:
         self._others, self._cost_ns = OtherThreads(), 0.0
         self._switch_s, self._judged = SHORT_S, 0  # its interval, and samples since the last look at the cost
         self._native_of = self._native = 0  # training thread, and its id in the system
-        self._counts: dict[_Key, list[int]] = {}
+        self._counts: _Counts = {}
+        self._open: _Counts = {}  # since a step has ended: the next one may never do
+        self._ended, self._seen_ns = 0, 0  # steps that have, and when that was seen
         self._ids: dict[_Key, tuple[int, int]] = {}
 
     @property
@@ -205,13 +208,30 @@ class LineSampler:
         switch_interval.restore()
 
     def flush(self) -> None:
-        """Append the counts since the last call as rows."""
-        now, step = monotonic_ns(), self._slots[Slot.STEP]
-        for key, counts in self._counts.items():
-            if (ids := self._ids_of(key)) is not None:
-                self._lines.append(now, step, key[0], *ids, *counts)
+        """Append the counts since the last call as rows; those since the end of the last step have a later time."""
+        now_ns = monotonic_ns()
+        self._close_ended(now_ns)
+        for counts, at_ns in ((self._counts, self._seen_ns), (self._open, now_ns)):
+            self._append(counts, at_ns)
+            counts.clear()
 
-        self._counts.clear()
+    def _append(self, counts: _Counts, at_ns: int) -> None:
+        step = self._slots[Slot.STEP]
+        for key, sums in counts.items():
+            if (ids := self._ids_of(key)) is not None:
+                self._lines.append(at_ns, step, key[0], *ids, *sums)
+
+    def _close_ended(self, at_ns: int) -> None:
+        """Add the counts of an open step to the others, if it has ended since."""
+        if self._steps.appended == self._ended:
+            return
+
+        self._ended, self._seen_ns = self._steps.appended, at_ns
+        for key, sums in self._open.items():
+            known = self._counts.get(key)
+            self._counts[key] = sums if known is None else [a + b for a, b in zip(known, sums, strict=True)]
+
+        self._open.clear()
 
     def _ids_of(self, key: _Key) -> tuple[int, int] | None:
         ids = self._ids.get(key)
@@ -234,12 +254,13 @@ class LineSampler:
 
         key = self._key(frame, phase)
         self._note(key, at_ns)
-        counts = self._counts.get(key)
+        self._close_ended(at_ns)
+        counts = self._open.get(key)
         if counts is None:
-            if len(self._counts) >= _MAX_LINES:
+            if len(self._counts) + len(self._open) >= _MAX_LINES:
                 return None
 
-            counts = self._counts[key] = [0, 0, 0]
+            counts = self._open[key] = [0, 0, 0]
 
         counts[0] += 1
         self.samples += 1
