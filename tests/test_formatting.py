@@ -7,6 +7,7 @@ import pytest
 from traceml.formatting import (
     bytes_text,
     capitalized,
+    cores_text,
     count_text,
     duration_text,
     exception_line,
@@ -49,6 +50,15 @@ from traceml.formatting import (
 def test_ms_text(ms, text):
     """Milliseconds have three digits and the unit that fits."""
     assert ms_text(ms) == text
+
+
+@pytest.mark.parametrize(
+    ("cores", "text"),
+    [(0.0, "0 cores"), (0.03, "less than 0.1 cores"), (0.44, "0.4 cores"), (0.98, "1 core"), (15.7, "16 cores")],
+)
+def test_cores_text(cores, text):
+    """A program that computes little does not use nothing."""
+    assert cores_text(cores) == text
 
 
 @pytest.mark.parametrize(

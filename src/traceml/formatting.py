@@ -96,7 +96,10 @@ def name_order(name: str) -> tuple[tuple[int, str], ...]:
 
 
 def cores_text(cores: float) -> str:
-    """Return `1 core`, `0.4 cores`, `16 cores`."""
+    """Return `1 core`, `0.4 cores`, `16 cores`, `less than 0.1 cores`."""
+    if 0 < cores < 0.05:
+        return "less than 0.1 cores"
+
     number = f"{cores:.1f}" if cores < 9.95 else f"{cores:.0f}"
     return f"{number.removesuffix('.0')} core{'' if number.removesuffix('.0') == '1' else 's'}"
 
