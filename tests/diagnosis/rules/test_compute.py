@@ -98,6 +98,26 @@ def test_one_step_that_takes_most_of_the_time_is_reported(other_ms, kind):
     assert "Nothing needs fixing" not in found.next
 
 
+@pytest.mark.parametrize(("pause_ms", "named"), [(60_000.0, True), (7_000.0, False)])
+def test_the_line_of_that_step_is_named(pause_ms, named):
+    """Where it is most of its phase: samples do not tell which step they are of."""
+    job = Job(ranks=1, grouped=False, steps=600, own={"forward": 9.0, "backward": 9.0})
+    seen = (SampledLine(0, "forward", "/x/train.py", 9, "Net.forward", None, 300),)
+    (found, *_) = diagnose(window_of(job, adds("forward", pause_ms, every=job.steps)), JobFacts(lines=seen))
+
+    assert "One step took" in found.summary
+    assert ("of these, mostly in train.py:9 Net.forward." in found.summary) == named
+
+
+def test_the_line_of_that_step_is_to_be_looked_at():
+    """It may be in code outside the known phases, and nothing else is wrong."""
+    job = Job(ranks=1, grouped=False, own={"forward": 8.0, "backward": 8.0, "other": 9.0})
+    seen = (SampledLine(0, "other", "/x/train.py", 9, "save", None, 300),)
+    (found, *_) = diagnose(window_of(job, adds("other", 60_000.0, every=job.steps)), JobFacts(lines=seen))
+
+    assert found.next.startswith("Find out what train.py:9 save did in that step")
+
+
 def test_a_short_pause_is_not_reported():
     """Other programs on the host cause such pauses, and in a long run they are nothing."""
     for ms in (300.0, 4_000.0):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts.blamed_lines import blamed_line, main_library
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
+from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.compute_advice import WITHOUT_ANOMALIES, for_compute
+from traceml.diagnosis.rules.jitter import LINE_SHARE
 from traceml.diagnosis.rules.outside_steps import covered
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import count_text, ns_text, percent_text, phase_words
@@ -51,9 +52,8 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     if short is not None:
         evidence["too_short"] = True
 
-    pause = _pause(segments, step)
-    action = _FIND_PAUSE if pause else _when_healthy(shares, facts)
-    summary, action = short or (_healthy(step, shares) + pause, action)
+    pause, action = _pause(segments, facts, step)
+    summary, action = short or (_healthy(step, shares) + pause, action or _when_healthy(shares, facts))
     return Finding(
         kind=Kind.HEALTHY,
         severity=Kind.HEALTHY.severity_for(0.0),
@@ -78,13 +78,32 @@ def _without_pauses(segments: Segments) -> NDArray[np.intp]:
     return np.setdiff1d(np.arange(count), longest)
 
 
-def _pause(segments: Segments, step: float) -> str:
-    """Return a sentence about one long pause; empty where it is too short to matter."""
+def _pause(segments: Segments, facts: JobFacts, step: float) -> tuple[str, str]:
+    """Return (sentence, advice) about one long pause; empty ones where it is too short to matter."""
     longest = float(segments.step.max())
     if longest < _PAUSE_NS or longest < _PAUSE_SHARE * float(segments.step.sum()):
-        return ""
+        return "", ""
 
-    return f" One step took {ns_text(longest)}, as long as {count_text(round(longest / step))} of these."
+    line = _line_of_pause(segments, facts)
+    where = f", mostly in {line.place}" if line else ""
+    action = f"Find out what {line.place} did in that step, and whether it needs to." if line else _FIND_PAUSE
+    return f" One step took {ns_text(longest)}, as long as {count_text(round(longest / step))} of these{where}.", action
+
+
+def _line_of_pause(segments: Segments, facts: JobFacts) -> BlamedLine | None:
+    """Return the line of the longest step, where it has most of what the samples of its phase are about."""
+    at = int(segments.step.argmax())
+    part = max(segments.parts, key=lambda name: float(segments.parts[name][:, at].max()), default=None)
+    if part is None:
+        return None
+
+    values = segments.parts[part]
+    row = int(values[:, at].argmax())
+    if values[row, at] < LINE_SHARE * values[row].sum():
+        return None
+
+    share = float(values[row].sum()) / max(float(segments.step.sum()), 1.0)
+    return own_line(facts.lines, part, share, (int(segments.ranks[row]),))
 
 
 def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
@@ -114,7 +133,7 @@ def _compute_bound(
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
             f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})"
             f"{_heaviest_code(facts, means.get('forward', 0.0) / step)}."
-            f"{_pause(segments, step)}{covered(facts.time)}"
+            f"{_pause(segments, facts, step)[0]}{covered(facts.time)}"
         ),
         next=for_compute(heaviest, facts, device=segments.device),
         evidence=evidence,
