@@ -130,10 +130,9 @@ def _slurm_step(environ: Mapping[str, str]) -> str | None:
     return "0" if "SLURM_PROCID" in environ and "SLURM_TASK_PID" not in environ else None
 
 
-def new_run_id(name: str, *, epoch_s: float | None = None) -> str:
+def new_run_id(name: str) -> str:
     """Return `YYYYMMDD-HHMMSS-<name>-<4 hex>`, in local time."""
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(epoch_s))
-    return f"{stamp}-{run_name_of(name)}-{secrets.token_hex(2)}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{run_name_of(name)}-{secrets.token_hex(2)}"
 
 
 def safe_run_id(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Resources whose end kills a process: memory, shared memory, open files."""
+"""Resources that a process can die of when they run out: memory and shared memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from traceml.inspection.control_groups import cgroup_paths
 from traceml.inspection.oom_kills import count_kills, oom_counter
 from traceml.samplers import cgroup
-from traceml.samplers.limits import file_system, open_files
+from traceml.samplers.limits import file_system
 
 __all__ = ["DeathCauses"]
 
@@ -25,14 +25,13 @@ class DeathCauses:
         self._before = count_kills(self._counter)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is known: `oom_kills` since the start, `shm_bytes`, `memory_limit_bytes`, `files_limit`."""
+        """Return what is known: `oom_kills` since the start, `shm_bytes`, `memory_limit_bytes`."""
         shared = file_system("/dev/shm")  # noqa: S108 - it is only measured
-        kills, files, memory = count_kills(self._counter), open_files(), _memory_limit()
+        kills, memory = count_kills(self._counter), _memory_limit()
         known = {
             "oom_kills": None if kills is None or self._before is None else kills - self._before,
             "shm_bytes": shared[1] if shared else None,
             "memory_limit_bytes": memory,
-            "files_limit": files[1] if files else None,
         }
         return {key: value for key, value in known.items() if value is not None}
 

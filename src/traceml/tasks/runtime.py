@@ -118,10 +118,8 @@ class Runtime:
 
         timeout = self._timeout_s if timeout is None else _seconds("timeout", timeout)
         handle: TaskHandle[Any] = _new(TaskHandle)
-        handle.fn = fn
-        handle.args = args
-        handle.kwargs = kwargs or None
-        handle.context = copy_context()
+        handle.fn, handle.args = fn, args
+        handle.kwargs, handle.context = kwargs or None, copy_context()
         handle.engine = engine
         handle.given_name = name
         handle.timeout_s = timeout

@@ -19,7 +19,6 @@ MAX_RANKS = 8
 _MAX_ROWS = 1024
 _MIN_PASSED_NS = 4e8
 _ALL = 1 << 62
-_TABLES = {table.name: table for table in (PROCESS, HOST, GPU)}
 
 REASONS = {
     0x8: "hardware slowdown",

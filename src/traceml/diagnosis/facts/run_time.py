@@ -39,7 +39,7 @@ class RunTime:
 
     Attributes:
         wall_s: from its start to its end, or until now.
-        seconds: by part (`PARTS`), the mean over the ranks that set it; the parts add up to `wall_s`.
+        seconds: by part (`PARTS`), the mean over the ranks that determine it; the parts add up to `wall_s`.
         evaluations: times that evaluation interrupted the training, on one rank, without short ones.
         short_evaluations_s: seconds of those short ones.
         evaluators: ranks that evaluate where most others do not, in order.

@@ -20,6 +20,7 @@ __all__ = ["RunScreen", "TerminalDriver"]
 
 # Reading and drawing take at most this share of a CPU core: the job needs the rest.
 _SHARE = 0.05
+_INTERVAL_S = 0.5  # between two draws; longer where reading takes long
 
 _log = logging.getLogger("traceml")
 
@@ -30,7 +31,6 @@ class RunScreen:
     Args:
         run_dir: the run's folder; its store may be created later.
         console: the terminal; standard output where left out.
-        interval_s: time between two draws; longer where reading takes long.
         follow: opens the run.
         clock: monotonic seconds.
     """
@@ -40,13 +40,11 @@ class RunScreen:
         run_dir: Path,
         *,
         console: Console | None = None,
-        interval_s: float = 0.5,
         follow: Callable[[Path], LiveRun] = LiveRun,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._driver = TerminalDriver(console or Console(file=sys.stdout, highlight=False), interval_s=0.0)
         self._run: LiveRun | None = follow(run_dir)
-        self._interval_s = interval_s
         self._clock = clock
         self._due_s = float("-inf")
 
@@ -66,7 +64,7 @@ class RunScreen:
                 self._stop("the live view ended because of an error in traceml; the job continues")
 
         ended_s = self._clock()
-        self._due_s = ended_s + max(self._interval_s, (ended_s - began_s) / _SHARE)
+        self._due_s = ended_s + max(_INTERVAL_S, (ended_s - began_s) / _SHARE)
 
     def _draw(self, run: LiveRun) -> None:
         run.refresh()

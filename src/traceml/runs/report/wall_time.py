@@ -36,7 +36,7 @@ def wall_time(
     compile_s: Mapping[int, float] | None = None,
     grouped: bool = False,
 ) -> RunTime:
-    """Return the wall time of a run by part, the mean over the ranks that set it.
+    """Return the wall time of a run by part, the mean over the ranks that determine it.
 
     Where ranks wait for each other, evaluation or saving on some of them, as on rank 0 alone, is time of the run: the
     mean is over those ranks.
@@ -60,9 +60,7 @@ def wall_time(
 
     parts = [wall_parts(of_rank, int(started_s * _S), int(ended_s * _S), attempt) for of_rank in processes or [[]]]
     if stops and ranks:
-        parts = [
-            without_stops(each, stops.get(of_rank[0].rank, ())) for each, of_rank in zip(parts, ranks, strict=True)
-        ]
+        parts = [without_stops(part, stops.get(each[0].rank, ())) for part, each in zip(parts, ranks, strict=True)]
 
     evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
     evaluators, evaluators_s = _evaluators(evaluation)

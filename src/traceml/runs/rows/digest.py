@@ -227,7 +227,7 @@ class Digest:
         if isinstance(timeout_s := self.run.get("hang_timeout_s"), float):
             self.facts.progress.timeout_s = timeout_s
 
-        self.samples.most = rows_for(len(self._ranks))
+        self.samples.max_rows = rows_for(len(self._ranks))
 
     def _take_stream(self, record: StreamRecord) -> None:
         rank = record.rank
@@ -300,7 +300,7 @@ class Digest:
                     if stream in streams:
                         self.sample_totals.start(table, self._rank_of(stream), sums)
 
-            each = max(self.samples.most * len(streams) // _SAMPLE_FRAMES, 8)
+            each = max(self.samples.max_rows * len(streams) // _SAMPLE_FRAMES, 8)
             for frame in reader.spread_frames(table.name, streams, _SAMPLE_FRAMES, each):
                 rank = self._rank_of(frame.stream)
                 self._intake.add(table.name, rank, frame.data)
@@ -310,7 +310,7 @@ class Digest:
             self._cursors[table.name] = newest
 
     def _is_large(self, reader: StoreReader, table: Table) -> bool:
-        rows = 2 * self.samples.most * len(self._ranks)
+        rows = 2 * self.samples.max_rows * len(self._ranks)
         return reader.frame_count(table.name) > _SAMPLE_FRAMES or reader.stored(table.name) > rows
 
     def _frames(self, reader: StoreReader, name: str) -> Iterator[Frame]:

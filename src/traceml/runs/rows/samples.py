@@ -25,12 +25,12 @@ class Samples:
 
     Beyond that, every second row of the older half is dropped, so that a long run is covered from its beginning.
 
-    Args:
-        most: rows kept of each rank and table; see `rows_for`.
+    Attributes:
+        max_rows: rows kept of each rank and table; see `rows_for`.
     """
 
-    def __init__(self, most: int = _MAX_ROWS) -> None:
-        self.most = most
+    def __init__(self) -> None:
+        self.max_rows = _MAX_ROWS
         self._rows: dict[tuple[str, int], NDArray[np.void]] = {}
         self._new: dict[tuple[str, int], list[NDArray[np.void]]] = {}
         self._waiting: dict[tuple[str, int], int] = {}
@@ -40,7 +40,7 @@ class Samples:
         key = (table, rank)
         self._new.setdefault(key, []).append(rows)
         self._waiting[key] = self._waiting.get(key, 0) + len(rows)
-        if self._waiting[key] > self.most:
+        if self._waiting[key] > self.max_rows:
             self.of(table, rank)
 
     def of(self, table: str, rank: int) -> NDArray[np.void] | None:
@@ -63,7 +63,7 @@ class Samples:
         return sorted({rank for name, rank in (*self._rows, *self._new) if name == table})
 
     def _thinned(self, rows: NDArray[np.void]) -> NDArray[np.void]:
-        while len(rows) > self.most:
+        while len(rows) > self.max_rows:
             older = len(rows) // 2
             rows = np.concatenate([rows[:older:2], rows[older:]])
 

@@ -27,7 +27,6 @@ class LostWorker:
         oom_kills: processes that the kernel's out-of-memory killer had ended since the start of the rank.
         shm_bytes: size of /dev/shm.
         memory_limit_bytes: limit of the container.
-        files_limit: open files that the rank may have.
     """
 
     pid: int
@@ -39,7 +38,6 @@ class LostWorker:
     oom_kills: int | None = None
     shm_bytes: int | None = None
     memory_limit_bytes: int | None = None
-    files_limit: int | None = None
 
 
 _FIELDS = [field.name for field in fields(LostWorker)]
