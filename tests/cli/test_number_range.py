@@ -52,9 +52,9 @@ def test_every_numeric_option_has_a_range(command: str, option: str, limits: Any
 
 
 def _outside(limits: NumberRange) -> list[str]:
-    below = limits.least if limits.above else limits.least - 1
+    below = limits.minimum if limits.above else limits.minimum - 1
     fraction = ["1.5"] if limits.kind is int else []
-    above = [str(limits.most + 1)] if limits.most < float("inf") else []
+    above = [str(limits.maximum + 1)] if limits.maximum < float("inf") else []
     return ["two", "", "nan", "inf", "-7", f"{below:g}", *fraction, *above]
 
 
@@ -79,9 +79,9 @@ def test_a_number_outside_of_the_range_is_one_line(command: str, option: str, te
     ("limits", "text", "value"),
     [
         (NumberRange(), "1", 1),
-        (NumberRange(float, least=0), "0", 0.0),
-        (NumberRange(float, least=0, above=True), "0.5", 0.5),
-        (NumberRange(least=0, most=5), "5", 5),
+        (NumberRange(float, minimum=0), "0", 0.0),
+        (NumberRange(float, minimum=0, above=True), "0.5", 0.5),
+        (NumberRange(minimum=0, maximum=5), "5", 5),
         (NumberRange(words=("gpu",)), "gpu", "gpu"),
     ],
 )

@@ -48,7 +48,7 @@ class CompareOptions:
     """Print the comparison as JSON and nothing else."""
     md: bool = False
     """Print it as Markdown, for a pull request."""
-    fail_over: Annotated[float | None, NumberRange(float, least=0), tyro.conf.arg(metavar="PCT")] = None
+    fail_over: Annotated[float | None, NumberRange(float, minimum=0), tyro.conf.arg(metavar="PCT")] = None
     """Exit with 1 when steps take more than PCT percent longer than the baseline's and the change is significant."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""

@@ -30,9 +30,9 @@ class DemoOptions:
 
     fault: Literal["forward", "input", "backward", "optimizer", "other", "none"] = "forward"
     """The slow part of the step (default: forward)."""
-    rank: Annotated[int, NumberRange(least=0)] = 1
+    rank: Annotated[int, NumberRange(minimum=0)] = 1
     """The slow rank (default: 1)."""
-    ms: Annotated[float, NumberRange(float, least=0)] = 15.0
+    ms: Annotated[float, NumberRange(float, minimum=0)] = 15.0
     """Delay of its step in milliseconds (default: 15)."""
     steps: Annotated[int, NumberRange()] = 400
     """Training steps (default: 400)."""

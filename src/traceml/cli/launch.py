@@ -19,8 +19,8 @@ from traceml.formatting import printable
 from traceml.process_ends import EndedBySignal
 
 if TYPE_CHECKING:
-    from traceml.supervise.screens import MakeScreen
     from traceml.supervise.supervisor import Screen
+    from traceml.supervise.terminal_screen import MakeScreen
 
 __all__ = ["main", "make_parser"]
 
@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace, script: dict[str, Any], tracing: dict[str,
     from traceml.launch.launcher.end_signals import ended_by
     from traceml.launch.launcher.job.tracing import Tracing
     from traceml.supervise.page_process import PageScreen
-    from traceml.supervise.screens import terminal_screen
+    from traceml.supervise.terminal_screen import terminal_screen
 
     screen: MakeScreen = {"none": _no_screen, "web": PageScreen}.get(options.live, terminal_screen)
     traced = Tracing(make_screen=screen, report=options.report, **tracing) if tracing is not None else None
@@ -131,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     hosts.add_argument("--python", metavar="PATH", help="the interpreter on the hosts (default: the path of this one)")
     hosts.add_argument(
         "--timeout",
-        type=NumberRange(float, least=0, above=True),
+        type=NumberRange(float, minimum=0, above=True),
         default=600,
         metavar="S",
         help="seconds for starting the workers (default: 600)",

@@ -19,15 +19,15 @@ class NumberRange:
 
     Args:
         kind: int or float.
-        least: the smallest one; not itself with `above`.
-        most: the largest one.
-        above: whether numbers must be above `least`.
+        minimum: the smallest one; not itself with `above`.
+        maximum: the largest one.
+        above: whether numbers must be above `minimum`.
         words: words that the option takes too.
     """
 
     kind: type[int] | type[float] = int
-    least: float = 1
-    most: float = math.inf
+    minimum: float = 1
+    maximum: float = math.inf
     above: bool = False
     words: tuple[str, ...] = ()
 
@@ -52,19 +52,20 @@ class NumberRange:
 
     def contains(self, value: float) -> bool:
         """Whether a number is in the range; never for one that is not finite."""
-        return math.isfinite(value) and self.least <= value <= self.most and not (self.above and value == self.least)
+        in_range = self.minimum <= value <= self.maximum and not (self.above and value == self.minimum)
+        return math.isfinite(value) and in_range
 
     def __str__(self) -> str:
         what = "a whole number" if self.kind is int else "a number"
-        bounds = f"above {self.least:g}" if self.above else f"of at least {self.least:g}"
-        if self.most < math.inf:
-            bounds = f"from {self.least:g} to {self.most:g}"
+        bounds = f"above {self.minimum:g}" if self.above else f"of at least {self.minimum:g}"
+        if self.maximum < math.inf:
+            bounds = f"from {self.minimum:g} to {self.maximum:g}"
 
         words = f", or {', '.join(self.words)}" if self.words else ""
         return f"{what} {bounds}{words}"
 
 
-PORT = NumberRange(least=0, most=65535)
+PORT = NumberRange(minimum=0, maximum=65535)
 
 
 def check_ranges(options: Any) -> None:

@@ -64,11 +64,11 @@ _TORCHRUN_WITH_VALUE = (
 _TORCHRUN_FLAGS = ("--standalone", "--virtual-local-rank")
 _NUMBERS: dict[str, Callable[[str], object]] = {
     "--nnodes": node_count,
-    "--max-restarts": NumberRange(least=0),
-    "--monitor-interval": NumberRange(float, least=0, above=True),
-    "--node-rank": NumberRange(least=0),
+    "--max-restarts": NumberRange(minimum=0),
+    "--monitor-interval": NumberRange(float, minimum=0, above=True),
+    "--node-rank": NumberRange(minimum=0),
     "--master-port": PORT,
-    "--shutdown-timeout": NumberRange(least=0),
+    "--shutdown-timeout": NumberRange(minimum=0),
 }
 _PROFILE_AFTER_S = 60
 _DEVICES = ("cpu", "gpu", "auto", "xpu", "hpu", "npu", "mlu", "musa")  # whose number torchrun finds, also of extensions

@@ -52,7 +52,7 @@ class RunsOptions:
     """List archived runs too."""
     prune: bool = False
     """Remove all but the newest runs, except running and tagged ones: --keep N, or the setting keep_runs."""
-    keep: Annotated[int | None, NumberRange(least=0), tyro.conf.arg(metavar="N")] = None
+    keep: Annotated[int | None, NumberRange(minimum=0), tyro.conf.arg(metavar="N")] = None
     """With --prune: the number of runs to keep."""
     json: bool = False
     """Print the list as JSON and nothing else."""

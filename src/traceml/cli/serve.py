@@ -31,7 +31,7 @@ from traceml.supervise.metrics_process import metrics_beside
 from traceml.supervise.otlp_process import otlp_beside
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
 from traceml.supervise.page_process import PageProcess
-from traceml.supervise.report_maker import BESIDE_RUNS, ReportMaker
+from traceml.supervise.report_process import BESIDE_RUNS, ReportProcess
 from traceml.track.tracker_state import states_of
 from traceml.transport import auth
 from traceml.transport.read_batches import BatchSelector
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         host, port = sock.getsockname()[:2]
         token = config.token or _previous_token(port)
         # Where the job is over, somebody waits for its verdict.
-        reports = ReportMaker(0 if options.exit_when_idle else BESIDE_RUNS)
+        reports = ReportProcess(0 if options.exit_when_idle else BESIDE_RUNS)
         aggregator = Aggregator(
             Path(config.runs_dir),
             token,
@@ -116,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
     for descriptor in ("--fd", "--folder-fd", "--ready-fd"):
-        parser.add_argument(descriptor, type=NumberRange(least=0), help=argparse.SUPPRESS)
+        parser.add_argument(descriptor, type=NumberRange(minimum=0), help=argparse.SUPPRESS)
 
     parser.add_argument("--run-id", help=argparse.SUPPRESS)
     parser.add_argument("--exit-when-idle", action="store_true", help=argparse.SUPPRESS)
@@ -214,11 +214,11 @@ def _announce_ready(options: argparse.Namespace, host: str, port: int, aggregato
         print(f"traceml aggregator at {host}:{port}, runs go to {aggregator.registry.runs_dir}", flush=True)
 
 
-def _write_report(reports: ReportMaker, run_dir: Path) -> None:
+def _write_report(reports: ReportProcess, run_dir: Path) -> None:
     _log.info("report: %s", reports.write(run_dir))
 
 
-def _clean_up(reports: ReportMaker, run_dir: Path, *, keep: int | None) -> None:
+def _clean_up(reports: ReportProcess, run_dir: Path, *, keep: int | None) -> None:
     """Update the report, and remove old runs if `keep_runs` is set."""
     if states_of(run_dir):  # somebody waits for the end of the run: no import for nothing
         _update_trackers(reports, run_dir)
@@ -230,7 +230,7 @@ def _clean_up(reports: ReportMaker, run_dir: Path, *, keep: int | None) -> None:
             _log.info("removed the old run %s", removed.id)
 
 
-def _update_trackers(reports: ReportMaker, run_dir: Path) -> None:
+def _update_trackers(reports: ReportProcess, run_dir: Path) -> None:
     from traceml.run_folder import PAGE_NAME
     from traceml.runs.report.report import update_trackers
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight.live_words import LiveWords, read_live_words
+from traceml.database.flight.live_slots import LiveSlots, read_live_slots
 from traceml.database.process_snapshots import blocker_of
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, RankSnapshot
 from traceml.inspection.kernel_state import (
@@ -54,9 +54,9 @@ class SilentSnapshots:
         self._stored: dict[str, object] = {}
         self._stored_s = 0.0
 
-    def words(self) -> LiveWords | None:
+    def slots(self) -> LiveSlots | None:
         """Return what the rank had open when its recorder woke last; None without a readable file."""
-        return read_live_words(self._flight)
+        return read_live_slots(self._flight)
 
     def make(self, *, is_last: bool = False) -> RankSnapshot | None:
         """Return a snapshot of this moment; it takes up to a second.
@@ -66,28 +66,28 @@ class SilentSnapshots:
         Args:
             is_last: whether the job is being ended.
         """
-        words = self.words()
-        if words is None:
+        slots = self.slots()
+        if slots is None:
             return None
 
         seen, info = wait_state(self._pid), process_info(self._pid)
         if seen.state in _DEAD:
             return None
 
-        frames = self._stack(words, seen.state)
+        frames = self._stack(slots, seen.state)
         cpu_share, io_bytes_per_s = self._used()
         user = [frame for frame in frames if frame.is_user]
         return RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank,
-            quiet_s=silent_s(words),
-            step=words.step,
-            in_step=words.in_step,
-            phase=words.phase,
+            quiet_s=silent_s(slots),
+            step=slots.step,
+            in_step=slots.in_step,
+            phase=slots.phase,
             answered="signal" if frames else "kernel",
             frames=frames,
             user_line=user[0] if user else None,
-            line_id=-1 if frames else words.line_id,
+            line_id=-1 if frames else slots.line_id,
             outer_line=user[-1] if len(user) > 1 else None,
             process_state=seen.state,
             wchan=seen.wchan,
@@ -118,29 +118,29 @@ class SilentSnapshots:
         return bool(self._stored)
 
     def end(self, quiet_s: float) -> RankSnapshot | None:
-        """Return the snapshot that ends a silence of so many seconds."""
-        words = self.words()
-        if words is None:
+        """Return the snapshot that ends a silence of this many seconds."""
+        slots = self.slots()
+        if slots is None:
             return None
 
         return RankSnapshot(
-            at_ns=monotonic_ns(), rank=self._rank, quiet_s=round(quiet_s, 3), step=words.step, in_step=words.in_step,
-            phase=words.phase, answered="kernel", ended=True,
+            at_ns=monotonic_ns(), rank=self._rank, quiet_s=round(quiet_s, 3), step=slots.step, in_step=slots.in_step,
+            phase=slots.phase, answered="kernel", ended=True,
         )  # fmt: skip
 
-    def _stack(self, words: LiveWords, state: str) -> tuple[FrameSnapshot, ...]:
+    def _stack(self, slots: LiveSlots, state: str) -> tuple[FrameSnapshot, ...]:
         """Return the main thread's stack; asked for again only when the thread has run since."""
         moment = self._moment(state)
         if moment == self._asked:
             return self._frames
 
         self._frames = ()
-        file = find_stack_file(self._pid) if moment and words.recorder_thread else None
+        file = find_stack_file(self._pid) if moment and slots.recorder_thread else None
         if file is None:
             return ()
 
         try:
-            asked = SignaledStacks(self._pid, file, silent_thread=words.recorder_thread)
+            asked = SignaledStacks(self._pid, file, silent_thread=slots.recorder_thread)
             self._frames = tuple(_frame(each) for each in main_frames(asked.wait())[:MAX_FRAMES])
             self._asked = moment if asked.was_sent else None
         finally:
@@ -166,9 +166,9 @@ class SilentSnapshots:
         return round(max(0.0, use.cpu_s - before.cpu_s) / passed_s, 3), round(moved / passed_s, 1)
 
 
-def silent_s(words: LiveWords) -> float:
+def silent_s(slots: LiveSlots) -> float:
     """Return for how many seconds a rank's recorder has not run."""
-    return round(max(0, monotonic_ns() - words.heartbeat_ns) / 1e9, 3) if words.heartbeat_ns else 0.0
+    return round(max(0, monotonic_ns() - slots.heartbeat_ns) / 1e9, 3) if slots.heartbeat_ns else 0.0
 
 
 def _frame(found: tuple[str, int, str]) -> FrameSnapshot:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, play_share, torch_share
+from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology.topology import RankGroup
 from traceml.formatting import capitalized, gain_text, ranks_text
@@ -104,7 +104,7 @@ def for_residual(
         )
 
     if facts.collects and part in ("other", "user"):
-        played = play_share(facts.lines, part)
+        played = environment_share(facts.lines, part)
         if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
             return (
                 f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often for larger "

@@ -157,7 +157,7 @@ def cancel_job(job_id: str) -> None:
 
 
 def minutes_of(text: str) -> int | None:
-    """Return the whole minutes of a duration as Slurm writes it, rounded up; None where it is none.
+    """Return the whole minutes of a duration as Slurm writes it, rounded up; None where it is not a duration.
 
     The forms are `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30` and `1-12:30:00`.
     """

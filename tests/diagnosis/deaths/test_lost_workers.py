@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.diagnosis.deaths.lost_loader_workers import worker_behind, worker_lost
+from traceml.diagnosis.deaths.lost_loader_workers import worker_causing_end, worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker, lost_worker_of, worker_in
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
@@ -70,9 +70,9 @@ def test_a_batch_that_a_dead_worker_had_sent_cannot_be_read():
     cut = {"rank": 0, "state": "failed", "exception": "ConnectionResetError: [Errno 104] Connection reset by peer"}
     reading, reducing = (RankExit(**cut, open_phase=phase) for phase in ("input_wait", "backward"))
 
-    assert worker_behind(reading, JobFacts(lost_workers={0: [DEAD]})) is DEAD
-    assert worker_behind(reducing, JobFacts(lost_workers={0: [DEAD]})) is None
-    assert worker_behind(reading, JobFacts()) is None
+    assert worker_causing_end(reading, JobFacts(lost_workers={0: [DEAD]})) is DEAD
+    assert worker_causing_end(reducing, JobFacts(lost_workers={0: [DEAD]})) is None
+    assert worker_causing_end(reading, JobFacts()) is None
 
 
 def test_a_script_that_caught_it_has_a_finding():

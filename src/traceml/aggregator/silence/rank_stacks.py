@@ -93,8 +93,8 @@ def _asked(
 
 
 def _snapshot(snapshots: SilentSnapshots, is_last: bool) -> RankSnapshot | None:
-    words = snapshots.words()
-    return snapshots.make(is_last=is_last) if words is not None and silent_s(words) >= _SILENT_S else None
+    slots = snapshots.slots()
+    return snapshots.make(is_last=is_last) if slots is not None and silent_s(slots) >= _SILENT_S else None
 
 
 def _row(answer: Any, silent: RankSnapshot | None) -> dict[str, Any] | None:

@@ -53,12 +53,12 @@ class SilentRanks:
 
         for process in processes:
             silence = self._silences.get(process)
-            words = (silence.snapshots if silence is not None else process.snapshots()).words()
-            if words is None:
+            slots = (silence.snapshots if silence is not None else process.snapshots()).slots()
+            if slots is None:
                 continue
 
-            quiet_s = silent_s(words)
-            if quiet_s >= FIRST_SILENT_S and not words.is_ending:
+            quiet_s = silent_s(slots)
+            if quiet_s >= FIRST_SILENT_S and not slots.is_ending:
                 silence = self._silences.setdefault(process, _Silence(process.snapshots()))
                 silence.longest_s = quiet_s
                 if not silence.is_pending:

@@ -57,11 +57,11 @@ class ProfileOptions:
     """A run's folder, id or name, or host:port of an aggregator here (default: the newest running job, or run)."""
     ranks: Annotated[str | None, tyro.conf.arg(metavar="RANKS")] = None
     """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, otherwise the first 8)."""
-    steps: Annotated[int, NumberRange(most=MOST_STEPS), tyro.conf.arg(metavar="N")] = 5
+    steps: Annotated[int, NumberRange(maximum=MOST_STEPS), tyro.conf.arg(metavar="N")] = 5
     """Number of steps (default: 5)."""
-    timeout: Annotated[float, NumberRange(float, least=0, above=True), tyro.conf.arg(metavar="S")] = _LIMIT_S
+    timeout: Annotated[float, NumberRange(float, minimum=0, above=True), tyro.conf.arg(metavar="S")] = _LIMIT_S
     """Seconds in which the steps have to end (default: 120)."""
-    limit_mb: Annotated[int, NumberRange(most=4096), tyro.conf.arg(metavar="MB")] = 256
+    limit_mb: Annotated[int, NumberRange(maximum=4096), tyro.conf.arg(metavar="MB")] = 256
     """Largest trace of a rank, in megabytes (default: 256)."""
     stacks: bool = False
     """Record Python functions too, which slows the steps down further."""
@@ -119,7 +119,7 @@ def parse_ranks(text: str | None) -> tuple[int, ...] | None:
     """Return the ranks of `0,3` or `0-3,7`; None for None.
 
     Raises:
-        UsageError: it is no such list.
+        UsageError: it is not such a list.
     """
     if text is None:
         return None

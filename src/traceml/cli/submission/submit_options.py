@@ -24,11 +24,11 @@ def add_submit_options(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument(
         "--wait", action="store_true", help="with --submit: wait for the job's end, and exit with the script's status"
     )
-    slurm.add_argument("--nodes", type=NumberRange(least=1), metavar="N", help="nodes (default: 1)")
+    slurm.add_argument("--nodes", type=NumberRange(minimum=1), metavar="N", help="nodes (default: 1)")
     slurm.add_argument("--time", metavar="T", help="time limit: minutes, 1:30:00, 1-12:00:00 (default: 60)")
     slurm.add_argument("--partition", metavar="NAME", help="partition (default: the cluster's)")
-    slurm.add_argument("--gpus-per-node", type=NumberRange(least=1), metavar="N", help="GPUs of each node")
-    slurm.add_argument("--cpus-per-node", type=NumberRange(least=1), metavar="N", help="CPU cores of each node")
+    slurm.add_argument("--gpus-per-node", type=NumberRange(minimum=1), metavar="N", help="GPUs of each node")
+    slurm.add_argument("--cpus-per-node", type=NumberRange(minimum=1), metavar="N", help="CPU cores of each node")
     slurm.add_argument("--mem", metavar="SIZE", help="memory of each node: 64G")
     slurm.add_argument("--account", metavar="NAME", help="account to charge")
     slurm.add_argument("--qos", metavar="NAME", help="quality of service")
@@ -37,7 +37,7 @@ def add_submit_options(parser: argparse.ArgumentParser) -> None:
     )
     slurm.add_argument(
         "--retries",
-        type=NumberRange(least=0),
+        type=NumberRange(minimum=0),
         metavar="N",
         help="how often it is queued again after its time limit or a preemption (default: 3)",
     )

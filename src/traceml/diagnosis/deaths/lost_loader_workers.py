@@ -14,7 +14,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, count_text, ranks_text
 from traceml.process_ends import exit_text
 
-__all__ = ["death_words", "worker_behind", "worker_evidence", "worker_lost"]
+__all__ = ["death_words", "worker_causing_end", "worker_evidence", "worker_lost"]
 
 # What reading a batch of a worker that is gone raises, where torch does not notice its end first.
 _CONNECTION_CUT = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "EOFError")
@@ -50,7 +50,7 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
     ]
 
 
-def worker_behind(ended: RankExit, facts: JobFacts) -> LostWorker | None:
+def worker_causing_end(ended: RankExit, facts: JobFacts) -> LostWorker | None:
     """Return the worker whose death ended a rank; None if something else did."""
     lost, exception = facts.lost_workers.get(ended.rank, ()), ended.exception or ""
     reported = worker_in(exception)

@@ -8,7 +8,7 @@ from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, 
 from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.deaths.end_words import end_text, place_evidence, seen_text, step_text, was_cut_off
 from traceml.diagnosis.deaths.ended_from_outside import ended_from_outside
-from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_behind, worker_evidence
+from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_causing_end, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
 from traceml.diagnosis.deaths.scheduler_ends import ended_by_scheduler, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.worker_advice import for_worker
@@ -42,7 +42,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
         return []
 
     first = causes[0]
-    worker = worker_behind(first, facts)
+    worker = worker_causing_end(first, facts)
     ranks = tuple(sorted(ended.rank for ended in causes))
     followed = [ended.rank for ended in bad if ended not in causes]
     lost = lost_steps(first, facts.exits)
@@ -84,7 +84,7 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
 
 
 def was_stopped(exits: Sequence[RankExit]) -> bool:
-    """Return whether ranks ended by Ctrl-C or by their launcher alone, which is no failure of the run."""
+    """Return whether ranks ended by Ctrl-C or by their launcher alone, which is not a failure of the run."""
     bad = ended_badly(exits)
     return bool(bad) and not root_causes(bad)
 

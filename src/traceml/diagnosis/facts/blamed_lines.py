@@ -27,13 +27,13 @@ __all__ = [
     "child_wait_share",
     "clearing_share",
     "dataset_share",
+    "environment_share",
     "handover_share",
     "import_share",
     "iterator_share",
     "main_library",
     "ordering_share",
     "outside_line",
-    "play_share",
     "torch_share",
     "worker_wait_share",
 ]
@@ -44,7 +44,7 @@ _CHILD_ANSWER = "/multiprocessing/connection.py:"
 FEWEST_SAMPLES = 10
 """Fewer samples of a phase do not name a line."""
 LEADING_RATIO = 2.0
-"""From `MIN_SAMPLES` on a function is also named if it has half of a phase, and so many times as much as any other."""
+"""From `MIN_SAMPLES` on, a function is also named if it has half of a phase, and this factor more than any other."""
 MAX_EXCESS = 0.15
 """The phase's share of the samples may exceed its share of the hooks' time by this much."""
 NAMED_SHARE = 0.5
@@ -55,7 +55,7 @@ NAMED_OF_EXCESS = 0.3
 _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/")
-_PLAYS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
+_ENVIRONMENTS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
 _CLEARS = re.compile(r"\bzero_grad$")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
@@ -187,7 +187,7 @@ def import_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
 def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
     """Return the share of a part's samples that wait for an answer of a child process.
 
-    Loader workers are none: their batches come through a queue.
+    Loader workers do not count: their batches come through a queue.
     """
     return _sampled_share(lines, part, lambda each: _CHILD_ANSWER in (each.library or ""))
 
@@ -204,11 +204,11 @@ def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLin
     return found.share if found.samples >= fewest else 0.0
 
 
-def play_share(lines: Sequence[SampledLine], part: str) -> float | None:
-    """Return the share of a part's samples in libraries of environments; None where there are few samples."""
+def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
+    """Return the share of a part's samples in libraries of simulated environments; None where there are few samples."""
     seen = [each for each in lines if each.part == part]
     total = sum(each.samples for each in seen)
-    return _samples_in(seen, _PLAYS) / total if total >= FEWEST_SAMPLES else None
+    return _samples_in(seen, _ENVIRONMENTS) / total if total >= FEWEST_SAMPLES else None
 
 
 def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
@@ -250,7 +250,7 @@ def busy_share(lines: Sequence[SampledLine], part: str) -> float | None:
 def clearing_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of `other` in which gradients are cleared (`zero_grad`), by samples; 0 where that is not known.
 
-    Freeing large gradients takes time, and is no work of the user's loop.
+    Freeing large gradients takes time, and is not the work of the user's loop.
     """
     return _share(lines, "other", _clears, _FEWEST_CLEARING)
 
@@ -287,7 +287,7 @@ def handover_share(lines: Sequence[SampledLine]) -> float:
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` that is waiting for an iterator that is no DataLoader, by samples; 0 if unknown.
+    """Return the share of `other` that is waiting for an iterator that is not a DataLoader, by samples; 0 if unknown.
 
     Its time is measured as `other`, and its samples are those of `input_wait`.
     """

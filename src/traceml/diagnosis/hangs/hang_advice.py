@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from traceml.database.snapshots import RankSnapshot, WorkerSnapshot
 from traceml.diagnosis.advice import even_batches
 from traceml.diagnosis.hangs.blame import HangCause
-from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, is_before_full_pipe
+from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, is_blocked_by_full_pipe
 from traceml.diagnosis.hangs.standstill import Standstill
 from traceml.formatting import ranks_text
 
@@ -117,7 +117,7 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if "file lock" in what:
         return "Look for a process that holds the lock, or remove a stale lock file."
 
-    if blocker is not None and is_before_full_pipe(blocker):
+    if blocker is not None and is_blocked_by_full_pipe(blocker):
         return "Read the output of that process while it runs: communicate() instead of wait(), or send it to a file."
 
     if blocker is not None:

@@ -19,14 +19,14 @@ __all__ = [
     "blocked_worker",
     "collective_wait",
     "doing",
-    "is_before_full_pipe",
+    "is_blocked_by_full_pipe",
     "is_busy",
     "is_excused",
     "user_line",
 ]
 
 BUSY_CORES = 0.2
-"""A rank that uses at least so many cores computes."""
+"""A rank that uses at least this many cores computes."""
 _BUSY_BYTES_PER_S = 10_000
 
 _DISTRIBUTED = "/torch/distributed/"
@@ -79,7 +79,7 @@ def awaited_thread(snapshot: RankSnapshot | WorkerSnapshot) -> ThreadSnapshot | 
     return next((thread for thread in snapshot.threads if not thread.is_daemon), None) if is_at_end else None
 
 
-def is_before_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSnapshot) -> bool:
+def is_blocked_by_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSnapshot) -> bool:
     """Whether a process writes to a pipe that nobody reads."""
     return snapshot.wchan.startswith(_PIPE_WRITES)
 
@@ -202,7 +202,7 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if state == "D" or snapshot.wchan.startswith(_DISK):
         return f"waiting for a disk{_bracketed(*_path(snapshot.waits_on))}"
 
-    if is_before_full_pipe(snapshot):
+    if is_blocked_by_full_pipe(snapshot):
         return f"writing to {snapshot.waits_on or 'a pipe'}, which nobody reads"
 
     return "computing" if state == "R" else _waiting(snapshot)
@@ -237,7 +237,7 @@ def _for_child(child: ProcessSnapshot | None) -> str:
     if child is None:
         return ""
 
-    unread = f"nobody reads its {child.waits_on or 'output'}" if is_before_full_pipe(child) else ""
+    unread = f"nobody reads its {child.waits_on or 'output'}" if is_blocked_by_full_pipe(child) else ""
     return f"waiting for process {child.pid} to end{_bracketed(child.name, unread)}"
 
 

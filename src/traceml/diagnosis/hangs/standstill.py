@@ -18,9 +18,9 @@ from traceml.diagnosis.hangs.rank_state import is_busy, is_excused
 __all__ = ["Standstill", "standstill"]
 
 CERTAIN_S = 5.0
-"""Ranks that can never meet hang after so many seconds, and so does a stopped process."""
+"""Ranks that can never meet hang after this many seconds, and so does a stopped process."""
 BUSY_FACTOR = 5
-"""A rank that computes gets so many times `hang_timeout`."""
+"""A rank that computes gets this many times `hang_timeout`."""
 ENDED_S = 10.0
 """A job that was ended hung if it had stood still for so long at least, and far longer than its steps take."""
 

@@ -48,11 +48,11 @@ class SilentWorkers:
                 self._check(snapshots, rank, pid)
 
     def _check(self, snapshots: SilentSnapshots, rank: int, pid: int) -> None:
-        words = snapshots.words()
-        if words is None or words.is_ending:
+        slots = snapshots.slots()
+        if slots is None or slots.is_ending:
             return
 
-        quiet_s = silent_s(words)
+        quiet_s = silent_s(slots)
         if quiet_s >= FIRST_SILENT_S:
             self._silent_s[pid] = quiet_s
             snapshot = snapshots.make()

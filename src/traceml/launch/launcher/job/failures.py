@@ -74,7 +74,7 @@ class JobFailure:
         return self._error
 
     def explains(self, error: BaseException) -> bool:
-        """Return whether `error` was raised for it and is no consequence of another failure."""
+        """Return whether `error` was raised for it and is not a consequence of another failure."""
         return self._error is error and not self.secondary
 
 

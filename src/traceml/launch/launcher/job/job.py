@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedError
 from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
+from traceml.launch.launcher.job.channel_loop import ChannelLoop
 from traceml.launch.launcher.job.failures import first_cause, note_stacks, worker_hung
-from traceml.launch.launcher.job.host_loop import HostLoop
 from traceml.launch.launcher.job.job_host import JobHost, Worker, rendezvous_address
 from traceml.launch.launcher.job.job_spec import JobSpec
 from traceml.launch.launcher.job.job_state import JobState, MakeLogs
@@ -70,7 +70,7 @@ class LaunchJob:
         self._sender = PayloadSender(spec.call, self._id)
         self._state = JobState(self._hosts, self._id, make_logs=make_logs, prepare=self._prepare, tracing=tracing)
         self._waiting_for, self._wait_logged_s = "", time.monotonic()
-        self._loop = HostLoop(
+        self._loop = ChannelLoop(
             on_message=self._state.on_message,
             on_stderr=self._state.on_stderr,
             on_lost=self._state.on_lost,

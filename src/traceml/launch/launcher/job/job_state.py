@@ -45,7 +45,7 @@ class JobState:
         probed: names of the hosts that have tried to connect there.
         stacks: stacks of workers, by rank.
         stacks_received: the hosts that have sent them.
-        stopping: whether workers are being ended, so that their end is no failure.
+        stopping: whether workers are being ended, so that their end is not a failure.
         released: whether that is because all had returned.
     """
 

@@ -12,9 +12,9 @@ from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import LINE_PHASES, OPEN_SLOTS, PACKED, STEPS, Slot
 from traceml.own_files import opened_own
 
-__all__ = ["LiveWords", "read_live_words"]
+__all__ = ["LiveSlots", "read_live_slots"]
 
-_WORDS = struct.Struct(f"@{OPEN_SLOTS}q")
+_SLOTS = struct.Struct(f"@{OPEN_SLOTS}q")
 _COUNT = struct.Struct("@q")
 _STEPS_AT = COUNTERS_AT + 64 * PACKED.index(STEPS)
 _RECENT_NS = 10**9
@@ -22,7 +22,7 @@ _BYTES = _STEPS_AT + _COUNT.size
 
 
 @dataclass(frozen=True, slots=True)
-class LiveWords:
+class LiveSlots:
     """Open slots at one moment, and the number of steps that had ended."""
 
     slots: tuple[int, ...]
@@ -35,7 +35,7 @@ class LiveWords:
 
     @property
     def recorder_thread(self) -> int:
-        """The kernel's number of the recorder's thread, 0 before its start."""
+        """The kernel's id of the recorder's thread, 0 before its start."""
         return self.slots[Slot.RECORDER_THREAD]
 
     @property
@@ -71,8 +71,8 @@ class LiveWords:
         return self.slots[Slot.LINE] if at_ns and (is_of_phase or self.heartbeat_ns - at_ns <= _RECENT_NS) else -1
 
 
-def read_live_words(path: Path) -> LiveWords | None:
-    """Return the words of a flight file; None if it cannot be read, or is none."""
+def read_live_slots(path: Path) -> LiveSlots | None:
+    """Return the open slots in a flight file; None if it cannot be read, or is not one."""
     own = own_mapping(path)  # closing a second descriptor of an own file would drop its lock
     if own is not None:
         return _parsed(own[:_BYTES])
@@ -84,8 +84,8 @@ def read_live_words(path: Path) -> LiveWords | None:
         return None
 
 
-def _parsed(data: bytes) -> LiveWords | None:
+def _parsed(data: bytes) -> LiveSlots | None:
     if len(data) < _BYTES or not data.startswith(MAGIC):
         return None
 
-    return LiveWords(_WORDS.unpack_from(data, OPEN_SLOTS_AT), _COUNT.unpack_from(data, _STEPS_AT)[0])
+    return LiveSlots(_SLOTS.unpack_from(data, OPEN_SLOTS_AT), _COUNT.unpack_from(data, _STEPS_AT)[0])

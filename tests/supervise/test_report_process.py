@@ -16,7 +16,7 @@ from tests.processes import command_of
 from tests.runs.fabricated_store import store_run
 from traceml.errors import TraceMLError
 from traceml.run_folder import STORE_NAME
-from traceml.supervise.report_maker import ReportMaker
+from traceml.supervise.report_process import ReportProcess
 
 
 def waiting_pid() -> int:
@@ -36,7 +36,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def maker():
-    maker = ReportMaker()
+    maker = ReportProcess()
     yield maker
     maker.close()
 

@@ -14,14 +14,14 @@ from traceml.own_programs import own_program
 from traceml.process_ends import end_of_status
 from traceml.supervise.processes import spawn
 
-__all__ = ["BESIDE_RUNS", "ReportMaker"]
+__all__ = ["BESIDE_RUNS", "ReportProcess"]
 
 BESIDE_RUNS = 5
 """Nice value beside training that goes on. At 19, where all cores are in use, reports would take minutes."""
 _LIMIT_S = 120.0
 
 
-class ReportMaker:
+class ReportProcess:
     """Makes the reports of ended runs, one at a time, each in a process of its own.
 
     Such a process may die, hang or use much memory: the aggregator and its other runs do not notice.

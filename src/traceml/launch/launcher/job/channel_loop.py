@@ -14,7 +14,7 @@ from traceml.errors import AgentFailedError
 from traceml.launch.launcher.job.job_host import JobHost
 from traceml.launch.wire.channel_frames import ChannelClosedError
 
-__all__ = ["HostLoop"]
+__all__ = ["ChannelLoop"]
 
 _TICK_S = 0.25
 _CHECK_S = 1.0
@@ -27,7 +27,7 @@ _WARM_SILENCE_S = 4.0
 _log = logging.getLogger("traceml.launch")
 
 
-class HostLoop:
+class ChannelLoop:
     """Reads and writes the channels of hosts until a condition holds. A context manager.
 
     Args:
@@ -53,7 +53,7 @@ class HostLoop:
         self._hosts: list[JobHost] = []
         self._ticked_s = self._checked_s = time.monotonic()
 
-    def __enter__(self) -> HostLoop:
+    def __enter__(self) -> ChannelLoop:
         return self
 
     def __exit__(self, *_: object) -> None:
