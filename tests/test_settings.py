@@ -270,7 +270,7 @@ def test_variables_without_a_setting_are_not_unknown_settings():
 
 @pytest.mark.parametrize("address", ["host:\u00b2", "host:999999", "host:", ":1"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
-    """A digit of another script is no port."""
+    """A digit of another script is not a port."""
     with pytest.raises(SettingsError, match=r"TRACEML_ADDRESS: .* is not an address"):
         read({"TRACEML_ADDRESS": address})
 

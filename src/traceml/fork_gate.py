@@ -59,7 +59,7 @@ class ForkGate:
         self._changed.release()
 
     def reset(self) -> None:
-        """Begin anew in a forked child, which has no other thread."""
+        """Reset in a forked child, which has no other thread."""
         mine = threading.get_ident()
         self._inside = {mine: self._inside[mine]} if mine in self._inside else {}
         self._start()

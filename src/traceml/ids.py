@@ -87,7 +87,7 @@ def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the job's key by the variables of its launcher, None where there are none.
 
     In this order: torchrun's run id with its rendezvous address, OpenMPI's job, Slurm's job and step, the rendezvous
-    address of manually started ranks. Slurm's job alone is none: several jobs of ours may run in one allocation.
+    address of manually started ranks. Slurm's job id alone is not enough: one allocation may have several jobs.
     """
     torchrun, address = environ.get("TORCHELASTIC_RUN_ID"), group_address(environ)
     if torchrun is not None and (port := environ.get("MASTER_PORT")):

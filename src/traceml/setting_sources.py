@@ -136,7 +136,7 @@ class SettingSources:
             path = place / "pyproject.toml"
             if (text := _text_of(path)) is not None and "traceml" in text:  # else tomllib need not be imported
                 tools = _parse(path, text).get("tool")
-                table = tools.get("traceml") if isinstance(tools, dict) else None  # else it is no project of ours
+                table = tools.get("traceml") if isinstance(tools, dict) else None  # else it does not configure traceml
                 if table is not None:
                     yield from self._table(table, path)
                     return

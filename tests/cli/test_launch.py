@@ -44,7 +44,7 @@ def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
         (["--live", "terminal", "x.py"], "standard output is not one"),
         (["--hostnames", "./hosts", "x.py"], "hostfile hosts cannot be read: No such file or directory"),
         (["--hostnames", "bad.txt", "x.py"], "hostfile bad.txt, line 2: 'slot=2' is not understood"),
-        (["--hostnames", "a:b", "x.py"], "'b' is no port"),
+        (["--hostnames", "a:b", "x.py"], "'b' is not a port"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(words, complaint, capsys, monkeypatch, tmp_path) -> None:

@@ -51,7 +51,7 @@ class Admission:
             return None  # children that train each for themselves are runs of their own
 
         if self._named and hello.flight == current.flight != "" and not current.next.get("steps"):
-            return attempt  # the same recording, which has joined a process group: that is no restart
+            return attempt  # the same recording, which has joined a process group: that is not a restart
 
         return self._facts.attempt + 1 if self._named else None
 
@@ -65,7 +65,7 @@ class Admission:
         )
 
     def _leave_to_children(self, hello: Hello, attempt: int) -> None:
-        """Make the process that has only started a rank a helper: it is no rank itself."""
+        """Make a process that has only started a rank a helper, because it is not a rank itself."""
         for stream in self._table.of_recorder(attempt, hello.spawned_by) if hello.spawned_by else ():
             if not stream.next.get("steps"):
                 self._table.remove_rank(stream)

@@ -48,7 +48,7 @@ class Artifacts:
         return _NAME.fullmatch(name) is not None and (self._folder / name).is_file()
 
     def place(self, path: Path) -> None:
-        """Move a file of a dead rank here; a file that is no artifact stays where it is."""
+        """Move a file of a dead rank here; a file that is not an artifact stays where it is."""
         if not _NAME.fullmatch(path.name) or path.is_symlink():
             return
 

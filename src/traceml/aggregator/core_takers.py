@@ -18,7 +18,7 @@ __all__ = ["CoreTakers"]
 
 _EVERY_S = 3.0
 _PAUSE = 500
-"""A reading is followed by so many times its own CPU time without one: at most a 500th of a core."""
+"""Pause after a reading, as a multiple of its own CPU time: readings take at most a 500th of a core."""
 
 
 class CoreTakers:

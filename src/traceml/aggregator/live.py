@@ -40,17 +40,17 @@ class LiveRows:
         self._absent: dict[int, RankSnapshot] = {}  # the newest of each rank that has not connected
 
     def resize(self, world_size: int) -> None:
-        """Keep steps anew, for another number of ranks: how many are kept depends on it."""
+        """Drop the kept steps and keep new ones: how many depends on the number of ranks."""
         self.intake.resize(slots_for(world_size), world_size)
         self.intake.facts.world_size = world_size
 
     @property
     def representatives(self) -> Representatives:
-        """Ranks that stand for others of their host, where hosts are merged."""
+        """Ranks that represent others of their host, where hosts are merged."""
         return self.intake.kept.representatives
 
     def begin_attempt(self) -> None:
-        """Forget which ranks of the attempt before stood for others, and which had not connected."""
+        """Forget which ranks of the previous attempt represented others, and which had not connected."""
         self._absent.clear()
         self.intake.kept.representatives = Representatives()
 
@@ -101,13 +101,13 @@ class LiveRows:
         self.intake.facts.progress.take_snapshot(snapshot)
 
     def snapshot_from_outside(self, rank: int) -> RankSnapshot | None:
-        """Return the newest snapshot of a rank that stands still, if another process has made it."""
+        """Return the newest snapshot of a rank without progress, if another process has made it."""
         snapshot = self.intake.facts.progress.snapshot_of(rank)
         return snapshot if snapshot is not None and snapshot.answered in ("signal", "kernel") else None
 
     @property
     def stands(self) -> bool:
-        """Whether a rank makes no progress: then the verdict may change without any row."""
+        """Whether a rank makes no progress: the verdict may then change without new rows."""
         return self.intake.facts.progress.has_snapshots
 
     def has_hung(self, state: str) -> bool:

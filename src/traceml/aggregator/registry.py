@@ -30,7 +30,7 @@ __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
 # In the runs folder: one small file per open run, from which a later aggregator learns the run's folder. Its name is
 # the hash of the job key, which may hold any characters.
 _OPEN = ".open"
-# Runs that are over are remembered for a rank that comes back: so many, and with so many ranks together.
+# Runs that are over are remembered for a rank that comes back: this many runs, and this many ranks in all of them.
 _REMEMBERED, _REMEMBERED_STREAMS = 100, 20_000
 
 _log = logging.getLogger("traceml")

@@ -23,7 +23,7 @@ from traceml.transport.hello import WORLD_LIMIT, Hello
 
 __all__ = ["RunStreams"]
 
-# All ranks together send at most about so many frames of samples per table.
+# All ranks together send at most about this many frames of samples per table.
 _SAMPLE_FRAMES_PER_S = 100
 _LONGEST_SAMPLES_S = 60.0
 

@@ -150,7 +150,7 @@ class Stream:
         self.disconnected_s = 0.0
         """Time when the connection was lost, monotonic seconds."""
         self.is_helper = False
-        """Whether it is a forked child of a rank that only logs; it is no rank of its own."""
+        """Whether it is a forked child of a rank that only logs; it is not a rank itself."""
         self.is_relayed = False
         """Whether the aggregator of its host sends its rows."""
         self.is_diagnosed = True

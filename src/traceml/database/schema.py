@@ -218,7 +218,7 @@ class Slot(IntEnum):
     STATE = 19  # FlightState
     EXIT_START = 20  # monotonic timestamp at which the process began to end, 0 before
     HEARTBEAT = 21  # monotonic timestamp of the last time the recorder's thread woke
-    RECORDER_THREAD = 22  # the kernel's number of that thread
+    RECORDER_THREAD = 22  # the kernel's id of that thread
     EVALUATING = 23  # 1 while the model is evaluated, 2 after the training loop, else 0: as of the last heartbeat
     SAVED = 24  # number of steps in the last checkpoint that was saved, 0 before the first
     SAVED_IN = 25  # number of its folder, see instrument/checkpoints/checkpoint_marks.py
@@ -306,7 +306,7 @@ class Compiled(IntEnum):
     FIRST = 0  # the first of its function
     AGAIN = 1  # no version of the function fitted its inputs
     LIMIT = 2  # none fitted, and there are as many versions as torch allows: the call ran uncompiled
-    REST = 3  # backward pass of one that was compiled anew
+    REST = 3  # backward pass of one that was recompiled
 
 
 def _q(name: str, doc: str) -> Column:

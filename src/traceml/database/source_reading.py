@@ -29,7 +29,7 @@ class SourceReading:
 
     @classmethod
     def from_event(cls, data: Mapping[str, Any]) -> Self:
-        """Return the reading of an event; what is no map of facts is left out."""
+        """Return the reading of an event; what is not a map of facts is left out."""
         facts = data.get("facts")
         pairs = facts.items() if isinstance(facts, Mapping) else ()
         stream, unread = data.get("stream"), data.get("unread")

@@ -68,7 +68,7 @@ class RowIntake:
         }
 
     def resize(self, slots: int, ranks: int) -> None:
-        """Keep steps anew, for another number of ranks."""
+        """Drop the kept steps and keep new ones, for another number of ranks."""
         self._replace(KeptSteps(slots, ranks))
 
     def sample(self, steps: Ints, ranks: int) -> SampledSteps:

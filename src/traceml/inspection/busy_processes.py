@@ -14,7 +14,7 @@ from traceml.inspection.program_names import program_name
 __all__ = ["LEAST_CORES", "BusyProcesses"]
 
 LEAST_CORES = 0.1
-"""Processes of one name are reported from so many cores on."""
+"""Processes of one name are reported if they use this many cores or more."""
 
 
 class BusyProcesses:

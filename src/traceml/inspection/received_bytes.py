@@ -25,7 +25,7 @@ def received_bytes(thread: int) -> int:
     """Return the bytes that have arrived on the TCP connection that a thread of this process waits for; 0 without one.
 
     Args:
-        thread: the kernel's number of the thread.
+        thread: the kernel's id of the thread.
     """
     descriptor = _awaited(thread) if sys.platform == "linux" else -1
     if descriptor < 0:

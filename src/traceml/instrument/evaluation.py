@@ -21,7 +21,7 @@ _CHECKPOINT, _FORWARD = int(Phase.CHECKPOINT), int(Phase.FORWARD)
 # Where one of these is loaded, calls without gradients choose actions. That they do it in `eval()` is usual.
 _SIMULATORS = ("gymnasium", "gym", "pettingzoo", "envpool", "dm_env", "stable_baselines3", "torchrl", "tianshou")
 _PREPARATION = 10  # a longer time, in evaluation calls, is preparation of the training
-_USUAL = 3  # so many steps in a row with a stretch between batch and training: it is a part of the step
+_USUAL = 3  # this many steps in a row with a stretch between batch and training: it is a part of the step
 
 
 class StepRules(Protocol):

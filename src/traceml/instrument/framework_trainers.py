@@ -2,7 +2,7 @@
 
 Lightning calls `training_step`, not the model, and calls it inside the optimizer's step. So `training_step` is timed as
 the forward, as users of Lightning see it. Trainers save more than torch.save writes. A training that
-resumes from a checkpoint counts on. The optimizers of Keras are not torch's and have no method `step`.
+resumes from a checkpoint continues its step numbers. The optimizers of Keras are not torch's and have no method `step`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def _hugging_face(hooks: Any) -> None:
     hooks.time_saving(module.Trainer, "_save_checkpoint")
     hooks.time_saving(module.Trainer, "save_model")
     hooks.time_update(module.Accelerator, "clip_grad_norm_")
-    hooks.before_call(module.CallbackHandler, "on_train_begin", lambda *call: _count_on(hooks, call[2].global_step))
+    hooks.before_call(
+        module.CallbackHandler, "on_train_begin", lambda *call: _continue_steps(hooks, call[2].global_step)
+    )
 
 
 def _lightning_strategy(package: str) -> Callable[[Any], None]:
@@ -59,17 +61,17 @@ def _module_of(strategy: Any) -> Any:
 
 
 def _begin_fit(hooks: Any, strategy: Any) -> None:
-    """Time the steps of a strategy that has its own, and count on. Lightning counts the steps of each optimizer."""
+    """Time the steps of a strategy that has its own, and continue its step numbers: Lightning counts per optimizer."""
     for name in _LIGHTNING_STEPS:
         owner = next((kind for kind in type(strategy).__mro__ if name in vars(kind)), type(strategy))
         hooks.time_forward(owner, name, _module_of)
 
     if len(strategy.optimizers) == 1:
-        _count_on(hooks, strategy.lightning_module.trainer.global_step)
+        _continue_steps(hooks, strategy.lightning_module.trainer.global_step)
 
 
-def _count_on(hooks: Any, step: int) -> None:
-    """Count on where a resumed training was; one that is new, or counts less than the run, changes nothing."""
+def _continue_steps(hooks: Any, step: int) -> None:
+    """Continue the step numbers of a resumed training; do nothing if it is new, or has fewer steps than the run."""
     if step:
         hooks.set_step(int(step))
 

@@ -107,7 +107,7 @@ class Instrumentation:
 
         Args:
             model: a model to time, if it is not discovered anyway.
-            optimizer: an optimizer that is none of torch's, if it is not found by its method `step` anyway.
+            optimizer: an optimizer that is not torch's, if it is not found by its method `step` anyway.
         """
         if self._discovery is not None and self._installed and not (model is None and optimizer is None):
             self._guarded(lambda: self._discovery.declare(model, optimizer))

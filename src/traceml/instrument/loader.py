@@ -75,7 +75,7 @@ class LoaderToken:
             follow_iterator(iterator, self.number)
 
     def end(self, clock: StepClock) -> None:
-        """Take down that its iterator has no batch left."""
+        """Record that its iterator has no batch left."""
         self.read(clock, False)
         given = self._given()
         self._last = -1 if given is None else given
@@ -101,7 +101,7 @@ class LoaderToken:
         self._last = -1
 
     def read(self, clock: StepClock, is_read: bool) -> None:
-        """Take down whether a loop reads the loader, or has read it to its end or left it."""
+        """Record whether a loop reads the loader, or has read it to its end or left it."""
         if is_read is not self.is_read and clock.is_training_thread():
             self.is_read = is_read
             clock.open_slots[_ITERATING] += 1 if is_read else -1

@@ -21,7 +21,7 @@ _CHECKPOINT = int(Phase.CHECKPOINT)
 _NO_LOADER, _DEVICE, _EPOCH = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.EPOCH)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 _STEPS_ALONE = 8  # steps of one optimizer, after which another one may begin a second phase of the training
-_FACTOR = 2  # the last evaluation may take so many times as long as usual
+_FACTOR = 2  # the last evaluation may take this many times as long as usual
 
 
 class _FirstPart(NamedTuple):

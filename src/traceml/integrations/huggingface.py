@@ -51,7 +51,7 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
         _watch(self)
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Begin: the process group, the model and the optimizer exist. A resumed training counts on."""
+        """Begin: group, model and optimizer exist. A resumed training continues its step numbers."""
         name = getattr(args, "run_name", None)
         hooks = self.session.begin(**({"run_name": str(name)} if name and name != args.output_dir else {}))
         if hooks is not None:

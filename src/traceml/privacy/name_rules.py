@@ -34,7 +34,7 @@ _OF_TOKENS = _words(
     "wandb mlflow clearml aim openai anthropic npm pypi vault personal registry deploy push user login "
     "service secret jwt telegram discord notion jira azure aws gcp google traceml ci job"
 )
-# Last words that describe a secret, so that the value is none (`password_length`, `secret_name`).
+# Last words that describe a secret, so that the value is not one (`password_length`, `secret_name`).
 _DESCRIBES = _words(
     "length len size dim dims name type count num file files path dir env min max policy expiry ttl timeout required "
     "enabled version dropout rate ratio prob per index idx manager store backend provider variable header mode limit "

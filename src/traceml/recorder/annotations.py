@@ -68,7 +68,7 @@ def trace_step(model: Any = None, optimizer: Any = None) -> AbstractContextManag
 
 
 def set_step(step: int) -> None:
-    """Give the next training step a number; the steps after it count on.
+    """Set the number of the next training step; later steps continue from it.
 
     A training that resumes from a checkpoint calls it before its loop, on every rank, with the number of steps trained
     before. A number below that of the last step is ignored, with a warning.
@@ -80,7 +80,7 @@ def set_step(step: int) -> None:
         step: number of the next step, from 0.
 
     Raises:
-        ValueError: it is no whole number from 0.
+        ValueError: it is not a whole number from 0.
     """
     if type(step) is not int or step < 0:
         raise ValueError(f"set_step({step!r}): give the number of steps trained before, a whole number from 0")

@@ -211,7 +211,7 @@ def _stop_at_exit() -> None:
 
 
 def _after_fork() -> None:
-    """Make everything a no-op in a forked child: a data-loader worker is no rank, and it logs for its parent."""
+    """Make everything a no-op in a forked child: a data-loader worker is not a rank, and logs for its parent."""
     global _watch, _lock
     _lock = threading.Lock()  # the parent's may have been held
     _at_end.clear()

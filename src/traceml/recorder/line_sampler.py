@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["LineSampler"]
 
 PACES = ((60, 5), (240, 2))
-"""With fewer samples than this, they come so many times as often."""
+"""(number, factor): with fewer samples than the number, samples are taken more often by the factor."""
 
 MOST_COST = 0.004
 """Share of a core above which samples take the lock less eagerly, and come less often: the first ones down to
@@ -55,7 +55,7 @@ torch was in 4 % of the samples of its fetches, not 85 %: where the lock is rele
 """
 
 _SURE_PACE = 3  # else a run of seconds on busy cores would have none
-_COST_SAMPLES = 8  # the cost is a mean of so many
+_COST_SAMPLES = 8  # the cost is a mean of this many
 _SLEEPS = 2  # each sample has two, and the cost of the second one is known
 _LEAST_S, _MOST_S = 0.002, 0.012
 _MAX_LINES = 512
@@ -130,7 +130,7 @@ class LineSampler:
         """Take the sample that is due, on the recorder's thread.
 
         Args:
-            wait: sleeps for so many seconds, or less when the recorder's thread is needed.
+            wait: sleeps for this many seconds, or less when the recorder's thread is needed.
         """
         if not self._waits_precisely:
             reduce_timer_slack()

@@ -42,7 +42,7 @@ _START_S = 20.0  # a cold start on a slow disk; usually it is half a second
 
 
 class _PortOccupiedError(AggregatorUnavailableError):
-    """A program that is no aggregator has the port."""
+    """The port belongs to a program that is not an aggregator."""
 
 
 def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool] = lambda: False) -> Connection:

@@ -22,7 +22,7 @@ def abort_process(call_later: Callable[[float, Callable[[], None]], None]) -> di
     """End this process by SIGTERM once the command is answered, and by SIGKILL if that has no effect.
 
     Args:
-        call_later: calls a function after so many seconds.
+        call_later: calls a function after this many seconds.
     """
     _log.warning("the job hangs, and on_hang is abort: this process ends")
     call_later(_ANSWER_S, _terminate)

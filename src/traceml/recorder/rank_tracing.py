@@ -119,7 +119,7 @@ class RankTracing:
 
     @property
     def loop_has_ended(self) -> bool:
-        """Whether the training loop is over, as far as is known, so that the open step is none."""
+        """Whether the training loop is over, as far as is known, so that the open step does not count."""
         return self.instrumentation is not None and self.instrumentation.clock.loop_has_ended
 
     def phase_left(self, error: BaseException | None) -> dict[str, str]:

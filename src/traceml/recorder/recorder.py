@@ -234,7 +234,7 @@ class Recorder:
             self._recording.thread.every_turn(function)
 
     def after(self, delay_s: float, function: Callable[[], None]) -> None:
-        """Call `function` on the recorder's thread after so many seconds."""
+        """Call `function` on the recorder's thread after this many seconds."""
         if self._recording is not None:
             self._recording.thread.call_later(delay_s, function)
 

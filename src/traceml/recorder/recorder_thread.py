@@ -106,7 +106,7 @@ class RecorderThread:
         self._wake.set()
 
     def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
-        """Run `function` on the thread after so many seconds, unless it has ended by then."""
+        """Run `function` on the thread after this many seconds, unless it has ended by then."""
         self._delayed.append((monotonic_ns() + int(delay_s * 1e9), function))
 
     def every_turn(self, function: Callable[[bool], None]) -> None:

@@ -25,14 +25,14 @@ class UserCode:
 
     def __init__(self, modules: Any = None) -> None:
         self._modules = modules
-        self._known: dict[str, bool] = {}  # not by code object, whose hash is computed anew from all its constants
+        self._known: dict[str, bool] = {}  # not by code object, whose hash is recomputed from all its constants
 
     def contains(self, frame: FrameType) -> bool:
         """Return whether the user wrote the code of a frame."""
         path = frame.f_code.co_filename
         known = self._known.get(path)
         if known is None:
-            if len(self._known) >= _MAX_FILES:  # code that is made anew for each call
+            if len(self._known) >= _MAX_FILES:  # code that is created for each call
                 self._known.clear()
 
             known = self._known[path] = is_user_file(path, self._modules)

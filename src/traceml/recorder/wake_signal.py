@@ -31,7 +31,7 @@ class WakeSignal:
         self._sleep.acquire(blocking=False)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep for at most so many seconds; return whether the signal is set."""
+        """Sleep for at most this many seconds; return whether the signal is set."""
         if not self._is_set:
             self._sleep.acquire(timeout=seconds)
 

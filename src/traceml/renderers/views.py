@@ -117,7 +117,7 @@ class RunView:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens per second of the whole job, as the samples; None where the input is no text."""
+        """Tokens per second of the whole job, over the same time as the samples; None where the input is not text."""
         return rate_of(self.steps.tokens_per_step, self.steps_per_second)
 
     @property

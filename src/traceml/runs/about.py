@@ -36,7 +36,7 @@ class About:
         git: from its collector; without it, commit and branch as the process read them at its start.
         environment, system: from their collectors, which rank 0 or the aggregator on its host has started.
         unread: those of the three that settings do not turn off, and whose collector has told nothing; git outside a
-            repository is none of them.
+            repository is not one of them.
         not_read: why there are such; empty where it is not known.
         params: parameters that the user logged, with personal data masked, as reports are shared.
         tags: tags that the training set, with their values, masked too.

@@ -215,7 +215,7 @@ class LiveRun:
             self.rates.append(0.0)
 
     def _take_time(self, reader: StoreReader) -> None:
-        """Divide the run's wall time anew where that costs little of the time since the last call."""
+        """Divide the run's wall time again if that costs little compared with the time since the last call."""
         began = time.monotonic()
         if began < self._time_due:
             return

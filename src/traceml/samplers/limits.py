@@ -94,7 +94,7 @@ class HostLimitsSampler(LimitsSampler):
         if folder is None or device in (None, device_of(".")):
             return None
 
-        # The use of another file system later is no growth of this one.
+        # The use of another file system later is not growth of this one.
         self._save_device = device if self._save_device is None else self._save_device
         return file_system(folder) if device == self._save_device else None
 

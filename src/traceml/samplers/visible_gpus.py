@@ -34,7 +34,7 @@ def visible_gpus(text: str | None, uuids: Mapping[int, str]) -> list[int | str]:
 
 
 def has_own_gpus(local_rank: int, text: str | None) -> bool:
-    """Whether the launcher gave this rank GPUs of its own: among those that it sees is none with its local rank."""
+    """Whether the launcher gave this rank GPUs of its own: none of those that it sees has its local rank as index."""
     return text is not None and 0 < len(_entries(text)) <= local_rank
 
 

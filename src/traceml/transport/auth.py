@@ -206,7 +206,7 @@ def withdraw(port: int) -> None:
 def _sweep(folder: Path) -> None:
     """Remove old files of killed aggregators, whose ranks have given up by now."""
     for path in (path for kind in (AGGREGATOR, PAGE, METRICS) for path in folder.glob(f"{kind}-*.json*")):
-        with contextlib.suppress(OSError):  # another process removes it, or it is no file of ours
+        with contextlib.suppress(OSError):  # another process removes it, or it is not our file
             if time.time() - path.stat().st_mtime < _KEPT_S:
                 continue
 

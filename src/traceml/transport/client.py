@@ -149,7 +149,7 @@ class Connection:
         """Connect by one try.
 
         Raises:
-            AggregatorRefusedError: the aggregator refused, or is none that knows this token or version.
+            AggregatorRefusedError: the aggregator refused, or does not know this token or version.
             AggregatorUnavailableError: none answered in time.
         """
         began = time.monotonic()

@@ -208,7 +208,7 @@ def _connect_to(address: _Address, timeout_s: float) -> socket.socket:
 def refusal(message: dict[str, Any], host: str, port: int) -> ConnectionError:
     """Log a `refused` message and return its error: a temporary one (`retry`) counts as a lost connection.
 
-    The same reason is a warning once: a peer that may try again does so many times.
+    The same reason is a warning once: a peer that may try again does so often.
     """
     why = str(message.get("why"))
     known = (host, port, why) in _refusals

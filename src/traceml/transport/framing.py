@@ -87,7 +87,7 @@ class Decoder:
         """Return the messages that `data` completes.
 
         Raises:
-            ProtocolError: the bytes are no valid frame, or announce one above the limit. The stream is lost after that:
+            ProtocolError: the bytes are not a valid frame, or announce one above the limit. The stream is then lost:
                 close the connection.
         """
         rest = self._rest

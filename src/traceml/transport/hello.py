@@ -20,7 +20,7 @@ __all__ = ["WORLD_LIMIT", "Hello", "Role", "check_rank", "schemas"]
 Role = Literal["rank", "agent", "client", "relay"]
 
 _TEXT_LIMIT = 4096
-# Twice what one aggregator serves at a frame per rank and second. Its windows take 400 MB for so many ranks.
+# Twice what one aggregator serves at a frame per rank and second. Its windows take 400 MB for this many ranks.
 WORLD_LIMIT = 65_536
 
 
@@ -130,7 +130,7 @@ def check_rank(rank: int, world_size: int) -> None:
     """Check a rank before memory is taken for its world.
 
     Raises:
-        ProtocolError: it is none of its world's, or the world has more ranks than one aggregator takes.
+        ProtocolError: it is not in its world, or the world has more ranks than one aggregator takes.
     """
     if world_size > WORLD_LIMIT:
         raise ProtocolError(

@@ -56,7 +56,7 @@ def create_runs_dir(runs_dir: Path) -> None:
     """Create a runs folder, with a `.gitignore` of all in it; one that exists is left as it is.
 
     Raises:
-        OSError: it cannot be created, or is no folder.
+        OSError: it cannot be created, or is not a folder.
     """
     try:
         runs_dir.mkdir(parents=True)

@@ -26,7 +26,7 @@ CONFIRM_S = 5.0
 """Longest time until a host knows that its rows are stored. It needs that after a lost connection, and at its end."""
 
 MANY_HOSTS = 512
-"""From so many hosts on, their rows become frames after some seconds: a frame of each message would be merged again a
+"""From this many hosts on, their rows become frames after some seconds: a frame of each message would be merged again a
 minute later, which took a sixth of the center's work."""
 
 
@@ -102,7 +102,7 @@ class RelayedHosts:
         """Handle a message of a host.
 
         Raises:
-            ProtocolError: it is none that a host sends, or does not fit to those before.
+            ProtocolError: it is not one that a host sends, or does not follow from those before.
             RefusedError: a rank cannot be admitted, or a row not be stored.
         """
         assert peer.hello is not None

@@ -376,7 +376,7 @@ def _hello_of(record: StreamRecord, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _newest(frames: list[Frame]) -> list[Frame]:
-    """Return the newest frames with so many rows as are compared, and the first of them cut."""
+    """Return the newest frames, with as many rows as are compared; the first frame is cut."""
     rows = 0
     for at in range(len(frames) - 1, -1, -1):
         rows += frames[at].n

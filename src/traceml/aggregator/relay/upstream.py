@@ -46,7 +46,7 @@ class Upstream:
         tls: encrypt the connections.
 
     Raises:
-        UsageError: the address is none.
+        UsageError: the address is invalid.
     """
 
     def __init__(self, address: str, runs_dir: Path, token: str | None, *, tls: bool = False) -> None:

@@ -152,7 +152,7 @@ def read_journal(path: Path) -> Iterator[RowSlice]:
     """Yield the records of a dead writer's journal, up to the first incomplete one.
 
     Raises:
-        OSError: it cannot be read, or is no file of this user.
+        OSError: it cannot be read, or is not a file of this user.
     """
     try:
         with opened_own(path) as descriptor:

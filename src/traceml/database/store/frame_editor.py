@@ -30,7 +30,7 @@ THINNED = SUMMED | {LINES.name, LOSSES.name}
 FRAME_OVERHEAD_BYTES = 40
 """Bytes of a frame in the store beside its rows: header and index, measured."""
 
-# A transaction of so many takes some 30 ms.
+# A transaction of this many takes some 30 ms.
 _MOST_FRAMES = 10_000
 _MOST_BYTES = 16 << 20
 

@@ -287,7 +287,7 @@ class StoreReader(FrameReader):
         """Add the frames since the last call to the progress.
 
         Rows of a frame are consecutive, so those of a merged frame that were counted in its parts are known by number.
-        When frames were removed meanwhile, all are counted anew.
+        When frames were removed meanwhile, all are counted again.
         """
         for _ in range(_TRIES):
             emptied = self._emptied_frames()

@@ -25,7 +25,7 @@ HOLD_S = 10.0
 """How long rows wait for others of their frame."""
 _MOST_ROWS = 4096
 _MOST_BYTES = 32 << 20
-# Frames of all ranks are written over so many commits: together they would delay an acknowledgment.
+# Frames of all ranks are spread over this many commits: together they would delay an acknowledgment.
 _COMMITS = 20
 _LEAST_FRAMES = 64
 

@@ -107,7 +107,7 @@ class CoreTakerHistory:
         self._cores: Counter[str] = Counter()
 
     def add(self, cores: object) -> None:
-        """Take a reading: cores by name; what is no such map is ignored."""
+        """Take a reading: cores by name; anything else is ignored."""
         if not isinstance(cores, Mapping):
             return
 

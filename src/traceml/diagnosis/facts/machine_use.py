@@ -164,7 +164,7 @@ class MachineSamples:
         return (int(times[0]), int(times[-1])) if len(times) > 1 and times[-1] - times[0] >= _MIN_PASSED_NS else None
 
     def _rows(self, table: Table, spans: dict[int, tuple[int, int]], least: int = 2) -> Iterator[NDArray[np.void]]:
-        """Yield the rows of a table within the spans, by rank; at least so many each."""
+        """Yield the rows of a table within the spans, by rank; at least this many each."""
         for rank, (first, last) in spans.items():
             kept = self._kept.get((table.name, rank))
             if kept is not None:

@@ -29,9 +29,9 @@ LEAST_GROWN_SHARE = 0.05
 STEADY = 0.97
 """Share of pairs of samples that rise with time, from which on growth is steady; of stairs, those that do not fall."""
 FEWEST_RISES = 0.45
-"""Share of the parts of the run that must rise: what grows in each epoch grows in stairs, few of them are no leak."""
+"""Share of the parts of the run that must rise: growth in each epoch makes stairs, and a few stairs are not a leak."""
 LEAST_S = 4.0
-"""Samples must cover at least so many seconds, and `LEAST_STEPS` steps or `LONG_S` seconds."""
+"""Samples must cover at least this many seconds, and `LEAST_STEPS` steps or `LONG_S` seconds."""
 LEAST_STEPS, LONG_S = 60, 30.0  # LBFGS fills its history of 100 updates within 50 steps
 _PARTS = 24
 _MIN_SAMPLES = 8
@@ -193,13 +193,13 @@ def _is_in_stairs(
 ) -> bool:
     """Whether memory grows by stairs that come evenly, as epochs do, and is level between them.
 
-    Jumps at any time are no leak that goes on: each has a cause of its own.
+    Irregular jumps are not a leak: each has its own cause.
 
     Args:
         steps: of the parts of the run.
         values: of these parts.
         rises: between all pairs of them.
-        level: differences below this are none.
+        level: smaller differences do not count.
     """
     at = np.flatnonzero(np.diff(values) > level)
     if float((rises >= -level).mean()) < STEADY or len(at) < FEWEST_RISES * len(values):

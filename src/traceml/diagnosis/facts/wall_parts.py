@@ -70,7 +70,7 @@ class ProcessSums:
     def later_epochs_ns(self) -> int:
         """Waiting for the first batch of later epochs, beyond the usual wait.
 
-        The end and the start of workers are no usual wait, also where each step has an iterator of its own.
+        The end and the start of workers are not a usual wait, even where each step has its own iterator.
         """
         usual_steps = self.steps - self.epochs - (1 if self.first_batch_ns else 0)
         if usual_steps < 1:

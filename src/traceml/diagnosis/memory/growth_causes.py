@@ -21,7 +21,7 @@ _OF_LIBRARIES = {
 _UNITS = {"DataFrame": "row", "Series": "row", "str": "character", "bytes": "byte", "bytearray": "byte"}
 _TEXTS = {"str": "text", "Tensor": "tensor", "ndarray": "array"}
 _FEWEST = 10  # fewer elements give no rate: they may come in each epoch
-_COUNTED = 100  # from so many elements per step on their number is whole
+_COUNTED = 100  # from this many elements per step on, their number is shown as a whole number
 
 
 class GrowthCause(NamedTuple):

@@ -19,7 +19,7 @@ __all__ = ["memory_leaks"]
 FAR_S = 30 * 86400.0
 """Beyond this nothing is said about when it is full."""
 MORE_THAN_ONE_PASS = 1.2
-"""A data set that was read so many times has filled its caches."""
+"""A data set that was read this many times has filled its caches."""
 
 _WORDS = {
     MemoryKind.RESIDENT: "Resident memory",
@@ -122,7 +122,7 @@ def _finding(
 
 
 def _severity(room: _Room | None, unread_steps: float) -> Severity:
-    """Return how bad it is; a cache would stop to grow after `unread_steps`, which is 0 if it is none."""
+    """Return how bad it is; a cache would stop growing after `unread_steps`, which is 0 if it is not a cache."""
     if room is not None and room.left_s <= SOON_S and (not unread_steps or room.left_steps < unread_steps):
         return Severity.CRITICAL
 

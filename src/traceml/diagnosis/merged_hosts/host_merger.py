@@ -59,7 +59,7 @@ class HostMerger:
         self._steps.end(self._index.setdefault(rank, len(self._index)))
 
     def join(self, rank: int) -> None:
-        """Record that another process has begun as this rank: its steps count anew."""
+        """Record that another process has begun as this rank: its steps are counted from the start."""
         self._ended.discard(rank)
         self._sent -= {rank}
         self._held.pop(rank, None)

@@ -75,7 +75,7 @@ class HostSums:
         """Reverse `to_row`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not such a row.
         """
         try:
             ranks, steps, set_up, names = row

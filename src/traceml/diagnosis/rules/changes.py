@@ -12,13 +12,13 @@ __all__ = ["SideChange", "changes"]
 WAITED = 0.10
 """A share of time without a core that is higher by this much is a change."""
 OTHERS_CORES = 0.5
-"""Other programs that use more by so many cores are a change."""
+"""Other programs that use more by this many cores are a change."""
 CLOCK_FACTOR = 0.9
 """A clock below this factor of before is a change."""
 MEMORY_SHARE = 0.15
 """More use of memory by this share of it is a change."""
 DISK_BYTES, DISK_FACTOR = 5e6, 3.0
-"""More bytes per second from disks by this factor, and at least so many, are a change."""
+"""More bytes per second from disks by this factor, and at least this many, are a change."""
 MAJOR_FAULTS = 20.0
 """So many pages per second that are read back from a disk are a change."""
 

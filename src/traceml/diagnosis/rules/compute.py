@@ -25,7 +25,7 @@ COMPUTE_SHARE = 0.90
 SHORT_STEP_NS = 2e6
 """In a shorter step no part can cost the millisecond from which it is reported and leave room for another."""
 SHORT_LOOP_SHARE = 0.25
-"""Such a step is too short to judge if this share of it is no computation."""
+"""Such a step is too short to judge if this share of it is not computation."""
 
 _PAUSE_NS, _PAUSE_SHARE = 5e9, 0.25
 """A single step is reported from this time on, if it is this share of all steps."""

@@ -14,10 +14,10 @@ from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
 __all__ = ["OTHERS_CORES", "core_takers", "cpu_contention", "is_kept_waiting"]
 
 OTHERS_CORES = 0.5
-"""Other programs are named from so many cores on."""
+"""Other programs are named if they use this many cores or more."""
 _MOST_SHARE = 0.9
 _MOSTLY = 0.5
-"""From this share on, waiting for other programs is no remark on what takes long beside it."""
+"""From this share on, waiting for other programs is a finding of its own, not a remark on another one."""
 _SOME_SHARE = 0.25
 """Some ranks of a job are named from this share on, where most of the others have their cores."""
 
@@ -92,7 +92,7 @@ def core_takers(facts: JobFacts) -> str | None:
 
 
 def _throttled_share(facts: JobFacts) -> float | None:
-    """Return the share of scheduling periods in which the container was throttled; None where that is no cause."""
+    """Return the share of scheduling periods in which the container was throttled; None where that is not a cause."""
     return next((use.share for use in facts.limits if use.resource is Resource.CPU_QUOTA and use.is_near), None)
 
 

@@ -20,7 +20,7 @@ from traceml.formatting import count_text, gain_text, ns_text, percent_text
 __all__ = ["KeptWorkers", "begins_each_step", "keeping_workers", "workers_restarted"]
 
 EACH_STEP_SHARE = 0.5
-"""A script makes an iterator in each step if so many of its steps wait for the first batch of one."""
+"""A script makes an iterator in each step if this share of its steps wait for the first batch of one."""
 _FEWEST_STARTS = 10
 _ANEW_SHARE = 0.5  # the number of loaders is known to a factor of two
 _PART = "input_wait"

@@ -35,7 +35,7 @@ MOST_OF_ONE = 0.5
 JOINT_SHARE = 0.2
 """A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
 IN_A_ROW_SHARE = 1 / 3
-"""Steps that come directly after another long one are at most so many of them."""
+"""Steps that come directly after another long one are at most this many of them."""
 
 
 @dataclass(frozen=True)

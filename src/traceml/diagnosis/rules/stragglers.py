@@ -57,7 +57,7 @@ WAITING_SHARE = 0.5
 """Late ranks lack a core, and are not slow by their code, if waiting for one is this share of their excess."""
 
 MANY_ROWS = 64
-"""More late ranks than this are judged one by one only if they are no group: a stage has thousands."""
+"""More late ranks than this are judged one by one only if they are not a group: a stage has thousands."""
 
 _BATCHES = 8
 _MIN_MEASURED = 20
@@ -99,7 +99,7 @@ def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict
     late = find_late(segments, facts)
     without_stragglers = _without_stragglers(segments, late)
     if late and saved_ns(segments, without_stragglers) < GAIN_SHARE * segments.step_ns:
-        # Other ranks are late as often; a small difference on average is no fault.
+        # Other ranks are late as often; a small difference on average is not a fault.
         late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * segments.step_ns]
         without_stragglers = _without_stragglers(segments, late)
 

@@ -24,7 +24,7 @@ __all__ = ["gc_pauses"]
 LEFT_SHARE = 0.01
 """Collections as seldom as advised take this share of the step at most."""
 LEAST_NUMBER = 3
-"""Fewer collections in a window are no habit of the run."""
+"""Fewer collections in a window are chance, not a habit of the run."""
 _ROUND = (1, 2, 5, 10)
 _LEAST_EVERY = 10
 _MOST_EVERY = 1000

@@ -61,7 +61,7 @@ def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tup
         facts: the compilations that ranks have reported, and the run's wall time.
     """
     taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _all)
-    # A compilation is no long step to wonder about, also where it is no finding.
+    # A compilation explains a long step, even if it is too short for a finding.
     without = _without(segments, sum(taken.values(), np.zeros_like(segments.own))) if taken else {}
     seen = _recompiled(segments, facts)
     if seen is None:

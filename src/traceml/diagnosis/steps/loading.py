@@ -56,7 +56,7 @@ class Pipeline:
     lost_ns: float = 0.0
 
     def step_ns(self, workers: int) -> float:
-        """Return the step time with so many workers: that of the training, of the workers, or of the cores."""
+        """Return the step time with this many workers: that of the training, of the workers, or of the cores."""
         if not workers:
             return self.rest_ns + self.fetch_ns
 
@@ -79,7 +79,7 @@ class Pipeline:
         return min(count for count, time in times.items() if ENOUGH * time <= min(times.values()))
 
     def gain(self, workers: int) -> float:
-        """Return old / new step time with so many workers."""
+        """Return old / new step time with this many workers."""
         return self._gain_to(self.step_ns(workers))
 
     def gain_with(self, fetch_share: float, workers: int | None = None) -> float:
@@ -139,7 +139,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
 
     computes = 1.0 if busy is None else busy
     rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
-    if workers and cores:  # what they cannot have used they waited for: that is no part of a fetch
+    if workers and cores:  # what they cannot have used they waited for: that is not part of a fetch
         used = min(computes, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
         fetch_ns *= 1.0 - computes + used
         computes = used / max(1.0 - computes + used, _LEAST_READY)

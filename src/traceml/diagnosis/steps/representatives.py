@@ -86,7 +86,7 @@ class HostChoice:
         """Reverse `to_facts`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not such a row.
         """
         return cls.from_row([facts.get(name) for name in _FACTS])
 
@@ -95,7 +95,7 @@ class HostChoice:
         """Reverse `to_row`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not such a row.
         """
         try:
             host, typical, ordinary, sent, ended, ended_at = row
@@ -135,7 +135,7 @@ class WorkAbove:
         """Reverse `to_row`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not such a row.
         """
         if type(row) is list and len(row) == 2:
             first_step, packed = row

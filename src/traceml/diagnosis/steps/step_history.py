@@ -15,7 +15,7 @@ from traceml.diagnosis.steps.segments import Segments
 __all__ = ["StepHistory"]
 
 MIN_STEPS_PER_BIN = 4
-"""A bin has so many steps, as single ones are noise."""
+"""A bin has at least this many steps, as single ones are noise."""
 _MAX_BINS = 64
 _END = 1 << 62
 

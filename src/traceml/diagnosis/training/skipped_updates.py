@@ -16,7 +16,7 @@ __all__ = ["steps_skipped"]
 LASTING_SHARE = 0.25
 """Share of the last quarter of the steps that is skipped, so that it goes on. A scaler skips a few steps at first."""
 MIN_SKIPPED = 5
-"""Fewer skipped steps than this are no finding."""
+"""Fewer skipped steps than this are not a finding."""
 _DENSE_SHARE = 0.8
 _READ_EVERY = 64  # losses of fast steps are read in every 16th or 64th
 

@@ -1,6 +1,6 @@
 """Metrics and spans of an aggregator's runs, sent to an OpenTelemetry collector by OTLP over HTTP.
 
-The collector may be down: metrics are sent anew at the next interval, spans of ended runs are kept and tried again.
+The collector may be down: metrics are sent at the next interval, spans of ended runs are kept and tried again.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class OtlpExporter:
             return bool(reader.meta().get("aggregator", {}).get("pid") == self._config.owner)
 
     def _made(self, report: Report, spans: Iterable[RunSpan]) -> tuple[ReadableSpan, ...]:
-        """Return spans of the SDK; the same run has the same ids each time, so that a repetition is no second run."""
+        """Return spans of the SDK; a run has the same ids each time, so that sending it again makes no second run."""
         ids, kept = _RunIds(report.run.id), InMemorySpanExporter()
         provider = TracerProvider(resource=self._resource, id_generator=ids, shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(kept))

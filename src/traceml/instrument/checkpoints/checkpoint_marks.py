@@ -40,7 +40,7 @@ class CheckpointMarks:
         self._slots, self._clock, self._report = slots, clock, report
 
     def saved(self, target: object) -> None:
-        """Take down that the training thread has saved to a path or file."""
+        """Record that the training thread has saved to a path or file."""
         place, clock = place_of(target), self._clock
         if place is not None and clock.is_training_thread():
             self._slots[Slot.SAVED] = clock.step + bool(clock.attempt)

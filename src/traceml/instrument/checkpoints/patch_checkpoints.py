@@ -32,7 +32,7 @@ class CheckpointPatches:
 
     Args:
         clock: times saves as `checkpoint`.
-        log: takes down each save.
+        log: records each save.
         folder: is called with each path before it is written, so that it is known when the disk is full.
         marks: are called with each path that was saved or loaded.
     """

@@ -37,7 +37,7 @@ class Save(NamedTuple):
 
 
 class SaveLog:
-    """Takes down saves on the training thread; the recorder's thread takes them.
+    """Records saves on the training thread; the recorder's thread takes them.
 
     Attributes:
         caller: returns the user's code and line of a frame.
@@ -53,7 +53,7 @@ class SaveLog:
         return [self._done.popleft() for _ in range(len(self._done))]
 
     def add_nested(self, clock: StepClock, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take down the target of a call inside another save."""
+        """Record the target of a call inside another save."""
         try:
             self._add_target(args, kwargs)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -62,7 +62,7 @@ class SaveLog:
     def end(
         self, clock: StepClock, args: tuple[Any, ...], kwargs: Mapping[str, Any], began_ns: int, frame: FrameType
     ) -> None:
-        """Take down a save that ends now.
+        """Record a save that ends now.
 
         Args:
             clock: has the open step.
@@ -80,7 +80,7 @@ class SaveLog:
             clock.fail(error)
 
     def _add_target(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take down the first file or folder among the arguments."""
+        """Record the first file or folder among the arguments."""
         for value in (*args, *kwargs.values()):
             target = target_path(value)
             if target is not None and len(self._targets) < _MAX_TARGETS:

@@ -45,7 +45,7 @@ def loader_facts(loader: Any) -> dict[str, Any]:
 
 
 def _sampler_classes(loader: Any) -> list[str]:
-    """Return the classes that choose samples and are none of torch's, as in the qualified names of their functions."""
+    """Return the classes that choose samples and are not torch's, as qualified names of their functions have them."""
     outer = [own_attribute(loader, name) for name in ("batch_sampler", "sampler")]
     inner = [own_attribute(each, "sampler") for each in outer]
     kinds = {kind for each in (*outer, *inner) for kind in type(each).__mro__}
@@ -197,7 +197,7 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
 
 
 def _param_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """Return the optimizer's groups of parameters; empty where it is none of torch's and has others."""
+    """Return the optimizer's groups of parameters; empty where it is not torch's and has others."""
     groups = getattr(optimizer, "param_groups", None)
     known = isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
     return groups if known else []  # type: ignore[return-value]

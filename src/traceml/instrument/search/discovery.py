@@ -76,7 +76,7 @@ class ModuleDiscovery:
         """Time all root modules that are alive; return the number of their optimizers.
 
         Args:
-            trains: whether a backward pass begins, so that there is an optimizer, also one that is none of torch's.
+            trains: whether a backward pass begins, so that there is an optimizer, also one that is not torch's.
         """
         start = monotonic_ns()
         if self._scans >= _FREE_SCANS and self._scan_ns * _SHARE > start - self._made_ns:
@@ -233,7 +233,7 @@ def _roots(modules: Iterable[Any]) -> list[Any]:
 
 
 def _wrapped(module: Any) -> Any:
-    """Return the module that a wrapper was made for, as replicas and averaged weights are; None if it is no wrapper.
+    """Return the module that a wrapper was made for, as replicas and averaged weights are; None if it is not a wrapper.
 
     Evaluation often calls the one inside, on one rank.
     """

@@ -2,7 +2,7 @@
 
 The size is that of the first tensor in the arguments of the last forward with gradients before a backward pass. The
 forward hook only compares its samples and elements with those before (in Python, its shape); all else is done here,
-when they have changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are none of the
+when they have changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are not those of the
 training's. A nested tensor has no size, nor has a vector of floating-point numbers: it is one sample without a batch as
 often as a batch of numbers. Texts that are compared with each other, a list of mappings with `input_ids`, are together
 the elements of their samples.
@@ -28,7 +28,7 @@ from traceml.instrument.values.rollouts import RolloutSearch
 __all__ = ["BatchReader"]
 
 _PREFERRED = "input_ids"
-_DEPTH = 3  # of nested containers: more is no batch
+_DEPTH = 3  # of nested containers: more is not a batch
 _WIDTH = 16  # entries of a container in which a tensor is looked for
 _NUMBERS = 16
 _DISTINCT = 4  # numbers that differ: batches of mostly zeros could be equal by chance
@@ -56,7 +56,7 @@ class BatchReader:
         self.has_trained = False
         """Whether a model was called with gradients: else only its parts may have been."""
         self._rollouts = RolloutSearch()
-        self._plays = RolloutSearch()  # of calls in training mode, which are no evaluation in any case
+        self._plays = RolloutSearch()  # of calls in training mode, which are never an evaluation
         self.begin_epoch()
 
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: Any = None) -> None:
@@ -137,7 +137,7 @@ class BatchReader:
             clock.input_shape = None  # the next call is read too
 
     def _note_call(self, tensor: Any, model: Any) -> None:
-        """Note a call without gradients, whose input is none that is trained on; the first one may be a rollout's."""
+        """Note a call without gradients, whose input is not trained on; the first one may be a rollout's."""
         self._clock.input_shape = None  # the next call with gradients is measured
         if self._calls or tensor is None or tensor.is_nested or not tensor.dim():
             return

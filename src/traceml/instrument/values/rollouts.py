@@ -15,9 +15,9 @@ __all__ = ["RolloutSearch"]
 _ROWS = 16  # samples of a call that are remembered
 _MOST_NUMBERS = 1 << 16
 _DISTINCT = 3  # numbers of a sample that differ: a constant one could be equal by chance
-_FOUND = 3  # so many times samples of a call were trained on, each time others
+_FOUND = 3  # samples of a call must be trained on this many times, different ones each time
 _BATCHES = 8  # training batches after a call in which its samples are looked for: they are drawn in another order
-_SEARCHES = 256  # after so many batches without, there are none: a search takes some 20 us
+_SEARCHES = 256  # after this many batches without, there are none: a search takes some 20 us
 
 
 class RolloutSearch:

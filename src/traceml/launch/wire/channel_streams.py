@@ -124,7 +124,7 @@ class IncomingStream:
 
         Args:
             stream_id: its number on the channel.
-            allow: called to let the other side send so many more bytes.
+            allow: called to let the other side send this many more bytes.
         """
         self.id = stream_id
         self._allow = allow

@@ -85,7 +85,7 @@ def unpack_flight(data: bytes, folder: Path, name: str) -> Path:
 
     Raises:
         OSError: it cannot be written.
-        ValueError: the bytes are no such archive.
+        ValueError: the bytes are not such an archive.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"{name}{FLIGHT_SUFFIX}"

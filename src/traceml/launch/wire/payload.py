@@ -128,7 +128,7 @@ def load(memory: Buffer, *, what: str = "the value", on_made: Callable[[Any], ob
         on_made: called with each function and class that came by value.
 
     Raises:
-        PayloadError: the bytes are no serialized value, or a part of it does not exist here.
+        PayloadError: the bytes are not a serialized value, or a part of it does not exist here.
     """
     pickled, buffers = _split(memoryview(memory), what)
     try:

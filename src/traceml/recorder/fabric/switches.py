@@ -45,7 +45,7 @@ def _text_of(file: Path) -> str:
         data = opened.read(_MOST_BYTES + 1)
 
     if len(data) > _MOST_BYTES:
-        raise ValueError(f"{file} has more than {_MOST_BYTES >> 20} MiB: it is no topology of a cluster")
+        raise ValueError(f"{file} has more than {_MOST_BYTES >> 20} MiB: it is not the topology of a cluster")
 
     return data.decode()
 

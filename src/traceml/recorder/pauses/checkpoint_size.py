@@ -14,7 +14,7 @@ _MAX_FILES = 1000
 
 
 def size_of(targets: Iterable[str]) -> int:
-    """Return the bytes of files, and of the files directly in folders; -1 where one is gone or is no path."""
+    """Return the bytes of files, and of the files directly in folders; -1 where one is gone or is not a path."""
     try:
         return sum(map(_size, targets)) or -1
     except (OSError, ValueError):

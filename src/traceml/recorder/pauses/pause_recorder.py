@@ -34,7 +34,7 @@ class PauseRecorder:
         flight: takes the rows of `schema.PAUSES`.
         is_evaluating: returns whether an evaluation runs, whose time is in no step.
         is_user: recognizes the user's code.
-        saves: takes down checkpoints; None without hooks.
+        saves: records checkpoints; None without hooks.
         compilations: reads dynamo's records.
     """
 

@@ -119,7 +119,7 @@ class SnapshotMaker:
         return groups if transfer is None or is_known else (*groups, transfer)
 
     def end(self, quiet_s: float) -> RankSnapshot:
-        """Return the snapshot that ends a quiet period of so many seconds."""
+        """Return the snapshot that ends a quiet period of this many seconds."""
         step, in_step = self._step()
         return RankSnapshot(
             at_ns=monotonic_ns(), rank=self._rank(), quiet_s=round(quiet_s, 3), step=step, in_step=in_step,
@@ -180,11 +180,11 @@ def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
 
 
 def thread_number(ident: int) -> int:
-    """Return the kernel's number of a thread; that of the process if it is not known."""
+    """Return the kernel's id of a thread; the process id if it is not known."""
     found = (thread.native_id for thread in threading.enumerate() if thread.ident == ident)
     return next(found, None) or os.getpid()
 
 
 def _own_bytes() -> int:
-    """Return the bytes that this thread has read and written: reading /proc is no sign of life."""
+    """Return the bytes that this thread has read and written: reading /proc is not a sign of life."""
     return sum(io_bytes(f"self/task/{threading.get_native_id()}"))

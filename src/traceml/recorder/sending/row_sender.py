@@ -49,7 +49,7 @@ class RowSender:
 
     Args:
         flight: the tables.
-        dial: connects within so many seconds, or raises what `transport.client.connect` raises.
+        dial: connects within this many seconds, or raises what `transport.client.connect` raises.
         flush_interval_s: longest time that a row waits.
         commands: commands that the aggregator may send to this rank, by name.
         files: uploader of files to the run's folder; their chunks are sent last.
@@ -293,7 +293,7 @@ class RowSender:
         self._samples_flushed_ns = monotonic_ns() - int(random.random() * self._sample_flush_ns)
 
     def _send(self, at_least: int, samples: int) -> None:
-        """Send every table with at least so many waiting rows, or so many samples."""
+        """Send every table with at least this many waiting rows or samples."""
         connection = self._connection
         assert connection is not None
         least = dict.fromkeys(_SAMPLED, samples)

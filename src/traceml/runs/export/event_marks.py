@@ -1,4 +1,4 @@
-"""Events and logged values that are no numbers, as instants of a trace."""
+"""Events and logged values that are not numbers, as instants of a trace."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class TraceTracks:
 
     @property
     def names(self) -> int:
-        """Names of processes and tracks that were written; they are no events."""
+        """Names of processes and tracks that were written; they are not events of the run."""
         return len(self._named)
 
     def rank(self, stream: StreamRecord, lane: int) -> tuple[int, int]:

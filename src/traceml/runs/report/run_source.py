@@ -12,7 +12,7 @@ __all__ = ["about_report", "add_source"]
 
 
 def add_source(report: Report, about: About) -> None:
-    """Add what is known to a report; a value of another type is none."""
+    """Add what is known to a report; a value of another type is ignored."""
     git, run = about.git, report.run
     dirty, variables = git.get("dirty"), about.environment.get("variables")
     run.commit, run.branch = _text(git, "commit"), _text(git, "branch")

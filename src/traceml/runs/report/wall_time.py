@@ -48,7 +48,7 @@ def wall_time(
         ended_s: its end, or now.
         is_running: whether it runs: then the time up to the last row counts, as rows arrive late.
         stops: times in which each rank did not run.
-        compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is no training.
+        compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is not training.
         grouped: whether the ranks wait for each other.
     """
     clocks = RunClocks(records)
@@ -69,7 +69,7 @@ def wall_time(
 
     known = {part: _mean([each[part] for each in parts]) for part in parts[0]}
     if not ranks and records and all(stream.state == "finished" for stream in records):
-        known = dict.fromkeys(known, 0.0)  # what it did was not seen: it is no start-up of a training
+        known = dict.fromkeys(known, 0.0)  # what it did was not seen: it is not the start-up of a training
 
     compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
     known["steps"] -= compiled_s
@@ -123,7 +123,7 @@ def _sent_partly(records: Iterable[StreamRecord], sums: Mapping[int, StepSums]) 
 def _useful_time(
     ranks: Sequence[Sequence[StreamRecord]], sums: Mapping[int, StepSums], goes_on: Mapping[int, int], compiled_s: float
 ) -> UsefulTime:
-    """Return the mean over ranks of their useful time; compiling is none of it."""
+    """Return the mean over ranks of their useful time; compiling does not count."""
     by_rank = [[(sums[each.id].steps.bins, resumes_at(each, goes_on)) for each in streams] for streams in ranks]
     useful = UsefulTime.mean(useful_time(of_rank) for of_rank in by_rank)
     return replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))

@@ -38,13 +38,13 @@ class Measure:
 
     @property
     def quantile(self) -> Fraction | None:
-        """The share of spans at most as long, from 0 to 1; None if it is no quantile."""
+        """The share of spans at most as long, from 0 to 1; None if it is not a quantile."""
         found = _QUANTILE.match(self.name)
         return None if found is None else Fraction(found[1]) / 100
 
     @property
     def arg(self) -> str | None:
-        """The key of `args` that is summed; None if it is no such sum."""
+        """The key of `args` that is summed; None if it is not such a sum."""
         return self.name.removeprefix(_SUM_OF) if self.name.startswith(_SUM_OF) else None
 
     @property

@@ -179,7 +179,7 @@ class _FrameInput:
 
 
 def _block_ends(descriptor: int, begin: int, size: int) -> Iterator[int]:
-    """Yield where the header, the blocks and the frame end; ValueError where that is no frame, or is cut off."""
+    """Yield where the header, the blocks and the frame end; ValueError where that is not a frame, or is cut off."""
     header = read_at(descriptor, begin, _HEADER_BYTES)
     if len(header) >= 8 and int.from_bytes(header[:4], "little") in SKIPPABLE:
         yield _within(begin + 8 + int.from_bytes(header[4:8], "little"), size)

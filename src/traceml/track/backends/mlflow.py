@@ -27,7 +27,7 @@ from traceml.track.plugins.plugin_metadata import PluginMetadata
 
 __all__ = ["MLflowBackend"]
 
-# MLflow refuses other characters, and names that are no clean relative path (`/a`, `a/`, `a//b`, `a/../b`).
+# MLflow refuses other characters, and names that are not clean relative paths (`/a`, `a/`, `a//b`, `a/../b`).
 _REFUSED = re.compile(r"[^/\w.\- :]|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
 _REFUSED_TITLE = re.compile("[\0\ud800-\udfff]")  # of a run or project: a text in a database
 _LONGEST_NAME = 250

@@ -88,7 +88,7 @@ def merged_tags(
         before: texts that the run has.
         tags: values by key; "" and "true" are tags without a value.
         separator: stands between key and value.
-        longest: texts are cut to so many characters.
+        longest: texts are cut to this many characters.
     """
 
     def text(words: str) -> str:

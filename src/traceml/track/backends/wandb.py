@@ -5,7 +5,7 @@ in the order of the store, those of one step together, and the user's step is a 
 the axis of all others: steps may go backwards and nothing is dropped.
 
 Its service holds up to 32 KiB of an offline run in memory until the run ends, and does not report how much of an online
-one has arrived. So a delivery that died can only continue from the run's first row: an offline run is written anew (the
+one has arrived. So a delivery that died can only continue from the run's first row: an offline run is rewritten (the
 incomplete one is removed), and of an online one as many records are skipped as the server counts. The content of a
 record depends on the rows alone, never on batches, so counting records is exact.
 """

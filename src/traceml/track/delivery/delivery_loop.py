@@ -1,7 +1,7 @@
 """Delivery loop of one run and one backend, and its handling of failures.
 
 The cursor moves when the backend has confirmed a batch. After a failure that a second try in this process would not
-fix, the process ends and is started again: a new one reads keys anew and has no half-finished work in a library.
+fix, the process ends and is started again: the new one reads the keys again and has no half-finished work in a library.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from traceml.track.tracker_state import (
 __all__ = ["STOP_S", "DeliveryProcess"]
 
 STOP_S = 5.0
-# Pauses before a restart: they double, and start anew for a process that lived long.
+# Pauses before a restart: they double, and start over for a process that lived long.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LONG_LIFE_S = 0.2, 30.0, 30.0
 _START_S = 45.0  # a process first imports its library, on a host that may be busy with training
 _BATCH_S = 25.0  # longest time for one batch on such a host
@@ -235,7 +235,7 @@ def _core_wait_s(pid: int | None) -> float:
 
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[Any]:
-    """Open a log for appending; start it anew when it is too long."""
+    """Open a log for appending; start a new one when it is too long."""
     mode = "ab" if not path.exists() or path.stat().st_size < _LOG_BYTES else "wb"
     with path.open(mode) as file:
         yield file

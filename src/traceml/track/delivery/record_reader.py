@@ -25,7 +25,7 @@ _BATCH_ROWS = 5_000
 
 
 class LoggedRecord(NamedTuple):
-    """A logged row that is no number.
+    """A logged row that is not a number.
 
     Attributes:
         stream: its stream; a rank may have several, one per process.

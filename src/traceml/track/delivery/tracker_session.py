@@ -24,7 +24,7 @@ __all__ = ["RewindError", "TrackerSession", "ranked"]
 
 # Extra time to start or end a run at a tracker: some wait for their threads, some upload then.
 _SLOW_S = 30.0
-# An artifact gets the usual time, and one more second per so many bytes.
+# An artifact gets the usual time, and one more second per this many bytes.
 _BYTES_PER_S = 1 << 20
 
 

@@ -3,7 +3,7 @@
 A backend runs in a delivery process of its own, one per run and tracker, and is called from one thread. It may block
 and it may raise: its rows wait in the store. The exception decides what happens next:
 
-- `BackendUnauthorizedError`: at most one probe per `max_backoff`, with the key read anew;
+- `BackendUnauthorizedError`: at most one probe per `max_backoff`, with the key read again;
 - `BackendBusyError`: the same call again after `retry_after_s`;
 - `BackendRefusedError`: these rows will never be accepted; they are tried one by one, and those that fail are counted;
 - `ImportError`, `AttributeError`: the library is missing or broken; reported once;
@@ -59,7 +59,7 @@ class BackendInterface(ABC):
 
     A delivery process can be killed after the tracker got a batch and before that was recorded; the batch then comes
     again. A backend duplicates nothing when it is `idempotent`, or when `resume` cuts off what the tracker got after
-    `mark`, or when `resume` asks for the run from its first row, because it can only be written anew.
+    `mark`, or when `resume` asks for the run from its first row, because it can only be written from the start.
 
     Examples:
         >>> class PrintBackend(traceml.BackendInterface):
@@ -165,7 +165,7 @@ class BackendInterface(ABC):
     def log_facts(self, facts: Mapping[str, Any]) -> None:
         """Send facts that collectors read, such as `system/host` and `git/commit`; by default as parameters.
 
-        They are no tags: people filter by those.
+        They are not tags: people filter by those.
         """
         self.log_params(facts)
 

@@ -53,7 +53,7 @@ class DeferredValue:
 
 
 def number_of(value: Any) -> Any:
-    """Return a value as a float; a `DeferredValue` for a tensor on a device; the value itself when it is no number."""
+    """Return a value as a float; a `DeferredValue` for a tensor on a device; the value itself if it is not a number."""
     kind = type(value)
     if kind is int or kind is bool:
         try:
@@ -70,7 +70,7 @@ def number_of(value: Any) -> Any:
             return _of_tensor(value, device.type)
 
         return float(value.item() if hasattr(value, "item") else value)
-    except Exception:  # noqa: BLE001 - a user's object may raise anything; then it is no number
+    except Exception:  # noqa: BLE001 - a user's object may raise anything; then it is not a number
         return value
 
 
@@ -85,7 +85,7 @@ def step_of(step: Any) -> int:
     """Return a step as an integer.
 
     Raises:
-        TypeError: it is no whole number.
+        TypeError: it is not a whole number.
         ValueError: it does not fit into 64 bits.
     """
     try:

@@ -254,7 +254,7 @@ class Logger:
         return flight
 
     def _append_other(self, name: str, value: Any, step: int, kind: int, t_ns: int) -> None:
-        """Append a value that is no float: defer a tensor on a device, keep anything else as text."""
+        """Append a value that is not a float: defer a tensor on a device, keep anything else as text."""
         if isinstance(value, DeferredValue):
             entry = self._entries.get(name)
             if entry is not None:

@@ -103,7 +103,7 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _changed_since(running: settings.Config | None) -> dict[str, Any]:
-    """Return what the environment and files say differently now: as in Tracelet, each start reads them anew."""
+    """Return what the environment and files say differently now: as in Tracelet, each start reads them again."""
     if running is None:
         return {}
 

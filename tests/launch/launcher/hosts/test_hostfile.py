@@ -97,5 +97,5 @@ def test_numbers_without_end_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a number of workers"):
         read_hostfile(tmp_path / "hosts")
 
-    with pytest.raises(UsageError, match="is no port"):
+    with pytest.raises(UsageError, match="is not a port"):
         split_port("node1:" + "9" * 5000)

@@ -45,7 +45,7 @@ class TurnoverHistory:
             del self._kept[key]
 
     def steady(self, latest: int, least: float) -> dict[tuple[int, int], SegmentTurnover]:
-        """Return the newest stretch of ranks and devices that turn over so many blocks per step all the time.
+        """Return the newest stretch of ranks and devices that turn over at least `least` blocks per step all the time.
 
         Args:
             latest: newest step; a stretch that ended long before it is over.

@@ -48,7 +48,7 @@ class StepSequences:
         self._latest: NDArray[np.int64] = np.empty(0, np.int64)
 
     def forget(self) -> None:
-        """Begin anew, as a rank has."""
+        """Start over, because a rank has."""
         self.diverged = None
         self._checked = self._agreed = -1
         self._cells[0] = -1
@@ -94,7 +94,7 @@ class StepSequences:
             )
 
     def _grow(self, ranks: int) -> None:
-        """Make room for more ranks, and compare anew with them; of many ranks, steps until now are lost."""
+        """Make room for more ranks and start over with them; with many ranks, the steps so far are lost."""
         if ranks <= self._ranks:
             return
 

@@ -86,7 +86,7 @@ class Topology:
     mesh: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
     def smallest_group(self, slow: Collection[int], ranks: Collection[int]) -> RankGroup | None:
-        """Return the smallest group that explains slow ranks; None where they are no group.
+        """Return the smallest group that explains slow ranks; None where they are not a group.
 
         Args:
             slow: the slow ranks.

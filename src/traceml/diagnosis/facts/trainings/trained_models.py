@@ -10,7 +10,7 @@ __all__ = ["TrainedModels"]
 MAX_RANKS = 8
 """Ranks whose models are compared: they stand for the others."""
 MAX_RETURNS = 256
-"""Earlier models that are trained again count so many times: a search trains some hundred."""
+"""Earlier models that are trained again count this many times: a search trains some hundred."""
 _DESCRIBED = {"model": ("model", "parameters"), "optimizer": ("optimizer", "tensors")}
 
 

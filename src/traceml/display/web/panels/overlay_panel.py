@@ -17,7 +17,7 @@ from traceml.runs.rows.series import RunSeries
 __all__ = ["LETTERS", "ComparedRuns", "OverlayPanel"]
 
 LETTERS = tuple(run_letter(number) for number in range(12))
-"""Names of the compared runs in tables and charts; so many can be compared."""
+"""Names of the compared runs in tables and charts; no more runs than this can be compared."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def split_port(name: str) -> tuple[str, int | None]:
     An IPv6 address needs brackets before a port. A name of ssh's own form (`ssh://...`) is left as it is.
 
     Raises:
-        UsageError: what follows the colon is no port.
+        UsageError: what follows the colon is not a port.
     """
     match = None if name.startswith("ssh://") or _is_address(name) else _PORT.fullmatch(name)
     if match is None:
@@ -70,7 +70,7 @@ def split_port(name: str) -> tuple[str, int | None]:
 
     port = match["port"]
     if not (_is_number(port) and 0 < int(port) <= _MOST):
-        raise UsageError(f"hostnames has {name!r}: {port!r} is no port; give a number from 1 to {_MOST} for ssh")
+        raise UsageError(f"hostnames has {name!r}: {port!r} is not a port; give a number from 1 to {_MOST} for ssh")
 
     host = match["host"]
     return re.sub(r"\[([^\]]+)\]$", r"\1", host), int(port)

@@ -91,7 +91,7 @@ def resolve_hosts(
 
 
 def _unwrapped(hostnames: Any) -> Sequence[str] | str | os.PathLike[str]:
-    """Return the element of a list of one word that is no host name: a command line makes a list of it."""
+    """Return the element of a list of one word that is not a host name: a command line makes a list of it."""
     if isinstance(hostnames, str | os.PathLike):
         return hostnames
 

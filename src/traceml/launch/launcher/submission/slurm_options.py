@@ -67,7 +67,7 @@ class SlurmOptions:
 
     @property
     def minutes(self) -> int:
-        """The time limit in minutes; 0 where it is no duration."""
+        """The time limit in minutes; 0 where it is not a duration."""
         return minutes_of(str(self.time)) or 0
 
     @property
