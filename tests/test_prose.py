@@ -39,6 +39,11 @@ _PRIVATE = {
     "time-outs": "timeouts",
     "for ever": "forever, or a bound",
     "whatever becomes of": "(say what happens)",
+    "takes down": "records",
+    "take down": "record",
+    "stands still": "makes no progress, or was stopped",
+    "stand still": "make no progress, or were stopped",
+    "stood still": "made no progress, or was stopped",
     "holds the others up": "slows the others down",
     "hold others up": "slow others down",
 }

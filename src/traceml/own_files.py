@@ -74,7 +74,7 @@ def read_regular(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old content or all of the new one.
 
-    The draft beside it is always a new file: a link that was planted under its name is not written through.
+    The draft next to it is always a new file: a link that was planted under its name is not written through.
 
     Raises:
         OSError: the file cannot be written; the old one stays.

@@ -1,4 +1,4 @@
-"""Commands that start programs of ours beside the user's."""
+"""Commands that start our own helper programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Priority of helper processes beside the training."""
+"""Priority of helper processes that run during a training."""
 
 from __future__ import annotations
 

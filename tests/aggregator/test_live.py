@@ -196,7 +196,7 @@ def test_a_process_that_joins_again_does_not_stand_still(live):
     for rank in range(2):
         live.join(stream_of(rank))
 
-    assert not live.stands
+    assert not live.has_stalled_rank
 
 
 def test_a_run_that_was_stopped_while_it_hung_has_hung(live):

@@ -180,7 +180,7 @@ class ActiveRun(RunStreams):
 
     def check_absent(self) -> None:
         """Finalize disconnected ranks that are dead, and give up silent ones after a while."""
-        for stream in list(self._table.away):
+        for stream in list(self._table.disconnected):
             if stream.is_dead:
                 self._finalize_dead(stream)
             elif not stream.seen_here and time.monotonic() - stream.disconnected_s > LOST_AFTER_S:

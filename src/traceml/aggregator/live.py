@@ -106,7 +106,7 @@ class LiveRows:
         return snapshot if snapshot is not None and snapshot.answered in ("signal", "kernel") else None
 
     @property
-    def stands(self) -> bool:
+    def has_stalled_rank(self) -> bool:
         """Whether a rank makes no progress: the verdict may then change without new rows."""
         return self.intake.facts.progress.has_snapshots
 

@@ -180,7 +180,7 @@ class RunStreams:
         stream.state = StreamState.RUNNING
         stream.flight = hello.flight
         stream.connect(peer)
-        self._table.away.pop(stream, None)
+        self._table.disconnected.pop(stream, None)
         self.store.update_stream(stream.id, state="running", flight=hello.flight, clock=list(hello.clock))
         if self.ingest.stalled:
             peer.pause(True)
@@ -190,7 +190,7 @@ class RunStreams:
         stream.disconnect()
         self._touched_s = moment_s()
         if not stream.ended:
-            self._table.away[stream] = None
+            self._table.disconnected[stream] = None
 
     def _note_helper(self, stream: Stream) -> None:
         self.store.update_stream(stream.id, helps=True)
@@ -268,7 +268,7 @@ class RunStreams:
             is_total_known: whether it is known how many rows the rank appended, so that missing ones can be counted.
         """
         stream.state = state
-        self._table.away.pop(stream, None)
+        self._table.disconnected.pop(stream, None)
         self._touched_s = moment_s()
         if state is not StreamState.FINISHED:
             stream.exit.setdefault("at_s", stream.exit.get("reported_s", self._facts.now_s()))
@@ -306,7 +306,7 @@ class RunStreams:
                 stream.is_diagnosed = stream.attempt >= self.attempt
                 self._table.add(stream)
                 if not stream.ended:
-                    self._table.away[stream] = None
+                    self._table.disconnected[stream] = None
 
                 self.live.resume(stream)
 

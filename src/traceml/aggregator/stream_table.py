@@ -14,12 +14,12 @@ class StreamTable:
 
     Attributes:
         all: in the order in which they came.
-        away: those that are disconnected and have not ended, as keys.
+        disconnected: those without a connection that have not ended, as keys.
     """
 
     def __init__(self) -> None:
         self.all: list[Stream] = []
-        self.away: dict[Stream, None] = {}
+        self.disconnected: dict[Stream, None] = {}
         self._current: dict[tuple[int, int], Stream] = {}
         self._by_incarnation: dict[tuple[Incarnation, int], Stream] = {}
         self._by_recorder: dict[str, list[Stream]] = {}

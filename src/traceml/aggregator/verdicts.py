@@ -60,7 +60,7 @@ class LiveVerdict:
     def update(self, store: StoreWriter) -> None:
         """Diagnose if there are new rows, and store a verdict that changed or is older than a few seconds."""
         began_s = time.monotonic()
-        if not (self._live.fresh or self._live.stands) or began_s < self._due_s:
+        if not (self._live.fresh or self._live.has_stalled_rank) or began_s < self._due_s:
             return
 
         self._live.fresh = False

@@ -293,7 +293,7 @@ class Resource(IntEnum):
 
 
 class Pause(IntEnum):
-    """Cause of a row of `PAUSES`: the training stood still for it."""
+    """Cause of a row of `PAUSES`: it paused the training."""
 
     COLLECTION = 0  # the interpreter's garbage collector
     COMPILATION = 1  # torch.compile

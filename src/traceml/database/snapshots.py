@@ -114,10 +114,10 @@ class ProcessSnapshot(_Record):
     """A process for which one waits: a child, or the holder of a file's lock, which may be the one that waits.
 
     Attributes:
-        pid: its number.
+        pid: its process id.
         is_self: whether it is the one that waits.
         name: its program; empty if not known.
-        state: letter of the kernel, as `WorkerSnapshot.state`.
+        state: letter of the kernel, see `WorkerSnapshot.state`.
         wchan: name of the kernel function in which it sleeps.
         waits_on: file or pipe that its system call waits for.
     """

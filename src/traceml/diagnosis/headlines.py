@@ -354,13 +354,13 @@ def throttled(finding: FindingFacts) -> str:
 
 
 def stopped(finding: FindingFacts) -> str:
-    """Return `Rank 1 stood still for 30 s`, or that its machine was suspended."""
+    """Return `Rank 1 was stopped for 30 s`, or that its machine was suspended."""
     seconds, ranks = finding.evidence.get("stopped_s"), ranks_text(finding.ranks)
     how_long = "a while" if seconds is None else duration_text(float(seconds))
     if finding.evidence.get("suspended"):
         return f"The machine of {ranks} was suspended for {how_long}"
 
-    return f"{capitalized(ranks)} stood still for {how_long}"
+    return f"{capitalized(ranks)} {'was' if len(finding.ranks) == 1 else 'were'} stopped for {how_long}"
 
 
 def unknown(finding: FindingFacts) -> str:

@@ -94,7 +94,7 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         return [*_contention_first(in_order(main, in_steps), crowded, timing), *remarks]
 
     if main:
-        # Waiting for cores makes all phases longer: beside another cause it is a remark.
+        # Waiting for cores makes all phases longer: next to another cause it is a remark.
         as_remarks = [replace(finding, severity=Severity.INFO) for finding in crowded]
         return [*in_order(main, in_steps), *as_remarks, *remarks]
 

@@ -1,4 +1,4 @@
-"""Trainings that a job stored as runs of their own, beside the run whose card is printed."""
+"""Trainings that a job stored as runs of their own, other than the run whose card is printed."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _MOST_SHELLS = 8  # one in the other
 
 
 def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
-    """Return the number of the process that a thread waits for; None if it waits for none, or that is not known.
+    """Return the id of the process that a thread waits for; None if it waits for none, or that is not known.
 
     Instead of a shell that itself waits, the program that the shell waits for.
 
@@ -74,7 +74,7 @@ def _run_by_shell(pid: int) -> int | None:
 
 
 def _number(argument: int) -> int | None:
-    """Return the number of a process; None for a group of processes, or any child."""
+    """Return the id of a process; None for a group of processes, or any child."""
     signed = (argument & 0xFFFFFFFF) - (argument & 0x80000000) * 2
     return signed if signed > 0 else None
 

@@ -48,10 +48,10 @@ class ProcessInfo:
     """A process or thread as /proc describes it.
 
     Attributes:
-        pid: its number.
-        parent: number of its parent process.
+        pid: its process id.
+        parent: process id of its parent.
         state: the letter that ps shows.
-        group: number of its process group.
+        group: id of its process group.
         terminal: device number of its controlling terminal, 0 without one.
         cpu_s: CPU time so far, in seconds.
     """
@@ -116,7 +116,7 @@ def read_status(pid: int, name: str, thread: int | None = None) -> str:
 
     Args:
         pid: the process.
-        name: the field's name, as `SigCgt`.
+        name: the field's name, such as `SigCgt`.
         thread: one of its threads; by default the main one.
     """
     for line in _read(f"/proc/{pid}/task/{thread or pid}/status").splitlines():
@@ -157,7 +157,7 @@ def tree_usage(pid: int) -> ProcessUsage:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the numbers of the processes that a process has started and that it has not collected yet."""
+    """Return the ids of the processes that a process has started and that it has not collected yet."""
     threads = _names(f"/proc/{pid}/task")
     return [int(each) for thread in threads for each in _read(f"/proc/{pid}/task/{thread}/children").split()]
 
@@ -186,7 +186,7 @@ def io_bytes(process: int | str) -> tuple[int, int]:
     """Return the bytes that a process has read and written by system calls, without sockets; 0 if not readable.
 
     Args:
-        process: its number, or `PID/task/TID` for one of its threads.
+        process: its process id, or `PID/task/TID` for one of its threads.
     """
     words = _read(f"/proc/{process}/io").split()
     return (int(words[1]), int(words[3])) if len(words) > 3 else (0, 0)  # rchar, wchar

@@ -29,7 +29,7 @@ def program_name(pid: int, proc: Path = Path("/proc")) -> str:
     Arguments of the script are left out, and secrets are masked. Empty if the process has ended.
 
     Args:
-        pid: its number.
+        pid: its process id.
         proc: the kernel's folder of processes.
     """
     try:

@@ -77,7 +77,7 @@ def signal_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
 
     Args:
         pid: the worker.
-        even_if_disturbed: whether a wait of its main thread in C, as `sleep` or `poll`, may end early.
+        even_if_disturbed: whether a wait of its main thread in C, such as `sleep` or `poll`, may end early.
     """
     threads = threads_of(pid)
     if not threads or sum(each.state == "R" for each in threads) > 1 or threads[0].state in "TtZX":

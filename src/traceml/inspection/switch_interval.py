@@ -56,7 +56,7 @@ def reduce_timer_slack() -> None:
 
 
 class OtherThreads:
-    """Tells whether Python threads of the script compute beside the training thread.
+    """Tells whether Python threads of the script compute at the same time as the training thread.
 
     Threads that compute take the lock from each other, and with a short interval they do so all the time.
     """

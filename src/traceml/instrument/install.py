@@ -236,7 +236,7 @@ class Instrumentation:
         return self._discovery is None or bool(self._discovery.is_trained(module))
 
     def upkeep(self, forward_ns: int, backwards: int) -> None:
-        """Plan the work beside the next 64 steps; measure the overhead, look for a device, a process group, and models
+        """Plan the work during the next 64 steps; measure the overhead, look for a device, a process group, and models
         if none was called, unless steps are short.
         """
         clock, pace = self.clock, self._pace

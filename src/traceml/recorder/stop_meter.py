@@ -23,7 +23,7 @@ class StopMeter:
 
     Whoever is stopped neither wakes nor waits for a core. All methods are for the thread that sleeps. Where the kernel
     does not show how long a thread waited for a core, no stop is noted. While the whole machine is suspended, its
-    monotonic clock stands still and the clock since boot does not, which distinguishes the two.
+    monotonic clock does not advance and the clock since boot does, which distinguishes the two.
 
     Args:
         slots: open-phase words of the flight file.

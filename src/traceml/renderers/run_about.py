@@ -63,7 +63,7 @@ def _commit(git: Mapping[str, Any]) -> str | None:
 
 
 def _not_read(about: About) -> str | None:
-    """Return what was to be read beside the training, and was not, with the reason; None where that is not known."""
+    """Return what was not read during the training though it should have been, and why; None where not known."""
     return about.not_read and f"{', '.join(_COLLECTED[name] for name in about.unread)}: {about.not_read}"
 
 

@@ -1,4 +1,4 @@
-"""View models: what a screen shows beside the report itself.
+"""View models: what a screen shows in addition to the report itself.
 
 The report at the end and the report so far have the same type, so the card and the live view cannot disagree.
 """

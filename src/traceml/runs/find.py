@@ -219,7 +219,7 @@ def _owner(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove the folder of a run, and the link `latest` beside it if it led there."""
+    """Remove the folder of a run, and the link `latest` next to it if it pointed there."""
     shutil.rmtree(path)
     latest = path.parent / "latest"
     if latest.is_symlink() and not latest.exists():

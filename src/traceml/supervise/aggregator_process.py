@@ -46,7 +46,7 @@ class AggregatorProcess(RestartingProcess):
         run_id: name of the run's folder.
         runs_dir: folder of all runs, an absolute path.
         on_delivery: called once if the end has to wait for trackers that still receive logged values.
-        settings: variables of its environment, beside ours.
+        settings: variables of its environment, in addition to ours.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class AggregatorProcess(RestartingProcess):
     def take_last_snapshots(self) -> None:
         """Have it take snapshots of ranks without progress, before a signal ends them; at most a fifth of a second.
 
-        The ranks have described themselves since they stand still; this is how they stand at the end.
+        The ranks have described themselves since their last progress; these snapshots show them at the end.
         """
         self._ask("stacks", {"last": True}, _LAST_SNAPSHOT_S)
 

@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
 def first_failure(failures: Iterable[Any]) -> Any:
     """Return the failure of the rank that failed first.
 
-    torchrun knows the second only. Of ranks that failed within one, those with an exception (exit code 1) may have
-    failed because another one was gone, and torchrun ends the others by SIGTERM.
+    torchrun records times in whole seconds. Of ranks that failed within one, those with an exception (exit code 1) may
+    have failed because another one was gone, and torchrun ends the others by SIGTERM.
     """
     known = sorted(failures, key=lambda failure: failure.timestamp)
     together = [each for each in known if each.timestamp - known[0].timestamp <= 1]

@@ -128,7 +128,7 @@ class PageScreen(PassThroughScreen):
 
 @contextlib.contextmanager
 def page_beside(run_dir: Path) -> Iterator[Callable[[], None]]:
-    """Run a page beside a job, and print its address on standard error; yield a function to be called often.
+    """Run a page next to a job, and print its address on standard error; yield a function to be called often.
 
     If this user already runs a page for the same folder of runs, that page is used.
 

@@ -17,12 +17,12 @@ from traceml.supervise.processes import spawn
 __all__ = ["BESIDE_RUNS", "ReportProcess"]
 
 BESIDE_RUNS = 5
-"""Nice value beside training that goes on. At 19, where all cores are in use, reports would take minutes."""
+"""Nice value while other training continues. At 19, where all cores are in use, reports would take minutes."""
 _LIMIT_S = 120.0
 
 
 class ReportProcess:
-    """Makes the reports of ended runs, one at a time, each in a process of its own.
+    """Handle of the processes that write the reports of ended runs, one run at a time.
 
     Such a process may die, hang or use much memory: the aggregator and its other runs do not notice.
 

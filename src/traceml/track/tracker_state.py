@@ -1,4 +1,4 @@
-"""State of each tracker's delivery: one small file per backend in `<run>/trackers/`, and a lock beside it.
+"""State of each tracker's delivery: one small file per backend in `<run>/trackers/`, and a lock next to it.
 
 The delivery process writes it after each batch; the aggregator, `traceml sync`, the rank, the report and the screens
 read it. Imports little beyond the standard library, because all of them import this module.
@@ -72,7 +72,7 @@ class TrackerState:
         passed: logged rows before the cursor.
         reached: per stream and table, the number of its rows before the cursor, lost ones included.
         delivered: values and other logged rows that the backend has confirmed.
-        derived: values computed from the run (step time, verdict, system), delivered beside them.
+        derived: values computed from the run (step time, verdict, system), delivered with them.
         filtered: logged rows that filters kept back.
         failed: logged rows that the backend refused; `reasons` counts them by reason.
         fallback: number of rows in `delivered` that went to the fallback.

@@ -38,9 +38,9 @@ def test_a_stopped_rank_is_reported_with_its_step():
     (verdict, *others) = found(PAIR, pause(57, 1), stops={1: [STOP]})
 
     assert (verdict.kind, verdict.severity, verdict.ranks) == (Kind.STOPPED, Severity.WARNING, (1,))
-    assert verdict.headline == "Rank 1 stood still for 30 s"
+    assert verdict.headline == "Rank 1 was stopped for 30 s"
     assert verdict.summary == (
-        "Rank 1 stood still for 30 s, in step 58: the process did not run, and neither computed nor waited for a core. "
+        "Rank 1 was stopped for 30 s, in step 58: the process did not run, and neither computed nor waited for a core. "
         "The other ranks had to wait."
     )
     assert verdict.cost_share == pytest.approx(0.3)
@@ -101,7 +101,7 @@ def test_several_stops_are_summed():
     verdict = found(PAIR, wall_s=200.0, stops=stops)[0]
 
     assert verdict.ranks == (1,)
-    assert "stood still 2 times for 40 s, the longest 30 s, in step 58" in verdict.summary
+    assert "stopped 2 times for 40 s, the longest 30 s, in step 58" in verdict.summary
 
 
 def test_while_the_run_goes_on_old_stops_are_forgotten():
@@ -117,7 +117,7 @@ def test_a_stop_before_the_first_step():
     """It belongs to the start-up, of which no step is long."""
     verdict = found(ALONE, stops={0: [Stop(20.0, "startup", -1, -1, 3.0)]})[0]
 
-    assert "stood still for 20 s, before the first step" in verdict.summary
+    assert "stopped for 20 s, before the first step" in verdict.summary
 
 
 def test_the_rows_of_a_rank_are_taken():

@@ -1,4 +1,4 @@
-"""Alerts of findings that stand: each once per run, to the targets of the setting `on_finding`."""
+"""Alerts of findings that persist: each once per run, to the targets of the setting `on_finding`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Key = tuple[Kind, tuple[int, ...], str | None]
 
 @dataclass(slots=True)
 class _RunAlerts:
-    """Findings of one run: since when each stands, and those that were sent."""
+    """Findings of one run: since when each persists, and those that were sent."""
 
     since_s: dict[_Key, float] = field(default_factory=dict)
     sent: set[_Key] = field(default_factory=set)
@@ -43,7 +43,7 @@ class FindingAlerts:
 
     Args:
         targets: receivers; without one nothing is done.
-        after_s: time that a finding stands before it is sent.
+        after_s: time that a finding persists before it is sent.
         now_s: a monotonic clock.
     """
 
@@ -56,11 +56,11 @@ class FindingAlerts:
         self._tasks: dict[asyncio.Task[None], Path] = {}
 
     def check(self, run: ActiveRun, findings: Sequence[Finding]) -> None:
-        """Take the findings of a running run, and send those that have stood for long enough.
+        """Take the findings of a running run, and send those that have persisted for long enough.
 
         Args:
             run: the run.
-            findings: all that were found last; one that is no longer there stands no longer.
+            findings: all that were found last; one that is missing no longer persists.
         """
         if not self.has_targets:
             return

@@ -34,8 +34,8 @@ _log = logging.getLogger("traceml")
 
 
 @dataclass(slots=True)
-class _StandingVerdict:
-    """A verdict about computation: its kind, since when it stands or was tried last, and the tries."""
+class _PersistingVerdict:
+    """A verdict about computation: its kind, since when it persists or was tried last, and the tries."""
 
     kind: Kind | None = None
     since_s: float = 0.0
@@ -47,13 +47,13 @@ class FindingProfiles:
     """Profiles a run when its verdict has been computation for some time, by a process of `traceml profile`.
 
     Args:
-        after_s: time that the verdict stands before; 0: never.
+        after_s: time that the verdict persists before; 0: never.
         now_s: a monotonic clock.
     """
 
     def __init__(self, after_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
         self._after_s, self._now_s = after_s, now_s
-        self._runs: dict[ActiveRun, _StandingVerdict] = {}
+        self._runs: dict[ActiveRun, _PersistingVerdict] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def check(self, run: ActiveRun, findings: Sequence[Finding]) -> None:
@@ -63,7 +63,7 @@ class FindingProfiles:
             run: the run.
             findings: all that were found last.
         """
-        known = self._runs.setdefault(run, _StandingVerdict())
+        known = self._runs.setdefault(run, _PersistingVerdict())
         if not self._after_s or known.is_done or not findings:
             return
 
@@ -89,7 +89,7 @@ class FindingProfiles:
 
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _profile(self, run: ActiveRun, verdict: Finding, known: _StandingVerdict) -> None:
+    async def _profile(self, run: ActiveRun, verdict: Finding, known: _PersistingVerdict) -> None:
         with fail_open(_log, "aggregator", f"run {run.id} could not be profiled"):
             try:
                 profile = await _run_profile(run, verdict.ranks[:_MOST_RANKS])

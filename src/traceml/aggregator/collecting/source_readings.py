@@ -1,6 +1,6 @@
 """Readings of code, environment and machine of runs whose rank 0 leaves that to its aggregator.
 
-One process of the lowest priority reads once for each start of a job, beside the training, when the run has come to an
+One process of the lowest priority reads once for each start of a job, during the training, when the run has come to an
 age at which its cost is small. It is killed when the run ends, or when it takes too long.
 """
 
@@ -37,7 +37,7 @@ _BOOT = (
     "from traceml.track.rank.collectors.collector_main import main; main()"
 )
 _POLL_S, _POLLS = 1.0, 60
-_LONGEST_S = 300.0  # half a second of CPU time, beside a training that takes all cores
+_LONGEST_S = 300.0  # half a second of CPU time, while a training takes all cores
 _KILLED_S = 1.0  # a process that a file system holds ends later
 
 _log = logging.getLogger("traceml")

@@ -20,7 +20,7 @@ __all__ = ["SourceRequest", "find_request"]
 
 # Of a rank's info and logged rows: those of its start are first.
 _FRAMES = 8
-_GIT_TIMEOUT_S = 120.0  # beside a training that takes all cores
+_GIT_TIMEOUT_S = 120.0  # while a training takes all cores
 
 
 class CollectRequest(msgspec.Struct, kw_only=True):

@@ -18,7 +18,7 @@ def page_text(name: str) -> str:
     """Return a page of the documentation.
 
     Args:
-        name: its file name, as `verdicts.md`.
+        name: its file name, such as `verdicts.md`.
 
     Raises:
         TraceMLError: the installation does not have it.

@@ -107,7 +107,7 @@ class AnalyzedFile(msgspec.Struct):
 
 
 class TraceWork(msgspec.Struct, kw_only=True):
-    """Time by kind of work in microseconds; `unoverlapped` is beside computing, `idle` beside everything."""
+    """Time by kind of work in microseconds; `unoverlapped` is time without computing, `idle` time without any work."""
 
     duration_us: float
     compute_us: float

@@ -41,7 +41,7 @@ class McpOptions:
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs; no others are read (default: the setting runs_dir)."""
     traces: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR ...")] = ()
-    """Folders whose traces analyze may read, beside the runs folder."""
+    """Folders whose traces analyze may read, in addition to the runs folder."""
 
 
 def main(argv: list[str]) -> int:

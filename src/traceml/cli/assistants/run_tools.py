@@ -72,7 +72,7 @@ class RunTools:
         """List training runs, newest first: id, state, verdict, step time, tags.
 
         Args:
-            where: conditions, as `lr<0.1 tag:baseline state=finished`; names are columns, parameters or metrics.
+            where: conditions, such as `lr<0.1 tag:baseline state=finished`; names are columns, parameters or metrics.
             sort: a column, parameter or metric; the smallest first.
             limit: most runs to return, at most 100.
         """
@@ -136,9 +136,9 @@ class RunTools:
 
         Args:
             paths: files or folders below the runs folder, or below a folder given by `traceml mcp --traces`.
-            by: fields to group by, as `name,cat`; without it, by name, with an overview.
-            where: conditions, as `cat=POSIX,dur>100`.
-            agg: more columns, as `p95,std,sum:args.size`.
+            by: fields to group by, such as `name,cat`; without it, by name, with an overview.
+            where: conditions, such as `cat=POSIX,dur>100`.
+            agg: more columns, such as `p95,std,sum:args.size`.
             top: number of groups.
         """
         if not paths:
@@ -155,7 +155,7 @@ class RunTools:
         """Explain a kind of finding: when it is raised, and what its evidence means.
 
         Args:
-            kind: name of the kind, as INPUT_BOUND.
+            kind: name of the kind, such as INPUT_BOUND.
         """
         name = kind.strip().upper().replace("-", "_")
         if name not in list(Kind):

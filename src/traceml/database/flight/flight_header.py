@@ -165,7 +165,7 @@ class FlightHeader:
 
 
 class FolderClaim:
-    """A flight file without tables, beside files on disk of a rank whose flight file is in memory.
+    """A flight file without tables, next to the files on disk of a rank whose flight file is in memory.
 
     Memory is empty after a reboot. Then this file shows whose files they are.
 

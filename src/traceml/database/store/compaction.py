@@ -167,7 +167,7 @@ class Compaction:
             key: stream and table.
             level: from `next_due`.
             up_to: frames after this id are not merged.
-            cursors: ids at which a delivery stands.
+            cursors: ids up to which each delivery has read.
 
         Raises:
             ValueError: a frame is damaged; frames of this stream and table are left as they are from now on.

@@ -1,6 +1,6 @@
 """Changes to stored frames: merged into larger ones, thinned, summed.
 
-Changes are computed at any time, and written together. A minute's frames of all ranks lie beside each other in the
+Changes are computed at any time, and written together. A minute's frames of all ranks are adjacent in the
 file, so that each page of it is written once, not once per rank.
 """
 
@@ -28,7 +28,7 @@ SUMMED = frozenset(table.name for table in (*STEP_TABLES, *SAMPLE_TABLES))
 THINNED = SUMMED | {LINES.name, LOSSES.name}
 """Tables whose old rows may be thinned."""
 FRAME_OVERHEAD_BYTES = 40
-"""Bytes of a frame in the store beside its rows: header and index, measured."""
+"""Bytes of a frame in the store in addition to its rows: header and index, measured."""
 
 # A transaction of this many takes some 30 ms.
 _MOST_FRAMES = 10_000

@@ -150,7 +150,7 @@ class UnframedRows:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is something for the next transaction, beside the frames that were taken."""
+        """Whether there is something for the next transaction, other than the frames that were taken."""
         return bool(self._new or self._done_record)
 
     def write(self) -> None:

@@ -1,4 +1,4 @@
-"""Upkeep of a store beside its writing: summing, merging and thinning, a few milliseconds at a time."""
+"""Upkeep of a store while it is written: summing, merging and thinning, a few milliseconds at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loader workers that died: behind the end of their rank, or while it went on."""
+"""Loader workers that died: as the cause of their rank's end, or while the rank continued."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class JobFacts:
         batches: fingerprints of batches, and how ranks exchange gradients.
         latest: last step of each rank, -1 before the first.
         progress: progress of each rank; None where it is not known.
-        pauses: times in which the training stood still for the interpreter or for torch.compile.
+        pauses: times in which the interpreter or torch.compile paused the training.
         stops: rank -> times in which its process did not run.
         turnover: device memory that ranks give back to the driver and request again.
         health: faults of devices.
@@ -210,7 +210,7 @@ class JobFacts:
 
     @property
     def others_cores(self) -> float | None:
-        """Cores that programs beside the ranks used on the host of rank 0; None where that is not known."""
+        """Cores that programs other than the ranks used on the host of rank 0; None where that is not known."""
         use = self.use
         if use.host_cores is None or use.busy_cores is None:
             return None

@@ -240,7 +240,7 @@ class JobFactsBuilder:
         return any(share >= OVERSUBSCRIBED for share in self._waits.of_ready_time().values())
 
     def join(self, rank: int) -> None:
-        """Forget how an earlier process of a rank ended or stood still: another one has joined."""
+        """Forget how an earlier process of a rank ended, or that it made no progress: another one has joined."""
         self.exits.pop(rank, None)
         self.progress.forget(rank)
         self.turnover.forget(rank)

@@ -255,7 +255,7 @@ def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
 
     low, usual = busy[is_low], busy[~is_low]
     counts = Counter({bit: int(((low["throttle_reasons"] & bit) != 0).sum()) for bit in REASONS})
-    # The hardware's reason says more than the limit that the driver reports beside it.
+    # The hardware's reason says more than the limit that the driver reports with it.
     bit = max(REASONS, key=lambda each: (counts[each] >= len(low) / 2 and each != _POWER_LIMIT, counts[each]))
     found = LoweredClock(
         index=int(low["index"][0]),

@@ -15,7 +15,7 @@ from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
 __all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "parsed_place"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
-"""Names of the time before the first step and between steps, beside those of the phases."""
+"""Names for the time before the first step and between steps, in addition to those of the phases."""
 
 _KEYS = ("phase", "line_id", "library_id")
 _SUMS = ("samples", "watched_ns", "cpu_ns")

@@ -11,7 +11,7 @@ _PARTS = {
     "steps": ("steps", "between_epochs"),
     "startup": ("startup",),
     "outside": ("evaluation", "idle", "between_epochs"),
-    # The clock of the steps stands still while the machine is suspended.
+    # The clock of the steps does not advance while the machine is suspended.
     "suspended": ("idle", "between_epochs", "startup"),
 }
 

@@ -71,7 +71,7 @@ def blame(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_s
     """Return which ranks block the job.
 
     Args:
-        snapshots: at the ranks that run; each stands still.
+        snapshots: of the ranks that run, by rank; none of them makes progress.
         ended: ranks whose process has ended.
         world_size: ranks of the job.
     """

@@ -12,9 +12,9 @@ from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
+from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
 from traceml.diagnosis.hangs.hang_words import diverged_text, hang_summary, operation_text
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
-from traceml.diagnosis.hangs.standstill import Standstill, standstill
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 
@@ -38,7 +38,7 @@ def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     # The last step may be the one that hung, and that the end of the job has closed.
     times = window.total[:, :-1]
     p99_s = float(np.quantile(times, 0.99)) / _S if times.size else 0.0
-    found = standstill(facts, p99_s)
+    found = detect_hang(facts, p99_s)
     if found is None:
         return []
 
@@ -46,7 +46,7 @@ def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     return [_finding(found, diverged)]
 
 
-def _finding(found: Standstill, diverged: DivergedRanks | None) -> Finding:
+def _finding(found: DetectedHang, diverged: DivergedRanks | None) -> Finding:
     named = found.blame.ranks if found.blame.cause is not HangCause.NETWORK else ()
     first = next((found.snapshots[rank] for rank in named if rank in found.snapshots), None)
     shown = first or (None if named else next(iter(found.snapshots.values())))
@@ -63,7 +63,7 @@ def _finding(found: Standstill, diverged: DivergedRanks | None) -> Finding:
     )
 
 
-def _evidence(found: Standstill, shown: RankSnapshot | None) -> dict[str, Any]:
+def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]:
     worker = blocked_worker(shown) if shown is not None else None
     thread = awaited_thread(shown) if shown is not None else None
     line = user_line(worker) if worker is not None and user_line(worker) is not None else None

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from traceml.database.snapshots import RankSnapshot, WorkerSnapshot
 from traceml.diagnosis.advice import even_batches
 from traceml.diagnosis.hangs.blame import HangCause
+from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, is_blocked_by_full_pipe
-from traceml.diagnosis.hangs.standstill import Standstill
 from traceml.formatting import ranks_text
 
 __all__ = ["hang_advice"]
 
 
-def hang_advice(found: Standstill) -> str:
+def hang_advice(found: DetectedHang) -> str:
     """Return one sentence about what to do next."""
     cause, snapshots = found.blame.cause, found.snapshots
     first = next((snapshots[rank] for rank in (found.blame.ranks or sorted(snapshots)) if rank in snapshots), None)
@@ -31,7 +31,7 @@ def hang_advice(found: Standstill) -> str:
     return _advice_for(first, found) if first is not None else _check_process(found)
 
 
-def _check_process(found: Standstill) -> str:
+def _check_process(found: DetectedHang) -> str:
     others = found.blame.waits and found.blame.ranks
     why = (
         f"Find out why {ranks_text(found.blame.ranks)} reached that point and the others did not"
@@ -64,7 +64,7 @@ _ADVICE: Mapping[HangCause, str] = {
 }
 
 
-def _advice_for(snapshot: RankSnapshot, found: Standstill) -> str:
+def _advice_for(snapshot: RankSnapshot, found: DetectedHang) -> str:
     if snapshot.process_state == "T":
         return "Continue the process with `kill -CONT`, and find out what stopped it."
 

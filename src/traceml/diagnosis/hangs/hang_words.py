@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.hangs.blame import HangCause
+from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, awaited_thread, blocked_worker, doing, user_line
-from traceml.diagnosis.hangs.standstill import Standstill
 from traceml.diagnosis.hangs.uneven_data import UnevenData
 from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
 
@@ -33,7 +33,7 @@ def operation_text(wait: GroupSnapshot) -> str:
     return f"{wait.operation}{number}{peer}{group}"
 
 
-def hang_summary(found: Standstill) -> str:
+def hang_summary(found: DetectedHang) -> str:
     """Return one sentence with a period; what is seen of the ranks, and nothing that was not."""
     cause = found.blame.cause
     if cause in (HangCause.MISMATCH, HangCause.SIZES):
@@ -78,7 +78,7 @@ def diverged_text(diverged: DivergedRanks) -> str:
     return f"The ranks have been out of step {when}{passes}: at its end {listed}."
 
 
-def _late_text(found: Standstill) -> str:
+def _late_text(found: DetectedHang) -> str:
     """Return who did not reach a collective, where it is, and who waits."""
     named, operation = found.blame.ranks, found.blame.operation
     what = operation_text(operation) if operation is not None else ""
@@ -103,14 +103,14 @@ def _late_text(found: Standstill) -> str:
     return f"{subject} been {_state_text(found, named)} {since}{_waiters_text(found)}"
 
 
-def _of_data_text(found: Standstill, data: UnevenData, what: str) -> str:
+def _of_data_text(found: DetectedHang, data: UnevenData, what: str) -> str:
     """Return that the data of some ranks has ended, after how many batches, and where these ranks are now."""
     whose, have = ("its", "it has") if len(data.ranks) == 1 else ("their", "they have")
     text = f"{whose} data ended ({data.text}), and {have} been {_state_text(found, data.ranks)}"
     return f"{ranks_text(data.ranks)} never reached {what or 'the collective'}: {text} for {_age(found, data.ranks)}"
 
 
-def _stands_text(found: Standstill) -> str:
+def _stands_text(found: DetectedHang) -> str:
     ranks = sorted(found.snapshots)
     if len(ranks) == 1 or len({_place(found, rank) for rank in ranks}) == 1:
         has = "has" if len(ranks) == 1 else "have"
@@ -119,7 +119,7 @@ def _stands_text(found: Standstill) -> str:
     return f"no rank has made progress for {_age(found)}: {_places(found, ranks)}"
 
 
-def _ended_text(found: Standstill) -> str:
+def _ended_text(found: DetectedHang) -> str:
     """Return that ranks have ended, after how many steps where that differs, and who waits."""
     gone = found.blame.ranks
     steps = {found.ended[rank].steps for rank in gone if rank in found.ended}
@@ -136,7 +136,7 @@ def _ended_text(found: Standstill) -> str:
     return f"{whose} ended{after}{_waiters_text(found)}, for {_age(found)}"
 
 
-def _different_text(found: Standstill) -> str:
+def _different_text(found: DetectedHang) -> str:
     parts = []
     groups: dict[tuple[str, int], list[int]] = defaultdict(list)
     for rank, wait in found.blame.waits.items():
@@ -151,7 +151,7 @@ def _different_text(found: Standstill) -> str:
     return f"{', '.join(parts)}, for {_age(found)}: {why}"
 
 
-def _state_text(found: Standstill, ranks: Sequence[int]) -> str:
+def _state_text(found: DetectedHang, ranks: Sequence[int]) -> str:
     """Return what the named ranks do: their place if it is one, and what the kernel says."""
     places = {_place(found, rank) for rank in ranks}
     if len(places) == 1:
@@ -160,7 +160,7 @@ def _state_text(found: Standstill, ranks: Sequence[int]) -> str:
     return f"elsewhere ({_places(found, ranks)})"
 
 
-def _place(found: Standstill, rank: int) -> str:
+def _place(found: DetectedHang, rank: int) -> str:
     """Return `in train.py:6 stuck, sleeping` of a rank, with the operation or the worker that it waits for."""
     snapshot = found.snapshots.get(rank)
     if snapshot is None:
@@ -211,7 +211,7 @@ def _own_place(snapshot: RankSnapshot) -> str:
     return ", ".join(part for part in (phase, at, what) if part) or "in unknown code"
 
 
-def _seen_text(found: Standstill, ranks: Sequence[int]) -> str:
+def _seen_text(found: DetectedHang, ranks: Sequence[int]) -> str:
     """Return `, last seen at train.py:6 stuck` of a rank that could not report where it is."""
     snapshot = found.snapshots.get(ranks[0]) if len(ranks) == 1 else None
     seen = snapshot.seen_line if snapshot is not None and user_line(snapshot) is None else None
@@ -225,7 +225,7 @@ def _phase_text(snapshot: RankSnapshot) -> str:
     return "at its end" if snapshot.phase == "exit" else f"in {phase_words(snapshot.phase)}"
 
 
-def _places(found: Standstill, ranks: Iterable[int]) -> str:
+def _places(found: DetectedHang, ranks: Iterable[int]) -> str:
     """Return where ranks are, those at one place together: `rank 0 in ..., ranks 1-3 in ...`."""
     by_place: dict[str, list[int]] = defaultdict(list)
     for rank in sorted(ranks):
@@ -236,7 +236,7 @@ def _places(found: Standstill, ranks: Iterable[int]) -> str:
     return ", ".join(parts[:_LISTED]) + more
 
 
-def _where_they_wait(found: Standstill, ranks: Sequence[int], of: str = "") -> str:
+def _where_they_wait(found: DetectedHang, ranks: Sequence[int], of: str = "") -> str:
     """Return `all_reduce #15 (train.py:28 main)` of ranks that wait in one operation, with their different lines."""
     wait, snapshot = found.blame.waits[ranks[0]], found.snapshots[ranks[0]]
     known = filter(None, (user_line(found.snapshots[rank]) for rank in ranks))
@@ -247,7 +247,7 @@ def _where_they_wait(found: Standstill, ranks: Sequence[int], of: str = "") -> s
     return f"{what}{of}{phase and f' {phase}'}{at}"
 
 
-def _waiters_text(found: Standstill) -> str:
+def _waiters_text(found: DetectedHang) -> str:
     """Return `; rank 0 waits for it in all_reduce #15 (train.py:28 main)`."""
     named = found.blame.ranks
     waiting = [rank for rank in sorted(found.blame.waits) if rank not in named]
@@ -265,7 +265,7 @@ def _waiters_text(found: Standstill) -> str:
     return "; " + ", ".join([first, *more[: _LISTED - 1]]) + (", …" if len(more) >= _LISTED else "")
 
 
-def _age(found: Standstill, ranks: Sequence[int] = ()) -> str:
+def _age(found: DetectedHang, ranks: Sequence[int] = ()) -> str:
     return duration_text(
         min((found.snapshots[rank].quiet_s for rank in ranks if rank in found.snapshots), default=found.quiet_s)
     )

@@ -85,7 +85,7 @@ def is_blocked_by_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSna
 
 
 def is_excused(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
-    """Whether standing still is normal: input of a terminal, a debugger, job control, an idle notebook, compiling.
+    """Whether no progress is normal: input from a terminal, a debugger, job control, an idle notebook, compiling.
 
     Args:
         snapshot: of the rank.

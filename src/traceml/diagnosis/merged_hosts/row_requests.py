@@ -38,7 +38,7 @@ class RowRequests:
 
     @staticmethod
     def is_confirmed(findings: Sequence[Finding], representatives: Representatives) -> bool:
-        """Return whether findings about late ranks are far from a limit, or rest on the rows of all ranks beside them.
+        """Return whether findings about late ranks are far from a limit, or based on rows of all ranks of their hosts.
 
         At the limit of a rule these may decide otherwise than a typical rank does: wait for them before you decide.
         """

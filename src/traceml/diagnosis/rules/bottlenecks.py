@@ -132,7 +132,7 @@ class _PhaseCost:
             kind: its kind.
             summary: the cause.
             action: what to do.
-            evidence: what it is based on beside the times of the part.
+            evidence: what it is based on in addition to the times of the part.
         """
         share = self.saved_ns / self.step_ns
         return Finding(

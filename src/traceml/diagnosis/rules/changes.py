@@ -1,4 +1,4 @@
-"""Changes beside that of the steps: cores, clocks, disks, memory."""
+"""Changes at the same time as that of the steps: cores, clocks, disks, memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAJOR_FAULTS = 20.0
 
 
 class SideChange(NamedTuple):
-    """A change beside that of the steps.
+    """A change at the same time as that of the steps.
 
     Attributes:
         name: key of the evidence.
@@ -46,7 +46,7 @@ _CORES = "End or move what else runs on the host then (`top` names it), or give 
 
 
 def changes(before: MachineUse, then: MachineUse, memory_of: str = "host") -> list[SideChange]:
-    """Return what changed beside the steps, the likeliest cause first.
+    """Return what else changed with the steps, the likeliest cause first.
 
     Args:
         before: use in the other steps.

@@ -72,7 +72,7 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
 
 
 def _change(bins: StepHistory, facts: JobFacts) -> LevelChange | None:
-    """Return how the steps change; as steady growth where that of one phase looks like a jump beside a busy host."""
+    """Return how the steps change; as steady growth where that of one phase looks like a jump on a busy host."""
     change = level_change(bins.step_ns)
     part = None if change is None or change.shape == "growth" else _part(bins, change, facts)
     if part in (None, *COMPUTE, _COMM):

@@ -1,4 +1,4 @@
-"""Findings about pauses: the training stands still for the interpreter, the compiler or the device's clocks.
+"""Findings about pauses: the interpreter or the compiler stops the training, or the device lowers its clock.
 
 Runs in the aggregator and in readers. Imports kinds, findings, `diagnosis.facts`, `diagnosis.steps` and `database`.
 """

@@ -17,7 +17,7 @@ from traceml.formatting import capitalized, count_text, duration_text, plural, r
 __all__ = ["stopped_ranks", "without_stopped_steps"]
 
 LEAST_S = 5.0
-"""Ranks that stood still for less in all are not reported, unless it is a tenth of the run's time."""
+"""Ranks that were stopped for less in all are not reported, unless it is a tenth of the run's time."""
 _TOGETHER_S = 2.0
 _MOST_SHARE = 0.99
 _LEAST_OF_STEP = 0.5  # a step with a stop lasts longer than this share of it
@@ -102,7 +102,7 @@ def _is_same(one: Stop, other: Stop) -> bool:
 def _finding(ranks: tuple[int, ...], stops: Sequence[Stop], share: float, *, others_wait: bool) -> Finding:
     longest, seconds = max(stops, key=lambda stop: stop.seconds), sum(stop.seconds for stop in stops)
     is_suspended = longest.part == "suspended"
-    subject = capitalized(ranks_text(ranks))
+    subject = f"{capitalized(ranks_text(ranks))} {'was' if len(ranks) == 1 else 'were'}"
     times = "" if len(stops) == 1 else f" {plural(len(stops), 'time')}"
     most = "" if len(stops) == 1 else f", the longest {duration_text(longest.seconds)}"
     held = " The other ranks had to wait." if others_wait else ""
@@ -111,7 +111,7 @@ def _finding(ranks: tuple[int, ...], stops: Sequence[Stop], share: float, *, oth
         severity=Severity.WARNING if share >= WARNING_SHARE else Severity.INFO,
         ranks=ranks,
         summary=(
-            f"{subject} stood still{times} for {duration_text(seconds)}{most}{_when(longest)}: "
+            f"{subject} stopped{times} for {duration_text(seconds)}{most}{_when(longest)}: "
             f"{_MACHINE if is_suspended else _PROCESS}.{held}"
         ),
         next=_FOR_MACHINE if is_suspended else _FOR_PROCESS,

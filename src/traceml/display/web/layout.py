@@ -63,7 +63,7 @@ def draw(client: Any, charts: Sequence[str]) -> None:
 
 
 def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> TextNode:
-    """Build the bar; return the text beside the product name.
+    """Build the bar; return the text next to the product name.
 
     Args:
         crumb: that text: the run shown.

@@ -118,4 +118,4 @@ class Pages:
 
 
 def _ignore(_state: object) -> None:
-    """Take no notice of a state."""
+    """Ignore a state."""

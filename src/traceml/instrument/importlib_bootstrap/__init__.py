@@ -19,7 +19,7 @@ F = TypeVar("F")
 
 
 def uncounted(function: F) -> F:
-    """Let warnings not count a function, and the functions that it defines, as callers."""
+    """Make warnings skip a function, and the functions that it defines, when they look for the caller."""
     code: Any = getattr(function, "__code__", None)
     if isinstance(code, CodeType):
         function.__code__ = _renamed(code)  # type: ignore[attr-defined]

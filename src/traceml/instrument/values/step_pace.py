@@ -1,4 +1,4 @@
-"""Length of the latest steps, by which the work beside them is planned.
+"""Length of the latest steps, by which the work between them is planned.
 
 Every 64 steps the instrumentation looks after itself. That takes 90 us and leaves cold caches to the next steps: 1.5 us
 per step of 70 us. Where steps take less than a millisecond it happens ten times a second, after the first 256 of a run.

@@ -41,7 +41,7 @@ class TunnelListener:
     Args:
         selector: the owner's; what is registered there has a callable as data, which takes the events.
         channel: to the launcher.
-        about: fields that announce the streams beside their kind, such as the job.
+        about: fields that announce the streams in addition to their kind, such as the job.
 
     Raises:
         OSError: no port is available.

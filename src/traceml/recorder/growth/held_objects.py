@@ -29,7 +29,7 @@ _MAX_VISITED = 4000
 _ALWAYS_VISITED = 256  # variables that are visited also when a collection takes all of the time
 _MAX_DEPTH = 4
 _MAX_FIELDS = 64
-_MAX_FRAMES, _MAX_LIBRARY_FRAMES = 20, 200  # of the user's code, and beside them: pyplot saves a figure 30 calls deep
+_MAX_FRAMES, _MAX_LIBRARY_FRAMES = 20, 200  # of the user's code, and of others: pyplot saves a figure 30 calls deep
 MAX_CHAIN = 8000
 """Operations of a graph that are followed."""
 _MAX_PATH = 80

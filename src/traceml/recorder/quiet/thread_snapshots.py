@@ -1,4 +1,4 @@
-"""Snapshots of the threads beside the training thread that run the user's code: it may wait for one of them."""
+"""Snapshots of threads other than the training thread that run the user's code: it may wait for one of them."""
 
 from __future__ import annotations
 

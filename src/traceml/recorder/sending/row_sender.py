@@ -221,7 +221,7 @@ class RowSender:
         Args:
             reason: the bye's reason.
             timeout_s: time for all of it.
-            keep_trying: go on for that long when no aggregator answers; else one try has to do.
+            keep_trying: keep trying for that long when no aggregator answers; else try once.
         """
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:

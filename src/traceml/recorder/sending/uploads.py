@@ -2,7 +2,7 @@
 
 A file is copied to a spool first, under a name made of its contents. Where the rank can reach the run's folder it is
 moved there; else the aggregator gets it as rows of `blobs`. Its row in `logged` follows when it has arrived, so that
-readers of the row find the file. Without an aggregator the spool stays beside the flight file, to be recovered later.
+readers of the row find the file. Without an aggregator the spool stays next to the flight file, to be recovered later.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class FileUpload:
         limit_bytes: larger ones are refused.
         suffix: suffix of the file's name.
         facts: other fields of its row.
-        note: copy of the row beside the file in the spool, until the file has arrived.
+        note: copy of the row next to the file in the spool, until the file has arrived.
     """
 
     experiment: int

@@ -45,7 +45,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
     Args:
         report: the run.
         series: the same run over its steps.
-        about: facts beside the rows.
+        about: facts other than the rows.
     """
     view = run_view(report)
     body = [

@@ -170,7 +170,7 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Return the text in lines of at most `width` columns, broken between words; a longer word stands alone.
+    """Return the text in lines of at most `width` columns, broken between words; a longer word has a line of its own.
 
     Of a path that is longer the middle is left out: its file and line always stay.
     """

@@ -38,7 +38,7 @@ def change_text(change: float | None, *, as_factor: bool = False) -> str:
 
     Args:
         change: as a share.
-        as_factor: use a factor for small ones too, where another number beside it is one.
+        as_factor: use a factor for small ones too, where another number next to it is one.
     """
     if change is None:
         return "-"

@@ -112,7 +112,7 @@ def speed_line(view: LiveView, viewport: Viewport) -> Text:
 
 
 def _speed_cells(now: RunView, room: int) -> list[str]:
-    """Return the figures beside the speed that fit in the room."""
+    """Return the figures next to the speed that fit in the space."""
     steps = now.steps
     data = [f"  {number:>7} {unit}/s" for unit, number in now.data_rates[:1]]
     step, p99 = f"  step {ms_text(steps.mean_ms):>7}", f"  p99 {ms_text(steps.p99_ms):>7}"

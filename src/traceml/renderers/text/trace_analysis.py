@@ -150,7 +150,7 @@ def _number(value: float | None) -> str:
 
 
 def _table(labels: Sequence[_Column], numbers: Sequence[_Column], viewport: Viewport) -> Iterator[Text]:
-    """Yield a title line and rows; labels share the width beside the numbers."""
+    """Yield a title line and rows; labels share the width that the numbers leave."""
     room = min(viewport.width, _MAX_WIDTH) - sum(width + 1 for _, width, _ in numbers)
     widths = _label_widths(labels, max(room, 8 * len(labels)))
     title = "".join(_cut(text, width, viewport) for (text, _, _), width in zip(labels, widths, strict=True))

@@ -88,7 +88,7 @@ _DOCS = {
     "metrics": "all logged values",
     "losses": "losses of training steps, at most 20 a second",
     "fingerprints": "hashes of some batches, by which ranks that train on the same data are found",
-    "pauses": "times in which the training stood still: garbage collections, compilations, checkpoints",
+    "pauses": "pauses of the training: garbage collections, compilations, checkpoints",
     "lines": "samples of the line that the training thread ran, by phase; one row per line and five seconds",
 }
 _TIME = ExportColumn("time_epoch_ns", "int64", "time in nanoseconds since 1970 by the aggregator's clock")

@@ -152,7 +152,7 @@ class TimeSection(msgspec.Struct):
 
     `goodput` is the share in steps, without waiting for data, saving, and steps that an attempt repeats: the time
     `productive_s` in `productive_steps`. `repeated_steps` were made by an earlier attempt already, and lost, as they
-    were after its last checkpoint. `hang_s` is the time in which attempts stood still before they were ended; it is
+    were after its last checkpoint. `hang_s` is the time without progress before attempts were ended; it is
     within `restart` and `idle`. `failures` counts the attempts that ended badly, `mtbf_s` is the productive time per
     failure; None without one.
     """
@@ -169,7 +169,7 @@ class TimeSection(msgspec.Struct):
     mtbf_s: float | None = None
 
     def count_failures(self, failures: int, hang_s: float) -> None:
-        """Set the number of attempts that ended badly, and the time for which they had stood still, in seconds."""
+        """Set the number of attempts that ended badly, and the time for which they had made no progress, in seconds."""
         self.failures, self.hang_s = failures, significant(hang_s) or 0.0
         self.mtbf_s = significant(self.productive_s / failures) if failures else None
 
@@ -345,7 +345,7 @@ class SetupSection(msgspec.Struct, kw_only=True):
 
 
 class SourceSection(msgspec.Struct, kw_only=True):
-    """Code and environment of the run beside `commit`, `branch` and `dirty`, masked.
+    """Code and environment of the run in addition to `commit`, `branch` and `dirty`, masked.
 
     `diff` has the uncommitted changes of files that git tracks, at most 256 KiB of them (`diff_truncated`). `not_read`
     is why what is empty was not read; it is empty where all was, and where that is not known.

@@ -73,7 +73,7 @@ def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
 
 
 def stood_s(reader: StoreReader, *, hung: bool) -> float:
-    """Return the time for which attempts stood still before they were ended, in seconds.
+    """Return the time for which attempts made no progress before they were ended, in seconds.
 
     Args:
         reader: of the run.

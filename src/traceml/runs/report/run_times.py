@@ -38,7 +38,7 @@ def run_times(digest: Digest, state: str, run_dir: Path) -> tuple[float | None, 
 
 
 def _last_row_s(digest: Digest) -> float | None:
-    """Return the date of the last step or sample of the ranks beside the aggregator; None without any."""
+    """Return the date of the last step or sample of the ranks on the aggregator's host; None without any."""
     clock = SteadyClock.from_facts(digest.run.get("clock"))
     if clock is None:
         return None

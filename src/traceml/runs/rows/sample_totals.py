@@ -1,4 +1,4 @@
-"""Exact means and greatest values of all samples of a run; of a long run from the sums in its store."""
+"""Exact means and maxima of all samples of a run; of a long run from the sums in its store."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class TraceQuery:
         by: fields to group by.
         where: conditions, all of which must hold.
         report: whether to add kinds of work, overlap, bytes and the timeline.
-        measures: beside the usual ones.
+        measures: in addition to the usual ones.
     """
 
     by: tuple[str, ...] = ("name",)

@@ -25,7 +25,7 @@ def decoded(batch: EventBatch, fields: Sequence[str], context: FieldContext, mas
 
     Args:
         batch: the events.
-        fields: fields to return beside `ts_ns` and `dur_ns`.
+        fields: fields to return besides `ts_ns` and `dur_ns`.
         context: meaning of the numbers.
         mask: rows to return; None for all.
     """

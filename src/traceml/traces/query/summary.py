@@ -46,9 +46,9 @@ def summarize(
 
     Args:
         paths: files, folders and patterns.
-        by: fields to group by, as `name,args.size`.
-        where: conditions, as `cat=POSIX,dur>100`.
-        measures: what to compute of each group beside the usual.
+        by: fields to group by, such as `name,args.size`.
+        where: conditions, such as `cat=POSIX,dur>100`.
+        measures: what to compute of each group in addition to the usual measures.
         report: whether to add overlap, I/O, kernels, ranks and a timeline.
         dask: the address of a Dask scheduler whose workers read the files, or a `distributed.Client`.
         cached: whether to use the result of an earlier process, and to keep this one.

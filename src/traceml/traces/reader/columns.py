@@ -155,7 +155,7 @@ class TraceFileFacts:
         events: number of events, metadata excluded.
         raw_bytes: its size as text.
         damage: parts that could not be used.
-        header: keys beside `traceEvents` (torch.profiler's `distributedInfo`, `deviceProperties`, ...), as parsed.
+        header: keys other than `traceEvents` (torch.profiler's `distributedInfo`, `deviceProperties`, ...), as parsed.
     """
 
     path: Path

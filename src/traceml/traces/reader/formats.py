@@ -23,7 +23,7 @@ _UNIT = re.compile(rb'"time_metric"\s*,\s*"value"\s*:\s*"(NS|US|MS|SEC)"')
 _DECIMALS = {b"NS": 0, b"US": MICROSECONDS, b"MS": 6, b"SEC": 9}
 _NEXT_OBJECT = re.compile(rb'\}\s*(\{)\s*"[^"]*"\s*:')  # without a comma: never within one JSON value
 _EDGE_BYTES = 64
-_MAX_KEPT_BYTES = 64 * 1024  # of a value beside the events
+_MAX_KEPT_BYTES = 64 * 1024  # of a value other than the events
 _MAX_ENDING_BYTES = 1024 * 1024
 _DECODER = json.JSONDecoder()
 

@@ -112,7 +112,7 @@ class JsonlBackend(FileBackend):
         self._append("".join(_encode(line) + "\n" for line in lines).encode("utf-8", "backslashreplace"))
 
     def _stored_path(self, path: Path, name: str) -> str:
-        """Return the path of the content: its own, or that of a copy beside the lines when the option `path` is set."""
+        """Return the path of the content: its own, or that of a copy next to the lines if the option `path` is set."""
         if not self._copies:
             return str(path)
 

@@ -42,7 +42,7 @@ _SYSTEM_TAGS = {
     "git/branch": "mlflow.source.git.branch",
     "git/remote": "mlflow.source.git.repoURL",
 }
-_LOCAL = "local"  # the tracking URI of the database beside the runs
+_LOCAL = "local"  # the tracking URI of the database next to the runs
 _TERMINAL = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "hung": "FAILED", "lost": "KILLED"}
 
 
@@ -289,7 +289,7 @@ class MLflowBackend(BackendInterface):
         return str(found.experiment_id)
 
     def _artifacts(self) -> str | None:
-        """Return the place for artifacts beside a database file; a server has its own."""
+        """Return the place for artifacts next to a database file; a server has its own."""
         database = _database(self._uri)
         return None if database is None else database.with_name("mlartifacts").as_uri()
 

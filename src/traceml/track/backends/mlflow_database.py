@@ -24,7 +24,7 @@ _log = logging.getLogger("traceml")
 def prepare_database(path: Path, *, is_ours: bool) -> None:
     """Create the database file, or bring its schema up to date; another delivery may do so at the same moment.
 
-    A file whose creation was interrupted holds no run and is replaced. What is replaced stays beside it.
+    A file whose creation was interrupted holds no run and is replaced. The replaced file stays next to it.
 
     Args:
         path: the file.
@@ -118,7 +118,7 @@ def _draft(path: Path) -> Path:
 
 
 def _unused(path: Path) -> Path:
-    """Return a name beside the file for the earlier one."""
+    """Return a name next to the file for the earlier one."""
     names = (path.with_name(f"{path.name}.before-{number}") for number in range(1, 10_000))
     return next(name for name in names if not name.exists())
 

@@ -85,7 +85,7 @@ def _tie_to(parent: int | None) -> None:
 
 @contextlib.contextmanager
 def _profiled(run_dir: Path, backend: str) -> Iterator[None]:
-    """Write a profile of this process beside its state when TRACEML_DEBUG is set."""
+    """Write a profile of this process next to its state when TRACEML_DEBUG is set."""
     if os.environ.get("TRACEML_DEBUG", "").lower() in {"", "0", "false", "no", "off"}:
         yield
         return

@@ -1,6 +1,6 @@
 """Values derived from the run for trackers: step time, phase shares, goodput, hosts and devices.
 
-A pure function of the store's frames in their order. State between frames is in `memory`, stored beside the cursor, so
+A pure function of the store's frames in their order. State between frames is in `memory`, stored with the cursor, so
 a frame that is read again gives the same values again, and every backend gets the same.
 
 - `traceml/step_ms`: mean wall time of a step, over all ranks and the interval.

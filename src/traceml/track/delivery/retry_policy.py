@@ -1,4 +1,4 @@
-"""Waits between tries after a failure.
+"""Waits between retries after a failure.
 
 Waits grow by `backoff_factor` up to `max_backoff`, with jitter, so that a thousand jobs do not return at once. After
 `max_retries` failures in a row the circuit breaker is open: then one probe per `max_backoff`. No row is given up.

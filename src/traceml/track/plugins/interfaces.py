@@ -179,7 +179,7 @@ class BackendInterface(ABC):
         """Return when everything given so far survives the death of this process."""
 
     def mark(self) -> dict[str, Any]:
-        """Return the position at the tracker: small, JSON; it is kept beside the cursor.
+        """Return the position at the tracker: small, JSON; it is kept with the cursor.
 
         Called right after `start_experiment`, and after each `flush`.
         """

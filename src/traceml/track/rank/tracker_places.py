@@ -20,7 +20,7 @@ _VARIABLES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 def place_options(backend: str, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Return the options that variables of this process set beside the given ones.
+    """Return the options that variables of this process set in addition to the given ones.
 
     `traceml sync` in another shell would otherwise write elsewhere, or online what was logged offline.
 

@@ -82,7 +82,7 @@ class ProgressHistory:
         self.was_aborted = False
         """Whether the job was found to hang, and ended for that (`snapshots.ABORT`)."""
         self.has_snapshots = False
-        """Whether any rank stands still now, as far as the snapshots tell."""
+        """Whether any rank makes no progress now, by its snapshots."""
         self._steps = np.full(_FIRST_RANKS, -1, np.int64)
         self._ends = np.zeros(_FIRST_RANKS, np.int64)  # of the last step or evaluation
         self._sequences = np.full(_FIRST_RANKS, -1, np.int64)
@@ -100,7 +100,7 @@ class ProgressHistory:
         self._quiet = [0.0, 0.0]
 
     def snapshot_of(self, rank: int) -> RankSnapshot | None:
-        """Return the newest snapshot of a rank that stands still; None if it does not."""
+        """Return the newest snapshot of a rank without progress; None if it makes progress."""
         return None if rank in self._over else self._snapshots.get(rank)
 
     def steps(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
@@ -225,7 +225,7 @@ class ProgressHistory:
         Args:
             hosts: rank -> host; the ranks of one host have one clock.
             names: texts of each rank by id.
-            ended: epoch seconds at which ranks have ended, None where that is not known: their time stands still.
+            ended: epoch seconds at which ranks have ended, None where that is not known: their time does not advance.
             opened: number and age in seconds of the step that was open at the end of a rank.
         """
         gone, open_steps = ended or {}, opened or {}
@@ -273,7 +273,7 @@ class ProgressHistory:
         return RankProgress(rank, snapshot, quiet_s, alive_s, step, self._changes.get(rank, 0) >= _CHANGES)
 
     def _unseen_s(self) -> float:
-        """Return how long a recorder that runs, and has reported pauses, may stand still without a snapshot."""
+        """Return how long a recorder that runs, and has reported pauses, may make no progress without a snapshot."""
         return first_snapshot_s(max(self._quiet), self.timeout_s) + _TURN_S
 
     def _from_rows(

@@ -15,10 +15,10 @@ from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 __all__ = ["COLUMNS", "PAGE_RUNS", "ListPart", "ListQuery", "field_names"]
 
 COLUMNS = ("state", "verdict", "ranks", "step_ms", "samples/s", "started", "took", "size")
-"""The columns that are shown at first, beside the name."""
+"""The columns that are shown at first, in addition to the name."""
 PAGE_RUNS = 50
 _MOST_COLUMNS = 24
-_ALWAYS = ("id", "name", "tags", "note", "archived")  # beside the name, or by a switch
+_ALWAYS = ("id", "name", "tags", "note", "archived")  # next to the name, or by a switch
 
 
 @dataclass(frozen=True, slots=True)

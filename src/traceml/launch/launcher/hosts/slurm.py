@@ -106,7 +106,7 @@ def step_command(node: str, group: int | None = None) -> list[str]:
         node: the node.
         group: its component of a heterogeneous job.
 
-    Standard streams are passed through unchanged; `--overlap` lets it start beside other steps.
+    Standard streams are passed through unchanged; `--overlap` lets it start while other steps run.
     """
     return [
         "srun",

@@ -34,7 +34,7 @@ class AbortWatch:
         self._aborted_s: float | None = None
 
     def is_overdue(self) -> bool:
-        """Return whether the ranks had time enough to end by themselves; called as often as one likes."""
+        """Return whether the ranks had enough time to end by themselves; may be called at any rate."""
         now_s = time.monotonic()
         if self._aborted_s is None and now_s - self._checked_s >= _EVERY_S:
             self._checked_s = now_s

@@ -15,14 +15,14 @@ from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProg
 from traceml.diagnosis.hangs.blame import Blame, blame
 from traceml.diagnosis.hangs.rank_state import is_busy, is_excused
 
-__all__ = ["Standstill", "standstill"]
+__all__ = ["DetectedHang", "detect_hang"]
 
 CERTAIN_S = 5.0
 """Ranks that can never meet hang after this many seconds, and so does a stopped process."""
 BUSY_FACTOR = 5
 """A rank that computes gets this many times `hang_timeout`."""
 ENDED_S = 10.0
-"""A job that was ended hung if it had stood still for so long at least, and far longer than its steps take."""
+"""A job that was ended hung if it had made no progress for this long, and for far longer than its steps take."""
 
 _STEPS, _GAPS, _PAUSES, _BUSY_PAUSES = 20, 2, 1.5, 3
 _SLOW_STEPS = 3
@@ -31,11 +31,11 @@ _ALIVE_S, _RANKS_PER_S, _SENDING_S = 15.0, 100, 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Standstill:
+class DetectedHang:
     """A job that hangs, or has hung.
 
     Attributes:
-        snapshots: at the ranks that stand still.
+        snapshots: of the ranks without progress, by rank.
         blame: who blocks it.
         quiet_s: seconds since any rank made progress.
         is_busy: whether a rank computes: it is slow, or in an endless loop.
@@ -51,7 +51,7 @@ class Standstill:
     is_over: bool
 
 
-def standstill(facts: JobFacts, step_p99_s: float) -> Standstill | None:
+def detect_hang(facts: JobFacts, step_p99_s: float) -> DetectedHang | None:
     """Return the hang of a job; None while it makes progress, and where it may be normal.
 
     Args:
@@ -67,7 +67,7 @@ def standstill(facts: JobFacts, step_p99_s: float) -> Standstill | None:
     return _afterwards(facts, facts.progress, step_p99_s)
 
 
-def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> Standstill | None:
+def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedHang | None:
     ended = {each.rank: each for each in facts.exits}
     alive = {rank: each for rank, each in progress.ranks.items() if rank not in ended}
     alive_s = _ALIVE_S + min(2 * facts.world_size / _RANKS_PER_S, _SENDING_S)
@@ -98,7 +98,7 @@ def _judged(
     *,
     unsteady: Collection[int],
     is_over: bool,
-) -> Standstill | None:
+) -> DetectedHang | None:
     is_alone = world_size == 1
     if any(is_excused(snapshot, is_alone=is_alone) for snapshot in snapshots.values()):
         return None
@@ -109,11 +109,11 @@ def _judged(
         is_busy(snapshot, is_alone=is_alone) or (rank in unsteady and rank not in blamed.waits)
         for rank, snapshot in snapshots.items()
     )
-    return Standstill(snapshots, blamed, quiet_s, busy, ended, is_over)
+    return DetectedHang(snapshots, blamed, quiet_s, busy, ended, is_over)
 
 
-def _limit_s(found: Standstill, progress: JobProgress, step_p99_s: float) -> float:
-    """Return how long the job may stand still."""
+def _limit_s(found: DetectedHang, progress: JobProgress, step_p99_s: float) -> float:
+    """Return how long the job may make no progress."""
     is_stopped = any(snapshot.process_state == "T" for snapshot in found.snapshots.values())
     if is_stopped or (found.blame.is_certain and not found.is_busy):
         return min(CERTAIN_S, progress.timeout_s)
@@ -125,7 +125,7 @@ def _limit_s(found: Standstill, progress: JobProgress, step_p99_s: float) -> flo
     return max(progress.timeout_s, _PAUSES * pause_s, _SLOW_STEPS * step_p99_s)
 
 
-def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> Standstill | None:
+def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedHang | None:
     """Return the hang in which a job was ended."""
     exits = {each.rank: each for each in facts.exits}
     finished = {rank: ended for rank, ended in exits.items() if ended.state == "finished"}
