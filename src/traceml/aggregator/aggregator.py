@@ -18,16 +18,12 @@ from typing import Any
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
-from traceml.aggregator.collecting.source_readings import SourceReadings
+from traceml.aggregator.checks.run_checks import RunChecks, checking
 from traceml.aggregator.commands import Commands
-from traceml.aggregator.core_takers import CoreTakers
-from traceml.aggregator.hung_jobs import HungJobs
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.relay.relayed_hosts import RelayedHosts
-from traceml.aggregator.silence.silent_ranks import SilentRanks
 from traceml.aggregator.streams import Stream, StreamPeer
-from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.store.store import merge_wal
 from traceml.errors import ProtocolError, StoreError
 from traceml.fail_open import fail_open
@@ -48,7 +44,6 @@ _WATCH_S = 0.25
 _VERDICT_S = 1.0
 # After each tick, when the rows are acknowledged, for summing, merging and thinning what a run has stored.
 _MAINTAIN_S = 0.015
-_LAST_ALERTS_S = 5.0
 _SETTLE_POLLS, _SETTLE_POLL_S = 100, 0.05
 # An aggregator that ends when idle waits this long for its first rank.
 _NEVER_JOINED_S = 60.0
@@ -108,13 +103,7 @@ class Aggregator:
         self._deliveries = DeliveryManager(STALL_LIMIT_S if exit_when_idle else None, delivery_nice)
         self._settling: set[Path] = set()
         self._parent = os.getppid()
-        self._verdicts: dict[ActiveRun, LiveVerdict] = {}
-        self._silent: dict[ActiveRun, SilentRanks] = {}
-        self._core_takers: dict[ActiveRun, CoreTakers] = {}
-        self._sources = SourceReadings(delivery_nice)
-        self._hung = HungJobs(on_run_finished)
-        self._alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
-        self._profiles = profiles if profiles is not None else FindingProfiles(0.0)
+        self._checks = RunChecks(self._start, on_run_finished, delivery_nice, alerts, profiles)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_s = math.inf
@@ -158,7 +147,7 @@ class Aggregator:
                     "state": run.state,
                     "streams": len(run.streams),
                     "connected": len(run.connected),
-                    "verdicts": self._verdicts[run].count if run in self._verdicts else 0,
+                    "verdicts": self._checks.verdict_count(run),
                     **asdict(run.ingest.statistics()),
                 }
                 for run in self.registry.open_runs
@@ -264,22 +253,16 @@ class Aggregator:
         return await asyncio.shield(self._ending[run]) and run.ended  # a rank may have opened it again
 
     async def _end(self, run: ActiveRun, status: int | None) -> bool:
-        await self._sources.end(run)
+        await self._checks.end_sources(run)
         self._recover_flights(run)
         run.settle_exits()
         report_follows = self._on_run_finished is not None
-        if not run.end(status, diagnose=self._alerts.has_targets, report_follows=report_follows):
+        if not run.end(status, diagnose=self._checks.alerts.has_targets, report_follows=report_follows):
             return False
 
         self._hosts.stored(run)
         self._hosts.confirm(run, at_once=True)
-        self._alerts.check_end(run, run.final_findings)
-        self._alerts.forget(run)
-        self._profiles.forget(run)
-        self._verdicts.pop(run, None)
-        self._silent.pop(run, None)
-        self._core_takers.pop(run, None)
-        self._hung.forget(run)
+        self._checks.end(run)
         if not run.streams and run.id != self._run_id:
             self._deliveries.forget(run.path)
             self.registry.discard(run)
@@ -294,7 +277,7 @@ class Aggregator:
 
     def is_delivering(self, path: Path) -> bool:
         """Whether rows or alerts of an ended run are still being delivered."""
-        return path in self._deliveries.ended_runs or path in self._settling or self._alerts.is_sending(path)
+        return path in self._deliveries.ended_runs or path in self._settling or self._checks.alerts.is_sending(path)
 
     def _recover_flights(self, run: ActiveRun) -> None:
         """Recover the rows of ranks of this run that were never connected here."""
@@ -324,7 +307,7 @@ class Aggregator:
         if self._exit_when_idle:
             await self._await_ranks()
 
-        await self._sources.close()
+        await self._checks.close_sources()
         for run in self.registry.open_runs:
             over = not run.is_connected and all(stream.ended for stream in run.streams)
             if over and await self.end(run):
@@ -333,8 +316,7 @@ class Aggregator:
             run.close()
 
         await asyncio.gather(*self._ending.values(), return_exceptions=True)
-        await self._alerts.close(_LAST_ALERTS_S)
-        await self._profiles.close()
+        await self._checks.close()
         await asyncio.to_thread(self._deliveries.stop)
         await self.server.stop()
 
@@ -370,7 +352,7 @@ class Aggregator:
                 verdict_at_s = max(verdict_at_s + _VERDICT_S, now_s)
 
             for run in self.registry.open_runs:
-                with _checking(run):
+                with checking(run):
                     self._watch_run(run, diagnose=diagnose)
 
             self._manage_deliveries()
@@ -400,18 +382,7 @@ class Aggregator:
     def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
         run.check_absent()
         if diagnose:
-            run.commit()  # the verdict is of all that has come
-            self._silent.setdefault(run, SilentRanks(run, self._start)).check()
-            self._core_takers.setdefault(run, CoreTakers(run, self._start)).check()
-            verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
-            verdict.update(run.store)
-            self._hosts.ask(run, verdict.wanted)
-            self._alerts.check(run, verdict.findings)
-            self._profiles.check(run, verdict.findings)
-            self._sources.check(run)
-            run.commit()
-            if verdict.is_hang and self._hung.is_due(run):
-                self._start(self._abort_checked(run))
+            self._hosts.ask(run, self._checks.check(run).wanted)
 
         if not run.ended:  # also where no rows arrive
             self._hosts.confirm(run)
@@ -421,12 +392,8 @@ class Aggregator:
             self._start(self._end_checked(run))  # the other runs are not kept waiting for its report
 
     async def _end_checked(self, run: ActiveRun) -> None:
-        with _checking(run):
+        with checking(run):
             await self.end(run)
-
-    async def _abort_checked(self, run: ActiveRun) -> None:
-        with _checking(run):
-            await self._hung.abort(run)
 
     def _has_launcher(self, run: ActiveRun) -> bool:
         """Whether a live launcher will report the end of this run."""
@@ -434,7 +401,7 @@ class Aggregator:
 
     def _stop_if_idle(self) -> None:
         now_s = time.monotonic()
-        delivering = self._deliveries.ended_runs or self._settling or self._alerts.is_busy
+        delivering = self._deliveries.ended_runs or self._settling or self._checks.alerts.is_busy
         if self.registry.open_runs or self._ending or delivering or any(peer.context for peer in self.server.peers):
             self._idle_since_s = self._adopted_s = now_s
 
@@ -493,10 +460,6 @@ class Aggregator:
             raise ProtocolError("a clock message carries offset_ns and rtt_ns")
 
         run.store.update_stream(stream.id, clock_offset_ns=offset, clock_rtt_ns=rtt)
-
-
-def _checking(run: ActiveRun) -> fail_open:
-    return fail_open(_log, "aggregator", f"run {run.id} could not be checked", level=logging.ERROR)
 
 
 def _call(listener: Callable[[Path], object], path: Path) -> None:

@@ -108,7 +108,7 @@ def for_residual(
         if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
             return (
                 f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often for larger "
-                "tensors, as of several environments that are played at once (gymnasium's SyncVectorEnv), or use "
+                "tensors, as with several environments that are stepped at once (gymnasium's SyncVectorEnv), or use "
                 "torch.compile. `traceml report --lines` shows all lines."
             )
 

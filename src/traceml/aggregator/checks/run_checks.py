@@ -1,0 +1,105 @@
+"""All checks of open runs that the aggregator makes once a second, and their state by run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.alerts.finding_alerts import FindingAlerts
+from traceml.aggregator.alerts.finding_profiles import FindingProfiles
+from traceml.aggregator.checks.core_takers import CoreTakers
+from traceml.aggregator.checks.hung_jobs import HungJobs
+from traceml.aggregator.collecting.source_readings import SourceReadings
+from traceml.aggregator.silence.silent_ranks import SilentRanks
+from traceml.aggregator.verdicts import LiveVerdict
+from traceml.fail_open import fail_open
+
+__all__ = ["RunChecks", "checking"]
+
+_LAST_ALERTS_S = 5.0
+
+_log = logging.getLogger("traceml")
+
+
+def checking(run: ActiveRun) -> fail_open:
+    """Return the guard of a check of a run: an error is logged, and the other runs are checked."""
+    return fail_open(_log, "aggregator", f"run {run.id} could not be checked", level=logging.ERROR)
+
+
+class RunChecks:
+    """Checks the runs of one aggregator.
+
+    Args:
+        start: starts a coroutine.
+        report: writes the report of a run.
+        nice: nice value of the processes that read about the code of a run.
+        alerts: notified of findings.
+        profiles: takes profiles by itself.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[Coroutine[Any, Any, None]], None],
+        report: Callable[[Path], object] | None,
+        nice: int,
+        alerts: FindingAlerts | None,
+        profiles: FindingProfiles | None,
+    ) -> None:
+        self._start = start
+        self.alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
+        self._profiles = profiles if profiles is not None else FindingProfiles(0.0)
+        self._sources = SourceReadings(nice)
+        self._hung = HungJobs(report)
+        self._verdicts: dict[ActiveRun, LiveVerdict] = {}
+        self._silent: dict[ActiveRun, SilentRanks] = {}
+        self._core_takers: dict[ActiveRun, CoreTakers] = {}
+
+    def check(self, run: ActiveRun) -> LiveVerdict:
+        """Check an open run, and return its verdict. Call it once a second."""
+        run.commit()  # the verdict is of all that has come
+        self._silent.setdefault(run, SilentRanks(run, self._start)).check()
+        self._core_takers.setdefault(run, CoreTakers(run, self._start)).check()
+        verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
+        verdict.update(run.store)
+        self.alerts.check(run, verdict.findings)
+        self._profiles.check(run, verdict.findings)
+        self._sources.check(run)
+        run.commit()
+        if verdict.is_hang and self._hung.is_due(run):
+            self._start(self._abort(run))
+
+        return verdict
+
+    def verdict_count(self, run: ActiveRun) -> int:
+        """Return how many verdicts of a run were stored."""
+        return self._verdicts[run].count if run in self._verdicts else 0
+
+    async def end_sources(self, run: ActiveRun) -> None:
+        """Store what was read about the code of a run that ends."""
+        await self._sources.end(run)
+
+    def end(self, run: ActiveRun) -> None:
+        """Send the last alerts of a run that is over, and forget it."""
+        self.alerts.check_end(run, run.final_findings)
+        self.alerts.forget(run)
+        self._profiles.forget(run)
+        self._verdicts.pop(run, None)
+        self._silent.pop(run, None)
+        self._core_takers.pop(run, None)
+        self._hung.forget(run)
+
+    async def close_sources(self) -> None:
+        """End all reading about the code of runs."""
+        await self._sources.close()
+
+    async def close(self) -> None:
+        """Wait for alerts that are being sent, and end the profiles."""
+        await self.alerts.close(_LAST_ALERTS_S)
+        await self._profiles.close()
+
+    async def _abort(self, run: ActiveRun) -> None:
+        with checking(run):
+            await self._hung.abort(run)
