@@ -121,8 +121,8 @@ def _master(address: str) -> str:
 def _slurm_step(environ: Mapping[str, str]) -> str | None:
     """Return the number of this task's step of a Slurm job, None outside of steps.
 
-    A batch script, too, has a rank (0), the number of tasks that it may start, and the process of its task, which a
-    container that passes on a task's rank alone has not.
+    A batch script also has a rank (0), the number of tasks that it may start, and the process id of its task. A
+    container that is given only the rank of a task does not have that process id.
     """
     if step := environ.get("SLURM_STEP_ID"):
         return step

@@ -319,7 +319,7 @@ class ActiveRun(RunStreams):
                 _log.error("run %s: %s", self.id, error)
 
     def _has_started_rank(self, flight: DeadFlight, attempt: int) -> bool:
-        """Whether a process that could not connect has only started the one that is the rank now."""
+        """Whether a process that never connected has only started the process that is its rank now: it has no steps."""
         return self._table.of_rank(attempt, flight.rank) is not None and not appended_rows(flight.image).get("steps")
 
     def _finalize_dead(self, stream: Stream, image: FlightSnapshot | None = None) -> None:

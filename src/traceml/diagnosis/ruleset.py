@@ -206,8 +206,8 @@ def _slower(
 ) -> list[Finding]:
     """Return the finding about steps that became slower.
 
-    Of several trainings, each is compared with itself. What one of them shows, of code that does not depend on the
-    model, may go on in those after it: then the finding is that of the run.
+    Of several trainings, each is compared with itself. A slowdown of code that does not depend on the model may
+    continue in later trainings: then the finding is about the whole run.
     """
     if window.steps[0] > _FIRST_STEPS:  # live, the window is only the newest part of a longer run
         return []

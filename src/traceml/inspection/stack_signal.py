@@ -153,7 +153,7 @@ class SignaledStacks:
         return bool(ctypes.CDLL(None).tgkill(self._pid, target, int(STACK_SIGNAL)) == 0)
 
     def _target_of_silent(self) -> int | None:
-        """Return the thread for the signal: the main one where it runs, so is in no wait, else the one asked.
+        """Return the thread for the signal: the main one if it runs, so is not in a wait; else the one that was asked.
 
         A stopped process would handle the signal later, when it runs again.
         """

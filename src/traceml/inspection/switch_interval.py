@@ -1,7 +1,7 @@
 """The interpreter's switch interval, shortened while the training thread is sampled.
 
-A thread that wants the interpreter's lock asks for it after this interval, 5 ms as usual. Sooner than that it gets the
-lock only where the other thread releases it by itself, so it wakes in such places.
+A thread that waits for the interpreter's lock requests it after this interval, by default 5 ms. Before that it gets the
+lock only if the holder releases it on its own. So without a short interval, samples are taken only at such places.
 """
 
 from __future__ import annotations

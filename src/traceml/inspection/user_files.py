@@ -38,10 +38,10 @@ def is_debugger(path: str) -> bool:
 
 
 def display_path(path: str) -> str:
-    """Return a file of code as it is shown.
+    """Return the path under which a file of code is shown.
 
-    That is `In[3]` for a cell of a notebook, instead of its temporary file, and a script that was started as
-    `python ../train.py` without the way to it.
+    A cell of a notebook is `In[3]` instead of its temporary file. A script that was started as `python ../train.py` has
+    no `..` in its path.
     """
     if "/../" in path:
         return os.path.realpath(path)

@@ -4,9 +4,9 @@ The CPU only launches work on an accelerator, so CPU time says little about it. 
 an event, which the stream reaches after all work launched on it before. The time between two events belongs to the
 phase that began at the first one: exclusive, as on the CPU, and in the same order.
 
-All events of a step are on one stream, that of its backward passes. So an event that is complete means that all before
-it are, and times of streams that run side by side are never added up. A phase that begins while another stream or
-device is current has no device time. See docs/decisions/0014-only-the-end-of-a-step-is-asked.md.
+All events of a step are on one stream, that of its backward passes. So when an event is complete, all before it are,
+and times of parallel streams are never added up. A phase that begins while another stream or device is current has no
+device time. See docs/decisions/0014-only-the-end-of-a-step-is-asked.md.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class HookOverhead:
 def entered_phases(flight: FlightFile) -> int:
     """Return how many phases the last step entered, as far as its rows show.
 
-    A phase without time was not entered. Waiting for data, forward and backward count once per micro-batch, a user
-    phase as often as it was entered, and any other once, as its calls are not counted.
+    A phase without time was not entered. Waiting for data, forward and backward count once per micro-batch. A user
+    phase counts as often as it was entered. Any other phase counts once, because its calls are not counted.
     """
     row = _row(flight, STEPS, 1)
     micro_batches = max(unpack_bits(row[_BITS]).micro_batches, 1)

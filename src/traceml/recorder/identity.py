@@ -167,7 +167,7 @@ def spawned_from() -> SpawnedFrom | None:
 
 
 def is_of_traced_job() -> bool:
-    """Whether a process that records has started this one, in any way and through any others, or has become it."""
+    """Whether a recording process is an ancestor of this one, or has become it by `exec`."""
     return _exported_parent() is not None
 
 

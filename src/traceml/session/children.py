@@ -1,7 +1,7 @@
 """Trainings in child processes: one that makes an optimizer becomes a rank of its parent's run.
 
-`torch.multiprocessing.spawn` and `multiprocessing.Process` start a function. While they start it, it is replaced by one
-that waits for the first optimizer of the child. Workers of data loaders and pools make none.
+`torch.multiprocessing.spawn` and `multiprocessing.Process` start a function. It is wrapped in one that starts tracing
+at the first optimizer of the child. Workers of data loaders and pools make none.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _rows(reader: StoreReader, table: str, stream: int) -> Iterator[dict[str, An
 def _environ(pid: int) -> dict[str, str] | None:
     """Return the variables with which a program of this user was started.
 
-    None where they are not known: a process that another one forked, as a worker of a launch, has that one's here.
+    None where they are not known: for a forked process, such as a worker of a launch, the kernel shows its parent's.
     """
     own = Path("/proc", str(pid))
     try:

@@ -33,9 +33,9 @@ class AbsentRanks:
         self._known: dict[Path, dict[str, Any]] = {}
 
     def find(self) -> list[SilentProcess]:
-        """Return the live processes of these ranks; of a rank that several processes claim to be, none.
+        """Return the live processes of these ranks, without ranks that several processes claim to be.
 
-        Other processes of a rank inherit its variables, such as programs that it starts.
+        Programs that a rank starts inherit its variables, and so claim to be that rank.
         """
         if self._run.is_complete:
             self._known.clear()

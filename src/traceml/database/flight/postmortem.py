@@ -168,7 +168,7 @@ class FlightSnapshot:
         return self._slots[slot]
 
     def counters(self, name: str) -> TableCounters:
-        """Return a table's counters; of one that is only in its journal, as far as that goes."""
+        """Return a table's counters; for a table that is only in its journal, those that the journal shows."""
         if name not in self._tables:
             return TableCounters(max((taken.first + taken.n for taken in self._journaled(name)), default=0), 0, 0, 0, 0)
 

@@ -286,7 +286,7 @@ class StoreReader(FrameReader):
     def _update_progress(self) -> None:
         """Add the frames since the last call to the progress.
 
-        Rows of a frame are consecutive, so those of a merged frame that were counted in its parts are known by number.
+        Rows of a frame are consecutive, so their numbers show which rows of a merged frame were counted in its parts.
         When frames were removed meanwhile, all are counted again.
         """
         for _ in range(_TRIES):

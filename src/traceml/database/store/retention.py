@@ -1,8 +1,9 @@
 """Thinning of old rows, so that a run of any length takes bounded space.
 
-When steps and samples take more than their share, the older half of the rows that are still complete is thinned to the
-level of all older rows; when those take more than half of the share, their level goes up by one, which halves them. The
-rest are blocks of steps spread over the run, the same on every rank; the run's sums stay exact. See `thinning`.
+When steps and samples take more than their share, the older half of the complete rows is thinned to the level of the
+rows that were thinned before. When thinned rows take more than half of the share, their level rises by one, which
+halves them. What stays are blocks of steps spread over the run, the same on every rank; the run's sums stay exact.
+See `thinning`.
 """
 
 from __future__ import annotations

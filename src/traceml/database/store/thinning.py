@@ -45,8 +45,8 @@ def kept_rows(rows: NDArray[np.void], level: int) -> NDArray[np.bool_]:
 def thinned_rows(table: str, rows: NDArray[np.void], level: int) -> NDArray[np.void]:
     """Return what stays of a table's consecutive rows at a level.
 
-    Counts of sampled lines are added up by line instead, so that their totals stay exact. Of losses the last finite one
-    and the one after it stay, as the verdict says since when they are not finite.
+    Counts of sampled lines are added up by line instead, so that their totals stay exact. The last finite loss and the
+    next one always stay: the verdict says since when losses are not finite.
     """
     if table == LOSSES.name:
         return rows[kept_rows(rows, level) | _last_change(rows["loss"])]

@@ -1,4 +1,4 @@
-"""Ranks that failed because another one had closed its connection, as its script ended before theirs."""
+"""Ranks that failed because another rank's script ended first and closed its connection."""
 
 from __future__ import annotations
 

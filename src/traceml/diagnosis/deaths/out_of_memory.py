@@ -124,7 +124,7 @@ def _on_host(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
 
 
 def _host_limit(ended: RankExit, facts: JobFacts) -> tuple[int | None, str]:
-    """Return the memory that the rank may have, by its own limit, that of its control group or host, and which."""
+    """Return the memory limit of the rank, and whose it is: its own, its control group's, or the host's."""
     if not ended.oom and ended.address_limit_bytes is not None:
         return ended.address_limit_bytes, "address_space"
 

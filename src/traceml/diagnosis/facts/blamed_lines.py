@@ -1,8 +1,8 @@
 """Lines and libraries that a phase is spent in, as far as its samples show.
 
-Shares of phases come from the hooks; samples only divide a phase by line. A sampler sees code that never lets it look
-less often than it runs. So a function is named if its share of all samples explains half of the phase's measured share,
-and if the phase is not in more samples than its share: then other phases hide code, and this one may too.
+Shares of phases come from the hooks; samples only divide a phase by line. Code that holds the GIL is sampled less than
+it runs. So a function is named only if its share of all samples explains half of the phase's measured share, and if the
+phase does not have more samples than its share: that would mean that code elsewhere is hidden from samples.
 """
 
 from __future__ import annotations

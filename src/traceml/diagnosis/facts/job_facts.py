@@ -57,12 +57,12 @@ class JobFacts:
             '' are processes of other users.
         samples: use of cores, memory and devices over the run.
         model: the trained model.
-        fused: whether the optimizer is a fused one; None where it has no such form, as far as is known.
+        fused: whether the optimizer is a fused one; None where no fused form of it is known.
         detects_anomalies: whether autograd's detection of anomalies is on.
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
         only_logs: whether the script logs values and is not traced.
-        other_models: steps before which a model or optimizer of another size appeared, without the run's first ones.
-        same_models: those of them before which an earlier one was trained again, with its first step.
+        other_models: steps before which a model or optimizer of another size appeared; not those of the run's start.
+        same_models: of these steps, those at which an earlier model was trained again -> first step of that model.
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
         loaders: rank -> its data loaders, in the order of their first use; of equal ones in a row the first.

@@ -106,10 +106,10 @@ class BatchHistory:
         return found
 
     def distinct_ranks(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """Return the ranks with data of their own: of ranks with equal batches the lowest; empty where not known.
+        """Return the ranks whose data count: of ranks with equal batches the lowest; empty where not known.
 
-        The later stages of a pipeline, whose input is that of another kind than the first one's, have none. Parts of a
-        model that is split by tensors have the same batches; without fingerprints, their number is not known.
+        Later stages of a pipeline have none: their input is of another kind than the first stage's. The ranks of a
+        tensor-parallel group have the same batches; without fingerprints, their number is not known.
         """
         first = self._inputs.get(min(ranks, default=0))
         fed = [rank for rank in ranks if self._inputs.get(rank, first) == first]

@@ -23,7 +23,7 @@ class RankChoice:
     """The ranks of a host, divided.
 
     Attributes:
-        typical: the rank that stands for the ordinary ones.
+        typical: the rank that represents the ordinary ones.
         ordinary: ranks that do not differ from it, itself among them.
         outliers: the others.
     """
@@ -38,7 +38,7 @@ def choose_ranks(segments: Segments, kept: int | None = None) -> RankChoice:
 
     Args:
         segments: own work of the host's ranks in the newest steps.
-        kept: the typical rank so far, which stays typical as long as it is an ordinary one.
+        kept: the typical rank so far; it stays typical while it is an ordinary one.
     """
     if not segments.own.size:  # no step that all of them have made: nobody differs yet
         ranks = segments.ranks.tolist()

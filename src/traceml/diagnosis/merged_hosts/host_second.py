@@ -1,6 +1,6 @@
 """Message of a host about a second: rows of the chosen ranks, and exact sums of all.
 
-Rows are those of the table `steps`, unchanged, so that the receiver takes them as it takes those of a rank. The sums
+Rows are unchanged rows of the table `steps`, so the receiver handles them like rows from a rank. The sums
 are those of the store (`database.store.summaries`): any number of them can be joined without loss, in any order.
 """
 
@@ -30,8 +30,8 @@ class HostSecond:
 
     Attributes:
         host: its name.
-        typical: the rank that stands for the ordinary ones.
-        ordinary: the ranks that it stands for, itself among them.
+        typical: the rank that represents the ordinary ones.
+        ordinary: the ranks that it represents, itself among them.
         rows: rank -> its new rows of `steps`, of the typical rank, of outliers, and of ranks that were asked for.
         begins: ranks of `rows` that are sent from now on, with their newest earlier rows.
         ended: ranks that have ended.
@@ -52,7 +52,7 @@ class HostSecond:
 
     @property
     def choice(self) -> HostChoice:
-        """The ranks that are sent, and those that the typical one stands for."""
+        """The ranks that are sent, and those that the typical one represents."""
         return HostChoice(
             host=self.host,
             typical=self.typical,

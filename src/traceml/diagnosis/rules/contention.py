@@ -54,9 +54,9 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
 
 
 def is_kept_waiting(facts: JobFacts) -> bool:
-    """Return whether the ranks waited for cores that other programs use for most of the time.
+    """Return whether the ranks spent most of the time waiting for cores that other programs use.
 
-    What they do instead of waiting is then less than half of the time, however long it takes on the clock.
+    All their other work then takes less than half of the time, however long it looks by the wall clock.
     """
     workers = (facts.loader.num_workers if facts.loader else None) or 0
     return facts.waited_share >= _MOSTLY and _foreign_cores(facts, workers) >= OTHERS_CORES

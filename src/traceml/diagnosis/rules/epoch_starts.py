@@ -106,8 +106,8 @@ def workers_restarted(
 def _restarts(window: AlignedSteps, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return the steps that waited for new workers, as columns of the window, and how long.
 
-    Persistent workers also fetch the first batch only when it is asked for. As they keep up with the steps otherwise, a
-    batch takes them at most as long as all workers together need for one each.
+    Persistent workers, too, fetch the first batch only on request, so that wait is not a cost of the restart. It is at
+    most the time in which all workers, which keep up with the steps, fetch one batch each (`fetch_ns`).
     """
     rows = facts.epochs
     _, columns, at = np.intersect1d(window.steps, rows["step"], return_indices=True)

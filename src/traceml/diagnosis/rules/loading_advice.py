@@ -73,11 +73,11 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
 
 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
-    """Return facts whose loader is the one that the training waits for, of several that it reads.
+    """Return the facts with the loader that the training waits for, if it reads several.
 
-    The training loader is the first one of a step, as that with labels beside that without. If it has no workers, and
-    the waiting is for some, or in the data set of another loader, it is for that loader's: one that is first read
-    later, as an evaluation before the training has a loader, too.
+    By default that is the first loader of a step. If this one has no workers, but samples show that the training waits
+    for workers, or in the data set of another loader, it is that other loader. Only loaders that are first read after
+    it count: an evaluation before the training has a loader, too.
 
     Args:
         facts: about the job.
@@ -95,7 +95,7 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
 
 
 def _share_of(loader: LoaderFacts, facts: JobFacts) -> float:
-    """Return the share of the waiting for data that is for a loader, as far as samples show it."""
+    """Return a loader's share of the waiting for data, by samples."""
     if loader.num_workers:
         return worker_wait_share(facts.lines)
 
@@ -103,7 +103,7 @@ def _share_of(loader: LoaderFacts, facts: JobFacts) -> float:
 
 
 def _evaluation_share(facts: JobFacts, waits: float) -> float:
-    """Return how much of the sampled waiting may be that of evaluations, which are known as such after a batch."""
+    """Return the share of the sampled waiting that may belong to evaluations: these are recognized after one batch."""
     if facts.time is None:
         return 0.0
 

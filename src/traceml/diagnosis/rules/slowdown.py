@@ -309,7 +309,7 @@ def _is_same_cause(late: Finding, slower: Finding) -> bool:
 
 
 def is_continued(of_training: Finding, of_run: Finding) -> bool:
-    """Return whether what became slower in one of several trainings is that of the run, and not their models."""
+    """Return whether the slowdown in one of several trainings is that of the whole run, not caused by another model."""
     if of_run.phase in (None, _COMM, *COMPUTE) or of_run.phase != of_training.phase:
         return False
 

@@ -173,7 +173,7 @@ def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 def _without_near(
     segments: Segments, ranks: NDArray[np.intp], late: NDArray[np.intp], usual: NDArray[np.intp]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return the late ranks and the others, where noise has put ranks that are near these among clearly late ones."""
+    """Return the late ranks and the others; ranks that only noise has put among the late ones count as others."""
     means = segments.own[ranks].mean(axis=1)
     excess = means - float(np.median(means[usual]))
     clear = excess[late] >= MIN_EXCESS_RATIO * max(float(excess[usual].max()), 0.0)
@@ -216,7 +216,7 @@ def _one_group(
     usual: _Others,
     causes: Mapping[tuple[str, bool], Sequence[int]],
 ) -> LateRanks | None:
-    """Return the late ranks as one where they are a host, a switch or a part of the mesh with one cause.
+    """Return the late ranks as one group if they are a host, a switch or a part of the mesh, and have one cause.
 
     The noise of a single rank may hide its cause, or let it look slower in everything; that of a group hides less.
     """
@@ -382,9 +382,9 @@ def straggler_kind(part: str) -> Kind:
 
 
 def _lacks_cores(segments: Segments, facts: JobFacts, late: LateRanks) -> bool:
-    """Return whether late ranks waited for a core for half of what they take longer, as far as that is known.
+    """Return whether waiting for a core explains half of the excess of late ranks, as far as that is known.
 
-    A rank that mostly sleeps has little work, of which it may wait for a core for a large share.
+    A rank that mostly sleeps has little work, so its share of waiting may be large without being a cause.
     """
     ranks = segments.ranks[late.rows].tolist()
     if not facts.without_core.issuperset(ranks):

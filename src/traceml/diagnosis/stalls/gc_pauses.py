@@ -118,7 +118,7 @@ def _collections(window: AlignedSteps, segments: Segments, facts: JobFacts, *, c
 
 
 def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
-    """Return what a part loses by pauses: on a device only that by which it is longer than in steps without one."""
+    """Return the time that a part loses by pauses; on a device only its excess over steps without a pause."""
     if not device:
         return np.minimum(ns, values)
 

@@ -82,10 +82,10 @@ def _sizes(window: AlignedSteps) -> NDArray[np.intp]:
 
 
 def _even(values: Floats, trainings: Sequence[NDArray[np.intp]]) -> Floats:
-    """Return the values of each training around one usual value, at their sum before.
+    """Return the values of all trainings scaled to one usual value; their sum stays the same.
 
-    What exceeds the usual one is in proportion to it, and no longer than it was: a part that hardly takes time in one
-    training may be delayed there by as much as in another one.
+    The excess over the usual value is scaled too, but never up: a part that hardly takes time in one training may be
+    delayed there by as much as in another one.
     """
     even = values.astype(np.float64)
     usual = [float(np.quantile(even[:, columns], _USUAL)) for columns in trainings]

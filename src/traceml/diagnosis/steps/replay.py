@@ -45,10 +45,10 @@ def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
 
 
 def _shared_out(times: Floats, rest: Floats, least: Floats, begins: NDArray[np.bool_]) -> Floats:
-    """Return step times less what a step gains beyond its own length.
+    """Return step times in which no step gains more than its own length; the next step gets the rest.
 
-    A rank may be late after the last point at which all met: the others wait for it in their next step, and the mean
-    step of the ranks has half of it in each of the two.
+    A rank may be late after the last sync point of a step. Then the others wait for it in their next step, and half of
+    the wait is in the mean step of the ranks, half in the mean of the next one.
     """
     first, last = begins.copy(), np.roll(begins, -1)
     first[0] = last[-1] = True

@@ -1,4 +1,4 @@
-"""Representatives: ranks whose rows stand for those of other ranks of their host, where hosts are merged."""
+"""Representatives: ranks whose rows are sent in place of other ranks' of their host, where hosts are merged."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class HostChoice:
 
     Attributes:
         host: unique key of the host.
-        typical: the rank that stands for the ordinary ones.
-        ordinary: the ranks that it stands for, itself among them.
+        typical: the rank that represents the ordinary ones.
+        ordinary: the ranks that it represents, itself among them.
         sent: ranks whose rows are sent: the typical one, outliers, and those that were asked for.
         ended: ranks that have ended.
         ended_at: the last step of each of these, -1 without any.
@@ -251,12 +251,12 @@ class Representatives:
         self._silent.add(host)
 
     def stands_for(self, ranks: Sequence[int]) -> dict[int, tuple[int, ...]]:
-        """Return the ranks that some of these ranks stand for."""
+        """Return the ranks that each of these ranks represents."""
         at = self._newest.at
         return {rank: self._choices[at[rank]].stands_for for rank in ranks if rank in at}
 
     def above(self, ranks: Sequence[int], steps: Ints) -> Floats:
-        """Return own work of the longest of those that a rank stands for beyond its own, rank x step; 0 if unknown."""
+        """Return how much longer the own work of the longest represented rank is, rank x step; 0 if unknown."""
         self._scatter()
         hosts = self._newest.at
         rows = [row for row, rank in enumerate(ranks) if rank in hosts]
@@ -267,11 +267,11 @@ class Representatives:
         return above
 
     def reached(self, latest: Ints, missing: Collection[int] = ()) -> Ints:
-        """Return the last step of each rank: of one without rows of its own that of the rank that stands for it.
+        """Return the last step of each rank; a rank without rows of its own has that of its representative.
 
         Args:
             latest: last step of each rank by its own rows, -1 without any.
-            missing: ranks that are not compared: those that they stand for have no step either.
+            missing: ranks that are not compared, nor are the ranks that they represent.
         """
         chosen = self._newest
         reached = np.full(max(chosen.size, len(latest)), -1, np.int64)

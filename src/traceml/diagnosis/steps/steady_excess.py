@@ -1,4 +1,4 @@
-"""Steady excess: one part of the step that takes one rank longer than the others, in the whole window.
+"""Steady excess: one part of the step takes one rank longer than the others, throughout the window.
 
 The sum of a rank's own work hides a weak fault in the noise of its heaviest part. Each part by itself does not: the
 difference between a rank and the others is taken step by step, and compared with its own noise. Noise that lasts many

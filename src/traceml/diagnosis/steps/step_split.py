@@ -4,10 +4,10 @@ One rule for report, verdict, charts, live view, exports and trackers:
 
 - Device times replace what the CPU measured of the device's phases, which on CUDA is only the launch. The other phases
   count for as long as the device is idle.
-- Device times are measured on some steps. On the others they are the mean of the measured ones, so that no mean is of
-  both clocks. They are used if every rank has some.
+- Device times are measured on some steps. On the others they are the mean of the measured ones, so that no mean mixes
+  the two clocks. They are used if every rank has some.
 - Backward is own work until the last local gradient. The rest of it is waiting for other ranks, which counts as `comm`.
-  A rank without others waits for nobody.
+  A single rank waits for nobody.
 - Own backward is measured on some steps. On the others it is the mean of the measured ones.
 """
 

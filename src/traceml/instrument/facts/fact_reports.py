@@ -33,7 +33,7 @@ class FactReports:
         self._loaders: Counter[tuple[Any, ...]] = Counter()  # those that were made, by the facts in `_LIKE`
 
     def report(self, info: Info, **more: Any) -> None:
-        """Report facts that are not those of the last report of their kind, with more that is not compared."""
+        """Report facts if they differ from the last report of their kind; `more` is added, and not compared."""
         if self._on_info is None or self._reported.get(info["kind"]) == info:
             return  # the script makes the same again for each step or epoch
 

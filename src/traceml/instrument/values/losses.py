@@ -143,7 +143,7 @@ class LossReader:
             self._copies.append((self._step_now(), place, self._device.copy(tensor, place)))
 
     def _step_now(self) -> int:
-        """Return the step that is trained; one that waits for its end, as at the end of an epoch, is before it."""
+        """Return the number of the step in training; the step before may still wait for its end, as after an epoch."""
         clock = self._clock
         step: int = clock.rows + clock.before + clock.pending
         return step

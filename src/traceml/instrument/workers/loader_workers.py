@@ -92,8 +92,8 @@ def workers_of_loaders(awaited: int | None) -> list[LoaderWorker]:
     """Return the workers of all live iterators. It reads attributes that are private to torch: without them, none.
 
     Args:
-        awaited: `id` of the iterator that the rank waits for. Batches that others lack may be made, as an iterator
-            receives none until it is asked for the next one.
+        awaited: `id` of the iterator that the rank waits for. For other iterators a missing batch means nothing: they
+            receive none until they are asked for the next one.
     """
     return [worker for iterator in list(_iterators) for worker in _workers_of(iterator, awaited)]
 

@@ -1,8 +1,8 @@
 """Signs of progress in a rank, cheap ones first.
 
-A row, batch, phase or collective; a line of the user's code, or of a module that is being imported, further on than any
-that was seen in its function since the last progress; a written byte (output, a checkpoint). A loop that polls a file
-passes the same lines again and again: that is no progress.
+These are a row, batch, phase or collective; a written byte (output, a checkpoint); and a line of the user's code, or of
+a module that is being imported, below all lines seen in its function since the last progress. A loop that polls a file
+runs the same lines again and again, which is no progress.
 """
 
 from __future__ import annotations

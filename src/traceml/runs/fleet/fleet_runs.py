@@ -33,7 +33,7 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, slots=True)
 class HostWork:
-    """Own work of a host in a run: that of its slowest rank, which is the one that others wait for.
+    """Own work of a host in a run: that of its slowest rank, for which others wait.
 
     Attributes:
         host: its name.

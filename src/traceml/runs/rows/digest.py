@@ -115,7 +115,7 @@ class Digest:
         return self._intake.names
 
     def read(self, reader: StoreReader, rows: int = MAX_STEP_ROWS) -> None:
-        """Take a whole run; if it has more than `rows` step rows, its exact sums, and as many rows spread over it."""
+        """Take a whole run; if it has more than `rows` step rows, its exact sums and `rows` rows spread over it."""
         self._read_streams(reader)
         if self.streams and (reader.stored(STEPS.name) > rows or reader.thinned(STEPS.name) > 0):
             self._read_sample(reader, rows)
@@ -149,7 +149,7 @@ class Digest:
     def sums_of_hosts(self) -> StepTotals | None:
         """Return the sums of the steps of all ranks, without set-up, by the lowest rank of each host.
 
-        None unless hosts are merged, and those of all ranks have sent their sums, as they do when their ranks end.
+        None unless hosts are merged and all of them have sent their sums, which they do when their ranks end.
         """
         hosts = [each for each in self._host_sums.values() if each.steps.count]
         if not hosts or {rank for each in hosts for rank in each.ranks} != set(range(self.world_size)):

@@ -33,8 +33,8 @@ class Unpaired:
 class SpanMatcher:
     """Matches begin and end events in the order of time; takes them in any order.
 
-    An end without a name closes the innermost begin of its lane, an end with one the innermost begin of that name.
-    Begins inside that one stay open, so that spans which end in another order than they began are kept. The time of an
+    An end without a name closes the innermost begin of its lane, an end with a name the innermost begin of that name.
+    Begins inside it stay open, so spans may end in any order. The time of an
     event does not depend on the number of open begins.
 
     Args:

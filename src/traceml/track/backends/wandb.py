@@ -1,8 +1,8 @@
 """Weights & Biases: online, or an offline run that `wandb sync` uploads later.
 
 W&B counts its own steps, one per record of the history, and accepts no value for a past step. So values go into records
-in the order of the store, those of one step together, and the user's step is a value of its own, `traceml/step`, set as
-the axis of all others: steps may go backwards and nothing is dropped.
+in the order of the store, those of one step together. The user's step is a separate value, `traceml/step`, which is the
+axis of all others. So steps may go backwards, and nothing is dropped.
 
 Its service holds up to 32 KiB of an offline run in memory until the run ends, and does not report how much of an online
 one has arrived. So a delivery that died can only continue from the run's first row: an offline run is rewritten (the
