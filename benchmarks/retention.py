@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store_bytes import step_rows
-from traceml.aggregator.active_run import LEAST_RETAINED_BYTES
+from traceml.aggregator.active_run import MIN_RETAINED_BYTES
 from traceml.database.schema import PROCESS, STEPS, TELEMETRY, TORCH_MEMORY, Table
 from traceml.database.store import compaction
 from traceml.database.store.reader import StoreReader, StreamIdentity
@@ -41,7 +41,7 @@ from traceml.settings import Config
 TAIL_RANKS, TAIL_S = 64, 1200
 MONTH_RANKS, FRAME_S, CHUNK_S = 2, 60, 86_400
 SAMPLES_S = 60
-MERGED_TAILS = compaction._MOST_TAILS
+MERGED_TAILS = compaction._MAX_TAILS
 EVERY_S = {STEPS.name: 1, PROCESS.name: 1, TORCH_MEMORY.name: 1, TELEMETRY.name: 5}
 TABLES = {table.name: table for table in (STEPS, PROCESS, TORCH_MEMORY, TELEMETRY)}
 SECOND_NS = 10**9
@@ -75,7 +75,7 @@ class Run:
     """A store with ranks, and a clock of its own; it may count as one of a large job."""
 
     def __init__(self, path: Path, ranks: int, frame_s: int, limit_bytes: int | None, *, is_large: bool) -> None:
-        compaction._MOST_TAILS = 0 if is_large else MERGED_TAILS
+        compaction._MAX_TAILS = 0 if is_large else MERGED_TAILS
         self.samples_s = max(SAMPLES_S, frame_s) if is_large else frame_s
         self.path, self.frame_s, self.limit_bytes = path, frame_s, limit_bytes
         self.writer = StoreWriter(path)
@@ -201,7 +201,7 @@ def main() -> None:
     for ranks in options.ranks:
         is_large = ranks * len(TABLES) > MERGED_TAILS
         tail = tails[is_large]
-        limit = max(retention_gb * 1e9, ranks * LEAST_RETAINED_BYTES) / ranks
+        limit = max(retention_gb * 1e9, ranks * MIN_RETAINED_BYTES) / ranks
         with tempfile.TemporaryDirectory() as folder:
             month = measure_month(Path(folder), options.days, limit, is_large=is_large)
 

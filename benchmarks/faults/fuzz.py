@@ -31,7 +31,7 @@ from tests.generated.targets import Target
 
 _EXAMPLES = 60
 _POINTS = 100
-_MOST_BYTES = 4 << 30  # of address space beside that at the start: an input that asks for more is a defect
+_MAX_BYTES = 4 << 30  # of address space beside that at the start: an input that asks for more is a defect
 _PHASES = (Phase.generate, Phase.shrink)
 
 
@@ -126,7 +126,7 @@ def main() -> int:
     targets += [FuzzedTarget(f"killed writer of a store: {mode}", partial(killed, mode)) for mode in MODES]
     targets = [target for target in targets if options.only in target.name]
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + _MOST_BYTES
+    most = pages * resource.getpagesize() + _MAX_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
     fuzz(targets, options.minutes, options.seed)
     for target in targets:

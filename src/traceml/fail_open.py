@@ -10,7 +10,7 @@ from traceml.errors import TraceMLError
 
 __all__ = ["fail_open", "failures"]
 
-_MOST_TEXTS = 1000  # remembered for `once`; beyond them, repeats are logged at debug level only
+_MAX_TEXTS = 1000  # remembered for `once`; beyond them, repeats are logged at debug level only
 
 _failures: dict[str, int] = {}
 _logged: set[tuple[str, str]] = set()
@@ -81,7 +81,7 @@ def _text_of(error: Exception, is_clear: bool) -> str:
 
 
 def _is_repeat(package: str, what: str) -> bool:
-    if (package, what) in _logged or len(_logged) >= _MOST_TEXTS:
+    if (package, what) in _logged or len(_logged) >= _MAX_TEXTS:
         return True
 
     _logged.add((package, what))

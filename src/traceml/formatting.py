@@ -39,7 +39,7 @@ __all__ = [
 
 MISSING = "-"
 # A step can lose nearly all of its time in the sum, but no run is made that much faster.
-_MOST_GAIN = 10
+_MAX_GAIN = 10
 
 # Characters that a terminal obeys, or that reorder or hide the text around them: C0 and C1 controls, marks and
 # overrides of direction, zero-width spaces, separators of lines, tags, halves of surrogate pairs. The joiners of
@@ -146,8 +146,8 @@ def gain_text(speedup: float, qualifier: str = "") -> str:
         speedup: factor.
         qualifier: `about` or `at most`, written before a factor up to 10.
     """
-    if speedup > _MOST_GAIN:
-        return f"more than {_MOST_GAIN}x faster"
+    if speedup > _MAX_GAIN:
+        return f"more than {_MAX_GAIN}x faster"
 
     return f"{qualifier} {factor_text(speedup)} faster".lstrip()
 

@@ -28,7 +28,7 @@ __all__ = [
 
 _OTHERS_WRITE = 0o022
 _OTHERS_ANY = 0o077
-_MOST_BYTES = 256 << 20  # the report of a job of 65,536 ranks has less
+_MAX_BYTES = 256 << 20  # the report of a job of 65,536 ranks has less
 
 
 def cache_home() -> Path:
@@ -57,7 +57,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
-def read_regular(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
+def read_regular(path: Path, most_bytes: int = _MAX_BYTES) -> bytes:
     """Return the content of a regular file of any user, also through links; it never waits.
 
     Raises:

@@ -101,7 +101,7 @@ def test_source_distributions_that_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit of the registry, and the size."""
-    monkeypatch.setattr(registry, "_MOST_BYTES", 100)
+    monkeypatch.setattr(registry, "_MAX_BYTES", 100)
     (found,) = registry.refusals(wheel(tmp_path, PURE))
 
     assert "a registry takes 100" in found

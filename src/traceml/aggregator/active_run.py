@@ -38,7 +38,7 @@ ABANDONED_S = 60.0
 # The launcher reports the end of the run; this is the longest wait for it.
 LAUNCHER_WAIT_S = 3600.0
 # Of each process, steps and samples of about half an hour stay complete, however many ranks there are.
-LEAST_RETAINED_BYTES = 500_000
+MIN_RETAINED_BYTES = 500_000
 
 _log = logging.getLogger("traceml")
 
@@ -247,7 +247,7 @@ class ActiveRun(RunStreams):
         """
         limit_bytes = None
         if self._retention_gb is not None:
-            limit_bytes = max(int(self._retention_gb * 1e9), LEAST_RETAINED_BYTES * len(self.streams))
+            limit_bytes = max(int(self._retention_gb * 1e9), MIN_RETAINED_BYTES * len(self.streams))
 
         try:
             self.store.maintain(budget_s, cursors, limit_bytes)

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-LEAST_PLAYED = 0.3
+MIN_PLAYED = 0.3
 """Environments are advised on if they take this share of the time, where no line has most of it."""
 EVENT_LOOP = "EpollSelector.select"
 """Library function in which asyncio's event loop waits while no task can run."""
@@ -112,7 +112,7 @@ def for_residual(
                 "torch.compile. `traceml report --lines` shows all lines."
             )
 
-        if line is not None or played is None or played >= LEAST_PLAYED:
+        if line is not None or played is None or played >= MIN_PLAYED:
             return for_rollouts(line)
 
     if has_forward:

@@ -17,7 +17,7 @@ _P_PID = 1
 _LOCKS = Path("/proc/locks")
 _BLOCKED = "->"
 _SHELLS = ("sh", "dash", "bash", "zsh", "ksh", "ash")
-_MOST_SHELLS = 8  # one in the other
+_MAX_SHELLS = 8  # one in the other
 
 
 def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
@@ -47,7 +47,7 @@ def skip_shells(pid: int | None) -> int | None:
     Args:
         pid: of any process.
     """
-    for _ in range(_MOST_SHELLS):
+    for _ in range(_MAX_SHELLS):
         program = None if pid is None else _run_by_shell(pid)
         if program is None:
             break

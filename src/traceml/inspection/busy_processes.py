@@ -11,9 +11,9 @@ from pathlib import Path
 from traceml.inspection.kernel_state import ProcessInfo, process_info
 from traceml.inspection.program_names import program_name
 
-__all__ = ["LEAST_CORES", "BusyProcesses"]
+__all__ = ["MIN_CORES", "BusyProcesses"]
 
-LEAST_CORES = 0.1
+MIN_CORES = 0.1
 """Processes of one name are reported if they use this many cores or more."""
 
 
@@ -51,7 +51,7 @@ class BusyProcesses:
             if cores > 0 and not _is_below(pid, own, known):
                 used[_name(pid, self._user)] += cores  # type: ignore[assignment]
 
-        return {name: round(cores, 2) for name, cores in used.most_common() if cores >= LEAST_CORES}
+        return {name: round(cores, 2) for name, cores in used.most_common() if cores >= MIN_CORES}
 
     def _siblings(self, own: Collection[int], known: Mapping[int, ProcessInfo]) -> set[int]:
         parents = {known[pid].parent for pid in own if pid in known}

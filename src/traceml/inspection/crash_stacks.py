@@ -14,7 +14,7 @@ from traceml.inspection.user_files import is_package_file, is_user_file
 
 __all__ = ["crash_facts", "disable_crash_stacks", "enable_crash_stacks"]
 
-_MOST_FRAMES, _MOST_CHARS = 20, 4000
+_MAX_FRAMES, _MAX_CHARS = 20, 4000
 _FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 _CURRENT = "Current thread "
 _descriptor = -1  # it keeps its number for good, as faulthandler does
@@ -68,14 +68,14 @@ def crash_facts(text: str) -> dict[str, str | int]:
     if all(each["file"].endswith("/threading.py") for each in others):  # a thread of our own
         others = found
 
-    frames = others[:_MOST_FRAMES]
+    frames = others[:_MAX_FRAMES]
     if not frames:
         return {}
 
     lines = [f'  File "{each["file"]}", line {each["line"]}, in {each["function"]}\n' for each in reversed(frames)]
     own = next((each for each in frames if is_user_file(each["file"])), frames[0])
     return {
-        "stack": "".join(lines)[-_MOST_CHARS:],
+        "stack": "".join(lines)[-_MAX_CHARS:],
         "file": own["file"],
         "line": int(own["line"]),
         "function": own["function"],

@@ -14,8 +14,8 @@ from traceml.own_files import read_regular
 
 __all__ = ["git_head", "repository_folders"]
 
-_MOST_BYTES = 8 << 20  # of packed-refs
-_MOST_LEVELS = 64
+_MAX_BYTES = 8 << 20  # of packed-refs
+_MAX_LEVELS = 64
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -59,7 +59,7 @@ def _head_of(folders: Sequence[Path]) -> dict[str, str]:
 def _git_folders(folder: Path) -> Iterator[Path]:
     """Yield the repositories of a folder and those above it, the nearest first."""
     place = folder.absolute()
-    for each in islice((place, *place.parents), _MOST_LEVELS):
+    for each in islice((place, *place.parents), _MAX_LEVELS):
         git = each / ".git"
         if git.is_dir():
             yield git
@@ -81,4 +81,4 @@ def _commit_of(git: Path, ref: str) -> str | None:
 
 
 def _text(path: Path) -> str:
-    return read_regular(path, _MOST_BYTES).decode().strip()
+    return read_regular(path, _MAX_BYTES).decode().strip()

@@ -40,7 +40,7 @@ _ON_DESCRIPTOR = {
 }
 _READS = {"x86_64": 0, "aarch64": 63}
 _DEAD = ("Z", "X")
-_MOST_CHILDREN = 512
+_MAX_CHILDREN = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ def is_job_suspended(info: ProcessInfo) -> bool:
 def _descendants(pid: int) -> Iterable[int]:
     found: list[int] = []
     todo = [pid]
-    while todo and len(found) < _MOST_CHILDREN:
+    while todo and len(found) < _MAX_CHILDREN:
         children = children_of(todo.pop())
         found += children
         todo += children

@@ -11,7 +11,7 @@ from traceml.privacy import secrets_only
 
 __all__ = ["program_name", "python_program"]
 
-_MOST_CHARS = 60
+_MAX_CHARS = 60
 _THREAD_NAMES = ("python", "pt_main_thread", "pypy")  # what a Python process is called; torch renames its own
 _WITH_VALUE = ("-X", "-W", "--check-hash-based-pycs")
 _FLAGS = re.compile("-[a-zA-VY-Z]*[cm]")  # -c, -m, -um
@@ -55,7 +55,7 @@ def python_program(command: Sequence[str], name: str = "python") -> str:
         return name  # it has given itself another command line
 
     runs = _runs(iter(command[1:]))
-    return f"python {secrets_only().mask_text(runs)[:_MOST_CHARS]}" if runs else "python"
+    return f"python {secrets_only().mask_text(runs)[:_MAX_CHARS]}" if runs else "python"
 
 
 def _runs(arguments: Iterable[str]) -> str:

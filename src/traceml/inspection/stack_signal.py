@@ -29,7 +29,7 @@ _NAME = "traceml-stacks"
 _MAX_BYTES = 1024 * 1024
 # A thread that waits for the GIL wakes at each switch interval, 5 ms, to ask for it again. One that waits for anything
 # else sleeps on.
-_PROBE_S, _LEAST_WAKES = 0.1, 8
+_PROBE_S, _MIN_WAKES = 0.1, 8
 # Where others use the cores it wakes less often: then another probe may do.
 _PROBES_S = 0.45
 _FIRST_S, _QUIET_S = 0.3, 0.05
@@ -158,7 +158,7 @@ class SignaledStacks:
         A stopped process would handle the signal later, when it runs again.
         """
         main = process_info(self._pid)
-        if main is None or main.state in "TtZX" or self._wakes_of() - self._wakes < _LEAST_WAKES:
+        if main is None or main.state in "TtZX" or self._wakes_of() - self._wakes < _MIN_WAKES:
             return None
 
         return self._pid if main.state == "R" else self._silent_thread

@@ -13,7 +13,7 @@ script compute: these would take the lock from each other at every turn.
 
 A thread that wants the lock wakes once in a switch interval until it gets it. Where the training thread holds the lock
 and waits for a core, that is a hundred times or more for a sample, and took up to 4.9 % of a core. So the interval
-becomes longer, and samples come less often, while they cost more than `MOST_COST`.
+becomes longer, and samples come less often, while they cost more than `MAX_COST`.
 
 Where one phase was open during the whole second sleep, the training thread's CPU time in it is counted too. It shows
 whether the phase computes or waits. After the first samples every other one comes without the second sleep, if the
@@ -45,7 +45,7 @@ __all__ = ["LineSampler"]
 PACES = ((60, 5), (240, 2))
 """(number, factor): with fewer samples than the number, samples are taken more often by the factor."""
 
-MOST_COST = 0.004
+MAX_COST = 0.004
 """Share of a core above which samples take the lock less eagerly, and come less often: the first ones down to
 `_SURE_PACE` times as often as usual, the others down to a `_SURE_PACE`th."""
 
@@ -57,7 +57,7 @@ torch was in 4 % of the samples of its fetches, not 85 %: where the lock is rele
 _SURE_PACE = 3  # else a run of seconds on busy cores would have none
 _COST_SAMPLES = 8  # the cost is a mean of this many
 _SLEEPS = 2  # each sample has two, and the cost of the second one is known
-_LEAST_S, _MOST_S = 0.002, 0.012
+_MIN_S, _MAX_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
 _COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
@@ -161,7 +161,7 @@ class LineSampler:
 
     def _take(self, wait: Callable[[float], object], late_s: float) -> None:
         before = self._reading()
-        wait(max(0.0, _LEAST_S + (_MOST_S - _LEAST_S) * _random() - late_s))
+        wait(max(0.0, _MIN_S + (_MAX_S - _MIN_S) * _random() - late_s))
         frame = thread_frame(self._thread())
         after = self._reading()  # at once: the training thread goes on after 50 us
         counts = self._count(frame, after.opened[0], after.t_ns)
@@ -188,9 +188,9 @@ class LineSampler:
     def _fit_switch_interval(self) -> None:
         """Take the lock less eagerly if samples at the usual pace cost too much, and eagerly again if they do not."""
         share = self._cost_ns / 1e9 / self._interval_s
-        if share > MOST_COST:
+        if share > MAX_COST:
             self._switch_s = min(2 * self._switch_s, LONGEST_SWITCH_S)
-        elif share < MOST_COST / 4:
+        elif share < MAX_COST / 4:
             self._switch_s = max(self._switch_s / 2, SHORT_S)
 
     def _next_s(self) -> float:
@@ -201,7 +201,7 @@ class LineSampler:
         """
         pace = self.pace
         most_s = self._interval_s * _SURE_PACE if pace == 1 else self._interval_s / _SURE_PACE
-        return max(self._interval_s / pace * (0.5 + _random()), min(self._cost_ns / 1e9 / MOST_COST, most_s))
+        return max(self._interval_s / pace * (0.5 + _random()), min(self._cost_ns / 1e9 / MAX_COST, most_s))
 
     def close(self) -> None:
         """Restore the switch interval."""

@@ -68,7 +68,7 @@ _log = logging.getLogger("traceml")
 
 # A child that only logs has no steps nor samples.
 _CHILD_CAPACITIES = {table.name: 2 for table in PACKED}
-_MOST_PATHS = 64
+_MAX_PATHS = 64
 
 
 def _capacity_of_metrics(config: Config) -> dict[str, int]:
@@ -141,5 +141,5 @@ def _to_collect(identity: Identity, config: Config) -> dict[str, Any]:
 
     wanted = {"git": config.track_git, "environment": config.track_env, "system": config.track_system}
     names = [name for name, is_on in wanted.items() if is_on]
-    path = [os.path.abspath(each) for each in sys.path[:_MOST_PATHS]]  # noqa: PTH100 - no Path for each
+    path = [os.path.abspath(each) for each in sys.path[:_MAX_PATHS]]  # noqa: PTH100 - no Path for each
     return {"collect": {"names": names, "path": path, "mask": list(config.mask), "after_s": config.collect_after}}

@@ -33,7 +33,7 @@ _ANNOUNCED = "TRACEML_ANNOUNCED"
 # The aggregator writes the report half a second after the last rank has left.
 _REPORT_WAIT_S = 10.0
 _SHOW_S = 60.0
-_MOST_SHOWN = 10  # each takes most of a second
+_MAX_SHOWN = 10  # each takes most of a second
 _due: list[tuple[Path, Recorder]] = []  # the runs whose verdicts are due, in the order of their starts
 
 
@@ -102,7 +102,7 @@ def _show_at_end() -> None:
     if is_interactive():  # nobody reads what a closed session prints
         return
 
-    due = _due[-_MOST_SHOWN:]
+    due = _due[-_MAX_SHOWN:]
     if len(_due) > len(due):
         _print(f"traceml: the last {len(due)} of {len(_due)} verdicts; `traceml runs` has all")
 

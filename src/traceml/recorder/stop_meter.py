@@ -14,8 +14,8 @@ from traceml.samplers.procfs import ProcFile
 __all__ = ["StopMeter"]
 
 _SHORTEST_NS = 1_500_000_000
-_MOST_CORE_WAIT = 0.25  # share of the time: more, and it waited for a core
-_MOST_SWITCHES = 20.0  # per second: a thread that waits for the GIL wakes 200 times a second
+_MAX_CORE_WAIT = 0.25  # share of the time: more, and it waited for a core
+_MAX_SWITCHES = 20.0  # per second: a thread that waits for the GIL wakes 200 times a second
 
 
 class StopMeter:
@@ -50,7 +50,7 @@ class StopMeter:
             return
 
         core_wait_ns, switches, faults = (now - before for now, before in zip(used, self._before, strict=True))
-        if core_wait_ns > _MOST_CORE_WAIT * late_ns or switches > _MOST_SWITCHES * late_ns / 1e9 or faults:
+        if core_wait_ns > _MAX_CORE_WAIT * late_ns or switches > _MAX_SWITCHES * late_ns / 1e9 or faults:
             return
 
         slots = self._slots

@@ -11,7 +11,7 @@ from traceml.formatting import bytes_text, cores_text, count_text, ms_text, perc
 __all__ = ["evidence_items"]
 
 _LONGEST = 8  # entries of one map; the report has all
-_LEAST_LONG = 1e15  # a loss that diverged, in place of a count: its digits say nothing
+_MIN_LONG = 1e15  # a loss that diverged, in place of a count: its digits say nothing
 _CORES = ("core_takers", "others_cores")
 _SHARES = ("share", "dominance", "fraction")
 _MARKS = re.compile(r"\n[ ^~]*[\^~][ ^~]*$", re.MULTILINE)  # below a line of a traceback; they fit one font only
@@ -89,5 +89,5 @@ def _number(name: str, value: float) -> str:
         return cores_text(value)
 
     unit = " s" if "s" in words[1:] else ""
-    is_count = float(value).is_integer() and abs(value) < _LEAST_LONG
+    is_count = float(value).is_integer() and abs(value) < _MIN_LONG
     return (count_text(int(value)) if is_count else f"{value:,.4g}") + unit

@@ -11,12 +11,12 @@ import numpy as np
 from traceml.renderers.instruments import Instrument, Instruments
 from traceml.runs.report.report_types import Report
 
-__all__ = ["MOST_RANKS", "Reading", "readings"]
+__all__ = ["MAX_RANKS", "Reading", "readings"]
 
-MOST_RANKS = 64
+MAX_RANKS = 64
 """Ranks of a run up to which each has series of its own; above, there are statistics over ranks only."""
 
-_MOST_NAMES = 100  # of logged metrics, and of phases
+_MAX_NAMES = 100  # of logged metrics, and of phases
 _STATISTICS = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
 _Values = Iterator["Reading"]
 
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     value: float
 
 
-def readings(report: Report, most_ranks: int = MOST_RANKS) -> list[Reading]:
+def readings(report: Report, most_ranks: int = MAX_RANKS) -> list[Reading]:
     """Return the values of a run; what is not known has none.
 
     Args:
@@ -86,7 +86,7 @@ def _steps_by_rank(report: Report) -> _Values:
 
 
 def _phases(report: Report) -> _Values:
-    for phase in report.phases[:_MOST_NAMES]:
+    for phase in report.phases[:_MAX_NAMES]:
         yield from _one(Instruments.PHASE_MEAN, phase.mean_ms, phase.phase, scale=1e-3)
         yield from _one(Instruments.PHASE_SHARE, phase.share, phase.phase)
         means = [each.mean_ms for each in phase.by_rank]
@@ -94,13 +94,13 @@ def _phases(report: Report) -> _Values:
 
 
 def _phases_by_rank(report: Report) -> _Values:
-    for phase in report.phases[:_MOST_NAMES]:
+    for phase in report.phases[:_MAX_NAMES]:
         for each in phase.by_rank:
             yield from _one(Instruments.PHASE, each.mean_ms, each.rank, phase.phase, scale=1e-3)
 
 
 def _logged(report: Report) -> _Values:
-    for name, metric in list(report.metrics.items())[:_MOST_NAMES]:
+    for name, metric in list(report.metrics.items())[:_MAX_NAMES]:
         yield from _one(Instruments.LOGGED, metric.last, name)
 
 

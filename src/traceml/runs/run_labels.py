@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 LABELS_NAME = "labels.json"
-_MOST_TAG = 64
-_MOST_BYTES = 4 << 20
+_MAX_TAG = 64
+_MAX_BYTES = 4 << 20
 
 
 class RunLabels(msgspec.Struct, kw_only=True):
@@ -39,7 +39,7 @@ class RunLabels(msgspec.Struct, kw_only=True):
 def read_labels(run_dir: Path) -> RunLabels:
     """Return the labels of a run; none where there are none, or where they cannot be read."""
     try:
-        return msgspec.json.decode(read_regular(run_dir / LABELS_NAME, _MOST_BYTES), type=RunLabels)
+        return msgspec.json.decode(read_regular(run_dir / LABELS_NAME, _MAX_BYTES), type=RunLabels)
     except (OSError, *UNREADABLE_JSON):
         return RunLabels()
 
@@ -91,8 +91,8 @@ def add_tags(labels: RunLabels, tags: list[str]) -> None:
         UsageError: a tag is empty, too long, or has a space or comma, which conditions use as separators.
     """
     for tag in tags:
-        if not tag or len(tag) > _MOST_TAG or any(sign.isspace() or sign == "," for sign in tag):
-            raise UsageError(f"not a tag: {tag!r}. A tag has 1 to {_MOST_TAG} characters, no spaces and no commas")
+        if not tag or len(tag) > _MAX_TAG or any(sign.isspace() or sign == "," for sign in tag):
+            raise UsageError(f"not a tag: {tag!r}. A tag has 1 to {_MAX_TAG} characters, no spaces and no commas")
 
         if tag not in labels.tags:
             labels.tags.append(tag)

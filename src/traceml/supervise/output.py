@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 __all__ = ["OutputCopy", "PassThroughScreen"]
 
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 
 _log = logging.getLogger("traceml")
 
@@ -40,7 +40,7 @@ class OutputCopy:
         most_bytes: limit of the file's growth, so that endless output does not fill the disk.
     """
 
-    def __init__(self, path: Path, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(self, path: Path, most_bytes: int = _MAX_BYTES) -> None:
         self._left_bytes = most_bytes
         self._file: BinaryIO | None = None
         try:

@@ -149,7 +149,7 @@ def check_points(writer: RecordedWriter, count: int, seed: int, folder: Path) ->
 
 def _set(mode: str, patch: pytest.MonkeyPatch) -> None:
     if mode == "held":
-        patch.setattr(compaction, "_MOST_TAILS", 2)
+        patch.setattr(compaction, "_MAX_TAILS", 2)
     elif mode == "network":
         patch.setattr(store_file, "network_filesystem", lambda _path: "nfs")
 

@@ -81,7 +81,7 @@ def test_damaged_bytes_are_a_value_error(number: int) -> None:
 
 def test_few_bytes_cannot_become_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store from elsewhere may hold anything; a frame as large as the limit is read."""
-    monkeypatch.setattr(module, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "_MAX_BYTES", 1 << 20)
     fits, exceeds = bytes(1 << 20), bytes((1 << 20) + 8)
     for number, pack in ((Codec.ZSTD, zstandard.ZstdCompressor().compress), (Codec.ZLIB, zlib.compress)):
         assert decode(number, pack(fits), 1) == fits

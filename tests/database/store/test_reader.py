@@ -244,7 +244,7 @@ def test_store_with_a_program_in_it_is_refused(
 
 def test_value_of_gigabytes_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told before memory is taken for it."""
-    monkeypatch.setattr(store_file, "_MOST_VALUE_BYTES", 1 << 20)
+    monkeypatch.setattr(store_file, "_MAX_VALUE_BYTES", 1 << 20)
     path = make_store(tmp_path / "store.db")
     rewrite(path, "INSERT INTO meta VALUES ('large', zeroblob(?))", 2 << 20)
 

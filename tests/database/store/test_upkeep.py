@@ -69,7 +69,7 @@ def test_exact_through_kills_gaps_resends_and_merges(
 ) -> None:
     """Sums, counts and every follower agree with what was written, at any moment; also where rows are held."""
     if is_large:
-        monkeypatch.setattr(compaction, "_MOST_TAILS", 2)
+        monkeypatch.setattr(compaction, "_MAX_TAILS", 2)
 
     chance = random.Random(seed)
     path = tmp_path / "store.db"
@@ -238,7 +238,7 @@ def test_nothing_is_merged_ahead_of_a_delivery(tmp_path: Path) -> None:
 @pytest.fixture
 def large_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreWriter]:
     """A store of ten ranks that counts as one of a large job."""
-    monkeypatch.setattr(compaction, "_MOST_TAILS", 8)
+    monkeypatch.setattr(compaction, "_MAX_TAILS", 8)
     with StoreWriter(tmp_path / "store.db") as writer:
         for rank in range(10):
             append(writer, writer.stream(identity(rank)), "steps", 0, FIRST_ROW)

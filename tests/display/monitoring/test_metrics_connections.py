@@ -35,7 +35,7 @@ def test_others_cannot_take_all_threads(port: int, sent: bytes) -> None:
     """Of connections that do not end their request the oldest is cut, and Prometheus is answered."""
     with ExitStack() as stack:
         opened = []
-        for _ in range(metrics_server._MOST_CONNECTIONS + 10):
+        for _ in range(metrics_server._MAX_CONNECTIONS + 10):
             opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)))
             opened[-1].sendall(sent)
 
@@ -44,7 +44,7 @@ def test_others_cannot_take_all_threads(port: int, sent: bytes) -> None:
         assert connection.getresponse().status == 200
         connection.close()
         assert opened[0].recv(1) == b""
-        most = metrics_server._MOST_CONNECTIONS + 1
+        most = metrics_server._MAX_CONNECTIONS + 1
         eventually(lambda: _answering() <= most, "the threads of connections that were cut to end")
 
 

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.diagnosis.fabricated import Job
 from tests.display.monitoring.running import running_run, series_of
 from tests.runs.fabricated_store import run_facts, store_run
-from traceml.display.monitoring.active_runs import MOST_RUNS, ActiveRuns
+from traceml.display.monitoring.active_runs import MAX_RUNS, ActiveRuns
 from traceml.display.monitoring.metrics_server import metrics_app
 from traceml.renderers.instruments import Instruments
 from traceml.runs.live_run import LiveRun
@@ -91,14 +91,14 @@ def test_a_damaged_store_hides_no_other_run(tmp_path):
 def test_only_the_newest_runs_are_shown(tmp_path):
     """Above the limit the oldest are counted, so that the answer stays small."""
     with ExitStack() as stack:
-        for number in range(MOST_RUNS + 2):
+        for number in range(MAX_RUNS + 2):
             stack.enter_context(running_run(tmp_path / f"r{number:02}", ranks=1, steps=30, started=1e9 + number))
 
         found = series_of(ask(metrics_app(ActiveRuns(tmp_path), None))[1])
 
     assert found["traceml_runs_hidden"] == 2
     shown = {name for name in found if name.startswith("traceml_world_size")}
-    assert len(shown) == MOST_RUNS
+    assert len(shown) == MAX_RUNS
     assert 'traceml_world_size{run="r01"}' not in shown
 
 

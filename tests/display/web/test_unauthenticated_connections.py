@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from traceml.display.web.token_middleware import cookie_name, cookie_value
-from traceml.display.web.unauthenticated_connections import MOST_UNAUTHENTICATED, UnauthenticatedConnections
+from traceml.display.web.unauthenticated_connections import MAX_UNAUTHENTICATED, UnauthenticatedConnections
 from traceml.supervise.page_process import PageProcess
 
 
@@ -87,7 +87,7 @@ def _read_to_end(sock: socket.socket) -> bytes:
 def test_others_cannot_take_all_connections_of_the_page(page_process: PageProcess, sent: bytes) -> None:
     """Of idle connections, endless headers and endless bodies the oldest are cut; the user is answered."""
     cookie = f"{cookie_name(page_process.port)}={cookie_value(page_process.token)}"
-    with silent_connections(page_process.port, sent, MOST_UNAUTHENTICATED + 50) as opened:
+    with silent_connections(page_process.port, sent, MAX_UNAUTHENTICATED + 50) as opened:
         connection = http.client.HTTPConnection("127.0.0.1", page_process.port, timeout=60)
         connection.request("GET", "/", headers={"Cookie": cookie})
         assert connection.getresponse().status == 200

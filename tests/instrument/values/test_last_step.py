@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.instrument.conftest import Traced
 from traceml.instrument.values.last_step import usual_end
 
-LEAST_TAIL_S = 0.3
+MIN_TAIL_S = 0.3
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
@@ -39,7 +39,7 @@ def test_code_after_the_loop_is_no_part_of_it(traced: Traced, train) -> None:
     model = torch.nn.Linear(4, 1)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1))
     longest_ns = max(row["other_ns"] for row in traced.steps())  # on a busy machine a pause in a step is long, too
-    time.sleep(max(LEAST_TAIL_S, 3e-9 * longest_ns))
+    time.sleep(max(MIN_TAIL_S, 3e-9 * longest_ns))
     rows = traced.finish()
 
     assert len(rows) == 10

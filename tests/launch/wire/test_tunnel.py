@@ -148,7 +148,7 @@ def test_nobody_at_the_end_is_no_connection(between: Between) -> None:
 
 def test_others_cannot_take_all_descriptors_of_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every user of the host can connect: above a share of the limit connections end at once, and later ones pass."""
-    monkeypatch.setattr(tunnel, "_LEAST_RELAYS", 2)
+    monkeypatch.setattr(tunnel, "_MIN_RELAYS", 2)
     monkeypatch.setattr(tunnel, "_SHARE", 1 << 30)
     between = Between()
     try:
@@ -176,7 +176,7 @@ def test_connections_leave_descriptors_to_the_launcher(between: Between, monkeyp
     ends[0].sendall(b"first")
     assert ends[1].recv(5) == b"first"  # the launcher has counted its descriptors for this connection
     with monkeypatch.context() as patch:
-        patch.setattr(tunnel, "_MOST_USED", 0.0)
+        patch.setattr(tunnel, "_MAX_USED", 0.0)
         with socket.create_connection(("127.0.0.1", between.listener.port), timeout=60) as refused:
             refused.sendall(b"lost")
             assert _is_ended(refused)

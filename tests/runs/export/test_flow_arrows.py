@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from traceml.runs.export.flow_arrows import _MOST_HELD, FlowArrows
+from traceml.runs.export.flow_arrows import _MAX_HELD, FlowArrows
 
 US = 1_000
 
@@ -63,10 +63,10 @@ def test_what_is_left_is_matched_at_the_end():
 def test_unfinished_meetings_are_given_up():
     """A rank that is lost does not make the others' meetings pile up; the newest are kept."""
     arrows = FlowArrows()
-    steps = np.arange(_MOST_HELD + 10)
+    steps = np.arange(_MAX_HELD + 10)
     everything = np.column_stack([steps, steps * 0, steps * 0 + 10 * US, steps * 0 + 20 * US])
     arrows.add_arrivals("wait", 0, everything, 2)
-    arrows.add_arrivals("wait", 1, arrivals((5, 0, 19, 20), (_MOST_HELD, 0, 19, 20)), 2)
+    arrows.add_arrivals("wait", 1, arrivals((5, 0, 19, 20), (_MAX_HELD, 0, 19, 20)), 2)
 
-    assert sum(held.count for held in arrows._held.values()) == _MOST_HELD // 2 + 2
+    assert sum(held.count for held in arrows._held.values()) == _MAX_HELD // 2 + 2
     assert [len(rest.source) for rest in arrows.rest()] == [1]

@@ -82,7 +82,7 @@ def test_every_value_is_an_event(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, block: int
 ) -> None:
     """Finite values are counters, others instants with the step, at the time of the aggregator's clock."""
-    monkeypatch.setattr(waiting_rows, "_MOST_ROWS", waiting)
+    monkeypatch.setattr(waiting_rows, "_MAX_ROWS", waiting)
     monkeypatch.setattr(metric_tracks, "_BLOCK", block)
     result = export_run(run_dir, "perfetto", tmp_path / "out.json")
 

@@ -162,7 +162,7 @@ def test_device_steps_are_complete(perfetto):
 
 def test_blocks_of_any_size_give_the_same_trace(run_dir, perfetto, tmp_path, monkeypatch):
     """Rows that wait for rows of another table, or of another rank, are written as in one block."""
-    monkeypatch.setattr(step_tracks, "_MOST_ROWS", 70)
+    monkeypatch.setattr(step_tracks, "_MAX_ROWS", 70)
     monkeypatch.setattr(step_tracks, "_CELLS", 100)
     export_run(run_dir, "perfetto", tmp_path / "blocks.json")
 

@@ -87,7 +87,7 @@ def traces(tmp_path, monkeypatch):
     (tmp_path / "damaged.pfw").write_text("".join(damaged))
     monkeypatch.setattr(file_parts, "_PLAIN_BYTES", 100_000)
     monkeypatch.setattr(file_parts, "_ZIPPED_BYTES", 20_000)
-    monkeypatch.setattr(file_parts, "_LEAST_BYTES", 10_000)
+    monkeypatch.setattr(file_parts, "_MIN_BYTES", 10_000)
     return tmp_path
 
 

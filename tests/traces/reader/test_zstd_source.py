@@ -172,7 +172,7 @@ def test_a_file_is_cut_at_frames(tmp_path: Path) -> None:
         assert frame_starts(file.fileno(), len(FRAMES), 1) == _starts(FRAMES)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceml.traces.query.file_parts._LEAST_BYTES", 5000)
+        patch.setattr("traceml.traces.query.file_parts._MIN_BYTES", 5000)
         parts = split(0, path, least=4)
         assert [part.begin for part in parts] == [
             start for start in _starts(FRAMES) if start in {p.begin for p in parts}

@@ -26,8 +26,8 @@ PROFILED_KINDS = (Kind.COMPUTE_BOUND, Kind.COMPUTE_STRAGGLER)
 """Verdicts that operators explain."""
 _FILE = "profile.json.gz"
 _STEPS, _SHOWN = 5, 5
-_MOST_TRIES = 3  # someone may be profiling the same ranks
-_MOST_RANKS = 4  # of those that are late: what the others do is mostly waiting
+_MAX_TRIES = 3  # someone may be profiling the same ranks
+_MAX_RANKS = 4  # of those that are late: what the others do is mostly waiting
 _STEPS_S, _LIMIT_S = 120, 300
 
 _log = logging.getLogger("traceml")
@@ -92,9 +92,9 @@ class FindingProfiles:
     async def _profile(self, run: ActiveRun, verdict: Finding, known: _PersistingVerdict) -> None:
         with fail_open(_log, "aggregator", f"run {run.id} could not be profiled"):
             try:
-                profile = await _run_profile(run, verdict.ranks[:_MOST_RANKS])
+                profile = await _run_profile(run, verdict.ranks[:_MAX_RANKS])
             except TraceMLError as error:
-                if known.tries >= _MOST_TRIES:
+                if known.tries >= _MAX_TRIES:
                     raise
 
                 _log.info("run %s could not be profiled yet: %s", run.id, error)

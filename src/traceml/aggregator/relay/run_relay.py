@@ -36,7 +36,7 @@ _CHOSEN = frozenset(table.name for table in PACKED) - RELAYED_WHOLE - {TELEMETRY
 _FRAMES = 256
 _HISTORY_FRAMES = 4096  # read again, about a minute: ranks are compared over it, and some samples may wait
 _MESSAGE_BYTES = 1 << 20
-_MOST_UNSENT_BYTES = 4 << 20
+_MAX_UNSENT_BYTES = 4 << 20
 _JOIN_S, _FLUSH_S = 5.0, 1.0
 
 
@@ -243,7 +243,7 @@ class RunRelay:
             records: its streams, read before.
             but: streams that the center does not know: their rows, and all after them, are left for later.
         """
-        while link.unsent_bytes < _MOST_UNSENT_BYTES:
+        while link.unsent_bytes < _MAX_UNSENT_BYTES:
             whole: list[Frame] = []
             is_last = self._read(reader, records, but, whole)
             self._send(link, whole, [])

@@ -32,7 +32,7 @@ MAX_CHARACTERS = 30_000
 """Longest answer of a tool as JSON: about ten thousand tokens."""
 _ITEMS = (100, 50, 25, 12, 6, 3, 1)
 _LONGEST_TEXT = 2_000
-_MOST_RUNS = 100
+_MAX_RUNS = 100
 _NOT_ASKED = ("schema", "traceml_version", "hidden_metrics", "step_times")
 _SECTIONS = tuple(name for name in Report.__struct_fields__ if name not in _NOT_ASKED)
 _USUAL_SECTIONS = tuple(name for name in _SECTIONS if name != "source")
@@ -78,7 +78,7 @@ class RunTools:
         """
         runs = select_runs([RunFields(info) for info in list_runs(self._runs_dir)], where)
         runs = sort_runs(runs, sort) if sort else runs
-        chosen = runs[: max(1, min(limit, _MOST_RUNS))]
+        chosen = runs[: max(1, min(limit, _MAX_RUNS))]
         return bounded({"total": len(runs), "runs": msgspec.to_builtins([run.record() for run in chosen])})
 
     def report(self, run: str = "latest", sections: list[str] | None = None) -> dict[str, Any]:

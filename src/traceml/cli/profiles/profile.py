@@ -39,11 +39,11 @@ from traceml.settings import Config, load
 __all__ = ["main", "parse_ranks", "profiled_text"]
 
 
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 _LIMIT_S, _ROWS_S = 120.0, 5.0
 _PACKED = (".json", ".json.gz")
 _RANKS = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
-_MOST_RANKS = 100_000
+_MAX_RANKS = 100_000
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ProfileOptions:
     """A run's folder, id or name, or host:port of an aggregator here (default: the newest running job, or run)."""
     ranks: Annotated[str | None, tyro.conf.arg(metavar="RANKS")] = None
     """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, otherwise the first 8)."""
-    steps: Annotated[int, NumberRange(maximum=MOST_STEPS), tyro.conf.arg(metavar="N")] = 5
+    steps: Annotated[int, NumberRange(maximum=MAX_STEPS), tyro.conf.arg(metavar="N")] = 5
     """Number of steps (default: 5)."""
     timeout: Annotated[float, NumberRange(float, minimum=0, above=True), tyro.conf.arg(metavar="S")] = _LIMIT_S
     """Seconds in which the steps have to end (default: 120)."""
@@ -127,7 +127,7 @@ def parse_ranks(text: str | None) -> tuple[int, ...] | None:
     ranks: list[int] = []
     for part in text.split(","):
         found = _RANKS.fullmatch(part.strip())
-        if found is None or int(found[2] or found[1]) - int(found[1]) not in range(_MOST_RANKS):
+        if found is None or int(found[2] or found[1]) - int(found[1]) not in range(_MAX_RANKS):
             raise UsageError(f"--ranks {text}: ranks are given as 0,3 or 0-3")
 
         ranks += range(int(found[1]), int(found[2] or found[1]) + 1)

@@ -21,7 +21,7 @@ _POLL_S = 0.2
 _LEAD_S = 2.0  # a rank's recorder reads commands twice a second
 _SAVING_S = 120.0  # a trace of gigabytes is written and compressed
 _LOST_S, _SILENT_S = 3.0, 60.0
-_MOST_RANKS = 8
+_MAX_RANKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ class ProfileClient:
                 self._take(window, answer["result"], state=False)
 
         if request.ranks is None:
-            self.left_out = len(self.windows) - _MOST_RANKS
-            self.windows = {rank: self.windows[rank] for rank in sorted(self.windows)[:_MOST_RANKS]}
+            self.left_out = len(self.windows) - _MAX_RANKS
+            self.windows = {rank: self.windows[rank] for rank in sorted(self.windows)[:_MAX_RANKS]}
             return
 
         if unknown := sorted(set(request.ranks) - set(self.windows)):

@@ -21,7 +21,7 @@ __all__ = ["Codec", "decode", "decode_planes", "encode"]
 _LEVEL = 1
 _SMALL_BYTES = 48  # smaller frames do not get smaller by compression
 # A writer's largest frames have some ten megabytes. A damaged or malicious one may claim terabytes, from a few bytes.
-_MOST_BYTES = 256 << 20
+_MAX_BYTES = 256 << 20
 
 
 class Codec(IntEnum):
@@ -131,7 +131,7 @@ def _unzstd(data: bytes) -> bytes:
 
     try:
         _check_size(zstandard.frame_content_size(data))  # negative where it is not known
-        body: bytes = _compressors.unpack(data, max_output_size=_MOST_BYTES)
+        body: bytes = _compressors.unpack(data, max_output_size=_MAX_BYTES)
     except (zstandard.ZstdError, MemoryError) as error:
         raise ValueError(str(error) or "it does not fit into memory") from error
 
@@ -141,7 +141,7 @@ def _unzstd(data: bytes) -> bytes:
 def _unzlib(data: bytes) -> bytes:
     unpacker = zlib.decompressobj()
     try:
-        body = unpacker.decompress(data, _MOST_BYTES + 1)
+        body = unpacker.decompress(data, _MAX_BYTES + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
 
@@ -153,5 +153,5 @@ def _unzlib(data: bytes) -> bytes:
 
 
 def _check_size(size: int) -> None:
-    if size > _MOST_BYTES:
-        raise ValueError(f"it would take {size:,} bytes, above the limit of {_MOST_BYTES:,} for a frame")
+    if size > _MAX_BYTES:
+        raise ValueError(f"it would take {size:,} bytes, above the limit of {_MAX_BYTES:,} for a frame")

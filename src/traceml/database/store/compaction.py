@@ -25,11 +25,11 @@ FANOUT = 60
 """Number of frames that are merged into one."""
 FULL_ROWS = 4096
 """Most rows of a merged frame."""
-_MOST_TAILS = 8192
+_MAX_TAILS = 8192
 """Most (stream, table) whose frames are merged: of more, each transaction would write most pages of the last minute."""
 _ROUND_FRAMES = 120_000
 _LEVELS = 4
-_MOST_FRAMES = 256
+_MAX_FRAMES = 256
 # Rows of a table that gets few of them are summed after this long.
 _STALE_S, _STALE_OF_MANY_S = 300.0, 900.0
 
@@ -177,8 +177,8 @@ class Compaction:
             return
 
         ids = tail.ids[level]
-        merging = [number for number in ids[:_MOST_FRAMES] if number <= up_to and not self.is_large]
-        summing = ids[-tail.unsummed :][:_MOST_FRAMES] if level == 0 and tail.unsummed else array("q")
+        merging = [number for number in ids[:_MAX_FRAMES] if number <= up_to and not self.is_large]
+        summing = ids[-tail.unsummed :][:_MAX_FRAMES] if level == 0 and tail.unsummed else array("q")
         try:
             frames = self._editor.load(table, sorted({*merging, *summing}))
             new = [frame for frame in frames if summing and frame.id >= summing[0]]
@@ -222,7 +222,7 @@ class Compaction:
         return merged
 
     def _begin(self, key: _Key) -> _Tail:
-        if len(self._tails) >= _MOST_TAILS and not self.is_large:
+        if len(self._tails) >= _MAX_TAILS and not self.is_large:
             self._stop_merging()
 
         return self._tails.setdefault(key, _Tail())

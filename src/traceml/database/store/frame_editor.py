@@ -31,8 +31,8 @@ FRAME_OVERHEAD_BYTES = 40
 """Bytes of a frame in the store in addition to its rows: header and index, measured."""
 
 # A transaction of this many takes some 30 ms.
-_MOST_FRAMES = 10_000
-_MOST_BYTES = 16 << 20
+_MAX_FRAMES = 10_000
+_MAX_BYTES = 16 << 20
 
 _UPDATE = "UPDATE frames SET seq = ?, n = ?, first_step = ?, last_step = ?, codec = ?, data = ? WHERE id = ?"
 _UPSERT_SUMS = (
@@ -97,7 +97,7 @@ class FrameEditor:
     @property
     def is_large(self) -> bool:
         """Whether so many changes wait that they have to be written now."""
-        return len(self._gone) >= _MOST_FRAMES or self._bytes >= _MOST_BYTES
+        return len(self._gone) >= _MAX_FRAMES or self._bytes >= _MAX_BYTES
 
     def write(self) -> None:
         """Write all changes, in the caller's transaction."""

@@ -30,7 +30,7 @@ _OLDEST_VERSION = 1
 _APPLICATION_ID = 0x54524D4C  # "TRML"
 _NEEDS_ROLLBACK = 776  # SQLITE_READONLY_ROLLBACK
 _BUSY_MS = 5000
-_MOST_VALUE_BYTES = 256 << 20  # as frames after decompression; see codec
+_MAX_VALUE_BYTES = 256 << 20  # as frames after decompression; see codec
 _log = logging.getLogger("traceml")
 # With 4 kB pages a frame over 1 kB spills into overflow pages and wastes up to 43 %.
 _PAGE_BYTES = 32768
@@ -246,7 +246,7 @@ def _check_schema(database: sqlite3.Connection, path: Path) -> None:
 
     Values of gigabytes, for which a file needs no more than holes, are refused when they are read.
     """
-    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_VALUE_BYTES)
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
     database.execute("PRAGMA trusted_schema=OFF")
     found = database.execute("SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchone()
     if found is not None:

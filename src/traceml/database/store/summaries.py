@@ -57,7 +57,7 @@ SAMPLE_TABLES = (PROCESS, HOST, GPU, TORCH_MEMORY, LOADER_WORKERS, TELEMETRY, LI
 
 LEVEL_RATIO = 1.015
 """Ratio between two levels of the histogram of step times, which bounds the error of percentiles."""
-_LEAST_NS = 1e3
+_MIN_NS = 1e3
 _LEVELS = 1480  # the last one begins after more than an hour
 
 _GROUPS = {
@@ -266,7 +266,7 @@ class StepSums:
         bins = self.steps.bins
         least, most = int(bins["total_ns_min"].min()), int(bins["total_ns_max"].max())
         at = [int(np.searchsorted(reached, max(np.ceil(share * reached[-1]), 1))) for share in shares]
-        middles = _LEAST_NS * LEVEL_RATIO ** (levels[at] + 0.5)
+        middles = _MIN_NS * LEVEL_RATIO ** (levels[at] + 0.5)
         return [float(value) for value in np.clip(middles, least, most)]
 
 
@@ -400,8 +400,8 @@ def _widths(steps: NDArray[np.int64], of: NDArray[np.int64], count: int) -> NDAr
 
 
 def _levels_by_stream(rows: _Rows, of: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
-    total = np.maximum(rows["total_ns"], _LEAST_NS)
-    level = np.minimum(np.log(total / _LEAST_NS) / np.log(LEVEL_RATIO), _LEVELS - 1).astype(np.int64)
+    total = np.maximum(rows["total_ns"], _MIN_NS)
+    level = np.minimum(np.log(total / _MIN_NS) / np.log(LEVEL_RATIO), _LEVELS - 1).astype(np.int64)
     found = _counted(of * _LEVELS + level)
     ends = np.searchsorted(found[:, 0], np.arange(count + 1) * _LEVELS)
     found[:, 0] %= _LEVELS

@@ -23,7 +23,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
 _LINE_KEYS = ("phase", "line_id", "library_id")
 _LINE_SUMS = ("samples", "watched_ns", "cpu_ns")
 _SECOND_NS = 1_000_000_000
-_MOST_BLOCKS = 1 << 22
+_MAX_BLOCKS = 1 << 22
 
 
 def kept(numbers: NDArray[np.int64], level: int) -> NDArray[np.bool_]:
@@ -89,7 +89,7 @@ def sample_blocks(first: int, last: int, steps: int) -> list[tuple[int, int]]:
     count = last // BLOCK_STEPS - first // BLOCK_STEPS + 1
     wanted = max(steps // BLOCK_STEPS, 1)
     # A step counter that jumped by billions is sampled more coarsely.
-    stride = -(-count // _MOST_BLOCKS)
+    stride = -(-count // _MAX_BLOCKS)
     numbers = np.arange(0, count, stride, dtype=np.int64) + first // BLOCK_STEPS
     if len(numbers) > wanted:
         nearest = np.argpartition(_positions(numbers), wanted)[:wanted]

@@ -23,11 +23,11 @@ __all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "IncomingRows", "UnframedRows"]
 
 HOLD_S = 10.0
 """How long rows wait for others of their frame."""
-_MOST_ROWS = 4096
-_MOST_BYTES = 32 << 20
+_MAX_ROWS = 4096
+_MAX_BYTES = 32 << 20
 # Frames of all ranks are spread over this many commits: together they would delay an acknowledgment.
 _COMMITS = 20
-_LEAST_FRAMES = 64
+_MIN_FRAMES = 64
 
 _log = logging.getLogger("traceml")
 
@@ -92,7 +92,7 @@ class UnframedRows:
         self._new: list[IncomingRows] = []
         self._now_s = self._since_s = 0.0
         self._open_bytes = 0
-        self._share = _LEAST_FRAMES
+        self._share = _MIN_FRAMES
         self._last_record = self._closing_record = self._done_record = 0
 
     def stored(self) -> Iterator[IncomingRows]:
@@ -111,7 +111,7 @@ class UnframedRows:
         """Hold rows; the next transaction stores them, unless they are."""
         key = (rows.stream, rows.table)
         held = self._open.get(key)
-        if held is not None and (rows.seq != held.seq + held.n or held.n + rows.n > _MOST_ROWS):
+        if held is not None and (rows.seq != held.seq + held.n or held.n + rows.n > _MAX_ROWS):
             waiting = [rows for rows in (self._closing, self._open) if key in rows]
             self._early += [HeldFrame(key, rows.pop(key)) for rows in waiting]
             held = None
@@ -140,11 +140,11 @@ class UnframedRows:
             self._share = len(self._closing)
             frames += self._due()
 
-        is_time = everything or now_s - self._since_s >= HOLD_S or self._open_bytes >= _MOST_BYTES
+        is_time = everything or now_s - self._since_s >= HOLD_S or self._open_bytes >= _MAX_BYTES
         if self._open and not self._closing and is_time:
             self._closing, self._open, self._open_bytes = self._open, {}, 0
             self._closing_record = self._last_record + bool(self._new)
-            self._share = len(self._closing) if everything else max(len(self._closing) // _COMMITS, _LEAST_FRAMES)
+            self._share = len(self._closing) if everything else max(len(self._closing) // _COMMITS, _MIN_FRAMES)
 
         return frames + self._due()
 

@@ -30,7 +30,7 @@ _OF_HOST = re.compile(
 _CAPACITY = re.compile(
     rf"total capacity of {_SIZE}|{_SIZE.replace('size', 'size2').replace('unit', 'unit2')} total capacity"
 )
-_LEAST_GROWN = 16 << 20
+_MIN_GROWN = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class MemoryEnd:
     @property
     def grows(self) -> bool:
         """Whether resident memory grew steadily until the end, by an amount that counts."""
-        return (self.per_minute_bytes or 0) >= _LEAST_GROWN
+        return (self.per_minute_bytes or 0) >= _MIN_GROWN
 
     def _limit_words(self) -> str:
         if self.limit_bytes is None:

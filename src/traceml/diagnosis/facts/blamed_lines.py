@@ -38,13 +38,13 @@ __all__ = [
     "worker_wait_share",
 ]
 
-MIN_SAMPLES = 35
+MIN_SHARE_SAMPLES = 35
 """Fewer samples of a phase do not give a share in percent: with 35, a share of 0.9 is accurate to a tenth."""
 _CHILD_ANSWER = "/multiprocessing/connection.py:"
-FEWEST_SAMPLES = 10
+MIN_SAMPLES = 10
 """Fewer samples of a phase do not name a line."""
 LEADING_RATIO = 2.0
-"""From `MIN_SAMPLES` on, a function is also named if it has half of a phase, and this factor more than any other."""
+"""From `MIN_SHARE_SAMPLES` on, a function is also named if it has half of a phase, and this many times any other."""
 MAX_EXCESS = 0.15
 """The phase's share of the samples may exceed its share of the hooks' time by this much."""
 NAMED_SHARE = 0.5
@@ -61,7 +61,7 @@ _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
 _HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
 _AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
-_FEWEST_CLEARING = 5  # it only lowers a cost
+_MIN_CLEARING = 5  # it only lowers a cost
 _Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
 _WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
 
@@ -79,12 +79,12 @@ class SampledShare:
     @property
     def is_rough(self) -> bool:
         """Whether there are too few samples for a share in percent."""
-        return self.samples < MIN_SAMPLES
+        return self.samples < MIN_SHARE_SAMPLES
 
     @property
     def is_most(self) -> bool:
         """Whether it is half or more; of few samples, certainly."""
-        if self.samples < FEWEST_SAMPLES:
+        if self.samples < MIN_SAMPLES:
             return False
 
         share = _least_share(self.share * self.samples, self.samples) if self.is_rough else self.share
@@ -163,7 +163,7 @@ def blamed_line(
     """
     code = part if part in PHASE_LABELS or part == "other" else _USER
     functions, total, in_steps = _by_function(lines, code, ranks)
-    if total < FEWEST_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
+    if total < MIN_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
         return None
 
     usual, _, in_steps_of_others = _by_function(lines, code, others) if others else (Counter(), 0, 1)
@@ -208,7 +208,7 @@ def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
     """Return the share of a part's samples in libraries of simulated environments; None where there are few samples."""
     seen = [each for each in lines if each.part == part]
     total = sum(each.samples for each in seen)
-    return _samples_in(seen, _ENVIRONMENTS) / total if total >= FEWEST_SAMPLES else None
+    return _samples_in(seen, _ENVIRONMENTS) / total if total >= MIN_SAMPLES else None
 
 
 def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
@@ -252,7 +252,7 @@ def clearing_share(lines: Sequence[SampledLine]) -> float:
 
     Freeing large gradients takes time, and is not the work of the user's loop.
     """
-    return _share(lines, "other", _clears, _FEWEST_CLEARING)
+    return _share(lines, "other", _clears, _MIN_CLEARING)
 
 
 def _clears(line: SampledLine) -> bool:
@@ -261,19 +261,17 @@ def _clears(line: SampledLine) -> bool:
 
 def ordering_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or ""), FEWEST_SAMPLES)
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or ""), MIN_SAMPLES)
 
 
 def worker_wait_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _RECEIVES.search(each.library or ""), FEWEST_SAMPLES)
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _RECEIVES.search(each.library or ""), MIN_SAMPLES)
 
 
 def dataset_share(lines: Sequence[SampledLine], dataset: str) -> float:
     """Return the share of the waiting for data in the functions of a data set's class, by samples; 0 if unknown."""
-    return _share(
-        lines, Phase.INPUT_WAIT.label, lambda each: f".{dataset}." in f".{each.function or ''}", FEWEST_SAMPLES
-    )
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: f".{dataset}." in f".{each.function or ''}", MIN_SAMPLES)
 
 
 def handover_share(lines: Sequence[SampledLine]) -> float:
@@ -283,7 +281,7 @@ def handover_share(lines: Sequence[SampledLine]) -> float:
     """
     seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
     taking, waiting = _samples_in(seen, _HANDS_OVER), _samples_in(seen, _AWAITS)
-    return taking / (taking + waiting) if taking + waiting >= FEWEST_SAMPLES else 0.0
+    return taking / (taking + waiting) if taking + waiting >= MIN_SAMPLES else 0.0
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:
@@ -293,7 +291,7 @@ def iterator_share(lines: Sequence[SampledLine]) -> float:
     """
     waiting = sum(each.samples for each in lines if each.part == Phase.INPUT_WAIT.label)
     total = waiting + sum(each.samples for each in lines if each.part == "other")
-    return waiting / total if total >= MIN_SAMPLES else 0.0
+    return waiting / total if total >= MIN_SHARE_SAMPLES else 0.0
 
 
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
@@ -305,7 +303,7 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     """
     functions, total, _ = _by_function(lines, part, ())
     place, samples = functions.most_common(1)[0] if functions else (None, 0)
-    if place is None or total < FEWEST_SAMPLES or not _is_named(functions, place, total):
+    if place is None or total < MIN_SAMPLES or not _is_named(functions, place, total):
         return None
 
     return BlamedLine(place[0], _most_frequent_line(lines, part, place), place[1], samples / total, total)
@@ -323,10 +321,10 @@ def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: f
     samples = functions[place]
     is_certain = _least_share(samples, whole) >= NAMED_SHARE
     if excess is not None:
-        return excess >= NAMED_OF_EXCESS * whole and (is_certain or whole >= MIN_SAMPLES)
+        return excess >= NAMED_OF_EXCESS * whole and (is_certain or whole >= MIN_SHARE_SAMPLES)
 
     second = max((count for other, count in functions.items() if other != place), default=0)
-    leads = whole >= MIN_SAMPLES and samples >= max(NAMED_SHARE * whole, LEADING_RATIO * second)
+    leads = whole >= MIN_SHARE_SAMPLES and samples >= max(NAMED_SHARE * whole, LEADING_RATIO * second)
     return is_certain or leads
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.inspection.busy_processes import LEAST_CORES
+from traceml.inspection.busy_processes import MIN_CORES
 
 __all__ = [
     "CORE_TAKERS",
@@ -119,7 +119,7 @@ class CoreTakerHistory:
     def most(self, count: int = 3) -> dict[str, float]:
         """Return the mean cores of those that used most, by name; '' are all processes of other users."""
         means = {name: cores / self._readings for name, cores in self._cores.most_common(count)}
-        return {name: cores for name, cores in means.items() if cores >= LEAST_CORES}
+        return {name: cores for name, cores in means.items() if cores >= MIN_CORES}
 
 
 def share_of_wall_time(rows: NDArray[np.void]) -> float | None:

@@ -8,9 +8,9 @@ from typing import Any
 
 __all__ = ["GrowingObjects", "growing_of"]
 
-LEAST_SHARE = 0.3
+MIN_SHARE = 0.3
 """A container explains growth if its new elements are at least this share of it."""
-LEAST_KEPT = 0.5
+MIN_KEPT = 0.5
 """A container is never cleared if it has so much of what came to it at its rate."""
 
 
@@ -54,18 +54,18 @@ class GrowingObjects:
 
     def is_never_cleared(self, latest: int) -> bool:
         """Return whether it has kept half of what came since step 0, as of the newer half of the steps."""
-        return 0 <= latest <= 2 * self.step and self.count >= LEAST_KEPT * self.per_step * self.step > 0
+        return 0 <= latest <= 2 * self.step and self.count >= MIN_KEPT * self.per_step * self.step > 0
 
     def explains(self, bytes_per_step: float, grown_bytes: int) -> bool:
         """Return whether it explains a growth of memory; the size of a graph is not known.
 
         A batch is another object in each step, too, but not as large as all growth.
         """
-        if self.is_copied and self.count * self.item_bytes < LEAST_SHARE * grown_bytes:
+        if self.is_copied and self.count * self.item_bytes < MIN_SHARE * grown_bytes:
             return False
 
         counts = self.per_step > 0 or self.kind == "graph"
-        return counts and (self.holds_graph or self.per_step * self.item_bytes >= LEAST_SHARE * bytes_per_step)
+        return counts and (self.holds_graph or self.per_step * self.item_bytes >= MIN_SHARE * bytes_per_step)
 
 
 _FIELDS = {field.name for field in fields(GrowingObjects)}

@@ -28,16 +28,16 @@ REASONS = {
     0x4: "power limit",
 }
 """Bits of NVML's throttle reasons that lower a clock below what the job asks for."""
-LEAST_SAMPLES = 10
+MIN_SAMPLES = 10
 """Samples of a computing device, at least."""
-LEAST_SHARE = 0.3
+MIN_SHARE = 0.3
 """Share of these in which the clock was lowered, at least."""
-LEAST_DROP = 0.15
+MIN_DROP = 0.15
 """A power limit is usual under load: it counts from this loss of clock on, against the device's other samples."""
 _BUSY_PCT = 50.0
 _POWER_LIMIT = 0x4
 _SET_LIMIT, SET_LIMIT = 0x2, "a clock limit that was set"
-_LEAST_CAP = 0.25  # loss of the highest clock from which on a limit is reported: few devices keep that under load
+_MIN_CAP = 0.25  # loss of the highest clock from which on a limit is reported: few devices keep that under load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +250,7 @@ def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
     busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
     bits = np.bitwise_or.reduce(np.array(list(REASONS), np.int64))
     is_low = (busy["throttle_reasons"] & bits) != 0
-    if len(busy) < LEAST_SAMPLES or is_low.mean() < LEAST_SHARE:
+    if len(busy) < MIN_SAMPLES or is_low.mean() < MIN_SHARE:
         return None
 
     low, usual = busy[is_low], busy[~is_low]
@@ -266,14 +266,14 @@ def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
         temperature_c=float(low["temperature_c"].max()),
         power_w=float(low["power_w"].mean()),
     )
-    return None if bit == _POWER_LIMIT and found.lost < LEAST_DROP else found
+    return None if bit == _POWER_LIMIT and found.lost < MIN_DROP else found
 
 
 def _capped_clock(rows: NDArray[np.void], highest_mhz: int) -> LoweredClock | None:
     """Return the clock of a device that a set limit keeps far below its highest one; None where none does."""
     busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
     is_set = (busy["throttle_reasons"] & _SET_LIMIT) != 0
-    if len(busy) < LEAST_SAMPLES or is_set.mean() < LEAST_SHARE:
+    if len(busy) < MIN_SAMPLES or is_set.mean() < MIN_SHARE:
         return None
 
     capped = busy[is_set]
@@ -286,4 +286,4 @@ def _capped_clock(rows: NDArray[np.void], highest_mhz: int) -> LoweredClock | No
         temperature_c=float(capped["temperature_c"].max()),
         power_w=float(capped["power_w"].mean()),
     )
-    return found if found.lost >= _LEAST_CAP else None
+    return found if found.lost >= _MIN_CAP else None

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 __all__ = ["EndMemory", "MemoryTail"]
 
 _TAIL_NS = 60 * 10**9
-_MOST_ROWS = 256  # a sample is taken twice a second at most
-_LEAST_ROWS, _LEAST_NS = 3, 10**9
+_MAX_ROWS = 256  # a sample is taken twice a second at most
+_MIN_ROWS, _MIN_NS = 3, 10**9
 # Of the growth, the first half of the time has this share; else it was a jump, for which a rate means nothing.
 _STEADY = (0.25, 0.75)
 
@@ -55,7 +55,7 @@ class MemoryTail:
 
         times, sizes = np.concatenate([self._times, times_ns]), np.concatenate([self._sizes, sizes])
         recent = times >= times[-1] - _TAIL_NS
-        self._times, self._sizes = times[recent][-_MOST_ROWS:], sizes[recent][-_MOST_ROWS:]
+        self._times, self._sizes = times[recent][-_MAX_ROWS:], sizes[recent][-_MAX_ROWS:]
         self._peak = max(self._peak, int(sizes.max()))
 
     def at_end(self) -> EndMemory | None:
@@ -68,7 +68,7 @@ class MemoryTail:
     def _per_minute(self) -> int | None:
         """Return the growth of the longest part up to the end that is steady: it may have begun late."""
         count = len(self._times)
-        while count >= _LEAST_ROWS:
+        while count >= _MIN_ROWS:
             if (rate := _steady_rate(self._times[-count:], self._sizes[-count:])) is not None:
                 return rate
 
@@ -79,7 +79,7 @@ class MemoryTail:
 
 def _steady_rate(times: NDArray[np.int64], sizes: NDArray[np.int64]) -> int | None:
     passed_ns, grown = int(times[-1] - times[0]), int(sizes[-1] - sizes[0])
-    if passed_ns < _LEAST_NS or grown <= 0:
+    if passed_ns < _MIN_NS or grown <= 0:
         return None
 
     half = float(np.interp(times[0] + passed_ns / 2, times, sizes)) - float(sizes[0])

@@ -22,23 +22,23 @@ __all__ = ["DeviceMemory", "GrowthEstimate", "HostMemory", "MemoryCurve", "Memor
 
 MAX_POINTS = 96
 """Samples that are kept of each curve."""
-LEAST_GROWN_BYTES = 32 << 20
+MIN_GROWN_BYTES = 32 << 20
 """Growth below this is not reported: an allocator's arenas, torch.compile, and lazy imports cost that much."""
-LEAST_GROWN_SHARE = 0.05
+MIN_GROWN_SHARE = 0.05
 """Growth below this share of the memory in use is not reported."""
 STEADY = 0.97
 """Share of pairs of samples that rise with time, from which on growth is steady; of stairs, those that do not fall."""
-FEWEST_RISES = 0.45
+MIN_RISES = 0.45
 """Share of the parts of the run that must rise: growth in each epoch makes stairs, and a few stairs are not a leak."""
-LEAST_S = 4.0
-"""Samples must cover at least this many seconds, and `LEAST_STEPS` steps or `LONG_S` seconds."""
-LEAST_STEPS, LONG_S = 60, 30.0  # LBFGS fills its history of 100 updates within 50 steps
+MIN_S = 4.0
+"""Samples must cover at least this many seconds, and `MIN_STEPS` steps or `LONG_S` seconds."""
+MIN_STEPS, LONG_S = 60, 30.0  # LBFGS fills its history of 100 updates within 50 steps
 _PARTS = 24
 _MIN_SAMPLES = 8
 _WARM_UP_STEPS = 20
 _LEVEL_SHARE = 0.1  # of the mean rise of a part: on a stair, some pages come and go
 _UNEVEN_PARTS = 1.5  # stairs begin somewhere in a part, so that the distances between them differ by this many
-_LEAST_RISE = 0.25  # of the mean rise of a quarter, for each quarter
+_MIN_RISE = 0.25  # of the mean rise of a quarter, for each quarter
 
 _RECENT = 12
 _Points = NDArray[np.int64]  # rows of (step, t_ns, bytes)
@@ -157,7 +157,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         quarters = by_steps
 
     grown = quarters[-1] - quarters[0]
-    least = max(LEAST_GROWN_BYTES, LEAST_GROWN_SHARE * float(values[-1]))
+    least = max(MIN_GROWN_BYTES, MIN_GROWN_SHARE * float(values[-1]))
     level = _LEVEL_SHARE * grown / count
     is_grown = _all_rise(quarters) and grown >= least and _is_long(points)
     is_even = float((rises > 0).mean()) >= STEADY or _is_in_stairs(steps, values, rises, level)
@@ -174,7 +174,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
 
 def _all_rise(quarters: list[float]) -> bool:
     """Return whether each quarter is above the one before, by an amount that counts."""
-    least = _LEAST_RISE * (quarters[-1] - quarters[0]) / 3
+    least = _MIN_RISE * (quarters[-1] - quarters[0]) / 3
     return min(later - earlier for earlier, later in pairwise(quarters)) >= least
 
 
@@ -202,7 +202,7 @@ def _is_in_stairs(
         level: smaller differences do not count.
     """
     at = np.flatnonzero(np.diff(values) > level)
-    if float((rises >= -level).mean()) < STEADY or len(at) < FEWEST_RISES * len(values):
+    if float((rises >= -level).mean()) < STEADY or len(at) < MIN_RISES * len(values):
         return False
 
     return bool(np.ptp(np.diff(steps[at])) <= _UNEVEN_PARTS * np.diff(steps).max())
@@ -226,7 +226,7 @@ def _median(values: NDArray[np.float64]) -> float:
 
 def _is_long(points: _Points) -> bool:
     steps, seconds = points[-1, 0] - points[0, 0], (points[-1, 1] - points[0, 1]) / 1e9
-    return bool(seconds >= LEAST_S and (steps >= LEAST_STEPS or seconds >= LONG_S))
+    return bool(seconds >= MIN_S and (steps >= MIN_STEPS or seconds >= LONG_S))
 
 
 def _lowest(points: _Points, every: int) -> _Points:

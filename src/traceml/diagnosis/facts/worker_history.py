@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 __all__ = ["WorkerHistory", "WorkerUse"]
 
-LEAST_NS = 1e9
+MIN_NS = 1e9
 """Workers that were watched for less time are not known; the kernel counts CPU time in ticks of 10 ms."""
 COPIED_SHARE = 0.5
 """Private memory that grows is copies of shared memory if new memory explains at most this share of it."""
@@ -51,7 +51,7 @@ class _Watched:
     def use(self) -> WorkerUse | None:
         """Return the shares; None where the workers were not watched long enough."""
         workers = int(self.last["workers"][0])
-        if self.worker_ns < LEAST_NS * workers:
+        if self.worker_ns < MIN_NS * workers:
             return None
 
         busy, waited = min(self.cpu_ns / self.worker_ns, 1.0), min(self.wait_ns / self.worker_ns, 1.0)

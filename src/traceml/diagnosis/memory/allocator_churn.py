@@ -6,12 +6,12 @@ from traceml.diagnosis.facts.devices.segment_turnover import SegmentTurnover
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.memory.pressure import LEAST_RETRIES
+from traceml.diagnosis.memory.pressure import MIN_RETRIES
 from traceml.formatting import capitalized, line_text, ranks_text
 
 __all__ = ["allocator_churn"]
 
-LEAST_PER_STEP = 0.9
+MIN_PER_STEP = 0.9
 """Blocks per step that are given back and requested again, from which on the loop does it."""
 _EMPTIES = " empty_cache"
 
@@ -21,8 +21,8 @@ def allocator_churn(facts: JobFacts) -> list[Finding]:
 
     An allocator that lacks memory does so too: that is pressure.
     """
-    lacking = {(each.rank, each.device) for each in facts.memory.devices() if each.retries >= LEAST_RETRIES}
-    steady = facts.turnover.steady(max(facts.latest, default=-1), LEAST_PER_STEP)
+    lacking = {(each.rank, each.device) for each in facts.memory.devices() if each.retries >= MIN_RETRIES}
+    steady = facts.turnover.steady(max(facts.latest, default=-1), MIN_PER_STEP)
     found = {key: each for key, each in steady.items() if key not in lacking}
     if not found:
         return []

@@ -15,7 +15,7 @@ __all__ = ["memory_imbalance", "memory_pressure"]
 
 FULL_SHARE = 0.93
 """Memory is nearly full from this used share on; of a device, the peak counts."""
-LEAST_RETRIES = 5
+MIN_RETRIES = 5
 """So many allocations that needed the cache to be freed are pressure, too."""
 UNEVEN = 1.25
 """A rank needs this many times the median of the ranks, to be reported."""
@@ -73,7 +73,7 @@ def _devices(facts: JobFacts) -> list[Finding]:
     if not full:
         return []
 
-    worst = max(full, key=lambda each: (each.retries >= LEAST_RETRIES, _share(each)))
+    worst = max(full, key=lambda each: (each.retries >= MIN_RETRIES, _share(each)))
     ranks = {each.rank for each in full}
     retried = (
         f" {plural(worst.retries, 'allocation')} succeeded only after torch had freed its cache, which takes time."
@@ -110,7 +110,7 @@ def _share(device: DeviceMemory) -> float:
 
 
 def _is_full(device: DeviceMemory) -> bool:
-    return _share(device) >= FULL_SHARE or device.retries >= LEAST_RETRIES
+    return _share(device) >= FULL_SHARE or device.retries >= MIN_RETRIES
 
 
 def memory_imbalance(facts: JobFacts) -> list[Finding]:

@@ -12,9 +12,9 @@ from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["RankChoice", "choose_ranks"]
 
-LEAST_DIFFERENCE = 0.02
+MIN_DIFFERENCE = 0.02
 """A rank differs if the mean of its own work, or of a part, is this share of a step away from the host's median."""
-LEAST_ERRORS = 2.5
+MIN_ERRORS = 2.5
 """And if it is this many standard errors away. Both are below the limits from which rules blame a rank."""
 
 
@@ -65,5 +65,5 @@ def _differs(segments: Segments, values: Floats) -> NDArray[np.bool_]:
     # The lower median is a real rank's: where half of the ranks are late, the other half are the ordinary ones.
     median = np.sort(means)[(len(means) - 1) // 2]
     error = float(np.median(values.std(axis=1))) / max(values.shape[1], 1) ** 0.5
-    least = max(LEAST_DIFFERENCE * segments.step_ns, LEAST_ERRORS * error)
+    least = max(MIN_DIFFERENCE * segments.step_ns, MIN_ERRORS * error)
     return np.asarray(np.abs(means - median) > least)

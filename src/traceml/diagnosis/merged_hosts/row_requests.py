@@ -9,7 +9,7 @@ from traceml.diagnosis.steps.representatives import HostChoice, Representatives
 
 __all__ = ["RowRequests"]
 
-MOST_HOSTS_ASKED = 4
+MAX_HOSTS_ASKED = 4
 """If more hosts are late at once, no rows are asked for."""
 SECONDS_ASKED = 30
 """Time for which the rows of a host are asked for."""
@@ -51,4 +51,4 @@ class RowRequests:
 def _late_hosts(findings: Sequence[Finding], representatives: Representatives) -> list[HostChoice]:
     late = {rank for finding in findings if finding.kind.rule.is_straggler for rank in finding.ranks}
     hosts = [choice for choice in representatives.choices if not late.isdisjoint(choice.alive)] if late else []
-    return hosts if len(hosts) <= MOST_HOSTS_ASKED else []
+    return hosts if len(hosts) <= MAX_HOSTS_ASKED else []

@@ -45,9 +45,9 @@ CROWDED_SHARE = 0.20
 """The share from which code outside the phases is reported when the ranks have too few cores."""
 RARE_FACTOR = 1.1
 """Rare long steps are not counted if a part costs more than this factor with them."""
-LEAST_UNCOUNTED = 0.02
+MIN_UNCOUNTED = 0.02
 """What does not count is named from this share of the part on."""
-LEAST_PART = 1.05
+MIN_PART = 1.05
 """What the advice gains is compared with the gain without any waiting if that is larger by this factor."""
 SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
@@ -176,7 +176,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
         line = None  # it is the loop's own: the work is in the workers' processes
 
     advised = by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline)
-    is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > LEAST_PART * advised.gain
+    is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
     where += f"; without any of it steps would be {cost.faster}" if is_part else ""
     summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}{where}."
     evidence = cost.line_evidence(line) | _loader_evidence(facts) | _fetch_evidence(pipeline, advised)
@@ -235,7 +235,7 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
 def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _PhaseCost:
     """Return the cost of `other` without clearing gradients, and without the forward of a training without modules."""
     known = {"clearing gradients": clearing_share(facts.lines), "the forward": _forward_share(segments)}
-    uncounted = {name: share for name, share in known.items() if share >= LEAST_UNCOUNTED}
+    uncounted = {name: share for name, share in known.items() if share >= MIN_UNCOUNTED}
     return cost.scaled(max(1 - sum(uncounted.values()), 0.0), *uncounted)
 
 

@@ -15,7 +15,7 @@ __all__ = ["OTHERS_CORES", "core_takers", "cpu_contention", "is_kept_waiting"]
 
 OTHERS_CORES = 0.5
 """Other programs are named if they use this many cores or more."""
-_MOST_SHARE = 0.9
+_MAX_SHARE = 0.9
 _MOSTLY = 0.5
 """From this share on, waiting for other programs is a finding of its own, not a remark on another one."""
 _SOME_SHARE = 0.25
@@ -28,7 +28,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     if waited < WARNING_SHARE:
         return []
 
-    waited = min(waited, _MOST_SHARE)
+    waited = min(waited, _MAX_SHARE)
     subject = "The ranks" if facts.world_size > 1 else "The training process"
     subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
     throttled = _throttled_share(facts)

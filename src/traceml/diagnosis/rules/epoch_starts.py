@@ -21,7 +21,7 @@ __all__ = ["KeptWorkers", "begins_each_step", "keeping_workers", "workers_restar
 
 EACH_STEP_SHARE = 0.5
 """A script makes an iterator in each step if this share of its steps wait for the first batch of one."""
-_FEWEST_STARTS = 10
+_MIN_STARTS = 10
 _ANEW_SHARE = 0.5  # the number of loaders is known to a factor of two
 _PART = "input_wait"
 
@@ -32,7 +32,7 @@ def begins_each_step(epochs: NDArray[np.void]) -> bool:
     Args:
         epochs: rows of `schema.EPOCHS`.
     """
-    if len(epochs) < _FEWEST_STARTS:
+    if len(epochs) < _MIN_STARTS:
         return False
 
     steps = int(epochs["step"][-1]) - int(epochs["step"][0]) + 1

@@ -30,7 +30,7 @@ MIN_PART_SHARE = 0.5
 """Where steps of all lengths hide the long ones, a part of them is longer than usual by this share of a usual step."""
 FILLED_SHARE = 0.6
 """So many of the steps at that distance, from the first long one to the last, are long."""
-MOST_OF_ONE = 0.5
+MAX_OF_ONE = 0.5
 """A single step with more than this share of the long steps' excess is not one of many."""
 JOINT_SHARE = 0.2
 """A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
@@ -142,7 +142,7 @@ def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.b
         follows = np.isin(steps, steps + every)
         members = follows | np.isin(steps, steps - every)
         regular_ns = float(excess[members].sum())
-        if members.any() and float(excess[members].max()) > MOST_OF_ONE * regular_ns:
+        if members.any() and float(excess[members].max()) > MAX_OF_ONE * regular_ns:
             continue
 
         if every < 2 or follows.sum() < MIN_LONG_STEPS - 1 or regular_ns < REGULAR_SHARE * float(excess.sum()):

@@ -16,7 +16,7 @@ __all__ = ["late_evidence", "late_summary", "mean_of_others", "waited_for_core"]
 
 _UNEVEN = 0.03
 """Cost and gain that differ by so much of the step are explained."""
-_MOST_LISTED = 64  # a switch or a stage has thousands of ranks
+_MAX_LISTED = 64  # a switch or a stage has thousands of ranks
 
 
 def mean_of_others(values: Floats) -> Floats:
@@ -101,7 +101,7 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
         "steps": segments.own.shape[1],
     }
     group = {"rank_group": late.group.evidence()} if late.group is not None else {}
-    listed = ranks[:_MOST_LISTED]
+    listed = ranks[:_MAX_LISTED]
     hosts = {str(rank): facts.hosts[rank] for rank in listed if rank in facts.hosts}
     waits = {str(rank): facts.main_wait[rank] for rank in listed if rank in facts.main_wait}
     return {**evidence, **group, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}

@@ -23,11 +23,11 @@ __all__ = ["gc_pauses"]
 
 LEFT_SHARE = 0.01
 """Collections as seldom as advised take this share of the step at most."""
-LEAST_NUMBER = 3
+MIN_NUMBER = 3
 """Fewer collections in a window are chance, not a habit of the run."""
 _ROUND = (1, 2, 5, 10)
-_LEAST_EVERY = 10
-_MOST_EVERY = 1000
+_MIN_EVERY = 10
+_MAX_EVERY = 1000
 _OLDEST = 2
 
 
@@ -68,7 +68,7 @@ class _Collections:
 
     def is_significant(self, segments: Segments) -> bool:
         """Return whether there are several, and they cost enough."""
-        return self.number >= LEAST_NUMBER and self.saved_ns >= least_cost_ns(segments.step_ns)
+        return self.number >= MIN_NUMBER and self.saved_ns >= least_cost_ns(segments.step_ns)
 
 
 def gc_pauses(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
@@ -139,7 +139,7 @@ def _rows_in(window: AlignedSteps, facts: JobFacts, segments: Segments, *, calle
 
 def _every(full_ns: float, step_ns: float) -> int:
     """Return after how many steps a full collection takes a hundredth of the time: 10, 20, 50, 100, ..."""
-    wanted = max(full_ns / max(LEFT_SHARE * step_ns, 1.0), _LEAST_EVERY)
+    wanted = max(full_ns / max(LEFT_SHARE * step_ns, 1.0), _MIN_EVERY)
     power: int = 10 ** int(np.log10(wanted))
     return next(digit * power for digit in _ROUND if digit * power >= wanted)
 
@@ -221,7 +221,7 @@ def _for_library(name: str, gain: float) -> str:
 
 
 def _for_called(every: int, gain: float) -> str:
-    less = "" if every > _MOST_EVERY else f", or call it every {ordinal_text(every)} step"
+    less = "" if every > _MAX_EVERY else f", or call it every {ordinal_text(every)} step"
     return (
         f"Tensors are freed without it. Take the call out of the loop{less}: {gain_text(gain)}. gc.freeze() before the "
         "loop makes each collection shorter."
@@ -229,7 +229,7 @@ def _for_called(every: int, gain: float) -> str:
 
 
 def _for_automatic(every: int, gain: float) -> str:
-    when = "between epochs" if every > _MOST_EVERY else f"every {ordinal_text(every)} step"
+    when = "between epochs" if every > _MAX_EVERY else f"every {ordinal_text(every)} step"
     return (
         f"Before the loop call gc.collect(), gc.freeze() and gc.disable(), and then gc.collect() {when}: "
         f"{gain_text(gain)}."

@@ -22,7 +22,7 @@ from traceml.formatting import duration_text, gain_text, line_text, percent_text
 
 __all__ = ["recompiles"]
 
-LEAST_NUMBER = 3
+MIN_NUMBER = 3
 """A function is compiled twice in healthy runs: for the last batch, which is smaller, and without gradients."""
 _TAKEN_FROM = ("forward", "backward", "other")
 _SHAPE = re.compile(r"(size|stride) mismatch at index (\d+)|\.(size|shape|stride)\b")
@@ -72,7 +72,7 @@ def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tup
     return found, without
 
 
-_MOST_SHARE = 0.99
+_MAX_SHARE = 0.99
 
 
 def _all(rows: Rows) -> NDArray[np.bool_]:
@@ -90,7 +90,7 @@ def _window_share(window: AlignedSteps, segments: Segments, facts: JobFacts) -> 
 
 
 def _run_share(seen: _Recompiled, wall_s: float) -> float:
-    return min(seen.seconds / wall_s, _MOST_SHARE) if wall_s > 0 else 0.0
+    return min(seen.seconds / wall_s, _MAX_SHARE) if wall_s > 0 else 0.0
 
 
 def _are_anew(rows: Rows) -> NDArray[np.bool_]:
@@ -122,7 +122,7 @@ def _often(rows: Rows) -> Rows:
     again = rows[rows["detail"] == Compiled.AGAIN]["line_id"]
     functions, counts = np.unique(again, return_counts=True)
     limited = rows[rows["detail"] == Compiled.LIMIT]["line_id"]
-    often = np.isin(rows["line_id"], np.concatenate([functions[counts >= LEAST_NUMBER], limited]))
+    often = np.isin(rows["line_id"], np.concatenate([functions[counts >= MIN_NUMBER], limited]))
     return rows[often & _are_anew(rows)]
 
 
@@ -140,7 +140,7 @@ def _without(segments: Segments, ns: Floats) -> dict[str, Floats]:
 
 def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
     file, line, function = seen.place
-    gain = 1 / (1 - min(share, _MOST_SHARE))
+    gain = 1 / (1 - min(share, _MAX_SHARE))
     place = line_text(file, line, function) if file and line and function and _OWN not in file else None
     more = f" and {plural(seen.functions - 1, 'other function')}" if seen.functions > 1 else ""
     took = f", in {duration_text(seen.seconds)} ({percent_text(share)} of the time)" if share >= _REPORTED_SHARE else ""

@@ -16,11 +16,11 @@ from traceml.formatting import capitalized, count_text, duration_text, plural, r
 
 __all__ = ["stopped_ranks", "without_stopped_steps"]
 
-LEAST_S = 5.0
+MIN_S = 5.0
 """Ranks that were stopped for less in all are not reported, unless it is a tenth of the run's time."""
 _TOGETHER_S = 2.0
-_MOST_SHARE = 0.99
-_LEAST_OF_STEP = 0.5  # a step with a stop lasts longer than this share of it
+_MAX_SHARE = 0.99
+_MIN_OF_STEP = 0.5  # a step with a stop lasts longer than this share of it
 
 
 def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
@@ -37,8 +37,8 @@ def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     worst = max(seconds, key=lambda rank: (seconds[rank], -rank))
     wall_s = _window_s(window, worst) if facts.time is None else facts.time.wall_s
-    share = min(seconds[worst] / wall_s, _MOST_SHARE) if wall_s > 0 else 0.0
-    if seconds[worst] < LEAST_S and share < WARNING_SHARE:
+    share = min(seconds[worst] / wall_s, _MAX_SHARE) if wall_s > 0 else 0.0
+    if seconds[worst] < MIN_S and share < WARNING_SHARE:
         return []
 
     ranks = _stopped_with(worst, stops)
@@ -64,14 +64,14 @@ def _column_of(window: AlignedSteps, row: int, stop: Stop) -> int | None:
         return None
 
     column = int(near[window.total[row, near].argmax()])
-    return column if window.total[row, column] >= _LEAST_OF_STEP * stop.seconds * 1e9 else None
+    return column if window.total[row, column] >= _MIN_OF_STEP * stop.seconds * 1e9 else None
 
 
 def _have_waited(window: AlignedSteps, rank: int, stop: Stop) -> bool:
     """Return whether the step of a stop was as long on all ranks."""
     rows = np.flatnonzero(window.ranks == rank)
     column = _column_of(window, int(rows[0]), stop) if len(rows) and stop.part == "steps" else None
-    return column is not None and bool(window.total[:, column].min() >= _LEAST_OF_STEP * stop.seconds * 1e9)
+    return column is not None and bool(window.total[:, column].min() >= _MIN_OF_STEP * stop.seconds * 1e9)
 
 
 def _recent(window: AlignedSteps, stops: Mapping[int, Sequence[Stop]]) -> dict[int, list[Stop]]:

@@ -21,7 +21,7 @@ RARE_WAITS = 0.6
 """With n workers, one step in n waits for all of them; waits in less than this share of such steps are pauses."""
 _LONG_WAIT = 3.0
 _HELD_SHARE = 0.8
-_LEAST_READY = 0.05
+_MIN_READY = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     elif workers:  # each makes batches all the time, as the training waits for them
         fetch_ns, busy = workers * segments.step_ns, None if use is None else use.ready
         if use is not None and bound:
-            fetch_ns, busy = fetch_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _LEAST_READY)
+            fetch_ns, busy = fetch_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _MIN_READY)
     else:
         fetch_ns, busy = wait_ns, fetch_cpu(facts)
 
@@ -142,7 +142,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     if workers and cores:  # what they cannot have used they waited for: that is not part of a fetch
         used = min(computes, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
         fetch_ns *= 1.0 - computes + used
-        computes = used / max(1.0 - computes + used, _LEAST_READY)
+        computes = used / max(1.0 - computes + used, _MIN_READY)
 
     return Pipeline(
         fetch_ns=fetch_ns,
@@ -175,13 +175,13 @@ def are_pauses(segments: Segments, workers: int) -> bool:
 
 def _unbound(use: WorkerUse, facts: JobFacts) -> float:
     """Return the share of its time that a fetch would take if it waited for a core no longer than the training does."""
-    return (1.0 - use.waited) / max(1.0 - min(facts.wait_share, use.waited), _LEAST_READY)
+    return (1.0 - use.waited) / max(1.0 - min(facts.wait_share, use.waited), _MIN_READY)
 
 
 def fetch_cpu(facts: JobFacts) -> float | None:
     """Return the share of a fetch by the training thread in which it computes, or waits for a core to do so."""
     busy = busy_share(facts.lines, "input_wait")
-    return None if busy is None else min(busy / max(1.0 - facts.wait_share, _LEAST_READY), 1.0)
+    return None if busy is None else min(busy / max(1.0 - facts.wait_share, _MIN_READY), 1.0)
 
 
 def _rest_cores(segments: Segments, facts: JobFacts, rest_ns: float, fetch_cpu_ns: float) -> float:
@@ -189,7 +189,7 @@ def _rest_cores(segments: Segments, facts: JobFacts, rest_ns: float, fetch_cpu_n
     if busy is None:
         return 1.0
 
-    wanted = busy / max(1.0 - facts.waited_share, _LEAST_READY)  # with a core whenever it is ready
+    wanted = busy / max(1.0 - facts.waited_share, _MIN_READY)  # with a core whenever it is ready
     cores = max((wanted * segments.step_ns - fetch_cpu_ns) / rest_ns, 0.0)
     # A short run's mean has the CPU time of its start and of other threads in it.
     return min(cores, max(facts.threads, 1)) if facts.threads else cores

@@ -20,7 +20,7 @@ _NS_PER_MS = np.float32(1e6)  # milliseconds in half precision reach to a minute
 _PACKED_MS = np.dtype("<f2")
 _STEP_LIMIT = 2**62
 _SLOTS = 128
-_MOST_WAITING = 4096  # where no verdict reads them
+_MAX_WAITING = 4096  # where no verdict reads them
 _FACTS = ("host", "typical", "ordinary", "sent", "ended", "ended_at")
 
 Ints = NDArray[np.int64]
@@ -243,7 +243,7 @@ class Representatives:
         at = self._at.get(host)
         if at is not None and len(above):
             self._waiting.append((at, above))
-            if len(self._waiting) > _MOST_WAITING:
+            if len(self._waiting) > _MAX_WAITING:
                 self._scatter()
 
     def silence(self, host: str) -> None:

@@ -19,9 +19,9 @@ from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report_types import Report
 from traceml.runs.run_state import UNREADABLE_STATES
 
-__all__ = ["MOST_RUNS", "ActiveRuns", "RunsSnapshot"]
+__all__ = ["MAX_RUNS", "ActiveRuns", "RunsSnapshot"]
 
-MOST_RUNS = 32
+MAX_RUNS = 32
 """Running runs that are shown; the oldest of more are counted only."""
 
 # Each has a value, 0 at first: Prometheus sees an increase only in a series that it knows.
@@ -93,7 +93,7 @@ class ActiveRuns:
         state = self._source.read()
         self._infos = self._infos if state is None else state.runs
         running = [info.path for info in self._infos if info.state == "running"]
-        shown = running[:MOST_RUNS]
+        shown = running[:MAX_RUNS]
         self._drop(set(self._live) - set(shown))
         reports = [report for path in shown if (report := self._report(path)) is not None]
         states = Counter(dict.fromkeys(_STATES, 0))

@@ -27,7 +27,7 @@ __all__ = ["METRICS_PATH", "metric_families", "metrics_app", "serve_metrics"]
 METRICS_PATH = "/metrics"
 _REQUEST_TIMEOUT_S = 10.0  # a client that sends nothing must not hold a thread
 # Each has a thread, also before its token is known. Prometheus uses one; above this many the oldest is cut.
-_MOST_CONNECTIONS = 64
+_MAX_CONNECTIONS = 64
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
@@ -150,7 +150,7 @@ class _InheritedServer(ThreadingMixIn, WSGIServer):
         oldest = None
         with self._lock:
             self._open[request] = None
-            if len(self._open) > _MOST_CONNECTIONS:
+            if len(self._open) > _MAX_CONNECTIONS:
                 oldest = next(iter(self._open))
                 del self._open[oldest]
 

@@ -47,7 +47,7 @@ __all__ = ["OtlpConfig", "OtlpExporter"]
 _POLL_S = 5.0
 _INTERVAL_S = 15.0
 _LONGEST_PAUSE_S = 300.0
-_MOST_PENDING = 100  # ended runs whose spans wait for the collector
+_MAX_PENDING = 100  # ended runs whose spans wait for the collector
 _BAD_STATES = {"failed", "hung", "lost"}
 
 _log = logging.getLogger("traceml")
@@ -95,7 +95,7 @@ class OtlpExporter:
         self._provider = MeterProvider([self._reader], self._resource, shutdown_on_exit=False)
         self._metrics = OTLPMetricExporter(endpoint=config.url("metrics"), timeout=config.timeout_s)
         self._spans = OTLPSpanExporter(endpoint=config.url("traces"), timeout=config.timeout_s)
-        self._pending: deque[tuple[ReadableSpan, ...]] = deque(maxlen=_MOST_PENDING)
+        self._pending: deque[tuple[ReadableSpan, ...]] = deque(maxlen=_MAX_PENDING)
         self._known: set[str] = set()
         self._due_s = self._retry_s = 0.0
         self._pause_s = _INTERVAL_S
@@ -190,8 +190,8 @@ class OtlpExporter:
             _log.warning("the spans of %s are missing: %s", info.id, error)
             return
 
-        if len(self._pending) == _MOST_PENDING:
-            _log.warning("the spans of the oldest of %d runs are dropped: no collector took them", _MOST_PENDING)
+        if len(self._pending) == _MAX_PENDING:
+            _log.warning("the spans of the oldest of %d runs are dropped: no collector took them", _MAX_PENDING)
 
         if spans:
             self._pending.append(self._made(report, spans))

@@ -12,8 +12,8 @@ __all__ = ["ChartPanel", "metric_group"]
 
 _WAITING = "Waiting for the first steps"
 _TIME_PX = 130
-_HEAT_ROW_PX, _HEAT_FRAME_PX, _LEAST_HEAT_PX, _MOST_HEAT_PX = 26, 96, 200, 520
-_RANK_ROW_PX, _RANK_FRAME_PX, _LEAST_RANKS_PX, _MOST_RANKS_PX = 24, 84, 236, 560
+_HEAT_ROW_PX, _HEAT_FRAME_PX, _MIN_HEAT_PX, _MAX_HEAT_PX = 26, 96, 200, 520
+_RANK_ROW_PX, _RANK_FRAME_PX, _MIN_RANKS_PX, _MAX_RANKS_PX = 24, 84, 236, 560
 
 
 class ChartPanel:
@@ -133,8 +133,8 @@ class ChartPanel:
     def _size(self, state: RunState) -> None:
         """Set the height of charts that have a row per rank."""
         ranks = len(state.view.ranks) if state.view is not None else 0
-        heat = min(max(_HEAT_FRAME_PX + _HEAT_ROW_PX * ranks, _LEAST_HEAT_PX), _MOST_HEAT_PX)
-        bars = min(max(_RANK_FRAME_PX + _RANK_ROW_PX * ranks, _LEAST_RANKS_PX), _MOST_RANKS_PX)
+        heat = min(max(_HEAT_FRAME_PX + _HEAT_ROW_PX * ranks, _MIN_HEAT_PX), _MAX_HEAT_PX)
+        bars = min(max(_RANK_FRAME_PX + _RANK_ROW_PX * ranks, _MIN_RANKS_PX), _MAX_RANKS_PX)
         if self._heat_style != (style := f"{heat} {bars}"):
             self._heat_style = style
             self._heat.height(heat)

@@ -31,7 +31,7 @@ from traceml.runs.rows.series import read_series
 __all__ = ["ComparePage", "CompareSource", "CompareState"]
 
 _WEIGHTS = {"slower": "critical", "faster": "info", "same": "", "unknown": "warning"}
-_ROW_PX, _FRAME_PX, _LEAST_PX, _MOST_PX = 40, 90, 236, 640
+_ROW_PX, _FRAME_PX, _MIN_PX, _MAX_PX = 40, 90, 236, 640
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class ComparePage:
     def _pair_drawings(self, runs: ComparedRuns) -> list[str]:
         theme, comparison = THEMES[self._theme], runs.comparisons[0]
         rows = max(len(comparison.phases), len(comparison.ranks))
-        height = min(max(_FRAME_PX + _ROW_PX * rows, _LEAST_PX), _MOST_PX)
+        height = min(max(_FRAME_PX + _ROW_PX * rows, _MIN_PX), _MAX_PX)
         first, second = (each.steps for each in runs.series)
         options = (
             (self._steps, compared_steps_chart(first, second, theme)),

@@ -22,7 +22,7 @@ __all__ = ["DeliveryPanel", "LinePanel", "RankTable", "TelemetryPanel"]
 
 _RANKS = 24
 _LINES = 8
-_LEAST_LINE = 0.01
+_MIN_LINE = 0.01
 _PHASES = 7
 _SMALL_SHARE = 0.005
 
@@ -102,7 +102,7 @@ def _draw_lines(phase: PhaseLines) -> None:
     with Container("div", f"card pad lines phase-{phase.phase}"):
         TextNode("h3", f"{capitalized(phase_label(phase.phase))}{took}")
         for each in phase.lines[:_LINES]:
-            if each.share >= _LEAST_LINE:
+            if each.share >= _MIN_LINE:
                 with Container("div", "line").style(f"--w:{100 * each.share:.1f}%"):
                     TextNode("b", percent_text(each.share))
                     with Container("span"):

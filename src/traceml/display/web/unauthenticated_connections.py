@@ -11,9 +11,9 @@ import resource
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-__all__ = ["MOST_UNAUTHENTICATED", "UnauthenticatedConnections"]
+__all__ = ["MAX_UNAUTHENTICATED", "UnauthenticatedConnections"]
 
-MOST_UNAUTHENTICATED = 256
+MAX_UNAUTHENTICATED = 256
 """Above this many the oldest is cut; of a small descriptor limit a quarter."""
 # A browser sends its cookie with the first request; one that has none has its answer by then, and asks again.
 _LIMIT_S = 20.0
@@ -25,10 +25,10 @@ class UnauthenticatedConnections:
     """The connections before their first request with the cookie, by the address of the client.
 
     Args:
-        most: how many there may be; by default `MOST_UNAUTHENTICATED`.
+        most: how many there may be; by default `MAX_UNAUTHENTICATED`.
     """
 
-    def __init__(self, most: int = MOST_UNAUTHENTICATED) -> None:
+    def __init__(self, most: int = MAX_UNAUTHENTICATED) -> None:
         self._most = min(most, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 1))
         self._open: dict[Address, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
 

@@ -29,7 +29,7 @@ _MEGATRON_GROUPS = {
     "CONTEXT_PARALLEL_GROUP": "cp",
     "EXPERT_MODEL_PARALLEL_GROUP": "ep",
 }
-_MOST_DIMENSIONS = 16
+_MAX_DIMENSIONS = 16
 _PEER = re.compile(r"(?:->|<-)\s*(\d+)\s*$")
 
 
@@ -42,7 +42,7 @@ def mesh_coordinates() -> dict[str, int]:
     found: dict[str, int] = {}
     for group, _, members in _groups():
         dimension = _dimension(str(getattr(group, "group_desc", "") or ""))
-        if dimension and me in members and len(members) > 1 and len(found) < _MOST_DIMENSIONS:
+        if dimension and me in members and len(members) > 1 and len(found) < _MAX_DIMENSIONS:
             found[dimension] = members[me]
 
     return found

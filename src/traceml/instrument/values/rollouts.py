@@ -13,7 +13,7 @@ import torch
 __all__ = ["RolloutSearch"]
 
 _ROWS = 16  # samples of a call that are remembered
-_MOST_NUMBERS = 1 << 16
+_MAX_NUMBERS = 1 << 16
 _DISTINCT = 3  # numbers of a sample that differ: a constant one could be equal by chance
 _FOUND = 3  # samples of a call must be trained on this many times, different ones each time
 _BATCHES = 8  # training batches after a call in which its samples are looked for: they are drawn in another order
@@ -50,7 +50,7 @@ class RolloutSearch:
             return
 
         rows = tensor.detach() if tensor.dim() > 1 else tensor.detach()[None]  # a state alone, without a batch
-        if rows[0].numel() * _ROWS <= _MOST_NUMBERS:
+        if rows[0].numel() * _ROWS <= _MAX_NUMBERS:
             self._seen = rows.shape[0], rows[:_ROWS].clone()
 
     def trained(self, tensor: Any) -> None:

@@ -29,8 +29,8 @@ _READ_BYTES = 64 << 10
 _CONNECT_TIMEOUT_S = 1.0
 # Every user of the host can connect to the listener, and only the aggregator, at the other end, asks for the token. A
 # rank and each of its children that logs has one connection. The agent needs its other descriptors for the workers.
-_SHARE, _LEAST_RELAYS, _UNLIMITED = 4, 16, 4096
-_MOST_USED = 0.75  # of the launcher's descriptors, all hosts together
+_SHARE, _MIN_RELAYS, _UNLIMITED = 4, 16, 4096
+_MAX_USED = 0.75  # of the launcher's descriptors, all hosts together
 
 _log = logging.getLogger("traceml")
 
@@ -53,7 +53,7 @@ class TunnelListener:
         self._listener.setblocking(False)
         self._relays: dict[int, TunnelConnection] = {}
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = max(limit // _SHARE, _LEAST_RELAYS) if limit != resource.RLIM_INFINITY else _UNLIMITED
+        self._most = max(limit // _SHARE, _MIN_RELAYS) if limit != resource.RLIM_INFINITY else _UNLIMITED
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     @property
@@ -132,7 +132,7 @@ class TunnelConnector:
         """
         sock = socket.create_connection(("127.0.0.1", self._port), timeout=_CONNECT_TIMEOUT_S)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if limit == resource.RLIM_INFINITY or sock.fileno() < _MOST_USED * limit:  # the lowest free one is taken
+        if limit == resource.RLIM_INFINITY or sock.fileno() < _MAX_USED * limit:  # the lowest free one is taken
             return sock
 
         sock.close()

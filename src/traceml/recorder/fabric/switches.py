@@ -8,8 +8,8 @@ from pathlib import Path
 
 __all__ = ["switches_above"]
 
-_MOST_LEVELS = 8
-_MOST_BYTES = 16 << 20
+_MAX_LEVELS = 8
+_MAX_BYTES = 16 << 20
 _ENTRY = re.compile(r"(\w+)=(\S+)", re.ASCII)
 _NAMES = re.compile(r"[^,\[]*(?:\[[^\]]*\][^,\[]*)?,?")
 _BRACKETS = re.compile(r"([^\[]*)\[([^\]]*)\](.*)", re.ASCII)
@@ -37,15 +37,15 @@ def switches_above(host: str, environ: Mapping[str, str], file: Path | None = No
 
     # A host's name may have periods: it is the last component.
     above = [name for name, kind in zip(names, kinds, strict=False) if kind != "node" and name]
-    return above[::-1][:_MOST_LEVELS]
+    return above[::-1][:_MAX_LEVELS]
 
 
 def _text_of(file: Path) -> str:
     with file.open("rb") as opened:
-        data = opened.read(_MOST_BYTES + 1)
+        data = opened.read(_MAX_BYTES + 1)
 
-    if len(data) > _MOST_BYTES:
-        raise ValueError(f"{file} has more than {_MOST_BYTES >> 20} MiB: it is not the topology of a cluster")
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"{file} has more than {_MAX_BYTES >> 20} MiB: it is not the topology of a cluster")
 
     return data.decode()
 
@@ -64,7 +64,7 @@ def _parents(text: str) -> list[tuple[str, str]]:
 def _above(host: str, parents: Iterable[tuple[str, str]]) -> Iterator[str]:
     known = list(parents)
     names = {host, host.partition(".")[0]}
-    for _ in range(_MOST_LEVELS):
+    for _ in range(_MAX_LEVELS):
         switch = next((switch for children, switch in known if any(_has(children, name) for name in names)), None)
         if switch is None:
             return

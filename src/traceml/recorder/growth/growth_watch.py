@@ -28,12 +28,12 @@ INTERVAL_NS = 5 * 10**8
 """Time between two readings of memory at first; while it does not grow enough, it doubles again and again."""
 BETWEEN_NS = 2 * 10**9
 """Time between two readings of the containers, at least; they are at least 10 steps apart, too."""
-LEAST_GROWN_BYTES = 16 << 20
+MIN_GROWN_BYTES = 16 << 20
 """Growth over the kept readings from which on containers are read."""
 GROWN_AGAIN_BYTES = 16 << 20
 """Growth after the first reading of the containers, before the second one: less may be another object's."""
 MAX_COMPARISONS = 6
-_LEAST_STEPS = 10
+_MIN_STEPS = 10
 _READINGS = 12
 _FIRST_PAUSE_NS = 20 * 10**9
 _LONG_CHAIN, _STEADY_SHARE = 30, 0.9
@@ -86,7 +86,7 @@ class GrowthWatch:
             self._statm.close()
             return
 
-        if now < self._due_ns or step < _LEAST_STEPS or self._comparisons >= MAX_COMPARISONS:
+        if now < self._due_ns or step < _MIN_STEPS or self._comparisons >= MAX_COMPARISONS:
             return
 
         used_bytes = self._read_bytes()
@@ -114,7 +114,7 @@ class GrowthWatch:
     def _is_later(now: int, step: int, used_bytes: int, first: _First) -> bool:
         """Return whether enough has happened since the first reading to see in the containers what grows."""
         grown = used_bytes - first.used_bytes
-        return now - first.at_ns >= BETWEEN_NS and step - first.step >= _LEAST_STEPS and grown >= GROWN_AGAIN_BYTES
+        return now - first.at_ns >= BETWEEN_NS and step - first.step >= _MIN_STEPS and grown >= GROWN_AGAIN_BYTES
 
     def _read_containers(self) -> dict[tuple[str, int], HeldObjects]:
         from traceml.recorder.growth.held_objects import read_containers  # a healthy rank does not pay for it
@@ -157,7 +157,7 @@ def _grows(readings: list[int]) -> bool:
 
     third = len(readings) // 3
     first, second, last = (min(readings[at : at + third]) for at in (0, third, len(readings) - third))
-    return first < second < last and last - first >= LEAST_GROWN_BYTES
+    return first < second < last and last - first >= MIN_GROWN_BYTES
 
 
 def _pairs(

@@ -34,7 +34,7 @@ MAX_CHAIN = 8000
 """Operations of a graph that are followed."""
 _MAX_PATH = 80
 _LEAST = 8  # smaller containers are not counted
-_LEAST_COPIED_BYTES = 4 << 20  # nor smaller arrays, of which a script has many
+_MIN_COPIED_BYTES = 4 << 20  # nor smaller arrays, of which a script has many
 _CO_OPTIMIZED = 0x1  # inspect.CO_OPTIMIZED: the code of a function
 _LISTS = (list, deque, tuple)
 _NOT_ENTERED = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, FrameType)
@@ -173,7 +173,7 @@ def _held(place: _Place) -> HeldObjects | None:
 def _copied(place: _Place) -> HeldObjects | None:
     """Return a large array, table or text, whose elements have one size; None of anything else."""
     count, total_bytes = _extent(place.value)
-    if count < _LEAST or total_bytes < _LEAST_COPIED_BYTES:
+    if count < _LEAST or total_bytes < _MIN_COPIED_BYTES:
         return None
 
     entry = _entry(place, type(place.value).__name__, count, None)

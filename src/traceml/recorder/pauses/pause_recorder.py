@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["PauseRecorder"]
 
 _SHORT_SHARE = 0.02  # short collections that take less of the time are not reported
-_LEAST_NS = 10**8
+_MIN_NS = 10**8
 _CHECKPOINT = int(Phase.CHECKPOINT)
 
 
@@ -81,7 +81,7 @@ class PauseRecorder:
 
     def _take_short(self, now: int, step: int) -> None:
         passed = now - self._since_ns
-        if passed < _LEAST_NS:
+        if passed < _MIN_NS:
             return
 
         count, ns = self._watch.take_short()

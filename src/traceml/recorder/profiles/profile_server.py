@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from traceml.instrument.profiling.profile_window import ProfileWindow
     from traceml.instrument.step_clock import StepClock
 
-__all__ = ["MOST_STEPS", "ProfileServer"]
+__all__ = ["MAX_STEPS", "ProfileServer"]
 
 _log = logging.getLogger("traceml")
 
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 """Most steps of one profile."""
 _CHUNK_BYTES = 4 << 20  # half of the largest frame
 _READ_BYTES = 1 << 20
@@ -209,7 +209,7 @@ class ProfileServer:
 
         from traceml.instrument.profiling.profile_window import ProfileWindow
 
-        steps = min(max(int(args["steps"]), 1), MOST_STEPS)
+        steps = min(max(int(args["steps"]), 1), MAX_STEPS)
         window = ProfileWindow(
             clock, first_step=int(args["first"]), steps=steps, with_stacks=args.get("stacks") is True
         )

@@ -19,7 +19,7 @@ __all__ = ["Figure", "figures"]
 _WIDTH = 500
 _METRICS = 12
 _ROW = 22  # height of a rank's bar
-_MOST_HEIGHT = 620
+_MAX_HEIGHT = 620
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,4 +82,4 @@ def _logged(name: str, series: RunSeries) -> str:
 
 def _height(ranks: Option | None) -> int:
     rows = len(ranks["yAxis"]["data"]) if ranks is not None else 0
-    return min(max(250 if rows > 6 else 110 + _ROW * rows, 70 + _ROW * rows), _MOST_HEIGHT)
+    return min(max(250 if rows > 6 else 110 + _ROW * rows, 70 + _ROW * rows), _MAX_HEIGHT)

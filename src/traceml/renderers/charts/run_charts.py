@@ -50,7 +50,7 @@ _RANK_BARS = 24
 _SMALL_SHARE = 0.005
 _LINES = 8
 _HEAT_LABELS = 32
-_LEAST_HEAT_PCT = 25.0
+_MIN_HEAT_PCT = 25.0
 _METRICS = 24
 _TIME_UNITS = (("h", 3600), ("min", 60), ("s", 1))
 _MARK = "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}"
@@ -138,7 +138,7 @@ def heatmap_chart(heat: HeatMap, theme: Theme = LIGHT) -> Option | None:
     if not len(cells):
         return None
 
-    most = max(_LEAST_HEAT_PCT, float(np.nanquantile(percent, 0.99)))
+    most = max(_MIN_HEAT_PCT, float(np.nanquantile(percent, 0.99)))
     option = blank(theme)
     option["tooltip"] = {**tooltip(theme), "trigger": "item"}
     option["xAxis"] = {**category_axis(_steps_text(heat.steps.tolist()), theme), "name": "step"}

@@ -19,7 +19,7 @@ from traceml.version import __version__
 __all__ = ["flame_page"]
 
 _STATIC = Path(__file__).parent / "static"
-_LEAST_SHARE = 0.0005  # narrower frames have no pixel
+_MIN_SHARE = 0.0005  # narrower frames have no pixel
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ def _largest(node: _FlameNode) -> Iterator[_FlameNode]:
 
 def _drawn(node: _FlameNode, whole: float, timed: bool, color: str | None) -> str:
     """Return a frame above those it calls; without times the weights are samples."""
-    if node.weight < _LEAST_SHARE * whole:
+    if node.weight < _MIN_SHARE * whole:
         return ""
 
     color = color or _phase_color(node.frame.name)

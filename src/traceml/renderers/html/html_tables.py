@@ -30,7 +30,7 @@ __all__ = ["line_list", "memory_facts", "phase_table", "rank_table", "run_facts"
 _RANKS = 32
 _STACKS = 4
 _LINES = 8
-_LEAST_LINE = 0.01
+_MIN_LINE = 0.01
 _LONGEST_VALUE = 400
 
 
@@ -88,7 +88,7 @@ def line_list(view: RunView) -> Iterator[str]:
     for phase in phases:
         took = "" if phase.seconds is None else f", {duration_text(phase.seconds)}"
         head = f"{escaped(capitalized(phase_label(phase.phase)))}{took}"
-        rows = "".join(_line(each) for each in phase.lines[:_LINES] if each.share >= _LEAST_LINE)
+        rows = "".join(_line(each) for each in phase.lines[:_LINES] if each.share >= _MIN_LINE)
         yield f'<div class="card lines" style="--c:{colors[phase.phase]}"><h3><i></i>{head}</h3>{rows}</div>'
 
 

@@ -14,7 +14,7 @@ from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
 __all__ = ["line_table", "print_lines"]
 
 _LINES_PER_PHASE = 8
-_LEAST_SHARE = 0.01
+_MIN_SHARE = 0.01
 _INDENT = 10
 
 
@@ -53,7 +53,7 @@ def line_table(view: RunView, width: int | None = None) -> Iterator[Text]:
 
 def _rows(phase: PhaseLines, room: int) -> Iterator[Text]:
     for each in phase.lines[:_LINES_PER_PHASE]:
-        if each.share >= _LEAST_SHARE:
+        if each.share >= _MIN_SHARE:
             yield Text(f"  {percent_text(each.share):>6}  {place_text(each.place or 'libraries only', room)}")
             if each.library:
                 yield Text(f"          in {place_text(library_text(each.library), room - 3)}", style="dim")

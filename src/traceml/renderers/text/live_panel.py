@@ -41,7 +41,7 @@ _NEXT_ROWS = 2
 _FRAME_ROWS = 5 + _NEXT_ROWS  # rule, speed, heading, verdict, next, tracing
 _TIME_ROWS = 1  # left out on the smallest screen
 _LABEL = 9
-_LEAST_TREND, _MOST_TREND = 6, 40
+_MIN_TREND, _MAX_TREND = 6, 40
 MIN_HEIGHT = _FRAME_ROWS + 1
 _RANK_CELLS = 8 + 11 + 11  # mark and rank, step time, memory
 
@@ -103,10 +103,10 @@ def speed_line(view: LiveView, viewport: Viewport) -> Text:
     """Return the line on speed, with its trend."""
     now = view.now
     head = f" {rate_text(now.steps_per_second):>6} steps/s "
-    cells = _speed_cells(now, viewport.width - len(head) - _LEAST_TREND)
+    cells = _speed_cells(now, viewport.width - len(head) - _MIN_TREND)
     rest = sum(map(len, cells))
     line = Text(head, style="bold")
-    trend = max(min(viewport.width - len(head) - rest, _MOST_TREND), _LEAST_TREND)
+    trend = max(min(viewport.width - len(head) - rest, _MAX_TREND), _MIN_TREND)
     line.append(sparkline(view.rates, trend, viewport), style="cyan not bold")
     return line.append("".join(cells), style="not bold")
 

@@ -22,7 +22,7 @@ from traceml.runs.report.report_types import Report
 
 __all__ = ["report_markdown"]
 
-_MOST_RANKS = 16
+_MAX_RANKS = 16
 
 
 def report_markdown(report: Report) -> str:
@@ -93,7 +93,7 @@ def _rank_table(view: RunView) -> list[str]:
             *(ms_text(dict(row.phases).get(phase)) for phase in phases),
             bytes_text(row.cuda_bytes or row.rss_bytes),
         )
-        for row in visible_ranks(view.ranks, _MOST_RANKS)
+        for row in visible_ranks(view.ranks, _MAX_RANKS)
     ]
     hidden = len(view.ranks) - len(rows)
     head = ("rank", "step", *(plain_markdown(phase_label(phase)) for phase in phases), "memory")
@@ -102,9 +102,9 @@ def _rank_table(view: RunView) -> list[str]:
 
 def _closing(view: RunView) -> Iterator[str]:
     ended = [row for row in view.ranks if row.end]
-    yield from (f"rank {row.rank} on {row.host}: {row.end}" for row in ended[:_MOST_RANKS])
-    if len(ended) > _MOST_RANKS:
-        yield f"and {plural(len(ended) - _MOST_RANKS, 'more rank')} that ended"
+    yield from (f"rank {row.rank} on {row.host}: {row.end}" for row in ended[:_MAX_RANKS])
+    if len(ended) > _MAX_RANKS:
+        yield f"and {plural(len(ended) - _MAX_RANKS, 'more rank')} that ended"
 
     yield from (_also(other) for other in view.others)
     yield from (tracker_text(tracker) for tracker in view.trackers)

@@ -21,7 +21,7 @@ __all__ = ["KEYS", "MIN_HEIGHT", "Tab", "help_lines", "page_rows", "table_lines"
 MIN_HEIGHT = 8
 _FRAME_ROWS = 6  # rule, speed, tabs, heads, verdict, position in the table
 _MAX_CELL_WIDTH = 32  # columns of a text, unless it fills the rest
-_LEAST_FILL = 8
+_MIN_FILL = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def _widths(columns: Sequence[TableColumn], rows: Sequence[TableRow], width: int
     fills = [at for at, column in enumerate(columns) if column.fills]
     left = width - sum(widths) - 2 * len(columns)
     for at in fills:
-        widths[at] = max(left // len(fills), _LEAST_FILL)
+        widths[at] = max(left // len(fills), _MIN_FILL)
 
     return widths
 

@@ -35,7 +35,7 @@ _WORTH = 0.005
 # A machine is busy when ranks wait for a CPU core more than this share of the time.
 _BUSY = 0.10
 # Phases of at least this share of the step are large; they change alike if each changes by half of what the step does.
-_LARGE, _LEAST_PHASES, _ALIKE = 0.05, 3, 0.5
+_LARGE, _MIN_PHASES, _ALIKE = 0.05, 3, 0.5
 
 
 def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
@@ -171,7 +171,7 @@ def _alike(mean: StatisticChange, phases: list[PhaseChange]) -> str:
     whole = np.log1p(mean.change or 0.0)
     large = [row for row in phases if row.a_ms >= _LARGE * (mean.a_ms or 0.0) and row.b_ms > 0]
     ratios = [float(np.log(row.b_ms / row.a_ms) / whole) for row in large]
-    if len(ratios) < _LEAST_PHASES or min(ratios) < _ALIKE:
+    if len(ratios) < _MIN_PHASES or min(ratios) < _ALIKE:
         return ""
 
     return (

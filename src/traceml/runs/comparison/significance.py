@@ -23,13 +23,13 @@ ALPHA = 0.01
 """A difference is significant, `real` in the JSON, if its p-value is below this."""
 # Blocks of four times the autocorrelation time are nearly independent; more than 64 of them add nothing.
 _TIMES = 4
-_MOST_BLOCKS = 64
-_LEAST_BLOCKS = 8
+_MAX_BLOCKS = 64
+_MIN_BLOCKS = 8
 # With fewer independent steps than this, the autocorrelation cannot be estimated.
 _INDEPENDENT = 16
 _PERMUTATIONS = 1999
 _WINDOW = 5.0
-_MOST_GAP = 20.0  # of logarithms: half a billion times as long
+_MAX_GAP = 20.0  # of logarithms: half a billion times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,15 @@ def autocorrelation_time(values: Floats) -> float:
 def block_steps(a: Floats, b: Floats) -> int | None:
     """Return the number of steps per block, None if a run has too few independent ones."""
     shorter = min(len(a), len(b))
-    if shorter < _LEAST_BLOCKS * 2:
+    if shorter < _MIN_BLOCKS * 2:
         return None
 
     time = max(autocorrelation_time(a), autocorrelation_time(b))
     if shorter < _INDEPENDENT * time:
         return None
 
-    wanted = max(int(np.ceil(_TIMES * time)), -(-shorter // _MOST_BLOCKS))
-    return min(wanted, shorter // _LEAST_BLOCKS)
+    wanted = max(int(np.ceil(_TIMES * time)), -(-shorter // _MAX_BLOCKS))
+    return min(wanted, shorter // _MIN_BLOCKS)
 
 
 def difference(a: Floats, b: Floats, statistic: Callable[[Floats], Floats]) -> Difference:
@@ -109,7 +109,7 @@ def difference(a: Floats, b: Floats, statistic: Callable[[Floats], Floats]) -> D
 
 def _share(gap: float) -> float:
     """Return a difference of logarithms as a share of A."""
-    return float(np.expm1(min(gap, _MOST_GAP)))
+    return float(np.expm1(min(gap, _MAX_GAP)))
 
 
 def _blocks(values: Floats, steps: int) -> Floats:

@@ -12,7 +12,7 @@ __all__ = ["FlowArrows", "SyncArrows"]
 
 Longs = NDArray[np.int64]
 
-_MOST_HELD = 1_000_000  # arrivals of one kind whose sync points are not complete: 40 MB
+_MAX_HELD = 1_000_000  # arrivals of one kind whose sync points are not complete: 40 MB
 _RANK, _STEP, _BEGAN, _ARRIVED, _LEFT = range(5)
 
 
@@ -43,7 +43,7 @@ class _Held:
     def match(self) -> SyncArrows:
         """Return the arrows of complete points, and keep the other arrivals: the newest, where there are too many."""
         complete, rest = _matched(np.concatenate(self.arrivals), self.ranks)
-        rest = rest[-_MOST_HELD // 2 :] if len(rest) > _MOST_HELD else rest
+        rest = rest[-_MAX_HELD // 2 :] if len(rest) > _MAX_HELD else rest
         self.arrivals, self.count, self.newly = [rest], len(rest), set()
         return _arrows(complete)
 
@@ -71,7 +71,7 @@ class FlowArrows:
         held.arrivals.append(np.column_stack([np.full(len(arrivals), rank), arrivals]))
         held.count += len(arrivals)
         held.newly.add(rank)
-        return held.match() if len(held.newly) == ranks or held.count > _MOST_HELD else None
+        return held.match() if len(held.newly) == ranks or held.count > _MAX_HELD else None
 
     def rest(self) -> Iterator[SyncArrows]:
         """Yield the remaining arrows, at the end."""

@@ -19,7 +19,7 @@ from traceml.runs.rows.series import StepSeries, read_series
 __all__ = ["RunSpan", "run_spans"]
 
 _S = 1_000_000_000
-_MOST_RANKS = 8  # of an attempt, whose last steps are read
+_MAX_RANKS = 8  # of an attempt, whose last steps are read
 
 Value = str | int | float | bool
 
@@ -105,7 +105,7 @@ def _attempts(reader: StoreReader, streams: Sequence[StreamRecord], root: RunSpa
 
 def _last_step_ns(reader: StoreReader, streams: Sequence[StreamRecord], clocks: RunClocks) -> int | None:
     found = []
-    for stream in streams[:_MOST_RANKS]:
+    for stream in streams[:_MAX_RANKS]:
         rows = reader.rows(STEPS.name, [stream.id], last=1)
         found += [clocks.of_stamp(stream.id, int(rows["t_end_ns"][-1]))] if len(rows) else []
 

@@ -24,9 +24,9 @@ __all__ = ["StepTracks"]
 Longs = NDArray[np.int64]
 _Bounds = tuple[Longs, Longs]  # starts and ends
 
-_MOST_ROWS = 32_768  # rows of all ranks that wait to be written: 4 MB
+_MAX_ROWS = 32_768  # rows of all ranks that wait to be written: 4 MB
 _CELLS = 16_384  # spans of a block, at most: 2 MB of text
-_MOST_HELD = 131_072  # rows of all ranks that may wait for rows of another table, and for each rank at least
+_MAX_HELD = 131_072  # rows of all ranks that may wait for rows of another table, and for each rank at least
 _HELD_AT_LEAST = 4096
 _NAMED_FLAGS = (StepFlag.SKIPPED, StepFlag.INFERRED, StepFlag.EXPLICIT, StepFlag.PROFILED)
 _NAMED = sum(int(flag) for flag in _NAMED_FLAGS)
@@ -84,7 +84,7 @@ class StepTracks:
         self._rank_tracks: dict[int, tuple[int, int]] = {}
         self._world: dict[int, int] = {}
         self._waiting = self._flows = 0
-        self._most_held = _MOST_HELD
+        self._most_held = _MAX_HELD
         self.steps = 0
         """Steps that were written."""
 
@@ -97,7 +97,7 @@ class StepTracks:
                 ranks.setdefault(stream.attempt, set()).add(stream.rank)
 
         self._world = {attempt: len(of_attempt) for attempt, of_attempt in ranks.items()}
-        self._most_held = max(_MOST_HELD // max(len(self._lanes), 1), _HELD_AT_LEAST)
+        self._most_held = max(_MAX_HELD // max(len(self._lanes), 1), _HELD_AT_LEAST)
 
     def add(self, stream: StreamRecord, table: str, rows: Any) -> None:
         """Take rows; they are written sometime later.
@@ -108,7 +108,7 @@ class StepTracks:
         wanted = {STEPS.name: STEPS, USER_PHASES.name: USER_PHASES, DEVICE_STEPS.name: DEVICE_STEPS}[table].dtype
         self._lanes[stream.id].rows.setdefault(table, []).append(rows[list(wanted.names or ())])
         self._waiting += len(rows)
-        if self._waiting >= _MOST_ROWS:
+        if self._waiting >= _MAX_ROWS:
             self.write(final=False)
 
     def write(self, *, final: bool = True) -> None:

@@ -11,7 +11,7 @@ from traceml.database.store.reader import StreamRecord
 
 __all__ = ["WaitingRows"]
 
-_MOST_ROWS = 32_768  # of all ranks: 1 to 3 MB
+_MAX_ROWS = 32_768  # of all ranks: 1 to 3 MB
 
 
 class WaitingRows:
@@ -31,7 +31,7 @@ class WaitingRows:
         """Take rows of a table; they are written sometime later."""
         self._rows.setdefault((stream.id, table), (stream, []))[1].append(rows)
         self._waiting += len(rows)
-        if self._waiting >= _MOST_ROWS:
+        if self._waiting >= _MAX_ROWS:
             self.write()
 
     def write(self) -> None:

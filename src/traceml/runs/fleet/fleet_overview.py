@@ -9,8 +9,8 @@ from traceml.formatting import percent_text, plural
 from traceml.runs.fleet.fleet_dataset import FleetDataset
 from traceml.runs.fleet.fleet_runs import FleetRun, Progress, read_runs
 from traceml.runs.fleet.fleet_types import FleetDocument, HostJudgment, RunHistory
-from traceml.runs.fleet.phase_history import LAST_RUNS, LEAST_RUNS, run_history
-from traceml.runs.fleet.slow_hosts import LAST_JOBS, LEAST_EXCESS, LEAST_JOBS, LEAST_STEPS, MOST_CHANCE, judge_hosts
+from traceml.runs.fleet.phase_history import LAST_RUNS, MIN_RUNS, run_history
+from traceml.runs.fleet.slow_hosts import LAST_JOBS, MAX_CHANCE, MIN_EXCESS, MIN_JOBS, MIN_STEPS, judge_hosts
 from traceml.runs.run_query import select_runs
 
 __all__ = ["fleet_document"]
@@ -83,11 +83,11 @@ def _history_covers(history: RunHistory | None) -> list[str]:
         return []
 
     if not history.phases:
-        return [f"A run of {LEAST_STEPS} steps or more is compared with {LEAST_RUNS} earlier ones or more."]
+        return [f"A run of {MIN_STEPS} steps or more is compared with {MIN_RUNS} earlier ones or more."]
 
     sentence = (
         f"History: at most the last {LAST_RUNS} earlier runs with the same project, script, model, batch size and "
-        f"number of ranks, and {LEAST_STEPS} steps or more. Their median and median deviation decide what is usual: "
+        f"number of ranks, and {MIN_STEPS} steps or more. Their median and median deviation decide what is usual: "
         "about one healthy run in a thousand is beyond it by chance, in each phase."
     )
     return [sentence]
@@ -96,18 +96,18 @@ def _history_covers(history: RunHistory | None) -> list[str]:
 def _hosts_cover(hosts: HostJudgment) -> list[str]:
     if not hosts.jobs:
         why = "there is none. A host with rank 0 alone is left out."
-        return [f"Hosts are compared within jobs on two or more hosts with {LEAST_STEPS} steps or more: {why}"]
+        return [f"Hosts are compared within jobs on two or more hosts with {MIN_STEPS} steps or more: {why}"]
 
     jobs = (
-        f"Hosts: {plural(hosts.jobs, 'job')} on two or more hosts with {LEAST_STEPS} steps or more; "
+        f"Hosts: {plural(hosts.jobs, 'job')} on two or more hosts with {MIN_STEPS} steps or more; "
         f"{plural(hosts.left_out, 'other run')} left out. {hosts.judged} of {plural(hosts.hosts, 'host')} had "
-        f"{LEAST_JOBS} such jobs or more; of each the last {LAST_JOBS} count."
+        f"{MIN_JOBS} such jobs or more; of each the last {LAST_JOBS} count."
     )
     rule = (
         "A host's work is that of its slowest rank, without waiting for others, and without rank 0, which also logs "
         "and saves. A host is listed if it was among the slowest eighth of the job's hosts in more than half of its "
-        f"jobs, at least {percent_text(LEAST_EXCESS)} beyond the others in the median job, and so often that chance "
-        f"puts any host on the list less than once in {1 / MOST_CHANCE:.0f} lists."
+        f"jobs, at least {percent_text(MIN_EXCESS)} beyond the others in the median job, and so often that chance "
+        f"puts any host on the list less than once in {1 / MAX_CHANCE:.0f} lists."
     )
     limit = "Where hosts do different work, as the stages of a pipeline do, the list shows those with more work."
     return [jobs, rule, limit]

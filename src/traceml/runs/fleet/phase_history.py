@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from traceml.diagnosis.findings import significant
 from traceml.runs.fleet.fleet_runs import FleetRun
 from traceml.runs.fleet.fleet_types import STEP, PhaseHistory, RunHistory
-from traceml.runs.fleet.slow_hosts import LEAST_STEPS
+from traceml.runs.fleet.slow_hosts import MIN_STEPS
 
-__all__ = ["LAST_RUNS", "LEAST_RUNS", "limit_of", "run_history"]
+__all__ = ["LAST_RUNS", "MIN_RUNS", "limit_of", "run_history"]
 
-LEAST_RUNS = 8
+MIN_RUNS = 8
 LAST_RUNS = 50
-_LEAST_CHANGE = 0.03  # of the phase; machines differ by as much from day to day
-_LEAST_OF_STEP = 0.01  # of the step: a phase that takes less time matters to nobody
-_LEAST_SPREAD = 0.005  # of the median: step times that agree to the digit have no spread to measure by
+_MIN_CHANGE = 0.03  # of the phase; machines differ by as much from day to day
+_MIN_OF_STEP = 0.01  # of the step: a phase that takes less time matters to nobody
+_MIN_SPREAD = 0.005  # of the median: step times that agree to the digit have no spread to measure by
 _MAD_OF_NORMAL = 1.4826
 # Earlier runs -> the distance from their median, in their deviations, that one run in a thousand has by chance; from
 # a million simulated histories with normal noise. Between these, the distance is linear in 1/number.
@@ -45,7 +45,7 @@ def run_history(run: FleetRun, runs: Sequence[FleetRun]) -> RunHistory:
         started=run.started,
         runs=len(alike[-LAST_RUNS:]),
         others=len(earlier) - len(alike),
-        phases=_phases(run, alike[-LAST_RUNS:]) if len(alike) >= LEAST_RUNS and run.steps >= LEAST_STEPS else [],
+        phases=_phases(run, alike[-LAST_RUNS:]) if len(alike) >= MIN_RUNS and run.steps >= MIN_STEPS else [],
     )
 
 
@@ -54,7 +54,7 @@ def _is_before(other: FleetRun, run: FleetRun) -> bool:
         other.project == run.project
         and other.run != run.run
         and (other.started or 0.0) < (run.started or 0.0)
-        and other.steps >= LEAST_STEPS
+        and other.steps >= MIN_STEPS
     )
 
 
@@ -80,7 +80,7 @@ def _phase(name: str, mean_ms: float, history: NDArray[np.float64], step_ms: flo
     usual = float(np.median(history))
     deviation = _MAD_OF_NORMAL * float(np.median(np.abs(history - usual)))
     room = max(
-        limit_of(len(history)) * max(deviation, _LEAST_SPREAD * usual), _LEAST_CHANGE * usual, _LEAST_OF_STEP * step_ms
+        limit_of(len(history)) * max(deviation, _MIN_SPREAD * usual), _MIN_CHANGE * usual, _MIN_OF_STEP * step_ms
     )
     low, high = max(usual - room, 0.0), usual + room
     return PhaseHistory(

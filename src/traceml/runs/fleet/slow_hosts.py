@@ -19,15 +19,15 @@ from traceml.diagnosis.findings import significant
 from traceml.runs.fleet.fleet_runs import FleetRun
 from traceml.runs.fleet.fleet_types import HostJudgment, SlowHost
 
-__all__ = ["LAST_JOBS", "LEAST_EXCESS", "LEAST_JOBS", "LEAST_STEPS", "MOST_CHANCE", "judge_hosts", "tail_probability"]
+__all__ = ["LAST_JOBS", "MAX_CHANCE", "MIN_EXCESS", "MIN_JOBS", "MIN_STEPS", "judge_hosts", "tail_probability"]
 
 LAST_JOBS = 20
 """Jobs of a host that count, the newest: what was repaired before them is no longer reported."""
-LEAST_JOBS = 5
-LEAST_STEPS = 50
-LEAST_EXCESS = 0.02
+MIN_JOBS = 5
+MIN_STEPS = 50
+MIN_EXCESS = 0.02
 """A smaller difference costs less than its repair, and healthy hosts differ by as much."""
-MOST_CHANCE = 0.01
+MAX_CHANCE = 0.01
 _SLOWEST_SHARE = 8  # of eight hosts one is among the slowest
 
 
@@ -48,13 +48,13 @@ def judge_hosts(runs: Sequence[FleetRun]) -> HostJudgment:
     Args:
         runs: the oldest first.
     """
-    jobs = [run for run in runs if len(run.hosts) > 1 and run.steps >= LEAST_STEPS]
+    jobs = [run for run in runs if len(run.hosts) > 1 and run.steps >= MIN_STEPS]
     placings: dict[str, list[_Placing]] = defaultdict(list)
     for job in jobs:
         for host, placing in _placings(job):
             placings[host].append(placing)
 
-    last = {host: each[-LAST_JOBS:] for host, each in placings.items() if len(each) >= LEAST_JOBS}
+    last = {host: each[-LAST_JOBS:] for host, each in placings.items() if len(each) >= MIN_JOBS}
     found = [slow for host, each in last.items() if (slow := _judged(host, each, len(last))) is not None]
     found.sort(key=lambda slow: (-slow.excess, slow.host))
     return HostJudgment(
@@ -94,7 +94,7 @@ def _judged(host: str, placings: Sequence[_Placing], hosts: int) -> SlowHost | N
 
     chance = min(tail_probability((each.chance for each in placings), len(slow)) * hosts, 1.0)
     excess = float(np.median([each.excess for each in placings]))
-    if chance > MOST_CHANCE or excess < LEAST_EXCESS:
+    if chance > MAX_CHANCE or excess < MIN_EXCESS:
         return None
 
     phases = [each.phase for each in slow]

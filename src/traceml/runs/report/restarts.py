@@ -27,7 +27,7 @@ _BY_SCHEDULER = {
     "warned": "ended after the scheduler's warning",
     "requeued": "queued again by the scheduler",
 }
-_MOST_RANKS = 8  # of an attempt, whose first and last steps are read
+_MAX_RANKS = 8  # of an attempt, whose first and last steps are read
 
 
 def restarts(reader: StoreReader) -> list[RestartSection]:
@@ -111,8 +111,8 @@ def _reason(end: RankExit) -> str:
 
 def _lost_s(reader: StoreReader, streams: Sequence[StreamRecord], following: Sequence[StreamRecord]) -> float | None:
     """Return the time from the last step of an attempt, or its start, to the first step of the next one."""
-    before = [(stream, ns) for stream in streams[:_MOST_RANKS] if (ns := _last_ns(reader, stream)) is not None]
-    after = [(stream, ns) for stream in following[:_MOST_RANKS] if (ns := _first_ns(reader, stream)) is not None]
+    before = [(stream, ns) for stream in streams[:_MAX_RANKS] if (ns := _last_ns(reader, stream)) is not None]
+    after = [(stream, ns) for stream in following[:_MAX_RANKS] if (ns := _first_ns(reader, stream)) is not None]
     if not before or not after:
         return None
 

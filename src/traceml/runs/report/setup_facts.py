@@ -22,7 +22,7 @@ __all__ = ["job_times", "setup_section", "step_times_section"]
 
 _MS = 1e6
 _STEPS, _STRETCH = 1024, 64  # 1,024 steps decide a change of a few percent, and take 8 kB
-_MOST_PARAMS, _MOST_TEXT = 500, 200
+_MAX_PARAMS, _MAX_TEXT = 500, 200
 _MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
 
 
@@ -78,9 +78,9 @@ def _first_facts(reader: StoreReader) -> tuple[dict[str, Any], int | None]:
 
 
 def _plain(params: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
-    return {name: _value(value) for name, value in list(flattened(params, ".").items())[:_MOST_PARAMS]}
+    return {name: _value(value) for name, value in list(flattened(params, ".").items())[:_MAX_PARAMS]}
 
 
 def _value(value: Any) -> bool | int | float | str | None:
     is_number = (isinstance(value, int) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
-    return value if value is None or is_number else str(value)[:_MOST_TEXT]
+    return value if value is None or is_number else str(value)[:_MAX_TEXT]

@@ -26,7 +26,7 @@ _BINS_OF_MANY = 64
 _MANY_RANKS = 1024
 # Levels of the histogram, from a microsecond to more than an hour.
 _RATIO = np.log(LEVEL_RATIO)
-_LEAST_NS = 1e3
+_MIN_NS = 1e3
 _LEVELS = 1480
 _PER_RANK = ("total", "comm", "backward", "own", "measured", "count")
 
@@ -112,7 +112,7 @@ class StepBins:
         found = []
         for share in shares:
             level = (reached >= np.maximum(np.ceil(share * count), 1)[:, None]).argmax(axis=1)
-            value = np.clip(_LEAST_NS * np.exp((level + 0.5) * _RATIO), least, most)
+            value = np.clip(_MIN_NS * np.exp((level + 0.5) * _RATIO), least, most)
             found.append(np.where(count > 0, value, np.nan))
 
         if not self.sampled or not count.any():
@@ -193,7 +193,7 @@ class StepBins:
     def _take_histogram(self, new: AlignedSteps) -> None:
         bins = self._bins_of(new.steps)
         total = np.maximum(new.total.astype(np.float64), 1.0)
-        levels = np.clip(np.log(total / _LEAST_NS) / _RATIO, 0, _LEVELS - 1).astype(np.int64)
+        levels = np.clip(np.log(total / _MIN_NS) / _RATIO, 0, _LEVELS - 1).astype(np.int64)
         np.add.at(self._histogram, (np.broadcast_to(bins, levels.shape), levels), 1)
         np.minimum.at(self._least, bins, total.min(axis=0))
         np.maximum.at(self._most, bins, total.max(axis=0))

@@ -17,8 +17,8 @@ __all__ = ["LoggedItem", "LoggedItems", "MediaGroup"]
 _KINDS = ("image", "text", "histogram", "artifact", "refused", "value")
 _KEPT = {"image": 24, "text": 24, "histogram": 24, "artifact": 1, "refused": 4, "value": 24}
 # Pages are for people: further names are only in the store.
-_MOST_NAMES = 1000
-_MOST_CHARS = 20_000
+_MAX_NAMES = 1000
+_MAX_CHARS = 20_000
 _FRAMES = 256
 
 
@@ -108,7 +108,7 @@ class LoggedItems:
 
         rank = self._ranks[stream]
         key = kind, f"{name}/rank_{rank}" if rank else name
-        if key not in self._found and len(self._found) >= _MOST_NAMES:
+        if key not in self._found and len(self._found) >= _MAX_NAMES:
             return
 
         epoch_s = self._clocks.of_date(stream, int(row.get("t_ns", 0))) / 1e9
@@ -123,7 +123,7 @@ def _item(row: Mapping[str, Any], rank: int, epoch_s: float) -> LoggedItem:
         rank,
         step if isinstance(step, int) else None,
         epoch_s,
-        text=str("" if words is None else words)[:_MOST_CHARS],
+        text=str("" if words is None else words)[:_MAX_CHARS],
         path=str(row.get("path") or ""),
         size_bytes=int(row.get("size") or 0),
         counts=tuple(map(float, row.get("counts") or ())),

@@ -16,7 +16,7 @@ __all__ = ["Note", "Notes"]
 
 _KEPT = 500
 _FIRST_READ = 5_000  # frames at the end of a store that are read at first
-_MOST_CHARS = 500
+_MAX_CHARS = 500
 _SILENT = {"end", "snapshot", "process", "sampler"}  # kinds of rows without information for people
 _HIDDEN = {"kind", "t_ns", "experiment"}
 
@@ -108,7 +108,7 @@ def _words(row: Mapping[str, Any]) -> str:
         shown = {key: value for key, value in row.items() if key not in _HIDDEN and value not in (None, "", {}, [])}
         parts = [_short(value) if key == row.get("kind") else f"{key} {_short(value)}" for key, value in shown.items()]
 
-    return " ".join(", ".join(parts).split())[:_MOST_CHARS]
+    return " ".join(", ".join(parts).split())[:_MAX_CHARS]
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,7 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
     GPU.name: ("utilization_pct", "memory_used_bytes", "memory_total_bytes", "temperature_c", "power_w"),
 }
 _DEVICES = {TORCH_MEMORY.name: "device", GPU.name: "index"}
-_MOST_DEVICES = 1 << 16
+_MAX_DEVICES = 1 << 16
 
 
 class SampleTotals:
@@ -56,7 +56,7 @@ class SampleTotals:
             return
 
         devices = rows[_DEVICES[table.name]] if table.name in _DEVICES else np.zeros(len(rows), np.int64)
-        keys = ranks * _MOST_DEVICES + devices
+        keys = ranks * _MAX_DEVICES + devices
         order = np.argsort(keys, kind="stable")
         found, starts = np.unique(keys[order], return_index=True)
         values = np.stack([rows[name][order].astype(np.float64) for name in columns])
@@ -66,7 +66,7 @@ class SampleTotals:
             np.add.reduceat(~np.isnan(values), starts, axis=1, dtype=np.int64),
         )
         for key, new in zip(found.tolist(), np.stack(parts).transpose(2, 0, 1), strict=True):
-            self._add(table, key // _MOST_DEVICES, key % _MOST_DEVICES, new)
+            self._add(table, key // _MAX_DEVICES, key % _MAX_DEVICES, new)
 
     def most(self, table: Table, rank: int, column: str, device: int | None = None) -> float | None:
         """Return the greatest value of a column, of one or of all devices of a rank; None without samples."""

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 __all__ = ["Samples", "rows_for"]
 
 _MAX_ROWS = 4096
-_LEAST_ROWS = 256
+_MIN_ROWS = 256
 # 23 MB of the largest table.
 _MAX_ROWS_OF_ALL = 1 << 18
 
 
 def rows_for(ranks: int) -> int:
     """Return the number of samples to keep of each rank: 4,096 of a few ranks, 256 of a thousand."""
-    return max(_LEAST_ROWS, min(_MAX_ROWS, _MAX_ROWS_OF_ALL // max(ranks, 1)))
+    return max(_MIN_ROWS, min(_MAX_ROWS, _MAX_ROWS_OF_ALL // max(ranks, 1)))
 
 
 class Samples:

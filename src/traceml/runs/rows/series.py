@@ -28,7 +28,7 @@ Ints = NDArray[np.int64]
 _MS = 1e6
 _MAX_SHOWN = 128
 _WANTED_PER_BIN = 16
-_LEAST_SHOWN = 32
+_MIN_SHOWN = 32
 _HEAT_ROWS = 128
 _SAMPLES = 240
 # Device times arrive some steps after their step, and a step is taken only once.
@@ -203,7 +203,7 @@ def _joined_bins(bins: StepBins) -> int:
         joined *= 2
 
     each = max(len(bins.ranks), 1) * bins.width
-    while joined * each < _WANTED_PER_BIN and bins.used // (2 * joined) >= _LEAST_SHOWN:
+    while joined * each < _WANTED_PER_BIN and bins.used // (2 * joined) >= _MIN_SHOWN:
         joined *= 2
 
     return joined

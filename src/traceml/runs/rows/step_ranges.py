@@ -11,12 +11,12 @@ from traceml.database.store.thinning import BLOCK_STEPS, sample_blocks
 __all__ = ["spread_ranges", "step_ranges"]
 
 # A part of a block stands for it where few rows of each rank are read: rather more places than longer ones.
-_LEAST_STEPS = 16
+_MIN_STEPS = 16
 _USUAL_BLOCKS = 32
 # Reading a frame takes so long, and each of its rows besides (measured); a report should not take seconds.
 _FRAME_S, _ROW_S = 20e-6, 40e-9
 _BUDGET_S = 0.5
-_LEAST_PLACES = 4
+_MIN_PLACES = 4
 # Of the frames of all ranks, which do not begin with the same step, most are cut once by a range of this share.
 _SHARE_OF_FRAME = 1 / 4
 
@@ -38,14 +38,14 @@ def step_ranges(
     frames = sum(reader.frame_count(name) for name in present)
     left = sum(reader.stored(name) - reader.thinned(name) for name in present)
     level = reader.thinning_level()
-    steps = max(min(rows // ranks, (last - first + 1) >> level), _LEAST_STEPS)
+    steps = max(min(rows // ranks, (last - first + 1) >> level), _MIN_STEPS)
     frame_s = _FRAME_S + left / max(frames, 1) * _ROW_S
     if frames * frame_s <= _BUDGET_S:
         return spread_ranges(first, last, steps)
 
     span = max((last - first + 1) * ranks * len(present) / frames, 1.0)
     place_s = (1 + BLOCK_STEPS / span) * frame_s * ranks * len(present)
-    places, reach = max(int(_BUDGET_S / place_s), _LEAST_PLACES), int(span * _SHARE_OF_FRAME)
+    places, reach = max(int(_BUDGET_S / place_s), _MIN_PLACES), int(span * _SHARE_OF_FRAME)
     return spread_ranges(first, last, min(steps, places * max(reach >> level, BLOCK_STEPS)), places, reach)
 
 
@@ -66,7 +66,7 @@ def spread_ranges(
         return list(_cut(sample_blocks(first, last, steps // each * BLOCK_STEPS), each))
 
     # Frames take the time, not rows.
-    each = min(BLOCK_STEPS, max(steps // places, _LEAST_STEPS))
+    each = min(BLOCK_STEPS, max(steps // places, _MIN_STEPS))
     width = max((last - first + 1) // places, 1)
     ranges: list[tuple[int, int]] = []
     for begin in range(first, last + 1, width)[:places]:
@@ -79,7 +79,7 @@ def spread_ranges(
 
 def _block_steps(steps: int) -> int:
     """Return how many steps of a block to read."""
-    return min(max(steps // _USUAL_BLOCKS, _LEAST_STEPS), BLOCK_STEPS)
+    return min(max(steps // _USUAL_BLOCKS, _MIN_STEPS), BLOCK_STEPS)
 
 
 def _cut(ranges: Sequence[tuple[int, int]], each: int) -> Iterator[tuple[int, int]]:

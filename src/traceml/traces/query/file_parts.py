@@ -30,7 +30,7 @@ __all__ = ["FilePart", "IndivisibleError", "PartBoundaries", "facts_of", "join_p
 
 _PLAIN_BYTES = 64 * 1024 * 1024
 _ZIPPED_BYTES = 8 * 1024 * 1024
-_LEAST_BYTES = 256 * 1024
+_MIN_BYTES = 256 * 1024
 
 
 class IndivisibleError(TraceMLError):
@@ -94,7 +94,7 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
         start = file.read(1 << 16)
         zipped = start.startswith(GZIP_MAGIC)
         packed = zipped or is_zstd(start)
-        step = max(_LEAST_BYTES, min(_ZIPPED_BYTES if packed else _PLAIN_BYTES, -(-size // least)))
+        step = max(_MIN_BYTES, min(_ZIPPED_BYTES if packed else _PLAIN_BYTES, -(-size // least)))
         if packed and not zipped:
             cuts = frame_starts(file.fileno(), size, step)[1:]
         else:

@@ -27,7 +27,7 @@ __all__ = ["AimBackend"]
 
 _REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
-_MOST_BUCKETS = 512  # of a distribution in Aim
+_MAX_BUCKETS = 512  # of a distribution in Aim
 _TAKEN = {"hparams", "tags", "traceml", "state"}  # keys of this backend
 
 
@@ -171,7 +171,7 @@ class AimBackend(BackendInterface):
 
         width = (edges[-1] - edges[0]) / len(counts)
         even = all(math.isclose(edge, edges[0] + i * width, abs_tol=width * 1e-6) for i, edge in enumerate(edges))
-        if not even or not math.isfinite(width) or len(counts) > _MOST_BUCKETS:
+        if not even or not math.isfinite(width) or len(counts) > _MAX_BUCKETS:
             self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
             return
 

@@ -24,7 +24,7 @@ __all__ = ["TensorBoardBackend"]
 _REFUSED = re.compile("[\ud800-\udfff]")  # a tag is UTF-8, which has no lone surrogates
 _LONGEST_NAME = 4000
 _NOT_IN_FOLDERS = re.compile(r"[^\w.\-]+|^\.+")
-_MOST_HPARAMS = 1000  # they are kept with the position, and the page shows no more
+_MAX_HPARAMS = 1000  # they are kept with the position, and the page shows no more
 _LONGEST_HPARAM = 1000
 
 
@@ -88,7 +88,7 @@ class TensorBoardBackend(FileBackend):
         flat = flattened(params, "/")
         self.log_text("params", _table(flat), 0)
         self._hparams |= {name: _hparam(value) for name, value in flat.items()}
-        self._hparams = dict(list(self._hparams.items())[:_MOST_HPARAMS])
+        self._hparams = dict(list(self._hparams.items())[:_MAX_HPARAMS])
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
         """Write the facts of each collector as a table of the Text tab."""

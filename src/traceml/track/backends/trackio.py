@@ -32,7 +32,7 @@ _REFUSED_PROJECT = re.compile("[\0\ud800-\udfff]")
 _REFUSED_ID = re.compile(r"[^A-Za-z0-9._-]")
 _LONGEST_NAME = 1000
 _LONGEST_PROJECT = 60  # it is the name of a file: a character has up to 4 bytes
-_MOST_BUCKETS = 512  # of a histogram in Trackio
+_MAX_BUCKETS = 512  # of a histogram in Trackio
 _LARGEST_INTEGER = 2**63
 
 
@@ -129,7 +129,7 @@ class TrackioBackend(BackendInterface):
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram; one with more buckets than Trackio shows becomes a text of JSON."""
-        if len(counts) > _MOST_BUCKETS:
+        if len(counts) > _MAX_BUCKETS:
             self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
             return
 

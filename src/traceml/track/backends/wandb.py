@@ -38,8 +38,8 @@ _REFUSED_PROJECT = re.compile(r"[/\\#?%:\0\ud800-\udfff]")
 _REFUSED_FILE = re.compile(r"[^A-Za-z0-9_.\-]")
 _LONGEST_NAME = 1000
 _LONGEST_PROJECT = 128
-_MOST_KEYS = 500  # in one record
-_MOST_BUCKETS = 512  # of a histogram in W&B
+_MAX_KEYS = 500  # in one record
+_MAX_BUCKETS = 512  # of a histogram in W&B
 _LONGEST_TAG = 64
 _EXIT_CODES = {"finished": 0, "stopped": 255}  # 255 is what W&B itself reports after Ctrl-C; of all others 1
 _START_S = 30.0  # longest start of an online run; delivery retries it, not the library
@@ -157,7 +157,7 @@ class WandbBackend(BackendInterface):
         records = []
         for row in rows:
             key, step = safe_name(row.name, _REFUSED, _LONGEST_NAME), row.step or 0
-            if self._open and (step != self._open_step or key in self._open or len(self._open) >= _MOST_KEYS):
+            if self._open and (step != self._open_step or key in self._open or len(self._open) >= _MAX_KEYS):
                 records.append(self._close_record())
 
             if not self._open:
@@ -208,7 +208,7 @@ class WandbBackend(BackendInterface):
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram; one with more buckets than W&B accepts becomes a text of JSON."""
-        if len(counts) > _MOST_BUCKETS:
+        if len(counts) > _MAX_BUCKETS:
             self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
             return
 

@@ -40,7 +40,7 @@ from traceml.track.wandb_sweep import variables
 
 __all__ = ["DeliveryLoop"]
 
-_LEAST_ROWS, _FIRST_ROWS, _BATCH_ROWS = 100, 1_000, 5_000
+_MIN_ROWS, _FIRST_ROWS, _BATCH_ROWS = 100, 1_000, 5_000
 _SLOW_BATCH_S = 2.0
 _POLL_S = 0.5
 _REPORT_S = 15.0  # longest wait for the report of a run that has ended
@@ -276,7 +276,7 @@ class DeliveryLoop:
         # A slow tracker gets smaller batches, so that progress shows and a death loses little.
         rows = state.batch_rows or _FIRST_ROWS
         if took_s > _SLOW_BATCH_S:
-            state.batch_rows = max(rows // 2, _LEAST_ROWS)
+            state.batch_rows = max(rows // 2, _MIN_ROWS)
         elif took_s < _SLOW_BATCH_S / 4:
             state.batch_rows = min(rows * 2, _BATCH_ROWS)
 

@@ -16,7 +16,7 @@ from traceml.track.tracker_state import TrackerState
 
 __all__ = ["RefusalOutcome", "RefusalSearch", "count_refused"]
 
-_MOST_CONSECUTIVE = 50
+_MAX_CONSECUTIVE = 50
 _REASONS = 20
 _KEY = "suspect"
 
@@ -93,7 +93,7 @@ class RefusalSearch:
 
         search["found"].append({"from": dict(here), "to": dict(batch.cursor)})
         search["in_a_row"] += 1
-        if search["in_a_row"] > _MOST_CONSECUTIVE:
+        if search["in_a_row"] > _MAX_CONSECUTIVE:
             self._unskip(search)
             return RefusalOutcome.EVERYTHING
 

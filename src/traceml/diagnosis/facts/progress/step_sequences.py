@@ -13,7 +13,7 @@ from traceml.database.schema import unpack_bits
 __all__ = ["DivergedRanks", "StepSequences"]
 
 _FIRST_RANKS = 16
-_MOST_SLOTS, _LEAST_SLOTS, _CELLS = 1024, 64, 262_144
+_MAX_SLOTS, _MIN_SLOTS, _CELLS = 1024, 64, 262_144
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class StepSequences:
         self._checked, self._agreed, self.diverged = -1, -1, None
         if ranks > len(self._latest):
             capacity = max(ranks, 2 * len(self._latest), _FIRST_RANKS)
-            slots = min(max(_CELLS // capacity, _LEAST_SLOTS), _MOST_SLOTS)
+            slots = min(max(_CELLS // capacity, _MIN_SLOTS), _MAX_SLOTS)
             latest = np.full(capacity, -1, np.int64)
             latest[: len(self._latest)] = self._latest
             self._latest, self._cells = latest, np.full((3, capacity, slots), -1, np.int64)

@@ -14,7 +14,7 @@ from traceml.formatting import count_text
 
 __all__ = ["RankGroup", "Topology", "TopologyHistory"]
 
-MOST_ABSENT = 0.1
+MAX_ABSENT = 0.1
 """A group is to blame if at most this share of its ranks is not among the slow ones."""
 
 _MESH_WORDS = {
@@ -103,7 +103,7 @@ class Topology:
                 continue
 
             size = sum(key_of(rank) == name for rank in ranks)
-            if size < len(ranks) and size - len(slow) <= MOST_ABSENT * size:
+            if size < len(ranks) and size - len(slow) <= MAX_ABSENT * size:
                 found.append((size, level, name))
 
         return _smallest(found, len(slow))

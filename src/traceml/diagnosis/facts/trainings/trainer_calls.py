@@ -10,7 +10,7 @@ from traceml.diagnosis.facts.sampled_lines import SampledLine
 
 __all__ = ["calls_trainer", "own_line"]
 
-_FEWEST_SAMPLES = 3
+_MIN_SAMPLES = 3
 _FORWARD, _BACKWARD, _OPTIMIZER = (phase.label for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER))
 
 
@@ -42,4 +42,4 @@ def _has_most(lines: Sequence[SampledLine], phase: str, line: BlamedLine) -> boo
     seen = [each for each in lines if each.part == phase]
     same = sum(each.samples for each in seen if (each.file, each.line) == (line.file, line.line))
     total = sum(each.samples for each in seen)
-    return total >= _FEWEST_SAMPLES and same >= NAMED_SHARE * total
+    return total >= _MIN_SAMPLES and same >= NAMED_SHARE * total

@@ -17,7 +17,7 @@ __all__ = ["COLUMNS", "PAGE_RUNS", "ListPart", "ListQuery", "field_names"]
 COLUMNS = ("state", "verdict", "ranks", "step_ms", "samples/s", "started", "took", "size")
 """The columns that are shown at first, in addition to the name."""
 PAGE_RUNS = 50
-_MOST_COLUMNS = 24
+_MAX_COLUMNS = 24
 _ALWAYS = ("id", "name", "tags", "note", "archived")  # next to the name, or by a switch
 
 
@@ -61,7 +61,7 @@ class ListQuery:
     @classmethod
     def of_address(cls, values: Mapping[str, str]) -> ListQuery:
         """Return the query in the address of a page; what is missing or wrong there has its default."""
-        columns = tuple(name for name in values.get("columns", "").split(",") if name)[:_MOST_COLUMNS]
+        columns = tuple(name for name in values.get("columns", "").split(",") if name)[:_MAX_COLUMNS]
         page = values.get("page", "")
         return cls(
             where=values.get("where", ""),

@@ -13,7 +13,7 @@ __all__ = ["is_hostfile", "read_hostfile", "split_port"]
 _PORT = re.compile(r"(?P<host>(?:[^@]+@)?(?:\[[^\]]+\]|[^:\[\]]+)):(?P<port>[^:]*)")
 _OPTION = re.compile(r"(?P<key>slots|max[-_]slots)=(?P<count>.*)")
 _MOST = 65_535
-_MOST_DIGITS = 6
+_MAX_DIGITS = 6
 
 
 def is_hostfile(text: str) -> bool:
@@ -94,7 +94,7 @@ def _slots(words: list[str], place: str) -> int | None:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
 
 
 def _is_address(name: str) -> bool:

@@ -13,7 +13,7 @@ from traceml.errors import SlurmError
 __all__ = ["Allocation", "allocation", "step_command"]
 
 _SCONTROL_TIMEOUT_S = 30
-_MOST_DIGITS = 6  # of a number of CPUs, tasks or nodes
+_MAX_DIGITS = 6  # of a number of CPUs, tasks or nodes
 
 _log = logging.getLogger("traceml.launch")
 
@@ -143,7 +143,7 @@ def _read_counts(text: str) -> list[int]:
     """Read `4(x2),2` as 4, 4, 2."""
     found: list[int] = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text, re.ASCII):
-        if len(number) > _MOST_DIGITS or len(times) > _MOST_DIGITS:
+        if len(number) > _MAX_DIGITS or len(times) > _MAX_DIGITS:
             raise SlurmError(f"{text[:100]!r} cannot be the CPUs or tasks of Slurm's nodes")
 
         found += [int(number)] * int(times or 1)
@@ -154,7 +154,7 @@ def _read_counts(text: str) -> list[int]:
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     """Return the value of one of Slurm's variables."""
     text = environ.get(name, str(default))
-    if not re.fullmatch(rf"\d{{1,{_MOST_DIGITS}}}", text, re.ASCII):
+    if not re.fullmatch(rf"\d{{1,{_MAX_DIGITS}}}", text, re.ASCII):
         raise SlurmError(f"{name} is {text[:100]!r}, not a number as Slurm sets it: unset it, or start a job of Slurm")
 
     return int(text)

@@ -19,7 +19,7 @@ R_co = TypeVar("R_co", covariant=True)
 _OVER = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 )
-_POLL_S, _MOST_POLL_S = 0.5, 20.0  # 0.5, 0.75, 1.1, 1.7, ... 20: the controller serves all users
+_POLL_S, _MAX_POLL_S = 0.5, 20.0  # 0.5, 0.75, 1.1, 1.7, ... 20: the controller serves all users
 _FILE_S = 10.0  # a network file system may show a file later
 
 
@@ -71,7 +71,7 @@ class SubmittedJob(Generic[R_co]):
                 raise WaitTimeoutError(f"job {self.job_id} is {self.state} after {timeout:g} s")
 
             time.sleep(min(poll_s, left_s))
-            poll_s = min(1.5 * poll_s, _MOST_POLL_S)
+            poll_s = min(1.5 * poll_s, _MAX_POLL_S)
 
     def result(self, timeout: float | None = None) -> R_co:
         """Wait for the job, and return what the launch returned.
