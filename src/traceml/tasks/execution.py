@@ -17,38 +17,29 @@ __all__ = ["WorkerReplaced", "cancel", "end", "expire", "fail", "run", "run_clai
 
 _log = logging.getLogger("traceml")
 
+OnEnd = Callable[[EndedTask], None]
+
 
 class WorkerReplaced(Exception):  # noqa: N818 - a signal to the worker, not an error
     """The task has returned after its timeout, when another thread had replaced this one."""
 
 
-def run(
-    task: TaskRecord,
-    thread: ThreadState,
-    counts: list[int],
-    slot: int,
-    now: float,
-    record: Callable[[EndedTask], None],
-) -> float:
-    """Run a task that was taken from its entry.
+def run(task: TaskRecord, thread: ThreadState, counts: list[int], slot: int, now: float, on_end: OnEnd) -> float:
+    """Run a task that was taken from its entry; return the time at its end.
 
     Args:
-        task: the task.
+        task: has not begun.
         thread: the state of this thread.
         counts: the counters of the statistics.
         slot: the index of this thread in them.
         now: the time, `perf_counter` in seconds: a worker's task begins when its last one ended.
-        record: takes the record of the ended task.
-
-    Returns:
-        the time at its end.
+        on_end: takes the record of the ended task.
     """
     thread.current = task
     if awaiting_thread:
         task.engine.compensate_waits()
 
-    task.started_s = now
-    task.state = RUNNING
+    task.started_s, task.state = now, RUNNING
     counts[slot] += 1
     timed = task.timeout_s is not None
     if timed:
@@ -81,7 +72,7 @@ def run(
             now = perf_counter()
             task.state = COMPLETED
             counts[slot + 1] += 1
-            record((name, COMPLETED, task.submitted_s, task.started_s, now, task.last_progress))
+            on_end((name, COMPLETED, task.submitted_s, task.started_s, now, task.last_progress))
             if task.callbacks is not None:
                 _call_back(task)
 
