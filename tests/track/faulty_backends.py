@@ -55,6 +55,7 @@ class FaultyBackend(BackendInterface):
         self._write({"params": dict(params)})
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        self._react("artifact")
         self._write({"artifact": artifact_name})
 
     def end_experiment(self) -> None:
@@ -78,6 +79,7 @@ class FaultyBackend(BackendInterface):
 
         behavior = behaviors.get(to)
         if behavior == "hang":
+            (self._folder / "hangs").touch()
             time.sleep(600)
         elif behavior == "down":
             raise ConnectionRefusedError("nobody listens")

@@ -130,6 +130,28 @@ def test_what_is_delivered_is_exact_however_often_the_process_is_killed(run: Log
     assert values(lines_of(run.path), "a") == [(i, float(i)) for i in range(60_000)]
 
 
+def test_a_batch_that_a_kill_cut_off_counts_once(run: LoggedRun) -> None:
+    """The state is also saved within a batch, before a call that may take long."""
+    folder = faulty(run)
+    run.metrics({"a": [float(i) for i in range(30)]})
+    (run.path / "weights").write_bytes(bytes(2 << 20))
+    run.row("artifact", name="weights", path="weights")
+    run.end()
+    (folder / "behavior").write_text('{"artifact": "hang"}')
+    process = delivering(str(run.path), FAULTY)
+    try:
+        eventually((folder / "hangs").exists)
+        during = state_of(run.path, FAULTY)
+    finally:
+        process.kill()
+        process.wait()
+
+    (folder / "behavior").unlink()
+    assert deliver(run.path, FAULTY).returncode == 0
+    assert (during.passed, during.delivered) == (0, 0)
+    assert state_of(run.path, FAULTY).delivered == 31
+
+
 def test_a_run_that_goes_on_is_followed_and_a_stopped_process_continued(run: LoggedRun) -> None:
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.experiment(["jsonl"], id="x")

@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ _REPORT_S = 15.0  # longest wait for the report of a run that has ended
 _TIMEOUT_S = 60.0
 _STOP_S = 10.0
 _ANNOUNCEMENT_S = 5.0
+_OF_AN_ATTEMPT = ("delivered", "derived", "filtered", "failed", "reasons", "memory")  # in the state
 
 _log = logging.getLogger("traceml")
 
@@ -84,7 +86,7 @@ class DeliveryLoop:
         self._state.pid = os.getpid()
         self._refusals = RefusalSearch(self._state)
         self._has_warned_unsaved = False
-        self._undo: Callable[[], None] | None = None
+        self._before: dict[str, Any] = {}  # of the state, while an attempt changes it
         self._unannounced: dict[int, float] = {}  # number of an experiment -> deadline for its announcement
         self._reader = StoreReader(run_dir / STORE_NAME)
         self._plan = DeliveryPlan(self._reader, run_dir)
@@ -205,6 +207,7 @@ class DeliveryLoop:
                 self._note_idle()
                 if self._sender.has_pending_closes:
                     self._end_finished()
+                    self._save()
 
                 self._stop.wait(_POLL_S)
                 continue
@@ -356,9 +359,6 @@ class DeliveryLoop:
     def _hangs(self, call: str, allowed_s: float) -> None:
         """Record that a call did not return; the process ends right after this."""
         _log.error("%s: %s did not return within %.0f s", self._state.backend, call, allowed_s)
-        if self._undo is not None:
-            self._undo()
-
         self._note(TrackerFailure(FailureKind.TRANSIENT, f"{call} did not return within {left_text(allowed_s)}"))
 
     def _note(self, failure: TrackerFailure) -> float:
@@ -380,25 +380,20 @@ class DeliveryLoop:
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
-        """Undo the changes of a failed attempt to the state, except the positions at the tracker."""
-        state = self._state
-        counts = {name: getattr(state, name) for name in ("delivered", "derived", "filtered", "failed")}
-        counts["reasons"] = dict(state.reasons)
-        memory = copy.deepcopy(state.memory)
+        """Undo the changes of a failed attempt to the state, except the positions at the tracker.
 
-        def undo() -> None:
-            state.memory = memory
-            for name, value in counts.items():
-                setattr(state, name, value)
-
-        self._undo = undo
+        What is saved meanwhile has none of them either: after a kill the attempt is made again from its beginning.
+        """
+        self._before = {name: copy.deepcopy(getattr(self._state, name)) for name in _OF_AN_ATTEMPT}
         try:
             yield
         except BaseException:
-            undo()
+            for name, value in self._before.items():
+                setattr(self._state, name, value)
+
             raise
         finally:
-            self._undo = None
+            self._before = {}
 
     def _cursor(self) -> dict[str, int]:
         return {"frame": self._state.cursor.get("frame", 0), "row": self._state.cursor.get("row", 0)}
@@ -423,7 +418,7 @@ class DeliveryLoop:
         """Write the state; on a full disk delivery continues, and backends with marks stay exact."""
         self._state.masked = self._masked_before + self._masker.counts.total()
         try:
-            self._state.save(self._run_dir)
+            replace(self._state, **self._before).save(self._run_dir)
             self._has_warned_unsaved = False
         except OSError as error:
             if not self._has_warned_unsaved:
