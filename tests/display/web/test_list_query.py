@@ -56,6 +56,14 @@ def test_conditions_that_are_not_understood_are_reported():
     assert "'lr'" in part.problem
 
 
+def test_an_order_that_is_not_understood_leaves_conditions_and_groups():
+    """As in an address that was written by hand."""
+    part = ListQuery(where="ranks<2", sort="nothing", group="ranks").part(some(7))
+
+    assert "'nothing'" in part.problem
+    assert [run.info.world_size for _, run in part.runs] == [0, 0, 1, 1]
+
+
 def test_headings_sort_both_ways_then_not_at_all():
     """A third press gives the newest first again."""
     query = ListQuery().sorted_by("ranks")

@@ -28,7 +28,7 @@ class ListPart:
     Attributes:
         runs: each with the heading of its group, where the list is grouped.
         found: number of runs that meet the conditions, pages: number of pages they fill.
-        problem: why the conditions were not understood; the list is without them then.
+        problem: why the conditions, the order or the group were not understood; the list is without those then.
     """
 
     runs: tuple[tuple[str, RunFields], ...]
@@ -102,20 +102,28 @@ class ListQuery:
     def part(self, runs: Sequence[RunFields]) -> ListPart:
         """Return the runs of the page, of those that are listed newest first."""
         listed = [run for run in runs if self.archived or not run.info.archived]
-        try:
-            chosen, problem = self._ordered(select_runs(listed, self.where)), ""
-        except UsageError as error:
-            chosen, problem = listed, str(error)
+        chosen, problems = listed, []
+        for change in (self._selected, self._sorted, self._grouped):
+            try:
+                chosen = change(chosen)
+            except UsageError as error:
+                problems.append(str(error))
 
         pages = max(1, -(-len(chosen) // PAGE_RUNS))
         first = (min(self.page, pages) - 1) * PAGE_RUNS
         shown = chosen[first : first + PAGE_RUNS]
         headings = self._headings(chosen)
-        return ListPart(tuple((headings.get(self._key(run), ""), run) for run in shown), len(chosen), pages, problem)
+        rows = tuple((headings.get(self._key(run), ""), run) for run in shown)
+        return ListPart(rows, len(chosen), pages, "; ".join(problems))
 
-    def _ordered(self, runs: list[RunFields]) -> list[RunFields]:
-        ordered = sort_runs(runs, self.sort, reverse=self.reverse) if self.sort and runs else runs
-        return sort_runs(ordered, self.group) if self.group and runs else ordered
+    def _selected(self, runs: list[RunFields]) -> list[RunFields]:
+        return select_runs(runs, self.where)
+
+    def _sorted(self, runs: list[RunFields]) -> list[RunFields]:
+        return sort_runs(runs, self.sort, reverse=self.reverse) if self.sort and runs else runs
+
+    def _grouped(self, runs: list[RunFields]) -> list[RunFields]:
+        return sort_runs(runs, self.group) if self.group and runs else runs
 
     def _key(self, run: RunFields) -> str:
         return run_cell(run, self.group) if self.group else ""
