@@ -64,14 +64,14 @@ class Prose(Container):
 
     def __init__(self, tag: str, classes: str = "") -> None:
         super().__init__(tag, classes)
-        self._text = ""
+        self._prose = ""
 
     def set_text(self, text: str) -> None:
         """Replace the text."""
-        if text == self._text:
+        if text == self._prose:
             return
 
-        self._text = text
+        self._prose = text
         self.clear()
         with self:
             for part, is_code in code_parts(text):
