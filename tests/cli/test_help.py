@@ -74,11 +74,13 @@ def test_help_has_the_defaults_in_force(command, capsys, monkeypatch):
 
 @pytest.mark.parametrize("words", [["runs", name] for name in EDITS], ids=" ".join)
 def test_help_on_a_word_of_runs_fits_60_columns(words, capsys, monkeypatch):
-    """Labels and removal have a help of their own."""
+    """Labels and removal have a help of their own, with examples."""
     monkeypatch.setenv("COLUMNS", "60")
 
     assert cli.main([*words, "--help"]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert set(examples_text(" ".join(words)).splitlines()) <= set(lines)
 
 
 def test_the_overview_fits_60_columns(capsys, monkeypatch):
@@ -91,7 +93,7 @@ def test_the_overview_fits_60_columns(capsys, monkeypatch):
 
 def test_every_command_has_examples():
     """Each is of that command, and no two are the same."""
-    assert EXAMPLES.keys() == cli.COMMANDS.keys()
+    assert EXAMPLES.keys() == cli.COMMANDS.keys() | {f"runs {name}" for name in EDITS}
     assert all(f"traceml {name}" in words for name, words in LINES)
     assert len(set(LINES)) == len(LINES)
 
@@ -140,7 +142,7 @@ OTHERS = [each for each in LINES if each[0] not in PARSED | {"run", "whatif"} an
 @pytest.mark.parametrize(("command", "line"), OTHERS, ids=lambda value: value)
 def test_examples_work(folder, command, line, capsys):
     """Each runs on two small runs; one that needs a running job, or its samples, says that there is none."""
-    status = cli.main([command, *_words(line)])
+    status = cli.main([command.split()[0], *_words(line)])
 
     shown = capsys.readouterr()
     if command in NEEDS_JOB:

@@ -75,6 +75,17 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("label one", "traceml runs tag a1b2 baseline"),
         ("keep the newest hundred", "traceml runs --prune --keep 100"),
     ),
+    "runs rm": (("without a question, as in a script", "traceml runs rm a1b2 c3d4 --yes"),),
+    "runs tag": (
+        ("add a tag", "traceml runs tag a1b2 baseline"),
+        ("the tags of a run", "traceml runs tag a1b2"),
+    ),
+    "runs note": (("what was tried", "traceml runs note a1b2 'with the new loader'"),),
+    "runs rename": (("shown instead of the script's name", "traceml runs rename a1b2 'large batch'"),),
+    "runs archive": (
+        ("out of lists", "traceml runs archive a1b2 c3d4"),
+        ("in lists again", "traceml runs archive a1b2 --undo"),
+    ),
     "schema": (
         ("the documents that have one", "traceml schema"),
         ("of the report", "traceml schema report"),
@@ -97,7 +108,7 @@ def examples_text(command: str) -> str:
     """Return the examples of a command as a section of its help; "" if it has none.
 
     Args:
-        command: `traceml report`, or its last word.
+        command: `traceml report`, or without its first word.
     """
     examples = EXAMPLES.get(command.removeprefix("traceml "), ())
     lines = [line for purpose, words in examples for line in (f"  # {purpose}", f"  {words}")]

@@ -40,7 +40,7 @@ class RemoveOptions:
 
 @dataclass(frozen=True)
 class TagOptions:
-    """Add tags to a run, or remove them: traceml runs tag RUN baseline."""
+    """Add tags to a run, or remove them."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or id of the run."""
@@ -56,7 +56,7 @@ class TagOptions:
 
 @dataclass(frozen=True)
 class NoteOptions:
-    """Write a note for a run: traceml runs note RUN 'with the new loader'."""
+    """Write a note for a run."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or id of the run."""
@@ -70,7 +70,7 @@ class NoteOptions:
 
 @dataclass(frozen=True)
 class RenameOptions:
-    """Give a run another name in lists and on its page: traceml runs rename RUN 'large batch'."""
+    """Give a run another name in lists and on its page."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or id of the run."""
