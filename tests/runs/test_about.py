@@ -111,6 +111,15 @@ def test_why_something_was_not_read(tmp_path, readings, ended, unread, why):
     assert bool(about.not_read) == bool(why)
 
 
+def test_a_center_has_not_what_hosts_have_read(tmp_path):
+    """Also where it runs on the host of the rank, or has tried to read."""
+    for name, readings in (("quiet", []), ("tried", [SourceReading(1, {}, "elsewhere")])):
+        (tmp_path / name).mkdir()
+        about = _read_on(tmp_path / name, *readings, ended=105.0, relayed=True)
+
+        assert about.not_read.startswith("they stay with the aggregator on rank 0's host")
+
+
 @pytest.mark.parametrize("asked", [7, {"names": 7, "after_s": "soon"}, {"names": ["x"]}])
 def test_a_request_of_other_types_gives_no_reason(tmp_path, asked):
     assert _read_on(tmp_path, asked=asked, ended=105.0).not_read == ""

@@ -19,6 +19,7 @@ _COLLECTORS = ("git", "environment", "system")
 _UNREAD = {
     "elsewhere": "rank 0 is on another host than the aggregator, or in another container; with "
     "TRACEML_COLLECTORS=git,environment,system it reads them itself",
+    "relayed": "they stay with the aggregator on rank 0's host: its page and its reports have them",
     "ended": "the run ended before they were read",
     "late": "reading took too long",
     "failed": "they could not be read; the aggregator's log says why",
@@ -115,6 +116,8 @@ def _why_not(unread: Sequence[str], reading: SourceReading | None, asked: Any, f
         asked: what the rank has asked it to read; None where it has not.
         first: the rank.
     """
+    if first[0].facts.get("relayed"):
+        return _UNREAD["relayed"]
     if reading is not None:
         return _UNREAD.get(reading.unread, _NO_GIT if unread == ("git",) else "")
     due_s = asked.get("after_s") if isinstance(asked, Mapping) else None
