@@ -162,12 +162,13 @@ def test_print_card_in_latin_1(tmp_path):
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_report_without_anything_optional(name):
-    """A report with nothing but its required parts still makes a card."""
+    """A report with nothing but its required parts still makes a card, with no two blank lines in a row."""
     full = REPORTS[name]()
     run = RunSection(id="x", name="x")
     bare = Report(schema=SCHEMA, run=run, verdict=full.verdict, findings=[full.verdict], ranks=full.ranks)
 
     assert full.verdict.kind in text_of(bare)
+    assert "\n\n\n" not in text_of(bare)
 
 
 def test_lost_rows_are_reported():

@@ -97,10 +97,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         again: the command that shows the card again.
     """
     width = min(viewport.width, _MAX_WIDTH)
-    lines = [
-        _top(view, width, viewport),
-        *_verdict_lines(view, width),
-        Text(),
+    measured = [
         *_time_lines(view, width),
         *([_steps_line(view, width, viewport)] if view.steps.count else []),
         *_data_line(view, viewport),
@@ -108,6 +105,11 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         *_labeled("Clock", view.untimed or "", width),
         *_phase_lines(view, width, viewport),
         *_rank_lines(view, width, viewport),
+    ]
+    lines = [
+        _top(view, width, viewport),
+        *_verdict_lines(view, width),
+        *([Text(), *measured] if measured else []),
         *([Text()] if len(view.ranks) < 2 else []),  # the card of two ranks fits on 24 rows
         *_closing_lines(view, width),
     ]
