@@ -117,7 +117,7 @@ def _identity(state: RunState, view: RunView) -> Iterable[tuple[str, str]]:
         ("run", run.id),
         ("project", run.project),
         ("started", started),
-        ("tags", ", ".join([*labels.tags, *logged])),
+        ("tags", ", ".join(dict.fromkeys([*labels.tags, *logged]))),
         ("note", labels.note),
     )
     return [(name, printable(text, lines=True)) for name, text in rows if text]
