@@ -61,7 +61,7 @@ def test_other_products_in_the_folder_are_named(tmp_path: Path) -> None:
     assert foreign_distributions(folder) == ["traceml 1.5.0", "traceml-ai 0.5.0"]
     check = _installation(folder, None)
     assert check.state == "broken"
-    assert check.hint.startswith("pip uninstall traceml traceml-ai, then pip install --force-reinstall --no-deps")
+    assert check.hint.startswith("pip uninstall traceml traceml-ai, then install traceml-torch again as before")
 
 
 def test_a_command_of_another_product_is_noted(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_first_use_of_a_mixed_package_warns(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("traceml-ai 0.5.0 installed a package `traceml` over this one") == 1
-    assert "pip uninstall traceml-ai, then pip install --force-reinstall" in done.stderr
+    assert "pip uninstall traceml-ai, then install traceml-torch again" in done.stderr
 
 
 @pytest.mark.process

@@ -97,4 +97,4 @@ def foreign_hint(found: list[str]) -> str:
         found: their names and versions.
     """
     names = " ".join(each.split()[0] for each in found)
-    return f"pip uninstall {names}, then pip install --force-reinstall --no-deps {DISTRIBUTION}"
+    return f"pip uninstall {names}, then install {DISTRIBUTION} again as before, with --force-reinstall --no-deps"

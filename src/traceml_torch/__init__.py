@@ -14,8 +14,8 @@ __all__ = ["autostart", "main"]
 
 _ADVICE = """\
 traceml: {what}: Python finds another `traceml` in {place} ({error}).
-If pip has installed it: pip uninstall traceml traceml-ai, then pip install --force-reinstall --no-deps traceml-torch. \
-Else rename it, or start Python in another folder.
+If pip has installed it: pip uninstall traceml traceml-ai, then install traceml-torch again as before, \
+with --force-reinstall --no-deps. Else rename it, or start Python in another folder.
 """
 
 
