@@ -16,10 +16,11 @@ from traceml.renderers.text.comparison import (
     compared_headline,
     compared_sentences,
     interval_text,
+    step_changes,
 )
 from traceml.renderers.text.viewport import ASCII, Viewport
 from traceml.runs.comparison.compare import compare_runs
-from traceml.runs.comparison.comparison_types import Comparisons
+from traceml.runs.comparison.comparison_types import Comparisons, StatisticChange
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,12 @@ def test_changes_as_text(change, text):
 def test_both_ends_of_an_interval_have_one_unit(low, high, text):
     """Percent, or factors where the upper end is a doubling."""
     assert interval_text(low, high) == text
+
+
+def test_changes_of_a_table_have_one_unit():
+    """Factors where one of them, or an end of an interval, is a doubling."""
+    small = StatisticChange(a_ms=10.0, b_ms=9.0, change=-0.1, low=-0.2, high=0.0, p=0.001, real=True)
+    wide = StatisticChange(a_ms=10.0, b_ms=4.0, change=-0.6, low=-0.9, high=2.0, p=0.2, real=False)
+
+    assert step_changes([small]) == [("-10 %", "-20 % and +0.0 %")]
+    assert step_changes([small, wide]) == [("0.9x", "0.8x and 1x"), ("0.4x", "0.1x and 3x")]

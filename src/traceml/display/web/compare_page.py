@@ -21,8 +21,7 @@ from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
     compared_sentences,
-    interval_text,
-    step_change_text,
+    step_changes,
 )
 from traceml.runs.comparison.compare import compare_runs
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange, run_letter
@@ -170,7 +169,7 @@ class ComparePage:
         self._details.set_text(" ".join(compared_sentences(comparison)))
         notes = [*comparison.obstacles, *comparison.remarks]
         self._notes.set_text("Note: " + "; ".join(notes) + "." if notes else "")
-        self._times.show([_time_cells(name, row) for name, row in comparison.step_time.items()])
+        self._times.show(_time_rows(comparison))
         self._facts.show(_fact_rows(comparison))
 
     def _pair_drawings(self, runs: ComparedRuns) -> list[str]:
@@ -217,11 +216,16 @@ _TIME_COLUMNS = (
 )
 
 
-def _time_cells(name: str, row: StatisticChange) -> list[str]:
-    between = interval_text(row.low, row.high)
+def _time_rows(comparison: Comparison) -> list[list[str]]:
+    items = list(comparison.step_time.items())
+    changes = step_changes(row for _, row in items)
+    return [_time_cells(name, row, *texts) for (name, row), texts in zip(items, changes, strict=True)]
+
+
+def _time_cells(name: str, row: StatisticChange, change: str, between: str) -> list[str]:
     real = {True: "yes", False: "no", None: "unknown"}[row.real]
     sure = "" if row.p is None else f", p = {row.p:.2g}"
-    return [name, ms_text(row.a_ms), ms_text(row.b_ms), step_change_text(row), between, real + sure]
+    return [name, ms_text(row.a_ms), ms_text(row.b_ms), change, between, real + sure]
 
 
 def _fact_rows(comparison: Comparison) -> list[list[str]]:

@@ -10,7 +10,7 @@ from rich.text import Text
 from traceml.formatting import ms_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
-from traceml.renderers.text.comparison import step_change_text, value_text
+from traceml.renderers.text.comparison import step_changes, value_text
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, ParamChange, run_letter
 
@@ -75,10 +75,11 @@ def _table(comparisons: Comparisons, viewport: Viewport) -> Iterator[Text]:
     width = max(map(len, ids))
     yield Text(f"    {'run':<{width}}{'step':>9}{'change':>9}  {'significant':<12}verdict", style="dim")
     yield Text(f" A  {ids[0]:<{width}}{ms_text(first.step_time.mean.a_ms):>9}{'':23}{first.a.verdict}")
-    for number, each in enumerate(comparisons.comparisons):
+    changes = step_changes(each.step_time.mean for each in comparisons.comparisons)
+    for number, (each, (change, _)) in enumerate(zip(comparisons.comparisons, changes, strict=True)):
         mean = each.step_time.mean
         line = Text(f" {run_letter(number + 1):<2} {ids[number + 1]:<{width}}{ms_text(mean.b_ms):>9}")
-        line.append(f"{step_change_text(mean):>9}", style=_STYLES.get(each.outcome, ""))
+        line.append(f"{change:>9}", style=_STYLES.get(each.outcome, ""))
         yield line.append(f"  {significance_word(each):<12}{each.b.verdict}")
 
 

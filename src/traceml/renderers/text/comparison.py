@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group
 from rich.text import Text
@@ -20,6 +20,7 @@ __all__ = [
     "compared_sentences",
     "interval_text",
     "step_change_text",
+    "step_changes",
     "value_text",
 ]
 
@@ -52,15 +53,36 @@ def change_text(change: float | None, *, as_factor: bool = False) -> str:
 
 def step_change_text(row: StatisticChange) -> str:
     """Return the change of a statistic in the unit of its interval."""
-    return change_text(row.change, as_factor=(row.high or 0.0) >= 1)
+    return step_changes([row])[0][0]
 
 
-def interval_text(low: float | None, high: float | None) -> str:
-    """Return an interval of changes, both ends in one unit: `-3.0 % and +4.2 %`, or `0.9x and 3.1x`."""
+def step_changes(rows: Iterable[StatisticChange]) -> list[tuple[str, str]]:
+    """Return the changes and intervals of a table, all in one unit: factors where one of them is a doubling.
+
+    Args:
+        rows: of the table.
+    """
+    rows = list(rows)
+    as_factor = any(max(row.change or 0.0, row.high or 0.0) >= 1 for row in rows)
+    return [
+        (change_text(row.change, as_factor=as_factor), interval_text(row.low, row.high, as_factor=as_factor))
+        for row in rows
+    ]
+
+
+def interval_text(low: float | None, high: float | None, *, as_factor: bool = False) -> str:
+    """Return an interval of changes, both ends in one unit: `-3.0 % and +4.2 %`, or `0.9x and 3.1x`.
+
+    Args:
+        low: the lower end, as a share.
+        high: the upper end.
+        as_factor: use factors for a small one too, where another number beside it is one.
+    """
     if low is None or high is None:
         return "-"
 
-    return f"{change_text(low, as_factor=high >= 1)} and {change_text(high)}"
+    ends = (change_text(end, as_factor=as_factor or high >= 1) for end in (low, high))
+    return " and ".join(ends)
 
 
 def value_text(value: float | str | None) -> str:
@@ -161,9 +183,10 @@ def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Te
 
 def _times(comparison: Comparison) -> Iterator[Text]:
     yield Text(f" {'step time':<14}{'A':>11}{'B':>11}{'change':>10}   significant", style="dim")
-    for name, row in comparison.step_time.items():
+    changes = step_changes(row for _, row in comparison.step_time.items())
+    for (name, row), (change, _) in zip(comparison.step_time.items(), changes, strict=True):
         real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "unknown"}[row.real]
-        yield _row(name, row.a_ms, row.b_ms, step_change_text(row), real, _style(row) if row.real else "")
+        yield _row(name, row.a_ms, row.b_ms, change, real, _style(row) if row.real else "")
 
 
 def _row(label: str, a_ms: float | None, b_ms: float | None, change: str, after: str, style: str) -> Text:

@@ -11,8 +11,7 @@ from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
     compared_sentences,
-    interval_text,
-    step_change_text,
+    step_changes,
     value_text,
 )
 from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
@@ -44,16 +43,17 @@ def comparisons_markdown(comparisons: Comparisons) -> str:
     """Return several runs that are compared with one baseline: a row for each, parameters, notes."""
     comparisons = printable_copy(comparisons)
     first = comparisons.comparisons[0]
+    changes = step_changes(each.step_time.mean for each in comparisons.comparisons)
     rows = [(f"A `{markdown_code(first.a.id)}`", ms_text(first.step_time.mean.a_ms), "", "", first.a.verdict)]
     rows += [
         (
             f"{run_letter(number)} `{markdown_code(each.b.id)}`",
             ms_text(each.step_time.mean.b_ms),
-            step_change_text(each.step_time.mean),
+            change,
             significance_word(each),
             each.b.verdict,
         )
-        for number, each in enumerate(comparisons.comparisons, 1)
+        for number, (each, (change, _)) in enumerate(zip(comparisons.comparisons, changes, strict=True), 1)
     ]
     values = [*compared_losses(comparisons), *compared_params(comparisons)]
     letters = [run_letter(number) for number in range(len(comparisons.comparisons) + 1)]
@@ -71,10 +71,10 @@ def comparisons_markdown(comparisons: Comparisons) -> str:
 
 
 def _rows(comparison: Comparison) -> Iterator[Sequence[str]]:
-    for name, row in comparison.step_time.items():
+    changes = step_changes(row for _, row in comparison.step_time.items())
+    for (name, row), (change, between) in zip(comparison.step_time.items(), changes, strict=True):
         real = {True: "yes", False: "no", None: "unknown"}[row.real]
-        between = interval_text(row.low, row.high)
-        yield f"step time, {name}", ms_text(row.a_ms), ms_text(row.b_ms), step_change_text(row), between, real
+        yield f"step time, {name}", ms_text(row.a_ms), ms_text(row.b_ms), change, between, real
 
     for phase in comparison.phases[:_SHOWN]:
         change = f"{'+' if phase.delta_ms >= 0 else '-'}{ms_text(abs(phase.delta_ms))}"

@@ -10,7 +10,7 @@ from traceml.display.web.elements import ChartCard, Container, DataTable, TextNo
 from traceml.formatting import count_text, ms_text, printable
 from traceml.renderers.charts.comparison_charts import overlaid_metric_charts, overlaid_steps_chart
 from traceml.renderers.text.compared_runs import compared_params, significance_word
-from traceml.renderers.text.comparison import step_change_text
+from traceml.renderers.text.comparison import step_changes
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 from traceml.runs.rows.series import RunSeries
 
@@ -106,9 +106,10 @@ def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
     first = runs.comparisons[0]
     mean = first.step_time.mean
     rows = [["A", names[0], first.a.verdict, count_text(first.a.steps), ms_text(mean.a_ms), "-", "-", ""]]
-    for letter, name, each in zip(LETTERS[1:], names[1:], runs.comparisons, strict=False):
+    changes = step_changes(each.step_time.mean for each in runs.comparisons)
+    for letter, name, each, (change, _) in zip(LETTERS[1:], names[1:], runs.comparisons, changes, strict=False):
         row = each.step_time.mean
-        change, sure = step_change_text(row), significance_word(each)
+        sure = significance_word(each)
         cells = [letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure]
         rows.append([*cells, "; ".join(each.obstacles)])
 
