@@ -124,6 +124,35 @@ def test_script_modules_are_left_alone(traced: Traced) -> None:
     assert "_compiled_call_impl" not in vars(scripted)
 
 
+class OwnCall(Net):
+    """A model that torch's `__call__` never sees, as those of GPyTorch."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward(x)
+
+
+def test_a_call_of_the_class_s_own_is_timed(traced: Traced) -> None:
+    """It is the model's forward in training, and evaluation in `eval()`; afterwards the class is as before."""
+    own = OwnCall.__call__
+    model = OwnCall()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(2, 4))
+
+    rows = traced.finish()
+    assert len(rows) == 3
+    assert [row["forward_ns"] > 0 for row in rows] == [True] * 3
+    assert len(traced.table("evals")) == 1
+    traced.instrumentation.uninstall()
+    assert OwnCall.__call__ is own
+
+
 def test_an_exception_passes_through(traced: Traced) -> None:
     """A failing forward raises its own error, and the phase is closed."""
     model, _ = made(traced)

@@ -3,6 +3,7 @@
 `nn.Module.__call__` first looks for a callable in the instance's slot `_compiled_call_impl`. `Module.compile()` stores
 its result there, and so do we. There is no hook, subclass or patched `forward`: type, state dict, pickle and deepcopy
 are unchanged, and torch.compile traces through without a graph break, as the timer is a plain call under dynamo.
+A class with a `__call__` of its own may never look there, as GPyTorch's; that method is replaced.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "is_instrumented",
     "patch_checkpoint_sequential",
     "patch_compile",
+    "patch_own_call",
     "restore_module",
     "timed_forward",
     "timer_maker",
@@ -261,6 +263,27 @@ def patch_checkpoint_sequential(patches: Patches, clock: StepClock, measure: Mea
         return call(functions, *args, **kwargs)
 
     patches.wrap(module, "checkpoint_sequential", checkpoint_sequential)
+
+
+@uncounted
+def patch_own_call(patches: Patches, clock: StepClock, measure: Measure, kind: type[Any]) -> None:
+    """Time the models of a class that has a `__call__` of its own; torch's own all look into the slot."""
+    owner = next(base for base in kind.__mro__ if "__call__" in vars(base))
+    original = vars(owner)["__call__"]
+    if owner.__module__.partition(".")[0] == "torch" or getattr(original, "_traceml_clock", None) is clock:
+        return
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        timed = None if is_dynamo_compiling() else _timed(self)
+        began = None if timed is None else _begin(timed, clock, measure, args, kwargs)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            if began is not None:
+                clock.leave(_FORWARD, began)
+
+    call._traceml_clock = clock  # type: ignore[attr-defined]
+    patches.wrap(owner, "__call__", call)
 
 
 def _first_module(functions: Any) -> Any:

@@ -295,7 +295,7 @@ class Instrumentation:
         from traceml.instrument.device import CudaDevice, built_devices
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.facts import descriptions  # noqa: F401 - loaded now, for `skip_own_code`
-        from traceml.instrument.forward import timer_maker
+        from traceml.instrument.forward import patch_own_call, timer_maker
         from traceml.instrument.native.extension import show_torch
         from traceml.instrument.optimizer import patch_optimizer, patch_optimizer_type
         from traceml.instrument.search.discovery import ModuleDiscovery
@@ -308,11 +308,15 @@ class Instrumentation:
         self._losses = LossReader(clock, self._flight.ring("losses"), CudaLosses())
         timer = timer_maker(clock, batches.measure)
 
+        def on_model(module: Any) -> None:
+            patch_own_call(patches, clock, batches.measure, type(module))
+            self._facts.model(module)
+
         def on_optimizer_type(kind: type[Any]) -> None:
             patch_optimizer_type(patches, clock, kind)
 
         self._discovery = ModuleDiscovery(
-            clock, timer, self._facts.model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
+            clock, timer, on_model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
         )
         self._patch_passes(timer, batches, self._losses)
         self._patch_loaders(batches)
