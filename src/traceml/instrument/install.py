@@ -226,6 +226,9 @@ class Instrumentation:
 
     def new_optimizer(self, optimizer: Any) -> None:
         """Report an optimizer at its first step."""
+        if self.feeding is not None:
+            self.feeding = self.feeding.as_optimizer_steps()
+
         if self.clock.optimizers_seen > 1:
             self._guarded(self._discovery.search_all)
 

@@ -96,6 +96,29 @@ def test_what_the_iterator_runs_is_told_from_other_code(traced: Traced, make: Ca
     assert len(traced.finish()) == 5
 
 
+def test_a_generator_of_losses_gives_no_batches(traced: Traced) -> None:
+    """It is suspended during the backward pass, as Pyro's generator of traces, but not when the optimizer steps."""
+    ask = Asked(traced)
+    model = net()
+    optimizer = sgd(model)
+
+    def losses(x: torch.Tensor) -> Iterator[torch.Tensor]:
+        for _ in range(2):
+            ask()
+            yield model(x).sum()
+
+    for step, x in enumerate(batches(ask)):
+        for loss in losses(x):
+            loss.backward()
+
+        optimizer.step()
+        if not step:
+            ask.answers.clear()  # the generators are known since the first step
+
+    assert ask.answers == {"losses": {False}, "read": {True}}
+    assert len(traced.finish()) == 5
+
+
 def test_a_loader_needs_no_search(traced: Traced) -> None:
     """Its waits are measured."""
     model = net()

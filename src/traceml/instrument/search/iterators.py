@@ -2,15 +2,19 @@
 
 Python reports no call of a generator, so their time is `other`; samples of the stack distinguish it from other code. A
 queue from which the training loop takes its batches is filled by another thread or process.
+
+A generator may also give the losses of a step, as Pyro's does for each sample of its ELBO. It has ended when the
+optimizer steps, where one that gives batches is suspended.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType, FunctionType, GeneratorType
 from typing import Any
+from weakref import WeakSet
 
 __all__ = ["Feeding", "feeding_of"]
 
@@ -25,10 +29,20 @@ class Feeding:
     Attributes:
         generators: code of the generators that were suspended in the first backward pass, and of the queues' `get`.
         callers: code that had called that pass; the training loop is among it.
+        suspended: these generators, until the optimizer steps for the first time.
     """
 
     generators: frozenset[CodeType]
     callers: frozenset[CodeType]
+    suspended: WeakSet[GeneratorType[Any, Any, Any]] | None = None
+
+    def as_optimizer_steps(self) -> Feeding:
+        """Return it without the generators that have ended; those that end later have given the last batch."""
+        if self.suspended is None:
+            return self
+
+        going_on = frozenset(each.gi_code for each in self.suspended if each.gi_frame is not None)
+        return replace(self, generators=going_on | _queue_codes(), suspended=None)
 
     def contains(self, frame: FrameType) -> bool:
         """Return whether a frame runs for an iterator that the training loop has asked for a batch."""
@@ -53,15 +67,20 @@ def feeding_of(objects: Iterable[Any]) -> Feeding:
     Args:
         objects: those of the garbage collector.
     """
-    generators = {each.gi_code for each in objects if type(each) is GeneratorType and each.gi_frame is not None}
     callers = set()
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         callers.add(frame.f_code)
         frame = frame.f_back
 
-    named = (code for code in generators - callers if not code.co_name.startswith("<"))
-    return Feeding(frozenset(named) | _queue_codes(), frozenset(callers))
+    suspended = WeakSet(each for each in objects if type(each) is GeneratorType and _gives(each, callers))
+    return Feeding(frozenset(each.gi_code for each in suspended) | _queue_codes(), frozenset(callers), suspended)
+
+
+def _gives(generator: GeneratorType[Any, Any, Any], callers: set[CodeType]) -> bool:
+    """Return whether a generator may give batches: it is suspended, and no expression."""
+    code = generator.gi_code
+    return generator.gi_frame is not None and code not in callers and not code.co_name.startswith("<")
 
 
 def _queue_codes() -> frozenset[CodeType]:
