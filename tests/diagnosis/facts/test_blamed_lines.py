@@ -38,6 +38,20 @@ def test_the_line_of_other_code_is_named():
     assert "train.py:7 update_metric" in finding.next
 
 
+def test_imports_inside_steps_are_not_blamed():
+    """A library that imports modules in the first steps, which are not judged, hides no line of the others."""
+    importing = "<frozen importlib._bootstrap>:1165 _find_and_load"
+    imports = SampledLine(0, "other", "/home/me/train.py", 9, "main", importing, 60)
+    finding = found(Kind.RESIDUAL_HEAVY, imports, line("other", "update_metric", 43), line("forward", "forward", 57))
+
+    assert finding.evidence["function"] == "update_metric"
+    assert finding.evidence["line_share"] == pytest.approx(0.43, abs=0.03)
+
+    trainer = [SampledLine(0, part, "/home/me/train.py", 9, "main", None, 30) for part in ("backward", "optimizer")]
+    finding = found(Kind.RESIDUAL_HEAVY, imports, line("forward", "forward", 57), *trainer)
+    assert "_find_and_load" not in finding.summary
+
+
 UNFED = Job(ranks=1, steps=220, grouped=False, own={"forward": 4.0, "backward": 8.0, "optimizer": 1.5, "other": 0.3})
 
 

@@ -3,6 +3,8 @@
 Shares of phases come from the hooks; samples only divide a phase by line. Code that holds the GIL is sampled less than
 it runs. So a function is named only if its share of all samples explains half of the phase's measured share, and if the
 phase does not have more samples than its share: that would mean that code elsewhere is hidden from samples.
+
+A module is imported once, mostly in the first steps, which are not judged. So imports inside steps do not count.
 """
 
 from __future__ import annotations
@@ -181,7 +183,7 @@ def blamed_line(
 
 def import_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
     """Return the share of a part's samples in which modules were imported."""
-    return _sampled_share(lines, part, lambda each: (each.library or "").startswith(IMPORTING))
+    return _sampled_share(lines, part, _imports)
 
 
 def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
@@ -193,7 +195,7 @@ def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
 
 
 def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object]) -> SampledShare:
-    seen = [each for each in lines if each.part == part]
+    seen = _of_part(lines, part)
     total = sum(each.samples for each in seen)
     return SampledShare(sum(each.samples for each in seen if chosen(each)) / max(total, 1), total)
 
@@ -206,7 +208,7 @@ def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLin
 
 def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
     """Return the share of a part's samples in libraries of simulated environments; None where there are few samples."""
-    seen = [each for each in lines if each.part == part]
+    seen = _of_part(lines, part)
     total = sum(each.samples for each in seen)
     return _samples_in(seen, _ENVIRONMENTS) / total if total >= MIN_SAMPLES else None
 
@@ -214,7 +216,7 @@ def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
 def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
     """Return the share of torch's functions in the samples of a function of the user, in a part of the step."""
     place = line.file, line.function, line.line if line.function == _MODULE else None
-    seen = [each for each in lines if each.part == part and _place_of(each) == place]
+    seen = [each for each in _of_part(lines, part) if _place_of(each) == place]
     return _samples_in(seen, _TORCH) / max(sum(each.samples for each in seen), 1)
 
 
@@ -232,8 +234,8 @@ def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> s
     """
     place = line.file, line.function, line.line if line.function == _MODULE else None
     calls: Counter[str | None] = Counter()
-    for each in lines:
-        if each.part == part and _place_of(each) == place:
+    for each in _of_part(lines, part):
+        if _place_of(each) == place:
             calls[each.library] += each.samples
 
     called, samples = calls.most_common(1)[0] if calls else (None, 0)
@@ -242,7 +244,7 @@ def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> s
 
 def busy_share(lines: Sequence[SampledLine], part: str) -> float | None:
     """Return the share of a phase's time in which the training thread was on a core; None where it is not known."""
-    seen = [each for each in lines if each.part == part]
+    seen = _of_part(lines, part)
     watched = sum(each.watched_ns for each in seen)
     return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
 
@@ -279,7 +281,7 @@ def handover_share(lines: Sequence[SampledLine]) -> float:
 
     The training process asks the worker for the memory of each tensor; it waits for a batch elsewhere.
     """
-    seen = [each for each in lines if each.part == Phase.INPUT_WAIT.label]
+    seen = _of_part(lines, Phase.INPUT_WAIT.label)
     taking, waiting = _samples_in(seen, _HANDS_OVER), _samples_in(seen, _AWAITS)
     return taking / (taking + waiting) if taking + waiting >= MIN_SAMPLES else 0.0
 
@@ -289,8 +291,8 @@ def iterator_share(lines: Sequence[SampledLine]) -> float:
 
     Its time is measured as `other`, and its samples are those of `input_wait`.
     """
-    waiting = sum(each.samples for each in lines if each.part == Phase.INPUT_WAIT.label)
-    total = waiting + sum(each.samples for each in lines if each.part == "other")
+    waiting = sum(each.samples for each in _of_part(lines, Phase.INPUT_WAIT.label))
+    total = waiting + sum(each.samples for each in _of_part(lines, "other"))
     return waiting / total if total >= MIN_SHARE_SAMPLES else 0.0
 
 
@@ -337,8 +339,8 @@ def _least_share(samples: float, whole: float) -> float:
 
 def _most_frequent_line(lines: Iterable[SampledLine], part: str, place: _Place) -> int:
     counts: Counter[int] = Counter()
-    for each in lines:
-        if each.part == part and _place_of(each) == place and each.line is not None:
+    for each in _of_part(lines, part):
+        if _place_of(each) == place and each.line is not None:
             counts[each.line] += each.samples
 
     return counts.most_common(1)[0][0]
@@ -349,6 +351,9 @@ def _by_function(lines: Sequence[SampledLine], part: str, ranks: Collection[int]
     functions: Counter[_Place] = Counter()
     total = in_steps = 0
     for each in _seen_on(lines, ranks):
+        if _is_passing(each):
+            continue
+
         in_steps += each.samples if each.part not in OUTSIDE_STEPS else 0
         if each.part == part:
             total += each.samples
@@ -357,6 +362,20 @@ def _by_function(lines: Sequence[SampledLine], part: str, ranks: Collection[int]
                 functions[place] += each.samples
 
     return functions, total, in_steps
+
+
+def _of_part(lines: Iterable[SampledLine], part: str) -> list[SampledLine]:
+    """Return the lines of a part that count."""
+    return [each for each in lines if each.part == part and not _is_passing(each)]
+
+
+def _is_passing(line: SampledLine) -> bool:
+    """Return whether modules were imported inside a step."""
+    return line.part not in OUTSIDE_STEPS and _imports(line)
+
+
+def _imports(line: SampledLine) -> bool:
+    return (line.library or "").startswith(IMPORTING)
 
 
 def _place_of(each: SampledLine) -> _Place | None:

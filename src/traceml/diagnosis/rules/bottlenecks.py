@@ -248,7 +248,7 @@ def _forward_share(segments: Segments) -> float:
 
 
 def _is_without_forward(segments: Segments) -> bool:
-    """Return whether no module was called, as in a training without modules, or with ones that have own `__call__`."""
+    """Return whether no module was called, as in a training without modules."""
     return "forward" not in segments.parts and "backward" in segments.parts
 
 
