@@ -278,6 +278,29 @@ def clip_value(model: nn.Module) -> None:
     nn.utils.clip_grad_value_(slowly(model.parameters()), 1.0)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_is_no_optimizer_time(traced: Traced, by_name: bool) -> None:
+    """skorch and Lightning give one to any optimizer: what the loop does in it, beside the model, is `other`."""
+    model = net()
+    optimizer = sgd(model)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        time.sleep(0.02)
+        loss = model(X).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        assert optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+
+    steps = traced.finish()
+    assert len(steps) == 5
+    for step in steps:
+        assert step["other_ns"] > 20e6 > step["optimizer_ns"] > 0
+        assert min(step["forward_ns"], step["backward_ns"]) > 0
+
+
 @pytest.mark.parametrize("clip", [clip_norm, clip_value])
 def test_clipping_is_optimizer_time(traced: Traced, clip: Callable[[nn.Module], None]) -> None:
     """What is done to the gradients before the update belongs to the update."""

@@ -297,6 +297,29 @@ class StepAccumulator:
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
 
+    def interrupt(self, phase: int) -> int | None:
+        """Begin code of the training loop inside a phase, as an optimizer's closure; return a value for `resume`."""
+        try:
+            if self.current != phase or self.thread != get_ident():
+                return None
+
+            self.current = OTHER
+            self.open_slots[phase] = 0
+            return monotonic_ns()
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
+            return None
+
+    def resume(self, phase: int, interrupted: int) -> None:
+        """Go on with the phase: the time since then is not its own."""
+        try:
+            now = monotonic_ns()
+            self.add(phase, interrupted - now)
+            self.current = phase
+            self.open_slots[phase] = now
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
+
     def book_user_phases(self, t: int) -> None:
         """Add the time until `t` of the open user phases, as a step ends inside them."""
         for entry in self.open_user_phases:
