@@ -72,6 +72,44 @@ def test_the_parts_are_those_of_the_run(tmp_path):
     )
 
 
+def ended_in_step(folder: Path, rows: int) -> Path:
+    """Write a run of a process that is killed 60 s after its start: in the step that has begun after 4 s and `rows`."""
+    folder.mkdir()
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id="run", started=BOOT_S + 100.0, ended=BOOT_S + 160.0))
+        end = {"signal": 9, "at_s": BOOT_S + 160.0, "open_s": 56.0 - rows, "open_step": rows, "open_phase": "forward"}
+        stream = writer.stream(
+            StreamIdentity(0, 0, "h0", 100, 0, ""), state="killed", exit=end,
+            clock=[100 * S, BOOT_S * S + 100 * S], clock_offset_ns=BOOT_S * S, clock_rtt_ns=1000,
+        )  # fmt: skip
+        steps = np.zeros(rows, STEPS.dtype)
+        steps["step"], steps["total_ns"] = np.arange(rows), S
+        steps["t_end_ns"] = 104 * S + (np.arange(rows) + 1) * S
+        if rows:
+            writer.append(stream, "steps", 0, rows, steps.tobytes(), 0, rows - 1)
+
+    return folder
+
+
+@pytest.mark.parametrize("rows", [0, 30])
+def test_a_step_that_never_ended_is_time_in_steps(tmp_path, rows):
+    """The first step of LBFGS took 3 minutes until the job was ended, and was told as a start-up of 100 %."""
+    _, parts = time_of(ended_in_step(tmp_path / "run", rows))
+
+    assert parts == pytest.approx({"startup": 4.0, "steps": 56.0})
+
+
+def test_a_step_that_the_end_has_closed_counts_once(tmp_path):
+    """A script without a loader ends in its last step, which has a row."""
+    folder = store(tmp_path / "run", evaluators=())
+    with StoreWriter(folder / STORE_NAME) as writer:
+        for rank in range(2):
+            end = {"code": 0, "at_s": BOOT_S + 112.0, "open_s": 0.1, "step": 59}
+            writer.stream(StreamIdentity(rank, 0, "h0", 100 + rank, 0, ""), state="finished", exit=end)
+
+    assert time_of(folder)[1]["steps"] == pytest.approx(5.4)
+
+
 def test_a_pause_between_steps_is_no_step(tmp_path):
     """The same two seconds, without rows of evaluation."""
     _, parts = time_of(store(tmp_path / "run", evaluators=()))

@@ -28,6 +28,7 @@ class ProcessSums:
         epochs: steps that waited for the first batch of an iterator, without the first one of the process.
         epochs_ns: waiting for data in these; restart_ns: of it, the creation and the end of iterators.
         first_batch_ns: waiting for data in the first step of the process.
+        open_ns: time in the step in which the process ended, which has no row.
     """
 
     attempt: int = 0
@@ -42,11 +43,18 @@ class ProcessSums:
     epochs_ns: int = 0
     restart_ns: int = 0
     first_batch_ns: int = 0
+    open_ns: int = 0
 
     def add(self, table: str, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         """Add rows of `schema.STEPS`, `EVALS` or `EPOCHS`, in order, which end at these epoch nanoseconds."""
         takers = {STEPS.name: self._add_steps, EVALS.name: self._add_evals, EPOCHS.name: self._add_epochs}
         takers[table](rows, ends_ns)
+
+    def end_in_step(self, begin_ns: int, end_ns: int) -> None:
+        """Add the step in which the process ended, unless a row has it: its end closes a step that was trained."""
+        if begin_ns >= self.last_ns:
+            self._cover(begin_ns, end_ns)
+            self.open_ns = end_ns - begin_ns
 
     def _add_steps(self, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         self._cover(int(ends_ns[0] - rows["total_ns"][0]), int(ends_ns[-1]))
@@ -88,7 +96,7 @@ def wall_parts(processes: Sequence[ProcessSums], begin_ns: int, end_ns: int, att
     """Return the seconds of each part of the time from `begin_ns` to `end_ns`; see `run_time.PARTS`.
 
     Args:
-        processes: those of one rank that have steps or evaluation.
+        processes: those of one rank that have steps, an open one at their end, or evaluation.
         begin_ns: start of the run, epoch nanoseconds.
         end_ns: its end, or now.
         attempt: the job's last attempt, whose start may be under way.
@@ -98,10 +106,10 @@ def wall_parts(processes: Sequence[ProcessSums], begin_ns: int, end_ns: int, att
     for each in sorted(processes, key=lambda process: (process.attempt, process.first_ns)):
         before = "restart" if each.attempt > in_attempt else "startup"
         parts[before] += each.first_ns - reached_ns + each.first_batch_ns
-        parts["steps"] += each.total_ns - each.saving_ns - each.first_batch_ns - each.later_epochs_ns
+        parts["steps"] += each.total_ns + each.open_ns - each.saving_ns - each.first_batch_ns - each.later_epochs_ns
         parts["checkpoint"] += each.saving_ns
         parts["evaluation"] += each.evals_ns
-        gaps_ns = each.last_ns - each.first_ns - each.total_ns - each.evals_ns
+        gaps_ns = each.last_ns - each.first_ns - each.total_ns - each.open_ns - each.evals_ns
         parts["between_epochs"] += each.later_epochs_ns + gaps_ns
         reached_ns, in_attempt = each.last_ns, each.attempt
 

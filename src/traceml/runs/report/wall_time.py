@@ -9,6 +9,7 @@ import numpy as np
 
 from traceml.database.store.reader import StreamRecord
 from traceml.database.store.summaries import StepSums, TableSums
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.stopped_time import Stop, without_stops
 from traceml.diagnosis.facts.useful_time import UsefulTime, useful_time
@@ -54,7 +55,7 @@ def wall_time(
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
     ranks = _by_rank(records, sums)
-    processes = [[_process(sums[stream.id], clocks, stream) for stream in of_rank] for of_rank in ranks]
+    processes = [[_process(sums.get(stream.id), clocks, stream) for stream in of_rank] for of_rank in ranks]
     if is_running:
         ended_s = _end_so_far(processes, ended_s)
 
@@ -97,14 +98,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _by_rank(records: Sequence[StreamRecord], sums: Mapping[int, StepSums]) -> list[list[StreamRecord]]:
-    """Return the streams with steps or evaluation of each rank, in the order of the job's attempts."""
+    """Return the streams with steps, an open one, or evaluation of each rank, in the order of the job's attempts."""
     ranks: dict[int, list[StreamRecord]] = {}
     partly = _sent_partly(records, sums)
     for stream in sorted(records, key=lambda stream: (stream.attempt, stream.id)):
         if stream.id in partly:
             continue
 
-        if stream.id in sums and (sums[stream.id].count or sums[stream.id].evals.rows):
+        if _has_rows(sums.get(stream.id)) or _open_step(stream) is not None:
             ranks.setdefault(stream.rank, []).append(stream)
 
     return list(ranks.values())
@@ -124,7 +125,10 @@ def _useful_time(
     ranks: Sequence[Sequence[StreamRecord]], sums: Mapping[int, StepSums], goes_on: Mapping[int, int], compiled_s: float
 ) -> UsefulTime:
     """Return the mean over ranks of their useful time; compiling does not count."""
-    by_rank = [[(sums[each.id].steps.bins, resumes_at(each, goes_on)) for each in streams] for streams in ranks]
+    by_rank = [
+        [(sums[each.id].steps.bins, resumes_at(each, goes_on)) for each in streams if each.id in sums]
+        for streams in ranks
+    ]
     useful = UsefulTime.mean(useful_time(of_rank) for of_rank in by_rank)
     return replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
 
@@ -201,7 +205,29 @@ def _evaluations(evals: TableSums) -> tuple[int, float]:
     return int(rows[~short].sum()), float(ns[short].sum()) / _S
 
 
-def _process(sums: StepSums, clocks: RunClocks, stream: StreamRecord) -> ProcessSums:
+def _has_rows(sums: StepSums | None) -> bool:
+    return sums is not None and (sums.count > 0 or sums.evals.rows > 0)
+
+
+def _open_step(stream: StreamRecord) -> tuple[float, float] | None:
+    """Return the begin and the end of the step in which a process ended, by its host's wall clock, or None."""
+    ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}))
+    if not ended.in_step or ended.at_s is None or ended.open_s is None:
+        return None
+
+    return ended.at_s - ended.open_s, ended.at_s
+
+
+def _process(sums: StepSums | None, clocks: RunClocks, stream: StreamRecord) -> ProcessSums:
+    process = _summed(sums, clocks, stream) if sums is not None and _has_rows(sums) else ProcessSums(stream.attempt)
+    if (opened := _open_step(stream)) is not None:
+        begin_ns, end_ns = (clocks.of_date(stream.id, int(at_s * _S)) for at_s in opened)
+        process.end_in_step(begin_ns, end_ns)
+
+    return process
+
+
+def _summed(sums: StepSums, clocks: RunClocks, stream: StreamRecord) -> ProcessSums:
     steps, evals, epochs = sums.steps.bins, sums.evals.bins, sums.epochs.bins
     begins = [*steps["begin_ns"].tolist(), *evals["begin_ns"].tolist()]
     ends = [*steps["end_ns"].tolist(), *evals["end_ns"].tolist()]
