@@ -495,10 +495,16 @@ class StepAccumulator:
     def add_segment(self) -> None:
         """Add the micro-batches of the segment, and their data, to those before it."""
         backwards, batches = self.backwards, self.batches
-        # Several models that train on one batch, as in a GAN, do not make it larger.
-        share = min(batches / backwards, 1) if batches and backwards else 1
-        self.committed_elements += int(self.elements * share)
-        self.committed_samples += int(self.samples * share)
+        # Several models that train on one batch, as in a GAN, do not make it larger. Nor do several optimizers without
+        # a loader, as actor and critics: each has a segment, and is taken to train on the same data.
+        if batches:
+            share = min(batches / backwards, 1) if backwards else 1
+            self.committed_elements += int(self.elements * share)
+            self.committed_samples += int(self.samples * share)
+        else:
+            self.committed_elements = max(self.committed_elements, self.elements)
+            self.committed_samples = max(self.committed_samples, self.samples)
+
         self.micro_batches += min(backwards, batches) if batches else backwards
         if backwards and self.fingerprint:
             self.committed_fingerprint = self.committed_fingerprint or self.fingerprint

@@ -241,8 +241,6 @@ class SegmentedStep(StepAccumulator):
         self.committed_ns -= part.committed_ns
         self.micro_batches -= part.micro_batches
         self.committed_flags &= ~part.flags
-        self.committed_elements -= part.data[0]
-        self.committed_samples -= part.data[1]
         self.committed_fingerprint = 0
 
     def _hold(self, held: list[tuple[int, list[int], int]], t: int) -> None:

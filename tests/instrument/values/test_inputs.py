@@ -126,6 +126,22 @@ def test_two_models_on_one_batch_count_once(traced: Traced) -> None:
     assert [samples for samples, _ in sizes(traced)] == [4] * 6
 
 
+def test_optimizers_on_one_sample_of_a_memory_count_once(traced: Traced) -> None:
+    """cleanrl's soft actor-critic draws 8 rows for critic, actor and temperature: they were told to be 24 a step."""
+    critic, actor, temperature = nn.Linear(4, 1), nn.Linear(4, 4), nn.Parameter(torch.zeros(1))
+    parts = (critic.parameters(), actor.parameters(), [temperature])
+    optimizers = [torch.optim.SGD(parameters, lr=0.1) for parameters in parts]
+    losses = (lambda x: critic(x).sum(), lambda x: critic(actor(x)).sum(), lambda x: (temperature * x.sum()).sum())
+    for _ in range(6):
+        x = torch.randn(8, 4)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss(x).backward()
+            optimizer.step()
+
+    assert sizes(traced) == [(8, 32)] * 6
+
+
 def test_input_by_name(traced: Traced) -> None:
     """A model that is called with keywords is measured by its `input_ids`, which are tokens."""
     model = Named()
