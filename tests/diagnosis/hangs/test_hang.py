@@ -671,3 +671,14 @@ def test_a_rank_that_runs_and_sleeps_by_turns_may_work():
 
     assert found(in_backward(0), *turns) is None
     assert found(in_backward(0), *turns, hang_timeout_s=14.0) is not None
+
+
+def test_a_recorder_that_was_silent_for_a_while_has_not_seen_progress():
+    """It lacked a core in the middle of a hang: then another process took a snapshot, and told when it ran again."""
+    own = replace(STUCK, quiet_s=65.0, at_ns=NOW_NS - 10 * S)
+    silent = replace(STUCK, quiet_s=4.0, at_ns=NOW_NS - 5 * S, frames=(), answered="kernel")
+    runs_again = replace(silent, quiet_s=5.0, at_ns=NOW_NS - 4 * S, ended=True)
+
+    assert "train.py:6 stuck" in summary(found(in_backward(0), own, silent, runs_again))
+    assert found(in_backward(0), own, silent, runs_again, replace(own, at_ns=NOW_NS - S, ended=True)) is None
+    assert found(in_backward(0), silent, runs_again) is None

@@ -27,6 +27,7 @@ _SENDING_S = 5.0  # a recorder whose last row is older may not have run
 _FIRST_RANKS = 16
 _FOREVER_S = 1e9
 _CHANGES = 2
+_ITSELF = "recorder"  # a snapshot that the rank took; where it could not, another process did
 _NO_PROGRESS = ("snapshot", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
 
 
@@ -95,6 +96,9 @@ class ProgressHistory:
         self._open_steps: dict[int, int] = {}
         self._lines: dict[int, tuple[int, int, int]] = {}  # timestamp, phase, id of the line
         self._snapshots: dict[int, RankSnapshot] = {}
+        self._own: dict[
+            int, RankSnapshot
+        ] = {}  # newest one that the rank itself took, in a pause that goes on
         self._over: dict[int, int] = {}  # timestamp of the end of the pause that the snapshot is about
         self._changes: dict[int, int] = {}  # of the process's state from snapshot to snapshot, in the same pause
         self._quiet = [0.0, 0.0]
@@ -176,7 +180,12 @@ class ProgressHistory:
             self._changes[rank] = changes + (before is not None and _state(before) != _state(snapshot))
             self._snapshots[rank] = snapshot
             self._over.pop(rank, None)
+            if snapshot.answered == _ITSELF:
+                self._own[rank] = snapshot
+        elif snapshot.answered != _ITSELF and rank in self._own:
+            self._snapshots[rank] = self._own[rank]  # only its recorder was silent: what that saw last still stands
         elif rank in self._snapshots:
+            self._own.pop(rank, None)
             self._over[rank] = snapshot.at_ns
             if not self._snapshots[rank].is_last:
                 self._count_pause(snapshot, self._snapshots[rank].quiet_s)
@@ -206,6 +215,7 @@ class ProgressHistory:
             self._open_steps,
             self._lines,
             self._snapshots,
+            self._own,
             self._over,
             self._changes,
         ):
