@@ -244,3 +244,17 @@ def test_a_straggler_is_blamed_for_what_the_others_do_not_do():
     assert blame.ranks == (1,)
     assert blame.evidence["function"] == "extra"
     assert "train.py:7 extra" in blame.summary
+
+
+def test_a_straggler_is_blamed_for_the_line_that_the_others_are_not_in():
+    """Both ranks are in line 7 of one function most of the time; rank 1 alone is in its line 9."""
+    window = window_of(Job(), adds("other", 20), adds("other", 15, (1,)))
+    lines = [
+        line("other", "train", 100), line("backward", "step", 100), line("backward", "step", 60, rank=1),
+        line("other", "train", 100, rank=1), line("other", "train", 95, rank=1, number=9),
+    ]  # fmt: skip
+
+    findings = diagnose(window, JobFacts(world_size=2, lines=tuple(lines)))
+    blame = next(each for each in findings if each.kind is Kind.STRAGGLER)
+
+    assert "train.py:9 train" in blame.summary

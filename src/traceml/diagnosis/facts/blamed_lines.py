@@ -103,7 +103,9 @@ class SampledShare:
 
 @dataclass(frozen=True, slots=True)
 class BlamedLine:
-    """The function that holds most of a phase, with its most frequent line; of a module's own code the line.
+    """The function that holds most of a phase, with its main line; of a module's own code the line.
+
+    The main line is the most frequent one; of late ranks, the one that they are in more often than the others.
 
     Attributes:
         file, line, function: where it is.
@@ -169,15 +171,16 @@ def blamed_line(
         return None
 
     usual, _, in_steps_of_others = _by_function(lines, code, others) if others else (Counter(), 0, 1)
-    excess = {
-        place: samples - usual[place] * in_steps / max(in_steps_of_others, 1) for place, samples in functions.items()
-    }
+    scale = in_steps / max(in_steps_of_others, 1)
+    excess = {place: samples - usual[place] * scale for place, samples in functions.items()}
     place = max(excess, key=lambda name: excess[name], default=None)
     whole = max(total, phase_share * in_steps)
     if place is None or not _is_named(functions, place, whole, excess[place] if others else None):
         return None
 
-    line = _most_frequent_line(_seen_on(lines, ranks), code, place)
+    own = _by_line(_seen_on(lines, ranks), code, place)
+    common = _by_line(_seen_on(lines, others), code, place) if others else Counter()
+    line = max(own, key=lambda number: own[number] - common[number] * scale)
     return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
 
 
@@ -308,7 +311,8 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     if place is None or total < MIN_SAMPLES or not _is_named(functions, place, total):
         return None
 
-    return BlamedLine(place[0], _most_frequent_line(lines, part, place), place[1], samples / total, total)
+    line = _by_line(lines, part, place).most_common(1)[0][0]
+    return BlamedLine(place[0], line, place[1], samples / total, total)
 
 
 def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: float | None = None) -> bool:
@@ -337,13 +341,14 @@ def _least_share(samples: float, whole: float) -> float:
     return (share + spread / 2 - error) / (1 + spread)
 
 
-def _most_frequent_line(lines: Iterable[SampledLine], part: str, place: _Place) -> int:
+def _by_line(lines: Iterable[SampledLine], part: str, place: _Place) -> Counter[int]:
+    """Return the samples of a function in a phase by line."""
     counts: Counter[int] = Counter()
     for each in _of_part(lines, part):
         if _place_of(each) == place and each.line is not None:
             counts[each.line] += each.samples
 
-    return counts.most_common(1)[0][0]
+    return counts
 
 
 def _by_function(lines: Sequence[SampledLine], part: str, ranks: Collection[int]) -> tuple[Counter[_Place], int, int]:
