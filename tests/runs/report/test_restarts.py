@@ -10,6 +10,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
+from traceml.database.snapshots import SNAPSHOT, RankSnapshot
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
@@ -110,3 +111,22 @@ def test_an_attempt_that_ended_well_is_no_restart(tmp_path: Path) -> None:
         attempt(writer, 1, 50, 141, FINE, FINE)
 
     assert build_report(tmp_path / "run").run.restarts == []
+
+
+def test_the_time_of_a_hang_is_that_since_the_last_progress(tmp_path: Path) -> None:
+    """The recorder of a rank that was stopped cannot tell how old its step is, and outside a step there is none."""
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, SWEPT, RAISED)
+        attempt(writer, 1, 30, 141, *[{"state": "killed", "exit": {"signal": 15, "open_step": 30, "open_s": 0.0}}] * 2)
+        for rank in (0, 1):
+            seen = RankSnapshot(at_ns=200 * SECOND, rank=rank, quiet_s=30.0, step=30, in_step=True, answered="kernel",
+                                process_state="T")  # fmt: skip
+            writer.event(SNAPSHOT, {**seen.to_row(), "t_ns": seen.at_ns, "attempt": 1})
+
+        writer.put_meta("run", run_facts(attempt=1, state="hung"))
+
+    report = build_report(tmp_path / "run")
+
+    assert report.verdict.kind == "HANG"
+    assert report.time is not None
+    assert report.time.hang_s == report.verdict.evidence["quiet_s"] == pytest.approx(30.0)

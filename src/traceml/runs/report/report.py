@@ -10,6 +10,7 @@ from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.errors import StoreError
 from traceml.own_files import replace_file
@@ -171,7 +172,8 @@ def make_report(
     steps, run, time = sections.steps(digest, window), _run(digest, reader, run_dir), sections.time(digest)
     if time is not None:
         ended_badly = run.state in ("failed", "lost", "hung")
-        time.count_failures(len(run.restarts) + ended_badly, stood_s(reader, hung=run.state == "hung"))
+        hung_s = sum(each.evidence["quiet_s"] for each in findings if each.kind is Kind.HANG)
+        time.count_failures(len(run.restarts) + ended_badly, stood_s(reader, hung_s))
 
     rounded = [finding.rounded() for finding in with_operators(findings, reader)]
     return Report(

@@ -72,12 +72,12 @@ def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
     return _Ended(causes[0], sorted(each.rank for each in causes), _reason(causes[0])) if causes else None
 
 
-def stood_s(reader: StoreReader, *, hung: bool) -> float:
+def stood_s(reader: StoreReader, hung_s: float) -> float:
     """Return the time for which attempts made no progress before they were ended, in seconds.
 
     Args:
         reader: of the run.
-        hung: whether the last attempt has hung.
+        hung_s: the same of the last attempt; 0 if it has not hung.
     """
     opened: dict[int, list[float]] = {}
     for stream in reader.streams():
@@ -85,8 +85,8 @@ def stood_s(reader: StoreReader, *, hung: bool) -> float:
             opened.setdefault(stream.attempt, []).append(float(stream.facts.get("exit", {}).get("open_s") or 0.0))
 
     last = max(opened, default=0)
-    each = {attempt: min(ages) for attempt, ages in opened.items()}
-    return sum(age for attempt, age in each.items() if (hung if attempt == last else age >= _STOOD_S))
+    ages = [min(each) for attempt, each in opened.items() if attempt != last]
+    return hung_s + sum(age for age in ages if age >= _STOOD_S)
 
 
 def _section(attempt: int, ended: _Ended, lost_s: float | None, before: int) -> RestartSection:
