@@ -664,6 +664,12 @@ def test_a_silent_rank_stands_still_until_its_end():
     )
     assert found(in_backward(0), held, exits=early, state="failed", silent=(1,)) is None
 
+    # Its own recorder could not run: the last sign of life is 70 s older than the end that the launcher saw.
+    seen = [early[0], replace(early[1], reported_s=1000.5)]
+    assert "hold that holds the GIL, waiting for 75 s" in summary(
+        found(in_backward(0), held, exits=seen, state="failed", silent=(1,))
+    )
+
 
 def test_a_rank_that_runs_and_sleeps_by_turns_may_work():
     """An evaluation that is no loader's: the same lines again and again."""

@@ -231,7 +231,7 @@ class JobFactsBuilder:
             for rank, end in self.exits.items()
             if end.open_step is not None and end.open_s is not None
         }
-        ended = {rank: end.at_s for rank, end in self.exits.items()}
+        ended = {rank: end.gone_s for rank, end in self.exits.items()}
         return self.progress.build(self.hosts, self.names, ended, opened)
 
     @property

@@ -22,7 +22,9 @@ class RankExit:
         file, line, function: the user's code that raised it.
         seen: the user's line that was seen last in the phase that was open, `FILE:LINE FUNCTION`.
         last_step: last step that ended, open_phase: the phase that was open, open_step: its step.
-        at_s: epoch seconds of the end, to separate the first from those that followed.
+        at_s: epoch seconds of the end, to separate the first from those that followed; of a process that could not tell
+            it, those of its recorder's last sign of life.
+        reported_s: epoch seconds of its launcher's report that the process had ended.
         stopped: whether its launcher ended it, because of others.
         process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
         open_s: age of the open step at the end, seconds.
@@ -48,6 +50,7 @@ class RankExit:
     open_step: int | None = None
     stack: str | None = None
     at_s: float | None = None
+    reported_s: float | None = None
     host: str | None = None
     stopped: bool | None = None
     process_gone: bool | None = None
@@ -58,6 +61,11 @@ class RankExit:
     scheduler: str | None = None
     limit_s: float | None = None
     host_lost: str | None = None
+
+    @property
+    def gone_s(self) -> float | None:
+        """Epoch seconds from which the process certainly was gone; None where that is not known."""
+        return max((at_s for at_s in (self.at_s, self.reported_s) if at_s is not None), default=None)
 
     @property
     def in_step(self) -> bool:

@@ -96,9 +96,7 @@ class ProgressHistory:
         self._open_steps: dict[int, int] = {}
         self._lines: dict[int, tuple[int, int, int]] = {}  # timestamp, phase, id of the line
         self._snapshots: dict[int, RankSnapshot] = {}
-        self._own: dict[
-            int, RankSnapshot
-        ] = {}  # newest one that the rank itself took, in a pause that goes on
+        self._own: dict[int, RankSnapshot] = {}  # newest one that the rank itself took, in a pause that goes on
         self._over: dict[int, int] = {}  # timestamp of the end of the pause that the snapshot is about
         self._changes: dict[int, int] = {}  # of the process's state from snapshot to snapshot, in the same pause
         self._quiet = [0.0, 0.0]
