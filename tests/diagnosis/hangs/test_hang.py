@@ -688,3 +688,15 @@ def test_a_recorder_that_was_silent_for_a_while_has_not_seen_progress():
     assert "train.py:6 stuck" in summary(found(in_backward(0), own, silent, runs_again))
     assert found(in_backward(0), own, silent, runs_again, replace(own, at_ns=NOW_NS - S, ended=True)) is None
     assert found(in_backward(0), silent, runs_again) is None
+
+
+def test_the_signal_that_ends_a_rank_is_no_work_of_it():
+    """Ctrl-C has woken its thread when the last snapshot is taken: it runs, a line further up."""
+    writes = snapshot(0, line(105, "write"), phase="checkpoint", quiet_s=62.0, at_ns=NOW_NS - 13 * S)
+    last = replace(writes, frames=(line(193),), process_state="R", quiet_s=75.0, at_ns=NOW_NS, is_last=True)
+    exits = [RankExit(rank=0, state="killed", signal=2)]
+
+    assert summary(found(writes, last, exits=exits, ranks=1, state="stopped")) == (
+        "Rank 0 has been in checkpoint saving, in train.py:105 write for 75 s."
+    )
+    assert found(last, exits=exits, ranks=1, state="stopped") is None

@@ -174,6 +174,10 @@ class ProgressHistory:
             self._count_pause(snapshot, 0.0)
         elif not snapshot.ended:
             before = None if rank in self._over else self._snapshots.get(rank)
+            if snapshot.is_last and before is not None and before.answered == snapshot.answered:
+                # The signal that ends a rank has woken it: what it did until then is how it hung.
+                snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=snapshot.quiet_s, is_last=True)
+
             changes = self._changes.get(rank, 0) if before is not None else 0
             self._changes[rank] = changes + (before is not None and _state(before) != _state(snapshot))
             self._snapshots[rank] = snapshot
