@@ -2,7 +2,8 @@
 
 These are a row, batch, phase or collective; a written byte (output, a checkpoint); and a line of the user's code, or of
 a module that is being imported, below all lines seen in its function since the last progress. A loop that polls a file
-runs the same lines again and again, which is no progress.
+runs the same lines again and again, which is no progress. Nor are the answers of torch's store, which ranks that wait
+for others ask all the time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_
 from traceml.inspection.kernel_state import io_bytes
 from traceml.inspection.received_bytes import received_bytes
 from traceml.inspection.thread_frames import thread_frame
+from traceml.recorder.quiet.store_threads import StoreThreads
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -26,6 +28,7 @@ __all__ = ["ProgressCounters"]
 _TABLES = (STEPS.name, USER_PHASES.name, EVALS.name, EPOCHS.name, METRICS.name)
 _WORDS = (*range(len(Phase)), int(Slot.STEP_START), int(Slot.USER_NAME), int(Slot.EXIT_START))
 _MAX_DEPTH, _MAX_CODES = 200, 4096
+_DISTRIBUTED = "/torch/distributed/"
 
 
 class ProgressCounters:
@@ -54,6 +57,7 @@ class ProgressCounters:
         self._done: tuple[Any, ...] = ()
         self._rest: tuple[Any, ...] | None = None
         self._received = 0
+        self._store_threads = StoreThreads()
         # The furthest line that was seen in each function, by id of its code, whose hash takes long.
         self._lines: dict[int, tuple[CodeType, int]] = {}
 
@@ -65,16 +69,29 @@ class ProgressCounters:
             self._lines.clear()
             return True
 
-        before, self._rest = self._rest, (*self._work(), self._collectives(), _written_bytes(), self._received_bytes())
+        moved = self._written_bytes(), self._received_bytes()
+        before, self._rest = self._rest, (*self._work(), self._collectives(), *moved)
         if before not in (None, self._rest):
             self._lines.clear()
             return True
 
         return self._is_elsewhere()
 
+    def _written_bytes(self) -> int:
+        """Return the bytes that threads of this process have written, but for ours and the store's."""
+        own = str(threading.get_native_id())
+        if not self._store_threads():
+            return io_bytes("self")[1] - io_bytes(f"self/task/{own}")[1]
+
+        return sum(io_bytes(f"self/task/{thread}")[1] for thread in self._store_threads.others if thread != own)
+
     def _received_bytes(self) -> int:
         """Return the bytes that have come on the connection that the training thread waits for, if it does."""
         ident = self._thread()
+        frame = thread_frame(ident)
+        if frame is not None and _DISTRIBUTED in frame.f_code.co_filename:  # it asks torch's store
+            return self._received
+
         number = next((thread.native_id for thread in threading.enumerate() if thread.ident == ident), None)
         before, self._received = self._received, received_bytes(number) if number else 0
         if not self._received:  # it waits for no connection now, as between two parts: that alone is no progress
@@ -102,8 +119,3 @@ class ProgressCounters:
 
         self._lines[id(code)] = code, line
         return True
-
-
-def _written_bytes() -> int:
-    """Return the bytes that other threads of this process have written, without sockets."""
-    return io_bytes("self")[1] - io_bytes(f"self/task/{threading.get_native_id()}")[1]

@@ -20,6 +20,7 @@ from traceml.inspection.thread_frames import thread_frame
 from traceml.inspection.user_files import display_path, is_debugger, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.quiet.awaited_child import awaited_child
+from traceml.recorder.quiet.store_threads import StoreThreads
 from traceml.recorder.quiet.thread_snapshots import other_threads
 from traceml.recorder.quiet.transfer_snapshots import open_transfer
 from traceml.recorder.user_code import UserCode
@@ -63,7 +64,8 @@ class SnapshotMaker:
         self._rank, self._thread, self._user = rank, thread, user
         self._is_evaluating, self._data, self._groups, self._workers = is_evaluating, data, groups, workers
         self._use = tree_usage(os.getpid())
-        self._own_bytes = _own_bytes()
+        self._store_threads = StoreThreads()
+        self._idle_bytes = self._bytes_of_idle()
         self._used_s = time.monotonic()
 
     def make(self, quiet_s: float, *, is_last: bool = False) -> RankSnapshot:
@@ -154,19 +156,24 @@ class SnapshotMaker:
 
         return "evaluation" if self._is_evaluating() else LINE_PHASES[self._opened()]
 
+    def _bytes_of_idle(self) -> int:
+        """Return the bytes of this thread, as reading /proc is no sign of life, and of those of torch's store."""
+        threads = (threading.get_native_id(), *self._store_threads())
+        return sum(sum(io_bytes(f"self/task/{thread}")) for thread in threads)
+
     def _opened(self) -> int:
         return open_phase(self._slots, self._steps.appended > 0)[0]
 
     def _used(self) -> tuple[float | None, float | None]:
         """Return the cores and the bytes per second of this process and its children since the last call."""
-        use, own_bytes, now_s = tree_usage(os.getpid()), _own_bytes(), time.monotonic()
+        use, idle_bytes, now_s = tree_usage(os.getpid()), self._bytes_of_idle(), time.monotonic()
         before, self._use = self._use, use
-        own, self._own_bytes = own_bytes - self._own_bytes, own_bytes
+        idle, self._idle_bytes = idle_bytes - self._idle_bytes, idle_bytes
         passed_s, self._used_s = now_s - self._used_s, now_s
         if passed_s < 0.1:
             return None, None
 
-        moved = max(0, use.io_bytes - before.io_bytes - own)
+        moved = max(0, use.io_bytes - before.io_bytes - idle)
         return round(max(0.0, use.cpu_s - before.cpu_s) / passed_s, 3), round(moved / passed_s, 1)
 
 
@@ -183,8 +190,3 @@ def thread_number(ident: int) -> int:
     """Return the kernel's id of a thread; the process id if it is not known."""
     found = (thread.native_id for thread in threading.enumerate() if thread.ident == ident)
     return next(found, None) or os.getpid()
-
-
-def _own_bytes() -> int:
-    """Return the bytes that this thread has read and written: reading /proc is not a sign of life."""
-    return sum(io_bytes(f"self/task/{threading.get_native_id()}"))
