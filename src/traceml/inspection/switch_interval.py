@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from traceml.inspection.thread_numbers import number_of
+
 __all__ = ["SHORT_S", "OtherThreads", "SwitchInterval", "reduce_timer_slack", "switch_interval", "thread_cpu_ns"]
 
 SHORT_S = 50e-6
@@ -83,7 +85,7 @@ class OtherThreads:
 
     def _used(self, training: int) -> dict[int, int]:
         """Return the CPU time of each thread but the training's and the caller's."""
-        threads = {each.ident or 0: each.native_id or 0 for each in threading.enumerate()}
+        threads = {each.ident or 0: number_of(each) for each in threading.enumerate()}
         apart = (training, threading.get_ident())
         return {ident: thread_cpu_ns(native) for ident, native in threads.items() if ident not in apart}
 

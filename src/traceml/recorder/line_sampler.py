@@ -23,7 +23,6 @@ interval was short during the first one.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -34,6 +33,7 @@ from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
 from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_instrumentation, is_package_file
 from traceml.recorder.user_code import UserCode
 
@@ -274,7 +274,7 @@ class LineSampler:
     def _cpu_ns(self) -> int:
         ident = self._thread()
         if ident != self._native_of:
-            self._native_of, self._native = ident, _native_id(ident)
+            self._native_of, self._native = ident, thread_number(ident)
 
         return thread_cpu_ns(self._native)
 
@@ -319,11 +319,6 @@ class LineSampler:
 def _is_own_work(frame: FrameType, phase: int) -> bool:
     """Return whether a hook runs, between two phases: the line that it interrupted does nothing then."""
     return phase == LINE_OTHER and is_instrumentation(frame.f_code.co_filename)
-
-
-def _native_id(ident: int) -> int:
-    found = (thread.native_id for thread in threading.enumerate() if thread.ident == ident)
-    return next(found, None) or 0
 
 
 def _random() -> float:

@@ -17,6 +17,7 @@ from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_
 from traceml.inspection.kernel_state import io_bytes
 from traceml.inspection.received_bytes import received_bytes
 from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.thread_numbers import thread_number
 from traceml.recorder.quiet.store_threads import StoreThreads
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class ProgressCounters:
         if frame is not None and _DISTRIBUTED in frame.f_code.co_filename:  # it asks torch's store
             return self._received
 
-        number = next((thread.native_id for thread in threading.enumerate() if thread.ident == ident), None)
+        number = thread_number(ident)
         before, self._received = self._received, received_bytes(number) if number else 0
         if not self._received:  # it waits for no connection now, as between two parts: that alone is no progress
             self._received = before

@@ -17,6 +17,7 @@ from traceml.database.schema import LINE_PHASES, Slot
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
 from traceml.inspection.kernel_state import io_bytes, is_job_suspended, process_info, tree_usage, wait_state
 from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.quiet.awaited_child import awaited_child
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument.loader import DataProgress
 
-__all__ = ["SnapshotMaker", "frame_flags", "thread_number"]
+__all__ = ["SnapshotMaker", "frame_flags"]
 
 _MAX_DEPTH = 1000
 
@@ -78,7 +79,7 @@ class SnapshotMaker:
         frame = thread_frame(self._thread())
         frames, user = self._stack(frame)
         cpu_share, io_bytes_per_s = self._used()
-        number = thread_number(self._thread())
+        number = thread_number(self._thread()) or os.getpid()
         seen, info = wait_state(number), process_info(number)
         compiles, debugged = frame_flags(frames)
         step, in_step = self._step()
@@ -184,9 +185,3 @@ def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
         for each in frames
     )
     return compiles, any(is_debugger(each.file) for each in frames)
-
-
-def thread_number(ident: int) -> int:
-    """Return the kernel's id of a thread; the process id if it is not known."""
-    found = (thread.native_id for thread in threading.enumerate() if thread.ident == ident)
-    return next(found, None) or os.getpid()
