@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,13 @@ def test_other_programs_are_reported():
     assert found.speedup_if_fixed == pytest.approx(1 / 0.6)
     assert "Of 2 cores, it used 0.5 cores, other processes used 1.5 cores." in found.summary
     assert "End or move the other programs" in found.next
+
+
+def test_cores_of_a_bound_rank_are_not_those_that_others_use():
+    """It is bound to one core, and other programs use more of the machine than that."""
+    (found,) = cpu_contention(replace(crowded(samples(busy=0.2)), cores={"h": 1}))
+
+    assert found.summary.endswith(" of the time. It used 0.2 cores, other processes used 1.8 cores.")
 
 
 @pytest.mark.parametrize(("throttled", "is_told"), [(890, True), (100, False)])

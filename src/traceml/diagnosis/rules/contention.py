@@ -110,6 +110,9 @@ def _who(facts: JobFacts, throttled: float | None) -> str:
     each = " each" if ranks > 1 else ""
     others = core_takers(facts)
     own = f"{'a rank' if ranks > 1 else 'it'} used {cores_text(facts.use.busy_cores)}{each if others is None else ''}"
+    if others and (facts.others_cores or 0.0) > here:  # of the machine, of which the ranks are bound to a part
+        return f" {capitalized(own)}, {others}{_taker_names(facts)}."
+
     return f" Of {cores_text(here)}, {own}" + (f", {others}{_taker_names(facts)}." if others else ".")
 
 
