@@ -700,3 +700,11 @@ def test_the_signal_that_ends_a_rank_is_no_work_of_it():
         "Rank 0 has been in checkpoint saving, in train.py:105 write for 75 s."
     )
     assert found(last, exits=exits, ranks=1, state="stopped") is None
+
+
+def test_a_rank_that_computes_waits_for_nothing():
+    """An endless loop, five times as long as another rank may stand still."""
+    finding = found(snapshot(0, line(6, "spin"), process_state="R", quiet_s=310.0), ranks=1)
+
+    assert summary(finding) == "Rank 0 has been in train.py:6 spin, computing for 5:10."
+    assert "what that line computes" in finding.next

@@ -79,6 +79,9 @@ def _advice_for(snapshot: RankSnapshot, found: DetectedHang) -> str:
         default = "Look at what the dataset does there; `DataLoader(timeout=60)` turns such a wait into an error."
         return _for_wait(worker) or default
 
+    if doing(snapshot) == "computing":
+        return "Look at what that line computes, and with which data: a loop may never end there, or take very long."
+
     return _for_wait(snapshot) or _for_held_lock(snapshot) or _check_process(found)
 
 
