@@ -90,3 +90,11 @@ def test_a_resource_of_a_newer_version_is_ignored():
     history.add(0, rows)
 
     assert history.uses() == ()
+
+
+def test_memory_that_the_start_takes_is_not_growing():
+    """Imports and the model take 800 MiB in 8 s; from the first steps on the use is level."""
+    used = [n << 20 for n in (*range(100, 900, 100), *[800] * 4)]
+
+    assert found(Resource.MEMORY, used, 2 << 30, steps=1) == []
+    assert found(Resource.MEMORY, used[:8], 2 << 30, steps=10) != []

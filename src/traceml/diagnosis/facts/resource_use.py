@@ -23,6 +23,7 @@ _KNOWN = frozenset(int(each) for each in Resource)
 _MIN_ROWS = 6
 _KEPT_ROWS = 60
 _MIN_PERIODS = 50
+_WARM_UP = 10  # steps: until then models are loaded, and optimizers make their state
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ class UseHistory:
 
 def _use(rank: int, resource: Resource, rows: NDArray[np.void]) -> ResourceUse:
     used, limit = int(rows["used"][-1]), int(rows["limit"][-1])
-    left = _left(rows) if resource is not Resource.CPU_QUOTA else None
+    training = rows[rows["step"] >= _WARM_UP] if resource is Resource.MEMORY else rows
+    left = _left(training) if resource is not Resource.CPU_QUOTA else None
     return ResourceUse(rank, resource, used, limit, *(left or (None, None)))
 
 
