@@ -272,6 +272,15 @@ def test_a_list_of_graphs_is_reported_with_its_line():
     assert (finding.evidence["file"], finding.evidence["line"]) == ("/home/me/train.py", 41)
 
 
+@pytest.mark.parametrize(("per_step", "told"), [(0.95, "1 element"), (0.8, "0.8 elements"), (2.04, "2 elements")])
+def test_an_element_more_or_less_is_no_other_rate(per_step, told):
+    """Of 20 steps, at the begin and the end of which the list was read."""
+    listed = growing_of({"steps": 20, "grown": [LIST | {"per_step": per_step}]})
+    (finding,) = leaks(**leaking(), growing={0: listed})
+
+    assert f"(added to in train.py:41 main) gained {told} per step" in finding.summary
+
+
 def test_a_sum_of_losses_is_reported_as_a_graph():
     """Its size in bytes is not known, its operations are."""
     (finding,) = leaks(**leaking(), growing=growing_list(path="total", kind="graph", line=None))

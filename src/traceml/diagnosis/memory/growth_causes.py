@@ -104,7 +104,10 @@ def _rate(found: GrowingObjects) -> str:
     if 0 < found.gained < _FEWEST:
         return f"{plural(found.gained, 'element')} in {plural(found.steps, 'step')}"
 
-    rate = f"{found.per_step:.3g}" if found.per_step < _COUNTED else count_text(round(found.per_step))
+    whole = round(found.per_step)
+    # Two readings come at other moments of their steps: one element more or less is no difference.
+    is_whole = whole > 0 and found.steps > 0 and round(abs(found.per_step - whole) * found.steps) <= 1
+    rate = count_text(whole) if is_whole or found.per_step >= _COUNTED else f"{found.per_step:.3g}"
     return f"{rate} {_UNITS.get(found.kind, 'element')}{'' if rate == '1' else 's'} per step"
 
 
