@@ -118,6 +118,15 @@ def test_the_line_of_that_step_is_to_be_looked_at():
     assert found.next.startswith("Find out what train.py:9 save did in that step")
 
 
+def test_the_part_of_a_long_step_is_named():
+    """A single checkpoint that took 30 s, as measured by the hooks."""
+    window = window_of(ALONE, adds("checkpoint", 30_000.0, every=ALONE.steps))
+    (found, *_) = diagnose(window, JobFacts())
+
+    assert found.kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
+    assert "of these, mostly in checkpoint saving." in found.summary
+
+
 def test_a_short_pause_is_not_reported():
     """Other programs on the host cause such pauses, and in a long run they are nothing."""
     for ms in (300.0, 4_000.0):

@@ -29,6 +29,8 @@ SHORT_LOOP_SHARE = 0.25
 
 _PAUSE_NS, _PAUSE_SHARE = 5e9, 0.25
 """A single step is reported from this time on, if it is this share of all steps."""
+_PAUSE_PART = 0.7
+"""Without a line, the part that it was in is named from this share of it."""
 _FIND_PAUSE = "Find out what the long step did: `traceml report --lines` shows the lines in which it was seen."
 
 _WAITING = "waiting for other ranks"
@@ -84,20 +86,25 @@ def _pause(segments: Segments, facts: JobFacts, step: float) -> tuple[str, str]:
     if longest < _PAUSE_NS or longest < _PAUSE_SHARE * float(segments.step.sum()):
         return "", ""
 
-    line = _line_of_pause(segments, facts)
-    where = f", mostly in {line.place}" if line else ""
-    action = f"Find out what {line.place} did in that step, and whether it needs to." if line else _FIND_PAUSE
-    return f" One step took {ns_text(longest)}, as long as {count_text(round(longest / step))} of these{where}.", action
-
-
-def _line_of_pause(segments: Segments, facts: JobFacts) -> BlamedLine | None:
-    """Return the line of the longest step, where it has most of what the samples of its phase are about."""
     at = int(segments.step.argmax())
-    part = max(segments.parts, key=lambda name: float(segments.parts[name][:, at].max()), default=None)
-    if part is None:
+    part = max(segments.parts, key=lambda name: float(segments.parts[name][:, at].max()), default="other")
+    line = _line_of_pause(segments, facts, part, at)
+    is_known = part != "other" and float(segments.parts[part][:, at].max()) >= _PAUSE_PART * longest
+    where = line.place if line else phase_words(part) if is_known else ""
+    mostly = f", mostly in {where}" if where else ""
+    action = f"Find out what {line.place} did in that step, and whether it needs to." if line else _FIND_PAUSE
+    return (
+        f" One step took {ns_text(longest)}, as long as {count_text(round(longest / step))} of these{mostly}.",
+        action,
+    )
+
+
+def _line_of_pause(segments: Segments, facts: JobFacts, part: str, at: int) -> BlamedLine | None:
+    """Return the line of one part of one step, where that step has most of what its samples are about."""
+    values = segments.parts.get(part)
+    if values is None:
         return None
 
-    values = segments.parts[part]
     row = int(values[:, at].argmax())
     if values[row, at] < LINE_SHARE * values[row].sum():
         return None
