@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = [
+    "DEFAULT_PROJECT",
     "RankIdentity",
     "detect_rank",
     "group_address",
@@ -21,6 +22,9 @@ __all__ = [
     "run_name_of",
     "safe_run_id",
 ]
+
+DEFAULT_PROJECT = "default"
+"""Project of runs for which nobody names one."""
 
 
 @dataclass(frozen=True, slots=True)

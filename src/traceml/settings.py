@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
+from traceml.ids import DEFAULT_PROJECT
 from traceml.setting_sources import ENV_PREFIX, INTERNAL_ENV, USER_ENV, Declaration, SettingSources
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Config:
     )
     run_id: str | None = _set(None, "Key by which the ranks of one job find their run; also the name of its folder.")
     run_name: str | None = _set(None, "Name of the run; by default the name of the script.")
-    project: str = _set("default", "Project of the run at trackers.")
+    project: str = _set(DEFAULT_PROJECT, "Project of the run at trackers.")
     backend: tuple[str, ...] = _set((), "Trackers to deliver to: built-in names or `package:Class`.")
     backend_options: dict[str, dict[str, Any]] = _set(
         {}, "Options per tracker; in a file, one table `backends.<name>` per tracker."

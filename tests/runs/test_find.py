@@ -5,18 +5,19 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 
+import msgpack
 import pytest
 
-from tests.diagnosis.fabricated import Job, adds
+from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.renderers.reports import finding
-from tests.runs.fabricated_store import STARTED, run_facts, store_run
+from tests.runs.fabricated_store import STARTED, add_rank, run_facts, store_run
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_VERSION
 from traceml.errors import RunNotFoundError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run, list_runs, prune
 from traceml.runs.report.report import build_report, save_report
-from traceml.runs.run_labels import change_labels
+from traceml.runs.run_labels import add_tags, change_labels, remove_tags
 
 
 @pytest.fixture
@@ -65,6 +66,29 @@ def test_a_run_is_found_by_a_name_of_its_own(runs):
     assert find_run("0001", runs).name == "20260101-000000-train-0001"
     with pytest.raises(RunNotFoundError, match=r"'sweep' matches 2 runs .*-0004, .*-0003\. Give the id"):
         find_run("sweep", runs)
+
+
+@pytest.mark.parametrize(("setting", "project"), [("default", "digits"), ("vision", "vision")])
+def test_what_an_experiment_names_is_listed(tmp_path, setting, project):
+    """Its tags after those that people gave; its project where no setting names one. Pruning keeps given tags only."""
+    facts = {"started": STARTED, "ended": STARTED + 5, "state": "finished", "project": setting}
+    folder = tmp_path / "20260101-000000-train-0001"
+    folder.mkdir()
+    row = {"kind": "experiment", "name": "trial", "project": "digits", "tags": {"goal": "speed", "small": ""}}
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(**facts))
+        stream = add_rank(writer, 0, rows_of(Job(steps=30))[0])
+        writer.append(stream, "logged", writer.next_seq(stream, "logged"), 1, msgpack.packb(row))
+
+    save_report(folder, build_report(folder))
+    (listed,) = list_runs(tmp_path)
+    assert (listed.project, listed.tags) == (project, ["goal=speed", "small"])
+
+    change_labels(folder, lambda labels: add_tags(labels, ["baseline", "small"]))
+    assert list_runs(tmp_path)[0].tags == ["baseline", "small", "goal=speed"]
+    assert not prune(tmp_path, keep=0)
+    change_labels(folder, lambda labels: remove_tags(labels, ["baseline", "small"]))
+    assert [info.id for info in prune(tmp_path, keep=0)] == [folder.name]
 
 
 def test_what_fits_several_runs_is_refused(runs):

@@ -17,7 +17,7 @@ from traceml.database.flight.flight_owner import SILENCE_S, find_unclaimed, is_a
 from traceml.database.flight.postmortem import FlightSnapshot, flight_identity, may_be_of, read_flight
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
-from traceml.ids import safe_run_id
+from traceml.ids import DEFAULT_PROJECT, safe_run_id
 from traceml.inspection.crash_stacks import crash_facts
 from traceml.transport.hello import check_rank
 from traceml.transport.server import RefusedError
@@ -46,7 +46,7 @@ class DeadFlight:
         self.attempt = int(facts.get("attempt", 0))
         self.is_helper = bool(facts.get("parent"))
         self.name = str(facts.get("name") or "run")
-        self.project = str(facts.get("project") or "default")
+        self.project = str(facts.get("project") or DEFAULT_PROJECT)
         self.run_id = str(facts.get("run_id") or "")
         self.run_dir = Path(str(facts["run_dir"])) if facts.get("run_dir") else None
         """Its run's folder, if it ever learned it."""

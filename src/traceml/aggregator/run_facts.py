@@ -10,6 +10,7 @@ from typing import Any
 
 from traceml.clock import SteadyClock, boot_id, process_start_ticks
 from traceml.database.store.store import StoreWriter
+from traceml.ids import DEFAULT_PROJECT
 from traceml.transport.hello import Hello
 
 __all__ = ["RunFacts"]
@@ -30,7 +31,7 @@ class RunFacts:
     def __init__(self, run_id: str, key: str, *, named: bool) -> None:
         clock = SteadyClock.start()
         self.values: dict[str, Any] = {
-            "id": run_id, "name": run_id, "project": "default", "job": key, "named": named, "command": "",
+            "id": run_id, "name": run_id, "project": DEFAULT_PROJECT, "job": key, "named": named, "command": "",
             "world_size": 1, "attempt": 0, "attempt_base": 0, "started": clock.epoch_ns / 1e9, "clock": clock.facts,
             "ended": None, "state": "running", "hosts": [],
         }  # fmt: skip

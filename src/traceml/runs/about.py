@@ -41,6 +41,7 @@ class About:
         not_read: why there are such; empty where it is not known.
         params: parameters that the user logged, with personal data masked, as reports are shared.
         tags: tags that the training set, with their values, masked too.
+        project: of its last experiment; empty without one.
     """
 
     process: Mapping[str, Any] = field(default_factory=dict)
@@ -52,8 +53,14 @@ class About:
     system: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Any] = field(default_factory=dict)
+    project: str = ""
     unread: tuple[str, ...] = ()
     not_read: str = ""
+
+    @property
+    def tag_texts(self) -> list[str]:
+        """The tags as `name=value`, or the name of those without one."""
+        return [f"{name}={value}" if value else name for name, value in self.tags.items()]
 
 
 def about_run(reader: StoreReader) -> About:
@@ -65,6 +72,7 @@ def about_run(reader: StoreReader) -> About:
     ranks = [stream for stream in reader.streams() if not stream.facts.get("helps")]
     first = sorted(ranks, key=lambda stream: (-stream.attempt, stream.rank, -stream.id))[:1]
     found: dict[str, dict[str, Any]] = {}
+    project = ""
     for stream in first:
         for row in _rows(reader, INFO.name, stream.id):
             if row.get("kind") in ("process", "model", "loader", "optimizer"):
@@ -75,6 +83,7 @@ def about_run(reader: StoreReader) -> About:
                 found.setdefault("params", {}).update(row.get("params") or {})
             elif row.get("kind") in ("tags", "experiment"):
                 found.setdefault("tags", {}).update(row.get("tags") or {})
+                project = str(row.get("project") or project)
             elif row.get("kind") == "collected" and row.get("name") in _COLLECTORS:
                 found[row["name"]] = dict(row.get("facts") or {})
 
@@ -92,7 +101,9 @@ def about_run(reader: StoreReader) -> About:
     for name in ("params", "tags"):
         found[name] = Masker().mask_mapping(found.get(name, {}))
 
-    return About(**found, unread=unread, not_read=_why_not(unread, reading, asked, first) if unread else "")
+    return About(
+        **found, project=project, unread=unread, not_read=_why_not(unread, reading, asked, first) if unread else ""
+    )
 
 
 def _wanted(asked: Any) -> Sequence[str]:

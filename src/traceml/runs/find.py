@@ -15,6 +15,7 @@ import msgspec
 
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError, StoreVersionError, TraceMLError
+from traceml.ids import DEFAULT_PROJECT
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.report.report_types import RunOrigin, StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_labels import read_labels
@@ -55,7 +56,8 @@ class RunInfo:
         size_bytes: size on disk.
         samples_per_second: of the whole job and the time in steps, as on the card; None before the report.
         step_ms: mean step time, steps: number of steps; None and 0 before the report.
-        project: of the run; tags, note, archived: labels that people gave it.
+        project: of the run; note, archived: labels that people gave it.
+        tags: those that people gave it, then those that its script logged.
         user: owner of the folder; empty where the host does not know its name.
         commit, branch: of the script's git repository; None outside one, and before the report.
         dirty: whether it had uncommitted changes; None where git was not asked.
@@ -160,8 +162,8 @@ def describe_run(path: Path) -> RunInfo:
         samples_per_second=rate_of(steps.samples_per_step, steps.speed(running=False)),
         step_ms=steps.mean_ms,
         steps=steps.count,
-        project=str(run.get("project", "default")),
-        tags=labels.tags,
+        project=source.project or str(run.get("project", DEFAULT_PROJECT)),
+        tags=list(dict.fromkeys([*labels.tags, *source.tags])),
         note=labels.note,
         archived=labels.archived,
         user=_owner(path),
@@ -174,10 +176,12 @@ def describe_run(path: Path) -> RunInfo:
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     """Remove all but the newest `keep` runs; return what was removed.
 
-    Runs that are running, that have a tag, as a baseline, or whose trackers are still missing data, are kept.
+    Runs that are running, that people gave a tag, such as baseline, or whose trackers are still missing data, are kept.
     """
     old = list_runs(runs_dir)[max(keep, 0) :]
-    removed = [info for info in old if info.state != "running" and not info.tags and is_delivered(info.path)]
+    removed = [
+        info for info in old if info.state != "running" and not read_labels(info.path).tags and is_delivered(info.path)
+    ]
     for info in removed:
         _remove(info.path)
 

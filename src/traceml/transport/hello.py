@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args
 from traceml.clock import boot_id, clock_pair, monotonic_ns, process_start_ticks
 from traceml.database import schema
 from traceml.errors import ProtocolError
+from traceml.ids import DEFAULT_PROJECT
 from traceml.transport.runs_folder import folder_id
 
 __all__ = ["WORLD_LIMIT", "Hello", "Role", "check_rank", "schemas"]
@@ -77,7 +78,7 @@ class Hello:
     spawned_by: str = ""
     run_id: str = ""
     name: str = ""
-    project: str = "default"
+    project: str = DEFAULT_PROJECT
     command: str = field(default_factory=lambda: " ".join(sys.argv))
     flight: str = ""
     runs_dir: str = ""

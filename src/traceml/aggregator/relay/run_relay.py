@@ -24,6 +24,7 @@ from traceml.diagnosis.merged_hosts.host_second import HostSecond
 from traceml.diagnosis.merged_hosts.host_sums import HostSums
 from traceml.diagnosis.steps.representatives import HostChoice
 from traceml.formatting import left_text
+from traceml.ids import DEFAULT_PROJECT
 from traceml.run_folder import STORE_NAME
 from traceml.transport.client import Connection
 from traceml.transport.hello import Hello
@@ -368,7 +369,7 @@ def _hello_of(record: StreamRecord, run: dict[str, Any]) -> dict[str, Any]:
         local_rank=int(facts.get("local_rank", 0)), attempt=max(identity.attempt - int(run.get("attempt_base", 0)), 0),
         host=identity.host, pid=identity.pid, start_ticks=identity.start_ticks, recorder=identity.recorder,
         boot_id="", run_id=str(run.get("id", "")) if run.get("named") else "", name=str(run.get("name", "")),
-        project=str(run.get("project", "default")), command=str(facts.get("command", "")),
+        project=str(run.get("project", DEFAULT_PROJECT)), command=str(facts.get("command", "")),
         restarts_left=int(run.get("restarts_left") or 0), script_ms=int(1000 * age_s), schemas={},
         clock=tuple(facts.get("clock") or (0, 0)),
     )  # fmt: skip

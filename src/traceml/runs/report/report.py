@@ -13,6 +13,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.errors import StoreError
+from traceml.ids import DEFAULT_PROJECT
 from traceml.own_files import replace_file
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import about_run
@@ -203,7 +204,7 @@ def _run(digest: Digest, reader: StoreReader, run_dir: Path) -> RunSection:
     return RunSection(
         id=str(run.get("id", run_dir.name)),
         name=str(run.get("name", run_dir.name)),
-        project=str(run.get("project", "default")),
+        project=str(run.get("project", DEFAULT_PROJECT)),
         attempt=max((stream.attempt for stream in digest.streams.values()), default=int(run.get("attempt", 0))),
         started=started,
         ended=ended,

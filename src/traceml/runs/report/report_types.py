@@ -10,6 +10,7 @@ import msgspec
 from traceml.diagnosis.findings import Finding, significant
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError
+from traceml.ids import DEFAULT_PROJECT
 from traceml.own_files import read_regular
 from traceml.runs.json_document import UNREADABLE_JSON, JsonDocument
 
@@ -66,12 +67,13 @@ class RunSection(msgspec.Struct, kw_only=True):
 
     `steps_waiting` counts the steps that ranks left in flight files of this host when their aggregator was gone.
     `commit` and `branch` are those of the script's git repository; `dirty` is whether it had uncommitted changes, None
-    where git was not asked.
+    where git was not asked. `tags` are those that the script logged, as `name=value` or `name`. Its experiment gives
+    the `project` where no setting does.
     """
 
     id: str
     name: str
-    project: str = "default"
+    project: str = DEFAULT_PROJECT
     attempt: int = 0
     started: float | None = None
     ended: float | None = None
@@ -85,6 +87,7 @@ class RunSection(msgspec.Struct, kw_only=True):
     commit: str | None = None
     branch: str | None = None
     dirty: bool | None = None
+    tags: list[str] = []
 
     @property
     def command_line(self) -> str:
@@ -416,6 +419,8 @@ def read_report(path: Path) -> Report:
 class RunOrigin(msgspec.Struct):
     """The parts of a report's `run` that lists of runs show and stores do not have at hand."""
 
+    project: str | None = None
+    tags: list[str] = []
     commit: str | None = None
     branch: str | None = None
     dirty: bool | None = None

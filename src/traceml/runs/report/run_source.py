@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from traceml.ids import DEFAULT_PROJECT
 from traceml.runs.about import About, package_versions
 from traceml.runs.report.report_types import Report, SourceSection
 
@@ -17,6 +18,10 @@ def add_source(report: Report, about: About) -> None:
     dirty, variables = git.get("dirty"), about.environment.get("variables")
     run.commit, run.branch = _text(git, "commit"), _text(git, "branch")
     run.dirty = dirty if isinstance(dirty, bool) else None
+    run.tags = about.tag_texts
+    if run.project == DEFAULT_PROJECT and about.project:
+        run.project = about.project
+
     report.source = SourceSection(
         remote=_text(git, "remote"),
         diff=_text(git, "diff") or "",

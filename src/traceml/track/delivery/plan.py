@@ -11,6 +11,7 @@ from typing import Any
 from traceml.database.schema import LOGGED
 from traceml.database.store.reader import StoreReader
 from traceml.errors import PluginError
+from traceml.ids import DEFAULT_PROJECT
 from traceml.settings import Config
 from traceml.track.plugins.code_seal import is_sealed
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -175,7 +176,7 @@ class DeliveryPlan:
         meta = self._reader.meta().get("run", {})
         row = {
             "experiment": 0, "id": self._run_dir.name, "name": meta.get("name") or self._run_dir.name,
-            "project": meta.get("project") or "default", "run_dir": os.fspath(self._run_dir),
+            "project": meta.get("project") or DEFAULT_PROJECT, "run_dir": os.fspath(self._run_dir),
         }  # fmt: skip
         return PlannedExperiment(_key(row), 0, row, started=float(meta.get("started") or 0.0))
 

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from traceml.errors import PluginError
 from traceml.formatting import left_text, ms_text
+from traceml.ids import DEFAULT_PROJECT
 from traceml.own_programs import own_program, search_working_directory
 from traceml.track.delivery.credentials import environment_for, read_key_file
 from traceml.track.filters import backend_options
@@ -115,7 +116,7 @@ def _probe(backend: str, options: dict[str, Any], run_dir: Path) -> ProbeResult:
         experiment: dict[str, Any] = {
             "id": "doctor",
             "name": "doctor",
-            "project": "default",
+            "project": DEFAULT_PROJECT,
             "tags": {},
             "parent": None,
             "params": {},

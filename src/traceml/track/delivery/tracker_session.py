@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import PluginError
+from traceml.ids import DEFAULT_PROJECT
 from traceml.privacy import Masker
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.plan import PlannedExperiment
@@ -125,7 +126,7 @@ class TrackerSession:
         self._state.target = self._masker.mask_text(backend.target)
         row = experiment.row
         name = self._masker.mask_text(experiment.name)
-        number = backend.start_experiment(name, self._masker.mask_text(str(row.get("project") or "default")))
+        number = backend.start_experiment(name, self._masker.mask_text(str(row.get("project") or DEFAULT_PROJECT)))
         # Saved at once: after a death from here on, the next process continues this run instead of starting another.
         self._state.experiments[self._prefix + experiment.key] = {
             "id": number, "url": backend.url, "mark": backend.mark(), "ended": False,
@@ -273,7 +274,7 @@ class TrackerSession:
             "experiment": {
                 "id": str(row.get("id") or f"{self._run_dir.name}-{experiment.number}"),
                 "name": self._masker.mask_text(experiment.name),
-                "project": self._masker.mask_text(str(row.get("project") or "default")),
+                "project": self._masker.mask_text(str(row.get("project") or DEFAULT_PROJECT)),
                 "tags": self._masker.mask_mapping(row.get("tags") or {}),
                 "parent": self._id_at_tracker(str(parent)) if parent else None,
                 "params": self._masker.mask_mapping(row.get("params") or {}),

@@ -112,12 +112,11 @@ class _Folded:
 def _identity(state: RunState, view: RunView) -> Iterable[tuple[str, str]]:
     run, labels = view.run, state.labels
     started = "" if run.started is None else time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(run.started))
-    logged = [f"{name}={value}" if value else name for name, value in state.about.tags.items()]
     rows = (
         ("run", run.id),
         ("project", run.project),
         ("started", started),
-        ("tags", ", ".join(dict.fromkeys([*labels.tags, *logged]))),
+        ("tags", ", ".join(dict.fromkeys([*labels.tags, *state.about.tag_texts]))),
         ("note", labels.note),
     )
     return [(name, printable(text, lines=True)) for name, text in rows if text]
