@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import sys
+from types import FrameType, ModuleType
+from typing import cast
 
 import pytest
 
@@ -11,11 +13,21 @@ from traceml.recorder.user_code import UserCode
 from traceml.session import entry
 
 
-def frame_of(path: str, **values: object) -> object:
-    """Return a frame of code in a file of that name."""
-    namespace: dict[str, object] = {"sys": sys, "__name__": "module", **values}
-    exec(compile("frame = sys._getframe()", path, "exec"), namespace)
-    return namespace["frame"]
+def frame_of(path: str, **values: object) -> FrameType:
+    """Return a frame of code in a file of that name; of the script, if that is the module's name."""
+    module = ModuleType("module")
+    vars(module).update({"sys": sys, **values})
+    if module.__name__ == "__main__":
+        sys.modules["__main__"] = module
+
+    exec(compile("frame = sys._getframe()", path, "exec"), vars(module))
+    return cast("FrameType", module.frame)
+
+
+@pytest.fixture(autouse=True)
+def own_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore what runs as the script."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 @pytest.mark.parametrize(
@@ -52,3 +64,13 @@ def test_a_file_as_a_script_and_as_a_module() -> None:
     user = UserCode()
 
     assert [user.contains(frame) for frame in (module, script, module, script)] == [False, True, False, True]
+
+
+def test_what_starts_the_script_is_not_the_users() -> None:
+    """A worker of a launch is started by text that Python has from its command line."""
+    starts = frame_of("<string>", __name__="__main__", __spec__=None)
+    user = UserCode()
+
+    assert user.contains(starts)  # python -c
+    script = frame_of("/home/me/train.py", __name__="__main__", __spec__=None)
+    assert [user.contains(frame) for frame in (starts, script)] == [False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
@@ -60,7 +61,7 @@ def user_line(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> 
 
 
 def _is_script(frame: FrameType) -> bool:
-    """Return whether a frame is of the script; the program that runs it for `traceml run` was `__main__`, too."""
-    values = frame.f_globals
-    is_main = values.get("__name__") == "__main__" and values.get("__spec__") is None
+    """Return whether a frame is of the script; the program that runs it was `__main__`, too, as that of a launch is."""
+    values, main = frame.f_globals, sys.modules.get("__main__")
+    is_main = main is not None and values is vars(main) and values.get("__spec__") is None
     return is_main and not is_package_file(frame.f_code.co_filename)
