@@ -690,6 +690,14 @@ def test_a_recorder_that_was_silent_for_a_while_has_not_seen_progress():
     assert found(in_backward(0), silent, runs_again) is None
 
 
+def test_a_recorder_without_a_core_is_no_loop_of_the_rank():
+    """It sleeps in all snapshots, whether or not its recorder could take them."""
+    at = [replace(STUCK, at_ns=NOW_NS - (9 - number) * S) for number in range(5)]
+    lacking = [replace(each, frames=(), answered="kernel") for each in at[1::2]]
+
+    assert found(in_backward(0), at[0], lacking[0], at[2], lacking[1], at[4]) is not None
+
+
 def test_the_signal_that_ends_a_rank_is_no_work_of_it():
     """Ctrl-C has woken its thread when the last snapshot is taken: it runs, a line further up."""
     writes = snapshot(0, line(105, "write"), phase="checkpoint", quiet_s=62.0, at_ns=NOW_NS - 13 * S)

@@ -324,8 +324,9 @@ class ProgressHistory:
         self._newest_gaps = np.append(self._newest_gaps, np.zeros(more, np.int64))
 
 
-def _state(snapshot: RankSnapshot) -> tuple[str, str]:
-    return snapshot.answered, snapshot.process_state
+def _state(snapshot: RankSnapshot) -> tuple[bool, str]:
+    """Return whether the rank holds the GIL in C, and the state of its process."""
+    return snapshot.answered == "signal", snapshot.process_state
 
 
 def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:
