@@ -128,10 +128,10 @@ class RunView:
 
     @property
     def shared_data(self) -> str | None:
-        """The ranks whose batches these are, in words, where others have the same ones; else None."""
+        """How many ranks have batches of their own, in words, where others have the same ones or none; else None."""
         counted = self.steps.data_ranks
         known = self.data_rates and counted < len(self.ranks)
-        return f"batches of {plural(counted, 'rank')}; the others repeat them" if known else None
+        return f"own batches on {counted:,} of {plural(len(self.ranks), 'rank')}" if known else None
 
     @property
     def time_parts(self) -> list[TimePart]:

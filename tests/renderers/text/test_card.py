@@ -101,13 +101,13 @@ def test_a_narrow_terminal_loses_no_word(name):
     assert top.endswith("─")
 
 
-def test_repeated_batches_are_reported():
-    """Where ranks have the batches of others, the card says of how many ranks the samples are."""
+def test_ranks_without_own_batches_are_reported():
+    """Where ranks have the batches of others, or none as later stages of a pipeline, the card says how many have."""
     made = with_data(report([{"forward": 10.0}] * 4), samples=32, ranks=2)
 
-    assert "3,200 samples/s  ·  batches of 2 ranks; the others repeat them" in text_of(made)
+    assert "3,200 samples/s  ·  own batches on 2 of 4 ranks" in text_of(made)
     made.steps.data_ranks = 4
-    assert "repeat" not in text_of(made)
+    assert "own batches" not in text_of(made)
 
 
 def test_errors_of_tracing_are_reported():
