@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset, random_split
 
 from traceml.instrument.facts.descriptions import loader_facts, optimizer_facts
 
@@ -52,3 +52,11 @@ class Buckets(BatchSampler):
 def test_samplers_that_are_none_of_torchs(options, classes):
     """Their functions run in the training process, which the lines name by class."""
     assert loader_facts(DataLoader(range(8), **options))["samplers"] == classes
+
+
+def test_a_part_of_a_data_set_is_named_by_the_whole():
+    """`Subset` is no name that the script's author knows; its length is that of the part."""
+    part, _ = random_split(TensorDataset(torch.zeros(8, 2)), [6, 2])
+    facts = loader_facts(DataLoader(part))
+
+    assert (facts["dataset"], facts["length"], facts["in_memory"]) == ("TensorDataset", 6, True)

@@ -29,7 +29,7 @@ def loader_facts(loader: Any) -> dict[str, Any]:
     return {
         "kind": "loader",
         "loader": type(own).__name__,
-        "dataset": None if dataset is None else type(dataset).__name__,
+        "dataset": None if dataset is None else type(_whole(dataset)).__name__,
         "length": _length(dataset),
         "in_memory": _in_memory(dataset),
         "num_workers": getattr(loader, "num_workers", None),
@@ -256,6 +256,14 @@ def _parts_of(dataset: Any) -> list[Any]:
     return parts[:_MAX_PARTS]
 
 
+def _whole(dataset: Any) -> Any:
+    """Return the data set that a part was taken from, as those of `random_split` are."""
+    while type(dataset).__name__ in ("Subset", "Dataset") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+
+    return dataset
+
+
 def _in_memory(dataset: Any) -> bool | None:
     """Whether samples are slices of arrays in memory, so that more workers would not help; None if unknown."""
     if dataset is None:
@@ -264,9 +272,7 @@ def _in_memory(dataset: Any) -> bool | None:
     torch: Any = sys.modules.get("torch")
     numpy: Any = sys.modules.get("numpy")
     arrays = tuple(kind for kind in (getattr(torch, "Tensor", None), getattr(numpy, "ndarray", None)) if kind)
-    while type(dataset).__name__ in ("Subset", "Dataset") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-
+    dataset = _whole(dataset)
     if type(dataset).__name__ == "TensorDataset":
         return True
 
