@@ -1,8 +1,8 @@
-"""Words for the end of a rank, for the gain of a finding, and for the state of a tracker."""
+"""Words for the end of a rank, the gain of a finding, the state of a tracker, and what a line had called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import (
@@ -10,18 +10,21 @@ from traceml.formatting import (
     duration_text,
     exception_line,
     gain_text,
+    library_text,
     percent_text,
     phase_words,
     plural,
     ranks_text,
 )
 from traceml.process_ends import signal_name
+from traceml.runs.report.line_shares import LineShare
 from traceml.runs.report.report_types import RankSection, RestartSection, TimeSection, TrackerSection
 
-__all__ = ["cost_text", "end_of_rank", "gain_sentence", "goodput_text", "restarts_text", "tracker_text"]
+__all__ = ["cost_text", "end_of_rank", "gain_sentence", "goodput_text", "restarts_text", "shown_calls", "tracker_text"]
 
 _ERROR_CHARS = 100
 _SHOWN_RESTARTS = 3
+_SHOWN_CALLS, _LEAST_CALL = 3, 0.01
 
 
 def end_of_rank(rank: RankSection) -> str | None:
@@ -109,3 +112,14 @@ def tracker_text(tracker: TrackerSection, most_chars: int = _ERROR_CHARS) -> str
     what = tracker.state if tracker.state in ("unauthorized", "broken") else ""
     why = ": ".join(text for text in (what, error) if text)
     return f"{tracker.backend} {', '.join(parts)}" + (f" ({why})" if why else "")
+
+
+def shown_calls(line: LineShare) -> Iterator[tuple[str, str]]:
+    """Yield the library functions that a line of code calls most, each after its share of the phase: `5 % `.
+
+    There is no share where one function has all of the line.
+    """
+    for call in line.calls[:_SHOWN_CALLS]:
+        if call.share >= _LEAST_CALL:
+            share = "" if call.share > 0.99 * line.share else f"{percent_text(call.share)} "
+            yield share, library_text(call.library)

@@ -19,12 +19,13 @@ def line(phase: str, function: str | None, samples: int, share: float, library: 
 
 
 def test_phases_and_lines_are_in_order_of_time():
-    """Lines with the same place are one, with their most frequent library function; tiny ones are left out."""
+    """Lines with the same place are one, with the library functions that they call; tiny ones are left out."""
     shown = table(
         line("forward", "forward", 20, 1.0, "/venv/lib/python3.11/site-packages/torch/nn/linear.py:9 Linear.forward"),
         line("other", "update", 50, 0.625),
         line("other", "load", 20, 0.25, "/usr/lib/python3.11/json/decoder.py:3 decode"),
-        line("other", "load", 9, 0.1125),
+        line("other", "load", 5, 0.0625, "/usr/lib/python3.11/pathlib.py:5 read_text"),
+        line("other", "load", 4, 0.05),
         line("other", "tiny", 1, 0.005),
         line("startup", None, 10, 1.0),
     )
@@ -33,7 +34,8 @@ def test_phases_and_lines_are_in_order_of_time():
         "other: 73 % of 110 samples",
         "    62 %  /home/me/train.py:7 update",
         "    36 %  /home/me/train.py:7 load",
-        "          in json/decoder.py:3 decode",
+        "          25 % in json/decoder.py:3 decode",
+        "          6 % in pathlib.py:5 read_text",
         "forward: 18 % of 110 samples",
         "   100 %  /home/me/train.py:7 forward",
         "          in torch/nn/linear.py:9 Linear.forward",

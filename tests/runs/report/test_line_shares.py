@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.runs.report.line_shares import lines_by_phase
+from traceml.runs.report.line_shares import LibraryCall, lines_by_phase
 from traceml.runs.report.report_types import LineSection, PhaseSection, Report, TimePart, TimeSection
 
 
@@ -35,12 +35,12 @@ def test_phases_have_the_time_of_the_hooks():
 
 
 def test_a_line_is_there_once():
-    """With the library function that it had called most often."""
+    """With the library functions that it had called."""
     (phase,) = lines_by_phase(
         report_with(line("forward", 30, 0.6, library="a.py:1 f"), line("forward", 15, 0.3, 9), line("forward", 5, 0.1))
     )
 
-    assert [(each.place, each.library) for each in phase.lines] == [
-        ("/x/train.py:7 main", "a.py:1 f"), ("/x/train.py:9 main", None)
+    assert [(each.place, each.calls) for each in phase.lines] == [
+        ("/x/train.py:7 main", (LibraryCall("a.py:1 f", 0.6),)), ("/x/train.py:9 main", ())
     ]  # fmt: skip
     assert phase.lines[0].share == pytest.approx(0.7)

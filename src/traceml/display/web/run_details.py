@@ -8,7 +8,6 @@ from traceml.formatting import (
     capitalized,
     count_text,
     duration_text,
-    library_text,
     ms_text,
     overhead_text,
     percent_text,
@@ -16,6 +15,7 @@ from traceml.formatting import (
     plural,
 )
 from traceml.renderers.views import RankRow, RunView, visible_ranks
+from traceml.renderers.words import shown_calls
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
 
 __all__ = ["DeliveryPanel", "LinePanel", "RankTable", "TelemetryPanel"]
@@ -107,7 +107,8 @@ def _draw_lines(phase: PhaseLines) -> None:
                     TextNode("b", percent_text(each.share))
                     with Container("span"):
                         TextNode("span", each.place or "libraries only")
-                        TextNode("small", f"in {library_text(each.library)}" if each.library else "")
+                        for share, library in shown_calls(each):
+                            TextNode("small", f"{share}in {library}")
 
 
 class DeliveryPanel:

@@ -10,7 +10,6 @@ from traceml.formatting import (
     capitalized,
     count_text,
     duration_text,
-    library_text,
     ms_text,
     percent_text,
     phase_label,
@@ -20,7 +19,7 @@ from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.run_about import about_facts, map_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import tracker_text
+from traceml.renderers.words import shown_calls, tracker_text
 from traceml.runs.about import About
 from traceml.runs.report.line_shares import LineShare, lines_by_phase
 from traceml.runs.rows.series import RunSeries
@@ -93,10 +92,10 @@ def line_list(view: RunView) -> Iterator[str]:
 
 
 def _line(each: LineShare) -> str:
-    library = f"<small>in {escaped(library_text(each.library))}</small>" if each.library else ""
+    called = "".join(f"<small>{share}in {escaped(library)}</small>" for share, library in shown_calls(each))
     place = escaped(each.place or "libraries only")
     width = f"--w:{100 * each.share:.1f}%"
-    return f'<p style="{width}"><b>{percent_text(each.share)}</b><span>{place}{library}</span></p>'
+    return f'<p style="{width}"><b>{percent_text(each.share)}</b><span>{place}{called}</span></p>'
 
 
 def stacks(view: RunView) -> Iterator[str]:

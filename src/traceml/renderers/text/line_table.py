@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from traceml.formatting import library_text, percent_text, phase_label, place_text, plural
+from traceml.formatting import percent_text, phase_label, place_text, plural
 from traceml.renderers.views import RunView
+from traceml.renderers.words import shown_calls
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
 
 __all__ = ["line_table", "print_lines"]
@@ -55,5 +56,5 @@ def _rows(phase: PhaseLines, room: int) -> Iterator[Text]:
     for each in phase.lines[:_LINES_PER_PHASE]:
         if each.share >= _MIN_SHARE:
             yield Text(f"  {percent_text(each.share):>6}  {place_text(each.place or 'libraries only', room)}")
-            if each.library:
-                yield Text(f"          in {place_text(library_text(each.library), room - 3)}", style="dim")
+            for share, library in shown_calls(each):
+                yield Text(f"          {share}in {place_text(library, room - len(share) - 3)}", style="dim")

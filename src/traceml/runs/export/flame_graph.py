@@ -90,7 +90,12 @@ def weighted_stacks(report: Report) -> Iterator[tuple[tuple[StackFrame, ...], fl
         whole = phase.seconds if timed and phase.seconds is not None else float(phase.samples)
         known = sum(each.share for each in phase.lines)
         for each in phase.lines:
-            yield _stack(phase, each), whole * each.share / max(known, 1e-9)
+            called = [(_library(call.library), call.share) for call in each.calls]
+            own = each.share - sum(share for _, share in called)
+            stack, second = _stack(phase, each), whole / max(known, 1e-9)
+            yield from (((*stack, frame), second * share) for frame, share in called)
+            if own > 1e-9 or not called:
+                yield stack, second * own
 
 
 def _stack(phase: PhaseLines, each: LineShare) -> tuple[StackFrame, ...]:
@@ -98,9 +103,6 @@ def _stack(phase: PhaseLines, each: LineShare) -> tuple[StackFrame, ...]:
     if each.file is not None and each.function is not None:
         name = each.file.rpartition("/")[2]
         frames.append(StackFrame(f"{each.function} ({name}:{each.line})", each.file, each.line))
-
-    if each.library is not None:
-        frames.append(_library(each.library))
 
     return tuple(frames)
 

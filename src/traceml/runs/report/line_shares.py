@@ -8,11 +8,24 @@ from dataclasses import dataclass
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, Phase
 from traceml.runs.report.report_types import LineSection, Report
 
-__all__ = ["LineShare", "PhaseLines", "lines_by_phase"]
+__all__ = ["LibraryCall", "LineShare", "PhaseLines", "lines_by_phase"]
 
 _USER = Phase.USER.label
 _STARTUP, _OUTSIDE = LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE]
 _OUTSIDE_PARTS = ("evaluation", "between_epochs", "idle", "restart")
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryCall:
+    """A library function that a line of the user's code had called.
+
+    Attributes:
+        library: `FILE:LINE FUNCTION`.
+        share: share of the phase, 0..1.
+    """
+
+    library: str
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +35,7 @@ class LineShare:
     Attributes:
         place: `FILE:LINE FUNCTION`; None where only libraries ran.
         file, line, function: its parts.
-        library: the library function that it had called most often, `FILE:LINE FUNCTION`.
+        calls: the library functions that it had called, the most frequent first.
         share: share of the phase, 0..1.
     """
 
@@ -30,7 +43,7 @@ class LineShare:
     file: str | None
     line: int | None
     function: str | None
-    library: str | None
+    calls: tuple[LibraryCall, ...]
     share: float
 
 
@@ -66,17 +79,26 @@ def lines_by_phase(report: Report) -> list[PhaseLines]:
 
 
 def _merged(lines: Iterable[LineSection]) -> list[LineShare]:
-    """Return each line once, with the library function that it had called most often."""
+    """Return each line once, with the library functions that it had called."""
     places: dict[str | None, list[LineSection]] = {}
     for each in lines:
         places.setdefault(_place(each), []).append(each)
 
     merged = [
-        LineShare(place, first.file, first.line, first.function, first.library, sum(each.share for each in of_place))
+        LineShare(place, first.file, first.line, first.function, _calls(of_place), sum(each.share for each in of_place))
         for place, of_place in places.items()
         for first in of_place[:1]
     ]
     return sorted(merged, key=lambda each: -each.share)
+
+
+def _calls(lines: Iterable[LineSection]) -> tuple[LibraryCall, ...]:
+    shares: dict[str, float] = {}
+    for each in lines:
+        if each.library is not None:
+            shares[each.library] = shares.get(each.library, 0.0) + each.share
+
+    return tuple(LibraryCall(*call) for call in sorted(shares.items(), key=lambda call: -call[1]))
 
 
 def _place(each: LineSection) -> str | None:
