@@ -86,7 +86,13 @@ def for_rollouts(line: BlamedLine | None) -> str:
 
 
 def for_residual(
-    part: str, line: BlamedLine | None, facts: JobFacts, called: str | None = None, *, has_forward: bool = False
+    part: str,
+    line: BlamedLine | None,
+    facts: JobFacts,
+    called: str | None = None,
+    *,
+    has_forward: bool = False,
+    trainer: BlamedLine | None = None,
 ) -> str:
     """Return advice on time in the user's own code.
 
@@ -96,6 +102,7 @@ def for_residual(
         facts: about the job.
         called: library function that this line has called most of the time.
         has_forward: whether the model's forward is in this time, as no module was called.
+        trainer: the line that only calls a trainer, whose code takes this time.
     """
     if called == EVENT_LOOP:
         return (
@@ -132,6 +139,12 @@ def for_residual(
     if part not in ("other", "user"):
         return (
             f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
+        )
+
+    if trainer is not None:
+        return (
+            f"The training loop is inside {trainer.place}: look at what it was asked to do beside the model (loss "
+            "function, callbacks, metrics, logging). `traceml report --lines` shows the functions that it called."
         )
 
     return (

@@ -44,6 +44,17 @@ def test_a_trainer_whose_optimizer_is_not_known() -> None:
     assert "line" not in finding.evidence
 
 
+def test_the_loop_is_said_to_be_inside_the_call_of_a_trainer() -> None:
+    """The script's author has no loop to look at."""
+    spread = [seen("other", 12, 5, f"/lib/skorch/net.py:{number} f{number}") for number in range(8)]
+    of_trainer = residual(*spread, seen("forward", 12, 15), *TRAINER)
+    of_loop = residual(*spread, seen("forward", 12, 15), *LOOP)
+
+    assert "The training loop is inside train.py:12" in of_trainer.next
+    assert "line" not in of_trainer.evidence
+    assert "inside" not in of_loop.next
+
+
 def test_a_line_of_the_loop_is_blamed() -> None:
     """Also where the loss, and its backward pass, are in the same line: the optimizer steps in another."""
     rest = [seen("forward", 12, 15), seen("backward", 12, 20), seen("optimizer", 13, 20)]

@@ -12,7 +12,7 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, clearing_share, iterator_share, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
+from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import (
@@ -116,6 +116,11 @@ class _PhaseCost:
         """Return the library function that most of it is spent in, where the user's code only calls a trainer."""
         line = blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
         return None if line is None else main_library(facts.lines, self.part, line)
+
+    def trainer(self, facts: JobFacts) -> BlamedLine | None:
+        """Return the line that calls a trainer, where most of it is spent in there."""
+        line = blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
+        return line if line is not None and calls_trainer(facts.lines, line) else None
 
     @property
     def _phase_share(self) -> float:
@@ -226,7 +231,8 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
 
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             has_forward = part == "other" and _is_without_forward(segments)
-            text = advice.for_residual(part, line, facts, library, has_forward=has_forward)
+            trainer = cost.trainer(facts) if library is None else None
+            text = advice.for_residual(part, line, facts, library, has_forward=has_forward, trainer=trainer)
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line)))
 
     return found
