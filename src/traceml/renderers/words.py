@@ -24,7 +24,7 @@ __all__ = ["cost_text", "end_of_rank", "gain_sentence", "goodput_text", "restart
 
 _ERROR_CHARS = 100
 _SHOWN_RESTARTS = 3
-_SHOWN_CALLS, _LEAST_CALL = 3, 0.01
+_SHOWN_CALLS, _MIN_CALL = 3, 0.01
 
 
 def end_of_rank(rank: RankSection) -> str | None:
@@ -120,6 +120,6 @@ def shown_calls(line: LineShare) -> Iterator[tuple[str, str]]:
     There is no share where one function has all of the line.
     """
     for call in line.calls[:_SHOWN_CALLS]:
-        if call.share >= _LEAST_CALL:
+        if call.share >= _MIN_CALL:
             share = "" if call.share > 0.99 * line.share else f"{percent_text(call.share)} "
             yield share, library_text(call.library)
