@@ -14,7 +14,7 @@ from packaging.utils import parse_sdist_filename, parse_wheel_filename
 
 __all__ = ["refusals"]
 
-_MOST_BYTES = 100 << 20  # the registry's limit for a file
+_MAX_BYTES = 100 << 20  # the registry's limit for a file
 _PORTABLE = re.compile(r"any|(manylinux|musllinux)_\d+_\d+_\w+|manylinux(1|2010|2014)_\w+")
 _LIBRARY = re.compile(r"\.so(\.\d+)*$")
 _TOOLS = re.compile(r"(^|/)(__pycache__|\.venv|\.git|build|dist|traceml_runs)/")
@@ -37,7 +37,7 @@ def refusals(path: Path) -> list[str]:
     names = _names(path)
     text = _metadata(path)
     size = path.stat().st_size
-    found = [f"has {size} bytes; a registry takes {_MOST_BYTES}"] if size > _MOST_BYTES else []
+    found = [f"has {size} bytes; a registry takes {_MAX_BYTES}"] if size > _MAX_BYTES else []
     found += _of_metadata(text)
     found += _of_wheel(path, names) if is_wheel else _of_sdist(path, names)
     return [*found, *(f"contains {name}" for name in sorted(names) if _TOOLS.search(name))]

@@ -128,7 +128,7 @@ class RunView:
 
     @property
     def shared_data(self) -> str | None:
-        """How many ranks have batches of their own, in words, where others have the same ones or none; else None."""
+        """Number of ranks with batches of their own, in words, where others have the same ones or none; else None."""
         counted = self.steps.data_ranks
         known = self.data_rates and counted < len(self.ranks)
         return f"own batches on {counted:,} of {plural(len(self.ranks), 'rank')}" if known else None
