@@ -259,7 +259,7 @@ _TUTORIALS = (
     _game("reinforce", "RESIDUAL_HEAVY", phase="other", function="Game.simulate", steps=60),
     _game("dqn", "RESIDUAL_HEAVY", phase="other", function="Game.simulate", steps=297),
     _game("cleanrl_ppo", "RESIDUAL_HEAVY", function="Game.simulate", steps=160, never=frozenset({"JITTER"})),
-    _tutorial("style_transfer", steps=60),
+    _tutorial("style_transfer", *QUIET, "RESIDUAL_HEAVY", steps=60),  # the loss, in a closure
     _tutorial("deep_dream", steps=200),
     _tutorial("adversarial", steps=200),
     _tutorial("functional", steps=200),
