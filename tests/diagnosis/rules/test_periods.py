@@ -91,6 +91,14 @@ def test_all_that_is_long_in_these_steps_is_one_finding():
     assert found[0].cost_share == pytest.approx(500 / 28 / (14.1 + 500 / 28), rel=0.15)
 
 
+def test_a_small_part_of_all_of_these_steps_is_no_jitter():
+    """Stable-baselines3's rollouts: the environment takes 1,190 ms, and the model that is called for it 226 ms."""
+    found = findings(ALONE, adds("other", 1190, every=16), adds("forward", 226, every=16))
+
+    assert [(each.kind, each.phase) for each in found] == [(Kind.RESIDUAL_HEAVY, "other")]
+    assert found[0].cost_share == pytest.approx(1416 / 16 / (14.1 + 1416 / 16), rel=0.05)
+
+
 def test_what_is_long_in_some_of_these_steps_is_not_joined():
     """A part that is long by chance in a few of them costs what it costs."""
     found = findings(ALONE, adds("forward", 300, every=28), adds("other", 200, every=112))

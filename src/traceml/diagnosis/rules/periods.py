@@ -34,6 +34,8 @@ MAX_OF_ONE = 0.5
 """A single step with more than this share of the long steps' excess is not one of many."""
 JOINT_SHARE = 0.2
 """A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
+JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
+"""Or if it takes this many times longer than usual in this share of them, as the model's forward in rollouts."""
 IN_A_ROW_SHARE = 1 / 3
 """Steps that come directly after another long one are at most this many of them."""
 
@@ -115,10 +117,24 @@ def _of_part(segments: Segments, every: int, columns: NDArray[np.intp]) -> _Peri
         return None
 
     least_ns = JOINT_SHARE * float(np.median(excess[part]))  # by the median: some are long in these steps by chance
-    joint = [name for name in UNNAMED if name in excess and float(np.median(excess[name])) >= least_ns]
+    joint = [
+        name
+        for name in UNNAMED
+        if name in excess
+        and (
+            float(np.median(excess[name])) >= least_ns
+            or _is_always_long(segments.parts[name], excess[name], least_ns / JOINT_FACTOR)
+        )
+    ]
     removed = {name: _without_excess(segments.parts[name], columns) for name in {part, *joint}}
     saved = saved_ns(segments, {part: removed[part]})
     return _Period(every, columns, part, removed, saved if len(removed) == 1 else saved_ns(segments, removed), saved)
+
+
+def _is_always_long(values: Floats, excess: Floats, least_ns: float) -> bool:
+    """Return whether a part takes at least this long, and far longer than usual, in nearly all long steps."""
+    usual_ns = float(np.median(values.max(axis=0)))
+    return float(np.quantile(excess, 1.0 - JOINT_STEPS)) >= max((JOINT_FACTOR - 1.0) * usual_ns, least_ns)
 
 
 def _without_excess(values: Floats, columns: NDArray[np.intp]) -> Floats:
