@@ -156,3 +156,12 @@ def test_the_loader_whose_data_set_takes_the_time_is_told(function: str, dataset
 
     advice = next(each.next for each in found if each.kind is Kind.INPUT_BOUND)
     assert advice.startswith(f"{dataset} is read by the training process itself")
+
+
+@pytest.mark.parametrize(("dataset", "name"), [("Views", "Views"), ("list", "The dataset"), (None, "The dataset")])
+def test_a_plain_list_is_no_name_of_a_data_set(dataset: str | None, name: str) -> None:
+    """PyTorch Geometric's loaders are given one: 'list is read by the training process itself'."""
+    facts = JobFacts(loader=LoaderFacts(dataset=dataset, length=3200, num_workers=0, batch_size=64))
+    found = diagnose(window_of(ALONE, adds("input_wait", 30)), facts)
+
+    assert next(each.next for each in found if each.kind is Kind.INPUT_BOUND).startswith(f"{name} is read by")

@@ -28,6 +28,7 @@ WORTHWHILE = 1.05
 COMPUTES = 0.5
 """A training process that waits for its workers computes for a smaller share of the time."""
 _PART = "input_wait"
+_CONTAINERS = ("list", "tuple", "dict", "range")
 _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of single samples
 
 
@@ -156,8 +157,8 @@ def _whole_batches(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
     gain = pipeline.gain_with(_WHOLE_BATCH, workers=0)
     instead = "use no workers, which add copies, and " if loader.num_workers else ""
     return Advised(
-        f"{_data(loader)} is in memory: {instead}take whole batches by indexing its tensors (data[indices]) instead of "
-        f"collating single samples; {gain_text(gain, 'about')}.",
+        f"{_data(loader, begins=True)} is in memory: {instead}take whole batches by indexing its tensors "
+        f"(data[indices]) instead of collating single samples; {gain_text(gain, 'about')}.",
         gain,
         0 if loader.num_workers else None,
     )
@@ -173,7 +174,7 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
         f"{pipeline.workers} worker{'s' if pipeline.workers > 1 else ''} do{'' if pipeline.workers > 1 else 'es'} not "
         "keep up"
         if pipeline.workers
-        else f"{_data(loader)} is read by the training process itself ({loader.option('num_workers')}=0)"
+        else f"{_data(loader, begins=True)} is read by the training process itself ({loader.option('num_workers')}=0)"
     )
     setting = f"{loader.option('num_workers')}={workers}{_kept(facts)}"
     text = f"{before}: set {setting}; {gain_text(gain, 'about')}{cores}."
@@ -237,8 +238,17 @@ def _kept(facts: JobFacts) -> str:
     return "" if keeping is None else f" and {keeping.setting}"
 
 
-def _data(loader: LoaderFacts) -> str:
-    return loader.dataset or "the dataset"
+def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
+    """Return the name of the data set's class; that of a plain container says nothing.
+
+    Args:
+        loader: its loader.
+        begins: whether a sentence begins with it.
+    """
+    if loader.dataset and loader.dataset not in _CONTAINERS:
+        return loader.dataset
+
+    return "The dataset" if begins else "the dataset"
 
 
 def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> Advised | None:
