@@ -114,13 +114,17 @@ class _PhaseCost:
 
     def library(self, facts: JobFacts) -> str | None:
         """Return the library function that most of it is spent in, where the user's code only calls a trainer."""
-        line = blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
+        line = self._sampled_line(facts)
         return None if line is None else main_library(facts.lines, self.part, line)
 
     def trainer(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line that calls a trainer, where most of it is spent in there."""
-        line = blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
+        line = self._sampled_line(facts)
         return line if line is not None and calls_trainer(facts.lines, line) else None
+
+    def _sampled_line(self, facts: JobFacts) -> BlamedLine | None:
+        """Return the line that most of it is spent in, also if it only calls a trainer."""
+        return blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
 
     @property
     def _phase_share(self) -> float:
