@@ -301,6 +301,31 @@ def test_a_closure_is_no_optimizer_time(traced: Traced, by_name: bool) -> None:
         assert min(step["forward_ns"], step["backward_ns"]) > 0
 
 
+def test_a_step_that_ends_in_a_closure_has_the_optimizer_s_time_before(traced: Traced) -> None:
+    """A loader asked in the closure closes the step: what the next optimizer step did until then is the closed one's."""
+
+    class Slow(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            time.sleep(0.02)
+            return super().step(closure)
+
+    model = net()
+    optimizer = Slow(model.parameters(), 0.1)
+    batches = iter(data(10))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(next(batches)[0]).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(10):
+        optimizer.step(closure)
+
+    steps = traced.finish()  # which checks that no time is below 0
+    assert sum(step["optimizer_ns"] for step in steps) >= 8 * 20e6
+
+
 @pytest.mark.parametrize("clip", [clip_norm, clip_value])
 def test_clipping_is_optimizer_time(traced: Traced, clip: Callable[[nn.Module], None]) -> None:
     """What is done to the gradients before the update belongs to the update."""

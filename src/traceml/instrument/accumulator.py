@@ -297,24 +297,28 @@ class StepAccumulator:
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
 
-    def interrupt(self, phase: int) -> int | None:
-        """Begin code of the training loop inside a phase, as an optimizer's closure; return a value for `resume`."""
+    def interrupt(self, phase: int, began: Began) -> bool:
+        """Begin code of the training loop inside a phase, as an optimizer's closure; return whether to `resume` it.
+
+        The phase has its time so far now: a loader may close the step in the closure.
+        """
         try:
             if self.current != phase or self.thread != get_ident():
-                return None
+                return False
 
+            self.add(phase, monotonic_ns() - began[1])
             self.current = OTHER
             self.open_slots[phase] = 0
-            return monotonic_ns()
+            return True
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
-            return None
+            return False
 
-    def resume(self, phase: int, interrupted: int) -> None:
-        """Go on with the phase: the time since then is not its own."""
+    def resume(self, phase: int, began: Began) -> None:
+        """Go on with the phase, whose end will add all time since it began: take off what passed until now."""
         try:
             now = monotonic_ns()
-            self.add(phase, interrupted - now)
+            self.add(phase, began[1] - now)
             self.current = phase
             self.open_slots[phase] = now
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it

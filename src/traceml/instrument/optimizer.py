@@ -191,7 +191,7 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, a
     failed = True
     closure = args[0] if args else kwargs.get("closure")
     if callable(closure):
-        apart = _apart(closure, clock)
+        apart = _apart(closure, clock, began)
         args, kwargs = ((apart, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": apart})
 
     try:
@@ -205,16 +205,16 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, a
 
 
 @uncounted
-def _apart(closure: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
+def _apart(closure: Callable[..., Any], clock: StepClock, began: Began) -> Callable[..., Any]:
     """Return a function that calls a closure, whose time is not the optimizer's."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        interrupted = clock.interrupt(_OPTIMIZER)
+        interrupted = clock.interrupt(_OPTIMIZER, began)
         try:
             return closure(*args, **kwargs)
         finally:
-            if interrupted is not None:
-                clock.resume(_OPTIMIZER, interrupted)
+            if interrupted:
+                clock.resume(_OPTIMIZER, began)
 
     return call
 
