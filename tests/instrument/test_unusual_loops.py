@@ -301,8 +301,32 @@ def test_a_closure_is_no_optimizer_time(traced: Traced, by_name: bool) -> None:
         assert min(step["forward_ns"], step["backward_ns"]) > 0
 
 
+@pytest.mark.parametrize("fetches", [False, True])
+def test_a_repeated_closure_trains_on_the_same_data(traced: Traced, fetches: bool) -> None:
+    """L-BFGS calls its closure many times in a step. One that takes a batch each time trains on more."""
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, tolerance_grad=0, tolerance_change=0)
+    batches = iter(data(100))
+    calls = 0
+
+    def closure() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss = model(next(batches)[0] if fetches else X).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+
+    steps = traced.finish()
+    assert len(steps) == 5 < calls
+    assert sum(step["samples"] for step in steps) == (calls if fetches else 5) * len(X)
+
+
 def test_a_step_that_ends_in_a_closure_has_the_optimizer_s_time_before(traced: Traced) -> None:
-    """A loader asked in the closure closes the step: what the next optimizer step did until then is the closed one's."""
+    """A loader asked in the closure closes the step: it has the next optimizer step until then."""
 
     class Slow(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:

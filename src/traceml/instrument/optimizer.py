@@ -206,14 +206,21 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, a
 
 @uncounted
 def _apart(closure: Callable[..., Any], clock: StepClock, began: Began) -> Callable[..., Any]:
-    """Return a function that calls a closure, whose time is not the optimizer's."""
+    """Return a function that calls a closure, whose time is not the optimizer's.
+
+    L-BFGS calls it up to 20 times in a step: all but the first repeat the same data, unless they take a batch.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         interrupted = clock.interrupt(_OPTIMIZER, began)
+        batches, *data = clock.batches, clock.backwards, clock.samples, clock.elements
         try:
             return closure(*args, **kwargs)
         finally:
             if interrupted:
+                if data[0] and clock.batches == batches:
+                    clock.backwards, clock.samples, clock.elements = data
+
                 clock.resume(_OPTIMIZER, began)
 
     return call
