@@ -183,7 +183,9 @@ def signal_in_collection(watch, monkeypatch) -> Callable[[], None]:
         raise Stop
 
     before = signal.signal(signal.SIGUSR1, handle)
+    gc.disable()  # while another thread collects, `gc.collect` does nothing
     yield lambda: gc.callbacks.insert(0, callback)
+    gc.enable()
     signal.signal(signal.SIGUSR1, before)
 
 
