@@ -306,7 +306,7 @@ class Compiled(IntEnum):
     FIRST = 0  # the first of its function
     AGAIN = 1  # no version of the function fitted its inputs
     LIMIT = 2  # none fitted, and there are as many versions as torch allows: the call ran uncompiled
-    REST = 3  # backward pass of one that was recompiled
+    BACKWARD = 3  # backward pass of one that was recompiled
 
 
 def _q(name: str, doc: str) -> Column:

@@ -1,7 +1,7 @@
 """Timing of backward passes, and of the part until the last local gradient.
 
 `Tensor.backward` calls `torch.autograd.backward`, so one patch covers both. `torch.autograd.grad` is a backward pass of
-the training if it computes gradients of parameters, and not their graph, as an inner loop does. `torch.func.grad`
+the training if it differentiates parameters with `create_graph=False`; inner loops set it to True. `torch.func.grad`
 calls it too.
 
 Under DDP all ranks leave backward together, so its wall time says nothing about a rank's own work. A hook on the loss
@@ -114,7 +114,7 @@ def _timed_grad(original: Callable[..., Any], clock: StepClock, read_loss: Calla
         if _differentiates_parameters(clock, inputs, kwargs):
             return _slow_path(original, clock, read_loss, outputs, (inputs, *args), kwargs)
 
-        if _is_of_transform(clock, inputs):  # its tensors are wrappers: nothing is read of them or hooked
+        if _is_functorch_gradient(clock, inputs):  # its tensors are wrappers: nothing is read of them or hooked
             return _slow_path(lambda _: original(outputs, inputs, *args, **kwargs), clock, _read_nothing, (), (), {})
 
         began = clock.enter(_BACKWARD)  # a penalty or an inner loop: a part of the step
@@ -140,7 +140,7 @@ def _differentiates_parameters(clock: StepClock, inputs: Any, options: dict[str,
         return False
 
 
-def _is_of_transform(clock: StepClock, inputs: Any) -> bool:
+def _is_functorch_gradient(clock: StepClock, inputs: Any) -> bool:
     """Whether these are gradients by `torch.func.grad` of several tensors, as of a training's parameters.
 
     Not those of a transform inside another one, nor those of an inner loop, which `backward` goes through.
@@ -237,9 +237,7 @@ def _measure_own(clock: StepClock, tensors: Any, start: int) -> Any:
             if clock.device is not None:
                 clock.device.mark_own()
 
-            if (
-                clock.is_training_thread()
-            ):  # for another device, a thread of the engine runs it: CPU time says nothing then
+            if clock.is_training_thread():  # with a GPU, a thread of autograd runs this: host time says nothing then
                 clock.own += monotonic_ns() - start + clock.backward_ns - before_ns
                 clock.flags |= _CALLBACK
                 clock.dirty = True

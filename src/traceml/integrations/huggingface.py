@@ -30,7 +30,7 @@ def _nothing(
 class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
     """Traces each `train()` and shows the verdict at its end, on rank 0.
 
-    Where tracing already runs, by `traceml.init()` or `traceml run`, that recorder continues and shows its own.
+    Where tracing already runs, by `traceml.init()` or `traceml run`, that recorder stays, and prints its own verdict.
 
     Args:
         report: show the verdict.

@@ -12,7 +12,7 @@ from traceml.samplers.nvml import NvmlDevice
 __all__ = ["DeviceHealth", "HealthWatch", "NvmlHealth"]
 
 _CLOCK_SM = 1
-_UNCORRECTED, _SINCE_BOOT = 1, 0  # kinds of memory errors, and of their counters
+_UNCORRECTED, _VOLATILE = 1, 0  # kinds of memory errors, and of their counters
 _XID_EVENTS = 0x8
 _UNKNOWN = -1
 _MAX_EVENTS = 16
@@ -24,7 +24,7 @@ class DeviceHealth(NamedTuple):
     """Counters of a device; -1 where it does not offer one.
 
     Attributes:
-        ecc_errors: memory errors since the boot that ECC could not correct.
+        ecc_errors: memory errors since the driver was loaded that ECC could not correct.
         remap_pending: 1 if memory waits for the next reset to be replaced, else 0.
         remap_failed: 1 if there was no spare memory to replace it, else 0.
         max_clock_mhz: highest clock of the SMs.
@@ -56,7 +56,7 @@ class _FabricInfo(ctypes.Structure):
 
 
 class NvmlHealth:
-    """Calls of NVML about faults; those that the driver or the device lacks give nothing.
+    """Faults that NVML reports; a query that the driver or the device lacks returns unknown values.
 
     Args:
         library: the loaded libnvidia-ml.
@@ -80,7 +80,7 @@ class NvmlHealth:
         errors, clock = ctypes.c_ulonglong(), ctypes.c_uint()
         corrected, uncorrected, pending, failed = (ctypes.c_uint() for _ in range(4))
         has_errors = self._call(
-            "nvmlDeviceGetTotalEccErrors", device.handle, ctypes.c_uint(_UNCORRECTED), ctypes.c_uint(_SINCE_BOOT),
+            "nvmlDeviceGetTotalEccErrors", device.handle, ctypes.c_uint(_UNCORRECTED), ctypes.c_uint(_VOLATILE),
             ctypes.byref(errors),
         )  # fmt: skip
         has_rows = self._call(
@@ -106,7 +106,7 @@ class NvmlHealth:
         return f"{bytes(fabric.cluster).hex()}.{fabric.clique}"
 
     def xids(self) -> Iterable[tuple[int, int]]:
-        """Yield (NVML's number of the device, XID) of the events since the last call, at most some of them."""
+        """Yield (NVML's number of the device, XID) of the events since the last call, at most 16."""
         event = _EventData()
         for _ in range(_MAX_EVENTS if self._events is not None else 0):
             if not self._call("nvmlEventSetWait_v2", self._events, ctypes.byref(event), ctypes.c_uint(0)):

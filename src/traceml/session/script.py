@@ -24,7 +24,7 @@ from traceml.session.startup import start_for_script
 __all__ = ["main"]
 
 _PR_SET_PDEATHSIG = 1
-_FRAMES = Path(__file__).parent  # frames of files in this folder are not shown
+_OWN_FOLDER = Path(__file__).parent  # tracebacks leave out its files
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def _execute(program: _Program) -> None:
         __cached__=program.spec.cached if program.spec is not None else None,
         __annotations__={},
     )
-    _stage.append(sys.modules["__main__"])
+    _earlier_main.append(sys.modules["__main__"])
     sys.modules["__main__"] = module
     if "__mp_main__" in sys.modules:  # its name in spawned processes, if multiprocessing was imported before
         sys.modules["__mp_main__"] = module
@@ -102,7 +102,7 @@ def _execute(program: _Program) -> None:
     exec(program.code, names)  # noqa: S102 - the purpose of this module
 
 
-_stage: list[ModuleType] = []  # the previous `__main__`: still running, so it must not be cleared
+_earlier_main: list[ModuleType] = []  # the previous `__main__`: still running, so it must not be cleared
 
 
 def _raise_interrupts() -> None:
@@ -128,11 +128,10 @@ def _end_with_torchrun() -> None:
 
 
 def _find_script(name: str) -> _Program:
-    path = (
-        name if name.startswith(os.sep) else f"{Path.cwd()}{os.sep}{name}"
-    )  # not normalized, as in python's tracebacks
+    # Not normalized, as in Python's tracebacks.
+    path = name if name.startswith(os.sep) else f"{Path.cwd()}{os.sep}{name}"
     if Path(path).is_dir() or (Path(path).is_file() and _is_archive(path)):
-        return _find_in_container(name, path)
+        return _find_in_folder_or_zip(name, path)
 
     try:
         with io.open_code(path) as file:
@@ -162,7 +161,7 @@ def _is_archive(path: str) -> bool:
     return True
 
 
-def _find_in_container(name: str, path: str) -> _Program:
+def _find_in_folder_or_zip(name: str, path: str) -> _Program:
     """Find `__main__` in a folder or a zip file."""
     sys.path.insert(0, path)
     spec = PathFinder.find_spec("__main__", [path])
@@ -255,7 +254,7 @@ def _show(error: BaseException) -> None:
 
 
 def _without_ours(trace: TracebackType | None) -> TracebackType | None:
-    while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _FRAMES:
+    while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _OWN_FOLDER:
         trace = trace.tb_next
 
     return trace

@@ -106,7 +106,7 @@ def test_the_line_of_that_step_is_named(pause_ms, named):
     (found, *_) = diagnose(window_of(job, adds("forward", pause_ms, every=job.steps)), JobFacts(lines=seen))
 
     assert "One step took" in found.summary
-    assert ("of these, mostly in train.py:9 Net.forward." in found.summary) == named
+    assert ("times the mean of the others, mostly in train.py:9 Net.forward." in found.summary) == named
 
 
 def test_the_line_of_that_step_is_to_be_looked_at():
@@ -124,7 +124,7 @@ def test_the_part_of_a_long_step_is_named():
     (found, *_) = diagnose(window, JobFacts())
 
     assert found.kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
-    assert "of these, mostly in checkpoint saving." in found.summary
+    assert "times the mean of the others, mostly in checkpoint saving." in found.summary
 
 
 def test_a_short_pause_is_not_reported():

@@ -78,7 +78,7 @@ def test_a_rank_that_could_not_answer_says_why() -> None:
     text = stacks_text([holds, waits, stopped])
 
     assert "holds the GIL in C code, computing\n" in text
-    assert "holds the GIL in C code, waiting\n  waits on stderr\n" in text
+    assert "holds the GIL in C code, waiting\n  blocked on stderr\n" in text
     assert "stopped by a signal\n  no Python stack" in text
 
 

@@ -165,7 +165,7 @@ def test_facts_tell_of_damage(tmp_path, events):
 
 def test_wrong_calls(opened, tmp_path):
     """Unknown fields and measures are refused at once; the error lists the known ones."""
-    with pytest.raises(UsageError, match="There are name"):
+    with pytest.raises(UsageError, match="Fields: name"):
         opened.group_by("nam")
 
     with pytest.raises(UsageError, match="There are count"):

@@ -319,11 +319,11 @@ def test_answer_is_kept_until_the_file_changes(tmp_path, events, monkeypatch):
     ("query", "words"),
     [
         ({"by": "nam"}, "Did you mean name"),
-        ({"by": ""}, "There are name, cat"),
+        ({"by": ""}, "Fields: name, cat"),
         ({"where": "cat"}, "one of != <= >= = < > ~ or IN (...) is expected at character 4"),
         ({"where": "cat=POSIX,,"}, "a field is expected at character 11"),
         ({"where": "dur>much"}, "compared with a number"),
-        ({"where": "size>1"}, "There are name"),
+        ({"where": "size>1"}, "Fields: name"),
         ({"by": "args.nothing"}, "There are args.mode, args.size"),
         ({"where": "args.nothing=1"}, "There are args.mode, args.size"),
     ],

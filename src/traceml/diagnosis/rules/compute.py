@@ -13,7 +13,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.compute_advice import WITHOUT_ANOMALIES, for_compute
 from traceml.diagnosis.rules.jitter import LINE_SHARE
-from traceml.diagnosis.rules.outside_steps import covered
+from traceml.diagnosis.rules.outside_steps import uncovered_time_text
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import count_text, ns_text, percent_text, phase_words
 
@@ -23,14 +23,14 @@ COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
 
 SHORT_STEP_NS = 2e6
-"""In a shorter step no part can cost the millisecond from which it is reported and leave room for another."""
+"""In a shorter step, a part that costs the millisecond from which it is reported takes at least half."""
 SHORT_LOOP_SHARE = 0.25
 """Such a step is too short to judge if this share of it is not computation."""
 
 _PAUSE_NS, _PAUSE_SHARE = 5e9, 0.25
 """A single step is reported from this time on, if it is this share of all steps."""
 _PAUSE_PART = 0.7
-"""Without a line, the part that it was in is named from this share of it."""
+"""If no line is known, the part of the step is named if it took at least this share of it."""
 _FIND_PAUSE = "Find out what the long step did: `traceml report --lines` shows the lines in which it was seen."
 
 _WAITING = "waiting for other ranks"
@@ -59,7 +59,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     return Finding(
         kind=Kind.HEALTHY,
         severity=Kind.HEALTHY.severity_for(0.0),
-        summary=summary + covered(facts.time),
+        summary=summary + uncovered_time_text(facts.time),
         next=action,
         evidence=evidence,
     )
@@ -94,7 +94,7 @@ def _pause(segments: Segments, facts: JobFacts, step: float) -> tuple[str, str]:
     mostly = f", mostly in {where}" if where else ""
     action = f"Find out what {line.place} did in that step, and whether it needs to." if line else _FIND_PAUSE
     return (
-        f" One step took {ns_text(longest)}, as long as {count_text(round(longest / step))} of these{mostly}.",
+        f" One step took {ns_text(longest)}, {count_text(round(longest / step))} times the mean of the others{mostly}.",
         action,
     )
 
@@ -140,7 +140,7 @@ def _compute_bound(
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
             f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})"
             f"{_heaviest_code(facts, means.get('forward', 0.0) / step)}."
-            f"{_pause(segments, facts, step)[0]}{covered(facts.time)}"
+            f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts.time)}"
         ),
         next=for_compute(heaviest, facts, device=segments.device),
         evidence=evidence,

@@ -15,7 +15,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import is_grouped
 from traceml.formatting import count_text, duration_text, part_words, percent_text, ranks_text
 
-__all__ = ["covered", "outside_steps"]
+__all__ = ["outside_steps", "uncovered_time_text"]
 
 STARTUP_S = 5.0
 """A shorter start-up is not reported."""
@@ -216,7 +216,7 @@ def _evaluation(
     )
 
 
-def covered(time: RunTime | None) -> str:
+def uncovered_time_text(time: RunTime | None) -> str:
     """Return the sentence on what a verdict about steps does not cover; empty where steps are nearly all of the run."""
     if time is None or time.is_steps:
         return ""

@@ -57,7 +57,7 @@ class CompareSource:
 
     def read(self) -> CompareState | None:
         """Return the current comparison; None when no run has changed."""
-        changed = [written.changed() for written in self._written]
+        changed = [written.take_change() for written in self._written]
         if not any(changed):
             return None
 

@@ -44,7 +44,7 @@ class RunState:
         view: the report so far; None before there is one.
         events: events of the run, oldest first.
         logs: ends of the files in its `logs`.
-        silent_s: seconds without new data of a running run; None for a short silence.
+        silent_s: seconds since a running run wrote data, from 5 on; None before.
         watched: whether the aggregator that writes it is alive, as far as is known.
         charts: the charts.
         about: parameters, source, environment, machine.
@@ -117,7 +117,7 @@ class RunSource:
             self._state = self._read_state()
         except (StoreError, OSError) as error:
             self.close()
-            self._state = self._changed(problem=str(error))
+            self._state = self._with(problem=str(error))
 
         published, self._published = self._published, True
         return None if published and self._state is before else self._state
@@ -147,25 +147,25 @@ class RunSource:
         if changed:
             self._changed_s = self._clock()
 
-        if changed or fresh or self._state.problem or not self._complete or self._written.changed():
+        if changed or fresh or self._state.problem or not self._complete or self._written.take_change():
             self._complete = self._live.ended
-            return self._whole(self._live)
+            return self._full_state(self._live)
 
-        return self._aged(self._live)
+        return self._with_silence(self._live)
 
     def _without_store(self) -> RunState:
         self.close()
         if not self._path.is_dir():
             gone = self._state.view is not None
             problem = "The folder of this run was removed while it was shown." if gone else ""
-            return self._changed(exists=gone, problem=problem)
+            return self._with(exists=gone, problem=problem)
 
         if self._inode >= 0:
-            return self._changed(problem="The store of this run was removed while it was shown.")
+            return self._with(problem="The store of this run was removed while it was shown.")
 
         report = _written_report(self._path)
         if report is None:
-            return self._changed(exists=True, problem="")
+            return self._with(exists=True, problem="")
 
         view = run_view(report)
         if view == self._state.view:
@@ -174,13 +174,13 @@ class RunSource:
         problem = "The store of this run is gone; this page shows its report."
         charts, labels = self._charts(view, None), read_labels(self._path)
         about = about_report(report)
-        return self._changed(exists=True, problem=problem, view=view, charts=charts, labels=labels, about=about)
+        return self._with(exists=True, problem=problem, view=view, charts=charts, labels=labels, about=about)
 
-    def _changed(self, **values: Any) -> RunState:
+    def _with(self, **values: Any) -> RunState:
         state = replace(self._state, **values)
         return self._state if state == self._state else state
 
-    def _whole(self, live: LiveRun) -> RunState:
+    def _full_state(self, live: LiveRun) -> RunState:
         report = (_written_report(self._path) or build_report(self._path)) if live.ended else live.report()
         view, series = run_view(report), live.series()
         return RunState(
@@ -203,7 +203,7 @@ class RunSource:
 
         return charts
 
-    def _aged(self, live: LiveRun) -> RunState:
+    def _with_silence(self, live: LiveRun) -> RunState:
         """Return the state with the length of the silence, the only thing that changes in a silent run."""
         silent_s = self._silent(live)
         if silent_s is None:
@@ -212,7 +212,7 @@ class RunSource:
         if silent_s - (self._state.silent_s or 0.0) < 1.0:
             return self._state
 
-        return replace(self._whole(live), silent_s=silent_s)
+        return replace(self._full_state(live), silent_s=silent_s)
 
     def _silent(self, live: LiveRun) -> float | None:
         silent_s = self._clock() - self._changed_s
@@ -290,7 +290,7 @@ class RunFileTimes:
         """Return the seconds since the last write."""
         return max(0.0, time.time() - self.newest())
 
-    def changed(self) -> bool:
+    def take_change(self) -> bool:
         """Return whether something was written since the last call, labels of people included."""
         newest = self.newest() + labels_time(self._run_dir)
         changed, self._seen = newest != self._seen, newest

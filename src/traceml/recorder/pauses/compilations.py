@@ -1,4 +1,4 @@
-"""Compilations by torch.compile, read from dynamo's own records: they cost the training nothing."""
+"""Compilations by torch.compile, as dynamo records them; reading the records costs the training nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Compilation(NamedTuple):
         ns: its wall time.
         detail: why it was compiled.
         place: the function, `FILE:LINE FUNCTION`; empty where it is not known.
-        guard: the condition of the code compiled before that was not met; empty for the first.
+        guard: the guard of the code compiled before that failed; empty for the first compilation.
     """
 
     end_us: int
@@ -47,7 +47,7 @@ class CompilationReader:
         self._modules = sys.modules if modules is None else modules
         self._last: Any = None
         self._places: dict[str, str] = {}  # by number of the function
-        self._again: set[str] = set()  # numbers of compilations that were not the first of their function
+        self._recompiled: set[str] = set()  # numbers of compilations that were not the first of their function
 
     def take(self) -> list[Compilation]:
         """Return the compilations since the last call."""
@@ -89,11 +89,11 @@ class CompilationReader:
         if "recompile limit" in str(getattr(record, "fail_reason", None) or ""):
             return Compiled.LIMIT
 
-        if number in self._again:
-            return Compiled.REST
+        if number in self._recompiled:
+            return Compiled.BACKWARD
 
-        if guard and len(self._again) < _MAX_FRAMES:
-            self._again.add(number)
+        if guard and len(self._recompiled) < _MAX_FRAMES:
+            self._recompiled.add(number)
 
         return Compiled.AGAIN if guard else Compiled.FIRST
 

@@ -59,7 +59,7 @@ def stacks_text(ranks: Sequence[RankStack], missing: Sequence[MissingRank] = ())
 
 
 def _key(snapshot: RankSnapshot) -> object:
-    """Return all that is said of a rank, but step and time: what is said of a group must be true of each."""
+    """Return everything printed about a rank except its step and time: a group prints it once for all its ranks."""
     stuck = [
         (worker.index, worker.pid, worker.frames) for worker in snapshot.workers if worker.waits_for_batch is not None
     ]
@@ -110,7 +110,7 @@ def _why_silent(snapshot: RankSnapshot) -> Iterable[str]:
         yield f"does not answer; {'it runs' if snapshot.process_state == 'R' else f'it sleeps in {snapshot.wchan}'}"
 
     if snapshot.waits_on:
-        yield f"waits on {snapshot.waits_on}"
+        yield f"blocked on {snapshot.waits_on}"
 
     if snapshot.blocker is not None:
         yield f"waits for process {snapshot.blocker.pid} ({snapshot.blocker.name})"

@@ -102,7 +102,7 @@ class AnyOf:
 
 @dataclass(frozen=True, slots=True)
 class Negation:
-    """A condition that must not hold. Events without the field pass if they do not pass the condition itself."""
+    """A condition that must not hold. An event without the field passes, unless the condition accepts it (`!=`)."""
 
     part: Expression
 
@@ -129,7 +129,7 @@ def parse_by(text: str) -> tuple[str, ...]:
     """
     fields = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not fields:
-        raise UsageError(f"by: no field in {text!r}. There are {all_fields()}")
+        raise UsageError(f"by: no field in {text!r}. Fields: {all_fields()}")
 
     for field in fields:
         check_field(field, "by")
@@ -149,7 +149,7 @@ def check_field(field: str, where: str, *, measures: bool = False) -> None:
 
     close = get_close_matches(field, known, n=1)
     meant = f" Did you mean {close[0]}?" if close else ""
-    raise UsageError(f"{where}: there is no field {field!r}.{meant} There are {all_fields(measures=measures)}")
+    raise UsageError(f"{where}: there is no field {field!r}.{meant} Fields: {all_fields(measures=measures)}")
 
 
 def all_fields(*, measures: bool = False) -> str:

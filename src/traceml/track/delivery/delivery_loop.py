@@ -250,7 +250,9 @@ class DeliveryLoop:
                 raise
             except Exception as error:  # noqa: BLE001 - see run()
                 failure = classify(error)
-                return self._refused(batch, failure) if failure.kind is FailureKind.REFUSED else self._again(error)
+                return (
+                    self._refused(batch, failure) if failure.kind is FailureKind.REFUSED else self._retry_or_exit(error)
+                )
 
         self._passed(batch, time.monotonic() - began_s)
         self._save()
@@ -324,7 +326,7 @@ class DeliveryLoop:
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
-    def _again(self, error: Exception, *, in_place: bool = True) -> int | None:
+    def _retry_or_exit(self, error: Exception, *, in_place: bool = True) -> int | None:
         """Record a failure; wait and return None when this process may try again, else return its exit status."""
         failure = classify(error)
         _log.warning("%s: %s", self._state.backend, failure.text, exc_info=_log.isEnabledFor(logging.DEBUG))
@@ -340,7 +342,7 @@ class DeliveryLoop:
 
     def _failed(self, error: Exception) -> int:
         """Record a failure outside of a batch; return the exit status."""
-        status = self._again(error, in_place=False)
+        status = self._retry_or_exit(error, in_place=False)
         return EXIT_AGAIN if status is None else status
 
     def _refused(self, batch: RecordBatch, failure: TrackerFailure) -> int | None:
