@@ -13,10 +13,10 @@ from types import ModuleType
 import pytest
 
 from tests.traces.fabricated import FORMS, brute_force, facts_of, make_events, members, read_all
-from traceml.traces.reader import chunk_source, compressed_chunks
+from traceml.traces.reader import compressed_chunks, gzip_source
 from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.chunk_source import open_source
-from traceml.traces.reader.salvage import MAGIC, new_inflater
+from traceml.traces.reader.gzip_salvage import MAGIC, new_inflater
 
 EVENTS = make_events(3000, 5, plain=True)
 TEXT = FORMS["lines"](EVENTS).encode()
@@ -39,7 +39,7 @@ def _member(text: bytes, *, extra: bytes = b"", name: bytes = b"", checked: bool
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few members make a chunk."""
-    monkeypatch.setattr(chunk_source, "_MEMBERS_BYTES", 2000)
+    monkeypatch.setattr(gzip_source, "_MEMBERS_BYTES", 2000)
 
 
 @pytest.mark.usefixtures("small")
@@ -61,7 +61,7 @@ def test_a_long_member_between_short_ones_comes_in_parts(
     """No member longer than the limit is held in memory as a whole."""
     monkeypatch.setattr(compressed_chunks, "MAX_TEXT_BYTES", limit)
     monkeypatch.setattr(compressed_chunks, "CHUNK_BYTES", 10_000)
-    monkeypatch.setattr(chunk_source, "_PART_BYTES", 5000)
+    monkeypatch.setattr(gzip_source, "_PART_BYTES", 5000)
     path, third = tmp_path / "trace", len(TEXT) // 3
     path.write_bytes(members(TEXT[:third], 3000) + gzip.compress(TEXT[third:-third]) + members(TEXT[-third:], 3000))
     found, reading = read_all(path, workers=3)
@@ -76,7 +76,7 @@ def test_a_member_that_was_cut_ends_where_the_next_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int, fed: int
 ) -> None:
     """A tracer was killed, and the next one appended to its file: nothing of the next is lost, no event is made up."""
-    monkeypatch.setattr(chunk_source, "_FED_BYTES", fed)
+    monkeypatch.setattr(gzip_source, "_FED_BYTES", fed)
     path = tmp_path / "trace"
     path.write_bytes(ONE + ONE[:-missing] + ONE)
     found, reading = read_all(path, workers=1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.traces.fabricated import FORMS, brute_force, frames, make_events, members, read_all
 from traceml.errors import TraceEmptyError
 from traceml.traces.native import library as native
-from traceml.traces.reader import chunk_source, compressed_chunks, native_scanner, zstd_source
+from traceml.traces.reader import chunk_source, compressed_chunks, gzip_source, native_scanner, zstd_source
 from traceml.traces.reader.columns import FLOAT, INTEGER, MISSING, TEXT, FileDamage, StringTable
 from traceml.traces.reader.native_scanner import NativeScanner, new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner
@@ -191,11 +191,11 @@ def _shrink_chunks(chance: random.Random, patch: pytest.MonkeyPatch) -> None:
     chunk_bytes = chance.choice([100, 300, 1000, 5000])
     patch.setattr(chunk_source, "CHUNK_BYTES", chunk_bytes)
     patch.setattr(compressed_chunks, "CHUNK_BYTES", chunk_bytes)
-    patch.setattr(chunk_source, "_MEMBERS_BYTES", chance.choice([1, 100, 2000]))
-    patch.setattr(chunk_source, "_MAX_MEMBERS_BYTES", chance.choice([1, 100, 10**6]))
+    patch.setattr(gzip_source, "_MEMBERS_BYTES", chance.choice([1, 100, 2000]))
+    patch.setattr(gzip_source, "_MAX_MEMBERS_BYTES", chance.choice([1, 100, 10**6]))
     patch.setattr(compressed_chunks, "MAX_TEXT_BYTES", chance.choice([500, 10**6]))
-    patch.setattr(chunk_source, "_PART_BYTES", chance.choice([50, 500]))
-    patch.setattr(chunk_source, "_FED_BYTES", chance.choice([40, 400]))
+    patch.setattr(gzip_source, "_PART_BYTES", chance.choice([50, 500]))
+    patch.setattr(gzip_source, "_FED_BYTES", chance.choice([40, 400]))
     for name, least in (("_FRAMES", 1), ("_MAX_FRAMES", 1), ("_PART", 50)):
         patch.setattr(zstd_source, f"{name}_BYTES", chance.choice([least, 10**6]))
 

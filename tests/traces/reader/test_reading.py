@@ -18,7 +18,7 @@ import pytest
 from tests.traces.fabricated import FORMS, brute_force, facts_of, frames, make_events, members, read_all
 from traceml.errors import TraceEmptyError, TraceMLError
 from traceml.traces.native import library as native
-from traceml.traces.reader import chunk_source, compressed_chunks, zstd_source
+from traceml.traces.reader import chunk_source, compressed_chunks, gzip_source, zstd_source
 from traceml.traces.reader.chunks import Chunk
 from traceml.traces.reader.columns import NO_TIME, StringTable
 from traceml.traces.reader.reading import read
@@ -41,9 +41,9 @@ def scanner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks so small that most events lie across the end of one."""
     monkeypatch.setattr(chunk_source, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(chunk_source, "_MEMBERS_BYTES", 300)
-    monkeypatch.setattr(chunk_source, "_PART_BYTES", 200)
-    monkeypatch.setattr(chunk_source, "_FED_BYTES", 100)
+    monkeypatch.setattr(gzip_source, "_MEMBERS_BYTES", 300)
+    monkeypatch.setattr(gzip_source, "_PART_BYTES", 200)
+    monkeypatch.setattr(gzip_source, "_FED_BYTES", 100)
     monkeypatch.setattr(compressed_chunks, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(zstd_source, "_FRAMES_BYTES", 300)
     monkeypatch.setattr(zstd_source, "_MAX_FRAMES_BYTES", 600)

@@ -19,9 +19,9 @@ from traceml.traces.reader.chunk_source import open_source
 from traceml.traces.reader.columns import EventBatch, FileDamage, StringTable, TraceFileFacts
 from traceml.traces.reader.event_rows import MICROSECONDS
 from traceml.traces.reader.formats import HeaderParser, TrailerParser, find_start, time_decimals
+from traceml.traces.reader.gzip_salvage import MAGIC
 from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner, Text
-from traceml.traces.reader.salvage import MAGIC
 from traceml.traces.reader.scan_result import ScanResult
 from traceml.traces.reader.trace_files import GZIP_MAGIC, is_zstd
 from traceml.traces.reader.zstd_source import frame_starts

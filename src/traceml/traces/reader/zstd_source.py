@@ -12,7 +12,7 @@ from typing import Any
 from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.columns import FileDamage
 from traceml.traces.reader.compressed_chunks import CompressedChunks, Inflater
-from traceml.traces.reader.salvage import read_at
+from traceml.traces.reader.gzip_salvage import read_at
 from traceml.traces.reader.trace_files import SKIPPABLE, ZSTD_MAGIC, is_zstd
 
 __all__ = ["ZstdChunks", "frame_end", "frame_starts"]
