@@ -40,7 +40,7 @@ from ingest import (
     wait_for,
 )
 from traceml.database.schema import HOST, PROCESS, STEPS, Table
-from traceml.database.store.codec import encode as compress
+from traceml.database.store.frame_compression import encode as compress
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
 from traceml.run_folder import STORE_NAME

@@ -19,7 +19,7 @@ from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_fold
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 
 KILLED = """
     import os, pathlib, time, traceml

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.source_tree import SOURCE, nodes_of, source_files
-from traceml.database.flight.rings import Ring
+from traceml.database.flight.row_rings import Ring
 from traceml.database.schema import OPEN_SLOTS, STEPS, Phase, Slot
 
 # Layouts of other formats: event columns of traces, the header of .pyc files, slots of a tracker.

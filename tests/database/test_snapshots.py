@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgpack
 import pytest
 
-from traceml.database.flight.rings import pack_map
+from traceml.database.flight.row_rings import pack_map
 from traceml.database.snapshots import (
     SNAPSHOT,
     FrameSnapshot,

@@ -21,7 +21,7 @@ from traceml.database.flight.flight_header import DATA_AT
 from traceml.database.flight.flight_owner import is_alive, remove_stale, waiting_steps
 from traceml.database.flight.journal import Journal, read_journal
 from traceml.database.flight.postmortem import flight_identity, read_flight
-from traceml.database.flight.rings import RowSlice
+from traceml.database.flight.row_rings import RowSlice
 from traceml.database.schema import LOGS, PACKED, Phase, Slot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter

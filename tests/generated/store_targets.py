@@ -20,7 +20,8 @@ from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
-from traceml.runs.find import describe_run, is_delivered, list_runs
+from traceml.runs.find import describe_run, list_runs
+from traceml.runs.remove import is_delivered
 from traceml.track.delivery.record_reader import RecordReader
 from traceml.track.tracker_state import TrackerState, states_of
 

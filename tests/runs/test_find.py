@@ -15,7 +15,8 @@ from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_VERSION
 from traceml.errors import RunNotFoundError
 from traceml.run_folder import STORE_NAME
-from traceml.runs.find import find_run, list_runs, prune
+from traceml.runs.find import find_run, list_runs
+from traceml.runs.remove import prune
 from traceml.runs.report.report import build_report, save_report
 from traceml.runs.run_labels import add_tags, change_labels, remove_tags
 

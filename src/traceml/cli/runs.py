@@ -19,7 +19,8 @@ from traceml.cli.runs_edit.run_edits import EDITS
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
-from traceml.runs.find import RunInfo, list_runs, prune
+from traceml.runs.find import RunInfo, list_runs
+from traceml.runs.remove import prune
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 from traceml.runs.run_state import UNREADABLE_STATES
 from traceml.settings import load

@@ -224,7 +224,7 @@ def _clean_up(reports: ReportProcess, run_dir: Path, *, keep: int | None) -> Non
         _update_trackers(reports, run_dir)
 
     if keep is not None:
-        from traceml.runs.find import prune
+        from traceml.runs.remove import prune
 
         for removed in prune(run_dir.parent, keep):
             _log.info("removed the old run %s", removed.id)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
-from traceml.database.flight.rings import Ring
+from traceml.database.flight.row_rings import Ring
 from traceml.database.schema import DEVICE_PHASES, DEVICE_STEPS, PHASE_COLUMNS, Phase
 from traceml.fail_open import fail_open
 from traceml.instrument.accumulator import OTHER

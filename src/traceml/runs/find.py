@@ -1,11 +1,9 @@
-"""Search of runs: by id or path, all in a folder, and those to remove."""
+"""Search of runs: by id or path, or all in a folder."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +12,18 @@ from typing import Any
 import msgspec
 
 from traceml.diagnosis.findings import Finding
-from traceml.errors import RunNotFoundError, StoreError, StoreVersionError, TraceMLError
+from traceml.errors import RunNotFoundError, StoreError, StoreVersionError
 from traceml.ids import DEFAULT_PROJECT
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.report.report_types import RunOrigin, StepsSection, rate_of, read_report, read_summary
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
-from traceml.track.tracker_state import DeliveryPhase, states_of
 
 __all__ = [
     "RunInfo",
-    "check_ended",
     "describe_run",
     "find_run",
-    "is_delivered",
     "list_runs",
-    "prune",
-    "remove_ended",
     "run_folders",
 ]
 
@@ -47,16 +40,20 @@ class RunInfo:
 
     Attributes:
         path: its folder.
-        id: name of the folder, name: name that people gave it later, else that of the start.
+        id: name of the folder.
+        name: name that people gave it later, else that of the start.
         state: running, finished, stopped, failed, hung, lost; `damaged` if its store cannot be read, `newer` or `older`
             if another version of traceml is needed to read it.
-        started: epoch seconds, duration_s: None while it runs.
+        started: epoch seconds.
+        duration_s: None while it runs.
         verdict: kind of the verdict in its report, or of the live verdict; None before there is one.
         severity: of that verdict: info, warning or critical.
         size_bytes: size on disk.
-        samples_per_second: of the whole job and the time in steps, as on the card; None before the report.
-        step_ms: mean step time, steps: number of steps; None and 0 before the report.
-        project: of the run; note, archived: labels that people gave it.
+        samples_per_second: of the whole job, counting only time in steps, as on the card; None before the report.
+        step_ms: mean step time; None before the report.
+        steps: number of steps; 0 before the report.
+        project: of the run.
+        note, archived: labels that people gave it.
         tags: those that people gave it, then those that its script logged.
         user: owner of the folder; empty where the host does not know its name.
         commit, branch: of the script's git repository; None outside one, and before the report.
@@ -173,74 +170,11 @@ def describe_run(path: Path) -> RunInfo:
     )
 
 
-def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
-    """Remove all but the newest `keep` runs; return what was removed.
-
-    Runs that are running, that people gave a tag, such as baseline, or whose trackers are still missing data, are kept.
-    """
-    old = list_runs(runs_dir)[max(keep, 0) :]
-    removed = [
-        info for info in old if info.state != "running" and not read_labels(info.path).tags and is_delivered(info.path)
-    ]
-    for info in removed:
-        _remove(info.path)
-
-    return removed
-
-
-def check_ended(infos: Sequence[RunInfo]) -> None:
-    """Refuse to remove runs of which one still runs.
-
-    Raises:
-        TraceMLError: one does.
-    """
-    for info in infos:
-        if info.state == "running":
-            raise TraceMLError(f"run {info.id} still runs: end its job before removing it. Nothing was removed")
-
-
-def remove_ended(infos: Sequence[RunInfo]) -> None:
-    """Remove runs with everything in their folders.
-
-    Raises:
-        TraceMLError: one of them still runs; nothing was removed then.
-        StoreError: a file cannot be removed.
-    """
-    infos = [describe_run(info.path) for info in infos]  # one may have started again since it was listed
-    check_ended(infos)
-    for info in infos:
-        try:
-            _remove(info.path)
-        except OSError as error:
-            raise StoreError(f"cannot remove {info.path}: {error.strerror or error}") from error
-
-
 def _owner(path: Path) -> str:
     try:
         return path.owner()
     except (OSError, KeyError):  # KeyError: a container that does not know the host's users
         return ""
-
-
-def _remove(path: Path) -> None:
-    """Remove the folder of a run, and the link `latest` next to it if it pointed there."""
-    shutil.rmtree(path)
-    latest = path.parent / "latest"
-    if latest.is_symlink() and not latest.exists():
-        latest.unlink()
-
-
-def is_delivered(run_dir: Path) -> bool:
-    """Return whether every tracker of a run has received everything that was logged."""
-    from traceml.database.store.reader import StoreReader  # imports numpy
-    from traceml.track.delivery.plan import requested_backends
-
-    done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.fallback_done}
-    try:
-        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-            return requested_backends(reader, run_dir) <= done
-    except StoreError:
-        return True  # what cannot be read cannot be delivered
 
 
 def _latest(runs_dir: Path) -> Path:
@@ -301,12 +235,12 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
         verdict = None
 
     run, aggregator = meta.get("run", {}), meta.get("aggregator", {})
-    is_whole = _are_facts(run) and isinstance(aggregator, dict)
+    is_whole = _has_valid_types(run) and isinstance(aggregator, dict)
     return _StoredFacts(run, aggregator, verdict) if is_whole else _StoredFacts({}, {}, verdict, "damaged")
 
 
-def _are_facts(run: Any) -> bool:
-    """Return whether facts of a run have their types: those of a damaged page have any."""
+def _has_valid_types(run: Any) -> bool:
+    """Return whether a run's facts have the right types; values of a damaged store may have any."""
     if not isinstance(run, dict):
         return False
 

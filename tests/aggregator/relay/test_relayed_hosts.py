@@ -16,7 +16,7 @@ from tests.eventually import eventually
 from traceml.aggregator.relay import relayed_hosts
 from traceml.aggregator.relay.relayed_hosts import CONFIRM_S, RelayedHosts, RelayedRank
 from traceml.database.schema import PROCESS, STEPS
-from traceml.database.store.codec import encode
+from traceml.database.store.frame_compression import encode
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
 from traceml.errors import AggregatorRefusedError

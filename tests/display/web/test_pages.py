@@ -18,7 +18,8 @@ from tests.display.web.runs import NASTY
 from tests.runs.fabricated_store import run_facts, store_run
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
-from traceml.runs.find import describe_run, remove_ended
+from traceml.runs.find import describe_run
+from traceml.runs.remove import remove_ended
 from traceml.runs.run_labels import RunLabels, write_labels
 
 Visits = Callable[..., Visit]

@@ -11,7 +11,7 @@ import pytest
 from tests.track.fabricated import LoggedRun, deliver
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
-from traceml.runs.find import is_delivered, prune
+from traceml.runs.remove import is_delivered, prune
 from traceml.runs.report.report import build_report, save_report, update_trackers
 from traceml.runs.report.trackers import trackers
 from traceml.runs.rows.metrics import MetricFigures, MetricSummary

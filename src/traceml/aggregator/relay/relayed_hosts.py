@@ -13,7 +13,7 @@ from typing import Any
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.streams import Stream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
-from traceml.database.store.codec import decode
+from traceml.database.store.frame_compression import decode
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS, HostSums
 from traceml.diagnosis.steps.representatives import HOST_CHOICE, HostChoice, WorkAbove
 from traceml.errors import ProtocolError

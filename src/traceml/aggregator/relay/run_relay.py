@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.schema import LINES, NAMES, PACKED, RELAYED_WHOLE, STEPS, TABLES, TELEMETRY
-from traceml.database.store.codec import encode
+from traceml.database.store.frame_compression import encode
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.summaries import SAMPLE_TABLES
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger

@@ -15,7 +15,8 @@ import tyro
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, plural, printable
-from traceml.runs.find import RunInfo, check_ended, describe_run, find_run, is_delivered, remove_ended
+from traceml.runs.find import RunInfo, describe_run, find_run
+from traceml.runs.remove import is_delivered, refuse_running, remove_ended
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
 from traceml.settings import load
 
@@ -99,7 +100,7 @@ class ArchiveOptions:
 def _remove(argv: list[str]) -> int:
     options = parse(RemoveOptions, argv, prog="traceml runs rm")
     infos = [describe_run(path) for path in _found(options.runs, options.runs_dir)]
-    check_ended(infos)
+    refuse_running(infos)
     if not options.yes and not _confirmed(infos):
         print("Nothing was removed", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from traceml.database.flight.flight_header import COUNTERS_AT
-from traceml.database.flight.rings import COUNTERS_PER_TABLE
+from traceml.database.flight.row_rings import COUNTERS_PER_TABLE
 
 __all__ = ["TableCounters", "read_counters"]
 

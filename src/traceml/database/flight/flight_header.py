@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight.rings import pack_map
+from traceml.database.flight.row_rings import pack_map
 from traceml.database.schema import OPEN_SLOTS, Slot
 from traceml.own_files import create_own
 

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from traceml.database.flight.rings import RowSlice
+from traceml.database.flight.row_rings import RowSlice
 from traceml.own_files import create_own, make_own_folder, opened_own
 
 __all__ = ["JOURNAL_SUFFIX", "Journal", "journal_path", "read_journal"]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.database.flight.journal import Journal
-from traceml.database.flight.rings import BASE, ByteLog, Ring, RowSlice, map_ends, stop_within
+from traceml.database.flight.row_rings import BASE, ByteLog, Ring, RowSlice, map_ends, stop_within
 from traceml.database.schema import Log, Table
 
 __all__ = ["JournaledLog", "JournaledRing", "NameTable"]

@@ -33,7 +33,9 @@ from traceml.database.flight.flight_header import (
     is_locked,
     own_mapping,
 )
-from traceml.database.flight.flight_layout import (
+from traceml.database.flight.journal import JOURNAL_SUFFIX, read_journal
+from traceml.database.flight.row_rings import RowSlice
+from traceml.database.flight.table_extents import (
     UNREADABLE,
     TableExtent,
     damaged,
@@ -41,8 +43,6 @@ from traceml.database.flight.flight_layout import (
     unpacked_header,
     whole_maps,
 )
-from traceml.database.flight.journal import JOURNAL_SUFFIX, read_journal
-from traceml.database.flight.rings import RowSlice
 from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
 from traceml.errors import StoreError
 from traceml.own_files import check_own_folder, opened_own

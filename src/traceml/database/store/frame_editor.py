@@ -16,7 +16,7 @@ import msgpack
 import numpy as np
 
 from traceml.database.schema import LINES, LOSSES, Table
-from traceml.database.store.codec import decode, encode
+from traceml.database.store.frame_compression import decode, encode
 from traceml.database.store.records import step_offset
 from traceml.database.store.summaries import SAMPLE_TABLES, STEP_TABLES, TableSums, sum_rows
 from traceml.database.store.thinning import thinned_rows

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.store.codec import decode, decode_planes
+from traceml.database.store.frame_compression import decode, decode_planes
 from traceml.database.store.records import Frame, dtype_of, in_ranges, step_offset
 from traceml.database.store.store_file import open_for_reading, translate_errors
 from traceml.errors import StoreError

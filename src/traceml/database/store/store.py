@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from traceml.database.schema import NAMES, TABLES, Table
-from traceml.database.store.codec import encode
+from traceml.database.store.frame_compression import encode
 from traceml.database.store.frame_editor import THINNED
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store_file import open_for_writing, translate_errors

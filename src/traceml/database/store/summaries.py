@@ -45,7 +45,7 @@ from traceml.database.schema import (
     Table,
     unpack_bits,
 )
-from traceml.database.store.codec import decode, encode
+from traceml.database.store.frame_compression import decode, encode
 
 __all__ = ["LEVEL_RATIO", "MAX_BINS", "SAMPLE_TABLES", "STEP_TABLES", "StepSums", "TableSums", "sum_rows"]
 

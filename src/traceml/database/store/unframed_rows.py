@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgpack
 
 from traceml.database.schema import INFO
-from traceml.database.store.codec import decode, encode
+from traceml.database.store.frame_compression import decode, encode
 
 __all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "IncomingRows", "UnframedRows"]
 

@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 
 from traceml.database.schema import STEPS
-from traceml.database.store.codec import decode, encode
+from traceml.database.store.frame_compression import decode, encode
 from traceml.database.store.summaries import TableSums
 from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove
 

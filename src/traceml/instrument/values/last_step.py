@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from traceml.database.schema import PHASE_COLUMNS, STEPS
 
 if TYPE_CHECKING:
-    from traceml.database.flight.rings import Ring
+    from traceml.database.flight.row_rings import Ring
 
 __all__ = ["usual_end"]
 

@@ -21,7 +21,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight.rings import Ring
+from traceml.database.flight.row_rings import Ring
 from traceml.fail_open import fail_open
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 
-from traceml.database.flight.rings import RowSlice
+from traceml.database.flight.row_rings import RowSlice
 from traceml.database.schema import BLOBS
 
 __all__ = ["BlobTable"]

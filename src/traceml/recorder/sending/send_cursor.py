@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from traceml.database.flight.rings import ByteLog, Ring
+from traceml.database.flight.row_rings import ByteLog, Ring
 from traceml.recorder.sending.blob_table import BlobTable
 
 __all__ = ["Losses", "SendCursor"]

@@ -8,7 +8,7 @@ from typing import Any
 from traceml.database.schema import INFO, LOGGED
 from traceml.database.store.reader import RunEvent, StreamRecord
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["EventMarks"]

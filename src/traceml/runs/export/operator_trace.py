@@ -19,7 +19,7 @@ from traceml.diagnosis.steps.step_split import has_group
 from traceml.errors import TraceMLError
 from traceml.runs.export.step_parts import STEP_PARTS, part_bounds, step_parts, waiting_of
 from traceml.runs.export.top_operators import CallSamples, OperatorTable
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["ProfileFile", "ProfiledRank", "steps_stored", "write_profile"]
 

@@ -13,7 +13,7 @@ from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report_types import Report
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.runs.rows.series import StepSeries, read_series
 
 __all__ = ["RunSpan", "run_spans"]

@@ -16,7 +16,7 @@ from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, SpanBlock, SpanKind
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrows
 from traceml.runs.export.step_parts import DEVICE_PARTS, STEP_PARTS, device_parts, part_bounds, step_parts, waiting_of
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["StepTracks"]

@@ -27,7 +27,7 @@ from traceml.database.schema import (
     unpack_bits,
 )
 from traceml.database.store.reader import StreamRecord
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "RepeatedTexts", "log_part", "packed_part"]
 

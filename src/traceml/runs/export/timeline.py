@@ -32,7 +32,7 @@ from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.export.metric_tracks import MetricTracks
 from traceml.runs.export.sample_tracks import SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["TimelineExporter", "origin_of"]

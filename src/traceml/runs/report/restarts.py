@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RestartSection
 from traceml.runs.report.wall_time import checkpoints, resumes_at
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["restarts", "stood_s"]
 

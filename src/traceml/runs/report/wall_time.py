@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.stopped_time import Stop, without_stops
 from traceml.diagnosis.facts.useful_time import UsefulTime, useful_time
 from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["checkpoints", "resumes_at", "wall_time"]
 

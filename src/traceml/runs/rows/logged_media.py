@@ -10,7 +10,7 @@ from typing import Any
 from traceml.database.schema import LOGGED
 from traceml.database.store.reader import StoreReader
 from traceml.formatting import name_order
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["LoggedItem", "LoggedItems", "MediaGroup"]
 

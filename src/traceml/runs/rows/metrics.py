@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import LOSSES, METRICS, NAMES
 from traceml.database.store.reader import Frame, StoreReader
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from traceml.database.schema import INFO, LOGGED
 from traceml.database.store.reader import RunEvent, StoreReader
 from traceml.formatting import ranks_text
-from traceml.runs.rows.clocks import RunClocks
+from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["Note", "Notes"]
 

@@ -11,7 +11,8 @@ from traceml.display.web.elements import Container, TextNode, set_visible
 from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import bytes_text, plural, printable
-from traceml.runs.find import RunInfo, check_ended, is_delivered, remove_ended
+from traceml.runs.find import RunInfo
+from traceml.runs.remove import is_delivered, refuse_running, remove_ended
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
 
 __all__ = ["EditBar"]
@@ -107,7 +108,7 @@ class EditBar:
     async def _ask(self) -> None:
         """Open the dialog with what would be lost; the button in it is pressed twice."""
         try:
-            check_ended(self._picked)
+            refuse_running(self._picked)
         except TraceMLError as error:
             self._say(printable(str(error)))
             return

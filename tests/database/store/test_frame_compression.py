@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traceml.database.schema import EVALS, INFO, STEPS
-from traceml.database.store import codec as module
-from traceml.database.store.codec import Codec, decode, encode
+from traceml.database.store import frame_compression as module
+from traceml.database.store.frame_compression import Codec, decode, encode
 
 
 def step_rows(count: int) -> bytes:

@@ -11,7 +11,7 @@ import msgpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from traceml.database.flight.rings import ByteLog, Ring
+from traceml.database.flight.row_rings import ByteLog, Ring
 from traceml.database.schema import INFO, USER_PHASES
 
 

@@ -1,0 +1,79 @@
+"""Removal of runs that have ended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from traceml.errors import StoreError, TraceMLError
+from traceml.run_folder import STORE_NAME
+from traceml.runs.find import RunInfo, describe_run, list_runs
+from traceml.runs.run_labels import read_labels
+from traceml.track.tracker_state import DeliveryPhase, states_of
+
+__all__ = ["is_delivered", "prune", "refuse_running", "remove_ended"]
+
+
+def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
+    """Remove all but the newest `keep` runs; return what was removed.
+
+    Runs that are running, that people gave a tag, such as baseline, or whose trackers are still missing data, are kept.
+    """
+    old = list_runs(runs_dir)[max(keep, 0) :]
+    removed = [
+        info for info in old if info.state != "running" and not read_labels(info.path).tags and is_delivered(info.path)
+    ]
+    for info in removed:
+        _remove(info.path)
+
+    return removed
+
+
+def refuse_running(infos: Sequence[RunInfo]) -> None:
+    """Raise if any of these runs is still running.
+
+    Raises:
+        TraceMLError: with the id of the run.
+    """
+    for info in infos:
+        if info.state == "running":
+            raise TraceMLError(f"run {info.id} still runs: end its job before removing it. Nothing was removed")
+
+
+def remove_ended(infos: Sequence[RunInfo]) -> None:
+    """Remove runs with everything in their folders.
+
+    Raises:
+        TraceMLError: one of them still runs; nothing was removed then.
+        StoreError: a file cannot be removed.
+    """
+    infos = [describe_run(info.path) for info in infos]  # one may have started again since it was listed
+    refuse_running(infos)
+    for info in infos:
+        try:
+            _remove(info.path)
+        except OSError as error:
+            raise StoreError(f"cannot remove {info.path}: {error.strerror or error}") from error
+
+
+def is_delivered(run_dir: Path) -> bool:
+    """Return whether every tracker of a run has received everything that was logged."""
+    from traceml.database.store.reader import StoreReader  # imports numpy
+    from traceml.track.delivery.plan import requested_backends
+
+    done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.fallback_done}
+    try:
+        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+            return requested_backends(reader, run_dir) <= done
+    except StoreError:
+        return True  # what cannot be read cannot be delivered
+
+
+def _remove(path: Path) -> None:
+    """Remove the folder of a run, and the link `latest` next to it if it pointed there."""
+    shutil.rmtree(path)
+    latest = path.parent / "latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
