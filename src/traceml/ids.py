@@ -44,9 +44,6 @@ def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
     Slurm's are those of a step only (`_slurm_step`). Where mpirun starts its daemons by srun, the ranks have both, and
     Slurm's are those of the daemon.
 
-    Args:
-        environ: the environment variables.
-
     Returns:
         The identity; by default rank 0 of 1.
     """

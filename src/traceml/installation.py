@@ -29,11 +29,7 @@ _ENDS: dict[str, tuple[int, int]] = {"aim": (3, 13)}
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra: `pip install 'traceml-torch[web]'`.
-
-    Args:
-        extra: name of an extra in `pyproject.toml`.
-    """
+    """Return the command that installs an extra: `pip install 'traceml-torch[web]'`."""
     return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
@@ -66,9 +62,6 @@ def foreign_distributions(folder: Path = PACKAGE.parent) -> list[str]:
     """Return names and versions of other products that have installed a package `traceml` into the same folder.
 
     It reads names in one folder, so that a training process can afford it.
-
-    Args:
-        folder: the folder that contains the package.
     """
     try:
         names = [path.name for path in folder.iterdir()]
@@ -91,10 +84,6 @@ def warn_of_foreign() -> None:
 
 
 def foreign_hint(found: list[str]) -> str:
-    """Return what to do about other distributions of the package.
-
-    Args:
-        found: their names and versions.
-    """
+    """Return what to do about other distributions of the package."""
     names = " ".join(each.split()[0] for each in found)
     return f"pip uninstall {names}, then install {DISTRIBUTION} again as before, with --force-reinstall --no-deps"

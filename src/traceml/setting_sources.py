@@ -70,9 +70,6 @@ class Declaration:
 class SettingSources:
     """Yields the values of settings that one source has, in their own types.
 
-    Args:
-        declared: the settings, by name.
-
     Raises:
         SettingsError: an unknown name or a bad value, with its source and what is allowed. All methods may raise it.
     """

@@ -20,11 +20,7 @@ _SIZE_LIMIT = 1 << 44
 
 
 class Artifacts:
-    """The files of one run.
-
-    Args:
-        run_dir: the run's folder.
-    """
+    """The files of one run."""
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / ARTIFACTS

@@ -15,12 +15,7 @@ __all__ = ["restored_streams"]
 
 
 def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[Stream]:
-    """Yield the streams of a store as they were, disconnected.
-
-    Args:
-        reader: reads the store.
-        store: its writer.
-    """
+    """Yield the streams of a store as they were, disconnected."""
     names: defaultdict[int, dict[int, str]] = defaultdict(dict)
     for number, row in reader.log_rows("names"):
         names[number][row["id"]] = row["name"]

@@ -34,11 +34,7 @@ _log = logging.getLogger("traceml")
 
 
 class LiveVerdict:
-    """Diagnoses the window of a run about once per second.
-
-    Args:
-        live: its window and facts.
-    """
+    """Diagnoses the window of a run about once per second."""
 
     def __init__(self, live: LiveRows) -> None:
         self._live = live

@@ -95,11 +95,6 @@ def _age(info: RunInfo) -> tuple[float, str]:
 def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
     """Connect to the aggregator that has a run open.
 
-    Args:
-        run_dir: the run's folder.
-        config: the settings.
-        command: the user's command, named in errors.
-
     Raises:
         TraceMLError: it runs on another host, or no longer, or does not answer.
     """

@@ -158,12 +158,7 @@ class Phase(IntEnum):
     doc: str
 
     def __new__(cls, value: int, doc: str = "") -> Phase:
-        """Make a member.
-
-        Args:
-            value: its number.
-            doc: meaning of its column.
-        """
+        """Make a member."""
         member = int.__new__(cls, value)
         member._value_ = value
         member.doc = doc

@@ -37,13 +37,7 @@ _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
 
 
 class SilentSnapshots:
-    """Snapshots of one rank of this host, taken from another process.
-
-    Args:
-        rank: its rank.
-        pid: its process.
-        flight: its flight file.
-    """
+    """Snapshots of one rank of this host, taken from another process."""
 
     def __init__(self, rank: int, pid: int, flight: Path) -> None:
         self._rank, self._pid, self._flight = rank, pid, flight

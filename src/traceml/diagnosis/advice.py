@@ -154,11 +154,7 @@ def for_residual(
 
 
 def for_saving(half: float) -> str:
-    """Return advice on saving checkpoints.
-
-    Args:
-        half: speed-up by saving half as often.
-    """
+    """Return advice on saving checkpoints."""
     return (
         f"Save half as often: {gain_text(half)}. Or save in the background "
         "(torch.distributed.checkpoint.async_save), and only what a restart needs."

@@ -42,11 +42,7 @@ def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
 
 
 def skip_shells(pid: int | None) -> int | None:
-    """Return the program that a shell runs, in place of the shell; the shell if it runs several.
-
-    Args:
-        pid: of any process.
-    """
+    """Return the program that a shell runs, in place of the shell; the shell if it runs several."""
     for _ in range(_MAX_SHELLS):
         program = None if pid is None else _run_by_shell(pid)
         if program is None:

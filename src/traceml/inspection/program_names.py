@@ -27,10 +27,6 @@ def program_name(pid: int, proc: Path = Path("/proc")) -> str:
     """Return the name of a process as `top` shows it; that of Python with its script or module: `python train.py`.
 
     Arguments of the script are left out, and secrets are masked. Empty if the process has ended.
-
-    Args:
-        pid: its process id.
-        proc: the kernel's folder of processes.
     """
     try:
         name = (proc / str(pid) / "comm").read_text("utf-8", "replace").strip()

@@ -69,11 +69,7 @@ class OtherThreads:
         self._are_busy = False
 
     def are_busy(self, training: int) -> bool:
-        """Return whether they computed for a fiftieth of a time of at least 250 ms before this call.
-
-        Args:
-            training: identifier of the training thread.
-        """
+        """Return whether they computed for a fiftieth of a time of at least 250 ms before this call."""
         now = time.monotonic_ns()
         passed_ns = now - self._checked_ns
         if passed_ns >= _CHECK_NS:

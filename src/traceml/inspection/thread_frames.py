@@ -21,11 +21,7 @@ _MAX_DEPTH = 1000
 
 
 def thread_frame(ident: int) -> FrameType | None:
-    """Return the frame that a thread runs; None where there is none. `f_back` is safe down to a depth of 1,000.
-
-    Args:
-        ident: the thread's identifier.
-    """
+    """Return the frame that a thread runs; None where there is none. `f_back` is safe down to a depth of 1,000."""
     with _pause:
         frame = sys._current_frames().get(ident)
         _make_objects(frame)

@@ -44,10 +44,6 @@ class EvaluationStretch:
         start: its begin, monotonic time in ns; 0 outside.
         is_rollout: whether calls without gradients collect what is trained on: there is none then.
         is_play: the same of calls in training mode.
-
-    Args:
-        clock: the times of the open step.
-        rules: the same clock's rules.
     """
 
     def __init__(self, clock: StepAccumulator, rules: StepRules) -> None:
@@ -141,11 +137,7 @@ class EvaluationStretch:
         clock.plan_detail()
 
     def last_end(self, t: int) -> int:
-        """Return when the run's last stretch ended: after the usual time of a call, if the script then does more.
-
-        Args:
-            t: the end of training, monotonic.
-        """
+        """Return when the run's last stretch ended: after the usual time of a call, if the script then does more."""
         between_ns = (self._last_call - self.start) // max(self._calls - 1, 1)
         call_ns = (self._clock.forward_ns - self._times[_FORWARD]) // self._calls
         usual_ns = max(between_ns, call_ns)

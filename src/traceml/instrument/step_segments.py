@@ -181,9 +181,6 @@ class SegmentedStep(StepAccumulator):
         """Return when the work after the batches of the run's last evaluation ended: as late as in those before.
 
         What the script does at its end would belong to the evaluation.
-
-        Args:
-            t: the end of training, monotonic.
         """
         saving = self._saving_ns()
         return self.seg_start + saving + min(t - self.seg_start - saving, _FACTOR * self.longest_rest_ns)

@@ -76,11 +76,7 @@ def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]
 
 
 class _RefusalTimeout:
-    """Time for an aggregator that answers, but refuses, as on a full disk; one that starts has longer.
-
-    Args:
-        limit_s: seconds of refusals without a break.
-    """
+    """Time for an aggregator that answers, but refuses, as on a full disk; one that starts has longer."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s

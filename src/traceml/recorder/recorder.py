@@ -216,11 +216,7 @@ class Recorder:
         return self.all_stored
 
     def export_to_children(self, experiment: int = 0) -> None:
-        """Let children that are spawned from now on log for this run.
-
-        Args:
-            experiment: number of the active experiment.
-        """
+        """Let children that are spawned from now on log for this run."""
         if self._recording is not None:
             self._recording.export_to_children(experiment)
 
@@ -245,19 +241,11 @@ class Recorder:
                 self._before_stop.pop()()
 
     def files_done(self, timeout_s: float) -> bool:
-        """Wait until the files that are being copied have arrived, while they make progress; return whether they have.
-
-        Args:
-            timeout_s: longest wait.
-        """
+        """Wait until the files being copied have arrived, while they make progress; return whether they have."""
         return self._recording is None or self._recording.files_done(timeout_s)
 
     def wait_until_stored(self, timeout_s: float) -> bool:
-        """Wait until the rows appended before this call are stored; return whether they are.
-
-        Args:
-            timeout_s: longest wait.
-        """
+        """Wait until the rows appended before this call are stored; return whether they are."""
         return self._recording is None or self._recording.wait_until_stored(timeout_s)
 
     @property

@@ -256,11 +256,7 @@ class Recording:
         return self.flight.open_slots[Slot.STATE] == FlightState.FAILED
 
     def files_done(self, timeout_s: float) -> bool:
-        """Wait until the files that are being copied have arrived, while they make progress; return whether they have.
-
-        Args:
-            timeout_s: longest wait.
-        """
+        """Wait until the files being copied have arrived, while they make progress; return whether they have."""
         files = self.files
 
         def advance() -> bool:

@@ -41,10 +41,6 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
     """Print where the run is stored, and register its verdict for the end of this process.
 
     Only the first process of rank 0 does, and not where a launcher does.
-
-    Args:
-        recorder: of this process.
-        run_dir: the run's folder.
     """
     with fail_open(_log, "session", "the run's folder cannot be announced", once=True):
         config, is_first = recorder.config, os.environ.get(_ANNOUNCED) != str(run_dir)
@@ -66,11 +62,7 @@ def dismiss(run_dir: Path) -> None:
 
 
 def show_verdict(run_dir: Path) -> None:
-    """Print the verdict of an ended run; another process creates it, so this one loads nothing.
-
-    Args:
-        run_dir: the run's folder.
-    """
+    """Print the verdict of an ended run; another process creates it, so this one loads nothing."""
     dismiss(run_dir)
     if not run_dir.is_dir():  # the aggregator runs on another host
         _log.info("the report will be in %s on the host of the aggregator", run_dir)

@@ -34,12 +34,7 @@ _COMMIT = 10  # characters: enough to find it
 
 
 def run_cell(run: RunFields, name: str) -> str:
-    """Return a field, parameter or metric of a run as text, `-` where it has none.
-
-    Args:
-        run: the run.
-        name: of the field, parameter or metric.
-    """
+    """Return a field, parameter or metric of a run as text, `-` where it has none."""
     value = _took(run.info) if name == "took" else run.value(name)
     if value is None or value == "":
         return "-"

@@ -92,12 +92,7 @@ def _restart_text(restart: RestartSection) -> str:
 
 
 def tracker_text(tracker: TrackerSection, most_chars: int = _ERROR_CHARS) -> str:
-    """Return the state of a tracker: `mlflow 12,340 delivered, 20 pending: refused the connection`.
-
-    Args:
-        tracker: the tracker.
-        most_chars: most characters of its error.
-    """
+    """Return the state of a tracker: `mlflow 12,340 delivered, 20 pending: refused the connection`."""
     parts = [f"{count_text(tracker.delivered)} delivered"]
     if tracker.fallback:
         parts.append(f"{count_text(min(tracker.fallback, tracker.delivered))} of them to its fallback")

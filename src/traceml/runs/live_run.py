@@ -34,9 +34,6 @@ _TIME_COST = 50  # the run's time is divided for at most 2 % of the time
 class LiveRun:
     """Follows a run by cursor, also before its store exists; call `refresh` a few times per second.
 
-    Args:
-        run_dir: the run's folder.
-
     Attributes:
         events: the newest events of the run for people, oldest first.
         rates: steps per second over time, oldest first.

@@ -116,11 +116,7 @@ class _LoggedFigures(msgspec.Struct):
 
 
 class RunFields:
-    """A run whose fields, parameters and metrics are found by name; its report is read when it is needed.
-
-    Args:
-        info: facts of the run.
-    """
+    """A run whose fields, parameters and metrics are found by name; its report is read when it is needed."""
 
     def __init__(self, info: RunInfo) -> None:
         self.info = info

@@ -23,9 +23,6 @@ class SegmentWatch:
     """Notes the turnover of each device; one that only requests memory, as all do at first, is not noted.
 
     A row `segments` has `{"device", "from_step", "step", "requested", "given_back"}`, counted between the two steps.
-
-    Args:
-        note: appends a row to `info`.
     """
 
     def __init__(self, note: Callable[..., None]) -> None:

@@ -22,12 +22,7 @@ _log = logging.getLogger("traceml")
 
 
 class ChildTarget:
-    """Function of a child process that is traced if it trains.
-
-    Args:
-        target: the function.
-        start: starts tracing in the child.
-    """
+    """Function of a child process that is traced if it trains."""
 
     def __init__(self, target: Callable[..., object], start: Callable[[], None]) -> None:
         self._target, self._start = target, start

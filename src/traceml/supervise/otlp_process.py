@@ -32,11 +32,7 @@ _log = logging.getLogger("traceml")
 
 
 class OtlpProcess(RestartingProcess):
-    """The exporter of this process's runs. A context manager: its exit has it send the last spans.
-
-    Args:
-        config: the settings.
-    """
+    """The exporter of this process's runs. A context manager: its exit has it send the last spans."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -63,12 +59,7 @@ class OtlpProcess(RestartingProcess):
 
 
 def otlp_endpoint(config: Config, environ: Mapping[str, str]) -> str | None:
-    """Return the collector's address as far as it is asked for; None: nothing is sent.
-
-    Args:
-        config: the settings.
-        environ: the environment, with OpenTelemetry's variables.
-    """
+    """Return the collector's address as far as it is asked for; None: nothing is sent."""
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
 
@@ -77,12 +68,7 @@ def otlp_endpoint(config: Config, environ: Mapping[str, str]) -> str | None:
 
 @contextlib.contextmanager
 def otlp_beside(config: Config, environ: Mapping[str, str]) -> Iterator[OtlpProcess | None]:
-    """Send metrics and spans during the block, if that is asked for and possible; else log why not.
-
-    Args:
-        config: the settings.
-        environ: the environment, with OpenTelemetry's variables.
-    """
+    """Send metrics and spans during the block, if that is asked for and possible; else log why not."""
     endpoint = otlp_endpoint(config, environ)
     if endpoint is None or (why := _obstacle(config, endpoint)):
         if endpoint is not None:

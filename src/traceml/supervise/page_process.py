@@ -107,11 +107,7 @@ class PageProcess(RestartingProcess):
 
 
 class PageScreen(PassThroughScreen):
-    """The page as the screen of a launched job; the job's output goes to standard output unchanged.
-
-    Args:
-        run_dir: the run's folder.
-    """
+    """The page as the screen of a launched job; the job's output goes to standard output unchanged."""
 
     def __init__(self, run_dir: Path) -> None:
         self._open = ExitStack()

@@ -25,9 +25,6 @@ class ReportProcess:
     """Handle of the processes that write the reports of ended runs, one run at a time.
 
     Such a process may die, hang or use much memory: the aggregator and its other runs do not notice.
-
-    Args:
-        nice: nice value of the processes.
     """
 
     def __init__(self, nice: int = BESIDE_RUNS) -> None:

@@ -18,11 +18,7 @@ _log = logging.getLogger("traceml")
 
 
 class RestartPolicy:
-    """Restart times: at once after a long life, else after pauses that double.
-
-    Args:
-        clock: monotonic seconds.
-    """
+    """Restart times: at once after a long life, else after pauses that double."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

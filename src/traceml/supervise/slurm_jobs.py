@@ -111,11 +111,7 @@ def scheduler_end(environ: Mapping[str, str], early_s: float = 0.0) -> str | Non
 
 
 def is_cancelled(environ: Mapping[str, str]) -> bool:
-    """Return whether the job that this process is part of was cancelled: its processes are being ended.
-
-    Args:
-        environ: with Slurm's variables.
-    """
+    """Return whether the job that this process is part of was cancelled: its processes are being ended."""
     job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
     return job is not None and job.state in ("CANCELLED", "COMPLETING") and _reason(job, environ, 0.0) is None
 

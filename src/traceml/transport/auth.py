@@ -164,11 +164,7 @@ def discover(port: int, *, include_dead: bool = False, kind: str = AGGREGATOR) -
 
 
 def find_page(runs_dir: str) -> PublishedServer | None:
-    """Return a web page of this user that shows a runs folder; None without one.
-
-    Args:
-        runs_dir: absolute path of the folder.
-    """
+    """Return a web page of this user that shows a runs folder; None without one."""
     for path in (path for folder in _candidates() for path in sorted(folder.glob(f"{PAGE}-*.json"))):
         entry = _read(path)
         if entry is not None and entry.alive and entry.runs_dir == runs_dir:

@@ -249,11 +249,6 @@ class Connection:
     def request(self, name: str, args: dict[str, Any] | None = None, *, timeout_s: float = 5.0) -> dict[str, Any]:
         """Send `command{id, name, args}` and return its `reply`; other messages are kept for `receive`.
 
-        Args:
-            name: name of the command.
-            args: its arguments.
-            timeout_s: longest wait for the reply.
-
         Raises:
             TraceMLError: the aggregator answered with an error.
             TimeoutError: no reply came in time.

@@ -44,13 +44,6 @@ class TemporaryRefusalError(ConnectionResetError):
 class ClientHandshake:
     """Handshake challenge -> hello -> welcome, over a socket that is not trusted yet.
 
-    Args:
-        sock: the connected socket.
-        host: the aggregator's address, for messages.
-        port: its port.
-        deadline: end of the handshake, as `time.monotonic()`.
-        tls: encryption, if wanted.
-
     Attributes:
         decoder: decoder with the bytes received so far.
         early: messages that came right behind the welcome.

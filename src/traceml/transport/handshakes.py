@@ -46,9 +46,6 @@ class OpenHandshakes:
 
     What exceeds a bound is cut, the oldest first: a peer that is only slow may try again, and one that holds bytes on
     purpose has been doing so the longest.
-
-    Args:
-        tls: whether connections are encrypted.
     """
 
     def __init__(self, *, tls: bool = False) -> None:

@@ -16,11 +16,7 @@ _PAUSE_S = 0.01
 
 
 class BatchSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type, unused-ignore]
-    """The default selector, with a pause between the first ready connection and the answer where there are many.
-
-    Args:
-        sleep: pauses for some seconds.
-    """
+    """The default selector, with a pause between the first ready connection and the answer where there are many."""
 
     def __init__(self, sleep: Callable[[float], object] = time.sleep) -> None:
         super().__init__()

@@ -25,9 +25,6 @@ Choice = NDArray[np.bool_]
 class Simulator:
     """Step times of a job in which chosen operations keep their recorded duration and all others take the ideal one.
 
-    Args:
-        job: the operations.
-
     Raises:
         UsageError: the trace's operations do not form a consistent step.
 

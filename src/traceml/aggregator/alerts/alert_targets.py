@@ -38,9 +38,6 @@ class AlertTarget(Protocol):
     async def send(self, document: bytes) -> None:
         """Deliver one alert, in bounded time.
 
-        Args:
-            document: JSON.
-
         Raises:
             TraceMLError: it cannot be delivered.
         """

@@ -73,12 +73,7 @@ class FindingAlerts:
                 self._send_once(run, known, finding)
 
     def check_end(self, run: ActiveRun, findings: Sequence[Finding]) -> None:
-        """Send what is known only now, or now for sure: a run that is over hung, or lost a rank.
-
-        Args:
-            run: the run that is over.
-            findings: its findings.
-        """
+        """Send what is known only now, or now for sure: a run that is over hung, or lost a rank."""
         if not self.has_targets:
             return
 

@@ -57,12 +57,7 @@ class FindingProfiles:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def check(self, run: ActiveRun, findings: Sequence[Finding]) -> None:
-        """Take the findings of a running run, the verdict first, and start its profile when it is due.
-
-        Args:
-            run: the run.
-            findings: all that were found last.
-        """
+        """Take the findings of a running run, the verdict first, and start its profile when it is due."""
         known = self._runs.setdefault(run, _PersistingVerdict())
         if not self._after_s or known.is_done or not findings:
             return

@@ -22,12 +22,7 @@ _PAUSE = 500
 
 
 class CoreTakers:
-    """Looks for other processes while the ranks of a run on the host of rank 0 wait for cores.
-
-    Args:
-        run: the run.
-        start: starts a coroutine.
-    """
+    """Looks for other processes while the ranks of a run on the host of rank 0 wait for cores."""
 
     def __init__(self, run: ActiveRun, start: Callable[[Any], None]) -> None:
         self._run, self._start = run, start

@@ -25,11 +25,7 @@ _log = logging.getLogger("traceml")
 
 
 class HungJobs:
-    """Ends jobs that hang: each process ends itself, and on this host those are killed that cannot.
-
-    Args:
-        report: writes the report of a run.
-    """
+    """Ends jobs that hang: each process ends itself, and on this host those are killed that cannot."""
 
     def __init__(self, report: Callable[[Path], object] | None) -> None:
         self._report = report
@@ -44,11 +40,7 @@ class HungJobs:
         return True
 
     async def abort(self, run: ActiveRun) -> None:
-        """Write the report of a run, then end its processes by SIGTERM, and by SIGKILL those that stay.
-
-        Args:
-            run: hangs.
-        """
+        """Write the report of a run, then end its processes by SIGTERM, and by SIGKILL those that stay."""
         _log.warning("run %s hangs and is ended, as on_hang is abort", run.id)
         await self._snapshot_silent(run)
         run.commit(force=True)

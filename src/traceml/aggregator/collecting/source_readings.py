@@ -44,11 +44,7 @@ _log = logging.getLogger("traceml")
 
 
 class SourceReadings:
-    """Readings of the runs of an aggregator, one for each start of a job.
-
-    Args:
-        nice: nice value of the processes.
-    """
+    """Readings of the runs of an aggregator, one for each start of a job."""
 
     def __init__(self, nice: int) -> None:
         self._boot = _BOOT.format(nice=nice)

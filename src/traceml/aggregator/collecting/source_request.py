@@ -43,12 +43,7 @@ class SourceRequest(msgspec.Struct, kw_only=True):
     collect: CollectRequest | None = None
 
     def line(self, names: list[str], pid: int) -> bytes:
-        """Return the request for the process of the collectors; see `collector_main`.
-
-        Args:
-            names: of the collectors.
-            pid: the rank's process on this host.
-        """
+        """Return the request for the process of the collectors; see `collector_main`."""
         assert self.collect is not None
         config = {
             "script": self.argv[0] if self.argv else "", "folder": self.folder, "argv": self.argv,

@@ -31,11 +31,7 @@ minute later, which took a sixth of the center's work."""
 
 
 class RelayedRank:
-    """The connection of a relayed rank, as its stream has one: it shares that of its host.
-
-    Args:
-        host: the connection of the host.
-    """
+    """The connection of a relayed rank, as its stream has one: it shares that of its host."""
 
     def __init__(self, host: Peer) -> None:
         self.context: Any = None
@@ -127,12 +123,7 @@ class RelayedHosts:
         self._confirm(stored)
 
     def confirm(self, run: ActiveRun, *, at_once: bool = False) -> None:
-        """Tell hosts of a run which of their messages are stored: those that wait for it, others every few seconds.
-
-        Args:
-            run: the run.
-            at_once: inform all of them.
-        """
+        """Tell hosts of a run which of their messages are stored: those that wait for it, others every few seconds."""
         self._confirm([host for host in self._hosts.values() if host.run is run], at_once=at_once)
 
     def _confirm(self, hosts: Iterable[_RelayedHost], *, at_once: bool = False) -> None:

@@ -22,11 +22,7 @@ __all__ = ["AbsentRanks"]
 
 
 class AbsentRanks:
-    """The ranks of one run that have not connected.
-
-    Args:
-        run: the run.
-    """
+    """The ranks of one run that have not connected."""
 
     def __init__(self, run: ActiveRun) -> None:
         self._run = run

@@ -33,12 +33,7 @@ class _Silence:
 
 
 class SilentRanks:
-    """The silent ranks of one run, also those that have never connected.
-
-    Args:
-        run: the run.
-        start: starts a coroutine.
-    """
+    """The silent ranks of one run, also those that have never connected."""
 
     def __init__(self, run: ActiveRun, start: Callable[[Any], None]) -> None:
         self._run, self._start = run, start

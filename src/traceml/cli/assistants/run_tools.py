@@ -43,10 +43,6 @@ class RunTools:
 
     Nothing is written. Runs are named by id, not by path; traces must be below the runs folder or a folder that was
     given when the server was started, also after links are followed.
-
-    Args:
-        runs_dir: folder of the runs.
-        trace_dirs: folders whose traces may be read.
     """
 
     def __init__(self, runs_dir: Path, trace_dirs: Sequence[Path] = ()) -> None:

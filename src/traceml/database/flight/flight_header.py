@@ -120,9 +120,6 @@ class MappedFile:
 class FlightHeader:
     """Writer of the header pages.
 
-    Args:
-        memory: the whole mapping.
-
     Attributes:
         words: the first page as int64.
         open_slots: one word per `Phase`, then one per `Slot`.

@@ -204,11 +204,7 @@ class JournaledLog(ByteLog):
 
 
 class NameTable:
-    """Ids of names. Each name is in the log before any row that uses its id.
-
-    Args:
-        log: the log `names`.
-    """
+    """Ids of names. Each name is in the log before any row that uses its id."""
 
     __slots__ = ("_ids", "_log", "_next_ids")
 

@@ -70,12 +70,7 @@ class EditedFrame:
 
 
 class FrameEditor:
-    """Reads frames of packed tables, and collects changes to them. A frame is changed once before they are written.
-
-    Args:
-        database: the writer's connection.
-        tables: number of each table.
-    """
+    """Reads frames of packed tables, and collects changes to them. A frame is changed once before they are written."""
 
     def __init__(self, database: sqlite3.Connection, tables: dict[str, int]) -> None:
         self._database = database

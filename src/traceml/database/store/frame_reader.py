@@ -102,14 +102,7 @@ class FrameReader:
     def frames(
         self, table: str, after_id: int = 0, stream: int | None = None, limit: int | None = None
     ) -> Iterator[Frame]:
-        """Yield a table's frames after a cursor in commit order, which is the order of `seq` within a stream.
-
-        Args:
-            table: the table.
-            after_id: id of the last frame seen.
-            stream: only this stream.
-            limit: maximum number of frames.
-        """
+        """Yield a table's frames after a cursor in commit order, which is the order of `seq` within a stream."""
         query = (
             f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} "  # noqa: S608 - no values
             "WHERE tbl = ? AND frames.id > ? AND stream = coalesce(?, stream) ORDER BY frames.id LIMIT ?"

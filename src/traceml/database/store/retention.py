@@ -46,13 +46,7 @@ class ThinnedFrame(NamedTuple):
 
 
 class Retention:
-    """Thins the rows of summed tables.
-
-    Args:
-        database: the writer's connection.
-        editor: changes the store.
-        tables: number of each table.
-    """
+    """Thins the rows of summed tables."""
 
     def __init__(
         self,

@@ -78,11 +78,7 @@ class HeldFrame(NamedTuple):
 
 
 class UnframedRows:
-    """Holds rows until they become frames, and their records in the store.
-
-    Args:
-        database: the writer's connection.
-    """
+    """Holds rows until they become frames, and their records in the store."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database

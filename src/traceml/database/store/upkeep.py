@@ -58,13 +58,7 @@ class _IdClock:
 
 
 class Upkeep:
-    """Upkeep of one store.
-
-    Args:
-        path: the store.
-        database: the writer's connection.
-        tables: number of each table.
-    """
+    """Upkeep of one store."""
 
     def __init__(self, path: Path, database: sqlite3.Connection, tables: dict[str, int]) -> None:
         self._path = path
@@ -76,16 +70,7 @@ class Upkeep:
         self._resume()
 
     def note(self, stream: int, table: str, frame: int, rows: int, size: int, now_s: float) -> None:
-        """Take a frame that was committed, in the order of ids.
-
-        Args:
-            stream: its stream.
-            table: its table.
-            frame: its id.
-            rows: number of its rows.
-            size: bytes of its data.
-            now_s: monotonic time.
-        """
+        """Take a frame that was committed, in the order of ids."""
         self._last_id = frame
         if self._broken_s is not None:
             return

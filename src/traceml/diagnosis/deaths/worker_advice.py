@@ -47,11 +47,7 @@ def _for_killed_worker(lost: LostWorker) -> str:
 
 
 def for_shared_memory(shm_bytes: int | None = None) -> str:
-    """Return advice on shared memory that ran out.
-
-    Args:
-        shm_bytes: its size.
-    """
+    """Return advice on shared memory that ran out."""
     size = "" if shm_bytes is None else f" of {bytes_text(shm_bytes)}"
     wanted = max(8, 2 * ((shm_bytes or 0) >> 30))
     docker = f"docker run --shm-size={wanted}g or --ipc=host"

@@ -300,12 +300,7 @@ def iterator_share(lines: Sequence[SampledLine]) -> float:
 
 
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
-    """Return the function that half of the time outside steps is spent in; None where the samples do not show one.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a name of `OUTSIDE_STEPS`.
-    """
+    """Return the function that half of the time outside steps is spent in; None where the samples do not show one."""
     functions, total, _ = _by_function(lines, part, ())
     place, samples = functions.most_common(1)[0] if functions else (None, 0)
     if place is None or total < MIN_SAMPLES or not _is_named(functions, place, total):

@@ -242,11 +242,7 @@ def _median(values: list[float]) -> float | None:
 
 
 def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
-    """Return the lowered clock of one device; None where it was not lowered for long.
-
-    Args:
-        rows: its rows of `schema.GPU`.
-    """
+    """Return the lowered clock of one device; None where it was not lowered for long."""
     busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
     bits = np.bitwise_or.reduce(np.array(list(REASONS), np.int64))
     is_low = (busy["throttle_reasons"] & bits) != 0

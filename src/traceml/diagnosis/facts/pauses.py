@@ -46,11 +46,7 @@ class Saves:
 
 
 class PauseHistory:
-    """Rows of `schema.PAUSES` by rank.
-
-    Args:
-        names: texts of each rank by id.
-    """
+    """Rows of `schema.PAUSES` by rank."""
 
     def __init__(self, names: Mapping[int, Mapping[int, str]] | None = None) -> None:
         self._rows: dict[int, Rows] = {}

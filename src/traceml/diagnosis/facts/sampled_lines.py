@@ -102,11 +102,7 @@ class _RankCounts:
             self._newest = [first, (others[0][0], _summed([each for _, each in others]))]
 
     def summed(self, end_ns: int) -> NDArray[np.int64]:
-        """Return the sums, of phases of steps those that were counted before a time.
-
-        Args:
-            end_ns: the end of the last step.
-        """
+        """Return the sums, of phases of steps those that were counted before a time."""
         return _summed([*self._parts, *(each for since_ns, each in self._newest if since_ns <= end_ns)])
 
 

@@ -38,12 +38,7 @@ class SkippedSteps:
         return min(float((self.steps >= step).sum()) / seen, 1.0) if seen > 0 else 0.0
 
     def add(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
-        """Take rows of `schema.STEPS`.
-
-        Args:
-            ranks: the rank of each row.
-            rows: the rows.
-        """
+        """Take rows of `schema.STEPS`."""
         lowest = int(ranks.min())
         if self.rank is None or lowest < self.rank:
             self.rank, self.rows, self.steps = lowest, 0, self.steps[:0]

@@ -37,9 +37,6 @@ def uneven_data(snapshots: Mapping[int, RankSnapshot]) -> UnevenData | None:
 
     One that is in the next epoch has come past the end of its own data. Ranks without a data loader, as in a pipeline,
     do not count.
-
-    Args:
-        snapshots: by rank.
     """
     known = {rank: each for rank, each in snapshots.items() if each.batches >= 0}
     over = {rank: each for rank, each in known.items() if each.data_ended}

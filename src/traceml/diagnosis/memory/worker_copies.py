@@ -37,13 +37,7 @@ def grown_workers(workers: int, growth: GrowthEstimate) -> str:
 
 
 def copied_objects(facts: JobFacts, rank: int, loader: int) -> CopiedObjects | None:
-    """Return the objects that the workers copy; None where their growth is not from copies, or not known to be.
-
-    Args:
-        facts: about the job.
-        rank: whose workers they are.
-        loader: number of their loader.
-    """
+    """Return the objects that the workers copy; None where their growth is not from copies, or not known to be."""
     described = facts.loader_of(rank, loader) or (facts.loader if loader == 0 else None)
     if described is None or described.start_method != "fork":
         return None

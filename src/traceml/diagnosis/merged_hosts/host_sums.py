@@ -42,10 +42,6 @@ class HostSums:
     def read(cls, reader: StoreReader, ranks: Mapping[int, int]) -> Self:
         """Return the sums of streams of a store.
 
-        Args:
-            reader: of the store.
-            ranks: rank of each stream.
-
         Raises:
             StoreError: the store is damaged.
         """

@@ -32,13 +32,7 @@ def count_long_steps(segments: Segments, others: NDArray[np.intp]) -> NDArray[np
 
 
 def long_steps_blame(counts: NDArray[np.int64], rows: NDArray[np.intp], others: NDArray[np.intp]) -> bool:
-    """Return whether nearly all long steps of each rank and the others are of that rank.
-
-    Args:
-        counts: long steps of each rank.
-        rows: the ranks that may be blamed.
-        others: the others.
-    """
+    """Return whether nearly all long steps of each rank and the others are of that rank."""
     of_others, share = int(counts[others].sum()), 1 / (len(others) + 1)
     # Of thousands of ranks most have the same number.
     return all(chance_of(hits, hits + of_others, share) < MAX_P_VALUE for hits in set(counts[rows].tolist()))

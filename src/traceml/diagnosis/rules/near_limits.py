@@ -48,12 +48,7 @@ _ADVICE = {
 
 
 def limits_near(uses: Iterable[ResourceUse], save_folders: Mapping[int, str] | None = None) -> list[Finding]:
-    """Return a finding per resource that runs out, of the rank that is nearest to its limit.
-
-    Args:
-        uses: resources in use.
-        save_folders: rank -> folder of its checkpoints.
-    """
+    """Return a finding per resource that runs out, of the rank that is nearest to its limit."""
     near: dict[Resource, ResourceUse] = {}
     for use in uses:
         worst = near.get(use.resource)

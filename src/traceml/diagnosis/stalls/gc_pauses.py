@@ -72,13 +72,7 @@ class _Collections:
 
 
 def gc_pauses(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the findings about garbage collections, and the parts of the step without them.
-
-    Args:
-        window: the steps.
-        segments: their own work.
-        facts: the collections that ranks have reported.
-    """
+    """Return the findings about garbage collections, and the parts of the step without them."""
     found: list[Finding] = []
     without: dict[str, Floats] = {}
     for called in (True, False):

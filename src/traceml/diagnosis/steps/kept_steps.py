@@ -119,11 +119,6 @@ class KeptSteps:
         """Take rows of `schema.USER_PHASES` of one rank.
 
         Phases beyond the first 32 names remain in the step row's sum.
-
-        Args:
-            rank_index: the rank.
-            rows: its rows.
-            names: its names by id.
         """
         self._grow(rank_index + 1)
         for name_id in np.unique(rows["name_id"]).tolist():

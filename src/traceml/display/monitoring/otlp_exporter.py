@@ -77,12 +77,7 @@ class OtlpConfig:
 
 
 class OtlpExporter:
-    """Sends the metrics of running runs at intervals, and the spans of a run when it has ended.
-
-    Args:
-        config: its configuration.
-        clock: monotonic seconds.
-    """
+    """Sends the metrics of running runs at intervals, and the spans of a run when it has ended."""
 
     def __init__(self, config: OtlpConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config

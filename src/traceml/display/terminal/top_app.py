@@ -29,11 +29,7 @@ _FOOTER = "q quits; the job continues"
 
 
 class TopApp:
-    """The screens of a job.
-
-    Args:
-        live: the job.
-    """
+    """The screens of a job."""
 
     def __init__(self, live: LiveRun) -> None:
         self._live = live

@@ -23,12 +23,7 @@ METRICS = 60
 
 
 class ChartCache:
-    """The charts of a run at one moment, by theme; made on first use, in any thread.
-
-    Args:
-        view: the run.
-        series: the values over time.
-    """
+    """The charts of a run at one moment, by theme; made on first use, in any thread."""
 
     def __init__(self, view: RunView, series: RunSeries | None) -> None:
         self._view, self._series = view, series

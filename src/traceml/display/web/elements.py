@@ -55,12 +55,7 @@ class Container(ui.element):  # type: ignore[misc]
 
 
 class Prose(Container):
-    """A text with commands and names of code in it, between backticks.
-
-    Args:
-        tag: of the element.
-        classes: of the style sheet.
-    """
+    """A text with commands and names of code in it, between backticks."""
 
     def __init__(self, tag: str, classes: str = "") -> None:
         super().__init__(tag, classes)
@@ -177,11 +172,7 @@ def _chart_menu(title: str) -> None:
 
 
 class FactList:
-    """Pairs of label and value, updated in place.
-
-    Args:
-        classes: of the style sheet.
-    """
+    """Pairs of label and value, updated in place."""
 
     def __init__(self, classes: str = "") -> None:
         self._list = Container("dl", f"facts {classes}")
@@ -246,12 +237,7 @@ class DataTable:
                 TextNode("th", heading, classes, scope="col")
 
     def show(self, rows: Sequence[Sequence[str]], row_classes: Sequence[str] = ()) -> None:
-        """Replace the rows.
-
-        Args:
-            rows: texts of the cells.
-            row_classes: classes of each row.
-        """
+        """Replace the rows."""
         for number, texts in enumerate(rows):
             if number == len(self._rows):
                 self._add()

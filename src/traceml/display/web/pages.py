@@ -30,11 +30,7 @@ T = TypeVar("T")
 
 
 class Pages:
-    """The pages of one folder of runs.
-
-    Args:
-        runs_dir: the folder.
-    """
+    """The pages of one folder of runs."""
 
     def __init__(self, runs_dir: Path) -> None:
         self._runs_dir = runs_dir

@@ -42,11 +42,7 @@ def file_path(run_id: str, path: str, name: str = "") -> str:
 
 
 class RunFiles:
-    """Serves files of runs.
-
-    Args:
-        runs_dir: the folder of the runs.
-    """
+    """Serves files of runs."""
 
     def __init__(self, runs_dir: Path) -> None:
         self._runs_dir = runs_dir

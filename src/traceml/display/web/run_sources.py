@@ -264,11 +264,7 @@ class RunsSource:
 
 
 class RunFileTimes:
-    """Time of the last write to a run's files.
-
-    Args:
-        run_dir: the run's folder.
-    """
+    """Time of the last write to a run's files."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir

@@ -23,14 +23,7 @@ _HELP = "Words, lr<0.1, tag:baseline, state=finished, !verdict~straggler"
 
 
 class RunsPage:
-    """The list, in one browser.
-
-    Args:
-        client: the browser.
-        runs_dir: shown where there are no runs.
-        address: the values in the page's address.
-        refresh: reads the list again.
-    """
+    """The list, in one browser."""
 
     def __init__(self, client: Client, runs_dir: Path, address: Mapping[str, str], refresh: Callable[[], None]) -> None:
         self._client = client

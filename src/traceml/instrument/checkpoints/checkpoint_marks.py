@@ -54,12 +54,7 @@ class CheckpointMarks:
 
     @uncounted
     def loading(self, original: Callable[..., Any], find: Find) -> Callable[..., Any]:
-        """Return a function that calls `original`, which loads.
-
-        Args:
-            original: the function.
-            find: finds its path or file.
-        """
+        """Return a function that calls `original`, which loads."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)

@@ -62,15 +62,7 @@ class SaveLog:
     def end(
         self, clock: StepClock, args: tuple[Any, ...], kwargs: Mapping[str, Any], began_ns: int, frame: FrameType
     ) -> None:
-        """Record a save that ends now.
-
-        Args:
-            clock: has the open step.
-            args: positional arguments of the call.
-            kwargs: its named arguments.
-            began_ns: its beginning, monotonic.
-            frame: the frame that called it.
-        """
+        """Record a save that ends now."""
         try:
             self._add_target(args, kwargs)
             now, targets = monotonic_ns(), tuple(dict.fromkeys(self._targets))

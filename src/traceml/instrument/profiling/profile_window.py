@@ -80,22 +80,14 @@ class ProfileWindow:
             self._clock.call_at_boundary(self._cross)
 
     def cancel(self, why: str) -> None:
-        """End it at the next boundary; one that has not begun ends now.
-
-        Args:
-            why: the reason.
-        """
+        """End it at the next boundary; one that has not begun ends now."""
         if not self.why:
             self.why = why
         if self.state is ProfileState.WAITING:
             self.state = ProfileState.FAILED
 
     def abandon(self, why: str) -> None:
-        """Stop the profiler before its last step has ended.
-
-        Args:
-            why: the reason.
-        """
+        """Stop the profiler before its last step has ended."""
         if not self.is_over:
             self._end(why)
 

@@ -62,11 +62,7 @@ class Feeding:
 
 
 def feeding_of(objects: Iterable[Any]) -> Feeding:
-    """Return the code that feeds the training, in its first backward pass.
-
-    Args:
-        objects: those of the garbage collector.
-    """
+    """Return the code that feeds the training, in its first backward pass."""
     callers = set()
     frame: FrameType | None = sys._getframe()
     while frame is not None:

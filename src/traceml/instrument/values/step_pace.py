@@ -28,11 +28,7 @@ class StepPace:
         self._rows = self._at_ns = self._was_due_ns = 0
 
     def note(self, rows: int) -> None:
-        """Measure the steps since the last call.
-
-        Args:
-            rows: number of steps so far.
-        """
+        """Measure the steps since the last call."""
         now = monotonic_ns()
         self.step_ns = (now - self._at_ns) // max(rows - self._rows, 1)
         self._rows, self._at_ns = rows, now

@@ -71,11 +71,7 @@ def worker_pids() -> tuple[WorkersOfLoader, ...]:
 
 
 def awaited_loader(frame: FrameType | None) -> int | None:
-    """Return the `id` of the iterator whose next batch a thread waits to receive; None if it does something else.
-
-    Args:
-        frame: what the thread runs.
-    """
+    """Return the `id` of the iterator whose next batch a thread waits to receive; None if it does something else."""
     for _ in range(_MAX_DEPTH):
         if frame is None:
             break

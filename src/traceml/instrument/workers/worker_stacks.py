@@ -23,11 +23,7 @@ _log = logging.getLogger("traceml")
 
 @uncounted
 def report_worker_stacks(patches: Patches) -> None:
-    """Let each loader worker that is started by spawn or forkserver report its stacks, before the user's code runs.
-
-    Args:
-        patches: keeps the originals.
-    """
+    """Let each loader worker that is started by spawn or forkserver report its stacks, before the user's code runs."""
     from torch.utils.data import dataloader
 
     iterator_type: Any = dataloader._MultiProcessingDataLoaderIter

@@ -13,11 +13,7 @@ __all__ = ["EndedBySignal", "ended_by"]
 
 @contextmanager
 def ended_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Raise `EndedBySignal` in the block on the first of these signals; ignore later ones.
-
-    Args:
-        numbers: the signals.
-    """
+    """Raise `EndedBySignal` in the block on the first of these signals; ignore later ones."""
 
     def end(number: int, _frame: object) -> None:
         for each in numbers:

@@ -19,9 +19,6 @@ def serve_stacks(fd: int) -> None:
 
     It holds the GIL while it reads the frames, so they are whole. A signal handler does not: where other threads run
     Python, it reads frames that are changing, and the process may crash.
-
-    Args:
-        fd: socket to the agent.
     """
     agent = FdSocket.from_fd(fd)
     threading.Thread(target=_serve, args=(agent,), name="traceml-stacks", daemon=True).start()

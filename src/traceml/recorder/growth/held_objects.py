@@ -79,12 +79,7 @@ class _Place(NamedTuple):
 def read_containers(
     frame: FrameType | None, is_user: Callable[[FrameType], bool]
 ) -> dict[tuple[str, int], HeldObjects]:
-    """Return the containers that the user's frames reach: by identity, a tensor with its graph by path.
-
-    Args:
-        frame: the innermost frame of a thread.
-        is_user: recognizes the user's code.
-    """
+    """Return the containers that the user's frames reach: by identity, a tensor with its graph by path."""
     until = time.thread_time_ns() + BUDGET_NS
     found: dict[tuple[str, int], HeldObjects] = {}
     places = deque(_roots(frame, is_user))

@@ -55,12 +55,7 @@ def compared_steps_chart(a: StepSeries, b: StepSeries, theme: Theme = LIGHT) -> 
 
 
 def overlaid_steps_chart(runs: Sequence[tuple[str, StepSeries]], theme: Theme = LIGHT) -> Option | None:
-    """Return the median step time of several runs over their steps; those without steps are left out.
-
-    Args:
-        runs: name and series of each.
-        theme: the colors.
-    """
+    """Return the median step time of several runs over their steps; those without steps are left out."""
     lines = [(name, pairs(each.steps.tolist(), plain_values(each.p50_ms))) for name, each in runs if len(each)]
     option = _overlaid(lines, theme, "ms")
     if option is not None:
@@ -71,12 +66,7 @@ def overlaid_steps_chart(runs: Sequence[tuple[str, StepSeries]], theme: Theme = 
 
 
 def overlaid_metric_charts(runs: Sequence[tuple[str, RunSeries]], theme: Theme = LIGHT) -> list[tuple[str, Option]]:
-    """Return (name, chart) of metrics of several runs, those that most runs have first; rank 0 of each run.
-
-    Args:
-        runs: name and series of each.
-        theme: the colors.
-    """
+    """Return (name, chart) of metrics of several runs, those that most runs have first; rank 0 of each run."""
     found: dict[str, list[tuple[str, list[list[float | None]]]]] = {}
     for run, series in runs:
         for line in series.metrics:
@@ -111,12 +101,7 @@ def _overlaid(
 
 
 def compared_phases_chart(comparison: Comparison, theme: Theme = LIGHT) -> Option | None:
-    """Return the mean of each phase in both runs, the phases that changed most first.
-
-    Args:
-        comparison: of run A with run B.
-        theme: the colors.
-    """
+    """Return the mean of each phase in both runs, the phases that changed most first."""
     mean = comparison.step_time.mean
     step = max(mean.a_ms or 0.0, mean.b_ms or 0.0)
     rows = [row for row in comparison.phases if max(row.a_ms, row.b_ms) >= _SMALL_SHARE * step]
@@ -124,12 +109,7 @@ def compared_phases_chart(comparison: Comparison, theme: Theme = LIGHT) -> Optio
 
 
 def compared_ranks_chart(comparison: Comparison, theme: Theme = LIGHT) -> Option | None:
-    """Return each rank's own work in both runs; of many ranks those that changed most.
-
-    Args:
-        comparison: of run A with run B.
-        theme: the colors.
-    """
+    """Return each rank's own work in both runs; of many ranks those that changed most."""
     rows = [row for row in comparison.ranks if row.change is not None]
     most = sorted(rows, key=lambda row: -abs(row.change or 0.0))[:_RANKS]
     rows = sorted(most, key=lambda row: row.rank)

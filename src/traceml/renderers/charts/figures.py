@@ -38,13 +38,7 @@ class Figure:
 
 
 def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Figure]:
-    """Return the charts that have data.
-
-    Args:
-        view: the run.
-        series: the same run over its steps.
-        theme: the colors.
-    """
+    """Return the charts that have data."""
     steps, heat = series.steps, series.heat
     each = "one step per point" if steps.width == 1 else f"{steps.width:,} steps per point"
     ranks = run_charts.ranks_chart(view, theme)

@@ -19,10 +19,6 @@ def histogram_chart(items: Sequence[LoggedItem], theme: Theme = LIGHT) -> Option
     """Return the share of the values per unit of value; of many steps the newest and some before it.
 
     Bins of different widths are comparable, as each share is divided by the width of its bin.
-
-    Args:
-        items: histograms of one name, oldest first.
-        theme: the colors.
     """
     drawable = [item for item in items if len(item.edges) == len(item.counts) + 1 and sum(item.counts) > 0]
     if not drawable:

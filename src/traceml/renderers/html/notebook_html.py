@@ -20,12 +20,7 @@ _DARK_GROUNDS = ('[data-jp-theme-light="false"]', ".vscode-dark", "html[theme=da
 
 
 def inline_html(report: Report, series: RunSeries) -> str:
-    """Return the HTML fragment.
-
-    Args:
-        report: the run.
-        series: the same run over its steps.
-    """
+    """Return the HTML fragment."""
     view = run_view(report)
     body = "".join(
         [

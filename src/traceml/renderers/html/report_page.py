@@ -40,13 +40,7 @@ PAGE_COLORS = {"light": "#f5f7f9", "dark": "#0d131b"}
 
 
 def report_page(report: Report, series: RunSeries, about: About) -> str:
-    """Return the whole page.
-
-    Args:
-        report: the run.
-        series: the same run over its steps.
-        about: facts other than the rows.
-    """
+    """Return the whole page."""
     view = run_view(report)
     body = [
         f'<div class="top"><h1>{escaped(view.run.name)}</h1><span class="brand">traceml report</span></div>',

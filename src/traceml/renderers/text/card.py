@@ -66,13 +66,7 @@ def print_card(report_path: Path, *, file: IO[str]) -> None:
 
 
 def print_report(report: Report, run_dir: Path, *, console: Console) -> None:
-    """Print the card of a report, with its path if it is written, and the command that shows it again.
-
-    Args:
-        report: the run.
-        run_dir: the run's folder.
-        console: the output.
-    """
+    """Print the card of a report, with its path if it is written, and the command that shows it again."""
     folder = run_dir.resolve()
     path, page = folder / REPORT_NAME, folder / PAGE_NAME
     shown = card(

@@ -57,11 +57,7 @@ def step_change_text(row: StatisticChange) -> str:
 
 
 def step_changes(rows: Iterable[StatisticChange]) -> list[tuple[str, str]]:
-    """Return the changes and intervals of a table, all in one unit: factors where one of them is a doubling.
-
-    Args:
-        rows: of the table.
-    """
+    """Return the changes and intervals of a table, all in one unit: factors where one of them is a doubling."""
     rows = list(rows)
     as_factor = any(max(row.change or 0.0, row.high or 0.0) >= 1 for row in rows)
     return [
@@ -94,11 +90,7 @@ def value_text(value: float | str | None) -> str:
 
 
 def compared_headline(comparison: Comparison) -> str:
-    """Return the result in one sentence without a period.
-
-    Args:
-        comparison: of run A with run B.
-    """
+    """Return the result in one sentence without a period."""
     mean, outcome = comparison.step_time.mean, comparison.outcome
     sizes = f"{ms_text(mean.a_ms)} -> {ms_text(mean.b_ms)}"
     if comparison.obstacles and mean.p is not None:

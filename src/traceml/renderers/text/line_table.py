@@ -20,12 +20,7 @@ _INDENT = 10
 
 
 def print_lines(view: RunView, *, console: Console) -> None:
-    """Print the table.
-
-    Args:
-        view: the run.
-        console: the output.
-    """
+    """Print the table."""
     # A line in a file is never cut, so that it can be copied.
     width = console.width if console.is_terminal else None
     for line in line_table(view, width):

@@ -49,15 +49,7 @@ def page_rows(viewport: Viewport) -> int:
 
 
 def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: int, viewport: Viewport) -> list[Text]:
-    """Return the screen's lines, exactly `viewport.height`.
-
-    Args:
-        view: the job now.
-        tabs: the tables.
-        table: the shown one.
-        first: its first row on the screen.
-        viewport: the size.
-    """
+    """Return the screen's lines, exactly `viewport.height`."""
     room = page_rows(viewport)
     shown = table.rows[first : first + room]
     widths = _widths(table.columns, table.rows, viewport.width)

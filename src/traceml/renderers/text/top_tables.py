@@ -148,12 +148,7 @@ def _growth(slope: float | None) -> str:
 
 
 def metrics_table(report: Report, trends: Mapping[str, Sequence[float]]) -> TableView:
-    """Return the logged metrics by name.
-
-    Args:
-        report: the run.
-        trends: values over steps by name.
-    """
+    """Return the logged metrics by name."""
     rows = [
         TableRow(
             (

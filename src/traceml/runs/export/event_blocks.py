@@ -124,11 +124,7 @@ class ArrowBlock:
 
 
 class EventBlocks:
-    """Writes blocks to a trace.
-
-    Args:
-        writer: the trace.
-    """
+    """Writes blocks to a trace."""
 
     def __init__(self, writer: Writer) -> None:
         self._writer, self._origin_ns = writer, writer.origin_ns

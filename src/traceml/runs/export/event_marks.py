@@ -17,13 +17,7 @@ _TEXT = 500  # characters of a text that go into the trace
 
 
 class EventMarks:
-    """Writes events, and keeps the names of streams.
-
-    Args:
-        writer: the trace.
-        tracks: its tracks.
-        clocks: the ranks' clocks.
-    """
+    """Writes events, and keeps the names of streams."""
 
     def __init__(self, writer: Writer, tracks: TraceTracks, clocks: RunClocks) -> None:
         self._writer, self._tracks, self._clocks = writer, tracks, clocks

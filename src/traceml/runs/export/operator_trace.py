@@ -89,11 +89,6 @@ def steps_stored(reader: StoreReader, ranks: Iterable[ProfiledRank]) -> bool:
 def write_profile(path: Path, reader: StoreReader, ranks: Sequence[ProfiledRank]) -> ProfileFile:
     """Merge traces into one file; compressed if its name ends in `.gz`.
 
-    Args:
-        path: the file.
-        reader: the run's store.
-        ranks: the traces.
-
     Raises:
         TraceMLError: a trace is damaged.
         OSError: the file cannot be written.

@@ -49,10 +49,6 @@ def run_spans(run_dir: Path, report: Report) -> list[RunSpan]:
 
     A block of steps is left out where its first or last step is no longer stored.
 
-    Args:
-        run_dir: the run's folder.
-        report: its report.
-
     Raises:
         StoreError: the store cannot be read.
     """

@@ -49,13 +49,7 @@ class _Counter:
 
 
 class SampleTracks:
-    """Writes samples of processes, hosts, GPUs and torch's memory.
-
-    Args:
-        writer: the trace.
-        tracks: its tracks.
-        clocks: the ranks' clocks.
-    """
+    """Writes samples of processes, hosts, GPUs and torch's memory."""
 
     tables = frozenset(_READ)
     """Names of the tables whose rows it takes."""

@@ -43,23 +43,13 @@ def waiting_of(rows: Any, *, grouped: bool) -> Longs:
 
 
 def step_parts(rows: Any, waiting: Longs) -> Longs:
-    """Return nanoseconds, step x `STEP_PARTS`.
-
-    Args:
-        rows: rows of steps.
-        waiting: see `waiting_of`.
-    """
+    """Return nanoseconds, step x `STEP_PARTS`."""
     parts = _matrix(rows, waiting, [name for name, _ in STEP_PARTS[:-1]])
     return np.column_stack([parts, rows["total_ns"] - parts.sum(axis=1)])
 
 
 def device_parts(rows: Any, waiting: Longs) -> Longs:
-    """Return nanoseconds, step x `DEVICE_PARTS`.
-
-    Args:
-        rows: rows of device steps.
-        waiting: see `waiting_of`.
-    """
+    """Return nanoseconds, step x `DEVICE_PARTS`."""
     return _matrix(rows, waiting, _DEVICE)
 
 

@@ -164,15 +164,7 @@ TABLES: dict[str, ExportTable] = {
 def packed_part(
     stream: StreamRecord, clocks: RunClocks, rows: NDArray[np.void], name_of: Callable[[int], str], table: str
 ) -> Part:
-    """Return rows of a packed table as columns; columns that an older store lacks are null.
-
-    Args:
-        stream: the stream of the rows.
-        clocks: the ranks' clocks.
-        rows: rows as stored.
-        name_of: returns a name by its number.
-        table: name of the table.
-    """
+    """Return rows of a packed table as columns; columns that an older store lacks are null."""
     part: Part = _stream_columns(stream)
     names = rows.dtype.names or ()
     for name in names:

@@ -42,13 +42,7 @@ _TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), *(log.n
 
 
 class TimelineExporter:
-    """Writes a store to a trace, in one pass, frame by frame.
-
-    Args:
-        reader: the store.
-        writer: the trace.
-        clocks: the ranks' clocks.
-    """
+    """Writes a store to a trace, in one pass, frame by frame."""
 
     def __init__(self, reader: StoreReader, writer: Writer, clocks: RunClocks) -> None:
         self._reader, self._writer, self._clocks = reader, writer, clocks
@@ -73,9 +67,6 @@ class TimelineExporter:
 
     def write(self, progress: Progress = no_progress) -> None:
         """Write everything but unreadable parts, which `damage` lists.
-
-        Args:
-            progress: see `Progress`.
 
         Raises:
             StoreError: the streams cannot be read.

@@ -19,9 +19,6 @@ class TraceTracks:
 
     A rank's process is its rank + 1, as 0 is the idle process of viewers. Track numbers are unique over all processes,
     as viewers look threads up without their process.
-
-    Args:
-        writer: the trace.
     """
 
     def __init__(self, writer: Writer) -> None:

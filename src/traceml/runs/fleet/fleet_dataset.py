@@ -57,11 +57,7 @@ class FleetUpdate:
 
 
 class FleetDataset:
-    """The dataset in a folder, which need not exist yet.
-
-    Args:
-        folder: the dataset.
-    """
+    """The dataset in a folder, which need not exist yet."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)

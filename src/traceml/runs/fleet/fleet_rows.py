@@ -53,11 +53,7 @@ COLUMNS = (
 
 
 def fleet_rows(report: Report) -> dict[str, list[Any]]:
-    """Return the rows of a run as columns; none where it has no steps.
-
-    Args:
-        report: of the run.
-    """
+    """Return the rows of a run as columns; none where it has no steps."""
     facts, hosts = _facts(report), {rank.rank: rank.host for rank in report.ranks}
     cells = [(phase.phase, each) for phase in report.phases for each in phase.by_rank]
     rows: dict[str, list[Any]] = {name: [value] * len(cells) for name, value in facts.items()}

@@ -27,12 +27,7 @@ _LIMITS = {8: 11.7, 9: 11.3, 10: 8.8, 12: 7.4, 15: 6.5, 20: 5.3, 30: 4.5, 50: 3.
 
 
 def run_history(run: FleetRun, runs: Sequence[FleetRun]) -> RunHistory:
-    """Compare a run with the earlier ones of the same model.
-
-    Args:
-        run: the run.
-        runs: all runs, the oldest first.
-    """
+    """Compare a run with the earlier ones of the same model."""
     earlier = [each for each in runs if _is_before(each, run) and each.script == run.script]
     alike = [each for each in earlier if _key(each) == _key(run)]
     return RunHistory(

@@ -43,11 +43,7 @@ class _Placing:
 
 
 def judge_hosts(runs: Sequence[FleetRun]) -> HostJudgment:
-    """Compare hosts within their jobs.
-
-    Args:
-        runs: the oldest first.
-    """
+    """Compare hosts within their jobs."""
     jobs = [run for run in runs if len(run.hosts) > 1 and run.steps >= MIN_STEPS]
     placings: dict[str, list[_Placing]] = defaultdict(list)
     for job in jobs:

@@ -15,12 +15,7 @@ __all__ = ["with_operators"]
 
 
 def with_operators(findings: Sequence[Finding], reader: StoreReader) -> list[Finding]:
-    """Return the findings; the one that was profiled has the longest operators, and the file of the profile.
-
-    Args:
-        findings: the diagnosis.
-        reader: the run's store.
-    """
+    """Return the findings; the one that was profiled has the longest operators, and the file of the profile."""
     event = reader.last_event("profile")
     if event is None:
         return list(findings)

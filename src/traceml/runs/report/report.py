@@ -58,13 +58,7 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
 
 
 def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
-    """Return the report on all steps of a digest.
-
-    Args:
-        digest: of the whole run.
-        reader: its store.
-        run_dir: its folder.
-    """
+    """Return the report on all steps of a digest."""
     digest.facts.time = run_wall_time(digest, reader, run_dir)
     window = digest.all_aligned()
     findings = digest.diagnose(window, state_of(digest.run, digest.aggregator))

@@ -91,13 +91,7 @@ def _totals(digest: Digest) -> StepTotals | None:
 
 
 def steps_of(digest: Digest, rank: int, latest: Ints) -> int:
-    """Return the number of steps of a rank, without those before it resumed.
-
-    Args:
-        digest: the run.
-        rank: the rank.
-        latest: last step of each rank.
-    """
+    """Return the number of steps of a rank, without those before it resumed."""
     if rank >= len(latest) or latest[rank] < 0:
         return 0
 

@@ -20,13 +20,7 @@ _FEW_SIZES = 3  # in a run of a few steps
 
 
 def put_batch_sizes(section: StepsSection, digest: Digest, steps: AlignedSteps | StepTotals) -> None:
-    """Set the samples and tokens of a mean step of the job, where they are known.
-
-    Args:
-        section: receives them.
-        digest: the run.
-        steps: the steps to describe.
-    """
+    """Set the samples and tokens of a mean step of the job, where they are known."""
     batches, ranks = digest.facts.batches, steps.ranks.tolist()
     distinct = batches.distinct_ranks(ranks)
     rows = [ranks.index(rank) for rank in distinct]

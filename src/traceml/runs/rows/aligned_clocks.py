@@ -24,9 +24,6 @@ class RunClocks:
     Each rank measured the offset of the aggregator's clock from its monotonic clock. Ranks of one host share the most
     exact of these measurements, so that they are exact relative to each other. A rank without a measurement uses the
     wall clock of its host.
-
-    Args:
-        streams: the run's streams.
     """
 
     def __init__(self, streams: Iterable[StreamRecord]) -> None:

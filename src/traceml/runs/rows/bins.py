@@ -75,12 +75,7 @@ class StepBins:
         return True
 
     def take_totals(self, totals: StepTotals, sample: AlignedSteps) -> None:
-        """Take all steps of a long run, as the first ones: means and extremes of all, percentiles of a sample.
-
-        Args:
-            totals: their exact sums.
-            sample: some of them.
-        """
+        """Take all steps of a long run, as the first ones: means and extremes of all, percentiles of a sample."""
         self.sampled, self.width = True, totals.width
         self._cover(totals.first, int(totals.latest.max()))
         self._take_histogram(sample)

@@ -161,11 +161,7 @@ class SeriesFollower:
         self._bins.take(window)
 
     def series(self, digest: Digest) -> RunSeries:
-        """Return the series so far.
-
-        Args:
-            digest: the digest that was taken.
-        """
+        """Return the series so far."""
         joined = _joined_bins(self._bins)
         steps = _steps(self._bins, joined)
         return RunSeries(

@@ -36,9 +36,6 @@ class SpanMatcher:
     An end without a name closes the innermost begin of its lane, an end with a name the innermost begin of that name.
     Begins inside it stay open, so spans may end in any order. The time of an
     event does not depend on the number of open begins.
-
-    Args:
-        edges: sorts the events.
     """
 
     def __init__(self, edges: ExternalSorter | None = None) -> None:

@@ -135,10 +135,6 @@ def read_part(
 class _PartReader:
     """Joins the chunks of a part.
 
-    Args:
-        part: the part.
-        scanner: scans them.
-
     Attributes:
         boundaries: completed while the part is read.
         begun: the first whole event was found.

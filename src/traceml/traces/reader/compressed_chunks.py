@@ -19,13 +19,7 @@ __all__ = ["CompressedChunks", "Inflater"]
 
 
 class Inflater(ABC):
-    """Decompresses units one after another; continues after damage where the next one begins.
-
-    Args:
-        descriptor: the file.
-        begin: where the first unit begins.
-        size: the size of the file.
-    """
+    """Decompresses units one after another; continues after damage where the next one begins."""
 
     def __init__(self, descriptor: int, begin: int, size: int) -> None:
         self._descriptor, self._size = descriptor, size

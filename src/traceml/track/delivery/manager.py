@@ -25,12 +25,7 @@ _log = logging.getLogger("traceml")
 
 
 class RunDeliveries:
-    """All deliveries of one run, as its experiments request them.
-
-    Args:
-        run_dir: the run's folder.
-        nice: niceness of its processes.
-    """
+    """All deliveries of one run, as its experiments request them."""
 
     def __init__(self, run_dir: Path, nice: int = 19) -> None:
         self.run_dir = run_dir
@@ -43,11 +38,7 @@ class RunDeliveries:
         self._cursors_until_s = 0.0
 
     def poll(self, *, ended: bool) -> None:
-        """Start the requested deliveries, and supervise those that run.
-
-        Args:
-            ended: whether the run is over.
-        """
+        """Start the requested deliveries, and supervise those that run."""
         if ended and not self.ended:
             for process in self.processes.values():
                 process.retry_now()

@@ -104,12 +104,7 @@ def restricted(config: Config, current: Config) -> Config:
 
 
 class DeliveryPlan:
-    """A run's experiments, read from its store.
-
-    Args:
-        reader: the store.
-        run_dir: the run's folder.
-    """
+    """A run's experiments, read from its store."""
 
     def __init__(self, reader: StoreReader, run_dir: Path) -> None:
         self._reader = reader

@@ -180,15 +180,7 @@ def logged_rows(reader: StoreReader) -> int:
 def metrics_of(
     frame: Frame, rank: int, names: Mapping[tuple[int, int], str], start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, Metric]]:
-    """Yield (number of the experiment, value) for rows of a frame of `metrics`.
-
-    Args:
-        frame: the frame.
-        rank: its rank.
-        names: (stream, number) -> name.
-        start: the first row.
-        stop: the row to stop before.
-    """
+    """Yield (number of the experiment, value) for rows of a frame of `metrics`."""
     data = memoryview(frame.data)[start * _ROW.size : None if stop is None else stop * _ROW.size]
     try:
         for t_ns, step, name_id, value, kind, experiment in _ROW.iter_unpack(data):

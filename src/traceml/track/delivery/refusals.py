@@ -30,22 +30,13 @@ class RefusalOutcome(Enum):
 
 
 class RefusalSearch:
-    """Search for the refused rows of one delivery.
-
-    Args:
-        state: the state of the delivery.
-    """
+    """Search for the refused rows of one delivery."""
 
     def __init__(self, state: TrackerState) -> None:
         self._state = state
 
     def limit(self, here: Mapping[str, int], usual: int) -> int:
-        """Return the most rows of the next batch.
-
-        Args:
-            here: cursor at its start.
-            usual: the limit when nothing is refused.
-        """
+        """Return the most rows of the next batch."""
         search = self._search
         if search is None or not position(search["from"]) <= position(here) < position(search["to"]):
             return usual
@@ -73,13 +64,7 @@ class RefusalSearch:
             self._search["in_a_row"] = 0
 
     def note(self, batch: RecordBatch, here: Mapping[str, int], why: str) -> RefusalOutcome:
-        """Record a refused batch.
-
-        Args:
-            batch: the batch.
-            here: cursor at its start.
-            why: the error of the tracker.
-        """
+        """Record a refused batch."""
         search = self._state.memory.setdefault(_KEY, {"found": [], "in_a_row": 0})
         search |= {"from": dict(here), "to": dict(batch.cursor), "rows": max(batch.rows // 2, 1)}
         if batch.rows > 1:

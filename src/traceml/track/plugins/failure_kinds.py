@@ -41,11 +41,7 @@ class TrackerFailure:
 
 
 class StartError(Exception):
-    """A run cannot be started at a tracker. No row is the cause, even where the tracker answers as if one were.
-
-    Args:
-        cause: what the backend raised.
-    """
+    """A run cannot be started at a tracker. No row is the cause, even where the tracker answers as if one were."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))

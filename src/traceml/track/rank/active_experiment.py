@@ -77,9 +77,6 @@ class ExperimentLoggers:
         """Log something about the whole run as soon as it is known which experiment represents the run.
 
         That is the run's own once something is logged for it, or the first one that the script begins.
-
-        Args:
-            action: called with that experiment's logger.
         """
         self._undecided.append(action)
         if self._first is not None or self.root.has_begun:

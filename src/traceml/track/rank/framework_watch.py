@@ -27,11 +27,7 @@ _log = logging.getLogger("traceml")
 
 
 def watch_frameworks(recorder: Recorder) -> None:
-    """Capture the numbers of the frameworks of the settings, as soon as the script has imported one.
-
-    Args:
-        recorder: the recorder, which has started.
-    """
+    """Capture the numbers of the frameworks of the settings, as soon as the script has imported one."""
     names = recorder.config.frameworks
     modules = {module for name in names for module in MODULES.get(name, ())}
     if any(map(is_imported, modules)) or not set(names) <= MODULES.keys():

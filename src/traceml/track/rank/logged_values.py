@@ -16,11 +16,7 @@ _INT64 = 2**63
 
 
 class DeferredValue:
-    """Value of a tensor on a device, copied to the host asynchronously.
-
-    Args:
-        tensor: one number on a device.
-    """
+    """Value of a tensor on a device, copied to the host asynchronously."""
 
     __slots__ = ("_event", "_host")
 

@@ -55,12 +55,7 @@ class StepSequences:
         self._latest[:] = -1
 
     def add(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
-        """Take rows of `schema.STEPS`, at least one; those of one rank in order.
-
-        Args:
-            ranks: the rank of each row.
-            rows: the rows.
-        """
+        """Take rows of `schema.STEPS`, at least one; those of one rank in order."""
         self._grow(int(ranks.max()) + 1)
         steps, bits = rows["step"], unpack_bits(rows["bits"])
         self._cells[:, ranks, steps % self._cells.shape[2]] = steps, bits.sequence, bits.micro_batches

@@ -138,11 +138,7 @@ class TopologyHistory:
             self._domains[rank] = str(row["domain"])
 
     def build(self, hosts: Mapping[int, str]) -> Topology:
-        """Return the places that are known now.
-
-        Args:
-            hosts: rank -> host.
-        """
+        """Return the places that are known now."""
         domains = {hosts[rank]: domain for rank, domain in self._domains.items() if rank in hosts}
         return Topology(hosts=hosts, domains=domains, switches=self._switches, mesh=self._mesh)
 

@@ -25,12 +25,7 @@ _LEVEL_WORDS = {"all": "All lines", "warning": "Warnings and errors", "error": "
 
 
 class LogPanel:
-    """Events, and the ends of the files in the run's `logs`, or the lines that are searched for.
-
-    Args:
-        client: the browser.
-        run_dir: the run's folder.
-    """
+    """Events, and the ends of the files in the run's `logs`, or the lines that are searched for."""
 
     def __init__(self, client: Client, run_dir: Path) -> None:
         self._client, self._run_dir = client, run_dir

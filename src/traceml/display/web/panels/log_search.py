@@ -35,12 +35,7 @@ class LogTail:
 
 
 def log_tails(run_dir: Path, limit_bytes: int = _TAIL_BYTES) -> list[LogTail]:
-    """Return the ends of the newest log files of a run, by name.
-
-    Args:
-        run_dir: the run's folder.
-        limit_bytes: most bytes of each file.
-    """
+    """Return the ends of the newest log files of a run, by name."""
     folder = run_dir / "logs"
     try:
         found = [file for file in folder.rglob("*.log") if is_file_inside(file, run_dir)]

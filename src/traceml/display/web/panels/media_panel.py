@@ -19,11 +19,7 @@ _FILES = 500
 
 
 class MediaPanel:
-    """Logged values other than numbers, by kind and name; the newest first.
-
-    Args:
-        run_id: the run.
-    """
+    """Logged values other than numbers, by kind and name; the newest first."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id

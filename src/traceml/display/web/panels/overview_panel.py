@@ -34,11 +34,7 @@ _NOT_COLLECTED = (
 
 
 class OverviewPanel:
-    """Facts of a run, its parameters, and long texts that are folded.
-
-    Args:
-        run_id: the run.
-    """
+    """Facts of a run, its parameters, and long texts that are folded."""
 
     def __init__(self, run_id: str) -> None:
         self._urls: list[tuple[str, str]] | None = None

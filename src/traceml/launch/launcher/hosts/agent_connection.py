@@ -162,11 +162,7 @@ class AgentConnection:
         return data or None
 
     def failure(self, reason: str) -> AgentFailedError:
-        """Close the connection; return the error that explains why it broke.
-
-        Args:
-            reason: the channel's reason.
-        """
+        """Close the connection; return the error that explains why it broke."""
         silence_s, was_stopped = self.channel.silence_s, self._is_stopped()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_WAIT_S)

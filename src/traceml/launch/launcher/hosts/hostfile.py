@@ -33,9 +33,6 @@ def read_hostfile(path: Path) -> dict[str, int | None]:
     A line is `host`, `host slots=8` or `host:port slots=8`; `max_slots=` is accepted and ignored, and `#` begins a
     comment. A host on several lines has the sum of their slots, where a line without a number counts 1.
 
-    Args:
-        path: the file.
-
     Raises:
         UsageError: it cannot be read, names no host, or a line has another form.
     """

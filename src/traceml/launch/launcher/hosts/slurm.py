@@ -102,10 +102,6 @@ def _counts(environ: Mapping[str, str], group: str) -> Sequence[int | None]:
 def step_command(node: str, group: int | None = None) -> list[str]:
     """Return the command prefix for a step of one task on a node, with all of the job's resources there.
 
-    Args:
-        node: the node.
-        group: its component of a heterogeneous job.
-
     Standard streams are passed through unchanged; `--overlap` lets it start while other steps run.
     """
     return [

@@ -22,11 +22,7 @@ _GRACE_S = 12.0  # the aggregator kills after 10 s
 
 
 class AbortWatch:
-    """Reads a run's store for the decision to end it.
-
-    Args:
-        run_dir: the run's folder.
-    """
+    """Reads a run's store for the decision to end it."""
 
     def __init__(self, run_dir: Path) -> None:
         self._store = run_dir / STORE_NAME

@@ -73,11 +73,7 @@ class JobState:
         self._early_output: list[tuple[JobHost, bytes]] = []
 
     def assign_ranks(self, selector: selectors.BaseSelector) -> None:
-        """Assign ranks host by host, in the user's order, and open the logs.
-
-        Args:
-            selector: the loop's.
-        """
+        """Assign ranks host by host, in the user's order, and open the logs."""
         for host in self._hosts:
             for local_rank in range(host.size):
                 worker = Worker(len(self.workers), local_rank, host)

@@ -49,11 +49,7 @@ class PayloadSender:
         return stream.id
 
     def fill(self, run_loop: Callable[[], None]) -> None:
-        """Fill the shared file, while workers start and other hosts receive theirs.
-
-        Args:
-            run_loop: called between pieces.
-        """
+        """Fill the shared file, while workers start and other hosts receive theirs."""
         if self._shared is None or self._call is None:
             return
 

@@ -11,11 +11,7 @@ __all__ = ["main"]
 
 
 def main(folder: str) -> int:
-    """Run the stored call of this job; return its exit status.
-
-    Args:
-        folder: the executor's folder.
-    """
+    """Run the stored call of this job; return its exit status."""
     from submitit.core.submission import process_job
 
     from traceml.launch.launcher.submission.allocation_call import last_outcome

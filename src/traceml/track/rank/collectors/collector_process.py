@@ -78,11 +78,7 @@ class CollectorProcess:
         return self._process.pid
 
     def stop(self, *, timeout_s: float) -> None:
-        """End the child; first wait until collectors that read once have done so.
-
-        Args:
-            timeout_s: longest wait for that.
-        """
+        """End the child; first wait until collectors that read once have done so."""
         if self._pid != os.getpid():  # in a forked child of the training, whose child the process is not
             return
 
