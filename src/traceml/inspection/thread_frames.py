@@ -12,9 +12,10 @@ import gc
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["thread_frame", "thread_frames"]
+__all__ = ["stack_frames", "thread_frame", "thread_frames"]
 
 _COLLECTS_ANYWHERE = sys.version_info < (3, 12)
 _MAX_DEPTH = 1000
@@ -41,10 +42,17 @@ def thread_frames() -> dict[int, FrameType]:
 
 def _make_objects(frame: FrameType | None) -> None:
     """Make the objects of a stack, which whoever walks it later finds there."""
-    for _ in range(_MAX_DEPTH):
+    for _ in stack_frames(frame):
+        pass
+
+
+def stack_frames(frame: FrameType | None, most: int = _MAX_DEPTH) -> Iterator[FrameType]:
+    """Yield a frame and those that called it, the innermost first."""
+    for _ in range(most):
         if frame is None:
             return
 
+        yield frame
         frame = frame.f_back
 
 

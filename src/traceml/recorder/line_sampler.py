@@ -32,7 +32,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
-from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_instrumentation, is_package_file
 from traceml.recorder.user_code import UserCode
@@ -286,11 +286,7 @@ class LineSampler:
 
         library: CodeType | None = None
         importing: CodeType | None = None
-        found: FrameType | None = frame
-        for _ in range(_MAX_DEPTH):
-            if found is None:
-                break
-
+        for found in stack_frames(frame, _MAX_DEPTH):
             code = found.f_code
             if code.co_filename.startswith(_IMPORT_SYSTEM):  # five of six frames of an import
                 importing = code if code.co_filename == IMPORTING else importing
@@ -298,8 +294,6 @@ class LineSampler:
                 return phase, code, found.f_lineno, importing or library
             else:
                 library = library or (None if _is_hidden(code) else code)
-
-            found = found.f_back
 
         return phase, None, 0, importing or library
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
+from traceml.inspection.thread_frames import stack_frames
 from traceml.inspection.user_files import is_package_file, is_user_file
 
 __all__ = ["UserCode", "user_line"]
@@ -42,20 +43,10 @@ class UserCode:
 
 
 def user_line(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> tuple[CodeType | None, int]:
-    """Return the code and line of the innermost frame of the user's code; None, 0 where there is none.
-
-    Args:
-        frame: where to begin.
-        is_user: whether the user wrote the code of a frame.
-    """
-    for _ in range(_MAX_DEPTH):
-        if frame is None:
-            break
-
-        if is_user(frame):
-            return frame.f_code, frame.f_lineno or 0
-
-        frame = frame.f_back
+    """Return the code and line of the innermost frame of the user's code; None, 0 where there is none."""
+    for each in stack_frames(frame, _MAX_DEPTH):
+        if is_user(each):
+            return each.f_code, each.f_lineno or 0
 
     return None, 0
 

@@ -21,7 +21,7 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
-from traceml.inspection.thread_frames import thread_frame, thread_frames
+from traceml.inspection.thread_frames import stack_frames, thread_frame, thread_frames
 from traceml.tasks.execution import expire
 from traceml.tasks.task_record import TaskRecord, ThreadState
 from traceml.tasks.task_statistics import FINAL, RUNNING
@@ -218,18 +218,11 @@ def _advice(name: str, waiters: tuple[_Waiter, ...]) -> str:
 def _waiters_of(task: TaskRecord) -> Iterator[_Waiter]:
     """Find the threads that wait for a task by their frames, also below a task that runs in place."""
     for ident, frame in thread_frames().items():
-        for waiting in _callers(frame):
+        for waiting in stack_frames(frame):
             if waiting.f_code is wait_for.__code__ and waiting.f_locals.get("task") is task:
                 me = waiting.f_locals.get("me")
-                location = next((_location(one) for one in _callers(waiting) if not _is_foreign(one)), None)
+                location = next((_location(one) for one in stack_frames(waiting) if not _is_foreign(one)), None)
                 yield _Waiter("" if me is None else me.name, location or _CodeLocation("", 0, f"thread {ident}"))
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield a frame and those that called it."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _fields(location: _CodeLocation) -> dict[str, Any]:
@@ -261,15 +254,9 @@ def _location_of(runner: ThreadState | asyncio.Task[Any] | None) -> _CodeLocatio
 
 def location_of_thread(ident: int) -> _CodeLocation | None:
     """Return the innermost line of a thread, in the user's code if there is any."""
-    frame = innermost = thread_frame(ident)
-    try:
-        while frame is not None and _is_foreign(frame):
-            frame = frame.f_back
-
-        found = frame or innermost
-        return None if found is None or found.f_code.co_filename.startswith(_OWN) else _location(found)
-    finally:
-        del frame, innermost  # a frame keeps everything in it alive
+    innermost = thread_frame(ident)
+    found = next((frame for frame in stack_frames(innermost) if not _is_foreign(frame)), innermost)
+    return None if found is None or found.f_code.co_filename.startswith(_OWN) else _location(found)
 
 
 def _location_of_coroutine(coroutine: Any) -> _CodeLocation | None:

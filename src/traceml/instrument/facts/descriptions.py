@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from traceml.inspection.thread_frames import stack_frames
 from traceml.instrument.facts.own_attributes import attribute_values, named_attributes, own_attribute
 
 __all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts", "trainer_above"]
@@ -60,13 +61,11 @@ def trainer_above(frame: Any) -> str | None:
     Args:
         frame: the innermost frame, in which a loader begins.
     """
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "transformers.trainer":
-            makes = getattr(type(frame.f_locals.get("self")), "get_train_dataloader", None)
+    for each in stack_frames(frame):
+        if each.f_globals.get("__name__") == "transformers.trainer":
+            makes = getattr(type(each.f_locals.get("self")), "get_train_dataloader", None)
             if makes is not None:
                 return "transformers" if makes.__module__.startswith(_HUGGING_FACE) else None
-
-        frame = frame.f_back
 
     return None
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import CodeType, FrameType, FunctionType, GeneratorType
 from typing import Any
 from weakref import WeakSet
+
+from traceml.inspection.thread_frames import stack_frames
 
 __all__ = ["Feeding", "feeding_of"]
 
@@ -46,29 +49,17 @@ class Feeding:
 
     def contains(self, frame: FrameType) -> bool:
         """Return whether a frame runs for an iterator that the training loop has asked for a batch."""
-        inner: FrameType | None = frame
-        for _ in range(_MAX_DEPTH):
-            caller = inner.f_back if inner is not None else None
-            if inner is None or caller is None:
-                return False
-
+        for inner, caller in pairwise(stack_frames(frame, _MAX_DEPTH)):
             code = inner.f_code
             if caller.f_code in self.callers and (code in self.generators or code.co_name == "__next__"):
                 return True
-
-            inner = caller
 
         return False
 
 
 def feeding_of(objects: Iterable[Any]) -> Feeding:
     """Return the code that feeds the training, in its first backward pass."""
-    callers = set()
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        callers.add(frame.f_code)
-        frame = frame.f_back
-
+    callers = {frame.f_code for frame in stack_frames(sys._getframe())}
     suspended = WeakSet(each for each in objects if type(each) is GeneratorType and _gives(each, callers))
     return Feeding(frozenset(each.gi_code for each in suspended) | _queue_codes(), frozenset(callers), suspended)
 

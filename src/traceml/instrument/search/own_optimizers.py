@@ -9,10 +9,12 @@ import gc
 import sys
 from collections import deque
 from collections.abc import Iterable
-from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+
+from traceml.inspection.thread_frames import stack_frames
 
 __all__ = ["find_own_optimizers"]
 
@@ -56,13 +58,7 @@ def _code(step: FunctionType | None) -> CodeType | None:
 
 
 def _running_codes() -> set[CodeType]:
-    codes: set[CodeType] = set()
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        codes.add(frame.f_code)
-        frame = frame.f_back
-
-    return codes
+    return {frame.f_code for frame in stack_frames(sys._getframe())}
 
 
 def _holds_trained(candidate: Any, kinds: set[type[Any]]) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
+from traceml.inspection.thread_frames import stack_frames
+
 __all__ = ["LoaderWorker", "WorkersOfLoader", "awaited_loader", "follow_iterator", "worker_pids", "workers_of_loaders"]
 
 _RECEIVING, _FILES = "_get_data", ("/dataloader.py", "/stateful_dataloader.py")
@@ -72,14 +74,9 @@ def worker_pids() -> tuple[WorkersOfLoader, ...]:
 
 def awaited_loader(frame: FrameType | None) -> int | None:
     """Return the `id` of the iterator whose next batch a thread waits to receive; None if it does something else."""
-    for _ in range(_MAX_DEPTH):
-        if frame is None:
-            break
-
-        if frame.f_code.co_name == _RECEIVING and frame.f_code.co_filename.endswith(_FILES):
-            return id(frame.f_locals.get("self"))
-
-        frame = frame.f_back
+    for each in stack_frames(frame, _MAX_DEPTH):
+        if each.f_code.co_name == _RECEIVING and each.f_code.co_filename.endswith(_FILES):
+            return id(each.f_locals.get("self"))
 
     return None
 

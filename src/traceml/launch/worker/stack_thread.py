@@ -6,7 +6,7 @@ import contextlib
 import threading
 from types import FrameType
 
-from traceml.inspection.thread_frames import thread_frames
+from traceml.inspection.thread_frames import stack_frames, thread_frames
 from traceml.launch.wire.fd_socket import FdSocket
 
 __all__ = ["serve_stacks"]
@@ -42,9 +42,7 @@ def _stacks() -> str:
 
 
 def _lines(frame: FrameType | None) -> str:
-    lines: list[str] = []
-    while frame is not None and len(lines) < _MAX_FRAMES:
-        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}\n')
-        frame = frame.f_back
-
-    return "".join(lines)
+    return "".join(
+        f'  File "{each.f_code.co_filename}", line {each.f_lineno} in {each.f_code.co_name}\n'
+        for each in stack_frames(frame, _MAX_FRAMES)
+    )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from types import FrameType
+
+from traceml.inspection.thread_frames import stack_frames
 
 __all__ = ["awaited_child"]
 
@@ -13,21 +16,11 @@ _MAX_DEPTH = 20
 
 
 def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> int | None:
-    """Return the number of the child; None where the user's code waits for none.
-
-    Args:
-        frame: what the thread runs.
-        is_user: whether the user wrote the code of a frame.
-    """
-    for _ in range(_MAX_DEPTH):
-        if frame is None or is_user(frame):
-            break
-
-        if frame.f_code.co_name in _WAITS and frame.f_code.co_filename.endswith(_FILE):
-            child = frame.f_locals.get("self")
+    """Return the number of the child; None where the user's code waits for none."""
+    for each in takewhile(lambda each: not is_user(each), stack_frames(frame, _MAX_DEPTH)):
+        if each.f_code.co_name in _WAITS and each.f_code.co_filename.endswith(_FILE):
+            child = each.f_locals.get("self")
             pid = getattr(child, "pid", None)
             return pid if type(pid) is int and getattr(child, "returncode", 0) is None else None
-
-        frame = frame.f_back
 
     return None

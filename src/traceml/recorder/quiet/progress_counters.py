@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
 from traceml.inspection.kernel_state import io_bytes
 from traceml.inspection.received_bytes import received_bytes
-from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
 from traceml.recorder.quiet.store_threads import StoreThreads
 
@@ -102,14 +102,11 @@ class ProgressCounters:
 
     def _is_elsewhere(self) -> bool:
         """Whether the training thread is further on in the user's code than ever since the last progress."""
-        frame, depth = thread_frame(self._thread()), 0
         is_new = False
-        while frame is not None and depth < _MAX_DEPTH:
+        for frame in stack_frames(thread_frame(self._thread()), _MAX_DEPTH):
             # A module is counted as its import goes on.
             if frame.f_code.co_name == "<module>" or self._user.contains(frame):
                 is_new |= self._is_further(frame.f_code, frame.f_lineno or 0)
-
-            frame, depth = frame.f_back, depth + 1
 
         return is_new
 

@@ -16,7 +16,7 @@ from traceml.database.process_snapshots import blocker_of
 from traceml.database.schema import LINE_PHASES, Slot
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
 from traceml.inspection.kernel_state import io_bytes, is_job_suspended, process_info, tree_usage, wait_state
-from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
@@ -133,16 +133,14 @@ class SnapshotMaker:
         """Return all frames without ours, and those of the user's code, the innermost first."""
         frames: list[FrameSnapshot] = []
         user: list[FrameSnapshot] = []
-        while frame is not None and len(frames) < _MAX_DEPTH:
-            code = frame.f_code
+        for each in stack_frames(frame):
+            code = each.f_code
             if not is_package_file(code.co_filename):
-                is_user = self._user.contains(frame)
+                is_user = self._user.contains(each)
                 file = display_path(code.co_filename)
-                line = FrameSnapshot(file=file, line=frame.f_lineno or 0, function=code.co_qualname, is_user=is_user)
+                line = FrameSnapshot(file=file, line=each.f_lineno or 0, function=code.co_qualname, is_user=is_user)
                 frames.append(line)
                 user += [line] if is_user else []
-
-            frame = frame.f_back
 
         return frames, user
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from types import FrameType
 
 from traceml.database.snapshots import GroupSnapshot
+from traceml.inspection.thread_frames import stack_frames
 
 __all__ = ["open_transfer"]
 
@@ -22,16 +24,11 @@ def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool])
         is_user: whether the user wrote the code of a frame.
     """
     found = None
-    for _ in range(_MAX_DEPTH):
-        if frame is None or is_user(frame):
-            break
-
-        name = frame.f_code.co_name
-        if name in _PEERS and frame.f_code.co_filename.endswith(_FILE):
-            peer = frame.f_locals.get(_PEERS[name])
+    for each in takewhile(lambda each: not is_user(each), stack_frames(frame, _MAX_DEPTH)):
+        name = each.f_code.co_name
+        if name in _PEERS and each.f_code.co_filename.endswith(_FILE):
+            peer = each.f_locals.get(_PEERS[name])
             known = peer if type(peer) is int and peer >= 0 else None
             found = GroupSnapshot(operation=name, in_flight=True, is_p2p=True, peer=known)
-
-        frame = frame.f_back
 
     return found

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from traceml.database.schema import MetricKind
+from traceml.inspection.thread_frames import stack_frames
 from traceml.track.plugins.interfaces import OrchestratorInterface
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
@@ -47,10 +48,4 @@ def _reported(_owner: Any, metrics: Mapping[str, Any], *_: Any, **__: Any) -> di
 
 
 def _is_from_callback() -> bool:
-    frame = sys._getframe()
-    while (caller := frame.f_back) is not None:
-        frame = caller
-        if str(frame.f_globals.get("__name__")).startswith(_CALLBACKS):
-            return True
-
-    return False
+    return any(str(each.f_globals.get("__name__")).startswith(_CALLBACKS) for each in stack_frames(sys._getframe()))
