@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, count_text, printable
 from traceml.runs.export.export_progress import no_progress
 from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
-from traceml.settings import load
 
 __all__ = ["main"]
 
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> int:
     """Export a run."""
     options = parse(ExportOptions, argv, prog="traceml export")
     export_format = _format(options)
-    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    config = config_over(options.runs_dir)
     run_dir = find_run(options.run, config.runs_dir)
     path = Path(options.output) if options.output else default_path(run_dir, export_format)
     with _progress(f"Writing {path}") as progress:

@@ -19,8 +19,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origi
 from traceml.cli.help.examples import examples_text
 from traceml.cli.number_range import check_ranges
 from traceml.errors import UsageError
+from traceml.settings import Config, load
 
-__all__ = ["CommandParser", "WrappingFormatter", "option_texts", "parse", "wrapped"]
+__all__ = ["CommandParser", "WrappingFormatter", "config_over", "option_texts", "parse", "wrapped"]
 
 T = TypeVar("T")
 
@@ -209,3 +210,8 @@ def _paragraphs(lines: list[str]) -> list[list[str]]:
             groups.append([])
 
     return [group for group in groups if group]
+
+
+def config_over(runs_dir: str | None) -> Config:
+    """Return the settings in force, with another folder of runs where one is given."""
+    return load() if runs_dir is None else load(runs_dir=runs_dir)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
@@ -24,7 +24,6 @@ from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.export.flame_graph import FLAME_GRAPHS
 from traceml.runs.find import find_run
 from traceml.runs.report.report_types import Report, TrackerSection, read_report
-from traceml.settings import load
 from traceml.track.tracker_state import states_of
 
 __all__ = ["current_report", "main"]
@@ -103,8 +102,7 @@ def _write_page(run_dir: Path, path: Path) -> None:
 
 def runs_dir_of(given: str | None) -> Path:
     """Return the folder of runs: the given one, or that of the settings."""
-    config = load() if given is None else load(runs_dir=given)
-    return Path(config.runs_dir)
+    return Path(config_over(given).runs_dir)
 
 
 def current_report(run_dir: Path) -> Report:

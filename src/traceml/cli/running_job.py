@@ -14,7 +14,7 @@ from traceml.settings import Config
 from traceml.transport import auth
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
-from traceml.transport.runs_folder import address_of
+from traceml.transport.runs_folder import address_of, reachable
 
 __all__ = ["aggregator_of", "running_job"]
 
@@ -115,8 +115,4 @@ def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
     known = address_of(run_dir.parent, served.port)
     tls = config.tls or (known is not None and known.port == served.port and known.tls)
     hello = Hello(role="client", run=run_dir.name)
-    return connect(_reachable(served.host), served.port, hello, served.token, timeout_s=_CONNECT_S, tls=tls)
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared only
+    return connect(reachable(served.host), served.port, hello, served.token, timeout_s=_CONNECT_S, tls=tls)

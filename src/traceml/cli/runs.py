@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from traceml.cli.number_range import NumberRange
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.cli.runs_edit.run_edits import EDITS
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, printable
@@ -23,7 +23,6 @@ from traceml.runs.find import RunInfo, list_runs
 from traceml.runs.remove import prune
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 from traceml.runs.run_state import UNREADABLE_STATES
-from traceml.settings import load
 
 __all__ = ["main"]
 
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> int:
         return EDITS[argv[0]](argv[1:])
 
     options = parse(RunsOptions, argv, prog="traceml runs")
-    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    config = config_over(options.runs_dir)
     if options.keep is not None and not options.prune:
         raise UsageError("--keep requires --prune")
 

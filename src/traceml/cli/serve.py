@@ -35,7 +35,7 @@ from traceml.supervise.report_process import BESIDE_RUNS, ReportProcess
 from traceml.track.tracker_state import states_of
 from traceml.transport import auth
 from traceml.transport.read_batches import BatchSelector
-from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id
+from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id, reachable
 from traceml.transport.server import BACKLOG
 from traceml.transport.tls import make_identity
 
@@ -190,7 +190,7 @@ def _published(host: str, port: int, token: str, aggregator: Aggregator, lock: F
         _log.warning("the token file cannot be written; scripts need TRACEML_TOKEN: %s", error)
 
     if lock is not None:
-        lock.publish(AggregatorAddress(_reachable(host), port, str(path), aggregator.server.tls is not None))
+        lock.publish(AggregatorAddress(reachable(host), port, str(path), aggregator.server.tls is not None))
 
     try:
         yield
@@ -198,11 +198,6 @@ def _published(host: str, port: int, token: str, aggregator: Aggregator, lock: F
         auth.withdraw(port)
         if lock is not None:  # it is kept until the end of this process: the next one could not open our stores
             lock.publish(None)
-
-
-def _reachable(host: str) -> str:
-    """Return the address by which this host's scripts reach a listener."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared only
 
 
 def _announce_ready(options: argparse.Namespace, host: str, port: int, aggregator: Aggregator) -> None:

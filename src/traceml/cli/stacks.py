@@ -12,11 +12,11 @@ import msgspec
 import tyro
 
 from traceml.cli.assistants.json_documents import StacksDocument, StacksRank
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.cli.running_job import aggregator_of, running_job
 from traceml.database.snapshots import RankSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
-from traceml.settings import Config, load
+from traceml.settings import Config
 
 __all__ = ["ask_ranks", "main", "stacks_document"]
 
@@ -41,7 +41,7 @@ class StacksOptions:
 def main(argv: list[str]) -> int:
     """Ask the ranks of a job for their stacks, and print them."""
     options = parse(StacksOptions, argv, prog="traceml stacks")
-    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    config = config_over(options.runs_dir)
     run_dir = running_job(options.run, config, only_there=options.runs_dir is not None)
     ranks, missing = ask_ranks(run_dir, config)
     if options.json:

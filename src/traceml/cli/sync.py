@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from traceml.aggregator.orphans import finish_flights, finish_orphan
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
@@ -31,7 +31,7 @@ from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.report.report_types import TrackerSection
 from traceml.runs.run_state import UNREADABLE_STATES, is_watched
-from traceml.settings import Config, load
+from traceml.settings import Config
 from traceml.track.delivery.delivery_process import DeliveryProcess
 from traceml.track.delivery.plan import DeliveryPlan, delivery_settings
 from traceml.track.delivery.record_reader import logged_rows
@@ -90,7 +90,7 @@ class _DeliveryOutcome:
 def main(argv: list[str]) -> int:
     """Deliver; return 0, or 3 when something is left."""
     options = parse(SyncOptions, argv, prog="traceml sync")
-    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    config = config_over(options.runs_dir)
     if options.backend and not options.runs:
         *names, last = options.backend
         if names and (Path(config.runs_dir) / last).is_dir():

@@ -22,7 +22,7 @@ from traceml.clock import boot_id
 from traceml.own_files import create_own, open_own
 from traceml.transport import auth
 
-__all__ = ["AggregatorAddress", "FolderLock", "address_of", "create_runs_dir", "folder_id"]
+__all__ = ["AggregatorAddress", "FolderLock", "address_of", "create_runs_dir", "folder_id", "reachable"]
 
 _OPEN = ".open"
 _LONGEST_BYTES = 65536
@@ -50,6 +50,11 @@ class AggregatorAddress:
     def token(self) -> str | None:
         """The token; None where the file cannot be read."""
         return auth.read_token(Path(self.token_file)) if self.token_file else None
+
+
+def reachable(host: str) -> str:
+    """Return the address by which programs of this host reach a listener."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared only
 
 
 def create_runs_dir(runs_dir: Path) -> None:

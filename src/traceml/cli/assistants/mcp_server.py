@@ -13,9 +13,8 @@ from typing import Annotated, Any
 import tyro
 
 from traceml.cli.assistants.run_tools import RunTools
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.errors import TraceMLError
-from traceml.settings import load
 from traceml.version import __version__
 
 __all__ = ["build_server", "main"]
@@ -47,7 +46,7 @@ class McpOptions:
 def main(argv: list[str]) -> int:
     """Serve until standard input ends."""
     options = parse(McpOptions, argv, prog="traceml mcp")
-    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    config = config_over(options.runs_dir)
     os.environ.setdefault("MCP_LOG_LEVEL", "WARNING")
     server = build_server(RunTools(Path(config.runs_dir), [Path(folder) for folder in options.traces]))
     server.run("stdio")

@@ -11,10 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.formatting import plural, printable
 from traceml.runs.fleet.fleet_dataset import DATASET_NAME, FleetDataset, FleetUpdate
-from traceml.settings import load
 
 __all__ = ["main"]
 
@@ -50,7 +49,7 @@ class FleetOptions:
 def main(argv: list[str]) -> int:
     """Print what the fleet's dataset shows."""
     options = parse(FleetOptions, argv, prog="traceml fleet")
-    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    config = config_over(options.runs_dir)
     dataset = FleetDataset(_folder(options, config.fleet_dir, config.runs_dir))
     if options.update:
         _print_update(dataset.update(config.runs_dir))

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from traceml.cli.assistants.json_documents import OperatorRecord, ProfileDocument, ProfiledRankRecord, UnprofiledRank
 from traceml.cli.number_range import NumberRange
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.cli.profiles.profile_client import ProfileClient, ProfileRequest, RankWindow
 from traceml.cli.report import current_report
 from traceml.cli.running_job import aggregator_of, running_job
@@ -34,7 +34,7 @@ from traceml.runs.export.flame_graph import speedscope
 from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_stored, write_profile
 from traceml.runs.export.top_operators import OperatorTotal
 from traceml.runs.find import find_run
-from traceml.settings import Config, load
+from traceml.settings import Config
 
 __all__ = ["main", "parse_ranks", "profiled_text"]
 
@@ -78,7 +78,7 @@ class ProfileOptions:
 def main(argv: list[str]) -> int:
     """Profile a run."""
     options = parse(ProfileOptions, argv, prog="traceml profile")
-    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    config = config_over(options.runs_dir)
     return _flame_graph(options, config) if options.cpu else _operators(options, config)
 
 

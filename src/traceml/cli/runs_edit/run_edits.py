@@ -12,13 +12,12 @@ from typing import Annotated
 import msgspec
 import tyro
 
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import config_over, parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, plural, printable
 from traceml.runs.find import RunInfo, describe_run, find_run
 from traceml.runs.remove import is_delivered, refuse_running, remove_ended
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
-from traceml.settings import load
 
 __all__ = ["EDITS"]
 
@@ -185,7 +184,7 @@ def _found(runs: Sequence[str], runs_dir: str | None) -> list[Path]:
 
 
 def _folder(runs_dir: str | None) -> Path:
-    return Path((load() if runs_dir is None else load(runs_dir=runs_dir)).runs_dir)
+    return Path(config_over(runs_dir).runs_dir)
 
 
 def _edit(run: str, runs_dir: str | None, change: Callable[[RunLabels], None]) -> RunLabels:
