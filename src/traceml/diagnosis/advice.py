@@ -110,17 +110,8 @@ def for_residual(
             "tasks, threads or processes make it, ahead of the step that needs it."
         )
 
-    if facts.collects and part in ("other", "user"):
-        played = environment_share(facts.lines, part)
-        if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
-            return (
-                f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often for larger "
-                "tensors, as with several environments that are stepped at once (gymnasium's SyncVectorEnv), or use "
-                "torch.compile. `traceml report --lines` shows all lines."
-            )
-
-        if line is not None or played is None or played >= MIN_PLAYED:
-            return for_rollouts(line)
+    if (collecting := _for_collecting(part, line, facts)) is not None:
+        return collecting
 
     if has_forward:
         place = "this code" if line is None else line.place
@@ -151,6 +142,22 @@ def for_residual(
         "Look at what else the training loop does (loss function, metrics, logging, .item()); `traceml report --lines` "
         "shows the lines in which it was seen."
     )
+
+
+def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str | None:
+    """Return advice on user code of a script that collects what it trains on; None where this is not known."""
+    if not facts.collects or part not in ("other", "user"):
+        return None
+
+    played = environment_share(facts.lines, part)
+    if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
+        return (
+            f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often for larger "
+            "tensors, as with several environments that are stepped at once (gymnasium's SyncVectorEnv), or use "
+            "torch.compile. `traceml report --lines` shows all lines."
+        )
+
+    return for_rollouts(line) if line is not None or played is None or played >= MIN_PLAYED else None
 
 
 def for_saving(half: float) -> str:

@@ -58,37 +58,30 @@ class FindingFacts(Protocol):
     @property
     def kind(self) -> str:
         """Its kind."""
-        ...
 
     @property
     def is_critical(self) -> bool:
         """Whether it has the highest severity."""
-        ...
 
     @property
     def is_costly(self) -> bool:
         """Whether it costs as much as a timing finding must."""
-        ...
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The affected ranks; empty for all."""
-        ...
 
     @property
     def phase(self) -> str | None:
         """Its phase, None where it has none."""
-        ...
 
     @property
     def cost_share(self) -> float:
         """Share of step time that it costs."""
-        ...
 
     @property
     def evidence(self) -> Mapping[str, Any]:
         """The numbers behind it."""
-        ...
 
 
 _BY_SCHEDULER = {"time_limit": "time limit", "preempted": "preemption", "warned": "warning", "requeued": "queued again"}

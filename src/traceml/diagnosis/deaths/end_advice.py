@@ -39,22 +39,6 @@ def _lacks_disk(ended: RankExit) -> bool:
     return is_cut or "no space left" in text or "quota exceeded" in text
 
 
-def _had_no_batch(ended: RankExit) -> bool:
-    return "dataloader timed out after" in (ended.exception or "").lower()
-
-
-def _cannot_be_pickled(ended: RankExit) -> bool:
-    return ended.open_phase == "checkpoint" and "pickle" in (ended.exception or "").lower()
-
-
-def _is_sizes_mismatch(ended: RankExit, facts: JobFacts) -> bool:
-    return ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1
-
-
-def _lost_peer(ended: RankExit, facts: JobFacts) -> bool:
-    return failed_because_of_peer(ended) and facts.world_size > 1
-
-
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
     """Return advice on a lost rank.
 
@@ -227,7 +211,10 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         ),
     ),
     (lambda ended, _: _lacks_files(ended), _for_files),
-    (_is_sizes_mismatch, _for_sizes),
+    (
+        lambda ended, facts: ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1,
+        _for_sizes,
+    ),
     (
         lambda ended, _: ended.signal in CRASHES and bool(ended.file),
         lambda ended, _: (
@@ -243,10 +230,10 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command.",
     ),
     (lambda ended, _: exit_words(ended) is not None, _for_exit_text),
-    (_lost_peer, _for_peer),
-    (lambda ended, _: _had_no_batch(ended), _for_no_batch),
+    (lambda ended, facts: failed_because_of_peer(ended) and facts.world_size > 1, _for_peer),
+    (lambda ended, _: "dataloader timed out after" in (ended.exception or "").lower(), _for_no_batch),
     (
-        lambda ended, _: _cannot_be_pickled(ended),
+        lambda ended, _: ended.open_phase == "checkpoint" and "pickle" in (ended.exception or "").lower(),
         (
             "Save state_dict() of the model and the optimizer instead of the objects: a lambda, a local class or "
             "function, a lock or an open file in them cannot be pickled."
@@ -274,8 +261,5 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
             f"The rank is a wrapper; a signal ended the program that it started: read rank {ended.rank}'s output."
         ),
     ),
-    (
-        lambda *_: True,
-        _for_exit_code,
-    ),
+    (lambda *_: True, _for_exit_code),
 )

@@ -36,7 +36,7 @@ from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["JobFactsBuilder"]
 
-_KEPT = ("backend", "torch_threads", "fused", "job_end_s", "job_limit_s")
+_KEPT = {name: name for name in ("backend", "fused", "job_end_s", "job_limit_s")} | {"torch_threads": "threads"}
 _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOADERS = _MAX_LOST = 64
 _MAX_EPOCHS = 65_536
@@ -91,6 +91,7 @@ class JobFactsBuilder:
         self._loaders_made: dict[tuple[Any, ...], int] = {}
         self._model: ModelFacts | None = None
         self._facts: dict[str, Any] = {}
+        """Fields of `JobFacts` that single rows give."""
 
     def host(self, rank: int, host: str) -> None:
         """Record the host of a rank."""
@@ -148,25 +149,10 @@ class JobFactsBuilder:
     def _take_growth(self, rank: int, row: Mapping[str, Any]) -> None:
         self.growing[rank] = growing_of(row)
 
-    def _take_reductions(self, _rank: int, row: Mapping[str, Any]) -> None:
-        self.batches.reduction_facts(row)
-
-    def _take_compilation(self, _rank: int, row: Mapping[str, Any]) -> None:
-        self._facts["compile_s"] = row.get("seconds")
-
-    def _take_anomaly_detection(self, _rank: int, row: Mapping[str, Any]) -> None:
-        self._facts["detects_anomalies"] = bool(row.get("on"))
-
-    def _take_rollouts(self, _rank: int, _row: Mapping[str, Any]) -> None:
-        self._facts["collects"] = True
-
     def _take_process(self, rank: int, row: Mapping[str, Any]) -> None:
         self._take_setup(rank, row)
         if row.get("tracing") is False:
             self._facts["only_logs"] = True
-
-    def _take_tracing(self, _rank: int, _row: Mapping[str, Any]) -> None:
-        self._facts["only_logs"] = False
 
     def _take_model(self, rank: int, row: Mapping[str, Any]) -> None:
         device = str(row.get("device") or "cpu").partition(":")[0]
@@ -182,21 +168,12 @@ class JobFactsBuilder:
         self._take_setup(rank, row)
 
     def _take_setup(self, rank: int, row: Mapping[str, Any]) -> None:
-        self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
+        self._facts |= {field: row[key] for key, field in _KEPT.items() if row.get(key) is not None}
         if isinstance(row.get("machine_cores"), int):
             self.samples.machine_cores[rank] = row["machine_cores"]
 
         if isinstance(row.get("cores"), int):
             self._core_rows.setdefault(rank, row["cores"])
-
-    def _take_segments(self, rank: int, row: Mapping[str, Any]) -> None:
-        self.turnover.add(rank, row)
-
-    def _take_gpu_health(self, rank: int, row: Mapping[str, Any]) -> None:
-        self.health.add(rank, row)
-
-    def _take_input(self, rank: int, row: Mapping[str, Any]) -> None:
-        self.batches.input(rank, row)
 
     _BY_KIND: ClassVar[Mapping[str, Callable[[JobFactsBuilder, int, Mapping[str, Any]], None]]] = {
         "loader": _take_loader,
@@ -207,16 +184,16 @@ class JobFactsBuilder:
         "stopped": _take_stopped,
         "worker_lost": _take_lost_worker,
         "saves": _take_saves,
-        "segments": _take_segments,
-        "gpu_health": _take_gpu_health,
+        "segments": lambda self, rank, row: self.turnover.add(rank, row),
+        "gpu_health": lambda self, rank, row: self.health.add(rank, row),
         "growth": _take_growth,
-        "input": _take_input,
-        "reductions": _take_reductions,
-        "compilation": _take_compilation,
-        "anomaly_detection": _take_anomaly_detection,
-        "rollouts": _take_rollouts,
+        "input": lambda self, rank, row: self.batches.input(rank, row),
+        "reductions": lambda self, _, row: self.batches.reduction_facts(row),
+        "compilation": lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
+        "anomaly_detection": lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
+        "rollouts": lambda self, *_: self._facts.update(collects=True),
         "process": _take_process,
-        "tracing": _take_tracing,
+        "tracing": lambda self, *_: self._facts.update(only_logs=False),
         "optimizer": _take_setup,
         "model": _take_model,
         "group": _take_group,
@@ -294,14 +271,11 @@ class JobFactsBuilder:
             ends_ns: end of that step by the rank's clock (0: none).
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
-        known = self._facts
         facts = JobFacts(
             world_size=self.world_size,
-            group=True if known.get("backend") else None,
-            backend=known.get("backend"),
+            group=True if self._facts.get("backend") else None,
             hosts=dict(self.hosts),
             cores=cores,
-            threads=known.get("torch_threads"),
             main_wait=self._waits.of_ready_time(),
             core_wait=self._waits.of_wall_time(),
             startup_wait_s=self._waits.of_start_up_s(),
@@ -309,16 +283,9 @@ class JobFactsBuilder:
             core_takers=self.core_takers.most(),
             samples=self.samples,
             model=self._model,
-            fused=known.get("fused"),
-            detects_anomalies=known.get("detects_anomalies", False),
-            collects=known.get("collects", False),
-            only_logs=known.get("only_logs", False),
             other_models=self._models.steps,
             same_models=self._models.returns,
-            compile_s=known.get("compile_s"),
             ended_by=self.ended_by,
-            job_end_s=known.get("job_end_s"),
-            job_limit_s=known.get("job_limit_s"),
             loader=self._loaders[0] if self._loaders else None,
             loaders=dict(self.loaders),
             workers=self.workers,
@@ -342,6 +309,7 @@ class JobFactsBuilder:
             time=self.time,
             exits=tuple(with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
+            **self._facts,
         )
         trained = facts.loader_of(*self._training_loader) if self._training_loader is not None else None
         return replace(facts, loader=self._counted(facts.loader if trained is None else trained))

@@ -45,15 +45,12 @@ class EventField(Protocol):
 
     def label(self, number: int) -> Label:
         """Return the label of a number, once all metadata is known."""
-        ...
 
     def raw(self, number: int) -> Any:
         """Return the value behind a number, which is the same in every process."""
-        ...
 
     def number(self, raw: Any) -> int:
         """Return the number of a value that `raw` returned in another process."""
-        ...
 
 
 def args_of(fields: list[str]) -> list[str]:

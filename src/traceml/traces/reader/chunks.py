@@ -41,12 +41,9 @@ class ChunkSource(Protocol):
 
     def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
         """Return a function that loads the next chunk into a buffer; None at the end."""
-        ...
 
     def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:
         """Load a range in chunks of limited size."""
-        ...
 
     def close(self) -> None:
         """Close the file."""
-        ...
