@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traceml.track.backends import clearml, mlflow, wandb
-from traceml.track.backends.safe_names import flattened, is_this_machine, merged_tags, safe_name
+from traceml.track.backends.safe_names import flattened, is_on_this_machine, merged_tags, plain_value, safe_name
 
 REFUSED = [(mlflow._REFUSED, 250), (wandb._REFUSED, 1000), (wandb._REFUSED_ID, 128), (clearml._REFUSED, 1000)]
 
@@ -45,8 +45,16 @@ def test_nested_maps_become_one() -> None:
 
 def test_this_machine() -> None:
     """Loopback is this machine; a name that only may resolve to it is not surely."""
-    assert [is_this_machine(host) for host in ("localhost", "127.0.0.9", "::1")] == [True] * 3
-    assert not any(is_this_machine(host) for host in (None, "", "10.0.0.1", "example.com", "localhost.example.com"))
+    assert all(is_on_this_machine(f"http://{host}:80/x") for host in ("localhost", "127.0.0.9", "[::1]"))
+    others = ("", "file:///x", "http://10.0.0.1", "http://example.com", "aim://localhost.example.com:53800")
+    assert not any(is_on_this_machine(url) for url in others)
+
+
+def test_values_become_plain() -> None:
+    """Numbers, maps and lists stay; large integers, other objects and undecodable characters become texts."""
+    value = {"a": [1, True, None, 2.5], 3: 2**63, "bad": "\udc80"}
+    assert plain_value(value, largest=2**63) == {"a": [1, True, None, 2.5], "3": str(2**63), "bad": "\\udc80"}
+    assert plain_value({"x": 2**70}, key=str.upper) == {"X": 2**70}
 
 
 @pytest.mark.parametrize(

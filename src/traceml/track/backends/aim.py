@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from traceml.track.backends.safe_names import is_this_machine, safe_name, utf8_text
-from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.backends.safe_names import is_on_this_machine, plain_value, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -31,7 +31,7 @@ _MAX_BUCKETS = 512  # of a distribution in Aim
 _TAKEN = {"hparams", "tags", "traceml", "state"}  # keys of this backend
 
 
-class AimBackend(BackendInterface):
+class AimBackend(BatchBackend):
     """Delivers to one Aim run."""
 
     metadata = PluginMetadata(
@@ -68,10 +68,7 @@ class AimBackend(BackendInterface):
     @property
     def is_local(self) -> bool:
         """Whether it is a folder, or a server on this machine."""
-        if not self._repo.startswith("aim://"):
-            return True
-
-        return is_this_machine(self._repo.removeprefix("aim://").partition("/")[0].rpartition(":")[0])
+        return not self._repo.startswith("aim://") or is_on_this_machine(self._repo)
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
         """Continue the same run."""
@@ -109,10 +106,6 @@ class AimBackend(BackendInterface):
 
         self.set_tags(self._experiment.get("tags") or {})
         return str(self._hash)
-
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        """Send one value."""
-        self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
         """Send a batch: one write per name and column."""
@@ -374,12 +367,4 @@ def _same(stored: tuple[float, float], given: tuple[float, float]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value in a form that Aim can hold."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {safe_name(str(key), _REFUSED, _LONGEST_NAME): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-
-    return utf8_text(str(value))
+    return plain_value(value, key=lambda name: safe_name(name, _REFUSED, _LONGEST_NAME))

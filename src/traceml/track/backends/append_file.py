@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendError
-from traceml.track.plugins.interfaces import BackendInterface
-from traceml.track.plugins.metric import Metric
+from traceml.track.backends.batch_backend import BatchBackend
 
 __all__ = ["AppendFile", "FileBackend", "cut_back"]
 
@@ -65,7 +64,7 @@ def cut_back(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
-class FileBackend(BackendInterface):
+class FileBackend(BatchBackend):
     """Base of the backends that append to one local file. Exact: `resume` cuts off what comes after the mark.
 
     Args:
@@ -93,10 +92,6 @@ class FileBackend(BackendInterface):
         self._path, self._keep = self._place_of(Path(mark["path"])), True
         cut_back(self._path, mark["offset"])
         return True
-
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        """Write one value."""
-        self.log_metrics([Metric(name, value, step)])
 
     def end_experiment(self) -> None:
         """Close the file."""

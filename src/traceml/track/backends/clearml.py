@@ -27,8 +27,8 @@ from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.append_file import AppendFile, cut_back
-from traceml.track.backends.safe_names import flattened, is_this_machine, merged_tags, safe_name, utf8_text
-from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.backends.safe_names import flattened, is_on_this_machine, merged_tags, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -41,7 +41,7 @@ _EVENTS = "metrics.jsonl"  # file of an offline session
 _STATUS = {"finished": "completed", "stopped": "stopped"}  # of all others failed
 
 
-class ClearMLBackend(BackendInterface):
+class ClearMLBackend(BatchBackend):
     """Delivers to one ClearML task."""
 
     metadata = PluginMetadata(
@@ -75,9 +75,7 @@ class ClearMLBackend(BackendInterface):
     @property
     def is_local(self) -> bool:
         """Whether it is an offline session, or a server on this machine."""
-        from urllib.parse import urlsplit
-
-        return self._offline or is_this_machine(urlsplit(self._host).hostname)
+        return self._offline or is_on_this_machine(self._host)
 
     @property
     def url(self) -> str | None:
@@ -126,10 +124,6 @@ class ClearMLBackend(BackendInterface):
         self.log_params({"traceml/run": self._traceml_run, "traceml/experiment": self._experiment["id"]})
         self.set_tags(self._experiment.get("tags") or {})
         return self._id
-
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        """Send one value."""
-        self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
         """Send a batch; `a/b` is the series `b` of the plot `a`."""

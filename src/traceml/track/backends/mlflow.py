@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.track.backends.batch_backend import BatchBackend
 from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
-from traceml.track.backends.safe_names import flattened, is_this_machine, json_number, safe_name
-from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.backends.safe_names import flattened, is_on_this_machine, json_number, safe_name
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -46,7 +46,7 @@ _LOCAL = "local"  # the tracking URI of the database next to the runs
 _TERMINAL = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "hung": "FAILED", "lost": "KILLED"}
 
 
-class MLflowBackend(BackendInterface):
+class MLflowBackend(BatchBackend):
     """Delivers to one MLflow run."""
 
     metadata = PluginMetadata(
@@ -91,8 +91,7 @@ class MLflowBackend(BackendInterface):
     @property
     def is_local(self) -> bool:
         """Whether it is a file, or a server on this machine."""
-        parts = urlsplit(self._uri)
-        return parts.scheme in {"", "file", "sqlite"} or is_this_machine(parts.hostname)
+        return urlsplit(self._uri).scheme in {"", "file", "sqlite"} or is_on_this_machine(self._uri)
 
     @property
     def url(self) -> str | None:
@@ -130,10 +129,6 @@ class MLflowBackend(BackendInterface):
 
         self.set_tags(self._experiment.get("tags") or {})
         return str(self._run_id)
-
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        """Send one value."""
-        self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
         """Send rows, under names that MLflow accepts."""

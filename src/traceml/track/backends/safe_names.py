@@ -5,11 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["flattened", "is_this_machine", "json_number", "merged_tags", "safe_file_name", "safe_name", "utf8_text"]
+__all__ = [
+    "flattened",
+    "is_on_this_machine",
+    "json_number",
+    "merged_tags",
+    "plain_value",
+    "safe_file_name",
+    "safe_name",
+    "utf8_text",
+]
 
 _NO_FILE = re.compile(r"[/\0]")
 _LONGEST_FILE = 180
@@ -58,6 +67,26 @@ def utf8_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def plain_value(value: Any, key: Callable[[str], str] = utf8_text, largest: int | None = None) -> Any:
+    """Return a value in a form that JSON and UTF-8 can hold.
+
+    Args:
+        value: any value; one of another type becomes a text.
+        key: makes the keys of maps.
+        largest: integers must be below this number; others become texts.
+    """
+    if isinstance(value, int) and largest is not None and not -largest <= value < largest:
+        return str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {key(str(name)): plain_value(each, key, largest) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(each, key, largest) for each in value]
+
+    return utf8_text(str(value))
+
+
 def json_number(value: float) -> float | str:
     """Return a number as JSON holds it: NaN and the infinities, which it has not, as text."""
     if math.isfinite(value):
@@ -66,9 +95,12 @@ def json_number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def is_this_machine(host: str | None) -> bool:
-    """Whether a host is this machine: a loopback address or `localhost`."""
+def is_on_this_machine(url: str) -> bool:
+    """Whether the host of an address is this machine: a loopback address or `localhost`."""
     import ipaddress
+    from urllib.parse import urlsplit
+
+    host = urlsplit(url).hostname
 
     if host is None or host == "localhost":
         return host is not None

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from traceml.track.backends.safe_names import is_this_machine, safe_name, utf8_text
+from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.backends.safe_names import is_on_this_machine, plain_value, safe_name, utf8_text
 from traceml.track.backends.trackio_places import TrackioEntry, TrackioFolder, TrackioPlace, TrackioRun, TrackioServer
-from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -36,7 +36,7 @@ _MAX_BUCKETS = 512  # of a histogram in Trackio
 _LARGEST_INTEGER = 2**63
 
 
-class TrackioBackend(BackendInterface):
+class TrackioBackend(BatchBackend):
     """Delivers to one Trackio run."""
 
     metadata = PluginMetadata(
@@ -71,9 +71,7 @@ class TrackioBackend(BackendInterface):
     @property
     def is_local(self) -> bool:
         """Whether it is a folder, or a server on this machine."""
-        from urllib.parse import urlsplit
-
-        return not self._server or is_this_machine(urlsplit(self._server).hostname)
+        return not self._server or is_on_this_machine(self._server)
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
         """Continue the same run."""
@@ -99,17 +97,16 @@ class TrackioBackend(BackendInterface):
         self.set_tags(self._experiment.get("tags") or {})
         return self._id
 
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        """Send one value."""
-        self.log_metrics([Metric(name, value, step)])
-
     def log_metrics(self, rows: Sequence[Metric]) -> None:
         """Send a batch: an entry per value."""
         self._write([self._entry(row.name, row.value, row.step or 0, row.timestamp) for row in rows])
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Send parameters; a new value replaces the old one."""
-        named = {safe_name(str(key), _REFUSED_PARAM, _LONGEST_NAME): _plain(each) for key, each in params.items()}
+        named = {
+            safe_name(str(key), _REFUSED_PARAM, _LONGEST_NAME): plain_value(each, largest=_LARGEST_INTEGER)
+            for key, each in params.items()
+        }
         self._write_config(named)
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -199,17 +196,3 @@ def _now() -> str:
 
 def _time(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat()
-
-
-def _plain(value: Any) -> Any:
-    """Return a value in a form that Trackio can hold."""
-    if isinstance(value, int) and not isinstance(value, bool) and not -_LARGEST_INTEGER <= value < _LARGEST_INTEGER:
-        return str(value)
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {utf8_text(str(key)): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-
-    return utf8_text(str(value))

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendUnauthorizedError
-from traceml.track.backends.safe_names import is_this_machine, merged_tags, safe_name, utf8_text
+from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.backends.safe_names import is_on_this_machine, merged_tags, plain_value, safe_name
 from traceml.track.backends.wandb_formats import history_request, wait_for_end
-from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -45,7 +45,7 @@ _EXIT_CODES = {"finished": 0, "stopped": 255}  # 255 is what W&B itself reports 
 _START_S = 30.0  # longest start of an online run; delivery retries it, not the library
 
 
-class WandbBackend(BackendInterface):
+class WandbBackend(BatchBackend):
     """Delivers to one W&B run."""
 
     metadata = PluginMetadata(
@@ -87,9 +87,7 @@ class WandbBackend(BackendInterface):
     @property
     def is_local(self) -> bool:
         """Whether it is an offline run, or a server on this machine."""
-        from urllib.parse import urlsplit
-
-        return self._mode == "offline" or is_this_machine(urlsplit(self._base_url).hostname)
+        return self._mode == "offline" or is_on_this_machine(self._base_url)
 
     @property
     def url(self) -> str | None:
@@ -148,10 +146,6 @@ class WandbBackend(BackendInterface):
         self.set_tags(self._experiment.get("tags") or {})
         return self._id
 
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        """Send one value."""
-        self.log_metrics([Metric(name, value, step)])
-
     def log_metrics(self, rows: Sequence[Metric]) -> None:
         """Send a batch; consecutive rows of one step share a record, and the last record stays open."""
         records = []
@@ -172,7 +166,7 @@ class WandbBackend(BackendInterface):
         """Send parameters; a new value replaces the old one."""
         with _errors():
             self._run.config.update(
-                {safe_name(str(key), _REFUSED, _LONGEST_NAME): _plain(each) for key, each in params.items()},
+                {safe_name(str(key), _REFUSED, _LONGEST_NAME): plain_value(each) for key, each in params.items()},
                 allow_val_change=True,
             )
 
@@ -194,7 +188,7 @@ class WandbBackend(BackendInterface):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text as a value of the history."""
-        self._log({name: _plain(text)}, step)
+        self._log({name: plain_value(text)}, step)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Send an image; without Pillow W&B accepts none, and it becomes an artifact."""
@@ -319,18 +313,6 @@ def _default_mode() -> str:
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     has_key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
     return "online" if has_key else "offline"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value in a form that JSON and UTF-8 can hold."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {_plain(str(key)): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-
-    return utf8_text(str(value))
 
 
 @contextmanager

@@ -1,0 +1,16 @@
+"""Base of the backends that send a batch of values in one call."""
+
+from __future__ import annotations
+
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
+
+__all__ = ["BatchBackend"]
+
+
+class BatchBackend(BackendInterface):
+    """Sends one value as a batch of one; subclasses have `log_metrics`."""
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Send one value."""
+        self.log_metrics([Metric(name, value, step)])
