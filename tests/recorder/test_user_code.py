@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 
+from traceml.cli import _demo_train
 from traceml.recorder.user_code import UserCode
 from traceml.session import entry
 
@@ -44,7 +45,8 @@ def own_script(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/opt/pytorch/torch/nn/linear.py", {}, False),
         # a script wherever it lies, as `python /usr/lib/python3/dist-packages/x/train.py`
         ("/usr/lib/python3/dist-packages/x/train.py", {"__name__": "__main__", "__spec__": None}, True),
-        # what `traceml run` runs the script with
+        # the demonstration, and what `traceml run` runs the script with
+        (_demo_train.__file__, {"__name__": "__main__", "__spec__": None}, True),
         (entry.__file__, {"__name__": "__main__", "__spec__": None}, False),
     ],
 )

@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGE_FOLDERS", "display_path", "is_debugger", "is_instrumentation", "is_package_file", "is_user_file"]
+__all__ = [
+    "PACKAGE_FOLDERS",
+    "display_path",
+    "is_debugger",
+    "is_instrumentation",
+    "is_package_file",
+    "is_starter",
+    "is_user_file",
+]
 
 _DEBUGGER_FILES, _DEBUGGER_FOLDERS = ("/bdb.py", "/pdb.py"), ("/debugpy/", "/pydevd", "/_pydevd")
 _STANDARD = f"{Path(os.__file__).parent}/"
@@ -20,6 +28,7 @@ PACKAGE_FOLDERS = tuple(f"{Path(each).parent.parent}/" for each in {__file__, (l
 On another host of a launch the code comes from a zip file, and is named as where it was compiled.
 """
 _INSTRUMENTATION = tuple(f"{folder}instrument/" for folder in PACKAGE_FOLDERS)
+_SESSION = tuple(f"{folder}session/" for folder in PACKAGE_FOLDERS)
 
 
 def is_package_file(path: str) -> bool:
@@ -30,6 +39,11 @@ def is_package_file(path: str) -> bool:
 def is_instrumentation(path: str) -> bool:
     """Return whether a file belongs to what traceml does inside a training step, unasked."""
     return path.startswith(_INSTRUMENTATION)
+
+
+def is_starter(path: str) -> bool:
+    """Return whether a file belongs to what starts a script for `traceml run`."""
+    return path.startswith(_SESSION)
 
 
 def is_debugger(path: str) -> bool:

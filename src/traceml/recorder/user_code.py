@@ -8,7 +8,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from traceml.inspection.thread_frames import stack_frames
-from traceml.inspection.user_files import is_package_file, is_user_file
+from traceml.inspection.user_files import is_starter, is_user_file
 
 __all__ = ["UserCode", "user_line"]
 
@@ -55,4 +55,4 @@ def _is_script(frame: FrameType) -> bool:
     """Return whether a frame is of the script; the program that runs it was `__main__`, too, as that of a launch is."""
     values, main = frame.f_globals, sys.modules.get("__main__")
     is_main = main is not None and values is vars(main) and values.get("__spec__") is None
-    return is_main and not is_package_file(frame.f_code.co_filename)
+    return is_main and not is_starter(frame.f_code.co_filename)
