@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from traceml.recorder.wake_signal import WakeSignal
+from traceml.recorder.recorder_thread import WakeSignal
 
 _LONG_S = 60.0  # the test ends at once unless it fails
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from traceml.samplers.available import open_samplers
-from traceml.samplers.segment_watch import SegmentWatch
-from traceml.samplers.torch_memory import TorchMemorySampler
+from traceml.samplers.torch_memory import SegmentWatch, TorchMemorySampler
 
 
 def test_nothing_before_the_script_initialised_cuda() -> None:

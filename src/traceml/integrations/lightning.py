@@ -6,11 +6,17 @@ Steps and phases are detected as in any script that uses Lightning. This adds th
 
 from __future__ import annotations
 
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from traceml.integrations.lightning_logger import TraceMLLogger
 from traceml.integrations.lightning_part import LightningPart
+from traceml.recorder.current import current_recorder
+from traceml.track.rank.experiment import Orchestrator
+from traceml.track.rank.frameworks.framework_capture import is_captured
+from traceml.track.rank.log_calls import log_metrics, log_params
 
 __all__ = ["TraceMLCallback", "TraceMLLogger"]
 
@@ -63,3 +69,60 @@ class TraceMLCallback(LightningPart):
         """End, after everything else of `fit`."""
         if stage == "fit":
             self.session.end()
+
+
+class TraceMLLogger(LightningPart):
+    """Lightning's logger of the name `traceml`: traces each `fit()`, and shows the verdict at its end, on rank 0.
+
+    It derives from the `Logger` of each Lightning package that the script has imported. Where tracing already runs, by
+    `traceml.init()`, `traceml run` or `TraceMLCallback`, that recorder continues and shows its own verdict.
+
+    Args:
+        report: show the verdict.
+        settings: as for `traceml.init`; `local=True` and `on_missing="warn"` unless set here or elsewhere.
+
+    Raises:
+        SettingsError: an unknown setting or a bad value.
+        ImportError: Lightning is not installed.
+    """
+
+    @staticmethod
+    def base_of(package: str) -> type[Any]:
+        """Return Lightning's class of loggers."""
+        base: type[Any] = import_module(f"{package}.loggers").Logger
+        return base
+
+    @property
+    def name(self) -> str:
+        """Name of the logger: Lightning's checkpoints are in `traceml/<run id>/checkpoints`."""
+        return "traceml"
+
+    @property
+    def version(self) -> str:
+        """Id of the run; empty while it has none."""
+        recorder = current_recorder()
+        return recorder.run_dir.name if recorder is not None and recorder.run_dir is not None else ""
+
+    @property
+    def experiment(self) -> Orchestrator:
+        """Front for values of any kind, such as images. Lightning reads it on each rank when a training is set up."""
+        self.session.begin()
+        return Orchestrator()
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log values, unless the capture of Lightning logs them: it takes all that goes through the trainer."""
+        if not is_captured():
+            log_metrics(metrics, step)
+
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace | None, *_: Any, **__: Any) -> None:
+        """Log hyperparameters, unless the capture of Lightning logs them."""
+        if params and not is_captured():
+            log_params(vars(params) if isinstance(params, Namespace) else params)
+
+    def finalize(self, status: str) -> None:
+        """End the run, after everything else of `fit`.
+
+        Args:
+            status: success, or failed while the exception is handled.
+        """
+        self.session.end(sys.exc_info()[1] if status != "success" else None)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
@@ -17,10 +19,9 @@ from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
 from traceml.recorder.stop_meter import StopMeter
-from traceml.recorder.wake_signal import WakeSignal
 from traceml.samplers.base import SamplerScheduler
 
-__all__ = ["FILES_TIMEOUT_S", "RecorderThread"]
+__all__ = ["FILES_TIMEOUT_S", "RecorderThread", "WakeSignal"]
 
 _log = logging.getLogger("traceml")
 
@@ -32,6 +33,36 @@ _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
 _DIALING_S = 30.0  # more than the start of an aggregator has
 FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
+
+
+class WakeSignal:
+    """Like `threading.Event` for one sleeping thread, whose sleep takes 20 us of CPU time less.
+
+    Only that thread calls `wait` and `clear`. A signal handler may call `set`, as it takes no lock that is held.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._sleep = allocate_lock()
+        self._sleep.acquire()
+
+    def set(self) -> None:
+        """Wake the thread, or end its next sleep at once."""
+        self._is_set = True
+        with suppress(RuntimeError):  # it is awake already
+            self._sleep.release()
+
+    def clear(self) -> None:
+        """Let the next sleep last; for what was asked before, a turn follows."""
+        self._is_set = False
+        self._sleep.acquire(blocking=False)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for at most this many seconds; return whether the signal is set."""
+        if not self._is_set:
+            self._sleep.acquire(timeout=seconds)
+
+        return self._is_set
 
 
 class RecorderThread:

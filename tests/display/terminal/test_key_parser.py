@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.display.terminal.key_parser import parse_keys
+from traceml.display.terminal.fullscreen import parse_keys
 
 
 @pytest.mark.parametrize(

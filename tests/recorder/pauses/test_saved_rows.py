@@ -11,8 +11,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import PAUSES, Pause
 from traceml.instrument import install
 from traceml.recorder.pauses import pause_recorder
-from traceml.recorder.pauses.checkpoint_size import size_of
-from traceml.recorder.pauses.pause_recorder import PauseRecorder
+from traceml.recorder.pauses.pause_recorder import PauseRecorder, size_of
 from traceml.recorder.user_code import UserCode
 
 

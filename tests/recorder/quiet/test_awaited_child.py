@@ -13,7 +13,7 @@ import pytest
 
 from tests.eventually import eventually
 from traceml.database.process_snapshots import blocker_of
-from traceml.recorder.quiet.awaited_child import awaited_child
+from traceml.recorder.quiet.snapshot_maker import awaited_child
 
 pytestmark = pytest.mark.process
 

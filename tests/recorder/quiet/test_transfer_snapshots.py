@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from traceml.recorder.quiet.transfer_snapshots import open_transfer
+from traceml.recorder.quiet.snapshot_maker import open_transfer
 
 TORCH = "/site-packages/torch/distributed/distributed_c10d.py"
 CODE = """

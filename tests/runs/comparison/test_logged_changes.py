@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.renderers.reports import slow_rank
-from traceml.runs.comparison.logged_changes import metric_changes, param_changes
+from traceml.runs.comparison.compare import metric_changes, param_changes
 from traceml.runs.report.report_types import MetricSection, SetupSection
 
 

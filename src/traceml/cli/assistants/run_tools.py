@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from traceml.cli.assistants.documentation import kind_text
 from traceml.cli.report import current_report
 from traceml.cli.running_job import running_job
 from traceml.cli.stacks import ask_ranks, stacks_document
 from traceml.diagnosis.kinds import Kind
-from traceml.errors import RunNotFoundError, UsageError
+from traceml.errors import RunNotFoundError, TraceMLError, UsageError
 from traceml.runs.baseline import find_baseline
 from traceml.runs.comparison.compare import compare_sides
 from traceml.runs.comparison.compared_run import read_compared
@@ -36,6 +36,10 @@ _MAX_RUNS = 100
 _NOT_ASKED = ("schema", "traceml_version", "hidden_metrics", "step_times")
 _SECTIONS = tuple(name for name in Report.__struct_fields__ if name not in _NOT_ASKED)
 _USUAL_SECTIONS = tuple(name for name in _SECTIONS if name != "source")
+# Pages of the documentation: in the wheel, and in a checkout.
+_PACKED = Path(__file__).parent / "pages"
+_CHECKOUT = Path(__file__).parents[4] / "docs"
+_LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 
 
 class RunTools:
@@ -228,3 +232,30 @@ def _cut(value: Any, path: str, items: int, cut: dict[str, str]) -> Any:
         value = dict(list(value.items())[: max(items, 20)])
 
     return {key: _cut(each, f"{path}.{key}" if path else str(key), items, cut) for key, each in value.items()}
+
+
+def page_text(name: str) -> str:
+    """Return a page of the documentation.
+
+    Args:
+        name: its file name, such as `verdicts.md`.
+
+    Raises:
+        TraceMLError: the installation does not have it.
+    """
+    for folder in (_PACKED, _CHECKOUT):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+
+    raise TraceMLError(f"the page {name} is missing in this installation: install traceml-torch again")
+
+
+def kind_text(kind: str) -> str | None:
+    """Return when a kind of finding is raised, and its details; None where the rules have no section of it.
+
+    Args:
+        kind: name of the kind, in capitals.
+    """
+    page = page_text("verdicts.md")
+    section = re.search(rf"^### .*`{re.escape(kind)}`.*\n((?:(?!#).*\n)*)", page, re.MULTILINE)
+    return None if section is None else _LINK.sub(r"\1", " ".join(section.group(1).split()))

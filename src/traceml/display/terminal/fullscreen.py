@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import termios
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from traceml.display.terminal.key_parser import parse_keys
 from traceml.display.terminal.terminal_driver import ansi_bytes, terminal_size
 from traceml.renderers.text.live_panel import MIN_HEIGHT, MIN_WIDTH, live_lines
 from traceml.renderers.text.viewport import Viewport
@@ -24,12 +24,20 @@ if TYPE_CHECKING:
 
     from traceml.renderers.views import LiveView
 
-__all__ = ["FullScreen"]
+__all__ = ["FullScreen", "parse_keys"]
 
 _ENTER = b"\x1b[?1049h\x1b[?25l"
 _LEAVE = b"\x1b[?25h\x1b[?1049l"
 _SIZE_CHECK_S = 0.2  # interval between checks of the window's size
 _ESCAPE_S = 0.1
+_NAMES = {
+    b"[A": "up", b"[B": "down", b"[C": "right", b"[D": "left", b"[H": "home", b"[F": "end", b"[1~": "home",
+    b"[4~": "end", b"[7~": "home", b"[8~": "end", b"[5~": "pageup", b"[6~": "pagedown", b"[Z": "backtab",
+    b"OA": "up", b"OB": "down", b"OC": "right", b"OD": "left", b"OH": "home", b"OF": "end",
+}  # fmt: skip
+_PLAIN = {"\t": "tab", "\r": "enter", "\n": "enter", "\x1b": "escape", "\x7f": "backspace"}
+_SEQUENCE = re.compile(rb"\x1b(\[[0-?]*[ -/]*[@-~]|O[A-Z])")
+_PARTIAL = re.compile(rb"\x1b(\[[0-?]*[ -/]*|O)\Z")
 
 
 class FullScreen:
@@ -144,3 +152,24 @@ def _whole_parts(footer: str, columns: int) -> str:
         parts.pop()
 
     return "   ".join(parts)[:columns]
+
+
+def parse_keys(data: bytes) -> tuple[list[str], bytes]:
+    """Return the pressed keys, and the bytes of a key that continues in the next read.
+
+    A letter is itself; other keys have names: up, pagedown, tab, escape, … Unknown sequences are left out. A lone
+    escape at the end is the Escape key: the caller waits a moment for the rest of a sequence.
+    """
+    keys: list[str] = []
+    while data:
+        if match := _SEQUENCE.match(data):
+            keys += [_NAMES[match[1]]] if match[1] in _NAMES else []
+            data = data[match.end() :]
+        elif _PARTIAL.match(data):
+            break
+        else:
+            char = chr(data[0])
+            keys += [_PLAIN.get(char, char)] if char in _PLAIN or 32 <= data[0] < 127 else []
+            data = data[1:]
+
+    return keys, data

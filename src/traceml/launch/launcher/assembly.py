@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.errors import UsageError
-from traceml.launch.launcher import main_script
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
 from traceml.launch.launcher.hosts.hosts import HostSpec, resolve_hosts
@@ -41,8 +40,8 @@ def run_function(
     log_handlers: Any,
 ) -> LaunchResult[Any]:
     """Run a function on every worker; see `traceml.launch`."""
-    main_script.refuse_in_spawned()
-    main_script.pickle_by_value()
+    _refuse_in_spawned()
+    _pickle_main_by_value()
     log_handlers = check_handlers(log_handlers)
     specs = _host_specs(options)
     call = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
@@ -103,7 +102,7 @@ def _job_spec(options: LaunchOptions, call: SerializedValue | None, script: Mapp
         env_file=None if options.env_file is None else str(Path(options.env_file).expanduser().absolute()),
         cwd=_working_directory(),
         sys_path=list(users_path(skip_first=script is not None)),
-        main=main_script.describe(),
+        main=_described_main(),
         cpu_affinity=options.cpu_affinity,
         keep_agents=options.keep_agents,
     )
@@ -160,3 +159,36 @@ def _connect_host(options: LaunchOptions, spec: HostSpec) -> JobHost:
         kept.spec = spec
 
     return JobHost(spec, key, start, kept or start(), warm=kept is not None)
+
+
+def _described_main() -> dict[str, str | None]:
+    """Return what workers need to stand in for our `__main__`: `name`, where it was run by `-m`, and `path`."""
+    main = sys.modules["__main__"]
+    spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return {
+        "name": None if spec is None else spec.name,
+        "path": str(Path(path).absolute()) if isinstance(path, str) else None,
+    }
+
+
+def _pickle_main_by_value() -> None:
+    """Make the script's functions travel by value also from a multiprocessing child, where it is `__mp_main__`."""
+    main = sys.modules.get("__mp_main__")
+    if main is not None and main.__name__ == "__mp_main__":
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(main)
+
+
+def _refuse_in_spawned() -> None:
+    """Refuse a launch while a process that multiprocessing has spawned imports the script.
+
+    Raises:
+        UsageError: it does; each such process would launch all over again.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and getattr(process.current_process(), "_inheriting", False):
+        raise UsageError(
+            "launch was called while a process that multiprocessing has spawned imports this script. "
+            "Put the call under `if __name__ == '__main__':`"
+        )

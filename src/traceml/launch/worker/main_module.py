@@ -24,7 +24,7 @@ def install(description: Mapping[str, str | None]) -> ModuleType:
     """Replace this process's `__main__` by an empty one that stands for the launcher's; return it.
 
     Args:
-        description: the launcher's `__main__`, see `launcher.main_script.describe`.
+        description: the launcher's `__main__`, see `launcher.assembly`.
     """
     main = ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins

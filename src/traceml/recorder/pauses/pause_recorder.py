@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
@@ -11,7 +15,6 @@ from traceml.clock import monotonic_ns
 from traceml.database.schema import Pause, Phase, Slot
 from traceml.inspection.user_files import display_path
 from traceml.privacy import secrets_only
-from traceml.recorder.pauses.checkpoint_size import size_of
 from traceml.recorder.pauses.collection_watch import LONG_NS, Collection, CollectionWatch
 from traceml.recorder.pauses.compilations import Compilation, CompilationReader
 from traceml.recorder.user_code import user_line
@@ -20,11 +23,12 @@ if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument.checkpoints.save_log import Save, SaveLog
 
-__all__ = ["PauseRecorder"]
+__all__ = ["PauseRecorder", "size_of"]
 
 _SHORT_SHARE = 0.02  # short collections that take less of the time are not reported
 _MIN_NS = 10**8
 _CHECKPOINT = int(Phase.CHECKPOINT)
+_MAX_FILES = 1000
 
 
 class PauseRecorder:
@@ -132,3 +136,20 @@ class PauseRecorder:
 
 def _place(code: CodeType, line: int) -> str:
     return f"{display_path(code.co_filename)}:{line} {code.co_qualname}"
+
+
+def size_of(targets: Iterable[str]) -> int:
+    """Return the bytes of files, and of the files directly in folders; -1 where one is gone or is not a path."""
+    try:
+        return sum(map(_size, targets)) or -1
+    except (OSError, ValueError):
+        return -1
+
+
+def _size(path: str) -> int:
+    found = Path(path).stat()
+    if not stat.S_ISDIR(found.st_mode):
+        return found.st_size
+
+    with os.scandir(path) as entries:
+        return sum(entry.stat().st_size for entry in islice(entries, _MAX_FILES) if entry.is_file())

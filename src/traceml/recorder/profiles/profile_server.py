@@ -19,7 +19,9 @@ from traceml.database.schema import STEPS
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.formatting import bytes_text
-from traceml.recorder.profiles.call_sampler import CallSampler
+from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.user_files import display_path
+from traceml.recorder.user_code import user_line
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -37,6 +39,35 @@ _READ_BYTES = 1 << 20
 _SAMPLE_S, _LEAVE_S = 0.005, 0.05
 _FETCH_S = 120.0  # a trace that nobody has read from for this long is removed
 _RECENT_STEPS = 16
+_MAX_SAMPLES = 20_000
+
+
+class CallSampler:
+    """Samples of the line of the user's code that the training thread runs, each with its time.
+
+    Operators release the interpreter's lock, so most samples are taken inside them.
+    """
+
+    def __init__(self, thread: Callable[[], int], contains: Callable[[FrameType], bool]) -> None:
+        self._thread, self._contains = thread, contains
+        self._samples: list[tuple[int, int]] = []
+        self._places: dict[tuple[str, int, str], int] = {}
+
+    def sample(self) -> None:
+        """Take a sample."""
+        if len(self._samples) >= _MAX_SAMPLES:
+            return
+
+        code, line = user_line(thread_frame(self._thread()), self._contains)
+        if code is None:
+            return
+
+        place = (display_path(code.co_filename), line, code.co_qualname)
+        self._samples.append((time.time_ns(), self._places.setdefault(place, len(self._places))))
+
+    def to_row(self) -> dict[str, Any]:
+        """Return `places` (file, line, function), and `samples` (epoch nanoseconds, number of the place)."""
+        return {"places": [list(place) for place in self._places], "samples": self._samples}
 
 
 class _Profile:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -20,19 +21,22 @@ from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
-from traceml.recorder.quiet.awaited_child import awaited_child
 from traceml.recorder.quiet.store_threads import StoreThreads
 from traceml.recorder.quiet.thread_snapshots import other_threads
-from traceml.recorder.quiet.transfer_snapshots import open_transfer
 from traceml.recorder.user_code import UserCode
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument.loader import DataProgress
 
-__all__ = ["SnapshotMaker", "frame_flags"]
+__all__ = ["SnapshotMaker", "awaited_child", "frame_flags", "open_transfer"]
 
-_MAX_DEPTH = 1000
+_SUBPROCESS = "/subprocess.py"
+_WAITS = ("wait", "communicate", "_wait", "_communicate")
+_WAIT_DEPTH = 20
+_DISTRIBUTED = "/torch/distributed/distributed_c10d.py"
+_PEERS = {"send": "dst", "recv": "src", "send_object_list": "dst", "recv_object_list": "src"}
+_TRANSFER_DEPTH = 50
 
 
 class SnapshotMaker:
@@ -183,3 +187,27 @@ def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
         for each in frames
     )
     return compiles, any(is_debugger(each.file) for each in frames)
+
+
+def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> int | None:
+    """Return the number of the child; None where the user's code waits for none."""
+    for each in takewhile(lambda each: not is_user(each), stack_frames(frame, _WAIT_DEPTH)):
+        if each.f_code.co_name in _WAITS and each.f_code.co_filename.endswith(_SUBPROCESS):
+            child = each.f_locals.get("self")
+            pid = getattr(child, "pid", None)
+            return pid if type(pid) is int and getattr(child, "returncode", 0) is None else None
+
+    return None
+
+
+def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupSnapshot | None:
+    """Return the operation that the user's code has called, with the rank at its other end if that is an argument."""
+    found = None
+    for each in takewhile(lambda each: not is_user(each), stack_frames(frame, _TRANSFER_DEPTH)):
+        name = each.f_code.co_name
+        if name in _PEERS and each.f_code.co_filename.endswith(_DISTRIBUTED):
+            peer = each.f_locals.get(_PEERS[name])
+            known = peer if type(peer) is int and peer >= 0 else None
+            found = GroupSnapshot(operation=name, in_flight=True, is_p2p=True, peer=known)
+
+    return found

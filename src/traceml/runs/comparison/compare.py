@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.findings import significant
-from traceml.formatting import percent_text, plural
+from traceml.formatting import name_order, percent_text, plural
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import (
     Comparison,
     MemoryChange,
     MemoryChanges,
+    MetricChange,
+    ParamChange,
     PhaseChange,
     RankChange,
     RunSide,
@@ -24,11 +27,11 @@ from traceml.runs.comparison.comparison_types import (
     StepTimeChanges,
     VerdictChange,
 )
-from traceml.runs.comparison.logged_changes import metric_changes, param_changes
 from traceml.runs.comparison.significance import Difference, difference
 from traceml.runs.comparison.source_changes import package_changes, source_remarks, variable_changes
+from traceml.runs.report.report_types import Report
 
-__all__ = ["compare_runs", "compare_sides"]
+__all__ = ["compare_runs", "compare_sides", "metric_changes", "param_changes"]
 
 # A smaller change counts as none, significant or not.
 _WORTH = 0.005
@@ -36,6 +39,7 @@ _WORTH = 0.005
 _BUSY = 0.10
 # Phases of at least this share of the step are large; they change alike if each changes by half of what the step does.
 _LARGE, _MIN_PHASES, _ALIKE = 0.05, 3, 0.5
+_OF_RANK = re.compile(r"/rank_\d+$")
 
 
 def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
@@ -329,3 +333,26 @@ def _verdicts(a: ComparedRun, b: ComparedRun) -> VerdictChange:
 
 def _change(before: float | None, after: float | None) -> float | None:
     return after / before - 1 if before and after is not None else None
+
+
+def metric_changes(a: Report, b: Report) -> list[MetricChange]:
+    """Return the last values of metrics that both runs have, losses first; those of rank 0."""
+    names = [name for name in a.metrics if name in b.metrics and not _OF_RANK.search(name)]
+    changes = [_metric(name, a.metrics[name].last, b.metrics[name].last) for name in names]
+    return sorted(changes, key=lambda change: ("loss" not in change.name.lower(), name_order(change.name)))
+
+
+def param_changes(a: Report, b: Report) -> list[ParamChange]:
+    """Return the parameters whose values differ; of a missing one the value is None."""
+    first, second = a.setup.params, b.setup.params
+    names = dict.fromkeys([*first, *second])
+    return [
+        ParamChange(name=name, a=first.get(name), b=second.get(name))
+        for name in names
+        if first.get(name) != second.get(name)
+    ]
+
+
+def _metric(name: str, before: float | None, after: float | None) -> MetricChange:
+    change = after / before - 1 if before is not None and before > 0 and after is not None and after >= 0 else None
+    return MetricChange(name=name, a=before, b=after, change=significant(change))

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from traceml.clock import SteadyClock
 from traceml.database.flight.flight_owner import waiting_steps
+from traceml.database.schema import PROCESS
 from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import last_written_s
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.errors import StoreError
+from traceml.formatting import line_text, ms_text
 from traceml.ids import DEFAULT_PROJECT
 from traceml.own_files import replace_file
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report import sections
-from traceml.runs.report.profiled_operators import with_operators
 from traceml.runs.report.report_types import SCHEMA, Report, RunSection, TelemetrySection, read_report
 from traceml.runs.report.restarts import restarts, stood_s
 from traceml.runs.report.run_source import add_source
-from traceml.runs.report.run_times import run_times
 from traceml.runs.report.setup_facts import setup_section, step_times_section
 from traceml.runs.report.trackers import trackers
 from traceml.runs.report.wall_time import wall_time
@@ -210,3 +216,60 @@ def _run(digest: Digest, reader: StoreReader, run_dir: Path) -> RunSection:
         restarts=restarts(reader) if digest.attempt > 0 else [],
         steps_waiting=waiting_steps(run_dir) if state == "lost" else 0,
     )
+
+
+def with_operators(findings: Sequence[Finding], reader: StoreReader) -> list[Finding]:
+    """Return the findings; the one that was profiled has the longest operators, and the file of the profile."""
+    event = reader.last_event("profile")
+    if event is None:
+        return list(findings)
+
+    measured = {"operators": [_text(each) for each in event.data["operators"]], "profile": event.data["file"]}
+    return [
+        msgspec.structs.replace(each, evidence={**each.evidence, **measured})
+        if each.kind == event.data["kind"]
+        else each
+        for each in findings
+    ]
+
+
+def _text(operator: dict[str, Any]) -> str:
+    """Return `aten::mm 2.32 ms (train.py:9 step)`: time per step, on the device if there is one."""
+    time = ms_text(operator["device_ms"] or operator["self_cpu_ms"])
+    place = f" ({line_text(operator['file'], operator['line'], operator['function'])})" if operator.get("file") else ""
+    return f"{operator['name']} {time}{place}"
+
+
+def run_times(digest: Digest, state: str, run_dir: Path) -> tuple[float | None, float | None, float | None]:
+    """Return (started, ended, duration): epoch seconds and seconds; a running run has not ended."""
+    started, ended = digest.run.get("started"), digest.run.get("ended")
+    if ended is None and state != "running":  # the process that would have noted it is gone
+        ended = _last_row_s(digest) or last_written_s(run_dir / STORE_NAME)
+
+    if started is None:
+        return None, ended, None
+
+    clock = SteadyClock.from_facts(digest.run.get("clock"))
+    now = time.time() if clock is None else clock.now_s()
+    if ended is not None:
+        ended = max(ended, started)  # the wall clock may have been set
+
+    return started, ended, max((now if ended is None else ended) - started, 0.0)
+
+
+def _last_row_s(digest: Digest) -> float | None:
+    """Return the date of the last step or sample of the ranks on the aggregator's host; None without any."""
+    clock = SteadyClock.from_facts(digest.run.get("clock"))
+    if clock is None:
+        return None
+
+    ends = digest.kept.end_ns
+    stamps = []
+    for rank, stream in digest.ranks.items():
+        if stream.facts.get("boot_id") == clock.boot:
+            sample = digest.samples.last(PROCESS.name, rank)
+            stamps += [] if sample is None else [int(sample["t_ns"])]
+            stamps += [int(ends[rank])] if rank < len(ends) else []
+
+    latest = max(stamps, default=0)
+    return clock.epoch_s(latest) if latest > clock.mono_ns else None

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.traces.aggregate.exact_sums import ExactSums
 from traceml.traces.aggregate.sketch import CELLS, OCTAVES, bucket
 from traceml.traces.native.library import grown, library, pointer
 
-__all__ = ["ArgumentSum", "GroupStat", "GroupStatTable"]
+__all__ = ["ArgumentSum", "ArgumentSums", "GroupStat", "GroupStatTable"]
 
 _GREATEST = 2**63 - 1
 _FEW = 4  # as in kernels.c
@@ -207,3 +208,33 @@ def _bit_lengths(values: NDArray[np.int64]) -> NDArray[np.int64]:
     upper = np.frexp(high.astype(np.float64))[1].astype(np.int64)
     lower = np.frexp(low.astype(np.float64))[1].astype(np.int64)
     return np.where(high > 0, upper + 31, lower)
+
+
+class ArgumentSums:
+    """Sums of one key of `args`: exact for integers."""
+
+    def __init__(self) -> None:
+        self._count, self._floats = np.zeros(64, np.int64), np.zeros(64, np.float64)
+        self._integers = ExactSums()
+
+    def add_integers(self, group: NDArray[np.int32], values: NDArray[np.int64], groups: int) -> None:
+        """Add a value to the sum of each row's group; `groups` is the number of groups so far."""
+        self._reserve(groups)
+        np.add.at(self._count, group, 1)
+        self._integers.add(group, values, groups)
+
+    def add_floats(self, group: NDArray[np.int32], values: NDArray[np.float64], groups: int) -> None:
+        """Add a value to the sum of each row's group; `groups` is the number of groups so far."""
+        self._reserve(groups)
+        np.add.at(self._count, group, 1)
+        np.add.at(self._floats, group, values)
+
+    def of(self, group: int) -> ArgumentSum:
+        """Return the sum of a group."""
+        if group >= len(self._count):
+            return ArgumentSum()
+
+        return ArgumentSum(int(self._count[group]), self._integers[group], float(self._floats[group]))
+
+    def _reserve(self, groups: int) -> None:
+        self._count, self._floats = grown(self._count, groups), grown(self._floats, groups)

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.traces.aggregate.argument_sums import ArgumentSums
 from traceml.traces.aggregate.exact_sums import SquareSums
 from traceml.traces.aggregate.nesting import SelfTimes
 from traceml.traces.aggregate.numbering import PairNumbering
 from traceml.traces.aggregate.overlap import OverlapTimes
 from traceml.traces.aggregate.pairs import SpanMatcher, Unpaired
 from traceml.traces.aggregate.sorting import ExternalSorter, RowColumns
-from traceml.traces.aggregate.stats import GroupStat, GroupStatTable
+from traceml.traces.aggregate.stats import ArgumentSums, GroupStat, GroupStatTable
 from traceml.traces.aggregate.work_kinds import classify
 from traceml.traces.query.event_filter import EventFilter
 from traceml.traces.query.expressions import Condition, Expression, comparisons

@@ -24,7 +24,7 @@ class JobSpec:
         env_file: a file that bash sources on each host.
         cwd: the workers' working directory.
         sys_path: folders where workers look for modules.
-        main: description of the launcher's `__main__`, see `main_script`.
+        main: description of the launcher's `__main__`, see `assembly`.
         cpu_affinity: whether workers are distributed over the cores.
         keep_agents: whether agents may serve the next launch.
     """
