@@ -62,18 +62,11 @@ class Ingest:
     Args:
         store: the run's store.
         live: its live diagnosis.
-        artifacts: takes the chunks of files; by default into the store's folder.
         pause_senders: pauses (True) or resumes the run's ranks while the store cannot be written.
     """
 
-    def __init__(
-        self,
-        store: StoreWriter,
-        live: LiveRows,
-        pause_senders: Callable[[bool], None],
-        artifacts: Artifacts | None = None,
-    ) -> None:
-        self.artifacts = artifacts or Artifacts(store.path.parent)
+    def __init__(self, store: StoreWriter, live: LiveRows, pause_senders: Callable[[bool], None]) -> None:
+        self.artifacts = Artifacts(store.path.parent)
         self._store = store
         self._live = live
         self._pause_senders = pause_senders

@@ -33,6 +33,7 @@ MARK = "TRACEML_LAUNCH_MARK"
 _OUTLIVES = b"TRACEML_OUTLIVES=1"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TICK_S = 0.01
+_KILLED_S = 5.0  # longest wait for processes that SIGKILL does not end
 
 
 def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> None:
@@ -102,13 +103,12 @@ class ProcessTermination:
     Args:
         find: returns the processes.
         grace_s: time between SIGTERM and SIGKILL; 0 kills at once.
-        limit_s: time after the grace period at which it stops waiting for processes that SIGKILL does not end.
     """
 
-    def __init__(self, find: Callable[[], set[int]], *, grace_s: float, limit_s: float = 5.0) -> None:
+    def __init__(self, find: Callable[[], set[int]], *, grace_s: float) -> None:
         self._find, self._grace_s = find, grace_s
         self._start_s = time.monotonic()
-        self._limit_s = grace_s + limit_s
+        self._limit_s = grace_s + _KILLED_S
         self._asked: set[int] = set()
         self.left: set[int] = set()
 

@@ -48,10 +48,9 @@ class PauseRecorder:
         is_evaluating: Callable[[], bool],
         is_user: Callable[[FrameType], bool],
         saves: SaveLog | None = None,
-        compilations: CompilationReader | None = None,
     ) -> None:
         self._slots, self._ring, self._name_id = flight.open_slots, flight.ring("pauses"), flight.names.id_of
-        self._compilations = compilations or CompilationReader()
+        self._compilations = CompilationReader()
         self._saves = saves
         if saves is not None:
             saves.caller = lambda frame: user_line(frame, is_user)

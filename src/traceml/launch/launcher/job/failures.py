@@ -177,14 +177,7 @@ def note_stacks(
     stacks: Mapping[int, Mapping[str, Any]],
     timed_out: Iterable[int] = (),
 ) -> None:
-    """Add a note to an error: the stack of each worker, and the workers that the others waited for.
-
-    Args:
-        error: gets the note.
-        waiting: the workers that had not ended.
-        stacks: stacks by rank, as agents send them: `stack`, `state`.
-        timed_out: ranks that failed because they waited for others.
-    """
+    """Add a note to an error: the stack of each worker, and the workers that the others waited for."""
     workers = list(waiting)
     if not workers:
         return

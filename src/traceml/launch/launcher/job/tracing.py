@@ -13,16 +13,19 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from traceml import settings
-from traceml.launch.launcher.job.abort_watch import AbortWatch
+from traceml.database.snapshots import ABORT
+from traceml.database.store.reader import StoreReader
+from traceml.errors import StoreError
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.tunnel import TunnelConnector
-from traceml.run_folder import COPIES_FOLDER
+from traceml.run_folder import COPIES_FOLDER, STORE_NAME
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.slurm_jobs import scheduler_facts
@@ -35,6 +38,38 @@ __all__ = ["Tracing"]
 _WINDOW_BYTES = 1 << 20
 
 _log = logging.getLogger("traceml")
+_EVERY_S = 2.0
+_GRACE_S = 12.0  # the aggregator kills after 10 s
+
+
+class AbortWatch:
+    """Reads a run's store for the decision to end it, as it hangs and its setting `on_hang` is `abort`.
+
+    The aggregator asks each rank to end, and kills those of its own host that cannot. Ranks of other hosts whose
+    interpreter is held in C are ended by the launcher.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._store = run_dir / STORE_NAME
+        self._checked_s = 0.0
+        self._aborted_s: float | None = None
+
+    def is_overdue(self) -> bool:
+        """Return whether the ranks had enough time to end by themselves; may be called at any rate."""
+        now_s = time.monotonic()
+        if self._aborted_s is None and now_s - self._checked_s >= _EVERY_S:
+            self._checked_s = now_s
+            self._aborted_s = now_s if self._is_aborted() else None
+
+        return self._aborted_s is not None and now_s - self._aborted_s >= _GRACE_S
+
+    def _is_aborted(self) -> bool:
+        with suppress(StoreError, OSError):  # it is just being made
+            if self._store.is_file():
+                with StoreReader(self._store) as reader:
+                    return reader.last_event(ABORT) is not None
+
+        return False
 
 
 @dataclass(slots=True)
@@ -245,13 +280,7 @@ class Tracing:
         self._exits.append(exited)
 
     def host_lost(self, host: str, ranks: Mapping[int, int | None], reason: str) -> None:
-        """Record a lost host.
-
-        Args:
-            host: its name.
-            ranks: its ranks that had not ended, with their process ids where they are known.
-            reason: the cause, as text.
-        """
+        """Record a lost host."""
         known = self._hosts.get(host)
         if known is None:
             return
