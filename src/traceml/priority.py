@@ -15,9 +15,6 @@ def lower_priority(nice: int = _LOWEST) -> None:
 
     Linux groups processes by session (autogroup), and `nice` counts only among the processes of one session. So a
     process that leads a session makes its session nice too.
-
-    Args:
-        nice: the nice value, up to 19.
     """
     try:
         os.nice(nice)

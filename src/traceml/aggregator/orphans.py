@@ -35,10 +35,6 @@ def finish_orphan(run_dir: Path) -> bool:
 def finish_flights(runs_dir: Path, silence_s: float | None = None) -> list[Path]:
     """Store the logged rows that dead ranks left in a folder; return the runs that are over now.
 
-    Args:
-        runs_dir: the folder.
-        silence_s: as for `Registry.recover_flights`.
-
     Raises:
         StoreError: a run's folder cannot be written.
     """

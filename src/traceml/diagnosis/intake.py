@@ -39,12 +39,7 @@ __all__ = ["RowIntake"]
 
 
 class RowIntake:
-    """Collects rows of all ranks of a run.
-
-    Args:
-        slots: steps kept per rank; see `slots_for`.
-        ranks: ranks to allocate now.
-    """
+    """Collects rows of all ranks of a run."""
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.facts = JobFactsBuilder(max(ranks, 1))

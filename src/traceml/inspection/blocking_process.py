@@ -24,11 +24,6 @@ def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
     """Return the id of the process that a thread waits for; None if it waits for none, or that is not known.
 
     Instead of a shell that itself waits, the program that the shell waits for.
-
-    Args:
-        pid: the waiting process.
-        thread: its thread that waits.
-        locks: the kernel's list of locked files.
     """
     call = current_syscall(thread)
     machine = platform.machine()

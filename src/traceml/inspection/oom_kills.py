@@ -44,13 +44,7 @@ class OomWatch:
 
 
 def oom_counter(groups: dict[str, str], root: str = ROOT, host: Path = _HOST) -> Path:
-    """Return the file that counts the kills of the innermost visible group; the host's where there is none.
-
-    Args:
-        groups: as `control_groups.cgroup_paths` returns them.
-        root: where the control groups are mounted.
-        host: file with the host's counter.
-    """
+    """Return the file that counts the kills of the innermost visible group; the host's where there is none."""
     folders = cgroup_folders("memory", groups, root) if groups else []
     paths = (Path(folder) / name for folder in folders for name in _FILES)
     return next((path for path in paths if count_kills(path) is not None), host)

@@ -20,9 +20,6 @@ class UserCode:
     """Recognizes frames of the user's code; remembers the answer for each file.
 
     A script is the user's wherever it lies.
-
-    Args:
-        modules: the loaded modules; None: `sys.modules`.
     """
 
     def __init__(self, modules: Any = None) -> None:

@@ -66,12 +66,7 @@ def cores(root: str = ROOT, membership: str | None = None) -> int:
 
 
 def limited_processes(root: str = ROOT, membership: str | None = None) -> tuple[str, int] | None:
-    """Return (file with the number of processes and threads, limit) of the innermost group that limits them.
-
-    Args:
-        root: where the control groups are mounted.
-        membership: text of /proc/self/cgroup.
-    """
+    """Return (file with the number of processes and threads, limit) of the innermost group that limits them."""
     for folder in _folders("pids", root, membership):
         limit = read_text(f"{folder}/pids.max")
         if limit is not None and limit.strip().isdigit() and read_text(f"{folder}/pids.current") is not None:
@@ -81,12 +76,7 @@ def limited_processes(root: str = ROOT, membership: str | None = None) -> tuple[
 
 
 def throttling(root: str = ROOT, membership: str | None = None) -> str | None:
-    """Return the file that counts the periods in which the innermost group with a CPU quota was throttled.
-
-    Args:
-        root: where the control groups are mounted.
-        membership: text of /proc/self/cgroup.
-    """
+    """Return the file that counts the periods in which the innermost group with a CPU quota was throttled."""
     paths = (f"{folder}/cpu.stat" for folder in _folders("cpu", root, membership))
     return next((path for path in paths if "nr_periods" in (read_text(path) or "")), None)
 

@@ -185,11 +185,7 @@ DOCUMENTS: dict[str, tuple[Any, str]] = {
 
 
 def document_schema(name: str) -> dict[str, Any]:
-    """Return the JSON Schema of a document; a newer version may add keys, so unknown ones are allowed.
-
-    Args:
-        name: one of `DOCUMENTS`.
-    """
+    """Return the JSON Schema of a document; a newer version may add keys, so unknown ones are allowed."""
     document, printed_by = DOCUMENTS[name]
     made = msgspec.json.schema(document)
     return {

@@ -228,13 +228,7 @@ def _samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
-    """Return the library function that a function of the user calls for half of its time; None where there is none.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a phase, or `other`.
-        line: the user's function.
-    """
+    """Return the library function that a function of the user calls for half of its time; None where there is none."""
     place = line.file, line.function, line.line if line.function == _MODULE else None
     calls: Counter[str | None] = Counter()
     for each in _of_part(lines, part):

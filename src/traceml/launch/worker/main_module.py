@@ -21,11 +21,7 @@ _replaced: list[ModuleType] = []  # keeps the former `__main__` alive: its code 
 
 
 def install(description: Mapping[str, str | None]) -> ModuleType:
-    """Replace this process's `__main__` by an empty one that stands for the launcher's; return it.
-
-    Args:
-        description: the launcher's `__main__`, see `launcher.assembly`.
-    """
+    """Replace this process's `__main__` by an empty one that stands for the launcher's; return it."""
     main = ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     if name := description.get("name"):

@@ -32,12 +32,7 @@ class Holder(NamedTuple):
 
 
 def holders_of(value: Any, path: str) -> Iterator[Holder]:
-    """Yield the containers of a torch module or optimizer; those of a few elements are left out.
-
-    Args:
-        value: any object of the script.
-        path: expression that reaches it.
-    """
+    """Yield the containers of a torch module or optimizer; those of a few elements are left out."""
     torch = sys.modules.get("torch")
     if torch is None:
         return

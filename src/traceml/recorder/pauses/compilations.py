@@ -37,11 +37,7 @@ class Compilation(NamedTuple):
 
 
 class CompilationReader:
-    """Reads what dynamo has recorded since the last call; it keeps the newest 64.
-
-    Args:
-        modules: the loaded modules; None: `sys.modules`.
-    """
+    """Reads what dynamo has recorded since the last call; it keeps the newest 64."""
 
     def __init__(self, modules: Any = None) -> None:
         self._modules = sys.modules if modules is None else modules

@@ -74,12 +74,7 @@ class SnapshotMaker:
         self._used_s = time.monotonic()
 
     def make(self, quiet_s: float, *, is_last: bool = False) -> RankSnapshot:
-        """Return a snapshot of this moment.
-
-        Args:
-            quiet_s: seconds since the last progress.
-            is_last: whether the job is being ended.
-        """
+        """Return a snapshot of this moment."""
         frame = thread_frame(self._thread())
         frames, user = self._stack(frame)
         cpu_share, io_bytes_per_s = self._used()

@@ -48,13 +48,7 @@ def place_options(backend: str, options: Mapping[str, Any], environ: Mapping[str
 
 
 def moved_options(backend: str, announced: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the options of a run for another place; None where its own names the same, or none is named.
-
-    Args:
-        backend: name of the tracker.
-        announced: the run's options.
-        own: the present settings'.
-    """
+    """Return the options of a run for another place; None where its own names the same, or none is named."""
     names = {*_VARIABLES.get(backend, ()), "mode"}
     here = {name: value for name, value in {**own, **place_options(backend, own)}.items() if name in names}
     if all(announced.get(name) == value for name, value in here.items()):
