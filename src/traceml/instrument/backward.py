@@ -24,7 +24,7 @@ from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["patch_backward", "timed_backward"]
+__all__ = ["patch_backward", "patch_distributed_backward", "timed_backward"]
 
 _INPUT_WAIT, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.BACKWARD)
 _CALLBACK = int(StepFlag.CALLBACK)
@@ -41,6 +41,19 @@ def patch_backward(patches: Patches, clock: StepClock, read_loss: Callable[[Any]
     """
     patches.wrap(torch.autograd, "backward", timed_backward(torch.autograd.backward, clock, read_loss))
     patches.wrap(torch.autograd, "grad", _timed_grad(torch.autograd.grad, clock, read_loss))
+
+
+@uncounted
+def patch_distributed_backward(patches: Patches, clock: StepClock) -> None:
+    """Time `torch.distributed.autograd.backward`, which goes through the other processes of an RPC job too."""
+    import torch.distributed.autograd as owner
+
+    original = owner.backward
+
+    def backward(context: Any, *args: Any, **kwargs: Any) -> Any:
+        return _slow_path(lambda _: original(context, *args, **kwargs), clock, _read_nothing, (), (), {})
+
+    patches.wrap(owner, "backward", backward)
 
 
 @uncounted

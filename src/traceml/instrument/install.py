@@ -85,6 +85,7 @@ class Instrumentation:
                 "torch": self._on_torch_import,
                 "torch.distributed._functional_collectives": self._on_functional_import,
                 "torch.distributed.checkpoint": self._on_checkpoint_import,
+                "torch.distributed.optim.optimizer": self._on_rpc_import,
                 "safetensors.torch": self._on_safetensors_import,
                 **{name: functools.partial(self._on_trainer_import, name) for name in TRAINERS},
             }
@@ -282,6 +283,9 @@ class Instrumentation:
         if "torch.distributed.checkpoint" in sys.modules:
             self._on_checkpoint_import()
 
+        if "torch.distributed.optim.optimizer" in sys.modules:
+            self._on_rpc_import()
+
         if "safetensors.torch" in sys.modules:
             self._on_safetensors_import()
 
@@ -417,6 +421,14 @@ class Instrumentation:
 
     def _on_checkpoint_import(self) -> None:
         self._guarded(lambda: self._checkpoints.patch_distributed(self._patches))
+
+    def _on_rpc_import(self) -> None:
+        from traceml.instrument.backward import patch_distributed_backward
+        from traceml.instrument.optimizer import patch_optimizer_type
+
+        kind = sys.modules["torch.distributed.optim.optimizer"].DistributedOptimizer
+        self._guarded(lambda: patch_optimizer_type(self._patches, self.clock, kind))
+        self._guarded(lambda: patch_distributed_backward(self._patches, self.clock))
 
     def _on_safetensors_import(self) -> None:
         self._guarded(lambda: self._checkpoints.patch_safetensors(self._patches))
