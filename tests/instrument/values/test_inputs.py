@@ -290,7 +290,8 @@ def test_positions_are_no_samples(
         optimizer.step()
 
     assert sizes(traced) == [(5, 30)] * 2
-    assert [info["batch_first"] for info in traced.info if info["kind"] == "input"] == [counts]
+    (info,) = (each for each in traced.info if each["kind"] == "input")
+    assert (info["batch_first"], info["requires_grad"]) == (counts, False)
 
 
 def test_fingerprints_are_of_the_first_batches_of_an_epoch(traced: Traced) -> None:

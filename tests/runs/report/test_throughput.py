@@ -126,9 +126,10 @@ def test_a_split_model_without_fingerprints_is_not_counted(tmp_path, model):
     assert (steps.samples_per_step, steps.samples_per_second) == (None, None)
 
 
-def test_the_stages_of_a_pipeline_count_once(tmp_path):
+@pytest.mark.parametrize("stage", [STAGE, {**TEXT, "requires_grad": True}])
+def test_the_stages_of_a_pipeline_count_once(tmp_path, stage):
     """The input of the later stages is no batch, but what the first stage made of it."""
-    steps = steps_of(tmp_path / "run", inputs=(TEXT, STAGE), model={})
+    steps = steps_of(tmp_path / "run", inputs=({**TEXT, "requires_grad": False}, stage), model={})
 
     assert (steps.samples_per_step, steps.tokens_per_step, steps.data_ranks) == (16, 512, 1)
 

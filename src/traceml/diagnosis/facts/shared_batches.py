@@ -71,7 +71,7 @@ class BatchHistory:
 
     def input(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take the facts of a rank's first input of the model."""
-        self._inputs.setdefault(rank, (row.get("dtype"), row.get("dimensions")))
+        self._inputs.setdefault(rank, (row.get("dtype"), row.get("dimensions"), row.get("requires_grad")))
         self.tokens = self.tokens or bool(row.get("tokens"))
         self.batch_first = self.batch_first and bool(row.get("batch_first", True))
 
@@ -108,7 +108,8 @@ class BatchHistory:
     def distinct_ranks(self, ranks: Sequence[int]) -> tuple[int, ...]:
         """Return the ranks whose data count: of ranks with equal batches the lowest; empty where not known.
 
-        Later stages of a pipeline have none: their input is of another kind than the first stage's. The ranks of a
+        Later stages of a pipeline have none: their input is of another kind than the first stage's, or alone has
+        gradients, which go to the stage before. The ranks of a
         tensor-parallel group have the same batches; without fingerprints, their number is not known.
         """
         first = self._inputs.get(min(ranks, default=0))

@@ -154,6 +154,7 @@ def input_facts(tensor: Any, model: Any = None, batch_size: int | None = None) -
         "kind": "input",
         "dtype": str(tensor.dtype),
         "dimensions": tensor.dim(),
+        "requires_grad": tensor.requires_grad,
         "tokens": _are_tokens(tensor, model),
         "batch_first": not _may_be_sequence_first(tensor, model) or batch_size == int(tensor.shape[0]),
     }

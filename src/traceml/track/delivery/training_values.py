@@ -19,7 +19,8 @@ __all__ = ["TRAINING_TABLES", "TrainingValues"]
 
 TRAINING_TABLES = (INFO.name, FINGERPRINTS.name, LOSSES.name)
 _KINDS = ("model", "input")
-_FACTS = ("parallel", "gradient_size", "gradient_ranks", "dtype", "dimensions", "tokens", "batch_first")
+_FACTS = ("parallel", "gradient_size", "gradient_ranks", "dtype", "dimensions", "requires_grad", "tokens",
+          "batch_first")  # fmt: skip
 _FINGERPRINTS = 6  # of each rank
 _KNOWN_RANKS = 512  # facts of further ranks are not kept
 _DECIDED_STEPS = 1024  # who has data of its own is decided until then
