@@ -252,14 +252,14 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     if part == "h2d":
         return f"Compare {names}{at} with the others: pinned memory, batch size, and the PCIe slot of its device."
 
+    if line is not None:
+        return f"Find out why {names}{at} runs {line.place} that long: the other ranks do not."
+
     if part in ("forward", "backward", "optimizer"):
         return (
             f"Compare what {names}{at} does in its {part} with the others: code that runs on that rank only, longer "
             "or larger batches, a slower device."
         )
-
-    if part == "other" and line is not None:
-        return f"Find out why {names}{at} runs {line.place} that long: the other ranks do not."
 
     if part == "other":
         return (

@@ -6,8 +6,11 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.merged_hosts.clusters import Cluster, any_run, flat_verdict, told
+from traceml.diagnosis.facts.blamed_lines import own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.rules.stragglers import find_late
+from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.segments import segments_of
 
 
@@ -32,3 +35,34 @@ def test_the_noise_of_one_rank_hides_no_late_host() -> None:
 
     assert (kind, ranks, phase) == ("COMPUTE_STRAGGLER", run.ranks, "forward")
     assert group == "all 8 ranks of host gpu-0002"
+
+
+def _sampled(rank: int, part: str, number: int, samples: int) -> SampledLine:
+    return SampledLine(rank, part, "/home/me/train.py", number, "Net.forward", None, samples)
+
+
+@pytest.mark.parametrize(("line", "kinds"), [(9, ["COMPUTE_STRAGGLER", "CPU_CONTENTION"]), (7, ["CPU_CONTENTION"])])
+def test_a_line_of_one_rank_alone_is_no_lack_of_cores(line: int, kinds: list[str]) -> None:
+    """A rank that only waits for a core runs the lines that the others run: its excess may be chance."""
+    job = Job(ranks=3, steps=200)
+    lines = [_sampled(rank, part, 7, 40) for rank in range(3) for part in ("forward", "backward")]
+    facts = JobFacts(
+        world_size=3, main_wait=dict.fromkeys(range(3), 0.4), lines=[*lines, _sampled(1, "forward", line, 20)]
+    )
+
+    found = diagnose(window_of(job, adds("forward", 3.0, (1,))), facts)
+
+    assert [each.kind for each in found] == kinds
+    if line == 9:
+        assert (found[0].ranks, found[0].phase) == ((1,), "forward")
+        assert found[0].cost_share == pytest.approx(3.0 / found[0].evidence["step_ms"], rel=0.1)
+
+
+def test_a_line_that_another_rank_runs_is_of_no_rank_alone() -> None:
+    """All other ranks count, not only those that are compared; and few samples show nothing."""
+    lines = [_sampled(0, "forward", 7, 60), _sampled(1, "forward", 7, 60), _sampled(2, "backward", 8, 60)]
+
+    assert own_line_share(lines, "forward", (1,), (2,)) == 1.0
+    assert own_line_share(lines, "forward", (1,), (0, 2)) == 0.0
+    assert own_line_share([*lines, _sampled(1, "forward", 9, 11)], "forward", (1,), (0, 2)) == 0.0
+    assert own_line_share([*lines, _sampled(1, "forward", 9, 12)], "forward", (1,), (0, 2)) == pytest.approx(12 / 72)

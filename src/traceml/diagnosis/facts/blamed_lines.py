@@ -36,6 +36,7 @@ __all__ = [
     "main_library",
     "ordering_share",
     "outside_line",
+    "own_line_share",
     "torch_share",
     "worker_wait_share",
 ]
@@ -53,6 +54,8 @@ NAMED_SHARE = 0.5
 """A function with a smaller share of the phase is not named."""
 NAMED_OF_EXCESS = 0.3
 """The same for late ranks, beyond what the others do: the phase has other work on all ranks."""
+OWN_LINE_RATIO = 12
+"""A line is of some ranks alone if they are seen in it this many times as often as the others, with one more sample."""
 
 _USER = Phase.USER.label
 _MODULE = "<module>"
@@ -182,6 +185,18 @@ def blamed_line(
     common = _by_line(_seen_on(lines, others), code, place) if others else Counter()
     line = max(own, key=lambda number: own[number] - common[number] * scale)
     return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
+
+
+def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int], others: Collection[int]) -> float:
+    """Return the share of the step that some ranks spend in a line of a phase that the other ranks hardly run.
+
+    It is that of the most frequent such line; 0 where there is none. Ranks that only lack a core run the lines that
+    the others run.
+    """
+    (mine, in_steps), (usual, in_steps_of_others) = (_by_place(lines, part, some) for some in (ranks, others))
+    scale = in_steps / max(in_steps_of_others, 1)
+    alone = [samples for place, samples in mine.items() if samples >= OWN_LINE_RATIO * (usual[place] * scale + 1)]
+    return max(alone, default=0) / max(in_steps, 1)
 
 
 def import_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
@@ -356,6 +371,18 @@ def _by_function(lines: Sequence[SampledLine], part: str, ranks: Collection[int]
                 functions[place] += each.samples
 
     return functions, total, in_steps
+
+
+def _by_place(
+    lines: Sequence[SampledLine], part: str, ranks: Collection[int]
+) -> tuple[Counter[tuple[str, int | None]], int]:
+    """Return (samples of a phase by file and line, samples in steps)."""
+    places: Counter[tuple[str, int | None]] = Counter()
+    for each in _seen_on(_of_part(lines, part), ranks):
+        if each.file is not None:
+            places[each.file, each.line] += each.samples
+
+    return places, _by_function(lines, part, ranks)[2]
 
 
 def _of_part(lines: Iterable[SampledLine], part: str) -> list[SampledLine]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import blamed_line
+from traceml.diagnosis.facts.blamed_lines import blamed_line, own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -53,6 +53,9 @@ SIMILAR_SLOWDOWN_SHARE = 0.25
 """If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
 SIMILAR_MIN_Z_SCORE = 2.0
 """The excess of that second part must be this many standard errors above 0."""
+OWN_LINE_SHARE = 1 / 3
+"""A line that only the late ranks run, and that has this share of their excess, shows that it is not for lack of cores.
+A sampler sees code that holds the interpreter's lock less often than it runs."""
 WAITING_SHARE = 0.5
 """Late ranks lack a core, and are not slow by their code, if waiting for one is this share of their excess."""
 
@@ -144,15 +147,16 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
 def late_in_one_part(segments: Segments, facts: JobFacts) -> list[LateRanks]:
     """Return the rank that is late in one part of the step, weakly but steadily; at most one."""
     steady = steady_excess(segments, max(EXCESS_SHARE * segments.step_ns, EXCESS_NS))
-    if steady is None or steady.dominance < DOMINANCE or facts.oversubscribed:
+    if steady is None or steady.dominance < DOMINANCE:
         return []
 
     row, others = np.array([steady.row]), np.delete(np.arange(len(segments.ranks)), steady.row)
-    if steady.mean_ns - _without_core_ns(segments, facts, row) < EXCESS_SHARE * segments.step_ns:
+    lacking = _may_lack_cores(segments, facts, row)
+    own_ns = _own_line_ns(segments, facts, row, steady.part, steady.mean_ns) if lacking else 0.0
+    if max(steady.mean_ns - _without_core_ns(segments, facts, row), own_ns) < EXCESS_SHARE * segments.step_ns:
         return []
 
-    lacking = facts.without_core.issuperset(segments.ranks[row].tolist())
-    if lacking or _is_slower_overall(segments, row, _Others(segments, others), steady.part):
+    if not own_ns and (lacking or _is_slower_overall(segments, row, _Others(segments, others), steady.part)):
         return []
 
     late = _late(segments, facts, row, others, steady.part, everywhere=False)
@@ -253,17 +257,31 @@ def _blamed_part(
     by_part = {part: float((values[rows] - usual.parts[part]).mean()) for part, values in segments.parts.items()}
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
+    lacking = _may_lack_cores(segments, facts, rows)
+    own_ns = _own_line_ns(segments, facts, rows, part, by_part[part]) if lacking else 0.0
+    explained_ns = max(excess - _without_core_ns(segments, facts, rows), own_ns)
+    if own_ns:
+        return (part if explained_ns >= EXCESS_SHARE * segments.step_ns else None), False
+
     everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, usual, part)
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
-    lacking = facts.without_core.issuperset(segments.ranks[rows].tolist())
-    chancy = seldom or facts.oversubscribed or lacking
-    floor = EVERYWHERE_SHARE if everywhere or chancy else EXCESS_SHARE
-    if excess - _without_core_ns(segments, facts, rows) < floor * segments.step_ns or (
-        everywhere and facts.oversubscribed
-    ):
+    floor = EVERYWHERE_SHARE if everywhere or seldom or lacking else EXCESS_SHARE
+    if explained_ns < floor * segments.step_ns or (everywhere and facts.oversubscribed):
         return None, everywhere
 
     return part, everywhere
+
+
+def _own_line_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
+    """Return the time per step of late ranks in a line that no other rank runs; 0 below a third of the excess."""
+    others = np.delete(np.arange(len(segments.ranks)), rows)
+    share = own_line_share(facts.lines, part, segments.ranks_of(rows), segments.ranks_of(others))
+    return share * segments.step_ns if share * segments.step_ns >= OWN_LINE_SHARE * excess_ns else 0.0
+
+
+def _may_lack_cores(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
+    """Return whether the ranks have too few cores, or these ranks wait for one more than the others."""
+    return facts.oversubscribed or facts.without_core.issuperset(segments.ranks[rows].tolist())
 
 
 def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Others, part: str) -> bool:
@@ -354,6 +372,9 @@ def _late(
     }
     positive = {name: value for name, value in by_part.items() if value > 0}
     excess = float((segments.own[rows].mean(axis=0) - mean_of_others(segments.own[others])).mean())
+    if not everywhere:
+        excess = min(excess, by_part[part])  # what a remedy of that part can gain
+
     dominance = by_part[part] / max(sum(positive.values()), 1.0)
     return LateRanks(
         rows=rows,
