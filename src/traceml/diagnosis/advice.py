@@ -180,7 +180,10 @@ def for_comm(facts: JobFacts, grad_phase: str) -> str:
         )
 
     if grad_phase == "comm":
-        return "Call collectives less often, on one flattened tensor, or overlapped with computation (async_op=True)."
+        return (
+            "Call collectives less often, on one flattened tensor, or begin them earlier (async_op=True) and wait for "
+            "them later."
+        )
 
     last = "a faster backend than gloo between hosts" if facts.backend == "gloo" else "a gradient-compression hook"
     known = None if facts.batches is None else facts.batches.reductions
