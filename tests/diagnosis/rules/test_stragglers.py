@@ -37,6 +37,22 @@ def test_the_noise_of_one_rank_hides_no_late_host() -> None:
     assert group == "all 8 ranks of host gpu-0002"
 
 
+@pytest.mark.parametrize("ms", [(4.0, 4.0), (6.0, 3.0)])
+def test_ranks_that_are_late_in_different_parts_do_not_hide_each_other(ms: tuple[float, float]) -> None:
+    """Both ranks work equally long, or nearly: steps gain little by one remedy, and much by both."""
+    faults = [adds("input_wait", ms[0], (0,)), adds("other", ms[1], (1,))]
+
+    found = diagnose(window_of(Job(ranks=2, steps=200), *faults), JobFacts(world_size=2))
+    found.sort(key=lambda each: each.ranks)
+
+    assert [(each.kind, each.ranks) for each in found] == [("INPUT_STRAGGLER", (0,)), ("STRAGGLER", (1,))]
+    for each, expected in zip(found, ms, strict=True):
+        assert each.cost_share == pytest.approx(expected / each.evidence["step_ms"], rel=0.1)
+        assert each.speedup_if_fixed < 1.25
+
+    assert any("once what else is uneven is fixed" in each.summary for each in found)
+
+
 def _sampled(rank: int, part: str, number: int, samples: int) -> SampledLine:
     return SampledLine(rank, part, "/home/me/train.py", number, "Net.forward", None, samples)
 

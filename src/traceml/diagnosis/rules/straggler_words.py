@@ -16,6 +16,8 @@ __all__ = ["late_evidence", "late_summary", "mean_of_others", "waited_for_core"]
 
 _UNEVEN = 0.03
 """Cost and gain that differ by so much of the step are explained."""
+_HIDDEN = 0.25
+"""If a remedy alone gains less than this share of the cost, another late rank hides this one."""
 _MAX_LISTED = 64  # a switch or a stage has thousands of ranks
 
 
@@ -63,12 +65,15 @@ def late_summary(
             f"others (most of it in {phase_words(late.part)}); without it steps would be {gain_text(gain)}."
         )
 
+    gained = f", and without it steps would be {gain_text(gain)}{_pace(share, gain)}"
+    if 1 - 1 / gain < _HIDDEN * share:
+        gained = " once what else is uneven is fixed"
+
     where = line.of_it if line else ""
     whose = "their" if len(ranks) > 1 else "its"
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
-        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it steps "
-        f"would be {gain_text(gain)}{_pace(share, gain)}."
+        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time{gained}."
     )
 
 

@@ -24,7 +24,7 @@ from traceml.diagnosis.rules.long_steps import count_long_steps, long_steps_blam
 from traceml.diagnosis.rules.straggler_words import late_evidence, late_summary, mean_of_others, waited_for_core
 from traceml.diagnosis.steps.replay import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
-from traceml.diagnosis.steps.steady_excess import steady_excess
+from traceml.diagnosis.steps.steady_excess import SteadyExcess, steady_excesses
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["straggler_kind", "stragglers"]
@@ -106,14 +106,11 @@ def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict
         late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * segments.step_ns]
         without_stragglers = _without_stragglers(segments, late)
 
-    if not late:
-        late = late_in_one_part(segments, facts)
-        without_stragglers = _without_stragglers(segments, late)
-
-    return [_finding(segments, facts, one) for one in late], without_stragglers
+    late += late_in_one_part(segments, facts, late)
+    return [_finding(segments, facts, one) for one in late], _without_stragglers(segments, late)
 
 
-def _without_stragglers(segments: Segments, late: list[LateRanks]) -> dict[str, Floats]:
+def _without_stragglers(segments: Segments, late: Sequence[LateRanks]) -> dict[str, Floats]:
     without_stragglers: dict[str, Floats] = {}
     for one in late:
         for part in one.by_part_ns if one.everywhere else (one.part,):
@@ -144,24 +141,34 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
     return found
 
 
-def late_in_one_part(segments: Segments, facts: JobFacts) -> list[LateRanks]:
-    """Return the rank that is late in one part of the step, weakly but steadily; at most one."""
-    steady = steady_excess(segments, max(EXCESS_SHARE * segments.step_ns, EXCESS_NS))
-    if steady is None or steady.dominance < DOMINANCE:
-        return []
+def late_in_one_part(segments: Segments, facts: JobFacts, known: Sequence[LateRanks] = ()) -> list[LateRanks]:
+    """Return ranks that are late in one part of the step each, weakly but steadily; at most two, and no known ones.
+
+    Ranks that are late in different parts hide each other: their sums are alike, and steps gain little by one of them.
+    """
+    rows = {row for one in known for row in one.rows.tolist()}
+    steady = steady_excesses(segments, max(EXCESS_SHARE * segments.step_ns, EXCESS_NS))
+    found = [_late_steadily(segments, facts, each) for each in steady if each.row not in rows]
+    late = [one for one in found if one is not None][:2]
+    before_ns = saved_ns(segments, _without_stragglers(segments, known))
+    saved = saved_ns(segments, _without_stragglers(segments, [*known, *late])) - before_ns
+    return late if saved >= STEADY_GAIN_SHARE * segments.step_ns else []
+
+
+def _late_steadily(segments: Segments, facts: JobFacts, steady: SteadyExcess) -> LateRanks | None:
+    if steady.dominance < DOMINANCE:
+        return None
 
     row, others = np.array([steady.row]), np.delete(np.arange(len(segments.ranks)), steady.row)
     lacking = _may_lack_cores(segments, facts, row)
     own_ns = _own_line_ns(segments, facts, row, steady.part, steady.mean_ns) if lacking else 0.0
     if max(steady.mean_ns - _without_core_ns(segments, facts, row), own_ns) < EXCESS_SHARE * segments.step_ns:
-        return []
+        return None
 
     if not own_ns and (lacking or _is_slower_overall(segments, row, _Others(segments, others), steady.part)):
-        return []
+        return None
 
-    late = _late(segments, facts, row, others, steady.part, everywhere=False)
-    saved = saved_ns(segments, _without_stragglers(segments, [late]))
-    return [late] if saved >= STEADY_GAIN_SHARE * segments.step_ns else []
+    return _late(segments, facts, row, others, steady.part, everywhere=False)
 
 
 def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -371,16 +378,13 @@ def _late(
         for name, values in segments.parts.items()
     }
     positive = {name: value for name, value in by_part.items() if value > 0}
-    excess = float((segments.own[rows].mean(axis=0) - mean_of_others(segments.own[others])).mean())
-    if not everywhere:
-        excess = min(excess, by_part[part])  # what a remedy of that part can gain
-
+    total = float((segments.own[rows].mean(axis=0) - mean_of_others(segments.own[others])).mean())
     dominance = by_part[part] / max(sum(positive.values()), 1.0)
     return LateRanks(
         rows=rows,
         others=others,
         part=part,
-        excess_ns=excess,
+        excess_ns=total if everywhere else by_part[part],
         dominance=dominance,
         everywhere=everywhere,
         by_part_ns=positive,

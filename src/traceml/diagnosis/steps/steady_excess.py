@@ -15,7 +15,7 @@ import numpy as np
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["SteadyExcess", "errors_above_0", "steady_excess"]
+__all__ = ["SteadyExcess", "errors_above_0", "steady_excesses"]
 
 MIN_Z_SCORE = 5.0
 """The excess is this many standard errors above 0: by chance less often than once in a million parts and ranks."""
@@ -47,15 +47,15 @@ class SteadyExcess:
     dominance: float
 
 
-def steady_excess(segments: Segments, min_ns: float) -> SteadyExcess | None:
-    """Return the largest steady excess of a rank in a part; None where there is none.
+def steady_excesses(segments: Segments, min_ns: float) -> list[SteadyExcess]:
+    """Return the steady excess of a rank in each part that has one, the largest first.
 
     Args:
         segments: the window's own work of at least two ranks.
         min_ns: a smaller mean is left out.
     """
     found = [each for part in segments.parts for each in _of_part(segments, part, min_ns)]
-    return max(found, key=lambda each: each.mean_ns, default=None)
+    return sorted(found, key=lambda each: -each.mean_ns)
 
 
 def _of_part(segments: Segments, part: str, min_ns: float) -> Iterator[SteadyExcess]:
