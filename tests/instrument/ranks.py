@@ -34,6 +34,10 @@ def ddp_accumulates(rank: int) -> tuple[nn.Module, nn.Module]:
     return ddp(rank)
 
 
+def ddp_bypassed(rank: int) -> tuple[nn.Module, nn.Module]:
+    return ddp(rank)
+
+
 def fsdp2(rank: int) -> tuple[nn.Module, nn.Module]:
     from torch.distributed.fsdp import fully_shard
 
@@ -95,7 +99,7 @@ def train(kind: str, rank: int) -> list[float]:
         elif kind == "ddp_accumulates":
             model(x).sum().backward()
 
-        loss = model(x).sum()
+        loss = (model.module if kind == "ddp_bypassed" else model)(x).sum()
         loss.backward()
         if kind == "manual":
             for parameter in model.parameters():

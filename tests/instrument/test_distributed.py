@@ -18,7 +18,7 @@ from tests.instrument.ranks import STEPS_DONE
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-KINDS = ["ddp", "ddp_no_sync", "ddp_accumulates", "fsdp2", "manual", "tensor_parallel"]
+KINDS = ["ddp", "ddp_no_sync", "ddp_accumulates", "ddp_bypassed", "fsdp2", "manual", "tensor_parallel"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,14 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("kind", "counted"),
-    [("ddp", (1, 1)), ("ddp_no_sync", (2, 1)), ("ddp_accumulates", (2, 2)), ("fsdp2", None), ("manual", None)],
+    [
+        ("ddp", (1, 1)),
+        ("ddp_no_sync", (2, 1)),
+        ("ddp_accumulates", (2, 2)),
+        ("ddp_bypassed", (1, 0)),
+        ("fsdp2", None),
+        ("manual", None),
+    ],
 )
 def test_reductions_are_counted(
     kind: str, counted: tuple[int, int] | None, found: dict[str, list[dict[str, Any]]]

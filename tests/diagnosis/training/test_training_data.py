@@ -90,6 +90,16 @@ def test_ranks_without_any_collective_train_alone():
     assert finding.severity == "warning"
 
 
+def test_a_parallel_model_that_is_called_by_its_module_exchanges_nothing():
+    """Its forward tells DistributedDataParallel to average the gradients of the next backward pass."""
+    batches = group_of_two(parallel="ddp")
+    batches.reduction_facts({"backwards_per_step": 1.0, "reductions_per_step": 0.0})
+
+    (finding,) = never_synchronized(batches, 2, 60, running=False)
+
+    assert ".module" in finding.next
+
+
 @pytest.mark.parametrize(
     ("batches", "steps", "running"),
     [

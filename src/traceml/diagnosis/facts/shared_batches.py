@@ -88,8 +88,10 @@ class BatchHistory:
 
     @property
     def are_alone(self) -> bool:
-        """Whether ranks share a group, but no model is parallel, and no step had a collective."""
-        return self.group_size > 1 and len(self._models) > 1 and not self._parallel and not self._communicates
+        """Whether ranks share a group, but no step had a collective, and no backward pass of a parallel model one."""
+        is_bypassed = self.reductions is not None and not self.reductions[1]
+        trains_alone = not self._communicates and (is_bypassed or not self._parallel)
+        return self.group_size > 1 and len(self._models) > 1 and trains_alone
 
     def duplicates(self, world_size: int) -> list[tuple[tuple[int, ...], int]]:
         """Return groups of ranks with equal batches, and the number of batches that were compared.

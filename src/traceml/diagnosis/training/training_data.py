@@ -20,6 +20,7 @@ SKIPPED_SHARE = 0.8
 MIN_STEPS = 50
 """Ranks are said to never exchange gradients after this many steps; while they run, after `MIN_LIVE_STEPS`."""
 MIN_LIVE_STEPS = 500
+_EXCHANGE = "{}. If the models are meant to differ, run them as separate jobs."
 
 
 def loss_not_finite(
@@ -126,9 +127,11 @@ def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, ru
                 f"The {world_size} ranks share a process group, but called no collective in {count_text(steps)} steps: "
                 "each trains a model of its own, and only one of them will be saved or used."
             ),
-            next=(
-                "Wrap the model in DistributedDataParallel, or average the gradients by all_reduce after backward. If "
-                "the models are meant to differ, run them as separate jobs."
+            next=_EXCHANGE.format(
+                "Call the DistributedDataParallel model itself in forward, not its .module, and run the last backward "
+                "of each step outside no_sync()"
+                if batches.reductions is not None
+                else "Wrap the model in DistributedDataParallel, or average the gradients by all_reduce after backward"
             ),
             evidence={"ranks": world_size, "steps": steps},
         )

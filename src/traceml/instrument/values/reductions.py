@@ -43,7 +43,8 @@ class ReductionCounter:
         self._steps += step != self._step
         self._step = step
         self._backwards += 1
-        self._reductions += bool(wrapper.require_forward_param_sync)
+        has_run = getattr(wrapper, "_lazy_init_ran", True)  # a script may call its `module` instead
+        self._reductions += bool(has_run and wrapper.require_forward_param_sync)
 
     def facts(self) -> dict[str, Any] | None:
         """Return the means per step; None before they are known, and while they are those that were returned."""
