@@ -289,12 +289,13 @@ def test_nothing_is_asked_of_the_import_system(
     [
         ({}, LINE_STARTUP),
         ({Slot.STEP_START: 5, Slot.STEP: 0}, LINE_OTHER),
+        ({Slot.STEP_START: 5, Slot.STEP: 0, Slot.EXIT_START: 6}, LINE_STARTUP),
         ({Slot.STEP_START: 5, Slot.STEP: 0, Phase.FORWARD: 6}, Phase.FORWARD),
         ({Slot.STEP_START: 5, Slot.STEP: 0, Phase.OPTIMIZER: 6, Phase.FORWARD: 7}, Phase.FORWARD),  # LBFGS
     ],
 )
 def test_the_innermost_open_phase_counts(flight: FlightFile, slots: dict[int, int], phase: int) -> None:
-    """Startup before the first step; other code in a step without an open phase."""
+    """Startup before the first step; other code in a step without an open phase, until the process ends."""
     for slot, value in slots.items():
         flight.open_slots[slot] = value
 

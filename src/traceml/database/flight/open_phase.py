@@ -9,7 +9,7 @@ from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phas
 __all__ = ["open_phase"]
 
 _PHASES = len(Phase)
-_STEP_START = int(Slot.STEP_START)
+_STEP_START, _EXIT_START = int(Slot.STEP_START), int(Slot.EXIT_START)
 
 
 def open_phase(slots: Sequence[int] | memoryview[int], has_steps: bool) -> tuple[int, int]:
@@ -19,7 +19,7 @@ def open_phase(slots: Sequence[int] | memoryview[int], has_steps: bool) -> tuple
         slots: the open slots.
         has_steps: whether a step has ended in this process.
     """
-    began = slots[_STEP_START]
+    began = 0 if slots[_EXIT_START] else slots[_STEP_START]  # an exit is in no step, though it may close one
     opened = list(slots[:_PHASES])  # read once, as another process may write them
     latest = max(opened)
     if latest > 0:
