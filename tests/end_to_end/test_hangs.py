@@ -1,4 +1,4 @@
-"""Real jobs of two ranks that hang: the sentence while they do, and after somebody has ended them."""
+"""Real jobs that hang: the sentence while they do, and after somebody has ended them."""
 
 from __future__ import annotations
 
@@ -113,3 +113,36 @@ def test_a_hung_job_is_ended_where_that_is_wanted(traceml: Traceml, command: tup
     assert ended.report["verdict"]["ranks"] == [1]
     assert ended.report["verdict"]["evidence"]["line"] == line_of("STUCK")
     assert "HANG" in ended.stderr
+
+
+LEAVES_A_THREAD = """
+import queue, signal, sys, threading, torch
+
+def consume():
+    queue.Queue().get()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+model = torch.nn.Linear(8, 8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+threading.Thread(target=consume).start()
+for _ in range(40):
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+
+sys.exit(0)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_an_end_that_waits_for_a_thread_has_hung(traceml: Traceml) -> None:
+    """Python ignores the interrupt by which the user ends it, and leaves with status 0."""
+    script = traceml.folder / "leaves.py"
+    script.write_text(LEAVES_A_THREAD)
+    running = traceml.start("run", script, TRACEML_HANG_TIMEOUT="5")
+    live = live_hang(running)
+    os.killpg(running.process.pid, signal.SIGINT)
+    ended = running.end()
+
+    assert (ended.status, ended.report["run"]["state"]) == (0, "hung")
+    for seen in (live, ended.report["verdict"]):
+        assert "waiting for its thread 'Thread-1 (consume)' in leaves.py:5 consume" in seen["summary"]

@@ -287,6 +287,42 @@ def test_a_handler_that_evaluates_text_keeps_the_status(serving: Serving, run_sc
     assert (done.returncode, row["exception"]) == (-signal.SIGINT, "KeyboardInterrupt")
 
 
+AT_END = """
+import atexit, os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def wait():
+    time.sleep(3)
+def interrupt():
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("entry", [True, False])
+@pytest.mark.parametrize("ends", ["", "sys.exit(0)\n"])
+@pytest.mark.parametrize("waits", ["threading.Thread(target=wait).start()\n", "atexit.register(wait)\n"])
+def test_an_interrupt_of_the_end_is_recorded(
+    serving: Serving, run_script: Run, waits: str, ends: str, entry: bool
+) -> None:
+    """Python ignores it, and ends with the status that the script had."""
+    done = run_script(AT_END + START + waits + ends, entry=entry)
+
+    row = exit_rows(serving)[-1]
+    assert done.returncode == 0
+    assert "Exception ignored" in done.stderr
+    assert (row["exception"], row["code"]) == ("KeyboardInterrupt", 0)
+
+
+def test_an_interrupt_of_the_end_replaces_no_error(serving: Serving, run_script: Run) -> None:
+    """Nor is one recorded that Python ignores before the end."""
+    ignored = "class Odd:\n    def __del__(self):\n        raise KeyboardInterrupt\nOdd()\n"
+    waits = "threading.Thread(target=wait).start()\n"
+    run_script(AT_END + START + ignored + waits + "raise ValueError\n")
+
+    assert [row["exception"] for row in exit_rows(serving)] == ["ValueError"]
+
+
 @pytest.mark.parametrize("limit", [1 << 44, resource.RLIM_INFINITY])
 def test_the_limit_of_the_address_space_is_that_of_this_process(limit):
     """None without one."""

@@ -5,6 +5,8 @@ does not trigger `sys.excepthook`, and it may be caught, so that it was raised p
 the attribute `code` of one that ends the program, when the main thread has no Python frame left: a descriptor in place
 of that attribute detects that, also of `raise SystemExit(3)`. Python 3.11 has then no traceback of it any more, so
 `sys.exit` and `exit` note the place.
+
+An interrupt while the interpreter ends, as it waits for a thread, passes `sys.unraisablehook`: the status stays.
 """
 
 from __future__ import annotations
@@ -67,15 +69,17 @@ class ExitWatch:
         self.interrupted = False
         self._report = report
         self._previous_hook: Any = None
+        self._previous_unraisable: Any = None
         self._previous_exit: Any = None
         self._quit: Any = None
         self._previous_quit: Any = None
         self._code = _ExitCode(self._exited)
 
     def install(self) -> None:
-        """Wrap `sys.excepthook`, `sys.exit`, the built-in functions `exit` and `quit`, and `SystemExit.code`."""
+        """Wrap both hooks, `sys.exit`, the built-in functions `exit` and `quit`, and `SystemExit.code`."""
         self._previous_hook, self._previous_exit = sys.excepthook, sys.exit
-        sys.excepthook, sys.exit = self._hook, self._exit
+        self._previous_unraisable = sys.unraisablehook
+        sys.excepthook, sys.exit, sys.unraisablehook = self._hook, self._exit, self._unraisable
         if _Quitter is not None:
             self._previous_quit = previous = _Quitter.__call__
             self._quit = _Quitter.__call__ = self._watched_quit(previous)
@@ -86,6 +90,8 @@ class ExitWatch:
         """Restore the previous hooks; a hook that was wrapped since stays in place and only calls the previous one."""
         if sys.excepthook == self._hook:
             sys.excepthook = self._previous_hook
+        if sys.unraisablehook == self._unraisable:
+            sys.unraisablehook = self._previous_unraisable
         if sys.exit == self._exit:
             sys.exit = self._previous_exit
         if _Quitter is not None and _Quitter.__call__ is self._quit:
@@ -106,6 +112,12 @@ class ExitWatch:
         self.interrupted = isinstance(error, KeyboardInterrupt)
         self._report(error, status_of(error))
         self._previous_hook(kind, error, trace)
+
+    def _unraisable(self, ignored: Any) -> None:
+        if isinstance(ignored.exc_value, KeyboardInterrupt) and _is_at_end(sys._getframe()):
+            self._report(ignored.exc_value, 0)
+
+        self._previous_unraisable(ignored)
 
     def _exit(self, status: Any = None, /) -> NoReturn:
         leaving = SystemExit(status)
@@ -158,7 +170,7 @@ class _ExitCode:
             return self._previous
 
         status = self._previous.__get__(leaving, owner)
-        if sys._getframe().f_back is None and threading.current_thread() is threading.main_thread():
+        if _is_at_end(sys._getframe()):
             self._on_exit(leaving, status)
 
         return status
@@ -175,6 +187,11 @@ def _set_code(attribute: Any) -> None:
     (attributes,) = gc.get_referents(SystemExit.__dict__)
     attributes["code"] = attribute
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
+
+
+def _is_at_end(hook: FrameType) -> bool:
+    """Whether the interpreter itself has called a hook, which is then the main thread's only Python frame."""
+    return hook.f_back is None and threading.current_thread() is threading.main_thread()
 
 
 def end_by_interrupt() -> None:

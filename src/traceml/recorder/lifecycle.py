@@ -126,7 +126,7 @@ def on_end(function: Callable[[], None]) -> None:
 
 
 def note_exit(error: BaseException | None, status: int) -> None:
-    """Record how this process ends; only the first call counts."""
+    """Record how this process ends; see `Recording.note_exit`."""
     if state.recorder is not None:
         with fail_open(_log, "recorder", "the end of this process could not be recorded"):
             state.recorder.note_exit(error, status)

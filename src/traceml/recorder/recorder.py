@@ -268,7 +268,7 @@ class Recorder:
             self._recording.note(kind, **facts)
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
-        """Record how the process ends; only the first call counts."""
+        """Record how the process ends; see `Recording.note_exit`."""
         if self._recording is not None and self.enabled and self.pid == os.getpid():
             self._recording.note_exit(error, status)
 

@@ -189,8 +189,8 @@ class Recording:
         self.flight.log("info").append({"kind": kind, "t_ns": monotonic_ns(), **facts}, urgent=urgent)
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
-        """Record how the process ends; only the first call counts."""
-        if self.exit_noted:
+        """Record how the process ends; only the first call counts, and an interrupt of an end that went well so far."""
+        if self.exit_noted and (self.failed or not isinstance(error, KeyboardInterrupt)):
             return
 
         self.exit_noted = True
