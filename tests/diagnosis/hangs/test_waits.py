@@ -64,6 +64,10 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
             "stuck, connecting to 10.0.0.7:443 for 75 s.",
             "Give the connection a timeout",
         ),
+        ({"wchan": "inet_csk_accept"}, "stuck, waiting for a connection for 75 s.", "traceml stacks"),
+        ({"wchan": "do_epoll_wait"}, "stuck, waiting for input for 75 s.", "traceml stacks"),
+        ({"wchan": "wait_for_partner"}, "waiting for another process to open the pipe for 75 s.", "traceml stacks"),
+        ({"wchan": "do_sigtimedwait.isra."}, "stuck, waiting for a signal for 75 s.", "traceml stacks"),
     ],
 )
 def test_what_a_rank_waits_for_is_named(seen: dict[str, Any], words: str, advice: str) -> None:

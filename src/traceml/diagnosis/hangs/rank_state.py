@@ -51,13 +51,19 @@ _SLEEPS = (
     ("pipe_read", "reading from a pipe that nobody writes to"),
     ("unix_stream_read", "waiting for data from another process"),
     ("sk_wait", "waiting for the network"),
+    ("wait_for_partner", "waiting for another process to open the pipe"),
     ("tcp_", "waiting for the network"),
+    ("inet_csk_accept", "waiting for a connection"),
     ("inet_", "waiting for the network"),
     ("wait_for_connect", "waiting for the network"),
     ("ep_poll", "waiting for input"),
+    ("do_epoll_wait", "waiting for input"),
     ("do_sys_poll", "waiting for input"),
     ("do_select", "waiting for input"),
     ("poll_schedule", "waiting for input"),
+    ("do_sigtimedwait", "waiting for a signal"),
+    ("sigsuspend", "waiting for a signal"),
+    ("__do_sys_pause", "waiting for a signal"),
 )
 _PIPE_WRITES = ("anon_pipe_write", "pipe_write")
 _TCP = "tcp "
