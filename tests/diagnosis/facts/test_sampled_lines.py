@@ -39,7 +39,7 @@ def rows(seconds: int, step: int, *lines: tuple[int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("step", [65, 66, -1], ids=["between steps", "in a step", "at the end of the process"])
 def test_what_runs_after_the_last_step_has_no_part_in_its_phases(step):
-    """Step 65 ends after 7 s; of the five seconds in which it does, it is not known what was seen after it."""
+    """Step 65 ends after 8 s; of the five seconds in which it does, it is not known what was seen after it."""
     counts = LineCounts()
     for flushed in (rows(5, 30, (LINE_OTHER, 1)), rows(10, 65, (LINE_OTHER, 1), (LINE_OTHER, 2))):
         counts.add(0, flushed)
@@ -47,9 +47,18 @@ def test_what_runs_after_the_last_step_has_no_part_in_its_phases(step):
     for seconds in range(15, 500, 5):
         counts.add(0, rows(seconds, step, (LINE_OTHER, 2), (LINE_OUTSIDE, 3)))
 
-    found = {(each.part, each.line): each.samples for each in counts.lines(NAMES, [7 * S])}
+    found = {(each.part, each.line): each.samples for each in counts.lines(NAMES, [8 * S])}
 
     assert found == {("other", 1): 20, ("other", 2): 10, ("outside", 3): 970}
+
+
+def test_what_hangs_soon_after_samples_were_sent_has_no_part_in_the_steps():
+    """Nearly all of the five seconds in which step 65 ended are after it."""
+    counts = LineCounts()
+    for flushed in (rows(5, 65, (LINE_OTHER, 1)), rows(10, 65, (LINE_OTHER, 2))):
+        counts.add(0, flushed)
+
+    assert [each.line for each in counts.lines(NAMES, [6 * S])] == [1]
 
 
 def test_samples_of_a_step_count_when_the_next_one_has_begun():
@@ -57,10 +66,10 @@ def test_samples_of_a_step_count_when_the_next_one_has_begun():
     counts = LineCounts()
     counts.add(0, np.concatenate([rows(5, 4, (LINE_OTHER, 1)), rows(10, 5, (LINE_OTHER, 1))]))
     counts.add(0, rows(15, 5, (LINE_OTHER, 1)))
-    assert [each.samples for each in counts.lines(NAMES, [7 * S])] == [20]
+    assert [each.samples for each in counts.lines(NAMES, [8 * S])] == [20]
 
     counts.add(0, rows(20, 6, (LINE_OTHER, 1)))
-    assert [each.samples for each in counts.lines(NAMES, [17 * S])] == [40]
+    assert [each.samples for each in counts.lines(NAMES, [18 * S])] == [40]
 
 
 NAMES = {0: {number: f"/x/train.py:{number} step" for number in (1, 2, 3)}}

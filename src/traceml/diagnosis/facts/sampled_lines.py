@@ -79,7 +79,7 @@ class _RankCounts:
 
     def __init__(self) -> None:
         self._parts: list[NDArray[np.int64]] = []
-        self._newest: list[tuple[int, NDArray[np.int64]]] = []  # with the time since which they were counted
+        self._newest: list[tuple[int, NDArray[np.int64]]] = []  # with the middle of the time in which they were counted
         self._step, self._flushed_ns = -1, 0
 
     def add(self, rows: NDArray[np.void]) -> None:
@@ -94,7 +94,7 @@ class _RankCounts:
                 self._newest, self._step = [], step
 
             self._parts = _compact([*self._parts, counts[flushed & outside]])
-            self._newest.append((self._flushed_ns, counts[flushed & ~outside]))
+            self._newest.append(((self._flushed_ns + flushed_ns) // 2, counts[flushed & ~outside]))
             self._flushed_ns = flushed_ns
 
         if len(self._newest) > _MAX_PARTS:
@@ -102,8 +102,12 @@ class _RankCounts:
             self._newest = [first, (others[0][0], _summed([each for _, each in others]))]
 
     def summed(self, end_ns: int) -> NDArray[np.int64]:
-        """Return the sums, of phases of steps those that were counted before a time."""
-        return _summed([*self._parts, *(each for since_ns, each in self._newest if since_ns <= end_ns)])
+        """Return the sums, of phases of steps those that were counted mostly before a time.
+
+        Args:
+            end_ns: the end of the last step.
+        """
+        return _summed([*self._parts, *(each for middle_ns, each in self._newest if middle_ns <= end_ns)])
 
 
 class LazyLines(Sequence[SampledLine]):
