@@ -205,7 +205,7 @@ def test_a_crash_names_the_line_that_called_into_c():
     ("used", "host", "words"),
     [
         (60, "a", "give /dev/shm of 64.0 MiB more room"),
-        (3, "a", "Of /dev/shm only 5 % was used: probably a mapped file at train.py:12 has become shorter"),
+        (3, "a", "Of /dev/shm only 5 % was used: probably a mapped file at train.py:12 f has become shorter"),
         (3, "b", "give /dev/shm more room"),
     ],
 )
@@ -418,7 +418,7 @@ def test_a_script_that_ended_well_is_no_end_of_its_process(row, ends):
 @pytest.mark.parametrize(
     ("place", "says", "advises"),
     [
-        ({"file": "a.py", "line": 7, "function": "f"}, "exit code 3 at a.py:7, before", "leads to a.py:7"),
+        ({"file": "a.py", "line": 7, "function": "f"}, "exit code 3 at a.py:7 f, before", "leads to a.py:7 f"),
         ({}, "exit code 3, before", "Read rank 1's output"),
     ],
 )

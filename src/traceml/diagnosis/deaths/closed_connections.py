@@ -81,5 +81,5 @@ def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankE
     counts = {each.steps for each in gone}
     after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""
     others = ranks_text(sorted(each.rank for each in causes))
-    at = f" at {failed.file}:{failed.line}" if failed.file else ""
+    at = f" at {failed.place}" if failed.place else ""
     return f"{capitalized(whose)} ended{after} while {others} still trained, and failed{at}{step_text(failed)}."

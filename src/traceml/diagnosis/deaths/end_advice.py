@@ -67,7 +67,7 @@ def _for_bus_error(ended: RankExit, facts: JobFacts) -> str:
     if shared.is_near:
         return for_shared_memory(shared.limit)
 
-    where = f" at {ended.file}:{ended.line}" if ended.file else ""
+    where = f" at {ended.place}" if ended.place else ""
     return (
         f"Of /dev/shm only {percent_text(shared.share)} was used: probably a mapped file{where} has become shorter, or "
         "could not be read (numpy.memmap, safetensors, torch.load with mmap). Write a new file and rename it, instead "
@@ -150,14 +150,13 @@ def _for_exit_code(ended: RankExit, _facts: JobFacts) -> str:
         return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."
 
     return (
-        f"The script ended itself with exit code {ended.code}: look at the condition that leads to "
-        f"{ended.file}:{ended.line}, and at rank {ended.rank}'s output."
+        f"The script ended itself with exit code {ended.code}: look at the condition that leads to {ended.place}, and "
+        f"at rank {ended.rank}'s output."
     )
 
 
 def _for_exit_text(ended: RankExit, _facts: JobFacts) -> str:
-    where = f"{ended.file}:{ended.line}" if ended.file else "it"
-    return f"The script ended itself with this text: look at the condition that leads to {where}."
+    return f"The script ended itself with this text: look at the condition that leads to {ended.place or 'it'}."
 
 
 def _for_lost_host(ended: RankExit, _facts: JobFacts) -> str:
@@ -217,9 +216,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     ),
     (
         lambda ended, _: ended.signal in CRASHES and bool(ended.file),
-        lambda ended, _: (
-            f"Look at the call at {ended.file}:{ended.line}: an extension, or a library of another version, crashed."
-        ),
+        lambda ended, _: f"Look at the call at {ended.place}: an extension, or a library of another version, crashed.",
     ),
     (
         lambda ended, _: ended.signal in CRASHES,
@@ -241,9 +238,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     ),
     (
         lambda ended, _: bool(ended.exception and ended.file),
-        lambda ended, _: (
-            f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
-        ),
+        lambda ended, _: f"Read {ended.place} on rank {ended.rank}; the full traceback is in the run's output.",
     ),
     (
         lambda ended, _: was_cut_off(ended),

@@ -53,7 +53,7 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
         how = "while the kernel was killing processes of the host for lack of memory"
         return f"{was} killed ({_signal_text(ended)}) {how}"
 
-    at = f" at {_place(ended)}" if ended.file else ""
+    at = f" at {ended.place}" if ended.place else ""
     if memory is not None and ended.exception:
         what = "device memory" if memory.cause == "device_allocation" else "memory"
         size = (
@@ -63,7 +63,7 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
         return f"ran out of {what}{kind}{size}{at}"
 
     if ended.signal is not None:
-        at = f" in C code called at {_place(ended)}" if ended.file and ended.stack else ""
+        at = f" in C code called at {ended.place}" if ended.place and ended.stack else ""
         return f"{was} killed by {signal_text(ended.signal)}{at}"
 
     if (words := exit_words(ended)) is not None:
@@ -114,10 +114,6 @@ def _seen(ended: RankExit) -> tuple[str | None, int | None, str | None]:
 
 def _signal_text(ended: RankExit) -> str:
     return signal_name(ended.signal or signal.SIGKILL)
-
-
-def _place(ended: RankExit) -> str:
-    return f"{ended.file}:{ended.line}"
 
 
 def _code_text(code: int | None) -> str:

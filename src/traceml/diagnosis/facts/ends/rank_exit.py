@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from signal import SIGINT
 from typing import Any
 
+from traceml.formatting import line_text
+
 __all__ = ["RankExit", "ended_badly", "merged_exits", "with_last_step"]
 
 
@@ -79,6 +81,11 @@ class RankExit:
             return self.open_step if self.in_step else self.last_step
 
         return self.open_step - 1 if self.open_step else None
+
+    @property
+    def place(self) -> str:
+        """The user's line that ended it, in words: `train.py:23 load`; empty where it is not known."""
+        return line_text(self.file, self.line, self.function or "<module>") if self.file and self.line else ""
 
     @property
     def steps(self) -> int:
