@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import msgpack
 import pytest
 
@@ -10,6 +12,7 @@ from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.schema import HOST, PROCESS, USER_PHASES
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
 
 
 def stream_of(rank: int, attempt: int = 0) -> Stream:
@@ -143,6 +146,26 @@ def test_rule_that_fails_costs_only_the_verdict(live, monkeypatch, caplog):
 
     assert caplog.text.count("the live verdict failed: ZeroDivisionError") == 1
     assert store.events == []
+
+
+@pytest.mark.parametrize(("clock", "count"), [(time.monotonic, 2), (time.thread_time, 1)], ids=["waits", "computes"])
+def test_a_diagnosis_that_waited_for_a_core_delays_no_other(live, monkeypatch, clock, count):
+    """Only what it computes makes the next one come later."""
+
+    def diagnose_slowly(*window_and_facts):
+        end_s = clock() + 0.3
+        while clock() < end_s:
+            time.sleep(0.01 if clock is time.monotonic else 0)
+
+        return diagnose(*window_and_facts)
+
+    monkeypatch.setattr("traceml.aggregator.verdicts.diagnose", diagnose_slowly)
+    verdicts, store = LiveVerdict(live), EventLog()
+    for _ in range(2):
+        live.fresh = True
+        verdicts.update(store)
+
+    assert verdicts.count == count
 
 
 def test_rank_of_another_attempt_clears_nothing(live):

@@ -20,7 +20,7 @@ __all__ = ["LiveVerdict"]
 
 # An unchanged verdict is stored again after this time, as its numbers change.
 _REPEAT_S = 5.0
-# At most this share of the time is spent on diagnosis: the longer it takes, the less often it runs.
+# At most this share of a core is spent on diagnosis: the more it computes, the less often it runs.
 _SHARE = 0.25
 _AFTER_FAILURE_S = 60.0
 
@@ -55,12 +55,12 @@ class LiveVerdict:
 
     def update(self, store: StoreWriter) -> None:
         """Diagnose if there are new rows, and store a verdict that changed or is older than a few seconds."""
-        began_s = time.monotonic()
-        if not (self._live.fresh or self._live.has_stalled_rank) or began_s < self._due_s:
+        now_s, began_s = time.monotonic(), time.thread_time()
+        if not (self._live.fresh or self._live.has_stalled_rank) or now_s < self._due_s:
             return
 
         self._live.fresh = False
-        self._due_s = began_s + _AFTER_FAILURE_S
+        self._due_s = now_s + _AFTER_FAILURE_S
         findings: list[Finding] = []
         with fail_open(_log, "aggregator", "the live verdict failed"):
             window, facts = self._live.intake.snapshot(self._steps())
@@ -70,8 +70,8 @@ class LiveVerdict:
             return
 
         self.count += 1
-        now_s = time.monotonic()
-        self._due_s = now_s + (now_s - began_s) * (1 / _SHARE - 1) if now_s - began_s > _SHARE else 0.0
+        now_s, used_s = time.monotonic(), time.thread_time() - began_s
+        self._due_s = now_s + used_s * (1 / _SHARE - 1) if used_s > _SHARE else 0.0
         if not self._is_confirmed(findings):
             return
 
