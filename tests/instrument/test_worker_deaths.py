@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tests.eventually import eventually
 from tests.instrument.conftest import Traced
+from traceml.database.schema import Slot
 
 
 class Dying(Dataset):
@@ -48,6 +50,16 @@ def test_a_worker_that_dies_is_noted_and_torch_raises_as_before(traced: Traced, 
     assert (lost["worker"], lost["workers"]) == (1, 2)  # sample 10 is in batch 5
     assert str(lost["pid"]) in str(raised.value)
     assert traced.instrumentation.clock.errors == 0
+
+
+@pytest.mark.process
+def test_the_report_of_an_end_is_not_interrupted(traced: Traced) -> None:
+    """A worker that dies when the script has failed is noted, and its exception is not raised in our code."""
+    batches = iter(DataLoader(torch.randn(64, 4), batch_size=2, num_workers=1))
+    traced.instrumentation.clock.open_slots[Slot.EXIT_START] = 1
+    os.kill(batches._workers[0].pid, signal.SIGKILL)
+
+    assert eventually(lambda: traced.instrumentation.lost_workers)
 
 
 @pytest.mark.process

@@ -65,14 +65,25 @@ def test_without_a_note_the_exception_tells():
     assert "dmesg" in finding.next
 
 
-def test_a_batch_that_a_dead_worker_had_sent_cannot_be_read():
+NO_FILE = "FileNotFoundError: [Errno 2] No such file or directory"
+
+
+@pytest.mark.parametrize("exception", ["ConnectionResetError: [Errno 104] Connection reset by peer", NO_FILE])
+def test_a_batch_that_a_dead_worker_had_sent_cannot_be_read(exception):
     """The exception is that of the connection, in data loading; elsewhere it has another cause."""
-    cut = {"rank": 0, "state": "failed", "exception": "ConnectionResetError: [Errno 104] Connection reset by peer"}
+    cut = {"rank": 0, "state": "failed", "exception": exception}
     reading, reducing = (RankExit(**cut, open_phase=phase) for phase in ("input_wait", "backward"))
 
     assert worker_causing_end(reading, JobFacts(lost_workers={0: [DEAD]})) is DEAD
     assert worker_causing_end(reducing, JobFacts(lost_workers={0: [DEAD]})) is None
     assert worker_causing_end(reading, JobFacts()) is None
+
+
+def test_a_missing_file_of_the_dataset_is_no_dead_worker():
+    """It has a name; another worker may have died before."""
+    ended = RankExit(rank=0, state="failed", open_phase="input_wait", exception=f"{NO_FILE}: 'train.bin'")
+
+    assert worker_causing_end(ended, JobFacts(lost_workers={0: [DEAD]})) is None
 
 
 def test_a_script_that_caught_it_has_a_finding():

@@ -18,6 +18,7 @@ __all__ = ["death_words", "worker_causing_end", "worker_evidence", "worker_lost"
 
 # What reading a batch of a worker that is gone raises, where torch does not notice its end first.
 _CONNECTION_CUT = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "EOFError")
+_NO_SOCKET = "FileNotFoundError: [Errno 2] No such file or directory"  # a file that is missing is told with its name
 
 
 def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]:
@@ -57,8 +58,8 @@ def worker_causing_end(ended: RankExit, facts: JobFacts) -> LostWorker | None:
     if reported is not None:
         return next((each for each in lost if each.pid == reported.pid), reported)
 
-    is_cut = ended.open_phase == "input_wait" and exception.startswith(_CONNECTION_CUT)
-    return lost[-1] if lost and is_cut else None
+    is_cut = exception.startswith(_CONNECTION_CUT) or exception == _NO_SOCKET
+    return lost[-1] if lost and is_cut and ended.open_phase == "input_wait" else None
 
 
 def death_words(lost: LostWorker) -> str:

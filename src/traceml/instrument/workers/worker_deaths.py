@@ -1,4 +1,7 @@
-"""Loader workers that die: torch's handler of SIGCHLD raises in the training process, which the script may catch."""
+"""Loader workers that die: torch's handler of SIGCHLD raises in the training process, which the script may catch.
+
+Once the script has ended, the handler would interrupt the report of its end: then it does not raise.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ def watch_workers(patches: Patches, clock: StepClock, lost: deque[dict[str, Any]
             with fail_open(_log, "instrument", "the death of a loader worker is not recorded", once=True):
                 lost.append(_facts(str(error), clock))
 
-            raise
+            if not clock.open_slots[Slot.EXIT_START]:
+                raise
 
     patches.wrap(handling, "_error_if_any_worker_fails", _error_if_any_worker_fails)
 
