@@ -129,6 +129,28 @@ def test_the_minority_of_operations_is_named():
     assert found(*many, one, ranks=4).ranks == (2,)
 
 
+def test_different_operations_in_a_sub_group_are_told_though_others_wait():
+    """The other ranks wait for these in a collective of all."""
+    everyone = {"members": (0, 1, 2, 3)}
+
+    def apart(rank, operation, number):
+        mine = GroupSnapshot(name="mygrp", members=(0, 1), number=1, operation=operation, in_flight=True)
+        groups = (group(5, "all_reduce", flying=False, **everyone), mine)
+        return snapshot(rank, call(operation), line(number), groups=groups)
+
+    rest = [
+        snapshot(rank, call("all_reduce"), line(30), groups=(group(6, "all_reduce", **everyone),)) for rank in (2, 3)
+    ]
+    finding = found(apart(0, "all_reduce", 20), apart(1, "broadcast", 21), *rest, ranks=4)
+
+    assert (finding.ranks, finding.evidence["cause"]) == ((0, 1), "mismatch")
+    assert summary(finding) == (
+        "Rank 0 is in all_reduce #1 of group 'mygrp' (train.py:20 main), rank 1 is in broadcast #1 of group 'mygrp' "
+        "(train.py:21 main), for 75 s: different code paths; ranks 2, 3 wait for them in all_reduce #6 (train.py:30 "
+        "main)."
+    )
+
+
 def test_sizes_of_an_all_reduce_must_agree():
     """Sizes of a gather need not."""
 

@@ -48,6 +48,7 @@ class Blame:
         ranks: the ranks to name; empty for all.
         waits: the operation that each waiting rank is in.
         operation: the collective that the named ranks did not come to, or are in.
+        apart: ranks that have met in different operations, or with different sizes.
         data: how many batches the ranks have had, where the data of some ended before that of the others.
     """
 
@@ -55,6 +56,7 @@ class Blame:
     ranks: tuple[int, ...]
     waits: Mapping[int, GroupSnapshot]
     operation: GroupSnapshot | None = None
+    apart: tuple[int, ...] = ()
     data: UnevenData | None = None
 
     @property
@@ -92,7 +94,7 @@ def _of_data(met: Blame, data: UnevenData) -> Blame:
         return met
 
     operation = min(waiting, key=lambda wait: wait.number)
-    return Blame(HangCause.DATA_ENDED, data.ranks, met.waits, operation, data)
+    return Blame(HangCause.DATA_ENDED, data.ranks, met.waits, operation, data=data)
 
 
 def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
@@ -104,7 +106,8 @@ def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int
 
     targets = {rank: _targets(rank, wait, snapshots, ended, world_size, waits) for rank, wait in waits.items()}
     roots, circle = _walk(targets)
-    different = _between_calls(waits, world_size) or (_different(waits) if not roots else None)
+    last = waits if not roots else {rank: waits[rank] for rank in roots} if roots <= waits.keys() else {}
+    different = _between_calls(waits, world_size) or _different(last, waits)
     if different is not None:
         return different
 
@@ -202,10 +205,15 @@ def _of_roots(
     return Blame(HangCause.ALONE if is_alone else HangCause.NEVER_CAME, named, waits, operation)
 
 
-def _different(waits: Mapping[int, GroupSnapshot]) -> Blame | None:
-    """Return the blame where ranks are in one collective by its number, but in different operations."""
+def _different(last: Mapping[int, GroupSnapshot], waits: Mapping[int, GroupSnapshot]) -> Blame | None:
+    """Return the blame where ranks are in one collective by its number, but in different operations.
+
+    Args:
+        last: operations of the ranks that wait for none that is elsewhere.
+        waits: operations of all that wait.
+    """
     met: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for rank, wait in waits.items():
+    for rank, wait in last.items():
         if wait.number > 0 and not wait.is_p2p:
             met[wait.name, wait.number].append(rank)
 
@@ -216,7 +224,7 @@ def _different(waits: Mapping[int, GroupSnapshot]) -> Blame | None:
                 groups[key(waits[rank])].append(rank)
 
             if len(groups) > 1 and all(groups):
-                return Blame(cause, _minority(list(groups.values())), waits, waits[ranks[0]])
+                return Blame(cause, _minority(list(groups.values())), waits, waits[ranks[0]], tuple(ranks))
 
     return None
 
@@ -240,7 +248,7 @@ def _between_calls(waits: Mapping[int, GroupSnapshot], world_size: int) -> Blame
     if not set(transfers) <= set(met.members or range(world_size)):
         return None
 
-    return Blame(HangCause.MISMATCH, _minority([transfers, sorted(meeting)]), waits, moved[0])
+    return Blame(HangCause.MISMATCH, _minority([transfers, sorted(meeting)]), waits, moved[0], tuple(waits))
 
 
 def _operation(wait: GroupSnapshot) -> object:

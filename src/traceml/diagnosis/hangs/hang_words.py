@@ -139,7 +139,8 @@ def _ended_text(found: DetectedHang) -> str:
 def _different_text(found: DetectedHang) -> str:
     parts = []
     groups: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for rank, wait in found.blame.waits.items():
+    for rank in found.blame.apart:
+        wait = found.blame.waits[rank]
         groups[wait.operation, sum(wait.sizes) if found.blame.cause is HangCause.SIZES else 0].append(rank)
 
     for (_, size), ranks in sorted(groups.items(), key=lambda item: item[1]):
@@ -148,7 +149,7 @@ def _different_text(found: DetectedHang) -> str:
         parts.append(f"{ranks_text(ranks)} {be} in {_where_they_wait(found, ranks, of)}")
 
     why = "sizes differ" if found.blame.cause is HangCause.SIZES else "different code paths"
-    return f"{', '.join(parts)}, for {_age(found)}: {why}"
+    return f"{', '.join(parts)}, for {_age(found)}: {why}{_waiters_text(found)}"
 
 
 def _state_text(found: DetectedHang, ranks: Sequence[int]) -> str:
@@ -250,7 +251,7 @@ def _where_they_wait(found: DetectedHang, ranks: Sequence[int], of: str = "") ->
 def _waiters_text(found: DetectedHang) -> str:
     """Return `; rank 0 waits for it in all_reduce #15 (train.py:28 main)`."""
     named = found.blame.ranks
-    waiting = [rank for rank in sorted(found.blame.waits) if rank not in named]
+    waiting = sorted(found.blame.waits.keys() - {*named, *found.blame.apart})
     if not waiting:
         return ""
 
