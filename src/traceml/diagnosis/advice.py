@@ -20,6 +20,7 @@ __all__ = [
     "for_saving",
     "for_slow_group",
     "for_straggler",
+    "same_collectives",
 ]
 
 
@@ -41,6 +42,14 @@ def even_batches(*, is_certain: bool = False) -> str:
         "torch.distributed.algorithms.join.Join, which lets ranks end early."
     )
     return capitalized(how) if is_certain else f"If the data ended there, {how}"
+
+
+def same_collectives() -> str:
+    """Return advice on ranks that call different collectives."""
+    return (
+        "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
+        "differs between ranks."
+    )
 
 
 def for_copies(facts: JobFacts) -> str:

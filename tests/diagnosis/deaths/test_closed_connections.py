@@ -7,6 +7,8 @@ import pytest
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.progress.rank_progress import JobProgress
+from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 
 CUT = RankExit(
     rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4711",
@@ -20,12 +22,24 @@ def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
     (finding,) = rank_lost(JobFacts(exits=(CUT, LEFT), world_size=2))
 
     assert finding.summary == (
-        "Rank 1's script ended after 41 steps while rank 0 still trained, and failed at train.py:28, in step 41, in "
+        "Rank 1's script ended after 41 steps while rank 0 still trained, which failed at train.py:28, in step 41, in "
         "backward."
     )
     assert finding.headline == "Rank 1 ended before the others"
     assert (finding.ranks, finding.evidence["cause"], finding.evidence["followed"]) == ((1,), "left_early", [0])
     assert "drop_last" in finding.next
+
+
+def test_a_script_that_has_called_fewer_collectives_ends_first() -> None:
+    """Not its data ended: the ranks were out of step before, as with no_sync() on one of them."""
+    apart = DivergedRanks(agreed=29, since=30, collectives={0: 38, 1: 37}, backwards={0: 1, 1: 1})
+    (finding,) = rank_lost(JobFacts(exits=(CUT, LEFT), world_size=2, progress=JobProgress(diverged=apart)))
+
+    assert finding.summary.endswith(
+        " The ranks have been out of step since step 30: at its end rank 1 had called 37 collectives, rank 0 38."
+    )
+    assert finding.evidence["apart_since_step"] == 30
+    assert "the same collectives" in finding.next
 
 
 def test_a_rank_that_had_come_further_did_not_leave() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.diagnosis.advice import even_batches
+from traceml.diagnosis.advice import even_batches, same_collectives
 from traceml.diagnosis.deaths.end_words import exit_words, step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -51,16 +51,17 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
     if any(each.steps > (failed.step or 0) + 1 for each in gone):
         return []  # it had come further, and did not need the others any more
 
-    first = gone[0]
+    first, diverged = gone[0], facts.progress.diverged if facts.progress is not None else None
     return [
         Finding(
             kind=Kind.RANK_LOST,
             severity=Kind.RANK_LOST.severity_for(0.0),
             ranks=tuple(sorted(each.rank for each in gone)),
             phase=None,
-            summary=_summary(gone, causes, failed),
-            next=even_batches(),
+            summary=_summary(gone, causes, failed) + (f" {diverged.text}" if diverged is not None else ""),
+            next=even_batches() if diverged is None else same_collectives(),
             evidence={"cause": "left_early", "code": first.code or 0, **_steps(first)}
+            | ({} if diverged is None else {"apart_since_step": diverged.since})
             | {"followed": sorted(each.rank for each in causes), "exception": failed.exception},
             cost_share=1.0,
         )
@@ -82,4 +83,4 @@ def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankE
     after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""
     others = ranks_text(sorted(each.rank for each in causes))
     at = f" at {failed.place}" if failed.place else ""
-    return f"{capitalized(whose)} ended{after} while {others} still trained, and failed{at}{step_text(failed)}."
+    return f"{capitalized(whose)} ended{after} while {others} still trained, which failed{at}{step_text(failed)}."

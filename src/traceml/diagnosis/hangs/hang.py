@@ -13,7 +13,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
-from traceml.diagnosis.hangs.hang_words import diverged_text, hang_summary, operation_text
+from traceml.diagnosis.hangs.hang_words import hang_summary, operation_text
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -56,7 +56,7 @@ def _finding(found: DetectedHang, diverged: DivergedRanks | None) -> Finding:
         severity=Kind.HANG.severity_for(0.0),
         ranks=named,
         phase=phase,
-        summary=hang_summary(found) + (f" {diverged_text(diverged)}" if diverged is not None else ""),
+        summary=hang_summary(found) + (f" {diverged.text}" if diverged is not None else ""),
         next=hang_advice(found),
         evidence=_evidence(found, shown) | ({} if diverged is None else {"apart_since_step": diverged.since}),
         cost_share=1.0,

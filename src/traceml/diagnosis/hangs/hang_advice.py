@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from traceml.database.snapshots import RankSnapshot, WorkerSnapshot
-from traceml.diagnosis.advice import even_batches
+from traceml.diagnosis.advice import even_batches, same_collectives
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, is_blocked_by_full_pipe
@@ -47,10 +47,7 @@ _OF_CALLS = (
     "error."
 )
 _ADVICE: Mapping[HangCause, str] = {
-    HangCause.MISMATCH: (
-        "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
-        "differs between ranks."
-    ),
+    HangCause.MISMATCH: same_collectives(),
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
     HangCause.CIRCLE: "Let all ranks of both groups call these collectives in the same order.",
     HangCause.ENDED: even_batches(),

@@ -6,14 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
-from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.uneven_data import UnevenData
 from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
 
-__all__ = ["diverged_text", "hang_summary", "operation_text"]
+__all__ = ["hang_summary", "operation_text"]
 
 _LOCK = "waiting for a lock"
 _LISTED = 3  # different places that a sentence lists
@@ -55,27 +54,6 @@ def hang_summary(found: DetectedHang) -> str:
         text = _late_text(found)
 
     return capitalized(text) + "."
-
-
-def diverged_text(diverged: DivergedRanks) -> str:
-    """Return since which step ranks have called different numbers of collectives, and what they did in it."""
-    by_number: dict[int, list[int]] = defaultdict(list)
-    for rank, number in diverged.collectives.items():
-        by_number[number].append(rank)
-
-    (least, fewest), *more = sorted(by_number.items())
-    called = [f"{ranks_text(fewest)} had called {plural(least, 'collective')}"]
-    called += [f"{ranks_text(ranks)} {count_text(number)}" for number, ranks in more]
-    without = [rank for rank, count in diverged.backwards.items() if count == 0]
-    passes = ""
-    if without and len(without) < len(diverged.backwards):
-        passes = f", in which {ranks_text(without)} ran no backward pass"
-
-    when = f"since step {count_text(diverged.since)}" + (
-        " at the latest" if diverged.since > diverged.agreed + 1 else ""
-    )
-    listed = ", ".join(called[:_LISTED]) + (", …" if len(called) > _LISTED else "")
-    return f"The ranks have been out of step {when}{passes}: at its end {listed}."
 
 
 def _late_text(found: DetectedHang) -> str:

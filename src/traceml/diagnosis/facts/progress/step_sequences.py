@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import unpack_bits
+from traceml.formatting import count_text, plural, ranks_text
 
 __all__ = ["DivergedRanks", "StepSequences"]
 
 _FIRST_RANKS = 16
+_LISTED = 3  # different numbers of collectives that a sentence lists
 _MAX_SLOTS, _MIN_SLOTS, _CELLS = 1024, 64, 262_144
 
 
@@ -31,6 +34,25 @@ class DivergedRanks:
     since: int
     collectives: Mapping[int, int]
     backwards: Mapping[int, int]
+
+    @property
+    def text(self) -> str:
+        """A sentence: since which step ranks are apart, and what they had called at its end."""
+        by_number: dict[int, list[int]] = defaultdict(list)
+        for rank, number in self.collectives.items():
+            by_number[number].append(rank)
+
+        (least, fewest), *more = sorted(by_number.items())
+        called = [f"{ranks_text(fewest)} had called {plural(least, 'collective')}"]
+        called += [f"{ranks_text(ranks)} {count_text(number)}" for number, ranks in more]
+        without = [rank for rank, count in self.backwards.items() if count == 0]
+        passes = ""
+        if without and len(without) < len(self.backwards):
+            passes = f", in which {ranks_text(without)} ran no backward pass"
+
+        when = f"since step {count_text(self.since)}" + (" at the latest" if self.since > self.agreed + 1 else "")
+        listed = ", ".join(called[:_LISTED]) + (", …" if len(called) > _LISTED else "")
+        return f"The ranks have been out of step {when}{passes}: at its end {listed}."
 
 
 class StepSequences:
