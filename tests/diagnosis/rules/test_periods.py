@@ -148,6 +148,11 @@ def test_long_steps_in_rows_have_no_period():
     assert regular(np.array(episodes), np.ones(len(episodes))) is None
 
 
+def test_long_steps_at_shorter_distances_have_no_period():
+    """On a busy host many steps of a stretch were long: each has another one five steps away, and others between."""
+    assert regular(np.array([22, 27, 30, 31, 34, 35, 36, 39, 42, 46, 47, 57]), np.ones(12)) is None
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rare_long_steps_by_chance_stay_jitter(seed):
     """There is no period in chance."""

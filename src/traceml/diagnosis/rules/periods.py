@@ -36,8 +36,8 @@ JOINT_SHARE = 0.2
 """A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
 JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
 """Or if it takes this many times longer than usual in this share of them, as the model's forward in rollouts."""
-IN_A_ROW_SHARE = 1 / 3
-"""Steps that come directly after another long one are at most this many of them."""
+SOONER_SHARE = 1 / 3
+"""At most this many of them come sooner after another one than the distance."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.b
             continue
 
         # Long steps that come in clumps, as on a busy host or as long episodes of a game, have a distance too, but are
-        # not at each multiple of it, or also follow each other directly.
+        # not at each multiple of it, or also follow each other sooner.
         regular_steps = steps[members]
         is_filled = len(regular_steps) >= FILLED_SHARE * ((regular_steps[-1] - regular_steps[0]) / every + 1)
-        if is_filled and float((np.diff(regular_steps) == 1).mean()) <= IN_A_ROW_SHARE:
+        if is_filled and float((np.diff(regular_steps) < every).mean()) <= SOONER_SHARE:
             return int(every), members
 
     return None
