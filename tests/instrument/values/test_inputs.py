@@ -294,6 +294,107 @@ def test_positions_are_no_samples(
     assert (info["batch_first"], info["requires_grad"]) == (counts, False)
 
 
+def test_what_an_encoder_has_made_is_no_batch(traced: Traced) -> None:
+    """The decoder of a translation gets 6 * 4 numbers for each text of 6 tokens: they were told to be tokens."""
+    encoder, decoder = nn.Sequential(nn.Embedding(9, 4)), nn.Linear(4, 9)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (encoder, decoder)]
+    for texts in torch.randint(9, (30, 6)).split(5):
+        decoder(encoder(texts)).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    assert sizes(traced) == [(5, 30)] * 6
+    assert counted(traced) == (True, True)
+
+
+def counted(traced: Traced) -> tuple[bool, bool]:
+    """Return whether the newest facts say that tokens and samples are counted."""
+    facts = [info for info in traced.info if info["kind"] == "input"][-1]
+    return facts["tokens"], facts["batch_first"]
+
+
+def chunks(model: nn.Module) -> torch.Tensor:
+    """Rays of an image, as many as fit into memory at a time."""
+    return torch.cat([model(part) for part in torch.randint(9, (13, 6)).split(4)]).mean()
+
+
+def states(model: nn.Module) -> torch.Tensor:
+    """An episode of a game, one state after another, as of REINFORCE."""
+    return torch.stack([model(torch.randint(9, (1, 6))).mean() for _ in range(9)]).mean()
+
+
+def points(model: nn.Module) -> torch.Tensor:
+    """The boundary of a field, and more points inside."""
+    return model(torch.randint(9, (3, 6))).mean() + model(torch.randint(9, (8, 6))).mean()
+
+
+def views(model: nn.Module) -> torch.Tensor:
+    """Two views of each sample."""
+    batch = torch.randint(9, (5, 6))
+    return (model(batch) - model(batch.flip(1))).mean()
+
+
+def positions(model: nn.Module) -> torch.Tensor:
+    """One position after another of the loader's five samples."""
+    return torch.stack([model(torch.randint(9, (5, 1))).mean() for _ in range(6)]).mean()
+
+
+def whole(model: nn.Module) -> torch.Tensor:
+    """All of the batch at once."""
+    return model(torch.randint(9, (5, 6))).mean()
+
+
+@pytest.mark.parametrize("has_loader", [True, False])
+@pytest.mark.parametrize(
+    ("loss_of", "tokens", "samples", "samples_of_loader"),
+    [
+        (whole, True, True, True),
+        (views, False, True, True),
+        (positions, False, False, True),
+        (points, False, False, False),
+        (chunks, False, False, False),
+        (states, False, False, False),
+    ],
+)
+def test_parts_of_a_batch_are_not_counted(
+    traced: Traced,
+    loss_of: Callable[[nn.Module], torch.Tensor],
+    *,
+    tokens: bool,
+    samples: bool,
+    samples_of_loader: bool,
+    has_loader: bool,
+) -> None:
+    """Before the training the model is called once to see its output, which does not count."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randint(9, (2, 6)))
+    for _ in DataLoader(torch.zeros(30), batch_size=5) if has_loader else range(6):
+        loss_of(model).backward()
+        optimizer.step()
+
+    traced.finish()
+    assert counted(traced) == (tokens, samples_of_loader if has_loader else samples)
+
+
+@pytest.mark.parametrize("critic_steps", [1, 5])
+def test_networks_of_a_gan_are_called_with_the_same_samples(traced: Traced, critic_steps: int) -> None:
+    """A critic sees real, false and mixed samples, as many of each."""
+    maker, critic = nn.Linear(4, 4), nn.Linear(4, 1)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (maker, critic)]
+    for step in range(12):
+        real, noise = torch.randn(8, 4), torch.randn(8, 4)
+        false = maker(noise).detach()
+        (critic(real) - critic(false) + critic((real + false) / 2)).mean().backward()
+        optimizers[1].step()
+        if step % critic_steps == 0:
+            critic(maker(noise)).mean().backward()
+            optimizers[0].step()
+
+    traced.finish()
+    assert counted(traced) == (False, True)
+
+
 def test_fingerprints_are_of_the_first_batches_of_an_epoch(traced: Traced) -> None:
     """The first three batches that are trained on have a fingerprint; of evaluation there is none."""
     model = nn.Linear(4, 1)

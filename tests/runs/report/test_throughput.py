@@ -30,6 +30,7 @@ def steps_of(
     samples: int | np.ndarray[Any, Any] = 16,
     loader: dict[str, Any] | None = None,
     inputs: tuple[dict[str, Any], ...] = (IMAGES,),
+    later: dict[str, Any] | None = None,
     batches: tuple[list[int], ...] = (),
     model: dict[str, Any] = DDP,
     steps: int = 120,
@@ -48,6 +49,9 @@ def steps_of(
 
             if inputs:
                 add_info(writer, stream, kind="input", t_ns=2, **inputs[rank % len(inputs)])
+
+            if later is not None:
+                add_info(writer, stream, kind="input", t_ns=3, **later)
 
             if batches:
                 prints = np.zeros(len(batches[rank]), FINGERPRINTS.dtype)
@@ -100,6 +104,13 @@ def test_positions_first_have_tokens_only(tmp_path):
     steps = steps_of(tmp_path / "run", inputs=({**TEXT, "batch_first": False},))
 
     assert (steps.samples_per_step, steps.tokens_per_step) == (None, 1024)
+
+
+def test_the_newest_facts_of_the_input_say_what_is_counted(tmp_path):
+    """A text that turned out to be read position by position has known samples, but no known tokens."""
+    steps = steps_of(tmp_path / "run", inputs=(TEXT,), later={**TEXT, "tokens": False})
+
+    assert (steps.samples_per_step, steps.tokens_per_step) == (32, None)
 
 
 def test_a_long_run_is_counted_from_its_sums(tmp_path):

@@ -74,6 +74,14 @@ def test_positions_first_are_no_samples(count: int) -> None:
     assert named(found, "traceml/tokens_per_s")
 
 
+def test_the_newest_facts_of_the_input_say_what_is_counted() -> None:
+    """A batch that is read in parts has neither known samples nor tokens."""
+    parts = info(0, {**TEXT, "tokens": False, "batch_first": False})
+    found = derive([*info(0, TEXT), *parts, *steps(1)], interval_s=1000)
+
+    assert [row.name for row in found if "samples" in row.name or "tokens" in row.name] == []
+
+
 @pytest.mark.parametrize("count", [300, 3000])
 def test_ranks_with_equal_batches_count_once(count: int) -> None:
     """Also after the facts of the ranks were dropped, and whatever was forgotten between frames."""

@@ -32,10 +32,8 @@ class BatchHistory:
         """Backward passes of a step, and those of them that average gradients; None where it is not known."""
         self.sharding: str | None = None
         """`fsdp` or `fsdp2` where a model gathers its parameters in each step."""
-        self.tokens = False
-        """Whether the model's input is integers by sample and position, as in language models."""
-        self.batch_first = True
-        """Whether the first dimension of the input counts samples."""
+        self._tokens: dict[int, bool] = {}
+        self._batch_first: dict[int, bool] = {}
         self._sequence: tuple[int, int] | None = None
         self._communicates = False
         self.group_size = 0
@@ -70,10 +68,9 @@ class BatchHistory:
         self.reductions = float(row.get("backwards_per_step") or 0), float(row.get("reductions_per_step") or 0)
 
     def input(self, rank: int, row: Mapping[str, Any]) -> None:
-        """Take the facts of a rank's first input of the model."""
+        """Take the facts of a rank's first input of the model; the newest say what is counted."""
         self._inputs.setdefault(rank, (row.get("dtype"), row.get("dimensions"), row.get("requires_grad")))
-        self.tokens = self.tokens or bool(row.get("tokens"))
-        self.batch_first = self.batch_first and bool(row.get("batch_first", True))
+        self._tokens[rank], self._batch_first[rank] = bool(row.get("tokens")), bool(row.get("batch_first", True))
 
     def steps(self, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.STEPS`: do the ranks call collectives in their steps?"""
@@ -85,6 +82,16 @@ class BatchHistory:
         before = self._sequence or (least, most)
         self._sequence = min(least, before[0]), max(most, before[1])
         self._communicates = bool(rows["comm_ns"].any()) or self._sequence[0] != self._sequence[1]
+
+    @property
+    def tokens(self) -> bool:
+        """Whether the model's input is integers by sample and position, as in language models."""
+        return any(self._tokens.values())
+
+    @property
+    def batch_first(self) -> bool:
+        """Whether the first dimension of the input counts samples."""
+        return all(self._batch_first.values())
 
     @property
     def are_alone(self) -> bool:

@@ -17,6 +17,7 @@ __all__ = ["FactReports"]
 Info = dict[str, Any]
 _LIKE = ("dataset", "length", "num_workers")
 _COUNTED = 8  # from here on only powers of two are reported
+_WHOLE = 4  # calls with as many samples before a backward pass: views, or the networks of a GAN
 
 
 class FactReports:
@@ -67,7 +68,23 @@ class FactReports:
         """Report the input of a model."""
         from traceml.instrument.facts.descriptions import input_facts
 
-        self.report(input_facts(tensor, model, self._reported.get("loader", {}).get("batch_size")))
+        self.report(input_facts(tensor, model, self._batch_size))
+
+    def calls(self, sizes: list[tuple[int, int]]) -> None:
+        """Report again what is counted of the input, given samples and elements of the calls before a backward pass."""
+        known = self._reported.get("input")
+        if known is None:
+            return
+
+        samples = {each for each, _ in sizes}
+        whole = len(samples) == 1 and (len(sizes) <= _WHOLE or self._batch_size in samples)
+        tokens = known["tokens"] and len(sizes) == 1
+        self.report(known | {"tokens": tokens, "batch_first": known["batch_first"] and whole})
+
+    @property
+    def _batch_size(self) -> int | None:
+        """The loader's, None without one."""
+        return self._reported.get("loader", {}).get("batch_size")
 
     def model(self, module: Any) -> None:
         """Report a model, and count the reductions of its gradients from now on."""

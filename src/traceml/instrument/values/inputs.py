@@ -3,9 +3,10 @@
 The size is that of the first tensor in the arguments of the last forward with gradients before a backward pass. The
 forward hook only compares its samples and elements with those before (in Python, its shape); all else is done here,
 when they have changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are not those of the
-training's. A nested tensor has no size, nor has a vector of floating-point numbers: it is one sample without a batch as
-often as a batch of numbers. Texts that are compared with each other, a list of mappings with `input_ids`, are together
-the elements of their samples.
+training's. A tensor that another model has made of a batch, as an encoder for its decoder, is no batch. A nested tensor
+has no size, nor has a vector of floating-point numbers: it is one sample without a batch as often as a batch of
+numbers. Texts that are compared with each other, a list of mappings with `input_ids`, are together the elements of
+their samples.
 
 A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU. Ranks that
 train on the same batches have the same ones. It takes some 10 us, so the first 3 batches of an epoch have one, and one
@@ -23,6 +24,7 @@ import torch
 
 from traceml.fail_open import fail_open
 from traceml.instrument.step_clock import StepClock
+from traceml.instrument.values.batch_calls import BatchCalls, Size
 from traceml.instrument.values.rollouts import RolloutSearch
 
 __all__ = ["BatchReader"]
@@ -46,10 +48,14 @@ class BatchReader:
     Args:
         clock: receives them.
         on_input: called with the first input and its model, for facts about them.
+        on_calls: called with the sizes of the calls before a backward pass.
     """
 
-    def __init__(self, clock: StepClock, on_input: Callable[[Any, Any], None]) -> None:
+    def __init__(
+        self, clock: StepClock, on_input: Callable[[Any, Any], None], on_calls: Callable[[list[Size]], None]
+    ) -> None:
         self._clock, self._on_input = clock, on_input
+        self._batch_calls = BatchCalls(clock, on_calls)
         self._known = False
         self._taken = self._wanted = 0
         self._broken = self._calls = False
@@ -119,6 +125,9 @@ class BatchReader:
             clock.input_shape, clock.input_samples, clock.input_elements = None, 0, 0
             return
 
+        if self._known and tensor.grad_fn is not None:
+            return
+
         clock.input_shape = tensor.shape
         clock.input_samples, clock.input_elements = int(tensor.shape[0]), elements or tensor.numel()
         if not self._known:
@@ -133,7 +142,10 @@ class BatchReader:
             self._plays.trained(tensor)
             clock.stretch.is_play = self._plays.found
 
-        if self._rollouts.is_looking or self._plays.is_looking:
+        if not self._batch_calls.is_over:
+            self._batch_calls.note((clock.input_samples, clock.input_elements))
+
+        if self._rollouts.is_looking or self._plays.is_looking or not self._batch_calls.is_over:
             clock.input_shape = None  # the next call is read too
 
     def _note_call(self, tensor: Any, model: Any) -> None:

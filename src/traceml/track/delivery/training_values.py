@@ -44,7 +44,7 @@ class TrainingValues:
             known = self._known(stream)
             if frame.table == INFO.name:
                 new = {row["kind"]: _facts(row) for row in frame.maps() if row.get("kind") in _KINDS}
-                known.update({kind: row for kind, row in new.items() if kind not in known})
+                known.update({kind: row for kind, row in new.items() if kind == "input" or kind not in known})
             else:
                 rows = np.frombuffer(frame.data, FINGERPRINTS.dtype)
                 prints = [*known.get("prints", []), *([int(step), int(value)] for step, value in rows.tolist())]
