@@ -119,6 +119,22 @@ def test_errors_of_tracing_are_reported():
     assert "errors in instrument: 1; errors in recorder: 2" in " ".join(text_of(made).split())
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "line"),
+    [
+        (0.1, "start-up 74 %, steps 7 %, saving 0.6 %, evaluation 10 %, rest 9 %"),
+        (0.01, "start-up 83 %, steps 7 %, after the last step 9 %, rest 2 %"),
+    ],
+)
+def test_the_line_of_the_time_has_the_steps_and_the_largest_parts(evaluation, line):
+    """Steps that were 7 % of a run's time were in the rest, and what fits in was, too."""
+    shares = {"startup": 0.84 - evaluation, "steps": 0.07, "checkpoint": 0.006, "evaluation": evaluation, "idle": 0.09}
+    made = slow_rank()
+    made.time = TimeSection(wall_s=11.0, parts=[TimePart(part, 11 * share, share) for part, share in shares.items()])
+
+    assert f" Time    11 s: {line}\n" in text_of(made)
+
+
 def test_an_accelerator_without_device_times_is_reported():
     """Where the device's time is not known, the card says whose time the phases show."""
     made = slow_rank()

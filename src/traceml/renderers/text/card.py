@@ -227,17 +227,21 @@ def _time_lines(view: RunView, width: int) -> Iterator[Text]:
 
 
 def _parts_text(parts: Sequence[TimePart], room: int) -> str:
-    """Return the parts of the run's time in one line; the smallest that find no room are summed as the rest."""
-    for count in range(len(parts), 0, -1):
-        largest = sorted(parts, key=lambda part: -part.share)[:count]
-        texts = [f"{part_words(part.part)} {percent_text(part.share)}" for part in parts if part in largest]
-        if count < len(parts):
-            texts.append(f"rest {percent_text(sum(part.share for part in parts if part not in largest))}")
+    """Return the parts of the run's time in one line: the steps, and the largest that find room; the rest is summed."""
+    shown: list[TimePart] = []
+    for part in sorted(parts, key=lambda part: (part.part != "steps", -part.share)):
+        if not shown or len(_joined([*shown, part], parts)) <= room:
+            shown.append(part)
 
-        if len(text := ", ".join(texts)) <= room or count == 1:
-            return text
+    return _joined(shown, parts)
 
-    return ""
+
+def _joined(shown: Sequence[TimePart], parts: Sequence[TimePart]) -> str:
+    texts = [f"{part_words(part.part)} {percent_text(part.share)}" for part in parts if part in shown]
+    if len(shown) < len(parts):
+        texts.append(f"rest {percent_text(sum(part.share for part in parts if part not in shown))}")
+
+    return ", ".join(texts)
 
 
 def _phase_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]:
