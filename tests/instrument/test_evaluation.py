@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
@@ -305,6 +306,27 @@ def test_rollouts_of_single_states(traced: Traced, acts_on: slice | int, reporte
 
     assert len(traced.finish()) == 30
     assert ("rollouts" in {row["kind"] for row in traced.info}) is reported
+
+
+@pytest.mark.parametrize(("samples", "has_loader", "reported"), [(1, False, True), (8, False, False), (1, True, False)])
+def test_calls_with_one_sample_are_reported(traced: Traced, samples: int, *, has_loader: bool, reported: bool) -> None:
+    """Self-play of AlphaZero calls the model for one board after another, and trains on many of them later."""
+    model = net()
+    optimizer = sgd(model)
+    boards = torch.zeros(6 * samples, 4)
+    for _ in range(4):
+        model.eval()
+        with torch.no_grad():
+            for board in DataLoader(boards, batch_size=samples) if has_loader else boards.split(samples):
+                model(board)
+
+        model.train()
+        for _ in range(5):
+            train(model, optimizer, X)
+
+    assert len(traced.finish()) == 20
+    assert len(traced.table("evals")) >= 3
+    assert ("plays" in {row["kind"] for row in traced.info}) is reported
 
 
 def test_rollouts_of_a_simulator(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:

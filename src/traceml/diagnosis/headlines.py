@@ -331,8 +331,10 @@ def startup(finding: FindingFacts) -> str:
 
 
 def evaluation(finding: FindingFacts) -> str:
-    """Return `60 % of the run's time is evaluation`, with the ranks that evaluate for all."""
-    return f"{_run_share(finding)} is evaluation" + (f" on {ranks_text(finding.ranks)}" if finding.ranks else "")
+    """Return `60 % of the run's time is evaluation`, with the ranks that evaluate for all, or with self-play."""
+    or_play = " or self-play" if "samples_per_call" in finding.evidence else ""
+    on_ranks = f" on {ranks_text(finding.ranks)}" if finding.ranks else ""
+    return f"{_run_share(finding)} is evaluation{or_play}{on_ranks}"
 
 
 def _run_share(finding: FindingFacts) -> str:

@@ -311,7 +311,9 @@ class Instrumentation:
 
         clock, patches = self.clock, self._patches
         show_torch()
-        self._batches = batches = BatchReader(clock, self._facts.input, self._facts.calls)
+        self._batches = batches = BatchReader(
+            clock, self._facts.input, self._facts.calls, lambda: self._facts.report({"kind": "plays"})
+        )
         self._losses = LossReader(clock, self._flight.ring("losses"), CudaLosses())
         timer = timer_maker(clock, batches.measure)
 

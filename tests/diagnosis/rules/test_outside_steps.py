@@ -277,6 +277,17 @@ def test_much_evaluation_is_reported_with_what_less_would_save():
     assert found.speedup_if_fixed == pytest.approx(1 / 0.7)
 
 
+def test_self_play_is_not_made_half_as_often():
+    """Calls with one sample each may be games of which the model learns: less of them gives no promised gain."""
+    time = RunTime.of(100.0, {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}, 12)
+    found = diagnose(window_of(ALONE), JobFacts(time=time, plays=True))[0]
+
+    assert found.headline == "60 % of the run's time is evaluation or self-play"
+    assert "is evaluation or self-play: 12 times 5.0 s" in found.summary
+    assert found.next.startswith("The model is called with one sample each time there: call it with several at once")
+    assert (found.evidence["samples_per_call"], found.speedup_if_fixed) == (1, 1.0)
+
+
 def test_a_single_evaluation_is_not_made_half_as_often():
     """It can only be on fewer batches."""
     found = findings(100.0, steps=38.0, evaluation=60.0, startup=2.0, evaluations=1)[0]

@@ -60,6 +60,7 @@ class JobFacts:
         fused: whether the optimizer is a fused one; None where no fused form of it is known.
         detects_anomalies: whether autograd's detection of anomalies is on.
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
+        plays: whether models are called between trainings, without a loader, with one sample each time.
         only_logs: whether the script logs values and is not traced.
         other_models: steps before which a model or optimizer of another size appeared; not those of the run's start.
         same_models: of these steps, those at which an earlier model was trained again -> first step of that model.
@@ -108,6 +109,7 @@ class JobFacts:
     fused: bool | None = None
     detects_anomalies: bool = False
     collects: bool = False
+    plays: bool = False
     only_logs: bool = False
     other_models: tuple[int, ...] = ()
     same_models: Mapping[int, int] = field(default_factory=dict)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, SampledShare, child_wait_share, import_share, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
@@ -53,7 +55,11 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     if evaluation_s >= least * time.wall_s > 0:
         line = outside_line(lines, "outside")
         line = None if line is None or calls_trainer(lines, line) else line
-        found.append(_evaluation(time, evaluation_s, line, alone, facts.world_size))
+        found.append(
+            _play(time, line)
+            if facts.plays and not alone
+            else _evaluation(time, evaluation_s, line, alone, facts.world_size)
+        )
 
     return found
 
@@ -177,12 +183,7 @@ def _for_startup(line: BlamedLine | None) -> str:
 def _evaluation(
     time: RunTime, seconds: float, line: BlamedLine | None, alone: tuple[int, ...], world_size: int
 ) -> Finding:
-    share = seconds / time.wall_s
-    times = max(time.evaluations, 1)
-    short_s = min(time.short_evaluations_s, seconds)
-    each = (seconds - short_s) / times
-    often = "once" if times == 1 else f"{count_text(times)} times"
-    others = ", besides shorter ones" if short_s >= _REPORTED_SHORT * seconds else ""
+    share, times = seconds / time.wall_s, max(time.evaluations, 1)
     saved = share * (1 - len(alone) / world_size) if alone else share / 2
     who = f" on {ranks_text(alone)}, for which the others wait" if alone else ""
     elsewhere = "with larger ones under torch.inference_mode(), or in another process."
@@ -190,20 +191,43 @@ def _evaluation(
     if times == 1:
         less = f"Evaluate on half as many batches: that saves {percent_text(saved)} of the run. Or evaluate "
 
+    if alone:
+        less = (
+            f"Evaluate on all ranks, each on its part of the data: that saves {percent_text(saved)} of the run. Or "
+            "evaluate less often, on fewer batches, "
+        )
+
+    finding = _evaluation_finding(time, seconds, line, f"evaluation{who}", less + elsewhere)
+    return replace(finding, ranks=alone, speedup_if_fixed=1 / (1 - saved))
+
+
+def _play(time: RunTime, line: BlamedLine | None) -> Finding:
+    """Return the finding on calls with one sample each: self-play, or evaluation; half as often would be other data."""
+    seconds = time.seconds["evaluation"]
+    advice = (
+        "The model is called with one sample each time there: call it with several at once, as with the states of "
+        "several games or with several prompts. If it only evaluates, half as often saves "
+        f"{percent_text(seconds / time.wall_s / 2)} of the run."
+    )
+    finding = _evaluation_finding(time, seconds, line, "evaluation or self-play", advice)
+    return replace(finding, evidence={**finding.evidence, "samples_per_call": 1})
+
+
+def _evaluation_finding(time: RunTime, seconds: float, line: BlamedLine | None, what: str, advice: str) -> Finding:
+    share, times = seconds / time.wall_s, max(time.evaluations, 1)
+    short_s = min(time.short_evaluations_s, seconds)
+    often = "once" if times == 1 else f"{count_text(times)} times"
+    others = ", besides shorter ones" if short_s >= _REPORTED_SHORT * seconds else ""
     return Finding(
         kind=Kind.EVAL_HEAVY,
         severity=Kind.EVAL_HEAVY.severity_for(share),
-        ranks=alone,
         summary=(
-            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is evaluation{who}: "
-            f"{often} {duration_text(each)}{others}" + (f", mostly at {line.place}" if line else "") + "."
+            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is {what}: {often} "
+            f"{duration_text((seconds - short_s) / times)}{others}"
+            + (f", mostly at {line.place}" if line else "")
+            + "."
         ),
-        next=(
-            f"Evaluate on all ranks, each on its part of the data: that saves {percent_text(saved)} of the run. Or "
-            f"evaluate less often, on fewer batches, {elsewhere}"
-            if alone
-            else f"{less}{elsewhere}"
-        ),
+        next=advice,
         evidence={
             "evaluation_s": seconds,
             "evaluations": times,
@@ -212,7 +236,6 @@ def _evaluation(
             **({} if line is None else line.evidence(share)),
         },
         cost_share=share,
-        speedup_if_fixed=1 / (1 - saved),
     )
 
 

@@ -49,12 +49,18 @@ class BatchReader:
         clock: receives them.
         on_input: called with the first input and its model, for facts about them.
         on_calls: called with the sizes of the calls before a backward pass.
+        on_play: called where a trained model is called in `eval()` with one sample, without a loader, between
+            trainings with more.
     """
 
     def __init__(
-        self, clock: StepClock, on_input: Callable[[Any, Any], None], on_calls: Callable[[list[Size]], None]
+        self,
+        clock: StepClock,
+        on_input: Callable[[Any, Any], None],
+        on_calls: Callable[[list[Size]], None],
+        on_play: Callable[[], None],
     ) -> None:
-        self._clock, self._on_input = clock, on_input
+        self._clock, self._on_input, self._on_play = clock, on_input, on_play
         self._batch_calls = BatchCalls(clock, on_calls)
         self._known = False
         self._taken = self._wanted = 0
@@ -157,6 +163,10 @@ class BatchReader:
         self._calls = True
         if model is None or not self._clock.listener.is_trained(model):
             return
+
+        is_one = tensor.dim() == 1 or tensor.shape[0] == 1
+        if is_one and not model.training and not self._clock.batches and self._clock.input_samples > 1:
+            self._on_play()
 
         search = self._plays if model.training else self._rollouts
         if not search.is_over:
