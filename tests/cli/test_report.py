@@ -168,11 +168,12 @@ def test_html_that_cannot_be_written(slow, tmp_path, capsys):
 
 
 def test_lines_are_printed_as_a_flame_graph(slow, capsys):
-    """JSON and nothing else on stdout; without --lines the format is refused."""
+    """JSON and nothing else on stdout; without --lines, or with --json, which is another document, it is refused."""
     assert cli.main(["report", "--lines", "--format", "speedscope"]) == 0
     assert json.loads(capsys.readouterr().out)["profiles"][0]["type"] == "sampled"
-    assert cli.main(["report", "--format", "perfetto"]) == 2
-    assert "--lines" in capsys.readouterr().err
+    for others in ([], ["--lines", "--json"]):
+        assert cli.main(["report", "--format", "perfetto", *others]) == 2
+        assert "--lines" in capsys.readouterr().err
 
 
 @pytest.mark.process

@@ -23,6 +23,7 @@ from traceml.renderers.views import run_view
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.export.flame_graph import FLAME_GRAPHS
 from traceml.runs.find import find_run
+from traceml.runs.report.line_shares import LinesDocument
 from traceml.runs.report.report_types import Report, TrackerSection, read_report
 from traceml.track.tracker_state import states_of
 
@@ -41,7 +42,7 @@ class ReportOptions:
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
     """The run: its folder, id or name, or the last four characters of its id (default: the latest run)."""
     json: bool = False
-    """Print the report as JSON and nothing else."""
+    """Print the report, or with --lines the lines, as JSON and nothing else."""
     md: bool = False
     """Print the report as Markdown, for a pull request."""
     html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -63,18 +64,18 @@ def main(argv: list[str]) -> int:
     if not unwanted and any(word.partition("=")[0] == "--fail-on" for word in argv):
         raise UsageError("--fail-on needs a KIND, for example --fail-on RANK_LOST INPUT_BOUND")
 
-    if sum((options.json, options.md, options.html is not None, options.lines)) > 1:
-        raise UsageError("--json, --md, --html and --lines cannot be combined")
+    if sum((options.json or options.lines, options.md, options.html is not None)) > 1:
+        raise UsageError("--json and --lines cannot be combined with --md or --html, nor these two")
 
-    if options.format and not options.lines:
-        raise UsageError("--format needs --lines: `traceml report --lines --format speedscope > lines.json`")
+    if options.format and (options.json or not options.lines):
+        raise UsageError("--format needs --lines, alone: `traceml report --lines --format speedscope > lines.json`")
 
     run_dir = find_run(options.run, runs_dir_of(options.runs_dir))
     report = current_report(run_dir)
     if options.html is not None:
         _write_page(run_dir, Path(options.html))
     elif options.json:
-        print(report.to_json())
+        print((LinesDocument.of(report) if options.lines else report).to_json())
     elif options.md:
         print(report_markdown(report), end="")
     elif options.format:

@@ -74,6 +74,12 @@ def test_reports(printed, runs, run):
     valid("report", printed("report", run, "--json", "--runs-dir", str(runs)))
 
 
+@pytest.mark.parametrize("run", ["a", "c"])
+def test_lines(printed, runs, run):
+    """Also of a run without samples."""
+    valid("lines", printed("report", run, "--lines", "--json", "--runs-dir", str(runs)))
+
+
 def test_comparisons(printed, runs):
     """Of two runs, also without a result, and of several."""
     for other in ("b", "c"):
@@ -146,4 +152,4 @@ def test_the_command(capsys, tmp_path):
     assert cli.main(["schema", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == list(DOCUMENTS)
     assert cli.main(["schema", "nosuch"]) == 2
-    assert "Documents: report, compare" in capsys.readouterr().err
+    assert "Documents: report, lines" in capsys.readouterr().err

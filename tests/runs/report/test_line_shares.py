@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from traceml.runs.report.line_shares import LibraryCall, lines_by_phase
+from traceml.runs.report.line_shares import LibraryCall, LinesDocument, lines_by_phase
 from traceml.runs.report.report_types import LineSection, PhaseSection, Report, TimePart, TimeSection
 
 
@@ -44,3 +46,15 @@ def test_a_line_is_there_once():
         ("/x/train.py:7 main", (LibraryCall("a.py:1 f", 0.6),)), ("/x/train.py:9 main", ())
     ]  # fmt: skip
     assert phase.lines[0].share == pytest.approx(0.7)
+
+
+def test_lines_as_a_document():
+    """With what the table shows, unrounded."""
+    report = report_with(line("forward", 30, 0.75, library="a.py:1 f"), line("forward", 10, 0.25, 9))
+
+    document = json.loads(LinesDocument.of(report).to_json())
+
+    (phase,) = document["phases"]
+    assert (document["run"], phase["phase"], phase["samples"], phase["seconds"]) == ("run", "forward", 40, 4.0)
+    assert [(each["line"], each["share"]) for each in phase["lines"]] == [(7, 0.75), (9, 0.25)]
+    assert phase["lines"][0]["calls"] == [{"library": "a.py:1 f", "share": 0.75}]

@@ -11,6 +11,7 @@ from traceml.database.snapshots import RankSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons
 from traceml.runs.fleet.fleet_types import FleetDocument
+from traceml.runs.report.line_shares import LinesDocument
 from traceml.runs.report.report_types import Report
 from traceml.runs.run_query import RunRecord
 from traceml.whatif.straggler_cost import WhatIf
@@ -172,6 +173,7 @@ class TraceAnalysis(msgspec.Struct, kw_only=True):
 
 DOCUMENTS: dict[str, tuple[Any, str]] = {
     "report": (Report, "traceml report --json, and report.json of a run"),
+    "lines": (LinesDocument, "traceml report --lines --json"),
     "compare": (Comparison, "traceml compare A B --json"),
     "compares": (Comparisons, "traceml compare of more than two runs, with --json"),
     "analysis": (TraceAnalysis, "traceml analyze --json"),

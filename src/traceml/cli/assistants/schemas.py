@@ -24,7 +24,7 @@ class SchemaOptions:
     """
 
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
-    """report, compare, compares, analysis, whatif, fleet, runs, stacks or profile."""
+    """report, lines, compare, compares, analysis, whatif, fleet, runs, stacks or profile."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """Write all of them to this folder instead."""
     json: bool = False

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
 
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, Phase
+from traceml.runs.json_document import JsonDocument
 from traceml.runs.report.report_types import LineSection, Report
 
-__all__ = ["LibraryCall", "LineShare", "PhaseLines", "lines_by_phase"]
+__all__ = ["LibraryCall", "LineShare", "LinesDocument", "PhaseLines", "lines_by_phase"]
 
 _USER = Phase.USER.label
 _STARTUP, _OUTSIDE = LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE]
@@ -62,6 +66,19 @@ class PhaseLines:
     samples: int
     seconds: float | None
     lines: tuple[LineShare, ...]
+
+
+class LinesDocument(JsonDocument, msgspec.Struct, kw_only=True):
+    """The result of `traceml report --lines --json`: sampled lines by phase, the phase with the most samples first."""
+
+    schema: Literal["traceml.lines/1"] = "traceml.lines/1"
+    run: str
+    phases: list[PhaseLines]
+
+    @classmethod
+    def of(cls, report: Report) -> LinesDocument:
+        """Return the sampled lines of a report."""
+        return cls(run=report.run.id, phases=lines_by_phase(report))
 
 
 def lines_by_phase(report: Report) -> list[PhaseLines]:
