@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, rows_of, takes_turns, window_of
-from traceml.database.schema import STEPS, StepFlag, pack_bits
+from traceml.database.schema import IMPORTING, STEPS, StepFlag, pack_bits
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
@@ -449,6 +449,30 @@ def test_few_steps_are_insufficient():
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "20 are needed" in found.summary
+
+
+@pytest.mark.parametrize(
+    ("steps", "lines", "advice"),
+    [
+        (15, [], "Wait for more steps: 12 of 20 so far, after the first ones."),
+        (0, [], "Wait for the first step."),
+        (
+            0,
+            [SampledLine(0, "startup", "/x/train.py", 3, "<module>", f"{IMPORTING}:1 _find_and_load", 40)],
+            "Wait for the first step; so far the start-up is mostly imports in train.py:3.",
+        ),
+        (
+            0,
+            [SampledLine(0, "startup", "/x/train.py", 9, "read_files", None, 40)],
+            "Wait for the first step; so far the start-up is mostly in train.py:9 read_files.",
+        ),
+    ],
+)
+def test_a_running_job_says_what_it_does_until_there_is_a_verdict(steps, lines, advice):
+    """How many of the needed steps there are; before the first one, where the start-up was seen."""
+    found = diagnose(window_of(Job(steps=steps)), JobFacts(state="running", lines=lines))
+
+    assert [each.next for each in found] == [advice]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
+from traceml.diagnosis.facts.blamed_lines import import_share, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.kinds import Kind, Severity
@@ -274,7 +276,7 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
     if is_untraced := facts.only_logs and not began:
         why = "the script only logs, its steps are not traced"
 
-    advice = _for_more(facts.state, began=began) if ended else _WAIT
+    advice = _for_more(facts.state, began=began) if ended else _to_come(seen, facts, began=began)
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
         severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
@@ -284,9 +286,20 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
     )
 
 
-_WAIT = "Wait for more steps."
 _TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init() before training."
 _WHEN_FAILED = "Read the job's output to see why it failed before it trained."
+
+
+def _to_come(seen: int, facts: JobFacts, *, began: bool) -> str:
+    """Return what a running job is doing until there are enough steps."""
+    if began:
+        return f"Wait for more steps: {seen} of {MIN_STEPS} so far, after the first ones."
+
+    startup = OUTSIDE_STEPS[0]
+    line = outside_line(facts.lines, startup)
+    imports = ["imports"] if import_share(facts.lines, startup).is_most else []
+    mostly = " ".join([*imports, *([] if line is None else [f"in {line.place}"])])
+    return f"Wait for the first step; so far the start-up is mostly {mostly}." if mostly else "Wait for the first step."
 
 
 def _for_more(state: str, *, began: bool) -> str:
