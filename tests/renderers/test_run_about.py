@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.renderers.reports import healthy
-from traceml.renderers.run_about import about_facts
+from traceml.renderers.run_about import about_facts, nothing_logged
 from traceml.renderers.views import run_view
 from traceml.runs.about import About
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -18,6 +18,13 @@ def test_what_was_not_read_is_listed_with_the_reason() -> None:
     assert facts["git commit"] == "abc"
     assert facts["not read"] == "uncommitted changes, packages, variables: the run was shorter than 10 s"
     assert "not read" not in dict(about_facts(run_view(healthy()), About(unread=("git",))))
+
+
+def test_what_a_center_has_not_is_not_said_to_be_missing() -> None:
+    """Whether a host has logged parameters is not known there."""
+    assert nothing_logged(About(), "Parameters", "None were logged.") == "None were logged."
+    text = nothing_logged(About(relayed=True), "Parameters", "None were logged.")
+    assert text.startswith("Parameters stay with the aggregator of the host")
 
 
 def test_versions_of_all_trackers_are_listed() -> None:

@@ -118,6 +118,7 @@ def test_a_center_has_not_what_hosts_have_read(tmp_path):
         about = _read_on(tmp_path / name, *readings, ended=105.0, relayed=True)
 
         assert about.not_read.startswith("they stay with the aggregator on rank 0's host")
+        assert about.relayed
 
 
 @pytest.mark.parametrize("asked", [7, {"names": 7, "after_s": "soon"}, {"names": ["x"]}])

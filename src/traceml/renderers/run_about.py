@@ -10,7 +10,7 @@ from traceml.formatting import bytes_text, printable
 from traceml.renderers.views import RunView
 from traceml.runs.about import About, package_versions
 
-__all__ = ["about_facts", "machine_text", "map_text"]
+__all__ = ["about_facts", "machine_text", "map_text", "nothing_logged"]
 
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
              "mlflow", "wandb", "clearml", "aim", "tensorboard", "trackio")  # fmt: skip
@@ -38,6 +38,18 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
         *((name, map_text(facts)) for name, facts in _training(about)),
     ]
     return [(name, printable(str(value), lines=True)) for name, value in rows if value]
+
+
+def nothing_logged(about: About, names: str, otherwise: str) -> str:
+    """Return why there is nothing of what a training may have logged.
+
+    Args:
+        about: facts of the run.
+        names: what is missing, as `Parameters`.
+        otherwise: what to say of a run whose rows are all here.
+    """
+    stay = "stay with the aggregator of the host that logged them: its page and its reports have them."
+    return f"{names} {stay}" if about.relayed else otherwise
 
 
 def machine_text(system: Mapping[str, Any]) -> str:

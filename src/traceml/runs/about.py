@@ -42,6 +42,7 @@ class About:
         params: parameters that the user logged, with personal data masked, as reports are shared.
         tags: tags that the training set, with their values, masked too.
         project: of its last experiment; empty without one.
+        relayed: whether an aggregator has sent the run here, which keeps what was logged other than numbers.
     """
 
     process: Mapping[str, Any] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class About:
     params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Any] = field(default_factory=dict)
     project: str = ""
+    relayed: bool = False
     unread: tuple[str, ...] = ()
     not_read: str = ""
 
@@ -102,8 +104,16 @@ def about_run(reader: StoreReader) -> About:
         found[name] = Masker().mask_mapping(found.get(name, {}))
 
     return About(
-        **found, project=project, unread=unread, not_read=_why_not(unread, reading, asked, first) if unread else ""
+        **found,
+        project=project,
+        relayed=_is_relayed(first),
+        unread=unread,
+        not_read=_why_not(unread, reading, asked, first) if unread else "",
     )
+
+
+def _is_relayed(first: Sequence[StreamRecord]) -> bool:
+    return any(stream.facts.get("relayed") for stream in first)
 
 
 def _wanted(asked: Any) -> Sequence[str]:
@@ -127,7 +137,7 @@ def _why_not(unread: Sequence[str], reading: SourceReading | None, asked: Any, f
         asked: what the rank has asked it to read; None where it has not.
         first: the rank.
     """
-    if first[0].facts.get("relayed"):
+    if _is_relayed(first):
         return _UNREAD["relayed"]
     if reading is not None:
         return _UNREAD.get(reading.unread, _NO_GIT if unread == ("git",) else "")

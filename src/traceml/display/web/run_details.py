@@ -14,8 +14,10 @@ from traceml.formatting import (
     phase_label,
     plural,
 )
+from traceml.renderers.run_about import nothing_logged
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import shown_calls
+from traceml.runs.about import About
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
 
 __all__ = ["DeliveryPanel", "LinePanel", "RankTable", "TelemetryPanel"]
@@ -125,13 +127,13 @@ class DeliveryPanel:
                 ("Target or error", "long"),
             )
             self._table = DataTable(columns, "trackers")
-            self._none = TextNode(
-                "p", 'No tracker is configured. Set one by backend="mlflow" or TRACEML_BACKEND.', "note"
-            )
+            self._none = TextNode("p", "", "note")
 
-    def show(self, view: RunView) -> None:
+    def show(self, view: RunView, about: About) -> None:
         """Show the current state of the trackers."""
         set_visible(self._none, not view.trackers)
+        none = 'No tracker is configured. Set one by backend="mlflow" or TRACEML_BACKEND.'
+        self._none.set_text(nothing_logged(about, "Deliveries", none))
         self._table.show(
             [
                 [

@@ -124,7 +124,7 @@ class RunPage:
         self._rank_table.show(view)
         self._lines.show(view)
         self._logs.show(state)
-        self._delivery.show(view)
+        self._delivery.show(view, state.about)
         self._telemetry.show(view)
         self._overview.show(state, view)
         self._draw(state)

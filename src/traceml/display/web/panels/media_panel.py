@@ -10,12 +10,17 @@ from traceml.display.web.run_files import IMAGE_TYPES, file_path
 from traceml.display.web.run_sources import RunState
 from traceml.formatting import bytes_text, count_text, plural, printable
 from traceml.renderers.charts.media_charts import histogram_chart
+from traceml.renderers.run_about import nothing_logged
 from traceml.runs.rows.logged_media import LoggedItem, MediaGroup
 
 __all__ = ["MediaPanel"]
 
 _HISTOGRAMS = 24
 _FILES = 500
+_NONE = (
+    "No images, texts, histograms or files were logged. traceml.log_image, log_text, log_histogram and log_artifact "
+    "show them here."
+)
 
 
 class MediaPanel:
@@ -36,14 +41,14 @@ class MediaPanel:
             with self._files:
                 TextNode("h3", "Files", "pad")
 
-        text = "No images, texts, histograms or files were logged. traceml.log_image, log_text, log_histogram and "
-        self._none = TextNode("p", f"{text}log_artifact show them here.", "note card")
+        self._none = TextNode("p", "", "note card")
 
     def show(self, state: RunState, theme: str) -> list[str]:
         """Show what is new; return the charts that the browser has to draw."""
         groups = state.logged
         files = [group for group in groups if group.kind in ("artifact", "refused")]
         set_visible(self._none, not groups)
+        self._none.set_text(nothing_logged(state.about, "Images, texts, histograms and files", _NONE))
         set_visible(self._search, len(groups) > 1)
         set_visible(self._files, bool(files))
         for group in files[:_FILES]:

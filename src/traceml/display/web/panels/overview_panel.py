@@ -19,7 +19,7 @@ from traceml.display.web.elements import (
 from traceml.display.web.run_files import file_path
 from traceml.display.web.run_sources import RunState
 from traceml.formatting import count_text, printable
-from traceml.renderers.run_about import about_facts
+from traceml.renderers.run_about import about_facts, nothing_logged
 from traceml.renderers.views import RunView
 from traceml.run_folder import PAGE_NAME, REPORT_NAME
 from traceml.runs.about import About, package_versions
@@ -69,7 +69,7 @@ class OverviewPanel:
         params = view.report.setup.params or about.params
         shown = list(params.items())[:_PARAMETERS]
         self._parameters.show([[printable(name), _text(value)] for name, value in shown])
-        self._note.set_text(_parameter_note(len(params)))
+        self._note.set_text(_parameter_note(len(params), about))
         set_visible(self._note, len(params) > _PARAMETERS or not params)
         texts = _diff(about.git), _packages(about), _variables(about.environment)
         for folded, text in zip((self._diff, self._packages, self._variables), texts, strict=True):
@@ -118,9 +118,10 @@ def _identity(state: RunState, view: RunView) -> Iterable[tuple[str, str]]:
     return [(name, printable(text, lines=True)) for name, text in rows if text]
 
 
-def _parameter_note(count: int) -> str:
+def _parameter_note(count: int, about: About) -> str:
     if not count:
-        return "No parameters were logged. traceml.log_params({...}) shows them here."
+        none = "No parameters were logged. traceml.log_params({...}) shows them here."
+        return nothing_logged(about, "Parameters", none)
 
     return f"{count_text(count - _PARAMETERS)} more are in report.json."
 
