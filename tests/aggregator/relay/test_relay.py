@@ -380,6 +380,23 @@ def test_a_relay_goes_on_where_the_one_before_has_stopped(dial, tmp_path, monkey
 
 
 @pytest.mark.process
+def test_a_connected_relay_reads_no_row_again(dial, tmp_path):
+    """Not even of a rank that joined as a new one, so that the center had none of its rows."""
+    center, connected = dial
+    run = host_run(tmp_path / "run", 40)
+    relay = RunRelay(run, "host", connected)
+    relay.finish(20)
+
+    host_run(run, 60)
+    damage(run, 40)
+    relay.finish(20)
+    relay.disconnect()
+
+    assert relay.safe == 60
+    assert stored_of(center, STEPS.name) == 60
+
+
+@pytest.mark.process
 def test_a_center_without_the_run_gets_all_of_it(dial, tmp_path, monkeypatch):
     """Its folder was removed, or another center has the same address."""
     monkeypatch.setattr("traceml.aggregator.relay.run_relay._HISTORY_FRAMES", 8)

@@ -165,9 +165,10 @@ class RunRelay:
         if new and self._streams:  # the center takes a rank that starts again when it knows the end of the one before
             self._send_rest(link, self._reader, records, {record.id for record in new})
 
+        is_first = not self._streams
         self._join(link, new, run)
-        if not any(stream.acked for stream in self._streams.values()):  # the center is another one, or an attempt new
-            self._cursor = 0
+        if is_first and not any(stream.acked for stream in self._streams.values()):
+            self._cursor = 0  # the center is another one, or an attempt new
 
         self._is_caught_up = self._send_rest(link, self._reader, records)
         ended = all(stream.is_ended for stream in self._streams.values())
