@@ -46,10 +46,14 @@ def test_a_kill_is_reported_with_the_line_that_was_seen_last():
         ({"open_step": 42, "open_phase": "evaluation"}, ", in evaluation, after step 41."),
         ({"open_step": 42, "last_step": 41, "open_phase": "exit"}, ", in the end of the process, after step 41."),
         ({"last_step": 41, "open_phase": "checkpoint"}, ", in checkpoint saving, after step 41."),
+        ({"untraced": True}, "."),
     ],
 )
 def test_an_end_outside_the_steps_is_in_none(where, words):
-    """A sanity check comes before the first step, and a script goes on after its last one."""
+    """A sanity check comes before the first step, and a script goes on after its last one.
+
+    Nothing is known of the steps of a script that only logs.
+    """
     finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, **where),)))[0]
 
     assert finding.summary == f"Rank 0 was killed by signal 15 (SIGTERM){words}"

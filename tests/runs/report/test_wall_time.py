@@ -156,14 +156,26 @@ def test_an_attempt_without_a_step_is_a_restart(tmp_path):
     assert "idle" not in parts
 
 
-@pytest.mark.parametrize(("state", "part"), [("failed", "startup"), ("finished", "unexplained")])
-def test_a_run_without_steps_is_start_up(tmp_path, state, part):
-    """Nothing else is known of it; one that finished may have trained in a way that is not recognized."""
+@pytest.mark.parametrize(
+    ("state", "process", "part"),
+    [
+        ("failed", {}, "startup"),
+        ("finished", {}, "unexplained"),
+        ("failed", {"tracing": False}, "unexplained"),
+        ("running", {"tracing": False}, "unexplained"),
+    ],
+)
+def test_a_run_without_steps_is_start_up(tmp_path, state, process, part):
+    """Nothing else is known of it; one that finished may have trained in a way that is not recognized.
+
+    The steps of a script that only logs are not seen.
+    """
     folder = tmp_path / "run"
     folder.mkdir()
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id="run", world_size=1))
-        writer.stream(StreamIdentity(0, 0, "h0", 1, 1, ""), state=state)
+        stream = writer.stream(StreamIdentity(0, 0, "h0", 1, 1, ""), state=state)
+        add_info(writer, stream, kind="process", **process)
 
     with closing(StoreReader(folder / STORE_NAME)) as reader:
         assert reader.step_sums() == {}

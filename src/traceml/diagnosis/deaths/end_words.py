@@ -89,6 +89,9 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
 
 def step_text(ended: RankExit) -> str:
     """Return when a rank ended: `, in step 42, in forward`, or `, in evaluation, after step 41`."""
+    if ended.untraced:
+        return ""
+
     inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
     if ended.in_step:
         return f", in step {ended.step}{inside}"

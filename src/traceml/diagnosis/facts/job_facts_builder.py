@@ -264,6 +264,11 @@ class JobFactsBuilder:
         """Whether the ranks are known to have made a process group."""
         return bool(self._facts.get("backend")) or self.batches.group_size > 1
 
+    @property
+    def only_logs(self) -> bool:
+        """Whether the script logs values and is not traced."""
+        return bool(self._facts.get("only_logs", False))
+
     def build(self, latest: Sequence[int] = (), ends_ns: Sequence[int] = ()) -> JobFacts:
         """Return the facts as they are now.
 
@@ -308,7 +313,10 @@ class JobFactsBuilder:
             topology=self.topology.build(self.hosts),
             epochs=self._epochs,
             time=self.time,
-            exits=tuple(with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
+            exits=tuple(
+                replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs)
+                for rank in sorted(self.exits)
+            ),
             state=self.state,
             **self._facts,
         )

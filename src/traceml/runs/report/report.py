@@ -95,6 +95,7 @@ def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime
     return wall_time(
         streams, sums, started_s, ended_s, is_running=is_running, stops=facts.stops,
         compile_s={rank: facts.pauses.set_up_compile_s(rank) for rank in digest.ranks}, grouped=facts.is_grouped,
+        untraced=facts.only_logs,
     )  # fmt: skip
 
 

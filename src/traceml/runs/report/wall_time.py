@@ -36,6 +36,7 @@ def wall_time(
     stops: Mapping[int, Sequence[Stop]] | None = None,
     compile_s: Mapping[int, float] | None = None,
     grouped: bool = False,
+    untraced: bool = False,
 ) -> RunTime:
     """Return the wall time of a run by part, the mean over the ranks that determine it.
 
@@ -51,6 +52,7 @@ def wall_time(
         stops: times in which each rank did not run.
         compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is not training.
         grouped: whether the ranks wait for each other.
+        untraced: whether the script only logs.
     """
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
@@ -69,7 +71,7 @@ def wall_time(
         ranks, parts = _setting_the_time(ranks, parts, _WORTH * (ended_s - started_s))
 
     known = {part: _mean([each[part] for each in parts]) for part in parts[0]}
-    if not ranks and records and all(stream.state == "finished" for stream in records):
+    if not ranks and records and (untraced or all(stream.state == "finished" for stream in records)):
         known = dict.fromkeys(known, 0.0)  # what it did was not seen: it is not the start-up of a training
 
     compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
