@@ -80,10 +80,19 @@ def test_percent_text(share, text):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.84, "0.8 s"), (42.4, "42 s"), (727, "12:07"), (11045, "3:04:05"), (None, "-")]
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (0.026, "26.0 ms"),
+        (0.84, "0.8 s"),
+        (42.4, "42 s"),
+        (727, "12:07"),
+        (11045, "3:04:05"),
+        (None, "-"),
+    ],
 )
 def test_duration_text(seconds, text):
-    """Durations are seconds, then minutes, then hours."""
+    """Durations are seconds, then minutes, then hours; milliseconds where a second has no digit for them."""
     assert duration_text(seconds) == text
 
 

@@ -187,9 +187,12 @@ def percent_text(share: float | None) -> str:
 
 
 def duration_text(seconds: float | None) -> str:
-    """Return `0.8 s`, `42 s`, `12:07`, `3:04:05`."""
+    """Return `26 ms`, `0.8 s`, `42 s`, `12:07`, `3:04:05`."""
     if seconds is None:
         return MISSING
+
+    if 0 < seconds < 0.05:
+        return ms_text(1e3 * seconds)
 
     if seconds < 9.95:
         return f"{seconds:.1f} s"

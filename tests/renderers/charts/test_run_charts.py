@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,15 @@ def test_ranks_of_a_metric_share_a_chart(run):
 
     assert [name for name, _ in drawn] == ["train/loss", "lr"]
     assert [each["name"] for each in drawn[0][1]["series"]] == ["train/loss", "train/loss/rank_1"]
+
+
+def test_values_that_are_not_finite_are_counted(run):
+    """They are gaps; a metric that has no other value would be an empty chart."""
+    loss, *_ = run[1].metrics
+    finite = RunSeries(run[1].steps, run[1].heat, metrics=(replace(loss, missing=0),))
+
+    assert run_charts.metric_charts(run[1])[0][1]["title"]["text"] == "2 values NaN or infinite"
+    assert "title" not in run_charts.metric_charts(finite)[0][1]
 
 
 def test_of_many_lines_three_are_drawn(run):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from traceml.database.schema import PHASE_ORDER
-from traceml.formatting import duration_text, name_order, part_words, percent_text, phase_label
+from traceml.formatting import duration_text, name_order, part_words, percent_text, phase_label, plural
 from traceml.renderers.charts.chart_options import (
     Option,
     bar_series,
@@ -237,6 +237,11 @@ def _metric_chart(lines: Sequence[MetricSeries], theme: Theme) -> Option:
 
     set_ends(option)
     option["legend"]["show"] = len(lines) > 1
+    if missing := sum(line.missing for line in lines):
+        words = f"{plural(missing, 'value')} NaN or infinite"
+        style = {"color": theme.muted, "fontSize": 11, "fontWeight": "normal"}
+        option["title"] = {"text": words, "left": 0, "top": 22, "textStyle": style}
+
     return option
 
 

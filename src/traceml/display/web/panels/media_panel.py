@@ -80,7 +80,7 @@ class MediaPanel:
     def _chart(self, group: MediaGroup) -> ChartCard:
         if group.name not in self._charts:
             with self._grid:
-                hint = "histogram: share of the values, by value; one line per step"
+                hint = "histogram: share of the values per unit of value; one line per step"
                 self._charts[group.name] = ChartCard(printable(group.name), hint, words=f"{group.name} histogram")
 
         return self._charts[group.name]
