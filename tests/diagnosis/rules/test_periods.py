@@ -15,6 +15,7 @@ from traceml.diagnosis.ruleset import diagnose
 from traceml.formatting import ordinal_text
 
 ALONE = Job(ranks=1, steps=300, grouped=False)
+SEEN = np.arange(230)
 
 
 def findings(job: Job, *faults, **facts) -> list[Finding]:
@@ -126,11 +127,21 @@ def test_rollouts_are_made_cheaper_not_rarer(part, collects):
     assert ("half as often" in advice) is not (collects and part == "forward")
 
 
+def test_blocks_of_a_long_run_have_the_period_of_its_steps():
+    """Every 40th step, in blocks of 64 steps: every 480th was told, the least distance that most blocks show."""
+    seen = np.concatenate([np.arange(first, first + 64) for first in range(0, 12_000 - 64, 512)])
+    steps = seen[seen % 40 == 0]
+
+    every, members = regular(steps, np.ones(len(steps)), seen)
+
+    assert (every, members.all()) == (40, True)
+
+
 def test_a_counter_that_begins_anew_in_each_epoch_has_a_period():
     """Every 25th step of epochs of 60 steps."""
     steps = np.array([24, 49, 84, 109, 144, 169])
 
-    assert regular(steps, np.ones(6))[0] == 25
+    assert regular(steps, np.ones(6), SEEN)[0] == 25
 
 
 @pytest.mark.parametrize(
@@ -138,19 +149,19 @@ def test_a_counter_that_begins_anew_in_each_epoch_has_a_period():
 )
 def test_other_long_steps_have_no_period(steps):
     """Four by chance, also with one distance twice; a pause of some steps; and clumps of every second step."""
-    assert regular(np.array(steps), np.ones(len(steps))) is None
+    assert regular(np.array(steps), np.ones(len(steps)), SEEN) is None
 
 
 def test_long_steps_in_rows_have_no_period():
     """Long episodes of REINFORCE come in rows, in which every second step is long, too."""
     episodes = [103, 104, 105, 106, 109, 112, 124, 126, 127, 128, *range(131, 143), *range(165, 171), *range(206, 225)]
 
-    assert regular(np.array(episodes), np.ones(len(episodes))) is None
+    assert regular(np.array(episodes), np.ones(len(episodes)), SEEN) is None
 
 
 def test_long_steps_at_shorter_distances_have_no_period():
     """On a busy host many steps of a stretch were long: each has another one five steps away, and others between."""
-    assert regular(np.array([22, 27, 30, 31, 34, 35, 36, 39, 42, 46, 47, 57]), np.ones(12)) is None
+    assert regular(np.array([22, 27, 30, 31, 34, 35, 36, 39, 42, 46, 47, 57]), np.ones(12), SEEN) is None
 
 
 @pytest.mark.parametrize("seed", range(5))

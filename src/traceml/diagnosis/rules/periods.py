@@ -106,7 +106,7 @@ def _at_distance(
     if not MIN_LONG_STEPS <= len(long) <= RARE * len(values):
         return None
 
-    found = regular(window.steps[long], values[long] - usual_ns)
+    found = regular(window.steps[long], values[long] - usual_ns, window.steps)
     return None if found is None else (found[0], long[found[1]])
 
 
@@ -144,30 +144,34 @@ def _without_excess(values: Floats, columns: NDArray[np.intp]) -> Floats:
     return usually
 
 
-def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.bool_]] | None:
+def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -> tuple[int, NDArray[np.bool_]] | None:
     """Return the distance at which long steps follow each other, and which of them do; None without one.
 
     A counter may begin again in each epoch, so not all distances need to be equal: a step belongs to the period if
-    there is a long step at that distance before or after it.
+    there is a long step at that distance before or after it. Of a long run only some steps are seen: a step also
+    belongs to it if neither of those two is.
 
     Args:
         steps: numbers of the long steps, ascending.
         excess: their time beyond the usual.
+        seen: numbers of all steps that are judged, ascending.
     """
     for every in np.unique(np.diff(steps)):
         follows = np.isin(steps, steps + every)
-        members = follows | np.isin(steps, steps - every)
-        regular_ns = float(excess[members].sum())
+        known = np.isin(steps + every, seen) | np.isin(steps - every, seen)
+        members = follows | np.isin(steps, steps - every) | ~known
+        regular_ns = float(excess[members & known].sum())
         if members.any() and float(excess[members].max()) > MAX_OF_ONE * regular_ns:
             continue
 
-        if every < 2 or follows.sum() < MIN_LONG_STEPS - 1 or regular_ns < REGULAR_SHARE * float(excess.sum()):
+        if every < 2 or follows.sum() < MIN_LONG_STEPS - 1 or regular_ns < REGULAR_SHARE * float(excess[known].sum()):
             continue
 
         # Long steps that come in clumps, as on a busy host or as long episodes of a game, have a distance too, but are
         # not at each multiple of it, or also follow each other sooner.
         regular_steps = steps[members]
-        is_filled = len(regular_steps) >= FILLED_SHARE * ((regular_steps[-1] - regular_steps[0]) / every + 1)
+        between = np.count_nonzero((seen > regular_steps[0]) & (seen <= regular_steps[-1]))
+        is_filled = len(regular_steps) >= FILLED_SHARE * (between / every + 1)
         if is_filled and float((np.diff(regular_steps) < every).mean()) <= SOONER_SHARE:
             return int(every), members
 
