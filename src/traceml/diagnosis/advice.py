@@ -5,7 +5,7 @@ from __future__ import annotations
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology.topology import RankGroup
-from traceml.formatting import capitalized, gain_text, ranks_text
+from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
     "EVENT_LOOP",
@@ -102,6 +102,7 @@ def for_residual(
     *,
     has_forward: bool = False,
     trainer: BlamedLine | None = None,
+    two: tuple[BlamedLine, ...] = (),
 ) -> str:
     """Return advice on time in the user's own code.
 
@@ -112,6 +113,7 @@ def for_residual(
         called: library function that this line has called most of the time.
         has_forward: whether the model's forward is in this time, as no module was called.
         trainer: the line that only calls a trainer, whose code takes this time.
+        two: the two lines that most of it is spent in together, where no line alone is known.
     """
     if called == EVENT_LOOP:
         return (
@@ -145,6 +147,13 @@ def for_residual(
         return (
             f"The training loop is inside {trainer.place}: look at what it was asked to do beside the model (loss "
             "function, callbacks, metrics, logging). `traceml report --lines` shows the functions that it called."
+        )
+
+    if two:
+        share = percent_text(sum(each.share for each in two))
+        return (
+            f"Look at {' and '.join(each.place for each in two)}, which have {share} of it: make them cheaper, or run "
+            "them every n-th step if they only measure or log. `traceml report --lines` shows the other lines."
         )
 
     return (

@@ -212,6 +212,22 @@ def test_lines_of_a_module_are_not_added():
     assert outside_line([line("startup", "<module>", 40, number=n) for n in (1, 2, 3)], "startup") is None
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "rest", "told"),
+    [(54, 38, 8, True), (54, 38, 80, False), (20, 10, 0, False)],
+)
+def test_two_lines_that_have_most_of_it_together_are_advised_on(first, second, rest, told):
+    """Two histograms in each step of a notebook: neither line has certainly half of the time."""
+    seen = [line("other", "<module>", first, number=41), line("other", "<module>", second, number=42)]
+    others = [line("other", f"part_{n}", rest // 8) for n in range(8)]
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30))
+    forward = line("forward", "forward", (first + second + rest) // 2)
+    found = next(each for each in diagnose(window, JobFacts(lines=(*seen, *others, forward))) if each.phase == "other")
+
+    assert "file" not in found.evidence
+    assert found.next.startswith("Look at train.py:41 and train.py:42, which have ") == told
+
+
 def test_a_share_is_what_the_function_has_at_least():
     """Half of the step is in the phase, but only 40 of 100 samples: the rest of it was not seen."""
     blamed = blamed_line([line("other", "f", 40), line("forward", "forward", 60)], "other", 0.5)

@@ -33,6 +33,7 @@ __all__ = [
     "handover_share",
     "import_share",
     "iterator_share",
+    "leading_lines",
     "main_library",
     "ordering_share",
     "outside_line",
@@ -197,6 +198,30 @@ def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[in
     scale = in_steps / max(in_steps_of_others, 1)
     alone = [samples for place, samples in mine.items() if samples >= OWN_LINE_RATIO * (usual[place] * scale + 1)]
     return max(alone, default=0) / max(in_steps, 1)
+
+
+def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -> tuple[BlamedLine, ...]:
+    """Return the two functions that most of a phase is spent in together; empty where the samples show no two.
+
+    Args:
+        lines: the sampled lines of a run.
+        part: a phase, or `other`.
+        phase_share: the phase's share of the step, as measured by the hooks.
+    """
+    functions, total, in_steps = _by_function(lines, part, ())
+    if total < MIN_SHARE_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
+        return ()
+
+    first, whole = functions.most_common(2), max(total, phase_share * in_steps)
+    if len(first) < 2 or _least_share(sum(samples for _, samples in first), whole) < NAMED_SHARE:
+        return ()
+
+    return tuple(_blamed(lines, part, place, samples / whole, total) for place, samples in first)
+
+
+def _blamed(lines: Sequence[SampledLine], part: str, place: _Place, share: float, total: int) -> BlamedLine:
+    own = _by_line(lines, part, place)
+    return BlamedLine(place[0], max(own, key=lambda number: own[number]), place[1], share, total)
 
 
 def import_share(lines: Sequence[SampledLine], part: str) -> SampledShare:

@@ -9,7 +9,14 @@ import numpy as np
 from msgspec.structs import replace
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, clearing_share, iterator_share, main_library
+from traceml.diagnosis.facts.blamed_lines import (
+    BlamedLine,
+    blamed_line,
+    clearing_share,
+    iterator_share,
+    leading_lines,
+    main_library,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
@@ -111,6 +118,10 @@ class _PhaseCost:
     def line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line of the user's code that most of it is spent in, where the samples show it."""
         return own_line(facts.lines, self.part, self._phase_share, self.ranks)
+
+    def leading_lines(self, facts: JobFacts) -> tuple[BlamedLine, ...]:
+        """Return the two lines that most of it is spent in together, where the samples show them."""
+        return leading_lines(facts.lines, self.part, self._phase_share)
 
     def library(self, facts: JobFacts) -> str | None:
         """Return the library function that most of it is spent in, where the user's code only calls a trainer."""
@@ -236,7 +247,8 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             has_forward = part == "other" and _is_without_forward(segments)
             trainer = cost.trainer(facts) if library is None else None
-            text = advice.for_residual(part, line, facts, library, has_forward=has_forward, trainer=trainer)
+            two = cost.leading_lines(facts) if line is None and library is None else ()
+            text = advice.for_residual(part, line, facts, library, has_forward=has_forward, trainer=trainer, two=two)
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line)))
 
     return found
