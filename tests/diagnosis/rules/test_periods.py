@@ -60,6 +60,17 @@ def test_steps_of_all_lengths_have_no_period(seed):
     assert not any("every_n_steps" in each.evidence for each in diagnose(window, JobFacts()))
 
 
+def test_long_steps_in_a_small_part_of_the_run_have_no_period():
+    """Another program took the cores for 35 of 300 steps: a third of them are long, by chance 3 apart."""
+
+    def stolen(own, _random) -> None:
+        own["backward"][:, [131, 134, 137, 140, 143, 152, 155, 158, 161, 164]] += 300
+
+    found = findings(Job(ranks=2, steps=300), stolen)
+
+    assert not any("every_n_steps" in each.evidence for each in found)
+
+
 def test_the_last_step_makes_no_period():
     """A script that hangs at its end, and two short pauses before at such a distance."""
 

@@ -102,7 +102,7 @@ def test_many_functions_compiled_anew_once_are_silent():
 
 def test_only_first_compilations_of_the_first_steps_are_set_up():
     """Not those that a change of the inputs causes, nor those of later steps, nor those of an evaluation before."""
-    pauses = compilations(Compiled.FIRST, Compiled.AGAIN, Compiled.FIRST, Compiled.FIRST, Compiled.REST)
+    pauses = compilations(Compiled.FIRST, Compiled.AGAIN, Compiled.FIRST, Compiled.FIRST, Compiled.BACKWARD)
     pauses._rows[0]["step"] = [0, 1, 12, -1, 2]
 
     assert pauses.set_up_compile_s(0) == pytest.approx(0.4)

@@ -30,6 +30,8 @@ MIN_PART_SHARE = 0.5
 """Where steps of all lengths hide the long ones, a part of them is longer than usual by this share of a usual step."""
 FILLED_SHARE = 0.6
 """So many of the steps at that distance, from the first long one to the last, are long."""
+SPAN_SHARE = 0.5
+"""They are spread over this share of the window: what a loop does in every n-th step it does all the time."""
 MAX_OF_ONE = 0.5
 """A single step with more than this share of the long steps' excess is not one of many."""
 JOINT_SHARE = 0.2
@@ -170,9 +172,10 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
         # Long steps that come in clumps, as on a busy host or as long episodes of a game, have a distance too, but are
         # not at each multiple of it, or also follow each other sooner.
         regular_steps = steps[members]
-        between = np.count_nonzero((seen > regular_steps[0]) & (seen <= regular_steps[-1]))
-        is_filled = len(regular_steps) >= FILLED_SHARE * (between / every + 1)
-        if is_filled and float((np.diff(regular_steps) < every).mean()) <= SOONER_SHARE:
+        span = np.count_nonzero((seen > regular_steps[0]) & (seen <= regular_steps[-1])) + every
+        is_filled = len(regular_steps) >= FILLED_SHARE * span / every
+        is_spread = span >= SPAN_SHARE * len(seen)
+        if is_filled and is_spread and float((np.diff(regular_steps) < every).mean()) <= SOONER_SHARE:
             return int(every), members
 
     return None
