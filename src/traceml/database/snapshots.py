@@ -96,7 +96,7 @@ class GroupSnapshot(_Record):
         in_flight: whether it is issued and not complete. A collective that nobody waits for can be in flight: the stack
             shows whether the rank waits.
         is_p2p: whether the operation is a send or a receive; then `number` counts those.
-        peer: global rank that a send or receive is with; None if not known.
+        peer: global rank that a send or receive is with, or the root of a collective; None if not known.
     """
 
     name: str = ""

@@ -144,6 +144,7 @@ def lost_worker(finding: FindingFacts) -> str:
 _HANGS = {
     "mismatch": "{ranks_are} in a different collective from the others",
     "sizes": "{ranks_are} calling the collective with different tensor sizes",
+    "roots": "{ranks_are} calling the collective with a different root",
     "circle": "{ranks} wait for each other",
     "network": "All ranks hang in {operation}",
     "ended": "{ranks} ended, and the others wait",
@@ -153,6 +154,7 @@ _HANGS = {
 _ALL_DIFFER = {
     "mismatch": "{ranks} are in different collectives",
     "sizes": "{ranks} call the same collective with different tensor sizes",
+    "roots": "{ranks} call the same collective with different roots",
 }
 
 

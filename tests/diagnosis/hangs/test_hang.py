@@ -161,6 +161,22 @@ def test_sizes_of_an_all_reduce_must_agree():
     assert "sizes differ" not in summary(found(at(0, "gather", 1024), at(1, "gather", 4096)))
 
 
+def test_roots_of_a_broadcast_must_agree():
+    """Each rank sends; those whose root is not known are not compared."""
+
+    def at(rank, root):
+        return snapshot(rank, call("broadcast"), line(5), groups=(group(3, "broadcast", peer=root),))
+
+    finding = found(at(0, 0), at(1, 1))
+    assert (finding.ranks, finding.evidence["cause"]) == ((0, 1), "roots")
+    assert summary(finding) == (
+        "Rank 0 is in broadcast #3 from rank 0 (train.py:5 main), rank 1 is in broadcast #3 from rank 1 (train.py:5 "
+        "main), for 75 s: they name different ranks."
+    )
+    assert found(at(0, 0), at(1, None)).evidence["cause"] == "network"
+    assert found(at(0, 0), at(1, 0)).evidence["cause"] == "network"
+
+
 def test_a_rank_alone_in_a_barrier_is_reported():
     """As for a barrier that only the saving rank calls."""
     known = {"members": (0, 1, 2)}

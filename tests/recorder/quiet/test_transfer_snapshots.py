@@ -1,4 +1,4 @@
-"""Sends and receives in a stack, told with the rank at the other end."""
+"""Sends and receives in a stack, told with the rank at the other end; and the roots of collectives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from traceml.recorder.quiet.snapshot_maker import open_transfer
+from traceml.database.snapshots import GroupSnapshot
+from traceml.recorder.quiet.transfer_snapshots import open_transfer, with_root
 
 TORCH = "/site-packages/torch/distributed/distributed_c10d.py"
 CODE = """
@@ -23,6 +24,12 @@ def recv_object_list(objects, src=None):
 
 def all_reduce(tensor):
     return here()
+
+def broadcast(tensor, src=None, group=None, group_src=None):
+    return here()
+
+def broadcast_object_list(objects, src=None):
+    return broadcast(objects, src)
 """
 
 
@@ -65,3 +72,16 @@ def test_a_function_of_that_name_elsewhere_is_no_transfer() -> None:
     assert open_transfer(functions("/home/me/mail.py")["send"](None, 1), is_test) is None
     assert open_transfer(functions(f"/venv{TORCH}")["all_reduce"](None), is_test) is None
     assert open_transfer(None, is_test) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "root"),
+    [("broadcast", (None, 1), 1), ("broadcast", (None,), None), ("broadcast_object_list", ([], 0), 0)],
+)
+def test_the_root_of_a_collective_is_reported(call: str, arguments: tuple[Any, ...], root: int | None) -> None:
+    """Of the operation that was called, and of no other; one that is given as a rank of the group is not known."""
+    groups = [GroupSnapshot(operation=name, in_flight=True, number=3) for name in ("all_reduce", "broadcast")]
+    frame = functions(f"/venv{TORCH}")[call](*arguments)
+
+    assert [group.peer for group in with_root(groups, frame, is_test)] == [None, root]
+    assert [group.peer for group in with_root([*groups, groups[1]], frame, is_test)] == [None, None, None]

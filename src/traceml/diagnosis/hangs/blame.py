@@ -29,6 +29,7 @@ class HangCause(StrEnum):
     MISMATCH = "mismatch"  # the same collective by its number, but another operation
     DATA_ENDED = "data_ended"  # the data of some ranks ended, after fewer batches than the others have had
     SIZES = "sizes"  # the same operation with other sizes
+    ROOTS = "roots"  # the same operation, from or to another rank
     CIRCLE = "circle"  # ranks wait for each other in different groups
     NETWORK = "network"  # all are in the same collective
     STANDS = "stands"  # no rank waits for another
@@ -36,7 +37,8 @@ class HangCause(StrEnum):
 
 
 _NEVER_CAME = (HangCause.NEVER_CAME, HangCause.ALONE)
-_APART = (HangCause.MISMATCH, HangCause.SIZES, HangCause.CIRCLE)
+_DIFFERENT = (HangCause.MISMATCH, HangCause.SIZES, HangCause.ROOTS)
+_APART = (*_DIFFERENT, HangCause.CIRCLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Blame:
         ranks: the ranks to name; empty for all.
         waits: the operation that each waiting rank is in.
         operation: the collective that the named ranks did not come to, or are in.
-        apart: ranks that have met in different operations, or with different sizes.
+        apart: ranks that have met in different operations, with different sizes or roots.
         data: how many batches the ranks have had, where the data of some ended before that of the others.
     """
 
@@ -66,7 +68,7 @@ class Blame:
             return False
 
         is_met = self.cause is HangCause.DATA_ENDED and all(rank in self.waits for rank in self.ranks)
-        return is_met or self.cause in (HangCause.MISMATCH, HangCause.SIZES, HangCause.ENDED)
+        return is_met or self.cause in (*_DIFFERENT, HangCause.ENDED)
 
 
 def blame(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
@@ -218,7 +220,7 @@ def _different(last: Mapping[int, GroupSnapshot], waits: Mapping[int, GroupSnaps
             met[wait.name, wait.number].append(rank)
 
     for ranks in met.values():
-        for cause, key in ((HangCause.MISMATCH, _operation), (HangCause.SIZES, _sizes)):
+        for cause, key in zip(_DIFFERENT, (_operation, _sizes, _root), strict=True):
             groups = defaultdict(list)
             for rank in ranks:
                 groups[key(waits[rank])].append(rank)
@@ -258,6 +260,11 @@ def _operation(wait: GroupSnapshot) -> object:
 def _sizes(wait: GroupSnapshot) -> object:
     """Return the sizes of an operation that must be the same on all ranks."""
     return wait.sizes if wait.operation in _SAME_SIZES else ("any",)
+
+
+def _root(wait: GroupSnapshot) -> object:
+    """Return the root of an operation; empty where it is not known."""
+    return () if wait.peer is None else (wait.peer,)
 
 
 def _minority(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:

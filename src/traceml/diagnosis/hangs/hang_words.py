@@ -15,6 +15,8 @@ from traceml.formatting import capitalized, count_text, duration_text, line_text
 __all__ = ["hang_summary", "operation_text"]
 
 _LOCK = "waiting for a lock"
+_RECEIVES = ("recv", "broadcast", "scatter")  # operations whose data comes from the rank that is named
+_WHY = {HangCause.SIZES: "sizes differ", HangCause.ROOTS: "they name different ranks"}
 _LISTED = 3  # different places that a sentence lists
 
 
@@ -24,18 +26,20 @@ def operation_text(wait: GroupSnapshot) -> str:
         return f"collective #{wait.number}" if wait.number > 0 else ""
 
     number = f" #{wait.number}" if wait.number > 0 and not wait.is_p2p else ""
-    peer = ""
-    if wait.is_p2p and wait.peer is not None:
-        peer = f" {'from' if 'recv' in wait.operation else 'to'} rank {wait.peer}"
+    peer = f" {_direction(wait.operation)} rank {wait.peer}" if wait.peer is not None else ""
 
     group = f" of group {wait.name!r}" if wait.name and not wait.is_p2p else ""
     return f"{wait.operation}{number}{peer}{group}"
 
 
+def _direction(operation: str) -> str:
+    return "from" if any(word in operation for word in _RECEIVES) else "to"
+
+
 def hang_summary(found: DetectedHang) -> str:
     """Return one sentence with a period; what is seen of the ranks, and nothing that was not."""
     cause = found.blame.cause
-    if cause in (HangCause.MISMATCH, HangCause.SIZES):
+    if found.blame.apart:
         text = _different_text(found)
     elif cause is HangCause.CIRCLE:
         places = _places(found, found.blame.ranks)
@@ -116,17 +120,18 @@ def _ended_text(found: DetectedHang) -> str:
 
 def _different_text(found: DetectedHang) -> str:
     parts = []
-    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    groups: dict[tuple[str, int, int | None], list[int]] = defaultdict(list)
     for rank in found.blame.apart:
         wait = found.blame.waits[rank]
-        groups[wait.operation, sum(wait.sizes) if found.blame.cause is HangCause.SIZES else 0].append(rank)
+        size = sum(wait.sizes) if found.blame.cause is HangCause.SIZES else 0
+        groups[wait.operation, size, wait.peer if found.blame.cause is HangCause.ROOTS else None].append(rank)
 
-    for (_, size), ranks in sorted(groups.items(), key=lambda item: item[1]):
+    for (_, size, _), ranks in sorted(groups.items(), key=lambda item: item[1]):
         of = f" of {count_text(size)} elements" if size else ""
         be = "is" if len(ranks) == 1 else "are"
         parts.append(f"{ranks_text(ranks)} {be} in {_where_they_wait(found, ranks, of)}")
 
-    why = "sizes differ" if found.blame.cause is HangCause.SIZES else "different code paths"
+    why = _WHY.get(found.blame.cause, "different code paths")
     return f"{', '.join(parts)}, for {_age(found)}: {why}{_waiters_text(found)}"
 
 

@@ -23,20 +23,18 @@ from traceml.inspection.user_files import display_path, is_debugger, is_package_
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.quiet.store_threads import StoreThreads
 from traceml.recorder.quiet.thread_snapshots import other_threads
+from traceml.recorder.quiet.transfer_snapshots import open_transfer, with_root
 from traceml.recorder.user_code import UserCode
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument.loader import DataProgress
 
-__all__ = ["SnapshotMaker", "awaited_child", "frame_flags", "open_transfer"]
+__all__ = ["SnapshotMaker", "awaited_child", "frame_flags"]
 
 _SUBPROCESS = "/subprocess.py"
 _WAITS = ("wait", "communicate", "_wait", "_communicate")
 _WAIT_DEPTH = 20
-_DISTRIBUTED = "/torch/distributed/distributed_c10d.py"
-_PEERS = {"send": "dst", "recv": "src", "send_object_list": "dst", "recv_object_list": "src"}
-_TRANSFER_DEPTH = 50
 
 
 class SnapshotMaker:
@@ -116,7 +114,7 @@ class SnapshotMaker:
 
     def _operations(self, frame: FrameType | None) -> tuple[GroupSnapshot, ...]:
         transfer = open_transfer(frame, self._user.contains)
-        groups = self._groups()
+        groups = with_root(self._groups(), frame, self._user.contains)
         is_known = any(group.is_p2p and group.in_flight for group in groups)
         return groups if transfer is None or is_known else (*groups, transfer)
 
@@ -193,16 +191,3 @@ def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool])
             return pid if type(pid) is int and getattr(child, "returncode", 0) is None else None
 
     return None
-
-
-def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupSnapshot | None:
-    """Return the operation that the user's code has called, with the rank at its other end if that is an argument."""
-    found = None
-    for each in takewhile(lambda each: not is_user(each), stack_frames(frame, _TRANSFER_DEPTH)):
-        name = each.f_code.co_name
-        if name in _PEERS and each.f_code.co_filename.endswith(_DISTRIBUTED):
-            peer = each.f_locals.get(_PEERS[name])
-            known = peer if type(peer) is int and peer >= 0 else None
-            found = GroupSnapshot(operation=name, in_flight=True, is_p2p=True, peer=known)
-
-    return found

@@ -1,0 +1,67 @@
+"""Facts of a call that the flight recorder of torch does not have: the peer of gloo's sends and receives, and roots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import takewhile
+from types import FrameType
+
+from traceml.database.snapshots import GroupSnapshot
+from traceml.inspection.thread_frames import stack_frames
+
+__all__ = ["open_transfer", "with_root"]
+
+_FILE = "/torch/distributed/distributed_c10d.py"
+_PEERS = {"send": "dst", "recv": "src", "send_object_list": "dst", "recv_object_list": "src"}
+_ROOTS = {"broadcast": "src", "scatter": "src", "reduce": "dst", "gather": "dst"}
+_MAX_DEPTH = 50
+
+
+def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupSnapshot | None:
+    """Return the operation that the user's code has called, with the rank at its other end if that is an argument.
+
+    Args:
+        frame: what the thread runs.
+        is_user: whether the user wrote the code of a frame.
+    """
+    found = None
+    for call in _calls(frame, is_user):
+        name = call.f_code.co_name
+        if name in _PEERS:
+            found = GroupSnapshot(operation=name, in_flight=True, is_p2p=True, peer=_rank(call, _PEERS[name]))
+
+    return found
+
+
+def with_root(
+    groups: Iterable[GroupSnapshot], frame: FrameType | None, is_user: Callable[[FrameType], bool]
+) -> tuple[GroupSnapshot, ...]:
+    """Return the operations, the one that the user's code has called with the root that it was given.
+
+    Args:
+        groups: the newest operation by group.
+        frame: what the thread runs.
+        is_user: whether the user wrote the code of a frame.
+    """
+    groups = tuple(groups)
+    call = next((call for call in _calls(frame, is_user) if call.f_code.co_name in _ROOTS), None)
+    if call is None:
+        return groups
+
+    name = call.f_code.co_name
+    called = [group for group in groups if group.in_flight and group.operation == name]
+    root = _rank(call, _ROOTS[name]) if len(called) == 1 else None
+    return tuple(replace(group, peer=root) if group in called else group for group in groups)
+
+
+def _calls(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[FrameType]:
+    """Return the open functions of torch.distributed below the user's code, the innermost first."""
+    own = takewhile(lambda each: not is_user(each), stack_frames(frame, _MAX_DEPTH))
+    return (each for each in own if each.f_code.co_filename.endswith(_FILE))
+
+
+def _rank(call: FrameType, name: str) -> int | None:
+    """Return the rank that a function was given; None where it was given none, or one of a group."""
+    value = call.f_locals.get(name)
+    return value if type(value) is int and value >= 0 else None
