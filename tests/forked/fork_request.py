@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ __all__ = ["APPLIED_LATER", "Request", "can_be_forked", "fork_as_siblings", "not
 _READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "TORCH_")
 _PLAIN = {"executable": None, "shell": False, "process_group": -1, "umask": -1, "uid": None}
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-APPLIED_LATER = {"PYTHONPATH", "PYTHONWARNINGS", "PYTHONUNBUFFERED"}
+APPLIED_LATER = {"PYTHONPATH", "PYTHONWARNINGS", "PYTHONUNBUFFERED", "TORCH_DEVICE_BACKEND_AUTOLOAD"}
 # By importing torch or scikit-learn in this process, and by torchrun, which means a process group.
 _SET_BY_LIBRARIES = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
 # Modules that import much, of all that `traceml run`, aggregators and torchrun start; and those that start others.
 _STARTERS = {"mlflow", "traceml", "traceml.supervise.elastic", "torch.distributed.run"}
+_IMPORT_MUCH = ("from multiprocessing.spawn ", "from multiprocessing.forkserver ", "import torch")  # code of `-c`
 _LARGE = _STARTERS | {"traceml.display.report_main", "traceml.track.delivery", "uvicorn"}
 
 Options = Mapping[str, Any]
@@ -119,24 +120,52 @@ def note_started(process: Any, pid: int, options: Options) -> None:
 
 
 def fork_as_siblings(sock: socket.socket) -> None:
-    """Let `subprocess.Popen` of this process fork programs that import much, by the process at the socket."""
+    """Let this process fork the programs that import much which it starts, by the process at the socket."""
+    mine = dict(os.environ)
+
+    def fork(options: Options, death_signal: int) -> int:
+        """Return the id of a new process; 0: it cannot be forked, or imports little."""
+        program = Program.parse([os.fspath(each) for each in options["args"]][1:])
+        if program is None or not _is_large(program) or not can_be_forked(options, mine):
+            return 0
+
+        forks = program.kind != "-m" or program.target in _STARTERS
+        pid, status = send(sock, Request.from_options(options, forks=forks, death_signal=death_signal), options)
+        os.close(status)
+        return pid
+
+    _fork_of_subprocess(fork)
+    if "multiprocessing.util" in sys.modules:
+        _fork_of_multiprocessing(fork)
+
+
+def _is_large(program: Program) -> bool:
+    return program.kind in ("", "-ISc") or program.target in _LARGE or program.target.startswith(_IMPORT_MUCH)
+
+
+def _fork_of_subprocess(fork: Callable[[Options, int], int]) -> None:
     original: Callable[..., None] = subprocess.Popen._execute_child
     bound = inspect.signature(original).bind
-    mine = dict(os.environ)
 
     def execute(self: subprocess.Popen[Any], *values: Any) -> None:
         options = bound(self, *values).arguments
         setup = options["preexec_fn"]
         number = 0 if setup is None else inspect.getclosurevars(setup).nonlocals.get("death_signal", -1) or 0
-        program = Program.parse([os.fspath(each) for each in options["args"]][1:])
-        is_large = program is not None and (program.kind == "" or program.target in _LARGE)
-        if program is None or not is_large or number < 0 or not can_be_forked(options, mine):
+        if number >= 0 and (pid := fork(options, int(number))):
+            note_started(self, pid, options)
+        else:
             original(self, *values)
-            return
-
-        request = Request.from_options(options, forks=program.target in _STARTERS, death_signal=int(number))
-        pid, status = send(sock, request, options)
-        os.close(status)
-        note_started(self, pid, options)
 
     subprocess.Popen._execute_child = execute  # type: ignore[method-assign, assignment]
+
+
+def _fork_of_multiprocessing(fork: Callable[[Options, int], int]) -> None:
+    util: Any = sys.modules["multiprocessing.util"]
+    original = util.spawnv_passfds
+    inherited = _PLAIN | dict.fromkeys(_PIPES, -1) | {"cwd": None, "env": None, "start_new_session": False}
+
+    def spawn(path: str, args: Sequence[str], passfds: Sequence[int]) -> int:
+        options = {"args": [os.fsdecode(each) for each in args], "pass_fds": sorted(passfds), **inherited}
+        return fork(options, 0) or original(path, args, passfds)
+
+    util.spawnv_passfds = spawn

@@ -1,9 +1,10 @@
-"""Program that a forked process runs as the interpreter would: a script, `-m MODULE` or `-c CODE`."""
+"""Program that a forked process runs as the interpreter would: a script, `-m MODULE`, `-c CODE` or `-ISc CODE`."""
 
 from __future__ import annotations
 
 import builtins
 import io
+import os
 import runpy
 import sys
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ class Program:
     """What the arguments of an interpreter say.
 
     Attributes:
-        kind: `-m`, `-c`, or empty for a script.
+        kind: `-m`, `-c`, `-ISc`, or empty for a script.
         argv: `sys.argv`.
         target: the script, module or code.
         warning_filters: values of `-W`.
@@ -50,8 +51,8 @@ class Program:
             words = words[2:]
 
         rest = (filters, unbuffered, safe_path)
-        if words[:1] in (["-m"], ["-c"]):
-            return cls(words[0], [words[0], *words[2:]], words[1], *rest)
+        if words[:1] in (["-m"], ["-c"], ["-ISc"]):
+            return cls(words[0], [words[0][0] + words[0][-1], *words[2:]], words[1], *rest)
 
         return None if not words or words[0].startswith("-") else cls("", words, words[0], *rest)
 
@@ -89,6 +90,19 @@ class Program:
 
         self.status = 0
 
+    def run_until_exec(self) -> list[str]:
+        """Run code that replaces its process by another interpreter; return the arguments of that one."""
+        original, os.execv = os.execv, _execv  # type: ignore[assignment]
+        sys.argv = list(self.argv)
+        try:
+            exec(self.target, {})
+        except _ReplacedError as replaced:
+            return replaced.words
+        finally:
+            os.execv = original
+
+        sys.exit()
+
     def _execute(self) -> None:
         module = ModuleType("__main__")
         _kept.append(sys.modules["__main__"])
@@ -107,6 +121,18 @@ class Program:
                 code = compile(file.read(), path, "exec")
 
             exec(code, names)
+
+
+class _ReplacedError(BaseException):
+    """End of a program that another one replaces."""
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__(words)
+        self.words = words
+
+
+def _execv(_path: str, words: list[str]) -> None:
+    raise _ReplacedError(words[1:])
 
 
 def _status_of(error: SystemExit) -> int:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ def _place_fds(received: list[int], numbers: list[int]) -> None:
     for low, high in itertools.pairwise([*sorted(numbers), os.sysconf("SC_OPEN_MAX")]):
         if low + 1 < high:
             os.closerange(low + 1, high)
+
+
+def _begin(request: Request, preloaded: Preloaded) -> Request:
+    """Make this process a new interpreter; return what it runs at last."""
+    _become(request, preloaded)
+    program = Program.parse(request.words)
+    if program is not None and program.kind == "-ISc":
+        request = replace(request, words=program.run_until_exec(), new_session=False, death_signal=0)
+        _become(request, preloaded)
+
+    return request
 
 
 def _become(request: Request, preloaded: Preloaded) -> None:
@@ -226,16 +238,14 @@ if __name__ == "__main__":
     warnings.filters[:] = filters
     gc.freeze()  # else each child goes through all of these objects when it ends
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not fork"
-    request = Server(socket.socket(fileno=int(sys.argv[1]))).serve()
-    _become(request, preloaded)
+    request = _begin(Server(socket.socket(fileno=int(sys.argv[1]))).serve(), preloaded)
     while request.forks:
         sock = start_helper()
         if sock is not None:
             fork_as_siblings(sock)
             break
 
-        request = Server(socket.socket(fileno=3), for_parent=True).serve()
-        _become(request, preloaded)
+        request = _begin(Server(socket.socket(fileno=3), for_parent=True).serve(), preloaded)
 
     program = last_exit.program = Program.parse(request.words)
     assert program is not None, request.words

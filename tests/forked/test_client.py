@@ -241,3 +241,46 @@ def test_the_kernel_ends_its_children(starter: client.Popen) -> None:
     assert len(others) == 2
     assert not [each for each in others if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     assert child in [each.pid for each in others]
+
+
+SPAWNS = """
+import multiprocessing, os, sys, tempfile
+from pathlib import Path
+from traceml.recorder.detached_process import DetachedProcess
+
+def work(name):
+    is_forked = "libtorch" in Path("/proc/self/maps").read_text() and "torch" not in sys.modules
+    Path(name).write_text(f"{is_forked} {Path('/proc/self/cmdline').read_text().split(chr(0))[2]}")
+
+if __name__ == "__main__":
+    for method in ("spawn", "forkserver"):
+        child = multiprocessing.get_context(method).Process(target=work, args=(method,))
+        child.start()
+        child.join()
+
+    code = "import os, script; script.work('detached'); print(os.getpid(), os.getppid())"
+    with open("output", "wb") as output:
+        detached = DetachedProcess([sys.executable, "-c", code], output=output, environ=os.environ, fds=())
+
+    while not detached.has_ended():
+        pass
+
+    print(detached.pid, Path("output").read_text(), os.getpid())
+"""
+
+
+def test_what_multiprocessing_and_detached_processes_start_is_forked_too(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    """A process in place of another one also: what `os.execv` starts."""
+    (tmp_path / "script.py").write_text(SPAWNS)
+    words = [sys.executable, "script.py"]
+    done = client.run(words, forks=True, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "spawn").read_text().startswith("True from multiprocessing.spawn ")
+    assert (tmp_path / "forkserver").read_text().startswith("True from multiprocessing.forkserver ")
+    assert (tmp_path / "detached").read_text().startswith("True import os, script;")
+    started, itself, parent, starter = done.stdout.split()
+    assert started == itself
+    assert parent != starter

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
         aggregator = {
             "TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder),
         }  # fmt: skip
-        start = forked.run if "torch" in code else subprocess.run
+        start = partial(forked.run, forks=True) if "torch" in code else subprocess.run
         return start(
             [sys.executable, *by, str(script), *arguments],
             env=environ(tmp_path, **(aggregator | values)),

@@ -73,7 +73,7 @@ def python(tmp_path: Path) -> Python:
         script.write_text(textwrap.dedent(code))
         own = {"TRACEML": "1", "TRACEML_QUIET": "", "PYTHONPATH": path, "COLUMNS": "80"}
         return forked.run(
-            [sys.executable, *by, str(script), *words], forks=bool(by),
+            [sys.executable, *by, str(script), *words], forks=True,
             cwd=tmp_path, env=environ(tmp_path, **own | values), capture_output=True, text=True, timeout=240,
             check=False,
         )  # fmt: skip

@@ -88,9 +88,10 @@ def script(tmp_path: Path) -> Iterator[Script]:
         if serving is not None:
             own = {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN}
 
-        popen = forked.Popen if "torch" in code else subprocess.Popen
-        process = popen(
+        process = forked.Popen(
             [sys.executable, str(path), *map(str, arguments)],
+            forks=serving is None,  # its aggregator
+            imports="torch" if "torch" in code else "aggregator",
             env=environ(tmp_path, **(own | values)),
             cwd=tmp_path,
             stdin=subprocess.PIPE,
