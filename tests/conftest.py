@@ -107,7 +107,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("busy")  # a machine that does much else makes no example slow
     config.stash[_LACKING] = {part.name: part for part in missing()}
     config.stash[_STARTED] = started = []
-    sys.addaudithook(lambda event, _: started.append(event) if event in _STARTS else None)
+    starts = _STARTS  # which outlives this module at the interpreter's end
+    sys.addaudithook(lambda event, _: started.append(event) if event in starts else None)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
