@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.forked import client as forked
 from tests.traces.brute import check
 from traceml.cli import main
 from traceml.run_folder import STORE_NAME
@@ -143,7 +144,7 @@ def test_second_time_needs_no_numpy(trace):
 def test_progress_is_for_terminals_only(trace):
     """In a pipe nothing but the answer is printed."""
     command = [sys.executable, "-m", "traceml", "analyze", str(trace), "--no-cache"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = forked.run(command, imports="aggregator", capture_output=True, text=True, check=True)
 
     assert done.stderr == ""
     assert "\x1b" not in done.stdout

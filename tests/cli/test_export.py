@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from tests.diagnosis.fabricated import Job
+from tests.forked import client as forked
 from tests.runs.fabricated_store import store_run
 from traceml import cli
 
@@ -119,7 +120,8 @@ def test_a_terminal_sees_a_bar_that_ends_at_the_end(run_dir, form):
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "traceml", "export", "--format", form, "-o", f"[red]x.{form}.json"]
     environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, env=environ, text=True, check=True)
+    options = {"stdout": subprocess.PIPE, "stderr": slave, "env": environ, "text": True}
+    done = forked.run(command, imports="aggregator", check=True, **options)
     os.close(slave)
     shown = b""
     with contextlib.suppress(OSError):  # the other end is closed

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.diagnosis.fabricated import Job
+from tests.forked import client as forked
 from tests.runs.fabricated_store import run_facts, store_run
 from tests.whatif.generated_job import GeneratedJob
 from traceml import cli
@@ -170,9 +171,9 @@ def test_examples_on_a_generated_job_work(folder, line, capsys):
 def test_examples_of_run_train(folder, line):
     """A script and a module, each in a process as from a shell."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "traceml", "run", *_words(line)],
-        cwd=folder, env={**environ, "TRACEML_PORT": "0"}, capture_output=True, text=True, check=False, timeout=240,
+    done = forked.run(
+        [sys.executable, "-m", "traceml", "run", *_words(line)], imports="aggregator", forks=True,
+        cwd=folder, env={**environ, "TRACEML_PORT": "0"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
     assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import client as forked
 from traceml.cli import main
 from traceml.transport import auth
 from traceml.transport.client import connect
@@ -25,8 +26,10 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*options: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+        process = forked.Popen(
             [sys.executable, "-m", "traceml", "serve", "--runs-dir", str(tmp_path / "runs"), *options],
+            imports="aggregator",
+            forks=True,
             env={key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -17,6 +17,7 @@ from tests.aggregator.conftest import serving  # noqa: F401 - a fixture
 from tests.aggregator.test_silent_ranks import Script, script  # noqa: F401 - a fixture
 from tests.cli.test_top import running_run
 from tests.eventually import eventually
+from tests.forked import client as forked
 from traceml import cli
 from traceml.aggregator.silence.rank_stacks import stacks_reply
 from traceml.aggregator.streams import Incarnation, Stream
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.process
 def _stacks(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
     command = [sys.executable, "-m", "traceml", "stacks", "--runs-dir", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240, check=False)
+    return forked.run(command, imports="aggregator", capture_output=True, text=True, env=environ, timeout=240)
 
 
 def _ranks(folder: Path) -> list[dict[str, Any]]:
@@ -45,7 +46,8 @@ def test_a_job_of_traceml_run_is_shown(tmp_path: Path) -> None:
     code = "import sys\ndef wait():\n    sys.stdin.readline()\nprint('ready', flush=True)\nwait()\n"
     (tmp_path / "train.py").write_text(code)
     command = [sys.executable, "-m", "traceml", "run", "--runs-dir", "runs", "train.py"]
-    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with forked.Popen(command, imports="aggregator", forks=True, cwd=tmp_path, text=True, **pipes) as job:
         assert job.stdout is not None
         eventually(lambda: "ready" in job.stdout.readline(), "the script")  # type: ignore[union-attr]
         told = eventually(lambda: (found := _stacks(tmp_path / "runs")).returncode == 0 and found, "the rank")

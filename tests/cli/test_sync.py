@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from tests.track.fabricated import LoggedRun
 from tests.track.readers import jsonl
@@ -57,9 +58,8 @@ def logged(runs_dir: Path, name: str, *backends: str, **facts: Any) -> LoggedRun
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "traceml", *words]
-    return subprocess.Popen(
-        command, cwd=folder, env=environ(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return forked.Popen(command, imports="aggregator", forks=True, cwd=folder, env=environ(folder), **pipes)
 
 
 def values(run_dir: Path) -> list[tuple[str, int, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
+from tests.forked import client as forked
 from tests.ports import free_port
 from tests.recorder.conftest import environ, stored_steps
 from tests.recorder.test_recorder import do_steps, my_flights
@@ -51,7 +51,7 @@ def test_steps_whose_aggregator_never_came_back_are_reported_and_stored_later(
     assert (build_report(run_dir).run.state, build_report(run_dir).run.steps_waiting) == ("lost", 70)
 
     words = [sys.executable, "-m", "traceml", "sync", "--runs-dir", str(serving.folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environ(tmp_path))
+    done = forked.run(words, imports="aggregator", capture_output=True, text=True, check=True, env=environ(tmp_path))
 
     assert f"{run_dir.name}: stored what its ranks left in memory" in done.stderr
     assert stored_steps(serving) == list(range(100))

@@ -6,13 +6,13 @@ import http.client
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 import pytest
 
 from tests.display.monitoring.running import running_run, series_of
+from tests.forked import client as forked
 from tests.ports import free_port
 from traceml.errors import TraceMLError
 from traceml.supervise import metrics_process
@@ -167,7 +167,8 @@ def test_a_script_under_traceml_run_can_be_scraped(tmp_path):
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACEML_")}
     command = [sys.executable, "-m", "traceml", "run", "--live", "none", "--prometheus", str(port), "train.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False)
+    options = {"cwd": tmp_path, "env": environ, "capture_output": True, "text": True, "timeout": 240}
+    done = forked.run(command, imports="aggregator", forks=True, **options)
 
     assert done.returncode == 0, done.stderr
     assert "traceml_runs_hidden" in series_of(done.stdout)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import client as forked
 from traceml.supervise.output import OutputCopy
 from traceml.supervise.processes import ScriptPipe
 
@@ -28,7 +29,7 @@ def run_with_page(folder: Path, **streams: int) -> subprocess.CompletedProcess[b
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "traceml", "run", "--live", "web", "--runs-dir", str(folder / "runs"), str(script)]
-    return subprocess.run(command, check=True, timeout=240, **streams)
+    return forked.run(command, imports="aggregator", forks=True, check=True, timeout=240, **streams)
 
 
 def kept(folder: Path) -> bytes:

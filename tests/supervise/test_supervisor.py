@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.eventually import eventually
+from tests.forked import client as forked
 from traceml.database.snapshots import SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import StoreReader
 from traceml.supervise.supervisor import JobOutcome, LocalJob, Supervisor
@@ -105,7 +106,7 @@ def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(tmp_path: P
         with StoreReader(store) as reader:
             return [RankSnapshot.from_row(row) for _, row in reader.log_rows("info") if row["kind"] == SNAPSHOT]
 
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
+    with forked.Popen(command, imports="aggregator", forks=True, cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
         try:
             eventually(lambda: store.exists() and snapshots(), "the first snapshot, after 5 s")
             job.send_signal(signal.SIGTERM)
@@ -128,7 +129,9 @@ def test_slurm_is_asked_why_it_ends_the_job(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("import time\nopen('trains', 'w').close()\ntime.sleep(600)\n")
     environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     command = [sys.executable, "-m", "traceml", "run", "--runs-dir", "runs", "train.py"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL) as job:
+    with forked.Popen(
+        command, imports="aggregator", forks=True, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL
+    ) as job:
         try:
             eventually((tmp_path / "trains").exists, "the script")
             job.send_signal(signal.SIGTERM)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
+from tests.forked import client as forked
 from traceml.supervise.unread_output import UnreadOutput
 
 
@@ -100,7 +100,8 @@ def test_a_job_with_unread_output_ends_when_it_is_asked_to(tmp_path: Path, pipe:
     (tmp_path / "train.py").write_text("import sys\nwhile True:\n    print('x' * 500, file=sys.stderr)\n")
     many = ["--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, "-m", "traceml", "run", *many, "--runs-dir", "runs", "train.py"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=pipe.writer, start_new_session=True) as job:
+    options = {"cwd": tmp_path, "stderr": pipe.writer, "start_new_session": True}
+    with forked.Popen(command, imports="torch" if many else "aggregator", forks=True, **options) as job:
         try:
             eventually(lambda: pipe.is_full, "a full pipe", timeout_s=120)
             os.killpg(job.pid, signal.SIGINT)

@@ -15,6 +15,7 @@ import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
+from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
@@ -263,8 +264,9 @@ def test_aggregator_refuses_a_job_of_another_folder(tmp_path: Path) -> None:
 def test_second_aggregator_of_a_folder_says_who_has_it(tmp_path: Path) -> None:
     """It serves those who are given its address."""
     first = Serving(tmp_path / "runs", tmp_path / "first.log")
-    second = subprocess.Popen(
+    second = forked.Popen(
         [sys.executable, "-m", "traceml", "serve", "--port", "0", "--runs-dir", str(first.folder)],
+        imports="aggregator",
         env=environ(tmp_path, TRACEML_TOKEN=TOKEN), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
