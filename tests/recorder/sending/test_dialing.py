@@ -60,8 +60,10 @@ class Script:
     def __init__(self, folder: Path, code: str = SCRIPT, environment: dict[str, str] | None = None, **settings: Any):
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        self._process = subprocess.Popen(
+        self._process = forked.Popen(
             [sys.executable, "-c", code, json.dumps(settings)],
+            imports="aggregator",
+            forks=True,
             cwd=folder,
             env=environ(folder, **(environment or {})),
             stdin=subprocess.PIPE,
