@@ -211,9 +211,7 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
         return []
 
     cost = cost.reported()
-    summary = (
-        f"Copies to the device take {cost.of_step}; if they overlapped with computation, steps would be {cost.faster}."
-    )
+    summary = f"Copies to the device take {cost.of_step}; without them steps would be {cost.faster}."
     return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **_loader_evidence(facts))]
 
 

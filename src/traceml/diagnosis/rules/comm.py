@@ -56,7 +56,7 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
             phase=phase,
             summary=(
                 f"Communication takes {ns_text(cost)} of each {ns_text(step)} step ({percent_text(share)}), {where}, "
-                f"and no rank is late; if it overlapped with computation, steps would be {gain_text(gain)}."
+                f"and no rank is late; without it steps would be {gain_text(gain)}."
             ),
             next=advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward"),
             evidence=_evidence(segments, facts, cost, step, explicit),
