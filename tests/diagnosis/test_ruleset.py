@@ -182,6 +182,18 @@ def test_the_policy_of_a_script_that_plays_is_no_environment(library, samples, s
     assert never not in found.next
 
 
+@pytest.mark.parametrize(("library", "is_told"), [("/lib/torch/functional.py:1 cdist", True), (None, False)])
+def test_a_loss_can_only_become_cheaper(library, is_told):
+    """A line whose time is in torch's functions may be a part of the training, which runs in each step."""
+    rest = SampledLine(0, "forward", "/me/train.py", 5, "forward", None, 40)
+    lines = (SampledLine(0, "other", "/me/train.py", 70, "triplet_loss", library, 80), rest)
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30))
+    found = next(each for each in diagnose(window, JobFacts(lines=lines)) if each.phase == "other")
+
+    assert found.next.startswith("Make train.py:70 triplet_loss cheaper")
+    assert ("a loss by fewer of torch's functions" in found.next) == is_told
+
+
 @pytest.mark.parametrize(("played", "is_told"), [(5, False), (40, True)])
 def test_environments_that_take_little_are_not_advised_on(played, is_told):
     """The updates of a DQN take most of the time in many lines, and its environment next to none."""

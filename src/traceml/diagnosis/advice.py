@@ -133,9 +133,11 @@ def for_residual(
         )
 
     if line is not None:
+        calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
+        loss = ": a loss by fewer of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
         return (
-            f"Make {line.place} cheaper, or take it out of the training loop: the workers of a DataLoader can prepare "
-            "batches; metrics and logs can run every n-th step. `traceml report --lines` shows the other lines."
+            f"Make {line.place} cheaper{loss}, or take it out of the training loop: the workers of a DataLoader can "
+            "prepare batches; metrics and logs can run every n-th step. `traceml report --lines` shows the other lines."
         )
 
     if part not in ("other", "user"):
