@@ -145,6 +145,11 @@ def for_residual(
             f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
         )
 
+    return _for_several_lines(trainer, two)
+
+
+def _for_several_lines(trainer: BlamedLine | None, two: tuple[BlamedLine, ...]) -> str:
+    """Return advice on code of which no single line has most."""
     if trainer is not None:
         return (
             f"The training loop is inside {trainer.place}: look at what it was asked to do beside the model (loss "
