@@ -34,7 +34,9 @@ def test_flush_returns_when_trackers_have_everything(script: Script) -> None:
         for i in range(5000):
             experiment.log_metric("loss", i, i)
         experiment.log_artifact("weights.bin")
-        print(experiment.flush(None), sum(line["type"] == "metric" for line in lines()), lines()[-1]["type"])
+        done = experiment.flush(None)
+        types = [line["type"] for line in lines()]  # what was found out about the code comes in its own time
+        print(done, types.count("metric"), types.count("artifact"))
         with traceml.Experiment("inner", backend=[]) as inner:
             inner.log_metric("alone", 1)
             print(inner.flush(None))
@@ -47,7 +49,7 @@ def test_flush_returns_when_trackers_have_everything(script: Script) -> None:
             **QUICK,
         )
     )
-    assert out.splitlines() == ["True 5000 artifact", "True", "True last", "True end"]
+    assert out.splitlines() == ["True 5000 1", "True", "True last", "True end"]
 
 
 def test_flush_on_a_host_without_the_folder(script: Script, serving: Serving) -> None:
