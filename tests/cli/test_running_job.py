@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.cli.test_top import running_run
-from traceml.cli.running_job import running_job
-from traceml.errors import RunNotFoundError
+from traceml.cli import running_job as module
+from traceml.cli.running_job import aggregator_of, running_job
+from traceml.database.store.store import StoreWriter
+from traceml.errors import RunNotFoundError, TraceMLError
+from traceml.run_folder import STORE_NAME
 from traceml.settings import load
 from traceml.transport import auth
 
@@ -32,3 +37,24 @@ def test_a_job_of_another_folder_than_the_named_one_is_not_meant(tmp_path: Path)
     """Its stacks would be taken for those of a job that has just ended."""
     with pytest.raises(RunNotFoundError, match=f"no job is running in {tmp_path / 'runs'}"):
         running_job(None, load(runs_dir=tmp_path / "runs"), only_there=True)
+
+
+@pytest.mark.parametrize(("waits_s", "says"), [(0.0, "has stored nothing yet"), (60.0, "runs on host node7")])
+def test_a_run_that_has_just_begun_is_waited_for(
+    waits_s: float, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store is there before the facts of its aggregator, which the first commit writes."""
+    monkeypatch.setattr(module, "_CONNECT_S", waits_s)
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+
+        def store() -> None:
+            time.sleep(0.5)
+            writer.put_meta("aggregator", {"host": "node7", "pid": 1})
+            writer.commit()
+
+        late = threading.Thread(target=store)
+        late.start()
+        with pytest.raises(TraceMLError, match=says):
+            aggregator_of(tmp_path, load(runs_dir=tmp_path), "stacks")
+
+        late.join()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
+from typing import Any
 
 from traceml.database.store.reader import StoreReader
 from traceml.errors import RunNotFoundError, TraceMLError
@@ -19,6 +21,7 @@ from traceml.transport.runs_folder import address_of, reachable
 __all__ = ["aggregator_of", "running_job"]
 
 _CONNECT_S = 5.0
+_POLL_S = 0.1
 
 
 def running_job(target: str | None, config: Config, *, only_there: bool = False) -> Path:
@@ -92,15 +95,29 @@ def _age(info: RunInfo) -> tuple[float, str]:
     return info.started or 0.0, info.id
 
 
+def _aggregator_facts(run_dir: Path) -> dict[str, Any]:
+    """Return the facts of the aggregator that writes a run; a run that has just begun gets them in a moment."""
+    deadline_s = time.monotonic() + _CONNECT_S
+    while True:
+        with StoreReader(run_dir / STORE_NAME) as reader:
+            facts: dict[str, Any] = reader.meta().get("aggregator", {})
+
+        if facts:
+            return facts
+
+        if time.monotonic() > deadline_s:
+            raise TraceMLError(f"the aggregator of run {run_dir.name} has stored nothing yet: try again in a moment")
+
+        time.sleep(_POLL_S)
+
+
 def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
     """Connect to the aggregator that has a run open.
 
     Raises:
         TraceMLError: it runs on another host, or no longer, or does not answer.
     """
-    with StoreReader(run_dir / STORE_NAME) as reader:
-        facts = reader.meta().get("aggregator", {})
-
+    facts = _aggregator_facts(run_dir)
     host, pid = str(facts.get("host", "")), facts.get("pid")
     if host != socket.gethostname():
         raise TraceMLError(f"the aggregator of run {run_dir.name} runs on host {host}: run `traceml {command}` there")
