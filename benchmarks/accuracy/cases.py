@@ -212,7 +212,7 @@ _LOOPS = (
     _loop("scaler_skips", "STEPS_SKIPPED", steps=200, phase="optimizer", never=frozenset({"NUMERIC"})),
     _loop("scaler_skips_gradients", "STEPS_SKIPPED", steps=200, phase="optimizer", never=frozenset({"NUMERIC"})),
     _loop("not_finite", "NUMERIC", steps=200, since_step=120, never=frozenset({"STEPS_SKIPPED"})),
-    _loop("ema", steps=200),
+    _loop("ema", *QUIET, "RESIDUAL_HEAVY", steps=200),  # the average of the weights, 1 ms on a slow machine
     _loop("siamese", steps=200),
     _loop("autoencoder", steps=200),
     _loop("recurrent", steps=150, never=frozenset({"JITTER"})),

@@ -190,18 +190,16 @@ def _line_differences(case: Case, evidence: dict[str, Any]) -> Iterator[str]:
         yield f"function {evidence.get('function')} instead of {case.function}"
         return
 
-    first, last = _span(SHAPES / case.script, function.rpartition(".")[2])
-    if not str(evidence.get("file", "")).endswith(case.script) or not first <= evidence.get("line", 0) <= last:
+    lines = _lines_of(SHAPES / case.script, function.rpartition(".")[2])
+    if not str(evidence.get("file", "")).endswith(case.script) or evidence.get("line") not in lines:
         yield f"{evidence.get('file')}:{evidence.get('line')} is not in {function}"
 
 
-def _span(path: Path, function: str) -> tuple[int, int]:
-    """Return the first and last line of a function."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and node.name == function:
-            return node.lineno, node.end_lineno or node.lineno
-
-    return 0, 0
+def _lines_of(path: Path, function: str) -> set[int]:
+    """Return the lines of all functions of a name: two models have a `forward` each."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    named = [node for node in nodes if node.name == function]
+    return {line for node in named for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
 
 
 def page(results: list[Judged], without: list[Case]) -> str:
