@@ -23,7 +23,7 @@ __all__ = ["TraceMLTracker", "trace_all_ranks"]
 class TraceMLTracker(GeneralTracker):  # type: ignore[misc]
     """Accelerate's tracker of the name `traceml`.
 
-    Where tracing already runs, by `traceml.init()` or `traceml run`, that recorder continues and shows its own verdict.
+    Where tracing already runs, by `traceml.init()` or `traceml run`, that recorder stays, and prints its own verdict.
 
     Args:
         project: project of the run at trackers, as given to `init_trackers`.

@@ -101,7 +101,7 @@ class TraceMLCallback(LightningPart):
     """Traces each `fit()` and shows the verdict at its end, on rank 0.
 
     It derives from the `Callback` of each Lightning package that the script has imported. Where tracing already runs,
-    by `traceml.init()` or `traceml run`, that recorder continues and shows its own.
+    by `traceml.init()` or `traceml run`, that recorder stays, and prints its own verdict.
 
     Args:
         report: show the verdict.
@@ -141,7 +141,7 @@ class TraceMLLogger(LightningPart):
     """Lightning's logger of the name `traceml`: traces each `fit()`, and shows the verdict at its end, on rank 0.
 
     It derives from the `Logger` of each Lightning package that the script has imported. Where tracing already runs, by
-    `traceml.init()`, `traceml run` or `TraceMLCallback`, that recorder continues and shows its own verdict.
+    `traceml.init()`, `traceml run` or `TraceMLCallback`, that recorder stays, and prints its own verdict.
 
     Args:
         report: show the verdict.
