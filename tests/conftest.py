@@ -28,7 +28,7 @@ sys.dont_write_bytecode = False
 _PROCESS_PATHS = (
     "aggregator",
     "cli/assistants/test_ci_action.py",
-    "cli/assistants/test_mcp_server.py",
+    "cli/test_mcp.py",
     "cli/assistants/test_skill.py",
     "cli/test_demo.py",
     "cli/test_sync.py",

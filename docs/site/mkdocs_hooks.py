@@ -98,7 +98,7 @@ def site_link(link: str, name: str, source: Path) -> str:
 def commands_page() -> str:
     """Return the reference of commands: the help of each, from its parser."""
     from traceml.cli import COMMANDS
-    from traceml.cli.runs_edit.run_edits import EDITS
+    from traceml.cli.runs import EDITS
 
     lines = ["# Commands", "", "The help of each command, as `traceml COMMAND --help` prints it."]
     for words in [*([name] for name in COMMANDS), *(["runs", name] for name in EDITS)]:

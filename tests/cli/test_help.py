@@ -21,10 +21,10 @@ from tests.forked import client as forked
 from tests.runs.fabricated_store import run_facts, store_run
 from tests.whatif.generated_job import GeneratedJob
 from traceml import cli
-from traceml.cli.help.completion import whole_parser
-from traceml.cli.help.examples import EXAMPLES, examples_text
-from traceml.cli.parsing import parse
-from traceml.cli.runs_edit.run_edits import EDITS
+from traceml.cli.completion import whole_parser
+from traceml.cli.options.examples import EXAMPLES, examples_text
+from traceml.cli.options.parsing import parse
+from traceml.cli.runs import EDITS
 from traceml.errors import UsageError
 
 # These start jobs, hosts or servers, or need a terminal: their own tests run them; here their arguments are parsed.
@@ -132,7 +132,7 @@ def test_examples_of_commands_that_start_jobs_are_understood(folder, command, li
         with pytest.raises(UsageError):
             module.make_parser().parse_args(["--no-such-option", "x"])
     else:
-        (options,) = [value for name, value in vars(module).items() if name.endswith("Options")]
+        options = getattr(module, f"{command.title()}Options")
         assert parse(options, _words(line), prog=f"traceml {command}")
 
 

@@ -22,9 +22,9 @@ import traceml
 from tests.documentation.pages import PAGES, ROOT, Block, blocks, commands_of, docstring_examples, spans
 from tests.forked import client as forked
 from traceml import cli, settings, traces
-from traceml.cli.help.completion import whole_parser
-from traceml.cli.parsing import parse
-from traceml.cli.runs_edit.run_edits import EDITS
+from traceml.cli.completion import whole_parser
+from traceml.cli.options.parsing import parse
+from traceml.cli.runs import EDITS
 from traceml.former_settings import former_setting
 
 # Python that needs other hosts, or a framework's training: the test that runs the same call.
@@ -97,8 +97,7 @@ def _parse(words: list[str]) -> object:
     if hasattr(module, "make_parser"):
         return module.make_parser().parse_args(rest)
 
-    (options,) = [value for name, value in vars(module).items() if name.endswith("Options")]
-    return parse(options, rest, prog=f"traceml {command}")
+    return parse(getattr(module, f"{command.title()}Options"), rest, prog=f"traceml {command}")
 
 
 def test_commands_are_found():

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from traceml.cli.number_range import NumberRange
-from traceml.cli.parsing import parse
+from traceml.cli.options.number_range import NumberRange
+from traceml.cli.options.parsing import parse
 from traceml.errors import TraceNotFoundError, UsageError
 from traceml.installation import install_command
 from traceml.traces.query.measures import Measure, parse_measures
@@ -43,7 +43,7 @@ _TAKEN = tyro.constructors.PrimitiveConstructorSpec(
 
 
 @dataclass(frozen=True)
-class Options:
+class AnalyzeOptions:
     """Summarize traces: dftracer's .pfw, .pfw.gz and .pfw.zst, Chrome and Perfetto JSON, exports of torch.profiler.
 
     Without --by, an overview: the largest groups, overlap, I/O, kernels, operators, ranks, a timeline.
@@ -80,7 +80,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Print a summary of traces."""
-    options = parse(Options, argv, prog="traceml analyze")
+    options = parse(AnalyzeOptions, argv, prog="traceml analyze")
     if not options.paths:
         raise UsageError("name a trace, a folder of traces, or a pattern: traceml analyze PATH")
 
@@ -125,7 +125,7 @@ def _plot(result: dict[str, Any], path: Path, top: int) -> None:
     print(f"The chart is in {path}", file=sys.stderr)
 
 
-def _summary(options: Options, measures: tuple[Measure, ...]) -> dict[str, Any]:
+def _summary(options: AnalyzeOptions, measures: tuple[Measure, ...]) -> dict[str, Any]:
     report = options.by is None or options.overlap or options.timeline
     with _no_blas_threads(), _progress() as progress:
         try:
@@ -181,7 +181,7 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda events, files: status.update(f"Reading: {events:,} events, file {files}")
 
 
-def _show(result: dict[str, Any], options: Options, measures: tuple[Measure, ...]) -> None:
+def _show(result: dict[str, Any], options: AnalyzeOptions, measures: tuple[Measure, ...]) -> None:
     from rich.console import Console
 
     from traceml.renderers.text.trace_analysis import SECTIONS, analysis_lines

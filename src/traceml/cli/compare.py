@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from traceml.cli.number_range import NumberRange
-from traceml.cli.parsing import parse
+from traceml.cli.options.number_range import NumberRange
+from traceml.cli.options.parsing import parse
 from traceml.cli.report import runs_dir_of
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.compared_runs import compared_runs

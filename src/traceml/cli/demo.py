@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from traceml.cli.number_range import NumberRange
-from traceml.cli.parsing import parse
+from traceml.cli.options.number_range import NumberRange
+from traceml.cli.options.parsing import parse
 from traceml.errors import TraceMLError, UsageError
 from traceml.installation import install_command
 

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from traceml.cli.checks.host_checks import host_checks
 from traceml.cli.checks.local_checks import Check, Setting, all_checks, setting_values
-from traceml.cli.parsing import parse
-from traceml.cli.scripts import host_names
+from traceml.cli.options.parsing import parse
+from traceml.cli.options.shared_options import host_names
 from traceml.errors import SettingsError, UsageError
 from traceml.formatting import printable
 from traceml.launch.launcher.preflight import Preflight, preflight

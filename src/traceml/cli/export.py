@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from traceml.cli.parsing import config_over, parse
+from traceml.cli.options.parsing import config_over, parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, count_text, printable
 from traceml.runs.export.export_progress import no_progress

@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml import settings
-from traceml.cli.number_range import NumberRange
-from traceml.cli.parsing import CommandParser, WrappingFormatter
-from traceml.cli.scripts import add_run_options, check_report, default_name, given, host_names, script_words
-from traceml.cli.submission.submit_options import add_submit_options, await_job, check_submit_options, submit_script
+from traceml.cli.options.number_range import NumberRange
+from traceml.cli.options.parsing import CommandParser, WrappingFormatter
+from traceml.cli.options.shared_options import (
+    add_run_options,
+    check_report,
+    default_name,
+    given,
+    host_names,
+    script_words,
+)
+from traceml.cli.options.submit_options import add_submit_options, await_job, check_submit_options, submit_script
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 from traceml.formatting import printable
 from traceml.process_ends import EndedBySignal

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from traceml.cli.parsing import config_over, parse
+from traceml.cli.options.parsing import config_over, parse
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml import settings
-from traceml.cli.number_range import PORT, NumberRange, node_count
-from traceml.cli.parsing import CommandParser, WrappingFormatter
-from traceml.cli.scripts import add_prometheus_option, add_run_options, check_report, default_name, given, script_words
+from traceml.cli.options.number_range import PORT, NumberRange, node_count
+from traceml.cli.options.parsing import CommandParser, WrappingFormatter
+from traceml.cli.options.shared_options import (
+    add_prometheus_option,
+    add_run_options,
+    check_report,
+    default_name,
+    given,
+    script_words,
+)
 from traceml.errors import TraceMLError, UsageError
 from traceml.installation import install_command
 from traceml.own_programs import own_program

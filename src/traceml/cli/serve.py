@@ -22,9 +22,9 @@ from traceml.aggregator.alerts.alert_targets import target_of
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.relay.upstream import RELAY_MARK, Upstream
-from traceml.cli.number_range import PORT, NumberRange
-from traceml.cli.parsing import CommandParser, WrappingFormatter
-from traceml.cli.scripts import add_prometheus_option
+from traceml.cli.options.number_range import PORT, NumberRange
+from traceml.cli.options.parsing import CommandParser, WrappingFormatter
+from traceml.cli.options.shared_options import add_prometheus_option
 from traceml.errors import TraceMLError
 from traceml.own_programs import own_program
 from traceml.supervise.metrics_process import metrics_beside

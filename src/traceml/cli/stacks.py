@@ -12,8 +12,8 @@ import msgspec
 import tyro
 
 from traceml.cli.assistants.json_documents import StacksDocument, StacksRank
-from traceml.cli.parsing import config_over, parse
-from traceml.cli.running_job import aggregator_of, running_job
+from traceml.cli.jobs.running_job import aggregator_of, running_job
+from traceml.cli.options.parsing import config_over, parse
 from traceml.database.snapshots import RankSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
 from traceml.settings import Config

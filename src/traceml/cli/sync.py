@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from traceml.aggregator.orphans import finish_flights, finish_orphan
-from traceml.cli.parsing import config_over, parse
+from traceml.cli.options.parsing import config_over, parse
 from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal

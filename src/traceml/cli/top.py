@@ -10,9 +10,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from traceml.cli.parsing import parse
+from traceml.cli.jobs.running_job import running_job
+from traceml.cli.options.parsing import parse
 from traceml.cli.report import current_report
-from traceml.cli.running_job import running_job
 from traceml.display.terminal.fullscreen import FullScreen
 from traceml.display.terminal.top_app import TopApp
 from traceml.errors import UsageError

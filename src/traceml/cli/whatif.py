@@ -10,13 +10,13 @@ from typing import Annotated
 
 import tyro
 
-from traceml.cli.parsing import parse
+from traceml.cli.options.parsing import parse
 
 __all__ = ["main"]
 
 
 @dataclass(frozen=True)
-class WhatIfOptions:
+class WhatifOptions:
     """Simulate a hybrid-parallel job without its stragglers, from a trace of its operations.
 
     Shows how much longer a step takes than if all operations of a kind took the same time.
@@ -40,7 +40,7 @@ class WhatIfOptions:
 
 def main(argv: list[str]) -> int:
     """Print what stragglers cost a job."""
-    options = parse(WhatIfOptions, argv, prog="traceml whatif")
+    options = parse(WhatifOptions, argv, prog="traceml whatif")
 
     import msgspec
 

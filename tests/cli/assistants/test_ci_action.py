@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cli.assistants.test_mcp_server import TRAIN, environ
+from tests.cli.test_mcp import TRAIN, environ
 from tests.forked.commands import Commands
 from traceml.runs.report.report_types import read_report
 

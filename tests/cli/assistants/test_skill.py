@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cli.assistants.test_mcp_server import TRAIN, WAIT, environ
+from tests.cli.test_mcp import TRAIN, WAIT, environ
 from tests.forked import client as forked
 
 SKILL = Path(__file__).parents[3] / "skills" / "traceml" / "SKILL.md"

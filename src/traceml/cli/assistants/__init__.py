@@ -1,4 +1,4 @@
-"""Interfaces for programs and assistants: JSON Schemas of all documents, and the server of `traceml mcp`.
+"""Documents for programs and assistants: JSON Schemas of what commands print, and the tools of `traceml mcp`.
 
 Runs in the process of the command. May import what `cli` may.
 """

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
+from traceml.cli.jobs.running_job import running_job
 from traceml.cli.report import current_report
-from traceml.cli.running_job import running_job
 from traceml.cli.stacks import ask_ranks, stacks_document
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import RunNotFoundError, TraceMLError, UsageError

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from traceml.cli.assistants.json_documents import DOCUMENTS, document_schema
-from traceml.cli.parsing import parse
+from traceml.cli.options.parsing import parse
 from traceml.errors import TraceMLError, UsageError
 
 __all__ = ["main"]

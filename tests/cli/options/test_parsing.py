@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from traceml.cli.parsing import CommandParser, _one_line, parse, wrapped
+from traceml.cli.options.parsing import CommandParser, _one_line, parse, wrapped
 from traceml.errors import UsageError
 
 

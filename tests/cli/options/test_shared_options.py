@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.cli.scripts import default_name
+from traceml.cli.options.shared_options import default_name
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_top import running_run
-from traceml.cli import running_job as module
-from traceml.cli.running_job import aggregator_of, running_job
+from traceml.cli.jobs import running_job as module
+from traceml.cli.jobs.running_job import aggregator_of, running_job
 from traceml.database.store.store import StoreWriter
 from traceml.errors import RunNotFoundError, TraceMLError
 from traceml.run_folder import STORE_NAME

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.text import Text
 
 from traceml.cli.assistants.json_documents import OperatorRecord, ProfileDocument, ProfiledRankRecord, UnprofiledRank
-from traceml.cli.number_range import NumberRange
-from traceml.cli.parsing import config_over, parse
-from traceml.cli.profiles.profile_client import ProfileClient, ProfileRequest, RankWindow
+from traceml.cli.jobs.profile_client import ProfileClient, ProfileRequest, RankWindow
+from traceml.cli.jobs.running_job import aggregator_of, running_job
+from traceml.cli.options.number_range import NumberRange
+from traceml.cli.options.parsing import config_over, parse
 from traceml.cli.report import current_report
-from traceml.cli.running_job import aggregator_of, running_job
 from traceml.database.store.reader import StoreReader
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import bytes_text, capitalized, plural, printable, ranks_text

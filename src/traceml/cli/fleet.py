@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from traceml.cli.parsing import config_over, parse
+from traceml.cli.options.parsing import config_over, parse
 from traceml.formatting import plural, printable
 from traceml.runs.fleet.fleet_dataset import DATASET_NAME, FleetDataset, FleetUpdate
 

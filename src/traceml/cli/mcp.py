@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from traceml.cli.assistants.run_tools import RunTools
-from traceml.cli.parsing import config_over, parse
+from traceml.cli.options.parsing import config_over, parse
 from traceml.errors import TraceMLError
 from traceml.version import __version__
 

@@ -13,7 +13,7 @@ import pytest
 
 from traceml import cli
 from traceml.cli import COMMANDS
-from traceml.cli.number_range import NumberRange
+from traceml.cli.options.number_range import NumberRange
 
 
 def _numeric_options() -> Iterator[tuple[str, str, Any]]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from traceml.cli.number_range import NumberRange
+from traceml.cli.options.number_range import NumberRange
 from traceml.errors import UsageError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from traceml.cli.profiles.profile_client import ProfileClient, ProfileRequest
+from traceml.cli.jobs.profile_client import ProfileClient, ProfileRequest
 from traceml.errors import TraceMLError
 
 

@@ -20,7 +20,7 @@ from tests.forked import client as forked
 from tests.runs.report.test_line_shares import line, report_with
 from traceml import cli
 from traceml.cli.assistants.json_documents import document_schema
-from traceml.cli.profiles.profile import parse_ranks, profiled_text
+from traceml.cli.profile import parse_ranks, profiled_text
 from traceml.database.schema import StepFlag, unpack_bits
 from traceml.database.store.reader import StoreReader
 from traceml.errors import UsageError

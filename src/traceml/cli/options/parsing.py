@@ -16,8 +16,8 @@ from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from traceml.cli.help.examples import examples_text
-from traceml.cli.number_range import check_ranges
+from traceml.cli.options.examples import examples_text
+from traceml.cli.options.number_range import check_ranges
 from traceml.errors import UsageError
 from traceml.settings import Config, load
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from types import ModuleType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -12,7 +12,7 @@ import shtab
 import tyro
 
 from traceml import cli
-from traceml.cli.parsing import option_texts, parse
+from traceml.cli.options.parsing import option_texts, parse
 
 __all__ = ["main", "whole_parser"]
 
@@ -41,14 +41,13 @@ def whole_parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="traceml", description="trace and explain PyTorch training")
     commands = whole.add_subparsers(dest="command")
     for name, (module, help_line) in cli.COMMANDS.items():
-        own = _parser_of(import_module(module))
-        parents = [] if own is None else [own]
-        commands.add_parser(name, help=help_line, parents=parents, conflict_handler="resolve")
+        own = _parser_of(name, import_module(module))
+        commands.add_parser(name, help=help_line, parents=[own], conflict_handler="resolve")
 
     return whole
 
 
-def _parser_of(module: ModuleType) -> argparse.ArgumentParser | None:
+def _parser_of(command: str, module: ModuleType) -> argparse.ArgumentParser:
     """Return the parser of a command: its own, or one made from its dataclass of options."""
     if hasattr(module, "make_parser"):
         made: argparse.ArgumentParser = module.make_parser()
@@ -57,16 +56,12 @@ def _parser_of(module: ModuleType) -> argparse.ArgumentParser | None:
 
         return made
 
-    for name, value in vars(module).items():
-        if name.endswith("Options") and is_dataclass(value) and value.__module__ == module.__name__:
-            made = _made(value)
-            if hasattr(module, "EDITS"):  # words of `traceml runs` before a run
-                made.add_argument("edit", nargs="?", choices=list(module.EDITS), help="change runs")
-                _complete(made.add_argument("runs", nargs="*", help="runs to change"), "RUN ...")
+    made = _made(getattr(module, f"{command.title()}Options"))
+    if hasattr(module, "EDITS"):  # words of `traceml runs` before a run
+        made.add_argument("edit", nargs="?", choices=list(module.EDITS), help="change runs")
+        _complete(made.add_argument("runs", nargs="*", help="runs to change"), "RUN ...")
 
-            return made
-
-    return None
+    return made
 
 
 def _made(options: Any) -> argparse.ArgumentParser:

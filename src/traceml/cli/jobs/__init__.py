@@ -1,0 +1,4 @@
+"""Running jobs, as commands find them and ask their aggregator.
+
+Runs in the process of the command. May import what `cli` may.
+"""

@@ -1,1 +1,0 @@
-"""Submission of a launch by the command line. Imports what `cli` imports."""
