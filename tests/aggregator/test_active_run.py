@@ -10,7 +10,7 @@ import pytest
 
 from tests.aggregator.test_registry import Silent, hello, join, leave, registry  # noqa: F401 - a fixture
 from traceml.aggregator import active_run as run_module
-from traceml.aggregator.streams import StreamState
+from traceml.aggregator.streams.stream import StreamState
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Slot
 from traceml.database.store.reader import StoreReader
@@ -32,7 +32,7 @@ def clock(monkeypatch):
 
     moved = Clock()
     monkeypatch.setattr(run_module, "time", moved)
-    monkeypatch.setattr("traceml.aggregator.streams.time", moved)
+    monkeypatch.setattr("traceml.aggregator.streams.stream.time", moved)
     return moved
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.aggregator.conftest import step_rows
 from tests.diagnosis.hangs.standing import NOW_NS, group, in_backward, line, snapshot
 from traceml.aggregator.live import LiveRows
-from traceml.aggregator.streams import Incarnation, Stream, StreamState
+from traceml.aggregator.streams.stream import Incarnation, Stream, StreamState
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.schema import HOST, PROCESS, USER_PHASES
 from traceml.diagnosis.kinds import Kind

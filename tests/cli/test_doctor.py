@@ -17,7 +17,7 @@ from traceml import cli
 from traceml.cli.checks import local_checks
 from traceml.settings import declarations, load
 from traceml.transport import auth
-from traceml.transport.runs_folder import AggregatorAddress, FolderLock
+from traceml.transport.folder_aggregator import AggregatorAddress, FolderLock
 
 
 @pytest.fixture

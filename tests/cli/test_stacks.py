@@ -20,7 +20,7 @@ from tests.eventually import eventually
 from tests.forked import client as forked
 from traceml import cli
 from traceml.aggregator.silence.rank_stacks import stacks_reply
-from traceml.aggregator.streams import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, Stream
 from traceml.clock import boot_id
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME

@@ -14,7 +14,7 @@ from tests.generated.targets import DAMAGE, Damage, Target, refusal
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, recover
-from traceml.aggregator.streams import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, Stream
 from traceml.clock import boot_id
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_header import DATA_AT

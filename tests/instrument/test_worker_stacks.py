@@ -12,7 +12,7 @@ from tests.eventually import eventually
 from tests.instrument.conftest import Traced
 from traceml.database.snapshots import WorkerSnapshot
 from traceml.instrument.workers.loader_workers import follow_iterator
-from traceml.recorder.quiet.worker_snapshots import WorkerSnapshots
+from traceml.recorder.no_progress.worker_snapshots import WorkerSnapshots
 
 STUCK = "lock.acquire()  # STUCK"
 

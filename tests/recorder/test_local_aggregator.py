@@ -24,8 +24,8 @@ from traceml.errors import AggregatorUnavailableError
 from traceml.recorder import local_aggregator
 from traceml.run_folder import STORE_NAME
 from traceml.transport import auth
+from traceml.transport.folder_aggregator import AggregatorAddress
 from traceml.transport.framing import WIRE_VERSION, encode
-from traceml.transport.runs_folder import AggregatorAddress
 
 SCRIPT = """
 import sys, traceml

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
-from traceml.aggregator.run_streams import RunStreams
-from traceml.aggregator.stream_ends import final_state, note_exit, note_flight, state_of_dead
-from traceml.aggregator.streams import Incarnation, Stream, StreamState
+from traceml.aggregator.streams.run_streams import RunStreams
+from traceml.aggregator.streams.stream import Incarnation, Stream, StreamState
+from traceml.aggregator.streams.stream_ends import final_state, note_exit, note_flight, state_of_dead
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of

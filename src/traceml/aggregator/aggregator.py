@@ -23,14 +23,14 @@ from traceml.aggregator.commands import Commands
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.relay.relayed_hosts import RelayedHosts
-from traceml.aggregator.streams import Stream, StreamPeer
+from traceml.aggregator.streams.stream import Stream, StreamPeer
 from traceml.database.store.store import merge_wal
 from traceml.errors import ProtocolError, StoreError
 from traceml.fail_open import fail_open
 from traceml.run_folder import COPIES_FOLDER, STORE_NAME
-from traceml.track.delivery.manager import STALL_LIMIT_S, DeliveryManager, RunDeliveries
+from traceml.track.delivery.delivery_manager import STALL_LIMIT_S, DeliveryManager, RunDeliveries
+from traceml.transport.folder_aggregator import folder_id
 from traceml.transport.hello import Hello
-from traceml.transport.runs_folder import folder_id
 from traceml.transport.server import Peer, RefusedError, Server
 from traceml.transport.tls import ServerIdentity
 

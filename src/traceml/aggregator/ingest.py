@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from traceml.aggregator.artifacts import Artifacts
-from traceml.aggregator.streams import Stream
+from traceml.aggregator.streams.stream import Stream
 from traceml.database.schema import BLOBS, TABLES, Table
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import decode_log

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from traceml.aggregator.streams import Stream
+from traceml.aggregator.streams.stream import Stream
 from traceml.database.schema import INFO, NAMES
 from traceml.database.snapshots import RankSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit

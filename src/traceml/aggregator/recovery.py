@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 
 from traceml.aggregator.ingest import Ingest
-from traceml.aggregator.streams import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, Stream
 from traceml.database.flight.flight_folders import default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import SILENCE_S, find_unclaimed, is_alive

@@ -15,14 +15,14 @@ from pathlib import Path
 from traceml import ids
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import DeadFlight, dead_flights
-from traceml.aggregator.streams import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, Stream
 from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.errors import StoreError
 from traceml.ids import new_run_id
 from traceml.own_files import replace_file
 from traceml.run_folder import STORE_NAME
+from traceml.transport.folder_aggregator import create_runs_dir
 from traceml.transport.hello import Hello
-from traceml.transport.runs_folder import create_runs_dir
 from traceml.transport.server import RefusedError
 
 __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]

@@ -26,8 +26,8 @@ from traceml.formatting import printable
 from traceml.process_ends import EndedBySignal
 
 if TYPE_CHECKING:
+    from traceml.supervise.launch_screen import MakeScreen
     from traceml.supervise.supervisor import Screen
-    from traceml.supervise.terminal_screen import MakeScreen
 
 __all__ = ["main", "make_parser"]
 
@@ -93,8 +93,8 @@ def _run(options: argparse.Namespace, script: dict[str, Any], tracing: dict[str,
     from traceml.launch.launcher.assembly import run_script
     from traceml.launch.launcher.end_signals import ended_by
     from traceml.launch.launcher.job.tracing import Tracing
+    from traceml.supervise.launch_screen import terminal_screen
     from traceml.supervise.page_process import PageScreen
-    from traceml.supervise.terminal_screen import terminal_screen
 
     screen: MakeScreen = {"none": _no_screen, "web": PageScreen}.get(options.live, terminal_screen)
     traced = Tracing(make_screen=screen, report=options.report, **tracing) if tracing is not None else None

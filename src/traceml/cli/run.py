@@ -253,9 +253,9 @@ def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
         return None
 
     def make() -> Screen:
-        from traceml.display.terminal.run_screen import RunScreen
+        from traceml.display.terminal.live_screen import LiveScreen
 
-        return RunScreen(job.run_dir)
+        return LiveScreen(job.run_dir)
 
     return make
 

@@ -34,8 +34,8 @@ from traceml.supervise.page_process import PageProcess
 from traceml.supervise.report_process import BESIDE_RUNS, ReportProcess
 from traceml.track.tracker_state import states_of
 from traceml.transport import auth
+from traceml.transport.folder_aggregator import AggregatorAddress, FolderLock, address_of, folder_id, reachable
 from traceml.transport.read_batches import BatchSelector
-from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id, reachable
 from traceml.transport.server import BACKLOG
 from traceml.transport.tls import make_identity
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.topology.topology import RankGroup
+from traceml.diagnosis.facts.topology import RankGroup
 from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [

@@ -25,8 +25,8 @@ from traceml.recorder.detached_process import DetachedProcess
 from traceml.settings import Config
 from traceml.transport.auth import runtime_folder
 from traceml.transport.client import Connection, connect
+from traceml.transport.folder_aggregator import AggregatorAddress, FolderLock, address_of
 from traceml.transport.hello import Hello
-from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of
 
 __all__ = ["connect_or_start"]
 

@@ -13,9 +13,9 @@ from traceml.database.schema import Phase, Slot
 from traceml.fail_open import fail_open
 from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.line_sampler import LineSampler
+from traceml.recorder.no_progress.watch_assembly import progress_watch, register_stacks
 from traceml.recorder.pauses.pause_recorder import PauseRecorder
-from traceml.recorder.profiles.profile_server import ProfileServer
-from traceml.recorder.quiet.set_up import quiet_watch, register_stacks
+from traceml.recorder.profile_server import ProfileServer
 from traceml.recorder.user_code import UserCode
 from traceml.samplers.base import Sampler, SamplerScheduler
 from traceml.samplers.death_causes import DeathCauses
@@ -60,7 +60,7 @@ class RankTracing:
         self.profiles = ProfileServer(
             flight, clock=self._step_clock, thread=self._training_thread, contains=UserCode().contains
         )
-        self._quiet = quiet_watch(
+        self._progress_watch = progress_watch(
             flight,
             rank=lambda: rank()[0],
             thread=self._training_thread,
@@ -129,7 +129,7 @@ class RankTracing:
 
     def snapshot(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Answer the aggregator's command `snapshot`."""
-        return self._quiet.snapshot_now(is_last=args.get("last") is True).to_row()
+        return self._progress_watch.snapshot_now(is_last=args.get("last") is True).to_row()
 
     def hook_ns(self) -> int:
         """Return what the hooks cost per step, in nanoseconds."""
@@ -202,8 +202,8 @@ class RankTracing:
 
     def _check_progress(self, last: bool) -> None:
         self._flight.open_slots[Slot.EVALUATING] = 1 if self.is_evaluating else 2 if self.loop_has_ended else 0
-        self._quiet(last)
-        self._thread.is_attentive = self._quiet.is_quiet or self.profiles.is_used
+        self._progress_watch(last)
+        self._thread.is_attentive = self._progress_watch.is_quiet or self.profiles.is_used
 
     def _is_feeding(self, frame: FrameType) -> bool:
         feeding = self.instrumentation.feeding if self.instrumentation is not None else None

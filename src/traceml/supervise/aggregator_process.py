@@ -23,7 +23,7 @@ from traceml.ids import new_run_id, safe_run_id
 from traceml.own_programs import own_program
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
-from traceml.transport.runs_folder import create_runs_dir
+from traceml.transport.folder_aggregator import create_runs_dir
 
 if TYPE_CHECKING:
     from traceml.transport.client import Connection

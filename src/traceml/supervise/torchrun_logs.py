@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Logs
 from traceml import settings
 from traceml.fail_open import fail_open
 from traceml.ids import new_run_id, safe_run_id
-from traceml.transport.runs_folder import create_runs_dir
+from traceml.transport.folder_aggregator import create_runs_dir
 
 __all__ = ["RunLogsSpecs"]
 

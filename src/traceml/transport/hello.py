@@ -14,7 +14,7 @@ from traceml.clock import boot_id, clock_pair, monotonic_ns, process_start_ticks
 from traceml.database import schema
 from traceml.errors import ProtocolError
 from traceml.ids import DEFAULT_PROJECT
-from traceml.transport.runs_folder import folder_id
+from traceml.transport.folder_aggregator import folder_id
 
 __all__ = ["WORLD_LIMIT", "Hello", "Role", "check_rank", "schemas"]
 
@@ -55,7 +55,7 @@ class Hello:
         command: the command line of the job.
         flight: path of this rank's flight file, "" when it is not on a file system.
         runs_dir: runs folder of this job, if only an aggregator of that folder may take it in.
-        runs_dir_id: that folder's identity (`runs_folder.folder_id`), by default as it is when the hello is sent.
+        runs_dir_id: that folder's identity (`folder_aggregator.folder_id`), by default as it is when the hello is sent.
         restarts_left: number of restarts that the job's launcher has left.
         schemas: see `schemas()`.
         script_ms: age of the process in milliseconds, if it runs the user's script, by `clock`; its run began so

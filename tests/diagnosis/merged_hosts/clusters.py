@@ -14,7 +14,7 @@ import numpy as np
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from tests.diagnosis.merged_hosts.central_merger import CentralMerger
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.topology.topology import Topology
+from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
 from traceml.diagnosis.merged_hosts.host_second import HostSecond

@@ -7,7 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.topology.topology import Topology
+from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose

@@ -23,8 +23,8 @@ from traceml.recorder.sending.dialing import stored_elsewhere
 from traceml.run_folder import STORE_NAME
 from traceml.settings import load
 from traceml.transport.client import Connection
+from traceml.transport.folder_aggregator import address_of
 from traceml.transport.hello import Hello
-from traceml.transport.runs_folder import address_of
 
 pytestmark = pytest.mark.process
 

@@ -27,7 +27,7 @@ from traceml.run_folder import STORE_NAME
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
-    from traceml.aggregator.streams import Stream
+    from traceml.aggregator.streams.stream import Stream
 
 __all__ = ["SourceReadings"]
 

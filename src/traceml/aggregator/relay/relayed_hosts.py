@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from traceml.aggregator.active_run import ActiveRun
-from traceml.aggregator.streams import Stream, StreamPeer, StreamState
+from traceml.aggregator.streams.stream import Stream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.frame_compression import decode
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS, HostSums

@@ -14,7 +14,7 @@ from traceml.database.silent_snapshots import SilentSnapshots, silent_s
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
-    from traceml.aggregator.streams import Stream
+    from traceml.aggregator.streams.stream import Stream
     from traceml.database.snapshots import RankSnapshot
 
 __all__ = ["snapshots_from_outside", "stacks_reply"]

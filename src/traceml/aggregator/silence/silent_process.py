@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from traceml.database.silent_snapshots import SilentSnapshots
 
 if TYPE_CHECKING:
-    from traceml.aggregator.streams import Stream
+    from traceml.aggregator.streams.stream import Stream
 
 __all__ = ["SilentProcess"]
 

@@ -17,7 +17,7 @@ from traceml.database.snapshots import SNAPSHOT
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
-    from traceml.aggregator.streams import Stream
+    from traceml.aggregator.streams.stream import Stream
     from traceml.database.snapshots import RankSnapshot
 
 __all__ = ["SilentRanks", "store_snapshot"]

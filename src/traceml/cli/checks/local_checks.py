@@ -244,8 +244,8 @@ def _flight_folder(folder: Path) -> Check:
 def _aggregator(config: Config) -> Check:
     from traceml.transport import auth
     from traceml.transport.client import connect
+    from traceml.transport.folder_aggregator import AggregatorAddress, address_of
     from traceml.transport.hello import Hello
-    from traceml.transport.runs_folder import AggregatorAddress, address_of
 
     found = None if config.address_given else address_of(config.runs_dir, config.port)
     address = found or AggregatorAddress(config.host, config.port)

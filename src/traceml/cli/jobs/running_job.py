@@ -15,8 +15,8 @@ from traceml.runs.live_run import LiveRun
 from traceml.settings import Config
 from traceml.transport import auth
 from traceml.transport.client import Connection, connect
+from traceml.transport.folder_aggregator import address_of, reachable
 from traceml.transport.hello import Hello
-from traceml.transport.runs_folder import address_of, reachable
 
 __all__ = ["aggregator_of", "running_job"]
 

@@ -28,7 +28,7 @@ from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop
-from traceml.diagnosis.facts.topology.topology import Topology
+from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 

@@ -29,7 +29,7 @@ from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
-from traceml.diagnosis.facts.topology.topology import TopologyHistory
+from traceml.diagnosis.facts.topology import TopologyHistory
 from traceml.diagnosis.facts.trainings.trained_models import TrainedModels
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.topology.topology import RankGroup
+from traceml.diagnosis.facts.topology import RankGroup
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import PHASES, Floats, has_group
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from traceml.display.terminal.terminal_driver import ansi_bytes, terminal_size
+from traceml.display.terminal.bottom_panel import ansi_bytes, terminal_size
 from traceml.renderers.text.live_panel import MIN_HEIGHT, MIN_WIDTH, live_lines
 from traceml.renderers.text.viewport import Viewport
 

@@ -23,7 +23,7 @@ from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.payload_buffer import map_private
 from traceml.launch.worker import main_module
 from traceml.launch.worker.blas import set_blas_threads
-from traceml.launch.worker.process_end import end_process, exit_status
+from traceml.launch.worker.finalization import end_process, exit_status
 from traceml.launch.worker.stack_thread import serve_stacks
 
 __all__ = ["main"]

@@ -12,8 +12,8 @@ from traceml.clock import boot_id
 from traceml.errors import AggregatorUnavailableError
 from traceml.settings import Config
 from traceml.transport.client import Connection, connect
+from traceml.transport.folder_aggregator import AggregatorAddress, address_of, folder_id
 from traceml.transport.hello import Hello
-from traceml.transport.runs_folder import AggregatorAddress, address_of, folder_id
 
 __all__ = ["dial", "dial_as_client", "stored_elsewhere"]
 

@@ -28,10 +28,10 @@ from traceml.launch.wire.tunnel import TunnelConnector
 from traceml.run_folder import COPIES_FOLDER, STORE_NAME
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
+from traceml.supervise.launch_screen import MakeScreen, Output, terminal_screen
 from traceml.supervise.slurm_jobs import scheduler_facts
 from traceml.supervise.start_notice import print_start
 from traceml.supervise.supervisor import Screen
-from traceml.supervise.terminal_screen import MakeScreen, Output, terminal_screen
 
 __all__ = ["Tracing"]
 

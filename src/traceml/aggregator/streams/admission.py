@@ -1,0 +1,83 @@
+"""Admission of ranks: the attempt of a run that a new rank belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from traceml.aggregator.run_facts import RunFacts
+from traceml.aggregator.streams.stream import Incarnation, Stream
+from traceml.aggregator.streams.stream_table import StreamTable
+from traceml.transport.hello import Hello
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """Tells ranks of a run from those of other jobs.
+
+    The same key does not prove the same job: torchrun's default address is the same each time, and a subprocess of a
+    rank inherits its variables.
+
+    Args:
+        facts: the run's.
+        table: its streams.
+        named: whether the user chose its id: then a job that comes again under this id is its next attempt.
+        on_helper: called with a stream that has turned out to be no rank.
+    """
+
+    def __init__(
+        self, facts: RunFacts, table: StreamTable, *, named: bool, on_helper: Callable[[Stream], object]
+    ) -> None:
+        self._facts = facts
+        self._table = table
+        self._named = named
+        self._on_helper = on_helper
+
+    def attempt_for(self, hello: Hello) -> int | None:
+        """Return the attempt that a new rank belongs to, None when it is of another job."""
+        attempt = self._facts.attempt_of(hello.attempt)
+        if hello.parent:
+            return attempt
+
+        self._leave_to_children(hello, attempt)
+        current = self._table.of_rank(attempt, hello.rank)
+        if current is None:
+            facts = self._facts
+            other_job = facts.ended and attempt <= facts.attempt and hello.world_size != facts.world_size
+            return None if other_job and not self._named else attempt
+
+        if _is_busy(current, hello) or (hello.spawned_by and hello.world_size == 1):
+            return None  # children that train each for themselves are runs of their own
+
+        if self._named and hello.flight == current.flight != "" and not current.next.get("steps"):
+            return attempt  # the same recording, which has joined a process group: that is not a restart
+
+        return self._facts.attempt + 1 if self._named else None
+
+    def starts_next_run(self, hello: Hello) -> bool:
+        """Whether a rank that has ended here trains again in the same process: that is the job's next run."""
+        current = self._table.of_rank(self._facts.attempt_of(hello.attempt), hello.rank)
+        return (
+            current is not None
+            and current.ended
+            and replace(current.incarnation, recorder=hello.recorder) == Incarnation.from_hello(hello)
+        )
+
+    def _leave_to_children(self, hello: Hello, attempt: int) -> None:
+        """Make a process that has only started a rank a helper, because it is not a rank itself."""
+        for stream in self._table.of_recorder(attempt, hello.spawned_by) if hello.spawned_by else ():
+            if not stream.next.get("steps"):
+                self._table.remove_rank(stream)
+                self._on_helper(stream)
+
+
+def _is_busy(current: Stream, hello: Hello) -> bool:
+    """Whether another process is that rank now; a second recorder of the same process replaces the first."""
+    same_process = (current.incarnation.pid, current.incarnation.start_ticks, current.incarnation.boot) == (
+        hello.pid, hello.start_ticks, hello.boot_id,
+    )  # fmt: skip
+    if same_process or current.ended:
+        return False
+
+    return current.connected or not current.is_dead

@@ -1,0 +1,119 @@
+"""Ends of ranks and of runs, by the reports of the launcher, flight files and the ranks themselves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from traceml.aggregator.streams.stream import Stream, StreamState
+from traceml.database.flight.flight_header import FlightState
+from traceml.database.flight.postmortem import FlightSnapshot
+from traceml.database.schema import Slot
+from traceml.diagnosis.deaths.lost_ranks import was_stopped
+from traceml.diagnosis.facts.ends.ending_signal import scheduler_words
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.inspection.crash_stacks import crash_facts
+
+__all__ = ["final_state", "note_exit", "note_flight", "note_oom", "resumed_at", "state_of_dead"]
+
+# Exit status of a job that was ended from outside before its ranks had started.
+_STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+
+_OOM = ("group", "host")  # where a counter of out-of-memory kills has grown
+
+
+def note_exit(stream: Stream, report: dict[str, Any]) -> None:
+    """Add the launcher's report of its end to a stream."""
+    code = report["exitcode"]
+    stream.exit |= {"signal": -code} if code < 0 else {"code": code}
+    stream.reported_dead = stream.incarnation.pid == report.get("pid")
+    if report.get("stopped"):
+        stream.exit["stopped"] = True
+
+    if isinstance(report.get("flight"), str):
+        stream.reported_flight = Path(report["flight"])
+
+    if isinstance(report.get("time"), int | float):
+        stream.exit["reported_s"] = report["time"]
+
+    if report.get("oom") in _OOM:
+        stream.exit["oom"] = report["oom"]
+
+    stream.exit |= scheduler_words(report)
+    if isinstance(report.get("crash"), str):
+        stream.exit = {**crash_facts(report["crash"]), **stream.exit}
+
+
+def note_oom(stream: Stream) -> None:
+    """Add to a stream that ended badly whether the kernel killed it for lack of memory."""
+    ended = stream.exit
+    if "oom" in ended or stream.oom_watch is None or ended.get("stopped"):
+        return
+
+    by_signal = ended.get("signal") == signal.SIGKILL or bool(ended.get("process_gone"))
+    if by_signal and (where := stream.oom_watch.killed()):
+        ended["oom"] = where
+
+
+def resumed_at(stream: Stream, place: int, streams: Iterable[Stream]) -> int:
+    """Return the steps in the newest checkpoint that an earlier attempt of a job has saved in a folder; 0 without one.
+
+    Args:
+        stream: of the rank that reads it.
+        place: number of the folder.
+        streams: all of the run.
+    """
+    saved = [each for each in streams if each.attempt < stream.attempt and each.exit.get("saved_in") == place]
+    before = [each for each in saved if each.rank == stream.rank] or saved  # each rank may save its own
+    newest = max((each.attempt for each in before), default=-1)
+    return max((each.resumes_at + each.exit["saved_steps"] for each in before if each.attempt == newest), default=0)
+
+
+def note_flight(stream: Stream, image: FlightSnapshot) -> None:
+    """Add what the flight file of a dead process shows: its launcher may report the end when the file is gone."""
+    in_loop = image.open_phase[0] is not None or image.slot(Slot.ITERATING) > 0
+    stream.flight_state = image.state
+    # in the middle of its loop, without the interpreter's own end: by os._exit
+    stream.was_cut_off = in_loop and image.open_step is not None and not image.slot(Slot.EXIT_START)
+
+
+def state_of_dead(stream: Stream, world_size: int) -> StreamState:
+    """Return the final state of a dead process, by the reports of its launcher and its flight file.
+
+    Args:
+        stream: of the process.
+        world_size: ranks of the job. Of several, the others show whether one that left by os._exit(0) is missed.
+    """
+    if stream.exit.get("signal"):
+        return StreamState.KILLED
+
+    if stream.exit.get("code") or stream.exit.get("exception") or stream.flight_state is FlightState.FAILED:
+        return StreamState.FAILED
+
+    if stream.state is StreamState.FINISHED or stream.flight_state is FlightState.FINISHED:
+        return StreamState.FINISHED
+
+    if stream.exit.get("code") != 0 or (world_size == 1 and stream.was_cut_off):
+        return StreamState.LOST
+
+    return StreamState.FINISHED
+
+
+def final_state(members: Sequence[Stream], status: int | None) -> str:
+    """Return the state of a run that is over: finished, stopped, failed or lost.
+
+    Args:
+        members: the ranks of its last attempt.
+        status: exit status of the job, as its launcher reports it; None where it is unknown.
+    """
+    states = {stream.state for stream in members}
+    exits = [RankExit.from_facts(stream.rank, str(stream.state), stream.exit) for stream in members]
+    if was_stopped(exits) or (status in _STOPPED_STATUS and not ended_badly(exits)):
+        return "stopped"
+
+    if status or states & {StreamState.FAILED, StreamState.KILLED}:
+        return "failed"
+
+    return "lost" if StreamState.LOST in states else "finished"

@@ -1,0 +1,119 @@
+"""Signs of progress in a rank, cheap ones first.
+
+These are a row, batch, phase or collective; a written byte (output, a checkpoint); and a line of the user's code, or of
+a module that is being imported, below all lines seen in its function since the last progress. A loop that polls a file
+runs the same lines again and again, which is no progress. Nor are the answers of torch's store, which ranks that wait
+for others ask all the time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
+from traceml.inspection.kernel_state import io_bytes
+from traceml.inspection.received_bytes import received_bytes
+from traceml.inspection.thread_frames import stack_frames, thread_frame
+from traceml.inspection.thread_numbers import thread_number
+from traceml.recorder.no_progress.store_threads import StoreThreads
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+    from traceml.recorder.user_code import UserCode
+
+__all__ = ["ProgressCounters"]
+
+_TABLES = (STEPS.name, USER_PHASES.name, EVALS.name, EPOCHS.name, METRICS.name)
+_WORDS = (*range(len(Phase)), int(Slot.STEP_START), int(Slot.USER_NAME), int(Slot.EXIT_START))
+_MAX_DEPTH, _MAX_CODES = 200, 4096
+_DISTRIBUTED = "/torch/distributed/"
+
+
+class ProgressCounters:
+    """Compares what a rank has done with the last time.
+
+    Args:
+        flight: its tables and open slots.
+        thread: returns the id of the training thread.
+        user: recognizes the user's code.
+        work: returns numbers that change with each batch, forward and backward, also of an evaluation.
+        collectives: returns text that changes with each collective.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        thread: Callable[[], int],
+        user: UserCode,
+        work: Callable[[], Iterable[Any]],
+        collectives: Callable[[], object],
+    ) -> None:
+        logged = flight.log(LOGGED.name)
+        self._tables: list[Any] = [*(flight.ring(name) for name in _TABLES), logged]
+        self._slots = flight.open_slots
+        self._thread, self._user, self._work, self._collectives = thread, user, work, collectives
+        self._done: tuple[Any, ...] = ()
+        self._rest: tuple[Any, ...] | None = None
+        self._received = 0
+        self._store_threads = StoreThreads()
+        # The furthest line that was seen in each function, by id of its code, whose hash takes long.
+        self._lines: dict[int, tuple[CodeType, int]] = {}
+
+    def moved(self) -> bool:
+        """Return whether there was progress since the last call."""
+        done = (*(table.appended for table in self._tables), *(self._slots[word] for word in _WORDS))
+        if done != self._done:
+            self._done, self._rest = done, None
+            self._lines.clear()
+            return True
+
+        moved = self._written_bytes(), self._received_bytes()
+        before, self._rest = self._rest, (*self._work(), self._collectives(), *moved)
+        if before not in (None, self._rest):
+            self._lines.clear()
+            return True
+
+        return self._is_elsewhere()
+
+    def _written_bytes(self) -> int:
+        """Return the bytes that threads of this process have written, but for ours and the store's."""
+        own = str(threading.get_native_id())
+        if not self._store_threads():
+            return io_bytes("self")[1] - io_bytes(f"self/task/{own}")[1]
+
+        return sum(io_bytes(f"self/task/{thread}")[1] for thread in self._store_threads.others if thread != own)
+
+    def _received_bytes(self) -> int:
+        """Return the bytes that have come on the connection that the training thread waits for, if it does."""
+        ident = self._thread()
+        frame = thread_frame(ident)
+        if frame is not None and _DISTRIBUTED in frame.f_code.co_filename:  # it asks torch's store
+            return self._received
+
+        number = thread_number(ident)
+        before, self._received = self._received, received_bytes(number) if number else 0
+        if not self._received:  # it waits for no connection now, as between two parts: that alone is no progress
+            self._received = before
+
+        return self._received
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the training thread is further on in the user's code than ever since the last progress."""
+        is_new = False
+        for frame in stack_frames(thread_frame(self._thread()), _MAX_DEPTH):
+            # A module is counted as its import goes on.
+            if frame.f_code.co_name == "<module>" or self._user.contains(frame):
+                is_new |= self._is_further(frame.f_code, frame.f_lineno or 0)
+
+        return is_new
+
+    def _is_further(self, code: CodeType, line: int) -> bool:
+        known = self._lines.get(id(code))
+        if (known is not None and line <= known[1]) or len(self._lines) >= _MAX_CODES:
+            return False
+
+        self._lines[id(code)] = code, line
+        return True

@@ -1,0 +1,193 @@
+"""A snapshot of the own process: stack, phase, process groups, loader workers, and what the kernel says."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import takewhile
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from traceml.clock import monotonic_ns
+from traceml.database.flight.open_phase import open_phase
+from traceml.database.process_snapshots import blocker_of
+from traceml.database.schema import LINE_PHASES, Slot
+from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
+from traceml.inspection.kernel_state import io_bytes, is_job_suspended, process_info, tree_usage, wait_state
+from traceml.inspection.thread_frames import stack_frames, thread_frame
+from traceml.inspection.thread_numbers import thread_number
+from traceml.inspection.user_files import display_path, is_debugger, is_package_file
+from traceml.instrument.workers.loader_workers import awaited_loader
+from traceml.recorder.no_progress.store_threads import StoreThreads
+from traceml.recorder.no_progress.thread_snapshots import other_threads
+from traceml.recorder.no_progress.transfer_snapshots import open_transfer, with_root
+from traceml.recorder.user_code import UserCode
+
+if TYPE_CHECKING:
+    from traceml.database.flight.flight import FlightFile
+    from traceml.instrument.loader import DataProgress
+
+__all__ = ["SnapshotMaker", "awaited_child", "frame_flags"]
+
+_SUBPROCESS = "/subprocess.py"
+_WAITS = ("wait", "communicate", "_wait", "_communicate")
+_WAIT_DEPTH = 20
+
+
+class SnapshotMaker:
+    """Takes snapshots of this process.
+
+    Args:
+        flight: its tables and open slots.
+        rank: returns its rank.
+        thread: returns the id of the training thread.
+        user: recognizes the user's code.
+        is_evaluating: whether an evaluation runs.
+        data: returns how far the data of the training loader is read; None where there is none.
+        groups: returns the newest operation by process group.
+        workers: returns the loader's workers, by the time without progress and the iterator that the rank waits for.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        *,
+        rank: Callable[[], int],
+        thread: Callable[[], int],
+        user: UserCode,
+        is_evaluating: Callable[[], bool],
+        data: Callable[[], DataProgress | None],
+        groups: Callable[[], tuple[GroupSnapshot, ...]],
+        workers: Callable[[float, int | None], tuple[WorkerSnapshot, ...]],
+    ) -> None:
+        self._slots, self._steps = flight.open_slots, flight.ring("steps")
+        self._rank, self._thread, self._user = rank, thread, user
+        self._is_evaluating, self._data, self._groups, self._workers = is_evaluating, data, groups, workers
+        self._use = tree_usage(os.getpid())
+        self._store_threads = StoreThreads()
+        self._idle_bytes = self._bytes_of_idle()
+        self._used_s = time.monotonic()
+
+    def make(self, quiet_s: float, *, is_last: bool = False) -> RankSnapshot:
+        """Return a snapshot of this moment."""
+        frame = thread_frame(self._thread())
+        frames, user = self._stack(frame)
+        cpu_share, io_bytes_per_s = self._used()
+        number = thread_number(self._thread()) or os.getpid()
+        seen, info = wait_state(number), process_info(number)
+        compiles, debugged = frame_flags(frames)
+        step, in_step = self._step()
+        data = self._data()
+        return RankSnapshot(
+            at_ns=monotonic_ns(),
+            rank=self._rank(),
+            quiet_s=round(quiet_s, 3),
+            step=step,
+            in_step=in_step,
+            phase=self._phase(),
+            answered="recorder",
+            frames=tuple(frames[:MAX_FRAMES]),
+            user_line=user[0] if user else None,
+            outer_line=user[-1] if len(user) > 1 else None,
+            process_state=seen.state,
+            wchan=seen.wchan,
+            waits_on=seen.waits_on,
+            blocker=blocker_of(os.getpid(), number, awaited_child(frame, self._user.contains)),
+            cpu_share=cpu_share,
+            io_bytes_per_s=io_bytes_per_s,
+            is_waiting_for_terminal=seen.is_terminal_input,
+            is_debugged=debugged or bool(seen.tracer),
+            is_suspended=info is not None and is_job_suspended(info),
+            is_idle_notebook="ipykernel" in sys.modules and not user,
+            is_compiling=compiles,
+            batches=data.batches if data is not None else -1,
+            epoch=data.epoch if data is not None else 0,
+            data_ended=data is not None and data.is_over,
+            groups=self._operations(frame),
+            workers=self._workers(quiet_s, awaited_loader(frame)),
+            threads=other_threads(self._thread(), self._user),
+            is_last=is_last,
+        )
+
+    def _operations(self, frame: FrameType | None) -> tuple[GroupSnapshot, ...]:
+        transfer = open_transfer(frame, self._user.contains)
+        groups = with_root(self._groups(), frame, self._user.contains)
+        is_known = any(group.is_p2p and group.in_flight for group in groups)
+        return groups if transfer is None or is_known else (*groups, transfer)
+
+    def end(self, quiet_s: float) -> RankSnapshot:
+        """Return the snapshot that ends a quiet period of this many seconds."""
+        step, in_step = self._step()
+        return RankSnapshot(
+            at_ns=monotonic_ns(), rank=self._rank(), quiet_s=round(quiet_s, 3), step=step, in_step=in_step,
+            phase=self._phase(), answered="recorder", ended=True,
+        )  # fmt: skip
+
+    def _stack(self, frame: FrameType | None) -> tuple[list[FrameSnapshot], list[FrameSnapshot]]:
+        """Return all frames without ours, and those of the user's code, the innermost first."""
+        frames: list[FrameSnapshot] = []
+        user: list[FrameSnapshot] = []
+        for each in stack_frames(frame):
+            code = each.f_code
+            if not is_package_file(code.co_filename):
+                is_user = self._user.contains(each)
+                file = display_path(code.co_filename)
+                line = FrameSnapshot(file=file, line=each.f_lineno or 0, function=code.co_qualname, is_user=is_user)
+                frames.append(line)
+                user += [line] if is_user else []
+
+        return frames, user
+
+    def _step(self) -> tuple[int, bool]:
+        in_step = bool(self._slots[Slot.STEP_START])
+        step = self._slots[Slot.STEP]
+        return step if in_step else max(step, self._steps.appended) - 1, in_step
+
+    def _phase(self) -> str:
+        if self._slots[Slot.EXIT_START]:
+            return "exit"
+
+        return "evaluation" if self._is_evaluating() else LINE_PHASES[self._opened()]
+
+    def _bytes_of_idle(self) -> int:
+        """Return the bytes of this thread, as reading /proc is no sign of life, and of those of torch's store."""
+        threads = (threading.get_native_id(), *self._store_threads())
+        return sum(sum(io_bytes(f"self/task/{thread}")) for thread in threads)
+
+    def _opened(self) -> int:
+        return open_phase(self._slots, self._steps.appended > 0)[0]
+
+    def _used(self) -> tuple[float | None, float | None]:
+        """Return the cores and the bytes per second of this process and its children since the last call."""
+        use, idle_bytes, now_s = tree_usage(os.getpid()), self._bytes_of_idle(), time.monotonic()
+        before, self._use = self._use, use
+        idle, self._idle_bytes = idle_bytes - self._idle_bytes, idle_bytes
+        passed_s, self._used_s = now_s - self._used_s, now_s
+        if passed_s < 0.1:
+            return None, None
+
+        moved = max(0, use.io_bytes - before.io_bytes - idle)
+        return round(max(0.0, use.cpu_s - before.cpu_s) / passed_s, 3), round(moved / passed_s, 1)
+
+
+def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
+    """Return whether torch.compile is in a stack, and whether a debugger is."""
+    compiles = any(
+        "torch/_dynamo/convert_frame" in each.file or ("torch/_inductor/" in each.file and "compile" in each.function)
+        for each in frames
+    )
+    return compiles, any(is_debugger(each.file) for each in frames)
+
+
+def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> int | None:
+    """Return the number of the child; None where the user's code waits for none."""
+    for each in takewhile(lambda each: not is_user(each), stack_frames(frame, _WAIT_DEPTH)):
+        if each.f_code.co_name in _WAITS and each.f_code.co_filename.endswith(_SUBPROCESS):
+            child = each.f_locals.get("self")
+            pid = getattr(child, "pid", None)
+            return pid if type(pid) is int and getattr(child, "returncode", 0) is None else None
+
+    return None

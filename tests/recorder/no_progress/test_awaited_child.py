@@ -1,0 +1,69 @@
+"""The child that a thread waits for, of real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import pytest
+
+from tests.eventually import eventually
+from traceml.database.process_snapshots import blocker_of
+from traceml.recorder.no_progress.snapshot_maker import awaited_child
+
+pytestmark = pytest.mark.process
+
+
+def is_test(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == __file__
+
+
+def waiting(child: subprocess.Popen[bytes]) -> None:
+    child.wait()
+
+
+def reading(child: subprocess.Popen[bytes]) -> None:
+    child.communicate(timeout=600)
+
+
+@pytest.mark.parametrize("wait", [waiting, reading])
+def test_the_child_is_found_by_the_call_that_waits(wait: Callable[[subprocess.Popen[bytes]], None]) -> None:
+    """Also where it waits for the output, and behind a shell; once the child has ended there is none."""
+    with subprocess.Popen("sleep 61; true", shell=True, stdout=subprocess.PIPE, start_new_session=True) as child:
+        thread = threading.Thread(target=wait, args=(child,))
+        thread.start()
+
+        def found() -> int | None:
+            return awaited_child(sys._current_frames().get(thread.ident or 0), is_test)
+
+        def program() -> str:
+            seen = blocker_of(os.getpid(), threading.get_native_id(), found())
+            return "" if seen is None else seen.name
+
+        try:
+            eventually(lambda: found() == child.pid, "the wait for the child")
+            eventually(lambda: program() == "sleep", "the program behind the shell")
+        finally:
+            os.killpg(child.pid, 9)
+
+        thread.join(240)
+        assert not thread.is_alive()
+        assert awaited_child(sys._getframe(), is_test) is None
+
+
+def test_a_function_of_that_name_elsewhere_waits_for_no_child() -> None:
+    """As `threading.Event.wait`."""
+    event = threading.Event()
+    thread = threading.Thread(target=event.wait)
+    thread.start()
+    try:
+        eventually(lambda: thread.ident in sys._current_frames())
+        assert awaited_child(sys._current_frames()[thread.ident or 0], is_test) is None
+        assert awaited_child(None, is_test) is None
+    finally:
+        event.set()
+        thread.join(240)

@@ -1,0 +1,97 @@
+"""Other threads of a rank that run the user's code."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from traceml.database.snapshots import ThreadSnapshot
+from traceml.recorder.no_progress.thread_snapshots import other_threads
+from traceml.recorder.user_code import UserCode
+
+
+class Upload:
+    """A thread that waits in code of the user."""
+
+    def __init__(self) -> None:
+        self.ready, self.done = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.ready.set()
+        self.done.wait()
+
+
+@contextmanager
+def uploading(name: str, *, daemon: bool) -> Iterator[None]:
+    upload = Upload()
+    thread = threading.Thread(target=upload.wait, name=name, daemon=daemon)
+    thread.start()
+    upload.ready.wait()
+    try:
+        yield
+    finally:
+        upload.done.set()
+        thread.join()
+
+
+def snapshots() -> list[ThreadSnapshot]:
+    """Return what the recorder's thread sees."""
+    training = threading.get_ident()
+    with ThreadPoolExecutor(1) as recorder:
+        return list(recorder.submit(other_threads, training, UserCode()).result())
+
+
+def test_a_thread_is_reported_with_its_line_of_user_code() -> None:
+    """And those first that the interpreter waits for at its end."""
+    with uploading("prefetch", daemon=True), uploading("upload", daemon=False):
+        found = [snapshot for snapshot in snapshots() if snapshot.name in ("prefetch", "upload")]
+
+    assert [(snapshot.name, snapshot.is_daemon) for snapshot in found] == [("upload", False), ("prefetch", True)]
+    assert found[0].line is not None
+    assert (found[0].line.function, found[0].line.is_user) == ("Upload.wait", True)
+    assert found[0].line.file == __file__
+
+
+def test_a_thread_without_user_code_is_reported_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter waits for it, and its name is what is known; before, it may be any library's."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, name="prefetcher")
+    thread.start()
+    try:
+        before = [snapshot.name for snapshot in snapshots()]
+        monkeypatch.setattr(threading.main_thread(), "is_alive", lambda: False)
+        found = [snapshot for snapshot in snapshots() if snapshot.name == "prefetcher"]
+    finally:
+        done.set()
+        thread.join()
+
+    assert "prefetcher" not in before
+    assert found == [ThreadSnapshot(name="prefetcher")]
+
+
+def test_a_thread_that_a_library_started_is_reported_without_a_name() -> None:
+    """As those of torch.distributed.rpc, which Python's list of threads lacks."""
+    upload = Upload()
+    _thread.start_new_thread(upload.wait, ())
+    upload.ready.wait()
+    try:
+        (found,) = [each for each in snapshots() if each.line is not None and each.line.function == "Upload.wait"]
+    finally:
+        upload.done.set()
+
+    assert (found.name, found.is_daemon) == ("", True)
+
+
+def test_the_training_thread_and_idle_pools_are_not_reported() -> None:
+    """A pool's thread without work runs none of the user's code."""
+    with ThreadPoolExecutor(1, thread_name_prefix="idle") as pool:
+        pool.submit(int).result()
+        names = {snapshot.name for snapshot in snapshots()}
+
+    assert not any(name.startswith("idle") for name in names)
+    assert threading.current_thread().name not in names
