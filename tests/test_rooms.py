@@ -91,7 +91,9 @@ SUBROOMS = {
     "launch.launcher.submission": {"launch.launcher", "supervise"},
     "launch.launcher.hosts": {"launch.wire"},
     "launch.launcher.logs": {"launch.wire"},
-    "launch.launcher.job": {"launch.launcher.hosts", "launch.launcher.logs", "launch.wire", "supervise", "database"},
+    "launch.launcher.job": {
+        "launch.launcher.hosts", "launch.launcher.logs", "launch.wire", "supervise", "transport", "database",
+    },
     "launch.agent": {"launch.wire", "database"},
     "launch.worker": {"launch.wire", "session", "recorder"},
     "launch.wire": {"database"},

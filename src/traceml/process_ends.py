@@ -9,8 +9,19 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["CRASHES", "EndedBySignal", "StopRequest", "end_of_status", "exit_text", "signal_name", "signal_text"]
+__all__ = [
+    "CRASHES",
+    "EndedBySignal",
+    "StopRequest",
+    "end_of_status",
+    "ended_by",
+    "exit_text",
+    "signal_name",
+    "signal_text",
+]
 
 CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV))
 """Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
@@ -29,11 +40,29 @@ class EndedBySignal(KeyboardInterrupt):
         self.number, self.at_s = number, time.time()
 
 
+@contextmanager
+def ended_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Raise `EndedBySignal` in the block on the first of these signals; ignore later ones."""
+
+    def end(number: int, _frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+
+        raise EndedBySignal(number)
+
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
     """An event that is set once, also by a handler of the thread that waits for it.
 
-    `threading.Event.set` waits for a lock that `wait` holds for a moment: a handler that comes in this moment waits for
-    ever.
+    `threading.Event.set` waits for a lock that `wait` holds for a moment: a handler that comes in this moment waits
+    forever.
     """
 
     def __init__(self) -> None:

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-__all__ = ["ARTIFACTS", "COPIES_FOLDER", "PAGE_NAME", "REPORT_NAME", "STORE_NAME"]
+__all__ = [
+    "AGGREGATOR_LOG",
+    "ARTIFACTS",
+    "COPIES_FOLDER",
+    "LABELS_NAME",
+    "LOGS_FOLDER",
+    "OUTPUT_LOG",
+    "PAGE_NAME",
+    "PROFILE_NAME",
+    "RELAY_NAME",
+    "REPORT_NAME",
+    "STORE_NAME",
+    "TRACKERS_FOLDER",
+    "UNREAD_LOG",
+]
 
 STORE_NAME = "store.db"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
+# Tags, note and name that people gave the run.
+LABELS_NAME = "labels.json"
+# The trace of a profile that the aggregator took by itself.
+PROFILE_NAME = "profile.json.gz"
+# What another aggregator has confirmed of a run that is sent to it.
+RELAY_NAME = "upstream.json"
+
+# Output of the aggregator, of the script, and of a script that nobody read.
+LOGS_FOLDER = "logs"
+AGGREGATOR_LOG = f"{LOGS_FOLDER}/aggregator.log"
+OUTPUT_LOG = f"{LOGS_FOLDER}/output.log"
+UNREAD_LOG = f"{LOGS_FOLDER}/unread.log"
 # Logged files, by their SHA-256.
 ARTIFACTS = "artifacts"
+# State, lock and log of each tracker's delivery.
+TRACKERS_FOLDER = "trackers"
 # Copies of flight files from other hosts.
 COPIES_FOLDER = "flights"

@@ -13,11 +13,11 @@ from tests.diagnosis.fabricated import Job
 from tests.generated.targets import DAMAGE, TEXTS, Damage, Target, refusal
 from tests.runs.fabricated_store import store_run
 from traceml.errors import StoreError, UsageError
-from traceml.run_folder import REPORT_NAME
+from traceml.run_folder import LABELS_NAME, REPORT_NAME
 from traceml.runs.find import describe_run, list_runs
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import MetricSection, read_report, read_summary
-from traceml.runs.run_labels import LABELS_NAME, read_labels
+from traceml.runs.run_labels import read_labels
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 
 __all__ = ["TARGETS"]

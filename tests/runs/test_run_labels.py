@@ -7,7 +7,8 @@ import os
 import pytest
 
 from traceml.errors import StoreError, UsageError
-from traceml.runs.run_labels import LABELS_NAME, RunLabels, add_tags, read_labels, remove_tags, write_labels
+from traceml.run_folder import LABELS_NAME
+from traceml.runs.run_labels import RunLabels, add_tags, read_labels, remove_tags, write_labels
 
 
 def test_labels_are_read_back(tmp_path):

@@ -91,8 +91,8 @@ def _submit(options: argparse.Namespace, script: dict[str, Any], tracing: dict[s
 
 def _run(options: argparse.Namespace, script: dict[str, Any], tracing: dict[str, Any] | None) -> None:
     from traceml.launch.launcher.assembly import run_script
-    from traceml.launch.launcher.end_signals import ended_by
     from traceml.launch.launcher.job.tracing import Tracing
+    from traceml.process_ends import ended_by
     from traceml.supervise.launch_screen import terminal_screen
     from traceml.supervise.page_process import PageScreen
 

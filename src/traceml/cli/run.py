@@ -27,8 +27,8 @@ from traceml.own_programs import own_program
 from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.output import PassThroughScreen
-from traceml.supervise.start_notice import print_start
 from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
+from traceml.transport.run_line import print_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

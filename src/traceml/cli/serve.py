@@ -21,12 +21,13 @@ from traceml.aggregator.aggregator import Aggregator
 from traceml.aggregator.alerts.alert_targets import target_of
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
-from traceml.aggregator.relay.upstream import RELAY_MARK, Upstream
+from traceml.aggregator.relay.upstream import Upstream
 from traceml.cli.options.number_range import PORT, NumberRange
 from traceml.cli.options.parsing import CommandParser, WrappingFormatter
 from traceml.cli.options.shared_options import add_prometheus_option
 from traceml.errors import TraceMLError
 from traceml.own_programs import own_program
+from traceml.run_folder import RELAY_NAME
 from traceml.supervise.metrics_process import metrics_beside
 from traceml.supervise.otlp_process import otlp_beside
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
@@ -320,7 +321,7 @@ def _upstream(config: settings.Config, options: argparse.Namespace, aggregator: 
 def _unsent_runs(aggregator: Aggregator) -> list[Path]:
     """Return the open runs, and those that were over before they were seen here."""
     runs = aggregator.registry.runs
-    return [run.path for run in runs if not run.ended or not (run.path / RELAY_MARK).exists()]
+    return [run.path for run in runs if not run.ended or not (run.path / RELAY_NAME).exists()]
 
 
 def _open_runs(aggregator: Aggregator) -> list[Path]:

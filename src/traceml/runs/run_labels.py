@@ -9,10 +9,10 @@ import msgspec
 
 from traceml.errors import StoreError, UsageError
 from traceml.own_files import read_regular, replace_file
+from traceml.run_folder import LABELS_NAME
 from traceml.runs.json_document import UNREADABLE_JSON
 
 __all__ = [
-    "LABELS_NAME",
     "RunLabels",
     "add_tags",
     "change_labels",
@@ -22,7 +22,6 @@ __all__ = [
     "write_labels",
 ]
 
-LABELS_NAME = "labels.json"
 _MAX_TAG = 64
 _MAX_BYTES = 4 << 20
 

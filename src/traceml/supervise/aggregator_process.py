@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.own_programs import own_program
+from traceml.run_folder import AGGREGATOR_LOG
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.folder_aggregator import create_runs_dir
@@ -113,11 +114,11 @@ class AggregatorProcess(RestartingProcess):
         Raises:
             TraceMLError: the run's folder cannot be written.
         """
-        logs = self.run_dir / "logs"
+        log_path = self.run_dir / AGGREGATOR_LOG
         try:
             create_runs_dir(self.runs_dir)
-            logs.mkdir(parents=True, exist_ok=True)
-            log = (logs / "aggregator.log").open("ab")
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            log = log_path.open("ab")
         except OSError as error:
             raise _unwritable(self.run_dir, error) from error
 

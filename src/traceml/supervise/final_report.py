@@ -11,7 +11,7 @@ from typing import TextIO
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.formatting import printable
-from traceml.run_folder import REPORT_NAME
+from traceml.run_folder import AGGREGATOR_LOG, REPORT_NAME
 
 __all__ = ["load_card", "print_final_report"]
 
@@ -74,7 +74,7 @@ def print_final_report(
             _copy_report(path, report, program, file)
 
     if not finished and run_dir.is_dir():
-        file.write(_UNFINISHED.format(program=program, log=run_dir / "logs" / "aggregator.log", runs=run_dir.parent))
+        file.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=run_dir.parent))
 
 
 def _print_others(run_dir: Path, program: str, file: TextIO) -> None:

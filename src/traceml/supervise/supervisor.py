@@ -22,6 +22,7 @@ from typing import Any, Protocol, Self
 
 from traceml.inspection.kernel_state import children_of, is_running
 from traceml.inspection.program_names import program_name
+from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy
@@ -156,7 +157,7 @@ class Supervisor:
             self._aggregator.prepare_requests()
             if self._make_screen is not None:
                 self._screen = self._make_screen()
-                self._copy = OutputCopy(self._job.run_dir / "logs" / "output.log")
+                self._copy = OutputCopy(self._job.run_dir / OUTPUT_LOG)
             self._watch_job(process, terminal)
         finally:
             if process.poll() is None:  # after an error of ours: the job does not outlive its supervisor
@@ -263,7 +264,7 @@ class Supervisor:
 
     def _keep_output(self, data: bytes) -> None:
         """Keep output that nobody has read."""
-        copy = OutputCopy(self._job.run_dir / "logs" / "unread.log")
+        copy = OutputCopy(self._job.run_dir / UNREAD_LOG)
         copy.write(data)
         copy.close()
 

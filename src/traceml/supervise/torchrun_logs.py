@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Logs
 from traceml import settings
 from traceml.fail_open import fail_open
 from traceml.ids import new_run_id, safe_run_id
+from traceml.run_folder import LOGS_FOLDER
 from traceml.transport.folder_aggregator import create_runs_dir
 
 __all__ = ["RunLogsSpecs"]
@@ -68,7 +69,7 @@ class RunLogsSpecs(DefaultLogsSpecs):  # type: ignore[misc]  # types are checked
 
         self._run_id = self._run_id or safe_run_id(config.run_id or new_run_id(config.run_name or _script_name()))
         create_runs_dir(config.runs_dir)
-        folder = config.runs_dir.absolute() / self._run_id / "logs"
+        folder = config.runs_dir.absolute() / self._run_id / LOGS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         for env in envs.values():
             env["TRACEML_RUN_ID"] = self._run_id

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.own_files import read_regular, replace_file
+from traceml.run_folder import TRACKERS_FOLDER
 
 __all__ = [
     "EXIT_AGAIN",
@@ -26,7 +27,6 @@ __all__ = [
     "EXIT_DONE",
     "EXIT_TAKEN",
     "FAILING_PHASES",
-    "FOLDER",
     "DeliveryPhase",
     "TrackerState",
     "locked",
@@ -36,7 +36,6 @@ __all__ = [
 # Exit statuses of a delivery process: all done; another process delivers; start it again; a person has to act.
 EXIT_DONE, EXIT_TAKEN, EXIT_AGAIN, EXIT_BROKEN = 0, 73, 75, 78
 
-FOLDER = "trackers"
 _SUFFIX = ".state.json"
 
 
@@ -124,7 +123,7 @@ class TrackerState:
         if safe != backend:
             safe += f"-{hashlib.sha256(backend.encode()).hexdigest()[:8]}"
 
-        return run_dir / FOLDER / f"{safe}{_SUFFIX}"
+        return run_dir / TRACKERS_FOLDER / f"{safe}{_SUFFIX}"
 
     @classmethod
     def load(cls, run_dir: Path, backend: str) -> TrackerState:
@@ -178,7 +177,7 @@ class TrackerState:
 
 def states_of(run_dir: Path) -> list[TrackerState]:
     """Return the state of every backend of a run, by name, without unreadable files."""
-    found = [_read(path) for path in sorted((run_dir / FOLDER).glob(f"*{_SUFFIX}")) if path.name[0] != "."]
+    found = [_read(path) for path in sorted((run_dir / TRACKERS_FOLDER).glob(f"*{_SUFFIX}")) if path.name[0] != "."]
     return sorted((state for state in found if state is not None), key=lambda state: state.backend)
 
 

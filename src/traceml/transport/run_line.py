@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from traceml.formatting import printable
 from traceml.transport import auth
 
-__all__ = ["run_line", "short_path"]
+__all__ = ["print_start", "run_line", "short_path"]
+
+
+def print_start(run_dir: Path, *, live: bool = True) -> None:
+    """Print the line of a traced job on standard error; standard output belongs to the script.
+
+    Args:
+        run_dir: the run's folder.
+        live: whether to say how to watch the run; not where its page was just named.
+    """
+    sys.stderr.write(run_line("tracing", run_dir, live=live))
+    sys.stderr.flush()
 
 
 def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:

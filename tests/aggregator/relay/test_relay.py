@@ -18,7 +18,7 @@ from tests.aggregator.conftest import TOKEN, Serving, step_rows, wait_for_acks
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.eventually import eventually
 from traceml.aggregator.relay.run_relay import RunRelay
-from traceml.aggregator.relay.upstream import RELAY_MARK, Upstream
+from traceml.aggregator.relay.upstream import Upstream
 from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
@@ -26,7 +26,7 @@ from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.merged_hosts.row_requests import CLEAR_GAIN
 from traceml.errors import TraceMLError, UsageError
 from traceml.fail_open import failures
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import RELAY_NAME, STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report
 from traceml.transport.client import Connection, connect
@@ -418,13 +418,13 @@ def test_how_far_a_run_is_sent_is_kept_in_its_folder(dial, tmp_path):
 
     def is_kept() -> bool:
         upstream.turn([run])
-        return bool(json.loads((run / RELAY_MARK).read_text())["safe"] == 40)
+        return bool(json.loads((run / RELAY_NAME).read_text())["safe"] == 40)
 
     eventually(is_kept)
     upstream.close()
-    assert json.loads((run / RELAY_MARK).read_text()) == {"address": upstream.address, "sent": False, "safe": 40}
+    assert json.loads((run / RELAY_NAME).read_text()) == {"address": upstream.address, "sent": False, "safe": 40}
     Upstream("127.0.0.1:9", run.parent, TOKEN).turn([run])
-    assert json.loads((run / RELAY_MARK).read_text())["safe"] == 0
+    assert json.loads((run / RELAY_NAME).read_text())["safe"] == 0
 
 
 def test_an_error_of_one_run_is_counted_and_the_others_are_sent(tmp_path, monkeypatch, caplog):

@@ -19,12 +19,12 @@ from traceml.diagnosis.kinds import Kind
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.own_programs import own_program
+from traceml.run_folder import PROFILE_NAME
 
 __all__ = ["PROFILED_KINDS", "FindingProfiles"]
 
 PROFILED_KINDS = (Kind.COMPUTE_BOUND, Kind.COMPUTE_STRAGGLER)
 """Verdicts that operators explain."""
-_FILE = "profile.json.gz"
 _STEPS, _SHOWN = 5, 5
 _MAX_TRIES = 3  # someone may be profiling the same ranks
 _MAX_RANKS = 4  # of those that are late: what the others do is mostly waiting
@@ -106,7 +106,7 @@ async def _run_profile(run: ActiveRun, ranks: Sequence[int]) -> dict[str, Any]:
     Raises:
         TraceMLError: it failed, or was killed after its time.
     """
-    words = ["profile", str(run.path), "--json", "-o", str(run.path / _FILE)]
+    words = ["profile", str(run.path), "--json", "-o", str(run.path / PROFILE_NAME)]
     words += ["--steps", str(_STEPS), "--timeout", str(_STEPS_S)]
     words += ["--ranks", ",".join(map(str, ranks))] if ranks else []
     process = await asyncio.create_subprocess_exec(
@@ -136,7 +136,7 @@ async def _run_profile(run: ActiveRun, ranks: Sequence[int]) -> dict[str, Any]:
 def _event(verdict: Finding, profile: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": str(verdict.kind),
-        "file": _FILE,
+        "file": PROFILE_NAME,
         "ranks": [each["rank"] for each in profile["ranks"]],
         "operators": profile["operators"][:_SHOWN],
     }

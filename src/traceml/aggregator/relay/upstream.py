@@ -16,13 +16,12 @@ from traceml.database.store.store import merge_wal
 from traceml.errors import AggregatorRefusedError, StoreError, TraceMLError, UsageError
 from traceml.fail_open import fail_open
 from traceml.own_files import replace_file
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import RELAY_NAME, STORE_NAME
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 
-__all__ = ["RELAY_MARK", "Upstream"]
+__all__ = ["Upstream"]
 
-RELAY_MARK = "upstream.json"
 """File in the folder of a run that is sent on: `{"address", "sent", "safe"}`.
 
 `sent` is true when all of the run is stored there; before, all frames up to number `safe` are.
@@ -125,7 +124,7 @@ class Upstream:
         """Forget a run that was removed, as one without ranks is."""
         self._relays.pop(path).disconnect()
         with contextlib.suppress(OSError):
-            (path / RELAY_MARK).unlink()
+            (path / RELAY_NAME).unlink()
             path.rmdir()
 
     def _mark_safe(self) -> None:
@@ -193,7 +192,7 @@ class _Retry:
 
 def _left_over(runs_dir: Path, address: str) -> list[Path]:
     """Return the runs whose end an earlier aggregator of this folder could not send there."""
-    return [mark.parent for mark in sorted(runs_dir.absolute().glob(f"*/{RELAY_MARK}")) if _is_left(mark, address)]
+    return [mark.parent for mark in sorted(runs_dir.absolute().glob(f"*/{RELAY_NAME}")) if _is_left(mark, address)]
 
 
 def _is_left(mark: Path, address: str) -> bool:
@@ -203,7 +202,7 @@ def _is_left(mark: Path, address: str) -> bool:
 
 def _safe_of(path: Path, address: str) -> int:
     """Return the frame up to which an earlier aggregator of this folder has sent a run there; 0 where none has."""
-    safe = _read_mark(path / RELAY_MARK, address).get("safe")
+    safe = _read_mark(path / RELAY_NAME, address).get("safe")
     return safe if type(safe) is int else 0
 
 
@@ -221,6 +220,6 @@ def _read_mark(mark: Path, address: str) -> dict[str, Any]:
 
 def _mark(path: Path, address: str, *, sent: bool, safe: int) -> None:
     try:
-        replace_file(path / RELAY_MARK, json.dumps({"address": address, "sent": sent, "safe": safe}).encode())
+        replace_file(path / RELAY_NAME, json.dumps({"address": address, "sent": sent, "safe": safe}).encode())
     except OSError as error:
         _log.warning("run %s would not be sent after a restart of this aggregator: %s", path.name, error)

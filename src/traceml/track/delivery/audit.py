@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from traceml.track.tracker_state import FOLDER, TrackerState
+from traceml.run_folder import TRACKERS_FOLDER
+from traceml.track.tracker_state import TrackerState
 
 __all__ = ["AUDIT_NAME", "AuditLog"]
 
@@ -31,7 +32,7 @@ class AuditLog:
     """
 
     def __init__(self, run_dir: Path, state: TrackerState) -> None:
-        self._path = run_dir / FOLDER / AUDIT_NAME
+        self._path = run_dir / TRACKERS_FOLDER / AUDIT_NAME
         self._state = state
         self._seen: set[str] = set()
         self._new: list[str] = []

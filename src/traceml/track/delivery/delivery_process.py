@@ -17,13 +17,13 @@ from typing import Any
 
 from traceml.own_programs import own_program
 from traceml.process_ends import end_of_status
+from traceml.run_folder import TRACKERS_FOLDER
 from traceml.track.delivery.credentials import environment_for
 from traceml.track.tracker_state import (
     EXIT_BROKEN,
     EXIT_DONE,
     EXIT_TAKEN,
     FAILING_PHASES,
-    FOLDER,
     DeliveryPhase,
     TrackerState,
 )
@@ -176,7 +176,7 @@ class DeliveryProcess:
         self._started_s = time.monotonic()
         environ = environment_for(self.backend, self._options) | {"OMP_NUM_THREADS": "1"}
         try:
-            folder = self.run_dir / FOLDER
+            folder = self.run_dir / TRACKERS_FOLDER
             folder.mkdir(exist_ok=True)
             with _log_file(folder / f"{TrackerState.path_in(self.run_dir, self.backend).name[:-11]}.log") as log:
                 self._process = subprocess.Popen(

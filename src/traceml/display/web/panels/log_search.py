@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from traceml.own_files import is_file_inside
+from traceml.run_folder import LOGS_FOLDER
 
 __all__ = ["LEVELS", "LogTail", "log_tails", "search_logs"]
 
@@ -36,7 +37,7 @@ class LogTail:
 
 def log_tails(run_dir: Path, limit_bytes: int = _TAIL_BYTES) -> list[LogTail]:
     """Return the ends of the newest log files of a run, by name."""
-    folder = run_dir / "logs"
+    folder = run_dir / LOGS_FOLDER
     try:
         found = [file for file in folder.rglob("*.log") if is_file_inside(file, run_dir)]
         files = sorted(found, key=lambda file: file.stat().st_mtime)[-_LOG_FILES:]

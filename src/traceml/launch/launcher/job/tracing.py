@@ -30,8 +30,8 @@ from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_i
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.launch_screen import MakeScreen, Output, terminal_screen
 from traceml.supervise.slurm_jobs import scheduler_facts
-from traceml.supervise.start_notice import print_start
 from traceml.supervise.supervisor import Screen
+from traceml.transport.run_line import print_start
 
 __all__ = ["Tracing"]
 
