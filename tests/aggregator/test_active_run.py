@@ -259,6 +259,21 @@ def test_the_middle_of_a_loop_is_known_when_the_flight_file_is_gone(registry, tm
     assert stream.state is StreamState.LOST
 
 
+def test_the_code_of_the_process_counts_where_its_script_had_ended_well(registry, tmp_path):  # noqa: F811
+    """A function that is called at exit may end the process; the row of the script is stored afterwards."""
+    flight = FlightFile.create(tmp_path, {})
+    flight.log("info").append({"kind": "exit", "t_ns": 1, "code": 0, "last_step": 7})
+    path = flight.path
+    flight.close(unlink=False)
+    run, stream = join(registry, hello(0, 1, pid=2**22 + 1, flight=str(path)))
+    run.disconnected(stream)
+
+    run.take_exit({"pid": stream.incarnation.pid, "exitcode": 5})
+
+    assert (stream.exit["code"], stream.exit["last_step"]) == (5, 7)
+    assert stream.state is StreamState.FAILED
+
+
 def test_failure_after_a_clean_bye_counts(registry):  # noqa: F811
     """A process that said bye and then crashed on its way out has failed."""
     run, stream = join(registry, hello(0, 1))

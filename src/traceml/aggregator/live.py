@@ -143,8 +143,10 @@ class LiveRows:
 
     def _take_info(self, stream: Stream, row: dict[str, Any]) -> None:
         if row.get("kind") == "exit":
-            # Kept with the stream too: how a rank ended is needed when its connection is gone.
-            stream.exit.update({key: value for key, value in row.items() if key not in ("kind", "t_ns")})
+            # Kept with the stream too: how a rank ended is needed when its connection is gone. The code that its
+            # launcher has reported is that of the process, which may have ended otherwise than its script.
+            known = ("kind", "t_ns", "code") if stream.reported_dead else ("kind", "t_ns")
+            stream.exit.update({key: value for key, value in row.items() if key not in known})
         elif row.get("kind") == "loaded":
             self.on_loaded(stream, row)
         elif stream.is_diagnosed:
