@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,15 @@ def test_open_files_where_the_kernel_does_not_count_them(monkeypatch: pytest.Mon
     monkeypatch.undo()
 
     assert found == (counted, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def test_cpu_time_is_sampled_where_it_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whole seconds, of the soft limit."""
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (600, -1) if kind == resource.RLIMIT_CPU else (-1, -1))
+
+    (row,) = LimitsSampler().sample(SECOND, 3)
+
+    assert row == (SECOND, 3, Resource.CPU_TIME, pytest.approx(time.process_time(), abs=1), 600)
 
 
 def test_file_systems_are_those_of_the_host() -> None:

@@ -285,6 +285,7 @@ class Resource(IntEnum):
     MEMORY = 4  # bytes of the control group's memory, without file cache
     CPU_QUOTA = 5  # scheduling periods in which the control group was throttled, of all since the start
     CHECKPOINT_DISK = 6  # bytes of the checkpoints' file system, where it is not that of the working directory
+    CPU_TIME = 7  # seconds of CPU time of the process, of RLIMIT_CPU
 
 
 class Pause(IntEnum):

@@ -1,9 +1,10 @@
-"""Samples of resources that have a limit: open files, shared memory, disk, processes, memory, CPU quota."""
+"""Samples of resources that have a limit: open files, CPU time, shared memory, disk, processes, memory, CPU quota."""
 
 from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ _OLD_NS = 60 * 10**9
 
 
 class LimitsSampler:
-    """Samples the limits of this process: open files.
+    """Samples the limits of this process: open files, CPU time.
 
     A row is returned when the use has changed by a hundredth of the limit, and once a minute.
     """
@@ -44,7 +45,7 @@ class LimitsSampler:
         """Do nothing: there are no resources."""
 
     def _resources(self) -> tuple[tuple[Resource, Callable[[], _Usage]], ...]:
-        return ((Resource.OPEN_FILES, open_files),)
+        return (Resource.OPEN_FILES, open_files), (Resource.CPU_TIME, cpu_time)
 
     def _is_new(self, kind: Resource, t_ns: int, used: int, limit: int) -> bool:
         before = self._kept.get(kind)
@@ -130,6 +131,12 @@ def open_files() -> _Usage:
     # The size of the folder, since Linux 6.2: a list of thousands of files takes milliseconds.
     used = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1  # noqa: PTH116, PTH208
     return used, limit
+
+
+def cpu_time() -> _Usage:
+    """Return (seconds of CPU time of this process, its limit); None without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_CPU)[0]
+    return None if limit == resource.RLIM_INFINITY else (int(time.process_time()), limit)
 
 
 def device_of(path: str) -> int | None:

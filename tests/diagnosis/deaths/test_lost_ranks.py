@@ -87,6 +87,11 @@ def test_an_exception_is_reported_with_its_line():
     [
         ({"signal": 1, "state": "killed"}, "tmux"),
         ({"signal": 7, "state": "killed"}, "--shm-size"),
+        ({"signal": 13, "state": "killed"}, "its reader had closed"),
+        ({"signal": 14, "state": "killed"}, "setitimer"),
+        ({"signal": 24, "state": "killed"}, "ulimit -t"),
+        ({"signal": 25, "state": "killed"}, "ulimit -f"),
+        ({"exception": "OSError: [Errno 27] File too large", "file": "a.py", "line": 3}, "ulimit -f"),
         ({"exception": "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                        "dataloader's workers are out of shared memory."}, "--shm-size"),
         ({"exception": "OSError: [Errno 24] Too many open files: 'a.jpg'", "file": "a.py", "line": 3}, "ulimit -n"),
@@ -108,6 +113,17 @@ def test_an_exception_is_reported_with_its_line():
 def test_the_advice_is_for_the_cause(ended, advice):
     """A closed terminal, shared memory, descriptors; else the line."""
     finding = rank_lost(JobFacts(exits=(RankExit(**{"rank": 0, "state": "failed", "code": 1, **ended}),)))[0]
+
+    assert advice in finding.next
+
+
+@pytest.mark.parametrize(("used", "advice"), [(590, "the 600 s of CPU time"), (300, "out-of-memory killer")])
+def test_a_kill_at_the_limit_of_cpu_time_is_explained_by_it(used, advice):
+    """Where the hard limit is the soft one, the kernel sends SIGKILL; of another process the limit says nothing."""
+    ended = RankExit(rank=0, state="killed", signal=9)
+    limits = (ResourceUse(1, Resource.CPU_TIME, 600, 600), ResourceUse(0, Resource.CPU_TIME, used, 600))
+
+    finding = rank_lost(JobFacts(exits=(ended,), limits=limits))[0]
 
     assert advice in finding.next
 

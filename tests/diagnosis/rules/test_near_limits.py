@@ -40,6 +40,15 @@ def test_a_leak_of_open_files_is_reported_with_the_time_left():
     assert "20 steps" in finding.summary
 
 
+def test_cpu_time_that_is_used_up_names_the_rank():
+    """A login host allows half an hour: 10 minutes are left at 2 seconds of it per second."""
+    (finding,) = found(Resource.CPU_TIME, list(range(400, 602, 20)), 1800, seconds=10.0, rank=1)
+
+    assert finding.ranks == (1,)
+    assert finding.evidence["left_s"] == pytest.approx(600)
+    assert "600 of 1,800 seconds of CPU time (ulimit -t) in use on rank 1" in finding.summary
+
+
 @pytest.mark.parametrize(
     ("resource", "used", "limit"),
     [

@@ -19,6 +19,7 @@ __all__ = ["for_exit"]
 
 _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection refused", "no route to host")
 """What process groups say when they cannot be set up."""
+_TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 
 
 def _lacks_shared_memory(ended: RankExit) -> bool:
@@ -30,6 +31,10 @@ def _lacks_files(ended: RankExit) -> bool:
     text = (ended.exception or "").lower()
     # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
     return "too many open files" in text or "items of ancdata" in text
+
+
+def _lacks_file_size(ended: RankExit) -> bool:
+    return ended.signal == signal.SIGXFSZ or "file too large" in (ended.exception or "").lower()
 
 
 def _lacks_disk(ended: RankExit) -> bool:
@@ -52,6 +57,21 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
 
     text = next(text for applies, text in _ADVICE if applies(ended, facts))
     return text if isinstance(text, str) else text(ended, facts)
+
+
+def _cpu_limit_s(ended: RankExit, facts: JobFacts) -> int | None:
+    """Return the limit of the process's CPU time that it had nearly used, in seconds; None where it had not."""
+    near = [use for use in facts.limits if use.resource is Resource.CPU_TIME and use.rank == ended.rank and use.is_near]
+    return near[0].limit if near else None
+
+
+def _for_cpu_time(ended: RankExit, facts: JobFacts) -> str:
+    limit_s = _cpu_limit_s(ended, facts)
+    allowed = "" if limit_s is None else f"{count_text(limit_s)} s of "
+    return (
+        f"The process had used the {allowed}CPU time that its shell or host allows (ulimit -t): raise the limit, run "
+        "the training as a job of the scheduler instead of on a login host, or save checkpoints to go on from."
+    )
 
 
 def _for_bus_error(ended: RankExit, facts: JobFacts) -> str:
@@ -187,6 +207,12 @@ _Text = str | Callable[[RankExit, JobFacts], str]
 # When each advice applies. The first that does is given: what is known for certain stands above what is usual.
 _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     (
+        lambda ended, facts: (
+            ended.signal == signal.SIGXCPU or (ended.signal == KILL and bool(_cpu_limit_s(ended, facts)))
+        ),
+        _for_cpu_time,
+    ),
+    (
         lambda ended, _: ended.signal == KILL,
         (
             "SIGKILL comes from outside the process: look for the kernel's out-of-memory killer (dmesg, the "
@@ -200,13 +226,29 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
             "not protect the ranks of torchrun."
         ),
     ),
+    (
+        lambda ended, _: ended.signal == signal.SIGPIPE,
+        (
+            "The script wrote to a pipe or a connection that its reader had closed (`| head`, a server that ended). "
+            "Python raises BrokenPipeError there, unless the script resets the signal (signal.SIG_DFL)."
+        ),
+    ),
+    (
+        lambda ended, _: ended.signal in _TIMERS,
+        "A timer that the script or a library has set (signal.alarm, setitimer) ran out, and nothing handled it.",
+    ),
+    (
+        lambda ended, _: _lacks_file_size(ended),
+        "A file became larger than its shell or host allows (ulimit -f): raise the limit, or save in several files.",
+    ),
     (lambda ended, _: ended.signal == BUS_ERROR, _for_bus_error),
     (lambda ended, _: _lacks_shared_memory(ended), lambda *_: for_shared_memory()),
     (
         lambda ended, _: _lacks_disk(ended),
         (
-            "Make room on the disk of that file (df -h, df -i, the user's quota), and keep fewer checkpoints. The last "
-            "file is not complete: resume from the one before."
+            "Make room on the disk of that file (df -h, df -i, the user's quota), and keep fewer checkpoints; where "
+            "there is room, look at the limit of a file's size (ulimit -f). The last file is not complete: resume from "
+            "the one before."
         ),
     ),
     (lambda ended, _: _lacks_files(ended), _for_files),

@@ -1,4 +1,4 @@
-"""Use of limited resources: open files, shared memory, disk, processes, memory, CPU quota."""
+"""Use of limited resources: open files, CPU time, shared memory, disk, processes, memory, CPU quota."""
 
 from __future__ import annotations
 

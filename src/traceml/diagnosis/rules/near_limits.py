@@ -1,4 +1,4 @@
-"""Resources that run out: open files, shared memory, disk, processes, memory, CPU quota."""
+"""Resources that run out: open files, CPU time, shared memory, disk, processes, memory, CPU quota."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ QUOTA_ADVICE = (
 )
 
 _DISKS = (Resource.DISK, Resource.CHECKPOINT_DISK)
+_OF_RANK = (Resource.OPEN_FILES, Resource.CPU_TIME)
 _BYTES = (Resource.SHARED_MEMORY, *_DISKS, Resource.MEMORY)
 _WORDS = {
     Resource.OPEN_FILES: "open files",
@@ -29,6 +30,7 @@ _WORDS = {
     Resource.MEMORY: "memory of the container",
     Resource.CPU_QUOTA: "CPU quota",
     Resource.CHECKPOINT_DISK: "disk of the checkpoints",
+    Resource.CPU_TIME: "seconds of CPU time (ulimit -t)",
 }
 _ADVICE = {
     Resource.OPEN_FILES: (
@@ -44,6 +46,10 @@ _ADVICE = {
     Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's pids limit.",
     Resource.MEMORY: "Find what grows (lists of losses that keep graphs, caches in a Dataset), or ask for more memory.",
     Resource.CPU_QUOTA: QUOTA_ADVICE,
+    Resource.CPU_TIME: (
+        "Raise the limit, run the training as a job of the scheduler instead of on a login host, or save checkpoints "
+        "to go on from: the kernel ends the process at the limit."
+    ),
 }
 
 
@@ -68,13 +74,13 @@ def _finding(use: ResourceUse, folders: Mapping[int, str]) -> Finding:
             "quota was used up."
         )
     else:
-        where = f" on {ranks_text((use.rank,))}" if use.resource is Resource.OPEN_FILES else ""
+        where = f" on {ranks_text((use.rank,))}" if use.resource in _OF_RANK else ""
         summary = f"{_amounts(use)} {words} in use{where}{_when(use)}."
 
     return Finding(
         kind=Kind.LIMIT_NEAR,
         severity=Severity.CRITICAL if soon else Severity.WARNING,
-        ranks=(use.rank,) if use.resource is Resource.OPEN_FILES else (),
+        ranks=(use.rank,) if use.resource in _OF_RANK else (),
         summary=summary,
         next=_ADVICE[use.resource],
         evidence={
