@@ -30,6 +30,20 @@ def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
     assert "drop_last" in finding.next
 
 
+def test_a_rank_that_waits_after_its_training_does_not_train() -> None:
+    """It had as many steps as the others: they did not call the barrier that it called at the end."""
+    waits = RankExit(
+        rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4711",
+        file="train.py", line=40, last_step=40,
+    )  # fmt: skip
+    (finding,) = rank_lost(JobFacts(exits=(waits, LEFT), world_size=2))
+
+    assert finding.summary == (
+        "Rank 1's script ended after 41 steps while rank 0 still needed it, which failed at train.py:40, after step 40."
+    )
+    assert "the same collectives" in finding.next
+
+
 def test_a_script_that_has_called_fewer_collectives_ends_first() -> None:
     """Not its data ended: the ranks were out of step before, as with no_sync() on one of them."""
     apart = DivergedRanks(agreed=29, since=30, collectives={0: 38, 1: 37}, backwards={0: 1, 1: 1})

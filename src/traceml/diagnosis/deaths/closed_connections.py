@@ -59,7 +59,7 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
             ranks=tuple(sorted(each.rank for each in gone)),
             phase=None,
             summary=_summary(gone, causes, failed) + (f" {diverged.text}" if diverged is not None else ""),
-            next=even_batches() if diverged is None else same_collectives(),
+            next=even_batches() if failed.in_step and diverged is None else same_collectives(),
             evidence={"cause": "left_early", "code": first.code or 0, **_steps(first)}
             | ({} if diverged is None else {"apart_since_step": diverged.since})
             | {"followed": sorted(each.rank for each in causes), "exception": failed.exception},
@@ -83,4 +83,5 @@ def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankE
     after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""
     others = ranks_text(sorted(each.rank for each in causes))
     at = f" at {failed.place}" if failed.place else ""
-    return f"{capitalized(whose)} ended{after} while {others} still trained, which failed{at}{step_text(failed)}."
+    needed = "still trained" if failed.in_step else f"still needed {'it' if len(ranks) == 1 else 'them'}"
+    return f"{capitalized(whose)} ended{after} while {others} {needed}, which failed{at}{step_text(failed)}."
