@@ -130,3 +130,20 @@ def test_the_time_of_a_hang_is_that_since_the_last_progress(tmp_path: Path) -> N
     assert report.verdict.kind == "HANG"
     assert report.time is not None
     assert report.time.hang_s == report.verdict.evidence["quiet_s"] == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize(("phase", "hung_s"), [("startup", 90.0), ("checkpoint", 90.0), ("exit", 90.0), (None, 0.0)])
+def test_an_earlier_attempt_may_hang_outside_of_steps(tmp_path: Path, phase: str | None, hung_s: float) -> None:
+    """In start-up, while it saves, at its end: snapshots show it, where no step is open. Others were just ended."""
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 0 if phase == "startup" else 30, 100, SWEPT, SWEPT)
+        attempt(writer, 1, 50, 300, FINE, FINE)
+        for rank in (0, 1) if phase else ():
+            seen = RankSnapshot(at_ns=200 * SECOND, rank=rank, quiet_s=hung_s, step=-1 if phase == "startup" else 29,
+                                answered="recorder", phase=phase or "", process_state="S")  # fmt: skip
+            writer.event(SNAPSHOT, {**seen.to_row(), "t_ns": seen.at_ns, "attempt": 0})
+
+    report = build_report(tmp_path / "run")
+
+    assert report.time is not None
+    assert report.time.hang_s == pytest.approx(hung_s)

@@ -26,8 +26,9 @@ from traceml.own_files import replace_file
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report import sections
+from traceml.runs.report.hung_attempts import earlier_hangs_s
 from traceml.runs.report.report_types import SCHEMA, Report, RunSection, TelemetrySection, read_report
-from traceml.runs.report.restarts import restarts, stood_s
+from traceml.runs.report.restarts import restarts
 from traceml.runs.report.run_source import add_source
 from traceml.runs.report.setup_facts import setup_section, step_times_section
 from traceml.runs.report.trackers import trackers
@@ -175,7 +176,7 @@ def make_report(
     if time is not None:
         ended_badly = run.state in ("failed", "lost", "hung")
         hung_s = sum(each.evidence["quiet_s"] for each in findings if each.kind is Kind.HANG)
-        time.count_failures(len(run.restarts) + ended_badly, stood_s(reader, hung_s))
+        time.count_failures(len(run.restarts) + ended_badly, hung_s + earlier_hangs_s(reader))
 
     rounded = [finding.rounded() for finding in with_operators(findings, reader)]
     return Report(

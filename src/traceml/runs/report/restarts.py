@@ -18,9 +18,8 @@ from traceml.runs.report.report_types import RestartSection
 from traceml.runs.report.wall_time import checkpoints, resumes_at
 from traceml.runs.rows.aligned_clocks import RunClocks
 
-__all__ = ["restarts", "stood_s"]
+__all__ = ["attempts_of", "newest_exits", "restarts"]
 
-_STOOD_S = 10.0  # a step that was open for so long on all ranks, when an earlier attempt was ended, had hung
 _BY_SCHEDULER = {
     "time_limit": "ended by the scheduler at its time limit",
     "preempted": "preempted by the scheduler",
@@ -36,20 +35,30 @@ def restarts(reader: StoreReader) -> list[RestartSection]:
     Raises:
         StoreError: the store is damaged.
     """
-    attempts: dict[int, list[StreamRecord]] = {}
-    for stream in reader.streams():
-        if not stream.facts.get("helps"):
-            attempts.setdefault(stream.attempt, []).append(stream)
-
-    ordered = sorted(attempts.items())
     found = []
-    for (attempt, streams), (_, following) in pairwise(ordered):
+    for (attempt, streams), (_, following) in pairwise(attempts_of(reader).items()):
         if ended := _ended(streams):
             died = next(stream for stream in streams if stream.rank == ended.first.rank)
             before = resumes_at(died, checkpoints(streams))
             found.append(_section(attempt, ended, _lost_s(reader, streams, following), before))
 
     return found
+
+
+def attempts_of(reader: StoreReader) -> dict[int, list[StreamRecord]]:
+    """Return the streams of ranks by attempt, the first one first."""
+    attempts: dict[int, list[StreamRecord]] = {}
+    for stream in reader.streams():
+        if not stream.facts.get("helps"):
+            attempts.setdefault(stream.attempt, []).append(stream)
+
+    return dict(sorted(attempts.items()))
+
+
+def newest_exits(streams: Sequence[StreamRecord]) -> list[RankExit]:
+    """Return how each rank of an attempt has ended, by its newest process."""
+    newest = {stream.rank: stream for stream in streams}.values()
+    return [RankExit.from_facts(each.rank, each.state, each.facts.get("exit", {}), each.host) for each in newest]
 
 
 class _Ended(NamedTuple):
@@ -61,32 +70,13 @@ class _Ended(NamedTuple):
 
 
 def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
-    newest = {stream.rank: stream for stream in streams}.values()
-    exits = [RankExit.from_facts(each.rank, each.state, each.facts.get("exit", {}), each.host) for each in newest]
-    bad = ended_badly(exits)
+    bad = ended_badly(newest_exits(streams))
     causes = root_causes(bad)
     if by_scheduler := end_by_scheduler(bad, causes, None):
         last, cause = by_scheduler
         return _Ended(last, [], _BY_SCHEDULER[cause])
 
     return _Ended(causes[0], sorted(each.rank for each in causes), _reason(causes[0])) if causes else None
-
-
-def stood_s(reader: StoreReader, hung_s: float) -> float:
-    """Return the time for which attempts made no progress before they were ended, in seconds.
-
-    Args:
-        reader: of the run.
-        hung_s: the same of the last attempt; 0 if it has not hung.
-    """
-    opened: dict[int, list[float]] = {}
-    for stream in reader.streams():
-        if not stream.facts.get("helps"):
-            opened.setdefault(stream.attempt, []).append(float(stream.facts.get("exit", {}).get("open_s") or 0.0))
-
-    last = max(opened, default=0)
-    ages = [min(each) for attempt, each in opened.items() if attempt != last]
-    return hung_s + sum(age for age in ages if age >= _STOOD_S)
 
 
 def _section(attempt: int, ended: _Ended, lost_s: float | None, before: int) -> RestartSection:
