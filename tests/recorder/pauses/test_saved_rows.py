@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
 
 import pytest
 import torch
+from torch import distributed
 
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import PAUSES, Pause
@@ -50,14 +51,56 @@ def test_a_save_is_a_row_with_file_size_and_line(flight, tmp_path, monkeypatch):
     assert one["ns"] > 0
 
 
+def test_the_size_is_that_at_the_end_of_the_save(flight, tmp_path, monkeypatch):
+    """Scripts rename a file once it is written, or write the next one to the same path."""
+    monkeypatch.setattr(pause_recorder, "LONG_NS", 0)
+    hooks = install(flight)
+    recorder = PauseRecorder(flight, lambda: False, UserCode().contains, hooks.saves)
+    path, renamed = tmp_path / "last.pt", tmp_path / "best.pt"
+    try:
+        torch.save(torch.zeros(1000), path)
+        size = path.stat().st_size
+        path.rename(renamed)
+        torch.save(torch.zeros(1000), path)
+        path.write_bytes(b"")
+    finally:
+        recorder(last=True)
+        hooks.uninstall()
+
+    assert [row["size_bytes"] for row in saved_rows(flight)] == [size, size]
+
+
+@pytest.mark.parametrize(("name", "is_known"), [("save", True), ("async_save", False)])
+def test_a_distributed_checkpoint_counts_each_file_once(flight, tmp_path, monkeypatch, name, is_known):
+    """Its files are in its folder, and both are seen; a thread that still writes has no size yet."""
+    monkeypatch.setattr(pause_recorder, "LONG_NS", 0)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    hooks = install(flight)
+    recorder = PauseRecorder(flight, lambda: False, UserCode().contains, hooks.saves)
+    checkpoint = importlib.import_module("torch.distributed.checkpoint")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        saved = getattr(checkpoint, name)({"a": torch.zeros(5000), "step": 3}, checkpoint_id=tmp_path / "checkpoint")
+        if not is_known:
+            saved.result()
+    finally:
+        distributed.destroy_process_group()
+        recorder(last=True)
+        hooks.uninstall()
+
+    (row,) = saved_rows(flight)
+    written = sum(file.stat().st_size for file in (tmp_path / "checkpoint").iterdir())
+    assert row["size_bytes"] == (written if is_known else -1)
+
+
 def test_sizes_of_files_and_folders(tmp_path):
-    """A folder counts the files in it; what is gone is not known."""
-    (tmp_path / "a").write_bytes(bytes(10))
-    folder = Path(tmp_path / "checkpoint")
+    """A folder counts the files in it, those that were saved one by one too; what is gone is not known."""
+    folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "b").write_bytes(bytes(20))
+    targets = [str(tmp_path / "a"), str(folder / "b"), f"{folder}/"]
 
-    assert size_of([str(tmp_path / "a"), str(folder)]) == 30
-    assert size_of([str(tmp_path / "gone")]) == -1
-    assert size_of(["\0"]) == -1
-    assert size_of([]) == -1
+    assert size_of(targets, [10, 20, None]) == 30
+    assert size_of(targets, [10, -1, None]) == -1
+    assert size_of([str(tmp_path / "gone")], [None]) == -1
+    assert size_of([], []) == -1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch.compiler import is_dynamo_compiling
@@ -55,7 +56,7 @@ class CheckpointPatches:
         find = _argument(None, "checkpoint_id")
         for name, wrap in (
             ("save", self.saving),
-            ("async_save", self.saving),
+            ("async_save", partial(self.saving, is_written=False)),
             ("save_state_dict", self.saving),
             ("load", self._marks.loading),
         ):
@@ -77,12 +78,15 @@ class CheckpointPatches:
                 patches.wrap(module, name, self.saving(original, find))
 
     @uncounted
-    def saving(self, original: Callable[..., Any], find: Find | None = None) -> Callable[..., Any]:
+    def saving(
+        self, original: Callable[..., Any], find: Find | None = None, *, is_written: bool = True
+    ) -> Callable[..., Any]:
         """Return a function that calls `original`, which saves.
 
         Args:
             original: the function.
             find: finds its path or file; None: the first one among the arguments, which may be no checkpoint's.
+            is_written: whether its files are complete when it returns.
         """
         clock, log = self._clock, self._log
 
@@ -102,7 +106,7 @@ class CheckpointPatches:
                     result = original(*args, **kwargs)
                 finally:
                     clock.leave(_CHECKPOINT, began)
-                    log.end(clock, args, kwargs, began[1], sys._getframe(1))
+                    log.end(clock, args, kwargs, began[1], sys._getframe(1), is_written=is_written)
 
             if target is not None:
                 with fail_open(_log, "instrument", "a checkpoint could not be noted", once=True):

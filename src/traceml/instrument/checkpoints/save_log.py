@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
@@ -25,6 +26,8 @@ class Save(NamedTuple):
         step: the open step.
         ns: its wall time.
         targets: files and folders that it was given.
+        sizes: bytes of each when it ended, before the script renames or overwrites it; None of a folder, -1 where that
+            is not known.
         code, line: the user's code that called it; None, 0 where none did.
     """
 
@@ -32,6 +35,7 @@ class Save(NamedTuple):
     step: int
     ns: int
     targets: tuple[str, ...]
+    sizes: tuple[int | None, ...]
     code: CodeType | None
     line: int
 
@@ -60,14 +64,31 @@ class SaveLog:
             clock.fail(error)
 
     def end(
-        self, clock: StepClock, args: tuple[Any, ...], kwargs: Mapping[str, Any], began_ns: int, frame: FrameType
+        self,
+        clock: StepClock,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        began_ns: int,
+        frame: FrameType,
+        *,
+        is_written: bool = True,
     ) -> None:
-        """Record a save that ends now."""
+        """Record a save that ends now.
+
+        Args:
+            clock: of the steps.
+            args: of the call.
+            kwargs: of the call.
+            began_ns: when it began.
+            frame: of the function that times it.
+            is_written: whether its files are complete; a thread or process may still write them.
+        """
         try:
             self._add_target(args, kwargs)
             now, targets = monotonic_ns(), tuple(dict.fromkeys(self._targets))
             self._targets = []
-            self._done.append(Save(now, clock.step, now - began_ns, targets, *self.caller(frame)))
+            sizes = tuple(_size(target) if is_written else -1 for target in targets)
+            self._done.append(Save(now, clock.step, now - began_ns, targets, sizes, *self.caller(frame)))
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
@@ -78,6 +99,16 @@ class SaveLog:
             if target is not None and len(self._targets) < _MAX_TARGETS:
                 self._targets.append(target)
                 return
+
+
+def _size(path: str) -> int | None:
+    """Return the bytes of a file; None of a folder, -1 where it is gone or is not a path."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - on the training thread
+    except (OSError, ValueError):
+        return -1
+
+    return None if stat.S_ISDIR(found.st_mode) else found.st_size
 
 
 def target_path(target: object) -> str | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
@@ -116,7 +115,7 @@ class PauseRecorder:
 
         line = self._id(_place(save.code, save.line)) if save.code is not None else -1
         file = self._id(secrets_only().mask_value("file", save.targets[0])) if save.targets else -1
-        size = size_of(save.targets)
+        size = size_of(save.targets, save.sizes)
         self._ring.append(save.t_end_ns, save.step, int(Pause.SAVE), _CHECKPOINT, save.ns, 1, 0, 1, size, line, file)
 
     def _append_compilation(self, each: Compilation, now: int, step: int) -> None:
@@ -137,18 +136,25 @@ def _place(code: CodeType, line: int) -> str:
     return f"{display_path(code.co_filename)}:{line} {code.co_qualname}"
 
 
-def size_of(targets: Iterable[str]) -> int:
-    """Return the bytes of files, and of the files directly in folders; -1 where one is gone or is not a path."""
+def size_of(targets: Sequence[str], sizes: Sequence[int | None]) -> int:
+    """Return the bytes of files, and of the files directly in folders, each once; -1 where that is not known.
+
+    Args:
+        targets: files and folders.
+        sizes: of each file; None of a folder, which may have many files: they are not read on the training thread.
+    """
+    if -1 in sizes:
+        return -1
+
+    known = list(zip(map(Path, targets), sizes, strict=True))
+    folders = {path for path, size in known if size is None}
     try:
-        return sum(map(_size, targets)) or -1
-    except (OSError, ValueError):
+        own = sum(size for path, size in known if size is not None and path.parent not in folders)
+        return own + sum(map(_size_of_folder, folders)) or -1
+    except OSError:
         return -1
 
 
-def _size(path: str) -> int:
-    found = Path(path).stat()
-    if not stat.S_ISDIR(found.st_mode):
-        return found.st_size
-
+def _size_of_folder(path: Path) -> int:
     with os.scandir(path) as entries:
         return sum(entry.stat().st_size for entry in islice(entries, _MAX_FILES) if entry.is_file())
