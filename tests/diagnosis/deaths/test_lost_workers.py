@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from traceml.database.schema import LOADER_WORKERS
 from traceml.diagnosis.deaths.lost_loader_workers import worker_causing_end, worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker, lost_worker_of, worker_in
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
+from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.kinds import Kind
 
 KILLED = "RuntimeError: DataLoader worker (pid 4711) is killed by signal: Killed. "
@@ -55,6 +60,22 @@ def test_the_rank_ended_because_of_the_worker_that_was_noted():
     )
     assert finding.headline == "Rank 0 ended because one of its loader workers was killed by SIGKILL at step 107"
     assert "ended no process here" in finding.next
+
+
+@pytest.mark.parametrize("kills", [0, 1])
+def test_a_worker_that_the_kernel_killed_is_told_with_its_memory(kills):
+    """That of all workers, as the limit is for them all; another kill says nothing of memory."""
+    rows = np.zeros(8, LOADER_WORKERS.dtype)
+    rows["t_ns"], rows["step"], rows["private_bytes"] = np.arange(8) * 10**9, np.arange(8), np.arange(8) << 28
+    memory = MemoryHistory()
+    memory.worker_rows(0, rows)
+    dead = replace(DEAD, oom_kills=kills, memory_limit_bytes=2 << 30)
+
+    (finding,) = rank_lost(JobFacts(exits=(ended(KILLED),), lost_workers={0: [dead]}, memory=memory))
+
+    words = "; the loader's workers used 1.75 GiB, 15.0 GiB more each minute, with a limit of 2.00 GiB for its control"
+    assert (words in finding.summary) == bool(kills)
+    assert finding.evidence.get("bytes_per_minute") == (15 << 30 if kills else None)
 
 
 def test_without_a_note_the_exception_tells():

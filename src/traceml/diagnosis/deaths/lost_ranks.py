@@ -9,7 +9,7 @@ from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.deaths.end_words import end_text, place_evidence, seen_text, step_text, was_cut_off
 from traceml.diagnosis.deaths.ended_from_outside import ended_from_outside
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, worker_causing_end, worker_evidence
-from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end
+from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end, memory_end_of_worker
 from traceml.diagnosis.deaths.scheduler_ends import ended_by_scheduler, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.worker_advice import for_worker
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker
@@ -46,7 +46,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     ranks = tuple(sorted(ended.rank for ended in causes))
     followed = [ended.rank for ended in bad if ended not in causes]
     lost = lost_steps(first, facts.exits)
-    memory = memory_end(first, facts) if worker is None else None
+    memory = memory_end(first, facts) if worker is None else memory_end_of_worker(worker, first.rank, facts)
     grown = _grown_container(first, memory, facts)
     summary = _summary(causes, memory, followed, worker, lost)
     return [
@@ -113,7 +113,7 @@ def _follows(ended: RankExit) -> bool:
 
 def _grown_container(ended: RankExit, memory: MemoryEnd | None, facts: JobFacts) -> GrowthCause | None:
     """Return the container that explains the growth of a rank's memory until its end; None where none does."""
-    if memory is None or not memory.grows or memory.cause == "device_allocation":
+    if memory is None or not memory.grows or memory.of_workers or memory.cause == "device_allocation":
         return None
 
     resident = (

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from traceml.database.schema import Resource
+from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import DeviceMemory
 from traceml.formatting import bytes_text
 
-__all__ = ["MemoryEnd", "memory_end"]
+__all__ = ["MemoryEnd", "memory_end", "memory_end_of_worker"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = r"(?P<size>\d+(?:\.\d*)?) ?(?P<unit>[KMGT]?)i?(?:B|b|bytes)\b"
@@ -46,6 +48,7 @@ class MemoryEnd:
         per_minute_bytes: growth of resident memory over the last minute; None if it did not grow steadily.
         limit_bytes: what there was: the control group's limit, the host's memory, the device's, or that of `ulimit -v`.
         limit_of: `group`, `host`, `device` or `address_space`.
+        of_workers: whether the memory is that of all workers of the rank's loader: one of them was killed.
     """
 
     cause: str
@@ -56,6 +59,7 @@ class MemoryEnd:
     per_minute_bytes: int | None = None
     limit_bytes: int | None = None
     limit_of: str = "host"
+    of_workers: bool = False
 
     def words(self) -> str:
         """Return what a sentence says about the memory: `; it used 1.2 GiB, …`; empty where nothing is known."""
@@ -64,7 +68,8 @@ class MemoryEnd:
 
         where = " of device memory" if self.limit_of == "device" else ""
         grew = f", {bytes_text(self.per_minute_bytes)} more each minute" if self.grows else ""
-        return f"; it used {bytes_text(self.used_bytes)}{where}{grew}{self._limit_words()}"
+        whose = "the loader's workers" if self.of_workers else "it"
+        return f"; {whose} used {bytes_text(self.used_bytes)}{where}{grew}{self._limit_words()}"
 
     @property
     def grows(self) -> bool:
@@ -106,6 +111,23 @@ def memory_end(ended: RankExit, facts: JobFacts) -> MemoryEnd | None:
         return _on_host(ended, facts, text)
 
     return None
+
+
+def memory_end_of_worker(worker: LostWorker, rank: int, facts: JobFacts) -> MemoryEnd | None:
+    """Return the facts of a loader worker's end for lack of memory; None for any other end."""
+    last = facts.memory.workers_at_end(rank)
+    if worker.signal != signal.SIGKILL or not worker.oom_kills or last is None:
+        return None
+
+    return MemoryEnd(
+        cause="killed",
+        used_bytes=last.used_bytes,
+        peak_bytes=last.peak_bytes,
+        per_minute_bytes=last.per_minute_bytes,
+        limit_bytes=worker.memory_limit_bytes,
+        limit_of="group",
+        of_workers=True,
+    )
 
 
 def _on_host(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:

@@ -18,7 +18,7 @@ _STEADY = (0.25, 0.75)
 
 @dataclass(frozen=True, slots=True)
 class EndMemory:
-    """Resident memory of a rank in its last sample.
+    """Resident memory of a rank, or private memory of its loader's workers, in the last sample.
 
     Attributes:
         used_bytes: in the last sample.
@@ -32,7 +32,7 @@ class EndMemory:
 
 
 class MemoryTail:
-    """Samples of the last minute of one rank's resident memory."""
+    """Samples of the last minute of one rank's memory."""
 
     def __init__(self) -> None:
         self._times: NDArray[np.int64] = np.empty(0, np.int64)

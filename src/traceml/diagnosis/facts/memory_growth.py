@@ -7,7 +7,7 @@ checkpoint or an evaluation do not count.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -296,6 +296,7 @@ class MemoryHistory:
         self._hosts: dict[int, NDArray[np.void]] = {}
         self._host_memory: dict[int, HostMemory] = {}
         self._tails: dict[int, MemoryTail] = {}
+        self._worker_tails: dict[int, MemoryTail] = {}
         self._devices: dict[tuple[int, int], DeviceMemory] = {}
 
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
@@ -328,6 +329,7 @@ class MemoryHistory:
         for loader in np.unique(known["loader"]).tolist():
             of = known[known["loader"] == loader]
             self.curve(rank, MemoryKind.WORKERS, loader).add(of["step"], of["t_ns"], of["private_bytes"])
+            self._worker_tails.setdefault(rank, MemoryTail()).add(of["t_ns"], of["private_bytes"], of["step"] >= 0)
 
     def curve(self, rank: int, kind: MemoryKind, device: int = 0) -> MemoryCurve:
         """Return the curve of a memory; an empty one where there are no samples yet."""
@@ -340,8 +342,11 @@ class MemoryHistory:
 
     def at_end(self, rank: int) -> EndMemory | None:
         """Return the resident memory of a rank in its last sample; None without any."""
-        tail = self._tails.get(rank)
-        return None if tail is None else tail.at_end()
+        return _at_end(self._tails, rank)
+
+    def workers_at_end(self, rank: int) -> EndMemory | None:
+        """Return the private memory of all workers of a rank's loader in the last sample; None without any."""
+        return _at_end(self._worker_tails, rank)
 
     def hosts(self) -> dict[int, HostMemory]:
         """Return the memory of each host, by the rank that samples it."""
@@ -361,6 +366,11 @@ class MemoryHistory:
     def steady(self) -> Iterator[tuple[int, MemoryKind, int, GrowthEstimate]]:
         """Yield (rank, kind, device, growth) of each memory that grows steadily, by rank."""
         return (each for each in self.rising() if each[3].steady)
+
+
+def _at_end(tails: Mapping[int, MemoryTail], rank: int) -> EndMemory | None:
+    tail = tails.get(rank)
+    return None if tail is None else tail.at_end()
 
 
 def _host(rows: NDArray[np.void]) -> HostMemory:
