@@ -18,6 +18,7 @@ from traceml.clock import monotonic_ns
 
 X = torch.randn(2, 4)
 CALLS = 3
+REST_S = 0.1
 
 
 @torch.no_grad()
@@ -132,6 +133,47 @@ def test_evaluation_without_a_loader(traced: Traced, loop: Callable[[], None]) -
     assert [row["batches"] for row in evals] == [CALLS] * 4
     assert all(row["ns"] >= CALLS * 1_000_000 for row in evals)
     assert all(row["forward_ns"] > 0 and row["backward_ns"] > 0 and row["optimizer_ns"] > 0 for row in rows)
+
+
+def sampling_before_the_epoch() -> None:
+    """As NCF does: its next epoch has other samples."""
+    model = net()
+    optimizer = sgd(model)
+    loader, held_back = data(5), data(CALLS)
+    for _ in range(4):
+        model.train()
+        time.sleep(REST_S)
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        model.eval()
+        with torch.no_grad():
+            for (x,) in held_back:
+                model(x)
+                time.sleep(0.001)
+
+
+def sampling_without_a_loader() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index in range(20):
+        if index % 5 == 0:
+            evaluate(model)
+            time.sleep(REST_S)
+
+        train(model, optimizer, X)
+
+
+@pytest.mark.parametrize("loop", [sampling_before_the_epoch, sampling_without_a_loader])
+def test_evaluation_ends_as_the_model_changes_to_training_mode(traced: Traced, loop: Callable[[], None]) -> None:
+    """What the script does after that is a part of the next step."""
+    loop()
+
+    rows, evals = traced.finish(), traced.table("evals")
+    assert len(rows) == 20
+    assert [row["batches"] for row in evals] == [CALLS] * 4
+    assert all(CALLS * 1_000_000 <= row["ns"] < REST_S * 1e9 for row in evals)
+    assert all(row["total_ns"] >= REST_S * 1e9 for row in rows[5::5])
 
 
 def test_evaluation_of_the_module_inside_a_wrapper(traced: Traced) -> None:
@@ -402,7 +444,7 @@ def test_pseudo_labels_on_each_batch(traced: Traced) -> None:
     assert len(traced.table("evals")) <= 3
 
 
-def on_batches(model: nn.Module, batches: int) -> None:
+def on_batches(model: nn.Module, batches: int, rest_s: float = 0.0) -> None:
     model.eval()
     with torch.no_grad():
         for index, (x,) in enumerate(data(5)):
@@ -410,6 +452,7 @@ def on_batches(model: nn.Module, batches: int) -> None:
             if index + 1 == batches:
                 break
 
+    time.sleep(rest_s)
     model.train()
 
 
@@ -446,8 +489,7 @@ def test_usual_work_after_an_evaluation_is_part_of_it(traced: Traced) -> None:
         for (x,) in data(5):
             train(model, optimizer, x)
 
-        on_batches(model, 9)
-        time.sleep(0.02)
+        on_batches(model, 9, rest_s=0.02)
 
     traced.finish()
     assert [row["ns"] >= 20_000_000 for row in traced.table("evals")] == [True, True]

@@ -1,7 +1,7 @@
 """Evaluation in a loop without a DataLoader: models called in `eval()` without gradients between training calls.
 
-A *stretch* of evaluation begins at such a call of a model that is trained, and ends at the next training forward,
-request to a loader or backward pass. Its time belongs to no step, like that of evaluation batches.
+A *stretch* of evaluation begins at such a call of a model that is trained, and ends at the next `Module.train()`,
+training forward, request to a loader or backward pass. Its time belongs to no step, like that of evaluation batches.
 
 A model that only computes targets (a teacher) is not trained, and rollouts of reinforcement learning are part of the
 training: they are not evaluation.

@@ -37,6 +37,7 @@ __all__ = [
     "patch_checkpoint_sequential",
     "patch_compile",
     "patch_own_call",
+    "patch_training_mode",
     "restore_module",
     "timed_forward",
     "timer_maker",
@@ -284,6 +285,26 @@ def patch_own_call(patches: Patches, clock: StepClock, measure: Measure, kind: t
 
     call._traceml_clock = clock  # type: ignore[attr-defined]
     patches.wrap(owner, "__call__", call)
+
+
+@uncounted
+def patch_training_mode(patches: Patches, clock: StepClock) -> None:
+    """Tell the clock of `Module.train()`, which ends an evaluation."""
+    original = torch.nn.Module.train
+
+    def train(self: Any, mode: bool = True) -> Any:
+        if is_dynamo_compiling():
+            return original(self, mode)
+
+        try:
+            if mode and clock.is_evaluating:
+                clock.begin_training_mode()
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
+
+        return original(self, mode)
+
+    patches.wrap(torch.nn.Module, "train", train)
 
 
 def _first_module(functions: Any) -> Any:

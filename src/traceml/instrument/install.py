@@ -345,13 +345,14 @@ class Instrumentation:
     def _patch_passes(self, timer: Callable[..., Any], batches: BatchReader, losses: LossReader) -> None:
         """Time forward and backward passes, and what is done with gradients."""
         from traceml.instrument.backward import patch_backward
-        from traceml.instrument.forward import patch_checkpoint_sequential, patch_compile
+        from traceml.instrument.forward import patch_checkpoint_sequential, patch_compile, patch_training_mode
         from traceml.instrument.optimizer import patch_clipping, patch_grad_scaler
         from traceml.instrument.values.losses import patch_scale
 
         clock, patches = self.clock, self._patches
         patch_compile(patches, timer)
         patch_checkpoint_sequential(patches, clock, batches.measure)
+        patch_training_mode(patches, clock)
         patch_backward(patches, clock, losses.read)
         patch_scale(patches, clock, losses.read_unscaled)
         patch_grad_scaler(patches, clock)

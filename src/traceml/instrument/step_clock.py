@@ -136,18 +136,38 @@ class StepClock(SegmentedStep):
         """Handle a training forward, which may begin a step without a loader."""
         if not self.open:
             self._begin(t)
-        elif self.stretch.start:
-            self._train_again(t)
-        elif self.evaluating and self.batch is None and self._is_idle():
-            self._discard(t, batches=0, evaluating=False)
-            if self.pending and self.training_loader is None:
-                self._close_prefix()
-        elif self.attempt and (self.needs_no_loader or self.fetched_ahead) and not self.explicit:
+            return
+
+        closes = self.attempt and (self.needs_no_loader or self.fetched_ahead) and not self.explicit
+        if not self._leave_evaluation(t) and closes:
             self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
             self.commit(t)
 
+    def begin_training_mode(self) -> None:
+        """Handle a model's change to training mode: evaluation ends there, and the next step has what follows.
+
+        Except in what is known to be on a loader's batch, which may be evaluation as a whole.
+        """
+        if self.is_evaluating and (self.batch is None or self.backwards) and self.is_training_thread():
+            self._leave_evaluation(monotonic_ns())
+
+    def _leave_evaluation(self, t: int) -> bool:
+        """Handle the end of evaluation, and return True, if there is one."""
+        if self.stretch.start:
+            self._train_again(t)
+            return True
+
+        if not self.evaluating or self.batch is not None or not self._is_idle():
+            return False
+
+        self._discard(t, batches=0, evaluating=False)
+        if self.pending and self.training_loader is None:
+            self._close_prefix()
+
+        return True
+
     def _train_again(self, t: int) -> None:
-        """Handle the end of evaluation without a loader by a training forward."""
+        """Handle the end of evaluation without a loader."""
         self.stretch.end(t)
         if self.pending and self.first_loader is None and self.closes_at is CHECK_FORWARD:
             self.cut_on_step = False

@@ -51,7 +51,7 @@ class SegmentedStep(StepAccumulator):
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.joined = 0  # row of the last step in which another optimizer stepped, too
         self.first_part: _FirstPart | None = None  # of a step that another optimizer has joined
-        self.longest_rest_ns = 0  # from the last batch of an evaluation to the next training batch
+        self.longest_rest_ns = 0  # from the last batch of an evaluation to its end
 
     def _close_prefix(self) -> None:
         """Append the row of the part before the cut; the part after it becomes the next step."""

@@ -16,7 +16,7 @@ PARTS = (
 
 - `startup`: from the run's start to the first batch, and compiling in the first steps
 - `steps`: training steps, without saving and without the start of epochs
-- `evaluation`: evaluation batches, with the time until the next training batch
+- `evaluation`: evaluation batches, with the time until `model.train()` or the next training batch
 - `checkpoint`: saving inside steps
 - `between_epochs`: ending and starting the data loader's iterator and its workers, and time between steps that is no
   evaluation
