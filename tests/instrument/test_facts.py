@@ -59,6 +59,12 @@ def test_ranks_of_a_sharded_model_are_known(four_ranks: Any) -> None:
     assert "gradient_size" not in model_facts(nn.Linear(8, 8))
 
 
+def test_a_lazy_model_is_described_by_the_parameters_that_it_has() -> None:
+    """The others have no size before the first call."""
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    assert model_facts(model).items() >= {"parameters": 10, "trainable": 10, "dtype": "torch.float32"}.items()
+
+
 def test_detection_of_anomalies_is_reported_while_it_is_on(traced: Traced) -> None:
     """It is told at the first backward pass, and when it has ended."""
     model = net()

@@ -90,8 +90,8 @@ def model_facts(module: Any) -> dict[str, Any]:
         wrapped = "fsdp2"
 
     slot = vars(inner).get("_compiled_call_impl")
-    parameters = list(module.parameters())
     torch: Any = sys.modules["torch"]
+    parameters = [each for each in module.parameters() if not torch.nn.parameter.is_lazy(each)]
     return {
         "kind": "model",
         "model": type(inner).__name__,
