@@ -194,6 +194,18 @@ def test_a_loss_can_only_become_cheaper(library, is_told):
     assert ("a loss by fewer of torch's functions" in found.next) == is_told
 
 
+@pytest.mark.parametrize("loader", [LoaderFacts(num_workers=0), None])
+def test_a_script_without_a_loader_is_told_of_no_loader(loader):
+    """Its line may step an environment that it has made itself."""
+    rest = SampledLine(0, "forward", "/me/a2c.py", 5, "forward", None, 40)
+    lines = (SampledLine(0, "other", "/me/a2c.py", 70, "Env.step", None, 80), rest)
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30))
+    found = next(each for each in diagnose(window, JobFacts(lines=lines, loader=loader)) if each.phase == "other")
+
+    assert ("the workers of a DataLoader" in found.next) == (loader is not None)
+    assert ("environments can be stepped several at once" in found.next) == (loader is None)
+
+
 @pytest.mark.parametrize(("played", "is_told"), [(5, False), (40, True)])
 def test_environments_that_take_little_are_not_advised_on(played, is_told):
     """The updates of a DQN take most of the time in many lines, and its environment next to none."""

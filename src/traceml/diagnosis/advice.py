@@ -28,6 +28,11 @@ MIN_PLAYED = 0.3
 """Environments are advised on if they take this share of the time, where no line has most of it."""
 EVENT_LOOP = "EpollSelector.select"
 """Library function in which asyncio's event loop waits while no task can run."""
+_ELSEWHERE = {
+    True: "the workers of a DataLoader can prepare batches",
+    False: "batches can be made ahead in other processes; environments can be stepped several at once",
+}
+"""What may leave a training loop, by whether it has a DataLoader."""
 _WAITS_FOR_OTHERS = ("Condition.wait", "Queue.get", "Connection._recv", "Connection._recv_bytes", "wait")
 
 
@@ -136,8 +141,8 @@ def for_residual(
         calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
         loss = ": a loss by fewer of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
         return (
-            f"Make {line.place} cheaper{loss}, or take it out of the training loop: the workers of a DataLoader can "
-            "prepare batches; metrics and logs can run every n-th step. `traceml report --lines` shows the other lines."
+            f"Make {line.place} cheaper{loss}, or take it out of the training loop: {_ELSEWHERE[bool(facts.loader)]}; "
+            "metrics and logs can run every n-th step. `traceml report --lines` shows the other lines."
         )
 
     if part not in ("other", "user"):
