@@ -277,6 +277,22 @@ def test_much_evaluation_is_reported_with_what_less_would_save():
     assert found.speedup_if_fixed == pytest.approx(1 / 0.7)
 
 
+@pytest.mark.parametrize("library", ["/lib/torch/nn/modules/linear.py:130 forward", "/lib/matplotlib/text.py:1 draw"])
+def test_what_follows_an_evaluation_is_told_apart_by_its_line(library: str):
+    """Plots and metrics of an evaluation, up to the next training: larger batches do not help."""
+    lines = (SampledLine(0, "outside", "/me/train.py", 15, "finish_epoch", library, 80),)
+    found = findings(100.0, lines=lines, steps=38.0, evaluation=60.0, startup=2.0, evaluations=12)[0]
+    is_model = "/torch/" in library
+
+    assert found.headline == "60 % of the run's time is evaluation, mostly at train.py:15 finish_epoch"
+    assert ("with what follows until the training goes on" in found.summary) is not is_model
+    assert ("larger ones under torch.inference_mode" in found.next) is is_model
+    assert found.next.startswith(
+        "Evaluate half" if is_model else "Make train.py:15 finish_epoch cheaper, or run it half"
+    )
+    assert "saves 30 %" in found.next
+
+
 def test_self_play_is_not_made_half_as_often():
     """Calls with one sample each may be games of which the model learns: less of them gives no promised gain."""
     time = RunTime.of(100.0, {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}, 12)

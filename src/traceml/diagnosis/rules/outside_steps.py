@@ -7,7 +7,15 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, SampledShare, child_wait_share, import_share, outside_line
+from traceml.diagnosis.facts.blamed_lines import (
+    NAMED_SHARE,
+    BlamedLine,
+    SampledShare,
+    child_wait_share,
+    import_share,
+    outside_line,
+    torch_share,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
@@ -56,9 +64,7 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         line = outside_line(lines, "outside")
         line = None if line is None or calls_trainer(lines, line) else line
         found.append(
-            _play(time, line)
-            if facts.plays and not alone
-            else _evaluation(time, evaluation_s, line, alone, facts.world_size)
+            _play(time, line) if facts.plays and not alone else _evaluation(time, evaluation_s, line, alone, facts)
         )
 
     return found
@@ -181,23 +187,28 @@ def _for_startup(line: BlamedLine | None) -> str:
 
 
 def _evaluation(
-    time: RunTime, seconds: float, line: BlamedLine | None, alone: tuple[int, ...], world_size: int
+    time: RunTime, seconds: float, line: BlamedLine | None, alone: tuple[int, ...], facts: JobFacts
 ) -> Finding:
     share, times = seconds / time.wall_s, max(time.evaluations, 1)
-    saved = share * (1 - len(alone) / world_size) if alone else share / 2
+    saved = share * (1 - len(alone) / facts.world_size) if alone else share / 2
     who = f" on {ranks_text(alone)}, for which the others wait" if alone else ""
+    saves = f"that saves {percent_text(saved)} of the run."
     elsewhere = "with larger ones under torch.inference_mode(), or in another process."
-    less = f"Evaluate half as often: that saves {percent_text(saved)} of the run. Or evaluate on fewer batches, "
-    if times == 1:
-        less = f"Evaluate on half as many batches: that saves {percent_text(saved)} of the run. Or evaluate "
-
     if alone:
-        less = (
-            f"Evaluate on all ranks, each on its part of the data: that saves {percent_text(saved)} of the run. Or "
-            "evaluate less often, on fewer batches, "
+        advice = (
+            f"Evaluate on all ranks, each on its part of the data: {saves} Or evaluate less often, on fewer batches, "
+            f"{elsewhere}"
         )
+    elif line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE:  # metrics, plots, other samples
+        who = ", with what follows until the training goes on"
+        rarer = "run it less often." if times == 1 else f"run it half as often, with the evaluation: {saves}"
+        advice = f"Make {line.place} cheaper, or {rarer}"
+    elif times == 1:
+        advice = f"Evaluate on half as many batches: {saves} Or evaluate {elsewhere}"
+    else:
+        advice = f"Evaluate half as often: {saves} Or evaluate on fewer batches, {elsewhere}"
 
-    finding = _evaluation_finding(time, seconds, line, f"evaluation{who}", less + elsewhere)
+    finding = _evaluation_finding(time, seconds, line, f"evaluation{who}", advice)
     return replace(finding, ranks=alone, speedup_if_fixed=1 / (1 - saved))
 
 
