@@ -213,7 +213,7 @@ class Instrumentation:
         """Search for models and optimizers, all of which exist at the first backward pass."""
         self._look_for_device()
         if self._discovery is not None:
-            self._guarded(lambda: self._discovery.search_all(trains=True))
+            self._guarded(self._find_models)
 
         if self.clock.first_loader is None:
             self._guarded(self._look_for_iterators)
@@ -221,6 +221,12 @@ class Instrumentation:
         self._guarded(self._group.report_mesh)
         self._guarded(self._facts.anomaly_detection)
         return self._discovery is None or self.clock.optimizers_alive > 0
+
+    def _find_models(self) -> None:
+        known = self._discovery.models
+        self._discovery.search_all(trains=True)
+        if self._batches is not None and not self._batches.has_trained and 0 < known == self._discovery.models:
+            self._discovery.descend()  # the script calls `model.forward`, or parts of the model
 
     def _look_for_iterators(self) -> None:
         self.feeding = feeding_of(gc.get_objects())

@@ -59,6 +59,11 @@ class ModuleDiscovery:
         self._trained: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # answers of `is_trained`
         self._pending: list[weakref.ref[Any]] = []  # modules with new parameters or children since the last search
 
+    @property
+    def models(self) -> int:
+        """Number of modules that are or were timed."""
+        return len(self._known)
+
     def watch(self) -> list[Any]:
         """Collect modules under construction; return torch's handles, whose `remove` ends that."""
 
