@@ -262,12 +262,12 @@ def _where(part: str | None, ranks: tuple[int, ...], line: BlamedLine | None, *,
 
 
 def _summary(change: LevelChange, since: int, end: int | None, per_step: float, share: float, where: str) -> str:
-    times = f"{ns_text(change.before_ns)} to {ns_text(change.after_ns)}"
+    usual, slow = ns_text(change.before_ns), ns_text(change.after_ns)
     cost = f"; that costs {percent_text(share)} of step time."
     if change.shape == "growth":
-        return f"Steps grow by {ns_text(per_step)} each, from {times}{where}{cost}"
+        return f"Steps grow by {ns_text(per_step)} each, from {usual} to {slow}{where}{cost}"
 
-    longer = f"a step takes {factor_text(change.factor)} as long ({times}){where}{cost}"
+    longer = f"a step takes {factor_text(change.factor)} as long ({slow} instead of {usual}){where}{cost}"
     if change.shape == "stays":
         return f"Since step {count_text(since)} {longer}"
 
