@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from traceml.settings import Config
+
 CODE = """
 import os
 from pathlib import Path
@@ -18,6 +20,30 @@ group = Path("/proc/self/autogroup")
 words = group.read_text().split() if group.exists() else []
 print(os.nice(0), words[-1] if words else 19)
 """
+
+TURNS = """
+import os, sys, time
+from traceml.priority import lower_priority
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+delivery = os.fork()
+if delivery == 0:
+    lower_priority(int(sys.argv[1]))
+    while True:
+        pass
+while time.process_time() < 1:  # this is the training
+    pass
+os.kill(delivery, 9)
+used = os.wait4(delivery, 0)[2]
+print(used.ru_utime + used.ru_stime)
+"""
+
+
+@pytest.mark.process
+def test_delivery_gets_a_part_of_a_core_that_is_busy() -> None:
+    """It loads a tracker's library within half a minute of a training that uses every core, which takes seconds."""
+    command = [sys.executable, "-c", TURNS, str(Config().delivery_nice)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.05 < float(done.stdout) < 0.25
 
 
 @pytest.mark.process

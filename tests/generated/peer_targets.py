@@ -34,7 +34,7 @@ def _hello(challenge: dict[str, Any], role: Any) -> bytes:
 
 async def _talk(folder: Path, role: str | None, damage: Damage | None, messages: list[dict[str, Any]]) -> None:
     """Connect, greet, send messages, and wait until the aggregator has closed the connection."""
-    aggregator = Aggregator(folder / "runs", _TOKEN)
+    aggregator = Aggregator(folder / "runs", _TOKEN, delivery_nice=0)
     near, far = socket.socketpair()
     await asyncio.get_running_loop().create_connection(lambda: Peer(aggregator.server), sock=near)
     reader, writer = await asyncio.open_connection(sock=far)

@@ -58,12 +58,12 @@ class Aggregator:
     Args:
         runs_dir: folder of the runs.
         token: the secret that peers prove to know.
+        delivery_nice: nice value of delivery processes, and of those that read about the code of a run.
         run_id: the run that a launcher started this aggregator for; the launcher reports its end.
         exit_when_idle: end when no run is left.
         on_rank: called when a rank has joined.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
-        delivery_nice: nice value of delivery processes, and of those that read about the code of a run.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
         alerts: notified of findings.
         profiles: takes profiles by itself.
@@ -78,12 +78,12 @@ class Aggregator:
         runs_dir: Path,
         token: str,
         *,
+        delivery_nice: int,
         run_id: str | None = None,
         exit_when_idle: bool = False,
         on_rank: Callable[[], object] | None = None,
         on_run_finished: Callable[[Path], object] | None = None,
         on_run_settled: Callable[[Path], object] | None = None,
-        delivery_nice: int = 19,
         retention_gb: float | None = None,
         alerts: FindingAlerts | None = None,
         profiles: FindingProfiles | None = None,

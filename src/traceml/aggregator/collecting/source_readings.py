@@ -1,6 +1,6 @@
 """Readings of code, environment and machine of runs whose rank 0 leaves that to its aggregator.
 
-One process of the lowest priority reads once for each start of a job, during the training, when the run has come to an
+One process of low priority reads once for each start of a job, during the training, when the run has come to an
 age at which its cost is small. It is killed when the run ends, or when it takes too long.
 """
 

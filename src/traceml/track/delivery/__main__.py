@@ -1,7 +1,7 @@
 """Delivery process: follows one run's store and sends what was logged to one backend.
 
 The aggregator and `traceml sync` start `python -m traceml.track.delivery RUN_DIR BACKEND`, one per backend. Only these
-processes import a tracker's library. They run at the lowest priority with one batch in memory.
+processes import a tracker's library. They run at a low priority with one batch in memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--options", type=json.loads, help="options of the backend as JSON")
     parser.add_argument("--settings", type=json.loads, help="current settings as JSON, with --options")
     parser.add_argument("--installed-only", action="store_true", help="import nothing that the run names")
-    parser.add_argument("--nice", type=int, default=19, help="niceness of the process")
+    parser.add_argument("--nice", type=int, default=0, help="niceness of the process")
     parser.add_argument("--parent", type=int, help="process id; end when that process ends")
     arguments = parser.parse_args(argv)
     _tie_to(arguments.parent)

@@ -1,6 +1,6 @@
 """Thread that ends its process when a call into a library does not return.
 
-Delivery runs at the lowest priority, so while a training uses every core it may wait for one most of the time.
+Delivery runs at a low priority, so while a training uses every core it may wait for one most of the time.
 That time does not count as hanging.
 """
 

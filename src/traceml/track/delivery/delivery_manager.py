@@ -27,7 +27,7 @@ _log = logging.getLogger("traceml")
 class RunDeliveries:
     """All deliveries of one run, as its experiments request them."""
 
-    def __init__(self, run_dir: Path, nice: int = 19) -> None:
+    def __init__(self, run_dir: Path, nice: int) -> None:
         self.run_dir = run_dir
         self._nice = nice
         self.processes: dict[str, DeliveryProcess] = {}
@@ -108,7 +108,7 @@ class DeliveryManager:
         nice: niceness of the processes.
     """
 
-    def __init__(self, stall_limit_s: float | None, nice: int = 19) -> None:
+    def __init__(self, stall_limit_s: float | None, nice: int) -> None:
         self._stall_limit_s = stall_limit_s
         self._nice = nice
         self._runs: dict[Path, RunDeliveries] = {}

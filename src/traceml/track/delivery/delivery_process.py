@@ -50,11 +50,11 @@ class DeliveryProcess:
         run_dir: the run's folder.
         backend: the backend.
         options: its options, which select its environment.
+        nice: niceness of the process.
         once: deliver what is there and end, rather than follow.
         forced: options that replace those of the run; everything is then delivered. They are part of the command
             line, so none may be a secret.
         settings: the current settings from `plan.delivery_settings`, with `forced`.
-        nice: niceness of the process.
         installed_only: import nothing from the working directory, nor from folders that the run names.
     """
 
@@ -64,10 +64,10 @@ class DeliveryProcess:
         backend: str,
         options: dict[str, Any],
         *,
+        nice: int,
         once: bool = False,
         forced: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
-        nice: int = 19,
         installed_only: bool = False,
     ) -> None:
         self.run_dir = run_dir
