@@ -35,7 +35,7 @@ class DoctorOptions:
     """Check the installation, settings and hosts; exit with 3 when something is broken."""
 
     json: bool = False
-    """Print the findings as JSON and nothing else."""
+    """Print the results as JSON and nothing else."""
     settings: bool = False
     """Print the settings alone, with their values and sources."""
     backends: bool = False

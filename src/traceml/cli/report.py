@@ -36,7 +36,7 @@ EXIT_GATE = 1
 class ReportOptions:
     """Show what limits a run: the verdict, the numbers behind it, and what to do next.
 
-    Works on ended and on running runs.
+    The run may be running or ended.
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None

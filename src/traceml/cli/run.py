@@ -188,12 +188,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=WrappingFormatter,
         allow_abbrev=False,
     )
-    add_run_options(parser)
-    add_prometheus_option(parser)
-    parser.add_argument(
+    own = add_run_options(parser)
+    add_prometheus_option(own)
+    own.add_argument(
         "--profile-on-finding",
         action="store_true",
-        help=f"profile the operators once, when the verdict has been computation for {_PROFILE_AFTER_S} s",
+        help=f"profile the operators once, when computation has been the verdict for {_PROFILE_AFTER_S} s",
     )
     torchrun = parser.add_argument_group("torchrun's options")
     torchrun.add_argument(

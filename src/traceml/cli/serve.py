@@ -45,7 +45,7 @@ __all__ = ["main", "make_parser"]
 _EPILOG = """\
 Training scripts with traceml.init() and the same runs folder on this host find it automatically.
 Scripts on other hosts need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
---upstream sends merged rows to the aggregator of all hosts, with the same TRACEML_TOKEN on all.
+--upstream sends merged rows to the center, the aggregator of all hosts, with its TRACEML_TOKEN.
 --web prints the address of a page with all runs, running and ended.
 --prometheus 0.0.0.0:29767 lets other hosts read the metrics, with a bearer token.
 Scripts with another runs folder need TRACEML_PORT: their runs are stored here then.
@@ -112,7 +112,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_prometheus_option(parser)
     parser.add_argument(
-        "--upstream", metavar="HOST:PORT", help="also send merged rows of the ranks to the aggregator of all hosts"
+        "--upstream",
+        metavar="HOST:PORT",
+        help="also send merged rows to a center, the aggregator of all hosts",
     )
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.

@@ -21,7 +21,7 @@ class WhatifOptions:
 
     Shows how much longer a step takes than if all operations of a kind took the same time.
 
-    Also by kind of operation, data-parallel rank, pipeline stage and worker.
+    The same is shown by kind of operation, data-parallel rank, pipeline stage and worker.
 
     docs/whatif.md describes the columns of the trace.
     """

@@ -73,22 +73,7 @@ def about_run(reader: StoreReader) -> About:
     """
     ranks = [stream for stream in reader.streams() if not stream.facts.get("helps")]
     first = sorted(ranks, key=lambda stream: (-stream.attempt, stream.rank, -stream.id))[:1]
-    found: dict[str, dict[str, Any]] = {}
-    project = ""
-    for stream in first:
-        for row in _rows(reader, INFO.name, stream.id):
-            if row.get("kind") in ("process", "model", "loader", "optimizer"):
-                found.setdefault(row["kind"], {name: row[name] for name in row if name not in ("kind", "t_ns")})
-
-        for row in _rows(reader, LOGGED.name, stream.id):
-            if row.get("kind") == "params":
-                found.setdefault("params", {}).update(row.get("params") or {})
-            elif row.get("kind") in ("tags", "experiment"):
-                found.setdefault("tags", {}).update(row.get("tags") or {})
-                project = str(row.get("project") or project)
-            elif row.get("kind") == "collected" and row.get("name") in _COLLECTORS:
-                found[row["name"]] = dict(row.get("facts") or {})
-
+    found, project = _reported(reader, first)
     reading = _reading_of(reader, first)
     for name, facts in reading.facts.items() if reading is not None else ():
         if name in _COLLECTORS:
@@ -110,6 +95,27 @@ def about_run(reader: StoreReader) -> About:
         unread=unread,
         not_read=_why_not(unread, reading, asked, first) if unread else "",
     )
+
+
+def _reported(reader: StoreReader, streams: Sequence[StreamRecord]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return the facts of the rows of streams by their kind, and the project."""
+    found: dict[str, dict[str, Any]] = {}
+    project = ""
+    for stream in streams:
+        for row in _rows(reader, INFO.name, stream.id):
+            if row.get("kind") in ("process", "model", "loader", "optimizer"):
+                found.setdefault(row["kind"], {name: row[name] for name in row if name not in ("kind", "t_ns")})
+
+        for row in _rows(reader, LOGGED.name, stream.id):
+            if row.get("kind") == "params":
+                found.setdefault("params", {}).update(row.get("params") or {})
+            elif row.get("kind") in ("tags", "experiment"):
+                found.setdefault("tags", {}).update(row.get("tags") or {})
+                project = str(row.get("project") or project)
+            elif row.get("kind") == "collected" and row.get("name") in _COLLECTORS:
+                found[row["name"]] = dict(row.get("facts") or {})
+
+    return found, project
 
 
 def _is_relayed(first: Sequence[StreamRecord]) -> bool:

@@ -75,9 +75,9 @@ class LoaderWorkersSampler:
             return
 
         began = time.thread_time_ns()
-        pids = [pid for _, of in groups for pid in of]
+        pids = [pid for _, own in groups for pid in own]
         self._known = {pid: memory for pid, memory in self._known.items() if pid in pids}
-        rows = [row for loader, of in groups if (row := self._row(t_ns, step, loader, of)) is not None]
+        rows = [row for loader, own in groups if (row := self._row(t_ns, step, loader, own)) is not None]
         self._read = None
         self._state.spent(t_ns, time.thread_time_ns() - began)
         yield from rows

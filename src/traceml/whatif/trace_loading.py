@@ -102,8 +102,8 @@ def _layout(path: Path) -> Layout:
     return Layout(**{**known, "trial_name": str(known.get("trial_name", ""))})
 
 
-def _rows(path: Path) -> dict[str, Any]:
-    """Return the columns of the trace as arrays; `optype` as (labels, codes)."""
+def _table(path: Path) -> Any:
+    """Return the trace as a table of pyarrow, with one row or more."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -123,6 +123,14 @@ def _rows(path: Path) -> dict[str, Any]:
 
     if not table.num_rows:
         raise TraceEmptyError(f"{path} has no operation")
+
+    return table
+
+
+def _rows(path: Path) -> dict[str, Any]:
+    """Return the columns of the trace as arrays; `optype` as (labels, codes)."""
+    table = _table(path)
+    import pyarrow
 
     rows: dict[str, Any] = {}
     try:

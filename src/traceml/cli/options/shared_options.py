@@ -21,8 +21,8 @@ __all__ = [
 ]
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the view, the name and the folder of the run."""
+def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options for the view, the name and the folder of the run; return their group."""
     own = parser.add_argument_group("traceml's options")
     views = ("auto", "terminal", "web", "none")
     own.add_argument("--live", choices=views, default="auto", help="live view; web prints its address (default: auto)")
@@ -38,12 +38,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--kill-after-report",
         action="store_true",
-        help="end a job that hangs, after its report is written, with a status other than 0 (on_hang=abort)",
+        help="if the job hangs, write its report and end it with a status other than 0 (on_hang=abort)",
     )
     own.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as in `python -m`")
+    return own
 
 
-def add_prometheus_option(parser: argparse.ArgumentParser) -> None:
+def add_prometheus_option(parser: argparse._ActionsContainer) -> None:
     """Add the option `--prometheus`; its value is a `ListenAddress`, None without it."""
     parser.add_argument(
         "--prometheus",

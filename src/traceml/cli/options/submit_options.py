@@ -39,7 +39,7 @@ def add_submit_options(parser: argparse.ArgumentParser) -> None:
         "--retries",
         type=NumberRange(minimum=0),
         metavar="N",
-        help="how often it is queued again after its time limit or a preemption (default: 3)",
+        help="how often the job is queued again after its time limit or a preemption (default: 3)",
     )
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="KEY[=VALUE]", help="another option of sbatch; may be repeated"

@@ -38,15 +38,7 @@ _NOTHING = _Progress(0)
 
 
 class StoreReader(FrameReader):
-    """Reads a run's store. One thread at a time; open it after any fork.
-
-    Args:
-        path: the file.
-        on_damage: called with a message for each damaged frame, which is then skipped; without it, they raise.
-
-    Raises:
-        StoreError: the store is missing, damaged, or has another version. All methods may raise it.
-    """
+    """Reads a run's store; its arguments and errors are those of `FrameReader`."""
 
     def __init__(self, path: Path, on_damage: Callable[[str], None] | None = None) -> None:
         super().__init__(path, on_damage)

@@ -344,9 +344,9 @@ def _records(table: str, rows: _Rows) -> _Rows:
     return records
 
 
-def _collapsed(bins: _Rows, of: NDArray[np.int64] | None = None) -> tuple[_Rows, NDArray[np.int64]]:
+def _collapsed(bins: _Rows, stream: NDArray[np.int64] | None = None) -> tuple[_Rows, NDArray[np.int64]]:
     """Join bins of equal number, group and stream; return them in order, and their streams."""
-    streams = np.zeros(len(bins), np.int64) if of is None else of
+    streams = np.zeros(len(bins), np.int64) if stream is None else stream
     order = np.lexsort((bins["group"], bins["bin"], streams))
     if np.any(order[1:] < order[:-1]):  # rows of one stream come in order: copying them would take half the time
         bins, streams = bins[order], streams[order]
@@ -392,17 +392,17 @@ def _width(first: int, last: int, least: int = 1) -> int:
     return width
 
 
-def _widths(steps: NDArray[np.int64], of: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def _widths(steps: NDArray[np.int64], stream: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     first, last = np.full(count, _LARGEST), np.full(count, -_LARGEST)
-    np.minimum.at(first, of, steps)
-    np.maximum.at(last, of, steps)
+    np.minimum.at(first, stream, steps)
+    np.maximum.at(last, stream, steps)
     return np.array([_width(*ends) for ends in zip(first.tolist(), last.tolist(), strict=True)], np.int64)
 
 
-def _levels_by_stream(rows: _Rows, of: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+def _levels_by_stream(rows: _Rows, stream: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
     total = np.maximum(rows["total_ns"], _MIN_NS)
     level = np.minimum(np.log(total / _MIN_NS) / np.log(LEVEL_RATIO), _LEVELS - 1).astype(np.int64)
-    found = _counted(of * _LEVELS + level)
+    found = _counted(stream * _LEVELS + level)
     ends = np.searchsorted(found[:, 0], np.arange(count + 1) * _LEVELS)
     found[:, 0] %= _LEVELS
     return np.split(found, ends[1:-1])

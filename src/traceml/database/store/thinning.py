@@ -55,11 +55,11 @@ def thinned_rows(table: str, rows: NDArray[np.void], level: int) -> NDArray[np.v
         return rows[kept_rows(rows, level)]
 
     keys = np.stack([rows[name] for name in _LINE_KEYS], axis=1)
-    _, last, of = np.unique(keys[::-1], axis=0, return_index=True, return_inverse=True)
+    _, last, line = np.unique(keys[::-1], axis=0, return_index=True, return_inverse=True)
     order = np.argsort(-last)  # in the order of the last row of each line
     left = rows[::-1][last[order]].copy()
     for name in _LINE_SUMS:
-        left[name] = np.bincount(of.ravel()[::-1], rows[name], len(last)).astype(np.int64)[order]
+        left[name] = np.bincount(line.ravel()[::-1], rows[name], len(last)).astype(np.int64)[order]
 
     return left
 

@@ -148,8 +148,8 @@ def _room(
 ) -> _Room | None:
     growth = by_kind[kind][rank][1]
     if kind is MemoryKind.DEVICE:
-        of = next((each for each in facts.memory.devices() if (each.rank, each.device) == (rank, device)), None)
-        left, total = (of.total_bytes - of.allocated_bytes, of.total_bytes) if of is not None else (0, 0)
+        use = next((each for each in facts.memory.devices() if (each.rank, each.device) == (rank, device)), None)
+        left, total = (use.total_bytes - use.allocated_bytes, use.total_bytes) if use is not None else (0, 0)
         rate, name = growth.bytes_per_s, "device's"
     else:
         host = facts.hosts.get(rank)

@@ -100,8 +100,8 @@ class _Names:
 
     def unified(self, stream: int, sums: StepSums) -> StepSums:
         """Return sums of a stream in which user phases have these ids; unnamed ones are left out."""
-        of, user = self._of.get(stream, {}), sums.user_phases
-        ids = np.array([of.get(number, -1) for number in user.bins["group"].tolist()], np.int64)
+        unified, user = self._of.get(stream, {}), sums.user_phases
+        ids = np.array([unified.get(number, -1) for number in user.bins["group"].tolist()], np.int64)
         bins = user.bins[ids >= 0].copy()
         bins["group"] = ids[ids >= 0]
         order = np.lexsort((bins["group"], bins["bin"]))
@@ -119,9 +119,9 @@ def _first_sums(reader: StoreReader, table: Table, streams: Mapping[int, int]) -
         return {}
 
     rows = np.frombuffer(b"".join(frame.data for frame in frames), table.dtype)
-    of = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
+    stream = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
     first = rows["step"] < SET_UP_STEPS
-    return sum_rows(table.name, rows[first], of[first])
+    return sum_rows(table.name, rows[first], stream[first])
 
 
 def _packed(sums: StepSums) -> dict[str, str]:

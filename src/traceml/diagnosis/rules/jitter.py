@@ -177,10 +177,10 @@ def _line(
     segments: Segments, facts: JobFacts, events: _LongSteps, phase: str, rank: int | None, step_ns: float
 ) -> tuple[BlamedLine | None, float]:
     """Return the line of the long steps, where they have most of the phase, and the phase's share of the step."""
-    of = slice(None) if rank is None else segments.ranks == rank
-    values = segments.parts[phase][of]
+    ranks = slice(None) if rank is None else segments.ranks == rank
+    values = segments.parts[phase][ranks]
     share = float(values.mean()) / step_ns
-    held = float(events.excess[phase][of].sum()) >= LINE_SHARE * float(values.sum())
+    held = float(events.excess[phase][ranks].sum()) >= LINE_SHARE * float(values.sum())
     return (own_line(facts.lines, phase, share, () if rank is None else (rank,)) if held else None), share
 
 

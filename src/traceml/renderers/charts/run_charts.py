@@ -165,7 +165,7 @@ def memory_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
 def system_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
     """Return the utilization of hosts and devices over time, in percent."""
     parts = (("cpu", series.cpu), ("memory", series.host_memory), ("", series.gpu), ("memory", series.gpu_memory))
-    lines = [(f"{what} " if what else "", line) for what, of in parts for line in _few(of)]
+    lines = [(f"{what} " if what else "", line) for what, each in parts for line in _few(each)]
     option = _over_time(lines, theme, "%", 1.0)
     if option is not None:
         option["yAxis"] |= {"min": 0, "max": 100}

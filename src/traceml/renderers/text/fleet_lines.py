@@ -46,8 +46,8 @@ def fleet_lines(document: FleetDocument, viewport: Viewport) -> Iterator[Text]:
 
 
 def _history(history: RunHistory, width: int) -> Iterator[Text]:
-    of = ", ".join(filter(None, [history.script, history.model, plural(history.world_size, "rank")]))
-    yield from _wrapped(f"Run {history.run}: {of}", width, "bold")
+    model = ", ".join(filter(None, [history.script, history.model, plural(history.world_size, "rank")]))
+    yield from _wrapped(f"Run {history.run}: {model}", width, "bold")
     yield from _wrapped(_history_sentence(history), width)
     if history.phases:
         yield Text(f"  {'':<14}{'this run':>10}{'usual':>10}{'usual range':>23}  change", style="dim")

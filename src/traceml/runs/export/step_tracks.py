@@ -322,11 +322,11 @@ def _is_ready(steps: Any, phases: Any, most_held: int) -> NDArray[np.bool_]:
     return ready
 
 
-def _owners(steps: Longs, of: Longs) -> NDArray[np.intp]:
-    """Return the position in `steps` of each element of `of`, -1 for those that are not there."""
+def _owners(steps: Longs, wanted: Longs) -> NDArray[np.intp]:
+    """Return the position in `steps` of each element of `wanted`, -1 for those that are not there."""
     order = np.argsort(steps, kind="stable")
-    at = np.minimum(np.searchsorted(steps[order], of), len(steps) - 1)
-    return np.where(steps[order][at] == of, order[at], -1)
+    at = np.minimum(np.searchsorted(steps[order], wanted), len(steps) - 1)
+    return np.where(steps[order][at] == wanted, order[at], -1)
 
 
 def _marks(flags: int) -> dict[str, bool]:

@@ -230,8 +230,8 @@ def _of_phase(sections: Sequence[LineSection], phase: str) -> list[LineSection]:
     return [section for section in sections if section.phase == phase]
 
 
-def _line(of: SampledLine) -> LineSection:
-    return LineSection(phase=of.part, file=of.file, line=of.line, function=of.function, library=of.library)
+def _line(seen: SampledLine) -> LineSection:
+    return LineSection(phase=seen.part, file=seen.file, line=seen.line, function=seen.function, library=seen.library)
 
 
 def time(digest: Digest) -> TimeSection | None:

@@ -71,8 +71,8 @@ class SampleTotals:
     def most(self, table: Table, rank: int, column: str, device: int | None = None) -> float | None:
         """Return the greatest value of a column, of one or of all devices of a rank; None without samples."""
         at, found = _COLUMNS[table.name].index(column), self._devices(table, rank)
-        of = found.values() if device is None else [found[device]] if device in found else []
-        return max((float(each[0, at]) for each in of if not np.isnan(each[0, at])), default=None)
+        chosen = found.values() if device is None else [found[device]] if device in found else []
+        return max((float(each[0, at]) for each in chosen if not np.isnan(each[0, at])), default=None)
 
     def mean(self, table: Table, rank: int, column: str, device: int = 0) -> float | None:
         """Return the mean of a column of a rank's device; None without samples."""

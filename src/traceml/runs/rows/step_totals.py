@@ -234,10 +234,10 @@ class _Cells:
         summed = np.bincount(cells, self._field(field)[at], self._shape[0] * self._shape[1])
         return np.asarray(summed.reshape(self._shape))
 
-    def extreme(self, field: str, of: np.ufunc, empty: float) -> Floats:
+    def extreme(self, field: str, reduce: np.ufunc, empty: float) -> Floats:
         """Return the least or greatest value of a field of all ranks by bin."""
         found = np.full(self._shape[1], empty)
-        of.at(found, self._columns[self._inside], self._field(field)[self._inside])
+        reduce.at(found, self._columns[self._inside], self._field(field)[self._inside])
         return found
 
     def _field(self, name: str) -> Floats:

@@ -203,12 +203,12 @@ class _DerivedField:
 
     def raw(self, number: int) -> Any:
         value, process = self._numbers.pair(number)
-        of = self._origin.process(process) if self._name != "file" else None
-        return self._args[0].raw(value), of
+        origin = self._origin.process(process) if self._name != "file" else None
+        return self._args[0].raw(value), origin
 
     def number(self, raw: Any) -> int:
-        value, of = raw
-        process = 0 if of is None else self._origin.processes.one(of[0], self._origin.strings.intern(of[1]))
+        value, origin = raw
+        process = 0 if origin is None else self._origin.processes.one(origin[0], self._origin.strings.intern(origin[1]))
         return self._numbers.one(self._args[0].number(value), process)
 
     def label(self, number: int) -> Label:

@@ -17,14 +17,7 @@ _FORWARD, _BACKWARD, _OPTIMIZER = (phase.label for phase in (Phase.FORWARD, Phas
 def own_line(
     lines: Sequence[SampledLine], part: str, phase_share: float, ranks: Collection[int] = ()
 ) -> BlamedLine | None:
-    """Return `blamed_line`, where it is more than the call of a trainer.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a phase, `other`, or a user's phase by its name.
-        phase_share: the phase's share of the step, as measured by the hooks.
-        ranks: the ranks to look at; empty for all.
-    """
+    """Return `blamed_line` of the same arguments, where it is more than the call of a trainer."""
     line = blamed_line(lines, part, phase_share, ranks)
     return None if line is None or calls_trainer(lines, line) else line
 
