@@ -11,9 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from traceml.instrument.import_hook import is_imported
-
-__all__ = ["TRAINERS", "imported_trainers"]
+__all__ = ["TRAINERS"]
 
 _LIGHTNING_STEPS = ("training_step", "validation_step")
 
@@ -74,8 +72,3 @@ def _continue_steps(hooks: Any, step: int) -> None:
     """Continue the step numbers of a resumed training; do nothing if it is new, or has fewer steps than the run."""
     if step:
         hooks.set_step(int(step))
-
-
-def imported_trainers() -> list[str]:
-    """Return the modules of `TRAINERS` that are imported; not those whose import has not ended."""
-    return [name for name in TRAINERS if is_imported(name)]

@@ -27,19 +27,28 @@ def is_imported(name: str) -> bool:
 
 
 class PostImportHook:
-    """Import finder that finds nothing itself, but runs a callback after the execution of certain modules."""
+    """Import finder that finds nothing itself, but runs a callback once each of certain modules is imported."""
 
     def __init__(self, callbacks: dict[str, Callable[[], None]]) -> None:
-        self._waiting = {name: callback for name, callback in callbacks.items() if not is_imported(name)}
+        self._waiting = dict(callbacks)
         self._searching = False
 
     def install(self) -> None:
-        """Start watching, unless all modules are already imported."""
-        for name in [each for each in self._waiting if each in sys.modules and not is_imported(each)]:
-            _when_ended(sys.modules[name].__spec__, functools.partial(self._ended, name))
+        """Run the callbacks of modules that are imported, and watch for the import of the others."""
+        for name in list(self._waiting):
+            if is_imported(name):
+                self.run(name)
+            elif name in sys.modules:
+                _when_ended(sys.modules[name].__spec__, functools.partial(self.run, name))
 
         if self._waiting:
             sys.meta_path.insert(0, self)
+
+    def run(self, name: str) -> None:
+        """Run the callback of a module now, unless it has run."""
+        callback = self._waiting.pop(name, None)
+        if callback is not None and name in sys.modules:
+            callback()
 
     def uninstall(self) -> None:
         """Stop watching."""
@@ -84,17 +93,12 @@ class PostImportHook:
             finally:
                 loader.__dict__.pop("exec_module", None)
 
-            self._ended(name)
+            self.run(name)
 
         try:
             loader.exec_module = exec_module
         except AttributeError:
             pass  # a loader written in C, shared by modules: torch has none
-
-    def _ended(self, name: str) -> None:
-        callback = self._waiting.pop(name, None)
-        if callback is not None and name in sys.modules:
-            callback()
 
 
 class _BegunSpec(ModuleSpec):

@@ -19,7 +19,7 @@ from traceml.instrument.checkpoints.save_folder import SaveFolder
 from traceml.instrument.checkpoints.save_log import SaveLog
 from traceml.instrument.clock_forms import new_clock
 from traceml.instrument.facts.fact_reports import FactReports
-from traceml.instrument.framework_trainers import TRAINERS, imported_trainers
+from traceml.instrument.framework_trainers import TRAINERS
 from traceml.instrument.groups.default_group import DefaultGroup
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.importlib_bootstrap import uncounted
@@ -280,28 +280,14 @@ class Instrumentation:
 
     def start(self) -> None:
         """Instrument imported modules, and wait for the import of the others."""
-        if "torch" in sys.modules and hasattr(sys.modules["torch"], "compiler"):
-            self._on_torch_import()
-
-        if "torch.distributed._functional_collectives" in sys.modules:
-            self._on_functional_import()
-
-        if "torch.distributed.checkpoint" in sys.modules:
-            self._on_checkpoint_import()
-
-        if "torch.distributed.optim.optimizer" in sys.modules:
-            self._on_rpc_import()
-
-        if "safetensors.torch" in sys.modules:
-            self._on_safetensors_import()
-
-        for name in imported_trainers():
-            self._on_trainer_import(name)
+        if hasattr(sys.modules.get("torch"), "compiler"):  # torch calls `TRACEML=1` before its import has ended
+            self._watch.run("torch")
 
         self._watch.install()
 
     def _on_torch_import(self) -> None:
-        self._guarded(self._patch_torch)
+        if hasattr(sys.modules["torch"], "compiler"):  # else it is another package
+            self._guarded(self._patch_torch)
 
     def _patch_torch(self) -> None:
         from traceml.instrument import calls

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from traceml.fail_open import fail_open
-from traceml.instrument.import_hook import PostImportHook, is_imported
+from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.track.plugins.interfaces import FrameworkInterface, OrchestratorInterface
@@ -57,10 +57,6 @@ class FrameworkCapture(FrameworkInterface):
 
         self._orchestrator = orchestrator
         targets = self.targets()
-        for module in targets:
-            if is_imported(module):
-                self._apply(module)
-
         self._watch = PostImportHook({module: partial(self._apply, module) for module in targets})
         self._watch.install()
 
