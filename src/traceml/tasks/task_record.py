@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -72,32 +73,13 @@ def is_coroutine(fn: Any) -> bool:
         return False
 
 
+@dataclass(init=False, repr=False, eq=False, slots=True, weakref_slot=True)
 class TaskRecord:
     """One submitted task.
 
     The queue holds the task's entry, a list with the task in it. The thread that pops the task from the entry runs it:
     this is one atomic operation, and an entry that is left in the queue keeps no result alive.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "args",
-        "callbacks",
-        "context",
-        "engine",
-        "entry",
-        "fn",
-        "given_name",
-        "kwargs",
-        "last_progress",
-        "outcome",
-        "pool",
-        "started_s",
-        "state",
-        "submitted_s",
-        "task_id",
-        "timeout_s",
-    )
 
     args: tuple[Any, ...]
     callbacks: list[Callable[[], object]] | None  # called when the task ends

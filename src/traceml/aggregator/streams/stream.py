@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,6 +83,7 @@ class Incarnation:
         return cls(hello.host, hello.boot_id, hello.pid, hello.start_ticks, hello.recorder)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Stream:
     """Rows and state of one incarnation of a rank.
 
@@ -96,79 +97,49 @@ class Stream:
         flight: path of its flight file, "" when it has none on a file system.
     """
 
-    __slots__ = (
-        "attempt",
-        "connected",
-        "disconnected_s",
-        "exit",
-        "flight",
-        "flight_state",
-        "id",
-        "incarnation",
-        "is_diagnosed",
-        "is_helper",
-        "is_relayed",
-        "names",
-        "next",
-        "oom_watch",
-        "peer",
-        "rank",
-        "reported_dead",
-        "reported_flight",
-        "resumes_at",
-        "seen_here",
-        "state",
-        "unacked",
-        "was_cut_off",
-    )
+    id: int
+    rank: int
+    attempt: int
+    incarnation: Incarnation
+    flight: str
+    state: StreamState = StreamState.RUNNING
+    exit: dict[str, Any] = field(default_factory=dict)
+    """Known facts about its end: code, signal, exception, open phase, …"""
+    next: dict[str, int] = field(default_factory=dict)
+    """Per table the number of the next row wanted."""
+    unacked: dict[str, int] = field(default_factory=dict)
+    """Per table the number to acknowledge after the commit."""
+    names: dict[int, str] = field(default_factory=dict)
+    """The rank's names by id, as received so far."""
+    peer: StreamPeer | None = None
+    connected: bool = False
+    disconnected_s: float = 0.0
+    """Time when the connection was lost, monotonic seconds."""
+    is_helper: bool = False
+    """Whether it is a forked child of a rank that only logs; it is not a rank itself."""
+    is_relayed: bool = False
+    """Whether the aggregator of its host sends its rows."""
+    is_diagnosed: bool = True
+    """Whether its rows are diagnosed live: only those of the rank's newest incarnation are."""
+    resumes_at: int = 0
+    """Steps in the checkpoint with which it began, if it counts its own from 0."""
+    flight_state: FlightState | None = None
+    """What its flight file said when it was dead; the file is removed with its last rows."""
+    was_cut_off: bool = False
+    """Whether its process ended in the middle of its loop, by that file."""
+    reported_dead: bool = False
+    """Whether a launcher has reported the end of its process."""
+    reported_flight: Path | None = None
+    """Copy of its flight file from another host, as a launcher reported it."""
+    seen_here: bool = field(init=False)
+    """Whether its process is visible on this host. Its boot id is not enough: containers share it."""
+    oom_watch: OomWatch | None = field(init=False)
+    """Out-of-memory kills in its control group; None where its process is not visible on this host."""
 
-    def __init__(
-        self,
-        id: int,  # noqa: A002 - the store calls it so
-        rank: int,
-        attempt: int,
-        incarnation: Incarnation,
-        *,
-        flight: str,
-    ) -> None:
-        self.id = id
-        self.rank = rank
-        self.attempt = attempt
-        self.incarnation = incarnation
-        self.flight = flight
-        self.state = StreamState.RUNNING
-        self.exit: dict[str, Any] = {}
-        """Known facts about its end: code, signal, exception, open phase, …"""
-        self.next: dict[str, int] = {}
-        """Per table the number of the next row wanted."""
-        self.unacked: dict[str, int] = {}
-        """Per table the number to acknowledge after the commit."""
-        self.names: dict[int, str] = {}
-        """The rank's names by id, as received so far."""
-        self.peer: StreamPeer | None = None
-        self.connected = False
-        self.disconnected_s = 0.0
-        """Time when the connection was lost, monotonic seconds."""
-        self.is_helper = False
-        """Whether it is a forked child of a rank that only logs; it is not a rank itself."""
-        self.is_relayed = False
-        """Whether the aggregator of its host sends its rows."""
-        self.is_diagnosed = True
-        """Whether its rows are diagnosed live: only those of the rank's newest incarnation are."""
-        self.resumes_at = 0
-        """Steps in the checkpoint with which it began, if it counts its own from 0."""
-        self.flight_state: FlightState | None = None
-        """What its flight file said when it was dead; the file is removed with its last rows."""
-        self.was_cut_off = False
-        """Whether its process ended in the middle of its loop, by that file."""
-        self.reported_dead = False
-        """Whether a launcher has reported the end of its process."""
-        self.reported_flight: Path | None = None
-        """Copy of its flight file from another host, as a launcher reported it."""
-        self.seen_here = self.on_this_boot and process_start_ticks(incarnation.pid) == incarnation.start_ticks
-        """Whether its process is visible on this host. Its boot id is not enough: containers share it."""
-        self.oom_watch = OomWatch(incarnation.pid) if self.seen_here else None
-        """Out-of-memory kills in its control group; None where its process is not visible on this host."""
+    def __post_init__(self) -> None:
+        pid = self.incarnation.pid
+        self.seen_here = self.on_this_boot and process_start_ticks(pid) == self.incarnation.start_ticks
+        self.oom_watch = OomWatch(pid) if self.seen_here else None
 
     def __repr__(self) -> str:
         link = "connected" if self.connected else "away"
