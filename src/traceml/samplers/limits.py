@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
@@ -136,7 +137,7 @@ def open_files() -> _Usage:
 def cpu_time() -> _Usage:
     """Return (seconds of CPU time of this process, its limit); None without a limit."""
     limit = resource.getrlimit(resource.RLIMIT_CPU)[0]
-    return None if limit == resource.RLIM_INFINITY else (int(time.process_time()), limit)
+    return None if limit == resource.RLIM_INFINITY else (math.ceil(time.process_time()), limit)
 
 
 def device_of(path: str) -> int | None:
