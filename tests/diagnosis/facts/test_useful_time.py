@@ -25,15 +25,16 @@ def steps(count: int, first: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     ("attempts", "expected"),
     [
-        ([(steps(30), 0)], (24.0, 30, 0.0, 0)),
-        ([(steps(30), 0), (steps(30), 0)], (24.0, 30, 30.0, 30)),
-        ([(steps(30), 0), (steps(40), 20)], (48.0, 60, 10.0, 10)),
-        ([(steps(30), 0), (steps(40, 20), 20)], (48.0, 60, 10.0, 10)),  # it counts on by itself
-        ([(steps(30), 0), (steps(0), 20), (steps(40), 30)], (56.0, 70, 0.0, 0)),
+        ([(steps(30), 0, 0)], (24.0, 30, 0.0, 0)),
+        ([(steps(30), 0, 0), (steps(30), 0, 0)], (24.0, 30, 30.0, 30)),
+        ([(steps(30), 0, 0), (steps(40), 20, 0)], (48.0, 60, 10.0, 10)),
+        ([(steps(30), 0, 0), (steps(40, 20), 20, 0)], (48.0, 60, 10.0, 10)),  # it counts on by itself
+        ([(steps(30), 0, 0), (steps(0), 20, 0), (steps(40), 30, 0)], (56.0, 70, 0.0, 0)),
+        ([(steps(30), 0, 4 * S), (steps(40, 29), 29, 0)], (52.0, 69, 0.0, 0)),  # step 29 failed, and was made again
         ([], (0.0, 0, 0.0, 0)),
     ],
 )
-def test_each_step_counts_once(attempts: list[tuple[np.ndarray, int]], expected: tuple[float, ...]) -> None:
+def test_each_step_counts_once(attempts: list[tuple[np.ndarray, int, int]], expected: tuple[float, ...]) -> None:
     """Starting over repeats all, a checkpoint those after it."""
     found = useful_time(attempts)
 

@@ -132,6 +132,20 @@ def test_the_time_of_a_hang_is_that_since_the_last_progress(tmp_path: Path) -> N
     assert report.time.hang_s == report.verdict.evidence["quiet_s"] == pytest.approx(30.0)
 
 
+@pytest.mark.parametrize(("phase", "made"), [("backward", 29), ("input_wait", 30)])
+def test_the_step_in_which_an_attempt_hung_is_not_productive(tmp_path: Path, phase: str, made: int) -> None:
+    """A collective that times out raises, and the end of the process writes the row; waiting never counts."""
+    timed_out = failed(exception="RuntimeError", last_step=28, step=29, open_s=1000.0, open_phase=phase, at_s=1.0)
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, timed_out, timed_out)
+        attempt(writer, 1, 50, 300, FINE, FINE)
+
+    report = build_report(tmp_path / "run")
+
+    assert report.time is not None
+    assert (report.time.productive_steps, report.time.repeated_steps) == (50, made)
+
+
 @pytest.mark.parametrize(("phase", "hung_s"), [("startup", 90.0), ("checkpoint", 90.0), ("exit", 90.0), (None, 0.0)])
 def test_an_earlier_attempt_may_hang_outside_of_steps(tmp_path: Path, phase: str | None, hung_s: float) -> None:
     """In start-up, while it saves, at its end: snapshots show it, where no step is open. Others were just ended."""

@@ -16,7 +16,8 @@ class UsefulTime:
     """Steps of a rank, each counted once; those that a later attempt makes again are repeated.
 
     Attributes:
-        productive_s: time in steps that were made for the first time, without waiting for data and saving.
+        productive_s: time in steps that were made for the first time, without waiting for data, saving, and the step
+            in which an attempt failed.
         productive_steps: their number.
         repeated_s: time in steps that an earlier attempt had made already, with waiting and saving.
         repeated_steps: their number.
@@ -42,25 +43,26 @@ class UsefulTime:
         )
 
 
-def useful_time(attempts: Iterable[tuple[NDArray[np.void], int]]) -> UsefulTime:
+def useful_time(attempts: Iterable[tuple[NDArray[np.void], int, int]]) -> UsefulTime:
     """Return the useful time of a rank.
 
     Args:
-        attempts: in order, the bins of its steps (`StepSums.steps.bins`), and the steps in the checkpoint with which
-            it began, where its own steps count from 0.
+        attempts: in order, the bins of its steps (`StepSums.steps.bins`), the steps in the checkpoint with which it
+            began, where its own steps count from 0, and the time of the step in which it failed, if that is in the
+            bins, nanoseconds; else 0.
     """
     seen, productive_ns, repeated_ns, productive, repeated = -1, 0.0, 0.0, 0, 0.0
-    for bins, resumes_at in attempts:
+    for bins, resumes_at, failed_ns in attempts:
         counts_on = len(bins) > 0 and bins["first_step"].min() > 0
         before = 0 if counts_on else resumes_at
         first, last = bins["first_step"] + before, bins["last_step"] + before
         new = np.clip((last - np.maximum(first - 1, seen)) / (last - first + 1), 0, 1)
         own_ns = bins["total_ns"] - bins["input_wait_ns"] - bins["checkpoint_ns"]
-        productive_ns += float((new * own_ns).sum())
+        productive_ns += max(float((new * own_ns).sum()) - failed_ns, 0.0)
         repeated_ns += float(((1 - new) * bins["total_ns"]).sum())
         repeated += float(((1 - new) * bins["rows"]).sum())
-        productive += int(bins["rows"].sum())
-        seen = max(seen, int(last.max(initial=-1)))
+        productive += int(bins["rows"].sum()) - bool(failed_ns)
+        seen = max(seen, int(last.max(initial=-1)) - bool(failed_ns))
 
     again = round(repeated)
     return UsefulTime(productive_ns / 1e9, productive - again, repeated_ns / 1e9, again)

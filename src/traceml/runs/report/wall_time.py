@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from traceml.database.schema import Phase
 from traceml.database.store.reader import StreamRecord
 from traceml.database.store.summaries import StepSums, TableSums
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.stopped_time import Stop, without_stops
 from traceml.diagnosis.facts.useful_time import UsefulTime, useful_time
@@ -23,6 +25,7 @@ _WHOLE = 0.9  # share of the steps of the rank with most of them
 _FEW = 0.5  # ranks with less than this share of the longest evaluation do not evaluate: a first pass, or a check
 _SHORT, _LITTLE = 0.25, 0.2  # evaluations this much shorter than the longest, if together they are this share of all
 _WORTH = 0.01  # share of the run from which on evaluation and saving of some ranks count as time of all
+_NOT_PRODUCTIVE = (Phase.INPUT_WAIT.label, Phase.CHECKPOINT.label)
 _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
@@ -128,11 +131,25 @@ def _useful_time(
 ) -> UsefulTime:
     """Return the mean over ranks of their useful time; compiling does not count."""
     by_rank = [
-        [(sums[each.id].steps.bins, resumes_at(each, goes_on)) for each in streams if each.id in sums]
+        [
+            (bins := sums[each.id].steps.bins, resumes_at(each, goes_on), _failed_ns(each, bins))
+            for each in streams
+            if each.id in sums
+        ]
         for streams in ranks
     ]
     useful = UsefulTime.mean(useful_time(of_rank) for of_rank in by_rank)
     return replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
+
+
+def _failed_ns(stream: StreamRecord, bins: NDArray[np.void]) -> int:
+    """Return the time of the step in which a process failed, perhaps after a hang, if its end has written that row."""
+    ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}))
+    is_written = ended.in_step and int(bins["last_step"].max(initial=-1)) == ended.open_step
+    if not is_written or not ended_badly([ended]) or ended.open_phase in _NOT_PRODUCTIVE:
+        return 0
+
+    return int((ended.open_s or 0.0) * _S)
 
 
 def resumes_at(stream: StreamRecord, attempts: Mapping[int, int]) -> int:
