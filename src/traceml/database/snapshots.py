@@ -132,17 +132,19 @@ class ProcessSnapshot(_Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadSnapshot(_Record):
-    """Another thread of the rank: one that runs the user's code, or that its end waits for.
+    """Another thread of the rank: one that runs the user's code, that its end waits for, or that has failed.
 
     Attributes:
         name: its name; empty where a library has started it in C.
-        line: innermost frame of the user's code, if it runs that.
+        line: innermost frame of the user's code, if it runs that, or where it has failed.
         is_daemon: whether the interpreter ends without waiting for it.
+        exception: that has ended it, `Type: message`; empty while it runs.
     """
 
     name: str = ""
     line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
     is_daemon: bool = False
+    exception: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,8 +215,8 @@ class RankSnapshot(_Record):
         sequence: number of collectives of the default group as `STEPS.bits` counts them; -1 if not known.
         groups: newest operation by process group.
         workers: workers of the data loader that is being read.
-        threads: other threads that run the user's code, those without which the interpreter does not end first; at most
-            `MAX_THREADS`.
+        threads: other threads: those that an exception has ended, and those that run the user's code, the ones without
+            which the interpreter does not end first; at most `MAX_THREADS` of each.
         ended: whether the rank has made progress again: the quiet period of `quiet_s` is over.
         is_last: whether it was made because the job is being ended.
     """

@@ -13,6 +13,7 @@ from traceml.database.schema import Phase, Slot
 from traceml.fail_open import fail_open
 from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.line_sampler import LineSampler
+from traceml.recorder.no_progress.failed_threads import FailedThreads
 from traceml.recorder.no_progress.watch_assembly import progress_watch, register_stacks
 from traceml.recorder.pauses.pause_recorder import PauseRecorder
 from traceml.recorder.profile_server import ProfileServer
@@ -60,11 +61,13 @@ class RankTracing:
         self.profiles = ProfileServer(
             flight, clock=self._step_clock, thread=self._training_thread, contains=UserCode().contains
         )
+        self._failed_threads = FailedThreads()
         self._progress_watch = progress_watch(
             flight,
             rank=lambda: rank()[0],
             thread=self._training_thread,
             clock=self._step_clock,
+            failed_threads=self._failed_threads.newest,
             hang_timeout_s=config.hang_timeout,
         )
 
@@ -76,6 +79,7 @@ class RankTracing:
             run: runs an action on it, or at once while it has not started.
         """
         self._thread = thread
+        self._failed_threads.install()
         scheduler = self.scheduler(self._samplers())
         run(lambda: thread.use(scheduler))
         self._instrument()
@@ -89,6 +93,7 @@ class RankTracing:
         if self.instrumentation is None:
             return
 
+        self._failed_threads.uninstall()
         with fail_open(_log, "recorder", "a profile could not be ended"):
             self.profiles.abandon()
 

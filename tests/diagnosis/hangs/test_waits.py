@@ -94,6 +94,30 @@ def test_a_wait_for_a_lock_tells_where_the_other_threads_are() -> None:
     )
 
 
+def test_a_thread_that_had_failed_is_told() -> None:
+    """What it was to bring never comes; it holds no lock any more."""
+    failed = ThreadSnapshot(
+        name="feeder", line=line(9, "feed"), is_daemon=True, exception="ValueError: no data\nat all"
+    )
+    finding = stuck(wchan="futex_do_wait", threads=(failed,))
+
+    assert finding.summary == (
+        "Rank 0 has been in train.py:6 stuck, waiting for a lock for 75 s. Its thread 'feeder' had ended with "
+        "ValueError: no data at train.py:9 feed."
+    )
+    assert finding.evidence["failed_thread"] == "feeder"
+    assert "look at that exception" in finding.next
+
+
+def test_an_event_loop_waits_for_an_event() -> None:
+    """The line is that of the coroutine, and the kernel's wait that of the loop."""
+    loop = FrameSnapshot(file="/usr/lib/python3.11/asyncio/base_events.py", line=1000, function="run_until_complete")
+
+    assert (
+        "in train.py:6 stuck, waiting for an event for 75 s." in stuck(line(6, "stuck"), loop, wchan="ep_poll").summary
+    )
+
+
 def test_a_rank_that_sleeps_waits_for_no_thread() -> None:
     """A thread of its own that runs beside it says nothing."""
     assert "Thread-1" not in stuck(wchan="hrtimer_nanosleep", threads=(HELPER,)).summary

@@ -314,9 +314,9 @@ class MemoryHistory:
     def device_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.TORCH_MEMORY`, in order."""
         for device in np.unique(rows["device"]).tolist():
-            mine = rows[rows["device"] == device]
-            self.curve(rank, MemoryKind.DEVICE, device).add(mine["step"], mine["t_ns"], mine["allocated_bytes"])
-            newest = {field: int(mine[name][-1]) for field, name in _OF_DEVICE.items()}
+            own = rows[rows["device"] == device]
+            self.curve(rank, MemoryKind.DEVICE, device).add(own["step"], own["t_ns"], own["allocated_bytes"])
+            newest = {field: int(own[name][-1]) for field, name in _OF_DEVICE.items()}
             self._devices[rank, device] = DeviceMemory(rank, device, **newest)
 
         if len(rows):  # pinned memory is the process's: each device's row has it
@@ -327,9 +327,9 @@ class MemoryHistory:
         """Take rows of `schema.LOADER_WORKERS`, in order; the device of a curve is the loader's number."""
         known = rows[rows["private_bytes"] >= 0]
         for loader in np.unique(known["loader"]).tolist():
-            mine = known[known["loader"] == loader]
-            self.curve(rank, MemoryKind.WORKERS, loader).add(mine["step"], mine["t_ns"], mine["private_bytes"])
-            self._worker_tails.setdefault(rank, MemoryTail()).add(mine["t_ns"], mine["private_bytes"], mine["step"] >= 0)
+            own = known[known["loader"] == loader]
+            self.curve(rank, MemoryKind.WORKERS, loader).add(own["step"], own["t_ns"], own["private_bytes"])
+            self._worker_tails.setdefault(rank, MemoryTail()).add(own["t_ns"], own["private_bytes"], own["step"] >= 0)
 
     def curve(self, rank: int, kind: MemoryKind, device: int = 0) -> MemoryCurve:
         """Return the curve of a memory; an empty one where there are no samples yet."""

@@ -13,7 +13,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
-from traceml.diagnosis.hangs.hang_words import hang_summary, operation_text
+from traceml.diagnosis.hangs.hang_words import failed_thread, hang_summary, operation_text
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -68,6 +68,7 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
     thread = awaited_thread(shown) if shown is not None else None
     line = user_line(worker) if worker is not None and user_line(worker) is not None else None
     line = line or (thread.line if thread is not None else None) or (user_line(shown) if shown is not None else None)
+    failed = failed_thread(found)
     operation, seen = found.blame.operation, shown.seen_line if shown is not None else None
     known = {
         "cause": str(found.blame.cause),
@@ -88,6 +89,8 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
         "state": (doing(shown) or None) if shown is not None else None,
         "worker": worker.pid if worker is not None else None,
         "thread": thread.name if thread is not None else None,
+        "failed_thread": failed[1].name if failed is not None else None,
+        "thread_exception": failed[1].exception if failed is not None else None,
         "blocker": shown.blocker.pid if shown is not None and shown.blocker is not None else None,
     }
     return {key: value for key, value in known.items() if value is not None}

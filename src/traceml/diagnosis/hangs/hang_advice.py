@@ -8,6 +8,7 @@ from traceml.database.snapshots import RankSnapshot, WorkerSnapshot
 from traceml.diagnosis.advice import even_batches, same_collectives
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
+from traceml.diagnosis.hangs.hang_words import failed_thread
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, is_blocked_by_full_pipe
 from traceml.formatting import ranks_text
 
@@ -32,6 +33,13 @@ def hang_advice(found: DetectedHang) -> str:
 
 
 def _check_process(found: DetectedHang) -> str:
+    failed = failed_thread(found)
+    if failed is not None:
+        return (
+            f"If what it waits for comes from thread {failed[1].name!r}, look at that exception: a thread that fails "
+            "must tell those that wait for it, as concurrent.futures does."
+        )
+
     others = found.blame.waits and found.blame.ranks
     why = (
         f"Find out why {ranks_text(found.blame.ranks)} reached that point and the others did not"

@@ -10,9 +10,18 @@ from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, awaited_thread, blocked_worker, doing, user_line
 from traceml.diagnosis.hangs.uneven_data import UnevenData
-from traceml.formatting import capitalized, count_text, duration_text, line_text, phase_words, plural, ranks_text
+from traceml.formatting import (
+    capitalized,
+    count_text,
+    duration_text,
+    exception_line,
+    line_text,
+    phase_words,
+    plural,
+    ranks_text,
+)
 
-__all__ = ["hang_summary", "operation_text"]
+__all__ = ["failed_thread", "hang_summary", "operation_text"]
 
 _LOCK = "waiting for a lock"
 _RECEIVES = ("recv", "broadcast", "scatter")  # operations whose data comes from the rank that is named
@@ -57,7 +66,25 @@ def hang_summary(found: DetectedHang) -> str:
     else:
         text = _late_text(found)
 
-    return capitalized(text) + "."
+    return f"{capitalized(text)}.{_failed_thread_text(found)}"
+
+
+def _failed_thread_text(found: DetectedHang) -> str:
+    """Return the sentence about the thread of a rank that blocks the others, or stands, which has failed before."""
+    rank, thread = failed_thread(found) or (0, None)
+    if thread is None:
+        return ""
+
+    at = f" at {line_text(thread.line.file, thread.line.line, thread.line.function)}" if thread.line else ""
+    whose = f"Its thread {thread.name!r}" if len(found.snapshots) == 1 else f"Thread {thread.name!r} of rank {rank}"
+    return f" {whose} had ended with {exception_line(thread.exception)}{at}."
+
+
+def failed_thread(found: DetectedHang) -> tuple[int, ThreadSnapshot] | None:
+    """Return a rank that blocks the others, or stands, and its newest thread that an exception has ended."""
+    standing = found.blame.ranks or sorted(found.snapshots)
+    threads = ((rank, each) for rank in standing if rank in found.snapshots for each in found.snapshots[rank].threads)
+    return next(((rank, each) for rank, each in threads if each.exception), None)
 
 
 def _late_text(found: DetectedHang) -> str:
@@ -181,7 +208,8 @@ def _threads_text(snapshot: RankSnapshot) -> str:
     if not doing(snapshot).endswith(_LOCK):
         return ""
 
-    return "".join(f", with its {_thread_place(thread)}" for thread in snapshot.threads[:_LISTED])
+    running = [thread for thread in snapshot.threads if not thread.exception]
+    return "".join(f", with its {_thread_place(thread)}" for thread in running[:_LISTED])
 
 
 def _own_place(snapshot: RankSnapshot) -> str:

@@ -12,6 +12,7 @@ from traceml.database.snapshots import (
     ThreadSnapshot,
     WorkerSnapshot,
 )
+from traceml.inspection.awaiting_frames import is_event_loop
 
 __all__ = [
     "REMOTE_CALLS",
@@ -38,6 +39,7 @@ _WRAPPERS = ("wrapper", "inner", "wrapped", "__call__")
 _COMPILER = ("/torch/_dynamo/", "/torch/_inductor/")
 _WAITING_PHASES = ("backward", "comm")
 _ENGINE = "_engine_run_backward"
+_INPUT = "waiting for input"
 # Kernel functions in which a process sleeps, by the first that begins like it.
 _SLEEPS = (
     ("hrtimer_nanosleep", "sleeping"),
@@ -56,11 +58,11 @@ _SLEEPS = (
     ("inet_csk_accept", "waiting for a connection"),
     ("inet_", "waiting for the network"),
     ("wait_for_connect", "waiting for the network"),
-    ("ep_poll", "waiting for input"),
-    ("do_epoll_wait", "waiting for input"),
-    ("do_sys_poll", "waiting for input"),
-    ("do_select", "waiting for input"),
-    ("poll_schedule", "waiting for input"),
+    ("ep_poll", _INPUT),
+    ("do_epoll_wait", _INPUT),
+    ("do_sys_poll", _INPUT),
+    ("do_select", _INPUT),
+    ("poll_schedule", _INPUT),
     ("do_sigtimedwait", "waiting for a signal"),
     ("sigsuspend", "waiting for a signal"),
     ("__do_sys_pause", "waiting for a signal"),
@@ -225,6 +227,9 @@ def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if snapshot.waits_on.startswith(_TCP):
         address = snapshot.waits_on.removeprefix(_TCP)
         return f"connecting to {address}" if "connect" in snapshot.wchan else f"waiting for the network ({address})"
+
+    if words == _INPUT and any(is_event_loop(frame.file) for frame in snapshot.frames):
+        return "waiting for an event"
 
     return (_for_child(snapshot.blocker) if snapshot.wchan else "") or words
 

@@ -15,7 +15,15 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.process_snapshots import blocker_of
 from traceml.database.schema import LINE_PHASES, Slot
-from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
+from traceml.database.snapshots import (
+    MAX_FRAMES,
+    FrameSnapshot,
+    GroupSnapshot,
+    RankSnapshot,
+    ThreadSnapshot,
+    WorkerSnapshot,
+)
+from traceml.inspection.awaiting_frames import awaiting_frames
 from traceml.inspection.kernel_state import io_bytes, is_job_suspended, process_info, tree_usage, wait_state
 from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
@@ -49,6 +57,7 @@ class SnapshotMaker:
         data: returns how far the data of the training loader is read; None where there is none.
         groups: returns the newest operation by process group.
         workers: returns the loader's workers, by the time without progress and the iterator that the rank waits for.
+        failed_threads: returns the threads that an exception has ended.
     """
 
     def __init__(
@@ -62,10 +71,12 @@ class SnapshotMaker:
         data: Callable[[], DataProgress | None],
         groups: Callable[[], tuple[GroupSnapshot, ...]],
         workers: Callable[[float, int | None], tuple[WorkerSnapshot, ...]],
+        failed_threads: Callable[[], tuple[ThreadSnapshot, ...]],
     ) -> None:
         self._slots, self._steps = flight.open_slots, flight.ring("steps")
         self._rank, self._thread, self._user = rank, thread, user
         self._is_evaluating, self._data, self._groups, self._workers = is_evaluating, data, groups, workers
+        self._failed_threads = failed_threads
         self._use = tree_usage(os.getpid())
         self._store_threads = StoreThreads()
         self._idle_bytes = self._bytes_of_idle()
@@ -108,7 +119,7 @@ class SnapshotMaker:
             data_ended=data is not None and data.is_over,
             groups=self._operations(frame),
             workers=self._workers(quiet_s, awaited_loader(frame)),
-            threads=other_threads(self._thread(), self._user),
+            threads=(*self._failed_threads(), *other_threads(self._thread(), self._user)),
             is_last=is_last,
         )
 
@@ -127,10 +138,13 @@ class SnapshotMaker:
         )  # fmt: skip
 
     def _stack(self, frame: FrameType | None) -> tuple[list[FrameSnapshot], list[FrameSnapshot]]:
-        """Return all frames without ours, and those of the user's code, the innermost first."""
+        """Return all frames without ours, and those of the user's code, the innermost first.
+
+        Those of the coroutine that an event loop waits for are inside of those of the loop.
+        """
         frames: list[FrameSnapshot] = []
         user: list[FrameSnapshot] = []
-        for each in stack_frames(frame):
+        for each in (*awaiting_frames(frame, self._user.contains), *stack_frames(frame)):
             code = each.f_code
             if not is_package_file(code.co_filename):
                 is_user = self._user.contains(each)

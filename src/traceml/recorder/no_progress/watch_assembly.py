@@ -18,6 +18,7 @@ from traceml.recorder.user_code import UserCode
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
+    from traceml.database.snapshots import ThreadSnapshot
     from traceml.instrument.loader import DataProgress
     from traceml.instrument.step_clock import StepClock
     from traceml.recorder.no_progress.snapshot_maker import SnapshotMaker
@@ -33,6 +34,7 @@ def progress_watch(
     rank: Callable[[], int],
     thread: Callable[[], int],
     clock: Callable[[], StepClock | None],
+    failed_threads: Callable[[], tuple[ThreadSnapshot, ...]],
     hang_timeout_s: float,
 ) -> ProgressWatch:
     """Return the watch of this process.
@@ -42,6 +44,7 @@ def progress_watch(
         rank: returns its rank.
         thread: returns the id of the training thread.
         clock: returns the clock of the open step, None while nothing is traced.
+        failed_threads: returns the threads that an exception has ended.
         hang_timeout_s: a pause of this length is a hang.
     """
     user, groups = UserCode(), GroupSnapshots()
@@ -72,6 +75,7 @@ def progress_watch(
             data=data,
             groups=groups.read,
             workers=WorkerSnapshots(_stack_file(), hang_timeout_s).make,
+            failed_threads=failed_threads,
         )
 
     return ProgressWatch(flight, ProgressCounters(flight, thread, user, work, groups.state), maker, hang_timeout_s)
