@@ -52,6 +52,17 @@ def test_a_period_is_found_among_steps_of_all_lengths(every):
     assert found[0].evidence["every_n_steps"] == every
 
 
+def test_short_noise_between_long_steps_hides_no_period():
+    """Negative samples are drawn before every 64th step; other programs make some steps a little longer."""
+    long = np.arange(64, 502, 64)
+    noisy = [50, 53, 75, 118, 150, 212, 241, 242, 243, 246, 247, 248, 251, 311, 313, 370, 390, 401]
+    steps = np.sort([*long, *noisy])
+    every, members = regular(steps, np.where(np.isin(steps, long), 1500.0, 10.0), np.arange(502))
+
+    assert every == 64
+    assert set(long) <= set(steps[members])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_steps_of_all_lengths_have_no_period(seed):
     """Also if other code is long by chance."""

@@ -40,6 +40,8 @@ JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
 """Or if it takes this many times longer than usual in this share of them, as the model's forward in rollouts."""
 SOONER_SHARE = 1 / 3
 """At most this many of them come sooner after another one than the distance."""
+LIGHT_SHARE = 0.1
+"""Steps with less than this share of the excess of those that have half of it are noise between these."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
         excess: their time beyond the usual.
         seen: numbers of all steps that are judged, ascending.
     """
-    for every in np.unique(np.diff(steps)):
+    heavy = excess >= LIGHT_SHARE * _half_at(excess)
+    for every in np.unique(np.diff(steps[heavy])):
         follows = np.isin(steps, steps + every)
         known = np.isin(steps + every, seen) | np.isin(steps - every, seen)
         members = follows | np.isin(steps, steps - every) | ~known
@@ -171,7 +174,7 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
 
         # Long steps that come in clumps, as on a busy host or as long episodes of a game, have a distance too, but are
         # not at each multiple of it, or also follow each other sooner.
-        regular_steps = steps[members]
+        regular_steps = steps[members & heavy]
         span = np.count_nonzero((seen > regular_steps[0]) & (seen <= regular_steps[-1])) + every
         is_filled = len(regular_steps) >= FILLED_SHARE * span / every
         is_spread = span >= SPAN_SHARE * len(seen)
@@ -179,6 +182,12 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
             return int(every), members
 
     return None
+
+
+def _half_at(values: Floats) -> float:
+    """Return the value from which on the largest ones have half of the sum."""
+    ascending = np.sort(values)
+    return float(ascending[np.searchsorted(np.cumsum(ascending), ascending.sum() / 2)])
 
 
 def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: float) -> Finding:
