@@ -140,6 +140,17 @@ def test_what_runs_there_is_named_with_its_line():
     assert "If half as often is enough, run train.py:70 log_images every 50th step: " in found.next
 
 
+def test_the_model_s_own_line_is_not_to_run_half_as_often():
+    """Samples of a diffusion model are drawn every 50th step; its forward runs in each step."""
+    line = SampledLine(0, "forward", "/home/me/unet.py", 5, "UNet.forward", None, 120)
+    rest = SampledLine(0, "backward", "/home/me/train.py", 40, "main", None, 40)
+    found = findings(ALONE, adds("forward", 700, every=25), lines=(line, rest))[0]
+
+    assert (found.phase, found.evidence["line"]) == ("forward", 5)
+    assert found.next.startswith("If half as often is enough, run what else these steps do with the model (sampling,")
+    assert "UNet.forward" not in found.next
+
+
 @pytest.mark.parametrize(("part", "collects"), [("forward", True), ("forward", False), ("other", True)])
 def test_rollouts_are_made_cheaper_not_rarer(part, collects):
     """The model is called for them before every n-th step; what else runs in these steps may be a log of them."""

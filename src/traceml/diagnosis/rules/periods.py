@@ -231,8 +231,12 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
         )
         return for_rollouts(line) + seldom
 
-    what = "what else these steps do" if line is None else line.place
-    see = " `traceml report --lines` shows the lines." if line is None else ""
+    what, see = "what else these steps do", " `traceml report --lines` shows the lines."
+    if period.part == "forward":  # the line is the model's, which runs in each step
+        what += " with the model (sampling, evaluation)"
+    elif line is not None:
+        what, see = line.place, ""
+
     return (
         f"If half as often is enough, run {what} every {ordinal_text(2 * period.every)} step: {gain_text(half)}. "
         f"Otherwise make it cheaper, or run it in the background, in a thread or another process.{see}"
