@@ -191,3 +191,15 @@ def test_pages_have_no_violation_of_accessibility_rules(visit: Visits, scheme: s
         page.evaluate(rules)
         found = page.evaluate("axe.run()")["violations"]
         assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
+        # The web framework would show a bar without a name during each request.
+        assert page.evaluate("XMLHttpRequest.prototype.send.toString()").endswith("{ [native code] }")
+
+
+def test_what_opens_shows_that_it_does(visit: Visits) -> None:
+    """A folded text has a triangle, a choice an arrow: the web framework's styles would remove both."""
+    page = visit().open(f"/run/{SLOW}")
+    for name in ("Packages (2 lines)", "Environment variables (1 line)"):
+        expect(page.locator("summary", has_text=name)).to_have_css("display", "list-item")
+
+    for chosen in ("#log-level", '[data-setting="axis"]'):
+        expect(page.locator(chosen)).to_have_css("appearance", "auto")

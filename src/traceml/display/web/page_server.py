@@ -45,6 +45,7 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
     os.environ["NICEGUI_STORAGE_PATH"] = f"{os.devnull}/none"
     import uvicorn
     from fastapi import FastAPI
+    from nicegui import app as nicegui_app
     from nicegui import ui
 
     from traceml.display.web.pages import Pages
@@ -59,6 +60,8 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
     pages.register()
     port = sock.getsockname()[1]
     app.add_middleware(TokenMiddleware, token=config.token, port=port, on_authenticated=unauthenticated.discard)
+    # No bar over the page during a request: it has no name for screen readers, and pages say what they wait for.
+    nicegui_app.config.quasar_config["loadingBar"]["skipHijack"] = True
     ui.run_with(
         app,
         title="traceml",

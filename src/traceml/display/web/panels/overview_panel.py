@@ -18,7 +18,7 @@ from traceml.display.web.elements import (
 )
 from traceml.display.web.run_files import file_path
 from traceml.display.web.run_sources import RunState
-from traceml.formatting import count_text, printable
+from traceml.formatting import count_text, plural, printable
 from traceml.renderers.run_about import about_facts, nothing_logged
 from traceml.renderers.views import RunView
 from traceml.run_folder import PAGE_NAME, REPORT_NAME
@@ -101,7 +101,7 @@ class _Folded:
 
     def show(self, text: str) -> None:
         set_visible(self._block, bool(text))
-        self._summary.set_text(f"{self._title} ({count_text(text.count(chr(10)) + 1)} lines)")
+        self._summary.set_text(f"{self._title} ({plural(text.count(chr(10)) + 1, 'line')})")
         self._text.set_text(text)
 
 
