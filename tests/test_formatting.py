@@ -72,7 +72,17 @@ def test_bytes_text(size, text):
 
 @pytest.mark.parametrize(
     ("share", "text"),
-    [(0.0, "0 %"), (0.0004, "<0.1 %"), (0.004, "0.4 %"), (0.787, "79 %"), (1.0, "100 %"), (None, "-")],
+    [
+        (0.0, "0 %"),
+        (0.0004, "<0.1 %"),
+        (0.004, "0.4 %"),
+        (0.996, "99.6 %"),
+        (0.9903, "99 %"),
+        (0.9998, "100 %"),
+        (0.787, "79 %"),
+        (1.0, "100 %"),
+        (None, "-"),
+    ],
 )
 def test_percent_text(share, text):
     """Shares are whole percents, with one digit below one."""

@@ -175,7 +175,7 @@ def bytes_text(size: int | None) -> str:
 
 
 def percent_text(share: float | None) -> str:
-    """Return a share 0..1 as `62 %`, `0.4 %`."""
+    """Return a share 0..1 as `62 %`; near the ends as `0.4 %`, `99.6 %`: a small rest is no nothing."""
     if share is None:
         return MISSING
 
@@ -183,7 +183,7 @@ def percent_text(share: float | None) -> str:
     if 0 < percent < 0.1:
         return "<0.1 %"
 
-    return f"{percent:.1f} %" if 0 < percent < 0.95 else f"{percent:.0f} %"
+    return f"{percent:.1f} %" if 0 < percent < 0.95 or 99.05 <= percent < 99.95 else f"{percent:.0f} %"
 
 
 def duration_text(seconds: float | None) -> str:

@@ -15,6 +15,8 @@ def test_numbers_get_their_units() -> None:
         "cpu_pct": 40,
         "core_takers": {"ffmpeg": 0.535},
         "others_cores": 2,
+        "busy_cores_per_rank": 0.3125,
+        "speedup_with_data_ready": 3.194,
     }
 
     assert evidence_items(evidence) == [
@@ -26,6 +28,8 @@ def test_numbers_get_their_units() -> None:
         ("cpu", "40 %"),
         ("core takers: ffmpeg", "0.5 cores"),
         ("others cores", "2 cores"),
+        ("busy cores per rank", "0.3 cores"),
+        ("speedup with data ready", "3.2x"),
     ]
 
 

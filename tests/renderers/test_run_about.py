@@ -20,6 +20,16 @@ def test_what_was_not_read_is_listed_with_the_reason() -> None:
     assert "not read" not in dict(about_facts(run_view(healthy()), About(unread=("git",))))
 
 
+def test_hosts_beyond_the_listed_ones_are_counted() -> None:
+    """A job of a thousand ranks has more hosts than anybody reads."""
+    view = run_view(healthy())
+    view.run.world_size, view.run.hosts = 1000, [f"node{number}" for number in range(125)]
+    facts = dict(about_facts(view, About()))
+
+    assert facts["ranks"].startswith("1,000 on node0, node1, ")
+    assert facts["ranks"].endswith(", node15 and 109 more")
+
+
 def test_what_a_center_has_not_is_not_said_to_be_missing() -> None:
     """Whether a host has logged parameters is not known there."""
     assert nothing_logged(About(), "Parameters", "None were logged.") == "None were logged."

@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from traceml.formatting import bytes_text, cores_text, count_text, ms_text, percent_text, phase_label
+from traceml.formatting import bytes_text, cores_text, count_text, factor_text, ms_text, percent_text, phase_label
 
 __all__ = ["evidence_items"]
 
 _LONGEST = 8  # entries of one map; the report has all
 _MIN_LONG = 1e15  # a loss that diverged, in place of a count: its digits say nothing
-_CORES = ("core_takers", "others_cores")
+_CORES = ("core_takers", "others_cores", "busy_cores_per_rank")
 _SHARES = ("share", "dominance", "fraction")
+_FACTORS = ("factor", "ratio", "speedup")
 _MARKS = re.compile(r"\n[ ^~]*[\^~][ ^~]*$", re.MULTILINE)  # below a line of a traceback; they fit one font only
 
 
@@ -84,6 +85,9 @@ def _number(name: str, value: float) -> str:
 
     if any(share in words for share in _SHARES):
         return percent_text(value)
+
+    if any(factor in words for factor in _FACTORS):
+        return factor_text(value)
 
     if name in _CORES:
         return cores_text(value)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from traceml.formatting import bytes_text, printable
+from traceml.formatting import bytes_text, count_text, printable
 from traceml.renderers.views import RunView
 from traceml.runs.about import About, package_versions
 
@@ -32,7 +32,7 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
         ("interpreter", process.get("executable")),
         ("traceml", process.get("traceml") or view.report.traceml_version),
         ("packages", _packages(about)),
-        ("ranks", f"{view.run.world_size} on {', '.join(view.run.hosts[:_HOSTS])}"),
+        ("ranks", f"{count_text(view.run.world_size)} on {_hosts(view.run.hosts)}"),
         ("machine", machine_text(about.system)),
         ("not read", _not_read(about)),
         *((name, map_text(facts)) for name, facts in _training(about)),
@@ -63,6 +63,11 @@ def machine_text(system: Mapping[str, Any]) -> str:
 def _runnable(command: str) -> str:
     """Return a command that a shell takes: a script alone is not found by it."""
     return f"python {command}" if command.partition(" ")[0].endswith(".py") else command
+
+
+def _hosts(hosts: Sequence[str]) -> str:
+    more = len(hosts) - _HOSTS
+    return ", ".join(hosts[:_HOSTS]) + (f" and {count_text(more)} more" if more > 0 else "")
 
 
 def _training(about: About) -> Iterable[tuple[str, Mapping[str, Any]]]:

@@ -113,7 +113,8 @@ def test_the_table_of_several_runs_has_their_verdicts(compared, width):
 
 
 @pytest.mark.parametrize(
-    ("change", "text"), [(0.042, "+4.2 %"), (-0.123, "-12 %"), (2.1, "3.1x"), (None, "-"), (0.0, "+0.0 %")]
+    ("change", "text"),
+    [(0.042, "+4.2 %"), (-0.123, "-12 %"), (2.1, "3.1x"), (None, "-"), (0.0, "0 %"), (-0.0004, "0 %")],
 )
 def test_changes_as_text(change, text):
     """Percent up to a doubling, factors beyond."""
@@ -139,5 +140,5 @@ def test_changes_of_a_table_have_one_unit():
     small = StatisticChange(a_ms=10.0, b_ms=9.0, change=-0.1, low=-0.2, high=0.0, p=0.001, real=True)
     wide = StatisticChange(a_ms=10.0, b_ms=4.0, change=-0.6, low=-0.9, high=2.0, p=0.2, real=False)
 
-    assert step_changes([small]) == [("-10 %", "-20 % and +0.0 %")]
+    assert step_changes([small]) == [("-10 %", "-20 % and 0 %")]
     assert step_changes([small, wide]) == [("0.9x", "0.8x and 1x"), ("0.4x", "0.1x and 3x")]

@@ -18,4 +18,4 @@ def test_names_of_the_user_stay_text(tmp_path):
     for shown in (comparison_markdown(found), comparisons_markdown(Comparisons(baseline="a", comparisons=[found]))):
         assert "\\<img src=x\\>" in shown
         assert "\\[x\\](http://y)" in shown
-    assert "| a\\|b | 1 | 1 | +0.0 % |" in comparison_markdown(found)
+    assert "| a\\|b | 1 | 1 | 0 % |" in comparison_markdown(found)

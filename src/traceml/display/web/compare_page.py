@@ -237,6 +237,7 @@ def _fact_rows(comparison: Comparison) -> list[list[str]]:
         ["steps", count_text(a.steps), count_text(b.steps), ""],
     ]
     for what, row in comparison.memory.items():
-        rows.append([what, bytes_text(row.a), bytes_text(row.b), change_text(row.change)])
+        if row.a or row.b:  # a training without a device has no device memory
+            rows.append([what, bytes_text(row.a), bytes_text(row.b), change_text(row.change)])
 
     return rows

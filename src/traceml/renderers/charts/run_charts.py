@@ -168,7 +168,7 @@ def system_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
     lines = [(f"{what} " if what else "", line) for what, each in parts for line in _few(each)]
     option = _over_time(lines, theme, "%", 1.0)
     if option is not None:
-        option["yAxis"] |= {"min": 0, "max": 100}
+        option["yAxis"] |= {"min": 0, "max": 100, "interval": 25}
 
     return option
 

@@ -48,6 +48,9 @@ def change_text(change: float | None, *, as_factor: bool = False) -> str:
         return f"{change + 1:.3g}x"
 
     percent = 100 * change
+    if abs(percent) < 0.05:
+        return "0 %"
+
     return f"{percent:+.1f} %" if abs(percent) < 9.95 else f"{percent:+.0f} %"
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 from traceml.formatting import count_text, ms_text, phase_label, phase_words, plural
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
+from traceml.renderers.text.comparison import change_text
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.fleet.fleet_types import STEP, FleetDocument, HostJudgment, PhaseHistory, RunHistory, SlowHost
 
@@ -82,7 +83,7 @@ def _phase(phase: PhaseHistory) -> Text:
     if phase.change is None:
         return line.append("new" if phase.mean_ms else "-")
 
-    line.append(f"{phase.change:+.1%}".replace("%", " %"), style=_STYLES.get(phase.outcome, ""))
+    line.append(change_text(phase.change), style=_STYLES.get(phase.outcome, ""))
     return line.append("" if phase.outcome == "same" else f"  {phase.outcome}", style=_STYLES.get(phase.outcome, ""))
 
 
