@@ -15,6 +15,7 @@ from traceml.renderers.text.comparison import (
     compared_card,
     compared_headline,
     compared_sentences,
+    delta_text,
     interval_text,
     step_changes,
 )
@@ -119,6 +120,12 @@ def test_the_table_of_several_runs_has_their_verdicts(compared, width):
 def test_changes_as_text(change, text):
     """Percent up to a doubling, factors beyond."""
     assert change_text(change) == text
+
+
+@pytest.mark.parametrize(("ms", "text"), [(4.95, "+4.95 ms"), (-0.114, "-114 us"), (0.0, "0 us"), (-0.0, "0 us")])
+def test_differences_of_times_as_text(ms, text):
+    """What is the same has no sign."""
+    assert delta_text(ms) == text
 
 
 @pytest.mark.parametrize(

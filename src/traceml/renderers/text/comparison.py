@@ -18,6 +18,7 @@ __all__ = [
     "compared_card",
     "compared_headline",
     "compared_sentences",
+    "delta_text",
     "interval_text",
     "step_change_text",
     "step_changes",
@@ -52,6 +53,12 @@ def change_text(change: float | None, *, as_factor: bool = False) -> str:
         return "0 %"
 
     return f"{percent:+.1f} %" if abs(percent) < 9.95 else f"{percent:+.0f} %"
+
+
+def delta_text(ms: float) -> str:
+    """Return a difference of times: `+4.95 ms`, `-114 us`, `0 us`."""
+    sign = "+" if ms > 0 else "-" if ms < 0 else ""
+    return f"{sign}{ms_text(abs(ms))}"
 
 
 def step_change_text(row: StatisticChange) -> str:
@@ -199,9 +206,8 @@ def _phase_rows(comparison: Comparison) -> Iterator[Text]:
         yield Text(f" {'phase':<14}{'A':>11}{'B':>11}{'B - A':>10}", style="dim")
 
     for row in rows:
-        delta = f"{'+' if row.delta_ms >= 0 else '-'}{ms_text(abs(row.delta_ms))}"
         line = Text(f" {phase_label(row.phase)[:14]:<14}{ms_text(row.a_ms):>11}{ms_text(row.b_ms):>11}")
-        yield line.append(f"{delta:>10}")
+        yield line.append(f"{delta_text(row.delta_ms):>10}")
 
 
 def _rank_rows(comparison: Comparison) -> Iterator[Text]:

@@ -11,6 +11,7 @@ from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
     compared_sentences,
+    delta_text,
     step_changes,
     value_text,
 )
@@ -77,8 +78,7 @@ def _rows(comparison: Comparison) -> Iterator[Sequence[str]]:
         yield f"step time, {name}", ms_text(row.a_ms), ms_text(row.b_ms), change, between, real
 
     for phase in comparison.phases[:_SHOWN]:
-        change = f"{'+' if phase.delta_ms >= 0 else '-'}{ms_text(abs(phase.delta_ms))}"
-        yield phase_label(phase.phase), ms_text(phase.a_ms), ms_text(phase.b_ms), change, "", ""
+        yield phase_label(phase.phase), ms_text(phase.a_ms), ms_text(phase.b_ms), delta_text(phase.delta_ms), "", ""
 
     for label, size in comparison.memory.items():
         if size.a is not None and size.b is not None:
