@@ -56,7 +56,7 @@ class RowIntake:
             LIMITS.name: self.facts.limits.add,
             EPOCHS.name: self.facts.epoch_rows,
             LINES.name: self._take_lines,
-            EVALS.name: self.facts.progress.eval_rows,
+            EVALS.name: self._take_evaluation,
             LOSSES.name: self.facts.losses.add,
             FINGERPRINTS.name: self.facts.batches.add,
             PAUSES.name: self.facts.pauses.add,
@@ -123,6 +123,10 @@ class RowIntake:
     def _take_lines(self, rank: int, rows: Rows) -> None:
         self.facts.lines.add(rank, rows)
         self.facts.progress.line_rows(rank, rows)
+
+    def _take_evaluation(self, rank: int, rows: Rows) -> None:
+        self.kept.scatter_evaluation(rank, rows)
+        self.facts.progress.eval_rows(rank, rows)
 
     def _take_user_phases(self, rank: int, rows: Rows) -> None:
         self.kept.scatter_user(rank, rows, self.names.get(rank, {}))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, rows_of, window_of
-from traceml.database.schema import DEVICE_STEPS, STEPS, USER_PHASES, pack_bits
+from traceml.database.schema import DEVICE_STEPS, EVALS, STEPS, USER_PHASES, pack_bits
 from traceml.diagnosis.steps.kept_steps import KeptSteps, slots_for
 
 
@@ -239,3 +239,42 @@ def test_one_ranks_steps_can_be_asked_for():
 
     assert len(kept.held(0)) == 50
     assert len(kept.held(1)) == 30
+
+
+def put_evaluation(kept: KeptSteps, rank: int, step: int, *spent_ms: float) -> None:
+    rows = np.zeros(len(spent_ms), EVALS.dtype)
+    rows["step"], rows["ns"] = step, [ms * MS for ms in spent_ms]
+    kept.scatter_evaluation(rank, rows)
+
+
+@pytest.mark.parametrize("waits_in", ["comm_ns", "backward_ns"])
+def test_waiting_for_the_evaluation_of_others_is_no_time_of_a_step(waits_in: str):
+    """Rank 0 evaluates before step 50 for 300 ms, rank 1 for 100 ms: its other waiting of 200 ms is left out."""
+    rows = some_rows(0, 80)
+    rows["backward_ns"] = rows["backward_own_ns"] = 2 * MS
+    waits = rows.copy()
+    waits[waits_in][50] += 200 * MS
+    waits["total_ns"][50] += 200 * MS
+    waits["backward_own_ns"][50] = -1
+    kept = KeptSteps(128)
+    put_evaluation(kept, 0, 50, 250.0, 50.0)
+    put_evaluation(kept, 1, 50, 100.0)
+    put(kept, 0, rows)
+    put(kept, 1, waits)
+
+    aligned = kept.aligned()
+
+    assert aligned.total == pytest.approx(10 * MS)
+    assert aligned.times["backward"] == pytest.approx(2 * MS, rel=1e-3)
+    assert aligned.times["comm"].sum() == 0
+    assert aligned.named_times()["other"] == pytest.approx(3 * MS, rel=1e-3)
+
+
+def test_ranks_that_do_not_wait_keep_their_steps():
+    """Rank 0 evaluates alone, but the others never wait for it."""
+    kept = KeptSteps(128)
+    put(kept, 0, some_rows(0, 80))
+    put(kept, 1, some_rows(0, 80))
+    put_evaluation(kept, 0, 50, 300.0)
+
+    assert kept.aligned().total == pytest.approx(10 * MS)

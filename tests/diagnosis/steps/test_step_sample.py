@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, at_once, rows_of
-from traceml.database.schema import DEVICE_STEPS, USER_PHASES
+from traceml.database.schema import DEVICE_STEPS, EVALS, USER_PHASES
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -77,6 +77,20 @@ def test_user_phases_and_device_times_of_other_steps_are_left_out():
     assert found.times["forward"][0].tolist() == pytest.approx((5_000_000 + found.steps).tolist())
     found = with_user.aligned(last=10_000)
     assert found.user["augment"][0].tolist() == pytest.approx((1000 + found.steps).tolist())
+
+
+def test_evaluation_before_other_steps_is_left_out():
+    """Waiting for the evaluation before a chosen step is no time of it; one before another step changes nothing."""
+    rows = rows_of(Job(steps=2000))
+    for each in (300, 650):
+        rows[1]["comm_ns"][each] += 500_000_000
+        rows[1]["total_ns"][each] += 500_000_000
+
+    kept, evaluation = sampled(rows), np.zeros(2, EVALS.dtype)
+    evaluation["step"], evaluation["ns"] = [300, 650], 500_000_000
+    kept.scatter_evaluation(0, evaluation)
+
+    assert kept.aligned(last=10_000).total.max() < 100_000_000
 
 
 def test_rules_do_not_join_the_ends_of_blocks():

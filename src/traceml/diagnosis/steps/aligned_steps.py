@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.steps.step_split import Floats, named_times, split_backward
+from traceml.diagnosis.steps.step_split import Floats, mean_own, named_times, split_backward
 
 __all__ = ["AlignedSteps", "Ints"]
 
@@ -24,7 +24,7 @@ class AlignedSteps:
         ranks: the ranks, one per row of the arrays.
         steps: the training steps, one per column.
         times: phase (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
-        total: wall time of each step in nanoseconds.
+        total: wall time of each step in nanoseconds, without waiting for the evaluation of other ranks.
         backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
         user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
         missing_ranks: ranks with rows, but with none of these steps.
@@ -72,10 +72,7 @@ class AlignedSteps:
     @cached_property
     def own_mean(self) -> Floats:
         """Mean own backward of each rank over the steps that measured it; NaN where none did."""
-        known = ~np.isnan(self.backward_own)
-        count = known.sum(axis=1)
-        whole = np.where(known, self.backward_own, 0).sum(axis=1, dtype=np.float64)
-        return np.where(count > 0, whole / np.maximum(count, 1), np.nan)
+        return mean_own(self.backward_own)
 
     @property
     def own_backward(self) -> Floats:

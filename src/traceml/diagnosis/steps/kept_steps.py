@@ -13,7 +13,13 @@ from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
 from traceml.diagnosis.steps.representatives import Representatives
-from traceml.diagnosis.steps.step_split import DEVICE_LABELS, Floats, put_device_times, spread_device_times
+from traceml.diagnosis.steps.step_split import (
+    DEVICE_LABELS,
+    Floats,
+    leave_out_waiting,
+    put_device_times,
+    spread_device_times,
+)
 
 __all__ = ["MAX_CELLS", "MAX_USER_PHASES", "KeptSteps", "Rows", "slots_for"]
 
@@ -67,6 +73,7 @@ class KeptSteps:
         self._values = np.empty((0, len(_POSITION)), np.float32)
         self._user: dict[str, tuple[NDArray[np.int32], Floats]] = {}
         self._device: tuple[Ints, Floats] | None = None
+        self._evaluation: tuple[Ints, Floats] | None = None
         self._profiled: set[int] = set()
         self._grow(ranks)
 
@@ -92,7 +99,7 @@ class KeptSteps:
     def nbytes(self) -> int:
         """Memory held by the rings."""
         held = [self._step, self._values, *(array for pair in self._user.values() for array in pair)]
-        return sum(array.nbytes for array in [*held, *(self._device or ())])
+        return sum(array.nbytes for array in [*held, *(self._device or ()), *(self._evaluation or ())])
 
     def scatter(self, rank_indices: Ints, rows: Rows) -> None:
         """Take step rows of many ranks at once.
@@ -147,6 +154,19 @@ class KeptSteps:
         steps[at] = rows["step"]
         for column, name in enumerate(_DEVICE_VALUES):
             values[at, column] = rows[f"{name}_ns"]
+
+    def scatter_evaluation(self, rank_index: int, rows: Rows) -> None:
+        """Take rows of `schema.EVALS` of one rank, in order; several may be before one step."""
+        self._grow(rank_index + 1)
+        if self._evaluation is None:
+            cells = self._capacity * self.slots
+            self._evaluation = np.full(cells, -1, np.int64), np.zeros(cells, np.float32)
+
+        steps, values = self._evaluation
+        at = self._cells(rank_index, rows["step"])
+        values[at[steps[at] != rows["step"]]] = 0
+        steps[at] = rows["step"]
+        np.add.at(values, at, rows["ns"])
 
     def end(self, rank_index: int) -> None:
         """Record that this rank has no further steps: the others are no longer aligned with it."""
@@ -245,6 +265,10 @@ class KeptSteps:
         times = {label: values[_POSITION[name]] for label, name in zip(PHASE_LABELS, PHASE_COLUMNS, strict=True)}
         device = self._replace_by_device(times, own, total, at, steps)
         np.minimum(own, times["backward"], out=own)
+        if self._evaluation is not None and not device:
+            stored, spent = self._evaluation
+            leave_out_waiting(times, own, total, np.where(stored[at] == steps, spent[at], np.float32(0)))
+
         times["other"] = np.maximum(total - sum(times.values()), 0)
         user = {name: self._user_values(name, at, steps) for name in self._user}
         if device and user:
@@ -295,6 +319,7 @@ class KeptSteps:
         self._values = _longer(self._values, cells)
         self._user = {name: _longer_pair(pair, cells) for name, pair in self._user.items()}
         self._device = _longer_pair(self._device, cells) if self._device else None
+        self._evaluation = _longer_pair(self._evaluation, cells) if self._evaluation else None
 
 
 def _longer(array: Any, length: int, *, fill: int = 0) -> Any:

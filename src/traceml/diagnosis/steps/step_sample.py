@@ -46,6 +46,10 @@ class SampledSteps(KeptSteps):
         chosen = self._has(rows["step"])
         super().scatter_device(rank_indices[chosen], rows[chosen])
 
+    def scatter_evaluation(self, rank_index: int, rows: Rows) -> None:
+        """Take a rank's evaluation before the chosen steps."""
+        super().scatter_evaluation(rank_index, rows[self._has(rows["step"])])
+
     def _has(self, steps: Ints) -> NDArray[np.bool_]:
         at = np.minimum(np.searchsorted(self._chosen, steps), self.slots - 1)
         return np.asarray(self._chosen[at] == steps)

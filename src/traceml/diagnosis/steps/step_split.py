@@ -9,6 +9,7 @@ One rule for report, verdict, charts, live view, exports and trackers:
 - Backward is own work until the last local gradient. The rest of it is waiting for other ranks, which counts as `comm`.
   A single rank waits for nobody.
 - Own backward is measured on some steps. On the others it is the mean of the measured ones.
+- Waiting for ranks that evaluate before a step, alone or longer, is no time of the step: it is that evaluation's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = [
     "PHASES",
     "Floats",
     "has_group",
+    "leave_out_waiting",
+    "mean_own",
     "named_times",
     "own_backward",
     "put_device_times",
@@ -74,6 +77,34 @@ def put_device_times(
     for phase in _HOST_LABELS:
         np.copyto(times[phase], np.minimum(times[phase], idle), where=found)
         idle = idle - times[phase]
+
+
+def mean_own(own: Floats) -> Floats:
+    """Return the mean own backward of each rank over the steps that measured it; NaN where none did."""
+    known = ~np.isnan(own)
+    count = known.sum(axis=1)
+    whole = np.where(known, own, 0).sum(axis=1, dtype=np.float64)
+    return np.where(count > 0, whole / np.maximum(count, 1), np.nan)
+
+
+def leave_out_waiting(times: Mapping[str, Floats], own: Floats, total: Floats, evaluation: Floats) -> None:
+    """Take the waiting for other ranks' evaluation out of the steps, in place.
+
+    Args:
+        times: phase -> nanoseconds of each step, rank x step.
+        own: own backward of each step, NaN where not measured.
+        total: wall time of each step.
+        evaluation: nanoseconds of evaluation before each step.
+    """
+    columns = np.flatnonzero(evaluation.any(axis=0))
+    left = evaluation[:, columns].max(axis=0) - evaluation[:, columns]
+    usual = np.where(np.isnan(own), mean_own(own)[:, None], own)[:, columns]
+    waits = {"comm": times["comm"][:, columns], "backward": np.nan_to_num(times["backward"][:, columns] - usual)}
+    for phase, waiting in waits.items():
+        taken = np.clip(waiting, 0, left)
+        times[phase][:, columns] -= taken
+        total[:, columns] -= taken
+        left = left - taken
 
 
 def spread_device_times(
