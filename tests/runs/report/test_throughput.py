@@ -34,6 +34,7 @@ def steps_of(
     batches: tuple[list[int], ...] = (),
     model: dict[str, Any] = DDP,
     steps: int = 120,
+    last_rank_steps: int | None = None,
     most_rows: int = 100_000,
 ) -> StepsSection:
     """Return the section on the steps of a stored run, each of whose ranks trains on 16 samples of 32 numbers."""
@@ -42,6 +43,7 @@ def steps_of(
         writer.put_meta("run", run_facts(id=folder.name, world_size=ranks))
         for rank, rows in enumerate(rows_of(Job(ranks=ranks, steps=steps))):
             rows["samples"], rows["elements"] = samples, samples * 32
+            rows = rows[: last_rank_steps if rank == ranks - 1 else None]
             stream = add_rank(writer, rank, rows)
             add_info(writer, stream, kind="model", t_ns=1, **model)
             if loader is not None:
@@ -77,6 +79,11 @@ def test_steps_without_a_known_batch_do_not_count(tmp_path):
     samples[[0, 30, 60, 90]] = 0
 
     assert steps_of(tmp_path / "run", samples=samples).samples_per_step == pytest.approx(32)
+
+
+def test_a_rank_that_ends_early_adds_no_samples_then(tmp_path):
+    """One of two ranks has data for 60 of 120 steps, as under `Join`: a mean step has 24 samples."""
+    assert steps_of(tmp_path / "run", last_rank_steps=60).samples_per_step == pytest.approx(24)
 
 
 def test_text_has_tokens_too(tmp_path):

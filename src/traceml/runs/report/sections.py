@@ -56,8 +56,9 @@ def steps(digest: Digest, window: AlignedSteps) -> StepsSection:
         window: the steps to describe; of a long run a sample.
     """
     latest = digest.kept.latest
+    counts = [steps_of(digest, rank, latest) for rank in range(latest.size)]
     section = StepsSection(
-        count=max((steps_of(digest, rank, latest) for rank in range(latest.size)), default=0),
+        count=max(counts, default=0),
         cut=digest.cut,
         diagnosed=len(window),
     )
@@ -77,7 +78,7 @@ def steps(digest: Digest, window: AlignedSteps) -> StepsSection:
         section.set_rate(_per_second(digest))
         return section
 
-    put_batch_sizes(section, digest, window if totals is None else totals)
+    put_batch_sizes(section, digest, window if totals is None else totals, counts)
     section.set_rate(_per_second(digest))
     section.mean_ms = significant(mean / _MS)
     section.p50_ms, section.p95_ms, section.p99_ms = (significant(value / _MS) for value in quantiles)

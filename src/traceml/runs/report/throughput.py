@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from traceml.diagnosis.findings import significant
@@ -19,8 +21,17 @@ _DISTINCT_SHARE = 0.1  # accumulation and the last batches of epochs make few si
 _FEW_SIZES = 3  # in a run of a few steps
 
 
-def put_batch_sizes(section: StepsSection, digest: Digest, steps: AlignedSteps | StepTotals) -> None:
-    """Set the samples and tokens of a mean step of the job, where they are known."""
+def put_batch_sizes(
+    section: StepsSection, digest: Digest, steps: AlignedSteps | StepTotals, counts: Sequence[int]
+) -> None:
+    """Set the samples and tokens of a mean step of the job, where they are known.
+
+    Args:
+        section: where they are set.
+        digest: the run.
+        steps: its steps; of a long run their sums.
+        counts: number of steps by rank: one with less data ends before the others.
+    """
     batches, ranks = digest.facts.batches, steps.ranks.tolist()
     distinct = batches.distinct_ranks(ranks)
     rows = [ranks.index(rank) for rank in distinct]
@@ -29,10 +40,11 @@ def put_batch_sizes(section: StepsSection, digest: Digest, steps: AlignedSteps |
         return
 
     section.data_ranks = len(distinct)
+    has_step = np.array([counts[rank] for rank in distinct]) / section.count
     if batches.batch_first:
-        section.samples_per_step = significant(float(samples[rows].sum()))
+        section.samples_per_step = significant(float(samples[rows] @ has_step))
     if batches.tokens:
-        section.tokens_per_step = significant(float(elements[rows].sum()))
+        section.tokens_per_step = significant(float(elements[rows] @ has_step))
 
 
 def _are_known(digest: Digest) -> bool:
