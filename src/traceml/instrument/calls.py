@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 
@@ -14,6 +14,7 @@ from traceml.database.schema import Phase
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
+from traceml.instrument.values.collective_sizes import CollectiveSizes
 
 __all__ = [
     "patch_collectives",
@@ -35,12 +36,24 @@ _FUNCTIONAL = re.compile(
 
 
 @uncounted
-def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Callable[..., Any]:
-    """Return a function that calls `original` and times it as a phase."""
+def timed_call(
+    original: Callable[..., Any], phase: int, clock: StepClock, note: Callable[[Iterable[Any]], None] | None = None
+) -> Callable[..., Any]:
+    """Return a function that calls `original` and times it as a phase.
+
+    Args:
+        original: the function.
+        phase: the phase.
+        clock: the clock of the open step.
+        note: takes the arguments of each call.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return original(*args, **kwargs)
+
+        if note is not None:
+            note((*args, *kwargs.values()))
 
         began = clock.enter(phase)
         if began is None:
@@ -54,8 +67,8 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
     return call
 
 
-def patch_collectives(patches: Patches, clock: StepClock) -> None:
-    """Time the collectives called from Python, and `Work.wait`.
+def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes) -> None:
+    """Time the collectives called from Python, and `Work.wait`; note the sizes of their tensors.
 
     Collectives issued from C++ (DDP's buckets) are not included.
     """
@@ -64,7 +77,7 @@ def patch_collectives(patches: Patches, clock: StepClock) -> None:
     names = [name for name in c10d.__all__ if _COLLECTIVE.match(name) and type(vars(c10d).get(name)) is FunctionType]
     for name in names:
         original = getattr(c10d, name)
-        wrapper = timed_call(original, _COMM, clock)
+        wrapper = timed_call(original, _COMM, clock, sizes.note)
         for module in (c10d, distributed):
             if getattr(module, name, None) is original:
                 patches.wrap(module, name, wrapper)

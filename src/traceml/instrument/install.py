@@ -31,6 +31,7 @@ from traceml.instrument.values.step_pace import StepPace
 
 if TYPE_CHECKING:
     from traceml.instrument.checkpoints.patch_checkpoints import CheckpointPatches
+    from traceml.instrument.values.collective_sizes import CollectiveSizes
     from traceml.instrument.values.inputs import BatchReader
     from traceml.instrument.values.losses import LossReader
 
@@ -69,6 +70,7 @@ class Instrumentation:
         self._device: Any = None
         self._batches: Any = None
         self._losses: Any = None
+        self._sizes: CollectiveSizes | None = None
         self._pace = StepPace()
         self._installed = True
         self.feeding: Feeding | None = None
@@ -272,6 +274,9 @@ class Instrumentation:
         if clock.reductions is not None:
             self._guarded(self._facts.reductions)
 
+        if self._sizes is not None and clock.sequence is not None:
+            self._sizes.report(clock.sequence())
+
         is_called = forward_ns and (self._batches is None or self._batches.has_trained)
         if backwards and not is_called and clock.rows > 1:
             self._guarded(self._discovery.descend)
@@ -363,10 +368,12 @@ class Instrumentation:
 
     def _patch_distributed(self) -> None:
         from traceml.instrument import calls
+        from traceml.instrument.values.collective_sizes import CollectiveSizes
 
         distributed: Any = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available():
-            calls.patch_collectives(self._patches, self.clock)
+            self._sizes = CollectiveSizes(lambda info: self._guarded(lambda: self._facts.report(info)))
+            calls.patch_collectives(self._patches, self.clock, self._sizes)
             self._group.patch()
 
     def _look_for_device(self) -> None:

@@ -100,9 +100,29 @@ def test_a_parallel_model_that_is_called_by_its_module_exchanges_nothing():
     assert ".module" in finding.next
 
 
+def with_collectives(elements: tuple[int, ...], parameters: int = 10_000) -> BatchHistory:
+    """Return what is known of two ranks whose collectives carried tensors of at most so many elements."""
+    batches = group_of_two(comm_ns=5)
+    for rank, largest in enumerate(elements):
+        batches.model(rank, {"parameters": parameters})
+        batches.collective(rank, {"elements": largest})
+
+    return batches
+
+
+def test_a_logged_loss_is_no_exchange_of_gradients():
+    """All collectives of both ranks carry one or two numbers, of models with 10,000."""
+    (finding,) = never_synchronized(with_collectives((1, 2)), 2, 60, running=False)
+
+    assert "no collective of more than 2 numbers in 60 steps" in finding.summary
+
+
 @pytest.mark.parametrize(
     ("batches", "steps", "running"),
     [
+        (with_collectives((1, 640)), 60, False),
+        (with_collectives((1,)), 60, False),  # of the other rank it is not known
+        (with_collectives((40, 40), parameters=2_000), 60, False),
         (group_of_two(comm_ns=5), 60, False),
         (group_of_two(sequence=1), 60, False),
         (group_of_two(parallel="ddp"), 60, False),

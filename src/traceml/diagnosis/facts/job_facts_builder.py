@@ -189,6 +189,7 @@ class JobFactsBuilder:
         "growth": _take_growth,
         "input": lambda self, rank, row: self.batches.input(rank, row),
         "reductions": lambda self, _, row: self.batches.reduction_facts(row),
+        "collectives": lambda self, rank, row: self.batches.collective(rank, row),
         "compilation": lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
         "anomaly_detection": lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
         "rollouts": lambda self, *_: self._facts.update(collects=True),

@@ -14,6 +14,9 @@ __all__ = ["BatchHistory"]
 
 MIN_BATCHES = 3
 """Ranks have the same batches if they had in at least this many steps, and in all of which both are known."""
+MAX_NUMBERS = 64
+"""Tensors of at most so many elements, and of `MAX_NUMBER_SHARE` of a model's parameters, are no gradients."""
+MAX_NUMBER_SHARE = 0.01
 _KEPT = 64
 
 
@@ -36,6 +39,8 @@ class BatchHistory:
         self._batch_first: dict[int, bool] = {}
         self._sequence: tuple[int, int] | None = None
         self._communicates = False
+        self._carried: dict[int, int] = {}
+        self._parameters: dict[int, int] = {}
         self.group_size = 0
         """Ranks of the default process group, 0 without one."""
 
@@ -49,6 +54,7 @@ class BatchHistory:
     def model(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take the facts of a rank's model."""
         self._models.add(rank)
+        self._parameters[rank] = int(row.get("parameters") or 0)
         if row.get("parallel"):
             self._parallel.add(rank)
 
@@ -66,6 +72,10 @@ class BatchHistory:
     def reduction_facts(self, row: Mapping[str, Any]) -> None:
         """Take the means of backward passes and of reductions per step."""
         self.reductions = float(row.get("backwards_per_step") or 0), float(row.get("reductions_per_step") or 0)
+
+    def collective(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take the elements of the largest tensor that the collectives of a rank have carried."""
+        self._carried[rank] = int(row.get("elements") or 0)
 
     def input(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take the facts of a rank's first input of the model; the newest say what is counted."""
@@ -95,10 +105,21 @@ class BatchHistory:
 
     @property
     def are_alone(self) -> bool:
-        """Whether ranks share a group, but no step had a collective, and no backward pass of a parallel model one."""
+        """Whether ranks share a group, but exchange no gradients.
+
+        No step had a collective, or all collectives carried a few numbers, as to log a loss. No backward pass of a
+        parallel model had one.
+        """
         is_bypassed = self.reductions is not None and not self.reductions[1]
-        trains_alone = not self._communicates and (is_bypassed or not self._parallel)
+        trains_alone = (not self._communicates or self.only_numbers > 0) and (is_bypassed or not self._parallel)
         return self.group_size > 1 and len(self._models) > 1 and trains_alone
+
+    @property
+    def only_numbers(self) -> int:
+        """Most numbers that a collective carried, if all did on all ranks, and too few for gradients; else 0."""
+        parameters = min((self._parameters[rank] for rank in self._models), default=0)
+        most = max((self._carried.get(rank, parameters) for rank in self._models), default=0)
+        return most if self._communicates and most <= min(MAX_NUMBERS, MAX_NUMBER_SHARE * parameters) else 0
 
     def duplicates(self, world_size: int) -> list[tuple[tuple[int, ...], int]]:
         """Return groups of ranks with equal batches, and the number of batches that were compared.

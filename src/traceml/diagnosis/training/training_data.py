@@ -9,7 +9,7 @@ from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import capitalized, count_text, percent_text, ranks_text
+from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
 __all__ = ["duplicate_data", "loss_not_finite", "never_synchronized"]
 
@@ -108,7 +108,7 @@ def duplicate_data(batches: BatchHistory, world_size: int) -> list[Finding]:
 
 
 def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, running: bool) -> list[Finding]:
-    """Return the finding about ranks of one process group that train without any collective.
+    """Return the finding about ranks of one process group that exchange no gradients.
 
     Args:
         batches: what is known of the ranks.
@@ -119,12 +119,14 @@ def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, ru
     if world_size < 2 or not batches.are_alone or steps < (MIN_LIVE_STEPS if running else MIN_STEPS):
         return []
 
+    numbers = batches.only_numbers
+    at_most = f"no collective of more than {plural(numbers, 'number')}" if numbers else "no collective"
     return [
         Finding(
             kind=Kind.NO_GRADIENT_SYNC,
             severity=Kind.NO_GRADIENT_SYNC.severity_for(0.0),
             summary=(
-                f"The {world_size} ranks share a process group, but called no collective in {count_text(steps)} steps: "
+                f"The {world_size} ranks share a process group, but called {at_most} in {count_text(steps)} steps: "
                 "each trains a model of its own, and only one of them will be saved or used."
             ),
             next=_EXCHANGE.format(

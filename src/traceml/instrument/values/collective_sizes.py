@@ -1,0 +1,54 @@
+"""Size of the tensors that collectives carry: a logged loss is no exchange of gradients.
+
+Only calls from Python are seen. The process group counts those from C++ too, so it is known where some were not seen.
+Nothing is read any more once a tensor was too large for numbers that are logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["CollectiveSizes"]
+
+MAX_NUMBERS = 64
+"""Tensors of more elements may be gradients."""
+
+
+class CollectiveSizes:
+    """The largest tensor that a collective of this process has carried.
+
+    Args:
+        report: takes facts.
+    """
+
+    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
+        self._report = report
+        self._largest = self._calls = 0
+
+    def note(self, args: Iterable[Any]) -> None:
+        """Take the arguments of a collective."""
+        if self._largest > MAX_NUMBERS:
+            return
+
+        self._calls += 1
+        largest = max(map(_elements, args), default=0)
+        if largest > self._largest:
+            self._largest = largest
+            if largest > MAX_NUMBERS:
+                self._report({"kind": "collectives", "elements": largest})
+
+    def report(self, sequence: int) -> None:
+        """Report the largest tensor, given the number of collectives of the process group, if all were seen."""
+        if self._largest and self._calls >= sequence:
+            self._report({"kind": "collectives", "elements": self._largest})
+
+
+def _elements(value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        return max(map(_elements, value), default=0)
+
+    tensor = value if isinstance(value, Tensor) else getattr(value, "tensor", None)  # of `batch_isend_irecv`
+    return tensor.numel() if isinstance(tensor, Tensor) else 0
