@@ -126,10 +126,6 @@ def _did_you_mean(command: str) -> str:
     return f"; did you mean `traceml {close[0]}`?" if close else ""
 
 
-def _help_lines(name: str, text: str) -> list[str]:
-    return _indented(f"{name:<10} {text}", " " * 13)
-
-
 def _indented(text: str, more: str = "  ") -> list[str]:
     import shutil
     import textwrap
@@ -144,7 +140,7 @@ def _overview() -> str:
         "",
         "Launch, trace, track and explain PyTorch training.",
         "",
-        *(line for name, (_, help_line) in COMMANDS.items() for line in _help_lines(name, help_line)),
+        *(line for name, (_, help_line) in COMMANDS.items() for line in _indented(f"{name:<10} {help_line}", " " * 13)),
         "",
         *_indented("traceml COMMAND --help explains a command; --version prints the version."),
         *_indented("To trace from inside a script instead: import traceml; traceml.init()"),

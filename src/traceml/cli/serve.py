@@ -326,10 +326,6 @@ def _unsent_runs(aggregator: Aggregator) -> list[Path]:
     return [run.path for run in runs if not run.ended or not (run.path / RELAY_NAME).exists()]
 
 
-def _open_runs(aggregator: Aggregator) -> list[Path]:
-    return [run.path for run in aggregator.registry.open_runs]
-
-
 @contextlib.contextmanager
 def _screen(aggregator: Aggregator, *, wanted: bool) -> Iterator[None]:
     """Show each new run by `traceml top`, in a separate process: a slow terminal must not slow the store."""
@@ -345,7 +341,7 @@ def _show_runs(aggregator: Aggregator, ended: Callable[[float], bool]) -> None:
     shown: set[Path] = set()
     top: subprocess.Popen[bytes] | None = None
     while not ended(0.3):
-        runs = [path for path in _open_runs(aggregator) if path not in shown]
+        runs = [run.path for run in aggregator.registry.open_runs if run.path not in shown]
         if runs and (top is None or top.poll() is not None):
             shown.add(runs[-1])
             top = subprocess.Popen(own_program("traceml", "top", str(runs[-1])))

@@ -47,7 +47,7 @@ class _Record:
     def to_row(self) -> dict[str, Any]:
         """Return the values that differ from their default."""
         values = ((each.name, getattr(self, each.name), each) for each in fields(self))  # type: ignore[arg-type]
-        return {name: _plain(value) for name, value, each in values if value != _default(each)}
+        return {name: _plain(value) for name, value, each in values if value != each.default}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
@@ -257,10 +257,6 @@ class RankSnapshot(_Record):
     def to_info(self) -> dict[str, Any]:
         """Return the row of the log `info`."""
         return {"kind": SNAPSHOT, "t_ns": self.at_ns, **self.to_row()}
-
-
-def _default(each: Field[Any]) -> Any:
-    return each.default
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from traceml.errors import RunNotFoundError
 from traceml.formatting import plural
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
-from traceml.runs.report.report_types import RunSection, read_report
+from traceml.runs.report.report_types import read_report
 
 __all__ = ["LAST_HEALTHY", "find_baseline", "find_compared", "is_healthy"]
 
@@ -62,7 +62,7 @@ def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path
 
 
 def _last_healthy(compared: Collection[Path], runs_dir: Path) -> Path:
-    facts = [_facts(path) for path in compared]
+    facts = [describe_run(path) if path.is_dir() else read_report(path).run for path in compared]
     projects = {each.project for each in facts}
     if len(projects) != 1:
         raise RunNotFoundError(f"{LAST_HEALTHY}: the runs are of several projects: {', '.join(sorted(projects))}")
@@ -91,7 +91,3 @@ def is_healthy(info: RunInfo) -> bool:
 def _others(compared: Collection[Path], runs_dir: Path) -> list[RunInfo]:
     ids = {path.name if path.is_dir() else read_report(path).run.id for path in compared}
     return [info for info in list_runs(runs_dir) if info.id not in ids]
-
-
-def _facts(path: Path) -> RunInfo | RunSection:
-    return describe_run(path) if path.is_dir() else read_report(path).run

@@ -104,14 +104,12 @@ class ActiveRuns:
         live = self._live.setdefault(path, LiveRun(path))
         try:
             live.refresh()
-            return live.report() if self._is_owned(live) else None
+            is_owned = self._owner is None or live.digest.aggregator.get("pid") == self._owner
+            return live.report() if is_owned else None
         except StoreError as error:  # the store was replaced: the next request opens the new one
             _log.warning("the metrics of %s are missing: %s", path.name, error)
             self._drop({path})
             return None
-
-    def _is_owned(self, live: LiveRun) -> bool:
-        return self._owner is None or live.digest.aggregator.get("pid") == self._owner
 
     def _drop(self, paths: set[Path]) -> None:
         for path in paths:

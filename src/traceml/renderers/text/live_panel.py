@@ -169,12 +169,8 @@ def _rank_line(row: RankRow, viewport: Viewport) -> Text:
     line = Text(f" {mark(row, viewport)} {row.rank:>4}", style=style)
     line.append(f"{ms_text(row.step_ms) if row.phases else '-':>11}  ", style="default not bold" if style else "")
     room = viewport.width - _RANK_CELLS - 2
-    line.append(_state_text(row, room) if row.end else stacked(row.shares, room, viewport))
+    line.append(row.end[:room].ljust(room) if row.end else stacked(row.shares, room, viewport))
     return line.append(f"{bytes_text(row.cuda_bytes or row.rss_bytes):>11}", style="default not bold" if style else "")
-
-
-def _state_text(row: RankRow, room: int) -> str:
-    return (row.end or row.state)[:room].ljust(room)
 
 
 def _hidden_line(now: RunView, hidden: int, viewport: Viewport) -> Text:

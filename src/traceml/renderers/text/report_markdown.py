@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from traceml.diagnosis.findings import Finding
 from traceml.formatting import (
     bytes_text,
     duration_text,
@@ -106,12 +105,8 @@ def _closing(view: RunView) -> Iterator[str]:
     if len(ended) > _MAX_RANKS:
         yield f"and {plural(len(ended) - _MAX_RANKS, 'more rank')} that ended"
 
-    yield from (_also(other) for other in view.others)
+    yield from (f"{other.kind}: {other.headline}" for other in view.others)
     yield from (tracker_text(tracker) for tracker in view.trackers)
-
-
-def _also(finding: Finding) -> str:
-    return f"{finding.kind}: {finding.headline}"
 
 
 def _list(texts: Iterator[str]) -> list[str]:

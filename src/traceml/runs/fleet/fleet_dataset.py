@@ -25,7 +25,7 @@ from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report, RunSection, read_report
 
-__all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "partition_of"]
+__all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "parquet_library", "partition_of"]
 
 DATASET_NAME = "fleet"
 """Folder of the dataset in the folder of runs, where no other is set."""
@@ -152,14 +152,25 @@ def _report(run_dir: Path) -> Report:
     return build_report(run_dir)
 
 
-def _write(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:
+def parquet_library() -> Any:
+    """Return `pyarrow.parquet`.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet
     except ImportError as error:
         raise UsageError(
             f"the fleet's dataset needs pyarrow, which cannot be imported ({error}): {install_command('parquet')}"
         ) from error
+
+    return pyarrow.parquet
+
+
+def _write(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:
+    pq = parquet_library()
+    import pyarrow as pa
 
     kinds = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
     fields = [pa.field(each.name, kinds[each.kind], metadata={"description": each.doc}) for each in COLUMNS]

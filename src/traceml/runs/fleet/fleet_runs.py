@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.errors import UsageError
-from traceml.installation import install_command
-from traceml.runs.fleet.fleet_dataset import partition_of
+from traceml.runs.fleet.fleet_dataset import parquet_library, partition_of
 from traceml.runs.fleet.fleet_rows import WAITING
 
 __all__ = ["FLEET_FIELDS", "FleetRun", "HostWork", "SummarizedFiles", "read_runs", "summarize_files"]
@@ -166,13 +164,7 @@ def _on_dask(address: str, batches: Sequence[list[str]]) -> Iterator[SummarizedF
 
 def summarize_files(paths: Sequence[str]) -> SummarizedFiles:
     """Return the runs in some files; a file that cannot be read is reported, and skipped."""
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UsageError(
-            f"the fleet's dataset needs pyarrow, which cannot be imported ({error}): {install_command('parquet')}"
-        ) from error
-
+    pq = parquet_library()
     runs: list[FleetRun] = []
     damage: list[str] = []
     for path in paths:

@@ -80,7 +80,7 @@ def wall_time(
     compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
     known["steps"] -= compiled_s
     known["restart" if attempt else "startup"] += compiled_s
-    evaluations, short_s = _most_evaluations(sums.values())
+    evaluations, short_s = max((_evaluations(each.evals) for each in sums.values()), default=(0, 0.0))
     time = RunTime.of(max(ended_s - started_s, 0.0), known, evaluations)
     return replace(
         time,
@@ -201,10 +201,6 @@ def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
         return (), 0.0
 
     return some, _mean([seconds[rank] for rank in some])
-
-
-def _most_evaluations(sums: Iterable[StepSums]) -> tuple[int, float]:
-    return max((_evaluations(each.evals) for each in sums), default=(0, 0.0))
 
 
 def _evaluations(evals: TableSums) -> tuple[int, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -260,10 +260,6 @@ def _user_times(user: _Cells, names: Sequence[Mapping[int, str]]) -> dict[str, F
     """Return the user's phases by name; those beyond a bound are left out."""
     keys, at = np.unique(np.stack([user.rows, user.group]), axis=1, return_inverse=True)
     named = [names[row].get(number, f"phase {number}") for row, number in keys.T.tolist()]
-    numbers = {name: number for number, name in enumerate(_first_names(named))}
+    numbers = {name: number for number, name in enumerate(list(dict.fromkeys(named))[:MAX_USER_PHASES])}
     of_bin = np.array([numbers.get(name, -1) for name in named], np.int64)[at.reshape(-1)]
     return {name: user.matrix("ns", of_bin == number) for name, number in numbers.items()}
-
-
-def _first_names(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))[:MAX_USER_PHASES]

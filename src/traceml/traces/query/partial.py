@@ -91,7 +91,7 @@ def partial_of(analysis: Analysis) -> PartialAnalysis:
         events=analysis.events,
         number_of_spans=analysis.spans,
         fractional=analysis.fractional,
-        seen=_seen(analysis),
+        seen=[field.seen for field in _arg_fields(analysis)],
     )
 
 
@@ -153,10 +153,6 @@ def _absorb_lane(analysis: Analysis, lane: tuple[Any, ...]) -> int:
         return analysis.lanes.one(-2 - source, analysis.asynchronous.one(intern(first), intern(second)))
 
     return analysis.lanes.one(analysis.context.processes.one(source, intern(first)), intern(second))
-
-
-def _seen(analysis: Analysis) -> list[bool]:
-    return [field.seen for field in _arg_fields(analysis)]
 
 
 def _arg_fields(analysis: Analysis) -> list[ArgField]:

@@ -119,7 +119,7 @@ class TrackerSession:
         return backend
 
     def _begin(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> BackendInterface:
-        backend = create_backend(self.backend, self._config(experiment, stored), self._known(experiment))
+        backend = create_backend(self.backend, self._config(experiment, stored), experiment.row.get("registered"))
         if stored and not stored.get("ended") and not backend.resume(stored["mark"]):
             raise RewindError
 
@@ -259,9 +259,6 @@ class TrackerSession:
 
     def _time_for(self, path: Path) -> float:
         return path.stat().st_size / _BYTES_PER_S
-
-    def _known(self, experiment: PlannedExperiment) -> Mapping[str, str] | None:
-        return experiment.row.get("registered")
 
     def _config(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> dict[str, Any]:
         row = experiment.row

@@ -143,10 +143,6 @@ def _plain_object(value: Any, kind: str, depth: int) -> Any:
     if depth < _DEPTH and hasattr(value, "tolist") and getattr(value, "size", _ITEMS) in range(_SMALL_ARRAY):
         return plain(value.tolist(), depth + 1)
 
-    return _shown(value)
-
-
-def _shown(value: Any) -> str:
     return str(value) if hasattr(value, "__fspath__") else repr(value)[:_TEXT_CHARS]
 
 
