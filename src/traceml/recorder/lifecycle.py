@@ -147,7 +147,7 @@ def _stop(reason: str) -> None:
         from traceml.inspection.script_time import note_end_of_run
 
         note_end_of_run()
-        with fail_open(_log, "recorder", "tracing did not end well"):  # the flight file keeps unsent rows
+        with fail_open(_log, "recorder", "tracing could not be ended properly"):  # the flight file keeps unsent rows
             recorder.stop(reason)
 
 
@@ -184,7 +184,7 @@ def _hook_process(*, watch: bool) -> None:
 def _at_exit() -> None:
     _stop_at_exit()
     while _at_end:
-        with fail_open(_log, "recorder", "a step of the process's end failed"):
+        with fail_open(_log, "recorder", "a step at the end of the process failed"):
             _at_end.pop()()
 
     if _watch is not None and _watch.interrupted:

@@ -342,7 +342,7 @@ class Recording:
             place = stored_elsewhere(self._config, welcome)
             if place and not self._is_child and self.identity.rank_identity.rank == 0:
                 _log.warning(
-                    "this run is stored in %s, as the aggregator at %s was asked for, not in the runs_dir %s",
+                    "this run is stored in %s, by the aggregator at %s that the settings name, not in the runs_dir %s",
                     place, self.address, self._config.runs_dir.absolute(),
                 )  # fmt: skip
 

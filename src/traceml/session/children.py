@@ -29,7 +29,7 @@ class ChildTarget:
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Run the function, on the child's side."""
-        with fail_open(_log, "session", "a child process trains untraced"):
+        with fail_open(_log, "session", "a child process trains without tracing"):
             at_first_optimizer(self._start)
 
         return self._target(*args, **kwargs)
@@ -67,7 +67,7 @@ def _may_train(target: Any) -> bool:
     """Whether a child's training would be a rank: this process is not one of a launcher's, and records."""
     from traceml.recorder.current import current_recorder
 
-    with fail_open(_log, "session", "a child process trains untraced", once=True):
+    with fail_open(_log, "session", "a child process trains without tracing", once=True):
         recorder = current_recorder()
         if target is None or recorder is None or not recorder.enabled or detect_rank().source != "single process":
             return False
@@ -97,7 +97,7 @@ def at_first_optimizer(start: Callable[[], None]) -> None:
         is_outermost = optimizer_type.__init__ is __init__
         if is_outermost:
             optimizer_type.__init__ = original
-        with fail_open(_log, "session", "this process trains untraced"):
+        with fail_open(_log, "session", "this process trains without tracing"):
             start()
 
         # `start` may have put a hook around the original

@@ -227,7 +227,7 @@ def test_given_address_may_have_another_folder_and_is_reported(tmp_path: Path, s
 
     assert job.run_dir.parent == tmp_path / "shared"
     (line,) = err.splitlines()
-    assert line.startswith(f"this run is stored in {job.run_dir}, as the aggregator at 127.0.0.1:{server.port} was")
+    assert line.startswith(f"this run is stored in {job.run_dir}, by the aggregator at 127.0.0.1:{server.port} that")
     assert line.endswith(f"not in the runs_dir {tmp_path / 'a' / 'traceml_runs'}")
 
 

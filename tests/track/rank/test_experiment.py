@@ -341,6 +341,6 @@ def test_wrong_steps_are_reported(script: Script, tmp_path: Path) -> None:
 
     assert "TypeError a step is a whole number, not str 'one'" in out
     assert "TypeError a step is a whole number, not 1.5" in out
-    assert "ValueError a step fits into 64 bits" in out
+    assert "ValueError a step must fit into 64 bits" in out
     assert "a metric's name is a text, not int 5" in out
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0, 3]

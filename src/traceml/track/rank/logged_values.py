@@ -97,7 +97,7 @@ def step_of(step: Any) -> int:
             raise TypeError(f"a step is a whole number, not {step!r:.100}") from None
 
     if not -_INT64 <= number < _INT64:
-        raise ValueError(f"a step fits into 64 bits, unlike {number:.3e}")
+        raise ValueError(f"a step must fit into 64 bits, not {number:.3e}")
 
     return number
 
