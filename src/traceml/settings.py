@@ -35,12 +35,17 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "PROFILE_AFTER_S",
     "Config",
     "Settings",
     "declarations",
     "load",
     "reference",
 ]
+
+
+PROFILE_AFTER_S = 60
+"""Value of `profile_on_finding` where a command turns it on, seconds."""
 
 
 def _set(

@@ -180,6 +180,20 @@ def test_ranks_of_a_running_job_are_profiled(start: Callable[..., _RunningJob]) 
 
 
 @pytest.mark.process
+def test_a_job_is_asked_to_be_profiled_by_itself(start: Callable[..., _RunningJob]) -> None:
+    """Its aggregator says where the profile will be."""
+    job = start()
+    told = job.profile("--on-finding")
+    job.finish()
+
+    assert told.returncode == 0, told.stderr
+    assert told.stdout == (
+        f"Run {job.run_dir.name} is profiled once its verdict has been computation for 60 s: "
+        f"{job.run_dir / 'profile.json.gz'}\n"
+    )
+
+
+@pytest.mark.process
 def test_one_rank_is_profiled_twice(start: Callable[..., _RunningJob]) -> None:
     """A trace that was fetched is in nobody's way; the text names operators, lines, the slow-down and the file."""
     job = start()
@@ -273,6 +287,7 @@ def test_bad_arguments_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["profile", "-o", "x.png"]) == 2
     assert cli.main(["profile", "--steps", "0"]) == 2
     assert cli.main(["profile", "--cpu", "-o", "x.png"]) == 2
+    assert cli.main(["profile", "--on-finding", "--steps", "7"]) == 2
     assert "FILE.html" in capsys.readouterr().err
 
 

@@ -279,6 +279,10 @@ class Aggregator:
         """Whether rows or alerts of an ended run are still being delivered."""
         return path in self._deliveries.ended_runs or path in self._settling or self._checks.alerts.is_sending(path)
 
+    def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
+        """Profile a run once its verdict has been computation for some time; return the path that it will have."""
+        return self._checks.profile_later(run, after_s)
+
     def _recover_flights(self, run: ActiveRun) -> None:
         """Recover the rows of ranks of this run that were never connected here."""
         for flight in dead_flights(run.key, run.path.parent, copies=run.path / COPIES_FOLDER, but=run.recovered):

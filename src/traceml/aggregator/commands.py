@@ -47,6 +47,9 @@ class CommandTarget(Protocol):
     def is_delivering(self, path: Path) -> bool:
         """Whether rows of an ended run are still being delivered to trackers."""
 
+    def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
+        """Profile a run once its verdict has been computation for some time; None where one was taken already."""
+
     def stop(self) -> None:
         """Stop the aggregator."""
 
@@ -88,6 +91,7 @@ class Commands:
             "deliveries": self._deliveries,
             "trackers": self._trackers,
             "stacks": self._stacks,
+            "profile_later": self._profile_later,
             "snapshot_from_outside": self._snapshot_from_outside,
             "stop": self._stop,
         }
@@ -164,6 +168,17 @@ class Commands:
         states = [TrackerState.load(path, str(each)) for each in (backends if isinstance(backends, list) else [])]
         found = [{"backend": each.backend, "phase": str(each.phase), "reached": each.reached} for each in states]
         return {"trackers": found}
+
+    async def _profile_later(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        run, after_s = self._run_of(peer), args.get("after_s")
+        if not isinstance(after_s, int | float) or after_s <= 0:
+            raise CommandError("after_s has to be a number of seconds above 0")
+
+        path = self._aggregator.profile_later(run, float(after_s))
+        if path is None:
+            raise CommandError(f"run {run.id} has been profiled by itself already: that is done once per run")
+
+        return {"path": str(path)}
 
     async def _stop(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         asyncio.get_running_loop().call_soon(self._aggregator.stop)

@@ -34,7 +34,7 @@ from traceml.runs.export.flame_graph import speedscope
 from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_stored, write_profile
 from traceml.runs.export.top_operators import OperatorTotal
 from traceml.runs.find import find_run
-from traceml.settings import Config
+from traceml.settings import PROFILE_AFTER_S, Config
 
 __all__ = ["main", "parse_ranks", "profiled_text"]
 
@@ -67,6 +67,8 @@ class ProfileOptions:
     """Record Python functions too, which slows the steps down further."""
     cpu: bool = False
     """Write the lines that were sampled so far as a flame graph; needs no running job."""
+    on_finding: bool = False
+    """Let the aggregator profile by itself, once, when the verdict has been computation for a minute."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """FILE.json or FILE.json.gz; with --cpu FILE.html (a page) or FILE.json (for speedscope.app)."""
     json: bool = False
@@ -79,6 +81,9 @@ def main(argv: list[str]) -> int:
     """Profile a run."""
     options = parse(ProfileOptions, argv, prog="traceml profile")
     config = config_over(options.runs_dir)
+    if options.on_finding:
+        return _on_finding(options, config)
+
     return _flame_graph(options, config) if options.cpu else _operators(options, config)
 
 
@@ -111,6 +116,23 @@ def _operators(options: ProfileOptions, config: Config) -> int:
         print(json.dumps(msgspec.to_builtins(_document(run_dir.name, written, traces, failed))))
     else:
         _print(written, traces, failed, client)
+
+    return 0
+
+
+def _on_finding(options: ProfileOptions, config: Config) -> int:
+    """Let the aggregator of a running job profile it when its verdict is computation."""
+    if options != ProfileOptions(options.run, on_finding=True, json=options.json, runs_dir=options.runs_dir):
+        raise UsageError("--on-finding chooses ranks, steps and file by itself")
+
+    run_dir = running_job(options.run, config, only_there=options.runs_dir is not None)
+    with closing(aggregator_of(run_dir, config, "profile")) as connection:
+        path = connection.request("profile_later", {"after_s": PROFILE_AFTER_S})["path"]
+
+    if options.json:
+        print(json.dumps({"run": run_dir.name, "file": path}))
+    else:
+        print(f"Run {run_dir.name} is profiled once its verdict has been computation for {PROFILE_AFTER_S} s: {path}")
 
     return 0
 

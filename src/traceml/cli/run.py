@@ -77,7 +77,6 @@ _NUMBERS: dict[str, Callable[[str], object]] = {
     "--master-port": PORT,
     "--shutdown-timeout": NumberRange(minimum=0),
 }
-_PROFILE_AFTER_S = 60
 _DEVICES = ("cpu", "gpu", "auto", "xpu", "hpu", "npu", "mlu", "musa")  # whose number torchrun finds, also of extensions
 _SHORT = {"--redirects": "-r", "--tee": "-t"}
 
@@ -108,7 +107,7 @@ def main(argv: list[str]) -> int:
             TRACEML_RUN_NAME=options.run_name,
             TRACEML_PROJECT=options.project,
             TRACEML_ON_HANG="abort" if options.kill_after_report else None,
-            TRACEML_PROFILE_ON_FINDING=str(_PROFILE_AFTER_S) if options.profile_on_finding else None,
+            TRACEML_PROFILE_ON_FINDING=str(settings.PROFILE_AFTER_S) if options.profile_on_finding else None,
         ),
     )
     with _metrics(job, options.prometheus, config.token) as keep_metrics:
@@ -193,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--profile-on-finding",
         action="store_true",
-        help=f"profile the operators once, when computation has been the verdict for {_PROFILE_AFTER_S} s",
+        help=f"profile the operators once, when computation has been the verdict for {settings.PROFILE_AFTER_S} s",
     )
     torchrun = parser.add_argument_group("torchrun's options")
     torchrun.add_argument(

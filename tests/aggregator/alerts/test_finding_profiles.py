@@ -47,6 +47,27 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(finding_profiles, "own_program", lambda *_words: [sys.executable, "-c", code])
 
 
+def test_a_run_is_profiled_later_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict persists since before the request, and a second request comes too late."""
+    _stand_in(monkeypatch, f"print({json.dumps(PROFILE)!r})")
+    run, now_s = _Run(tmp_path), 0.0
+
+    async def ask() -> list[Path | None]:
+        nonlocal now_s
+        profiles = FindingProfiles(0.0, now_s=lambda: now_s)
+        profiles.check(run, [VERDICT])  # type: ignore[arg-type]
+        now_s = 6.0
+        profiles.check(run, [VERDICT])  # type: ignore[arg-type]
+        asked = [profiles.profile_later(run, 5.0)]  # type: ignore[arg-type]
+        assert run.events == []
+        profiles.check(run, [VERDICT])  # type: ignore[arg-type]
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+        return [*asked, profiles.profile_later(run, 5.0)]  # type: ignore[arg-type]
+
+    assert asyncio.run(ask()) == [tmp_path / "profile.json.gz", None]
+    assert [name for name, _ in run.events] == ["profile"]
+
+
 @pytest.mark.process
 def test_a_profile_that_is_refused_is_taken_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody profiles the rank just then: that is no failure, and one profile is taken in the end."""

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from traceml.aggregator.active_run import ActiveRun
@@ -37,6 +38,7 @@ _log = logging.getLogger("traceml")
 class _PersistingVerdict:
     """A verdict about computation: its kind, since when it persists or was tried last, and the tries."""
 
+    after_s: float
     kind: Kind | None = None
     since_s: float = 0.0
     tries: int = 0
@@ -58,24 +60,40 @@ class FindingProfiles:
 
     def check(self, run: ActiveRun, findings: Sequence[Finding]) -> None:
         """Take the findings of a running run, the verdict first, and start its profile when it is due."""
-        known = self._runs.setdefault(run, _PersistingVerdict())
-        if not self._after_s or known.is_done or not findings:
+        known = self._known(run)
+        if known.is_done or not findings:
             return
 
         verdict, now_s = findings[0], self._now_s()
         if verdict.kind is not known.kind:
             known.kind, known.since_s = verdict.kind, now_s
 
-        if verdict.kind in PROFILED_KINDS and now_s - known.since_s >= self._after_s:
+        if known.after_s and verdict.kind in PROFILED_KINDS and now_s - known.since_s >= known.after_s:
             known.is_done = True
             known.tries += 1
             task = asyncio.create_task(self._profile(run, verdict, known))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
+        """Profile a running run once its verdict has been computation for some time.
+
+        Returns:
+            The path that the profile will have; None where one was taken already.
+        """
+        known = self._known(run)
+        if known.is_done:
+            return None
+
+        known.after_s = after_s
+        return run.path / _FILE
+
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""
         self._runs.pop(run, None)
+
+    def _known(self, run: ActiveRun) -> _PersistingVerdict:
+        return self._runs.setdefault(run, _PersistingVerdict(self._after_s))
 
     async def close(self) -> None:
         """Give up profiles that are being taken."""

@@ -73,6 +73,10 @@ class RunChecks:
 
         return verdict
 
+    def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
+        """Profile a run once its verdict has been computation for some time; see `FindingProfiles`."""
+        return self._profiles.profile_later(run, after_s)
+
     def verdict_count(self, run: ActiveRun) -> int:
         """Return how many verdicts of a run were stored."""
         return self._verdicts[run].count if run in self._verdicts else 0
