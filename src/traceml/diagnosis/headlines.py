@@ -328,8 +328,8 @@ def startup(finding: FindingFacts) -> str:
     if finding.evidence.get("compile_share", 0) >= _HALF:
         return f"{share} is start-up, most of it torch.compile"
 
-    before = ", before the first step" if "compile_s" not in finding.evidence else ""
-    return f"{share} is start-up{before}"
+    of_first_steps = {"compile_s", "set_up_s"} & finding.evidence.keys()
+    return f"{share} is start-up, {'up to the end of the first steps' if of_first_steps else 'before the first step'}"
 
 
 def evaluation(finding: FindingFacts) -> str:

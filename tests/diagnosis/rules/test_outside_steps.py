@@ -236,6 +236,20 @@ def test_compiling_in_the_first_steps_is_reported_as_such():
     assert "line" not in found.evidence
 
 
+def test_what_first_steps_do_once_is_start_up():
+    """Kernels that are built in the first forward, after imports of 6 s: these are not all of it."""
+    time = replace(RunTime.of(22.0, {"startup": 18.0, "steps": 4.0}), set_up_s=12.0)
+    facts = JobFacts(time=time, lines=(SampledLine(0, "startup", "/x/train.py", 1, "<module>", IMPORTING, 80),))
+    found = next(each for each in diagnose(window_of(ALONE), facts) if each.kind is Kind.STARTUP)
+
+    assert found.headline == "82 % of the run's time is start-up, up to the end of the first steps"
+    assert found.summary == (
+        "Training began 6.0 s after the start, and the first steps took 12 s longer than the others: 82 % of the run's "
+        "22 s."
+    )
+    assert found.evidence["set_up_s"] == 12.0
+
+
 @pytest.mark.parametrize(("compile_s", "told"), [(0.0, False), (2.0, False), (6.0, True)])
 def test_a_little_compiling_is_not_the_start_up(compile_s: float, told: bool):
     """Below a tenth the line is told instead; below a half the headline does not name it."""

@@ -239,6 +239,38 @@ def test_compiling_in_the_first_steps_is_start_up(tmp_path: Path) -> None:
     assert sum(after.seconds.values()) == pytest.approx(15.0)
 
 
+@pytest.mark.parametrize(
+    ("count", "longer", "set_up_s"),
+    [(600, {0: 12.0}, 12.0), (40, {0: 12.0}, 12.0), (3, {0: 12.0}, 0.0), (600, dict.fromkeys(range(16), 1.0), 0.0),
+     (600, {0: 0.5}, 0.0), (600, {300: 12.0}, 0.0)],
+    ids=["first step", "few steps", "too few", "slow at first", "short", "later"],
+)  # fmt: skip
+def test_what_the_first_step_does_once_is_start_up(
+    tmp_path: Path, count: int, longer: dict[int, float], set_up_s: float
+) -> None:
+    """A kernel is built in the first forward: these seconds are no training. A slow beginning of the training is."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        stream = writer.stream(
+            StreamIdentity(0, 0, "h0", 100, 0, ""), state="finished",
+            clock=[100 * S, BOOT_S * S + 100 * S], clock_offset_ns=BOOT_S * S, clock_rtt_ns=1000,
+        )  # fmt: skip
+        rows = np.zeros(count, STEPS.dtype)
+        rows["step"], rows["total_ns"] = np.arange(count), S // 100
+        for step, seconds in longer.items():
+            rows["total_ns"][step] += int(seconds * S)
+
+        rows["t_end_ns"] = 104 * S + np.cumsum(rows["total_ns"])
+        writer.append(stream, "steps", 0, count, rows.tobytes(), 0, count - 1)
+
+    whole_s = float(rows["total_ns"].sum()) / S
+    with closing(StoreReader(tmp_path / STORE_NAME)) as reader:
+        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 104.0 + whole_s)
+
+    assert found.set_up_s == pytest.approx(set_up_s, abs=0.01)
+    assert found.seconds["startup"] == pytest.approx(4.0 + set_up_s, abs=0.01)
+    assert found.seconds["steps"] == pytest.approx(whole_s - set_up_s, abs=0.01)
+
+
 @pytest.mark.parametrize(("evaluators", "named", "seconds"), [((0, 1), (), 0.0), ((1,), (1,), 2.0), ((), (), 0.0)])
 def test_ranks_that_evaluate_alone(
     tmp_path: Path, evaluators: tuple[int, ...], named: tuple[int, ...], seconds: float

@@ -14,7 +14,7 @@ PARTS = (
 )  # fmt: skip
 """The parts of a run's wall time:
 
-- `startup`: from the run's start to the first batch, and compiling in the first steps
+- `startup`: from the run's start to the first batch, and what the first steps take longer than the others
 - `steps`: training steps, without saving and without the start of epochs
 - `evaluation`: evaluation batches, with the time until `model.train()` or the next training batch
 - `checkpoint`: saving inside steps
@@ -46,6 +46,7 @@ class RunTime:
         evaluators_s: their seconds of evaluation, the mean.
         useful: steps that count, and those that an attempt repeats.
         compile_s: of the start-up (after a restart: of that), compiling functions for the first steps.
+        set_up_s: the same of all by which the first steps took longer than the others.
     """
 
     wall_s: float
@@ -53,6 +54,7 @@ class RunTime:
     evaluations: int = 0
     useful: UsefulTime = field(default_factory=UsefulTime)
     compile_s: float = 0.0
+    set_up_s: float = 0.0
     evaluators: tuple[int, ...] = ()
     evaluators_s: float = 0.0
     short_evaluations_s: float = 0.0

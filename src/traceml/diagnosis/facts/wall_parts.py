@@ -28,6 +28,7 @@ class ProcessSums:
         epochs: steps that waited for the first batch of an iterator, without the first one of the process.
         epochs_ns: waiting for data in these; restart_ns: of it, the creation and the end of iterators.
         first_batch_ns: waiting for data in the first step of the process.
+        set_up_ns: time by which its first steps took longer than the others, without waiting for data and saving.
         open_ns: time in the step in which the process ended, which has no row.
     """
 
@@ -43,6 +44,7 @@ class ProcessSums:
     epochs_ns: int = 0
     restart_ns: int = 0
     first_batch_ns: int = 0
+    set_up_ns: int = 0
     open_ns: int = 0
 
     def add(self, table: str, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
@@ -105,8 +107,9 @@ def wall_parts(processes: Sequence[ProcessSums], begin_ns: int, end_ns: int, att
     reached_ns, in_attempt = begin_ns, 0
     for each in sorted(processes, key=lambda process: (process.attempt, process.first_ns)):
         before = "restart" if each.attempt > in_attempt else "startup"
-        parts[before] += each.first_ns - reached_ns + each.first_batch_ns
-        parts["steps"] += each.total_ns + each.open_ns - each.saving_ns - each.first_batch_ns - each.later_epochs_ns
+        first_ns = each.first_batch_ns + each.set_up_ns
+        parts[before] += each.first_ns - reached_ns + first_ns
+        parts["steps"] += each.total_ns + each.open_ns - each.saving_ns - first_ns - each.later_epochs_ns
         parts["checkpoint"] += each.saving_ns
         parts["evaluation"] += each.evals_ns
         gaps_ns = each.last_ns - each.first_ns - each.total_ns - each.open_ns - each.evals_ns

@@ -33,8 +33,8 @@ LONG_STARTUP_S = 60.0
 """From here on a long start-up is a warning, without its waiting for a core."""
 _REPORTED_WAIT = 0.25
 """Share of the start-up from which on waiting for a core is reported."""
-_REPORTED_COMPILING = 0.1
-"""Share of the start-up from which on compiling is reported."""
+_REPORTED_SET_UP = 0.1
+"""Share of the start-up from which on compiling, or other set-up in the first steps, is reported."""
 _REPORTED_SHORT = 0.05
 """Share of the evaluation from which on short ones, next to those that are counted, are mentioned."""
 
@@ -73,8 +73,11 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     line, imports = outside_line(facts.lines, "startup"), import_share(facts.lines, "startup")
     compiled = min(time.compile_s / startup_s, 1.0) if time.share("restart") == 0 else 0.0
-    if compiled >= _REPORTED_COMPILING:
+    if compiled >= _REPORTED_SET_UP:
         return _compiled_startup(time, startup_s, compiled)
+
+    if time.share("restart") == 0 and time.set_up_s >= _REPORTED_SET_UP * startup_s:
+        return _slow_first_steps(time, startup_s)
 
     children = child_wait_share(facts.lines, "startup")
     if children.is_most:
@@ -107,8 +110,8 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     )
 
 
-def _began_text(time: RunTime, startup_s: float) -> str:
-    after = f"{duration_text(startup_s)} after the start"
+def _began_text(time: RunTime, startup_s: float, more: str = "") -> str:
+    after = f"{duration_text(startup_s)} after the start{more}"
     if time.share("steps", "evaluation") > 0:
         return f"Training began {after}: {_part_of_run(time)}"
 
@@ -123,6 +126,13 @@ def _compiled_startup(time: RunTime, startup_s: float, compiled: float) -> Findi
     )
     evidence = {"compile_s": time.compile_s, "compile_share": compiled}
     return _startup_finding(time, startup_s, summary, _FOR_COMPILING, evidence)
+
+
+def _slow_first_steps(time: RunTime, startup_s: float) -> Finding:
+    """Return the finding about a start-up that includes what the first steps do once."""
+    more = f", and the first steps took {duration_text(time.set_up_s)} longer than the others"
+    summary = f"{_began_text(time, startup_s - time.set_up_s, more)}."
+    return _startup_finding(time, startup_s, summary, _FOR_SET_UP, {"set_up_s": time.set_up_s})
 
 
 def _awaiting_startup(time: RunTime, startup_s: float, waiting: SampledShare, line: BlamedLine | None) -> Finding:
@@ -163,6 +173,10 @@ def _for_cores(left_s: float, ranks: int) -> str:
 _FOR_COMPILING = (
     "A longer run has a smaller share of it. Keep compiled code from run to run (TORCHINDUCTOR_CACHE_DIR on a disk "
     "that stays: the default is in /tmp), or compile one repeated block of the model instead of all of it."
+)
+_FOR_SET_UP = (
+    "A longer run has a smaller share of it. Look for what is done once, at the first call (modules that are imported, "
+    "kernels and caches that are built): `traceml report --lines` shows the lines."
 )
 _FOR_CHILDREN = (
     "A longer run has a smaller share of it. See what they do before they answer. Processes that are spawned, or come "

@@ -26,6 +26,8 @@ _FEW = 0.5  # ranks with less than this share of the longest evaluation do not e
 _SHORT, _LITTLE = 0.25, 0.2  # evaluations this much shorter than the longest, if together they are this share of all
 _WORTH = 0.01  # share of the run from which on evaluation and saving of some ranks count as time of all
 _NOT_PRODUCTIVE = (Phase.INPUT_WAIT.label, Phase.CHECKPOINT.label)
+_USUAL_BINS = 4  # with fewer bins of steps it is not known how long they take as a rule
+_MIN_SET_UP_NS = 1e9
 _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
@@ -78,14 +80,17 @@ def wall_time(
         known = dict.fromkeys(known, 0.0)  # what it did was not seen: it is not the start-up of a training
 
     compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
-    known["steps"] -= compiled_s
-    known["restart" if attempt else "startup"] += compiled_s
+    set_up_s = _mean([of_rank[-1].set_up_ns / _S for of_rank in processes])
+    more_s = max(compiled_s - set_up_s, 0.0)  # a long run does not show its first steps alone
+    known["steps"] -= more_s
+    known["restart" if attempt else "startup"] += more_s
     evaluations, short_s = max((_evaluations(each.evals) for each in sums.values()), default=(0, 0.0))
     time = RunTime.of(max(ended_s - started_s, 0.0), known, evaluations)
     return replace(
         time,
-        useful=_useful_time(ranks, sums, checkpoints(records), compiled_s),
+        useful=_useful_time(ranks, sums, checkpoints(records), set_up_s + more_s),
         compile_s=compiled_s,
+        set_up_s=set_up_s + more_s,
         evaluators=evaluators,
         evaluators_s=min(evaluators_s, time.wall_s),
         short_evaluations_s=short_s,
@@ -127,9 +132,9 @@ def _sent_partly(records: Iterable[StreamRecord], sums: Mapping[int, StepSums]) 
 
 
 def _useful_time(
-    ranks: Sequence[Sequence[StreamRecord]], sums: Mapping[int, StepSums], goes_on: Mapping[int, int], compiled_s: float
+    ranks: Sequence[Sequence[StreamRecord]], sums: Mapping[int, StepSums], goes_on: Mapping[int, int], set_up_s: float
 ) -> UsefulTime:
-    """Return the mean over ranks of their useful time; compiling does not count."""
+    """Return the mean over ranks of their useful time; set-up in the first steps does not count."""
     by_rank = [
         [
             (bins := sums[each.id].steps.bins, resumes_at(each, goes_on), _failed_ns(each, bins))
@@ -139,7 +144,7 @@ def _useful_time(
         for streams in ranks
     ]
     useful = UsefulTime.mean(useful_time(of_rank) for of_rank in by_rank)
-    return replace(useful, productive_s=max(useful.productive_s - compiled_s, 0.0))
+    return replace(useful, productive_s=max(useful.productive_s - set_up_s, 0.0))
 
 
 def _failed_ns(stream: StreamRecord, bins: NDArray[np.void]) -> int:
@@ -260,4 +265,22 @@ def _summed(sums: StepSums, clocks: RunClocks, stream: StreamRecord) -> ProcessS
         epochs_ns=int(later["ns"].sum()),
         restart_ns=int(later["create_ns"].sum() + later["drain_ns"].sum()),
         first_batch_ns=int(first["ns"].sum()),
+        set_up_ns=_set_up_ns(steps),
     )
+
+
+def _set_up_ns(bins: NDArray[np.void]) -> int:
+    """Return the time by which the first steps of a process took longer than the others; 0 where it is short.
+
+    Most of it is in one step: what is imported, built or compiled at the first call. Waiting for data and saving do not
+    count.
+    """
+    if len(bins) < _USUAL_BINS:
+        return 0
+
+    spent_ns, rows = bins["total_ns"] - bins["input_wait_ns"] - bins["checkpoint_ns"], bins["rows"]
+    means_ns = spent_ns / rows
+    usual_ns = max(float(means_ns[1]), float(np.median(means_ns[1:])))
+    excess_ns = float(spent_ns[0]) - usual_ns * float(rows[0])
+    longest_ns = float(bins["total_ns_max"][0]) - usual_ns
+    return int(excess_ns) if excess_ns >= _MIN_SET_UP_NS and longest_ns >= excess_ns / 2 else 0
