@@ -254,10 +254,11 @@ def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps) -> bool
 
 def _explains(slower: Finding, other: Finding) -> bool:
     """Return whether another finding is only about the steps that became slower, and says less."""
-    if other.kind not in (Kind.RESIDUAL_HEAVY, Kind.JITTER):
-        return False
+    if other.kind is Kind.INPUT_BOUND:  # of waits that have ended, no gain by workers can be told: a cache was filled
+        same = other.phase == slower.phase and "until_step" in slower.evidence
+    else:
+        same = other.kind in (Kind.RESIDUAL_HEAVY, Kind.JITTER) and other.phase in (None, slower.phase)
 
-    same = other.phase is None or other.phase == slower.phase
     return same and slower.cost_share >= _EXPLAINED_SHARE * other.cost_share
 
 

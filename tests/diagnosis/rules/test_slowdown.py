@@ -372,3 +372,16 @@ def test_a_queue_that_was_full_at_first_is_no_slowdown(since, lines, told):
     kinds = [finding.kind for finding in findings]
     assert (Kind.SLOWDOWN in kinds) is told
     assert (Kind.INPUT_BOUND in kinds) is (lines is QUEUE)
+
+
+@pytest.mark.parametrize(("slow", "kinds"), [(slice(0, 90), {Kind.SLOWDOWN}), (slice(0, 600), {Kind.INPUT_BOUND})])
+def test_waits_that_have_ended_are_no_reason_for_workers(slow, kinds):
+    """A data set that decodes at the first access and keeps it: the mean wait of all epochs tells no gain."""
+
+    def decodes(own, _) -> None:
+        own["input_wait"][:, slow] += 60
+
+    found = diagnose(window_of(Job(ranks=1, steps=600, grouped=False), decodes), JobFacts())
+
+    assert {each.kind for each in found} == kinds
+    assert ("fills a cache" in found[0].next) == (found[0].kind is Kind.SLOWDOWN)

@@ -324,6 +324,14 @@ def is_of_the_host(slower: Finding) -> bool:
 
 
 def _advice(change: LevelChange, part: str | None, ranks: tuple[int, ...], line: BlamedLine | None) -> str:
+    if part == "input_wait" and change.shape == "first":
+        what = "the data set" if line is None else line.place
+        return (
+            f"If {what} fills a cache then, or the files are in memory afterwards, a longer run has a smaller share of "
+            "it, and loader workers (num_workers) would fetch samples while the model computes. Otherwise look at what "
+            "it does only then."
+        )
+
     if line is not None and change.shape == "growth":
         return f"Look at {line.place} for what it keeps or repeats: a list, a history or a graph that grows."
 
