@@ -293,12 +293,11 @@ def patch_training_mode(patches: Patches, clock: StepClock) -> None:
     original = torch.nn.Module.train
 
     def train(self: Any, mode: bool = True) -> Any:
-        if is_dynamo_compiling():
+        if not mode or self.training or is_dynamo_compiling():
             return original(self, mode)
 
         try:
-            if mode and clock.is_evaluating:
-                clock.begin_training_mode()
+            clock.begin_training_mode()
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
