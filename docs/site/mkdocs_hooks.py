@@ -126,6 +126,7 @@ def help_text(words: list[str]) -> str:
 def catalog_page() -> str:
     """Return the catalog of verdicts: for each kind its severity, and examples that the rules made."""
     from traceml.diagnosis.kinds import CRITICAL_SHARE, WARNING_SHARE, Kind
+    from traceml.formatting import percent_text
 
     examples = examples_by_kind()
     lines = [
@@ -133,7 +134,8 @@ def catalog_page() -> str:
         "",
         CATALOG_LEAD,
     ]
-    by_cost = f"`warning` from {WARNING_SHARE:.0%} of step time, `critical` from {CRITICAL_SHARE:.0%}"
+    least = [percent_text(share) for share in (WARNING_SHARE, CRITICAL_SHARE)]
+    by_cost = f"`warning` from {least[0]} of step time, `critical` from {least[1]}"
     for kind in Kind:
         severity = f"`{kind.rule.severity}`" if kind.rule.severity else by_cost
         lines += ["", f"## {kind}", "", f"Severity: {severity}."]
