@@ -52,7 +52,15 @@ def test_bands_lie_inside_the_axis():
 
 @pytest.mark.parametrize(
     ("value", "step", "text"),
-    [(1500, 500, "1,500"), (0.25, 0.25, "0.25"), (1e-5, 1e-5, "1e-05"), (2.5, 0.5, "2.5"), (3e9, 1e9, "3e+09")],
+    [
+        (1500, 500, "1,500"),
+        (0.25, 0.25, "0.25"),
+        (1e-5, 1e-5, "1e-05"),
+        (2.5, 0.5, "2.5"),
+        (3e9, 1e9, "3e+09"),
+        (5e-4, 2.5e-4, "0.00050"),
+        (1e-3, 2.5e-4, "0.00100"),
+    ],
 )
 def test_numbers_as_labels(value, step, text):
     """As many digits as the step between labels needs."""

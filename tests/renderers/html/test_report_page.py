@@ -95,14 +95,14 @@ def test_everything_stands_on_the_page(tmp_path):
     assert page.open == []
 
 
-def test_a_parameter_that_is_none_is_shown(tmp_path):
-    """A parameter that was logged as None is a value, unlike a fact that is not known."""
+def test_parameters_are_shown_as_they_were_logged(tmp_path):
+    """None is a value, unlike a fact that is not known; nested names are joined, as on the page."""
     run = store_run(tmp_path / "run", Job(steps=60))
     with StoreWriter(run / STORE_NAME) as writer:
-        row = {"kind": "params", "params": {"note": None, "lr": 0.1}}
+        row = {"kind": "params", "params": {"note": None, "optimizer": {"lr": 0.1}}}
         writer.append(1, "logged", writer.next_seq(1, "logged"), 1, msgpack.packb(row))
 
-    assert "note None, lr 0.1" in _Page(page_of(run)).texts
+    assert "note None, optimizer.lr 0.1" in _Page(page_of(run)).texts
 
 
 def test_a_missing_rank_is_reported(tmp_path):

@@ -97,7 +97,7 @@ def text_of(value: float, step: float = 0.0) -> str:
     if value == 0 or abs(value) < abs(step) * 1e-9:
         return "0"
 
-    if abs(value) >= 1e7 or abs(value) < 1e-3:
+    if abs(value) >= 1e7 or (abs(value) < 1e-3 and not step >= 1e-4):  # labels of an axis in one form
         return f"{value:.3g}"
 
     digits = max(0, -math.floor(math.log10(step)) + (step / 10 ** math.floor(math.log10(step)) == 2.5)) if step else 3

@@ -122,7 +122,8 @@ def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
 
 def run_facts(view: RunView, about: About) -> Iterator[str]:
     """Yield command, source, versions, machine, model."""
-    parameters = map_text({name: str(value) for name, value in about.params.items()})
+    params = view.report.setup.params or about.params
+    parameters = map_text({name: str(value) for name, value in params.items()})
     yield from _facts([*about_facts(view, about), ("parameters", parameters)])
 
 
