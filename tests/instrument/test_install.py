@@ -6,11 +6,13 @@ import copy
 import gc
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ ATTRIBUTES: list[tuple[Any, str]] = [
     (torch.optim.Optimizer, "__init__"),
     (torch.amp.GradScaler, "step"),
     (nn.Module, "compile"),
+    (nn.Module, "__setstate__"),
     (nn.Module, "_replicate_for_data_parallel"),
     (dataloader._BaseDataLoaderIter, "__next__"),
     (DataLoader, "__iter__"),
@@ -301,9 +304,8 @@ def test_overhead_is_measured_on_the_rank(traced: Traced) -> None:
     assert 200 < traced.instrumentation.hook_ns_per_step() < 1_000_000
 
 
-def test_a_model_copied_later_is_evaluated(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_copied_later_is_evaluated(traced: Traced) -> None:
     """Batches that go to a copy made during training (an average, the best so far) are evaluation."""
-    monkeypatch.setattr("traceml.instrument.search.discovery._SHARE", 0)  # look as often as there is a reason to
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     training, validation = DataLoader(TensorDataset(torch.randn(8, 4))), DataLoader(TensorDataset(torch.randn(3, 4)))
@@ -320,6 +322,22 @@ def test_a_model_copied_later_is_evaluated(traced: Traced, monkeypatch: pytest.M
 
     assert len(traced.finish()) == 16
     assert sum(row["batches"] for row in traced.table("evals")) == 6
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_that_train_are_found(traced: Traced, copied: Callable[[nn.Module], nn.Module]) -> None:
+    """Each client of a federated training trains a copy of the model, for a few short steps."""
+    shared = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    for _ in range(30):
+        model = copied(shared)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for (x,) in DataLoader(TensorDataset(torch.randn(4, 4)), batch_size=2):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+
+    rows = traced.finish()
+    assert [row["forward_ns"] > 0 for row in rows] == [True] * 60
 
 
 def test_models_of_many_trainings_are_found(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:

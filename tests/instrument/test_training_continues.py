@@ -47,6 +47,7 @@ _GUARDS = frozenset(
     {
         "DeviceTimes.drain",
         "ForwardTimer.__call__",
+        "ModuleDiscovery.watch.<locals>.__setstate__",
         "ModuleDiscovery.watch.<locals>.on_registration",
         "Instrumentation._guarded",
         "DeviceTimes.fail",

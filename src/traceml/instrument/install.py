@@ -332,9 +332,7 @@ class Instrumentation:
         self._device = CudaDevice() if "cuda" in types else None
         self._patch_distributed()
         self._watch_constructors(on_optimizer_type)
-        for handle in self._discovery.watch():
-            patches.on_undo(handle.remove)
-
+        self._discovery.watch(patches)
         self._measure_overhead()
         skip_own_code()
         self._discovery.search_all()

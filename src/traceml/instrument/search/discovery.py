@@ -1,10 +1,10 @@
 """Discovery of the user's models and optimizers.
 
 torch offers hooks on all modules (a cost on every call of every layer) or on one. So we search for the few outermost
-modules when new ones may exist. A quick search covers the modules constructed since the last one, which torch's
-registration hooks report, and for copies, which they do not report, the young objects of the garbage collector (0.3 ms,
-at most 1 % of the time). A full search over all objects of the collector takes 20-50 ms: it runs at the start, at the
-first backward pass, and for new optimizers while all searches together took less than 1 % of the time.
+modules when new ones may exist. A quick search covers the modules made since the last one: torch's registration hooks
+report those that are constructed, and `Module.__setstate__` those that are copied or unpickled. A full search over all
+objects of the collector takes 20-50 ms: it runs at the start, at the first backward pass, and for new optimizers while
+all searches together took less than 1 % of the time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from traceml.clock import monotonic_ns
 from traceml.fail_open import fail_open
 from traceml.instrument.accumulator import NOT_READY
 from traceml.instrument.forward import TimerMaker, instrument_module, restore_module
+from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.optimizer import is_wrapper
+from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["ModuleDiscovery"]
@@ -52,30 +54,39 @@ class ModuleDiscovery:
         self._on_model, self._on_optimizer = on_model, on_optimizer
         self._known: dict[int, weakref.ref[Any]] = {}
         self._made_ns = monotonic_ns()
-        self._scans = self._scan_ns = self._search_at_ns = 0
+        self._scans = self._scan_ns = 0
         self._descents = 0
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._declared: set[type[Any]] = set()
         self._trained: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # answers of `is_trained`
-        self._pending: list[weakref.ref[Any]] = []  # modules with new parameters or children since the last search
+        self._pending: list[weakref.ref[Any]] = []  # modules that are new or have new parts since the last search
 
     @property
     def models(self) -> int:
         """Number of modules that are or were timed."""
         return len(self._known)
 
-    def watch(self) -> list[Any]:
-        """Collect modules under construction; return torch's handles, whose `remove` ends that."""
+    @uncounted
+    def watch(self, patches: Patches) -> None:
+        """Collect the modules that are constructed, copied or unpickled."""
+        set_state = torch.nn.Module.__setstate__
 
         def on_registration(module: Any, _name: str, _part: Any) -> None:
             if not is_dynamo_compiling() and len(self._pending) < _MAX_PENDING:
                 with fail_open(_log, "instrument", "a module is not searched for models", once=True):
                     self._pending.append(weakref.ref(module))
 
-        return [
-            torch.nn.modules.module.register_module_parameter_registration_hook(on_registration),
-            torch.nn.modules.module.register_module_module_registration_hook(on_registration),
-        ]
+        def __setstate__(module: Any, state: Any) -> None:  # noqa: N807 - name of the replaced method
+            set_state(module, state)
+            on_registration(module, "", None)
+
+        for register in (
+            torch.nn.modules.module.register_module_parameter_registration_hook,
+            torch.nn.modules.module.register_module_module_registration_hook,
+        ):
+            patches.on_undo(register(on_registration).remove)
+
+        patches.wrap(torch.nn.Module, "__setstate__", __setstate__)
 
     def search_all(self, *, trains: bool = False) -> int:
         """Time all root modules that are alive; return the number of their optimizers.
@@ -120,25 +131,14 @@ class ModuleDiscovery:
         return len(own)
 
     def search_recent(self) -> None:
-        """Time the root modules constructed since the last search."""
+        """Time the root modules made since the last search."""
         pending, self._pending = self._pending, []
         found = {id(module): module for ref in pending if (module := ref()) is not None}
-        start = monotonic_ns()
-        is_searching = start >= self._search_at_ns
-        if is_searching:
-            # Not appended to one list: that list would be a young object too, and contain itself until it is collected.
-            young = gc.get_objects(generation=0) + gc.get_objects(generation=1)
-            found |= {id(module): module for module in _find_alive(young)[0]}
-
         new = [module for module in _roots(found.values()) if not self._knows(module)]
         inner = {id(module) for known in self._modules() for module in known.modules()} if new else set()
         for module in new:
             if id(module) not in inner:
                 self.add(module)
-
-        if is_searching:
-            end = monotonic_ns()
-            self._search_at_ns = end + (end - start) * _SHARE
 
     def declare(self, module: Any, optimizer: Any) -> None:
         """Time a model and an optimizer that the script names; either may be None."""
