@@ -169,7 +169,7 @@ def test_busy_workers_make_a_batch_per_step_each():
 @pytest.mark.parametrize(
     ("library", "says", "never"),
     [
-        ("Connection._recv", "Set num_workers=0", "do not keep up"),
+        ("Connection._recv", "Set num_workers=0: a step's data takes", "do not keep up"),
         ("_PollLikeSelector.select", "num_workers=8", "The workers keep"),
     ],
 )

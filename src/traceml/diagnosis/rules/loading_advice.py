@@ -187,8 +187,8 @@ def _fewer_handovers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Adv
     if gain < WORTHWHILE:
         return Advised(f"{waits}. Put a batch into fewer tensors (collate_fn), or use larger batches.")
 
-    here = f"{loader.option('num_workers')}=0: a batch takes {pipeline.fetch_ns / 1e6:.3g} ms in the training process"
-    return Advised(f"{waits}. Set {here}; {gain_text(gain, 'about')}{cores}.", gain, 0)
+    instead = f"{loader.option('num_workers')}=0: a step's data takes {pipeline.fetch_ns / 1e6:.3g} ms in the training"
+    return Advised(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 
 def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:

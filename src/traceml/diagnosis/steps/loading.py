@@ -29,7 +29,7 @@ class Pipeline:
     """A training step, and the making of its batch in this process or in workers.
 
     Attributes:
-        fetch_ns: wall time that one process takes for a batch.
+        fetch_ns: wall time that one process takes for the data of a step.
         fetch_cpu: share of it on a CPU core, 0..1; 1 where that is not known.
         rest_ns: wall time of the step without waiting for data.
         rest_cores: mean number of cores that the training process uses meanwhile.
