@@ -43,6 +43,34 @@ def test_an_exception_is_recorded_and_shown(serving: Serving, run_script: Run) -
     assert serving.run_dirs
 
 
+EVALUATES = """
+import sys, torch, traceml
+traceml.init()
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(5):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+model.eval()
+with torch.no_grad():
+    model(torch.ones(2, 4))
+"""
+
+
+@pytest.mark.parametrize(("ending", "phase"), [("", None), ("sys.exit(3)", "evaluation")])
+def test_a_script_that_ends_well_does_not_end_in_its_evaluation(
+    serving: Serving, run_script: Run, ending: str, phase: str | None
+) -> None:
+    """Nothing else follows the last evaluation; the step before it is closed by the end of the training."""
+    run_script(EVALUATES + ending)
+
+    (row,) = exit_rows(serving)
+    assert row.get("open_phase") == phase
+    if not ending:
+        assert row["last_step"] == 4
+        assert stored_steps(serving) == list(range(5))
+
+
 @pytest.mark.parametrize(
     ("ending", "status", "expected"),
     [

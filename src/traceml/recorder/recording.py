@@ -199,16 +199,16 @@ class Recording:
         reported = {**self.tracing.phase_left(cause_of(error)), **describe(error)}
         facts: dict[str, Any] = {"code": status, "last_step": self.flight.ring("steps").appended - 1}
         if slots[Slot.STEP] >= 0:
-            facts["last_step"] = slots[Slot.STEP] - 1  # a resumed training does not count from 0
+            closes = not status and self.tracing.has_stepped  # the end of training closes the open step
+            facts["last_step"] = slots[Slot.STEP] - 1 + closes  # a resumed training does not count from 0
             if self._is_in_step(status, reported):
                 facts["step"] = slots[Slot.STEP]
 
             if began_ns := slots[Slot.STEP_START]:
                 facts["open_s"] = (slots[Slot.EXIT_START] - began_ns) / 1e9
 
-        if (
-            self.tracing.is_evaluating and reported.get("open_phase") != Phase.CHECKPOINT.label
-        ):  # after an evaluation it saves
+        # After an evaluation it saves, or the script ends.
+        if status and self.tracing.is_evaluating and reported.get("open_phase") != Phase.CHECKPOINT.label:
             reported["open_phase"] = "evaluation"
 
         if slots[Slot.SAVED_IN]:

@@ -150,6 +150,17 @@ def test_the_open_step_is_none_after_the_last_one(tmp_path: Path, slots: dict[Sl
     flight.close(unlink=True)
 
 
+@pytest.mark.parametrize(("exit_start", "is_evaluating"), [(0, True), (950, False)])
+def test_a_process_that_ends_does_not_evaluate(tmp_path: Path, exit_start: int, is_evaluating: bool) -> None:
+    """Of the last evaluation nothing else shows the end."""
+    flight = FlightFile.create(tmp_path, {})
+    assert flight.path is not None
+    flight.open_slots[Slot.EVALUATING], flight.open_slots[Slot.EXIT_START] = 1, exit_start
+
+    assert FlightSnapshot(flight.path, flight.path.read_bytes()).is_evaluating is is_evaluating
+    flight.close(unlink=True)
+
+
 @pytest.mark.parametrize(
     ("words", "line_id"),
     [

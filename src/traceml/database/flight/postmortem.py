@@ -127,8 +127,8 @@ class FlightSnapshot:
 
     @property
     def is_evaluating(self) -> bool:
-        """Whether the model was evaluated."""
-        return self._slots[Slot.EVALUATING] == 1
+        """Whether the model was evaluated, and the process had not come to its end."""
+        return self._slots[Slot.EVALUATING] == 1 and not self._slots[Slot.EXIT_START]
 
     @property
     def crash_text(self) -> str:
