@@ -27,6 +27,7 @@ __all__ = [
     "percent_text",
     "phase_label",
     "phase_words",
+    "phases_text",
     "place_text",
     "plural",
     "printable",
@@ -318,6 +319,12 @@ def exception_line(exception: str) -> str:
 def phase_words(phase: str) -> str:
     """Return a phase's name for a sentence; a user's phase in quotes."""
     return _PHASES[phase][1] if phase in _PHASES else f"phase '{phase}'"
+
+
+def phases_text(phases: Sequence[str], line: str | None) -> str:
+    """Return where time is spent in words: `train.py:23 play and forward`, with a line of the first phase."""
+    first, *others = map(phase_words, phases)
+    return " and ".join([line or first, *others])
 
 
 def line_text(file: str, line: int, function: str) -> str:

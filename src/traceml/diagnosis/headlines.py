@@ -17,6 +17,7 @@ from traceml.formatting import (
     ordinal_text,
     percent_text,
     phase_words,
+    phases_text,
     ranks_text,
 )
 from traceml.process_ends import exit_text, signal_name
@@ -193,7 +194,8 @@ def user_code(finding: FindingFacts) -> str:
     line_share = evidence.get("line_share")
     line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
     if every := evidence.get("every_n_steps"):
-        return f"Every {ordinal_text(int(every))} step is long, in {line or where}: {_of_step_time(finding)}"
+        where = phases_text(evidence.get("phases", [finding.phase or "other"]), line)
+        return f"Every {ordinal_text(int(every))} step is long, in {where}: {_of_step_time(finding)}"
 
     if line and line_share is None:  # few samples
         return f"{percent_text(share)} of step time is spent in {where}, mostly in {line}"

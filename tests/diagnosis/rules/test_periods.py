@@ -112,6 +112,18 @@ def test_all_that_is_long_in_these_steps_is_one_finding():
 
     assert [(each.kind, each.phase) for each in found] == [(Kind.RESIDUAL_HEAVY, "forward")]
     assert found[0].cost_share == pytest.approx(500 / 28 / (14.1 + 500 / 28), rel=0.15)
+    assert found[0].evidence["phases"] == ["forward", "other"]
+    assert all(
+        "in forward and code outside the known phases: 5" in text for text in (found[0].headline, found[0].summary)
+    )
+
+
+def test_a_part_that_is_next_to_nothing_of_the_time_is_not_named():
+    """Also if it is long in all of these steps."""
+    found = findings(ALONE, adds("other", 1190, every=16), adds("forward", 60, every=16))
+
+    assert "phases" not in found[0].evidence
+    assert "in code outside the known phases: " in found[0].summary
 
 
 def test_a_small_part_of_all_of_these_steps_is_no_jitter():

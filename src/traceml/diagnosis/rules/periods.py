@@ -18,7 +18,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import UNNAMED, Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phase_words
+from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text
 
 __all__ = ["MIN_LONG_STEPS", "REGULAR_SHARE", "periodic_steps"]
 
@@ -38,6 +38,8 @@ JOINT_SHARE = 0.2
 """A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
 JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
 """Or if it takes this many times longer than usual in this share of them, as the model's forward in rollouts."""
+NEARLY_ALL = 0.9
+"""Other parts are not named where the longest one has this share of the time."""
 SOONER_SHARE = 1 / 3
 """At most this many of them come sooner after another one than the distance."""
 LIGHT_SHARE = 0.1
@@ -63,6 +65,12 @@ class _Period:
     removed: dict[str, Floats]
     saved_ns: float
     part_saved_ns: float
+
+    @property
+    def phases(self) -> list[str]:
+        """The longest part, and the others unless they are next to nothing of the time."""
+        is_nearly_all = self.part_saved_ns >= NEARLY_ALL * self.saved_ns
+        return [self.part] if is_nearly_all else [self.part, *sorted(self.removed.keys() - {self.part})]
 
 
 def periodic_steps(
@@ -195,6 +203,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     phase_share = float(segments.parts[period.part].mean()) / step_ns
     held = period.part_saved_ns >= LINE_SHARE * phase_share * step_ns
     line = own_line(facts.lines, period.part, phase_share) if held else None
+    where = phases_text(period.phases, line.place if line else None)
     long, usual_ns = segments.as_measured(period.columns, float(np.median(segments.step)))
     long_ns = float(long.mean())
     half = speedup(step_ns, period.saved_ns / 2)
@@ -204,7 +213,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
         phase=period.part,
         summary=(
             f"Every {ordinal_text(period.every)} step takes {ns_text(long_ns)} instead of "
-            f"{ns_text(usual_ns)}{_where(period.part, line)}: {percent_text(share)} of step time."
+            f"{ns_text(usual_ns)}, in {where}: {percent_text(share)} of step time."
         ),
         next=_advice(facts, period, line, half),
         evidence={
@@ -213,15 +222,12 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
             "steps": len(segments.step),
             "usual_ms": usual_ns / 1e6,
             "mean_long_ms": long_ns / 1e6,
+            **({"phases": period.phases} if len(period.phases) > 1 else {}),
             **(line.evidence(phase_share) if line else {}),
         },
         cost_share=share,
         speedup_if_fixed=half,
     )
-
-
-def _where(part: str, line: BlamedLine | None) -> str:
-    return f", in {phase_words(part)}" if line is None else f", in {line.place}"
 
 
 def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: float) -> str:
