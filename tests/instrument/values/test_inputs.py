@@ -294,6 +294,36 @@ def test_positions_are_no_samples(
     assert (info["batch_first"], info["requires_grad"]) == (counts, False)
 
 
+class Listed(nn.Module):
+    """A model that is called with a list of tensors, as those that detect objects in images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([self.layer(each).flatten() for each in tensors]).mean()
+
+
+@pytest.mark.parametrize(
+    ("collate", "counts"),
+    [(list, False), (lambda images: [torch.stack(images), torch.stack(images)], True)],
+    ids=["images", "views"],
+)
+def test_colours_of_an_image_are_no_samples(
+    traced: Traced, collate: Callable[[list[torch.Tensor]], list[torch.Tensor]], *, counts: bool
+) -> None:
+    """A list is of the samples, or of views that are batches: the loader's batch size tells which."""
+    model = Listed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images: Any = [torch.randn(3, 5, 4)] * 4
+    for batch in DataLoader(images, batch_size=2, collate_fn=collate):
+        model(batch).backward()
+        optimizer.step()
+
+    assert counted(traced)[1] is counts
+
+
 def test_what_an_encoder_has_made_is_no_batch(traced: Traced) -> None:
     """The decoder of a translation gets 6 * 4 numbers for each text of 6 tokens: they were told to be tokens."""
     encoder, decoder = nn.Sequential(nn.Embedding(9, 4)), nn.Linear(4, 9)

@@ -142,21 +142,25 @@ def _wrapper_of(module: Any, *names: str) -> Any:
     return next((each for each in module.modules() if type(each).__name__ in names), None)
 
 
-def input_facts(tensor: Any, model: Any = None, batch_size: int | None = None) -> dict[str, Any]:
+def input_facts(
+    tensor: Any, model: Any = None, batch_size: int | None = None, *, is_listed: bool = False
+) -> dict[str, Any]:
     """Describe the input of the model.
 
     Args:
         tensor: the first one.
         model: the called model, None where it is not known.
         batch_size: of the loader, None without one.
+        is_listed: whether the tensor is one of a list, of samples or of batches.
     """
+    may_be_other = is_listed or _may_be_sequence_first(tensor, model)
     return {
         "kind": "input",
         "dtype": str(tensor.dtype),
         "dimensions": tensor.dim(),
         "requires_grad": tensor.requires_grad,
         "tokens": _are_tokens(tensor, model),
-        "batch_first": not _may_be_sequence_first(tensor, model) or batch_size == int(tensor.shape[0]),
+        "batch_first": not may_be_other or batch_size == int(tensor.shape[0]),
     }
 
 

@@ -64,11 +64,11 @@ class FactReports:
         if number is not None:
             self.report({"kind": "training_loader", "number": number})
 
-    def input(self, tensor: Any, model: Any) -> None:
-        """Report the input of a model."""
+    def input(self, tensor: Any, model: Any, is_listed: bool) -> None:
+        """Report the input of a model, which may be one of a list."""
         from traceml.instrument.facts.descriptions import input_facts
 
-        self.report(input_facts(tensor, model, self._batch_size))
+        self.report(input_facts(tensor, model, self._batch_size, is_listed=is_listed))
 
     def calls(self, sizes: list[tuple[int, int]]) -> None:
         """Report again what is counted of the input, given samples and elements of the calls before a backward pass."""

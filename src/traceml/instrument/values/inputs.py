@@ -3,10 +3,10 @@
 The size is that of the first tensor in the arguments of the last forward with gradients before a backward pass. The
 forward hook only compares its samples and elements with those before (in Python, its shape); all else is done here,
 when they have changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are not those of the
-training's. A tensor that another model has made of a batch, as an encoder for its decoder, is no batch. A nested tensor
-has no size, nor has a vector of floating-point numbers: it is one sample without a batch as often as a batch of
-numbers. Texts that are compared with each other, a list of mappings with `input_ids`, are together the elements of
-their samples.
+training's. A tensor that another model has made of a batch, as an encoder for its decoder, is no batch. A nested
+tensor has no size, nor has a vector of floating-point numbers: it is one sample without a batch as often as a batch of
+numbers. A tensor in a list is one sample, as images of several sizes are, as often as a batch. Texts that are compared
+with each other, a list of mappings with `input_ids`, are together the elements of their samples.
 
 A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU. Ranks that
 train on the same batches have the same ones. It takes some 10 us, so the first 3 batches of an epoch have one, and one
@@ -47,7 +47,8 @@ class BatchReader:
 
     Args:
         clock: receives them.
-        on_input: called with the first input and its model, for facts about them.
+        on_input: called with the first input, its model, and whether it is one of a list of inputs, for facts about
+            them.
         on_calls: called with the sizes of the calls before a backward pass.
         on_play: called where a trained model is called in `eval()` with one sample, without a loader, between
             trainings with more.
@@ -56,7 +57,7 @@ class BatchReader:
     def __init__(
         self,
         clock: StepClock,
-        on_input: Callable[[Any, Any], None],
+        on_input: Callable[[Any, Any, bool], None],
         on_calls: Callable[[list[Size]], None],
         on_play: Callable[[], None],
     ) -> None:
@@ -85,7 +86,7 @@ class BatchReader:
         try:
             tensor = _first_tensor(args, _DEPTH)
             tensor = _first_tensor(kwargs, _DEPTH) if tensor is None else tensor
-            self._note(tensor, model, _compared_elements((*args[:_WIDTH], *kwargs.values()), tensor))
+            self._note(tensor, model, (*args[:_WIDTH], *kwargs.values()))
         except Exception as error:  # noqa: BLE001 - the user's containers may raise anything
             self._fail(error)
 
@@ -120,7 +121,7 @@ class BatchReader:
         self._wanted = max(self._wanted, batches)
         clock.inspects = True
 
-    def _note(self, tensor: Any, model: Any, elements: int) -> None:
+    def _note(self, tensor: Any, model: Any, values: tuple[Any, ...]) -> None:
         clock = self._clock
         if not torch.is_grad_enabled():
             self._note_call(tensor, model)
@@ -135,10 +136,11 @@ class BatchReader:
             return
 
         clock.input_shape = tensor.shape
-        clock.input_samples, clock.input_elements = int(tensor.shape[0]), elements or tensor.numel()
+        elements = _compared_elements(values, tensor) or tensor.numel()
+        clock.input_samples, clock.input_elements = int(tensor.shape[0]), elements
         if not self._known:
             self._known = True
-            self._on_input(tensor, model)
+            self._on_input(tensor, model, _is_one_of_several(values, tensor))
 
         if not self._rollouts.is_over:
             self._rollouts.trained(tensor)
@@ -203,6 +205,11 @@ def _compared_elements(values: Iterable[Any], first: Any) -> int:
                 return sum(each.numel() for each in texts if each.shape[:1] == texts[0].shape[:1])
 
     return 0
+
+
+def _is_one_of_several(values: Iterable[Any], first: Any) -> bool:
+    """Return whether the first tensor is one of a list: of samples, or of inputs of the same samples."""
+    return any(isinstance(value, list | tuple) and len(value) > 1 and value[0] is first for value in values)
 
 
 def _first_tensor(value: Any, depth: int) -> Any:
