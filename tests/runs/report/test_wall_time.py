@@ -184,15 +184,24 @@ def test_a_run_without_steps_is_start_up(tmp_path, state, process, part):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "counted", "short_s"),
-    [([0.4, 8], 1, 0.4), ([0.4, 4, 4], 2, 0.4), ([4, 4, 4], 3, 0), ([2, 2, 2, 2, 10], 5, 0), ([0.4], 1, 0)],
-    ids=["a check and one", "a check and two", "equal ones", "many short ones are much of it", "one"],
+    ("seconds", "batches", "counted", "short_s"),
+    [
+        ([0.4, 8], [2, 40], 1, 0.4),
+        ([0.4, 4, 4], [2, 20, 20], 2, 0.4),
+        ([4, 4, 4], [20] * 3, 3, 0),
+        ([2, 2, 2, 2, 10], [10, 10, 10, 10, 50], 5, 0),
+        ([0.4], [2], 1, 0),
+        ([0.2, 0.2, 8], [20] * 3, 3, 0),
+    ],
+    ids=["a check and one", "a check and two", "equal ones", "many short ones are much of it", "one", "one was slow"],
 )
-def test_a_short_check_is_no_evaluation(tmp_path: Path, seconds: list[float], counted: int, short_s: float) -> None:
+def test_a_short_check_is_no_evaluation(
+    tmp_path: Path, seconds: list[float], batches: list[int], counted: int, short_s: float
+) -> None:
     """Lightning evaluates two batches before the first epoch."""
     folder = store(tmp_path / "run", evaluators=())
     rows = np.zeros(len(seconds), EVALS.dtype)
-    rows["step"], rows["batches"], rows["ns"] = np.arange(len(seconds)) * 10, 2, np.array(seconds) * S
+    rows["step"], rows["batches"], rows["ns"] = np.arange(len(seconds)) * 10, batches, np.array(seconds) * S
     rows["t_end_ns"] = 105 * S + np.cumsum(rows["ns"])
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.append(1, "evals", 0, len(seconds), rows.tobytes(), 0, 40)

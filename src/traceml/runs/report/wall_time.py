@@ -24,6 +24,7 @@ _S = 1e9
 _WHOLE = 0.9  # share of the steps of the rank with most of them
 _FEW = 0.5  # ranks with less than this share of the longest evaluation do not evaluate: a first pass, or a check
 _SHORT, _LITTLE = 0.25, 0.2  # evaluations this much shorter than the longest, if together they are this share of all
+_SOME = 0.5  # and have at most this share of its batches
 _WORTH = 0.01  # share of the run from which on evaluation and saving of some ranks count as time of all
 _NOT_PRODUCTIVE = (Phase.INPUT_WAIT.label, Phase.CHECKPOINT.label)
 _USUAL_BINS = 4  # with fewer bins of steps it is not known how long they take as a rule
@@ -211,14 +212,15 @@ def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
 def _evaluations(evals: TableSums) -> tuple[int, float]:
     """Return how many evaluations there were, without short ones, and the seconds of those.
 
-    Short are Lightning's check before the first epoch, and evaluations on some batches next to one of all data.
+    Short are Lightning's check before the first epoch, and evaluations on some batches next to one of all data. One on
+    as many batches as the others, which took longer on a busy host, is one of them.
     """
     rows, ns = evals.bins["rows"], evals.bins["ns"]
     if not len(rows):
         return 0, 0.0
 
-    means = ns / rows
-    short = means < _SHORT * means.max()
+    means, batches = ns / rows, evals.bins["batches"] / rows
+    short = (means < _SHORT * means.max()) & (batches <= _SOME * batches.max())
     if ns[short].sum() > _LITTLE * ns.sum():
         return int(rows.sum()), 0.0
 
