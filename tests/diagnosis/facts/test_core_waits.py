@@ -40,6 +40,18 @@ def test_a_short_training_falls_back_to_the_whole_run():
     assert waits.of_wall_time() == {}
 
 
+def test_a_rank_without_steps_is_not_compared_with_those_that_train():
+    """The main thread of a parameter server has next to nothing to do, and waits for a core most of that time."""
+    waits = CoreWaits()
+    waits.add(0, rows((0, 0, 0, -1), (9000, 60, 300, -1)))
+
+    assert waits.of_ready_time() == {0: pytest.approx(300 / 360)}
+
+    waits.add(1, rows((0, 0, 0, -1), (1000, 500, 500, 0), (9000, 6500, 2500, 90)))
+
+    assert waits.of_ready_time() == {1: pytest.approx(0.25)}
+
+
 def test_too_little_is_not_known():
     """A single reading has no share, and neither has a short time."""
     waits = CoreWaits()

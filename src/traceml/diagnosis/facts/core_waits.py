@@ -81,9 +81,10 @@ class CoreWaits:
     def of_ready_time(self) -> dict[int, float]:
         """Return the share of the time in which a main thread could have run that it waited for a core.
 
-        It is that of training; where that was too short, of the whole run.
+        It is that of training; where that was too short, of the whole run. Of a rank without steps, as a parameter
+        server, nothing is known once others train.
         """
-        observed = {rank: self._run_and_wait(rank) for rank in self._training}
+        observed = {rank: self._run_and_wait(rank) for rank in self._begun or self._training}
         return {rank: wait / (run + wait) for rank, (run, wait) in observed.items() if run + wait >= MIN_OBSERVED_NS}
 
     def _run_and_wait(self, rank: int) -> tuple[int, int]:
