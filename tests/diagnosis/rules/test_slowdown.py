@@ -217,6 +217,21 @@ def test_a_late_rank_is_told_with_its_steps(ranks, part, shape, words):
     assert finding.speedup_if_fixed == pytest.approx({"later": 1.95, "first": 1.68}[shape], abs=0.1)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_step_of_a_late_rank_is_that_of_its_own_work(ranks):
+    """All ranks lack cores for the 30 steps before rank 1 waits for its data: it does so since step 200 only."""
+
+    def longer(own, _random):
+        at = np.arange(own["input_wait"].shape[1])
+        own["input_wait"][1] = own["input_wait"][1] + 30.0 * (at >= 200)
+        own["backward"] = own["backward"] + 35.0 * ((at >= 170) & (at < 200))
+
+    finding = diagnose(window_of(Job(steps=400, ranks=ranks), longer), JobFacts(world_size=ranks))[0]
+
+    assert (finding.kind, finding.ranks) == (Kind.INPUT_STRAGGLER, (1,))
+    assert finding.evidence["since_step"] == 200
+
+
 def test_a_rank_that_becomes_slower_steadily_is_one_finding():
     """0.075 ms with each step."""
     (finding,) = of_one_rank("forward", lambda at: at / 400, 2)

@@ -117,6 +117,9 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
     if part == _OTHER and line is None and _may_be_cores(change, facts):
         part, crowded = None, True
 
+    if ranks:
+        bins, change = _of_ranks(bins, change, ranks, part)
+
     usual_ns, slow_ns = change.before_ns, change.after_ns
     since = bins.edge(change.first, usual_ns, slow_ns) if change.first else int(bins.first_step[0])
     end = bins.edge(change.last, slow_ns, usual_ns) if change.last < len(bins.steps) else None
@@ -144,6 +147,15 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         cost_share=share,
         speedup_if_fixed=1 / max(1 - share, 0.01),
     )
+
+
+def _of_ranks(
+    bins: StepHistory, change: LevelChange, ranks: tuple[int, ...], part: str | None
+) -> tuple[StepHistory, LevelChange]:
+    """Return the history and its change by the work of these ranks alone: what else varies moves its first step."""
+    alone = bins.of_ranks(ranks, part)
+    own = level_change(alone.step_ns)
+    return (bins, change) if own is None or own.shape != change.shape else (alone, own)
 
 
 def _share(bins: StepHistory, part: str) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,8 @@ class StepHistory:
             do not wait for each other.
         ranks: ranks that wait for each other, one per row of `own_ns`; empty where rows stand for several ranks.
         own_ns: own work of each, rank x bin.
-        single_steps: steps of the run, single_ns: their step times; empty where only bins are known.
+        single_steps: steps of the run, single_ns: their step times, single_parts_ns: own work of `ranks` in them by
+            phase; empty where only bins are known.
         start, end: the first step of what is compared, and the first one after it: a training, where a run has several.
         of_run: its share of the step time of the run.
     """
@@ -50,6 +51,7 @@ class StepHistory:
     own_ns: Floats = field(default_factory=lambda: np.empty((0, 0)))
     single_steps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     single_ns: Floats = field(default_factory=lambda: np.empty(0))
+    single_parts_ns: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
     start: int = 1
     end: int = _END
     of_run: float = 1.0
@@ -68,8 +70,7 @@ class StepHistory:
         ends = [*starts[1:].tolist(), len(window.steps)]
 
         def usual(values: NDArray[np.floating[Any]]) -> Floats:
-            spans = zip(starts.tolist(), ends, strict=True)
-            return np.stack([np.median(values[..., at:end], axis=-1) for at, end in spans], axis=-1)
+            return _usual(values, starts.tolist(), ends)
 
         parts = _of_longest(segments)
         waiting = np.maximum(segments.step - sum(parts.values()), 0)
@@ -88,7 +89,23 @@ class StepHistory:
             own_ns=usual(segments.own) if single else np.empty((0, 0)),
             single_steps=window.steps,
             single_ns=segments.step.astype(np.float64),
+            single_parts_ns=segments.parts if single else {},
         )
+
+    def of_ranks(self, ranks: Sequence[int], part: str | None) -> StepHistory:
+        """Return the history of steps that vary only as some ranks' own work does beyond that of the others.
+
+        Args:
+            ranks: the ranks.
+            part: their work in this phase; None: all of it.
+        """
+        late, parts = np.isin(self.ranks, ranks), self.single_parts_ns
+        own = parts.get(part or "", sum(parts.values(), np.zeros((len(late), 1))))
+        single = own[late].mean(axis=0, dtype=np.float64) - np.median(own[~late], axis=0)
+        starts = np.searchsorted(self.single_steps, self.first_step)
+        binned = _usual(single, starts.tolist(), (starts + self.steps).tolist())
+        rest = float(np.median(self.step_ns - binned))
+        return replace(self, step_ns=rest + binned, single_ns=rest + single)
 
     def edge(self, at: int, before_ns: float, after_ns: float) -> int:
         """Return the first step after a change near the start of a bin: where single steps fit the two levels best.
@@ -104,6 +121,12 @@ class StepHistory:
         misfit = np.cumsum(np.abs(times_ns - before_ns) - np.abs(times_ns - after_ns))
         split = int(misfit.argmin()) + 1 if len(misfit) else 0
         return int(steps[split] if 0 < split < len(steps) else first[at])
+
+
+def _usual(values: NDArray[np.floating[Any]], starts: Sequence[int], ends: Sequence[int]) -> Floats:
+    """Return the median by span of the last axis."""
+    spans = zip(starts, ends, strict=True)
+    return np.stack([np.median(values[..., at:end], axis=-1) for at, end in spans], axis=-1)
 
 
 def _of_longest(segments: Segments) -> dict[str, Floats]:
