@@ -119,6 +119,8 @@ def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:
         ("comm", 2, "sizes and types"),
         ("other", 2, "an extension"),
         ("comm", 1, "an ext"),
+        ("backward", 2, "If it names gloo, the ranks gave one collective different sizes"),
+        ("backward", 1, "an ext"),
     ):
         ended = RankExit(rank=1, state="killed", signal=6, file="train.py", line=9, stack="...", open_phase=phase)
         (finding,) = rank_lost(JobFacts(exits=(ended,), world_size=world_size))

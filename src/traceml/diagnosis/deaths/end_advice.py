@@ -157,6 +157,15 @@ def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     )
 
 
+def _for_abort_in_backward(ended: RankExit, _facts: JobFacts) -> str:
+    call = f"the call at {ended.place}" if ended.place else "native code"
+    return (
+        f"Read `terminate called` in the output of rank {ended.rank}. If it names gloo, the ranks gave one collective "
+        "different sizes, or called collectives in different orders: look at communication hooks, and at parameters "
+        f"that only some ranks use. Otherwise {call} crashed in an extension, or in a library of another version."
+    )
+
+
 def _for_no_batch(_ended: RankExit, facts: JobFacts) -> str:
     dataset = (facts.loader and facts.loader.dataset) or "the data set"
     return (
@@ -255,6 +264,10 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     (
         lambda ended, facts: ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1,
         _for_sizes,
+    ),
+    (
+        lambda ended, facts: ended.signal == signal.SIGABRT and ended.open_phase == "backward" and facts.world_size > 1,
+        _for_abort_in_backward,
     ),
     (
         lambda ended, _: ended.signal in CRASHES and bool(ended.file),
