@@ -29,6 +29,7 @@ _COLLECTIVE = re.compile(
     r"(all_gather|all_reduce|all_to_all|reduce|reduce_scatter|broadcast|gather|scatter|barrier|monitored_barrier"
     r"|send|recv|isend|irecv|batch_isend_irecv)(_.*)?$"
 )
+_MESSAGE = re.compile(r"send|recv")
 _FUNCTIONAL = re.compile(
     r"(all_gather|all_reduce|all_to_all|broadcast|permute|reduce_scatter|wait)_?(tensor|single|inplace|coalesced"
     r"|autograd|into|_)*$"
@@ -77,7 +78,7 @@ def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes
     names = [name for name in c10d.__all__ if _COLLECTIVE.match(name) and type(vars(c10d).get(name)) is FunctionType]
     for name in names:
         original = getattr(c10d, name)
-        wrapper = timed_call(original, _COMM, clock, sizes.note)
+        wrapper = timed_call(original, _COMM, clock, sizes.note_message if _MESSAGE.search(name) else sizes.note)
         for module in (c10d, distributed):
             if getattr(module, name, None) is original:
                 patches.wrap(module, name, wrapper)

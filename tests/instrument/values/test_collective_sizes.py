@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 
+from traceml.instrument.calls import patch_collectives
+from traceml.instrument.patches import Patches
 from traceml.instrument.values.collective_sizes import CollectiveSizes
 
 
@@ -27,11 +31,10 @@ def sizes_of(*calls: tuple[Any, ...], sequence: int) -> list[int]:
     [
         ((torch.zeros(()), "sum", None), 1),
         (([torch.zeros(3), torch.zeros(2)], torch.zeros(2)), 3),
-        (([SimpleNamespace(tensor=torch.zeros(7), peer=1)],), 7),
     ],
 )
 def test_the_largest_tensor_of_a_call_is_reported(args: tuple[Any, ...], elements: int) -> None:
-    """A tensor, lists of tensors, and operations of a batch; a barrier carries nothing."""
+    """A tensor, and lists of tensors; a barrier carries nothing."""
     assert sizes_of(args, (), sequence=2) == [elements]
 
 
@@ -45,3 +48,36 @@ def test_a_large_tensor_is_reported_at_once() -> None:
 def test_nothing_is_reported_where_a_collective_was_not_seen() -> None:
     """DDP's buckets are reduced in C++: the group has counted more collectives than were seen."""
     assert sizes_of((torch.zeros(1),), sequence=2) == []
+
+
+def test_a_message_is_an_exchange_of_any_size() -> None:
+    """Stages of a pipeline may send each other a few numbers only."""
+    found: list[int] = []
+    sizes = CollectiveSizes(lambda row: found.append(row["elements"]))
+    sizes.note((torch.zeros(1),))
+    sizes.note_message((torch.zeros(8), 1))
+    sizes.note_message((torch.zeros(8), 1))
+    sizes.report(1)
+
+    assert set(found) == {65}
+
+
+def test_calls_of_both_kinds_are_noted() -> None:
+    """Also with the tensor by name, and as an operation of a batch; here they fail for lack of a group."""
+    found: list[tuple[str, int]] = []
+    noting: Any = SimpleNamespace(
+        note=lambda args: found.append(("collective", len(args))),
+        note_message=lambda args: found.append(("message", len(args))),
+    )
+    patches, clock = Patches(), SimpleNamespace(enter=lambda _: None)
+    patch_collectives(patches, clock, noting)  # type: ignore[arg-type]
+    for call in ("all_reduce", "irecv"):
+        with suppress(ValueError):
+            getattr(torch.distributed, call)(tensor=torch.zeros(3))
+
+    with suppress(IndexError, RuntimeError):
+        torch.distributed.batch_isend_irecv([])
+
+    patches.restore()
+
+    assert found == [("collective", 1), ("message", 1), ("message", 1)]

@@ -30,25 +30,28 @@ class CollectiveSizes:
 
     def note(self, args: Iterable[Any]) -> None:
         """Take the arguments of a collective."""
-        if self._largest > MAX_NUMBERS:
-            return
+        if self._largest <= MAX_NUMBERS:
+            self._calls += 1
+            self._take(max(map(_elements, args), default=0))
 
-        self._calls += 1
-        largest = max(map(_elements, args), default=0)
-        if largest > self._largest:
-            self._largest = largest
-            if largest > MAX_NUMBERS:
-                self._report({"kind": "collectives", "elements": largest})
+    def note_message(self, _args: Iterable[Any]) -> None:
+        """Take a message from rank to rank: ranks that send each other any train one model."""
+        if self._largest <= MAX_NUMBERS:
+            self._take(MAX_NUMBERS + 1)
 
     def report(self, sequence: int) -> None:
         """Report the largest tensor, given the number of collectives of the process group, if all were seen."""
         if self._largest and self._calls >= sequence:
             self._report({"kind": "collectives", "elements": self._largest})
 
+    def _take(self, elements: int) -> None:
+        self._largest = max(self._largest, elements)
+        if elements > MAX_NUMBERS:
+            self._report({"kind": "collectives", "elements": elements})
+
 
 def _elements(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return max(map(_elements, value), default=0)
 
-    tensor = value if isinstance(value, Tensor) else getattr(value, "tensor", None)  # of `batch_isend_irecv`
-    return tensor.numel() if isinstance(tensor, Tensor) else 0
+    return value.numel() if isinstance(value, Tensor) else 0
