@@ -86,7 +86,7 @@ class FindingProfiles:
             return None
 
         known.after_s = after_s
-        return run.path / _FILE
+        return run.path / PROFILE_NAME
 
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""
