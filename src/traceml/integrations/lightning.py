@@ -142,14 +142,7 @@ class TraceMLLogger(LightningPart):
 
     It derives from the `Logger` of each Lightning package that the script has imported. Where tracing already runs, by
     `traceml.init()`, `traceml run` or `TraceMLCallback`, that recorder stays, and prints its own verdict.
-
-    Args:
-        report: show the verdict.
-        settings: as for `traceml.init`; `local=True` and `on_missing="warn"` unless set here or elsewhere.
-
-    Raises:
-        SettingsError: an unknown setting or a bad value.
-        ImportError: Lightning is not installed.
+    Arguments and errors are those of `TraceMLCallback`.
     """
 
     @staticmethod

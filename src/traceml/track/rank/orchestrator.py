@@ -112,15 +112,8 @@ class Orchestrator:
         """Return `state`, `connected`, rows appended, stored, pending here and lost, and errors."""
         recorder = current_recorder()
         if recorder is None:
-            return {
-                "state": "idle",
-                "connected": False,
-                "appended": 0,
-                "stored": 0,
-                "pending": 0,
-                "lost": 0,
-                "errors": 0,
-            }
+            counts = dict.fromkeys(("appended", "stored", "pending", "lost", "errors"), 0)
+            return {"state": "idle", "connected": False, **counts}
 
         statistics = recorder.statistics()
         pending = statistics.rows_appended - statistics.rows_acked

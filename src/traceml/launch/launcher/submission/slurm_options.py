@@ -18,22 +18,7 @@ _SIGNAL = re.compile(r"(?P<name>[A-Z]+[0-9]?|[0-9]+)@(?P<seconds>[0-9]+)")
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """Options of a job that is submitted to Slurm.
-
-    Attributes:
-        nodes: number of nodes.
-        time: time limit: minutes, or a duration in Slurm's form (`1:30:00`, `1-12:00:00`).
-        partition: partition; None: the cluster's default.
-        gpus_per_node: GPUs of each node.
-        cpus_per_node: CPU cores of each node.
-        mem: memory of each node (`64G`).
-        account: account to charge.
-        qos: quality of service.
-        job_name: name in the queue; None: the function's or the script's.
-        signal: signal that scripts get before the end, and how many seconds before; "" for none.
-        retries: how often the job is queued again after its time limit or a preemption.
-        folder: folder of the job's files, which all nodes can read; `%j` stands for the job's id.
-        sbatch: further options of sbatch by name, `{"constraint": "a100", "exclusive": True}`.
+    """Options of a job that is submitted to Slurm: the arguments of `Launcher.submit` of these names.
 
     Raises:
         UsageError: a value is not allowed.
