@@ -9,6 +9,7 @@ from traceml.formatting import (
     capitalized,
     cores_text,
     count_text,
+    cut_text,
     duration_text,
     exception_line,
     factor_text,
@@ -233,3 +234,9 @@ def test_names_are_sorted_by_their_numbers():
 def test_the_line_of_an_exception(exception, line):
     """It says what happened in one line, without the colors that torch gives some of its texts."""
     assert exception_line(exception) == line
+
+
+@pytest.mark.parametrize(("most", "text"), [(7, "loss is"), (6, "los..."), (3, "...")])
+def test_a_text_that_is_cut(most, text):
+    """It has at most that many characters, and three dots say that there were more."""
+    assert cut_text("loss is", most) == text

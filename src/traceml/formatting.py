@@ -11,6 +11,7 @@ __all__ = [
     "code_parts",
     "cores_text",
     "count_text",
+    "cut_text",
     "duration_text",
     "exception_line",
     "factor_text",
@@ -287,6 +288,11 @@ def _escape(found: re.Match[str]) -> str:
 def capitalized(text: str) -> str:
     """Return the text with a capital first letter, the rest unchanged."""
     return text[:1].upper() + text[1:]
+
+
+def cut_text(text: str, most: int) -> str:
+    """Return the text in at most `most` characters; a longer one ends in three dots."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def code_parts(text: str) -> list[tuple[str, bool]]:

@@ -17,7 +17,7 @@ from rich.text import Text
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import config_over, parse
 from traceml.errors import UsageError
-from traceml.formatting import bytes_text, plural, printable
+from traceml.formatting import bytes_text, cut_text, plural, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
 from traceml.runs.remove import is_delivered, prune, refuse_running, remove_ended
@@ -179,7 +179,7 @@ def _joined(cells: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -
 
 def _cell(run: RunFields, name: str) -> str:
     text = run_cell(run, name)
-    return text if len(text) <= _LONGEST or name == "id" else f"{text[: _LONGEST - 3]}..."
+    return text if name == "id" else cut_text(text, _LONGEST)
 
 
 @dataclass(frozen=True)

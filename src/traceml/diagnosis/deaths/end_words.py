@@ -7,7 +7,7 @@ import signal
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.sampled_lines import parsed_place
-from traceml.formatting import bytes_text, exception_line, line_text, phase_words
+from traceml.formatting import bytes_text, cut_text, exception_line, line_text, phase_words
 from traceml.process_ends import exit_text, signal_name, signal_text
 
 __all__ = ["end_text", "exit_words", "place_evidence", "seen_text", "signal_of_code", "step_text", "was_cut_off"]
@@ -127,6 +127,5 @@ def _code_text(code: int | None) -> str:
     return f", a shell's code for {signal_text(number)}" if number is not None else ""
 
 
-def _short(exception: str, limit: int = 160) -> str:
-    line = exception_line(exception)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+def _short(exception: str) -> str:
+    return cut_text(exception_line(exception), 160)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from traceml.formatting import count_text, ms_text, percent_text, plural, printable
+from traceml.formatting import count_text, cut_text, ms_text, percent_text, plural, printable
 from traceml.renderers.charts.palette import LIGHT
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.content_policy import content_policy
@@ -110,8 +110,7 @@ def _dress(axes: Axes, title: str) -> None:
 
 
 def _label(group: Mapping[str, Any], by: Sequence[str], longest: int = _LONGEST) -> str:
-    text = printable(", ".join(str(group.get(field)) for field in by))
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return cut_text(printable(", ".join(str(group.get(field)) for field in by)), longest)
 
 
 def _title(result: Mapping[str, Any]) -> str:

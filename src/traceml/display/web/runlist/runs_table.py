@@ -10,7 +10,7 @@ from nicegui import ui
 from traceml.diagnosis.kinds import Kind
 from traceml.display.web.elements import run_path
 from traceml.display.web.runlist.list_query import ListPart, ListQuery
-from traceml.formatting import printable
+from traceml.formatting import cut_text, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
 from traceml.runs.run_query import RunFields
 
@@ -100,4 +100,4 @@ _ABBREVIATIONS = ("CPU", "GC", "H2D")
 def _cell(run: RunFields, name: str) -> str:
     text = run_cell(run, name)
     text = _kind_words(text) if name == "verdict" else text
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return cut_text(text, _LONGEST)
