@@ -153,11 +153,11 @@ class TimeSection(msgspec.Struct):
 
     It is the mean over ranks, or over those that evaluate or save while the others wait for them.
 
-    `goodput` is the share in steps, without waiting for data, saving, and steps that an attempt repeats: the time
-    `productive_s` in `productive_steps`. `repeated_steps` were made by an earlier attempt already, and lost, as they
-    were after its last checkpoint. `hang_s` is the time without progress before attempts were ended; it is
-    within `restart` and `idle`. `failures` counts the attempts that ended badly, `mtbf_s` is the productive time per
-    failure; None without one.
+    `goodput` is the share in steps, without waiting for data, saving, steps that an attempt repeats, and the one in
+    which it failed: the time `productive_s` in `productive_steps`. `repeated_steps` were made by an earlier attempt
+    already, and lost, as they were after its last checkpoint. `hang_s` is the time without progress before attempts
+    were ended; it is within `steps`, `restart` and `idle`. `failures` counts the attempts that ended badly, `mtbf_s`
+    is the productive time per failure; None without one.
     """
 
     wall_s: float = 0.0
