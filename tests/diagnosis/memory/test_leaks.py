@@ -320,6 +320,14 @@ def test_a_cache_of_the_data_set_may_end_in_the_first_epoch():
     assert "a cache that fills looks the same" in finding.summary
 
 
+@pytest.mark.parametrize(("kind", "bounded"), [("list", "deque with maxlen"), ("dict", "lru_cache with maxsize")])
+def test_a_container_is_told_to_be_bounded_as_its_kind_can_be(kind, bounded):
+    """A deque is no dict."""
+    (finding,) = leaks(**leaking(), growing=growing_list(kind=kind, holds_graph=False, item_bytes=4 * MB))
+
+    assert bounded in finding.next
+
+
 def test_a_table_that_grows_by_copies_is_reported_with_its_rows():
     """It is as large as the growth; a batch, which is another array in each step, is not."""
     copied = {"path": "table", "kind": "DataFrame", "holds_graph": False, "is_copied": True}

@@ -130,4 +130,5 @@ def _action(found: GrowingObjects) -> str:
             "which takes longer each time."
         )
 
-    return f"Clear {found.path} now and then, bound its length (collections.deque with maxlen), or keep less per step."
+    bounded = "collections.deque with maxlen" if found.kind in ("list", "deque") else "functools.lru_cache with maxsize"
+    return f"Clear {found.path} now and then, bound its length ({bounded}), or keep less per step."
