@@ -91,7 +91,7 @@ class ClientHandshake:
         entry = auth.discover(self._port)
         if entry is None:
             raise self._reject(
-                "no token is known for it: it was started by another user or on another host. "
+                "no token is known for it: it was started by another user, on another host or in another container. "
                 "Put its token into TRACEML_TOKEN",
                 AggregatorForeignError,
             )
