@@ -145,6 +145,34 @@ def test_the_fetch_is_what_the_training_waits_for():
     assert found.rest_ns == pytest.approx(14 * MS, rel=0.1)
 
 
+def with_one_worker(fetches_ms, rest_ms: float) -> float:
+    """Return the mean step of a training with a worker that has two batches in advance at most."""
+    begun, made, ended = [0.0] * 3, 0.0, 0.0
+    for fetch_ms in fetches_ms:
+        made = max(made, begun[-3]) + fetch_ms
+        begun.append(max(made, ended))
+        ended = begun[-1] + rest_ms
+
+    return ended / len(fetches_ms)
+
+
+@pytest.mark.parametrize("row", [1, 20, 400])
+def test_a_worker_does_not_make_up_for_slow_batches_in_a_row(row):
+    """A tenth of the batches takes 100 ms more: single ones, or 20 at a time; or all of them do."""
+
+    def reads(own, _) -> None:
+        own["input_wait"] += np.where(np.arange(410) % (10 * row) < row, 100.0, 0.0)
+
+    segments = segments_of(window_of(Job(ranks=1, steps=410, grouped=False), reads), JobFacts())
+    fetches_ms = segments.parts["input_wait"][0] / MS
+    fetch_ms = float(fetches_ms.mean())
+    found = pipeline_of(segments, JobFacts(loader=FOLDER), fetch_ms * MS)
+
+    assert found is not None
+    rest_ms = segments.step_ns / MS - fetch_ms
+    assert found.gain(1) == pytest.approx((fetch_ms + rest_ms) / with_one_worker(fetches_ms, rest_ms), rel=0.15)
+
+
 def test_waiting_for_a_core_is_work():
     """A thread that waited for a core a third of the time would compute more on a core of its own."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=60_000_000)]

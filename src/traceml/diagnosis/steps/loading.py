@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, busy_share, handover_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.worker_history import WorkerUse
@@ -19,6 +21,9 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Numbers of workers that are tried."""
 RARE_WAITS = 0.6
 """With n workers, one step in n waits for all of them; waits in less than this share of such steps are pauses."""
+AHEAD = 4
+"""Batches that some workers make in advance: a longer series of slow ones is waited for."""
+_LEVELS = 16
 _LONG_WAIT = 3.0
 _HELD_SHARE = 0.8
 _MIN_READY = 0.05
@@ -41,6 +46,8 @@ class Pipeline:
         epoch_steps: mean number of batches of an epoch; None where that is not known. Workers make the first one of an
             epoch only when the training asks for it.
         lost_ns: time of a step that another cause takes, which is not in the others: it stays.
+        levels: how long a batch takes in equal parts of the run, by `fetch_ns`: workers that are ahead for some batches
+            do not make up for the slow ones of an epoch.
     """
 
     fetch_ns: float
@@ -54,24 +61,29 @@ class Pipeline:
     is_handover: bool = False
     epoch_steps: float | None = None
     lost_ns: float = 0.0
+    levels: tuple[float, ...] = (1.0,)
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with this many workers: that of the training, of the workers, or of the cores."""
         if not workers:
             return self.rest_ns + self.fetch_ns
 
-        slowest = max(self.rest_ns + self.take_ns, self.fetch_ns / workers)
-        if self.worker_cores:
-            slowest = max(slowest, self.fetch_ns * self.fetch_cpu / self.worker_cores)
-
-        if self.cores:
-            slowest = max(slowest, self._cpu_ns / self.cores)
-
+        slowest = sum(self._slowest_ns(workers, self.fetch_ns * level) for level in self.levels) / len(self.levels)
         if self.epoch_steps is None:
             return slowest
 
         first = self.rest_ns + self.take_ns + self.fetch_ns
         return slowest + max(first - slowest, 0.0) / self.epoch_steps
+
+    def _slowest_ns(self, workers: int, fetch_ns: float) -> float:
+        slowest = max(self.rest_ns + self.take_ns, fetch_ns / workers)
+        if self.worker_cores:
+            slowest = max(slowest, fetch_ns * self.fetch_cpu / self.worker_cores)
+
+        if self.cores:
+            slowest = max(slowest, (self.rest_ns * self.rest_cores + fetch_ns * self.fetch_cpu) / self.cores)
+
+        return slowest
 
     def best_workers(self) -> int:
         """Return the smallest number of workers that gives nearly the shortest step."""
@@ -103,10 +115,6 @@ class Pipeline:
     def takes_cpu(self) -> bool:
         """Whether a fetch computes more than it waits."""
         return self.fetch_cpu >= 0.5
-
-    @property
-    def _cpu_ns(self) -> float:
-        return self.rest_ns * self.rest_cores + self.fetch_ns * self.fetch_cpu
 
 
 def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: float = 0.0) -> Pipeline | None:
@@ -156,7 +164,16 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
         is_handover=handover,
         epoch_steps=_epoch_steps(facts),
         lost_ns=max(step_ns - segments.step_ns, 0.0),
+        levels=(1.0,) if workers else _levels(segments),
     )
+
+
+def _levels(segments: Segments) -> tuple[float, ...]:
+    """Return how long the batches take in equal parts of the window, by their mean; see `Pipeline`."""
+    waits = segments.parts["input_wait"].mean(axis=0)
+    means = np.sort([part.mean() for part in np.array_split(waits, max(len(waits) // AHEAD, 1))])
+    parts = np.array_split(means / max(float(means.mean()), 1.0), min(len(means), _LEVELS))
+    return tuple(float(part.mean()) for part in parts)
 
 
 def _epoch_steps(facts: JobFacts) -> float | None:
