@@ -86,7 +86,7 @@ def test_rollouts_do_not_count(traced: Traced) -> None:
 
     policy = Policy()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-    for _ in range(70):
+    for _ in range(5):
         with torch.no_grad():
             for _ in range(3):
                 policy(torch.randn(1, 4))
@@ -95,8 +95,7 @@ def test_rollouts_do_not_count(traced: Traced) -> None:
         optimizer.step()
 
     samples = [row for row, _ in sizes(traced)]
-    assert set(samples[:64]) == {0}
-    assert samples[66:] == [16] * (70 - 66)
+    assert samples == [0] + [16] * 4
 
 
 def test_a_call_without_gradients_changes_no_size(traced: Traced) -> None:
