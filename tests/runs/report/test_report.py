@@ -286,7 +286,7 @@ def test_a_long_run_is_judged_by_a_sample_and_described_by_all_steps(tmp_path):
 
 @pytest.mark.parametrize(("ranks", "steps", "bound"), [(1, 20_000, 4_000), (1024, 400, 131_072)])
 def test_a_cause_in_the_first_third_is_found(tmp_path, ranks, steps, bound):
-    """Waiting for data in the first 35 % of the steps, not in the last ones: INPUT_BOUND, with true means."""
+    """Waiting for data in the first 35 % of the steps, not in the last ones: SLOWDOWN, with true means."""
     usual = {"input_wait": 1.5, "forward": 20, "backward": 27.5}
     rows = rows_of(Job(ranks=1, steps=steps, grouped=False, own=usual))[0]
     late = rows["step"] < 0.35 * steps
@@ -303,7 +303,8 @@ def test_a_cause_in_the_first_third_is_found(tmp_path, ranks, steps, bound):
     share = {phase["phase"]: phase["share"] for phase in report["phases"]}["input_wait"]
     cost = report["verdict"]["cost_share"]
 
-    assert (report["verdict"]["kind"], report["steps"]["cut"]) == ("INPUT_BOUND", True)
+    assert (report["verdict"]["kind"], report["steps"]["cut"]) == ("SLOWDOWN", True)
+    assert report["verdict"]["phase"] == "input_wait"
     assert report["steps"]["diagnosed"] * ranks <= bound
     # The first ten steps are left out.
     assert report["steps"]["mean_ms"] == pytest.approx(rows["total_ns"][10:].mean() / 1e6, rel=1e-5)
@@ -337,7 +338,7 @@ def test_a_run_whose_old_rows_were_thinned_is_judged_evenly(tmp_path):
 
     assert (report["steps"]["cut"], report["steps"]["count"]) == (True, 40_000)
     assert report["steps"]["mean_ms"] == pytest.approx(total.mean() / 1e6, rel=1e-5)
-    waiting = next(finding for finding in report["findings"] if finding["kind"] == "INPUT_BOUND")
+    waiting = next(finding for finding in report["findings"] if finding["kind"] == "SLOWDOWN")
     assert waiting["cost_share"] == pytest.approx(14 * 0.35 / (total.mean() / 1e6), abs=0.03)
     assert report["telemetry"]["rows_stored"] == 80_000
 
