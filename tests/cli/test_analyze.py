@@ -69,6 +69,13 @@ def test_measures(capsys, trace):
     assert group["p95_us"] in (29, 30)
 
 
+def test_one_event_is_no_events(capsys, tmp_path):
+    """Counts agree with their nouns."""
+    path = tmp_path / "one.pfw"
+    path.write_text('{"name": "read", "ph": "X", "pid": 1, "tid": 1, "ts": 0, "dur": 5}\n')
+    assert "one.pfw: 1 event, 1 span, " in output(capsys, path)
+
+
 def test_overview(capsys, trace):
     """Without --by there is an overview."""
     shown = output(capsys, trace)

@@ -129,7 +129,7 @@ def test_conditions_columns_and_order(three, capsys):
     assert told["values"] == {"step_ms": told["step_ms"]}
 
     assert cli.main(["runs", "--where", "state=hung"]) == 0
-    assert "meets the conditions; there are 3 runs" in capsys.readouterr().out
+    assert "meets the conditions, of 3 runs with the archived ones" in capsys.readouterr().out
 
 
 def test_labels(three, capsys):

@@ -56,7 +56,7 @@ def test_a_tag_a_name_or_a_run(runs, tmp_path):
     assert find_baseline("baseline", [runs[3]], tmp_path) == runs[1]
     assert find_baseline("night", [runs[0]], tmp_path) == runs[3]
     assert find_baseline("run-2", [runs[3]], tmp_path) == runs[2]
-    with pytest.raises(RunNotFoundError, match=r"no baseline 'nobody'.*No run has this tag or name either"):
+    with pytest.raises(RunNotFoundError, match=r"no baseline 'nobody'.*No other run has this tag or name"):
         find_baseline("nobody", [runs[3]], tmp_path)
 
 

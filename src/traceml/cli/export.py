@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from traceml.cli.options.parsing import config_over, parse
 from traceml.errors import UsageError
-from traceml.formatting import bytes_text, count_text, printable
+from traceml.formatting import bytes_text, plural, printable
 from traceml.runs.export.export_progress import no_progress
 from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
@@ -113,9 +113,9 @@ def _record(exported: ExportResult) -> dict[str, object]:
 def _summary(exported: ExportResult) -> str:
     size = bytes_text(sum(file.stat().st_size for file in exported.files))
     if exported.format in ("parquet", "csv"):
-        return f"{exported.path}: {len(exported.files)} tables, {count_text(exported.rows)} rows, {size}"
+        return f"{exported.path}: {plural(len(exported.files), 'table')}, {plural(exported.rows, 'row')}, {size}"
 
-    text = f"{exported.path}: {count_text(exported.rows)} events, {count_text(exported.steps)} steps, {size}"
+    text = f"{exported.path}: {plural(exported.rows, 'event')}, {plural(exported.steps, 'step')}, {size}"
     return f"{text}. Open it at https://ui.perfetto.dev" if exported.format == "perfetto" else text
 
 

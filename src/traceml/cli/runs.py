@@ -86,7 +86,9 @@ def main(argv: list[str]) -> int:
         _print_list(runs, _names(options.columns or _COLUMNS))
         _print_unreadable([run.info for run in runs])
     elif every:
-        print(f"No run in {config.runs_dir} meets the conditions; there are {len(every)} runs, archived ones included")
+        print(
+            f"No run in {config.runs_dir} meets the conditions, of {plural(len(every), 'run')} with the archived ones"
+        )
     else:
         print(f"No runs in {config.runs_dir}. Make one with: traceml run SCRIPT")
 

@@ -58,7 +58,7 @@ def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path
         if named:
             return named[0].path.resolve()
 
-        raise RunNotFoundError(f"no baseline {name!r}: {error} No run has this tag or name either.") from error
+        raise RunNotFoundError(f"no baseline {name!r}: {error} No other run has this tag or name.") from error
 
 
 def _last_healthy(compared: Collection[Path], runs_dir: Path) -> Path:

@@ -225,7 +225,7 @@ def _tracing(now: RunView, viewport: Viewport) -> Text:
     lost = telemetry.rows_lost
     line = Text(" tracing ", style="dim")
     is_unknown = lost is None and telemetry.rows_stored is not None  # else there is no report yet
-    words = "losses unknown" if is_unknown else f"{count_text(lost)} rows lost" if lost else "no row lost"
+    words = "losses unknown" if is_unknown else f"{plural(lost, 'row')} lost" if lost else "no row lost"
     line.append(words, style="bold red not dim" if lost or is_unknown else "")
     line.append(f" of {count_text(telemetry.rows_stored)}")
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)

@@ -84,7 +84,7 @@ def _head(result: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
     files = result["files"]
     what = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
     size = bytes_text(sum(file["bytes"] for file in files))
-    facts = f"{count_text(result['events'])} events, {count_text(result['spans'])} spans, {size}"
+    facts = f"{plural(result['events'], 'event')}, {plural(result['spans'], 'span')}, {size}"
     yield Text(f"{what}: ", style="bold").append(facts, style="")
     for file in files:
         for damage in file["damage"][:_ROWS]:
