@@ -525,7 +525,7 @@ def test_a_script_that_only_logs_learns_how_to_be_traced(state):
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "the script only logs" in found.summary
-    assert "traceml.init()" in found.next
+    assert "traceml.init(local=True)" in found.next
     assert "trace_step" not in found.next
 
 
@@ -534,7 +534,7 @@ def test_other_runs_without_steps_are_not_told_to_trace(facts):
     """A script that failed comes first; one that is traced is traced already."""
     found = diagnose(KeptSteps(128).aligned(), JobFacts(**facts))[0]
 
-    assert "traceml.init()" not in found.next
+    assert "traceml.init" not in found.next
 
 
 def test_a_logging_script_that_calls_init_is_traced():

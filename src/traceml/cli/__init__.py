@@ -143,7 +143,7 @@ def _overview() -> str:
         *(line for name, (_, help_line) in COMMANDS.items() for line in _indented(f"{name:<10} {help_line}", " " * 13)),
         "",
         *_indented("traceml COMMAND --help explains a command; --version prints the version."),
-        *_indented("To trace from inside a script instead: import traceml; traceml.init()"),
+        *_indented("To trace from inside a script: traceml.init(local=True)"),
     ]
     return "\n".join(lines)
 

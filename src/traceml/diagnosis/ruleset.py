@@ -287,7 +287,7 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
     )
 
 
-_TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init() before training."
+_TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init(local=True) before training."
 _WHEN_FAILED = "Read the job's output to see why it failed before it trained."
 
 
