@@ -245,6 +245,21 @@ def test_an_evaluation_is_known_while_it_runs(traced: Traced, with_loader: bool)
     assert evaluation[1:CALLS] == evaluation[-CALLS + 1 :] == [True] * (CALLS - 1)
 
 
+def test_an_evaluation_on_one_batch_ends_with_it(traced: Traced) -> None:
+    """As where images are sampled every n-th step, with gradients: the next step trains again."""
+    model = Watching(4, 1)
+    model.seen, model.clock = [], traced.instrumentation.clock
+    optimizer = sgd(model)
+    for (x,) in data(6):
+        model.train()
+        train(model, optimizer, x)
+        model.eval()
+        model(next(iter(data(CALLS)))[0])
+
+    assert [evaluating for is_training, evaluating in model.seen if is_training] == [False] * 6
+    assert len(traced.finish()) == 6
+
+
 def test_samples_of_a_gan(traced: Traced) -> None:
     """Evaluation between steps with two optimizers."""
     generator, critic = nn.Linear(4, 4), net()

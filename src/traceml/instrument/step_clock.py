@@ -68,8 +68,11 @@ class StepClock(SegmentedStep):
 
     @property
     def is_evaluating(self) -> bool:
-        """Whether an evaluation runs, as far as is known: a batch of it has ended, or it needs no batch."""
-        return bool(self.evaluating or self.stretch.start)
+        """Whether an evaluation runs, as far as is known: a batch of it has ended, or it needs no batch.
+
+        It goes on until the model is trained again.
+        """
+        return bool(self.stretch.start or (self.evaluating and (self._is_idle() or self._is_evaluation())))
 
     @property
     def has_stepped(self) -> bool:

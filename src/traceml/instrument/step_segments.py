@@ -115,10 +115,11 @@ class SegmentedStep(StepAccumulator):
         if self.batch is None:
             return self.exhausted_loader is not None and self.evaluated  # on a prefetched batch
 
-        if self.trained is None:
+        trained = self.trained  # read once, as the recorder's thread asks, too
+        if trained is None:
             return self.evaluated
 
-        module = self.trained()
+        module = trained()
         return module is not None and not module.training
 
     def _cut(self, t: int) -> None:
