@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,31 @@ def test_a_jump_that_stays_is_reported_with_its_step():
     assert evidence["factor"] == pytest.approx(2, rel=0.05)
     assert finding.cost_share == pytest.approx(0.4, abs=0.03)
     assert finding.headline == f"Steps take 2.0x as long since step {evidence['since_step']}"
+
+
+@pytest.mark.parametrize(("elements", "explains"), [(1600, True), (1250, False), (800, False)])
+def test_larger_batches_are_told_where_they_explain_longer_steps(elements, explains):
+    """A curriculum of longer sequences makes all phases longer; a little larger batches do not double the steps."""
+    longer = AT >= 20
+    run = dataclasses.replace(
+        history(np.where(longer, 20.0, 0.0), alike=True), elements=np.where(longer, elements, 1000.0)
+    )
+    (finding,) = slowdown(run, JobFacts())
+
+    assert ("Meanwhile batches were 1.60x as large." in finding.summary) is explains
+    assert (finding.evidence.get("changed") == {"batch_elements": [1000, 1600]}) is explains
+    assert finding.next.startswith("If larger batches are meant") is explains
+
+
+def test_elements_of_batches_are_in_the_history():
+    """Those of all ranks, where they are known."""
+    window = window_of(Job(ranks=2))
+    rows = np.full((2, len(window)), 16.0, np.float32)
+    known = dataclasses.replace(window, elements=rows)
+    histories = [StepHistory.of(each, segments_of(each, JobFacts())) for each in (window, known)]
+
+    assert histories[0].elements.tolist() in ([], [0.0] * len(histories[0].steps))
+    assert set(histories[1].elements.tolist()) == {32.0}
 
 
 def test_a_jump_that_recovers_and_a_slow_start_end():

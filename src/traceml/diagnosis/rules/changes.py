@@ -1,13 +1,13 @@
-"""Changes at the same time as that of the steps: cores, clocks, disks, memory."""
+"""Changes at the same time as that of the steps: batches, cores, clocks, disks, memory."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from traceml.diagnosis.facts.machine_use import MachineUse
-from traceml.formatting import bytes_text, cores_text, percent_text
+from traceml.formatting import bytes_text, cores_text, factor_text, percent_text
 
-__all__ = ["SideChange", "changes"]
+__all__ = ["SideChange", "changes", "larger_batches"]
 
 WAITED = 0.10
 """A share of time without a core that is higher by this much is a change."""
@@ -55,6 +55,16 @@ def changes(before: MachineUse, then: MachineUse, memory_of: str = "host") -> li
     """
     found = (_cores(before, then), _others(before, then), _clock(before, then), _swap(before, then))
     return [each for each in (*found, _disk(before, then), _memory(before, then, memory_of)) if each is not None]
+
+
+def larger_batches(before: float, then: float) -> SideChange:
+    """Return by how much batches were larger, given their elements."""
+    text = f"batches were {factor_text(then / before)} as large"
+    advice = (
+        "If larger batches are meant (a curriculum, longer sequences), nothing needs fixing. Otherwise let each batch "
+        "have as many elements (tokens, pixels, nodes), not as many samples."
+    )
+    return SideChange("batch_elements", text, before, then, advice)
 
 
 def _cores(before: MachineUse, then: MachineUse) -> SideChange | None:

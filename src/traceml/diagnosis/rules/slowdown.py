@@ -17,7 +17,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.changes import SideChange, changes
+from traceml.diagnosis.rules.changes import SideChange, changes, larger_batches
 from traceml.diagnosis.steps.level_changes import MIN_FACTOR, LevelChange, level_change, steady_growth
 from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
@@ -45,6 +45,8 @@ MIN_COST_RATIO = 0.5
 """Ranks that are late only in the slow part cost about as much as it does; those late before it too, more than that."""
 DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
+EXPLAINED_LOSS = 0.5
+"""What explains this share of what the steps lost is a cause of it."""
 _COMM = "comm"
 _OTHER = "other"
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
@@ -165,6 +167,21 @@ def _share(bins: StepHistory, part: str) -> float:
 
 def _beside(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[SideChange]:
     """Return what else changed: in the slow steps against the others, or in the last third against the first."""
+    return [*_batches(bins, change), *_use(bins, change, facts)]
+
+
+def _batches(bins: StepHistory, change: LevelChange) -> list[SideChange]:
+    """Return that batches were larger, where that explains half of what the steps lost."""
+    if not len(bins.elements):
+        return []
+
+    usual, slow = (float(np.median(bins.elements[at])) for at in _usual_and_slow(bins, change))
+    lost = 1 - 1 / change.factor
+    return [larger_batches(usual, slow)] if usual > 0 and 1 - usual / slow >= EXPLAINED_LOSS * lost else []
+
+
+def _use(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[SideChange]:
+    """Return what else changed on the hosts."""
     third = len(bins.steps) // 3
     starts = [*bins.first_step.tolist(), bins.end]
     hosts: set[str | None] = set(facts.hosts.values())
@@ -189,7 +206,7 @@ def _is_crowded(change: LevelChange, beside: Sequence[SideChange]) -> bool:
     """Return whether the loss of cores explains half of what the steps lost."""
     waited = next((each.then - each.before for each in beside if each.name == "cpu_wait_share"), 0.0)
     taken = any(each.takes_cores and each.name != "cpu_wait_share" for each in beside)
-    return waited >= (0.25 if taken else 0.5) * (1 - 1 / change.factor)
+    return waited >= (0.25 if taken else EXPLAINED_LOSS) * (1 - 1 / change.factor)
 
 
 def _may_be_cores(change: LevelChange, facts: JobFacts) -> bool:

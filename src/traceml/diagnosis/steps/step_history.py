@@ -37,6 +37,7 @@ class StepHistory:
             do not wait for each other.
         ranks: ranks that wait for each other, one per row of `own_ns`; empty where rows stand for several ranks.
         own_ns: own work of each, rank x bin.
+        elements: elements of the batches of all ranks; empty where they are not known.
         single_steps: steps of the run, single_ns: their step times, single_parts_ns: own work of `ranks` in them by
             phase; empty where only bins are known.
         start, end: the first step of what is compared, and the first one after it: a training, where a run has several.
@@ -49,6 +50,7 @@ class StepHistory:
     parts_ns: Mapping[str, Floats]
     ranks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     own_ns: Floats = field(default_factory=lambda: np.empty((0, 0)))
+    elements: Floats = field(default_factory=lambda: np.empty(0))
     single_steps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     single_ns: Floats = field(default_factory=lambda: np.empty(0))
     single_parts_ns: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class StepHistory:
             },
             ranks=segments.ranks if single else np.empty(0, np.int64),
             own_ns=usual(segments.own) if single else np.empty((0, 0)),
+            elements=usual(window.elements.sum(axis=0)) if window.elements.size else np.empty(0),
             single_steps=window.steps,
             single_ns=segments.step.astype(np.float64),
             single_parts_ns=segments.parts if single else {},
