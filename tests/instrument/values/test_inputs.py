@@ -309,7 +309,7 @@ class Listed(nn.Module):
     [(list, False), (lambda images: [torch.stack(images), torch.stack(images)], True)],
     ids=["images", "views"],
 )
-def test_colours_of_an_image_are_no_samples(
+def test_colors_of_an_image_are_no_samples(
     traced: Traced, collate: Callable[[list[torch.Tensor]], list[torch.Tensor]], *, counts: bool
 ) -> None:
     """A list is of the samples, or of views that are batches: the loader's batch size tells which."""
