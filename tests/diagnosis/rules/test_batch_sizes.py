@@ -74,6 +74,17 @@ def test_without_sizes_the_same_run_has_a_straggler():
     assert any(kind.rule.is_straggler for kind in kinds(steps_of(job, one_larger(4, job.steps), known=False), job))
 
 
+def test_a_rank_that_is_slower_than_its_batches_are_larger_is_slow():
+    """Its batches are 12 % larger, and it takes 2.2x as long: no work grows by that much with the size."""
+    job = Job(ranks=2)
+    sizes = np.random.default_rng(5).uniform(0.98, 1.02, (2, job.steps))
+    sizes[1] *= 1.12
+    found = diagnose(steps_of(job, sizes, adds("forward", 14.0, (1,))), JobFacts(world_size=2))
+
+    assert (found[0].kind, found[0].ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
+    assert Kind.DATA_IMBALANCE not in {each.kind for each in found}
+
+
 def test_a_slow_rank_is_found_among_uneven_batches():
     """What does not follow the size is judged as usual."""
     job = Job(ranks=4)

@@ -18,6 +18,8 @@ MIN_VARIATION = 0.05
 """Standard deviation of the batches' sizes, as share of their mean, from which on they differ."""
 MIN_EXPLAINED = 0.5
 """Share of the differences in own computation that follow the size."""
+MAX_GROWTH = 2.5
+"""Work grows with the square of a size at most, as attention does, and a little more by the noise of both."""
 
 
 def data_imbalance(window: AlignedSteps, segments: Segments) -> tuple[list[Finding], dict[str, Floats]]:
@@ -34,7 +36,7 @@ def data_imbalance(window: AlignedSteps, segments: Segments) -> tuple[list[Findi
     work = sum((segments.parts[part] for part in parts), np.zeros_like(segments.own))
     away = sizes - sizes.mean()
     slope, explained = _fit(away, work)
-    if slope <= 0 or explained < MIN_EXPLAINED:
+    if not 0 < slope * sizes.mean() <= MAX_GROWTH * work.mean() or explained < MIN_EXPLAINED:
         return [], {}
 
     even = {part: _without(segments.parts[part], away) for part in parts}
