@@ -11,11 +11,13 @@ import pytest
 
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, Stored, finish, runs_in, script  # noqa: F401 - a fixture
+from traceml.aggregator import recovery
 from traceml.aggregator.orphans import finish_flights
 from traceml.aggregator.recovery import dead_flights
 from traceml.clock import boot_time_s, monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
+from traceml.database.flight.postmortem import read_flight
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
@@ -217,6 +219,22 @@ def test_only_files_of_the_folder_are_warned_of(
 
     assert dead_flights("j", runs_dir) == []
     assert ("columns that this version" in caplog.text) == is_own
+
+
+def test_of_other_jobs_the_header_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host's memory keeps the files of all jobs, and each run that ends looks for its own."""
+    read: list[Path] = []
+    monkeypatch.setattr(
+        recovery, "read_flight", lambda path, runs_dir: read.append(path) or read_flight(path, runs_dir)
+    )
+    folder = tmp_path / "runs" / FALLBACK_FOLDER
+    for job in ("other", "j"):
+        FlightFile.create(folder, {"job": job}).close(unlink=False)
+
+    (found,) = dead_flights("j", tmp_path / "runs")
+
+    assert found.job == "j"
+    assert read == [found.path]
 
 
 def rewrite_boot(path: Path) -> None:

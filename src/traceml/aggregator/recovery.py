@@ -94,6 +94,9 @@ def dead_flights(
     dead += [path for path in (find_flights(copies) if copies is not None else ()) if path not in but]
     found = []
     for path in dead:
+        if job is not None and flight_identity(path).get("job", job) != job:
+            continue  # a file is 12 MB, and each run that ends on this host looks here
+
         try:
             flight = DeadFlight(path, read_flight(path, runs_dir))
         except (StoreError, ValueError, TypeError) as error:
