@@ -108,7 +108,10 @@ class Preloaded:
         if group is None:
             return
 
-        self._groups = {name: each for name, each in self._groups.items() if each is not group}
+        for member in group.names:  # not a copy of the others: they are thousands, and so are groups of one module
+            if self._groups.get(member) is group:
+                del self._groups[member]
+
         for needed in group.needs:
             if needed not in sys.modules:
                 importlib.import_module(needed)
