@@ -39,6 +39,7 @@ __all__ = [
     "LOGGED",
     "LOGS",
     "LOSSES",
+    "MAX_LOGGED_NUMBERS",
     "METRICS",
     "MICRO_BATCHES_MASK",
     "NAMES",
@@ -246,6 +247,8 @@ class StepBits(NamedTuple):
 
 MICRO_BATCHES_MASK = 0xFFFF
 """A number of micro-batches under this mask is a value of `bits` without flags and sequence."""
+MAX_LOGGED_NUMBERS = 64
+"""Ranks may exchange a tensor of so many elements to log them; one with more may be gradients."""
 
 
 def pack_bits(micro_batches: int, flags: int, sequence: int = 0) -> int:

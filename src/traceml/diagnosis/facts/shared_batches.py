@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import unpack_bits
+from traceml.database.schema import MAX_LOGGED_NUMBERS, unpack_bits
 
 __all__ = ["BatchHistory"]
 
 MIN_BATCHES = 3
 """Ranks have the same batches if they had in at least this many steps, and in all of which both are known."""
-MAX_NUMBERS = 64
-"""Tensors of at most so many elements, and of `MAX_NUMBER_SHARE` of a model's parameters, are no gradients."""
-MAX_NUMBER_SHARE = 0.01
+MAX_LOGGED_SHARE = 0.01
+"""Tensors of at most `MAX_LOGGED_NUMBERS` elements, and of this share of a model's parameters, are no gradients."""
 _KEPT = 64
 
 
@@ -119,7 +118,7 @@ class BatchHistory:
         """Most numbers that a collective carried, if all did on all ranks, and too few for gradients; else 0."""
         parameters = min((self._parameters[rank] for rank in self._models), default=0)
         most = max((self._carried.get(rank, parameters) for rank in self._models), default=0)
-        return most if self._communicates and most <= min(MAX_NUMBERS, MAX_NUMBER_SHARE * parameters) else 0
+        return most if self._communicates and most <= min(MAX_LOGGED_NUMBERS, MAX_LOGGED_SHARE * parameters) else 0
 
     def duplicates(self, world_size: int) -> list[tuple[tuple[int, ...], int]]:
         """Return groups of ranks with equal batches, and the number of batches that were compared.

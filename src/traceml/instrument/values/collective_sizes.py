@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["CollectiveSizes"]
+from traceml.database.schema import MAX_LOGGED_NUMBERS
 
-MAX_NUMBERS = 64
-"""Tensors of more elements may be gradients."""
+__all__ = ["CollectiveSizes"]
 
 
 class CollectiveSizes:
@@ -30,14 +29,14 @@ class CollectiveSizes:
 
     def note(self, args: Iterable[Any]) -> None:
         """Take the arguments of a collective."""
-        if self._largest <= MAX_NUMBERS:
+        if self._largest <= MAX_LOGGED_NUMBERS:
             self._calls += 1
             self._take(max(map(_elements, args), default=0))
 
     def note_message(self, _args: Iterable[Any]) -> None:
         """Take a message from rank to rank: ranks that send each other any train one model."""
-        if self._largest <= MAX_NUMBERS:
-            self._take(MAX_NUMBERS + 1)
+        if self._largest <= MAX_LOGGED_NUMBERS:
+            self._take(MAX_LOGGED_NUMBERS + 1)
 
     def report(self, sequence: int) -> None:
         """Report the largest tensor, given the number of collectives of the process group, if all were seen."""
@@ -46,7 +45,7 @@ class CollectiveSizes:
 
     def _take(self, elements: int) -> None:
         self._largest = max(self._largest, elements)
-        if elements > MAX_NUMBERS:
+        if elements > MAX_LOGGED_NUMBERS:
             self._report({"kind": "collectives", "elements": elements})
 
 
