@@ -305,6 +305,15 @@ def test_a_run_with_something_wrong_says_what(visit: Visits, name: str, said: st
     expect(page.locator(".banner, .page").filter(has_text=said).first).to_be_visible()
 
 
+def test_what_is_not_judged_is_not_green(visit: Visits) -> None:
+    """The verdict has the color of what is idle, as in the list."""
+
+    page = visit().open("/run/20260101-000000-empty-0008")
+    expect(page.locator(".pill.kind")).to_have_text("INSUFFICIENT DATA")
+    assert "info" not in (page.locator(".pill.kind").get_attribute("class") or "").split()
+    assert "info" not in (page.locator(".card.verdict").get_attribute("class") or "").split()
+
+
 @pytest.mark.parametrize("path", ["/run/..", "/run/%2e%2e", "/run/..%2f..%2fetc", "/run/.hidden", "/compare/../x"])
 def test_nothing_outside_the_folder_is_read(visit: Visits, path: str) -> None:
     page = visit().open(path)

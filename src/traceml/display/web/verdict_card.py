@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.diagnosis.findings import Finding
-from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_visible
+from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_visible, verdict_look
 from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView
@@ -40,9 +40,10 @@ class VerdictCard:
     def show(self, view: RunView) -> None:
         """Show the current verdict."""
         verdict = view.verdict
-        self._card.set_classes(f"card verdict {verdict.severity}")
+        look = verdict_look(verdict.kind, verdict.severity)
+        self._card.set_classes(f"card verdict {look}")
         self._kind.set_text(verdict.kind.replace("_", " "))
-        self._kind.set_classes(f"pill kind {verdict.severity}")
+        self._kind.set_classes(f"pill kind {look}")
         self._state.set_text(view.state)
         self._state.set_classes(f"pill {view.run.state}")
         self._headline.set_text(verdict.headline)

@@ -7,8 +7,7 @@ from typing import Any
 
 from nicegui import ui
 
-from traceml.diagnosis.kinds import Kind
-from traceml.display.web.elements import run_path
+from traceml.display.web.elements import run_path, verdict_look
 from traceml.display.web.runlist.list_query import ListPart, ListQuery
 from traceml.formatting import cut_text, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
@@ -72,9 +71,8 @@ _LABELS = {"name": "Run", "state": "State", "verdict": "Verdict", "ranks": "Rank
 def _row(run: RunFields, heading: str, query: ListQuery, picked: set[str]) -> dict[str, Any]:
     info = run.info
     cells = {name: _cell(run, name) for name in query.columns}
-    severity = info.severity or ""
-    judged = "" if info.verdict == Kind.INSUFFICIENT_DATA else severity  # else it would be green, as a healthy run
-    looks = {"state": info.state, "verdict": judged, "severity": severity}
+    look = verdict_look(info.verdict, info.severity)
+    looks = {"state": info.state, "verdict": look, "severity": info.severity or ""}
     return {
         "id": info.id,
         "name": printable(info.name),
