@@ -318,9 +318,12 @@ def test_a_handler_that_evaluates_text_keeps_the_status(serving: Serving, run_sc
 AT_END = """
 import atexit, os, signal, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
+begun = threading.Event()
 def wait():
+    begun.set()
     time.sleep(3)
 def interrupt():
+    begun.wait()
     time.sleep(1)
     os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=interrupt, daemon=True).start()
