@@ -152,7 +152,12 @@ def test_they_copy_and_pickle_by_name(traced: Traced) -> None:
 
 def test_the_interpreter_adapts_to_them(traced: Traced) -> None:
     """A loop finds `optimizer.step` as fast as the method that the hook replaced: the type cannot change."""
-    model, optimizer = made()
+
+    class Fresh(torch.optim.SGD):
+        """A class none of whose instances was given a `step` of its own, as schedulers do."""
+
+    model, _ = made()
+    optimizer = Fresh(model.parameters(), lr=0.1)
     train(model, optimizer, 1)
 
     def loop() -> None:
