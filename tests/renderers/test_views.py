@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.renderers.reports import finding, killed_rank, report, slow_rank, thousand_ranks
-from traceml.renderers.views import live_view, run_view, visible_ranks
+from traceml.renderers.text.card import verdict_style
+from traceml.renderers.views import live_view, run_view, verdict_look, visible_ranks
 from traceml.runs.report.report_types import Report
 
 
@@ -91,6 +92,14 @@ def test_a_report_without_ranks_misses_none():
 def test_gain_of_nothing_is_not_reported():
     """A speed-up below half a percent is not a gain."""
     assert run_view(report([{"forward": 1.0}], finding(speedup_if_fixed=1.001))).verdict.gain is None
+
+
+def test_a_verdict_that_judges_nothing_is_not_green():
+    """It is `info`, as a healthy run is, but has no color."""
+    unknown, healthy = (run_view(each).verdict for each in (Report.empty("x"), report([{"forward": 1.0}])))
+
+    assert [verdict_look(each.kind, each.severity) for each in (unknown, healthy)] == ["", "info"]
+    assert [verdict_style(each) for each in (unknown, healthy)] == ["bold", "bold green"]
 
 
 def test_live_view_holds_the_trend():

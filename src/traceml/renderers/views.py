@@ -25,7 +25,7 @@ from traceml.runs.report.report_types import (
     rate_of,
 )
 
-__all__ = ["LiveView", "RankRow", "RunView", "live_view", "run_view", "visible_ranks"]
+__all__ = ["LiveView", "RankRow", "RunView", "live_view", "run_view", "verdict_look", "visible_ranks"]
 
 # A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
 _STANDS_OUT = 1.10
@@ -238,6 +238,11 @@ def live_view(report: Report, rates: Sequence[float] = ()) -> LiveView:
         rates: steps per second over time, oldest first.
     """
     return LiveView(run_view(report), tuple(rates))
+
+
+def verdict_look(kind: str | None, severity: str | None) -> str:
+    """Return the severity that colors a verdict: none if it judges nothing, and is not to look like a healthy run."""
+    return "" if kind == Kind.INSUFFICIENT_DATA else severity or ""
 
 
 def visible_ranks(ranks: Sequence[RankRow], most: int) -> tuple[RankRow, ...]:

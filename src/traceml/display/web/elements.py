@@ -9,11 +9,10 @@ from urllib.parse import quote
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from traceml.diagnosis.kinds import Kind
 from traceml.formatting import code_parts
 
 __all__ = ["ChartCard", "Container", "DataTable", "FactList", "Prose", "TextNode", "link", "run_path", "search_box",
-           "set_visible", "verdict_look", "web_link"]  # fmt: skip
+           "set_visible", "web_link"]  # fmt: skip
 
 
 class TextNode(TextElement):  # type: ignore[misc]  # types are checked without NiceGUI
@@ -96,11 +95,6 @@ def search_box(words: str, of: str) -> Container:
     """
     attributes = {"type": "search", "placeholder": f"Search {words}", "aria_label": f"search {words}"}
     return Container("input", "search", data_filter=of, autocomplete="off", **attributes)
-
-
-def verdict_look(kind: str | None, severity: str | None) -> str:
-    """Return the class that colors a verdict: none for one that judges nothing, which is not green as a healthy run."""
-    return "" if kind == Kind.INSUFFICIENT_DATA else severity or ""
 
 
 def run_path(run_id: str) -> str:

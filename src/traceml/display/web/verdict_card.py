@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from traceml.diagnosis.findings import Finding
-from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_visible, verdict_look
+from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_visible
 from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, rate_text
 from traceml.renderers.evidence import evidence_items
-from traceml.renderers.views import RunView
+from traceml.renderers.views import RunView, verdict_look
 from traceml.renderers.words import cost_text
 
 __all__ = ["FindingsPanel", "VerdictCard"]

@@ -27,7 +27,7 @@ from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.content_policy import content_policy
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.html.html_tables import line_list, memory_facts, phase_table, rank_table, run_facts, stacks
-from traceml.renderers.views import RunView, run_view
+from traceml.renderers.views import RunView, run_view, verdict_look
 from traceml.renderers.words import gain_sentence
 from traceml.runs.about import About
 from traceml.runs.report.report_types import Report
@@ -89,7 +89,7 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
     gain = f'<p class="gain"><b>Gain</b>{gaining}</p>' if gaining else ""
     to_do = f'<p class="next"><b>Next</b>{_prose(verdict.next)}</p>' if verdict.next else ""
     return (
-        f'<section class="card {"verdict" if first else "finding"} {verdict.severity}">'
+        f'<section class="card {"verdict" if first else "finding"} {verdict_look(verdict.kind, verdict.severity)}">'
         f'<span class="kind">{escaped(verdict.kind)}</span>{heading}<p>{_prose(verdict.summary)}</p>'
         f"{gain}{to_do}{_evidence(verdict.evidence) if with_evidence else ''}</section>"
     )

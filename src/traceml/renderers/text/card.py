@@ -9,6 +9,7 @@ from typing import IO
 from rich.console import Console, Group
 from rich.text import Text
 
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
     bytes_text,
@@ -26,14 +27,14 @@ from traceml.formatting import (
 )
 from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
-from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
+from traceml.renderers.views import RankRow, RunView, run_view, verdict_look, visible_ranks
 from traceml.renderers.words import gain_sentence, tracker_text
 from traceml.run_folder import PAGE_NAME, REPORT_NAME
 from traceml.runs.report.report_types import Report, TimePart, TrackerSection, read_report
 
-__all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
+__all__ = ["card", "print_card", "print_report", "verdict_style", "wrapped"]
 
-SEVERITY_STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "bold green"}
+_STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "bold green"}
 
 _MAX_WIDTH = 100  # longer lines are harder to read
 _LABEL = 8  # columns of the labels at the left
@@ -139,21 +140,22 @@ def _top(view: RunView, width: int, viewport: Viewport) -> Text:
 
     after = "" if view.run.duration_s is None else f" after {duration_text(view.run.duration_s)}"
     left = Text(f"{rule} ").append("traceml", style="bold").append(f" {rule} ")
-    left.append(view.verdict.kind, style=_style(view.verdict.severity)).append(" ")
+    left.append(view.verdict.kind, style=verdict_style(view.verdict)).append(" ")
     texts = [f" {', '.join(facts)}, {view.state}{after} {rule}", f" {facts[0]}, {view.state}{after} {rule}"]
     right = next((text for text in texts if left.cell_len + 1 + len(text) <= width), f" {view.state}{after} {rule}")
     fill = max(width - left.cell_len - len(right), 1)
     return left.append(rule * fill, style="dim").append(right)
 
 
-def _style(severity: str) -> str:
-    return SEVERITY_STYLES.get(severity, "bold")
+def verdict_style(verdict: Finding) -> str:
+    """Return the style of a verdict's kind and headline."""
+    return _STYLES.get(verdict_look(verdict.kind, verdict.severity), "bold")
 
 
 def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
     verdict = view.verdict
     for line in wrapped(verdict.headline, width - 1):
-        yield Text(" ").append(line, style=_style(verdict.severity))
+        yield Text(" ").append(line, style=verdict_style(verdict))
 
     for line in wrapped(verdict.summary, width - 1):
         yield Text(f" {line}")

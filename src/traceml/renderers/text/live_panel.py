@@ -18,7 +18,7 @@ from traceml.formatting import (
     short_label,
 )
 from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked, stacked_parts
-from traceml.renderers.text.card import SEVERITY_STYLES, wrapped
+from traceml.renderers.text.card import verdict_style, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
 from traceml.renderers.words import tracker_text
@@ -195,9 +195,7 @@ def _time_line(now: RunView, viewport: Viewport) -> Text:
 def verdict_line(now: RunView) -> Text:
     """Return the line of the verdict so far."""
     verdict = now.verdict
-    return Text(" so far  ", style="dim").append(
-        verdict.headline, style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"
-    )
+    return Text(" so far  ", style="dim").append(verdict.headline, style=f"{verdict_style(verdict)} not dim")
 
 
 def note_text(now: RunView) -> Text:

@@ -7,10 +7,11 @@ from typing import Any
 
 from nicegui import ui
 
-from traceml.display.web.elements import run_path, verdict_look
+from traceml.display.web.elements import run_path
 from traceml.display.web.runlist.list_query import ListPart, ListQuery
 from traceml.formatting import cut_text, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
+from traceml.renderers.views import verdict_look
 from traceml.runs.run_query import RunFields
 
 __all__ = ["RunsTable"]
