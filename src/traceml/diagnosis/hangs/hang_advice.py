@@ -63,8 +63,8 @@ _ADVICE: Mapping[HangCause, str] = {
     HangCause.DATA_ENDED: even_batches(is_certain=True),
     HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
     HangCause.NETWORK: (
-        "Look at the network between the ranks and at the devices (NCCL_DEBUG=INFO, dmesg): all of them called the "
-        "same collective."
+        "All of them called the same collective: look at the network between the ranks and at the devices (dmesg; with "
+        "NCCL also NCCL_DEBUG=INFO). With gloo, look at communication hooks that call collectives in callbacks."
     ),
     HangCause.UNANSWERED: "Look at the processes of the ranks that did not answer, and at their hosts.",
 }
