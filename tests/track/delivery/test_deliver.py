@@ -538,14 +538,14 @@ def test_the_lock_is_one_processs_at_a_time(tmp_path: Path) -> None:
 
 
 def test_delivery_steps_back(run: LoggedRun) -> None:
-    """It runs at the lowest priority, and as a batch job for the scheduler."""
+    """It runs at the priority that it is given, and as a batch job for the scheduler."""
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.experiment(["jsonl"], id="x")
     run.writer.commit()
-    process = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"])
+    process = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl", "--nice", "12"])
     try:
         eventually(lambda: TrackerState.path_in(run.path, "jsonl").exists())
-        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 12
         assert os.sched_getscheduler(process.pid) == os.SCHED_BATCH
     finally:
         process.kill()
