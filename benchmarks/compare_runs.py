@@ -41,7 +41,7 @@ from traceml_ai.reporting.compare.policy import evaluate_step_time_ci_result as 
 deltas, percent = json.load(sys.stdin)
 json.dump(["WITHIN" not in evaluate(delta_pct=delta, threshold_pct=percent) for delta in deltas], sys.stdout)
 """
-_TRAIN = Path(__file__).resolve().parents[1] / "src" / "traceml" / "cli" / "_demo_train.py"
+_TRAIN = Path(__file__).resolve().parents[1] / "src" / "traceml" / "cli" / "demonstration" / "_demo_train.py"
 
 Times = np.ndarray
 

@@ -34,7 +34,7 @@ from traceml import load_run
 from traceml.display.web.token_middleware import cookie_name, cookie_value
 from traceml.supervise.page_process import PageProcess
 
-DEMO = Path(__file__).parents[1] / "src" / "traceml" / "cli" / "_demo_train.py"
+DEMO = Path(__file__).parents[1] / "src" / "traceml" / "cli" / "demonstration" / "_demo_train.py"
 SETTLE_S = 3.0
 GOAL_CPU_PCT, GOAL_ANSWER_S, GOAL_PAINT_S, GOAL_LIST_S = 5.0, 1.0, 2.0, 0.5
 LISTED = 300

@@ -24,7 +24,12 @@ _IN_SDIST = (
     "CONTRIBUTING.md", "examples/mnist.py", "tests/conftest.py", "release/build.py", "docs/quickstart.md",
     "src/traceml/instrument/native/hooks.c", "src/traceml/traces/native/scanner.c",
 )  # fmt: skip
-_IN_WHEEL = ("traceml/__init__.py", "traceml/py.typed", "traceml_torch/__init__.py", "traceml/cli/_demo_train.py")
+_IN_WHEEL = (
+    "traceml/__init__.py",
+    "traceml/py.typed",
+    "traceml_torch/__init__.py",
+    "traceml/cli/demonstration/_demo_train.py",
+)
 
 
 def refusals(path: Path) -> list[str]:

@@ -69,10 +69,18 @@ def test_missing_package_is_named(started, capsys, monkeypatch, missing):
     assert started == []
 
 
+def test_nothing_beside_the_script_hides_a_module(started):
+    """Python looks in the script's folder first: a `profile.py` there would be the one that torch imports."""
+    cli.main(["demo"])
+
+    beside = {path.stem for path in Path(started[0][4]).parent.glob("*.py")}
+    assert beside == {"__init__", "_demo_train"}
+
+
 @pytest.fixture
 def demo_train() -> Iterator[ModuleType]:
     """The script, on one thread as in the demonstration; its import of scikit-learn is long, so it comes late."""
-    script = import_module("traceml.cli._demo_train")
+    script = import_module("traceml.cli.demonstration._demo_train")
     threads = script.torch.get_num_threads()
     script.torch.set_num_threads(1)
     yield script

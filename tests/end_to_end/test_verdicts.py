@@ -9,7 +9,7 @@ import pytest
 import traceml as package
 from tests.end_to_end.conftest import Traceml
 
-DEMO = Path(package.__file__).parent / "cli" / "_demo_train.py"
+DEMO = Path(package.__file__).parent / "cli" / "demonstration" / "_demo_train.py"
 MNIST = Path(package.__file__).parents[2] / "examples" / "mnist.py"
 BLAMING = {"INPUT_STRAGGLER", "COMPUTE_STRAGGLER", "H2D_STRAGGLER", "STRAGGLER", "RANK_LOST"}
 

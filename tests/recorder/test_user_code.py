@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from traceml.cli import _demo_train
+from traceml.cli.demonstration import _demo_train
 from traceml.recorder.user_code import UserCode
 from traceml.session import entry
 

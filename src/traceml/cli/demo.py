@@ -17,7 +17,7 @@ from traceml.installation import install_command
 
 __all__ = ["main"]
 
-_SCRIPT = Path(__file__).with_name("_demo_train.py")
+_SCRIPT = Path(__file__).parent / "demonstration" / "_demo_train.py"
 _NEEDED = {"torch": "torch", "sklearn": "scikit-learn"}
 
 
