@@ -29,7 +29,7 @@ class StackFrame(NamedTuple):
 
 def speedscope(report: Report) -> dict[str, Any]:
     """Return the lines of a report as a speedscope file."""
-    stacks = [(stack, weight) for stack, weight in weighted_stacks(report) if weight > 0]
+    stacks = list(weighted_stacks(report))
     frames = list(dict.fromkeys(frame for stack, _ in stacks for frame in stack))
     number = {frame: at for at, frame in enumerate(frames)}
     return {
@@ -89,7 +89,7 @@ def weighted_stacks(report: Report) -> Iterator[tuple[tuple[StackFrame, ...], fl
     for phase in phases:
         whole = phase.seconds if timed and phase.seconds is not None else float(phase.samples)
         known = sum(each.share for each in phase.lines)
-        for each in phase.lines:
+        for each in phase.lines if whole else ():  # a sampled phase may have no time, as the end of a run without steps
             called = [(_library(call.library), call.share) for call in each.calls]
             own = each.share - sum(share for _, share in called)
             stack, second = _stack(phase, each), whole / max(known, 1e-9)
