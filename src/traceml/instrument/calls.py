@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -36,9 +36,12 @@ _FUNCTIONAL = re.compile(
 )
 
 
+_Note = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+
+
 @uncounted
 def timed_call(
-    original: Callable[..., Any], phase: int, clock: StepClock, note: Callable[[Iterable[Any]], None] | None = None
+    original: Callable[..., Any], phase: int, clock: StepClock, note: _Note | None = None
 ) -> Callable[..., Any]:
     """Return a function that calls `original` and times it as a phase.
 
@@ -54,7 +57,7 @@ def timed_call(
             return original(*args, **kwargs)
 
         if note is not None:
-            note((*args, *kwargs.values()))
+            note(args, kwargs)
 
         began = clock.enter(phase)
         if began is None:

@@ -20,7 +20,7 @@ def sizes_of(*calls: tuple[Any, ...], sequence: int) -> list[int]:
     found: list[int] = []
     sizes = CollectiveSizes(lambda row: found.append(row["elements"]))
     for args in calls:
-        sizes.note(args)
+        sizes.note(args, {})
 
     sizes.report(sequence)
     return found
@@ -54,9 +54,9 @@ def test_a_message_is_an_exchange_of_any_size() -> None:
     """Stages of a pipeline may send each other a few numbers only."""
     found: list[int] = []
     sizes = CollectiveSizes(lambda row: found.append(row["elements"]))
-    sizes.note((torch.zeros(1),))
-    sizes.note_message((torch.zeros(8), 1))
-    sizes.note_message((torch.zeros(8), 1))
+    sizes.note((torch.zeros(1),), {})
+    sizes.note_message((torch.zeros(8), 1), {})
+    sizes.note_message((torch.zeros(8), 1), {})
     sizes.report(1)
 
     assert set(found) == {65}
@@ -66,8 +66,8 @@ def test_calls_of_both_kinds_are_noted() -> None:
     """Also with the tensor by name, and as an operation of a batch; here they fail for lack of a group."""
     found: list[tuple[str, int]] = []
     noting: Any = SimpleNamespace(
-        note=lambda args: found.append(("collective", len(args))),
-        note_message=lambda args: found.append(("message", len(args))),
+        note=lambda args, kwargs: found.append(("collective", len(args) + len(kwargs))),
+        note_message=lambda args, kwargs: found.append(("message", len(args) + len(kwargs))),
     )
     patches, clock = Patches(), SimpleNamespace(enter=lambda _: None)
     patch_collectives(patches, clock, noting)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ Nothing is read any more once a tensor was too large for numbers that are logged
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -27,13 +27,13 @@ class CollectiveSizes:
         self._report = report
         self._largest = self._calls = 0
 
-    def note(self, args: Iterable[Any]) -> None:
+    def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the arguments of a collective."""
         if self._largest <= MAX_LOGGED_NUMBERS:
             self._calls += 1
-            self._take(max(map(_elements, args), default=0))
+            self._take(max(map(_elements, (*args, *kwargs.values())), default=0))
 
-    def note_message(self, _args: Iterable[Any]) -> None:
+    def note_message(self, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> None:
         """Take a message from rank to rank: ranks that send each other any train one model."""
         if self._largest <= MAX_LOGGED_NUMBERS:
             self._take(MAX_LOGGED_NUMBERS + 1)
