@@ -96,7 +96,10 @@ def leave_out_waiting(times: Mapping[str, Floats], own: Floats, total: Floats, e
         total: wall time of each step.
         evaluation: nanoseconds of evaluation before each step.
     """
-    columns = np.flatnonzero(evaluation.any(axis=0))
+    columns = np.flatnonzero(evaluation.min(axis=0) < evaluation.max(axis=0))
+    if not len(columns):
+        return
+
     left = evaluation[:, columns].max(axis=0) - evaluation[:, columns]
     usual = np.where(np.isnan(own), mean_own(own)[:, None], own)[:, columns]
     waits = {"comm": times["comm"][:, columns], "backward": np.nan_to_num(times["backward"][:, columns] - usual)}
