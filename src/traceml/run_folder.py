@@ -25,7 +25,8 @@ PAGE_NAME = "report.html"
 LABELS_NAME = "labels.json"
 # The trace of a profile that the aggregator took by itself.
 PROFILE_NAME = "profile.json.gz"
-# What another aggregator has confirmed of a run that is sent to it.
+# `{"address", "sent", "safe"}` of a run that is sent to another aggregator: whether all of it is stored there; before,
+# the number up to which its frames are.
 RELAY_NAME = "upstream.json"
 
 # Output of the aggregator, of the script, and of a script that nobody read.

@@ -22,10 +22,6 @@ from traceml.transport.hello import Hello
 
 __all__ = ["Upstream"]
 
-"""File in the folder of a run that is sent on: `{"address", "sent", "safe"}`.
-
-`sent` is true when all of the run is stored there; before, all frames up to number `safe` are.
-"""
 _MARK_TURNS = 30
 _EVERY_S = 1.0
 _CONNECT_S = 2.0

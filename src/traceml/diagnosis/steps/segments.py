@@ -22,9 +22,9 @@ from traceml.diagnosis.steps.step_split import PHASES, Floats, has_group
 __all__ = ["COMPUTE", "UNNAMED", "LateRanks", "Segments", "is_grouped", "median_over_ranks", "segments_of"]
 
 COMPUTE = ("forward", "backward", "optimizer")
+"""The parts that are computation."""
 UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
 """Parts whose long steps need an explanation; the others (input, checkpoint, a named phase) have their own findings."""
-"""The parts that are computation."""
 
 # In a group these are split or shifted; user phases are parts by name.
 _SPLIT = {"backward", "optimizer", "comm", "user"}

@@ -43,7 +43,7 @@ class LiveScreen:
         follow: Callable[[Path], LiveRun] = LiveRun,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._driver = BottomPanel(console or Console(file=sys.stdout, highlight=False), interval_s=0.0)
+        self._panel = BottomPanel(console or Console(file=sys.stdout, highlight=False), interval_s=0.0)
         self._run: LiveRun | None = follow(run_dir)
         self._clock = clock
         self._due_s = float("-inf")
@@ -70,15 +70,15 @@ class LiveScreen:
         run.refresh()
         report = run.report()
         if report.ranks:  # the number of ranks is unknown before the first one connects
-            self._driver.update(live_view(report, run.rates))
+            self._panel.update(live_view(report, run.rates))
 
     def write(self, data: bytes) -> None:
         """Pass on output of the script, unchanged."""
-        self._driver.write(data)
+        self._panel.write(data)
 
     def close(self) -> None:
         """Restore the terminal; may be called again."""
-        self._driver.close()
+        self._panel.close()
         if self._run is not None:
             self._run.close()
             self._run = None
