@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from tests.eventually import eventually
 from traceml.inspection.kernel_state import (
     WaitState,
+    children_of,
+    end_started_processes,
     is_job_suspended,
     process_info,
     threads_of,
@@ -123,3 +126,20 @@ def test_use_counts_children() -> None:
             assert tree_usage(process.pid).cpu_s > 0
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("attempt", range(12))
+def test_a_shell_that_starts_programs_leaves_none(attempt: int) -> None:
+    """A program whose fork has begun would keep the output open after all others have ended."""
+    script = "for i in 1 2 3 4 5 6 7 8 9; do sleep 600 & done; wait"
+    code = f"import subprocess\nsubprocess.Popen(['sh', '-c', {script!r}])\ninput()"
+    with _python(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0) as process:
+        try:
+            eventually(lambda: children_of(process.pid))
+            time.sleep(attempt % 4 * 3e-4)
+            end_started_processes(process.pid)
+        finally:
+            process.kill()
+
+        output, _ = process.communicate(timeout=120)
+        assert output == b""

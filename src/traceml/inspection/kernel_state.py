@@ -7,7 +7,8 @@ import platform
 import signal
 import socket
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ _ON_DESCRIPTOR = {
 }
 _READS = {"x86_64": 0, "aarch64": 63}
 _DEAD = ("Z", "X")
+_STOPPED = (*_DEAD, "T", "t")
+_STOP_S, _STOP_POLL_S = 0.2, 0.001
 _MAX_CHILDREN = 512
 
 
@@ -168,12 +171,37 @@ def end_started_processes(pid: int) -> None:
     These are the processes that a Ctrl-C would end, too. Some ignore the signal and end by themselves:
     multiprocessing's resource tracker removes shared memory first.
     """
-    own = process_info(pid)
-    for each in _descendants(pid):
-        info = process_info(each)
-        if own is not None and info is not None and info.group == own.group:
-            with suppress(OSError):  # it has ended, or belongs to another user
-                os.kill(each, signal.SIGTERM)
+    group = _group_of(pid)
+    found: list[int] = []
+    while new := [each for each in _descendants(pid) if each not in found and _group_of(each) == group]:
+        _send(new, signal.SIGSTOP)  # so that they start no others that are not found
+        _await_stopped(new)
+        found += new
+
+    _send(found, signal.SIGTERM)
+    _send(found, signal.SIGCONT)
+
+
+def _group_of(pid: int) -> int | None:
+    info = process_info(pid)
+    return info.group if info is not None else None
+
+
+def _await_stopped(pids: Sequence[int]) -> None:
+    """Wait for processes to stop: a fork that has begun is finished first. One that reads a dead disk does not stop."""
+    until = time.monotonic() + _STOP_S
+    while time.monotonic() < until:
+        infos = [process_info(pid) for pid in pids]
+        if all(info is None or info.state in _STOPPED for info in infos):
+            break
+
+        time.sleep(_STOP_POLL_S)
+
+
+def _send(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(OSError):  # it has ended, or belongs to another user
+            os.kill(pid, number)
 
 
 def is_running(pid: int) -> bool:
