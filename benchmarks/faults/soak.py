@@ -125,7 +125,8 @@ class Soak:
         server = self.serving.process.pid
         eventually(lambda: _has_report(run_dir, server), f"the report of {run_dir}", timeout_s=100)
         found = self._measured(run_dir, counts)
-        shutil.rmtree(run_dir)
+        # The aggregator may just open the store once more, to merge its log into it.
+        eventually(lambda: _is_removed(run_dir), f"{run_dir} to be removed")
         return found
 
     def close(self) -> None:
@@ -184,6 +185,12 @@ def _has_report(run_dir: Path, pid: int) -> bool:
     """Whether a run is over, its report written and its store closed."""
     opened = {_target(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
     return (run_dir / "report.html").exists() and not any(str(run_dir) in path for path in opened)
+
+
+def _is_removed(folder: Path) -> bool:
+    """Remove a folder; return whether it is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def _target(path: Path) -> str:
