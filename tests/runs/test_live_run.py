@@ -72,6 +72,27 @@ def test_the_aggregators_verdict_is_shown(tmp_path):
     assert [event.kind for event in live.events] == ["verdict"]
 
 
+def test_before_the_aggregators_verdict_each_refresh_judges_again(tmp_path):
+    """What is shown while the training starts is what is known now, not what was known at the first look."""
+    rows = rows_of(Job(ranks=1, steps=15, grouped=False))[0]
+    writer = StoreWriter(tmp_path / STORE_NAME)
+    writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
+    stream = add_rank(writer, 0, rows[:8], state="running")
+    writer.commit()
+    live = LiveRun(tmp_path)
+    live.refresh()
+    early = live.findings[0].next
+    writer.append(stream, "steps", 8, 7, rows[8:].tobytes(), 8, 14)
+    writer.commit()
+    live.refresh()
+    writer.close()
+
+    assert [early, live.findings[0].next] == [
+        "Wait for more steps: 5 of 20 so far, after the first ones.",
+        "Wait for more steps: 12 of 20 so far, after the first ones.",
+    ]
+
+
 def test_a_restart_starts_the_windows_again(tmp_path):
     """A new attempt's steps are not mixed with the old ones."""
     writer = StoreWriter(tmp_path / STORE_NAME)

@@ -45,6 +45,7 @@ class LiveRun:
         self.events = RunEvents()
         self.rates: deque[float] = deque(maxlen=_RATES)
         self.findings: list[Finding] = []
+        self._is_judged = False  # by its aggregator, which has no verdict before the first step
         self.digest = Digest(slots_for(1))
         self._reader: StoreReader | None = None
         self._last_event = 0
@@ -79,7 +80,7 @@ class LiveRun:
             self._series.take(self.digest, reader)
 
         self._take_events(reader)
-        if not self.findings or self.ended:
+        if not self._is_judged or self.ended:
             self.findings = self.digest.diagnose()
 
         self._take_rate()
@@ -187,6 +188,7 @@ class LiveRun:
             self._last_event = event.id
             self.events.take(event)
             if event.kind == "verdict":
+                self._is_judged = True
                 self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
 
     def _take_rate(self) -> None:
