@@ -48,6 +48,8 @@ def runs(tmp_path_factory):
         ("opt~adam", "ba"),
         ("opt='Adam W'", "ba"),
         ("note~disk", "b"),
+        ("started>1970-01-02", "cba"),
+        ("started<1970-01-02T12:30", ""),
         ("base", "b"),
         ("run-", "cba"),
         ("steps>=40, ranks=2, name=a", "a"),

@@ -6,6 +6,8 @@ import operator
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -185,8 +187,9 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
 
     Args:
         runs: to choose from.
-        conditions: terms with spaces between them: `NAME<VALUE` (also <= > >= = != ~ for "contains"), `tag:TAG`, or a
-            word that the id, project, state, verdict or a tag contains; `!` before a term negates it.
+        conditions: terms with spaces between them: `NAME<VALUE` (also <= > >= = != ~ for "contains"; a value may be a
+            date), `tag:TAG`, or a word that the id, project, state, verdict or a tag contains; `!` before a term
+            negates it.
 
     Raises:
         UsageError: a term cannot be understood, or names something that no run has.
@@ -260,10 +263,14 @@ def _holds(value: Any, sign: str, wanted: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    try:
+    """Return a number; of a local date or time (`2026-11-24`, `2026-11-24T08:30`) epoch seconds; None of other texts."""
+    with suppress(ValueError):
         return float(text)
-    except ValueError:
-        return None
+
+    with suppress(ValueError):
+        return datetime.fromisoformat(text).timestamp()
+
+    return None
 
 
 def _order_key(value: Any) -> tuple[int, int | float, str]:
