@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quiet_process")
 
 def test_disabled_calls_do_nothing() -> None:
     """Context managers are one shared object, data comes back as it is, functions run as they are."""
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     recorder = traceml.init(enabled=False, port=1)
     data = [1, 2]
 
@@ -26,7 +26,7 @@ def test_disabled_calls_do_nothing() -> None:
     assert traceml.trace(len)([1]) == 1
     assert not recorder.enabled
     assert not traceml.is_enabled()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads  # one of an earlier test may have ended
     traceml.shutdown()
 
 
