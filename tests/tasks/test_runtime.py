@@ -322,8 +322,7 @@ def test_failures_are_kept_and_then_let_go(rt: Runtime) -> None:
     assert kept() is not None  # in the traceback
 
     rt.clear_failed()
-    gc.collect()
-    assert kept() is None
+    eventually(lambda: gc.collect() >= 0 and kept() is None)  # the worker may still be in the task's last lines
 
 
 @pytest.mark.parametrize("arguments", [{"threads": -1}, {"io_threads": -2}, {"threads": 1.5}, {"threads": True}])

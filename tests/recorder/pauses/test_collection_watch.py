@@ -22,6 +22,14 @@ from traceml.recorder.pauses.collection_watch import CollectionWatch
 from traceml.recorder.user_code import UserCode
 
 
+@pytest.fixture(autouse=True)
+def _no_others() -> Iterator[None]:
+    """No collections but those that a test asks for: while another thread collects, `gc.collect` does nothing."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.fixture
 def slots() -> list[int]:
     values = [0] * OPEN_SLOTS
@@ -96,6 +104,7 @@ def make_objects() -> list[list[int]]:
 
 def test_those_of_the_interpreter_have_no_line(watch):
     """Making many objects collects the young ones; nobody called for it."""
+    gc.enable()
     kept = make_objects()
     found = watch.take_long()
 
@@ -183,9 +192,7 @@ def signal_in_collection(watch, monkeypatch) -> Callable[[], None]:
         raise Stop
 
     before = signal.signal(signal.SIGUSR1, handle)
-    gc.disable()  # while another thread collects, `gc.collect` does nothing
     yield lambda: gc.callbacks.insert(0, callback)
-    gc.enable()
     signal.signal(signal.SIGUSR1, before)
 
 
