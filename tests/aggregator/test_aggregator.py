@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgpack
+import psutil
 import pytest
 
 from tests.aggregator.conftest import ROOT, TOKEN, step_rows, wait_for_acks
 from tests.eventually import eventually
+from tests.processes import command_of
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.errors import AggregatorRefusedError, TraceMLError
@@ -384,12 +386,8 @@ def test_a_report_that_cannot_be_made_concerns_no_other_run(serving):
 
 def report_process(aggregator) -> int | None:
     """Return the id of the process that waits to write a report."""
-    pid = aggregator.process.pid
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if "report_main" in Path(f"/proc/{child}/cmdline").read_text():
-            return int(child)
-
-    return None
+    children = psutil.Process(aggregator.process.pid).children()
+    return next((child.pid for child in children if "traceml.display.report_main" in command_of(child)), None)
 
 
 def ended_first(aggregator) -> list[Path] | None:
