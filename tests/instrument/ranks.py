@@ -26,6 +26,11 @@ def ddp(rank: int) -> tuple[nn.Module, nn.Module]:
     return model, nn.parallel.DistributedDataParallel(model)
 
 
+def ddp_buffers(rank: int) -> tuple[nn.Module, nn.Module]:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    return model, nn.parallel.DistributedDataParallel(model)
+
+
 def ddp_no_sync(rank: int) -> tuple[nn.Module, nn.Module]:
     return ddp(rank)
 
@@ -93,6 +98,9 @@ def train(kind: str, rank: int) -> list[float]:
     for _ in range(STEPS_DONE):
         x = torch.ones(4, 8)
         optimizer.zero_grad()
+        if kind == "ddp_buffers" and rank == 0:
+            time.sleep(0.005)
+
         if kind == "ddp_no_sync":
             with model.no_sync():
                 model(x).sum().backward()

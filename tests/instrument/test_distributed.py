@@ -18,7 +18,7 @@ from tests.instrument.ranks import STEPS_DONE
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-KINDS = ["ddp", "ddp_no_sync", "ddp_accumulates", "ddp_bypassed", "fsdp2", "manual", "tensor_parallel"]
+KINDS = ["ddp", "ddp_buffers", "ddp_no_sync", "ddp_accumulates", "ddp_bypassed", "fsdp2", "manual", "tensor_parallel"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
 
         assert all(row["callback"] for row in rows if row["step"] % 4 == 0)
         if kind != "fsdp2":  # torch's own Python calls collectives there; which ones depends on its version
-            assert all((row["comm_ns"] > 0) == (kind in ("manual", "tensor_parallel")) for row in rows)
+            assert all((row["comm_ns"] > 0) == (kind in ("ddp_buffers", "manual", "tensor_parallel")) for row in rows)
 
     sequences = [[row["sequence"] for row in rank["rows"]] for rank in ranks]
     assert sequences[0] == sorted(sequences[0])
@@ -109,6 +109,15 @@ def test_own_backward_tells_who_is_slow(found: dict[str, list[dict[str, Any]]]) 
     assert mean(1, "backward_own_ns") > 5
     assert mean(0, "backward_own_ns") < mean(0, "backward_ns") - 2
     assert mean(0, "backward_own_ns") < mean(1, "backward_own_ns") / 2
+
+
+@pytest.mark.process
+def test_waiting_for_the_buffers_of_another_rank_is_no_forward(found: dict[str, list[dict[str, Any]]]) -> None:
+    """DDP broadcasts those of BatchNorm at the start of forward: rank 0 is late for it."""
+    rows = found["ddp_buffers"][1]["rows"][4:]
+    waiting, forward = (sum(row[name] for row in rows) / len(rows) / 1e6 for name in ("comm_ns", "forward_ns"))
+    assert waiting > 3
+    assert forward < waiting / 2
 
 
 @pytest.mark.process

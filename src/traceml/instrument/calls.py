@@ -30,6 +30,7 @@ _COLLECTIVE = re.compile(
     r"|send|recv|isend|irecv|batch_isend_irecv)(_.*)?$"
 )
 _MESSAGE = re.compile(r"send|recv")
+_OF_BUFFERS = "_broadcast_coalesced"
 _FUNCTIONAL = re.compile(
     r"(all_gather|all_reduce|all_to_all|broadcast|permute|reduce_scatter|wait)_?(tensor|single|inplace|coalesced"
     r"|autograd|into|_)*$"
@@ -74,7 +75,8 @@ def timed_call(
 def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes) -> None:
     """Time the collectives called from Python, and `Work.wait`; note the sizes of their tensors.
 
-    Collectives issued from C++ (DDP's buckets) are not included.
+    Collectives issued from C++ (DDP's buckets) are not included, except for DDP's broadcast of the model's buffers, as
+    those of BatchNorm, in forward.
     """
     distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
     # `vars`, not `getattr`: access to deprecated names would warn.
@@ -85,6 +87,9 @@ def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes
         for module in (c10d, distributed):
             if getattr(module, name, None) is original:
                 patches.wrap(module, name, wrapper)
+
+    if (broadcast := vars(distributed).get(_OF_BUFFERS)) is not None:
+        patches.wrap(distributed, _OF_BUFFERS, timed_call(broadcast, _COMM, clock))
 
     work: Any = getattr(c10d, "Work", None)
     if work is not None:
