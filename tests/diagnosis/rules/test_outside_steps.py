@@ -359,6 +359,20 @@ def test_evaluation_on_one_rank_costs_all_their_time(group: bool | None, share: 
         assert heavy.speedup_if_fixed == pytest.approx(1 / 0.7)
 
 
+def test_what_one_rank_does_after_the_evaluation_is_no_evaluation() -> None:
+    """All ranks evaluate; rank 0 then draws a plot: to evaluate on all ranks is no remedy."""
+    time = replace(RunTime.of(100.0, {"steps": 90.0, "evaluation": 10.0}, 8), evaluators=(0,), evaluators_s=40.0)
+    lines = [SampledLine(0, "outside", "/train.py", 48, "draw", None, 60)]
+
+    found = diagnose(window_of(Job(ranks=2)), JobFacts(time=time, world_size=2, lines=lines))[0]
+
+    assert found.summary == (
+        "40 % of the run's 1:40 is evaluation on rank 0, with what follows until the training goes on, for which the "
+        "others wait: 8 times 5.0 s, mostly at train.py:48 draw."
+    )
+    assert found.next.startswith("Share train.py:48 draw among all ranks: that saves 20 % of the run.")
+
+
 def test_findings_are_in_order_of_wall_time():
     """Other code is 43 % of step time, but steps are a third of the run."""
     found = findings(100.0, adds("other", 10), steps=33.0, evaluation=60.0, startup=7.0, evaluations=3)

@@ -205,18 +205,23 @@ def _evaluation(
 ) -> Finding:
     share, times = seconds / time.wall_s, max(time.evaluations, 1)
     saved = share * (1 - len(alone) / facts.world_size) if alone else share / 2
-    who = f" on {ranks_text(alone)}, for which the others wait" if alone else ""
     saves = f"that saves {percent_text(saved)} of the run."
     elsewhere = "with larger ones under torch.inference_mode(), or in another process."
-    if alone:
+    # Metrics, plots, other samples: the model may have been evaluated on the other ranks, too.
+    other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
+    who = f" on {ranks_text(alone)}" if alone else ""
+    who += ", with what follows until the training goes on" if other_code else ""
+    who += ", for which the others wait" if alone else ""
+    if alone and other_code:
+        advice = f"Share {other_code.place} among all ranks: {saves} Or make it cheaper, or run it less often."
+    elif alone:
         advice = (
             f"Evaluate on all ranks, each on its part of the data: {saves} Or evaluate less often, on fewer batches, "
             f"{elsewhere}"
         )
-    elif line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE:  # metrics, plots, other samples
-        who = ", with what follows until the training goes on"
+    elif other_code:
         rarer = "run it less often." if times == 1 else f"run it half as often, with the evaluation: {saves}"
-        advice = f"Make {line.place} cheaper, or {rarer}"
+        advice = f"Make {other_code.place} cheaper, or {rarer}"
     elif times == 1:
         advice = f"Evaluate on half as many batches: {saves} Or evaluate {elsewhere}"
     else:
