@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.diagnosis.fabricated import MS, Job, adds, at_once, window_of
+from tests.diagnosis.fabricated import MS, Job, adds, at_once, takes_turns, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -91,6 +91,16 @@ def test_without_samples_the_lines_are_pointed_to():
 
     assert "traceml report --lines" in found.next
     assert "traceml.phase" not in found.next
+
+
+@pytest.mark.parametrize(("waited", "threads", "found"), [(0.02, 1, True), (0.02, 8, False), (0.2, 1, False)])
+def test_turns_cost_more_than_waiting_for_cores(waited: float, threads: int, found: bool) -> None:
+    """Ranks that mostly sleep wait for a core in much of the little time in which they have work."""
+    facts = JobFacts(world_size=2, threads=threads, main_wait={0: 0.2, 1: 0.2}, core_wait=dict.fromkeys((0, 1), waited))
+
+    said = diagnose(window_of(Job(ranks=2), takes_turns("forward", 30, (0, 1))), facts)
+
+    assert any("take turns being slow" in each.summary for each in said) == found
 
 
 @pytest.mark.parametrize(("evaluations", "kinds"), [(10, {Kind.EVAL_HEAVY}), (2, {Kind.EVAL_HEAVY, Kind.JITTER})])

@@ -36,7 +36,9 @@ TURNS_NS = 10e6
 TURNS_DOMINANCE = 0.7
 """One part has this share of the difference between ranks from step to step."""
 TURNS_WAIT = 0.10
-"""Main threads waited for a core for less than this share of their ready time."""
+"""If main threads waited for a core for this share of their ready time or more, they may have waited in turns."""
+WAITED_FACTOR = 2.0
+"""Then turns cost this many times what all ranks waited: a thread that gets a core back finds its caches cold."""
 RARE = 0.25
 """At most this share of steps is long; more are a property of the run."""
 MIN_EVENTS = 3
@@ -202,7 +204,7 @@ def _one_rank(segments: Segments, late: Floats) -> int | None:
 
 def late_in_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Find ranks that are late in turns: none is late on average, and all wait."""
-    if not segments.grouped or len(segments.ranks) < 2 or facts.wait_share >= TURNS_WAIT:
+    if not segments.grouped or len(segments.ranks) < 2:
         return []
 
     uneven = {part: _imbalance(values) for part, values in segments.parts.items()}
@@ -233,7 +235,7 @@ def _late_in_turns(segments: Segments, facts: JobFacts, part: str, values: Float
         return None
 
     saved = saved_ns(segments, {part: np.where(outliers, np.minimum(values, base), values).astype(values.dtype)})
-    if saved < least_cost_ns(step_ns):
+    if saved < least_cost_ns(step_ns) + _waits_ns(facts, step_ns):
         return None
 
     # Even work is no less work: what one rank no longer does at a time, all do.
@@ -248,6 +250,16 @@ def _late_in_turns(segments: Segments, facts: JobFacts, part: str, values: Float
         return _seldom_late(segments, facts, part, ranks[0], (base, late_ns), float(late.mean()), saved, step_ns)
 
     return _turns_finding(segments, part, ranks, base, late_ns, float(late.mean()), even, step_ns)
+
+
+def _waits_ns(facts: JobFacts, step_ns: float) -> float:
+    """Return what waiting for a core may cost a step, if the ranks wait in turns; 0 if they had their cores."""
+    if facts.wait_share < TURNS_WAIT:
+        return 0.0
+
+    # Only the main threads are known; the others wait as they do.
+    waited = sum(facts.core_wait.values()) * (facts.threads or 1) if facts.core_wait else 1.0
+    return WAITED_FACTOR * waited * step_ns
 
 
 def _outliers(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float) -> NDArray[np.bool_]:
