@@ -30,7 +30,7 @@ from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps
-from traceml.diagnosis.rules.slowdown import is_continued, is_of_the_host, slowdown, with_its_steps
+from traceml.diagnosis.rules.slowdown import is_continued, is_of_the_host, slowdown, with_its_steps, with_own_steps
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.stalls.device_faults import device_faults
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
@@ -184,6 +184,9 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
         if timed != found:  # those ranks are the cause: one finding
             return timed
 
+    if not slower:
+        found = _with_own_steps(found, window, segments, facts)
+
     if any(each.ranks in late for each in slower):  # late all along: as clear as any other change
         slower = _slower(window, segments, facts, ())
 
@@ -226,6 +229,19 @@ def _slower(
 
     goes_on = [each for each in of_run if any(is_continued(one, each) for one in found)]
     return goes_on or sorted(found, key=lambda each: each.cost_share)[-1:]
+
+
+def _with_own_steps(found: list[Finding], window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
+    """Return the findings, with the steps in which ranks are late: in the times of steps other noise may hide them."""
+    is_late = any(each.kind.rule.is_straggler and each.ranks for each in found)
+    if not is_late or window.steps[0] > _FIRST_STEPS:
+        return found
+
+    if len(trainings_of(window, facts.other_models, facts.same_models)) > 1:
+        return found
+
+    bins = StepHistory.of(window, segments)
+    return [with_own_steps(each, bins) for each in found]
 
 
 def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFacts) -> StepHistory:

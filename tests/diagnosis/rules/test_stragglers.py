@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
-from tests.diagnosis.fabricated import Job, adds, window_of
+from tests.diagnosis.fabricated import Fault, Job, adds, window_of
 from tests.diagnosis.merged_hosts.clusters import Cluster, any_run, flat_verdict, told
 from traceml.diagnosis.facts.blamed_lines import own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -53,6 +56,17 @@ def test_ranks_that_are_late_in_different_parts_do_not_hide_each_other(ms: tuple
     assert any("once what else is uneven is fixed" in each.summary for each in found)
 
 
+@pytest.mark.parametrize(("every", "part", "measured"), [(1, "forward", 1), (5, "forward", 1), (1, "backward", 4)])
+def test_steps_that_are_late_are_counted(every: int, part: str, measured: int) -> None:
+    """A few very long steps are no measure for the others, and neither are steps that did not measure backward."""
+    rare = adds("forward", 200.0, (1,), every=70)
+    job = Job(ranks=2, steps=220, callback_every=measured)
+    found, *_ = diagnose(window_of(job, adds(part, 20.0, (1,), every=every), rare), JobFacts(world_size=2))
+
+    assert found.ranks == (1,)
+    assert found.evidence["share_of_steps_late"] == pytest.approx(1 / every, abs=0.05)
+
+
 def _sampled(rank: int, part: str, number: int, samples: int) -> SampledLine:
     return SampledLine(rank, part, "/home/me/train.py", number, "Net.forward", None, samples)
 
@@ -72,6 +86,39 @@ def test_a_line_of_one_rank_alone_is_no_lack_of_cores(line: int, kinds: list[str
     if line == 9:
         assert (found[0].ranks, found[0].phase) == ((1,), "forward")
         assert found[0].cost_share == pytest.approx(3.0 / found[0].evidence["step_ms"], rel=0.1)
+
+
+@pytest.mark.parametrize(("line", "kinds"), [(9, ["INPUT_STRAGGLER", "CPU_CONTENTION"]), (7, ["CPU_CONTENTION"])])
+def test_a_fault_in_a_part_of_a_run_is_told_by_its_line(line: int, kinds: list[str]) -> None:
+    """Steps vary more than it costs, and one stretch may be chance; a line that no other rank runs is not."""
+    lines = [_sampled(rank, part, 7, 40) for rank in range(3) for part in ("forward", "input_wait")]
+    facts = JobFacts(
+        world_size=3, main_wait=dict.fromkeys(range(3), 0.5), lines=[*lines, _sampled(2, "input_wait", line, 40)]
+    )
+    busy = _varying("forward", 60.0)
+
+    found = diagnose(window_of(Job(ranks=3, steps=300), busy, _in_steps("input_wait", 30.0, 2, 100, 200)), facts)
+
+    assert [each.kind for each in found] == kinds
+    if line == 9:
+        assert (found[0].ranks, found[0].evidence["since_step"], found[0].evidence["until_step"]) == ((2,), 100, 200)
+        assert found[0].summary.endswith("It was slow from step 100 to step 200.")
+
+
+def _varying(part: str, ms: float) -> Fault:
+    """Return up to so much more in each stretch of ten steps, on all ranks."""
+
+    def fault(own: dict[str, Any], random: np.random.Generator) -> None:
+        own[part] += np.repeat(random.uniform(0, ms, own[part].shape[1] // 10), 10)
+
+    return fault
+
+
+def _in_steps(part: str, ms: float, rank: int, first: int, last: int) -> Fault:
+    def fault(own: dict[str, Any], _random: object) -> None:
+        own[part][rank, first:last] += ms
+
+    return fault
 
 
 def test_a_line_that_another_rank_runs_is_of_no_rank_alone() -> None:

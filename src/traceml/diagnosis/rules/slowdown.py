@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -23,7 +24,7 @@ from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["is_continued", "is_of_the_host", "slowdown", "with_its_steps"]
+__all__ = ["is_continued", "is_of_the_host", "slowdown", "with_its_steps", "with_own_steps"]
 
 MIN_FACTOR_ALIKE = 1.25
 """A slow part is slower by this factor where all phases are: on shared hosts, speed varies."""
@@ -65,12 +66,18 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
     if change is None or not _is_clear(bins, change, facts, late):
         return []
 
-    mean = float(np.average(bins.step_ns, weights=bins.steps))
-    lost = float(((bins.step_ns - change.before_ns) * bins.steps)[change.bins].sum() / bins.steps.sum())
+    mean, lost = _mean_and_lost(bins, change)
     if lost < least_cost_ns(mean):
         return []
 
     return [_finding(bins, change, lost, mean, facts)]
+
+
+def _mean_and_lost(bins: StepHistory, change: LevelChange) -> tuple[float, float]:
+    """Return the mean step, and what it loses by the slow part."""
+    mean = float(np.average(bins.step_ns, weights=bins.steps))
+    lost = ((bins.step_ns - change.before_ns) * bins.steps)[change.bins].sum() / bins.steps.sum()
+    return mean, float(lost)
 
 
 def _change(bins: StepHistory, facts: JobFacts) -> LevelChange | None:
@@ -122,18 +129,11 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
     if ranks:
         bins, change = _of_ranks(bins, change, ranks, part)
 
-    usual_ns, slow_ns = change.before_ns, change.after_ns
-    since = bins.edge(change.first, usual_ns, slow_ns) if change.first else int(bins.first_step[0])
-    end = bins.edge(change.last, slow_ns, usual_ns) if change.last < len(bins.steps) else None
-    per_step = (change.after_ns - change.before_ns) / max(int(bins.first_step[-1] - bins.first_step[0]), 1)
     evidence = {
-        "shape": change.shape,
-        "since_step": since,
-        **({} if end is None else {"until_step": end}),
+        **_steps_evidence(bins, change),
         "factor": change.factor,
         "before_ms": change.before_ns / 1e6,
         "after_ms": change.after_ns / 1e6,
-        **({"growth_ms_per_step": per_step / 1e6} if change.shape == "growth" else {}),
         **({"changed": {each.name: [each.before, each.then] for each in beside}} if beside else {}),
         **(line.evidence(phase_share) if line else {}),
     }
@@ -142,13 +142,25 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         severity=Kind.SLOWDOWN.severity_for(share),
         ranks=ranks,
         phase=part,
-        summary=_summary(change, since, end, per_step, share, _where(part, ranks, line, crowded=crowded))
-        + _meanwhile(beside),
+        summary=_summary(change, evidence, share, _where(part, ranks, line, crowded=crowded)) + _meanwhile(beside),
         next=beside[0].advice if beside and (crowded or line is None) else _advice(change, part, ranks, line),
         evidence=evidence,
         cost_share=share,
         speedup_if_fixed=1 / max(1 - share, 0.01),
     )
+
+
+def _steps_evidence(bins: StepHistory, change: LevelChange) -> dict[str, Any]:
+    usual_ns, slow_ns = change.before_ns, change.after_ns
+    since = bins.edge(change.first, usual_ns, slow_ns) if change.first else int(bins.first_step[0])
+    end = bins.edge(change.last, slow_ns, usual_ns) if change.last < len(bins.steps) else None
+    per_step = (slow_ns - usual_ns) / max(int(bins.first_step[-1] - bins.first_step[0]), 1)
+    return {
+        "shape": change.shape,
+        "since_step": since,
+        **({} if end is None else {"until_step": end}),
+        **({"growth_ms_per_step": per_step / 1e6} if change.shape == "growth" else {}),
+    }
 
 
 def _of_ranks(
@@ -290,21 +302,19 @@ def _where(part: str | None, ranks: tuple[int, ...], line: BlamedLine | None, *,
     return f"{whose}, in {phase_words(part)}" + (line.of_it if line else "")
 
 
-def _summary(change: LevelChange, since: int, end: int | None, per_step: float, share: float, where: str) -> str:
+def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float, where: str) -> str:
     usual, slow = ns_text(change.before_ns), ns_text(change.after_ns)
     cost = f"; that costs {percent_text(share)} of step time."
     if change.shape == "growth":
-        return f"Steps grow by {ns_text(per_step)} each, from {usual} to {slow}{where}{cost}"
+        per_step = ns_text(1e6 * evidence["growth_ms_per_step"])
+        return f"Steps grow by {per_step} each, from {usual} to {slow}{where}{cost}"
 
     longer = f"a step takes {factor_text(change.factor)} as long ({slow} instead of {usual}){where}{cost}"
+    since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
     if change.shape == "stays":
-        return f"Since step {count_text(since)} {longer}"
+        return f"Since step {since} {longer}"
 
-    until = count_text(end)
-    if change.shape == "first":
-        return f"Until step {until} {longer}"
-
-    return f"From step {count_text(since)} to step {until} {longer}"
+    return f"Until step {until} {longer}" if change.shape == "first" else f"From step {since} to step {until} {longer}"
 
 
 def with_its_steps(late: Finding, slower: Finding) -> Finding:
@@ -317,7 +327,24 @@ def with_its_steps(late: Finding, slower: Finding) -> Finding:
     if not _is_same_cause(late, slower):
         return late
 
-    evidence = {name: slower.evidence[name] for name in _STEPS if name in slower.evidence}
+    return _timed(late, {name: slower.evidence[name] for name in _STEPS if name in slower.evidence})
+
+
+def with_own_steps(late: Finding, bins: StepHistory) -> Finding:
+    """Return a finding about late ranks with the steps in which they are, by their work alone; others unchanged."""
+    if not (late.kind.rule.is_straggler and late.ranks) or not len(bins.ranks):
+        return late
+
+    alone = bins.of_ranks(late.ranks, late.phase)
+    change = level_change(alone.step_ns)
+    if change is None:
+        return late
+
+    mean, lost = _mean_and_lost(alone, change)
+    return _timed(late, _steps_evidence(alone, change)) if lost >= MIN_COST_RATIO * late.cost_share * mean else late
+
+
+def _timed(late: Finding, evidence: Mapping[str, Any]) -> Finding:
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
     has, was = ("It has", "It was") if len(late.ranks) == 1 else ("They have", "They were")
     when = {

@@ -94,7 +94,7 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
     own = segments.parts[late.part]
     mine = own[late.rows].mean(axis=0)
     others = mean_of_others(own[late.others])
-    often = float((mine - others > 0.5 * max((mine - others).max(), 1.0)).mean())
+    known = segments.measured if late.part == "backward" and segments.measured.any() else slice(None)
     evidence: dict[str, object] = {
         "step_ms": segments.step_ns / 1e6,
         "own_ms": float(mine.mean()) / 1e6,
@@ -102,7 +102,7 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
         "excess_ms": late.excess_ns / 1e6,
         "excess_ms_by_phase": {name: value / 1e6 for name, value in late.by_part_ns.items()},
         "dominance": late.dominance,
-        "share_of_steps_late": often,
+        "share_of_steps_late": _share_late((mine - others)[known]),
         "steps": segments.own.shape[1],
     }
     group = {"rank_group": late.group.evidence()} if late.group is not None else {}
@@ -110,3 +110,15 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
     hosts = {str(rank): facts.hosts[rank] for rank in listed if rank in facts.hosts}
     waits = {str(rank): facts.main_wait[rank] for rank in listed if rank in facts.main_wait}
     return {**evidence, **group, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}
+
+
+def _share_late(excess: Floats) -> float:
+    """Return the share of steps with at least half of the usual excess.
+
+    Half of all excess is in steps with the usual one or more: neither the steps without any nor a few very long ones
+    decide it.
+    """
+    positive = np.sort(np.maximum(excess, 0))
+    sums = np.cumsum(positive, dtype=np.float64)
+    usual = float(positive[np.searchsorted(sums, sums[-1] / 2)])
+    return float((excess >= 0.5 * max(usual, 1.0)).mean())

@@ -250,7 +250,11 @@ def _cause(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _
     """Return (the part to blame, whether the ranks are slower in everything); None where their excess may be chance."""
     over = segments.own[rows].mean(axis=0) - usual.own
     excess = float(over.mean())
-    if excess < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _is_significant(segments, rows, usual):
+    if excess < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS):
+        return None
+
+    # A fault in a part of the run looks like chance; a line that only these ranks run is none.
+    if not _is_significant(segments, rows, usual) and not _runs_own_line(segments, facts, rows, usual):
         return None
 
     part, everywhere = _blamed_part(segments, facts, rows, usual, excess)
@@ -261,7 +265,7 @@ def _blamed_part(
     segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _Others, excess: float
 ) -> tuple[str | None, bool]:
     """Return (the part to blame or None, whether the ranks are slower in everything)."""
-    by_part = {part: float((values[rows] - usual.parts[part]).mean()) for part, values in segments.parts.items()}
+    by_part = _excess_by_part(segments, rows, usual)
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
     lacking = _may_lack_cores(segments, facts, rows)
@@ -277,6 +281,17 @@ def _blamed_part(
         return None, everywhere
 
     return part, everywhere
+
+
+def _excess_by_part(segments: Segments, rows: NDArray[np.intp], usual: _Others) -> dict[str, float]:
+    return {part: float((values[rows] - usual.parts[part]).mean()) for part, values in segments.parts.items()}
+
+
+def _runs_own_line(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> bool:
+    """Return whether a line of the slow part that only these ranks run explains a reportable excess by itself."""
+    by_part = _excess_by_part(segments, rows, usual)
+    part = max(by_part, key=lambda name: by_part[name])
+    return _own_line_ns(segments, facts, rows, part, by_part[part]) >= EXCESS_SHARE * segments.step_ns
 
 
 def _own_line_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
