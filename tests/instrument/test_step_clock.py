@@ -557,6 +557,23 @@ def test_batches_that_are_gathered_first(traced: Traced) -> None:
     assert [row["micro"] for row in traced.finish()] == [4, 4, 4]
 
 
+def test_micro_batches_that_are_fetched_ahead(traced: Traced) -> None:
+    """The last one of an epoch is trained on after the loader's end."""
+    model = net()
+    optimizer = sgd(model)
+    loader = data(8)
+    for _ in range(3):
+        for number, x in enumerate(ahead(loader), 1):
+            model(x).square().mean().backward()
+            if number % 4 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    rows = traced.finish()
+    size = rows[0]["samples"]
+    assert [(row["micro"], row["samples"]) for row in rows] == [(4, size)] * 6
+
+
 def test_the_first_batch_of_an_epoch_is_reported(traced: Traced) -> None:
     """Each epoch has a row, with the end of the iterator before; evaluation between them has none."""
     model = net()

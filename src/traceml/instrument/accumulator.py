@@ -498,7 +498,8 @@ class StepAccumulator:
 
     def add_segment(self) -> None:
         """Add the micro-batches of the segment, and their data, to those before it."""
-        backwards, batches = self.backwards, self.batches
+        # After the loader's end, a batch that was fetched before it may be left.
+        backwards, batches = self.backwards, self.batches or int(self.first_loader is not None)
         # Several models that train on one batch, as in a GAN, do not make it larger. Nor do several optimizers without
         # a loader, as actor and critics: each has a segment, and is taken to train on the same data.
         if batches:
