@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 
@@ -77,6 +78,15 @@ def test_damaged_bytes_are_a_value_error(number: int) -> None:
     """Damage and codecs of the future are one kind of error, whatever the library below raises."""
     with pytest.raises(ValueError, match=r".+"):
         decode(number, b"this was never compressed", 8)
+
+
+def test_no_damaged_byte_of_a_frame_goes_unnoticed() -> None:
+    """Damage is an error, never other figures."""
+    number, packed = encode(STEPS, step_rows(200))
+    for at in range(len(packed)):
+        damaged = bytes([*packed[:at], packed[at] ^ 0x5A, *packed[at + 1 :]])
+        with contextlib.suppress(ValueError):
+            assert decode(number, damaged, STEPS.row_bytes) == step_rows(200)
 
 
 def test_few_bytes_cannot_become_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:

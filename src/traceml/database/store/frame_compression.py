@@ -45,7 +45,7 @@ class _Compressors(threading.local):
         except ImportError:
             return
 
-        self.pack = zstandard.ZstdCompressor(level=_LEVEL).compress
+        self.pack = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress
         self.unpack = zstandard.ZstdDecompressor().decompress
 
 
