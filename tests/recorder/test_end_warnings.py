@@ -112,3 +112,19 @@ def test_steps_that_no_aggregator_ever_took_are_reported(caplog: pytest.LogCaptu
     assert last.startswith("5 steps of this rank are not stored, as no aggregator answered (")
     assert last.endswith("Start one first with `traceml serve`, or call traceml.init(local=True).")
     assert my_flights() == []
+
+
+@pytest.mark.process
+def test_who_starts_an_aggregator_is_not_told_to_start_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The one that was started here has said why it cannot serve, as in a folder that cannot be written."""
+    (tmp_path / "file").write_text("")
+    runs_dir = tmp_path / "file" / "runs"
+    traceml.init(local=True, runs_dir=runs_dir, token=TOKEN, on_missing="warn", connect_timeout=0.2)
+    do_steps(5)
+    with caplog.at_level(logging.WARNING, "traceml"):
+        traceml.shutdown()
+
+    last = warnings_of(caplog)[-1]
+    assert last.startswith("5 steps of this rank are not stored, as no aggregator answered (")
+    assert str(runs_dir) in last
+    assert "traceml serve`" not in last

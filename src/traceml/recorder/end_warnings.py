@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["end_warnings"]
 
 
-def end_warnings(flight: FlightFile, sender: RowSender, *, stored: bool, supervised: bool) -> Iterator[str]:
+def end_warnings(
+    flight: FlightFile, sender: RowSender, *, stored: bool, supervised: bool, local: bool
+) -> Iterator[str]:
     """Yield warnings about rows that were overwritten, and about rows that wait in the flight file.
 
     Args:
@@ -24,6 +26,7 @@ def end_warnings(flight: FlightFile, sender: RowSender, *, stored: bool, supervi
         sender: its sender, which has ended.
         stored: whether everything is stored.
         supervised: whether a launcher stores what is left.
+        local: whether the process starts an aggregator itself; the sender's trouble is then why there is none.
     """
     steps, lost = flight.ring("steps"), sender.steps_lost
     if lost:
@@ -39,9 +42,10 @@ def end_warnings(flight: FlightFile, sender: RowSender, *, stored: bool, supervi
         return
 
     if not sender.connections and not flight.holds_user_rows:
+        remedy = "" if local else " Start one first with `traceml serve`, or call traceml.init(local=True)."
         yield (
             f"{plural(waiting, 'step')} of this rank {'is' if waiting == 1 else 'are'} not stored, as no aggregator "
-            f"answered ({sender.trouble}). Start one first with `traceml serve`, or call traceml.init(local=True)."
+            f"answered ({sender.trouble}).{remedy}"
         )
         return
 

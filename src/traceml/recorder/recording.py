@@ -151,12 +151,12 @@ class Recording:
         self._hold_until_ns = 0
         self.tracing.profiles.close()
         stop_export()
-        has_launcher = self._config.supervised
-        keep_trying = not self.held and (has_launcher or self._config.local)
+        has_launcher, local = self._config.supervised, self._config.local
+        keep_trying = not self.held and (has_launcher or local)
         stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying)
         # Without any aggregator so far, only a launcher would look for the file.
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
-        for warning in end_warnings(self.flight, self.sender, stored=stored, supervised=has_launcher):
+        for warning in end_warnings(self.flight, self.sender, stored=stored, supervised=has_launcher, local=local):
             _log.warning("%s", warning)
 
         _log.debug("the recorder ends as %s; all rows stored: %s", reason, stored)
