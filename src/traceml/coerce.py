@@ -25,7 +25,6 @@ def coerce(kind: Any, value: Any, limits: Limits) -> Any:
         kind: a type as in an annotation: bool, int, float, str, Path, Literal, tuple of texts, dict, or with None or
             a Literal.
         value: the given value; texts such as `yes` or `1e-3` are converted.
-        limits: bounds of numbers.
     """
     try:
         return _convert(kind, value, limits)

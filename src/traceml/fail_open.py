@@ -22,12 +22,10 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
     An `OSError` or a `TraceMLError` is logged by its text, any other exception with its type and traceback.
 
     Args:
-        log: where the warning goes.
         package: package whose count goes up: `recorder`, `aggregator`, ….
         what: what failed, as the first words of the warning: `tracing could not be started`.
         once: warn for the first failure with this text only; repeats are logged at debug level.
         reraise: exceptions that are not handled here.
-        level: of the warning.
 
     Attributes:
         error: what was handled, after the block; None without a failure.

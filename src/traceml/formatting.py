@@ -145,7 +145,6 @@ def gain_text(speedup: float, qualifier: str = "") -> str:
     """Return how much faster a run would be: `1.13x faster`; no promise beyond `more than 10x faster`.
 
     Args:
-        speedup: factor.
         qualifier: `about` or `at most`, written before a factor up to 10.
     """
     if speedup > _MAX_GAIN:

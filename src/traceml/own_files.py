@@ -139,7 +139,6 @@ def check_own_folder(folder: Path, *, private: bool = False) -> None:
     """Check that a folder is this user's own, no link, and that nobody else may write into it.
 
     Args:
-        folder: the folder.
         private: whether nobody else may read it either.
 
     Raises:

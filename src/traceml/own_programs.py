@@ -17,7 +17,6 @@ def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[
 
     Args:
         module: its name, as for `python -m`.
-        arguments: its arguments.
         unbuffered: what it prints appears at once, in a file too.
     """
     return [sys.executable, "-uP" if unbuffered else "-P", "-m", module, *arguments]

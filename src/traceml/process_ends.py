@@ -31,7 +31,6 @@ class EndedBySignal(KeyboardInterrupt):
     """A signal asks a launcher for the end; like Ctrl-C, it ends the job on all hosts first.
 
     Attributes:
-        number: of the signal.
         at_s: epoch seconds at which it came.
     """
 

@@ -47,10 +47,7 @@ class ActiveRun(RunStreams):
     """One run, open or ended.
 
     Args:
-        path: its folder.
-        key: the job key by which its ranks find it.
         named: whether the user chose its id: then a job that comes again under this id is its next attempt.
-        retention_gb: gigabytes of steps and samples that it keeps; None keeps all.
     """
 
     def __init__(self, path: Path, key: str, *, named: bool, retention_gb: float | None = None) -> None:
@@ -103,9 +100,7 @@ class ActiveRun(RunStreams):
         """End a rank that says bye; the answer follows when all its rows are stored.
 
         Args:
-            stream: the rank's.
             reason: `finished` or `failed`.
-            peer: its connection.
             handled: failures that the rank's process has handled, by package.
         """
         self._leaving.append(peer)
@@ -242,7 +237,6 @@ class ActiveRun(RunStreams):
         """Sum, merge and thin rows of the store for a while.
 
         Args:
-            budget_s: seconds that it may take.
             cursors: id of the last frame that each delivery has read.
         """
         limit_bytes = None

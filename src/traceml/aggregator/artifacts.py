@@ -29,7 +29,6 @@ class Artifacts:
         """Write chunks of files; return the rows without their data, for the store.
 
         Args:
-            stream: number of the sending stream.
             rows: `{id, offset, size, data}` each, with `zlib` when the data is compressed.
 
         Raises:

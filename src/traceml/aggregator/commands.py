@@ -74,11 +74,7 @@ class _RankQuery:
 
 
 class Commands:
-    """Handler of `command{id, name, args}`.
-
-    Args:
-        aggregator: carries out the aggregator's own commands.
-    """
+    """Handler of `command{id, name, args}`."""
 
     def __init__(self, aggregator: CommandTarget) -> None:
         self._aggregator = aggregator

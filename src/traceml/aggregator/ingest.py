@@ -60,8 +60,6 @@ class Ingest:
     """Ingest of one run's rows into its store and its live diagnosis.
 
     Args:
-        store: the run's store.
-        live: its live diagnosis.
         pause_senders: pauses (True) or resumes the run's ranks while the store cannot be written.
     """
 
@@ -95,11 +93,7 @@ class Ingest:
         """Add `n` rows of a stream, the first of which has number `seq`.
 
         Args:
-            stream: the stream.
-            table: name of the table.
             seq: number of the first row.
-            n: number of rows.
-            data: the rows.
             packed: codec and bytes of the same rows as the store has them, if they came so.
 
         Raises:

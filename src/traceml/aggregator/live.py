@@ -24,11 +24,7 @@ _HUNG_STEPS = 64  # enough to know how long steps take
 
 
 class LiveRows:
-    """The newest steps of a run's ranks, and the facts that explain them.
-
-    Args:
-        world_size: ranks in the run, as far as it is known.
-    """
+    """The newest steps of a run's ranks, and the facts that explain them."""
 
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(slots_for(world_size), world_size)
@@ -92,7 +88,6 @@ class LiveRows:
         """Take a snapshot of a rank that another process has made.
 
         Args:
-            snapshot: of the rank.
             is_absent: whether the rank has not connected yet.
         """
         if is_absent:

@@ -84,7 +84,6 @@ def dead_flights(
 
     Args:
         job: its key; None for those of all jobs.
-        runs_dir: the runs folder.
         copies: a folder with copies from other hosts, whose ranks are dead.
         but: files to leave out.
         silence_s: how long a rank on another host must have been silent.

@@ -70,12 +70,7 @@ def prepare_runs_dir(runs_dir: Path) -> None:
 
 
 class Registry:
-    """The runs of one aggregator.
-
-    Args:
-        runs_dir: folder of the runs.
-        retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
-    """
+    """The runs of one aggregator."""
 
     def __init__(self, runs_dir: Path, retention_gb: float | None = None) -> None:
         self.runs_dir = runs_dir.absolute()
@@ -164,9 +159,6 @@ class Registry:
         """Open a run's folder, new or left by an earlier aggregator.
 
         Args:
-            run_id: the folder's name.
-            key: the job key by which its ranks find it.
-            named: whether the user chose its id.
             is_new: whether a job starts or continues it: then `latest` points at it.
 
         Raises:

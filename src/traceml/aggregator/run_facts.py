@@ -20,12 +20,8 @@ class RunFacts:
     """The entry `run` of a store.
 
     Args:
-        run_id: the run's id.
         key: the job key by which its ranks find it.
         named: whether the user chose its id.
-
-    Attributes:
-        values: what is stored.
     """
 
     def __init__(self, run_id: str, key: str, *, named: bool) -> None:

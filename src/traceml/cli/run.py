@@ -125,7 +125,6 @@ def run_job(
     """Run a job, say where it is stored, show it live, and print its verdict.
 
     Args:
-        job: the job.
         live: `terminal`, `web`, `none`, or `auto`: the terminal view if there is a terminal.
         report: path for a copy of the report: the page if the name ends in .html, else the JSON.
         quiet: print neither where it is stored nor the verdict.

@@ -14,7 +14,6 @@ def blocker_of(pid: int, thread: int, child: int | None = None) -> ProcessSnapsh
     """Return the process that a thread waits for; None if it waits for none, or that is not known.
 
     Args:
-        pid: the waiting process.
         thread: its thread that waits.
         child: the child that it waits for, where that is known.
     """

@@ -113,8 +113,6 @@ def for_residual(
 
     Args:
         part: a phase of the user, `other` or `user`.
-        line: the line that most of it is spent in, where it is known.
-        facts: about the job.
         called: library function that this line has called most of the time.
         has_forward: whether the model's forward is in this time, as no module was called.
         trainer: the line that only calls a trainer, whose code takes this time.
@@ -263,8 +261,6 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
 
     Args:
         part: the slow part of their step; None for all parts.
-        ranks: the slow ranks.
-        facts: about the job.
         line: where the excess is, if it is known.
     """
     names = ranks_text(ranks)

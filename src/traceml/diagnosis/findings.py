@@ -95,7 +95,6 @@ def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding
     """Return the findings with the verdict first: a lost rank, then the largest cost in wall time.
 
     Args:
-        findings: in any order.
         in_steps: share of the run's wall time in steps; most costs are shares of step time.
     """
 

@@ -82,8 +82,6 @@ class RowIntake:
 
         Args:
             table: name of a packed table; tables that the diagnosis does not need are ignored.
-            rank: the rank.
-            data: the rows as bytes.
         """
         added = self._added.get(table)
         if added is not None:

@@ -60,7 +60,6 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     Args:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
-        facts: facts in addition to the window.
     """
     ended = hang(window, facts) or rank_lost(facts)
     explained = [rank for finding in ended if "worker_pid" in finding.evidence for rank in finding.ranks]

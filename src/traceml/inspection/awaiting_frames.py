@@ -57,7 +57,6 @@ def _awaited_tasks(task: Any, frame: FrameType | None) -> Iterable[Any]:
     """Return the tasks that a task waits for, of which some may be done.
 
     Args:
-        task: which.
         frame: its innermost one.
     """
     future = getattr(task, "_fut_waiter", None)

@@ -15,7 +15,6 @@ def cgroup_paths(text: str | None = None, pid: int | str = "self") -> dict[str, 
 
     Args:
         text: text of /proc/PID/cgroup; None reads it.
-        pid: the process.
     """
     if text is None:
         try:

@@ -36,7 +36,6 @@ def repository_folders(script: str | None, folder: Path) -> list[Path]:
 
     Args:
         script: its path; empty or None where there is none.
-        folder: working directory.
     """
     return [*([Path(folder, script).parent] if script else []), folder]
 

@@ -51,12 +51,8 @@ class ProcessInfo:
     """A process or thread as /proc describes it.
 
     Attributes:
-        pid: its process id.
-        parent: process id of its parent.
         state: the letter that ps shows.
-        group: id of its process group.
         terminal: device number of its controlling terminal, 0 without one.
-        cpu_s: CPU time so far, in seconds.
     """
 
     pid: int
@@ -77,7 +73,6 @@ class WaitState:
         waits_on: the file, pipe or socket of the descriptor that its system call waits for; `stdin`, `stdout` or
             `stderr` for these; `tcp ADDRESS:PORT` of the peer for a connection; empty without one, or if it may not be
             read.
-        is_terminal_input: whether it reads from a terminal.
         tracer: process id of an attached debugger, 0 without one.
     """
 
@@ -118,7 +113,6 @@ def read_status(pid: int, name: str, thread: int | None = None) -> str:
     """Return a field of a process's or thread's status file; empty without one.
 
     Args:
-        pid: the process.
         name: the field's name, such as `SigCgt`.
         thread: one of its threads; by default the main one.
     """

@@ -19,9 +19,7 @@ class OomWatch:
     Where the group has no counter, the host's counter is used: its kills may be those of other programs.
 
     Args:
-        pid: the process.
         groups: its control groups, as `control_groups.cgroup_paths` returns them; None reads them.
-        root: where the control groups are mounted.
         host: file with the host's counter.
     """
 

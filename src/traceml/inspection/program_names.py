@@ -44,7 +44,6 @@ def python_program(command: Sequence[str], name: str = "python") -> str:
     """Return `python train.py` or `python -m package` for the command line of a Python process.
 
     Args:
-        command: program and arguments.
         name: what is returned if they do not show it.
     """
     if not Path(command[0]).name.startswith(_THREAD_NAMES):

@@ -76,7 +76,6 @@ def signal_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
     """Return the thread of a stuck loader worker that may get the signal; None where it may do harm.
 
     Args:
-        pid: the worker.
         even_if_disturbed: whether a wait of its main thread in C, such as `sleep` or `poll`, may end early.
     """
     threads = threads_of(pid)
@@ -95,7 +94,6 @@ class SignaledStacks:
     """One request for the stacks of a process, by the signal. `step` is called every few milliseconds until it is over.
 
     Args:
-        pid: the process.
         file: the file that its faulthandler writes.
         silent_thread: its thread that should have answered; None for a loader worker, which has none.
         target: the thread that gets the signal, of a loader worker.

@@ -448,7 +448,6 @@ class StepAccumulator:
         """Measure device time too, from the next step.
 
         Args:
-            device: the timer.
             slots: replacement for `open_slots` that also notifies the timer.
         """
         self.device, self.open_slots = device, slots

@@ -35,8 +35,6 @@ def patch_backward(patches: Patches, clock: StepClock, read_loss: Callable[[Any]
     """Time `torch.autograd.backward` and `torch.autograd.grad` on the training thread.
 
     Args:
-        patches: keeps the original.
-        clock: the clock to use.
         read_loss: called with the argument of backward in the steps whose loss is read.
     """
     patches.wrap(torch.autograd, "backward", timed_backward(torch.autograd.backward, clock, read_loss))

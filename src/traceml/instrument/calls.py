@@ -47,9 +47,6 @@ def timed_call(
     """Return a function that calls `original` and times it as a phase.
 
     Args:
-        original: the function.
-        phase: the phase.
-        clock: the clock of the open step.
         note: takes the arguments of each call.
     """
 

@@ -138,7 +138,6 @@ class DeviceTimes:
 
     Args:
         clock: decides by `is_detailed` which steps are measured.
-        ring: the ring for the rows.
         device: creates events, and knows the current stream.
     """
 

@@ -206,8 +206,6 @@ def timed_forward(
     """Return a framework's method that calls `original` and times it as the outermost call of a model.
 
     Args:
-        original: the method.
-        clock: the clock to use.
         module_of: returns the model of the method's object.
         measure: notes the size of the input.
     """

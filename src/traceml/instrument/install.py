@@ -48,7 +48,6 @@ class Instrumentation:
     Attributes:
         clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
         feeding: the code that gives batches to a training without a loader; None before its first backward pass.
-        save_folder: the folder of the checkpoints.
         lost_workers: facts of loader workers that died, until the recorder takes them.
         saves: checkpoints, until the recorder takes them.
         collectives: names of the timed functions of torch.distributed.
@@ -149,8 +148,6 @@ class Instrumentation:
         """Time the calls of a framework's method as calls of the model, if it exists.
 
         Args:
-            owner: the method's class.
-            name: its name.
             module_of: returns the model of the method's object.
         """
         from traceml.instrument.forward import timed_forward
@@ -468,7 +465,6 @@ def install(
     """Install all hooks.
 
     Args:
-        flight: receives rows and open phases.
         on_info: called with facts about each loader, model and optimizer: maps with `kind` and `t_ns`.
         on_group: called on the training thread when a process group exists.
         device_types: copies to these devices are `h2d`; None: every accelerator that torch was built for.

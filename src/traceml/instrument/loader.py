@@ -181,8 +181,6 @@ def patch_loaders(
     """Time DataLoader's iterators.
 
     Args:
-        patches: keeps the originals.
-        clock: the clock to use.
         on_loader: called with each loader and its number when its first iterator is created.
         on_iterator: called outside all phases after an iterator was created: a new model may run on its batches.
         on_batch: called with each batch while the clock `inspects` them.
@@ -303,10 +301,7 @@ def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type:
     """Return a method of iterators that reports loaders with an `__iter__` of their own: of fastai, torchdata.
 
     Args:
-        clock: the clock to use.
         original: their `__init__` or `_reset`, which are given the loader.
-        tokens: of loaders.
-        loader_type: torch's own.
         follows: whether the iterator has its workers by then.
     """
 

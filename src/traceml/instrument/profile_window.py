@@ -48,9 +48,7 @@ class ProfileWindow:
     meanwhile, which takes a core.
 
     Args:
-        clock: the training's steps.
         first_step: the step to begin with, or the next possible one after it.
-        steps: number of steps.
         with_stacks: record Python functions too, which takes several times as long.
     """
 

@@ -111,7 +111,6 @@ def traced(function: F, phase: Callable[[], AbstractContextManager[Any]]) -> F:
     Coroutine and generator functions keep their kind: they are in the phase while they run, not while suspended.
 
     Args:
-        function: the function to time.
         phase: returns the phase; called at each call of the function.
     """
     if inspect.iscoroutinefunction(function):

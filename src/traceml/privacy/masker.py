@@ -91,7 +91,6 @@ class Masker:
 
         Args:
             name: its name, which may mark it as secret.
-            value: anything.
         """
         name = str(name)
         if any(each.fullmatch(name) for each in self._names):

@@ -103,7 +103,6 @@ def looks_random(text: str, kind: str) -> bool:
     """Whether a text without spaces looks like a key: digits among letters, and enough of them.
 
     Args:
-        text: the value.
         kind: `likely` or `weak`, the kind of its name.
     """
     if len(text) < 8 or any(each.isspace() for each in text) or text.startswith(("/", "./", "<", "[")) or "_" in text:

@@ -27,13 +27,7 @@ class DetachedProcess:
     """A program in a session of its own, whose parent has ended.
 
     Args:
-        command: the program's path and arguments.
         output: file for its standard output and error.
-        environ: its environment.
-        fds: descriptors that it inherits.
-
-    Attributes:
-        pid: its process id.
 
     Raises:
         OSError: it cannot be started.

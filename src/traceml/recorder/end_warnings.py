@@ -22,7 +22,6 @@ def end_warnings(
     """Yield warnings about rows that were overwritten, and about rows that wait in the flight file.
 
     Args:
-        flight: the rank's tables.
         sender: its sender, which has ended.
         stored: whether everything is stored.
         supervised: whether a launcher stores what is left.

@@ -43,7 +43,6 @@ class Identity:
     Args:
         recorder: unique id; a second recorder of the same process has another.
         job: key by which the ranks of a job find each other's run.
-        rank_identity: rank, world size, local rank, attempt.
         parent: for a child process that only logs, the recorder of the rank that it belongs to.
         provisional: whether the rank may still change, because this child process may join a process group.
         spawned_by: for a rank in a child process, the recorder of its parent.
@@ -119,7 +118,6 @@ class SpawnedFrom:
     """Facts about the recording process that has started this one.
 
     Args:
-        identity: the parent's.
         settings: settings for `load` with which the parent records.
         experiment: number of the parent's active experiment.
         is_self: whether the parent is this process, before it replaced its program by `exec`.

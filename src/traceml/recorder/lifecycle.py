@@ -43,7 +43,6 @@ def start(
     """Start a recorder, or return the one that runs.
 
     Args:
-        config: the settings.
         wait: connect now; else the recorder's thread connects when it can.
         tracing: also install the hooks; else only logged values are recorded.
         hold: connect only when this process trains or logs.

@@ -53,7 +53,6 @@ def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]
 
     Args:
         config: `host`, `port`, `token`, `runs_dir`, `connect_timeout`.
-        hello: the rank's.
         is_ending: polled; a process that ends does not wait for an aggregator that another process starts.
 
     Raises:

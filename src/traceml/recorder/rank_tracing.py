@@ -37,8 +37,6 @@ class RankTracing:
     """Hooks, samplers and watches of a rank; before `begin` it traces nothing.
 
     Args:
-        config: the settings in force.
-        flight: tables that the rows go to.
         rank: returns the rank, and its number on its host.
         note: takes (kind, facts): a row of `info`.
         on_group: called on the training thread when a process group exists.
@@ -75,7 +73,6 @@ class RankTracing:
         """Install the hooks, and let the recorder's thread sample and watch.
 
         Args:
-            thread: the recorder's.
             run: runs an action on it, or at once while it has not started.
         """
         self._thread = thread

@@ -69,11 +69,7 @@ class RecorderThread:
     """Thread that runs samplers and the sender, in turns of microseconds; the training never waits for it.
 
     Args:
-        flight: the tables.
-        sender: sends them.
-        scheduler: samples into them.
         hook_ns: returns the measured cost of the hooks per step.
-        files: uploader of files to the run's folder.
     """
 
     def __init__(
@@ -153,7 +149,6 @@ class RecorderThread:
         """Take a last sample, send everything, say bye; return whether everything is stored.
 
         Args:
-            reason: the bye's reason.
             timeout_s: time for all of it; an aggregator that starts meanwhile has more.
             keep_trying: whether to go on for that long when no aggregator answers.
         """

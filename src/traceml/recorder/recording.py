@@ -44,8 +44,6 @@ class Recording:
     """Tables, connection and thread of a recorder that has been started.
 
     Args:
-        config: the settings in force.
-        identity: rank and job.
         is_child: whether it only logs, for the run of its parent process.
         statistics: answers the aggregator's command of that name.
         hold: connect only when this process trains or logs; see `release`.
@@ -143,7 +141,6 @@ class Recording:
 
         Args:
             reason: the bye's reason: `finished` or `failed`.
-            timeout_s: time for all of it.
         """
         self._ending = True
         self.tracing.end()
@@ -228,7 +225,6 @@ class Recording:
         """Whether the end comes in the middle of a step: after the last one another is open, of which nothing is done.
 
         Args:
-            status: exit status.
             reported: facts about the exception, with the phase that it has left.
         """
         if reported.get("open_phase") in (None, Phase.CHECKPOINT.label) and self.tracing.loop_has_ended:

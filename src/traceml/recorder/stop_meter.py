@@ -26,7 +26,6 @@ class StopMeter:
     monotonic clock does not advance and the clock since boot does, which distinguishes the two.
 
     Args:
-        slots: open-phase words of the flight file.
         note: appends a row to `info`.
     """
 

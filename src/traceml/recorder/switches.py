@@ -19,7 +19,6 @@ def switches_above(host: str, environ: Mapping[str, str], file: Path | None = No
     """Return the switches above a host, its leaf switch first; empty where they are not known.
 
     Args:
-        host: name of the host.
         environ: variables of a process that Slurm started; read where there is no file.
         file: lines `SwitchName=leaf1 Nodes=gpu[001-032]` and `SwitchName=top Switches=leaf[1-4]`.
 

@@ -44,7 +44,6 @@ def nothing_logged(about: About, names: str, otherwise: str) -> str:
     """Return why there is nothing of what a training may have logged.
 
     Args:
-        about: facts of the run.
         names: what is missing, as `Parameters`.
         otherwise: what to say of a run whose rows are all here.
     """

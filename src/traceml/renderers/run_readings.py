@@ -33,7 +33,6 @@ def readings(report: Report, most_ranks: int = MAX_RANKS) -> list[Reading]:
     """Return the values of a run; what is not known has none.
 
     Args:
-        report: of the run.
         most_ranks: ranks up to which each has series of its own.
     """
     by_rank = len(report.ranks) <= most_ranks

@@ -234,7 +234,6 @@ def live_view(report: Report, rates: Sequence[float] = ()) -> LiveView:
     """Return the live view of the report so far.
 
     Args:
-        report: the report so far.
         rates: steps per second over time, oldest first.
     """
     return LiveView(run_view(report), tuple(rates))

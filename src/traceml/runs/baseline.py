@@ -22,7 +22,6 @@ def find_compared(run: str | None, runs_dir: Path, *, by_name: bool = True) -> P
 
     Args:
         run: a run as `find_run` takes it, or a `report.json`.
-        runs_dir: folder of all runs.
         by_name: take names of runs too.
 
     Raises:
@@ -42,7 +41,6 @@ def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path
         name: `last-healthy` (the newest earlier run of the project with as many ranks), an id or a path as
             `find_compared` takes it, a tag, or the name of runs; the newest run counts.
         compared: the runs that are compared with it; none of them is the baseline.
-        runs_dir: folder of all runs.
 
     Raises:
         RunNotFoundError: there is none.

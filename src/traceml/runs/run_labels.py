@@ -68,7 +68,6 @@ def change_labels(run_dir: Path, change: Callable[[RunLabels], None]) -> RunLabe
     """Change the labels of a run and return them.
 
     Args:
-        run_dir: the run's folder.
         change: changes the labels that it is given.
 
     Raises:

@@ -186,7 +186,6 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
     """Return the runs that meet all conditions.
 
     Args:
-        runs: to choose from.
         conditions: terms with spaces between them: `NAME<VALUE` (also <= > >= = != ~ for "contains"; a value may be a
             date), `tag:TAG`, or a word that the id, project, state, verdict or a tag contains; `!` before a term
             negates it.

@@ -34,9 +34,7 @@ def open_samplers(
     A rank that sees only GPUs of its own samples them too.
 
     Args:
-        local_rank: the number of this rank on its host.
         workers: returns (number of the loader, ids of its worker processes) of each iterator.
-        save_folder: returns the folder of the checkpoints.
         note: appends a row to `info`.
     """
     factories: list[_Factory] = [

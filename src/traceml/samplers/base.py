@@ -79,9 +79,7 @@ class SamplerScheduler:
     """Runs samplers when they are due.
 
     Args:
-        samplers: the samplers to run.
         append: takes (table name, row).
-        interval_s: seconds between samples.
         intervals_s: the same for single samplers, by name; also used during the start.
         on_error: called with (name, error) at the first failure of each sampler.
     """

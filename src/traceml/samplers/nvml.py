@@ -35,7 +35,6 @@ class NvmlDevice:
 
     Attributes:
         index: NVML's number of the GPU.
-        handle: of the GPU.
         mig: handle of the part of the GPU that is used, if it is a MIG device: its memory is its own.
     """
 

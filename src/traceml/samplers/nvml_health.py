@@ -59,7 +59,6 @@ class NvmlHealth:
     """Faults that NVML reports; a query that the driver or the device lacks returns unknown values.
 
     Args:
-        library: the loaded libnvidia-ml.
         devices: the devices to watch for XID events from now on.
     """
 
@@ -133,7 +132,6 @@ class HealthWatch:
     """Notes counters of devices when they change, and XID events; called at each sample.
 
     Args:
-        health: the calls.
         note: appends rows to `info`: `gpu_health` with `index` and the counters, or `index`, `xid` and `step`; `nvlink`
             with the `domain` of this host.
     """

@@ -38,9 +38,6 @@ class SegmentWatch:
         """Take a sample.
 
         Args:
-            t_ns: its monotonic timestamp.
-            step: the open training step; -1 without one.
-            device: number of the device.
             figures: what `torch.cuda.memory_stats` returned.
         """
         now = _Count(t_ns, step, *(int(figures.get(f"segment.all.{name}", 0)) for name in ("allocated", "freed")))

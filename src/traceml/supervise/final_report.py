@@ -45,7 +45,6 @@ def print_final_report(
     """Print the verdict card of a finished run. If the report cannot be made, print why; raise nothing.
 
     Args:
-        run_dir: the run's folder.
         finished: whether the run is complete on disk.
         program: name of the program in messages.
         report: path for a copy of the report: the page if the name ends in .html, else the JSON.

@@ -37,7 +37,6 @@ class MetricsProcess(RestartingProcess):
     """The metrics of one folder of runs. A context manager: its entry starts the server, its exit ends it.
 
     Args:
-        runs_dir: the folder.
         address: where it listens; port 0 takes a free one.
         secret: the token is derived from this text, so that it stays; None: the token is random.
 
@@ -124,7 +123,6 @@ def metrics_beside(
     If this user already serves the metrics of the same folder at this port, that server is used.
 
     Args:
-        runs_dir: folder of the runs.
         address: where to listen; None: nothing is served.
         secret: see `MetricsProcess`.
         announce: called with one line that has the address.

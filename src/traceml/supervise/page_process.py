@@ -43,10 +43,8 @@ class PageProcess(RestartingProcess):
     """The page of one folder of runs. A context manager: its entry starts the page, its exit ends it.
 
     Args:
-        runs_dir: the folder.
         port: the port on this host's loopback; 0 takes a free one.
         any_port: use a free port if the wanted one is in use.
-        nice: niceness of the page.
 
     Raises:
         TraceMLError: the page's libraries are not installed, or the port is in use.
@@ -151,13 +149,7 @@ def _print_address(address: str) -> None:
 
 
 def page_address(port: int, token: str, run_id: str | None = None) -> str:
-    """Return the address of a page on this host, with its token.
-
-    Args:
-        port: the page's.
-        token: the page's secret.
-        run_id: the run to show; None: the list of runs.
-    """
+    """Return the address of a page on this host, with its token."""
     path = "" if run_id is None else f"run/{quote(run_id, safe='')}"
     return f"http://127.0.0.1:{port}/{path}?token={token}"
 

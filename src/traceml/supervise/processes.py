@@ -39,12 +39,8 @@ def spawn(
     """Start a process with the signals unblocked that a supervisor blocks.
 
     Args:
-        command: program and arguments.
         environ: its whole environment.
         stdin: its standard input; None inherits ours.
-        stdout: its standard output; None inherits ours.
-        stderr: its standard error; None inherits ours.
-        pass_fds: descriptors that it inherits.
         death_signal: the signal that the kernel sends it when this process dies.
         own_session: start it in a session of its own, without the terminal's signals.
     """
@@ -66,9 +62,7 @@ def spawn_server(
     """Start a Python module that reads its configuration, one line of JSON, on standard input.
 
     Args:
-        module: its name.
         config: its configuration; not on the command line, which every user of the host can read.
-        pass_fds: descriptors that it inherits.
         arguments: its command line.
     """
     settings_in, settings_out = os.pipe()

@@ -45,7 +45,6 @@ class ReportProcess:
         """Write `report.json` and `report.html` of a run, or its page alone; return the path.
 
         Args:
-            run_dir: the run's folder.
             page: where only the page is to be written.
 
         Raises:

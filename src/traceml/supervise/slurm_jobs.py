@@ -37,7 +37,6 @@ class SlurmJob:
     """A job as Slurm describes it.
 
     Attributes:
-        job_id: its number.
         state: RUNNING, PENDING, COMPLETED, ….
         reason: why it is in that state, in Slurm's words.
         end_s: epoch seconds at which it ends or has ended; sooner than its limit once it is preempted.

@@ -44,10 +44,7 @@ class LocalJob:
     """A job on this host.
 
     Args:
-        command: program and arguments.
         elastic: whether the program is our torchrun, which reports its failures itself.
-        run_id: name of the run's folder.
-        runs_dir: folder of all runs.
         environ: variables for the job, added to this process's own.
     """
 
@@ -100,7 +97,6 @@ class Supervisor:
         """Prepare a job.
 
         Args:
-            job: the job.
             make_screen: makes the live view once the job is started; the job's output goes through it, with a copy in
                 the run's folder. None: the job writes directly to our terminal or pipe.
             on_start: called once when the aggregator runs, before the job is started.

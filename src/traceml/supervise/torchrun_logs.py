@@ -37,7 +37,6 @@ class RunLogsSpecs(DefaultLogsSpecs):  # type: ignore[misc]  # types are checked
         log_dir: folder of torchrun's error files; by default a temporary one, as without us.
         redirects: streams that go to files only.
         tee: streams that go to files and to the terminal.
-        more: torchrun's further arguments.
     """
 
     def __init__(self, log_dir: str | None = None, redirects: Any = Std.NONE, tee: Any = Std.NONE, **more: Any) -> None:

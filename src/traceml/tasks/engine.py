@@ -31,7 +31,6 @@ class Engine:
     """Everything that runs the tasks of one Runtime; handles keep it alive, not the Runtime.
 
     Args:
-        threads: workers for callables.
         io_threads: workers for callables that wait more than they compute.
         stall_s: seconds on one line after which a task has stalled; None: tasks are not checked.
     """

@@ -21,7 +21,6 @@ class EventLoop(LoopState):
     """Runs coroutines; its thread is started with the first one.
 
     Args:
-        engine: the engine that its tasks belong to.
         on_start: called after the start of the thread.
     """
 

@@ -29,8 +29,6 @@ def run(task: TaskRecord, thread: ThreadState, counts: list[int], slot: int, now
 
     Args:
         task: has not begun.
-        thread: the state of this thread.
-        counts: the counters of the statistics.
         slot: the index of this thread in them.
         now: the time, `perf_counter` in seconds: a worker's task begins when its last one ended.
         on_end: takes the record of the ended task.
@@ -96,9 +94,7 @@ def end(
     """End a task in a final state; False if it has timed out before.
 
     Args:
-        task: the task.
         slot: the slot of the thread that returned from it; None if none has.
-        state: the final state.
         outcome: the result, or the error and its traceback.
         blocked_thread: the thread that another one will replace.
     """
@@ -145,7 +141,6 @@ def expire(task: TaskRecord, thread: ThreadState | None, location: str) -> bool:
     """End a task whose time is over; False when it ended in time.
 
     Args:
-        task: the task.
         thread: the thread that it blocks; None for a coroutine.
         location: the line that it is on, for the error's text.
     """

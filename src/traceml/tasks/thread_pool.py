@@ -28,7 +28,6 @@ class ThreadPool:
         name: the prefix of the threads' names.
         size: the number of threads at most, without those blocked in tasks that have timed out.
         first: the index of the first worker.
-        engine: the engine that its threads belong to.
         on_start: called after each start of a thread.
     """
 

@@ -94,7 +94,6 @@ class DeliveryFilter:
         Args:
             rows: values of one experiment.
             memory: open windows, changed in place; plain values for JSON.
-            experiment: the experiment's key.
         """
         passing = (row for row in rows if self.takes(row.name, row.rank) and (row.step or 0) % self.sample == 0)
         if self.aggregation is None:

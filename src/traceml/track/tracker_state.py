@@ -65,8 +65,6 @@ class TrackerState:
     """State of one backend's delivery of one run.
 
     Attributes:
-        backend: its name.
-        phase: phase of the delivery.
         cursor: position in the store after which the next rows are read; see `record_reader`.
         passed: logged rows before the cursor.
         reached: per stream and table, the number of its rows before the cursor, lost ones included.
@@ -86,7 +84,6 @@ class TrackerState:
         error: last error, at `error_at` (epoch seconds). Empty after a success.
         busy_until: epoch seconds until which the current call may take.
         target: address or path of the tracker.
-        pid: id of the delivery process.
         updated: epoch seconds of the last change.
     """
 

@@ -87,13 +87,7 @@ class PublishedServer:
     """Address and token of this user's aggregator on this host, as in its file.
 
     Args:
-        host: the address that it listens on.
-        port: the port that it listens on.
-        token: its secret.
-        pid: its process.
         start_ticks: that process's start time, because pids are reused.
-        boot: boot id of the machine.
-        runs_dir: its runs folder.
     """
 
     host: str
@@ -151,7 +145,6 @@ def discover(port: int, *, include_dead: bool = False, kind: str = AGGREGATOR) -
     """Return the address that this user's aggregator on `port` has published; None without one.
 
     Args:
-        port: the port that it listens on.
         include_dead: also return the file of an aggregator that has ended.
         kind: `AGGREGATOR`, `PAGE` or `METRICS`.
     """

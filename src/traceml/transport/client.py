@@ -67,13 +67,9 @@ def connect(
     """Connect, trying again until `timeout_s` has passed.
 
     Args:
-        host: the aggregator's address.
-        port: its port.
-        hello: identity of this peer.
         token: the secret to prove; by default the one that this user's aggregator on that port has published.
         timeout_s: time for all tries together.
         tries: give up after this many, even if time is left.
-        tls: encrypt the connection.
 
     Raises:
         AggregatorRefusedError: it answered and refused; trying again would not help.
@@ -103,12 +99,9 @@ class Connection:
     """A connection on which both sides have proved the token. Made by `connect`.
 
     Args:
-        sock: the connected socket.
-        decoder: decoder with the bytes received so far.
         welcome: the aggregator's answer to the hello.
         peer: (host, port) for messages.
         early: messages that came right behind the welcome.
-        tls: encryption of the connection, if any.
     """
 
     def __init__(

@@ -45,9 +45,7 @@ class ClientHandshake:
     """Handshake challenge -> hello -> welcome, over a socket that is not trusted yet.
 
     Attributes:
-        decoder: decoder with the bytes received so far.
         early: messages that came right behind the welcome.
-        tls: the encryption that was given.
     """
 
     def __init__(self, sock: socket.socket, host: str, port: int, deadline: float, tls: TlsLayer | None) -> None:

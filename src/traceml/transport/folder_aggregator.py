@@ -35,8 +35,6 @@ class AggregatorAddress:
     """Address of the aggregator of a runs folder.
 
     Args:
-        host: the address that it listens on.
-        port: the port that it listens on.
         token_file: file with its token; "" before it has written one.
         tls: whether it encrypts connections.
     """
@@ -134,7 +132,6 @@ def address_of(runs_dir: Path, port: int) -> AggregatorAddress | None:
     """Return the address of this user's aggregator that serves a runs folder on this host; None without one.
 
     Args:
-        runs_dir: the folder.
         port: the usual port, where one may listen that was started while another one had the folder.
     """
     if (published := _published_address(runs_dir)) is not None:

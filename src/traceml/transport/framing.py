@@ -47,9 +47,7 @@ def rows_frame(table: str, seq: int, n: int, data: bytes) -> bytes:
     """Return the frame `rows{table, seq, n, data}`: 50 bytes and the table's name around the packed rows.
 
     Args:
-        table: name of the table.
         seq: number of the first row, counted from 0 over the life of the rank.
-        n: number of rows.
         data: the packed rows one after another, or for a log its msgpack maps one after another.
     """
     head = _heads.get(table)

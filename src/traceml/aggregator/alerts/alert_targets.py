@@ -54,7 +54,6 @@ class CommandAlert:
     """A command, run by the shell in the folder in which the aggregator was started.
 
     Attributes:
-        command: the command.
         limit_s: time after which it is killed with all that it has started.
     """
 

@@ -44,7 +44,6 @@ class FindingAlerts:
     Args:
         targets: receivers; without one nothing is done.
         after_s: time that a finding persists before it is sent.
-        now_s: a monotonic clock.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class FindingAlerts:
         """Take the findings of a running run, and send those that have persisted for long enough.
 
         Args:
-            run: the run.
             findings: all that were found last; one that is missing no longer persists.
         """
         if not self.has_targets:

@@ -50,7 +50,6 @@ class FindingProfiles:
 
     Args:
         after_s: time that the verdict persists before; 0: never.
-        now_s: a monotonic clock.
     """
 
     def __init__(self, after_s: float, now_s: Callable[[], float] = time.monotonic) -> None:

@@ -35,9 +35,6 @@ class RunChecks:
     Args:
         start: starts a coroutine.
         report: writes the report of a run.
-        nice: nice value of the processes that read about the code of a run.
-        alerts: notified of findings.
-        profiles: takes profiles by itself.
     """
 
     def __init__(

@@ -81,7 +81,6 @@ class RelayedHosts:
 
     Args:
         admit: admits a rank: returns its run and its stream.
-        moment_s: returns the monotonic time in seconds.
     """
 
     def __init__(

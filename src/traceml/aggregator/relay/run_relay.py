@@ -46,8 +46,6 @@ class _RelayedStream:
     """A stream of the run, as far as it is sent.
 
     Attributes:
-        rank: its rank.
-        attempt: attempt of the job that it belongs to.
         acked: by table, number of the next row that the center wants.
         held: by table, newest rows that were not sent, as its rank was not chosen.
         is_joined: whether the center has admitted it on this connection.
@@ -66,7 +64,6 @@ class RunRelay:
     """Sends a run to another aggregator.
 
     Args:
-        run_dir: folder of the run.
         host_id: distinguishes several aggregators of one host; the same after a restart.
         dial: connects to the center.
         safe: `safe` of an earlier relay of the run.
@@ -240,8 +237,6 @@ class RunRelay:
         """Send the rows since the last call, and the ends of ranks; return whether there is no more.
 
         Args:
-            link: the connection.
-            reader: of the run's store.
             records: its streams, read before.
             but: streams that the center does not know: their rows, and all after them, are left for later.
         """

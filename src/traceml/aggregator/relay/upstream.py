@@ -36,9 +36,7 @@ class Upstream:
 
     Args:
         address: that of the other one, as HOST:PORT.
-        runs_dir: folder of the runs.
         token: the secret of both; None: the one that an aggregator of this user on this host has published.
-        tls: encrypt the connections.
 
     Raises:
         UsageError: the address is invalid.

@@ -28,7 +28,6 @@ async def snapshots_from_outside(
     """Take snapshots of ranks of this host: of those that did not answer, and of those that have never connected.
 
     Args:
-        run: the run.
         streams: the ranks that did not answer; those of other hosts are left out.
         is_last: whether the job is being ended: then the snapshots are stored.
     """
@@ -52,7 +51,6 @@ def stacks_reply(
     """Return the reply: `ranks`, of which each has the number of its stack in `stacks`, and `missing`.
 
     Args:
-        streams: the ranks that were asked.
         answers: rank -> its reply, with the snapshot as `result`.
         silent: rank -> snapshot from outside, of those that did not answer.
         absent: ranks that have never connected, with their processes where these are on this host.

@@ -19,9 +19,6 @@ class SilentProcess:
     """A rank of this host.
 
     Attributes:
-        rank: its rank.
-        pid: its process.
-        flight: its flight file.
         stream: its stream; None before it has connected.
     """
 

@@ -94,9 +94,7 @@ def store_snapshot(run: ActiveRun, stream: Stream | None, snapshot: RankSnapshot
     """Store a snapshot that the rank has not made itself, and give it to the live verdict.
 
     Args:
-        run: the run.
         stream: of the rank; None before it has connected.
-        snapshot: of the rank.
     """
     whose = {"attempt": run.attempt} if stream is None else {"stream": stream.id}
     run.store.event(SNAPSHOT, {**snapshot.to_row(), "t_ns": snapshot.at_ns, **whose})

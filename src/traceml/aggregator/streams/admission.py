@@ -20,9 +20,6 @@ class Admission:
     rank inherits its variables.
 
     Args:
-        facts: the run's.
-        table: its streams.
-        named: whether the user chose its id: then a job that comes again under this id is its next attempt.
         on_helper: called with a stream that has turned out to be no rank.
     """
 

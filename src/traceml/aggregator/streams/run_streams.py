@@ -32,13 +32,7 @@ _log = logging.getLogger("traceml")
 
 
 class RunStreams:
-    """A run's store, its streams and their states; `ActiveRun` adds its life.
-
-    Args:
-        path: its folder.
-        key: the job key by which its ranks find it.
-        named: whether the user chose its id: then a job that comes again under this id is its next attempt.
-    """
+    """A run's store, its streams and their states; `ActiveRun` adds its life."""
 
     def __init__(self, path: Path, key: str, *, named: bool) -> None:
         self.path = path
@@ -264,8 +258,6 @@ class RunStreams:
         """Set the final state of a rank.
 
         Args:
-            stream: the rank's.
-            state: its final state.
             is_total_known: whether it is known how many rows the rank appended, so that missing ones can be counted.
         """
         stream.state = state

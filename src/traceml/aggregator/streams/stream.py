@@ -91,7 +91,6 @@ class Stream:
 
     Args:
         id: its number in the store.
-        rank: its rank.
         attempt: which start of the job it belongs to.
         incarnation: its process.
         flight: path of its flight file, "" when it has none on a file system.

@@ -63,7 +63,6 @@ def resumed_at(stream: Stream, place: int, streams: Iterable[Stream]) -> int:
     Args:
         stream: of the rank that reads it.
         place: number of the folder.
-        streams: all of the run.
     """
     saved = [each for each in streams if each.attempt < stream.attempt and each.exit.get("saved_in") == place]
     before = [each for each in saved if each.rank == stream.rank] or saved  # each rank may save its own
@@ -83,7 +82,6 @@ def state_of_dead(stream: Stream, world_size: int) -> StreamState:
     """Return the final state of a dead process, by the reports of its launcher and its flight file.
 
     Args:
-        stream: of the process.
         world_size: ranks of the job. Of several, the others show whether one that left by os._exit(0) is missed.
     """
     if stream.exit.get("signal"):

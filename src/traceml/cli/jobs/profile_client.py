@@ -30,7 +30,6 @@ class ProfileRequest:
 
     Attributes:
         ranks: the ranks; None for all.
-        steps: number of steps.
         limit_s: time in which the steps have to end.
         limit_bytes: largest trace of a rank before compression.
         stacks: whether Python functions are recorded too.
@@ -48,14 +47,8 @@ class RankWindow:
     """The window of one rank, as its answers show.
 
     Attributes:
-        rank: the rank.
         state: waiting, open, saving, recorded, failed or lost.
-        step: the step that it is in.
         step_ns: mean duration of its last steps.
-        why: reason of a failure.
-        first_step: first profiled step.
-        steps: number of profiled steps.
-        pid: its process.
         size: bytes of the compressed trace.
     """
 
@@ -84,8 +77,6 @@ class ProfileClient:
     """Profiles ranks of a job through its aggregator.
 
     Args:
-        connection: to the aggregator, about the job's run.
-        hosts: host of each rank.
         on_progress: called with the windows while they are waited for.
     """
 

@@ -30,7 +30,6 @@ def running_job(target: str | None, config: Config, *, only_there: bool = False)
     Args:
         target: a run's folder, id or name, or host:port of an aggregator on this host; None: the newest running job of
             the runs folder, else of the folder that an aggregator on the usual port serves.
-        config: the settings.
         only_there: whether the user named the runs folder: a job of another one is not meant then.
 
     Raises:

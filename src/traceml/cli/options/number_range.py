@@ -18,9 +18,7 @@ class NumberRange:
     """Numbers that an option takes: the `type` of an argparse option, or a note in `Annotated` on a field of options.
 
     Args:
-        kind: int or float.
         minimum: the smallest one; not itself with `above`.
-        maximum: the largest one.
         above: whether numbers must be above `minimum`.
         words: words that the option takes too.
     """

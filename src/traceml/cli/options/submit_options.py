@@ -69,11 +69,8 @@ def submit_script(
     """Submit the launch of a script, print how it is followed, and return the handle of its job.
 
     Args:
-        options: the command line's.
-        launcher: the launcher in the job.
         script: see `assembly.run_script`.
         tracing: arguments of its `Tracing`; None: it is not traced.
-        name: the default name of the run.
     """
     from traceml.launch.launcher.submission.allocation_call import AllocationCall
     from traceml.launch.launcher.submission.slurm_options import SlurmOptions

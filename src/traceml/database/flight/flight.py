@@ -38,12 +38,8 @@ class FlightFile:
 
     Attributes:
         path: the file, None when it is anonymous memory.
-        identity: facts about the writer.
         open_slots: int64 words for what is open now: one per `Phase`, then one per `Slot`.
         journal_stems: paths without suffix for files on disk; the first whose folder is writable is used.
-        rings, logs: the tables by name.
-        metrics: the ring of logged values.
-        names: ids of the names that rows use.
     """
 
     def __init__(

@@ -40,9 +40,6 @@ def read_counters(path: Path, name: str, data: bytes, number: int) -> TableCount
     The hot path counts by one store per row, which leaves no room for a checksum.
 
     Args:
-        path: the file.
-        name: the table.
-        data: the file's bytes.
         number: place of the table in the layout.
     """
     found = TableCounters(*struct.unpack_from("@5q", data, COUNTERS_AT + number * COUNTERS_PER_TABLE * 8))

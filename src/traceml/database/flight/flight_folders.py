@@ -34,11 +34,7 @@ def default_folder() -> Path:
 
 
 def disk_folders(runs_dir: Path | None) -> tuple[Path, ...]:
-    """Return the folders on disk, in the order of writing.
-
-    Args:
-        runs_dir: the runs folder, if it is known.
-    """
+    """Return the folders on disk, in the order of writing."""
     temporary = Path(os.environ.get("TMPDIR") or "/tmp", f"traceml-{os.geteuid()}")  # noqa: S108 - see default_folder
     return (*([runs_dir.absolute() / FALLBACK_FOLDER] if runs_dir is not None else []), temporary.absolute())
 

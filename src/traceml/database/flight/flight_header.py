@@ -74,7 +74,6 @@ class MappedFile:
 
     Args:
         path: where it is created; the folder exists.
-        size: its bytes.
 
     Raises:
         OSError: there is no room, no permission, or a file of that name.
@@ -123,7 +122,6 @@ class FlightHeader:
     Attributes:
         words: the first page as int64.
         open_slots: one word per `Phase`, then one per `Slot`.
-        identity: facts about the writer.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -168,7 +166,6 @@ class FolderClaim:
 
     Args:
         path: its path, with the name of the rank's flight file.
-        identity: facts about the writer.
 
     Raises:
         OSError: it cannot be created.

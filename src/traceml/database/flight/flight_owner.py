@@ -47,7 +47,6 @@ def is_alive(path: Path, silence_s: float = SILENCE_S) -> bool:
     """Whether the writer of this flight file may be running; False also when this user has no such file.
 
     Args:
-        path: the file.
         silence_s: how long a writer on another host may be silent.
     """
     if own_mapping(path) is not None:
@@ -79,8 +78,6 @@ def remove_stale(*folders: Path, runs_dir: Path | None = None, grace_s: float = 
     to read it. A file with unstored rows of the user stays for a week.
 
     Args:
-        folders: where to look.
-        runs_dir: the runs folder of their ranks, if it is known.
         grace_s: how long the files of a dead process stay.
     """
     removed = []

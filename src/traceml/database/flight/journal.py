@@ -33,7 +33,6 @@ def journal_path(stem: Path, table: str) -> Path:
 
     Args:
         stem: the flight file's name without its suffix, in the folder of the journals.
-        table: the table.
     """
     return stem.with_name(f"{stem.name}.{table}{JOURNAL_SUFFIX}")
 

@@ -16,7 +16,6 @@ def open_phase(slots: Sequence[int] | memoryview[int], has_steps: bool) -> tuple
     """Return the innermost open phase, as in `schema.LINE_PHASES`, and the time at which it, or its step, was opened.
 
     Args:
-        slots: the open slots.
         has_steps: whether a step has ended in this process.
     """
     began = 0 if slots[_EXIT_START] else slots[_STEP_START]  # an exit is in no step, though it may close one

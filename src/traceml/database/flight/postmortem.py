@@ -60,13 +60,11 @@ class FlightSnapshot:
     """Copy of a flight file: its writer, its rows, and the step and phase that were open at the end.
 
     Args:
-        path: the file it was read from.
         data: its bytes, or its header pages alone.
         runs_dir: the runs folder of its rank, if it is known: some of its files may be there. The file itself is not
             asked for folders, as what it names would be read and removed.
 
     Attributes:
-        path: the file it was read from.
         identity: pid, start_ticks, boot_id, machine, and the recorder's facts (rank, attempt, job, host).
     """
 
@@ -325,10 +323,6 @@ class FlightSnapshot:
 
 def read_flight(path: Path, runs_dir: Path | None = None) -> FlightSnapshot:
     """Read a dead rank's flight file.
-
-    Args:
-        path: the file.
-        runs_dir: the runs folder of its rank, if it is known.
 
     Raises:
         StoreError: it cannot be read, is damaged, has another version, or its owner is still running.

@@ -39,8 +39,6 @@ class RowSlice(NamedTuple):
 
     Attributes:
         first: sequence number of the first row; `first - cursor` rows before it were overwritten unsent.
-        n: number of rows.
-        data: the rows as bytes.
     """
 
     first: int
@@ -100,7 +98,6 @@ class Ring(_CountedTable):
         buffer: the whole mapping. (The mmap itself: `pack_into` a memoryview of it costs 25 ns more.)
         offset: where slot 0 starts in `buffer`, in bytes.
         mask: `capacity - 1`; capacity is a power of two.
-        row_bytes: size of a row.
         count: the header page as int64; `count[slot]` is the append counter.
     """
 

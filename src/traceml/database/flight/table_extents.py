@@ -33,7 +33,6 @@ def read_layout(path: Path, entries: Any, file_bytes: int) -> dict[str, tuple[in
     """Return number and location of each table by name.
 
     Args:
-        path: the file.
         entries: the layout in its header: name, offset, capacity, bytes per row and columns of each table.
         file_bytes: size of the file when it was created.
 

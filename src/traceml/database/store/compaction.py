@@ -58,7 +58,6 @@ class Compaction:
     """Merges and sums the frames that it is given, in rounds: about once a minute, those of all ranks together.
 
     Args:
-        editor: changes the store.
         on_resized: called with the change of the store's size in bytes by each merge, and the frame's id.
     """
 
@@ -102,12 +101,7 @@ class Compaction:
         """Take a frame that a store had when it was opened.
 
         Args:
-            stream: its stream.
-            table: its table.
-            frame: its id.
-            rows: number of its rows.
             level: 0 if its rows are not in the sums, else 1 or higher.
-            now_s: monotonic time.
         """
         if level == 0 or table not in _MERGED:
             self.note(stream, table, frame, rows, now_s)

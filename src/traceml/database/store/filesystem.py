@@ -20,7 +20,6 @@ def network_filesystem(path: Path, mounts: Path = _MOUNTS) -> str | None:
 
     Args:
         path: a file or folder; it need not exist yet.
-        mounts: the kernel's list of mounts.
     """
     place = path.resolve()
     found: tuple[int, str] = (-1, "")

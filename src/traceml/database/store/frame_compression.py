@@ -74,8 +74,6 @@ def decode(codec: int, data: bytes, row_bytes: int) -> bytes:
     """Reverse `encode`.
 
     Args:
-        codec: the stored codec.
-        data: the stored bytes.
         row_bytes: size of a row; 1 for logs.
 
     Raises:

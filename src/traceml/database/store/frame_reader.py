@@ -51,7 +51,6 @@ class FrameReader:
     """Reads frames of rows. One thread at a time; open it after any fork.
 
     Args:
-        path: the file.
         on_damage: called with a message for each damaged frame, which is then skipped; without it, they raise.
 
     Raises:
@@ -125,7 +124,6 @@ class FrameReader:
         Args:
             tables: names of tables; those missing in this store are ignored.
             after_id: id of the last frame seen.
-            limit: maximum number of frames.
         """
         numbers = [self._ids[table] for table in tables if table in self._ids]
         # One statement, so all tables are read in one snapshot; each part uses its own index.
@@ -155,7 +153,6 @@ class FrameReader:
         Args:
             table: a packed table with steps.
             steps: ranges (first, last), both included, in order and disjoint.
-            streams: only these streams.
         """
         offset = step_offset(self._dtype(table))
         ranges = np.array(steps, np.int64).reshape(-1, 2)
@@ -187,7 +184,6 @@ class FrameReader:
         """Yield chosen rows of chosen frames; a few threads decompress.
 
         Args:
-            table: a packed table.
             choose: which frames.
             rows: which rows of a frame, by its bytes (see `decode_planes`).
         """

@@ -91,8 +91,6 @@ class StoreReader(FrameReader):
         Of a run that was thinned, only the rows that are left.
 
         Args:
-            table: a packed table.
-            streams: only these streams.
             last: only this many last rows of each stream.
             after_id: only frames after this cursor.
             steps: only rows of these ranges of steps, (first, last); not with `last` or `after_id`.
@@ -113,8 +111,6 @@ class StoreReader(FrameReader):
         """Yield rows of frames that are spread evenly over each stream.
 
         Args:
-            table: a packed table.
-            streams: the streams.
             most: about how many frames to read of all streams together; the first and the last of each are always read.
             rows: about how many rows of each frame, spread over it.
         """

@@ -43,8 +43,6 @@ class StreamRecord:
     """A stored stream.
 
     Attributes:
-        id: its number in this store.
-        identity: its rank and process.
         facts: facts from the aggregator: world size, local rank, clock, state, exit, …
     """
 
@@ -117,7 +115,6 @@ class Frame:
         Of a frame with thinned rows, whose numbers are not known, none are left.
 
         Args:
-            seq: number of the first row.
             step_at: offset of the step in a row, None for a table without steps.
         """
         if seq <= self.seq:

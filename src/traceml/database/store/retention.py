@@ -88,7 +88,6 @@ class Retention:
 
         Args:
             limit_bytes: most bytes of rows; None keeps all.
-            last_id: id of the newest frame.
             up_to: rows of frames after this id stay complete.
         """
         if limit_bytes is not None and self.stored_bytes > limit_bytes:

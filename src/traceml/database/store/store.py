@@ -86,7 +86,6 @@ class StoreWriter:
         """Return the id of a stream: always the same for one identity, also after the store was reopened.
 
         Args:
-            identity: its rank and process.
             facts: further facts, merged into the stored ones.
         """
         known = self._ids.get(identity)
@@ -126,13 +125,8 @@ class StoreWriter:
         Repeated rows are dropped. Rows missing before `seq` count as lost, because rows never arrive out of order.
 
         Args:
-            stream: from `stream()`.
-            table: name of the table.
             seq: number of the first row.
-            n: number of rows.
-            data: the rows as received.
             first_step: training step of the first row; -1 for rows without steps.
-            last_step: training step of the last row.
             packed: codec and bytes that `codec.encode` has given for these rows: they are not compressed again.
 
         Raises:
@@ -187,7 +181,6 @@ class StoreWriter:
         In a large job, readers see steps and samples some seconds later; see `unframed_rows`.
 
         Args:
-            now_s: monotonic time, by default now.
             frames_of_all: let readers see all rows.
 
         Returns:
@@ -236,7 +229,6 @@ class StoreWriter:
             budget_s: seconds after which nothing further is begun; a transaction takes a few milliseconds.
             cursors: id of the last frame that each delivery has read; what they have not read stays, for a while.
             limit_bytes: most bytes that steps and samples take: beyond them, old ones are thinned. None keeps all.
-            now_s: monotonic time, by default now.
 
         Raises:
             StoreError: nothing was written by the last transaction; rows are complete and in order.

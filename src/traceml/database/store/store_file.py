@@ -75,7 +75,6 @@ def translate_errors(path: Path, doing: str) -> Iterator[None]:
     """Convert SQLite errors to a StoreError that names the file and the remedy.
 
     Args:
-        path: the store.
         doing: the action that failed, as in "cannot {doing} the run's store".
     """
     try:

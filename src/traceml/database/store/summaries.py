@@ -141,7 +141,6 @@ class TableSums:
     """Sums of a table's rows of one stream, or of several that were joined.
 
     Attributes:
-        table: name of the table.
         width: steps per bin, a power of two; 1 for tables without steps.
         bins: the bins that have rows, ordered by `bin` and `group`; see the module for their fields.
         levels: of `steps`, (level, rows) of the histogram of step times, ordered; else empty.
@@ -274,7 +273,6 @@ def sum_rows(table: str, rows: NDArray[np.void], streams: NDArray[np.int64] | No
     """Sum rows of a table by stream.
 
     Args:
-        table: name of the table.
         rows: the rows, with the columns of the table or of an older version of it.
         streams: stream of each row; by default all are of stream 0.
 

@@ -79,8 +79,6 @@ def sample_blocks(first: int, last: int, steps: int) -> list[tuple[int, int]]:
     The blocks of a smaller sample are among those of a larger one, and stay when old rows are thinned.
 
     Args:
-        first: first step.
-        last: last step.
         steps: how many steps the ranges may have together; at least one block is returned.
 
     Returns:

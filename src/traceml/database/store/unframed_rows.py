@@ -127,7 +127,6 @@ class UnframedRows:
         """Return the rows whose frames are due, in the order of their numbers, for the next transaction.
 
         Args:
-            now_s: monotonic time.
             everything: whether no rows may wait any longer.
         """
         self._now_s = now_s

@@ -82,12 +82,6 @@ class Upkeep:
     def run(self, budget_s: float, now_s: float, cursors: Sequence[int] = (), limit_bytes: int | None = None) -> bool:
         """Work for a while; return whether something is left to do.
 
-        Args:
-            budget_s: seconds after which no further transaction is begun.
-            now_s: monotonic time.
-            cursors: id of the last frame that each delivery has read.
-            limit_bytes: most bytes of steps and samples; None keeps all.
-
         Raises:
             sqlite3.Error: nothing of the last transaction was written; typically the disk is full.
         """

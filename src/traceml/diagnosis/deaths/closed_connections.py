@@ -41,7 +41,6 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
 
     Args:
         causes: ends of ranks that nothing else explains.
-        facts: about the job.
     """
     gone = [each for each in facts.exits if each.state == "finished"]
     if not gone or not causes or not all(map(_lost_its_group, causes)):

@@ -48,7 +48,6 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
     """Return advice on a lost rank.
 
     Args:
-        ended: its end.
         facts: about the job, for the limits that it had.
         memory: set for an end for lack of memory.
     """

@@ -41,8 +41,6 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
     """Return what ended a rank: `was killed by signal 9 (SIGKILL)`.
 
     Args:
-        ended: its end.
-        memory: set for an end for lack of memory.
         many: whether several ranks ended so.
     """
     was = "were" if many else "was"

@@ -35,7 +35,6 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
 
     Args:
         causes: ends of ranks that nothing else explains.
-        facts: about the job, with the signal.
     """
     by = facts.ended_by
     if by is None or failed_before(causes, by):

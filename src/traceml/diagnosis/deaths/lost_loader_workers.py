@@ -25,7 +25,6 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
     """Return the finding about workers that died while their rank went on: the first of them.
 
     Args:
-        facts: about the job.
         explained: ranks whose end is a finding already.
     """
     known = set(explained)

@@ -42,9 +42,7 @@ class MemoryEnd:
     Attributes:
         cause: `killed` by the kernel, `host_allocation` or `device_allocation` that failed.
         certain: whether the kernel's counter is that of the rank's own control group; else of the whole host.
-        requested_bytes: size of the allocation that failed.
         used_bytes: resident memory, or memory allocated on the device, in the last sample.
-        peak_bytes: at most so far.
         per_minute_bytes: growth of resident memory over the last minute; None if it did not grow steadily.
         limit_bytes: what there was: the control group's limit, the host's memory, the device's, or that of `ulimit -v`.
         limit_of: `group`, `host`, `device` or `address_space`.

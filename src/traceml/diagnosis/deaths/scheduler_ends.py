@@ -63,7 +63,6 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
     Args:
         bad: the ends that are failures.
         causes: those that caused the others.
-        facts: about the job, with the time limit.
     """
     found = _by_its_words(bad, causes, facts.ended_by) or end_by_scheduler(bad, causes, facts.job_end_s)
     if found is None:
@@ -91,8 +90,6 @@ def end_by_scheduler(
     """Return the rank that came furthest and the cause, if the scheduler ended a job; None if something else did.
 
     Args:
-        bad: the ends that are failures.
-        causes: those that caused the others.
         job_end_s: epoch second of the job's time limit; None if it is not known.
     """
     ended = [each for each in causes or bad if _cause(each, job_end_s)]

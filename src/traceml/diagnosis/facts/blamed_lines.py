@@ -112,9 +112,7 @@ class BlamedLine:
     The main line is the most frequent one; of late ranks, the one that they are in more often than the others.
 
     Attributes:
-        file, line, function: where it is.
         share: share of the phase that it has at least, 0..1.
-        samples: samples of the phase.
     """
 
     file: str
@@ -163,7 +161,6 @@ def blamed_line(
     """Return the function that most of a phase is spent in; None where the samples do not show one.
 
     Args:
-        lines: the sampled lines of a run.
         part: a phase, `other`, or a user's phase by its name.
         phase_share: the phase's share of the step, as measured by the hooks.
         ranks: the ranks to look at; empty for all.
@@ -201,13 +198,7 @@ def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[in
 
 
 def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -> tuple[BlamedLine, ...]:
-    """Return the two functions that most of a phase is spent in together; empty where the samples show no two.
-
-    Args:
-        lines: the sampled lines of a run.
-        part: a phase, or `other`.
-        phase_share: the phase's share of the step, as measured by the hooks.
-    """
+    """Return the two functions that most of a phase is spent in together; empty where the samples show no two."""
     functions, total, in_steps = _by_function(lines, part, ())
     if total < MIN_SHARE_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
         return ()
@@ -349,7 +340,6 @@ def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: f
 
     Args:
         functions: samples of the phase by place.
-        place: the function.
         whole: samples that the phase should have.
         excess: samples beyond those of the other ranks.
     """

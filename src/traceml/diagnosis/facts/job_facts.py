@@ -43,7 +43,6 @@ class JobFacts:
     """Facts for the rules in addition to the window; each has a value that means "not known".
 
     Attributes:
-        world_size: ranks of the run.
         group: whether the ranks share a process group; None if only the rows can show it.
         backend: the group's backend (gloo, nccl).
         hosts: rank -> host.
@@ -56,7 +55,6 @@ class JobFacts:
         core_takers: cores that other processes on the host of rank 0 used meanwhile, by name, those that used most;
             '' are processes of other users.
         samples: use of cores, memory and devices over the run.
-        model: the trained model.
         fused: whether the optimizer is a fused one; None where no fused form of it is known.
         detects_anomalies: whether autograd's detection of anomalies is on.
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
@@ -70,7 +68,6 @@ class JobFacts:
         workers: worker processes of loaders over the run.
         lost_workers: rank -> loader workers that died, the first of them.
         growing: rank -> containers that grew while its memory did, at its last reading.
-        exits: ends of ranks.
         ended_by: signal that the launcher received and that ended the job; None without one.
         job_end_s: epoch second at which the scheduler ends the job; None where it has no limit.
         job_limit_s: that limit as a duration, seconds; None where it is not known.
@@ -82,14 +79,12 @@ class JobFacts:
         epochs: rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator.
         time: the run's wall time by part; None where it is not known.
         state: the run's state, as in the report.
-        losses: losses that were read.
         batches: fingerprints of batches, and how ranks exchange gradients.
         latest: last step of each rank, -1 before the first.
         progress: progress of each rank; None where it is not known.
         pauses: times in which the interpreter or torch.compile paused the training.
         stops: rank -> times in which its process did not run.
         turnover: device memory that ranks give back to the driver and request again.
-        health: faults of devices.
         topology: place of each rank: host, switches, NVLink domain, coordinates of the device mesh.
     """
 

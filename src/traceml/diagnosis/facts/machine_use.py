@@ -46,7 +46,6 @@ class LoweredClock:
 
     Attributes:
         index: NVML's number of the device.
-        reason: in words.
         share: of the samples in which the device computed.
         clock_mhz: median clock while lowered.
         usual_mhz: median clock otherwise; None where it was always lowered.
@@ -77,8 +76,6 @@ class MachineUse:
             is `JobFacts.waited_share`.
         busy_cores: cores that the threads of a rank used.
         host_cores: cores in use on the host, by all programs.
-        clock_mhz: clock of the devices.
-        temperature_c: their temperature.
         utilization: share of the time in which they computed, 0..1.
         throttled: whether their clocks were lowered in most samples.
         major_faults: page faults per second that read from a disk, of a rank.

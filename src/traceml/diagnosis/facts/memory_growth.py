@@ -252,7 +252,6 @@ class HostMemory:
 
     Attributes:
         used_bytes: in use in the newest sample, without file cache.
-        total_bytes: memory that there is.
         held_share: used share that no recent sample is below.
     """
 
@@ -268,7 +267,6 @@ class DeviceMemory:
     Attributes:
         rank, device: the rank, and its number of the device.
         allocated_bytes, peak_bytes: in use now, and at most so far.
-        total_bytes: memory of the device.
         retries: allocations that succeeded only after the cache was freed.
     """
 

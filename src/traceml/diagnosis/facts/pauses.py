@@ -108,7 +108,6 @@ class PauseHistory:
         """Return nanoseconds by phase, rank x step.
 
         Args:
-            ranks: the ranks.
             steps: numbers of the steps, ascending.
             cause: what the pauses are.
             wanted: selects rows.

@@ -31,8 +31,6 @@ class ResourceUse:
     """Use of a resource by one rank or its host.
 
     Attributes:
-        rank: the rank that measured it.
-        resource: which.
         used, limit: units now.
         left_s: time until the limit at the present growth; None where it does not grow.
         left_steps: the same in training steps.

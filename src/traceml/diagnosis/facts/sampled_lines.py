@@ -28,11 +28,9 @@ class SampledLine:
     """A line of the user's code, and how often it was seen.
 
     Attributes:
-        rank: the rank.
         part: a phase, `other`, or a name of `OUTSIDE_STEPS`.
         file, line, function: the innermost code of the user; None where only libraries ran.
         library: innermost library function that it had called, `FILE:LINE FUNCTION`.
-        samples: number of samples.
         watched_ns: time before them in which the phase was watched without a break.
         cpu_ns: CPU time of the training thread in it.
     """
@@ -102,11 +100,7 @@ class _RankCounts:
             self._newest = [first, (others[0][0], _summed([each for _, each in others]))]
 
     def summed(self, end_ns: int) -> NDArray[np.int64]:
-        """Return the sums, of phases of steps those that were counted mostly before a time.
-
-        Args:
-            end_ns: the end of the last step.
-        """
+        """Return the sums, of phases of steps those that were counted mostly before a time."""
         return _summed([*self._parts, *(each for middle_ns, each in self._newest if middle_ns <= end_ns)])
 
 
@@ -114,8 +108,6 @@ class LazyLines(Sequence[SampledLine]):
     """The lines of a run, made when a rule asks for them: a live verdict seldom does, and has many ranks.
 
     Args:
-        counts: the samples.
-        names: texts of each rank by id.
         ends_ns: time at which the last step of each rank ended.
     """
 

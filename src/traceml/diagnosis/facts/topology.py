@@ -89,7 +89,6 @@ class Topology:
         """Return the smallest group that explains slow ranks; None where they are not a group.
 
         Args:
-            slow: the slow ranks.
             ranks: all ranks that were compared, the slow ones among them.
         """
         if len(slow) < 2:

@@ -18,9 +18,7 @@ class UsefulTime:
     Attributes:
         productive_s: time in steps that were made for the first time, without waiting for data, saving, and the step
             in which an attempt failed.
-        productive_steps: their number.
         repeated_s: time in steps that an earlier attempt had made already, with waiting and saving.
-        repeated_steps: their number.
     """
 
     productive_s: float = 0.0

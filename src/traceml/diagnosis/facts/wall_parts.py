@@ -20,7 +20,6 @@ class ProcessSums:
     """Sums of one process of a rank; plain numbers, so that they can be kept as JSON.
 
     Attributes:
-        attempt: of its job.
         first_ns, last_ns: begin of its first step or evaluation, and end of its last one; epoch nanoseconds.
         steps: number of step rows.
         total_ns, saving_ns, input_ns: sums over steps: wall time, saving, waiting for data.

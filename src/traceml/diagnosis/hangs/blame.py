@@ -46,7 +46,6 @@ class Blame:
     """Ranks that block a job.
 
     Attributes:
-        cause: the kind of hang.
         ranks: the ranks to name; empty for all.
         waits: the operation that each waiting rank is in.
         operation: the collective that the named ranks did not come to, or are in.
@@ -77,7 +76,6 @@ def blame(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_s
     Args:
         snapshots: of the ranks that run, by rank; none of them makes progress.
         ended: ranks whose process has ended.
-        world_size: ranks of the job.
     """
     met = _by_collectives(snapshots, ended, world_size)
     data = uneven_data(snapshots)

@@ -33,7 +33,6 @@ def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     Args:
         window: steps of the job, which show how long they take.
-        facts: the job, with its progress.
     """
     # The last step may be the one that hung, and that the end of the job has closed.
     times = window.total[:, :-1]

@@ -36,11 +36,9 @@ class DetectedHang:
 
     Attributes:
         snapshots: of the ranks without progress, by rank.
-        blame: who blocks it.
         quiet_s: seconds since any rank made progress.
         is_busy: whether a rank computes: it is slow, or in an endless loop.
         ended: how ranks have ended that the others wait for.
-        is_over: whether the job has ended.
     """
 
     snapshots: Mapping[int, RankSnapshot]
@@ -55,7 +53,6 @@ def detect_hang(facts: JobFacts, step_p99_s: float) -> DetectedHang | None:
     """Return the hang of a job; None while it makes progress, and where it may be normal.
 
     Args:
-        facts: the job.
         step_p99_s: 99th percentile of its step time; 0 where it is not known.
     """
     if facts.progress is None or facts.state == "finished":

@@ -96,7 +96,6 @@ def is_excused(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
     """Whether no progress is normal: input from a terminal, a debugger, job control, an idle notebook, compiling.
 
     Args:
-        snapshot: of the rank.
         is_alone: whether it is the job's only rank, so waits for no other.
     """
     flags = (snapshot.is_waiting_for_terminal, snapshot.is_debugged, snapshot.is_suspended, snapshot.is_idle_notebook)
@@ -113,10 +112,6 @@ def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
 
     A rank or worker that is ready to run computes, however little of a core it gets. A rank whose own thread was silent
     is not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
-
-    Args:
-        snapshot: of the rank.
-        is_alone: whether it is the job's only rank, so waits for no other.
     """
     if not is_alone and collective_wait(snapshot) is not None:
         return False

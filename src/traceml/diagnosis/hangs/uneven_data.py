@@ -16,7 +16,6 @@ class UnevenData:
     """Ranks whose data has ended, and the batches of all.
 
     Attributes:
-        ranks: ascending.
         batches: least and most batches of these ranks.
         others: least and most batches of the others; they may get more.
     """

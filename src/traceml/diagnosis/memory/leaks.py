@@ -200,8 +200,6 @@ class CopiedObjects(NamedTuple):
     """The objects that forked workers copy by reading them.
 
     Attributes:
-        text: sentences about them.
-        action: what to do.
         evidence: their attribute, type and number.
     """
 

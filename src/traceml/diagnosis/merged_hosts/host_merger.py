@@ -35,8 +35,6 @@ class HostMerger:
     """Takes the step rows of a host's ranks, and makes the host's messages.
 
     Args:
-        host: its name.
-        world_size: ranks of the job.
         sent_rows: number of rows of each rank that were sent before; it is kept up to date.
     """
 
@@ -167,7 +165,6 @@ class RankChoice:
     Attributes:
         typical: the rank that represents the ordinary ones.
         ordinary: ranks that do not differ from it, itself among them.
-        outliers: the others.
     """
 
     typical: int

@@ -27,7 +27,6 @@ class HostSums:
     """Sums of all steps of some ranks.
 
     Attributes:
-        ranks: the ranks.
         steps: the sums of all of their steps; the groups of user phases are those of `names`.
         set_up: the same of their first steps, which include set-up: reports leave them out.
         names: names of user phases by id.

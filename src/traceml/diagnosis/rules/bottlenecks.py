@@ -149,9 +149,6 @@ class _PhaseCost:
         """Return the finding.
 
         Args:
-            kind: its kind.
-            summary: the cause.
-            action: what to do.
             evidence: what it is based on in addition to the times of the part.
         """
         share = self.saved_ns / self.step_ns
@@ -172,8 +169,6 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
     """Find waiting for data on all ranks.
 
     Args:
-        segments: own work.
-        facts: about the job.
         step_ns: mean step, to which the cost is compared.
         uncounted: waiting that another finding has, and the segments have not, in words.
     """

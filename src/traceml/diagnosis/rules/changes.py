@@ -30,7 +30,6 @@ class SideChange(NamedTuple):
         name: key of the evidence.
         text: in words.
         before, then: values outside and inside the slow part.
-        advice: what to do about it.
         takes_cores: whether it makes all code slower, as it runs less.
     """
 

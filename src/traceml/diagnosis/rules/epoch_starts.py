@@ -27,11 +27,7 @@ _PART = "input_wait"
 
 
 def begins_each_step(epochs: NDArray[np.void]) -> bool:
-    """Return whether each step makes an iterator for one batch: an epoch of one batch would end its iterator.
-
-    Args:
-        epochs: rows of `schema.EPOCHS`.
-    """
+    """Return whether each step makes an iterator for one batch: an epoch of one batch would end its iterator."""
     if len(epochs) < _MIN_STARTS:
         return False
 
@@ -77,14 +73,7 @@ def keeping_workers(facts: JobFacts) -> KeptWorkers | None:
 def workers_restarted(
     window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the finding about workers that each epoch restarts, and the waiting as it would be without that.
-
-    Args:
-        window: the steps.
-        segments: their own work.
-        facts: the loader, and the starts of epochs.
-        step_ns: mean step, to which the cost is compared.
-    """
+    """Return the finding about workers that each epoch restarts, and the waiting as it would be without that."""
     workers = facts.loader.num_workers if facts.loader else None
     keeping = keeping_workers(facts)
     if not workers or keeping is None or _PART not in segments.parts:

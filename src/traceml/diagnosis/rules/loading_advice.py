@@ -36,7 +36,6 @@ class Advised(NamedTuple):
     """Advice on loading.
 
     Attributes:
-        text: what to do.
         gain: old / new step time if it is done; None where that is not known.
         workers: advised number of loader workers; None where the advice is another.
     """
@@ -50,7 +49,6 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
     """Return advice against waiting for data.
 
     Args:
-        facts: about the job.
         pipeline: its loading; None where the waits are pauses.
     """
     loader = facts.loader or LoaderFacts()
@@ -81,7 +79,6 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     it count: an evaluation before the training has a loader, too.
 
     Args:
-        facts: about the job.
         waits: share of the steps in which they wait for data.
     """
     if facts.loader is None or facts.loader.num_workers:
@@ -116,8 +113,6 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
     """Return whether samples are in memory, and fetching one costs next to nothing.
 
     Args:
-        loader: the loader.
-        pipeline: its loading.
         waited: share of its ready time in which the training process waited for a core: a fetch would be as much
             shorter on a core of its own.
     """
@@ -242,7 +237,6 @@ def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
     """Return the name of the data set's class; that of a plain container says nothing.
 
     Args:
-        loader: its loader.
         begins: whether a sentence begins with it.
     """
     if loader.dataset and loader.dataset not in _CONTAINERS:
@@ -252,12 +246,7 @@ def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
 
 
 def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> Advised | None:
-    """Return advice on an iterator in each step, which orders all samples for one batch; None where it is not that.
-
-    Args:
-        facts: about the job.
-        pipeline: its loading; None where it is not known.
-    """
+    """Return advice on an iterator in each step, which orders all samples for one batch; None where it is not that."""
     loader = facts.loader or LoaderFacts()
     share = ordering_share(facts.lines)
     if loader.num_workers or pipeline is None or share < NAMED_SHARE or not begins_each_step(facts.epochs):
@@ -276,7 +265,6 @@ def of_sampler(facts: JobFacts, line: BlamedLine | None) -> Advised | None:
     """Return advice on a sampler that takes most of the waiting; None where it does not.
 
     Args:
-        facts: about the job.
         line: line of the user's code in which the training process was seen meanwhile.
     """
     loader = facts.loader

@@ -44,7 +44,6 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     Args:
         window: aligned steps, which show whether ranks wait for those that evaluate alone.
-        facts: about the job.
     """
     time, lines = facts.time, facts.lines
     if time is None:

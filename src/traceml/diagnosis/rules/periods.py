@@ -76,14 +76,7 @@ class _Period:
 def periodic_steps(
     window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the finding about long steps at a fixed distance, and the parts of the step without them.
-
-    Args:
-        window: the steps.
-        segments: their own work.
-        facts: about the job.
-        step_ns: mean step, to which the cost is compared.
-    """
+    """Return the finding about long steps at a fixed distance, and the parts of the step without them."""
     period = _period(window, segments)
     if period is None or period.saved_ns < least_cost_ns(step_ns):
         return [], {}

@@ -59,7 +59,6 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
 
     Args:
         bins: history of the whole run.
-        facts: about the job.
         late: groups of ranks that are known to be late.
     """
     change = _change(bins, facts)

@@ -49,7 +49,6 @@ def late_summary(
     """Return the sentence about late ranks.
 
     Args:
-        segments: the window.
         late: the ranks, as indices.
         ranks: their numbers.
         share: cost as a share of step time.

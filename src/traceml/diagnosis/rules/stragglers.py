@@ -71,7 +71,6 @@ class _Others:
     """The ranks that are not late, by whose work late ones are judged, each of thousands.
 
     Attributes:
-        segments: the window.
         rows: their indices.
     """
 

@@ -56,8 +56,6 @@ def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tup
     """Return the finding about recompiled functions, and the parts of the step without these compilations.
 
     Args:
-        window: the steps.
-        segments: their own work.
         facts: the compilations that ranks have reported, and the run's wall time.
     """
     taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _all)

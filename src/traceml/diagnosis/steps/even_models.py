@@ -28,8 +28,6 @@ def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[i
     """Return a window in which all trainings compute equally long.
 
     Args:
-        window: the steps.
-        segments: their own work.
         starts: first step of each training but the first.
     """
     edges = np.unique(np.searchsorted(window.steps, starts))
@@ -52,8 +50,6 @@ def trainings_of(
     """Return the steps of each training, whose model and size of batches are the same, in the order of their starts.
 
     Args:
-        window: the steps.
-        starts: first step of each training but the first.
         returns: those of them that train an earlier model again, with its first step.
     """
     models = np.array([0, *((returns or {}).get(step, step) for step in sorted(starts))])

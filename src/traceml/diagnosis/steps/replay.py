@@ -21,7 +21,6 @@ def replayed(segments: Segments, changed: Mapping[str, Floats]) -> Segments:
     """Return the window with the own work of some parts replaced, and the step times that follow.
 
     Args:
-        segments: the window.
         changed: as of `new_step_times`; empty leaves the window as it is.
     """
     return segments.changed(changed, new_step_times(segments, changed)) if changed else segments
@@ -31,7 +30,6 @@ def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
     """Return the time of each step with the own work of some parts replaced.
 
     Args:
-        segments: the window.
         changed: part -> its new own work in nanoseconds, rank x segment.
     """
     own = segments.own + sum(values - segments.parts[part] for part, values in changed.items())

@@ -36,7 +36,6 @@ class SteadyExcess:
 
     Attributes:
         row: index of the rank.
-        part: the part of the step.
         mean_ns: mean excess over the other ranks.
         dominance: its share of the excesses of all parts that are not noise.
     """

@@ -63,7 +63,6 @@ class StepHistory:
         """Return the history of a window, in up to 64 bins of equal width in steps.
 
         Args:
-            window: aligned steps.
             segments: its own work; the rest of a step is waiting for other ranks.
         """
         first, last = int(window.steps[0]), int(window.steps[-1])
@@ -99,7 +98,6 @@ class StepHistory:
         """Return the history of steps that vary only as some ranks' own work does beyond that of the others.
 
         Args:
-            ranks: the ranks.
             part: their work in this phase; None: all of it.
         """
         late, parts = np.isin(self.ranks, ranks), self.single_parts_ns

@@ -25,7 +25,6 @@ def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = Non
     """Return the finding about updates that are skipped, and go on being skipped.
 
     Args:
-        skipped: steps without an update.
         losses: losses that were read; where they are not finite either, they are the cause.
     """
     if skipped is None or len(skipped.steps) < MIN_SKIPPED:

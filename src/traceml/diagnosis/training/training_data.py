@@ -31,10 +31,7 @@ def loss_not_finite(
     Steps that GradScaler skips leave the model as it was: they are a finding of their own.
 
     Args:
-        losses: the losses.
         latest: last step of each rank, -1 before the first.
-        world_size: number of ranks.
-        skipped: steps without an update.
     """
     found = losses.first()
     steps = max(latest, default=-1) + 1
@@ -114,7 +111,6 @@ def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, ru
         batches: what is known of the ranks.
         world_size: number of ranks; they share a process group.
         steps: steps of the rank with the most.
-        running: whether the run goes on.
     """
     if world_size < 2 or not batches.are_alone or steps < (MIN_LIVE_STEPS if running else MIN_STEPS):
         return []

@@ -39,7 +39,6 @@ class RunsSnapshot:
         reports: of the running runs, the newest first.
         states: number of all runs by state.
         hidden: running runs without a report because there are too many.
-        infos: all runs of the folder.
     """
 
     reports: Sequence[Report] = ()
@@ -58,9 +57,7 @@ class ActiveRuns:
     """Follows the running runs of a folder; may be asked from several threads.
 
     Args:
-        runs_dir: the folder.
         owner: process id of an aggregator: only its runs have reports.
-        clock: monotonic seconds.
     """
 
     def __init__(

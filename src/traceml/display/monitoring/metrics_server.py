@@ -41,8 +41,6 @@ def serve_metrics(runs: ActiveRuns, sock: socket.socket, token: str | None) -> N
     """Answer requests until a signal ends the process.
 
     Args:
-        runs: the runs to show.
-        sock: the listening socket.
         token: the bearer token that requests need; None where only this host reaches the socket.
     """
     server = _InheritedServer(sock)

@@ -58,7 +58,6 @@ class OtlpConfig:
     """Configuration of the exporter.
 
     Attributes:
-        runs_dir: folder of the runs.
         owner: process id of the aggregator whose runs are sent.
         endpoint: base URL of the collector; None: that of the OTEL_EXPORTER_OTLP_ variables.
         mask: the setting `mask`, for texts of findings.

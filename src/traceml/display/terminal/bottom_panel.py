@@ -47,7 +47,6 @@ class BottomPanel:
     Args:
         console: the terminal; its size, encoding and colors decide how views look.
         interval_s: least time between two draws; views in between are not drawn.
-        clock: monotonic seconds.
     """
 
     def __init__(

@@ -44,7 +44,6 @@ class FullScreen:
     """The terminal's alternate screen during the `with` block; the normal one is restored after it.
 
     Args:
-        console: the terminal.
         keys: descriptor that keys are read from; standard input where left out and it is a terminal.
     """
 

@@ -32,7 +32,6 @@ class LiveScreen:
         run_dir: the run's folder; its store may be created later.
         console: the terminal; standard output where left out.
         follow: opens the run.
-        clock: monotonic seconds.
     """
 
     def __init__(

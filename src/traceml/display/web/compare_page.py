@@ -83,7 +83,6 @@ class ComparePage:
     """A comparison, in one browser.
 
     Args:
-        client: the browser.
         runs: ids of the runs, the baseline first.
         theme: the one that the browser used last.
     """

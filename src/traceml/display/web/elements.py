@@ -19,9 +19,6 @@ class TextNode(TextElement):  # type: ignore[misc]  # types are checked without 
     """An HTML element that holds text.
 
     Args:
-        tag: of the element.
-        text: its text.
-        classes: of the style sheet.
         attributes: of the element; `_` stands for `-`.
     """
 
@@ -37,13 +34,7 @@ class TextNode(TextElement):  # type: ignore[misc]  # types are checked without 
 
 
 class Container(ui.element):  # type: ignore[misc]
-    """An HTML element that holds others.
-
-    Args:
-        tag: of the element.
-        classes: of the style sheet.
-        attributes: of the element; `_` stands for `-`.
-    """
+    """An HTML element that holds others."""
 
     def __init__(self, tag: str = "div", classes: str = "", **attributes: Any) -> None:
         super().__init__(tag)
@@ -106,10 +97,8 @@ class ChartCard:
     """A titled chart; it keeps its space while it is empty, so that nothing on the page moves.
 
     Args:
-        title: the heading.
         hint: a few words on how to read it.
         waiting: text while there is nothing to draw.
-        classes: of the style sheet.
         words: what a search field finds the card by; empty where none does.
     """
 

@@ -27,12 +27,7 @@ _BACKLOG = 64
 
 @dataclass(frozen=True, slots=True)
 class PageConfig:
-    """Configuration of the page's server.
-
-    Attributes:
-        token: the secret that gives access.
-        runs_dir: the folder of the runs.
-    """
+    """Configuration of the page's server."""
 
     token: str
     runs_dir: Path

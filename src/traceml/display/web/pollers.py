@@ -111,7 +111,6 @@ class PollerRegistry(Generic[T]):
 
     Args:
         open_source: opens the source of a key.
-        interval_s: least time between two reads of each.
     """
 
     def __init__(self, open_source: Callable[[Hashable], PollSource[T]], *, interval_s: float = 1.0) -> None:

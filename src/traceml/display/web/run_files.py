@@ -33,7 +33,6 @@ def file_path(run_id: str, path: str, name: str = "") -> str:
     """Return the address of a file of a run.
 
     Args:
-        run_id: the run.
         path: the file in the run's folder.
         name: its name for the browser, where that is another one.
     """

@@ -36,13 +36,7 @@ _TABS = (
 
 
 class RunPage:
-    """A run, in one browser.
-
-    Args:
-        client: the browser.
-        run_dir: the run's folder.
-        theme: the one that the browser used last.
-    """
+    """A run, in one browser."""
 
     def __init__(self, client: Client, run_dir: Path, theme: str) -> None:
         self._client, self._run_dir, self._theme = client, run_dir, theme

@@ -40,13 +40,11 @@ class RunState:
     Attributes:
         id: the folder's name.
         problem: why it cannot be read; empty where it can.
-        exists: whether the folder exists.
         view: the report so far; None before there is one.
         events: events of the run, oldest first.
         logs: ends of the files in its `logs`.
         silent_s: seconds since a running run wrote data, from 5 on; None before.
         watched: whether the aggregator that writes it is alive, as far as is known.
-        charts: the charts.
         about: parameters, source, environment, machine.
         labels: those that people gave it.
         logged: texts, images, histograms and files that it logged.
@@ -88,9 +86,7 @@ class RunSource:
     """Follows a run in its folder, also one that appears later; a damaged one is tried again.
 
     Args:
-        run_dir: the run's folder.
         themes: the themes in use; their charts are made here, off the event loop.
-        clock: monotonic seconds.
     """
 
     def __init__(

@@ -50,9 +50,6 @@ class TokenMiddleware:
     """ASGI middleware that requires the token.
 
     Args:
-        app: the protected application.
-        token: the secret.
-        port: the port of the page.
         on_authenticated: called with the address of a client that has shown the token or the cookie.
     """
 

@@ -28,13 +28,7 @@ _log = logging.getLogger("traceml")
 
 
 class CheckpointMarks:
-    """Notes saves in the flight file's slots, and reads before the first step as rows of `info`.
-
-    Args:
-        slots: the open slots of the flight file.
-        clock: of the steps.
-        report: takes a row.
-    """
+    """Notes saves in the flight file's slots, and reads before the first step as rows of `info`."""
 
     def __init__(self, slots: Any, clock: StepClock, report: Callable[[Info], None]) -> None:
         self._slots, self._clock, self._report = slots, clock, report

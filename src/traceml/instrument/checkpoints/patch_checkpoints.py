@@ -33,7 +33,6 @@ class CheckpointPatches:
 
     Args:
         clock: times saves as `checkpoint`.
-        log: records each save.
         folder: is called with each path before it is written, so that it is known when the disk is full.
         marks: are called with each path that was saved or loaded.
     """
@@ -84,7 +83,6 @@ class CheckpointPatches:
         """Return a function that calls `original`, which saves.
 
         Args:
-            original: the function.
             find: finds its path or file; None: the first one among the arguments, which may be no checkpoint's.
             is_written: whether its files are complete when it returns.
         """

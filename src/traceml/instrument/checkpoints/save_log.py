@@ -23,8 +23,6 @@ class Save(NamedTuple):
 
     Attributes:
         t_end_ns: its end, monotonic.
-        step: the open step.
-        ns: its wall time.
         targets: files and folders that it was given.
         sizes: bytes of each when it ended, before the script renames or overwrites it; None of a folder, -1 where that
             is not known.
@@ -76,10 +74,6 @@ class SaveLog:
         """Record a save that ends now.
 
         Args:
-            clock: of the steps.
-            args: of the call.
-            kwargs: of the call.
-            began_ns: when it began.
             frame: of the function that times it.
             is_written: whether its files are complete; a thread or process may still write them.
         """

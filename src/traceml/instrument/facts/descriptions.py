@@ -148,7 +148,6 @@ def input_facts(
     """Describe the input of the model.
 
     Args:
-        tensor: the first one.
         model: the called model, None where it is not known.
         batch_size: of the loader, None without one.
         is_listed: whether the tensor is one of a list, of samples or of batches.

@@ -24,7 +24,6 @@ class FactReports:
     """Reports facts as rows of `info`.
 
     Args:
-        clock: the clock of the open step.
         on_info: takes the rows; None: nothing is reported.
     """
 

@@ -32,7 +32,6 @@ def named_attributes(owner: Any, is_wanted: Callable[[Any], bool]) -> Iterator[t
 
     Args:
         owner: any object; of one without `__dict__` nothing is yielded.
-        is_wanted: chooses by the value.
     """
     if any(is_wanted(value) for value in attribute_values(owner)):
         yield from (item for item in list(islice(_fields(owner).items(), _MAX_FIELDS)) if is_wanted(item[1]))

@@ -24,7 +24,6 @@ class DefaultGroup:
 
     Args:
         clock: gets the group and its counter of collectives.
-        patches: the replaced functions.
         report: takes facts about the group, and this rank's place in the device mesh.
         guarded: runs an action; on failure it logs and counts it.
         on_group: called on the training thread when the group exists.

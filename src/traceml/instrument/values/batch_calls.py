@@ -21,7 +21,6 @@ class BatchCalls:
     """Watches the calls before the first backward passes.
 
     Args:
-        clock: counts backward passes and steps.
         on_calls: called once, with the sizes of the pass that has fewest.
     """
 

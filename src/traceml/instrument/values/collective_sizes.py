@@ -17,11 +17,7 @@ __all__ = ["CollectiveSizes"]
 
 
 class CollectiveSizes:
-    """The largest tensor that a collective of this process has carried.
-
-    Args:
-        report: takes facts.
-    """
+    """The largest tensor that a collective of this process has carried."""
 
     def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
         self._report = report

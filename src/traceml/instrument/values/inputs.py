@@ -46,7 +46,6 @@ class BatchReader:
     """Reads sizes and fingerprints of batches for a clock.
 
     Args:
-        clock: receives them.
         on_input: called with the first input, its model, and whether it is one of a list of inputs, for facts about
             them.
         on_calls: called with the sizes of the calls before a backward pass.
@@ -73,13 +72,7 @@ class BatchReader:
         self.begin_epoch()
 
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: Any = None) -> None:
-        """Note the size of a forward's input.
-
-        Args:
-            args: of the call.
-            kwargs: of the call.
-            model: the called model, None where it is not known.
-        """
+        """Note the size of a forward's input."""
         if self._broken:
             return
 

@@ -82,7 +82,6 @@ class LossReader:
 
     Args:
         clock: has the step; its `loss_mask` decides which steps are read.
-        losses: the table of losses.
         device: copies losses that are not on the CPU.
     """
 

@@ -39,7 +39,6 @@ class LoaderWorker(NamedTuple):
 
     Attributes:
         number: its number in the loader, from 0.
-        pid: its process.
         waits_for_batch: number of the batch that the rank waits for from it; None for another worker.
         start_method: by which it was started: fork, spawn, forkserver; empty if not known.
     """
@@ -55,7 +54,6 @@ def follow_iterator(iterator: Any, loader: int = 0) -> None:
 
     Args:
         iterator: of a DataLoader; its private attribute `_workers` has the processes.
-        loader: number of the loader in this process.
     """
     _iterators.add(iterator)
     if processes := getattr(iterator, "_workers", None):

@@ -31,8 +31,6 @@ def watch_workers(patches: Patches, clock: StepClock, lost: deque[dict[str, Any]
     """Append the facts of each loader worker that dies: its process, number, step, and signal or status.
 
     Args:
-        patches: keeps the originals.
-        clock: has the open step.
         lost: receives the facts. They come from a signal handler, which may interrupt code that holds a lock, so
             nothing more is done with them here.
     """

@@ -20,7 +20,6 @@ class AddressProbe:
     Args:
         selector: the agent's; what is registered there has a callable as data, which takes the events.
         address: an IP address.
-        port: its port.
         on_done: called with why it cannot be reached; empty if it can.
     """
 

@@ -63,9 +63,6 @@ class PipeReader:
     """The agent's end of one pipe of a worker.
 
     Args:
-        selector: the agent's; what is registered there has a callable as data, which takes the events.
-        stream: the target.
-        name: name of the pipe.
         tail: keeps the last lines.
 
     Attributes:

@@ -40,15 +40,12 @@ class WorkerGroup:
 
     Args:
         selector: the agent's; what is registered there has a callable as data, which takes the events.
-        channel: to the launcher.
-        zygote: forks the workers.
         message: the launcher's `start`.
         environ: variables that workers set and unset, see `ZygoteClient.worker_environ`.
         context: their `cwd`, `sys_path` and `main`.
         listener: the socket at which ranks meet, on the host of rank 0.
 
     Attributes:
-        job: its id.
         idle: whether none of its processes is left.
         payload: id of the stream that carries the function and its arguments.
     """
@@ -262,7 +259,6 @@ class WorkerGroup:
         """End the workers and everything that they have started: by SIGTERM, after the grace period by SIGKILL.
 
         Args:
-            grace_s: the grace period, in seconds.
             exit_s: time for the exit handlers of workers that have returned or raised, before the same is done to them.
         """
         if self._stopping:

@@ -79,14 +79,11 @@ class ZygoteClient:
     """A zygote, as the agent uses it.
 
     Args:
-        selector: the agent's; what is registered there has a callable as data, which takes the events.
-        spec: its environment and imports.
         mark: marks the processes of its workers.
         on_message: called with each of its messages.
         on_output: called with output of the zygote and env_file.
 
     Attributes:
-        pid: of the process.
         up: whether Python has started there.
         ready: its message that torch is imported, or None.
         output: the beginning of its output.

@@ -27,7 +27,6 @@ def read_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Func
     """Return the call that `run(func, *args, **kwargs)` means.
 
     Args:
-        func: the function.
         args: `func_args, func_kwargs, log_handlers`, or the function's own arguments.
         kwargs: the same by name; `log_handlers` is ours in both forms.
 

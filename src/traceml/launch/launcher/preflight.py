@@ -33,7 +33,6 @@ class HostFacts:
     """One host.
 
     Attributes:
-        name: as the user wrote it.
         trouble: why it cannot be used; empty if it can.
         advice: how to fix that.
         words: the last lines of output of ssh, srun or the host.
@@ -63,7 +62,6 @@ class Preflight:
     """Result of a check of hosts.
 
     Attributes:
-        hosts: in the given order.
         links: of a ring over the usable hosts; empty with fewer than two.
         clock_offsets_s: each host's wall clock minus the first usable host's, in seconds.
         all_reduce_ms: a sum of 16 MiB over all usable hosts, in milliseconds; None with fewer than two.

@@ -76,7 +76,6 @@ class Channel:
         Args:
             read_fd: source of the other side's frames.
             write_fd: target of ours; may be the same.
-            side: this side.
             name: the other side's name, for logs.
             greeting: whether to skip everything before `GREETING`.
         """

@@ -108,9 +108,6 @@ class ChannelDecoder:
 
     Attributes:
         noise: the bytes received before the greeting.
-
-    Args:
-        greeting: whether to skip everything before `GREETING`.
     """
 
     def __init__(self, *, greeting: bool) -> None:

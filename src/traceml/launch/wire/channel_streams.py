@@ -35,7 +35,6 @@ class OutgoingStream:
         """Open a stream.
 
         Args:
-            stream_id: its number on the channel.
             wake: called when there may be a frame to send.
         """
         self.id = stream_id
@@ -123,7 +122,6 @@ class IncomingStream:
         """Take over a stream.
 
         Args:
-            stream_id: its number on the channel.
             allow: called to let the other side send this many more bytes.
         """
         self.id = stream_id

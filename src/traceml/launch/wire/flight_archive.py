@@ -81,7 +81,6 @@ def unpack_flight(data: bytes, folder: Path, name: str) -> Path:
     Args:
         data: an archive of `pack_flight`.
         folder: the run's folder for copies; created.
-        name: a unique name.
 
     Raises:
         OSError: it cannot be written.

@@ -123,8 +123,6 @@ def load(memory: Buffer, *, what: str = "the value", on_made: Callable[[Any], ob
     """Unpickle a value; its tensors and arrays keep using `memory`, and are writable if it is.
 
     Args:
-        memory: the bytes of a serialized value.
-        what: name of the value in an error.
         on_made: called with each function and class that came by value.
 
     Raises:
@@ -156,7 +154,6 @@ def _dump(value: object, named: Mapping[str, object]) -> SerializedValue:
     """Pickle a value.
 
     Args:
-        value: the value.
         named: its parts by name, for an error.
     """
     pickled: list[Any] = []

@@ -25,7 +25,6 @@ class PayloadBuffer:
     """Memory that a serialized value is received into.
 
     Args:
-        size_bytes: the value's size.
         shared: use a memory file, `fd`, which other processes can map (`map_private`); else private memory, for
             `load(buffer.memory())`.
     """

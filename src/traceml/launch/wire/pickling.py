@@ -64,7 +64,6 @@ class Unpickler(pickle.Unpickler):
     """Unpickler that does not modify classes that this process has sent.
 
     Args:
-        file: source of the pickle.
         buffers: the buffers outside the pickle.
         on_made: called with each function and class that came by value.
     """

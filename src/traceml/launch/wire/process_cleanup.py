@@ -101,7 +101,6 @@ class ProcessTermination:
     """Ends processes until none is found: by SIGTERM, after a grace period by SIGKILL.
 
     Args:
-        find: returns the processes.
         grace_s: time between SIGTERM and SIGKILL; 0 kills at once.
     """
 
@@ -144,7 +143,6 @@ def end_job(mark: str, agent: int) -> None:
     """End an agent that was lost, its reaper, and all processes that have the mark of its job.
 
     Args:
-        mark: the value of `TRACEML_LAUNCH_MARK`.
         agent: the agent's process id; a process without the agent's name is left alone.
     """
     known = process_info(agent)

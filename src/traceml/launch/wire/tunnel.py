@@ -39,8 +39,6 @@ class TunnelListener:
     """The agent's end of the tunnel: listens on the host's loopback for connections of ranks.
 
     Args:
-        selector: the owner's; what is registered there has a callable as data, which takes the events.
-        channel: to the launcher.
         about: fields that announce the streams in addition to their kind, such as the job.
 
     Raises:
@@ -99,8 +97,6 @@ class TunnelConnector:
     """The launcher's end of the tunnel: connects to the aggregator for each connection of a host.
 
     Args:
-        selector: the owner's; what is registered there has a callable as data, which takes the events.
-        channel: to the agent.
         port: the aggregator's, on this host's loopback.
     """
 

@@ -41,7 +41,6 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
     """Run the function or script of one rank, report the result, and end when the agent releases the worker.
 
     Args:
-        request: the agent's request.
         fds: its descriptors: agent's socket, stdout, stderr, log records, socket and file for stacks, and on rank 0 the
             listener.
     """

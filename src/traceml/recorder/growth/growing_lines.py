@@ -33,7 +33,6 @@ def line_that_adds(file: str, path: str, kind: str = "", *, is_copied: bool = Fa
     """Return the only line of a file that adds to a container; None without one, or with several.
 
     Args:
-        file: the user's file.
         path: expression that reaches the container; its last name is searched.
         kind: of the container; those of libraries are added to by their functions.
         is_copied: whether a longer one takes its place.

@@ -54,9 +54,7 @@ class GrowthWatch:
     """Called in each turn of the recorder's thread.
 
     Args:
-        slots: open slots of the flight file.
         thread: returns the id of the training thread.
-        is_user: recognizes the user's code.
         note: takes (kind, facts): a row of `info`.
         now: returns a monotonic time in nanoseconds.
     """

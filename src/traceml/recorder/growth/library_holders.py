@@ -23,7 +23,6 @@ class Holder(NamedTuple):
     Attributes:
         path: expression that reaches the object whose it is: `model.encoder`.
         kind: what it contains.
-        value: the container.
     """
 
     path: str

@@ -36,7 +36,6 @@ class ProgressCounters:
     """Compares what a rank has done with the last time.
 
     Args:
-        flight: its tables and open slots.
         thread: returns the id of the training thread.
         user: recognizes the user's code.
         work: returns numbers that change with each batch, forward and backward, also of an evaluation.

@@ -49,11 +49,8 @@ class SnapshotMaker:
     """Takes snapshots of this process.
 
     Args:
-        flight: its tables and open slots.
-        rank: returns its rank.
         thread: returns the id of the training thread.
         user: recognizes the user's code.
-        is_evaluating: whether an evaluation runs.
         data: returns how far the data of the training loader is read; None where there is none.
         groups: returns the newest operation by process group.
         workers: returns the loader's workers, by the time without progress and the iterator that the rank waits for.

@@ -23,7 +23,6 @@ def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool])
 
     Args:
         frame: what the thread runs.
-        is_user: whether the user wrote the code of a frame.
     """
     found = None
     for call in _calls(frame, is_user):
@@ -41,8 +40,6 @@ def with_root(
 
     Args:
         groups: the newest operation by group.
-        frame: what the thread runs.
-        is_user: whether the user wrote the code of a frame.
     """
     groups = tuple(groups)
     call = next((call for call in _calls(frame, is_user) if call.f_code.co_name in _ROOTS), None)

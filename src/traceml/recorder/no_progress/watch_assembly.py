@@ -40,12 +40,8 @@ def progress_watch(
     """Return the watch of this process.
 
     Args:
-        flight: its tables and open slots.
-        rank: returns its rank.
         thread: returns the id of the training thread.
         clock: returns the clock of the open step, None while nothing is traced.
-        failed_threads: returns the threads that an exception has ended.
-        hang_timeout_s: a pause of this length is a hang.
     """
     user, groups = UserCode(), GroupSnapshots()
 

@@ -39,9 +39,7 @@ class Collection(NamedTuple):
 
     Attributes:
         t_end_ns: its end, monotonic.
-        step: the open step.
         phase: the open phase, as in `schema.PAUSES`.
-        ns: its wall time.
         together: how many they are.
         generation: the oldest generation that it visited.
         code, line: the user's code that called `gc.collect`, itself or through a library, or a library's where no
@@ -65,9 +63,7 @@ class CollectionWatch:
     """Times collections from `start` to `stop`.
 
     Args:
-        slots: open slots of the flight file.
         is_evaluating: returns whether an evaluation runs, whose time is in no step.
-        is_user: recognizes the user's code.
     """
 
     def __init__(

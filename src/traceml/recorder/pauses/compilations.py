@@ -23,7 +23,6 @@ class Compilation(NamedTuple):
 
     Attributes:
         end_us: its end, microseconds since 1970.
-        ns: its wall time.
         detail: why it was compiled.
         place: the function, `FILE:LINE FUNCTION`; empty where it is not known.
         guard: the guard of the code compiled before that failed; empty for the first compilation.

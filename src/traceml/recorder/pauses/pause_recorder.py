@@ -35,10 +35,7 @@ class PauseRecorder:
 
     Args:
         flight: takes the rows of `schema.PAUSES`.
-        is_evaluating: returns whether an evaluation runs, whose time is in no step.
-        is_user: recognizes the user's code.
         saves: records checkpoints; None without hooks.
-        compilations: reads dynamo's records.
     """
 
     def __init__(
@@ -140,7 +137,6 @@ def size_of(targets: Sequence[str], sizes: Sequence[int | None]) -> int:
     """Return the bytes of files, and of the files directly in folders, each once; -1 where that is not known.
 
     Args:
-        targets: files and folders.
         sizes: of each file; None of a folder, which may have many files: they are not read on the training thread.
     """
     if -1 in sizes:

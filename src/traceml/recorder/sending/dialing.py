@@ -31,11 +31,7 @@ def dial(
     """Connect; with `local`, start an aggregator where none answers.
 
     Args:
-        config: the settings.
-        hello: the rank's.
         timeout_s: time for all tries together; an aggregator that is started here has more.
-        tries: give up after this many.
-        is_ending: polled; a process that ends does not wait for an aggregator that another process starts.
 
     Raises:
         AggregatorRefusedError: it answered and refused; trying again would not help.
@@ -54,11 +50,6 @@ def dial(
 
 def dial_as_client(config: Config, run: str, *, timeout_s: float) -> Connection:
     """Connect to the rank's aggregator for commands about a run; start none.
-
-    Args:
-        config: the settings.
-        run: its id.
-        timeout_s: time for all tries together.
 
     Raises:
         AggregatorRefusedError: it answered and refused.

@@ -48,7 +48,6 @@ class RowSender:
     """Sender of rows to one aggregator. Owned by one thread; no call blocks longer than its timeout.
 
     Args:
-        flight: the tables.
         dial: connects within this many seconds, or raises what `transport.client.connect` raises.
         flush_interval_s: longest time that a row waits.
         commands: commands that the aggregator may send to this rank, by name.
@@ -219,8 +218,6 @@ class RowSender:
         """Send everything, say bye, and wait until it is stored; return whether it is.
 
         Args:
-            reason: the bye's reason.
-            timeout_s: time for all of it.
             keep_trying: keep trying for that long when no aggregator answers; else try once.
         """
         deadline = time.monotonic() + timeout_s

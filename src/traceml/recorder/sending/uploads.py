@@ -54,13 +54,10 @@ class FileUpload:
     """One file to upload.
 
     Attributes:
-        experiment: number of the experiment that it belongs to.
         kind: `artifact` or `image`.
         name: the user's name for it.
-        step, t_ns: of the call.
         source: an open descriptor, or a function that returns the bytes; called on the upload thread.
         limit_bytes: larger ones are refused.
-        suffix: suffix of the file's name.
         facts: other fields of its row.
         note: copy of the row next to the file in the spool, until the file has arrived.
     """
@@ -166,7 +163,6 @@ class FileUploader:
 
         Args:
             advance: called every 10 ms; returns False to stop the wait.
-            timeout_s: longest wait.
             stuck_s: longest wait without progress.
 
         Returns:

@@ -19,7 +19,6 @@ class Theme:
     Attributes:
         name: `light`, `dark`, or `css` where the page's style sheet decides.
         text, muted, rule: text, axis labels, grid lines.
-        ground: the background.
         phases: by phase, users: for the user's own phases.
         parts: by part of the run's time.
         lines: for other series: ranks, hosts, percentiles.

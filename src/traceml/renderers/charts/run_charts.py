@@ -179,9 +179,6 @@ def metric_charts(
     """Return (name, chart) of logged metrics over steps, several ranks in one chart.
 
     Args:
-        series: of the run.
-        theme: the colors.
-        most: largest number of charts.
         axes: whether an option has the key `traceml` with the points' places on other axes: seconds since the first
             value of the run, and epochs where the training logs them as `epoch`.
     """

@@ -73,9 +73,6 @@ def category_scale(labels: Sequence[str], start: float, end: float, *, bands: bo
     """Return the scale of an axis of labels, whose numbers are their indices.
 
     Args:
-        labels: the categories.
-        start: its first position.
-        end: its last position.
         bands: whether each category has a band (bars, cells), or a point on the line.
         across: whether the labels are side by side, so that long ones need more space.
     """

@@ -24,10 +24,8 @@ def draw(option: Mapping[str, Any], title: str, width: int = 720, height: int = 
     """Return an `<svg>` element.
 
     Args:
-        option: a chart of this package.
         title: its subject, for screen readers.
         width: in the drawing's own units; on a page it fills the available width.
-        height: in the same units.
     """
     rows = _legend_rows(option, width)
     is_heat = bool(option["series"]) and option["series"][0]["type"] == "heatmap"

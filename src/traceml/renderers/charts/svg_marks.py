@@ -39,7 +39,6 @@ def label(x: float, y: float, text: str, anchor: str, color: str | None = None) 
     """Return an SVG text; nothing for an empty one.
 
     Args:
-        x: position.
         y: base line.
         text: not yet escaped.
         anchor: the part of the text at `x`: start, middle or end.

@@ -80,7 +80,6 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
     """Return a finding with its evidence and advice.
 
     Args:
-        verdict: the finding.
         first: whether it is the verdict.
         with_evidence: whether its numbers are shown.
     """

@@ -65,7 +65,6 @@ def stacked(shares: Sequence[tuple[str, float]], width: int, viewport: Viewport)
 
     Args:
         shares: (phase, share of 0..1) in drawing order; together at most 1.
-        width: columns.
         viewport: with colors each phase has its own; without, phases are separated by bars and filled with dots.
     """
     return _stacked([(short_label(phase), phase_color(phase), share) for phase, share in shares], width, viewport)

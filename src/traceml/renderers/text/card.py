@@ -85,9 +85,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
     """Return the card of a run.
 
     Args:
-        view: the run.
         viewport: of the output; at most 100 columns are used.
-        report_path: shown at the end.
         page_path: the report with charts, shown there too.
         again: the command that shows the card again.
     """

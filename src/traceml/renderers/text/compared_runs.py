@@ -27,7 +27,6 @@ def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
     """Return the table of runs for a terminal.
 
     Args:
-        comparisons: of runs with one baseline.
         viewport: of the terminal; at most 120 columns are used.
     """
     comparisons = printable_copy(comparisons)

@@ -140,7 +140,6 @@ def compared_card(comparison: Comparison, viewport: Viewport) -> Group:
     """Return the comparison for a terminal.
 
     Args:
-        comparison: of run A with run B.
         viewport: of the terminal; at most 100 columns are used.
     """
     comparison = printable_copy(comparison)

@@ -25,7 +25,6 @@ def fleet_lines(document: FleetDocument, viewport: Viewport) -> Iterator[Text]:
     """Yield the lines for a terminal.
 
     Args:
-        document: the fleet.
         viewport: of the terminal; at most 100 columns are used.
     """
     document = printable_copy(document)

@@ -31,7 +31,6 @@ def line_table(view: RunView, width: int | None = None) -> Iterator[Text]:
     """Yield the lines of the table: for each phase, its most frequent lines of the user's code.
 
     Args:
-        view: the run.
         width: columns; long paths are shortened in the middle.
     """
     phases = lines_by_phase(view.report)

@@ -56,7 +56,6 @@ def live_lines(view: LiveView, viewport: Viewport) -> list[Text]:
     """Return the panel's lines, exactly `panel_height` of the view's ranks and `viewport.height`.
 
     Args:
-        view: the job now.
         viewport: the size; each line has at most its width.
     """
     now = view.now

@@ -56,8 +56,6 @@ def analysis_lines(
 
     Args:
         result: plain data of `traceml.analysis/1`.
-        viewport: of the output.
-        top: the number of groups.
         sections: some of SECTIONS; empty ones are left out.
         columns: measures of the groups, each with its key in a group; by default as many usual ones as fit.
     """

@@ -36,7 +36,6 @@ class Viewport:
     """Size of a view, and what the output can show.
 
     Args:
-        width: columns.
         height: rows; views of fixed height use no more.
         glyphs: the characters to draw with.
         color: whether colors are shown; without them parts are distinguished by their labels.

@@ -61,8 +61,6 @@ def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") ->
 
     Args:
         first: run A.
-        second: the other one.
-        letter: of the other one, in the notes.
     """
     obstacles = _obstacles(first, second, letter)
     times = StepTimeChanges(**{name: _time(first, second, name, test=not obstacles) for name in _STATISTICS})

@@ -25,7 +25,6 @@ class ComparedRun:
     """One run of a comparison.
 
     Attributes:
-        report: of the whole run.
         times_ms: step times in order, the mean over ranks; of a report without its run, those that it holds.
         is_file: whether only its report is there.
     """

@@ -37,8 +37,6 @@ def source_remarks(a: Report, b: Report, letter: str) -> Iterator[str]:
 
     Args:
         a: report of the run that is compared with.
-        b: report of the other one.
-        letter: of the other one.
     """
     commits = [side.run.commit for side in (a, b)]
     if None not in commits and commits[0] != commits[1]:

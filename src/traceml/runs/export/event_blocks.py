@@ -33,7 +33,6 @@ class SpanKind:
     """Common parts of some spans of a block.
 
     Attributes:
-        name, cat: name and category.
         numbers: names of arguments that are integers; each span has its own values.
         args: arguments that all of them have, after the numbers.
     """
@@ -49,8 +48,6 @@ class SpanBlock:
     """Spans of one thread.
 
     Attributes:
-        pid, tid: process and thread.
-        kinds: kinds of spans.
         kind: number in `kinds` of each span.
         start_ns, end_ns: epoch nanoseconds of each span.
         numbers: span x argument, of as many as the kind with the most; a kind with fewer uses the first ones.
@@ -70,7 +67,6 @@ class PointKind:
     """Common parts of some points of a block.
 
     Attributes:
-        name, cat: name and category.
         phase: C, values of a counter, or i, instants of their thread.
         numbers: names of arguments of which each point has its own value; as many for all kinds of a block.
         args: arguments that all of them have, after them.
@@ -88,8 +84,6 @@ class PointBlock:
     """Events without duration of one thread.
 
     Attributes:
-        pid, tid: process and thread.
-        kinds: kinds of points.
         kind: number in `kinds` of each point.
         at_ns: epoch nanoseconds of each point.
         numbers: point x argument, as JSON in bytes.
@@ -108,7 +102,6 @@ class ArrowBlock:
     """Arrows of one name.
 
     Attributes:
-        name, cat: name and category.
         first_id: number of the first one; the others follow.
         source, target: pid and tid of both ends, arrow x 2.
         from_ns, to_ns: epoch nanoseconds of both ends.

@@ -64,7 +64,6 @@ def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_pro
     A file is replaced atomically.
 
     Args:
-        run_dir: the run's folder.
         form: one of `FORMATS`.
         path: the file or folder to write. A file of another name is written too, compressed if it ends in .gz.
         progress: called from time to time with the frames of the store that were read, and their number.

@@ -62,10 +62,8 @@ class FlowArrows:
 
         Args:
             kind: kind of sync point, of which each step has one.
-            rank: the rank.
             arrivals: per row the step, and in epoch nanoseconds the start of the slice that ends with the arrival, the
                 end of its own work, and the end of its waiting.
-            ranks: number of ranks.
         """
         held = self._held.setdefault(kind, _Held(ranks))
         held.arrivals.append(np.column_stack([np.full(len(arrivals), rank), arrivals]))

@@ -27,9 +27,6 @@ class MetricTracks:
     """Writes metrics: as counters, and values that are not finite, which viewers cannot draw, as instants.
 
     Args:
-        writer: the trace.
-        tracks: its tracks.
-        clocks: the ranks' clocks.
         name_of: returns the name of a metric by stream and number.
     """
 

@@ -41,9 +41,6 @@ class ProfiledRank:
     """The trace of a rank.
 
     Attributes:
-        rank: the rank.
-        host: its host.
-        pid: its process.
         first_step, steps: the profiled steps.
         data: the trace, gzip.
         calls: sampled lines.
@@ -63,9 +60,6 @@ class ProfileFile:
     """A written profile.
 
     Attributes:
-        path: the file.
-        events: number of events.
-        operators: operators of all ranks.
         slowdown: by rank, profiled step time / step time before; None where too few steps came before.
     """
 

@@ -62,9 +62,6 @@ class StepTracks:
     """Writes steps and phases.
 
     Args:
-        writer: the trace.
-        trace_tracks: its tracks.
-        clocks: the ranks' clocks.
         name_of: returns the name of a user phase by stream and number.
     """
 

@@ -42,10 +42,8 @@ def export_tables(
     """Write all tables into a folder; return the number of rows by table, and messages about unreadable parts.
 
     Args:
-        reader: the store.
         form: parquet or csv.
         folder: created if missing; files of an earlier export are replaced, others are kept.
-        progress: see `Progress`.
 
     Raises:
         UsageError: Parquet without pyarrow, or the folder is a file.

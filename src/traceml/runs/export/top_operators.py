@@ -23,7 +23,6 @@ class OperatorTotal:
     """Times of all calls of an operator in the profiled steps, in nanoseconds.
 
     Attributes:
-        calls: number of calls.
         self_ns: CPU time without the operators that it calls.
         device_ns: time of its kernels and copies.
         places: samples by line of the user's code that called it.
@@ -85,7 +84,6 @@ class OperatorTable:
         """Add the trace of a rank.
 
         Args:
-            events: events of the trace.
             base_ns: epoch nanoseconds of its time 0.
             calls: samples of its training thread.
         """

@@ -44,7 +44,6 @@ class FleetUpdate:
     Attributes:
         added: runs that were added or written again.
         known: runs that were in the dataset already.
-        running: runs that have not ended.
         without_steps: ended runs that have no step, and so no row.
         damage: messages about runs that cannot be read.
     """

@@ -26,10 +26,8 @@ def fleet_document(
     """Return what the dataset has about a run, and about the hosts.
 
     Args:
-        dataset: the runs.
         run: id of a run, or its beginning or end; None for the newest one.
         where: conditions that the runs must meet, as `select_runs` takes them.
-        dask: address of a Dask scheduler whose workers read the files.
         progress: called from time to time with the number of files that were read, and of all.
 
     Raises:

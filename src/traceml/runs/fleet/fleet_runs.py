@@ -34,7 +34,6 @@ class HostWork:
     """Own work of a host in a run: that of its slowest rank, for which others wait.
 
     Attributes:
-        host: its name.
         work_ms: own work per step, in milliseconds.
         phases: own work by phase, in milliseconds; they add up to `work_ms`.
         ranks: its ranks without rank 0.
@@ -128,9 +127,7 @@ def read_runs(files: Sequence[Path], dask: str | None = None, progress: Progress
     """Return the runs in files, the oldest first; of a run that occurs twice, the last one.
 
     Args:
-        files: of the dataset.
         dask: address of a Dask scheduler whose workers read the files; they need them under the same paths.
-        progress: called from time to time with the number of files that were read, and of all.
 
     Raises:
         UsageError: pyarrow or distributed is not installed, or no scheduler answers.

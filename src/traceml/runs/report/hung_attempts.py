@@ -48,14 +48,10 @@ class _EndedAttempt:
     """Rows of an attempt that show whether it had hung when it was ended.
 
     Args:
-        reader: of the run.
         streams: of the ranks of the attempt.
-        world_size: ranks of the run.
 
     Attributes:
-        number: of the attempt.
         rank_of: stream -> rank, of the newest process of each rank.
-        facts: of the attempt.
     """
 
     def __init__(self, reader: StoreReader, streams: Sequence[StreamRecord], world_size: int) -> None:

@@ -53,7 +53,6 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
     """Return the report of a run, running or ended.
 
     Args:
-        run_dir: its folder.
         max_step_rows: largest number of step rows, of all ranks together, that the verdict of a long run rests on.
 
     Raises:
@@ -77,13 +76,7 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
 
 
 def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime | None:
-    """Return the wall time of a run by part, until now where it runs; None where its start is not known.
-
-    Args:
-        digest: the run, as far as it was read.
-        reader: its store.
-        run_dir: its folder.
-    """
+    """Return the wall time of a run by part, until now where it runs; None where its start is not known."""
     state = state_of(digest.run, digest.aggregator)
     started_s, _, duration_s = run_times(digest, state, run_dir)
     if started_s is None or duration_s is None:
@@ -165,11 +158,8 @@ def make_report(
     """Return the report on a digest.
 
     Args:
-        digest: the run, as far as it was read.
-        reader: its store.
         window: the steps to describe.
         findings: the diagnosis, the verdict first.
-        run_dir: its folder.
         telemetry: that section, if it was made a moment ago.
     """
     steps, run, time = sections.steps(digest, window), _run(digest, reader, run_dir), sections.time(digest)

@@ -52,7 +52,6 @@ def steps(digest: Digest, window: AlignedSteps) -> StepsSection:
     """Return the number of steps and their durations.
 
     Args:
-        digest: the run.
         window: the steps to describe; of a long run a sample.
     """
     latest = digest.kept.latest

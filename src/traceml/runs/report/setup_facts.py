@@ -30,8 +30,6 @@ def setup_section(digest: Digest, reader: StoreReader, about: About) -> SetupSec
     """Return the facts that decide whether two runs can be compared.
 
     Args:
-        digest: of the run.
-        reader: its store.
         about: its other facts, which have the parameters.
 
     Raises:

@@ -18,7 +18,6 @@ def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSe
     """Return the report's section on trackers.
 
     Args:
-        run_dir: the run's folder.
         reader: its store, to count the pending rows and to find trackers that never wrote a state; without one
             neither is known.
 

@@ -162,7 +162,6 @@ def resumes_at(stream: StreamRecord, attempts: Mapping[int, int]) -> int:
     """Return the steps in the checkpoint with which a process began: its own, else that of its attempt.
 
     Args:
-        stream: of the process.
         attempts: the steps of each attempt, as `checkpoints` returns them.
     """
     return int(stream.facts.get("resumes_at") or attempts.get(stream.attempt, 0))

@@ -27,12 +27,10 @@ class LoggedItem:
     """One logged value that is not a number.
 
     Attributes:
-        rank: the rank that logged it.
         step: its step; None where it has none.
         epoch_s: the time of the call.
         text: the text, at most 20,000 characters of it, or why a file was refused.
         path: the file in the run's folder.
-        size_bytes: size of the file.
         counts, edges: of a histogram; one edge more than counts.
     """
 

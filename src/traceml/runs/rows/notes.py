@@ -26,10 +26,8 @@ class Note:
     """Line of a log.
 
     Attributes:
-        epoch_s: its time.
         rank: the rank that it is about; None for the run.
         kind: event, warning, text, …
-        text: the message.
     """
 
     epoch_s: float

@@ -49,7 +49,6 @@ class SampleTotals:
         Args:
             table: their table; those that the report does not use are ignored.
             ranks: the rank of each row.
-            rows: the samples.
         """
         columns = _COLUMNS.get(table.name, ())
         if not columns or not len(rows):

@@ -27,9 +27,7 @@ def step_ranges(
     """Return ranges of steps, (first, last), that are spread over a run and read in a second or two.
 
     Args:
-        reader: the run's store.
         tables: the tables whose rows of these steps will be read.
-        ranks: number of ranks.
         first: first step of the run.
         last: last step.
         rows: how many step rows to read of all ranks together.
@@ -55,8 +53,6 @@ def spread_ranges(
     """Return ranges of steps, (first, last), that are spread over a run, in order.
 
     Args:
-        first: first step of the run.
-        last: last step.
         steps: about how many steps the ranges have together.
         places: at most this many places of the run; in each there may be several ranges.
         reach: steps from the begin of a place to its end.

@@ -118,7 +118,6 @@ class GroupStatTable:
         Args:
             group: the number of each span's group.
             duration: nanoseconds, not negative.
-            groups: number of groups so far.
         """
         self._reserve(groups)
         group, duration = np.ascontiguousarray(group, np.int32), np.ascontiguousarray(duration, np.int64)

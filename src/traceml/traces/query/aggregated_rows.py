@@ -59,8 +59,6 @@ def aggregated_calls(query: TraceQuery, files: Sequence[Path], labels: Labels) -
 
     Args:
         query: its `by` and `where` count.
-        files: the traces.
-        labels: ranks, hosts and files by metadata.
     """
     groups: dict[tuple[Any, ...], _Calls] = {}
     whole = _Calls()

@@ -102,7 +102,6 @@ class Analysis:
     """State of a query while batches are fed, file after file; results are available after `finish`.
 
     Args:
-        query: the query.
         context: values, files and metadata of the traces.
     """
 

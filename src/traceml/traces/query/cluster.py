@@ -54,7 +54,6 @@ def run_on(
 
     Args:
         cluster: a scheduler's address, or a `distributed.Client`.
-        query: the query.
         files: the files, under paths that the workers can open.
         progress: called from time to time with events and files so far.
         labels: labels from metadata, if conditions depend on them.

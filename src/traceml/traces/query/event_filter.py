@@ -40,10 +40,6 @@ class EventFilter:
     A begin event has no duration yet. `outcomes` says for each duration that conditions distinguish whether the event
     would pass with it; `passes` applies this to the span's duration.
 
-    Args:
-        where: conditions, all of which must hold.
-        context: values, files and metadata of the traces.
-
     Raises:
         UsageError: conditions distinguish too many durations.
     """
@@ -74,7 +70,6 @@ class EventFilter:
         """Return which rows pass.
 
         Args:
-            batch: the events.
             durations: in nanoseconds, below 0 for none; those of the batch by default.
         """
         durations = batch.dur_ns if durations is None else durations
@@ -220,7 +215,6 @@ def _times_pass(
         condition: compares a time.
         times_ns: times; below `least_ns` for none.
         exact: the times of rows for which `times_ns` has no room.
-        least_ns: the least time.
     """
     assert condition.number is not None
     passed = compare(times_ns, condition.operator, condition.number * 1000)

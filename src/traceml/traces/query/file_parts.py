@@ -43,7 +43,6 @@ class FilePart:
 
     Args:
         source: the number of the file.
-        path: the file.
         begin, end: the range, in bytes.
         whole: the part is the whole file.
         wrapped: the events are in an object.
@@ -85,8 +84,6 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
     """Divide a file into parts of bounded size.
 
     Args:
-        source: the number of the file.
-        path: the file.
         least: minimum number of parts, if the file is long enough.
     """
     size = path.stat().st_size
@@ -196,10 +193,6 @@ def join_parts(
     Args:
         left: boundaries of the part.
         right: boundaries of the next part; None after the last.
-        part: the part.
-        keys: the requested keys of `args`.
-        strings: numbers of names.
-        metadata: names of the metadata events to return; None for all.
 
     Raises:
         IndivisibleError: the two do not fit.

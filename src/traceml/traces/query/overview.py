@@ -49,7 +49,6 @@ class _BusyTimes:
     """Conversion of times by set of kinds to named times.
 
     Args:
-        analysis: the analysis.
         devices: whether a device computes; else operators on the host count as computing.
     """
 

@@ -20,7 +20,6 @@ def open_source(path: Path, begin: int = 0, end: int | None = None) -> ChunkSour
 
     Args:
         path: the file: plain, gzip or zstd.
-        begin: first byte to read.
         end: end of the range; None for the end of the file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -35,8 +34,6 @@ class PlainChunks:
 
     Args:
         descriptor: the open file; closed with the source.
-        begin, end: the range to read.
-        size: the size of the file.
     """
 
     def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:

@@ -59,9 +59,7 @@ class CompressedChunks(ABC):
     """A file of one or many units.
 
     Args:
-        descriptor: the open file; closed with the source.
         begin, end: the range to read: units that begin in it.
-        size: the size of the file.
     """
 
     def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:

@@ -65,10 +65,6 @@ def is_metadata(event: dict[str, Any]) -> bool:
 class RowBuilder:
     """Makes rows of the events of a file.
 
-    Args:
-        keys: the requested keys of `args`.
-        strings: numbers of names.
-
     Attributes:
         decimals: decimals of a time in the file that make it nanoseconds: 3 where times are microseconds.
     """

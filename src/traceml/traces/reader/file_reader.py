@@ -19,12 +19,7 @@ _SAME_BYTES = 8  # distance up to which two ranges of damage are reported as one
 
 @dataclass(frozen=True, slots=True)
 class ScanAhead:
-    """Scan of a chunk from a place where an event seems to begin, before the text in front of it is known.
-
-    Args:
-        start: that place.
-        result: the scan.
-    """
+    """Scan of a chunk from a place where an event seems to begin, before the text in front of it is known."""
 
     start: int
     result: ScanResult
@@ -35,11 +30,9 @@ class FileReader:
 
     Args:
         facts: facts about the file; completed while it is read.
-        source: number of the file.
 
     Attributes:
         position: where the next chunk has to begin.
-        decimals: decimals of a time in the file that make it nanoseconds.
     """
 
     def __init__(self, facts: TraceFileFacts, source: int) -> None:
@@ -56,7 +49,6 @@ class FileReader:
         """Take the next chunk; return its events, None when it has none.
 
         Args:
-            chunk: the chunk.
             ahead: its scan by another thread, None without one.
             scanner: scans the rest.
         """

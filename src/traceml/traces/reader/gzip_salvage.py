@@ -82,9 +82,7 @@ def salvaged(descriptor: int, begin: int, size: int, skipped_bytes: int) -> Salv
     """Decompress a broken member as far as possible.
 
     Args:
-        descriptor: the file.
         begin: where the member begins.
-        size: the size of the file.
         skipped_bytes: bytes of its text that were returned before.
     """
     position = begin + _header_bytes(read_at(descriptor, begin, _SEARCHED_BYTES))

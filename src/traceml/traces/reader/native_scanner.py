@@ -62,14 +62,7 @@ def _are_comparable(texts: Collection[str]) -> bool:
 
 
 class NativeScanner(PythonScanner):
-    """Scans with the native library.
-
-    Args:
-        native: the library.
-        keys: the requested keys of `args`.
-        strings: numbers of names.
-        metadata: names of the metadata events to return; None for all.
-    """
+    """Scans with the native library."""
 
     def __init__(
         self,

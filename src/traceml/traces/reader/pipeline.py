@@ -29,10 +29,8 @@ class _ChunkTask:
     Args:
         number: position in the order of all chunks.
         reader: joins the chunks of the file.
-        source: where the text comes from.
         load: loads the text; None for the end of the file.
         first: first chunk of the file, in which the start of the events is parsed instead of guessed.
-        buffer: holds the text.
         chunk: the loaded text; None for the end of the file.
         ahead: result of the scan; None when no start was found.
     """
@@ -52,10 +50,6 @@ class ReadPipeline:
 
     Args:
         files: the files; completed while they are read.
-        keys: the requested keys of `args`.
-        strings: numbers of names.
-        workers: number of threads.
-        metadata: names of the metadata events to return; None for all.
     """
 
     def __init__(

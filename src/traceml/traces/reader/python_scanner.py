@@ -35,16 +35,7 @@ class CutOffError(ValueError):
 
 
 class PythonScanner:
-    """Scans without native code.
-
-    Args:
-        keys: the requested keys of `args`.
-        strings: numbers of names.
-        metadata: names of the metadata events to return; None for all.
-
-    Attributes:
-        rows: makes rows of events.
-    """
+    """Scans without native code."""
 
     def __init__(self, keys: tuple[str, ...], strings: StringTable, metadata: Collection[str] | None = None) -> None:
         self._keys, self._metadata = keys, None if metadata is None else tuple(metadata)
@@ -54,8 +45,6 @@ class PythonScanner:
         """Read all events of a chunk.
 
         Args:
-            text: the chunk.
-            start: position to begin at.
             wrapped: the events are within `"traceEvents": [...]`, and end with that array.
             final: nothing follows.
             searching: begin with a search for the next event, after damage.
@@ -104,11 +93,9 @@ class PythonScanner:
         """Return a parsed object as a row, or add it to the metadata or the damage.
 
         Args:
-            event: the object.
             begin: its first byte in the text.
             end: end of its range.
             findings: takes what is not a row.
-            plain: all its texts are encodable.
         """
         try:
             event = cleaned(event, plain=plain)
@@ -181,10 +168,8 @@ def _next_start(findings: ScanFindings, text: Text, position: int, what: str, *,
 
     Args:
         findings: takes the damage.
-        text: the chunk.
         position: the first unusable byte.
         what: the kind of damage; empty when it continues from the chunk before.
-        final: nothing follows.
     """
     match = _START.search(text, position)
     if match is not None:

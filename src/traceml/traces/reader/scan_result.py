@@ -35,7 +35,6 @@ class EventColumns:
 
     Args:
         arrays: the array columns of EventBatch, by name.
-        args: the requested keys of `args`.
         exact: as in EventBatch.
     """
 
@@ -103,11 +102,7 @@ class EventColumns:
 
 
 class ColumnBuilder:
-    """Collects rows and blocks of columns, in order.
-
-    Args:
-        keys: the requested keys of `args`.
-    """
+    """Collects rows and blocks of columns, in order."""
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self._keys = keys

@@ -31,9 +31,6 @@ def frame_end(descriptor: int, begin: int, size: int, limit_bytes: int = _NO_LIM
     """Return where a frame ends.
 
     Args:
-        descriptor: the file.
-        begin: where the frame begins.
-        size: the size of the file.
         limit_bytes: give up on a longer one.
 
     Returns:

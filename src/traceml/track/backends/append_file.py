@@ -17,7 +17,6 @@ class AppendFile:
     """Appends to a file without buffering: what `write` returned from survives the death of this process.
 
     Args:
-        path: the file.
         keep: keep what is in it; else start empty.
     """
 
@@ -69,8 +68,6 @@ class FileBackend(BatchBackend):
 
     Args:
         folder: where files go by default, for people.
-        path: the file.
-        keep: keep what is in it; else start empty.
     """
 
     def __init__(self, folder: Path, path: Path, *, keep: bool = False) -> None:

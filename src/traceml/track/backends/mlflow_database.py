@@ -27,7 +27,6 @@ def prepare_database(path: Path, *, is_ours: bool) -> None:
     A file whose creation was interrupted holds no run and is replaced. The replaced file stays next to it.
 
     Args:
-        path: the file.
         is_ours: whether traceml chose the file, and so may upgrade one that an older MLflow wrote.
 
     Raises:

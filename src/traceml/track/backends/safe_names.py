@@ -32,7 +32,6 @@ def safe_name(name: str, refused: re.Pattern[str], longest: int) -> str:
     same name gives the same result in every process, so that a resumed run continues under it.
 
     Args:
-        name: any text.
         refused: matches each part that the tracker refuses.
         longest: most characters that the tracker accepts.
     """

@@ -30,7 +30,6 @@ class TrackioEntry:
 
     Attributes:
         values: values by name; media as Trackio's own maps.
-        step: the step.
         timestamp: ISO time; a server sets its own.
         key: entries with the same key are stored once.
     """

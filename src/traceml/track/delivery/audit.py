@@ -27,7 +27,6 @@ class AuditLog:
     """Writes one backend's lines.
 
     Args:
-        run_dir: the run's folder.
         state: the backend's state; its memory holds the counts.
     """
 
@@ -48,8 +47,6 @@ class AuditLog:
 
         Args:
             kind: metrics, params, tags, text, image, histogram, artifact.
-            names: its names.
-            count: number of things.
             size: bytes of files and texts.
         """
         counts = self._memory.setdefault("counts", {})
@@ -66,7 +63,6 @@ class AuditLog:
         Args:
             target: address or path of the tracker.
             masked: number of masked values of each kind since the process began.
-            force: write now.
 
         Raises:
             OSError: the file cannot be written.

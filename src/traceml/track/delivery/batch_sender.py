@@ -42,14 +42,6 @@ class BatchSender:
 
     Args:
         state: counts, and memory from batch to batch.
-        reader: the run's store.
-        records: reads it.
-        plan: the run's experiments.
-        filters: filters of the backend.
-        run_dir: the run's folder.
-        session: connections to the backend.
-        audit: records what is sent.
-        config: settings in force.
         is_done: whether an experiment has the rows at the cursor already, and was ended with them.
         everything: send every experiment of the run, also those that did not request this backend.
     """

@@ -33,7 +33,6 @@ def environment_for(
     """Return the environment of a delivery process.
 
     Args:
-        backend: its backend.
         options: of that backend; `env` names further variables (patterns) that it needs, and the variables of its
             `fallback` are included.
         environ: the environment to choose from; by default this process's.
@@ -59,8 +58,6 @@ def read_key_file(backend: str, path: Path, known: Mapping[str, str] | None = No
     """Return the variables that a key file sets: lines of `NAME=value`, or the key alone.
 
     Args:
-        backend: the backend that the key is for.
-        path: the file.
         known: backends registered in another process.
 
     Raises:

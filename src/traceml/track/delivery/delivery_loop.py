@@ -57,7 +57,6 @@ class DeliveryLoop:
     """Delivers one run to one backend.
 
     Args:
-        run_dir: the run's folder.
         backend: a backend's name or import path.
         once: deliver what is there and end, even if the run is not over.
         options: options of the backend, in place of those of the experiments; if given, every experiment is delivered.

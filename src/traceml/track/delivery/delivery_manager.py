@@ -105,7 +105,6 @@ class DeliveryManager:
 
     Args:
         stall_limit_s: when a run is over, how long to wait for a tracker that accepts nothing; None waits forever.
-        nice: niceness of the processes.
     """
 
     def __init__(self, stall_limit_s: float | None, nice: int) -> None:

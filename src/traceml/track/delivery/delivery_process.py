@@ -47,10 +47,7 @@ class DeliveryProcess:
     """One backend's process, kept alive while there is something to do for it.
 
     Args:
-        run_dir: the run's folder.
-        backend: the backend.
         options: its options, which select its environment.
-        nice: niceness of the process.
         once: deliver what is there and end, rather than follow.
         forced: options that replace those of the run; everything is then delivered. They are part of the command
             line, so none may be a secret.

@@ -63,7 +63,6 @@ class RecordReader:
     """Follows a store. A batch depends on the cursor alone, so that reading again gives the same batch.
 
     Args:
-        reader: the run's store.
         also: packed tables whose frames are returned unchanged.
     """
 
@@ -78,7 +77,6 @@ class RecordReader:
         """Return a stream by its number.
 
         Args:
-            number: of the stream.
             fresh: read it again: its facts may have changed since its first row.
         """
         if fresh or number not in self._streams:

@@ -42,12 +42,7 @@ class TrackerSession:
     """Backend objects of one backend.
 
     Args:
-        backend: its name.
-        run_dir: the run's folder.
-        state: state of the delivery, with its experiments.
         save: writes the state.
-        watchdog: ends the process when a call hangs.
-        masker: masks texts.
         timeout_s: longest time of a call.
         options: options of the backend that replace those of the experiments.
         is_fallback: whether it replaces a failing backend; its experiments are stored under other keys.
@@ -221,7 +216,6 @@ class TrackerSession:
         """End an experiment at the tracker, unless it has ended or never started.
 
         Args:
-            experiment: the experiment.
             state: state in which the training ended: finished, stopped, failed or lost.
             ended: epoch seconds at which it did, where that is known.
         """

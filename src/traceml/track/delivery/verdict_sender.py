@@ -24,11 +24,6 @@ class VerdictSender:
 
     Args:
         state: counts, and the verdict that was sent last.
-        reader: the run's store.
-        filters: filters of the backend.
-        run_dir: the run's folder.
-        session: connections to the backend.
-        audit: records what is sent.
     """
 
     def __init__(

@@ -112,7 +112,6 @@ def choose_trackers(
     then an option, so that delivery uses it whatever its own environment says.
 
     Args:
-        config: the settings in force.
         named: the trackers that the experiment names; none where empty, the default where None.
         options: the experiment's own options, over those of the settings.
     """

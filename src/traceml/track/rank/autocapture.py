@@ -33,8 +33,6 @@ class AutoCapture:
     """Framework captures and collectors of one rank.
 
     Args:
-        config: the settings in force.
-        orchestrator: logs what is captured.
         rank: rank in the job; rank 0 reads git, environment and system.
         local_rank: rank on its host; local rank 0 runs the collectors of the setting.
     """
@@ -56,7 +54,6 @@ class AutoCapture:
         A plugin that fails is reported and left out.
 
         Args:
-            config: the settings now in force.
             collect: start the collectors, unless they run.
             numbers_only: leave out images and histograms.
         """

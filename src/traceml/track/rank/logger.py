@@ -137,8 +137,6 @@ class Logger:
 
         Args:
             kind: kind of the row; see `database.schema.LOGGED`.
-            step: the step, where it has one.
-            t_ns: epoch nanoseconds; by default now.
             facts: its other fields, converted for msgpack.
         """
         flight = self._flight or self._bind()
@@ -269,9 +267,7 @@ def usual_writer(flight: FlightFile, entries: dict[str, list[int]], experiment: 
     """Return the function that appends usual values to a flight file; None where it is not built.
 
     Args:
-        flight: the file.
         entries: known names; see `Logger`.
-        experiment: the experiment's number.
     """
     native, ring = extension(), flight.metrics
     if native is None:

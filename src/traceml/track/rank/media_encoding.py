@@ -56,8 +56,6 @@ def png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
 
     Args:
         pixels: rows from the top, 8 bits per channel.
-        width: in pixels.
-        height: in pixels.
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
     """
     row = width * channels

@@ -17,7 +17,6 @@ class GpuHealth:
     """A device.
 
     Attributes:
-        rank: the rank that samples it.
         index: NVML's number of it.
         ecc_before: memory errors that ECC could not correct, when the run began; -1 where that is not known.
         ecc_errors: the same now.

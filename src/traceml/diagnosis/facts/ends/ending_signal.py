@@ -20,7 +20,6 @@ class EndingSignal(NamedTuple):
     """A signal that ended a job.
 
     Attributes:
-        number: of the signal.
         at_s: epoch seconds at which the launcher received it.
         sender: name of the program that sent it; empty where that is not known.
         sender_pid: its process, 0 if it is outside of this container; None where it is not known.

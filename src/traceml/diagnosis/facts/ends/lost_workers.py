@@ -20,13 +20,8 @@ class LostWorker:
     """A loader worker that died.
 
     Attributes:
-        pid: its process.
         worker, workers: its number in the loader, from 0, and how many there were.
-        signal, code: how it ended.
-        step: the step that was open.
         oom_kills: processes that the kernel's out-of-memory killer had ended since the start of the rank.
-        shm_bytes: size of /dev/shm.
-        memory_limit_bytes: limit of the container.
     """
 
     pid: int

@@ -17,9 +17,7 @@ class RankExit:
     """The end of a rank, usually a failure.
 
     Attributes:
-        rank: the rank.
         state: finished, failed (exception or exit code), killed (signal), lost (gone without a message).
-        code: exit code, signal: its number.
         exception: `Type: message` of the exception that ended the script.
         file, line, function: the user's code that raised it.
         seen: the user's line that was seen last in the phase that was open, `FILE:LINE FUNCTION`.
@@ -135,7 +133,6 @@ def with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
     """Return an exit with the last step of its rank, where it has none.
 
     Args:
-        ended: the exit.
         latest: last step of each rank, -1 for none.
     """
     if ended.last_step is not None or ended.rank >= len(latest) or latest[ended.rank] < 0:

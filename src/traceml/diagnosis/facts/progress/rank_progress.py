@@ -36,7 +36,6 @@ class RankProgress:
     """A rank and its progress until now, or until its end.
 
     Attributes:
-        rank: the rank.
         snapshot: the newest one since its last progress; None while it makes progress, or where there is none.
         quiet_s: seconds since its last progress, by that snapshot or else by its rows.
         alive_s: seconds since its recorder sent anything, by the clock of its host.

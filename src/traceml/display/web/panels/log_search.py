@@ -50,7 +50,6 @@ def search_logs(run_dir: Path, words: str, level: str) -> list[LogTail]:
     """Return the lines of each log file's last 4 MiB that contain all words and have at least a level.
 
     Args:
-        run_dir: the run's folder.
         words: with spaces between them; case does not matter.
         level: a key of `LEVELS`.
     """

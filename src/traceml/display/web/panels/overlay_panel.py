@@ -26,7 +26,6 @@ class ComparedRuns:
 
     Attributes:
         comparisons: of the first run with each other one.
-        series: of each run.
     """
 
     comparisons: tuple[Comparison, ...]

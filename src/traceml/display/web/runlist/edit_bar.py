@@ -25,7 +25,6 @@ class EditBar:
     """Buttons for the runs that are picked, hidden while there are none.
 
     Args:
-        client: the browser.
         on_change: called after a change, to read the list again.
     """
 

@@ -45,9 +45,7 @@ class ListQuery:
         where: conditions as in `traceml runs --where`.
         sort, reverse: the field to sort by; the newest first without one.
         group: the field whose equal values are together; empty for none.
-        columns: fields, parameters and metrics.
         page: number of the page, from 1.
-        archived: whether archived runs are listed too.
     """
 
     where: str = ""

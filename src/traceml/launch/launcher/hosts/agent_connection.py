@@ -96,7 +96,6 @@ class AgentConnection:
     The agent is started at once and not waited for: `hello` is None until it has answered.
 
     Attributes:
-        spec: the host.
         channel: to the agent. It skips what precedes the agent's greeting.
         errors_fd: stderr of ssh, srun and the agent; to be waited on, and read by `read_errors`.
         hello: the agent's description of itself and its host.

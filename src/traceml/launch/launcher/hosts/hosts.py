@@ -55,7 +55,6 @@ def resolve_hosts(
             `auto`: the Slurm allocation, otherwise this host.
         workers_per_host: for all hosts, or for each; `slurm`, or `auto`: the slots of a hostfile, else see `HostSpec`.
         ssh_config_file: configuration that ssh reads instead of the user's.
-        environ: environment with Slurm's variables.
 
     Raises:
         UsageError: a name is repeated, there are no hosts, the hostfile has another form, or the numbers do not match.

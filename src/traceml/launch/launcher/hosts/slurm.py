@@ -23,7 +23,6 @@ class Allocation:
     """The nodes of a Slurm job.
 
     Attributes:
-        job_id: Slurm's id of the job.
         workers: number of workers without GPUs by node: the requested tasks, else the allocated CPUs; None if Slurm
             does not report it.
         groups: number of the component of a heterogeneous job by node; empty for other jobs.
@@ -71,7 +70,6 @@ def _workers(environ: Mapping[str, str], job_id: str, group: str = "") -> dict[s
     """Return the number of workers by node, of a whole job or of one of its components.
 
     Args:
-        environ: environment with Slurm's variables.
         job_id: for errors.
         group: suffix of the variables of a component.
     """

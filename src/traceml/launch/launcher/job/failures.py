@@ -92,7 +92,6 @@ def worker_raised(worker: Worker, message: Mapping[str, Any], received: PayloadB
     """Return the failure for a worker's exception, with its host, rank and traceback.
 
     Args:
-        worker: the worker that raised it.
         message: the agent's message: `type`, `message`, `traceback`, `bases`.
         received: the pickled exception, None if it could not be pickled.
     """

@@ -56,7 +56,6 @@ class LaunchJob:
 
     Args:
         hosts: in the order of ranks; their agents were started.
-        spec: what to run.
         make_logs: makes the log router, given the number of workers of each host.
         tracing: the run that the job is traced as.
     """

@@ -43,10 +43,8 @@ class JobHost:
     """One host of a job.
 
     Attributes:
-        spec: the host as it was asked for.
         key: the key under which its agent is kept after the job.
         start: makes a new connection to it.
-        connection: to its agent.
         warm: whether its agent was kept from an earlier job and has not answered in this one.
         prepared: the agent's message that its zygote is ready, or why it is not.
         started: whether it was asked to start workers.

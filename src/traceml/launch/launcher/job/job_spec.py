@@ -16,13 +16,11 @@ class JobSpec:
     """Specification of a launched job: what all workers run, and how.
 
     Attributes:
-        call: the function and its arguments.
         script: instead of a call, a script: `path` or `module`, and `argv`.
         backend: of the process group; `auto`: nccl where there are enough GPUs, else gloo; None: no group.
         timeout_s: for start-up, and for the group's collectives.
         environ: variables for workers of other hosts; workers of this host inherit all.
         env_file: a file that bash sources on each host.
-        cwd: the workers' working directory.
         sys_path: folders where workers look for modules.
         main: description of the launcher's `__main__`, see `assembly`.
         cpu_affinity: whether workers are distributed over the cores.

@@ -31,11 +31,7 @@ class JobState:
     """Handles the messages of agents and keeps the resulting state.
 
     Args:
-        hosts: in the order of ranks.
-        job: the job's id.
-        make_logs: makes the log router.
         prepare: called with each host whose agent has answered.
-        tracing: the run that the job is traced as.
 
     Attributes:
         workers: by rank, once ranks are assigned.
@@ -43,7 +39,6 @@ class JobState:
         failures: of workers, and of hosts that were lost while workers ran; in order of arrival.
         rendezvous: address and port at which the workers meet.
         probed: names of the hosts that have tried to connect there.
-        stacks: stacks of workers, by rank.
         stacks_received: the hosts that have sent them.
         stopping: whether workers are being ended, so that their end is not a failure.
         released: whether that is because all had returned.

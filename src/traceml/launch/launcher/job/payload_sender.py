@@ -19,7 +19,6 @@ class PayloadSender:
 
     Args:
         call: the value; None: nothing is sent.
-        job: the job's id.
     """
 
     def __init__(self, call: SerializedValue | None, job: str) -> None:

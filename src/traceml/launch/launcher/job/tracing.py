@@ -99,9 +99,7 @@ class Tracing:
 
     Args:
         name: name of the run if the user gave none: the function's or the script's.
-        make_screen: makes the live view.
         report: path for a copy of report.json.
-        program: name of the program in messages.
         given: settings by name; they override environment and files.
 
     Raises:
@@ -185,8 +183,6 @@ class Tracing:
 
         Args:
             host: its name in the launch.
-            channel: to its agent.
-            selector: of the launcher's loop.
             job: the job's id on the channel.
             hostname: its own name.
             local: whether its ranks can reach this machine's loopback.
@@ -257,7 +253,6 @@ class Tracing:
         """Record the end of a worker.
 
         Args:
-            host: its host.
             message: `{rank, local_rank, pid, code, signal, oom, crash}`.
             stopped: whether we ended it because of others.
         """

@@ -43,7 +43,6 @@ class AllocationCall:
     """A launch in the allocation of a submitted job. Called there, without arguments.
 
     Attributes:
-        options: the launcher's.
         call: the function; None for a script.
         script: the script, see `assembly.run_script`.
         tracing: arguments of the script's `Tracing`; None: it is not traced.

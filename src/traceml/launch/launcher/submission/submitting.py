@@ -27,8 +27,6 @@ def submit(call: AllocationCall, options: SlurmOptions, name: str, run_name: str
     """Submit a launch, and return the handle of its job.
 
     Args:
-        call: what the job executes.
-        options: what it asks Slurm for.
         name: the function's or the script's.
         run_name: part of the run's id; None: as set elsewhere, else `name`.
 

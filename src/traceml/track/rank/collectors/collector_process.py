@@ -35,7 +35,6 @@ class CollectorProcess:
     Args:
         collectors: names or import paths.
         known: names given to `register` -> import path.
-        mask: the `mask` setting.
         on_row: called with each row, on the reading thread.
     """
 
