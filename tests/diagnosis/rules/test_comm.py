@@ -45,6 +45,20 @@ def test_some_reductions_too_many():
     assert "2 of the 4 backward passes" in found(facts(4, 2)).summary
 
 
+def test_stages_that_wait_for_each_other_are_no_slow_network() -> None:
+    """Ranks of a pipeline send each other messages; without communication they would wait as long."""
+    window = window_of(Job(comm=20.0, steps=100))
+    window.times["comm"][:] += window.wait
+    builder = JobFactsBuilder(2)
+    builder.info(0, {"kind": "collectives", "elements": 65, "messages": True})
+
+    finding = next(each for each in diagnose(window, builder.build()) if each.kind is Kind.COMM_BOUND)
+
+    assert finding.summary.startswith("Waiting for messages of other ranks takes ")
+    assert "more micro-batches" in finding.next
+    assert finding.speedup_if_fixed == 1.0
+
+
 @pytest.mark.parametrize("known", [facts(None), facts(1, 1), facts(4, 1), facts(2.3, 1)])
 def test_one_reduction_is_not_blamed(known):
     """Without accumulation, with no_sync, and where nothing is known."""

@@ -52,14 +52,14 @@ def test_nothing_is_reported_where_a_collective_was_not_seen() -> None:
 
 def test_a_message_is_an_exchange_of_any_size() -> None:
     """Stages of a pipeline may send each other a few numbers only."""
-    found: list[int] = []
-    sizes = CollectiveSizes(lambda row: found.append(row["elements"]))
+    found: list[tuple[int, bool]] = []
+    sizes = CollectiveSizes(lambda row: found.append((row["elements"], row.get("messages", False))))
     sizes.note((torch.zeros(1),), {})
     sizes.note_message((torch.zeros(8), 1), {})
     sizes.note_message((torch.zeros(8), 1), {})
     sizes.report(1)
 
-    assert set(found) == {65}
+    assert found == [(65, True), (65, False)]
 
 
 def test_calls_of_both_kinds_are_noted() -> None:

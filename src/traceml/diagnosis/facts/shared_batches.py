@@ -39,6 +39,8 @@ class BatchHistory:
         self._sequence: tuple[int, int] | None = None
         self._communicates = False
         self._carried: dict[int, int] = {}
+        self.messages = False
+        """Whether ranks send each other messages, as the stages of a pipeline do."""
         self._parameters: dict[int, int] = {}
         self.group_size = 0
         """Ranks of the default process group, 0 without one."""
@@ -73,8 +75,9 @@ class BatchHistory:
         self.reductions = float(row.get("backwards_per_step") or 0), float(row.get("reductions_per_step") or 0)
 
     def collective(self, rank: int, row: Mapping[str, Any]) -> None:
-        """Take the elements of the largest tensor that the collectives of a rank have carried."""
+        """Take the elements of the largest tensor that the collectives of a rank have carried, and of messages."""
         self._carried[rank] = int(row.get("elements") or 0)
+        self.messages = self.messages or bool(row.get("messages"))
 
     def input(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take the facts of a rank's first input of the model; the newest say what is counted."""

@@ -47,6 +47,9 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
     if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
         return [_too_many_reductions(needless, cost, step, _evidence(segments, facts, cost, step, explicit))]
 
+    if explicit > cost / 2 and facts.batches is not None and facts.batches.messages:
+        return [_waiting_for_messages(cost, step, _evidence(segments, facts, cost, step, explicit))]
+
     phase, where = ("comm", "in collectives") if explicit > cost / 2 else ("comm", "while backward waits for gradients")
     gain = step / max(step - cost, 1.0)
     return [
@@ -64,6 +67,27 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
             speedup_if_fixed=gain,
         )
     ]
+
+
+def _waiting_for_messages(cost: float, step: float, evidence: dict[str, Any]) -> Finding:
+    """Return the finding on ranks that send each other messages: most of the waiting is for what others compute."""
+    share = cost / max(step, 1.0)
+    return Finding(
+        kind=Kind.COMM_BOUND,
+        severity=Kind.COMM_BOUND.severity_for(share),
+        phase="comm",
+        summary=(
+            f"Waiting for messages of other ranks takes {ns_text(cost)} of each {ns_text(step)} step "
+            f"({percent_text(share)}), and no rank is late: each needs what the others compute."
+        ),
+        next=(
+            "In a pipeline, split the batch into more micro-batches, so that all stages work at the same time: of S "
+            "stages with M micro-batches each waits for (S - 1) / (S - 1 + M) of a step. Elsewhere, begin to receive "
+            "earlier (irecv)."
+        ),
+        evidence=evidence,
+        cost_share=share,
+    )
 
 
 def _evidence(segments: Segments, facts: JobFacts, cost: float, step: float, explicit: float) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class CollectiveSizes:
     def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
         self._report = report
         self._largest = self._calls = 0
+        self._sends = False
 
     def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the arguments of a collective."""
@@ -31,8 +32,10 @@ class CollectiveSizes:
 
     def note_message(self, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> None:
         """Take a message from rank to rank: ranks that send each other any train one model."""
-        if self._largest <= MAX_LOGGED_NUMBERS:
-            self._take(MAX_LOGGED_NUMBERS + 1)
+        if not self._sends:
+            self._sends = True
+            self._largest = max(self._largest, MAX_LOGGED_NUMBERS + 1)
+            self._report({"kind": "collectives", "elements": self._largest, "messages": True})
 
     def report(self, sequence: int) -> None:
         """Report the largest tensor, given the number of collectives of the process group, if all were seen."""
