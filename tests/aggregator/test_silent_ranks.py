@@ -99,6 +99,33 @@ def test_a_rank_that_holds_the_gil_in_c_is_reported_with_its_line(
     assert rank.process.poll() is None
 
 
+@pytest.mark.parametrize("call", ["ctypes.PyDLL(None).sleep(600)", "re.match('(a*)*b', 'a' * 40)"])
+def test_a_rank_whose_thread_holds_the_gil_in_c_is_reported_with_that_thread(
+    script: Callable[[str], Script], call: str
+) -> None:
+    """The main thread sleeps, and wakes now and then to ask for the GIL."""
+    rank = script(
+        f"""
+        import ctypes, re, threading, traceml
+        traceml.init()
+
+        def hold():
+            {call}
+
+        other = threading.Thread(target=threading.Event().wait, daemon=True)
+        other.start()
+        print("ready", flush=True)
+        threading.Thread(target=hold, daemon=True).start()
+        other.join()
+        """
+    )
+
+    seen = eventually(lambda: next((each for each in rank.snapshots() if each.is_waiting_for_gil), None))
+
+    assert (seen.answered, seen.process_state) == ("signal", "S")
+    assert [thread.line and (thread.line.function, thread.line.line) for thread in seen.threads] == [("hold", 6)]
+
+
 # The recorder's thread asks for the GIL, and gets no further than that until the gate is set.
 _LATE_RECORDER = """\
 from traceml.recorder.recorder_thread import RecorderThread

@@ -13,7 +13,7 @@ from pathlib import Path
 from traceml.clock import monotonic_ns
 from traceml.database.flight.live_slots import LiveSlots, read_live_slots
 from traceml.database.process_snapshots import blocker_of
-from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, RankSnapshot
+from traceml.database.snapshots import MAX_FRAMES, MAX_THREADS, FrameSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.inspection.kernel_state import (
     ProcessUsage,
     is_job_suspended,
@@ -21,9 +21,10 @@ from traceml.inspection.kernel_state import (
     read_status,
     tree_usage,
     wait_state,
+    waits_with,
 )
 from traceml.inspection.stack_signal import SignaledStacks, find_stack_file
-from traceml.inspection.stack_text import main_frames
+from traceml.inspection.stack_text import main_frames, other_frames
 from traceml.inspection.user_files import is_debugger, is_user_file
 
 __all__ = ["FIRST_SILENT_S", "SilentSnapshots", "silent_s"]
@@ -42,6 +43,8 @@ class SilentSnapshots:
     def __init__(self, rank: int, pid: int, flight: Path) -> None:
         self._rank, self._pid, self._flight = rank, pid, flight
         self._frames: tuple[FrameSnapshot, ...] = ()
+        self._holders: tuple[ThreadSnapshot, ...] = ()
+        self._is_waiting_for_gil = False
         self._asked: tuple[str, int] | None = None
         self._use: ProcessUsage | None = None
         self._used_s = 0.0
@@ -83,15 +86,17 @@ class SilentSnapshots:
             user_line=user[0] if user else None,
             line_id=-1 if frames else slots.line_id,
             outer_line=user[-1] if len(user) > 1 else None,
-            process_state=seen.state,
-            wchan=seen.wchan,
+            process_state="S" if self._is_waiting_for_gil else seen.state,  # it wakes now and then to ask again
+            wchan="" if self._is_waiting_for_gil else seen.wchan,
             waits_on=seen.waits_on,
             blocker=blocker_of(self._pid, self._pid),
             cpu_share=cpu_share,
             io_bytes_per_s=io_bytes_per_s,
+            is_waiting_for_gil=self._is_waiting_for_gil,
             is_waiting_for_terminal=seen.is_terminal_input,
             is_debugged=bool(seen.tracer) or any(is_debugger(each.file) for each in frames),
             is_suspended=info is not None and is_job_suspended(info),
+            threads=self._holders,
             is_last=is_last,
         )
 
@@ -128,15 +133,19 @@ class SilentSnapshots:
         if moment == self._asked:
             return self._frames
 
-        self._frames = ()
+        self._frames, self._holders, self._is_waiting_for_gil = (), (), False
         file = find_stack_file(self._pid) if moment and slots.recorder_thread else None
         if file is None:
             return ()
 
         try:
             asked = SignaledStacks(self._pid, file, silent_thread=slots.recorder_thread)
-            self._frames = tuple(_frame(each) for each in main_frames(asked.wait())[:MAX_FRAMES])
-            self._asked = moment if asked.was_sent else None
+            text = asked.wait()
+            self._frames = tuple(_frame(each) for each in main_frames(text)[:MAX_FRAMES])
+            if self._frames and waits_with(self._pid, slots.recorder_thread):
+                self._is_waiting_for_gil, self._holders = True, tuple(_callers(text)[:MAX_THREADS])
+
+            self._asked = self._moment(state) if asked.was_sent else None
         finally:
             os.close(file)
 
@@ -144,8 +153,8 @@ class SilentSnapshots:
 
     def _moment(self, state: str) -> tuple[str, int] | None:
         """Return what changes when the main thread goes on; None while it is stopped, as it cannot answer."""
-        if state == "R":
-            return state, int(time.monotonic() / _AGAIN_S)
+        if state == "R" or (self._is_waiting_for_gil and state == "S"):
+            return "R", int(time.monotonic() / _AGAIN_S)
 
         return (state, int(read_status(self._pid, "voluntary_ctxt_switches") or 0)) if state in "SD" else None
 
@@ -163,6 +172,17 @@ class SilentSnapshots:
 def silent_s(slots: LiveSlots) -> float:
     """Return for how many seconds a rank's recorder has not run."""
     return round(max(0, monotonic_ns() - slots.heartbeat_ns) / 1e9, 3) if slots.heartbeat_ns else 0.0
+
+
+def _callers(text: str) -> list[ThreadSnapshot]:
+    """Return the threads, other than the main one, that are in a call of the user's code: one of them has the GIL.
+
+    Those that wait for another thread, as for a queue, are left out.
+    """
+    stacks = [[_frame(each) for each in frames] for frames in other_frames(text)]
+    calls = [frames for frames in stacks if frames and not frames[0].file.endswith("/threading.py")]
+    lines = (next((frame for frame in frames if frame.is_user), None) for frames in calls)
+    return [ThreadSnapshot(line=line, is_daemon=True) for line in lines if line is not None]
 
 
 def _frame(found: tuple[str, int, str]) -> FrameSnapshot:

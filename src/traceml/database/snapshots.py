@@ -204,6 +204,7 @@ class RankSnapshot(_Record):
         blocker: the process that the training thread waits for; None if there is none, or that is not known.
         cpu_share: cores that the rank and its children have used since the snapshot before; None if not known.
         io_bytes_per_s: bytes that they have read and written; None if not known.
+        is_waiting_for_gil: whether the training thread waits for the GIL, which another thread holds in a call into C.
         is_waiting_for_terminal: whether the main thread reads from a terminal.
         is_debugged: whether a debugger is attached or in the stack.
         is_suspended: whether the whole process group was stopped by job control.
@@ -239,6 +240,7 @@ class RankSnapshot(_Record):
     blocker: ProcessSnapshot | None = field(default=None, metadata={"of": ProcessSnapshot})
     cpu_share: float | None = _of(float)
     io_bytes_per_s: float | None = _of(float)
+    is_waiting_for_gil: bool = False
     is_waiting_for_terminal: bool = False
     is_debugged: bool = False
     is_suspended: bool = False

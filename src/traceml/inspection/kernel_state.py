@@ -28,6 +28,7 @@ __all__ = [
     "threads_of",
     "tree_usage",
     "wait_state",
+    "waits_with",
 ]
 
 _TICKS_PER_S = os.sysconf(
@@ -44,6 +45,8 @@ _DEAD = ("Z", "X")
 _STOPPED = (*_DEAD, "T", "t")
 _STOP_S, _STOP_POLL_S = 0.2, 0.001
 _MAX_CHILDREN = 512
+_CONDITION_BYTES = 32  # two threads that wait for one condition may do so at two words of it
+_LOOKS, _LOOK_S = 40, 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +248,23 @@ def current_syscall(thread: int) -> tuple[int, ...]:
         return ()
 
     return int(words[0]), *(int(word, 16) for word in words[1:7])
+
+
+def waits_with(pid: int, thread: int) -> bool:
+    """Whether a process's main thread waits for what one of its threads waits for: in one call, at one place in memory.
+
+    Also where both wake now and then to look at it.
+    """
+    own: tuple[int, ...] = ()
+    other: tuple[int, ...] = ()
+    for _ in range(_LOOKS):
+        own, other = current_syscall(pid) or own, current_syscall(thread) or other
+        if own and other:
+            return own[0] == other[0] and abs(own[1] - other[1]) < _CONDITION_BYTES
+
+        time.sleep(_LOOK_S)
+
+    return False
 
 
 def _blocking_syscall(pid: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["main_first", "main_frames"]
+__all__ = ["main_first", "main_frames", "other_frames"]
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 _CUT = "\n..."  # more threads than it writes
@@ -20,5 +20,13 @@ def main_frames(text: str) -> list[tuple[str, int, str]]:
     if text.rstrip().endswith(_CUT):
         return []
 
-    last = text.rstrip("\n").rpartition("\n\n")[2]
-    return [(found["file"], int(found["line"]), found["function"]) for found in _FRAME.finditer(last)]
+    return _frames(text.rstrip("\n").rpartition("\n\n")[2])
+
+
+def other_frames(text: str) -> list[list[tuple[str, int, str]]]:
+    """Return the frames of each of the other threads, as `main_frames` does."""
+    return [_frames(thread) for thread in text.split("\n\n")[:-1]]
+
+
+def _frames(thread: str) -> list[tuple[str, int, str]]:
+    return [(found["file"], int(found["line"]), found["function"]) for found in _FRAME.finditer(thread)]

@@ -63,6 +63,7 @@ def facts(
     silent: tuple[int, ...] = (),
     absent: tuple[int, ...] = (),
     rows: bool = True,
+    samples_s: int = 1,
     was_aborted: bool = False,
     calls: Callable[[int, int], int] | None = None,
     names: dict[int, dict[int, str]] | None = None,
@@ -79,6 +80,7 @@ def facts(
         silent: ranks whose recorder sends nothing.
         absent: ranks that have never sent anything.
         rows: whether steps were seen at all.
+        samples_s: seconds of samples before the end, one each second.
         was_aborted: whether it was ended because it hung.
         calls: returns the column `bits` of a rank's step.
         names: texts of each rank by id.
@@ -97,9 +99,9 @@ def facts(
             taken["t_end_ns"] = LAST_NS - (np.arange(steps)[::-1] * S // 10)
             builder.progress.steps(np.full(steps, rank), taken)
 
-        samples = np.zeros(2, PROCESS.dtype)
+        samples = np.zeros(1 + samples_s, PROCESS.dtype)
         last_ns = LAST_NS + S if rank in silent else NOW_NS
-        samples["t_ns"], samples["step"] = [last_ns - S, last_ns], steps
+        samples["t_ns"], samples["step"] = last_ns - np.arange(samples_s, -1, -1) * S, steps
         if not any(ended.rank == rank and ended.state == "finished" for ended in exits):
             builder.process_rows(rank, samples)
 

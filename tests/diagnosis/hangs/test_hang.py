@@ -282,6 +282,25 @@ def test_a_call_that_holds_the_interpreter_has_advice(state, words):
     assert words in found(in_backward(0, quiet_s=500.0), held).next
 
 
+@pytest.mark.parametrize(
+    ("lines", "words", "blamed"),
+    [
+        ([line(9, "match")], "which its thread in train.py:9 match holds in C code", 9),
+        ([line(9, "match"), line(12, "poll")], "which another thread holds in C code", 6),
+    ],
+)
+def test_a_rank_whose_thread_holds_the_interpreter_is_told_with_that_thread(lines, words, blamed):
+    """Where it is known which one; the main thread's own call is not in C, however often it wakes."""
+    threads = tuple(ThreadSnapshot(line=each, is_daemon=True) for each in lines)
+    waits = snapshot(1, line(6, "stuck"), answered="signal", is_waiting_for_gil=True, threads=threads, groups=BEHIND)
+
+    finding = found(in_backward(0), waits)
+
+    assert f"it has been in train.py:6 stuck, waiting for the GIL, {words} for 75 s" in summary(finding)
+    assert (finding.evidence["line"], finding.evidence.get("thread")) == (blamed, None)
+    assert "must release the GIL" in finding.next
+
+
 def test_lines_of_one_collective_are_all_told():
     """Ranks may call it in different lines."""
     ranks = [in_backward(0), in_backward(1, at=44)]
@@ -616,6 +635,15 @@ def test_rows_do_not_outweigh_a_pause_that_ended():
     assert found(exits=terminated, state="failed") is not None  # a recorder that has never told of a pause
 
 
+def test_a_recorder_that_ran_until_the_end_would_have_told_of_a_pause():
+    """The step is old, but the script printed a line each second: Ctrl-C ended no hang."""
+    interrupted = RankExit(rank=0, state="killed", signal=2, open_step=40, open_s=75.0)
+    job = {"exits": (interrupted,), "ranks": 1, "state": "stopped"}
+
+    assert found(**job, samples_s=70) is None
+    assert found(**job) is not None  # it had slept itself, until the end woke it
+
+
 def test_a_job_that_was_interrupted_at_work_has_not_hung():
     """Its last step is young, or it was between steps, as in an evaluation."""
     young = tuple(RankExit(rank=rank, state="killed", signal=2, open_step=400, open_s=0.1) for rank in (0, 1))
@@ -715,6 +743,8 @@ def test_a_rank_that_runs_and_sleeps_by_turns_may_work():
 
     assert found(in_backward(0), *turns) is None
     assert found(in_backward(0), *turns, hang_timeout_s=14.0) is not None
+    held = [replace(each, answered="signal") for each in turns]  # inside one call in C that keeps the GIL
+    assert found(in_backward(0), *held) is not None
 
 
 def test_a_recorder_that_was_silent_for_a_while_has_not_seen_progress():

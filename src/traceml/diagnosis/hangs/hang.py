@@ -14,7 +14,7 @@ from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
 from traceml.diagnosis.hangs.hang_words import failed_thread, hang_summary, operation_text
-from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, user_line
+from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, gil_holder, user_line
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 
@@ -64,7 +64,7 @@ def _finding(found: DetectedHang, diverged: DivergedRanks | None) -> Finding:
 
 def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]:
     worker = blocked_worker(shown) if shown is not None else None
-    thread = awaited_thread(shown) if shown is not None else None
+    thread = (awaited_thread(shown) or gil_holder(shown)) if shown is not None else None
     line = user_line(worker) if worker is not None and user_line(worker) is not None else None
     line = line or (thread.line if thread is not None else None) or (user_line(shown) if shown is not None else None)
     failed = failed_thread(found)
@@ -87,7 +87,7 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
         "process_state": (shown.process_state or None) if shown is not None else None,
         "state": (doing(shown) or None) if shown is not None else None,
         "worker": worker.pid if worker is not None else None,
-        "thread": thread.name if thread is not None else None,
+        "thread": (thread.name or None) if thread is not None else None,
         "failed_thread": failed[1].name if failed is not None else None,
         "thread_exception": failed[1].exception if failed is not None else None,
         "blocker": shown.blocker.pid if shown is not None and shown.blocker is not None else None,

@@ -93,7 +93,7 @@ def _advice_for(snapshot: RankSnapshot, found: DetectedHang) -> str:
 
 def _for_held_lock(snapshot: RankSnapshot) -> str:
     """Return the advice about a call of C code that keeps the interpreter to itself; empty for others."""
-    if not doing(snapshot).startswith("in C code"):
+    if not (snapshot.is_waiting_for_gil or doing(snapshot).startswith("in C code")):
         return ""
 
     if snapshot.process_state == "R":
@@ -103,8 +103,8 @@ def _for_held_lock(snapshot: RankSnapshot) -> str:
         )
 
     return (
-        "Find out what that call waits for. No other thread of the process runs meanwhile: if one of them is to end "
-        "the wait, the call must release the GIL (ctypes.CDLL does, ctypes.PyDLL does not)."
+        "Find out what that call waits for, or computes. No other thread of the process runs meanwhile: if one of them "
+        "is to end the wait, the call must release the GIL (ctypes.CDLL does, ctypes.PyDLL does not)."
     )
 
 

@@ -12,6 +12,7 @@ from traceml.database.snapshots import (
     ThreadSnapshot,
     WorkerSnapshot,
 )
+from traceml.formatting import line_text
 from traceml.inspection.awaiting_frames import is_event_loop
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "blocked_worker",
     "collective_wait",
     "doing",
+    "gil_holder",
     "is_blocked_by_full_pipe",
     "is_busy",
     "is_excused",
@@ -85,6 +87,11 @@ def awaited_thread(snapshot: RankSnapshot | WorkerSnapshot) -> ThreadSnapshot | 
 
     is_at_end = any(frame.function == "_shutdown" and frame.file.endswith("threading.py") for frame in snapshot.frames)
     return next((thread for thread in snapshot.threads if not thread.is_daemon), None) if is_at_end else None
+
+
+def gil_holder(snapshot: RankSnapshot) -> ThreadSnapshot | None:
+    """Return the thread that holds the GIL for which the training thread waits; None where several may be it."""
+    return snapshot.threads[0] if snapshot.is_waiting_for_gil and len(snapshot.threads) == 1 else None
 
 
 def is_blocked_by_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSnapshot) -> bool:
@@ -198,6 +205,12 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
     if state in ("Z", "X"):
         return "dead"
+
+    if isinstance(snapshot, RankSnapshot) and snapshot.is_waiting_for_gil:
+        holder = gil_holder(snapshot)
+        line = holder.line if holder is not None else None
+        whose = f"its thread in {line_text(line.file, line.line, line.function)}" if line else "another thread"
+        return f"waiting for the GIL, which {whose} holds in C code"
 
     if isinstance(snapshot, RankSnapshot) and snapshot.answered in ("signal", "kernel"):
         return "in C code that holds the GIL, " + ("computing" if state == "R" else "waiting")

@@ -81,7 +81,7 @@ def _group_text(group: Sequence[RankStack]) -> str:
     lines = [f"{ranks}{of_one}: {', '.join(_facts(snapshots))}"]
     lines += [f"  {text}" for text in (_operation(first.groups), *_why_silent(first)) if text]
     lines += _frames(first.frames, "  ") or ["  no Python stack"]
-    lines += [f"  thread {each.name!r}: {_line(each.line)}" for each in first.threads if each.line]
+    lines += [f"  thread{each.name and f' {each.name!r}'}: {_line(each.line)}" for each in first.threads if each.line]
     for worker in first.workers:
         lines += _worker(worker) if worker.waits_for_batch is not None else []
 
@@ -104,6 +104,8 @@ def _why_silent(snapshot: RankSnapshot) -> Iterable[str]:
     """Say why the rank could not answer itself, and what it waits for."""
     if snapshot.process_state in _STATES:
         yield _STATES[snapshot.process_state]
+    elif snapshot.is_waiting_for_gil:
+        yield "waits for the GIL, which another thread holds in C code"
     elif snapshot.answered == "signal":
         yield f"holds the GIL in C code, {'computing' if snapshot.process_state == 'R' else 'waiting'}"
     elif snapshot.answered == "kernel":

@@ -92,6 +92,7 @@ class ProgressHistory:
         self._began: dict[int, int] = {}
         self._seen: dict[int, int] = {}  # newest timestamp of any row
         self._cpu: dict[int, tuple[int, int, float | None]] = {}  # timestamp, CPU time, cores since the row before
+        self._awake: dict[int, int] = {}  # timestamp since which its recorder has taken samples without a pause
         self._open_steps: dict[int, int] = {}
         self._lines: dict[int, tuple[int, int, int]] = {}  # timestamp, phase, id of the line
         self._snapshots: dict[int, RankSnapshot] = {}
@@ -134,6 +135,14 @@ class ProgressHistory:
 
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
+        if not len(rows):
+            return
+
+        times = rows["t_ns"]
+        pauses = np.flatnonzero(np.diff(times, prepend=self._cpu.get(rank, (0,))[0]) > _SENDING_S * _S)
+        if len(pauses):
+            self._awake[rank] = int(times[pauses[-1]])
+
         for t_ns, step, cpu_ns in rows[["t_ns", "step", "cpu_ns"]][-2:].tolist():
             t_before, cpu_before, share = self._cpu.get(rank, (t_ns, cpu_ns, None))
             if t_ns > t_before:
@@ -213,6 +222,7 @@ class ProgressHistory:
             self._began,
             self._seen,
             self._cpu,
+            self._awake,
             self._open_steps,
             self._lines,
             self._snapshots,
@@ -278,13 +288,15 @@ class ProgressHistory:
             quiet_s = max((now_ns - last_ns) / _S, open_s)
             if over_ns is not None and alive_s < _SENDING_S:
                 quiet_s = min(quiet_s, self._unseen_s(), (now_ns - over_ns) / _S)
+            elif now_ns - self._awake.get(rank, now_ns) > self._unseen_s() * _S:
+                quiet_s = min(quiet_s, self._unseen_s())
 
             snapshot = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
         return RankProgress(rank, snapshot, quiet_s, alive_s, step, self._changes.get(rank, 0) >= _CHANGES)
 
     def _unseen_s(self) -> float:
-        """Return how long a recorder that runs, and has reported pauses, may make no progress without a snapshot."""
+        """Return how long a recorder that runs may make no progress without a snapshot."""
         return first_snapshot_s(max(self._quiet), self.timeout_s) + _TURN_S
 
     def _from_rows(
@@ -324,8 +336,9 @@ class ProgressHistory:
 
 
 def _state(snapshot: RankSnapshot) -> tuple[bool, str]:
-    """Return whether the rank holds the GIL in C, and the state of its process."""
-    return snapshot.answered == "signal", snapshot.process_state
+    """Return whether the rank holds the GIL in one call of C, whose state is chance; else the state of its process."""
+    is_held = snapshot.answered == "signal"
+    return is_held, "" if is_held else snapshot.process_state
 
 
 def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:
