@@ -262,7 +262,7 @@ def _holds(value: Any, sign: str, wanted: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """Return a number; of a local date or time (`2026-11-24`, `2026-11-24T08:30`) epoch seconds; None of other texts."""
+    """Return a number, of a local date or time (`2026-11-24`, `2026-11-24T08:30`) its epoch seconds; else None."""
     with suppress(ValueError):
         return float(text)
 

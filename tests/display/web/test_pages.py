@@ -305,6 +305,15 @@ def test_a_run_with_something_wrong_says_what(visit: Visits, name: str, said: st
     expect(page.locator(".banner, .page").filter(has_text=said).first).to_be_visible()
 
 
+def test_an_address_without_a_page_leads_to_the_list(visit: Visits) -> None:
+    """It looks like a page of ours, not like the web framework's."""
+    page = visit().open("/settings")
+
+    expect(page.locator("h1")).to_have_text("There is no such page.")
+    page.get_by_role("link", name="All runs").click()
+    expect(page.locator("h1")).to_have_text("Runs")
+
+
 def test_what_is_not_judged_is_not_green(visit: Visits) -> None:
     """The verdict has the color of what is idle, as in the list."""
 

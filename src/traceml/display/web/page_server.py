@@ -13,7 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from traceml.display.web.notice import notice
+
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
     from traceml.display.web.pages import Pages
 
 __all__ = ["PageConfig", "serve"]
@@ -53,6 +58,7 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=partial(_lifespan, pages))
     RunFiles(config.runs_dir).register(app)
     pages.register()
+    nicegui_app.add_exception_handler(404, _no_page)
     port = sock.getsockname()[1]
     app.add_middleware(TokenMiddleware, token=config.token, port=port, on_authenticated=unauthenticated.discard)
     # No bar over the page during a request: it has no name for screen readers, and pages say what they wait for.
@@ -92,6 +98,12 @@ async def _lifespan(pages: Pages, _: object) -> AsyncIterator[None]:
     pages.read_ahead()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, pages.refresh)
     yield
+
+
+async def _no_page(_request: Request, _error: Exception) -> Response:
+    from starlette.responses import HTMLResponse
+
+    return HTMLResponse(notice(404, "There is no such page.", '<p><a href="/">All runs</a></p>'), status_code=404)
 
 
 _FAVICON = (

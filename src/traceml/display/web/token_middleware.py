@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 from http.cookies import CookieError, SimpleCookie
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from traceml.display.web.notice import notice
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
@@ -34,6 +35,13 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 )
+
+_HOW = """
+<p>Open the address that <code>traceml serve --web</code> or <code>traceml run --live web</code> printed: it ends in
+  <code>?token=&hellip;</code>. This browser then remembers it for 30 days.</p>
+<p class="dim">Only the user who started traceml can read the token. Over ssh, forward the port and open the same
+  address: <code>ssh -L 29766:127.0.0.1:29766 host</code></p>
+"""
 
 
 def cookie_name(port: int) -> str:
@@ -138,9 +146,8 @@ async def _redirect(send: Send, location: str, cookie: bytes) -> None:
 
 
 async def _refuse(send: Send, *, wrong: bool) -> None:
-    page = resources.files("traceml.display.web").joinpath("static/refused.html").read_text(encoding="utf-8")
     what = "The token in this address is wrong." if wrong else "This page needs its token."
-    body = page.replace("{{what}}", what).encode()
+    body = notice(401, what, _HOW).encode()
     headers = [
         (b"content-type", b"text/html; charset=utf-8"),
         (b"cache-control", b"no-store"),
