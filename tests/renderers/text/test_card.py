@@ -270,6 +270,14 @@ def test_rows_on_their_way_need_no_command():
     assert "goes on" not in text_of(tracked(tracker("mlflow", "stopped", pending=15)))
 
 
+def test_what_a_broken_tracker_lacks_is_not_promised():
+    """`traceml sync` fails as the delivery did until the cause is mended, as of a misspelt name."""
+    shown = text_of(tracked(tracker("mlfow", "broken", delivered=0, pending=3, error="unknown plugin 'mlfow'")))
+
+    assert "traceml sync delivers the pending rows once that is mended; with" in shown
+    assert "--backend NAME, to another tracker" in shown
+
+
 def test_what_a_fallback_took_is_reported():
     """The rows are at the fallback, not at the tracker."""
     shown = text_of(tracked(tracker("mlflow", fallback=12_000)))
