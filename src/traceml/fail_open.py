@@ -25,7 +25,6 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
         package: package whose count goes up: `recorder`, `aggregator`, ….
         what: what failed, as the first words of the warning: `tracing could not be started`.
         once: warn for the first failure with this text only; repeats are logged at debug level.
-        reraise: exceptions that are not handled here.
 
     Attributes:
         error: what was handled, after the block; None without a failure.

@@ -269,7 +269,6 @@ def printable(text: str, *, lines: bool = False) -> str:
     Names, exceptions and log texts are the script's. Whoever looks at a run must not have to trust it.
 
     Args:
-        text: from a script, a host or a file.
         lines: whether the text may have several lines.
     """
     if text.isprintable():

@@ -58,7 +58,6 @@ class Aggregator:
     Args:
         delivery_nice: nice value of delivery processes, and of those that read about the code of a run.
         run_id: the run that a launcher started this aggregator for; the launcher reports its end.
-        on_rank: called when a rank has joined.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.

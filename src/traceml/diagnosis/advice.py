@@ -112,7 +112,6 @@ def for_residual(
     """Return advice on time in the user's own code.
 
     Args:
-        part: a phase of the user, `other` or `user`.
         called: library function that this line has called most of the time.
         has_forward: whether the model's forward is in this time, as no module was called.
         trainer: the line that only calls a trainer, whose code takes this time.
@@ -229,7 +228,6 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
     Args:
         part: the part of the step that makes them long; None where it is not one.
         rank: the rank that has them; None where it is not one.
-        line: where the time is, if it is known.
     """
     where = f" on rank {rank}" if rank is not None else ""
     if line is not None:
@@ -261,7 +259,6 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
 
     Args:
         part: the slow part of their step; None for all parts.
-        line: where the excess is, if it is known.
     """
     names = ranks_text(ranks)
     hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})

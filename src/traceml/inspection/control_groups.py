@@ -11,11 +11,7 @@ ROOT = "/sys/fs/cgroup"
 
 
 def cgroup_paths(text: str | None = None, pid: int | str = "self") -> dict[str, str]:
-    """Return {controller: path}; the key of version 2 is "".
-
-    Args:
-        text: text of /proc/PID/cgroup; None reads it.
-    """
+    """Return {controller: path}; the key of version 2 is ""."""
     if text is None:
         try:
             text = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace")
@@ -43,7 +39,6 @@ def cgroup_folders(controller: str, groups: dict[str, str], root: str = ROOT) ->
     Args:
         controller: its name in version 1.
         groups: the process's, as `cgroup_paths` returns them.
-        root: where the control groups are mounted.
     """
     return [
         *parent_folders(root, groups.get("", "/")),

@@ -20,7 +20,6 @@ class OomWatch:
 
     Args:
         groups: its control groups, as `control_groups.cgroup_paths` returns them; None reads them.
-        host: file with the host's counter.
     """
 
     __slots__ = ("_before", "_host", "_path")

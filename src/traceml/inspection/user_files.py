@@ -80,7 +80,6 @@ def is_user_file(path: str, modules: Any = None) -> bool:
     """Return whether a file of code is the user's; cells of a notebook are.
 
     Args:
-        path: as in a frame or traceback.
         modules: the loaded modules; None: `sys.modules`.
     """
     if path.startswith("<"):

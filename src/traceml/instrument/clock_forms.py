@@ -79,8 +79,6 @@ def new_clock(flight: FlightFile, listener: StepListener, *, thread: int | None 
     """Return a clock in C if that form can be used, else one in Python.
 
     Args:
-        flight: receives rows and open phases.
-        listener: receives the rare events.
         thread: number of the training thread; None: this thread.
     """
     native = extension()

@@ -61,7 +61,6 @@ class EvaluationStretch:
 
         Args:
             t: monotonic time in ns.
-            module: weak reference to the called module.
         """
         if self.start:
             self._calls += 1

@@ -207,7 +207,6 @@ def timed_forward(
 
     Args:
         module_of: returns the model of the method's object.
-        measure: notes the size of the input.
     """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

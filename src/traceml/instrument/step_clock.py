@@ -187,7 +187,6 @@ class StepClock(SegmentedStep):
         """Handle the end of a loader: training may continue without it, or on a prefetched batch.
 
         Args:
-            loader: its token.
             drain_ns: time until the loader said so, in which its workers ended.
         """
         loader.end(self)
@@ -205,7 +204,6 @@ class StepClock(SegmentedStep):
 
         Args:
             t: monotonic time in ns.
-            module: weak reference to the called module.
             trains: whether gradients are enabled.
         """
         in_closure = self.depth or self.current == _OPTIMIZER  # inside an optimizer step: no step begins here

@@ -86,11 +86,7 @@ def name_kind(name: str) -> str:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a name marks a secret for any value: `api_key`, `DB_PASSWORD`.
-
-    Args:
-        name: name of a parameter, an option or a variable.
-    """
+    """Whether a name marks a secret for any value: `api_key`, `DB_PASSWORD`."""
     return name_kind(name) == "strong"
 
 

@@ -22,7 +22,6 @@ def end_warnings(
     """Yield warnings about rows that were overwritten, and about rows that wait in the flight file.
 
     Args:
-        sender: its sender, which has ended.
         stored: whether everything is stored.
         supervised: whether a launcher stores what is left.
         local: whether the process starts an aggregator itself; the sender's trouble is then why there is none.

@@ -138,10 +138,7 @@ def _why_not(unread: Sequence[str], reading: SourceReading | None, asked: Any, f
     """Return why collectors have told nothing.
 
     Args:
-        unread: the collectors.
-        reading: what the aggregator has read.
         asked: what the rank has asked it to read; None where it has not.
-        first: the rank.
     """
     if _is_relayed(first):
         return _UNREAD["relayed"]

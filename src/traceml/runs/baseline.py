@@ -22,7 +22,6 @@ def find_compared(run: str | None, runs_dir: Path, *, by_name: bool = True) -> P
 
     Args:
         run: a run as `find_run` takes it, or a `report.json`.
-        by_name: take names of runs too.
 
     Raises:
         RunNotFoundError: there is no such run.

@@ -42,7 +42,6 @@ def limited_memory(root: str = ROOT, membership: str | None = None) -> CgroupMem
     """Return the memory of the innermost group that limits this process; None without a limit.
 
     Args:
-        root: where the control groups are mounted.
         membership: text of /proc/self/cgroup.
     """
     for folder, usage, limit_name, inactive in _memory_folders(root, membership):

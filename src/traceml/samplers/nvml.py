@@ -34,7 +34,6 @@ class NvmlDevice:
     """One device by its NVML handle.
 
     Attributes:
-        index: NVML's number of the GPU.
         mig: handle of the part of the GPU that is used, if it is a MIG device: its memory is its own.
     """
 

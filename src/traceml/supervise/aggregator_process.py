@@ -44,7 +44,6 @@ class AggregatorProcess(RestartingProcess):
     """The aggregator of one run. A context manager: its exit ends the aggregator.
 
     Args:
-        run_id: name of the run's folder.
         runs_dir: folder of all runs, an absolute path.
         on_delivery: called once if the end has to wait for trackers that still receive logged values.
         settings: variables of its environment, in addition to ours.

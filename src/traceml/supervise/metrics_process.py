@@ -124,7 +124,6 @@ def metrics_beside(
 
     Args:
         address: where to listen; None: nothing is served.
-        secret: see `MetricsProcess`.
         announce: called with one line that has the address.
 
     Raises:

@@ -36,7 +36,6 @@ class OutputCopy:
     """Copies the script's output to a file. A full disk ends the copy, not the job.
 
     Args:
-        path: the file; output is appended.
         most_bytes: limit of the file's growth, so that endless output does not fill the disk.
     """
 

@@ -63,7 +63,6 @@ def spawn_server(
 
     Args:
         config: its configuration; not on the command line, which every user of the host can read.
-        arguments: its command line.
     """
     settings_in, settings_out = os.pipe()
     try:

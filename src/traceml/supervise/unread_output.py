@@ -25,7 +25,6 @@ class UnreadOutput:
     Args:
         files: descriptors that the job writes to; those that are not pipes are left alone.
         is_ending: returns whether the job has to end, or has ended. Before, the reader may be slow.
-        keep: takes what was read.
         full_for_s: time for which a pipe must have been full meanwhile.
     """
 

@@ -28,7 +28,6 @@ def run(task: TaskRecord, thread: ThreadState, counts: list[int], slot: int, now
     """Run a task that was taken from its entry; return the time at its end.
 
     Args:
-        task: has not begun.
         slot: the index of this thread in them.
         now: the time, `perf_counter` in seconds: a worker's task begins when its last one ended.
         on_end: takes the record of the ended task.

@@ -25,7 +25,6 @@ class ThreadPool:
     """Threads for the tasks of one kind.
 
     Args:
-        name: the prefix of the threads' names.
         size: the number of threads at most, without those blocked in tasks that have timed out.
         first: the index of the first worker.
         on_start: called after each start of a thread.

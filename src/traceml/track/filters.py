@@ -92,7 +92,6 @@ class DeliveryFilter:
         """Return the values that pass, in order; aggregates when their window is complete.
 
         Args:
-            rows: values of one experiment.
             memory: open windows, changed in place; plain values for JSON.
         """
         passing = (row for row in rows if self.takes(row.name, row.rank) and (row.step or 0) % self.sample == 0)

@@ -83,7 +83,6 @@ class TrackerState:
         latency_ms: duration of a batch, smoothed.
         error: last error, at `error_at` (epoch seconds). Empty after a success.
         busy_until: epoch seconds until which the current call may take.
-        target: address or path of the tracker.
         updated: epoch seconds of the last change.
     """
 

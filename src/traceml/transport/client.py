@@ -99,8 +99,6 @@ class Connection:
     """A connection on which both sides have proved the token. Made by `connect`.
 
     Args:
-        welcome: the aggregator's answer to the hello.
-        peer: (host, port) for messages.
         early: messages that came right behind the welcome.
     """
 

@@ -42,11 +42,7 @@ class TemporaryRefusalError(ConnectionResetError):
 
 
 class ClientHandshake:
-    """Handshake challenge -> hello -> welcome, over a socket that is not trusted yet.
-
-    Attributes:
-        early: messages that came right behind the welcome.
-    """
+    """Handshake challenge -> hello -> welcome, over a socket that is not trusted yet."""
 
     def __init__(self, sock: socket.socket, host: str, port: int, deadline: float, tls: TlsLayer | None) -> None:
         self.decoder = Decoder()

@@ -30,12 +30,7 @@ def checking(run: ActiveRun) -> fail_open:
 
 
 class RunChecks:
-    """Checks the runs of one aggregator.
-
-    Args:
-        start: starts a coroutine.
-        report: writes the report of a run.
-    """
+    """Checks the runs of one aggregator."""
 
     def __init__(
         self,

@@ -109,11 +109,7 @@ class RunStreams:
         return bool(self.streams) and len(self._table.of_attempt(self.attempt)) >= self.world_size
 
     def lacks(self, identity: Mapping[str, Any]) -> bool:
-        """Return whether a rank of the newest attempt has not connected.
-
-        Args:
-            identity: of its flight file.
-        """
+        """Return whether a rank of the newest attempt has not connected."""
         attempt = self._facts.attempt_of(int(identity.get("attempt") or 0))
         return attempt == self.attempt and self._table.of_rank(attempt, identity["rank"]) is None
 

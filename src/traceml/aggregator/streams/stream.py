@@ -90,7 +90,6 @@ class Stream:
     The rows of each table are numbered from 0. A rank that is restarted gets a new stream.
 
     Args:
-        id: its number in the store.
         attempt: which start of the job it belongs to.
         incarnation: its process.
         flight: path of its flight file, "" when it has none on a file system.

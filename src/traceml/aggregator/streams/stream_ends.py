@@ -62,7 +62,6 @@ def resumed_at(stream: Stream, place: int, streams: Iterable[Stream]) -> int:
 
     Args:
         stream: of the rank that reads it.
-        place: number of the folder.
     """
     saved = [each for each in streams if each.attempt < stream.attempt and each.exit.get("saved_in") == place]
     before = [each for each in saved if each.rank == stream.rank] or saved  # each rank may save its own
@@ -104,7 +103,6 @@ def final_state(members: Sequence[Stream], status: int | None) -> str:
 
     Args:
         members: the ranks of its last attempt.
-        status: exit status of the job, as its launcher reports it; None where it is unknown.
     """
     states = {stream.state for stream in members}
     exits = [RankExit.from_facts(stream.rank, str(stream.state), stream.exit) for stream in members]

@@ -49,7 +49,6 @@ class RankWindow:
     Attributes:
         state: waiting, open, saving, recorded, failed or lost.
         step_ns: mean duration of its last steps.
-        size: bytes of the compressed trace.
     """
 
     rank: int

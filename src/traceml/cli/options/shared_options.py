@@ -92,7 +92,6 @@ def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
 
     Args:
         options: the parsed options, with `script` and `module`.
-        example: a command for the error's text.
 
     Raises:
         UsageError: there is no script, or it does not exist.

@@ -38,9 +38,6 @@ def read_counters(path: Path, name: str, data: bytes, number: int) -> TableCount
     """Return the counters of a table; all 0, with a warning, where damage has made them impossible.
 
     The hot path counts by one store per row, which leaves no room for a checksum.
-
-    Args:
-        number: place of the table in the layout.
     """
     found = TableCounters(*struct.unpack_from("@5q", data, COUNTERS_AT + number * COUNTERS_PER_TABLE * 8))
     if found.is_possible:

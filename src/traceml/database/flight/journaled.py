@@ -120,11 +120,7 @@ class JournaledRing(Ring):
 
 
 class JournaledLog(ByteLog):
-    """Log that writes its unstored maps to a journal when it is full, then starts empty. Any thread appends.
-
-    Attributes:
-        journal: the maps that left memory.
-    """
+    """Log that writes its unstored maps to a journal when it is full, then starts empty. Any thread appends."""
 
     __slots__ = ("_warned", "journal")
 

@@ -60,7 +60,6 @@ class FlightSnapshot:
     """Copy of a flight file: its writer, its rows, and the step and phase that were open at the end.
 
     Args:
-        data: its bytes, or its header pages alone.
         runs_dir: the runs folder of its rank, if it is known: some of its files may be there. The file itself is not
             asked for folders, as what it names would be read and removed.
 

@@ -294,8 +294,6 @@ def stop_within(ends: Sequence[int], base: int, start: int, stop: int) -> int:
     Args:
         ends: where each map starts, and where the last one ends, as `map_ends` returns them.
         base: sequence number of the map at `ends[0]`.
-        start: sequence number of the first map of the slice.
-        stop: that after the last one.
     """
     while stop > start + 1 and ends[stop - base] - ends[start - base] > _MAX_TAKE_BYTES:
         stop = start + (stop - start) // 2

@@ -158,7 +158,6 @@ class Compaction:
         """Sum and merge frames of one (stream, table) at a level; `settle` follows when the changes are written.
 
         Args:
-            key: stream and table.
             level: from `next_due`.
             up_to: frames after this id are not merged.
             cursors: ids up to which each delivery has read.

@@ -151,7 +151,6 @@ class FrameReader:
         thinning keeps.
 
         Args:
-            table: a packed table with steps.
             steps: ranges (first, last), both included, in order and disjoint.
         """
         offset = step_offset(self._dtype(table))
@@ -184,7 +183,6 @@ class FrameReader:
         """Yield chosen rows of chosen frames; a few threads decompress.
 
         Args:
-            choose: which frames.
             rows: which rows of a frame, by its bytes (see `decode_planes`).
         """
         ended: dict[int, int] = {}

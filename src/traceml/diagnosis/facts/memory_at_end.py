@@ -21,7 +21,6 @@ class EndMemory:
     """Resident memory of a rank, or private memory of its loader's workers, in the last sample.
 
     Attributes:
-        used_bytes: in the last sample.
         peak_bytes: of all samples.
         per_minute_bytes: its growth until then, of the last minute at most; None where it did not grow, or by a jump.
     """

@@ -61,7 +61,6 @@ class GrowthEstimate:
         bytes_per_step, bytes_per_s: the median slope.
         grown_bytes: growth from the first quarter of the time, or of the steps, to the last.
         since_step: first step of the samples.
-        now_bytes: the newest sample.
         rises: whether each quarter of it is above the one before, by an amount that counts.
         steady: whether it also grew all the time; else it may be noise, or copies that come and go.
     """
@@ -196,8 +195,6 @@ def _is_in_stairs(
     Irregular jumps are not a leak: each has its own cause.
 
     Args:
-        steps: of the parts of the run.
-        values: of these parts.
         rises: between all pairs of them.
         level: smaller differences do not count.
     """

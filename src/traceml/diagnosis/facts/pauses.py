@@ -28,7 +28,6 @@ class Saves:
 
     Attributes:
         size_bytes: mean size of one.
-        bytes_per_s: at which they were written.
         target: file or folder of the newest.
         file, line, function: the user's line that called for most of them.
     """

@@ -33,7 +33,6 @@ class ResourceUse:
     Attributes:
         used, limit: units now.
         left_s: time until the limit at the present growth; None where it does not grow.
-        left_steps: the same in training steps.
     """
 
     rank: int

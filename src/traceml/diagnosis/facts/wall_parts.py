@@ -99,7 +99,6 @@ def wall_parts(processes: Sequence[ProcessSums], begin_ns: int, end_ns: int, att
     Args:
         processes: those of one rank that have steps, an open one at their end, or evaluation.
         begin_ns: start of the run, epoch nanoseconds.
-        end_ns: its end, or now.
         attempt: the job's last attempt, whose start may be under way.
     """
     parts = dict.fromkeys(("startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "restart"), 0)

@@ -75,7 +75,6 @@ def blame(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_s
 
     Args:
         snapshots: of the ranks that run, by rank; none of them makes progress.
-        ended: ranks whose process has ended.
     """
     met = _by_collectives(snapshots, ended, world_size)
     data = uneven_data(snapshots)

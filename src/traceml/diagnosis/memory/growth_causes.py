@@ -28,7 +28,6 @@ class GrowthCause(NamedTuple):
     """A container that explains a growth of memory.
 
     Attributes:
-        evidence: its path, type, rate and line.
         is_cache: whether a data set holds it, so that it may stop growing.
     """
 

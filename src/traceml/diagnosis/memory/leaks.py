@@ -197,11 +197,7 @@ def _full(room: _Room | None) -> str:
 
 
 class CopiedObjects(NamedTuple):
-    """The objects that forked workers copy by reading them.
-
-    Attributes:
-        evidence: their attribute, type and number.
-    """
+    """The objects that forked workers copy by reading them."""
 
     text: str
     action: str

@@ -48,8 +48,6 @@ def changes(before: MachineUse, then: MachineUse, memory_of: str = "host") -> li
     """Return what else changed with the steps, the likeliest cause first.
 
     Args:
-        before: use in the other steps.
-        then: use in the slow ones.
         memory_of: whose memory the samples are of, the host's or the container's.
     """
     found = (_cores(before, then), _others(before, then), _clock(before, then), _swap(before, then))

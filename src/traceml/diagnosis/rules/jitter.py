@@ -71,7 +71,6 @@ class _LongSteps:
     Attributes:
         columns: their columns in the window.
         excess: part -> time of each rank in them beyond its usual.
-        usual_ns: usual duration of a step.
     """
 
     columns: NDArray[np.intp]

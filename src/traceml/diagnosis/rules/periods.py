@@ -51,8 +51,6 @@ class _Period:
     """Long steps at a fixed distance.
 
     Attributes:
-        every: the distance in steps.
-        columns: their columns in the window.
         part: the part of the step that makes them longest.
         removed: this part, and others that are long in the same steps, as they would be without them.
         saved_ns: time by which the mean step would be shorter.

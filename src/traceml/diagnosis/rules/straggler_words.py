@@ -50,7 +50,6 @@ def late_summary(
 
     Args:
         late: the ranks, as indices.
-        ranks: their numbers.
         share: cost as a share of step time.
         gain: old / new step time without their excess.
         line: where the excess is, if it is known.

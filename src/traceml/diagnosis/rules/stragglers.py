@@ -68,11 +68,7 @@ _MIN_MEASURED = 20
 
 @dataclass(frozen=True)
 class _Others:
-    """The ranks that are not late, by whose work late ones are judged, each of thousands.
-
-    Attributes:
-        rows: their indices.
-    """
+    """The ranks that are not late, by whose work late ones are judged, each of thousands."""
 
     segments: Segments
     rows: NDArray[np.intp]

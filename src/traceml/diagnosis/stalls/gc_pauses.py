@@ -39,7 +39,6 @@ class _Collections:
         called: whether the script's code called for them.
         without: part of the step -> its work without them, rank x step.
         ranks: ranks that have them; empty for all.
-        rows: their rows in the window.
         saved_ns: time by which the mean step would be shorter.
         place: the line that called for most of them.
         library: the line of a library that did, `FILE:LINE FUNCTION`; empty where the user's code did.

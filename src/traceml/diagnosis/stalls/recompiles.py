@@ -36,11 +36,8 @@ class _Recompiled:
     """Compilations of a run beyond the first of each function, of the rank that spent most on them.
 
     Attributes:
-        number: how many.
         functions: of how many functions.
-        seconds: wall time of them.
         limit: calls that ran uncompiled when torch gave up.
-        place: the function with most of it.
         guard: the newest condition that was not met.
     """
 

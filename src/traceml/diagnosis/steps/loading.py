@@ -121,7 +121,6 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     """Return the loading of a window; None where the waits are pauses, which show nothing of a usual batch.
 
     Args:
-        wait_ns: mean wait for data per step.
         step_ns: mean step of the run, if other causes have been taken away in the window.
     """
     workers = (facts.loader.num_workers if facts.loader else None) or 0

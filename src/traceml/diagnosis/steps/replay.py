@@ -67,7 +67,6 @@ def speedup(step_ns: float, saved: float) -> float:
 
     Args:
         step_ns: mean step of the run, not of what is left of it without other causes: one cause is fixed.
-        saved: what is saved of it.
     """
     return step_ns / max(step_ns - max(saved, 0.0), 1.0)
 

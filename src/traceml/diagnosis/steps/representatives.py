@@ -159,7 +159,6 @@ class _Chosen:
         at: typical rank -> index of its host.
         unsent: ranks whose rows are not sent.
         typical: of each of these, the rank that stands for it.
-        ended_at: the last step of each of these.
     """
 
     size: int

@@ -35,7 +35,6 @@ class SteadyExcess:
     """A rank's excess in a part of the step.
 
     Attributes:
-        row: index of the rank.
         mean_ns: mean excess over the other ranks.
         dominance: its share of the excesses of all parts that are not noise.
     """

@@ -31,7 +31,6 @@ class StepHistory:
 
     Attributes:
         first_step: first step of each bin.
-        steps: number of steps in each bin.
         step_ns: step time of each bin, the mean over all ranks.
         parts_ns: phase -> its time on the rank that takes longest, and the rest of the step; the mean over ranks that
             do not wait for each other.
@@ -113,8 +112,6 @@ class StepHistory:
 
         Args:
             at: the bin; its first step, where no single step can be named.
-            before_ns: usual step before the change.
-            after_ns: usual step after it.
         """
         first = self.first_step
         is_near = (self.single_steps >= first[max(at - 1, 0)]) & (self.single_steps < [*first[at + 1 :], _END][0])

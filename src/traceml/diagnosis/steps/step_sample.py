@@ -18,7 +18,6 @@ class SampledSteps(KeptSteps):
 
     Args:
         steps: the chosen steps, ascending; at least one.
-        ranks: ranks to allocate now; more are added as they arrive.
     """
 
     def __init__(self, steps: Ints, ranks: int = 0) -> None:

@@ -51,7 +51,6 @@ def has_group(ranks: int, group: bool | None = None) -> bool:
     """Return whether ranks may wait for each other.
 
     Args:
-        ranks: number of ranks in the run.
         group: whether they share a process group; None if that is not known.
     """
     return ranks > 1 and group is not False

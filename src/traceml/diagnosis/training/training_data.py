@@ -108,7 +108,6 @@ def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, ru
     """Return the finding about ranks of one process group that exchange no gradients.
 
     Args:
-        batches: what is known of the ranks.
         world_size: number of ranks; they share a process group.
         steps: steps of the rank with the most.
     """

@@ -97,7 +97,6 @@ class ChartCard:
     """A titled chart; it keeps its space while it is empty, so that nothing on the page moves.
 
     Args:
-        hint: a few words on how to read it.
         waiting: text while there is nothing to draw.
         words: what a search field finds the card by; empty where none does.
     """

@@ -67,7 +67,6 @@ def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> TextNode:
 
     Args:
         crumb: that text: the run shown.
-        tabs: (section id, name).
     """
     link("Skip to content", "#content", "skip")
     with Container("div", "top"):

@@ -38,7 +38,6 @@ class RunState:
     """The state of a run on its page.
 
     Attributes:
-        id: the folder's name.
         problem: why it cannot be read; empty where it can.
         view: the report so far; None before there is one.
         events: events of the run, oldest first.
@@ -46,7 +45,6 @@ class RunState:
         silent_s: seconds since a running run wrote data, from 5 on; None before.
         watched: whether the aggregator that writes it is alive, as far as is known.
         about: parameters, source, environment, machine.
-        labels: those that people gave it.
         logged: texts, images, histograms and files that it logged.
     """
 

@@ -22,11 +22,7 @@ Address = tuple[str, int]
 
 
 class UnauthenticatedConnections:
-    """The connections before their first request with the cookie, by the address of the client.
-
-    Args:
-        most: how many there may be; by default `MAX_UNAUTHENTICATED`.
-    """
+    """The connections before their first request with the cookie, by the address of the client."""
 
     def __init__(self, most: int = MAX_UNAUTHENTICATED) -> None:
         self._most = min(most, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 1))

@@ -42,9 +42,6 @@ class ModuleDiscovery:
 
     Args:
         clock: receives the number of optimizers that are alive.
-        timer: makes the timers of modules.
-        on_model: called with each module when it is first timed.
-        on_optimizer: called with each optimizer that is alive.
     """
 
     def __init__(

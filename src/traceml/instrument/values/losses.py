@@ -82,7 +82,6 @@ class LossReader:
 
     Args:
         clock: has the step; its `loss_mask` decides which steps are read.
-        device: copies losses that are not on the CPU.
     """
 
     def __init__(self, clock: StepClock, losses: Ring, device: LossDevice) -> None:

@@ -19,7 +19,6 @@ class AddressProbe:
 
     Args:
         selector: the agent's; what is registered there has a callable as data, which takes the events.
-        address: an IP address.
         on_done: called with why it cannot be reached; empty if it can.
     """
 

@@ -44,7 +44,6 @@ class Agent:
     """Serves one launcher over one channel. Use `run` once.
 
     Args:
-        channel: to the launcher.
         silence_s: longest silence of the launcher while it has work here; 0: without limit.
     """
 

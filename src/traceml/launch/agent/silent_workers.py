@@ -22,7 +22,6 @@ class SilentWorkers:
 
     Args:
         trace: the job's settings of tracing, as `start` has them.
-        send: sends a snapshot: rank, process, and the snapshot as a row.
     """
 
     def __init__(self, trace: Mapping[str, Any], send: Callable[[int, int, dict[str, Any]], object]) -> None:

@@ -80,8 +80,6 @@ class ZygoteClient:
 
     Args:
         mark: marks the processes of its workers.
-        on_message: called with each of its messages.
-        on_output: called with output of the zygote and env_file.
 
     Attributes:
         up: whether Python has started there.

@@ -34,7 +34,6 @@ class HostFacts:
 
     Attributes:
         trouble: why it cannot be used; empty if it can.
-        advice: how to fix that.
         words: the last lines of output of ssh, srun or the host.
         facts: the result of `probe_host` on a usable host.
         connect_s: seconds until the answer, including the import of torch.

@@ -75,7 +75,6 @@ class Channel:
 
         Args:
             read_fd: source of the other side's frames.
-            write_fd: target of ours; may be the same.
             name: the other side's name, for logs.
             greeting: whether to skip everything before `GREETING`.
         """
@@ -235,7 +234,6 @@ class Channel:
         """Receive a stream that the other side opened.
 
         Args:
-            stream_id: the `id` of a message `stream`.
             sink: called with each piece; the view is valid during the call only. It must not raise.
             on_end: called once at the stream's end: with None, or with the other side's error.
             window_bytes: the bytes that the other side may send before the sink has consumed them.

@@ -26,7 +26,6 @@ class OutgoingStream:
         id: its number on the channel.
         on_drain: called when all written bytes were sent and more are allowed.
         on_ended: called when the stream's end is queued: a message sent from then on arrives after it.
-        ended: whether the end is queued.
     """
 
     __slots__ = ("_chunks", "_credit_bytes", "_end", "_queued_bytes", "_wake", "ended", "id", "on_drain", "on_ended")

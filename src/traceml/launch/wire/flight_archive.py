@@ -79,7 +79,6 @@ def unpack_flight(data: bytes, folder: Path, name: str) -> Path:
     """Store a flight file from another host where the aggregator finds it; return its path.
 
     Args:
-        data: an archive of `pack_flight`.
         folder: the run's folder for copies; created.
 
     Raises:

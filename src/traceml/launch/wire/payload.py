@@ -35,9 +35,6 @@ class SerializedValue:
     """A pickled value, ready to be sent.
 
     It refers to the value's memory: changes made before it is sent may arrive.
-
-    Attributes:
-        size_bytes: total size of `chunks`.
     """
 
     def __init__(self, pickled: list[Any], buffers: list[pickle.PickleBuffer], owners: list[Any]) -> None:

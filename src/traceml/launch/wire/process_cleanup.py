@@ -41,7 +41,6 @@ def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> 
 
     Args:
         parent: our parent process; if it is gone already, this process ends now.
-        how: the signal.
     """
     _prctl(_PR_SET_PDEATHSIG, int(how))
     if how and os.getppid() != parent:

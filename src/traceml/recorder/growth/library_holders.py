@@ -22,7 +22,6 @@ class Holder(NamedTuple):
 
     Attributes:
         path: expression that reaches the object whose it is: `model.encoder`.
-        kind: what it contains.
     """
 
     path: str

@@ -21,10 +21,6 @@ def other_threads(training: int, user: UserCode) -> tuple[ThreadSnapshot, ...]:
     """Return the threads that run the user's code, those that the interpreter waits for at its end first.
 
     Once it waits, also those that run a library's.
-
-    Args:
-        training: identifier of the training thread, which is left out.
-        user: recognizes the user's code.
     """
     frames = thread_frames()
     others = {ident: frame for ident, frame in frames.items() if ident not in (training, threading.get_ident())}

@@ -36,11 +36,7 @@ def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool])
 def with_root(
     groups: Iterable[GroupSnapshot], frame: FrameType | None, is_user: Callable[[FrameType], bool]
 ) -> tuple[GroupSnapshot, ...]:
-    """Return the operations, the one that the user's code has called with the root that it was given.
-
-    Args:
-        groups: the newest operation by group.
-    """
+    """Return the operations, the one that the user's code has called with the root that it was given."""
     groups = tuple(groups)
     call = next((call for call in _calls(frame, is_user) if call.f_code.co_name in _ROOTS), None)
     if call is None:

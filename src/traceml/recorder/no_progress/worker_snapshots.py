@@ -36,7 +36,6 @@ class WorkerSnapshots:
         """Return snapshots of all workers.
 
         Args:
-            quiet_s: time without progress, in seconds.
             awaited: the iterator that the rank waits for, see `awaited_loader`; None asks no worker for its stack.
         """
         workers = workers_of_loaders(awaited)

@@ -55,7 +55,6 @@ class FileUpload:
 
     Attributes:
         kind: `artifact` or `image`.
-        name: the user's name for it.
         source: an open descriptor, or a function that returns the bytes; called on the upload thread.
         limit_bytes: larger ones are refused.
         facts: other fields of its row.

@@ -46,9 +46,6 @@ def value_scale(axis: Mapping[str, Any], values: Iterable[float], start: float, 
 
     Args:
         axis: of an ECharts option: min, max, and scale (the axis need not include 0).
-        values: drawn on it.
-        start: its first position.
-        end: its last position.
         ticks: approximate number of labels.
     """
     finite = [max(min(value, _MOST), -_MOST) for value in values if math.isfinite(value)] or [0.0]

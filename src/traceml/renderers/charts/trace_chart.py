@@ -42,7 +42,6 @@ def trace_picture(result: Mapping[str, Any], top: int, kind: Literal["png", "svg
 
     Args:
         result: plain data of `traceml.analysis/1`.
-        kind: format of the picture.
 
     Raises:
         ImportError: Matplotlib is not installed.

@@ -39,12 +39,7 @@ class MissingRank:
 
 
 def stacks_text(ranks: Sequence[RankStack], missing: Sequence[MissingRank] = ()) -> str:
-    """Return the stacks of a job, the largest group of equal ones first.
-
-    Args:
-        ranks: the ranks of which there is a snapshot.
-        missing: the others.
-    """
+    """Return the stacks of a job, the largest group of equal ones first."""
     groups: dict[object, list[RankStack]] = {}
     for each in ranks:
         groups.setdefault(_key(each.snapshot), []).append(each)

@@ -86,7 +86,6 @@ def difference(a: Floats, b: Floats, statistic: Callable[[Floats], Floats]) -> D
 
     Args:
         a: values in order, of run A.
-        b: of run B.
         statistic: takes blocks, one per row, and returns one number per block.
     """
     steps = block_steps(a, b)

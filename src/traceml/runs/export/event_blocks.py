@@ -69,7 +69,6 @@ class PointKind:
     Attributes:
         phase: C, values of a counter, or i, instants of their thread.
         numbers: names of arguments of which each point has its own value; as many for all kinds of a block.
-        args: arguments that all of them have, after them.
     """
 
     name: str

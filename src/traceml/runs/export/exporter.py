@@ -31,9 +31,7 @@ class ExportResult:
     """Result of an export.
 
     Attributes:
-        path: the file or folder.
         format: pfw, perfetto, parquet or csv.
-        steps: step rows in it.
         rows: events of a trace, as `traceml analyze` counts them, or rows of all tables.
         files: files in the folder; of a trace the file itself.
         damage: messages about unreadable parts of the store.

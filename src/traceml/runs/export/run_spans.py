@@ -29,7 +29,6 @@ class RunSpan:
     """A span.
 
     Attributes:
-        name: what passed.
         start_ns, end_ns: epoch nanoseconds.
         key: unique in the run, and the same each time the run is read.
         parent: key of the span around it; None for the run itself.

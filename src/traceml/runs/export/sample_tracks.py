@@ -36,7 +36,6 @@ class _Counter:
     """A counter, and its value in each row.
 
     Attributes:
-        fields: names of its values.
         texts: row x field, as JSON in bytes.
         shown: whether a row has an event of it.
     """

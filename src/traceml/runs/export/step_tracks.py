@@ -265,7 +265,6 @@ class _UserParts:
     """User phases of a block of steps, in the order of the steps.
 
     Attributes:
-        phases: their rows.
         own: position of the step of each.
     """
 

@@ -24,7 +24,6 @@ class OperatorTotal:
 
     Attributes:
         self_ns: CPU time without the operators that it calls.
-        device_ns: time of its kernels and copies.
         places: samples by line of the user's code that called it.
     """
 
@@ -85,7 +84,6 @@ class OperatorTable:
 
         Args:
             base_ns: epoch nanoseconds of its time 0.
-            calls: samples of its training thread.
         """
         threads: dict[Any, list[_Span]] = {}
         names: dict[Any, str] = {}

@@ -28,7 +28,6 @@ def put_batch_sizes(
 
     Args:
         section: where they are set.
-        steps: its steps; of a long run their sums.
         counts: number of steps by rank: one with less data ends before the others.
     """
     batches, ranks = digest.facts.batches, steps.ranks.tolist()

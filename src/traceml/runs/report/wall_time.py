@@ -183,7 +183,6 @@ def _setting_the_time(
     """Return the ranks that evaluate or save where most others do not, with their parts; else all ranks.
 
     Args:
-        ranks: streams of each rank.
         parts: of the wall time of each rank.
         least_s: with less time of it, all ranks count.
     """

@@ -30,7 +30,6 @@ class LoggedItem:
         step: its step; None where it has none.
         epoch_s: the time of the call.
         text: the text, at most 20,000 characters of it, or why a file was refused.
-        path: the file in the run's folder.
         counts, edges: of a histogram; one edge more than counts.
     """
 

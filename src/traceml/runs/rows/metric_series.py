@@ -30,7 +30,6 @@ class MetricSeries:
         steps: the step of each point, ascending.
         values: means of the finite values; least, most: their extremes.
         missing: number of values that were not finite.
-        epoch_s: the time of each point.
     """
 
     name: str

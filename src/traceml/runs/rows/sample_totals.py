@@ -48,7 +48,6 @@ class SampleTotals:
 
         Args:
             table: their table; those that the report does not use are ignored.
-            ranks: the rank of each row.
         """
         columns = _COLUMNS.get(table.name, ())
         if not columns or not len(rows):

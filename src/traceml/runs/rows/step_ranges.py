@@ -28,8 +28,6 @@ def step_ranges(
 
     Args:
         tables: the tables whose rows of these steps will be read.
-        first: first step of the run.
-        last: last step.
         rows: how many step rows to read of all ranks together.
     """
     present = [table.name for table in tables if reader.frame_count(table.name)]

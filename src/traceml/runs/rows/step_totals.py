@@ -34,7 +34,6 @@ class StepTotals:
         ranks: the ranks, one per row of the arrays.
         first: first step of the first bin, a multiple of `width`.
         width: steps per bin, a power of two.
-        latest: last step of each rank.
         count: steps.
         total: wall time of the steps.
         times: phase -> time, the user's phases by name; they add up to `total`. Where a device took part, its times
@@ -121,7 +120,6 @@ def step_totals(sums: Mapping[int, StepSums], names: Mapping[int, Mapping[int, s
 
     Args:
         sums: of each rank, at least one; a rank without steps is left out.
-        names: names of the user's phases by id, for each rank.
     """
     ranks = sorted(rank for rank, each in sums.items() if each.count)
     parts = [sums[rank] for rank in ranks]

@@ -28,7 +28,6 @@ class ExternalSorter:
     """Sorter of rows by their first column; rows are columns of equal length, and ties keep their order.
 
     Args:
-        limit: maximum number of rows in memory.
         run: rows that are sorted at once.
     """
 

@@ -50,9 +50,7 @@ class GroupStat:
     """Statistics of the spans of one group; times in nanoseconds.
 
     Args:
-        count: spans.
         total: the sum of their durations.
-        least, most: the extremes; None while there are no spans.
         self_ns: time during which they were the innermost span of their thread.
         counts: spans by bucket of traceml.traces.aggregate.sketch.
         squares: the sum of the squares of their durations, where it was asked for.

@@ -99,11 +99,7 @@ class TraceQuery:
 
 
 class Analysis:
-    """State of a query while batches are fed, file after file; results are available after `finish`.
-
-    Args:
-        context: values, files and metadata of the traces.
-    """
+    """State of a query while batches are fed, file after file; results are available after `finish`."""
 
     def __init__(self, query: TraceQuery, context: FieldContext) -> None:
         self.query, self.context = query, context

@@ -42,9 +42,6 @@ class FilePart:
     """A range of a file.
 
     Args:
-        source: the number of the file.
-        begin, end: the range, in bytes.
-        whole: the part is the whole file.
         wrapped: the events are in an object.
         decimals: decimals of a time in the file that make it nanoseconds.
     """

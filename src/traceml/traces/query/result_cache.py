@@ -40,7 +40,6 @@ class ResultCache:
     Create it before the files are read: the result belongs to their identities at that time.
 
     Args:
-        files: the files, as returned by `discover`.
         key: the query: everything the result depends on other than the files.
     """
 

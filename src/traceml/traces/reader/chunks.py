@@ -21,7 +21,6 @@ class Chunk:
 
     Args:
         text: its text; valid until the next chunk is loaded into the same buffer.
-        begin: where it begins in the file on disk.
         end: where the next chunk has to begin.
         stop: its expected end, where the next chunk was assumed to begin.
         damage: ranges that could not be decompressed; offsets in the file.

@@ -50,7 +50,6 @@ class FileReader:
 
         Args:
             ahead: its scan by another thread, None without one.
-            scanner: scans the rest.
         """
         self.position = chunk.end
         self._add_damage(chunk.damage)

@@ -31,7 +31,6 @@ class _ChunkTask:
         reader: joins the chunks of the file.
         load: loads the text; None for the end of the file.
         first: first chunk of the file, in which the start of the events is parsed instead of guessed.
-        chunk: the loaded text; None for the end of the file.
         ahead: result of the scan; None when no start was found.
     """
 

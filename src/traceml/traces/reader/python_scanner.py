@@ -93,8 +93,6 @@ class PythonScanner:
         """Return a parsed object as a row, or add it to the metadata or the damage.
 
         Args:
-            begin: its first byte in the text.
-            end: end of its range.
             findings: takes what is not a row.
         """
         try:
@@ -167,7 +165,6 @@ def _next_start(findings: ScanFindings, text: Text, position: int, what: str, *,
     """Add damage, and return where events may continue; sets `findings.searching` when the text has no such place.
 
     Args:
-        findings: takes the damage.
         position: the first unusable byte.
         what: the kind of damage; empty when it continues from the chunk before.
     """

@@ -31,12 +31,7 @@ ARG_COLUMNS: dict[str, Any] = {"kinds": np.uint8, "integers": np.int64, "floats"
 
 @dataclass(slots=True)
 class EventColumns:
-    """Events as columns of equal length.
-
-    Args:
-        arrays: the array columns of EventBatch, by name.
-        exact: as in EventBatch.
-    """
+    """Events as columns of equal length."""
 
     arrays: dict[str, NDArray[Any]]
     args: dict[str, ArgColumn]

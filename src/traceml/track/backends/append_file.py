@@ -64,11 +64,7 @@ def cut_back(path: Path, size: int) -> None:
 
 
 class FileBackend(BatchBackend):
-    """Base of the backends that append to one local file. Exact: `resume` cuts off what comes after the mark.
-
-    Args:
-        folder: where files go by default, for people.
-    """
+    """Base of the backends that append to one local file. Exact: `resume` cuts off what comes after the mark."""
 
     def __init__(self, folder: Path, path: Path, *, keep: bool = False) -> None:
         self._root, self._path, self._keep = folder, path, keep

@@ -70,7 +70,6 @@ def plain_value(value: Any, key: Callable[[str], str] = utf8_text, largest: int 
     """Return a value in a form that JSON and UTF-8 can hold.
 
     Args:
-        value: any value; one of another type becomes a text.
         key: makes the keys of maps.
         largest: integers must be below this number; others become texts.
     """
@@ -118,7 +117,6 @@ def merged_tags(
     Args:
         before: texts that the run has.
         tags: values by key; "" and "true" are tags without a value.
-        separator: stands between key and value.
         longest: texts are cut to this many characters.
     """
 

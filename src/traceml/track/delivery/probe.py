@@ -65,7 +65,6 @@ def probe(backend: str, options: Mapping[str, Any], run_dir: Path) -> ProbeResul
 
     Args:
         backend: a name or an import path.
-        options: as in the settings.
         run_dir: a folder for a run; it need not exist.
     """
     try:

@@ -25,7 +25,6 @@ class RetryPolicy:
 
     Args:
         max_retries: failures in a row before the breaker opens.
-        backoff_factor: growth of the wait.
         max_backoff: longest wait, and the time between probes, in seconds.
     """
 

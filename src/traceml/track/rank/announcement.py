@@ -84,8 +84,6 @@ class ChosenTrackers:
     """Trackers of an experiment.
 
     Attributes:
-        backends: their names.
-        options: options by name.
         where: where values go, in words, if nobody named a tracker; else empty.
     """
 

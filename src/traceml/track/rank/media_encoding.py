@@ -26,7 +26,6 @@ def image_of(image: Any, limit_bytes: int) -> tuple[Callable[[], bytes], str]:
 
     Args:
         image: see `traceml.log_image`.
-        limit_bytes: size of the largest file that is accepted.
     """
     if isinstance(image, str | os.PathLike):
         data = Path(image).read_bytes()

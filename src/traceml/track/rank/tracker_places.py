@@ -25,7 +25,6 @@ def place_options(backend: str, options: Mapping[str, Any], environ: Mapping[str
     `traceml sync` in another shell would otherwise write elsewhere, or online what was logged offline.
 
     Args:
-        options: its options; what they set stays.
         environ: the variables; those that hold a secret are left out, as the store keeps none.
     """
     if backend == "trackio" and (options.get("dir") or options.get("server_url")):

@@ -57,7 +57,6 @@ class JobProgress:
 
     Attributes:
         ranks: by rank, those that have sent anything.
-        timeout_s: the job's `hang_timeout`.
         longest_quiet_s: longest pause of any rank that ended with progress: before the first step, and after it.
         longest_gap_s: longest time from the end of a step to the end of the next.
         was_aborted: whether the job was found to hang, and ended for that.

@@ -22,11 +22,7 @@ _VALUE = "(event) => emit(event.target.value)"
 
 
 class EditBar:
-    """Buttons for the runs that are picked, hidden while there are none.
-
-    Args:
-        on_change: called after a change, to read the list again.
-    """
+    """Buttons for the runs that are picked, hidden while there are none."""
 
     def __init__(self, client: Client, on_change: Callable[[], None]) -> None:
         self._client, self._on_change = client, on_change

@@ -22,12 +22,7 @@ _PILLS = {"state", "verdict", "severity"}
 
 
 class RunsTable(ui.element, component="runs_table.js"):  # type: ignore[misc, call-arg]  # checked without NiceGUI
-    """The table, in one browser.
-
-    Args:
-        on_sort: called with the column whose heading was pressed.
-        on_pick: called with the id of a run and whether it is picked now.
-    """
+    """The table, in one browser."""
 
     def __init__(self, on_sort: Callable[[str], None], on_pick: Callable[[str, bool], None]) -> None:
         super().__init__()

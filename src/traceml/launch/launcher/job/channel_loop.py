@@ -31,10 +31,8 @@ class ChannelLoop:
     """Reads and writes the channels of hosts until a condition holds. A context manager.
 
     Args:
-        on_message: called with a host and a message of its agent.
         on_stderr: called with a host and output of its ssh, srun or agent.
         on_lost: called with a host and the reason, once its agent is out of reach.
-        on_tick: called a few times a second.
 
     Attributes:
         selector: others may register descriptors, with a callable that takes the events as data.

@@ -99,7 +99,6 @@ class Tracing:
 
     Args:
         name: name of the run if the user gave none: the function's or the script's.
-        report: path for a copy of report.json.
         given: settings by name; they override environment and files.
 
     Raises:
@@ -182,8 +181,6 @@ class Tracing:
         """Add a host; ask its agent for a tunnel to the aggregator unless it is this machine.
 
         Args:
-            host: its name in the launch.
-            job: the job's id on the channel.
             hostname: its own name.
             local: whether its ranks can reach this machine's loopback.
         """
