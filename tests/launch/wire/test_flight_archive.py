@@ -21,9 +21,8 @@ LOGGING = """
         traceml.log_metric("x", i)
     pathlib.Path("model.bin").write_bytes(b"weights" * 1000)
     traceml.log_artifact("model.bin", "best")
-    while not list(pathlib.Path("traceml_runs").glob(".flights/*.files/.*.row")):
+    while not list(pathlib.Path("traceml_runs").glob(".flights/*.files/*.bin")):  # the copy, after its row
         time.sleep(0.01)
-    time.sleep(0.1)
     print(os.getpid(), flush=True)
     os.kill(os.getpid(), 9)
 """
