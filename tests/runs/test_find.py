@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 
 import msgpack
 import pytest
@@ -16,7 +17,7 @@ from traceml.database.store.store_file import STORE_VERSION
 from traceml.errors import RunNotFoundError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run, list_runs
-from traceml.runs.remove import prune
+from traceml.runs.remove import prune, remove_run
 from traceml.runs.report.report import build_report, save_report
 from traceml.runs.run_labels import add_tags, change_labels, remove_tags
 
@@ -178,3 +179,20 @@ def test_pruning_keeps_the_newest_and_the_running(runs):
     assert [info.id[-4:] for info in removed] == ["0000"]
     assert sorted(info.id[-4:] for info in list_runs(runs)) == ["0001", "0002"]
     assert not (runs / "latest").is_symlink()
+
+
+def test_a_run_is_removed_while_a_page_reads_it(runs, monkeypatch):
+    """SQLite makes files beside a store that is opened, here just before the empty folder would be removed."""
+    run = list_runs(runs)[0].path
+    rmdir = os.rmdir
+
+    def opened_before(*folder, **options):
+        with suppress(FileNotFoundError):
+            (run / f"{STORE_NAME}-shm").touch()
+
+        rmdir(*folder, **options)
+
+    monkeypatch.setattr(os, "rmdir", opened_before)
+    remove_run(run)
+
+    assert sorted(path.name[-4:] for path in runs.iterdir()) == ["0000", "0001"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from traceml.errors import StoreError, TraceMLError
 from traceml.run_folder import STORE_NAME
@@ -13,7 +13,7 @@ from traceml.runs.find import RunInfo, describe_run, list_runs
 from traceml.runs.run_labels import read_labels
 from traceml.track.tracker_state import DeliveryPhase, states_of
 
-__all__ = ["is_delivered", "prune", "refuse_running", "remove_ended"]
+__all__ = ["is_delivered", "prune", "refuse_running", "remove_ended", "remove_run"]
 
 
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
@@ -26,7 +26,7 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
         info for info in old if info.state != "running" and not read_labels(info.path).tags and is_delivered(info.path)
     ]
     for info in removed:
-        _remove(info.path)
+        remove_run(info.path)
 
     return removed
 
@@ -53,7 +53,7 @@ def remove_ended(infos: Sequence[RunInfo]) -> None:
     refuse_running(infos)
     for info in infos:
         try:
-            _remove(info.path)
+            remove_run(info.path)
         except OSError as error:
             raise StoreError(f"cannot remove {info.path}: {error.strerror or error}") from error
 
@@ -71,9 +71,14 @@ def is_delivered(run_dir: Path) -> bool:
         return True  # what cannot be read cannot be delivered
 
 
-def _remove(path: Path) -> None:
-    """Remove the folder of a run, and the link `latest` next to it if it pointed there."""
-    shutil.rmtree(path)
+def remove_run(path: Path) -> None:
+    """Remove the folder of a run, and the link `latest` next to it if it pointed there.
+
+    It gets another name first: a page or an aggregator that opens the store meanwhile would make files in the folder.
+    """
+    with TemporaryDirectory(prefix=".removed-", dir=path.parent) as place:
+        path.rename(Path(place, path.name))
+
     latest = path.parent / "latest"
     if latest.is_symlink() and not latest.exists():
         latest.unlink()

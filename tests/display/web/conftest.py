@@ -23,6 +23,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.run_folder import STORE_NAME
+from traceml.runs.remove import remove_run
 from traceml.runs.report.report import build_report, save_report
 from traceml.supervise.page_process import PageProcess
 
@@ -285,7 +286,7 @@ def live_job(runs_dir: Path) -> Iterator[LiveJob]:
     job = LiveJob(folder)
     yield job
     job.close()
-    shutil.rmtree(folder)
+    remove_run(folder)
 
 
 @pytest.fixture

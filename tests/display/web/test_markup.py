@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -22,6 +21,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.display.report_files import write_reports
 from traceml.renderers.html.flame_page import flame_page
 from traceml.run_folder import STORE_NAME
+from traceml.runs.remove import remove_run
 from traceml.runs.report.report import build_report
 from traceml.runs.run_labels import RunLabels, write_labels
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
@@ -127,7 +127,7 @@ def markup(runs_dir: Path) -> Iterator[Path]:
     (second / "report.json").unlink()
     yield first
     for each in (first, second):
-        shutil.rmtree(each)
+        remove_run(each)
 
 
 def is_harmless(page: Page) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from tests.runs.fabricated_store import run_facts, store_run
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import describe_run
-from traceml.runs.remove import remove_ended
+from traceml.runs.remove import remove_ended, remove_run
 from traceml.runs.run_labels import RunLabels, write_labels
 
 Visits = Callable[..., Visit]
@@ -459,7 +458,7 @@ def test_the_run_with_the_focus_keeps_it(visit: Visits, runs_dir: Path) -> None:
         expect(page.locator(f'a.name[href="/run/{newer.name}"]')).to_be_visible()
         expect(mine).to_be_focused()
     finally:
-        shutil.rmtree(newer)
+        remove_run(newer)
 
     expect(page.locator(f'a.name[href="/run/{newer.name}"]')).to_have_count(0)
     expect(mine).to_be_focused()
