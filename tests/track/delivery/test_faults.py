@@ -32,7 +32,7 @@ FAILING = {DeliveryPhase.WAITING, DeliveryPhase.OPEN}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
-    """One MLflow server for all, not started yet; each test leaves it running."""
+    """One MLflow server for all; each test leaves it running."""
     made = MLflowServer(tmp_path_factory.mktemp("mlflow"))
     yield made
     made.kill()
@@ -69,6 +69,7 @@ def delivered(run_dir: Path, backend: str, uri: str | None = None) -> list[Value
 
 
 def test_a_server_that_is_down_at_the_start_comes_dies_and_comes_again(server: MLflowServer, start: Start) -> None:
+    server.kill()
     job = start({"mlflow": {"tracking_uri": server.url}})
     job.wait_for(lambda: job.state("mlflow").phase in FAILING)
     job.goes_on()
@@ -87,9 +88,7 @@ def test_a_server_that_is_down_at_the_start_comes_dies_and_comes_again(server: M
 
 
 def test_a_server_that_never_comes_back_gets_all_by_sync(server: MLflowServer, start: Start) -> None:
-    if server.is_running:
-        server.kill()
-
+    server.kill()
     job = start({"mlflow": {"tracking_uri": server.url}})
     job.wait_for(lambda: job.state("mlflow").phase in FAILING)
     job.goes_on()
