@@ -105,6 +105,19 @@ def test_a_fault_in_a_part_of_a_run_is_told_by_its_line(line: int, kinds: list[s
         assert found[0].summary.endswith("It was slow from step 100 to step 200.")
 
 
+def test_the_line_of_the_loop_is_not_blamed_for_loader_workers() -> None:
+    """A late rank waits for its workers in the line that asks for a batch, as all ranks do."""
+    select = "selectors.py:402 _PollLikeSelector.select"
+    lines = [SampledLine(1, "input_wait", "/home/me/train.py", 11, "<module>", select, 80)]
+    facts = JobFacts(world_size=2, lines=[*lines, *(_sampled(rank, "forward", 7, 40) for rank in range(2))])
+
+    found = diagnose(window_of(Job(ranks=2), adds("input_wait", 30.0, (1,))), facts)[0]
+
+    assert (found.kind, found.ranks) == ("INPUT_STRAGGLER", (1,))
+    assert "line" not in found.evidence
+    assert own_line_share(facts.lines, "input_wait", [1], [0]) == 0
+
+
 def _varying(part: str, ms: float) -> Fault:
     """Return up to so much more in each stretch of ten steps, on all ranks."""
 

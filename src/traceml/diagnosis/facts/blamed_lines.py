@@ -296,7 +296,12 @@ def ordering_share(lines: Sequence[SampledLine]) -> float:
 
 def worker_wait_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _RECEIVES.search(each.library or ""), MIN_SAMPLES)
+    return _share(lines, Phase.INPUT_WAIT.label, _receives, MIN_SAMPLES)
+
+
+def _receives(line: SampledLine) -> bool:
+    """Return whether a batch of a loader worker is received, or waited for: the work is in the worker's process."""
+    return line.part == Phase.INPUT_WAIT.label and _RECEIVES.search(line.library or "") is not None
 
 
 def dataset_share(lines: Sequence[SampledLine], dataset: str) -> float:
@@ -381,7 +386,7 @@ def _by_function(lines: Sequence[SampledLine], part: str, ranks: Collection[int]
         in_steps += each.samples if each.part not in OUTSIDE_STEPS else 0
         if each.part == part:
             total += each.samples
-            place = _place_of(each)
+            place = None if _receives(each) else _place_of(each)
             if place is not None:
                 functions[place] += each.samples
 
@@ -394,7 +399,7 @@ def _by_place(
     """Return (samples of a phase by file and line, samples in steps)."""
     places: Counter[tuple[str, int | None]] = Counter()
     for each in _seen_on(_of_part(lines, part), ranks):
-        if each.file is not None:
+        if each.file is not None and not _receives(each):
             places[each.file, each.line] += each.samples
 
     return places, _by_function(lines, part, ranks)[2]
