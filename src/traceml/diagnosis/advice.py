@@ -260,30 +260,31 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     Args:
         part: the slow part of their step; None for all parts.
     """
-    names = ranks_text(ranks)
+    names, is_one = ranks_text(ranks), len(ranks) == 1
+    do, their, on_those = ("does", "its", "on that rank") if is_one else ("do", "their", "on those ranks")
     hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
     at = f" ({hosts[0]})" if len(hosts) == 1 and len(set(facts.hosts.values())) > 1 else ""
     if part is None:
         return (
             f"Look at the host of {names}{at}: clocks, cores shared with other processes, thread settings; and whether "
-            "its batches are larger than the others'."
+            f"{their} batches are larger than the others'."
         )
 
     if part == "input_wait":
         return (
-            f"Compare the data of {names}{at} with another rank's: shard, file system, worker processes; time its "
-            "loader alone."
+            f"Compare the data of {names}{at} with another rank's: shard, file system, worker processes; time "
+            f"{their} loader alone."
         )
 
     if part == "h2d":
-        return f"Compare {names}{at} with the others: pinned memory, batch size, and the PCIe slot of its device."
+        return f"Compare {names}{at} with the others: pinned memory, batch size, and the PCIe slot of {their} device."
 
     if line is not None:
-        return f"Find out why {names}{at} runs {line.place} that long: the other ranks do not."
+        return f"Find out why {names}{at} {'runs' if is_one else 'run'} {line.place} that long: the other ranks do not."
 
     if part in ("forward", "backward", "optimizer"):
         return (
-            f"Compare what {names}{at} does in its {part} with the others: code that runs on that rank only, longer "
+            f"Compare what {names}{at} {do} in {their} {part} with the others: code that runs {on_those} only, longer "
             "or larger batches, a slower device."
         )
 
@@ -293,7 +294,7 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
             f"rank == {ranks[0]}."
         )
 
-    return f"Look at what {names}{at} does in its {part} phase that the others do not."
+    return f"Look at what {names}{at} {do} in {their} {part} phase that the others do not."
 
 
 def for_slow_group(group: RankGroup) -> str:

@@ -43,6 +43,18 @@ def test_a_slow_group_is_named(part, ranks, name):
     assert found.summary.startswith(f"All {len(ranks)} ranks of {name} (ranks ")
 
 
+@pytest.mark.parametrize(
+    ("ranks", "advice"),
+    [
+        ((1,), "Compare what rank 1 does in its forward with the others: code that runs on that rank only"),
+        ((1, 5), "Compare what ranks 1, 5 do in their forward with the others: code that runs on those ranks only"),
+    ],
+)
+def test_advice_on_one_rank_and_on_several(ranks: tuple[int, ...], advice: str) -> None:
+    """A verb and a pronoun for each."""
+    assert verdict(adds("forward", 10, ranks), hosts={}, topology=Topology()).next.startswith(advice)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_weakly_slow_host_is_one_finding(seed):
     """The noise of single ranks does not split the host: its ranks are judged together."""
