@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,3 +31,30 @@ def test_an_exception_may_be_the_consequence_of_another_end(failures, first):
     known = [SimpleNamespace(exitcode=code, timestamp=second) for code, second in failures]
 
     assert first_failure(known).exitcode == first
+
+
+# torchrun looks at it for the first time after 0.1 s
+WAITS = "import time; time.sleep(2); print('ready', flush=True); time.sleep(600)"
+
+
+@pytest.mark.process
+def test_ranks_that_torchrun_ends_on_a_signal_are_stopped(tmp_path: Path) -> None:
+    """As after Ctrl-C, of which a rank in a long call into C takes no notice: nobody else has killed them."""
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    ours, theirs = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-m", "traceml.supervise.elastic", "--standalone", "--nproc-per-node", "1", script],
+        env={**os.environ, "TRACEML_FAILURES_FD": str(theirs)}, pass_fds=(theirs,), stdout=subprocess.PIPE, text=True,
+    ) as torchrun:  # fmt: skip
+        os.close(theirs)
+        try:
+            assert torchrun.stdout is not None
+            assert torchrun.stdout.readline() == "ready\n"
+            torchrun.terminate()
+            with open(ours) as lines:
+                (end,) = map(json.loads, lines)
+        finally:
+            torchrun.kill()
+
+    assert (end["exitcode"], end.get("stopped")) == (-signal.SIGTERM, True)

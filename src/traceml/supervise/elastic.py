@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)  # noqa: T201 - this module is a program
         return status_of(first_failure(error.failures.values()).exitcode)
     except SignalException as error:
-        report(_ended(agents))
+        for agent in agents:
+            report(_ended(agent), _running_at_close(getattr(agent, "_pcontext", None)))
+
         return 128 + int(error.sigval)
     except KeyboardInterrupt:
         return 130
@@ -154,22 +156,21 @@ def _running_at_close(context: Any) -> set[int]:
     return running
 
 
-def _ended(agents: Sequence[Any]) -> list[tuple[int, Any]]:
-    """Return the ends of workers that torchrun stopped on a signal, which it does not report itself.
+def _ended(agent: Any) -> list[tuple[int, Any]]:
+    """Return the ends of workers that torchrun ended on a signal, which it does not report itself.
 
     It reads attributes that are private to torch: where they are missing, the ranks' own reports are used.
     """
     found = []
-    for agent in agents:
-        handlers = getattr(getattr(agent, "_pcontext", None), "subprocess_handlers", {})
-        workers = getattr(getattr(agent, "_worker_group", None), "workers", [])
-        ranks = {worker.local_rank: worker.global_rank for worker in workers}
-        for local_rank, handler in handlers.items():
-            if handler.proc.returncode and local_rank in ranks:
-                end = SimpleNamespace(
-                    local_rank=local_rank, pid=handler.proc.pid, exitcode=handler.proc.returncode, timestamp=None
-                )
-                found.append((ranks[local_rank], end))
+    handlers = getattr(getattr(agent, "_pcontext", None), "subprocess_handlers", {})
+    workers = getattr(getattr(agent, "_worker_group", None), "workers", [])
+    ranks = {worker.local_rank: worker.global_rank for worker in workers}
+    for local_rank, handler in handlers.items():
+        if handler.proc.returncode and local_rank in ranks:
+            end = SimpleNamespace(
+                local_rank=local_rank, pid=handler.proc.pid, exitcode=handler.proc.returncode, timestamp=None
+            )
+            found.append((ranks[local_rank], end))
 
     return found
 
