@@ -246,7 +246,7 @@ class Aggregator:
         return await asyncio.shield(self._ending[run]) and run.ended  # a rank may have opened it again
 
     async def _end(self, run: ActiveRun, status: int | None) -> bool:
-        await self._checks.end_sources(run)
+        await self._checks.sources.end(run)
         self._recover_flights(run)
         run.settle_exits()
         report_follows = self._on_run_finished is not None
@@ -304,7 +304,7 @@ class Aggregator:
         if self._exit_when_idle:
             await self._await_ranks()
 
-        await self._checks.close_sources()
+        await self._checks.sources.close()
         for run in self.registry.open_runs:
             over = not run.is_connected and all(stream.ended for stream in run.streams)
             if over and await self.end(run):

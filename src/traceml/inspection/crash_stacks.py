@@ -10,12 +10,12 @@ import faulthandler
 import os
 import re
 
+from traceml.inspection.stack_text import FRAME
 from traceml.inspection.user_files import is_package_file, is_user_file
 
 __all__ = ["crash_facts", "disable_crash_stacks", "enable_crash_stacks"]
 
 _MAX_FRAMES, _MAX_CHARS = 20, 4000
-_FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 _CURRENT = "Current thread "
 _descriptor = -1  # it keeps its number for good, as faulthandler does
 _busy = False
@@ -61,9 +61,9 @@ def crash_facts(text: str) -> dict[str, str | int]:
     Args:
         text: what faulthandler wrote, the crashed thread's frames innermost first.
     """
-    threads = [part for part in re.split(r"\n(?=Thread |Current thread )", text) if _FRAME.search(part)]
+    threads = [part for part in re.split(r"\n(?=Thread |Current thread )", text) if FRAME.search(part)]
     crashed = next((part for part in threads if part.startswith(_CURRENT)), threads[-1] if threads else "")
-    found = [each for each in _FRAME.finditer(crashed) if each["file"] != "<frozen runpy>"]
+    found = [each for each in FRAME.finditer(crashed) if each["file"] != "<frozen runpy>"]
     others = [each for each in found if not is_package_file(each["file"])]
     if all(each["file"].endswith("/threading.py") for each in others):  # a thread of our own
         others = found

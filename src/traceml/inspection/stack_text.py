@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["main_first", "main_frames", "other_frames"]
+__all__ = ["FRAME", "main_first", "main_frames", "other_frames"]
 
-_FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
+FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 _CUT = "\n..."  # more threads than it writes
 
 
@@ -29,4 +29,4 @@ def other_frames(text: str) -> list[list[tuple[str, int, str]]]:
 
 
 def _frames(thread: str) -> list[tuple[str, int, str]]:
-    return [(found["file"], int(found["line"]), found["function"]) for found in _FRAME.finditer(thread)]
+    return [(found["file"], int(found["line"]), found["function"]) for found in FRAME.finditer(thread)]

@@ -317,5 +317,6 @@ def test_a_choice_is_one_event(serving):
     with center.store() as store:
         (event,) = store.events(kind="host_choice")
 
-    assert (event.data["typical"], event.data["ordinary"], event.data["sent"]) == (0, [0, 1], [0])
+    chosen = HostChoice.from_row(event.data["choice"])
+    assert (chosen.typical, chosen.ordinary, chosen.sent) == (0, (0, 1), (0,))
     link.close()

@@ -160,10 +160,8 @@ def test_ended_ranks_have_their_last_step():
     assert kept.reached().tolist()[:4] == [59, 59, 59, 31]
 
 
-def test_chosen_ranks_are_an_event_without_durations():
+def test_chosen_ranks_are_json():
     """Exports write events as JSON."""
     sent = choice(ended=(3,), ended_at=(17,))
 
-    facts = json.loads(json.dumps({"attempt": 0, **sent.to_facts()}))
-
-    assert HostChoice.from_facts(facts).is_same(sent)
+    assert HostChoice.from_row(json.loads(json.dumps(sent.to_row()))).is_same(sent)

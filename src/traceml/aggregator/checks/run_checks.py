@@ -43,7 +43,7 @@ class RunChecks:
         self._start = start
         self.alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
         self._profiles = profiles if profiles is not None else FindingProfiles(0.0)
-        self._sources = SourceReadings(nice)
+        self.sources = SourceReadings(nice)
         self._hung = HungJobs(report)
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._silent: dict[ActiveRun, SilentRanks] = {}
@@ -58,7 +58,7 @@ class RunChecks:
         verdict.update(run.store)
         self.alerts.check(run, verdict.findings)
         self._profiles.check(run, verdict.findings)
-        self._sources.check(run)
+        self.sources.check(run)
         run.commit()
         if verdict.is_hang and self._hung.is_due(run):
             self._start(self._abort(run))
@@ -73,10 +73,6 @@ class RunChecks:
         """Return how many verdicts of a run were stored."""
         return self._verdicts[run].count if run in self._verdicts else 0
 
-    async def end_sources(self, run: ActiveRun) -> None:
-        """Store what was read about the code of a run that ends."""
-        await self._sources.end(run)
-
     def end(self, run: ActiveRun) -> None:
         """Send the last alerts of a run that is over, and forget it."""
         self.alerts.check_end(run, run.final_findings)
@@ -86,10 +82,6 @@ class RunChecks:
         self._silent.pop(run, None)
         self._core_takers.pop(run, None)
         self._hung.forget(run)
-
-    async def close_sources(self) -> None:
-        """End all reading about the code of runs."""
-        await self._sources.close()
 
     async def close(self) -> None:
         """Wait for alerts that are being sent, and end the profiles."""

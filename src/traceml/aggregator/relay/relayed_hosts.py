@@ -231,7 +231,7 @@ class RelayedHosts:
             raise ProtocolError(f"the choice of a host has ranks beyond the {run.world_size} of its run")
 
         if run.live.representatives.take(choice):
-            run.store.event(HOST_CHOICE, {"attempt": run.attempt, **choice.to_facts()})
+            run.store.event(HOST_CHOICE, {"attempt": run.attempt, "choice": choice.to_row()})
 
     @staticmethod
     def _add_above(run: ActiveRun, key: str, row: Any) -> None:

@@ -21,7 +21,6 @@ _PACKED_MS = np.dtype("<f2")
 _STEP_LIMIT = 2**62
 _SLOTS = 128
 _MAX_WAITING = 4096  # where no verdict reads them
-_FACTS = ("host", "typical", "ordinary", "sent", "ended", "ended_at")
 
 Ints = NDArray[np.int64]
 
@@ -75,20 +74,6 @@ class HostChoice:
         """Return the choice as plain data."""
         chosen = [list(ranks) for ranks in (self.ordinary, self.sent, self.ended, self.ended_at)]
         return [self.host, self.typical, *chosen]
-
-    def to_facts(self) -> dict[str, Any]:
-        """Return the chosen ranks, as the event of a run has them."""
-        values = {name: getattr(self, name) for name in _FACTS}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
-        """Reverse `to_facts`.
-
-        Raises:
-            ValueError: it is not such a row.
-        """
-        return cls.from_row([facts.get(name) for name in _FACTS])
 
     @classmethod
     def from_row(cls, row: Any) -> Self:

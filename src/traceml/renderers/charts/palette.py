@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
@@ -54,12 +54,8 @@ class Theme:
 
 
 # `comm` is neutral: most of it is waiting for the rank that is slow in a phase of another color.
-def _phases(*colors: str) -> Mapping[str, str]:
-    return MappingProxyType(dict(zip(_FIXED, colors, strict=True)))
-
-
-def _parts(*colors: str) -> Mapping[str, str]:
-    return MappingProxyType(dict(zip(_PARTS, colors, strict=True)))
+def _named_colors(names: Sequence[str], *colors: str) -> Mapping[str, str]:
+    return MappingProxyType(dict(zip(names, colors, strict=True)))
 
 
 LIGHT = Theme(
@@ -68,9 +64,13 @@ LIGHT = Theme(
     muted="#5d6b7c",
     rule="#dfe4ea",
     ground="#ffffff",
-    phases=_phases("#e0a100", "#a855c7", "#2f6fde", "#12a5b8", "#2f9e5b", "#76869b", "#d56bb3", "#7fb52d", "#cdd4dc"),
+    phases=_named_colors(
+        _FIXED, "#e0a100", "#a855c7", "#2f6fde", "#12a5b8", "#2f9e5b", "#76869b", "#d56bb3", "#7fb52d", "#cdd4dc"
+    ),
     users=("#7fb52d", "#a58be0", "#c98a4b", "#5bb89a", "#8898c9"),
-    parts=_parts("#e08a00", "#2f6fde", "#12a5b8", "#d56bb3", "#e0c200", "#a3adba", "#6e7f2f", "#dc4c46", "#d3d9e0"),
+    parts=_named_colors(
+        _PARTS, "#e08a00", "#2f6fde", "#12a5b8", "#d56bb3", "#e0c200", "#a3adba", "#6e7f2f", "#dc4c46", "#d3d9e0"
+    ),
     lines=("#2f6fde", "#e08a00", "#2f9e5b", "#dc4c46", "#8250df", "#12a5b8", "#b0568f", "#6e7f2f"),
     heat=("#eef2f6", "#fdeecb", "#fbd38a", "#f6ae55", "#ee8434", "#de5a2b", "#c23a2a", "#9c2030", "#701230"),
     worse="#c62828",
@@ -82,9 +82,13 @@ DARK = Theme(
     muted="#93a1b3",
     rule="#2b3645",
     ground="#151c26",
-    phases=_phases("#f2bd3a", "#c58be0", "#6aa0ff", "#3fcbdc", "#5cc98a", "#8898ad", "#f29ad0", "#a8d85a", "#4a5666"),
+    phases=_named_colors(
+        _FIXED, "#f2bd3a", "#c58be0", "#6aa0ff", "#3fcbdc", "#5cc98a", "#8898ad", "#f29ad0", "#a8d85a", "#4a5666"
+    ),
     users=("#a8d85a", "#bda6f2", "#e0ab72", "#7fd6b9", "#a9b7e4"),
-    parts=_parts("#f5ae45", "#6aa0ff", "#3fcbdc", "#f29ad0", "#e6d34a", "#6d7a8a", "#b5c66a", "#ff7a70", "#4a5666"),
+    parts=_named_colors(
+        _PARTS, "#f5ae45", "#6aa0ff", "#3fcbdc", "#f29ad0", "#e6d34a", "#6d7a8a", "#b5c66a", "#ff7a70", "#4a5666"
+    ),
     lines=("#6aa0ff", "#f5ae45", "#5cc98a", "#ff7a70", "#b392f0", "#3fcbdc", "#e08fc0", "#b5c66a"),
     heat=("#1d2632", "#3a2f26", "#5e3f22", "#87501f", "#b2621f", "#d97a2b", "#f09a45", "#f8bd74", "#fde3b0"),
     worse="#ff7a70",

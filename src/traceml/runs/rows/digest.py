@@ -383,7 +383,7 @@ class Digest:
         for event in reader.events(self._last_choice, HOST_CHOICE):
             self._last_choice = event.id
             if event.data.get("attempt") == self._attempt:
-                self.kept.representatives.take(HostChoice.from_facts(event.data))
+                self.kept.representatives.take(HostChoice.from_row(event.data.get("choice")))
 
         for event in reader.events(self._last_sums, HOST_SUMS):
             self._last_sums = event.id
