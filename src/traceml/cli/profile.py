@@ -158,7 +158,7 @@ def parse_ranks(text: str | None) -> tuple[int, ...] | None:
 
 
 def _hosts(reader: StoreReader) -> dict[int, str]:
-    return {stream.rank: stream.host for stream in reader.streams() if not stream.facts.get("helps")}
+    return {stream.rank: stream.host for stream in reader.streams() if stream.is_rank}
 
 
 def _await_rows(reader: StoreReader, traces: list[ProfiledRank]) -> None:

@@ -123,7 +123,7 @@ def _names(columns: str) -> list[str]:
 
 
 def _print_json(runs: Sequence[RunFields], columns: Sequence[str] = ()) -> None:
-    print(json.dumps(msgspec.to_builtins([run.record(columns) for run in runs]), indent=2))
+    print(json.dumps(msgspec.to_builtins([run.record(columns) for run in runs], enc_hook=str), indent=2))
 
 
 def _keep(options: RunsOptions, setting: int | None) -> int:

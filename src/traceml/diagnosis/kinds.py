@@ -23,7 +23,7 @@ def least_cost_ns(step_ns: float, share: float = WARNING_SHARE) -> float:
     """Return the cost per step from which on a timing finding is reported.
 
     Args:
-        share: of it that a finding costs at least.
+        share: of the step that a finding costs at least.
     """
     return max(FLOOR_NS, share * step_ns)
 

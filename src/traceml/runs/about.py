@@ -71,7 +71,7 @@ def about_run(reader: StoreReader) -> About:
     Raises:
         StoreError: the store cannot be read.
     """
-    ranks = [stream for stream in reader.streams() if not stream.facts.get("helps")]
+    ranks = [stream for stream in reader.streams() if stream.is_rank]
     first = sorted(ranks, key=lambda stream: (-stream.attempt, stream.rank, -stream.id))[:1]
     found, project = _reported(reader, first)
     reading = _reading_of(reader, first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,14 @@ class RunInfo:
     verdict: str | None
     severity: str | None
     size_bytes: int
-    samples_per_second: float | None = None
-    step_ms: float | None = None
-    steps: int = 0
-    project: str = "default"
-    tags: list[str] = field(default_factory=list)
-    note: str = ""
-    archived: bool = False
-    user: str = ""
+    samples_per_second: float | None
+    step_ms: float | None
+    steps: int
+    project: str
+    tags: list[str]
+    note: str
+    archived: bool
+    user: str
     commit: str | None = None
     branch: str | None = None
     dirty: bool | None = None

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
@@ -81,33 +82,14 @@ class SearchedRun(Protocol):
 _R = TypeVar("_R", bound=SearchedRun)
 
 
-class RunRecord(msgspec.Struct, kw_only=True):
+@dataclass(frozen=True, slots=True)
+class RunRecord(RunInfo):
     """A run in `traceml runs --json`; `values` has the columns that were asked for by name.
 
     Times are epoch seconds; see `RunInfo` for the others.
     """
 
-    path: str
-    id: str
-    name: str
-    state: str
-    started: float | None
-    duration_s: float | None
-    world_size: int
-    verdict: str | None
-    severity: str | None
-    size_bytes: int
-    samples_per_second: float | None
-    step_ms: float | None
-    steps: int
-    project: str
-    tags: list[str]
-    note: str
-    archived: bool
-    commit: str | None = None
-    branch: str | None = None
-    dirty: bool | None = None
-    values: dict[str, bool | int | float | str | None] = {}
+    values: dict[str, bool | int | float | str | None] = field(default_factory=dict)
 
 
 class _LoggedFigures(msgspec.Struct):
@@ -165,11 +147,10 @@ class RunFields:
 
     def record(self, columns: Sequence[str] = ()) -> RunRecord:
         """Return the run for JSON, with the values of some columns."""
-        facts = {
-            name: getattr(self.info, name) for name in RunRecord.__struct_fields__ if name not in ("path", "values")
-        }
-        values = {name: self.value(name) for name in columns}
-        return RunRecord(**facts, path=str(self.info.path.resolve()), values=values)
+        facts = {each.name: getattr(self.info, each.name) for each in fields(self.info)}
+        return RunRecord(
+            **facts | {"path": self.info.path.resolve()}, values={name: self.value(name) for name in columns}
+        )
 
     def _read(self) -> _LoggedFigures:
         if self._logged is None:

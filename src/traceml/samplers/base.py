@@ -80,7 +80,7 @@ class SamplerScheduler:
 
     Args:
         append: takes (table name, row).
-        intervals_s: the same for single samplers, by name; also used during the start.
+        intervals_s: seconds between samples of single samplers, by name; also used during the start.
         on_error: called with (name, error) at the first failure of each sampler.
     """
 

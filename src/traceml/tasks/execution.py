@@ -28,7 +28,7 @@ def run(task: TaskRecord, thread: ThreadState, counts: list[int], slot: int, now
     """Run a task that was taken from its entry; return the time at its end.
 
     Args:
-        slot: the index of this thread in them.
+        slot: the index of this thread in `counts`.
         now: the time, `perf_counter` in seconds: a worker's task begins when its last one ended.
         on_end: takes the record of the ended task.
     """

@@ -10,9 +10,10 @@ from traceml.runs.run_query import RunFields
 
 
 def some(count: int) -> list[RunFields]:
+    rest = {"samples_per_second": None, "step_ms": None, "steps": 0, "project": "", "tags": [], "note": "", "user": ""}
     return [
         RunFields(
-            RunInfo(Path("/none"), f"run-{at}", "n", "finished", at, 1.0, at % 3, None, None, 1, archived=at == 0)
+            RunInfo(Path("/"), f"run-{at}", "n", "finished", at, 1.0, at % 3, None, None, 1, archived=at == 0, **rest)
         )
         for at in reversed(range(count))
     ]

@@ -180,7 +180,7 @@ class RunRelay:
 
     def _new(self, records: Iterable[StreamRecord]) -> list[StreamRecord]:
         """Return the ranks of the newest attempt that the center does not know, or that go on after their end."""
-        ranks = [each for each in records if not each.facts.get("helps") and not each.facts.get("relayed")]
+        ranks = [each for each in records if each.is_rank and not each.facts.get("relayed")]
         attempt = max((record.attempt for record in ranks), default=-1)
         newest = {record.rank: record for record in ranks if record.attempt == attempt}
         return [record for record in newest.values() if self._is_new(record)]

@@ -79,7 +79,9 @@ class RunTools:
         runs = select_runs([RunFields(info) for info in list_runs(self._runs_dir)], where)
         runs = sort_runs(runs, sort) if sort else runs
         chosen = runs[: max(1, min(limit, _MAX_RUNS))]
-        return bounded({"total": len(runs), "runs": msgspec.to_builtins([run.record() for run in chosen])})
+        return bounded(
+            {"total": len(runs), "runs": msgspec.to_builtins([run.record() for run in chosen], enc_hook=str)}
+        )
 
     def report(self, run: str = "latest", sections: list[str] | None = None) -> dict[str, Any]:
         """Return the report of a run, running or ended: verdict, findings, time, steps, phases, ranks, memory, metrics.

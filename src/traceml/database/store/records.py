@@ -66,6 +66,11 @@ class StreamRecord:
         return self.identity.host
 
     @property
+    def is_rank(self) -> bool:
+        """Whether it is of a rank, not of a process that only logs for one."""
+        return not self.facts.get("helps")
+
+    @property
     def state(self) -> str:
         """The last state from the aggregator; `running` before any."""
         return str(self.facts.get("state", "running"))

@@ -76,8 +76,8 @@ class MachineUse:
             is `JobFacts.waited_share`.
         busy_cores: cores that the threads of a rank used.
         host_cores: cores in use on the host, by all programs.
-        utilization: share of the time in which they computed, 0..1.
-        throttled: whether their clocks were lowered in most samples.
+        utilization: share of the time in which the devices computed, 0..1.
+        throttled: whether the devices' clocks were lowered in most samples.
         major_faults: page faults per second that read from a disk, of a rank.
         disk_read_bytes: bytes per second that the host read from its disks.
         memory_share: used share of the memory of the host, or of its container where that has a limit.

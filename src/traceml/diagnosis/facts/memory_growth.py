@@ -195,7 +195,7 @@ def _is_in_stairs(
     Irregular jumps are not a leak: each has its own cause.
 
     Args:
-        rises: between all pairs of them.
+        rises: between all pairs of values.
         level: smaller differences do not count.
     """
     at = np.flatnonzero(np.diff(values) > level)

@@ -31,7 +31,7 @@ class SampledLine:
         part: a phase, `other`, or a name of `OUTSIDE_STEPS`.
         file, line, function: the innermost code of the user; None where only libraries ran.
         library: innermost library function that it had called, `FILE:LINE FUNCTION`.
-        watched_ns: time before them in which the phase was watched without a break.
+        watched_ns: time before the samples in which the phase was watched without a break.
         cpu_ns: CPU time of the training thread in it.
     """
 

@@ -31,7 +31,7 @@ class HostSecond:
     Attributes:
         rows: rank -> its new rows of `steps`, of the typical rank, of outliers, and of ranks that were asked for.
         begins: ranks of `rows` that are sent from now on, with their newest earlier rows.
-        ended_at: the last step of each of these, -1 without any.
+        ended_at: the last step of each rank in `ended`, -1 without any.
         above: own work of the longest of the ordinary ranks beyond that of the typical one, in the new steps.
         sums: sums of the new rows of all ranks, with the histogram of their step times.
     """

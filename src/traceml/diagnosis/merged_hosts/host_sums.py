@@ -27,7 +27,7 @@ class HostSums:
     """Sums of all steps of some ranks.
 
     Attributes:
-        steps: the sums of all of their steps; the groups of user phases are those of `names`.
+        steps: the sums of all steps of the ranks; the groups of user phases are those of `names`.
         set_up: the same of their first steps, which include set-up: reports leave them out.
         names: names of user phases by id.
     """

@@ -79,7 +79,7 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     it count: an evaluation before the training has a loader, too.
 
     Args:
-        waits: share of the steps in which they wait for data.
+        waits: share of the steps in which the ranks wait for data.
     """
     if facts.loader is None or facts.loader.num_workers:
         return facts

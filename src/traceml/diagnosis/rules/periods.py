@@ -51,7 +51,7 @@ class _Period:
     """Long steps at a fixed distance.
 
     Attributes:
-        part: the part of the step that makes them longest.
+        part: the part of the step that makes the long ones longest.
         removed: this part, and others that are long in the same steps, as they would be without them.
         saved_ns: time by which the mean step would be shorter.
         part_saved_ns: how much of it is in the longest part.

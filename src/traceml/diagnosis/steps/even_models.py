@@ -50,7 +50,7 @@ def trainings_of(
     """Return the steps of each training, whose model and size of batches are the same, in the order of their starts.
 
     Args:
-        returns: those of them that train an earlier model again, with its first step.
+        returns: starts of those that train an earlier model again, with its first step.
     """
     models = np.array([0, *((returns or {}).get(step, step) for step in sorted(starts))])
     of_model = models[np.searchsorted(np.sort(starts), window.steps, side="right")]

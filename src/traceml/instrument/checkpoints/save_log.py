@@ -75,7 +75,7 @@ class SaveLog:
 
         Args:
             frame: of the function that times it.
-            is_written: whether its files are complete; a thread or process may still write them.
+            is_written: whether the checkpoint's files are complete; a thread or process may still write them.
         """
         try:
             self._add_target(args, kwargs)

@@ -112,7 +112,7 @@ class _ProfileMerger:
         self._reader = reader
         self._streams = _streams(reader)
         self._clocks = RunClocks(reader.streams())
-        self._world = len({stream.rank for stream in reader.streams() if not stream.facts.get("helps")})
+        self._world = len({stream.rank for stream in reader.streams() if stream.is_rank})
         self._origin_ns = 0
         self._tracks: dict[tuple[int, Any, Any], int] = {}
         self._processes: dict[tuple[int, Any], int] = {}
@@ -203,7 +203,7 @@ class _ProfileMerger:
 
 
 def _streams(reader: StoreReader) -> dict[tuple[int, int], StreamRecord]:
-    return {(each.rank, each.identity.pid): each for each in reader.streams() if not each.facts.get("helps")}
+    return {(each.rank, each.identity.pid): each for each in reader.streams() if each.is_rank}
 
 
 def _document(each: ProfiledRank) -> _TraceDocument:

@@ -58,7 +58,7 @@ def run_spans(run_dir: Path, report: Report) -> list[RunSpan]:
     end_ns = start_ns + int((run.duration_s or 0.0) * _S)
     root = RunSpan(f"run {run.name}", start_ns, end_ns, "run", None, _facts(report))
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-        streams = [stream for stream in reader.streams() if not stream.facts.get("helps")]
+        streams = [stream for stream in reader.streams() if stream.is_rank]
         attempts = list(_attempts(reader, streams, root))
         return [root, *attempts, *_blocks(reader, streams, read_series(run_dir).steps)]
 

@@ -90,7 +90,7 @@ class StepTracks:
         ranks: dict[int, set[int]] = {}
         for stream in streams:
             self._lanes[stream.id] = _Lane(stream)
-            if not stream.facts.get("helps"):
+            if stream.is_rank:
                 ranks.setdefault(stream.attempt, set()).add(stream.rank)
 
         self._world = {attempt: len(of_attempt) for attempt, of_attempt in ranks.items()}

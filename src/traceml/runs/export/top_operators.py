@@ -83,7 +83,7 @@ class OperatorTable:
         """Add the trace of a rank.
 
         Args:
-            base_ns: epoch nanoseconds of its time 0.
+            base_ns: epoch nanoseconds of the trace's time 0.
         """
         threads: dict[Any, list[_Span]] = {}
         names: dict[Any, str] = {}

@@ -82,7 +82,7 @@ def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime
     if started_s is None or duration_s is None:
         return None
 
-    streams = [stream for stream in reader.streams() if not stream.facts.get("helps")]
+    streams = [stream for stream in reader.streams() if stream.is_rank]
     sums = digest.step_sums or reader.step_sums()
     ended_s, is_running = started_s + duration_s, state == "running"
     facts = digest.facts

@@ -49,7 +49,7 @@ def attempts_of(reader: StoreReader) -> dict[int, list[StreamRecord]]:
     """Return the streams of ranks by attempt, the first one first."""
     attempts: dict[int, list[StreamRecord]] = {}
     for stream in reader.streams():
-        if not stream.facts.get("helps"):
+        if stream.is_rank:
             attempts.setdefault(stream.attempt, []).append(stream)
 
     return dict(sorted(attempts.items()))

@@ -30,7 +30,7 @@ def setup_section(digest: Digest, reader: StoreReader, about: About) -> SetupSec
     """Return the facts that decide whether two runs can be compared.
 
     Args:
-        about: its other facts, which have the parameters.
+        about: the run's other facts, which have the parameters.
 
     Raises:
         StoreError: the store cannot be read.

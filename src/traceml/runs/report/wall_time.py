@@ -150,7 +150,7 @@ def _useful_time(
 
 def _failed_ns(stream: StreamRecord, bins: NDArray[np.void]) -> int:
     """Return the time of the step in which a process failed, perhaps after a hang, if its end has written that row."""
-    ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}))
+    ended = _end_of(stream)
     is_written = ended.in_step and int(bins["last_step"].max(initial=-1)) == ended.open_step
     if not is_written or not ended_badly([ended]) or ended.open_phase in _NOT_PRODUCTIVE:
         return 0
@@ -229,9 +229,13 @@ def _has_rows(sums: StepSums | None) -> bool:
     return sums is not None and (sums.count > 0 or sums.evals.rows > 0)
 
 
+def _end_of(stream: StreamRecord) -> RankExit:
+    return RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}))
+
+
 def _open_step(stream: StreamRecord) -> tuple[float, float] | None:
     """Return the begin and the end of the step in which a process ended, by its host's wall clock, or None."""
-    ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}))
+    ended = _end_of(stream)
     if not ended.in_step or ended.at_s is None or ended.open_s is None:
         return None
 

@@ -221,7 +221,7 @@ class Digest:
             self.streams, self._ranks = {}, {}
 
         for record in records:
-            if record.attempt == attempt and not record.facts.get("helps"):  # a child that logs is not a rank
+            if record.attempt == attempt and record.is_rank:  # a child that logs is not a rank
                 self._take_stream(record)
 
         if isinstance(timeout_s := self.run.get("hang_timeout_s"), float):

@@ -50,8 +50,8 @@ class GroupStat:
     """Statistics of the spans of one group; times in nanoseconds.
 
     Args:
-        total: the sum of their durations.
-        self_ns: time during which they were the innermost span of their thread.
+        total: the sum of the spans' durations.
+        self_ns: time during which one of them was the innermost span of their thread.
         counts: spans by bucket of traceml.traces.aggregate.sketch.
         squares: the sum of the squares of their durations, where it was asked for.
         arguments: sums of arguments that were asked for, by key.

@@ -33,7 +33,7 @@ def environment_for(
     """Return the environment of a delivery process.
 
     Args:
-        options: of that backend; `env` names further variables (patterns) that it needs, and the variables of its
+        options: of the backend; `env` names further variables (patterns) that it needs, and the variables of its
             `fallback` are included.
         environ: the environment to choose from; by default this process's.
     """

@@ -39,7 +39,7 @@ class JobState:
         failures: of workers, and of hosts that were lost while workers ran; in order of arrival.
         rendezvous: address and port at which the workers meet.
         probed: names of the hosts that have tried to connect there.
-        stacks_received: the hosts that have sent them.
+        stacks_received: the hosts that have sent stacks.
         stopping: whether workers are being ended, so that their end is not a failure.
         released: whether that is because all had returned.
     """
