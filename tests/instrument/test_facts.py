@@ -11,9 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
 
@@ -40,6 +37,9 @@ def test_the_threads_of_torch_reach_the_rules():
 @pytest.fixture
 def four_ranks() -> Iterator[Any]:
     """A mesh of four ranks, two by two, seen by rank 1; no other rank exists, nothing is sent."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
     yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     dist.destroy_process_group()
@@ -48,6 +48,7 @@ def four_ranks() -> Iterator[Any]:
 def test_ranks_of_a_sharded_model_are_known(four_ranks: Any) -> None:
     """`fully_shard` averages gradients over its mesh only: tensor-parallel ranks are not in it, all of a hybrid are."""
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     split, hybrid = nn.Linear(8, 8), nn.Linear(8, 8)
     parallelize_module(split, four_ranks["inner"], ColwiseParallel())

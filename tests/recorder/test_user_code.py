@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import collections
 import sys
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import cast
 
 import pytest
 
-from traceml.cli.demonstration import _demo_train
+from traceml.cli import demonstration
 from traceml.recorder.user_code import UserCode
 from traceml.session import entry
+
+DEMO = str(Path(demonstration.__file__).with_name("_demo_train.py"))  # importing it would import scikit-learn
 
 
 def frame_of(path: str, **values: object) -> FrameType:
@@ -46,7 +49,7 @@ def own_script(monkeypatch: pytest.MonkeyPatch) -> None:
         # a script wherever it lies, as `python /usr/lib/python3/dist-packages/x/train.py`
         ("/usr/lib/python3/dist-packages/x/train.py", {"__name__": "__main__", "__spec__": None}, True),
         # the demonstration, and what `traceml run` runs the script with
-        (_demo_train.__file__, {"__name__": "__main__", "__spec__": None}, True),
+        (DEMO, {"__name__": "__main__", "__spec__": None}, True),
         (entry.__file__, {"__name__": "__main__", "__spec__": None}, False),
     ],
 )
