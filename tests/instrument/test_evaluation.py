@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 import pytest
@@ -472,7 +472,7 @@ def test_pseudo_labels_on_each_batch(traced: Traced) -> None:
     assert len(traced.table("evals")) <= 3
 
 
-def on_batches(model: nn.Module, batches: int, rest_s: float = 0.0) -> None:
+def on_batches(model: nn.Module, batches: int) -> None:
     model.eval()
     with torch.no_grad():
         for index, (x,) in enumerate(data(5)):
@@ -480,7 +480,6 @@ def on_batches(model: nn.Module, batches: int, rest_s: float = 0.0) -> None:
             if index + 1 == batches:
                 break
 
-    time.sleep(rest_s)
     model.train()
 
 
@@ -509,15 +508,35 @@ def test_what_a_script_does_at_its_end_is_no_evaluation(
     assert row["t_end_ns"] < saved + 3 * (ended - began)
 
 
-def test_usual_work_after_an_evaluation_is_part_of_it(traced: Traced) -> None:
+def ahead() -> Iterator[torch.Tensor]:
+    """Fetch each batch before the one before it is used, as accelerate does."""
+    batches = iter(data(5))
+    (last,) = next(batches)
+    for (x,) in batches:
+        yield last
+        last = x
+
+    yield last
+
+
+@pytest.mark.parametrize("batches", [lambda: (x for (x,) in data(5)), ahead, lambda: [X] * CALLS])
+def test_usual_work_after_an_evaluation_is_part_of_it(
+    traced: Traced, batches: Callable[[], Iterable[torch.Tensor]]
+) -> None:
     """Metrics of all batches, as after the evaluation before it."""
     model = net()
     optimizer = sgd(model)
     for _ in range(2):
+        model.train()
         for (x,) in data(5):
             train(model, optimizer, x)
 
-        on_batches(model, 9, rest_s=0.02)
+        model.eval()
+        with torch.no_grad():
+            for x in batches():
+                model(x)
+
+        time.sleep(0.02)
 
     traced.finish()
     assert [row["ns"] >= 20_000_000 for row in traced.table("evals")] == [True, True]

@@ -51,6 +51,7 @@ class EvaluationStretch:
         self.start = 0
         self.is_rollout = self.is_play = False
         self._calls = self._last_call = 0
+        self._longest_rest_ns = 0  # from the last call of a stretch to its end
         self._is_first = False  # before the first step
         self._times: list[int] = []  # the buckets at the begin
         self._closes_at: Any = None  # the clock's before it
@@ -124,6 +125,7 @@ class EvaluationStretch:
         kept[_CHECKPOINT] += saving
         clock.times = kept
         spent = t - self.start - saving
+        self._longest_rest_ns = max(self._longest_rest_ns, t - self._last_call - saving)
         clock.eval_ns += spent
         clock.eval_batches += self._calls
         clock.eval_end = t
@@ -136,13 +138,19 @@ class EvaluationStretch:
         clock.plan_detail()
 
     def last_end(self, t: int) -> int:
-        """Return when the run's last stretch ended: after the usual time of a call, if the script then does more."""
+        """Return when the run's last stretch ended: if the script then does more, after what is usual for a call.
+
+        Or for the work after the last call, as long as in the stretches before.
+        """
         between_ns = (self._last_call - self.start) // max(self._calls - 1, 1)
         call_ns = (self._clock.forward_ns - self._times[_FORWARD]) // self._calls
         usual_ns = max(between_ns, call_ns)
         saving_ns = self._clock.times[_CHECKPOINT] - self._times[_CHECKPOINT]
         rest_ns = t - self._last_call - saving_ns
-        return t if rest_ns < _PREPARATION * usual_ns else self._last_call + usual_ns + saving_ns
+        if rest_ns >= _PREPARATION * usual_ns:
+            rest_ns = min(rest_ns, max(usual_ns, self._longest_rest_ns))
+
+        return self._last_call + rest_ns + saving_ns
 
     def _is_continuous(self, t: int) -> bool:
         """Whether the training begins right after the last call: else the script tried the model, and prepares."""
