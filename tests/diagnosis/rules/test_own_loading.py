@@ -114,11 +114,11 @@ UNLABELED = LoaderFacts(dataset="Unlabeled", length=3200, num_workers=1, batch_s
 CHECKED_FIRST = LoaderFacts(dataset="Test", length=640, num_workers=4, batch_size=64, number=0)
 
 
-def two_loaders(*libraries: str, evaluation: float = 0.0) -> Finding:
+def two_loaders(*libraries: str, evaluation: float = 0.0, second: LoaderFacts = UNLABELED) -> Finding:
     """Return what is said of steps that take a batch of each of two loaders; samples are in library functions."""
     facts = JobFacts(
         loader=LABELED,
-        loaders={0: (CHECKED_FIRST, LABELED, UNLABELED)},
+        loaders={0: (CHECKED_FIRST, LABELED, second)},
         lines=tuple(line for library in libraries for line in seen("main", library, busy=0.1)),
         time=RunTime.of(10.0, {"steps": 9.0 - evaluation, "evaluation": evaluation}),
     )
@@ -134,6 +134,13 @@ def test_the_loader_that_is_waited_for_is_told(evaluation: float) -> None:
     assert "num_workers=0" not in finding.next
     assert "Labeled is read by the training process" not in finding.next
     assert finding.evidence["num_workers"] == 1
+
+
+def test_a_loader_that_a_data_set_reads_is_told() -> None:
+    """TorchIO's queue starts its workers as it is made, and only a loader without workers may read it."""
+    views = LoaderFacts(dataset="Views", length=3200, num_workers=0, batch_size=64, number=2)
+
+    assert "num_workers=0" not in two_loaders(RECEIVES, second=views).next
 
 
 @pytest.mark.parametrize(

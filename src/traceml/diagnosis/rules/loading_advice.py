@@ -75,8 +75,8 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     """Return the facts with the loader that the training waits for, if it reads several.
 
     By default that is the first loader of a step. If this one has no workers, but samples show that the training waits
-    for workers, or in the data set of another loader, it is that other loader. Only loaders that are first read after
-    it count: an evaluation before the training has a loader, too.
+    for workers, or in the data set of another loader, it is that other loader. One that is first read before it comes
+    last: an evaluation before the training has a loader, but so has a data set that reads one, as TorchIO's queue.
 
     Args:
         waits: share of the steps in which the ranks wait for data.
@@ -85,8 +85,8 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
         return facts
 
     number = facts.loader.number or 0
-    others = [loader for loaders in facts.loaders.values() for loader in loaders]
-    others = [loader for loader in others if loader.number is None or loader.number > number]
+    others = [loader for loaders in facts.loaders.values() for loader in loaders if loader.number != number]
+    others.sort(key=lambda loader: loader.number is not None and loader.number < number)
     evaluated = _evaluation_share(facts, waits)
     waited = (each for each in others if _share_of(each, facts) - evaluated >= NAMED_SHARE * (1 - evaluated))
     return replace(facts, loader=next(waited, facts.loader))
