@@ -184,7 +184,8 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
             "torch.compile. `traceml report --lines` shows all lines."
         )
 
-    return for_rollouts(line) if line is not None or played is None or played >= MIN_PLAYED else None
+    is_own = line is not None and not played  # the environment may be the script's own
+    return for_rollouts(line) if is_own or played is None or played >= MIN_PLAYED else None
 
 
 def for_saving(half: float) -> str:
