@@ -55,6 +55,14 @@ def test_workers_that_start_in_each_epoch_are_reported():
     assert found.speedup_if_fixed == pytest.approx(1.6, rel=0.1)
 
 
+@pytest.mark.parametrize(("workers", "words"), [(1, "The worker of the data loader is"), (2, "The 2 workers of the")])
+def test_one_worker_is_one(workers, words):
+    """With the number of workers that the loader has."""
+    (found,) = restarts(findings(200, create_ms=150, loader=LoaderFacts(num_workers=workers)))
+
+    assert found.summary.startswith(words)
+
+
 def test_the_same_waiting_is_reported_once():
     """What the workers' start explains is no other finding."""
     kinds = [each.kind for each in findings(200, create_ms=200)]

@@ -15,7 +15,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import count_text, gain_text, ns_text, percent_text
+from traceml.formatting import gain_text, ns_text, percent_text, plural
 
 __all__ = ["KeptWorkers", "begins_each_step", "keeping_workers", "workers_restarted"]
 
@@ -115,14 +115,15 @@ def _finding(
 ) -> Finding:
     count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
     workers = facts.loader.num_workers if facts.loader is not None else None
+    who = "The worker of the data loader is" if workers == 1 else f"The {workers} workers of the data loader are"
     each_step = begins_each_step(facts.epochs)
-    times = "for each step" if each_step else f"{count_text(count)} times, at the start of an epoch"
+    times = "for each step" if each_step else f"{plural(count, 'time')}, at the start of an epoch"
     return Finding(
         kind=Kind.INPUT_BOUND,
         severity=Kind.INPUT_BOUND.severity_for(share),
         phase=_PART,
         summary=(
-            f"The {workers} workers of the data loader are restarted {times}: {ns_text(each_ns)} each, "
+            f"{who} restarted {times}: {ns_text(each_ns)} each, "
             f"{percent_text(share)} of step time; with persistent workers, steps would be "
             f"{gain_text(speedup(step_ns, saved))}."
         ),
