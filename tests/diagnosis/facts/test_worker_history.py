@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.facts.watched_workers import watched, worker_rows
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 MB = 1 << 20
@@ -35,17 +37,38 @@ def test_workers_that_start_again_and_start_up_do_not_count():
     assert use.busy == pytest.approx(0.5)
 
 
-def test_the_busiest_loader_counts():
-    """The workers of an evaluation that stay alive are idle meanwhile."""
+def two_loaders() -> WorkerHistory:
+    """Return the history of an idle loader 1, and a busy loader 0."""
     history = WorkerHistory()
     rows = [worker_rows(2, busy=busy) for busy in (0.01, 0.8)]
     rows[0]["loader"], rows[1]["loader"] = 1, 0
     history.add(0, np.concatenate(rows)[np.argsort(np.tile(np.arange(60), 2), kind="stable")])
+    return history
 
-    use = history.use()
+
+def test_the_busiest_loader_counts():
+    """The workers of an evaluation that stay alive are idle meanwhile."""
+    use = two_loaders().use()
 
     assert use is not None
     assert use.busy == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("trains", "busy"),
+    [
+        (LoaderFacts(length=960, num_workers=2, number=1), 0.01),  # the busy one is an evaluation's
+        (LoaderFacts(length=960, num_workers=2, number=2), None),  # each epoch is too short to be watched
+        (LoaderFacts(length=640, num_workers=2, number=2), 0.8),  # of one like it, made for another epoch
+        (LoaderFacts(length=960, num_workers=2), 0.8),  # by an earlier version
+    ],
+)
+def test_the_workers_of_the_training_count(trains: LoaderFacts, busy: float | None):
+    """torchvision's reference evaluates for half of the run, and waits for a metric meanwhile."""
+    evaluates = LoaderFacts(length=640, num_workers=2, number=0)
+    facts = JobFacts(loader=trains, loaders={0: (evaluates, trains)}, workers=two_loaders())
+
+    assert facts.workers_busy == (busy if busy is None else pytest.approx(busy))
 
 
 def test_too_short_is_not_known():

@@ -30,7 +30,7 @@ from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
-from traceml.diagnosis.facts.worker_history import WorkerHistory
+from traceml.diagnosis.facts.worker_history import WorkerHistory, WorkerUse
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts"]
 
@@ -190,11 +190,20 @@ class JobFacts:
         """Whether the ranks had too few cores, so that lateness may be chance."""
         return self.wait_share >= OVERSUBSCRIBED
 
+    @cached_property
+    def worker_use(self) -> WorkerUse | None:
+        """Use of cores by the workers of the training's loader, or of one like it; None where it is not known."""
+        loader = self.loader
+        if loader is None or loader.number is None:
+            return self.workers.use()
+
+        known = (each for loaders in self.loaders.values() for each in loaders if each.likeness == loader.likeness)
+        return self.workers.use({loader.number, *(each.number for each in known if each.number is not None)})
+
     @property
     def workers_busy(self) -> float | None:
         """Share of the time in which a loader worker computes; None where it is not known."""
-        use = self.workers.use()
-        return None if use is None else use.busy
+        return None if self.worker_use is None else self.worker_use.busy
 
     def has_memory_limit(self, host: str | None) -> bool:
         """Whether the memory that counts on a host is that of a container, by its limit."""

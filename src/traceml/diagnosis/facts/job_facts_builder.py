@@ -115,7 +115,7 @@ class JobFactsBuilder:
 
     def _take_loaders_made(self, _rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("made"), int):
-            self._loaders_made[_likeness(_loader(row))] = row["made"]
+            self._loaders_made[_loader(row).likeness] = row["made"]
 
     def _take_training_loader(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("number"), int):
@@ -325,12 +325,8 @@ class JobFactsBuilder:
         return replace(facts, loader=self._counted(facts.loader if trained is None else trained))
 
     def _counted(self, loader: LoaderFacts | None) -> LoaderFacts | None:
-        made = self._loaders_made.get(_likeness(loader)) if loader is not None else None
+        made = self._loaders_made.get(loader.likeness) if loader is not None else None
         return loader if loader is None or made is None else replace(loader, made=made)
-
-
-def _likeness(loader: LoaderFacts) -> tuple[Any, ...]:
-    return loader.dataset, loader.length, loader.num_workers
 
 
 def _loader(row: Mapping[str, Any]) -> LoaderFacts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,7 @@ _ONE_GENERATION = ("loader", "pid", "workers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerUse:
-    """The busiest loader's workers of a rank.
+    """The workers of a loader of a rank.
 
     Attributes:
         busy: share of the time in which a worker computed.
@@ -86,9 +87,14 @@ class WorkerHistory:
         if len(measured):
             watched.memory = measured[measured["pid"] == measured["pid"][-1]][[0, -1]]
 
-    def use(self) -> WorkerUse | None:
-        """Return the use of the busiest loader of the rank whose workers are busiest; None where nothing is known."""
-        found = [use for watched in self._watched.values() if (use := watched.use()) is not None]
+    def use(self, loaders: Collection[int] | None = None) -> WorkerUse | None:
+        """Return the use of the loader whose workers are busiest, on any rank; None where nothing is known.
+
+        Args:
+            loaders: numbers of those that count, None for all: while an evaluation waits for its own, they are idle.
+        """
+        watched = (each for (_, loader), each in self._watched.items() if loaders is None or loader in loaders)
+        found = [use for each in watched if (use := each.use()) is not None]
         return max(found, key=lambda use: use.busy + use.waited, default=None)
 
     def workers(self, rank: int, loader: int) -> int:

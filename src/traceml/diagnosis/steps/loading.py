@@ -129,7 +129,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
 
     rest_ns = max(segments.step_ns - wait_ns, 1.0)
     cores = facts.cores_per_rank
-    use = facts.workers.use() if workers else None
+    use = facts.worker_use if workers else None
     bound = use is not None and use.cores < min(workers, cores or 1)
     handover = bool(workers) and handover_share(facts.lines) >= NAMED_SHARE
     busy: float | None

@@ -36,6 +36,11 @@ class LoaderFacts:
     samplers: Sequence[str] = ()
     trainer: str | None = None
 
+    @property
+    def likeness(self) -> tuple[str | None, int | None, int | None]:
+        """What loaders have in common that a script makes for the same data, as for each epoch."""
+        return self.dataset, self.length, self.num_workers
+
     def option(self, name: str) -> str:
         """Return the name under which the script sets an argument of DataLoader: that of its trainer, if it has one."""
         return f"dataloader_{name}" if self.trainer == "transformers" else name
