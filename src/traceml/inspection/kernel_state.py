@@ -29,6 +29,7 @@ __all__ = [
     "tree_usage",
     "wait_state",
     "waits_with",
+    "written_bytes",
 ]
 
 _TICKS_PER_S = os.sysconf(
@@ -215,6 +216,11 @@ def io_bytes(process: int | str) -> tuple[int, int]:
     """
     words = _read(f"/proc/{process}/io").split()
     return (int(words[1]), int(words[3])) if len(words) > 3 else (0, 0)  # rchar, wchar
+
+
+def written_bytes(pid: int) -> int:
+    """Return the bytes that a process and its descendants have written; those that have ended do not count."""
+    return sum(io_bytes(each)[1] for each in (pid, *_descendants(pid)))
 
 
 def is_job_suspended(info: ProcessInfo) -> bool:

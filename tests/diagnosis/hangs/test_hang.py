@@ -24,7 +24,14 @@ from tests.diagnosis.hangs.standing import (
     snapshot,
 )
 from traceml.database.schema import STEPS, pack_bits
-from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot, ThreadSnapshot, WorkerSnapshot
+from traceml.database.snapshots import (
+    FrameSnapshot,
+    GroupSnapshot,
+    ProcessSnapshot,
+    RankSnapshot,
+    ThreadSnapshot,
+    WorkerSnapshot,
+)
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
@@ -521,6 +528,15 @@ def test_a_rank_that_computes_gets_five_times_as_long():
 
     assert found(in_backward(0), busy) is None
     assert "in train.py:6 stuck, computing" in summary(found(in_backward(0), busy, hang_timeout_s=14.0))
+
+
+def test_a_child_that_is_ready_to_run_computes():
+    """However little of a core it gets, the rank that waits for it is slow."""
+    child = ProcessSnapshot(pid=77, name="ffmpeg", state="R")
+    waits = replace(STUCK, wchan="do_wait", blocker=child, cpu_share=0.1)
+
+    assert found(in_backward(0), waits) is None
+    assert found(in_backward(0), replace(waits, blocker=replace(child, state="S"))) is not None
 
 
 def test_a_worker_that_is_ready_to_run_computes():

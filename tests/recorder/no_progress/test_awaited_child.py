@@ -13,7 +13,7 @@ import pytest
 
 from tests.eventually import eventually
 from traceml.database.process_snapshots import blocker_of
-from traceml.recorder.no_progress.snapshot_maker import awaited_child
+from traceml.recorder.no_progress.awaited_child import awaited_child
 
 pytestmark = pytest.mark.process
 

@@ -90,11 +90,11 @@ def test_a_sleep_in_the_users_code_is_in_the_snapshots(run_script: Run, serving:
 
 
 def test_a_script_that_moves_has_no_snapshot(run_script: Run, serving: Serving) -> None:
-    """Steps, output, and new lines of the script are progress, however long each takes."""
+    """Steps, output, also a child's, and new lines of the script are progress, however long each takes."""
     body = "\n".join("        time.sleep(0.4)" for _ in range(9))
     done = run_script(
         f"""
-        import time, traceml
+        import subprocess, time, traceml
         traceml.init()
 {body}
         for _ in range(9):
@@ -103,8 +103,9 @@ def test_a_script_that_moves_has_no_snapshot(run_script: Run, serving: Serving) 
         for _ in range(9):
             time.sleep(0.4)
             print("written", flush=True)
+        subprocess.run(["sh", "-c", "for part in 1 2 3 4 5 6 7 8 9; do sleep 0.4; echo $part; done"])
         """,
-        TRACEML_HANG_TIMEOUT="6",  # each of the three takes longer than the 3 s after which a snapshot comes
+        TRACEML_HANG_TIMEOUT="6",  # each of the four takes longer than the 3 s after which a snapshot comes
     )
 
     assert done.returncode == 0, done.stderr

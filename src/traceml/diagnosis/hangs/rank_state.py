@@ -115,9 +115,9 @@ def is_excused(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
 
 
 def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
-    """Whether the rank, or the loader worker that it waits for, computes or transfers; waiting for others is not that.
+    """Whether the rank, or the process that it waits for, computes or transfers; waiting for other ranks is not that.
 
-    A rank or worker that is ready to run computes, however little of a core it gets. A rank whose own thread was silent
+    One that is ready to run computes, however little of a core it gets. A rank whose own thread was silent
     is not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
     """
     if not is_alone and collective_wait(snapshot) is not None:
@@ -127,10 +127,11 @@ def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
     if snapshot.answered in ("signal", "kernel"):
         return runs and snapshot.step < 0
 
-    worker = blocked_worker(snapshot)
+    worker, blocker = blocked_worker(snapshot), snapshot.blocker
     if worker is not None and (worker.state == "R" or (worker.cpu_share or 0.0) >= BUSY_CORES):
         return True
 
+    runs = runs or (blocker is not None and blocker.state == "R")
     return runs or (snapshot.cpu_share or 0.0) >= BUSY_CORES or (snapshot.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
 
 

@@ -1,6 +1,7 @@
 """Signs of progress in a rank, cheap ones first.
 
-These are a row, batch, phase or collective; a written byte (output, a checkpoint); and a line of the user's code, or of
+These are a row, batch, phase or collective; a written byte (output, a checkpoint), also of a child that the training
+thread waits for; and a line of the user's code, or of
 a module that is being imported, below all lines seen in its function since the last progress. A loop that polls a file
 runs the same lines again and again, which is no progress. Nor are the answers of torch's store, which ranks that wait
 for others ask all the time.
@@ -14,10 +15,11 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
-from traceml.inspection.kernel_state import io_bytes
+from traceml.inspection.kernel_state import io_bytes, written_bytes
 from traceml.inspection.received_bytes import received_bytes
 from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
+from traceml.recorder.no_progress.awaited_child import awaited_child
 from traceml.recorder.no_progress.store_threads import StoreThreads
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class ProgressCounters:
             self._lines.clear()
             return True
 
-        moved = self._written_bytes(), self._received_bytes()
+        moved = self._written_bytes(), self._written_by_child(), self._received_bytes()
         before, self._rest = self._rest, (*self._work(), self._collectives(), *moved)
         if before not in (None, self._rest):
             self._lines.clear()
@@ -84,6 +86,11 @@ class ProgressCounters:
             return io_bytes("self")[1] - io_bytes(f"self/task/{own}")[1]
 
         return sum(io_bytes(f"self/task/{thread}")[1] for thread in self._store_threads.others if thread != own)
+
+    def _written_by_child(self) -> int:
+        """Return the bytes that the child which the training thread waits for has written, and its own children."""
+        child = awaited_child(thread_frame(self._thread()), self._user.contains)
+        return written_bytes(child) if child is not None else 0
 
     def _received_bytes(self) -> int:
         """Return the bytes that have come on the connection that the training thread waits for, if it does."""

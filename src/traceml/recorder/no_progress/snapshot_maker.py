@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from itertools import takewhile
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -29,6 +28,7 @@ from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
+from traceml.recorder.no_progress.awaited_child import awaited_child
 from traceml.recorder.no_progress.store_threads import StoreThreads
 from traceml.recorder.no_progress.thread_snapshots import other_threads
 from traceml.recorder.no_progress.transfer_snapshots import open_transfer, with_root
@@ -38,11 +38,7 @@ if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument.loader import DataProgress
 
-__all__ = ["SnapshotMaker", "awaited_child", "frame_flags"]
-
-_SUBPROCESS = "/subprocess.py"
-_WAITS = ("wait", "communicate", "_wait", "_communicate")
-_WAIT_DEPTH = 20
+__all__ = ["SnapshotMaker", "frame_flags"]
 
 
 class SnapshotMaker:
@@ -191,14 +187,3 @@ def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
         for each in frames
     )
     return compiles, any(is_debugger(each.file) for each in frames)
-
-
-def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> int | None:
-    """Return the number of the child; None where the user's code waits for none."""
-    for each in takewhile(lambda each: not is_user(each), stack_frames(frame, _WAIT_DEPTH)):
-        if each.f_code.co_name in _WAITS and each.f_code.co_filename.endswith(_SUBPROCESS):
-            child = each.f_locals.get("self")
-            pid = getattr(child, "pid", None)
-            return pid if type(pid) is int and getattr(child, "returncode", 0) is None else None
-
-    return None
