@@ -68,6 +68,8 @@ def test_a_run_is_found_by_a_name_of_its_own(runs):
     assert find_run("0001", runs).name == "20260101-000000-train-0001"
     with pytest.raises(RunNotFoundError, match=r"'sweep' matches 2 runs .*-0004, .*-0003\. Give the id"):
         find_run("sweep", runs)
+    with pytest.raises(RunNotFoundError, match=r"no run 'befor': .* Did you mean 'before'\?"):
+        find_run("befor", runs)
 
 
 @pytest.mark.parametrize(("setting", "project"), [("default", "digits"), ("vision", "vision")])

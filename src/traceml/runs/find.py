@@ -6,6 +6,7 @@ import contextlib
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,8 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: boo
     text = str(run)
     # People type the four letters at the end.
     matching = [name for name in names if name.startswith(text) or name.endswith(text)] if text else []
-    if text and by_name and not matching:
-        matching = [info.id for info in list_runs(runs_dir) if info.name == text]
+    named = {info.id: info.name for info in list_runs(runs_dir)} if text and by_name and not matching else {}
+    matching = matching or [run_id for run_id, name in named.items() if name == text]
 
     if len(matching) == 1:
         return (runs_dir / matching[0]).resolve()
@@ -127,7 +128,10 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: boo
             f"{text!r} matches {len(matching)} runs in {runs_dir}: {_some(matching)}. Give the id, or more of it."
         )
 
-    raise RunNotFoundError(f"no run {text!r}: it is not the folder of a run, and {_what_exists(runs_dir, names)}.")
+    close = get_close_matches(text, named.values(), n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    what = _what_exists(runs_dir, names)
+    raise RunNotFoundError(f"no run {text!r}: it is not the folder of a run, and {what}.{meant}")
 
 
 def list_runs(runs_dir: Path) -> list[RunInfo]:
