@@ -392,6 +392,9 @@ def main():
     model[0].register_forward_pre_hook(hook)  # optimizer.add_param_group()
     figure, axes = plt.subplots(2)
     axes.figure.savefig("a.png")
+
+class Log:
+    def add(self, row): self.rows.append(row)
 """
 
 
@@ -406,6 +409,7 @@ def main():
         ("table", (11, "main")),
         ("seen", (13, "main")),
         ("count", (14, "main")),
+        ("log.rows", (20, "add")),
         ("absent", None),
     ],
 )

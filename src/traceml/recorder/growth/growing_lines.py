@@ -65,8 +65,8 @@ def _copies(path: str) -> re.Pattern[str]:
 
 
 def _function_of(lines: Sequence[str], number: int) -> str:
-    indent = _indent(lines[number - 1])
-    for line in reversed(lines[: number - 1]):
+    indent = _indent(lines[number - 1]) + 1  # the line itself may begin with `def`
+    for line in reversed(lines[:number]):
         if line.strip() and _indent(line) < indent:
             indent = _indent(line)
             if match := _FUNCTION.match(line):
