@@ -101,7 +101,9 @@ def _export_tables(
 
     counts, lost = export_tables(reader, form, path, progress)
     files = tuple(path / f"{name}.{form}" for name in counts)
-    return ExportResult(path, form, counts["steps"], sum(counts.values()), files, (*damage, *lost))
+    return ExportResult(
+        path, form, counts["steps"], sum(counts.values()), files, tuple(dict.fromkeys([*damage, *lost]))
+    )
 
 
 def _export_trace(
@@ -129,4 +131,4 @@ def _export_trace(
         draft.unlink(missing_ok=True)
 
     events = statistics.written - timeline.names
-    return ExportResult(path, form, timeline.steps, events, (path,), (*damage, *timeline.damage))
+    return ExportResult(path, form, timeline.steps, events, (path,), tuple(dict.fromkeys([*damage, *timeline.damage])))
