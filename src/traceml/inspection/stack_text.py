@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from traceml.inspection.user_files import is_import_machinery
+
 __all__ = ["FRAME", "main_first", "main_frames", "other_frames"]
 
 FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
@@ -16,7 +18,10 @@ def main_first(text: str) -> str:
 
 
 def main_frames(text: str) -> list[tuple[str, int, str]]:
-    """Return the main thread's frames as (file, line, function), the innermost first; empty if they are missing."""
+    """Return the main thread's frames as (file, line, function), the innermost first; empty if they are missing.
+
+    Those of the import machinery are left out.
+    """
     if text.rstrip().endswith(_CUT):
         return []
 
@@ -29,4 +34,5 @@ def other_frames(text: str) -> list[list[tuple[str, int, str]]]:
 
 
 def _frames(thread: str) -> list[tuple[str, int, str]]:
-    return [(found["file"], int(found["line"]), found["function"]) for found in FRAME.finditer(thread)]
+    frames = [(found["file"], int(found["line"]), found["function"]) for found in FRAME.finditer(thread)]
+    return [frame for frame in frames if not is_import_machinery(frame[0])]

@@ -14,6 +14,7 @@ __all__ = [
     "PACKAGE_FOLDERS",
     "display_path",
     "is_debugger",
+    "is_import_machinery",
     "is_instrumentation",
     "is_package_file",
     "is_starter",
@@ -44,6 +45,11 @@ def is_instrumentation(path: str) -> bool:
 def is_starter(path: str) -> bool:
     """Return whether a file belongs to what starts a script for `traceml run`."""
     return path.startswith(_SESSION)
+
+
+def is_import_machinery(path: str) -> bool:
+    """Return whether a file is Python's own of an import, which has four or five frames and is in no traceback."""
+    return path.startswith("<frozen importlib.")
 
 
 def is_debugger(path: str) -> bool:

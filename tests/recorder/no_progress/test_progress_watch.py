@@ -89,6 +89,22 @@ def test_a_sleep_in_the_users_code_is_in_the_snapshots(run_script: Run, serving:
     assert 1 <= first.quiet_s < last.quiet_s < took_s
 
 
+def test_an_import_that_stands_still_has_the_frames_of_modules(run_script: Run, serving: Serving) -> None:
+    """As in a traceback: the import machinery's own, five for each import, would push the script's out."""
+    code = """
+        import pathlib, sys, tempfile, traceml
+        traceml.init()
+        sys.path.insert(0, tempfile.mkdtemp())
+        stuck = "import time, __main__\\nwhile not __main__.seen: time.sleep(3)"
+        pathlib.Path(sys.path[0], "slow.py").write_text(stuck)
+        import slow
+        """
+    done = run_script(_noting(code), **_QUICK)
+
+    assert done.returncode == 0, done.stderr
+    assert _lines(_snapshots(serving)[0]) == ["2 <module>", f"{_HEAD + 6} <module>"]
+
+
 def test_a_script_that_moves_has_no_snapshot(run_script: Run, serving: Serving) -> None:
     """Steps, output, also a child's, and new lines of the script are progress, however long each takes."""
     body = "\n".join("        time.sleep(0.4)" for _ in range(9))

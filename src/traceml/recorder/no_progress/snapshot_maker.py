@@ -26,7 +26,12 @@ from traceml.inspection.awaiting_frames import awaiting_frames
 from traceml.inspection.kernel_state import io_bytes, is_job_suspended, process_info, tree_usage, wait_state
 from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
-from traceml.inspection.user_files import display_path, is_debugger, is_package_file
+from traceml.inspection.user_files import (
+    display_path,
+    is_debugger,
+    is_import_machinery,
+    is_package_file,
+)
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.no_progress.awaited_child import awaited_child
 from traceml.recorder.no_progress.store_threads import StoreThreads
@@ -131,7 +136,7 @@ class SnapshotMaker:
         )  # fmt: skip
 
     def _stack(self, frame: FrameType | None) -> tuple[list[FrameSnapshot], list[FrameSnapshot]]:
-        """Return all frames without ours, and those of the user's code, the innermost first.
+        """Return all frames without ours and the import machinery's, and those of the user's code, the innermost first.
 
         Those of the coroutine that an event loop waits for are inside of those of the loop.
         """
@@ -139,7 +144,7 @@ class SnapshotMaker:
         user: list[FrameSnapshot] = []
         for each in (*awaiting_frames(frame, self._user.contains), *stack_frames(frame)):
             code = each.f_code
-            if not is_package_file(code.co_filename):
+            if not (is_package_file(code.co_filename) or is_import_machinery(code.co_filename)):
                 is_user = self._user.contains(each)
                 file = display_path(code.co_filename)
                 line = FrameSnapshot(file=file, line=each.f_lineno or 0, function=code.co_qualname, is_user=is_user)

@@ -36,7 +36,9 @@ def fleet_document(
     """
     files = dataset.files()
     if not files:
-        raise RunNotFoundError(f"no dataset in {dataset.folder}: `traceml fleet --update` makes it from ended runs that have steps")
+        raise RunNotFoundError(
+            f"no dataset in {dataset.folder}: `traceml fleet --update` makes it from ended runs that have steps"
+        )
 
     read = read_runs(files, dask, progress)
     runs = select_runs(read.runs, where) if where else read.runs
