@@ -66,11 +66,7 @@ class About:
 
 
 def about_run(reader: StoreReader) -> About:
-    """Return the facts that the first rank of the last attempt reported.
-
-    Raises:
-        StoreError: the store cannot be read.
-    """
+    """Return the facts that the first rank of the last attempt reported."""
     ranks = [stream for stream in reader.streams() if stream.is_rank]
     first = sorted(ranks, key=lambda stream: (-stream.attempt, stream.rank, -stream.id))[:1]
     found, project = _reported(reader, first)

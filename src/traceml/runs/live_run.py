@@ -38,6 +38,9 @@ class LiveRun:
         events: the newest events of the run for people, oldest first.
         rates: steps per second over time, oldest first.
         findings: the findings so far, the verdict first; empty before there are any.
+
+    Raises:
+        StoreError: the store cannot be read. All methods may raise it.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -109,9 +112,6 @@ class LiveRun:
         """Return the series of the whole run; None before the store exists.
 
         The first call reads what is stored; later calls cost little.
-
-        Raises:
-            StoreError: the store cannot be read.
         """
         if self._reader is None:
             return None
@@ -123,33 +123,21 @@ class LiveRun:
         return self._series.series(self.digest)
 
     def notes(self) -> list[Note]:
-        """Return the run's messages, the newest first: events, warnings, texts.
-
-        Raises:
-            StoreError: the store cannot be read.
-        """
+        """Return the run's messages, the newest first: events, warnings, texts."""
         if self._reader is not None:
             self._notes.update(self._reader)
 
         return self._notes.lines(self.events)
 
     def logged(self) -> tuple[MediaGroup, ...]:
-        """Return the logged texts, images, histograms and files, the newest of each name.
-
-        Raises:
-            StoreError: the store cannot be read.
-        """
+        """Return the logged texts, images, histograms and files, the newest of each name."""
         if self._reader is not None:
             self._logged.update(self._reader)
 
         return self._logged.groups()
 
     def about(self) -> About:
-        """Return the run's parameters, source, environment and machine; at most 5 s old.
-
-        Raises:
-            StoreError: the store cannot be read.
-        """
+        """Return the run's parameters, source, environment and machine; at most 5 s old."""
         now = time.monotonic()
         if self._reader is not None and (self._about is None or now - self._about[0] >= _ABOUT_S):
             self._about = now, about_run(self._reader)

@@ -39,11 +39,7 @@ class HostSums:
 
     @classmethod
     def read(cls, reader: StoreReader, ranks: Mapping[int, int]) -> Self:
-        """Return the sums of streams of a store.
-
-        Raises:
-            StoreError: the store is damaged.
-        """
+        """Return the sums of streams of a store."""
         names = _Names(reader, ranks)
         whole = [names.unified(stream, sums) for stream, sums in reader.step_sums().items() if stream in ranks]
         first: dict[int, dict[str, TableSums]] = {}

@@ -35,7 +35,7 @@ class HostChoice:
         ordinary: the ranks that it represents, itself among them.
         sent: ranks whose rows are sent: the typical one, outliers, and those that were asked for.
         ended: ranks that have ended.
-        ended_at: the last step of each of these, -1 without any.
+        ended_at: the last step of each rank in `ended`, -1 without any.
     """
 
     host: str

@@ -20,11 +20,7 @@ _STEPS, _SAMPLES = 64, 2  # last rows of each rank that are read
 
 
 def earlier_hangs_s(reader: StoreReader) -> float:
-    """Return the time for which attempts before the last one made no progress when they were ended, in seconds.
-
-    Raises:
-        StoreError: the store is damaged.
-    """
+    """Return the time for which attempts before the last one made no progress when they were ended, in seconds."""
     *earlier, _ = attempts_of(reader).values() or [[]]
     if not earlier:
         return 0.0

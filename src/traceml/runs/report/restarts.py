@@ -30,11 +30,7 @@ _MAX_RANKS = 8  # of an attempt, whose first and last steps are read
 
 
 def restarts(reader: StoreReader) -> list[RestartSection]:
-    """Return the attempts that ended badly before the last one, the first one first.
-
-    Raises:
-        StoreError: the store is damaged.
-    """
+    """Return the attempts that ended badly before the last one, the first one first."""
     found = []
     for (attempt, streams), (_, following) in pairwise(attempts_of(reader).items()):
         if ended := _ended(streams):

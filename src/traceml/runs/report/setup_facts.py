@@ -31,9 +31,6 @@ def setup_section(digest: Digest, reader: StoreReader, about: About) -> SetupSec
 
     Args:
         about: the run's other facts, which have the parameters.
-
-    Raises:
-        StoreError: the store cannot be read.
     """
     model, batch_size = _first_facts(reader)
     facts = digest.facts.build()

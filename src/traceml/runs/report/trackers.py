@@ -20,9 +20,6 @@ def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSe
     Args:
         reader: its store, to count the pending rows and to find trackers that never wrote a state; without one
             neither is known.
-
-    Raises:
-        StoreError: the store cannot be read.
     """
     states = {state.backend: state for state in states_of(run_dir)}
     logged = None

@@ -418,11 +418,7 @@ _FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
 
 
 def read_digest(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
-    """Return the digest of a whole run; of a long one with `max_step_rows` step rows that are spread over it.
-
-    Raises:
-        StoreError: the store is damaged.
-    """
+    """Return the digest of a whole run; of a long one with `max_step_rows` step rows that are spread over it."""
     digest = Digest()
     digest.read(reader, max_step_rows)
     return digest

@@ -69,11 +69,7 @@ class LoggedItems:
         self._ranks: dict[int, int] = {}
 
     def update(self, reader: StoreReader) -> bool:
-        """Take what arrived since the last call; return whether there was anything.
-
-        Raises:
-            StoreError: the store cannot be read.
-        """
+        """Take what arrived since the last call; return whether there was anything."""
         if LOGGED.name not in reader.tables:
             return False  # a store that is older than the table
 

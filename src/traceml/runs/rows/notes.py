@@ -46,11 +46,7 @@ class Notes:
         self._ranks: dict[int, int] = {}
 
     def update(self, reader: StoreReader) -> None:
-        """Take what arrived since the last call.
-
-        Raises:
-            StoreError: the store cannot be read.
-        """
+        """Take what arrived since the last call."""
         if self._after is None:
             self._after = max(reader.last_id() - _FIRST_READ, 0)
 

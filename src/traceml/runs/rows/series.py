@@ -135,11 +135,7 @@ class SeriesFollower:
             self.take(read_digest(reader), reader)
 
     def take(self, digest: Digest, reader: StoreReader) -> None:
-        """Take what is new in a digest.
-
-        Raises:
-            StoreError: the store cannot be read.
-        """
+        """Take what is new in a digest."""
         if digest.attempt != self._attempt:
             self._attempt = digest.attempt
             self._bins = StepBins(len(digest.ranks))

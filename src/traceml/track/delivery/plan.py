@@ -70,11 +70,7 @@ class PlannedExperiment:
 
 
 def requested_backends(reader: StoreReader, run_dir: Path) -> set[str]:
-    """Return the backends that a run's experiments ask for.
-
-    Raises:
-        StoreError: the store cannot be read.
-    """
+    """Return the backends that a run's experiments ask for."""
     plan = DeliveryPlan(reader, run_dir)
     plan.refresh()
     return set(plan.backends())
