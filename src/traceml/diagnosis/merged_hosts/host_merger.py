@@ -17,7 +17,6 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
 from traceml.diagnosis.steps.representatives import WorkAbove, packed_ms
 from traceml.diagnosis.steps.segments import Segments, segments_of
-from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["STEPS_COMPARED", "HostMerger"]
 
@@ -183,10 +182,7 @@ def choose_ranks(segments: Segments, kept: int | None = None) -> RankChoice:
         ranks = segments.ranks.tolist()
         return RankChoice(_typical(ranks, kept), tuple(sorted(ranks)), ())
 
-    apart = _differs(segments, segments.own)
-    for values in segments.parts.values():
-        apart |= _differs(segments, values)
-
+    apart = _differs(segments)
     means = segments.own.mean(axis=1)
     by_work = np.argsort(means, kind="stable")
     ordinary = [row for row in by_work.tolist() if not apart[row]] or [int(by_work[(len(means) - 1) // 2])]
@@ -199,10 +195,12 @@ def _typical(ranks: list[int], kept: int | None) -> int:
     return kept if kept is not None and kept in ranks else ranks[(len(ranks) - 1) // 2]
 
 
-def _differs(segments: Segments, values: Floats) -> NDArray[np.bool_]:
-    means = values.mean(axis=1)
+def _differs(segments: Segments) -> NDArray[np.bool_]:
+    """Return which ranks differ in their own work or in a part of it."""
+    values = np.stack([segments.own, *segments.parts.values()])
+    means = values.mean(axis=2)
     # The lower median is a real rank's: where half of the ranks are late, the other half are the ordinary ones.
-    median = np.sort(means)[(len(means) - 1) // 2]
-    error = float(np.median(values.std(axis=1))) / max(values.shape[1], 1) ** 0.5
-    least = max(MIN_DIFFERENCE * segments.step_ns, MIN_ERRORS * error)
-    return np.asarray(np.abs(means - median) > least)
+    medians = np.sort(means, axis=1)[:, [(means.shape[1] - 1) // 2]]
+    errors = np.median(values.std(axis=2), axis=1, keepdims=True) / values.shape[2] ** 0.5
+    least = np.maximum(MIN_DIFFERENCE * segments.step_ns, MIN_ERRORS * errors)
+    return np.asarray((np.abs(means - medians) > least).any(axis=0))
