@@ -137,15 +137,15 @@ def test_errors_reach_the_assistant(folder: Path) -> None:
     assert not fine.is_error
 
 
-def test_the_stacks_of_a_running_job(folder: Path) -> None:
+def test_the_stacks_of_a_running_job(tmp_path: Path) -> None:
     """While the job waits; it ends as it would have."""
-    (folder / "wait.py").write_text(TRAIN + WAIT)
+    (tmp_path / "wait.py").write_text(TRAIN + WAIT)
     words = command("run", "--live", "none", "wait.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with forked.Popen(words, forks=True, cwd=folder, env=environ(), **pipes) as job:
+    with forked.Popen(words, forks=True, cwd=tmp_path, env=environ(), **pipes) as job:
         assert job.stdout is not None
         assert "trained" in job.stdout.readline()
-        (stacks,) = asked(folder, ("stacks", {}))
+        (stacks,) = asked(tmp_path, ("stacks", {}))
         job.communicate("\n", timeout=240)
 
     assert job.returncode == 0
