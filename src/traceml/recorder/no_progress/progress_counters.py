@@ -1,10 +1,9 @@
 """Signs of progress in a rank, cheap ones first.
 
 These are a row, batch, phase or collective; a written byte (output, a checkpoint), also of a child that the training
-thread waits for; and a line of the user's code, or of
-a module that is being imported, below all lines seen in its function since the last progress. A loop that polls a file
-runs the same lines again and again, which is no progress. Nor are the answers of torch's store, which ranks that wait
-for others ask all the time.
+thread waits for; and a line of the user's code, or of a module that is being imported, below all lines seen in its
+function since the last progress. A loop that polls a file runs the same lines again and again, which is no progress.
+Nor are the answers of torch's store, which ranks that wait for others ask all the time.
 """
 
 from __future__ import annotations
