@@ -38,7 +38,7 @@ class LoaderFacts:
 
     @property
     def likeness(self) -> tuple[str | None, int | None, int | None]:
-        """What loaders have in common that a script makes for the same data, as for each epoch."""
+        """Data and workers, which loaders that a script makes for each epoch have in common."""
         return self.dataset, self.length, self.num_workers
 
     def option(self, name: str) -> str:
