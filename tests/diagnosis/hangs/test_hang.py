@@ -366,6 +366,7 @@ LOCK_FILE = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
     [
         ({"answered": "signal", "process_state": "S"}, f"{GIL}, waiting"),
         ({"answered": "signal", "process_state": "R"}, f"{GIL}, computing"),
+        ({"answered": "signal", "process_state": "D", "waits_on": "/ck/a.pt"}, f"{GIL}, waiting for a disk (/ck/a.pt)"),
         ({"answered": "kernel", "process_state": "T"}, "in train.py:6 stuck, stopped by a signal"),
         ({"wchan": "anon_pipe_write", "waits_on": "stderr"}, "stuck, writing to stderr, which nobody reads"),
         (LOCK_FILE, "in train.py:6 stuck, waiting for a file lock (/tmp/lock)"),
@@ -792,6 +793,10 @@ def test_the_signal_that_ends_a_rank_is_no_work_of_it():
         "Rank 0 has been in checkpoint saving, in train.py:105 write for 75 s."
     )
     assert found(last, exits=exits, ranks=1, state="stopped") is None
+    silent = replace(last, frames=(), answered="kernel")  # it could not be asked again
+    assert "in train.py:105 write" in summary(found(writes, silent, exits=exits, ranks=1, state="stopped"))
+    stopped = replace(silent, process_state="T")
+    assert "stopped by a signal" in summary(found(writes, stopped, exits=exits, ranks=1, state="stopped"))
 
 
 def test_a_rank_that_computes_waits_for_nothing():

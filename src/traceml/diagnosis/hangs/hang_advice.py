@@ -114,16 +114,16 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if awaited_thread(snapshot) is not None:
         return "Tell that thread to end before the script does, or make it a daemon: Thread(daemon=True)."
 
-    if what.startswith("writing to std"):
+    if "writing to std" in what:
         return "Let the parent process read that pipe, or send the output to a file."
 
-    if what.startswith("writing to"):
+    if "writing to" in what:
         return (
             "Find out which process is to read that pipe, and what it waits for: a child stops reading when nobody "
             "reads its own output. communicate() writes and reads at the same time."
         )
 
-    if what.startswith("waiting for a disk"):
+    if "waiting for a disk" in what:
         return "Look at the disk, or the server, of that file system: dmesg, mount."
 
     if "file lock" in what and blocker is not None and blocker.is_self:

@@ -213,9 +213,12 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         whose = f"its thread in {line_text(line.file, line.line, line.function)}" if line else "another thread"
         return f"waiting for the GIL, which {whose} holds in C code"
 
-    if isinstance(snapshot, RankSnapshot) and snapshot.answered in ("signal", "kernel"):
-        return "in C code that holds the GIL, " + ("computing" if state == "R" else "waiting")
+    what = _by_kernel(snapshot, state)
+    is_held = isinstance(snapshot, RankSnapshot) and snapshot.answered in ("signal", "kernel")
+    return f"in C code that holds the GIL, {what or 'waiting'}" if is_held else what
 
+
+def _by_kernel(snapshot: RankSnapshot | WorkerSnapshot, state: str) -> str:
     if state == "D" or snapshot.wchan.startswith(_DISK):
         return f"waiting for a disk{_bracketed(*_path(snapshot.waits_on))}"
 

@@ -234,7 +234,7 @@ def test_a_rank_of_another_host_that_cannot_answer_has_a_snapshot_from_there(hos
     assert ended.returncode != 0
     assert (verdict["kind"], verdict["ranks"]) == ("HANG", [1]), verdict
     assert f"in C code called at train.py:{line}" in verdict["summary"]
-    assert "that holds the GIL, waiting" in verdict["summary"]
+    assert "that holds the GIL, sleeping" in verdict["summary"]
 
 
 def test_a_lone_rank_that_cannot_end_itself_is_ended_by_the_launcher(hosts: Hosts, folder: Path) -> None:

@@ -27,6 +27,7 @@ _SENDING_S = 5.0  # a recorder whose last row is older may not have run
 _FIRST_RANKS = 16
 _FOREVER_S = 1e9
 _CHANGES = 2
+_ALIVE = ("R", "S", "D")
 _ITSELF = "recorder"  # a snapshot that the rank took; where it could not, another process did
 _NO_PROGRESS = ("snapshot", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
 
@@ -181,7 +182,7 @@ class ProgressHistory:
             self._count_pause(snapshot, 0.0)
         elif not snapshot.ended:
             before = None if rank in self._over else self._snapshots.get(rank)
-            if snapshot.is_last and before is not None and before.answered == snapshot.answered:
+            if snapshot.is_last and before is not None and _tells_no_more(snapshot, before):
                 # The signal that ends a rank has woken it: what it did until then is how it hung.
                 snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=snapshot.quiet_s, is_last=True)
 
@@ -332,6 +333,11 @@ class ProgressHistory:
         self._ends = np.append(self._ends, np.zeros(more, np.int64))
         self._sequences = np.append(self._sequences, np.full(more, -1, np.int64))
         self._newest_gaps = np.append(self._newest_gaps, np.zeros(more, np.int64))
+
+
+def _tells_no_more(last: RankSnapshot, before: RankSnapshot) -> bool:
+    """Whether a snapshot at the end of a job knows the same as the one before, or only that the process is alive."""
+    return last.answered == before.answered or (last.answered == "kernel" and last.process_state in _ALIVE)
 
 
 def _state(snapshot: RankSnapshot) -> tuple[bool, str]:
