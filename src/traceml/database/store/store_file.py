@@ -281,7 +281,7 @@ def _advice(path: Path, error: Exception) -> str:
         return f"Free some space on the disk of {path.parent}; unwritten rows are kept and written later."
 
     if any(word in text for word in ("malformed", "not a database", "decode")):
-        return "The file is damaged: move it away. To recover rows: `sqlite3 store.db .recover`."
+        return "The file is damaged: move it away, or put a copy of it in its place."
 
     if "locked" in text:
         return "Another program has it locked: stop it, or wait."
