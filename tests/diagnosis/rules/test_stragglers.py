@@ -118,6 +118,16 @@ def test_the_line_of_the_loop_is_not_blamed_for_loader_workers() -> None:
     assert own_line_share(facts.lines, "input_wait", [1], [0]) == 0
 
 
+def test_one_long_step_is_told_by_no_line() -> None:
+    """An evaluation on one rank, once in a run, is not how long that rank's steps are."""
+    lines = [_sampled(rank, "other", 7, 40) for rank in range(2)]
+    facts = JobFacts(world_size=2, lines=[*lines, _sampled(1, "other", 9, 150)])
+
+    found = diagnose(window_of(Job(ranks=2, steps=80), _in_steps("other", 15_000.0, 1, 40, 41)), facts)
+
+    assert [each.kind for each in found if each.ranks] == []
+
+
 def _varying(part: str, ms: float) -> Fault:
     """Return up to so much more in each stretch of ten steps, on all ranks."""
 

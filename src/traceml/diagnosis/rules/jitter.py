@@ -13,6 +13,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.rules.long_steps import RARE
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments, median_over_ranks
@@ -39,8 +40,6 @@ TURNS_WAIT = 0.10
 """If main threads waited for a core for this share of their ready time or more, they may have waited in turns."""
 WAITED_FACTOR = 2.0
 """Then turns cost this many times what all ranks waited: a thread that gets a core back finds its caches cold."""
-RARE = 0.25
-"""At most this share of steps is long; more are a property of the run."""
 MIN_EVENTS = 3
 """Fewer long steps are single events."""
 ONE_STEP_SHARE = 0.8

@@ -13,7 +13,8 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.jitter import LINE_SHARE, RARE, excess_over_usual, usual
+from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, usual
+from traceml.diagnosis.rules.long_steps import RARE
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import saved_ns, speedup
 from traceml.diagnosis.steps.segments import UNNAMED, Segments

@@ -12,7 +12,7 @@ from traceml.diagnosis.steps.segments import LateRanks, Segments
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["late_evidence", "late_summary", "mean_of_others", "waited_for_core"]
+__all__ = ["late_evidence", "late_summary", "mean_of_others", "share_late", "waited_for_core"]
 
 _UNEVEN = 0.03
 """Cost and gain that differ by so much of the step are explained."""
@@ -100,7 +100,7 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
         "excess_ms": late.excess_ns / 1e6,
         "excess_ms_by_phase": {name: value / 1e6 for name, value in late.by_part_ns.items()},
         "dominance": late.dominance,
-        "share_of_steps_late": _share_late((mine - others)[known]),
+        "share_of_steps_late": share_late((mine - others)[known]),
         "steps": segments.own.shape[1],
     }
     group = {"rank_group": late.group.evidence()} if late.group is not None else {}
@@ -110,7 +110,7 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
     return {**evidence, **group, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}
 
 
-def _share_late(excess: Floats) -> float:
+def share_late(excess: Floats) -> float:
     """Return the share of steps with at least half of the usual excess.
 
     Half of all excess is in steps with the usual one or more: neither the steps without any nor a few very long ones

@@ -20,8 +20,14 @@ from traceml.diagnosis.facts.blamed_lines import blamed_line, own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.long_steps import count_long_steps, long_steps_blame
-from traceml.diagnosis.rules.straggler_words import late_evidence, late_summary, mean_of_others, waited_for_core
+from traceml.diagnosis.rules.long_steps import RARE, count_long_steps, long_steps_blame
+from traceml.diagnosis.rules.straggler_words import (
+    late_evidence,
+    late_summary,
+    mean_of_others,
+    share_late,
+    waited_for_core,
+)
 from traceml.diagnosis.steps.replay import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
 from traceml.diagnosis.steps.steady_excess import SteadyExcess, steady_excesses
@@ -248,8 +254,9 @@ def _cause(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _
     if excess < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS):
         return None
 
-    # A fault in a part of the run looks like chance; a line that only these ranks run is none.
-    if not _is_significant(segments, rows, usual) and not _runs_own_line(segments, facts, rows, usual):
+    # A fault in a part of the run looks like chance; a line that only these ranks run is none, if it is no rare event.
+    is_stretch = share_late(over) > RARE and _runs_own_line(segments, facts, rows, usual)
+    if not is_stretch and not _is_significant(segments, rows, usual):
         return None
 
     part, everywhere = _blamed_part(segments, facts, rows, usual, excess)
