@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
@@ -96,6 +98,16 @@ def test_one_step_that_takes_most_of_the_time_is_reported(other_ms, kind):
     assert found.kind is kind
     assert "One step took" in found.summary
     assert "Nothing needs fixing" not in found.next
+
+
+def test_the_long_step_of_one_rank_is_told_by_its_work():
+    """The other ranks wait in this step or in the next one: the mean over ranks has half of it."""
+    job = Job(ranks=2, steps=80, own={"forward": 3.0, "backward": 3.0, "other": 20.0})
+    (found, *_) = diagnose(window_of(job, adds("other", 15_000.0, (1,), every=job.steps)), JobFacts(world_size=2))
+
+    assert found.kind is Kind.HEALTHY
+    (said_s,) = re.findall(r"One step took ([\d.]+) s", found.summary)
+    assert float(said_s) == pytest.approx(15.0, rel=0.1)
 
 
 @pytest.mark.parametrize(("pause_ms", "named"), [(60_000.0, True), (7_000.0, False)])

@@ -89,11 +89,13 @@ def _without_pauses(segments: Segments) -> NDArray[np.intp]:
 
 def _pause(segments: Segments, facts: JobFacts, step: float) -> tuple[str, str]:
     """Return (sentence, advice) about one long pause; empty ones where it is too short to matter."""
-    longest = float(segments.step.max())
+    # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
+    times = np.maximum(segments.step, segments.longest(segments.own))
+    at = int(times.argmax())
+    longest = float(times[at])
     if longest < _PAUSE_NS or longest < _PAUSE_SHARE * float(segments.step.sum()):
         return "", ""
 
-    at = int(segments.step.argmax())
     part = max(segments.parts, key=lambda name: float(segments.parts[name][:, at].max()), default="other")
     line = _line_of_pause(segments, facts, part, at)
     is_known = part != "other" and float(segments.parts[part][:, at].max()) >= _PAUSE_PART * longest
