@@ -255,8 +255,9 @@ def _cause(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _
         return None
 
     # A fault in a part of the run looks like chance; a line that only these ranks run is none, if it is no rare event.
-    is_stretch = share_late(over) > RARE and _runs_own_line(segments, facts, rows, usual)
-    if not is_stretch and not _is_significant(segments, rows, usual):
+    if not _is_significant(segments, rows, usual) and (
+        share_late(over) <= RARE or not _runs_own_line(segments, facts, rows, usual)
+    ):
         return None
 
     part, everywhere = _blamed_part(segments, facts, rows, usual, excess)
