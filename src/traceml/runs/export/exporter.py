@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,19 +94,17 @@ def _missing_end(path: Path, form: str) -> str:
 
 
 def _export_tables(
-    reader: StoreReader, form: str, path: Path, damage: Mapping[str, None], progress: Progress
+    reader: StoreReader, form: str, path: Path, damage: dict[str, None], progress: Progress
 ) -> ExportResult:
     from traceml.runs.export.table_files import export_tables
 
     counts, lost = export_tables(reader, form, path, progress)
     files = tuple(path / f"{name}.{form}" for name in counts)
-    return ExportResult(
-        path, form, counts["steps"], sum(counts.values()), files, tuple(dict.fromkeys([*damage, *lost]))
-    )
+    return ExportResult(path, form, counts["steps"], sum(counts.values()), files, tuple(damage | dict.fromkeys(lost)))
 
 
 def _export_trace(
-    reader: StoreReader, form: str, path: Path, damage: Mapping[str, None], progress: Progress
+    reader: StoreReader, form: str, path: Path, damage: dict[str, None], progress: Progress
 ) -> ExportResult:
     from traceml.runs.export.timeline import TimelineExporter, origin_of
 
@@ -131,4 +128,4 @@ def _export_trace(
         draft.unlink(missing_ok=True)
 
     events = statistics.written - timeline.names
-    return ExportResult(path, form, timeline.steps, events, (path,), tuple(dict.fromkeys([*damage, *timeline.damage])))
+    return ExportResult(path, form, timeline.steps, events, (path,), tuple(damage | dict.fromkeys(timeline.damage)))
