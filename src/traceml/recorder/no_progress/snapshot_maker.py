@@ -26,12 +26,7 @@ from traceml.inspection.awaiting_frames import awaiting_frames
 from traceml.inspection.kernel_state import io_bytes, is_job_suspended, process_info, tree_usage, wait_state
 from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
-from traceml.inspection.user_files import (
-    display_path,
-    is_debugger,
-    is_import_machinery,
-    is_package_file,
-)
+from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.no_progress.awaited_child import awaited_child
 from traceml.recorder.no_progress.store_threads import StoreThreads

@@ -339,7 +339,7 @@ def _delivery_lines(trackers: Sequence[TrackerSection], width: int) -> Iterator[
     """Yield what happens to the rows that trackers lack."""
     lacking = [tracker for tracker in trackers if tracker.pending]
     if not all(tracker.goes_on for tracker in lacking):
-        broken = any(tracker.state == "broken" for tracker in lacking)
+        broken = any(tracker.is_broken for tracker in lacking)
         when = " once that is mended; with --backend NAME, to another tracker" if broken else ""
         yield from _labeled("", f"traceml sync delivers the pending rows{when}", width, style="bold")
     elif lacking:

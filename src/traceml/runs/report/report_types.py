@@ -312,6 +312,11 @@ class TrackerSection(msgspec.Struct, kw_only=True):
         return self.state in ("starting", "delivering")
 
     @property
+    def is_broken(self) -> bool:
+        """Whether its library is missing or broken, or it is misconfigured: it is not tried again."""
+        return self.state == "broken"
+
+    @property
     def needs_attention(self) -> bool:
         """Whether the tracker reports an error or refused rows."""
         return bool(self.error or self.failed)
