@@ -266,6 +266,7 @@ class Aggregator:
             await asyncio.to_thread(_call, self._on_run_finished, run.path)
 
         self._deliveries.poll(run.path, ended=True)
+        self._settle_delivered()  # a run without trackers at once: its launcher waits
         return True
 
     def is_delivering(self, path: Path) -> bool:
@@ -363,6 +364,10 @@ class Aggregator:
         for path in self._deliveries.ended_runs:
             self._deliveries.poll(path, ended=True)
 
+        self._settle_delivered()
+
+    def _settle_delivered(self) -> None:
+        """Start the last work on runs whose delivery has ended."""
         for settled in self._deliveries.settled():
             self._settling.add(settled.run_dir)
             self._start(self._settle(settled))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -28,6 +30,8 @@ def main() -> int:
     lower_priority(int(sys.argv[1]))
     _be_killed_first()
     gc.disable()  # the process ends with the report
+    import numpy.ma  # noqa: F401 - numpy's functions of sets import it when first called
+
     from traceml.display import report_files
 
     request = sys.stdin.readline()
@@ -61,4 +65,6 @@ def _answer(**values: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    os._exit(status)  # the files are written, and somebody waits for this end: no module need be taken apart

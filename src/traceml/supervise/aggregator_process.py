@@ -33,7 +33,7 @@ __all__ = ["AggregatorProcess", "choose_run_id"]
 
 _ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
 _LAST_SNAPSHOT_S, _SNAPSHOT_S = 0.2, 1.0
-_POLL_S, _REPORT_DELIVERY_S = 0.05, 1.5
+_FIRST_POLL_S, _LAST_POLL_S, _REPORT_DELIVERY_S = 0.01, 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _STOP_TIMEOUT_S = 10.0  # its delivery processes save their position first
 
@@ -205,12 +205,14 @@ class AggregatorProcess(RestartingProcess):
     def _wait_for_deliveries(self, connection: Connection) -> None:
         """Wait until trackers have received what was logged; the aggregator skips those that make no progress."""
         report_at_s: float | None = time.monotonic() + _REPORT_DELIVERY_S
+        pause_s = _FIRST_POLL_S  # without trackers there is little left to do
         while connection.request("deliveries", timeout_s=_ANSWER_TIMEOUT_S)["busy"] and not _is_interrupted():
             if report_at_s is not None and time.monotonic() > report_at_s and self._on_delivery is not None:
                 self._on_delivery()
                 report_at_s = None
 
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_POLL_S)
 
     def _replace(self) -> None:
         """Start a new aggregator in place of one that does not answer."""
