@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -291,6 +292,33 @@ def test_an_unwritable_runs_folder_stops_before_training(traceml: Traceml, tmp_p
     assert ended.status == 3
     assert "--runs-dir" in ended.stderr
     assert ended.stdout == ""
+
+
+def test_names_of_files_that_are_not_utf8(tmp_path: Path) -> None:
+    """A folder, a script and an artifact whose names are other bytes: all rows are stored, and the verdict is shown."""
+    folder = tmp_path / os.fsdecode(b"d\xe9p")
+    folder.mkdir()
+    script, artifact = folder / os.fsdecode(b"train\xe9.py"), folder / os.fsdecode(b"loss\xe9.txt")
+    artifact.write_text("0.1")
+    name = f"{os.fsencode(artifact)!r}.decode(errors='surrogateescape')"
+    log = f"import traceml\ntraceml.init(local=True)\ntraceml.log_artifact({name})\n"
+    script.write_text(log + TINY.read_text().replace("from __future__ import annotations\n", ""))
+
+    with closing(Traceml(folder)) as traceml:
+        run = traceml("run", script, "--steps", "30")
+        local = forked.run([sys.executable, script], cwd=folder, env=traceml.environ, capture_output=True, text=True)
+
+    assert run.status == local.returncode == 0
+    for stderr in (run.stderr, local.stderr):
+        assert "Traceback" not in stderr
+        assert "Report" in stderr
+
+    reports = list((folder / "traceml_runs").glob("2*/report.json"))
+    assert len(reports) == 2
+    for path in reports:
+        appended, stored, lost = store_counts(json.loads(path.read_text()))
+        assert (appended, lost) == (stored, 0)
+        assert len(list((path.parent / "artifacts").iterdir())) == 1
 
 
 def test_disabled_is_python_alone(traceml: Traceml, tmp_path: Path) -> None:

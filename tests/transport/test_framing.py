@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 
@@ -25,6 +26,13 @@ def test_round_trip_in_any_pieces():
 
         assert out == messages
         assert decoder.feed(encode(messages[0])) == messages[:1]  # nothing of the earlier frames is left
+
+
+def test_names_of_files_that_are_not_utf8_come_out_as_they_were():
+    """A path is the same on the other side, whatever its bytes are."""
+    message = {"t": "welcome", "run_dir": os.fsdecode(b"/runs/d\xe9p")}
+
+    assert Decoder().feed(encode(message)) == [message]
 
 
 def test_rows_frame_is_the_message_it_stands_for():

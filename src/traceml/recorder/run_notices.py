@@ -72,7 +72,8 @@ def show_verdict(run_dir: Path) -> None:
     try:
         done = subprocess.run(
             own_program("traceml", "report", str(run_dir)),
-            env=_environ(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SHOW_S, check=True,
+            env=_environ(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="backslashreplace",
+            timeout=_SHOW_S, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as failure:
         message = getattr(failure, "stderr", None) or failure

@@ -183,7 +183,7 @@ def _lock(runs_dir: Path, *, create: bool) -> tuple[int, bool]:
     try:
         return _locked(runs_dir / _OPEN / name, create=create)
     except OSError:  # a folder of another user, or a filesystem without locks
-        known = hashlib.sha256(str(runs_dir.resolve()).encode()).hexdigest()[:16]
+        known = hashlib.sha256(os.fsencode(runs_dir.resolve())).hexdigest()[:16]
         return _locked(auth.runtime_folder() / f"folder-{known}", create=create)
 
 

@@ -20,6 +20,8 @@ _HELLO_ITEMS = 1024
 # The longest list in a message has an entry per rank.
 _MESSAGE_ITEMS = 1 << 17
 
+# Names of files may be bytes that are not UTF-8; Python has lone surrogates for them.
+_SURROGATES = "surrogatepass"
 _LENGTH = struct.Struct(">I")
 # The numbers of a rows frame have a fixed width, so that its head is one `pack` and a few constants.
 _SEQ_N = struct.Struct(">Q3sI6sI")
@@ -33,7 +35,7 @@ def encode(message: dict[str, Any]) -> bytes:
         ProtocolError: it is larger than a frame may be, or contains a type unknown to msgpack.
     """
     try:
-        payload: bytes = msgpack.packb(message)
+        payload: bytes = msgpack.packb(message, unicode_errors=_SURROGATES)
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"cannot encode a {message.get('t')!r} message: {error}") from error
 
@@ -148,7 +150,9 @@ def decode_log(data: bytes) -> list[dict[str, Any]]:
 
 def _decode(payload: bytes, items: int) -> dict[str, Any]:
     try:
-        message = msgpack.unpackb(payload, strict_map_key=False, max_array_len=items, max_map_len=items)
+        message = msgpack.unpackb(
+            payload, strict_map_key=False, max_array_len=items, max_map_len=items, unicode_errors=_SURROGATES
+        )
     except (ValueError, TypeError, MemoryError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a frame of {len(payload)} bytes is not msgpack: {error!r}") from error
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -49,7 +50,7 @@ class Upstream:
 
         self.address, self._host, self._port = address, host.strip("[]"), int(port)
         self._token, self._tls = token, tls
-        self._host_id = hashlib.sha256(str(runs_dir.absolute()).encode()).hexdigest()[:12]
+        self._host_id = hashlib.sha256(os.fsencode(runs_dir.absolute())).hexdigest()[:12]
         self._relays: dict[Path, RunRelay] = {}
         self._retries: dict[Path, _Retry] = {}
         self._marked: dict[Path, int] = {}

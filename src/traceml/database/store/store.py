@@ -169,11 +169,11 @@ class StoreWriter:
 
     def put_meta(self, key: str, value: Any) -> None:
         """Set a fact of the run, any msgpack value; the next commit writes it."""
-        self._meta[key] = msgpack.packb(value)
+        self._meta[key] = _packed(value)
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         """Record an event with the current time; the next commit writes it."""
-        self._events.append((time.time_ns(), kind, msgpack.packb(data)))
+        self._events.append((time.time_ns(), kind, _packed(data)))
 
     def commit(self, now_s: float | None = None, *, frames_of_all: bool = False) -> dict[tuple[int, str], int]:
         """Write all buffered rows in one transaction.
@@ -297,7 +297,7 @@ class StoreWriter:
 
     def _stream_row(self, stream: int) -> tuple[Any, ...]:
         identity, facts = self._streams[stream]
-        return (stream, *identity, msgpack.packb(facts))
+        return (stream, *identity, _packed(facts))
 
     def _load(self) -> None:
         """Load the streams and positions of a store that is continued."""
@@ -382,6 +382,11 @@ def _lock_folder(path: Path) -> int:
         pass  # a network filesystem without folder locks: SQLite's locks still protect the file
 
     return descriptor
+
+
+def _packed(value: Any) -> bytes:
+    """Return a value as msgpack; what is not UTF-8 in the name of a file is written as an escape sequence."""
+    return bytes(msgpack.packb(value, unicode_errors="backslashreplace"))
 
 
 def _validate(table: str, n: int, data: bytes | memoryview) -> None:

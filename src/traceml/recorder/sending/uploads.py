@@ -26,10 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import msgpack
-
 from traceml.clock import boot_id
 from traceml.database.flight.flight_folders import pending_row_path, spool_folder
+from traceml.database.flight.row_rings import pack_map
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
 from traceml.own_files import make_own_folder
@@ -246,7 +245,7 @@ class FileUploader:
             facts = {"path": f"{ARTIFACTS}/{name}", "size": size, "sha256": digest.hexdigest()} | upload.facts
             # Its row follows when the file has arrived; after a crash before that, recovery reads it from here.
             upload.note = pending_row_path(folder, next(self._notes))
-            upload.note.write_bytes(msgpack.packb(_row(upload.kind, upload) | facts))
+            upload.note.write_bytes(pack_map(_row(upload.kind, upload) | facts))
             part.rename(folder / name)
         except BaseException:
             part.unlink(missing_ok=True)
