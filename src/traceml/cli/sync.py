@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +39,7 @@ from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
 from traceml.track.rank.announcement import refuse_secrets
 from traceml.track.rank.tracker_places import moved_options
-from traceml.track.tracker_state import DeliveryPhase, TrackerState, locked
+from traceml.track.tracker_state import DeliveryPhase, locked
 
 __all__ = ["STALL_LIMIT_S", "main"]
 
@@ -48,6 +48,7 @@ _POLL_S = 0.1
 _SILENT_S = 60.0  # with --ended: a network filesystem shows writes of another host within that time
 # A tracker that accepts nothing for this long, neither failing nor in a long call, is skipped.
 STALL_LIMIT_S = 120.0
+_PRINTED = ("backend", "state", "delivered", "pending", "failed", "error", "fallback")
 
 
 @dataclass(frozen=True)
@@ -73,30 +74,16 @@ class SyncOptions:
     """Folder of the runs (default: the setting runs_dir)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _DeliveryOutcome:
-    """Result for one run and tracker."""
-
-    run: str
-    backend: str
-    state: str
-    delivered: int
-    pending: int
-    failed: int
-    error: str
-    fallback: int
-
-
 def main(argv: list[str]) -> int:
     """Deliver; return 0, or 3 when something is left."""
     options = parse(SyncOptions, argv, prog="traceml sync")
     config = config_over(options.runs_dir)
     if options.backend and not options.runs:
         *names, last = options.backend
-        if names and (Path(config.runs_dir) / last).is_dir():
+        if names and (config.runs_dir / last).is_dir():
             raise UsageError(f"RUN comes before --backend: traceml sync {last} --backend {' '.join(names)}")
 
-    outcomes: list[_DeliveryOutcome] = []
+    outcomes: list[tuple[str, TrackerSection]] = []
     console = Console(highlight=False, stderr=True)
     for run_dir in _wanted(options, config):
         try:
@@ -113,20 +100,21 @@ def main(argv: list[str]) -> int:
             _print(found)
 
     if options.json:
-        print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
+        rows = [{"run": run, **{name: getattr(tracker, name) for name in _PRINTED}} for run, tracker in outcomes]
+        print(json.dumps(rows, indent=2))
     elif not outcomes:
         print("Nothing to deliver")
 
     left = [
         each
-        for each in outcomes
+        for _, each in outcomes
         if each.state != DeliveryPhase.DONE and (each.pending or each.state != DeliveryPhase.OPEN)
     ]
     return EXIT_UNDELIVERED if left else 0
 
 
 def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
-    runs_dir = Path(config.runs_dir)
+    runs_dir = config.runs_dir
     if options.ended or not options.runs:
         for run_dir in finish_flights(runs_dir, _SILENT_S if options.ended else None):
             write_reports(run_dir)
@@ -168,8 +156,8 @@ def _warn(text: str) -> None:
     print(printable(f"traceml sync: {text}", lines=True), file=sys.stderr, flush=True)
 
 
-def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console) -> list[_DeliveryOutcome]:
-    """Deliver one run to all its trackers at once."""
+def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console) -> list[tuple[str, TrackerSection]]:
+    """Deliver one run to all its trackers at once; return its name with the state of each."""
     merge_wal(run_dir / STORE_NAME)  # a killed writer may have left a transaction, which a reader may not undo
     _finish(run_dir, wait=options.wait)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
@@ -182,7 +170,7 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
         merge_wal(run_dir / STORE_NAME)
         refresh_reports(run_dir)
 
-    return [_outcome(process, logged) for process in processes]
+    return [(run_dir.name, _outcome(process, logged)) for process in processes]
 
 
 def _finish(run_dir: Path, *, wait: bool) -> None:
@@ -279,10 +267,9 @@ def _progress(console: Console, processes: Sequence[DeliveryProcess], logged: in
         yield show
 
 
-def _outcome(process: DeliveryProcess, logged: int) -> _DeliveryOutcome:
-    state: TrackerState = process.state
-    return _DeliveryOutcome(
-        run=process.run_dir.name,
+def _outcome(process: DeliveryProcess, logged: int) -> TrackerSection:
+    state = process.state
+    return TrackerSection(
         backend=process.backend,
         state=str(state.phase),
         delivered=state.delivered,
@@ -293,16 +280,7 @@ def _outcome(process: DeliveryProcess, logged: int) -> _DeliveryOutcome:
     )
 
 
-def _print(outcomes: Sequence[_DeliveryOutcome]) -> None:
-    for each in outcomes:
-        tracker = TrackerSection(
-            backend=each.backend,
-            state=each.state,
-            delivered=each.delivered,
-            pending=each.pending,
-            failed=each.failed,
-            error=each.error,
-            fallback=each.fallback,
-        )
-        text = tracker_text(tracker, most_chars=len(each.error))  # whole: its end says what to do
-        print(printable(f"{each.run}: {text}"), file=sys.stdout, flush=True)
+def _print(outcomes: Sequence[tuple[str, TrackerSection]]) -> None:
+    for run, tracker in outcomes:
+        text = tracker_text(tracker, most_chars=len(tracker.error))  # whole: its end says what to do
+        print(printable(f"{run}: {text}"), file=sys.stdout, flush=True)
