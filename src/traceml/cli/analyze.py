@@ -26,22 +26,6 @@ __all__ = ["main"]
 _TOP = 20
 
 
-class _Paths(tuple[str, ...]):
-    """Paths on the command line; with this type tyro does not import typeguard, which takes 45 ms."""
-
-    __slots__ = ()
-
-
-_NO_PATHS = _Paths()
-_TAKEN = tyro.constructors.PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="PATH ...",
-    instance_from_str=_Paths,
-    is_instance=lambda value: isinstance(value, _Paths),
-    str_from_instance=list,
-)
-
-
 @dataclass(frozen=True)
 class AnalyzeOptions:
     """Summarize traces: dftracer's .pfw, .pfw.gz and .pfw.zst, Chrome and Perfetto JSON, exports of torch.profiler.
@@ -51,7 +35,7 @@ class AnalyzeOptions:
     Damaged files are read as far as possible, and the damage is reported.
     """
 
-    paths: Annotated[tyro.conf.Positional[_Paths], _TAKEN, tyro.conf.arg(metavar="PATH ...")] = _NO_PATHS
+    paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH ...")] = ()
     """Files, folders of them, or patterns."""
     by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...")] = None
     """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""
