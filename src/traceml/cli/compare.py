@@ -12,8 +12,7 @@ import tyro
 from rich.console import Console
 
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import parse
-from traceml.cli.report import runs_dir_of
+from traceml.cli.options.parsing import config_over, parse
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.compared_runs import compared_runs
 from traceml.renderers.text.comparison import change_text, compared_card
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 def _chosen(options: CompareOptions) -> list[Path]:
     """Return the baseline and the runs that are compared with it."""
-    runs_dir = runs_dir_of(options.runs_dir)
+    runs_dir = config_over(options.runs_dir).runs_dir
     if options.baseline is None and len(options.runs) < 2:
         raise UsageError("name two runs, or one run and --baseline RUN: traceml compare A B")
 

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     options = parse(McpOptions, argv, prog="traceml mcp")
     config = config_over(options.runs_dir)
     os.environ.setdefault("MCP_LOG_LEVEL", "WARNING")
-    server = build_server(RunTools(Path(config.runs_dir), [Path(folder) for folder in options.traces]))
+    server = build_server(RunTools(config.runs_dir, [Path(folder) for folder in options.traces]))
     server.run("stdio")
     return 0
 

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     if options.format and (options.json or not options.lines):
         raise UsageError("--format needs --lines, alone: `traceml report --lines --format speedscope > lines.json`")
 
-    run_dir = find_run(options.run, runs_dir_of(options.runs_dir))
+    run_dir = find_run(options.run, config_over(options.runs_dir).runs_dir)
     report = current_report(run_dir)
     if options.html is not None:
         _write_page(run_dir, Path(options.html))
@@ -99,11 +99,6 @@ def _write_page(run_dir: Path, path: Path) -> None:
         raise TraceMLError(
             f"cannot write {path}: {error.strerror or error}. Name a file that can be written."
         ) from error
-
-
-def runs_dir_of(given: str | None) -> Path:
-    """Return the folder of runs: the given one, or that of the settings."""
-    return Path(config_over(given).runs_dir)
 
 
 def current_report(run_dir: Path) -> Report:

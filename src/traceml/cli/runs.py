@@ -339,16 +339,12 @@ def _found(runs: Sequence[str], runs_dir: str | None) -> list[Path]:
     if not runs:
         raise UsageError("name a run: its folder, id or name, or `latest`")
 
-    folder = _folder(runs_dir)
+    folder = config_over(runs_dir).runs_dir
     return list(dict.fromkeys(find_run(run, folder) for run in runs))
 
 
-def _folder(runs_dir: str | None) -> Path:
-    return Path(config_over(runs_dir).runs_dir)
-
-
 def _edit(run: str, runs_dir: str | None, change: Callable[[RunLabels], None]) -> RunLabels:
-    return change_labels(find_run(run, _folder(runs_dir)), change)
+    return change_labels(find_run(run, config_over(runs_dir).runs_dir), change)
 
 
 def _show(labels: RunLabels, text: str, *, as_json: bool) -> None:

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         # Where the job is over, somebody waits for its verdict.
         reports = ReportProcess(0 if options.exit_when_idle else BESIDE_RUNS)
         aggregator = Aggregator(
-            Path(config.runs_dir),
+            config.runs_dir,
             token,
             run_id=options.run_id,
             exit_when_idle=options.exit_when_idle,
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
             _metrics(config, options),
             _collector(config),
             _upstream(config, options, aggregator),
-            _published(host, port, token, aggregator, _folder_lock(options, Path(config.runs_dir))),
+            _published(host, port, token, aggregator, _folder_lock(options, config.runs_dir)),
             _screen(aggregator, wanted=options.terminal),
             asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(BatchSelector())) as runner,
         ):
@@ -282,7 +282,7 @@ def _page(runs_dir: Path, port: int | None) -> Iterator[None]:
 def _metrics(config: settings.Config, options: argparse.Namespace) -> Iterator[None]:
     """Serve metrics for Prometheus in a separate process, and print their address."""
     announce = partial(print, flush=True)
-    with metrics_beside(Path(config.runs_dir), options.prometheus, config.token, announce) as keep:
+    with metrics_beside(config.runs_dir, options.prometheus, config.token, announce) as keep:
         if options.prometheus is None:
             yield
             return

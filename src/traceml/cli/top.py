@@ -11,14 +11,13 @@ import tyro
 from rich.console import Console
 
 from traceml.cli.jobs.running_job import running_job
-from traceml.cli.options.parsing import parse
+from traceml.cli.options.parsing import config_over, parse
 from traceml.cli.report import current_report
 from traceml.display.terminal.fullscreen import FullScreen
 from traceml.display.terminal.top_app import TopApp
 from traceml.errors import UsageError
 from traceml.renderers.text.card import print_report
 from traceml.runs.live_run import LiveRun
-from traceml.settings import load
 
 __all__ = ["main"]
 
@@ -48,7 +47,7 @@ def main(argv: list[str]) -> int:
     """Show a running job until it ends or a key is pressed."""
     options = parse(TopOptions, argv, prog="traceml top")
     is_named = options.runs_dir is not None
-    config = load(runs_dir=options.runs_dir) if is_named else load()
+    config = config_over(options.runs_dir)
     if options.json:
         print(current_report(running_job(options.run, config, only_there=is_named)).to_json())
         return 0

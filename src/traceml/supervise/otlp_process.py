@@ -9,7 +9,6 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from traceml.installation import install_command
@@ -44,7 +43,7 @@ class OtlpProcess(RestartingProcess):
     def spawn_process(self) -> subprocess.Popen[bytes]:
         """Start the exporter."""
         config = self._config
-        options = {"endpoint": config.otlp_endpoint, "runs_dir": str(Path(config.runs_dir).absolute()), "nice": _NICE}
+        options = {"endpoint": config.otlp_endpoint, "runs_dir": str(config.runs_dir.absolute()), "nice": _NICE}
         return spawn_server("traceml.display.monitoring", {**options, "owner": os.getpid(), "mask": config.mask})
 
     def close(self) -> None:

@@ -32,14 +32,12 @@ def backend_checks(config: Config) -> Iterator[Check]:
     others = sorted(set(available(PluginType.BACKEND)) - set(wanted))
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(4) as pool:
         names = [*wanted, *others]
-        run_dir = (
-            Path(config.runs_dir).absolute() / "doctor" if Path(config.runs_dir).is_dir() else Path(scratch, "run")
-        )
+        run_dir = config.runs_dir.absolute() / "doctor" if config.runs_dir.is_dir() else Path(scratch, "run")
         results = pool.map(lambda name: probe(name, config.backend_options.get(name, {}), run_dir), names)
         for name, result in zip(names, results, strict=True):
             yield _check(name, result, config, is_wanted=name in wanted)
 
-    yield from _deliveries(Path(config.runs_dir))
+    yield from _deliveries(config.runs_dir)
 
 
 def _check(name: str, result: ProbeResult, config: Config, *, is_wanted: bool) -> Check:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, PluginError, SettingsError
-from traceml.formatting import left_text
+from traceml.formatting import bytes_text, left_text
 from traceml.installation import PACKAGE, foreign_distributions, foreign_hint, free_threading_limits, install_command
 from traceml.process_ends import end_of_status
 from traceml.settings import Config, declarations, load
@@ -218,7 +218,7 @@ def _runs_dir(folder: Path) -> Check:
         return Check("runs_dir", "broken", f"{place} cannot be written: {error.strerror}", hint)
 
     free = shutil.disk_usage(existing).free
-    text = f"{place}{'' if existing == place else ' (will be created)'}, {_size(free)} free"
+    text = f"{place}{'' if existing == place else ' (will be created)'}, {bytes_text(free)} free"
     if free < _RUNS_FREE_BYTES:
         return Check("runs_dir", "note", text, "free some space: `traceml runs --prune` removes old runs")
     if network := network_filesystem(place):
@@ -234,7 +234,7 @@ def _flight_folder(folder: Path) -> Check:
         return Check("flight files", "note", f"{folder} cannot be written; the run's folder is used instead")
 
     usage = shutil.disk_usage(folder)
-    text = f"{folder}, {_size(usage.free)} of {_size(usage.total)} free"
+    text = f"{folder}, {bytes_text(usage.free)} of {bytes_text(usage.total)} free"
     if usage.free < _FLIGHT_FREE_BYTES:
         return Check("flight files", "note", text, "ranks keep fewer rows; in a container: docker run --shm-size=1g")
 
@@ -327,9 +327,3 @@ def _terminal() -> Check:
         return Check("terminal", "note", f"{text}: too small for the live view", hint)
 
     return Check("terminal", "ok", text)
-
-
-def _size(size: int) -> str:
-    from traceml.formatting import bytes_text
-
-    return bytes_text(size)
