@@ -9,7 +9,6 @@ Aim needs Python < 3.13, and only runs written by release 3.28.0 can be read bac
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -165,7 +164,7 @@ class AimBackend(BatchBackend):
         width = (edges[-1] - edges[0]) / len(counts)
         even = all(math.isclose(edge, edges[0] + i * width, abs_tol=width * 1e-6) for i, edge in enumerate(edges))
         if not even or not math.isfinite(width) or len(counts) > _MAX_BUCKETS:
-            self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
+            super().log_histogram(name, counts, edges, step)
             return
 
         made = Distribution.from_histogram(list(counts), (edges[0], edges[-1]))

@@ -127,7 +127,7 @@ class TrackioBackend(BatchBackend):
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram; one with more buckets than Trackio shows becomes a text of JSON."""
         if len(counts) > _MAX_BUCKETS:
-            self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
+            super().log_histogram(name, counts, edges, step)
             return
 
         self._log(name, {"_type": "trackio.histogram", "bins": list(edges), "values": list(counts)}, step)

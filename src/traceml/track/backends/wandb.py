@@ -12,7 +12,6 @@ record depends on the rows alone, never on batches, so counting records is exact
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -182,10 +181,6 @@ class WandbBackend(BatchBackend):
             self._run.tags = tuple(merged_tags(self._run.tags or (), tags, ":", _LONGEST_TAG))
             self._run.config.update({f"tags/{key}": value for key, value in tags.items()}, allow_val_change=True)
 
-    def log_facts(self, facts: Mapping[str, Any]) -> None:
-        """Send facts as values of the config."""
-        self.log_params(facts)
-
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text as a value of the history."""
         self._log({name: plain_value(text)}, step)
@@ -203,7 +198,7 @@ class WandbBackend(BatchBackend):
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram; one with more buckets than W&B accepts becomes a text of JSON."""
         if len(counts) > _MAX_BUCKETS:
-            self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
+            super().log_histogram(name, counts, edges, step)
             return
 
         import wandb

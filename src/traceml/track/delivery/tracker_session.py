@@ -144,60 +144,40 @@ class TrackerSession:
 
             rows = [replace(row, name=names[row.name, row.rank]) if row.rank else row for row in rows]
 
-        backend = self._opened(experiment)
-        with self._watched("log_metrics"):
-            refused = backend.log_metrics(rows)
-
+        refused = self._call(experiment, "log_metrics", rows)
         return refused if isinstance(refused, list | tuple) else ()
 
     def params(self, experiment: PlannedExperiment, params: Mapping[str, Any]) -> None:
         """Send parameters, masked."""
-        masked = self._masker.mask_mapping(params)
-        backend = self._opened(experiment)
-        with self._watched("log_params"):
-            backend.log_params(masked)
+        self._call(experiment, "log_params", self._masker.mask_mapping(params))
 
     def tags(self, experiment: PlannedExperiment, tags: Mapping[str, Any] | Iterable[str]) -> None:
         """Send tags, masked; a plain list becomes tags without values."""
         pairs = dict(tags) if isinstance(tags, Mapping) else {str(tag): "true" for tag in tags}
         masked = {key: _text(value) for key, value in self._masker.mask_mapping(pairs).items()}
-        backend = self._opened(experiment)
-        with self._watched("set_tags"):
-            backend.set_tags(masked)
+        self._call(experiment, "set_tags", masked)
 
     def facts(self, experiment: PlannedExperiment, facts: Mapping[str, Any]) -> None:
         """Send facts about the run, masked."""
-        masked = self._masker.mask_mapping(facts)
-        backend = self._opened(experiment)
-        with self._watched("log_facts"):
-            backend.log_facts(masked)
+        self._call(experiment, "log_facts", self._masker.mask_mapping(facts))
 
     def text(self, experiment: PlannedExperiment, name: str, text: str, step: int) -> None:
         """Send a text, masked by its content and its name."""
-        masked = _text(self._masker.mask_value(name, text))
-        backend = self._opened(experiment)
-        with self._watched("log_text"):
-            backend.log_text(name, masked, step)
+        self._call(experiment, "log_text", name, _text(self._masker.mask_value(name, text)), step)
 
     def image(self, experiment: PlannedExperiment, name: str, path: Path, step: int) -> None:
         """Send an image."""
-        backend = self._opened(experiment)
-        with self._watched("log_image", self._time_for(path)):
-            backend.log_image(name, path, step)
+        self._call(experiment, "log_image", name, path, step, extra_s=_time_for(path))
 
     def histogram(
         self, experiment: PlannedExperiment, name: str, counts: Sequence[float], edges: Sequence[float], step: int
     ) -> None:
         """Send a histogram."""
-        backend = self._opened(experiment)
-        with self._watched("log_histogram"):
-            backend.log_histogram(name, counts, edges, step)
+        self._call(experiment, "log_histogram", name, counts, edges, step)
 
     def artifact(self, experiment: PlannedExperiment, path: Path, name: str) -> None:
         """Send a file."""
-        backend = self._opened(experiment)
-        with self._watched("log_artifact", self._time_for(path)):
-            backend.log_artifact(str(path), name)
+        self._call(experiment, "log_artifact", str(path), name, extra_s=_time_for(path))
 
     def confirm(self) -> None:
         """Return when everything sent is safe at the tracker, and record the position there."""
@@ -238,10 +218,12 @@ class TrackerSession:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _opened(self, experiment: PlannedExperiment) -> BackendInterface:
-        backend = self.connect(experiment)
+    def _call(self, experiment: PlannedExperiment, name: str, *args: Any, extra_s: float = 0.0) -> Any:
+        """Call a method of the experiment's backend object in bounded time; what it sends is to be confirmed."""
+        method = getattr(self.connect(experiment), name)
         self._unconfirmed.add(experiment.key)
-        return backend
+        with self._watched(name, extra_s):
+            return method(*args)
 
     def _watched(self, call: str, extra_s: float = 0.0) -> Any:
         allowed_s = self._timeout_s + extra_s
@@ -250,9 +232,6 @@ class TrackerSession:
             self._save()  # so that the delivery does not look stuck meanwhile
 
         return self._watchdog.watch(call, allowed_s)
-
-    def _time_for(self, path: Path) -> float:
-        return path.stat().st_size / _BYTES_PER_S
 
     def _config(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> dict[str, Any]:
         row = experiment.row
@@ -307,6 +286,10 @@ class TrackerSession:
             )
 
         return continued
+
+
+def _time_for(path: Path) -> float:
+    return path.stat().st_size / _BYTES_PER_S
 
 
 def _text(value: Any) -> str:
