@@ -208,7 +208,7 @@ _JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
     max_leaves=5,
 )
-_STATE_FIELDS = st.sampled_from([*TrackerState.__dataclass_fields__, "stood_in", "other"])
+_STATE_FIELDS = st.sampled_from([*TrackerState.__dataclass_fields__, "other"])
 TARGETS = (
     Target("file of a store", DAMAGE, _damaged_file, 40),
     Target(

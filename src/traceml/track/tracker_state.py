@@ -81,7 +81,7 @@ class TrackerState:
         retries: failures in a row.
         retry_at: epoch seconds of the next try.
         latency_ms: duration of a batch, smoothed.
-        error: last error, at `error_at` (epoch seconds). Empty after a success.
+        error: last error. Empty after a success.
         busy_until: epoch seconds until which the current call may take.
         updated: epoch seconds of the last change.
     """
@@ -106,7 +106,6 @@ class TrackerState:
     retry_at: float = 0.0
     latency_ms: float | None = None
     error: str = ""
-    error_at: float | None = None
     busy_until: float = 0.0
     target: str = ""
     pid: int = 0
@@ -200,7 +199,6 @@ def locked(run_dir: Path, backend: str) -> Iterator[bool]:
 def _read(path: Path) -> TrackerState | None:
     try:
         stored = json.loads(read_regular(path))
-        stored.setdefault("fallback_done", stored.get("stood_in", False))  # its name in older files
         known = {each.name for each in fields(TrackerState)}
         state = TrackerState(**{name: value for name, value in stored.items() if name in known})
         state.phase = DeliveryPhase(state.phase)

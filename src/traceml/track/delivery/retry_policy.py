@@ -35,7 +35,7 @@ class RetryPolicy:
     def note(self, state: TrackerState, failure: TrackerFailure) -> float:
         """Record a failure in a tracker's state, and return the seconds to wait before the next try."""
         now = time.time()
-        state.error, state.error_at = failure.text, now
+        state.error = failure.text
         if failure.kind is FailureKind.BUSY:
             asked_s = failure.retry_after_s
             wait_s = min(asked_s, _LONGEST_ASKED_S) if asked_s is not None else self._wait_s(state.retries)
@@ -63,5 +63,4 @@ class RetryPolicy:
 def succeeded(state: TrackerState) -> None:
     """Record that the tracker accepted what it was given."""
     state.phase = DeliveryPhase.DELIVERING
-    state.retries, state.retry_at = 0, 0.0
-    state.error, state.error_at = "", None
+    state.retries, state.retry_at, state.error = 0, 0.0, ""
