@@ -16,6 +16,7 @@ __all__ = [
     "CRASHES",
     "EndedBySignal",
     "StopRequest",
+    "die_with_parent",
     "end_of_status",
     "ended_by",
     "exit_text",
@@ -25,6 +26,7 @@ __all__ = [
 
 CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV))
 """Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
+_PR_SET_PDEATHSIG = 1
 
 
 class EndedBySignal(KeyboardInterrupt):
@@ -88,6 +90,19 @@ class StopRequest:
             self._waiting.poll(1000 * timeout_s)
 
         return self.is_set
+
+
+def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> None:
+    """Have the kernel send us `how` when the thread that started us ends; 0 cancels that.
+
+    Args:
+        parent: our parent process; if it is gone already, this process ends now.
+    """
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(how), 0, 0, 0)
+    if how and os.getppid() != parent:
+        os.kill(os.getpid(), how)
 
 
 def signal_name(number: int) -> str:

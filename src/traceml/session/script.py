@@ -19,11 +19,11 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
+from traceml.process_ends import die_with_parent
 from traceml.session.startup import start_for_script
 
 __all__ = ["main"]
 
-_PR_SET_PDEATHSIG = 1
 _OWN_FOLDER = Path(__file__).parent  # tracebacks leave out its files
 
 
@@ -113,15 +113,8 @@ def _raise_interrupts() -> None:
 
 def _end_with_torchrun() -> None:
     """Ask the kernel to end this rank when its torchrun is killed: torchrun does not do that itself."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-
-    import ctypes
-
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid(), signal.SIGTERM)
 
 
 # --- finding the script -----------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ __all__ = [
     "MARK",
     "ProcessTermination",
     "become_subreaper",
-    "die_with_parent",
     "end_job",
     "find_leftovers",
     "in_slurm_step",
@@ -31,20 +30,9 @@ AGENT_NAME = "traceml-agent"
 # Environment variable of all processes of a job, also of those that left its session.
 MARK = "TRACEML_LAUNCH_MARK"
 _OUTLIVES = b"TRACEML_OUTLIVES=1"
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_CHILD_SUBREAPER = 36
 _TICK_S = 0.01
 _KILLED_S = 5.0  # longest wait for processes that SIGKILL does not end
-
-
-def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> None:
-    """Have the kernel send us `how` when the thread that started us ends; 0 cancels that.
-
-    Args:
-        parent: our parent process; if it is gone already, this process ends now.
-    """
-    _prctl(_PR_SET_PDEATHSIG, int(how))
-    if how and os.getppid() != parent:
-        os.kill(os.getpid(), how)
 
 
 def in_slurm_step() -> bool:
@@ -54,13 +42,9 @@ def in_slurm_step() -> bool:
 
 def become_subreaper() -> None:
     """Make orphans below us our children, so that they can be found and waited for."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def _prctl(option: int, value: int) -> None:
     import ctypes
 
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def find_leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = ()) -> set[int]:

@@ -21,14 +21,9 @@ from typing import Any, NoReturn
 
 from traceml.inspection.stack_signal import STACK_SIGNAL
 from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.process_cleanup import (
-    become_subreaper,
-    die_with_parent,
-    find_leftovers,
-    in_slurm_step,
-    terminate_all,
-)
+from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
 from traceml.launch.worker.blas import one_blas_thread
+from traceml.process_ends import die_with_parent
 
 __all__ = ["main"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -20,12 +19,11 @@ from pathlib import Path
 from traceml.errors import TraceMLError
 from traceml.own_programs import search_working_directory
 from traceml.priority import lower_priority
+from traceml.process_ends import die_with_parent
 from traceml.track.delivery.delivery_loop import DeliveryLoop
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_TAKEN, TrackerState, locked
 
 __all__ = ["main"]
-
-_PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("traceml")
 
@@ -42,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nice", type=int, default=0, help="niceness of the process")
     parser.add_argument("--parent", type=int, help="process id; end when that process ends")
     arguments = parser.parse_args(argv)
-    _tie_to(arguments.parent)
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent, signal.SIGTERM)
+
     lower_priority(arguments.nice)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("traceml").setLevel(logging.INFO)
@@ -71,16 +71,6 @@ def main(argv: list[str] | None = None) -> int:
 
         with _profiled(arguments.run_dir, arguments.backend):
             return delivery.run()
-
-
-def _tie_to(parent: int | None) -> None:
-    """Have the kernel end this process with the one that started it."""
-    if parent is None:
-        return
-
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(EXIT_AGAIN)
 
 
 @contextlib.contextmanager
