@@ -1,12 +1,16 @@
-"""Commands that start our own helper programs."""
+"""Helper programs of ours: the commands that start them, and their end."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["own_program", "search_working_directory"]
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+__all__ = ["end_process", "own_program", "search_working_directory"]
 
 
 def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[str]:
@@ -20,6 +24,17 @@ def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[
         unbuffered: what it prints appears at once, in a file too.
     """
     return [sys.executable, "-uP" if unbuffered else "-P", "-m", module, *arguments]
+
+
+def end_process(process: Popen[Any], timeout_s: float) -> None:
+    """Wait for the end of a process that was asked to end; kill it after the timeout."""
+    from subprocess import TimeoutExpired
+
+    try:
+        process.wait(timeout_s)
+    except TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def search_working_directory() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Self
 
 from traceml.errors import TraceMLError
+from traceml.own_programs import end_process
 
 __all__ = ["RestartPolicy", "RestartingProcess"]
 
@@ -97,11 +98,5 @@ class RestartingProcess:
 
     def wait_or_kill(self, timeout_s: float) -> None:
         """Wait for the end of the process; kill it if it takes longer than `timeout_s`."""
-        if self.process is None:
-            return
-
-        try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        if self.process is not None:
+            end_process(self.process, timeout_s)

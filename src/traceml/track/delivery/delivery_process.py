@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from traceml.own_programs import own_program
+from traceml.own_programs import end_process, own_program
 from traceml.process_ends import end_of_status
 from traceml.run_folder import TRACKERS_FOLDER
 from traceml.track.delivery.credentials import environment_for
@@ -152,16 +152,9 @@ class DeliveryProcess:
 
     def join(self, timeout_s: float = STOP_S) -> None:
         """Wait for the end of the process after `stop`, and kill it after the timeout."""
-        if self._process is None:
-            return
-
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-        self._process = None
+        if self._process is not None:
+            end_process(self._process, timeout_s)
+            self._process = None
 
     def _start(self) -> None:
         command = own_program("traceml.track.delivery", str(self.run_dir), self.backend)

@@ -23,6 +23,7 @@ from traceml.launch.launcher.hosts.slurm import step_command
 from traceml.launch.wire import bootstrap
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.process_cleanup import end_job
+from traceml.own_programs import end_process
 from traceml.process_ends import end_of_status
 
 __all__ = ["AgentConnection"]
@@ -199,22 +200,12 @@ class AgentConnection:
             wait_s: how long the program that carries the channel may take before it is killed, in seconds.
         """
         self.close_now()
-        try:
-            self._process.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_process(self._process, wait_s)
 
     def await_cleanup(self, limit_s: float) -> None:
         """After `failure`, wait until nothing of the job is left on the host, or the host does not answer in time."""
-        if self._cleanup is None:
-            return
-
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._cleanup.wait(max(0.0, limit_s))
-
-        self._cleanup.kill()
-        self._cleanup.wait()
+        if self._cleanup is not None:
+            end_process(self._cleanup, max(0.0, limit_s))
 
     def close_now(self) -> None:
         """Close the channel without waiting for the agent's end."""

@@ -21,6 +21,7 @@ import msgpack
 
 from traceml.errors import PluginError
 from traceml.fail_open import fail_open
+from traceml.own_programs import end_process
 
 __all__ = ["CollectorProcess"]
 
@@ -88,12 +89,7 @@ class CollectorProcess:
         except OSError:
             pass  # it has ended
 
-        try:
-            self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
+        end_process(self._process, 1.0)
         self._thread.join(1.0)
         if not self._thread.is_alive() and self._process.stdout is not None:
             self._process.stdout.close()
