@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,13 @@ from traceml.renderers.charts.palette import Theme
 
 __all__ = [
     "Option",
+    "Points",
     "bar_series",
     "blank",
     "category_axis",
     "cut_at",
     "line_series",
+    "lines_over",
     "number",
     "pairs",
     "plain_values",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 Option = dict[str, Any]
+Points = list[list[float | None]]
 
 # A few very long steps (the first one includes set-up) must not flatten the others.
 _CUT = 2.5
@@ -127,9 +130,24 @@ def set_ends(option: Option) -> None:
     option["xAxis"] |= {"min": least, "max": most if most > least else least + 1}
 
 
-def pairs(x: Sequence[float], y: Sequence[float | None]) -> list[list[float | None]]:
+def lines_over(
+    lines: Iterable[tuple[str, Points]], theme: Theme, x: str, y: str, colors: Sequence[str] = (), width: float = 1.5
+) -> Option:
+    """Return lines over numbers, in the theme's colors where none are given; `x` and `y` are the units."""
+    option = blank(theme)
+    option["xAxis"] = {**value_axis(theme, x), "splitLine": {"show": False}}
+    option["yAxis"] = value_axis(theme, y)
+    colors = colors or theme.lines
+    for place, (name, points) in enumerate(lines):
+        option["series"].append(line_series(name, points, colors[place % len(colors)], width))
+
+    set_ends(option)
+    return option
+
+
+def pairs(x: Any, y: Any) -> Points:
     """Return points of a line over numbers."""
-    return [[number(each, 6), value] for each, value in zip(x, y, strict=True)]
+    return [[number(each, 6), value] for each, value in zip(x.tolist(), plain_values(y), strict=True)]
 
 
 def plain_values(values: Any) -> list[float | None]:

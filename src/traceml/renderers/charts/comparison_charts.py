@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 from traceml.formatting import name_order, phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
+    Points,
     bar_series,
     blank,
     category_axis,
     cut_at,
-    line_series,
+    lines_over,
     number,
     pairs,
-    plain_values,
-    set_ends,
     value_axis,
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
@@ -41,14 +39,8 @@ def compared_steps_chart(a: StepSeries, b: StepSeries, theme: Theme = LIGHT) -> 
     if not len(a) or not len(b):
         return None
 
-    option = blank(theme)
-    option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
-    option["yAxis"] = value_axis(theme, "ms")
-    for name, steps, color in (("A p50", a, theme.lines[0]), ("B p50", b, theme.lines[1])):
-        data = pairs(steps.steps.tolist(), plain_values(steps.p50_ms))
-        option["series"].append(line_series(name, data, color, 2))
-
-    set_ends(option)
+    lines = [(name, pairs(each.steps, each.p50_ms)) for name, each in (("A p50", a), ("B p50", b))]
+    option = lines_over(lines, theme, "step", "ms", width=2)
     longer = a if float(a.p50_ms.max(initial=0)) > float(b.p50_ms.max(initial=0)) else b
     cut_at(option, longer.p50_ms)
     return option
@@ -56,47 +48,31 @@ def compared_steps_chart(a: StepSeries, b: StepSeries, theme: Theme = LIGHT) -> 
 
 def overlaid_steps_chart(runs: Sequence[tuple[str, StepSeries]], theme: Theme = LIGHT) -> Option | None:
     """Return the median step time of several runs over their steps; those without steps are left out."""
-    lines = [(name, pairs(each.steps.tolist(), plain_values(each.p50_ms))) for name, each in runs if len(each)]
-    option = _overlaid(lines, theme, "ms")
-    if option is not None:
-        slowest = max((each.p50_ms for _, each in runs if len(each)), key=lambda p50_ms: float(p50_ms.max()))
-        cut_at(option, slowest)
+    lines = [(name, pairs(each.steps, each.p50_ms)) for name, each in runs if len(each)]
+    if not lines:
+        return None
 
+    option = _overlaid(lines, theme, "ms")
+    cut_at(option, max((each.p50_ms for _, each in runs if len(each)), key=lambda p50_ms: float(p50_ms.max())))
     return option
 
 
 def overlaid_metric_charts(runs: Sequence[tuple[str, RunSeries]], theme: Theme = LIGHT) -> list[tuple[str, Option]]:
     """Return (name, chart) of metrics of several runs, those that most runs have first; rank 0 of each run."""
-    found: dict[str, list[tuple[str, list[list[float | None]]]]] = {}
+    found: dict[str, list[tuple[str, Points]]] = {}
     for run, series in runs:
         for line in series.metrics:
             if "/rank_" not in line.name:
-                points = pairs(line.steps.tolist(), plain_values(line.values))
-                found.setdefault(line.name, []).append((run, points))
+                found.setdefault(line.name, []).append((run, pairs(line.steps, line.values)))
 
     names = sorted(found, key=lambda name: (-len(found[name]), "loss" not in name.lower(), name_order(name)))[:_METRICS]
     colors = {run: theme.lines[place % len(theme.lines)] for place, (run, _) in enumerate(runs)}
-    charts = [(name, _overlaid(found[name], theme, "", colors)) for name in names]
-    return [(name, option) for name, option in charts if option is not None]
+    return [(name, _overlaid(found[name], theme, "", [colors[run] for run, _ in found[name]])) for name in names]
 
 
-def _overlaid(
-    lines: Sequence[tuple[str, list[list[float | None]]]],
-    theme: Theme,
-    unit: str,
-    colors: Mapping[str, str] = MappingProxyType({}),
-) -> Option | None:
-    if not lines:
-        return None
-
-    option = blank(theme)
-    option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
-    option["yAxis"] = {**value_axis(theme, unit), "scale": not unit}
-    for place, (name, points) in enumerate(lines):
-        color = colors.get(name) or theme.lines[place % len(theme.lines)]
-        option["series"].append(line_series(name, points, color, 1.5))
-
-    set_ends(option)
+def _overlaid(lines: Sequence[tuple[str, Points]], theme: Theme, unit: str, colors: Sequence[str] = ()) -> Option:
+    option = lines_over(lines, theme, "step", unit, colors)
+    option["yAxis"]["scale"] = not unit
     return option
 
 

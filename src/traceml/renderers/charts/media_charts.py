@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from traceml.renderers.charts.chart_options import Option, blank, line_series, pairs, plain_values, set_ends, value_axis
+from traceml.renderers.charts.chart_options import (
+    Option,
+    Points,
+    lines_over,
+    pairs,
+)
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.runs.rows.logged_media import LoggedItem
 
@@ -25,16 +30,13 @@ def histogram_chart(items: Sequence[LoggedItem], theme: Theme = LIGHT) -> Option
         return None
 
     chosen = np.unique(np.linspace(0, len(drawable) - 1, min(_LINES, len(drawable))).astype(int))
-    option = blank(theme)
-    option["xAxis"] = {**value_axis(theme, "value"), "splitLine": {"show": False}}
-    option["yAxis"] = value_axis(theme, "")
-    for place, at in enumerate(reversed(chosen.tolist())):
-        item = drawable[at]
-        edges, counts = np.asarray(item.edges), np.asarray(item.counts)
-        widths = np.where(np.diff(edges) > 0, np.diff(edges), 1.0)
-        points = pairs(((edges[:-1] + edges[1:]) / 2).tolist(), plain_values(counts / counts.sum() / widths))
-        name = "no step" if item.step is None else f"step {item.step:,}"
-        option["series"].append(line_series(name, points, theme.lines[place % len(theme.lines)], 1.5 if place else 2.5))
-
-    set_ends(option)
+    option = lines_over(map(_line, (drawable[at] for at in reversed(chosen.tolist()))), theme, "value", "")
+    option["series"][0]["lineStyle"]["width"] = 2.5
     return option
+
+
+def _line(item: LoggedItem) -> tuple[str, Points]:
+    edges, counts = np.asarray(item.edges), np.asarray(item.counts)
+    widths = np.where(np.diff(edges) > 0, np.diff(edges), 1.0)
+    name = "no step" if item.step is None else f"step {item.step:,}"
+    return name, pairs((edges[:-1] + edges[1:]) / 2, counts / counts.sum() / widths)

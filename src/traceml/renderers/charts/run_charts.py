@@ -20,6 +20,7 @@ from traceml.renderers.charts.chart_options import (
     category_axis,
     cut_at,
     line_series,
+    lines_over,
     number,
     pairs,
     plain_values,
@@ -214,8 +215,7 @@ def loss_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
         {**value_axis(theme, "loss"), "splitLine": {"show": False}, "scale": True},
     ]
     option["grid"]["right"] = 56
-    times = pairs(series.steps.steps.tolist(), plain_values(series.steps.p50_ms))
-    values = pairs(loss.steps.tolist(), plain_values(loss.values))
+    times, values = pairs(series.steps.steps, series.steps.p50_ms), pairs(loss.steps, loss.values)
     option["series"] = [
         line_series("step time p50", times, theme.lines[0], 1.5),
         {**line_series(loss.name, values, theme.lines[3], 2), "yAxisIndex": 1},
@@ -225,14 +225,8 @@ def loss_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
 
 
 def _metric_chart(lines: Sequence[MetricSeries], theme: Theme) -> Option:
-    option = blank(theme)
-    option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
-    option["yAxis"] = {**value_axis(theme, ""), "scale": True}
-    for place, line in enumerate(lines[:_LINES]):
-        data = pairs(line.steps.tolist(), plain_values(line.values))
-        option["series"].append(line_series(line.name, data, theme.lines[place % len(theme.lines)], 1.5))
-
-    set_ends(option)
+    option = lines_over(((line.name, pairs(line.steps, line.values)) for line in lines[:_LINES]), theme, "step", "")
+    option["yAxis"]["scale"] = True
     option["legend"]["show"] = len(lines) > 1
     if missing := sum(line.missing for line in lines):
         words = f"{plural(missing, 'value')} NaN or infinite"
@@ -261,19 +255,8 @@ def _over_steps(steps: Sequence[int], theme: Theme) -> Option:
 
 
 def _over_time(lines: Sequence[tuple[str, SampleSeries]], theme: Theme, unit: str, scale: float) -> Option | None:
-    if not lines:
-        return None
-
-    option = blank(theme)
-    option["xAxis"] = {**value_axis(theme, "s"), "splitLine": {"show": False}}
-    option["yAxis"] = value_axis(theme, unit)
-    for place, (what, line) in enumerate(lines):
-        data = pairs(line.seconds.tolist(), plain_values(line.values * scale))
-        color = theme.lines[place % len(theme.lines)]
-        option["series"].append(line_series(f"{what}{line.label}", data, color, 1.5))
-
-    set_ends(option)
-    return option
+    points = [(f"{what}{line.label}", pairs(line.seconds, line.values * scale)) for what, line in lines]
+    return lines_over(points, theme, "s", unit) if points else None
 
 
 def _few(lines: Sequence[SampleSeries]) -> tuple[SampleSeries, ...]:

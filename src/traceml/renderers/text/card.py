@@ -106,7 +106,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         *([Text()] if len(view.ranks) < 2 else []),  # the card of two ranks fits on 24 rows
         *_closing_lines(view, width),
     ]
-    fitted = [_fitted(line, width, viewport) for line in lines]
+    fitted = [viewport.cut(line, _MAX_WIDTH) for line in lines]
     copied = (("Report", report_path), ("Charts", page_path), ("Command", again))
     return Group(*fitted, *(line for label, text in copied for line in _copied(label, text)))
 
@@ -114,17 +114,6 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
 def _name_of(run_dir: Path) -> str:
     """Return the run for a command line: its id in the default folder of runs, else its path."""
     return run_dir.name if run_dir.parent == Path("traceml_runs").resolve() else str(run_dir)
-
-
-def _fitted(line: Text, width: int, viewport: Viewport) -> Text:
-    """Return the line, cut to the width, that does not wrap."""
-    line.no_wrap = True
-    if line.cell_len > width:
-        ending = viewport.glyphs.ellipsis
-        line.truncate(width - len(ending))
-        line.append(ending)
-
-    return line
 
 
 def _top(view: RunView, width: int, viewport: Viewport) -> Text:

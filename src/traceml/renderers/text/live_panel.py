@@ -72,17 +72,7 @@ def live_lines(view: LiveView, viewport: Viewport) -> list[Text]:
         *_next(now, viewport),
         _tracing(now, viewport),
     ]
-    for line in lines:
-        line.no_wrap = True
-        _cut(line, viewport)
-
-    return lines
-
-
-def _cut(line: Text, viewport: Viewport) -> None:
-    if line.cell_len > viewport.width:
-        line.truncate(viewport.width - len(viewport.glyphs.ellipsis))
-        line.append(viewport.glyphs.ellipsis)
+    return [viewport.cut(line) for line in lines]
 
 
 def rule_line(now: RunView, viewport: Viewport) -> Text:

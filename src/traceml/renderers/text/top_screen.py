@@ -61,7 +61,7 @@ def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: in
         position.append("  ").append(note_text(view.now))
 
     lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, table.name), heads, *body]
-    return [cut(line, viewport) for line in (*lines, verdict_line(view.now), position)]
+    return [viewport.cut(line) for line in (*lines, verdict_line(view.now), position)]
 
 
 def help_lines(view: LiveView, tabs: Sequence[Tab], viewport: Viewport) -> list[Text]:
@@ -72,7 +72,7 @@ def help_lines(view: LiveView, tabs: Sequence[Tab], viewport: Viewport) -> list[
         lines.append(Text(f"  {keys:<28}", style="bold").append(does, style="not bold"))
 
     lines += [Text() for _ in range(viewport.height - len(lines))]
-    return [cut(line, viewport) for line in lines[: viewport.height]]
+    return [viewport.cut(line) for line in lines[: viewport.height]]
 
 
 def tabs_line(tabs: Sequence[Tab], shown: str) -> Text:
@@ -87,16 +87,6 @@ def tabs_line(tabs: Sequence[Tab], shown: str) -> Text:
         line.append(f" {before}", style="dim").append(tab.key, style="bold underline not dim").append(
             f"{after} ", "dim"
         )
-
-    return line
-
-
-def cut(line: Text, viewport: Viewport) -> Text:
-    """Return a line, cut to the width of the screen."""
-    line.no_wrap = True
-    if line.cell_len > viewport.width:
-        line.truncate(viewport.width - len(viewport.glyphs.ellipsis))
-        line.append(viewport.glyphs.ellipsis)
 
     return line
 

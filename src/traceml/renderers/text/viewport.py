@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 __all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport"]
 
@@ -52,3 +54,13 @@ class Viewport:
         glyphs = UNICODE if console.encoding.lower().startswith("utf") else ASCII
         color = console.color_system is not None and not console.no_color
         return cls(console.width, console.height, glyphs, color)
+
+    def cut(self, line: Text, most: int = sys.maxsize) -> Text:
+        """Return a line that does not wrap, cut to the width, and to at most some columns."""
+        line.no_wrap = True
+        width = min(self.width, most)
+        if line.cell_len > width:
+            line.truncate(width - len(self.glyphs.ellipsis))
+            line.append(self.glyphs.ellipsis)
+
+        return line
