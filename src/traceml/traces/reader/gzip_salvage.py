@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,15 +66,17 @@ def is_member(descriptor: int, position: int) -> bool:
     return bool(start) and start[:256].translate(None, _CONTROLS) == start[:256]
 
 
-def next_member(descriptor: int, position: int, end: int) -> int:
+def next_member(
+    descriptor: int, position: int, end: int, magic: bytes = MAGIC, is_sound: Callable[[int, int], bool] = is_member
+) -> int:
     """Return the start of the first sound member at or after a position; `end` when there is none before it."""
     while position < end:
         data = read_at(descriptor, position, min(_SEARCHED_BYTES, end - position))
-        hit = data.find(MAGIC)
-        if hit >= 0 and is_member(descriptor, position + hit):
+        hit = data.find(magic)
+        if hit >= 0 and is_sound(descriptor, position + hit):
             return position + hit
 
-        position += hit + 1 if hit >= 0 else max(len(data) - len(MAGIC) + 1, 1)
+        position += hit + 1 if hit >= 0 else max(len(data) - len(magic) + 1, 1)
 
     return end
 

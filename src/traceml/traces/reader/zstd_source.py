@@ -12,7 +12,7 @@ from typing import Any
 from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.columns import FileDamage
 from traceml.traces.reader.compressed_chunks import CompressedChunks, Inflater
-from traceml.traces.reader.gzip_salvage import read_at
+from traceml.traces.reader.gzip_salvage import next_member, read_at
 from traceml.traces.reader.trace_files import SKIPPABLE, ZSTD_MAGIC, is_zstd
 
 __all__ = ["ZstdChunks", "frame_end", "frame_starts"]
@@ -213,15 +213,9 @@ def _header_bytes(descriptor: int) -> int:
 
 def _next_frame(descriptor: int, position: int, size: int) -> int:
     """Return the start of the first whole frame at or after a position; `size` when there is none."""
-    while position < size:
-        data = read_at(descriptor, position, min(_SEARCHED_BYTES, size - position))
-        hit = data.find(ZSTD_MAGIC)
-        if hit >= 0 and frame_end(descriptor, position + hit, size) is not None:
-            return position + hit
-
-        position += hit + 1 if hit >= 0 else max(len(data) - len(ZSTD_MAGIC) + 1, 1)
-
-    return size
+    return next_member(
+        descriptor, position, size, ZSTD_MAGIC, lambda file, begin: frame_end(file, begin, size) is not None
+    )
 
 
 def _is_padding(descriptor: int, begin: int, size: int) -> bool:
