@@ -15,11 +15,10 @@ from traceml.database.flight.live_slots import LiveSlots, read_live_slots
 from traceml.database.process_snapshots import blocker_of
 from traceml.database.snapshots import MAX_FRAMES, MAX_THREADS, FrameSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.inspection.kernel_state import (
-    ProcessUsage,
+    UsageRates,
     is_job_suspended,
     process_info,
     read_status,
-    tree_usage,
     wait_state,
     waits_with,
 )
@@ -46,8 +45,7 @@ class SilentSnapshots:
         self._holders: tuple[ThreadSnapshot, ...] = ()
         self._is_waiting_for_gil = False
         self._asked: tuple[str, int] | None = None
-        self._use: ProcessUsage | None = None
-        self._used_s = 0.0
+        self._rates = UsageRates(pid)
         self._stored: dict[str, object] = {}
         self._stored_s = 0.0
 
@@ -72,7 +70,7 @@ class SilentSnapshots:
             return None
 
         frames = self._stack(slots, seen.state)
-        cpu_share, io_bytes_per_s = self._used()
+        cpu_share, io_bytes_per_s = self._rates.read()
         user = [frame for frame in frames if frame.is_user]
         return RankSnapshot(
             at_ns=monotonic_ns(),
@@ -157,16 +155,6 @@ class SilentSnapshots:
             return "R", int(time.monotonic() / _AGAIN_S)
 
         return (state, int(read_status(self._pid, "voluntary_ctxt_switches") or 0)) if state in "SD" else None
-
-    def _used(self) -> tuple[float | None, float | None]:
-        use, now_s = tree_usage(self._pid), time.monotonic()
-        before, self._use = self._use, use
-        passed_s, self._used_s = now_s - self._used_s, now_s
-        if before is None or passed_s < 0.1:
-            return None, None
-
-        moved = max(0, use.io_bytes - before.io_bytes)
-        return round(max(0.0, use.cpu_s - before.cpu_s) / passed_s, 3), round(moved / passed_s, 1)
 
 
 def silent_s(slots: LiveSlots) -> float:

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 __all__ = [
     "ProcessInfo",
     "ProcessUsage",
+    "UsageRates",
     "WaitState",
     "children_of",
     "current_syscall",
@@ -155,6 +156,29 @@ def tree_usage(pid: int) -> ProcessUsage:
         moved += sum(io_bytes(each))
 
     return ProcessUsage(cpu_s, moved)
+
+
+class UsageRates:
+    """Cores, and bytes per second, that a process and its descendants use from one reading to the next.
+
+    Args:
+        idle_bytes: returns the bytes so far that do not count.
+    """
+
+    def __init__(self, pid: int, idle_bytes: Callable[[], int] = int) -> None:
+        self._pid, self._idle_bytes = pid, idle_bytes
+        self._before: tuple[float, ...] | None = None
+
+    def read(self) -> tuple[float | None, float | None]:
+        """Return cores and bytes per second since the last reading; None without one, or where it was just now."""
+        use = tree_usage(self._pid)
+        now = use.cpu_s, use.io_bytes - self._idle_bytes(), time.monotonic()
+        before, self._before = self._before, now
+        if before is None or now[2] - before[2] < 0.1:
+            return None, None
+
+        cpu_s, moved, passed_s = (max(after - earlier, 0.0) for after, earlier in zip(now, before, strict=True))
+        return round(cpu_s / passed_s, 3), round(moved / passed_s, 1)
 
 
 def children_of(pid: int) -> list[int]:

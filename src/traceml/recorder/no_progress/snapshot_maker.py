@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from traceml.database.snapshots import (
     WorkerSnapshot,
 )
 from traceml.inspection.awaiting_frames import awaiting_frames
-from traceml.inspection.kernel_state import io_bytes, is_job_suspended, process_info, tree_usage, wait_state
+from traceml.inspection.kernel_state import UsageRates, io_bytes, is_job_suspended, process_info, wait_state
 from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
@@ -70,16 +69,15 @@ class SnapshotMaker:
         self._rank, self._thread, self._user = rank, thread, user
         self._is_evaluating, self._data, self._groups, self._workers = is_evaluating, data, groups, workers
         self._failed_threads = failed_threads
-        self._use = tree_usage(os.getpid())
         self._store_threads = StoreThreads()
-        self._idle_bytes = self._bytes_of_idle()
-        self._used_s = time.monotonic()
+        self._rates = UsageRates(os.getpid(), self._bytes_of_idle)
+        self._rates.read()
 
     def make(self, quiet_s: float, *, is_last: bool = False) -> RankSnapshot:
         """Return a snapshot of this moment."""
         frame = thread_frame(self._thread())
         frames, user = self._stack(frame)
-        cpu_share, io_bytes_per_s = self._used()
+        cpu_share, io_bytes_per_s = self._rates.read()
         number = thread_number(self._thread()) or os.getpid()
         seen, info = wait_state(number), process_info(number)
         compiles, debugged = frame_flags(frames)
@@ -166,18 +164,6 @@ class SnapshotMaker:
 
     def _opened(self) -> int:
         return open_phase(self._slots, self._steps.appended > 0)[0]
-
-    def _used(self) -> tuple[float | None, float | None]:
-        """Return the cores and the bytes per second of this process and its children since the last call."""
-        use, idle_bytes, now_s = tree_usage(os.getpid()), self._bytes_of_idle(), time.monotonic()
-        before, self._use = self._use, use
-        idle, self._idle_bytes = idle_bytes - self._idle_bytes, idle_bytes
-        passed_s, self._used_s = now_s - self._used_s, now_s
-        if passed_s < 0.1:
-            return None, None
-
-        moved = max(0, use.io_bytes - before.io_bytes - idle)
-        return round(max(0.0, use.cpu_s - before.cpu_s) / passed_s, 3), round(moved / passed_s, 1)
 
 
 def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
