@@ -125,8 +125,8 @@ FORBIDDEN = {
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
     "formatting", "former_settings", "setting_sources", "settings", "coerce", "errors", "clock", "ids", "installation",
-    "own_files", "own_programs", "priority", "fail_open", "fork_gate", "process_ends", "run_folder", "version",
-    "privacy", "inspection",
+    "loopback", "own_files", "own_programs", "priority", "fail_open", "fork_gate", "process_ends", "run_folder",
+    "version", "privacy", "inspection",
 }  # fmt: skip
 
 # Classes that have their name more than once: each a callback that its framework's users look for under this name.

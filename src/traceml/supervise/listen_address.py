@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from traceml.loopback import is_loopback
+
 __all__ = ["ListenAddress"]
 
 _ADDRESS = re.compile(r"(?:\[?(?P<host>[^\[\]\s]+?)\]?:)?(?P<port>\d{1,5})")
@@ -33,15 +35,7 @@ class ListenAddress:
     @property
     def is_loopback(self) -> bool:
         """Whether only this host reaches it."""
-        if self.host == "localhost":
-            return True
-
-        import ipaddress  # most commands that parse options need none
-
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a name
-            return False
+        return is_loopback(self.host)
 
     def at(self, port: int) -> str:
         """Return the URL of the metrics at a port."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from urllib.parse import urlsplit
 
 from traceml.installation import install_command
+from traceml.loopback import is_on_this_machine
 from traceml.settings import Config
 from traceml.supervise.processes import spawn_server
 from traceml.supervise.restarting_process import RestartingProcess
@@ -88,18 +87,10 @@ def otlp_beside(config: Config, environ: Mapping[str, str]) -> Iterator[OtlpProc
 
 def _obstacle(config: Config, endpoint: str) -> str:
     """Return why nothing can be sent; "" if it can."""
-    if config.local_only and not _is_here(endpoint):
+    if config.local_only and not is_on_this_machine(endpoint):
         return "local_only is set"
 
     if find_spec("opentelemetry") is None or find_spec("opentelemetry.exporter.otlp.proto.http") is None:
         return f"its library is not installed: {install_command('otlp')}"
 
     return ""
-
-
-def _is_here(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False

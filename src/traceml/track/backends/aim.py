@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+from traceml.loopback import is_on_this_machine
 from traceml.track.backends.batch_backend import BatchBackend
-from traceml.track.backends.safe_names import is_on_this_machine, plain_value, safe_name, utf8_text
+from traceml.track.backends.safe_names import plain_value, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 

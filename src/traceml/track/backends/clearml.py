@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.loopback import is_on_this_machine
 from traceml.track.backends.append_file import AppendFile, cut_back
 from traceml.track.backends.batch_backend import BatchBackend
-from traceml.track.backends.safe_names import flattened, is_on_this_machine, merged_tags, safe_name, utf8_text
+from traceml.track.backends.safe_names import flattened, merged_tags, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 

@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.loopback import is_on_this_machine
 from traceml.track.backends.batch_backend import BatchBackend
 from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
-from traceml.track.backends.safe_names import flattened, is_on_this_machine, json_number, safe_name
+from traceml.track.backends.safe_names import flattened, json_number, safe_name
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 

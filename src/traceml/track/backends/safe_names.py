@@ -11,7 +11,6 @@ from typing import Any
 
 __all__ = [
     "flattened",
-    "is_on_this_machine",
     "json_number",
     "merged_tags",
     "plain_value",
@@ -91,22 +90,6 @@ def json_number(value: float) -> float | str:
         return value
 
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def is_on_this_machine(url: str) -> bool:
-    """Whether the host of an address is this machine: a loopback address or `localhost`."""
-    import ipaddress
-    from urllib.parse import urlsplit
-
-    host = urlsplit(url).hostname
-
-    if host is None or host == "localhost":
-        return host is not None
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def merged_tags(

@@ -1,0 +1,25 @@
+"""Addresses that surely are this machine's: loopback; names are not resolved."""
+
+from __future__ import annotations
+
+__all__ = ["is_loopback", "is_on_this_machine"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is `localhost` or a loopback address."""
+    if host == "localhost":
+        return True
+
+    import ipaddress  # most commands that parse options need none
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def is_on_this_machine(url: str) -> bool:
+    """Whether the host of a URL is this machine."""
+    from urllib.parse import urlsplit
+
+    return is_loopback(urlsplit(url).hostname or "")
