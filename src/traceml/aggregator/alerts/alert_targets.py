@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from traceml.aggregator.process_groups import kill_group
 from traceml.errors import TraceMLError
 from traceml.version import __version__
 
 __all__ = ["AlertTarget", "CommandAlert", "WebhookAlert", "target_of"]
 
-_COMMAND_S, _GRACE_S = 30.0, 1.0
+_COMMAND_S = 30.0
 _KEPT_BYTES = 2000  # of a command's output, for the log
 _READ_BYTES = 1 << 16
 _WEBHOOK_S = 10.0
@@ -92,7 +92,7 @@ class CommandAlert:
             ) from None
         finally:
             if not is_done:
-                await _kill_group(process)
+                await kill_group(process)
 
         if status:
             said = output.decode(errors="replace").strip()
@@ -123,16 +123,6 @@ async def _converse(process: asyncio.subprocess.Process, document: bytes) -> byt
 
 def _environ(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.upper() not in _OWN_SECRETS}
-
-
-async def _kill_group(process: asyncio.subprocess.Process) -> None:
-    """Kill a command with all that it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-    with contextlib.suppress(TimeoutError):  # a child that has left the group may hold the pipe
-        async with asyncio.timeout(_GRACE_S):
-            await process.communicate()
 
 
 @dataclass(frozen=True, slots=True)

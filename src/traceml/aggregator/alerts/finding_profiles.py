@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.process_groups import kill_group
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import TraceMLError
@@ -138,10 +136,7 @@ async def _run_profile(run: ActiveRun, ranks: Sequence[int]) -> dict[str, Any]:
         raise TraceMLError(f"`traceml profile` did not end within {_LIMIT_S} s") from None
     finally:
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-            await process.wait()
+            await kill_group(process)
 
     if process.returncode:
         raise TraceMLError(errors.decode(errors="replace").strip()[-500:])

@@ -7,18 +7,16 @@ age at which its cost is small. It is killed when the run ends, or when it takes
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
 import sys
 import time
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from traceml.aggregator.collecting.source_request import SourceRequest, find_request
+from traceml.aggregator.process_groups import kill_group
 from traceml.database.schema import INFO
 from traceml.database.source_reading import SOURCE, SourceReading
 from traceml.errors import PluginError
@@ -38,7 +36,6 @@ _BOOT = (
 )
 _POLL_S, _POLLS = 1.0, 60
 _LONGEST_S = 300.0  # half a second of CPU time, while a training takes all cores
-_KILLED_S = 1.0  # a process that a file system holds ends later
 
 _log = logging.getLogger("traceml")
 
@@ -161,7 +158,8 @@ class _RankReading:
             if await process.wait():
                 raise PluginError(f"the process of the collectors ended with status {process.returncode}")
         finally:
-            await _kill(process)
+            if process.returncode is None:
+                await kill_group(process)
 
     def _take(self, row: dict[str, Any]) -> None:
         if row["kind"] == "collected":
@@ -173,13 +171,3 @@ class _RankReading:
     def _store(self, unread: str) -> None:
         if not self._run.ended:
             self._run.store.event(SOURCE, SourceReading(self._rank.id, self._facts, unread).to_event())
-
-
-async def _kill(process: Process) -> None:
-    """Kill a process and those that it has started, unless it has ended."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), _KILLED_S)
