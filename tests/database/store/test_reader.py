@@ -211,7 +211,7 @@ def test_database_of_someone_else_is_reported(tmp_path: Path, open_store: Callab
 
 
 @pytest.mark.parametrize("open_store", [StoreReader, StoreWriter])
-@pytest.mark.parametrize(("version", "which"), [(0, "the older"), (4, "a newer")])
+@pytest.mark.parametrize(("version", "which"), [(2, "the older"), (4, "a newer")])
 def test_store_of_another_version_is_reported(
     tmp_path: Path, open_store: Callable[[Path], object], version: int, which: str
 ) -> None:

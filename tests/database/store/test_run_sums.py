@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -52,35 +50,10 @@ def assert_sums(reader: StoreReader, written: Written) -> None:
         assert_same(got, wanted)
 
 
-def downgrade(path: Path) -> None:
-    """Make a store one of version 1, as it was before there were summaries."""
-    with closing(sqlite3.connect(path)) as database:
-        database.executescript(
-            "DROP TABLE thinnings; DROP TABLE summaries; DROP TABLE emptied; DROP TABLE spool; PRAGMA user_version=1"
-        )
-
-
 def test_sums_are_those_of_all_rows(tmp_path: Path) -> None:
     """Without a summary the rows themselves are summed, by stream and table."""
     written = write_run(tmp_path / "store.db")
     with StoreReader(tmp_path / "store.db") as reader:
-        assert_sums(reader, written)
-
-
-def test_store_of_version_1_is_read_and_continued(tmp_path: Path) -> None:
-    """Older stores give the same sums; a writer brings them up to date."""
-    path = tmp_path / "store.db"
-    written = write_run(path)
-    downgrade(path)
-    with StoreReader(path) as reader:
-        assert_sums(reader, written)
-        assert reader.stored("steps") == 2700
-
-    with StoreWriter(path) as writer:
-        more = random_rows(STEPS, 5, first=5_000)
-        append(writer, 1, "steps", 900, more)
-    with StoreReader(path) as reader:
-        written[1, "steps"] = np.concatenate([written[1, "steps"], more])
         assert_sums(reader, written)
 
 

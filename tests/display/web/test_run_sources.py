@@ -12,6 +12,7 @@ from tests.diagnosis.fabricated import Job, rows_of
 from tests.display.web.runs import add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, run_facts, store_run
 from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_VERSION
 from traceml.display.web.run_sources import RunSource, RunsSource, is_run_id
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report, save_report
@@ -106,7 +107,7 @@ def test_a_store_that_cannot_be_read_is_tried_again(run_dir, follow):
 
     assert "this traceml reads" in source.read().problem
     assert source.read() is None or source.read() is None
-    rewrite(run_dir / STORE_NAME, "PRAGMA user_version=1")
+    rewrite(run_dir / STORE_NAME, f"PRAGMA user_version={STORE_VERSION}")
     assert source.read().problem == ""
 
 

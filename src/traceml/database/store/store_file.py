@@ -25,8 +25,6 @@ __all__ = [
 ]
 
 STORE_VERSION = 3
-# Version 1 has neither thinned frames nor summaries, version 2 no emptied frames and no spool: these are empty then.
-_OLDEST_VERSION = 1
 _APPLICATION_ID = 0x54524D4C  # "TRML"
 _NEEDS_ROLLBACK = 776  # SQLITE_READONLY_ROLLBACK
 _BUSY_MS = 5000
@@ -55,18 +53,16 @@ CREATE TABLE frames (
 );
 CREATE INDEX frames_by_table ON frames (tbl);
 CREATE TABLE events (id INTEGER PRIMARY KEY, epoch_ns INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL);
-"""
-_SINCE_1 = """
-CREATE {temporary} TABLE IF NOT EXISTS thinnings (id INTEGER PRIMARY KEY, thinned INTEGER NOT NULL);
-CREATE {temporary} TABLE IF NOT EXISTS summaries (
+CREATE TABLE thinnings (id INTEGER PRIMARY KEY, thinned INTEGER NOT NULL);
+CREATE TABLE summaries (
     tbl INTEGER NOT NULL, stream INTEGER NOT NULL, next_seq INTEGER NOT NULL, after_id INTEGER NOT NULL,
     data BLOB NOT NULL, UNIQUE (tbl, stream)
 );
-CREATE {temporary} TABLE IF NOT EXISTS emptied (
+CREATE TABLE emptied (
     tbl INTEGER NOT NULL, stream INTEGER NOT NULL, rows INTEGER NOT NULL, next_seq INTEGER NOT NULL,
     PRIMARY KEY (tbl, stream)
 ) WITHOUT ROWID;
-CREATE {temporary} TABLE IF NOT EXISTS spool (id INTEGER PRIMARY KEY, codec INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE TABLE spool (id INTEGER PRIMARY KEY, codec INTEGER NOT NULL, data BLOB NOT NULL);
 """
 
 
@@ -128,9 +124,6 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
             database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
             _choose_journal(database, path)
             database.execute("PRAGMA synchronous=NORMAL")
-            if _version(database) < STORE_VERSION:
-                database.executescript(f"BEGIN; {_SINCE_1.format(temporary='')}; "
-                                       f"PRAGMA user_version={STORE_VERSION}; COMMIT")  # fmt: skip
         except BaseException:
             database.close()
             raise
@@ -207,8 +200,6 @@ def _connect_reader(path: Path, mode: str) -> sqlite3.Connection:
     try:
         database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
         _check(database, path)
-        if _version(database) < STORE_VERSION:
-            database.executescript(_SINCE_1.format(temporary="TEMPORARY"))
     except BaseException:
         database.close()
         raise
@@ -221,7 +212,7 @@ def _build(path: Path) -> None:
         database.execute(f"PRAGMA page_size={_PAGE_BYTES}")
         # In one transaction, and without a log: one that cannot be merged on a full disk would be left under its name.
         database.execute("PRAGMA journal_mode=MEMORY")
-        database.executescript(f"BEGIN; {_DDL} {_SINCE_1.format(temporary='')}")
+        database.executescript(f"BEGIN; {_DDL}")
         database.execute(f"PRAGMA application_id={_APPLICATION_ID}")
         database.execute(f"PRAGMA user_version={STORE_VERSION}")
         layouts = [(name, msgpack.packb(table.layout)) for name, table in TABLES.items()]
@@ -235,8 +226,8 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
         raise StoreError(f"{path} is a database, but not a traceml store. Move it away, or choose another folder.")
 
     _check_schema(database, path)
-    version = _version(database)
-    if not _OLDEST_VERSION <= version <= STORE_VERSION:
+    version = int(database.execute("PRAGMA user_version").fetchone()[0])
+    if version != STORE_VERSION:
         raise StoreVersionError(path, version, STORE_VERSION)
 
 
@@ -259,10 +250,6 @@ def last_written_s(path: Path) -> float | None:
     """Return the time of the last write to a store, in epoch seconds; None where there is none."""
     files = [path, path.with_name(f"{path.name}-wal")]
     return max((file.stat().st_mtime for file in files if file.exists()), default=None)
-
-
-def _version(database: sqlite3.Connection) -> int:
-    return int(database.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _check_layouts(database: sqlite3.Connection, path: Path) -> None:
