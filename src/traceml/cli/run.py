@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,7 +166,7 @@ def _metrics(
 
     from traceml.supervise.metrics_process import metrics_beside
 
-    return metrics_beside(job.runs_dir, address, token, _print_line)
+    return metrics_beside(job.runs_dir, address, token, partial(print, file=sys.stderr, flush=True))
 
 
 def _page(job: LocalJob, live: str) -> AbstractContextManager[Callable[[], None] | None]:
@@ -256,10 +257,6 @@ def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
         return LiveScreen(job.run_dir)
 
     return make
-
-
-def _print_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _print_delivery() -> None:

@@ -73,26 +73,18 @@ class Digest:
     def __init__(self, slots: int = 1) -> None:
         self._slots = slots
         self._cursors: dict[str, int] = {}
-        self._attempt = -1
+        self.attempt = -1
+        """Number of the attempt; -1 before a store was read."""
         self.metrics = MetricSummary()
         """Metrics of all attempts."""
         self.run: dict[str, Any] = {}
         self.aggregator: dict[str, Any] = {}
         self.streams: dict[int, StreamRecord] = {}
         """The streams of the last attempt, by id."""
-        self._ranks: dict[int, StreamRecord] = {}
+        self.ranks: dict[int, StreamRecord] = {}
+        """Newest stream of each rank."""
         self._aligned: AlignedSteps | None = None
         self._start_over()
-
-    @property
-    def attempt(self) -> int:
-        """Number of the attempt; -1 before a store was read."""
-        return self._attempt
-
-    @property
-    def ranks(self) -> dict[int, StreamRecord]:
-        """Newest stream of each rank."""
-        return self._ranks
 
     @property
     def state(self) -> str:
@@ -120,7 +112,7 @@ class Digest:
         if self.streams and (reader.stored(STEPS.name) > rows or reader.thinned(STEPS.name) > 0):
             self._read_sample(reader, rows)
         else:
-            self._intake.resize(_slots(reader.stored(STEPS.name), len(self._ranks)), max(self._ranks, default=0) + 1)
+            self._intake.resize(_slots(reader.stored(STEPS.name), len(self.ranks)), max(self.ranks, default=0) + 1)
             self._follow_intake()
 
         self._start_samples(reader)
@@ -215,10 +207,10 @@ class Digest:
         self.run, self.aggregator = dict(meta.get("run", {})), dict(meta.get("aggregator", {}))
         records = reader.streams()
         attempt = max((record.attempt for record in records), default=0)
-        if attempt != self._attempt:
-            self._attempt = attempt
+        if attempt != self.attempt:
+            self.attempt = attempt
             self._start_over()
-            self.streams, self._ranks = {}, {}
+            self.streams, self.ranks = {}, {}
 
         for record in records:
             if record.attempt == attempt and record.is_rank:  # a child that logs is not a rank
@@ -227,11 +219,11 @@ class Digest:
         if isinstance(timeout_s := self.run.get("hang_timeout_s"), float):
             self.facts.progress.timeout_s = timeout_s
 
-        self.samples.max_rows = rows_for(len(self._ranks))
+        self.samples.max_rows = rows_for(len(self.ranks))
 
     def _take_stream(self, record: StreamRecord) -> None:
         rank = record.rank
-        current = self._ranks.get(rank)
+        current = self.ranks.get(rank)
         if record.id not in self.streams and current is not None:
             # A second recorder of the same rank: its steps count from 0 again.
             self.kept.clear(rank)
@@ -239,7 +231,7 @@ class Digest:
 
         self.streams[record.id] = record
         if current is None or record.id >= current.id:
-            self._ranks[rank] = record
+            self.ranks[rank] = record
 
         self.facts.host(rank, record.host)
         if record.state != "running" and (current is None or record.id >= current.id):
@@ -284,7 +276,7 @@ class Digest:
     def _follow_intake(self) -> None:
         """Use the intake's kept steps, which were replaced before there were rows."""
         self.kept = self._intake.kept
-        for rank, record in self._ranks.items():
+        for rank, record in self.ranks.items():
             if record.state != "running":
                 self.kept.end(rank)
 
@@ -310,7 +302,7 @@ class Digest:
             self._cursors[table.name] = newest
 
     def _is_large(self, reader: StoreReader, table: Table) -> bool:
-        rows = 2 * self.samples.max_rows * len(self._ranks)
+        rows = 2 * self.samples.max_rows * len(self.ranks)
         return reader.frame_count(table.name) > _SAMPLE_FRAMES or reader.stored(table.name) > rows
 
     def _frames(self, reader: StoreReader, name: str) -> Iterator[Frame]:
@@ -373,7 +365,7 @@ class Digest:
         for event in reader.events(self._last_snapshot, SNAPSHOT):
             self._last_snapshot = event.id
             # A rank that had not connected has no stream.
-            if event.data.get("stream") in self.streams or event.data.get("attempt") == self._attempt:
+            if event.data.get("stream") in self.streams or event.data.get("attempt") == self.attempt:
                 self.facts.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
         for event in reader.events(self._last_takers, CORE_TAKERS):
@@ -382,12 +374,12 @@ class Digest:
 
         for event in reader.events(self._last_choice, HOST_CHOICE):
             self._last_choice = event.id
-            if event.data.get("attempt") == self._attempt:
+            if event.data.get("attempt") == self.attempt:
                 self.kept.representatives.take(HostChoice.from_row(event.data.get("choice")))
 
         for event in reader.events(self._last_sums, HOST_SUMS):
             self._last_sums = event.id
-            if event.data.get("attempt") == self._attempt:
+            if event.data.get("attempt") == self.attempt:
                 self._host_sums[str(event.data.get("host"))] = HostSums.from_row(event.data.get("sums"))
 
         ended = reader.last_event(END)
@@ -395,7 +387,7 @@ class Digest:
             self.facts.ended_by = ending_signal_of(ended.data.get("ended_by"))
 
         aborted = reader.last_event(ABORT)
-        if aborted is not None and aborted.data.get("attempt") == self._attempt:
+        if aborted is not None and aborted.data.get("attempt") == self.attempt:
             self.facts.progress.was_aborted = True
 
     def _follow_log(self, reader: StoreReader, name: str) -> bool:
