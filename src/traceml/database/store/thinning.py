@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import LINES, LOSSES
 
-__all__ = ["BLOCK_STEPS", "STATE_KEY", "kept", "kept_rows", "sample_blocks", "thinned_rows"]
+__all__ = ["BLOCK_STEPS", "LINE_KEYS", "LINE_SUMS", "STATE_KEY", "kept", "kept_rows", "sample_blocks", "thinned_rows"]
 
 STATE_KEY = "thinning"
 """Fact of a run that has the level to which its old rows are thinned."""
 
 BLOCK_STEPS = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
-_LINE_KEYS = ("phase", "line_id", "library_id")
-_LINE_SUMS = ("samples", "watched_ns", "cpu_ns")
+LINE_KEYS = ("phase", "line_id", "library_id")
+LINE_SUMS = ("samples", "watched_ns", "cpu_ns")
+"""Columns of sampled lines: rows of equal keys are one row with the sums."""
 _SECOND_NS = 1_000_000_000
 _MAX_BLOCKS = 1 << 22
 
@@ -54,11 +55,11 @@ def thinned_rows(table: str, rows: NDArray[np.void], level: int) -> NDArray[np.v
     if table != LINES.name:
         return rows[kept_rows(rows, level)]
 
-    keys = np.stack([rows[name] for name in _LINE_KEYS], axis=1)
+    keys = np.stack([rows[name] for name in LINE_KEYS], axis=1)
     _, last, line = np.unique(keys[::-1], axis=0, return_index=True, return_inverse=True)
     order = np.argsort(-last)  # in the order of the last row of each line
     left = rows[::-1][last[order]].copy()
-    for name in _LINE_SUMS:
+    for name in LINE_SUMS:
         left[name] = np.bincount(line.ravel()[::-1], rows[name], len(last)).astype(np.int64)[order]
 
     return left

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
+from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 
 __all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "parsed_place"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 """Names for the time before the first step and between steps, in addition to those of the phases."""
 
-_KEYS = ("phase", "line_id", "library_id")
-_SUMS = ("samples", "watched_ns", "cpu_ns")
 _OUTSIDE = (LINE_STARTUP, LINE_OUTSIDE)
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
 
@@ -82,7 +81,7 @@ class _RankCounts:
 
     def add(self, rows: NDArray[np.void]) -> None:
         """Take rows, in order; all that were counted to the same time have it as theirs."""
-        counts = np.stack([rows[name] for name in (*_KEYS, *_SUMS)], axis=1)
+        counts = np.stack([rows[name] for name in (*LINE_KEYS, *LINE_SUMS)], axis=1)
         outside = np.isin(rows["phase"], _OUTSIDE)
         for flushed_ns in np.unique(rows["t_ns"]).tolist():
             flushed = rows["t_ns"] == flushed_ns
@@ -137,9 +136,9 @@ def _compact(parts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
 def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return (phase, line, library function, samples, times), each line once, the most frequent first."""
     rows = np.concatenate(parts)
-    keys, at = np.unique(rows[:, : len(_KEYS)], axis=0, return_inverse=True)
-    sums = np.zeros((len(keys), len(_SUMS)), np.int64)
-    np.add.at(sums, at.reshape(-1), rows[:, len(_KEYS) :])
+    keys, at = np.unique(rows[:, : len(LINE_KEYS)], axis=0, return_inverse=True)
+    sums = np.zeros((len(keys), len(LINE_SUMS)), np.int64)
+    np.add.at(sums, at.reshape(-1), rows[:, len(LINE_KEYS) :])
     order = np.argsort(-sums[:, 0], kind="stable")
     return np.column_stack([keys, sums])[order]
 

@@ -11,8 +11,11 @@ from nicegui.elements.mixins.text_element import TextElement
 
 from traceml.formatting import code_parts
 
-__all__ = ["ChartCard", "Container", "DataTable", "FactList", "Prose", "TextNode", "link", "run_path", "search_box",
-           "set_visible", "web_link"]  # fmt: skip
+__all__ = ["EMIT_VALUE", "ChartCard", "Container", "DataTable", "FactList", "Prose", "TextNode", "link", "run_path",
+           "search_box", "set_visible", "web_link"]  # fmt: skip
+
+EMIT_VALUE = "(event) => emit(event.target.value)"
+"""Handler in the browser that sends the value of an input."""
 
 
 class TextNode(TextElement):  # type: ignore[misc]  # types are checked without NiceGUI

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nicegui import Client, background_tasks, run
 
-from traceml.display.web.elements import Container, TextNode, set_visible
+from traceml.display.web.elements import EMIT_VALUE, Container, TextNode, set_visible
 from traceml.display.web.layout import Banner, keys_dialog, top_bar
 from traceml.display.web.run_sources import RunsState
 from traceml.display.web.runlist.edit_bar import EditBar
@@ -18,7 +18,6 @@ from traceml.formatting import count_text, plural, printable
 
 __all__ = ["RunsPage"]
 
-_VALUE = "(event) => emit(event.target.value)"
 _HELP = "Words, lr<0.1, tag:baseline, state=finished, !verdict~straggler"
 
 
@@ -95,7 +94,7 @@ class RunsPage:
             attributes = {"type": "search", "placeholder": _HELP, "aria_label": "search runs", "title": _HELP}
             box = Container("input", "search where", id="search", autocomplete="off", **attributes)
             box.props["^value"] = self._query.where  # the initial one: Vue would write `value` over what is typed
-            box.on("input", lambda event: self._change(where=str(event.args)), js_handler=_VALUE, throttle=0.2)
+            box.on("input", lambda event: self._change(where=str(event.args)), js_handler=EMIT_VALUE, throttle=0.2)
             columns = TextNode("button", "Columns and groups", "tool", type="button", id="columns")
             columns.on("click", self._open_columns)
             archived = TextNode("button", "Archived", "tool", type="button", id="archived",
@@ -107,7 +106,7 @@ class RunsPage:
             with Container("label", "toolbar"):
                 TextNode("span", "Group by")
                 self._groups = Container("select", "tool", id="group")
-                self._groups.on("change", lambda event: self._change(group=str(event.args)), js_handler=_VALUE)
+                self._groups.on("change", lambda event: self._change(group=str(event.args)), js_handler=EMIT_VALUE)
 
             self._choices = Container("div", "choices")
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
+from traceml.diagnosis.facts.run_time import PARTS
+
 __all__ = ["BY_CSS", "DARK", "LIGHT", "Theme", "css_variables"]
 
 _FIXED = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "user", "other")
-_PARTS = ("startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "stopped", "restart", "unexplained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ LIGHT = Theme(
     ),
     users=("#7fb52d", "#a58be0", "#c98a4b", "#5bb89a", "#8898c9"),
     parts=_named_colors(
-        _PARTS, "#e08a00", "#2f6fde", "#12a5b8", "#d56bb3", "#e0c200", "#a3adba", "#6e7f2f", "#dc4c46", "#d3d9e0"
+        PARTS, "#e08a00", "#2f6fde", "#12a5b8", "#d56bb3", "#e0c200", "#a3adba", "#6e7f2f", "#dc4c46", "#d3d9e0"
     ),
     lines=("#2f6fde", "#e08a00", "#2f9e5b", "#dc4c46", "#8250df", "#12a5b8", "#b0568f", "#6e7f2f"),
     heat=("#eef2f6", "#fdeecb", "#fbd38a", "#f6ae55", "#ee8434", "#de5a2b", "#c23a2a", "#9c2030", "#701230"),
@@ -87,7 +88,7 @@ DARK = Theme(
     ),
     users=("#a8d85a", "#bda6f2", "#e0ab72", "#7fd6b9", "#a9b7e4"),
     parts=_named_colors(
-        _PARTS, "#f5ae45", "#6aa0ff", "#3fcbdc", "#f29ad0", "#e6d34a", "#6d7a8a", "#b5c66a", "#ff7a70", "#4a5666"
+        PARTS, "#f5ae45", "#6aa0ff", "#3fcbdc", "#f29ad0", "#e6d34a", "#6d7a8a", "#b5c66a", "#ff7a70", "#4a5666"
     ),
     lines=("#6aa0ff", "#f5ae45", "#5cc98a", "#ff7a70", "#b392f0", "#3fcbdc", "#e08fc0", "#b5c66a"),
     heat=("#1d2632", "#3a2f26", "#5e3f22", "#87501f", "#b2621f", "#d97a2b", "#f09a45", "#f8bd74", "#fde3b0"),

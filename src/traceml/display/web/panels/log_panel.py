@@ -12,7 +12,7 @@ import msgspec
 from nicegui import Client, background_tasks, run
 
 from traceml.database.store.reader import RunEvent
-from traceml.display.web.elements import Container, DataTable, TextNode, link, set_visible
+from traceml.display.web.elements import EMIT_VALUE, Container, DataTable, TextNode, link, set_visible
 from traceml.display.web.panels.log_search import LEVELS, LogTail, search_logs
 from traceml.display.web.run_files import file_path
 from traceml.display.web.run_sources import RunState
@@ -66,12 +66,12 @@ class LogPanel:
         with Container("div", "toolbar"):
             attributes = {"type": "search", "placeholder": "Search logs and events", "aria_label": "search logs"}
             box = Container("input", "search", id="log-search", autocomplete="off", **attributes)
-            box.on("input", lambda event: self._ask(words=event.args), js_handler=_VALUE, throttle=0.2)
+            box.on("input", lambda event: self._ask(words=event.args), js_handler=EMIT_VALUE, throttle=0.2)
             with Container("select", "tool", id="log-level", aria_label="least level of lines") as level:
                 for name, text in _LEVEL_WORDS.items():
                     TextNode("option", text, value=name)
 
-            level.on("change", lambda event: self._ask(level=event.args), js_handler=_VALUE)
+            level.on("change", lambda event: self._ask(level=event.args), js_handler=EMIT_VALUE)
 
     def _ask(self, words: object = None, level: object = None) -> None:
         self._words = str(words) if words is not None else self._words
@@ -112,9 +112,6 @@ class LogPanel:
 
         before = "[earlier lines are in the file]\n" if tail.cut else ""
         text.set_text(before + (tail.text or "(empty)"))
-
-
-_VALUE = "(event) => emit(event.target.value)"
 
 
 def _event_cells(event: RunEvent) -> list[str]:

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from nicegui import Client, run
 
-from traceml.display.web.elements import Container, TextNode, set_visible
+from traceml.display.web.elements import EMIT_VALUE, Container, TextNode, set_visible
 from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import bytes_text, plural, printable
@@ -18,7 +18,6 @@ from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_t
 __all__ = ["EditBar"]
 
 _LISTED = 12
-_VALUE = "(event) => emit(event.target.value)"
 
 
 class EditBar:
@@ -34,7 +33,7 @@ class EditBar:
             self._compare = self._button("Compare", self._open_comparison, "tool main", id="compare")
             attributes = {"placeholder": "Tag, name or note", "aria_label": "tag, name or note", "maxlength": 2000}
             self._input = Container("input", "search", id="edit-text", autocomplete="off", **attributes)
-            self._input.on("input", self._take_text, js_handler=_VALUE)
+            self._input.on("input", self._take_text, js_handler=EMIT_VALUE)
             self._button("Add tag", lambda: self._label(lambda labels: add_tags(labels, self._tags())))
             self._button("Remove tag", lambda: self._label(lambda labels: remove_tags(labels, self._tags())))
             self._button("Set note", lambda: self._label(self._set_note))
