@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +251,9 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
 }
 
 
+@cache
 def of_kind(case: str) -> Finding:
+    """Return the finding of a case: diagnosed once, for all widths and tests."""
     kind = case.partition(",")[0]
     return next(finding for finding in CASES[case]() if finding.kind == kind)
 

@@ -26,6 +26,14 @@ from traceml.traces.reader.reading import read
 EVENTS = make_events(400, 1)
 PLAIN = make_events(3000, 2, plain=True)
 LINES = FORMS["lines"](PLAIN).encode()
+FEW = make_events(60, 3)  # many times as many chunks, where these are small
+
+
+@cache
+def written(form: str, few: bool = False) -> tuple[bytes, Counter[str]]:
+    """Return events in a form, and what is to be found in it: the same for all packings and both scanners."""
+    events = FEW if few else EVENTS
+    return FORMS[form](events).encode("utf-8", "surrogatepass"), brute_force(events)
 
 
 @pytest.fixture(params=["native", "python"])
@@ -73,12 +81,12 @@ def _write(folder: Path, data: bytes, name: str = "trace") -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_read_as_json_reads_it(tmp_path: Path, form: str, packed: str) -> None:
     """Formats are detected by content; counts, names, times and arguments equal those of plain json."""
-    text = FORMS[form](EVENTS).encode("utf-8", "surrogatepass")
+    text, expected = written(form)
     data = _packed(packed, text, 3000)
     found, reading = read_all(_write(tmp_path, data))
     facts = facts_of(reading)
 
-    assert found == brute_force(EVENTS)
+    assert found == expected
     assert facts.events == sum(found.values())
     assert (facts.raw_bytes, facts.bytes) == (len(text), len(data))
     assert facts.damage == []
@@ -89,12 +97,11 @@ def test_every_form_is_read_as_json_reads_it(tmp_path: Path, form: str, packed: 
 @pytest.mark.parametrize("form", FORMS)
 def test_events_across_chunks_are_whole(tmp_path: Path, form: str, packed: str) -> None:
     """The end of a chunk makes no difference, with either scanner."""
-    events = make_events(60, 3)
-    text = FORMS[form](events).encode("utf-8", "surrogatepass")
+    text, expected = written(form, few=True)
     data = _packed(packed, text, 170)
     found, reading = read_all(_write(tmp_path, data), workers=3)
 
-    assert found == brute_force(events)
+    assert found == expected
     assert facts_of(reading).damage == []
 
 
@@ -161,6 +168,7 @@ def test_text_that_is_not_utf8_is_shown(tmp_path: Path) -> None:
     assert [reading.strings[number] for number in range(3)] == ["\\udcff", "\\udcfe", "\\ud800"]
 
 
+@cache
 @cache
 def _without(*lines: int) -> Counter[str]:
     return brute_force(event for number, event in enumerate(PLAIN) if number not in lines)
