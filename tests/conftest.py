@@ -90,7 +90,13 @@ _LONG_FIRST = (
 # Folders whose files share what takes long: the page's server and its runs, the imports of trackers' libraries.
 _TOGETHER = ("display/web", "track/backends")
 # Files that share the syntax trees of all sources.
-_READ_SOURCES = ("test_rooms.py", "test_prose.py", "database/test_row_layout.py")
+_READ_SOURCES = (
+    "database/test_row_layout.py",
+    "diagnosis/test_kinds.py",
+    "test_own_programs.py",
+    "test_prose.py",
+    "test_rooms.py",
+)
 
 _LACKING = pytest.StashKey[dict[str, Part]]()
 _STARTED = pytest.StashKey[list[str]]()
