@@ -57,7 +57,7 @@ def test_through_a_link(run_dir, tmp_path):
 
 
 def test_damage_is_reported_and_the_rest_is_written(run_dir, tmp_path, capsys):
-    """Unreadable parts are reported on standard error; the output is written."""
+    """Unreadable parts are reported on standard error and by the exit status; the output is written."""
     import sqlite3
 
     database = sqlite3.connect(run_dir / "store.db")
@@ -65,8 +65,14 @@ def test_damage_is_reported_and_the_rest_is_written(run_dir, tmp_path, capsys):
     database.commit()
     database.close()
 
-    assert cli.main(["export", "--format", "pfw"]) == 0
-    assert "traceml export: left out: " in capsys.readouterr().err
+    assert cli.main(["export", "--format", "csv"]) == 3
+    told = capsys.readouterr()
+    assert told.out.startswith("20260101-000000-train-abcd-csv: 22 tables, ")
+    assert "traceml export: left out: " in told.err
+    assert told.err.endswith("-csv is incomplete: the run's store is damaged. Everything readable was written\n")
+
+    assert cli.main(["export", "--format", "pfw", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["damage"]
 
 
 @pytest.mark.parametrize(

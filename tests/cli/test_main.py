@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -172,6 +173,23 @@ def test_reader_that_goes_away_is_quiet(tmp_path):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=240)
 
     assert (done.stdout, done.stderr, done.returncode) == ("line 0\n", "", 141)
+
+
+def test_reader_that_goes_away_ends_a_table_alike(command, monkeypatch):
+    """Rich exits with 1 in its handler of the broken pipe; the status is that of every other output."""
+    from rich.console import Console
+
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def draw(argv):
+        Console().print("a line")
+        return 0
+
+    command(draw)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["probe"]) == 141
 
 
 @pytest.mark.process

@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _leave_broken_pipe()
     except SystemExit as error:
-        return _status_of(error)
+        is_pipe = isinstance(error.__context__, BrokenPipeError)  # rich's Console exits with 1 then
+        return _leave_broken_pipe() if is_pipe else _status_of(error)
     except TraceMLError as error:
         return _explain(_title(args), error)
     except OSError as error:

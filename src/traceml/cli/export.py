@@ -25,6 +25,7 @@ from traceml.runs.find import find_run
 __all__ = ["main"]
 
 _SHOWN = 5
+EXIT_INCOMPLETE = 3
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ExportOptions:
 
     parquet and csv write a folder with one file per table.
 
-    The run may be running or damaged: everything readable is written.
+    The run may be running or damaged: everything readable is written. If parts are missing, the exit status is 3.
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
@@ -60,13 +61,12 @@ def main(argv: list[str]) -> int:
     with _progress(f"Writing {path}") as progress:
         exported = export_run(run_dir, export_format, path, progress)
 
-    if options.json:
-        print(json.dumps(_record(exported), indent=2))
+    print(json.dumps(_record(exported), indent=2) if options.json else _summary(exported))
+    if not exported.damage:
         return 0
 
-    print(_summary(exported))
     _print_damage(exported)
-    return 0
+    return EXIT_INCOMPLETE
 
 
 @contextmanager
@@ -126,3 +126,6 @@ def _print_damage(exported: ExportResult) -> None:
 
     if len(exported.damage) > _SHOWN:
         print(f"traceml export: and {len(exported.damage) - _SHOWN} more", file=sys.stderr)
+
+    what = printable(f"{exported.path} is incomplete: the run's store is damaged. Everything readable was written")
+    print(f"traceml export: {what}", file=sys.stderr)
