@@ -8,6 +8,7 @@ TraceMLError
 ├── ProtocolError                 (ValueError)     bytes on the wire of another protocol or version
 ├── RunNotFoundError              (LookupError)    no run of the given name or path
 ├── StoreError                    (OSError)        a run's store cannot be written or read
+│   ├── StoreBusyError                             another aggregator is writing it
 │   └── StoreVersionError                          its format is that of another version of traceml
 ├── UsageError                    (ValueError)     wrong arguments of a command or a function
 ├── WorkerFailedError             (RuntimeError)   a launched worker ended by a signal or an exit code
@@ -62,6 +63,7 @@ __all__ = [
     "RuntimeClosedError",
     "SettingsError",
     "SlurmError",
+    "StoreBusyError",
     "StoreError",
     "StoreVersionError",
     "TaskCancelledError",
@@ -152,6 +154,10 @@ class RunNotFoundError(TraceMLError, LookupError):
 
 class StoreError(TraceMLError, OSError):
     """A run's store cannot be written or read."""
+
+
+class StoreBusyError(StoreError):
+    """A run's store is being written by another aggregator."""
 
 
 class StoreVersionError(StoreError):

@@ -178,7 +178,7 @@ def test_killed_aggregator_leaves_runs_that_are_found(registry, tmp_path):
 
 
 def test_orphans_are_adopted_once_and_the_lock_of_a_living_one_respected(registry, tmp_path, caplog):
-    """Runs that are open elsewhere are left alone; those of a dead aggregator are taken up."""
+    """Runs that are open elsewhere are left alone, without a word; those of a dead aggregator are taken up."""
     run, _ = join(registry, hello(0))
     run.commit()
     later = Registry(tmp_path / "runs")
@@ -186,7 +186,7 @@ def test_orphans_are_adopted_once_and_the_lock_of_a_living_one_respected(registr
 
     later.resume_orphans()
     assert later.open_runs == []
-    assert "another aggregator" in caplog.text
+    assert caplog.text == ""
 
     run.close()
     later.resume_orphans()

@@ -17,7 +17,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import DeadFlight, dead_flights
 from traceml.aggregator.streams.stream import Incarnation, Stream
 from traceml.database.flight.flight_owner import SILENCE_S
-from traceml.errors import StoreError
+from traceml.errors import StoreBusyError, StoreError
 from traceml.ids import new_run_id
 from traceml.own_files import replace_file
 from traceml.run_folder import STORE_NAME
@@ -214,7 +214,7 @@ class Registry:
             try:
                 self.begin(left["run"], left["job"], named=bool(left.get("named")), is_new=False)
             except RefusedError as error:  # another aggregator has it open, or the folder is damaged
-                _log.info("run %s is not resumed: %s", left["run"], error)
+                _log.log(_level_of(error), "run %s is not resumed: %s", left["run"], error)
 
     def recover_flights(self, silence_s: float | None = None) -> list[ActiveRun]:
         """Store the logged rows of dead ranks that had no aggregator.
@@ -278,7 +278,7 @@ class Registry:
         try:
             return self.begin(run_id, flight.job, named=bool(flight.run_id), is_new=False)
         except RefusedError as error:  # another aggregator has it open
-            _log.info("%s is not recovered: %s", flight.path, error)
+            _log.log(_level_of(error), "%s is not recovered: %s", flight.path, error)
             return None
 
     def _run_id_of(self, flight: DeadFlight) -> str | None:
@@ -345,6 +345,11 @@ def _is_temporary(error: StoreError) -> bool:
     cause = error.__cause__
     full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
     return full or "full" in str(cause)
+
+
+def _level_of(error: RefusedError) -> int:
+    """Return the level at which a run that stays closed is logged: one of a live aggregator is as it should be."""
+    return logging.DEBUG if isinstance(error.__cause__, StoreBusyError) else logging.INFO
 
 
 def _marker(runs_dir: Path, key: str) -> Path:

@@ -24,7 +24,7 @@ from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store_file import open_for_writing, translate_errors
 from traceml.database.store.unframed_rows import FrameBuffer, IncomingRows, UnframedRows
 from traceml.database.store.upkeep import Upkeep
-from traceml.errors import StoreError
+from traceml.errors import StoreBusyError, StoreError
 
 __all__ = ["StoreWriter", "merge_wal"]
 
@@ -375,7 +375,7 @@ def _lock_folder(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise StoreError(
+        raise StoreBusyError(
             f"another aggregator is writing the run's store {path}. Stop it first, or use another run."
         ) from None
     except OSError:
