@@ -105,6 +105,26 @@ def test_a_fault_in_a_part_of_a_run_is_told_by_its_line(line: int, kinds: list[s
         assert found[0].summary.endswith("It was slow from step 100 to step 200.")
 
 
+@pytest.mark.parametrize(("ratio", "found"), [(1.8, True), (1.08, False)])
+@pytest.mark.parametrize("parts", [("forward",), ("forward", "backward", "other")])
+def test_more_cpu_time_is_no_lack_of_cores(ratio: float, found: bool, parts: tuple[str, ...]) -> None:
+    """Four ranks on two cores; one has twice the layers, and no line of its own. Equal ones may be late by chance."""
+    runs = {rank: 0.1 * (ratio if rank == 3 else 1.0) for rank in range(4)}
+    waits = {rank: 3 * run for rank, run in runs.items()}
+    facts = JobFacts(world_size=4, main_wait=dict.fromkeys(range(4), 0.75), core_wait=waits)
+    # The host becomes busier: steps of the first half are shorter.
+    faults = [adds(part, 5.0, (3,)) for part in parts] + [
+        _in_steps("forward", 12.0, rank, 100, 200) for rank in range(4)
+    ]
+
+    kinds = {each.kind: each for each in diagnose(window_of(Job(ranks=4, steps=200), *faults), facts)}
+
+    assert ("COMPUTE_STRAGGLER" in kinds) == found
+    if found:
+        assert kinds["COMPUTE_STRAGGLER"].ranks == (3,)
+        assert kinds["COMPUTE_STRAGGLER"].summary.endswith("Rank 3 used 1.8x the CPU time of the others.")
+
+
 def test_the_line_of_the_loop_is_not_blamed_for_loader_workers() -> None:
     """A late rank waits for its workers in the line that asks for a batch, as all ranks do."""
     select = "selectors.py:402 _PollLikeSelector.select"

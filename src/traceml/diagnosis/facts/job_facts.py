@@ -160,7 +160,7 @@ class JobFacts:
 
         None where that is not known: what runs without ever waiting for a core is not.
         """
-        runs = self._core_runs
+        runs = self.core_runs
         if not ranks or not runs.keys() >= set(ranks):
             return None
 
@@ -171,14 +171,19 @@ class JobFacts:
     def _medians_of_core_wait(self) -> dict[int, float]:
         return medians_of_others(self.core_wait)
 
+    def core_runs_of_others(self, ranks: Collection[int]) -> list[float]:
+        """Return the share of wall time that the main thread of each rank but these ran, where it is known."""
+        return [run for rank, run in self.core_runs.items() if rank not in ranks]
+
     @cached_property
-    def _core_runs(self) -> dict[int, float]:
+    def core_runs(self) -> dict[int, float]:
+        """Share of wall time that the main thread of each rank ran, where it is known."""
         ready = ((rank, waited, self.main_wait.get(rank, 0.0)) for rank, waited in self.core_wait.items())
         return {rank: waited * (1 - share) / share for rank, waited, share in ready if share > 0}
 
     @cached_property
     def _medians_of_core_run(self) -> dict[int, float]:
-        return medians_of_others(self._core_runs)
+        return medians_of_others(self.core_runs)
 
     @property
     def waited_share(self) -> float:

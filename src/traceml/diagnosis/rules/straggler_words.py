@@ -12,7 +12,7 @@ from traceml.diagnosis.steps.segments import LateRanks, Segments
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["late_evidence", "late_summary", "mean_of_others", "share_late", "waited_for_core"]
+__all__ = ["late_evidence", "late_summary", "mean_of_others", "more_cpu_time", "share_late", "waited_for_core"]
 
 _UNEVEN = 0.03
 """Cost and gain that differ by so much of the step are explained."""
@@ -36,6 +36,15 @@ def waited_for_core(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]
         f" {capitalized(ranks_text(ranks))} waited for a CPU core for {percent_text(mine)} of the time that "
         f"{'they' if len(ranks) > 1 else 'it'} had work (the others {percent_text(usual)})."
     )
+
+
+def more_cpu_time(facts: JobFacts, ranks: Sequence[int]) -> str:
+    """Return the sentence about late ranks that compute more, where all ranks wait for cores."""
+    run = facts.core_run(ranks)
+    if run is None:
+        return ""
+
+    return f" {capitalized(ranks_text(ranks))} used {run[0] / run[1]:.1f}x the CPU time of the others."
 
 
 def late_summary(

@@ -25,6 +25,7 @@ from traceml.diagnosis.rules.straggler_words import (
     late_evidence,
     late_summary,
     mean_of_others,
+    more_cpu_time,
     share_late,
     waited_for_core,
 )
@@ -64,6 +65,11 @@ OWN_LINE_SHARE = 1 / 3
 A sampler sees code that holds the interpreter's lock less often than it runs."""
 WAITING_SHARE = 0.5
 """Late ranks lack a core, and are not slow by their code, if waiting for one is this share of their excess."""
+MORE_WORK_RATIO = 1.2
+"""Main threads that each compute this many times as long as that of any other rank have more work. Those of equal
+ranks, four on two busy cores, differ by less than 1.1."""
+MORE_WORK_SHARE = 0.5
+"""That explains the lateness if it is this share of the excess."""
 
 MANY_ROWS = 64
 """More late ranks than this are judged one by one only if they are not a group: a stage has thousands."""
@@ -162,7 +168,7 @@ def _late_steadily(segments: Segments, facts: JobFacts, steady: SteadyExcess) ->
 
     row, others = np.array([steady.row]), np.delete(np.arange(len(segments.ranks)), steady.row)
     lacking = _may_lack_cores(segments, facts, row)
-    own_ns = _own_line_ns(segments, facts, row, steady.part, steady.mean_ns) if lacking else 0.0
+    own_ns = _due_to_code_ns(segments, facts, row, steady.part, steady.mean_ns) if lacking else 0.0
     if max(steady.mean_ns - _without_core_ns(segments, facts, row), own_ns) < EXCESS_SHARE * segments.step_ns:
         return None
 
@@ -273,14 +279,15 @@ def _blamed_part(
     part = max(by_part, key=lambda name: by_part[name])
     lacking = _may_lack_cores(segments, facts, rows)
     own_ns = _own_line_ns(segments, facts, rows, part, by_part[part]) if lacking else 0.0
-    explained_ns = max(excess - _without_core_ns(segments, facts, rows), own_ns)
+    more_ns = _more_work_ns(segments, facts, rows, excess) if lacking else 0.0
+    explained_ns = max(excess - _without_core_ns(segments, facts, rows), own_ns, more_ns)
     if own_ns:
         return (part if explained_ns >= EXCESS_SHARE * segments.step_ns else None), False
 
     everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, usual, part)
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
-    floor = EVERYWHERE_SHARE if everywhere or seldom or lacking else EXCESS_SHARE
-    if explained_ns < floor * segments.step_ns or (everywhere and facts.oversubscribed):
+    floor = EVERYWHERE_SHARE if everywhere or seldom or (lacking and not more_ns) else EXCESS_SHARE
+    if explained_ns < floor * segments.step_ns or (everywhere and facts.oversubscribed and not more_ns):
         return None, everywhere
 
     return part, everywhere
@@ -302,6 +309,27 @@ def _own_line_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], pa
     others = np.delete(np.arange(len(segments.ranks)), rows)
     share = own_line_share(facts.lines, part, segments.ranks_of(rows), segments.ranks_of(others))
     return share * segments.step_ns if share * segments.step_ns >= OWN_LINE_SHARE * excess_ns else 0.0
+
+
+def _due_to_code_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
+    """Return the time per step by which ranks are late for what they run, not for lack of cores; 0 if unsure."""
+    own_ns = _own_line_ns(segments, facts, rows, part, excess_ns)
+    return own_ns or _more_work_ns(segments, facts, rows, excess_ns)
+
+
+def _more_work_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], excess_ns: float) -> float:
+    """Return the part of an excess that CPU time explains; 0 if it is small, or other ranks compute as long.
+
+    Who has more to compute also waits longer for a core, in proportion.
+    """
+    late = segments.ranks[rows].tolist()
+    others, run = facts.core_runs_of_others(late), facts.core_run(late)
+    if run is None or min(facts.core_runs[rank] for rank in late) < MORE_WORK_RATIO * max(others):
+        return 0.0
+
+    waiting = float(np.median([facts.main_wait.get(rank, 0.0) for rank in segments.ranks.tolist()]))
+    more_ns = (run[0] - run[1]) * segments.step_ns / max(1 - waiting, 0.05)
+    return min(more_ns, excess_ns) if more_ns >= MORE_WORK_SHARE * excess_ns else 0.0
 
 
 def _may_lack_cores(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
@@ -379,8 +407,8 @@ def _errors(values: Floats) -> float:
 
 
 def _persists(excess: Floats, segments: Segments) -> bool:
-    halves = np.array_split(excess, 2)
-    return min(float(half.mean()) for half in halves) >= EVERYWHERE_SHARE * segments.step_ns
+    halves = zip(np.array_split(excess, 2), np.array_split(segments.step, 2), strict=True)
+    return all(float(half.mean()) >= EVERYWHERE_SHARE * float(step.mean()) for half, step in halves)
 
 
 def _late(
@@ -455,13 +483,14 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     if late.group is not None and line is None and late.part != "input_wait":
         action = advice.for_slow_group(late.group)
 
+    more_work = facts.oversubscribed and _more_work_ns(segments, facts, late.rows, late.excess_ns) > 0
     return Finding(
         kind=kind,
         severity=kind.severity_for(share),
         ranks=ranks,
         phase=late.part,
         summary=late_summary(segments, late, ranks, share, gain, line)
-        + (waited_for_core(facts, ranks, others) if lacking else ""),
+        + (waited_for_core(facts, ranks, others) if lacking else more_cpu_time(facts, ranks) if more_work else ""),
         next=advice.for_lacking_core(ranks, facts) if lacking else action,
         evidence=late_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,
