@@ -20,6 +20,7 @@ __all__ = [
     "patch_collectives",
     "patch_copies",
     "patch_functional_collectives",
+    "patch_remote_calls",
     "timed_call",
 ]
 
@@ -36,6 +37,8 @@ _FUNCTIONAL = re.compile(
     r"|autograd|into|_)*$"
 )
 
+
+_REMOTE_CALLS = ("rpc_sync", "rpc_async", "remote")
 
 _Note = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
 
@@ -102,6 +105,25 @@ def patch_functional_collectives(patches: Patches, clock: StepClock) -> None:
     for name, value in list(vars(module).items()):
         if type(value) is FunctionType and _FUNCTIONAL.match(name) and value.__module__ == module.__name__:
             patches.wrap(module, name, timed_call(value, _COMM, clock))
+
+
+def patch_remote_calls(patches: Patches, clock: StepClock, note: _Note) -> None:
+    """Time calls of functions in other processes (`torch.distributed.rpc`), and the wait for their results.
+
+    Args:
+        note: takes the arguments of each call of `init_rpc`.
+    """
+    package, api = sys.modules["torch.distributed.rpc"], sys.modules["torch.distributed.rpc.api"]
+    for name in _REMOTE_CALLS:
+        wrapper = timed_call(getattr(api, name), _COMM, clock)
+        for module in (api, package):
+            patches.wrap(module, name, wrapper)
+
+    future, reference = sys.modules["torch"]._C.Future, vars(package)["RRef"].__base__  # what C++ returns
+    for owner, name in ((future, "wait"), (reference, "to_here")):
+        patches.replace(owner, name, _timed_method(getattr(owner, name), _COMM, clock))
+
+    patches.wrap(package, "init_rpc", timed_call(vars(package)["init_rpc"], _COMM, clock, note))
 
 
 def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str]) -> None:

@@ -371,6 +371,9 @@ class Instrumentation:
             calls.patch_collectives(self._patches, self.clock, self._sizes)
             self._group.patch()
 
+        if hasattr(sys.modules.get("torch.distributed.rpc"), "init_rpc"):  # else torch was built without it
+            calls.patch_remote_calls(self._patches, self.clock, lambda *_: self._facts.report({"kind": "rpc"}))
+
     def _look_for_device(self) -> None:
         """Measure device times from now on if the script uses CUDA; a job on the CPU pays nothing."""
         if self._device is not None and self.clock.device is None:

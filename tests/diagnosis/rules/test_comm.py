@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.database.schema import STEPS, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.segments import segments_of
 
 
 def facts(backwards: float | None, reductions: float = 1.0) -> JobFacts:
@@ -57,6 +63,39 @@ def test_stages_that_wait_for_each_other_are_no_slow_network() -> None:
     assert finding.summary.startswith("Waiting for messages of other ranks takes ")
     assert "more micro-batches" in finding.next
     assert finding.speedup_if_fixed == 1.0
+
+
+def test_waiting_for_a_parameter_server_is_communication() -> None:
+    """Trainers wait for its answers and not for each other, though one of them waits longer."""
+    window = window_of(Job(ranks=2, steps=100), adds("other", 20.0, (1,)))
+    window.backward_own[:] = np.nan
+    window.times["comm"][:] = window.times["other"] + 30e6
+    window.times["other"][:] = 0
+    window.total[:] = sum(window.times.values())
+    builder = JobFactsBuilder(2)
+    builder.info(0, {"kind": "rpc"})
+    lines = [SampledLine(0, part, "train.py", 9, "pull", None, 40) for part in ("comm", "comm", "comm", "backward")]
+
+    finding = diagnose(window, replace(builder.build(), lines=lines))[0]
+
+    assert (finding.kind, finding.ranks, finding.phase) == (Kind.COMM_BOUND, (), "comm")
+    assert finding.summary.startswith("Calls of functions in other processes (RPC) take ")
+    assert finding.evidence["function"] == "pull"
+    assert finding.speedup_if_fixed == 1.0
+
+
+@pytest.mark.parametrize(("newest", "parallel", "apart"), [(7, None, True), (8, None, False), (7, "ddp", False)])
+def test_ranks_without_collectives_wait_for_nobody(newest: int, parallel: str | None, apart: bool) -> None:
+    """On busy cores backward may end milliseconds after its last gradient, which is no communication."""
+    builder = JobFactsBuilder(2)
+    rows = np.zeros(2, STEPS.dtype)
+    rows["bits"] = [pack_bits(1, 0, sequence) for sequence in (7, newest)]
+    for rank in range(2):
+        builder.info(rank, {"kind": "group", "group_size": 2})
+        builder.info(rank, {"kind": "model", "parameters": 100, "parallel": parallel})
+        builder.batches.steps(rows)
+
+    assert segments_of(window_of(Job(ranks=2)), builder.build()).grouped is not apart
 
 
 @pytest.mark.parametrize("known", [facts(None), facts(1, 1), facts(4, 1), facts(2.3, 1)])

@@ -55,6 +55,7 @@ class JobFacts:
         core_takers: cores that other processes on the host of rank 0 used meanwhile, by name, those that used most;
             '' are processes of other users.
         samples: use of cores, memory and devices over the run.
+        rpc: whether ranks call functions of each other (torch.distributed.rpc).
         fused: whether the optimizer is a fused one; None where no fused form of it is known.
         detects_anomalies: whether autograd's detection of anomalies is on.
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
@@ -101,6 +102,7 @@ class JobFacts:
     core_takers: Mapping[str, float] = field(default_factory=dict)
     samples: MachineSamples = field(default_factory=MachineSamples)
     model: ModelFacts | None = None
+    rpc: bool = False
     fused: bool | None = None
     detects_anomalies: bool = False
     collects: bool = False

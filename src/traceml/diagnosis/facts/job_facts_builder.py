@@ -193,6 +193,7 @@ class JobFactsBuilder:
         "compilation": lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
         "anomaly_detection": lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
         "rollouts": lambda self, *_: self._facts.update(collects=True),
+        "rpc": lambda self, *_: self._facts.update(rpc=True),
         "plays": lambda self, *_: self._facts.update(plays=True),
         "process": _take_process,
         "tracing": lambda self, *_: self._facts.update(only_logs=False),

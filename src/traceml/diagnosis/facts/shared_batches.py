@@ -117,6 +117,11 @@ class BatchHistory:
         return self.group_size > 1 and len(self._models) > 1 and trains_alone
 
     @property
+    def call_no_collectives(self) -> bool:
+        """Whether ranks share a group, but no step had a collective, and no model is parallel."""
+        return self.group_size > 1 and bool(self._models) and not self._communicates and not self._parallel
+
+    @property
     def only_numbers(self) -> int:
         """Most numbers that a collective carried, if all did on all ranks, and too few for gradients; else 0."""
         parameters = min((self._parameters[rank] for rank in self._models), default=0)

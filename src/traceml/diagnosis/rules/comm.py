@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from traceml.diagnosis import advice
+from traceml.diagnosis.facts.blamed_lines import blamed_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -36,6 +37,9 @@ def min_wait_ns(segments: Segments) -> float:
 
 def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
     """Find communication that costs much while no rank is late, which the caller has checked."""
+    if facts.rpc and not segments.grouped:
+        return _waiting_for_answers(segments, facts)
+
     cost = min_wait_ns(segments)
     step = float(np.median(segments.step))
     share = cost / max(step, 1.0)
@@ -88,6 +92,38 @@ def _waiting_for_messages(cost: float, step: float, evidence: dict[str, Any]) ->
         evidence=evidence,
         cost_share=share,
     )
+
+
+def _waiting_for_answers(segments: Segments, facts: JobFacts) -> list[Finding]:
+    """Return the finding on ranks that call functions of others, as of a parameter server; they need no other rank."""
+    waits = segments.parts.get("comm", np.zeros_like(segments.own))
+    callers = waits.any(axis=1)
+    if not callers.any():
+        return []
+
+    cost, step = (float(np.median(values[callers].mean(axis=0))) for values in (waits, segments.own))
+    share = cost / max(step, 1.0)
+    if share < (CROWDED_SHARE if facts.oversubscribed else SHARE) or cost < FLOOR_NS:
+        return []
+
+    line = blamed_line(facts.lines, "comm", share)
+    return [
+        Finding(
+            kind=Kind.COMM_BOUND,
+            severity=Kind.COMM_BOUND.severity_for(share),
+            phase="comm",
+            summary=(
+                f"Calls of functions in other processes (RPC) take {ns_text(cost)} of each {ns_text(step)} step "
+                f"({percent_text(share)}){line.of_it if line else ''}."
+            ),
+            next=(
+                "Make the functions that are called faster, or call them less often, with more data each time; begin "
+                "calls early (rpc_async), and wait for their results where these are needed."
+            ),
+            evidence=_evidence(segments, facts, cost, step, cost) | (line.evidence(share) if line else {}),
+            cost_share=share,
+        )
+    ]
 
 
 def _evidence(segments: Segments, facts: JobFacts, cost: float, step: float, explicit: float) -> dict[str, Any]:

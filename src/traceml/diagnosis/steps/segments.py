@@ -175,8 +175,12 @@ def is_grouped(window: AlignedSteps, facts: JobFacts) -> bool:
     if not has_group(max(facts.world_size, len(window.ranks)), facts.group):
         return False
 
+    if facts.batches is not None and facts.batches.call_no_collectives:
+        return False
+
     # Ranks that reported no group are in one if they did what only a group does.
-    return facts.group or bool(not np.isnan(window.backward_own).all() or window.times["comm"].any())
+    collectives = window.times["comm"].any() and not facts.rpc
+    return facts.group or bool(not np.isnan(window.backward_own).all() or collectives)
 
 
 def _user_parts(window: AlignedSteps) -> dict[str, Floats]:

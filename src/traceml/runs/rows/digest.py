@@ -99,7 +99,7 @@ class Digest:
     @property
     def grouped(self) -> bool:
         """Whether the ranks may wait for each other."""
-        return has_group(max(self.world_size, len(self.ranks)))
+        return has_group(max(self.world_size, len(self.ranks))) and not self.facts.batches.call_no_collectives
 
     @property
     def names(self) -> dict[int, dict[int, str]]:
