@@ -46,16 +46,11 @@ def main(argv: list[str]) -> int:
 
     from traceml.whatif.simulation import Simulator
     from traceml.whatif.straggler_cost import explain_job
-    from traceml.whatif.trace_loading import load_job
+    from traceml.whatif.trace_loading import layout_differences, load_job
 
     job = load_job(options.trace, options.meta)
-    if job.layout.world_size != job.layout.product:
-        layout = job.layout
-        print(
-            f"traceml whatif: {options.meta} says world_size {layout.world_size}, but its sizes give {layout.product} "
-            "ranks; the result does not depend on tensor-parallel ranks",
-            file=sys.stderr,
-        )
+    for difference in layout_differences(job):
+        print(f"traceml whatif: {options.meta} says {difference}", file=sys.stderr)
 
     simulator = Simulator(job)
     result = explain_job(simulator)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.installation import install_command
 from traceml.whatif.operations import JobTrace, Layout, Operation
+from traceml.whatif.trace_columns import COLUMNS, trace_columns
 
-__all__ = ["load_job"]
+__all__ = ["layout_differences", "load_job"]
 
-_INTEGERS = ("dp_rank", "stage", "rank", "step", "seq_id", "mc", "gmc", "mb_id")
-_COLUMNS = (*_INTEGERS, "optype", "start_ts", "duration")
 _NEEDED = ("dp_size", "pp_size")  # the trace is compared with these
 _NEEDS = f"traceml whatif needs {{}}: {install_command('whatif')}"
 
@@ -38,7 +38,7 @@ def load_job(trace: Path, meta: Path) -> JobTrace:
         UsageError: a file cannot be read, or the two do not fit together.
     """
     layout = _layout(meta)
-    rows = _rows(trace)
+    rows = trace_columns(trace, _table(trace))
     steps, step_of = np.unique(rows["step"], return_inverse=True)
     dp_ranks, dp_of = np.unique(rows["dp_rank"], return_inverse=True)
     operations, operation_of = _operations(rows)
@@ -75,6 +75,21 @@ def load_job(trace: Path, meta: Path) -> JobTrace:
     )
 
 
+def layout_differences(job: JobTrace) -> list[str]:
+    """Return where the layout's file differs from itself or from the trace, in words that follow `FILE says`."""
+    layout, chunks = job.layout, max(operation.chunk for operation in job.operations) + 1
+    differences = []
+    if layout.world_size != layout.product:
+        differences.append(
+            f"world_size {layout.world_size}, but its sizes give {layout.product} ranks; "
+            "the result does not depend on tensor-parallel ranks"
+        )
+    if layout.vpp_size != chunks > 0:
+        differences.append(f"vpp_size {layout.vpp_size}, but workers of the trace have {chunks} chunks; these count")
+
+    return differences
+
+
 def _layout(path: Path) -> Layout:
     try:
         import yaml
@@ -99,7 +114,8 @@ def _layout(path: Path) -> Layout:
     if missing := [name for name in _NEEDED if name not in known]:
         raise UsageError(f"{path} has no {' and no '.join(missing)}: add the sizes of the job's layout")
 
-    return Layout(**{**known, "trial_name": str(known.get("trial_name", ""))})
+    layout = Layout(**{**known, "trial_name": str(known.get("trial_name", ""))})
+    return layout if "world_size" in known else replace(layout, world_size=layout.product)
 
 
 def _table(path: Path) -> Any:
@@ -112,10 +128,10 @@ def _table(path: Path) -> Any:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if missing := [name for name in _COLUMNS if name not in file.schema_arrow.names]:
-                raise UsageError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
+            if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+                raise UsageError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
 
-            table = file.read(columns=list(_COLUMNS))
+            table = file.read(columns=list(COLUMNS))
     except FileNotFoundError as error:
         raise TraceNotFoundError(f"there is no file {path}") from error
     except pyarrow.ArrowInvalid as error:
@@ -127,37 +143,10 @@ def _table(path: Path) -> Any:
     return table
 
 
-def _rows(path: Path) -> dict[str, Any]:
-    """Return the columns of the trace as arrays; `optype` as (labels, codes)."""
-    table = _table(path)
-    import pyarrow
-
-    rows: dict[str, Any] = {}
-    try:
-        for name in _INTEGERS:
-            rows[name] = table[name].fill_null(-1).to_numpy().astype(np.int64)
-
-        for name in ("start_ts", "duration"):
-            rows[name] = table[name].to_numpy().astype(np.float64)
-    except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
-        raise UsageError(f"{path}: column {name} does not consist of numbers ({error})") from error
-
-    if not (np.isfinite(rows["start_ts"]).all() and np.isfinite(rows["duration"]).all()):
-        raise UsageError(f"{path} has operations without a start or a duration")
-    if (rows["duration"] < 0).any():
-        row = int(np.argmax(rows["duration"] < 0))
-        raise UsageError(
-            f"{path}: row {row} has a duration of {rows['duration'][row]:g} s; durations are seconds, 0 or more"
-        )
-
-    rows["optype"] = np.unique(table["optype"].cast(pyarrow.string()).to_numpy().astype(str), return_inverse=True)
-    return rows
-
-
 def _operations(rows: Mapping[str, Any]) -> tuple[list[Operation], Integers]:
     """Return the distinct operations of a step, and the operation of each row."""
     labels, codes = rows["optype"]
-    numbers = rows["seq_id"] - rows["seq_id"].min()
+    numbers = np.unique(rows["seq_id"], return_inverse=True)[1]  # small, so that keys do not overflow
     keys = (rows["stage"] * len(labels) + codes) * (int(numbers.max()) + 1) + numbers
     _, first, operation_of = np.unique(keys, return_index=True, return_inverse=True)
     operations = [
