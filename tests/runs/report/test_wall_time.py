@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import closing
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from tests.runs.fabricated_store import add_info, run_facts
 from traceml.database.schema import EPOCHS, EVALS, STEPS
+from traceml.database.snapshots import SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
+from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.wall_time import wall_time
@@ -72,12 +75,18 @@ def test_the_parts_are_those_of_the_run(tmp_path):
     )
 
 
-def ended_in_step(folder: Path, rows: int) -> Path:
-    """Write a run of a process that is killed 60 s after its start: in the step that has begun after 4 s and `rows`."""
+def ended_in_step(folder: Path, rows: int, number: int = signal.SIGKILL) -> Path:
+    """Write a run of a process that a signal ends after 60 s, in the step that has begun after 4 s and `rows`."""
     folder.mkdir()
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id="run", started=BOOT_S + 100.0, ended=BOOT_S + 160.0))
-        end = {"signal": 9, "at_s": BOOT_S + 160.0, "open_s": 56.0 - rows, "open_step": rows, "open_phase": "forward"}
+        end = {
+            "signal": number,
+            "at_s": BOOT_S + 160.0,
+            "open_s": 56.0 - rows,
+            "open_step": rows,
+            "open_phase": "forward",
+        }
         stream = writer.stream(
             StreamIdentity(0, 0, "h0", 100, 0, ""), state="killed", exit=end,
             clock=[100 * S, BOOT_S * S + 100 * S], clock_offset_ns=BOOT_S * S, clock_rtt_ns=1000,
@@ -97,6 +106,32 @@ def test_a_step_that_never_ended_is_time_in_steps(tmp_path, rows):
     _, parts = time_of(ended_in_step(tmp_path / "run", rows))
 
     assert parts == pytest.approx({"startup": 4.0, "steps": 56.0})
+
+
+@pytest.mark.parametrize("rows", [0, 30])
+def test_the_time_of_a_hang_is_no_time_in_steps(tmp_path, rows):
+    """A job that hung for 90 s in a collective was told as 83 % steps."""
+    folder = ended_in_step(tmp_path / "run", rows, signal.SIGTERM)
+    quiet_s = 56.0 - rows - 1.0
+    with StoreWriter(folder / STORE_NAME) as writer:
+        seen = RankSnapshot(at_ns=160 * S, rank=0, quiet_s=quiet_s, step=rows, in_step=True, answered="recorder",
+                            phase="forward", process_state="T")  # fmt: skip
+        writer.event(SNAPSHOT, {**seen.to_row(), "t_ns": seen.at_ns, "attempt": 0})
+        facts = run_facts(id="run", started=BOOT_S + 100.0, ended=BOOT_S + 160.0, state="hung", world_size=1)
+        writer.put_meta("run", facts)
+
+    assert build_report(folder).verdict.kind == "HANG"
+    assert time_of(folder)[1] == pytest.approx({"startup": 4.0, "steps": rows + 1.0, "idle": quiet_s})
+
+
+def test_the_time_of_a_hang_is_no_time_in_the_step_that_the_end_has_closed():
+    """The exception of a collective's timeout ends the step, which has a row then."""
+    process = ProcessSums(first_ns=4 * S, last_ns=60 * S, steps=31, total_ns=56 * S)
+    process.end_in_step(34 * S, 60 * S, 20 * S, has_row=True)
+
+    assert wall_parts([process], 0, 61 * S) == pytest.approx(
+        {"startup": 4, "steps": 36, "evaluation": 0, "checkpoint": 0, "between_epochs": 0, "idle": 21, "restart": 0}
+    )
 
 
 def test_a_step_that_the_end_has_closed_counts_once(tmp_path):

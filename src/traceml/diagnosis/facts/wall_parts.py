@@ -51,11 +51,19 @@ class ProcessSums:
         takers = {STEPS.name: self._add_steps, EVALS.name: self._add_evals, EPOCHS.name: self._add_epochs}
         takers[table](rows, ends_ns)
 
-    def end_in_step(self, begin_ns: int, end_ns: int) -> None:
-        """Add the step in which the process ended, unless a row has it: its end closes a step that was trained."""
-        if begin_ns >= self.last_ns:
-            self._cover(begin_ns, end_ns)
-            self.open_ns = end_ns - begin_ns
+    def end_in_step(self, begin_ns: int, end_ns: int, hung_ns: int = 0, *, has_row: bool) -> None:
+        """Add the step in which the process ended, without the time for which it hung.
+
+        Args:
+            has_row: whether the end of the process has written its row, as that of a step that was trained.
+        """
+        hung_ns = min(hung_ns, end_ns - begin_ns)
+        if has_row:
+            self.total_ns -= hung_ns
+            self.last_ns -= hung_ns
+        else:
+            self._cover(begin_ns, end_ns - hung_ns)
+            self.open_ns = end_ns - hung_ns - begin_ns
 
     def _add_steps(self, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         self._cover(int(ends_ns[0] - rows["total_ns"][0]), int(ends_ns[-1]))

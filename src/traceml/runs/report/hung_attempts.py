@@ -19,11 +19,11 @@ __all__ = ["earlier_hangs_s"]
 _STEPS, _SAMPLES = 64, 2  # last rows of each rank that are read
 
 
-def earlier_hangs_s(reader: StoreReader) -> float:
-    """Return the time for which attempts before the last one made no progress when they were ended, in seconds."""
+def earlier_hangs_s(reader: StoreReader) -> dict[int, float]:
+    """Return for how many seconds attempts before the last one made no progress when they were ended, by attempt."""
     *earlier, _ = attempts_of(reader).values() or [[]]
     if not earlier:
-        return 0.0
+        return {}
 
     world_size = int(reader.meta().get("run", {}).get("world_size", 1))
     attempts = [_EndedAttempt(reader, streams, world_size) for streams in earlier]
@@ -37,7 +37,7 @@ def earlier_hangs_s(reader: StoreReader) -> float:
             if event.data.get("stream") in attempt.rank_of or event.data.get("attempt") == attempt.number:
                 attempt.facts.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
-    return sum(attempt.hung_s() for attempt in attempts)
+    return {attempt.number: attempt.hung_s() for attempt in attempts}
 
 
 class _EndedAttempt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,9 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
     digest.facts.time = run_wall_time(digest, reader, run_dir)
     window = digest.all_aligned()
     findings = digest.diagnose(window, state_of(digest.run, digest.aggregator))
+    if any((hung_s := _hung_s(digest, reader, findings)).values()):
+        digest.facts.time = run_wall_time(digest, reader, run_dir, hung_s)
+
     report = make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
     about = about_run(reader)
     report.setup, report.step_times = setup_section(digest, reader, about), step_times_section(window)
@@ -75,8 +78,14 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
     return report
 
 
-def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime | None:
-    """Return the wall time of a run by part, until now where it runs; None where its start is not known."""
+def run_wall_time(
+    digest: Digest, reader: StoreReader, run_dir: Path, hung_s: Mapping[int, float] | None = None
+) -> RunTime | None:
+    """Return the wall time of a run by part, until now where it runs; None where its start is not known.
+
+    Args:
+        hung_s: seconds without progress before an attempt was ended, by attempt.
+    """
     state = state_of(digest.run, digest.aggregator)
     started_s, _, duration_s = run_times(digest, state, run_dir)
     if started_s is None or duration_s is None:
@@ -89,8 +98,14 @@ def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime
     return wall_time(
         streams, sums, started_s, ended_s, is_running=is_running, stops=facts.stops,
         compile_s={rank: facts.pauses.set_up_compile_s(rank) for rank in digest.ranks}, grouped=facts.is_grouped,
-        untraced=facts.only_logs,
+        untraced=facts.only_logs, hung_s=hung_s,
     )  # fmt: skip
+
+
+def _hung_s(digest: Digest, reader: StoreReader, findings: Sequence[Finding]) -> dict[int, float]:
+    """Return for how many seconds attempts had made no progress when they were ended, or until now."""
+    last_s = sum(each.evidence["quiet_s"] for each in findings if each.kind is Kind.HANG)
+    return {**earlier_hangs_s(reader), digest.attempt: last_s}
 
 
 def report_window(digest: Digest) -> AlignedSteps:
@@ -165,8 +180,7 @@ def make_report(
     steps, run, time = sections.steps(digest, window), _run(digest, reader, run_dir), sections.time(digest)
     if time is not None:
         ended_badly = run.state in ("failed", "lost", "hung")
-        hung_s = sum(each.evidence["quiet_s"] for each in findings if each.kind is Kind.HANG)
-        time.count_failures(len(run.restarts) + ended_badly, hung_s + earlier_hangs_s(reader))
+        time.count_failures(len(run.restarts) + ended_badly, sum(_hung_s(digest, reader, findings).values()))
 
     rounded = [finding.rounded() for finding in with_operators(findings, reader)]
     return Report(

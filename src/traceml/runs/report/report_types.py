@@ -156,8 +156,8 @@ class TimeSection(msgspec.Struct):
     `goodput` is the share in steps, without waiting for data, saving, steps that an attempt repeats, and the one in
     which it failed: the time `productive_s` in `productive_steps`. `repeated_steps` were made by an earlier attempt
     already, and lost, as they were after its last checkpoint. `hang_s` is the time without progress before attempts
-    were ended; it is within `steps`, `restart` and `idle`. `failures` counts the attempts that ended badly, `mtbf_s`
-    is the productive time per failure; None without one.
+    were ended; it is within `idle` and `restart`, or `startup` before the first step. `failures` counts the attempts
+    that ended badly, `mtbf_s` is the productive time per failure; None without one.
     """
 
     wall_s: float = 0.0

@@ -43,6 +43,7 @@ def wall_time(
     compile_s: Mapping[int, float] | None = None,
     grouped: bool = False,
     untraced: bool = False,
+    hung_s: Mapping[int, float] | None = None,
 ) -> RunTime:
     """Return the wall time of a run by part, the mean over the ranks that determine it.
 
@@ -59,11 +60,16 @@ def wall_time(
         compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is not training.
         grouped: whether the ranks wait for each other.
         untraced: whether the script only logs.
+        hung_s: seconds without progress before an attempt was ended, by attempt: no time in a step.
     """
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
     ranks = _by_rank(records, sums)
-    processes = [[_process(sums.get(stream.id), clocks, stream) for stream in of_rank] for of_rank in ranks]
+    hung = hung_s or {}
+    processes = [
+        [_process(sums.get(each.id), clocks, each, hung.get(each.attempt, 0.0)) for each in of_rank]
+        for of_rank in ranks
+    ]
     if is_running:
         ended_s = _end_so_far(processes, ended_s)
 
@@ -151,11 +157,15 @@ def _useful_time(
 def _failed_ns(stream: StreamRecord, bins: NDArray[np.void]) -> int:
     """Return the time of the step in which a process failed, perhaps after a hang, if its end has written that row."""
     ended = _end_of(stream)
-    is_written = ended.in_step and int(bins["last_step"].max(initial=-1)) == ended.open_step
-    if not is_written or not ended_badly([ended]) or ended.open_phase in _NOT_PRODUCTIVE:
+    if not _has_written(ended, bins) or not ended_badly([ended]) or ended.open_phase in _NOT_PRODUCTIVE:
         return 0
 
     return int((ended.open_s or 0.0) * _S)
+
+
+def _has_written(ended: RankExit, bins: NDArray[np.void]) -> bool:
+    """Whether the end of a process has written the row of the step that was open."""
+    return ended.in_step and int(bins["last_step"].max(initial=-1)) == ended.open_step
 
 
 def resumes_at(stream: StreamRecord, attempts: Mapping[int, int]) -> int:
@@ -242,11 +252,12 @@ def _open_step(stream: StreamRecord) -> tuple[float, float] | None:
     return ended.at_s - ended.open_s, ended.at_s
 
 
-def _process(sums: StepSums | None, clocks: RunClocks, stream: StreamRecord) -> ProcessSums:
+def _process(sums: StepSums | None, clocks: RunClocks, stream: StreamRecord, hung_s: float) -> ProcessSums:
     process = _summed(sums, clocks, stream) if sums is not None and _has_rows(sums) else ProcessSums(stream.attempt)
     if (opened := _open_step(stream)) is not None:
         begin_ns, end_ns = (clocks.of_date(stream.id, int(at_s * _S)) for at_s in opened)
-        process.end_in_step(begin_ns, end_ns)
+        has_row = sums is not None and _has_written(_end_of(stream), sums.steps.bins)
+        process.end_in_step(begin_ns, end_ns, int(hung_s * _S), has_row=has_row)
 
     return process
 
