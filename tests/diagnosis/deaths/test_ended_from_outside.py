@@ -40,6 +40,14 @@ def test_who_ended_the_job_is_reported_with_the_lost_steps() -> None:
     assert finding.evidence["lost_steps"] == 112
 
 
+def test_a_job_that_saved_all_steps_is_not_told_to_save() -> None:
+    """It saved on the signal, and was advised to do so."""
+    (finding,) = rank_lost(job(swept(0, saved_steps=812), swept(1)))
+
+    assert finding.evidence["lost_steps"] == 0
+    assert finding.next.endswith("TIMEOUT). Resume from the checkpoint, which has all steps.")
+
+
 @pytest.mark.parametrize(
     ("by", "words", "advice"),
     [

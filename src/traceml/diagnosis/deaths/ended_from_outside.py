@@ -52,7 +52,9 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
             severity=Severity.WARNING if returned else Kind.RANK_LOST.severity_for(0.0),
             phase=None if returned else last.open_phase,
             summary=_summary(by, last, returned=returned) + f"{lost_steps_text(lost)}.",
-            next=f"{_reason(by)}. {_ADVICE}" if by.scheduler is None else advice_on(by.scheduler),
+            next=f"{_reason(by)}. {_SAVED if lost == 0 else _ADVICE}"
+            if by.scheduler is None
+            else advice_on(by.scheduler),
             evidence=_evidence(by, last, lost),
             cost_share=1.0,
         )
@@ -60,6 +62,7 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
 
 
 _ADVICE = "Save a checkpoint on the signal, or often, and resume from the last one."
+_SAVED = "Resume from the checkpoint, which has all steps."
 
 
 def _summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str:
