@@ -82,6 +82,19 @@ def test_memory_is_read_often_at_first(worker, monkeypatch):
     assert read_in == [*range(1, EAGER_READS + 2), EAGER_READS + 6]
 
 
+def test_fast_growth_is_seen_between_readings(worker, monkeypatch):
+    """A worker that grew to 4 GiB in a minute had 14 readings, 24 s apart, and was no leak."""
+    resident = iter([100 << 20, 101 << 20, 110 << 20, 140 << 20])
+    monkeypatch.setattr(worker_sampler, "_memory", lambda pid: worker_sampler._WorkerMemory(50, 60, next(resident)))
+    monkeypatch.setattr(worker_sampler, "_resident_bytes", lambda pid: next(resident))
+    monkeypatch.setattr(worker_sampler._Budget, "allows", lambda budget, t_ns: budget is sampler._state or t_ns == 0)
+    sampler = LoaderWorkersSampler(lambda: [(0, (worker.pid,))])
+    rows = [sampled(sampler, second * SECOND)[0] for second in range(4)]
+
+    assert [row["private_bytes"] for row in rows] == [-1, 50 + (1 << 20), -1, 50 + (40 << 20)]
+    assert rows[3]["anonymous_bytes"] == 60 + (40 << 20)
+
+
 def test_other_processes_and_ended_ones_are_no_workers(worker):
     """A number that was given to another process, a zombie, and none at all."""
     groups = [(0, (os.getppid(),))]

@@ -463,7 +463,10 @@ LOADER_WORKERS = Table(
         _q("cpu_ns", "CPU time of these since their start, all together"),
         _q("wait_ns", "time in which their main threads waited for a CPU core since their start, all together"),
         _q("cores", "CPU cores that at least one of them may use"),
-        _q("private_bytes", "memory that each has for itself, all together; -1 where none was newly read"),
+        _q(
+            "private_bytes",
+            "memory that each has for itself, all together; -1 where none was newly read or has grown fast",
+        ),
         _q("anonymous_bytes", "the same with memory that is still shared with the training process since the fork"),
     ),
     capacity=1024,

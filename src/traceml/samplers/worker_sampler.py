@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
 from traceml.clock import TICKS_PER_S
@@ -22,15 +22,21 @@ MEMORY_SHARE = 0.002
 """Share of a core that reading their private memory may take: the kernel walks all pages of a process, some 10 ms."""
 EAGER_READS, _EAGER = 12, 10
 """So many first readings of memory may take ten times that share: a run of a minute has enough of them to judge."""
+FAST_BYTES = 16 << 20
+"""New memory of workers since their last readings that is worth a value of its own."""
 _UNKNOWN = -1
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICK_NS = 10**9 // TICKS_PER_S
 # Fields of /proc/PID/stat after the command's name, which is in parentheses and may contain any character.
 _PARENT, _USER_TICKS, _SYSTEM_TICKS = 1, 11, 12
 
 
 class _WorkerMemory(NamedTuple):
+    """Memory of a worker by the last reading, which walks its pages, and its resident memory by a counter then."""
+
     private_bytes: int
     anonymous_bytes: int
+    resident_bytes: int
 
 
 class _Budget:
@@ -51,6 +57,9 @@ class _Budget:
 
 class LoaderWorkersSampler:
     """Samples the workers of each iterator, within a budget: the memory of one process at a time, in turns.
+
+    A reading walks all pages: 1 GiB takes 40 ms, so that there is one each 20 s. Between them the kernel's counter
+    of resident pages shows what grows fast.
 
     Args:
         groups: returns (number of the loader, ids of its worker processes) of each iterator.
@@ -92,8 +101,7 @@ class LoaderWorkersSampler:
         if not alive:
             return None
 
-        memories = [self._known[pid] for pid in alive if pid in self._known]
-        is_new = self._read in pids and len(memories) == len(alive)
+        private, anonymous = self._memory_of(alive) if self._known.keys() >= alive.keys() else (_UNKNOWN, _UNKNOWN)
         return (
             t_ns,
             step,
@@ -103,9 +111,23 @@ class LoaderWorkersSampler:
             sum(alive.values()) * _TICK_NS,
             sum(map(_waited_ns, alive)),
             len(_cores(alive)),
-            sum(memory.private_bytes for memory in memories) if is_new else _UNKNOWN,
-            sum(memory.anonymous_bytes for memory in memories) if is_new else _UNKNOWN,
+            private,
+            anonymous,
         )
+
+    def _memory_of(self, pids: Collection[int]) -> tuple[int, int]:
+        """Return the private and anonymous memory of workers; unknown where none was newly read, or has grown fast.
+
+        What a worker has allocated since its last reading is private memory. Copies of pages that it shares are not
+        seen before the next one.
+        """
+        known = [self._known[pid] for pid in pids]
+        new_bytes = sum(_resident_bytes(pid) - self._known[pid].resident_bytes for pid in pids)
+        if (self._read is None or self._read not in pids) and new_bytes < FAST_BYTES:
+            return _UNKNOWN, _UNKNOWN
+
+        private, anonymous = (sum(each[place] for each in known) + new_bytes for place in (0, 1))
+        return max(private, 0), max(anonymous, 0)
 
     def _ticks(self, pid: int) -> int | None:
         """Return the CPU time of a worker; None where it has ended, and its number may be another process's."""
@@ -146,6 +168,12 @@ def _cores(pids: Iterable[int]) -> set[int]:
     return found
 
 
+def _resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process that is neither of a file nor shared memory; 0 where it has ended."""
+    fields = (read_text(f"/proc/{pid}/statm") or "").split(None, 3)
+    return (int(fields[1]) - int(fields[2])) * _PAGE_BYTES if len(fields) > 2 else 0
+
+
 def _memory(pid: int) -> _WorkerMemory | None:
     """Return the private and the anonymous memory of a process; None where it has ended."""
     fields = [line.split() for line in (read_text(f"/proc/{pid}/smaps_rollup") or "").splitlines()]
@@ -153,4 +181,5 @@ def _memory(pid: int) -> _WorkerMemory | None:
     if "Private_Dirty:" not in sizes:
         return None
 
-    return _WorkerMemory(sizes["Private_Dirty:"] + sizes.get("Private_Clean:", 0), sizes.get("Anonymous:", 0))
+    private_bytes = sizes["Private_Dirty:"] + sizes.get("Private_Clean:", 0)
+    return _WorkerMemory(private_bytes, sizes.get("Anonymous:", 0), _resident_bytes(pid))
