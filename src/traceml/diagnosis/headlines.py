@@ -270,9 +270,9 @@ def leak(finding: FindingFacts) -> str:
     memory, left_s = evidence.get("memory", "resident"), evidence.get("left_s")
     whose = f" of {ranks_text(finding.ranks)}" if finding.ranks else ""
     if workers := int(evidence.get("workers", 0)):
-        each = bytes_text(int(60 * float(evidence["bytes_per_s"]) / workers))
-        which = f"Each of {workers} loader workers" if workers > 1 else "The loader worker"
-        return f"{which}{whose} grows by {each} per minute"
+        rate = f"{bytes_text(int(60 * float(evidence['bytes_per_s'])))} per minute"
+        one = f"The loader worker{whose} grows by {rate}"
+        return one if workers == 1 else f"{workers} loader workers{whose} grow by {rate} together"
 
     full = "" if left_s is None or not finding.is_critical else f": full in {left_text(float(left_s))}"
     subject = _MEMORIES.get(str(memory), "Memory")

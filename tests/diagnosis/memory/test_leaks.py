@@ -133,7 +133,7 @@ def test_workers_that_copy_shared_objects_are_reported_with_the_attribute():
     """40 MB a minute each; the loader is in its first epoch, but a cache would be new memory."""
     (finding,) = leaks(**growing_workers())
 
-    assert finding.headline == "Each of 8 loader workers grows by 40.0 MiB per minute"
+    assert finding.headline == "8 loader workers grow by 320 MiB per minute together"
     assert "Listing.files is a list of 1,500,000 objects (str)" in finding.summary
     assert "Listing.files" in finding.next
     assert finding.severity == "warning"

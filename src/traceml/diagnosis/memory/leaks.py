@@ -206,10 +206,10 @@ class CopiedObjects(NamedTuple):
 
 def grown_workers(workers: int, growth: GrowthEstimate) -> str:
     """Return the growth of a loader's workers as a sentence."""
-    each = bytes_text(int(60 * growth.bytes_per_s / workers))
-    subject = f"Each of {workers} loader workers" if workers > 1 else "The loader worker"
+    rate = f"{bytes_text(int(60 * growth.bytes_per_s))} per minute"
+    grow = f"{workers} loader workers grow by {rate} together" if workers > 1 else f"The loader worker grows by {rate}"
     return (
-        f"{subject} grows by {each} per minute: private memory grew by {bytes_text(growth.grown_bytes)} since step "
+        f"{grow}: private memory grew by {bytes_text(growth.grown_bytes)} since step "
         f"{count_text(growth.since_step)}, to {bytes_text(growth.now_bytes)}."
     )
 
