@@ -82,6 +82,8 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     window = without_stopped_steps(window, facts)
     segments = segments_of(window, facts)
     timing = _timing(window, segments, facts)
+    remarks += [each for each in timing if each.severity is Severity.INFO]
+    timing = [each for each in timing if each.severity is not Severity.INFO]
     main += _of_seen_ranks(timing, window, facts)
     crowded = cpu_contention(facts)
     if crowded:  # a host that became busier is one cause, not two
@@ -269,10 +271,14 @@ def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps) -> bool
 
 def _explains(slower: Finding, other: Finding) -> bool:
     """Return whether another finding is only about the steps that became slower, and says less."""
+    same = other.phase in (None, slower.phase)
+    if slower.severity is Severity.INFO:  # larger batches: what takes a share of each step still does
+        return other.kind is Kind.JITTER and same
+
     if other.kind is Kind.INPUT_BOUND:  # of waits that have ended, no gain by workers can be told: a cache was filled
         same = other.phase == slower.phase and "until_step" in slower.evidence
     else:
-        same = other.kind in (Kind.RESIDUAL_HEAVY, Kind.JITTER) and other.phase in (None, slower.phase)
+        same = same and other.kind in (Kind.RESIDUAL_HEAVY, Kind.JITTER)
 
     return same and slower.cost_share >= _EXPLAINED_SHARE * other.cost_share
 

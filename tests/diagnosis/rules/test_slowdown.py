@@ -13,7 +13,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.slowdown import slowdown
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.segments import segments_of
@@ -54,18 +54,44 @@ def test_a_jump_that_stays_is_reported_with_its_step():
     assert finding.headline == f"Steps take 2.0x as long since step {evidence['since_step']}"
 
 
-@pytest.mark.parametrize(("elements", "explains"), [(1600, True), (1250, False), (800, False)])
-def test_larger_batches_are_told_where_they_explain_longer_steps(elements, explains):
-    """A curriculum of longer sequences makes all phases longer; a little larger batches do not double the steps."""
+@pytest.mark.parametrize(
+    ("elements", "explains", "severity"),
+    [
+        (2000, True, Severity.INFO),
+        (1600, True, Severity.CRITICAL),
+        (1250, False, Severity.CRITICAL),
+        (800, False, Severity.CRITICAL),
+    ],
+)
+def test_larger_batches_are_told_where_they_explain_longer_steps(elements, explains, severity):
+    """A curriculum of longer sequences makes all phases longer: no fault, if a sample takes no longer than before."""
     longer = AT >= 20
     run = dataclasses.replace(
         history(np.where(longer, 20.0, 0.0), alike=True), elements=np.where(longer, elements, 1000.0)
     )
     (finding,) = slowdown(run, JobFacts())
 
-    assert ("Meanwhile batches were 1.60x as large." in finding.summary) is explains
-    assert (finding.evidence.get("changed") == {"batch_elements": [1000, 1600]}) is explains
+    assert (f"Meanwhile batches were {elements / 1000:.2g}" in finding.summary) is explains
+    assert (finding.evidence.get("changed") == {"batch_elements": [1000, elements]}) is explains
     assert finding.next.startswith("If larger batches are meant") is explains
+    assert finding.severity is severity
+    assert ("costs" in finding.summary) is (finding.gain is not None) is (severity is Severity.CRITICAL)
+
+
+@pytest.mark.parametrize(("last", "is_fault"), [(2.0, False), (1.2, True)])
+def test_steps_with_larger_batches_are_a_remark(last, is_fault):
+    """A warm-up of the batch size doubles batches and steps, which vary so much that a line does not show it."""
+
+    def grow(own, _random):
+        for name in own:
+            own[name] *= np.linspace(1, 2, own[name].shape[1])
+
+    window = window_of(Job(steps=900, ranks=1, comm=0.0, sigma=0.6).scaled(4), grow)
+    elements = np.broadcast_to(np.linspace(1000, 1000 * last, len(window)), (1, len(window))).astype(np.float32)
+    findings = diagnose(dataclasses.replace(window, elements=elements), JobFacts())
+
+    (at,) = (number for number, each in enumerate(findings) if each.kind is Kind.SLOWDOWN)
+    assert (at == 0) is is_fault
 
 
 def test_elements_of_batches_are_in_the_history():

@@ -31,6 +31,7 @@ class SideChange(NamedTuple):
         text: in words.
         before, then: values outside and inside the slow part.
         takes_cores: whether it makes all code slower, as it runs less.
+        is_work: whether longer steps only have more work.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SideChange(NamedTuple):
     then: float
     advice: str
     takes_cores: bool = False
+    is_work: bool = False
 
 
 _CORES = "End or move what else runs on the host then (`top` names it), or give the training cores of its own."
@@ -54,14 +56,17 @@ def changes(before: MachineUse, then: MachineUse, memory_of: str = "host") -> li
     return [each for each in (*found, _disk(before, then), _memory(before, then, memory_of)) if each is not None]
 
 
-def larger_batches(before: float, then: float) -> SideChange:
+def larger_batches(before: float, then: float, *, explains_all: bool = False) -> SideChange:
     """Return by how much batches were larger, given their elements."""
     text = f"batches were {factor_text(then / before)} as large"
+    if explains_all:
+        text += ", which explains it"
+
     advice = (
         "If larger batches are meant (a curriculum, longer sequences), nothing needs fixing. Otherwise let each batch "
         "have as many elements (tokens, pixels, nodes), not as many samples."
     )
-    return SideChange("batch_elements", text, before, then, advice)
+    return SideChange("batch_elements", text, before, then, advice, is_work=explains_all)
 
 
 def _cores(before: MachineUse, then: MachineUse) -> SideChange | None:

@@ -17,7 +17,7 @@ from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.changes import SideChange, changes, larger_batches
 from traceml.diagnosis.steps.level_changes import MIN_FACTOR, LevelChange, level_change, steady_growth
 from traceml.diagnosis.steps.segments import COMPUTE
@@ -48,6 +48,8 @@ DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
 EXPLAINED_LOSS = 0.5
 """What explains this share of what the steps lost is a cause of it."""
+SAME_PACE = 1.15
+"""Steps that are longer by no more than this factor of the growth of their batches have more work, and no fault."""
 _COMM = "comm"
 _OTHER = "other"
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
@@ -128,6 +130,7 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
     if ranks:
         bins, change = _of_ranks(bins, change, ranks, part)
 
+    is_meant = not ranks and any(each.is_work for each in beside)
     evidence = {
         **_steps_evidence(bins, change),
         "factor": change.factor,
@@ -138,14 +141,17 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
     }
     return Finding(
         kind=Kind.SLOWDOWN,
-        severity=Kind.SLOWDOWN.severity_for(share),
+        severity=Severity.INFO if is_meant else Kind.SLOWDOWN.severity_for(share),
         ranks=ranks,
         phase=part,
-        summary=_summary(change, evidence, share, _where(part, ranks, line, crowded=crowded)) + _meanwhile(beside),
-        next=beside[0].advice if beside and (crowded or line is None) else _advice(change, part, ranks, line),
+        summary=_summary(change, evidence, None if is_meant else share, _where(part, ranks, line, crowded=crowded))
+        + _meanwhile(beside),
+        next=beside[0].advice
+        if beside and (is_meant or crowded or line is None)
+        else _advice(change, part, ranks, line),
         evidence=evidence,
         cost_share=share,
-        speedup_if_fixed=1 / max(1 - share, 0.01),
+        speedup_if_fixed=1.0 if is_meant else 1 / max(1 - share, 0.01),
     )
 
 
@@ -182,13 +188,17 @@ def _beside(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[Sid
 
 
 def _batches(bins: StepHistory, change: LevelChange) -> list[SideChange]:
-    """Return that batches were larger, where that explains half of what the steps lost."""
+    """Return that batches were larger, where that explains half of what the steps lost, or all of it."""
     if not len(bins.elements):
         return []
 
-    usual, slow = (float(np.median(bins.elements[at])) for at in _usual_and_slow(bins, change))
-    lost = 1 - 1 / change.factor
-    return [larger_batches(usual, slow)] if usual > 0 and 1 - usual / slow >= EXPLAINED_LOSS * lost else []
+    parts = _usual_and_slow(bins, change)
+    usual, slow = (float(np.median(bins.elements[at])) for at in parts)
+    if usual <= 0 or 1 - usual / slow < EXPLAINED_LOSS * (1 - 1 / change.factor):
+        return []
+
+    usual_ns, slow_ns = (float(np.median(bins.step_ns[at])) for at in parts)
+    return [larger_batches(usual, slow, explains_all=slow_ns / usual_ns <= SAME_PACE * slow / usual)]
 
 
 def _use(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[SideChange]:
@@ -301,9 +311,9 @@ def _where(part: str | None, ranks: tuple[int, ...], line: BlamedLine | None, *,
     return f"{whose}, in {phase_words(part)}" + (line.of_it if line else "")
 
 
-def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float, where: str) -> str:
+def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | None, where: str) -> str:
     usual, slow = ns_text(change.before_ns), ns_text(change.after_ns)
-    cost = f"; that costs {percent_text(share)} of step time."
+    cost = "." if share is None else f"; that costs {percent_text(share)} of step time."
     if change.shape == "growth":
         per_step = ns_text(1e6 * evidence["growth_ms_per_step"])
         return f"Steps grow by {per_step} each, from {usual} to {slow}{where}{cost}"
