@@ -271,6 +271,17 @@ def lbfgs_made_after_adam() -> None:
     assert first.state
 
 
+def one_lbfgs_step_after_adam() -> None:
+    """One call with all iterations: it was counted to the last step of Adam."""
+    model, x = net(), torch.randn(2, WIDTH)
+    first = torch.optim.Adam(model.parameters())
+    for _ in range(15):
+        train(model, first, x)
+
+    refine(model, [x])
+    assert first.state
+
+
 def lbfgs_made_after_an_evaluation() -> None:
     model, x = net(), torch.randn(2, WIDTH)
     first = torch.optim.Adam(model.parameters())
@@ -508,6 +519,7 @@ PATTERNS: list[tuple[Callable[[], None], int, int]] = [
     (grad_scaler, 20, 0),
     (adam_then_lbfgs, 20, 0),
     (lbfgs_made_after_adam, 20, 0),
+    (one_lbfgs_step_after_adam, 16, 0),
     (lbfgs_made_after_an_evaluation, 20, 4),
     (lbfgs_on_all_data_after_batches, 20, 0),
     (lbfgs_in_turns_with_adam, 30, 0),

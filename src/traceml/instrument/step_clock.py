@@ -495,6 +495,7 @@ class StepClock(SegmentedStep):
                 self._discard(self.usual_rest_end(t), batches=0, evaluating=False)
 
             if self.pending:
+                self.split_last()
                 self._close_prefix()
             elif self.attempt:
                 times = self.times

@@ -29,9 +29,11 @@ class _FirstPart(NamedTuple):
 
     Attributes:
         joined_by: id of the optimizer that steps after the cut.
+        is_first: whether no other optimizer has joined a step before.
     """
 
     joined_by: int
+    is_first: bool
     end_ns: int
     times: list[int]
     committed_ns: int
@@ -203,14 +205,13 @@ class SegmentedStep(StepAccumulator):
 
     def _merge(self, ident: int) -> None:
         """Join the part after the cut with the step, in which another optimizer steps."""
-        alone = self.may_begin_a_phase()
+        alone, is_first = self.may_begin_a_phase(), not self.joined
         self.joined = self.rows
         self.first_part = None
         if alone and self.times_at_cut is not None:
             flags = self.committed_flags | (_NO_LOADER if self.loader_at_cut is None else 0)
-            self.first_part = _FirstPart(
-                ident, self.cut_ns, self.times_at_cut, self.committed_ns, self.micro_batches, flags, self.committed_data
-            )
+            at_cut = self.cut_ns, self.times_at_cut, self.committed_ns, self.micro_batches
+            self.first_part = _FirstPart(ident, is_first, *at_cut, flags, self.committed_data)
 
         self.times_at_cut = None
         self.pending = False
@@ -240,6 +241,14 @@ class SegmentedStep(StepAccumulator):
         self.micro_batches -= part.micro_batches
         self.committed_flags &= ~part.flags
         self.committed_fingerprint = 0
+
+    def split_last(self) -> None:
+        """Make two steps of the run's last one, if another optimizer has stepped in it for the first time.
+
+        So ends a script that trains with Adam first, and then calls L-BFGS once with thousands of iterations.
+        """
+        if self.first_part is not None and self.first_part.is_first:
+            self.split(self.first_part.joined_by)
 
     def _hold(self, held: list[tuple[int, list[int], int]], t: int) -> None:
         held.append((t, self.times, self.committed_ns + t - self.seg_start))
