@@ -424,6 +424,88 @@ def test_networks_of_a_gan_are_called_with_the_same_samples(traced: Traced, crit
     assert counted(traced) == (False, True)
 
 
+class Weighted(nn.Linear):
+    """A model that is called with a batch as one object, or with a time and a state."""
+
+    def forward(self, batch: Any, x: Any = None) -> torch.Tensor:
+        return super().forward(batch["data"]["x"] if x is None else x)
+
+
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_weights_and_times_before_the_batch_are_not_its_size(traced: Traced, *, is_nested: bool) -> None:
+    """A vector of numbers, or one number, came first: the batch had no size."""
+    model = Weighted(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        nested = {"weight": torch.rand(5), "data": {"x": x}}
+        (model(nested) if is_nested else model(torch.tensor(0.5), x)).mean().backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(5, 20)] * 3
+
+
+def test_nodes_of_graphs_are_no_samples(traced: Traced) -> None:
+    """The model gets all nodes of the loader's two graphs, 14 rows."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    graphs: Any = [torch.randn(7, 4)] * 8
+    for nodes in DataLoader(graphs, batch_size=2, collate_fn=torch.cat):
+        model(nodes).mean().backward()
+        optimizer.step()
+
+    traced.finish()
+    assert counted(traced) == (False, False)
+
+
+@pytest.mark.parametrize(("inner", "counts"), [(20, False), (30, True)])
+@pytest.mark.parametrize("has_loader", [True, False])
+def test_passes_of_an_inner_loop_are_on_other_samples(
+    traced: Traced, *, has_loader: bool, inner: int, counts: bool
+) -> None:
+    """Five passes on 20 samples and one on 30 were 43 of two batches; as many on the same are one batch."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    support, query = (DataLoader(torch.randn(6 * n, 4), batch_size=n) for n in (inner, 30))
+    ready = [torch.randn(n, 4) for n in (inner, 30)]
+    for few, many in zip(support, query, strict=True) if has_loader else [ready] * 6:
+        for _ in range(5):
+            torch.autograd.grad(model(few).mean(), list(model.parameters()))
+
+        model(many).mean().backward()
+        optimizer.step()
+
+    traced.finish()
+    assert counted(traced)[1] is counts
+
+
+def test_batches_of_any_number_of_samples_are_counted(traced: Traced) -> None:
+    """Batches that are filled up to a number of tokens have other samples in each step, and in each micro-batch."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for samples in range(3, 15):
+        model(torch.randn(samples, 4)).mean().backward()
+        optimizer.step()
+
+    traced.finish()
+    assert counted(traced) == (False, True)
+
+
+def test_an_ensemble_has_the_samples_of_all_its_models(traced: Traced) -> None:
+    """Three models under `vmap`, each with five samples of its own."""
+    from torch.func import functional_call, stack_module_state, vmap
+
+    models = [nn.Linear(4, 1) for _ in range(3)]
+    parameters, buffers = stack_module_state(models)
+    optimizer = torch.optim.SGD(list(parameters.values()), lr=0.1)
+    for _ in range(3):
+        predict = vmap(lambda weights, others, x: functional_call(models[0], (weights, others), (x,)))
+        predict(parameters, buffers, torch.randn(3, 5, 4)).mean().backward()
+        optimizer.step()
+
+    assert sizes(traced) == [(15, 60)] * 3
+
+
 def test_fingerprints_are_of_the_first_batches_of_an_epoch(traced: Traced) -> None:
     """The first three batches that are trained on have a fingerprint; of evaluation there is none."""
     model = nn.Linear(4, 1)

@@ -67,16 +67,21 @@ class FactReports:
         """Report the input of a model, which may be one of a list."""
         from traceml.instrument.facts.descriptions import input_facts
 
-        self.report(input_facts(tensor, model, self._batch_size, is_listed=is_listed))
+        facts = input_facts(tensor, model, self._batch_size, is_listed=is_listed)
+        self.report(facts | {"batch_first": facts["batch_first"] and not self._is_part(int(tensor.shape[0]))})
 
-    def calls(self, sizes: list[tuple[int, int]]) -> None:
-        """Report again what is counted of the input, given samples and elements of the calls before a backward pass."""
+    def calls(self, sizes: list[tuple[int, int]], are_passes_even: bool) -> None:
+        """Report again what is counted of the input, given samples and elements of the calls before a backward pass.
+
+        Args:
+            are_passes_even: whether all passes on the same batches have as many samples.
+        """
         known = self._reported.get("input")
         if known is None:
             return
 
         samples = {each for each, _ in sizes}
-        whole = len(samples) == 1 and (len(sizes) <= _WHOLE or self._batch_size in samples)
+        whole = are_passes_even and len(samples) == 1 and (len(sizes) <= _WHOLE or self._batch_size in samples)
         tokens = known["tokens"] and len(sizes) == 1
         self.report(known | {"tokens": tokens, "batch_first": known["batch_first"] and whole})
 
@@ -84,6 +89,10 @@ class FactReports:
     def _batch_size(self) -> int | None:
         """The loader's, None without one."""
         return self._reported.get("loader", {}).get("batch_size")
+
+    def _is_part(self, samples: int) -> bool:
+        """Whether these are more than the loader's samples: nodes of its graphs, or positions of its texts."""
+        return self._clock.batches == 1 and samples > (self._batch_size or samples)
 
     def model(self, module: Any) -> None:
         """Report a model, and count the reductions of its gradients from now on."""

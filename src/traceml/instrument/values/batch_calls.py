@@ -1,7 +1,8 @@
 """Whether the calls before a backward pass are each of the whole batch.
 
 A model may be called with parts of what it trains on: with chunks of rays, with one position or one state after
-another, with boundary and inner points of a field. The size of one such call is not that of the batch.
+another, with boundary and inner points of a field. The size of one such call is not that of the batch. Nor is the sum
+over backward passes that differ, as those of an inner loop and of the outer one, which see other samples.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ __all__ = ["BatchCalls", "Size"]
 Size = tuple[int, int]
 """Samples and elements of the input of a call."""
 _PASSES = 4
+_MAX_PASSES = 64
 
 
 class BatchCalls:
     """Watches the calls before the first backward passes.
 
     Args:
-        on_calls: called once, with the sizes of the pass that has fewest.
+        on_calls: called once, with the sizes of the pass that has fewest, and whether all passes of a step on the same
+            batches have as many samples.
     """
 
-    def __init__(self, clock: StepClock, on_calls: Callable[[list[Size]], None]) -> None:
+    def __init__(self, clock: StepClock, on_calls: Callable[[list[Size], bool], None]) -> None:
         self._clock, self._on_calls = clock, on_calls
         self._passes: list[list[Size]] = []
+        self._samples: dict[tuple[int, int], set[int]] = {}  # of first calls, by step and its batches so far
         self._rows = self._backwards = -1
         self.is_over = False
         """Whether enough passes were watched."""
@@ -34,14 +38,27 @@ class BatchCalls:
     def note(self, size: Size) -> None:
         """Take the size of a call with gradients."""
         if self._begins_pass():
-            if len(self._passes) == _PASSES:
+            if self._has_enough():
                 self.is_over = True
-                self._on_calls(min(self._passes, key=lambda sizes: (len(set(sizes)), len(sizes))))
+                even = all(len(samples) == 1 for samples in self._samples.values())
+                self._on_calls(min(self._passes, key=lambda sizes: (len(set(sizes)), len(sizes))), even)
                 return
 
             self._passes.append([])
+            self._samples.setdefault(self._data(), set()).add(size[0])
 
         self._passes[-1].append(size)
+
+    def _data(self) -> tuple[int, int]:
+        """Return the step, and how many batches it has had; after its optimizer step a forward begins the next."""
+        clock = self._clock
+        has_ended = bool(clock.attempt) and not clock.batches
+        return clock.rows + has_ended, clock.batches + clock.micro_batches * (not has_ended)
+
+    def _has_enough(self) -> bool:
+        """Whether some passes were watched, and all of one step."""
+        steps = len({row for row, _ in self._samples})
+        return len(self._passes) >= _PASSES and (steps > 2 or len(self._passes) >= _MAX_PASSES)
 
     def _begins_pass(self) -> bool:
         """Whether a backward pass has ended since the call before; a step may begin after its first call is noted."""

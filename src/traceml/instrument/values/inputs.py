@@ -5,8 +5,9 @@ forward hook only compares its samples and elements with those before (in Python
 when they have changed, and in calls without gradients, whose sizes (of rollouts, of evaluation) are not those of the
 training's. A tensor that another model has made of a batch, as an encoder for its decoder, is no batch. A nested
 tensor has no size, nor has a vector of floating-point numbers: it is one sample without a batch as often as a batch of
-numbers. A tensor in a list is one sample, as images of several sizes are, as often as a batch. Texts that are compared
-with each other, a list of mappings with `input_ids`, are together the elements of their samples.
+numbers. Where there are others, one of them is taken. A tensor in a list is one sample, as images of several sizes
+are, as often as a batch. Texts that are compared with each other, a list of mappings with `input_ids`, are together the
+elements of their samples.
 
 A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU. Ranks that
 train on the same batches have the same ones. It takes some 10 us, so the first 3 batches of an epoch have one, and one
@@ -39,6 +40,7 @@ _LATER_MASK = 255  # one batch in 256
 _STEPS_PER_FINGERPRINT = 192
 _FREE = 6
 _MASK = (1 << 63) - 1
+_functorch: Any = getattr(torch._C, "_functorch", None)
 _log = logging.getLogger("traceml")
 
 
@@ -48,7 +50,8 @@ class BatchReader:
     Args:
         on_input: called with the first input, its model, and whether it is one of a list of inputs, for facts about
             them.
-        on_calls: called with the sizes of the calls before a backward pass.
+        on_calls: called with the sizes of the calls before a backward pass, and whether all passes on the same
+            batches have as many samples.
         on_play: called where a trained model is called in `eval()` with one sample, without a loader, between
             trainings with more.
     """
@@ -57,7 +60,7 @@ class BatchReader:
         self,
         clock: StepClock,
         on_input: Callable[[Any, Any, bool], None],
-        on_calls: Callable[[list[Size]], None],
+        on_calls: Callable[[list[Size], bool], None],
         on_play: Callable[[], None],
     ) -> None:
         self._clock, self._on_input, self._on_play = clock, on_input, on_play
@@ -77,8 +80,7 @@ class BatchReader:
             return
 
         try:
-            tensor = _first_tensor(args, _DEPTH)
-            tensor = _first_tensor(kwargs, _DEPTH) if tensor is None else tensor
+            tensor = _first_of((args, kwargs), _DEPTH + 1)
             self._note(tensor, model, (*args[:_WIDTH], *kwargs.values()))
         except Exception as error:  # noqa: BLE001 - the user's containers may raise anything
             self._fail(error)
@@ -121,7 +123,7 @@ class BatchReader:
             return
 
         self.has_trained, self._calls = True, False
-        if tensor is None or tensor.is_nested or tensor.dim() < 1 + tensor.is_floating_point():
+        if tensor is None or not _has_size(tensor):
             clock.input_shape, clock.input_samples, clock.input_elements = None, 0, 0
             return
 
@@ -130,7 +132,8 @@ class BatchReader:
 
         clock.input_shape = tensor.shape
         elements = _compared_elements(values, tensor) or tensor.numel()
-        clock.input_samples, clock.input_elements = int(tensor.shape[0]), elements
+        copies = _copies(tensor)
+        clock.input_samples, clock.input_elements = int(tensor.shape[0]) * copies, elements * copies
         if not self._known:
             self._known = True
             self._on_input(tensor, model, _is_one_of_several(values, tensor))
@@ -221,9 +224,26 @@ def _first_tensor(value: Any, depth: int) -> Any:
 
 
 def _first_of(values: Iterable[Any], depth: int) -> Any:
+    """Return the first tensor that has a size; without one, the first."""
+    first = None
     for _, value in zip(range(_WIDTH), values, strict=False):
         tensor = _first_tensor(value, depth - 1)
-        if tensor is not None:
+        if tensor is not None and _has_size(tensor):
             return tensor
 
-    return None
+        first = tensor if first is None else first
+
+    return first
+
+
+def _has_size(tensor: Any) -> bool:
+    return not tensor.is_nested and tensor.dim() >= 1 + tensor.is_floating_point()
+
+
+def _copies(tensor: Any) -> int:
+    """Return how many tensors of this size `torch.func.vmap` computes at a time; 1 outside of it."""
+    whole = tensor
+    while _functorch is not None and _functorch.is_batchedtensor(whole):
+        whole = _functorch.get_unwrapped(whole)
+
+    return whole.numel() // max(tensor.numel(), 1) if whole is not tensor else 1
