@@ -180,6 +180,23 @@ def test_an_aggregator_that_cannot_store_is_explained_after_the_usual_time(
         traceml.init(local=True, port=free_port(), runs_dir=disk / "runs", connect_timeout=0.2)
 
 
+@pytest.mark.process
+def test_an_aggregator_that_cannot_write_its_token_is_explained(
+    quiet_process: None, tiny_disk: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers, and its token cannot be found: it is still the job's own, and no other user's."""
+    disk = tiny_disk(1 << 16)
+    disk.chmod(0o700)
+    (disk / "traceml").mkdir(mode=0o700)
+    with contextlib.suppress(OSError), (disk / "full").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(disk))
+    with pytest.raises(AggregatorUnavailableError, match=r"the file of its token: the disk of .* is full"):
+        traceml.init(local=True, runs_dir=tmp_path / "runs", connect_timeout=0.2)
+
+
 @pytest.mark.parametrize("is_port_given", [True, False])
 def test_one_that_another_rank_started_and_cannot_store_is_given_up_likewise(
     quiet_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_port_given: bool

@@ -191,16 +191,25 @@ def _await_own(
             return connect(config.host, config.port, hello, config.token, timeout_s=0.5, tries=1, tls=config.tls)
         except AggregatorUnavailableError as error:
             missing = error
+        except AggregatorForeignError:  # as on a full disk; it is no other user's
+            missing = _without_token(config, log, time.monotonic() - began_s)
 
         waited_s = time.monotonic() - began_s
-        if process.has_ended():
-            raise AggregatorUnavailableError(
-                config.host, config.port, waited_s, f"the one started here has ended: {_last_line(Path(log))}"
-            ) from missing
-        if waited_s > timeout_s or refusals.is_over(missing):
-            raise AggregatorUnavailableError(
-                config.host, config.port, waited_s, missing.reason, refused=missing.refused
-            ) from missing
+        if refusals.is_over(missing):
+            raise missing
+        if process.has_ended() or waited_s > timeout_s:
+            state = "has ended" if process.has_ended() else f"(process {process.pid}) does not answer"
+            reason = f"the one started here {state}: {_last_line(Path(log))}"
+            raise AggregatorUnavailableError(config.host, config.port, waited_s, reason) from missing
+
+        if missing.refused:  # it answered at once
+            with fork_gate.opened():
+                time.sleep(_PROBE_S)
+
+
+def _without_token(config: Config, log: str, waited_s: float) -> AggregatorUnavailableError:
+    reason = f"it cannot write the file of its token: {_last_line(Path(log))}"
+    return AggregatorUnavailableError(config.host, config.port, waited_s, reason, refused=True)
 
 
 def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_ending: Callable[[], bool]) -> Connection:
@@ -277,5 +286,13 @@ def _last_line(log: Path) -> str:
     except OSError:
         lines = []
 
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+    empty = "its log is empty" if _has_space(log.parent) else f"the disk of {log.parent} is full"
+    last = next((line.strip() for line in reversed(lines) if line.strip()), empty)
     return f"{last[:300]} (log: {log})"
+
+
+def _has_space(folder: Path) -> bool:
+    try:
+        return os.statvfs(folder).f_bavail > 0
+    except OSError:
+        return True

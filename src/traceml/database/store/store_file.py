@@ -225,10 +225,11 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
     if application != _APPLICATION_ID:
         raise StoreError(f"{path} is a database, but not a traceml store. Move it away, or choose another folder.")
 
-    _check_schema(database, path)
     version = int(database.execute("PRAGMA user_version").fetchone()[0])
-    if version != STORE_VERSION:
+    if version != STORE_VERSION:  # first: a later format may have what this one never has
         raise StoreVersionError(path, version, STORE_VERSION)
+
+    _check_schema(database, path)
 
 
 def _check_schema(database: sqlite3.Connection, path: Path) -> None:
