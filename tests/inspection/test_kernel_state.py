@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from traceml.inspection.kernel_state import (
     end_started_processes,
     is_job_suspended,
     process_info,
+    thread_cpu_ns,
     threads_of,
     tree_usage,
     wait_state,
@@ -114,6 +116,14 @@ def test_a_process_that_is_gone_has_no_state() -> None:
     assert wait_state(process.pid) == WaitState()
     assert threads_of(process.pid) == []
     assert tree_usage(process.pid).cpu_s == 0
+
+
+def test_a_thread_has_its_own_cpu_time() -> None:
+    used_ns = thread_cpu_ns(threading.get_native_id())
+
+    assert used_ns is not None
+    assert used_ns > 0
+    assert thread_cpu_ns(0) is None
 
 
 def test_use_counts_children() -> None:

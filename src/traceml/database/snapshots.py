@@ -58,6 +58,7 @@ class _Record:
 
 
 _BAD = object()
+_POLLING_CORES = 0.01  # a look every 0.1 s takes 0.0005; an evaluation that sleeps after each batch, 0.03
 
 
 def _of(kind: type, default: Any = None) -> Any:
@@ -203,6 +204,7 @@ class RankSnapshot(_Record):
             the peer, `stderr`, `stdin`.
         blocker: the process that the training thread waits for; None if there is none, or that is not known.
         cpu_share: cores that the rank and its children have used since the snapshot before; None if not known.
+        thread_share: cores that the training thread has used meanwhile; None if not known.
         io_bytes_per_s: bytes that they have read and written; None if not known.
         is_waiting_for_gil: whether the training thread waits for the GIL, which another thread holds in a call into C.
         is_waiting_for_terminal: whether the main thread reads from a terminal.
@@ -239,6 +241,7 @@ class RankSnapshot(_Record):
     waits_on: str = ""
     blocker: ProcessSnapshot | None = field(default=None, metadata={"of": ProcessSnapshot})
     cpu_share: float | None = _of(float)
+    thread_share: float | None = _of(float)
     io_bytes_per_s: float | None = _of(float)
     is_waiting_for_gil: bool = False
     is_waiting_for_terminal: bool = False
@@ -255,6 +258,14 @@ class RankSnapshot(_Record):
     threads: tuple[ThreadSnapshot, ...] = _of(ThreadSnapshot, ())
     ended: bool = False
     is_last: bool = False
+
+    @property
+    def is_polling(self) -> bool:
+        """Whether the training thread only wakes now and then, to look whether it can go on.
+
+        On a busy host it then waits for a core for most of the time, so that it seems to be ready to run.
+        """
+        return self.thread_share is not None and self.thread_share < _POLLING_CORES
 
     def to_info(self) -> dict[str, Any]:
         """Return the row of the log `info`."""

@@ -26,6 +26,7 @@ __all__ = [
     "is_running",
     "process_info",
     "read_status",
+    "thread_cpu_ns",
     "threads_of",
     "tree_usage",
     "wait_state",
@@ -112,6 +113,12 @@ def threads_of(pid: int) -> list[ProcessInfo]:
     """Return the threads of a process, the main one first; empty if it is gone."""
     found = (process_info(number) for number in sorted(map(int, _names(f"/proc/{pid}/task"))))
     return [each for each in found if each is not None]
+
+
+def thread_cpu_ns(thread: int) -> int | None:
+    """Return the CPU time of a thread of this process; None where the kernel does not tell it."""
+    fields = _read(f"/proc/self/task/{thread}/schedstat").split()
+    return int(fields[0]) if fields else None
 
 
 def read_status(pid: int, name: str, thread: int | None = None) -> str:

@@ -764,6 +764,18 @@ def test_a_rank_that_runs_and_sleeps_by_turns_may_work():
     assert found(in_backward(0), *held) is not None
 
 
+def test_a_rank_that_polls_does_no_work():
+    """A loop that waits for a lock file: it wakes to look, and on a busy host waits for a core most of the time."""
+    polls = replace(STUCK, process_state="R", wchan="", thread_share=0.0005)
+    turns = [replace(polls, process_state=state, at_ns=NOW_NS - (9 - at) * S) for at, state in enumerate("SRSRS")]
+    seen = replace(STUCK, process_state="R", answered="kernel", frames=(), quiet_s=4.0, step=-1, at_ns=NOW_NS)
+
+    assert "it has been in train.py:6 stuck for 75 s" in summary(found(in_backward(0), polls))
+    assert found(in_backward(0), *turns) is not None
+    assert "train.py:6 stuck" in summary(found(in_backward(0), *turns, seen))
+    assert found(in_backward(0), replace(polls, thread_share=0.03)) is None
+
+
 def test_a_recorder_that_was_silent_for_a_while_has_not_seen_progress():
     """It lacked a core in the middle of a hang: then another process took a snapshot, and told when it ran again."""
     own = replace(STUCK, quiet_s=65.0, at_ns=NOW_NS - 10 * S)

@@ -117,13 +117,14 @@ def is_excused(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
 def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
     """Whether the rank, or the process that it waits for, computes or transfers; waiting for other ranks is not that.
 
-    One that is ready to run computes, however little of a core it gets. A rank whose own thread was silent
-    is not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
+    One that is ready to run computes, however little of a core it gets, unless it only polls. A rank whose own thread
+    was silent is not busy: it holds the GIL inside one call. Only before the first step such a call may read a large
+    file.
     """
     if not is_alone and collective_wait(snapshot) is not None:
         return False
 
-    runs = snapshot.process_state == "R"
+    runs = snapshot.process_state == "R" and not snapshot.is_polling
     if snapshot.answered in ("signal", "kernel"):
         return runs and snapshot.step < 0
 
@@ -213,7 +214,8 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         whose = f"its thread in {line_text(line.file, line.line, line.function)}" if line else "another thread"
         return f"waiting for the GIL, which {whose} holds in C code"
 
-    what = _by_kernel(snapshot, state)
+    is_polling = isinstance(snapshot, RankSnapshot) and snapshot.is_polling and state == "R"
+    what = _by_kernel(snapshot, "S" if is_polling else state)
     is_held = isinstance(snapshot, RankSnapshot) and snapshot.answered in ("signal", "kernel")
     return f"in C code that holds the GIL, {what or 'waiting'}" if is_held else what
 

@@ -25,7 +25,7 @@ __all__ = ["ProgressWatch"]
 
 _EVERY_S, _STAMP_S = 1.0, 10.0
 _LAST_SNAPSHOT_S = 5.0
-_VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "threads", "is_last"}
+_VOLATILE = {"at_ns", "quiet_s", "cpu_share", "thread_share", "io_bytes_per_s", "blocker", "threads", "is_last"}
 _OF_PLACE = ("frames", "process_state", "wchan", "waits_on")
 _BUSY_CORES, _BUSY_BYTES = 0.2, 4096
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -22,7 +23,14 @@ from traceml.database.snapshots import (
     WorkerSnapshot,
 )
 from traceml.inspection.awaiting_frames import awaiting_frames
-from traceml.inspection.kernel_state import UsageRates, io_bytes, is_job_suspended, process_info, wait_state
+from traceml.inspection.kernel_state import (
+    UsageRates,
+    io_bytes,
+    is_job_suspended,
+    process_info,
+    thread_cpu_ns,
+    wait_state,
+)
 from traceml.inspection.thread_frames import stack_frames, thread_frame
 from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
@@ -38,6 +46,8 @@ if TYPE_CHECKING:
     from traceml.instrument.loader import DataProgress
 
 __all__ = ["SnapshotMaker", "frame_flags"]
+
+_TOO_SHORT_NS = 100_000_000
 
 
 class SnapshotMaker:
@@ -72,6 +82,7 @@ class SnapshotMaker:
         self._store_threads = StoreThreads()
         self._rates = UsageRates(os.getpid(), self._bytes_of_idle)
         self._rates.read()
+        self._thread_used = self._thread_use()
 
     def make(self, quiet_s: float, *, is_last: bool = False) -> RankSnapshot:
         """Return a snapshot of this moment."""
@@ -99,6 +110,7 @@ class SnapshotMaker:
             waits_on=seen.waits_on,
             blocker=blocker_of(os.getpid(), number, awaited_child(frame, self._user.contains)),
             cpu_share=cpu_share,
+            thread_share=self._thread_share(),
             io_bytes_per_s=io_bytes_per_s,
             is_waiting_for_terminal=seen.is_terminal_input,
             is_debugged=debugged or bool(seen.tracer),
@@ -164,6 +176,19 @@ class SnapshotMaker:
 
     def _opened(self) -> int:
         return open_phase(self._slots, self._steps.appended > 0)[0]
+
+    def _thread_use(self) -> tuple[int | None, int]:
+        """Return the CPU time of the training thread, None where it is not known, and the time, in nanoseconds."""
+        return thread_cpu_ns(thread_number(self._thread()) or os.getpid()), time.monotonic_ns()
+
+    def _thread_share(self) -> float | None:
+        """Return the cores that the training thread has used since the last call; None if not known, or just now."""
+        (before_ns, from_ns), self._thread_used = self._thread_used, self._thread_use()
+        used_ns, now_ns = self._thread_used
+        if used_ns is None or before_ns is None or now_ns - from_ns < _TOO_SHORT_NS:
+            return None
+
+        return round((used_ns - before_ns) / (now_ns - from_ns), 6)
 
 
 def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:

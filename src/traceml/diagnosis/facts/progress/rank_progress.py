@@ -186,6 +186,10 @@ class ProgressHistory:
                 # The signal that ends a rank has woken it: what it did until then is how it hung.
                 snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=snapshot.quiet_s, is_last=True)
 
+            if before is not None and _lacks_a_core(snapshot, before):
+                passed_s = (snapshot.at_ns - before.at_ns) / _S
+                snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=before.quiet_s + passed_s)
+
             changes = self._changes.get(rank, 0) if before is not None else 0
             self._changes[rank] = changes + (before is not None and _state(before) != _state(snapshot))
             self._snapshots[rank] = snapshot
@@ -340,10 +344,15 @@ def _tells_no_more(last: RankSnapshot, before: RankSnapshot) -> bool:
     return last.answered == before.answered or (last.answered == "kernel" and last.process_state in _ALIVE)
 
 
+def _lacks_a_core(snapshot: RankSnapshot, before: RankSnapshot) -> bool:
+    """Whether another process took a snapshot of a rank that polls: its threads waited for a core for a moment."""
+    return before.is_polling and snapshot.answered == "kernel" and snapshot.process_state in _ALIVE
+
+
 def _state(snapshot: RankSnapshot) -> tuple[bool, str]:
-    """Return whether the rank holds the GIL in one call of C, whose state is chance; else the state of its process."""
+    """Return whether the rank holds the GIL in one call of C; else the state of its process, unless that is chance."""
     is_held = snapshot.answered == "signal"
-    return is_held, "" if is_held else snapshot.process_state
+    return is_held, "" if is_held or snapshot.is_polling else snapshot.process_state
 
 
 def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:
