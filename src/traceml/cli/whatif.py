@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from traceml.cli.options.parsing import parse
+from traceml.formatting import printable
 
 __all__ = ["main"]
 
@@ -46,11 +47,15 @@ def main(argv: list[str]) -> int:
 
     from traceml.whatif.simulation import Simulator
     from traceml.whatif.straggler_cost import explain_job
-    from traceml.whatif.trace_loading import layout_differences, load_job
+    from traceml.whatif.trace_loading import layout_differences, load_job, unknown_kinds
 
     job = load_job(options.trace, options.meta)
     for difference in layout_differences(job):
         print(f"traceml whatif: {options.meta} says {difference}", file=sys.stderr)
+
+    if unknown := unknown_kinds(job):
+        what = f"{options.trace} has operations of unknown kinds, which delay no others: {', '.join(unknown)}"
+        print(f"traceml whatif: {printable(what)}", file=sys.stderr)
 
     simulator = Simulator(job)
     result = explain_job(simulator)

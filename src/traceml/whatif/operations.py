@@ -36,7 +36,7 @@ COLLECTIVES = (
 # Kinds whose ideal time is the median, which a few delays of the network do not move; of the others it is the mean.
 MEDIAN_KINDS = frozenset((*TRANSFERS, *COLLECTIVES, "layernorm-grads-all-reduce", "embedding-grads-all-reduce"))
 KINDS = (*COMPUTE, *sorted(MEDIAN_KINDS), "optimizer", "gc")
-"""All kinds of operations. The place in a step of any other one is not known."""
+"""Kinds of operations whose place in a step is known."""
 
 Times = NDArray[np.float64]
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.installation import install_command
-from traceml.whatif.operations import JobTrace, Layout, Operation
+from traceml.whatif.operations import KINDS, JobTrace, Layout, Operation
 from traceml.whatif.trace_columns import COLUMNS, trace_columns
 
-__all__ = ["layout_differences", "load_job"]
+__all__ = ["layout_differences", "load_job", "unknown_kinds"]
 
 _NEEDED = ("dp_size", "pp_size")  # the trace is compared with these
 _NEEDS = f"traceml whatif needs {{}}: {install_command('whatif')}"
@@ -88,6 +88,11 @@ def layout_differences(job: JobTrace) -> list[str]:
         differences.append(f"vpp_size {layout.vpp_size}, but workers of the trace have {chunks} chunks; these count")
 
     return differences
+
+
+def unknown_kinds(job: JobTrace) -> list[str]:
+    """Return the kinds of operations whose place in a step is not known; they delay no other operation."""
+    return sorted({operation.kind for operation in job.operations} - set(KINDS))
 
 
 def _layout(path: Path) -> Layout:
