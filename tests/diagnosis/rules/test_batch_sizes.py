@@ -54,15 +54,16 @@ def kinds(of: AlignedSteps, job: Job) -> list[Kind]:
     return [finding.kind for finding in diagnose(of, JobFacts(world_size=job.ranks))]
 
 
-@pytest.mark.parametrize("sizes", [uneven, one_larger])
-def test_ranks_that_wait_for_the_largest_batch(sizes: Sizes):
-    """The difference is that of the batches: no rank is a straggler."""
+@pytest.mark.parametrize(("sizes", "ranks"), [(uneven, ()), (one_larger, (3,))])
+def test_ranks_that_wait_for_the_largest_batch(sizes: Sizes, ranks: tuple[int, ...]):
+    """The difference is that of the batches: no rank is a straggler. One that always has the largest is named."""
     job = Job(ranks=4)
     of = steps_of(job, sizes(4, job.steps))
 
     finding = diagnose(of, JobFacts(world_size=4))[0]
 
-    assert finding.kind is Kind.DATA_IMBALANCE
+    assert (finding.kind, finding.ranks) == (Kind.DATA_IMBALANCE, ranks)
+    assert ("; that is rank 3 in nearly all steps" in finding.summary) == bool(ranks)
     assert finding.evidence["explained_share"] > 0.8
     assert finding.speedup_if_fixed > 1.1
     assert not any(kind.rule.is_straggler for kind in kinds(of, job))

@@ -10,7 +10,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.replay import new_step_times, speedup
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import gain_text, ns_text, percent_text
+from traceml.formatting import gain_text, ns_text, percent_text, ranks_text
 
 __all__ = ["data_imbalance"]
 
@@ -20,6 +20,14 @@ MIN_EXPLAINED = 0.5
 """Share of the differences in own computation that follow the size."""
 MAX_GROWTH = 2.5
 """Work grows with the square of a size at most, as attention does, and a little more by the noise of both."""
+ALWAYS_SHARE = 0.9
+"""A rank with the largest batch in this share of the steps is named."""
+
+_EVEN_BATCHES = (
+    "Give all ranks batches of about the same size in each step: sort samples by length into buckets, pack short ones "
+    "together, or fill batches up to a number of tokens."
+)
+_EVEN_RANKS = "Give {} batches of the size that the others have: look at its batch size, its sampler and its data."
 
 
 def data_imbalance(window: AlignedSteps, segments: Segments) -> tuple[list[Finding], dict[str, Floats]]:
@@ -66,22 +74,29 @@ def _without(work: Floats, away: Floats) -> Floats:
     return np.asarray(np.maximum(work - np.float32(max(slope, 0.0)) * away, 0), dtype=work.dtype)
 
 
+def _always_largest(segments: Segments, sizes: Floats) -> tuple[int, ...]:
+    """Return the rank whose batch is the largest in nearly all steps; nothing without one."""
+    row = int(sizes.mean(axis=1).argmax())
+    largest = sizes[row] > np.delete(sizes, row, axis=0).max(axis=0)
+    return tuple(segments.ranks_of(np.array([row]))) if largest.mean() >= ALWAYS_SHARE else ()
+
+
 def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -> Finding:
     share, gain = cost / segments.step_ns, speedup(segments.step_ns, cost)
+    ranks = _always_largest(segments, sizes)
+    whose = f"; that is {ranks_text(ranks)} in nearly all steps" if ranks else ""
     spread = float((sizes.max(axis=0) / sizes.min(axis=0)).mean())
     return Finding(
         kind=Kind.DATA_IMBALANCE,
         severity=Kind.DATA_IMBALANCE.severity_for(share),
+        ranks=ranks,
         summary=(
             f"The sizes of the batches explain {percent_text(explained)} of the differences in computation: the "
             f"largest in a step is {spread:.1f}x the smallest. No rank is slow, but the others wait {ns_text(cost)} of "
-            f"each {ns_text(segments.step_ns)} step ({percent_text(share)}) for the one with the largest; with equal "
-            f"sizes, steps would be {gain_text(gain)}."
+            f"each {ns_text(segments.step_ns)} step ({percent_text(share)}) for the one with the largest{whose}; "
+            f"with equal sizes, steps would be {gain_text(gain)}."
         ),
-        next=(
-            "Give all ranks batches of about the same size in each step: sort samples by length into buckets, pack "
-            "short ones together, or fill batches up to a number of tokens."
-        ),
+        next=_EVEN_RANKS.format(ranks_text(ranks)) if ranks else _EVEN_BATCHES,
         evidence={
             "explained_share": explained,
             "size_ratio": spread,
