@@ -154,7 +154,7 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
     segments, explained = _without_explained(window, segments, facts)
     found, without_stragglers = stragglers(segments, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
-    remaining = replayed(segments, without_stragglers)
+    remaining, found_late = replayed(segments, without_stragglers), bool(found)
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
     found += alternating
     restarted, without_restarts = workers_restarted(window, remaining, facts, step_ns)
@@ -172,7 +172,9 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
         found += rule(remaining, facts, step_ns)
 
     if not alternating:
-        found += jitter(remaining, facts, step_ns)
+        # Ranks that meet every n-th step only, as in local SGD, wait there for all that a late rank has gathered.
+        long = jitter(remaining, facts, step_ns)
+        found += [each for each in long if not (found_late and each.phase == "comm")]
 
     if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, segments, facts)

@@ -142,6 +142,34 @@ def test_collectives_of_the_script_are_another_cause():
     assert all("average the gradients" not in each.summary for each in diagnose(window, facts(4, 4)))
 
 
+def test_a_rank_without_steps_may_be_what_the_others_wait_for() -> None:
+    """Rank 0 plays and broadcasts its games; a faster network, or fewer collectives, would gain nothing."""
+    window = window_of(Job(comm=20.0, steps=100))
+    window.times["comm"][:] += window.wait
+    known = JobFacts(world_size=3, group=True, latest=(-1, 99, 99))
+
+    finding = next(each for each in diagnose(window, known) if each.kind is Kind.COMM_BOUND)
+
+    assert "Rank 0 has no training steps: they may wait for what it does." in finding.summary
+    assert finding.evidence["ranks_without_steps"] == [0]
+    assert finding.speedup_if_fixed == 1.0
+
+
+def test_ranks_that_meet_every_eighth_step_wait_there_for_a_late_one() -> None:
+    """Local SGD: what rank 1 is late in eight steps is waited for in one of them, and the network is not slow."""
+    window = window_of(Job(ranks=2, steps=200, comm=0.1), adds("other", 20.0, (1,)))
+    late = window.times["other"][1] - window.times["other"][0]
+    waits = np.zeros_like(late)
+    waits[7::8] = late[: len(late) // 8 * 8].reshape(-1, 8).sum(axis=1)[: len(waits[7::8])]
+    for values in (window.times["comm"], window.total):
+        values[0] += waits
+
+    kinds = {each.kind for each in diagnose(window, JobFacts(world_size=2))}
+
+    assert Kind.STRAGGLER in kinds
+    assert Kind.JITTER not in kinds
+
+
 def test_little_communication_is_no_finding():
     """Reductions that cost next to nothing are not worth a word."""
     assert all(each.kind is not Kind.COMM_BOUND for each in diagnose(window_of(Job(comm=0.8)), facts(4, 4)))

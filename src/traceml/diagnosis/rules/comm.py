@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import Segments
-from traceml.formatting import gain_text, ns_text, percent_text
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, ranks_text
 
 __all__ = ["comm_bound", "min_wait_ns"]
 
@@ -27,6 +28,7 @@ DEVICE_FLOOR_NS = 1e6
 """The same for device times, which include no scheduling."""
 MIN_REDUCTIONS = 1.5
 """With more reductions than this per step, the gradients of an accumulated step are averaged needlessly often."""
+_MAX_LISTED = 64
 _COUNTED = ("backwards_per_step", "reductions_per_step")
 
 
@@ -54,6 +56,9 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
     if explicit > cost / 2 and facts.batches is not None and facts.batches.messages:
         return [_waiting_for_messages(cost, step, _evidence(segments, facts, cost, step, explicit))]
 
+    if explicit > cost / 2 and (without_steps := _without_steps(facts)):
+        return [_waiting_for_others(without_steps, cost, step, _evidence(segments, facts, cost, step, explicit))]
+
     phase, where = ("comm", "in collectives") if explicit > cost / 2 else ("comm", "while backward waits for gradients")
     gain = step / max(step - cost, 1.0)
     return [
@@ -71,6 +76,32 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
             speedup_if_fixed=gain,
         )
     ]
+
+
+def _without_steps(facts: JobFacts) -> list[int]:
+    """Return the ranks of the job that train no steps, as one that only plays, evaluates or serves."""
+    return [rank for rank, step in enumerate(facts.latest[: facts.world_size]) if step < 0]
+
+
+def _waiting_for_others(ranks: Sequence[int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
+    """Return the finding on collectives with ranks whose work is not known."""
+    share = cost / max(step, 1.0)
+    who, they, have = ranks_text(ranks), *(("they do", "have") if len(ranks) > 1 else ("it does", "has"))
+    return Finding(
+        kind=Kind.COMM_BOUND,
+        severity=Kind.COMM_BOUND.severity_for(share),
+        phase="comm",
+        summary=(
+            f"The ranks that train wait in collectives for {ns_text(cost)} of each {ns_text(step)} step "
+            f"({percent_text(share)}). {capitalized(who)} {have} no training steps: they may wait for what {they}."
+        ),
+        next=(
+            f"Look at what {who} {'do' if len(ranks) > 1 else 'does'} meanwhile (`traceml stacks`, `traceml report "
+            "--lines`): work ahead there while the others train, or divide that work among more processes."
+        ),
+        evidence={**evidence, "ranks_without_steps": list(ranks[:_MAX_LISTED])},
+        cost_share=share,
+    )
 
 
 def _waiting_for_messages(cost: float, step: float, evidence: dict[str, Any]) -> Finding:
