@@ -41,6 +41,25 @@ def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):
     assert never not in text
 
 
+ENGINE = "torch/autograd/graph.py:966 _engine_run_backward"
+
+
+@pytest.mark.parametrize(("engine", "named"), [(40, True), (200, False)])
+def test_a_slow_hook_of_all_ranks_is_named(engine: int, named: bool) -> None:
+    """A communication hook, or the backward of a Function: not the line that calls backward()."""
+    lines = [
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, engine),
+        SampledLine(0, "backward", "/me/train.py", 8, "quantize", None, 80),
+        SampledLine(0, "forward", "/me/train.py", 21, "main", None, engine + 40),
+    ]
+
+    found = diagnose(window_of(Job(ranks=2, comm=0.0)), JobFacts(world_size=2, lines=lines))[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert ("67 % of backward is in train.py:8 quantize" in found.summary) == named
+    assert "of backward is in train.py:22" not in found.summary
+
+
 @pytest.mark.parametrize(
     ("model", "says", "never"),
     [

@@ -148,7 +148,8 @@ def _compute_bound(
         summary=(
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
             f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})"
-            f"{_heaviest_code(facts, means.get('forward', 0.0) / step)}."
+            f"{_heaviest_code(facts, means.get('forward', 0.0) / step)}"
+            f"{_code_in_backward(facts, means.get('backward', 0.0) / step)}."
             f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts.time)}"
         ),
         next=for_compute(heaviest, facts, device=segments.device),
@@ -167,6 +168,15 @@ def _heaviest_code(facts: JobFacts, forward_share: float) -> str:
         return f"; most of forward is in {called}" if called else ""
 
     return f"; {line.share_text} of forward is in {line.place}" + (f", which calls {called}" if called else "")
+
+
+def _code_in_backward(facts: JobFacts, backward_share: float) -> str:
+    """Return the script's own code that most of backward is in, as a hook or a Function: the end of a sentence."""
+    line = blamed_line(facts.lines, "backward", backward_share)
+    if line is None or main_library(facts.lines, "backward", line) is not None:  # as the line that calls backward()
+        return ""
+
+    return f"; {line.share_text} of backward is in {line.place}"
 
 
 def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> tuple[str, str] | None:
