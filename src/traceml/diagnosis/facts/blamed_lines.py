@@ -55,6 +55,8 @@ NAMED_SHARE = 0.5
 """A function with a smaller share of the phase is not named."""
 NAMED_OF_EXCESS = 0.3
 """The same for late ranks, beyond what the others do: the phase has other work on all ranks."""
+HIDDEN_RATIO = 0.8
+"""If a phase has fewer of its samples than this, the share of a line is said to be the least."""
 OWN_LINE_RATIO = 12
 """A line is of some ranks alone if they are seen in it this many times as often as the others, with one more sample."""
 
@@ -113,6 +115,7 @@ class BlamedLine:
 
     Attributes:
         share: share of the phase that it has at least, 0..1.
+        is_least: whether it may have clearly more, as a part of the phase was hidden from samples.
     """
 
     file: str
@@ -120,6 +123,7 @@ class BlamedLine:
     function: str
     share: float
     samples: int
+    is_least: bool = False
 
     @property
     def place(self) -> str:
@@ -128,8 +132,10 @@ class BlamedLine:
 
     @property
     def share_text(self) -> str:
-        """The share of the phase in words: `all`, `94 %`, or `most` where the samples are few."""
-        return SampledShare(self.share, self.samples).text
+        """The share of the phase in words: `all`, `94 %`, `at least 60 %`, or `most` where the samples are few."""
+        return ("at least " if self.is_least and not self.is_rough else "") + SampledShare(
+            self.share, self.samples
+        ).text
 
     @property
     def is_rough(self) -> bool:
@@ -182,7 +188,7 @@ def blamed_line(
     own = _by_line(_seen_on(lines, ranks), code, place)
     common = _by_line(_seen_on(lines, others), code, place) if others else Counter()
     line = max(own, key=lambda number: own[number] - common[number] * scale)
-    return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
+    return BlamedLine(place[0], line, place[1], functions[place] / whole, total, total < HIDDEN_RATIO * whole)
 
 
 def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int], others: Collection[int]) -> float:
