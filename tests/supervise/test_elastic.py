@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from traceml.supervise.elastic import first_failure
+from traceml.supervise.elastic import end_rest, first_failure
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,18 @@ def test_an_exception_may_be_the_consequence_of_another_end(failures, first):
     known = [SimpleNamespace(exitcode=code, timestamp=second) for code, second in failures]
 
     assert first_failure(known).exitcode == first
+
+
+@pytest.mark.process
+def test_a_stopped_worker_does_not_outlive_an_interrupted_torchrun() -> None:
+    """SIGTERM stays pending in it, and another signal ends torchrun's wait for it."""
+    worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    worker.send_signal(signal.SIGSTOP)
+    worker.terminate()
+    agent = SimpleNamespace(_pcontext=SimpleNamespace(subprocess_handlers={0: SimpleNamespace(proc=worker)}))
+    end_rest(agent)
+
+    assert worker.returncode == -signal.SIGKILL
 
 
 # torchrun looks at it for the first time after 0.1 s

@@ -11,14 +11,16 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["first_failure", "main", "status_of"]
+__all__ = ["end_rest", "first_failure", "main", "status_of"]
 
 _CLOSING = (-signal.SIGTERM, -signal.SIGKILL)  # by which torchrun ends workers
+_KILLED_S = 5.0
 _RUNNING = "_traceml_running"  # attribute of torchrun's processes
 
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         return status_of(first_failure(error.failures.values()).exitcode)
     except SignalException as error:
         for agent in agents:
+            end_rest(agent)
             report(_ended(agent), _running_at_close(getattr(agent, "_pcontext", None)))
 
         return 128 + int(error.sigval)
@@ -154,6 +157,20 @@ def _running_at_close(context: Any) -> set[int]:
     setattr(context, _RUNNING, running)
     context.close = close
     return running
+
+
+def end_rest(agent: Any) -> None:
+    """End the workers that are left when further signals have interrupted torchrun, which waits 30 s for each to end.
+
+    One that is stopped, or in a call of C that handles no signal, would outlive the job.
+    """
+    for handler in getattr(getattr(agent, "_pcontext", None), "subprocess_handlers", {}).values():
+        if handler.proc.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(handler.proc.pid, signal.SIGKILL)
+
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                handler.proc.wait(_KILLED_S)
 
 
 def _ended(agent: Any) -> list[tuple[int, Any]]:
