@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 __all__ = [
     "TICKS_PER_S",
@@ -109,7 +109,7 @@ def machine_name() -> str:
     return f"{os.uname().nodename}/{machine}"
 
 
-def process_start_ticks(pid: int) -> int | None:
+def process_start_ticks(pid: int | Literal["self"]) -> int | None:
     """Return the kernel's start time of a process in clock ticks since boot, or None when it is gone.
 
     A pid can be reused; (boot id, pid, start ticks) is unique.

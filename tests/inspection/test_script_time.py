@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import ModuleType
@@ -27,6 +28,13 @@ def main(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_it_is_the_age_of_the_process() -> None:
     """In a script."""
     assert script_age_ms() / 1000 == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
+
+
+def test_another_process_may_have_its_number_in_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`unshare --pid` without a /proc of its own: start-up was told to have taken since the machine's boot."""
+    monkeypatch.setattr(os, "getpid", lambda: 2**30)
+
+    assert script_age_ms() > 0
 
 
 def test_it_is_unknown_where_the_process_was_there_before(main: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
