@@ -50,6 +50,23 @@ def test_a_kill_in_the_group_is_certain(files: dict[str, Path]) -> None:
     assert (before, watched.killed()) == (None, "group")
 
 
+def test_a_process_that_moves_to_a_group_of_its_own_is_followed(files: dict[str, Path]) -> None:
+    """The group of its start has no kill; at its end it is in the root group, whose kills are those of others."""
+    for group in ("job", "job/step", "own", "."):
+        folder = files["root"] / "memory" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.oom_control").write_text("oom_kill 4\n")
+
+    watched = watch(files, {"memory": "/job/step"})
+    watched.follow({"memory": "/own"})
+    (files["root"] / "memory" / "own" / "memory.oom_control").write_text("oom_kill 5\n")
+    watched.follow({"memory": "/own"})
+    watched.follow({"memory": "/"})
+    watched.follow({})
+
+    assert watched.killed() == "group"
+
+
 def test_the_first_version_counts_in_its_own_file(files: dict[str, Path]) -> None:
     """memory.oom_control, in the folder of the controller."""
     folder = files["root"] / "memory" / "job"

@@ -22,14 +22,27 @@ class OomWatch:
         groups: its control groups, as `control_groups.cgroup_paths` returns them; None reads them.
     """
 
-    __slots__ = ("_before", "_host", "_path")
+    __slots__ = ("_before", "_host", "_path", "_root")
 
     def __init__(
         self, pid: int | str = "self", *, groups: dict[str, str] | None = None, root: str = ROOT, host: Path = _HOST
     ) -> None:
-        self._host = host
+        self._host, self._root = host, root
         self._path = oom_counter(cgroup_paths(pid=pid) if groups is None else groups, root, host)
         self._before = count_kills(self._path)
+
+    def follow(self, groups: dict[str, str]) -> None:
+        """Count in another control group once the process has moved to it, as `systemd-run` or a script itself does.
+
+        Args:
+            groups: its control groups now. A process that ends is in the root group for a moment.
+        """
+        if groups.get("memory", groups.get("", "/")) == "/":
+            return
+
+        path = oom_counter(groups, self._root, self._host)
+        if path not in (self._path, self._host):
+            self._path, self._before = path, count_kills(path)
 
     def killed(self) -> str | None:
         """Return `group` after a kill in the process's group, `host` after one on the host; None without one."""

@@ -52,6 +52,9 @@ class RunChecks:
     def check(self, run: ActiveRun) -> LiveVerdict:
         """Check an open run, and return its verdict. Call it once a second."""
         run.commit()  # the verdict is of all that has come
+        for stream in run.connected:
+            stream.follow_groups()
+
         self._silent.setdefault(run, SilentRanks(run, self._start)).check()
         self._core_takers.setdefault(run, CoreTakers(run, self._start)).check()
         verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))

@@ -15,6 +15,7 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import is_alive
 from traceml.database.schema import TABLES
+from traceml.inspection.control_groups import cgroup_paths
 from traceml.inspection.oom_kills import OomWatch
 from traceml.transport.hello import Hello
 
@@ -164,6 +165,11 @@ class Stream:
         # A process killed before its hello was read was never seen here, but no process holds its flight file.
         path = None if self.seen_here else self.flight_path
         return path is not None and path.exists() and not is_alive(path)
+
+    def follow_groups(self) -> None:
+        """Notice that its process has moved to another control group."""
+        if self.oom_watch is not None and not self.ended:
+            self.oom_watch.follow(cgroup_paths(pid=self.incarnation.pid))
 
     @property
     def flight_path(self) -> Path | None:
