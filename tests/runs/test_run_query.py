@@ -61,7 +61,10 @@ def test_conditions(runs, conditions, found):
     assert "".join(run.info.name for run in select_runs(runs, conditions)) == found
 
 
-@pytest.mark.parametrize(("conditions", "what"), [("rl<1", "no run has .* 'rl'"), ("a='b", "No closing quotation")])
+@pytest.mark.parametrize(
+    ("conditions", "what"),
+    [("rl<1", "no run has .* 'rl'"), ("steps<", "has no value"), ("a='b", "No closing quotation")],
+)
 def test_conditions_that_cannot_be_understood(runs, conditions, what):
     """A misspelt name is an error, not an empty list."""
     with pytest.raises(UsageError, match=what):

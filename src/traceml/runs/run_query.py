@@ -216,6 +216,9 @@ def _test(term: str, runs: Sequence[SearchedRun]) -> Callable[[SearchedRun], boo
         return lambda run: any(word in text.lower() for text in run.texts)
 
     name, sign, wanted = found.groups()
+    if sign in _ORDERS and not wanted:
+        raise UsageError(f"--where: {term} has no value, as in {term}0.1")
+
     _check(name, runs)
     return lambda run: _holds(run.value(name), sign, wanted)
 

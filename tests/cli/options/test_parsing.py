@@ -24,6 +24,10 @@ class Options:
     """Which."""
     most: float | None = None
     """At most."""
+    form: Literal["x", "y"] | None = None
+    """In which form."""
+    hosts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST")] = ()
+    """On which hosts."""
 
 
 def test_words_become_options():
@@ -50,6 +54,9 @@ def test_help_without_the_source_lists_the_options(capsys):
         (["--count"], "--count needs a value"),
         (["--kind", "c"], "'a', 'b'"),
         (["--most", "x"], "--most takes a number, not 'x'"),
+        (["--form", "z"], "invalid choice 'z' for argument '--form'"),
+        (["--hosts"], "--hosts needs a value"),
+        (["--hosts", "--json"], "--hosts needs a value"),
     ],
 )
 def test_errors_are_one_line(words, says, capsys):
@@ -59,6 +66,7 @@ def test_errors_are_one_line(words, says, capsys):
 
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "None" not in str(caught.value)
     assert not set("│╭─╰") & set(str(caught.value))
     assert capsys.readouterr().err == ""
 

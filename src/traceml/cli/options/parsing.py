@@ -34,6 +34,7 @@ _MISSING = re.compile(r"^[│|]? {5,6}(\S+)", re.MULTILINE)  # their explanation
 _NOT_A_NUMBER = re.compile(
     r"error parsing (\S+): no type matching \{None\}\|(FLOAT|INT) could be instantiated from \[(.*)\]"
 )
+_NO_CHOICE = re.compile(r"'None', |, 'None'")  # the default of an option, which cannot be given
 _NOT_INT = re.compile(r"error parsing (\S+): invalid literal for int\(\) with base 10: (.*)")
 _NOT_FLOAT = re.compile(r"error parsing (\S+): could not convert string to float: (.*)")
 _FRAME = re.compile(r"[─-╿]|^\s*\|\s|\s\|\s*$|^\s*[+-]{3,}.*$")
@@ -156,21 +157,20 @@ def _light(hint: Any) -> Any:
     if isinstance(hint, UnionType):
         return Union[get_args(hint)]  # noqa: UP007
 
-    if hint == tuple[str, ...]:
-        return _words_type()
-
     if get_origin(hint) is Annotated:
         plain, *notes = get_args(hint)
-        return Annotated[(_light(plain), *notes)]
+        words = _words_type(notes) if plain == tuple[str, ...] else None
+        return Annotated[(words or _light(plain), *notes)]
 
     return hint
 
 
-def _words_type() -> Any:
+def _words_type(notes: list[Any]) -> Any:
+    """Return the type of several words: one or more after an option, also none where they are positional."""
     import tyro
 
     spec = tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
+        nargs="*" if tyro.conf.Positional in notes else "+",
         metavar="TEXT",
         instance_from_str=tuple,
         is_instance=lambda value: isinstance(value, tuple),
@@ -187,6 +187,9 @@ def _one_line(box: str) -> str:
     """
     plain = [_FRAME.sub("", _ANSI.sub("", line)).strip() for line in box.splitlines()]
     parts = _paragraphs(plain[1:])  # the first line is the frame with the title
+    if parts and parts[0][0].startswith("For full helptext"):  # of several words, the message is the title
+        parts = [plain[:1]]
+
     message = " ".join(parts[0]).rstrip(".: ") if parts else "cannot understand the arguments"
     message = message[:1].lower() + message[1:]
     if message.startswith("missing from "):
@@ -194,6 +197,7 @@ def _one_line(box: str) -> str:
         return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
 
     message = _NO_TYRO_VALUE.sub(r"\1 needs a value", message)
+    message = _NO_CHOICE.sub("", message)
     message = _NOT_A_NUMBER.sub(r"\1 takes a number, not \3", message)
     message = _NOT_INT.sub(r"\1 takes a whole number, not \2", message)
     message = _NOT_FLOAT.sub(r"\1 takes a number, not \2", message)
