@@ -297,6 +297,15 @@ def test_a_tracker_that_failed_gets_all_its_tries_again(runs_dir):
     assert values(run.path) == THREE
 
 
+def test_a_tracker_that_does_not_exist_is_refused(runs_dir, capsys):
+    """Nothing is written into the run: its report would list the misspelled tracker from then on."""
+    run = logged(runs_dir, "a", "jsonl")
+
+    assert cli.main(["sync", "--backend", "jsnol"]) == 2
+    assert "--backend: unknown plugin 'jsnol'" in capsys.readouterr().err
+    assert states_of(run.path) == []
+
+
 def test_a_tracker_that_the_run_did_not_ask_for_gets_no_more_than_others(runs_dir, monkeypatch):
     """What the run keeps back is kept back from it too, and so is what the settings of now keep back."""
     run = LoggedRun(runs_dir / "a")

@@ -24,7 +24,7 @@ from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
 from traceml.display.report_files import refresh_reports, write_reports
-from traceml.errors import TraceMLError, UsageError
+from traceml.errors import PluginError, TraceMLError, UsageError
 from traceml.formatting import plural, printable
 from traceml.renderers.words import tracker_text
 from traceml.run_folder import STORE_NAME
@@ -36,7 +36,7 @@ from traceml.track.delivery.delivery_process import DeliveryProcess
 from traceml.track.delivery.plan import DeliveryPlan, delivery_settings
 from traceml.track.delivery.record_reader import logged_rows
 from traceml.track.plugins.plugin_metadata import PluginType
-from traceml.track.plugins.plugin_registry import BUILT_IN
+from traceml.track.plugins.plugin_registry import BUILT_IN, check_name
 from traceml.track.rank.announcement import refuse_secrets
 from traceml.track.rank.tracker_places import moved_options
 from traceml.track.tracker_state import DeliveryPhase, locked
@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
     for run_dir in _wanted(options, config):
         try:
             found = _sync(run_dir, options, config, console)
+        except UsageError:
+            raise
         except TraceMLError as error:
             if options.runs:
                 raise
@@ -202,6 +204,9 @@ def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config:
     plan.refresh()
     asked, is_own = plan.backends(), plan.is_own
     for backend in options.backend or asked:
+        if backend not in asked:
+            _check_backend(backend)
+
         # Who names a plugin wants its code; who names a run, or nothing, may not know what is in it.
         is_wanted = backend in options.backend and backend not in BUILT_IN[PluginType.BACKEND]
         start = partial(DeliveryProcess, run_dir, backend, once=True, nice=0, installed_only=not (is_own or is_wanted))
@@ -214,6 +219,14 @@ def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config:
             own = own if moved is None else moved
             refuse_secrets({backend: own})
             yield start(own, forced=own, settings=delivery_settings(config))
+
+
+def _check_backend(name: str) -> None:
+    """Refuse a misspelled tracker: its state would make the run's report list it as broken."""
+    try:
+        check_name(PluginType.BACKEND, name)
+    except PluginError as error:
+        raise UsageError(f"--backend: {error}") from error
 
 
 def _is_due(process: DeliveryProcess) -> bool:
