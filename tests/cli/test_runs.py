@@ -6,13 +6,16 @@ import io
 import json
 import sqlite3
 from contextlib import closing
+from functools import partial
 
 import pytest
+from rich.console import Console
 
 from tests.diagnosis.fabricated import Job
 from tests.renderers.reports import with_data
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml import cli
+from traceml.cli import runs as runs_command
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_VERSION
 from traceml.run_folder import STORE_NAME
@@ -130,6 +133,24 @@ def test_conditions_columns_and_order(three, capsys):
 
     assert cli.main(["runs", "--where", "state=hung"]) == 0
     assert "meets the conditions, of 3 runs with the archived ones" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("columns", "last"), [(36, "verdict"), (46, "ranks"), (56, "samples/s"), (200, "size")])
+def test_a_narrow_terminal_shows_the_first_columns(three, capsys, monkeypatch, columns, last):
+    """Lines are not broken; a list in a pipe, or of columns that were asked for, is whole."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(["runs"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[-1] == "size"
+
+    monkeypatch.setattr(
+        runs_command, "Console", partial(Console, force_terminal=True, no_color=True, color_system=None)
+    )
+    assert cli.main(["runs"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == last
+    assert max(len(line) for line in lines) <= columns
+    assert cli.main(["runs", "--columns", "id,project,name,state,verdict,user,size"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[-1] == "size"
 
 
 def test_labels(three, capsys):

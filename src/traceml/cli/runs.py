@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         _print_json(runs, _names(options.columns) if options.columns else ())
     elif runs:
-        _print_list(runs, _names(options.columns or _COLUMNS))
+        _print_list(runs, _names(options.columns or _COLUMNS), may_cut=not options.columns)
         _print_unreadable([run.info for run in runs])
     elif every:
         print(
@@ -156,7 +156,8 @@ def _print_unreadable(infos: Sequence[RunInfo]) -> None:
             print(f"{state}: {ids[0]}{more}: {text}", file=sys.stderr)
 
 
-def _print_list(runs: Sequence[RunFields], columns: list[str]) -> None:
+def _print_list(runs: Sequence[RunFields], columns: list[str], *, may_cut: bool) -> None:
+    """Print a line per run; the last columns are left out where the terminal has no room for them, if they may be."""
     console = Console(highlight=False)
     rows = [[_cell(run, name) for name in columns] for run in runs]
     heads = ["run" if name == "id" else name for name in columns]
@@ -164,15 +165,25 @@ def _print_list(runs: Sequence[RunFields], columns: list[str]) -> None:
         max(_WIDTHS.get(name, 0), len(head), *(len(row[at]) for row in rows))
         for at, (name, head) in enumerate(zip(columns, heads, strict=True))
     ]
+    if may_cut and console.is_terminal:
+        widths = widths[: _fitting(widths, console.width)]
+
+    columns, heads = columns[: len(widths)], heads[: len(widths)]
     sides = ["<" if name in TEXT_FIELDS else ">" for name in columns]
     console.print(Text(_joined(heads, widths, sides), style="dim"), soft_wrap=True)
     for run, row in zip(runs, rows, strict=True):
-        line = Text(_joined(row, widths, sides))
+        line = Text(_joined(row[: len(widths)], widths, sides))
         if run.info.state in ("failed", "hung", "lost", *UNREADABLE_STATES) and "state" in columns:
             start = sum(width + 2 for width in widths[: columns.index("state")])
             line.stylize("red", start, start + len(run.info.state))
 
         console.print(line, soft_wrap=True)
+
+
+def _fitting(widths: Sequence[int], room: int) -> int:
+    """Return how many columns fit beside each other, at least three: run, state and verdict."""
+    ends = [sum(widths[:count]) + 2 * (count - 1) for count in range(1, len(widths) + 1)]
+    return max(sum(end <= room for end in ends), 3)
 
 
 def _joined(cells: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> str:

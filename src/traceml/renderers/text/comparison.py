@@ -183,7 +183,7 @@ def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Te
 
 
 def _times(comparison: Comparison) -> Iterator[Text]:
-    yield Text(f" {'step time':<14}{'A':>11}{'B':>11}{'change':>10}   significant", style="dim")
+    yield Text(f" {'step time':<14}{'A':>10}{'B':>10}{'change':>10}  significant", style="dim")
     changes = step_changes(row for _, row in comparison.step_time.items())
     for (name, row), (change, _) in zip(comparison.step_time.items(), changes, strict=True):
         real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "unknown"}[row.real]
@@ -191,8 +191,8 @@ def _times(comparison: Comparison) -> Iterator[Text]:
 
 
 def _row(label: str, a_ms: float | None, b_ms: float | None, change: str, after: str, style: str) -> Text:
-    line = Text(f" {label:<14}{ms_text(a_ms):>11}{ms_text(b_ms):>11}")
-    return line.append(f"{change:>10}", style=style).append(f"   {after}", style="dim")
+    line = Text(f" {label:<14}{ms_text(a_ms):>10}{ms_text(b_ms):>10}")
+    return line.append(f"{change:>10}", style=style).append(f"  {after}", style="dim")
 
 
 def _style(row: StatisticChange) -> str:
@@ -202,10 +202,10 @@ def _style(row: StatisticChange) -> str:
 def _phase_rows(comparison: Comparison) -> Iterator[Text]:
     rows = comparison.phases[:_SHOWN_PHASES]
     if rows:
-        yield Text(f" {'phase':<14}{'A':>11}{'B':>11}{'B - A':>10}", style="dim")
+        yield Text(f" {'phase':<14}{'A':>10}{'B':>10}{'B - A':>10}", style="dim")
 
     for row in rows:
-        line = Text(f" {phase_label(row.phase)[:14]:<14}{ms_text(row.a_ms):>11}{ms_text(row.b_ms):>11}")
+        line = Text(f" {phase_label(row.phase)[:14]:<14}{ms_text(row.a_ms):>10}{ms_text(row.b_ms):>10}")
         yield line.append(f"{delta_text(row.delta_ms):>10}")
 
 
@@ -215,7 +215,7 @@ def _rank_rows(comparison: Comparison) -> Iterator[Text]:
         return
 
     yield Text()
-    yield Text(f" {'own work':<14}{'A':>11}{'B':>11}{'change':>10}", style="dim")
+    yield Text(f" {'own work':<14}{'A':>10}{'B':>10}{'change':>10}", style="dim")
     for row in sorted(ranks, key=lambda row: -abs(row.change or 0.0))[:_SHOWN_RANKS]:
         most = f"most in {phase_label(row.phase or '')}"
         yield _row(f"rank {row.rank}", row.a_work_ms, row.b_work_ms, change_text(row.change), most, "")
@@ -230,7 +230,7 @@ def _rest(comparison: Comparison) -> Iterator[Text]:
     yield Text()
     for what, row in comparison.memory.items():
         if row.a is not None and row.b is not None:
-            line = Text(f" {what:<14}{bytes_text(row.a):>11}{bytes_text(row.b):>11}")
+            line = Text(f" {what:<14}{bytes_text(row.a):>10}{bytes_text(row.b):>10}")
             yield line.append(f"{change_text(row.change):>10}")
 
     verdict = comparison.verdict
