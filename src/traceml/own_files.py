@@ -71,7 +71,7 @@ def read_regular(path: Path, most_bytes: int = _MAX_BYTES) -> bytes:
         return file.read(most_bytes)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file so that readers see the old content or all of the new one.
 
     The draft next to it is always a new file: a link that was planted under its name is not written through.
@@ -83,7 +83,7 @@ def replace_file(path: Path, data: bytes) -> None:
     try:
         draft.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(draft, flags, 0o666), "wb") as file:
+        with open(os.open(draft, flags, mode), "wb") as file:
             file.write(data)
 
         draft.replace(path)

@@ -5,6 +5,7 @@ import hmac
 import json
 import os
 from pathlib import Path
+from threading import get_native_id
 
 import pytest
 
@@ -139,11 +140,11 @@ def test_publish_does_not_write_through_a_link(folder, tmp_path):
     auth.runtime_folder()
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    (folder / f"aggregator-4711.json.{os.getpid()}").symlink_to(victim)
+    (folder / f".aggregator-4711.json-{os.getpid()}-{get_native_id()}").symlink_to(victim)
 
-    with pytest.raises(OSError, match="symbolic links"):
-        auth.publish("127.0.0.1", 4711, "secret")
+    path = auth.publish("127.0.0.1", 4711, "secret")
 
+    assert path.stat().st_mode & 0o777 == 0o600
     assert victim.read_text() == "mine"
 
 

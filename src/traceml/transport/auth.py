@@ -14,11 +14,12 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from traceml.clock import boot_id, process_start_ticks
-from traceml.own_files import cache_home, check_own_folder, make_own_folder, open_own
+from traceml.own_files import cache_home, check_own_folder, make_own_folder, open_own, replace_file
 
 __all__ = [
     "AGGREGATOR",
@@ -132,11 +133,7 @@ def publish(host: str, port: int, token: str, *, runs_dir: str = "", kind: str =
     pid = os.getpid()
     entry = PublishedServer(host, port, token, pid, process_start_ticks(pid) or 0, boot_id(), runs_dir)
     path = runtime_folder() / _name(port, kind)
-    draft = path.with_name(f"{path.name}.{pid}")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
-        json.dump(asdict(entry), file)
-
-    draft.replace(path)  # a reader sees the old file or the new one, never a part
+    replace_file(path, json.dumps(asdict(entry)).encode(), mode=0o600)
     _sweep(path.parent)
     return path
 
@@ -158,23 +155,12 @@ def discover(port: int, *, include_dead: bool = False, kind: str = AGGREGATOR) -
 
 def find_page(runs_dir: str) -> PublishedServer | None:
     """Return a web page of this user that shows a runs folder; None without one."""
-    for path in (path for folder in _candidates() for path in sorted(folder.glob(f"{PAGE}-*.json"))):
-        entry = _read(path)
-        if entry is not None and entry.alive and entry.runs_dir == runs_dir:
-            return entry
-
-    return None
+    return next((entry for entry in _alive(PAGE) if entry.runs_dir == runs_dir), None)
 
 
 def published_by(pid: int) -> PublishedServer | None:
     """Return the address that this user's aggregator with that process id has published; None without one."""
-    for folder in _candidates():
-        for path in folder.glob(f"{AGGREGATOR}-*.json"):
-            entry = _read(path)
-            if entry is not None and entry.pid == pid and entry.alive:
-                return entry
-
-    return None
+    return next((entry for entry in _alive(AGGREGATOR) if entry.pid == pid), None)
 
 
 def read_token(path: Path) -> str | None:
@@ -192,9 +178,18 @@ def withdraw(port: int) -> None:
                 (folder / _name(port, AGGREGATOR)).unlink()
 
 
+def _alive(kind: str) -> Iterator[PublishedServer]:
+    """Yield the servers of a kind whose processes still run."""
+    for folder in _candidates():
+        for path in sorted(folder.glob(f"{kind}-*.json")):
+            entry = _read(path)
+            if entry is not None and entry.alive:
+                yield entry
+
+
 def _sweep(folder: Path) -> None:
     """Remove old files of killed aggregators, whose ranks have given up by now."""
-    for path in (path for kind in (AGGREGATOR, PAGE, METRICS) for path in folder.glob(f"{kind}-*.json*")):
+    for path in (path for kind in (AGGREGATOR, PAGE, METRICS) for path in folder.glob(f"*{kind}-*.json*")):
         with contextlib.suppress(OSError):  # another process removes it, or it is not our file
             if time.time() - path.stat().st_mtime < _KEPT_S:
                 continue

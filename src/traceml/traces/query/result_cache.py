@@ -12,10 +12,11 @@ import os
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from traceml.own_files import cache_home
+from traceml.own_files import cache_home, replace_file
 from traceml.traces.reader.trace_files import identity
 
 __all__ = ["ResultCache", "cache_folder"]
@@ -77,15 +78,12 @@ class ResultCache:
         if len(data) > _MAX_ENTRY_BYTES:
             return
 
-        unfinished = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            unfinished.write_bytes(data)
-            unfinished.replace(self._path)
+            replace_file(self._path, data)
             _drop_oldest(self._path.parent)
         except OSError as error:
             _LOG.debug("cannot keep a result in %s: %s", self._path.parent, error)
-            _remove(unfinished)
 
     def _settled(self) -> bool:
         """Return whether the files are unchanged, and a later change would be visible."""
@@ -105,11 +103,5 @@ def _drop_oldest(folder: Path) -> None:
 
     entries.sort(key=lambda entry: entry.stat().st_mtime_ns)
     for entry in entries[: len(entries) - _MAX_ENTRIES]:
-        _remove(entry)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError:
-        pass  # it does not exist, another process removed it, or it cannot be removed
+        with suppress(OSError):  # another process removed it, or it cannot be removed
+            entry.unlink()
