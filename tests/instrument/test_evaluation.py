@@ -232,6 +232,45 @@ def test_evaluation_of_averaged_weights(traced: Traced) -> None:
     assert [row["batches"] for row in traced.table("evals")] == [CALLS, CALLS]
 
 
+@pytest.mark.parametrize("in_epoch", [False, True])
+def test_samples_of_averaged_weights(traced: Traced, *, in_epoch: bool) -> None:
+    """A copy that no optimizer has samples images, as of a diffusion model: it counted for a step."""
+    model, averaged = net(), net().eval()
+    optimizer = sgd(model)
+
+    @torch.no_grad()
+    def sample_images() -> None:
+        for _ in range(CALLS):
+            averaged(X)
+
+    for _ in range(3):
+        for index, (x,) in enumerate(data(4)):
+            train(model, optimizer, x)
+            if in_epoch and index == 1:
+                sample_images()
+
+        if not in_epoch:
+            sample_images()
+
+    assert len(traced.finish()) == 12
+    assert [row["batches"] for row in traced.table("evals")] == [CALLS] * 3
+
+
+def test_a_teacher_on_each_batch_of_a_loader_is_no_evaluation(traced: Traced) -> None:
+    """Its targets are a part of the step."""
+    taught, model = net().eval(), net()
+    optimizer = sgd(model)
+    for (x,) in data(20):
+        with torch.no_grad():
+            target = taught(x)
+
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+
+    assert len(traced.finish()) == 20
+    assert traced.table("evals") == []
+
+
 @pytest.mark.parametrize("with_loader", [False, True])
 def test_an_evaluation_is_known_while_it_runs(traced: Traced, with_loader: bool) -> None:
     """From its second batch on; the training after it is none."""

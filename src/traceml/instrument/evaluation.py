@@ -4,7 +4,8 @@ A *stretch* of evaluation begins at such a call of a model that is trained, and 
 training forward, request to a loader or backward pass. Its time belongs to no step, like that of evaluation batches.
 
 A model that only computes targets (a teacher) is not trained, and rollouts of reinforcement learning are part of the
-training: they are not evaluation.
+training: they are not evaluation. Targets are computed before the step on a loader's batch: what is called after it, as
+averaged weights that sample images, evaluates.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class StepRules(Protocol):
 
     open: bool
     explicit: bool
+    exhausted_loader: Any
 
     def begin_first_step(self, t: int) -> None:
         """Begin the first step."""
@@ -70,7 +72,10 @@ class EvaluationStretch:
 
         clock = self._clock
         called = module()
-        if called is None or called.training or self._rules.explicit or not clock.listener.is_trained(called):
+        if called is None or called.training or self._rules.explicit:
+            return False
+
+        if not (self._has_no_batch() or clock.listener.is_trained(called)):
             return False
 
         if self.is_rollout or _has_simulator() or self._is_usual():
@@ -78,6 +83,14 @@ class EvaluationStretch:
 
         self._open(t)
         return True
+
+    def _has_no_batch(self) -> bool:
+        """Whether the training's loader has none to train on: the step on its batch is done, or the epoch."""
+        clock = self._clock
+        if clock.attempt:
+            return clock.first_loader is not None
+
+        return clock.batch is None and self._rules.exhausted_loader is not None
 
     @property
     def collects(self) -> bool:
