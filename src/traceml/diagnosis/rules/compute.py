@@ -172,7 +172,7 @@ def _heaviest_code(facts: JobFacts, forward_share: float) -> str:
 
 def _code_in_backward(facts: JobFacts, backward_share: float) -> str:
     """Return the script's own code that most of backward is in, as a hook or a Function: the end of a sentence."""
-    line = blamed_line(facts.lines, "backward", backward_share)
+    line = own_line(facts.lines, "backward", backward_share)
     if line is None or main_library(facts.lines, "backward", line) is not None:  # as the line that calls backward()
         return ""
 
