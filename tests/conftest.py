@@ -174,14 +174,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _group(item: pytest.Item) -> str:
     """Return the name of the tests that one worker runs."""
-    if (fixture := _shared_fixture(item)) is not None:
-        return fixture
+    return _shared_fixture(item) or _group_of_file(item.path)
 
-    if _lies_in(item.path, _READ_SOURCES) is not None:
+
+@cache
+def _group_of_file(path: Path) -> str:
+    if _lies_in(path, _READ_SOURCES) is not None:
         return "sources"
 
-    place = _lies_in(item.path, _TOGETHER)
-    return str(item.path.relative_to(ROOT)) if place is None else _TOGETHER[place]
+    place = _lies_in(path, _TOGETHER)
+    return str(path.relative_to(ROOT)) if place is None else _TOGETHER[place]
 
 
 def _shared_fixture(item: pytest.Item) -> str | None:

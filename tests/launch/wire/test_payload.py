@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -117,6 +116,8 @@ def test_arrays_arrive_as_they_were(name: str) -> None:
 
 def test_other_values_arrive_as_they_were() -> None:
     """Tables, long texts and bytes, read-only arrays, what refers to itself."""
+    import pandas as pd  # 0.3 s of CPU in each worker that collects this file
+
     frozen = np.arange(LARGE)
     frozen.flags.writeable = False
     loop: list[Any] = [b"x" * 1_000_000, bytearray(b"y" * 1_000_000), "z" * 1_000_000]

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas
 import psutil
 import pytest
 import torch
@@ -315,6 +314,8 @@ def more_of(kind: str, kept: Any) -> Any:
         case "Tensor":
             return torch.cat([torch.zeros(0, dtype=torch.int64) if kept is None else kept, torch.ones(1 << 17).long()])
         case "DataFrame":
+            import pandas  # 0.3 s of CPU in each worker that collects this file
+
             new = pandas.DataFrame({"loss": np.zeros(1 << 17)})
             return new if kept is None else pandas.concat([kept, new])
         case "str":

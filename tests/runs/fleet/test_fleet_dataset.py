@@ -6,7 +6,6 @@ import multiprocessing
 import os
 from pathlib import Path
 
-import polars
 import pyarrow.dataset
 import pyarrow.parquet
 import pytest
@@ -54,6 +53,8 @@ def test_the_columns_are_those_of_the_page(dataset):
 
 def test_other_programs_read_it_by_partition(dataset):
     """pyarrow and polars, as DuckDB, Spark and Dask, take the project and the month from the folders."""
+    import polars  # 0.2 s of CPU in each worker that collects this file
+
     for number, project in enumerate(("vision", "nlp/ü", "nlp/ü")):
         dataset.add(fleet_report(40 * number, project=project))
 
