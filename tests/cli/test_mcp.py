@@ -27,7 +27,7 @@ class Slow(Dataset):
         return 60
 
     def __getitem__(self, at):
-        time.sleep(0.004)
+        time.sleep(0.02)
         return torch.randn(8)
 
 model = torch.nn.Linear(8, 1)

@@ -26,8 +26,8 @@ ACTION = Path(__file__).parents[3] / ".github" / "actions" / "traceml"
 WORKFLOW = yaml.safe_load(_WORKFLOW_TEXT)
 _EXPRESSION = re.compile(r"\$\{\{\s*([\w.-]+)\s*\}\}")
 # Steps that alternate between two durations are independent, whatever else runs on the machine: a comparison decides.
-QUICK = TRAIN.replace("return 60", "return 120").replace("time.sleep(0.004)", "time.sleep(0.01 + 0.01 * (at % 2))")
-LATE = TRAIN.replace("return 60", "return 120").replace("time.sleep(0.004)", "time.sleep(0.04 + 0.02 * (at % 2))")
+QUICK = TRAIN.replace("return 60", "return 120").replace("time.sleep(0.02)", "time.sleep(0.01 + 0.01 * (at % 2))")
+LATE = TRAIN.replace("return 60", "return 120").replace("time.sleep(0.02)", "time.sleep(0.04 + 0.02 * (at % 2))")
 
 
 @dataclass
