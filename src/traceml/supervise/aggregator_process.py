@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
+from traceml.inspection.kernel_state import process_info
 from traceml.own_programs import own_program
 from traceml.run_folder import AGGREGATOR_LOG
 from traceml.supervise.processes import spawn
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
-_ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
+_ANSWER_TIMEOUT_S, _START_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 60.0, 20.0
 _LAST_SNAPSHOT_S, _SNAPSHOT_S = 0.2, 1.0
 _FIRST_POLL_S, _LAST_POLL_S, _REPORT_DELIVERY_S = 0.01, 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -202,6 +203,25 @@ class AggregatorProcess(RestartingProcess):
         hello = Hello(role="client", run=self.run_id)
         return connect("127.0.0.1", self.port, hello, self.token, timeout_s=timeout_s, **options)
 
+    def _connect_at_end(self) -> Connection:
+        """Connect; try again while the aggregator computes, as one that starts on a busy host does.
+
+        Raises:
+            TraceMLError, OSError: it does not answer.
+        """
+        until_s, used_s = time.monotonic() + _START_TIMEOUT_S, self._cpu_s()
+        while True:
+            try:
+                return self._connect(_ANSWER_TIMEOUT_S)
+            except (TraceMLError, OSError):
+                before_s, used_s = used_s, self._cpu_s()
+                if used_s <= before_s or time.monotonic() > until_s:
+                    raise
+
+    def _cpu_s(self) -> float:
+        info = process_info(self.process.pid) if self.process is not None and self.running else None
+        return 0.0 if info is None else info.cpu_s
+
     def _wait_for_deliveries(self, connection: Connection) -> None:
         """Wait until trackers have received what was logged; the aggregator skips those that make no progress."""
         report_at_s: float | None = time.monotonic() + _REPORT_DELIVERY_S
@@ -225,7 +245,7 @@ class AggregatorProcess(RestartingProcess):
     def _report_end(self, exits: Sequence[dict[str, Any]], end: dict[str, Any]) -> bool | None:
         """Return whether the aggregator has completed the run; None without an answer."""
         try:
-            connection = self._connect(_ANSWER_TIMEOUT_S)
+            connection = self._connect_at_end()
         except (TraceMLError, OSError):
             return None
 
