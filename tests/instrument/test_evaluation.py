@@ -256,6 +256,40 @@ def test_samples_of_averaged_weights(traced: Traced, *, in_epoch: bool) -> None:
     assert [row["batches"] for row in traced.table("evals")] == [CALLS] * 3
 
 
+class Sampler(nn.Module):
+    """A model that samples by its parts, as a language model or a diffusion model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+    @torch.no_grad()
+    def generate(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(CALLS):
+            x = self.head(self.body(x))
+
+        return x
+
+
+@pytest.mark.parametrize("with_loader", [False, True])
+def test_samples_by_parts_of_a_model(traced: Traced, *, with_loader: bool) -> None:
+    """Between `eval()` and `train()`; they were other code of the steps."""
+    model = Sampler()
+    optimizer = sgd(model)
+    for index, x in enumerate(x for (x,) in data(20)) if with_loader else enumerate([X] * 20):
+        train(model, optimizer, x)
+        if index % 5 == 4:
+            model.eval()
+            model.generate(x)
+            model.train()
+
+    assert len(traced.finish()) == 20
+    assert [row["batches"] for row in traced.table("evals")] == [2 * CALLS] * 4
+
+
 def test_a_teacher_on_each_batch_of_a_loader_is_no_evaluation(traced: Traced) -> None:
     """Its targets are a part of the step."""
     taught, model = net().eval(), net()

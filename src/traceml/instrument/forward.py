@@ -285,16 +285,23 @@ def patch_own_call(patches: Patches, clock: StepClock, measure: Measure, kind: t
 
 
 @uncounted
-def patch_training_mode(patches: Patches, clock: StepClock) -> None:
-    """Tell the clock of `Module.train()`, which ends an evaluation."""
+def patch_training_mode(patches: Patches, clock: StepClock, on_evaluation: Callable[[Any], None]) -> None:
+    """Tell the clock of `Module.train()`, which ends an evaluation.
+
+    Args:
+        on_evaluation: called with a timed module that changes to evaluation mode.
+    """
     original = torch.nn.Module.train
 
     def train(self: Any, mode: bool = True) -> Any:
-        if not mode or self.training or is_dynamo_compiling():
+        if mode == getattr(self, "training", None) or is_dynamo_compiling():
             return original(self, mode)
 
         try:
-            clock.begin_training_mode()
+            if mode:
+                clock.begin_training_mode()
+            elif is_instrumented(self) and clock.thread:
+                on_evaluation(self)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 

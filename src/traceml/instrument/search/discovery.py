@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import compress
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -178,6 +180,16 @@ class ModuleDiscovery:
         if not self._knows(module) and instrument_module(module, self._timer):
             self._known[id(module)] = weakref.ref(module)
 
+    def add_parts(self, module: Any) -> None:
+        """Time the parts of a model that evaluates: a method of its own, as `generate`, may call them.
+
+        Not after a compilation, which would be repeated.
+        """
+        if self._knows(module) and _has_methods(type(module)) and not _has_compiled():
+            for child in module.children():
+                if _has_parameters(child):
+                    self._add_inside(child)
+
     def descend(self) -> None:
         """Time the children of known modules too: without any forward, the script may call them directly."""
         if self._descents >= _MAX_DESCENTS:
@@ -242,6 +254,24 @@ def _wrapped(module: Any) -> Any:
     children = vars(module)["_modules"]
     inside = children.get("module")
     return inside if inside is not None and len(children) == 1 and _has_parameters(inside) else None
+
+
+def _has_methods(kind: type[Any]) -> bool:
+    """Whether a class of the script has public methods that `Module` has not, besides `forward`."""
+    own = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
+    names = {
+        name
+        for base in own
+        if base.__module__.partition(".")[0] != "torch"
+        for name, value in vars(base).items()
+        if isinstance(value, FunctionType) and not name.startswith("_")
+    }
+    return any(not hasattr(torch.nn.Module, name) for name in names - {"forward"})
+
+
+def _has_compiled() -> bool:
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+    return bool(counters.get("frames"))
 
 
 def _has_parameters(module: Any) -> bool:
