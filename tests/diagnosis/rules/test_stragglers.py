@@ -125,6 +125,24 @@ def test_more_cpu_time_is_no_lack_of_cores(ratio: float, found: bool, parts: tup
         assert kinds["COMPUTE_STRAGGLER"].summary.endswith("Rank 3 used 1.8x the CPU time of the others.")
 
 
+@pytest.mark.parametrize(("run", "line"), [(0.36, 7), (0.1, 9)])
+def test_a_rank_that_also_lacks_a_core_is_slow_by_its_code(run: float, line: int) -> None:
+    """It waits for a core more than the other, and computes more, or runs a line of its own: the code is a cause."""
+    lines = [_sampled(rank, part, 7, 40) for rank in range(2) for part in ("forward", "backward")]
+    facts = JobFacts(
+        world_size=2,
+        main_wait={0: 0.29, 1: 0.54 / (0.54 + run)},
+        core_wait={0: 0.04, 1: 0.54},
+        lines=[*lines, _sampled(1, "forward", line, 60)],
+    )
+
+    found = diagnose(window_of(Job(ranks=2, steps=200), adds("forward", 25.0, (1,))), facts)[0]
+
+    assert (found.kind, found.ranks) == ("COMPUTE_STRAGGLER", (1,))
+    assert "Rank 1 waited for a CPU core" in found.summary
+    assert "is not the cause" not in found.next
+
+
 def test_the_line_of_the_loop_is_not_blamed_for_loader_workers() -> None:
     """A late rank waits for its workers in the line that asks for a batch, as all ranks do."""
     select = "selectors.py:402 _PollLikeSelector.select"

@@ -484,6 +484,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
         action = advice.for_slow_group(late.group)
 
     more_work = facts.oversubscribed and _more_work_ns(segments, facts, late.rows, late.excess_ns) > 0
+    only_lacking = lacking and not _due_to_code_ns(segments, facts, late.rows, late.part, late.excess_ns)
     return Finding(
         kind=kind,
         severity=kind.severity_for(share),
@@ -491,7 +492,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
         phase=late.part,
         summary=late_summary(segments, late, ranks, share, gain, line)
         + (waited_for_core(facts, ranks, others) if lacking else more_cpu_time(facts, ranks) if more_work else ""),
-        next=advice.for_lacking_core(ranks, facts) if lacking else action,
+        next=advice.for_lacking_core(ranks, facts) if only_lacking else action,
         evidence=late_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,
         speedup_if_fixed=gain,
