@@ -130,11 +130,12 @@ class FrameworkCapture(FrameworkInterface):
         """Whether this thread is inside a captured call."""
         return is_captured()
 
-    def values(self, orchestrator: OrchestratorInterface, values: Mapping[str, Any], step: int | None) -> None:
+    def values(self, orchestrator: OrchestratorInterface, call: tuple[Mapping[str, Any], int | None]) -> None:
         """Log values at a step; values of a nested map are named `outer/inner`."""
+        values, step = call
         for name, value in values.items():
             if isinstance(value, Mapping):
-                self.values(orchestrator, {f"{name}/{key}": item for key, item in value.items()}, step)
+                self.values(orchestrator, ({f"{name}/{key}": item for key, item in value.items()}, step))
             else:
                 orchestrator.route_metric(Metric(str(name), value, step, kind=self.kind))
 

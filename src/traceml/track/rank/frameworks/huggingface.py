@@ -25,11 +25,8 @@ class HuggingFaceCapture(FrameworkCapture):
         return {"transformers.trainer_callback": self._patch}
 
     def _patch(self, module: ModuleType) -> None:
-        self.around(module.CallbackHandler, "on_log", _logged, self._record)
+        self.around(module.CallbackHandler, "on_log", _logged, self.values)
         self.around(module.CallbackHandler, "on_train_begin", _arguments, _log_params)
-
-    def _record(self, orchestrator: OrchestratorInterface, call: tuple[dict[str, Any], int]) -> None:
-        self.values(orchestrator, *call)
 
 
 def _logged(

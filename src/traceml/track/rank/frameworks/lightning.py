@@ -52,7 +52,7 @@ class LightningCapture(FrameworkCapture):
         self.around(module, "_log_hyperparams", _hyperparameters, _log_params)
 
     def _patch_fabric(self, module: ModuleType) -> None:
-        self.around(module.Fabric, "log_dict", _logged_by_fabric, self._from_fabric)
+        self.around(module.Fabric, "log_dict", _logged_by_fabric, self.values)
 
     def _patch_loggers(self, module: ModuleType) -> None:
         # Some of the trainer's loggers derive from Fabric's.
@@ -73,10 +73,7 @@ class LightningCapture(FrameworkCapture):
             else:
                 step = int(own)
 
-        self.values(orchestrator, values, step)
-
-    def _from_fabric(self, orchestrator: OrchestratorInterface, call: tuple[dict[str, Any], int | None]) -> None:
-        self.values(orchestrator, *call)
+        self.values(orchestrator, (values, step))
 
     def _from_logger(self, orchestrator: OrchestratorInterface, call: tuple[int, dict[str, Any], int | None]) -> None:
         """Log what the user gave a logger; the same value given to several loggers is logged once."""
@@ -88,7 +85,7 @@ class LightningCapture(FrameworkCapture):
                 self._last[name] = (step, logger)
                 new[name] = value
 
-        self.values(orchestrator, new, step)
+        self.values(orchestrator, (new, step))
 
 
 def _logged_by_trainer(connector: Any, metrics: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int | None]:

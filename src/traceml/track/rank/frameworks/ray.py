@@ -9,7 +9,6 @@ from typing import Any
 
 from traceml.database.schema import MetricKind
 from traceml.inspection.thread_frames import stack_frames
-from traceml.track.plugins.interfaces import OrchestratorInterface
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
 
@@ -34,17 +33,14 @@ class RayCapture(FrameworkCapture):
 
     def _patch(self, module: ModuleType) -> None:
         for owner in (module.DistributedTrainFnUtils, module.LocalTrainFnUtils):
-            self.around(owner, "report", _reported, self._record)
+            self.around(owner, "report", _reported, self.values)
 
     def _patch_session(self, module: ModuleType) -> None:
-        self.around(module._TrainSession, "report", _reported, self._record)
-
-    def _record(self, orchestrator: OrchestratorInterface, values: dict[str, Any]) -> None:
-        self.values(orchestrator, values, None)
+        self.around(module._TrainSession, "report", _reported, self.values)
 
 
-def _reported(_owner: Any, metrics: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
-    return {} if _is_from_callback() else dict(metrics)
+def _reported(_owner: Any, metrics: Mapping[str, Any], *_: Any, **__: Any) -> tuple[dict[str, Any], None]:
+    return {} if _is_from_callback() else dict(metrics), None
 
 
 def _is_from_callback() -> bool:
