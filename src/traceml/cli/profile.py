@@ -99,7 +99,8 @@ def _operators(options: ProfileOptions, config: Config) -> int:
     path = Path(options.output or f"{run_dir.name}.profile.json.gz")
     with closing(aggregator_of(run_dir, config, "profile")) as connection, StoreReader(run_dir / STORE_NAME) as reader:
         with _progress() as show:
-            client = ProfileClient(connection, _hosts(reader), show)
+            hosts = {stream.rank: stream.host for stream in reader.streams() if stream.is_rank}
+            client = ProfileClient(connection, hosts, show)
             traces = client.profile(request)
 
         failed = [each for each in client.windows.values() if each.state != "recorded"]
@@ -155,10 +156,6 @@ def parse_ranks(text: str | None) -> tuple[int, ...] | None:
         ranks += range(int(found[1]), int(found[2] or found[1]) + 1)
 
     return tuple(ranks)
-
-
-def _hosts(reader: StoreReader) -> dict[int, str]:
-    return {stream.rank: stream.host for stream in reader.streams() if stream.is_rank}
 
 
 def _await_rows(reader: StoreReader, traces: list[ProfiledRank]) -> None:

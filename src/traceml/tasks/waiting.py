@@ -12,8 +12,9 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from time import perf_counter
 
 from traceml.errors import TaskDeadlockError, WaitTimeoutError
@@ -248,7 +249,7 @@ async def await_for(task: TaskRecord) -> None:
     me, loop = current_task(), asyncio.get_running_loop()
     _refuse_circle(me, task, "awaits")
     ended = asyncio.Event()
-    call = _threadsafe(loop, ended)
+    call = partial(loop.call_soon_threadsafe, ended.set)
     if not task.add_callback(call):
         return
 
@@ -262,10 +263,6 @@ async def await_for(task: TaskRecord) -> None:
             await ended.wait()
         finally:
             task.remove_callback(call)
-
-
-def _threadsafe(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], object]:
-    return lambda: loop.call_soon_threadsafe(event.set)
 
 
 def wait_for_all(engine: TaskEngine, timeout: float | None) -> None:

@@ -78,7 +78,8 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
         return []
 
     causes = own or [ended for ended in unforced if not failed_because_of_peer(ended)] or unforced
-    causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
+    # A lost rank may be a consequence of the others' end, so known causes come first.
+    causes = sorted(causes, key=lambda ended: (ended.state == "lost", ended.at_s or 0.0, ended.rank))
     # Ranks with the same cause ended together; another cause later is a consequence.
     return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
 
@@ -87,11 +88,6 @@ def was_stopped(exits: Sequence[RankExit]) -> bool:
     """Return whether ranks ended by Ctrl-C or by their launcher alone, which is not a failure of the run."""
     bad = ended_badly(exits)
     return bool(bad) and not root_causes(bad)
-
-
-def _weight(ended: RankExit) -> int:
-    # A lost rank may be a consequence of the others' end, so known causes come first.
-    return 1 if ended.state == "lost" else 0
 
 
 def _cause(ended: RankExit) -> tuple[object, ...]:

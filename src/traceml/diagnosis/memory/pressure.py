@@ -117,16 +117,13 @@ def memory_imbalance(facts: JobFacts) -> list[Finding]:
     """Return the finding about a rank that needs much more memory than the others, of devices or else of hosts."""
     devices = facts.memory.devices()
     if devices:
-        peaks = {rank: max(each.peak_bytes for each in devices if each.rank == rank) for rank in _ranks(devices)}
+        ranks = {each.rank for each in devices}
+        peaks = {rank: max(each.peak_bytes for each in devices if each.rank == rank) for rank in ranks}
         return _uneven(peaks, min(each.total_bytes for each in devices), "device memory")
 
     hosts = facts.memory.hosts()
     total = min((host.total_bytes for host in hosts.values()), default=0)
     return _uneven(facts.memory.resident(), total, "host memory")
-
-
-def _ranks(devices: list[DeviceMemory]) -> set[int]:
-    return {each.rank for each in devices}
 
 
 def _uneven(needs: dict[int, int], total: int, words: str) -> list[Finding]:

@@ -75,7 +75,8 @@ class PairNumbering:
         assert lib is not None
         known = self.pairs()
         slots = 4 * len(self._table)
-        self._keys, self._table, self._used = np.zeros(slots // 2, np.int64), np.full(slots, -1, np.int32), _zero()
+        self._keys, self._table = np.zeros(slots // 2, np.int64), np.full(slots, -1, np.int32)
+        self._used = ctypes.c_int64(0)
         self._native(np.ascontiguousarray(known[:, 0]), np.ascontiguousarray(known[:, 1]))
 
     def _plain(self, left: NDArray[np.int32], right: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -90,7 +91,3 @@ class PairNumbering:
             self._used.value = len(self._known)
 
         return numbers[where]
-
-
-def _zero() -> ctypes.c_int64:
-    return ctypes.c_int64(0)
