@@ -34,6 +34,7 @@ _MISSING = re.compile(r"^[│|]? {5,6}(\S+)", re.MULTILINE)  # their explanation
 _NOT_A_NUMBER = re.compile(
     r"error parsing (\S+): no type matching \{None\}\|(FLOAT|INT) could be instantiated from \[(.*)\]"
 )
+_NO_WORDS = re.compile(r"error parsing (\S+): needs a value")
 _NO_CHOICE = re.compile(r"'None', |, 'None'")  # the default of an option, which cannot be given
 _NOT_INT = re.compile(r"error parsing (\S+): invalid literal for int\(\) with base 10: (.*)")
 _NOT_FLOAT = re.compile(r"error parsing (\S+): could not convert string to float: (.*)")
@@ -170,13 +171,21 @@ def _words_type(notes: list[Any]) -> Any:
     import tyro
 
     spec = tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*" if tyro.conf.Positional in notes else "+",
+        nargs="*",
         metavar="TEXT",
-        instance_from_str=tuple,
+        instance_from_str=tuple if tyro.conf.Positional in notes else _some_words,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=list,
     )
     return Annotated[tuple, spec]
+
+
+def _some_words(words: list[str]) -> tuple[str, ...]:
+    """Return the words after an option; tyro prints the text of the error."""
+    if not words:
+        raise ValueError("needs a value")
+
+    return tuple(words)
 
 
 def _one_line(box: str) -> str:
@@ -187,9 +196,6 @@ def _one_line(box: str) -> str:
     """
     plain = [_FRAME.sub("", _ANSI.sub("", line)).strip() for line in box.splitlines()]
     parts = _paragraphs(plain[1:])  # the first line is the frame with the title
-    if parts and parts[0][0].startswith("For full helptext"):  # of several words, the message is the title
-        parts = [plain[:1]]
-
     message = " ".join(parts[0]).rstrip(".: ") if parts else "cannot understand the arguments"
     message = message[:1].lower() + message[1:]
     if message.startswith("missing from "):
@@ -197,6 +203,7 @@ def _one_line(box: str) -> str:
         return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
 
     message = _NO_TYRO_VALUE.sub(r"\1 needs a value", message)
+    message = _NO_WORDS.sub(r"\1 needs a value", message)
     message = _NO_CHOICE.sub("", message)
     message = _NOT_A_NUMBER.sub(r"\1 takes a number, not \3", message)
     message = _NOT_INT.sub(r"\1 takes a whole number, not \2", message)
