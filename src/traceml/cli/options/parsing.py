@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -170,10 +170,11 @@ def _words_type(notes: list[Any]) -> Any:
     """Return the type of several words: one or more after an option, also none where they are positional."""
     import tyro
 
+    read: Callable[[list[str]], tuple[str, ...]] = tuple if tyro.conf.Positional in notes else _some_words
     spec = tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="TEXT",
-        instance_from_str=tuple if tyro.conf.Positional in notes else _some_words,
+        instance_from_str=read,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=list,
     )

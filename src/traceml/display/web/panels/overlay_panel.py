@@ -53,7 +53,7 @@ class OverlayPanel:
             with Container("div", "card"):
                 columns = [("Name", "mono"), *((letter, "long") for letter in LETTERS[: len(names)])]
                 self._params = DataTable(columns, "parameters that differ")
-                self._same = TextNode("p", "All logged parameters are the same.", "note")
+                self._same = TextNode("p", "No logged parameter differs.", "note")
 
         with Container("section", "", id="metrics", aria_label="metrics"):
             TextNode("h2", "Metrics")
