@@ -177,3 +177,22 @@ def test_a_call_that_holds_the_gil_may_read_a_large_file_before_the_first_step()
     assert found(loads, ranks=1, rows=False, hang_timeout_s=14.0) is not None
     assert found(training, ranks=1) is not None
     assert found(sleeps, ranks=1, rows=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("call", "words"), [("get", "waiting for an item of a queue"), ("put", "waiting for room in a queue")]
+)
+def test_a_queue_is_named(call, words):
+    """Its lock is a detail; another thread of the script fills or empties it."""
+    waits = FrameSnapshot(file="/usr/lib/python3.11/threading.py", line=327, function="Condition.wait")
+    called = FrameSnapshot(file="/usr/lib/python3.11/queue.py", line=171, function=f"Queue.{call}")
+
+    finding = stuck(waits, called, line(6, "stuck"), wchan="futex_do_wait", threads=(HELPER,))
+
+    assert f"in train.py:6 stuck, {words}, with its thread 'Thread-1' in train.py:40 upload" in finding.summary
+
+
+def test_a_lock_in_a_queue_of_the_user_is_a_lock():
+    waits = FrameSnapshot(file="/home/me/queue.py", line=9, function="get", is_user=True)
+
+    assert "waiting for a lock" in stuck(waits, wchan="futex_do_wait").summary

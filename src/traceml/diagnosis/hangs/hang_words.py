@@ -8,7 +8,14 @@ from collections.abc import Iterable, Sequence
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
-from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, awaited_thread, blocked_worker, doing, user_line
+from traceml.diagnosis.hangs.rank_state import (
+    REMOTE_CALLS,
+    WAITS_FOR_THREAD,
+    awaited_thread,
+    blocked_worker,
+    doing,
+    user_line,
+)
 from traceml.diagnosis.hangs.uneven_data import UnevenData
 from traceml.formatting import (
     capitalized,
@@ -23,7 +30,6 @@ from traceml.formatting import (
 
 __all__ = ["failed_thread", "hang_summary", "operation_text"]
 
-_LOCK = "waiting for a lock"
 _RECEIVES = ("recv", "broadcast", "scatter")  # operations whose data comes from the rank that is named
 _WHY = {HangCause.SIZES: "sizes differ", HangCause.ROOTS: "they name different ranks"}
 _LISTED = 3  # different places that a sentence lists
@@ -205,7 +211,7 @@ def _thread_place(thread: ThreadSnapshot) -> str:
 
 def _threads_text(snapshot: RankSnapshot) -> str:
     """Return where other threads are, of which one may hold the lock that a rank waits for."""
-    if not doing(snapshot).endswith(_LOCK):
+    if not doing(snapshot).endswith(WAITS_FOR_THREAD):
         return ""
 
     running = [thread for thread in snapshot.threads if not thread.exception]

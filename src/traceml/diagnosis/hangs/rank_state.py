@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from traceml.database.snapshots import (
     FrameSnapshot,
@@ -17,6 +18,7 @@ from traceml.inspection.awaiting_frames import is_event_loop
 
 __all__ = [
     "REMOTE_CALLS",
+    "WAITS_FOR_THREAD",
     "awaited_thread",
     "blocked_worker",
     "collective_wait",
@@ -42,11 +44,16 @@ _COMPILER = ("/torch/_dynamo/", "/torch/_inductor/")
 _WAITING_PHASES = ("backward", "comm")
 _ENGINE = "_engine_run_backward"
 _INPUT = "waiting for input"
+_LOCK = "waiting for a lock"
+# Functions of queue.Queue: they wait for a lock that another thread releases when it has done its part.
+_QUEUE_CALLS = {"get": "waiting for an item of a queue", "put": "waiting for room in a queue"}
+WAITS_FOR_THREAD = (_LOCK, *_QUEUE_CALLS.values())
+"""What `doing` returns of a thread that waits for another one."""
 # Kernel functions in which a process sleeps, by the first that begins like it.
 _SLEEPS = (
     ("hrtimer_nanosleep", "sleeping"),
     ("do_nanosleep", "sleeping"),
-    ("futex", "waiting for a lock"),
+    ("futex", _LOCK),
     ("do_wait", "waiting for a child process to end"),
     ("locks_lock", "waiting for a file lock"),
     ("flock", "waiting for a file lock"),
@@ -245,7 +252,15 @@ def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if words == _INPUT and any(is_event_loop(frame.file) for frame in snapshot.frames):
         return "waiting for an event"
 
-    return (_for_child(snapshot.blocker) if snapshot.wchan else "") or words
+    child = _for_child(snapshot.blocker) if snapshot.wchan else ""
+    return child or (words == _LOCK and _queue_call(snapshot.frames)) or words
+
+
+def _queue_call(frames: Sequence[FrameSnapshot]) -> str:
+    """Return what a thread waits for in a call of `queue.Queue` by the script; empty if it is in none."""
+    called = takewhile(lambda frame: not frame.is_user, frames)
+    calls = (frame.function.rpartition(".")[2] for frame in called if frame.file.endswith("/queue.py"))
+    return next((_QUEUE_CALLS[call] for call in calls if call in _QUEUE_CALLS), "")
 
 
 def _held_by(holder: ProcessSnapshot | None) -> list[str]:
