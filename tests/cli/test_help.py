@@ -223,7 +223,9 @@ zpty -d inner
 @pytest.mark.process
 @pytest.mark.parametrize(("typed", "offered"), COMPLETED)
 def test_bash_completes(folder, typed, offered, capsys):
-    """As bash asks the script after a press of Tab."""
+    """As bash asks the script after a press of Tab; also where a command was parsed before."""
+    cli.main(["analyze", "nothing-of-this-name"])
+    capsys.readouterr()
     cli.main(["completion", "bash"])
     (folder / "completion.bash").write_text(capsys.readouterr().out)
     program = (

@@ -79,6 +79,7 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     import tyro
 
     texts = option_texts(options) if {"-h", "--help"} & {*argv} else {}  # it takes milliseconds
+    declared = options.__annotations__
     options.__annotations__ = {
         name: Annotated[_light(hint), _explained(texts.get(name))]
         for name, hint in get_type_hints(options, include_extras=True).items()
@@ -98,6 +99,8 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
             raise
 
         raise UsageError(_one_line(output.getvalue())) from None
+    finally:
+        options.__annotations__ = declared  # completion reads them
 
     check_ranges(parsed)
     return parsed
