@@ -70,7 +70,7 @@ def test_the_evidence_of_a_kind_is_explained(tools):
     assert "`blocker`" in raised["HANG"]
     assert "RANK_LOST" not in raised["HANG"]
     assert "`rank_group`" in raised["STRAGGLER"]
-    assert raised["JITTER"].endswith("for all that it has gathered.")
+    assert raised["JITTER"].endswith("as the first calls of L-BFGS.")
 
 
 def test_a_comparison_is_the_document_of_the_command(tools):

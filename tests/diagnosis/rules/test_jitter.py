@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, at_once, takes_turns, window_of
@@ -51,6 +52,21 @@ def test_one_step_that_is_nearly_all_of_it_is_reported_alone():
     assert "without it steps would be" in alone.summary
     assert "One of" not in alike.summary
     assert "without them steps would be" in alike.summary
+
+
+def searches(own, random) -> None:
+    """The first calls of L-BFGS have more iterations: whole passes, a few steps in a row."""
+    for part in ("forward", "backward", "optimizer"):
+        own[part][:, 300:306] += 80
+
+
+def test_steps_in_a_row_with_more_of_everything_are_more_work():
+    """In one part they are irregular."""
+    found = diagnose(window_of(ALONE, searches), JobFacts())
+    in_one_part = jitter(ALONE, lambda own, random: own["optimizer"].__setitem__(np.s_[:, 300:306], 240), lines=())
+
+    assert Kind.JITTER not in {each.kind for each in found}
+    assert in_one_part.phase == "optimizer"
 
 
 @pytest.mark.parametrize("part", ["other", "optimizer", "forward"])

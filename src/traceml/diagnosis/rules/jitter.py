@@ -42,6 +42,8 @@ WAITED_FACTOR = 2.0
 """Then turns cost this many times what all ranks waited: a thread that gets a core back finds its caches cold."""
 MIN_EVENTS = 3
 """Fewer long steps are single events."""
+IN_A_ROW_SHARE = 0.7
+"""If so many long steps directly follow another one, they are a stretch, as the first calls of L-BFGS."""
 ONE_STEP_SHARE = 0.8
 """One long step has this share of what all of them cost: then it is reported alone."""
 LINE_SHARE = 0.6
@@ -91,6 +93,9 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
         return []
 
     found = _jitter(segments, facts, events, cost, step_ns)
+    if found.phase is None and _in_a_row(events.columns):
+        return []
+
     waits_for_evaluation = (
         found.phase == "comm"
         and facts.time is not None
@@ -98,6 +103,11 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
         and len(events.columns) <= _PER_EVALUATION * facts.time.evaluations
     )
     return [] if waits_for_evaluation else [found]
+
+
+def _in_a_row(columns: NDArray[np.intp]) -> bool:
+    """Return whether most long steps follow each other; if all parts are longer, they have more work."""
+    return bool((np.diff(columns) == 1).sum() >= IN_A_ROW_SHARE * (len(columns) - 1))
 
 
 def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:
