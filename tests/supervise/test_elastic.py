@@ -38,6 +38,7 @@ def test_a_stopped_worker_does_not_outlive_an_interrupted_torchrun() -> None:
     """SIGTERM stays pending in it, and another signal ends torchrun's wait for it."""
     worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
     worker.send_signal(signal.SIGSTOP)
+    os.waitpid(worker.pid, os.WUNTRACED)  # of two pending signals it would take SIGTERM first
     worker.terminate()
     agent = SimpleNamespace(_pcontext=SimpleNamespace(subprocess_handlers={0: SimpleNamespace(proc=worker)}))
     end_rest(agent)
