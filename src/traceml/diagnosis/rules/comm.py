@@ -42,40 +42,55 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
     if facts.rpc and not segments.grouped:
         return _waiting_for_answers(segments, facts)
 
-    cost = min_wait_ns(segments)
-    step = float(np.median(segments.step))
-    share = cost / max(step, 1.0)
-    floor = DEVICE_FLOOR_NS if segments.device else FLOOR_NS
-    if share < (CROWDED_SHARE if facts.oversubscribed else SHARE) or cost < floor:
+    cost, step = min_wait_ns(segments), float(np.median(segments.step))
+    if _is_little(cost, step, facts, DEVICE_FLOOR_NS if segments.device else FLOOR_NS):
         return []
 
     explicit = float(np.median(window.times["comm"].min(axis=0)))
+    evidence = _evidence(segments, facts, cost, step, explicit)
     if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
-        return [_too_many_reductions(needless, cost, step, _evidence(segments, facts, cost, step, explicit))]
+        return [_too_many_reductions(needless, cost, step, evidence)]
 
     if explicit > cost / 2 and facts.batches is not None and facts.batches.messages:
-        return [_waiting_for_messages(cost, step, _evidence(segments, facts, cost, step, explicit))]
+        return [_waiting_for_messages(cost, step, evidence)]
 
     if explicit > cost / 2 and (without_steps := _without_steps(facts)):
-        return [_waiting_for_others(without_steps, cost, step, _evidence(segments, facts, cost, step, explicit))]
+        return [_waiting_for_others(without_steps, cost, step, evidence)]
 
-    phase, where = ("comm", "in collectives") if explicit > cost / 2 else ("comm", "while backward waits for gradients")
+    where = "in collectives" if explicit > cost / 2 else "while backward waits for gradients"
     gain = step / max(step - cost, 1.0)
-    return [
-        Finding(
-            kind=Kind.COMM_BOUND,
-            severity=Kind.COMM_BOUND.severity_for(share),
-            phase=phase,
-            summary=(
-                f"Communication takes {ns_text(cost)} of each {ns_text(step)} step ({percent_text(share)}), {where}, "
-                f"and no rank is late; without it steps would be {gain_text(gain)}."
-            ),
-            next=advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward"),
-            evidence=_evidence(segments, facts, cost, step, explicit),
-            cost_share=share,
-            speedup_if_fixed=gain,
-        )
-    ]
+    summary = (
+        f"{_cost_text('Communication takes', cost, step)}, {where}, and no rank is late; without it steps would be "
+        f"{gain_text(gain)}."
+    )
+    action = advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward")
+    return [_finding(cost, step, summary, action, evidence, gain)]
+
+
+def _is_little(cost: float, step: float, facts: JobFacts, floor_ns: float) -> bool:
+    """Return whether communication costs too little to be reported."""
+    return cost / max(step, 1.0) < (CROWDED_SHARE if facts.oversubscribed else SHARE) or cost < floor_ns
+
+
+def _cost_text(what: str, cost: float, step: float) -> str:
+    return f"{what} {ns_text(cost)} of each {ns_text(step)} step ({percent_text(cost / max(step, 1.0))})"
+
+
+def _finding(
+    cost: float, step: float, summary: str, action: str, evidence: dict[str, Any], gain: float = 1.0
+) -> Finding:
+    """Return the finding on communication that takes `cost` of a step; its gain is 1 where none can be promised."""
+    share = cost / max(step, 1.0)
+    return Finding(
+        kind=Kind.COMM_BOUND,
+        severity=Kind.COMM_BOUND.severity_for(share),
+        phase="comm",
+        summary=summary,
+        next=action,
+        evidence=evidence,
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
 
 
 def _without_steps(facts: JobFacts) -> list[int]:
@@ -85,44 +100,30 @@ def _without_steps(facts: JobFacts) -> list[int]:
 
 def _waiting_for_others(ranks: Sequence[int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
     """Return the finding on collectives with ranks whose work is not known."""
-    share = cost / max(step, 1.0)
     who, they, have = ranks_text(ranks), *(("they do", "have") if len(ranks) > 1 else ("it does", "has"))
-    return Finding(
-        kind=Kind.COMM_BOUND,
-        severity=Kind.COMM_BOUND.severity_for(share),
-        phase="comm",
-        summary=(
-            f"The ranks that train wait in collectives for {ns_text(cost)} of each {ns_text(step)} step "
-            f"({percent_text(share)}). {capitalized(who)} {have} no training steps: they may wait for what {they}."
-        ),
-        next=(
-            f"Look at what {who} {'do' if len(ranks) > 1 else 'does'} meanwhile (`traceml stacks`, `traceml report "
-            "--lines`): work ahead there while the others train, or divide that work among more processes."
-        ),
-        evidence={**evidence, "ranks_without_steps": list(ranks[:_MAX_LISTED])},
-        cost_share=share,
+    summary = (
+        f"{_cost_text('The ranks that train wait in collectives for', cost, step)}. {capitalized(who)} {have} no "
+        f"training steps: they may wait for what {they}."
     )
+    action = (
+        f"Look at what {who} {'do' if len(ranks) > 1 else 'does'} meanwhile (`traceml stacks`, `traceml report "
+        "--lines`): work ahead there while the others train, or divide that work among more processes."
+    )
+    return _finding(cost, step, summary, action, {**evidence, "ranks_without_steps": list(ranks[:_MAX_LISTED])})
 
 
 def _waiting_for_messages(cost: float, step: float, evidence: dict[str, Any]) -> Finding:
     """Return the finding on ranks that send each other messages: most of the waiting is for what others compute."""
-    share = cost / max(step, 1.0)
-    return Finding(
-        kind=Kind.COMM_BOUND,
-        severity=Kind.COMM_BOUND.severity_for(share),
-        phase="comm",
-        summary=(
-            f"Waiting for messages of other ranks takes {ns_text(cost)} of each {ns_text(step)} step "
-            f"({percent_text(share)}), and no rank is late: each needs what the others compute."
-        ),
-        next=(
-            "In a pipeline, split the batch into more micro-batches, so that all stages work at the same time: of S "
-            "stages with M micro-batches each waits for (S - 1) / (S - 1 + M) of a step. Elsewhere, begin to receive "
-            "earlier (irecv)."
-        ),
-        evidence=evidence,
-        cost_share=share,
+    summary = (
+        f"{_cost_text('Waiting for messages of other ranks takes', cost, step)}, and no rank is late: each needs what "
+        "the others compute."
     )
+    action = (
+        "In a pipeline, split the batch into more micro-batches, so that all stages work at the same time: of S stages "
+        "with M micro-batches each waits for (S - 1) / (S - 1 + M) of a step. Elsewhere, begin to receive earlier "
+        "(irecv)."
+    )
+    return _finding(cost, step, summary, action, evidence)
 
 
 def _waiting_for_answers(segments: Segments, facts: JobFacts) -> list[Finding]:
@@ -133,28 +134,19 @@ def _waiting_for_answers(segments: Segments, facts: JobFacts) -> list[Finding]:
         return []
 
     cost, step = (float(np.median(values[callers].mean(axis=0))) for values in (waits, segments.own))
-    share = cost / max(step, 1.0)
-    if share < (CROWDED_SHARE if facts.oversubscribed else SHARE) or cost < FLOOR_NS:
+    if _is_little(cost, step, facts, FLOOR_NS):
         return []
 
+    share = cost / max(step, 1.0)
     line = blamed_line(facts.lines, "comm", share)
-    return [
-        Finding(
-            kind=Kind.COMM_BOUND,
-            severity=Kind.COMM_BOUND.severity_for(share),
-            phase="comm",
-            summary=(
-                f"Calls of functions in other processes (RPC) take {ns_text(cost)} of each {ns_text(step)} step "
-                f"({percent_text(share)}){line.of_it if line else ''}."
-            ),
-            next=(
-                "Make the functions that are called faster, or call them less often, with more data each time; begin "
-                "calls early (rpc_async), and wait for their results where these are needed."
-            ),
-            evidence=_evidence(segments, facts, cost, step, cost) | (line.evidence(share) if line else {}),
-            cost_share=share,
-        )
-    ]
+    of_it = line.of_it if line else ""
+    summary = f"{_cost_text('Calls of functions in other processes (RPC) take', cost, step)}{of_it}."
+    action = (
+        "Make the functions that are called faster, or call them less often, with more data each time; begin calls "
+        "early (rpc_async), and wait for their results where these are needed."
+    )
+    evidence = _evidence(segments, facts, cost, step, cost) | (line.evidence(share) if line else {})
+    return [_finding(cost, step, summary, action, evidence)]
 
 
 def _evidence(segments: Segments, facts: JobFacts, cost: float, step: float, explicit: float) -> dict[str, Any]:
@@ -183,22 +175,13 @@ def _needless(facts: JobFacts) -> tuple[int, int] | None:
 
 def _too_many_reductions(needless: tuple[int, int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
     backwards, reductions = needless
-    share = cost / max(step, 1.0)
     gain = step / max(step - cost * (1 - 1 / reductions), 1.0)
     which = f"all {backwards}" if reductions == backwards else f"{reductions} of the {backwards}"
-    return Finding(
-        kind=Kind.COMM_BOUND,
-        severity=Kind.COMM_BOUND.severity_for(share),
-        phase="comm",
-        summary=(
-            f"Communication takes {ns_text(cost)} of each {ns_text(step)} step ({percent_text(share)}), and no rank "
-            f"is late: {which} backward passes of a step average the gradients, where the last one is enough."
-        ),
-        next=(
-            f"Run all but the last of the {backwards} micro-batches of a step, forward and backward, under "
-            "model.no_sync()."
-        ),
-        evidence=evidence,
-        cost_share=share,
-        speedup_if_fixed=gain,
+    summary = (
+        f"{_cost_text('Communication takes', cost, step)}, and no rank is late: {which} backward passes of a step "
+        "average the gradients, where the last one is enough."
     )
+    action = (
+        f"Run all but the last of the {backwards} micro-batches of a step, forward and backward, under model.no_sync()."
+    )
+    return _finding(cost, step, summary, action, evidence, gain)
