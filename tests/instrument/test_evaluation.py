@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
 from traceml.clock import monotonic_ns
+from traceml.instrument.forward import is_instrumented
 from traceml.instrument.search import discovery
 
 X = torch.randn(2, 4)
@@ -290,6 +291,21 @@ def test_samples_by_parts_of_a_model(traced: Traced, monkeypatch: pytest.MonkeyP
 
     assert len(traced.finish()) == 20
     assert [row["batches"] for row in traced.table("evals")] == [2 * CALLS] * 4
+
+
+def test_parts_of_parts_are_not_timed(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eval()` reaches them too: each would cost a hook in every step."""
+    monkeypatch.setattr(discovery, "_has_compiled", bool)
+    model = Sampler()
+    model.body = Sampler()
+    optimizer = sgd(model)
+    for _ in range(3):
+        train(model, optimizer, X)
+        model.eval()
+        model.train()
+
+    assert is_instrumented(model.body)
+    assert not is_instrumented(model.body.body)
 
 
 def test_a_teacher_on_each_batch_of_a_loader_is_no_evaluation(traced: Traced) -> None:

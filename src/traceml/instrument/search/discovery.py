@@ -52,6 +52,7 @@ class ModuleDiscovery:
         self._clock, self._timer = clock, timer
         self._on_model, self._on_optimizer = on_model, on_optimizer
         self._known: dict[int, weakref.ref[Any]] = {}
+        self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
         self._made_ns = monotonic_ns()
         self._scans = self._scan_ns = 0
         self._descents = 0
@@ -183,12 +184,15 @@ class ModuleDiscovery:
     def add_parts(self, module: Any) -> None:
         """Time the parts of a model that evaluates: a method of its own, as `generate`, may call them.
 
-        Not after a compilation, which would be repeated.
+        Not the parts of these, which change to evaluation with them, and not after a compilation, which would be
+        repeated.
         """
-        if self._knows(module) and _has_methods(type(module)) and not _has_compiled():
-            for child in module.children():
-                if _has_parameters(child):
-                    self._add_inside(child)
+        if module in self._parts or not self._knows(module) or not _has_methods(type(module)) or _has_compiled():
+            return
+
+        for child in filter(_has_parameters, module.children()):
+            self._add_inside(child)
+            self._parts.add(child)
 
     def descend(self) -> None:
         """Time the children of known modules too: without any forward, the script may call them directly."""
