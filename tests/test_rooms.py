@@ -86,7 +86,7 @@ SUBROOMS = {
         "diagnosis.findings", "diagnosis.intake", "diagnosis.facts", "diagnosis.steps", "database",
     },
     "database.flight": {"database.schema"},
-    "database.store": {"database.schema"},
+    "database.store": {"database.schema", "database.row_arrays"},
     "launch.launcher": {"launch.wire", "supervise", "database"},
     "launch.launcher.submission": {"launch.launcher", "supervise"},
     "launch.launcher.hosts": {"launch.wire"},

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits
 from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
@@ -242,7 +243,7 @@ class JobFactsBuilder:
             self._epochs_rank, self._epochs = rank, self._epochs[:0]
 
         if rank == self._epochs_rank:
-            self._epochs = np.concatenate([self._epochs, rows])[-_MAX_EPOCHS:]
+            self._epochs = join_rows([self._epochs, rows])[-_MAX_EPOCHS:]
 
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.database.schema import GPU, HOST, PROCESS, Table
 from traceml.diagnosis.facts.core_waits import share_of_wall_time
 
@@ -183,7 +184,7 @@ class MachineSamples:
         if not rows:
             return {}
 
-        joined = np.concatenate(rows)
+        joined = join_rows(rows)
         return {
             "clock_mhz": float(np.median(joined["sm_clock_mhz"])),
             "temperature_c": float(np.median(joined["temperature_c"])),
@@ -214,7 +215,7 @@ class _Thinned:
     def rows(self) -> NDArray[np.void]:
         """All kept rows, in order."""
         if len(self._parts) > 1:
-            self._parts = [np.concatenate(self._parts)]
+            self._parts = [join_rows(self._parts)]
 
         return self._parts[0]
 

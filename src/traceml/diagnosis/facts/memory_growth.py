@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.diagnosis.facts.memory_at_end import EndMemory, MemoryTail
 
 __all__ = ["DeviceMemory", "GrowthEstimate", "HostMemory", "MemoryCurve", "MemoryHistory", "MemoryKind"]
@@ -302,7 +303,7 @@ class MemoryHistory:
     def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.HOST`, in order, of the rank that samples its host."""
         known = self._hosts.get(rank)
-        recent = self._hosts[rank] = (rows if known is None else np.concatenate([known, rows]))[-_RECENT:]
+        recent = self._hosts[rank] = (rows if known is None else join_rows([known, rows]))[-_RECENT:]
         if len(recent):
             self._host_memory[rank] = _host(recent)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.database.schema import LINE_OTHER, LINE_PHASES, PAUSES, Compiled, Pause
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.facts.sampled_lines import parsed_place
@@ -55,7 +56,7 @@ class PauseHistory:
     def add(self, rank: int, rows: Rows) -> None:
         """Take rows of a rank, in order."""
         before = self._rows.get(rank)
-        self._rows[rank] = (rows.copy() if before is None else np.concatenate([before, rows]))[-MAX_ROWS:]
+        self._rows[rank] = (rows.copy() if before is None else join_rows([before, rows]))[-MAX_ROWS:]
         for cause in np.unique(rows["cause"]).tolist():
             self._ranks.setdefault(cause, set()).add(rank)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.database.schema import Resource
 
 __all__ = ["SOON_S", "ResourceUse", "UseHistory"]
@@ -68,7 +69,7 @@ class UseHistory:
         """Take rows of `schema.LIMITS`, in order."""
         for number in set(rows["resource"].tolist()) & _KNOWN:
             new, key = rows[rows["resource"] == number], (rank, number)
-            joined = np.concatenate([self._rows[key], new]) if key in self._rows else new
+            joined = join_rows([self._rows[key], new]) if key in self._rows else new
             self._rows[key] = kept = joined[-_KEPT_ROWS:]
             self._uses[key] = _use(rank, Resource(number), kept)
 

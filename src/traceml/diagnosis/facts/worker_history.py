@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
+
 __all__ = ["WorkerHistory", "WorkerUse"]
 
 MIN_NS = 1e9
@@ -72,7 +74,7 @@ class WorkerHistory:
 
     def _add(self, rank: int, loader: int, rows: NDArray[np.void]) -> None:
         known = self._watched.get((rank, loader))
-        joined = rows if known is None else np.concatenate([known.last, rows])
+        joined = rows if known is None else join_rows([known.last, rows])
         watched = self._watched.setdefault((rank, loader), _Watched(joined[:1]))
         before, after = joined[:-1], joined[1:]
         same = np.all([before[name] == after[name] for name in _ONE_GENERATION], axis=0) & (before["step"] > 0)

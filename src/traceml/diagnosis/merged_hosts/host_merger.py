@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.database.schema import STEPS
 from traceml.database.store.summaries import TableSums, sum_rows
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -73,7 +74,7 @@ class HostMerger:
         Args:
             asked: ranks whose rows are wanted in addition to those of the chosen ones.
         """
-        new = {rank: np.concatenate(parts) for rank, parts in self._new.items()}
+        new = {rank: join_rows(parts) for rank, parts in self._new.items()}
         self._new.clear()
         self._take(new)
         window = self._steps.aligned(last=STEPS_COMPARED)
@@ -103,11 +104,11 @@ class HostMerger:
     def _take(self, new: dict[int, Rows]) -> None:
         for rank, rows in new.items():
             held = self._held.get(rank)
-            self._held[rank] = (rows if held is None else np.concatenate([held, rows]))[-_SLOTS:]
+            self._held[rank] = (rows if held is None else join_rows([held, rows]))[-_SLOTS:]
 
         if new:
             indices = np.repeat([self._index[rank] for rank in new], [len(rows) for rows in new.values()])
-            self._steps.scatter(indices, np.concatenate(list(new.values())))
+            self._steps.scatter(indices, join_rows(new.values()))
 
     def _chosen(self, window: AlignedSteps) -> tuple[Segments, RankChoice]:
         """Return the own work of the host's ranks and the choice, in which ranks have their numbers in the job."""
@@ -153,7 +154,7 @@ def _sums(rows: Iterable[Rows]) -> TableSums:
     if not parts:
         return TableSums.empty(STEPS)
 
-    sums = sum_rows(STEPS.name, np.concatenate(parts))[0]
+    sums = sum_rows(STEPS.name, join_rows(parts))[0]
     return sums.widened(max(_SUM_STEPS, sums.width))
 
 

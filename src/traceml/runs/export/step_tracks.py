@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.database.schema import DEVICE_STEPS, STEPS, USER_PHASES, StepFlag, unpack_bits
 from traceml.database.store.reader import StreamRecord
 from traceml.diagnosis.steps.step_split import has_group
@@ -50,7 +51,7 @@ class _Lane:
     def take(self, table: str) -> Any:
         """Take the rows of a table; None if there are none."""
         parts = self.rows.pop(table, ())
-        return np.concatenate(parts) if parts else None
+        return join_rows(parts) if parts else None
 
     def put_back(self, table: str, rows: Any) -> None:
         """Keep rows for later."""

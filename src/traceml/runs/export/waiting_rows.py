@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
+from traceml.database.row_arrays import join_rows
 from traceml.database.store.reader import StreamRecord
 
 __all__ = ["WaitingRows"]
@@ -38,6 +37,6 @@ class WaitingRows:
         """Write the waiting rows."""
         waiting, self._rows, self._waiting = self._rows, {}, 0
         for (_, table), (stream, parts) in waiting.items():
-            rows = np.concatenate(parts)
+            rows = join_rows(parts)
             for start in range(0, len(rows), self._block):
                 self._write(stream, table, rows[start : start + self._block])

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
+
 __all__ = ["Samples", "rows_for"]
 
 _MAX_ROWS = 4096
@@ -48,7 +50,7 @@ class Samples:
         key = (table, rank)
         if waiting := self._new.pop(key, None):
             parts = [self._rows[key], *waiting] if key in self._rows else waiting
-            self._rows[key] = self._thinned(np.concatenate(parts))
+            self._rows[key] = self._thinned(join_rows(parts))
             self._waiting[key] = 0
 
         return self._rows.get(key)
@@ -65,6 +67,6 @@ class Samples:
     def _thinned(self, rows: NDArray[np.void]) -> NDArray[np.void]:
         while len(rows) > self.max_rows:
             older = len(rows) // 2
-            rows = np.concatenate([rows[:older:2], rows[older:]])
+            rows = join_rows([rows[:older:2], rows[older:]])
 
         return rows

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, Table
 from traceml.database.store.summaries import StepSums, TableSums, sum_rows
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
@@ -196,7 +197,7 @@ class SetUpSums:
             return None
 
         summed = {
-            table: sum_rows(table, np.concatenate(rows), np.concatenate(self._ranks[table]))
+            table: sum_rows(table, join_rows(rows), np.concatenate(self._ranks[table]))
             for table, rows in self._rows.items()
         }
         of_rank = {

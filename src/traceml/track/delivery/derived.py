@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import join_rows
 from traceml.database.schema import (
     DEVICE_STEPS,
     EPOCHS,
@@ -256,7 +257,7 @@ class DerivedMetrics:
             return
 
         held = self._memory.setdefault("held", {})
-        waiting = np.concatenate([_decoded(held.get(str(stream.id), "")), rows])
+        waiting = join_rows([_decoded(held.get(str(stream.id), "")), rows])
         held[str(stream.id)] = base64.b64encode(waiting[-_MAX_HELD_STEPS:].tobytes()).decode()
         self._add_times(waiting[:-_MAX_HELD_STEPS])
 
