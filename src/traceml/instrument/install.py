@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import sys
 from _thread import get_ident
@@ -21,7 +20,7 @@ from traceml.instrument.clock_forms import new_clock
 from traceml.instrument.facts.fact_reports import FactReports
 from traceml.instrument.framework_trainers import TRAINERS
 from traceml.instrument.groups.default_group import DefaultGroup
-from traceml.instrument.import_hook import PostImportHook
+from traceml.instrument.import_hook import PostImportHook, is_imported
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
@@ -31,6 +30,7 @@ from traceml.instrument.values.step_pace import StepPace
 
 if TYPE_CHECKING:
     from traceml.instrument.checkpoints.patch_checkpoints import CheckpointPatches
+    from traceml.instrument.search.alive_objects import AliveObjects
     from traceml.instrument.values.collective_sizes import CollectiveSizes
     from traceml.instrument.values.inputs import BatchReader
     from traceml.instrument.values.losses import LossReader
@@ -210,25 +210,28 @@ class Instrumentation:
 
     def first_backward(self) -> bool:
         """Search for models and optimizers, all of which exist at the first backward pass."""
+        from traceml.instrument.search.alive_objects import find_alive
+
         self._look_for_device()
+        alive = functools.cache(find_alive)
         if self._discovery is not None:
-            self._guarded(self._find_models)
+            self._guarded(lambda: self._find_models(alive))
 
         if self.clock.first_loader is None:
-            self._guarded(self._look_for_iterators)
+            self._guarded(lambda: self._look_for_iterators(alive))
 
         self._guarded(self._group.report_mesh)
         self._guarded(self._facts.anomaly_detection)
         return self._discovery is None or self.clock.optimizers_alive > 0
 
-    def _find_models(self) -> None:
+    def _find_models(self, alive: Callable[[], AliveObjects]) -> None:
         known = self._discovery.models
-        self._discovery.search_all(trains=True)
+        self._discovery.search_all(alive, trains=True)
         if self._batches is not None and not self._batches.has_trained and 0 < known == self._discovery.models:
             self._discovery.descend()  # the script calls `model.forward`, or parts of the model
 
-    def _look_for_iterators(self) -> None:
-        self.feeding = feeding_of(gc.get_objects())
+    def _look_for_iterators(self, alive: Callable[[], AliveObjects]) -> None:
+        self.feeding = feeding_of(alive().generators)
 
     def new_optimizer(self, optimizer: Any) -> None:
         """Report an optimizer at its first step."""
@@ -286,6 +289,8 @@ class Instrumentation:
             self._watch.run("torch")
 
         self._watch.install()
+        if self._discovery is not None and is_imported("torch"):  # else nobody could make a model yet
+            self._guarded(self._discovery.search_all)
 
     def _on_torch_import(self) -> None:
         if hasattr(sys.modules["torch"], "compiler"):  # else it is another package
@@ -332,7 +337,6 @@ class Instrumentation:
         self._discovery.watch(patches)
         self._measure_overhead()
         skip_own_code()
-        self._discovery.search_all()
 
     def _patch_passes(self, timer: Callable[..., Any], batches: BatchReader, losses: LossReader) -> None:
         """Time forward and backward passes, and what is done with gradients."""

@@ -3,18 +3,16 @@
 torch offers hooks on all modules (a cost on every call of every layer) or on one. So we search for the few outermost
 modules when new ones may exist. A quick search covers the modules made since the last one: torch's registration hooks
 report those that are constructed, and `Module.__setstate__` those that are copied or unpickled. A full search over all
-objects of the collector takes 20-50 ms: it runs at the start, at the first backward pass, and for new optimizers while
-all searches together took less than 1 % of the time.
+objects of the collector takes 20-50 ms: it runs where torch was imported before tracing began, at the first backward
+pass, and for new optimizers while all searches together took less than 1 % of the time.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from itertools import compress
 from types import FunctionType
 from typing import Any
 
@@ -28,6 +26,7 @@ from traceml.instrument.forward import TimerMaker, instrument_module, restore_mo
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.optimizer import is_wrapper
 from traceml.instrument.patches import Patches
+from traceml.instrument.search.alive_objects import AliveObjects, find_alive
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["ModuleDiscovery"]
@@ -88,10 +87,11 @@ class ModuleDiscovery:
 
         patches.wrap(torch.nn.Module, "__setstate__", __setstate__)
 
-    def search_all(self, *, trains: bool = False) -> int:
+    def search_all(self, find: Callable[[], AliveObjects] = find_alive, *, trains: bool = False) -> int:
         """Time all root modules that are alive; return the number of their optimizers.
 
         Args:
+            find: lists what is alive.
             trains: whether a backward pass begins, so that there is an optimizer, also one that is not torch's.
         """
         start = monotonic_ns()
@@ -101,9 +101,9 @@ class ModuleDiscovery:
 
         self._scans += 1
         self._pending.clear()
-        objects = gc.get_objects()
-        modules, optimizers = _find_alive(objects)
-        roots = _roots(modules)
+        alive = find()
+        optimizers = [each for each in alive.optimizers if not is_wrapper(type(each))]
+        roots = _roots(alive.modules)
         for module in roots:
             self.add(module)
 
@@ -114,17 +114,16 @@ class ModuleDiscovery:
         trained = {id(parameter) for module in roots for parameter in module.parameters()}
         self._clock.optimizers_alive = sum(_has_any(optimizer, trained) for optimizer in optimizers)
         if trains and not self._clock.optimizers_alive:
-            self._clock.optimizers_alive = self._find_own(objects)
+            self._clock.optimizers_alive = self._find_own()
 
-        del objects
         self._clock.usual_loader = NOT_READY
         self._scan_ns += monotonic_ns() - start
         return self._clock.optimizers_alive
 
-    def _find_own(self, objects: list[Any]) -> int:
+    def _find_own(self) -> int:
         from traceml.instrument.search.own_optimizers import find_own_optimizers
 
-        own = find_own_optimizers(objects)
+        own = find_own_optimizers()
         for optimizer in own:
             self._on_optimizer(optimizer)
 
@@ -219,28 +218,6 @@ class ModuleDiscovery:
     def _modules(self) -> list[Any]:
         alive = (ref() for ref in self._known.values())
         return [module for module in alive if module is not None]
-
-
-def _find_alive(objects: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the modules and optimizers among some objects."""
-    # `isinstance` would read `__class__`, which runs the code of proxies.
-    module_types, optimizer_types = _subclasses(torch.nn.Module), _subclasses(torch.optim.Optimizer)
-    wanted = module_types | optimizer_types
-    found = list(compress(objects, map(wanted.__contains__, map(type, objects))))
-    modules = [candidate for candidate in found if type(candidate) in module_types]
-    optimizers = [candidate for candidate in found if type(candidate) in optimizer_types]
-    return modules, [candidate for candidate in optimizers if not is_wrapper(type(candidate))]
-
-
-def _subclasses(kind: type[Any]) -> set[type[Any]]:
-    found, waiting = set(), [kind]
-    while waiting:
-        kind = waiting.pop()
-        if kind not in found:
-            found.add(kind)
-            waiting.extend(type.__subclasses__(kind))
-
-    return found
 
 
 def _roots(modules: Iterable[Any]) -> list[Any]:

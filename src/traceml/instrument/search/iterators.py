@@ -57,10 +57,14 @@ class Feeding:
         return False
 
 
-def feeding_of(objects: Iterable[Any]) -> Feeding:
-    """Return the code that feeds the training, in its first backward pass."""
+def feeding_of(generators: Iterable[GeneratorType[Any, Any, Any]]) -> Feeding:
+    """Return the code that feeds the training, in its first backward pass.
+
+    Args:
+        generators: all that are alive.
+    """
     callers = {frame.f_code for frame in stack_frames(sys._getframe())}
-    suspended = WeakSet(each for each in objects if type(each) is GeneratorType and _gives(each, callers))
+    suspended = WeakSet(each for each in generators if _gives(each, callers))
     return Feeding(frozenset(each.gi_code for each in suspended) | _queue_codes(), frozenset(callers), suspended)
 
 

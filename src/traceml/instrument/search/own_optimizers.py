@@ -8,13 +8,14 @@ from __future__ import annotations
 import gc
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
 from traceml.inspection.thread_frames import stack_frames
+from traceml.instrument.search.alive_objects import of_types
 
 __all__ = ["find_own_optimizers"]
 
@@ -24,24 +25,16 @@ _OPAQUE = (type, ModuleType, FunctionType, MethodType, CodeType, torch.nn.Module
 _TORCH = "torch."
 
 
-def find_own_optimizers(objects: Iterable[Any]) -> list[Any]:
+def find_own_optimizers() -> list[Any]:
     """Return the objects with a method `step` that hold tensors to train.
 
     One whose `step` is running does more than an update: it is a trainer.
     """
-    steps: dict[type[Any], FunctionType | None] = {}
-    found = []
-    for candidate in objects:
-        kind = type(candidate)
-        if kind not in steps:
-            steps[kind] = _step_of(kind)
-
-        if steps[kind] is not None:
-            found.append(candidate)
-
+    objects = gc.get_objects()
+    steps = {kind: step for kind in set(map(type, objects)) if (step := _step_of(kind)) is not None}
+    found = of_types(objects, steps.keys()) if steps else []
     running = _running_codes() if found else set()
-    kinds = {kind for kind, step in steps.items() if step is not None}
-    return [each for each in found if _code(steps[type(each)]) not in running and _holds_trained(each, kinds)]
+    return [each for each in found if steps[type(each)].__code__ not in running and _holds_trained(each, steps.keys())]
 
 
 def _step_of(kind: type[Any]) -> FunctionType | None:
@@ -53,15 +46,11 @@ def _step_of(kind: type[Any]) -> FunctionType | None:
     return step if isinstance(step, FunctionType) else None
 
 
-def _code(step: FunctionType | None) -> CodeType | None:
-    return None if step is None else step.__code__
-
-
 def _running_codes() -> set[CodeType]:
     return {frame.f_code for frame in stack_frames(sys._getframe())}
 
 
-def _holds_trained(candidate: Any, kinds: set[type[Any]]) -> bool:
+def _holds_trained(candidate: Any, kinds: AbstractSet[type[Any]]) -> bool:
     """Whether a tensor to train is reached from an object, not through models or other objects with a `step`."""
     waiting, seen = deque([candidate]), {id(candidate)}
     while waiting and len(seen) < _MAX_VISITED:
