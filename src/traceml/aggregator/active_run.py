@@ -29,8 +29,8 @@ __all__ = ["ActiveRun"]
 
 # A rank on another host, or one whose process is not visible here, counts as lost after this long without a connection.
 LOST_AFTER_S = 30.0
-# After the last rank has ended, others of the same job may still connect.
-SETTLE_S = 0.5
+# After all ranks have ended, another process of the job may still join, as a spawned one does.
+SETTLE_S = 0.1
 # torchrun starts its workers again within seconds, but they import torch first.
 RESTART_S = 120.0
 # For a run without connections whose missing ranks never came.

@@ -30,7 +30,7 @@ __all__ = ["announce", "await_report", "dismiss", "show_verdict"]
 _log = logging.getLogger("traceml")
 
 _ANNOUNCED = "TRACEML_ANNOUNCED"
-# The aggregator writes the report half a second after the last rank has left.
+# The aggregator writes the report within a second after the last rank has left.
 _REPORT_WAIT_S = 10.0
 _SHOW_S = 60.0
 _MAX_SHOWN = 10  # each takes most of a second
