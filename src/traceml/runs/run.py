@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import METRICS, NAMES, PHASE_COLUMNS, STEPS, other_ns, unpack_bits
+from traceml.database.schema import METRICS, NAMES, STEPS, other_ns, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import capitalized, ms_text, percent_text, phase_label, plural, sample_text, summed_text
@@ -112,14 +112,15 @@ class Run:
     def steps(self) -> RecordArray:
         """Return the steps of the last attempt, one row per rank and step, durations in nanoseconds.
 
-        Columns: rank, step, total_ns, the phases, other_ns, backward_own_ns (-1 where not measured), micro_batches,
-        flags (`StepFlag`), sequence (collectives issued so far), t_end_ns (monotonic).
+        Columns: rank, those of the table `steps` (step, t_end_ns on the monotonic clock, total_ns, the phases,
+        backward_own_ns, -1 where not measured, elements, samples), other_ns, micro_batches, flags (`StepFlag`),
+        sequence (collectives issued so far).
         """
         rows = self.table(STEPS.name)
-        names = ["rank", "step", "total_ns", *PHASE_COLUMNS, "other_ns", "backward_own_ns", "micro_batches", "flags",
-                 "sequence", "t_end_ns"]  # fmt: skip
-        steps = np.empty(len(rows), [(name, "<i8") for name in names])
-        for name in ("rank", "step", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "t_end_ns"):
+        stored = [name for name in rows.dtype.names or () if name != "bits"]
+        made = ("other_ns", "micro_batches", "flags", "sequence")
+        steps = np.empty(len(rows), [(name, "<i8") for name in (*stored, *made)])
+        for name in stored:
             steps[name] = rows[name]
 
         steps["other_ns"] = other_ns(rows)

@@ -1,4 +1,7 @@
-"""Parent process of the agent, which outlives it: it ends the job's processes if agent and zygote are both killed."""
+"""Parent process of the agent, which outlives it: it ends the job's processes if agent and zygote are both killed.
+
+Process: the agent, until it forks; then its parent.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """Checks of hosts before a job: hardware and software, compute speed, and the network between them.
 
 Each host is checked alone first, so that an unusable one does not hide the others; usable ones are then checked
-together. `probe_host` and `probe_links` run on the hosts, launched like any function.
+together.
+
+Process: launcher; `probe_host` and `probe_links` run in workers on the hosts, launched like any function.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Program of a submitted job's first process: it runs the call that submitit has stored.
 
 Unlike submitit's own program it ends with status 1 when the launch failed, so that Slurm knows.
+
+Process: the job's first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Options of a job that is submitted to Slurm."""
+"""Options of a job that is submitted to Slurm.
+
+Process: submitter.
+"""
 
 from __future__ import annotations
 

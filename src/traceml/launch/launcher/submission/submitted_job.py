@@ -1,4 +1,7 @@
-"""Handle of a submitted job: its state, its result and its end."""
+"""Handle of a submitted job: its state, its result and its end.
+
+Process: submitter.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Submission of a launch to Slurm, through submitit."""
+"""Submission of a launch to Slurm, through submitit.
+
+Process: submitter.
+"""
 
 from __future__ import annotations
 
