@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.runs.export.exported import events_in
-from tests.runs.fabricated_store import STARTED, add_rank, run_facts
+from tests.runs.fabricated_store import STARTED, add_info, add_rank, run_facts
 from traceml.database.schema import DEVICE_STEPS, PHASE_LABELS, STEPS, StepFlag, pack_bits
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
@@ -78,6 +78,22 @@ def run_of(folder: Path, *, ranks: int, device: bool, measured_every: int = 1, t
             for start in range(0, len(timed), 64) if device else ():
                 part = timed[start : start + 64]
                 writer.append(stream, DEVICE_STEPS.name, start, len(part), part.tobytes())
+
+    return folder
+
+
+def run_without_collectives(folder: Path, parallel: str | None) -> Path:
+    """Write a store of two ranks in a process group, no step of which has a collective called from Python."""
+    folder.mkdir()
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id=folder.name, world_size=2))
+        for rank in range(2):
+            rows = step_rows(rank, device=False, measured_every=1, timed_every=1)
+            rows["comm_ns"] = 0
+            stream = add_rank(writer, rank, rows[:0], clock=[0, int(STARTED * 1e9)], world_size=2)
+            add_info(writer, stream, kind="group", group_size=2, backend="gloo")
+            add_info(writer, stream, kind="model", parameters=1000, **({"parallel": parallel} if parallel else {}))
+            add_rank(writer, rank, rows)
 
     return folder
 
@@ -155,6 +171,22 @@ def test_every_outlet_has_the_reports_figures(tmp_path: Path, ranks: int, device
         expected = {name: share for name, share in expected.items() if name in DEVICE_LABELS}
 
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("outlet", [of_live_view, of_charts, of_tracker, of_verdict, of_trace])
+@pytest.mark.parametrize(
+    ("parallel", "waits"), [(None, False), ("ddp", True)], ids=["no collectives", "gradients averaged"]
+)
+def test_ranks_that_call_no_collectives_wait_for_nobody(
+    tmp_path: Path, parallel: str | None, waits: bool, outlet: SHARES
+) -> None:
+    """Backward after the last gradient is own work of the ranks of a group that nothing uses."""
+    run = run_without_collectives(tmp_path / "run", parallel)
+    expected, found = of_report(run), outlet(run)
+
+    assert (expected.get("comm", 0) > 0.1) == waits
+    assert found["backward"] == pytest.approx(expected["backward"], rel=1e-3)
+    assert outlet is of_verdict or found.get("comm", 0) == pytest.approx(expected.get("comm", 0), rel=1e-3)
 
 
 @pytest.mark.parametrize("device", [False, True])

@@ -72,7 +72,7 @@ def test_ranks_of_a_tensor_parallel_group_share_batches():
 def group_of_two(*, comm_ns: int = 0, sequence: int = 0, parallel: str | None = None, size: int = 2) -> BatchHistory:
     """Return what 60 steps of two ranks tell."""
     batches = history([1, 2, 3], [4, 5, 6], model={"parallel": parallel})
-    batches.group_size = size
+    batches.group.size = size
     rows = np.zeros(60, STEPS.dtype)
     rows["step"], rows["comm_ns"] = np.arange(60), comm_ns
     rows["bits"] = [pack_bits(1, 0, 4 + sequence * step) for step in range(60)]

@@ -165,7 +165,7 @@ class JobFactsBuilder:
         self._take_setup(rank, row)
 
     def _take_group(self, rank: int, row: Mapping[str, Any]) -> None:
-        self.batches.group_size = max(self.batches.group_size, int(row.get("group_size") or 0))
+        self.batches.group.group(row)
         self._take_setup(rank, row)
 
     def _take_setup(self, rank: int, row: Mapping[str, Any]) -> None:
@@ -265,7 +265,7 @@ class JobFactsBuilder:
     @property
     def is_grouped(self) -> bool:
         """Whether the ranks are known to have made a process group."""
-        return bool(self._facts.get("backend")) or self.batches.group_size > 1
+        return bool(self._facts.get("backend")) or self.batches.group.size > 1
 
     @property
     def only_logs(self) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import MAX_LOGGED_NUMBERS, unpack_bits
+from traceml.database.schema import MAX_LOGGED_NUMBERS
+from traceml.diagnosis.facts.trainings.group_use import GroupUse
 
 __all__ = ["BatchHistory"]
 
@@ -26,7 +27,6 @@ class BatchHistory:
         self._batches: dict[int, dict[int, int]] = {}
         self._groups: dict[int, tuple[int, ...]] = {}
         self._sizes: dict[int, int] = {}
-        self._parallel: set[int] = set()
         self._models: set[int] = set()
         self._inputs: dict[int, tuple[Any, ...]] = {}
         self._is_split = False
@@ -36,14 +36,12 @@ class BatchHistory:
         """`fsdp` or `fsdp2` where a model gathers its parameters in each step."""
         self._tokens: dict[int, bool] = {}
         self._batch_first: dict[int, bool] = {}
-        self._sequence: tuple[int, int] | None = None
-        self._communicates = False
         self._carried: dict[int, int] = {}
         self.messages = False
         """Whether ranks send each other messages, as the stages of a pipeline do."""
         self._parameters: dict[int, int] = {}
-        self.group_size = 0
-        """Ranks of the default process group, 0 without one."""
+        self.group = GroupUse()
+        """Use of the process group."""
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.FINGERPRINTS`, in order; the newest are kept."""
@@ -56,9 +54,7 @@ class BatchHistory:
         """Take the facts of a rank's model."""
         self._models.add(rank)
         self._parameters[rank] = int(row.get("parameters") or 0)
-        if row.get("parallel"):
-            self._parallel.add(rank)
-
+        self.group.model(row)
         if row.get("parallel") in ("fsdp", "fsdp2"):
             self.sharding = row["parallel"]
 
@@ -85,15 +81,8 @@ class BatchHistory:
         self._tokens[rank], self._batch_first[rank] = bool(row.get("tokens")), bool(row.get("batch_first", True))
 
     def steps(self, rows: NDArray[np.void]) -> None:
-        """Take rows of `schema.STEPS`: do the ranks call collectives in their steps?"""
-        if self._communicates:
-            return
-
-        sequence = unpack_bits(rows["bits"]).sequence
-        least, most = int(sequence.min()), int(sequence.max())
-        before = self._sequence or (least, most)
-        self._sequence = min(least, before[0]), max(most, before[1])
-        self._communicates = bool(rows["comm_ns"].any()) or self._sequence[0] != self._sequence[1]
+        """Take rows of `schema.STEPS`."""
+        self.group.steps(rows)
 
     @property
     def tokens(self) -> bool:
@@ -113,20 +102,16 @@ class BatchHistory:
         parallel model had one.
         """
         is_bypassed = self.reductions is not None and not self.reductions[1]
-        trains_alone = (not self._communicates or self.only_numbers > 0) and (is_bypassed or not self._parallel)
-        return self.group_size > 1 and len(self._models) > 1 and trains_alone
-
-    @property
-    def call_no_collectives(self) -> bool:
-        """Whether ranks share a group, but no step had a collective, and no model is parallel."""
-        return self.group_size > 1 and bool(self._models) and not self._communicates and not self._parallel
+        has_no_gradients = not self.group.communicates or self.only_numbers > 0
+        trains_alone = has_no_gradients and (is_bypassed or not self.group.is_parallel)
+        return self.group.size > 1 and len(self._models) > 1 and trains_alone
 
     @property
     def only_numbers(self) -> int:
         """Most numbers that a collective carried, if all did on all ranks, and too few for gradients; else 0."""
         parameters = min((self._parameters[rank] for rank in self._models), default=0)
         most = max((self._carried.get(rank, parameters) for rank in self._models), default=0)
-        return most if self._communicates and most <= min(MAX_LOGGED_NUMBERS, MAX_LOGGED_SHARE * parameters) else 0
+        return most if self.group.communicates and most <= min(MAX_LOGGED_NUMBERS, MAX_LOGGED_SHARE * parameters) else 0
 
     def duplicates(self, world_size: int) -> list[tuple[tuple[int, ...], int]]:
         """Return groups of ranks with equal batches, and the number of batches that were compared.

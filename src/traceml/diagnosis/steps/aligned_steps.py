@@ -87,7 +87,7 @@ class AlignedSteps:
         """Return mean nanoseconds per step by phase and rank: own work, and waiting as `comm`.
 
         Args:
-            grouped: whether the ranks wait for each other; see `has_group`.
+            grouped: whether the ranks wait for each other; see `GroupUse`.
         """
         steps = max(len(self), 1)
         means = {name: values.sum(axis=1, dtype=np.float64) / steps for name, values in self.named_times().items()}

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import RankGroup
+from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.step_split import PHASES, Floats, has_group
+from traceml.diagnosis.steps.step_split import PHASES, Floats
 
 __all__ = ["COMPUTE", "UNNAMED", "LateRanks", "Segments", "is_grouped", "median_over_ranks", "segments_of"]
 
@@ -172,10 +173,8 @@ def median_over_ranks(values: Floats) -> Floats:
 
 def is_grouped(window: AlignedSteps, facts: JobFacts) -> bool:
     """Return whether the ranks wait for each other."""
-    if not has_group(max(facts.world_size, len(window.ranks)), facts.group):
-        return False
-
-    if facts.batches is not None and facts.batches.call_no_collectives:
+    use = facts.batches.group if facts.batches is not None else GroupUse()
+    if facts.group is False or not use.is_grouped(max(facts.world_size, len(window.ranks))):
         return False
 
     # Ranks that reported no group are in one if they did what only a group does.

@@ -26,7 +26,6 @@ __all__ = [
     "DEVICE_LABELS",
     "PHASES",
     "Floats",
-    "has_group",
     "leave_out_waiting",
     "mean_own",
     "named_times",
@@ -45,15 +44,6 @@ DEVICE_LABELS = tuple(phase.label for phase in DEVICE_PHASES)
 """The phases whose time passes on the device, where there is one."""
 
 _HOST_LABELS = tuple(label for label in PHASE_LABELS if label not in DEVICE_LABELS)
-
-
-def has_group(ranks: int, group: bool | None = None) -> bool:
-    """Return whether ranks may wait for each other.
-
-    Args:
-        group: whether they share a process group; None if that is not known.
-    """
-    return ranks > 1 and group is not False
 
 
 def put_device_times(
@@ -169,7 +159,7 @@ def split_backward(
         times: phase -> nanoseconds, summed over `steps` steps.
         own_mean: mean own backward of a step, NaN where not measured.
         steps: number of steps.
-        grouped: whether there are ranks to wait for; see `has_group`.
+        grouped: whether there are ranks to wait for; see `GroupUse`.
     """
     if not grouped:
         return dict(times)

@@ -15,11 +15,11 @@ import numpy as np
 
 from traceml.database.schema import STEPS, StepFlag, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
-from traceml.diagnosis.steps.step_split import has_group
 from traceml.errors import TraceMLError
 from traceml.runs.export.step_parts import STEP_PARTS, part_bounds, step_parts, waiting_of
 from traceml.runs.export.top_operators import CallSamples, OperatorTable
 from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.group_rows import read_group_use
 
 __all__ = ["ProfileFile", "ProfiledRank", "steps_stored", "write_profile"]
 
@@ -112,7 +112,8 @@ class _ProfileMerger:
         self._reader = reader
         self._streams = _streams(reader)
         self._clocks = RunClocks(reader.streams())
-        self._world = len({stream.rank for stream in reader.streams() if stream.is_rank})
+        world_size = len({stream.rank for stream in reader.streams() if stream.is_rank})
+        self._grouped = read_group_use(reader).is_grouped(world_size)
         self._origin_ns = 0
         self._tracks: dict[tuple[int, Any, Any], int] = {}
         self._processes: dict[tuple[int, Any], int] = {}
@@ -181,7 +182,7 @@ class _ProfileMerger:
         yield _name("thread_sort_index", pid, tid, sort_index=-1)
         end = self._clocks.of_stamp(stream.id, inside["t_end_ns"])
         begin = end - inside["total_ns"]
-        parts = step_parts(inside, waiting_of(inside, grouped=has_group(self._world)))
+        parts = step_parts(inside, waiting_of(inside, grouped=self._grouped))
         starts, ends = part_bounds(begin, end, parts)
         for number, step in enumerate(inside["step"].tolist()):
             yield self._slice(f"step {step}", "step", int(begin[number]), int(end[number]), pid, tid)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import DEVICE_STEPS, STEPS, USER_PHASES, StepFlag, unpack_bits
 from traceml.database.store.reader import StreamRecord
-from traceml.diagnosis.steps.step_split import has_group
+from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, SpanBlock, SpanKind
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrows
@@ -81,13 +81,15 @@ class StepTracks:
         self._lanes: dict[int, _Lane] = {}
         self._rank_tracks: dict[int, tuple[int, int]] = {}
         self._world: dict[int, int] = {}
+        self._group = GroupUse()
         self._waiting = self._flows = 0
         self._most_held = _MAX_HELD
         self.steps = 0
         """Steps that were written."""
 
-    def learn(self, streams: Sequence[StreamRecord]) -> None:
-        """Take the run's streams."""
+    def learn(self, streams: Sequence[StreamRecord], group: GroupUse) -> None:
+        """Take the run's streams, and the use of its process group."""
+        self._group = group
         ranks: dict[int, set[int]] = {}
         for stream in streams:
             self._lanes[stream.id] = _Lane(stream)
@@ -161,7 +163,7 @@ class StepTracks:
         on_device = bits.flags & _DEVICE_FLAG != 0
         lane.began.update(zip(rows["step"][on_device].tolist(), begin[on_device].tolist(), strict=True))
 
-        waiting = waiting_of(rows, grouped=has_group(self._world.get(stream.attempt, 1)))
+        waiting = waiting_of(rows, grouped=self._is_grouped(stream))
         parts, kinds = step_parts(rows, waiting), [SpanKind(name, category) for name, category in STEP_PARTS]
         numbers = np.broadcast_to(np.arange(len(kinds)), parts.shape)
         if user is not None:
@@ -176,6 +178,9 @@ class StepTracks:
         self._write_spans(stream, tracks.STEPS, [*steps, *kinds], kind, _joined((begin, end), bounds), numbers_of)
         if self._world.get(stream.attempt, 1) > 1:
             self._add_arrivals(stream, rows["step"], waiting >= 0, *bounds)
+
+    def _is_grouped(self, stream: StreamRecord) -> bool:
+        return self._group.is_grouped(self._world.get(stream.attempt, 1))
 
     def _bounds(self, lane: _Lane, rows: Any) -> tuple[Longs, Longs]:
         """Return start and end of steps, without overlap with the step before."""
@@ -255,7 +260,7 @@ class StepTracks:
         begin, end = starts_at + before, starts_at + total
         lane.device_until_ns = int(end[-1])
         kinds = [SpanKind("step", "device", ("step",)), *(SpanKind(name, category) for name, category in DEVICE_PARTS)]
-        waiting = waiting_of(rows, grouped=has_group(self._world.get(lane.stream.attempt, 1)))
+        waiting = waiting_of(rows, grouped=self._is_grouped(lane.stream))
         kind = np.broadcast_to(np.arange(len(kinds)), (len(rows), len(kinds)))
         bounds = _joined((begin, end), part_bounds(begin, end, device_parts(rows, waiting)))
         self._write_spans(lane.stream, tracks.DEVICE, kinds, kind, bounds, rows["step"][:, None])

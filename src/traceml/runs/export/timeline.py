@@ -25,6 +25,7 @@ from traceml.database.schema import (
 )
 from traceml.database.schema import STEPS as STEP_ROWS
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.event_marks import EventMarks
@@ -33,6 +34,7 @@ from traceml.runs.export.metric_tracks import MetricTracks
 from traceml.runs.export.sample_tracks import SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
 from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.group_rows import read_group_use
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["TimelineExporter", "origin_of"]
@@ -72,7 +74,7 @@ class TimelineExporter:
             StoreError: the streams cannot be read.
         """
         self._streams = {stream.id: stream for stream in self._reader.streams()}
-        self._steps.learn(list(self._streams.values()))
+        self._steps.learn(list(self._streams.values()), self._group_use())
         after = 0
         try:
             last = self._reader.last_id()
@@ -88,6 +90,13 @@ class TimelineExporter:
         self._metrics.write()
         self._samples.write()
         self._write_events()
+
+    def _group_use(self) -> GroupUse:
+        try:
+            return read_group_use(self._reader)
+        except (StoreError, KeyError, ValueError) as error:
+            self.damage.append(f"use of the process group: {error}")
+            return GroupUse()
 
     def _write_events(self) -> None:
         try:

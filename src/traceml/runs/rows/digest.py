@@ -46,7 +46,6 @@ from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import MAX_CELLS, slots_for
 from traceml.diagnosis.steps.representatives import HOST_CHOICE, HostChoice
-from traceml.diagnosis.steps.step_split import has_group
 from traceml.runs.rows.metrics import MetricSummary
 from traceml.runs.rows.sample_totals import SampleTotals
 from traceml.runs.rows.samples import Samples, rows_for
@@ -99,7 +98,7 @@ class Digest:
     @property
     def grouped(self) -> bool:
         """Whether the ranks may wait for each other."""
-        return has_group(max(self.world_size, len(self.ranks))) and not self.facts.batches.call_no_collectives
+        return self.facts.batches.group.is_grouped(max(self.world_size, len(self.ranks)))
 
     @property
     def names(self) -> dict[int, dict[int, str]]:

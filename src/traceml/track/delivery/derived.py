@@ -35,6 +35,7 @@ from traceml.database.schema import (
     EVALS,
     GPU,
     HOST,
+    INFO,
     PHASE_LABELS,
     PROCESS,
     STEPS,
@@ -42,12 +43,12 @@ from traceml.database.schema import (
     unpack_bits,
 )
 from traceml.database.store.reader import Frame, StreamRecord
+from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     PHASES,
     Floats,
-    has_group,
     put_device_times,
     split_backward,
     spread_device_times,
@@ -113,9 +114,12 @@ class DerivedMetrics:
         self._started_ns = int(started * _S)
         self._system = system
         self._training = TrainingValues(memory.setdefault("training", {}))
+        self._group = GroupUse(**memory.get("group", {}))
 
     def take(self, frame: Frame, stream: StreamRecord) -> list[Metric]:
         """Take a frame of one of the tables `INPUT_TABLES`; return the values of completed intervals."""
+        if frame.table == INFO.name:
+            self._take_group(frame)
         if frame.table in TRAINING_TABLES:
             self._training.take(frame, stream)
             return []
@@ -162,6 +166,12 @@ class DerivedMetrics:
             self._add_times(rows[chosen & ~has_device])
             self._hold(stream, rows[chosen & has_device])
 
+    def _take_group(self, frame: Frame) -> None:
+        for row in frame.maps():
+            self._group.info(row)
+
+        self._memory["group"] = asdict(self._group)
+
     def _add_steps(self, number: int, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         memory, rank = self._memory, stream.rank
         # A rank that started the aggregator itself may have stepped before the run existed.
@@ -176,6 +186,8 @@ class DerivedMetrics:
         steps["n"] += len(rows)
         steps["total"] += int(rows["total_ns"].sum())
         self._training.take_steps(rank, rows)
+        self._group.steps(rows)
+        memory["group"] = asdict(self._group)
         if rank != lead["rank"]:
             return
 
@@ -207,7 +219,7 @@ class DerivedMetrics:
 
         values |= self._training.close(speed, step, [int(rank) for rank in self._memory["step_of"]], last=last)
 
-        grouped = has_group(self._memory["ranks"])
+        grouped = self._group.is_grouped(self._memory["ranks"])
         values |= {
             f"traceml/share/{name}": share
             for name, share in _shares(steps["split"], steps.get("device_split", {}), grouped).items()

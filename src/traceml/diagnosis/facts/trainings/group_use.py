@@ -1,0 +1,76 @@
+"""Use of the process group: whether the ranks of a job may wait for each other in their steps.
+
+One rule for report, verdict, charts, exports and trackers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import unpack_bits
+
+__all__ = ["GroupUse"]
+
+
+@dataclass
+class GroupUse:
+    """Facts on the process group of a job. Plain values, so that they can be stored as JSON.
+
+    Attributes:
+        size: ranks of the default process group, 0 without one.
+        has_model: whether a model is known.
+        is_parallel: whether a model communicates by itself.
+        communicates: whether a step had a collective.
+        sequence: least and most collectives that a rank had called at the end of a step.
+    """
+
+    size: int = 0
+    has_model: bool = False
+    is_parallel: bool = False
+    communicates: bool = False
+    sequence: tuple[int, int] | None = None
+
+    def info(self, row: Mapping[str, Any]) -> None:
+        """Take a row of `schema.INFO` of any kind."""
+        if row.get("kind") == "group":
+            self.group(row)
+        elif row.get("kind") == "model":
+            self.model(row)
+
+    def group(self, row: Mapping[str, Any]) -> None:
+        """Take the facts of a process group."""
+        self.size = max(self.size, int(row.get("group_size") or 0))
+
+    def model(self, row: Mapping[str, Any]) -> None:
+        """Take the facts of a model."""
+        self.has_model = True
+        self.is_parallel = self.is_parallel or bool(row.get("parallel"))
+
+    def steps(self, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.STEPS` of any rank."""
+        if self.communicates or not len(rows):
+            return
+
+        sequence = unpack_bits(rows["bits"]).sequence
+        least, most = int(sequence.min()), int(sequence.max())
+        before = self.sequence or (least, most)
+        self.sequence = min(least, before[0]), max(most, before[1])
+        self.communicates = bool(rows["comm_ns"].any()) or self.sequence[0] != self.sequence[1]
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether ranks share a group, but no step had a collective, and no model is parallel."""
+        return self.size > 1 and self.has_model and not self.communicates and not self.is_parallel
+
+    def is_grouped(self, ranks: int) -> bool:
+        """Return whether the ranks may wait for each other.
+
+        Args:
+            ranks: number of ranks of the job.
+        """
+        return ranks > 1 and not self.is_unused
