@@ -156,7 +156,8 @@ def _check_keys(analysis: Analysis) -> None:
         raise UsageError(f"no event has args.{absent[0]}. {_keys_text(analysis)}")
 
     if unsummed := [key for key in analysis.query.summed if not analysis.has_numbers(key)]:
-        raise UsageError(f"no span has a number args.{unsummed[0]} to sum. {_keys_text(analysis)}")
+        chosen = " that matches --where" if analysis.query.conditions else ""
+        raise UsageError(f"no span{chosen} has a number args.{unsummed[0]} to sum. {_keys_text(analysis)}")
 
 
 def _keys_text(analysis: Analysis) -> str:
