@@ -30,10 +30,8 @@ train() {
 
 findings() {
   local kinds=${ACTION_TRACEML_FAIL_ON:-} code=0
-  say '```'
   # shellcheck disable=SC2086 # kinds are words
-  traceml report latest ${kinds:+--fail-on $kinds} >> "$comment" 2> "$folder/gate.txt" || code=$?
-  say '```'
+  traceml report latest --md ${kinds:+--fail-on $kinds} >> "$comment" 2> "$folder/gate.txt" || code=$?
   if [ "$code" != 0 ]; then
     say "" "**$(cat "$folder/gate.txt")**"
     cat "$folder/gate.txt" >&2

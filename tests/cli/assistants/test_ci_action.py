@@ -129,6 +129,8 @@ def test_a_finding_fails_the_job(place: Path) -> None:
     assert job.summary == Path(job.outputs["comment-file"]).read_text()
     assert "## traceml: INPUT_BOUND" in job.summary
     assert "found INPUT_BOUND (--fail-on)" in job.summary
+    assert "\n\n\n" not in job.summary
+    assert str(place) not in job.summary  # paths on the runner mean nothing to readers of the comment
     assert _uploaded(job) == {"report.html", "report.json", "comment.md"}
     assert _commented(job, place) == f"pr comment 7 --body-file {job.outputs['comment-file']}\n"
     assert read_report(place / "baseline" / "report.json").verdict.kind == "INPUT_BOUND"
@@ -194,6 +196,7 @@ def test_an_undecided_comparison_fails_if_asked(place: Path, baseline: Path) -> 
     job = run_action(place, run="quick.py", baseline="wide.json")
     assert (job.status, job.outputs["outcome"]) == (0, "unknown"), job.log
     assert "--fail-over cannot be decided: A ran on 2 ranks" in job.summary
+    assert "\n\n\n" not in job.summary
     assert run_action(place, run="quick.py", baseline="wide.json", fail_on_unknown="true").status == 3
 
 

@@ -137,6 +137,7 @@ def test_too_few_steps_are_said(healthy, tmp_path):
     assert found["comparable"] is False
     assert "A has no complete steps" in found["obstacles"]
     assert found["step_time"]["mean"]["a_ms"] is None
+    assert found["phases"] == []  # those of A are not known, which is not 0 ms
 
 
 def test_memory_is_compared_by_its_highest_peak(tmp_path):

@@ -26,11 +26,11 @@ _SHOWN = 8
 def comparison_markdown(comparison: Comparison) -> str:
     """Return the comparison of two runs: the result, a table, parameters, notes."""
     comparison = printable_copy(comparison)
+    sentences = [f"{plain_markdown(sentence)}  " for sentence in compared_sentences(comparison)]
     lines = [
         f"**{plain_markdown(compared_headline(comparison))}**",
         "",
-        *(f"{plain_markdown(sentence)}  " for sentence in compared_sentences(comparison)),
-        "",
+        *([*sentences, ""] if sentences else ()),
         f"A: `{markdown_code(comparison.a.id)}`, B: `{markdown_code(comparison.b.id)}`",
         "",
         *markdown_table(("", "A", "B", "change", "99 % between", "significant"), _rows(comparison)),

@@ -264,7 +264,10 @@ def _word(value: Any) -> str:
 
 
 def _phases(a: ComparedRun, b: ComparedRun) -> list[PhaseChange]:
-    """Return the phases of both, the largest change first."""
+    """Return the phases of both, the largest change first; none if those of one are not known."""
+    if not a.report.phases or not b.report.phases:
+        return []
+
     means = [{phase.phase: phase.mean_ms for phase in side.report.phases} for side in (a, b)]
     changes = []
     for name in dict.fromkeys([*means[0], *means[1]]):
