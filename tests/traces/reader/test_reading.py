@@ -260,6 +260,29 @@ def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("scanner")
+@pytest.mark.parametrize("form", ["lines", "an array on one line", "an object, pretty-printed"])
+@pytest.mark.parametrize("lost", ["no member", "broken", "cut", "no frame"])
+def test_halves_of_two_events_are_not_one(tmp_path: Path, form: str, lost: str) -> None:
+    """What stands before and after a lost part is not put together, even where that would be an event."""
+    text = FORMS[form](PLAIN).encode()
+    begin, end = (text.index(b'"dur"', at) for at in (len(text) // 3, len(text) // 2))
+    first, second, third = text[:begin], text[begin:end], text[end:]
+    if lost == "no frame":
+        data = frames(first, len(first)) + b"garbage" + frames(third, len(third))
+    else:
+        broken = bytearray(gzip.compress(second))
+        broken[10:16] = b"\xff" * 6
+        between = {"no member": b"garbage", "broken": bytes(broken), "cut": gzip.compress(second)[:-500]}[lost]
+        data = gzip.compress(first) + between + gzip.compress(third)
+
+    found, reading = read_all(_write(tmp_path, data))
+
+    assert facts_of(reading).damage
+    assert found - brute_force(PLAIN) == Counter()
+    assert sum(found.values()) > len(PLAIN) / 2
+
+
+@pytest.mark.usefixtures("scanner")
 @pytest.mark.parametrize(
     ("data", "why"),
     [

@@ -9,10 +9,12 @@ from typing import Protocol
 from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.columns import FileDamage
 
-__all__ = ["CHUNK_BYTES", "MAX_TEXT_BYTES", "Chunk", "ChunkSource"]
+__all__ = ["CHUNK_BYTES", "GAP", "MAX_TEXT_BYTES", "Chunk", "ChunkSource"]
 
 CHUNK_BYTES = 4 * 1024 * 1024  # of text, about: the work of one thread at a time
 MAX_TEXT_BYTES = 32 * 1024 * 1024  # of compressed parts that are taken together; more is read in parts
+GAP = b"\x1e\n"
+"""Text in place of what was lost. No JSON value contains it, so that halves on its sides are not read as one event."""
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ ended, and the next chunk is valid only if it begins there. A file of one large 
 from __future__ import annotations
 
 from traceml.traces.reader.buffers import TextBuffer
+from traceml.traces.reader.chunks import GAP
 from traceml.traces.reader.columns import FileDamage
 from traceml.traces.reader.compressed_chunks import CompressedChunks, Inflater
 from traceml.traces.reader.gzip_salvage import MAGIC, is_member, new_inflater, next_member, read_at, salvaged
@@ -48,11 +49,11 @@ class GzipInflater(Inflater):
     def _inflate(self) -> bytes:
         """Return more text; may be empty."""
         if self._open is None and not self._next_member():
-            return b""
+            return GAP
 
         data = self._input() if self._open.needs_input else b""
         if data is None:
-            return b"\n"  # no event continues from one member into the next
+            return GAP
 
         try:
             text: bytes = self._open.decompress(data, _PART_BYTES)
@@ -111,7 +112,7 @@ class GzipInflater(Inflater):
 
         resume = next_member(self._descriptor, found.end, self._size)
         self._fail(FileDamage(found.end, "a broken gzip member", resume - found.end), resume)
-        return found.text + b"\n"  # no event continues across the gap
+        return found.text + GAP
 
     def _fail(self, damage: FileDamage | None, resume: int) -> None:
         self._damage += [damage] if damage else []

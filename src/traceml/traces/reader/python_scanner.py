@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from decimal import Decimal
 from typing import Any
 
+from traceml.traces.reader.chunks import GAP
 from traceml.traces.reader.columns import FileDamage, StringTable
 from traceml.traces.reader.event_rows import EventRow, NotAnEventError, RowBuilder, cleaned, is_metadata
 from traceml.traces.reader.scan_result import ColumnBuilder, ScanFindings, ScanResult
@@ -55,6 +56,10 @@ class PythonScanner:
             position, ended = self._advance(text, position, wrapped, findings, columns)
             if ended:
                 break
+
+            if text[position] == GAP[0]:
+                position += 1
+                continue
 
             try:
                 event, end = parse(text, position, final=final)

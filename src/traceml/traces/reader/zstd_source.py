@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from traceml.traces.reader.buffers import TextBuffer
+from traceml.traces.reader.chunks import GAP
 from traceml.traces.reader.columns import FileDamage
 from traceml.traces.reader.compressed_chunks import CompressedChunks, Inflater
 from traceml.traces.reader.gzip_salvage import next_member, read_at
@@ -91,15 +92,15 @@ class ZstdInflater(Inflater):
         import zstandard
 
         if self._open is None and not self._next_frame():
-            return 0
+            return self._skip_to_frame(buffer)
 
         try:
             made: int = self._open.readinto(buffer.room(_PART_BYTES))
         except zstandard.ZstdError as error:
             buffer.take_back(_PART_BYTES)
-            buffer.add(b"\n")  # no event continues across the gap
+            buffer.add(GAP)
             self._skip(str(error).removeprefix("zstd decompress error: "))
-            return 1
+            return len(GAP)
 
         buffer.take_back(_PART_BYTES - made)
         if not made:
@@ -108,7 +109,7 @@ class ZstdInflater(Inflater):
         return made
 
     def _next_frame(self) -> bool:
-        """Open the frame at the current position; without one, continue at the next one."""
+        """Open the frame at the current position; return whether there is one."""
         import zstandard
 
         begin = self._at
@@ -118,11 +119,17 @@ class ZstdInflater(Inflater):
             self._open = decompressor.stream_reader(self._input, read_size=_FED_BYTES, read_across_frames=False)
             return True
 
-        self._at = _next_frame(self._descriptor, begin, self._size)
-        if not _is_padding(self._descriptor, begin, self._size):
-            self._damage.append(FileDamage(begin, "bytes that are not a zstd frame", self._at - begin))
-
         return False
+
+    def _skip_to_frame(self, buffer: TextBuffer) -> int:
+        """Continue at the next frame; return the number of bytes of the text in place of others before it."""
+        begin, self._at = self._at, _next_frame(self._descriptor, self._at, self._size)
+        if _is_padding(self._descriptor, begin, self._size):
+            return 0
+
+        self._damage.append(FileDamage(begin, "bytes that are not a zstd frame", self._at - begin))
+        buffer.add(GAP)
+        return len(GAP)
 
     def _close_frame(self) -> None:
         """Go to the end of the open frame, all of whose text was returned."""
