@@ -179,6 +179,15 @@ def test_sums_beyond_64_bits(tmp_path):
     }
 
 
+def test_percentiles_that_are_the_largest_duration_are_exact(tmp_path):
+    """Few spans have their largest duration as p99, also one that the sketch has no bucket for."""
+    spans = [{"ph": "X", "name": "a", "pid": 1, "tid": 1, "ts": n, "dur": dur} for n, dur in enumerate((1, 3, 10**19))]
+    (group,) = ask(tmp_path, json.dumps(spans).encode(), by="name")["groups"]
+
+    assert group["p99_us"] == group["max_us"] == 10**19
+    assert group["p50_us"] == 3
+
+
 def test_numbers_that_fit_nowhere(tmp_path):
     """Negative durations, many decimals and NaN are accepted, event by event."""
     text = """[{"ph":"X","name":"a","pid":1,"tid":1,"ts":0,"dur":-5},

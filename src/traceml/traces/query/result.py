@@ -118,6 +118,9 @@ def microseconds(time_ns: int, *, fractional: bool) -> int | float:
 def _percentile(stat: GroupStat, share: Fraction, fractional: bool) -> int | float:
     assert stat.least is not None
     assert stat.most is not None
+    if -(-share.numerator * stat.count // share.denominator) == stat.count:
+        return microseconds(stat.most, fractional=fractional)  # exact, also beyond the sketch's last bucket
+
     middle = quantile(stat.counts, share, stat.count)
     value: int = middle if fractional else (2 * middle + 1000) // 2000 * 1000
     if value < stat.least:
