@@ -22,8 +22,11 @@ _ATTRIBUTE = "traceml_runtime"
 class TraceMLDaskWorkerPlugin(WorkerPlugin):  # type: ignore[misc]
     """Gives each worker its own Runtime, until the worker ends or the plugin is removed.
 
-    Register it with `client.register_plugin(TraceMLDaskWorkerPlugin(threads=8))`. Registering again replaces it, and
-    shuts the old Runtime down. In a worker with its own process it is also `get_default_runtime()`.
+    Registering again replaces it, and shuts the old Runtime down. In a worker with its own process it is also
+    `get_default_runtime()`.
+
+    Examples:
+        >>> client.register_plugin(TraceMLDaskWorkerPlugin(threads=8))
 
     Args:
         threads: workers of each Runtime for computation; 0: as many as the Dask worker has threads.
@@ -57,6 +60,10 @@ class TraceMLDaskWorkerPlugin(WorkerPlugin):  # type: ignore[misc]
 
 def get_worker_runtime() -> Runtime:
     """Return the Runtime of the Dask worker that this task runs on.
+
+    Examples:
+        >>> def load(path):
+        ...     return get_worker_runtime().submit(read, path, io=True).get()
 
     Raises:
         UsageError: this is not a Dask task, or the plugin is not registered.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
 import os
 import re
 import subprocess
@@ -17,6 +19,7 @@ from traceml.diagnosis.kinds import Kind
 
 pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
+_FOR_USERS = r"TraceML\w+|trace|get_worker_runtime"
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,18 @@ def site(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     return folder
+
+
+def _names_for_frameworks() -> dict[str, str]:
+    """Return the docstrings of the names that users write in full, as those modules cannot all be imported."""
+    found = {}
+    for path in [*(ROOT / "src/traceml/integrations").glob("*.py"), ROOT / "src/traceml/dask.py"]:
+        module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and re.fullmatch(_FOR_USERS, node.name):
+                found[f"{module}.{node.name}"] = ast.get_docstring(node) or ""
+
+    return found
 
 
 def _text(page: Path) -> str:
@@ -44,8 +59,18 @@ def test_the_reference_has_every_public_name(site):
     public |= {f"traceml.errors.{name}" for name in errors.__all__} | {
         f"traceml.traces.{name}" for name in traces.__all__
     }
-    assert public - set(anchors) == set()
+    assert public | set(_names_for_frameworks()) <= set(anchors)
     assert len(set(anchors)) == len(anchors)
+
+
+def test_names_for_frameworks_have_an_example():
+    """It parses; nothing runs it here."""
+    texts = _names_for_frameworks()
+    examples = {name: doctest.DocTestParser().get_examples(text) for name, text in texts.items()}
+
+    assert len(texts) >= 8
+    assert [name for name, found in examples.items() if not found] == []
+    assert all(ast.parse("".join(each.source for each in found)) for found in examples.values())
 
 
 def test_the_catalog_explains_every_kind(site):

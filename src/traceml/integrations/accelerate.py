@@ -25,6 +25,10 @@ class TraceMLTracker(GeneralTracker):  # type: ignore[misc]
 
     Where tracing already runs, by `traceml.init()` or `traceml run`, that recorder stays, and prints its own verdict.
 
+    Examples:
+        >>> accelerator = Accelerator(log_with=TraceMLTracker("vision", run_name="baseline"))
+        >>> accelerator.init_trackers("vision", config={"lr": 0.1})
+
     Args:
         project: project of the run at trackers, as given to `init_trackers`.
         report: show the verdict when the training ends.

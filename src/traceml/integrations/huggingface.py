@@ -32,6 +32,10 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
 
     Where tracing already runs, by `traceml.init()` or `traceml run`, that recorder stays, and prints its own verdict.
 
+    Examples:
+        >>> trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[TraceMLCallback(project="vision")])
+        >>> trainer.train()
+
     Args:
         report: show the verdict.
         settings: as for `traceml.init`; `local=True` and `on_missing="warn"` unless set here or elsewhere.
@@ -60,6 +64,10 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
 
 class TraceMLTrainer(Trainer):  # type: ignore[misc]
     """A `Trainer` with a `TraceMLCallback`.
+
+    Examples:
+        >>> trainer = TraceMLTrainer(model=model, args=args, train_dataset=data, traceml_kwargs={"project": "vision"})
+        >>> trainer.train()
 
     Args:
         args: as for `Trainer`.

@@ -103,6 +103,10 @@ class TraceMLCallback(LightningPart):
     It derives from the `Callback` of each Lightning package that the script has imported. Where tracing already runs,
     by `traceml.init()` or `traceml run`, that recorder stays, and prints its own verdict.
 
+    Examples:
+        >>> trainer = lightning.Trainer(max_epochs=3, callbacks=[TraceMLCallback()])
+        >>> trainer.fit(model, loader)
+
     Args:
         report: show the verdict.
         settings: as for `traceml.init`; `local=True` and `on_missing="warn"` unless set here or elsewhere.
@@ -143,6 +147,10 @@ class TraceMLLogger(LightningPart):
     It derives from the `Logger` of each Lightning package that the script has imported. Where tracing already runs, by
     `traceml.init()`, `traceml run` or `TraceMLCallback`, that recorder stays, and prints its own verdict.
     Arguments and errors are those of `TraceMLCallback`.
+
+    Examples:
+        >>> trainer = lightning.Trainer(max_epochs=3, logger=TraceMLLogger(run_name="baseline"))
+        >>> trainer.fit(model, loader)
     """
 
     @staticmethod

@@ -36,6 +36,10 @@ def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
     Call it on the driver. On one host the workers use the aggregator that runs, or start one; with several hosts, rank
     0 starts one for all.
 
+    Examples:
+        >>> trainer = TorchTrainer(trace(train_loop), scaling_config=ScalingConfig(num_workers=4))
+        >>> trainer.fit()
+
     Args:
         train_loop: as for `TorchTrainer`.
         report: show the verdict: on rank 0, or on the driver when `fit()` raises.
