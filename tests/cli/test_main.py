@@ -58,7 +58,13 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("reprot", "traceml report"), ("train.py", "traceml run train.py"), ("zzzzzz", None), ("--jsn", None)],
+    [
+        ("reprot", "traceml report"),
+        ("train.py", "traceml run train.py"),
+        ("watch", "traceml run"),
+        ("zzzzzz", None),
+        ("--jsn", None),
+    ],
 )
 def test_unknown_command_hints(word, meant, capsys):
     """An unknown command exits with 2, one line, and a suggestion."""

@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("traceml.cli.doctor", "check the installation, settings, ports and devices"),
     "completion": ("traceml.cli.completion", "complete commands and options in bash, zsh or fish"),
 }
+_OF_TRACEML_AI = {"watch": "run", "view": "report", "inspect": "export"}  # another product's -> the one here
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -123,7 +124,7 @@ def _did_you_mean(command: str) -> str:
 
     from difflib import get_close_matches
 
-    close = get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
+    close = [_OF_TRACEML_AI[command]] if command in _OF_TRACEML_AI else get_close_matches(command, COMMANDS, 1, 0.5)
     return f"; did you mean `traceml {close[0]}`?" if close else ""
 
 
