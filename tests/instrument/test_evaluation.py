@@ -308,6 +308,53 @@ def test_parts_of_parts_are_not_timed(traced: Traced, monkeypatch: pytest.Monkey
     assert not is_instrumented(model.body.body)
 
 
+class Criterion(nn.Module):
+    """The module that is trained: it holds the model and adds the loss, as those of sentence-transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.classifier = model, nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.model(x)).square().mean()
+
+
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_a_model_in_the_module_that_is_trained(traced: Traced, monkeypatch: pytest.MonkeyPatch, by_parts: bool) -> None:
+    """It evaluates by itself, by a call or by a method that calls its parts; that was other code of the steps."""
+    monkeypatch.setattr(discovery, "_has_compiled", bool)
+    model = Sampler()
+    model(X)
+    model.eval()  # before the training, when the module around it is not known
+    criterion = Criterion(model)
+    optimizer = sgd(criterion)
+    for index, (x,) in enumerate(data(20)):
+        criterion.train()
+        optimizer.zero_grad()
+        criterion(x).backward()
+        optimizer.step()
+        if index % 5 == 4:
+            model.eval()
+            model.generate(x) if by_parts else evaluate(model)
+
+    assert len(traced.finish()) == 20
+    assert [row["batches"] for row in traced.table("evals")] == [2 * CALLS if by_parts else CALLS] * 4
+
+
+def test_layers_that_stay_in_evaluation_are_not_timed(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As frozen layers of normalization, which a script sets to `eval()` in each step."""
+    monkeypatch.setattr(discovery, "_has_compiled", bool)
+    model = Criterion(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)))
+    optimizer = sgd(model)
+    for (x,) in data(5):
+        model.train()
+        model.model[1].eval()
+        model(x).backward()
+        optimizer.step()
+
+    assert not any(is_instrumented(part) for part in model.model.modules())
+
+
 def test_a_teacher_on_each_batch_of_a_loader_is_no_evaluation(traced: Traced) -> None:
     """Its targets are a part of the step."""
     taught, model = net().eval(), net()

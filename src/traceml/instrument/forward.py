@@ -289,23 +289,30 @@ def patch_training_mode(patches: Patches, clock: StepClock, on_evaluation: Calla
     """Tell the clock of `Module.train()`, which ends an evaluation.
 
     Args:
-        on_evaluation: called with a timed module that changes to evaluation mode.
+        on_evaluation: called with a module that changes to evaluation mode: a timed one, or one that does not change
+            as a part of another.
     """
     original = torch.nn.Module.train
+    is_part = False
 
     def train(self: Any, mode: bool = True) -> Any:
+        nonlocal is_part
         if mode == getattr(self, "training", None) or is_dynamo_compiling():
             return original(self, mode)
 
         try:
             if mode:
                 clock.begin_training_mode()
-            elif is_instrumented(self) and clock.thread:
+            elif clock.thread and (is_instrumented(self) or not is_part):
                 on_evaluation(self)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
-        return original(self, mode)
+        was_part, is_part = is_part, True
+        try:
+            return original(self, mode)
+        finally:
+            is_part = was_part
 
     patches.wrap(torch.nn.Module, "train", train)
 

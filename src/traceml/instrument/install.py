@@ -348,7 +348,7 @@ class Instrumentation:
         clock, patches = self.clock, self._patches
         patch_compile(patches, timer)
         patch_checkpoint_sequential(patches, clock, batches.measure)
-        patch_training_mode(patches, clock, lambda module: self._guarded(lambda: self._discovery.add_parts(module)))
+        patch_training_mode(patches, clock, lambda module: self._guarded(lambda: self._discovery.evaluates(module)))
         patch_backward(patches, clock, losses.read)
         patch_scale(patches, clock, losses.read_unscaled)
         patch_grad_scaler(patches, clock)

@@ -52,6 +52,7 @@ class ModuleDiscovery:
         self._on_model, self._on_optimizer = on_model, on_optimizer
         self._known: dict[int, weakref.ref[Any]] = {}
         self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # at how many known models
         self._made_ns = monotonic_ns()
         self._scans = self._scan_ns = 0
         self._descents = 0
@@ -180,7 +181,26 @@ class ModuleDiscovery:
         if not self._knows(module) and instrument_module(module, self._timer):
             self._known[id(module)] = weakref.ref(module)
 
-    def add_parts(self, module: Any) -> None:
+    def evaluates(self, module: Any) -> None:
+        """Time a model that evaluates, also where the training calls a module around it, as one that adds the loss."""
+        if not self._knows(module) and not _has_compiled() and self._is_most_of_a_model(module):
+            self._add_inside(module)
+
+        self._add_parts(module)
+
+    def _is_most_of_a_model(self, module: Any) -> bool:
+        """Whether a known model has the module inside, with most of its parameters; a frozen layer has few.
+
+        Looked up again only when more models are known: scripts may change the mode of layers in each step.
+        """
+        if self._asked.get(module) == self.models or not _has_parameters(module):
+            return False
+
+        self._asked[module] = self.models
+        own = _count(module)
+        return any(2 * own > _count(known) and _is_inside(module, known) for known in self._modules())
+
+    def _add_parts(self, module: Any) -> None:
         """Time the parts of a model that evaluates: a method of its own, as `generate`, may call them.
 
         Not the parts of these, which change to evaluation with them, and not after a compilation, which would be
@@ -257,6 +277,14 @@ def _has_compiled() -> bool:
 
 def _has_parameters(module: Any) -> bool:
     return next(iter(module.parameters()), None) is not None
+
+
+def _count(module: Any) -> int:
+    return sum(1 for _ in module.parameters())
+
+
+def _is_inside(module: Any, known: Any) -> bool:
+    return any(each is module for each in known.modules())
 
 
 def _has_any(optimizer: Any, parameters: set[int]) -> bool:
