@@ -195,6 +195,7 @@ class StepAccumulator:
         self.loss_mask = 0
         self.inspects, self.input_shape = False, None
         self.input_samples = self.input_elements = 0
+        self.split_size = 0  # size of the loader's batches where each backward pass is on a part of one
 
     @property
     def step(self) -> int:
@@ -503,6 +504,9 @@ class StepAccumulator:
         # a loader, as actor and critics: each has a segment, and is taken to train on the same data.
         if batches:
             share = min(batches / backwards, 1) if backwards else 1
+            if self.split_size and self.samples:
+                share = min(batches * self.split_size / self.samples, 1)
+
             self.committed_elements += int(self.elements * share)
             self.committed_samples += int(self.samples * share)
         else:

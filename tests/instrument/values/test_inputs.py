@@ -458,6 +458,42 @@ def test_nodes_of_graphs_are_no_samples(traced: Traced) -> None:
     assert counted(traced) == (False, False)
 
 
+@pytest.mark.parametrize(("parts", "samples"), [([8, 8, 8, 8], 32), ([12, 12, 8], 32), ([8, 8], 8), ([32, 32], 32)])
+def test_parts_of_a_batch_are_added(traced: Traced, parts: list[int], samples: int) -> None:
+    """Each part has its backward pass: 8 of 32 samples were counted. Passes on other samples do not make it larger."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in DataLoader(torch.randn(32 * 20, 4), batch_size=32):
+        at = 0
+        for count in parts:
+            model(batch[at : at + count] if at + count <= 32 else batch).mean().backward()
+            at += count
+
+        optimizer.step()
+
+    traced.finish()
+    assert [size for size, _ in sizes(traced)][-10:] == [samples] * 10
+    assert counted(traced)[1]
+
+
+def test_a_pass_without_a_call_adds_no_part(traced: Traced) -> None:
+    """GradCache computes all representations without gradients, and the loss of these, before the parts."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in DataLoader(torch.randn(32 * 20, 4), batch_size=32):
+        with torch.no_grad():
+            found = torch.cat([model(part) for part in batch.split(8)])
+
+        found.requires_grad_().square().mean().backward()
+        for part in batch.split(8):
+            model(part).mean().backward()
+
+        optimizer.step()
+
+    traced.finish()
+    assert [size for size, _ in sizes(traced)][-10:] == [32] * 10
+
+
 @pytest.mark.parametrize(("inner", "counts"), [(20, False), (30, True)])
 @pytest.mark.parametrize("has_loader", [True, False])
 def test_passes_of_an_inner_loop_are_on_other_samples(

@@ -70,18 +70,22 @@ class FactReports:
         facts = input_facts(tensor, model, self._batch_size, is_listed=is_listed)
         self.report(facts | {"batch_first": facts["batch_first"] and not self._is_part(int(tensor.shape[0]))})
 
-    def calls(self, sizes: list[tuple[int, int]], are_passes_even: bool) -> None:
+    def calls(self, sizes: list[tuple[int, int]], are_passes_even: bool, together: int) -> None:
         """Report again what is counted of the input, given samples and elements of the calls before a backward pass.
 
         Args:
             are_passes_even: whether all passes on the same batches have as many samples.
+            together: samples of several passes on the same batches, 0 where that differs.
         """
+        is_split = bool(together) and together == self._batch_size
+        self._clock.split_size = together if is_split else 0
         known = self._reported.get("input")
         if known is None:
             return
 
         samples = {each for each, _ in sizes}
-        whole = are_passes_even and len(samples) == 1 and (len(sizes) <= _WHOLE or self._batch_size in samples)
+        is_even = (are_passes_even or is_split) and len(samples) == 1
+        whole = is_even and (len(sizes) <= _WHOLE or self._batch_size in samples)
         tokens = known["tokens"] and len(sizes) == 1
         self.report(known | {"tokens": tokens, "batch_first": known["batch_first"] and whole})
 

@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["BatchCalls", "Size"]
+__all__ = ["BatchCalls", "OnCalls", "Size"]
 
 Size = tuple[int, int]
 """Samples and elements of the input of a call."""
+OnCalls = Callable[[list[Size], bool, int], None]
+"""Takes the sizes of the pass that has fewest, whether all passes of a step on the same batches have as many samples,
+and how many samples several passes on the same batches have together, 0 where that differs."""
 _PASSES = 4
 _MAX_PASSES = 64
 
@@ -23,14 +26,13 @@ class BatchCalls:
     """Watches the calls before the first backward passes.
 
     Args:
-        on_calls: called once, with the sizes of the pass that has fewest, and whether all passes of a step on the same
-            batches have as many samples.
+        on_calls: called once.
     """
 
-    def __init__(self, clock: StepClock, on_calls: Callable[[list[Size], bool], None]) -> None:
+    def __init__(self, clock: StepClock, on_calls: OnCalls) -> None:
         self._clock, self._on_calls = clock, on_calls
         self._passes: list[list[Size]] = []
-        self._samples: dict[tuple[int, int], set[int]] = {}  # of first calls, by step and its batches so far
+        self._samples: dict[tuple[int, int], list[int]] = {}  # of first calls, by step and its batches so far
         self._rows = self._backwards = -1
         self.is_over = False
         """Whether enough passes were watched."""
@@ -40,14 +42,21 @@ class BatchCalls:
         if self._begins_pass():
             if self._has_enough():
                 self.is_over = True
-                even = all(len(samples) == 1 for samples in self._samples.values())
-                self._on_calls(min(self._passes, key=lambda sizes: (len(set(sizes)), len(sizes))), even)
+                even = all(len(set(samples)) == 1 for samples in self._samples.values())
+                fewest = min(self._passes, key=lambda sizes: (len(set(sizes)), len(sizes)))
+                self._on_calls(fewest, even, self._together())
                 return
 
             self._passes.append([])
-            self._samples.setdefault(self._data(), set()).add(size[0])
+            self._samples.setdefault(self._data(), []).append(size[0])
 
         self._passes[-1].append(size)
+
+    def _together(self) -> int:
+        """Return the samples of all passes on the same batches; the first and the last may not be seen whole."""
+        whole = list(self._samples.values())[1:-1]
+        sums = {sum(samples) for samples in whole}
+        return sums.pop() if len(sums) == 1 and all(len(samples) > 1 for samples in whole) else 0
 
     def _data(self) -> tuple[int, int]:
         """Return the step, and how many batches it has had; after its optimizer step a forward begins the next."""

@@ -25,7 +25,7 @@ import torch
 
 from traceml.fail_open import fail_open
 from traceml.instrument.step_clock import StepClock
-from traceml.instrument.values.batch_calls import BatchCalls, Size
+from traceml.instrument.values.batch_calls import BatchCalls, OnCalls
 from traceml.instrument.values.rollouts import RolloutSearch
 
 __all__ = ["BatchReader"]
@@ -50,8 +50,7 @@ class BatchReader:
     Args:
         on_input: called with the first input, its model, and whether it is one of a list of inputs, for facts about
             them.
-        on_calls: called with the sizes of the calls before a backward pass, and whether all passes on the same
-            batches have as many samples.
+        on_calls: called with what `BatchCalls` finds.
         on_play: called where a trained model is called in `eval()` with one sample, without a loader, between
             trainings with more.
     """
@@ -60,7 +59,7 @@ class BatchReader:
         self,
         clock: StepClock,
         on_input: Callable[[Any, Any, bool], None],
-        on_calls: Callable[[list[Size], bool], None],
+        on_calls: OnCalls,
         on_play: Callable[[], None],
     ) -> None:
         self._clock, self._on_input, self._on_play = clock, on_input, on_play
