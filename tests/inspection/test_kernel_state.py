@@ -79,10 +79,60 @@ def test_the_other_end_of_a_connection_is_named(family: socket.AddressFamily, ho
                 process.kill()
 
 
-def test_input_of_a_terminal_is_recognized() -> None:
-    """A process that waits for its user is no hang."""
+@pytest.mark.parametrize("timeout_s", ["None", "90"])
+def test_a_server_that_does_not_answer_is_named(timeout_s: str) -> None:
+    """As one behind a firewall; with a timeout, Python waits in poll()."""
+    code = f"import socket\nsocket.create_connection(('127.0.0.1', int(input())), {timeout_s})"
+    with socket.socket() as server, socket.socket() as first, socket.socket() as second:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        port = server.getsockname()[1]
+        for client in (first, second):  # the queue is full: no other one is answered
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+
+        with _python(code, stdin=subprocess.PIPE) as process:
+            try:
+                assert process.stdin is not None
+                process.stdin.write(f"{port}\n".encode())
+                process.stdin.flush()
+                eventually(lambda: wait_state(process.pid).waits_on == f"connect 127.0.0.1:{port}")
+            finally:
+                process.kill()
+
+
+def test_a_reader_with_a_timeout_is_named() -> None:
+    """Python waits in poll() before it receives."""
+    code = "import socket\nsocket.create_connection(('127.0.0.1', int(input())), 90).recv(1)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with _python(code, stdin=subprocess.PIPE) as process:
+            try:
+                assert process.stdin is not None
+                process.stdin.write(f"{port}\n".encode())
+                process.stdin.flush()
+                eventually(lambda: wait_state(process.pid).waits_on == f"tcp 127.0.0.1:{port}")
+            finally:
+                process.kill()
+
+
+def test_none_of_several_descriptors_is_named() -> None:
+    """Any of them may be what the process waits for."""
+    code = "import os, select; select.select([os.pipe()[0], os.pipe()[0]], [], [])"
+    with _python(code) as process:
+        try:
+            eventually(lambda: "poll" in wait_state(process.pid).wchan)
+
+            assert not wait_state(process.pid).waits_on
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("waits", ["import os; os.read(0, 1)", "import select; select.select([0], [], [])"])
+def test_input_of_a_terminal_is_recognized(waits: str) -> None:
+    """A process that waits for its user is no hang; readline, which pdb and others import, waits in select()."""
     ours, theirs = os.openpty()
-    with _python("import os; os.read(0, 1)", stdin=theirs) as process:
+    with _python(waits, stdin=theirs) as process:
         try:
             eventually(lambda: wait_state(process.pid).is_terminal_input)
 

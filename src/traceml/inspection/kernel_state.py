@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import platform
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +21,7 @@ __all__ = [
     "ProcessUsage",
     "UsageRates",
     "WaitState",
+    "awaited_descriptor",
     "children_of",
     "current_syscall",
     "end_started_processes",
@@ -38,12 +42,17 @@ _TICKS_PER_S = os.sysconf(
     "SC_CLK_TCK"
 )  # as in `traceml.clock`: this module also runs alone, on hosts without the package
 _STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
-# System calls whose first argument is the descriptor that they wait for. poll and select have none.
+# System calls whose first argument is the descriptor that they wait for, and those that have a list of descriptors.
 _ON_DESCRIPTOR = {
     "x86_64": {0, 1, 16, 17, 18, 19, 20, 42, 43, 44, 45, 46, 47, 72, 73, 74, 75, 288},
     "aarch64": {25, 29, 32, 63, 64, 65, 66, 67, 68, 82, 83, 202, 203, 206, 207, 211, 212, 242},
 }
+_POLLS = {"x86_64": (7, 271), "aarch64": (73,)}  # poll, ppoll
+_SELECTS = {"x86_64": (23, 270), "aarch64": (72,)}  # select, pselect6
+_POLLED = struct.Struct("@i")
+_MAX_SELECTED = 1024
 _READS = {"x86_64": 0, "aarch64": 63}
+_CONNECTING = "02"  # state of a connection in /proc/net/tcp
 _DEAD = ("Z", "X")
 _STOPPED = (*_DEAD, "T", "t")
 _STOP_S, _STOP_POLL_S = 0.2, 0.001
@@ -77,8 +86,8 @@ class WaitState:
         state: the letter that ps shows; X when the process is gone.
         wchan: the kernel function in which it sleeps; empty while it runs, or if it may not be read.
         waits_on: the file, pipe or socket of the descriptor that its system call waits for; `stdin`, `stdout` or
-            `stderr` for these; `tcp ADDRESS:PORT` of the peer for a connection; empty without one, or if it may not be
-            read.
+            `stderr` for these; `tcp ADDRESS:PORT` of the peer for a connection, `connect ADDRESS:PORT` until that has
+            answered; empty without one, or if it may not be read.
         tracer: process id of an attached debugger, 0 without one.
     """
 
@@ -142,9 +151,10 @@ def wait_state(pid: int) -> WaitState:
     if info is None:
         return WaitState()
 
-    call, descriptor = _blocking_syscall(pid)
+    call = current_syscall(pid)
+    descriptor = awaited_descriptor(pid, call)
     target = _target(pid, descriptor) if descriptor >= 0 else ""
-    reads_terminal = call == _READS.get(platform.machine()) and target.startswith(("/dev/tty", "/dev/pts/"))
+    reads_terminal = _waits_for_input(call) and target.startswith(("/dev/tty", "/dev/pts/"))
     return WaitState(
         info.state,
         _read(f"/proc/{pid}/wchan").strip("0\n "),
@@ -304,10 +314,52 @@ def waits_with(pid: int, thread: int) -> bool:
     return False
 
 
-def _blocking_syscall(pid: int) -> tuple[int, int]:
-    """Return the number of the main thread's system call, and the descriptor that it waits for; -1 without one."""
-    call, descriptor, *_ = current_syscall(pid) or (-1, -1)
-    return call, descriptor if call in _ON_DESCRIPTOR.get(platform.machine(), ()) else -1
+def awaited_descriptor(thread: int, call: Sequence[int]) -> int:
+    """Return the only descriptor that a thread waits for; -1 without one.
+
+    Args:
+        call: its system call, as `current_syscall` returns it.
+    """
+    number, first, second, third, *_ = *call, -1, -1, -1, -1
+    machine = platform.machine()
+    if number in _ON_DESCRIPTOR.get(machine, ()):
+        return first
+
+    if number in _SELECTS.get(machine, ()):
+        return _selected(thread, min(first, _MAX_SELECTED), (second, third))
+
+    return _polled(thread, first) if number in _POLLS.get(machine, ()) and second == 1 else -1
+
+
+def _waits_for_input(call: Sequence[int]) -> bool:
+    machine = platform.machine()
+    waits = (_READS.get(machine, -1), *_POLLS.get(machine, ()), *_SELECTS.get(machine, ()))
+    return bool(call) and call[0] in waits  # readline waits in pselect6
+
+
+def _polled(thread: int, address: int) -> int:
+    """Return the descriptor of a `struct pollfd`; -1 if its thread has gone on and it is not there."""
+    found = _memory(thread, address, _POLLED.size)
+    return int(_POLLED.unpack(found)[0]) if found else -1
+
+
+def _selected(thread: int, count: int, sets: Sequence[int]) -> int:
+    """Return the only descriptor below `count` of these `fd_set`; -1 where there are several."""
+    size = -(-count // 64) * 8
+    words = [_memory(thread, address, size) for address in sets if address]
+    bits = functools.reduce(operator.or_, (int.from_bytes(word, "little") for word in words), 0) & ((1 << count) - 1)
+    return bits.bit_length() - 1 if bits.bit_count() == 1 else -1
+
+
+def _memory(thread: int, address: int, size: int) -> bytes:
+    """Return bytes of a thread's memory; empty if they are not there, or may not be read."""
+    try:
+        with open(f"/proc/{thread}/mem", "rb", buffering=0) as memory:
+            found = os.pread(memory.fileno(), size, address)
+    except (OSError, OverflowError):
+        return b""
+
+    return found if len(found) == size else b""
 
 
 def _target(pid: int, descriptor: int) -> str:
@@ -320,12 +372,13 @@ def _target(pid: int, descriptor: int) -> str:
 
 
 def _peer(pid: int, inode: str) -> str:
-    """Return `tcp ADDRESS:PORT` of the other end of a connection; empty for another socket."""
+    """Return `tcp ADDRESS:PORT` of the other end of a connection, or `connect ...`; empty for another socket."""
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in _read(f"/proc/{pid}/net/{table}").splitlines()[1:]:
             words = line.split()
             if words[9:10] == [inode] and (port := int(words[2].rpartition(":")[2], 16)):
-                return f"tcp {_address(words[2].rpartition(':')[0], family)}:{port}"
+                state = "connect" if words[3] == _CONNECTING else "tcp"
+                return f"{state} {_address(words[2].rpartition(':')[0], family)}:{port}"
 
     return ""
 

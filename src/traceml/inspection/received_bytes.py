@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import platform
 import socket
-import struct
 import sys
 
-from traceml.inspection.kernel_state import current_syscall
+from traceml.inspection.kernel_state import awaited_descriptor, current_syscall
 
 __all__ = ["received_bytes"]
 
-# System calls that wait for one socket, by its descriptor, and those that wait for a list of descriptors.
-_RECEIVES = {"x86_64": (0, 45, 47), "aarch64": (63, 207, 212)}  # read, recvfrom, recvmsg
-_POLLS = {"x86_64": (7, 271), "aarch64": (73,)}  # poll, ppoll
 _RECEIVED_AT, _INFO_BYTES = 128, 136  # `tcpi_bytes_received` of struct tcp_info
-_POLLED = struct.Struct("@i")
 
 
 def received_bytes(thread: int) -> int:
@@ -27,7 +20,7 @@ def received_bytes(thread: int) -> int:
     Args:
         thread: the kernel's id of the thread.
     """
-    descriptor = _awaited(thread) if sys.platform == "linux" else -1
+    descriptor = awaited_descriptor(thread, current_syscall(thread)) if sys.platform == "linux" else -1
     if descriptor < 0:
         return 0
 
@@ -40,22 +33,3 @@ def received_bytes(thread: int) -> int:
 @functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
-
-
-def _awaited(thread: int) -> int:
-    """Return the only descriptor that a thread waits for; -1 without one."""
-    call, first, count, *_ = *current_syscall(thread), -1, -1, -1
-    machine = platform.machine()
-    if call in _RECEIVES.get(machine, ()):
-        return first
-
-    return _polled(first) if call in _POLLS.get(machine, ()) and count == 1 else -1
-
-
-def _polled(address: int) -> int:
-    """Return the descriptor of a `struct pollfd`; -1 if its thread has gone on and it is not there."""
-    try:
-        with open("/proc/self/mem", "rb", buffering=0) as memory:
-            return int(_POLLED.unpack(os.pread(memory.fileno(), _POLLED.size, address))[0])
-    except (OSError, OverflowError, struct.error):
-        return -1

@@ -60,7 +60,7 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
             "Give the connection a timeout",
         ),
         (
-            {"wchan": "inet_stream_connect", "waits_on": "tcp 10.0.0.7:443"},
+            {"wchan": "do_sys_poll", "waits_on": "connect 10.0.0.7:443"},
             "stuck, connecting to 10.0.0.7:443 for 75 s.",
             "Give the connection a timeout",
         ),

@@ -77,7 +77,8 @@ _SLEEPS = (
     ("__do_sys_pause", "waiting for a signal"),
 )
 _PIPE_WRITES = ("anon_pipe_write", "pipe_write")
-_TCP = "tcp "
+# What `waits_on` says of a connection.
+_CONNECTIONS = {"tcp": "waiting for the network ({})", "connect": "connecting to {}"}
 _DISK = ("io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
 
 
@@ -245,9 +246,9 @@ def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if snapshot.waits_on == "stdin":
         return "waiting for input on stdin"
 
-    if snapshot.waits_on.startswith(_TCP):
-        address = snapshot.waits_on.removeprefix(_TCP)
-        return f"connecting to {address}" if "connect" in snapshot.wchan else f"waiting for the network ({address})"
+    state, _, address = snapshot.waits_on.partition(" ")
+    if state in _CONNECTIONS:
+        return _CONNECTIONS[state].format(address)
 
     if words == _INPUT and any(is_event_loop(frame.file) for frame in snapshot.frames):
         return "waiting for an event"
