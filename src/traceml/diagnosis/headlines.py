@@ -148,10 +148,12 @@ _HANGS = {
     "roots": "{ranks_are} calling the collective with a different root",
     "circle": "{ranks} wait for each other",
     "network": "All ranks hang in {operation}",
+    "rendezvous": "The ranks do not find each other in {operation}",
     "ended": "{ranks} ended, and the others wait",
     "data_ended": "The data of {of_ranks} ended, and the others wait",
     "unanswered": "The job hangs: {ranks} did not answer",
 }
+_OF_ALL = ("network", "rendezvous")
 _ALL_DIFFER = {
     "mismatch": "{ranks} are in different collectives",
     "sizes": "{ranks} call the same collective with different tensor sizes",
@@ -169,7 +171,7 @@ def hang(finding: FindingFacts) -> str:
     if not file and finding.phase:
         at = f", {evidence['state']}" if evidence.get("state") else f", in {phase_words(finding.phase)}"
 
-    if cause in _HANGS and (finding.ranks or cause == "network"):
+    if cause in _HANGS and (finding.ranks or cause in _OF_ALL):
         are = f"{ranks} {'is' if len(finding.ranks) == 1 else 'are'}"
         template = _HANGS[cause] if waiting else _ALL_DIFFER.get(cause, _HANGS[cause])
         text = template.format(
@@ -178,7 +180,7 @@ def hang(finding: FindingFacts) -> str:
             ranks_are=are,
             operation=evidence.get("operation") or "a collective",
         )
-        return text if cause == "ended" else text + (at if cause == "network" else "")
+        return text if cause == "ended" else text + (at if cause in _OF_ALL else "")
 
     many = len(finding.ranks) != 1
     if waiting:

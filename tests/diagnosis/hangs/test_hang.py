@@ -326,6 +326,26 @@ def test_all_ranks_in_the_same_collective_blame_nobody():
     )
 
 
+def test_ranks_that_do_not_find_each_other_are_told_what_they_wait_for():
+    """A wrong address or world size is no fault of the network; the headline says so, too."""
+    seen = ("tcp 127.0.0.1:29500", "connect 10.0.0.9:29500", "connect 10.0.0.9:29500")
+    finding = found(
+        *(
+            snapshot(rank, call("init_process_group"), line(5), phase="startup", wchan="do_sys_poll", waits_on=each)
+            for rank, each in enumerate(seen)
+        ),
+        world_size=3,
+    )
+
+    assert (finding.ranks, finding.evidence["cause"]) == ((), "rendezvous")
+    assert summary(finding) == (
+        "All ranks have been in init_process_group in start-up (train.py:5 main) for 75 s and do not find each other: "
+        "rank 0 waiting for the network (127.0.0.1:29500), ranks 1, 2 connecting to 10.0.0.9:29500."
+    )
+    assert finding.headline == "The ranks do not find each other in init_process_group, in train.py:5 main"
+    assert "MASTER_ADDR" in finding.next
+
+
 def test_calls_that_point_to_no_rank_are_listed():
     """As of torch.distributed.rpc: all ranks have answered, so none is to be looked for."""
     zero = snapshot(0, call("rpc_sync"), line(20))

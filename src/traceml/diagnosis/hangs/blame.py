@@ -17,6 +17,7 @@ from traceml.diagnosis.hangs.uneven_data import UnevenData, uneven_data
 
 __all__ = ["Blame", "HangCause", "blame"]
 
+_RENDEZVOUS = "init_process_group"
 _SAME_SIZES = ("all_reduce", "broadcast", "reduce", "allreduce")
 
 
@@ -32,6 +33,7 @@ class HangCause(StrEnum):
     ROOTS = "roots"  # the same operation, from or to another rank
     CIRCLE = "circle"  # ranks wait for each other in different groups
     NETWORK = "network"  # all are in the same collective
+    RENDEZVOUS = "rendezvous"  # all are in init_process_group: they do not find each other
     STANDS = "stands"  # no rank waits for another
     UNANSWERED = "unanswered"  # too little is known
 
@@ -129,7 +131,8 @@ def _together(waits: Mapping[int, GroupSnapshot], snapshots: Mapping[int, RankSn
     if others or len(known) > 1 or any(wait.is_p2p for wait in waits.values()):
         return Blame(HangCause.UNANSWERED, (), waits)
 
-    return Blame(HangCause.NETWORK, (), waits, next(iter(waits.values())))
+    met = next(iter(waits.values()))
+    return Blame(HangCause.RENDEZVOUS if met.operation == _RENDEZVOUS else HangCause.NETWORK, (), waits, met)
 
 
 def _targets(

@@ -46,7 +46,7 @@ def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
 
 def _finding(found: DetectedHang, diverged: DivergedRanks | None) -> Finding:
-    named = found.blame.ranks if found.blame.cause is not HangCause.NETWORK else ()
+    named = found.blame.ranks
     first = next((found.snapshots[rank] for rank in named if rank in found.snapshots), None)
     shown = first or (None if named else next(iter(found.snapshots.values())))
     phase = shown.phase if shown is not None and shown.phase else None

@@ -66,6 +66,10 @@ _ADVICE: Mapping[HangCause, str] = {
         "All of them called the same collective: look at the network between the ranks and at the devices (dmesg; with "
         "NCCL also NCCL_DEBUG=INFO). With gloo, look at communication hooks that call collectives in callbacks."
     ),
+    HangCause.RENDEZVOUS: (
+        "Compare MASTER_ADDR, MASTER_PORT and the world size of all ranks: the address must be one at which the others "
+        "reach rank 0, and as many ranks as the world size must come. Then look at firewalls between the hosts."
+    ),
     HangCause.UNANSWERED: "Look at the processes of the ranks that did not answer, and at their hosts.",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.diagnosis.hangs.blame import HangCause
@@ -59,9 +59,8 @@ def hang_summary(found: DetectedHang) -> str:
     elif cause is HangCause.CIRCLE:
         places = _places(found, found.blame.ranks)
         text = f"{ranks_text(found.blame.ranks)} wait for each other: {places}, for {_age(found)}{_waiters_text(found)}"
-    elif cause is HangCause.NETWORK:
-        where = _where_they_wait(found, sorted(found.snapshots))
-        text = f"all ranks have been in {where} for {_age(found)}: none is missing, so look at network and devices"
+    elif cause in (HangCause.NETWORK, HangCause.RENDEZVOUS):
+        text = _together_text(found)
     elif cause is HangCause.UNANSWERED:
         silent = f"; {ranks_text(found.blame.ranks)} did not answer" if found.blame.ranks else ""
         text = f"no rank has made progress for {_age(found)}: {_places(found, found.snapshots)}{silent}"
@@ -132,6 +131,16 @@ def _stands_text(found: DetectedHang) -> str:
         return f"{ranks_text(ranks)} {has} been {_state_text(found, ranks)} for {_age(found)}{_seen_text(found, ranks)}"
 
     return f"no rank has made progress for {_age(found)}: {_places(found, ranks)}"
+
+
+def _together_text(found: DetectedHang) -> str:
+    """Return that all ranks are in one operation; where they do not find each other, what each waits for."""
+    text = f"all ranks have been in {_where_they_wait(found, sorted(found.snapshots))} for {_age(found)}"
+    if found.blame.cause is HangCause.NETWORK:
+        return f"{text}: none is missing, so look at network and devices"
+
+    waits = _by_place(found.snapshots, lambda rank: doing(found.snapshots[rank]) or "silent")
+    return f"{text} and do not find each other: {', '.join(f'{ranks_text(at)} {what}' for what, at in waits[:_LISTED])}"
 
 
 def _ended_text(found: DetectedHang) -> str:
@@ -245,13 +254,18 @@ def _phase_text(snapshot: RankSnapshot) -> str:
 
 def _places(found: DetectedHang, ranks: Iterable[int]) -> str:
     """Return where ranks are, those at one place together: `rank 0 in ..., ranks 1-3 in ...`."""
-    by_place: dict[str, list[int]] = defaultdict(list)
-    for rank in sorted(ranks):
-        by_place[_place(found, rank)].append(rank)
-
-    parts = [f"{ranks_text(at)} {place}" for place, at in by_place.items()]
+    parts = [f"{ranks_text(at)} {place}" for place, at in _by_place(ranks, lambda rank: _place(found, rank))]
     more = f", and {plural(len(parts) - _LISTED, 'other place')}" if len(parts) > _LISTED else ""
     return ", ".join(parts[:_LISTED]) + more
+
+
+def _by_place(ranks: Iterable[int], place: Callable[[int], str]) -> list[tuple[str, list[int]]]:
+    """Return the places of ranks, and the ranks that are there."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for rank in sorted(ranks):
+        found[place(rank)].append(rank)
+
+    return list(found.items())
 
 
 def _where_they_wait(found: DetectedHang, ranks: Sequence[int], of: str = "") -> str:
@@ -273,11 +287,7 @@ def _waiters_text(found: DetectedHang) -> str:
         return ""
 
     it = "it" if len(named) == 1 else "them"
-    by_place: dict[str, list[int]] = defaultdict(list)
-    for rank in waiting:
-        by_place[_where_they_wait(found, [rank])].append(rank)
-
-    (place, ranks), *others = by_place.items()
+    (place, ranks), *others = _by_place(waiting, lambda rank: _where_they_wait(found, [rank]))
     first = f"{ranks_text(ranks)} {'waits' if len(ranks) == 1 else 'wait'} for {it} in {place}"
     more = [f"{ranks_text(ranks)} in {place}" for place, ranks in others]
     return "; " + ", ".join([first, *more[: _LISTED - 1]]) + (", …" if len(more) >= _LISTED else "")
