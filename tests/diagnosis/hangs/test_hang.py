@@ -578,6 +578,17 @@ def test_progress_after_a_snapshot_ends_the_hang():
     assert found(*early) is None
 
 
+def test_what_a_rank_does_after_it_was_asked_to_end_is_no_progress():
+    """As the error that torch prints when a signal ends the set-up of its store."""
+    last = replace(STUCK, at_ns=NOW_NS - 20 * S, is_last=True)
+    prints = replace(STUCK, at_ns=NOW_NS - 19 * S, ended=True)
+    exits = [RankExit(rank=rank, state="killed", signal=15) for rank in (0, 1)]
+
+    assert "Rank 1 never reached" in summary(found(in_backward(0), last, prints, exits=exits, state="stopped"))
+    goes_on = replace(last, is_last=False)
+    assert found(in_backward(0), goes_on, prints, exits=exits, state="stopped") is None
+
+
 def test_a_collective_in_flight_is_not_waited_for_by_a_sleeping_rank():
     """The stack tells: an asynchronous all_reduce that nobody waits for."""
     flying = (group(6, "all_reduce"),)

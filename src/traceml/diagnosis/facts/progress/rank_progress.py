@@ -282,8 +282,10 @@ class ProgressHistory:
         alive_s = (now_ns - self._seen[rank]) / _S
         snapshot = self._snapshots.get(rank)
         over_ns = self._over.get(rank)
-        if snapshot is not None and over_ns is not None and not (is_gone and now_ns - over_ns < _DYING_S * _S):
-            snapshot = None
+        if snapshot is not None and over_ns is not None:
+            # What it did after the job was asked to end, such as to print an error, is part of its end, too.
+            is_dying = is_gone and (snapshot.is_last or now_ns - over_ns < _DYING_S * _S)
+            snapshot = snapshot if is_dying else None
 
         if snapshot is not None and last_ns <= snapshot.at_ns:
             quiet_s = snapshot.quiet_s + max((over_ns or now_ns) - snapshot.at_ns, 0) / _S
