@@ -29,14 +29,16 @@ pytestmark = pytest.mark.process
 class Script:
     """A traced script in a process of its own."""
 
-    def __init__(self, serving: Serving, folder: Path, code: str, stderr: int | None = None) -> None:
+    def __init__(
+        self, serving: Serving, folder: Path, code: str, stderr: int | None = None, inside: tuple[str, ...] = ()
+    ) -> None:
         self.serving = serving
         script = folder / "script.py"
         script.write_text(textwrap.dedent(code))
         environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
         environ |= {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder)}
         self.process = subprocess.Popen(
-            [sys.executable, str(script)], env=environ, stdout=subprocess.PIPE, stderr=stderr, text=True
+            [*inside, sys.executable, str(script)], env=environ, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
@@ -56,8 +58,8 @@ def script(serving: Callable[..., Serving], tmp_path: Path):
     """Start a script; whatever happens it does not outlive the test."""
     started: list[Script] = []
 
-    def start(code: str, stderr: int | None = None) -> Script:
-        started.append(Script(serving(), tmp_path, code, stderr))
+    def start(code: str, stderr: int | None = None, inside: tuple[str, ...] = ()) -> Script:
+        started.append(Script(serving(), tmp_path, code, stderr, inside))
         return started[-1]
 
     yield start
@@ -306,6 +308,33 @@ def test_a_dead_rank_has_no_snapshot(script: Callable[[str], Script]) -> None:
     eventually(lambda: process_info(pid).state == "Z", "the end of the rank")
 
     assert snapshots.make() is None
+
+
+HOLDS = """
+    import ctypes, traceml
+    traceml.init()
+
+    def hold():
+        print("ready", flush=True)
+        ctypes.PyDLL(None).sleep(600)
+
+    hold()
+"""
+
+
+def test_a_stack_stands_until_the_recorder_runs(
+    script: Callable[[str], Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy host, or while its process dies, it may not be possible to ask again."""
+    rank = script(HOLDS)
+    pid = rank.process.pid
+    (flight,) = (path for path in find_flights(default_folder()) if flight_identity(path).get("pid") == pid)
+    snapshots = SilentSnapshots(0, pid, flight)
+    told = eventually(lambda: next((each for each in [snapshots.make()] if each and each.frames), None))
+    monkeypatch.setattr("traceml.database.silent_snapshots.find_stack_file", lambda _pid: None)
+    monkeypatch.setattr("traceml.database.silent_snapshots._AGAIN_S", 0.001)
+
+    assert snapshots.make().frames == told.frames
 
 
 def test_a_rank_that_answers_has_no_snapshot(script: Callable[[str], Script]) -> None:

@@ -44,6 +44,7 @@ class SilentSnapshots:
         self._frames: tuple[FrameSnapshot, ...] = ()
         self._holders: tuple[ThreadSnapshot, ...] = ()
         self._is_waiting_for_gil = False
+        self._heartbeat_ns = 0
         self._asked: tuple[str, int] | None = None
         self._rates = UsageRates(pid)
         self._stored: dict[str, object] = {}
@@ -131,23 +132,30 @@ class SilentSnapshots:
         if moment == self._asked:
             return self._frames
 
-        self._frames, self._holders, self._is_waiting_for_gil = (), (), False
-        file = find_stack_file(self._pid) if moment and slots.recorder_thread else None
+        if slots.heartbeat_ns != self._heartbeat_ns:  # else the GIL is still held in the same call
+            self._frames, self._holders, self._is_waiting_for_gil = (), (), False
+
+        thread = slots.recorder_thread
+        file = find_stack_file(self._pid) if moment and thread else None
         if file is None:
-            return ()
+            return self._frames
 
         try:
-            asked = SignaledStacks(self._pid, file, silent_thread=slots.recorder_thread)
-            text = asked.wait()
-            self._frames = tuple(_frame(each) for each in main_frames(text)[:MAX_FRAMES])
-            if self._frames and waits_with(self._pid, slots.recorder_thread):
-                self._is_waiting_for_gil, self._holders = True, tuple(_callers(text)[:MAX_THREADS])
-
+            asked = SignaledStacks(self._pid, file, silent_thread=thread)
+            self._take(asked.wait(), thread, slots)
             self._asked = self._moment(state) if asked.was_sent else None
         finally:
             os.close(file)
 
         return self._frames
+
+    def _take(self, text: str, thread: int, slots: LiveSlots) -> None:
+        """Keep the stacks that faulthandler has written, if it has."""
+        frames = tuple(_frame(each) for each in main_frames(text)[:MAX_FRAMES])
+        if frames:
+            self._frames, self._heartbeat_ns = frames, slots.heartbeat_ns
+            self._is_waiting_for_gil = waits_with(self._pid, thread)
+            self._holders = tuple(_callers(text)[:MAX_THREADS]) if self._is_waiting_for_gil else ()
 
     def _moment(self, state: str) -> tuple[str, int] | None:
         """Return what changes when the main thread goes on; None while it is stopped, as it cannot answer."""
