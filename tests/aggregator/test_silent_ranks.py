@@ -322,6 +322,18 @@ HOLDS = """
 """
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes pid namespaces everywhere")
+def test_a_rank_in_a_container_is_reported_with_its_line(script: Callable[..., Script]) -> None:
+    """It has another number here, as have its threads: the lock of its flight file tells which."""
+    rank = script(HOLDS, inside=("unshare", "--pid", "--fork", "--mount-proc", "--kill-child"))
+
+    snapshot = eventually(lambda: next((snapshot for snapshot in rank.snapshots() if snapshot.frames), None))
+
+    assert (snapshot.answered, snapshot.process_state) == ("signal", "S")
+    assert snapshot.user_line is not None
+    assert snapshot.user_line.function == "hold"
+
+
 def test_a_stack_stands_until_the_recorder_runs(
     script: Callable[[str], Script], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from traceml.inspection.kernel_state import (
     is_job_suspended,
     process_info,
     thread_cpu_ns,
+    thread_here,
     threads_of,
     tree_usage,
     wait_state,
@@ -174,6 +175,12 @@ def test_a_thread_has_its_own_cpu_time() -> None:
     assert used_ns is not None
     assert used_ns > 0
     assert thread_cpu_ns(0) is None
+
+
+def test_a_thread_is_found_by_its_number_in_its_own_namespace() -> None:
+    """Here both are the same."""
+    assert thread_here(os.getpid(), threading.get_native_id()) == threading.get_native_id()
+    assert thread_here(os.getpid(), 1 << 30) is None
 
 
 def test_use_counts_children() -> None:

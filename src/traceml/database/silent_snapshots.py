@@ -19,6 +19,7 @@ from traceml.inspection.kernel_state import (
     is_job_suspended,
     process_info,
     read_status,
+    thread_here,
     wait_state,
     waits_with,
 )
@@ -135,9 +136,9 @@ class SilentSnapshots:
         if slots.heartbeat_ns != self._heartbeat_ns:  # else the GIL is still held in the same call
             self._frames, self._holders, self._is_waiting_for_gil = (), (), False
 
-        thread = slots.recorder_thread
-        file = find_stack_file(self._pid) if moment and thread else None
-        if file is None:
+        thread = thread_here(self._pid, slots.recorder_thread) if moment and slots.recorder_thread else None
+        file = find_stack_file(self._pid) if thread is not None else None
+        if file is None or thread is None:
             return self._frames
 
         try:

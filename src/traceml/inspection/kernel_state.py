@@ -31,6 +31,7 @@ __all__ = [
     "process_info",
     "read_status",
     "thread_cpu_ns",
+    "thread_here",
     "threads_of",
     "tree_usage",
     "wait_state",
@@ -143,6 +144,15 @@ def read_status(pid: int, name: str, thread: int | None = None) -> str:
             return value.strip()
 
     return ""
+
+
+def thread_here(pid: int, number: int) -> int | None:
+    """Return a thread of a process by its number in the pid namespace of that process; None if there is none.
+
+    That of a container differs from the one of this process.
+    """
+    numbers = {each: read_status(pid, "NSpid", each).split()[-1:] for each in map(int, _names(f"/proc/{pid}/task"))}
+    return next((each for each, inner in numbers.items() if inner == [str(number)]), None)
 
 
 def wait_state(pid: int) -> WaitState:

@@ -57,9 +57,9 @@ class HungJobs:
 
         await asyncio.sleep(_KILL_AFTER_S)
         for stream in run.streams:
-            identity = stream.incarnation
-            if not stream.ended and stream.seen_here and process_start_ticks(identity.pid) == identity.start_ticks:
-                _kill(identity.pid)
+            pid = None if stream.ended else stream.pid_here
+            if pid is not None and process_start_ticks(pid) == stream.incarnation.start_ticks:
+                _kill(pid)
 
         for process in AbsentRanks(run).find():
             _kill(process.pid)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.aggregator.silence.silent_process import SilentProcess
-from traceml.clock import boot_id, process_start_ticks
+from traceml.clock import boot_id
 from traceml.database.flight.flight_folders import default_folder, disk_folders
-from traceml.database.flight.flight_owner import find_unclaimed, is_alive
+from traceml.database.flight.flight_owner import find_unclaimed, is_alive, pid_here
 from traceml.database.flight.postmortem import flight_identity, may_be_of
 from traceml.transport.hello import WORLD_LIMIT
 
@@ -42,20 +42,19 @@ class AbsentRanks:
         found: dict[int, list[SilentProcess]] = {}
         for path, facts in self._known.items():
             # Read again: a rank that has connected elsewhere since has learned its run there.
-            if self._is_absent(facts) and is_alive(path) and may_be_of(flight_identity(path), self._run.id):
+            pid = pid_here(path, facts["pid"], facts["start_ticks"]) if self._is_absent(facts) else None
+            if pid is not None and is_alive(path) and may_be_of(flight_identity(path), self._run.id):
                 self._run.expect(facts)
-                process = SilentProcess(facts["rank"], facts["pid"], path)
+                process = SilentProcess(facts["rank"], pid, path)
                 found.setdefault(process.rank, []).append(process)
 
         return [processes[0] for processes in found.values() if len(processes) == 1]
 
     def _is_absent(self, facts: dict[str, Any]) -> bool:
-        """Whether a file's writer is a rank of this run that runs here and has not connected."""
-        rank, pid = facts.get("rank"), facts.get("pid")
+        """Whether a file's writer is a rank of this run that has not connected."""
+        rank, process = facts.get("rank"), (facts.get("pid"), facts.get("start_ticks"))
         if facts.get("job") != self._run.key or facts.get("parent") or facts.get("boot_id") != boot_id():
             return False
 
-        if not (isinstance(rank, int) and isinstance(pid, int) and 0 <= rank < WORLD_LIMIT):
-            return False
-
-        return self._run.lacks(facts) and process_start_ticks(pid) == facts.get("start_ticks")
+        is_known = isinstance(rank, int) and 0 <= rank < WORLD_LIMIT and all(isinstance(each, int) for each in process)
+        return is_known and self._run.lacks(facts)

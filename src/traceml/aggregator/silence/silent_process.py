@@ -30,8 +30,8 @@ class SilentProcess:
     @classmethod
     def of(cls, stream: Stream) -> SilentProcess | None:
         """Return the process of a stream; None if it is not on this host."""
-        path = stream.flight_path
-        return cls(stream.rank, stream.incarnation.pid, path, stream) if stream.seen_here and path is not None else None
+        path, pid = stream.flight_path, stream.pid_here
+        return cls(stream.rank, pid, path, stream) if pid is not None and path is not None else None
 
     def snapshots(self) -> SilentSnapshots:
         """Return what takes snapshots of it."""

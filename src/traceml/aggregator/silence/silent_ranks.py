@@ -63,8 +63,7 @@ class SilentRanks:
                 self._wake(process)
 
     def _connected(self) -> list[SilentProcess]:
-        here = [stream for stream in self._run.connected if stream.seen_here]
-        ranks = [stream for stream in here if stream.is_diagnosed and not stream.is_helper]
+        ranks = [stream for stream in self._run.connected if stream.is_diagnosed and not stream.is_helper]
         return [process for process in map(SilentProcess.of, ranks) if process is not None]
 
     def _leave(self, process: SilentProcess) -> None:

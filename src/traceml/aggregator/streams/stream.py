@@ -13,7 +13,7 @@ import msgpack
 
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_header import FlightState
-from traceml.database.flight.flight_owner import is_alive
+from traceml.database.flight.flight_owner import is_alive, pid_here
 from traceml.database.schema import TABLES
 from traceml.inspection.control_groups import cgroup_paths
 from traceml.inspection.oom_kills import OomWatch
@@ -131,7 +131,9 @@ class Stream:
     reported_flight: Path | None = None
     """Copy of its flight file from another host, as a launcher reported it."""
     seen_here: bool = field(init=False)
-    """Whether its process is visible on this host. Its boot id is not enough: containers share it."""
+    """Whether its process is visible on this host by its number. Its boot id is not enough: containers share it."""
+    pid_here: int | None = field(init=False)
+    """The number of its process for this one, which differs for a container's; None if it was not seen here alive."""
     oom_watch: OomWatch | None = field(init=False)
     """Out-of-memory kills in its control group; None where its process is not visible on this host."""
 
@@ -139,6 +141,8 @@ class Stream:
         pid = self.incarnation.pid
         self.seen_here = self.on_this_boot and process_start_ticks(pid) == self.incarnation.start_ticks
         self.oom_watch = OomWatch(pid) if self.seen_here else None
+        path = self.flight_path
+        self.pid_here = pid if self.seen_here else pid_here(path, pid, self.incarnation.start_ticks) if path else None
 
     def __repr__(self) -> str:
         link = "connected" if self.connected else "away"

@@ -37,6 +37,7 @@ __all__ = [
     "FolderClaim",
     "MappedFile",
     "is_locked",
+    "lock_holder",
     "own_mapping",
 ]
 
@@ -201,10 +202,22 @@ def own_mapping(path: Path) -> mmap.mmap | None:
 
 def is_locked(descriptor: int) -> bool:
     """Whether another process holds the lock of a file."""
+    return _lock(descriptor)[0] != fcntl.F_UNLCK
+
+
+def lock_holder(descriptor: int) -> int | None:
+    """Return the process that holds the lock of a file, by its number in the pid namespace of this one.
+
+    None if there is none, or if it is not seen from here.
+    """
+    kind, *_, pid = _lock(descriptor)
+    return pid if kind != fcntl.F_UNLCK and pid > 0 else None
+
+
+def _lock(descriptor: int) -> tuple[int, ...]:
     # Query the lock, do not take it: two readers must not mistake each other for the owner.
     request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, request)
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    return _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, request))
 
 
 def _pack_to_fit(fields: dict[str, Any], limit: int) -> bytes:

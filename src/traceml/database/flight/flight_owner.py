@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from traceml.clock import boot_time_s, machine_name
+from traceml.clock import boot_time_s, machine_name, process_start_ticks
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
-from traceml.database.flight.flight_header import DATA_AT, DEAD_SINCE_AT, is_locked, own_mapping
+from traceml.database.flight.flight_header import DATA_AT, DEAD_SINCE_AT, is_locked, lock_holder, own_mapping
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import STEPS
 from traceml.errors import StoreError
@@ -27,6 +27,7 @@ __all__ = [
     "USER_ROWS_KEPT_S",
     "find_unclaimed",
     "is_alive",
+    "pid_here",
     "remove_stale",
     "silent_elsewhere",
     "waiting_steps",
@@ -57,6 +58,28 @@ def is_alive(path: Path, silence_s: float = SILENCE_S) -> bool:
             return is_locked(descriptor) or _may_live_elsewhere(_header(path, descriptor), descriptor, silence_s)
     except (OSError, StoreError):
         return False
+
+
+def pid_here(path: Path, pid: int, start_ticks: int) -> int | None:
+    """Return the number of a flight file's writer in the pid namespace of this process; None if it is not seen here.
+
+    Args:
+        pid: its number in its own pid namespace, as that of a container.
+        start_ticks: its start, which is the same in all of them.
+    """
+    if process_start_ticks(pid) == start_ticks:
+        return pid
+
+    if own_mapping(path) is not None:  # closing a second descriptor of an own file would drop its lock
+        return None
+
+    try:
+        with opened_own(path) as descriptor:
+            holder = lock_holder(descriptor)
+    except OSError:
+        return None
+
+    return holder if holder is not None and process_start_ticks(holder) == start_ticks else None
 
 
 def find_unclaimed(folders: Iterable[Path]) -> list[Path]:
