@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from traceml.database.snapshots import ProcessSnapshot
-from traceml.inspection.blocking_process import blocking_process, skip_shells
+from traceml.inspection.blocking_process import blocking_process, file_lock_holder, skip_shells
 from traceml.inspection.kernel_state import wait_state
 from traceml.inspection.program_names import program_name
 
 __all__ = ["blocker_of"]
 
 
-def blocker_of(pid: int, thread: int, child: int | None = None) -> ProcessSnapshot | None:
+def blocker_of(pid: int, thread: int, *, child: int | None = None, lock: str = "") -> ProcessSnapshot | None:
     """Return the process that a thread waits for; None if it waits for none, or that is not known.
 
     Args:
         thread: its thread that waits.
         child: the child that it waits for, where that is known.
+        lock: the lock file that it looks at again and again, if it does.
     """
-    blocker = blocking_process(pid, thread) if child is None else skip_shells(child)
+    awaited = blocking_process(pid, thread) if child is None else skip_shells(child)
+    blocker = file_lock_holder(lock) if lock else awaited
     if blocker is None:
         return None
 

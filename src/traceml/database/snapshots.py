@@ -201,7 +201,8 @@ class RankSnapshot(_Record):
         process_state: letter of the kernel for the main thread: R, S, D, T (stopped by a signal), t (by a debugger), Z.
         wchan: name of the kernel function in which the main thread sleeps.
         waits_on: what the descriptor of its system call is: a path, `pipe:[...]`, `socket:[...]`, `tcp ADDRESS:PORT` of
-            the peer, `connect ADDRESS:PORT` until that has answered, `stderr`, `stdin`.
+            the peer, `connect ADDRESS:PORT` until that has answered, `lock PATH` of a lock file that it looks at
+            again and again, `stderr`, `stdin`.
         blocker: the process that the training thread waits for; None if there is none, or that is not known.
         cpu_share: cores that the rank and its children have used since the snapshot before; None if not known.
         thread_share: cores that the training thread has used meanwhile; None if not known.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 from traceml.inspection.kernel_state import children_of, current_syscall, is_running, wait_state
 from traceml.inspection.program_names import program_name
 
-__all__ = ["blocking_process", "skip_shells"]
+__all__ = ["blocking_process", "file_lock_holder", "skip_shells"]
 
 # wait4 has the child's number in its first argument, waitid (with P_PID in its first) in its second.
 _WAIT4 = {"x86_64": 61, "aarch64": 260}
@@ -34,6 +35,18 @@ def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
         return skip_shells(_number(call[2]))
 
     return _lock_holder(pid, locks)
+
+
+def file_lock_holder(path: str, locks: Path = _LOCKS) -> int | None:
+    """Return the process that has a lock on a file; None if none has, as where the file itself is the lock."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - the path of another library
+    except OSError:
+        return None
+
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    held = (words for words in _lock_lines(locks) if words[5:6] == [file] and words[1:2] != [_BLOCKED])
+    return next((int(words[4]) for words in held if words[4].isdecimal() and words[4] != "0"), None)
 
 
 def skip_shells(pid: int | None) -> int | None:
@@ -75,12 +88,15 @@ def _lock_holder(pid: int, locks: Path) -> int | None:
 
     A line is `1: FLOCK ADVISORY WRITE 4711 08:01:1234 0 EOF`; those that wait have its number, and `->` before `FLOCK`.
     """
-    try:
-        lines = [line.split() for line in locks.read_text().splitlines()]
-    except OSError:
-        return None
-
+    lines = _lock_lines(locks)
     awaited = {words[0] for words in lines if words[1:2] == [_BLOCKED] and words[5:6] == [str(pid)]}
     holders = (words[4] for words in lines if words[0] in awaited and words[1:2] != [_BLOCKED] and len(words) > 4)
     holder = next((int(each) for each in holders if each.isdecimal()), None)
     return holder or None
+
+
+def _lock_lines(locks: Path) -> list[list[str]]:
+    try:
+        return [line.split() for line in locks.read_text().splitlines()]
+    except OSError:
+        return []

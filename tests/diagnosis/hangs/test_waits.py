@@ -10,6 +10,7 @@ from tests.diagnosis.hangs.standing import found, group, in_backward, line, snap
 from traceml.database.snapshots import FrameSnapshot, ProcessSnapshot, ThreadSnapshot, WorkerSnapshot
 from traceml.diagnosis.findings import Finding
 
+SLEEPS = {"wchan": "hrtimer_nanosleep"}
 LOCK = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
 HOLDER = ProcessSnapshot(pid=77, name="python build.py", state="S", wchan="hrtimer_nanosleep")
 CHILD = ProcessSnapshot(pid=78, name="ffmpeg", state="S", wchan="do_sys_poll")
@@ -41,6 +42,12 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
             "Open the file once",
         ),
         (LOCK, "waiting for a file lock (/tmp/lock) for 75 s.", "stale lock file"),
+        ({**SLEEPS, "waits_on": "lock /a.lock"}, "waiting for a file lock (/a.lock) for 75 s.", "stale lock file"),
+        (
+            {**SLEEPS, "waits_on": "lock /a.lock", "blocker": HOLDER},
+            "waiting for a file lock (/a.lock, held by process 77, python build.py)",
+            "why process 77 keeps the lock",
+        ),
         (
             {"wchan": "do_wait", "blocker": CHILD},
             "waiting for process 78 to end (ffmpeg) for 75 s.",

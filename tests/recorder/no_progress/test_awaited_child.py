@@ -41,7 +41,7 @@ def test_the_child_is_found_by_the_call_that_waits(wait: Callable[[subprocess.Po
             return awaited_child(sys._current_frames().get(thread.ident or 0), is_test)
 
         def program() -> str:
-            seen = blocker_of(os.getpid(), threading.get_native_id(), found())
+            seen = blocker_of(os.getpid(), threading.get_native_id(), child=found())
             return "" if seen is None else seen.name
 
         try:

@@ -77,6 +77,7 @@ _SLEEPS = (
     ("__do_sys_pause", "waiting for a signal"),
 )
 _PIPE_WRITES = ("anon_pipe_write", "pipe_write")
+_POLLED_LOCK = "lock "
 # What `waits_on` says of a connection.
 _CONNECTIONS = {"tcp": "waiting for the network ({})", "connect": "connecting to {}"}
 _DISK = ("io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
@@ -240,15 +241,16 @@ def _by_kernel(snapshot: RankSnapshot | WorkerSnapshot, state: str) -> str:
 
 def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     words = next((text for start, text in _SLEEPS if snapshot.wchan.startswith(start)), "")
-    if words.endswith("file lock"):
-        return words + _bracketed(*_path(snapshot.waits_on), *_held_by(snapshot.blocker))
+    path = snapshot.waits_on.removeprefix(_POLLED_LOCK)
+    if words.endswith("file lock") or path != snapshot.waits_on:
+        return "waiting for a file lock" + _bracketed(*_path(path), *_held_by(snapshot.blocker))
 
     if snapshot.waits_on == "stdin":
         return "waiting for input on stdin"
 
-    state, _, address = snapshot.waits_on.partition(" ")
-    if state in _CONNECTIONS:
-        return _CONNECTIONS[state].format(address)
+    kind, _, target = snapshot.waits_on.partition(" ")
+    if kind in _CONNECTIONS:
+        return _CONNECTIONS[kind].format(target)
 
     if words == _INPUT and any(is_event_loop(frame.file) for frame in snapshot.frames):
         return "waiting for an event"

@@ -36,6 +36,7 @@ from traceml.inspection.thread_numbers import thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.no_progress.awaited_child import awaited_child
+from traceml.recorder.no_progress.awaited_lock import awaited_lock
 from traceml.recorder.no_progress.store_threads import StoreThreads
 from traceml.recorder.no_progress.thread_snapshots import other_threads
 from traceml.recorder.no_progress.transfer_snapshots import open_transfer, with_root
@@ -91,6 +92,7 @@ class SnapshotMaker:
         cpu_share, io_bytes_per_s = self._rates.read()
         number = thread_number(self._thread()) or os.getpid()
         seen, info = wait_state(number), process_info(number)
+        lock = awaited_lock(frame, self._user.contains)
         compiles, debugged = frame_flags(frames)
         step, in_step = self._step()
         data = self._data()
@@ -107,8 +109,8 @@ class SnapshotMaker:
             outer_line=user[-1] if len(user) > 1 else None,
             process_state=seen.state,
             wchan=seen.wchan,
-            waits_on=seen.waits_on,
-            blocker=blocker_of(os.getpid(), number, awaited_child(frame, self._user.contains)),
+            waits_on=f"lock {lock}" if lock else seen.waits_on,
+            blocker=blocker_of(os.getpid(), number, child=awaited_child(frame, self._user.contains), lock=lock),
             cpu_share=cpu_share,
             thread_share=self._thread_share(),
             io_bytes_per_s=io_bytes_per_s,
