@@ -117,6 +117,17 @@ def test_a_reader_with_a_timeout_is_named() -> None:
                 process.kill()
 
 
+@pytest.mark.parametrize("name", ["a", "a" * 200])
+def test_a_file_that_is_being_opened_is_named(tmp_path: Path, name: str) -> None:
+    """As one on a server that does not answer; here a pipe that nobody else opens."""
+    os.mkfifo(tmp_path / name)
+    with _python(f"import os; os.chdir({str(tmp_path)!r}); open({name!r})") as process:
+        try:
+            eventually(lambda: wait_state(process.pid).waits_on == str(tmp_path / name))
+        finally:
+            process.kill()
+
+
 def test_none_of_several_descriptors_is_named() -> None:
     """Any of them may be what the process waits for."""
     code = "import os, select; select.select([os.pipe()[0], os.pipe()[0]], [], [])"

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 __all__ = [
     "ProcessInfo",
@@ -52,6 +51,12 @@ _POLLS = {"x86_64": (7, 271), "aarch64": (73,)}  # poll, ppoll
 _SELECTS = {"x86_64": (23, 270), "aarch64": (72,)}  # select, pselect6
 _POLLED = struct.Struct("@i")
 _MAX_SELECTED = 1024
+# Calls that look a path up, by its argument: open, stat, lstat, access, openat, newfstatat, faccessat, statx.
+_LOOKUPS = {
+    "x86_64": {2: 0, 4: 0, 6: 0, 21: 0, 257: 1, 262: 1, 269: 1, 332: 1, 439: 1},
+    "aarch64": {48: 1, 56: 1, 79: 1, 291: 1, 439: 1},
+}
+_MAX_PATH, _MEMORY_PAGE = 4096, 4096
 _READS = {"x86_64": 0, "aarch64": 63}
 _CONNECTING = "02"  # state of a connection in /proc/net/tcp
 _DEAD = ("Z", "X")
@@ -86,9 +91,9 @@ class WaitState:
     Attributes:
         state: the letter that ps shows; X when the process is gone.
         wchan: the kernel function in which it sleeps; empty while it runs, or if it may not be read.
-        waits_on: the file, pipe or socket of the descriptor that its system call waits for; `stdin`, `stdout` or
-            `stderr` for these; `tcp ADDRESS:PORT` of the peer for a connection, `connect ADDRESS:PORT` until that has
-            answered; empty without one, or if it may not be read.
+        waits_on: the file, pipe or socket of the descriptor that its system call waits for, or the path that it looks
+            up; `stdin`, `stdout` or `stderr` for these; `tcp ADDRESS:PORT` of the peer for a connection, `connect
+            ADDRESS:PORT` until that has answered; empty without one, or if it may not be read.
         tracer: process id of an attached debugger, 0 without one.
     """
 
@@ -163,7 +168,7 @@ def wait_state(pid: int) -> WaitState:
 
     call = current_syscall(pid)
     descriptor = awaited_descriptor(pid, call)
-    target = _target(pid, descriptor) if descriptor >= 0 else ""
+    target = _target(pid, descriptor) if descriptor >= 0 else _looked_up(pid, call)
     reads_terminal = _waits_for_input(call) and target.startswith(("/dev/tty", "/dev/pts/"))
     return WaitState(
         info.state,
@@ -373,12 +378,38 @@ def _memory(thread: int, address: int, size: int) -> bytes:
 
 
 def _target(pid: int, descriptor: int) -> str:
-    try:
-        target = str(Path(f"/proc/{pid}/fd/{descriptor}").readlink())
-    except OSError:
+    target = _link(f"/proc/{pid}/fd/{descriptor}")
+    return (_peer(pid, target[8:-1]) if target.startswith("socket:[") else "") or target
+
+
+def _looked_up(pid: int, call: Sequence[int]) -> str:
+    """Return the path that a system call looks up; empty for another call, or if it may not be read."""
+    at = _LOOKUPS.get(platform.machine(), {}).get(call[0], -1) if call else -1
+    if at < 0:
         return ""
 
-    return (_peer(pid, target[8:-1]) if target.startswith("socket:[") else "") or target
+    text = _text(pid, call[1 + at])
+    return os.path.join(_link(f"/proc/{pid}/cwd"), text) if text else ""  # noqa: PTH118 - of a file that may not answer
+
+
+def _text(thread: int, address: int) -> str:
+    """Return the text in a thread's memory up to its zero byte; empty without one. What follows may be no memory."""
+    found = b""
+    while len(found) < _MAX_PATH and b"\0" not in found:
+        more = _memory(thread, address + len(found), _MEMORY_PAGE - (address + len(found)) % _MEMORY_PAGE)
+        if not more:
+            return ""
+
+        found += more
+
+    return os.fsdecode(found.partition(b"\0")[0])
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)  # noqa: PTH115 - a path of the kernel
+    except OSError:
+        return ""
 
 
 def _peer(pid: int, inode: str) -> str:
