@@ -76,13 +76,15 @@ def test_a_rank_that_could_not_answer_says_why() -> None:
     waits = _stack(1, answered="signal", frames=(_STUCK,), waits_on="stderr")
     stopped = _stack(2, answered="kernel", process_state="T")
     asks = _stack(3, answered="signal", is_waiting_for_gil=True, threads=(ThreadSnapshot(line=_STUCK),))
-    text = stacks_text([holds, waits, stopped, asks])
+    kernel = _stack(4, answered="kernel", process_state="D", wchan="d_alloc_parallel")
+    text = stacks_text([holds, waits, stopped, asks, kernel])
 
     assert "holds the GIL in C code, computing\n" in text
     assert "holds the GIL in C code, waiting\n  blocked on stderr\n" in text
     assert "stopped by a signal\n  no Python stack" in text
     assert "waits for the GIL, which another thread holds in C code\n" in text
     assert "\n  thread: train.py:" in text
+    assert "frozen by its control group (in d_alloc_parallel)\n" in text
 
 
 def test_other_threads_and_the_awaited_process_are_shown() -> None:

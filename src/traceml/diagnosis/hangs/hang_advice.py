@@ -127,6 +127,9 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
             "reads its own output. communicate() writes and reads at the same time."
         )
 
+    if "frozen" in what:
+        return "Thaw the control group (`docker unpause`, `scontrol resume`), and find out who froze it."
+
     if "waiting for a disk" in what:
         return "Look at the disk, or the server, of that file system: dmesg, mount."
 

@@ -77,10 +77,13 @@ _SLEEPS = (
     ("__do_sys_pause", "waiting for a signal"),
 )
 _PIPE_WRITES = ("anon_pipe_write", "pipe_write")
+_FROZEN = "frozen by its control group"
+_FREEZERS = ("__refrigerator", "do_freezer_trap", "get_signal")
+_VFORKS = ("kernel_clone", "wait_for_vfork_done")
 _POLLED_LOCK = "lock "
 # What `waits_on` says of a connection.
 _CONNECTIONS = {"tcp": "waiting for the network ({})", "connect": "connecting to {}"}
-_DISK = ("io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
+_DISK = ("request_wait_answer", "fuse_", "io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
 
 
 def user_line(snapshot: RankSnapshot | WorkerSnapshot) -> FrameSnapshot | None:
@@ -214,6 +217,9 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if state == "T":
         return "stopped by a signal"
 
+    if _is_frozen(state, snapshot.wchan):
+        return _FROZEN
+
     if state in ("Z", "X"):
         return "dead"
 
@@ -229,7 +235,15 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     return f"in C code that holds the GIL, {what or 'waiting'}" if is_held else what
 
 
+def _is_frozen(state: str, wchan: str) -> bool:
+    """Whether a control group keeps the process from running: a signal could end that sleep, but for its state."""
+    return wchan.startswith(_FREEZERS) or (state == "D" and any(wchan.startswith(start) for start, _ in _SLEEPS))
+
+
 def _by_kernel(snapshot: RankSnapshot | WorkerSnapshot, state: str) -> str:
+    if snapshot.wchan.startswith(_VFORKS):
+        return "waiting for a child process to start"
+
     if state == "D" or snapshot.wchan.startswith(_DISK):
         return f"waiting for a disk{_bracketed(*_path(snapshot.waits_on))}"
 

@@ -14,7 +14,7 @@ _STANDS_S = 2.0
 _STATES = {
     "T": "stopped by a signal",
     "t": "stopped by a debugger",
-    "D": "waiting for a disk or a device",
+    "D": "waiting for a disk or a device, or frozen by its control group",
     "Z": "dead",
     "X": "gone",
 }
@@ -98,7 +98,8 @@ def _facts(snapshots: Sequence[RankSnapshot]) -> Iterable[str]:
 def _why_silent(snapshot: RankSnapshot) -> Iterable[str]:
     """Say why the rank could not answer itself, and what it waits for."""
     if snapshot.process_state in _STATES:
-        yield _STATES[snapshot.process_state]
+        where = f" (in {snapshot.wchan})" if snapshot.process_state == "D" and snapshot.wchan else ""
+        yield f"{_STATES[snapshot.process_state]}{where}"
     elif snapshot.is_waiting_for_gil:
         yield "waits for the GIL, which another thread holds in C code"
     elif snapshot.answered == "signal":
