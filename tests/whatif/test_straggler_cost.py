@@ -66,7 +66,7 @@ def test_equal_workers_lose_nothing(shape, tmp_path):
     scores = [*result.by_optype.values(), *result.by_worker.values()]
     assert scores == pytest.approx([1.0] * len(scores))
     assert (result.worker_share, result.stage_share) == (None, None)
-    assert result.cause.startswith("No stragglers")
+    assert result.cause.startswith("Stragglers cost little")
 
 
 @pytest.mark.parametrize("shape", [{}, {"chunks": 2}, {"overlap": True}], ids=str)
@@ -95,6 +95,46 @@ def test_long_last_stage(shape, tmp_path):
     assert result.stage_share > 0.9
     assert result.worker_share < 0.5
     assert "last pipeline stage, 3" in result.cause
+
+
+def noisy_worker_of_the_last_stage(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+    factor = 2 if "compute" in kind and (dp_rank, stage) == (1, 3) else 1
+    noise = random.Random(f"{kind},{dp_rank},{stage},{step},{micro_batch}").uniform(0.97, 1.03)
+    return factor * noise * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+
+def slow_replica(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+    return (2 if "compute" in kind and dp_rank == 1 else 1) * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+
+@pytest.mark.parametrize(
+    ("shape", "seconds", "rank"),
+    [
+        ({"dp": 4}, noisy_worker_of_the_last_stage, "Rank 13 (data-parallel rank 1, stage 3) explains"),
+        ({"dp": 4, "pp": 1}, slow_replica, "Rank 1 (data-parallel rank 1, stage 0) explains"),
+    ],
+    ids=["last stage", "no pipeline"],
+)
+def test_a_slow_worker_of_the_last_stage_is_not_its_stage(shape, seconds, rank, tmp_path):
+    """The stage explains as much as its one slow worker, and noise of the others a little more."""
+    result = explained(GeneratedJob(**shape, seconds=seconds), tmp_path)
+
+    assert result.stage_share == pytest.approx(result.worker_share, abs=0.1)
+    assert result.cause.startswith(rank)
+
+
+def test_only_slow_workers_are_named(tmp_path):
+    """The 3 % of 80 workers are three, of which two are like all others."""
+
+    def seconds(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+        factor = 2 if "compute" in kind and (dp_rank, stage) == (7, 1) else 1
+        return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+    result = explained(GeneratedJob(dp=40, pp=2, micro_batches=2, steps=2, seconds=seconds), tmp_path)
+
+    assert len(result.worst_workers) == 3
+    assert result.cause.startswith("Rank 47 (data-parallel rank 7, stage 1) explains 100 %")
+    assert "2.0x as long" in result.cause
 
 
 def test_different_lengths_of_sequences(tmp_path):

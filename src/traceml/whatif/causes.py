@@ -17,6 +17,8 @@ _SLOW = 1.1
 _MOST = 0.5
 # Forward and backward times of micro-batches that correlate this much follow their sequences' lengths: section 5.3.
 _CORRELATED = 0.9
+# A stage explains as much as its one slow worker does; more work of the stage explains at least this much more.
+_MORE = 0.1
 
 Worker = tuple[int, int]
 
@@ -37,21 +39,21 @@ def cause_of(
         slowdown: of the whole job.
         by_kind: slowdown by kind of operation.
         worst: workers with the highest scores, as (dp_rank, stage).
-        worker_share: share of the lost time that these explain.
+        worker_share: share of the lost time that the slowest workers explain.
         stage_share: share of the lost time that the last stage explains.
     """
     if slowdown < _SLOW or worker_share is None or stage_share is None:
-        return f"No stragglers: without any, a step would be {factor_text(slowdown)} as fast."
+        return f"Stragglers cost little: without any, a step would be {factor_text(slowdown)} as fast."
 
-    if worker_share >= _MOST and worker_share > stage_share:
-        return _slow_workers(job, worst, worker_share)
-
-    if stage_share >= _MOST:
+    if stage_share >= _MOST and _is_whole_stage(job, worst, stage_share - worker_share):
         alone = " (or its only worker is slow)" if len(job.dp_ranks) == 1 else ""
         return (
             f"The last pipeline stage, {job.stages[-1]}, explains {_capped(stage_share)} of the lost time: it has more "
             f"work than the others{alone}. Move layers from it to other stages."
         )
+
+    if worker_share >= _MOST:
+        return _slow_workers(job, worst, worker_share)
 
     if (correlation := length_correlation(job)) >= _CORRELATED:
         return (
@@ -62,6 +64,19 @@ def cause_of(
     kind, score = max(by_kind.items(), key=lambda item: item[1])
     where = "on many workers" if kind not in MEDIAN_KINDS else "between many workers"
     return f"The duration of {kind} varies {where}: this alone makes a step {factor_text(score)} as long."
+
+
+def _is_whole_stage(job: JobTrace, worst: Sequence[Worker], more: float) -> bool:
+    """Return whether the last stage has more work than others, rather than slow workers.
+
+    Args:
+        more: share of the lost time that the stage explains, minus that of the workers.
+    """
+    if len(job.stages) == 1:
+        return False  # nothing to compare it with
+
+    whole = {(dp_rank, job.stages[-1]) for dp_rank in job.dp_ranks}
+    return more >= _MORE or (more > -_MORE and whole <= set(worst))
 
 
 def _slow_workers(job: JobTrace, worst: Sequence[Worker], share: float) -> str:

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.errors import TraceEmptyError
 from traceml.whatif.causes import cause_of
 from traceml.whatif.operations import JobTrace, Layout, reported_kind
 from traceml.whatif.simulation import Simulator
@@ -17,6 +18,7 @@ __all__ = ["SCHEMA", "WhatIf", "explain_job"]
 
 SCHEMA = "traceml.whatif/1"
 _WORST_PERCENT = 3  # of the workers, at least one
+_ALIKE = 0.5  # of the excess of the slowest worker: others of the 3 % are not to blame
 _NOTHING_LOST = 1e-6  # of the ideal step: rounding
 
 Choice = NDArray[np.bool_]
@@ -64,7 +66,11 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def explain_job(simulator: Simulator) -> WhatIf:
-    """Simulate a job without its stragglers."""
+    """Simulate a job without its stragglers.
+
+    Raises:
+        TraceEmptyError: a step takes no time.
+    """
     job = simulator.job
     shape = (len(job.operations), len(job.dp_ranks))
     whole, nothing = np.ones(shape, bool), np.zeros(shape, bool)
@@ -76,6 +82,9 @@ def explain_job(simulator: Simulator) -> WhatIf:
         *(_rows_of(stages, stage, shape) for stage in job.stages),
     ]
     simulated, ideal, *rest = simulator.mean_step_s(np.stack([whole, nothing, *groups])).tolist()
+    if ideal <= 0:
+        raise TraceEmptyError("the operations of the trace take no time: durations are 0")
+
     scores = iter([seconds / ideal for seconds in rest])
     by_kind = {kind: next(scores) for kind in sorted(set(kinds))}
     by_dp_rank = {dp_rank: next(scores) for dp_rank in job.dp_ranks}
@@ -104,7 +113,12 @@ def explain_job(simulator: Simulator) -> WhatIf:
         worker_share=shares[0],
         stage_share=shares[1],
         cause=cause_of(
-            job, slowdown=simulated / ideal, by_kind=by_kind, worst=worst, worker_share=shares[0], stage_share=shares[1]
+            job,
+            slowdown=simulated / ideal,
+            by_kind=by_kind,
+            worst=[worker for worker in worst if workers[worker] - 1 >= _ALIKE * (workers[worst[0]] - 1)],
+            worker_share=shares[0],
+            stage_share=shares[1],
         ),
     )
 
