@@ -22,7 +22,11 @@ def usual_s(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) ->
 
 @dataclass
 class GeneratedJob:
-    """A job whose steps are run by the schedule, one event after the other."""
+    """A job whose steps are run by the schedule, one event after the other.
+
+    Attributes:
+        records_idle: whether the profiler of a job with several chunks records transfers that were never started.
+    """
 
     dp: int = 2
     pp: int = 4
@@ -30,6 +34,7 @@ class GeneratedJob:
     micro_batches: int = 8
     steps: int = 3
     overlap: bool = False
+    records_idle: bool = True
     seconds: Seconds = usual_s
     rows: list[dict[str, object]] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
@@ -97,7 +102,7 @@ class GeneratedJob:
                         self._add(f"{direction}-recv", posted, end, **facts)
                         sends.append((sent, end, direction, {**facts, "stage": source % self.pp}))
                         ready = max(ready, end)
-                    elif self.chunks > 1 and earlier:
+                    elif self.chunks > 1 and self.records_idle and earlier:
                         self._add(f"{direction}-recv", posted, posted, **facts)  # recorded, never started
 
                     if direction == "forward" and micro_batch == 0:
@@ -113,7 +118,7 @@ class GeneratedJob:
                         self._last[dp_rank, stage, chunk] = at[stage]
 
                     target = place + 1 if direction == "forward" else place - 1
-                    if self.chunks > 1 and not 0 <= target < self.pp * self.chunks:
+                    if self.chunks > 1 and self.records_idle and not 0 <= target < self.pp * self.chunks:
                         sends.append((at[stage], at[stage], direction, facts))
 
         for start, end, direction, facts in sorted(sends, key=lambda each: each[0]):

@@ -21,6 +21,8 @@ SHAPES = [
     {"chunks": 3, "micro_batches": 4},
     {"overlap": True},
     {"chunks": 2, "overlap": True},
+    {"chunks": 2, "records_idle": False},
+    {"pp": 2, "chunks": 3, "micro_batches": 4, "records_idle": False},
 ]
 
 

@@ -67,6 +67,7 @@ def test_a_layout_without_a_size_is_named(job, tmp_path):
         ("optype", None, "optype of row 7 is missing, expected a kind of operation"),
         ("step", None, "step of row 7 is missing, expected an integer"),
         ("seq_id", 1.5, "seq_id of row 7 is 1.5, expected an integer"),
+        ("seq_id", 1e300, "seq_id of row 7 is 1e+300, expected an integer"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_column_and_row(job, tmp_path, column, value, message):
@@ -177,3 +178,47 @@ def test_transfers_that_do_not_match(job, tmp_path):
     write([row for row in job.rows if (row["optype"], row["stage"], row["seq_id"]) != ("forward-recv", 1, 7)], trace)
     with pytest.raises(UsageError, match="stage 1 has 7 forward-recv for 8 forward-compute"):
         explain_job(Simulator(load_job(trace, meta)))
+
+
+@pytest.mark.parametrize(
+    ("drops", "message"),
+    [
+        (lambda row: row["optype"].endswith(("send", "recv")), "stage 0 has no forward-send, but 8 forward-compute"),
+        (lambda row: row["optype"].endswith("recv"), "has no (forward|backward)-recv, but 8 "),
+        (lambda row: row["optype"] == "backward-compute", "stage 0 has no backward-compute"),
+    ],
+    ids=["transfers", "receives", "backward"],
+)
+def test_a_job_without_a_kind_of_operation_is_refused(job, tmp_path, drops, message):
+    """Its stages would not wait for each other, and the slowdown would be another one."""
+    trace, meta = job.write(tmp_path)
+    write([row for row in job.rows if not drops(row)], trace)
+    with pytest.raises(UsageError, match=message):
+        explain_job(Simulator(load_job(trace, meta)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"mc": -1}, "mc -1 and gmc 0"), ({"gmc": -1}, "mc 0 and gmc -1"), ({"gmc": 99}, "mc 0 and gmc 99")],
+)
+def test_computations_without_a_chunk_are_refused(job, tmp_path, change, message):
+    """Nothing says then which stage they send to."""
+    trace, meta = job.write(tmp_path)
+    write([row | (change if row["optype"].endswith("compute") else {}) for row in job.rows], trace)
+    with pytest.raises(UsageError, match=f"-compute 0 of stage 0 has {message}: expected the model chunk"):
+        explain_job(Simulator(load_job(trace, meta)))
+
+
+def test_operations_without_time(job, tmp_path):
+    trace, meta = job.write(tmp_path)
+    write([row | {"duration": 0.0, "start_ts": 1.0 * at} for at, row in enumerate(job.rows)], trace)
+    with pytest.raises(TraceEmptyError, match="durations are 0"):
+        explain_job(Simulator(load_job(trace, meta)))
+
+
+def test_a_damaged_file_is_named(job, tmp_path):
+    trace, meta = job.write(tmp_path)
+    content = trace.read_bytes()
+    trace.write_bytes(content[:4] + bytes(500) + content[504:])
+    with pytest.raises(UsageError, match=re.escape(f"{trace} is not a Parquet file")):
+        load_job(trace, meta)

@@ -58,9 +58,11 @@ def dependencies_of(job: JobTrace) -> Dependencies:
     """Return what the operations of a job wait for.
 
     Raises:
-        UsageError: transfers do not match the computations, or operations wait for each other in a circle.
+        UsageError: transfers do not match the computations, these have no chunk, or operations wait for each other in a
+            circle.
     """
     step = _Step(job)
+    _refuse_unknown_chunks(step)
     for stage in job.stages:
         _order_worker(step, stage)
         _order_collectives(step, stage)
@@ -71,6 +73,17 @@ def dependencies_of(job: JobTrace) -> Dependencies:
     units += [Unit((index,)) for index in range(len(job.operations)) if index not in inside]
     before = tuple(tuple(sorted(step.before[index])) for index in range(len(job.operations)))
     return Dependencies(tuple(_sorted_units(units, before, job.operations)), before)
+
+
+def _refuse_unknown_chunks(step: _Step) -> None:
+    """Refuse computations whose place in the pipeline is not known: what they send and receive depends on it."""
+    count = step.chunks * len(step.stages)
+    for operation in step.operations:
+        if operation.kind in COMPUTE and not (operation.chunk >= 0 and 0 <= operation.global_chunk < count):
+            raise UsageError(
+                f"{operation} has mc {operation.chunk} and gmc {operation.global_chunk}: expected the model chunk on "
+                f"its worker (0 or more), and that in the pipeline, which has {max(count, len(step.stages))}"
+            )
 
 
 class _Step:
@@ -110,8 +123,8 @@ class _Step:
 def _order_worker(step: _Step, stage: int) -> None:
     """Order computations as they ran, transfers of a kind as they ran, and connect the two."""
     computations = step.of(stage, *COMPUTE)
-    if not computations:
-        raise UsageError(f"stage {stage} has no {FORWARD} or {BACKWARD}")
+    if missing := [kind for kind in COMPUTE if not step.of(stage, kind)]:
+        raise UsageError(f"stage {stage} has no {' and no '.join(missing)}")
 
     step.chain(computations)
     for kind in TRANSFERS:
@@ -135,9 +148,29 @@ def _match(step: _Step, stage: int, kind: str) -> None:
     direction, end = kind.split("-")
     computations = sorted(step.of(stage, f"{direction}-compute"), key=lambda index: step.operations[index].number)
     transfers = step.of(stage, kind)
-    if not computations or not transfers:
-        step.idle += transfers
-        return
+    for index, number in _carried(step, stage, kind, computations, transfers):
+        computation = computations[number]
+        if end == "send":
+            step.before[index].add(computation)
+        else:
+            step.before[computation].add(index)
+            if number:
+                step.before[index].add(computations[number - 1])
+
+        (step.paired[kind, stage] if _has_peer(step, computation, kind) else step.idle).append(index)
+
+
+def _carried(
+    step: _Step, stage: int, kind: str, computations: Sequence[int], transfers: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Return the transfers that were started, each with the place of its computation among those of its direction."""
+    direction, end = kind.split("-")
+    with_peer = [number for number, each in enumerate(computations) if _has_peer(step, each, kind)]
+    if not transfers and with_peer:
+        raise UsageError(f"stage {stage} has no {kind}, but {len(with_peer)} {direction}-compute that need one")
+
+    if len(transfers) == len(with_peer):  # the profiler recorded only those that have a peer
+        return list(zip(transfers, with_peer, strict=True))
 
     used = [index for index in transfers if _is_used(step, index, computations, end)]
     step.idle += [index for index in transfers if index not in set(used)]
@@ -148,17 +181,12 @@ def _match(step: _Step, stage: int, kind: str) -> None:
         )
 
     offset = skipped if end == "recv" else 0
-    for index, number in zip(used, range(offset, len(computations)), strict=False):
-        computation = computations[number]
-        if end == "send":
-            step.before[index].add(computation)
-        else:
-            step.before[computation].add(index)
-            if number:
-                step.before[index].add(computations[number - 1])
+    return list(zip(used, range(offset, len(computations)), strict=False))
 
-        has_peer = 0 <= step.operations[computation].global_chunk + _PEERS[kind][1] < step.chunks * len(step.stages)
-        (step.paired[kind, stage] if has_peer else step.idle).append(index)
+
+def _has_peer(step: _Step, computation: int, kind: str) -> bool:
+    """Return whether another stage has the other end of a computation's transfer: the pipeline goes on there."""
+    return 0 <= step.operations[computation].global_chunk + _PEERS[kind][1] < step.chunks * len(step.stages)
 
 
 def _is_used(step: _Step, index: int, computations: Sequence[int], end: str) -> bool:

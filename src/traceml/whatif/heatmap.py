@@ -19,7 +19,7 @@ def draw_heatmap(result: WhatIf, path: Path) -> None:
 
     Args:
         result: of the analysis.
-        path: file to write; its suffix chooses the format, `.png` or any that Matplotlib writes.
+        path: file to write; its suffix chooses the format, `.png` (also without one) or any that Matplotlib writes.
 
     Raises:
         UsageError: Matplotlib is not installed, or does not write this format.
@@ -49,6 +49,6 @@ def draw_heatmap(result: WhatIf, path: Path) -> None:
 
     figure.colorbar(image, ax=axes, label="slowdown", extend="both")
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except ValueError as error:
         raise UsageError(f"cannot write {path}: {error}") from error

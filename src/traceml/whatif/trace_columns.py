@@ -14,6 +14,7 @@ __all__ = ["COLUMNS", "trace_columns"]
 
 _NEEDED = ("dp_rank", "stage", "rank", "step", "seq_id")
 _OPTIONAL = ("mc", "gmc", "mb_id")  # -1, or no value, where an operation has none
+_LARGEST = 2**53  # integer that a float holds with all before it
 _SECONDS = ("start_ts", "duration")
 COLUMNS = (*_NEEDED, *_OPTIONAL, "optype", *_SECONDS)
 
@@ -55,7 +56,7 @@ def _integers(path: Path, table: Any, name: str) -> NDArray[np.int64]:
     if name in _OPTIONAL:
         values = np.where(np.isnan(values), -1, values)
 
-    _refuse_first(path, table, name, ~(np.isfinite(values) & (values == np.round(values))), "an integer")
+    _refuse_first(path, table, name, ~((np.abs(values) <= _LARGEST) & (values == np.round(values))), "an integer")
     return values.astype(np.int64)
 
 

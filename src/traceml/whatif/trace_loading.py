@@ -105,7 +105,7 @@ def _layout(path: Path) -> Layout:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise TraceNotFoundError(f"there is no file {path}: --meta is the YAML file with the job's layout") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
     if not isinstance(values, Mapping):
@@ -139,7 +139,7 @@ def _table(path: Path) -> Any:
             table = file.read(columns=list(COLUMNS))
     except FileNotFoundError as error:
         raise TraceNotFoundError(f"there is no file {path}") from error
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise UsageError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
 
     if not table.num_rows:
