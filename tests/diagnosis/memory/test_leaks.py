@@ -320,6 +320,25 @@ def test_a_cache_of_the_data_set_may_end_in_the_first_epoch():
     assert "a cache that fills looks the same" in finding.summary
 
 
+REPLAY = {"path": "replay", "kind": "deque", "holds_graph": False, "item_bytes": 4 * MB}
+
+
+def test_a_container_with_a_bound_for_which_there_is_room_is_no_leak():
+    """It fills until it is full: a replay buffer, a cached function. Without room it is a leak with that advice."""
+    bounded = {**leaking(), "latest": (1000,)}
+
+    assert not leaks(**bounded, growing=growing_list(**REPLAY, max_size=5000))
+    (finding,) = leaks(**bounded, growing=growing_list(**REPLAY, max_size=10**9))
+    assert "it had 4,000 of at most 1,000,000,000" in finding.summary
+    assert "Give replay a maxlen that fits into memory" in finding.next
+
+
+def test_a_container_with_a_bound_that_is_little_of_the_growth_hides_no_leak():
+    (finding,) = leaks(**leaking(), growing=growing_list(**{**REPLAY, "item_bytes": 1 * MB}, max_size=5000))
+
+    assert finding.kind == "MEMORY_LEAK"
+
+
 @pytest.mark.parametrize(("kind", "bounded"), [("list", "deque with maxlen"), ("dict", "lru_cache with maxsize")])
 def test_a_container_is_told_to_be_bounded_as_its_kind_can_be(kind, bounded):
     """A deque is no dict."""

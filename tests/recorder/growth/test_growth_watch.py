@@ -6,7 +6,7 @@ import gc
 import sys
 import threading
 from collections import deque
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +78,41 @@ def test_containers_of_variables_and_their_attributes_are_seen() -> None:
     assert "short" not in found
     assert found["losses"].function == "test_containers_of_variables_and_their_attributes_are_seen"
     assert (len(losses), len(metrics), len(short)) == (10, 1, 2)
+
+
+class Bounded:
+    """Containers that hold so many elements at most."""
+
+    def __init__(self) -> None:
+        self.replay: deque[bytes] = deque(maxlen=100)
+
+    @lru_cache(maxsize=50)  # noqa: B019 - keeps the object, as scripts do
+    def decoded(self, number: int) -> bytes:
+        return bytes(1000 + number)
+
+
+def test_bounds_of_containers_are_seen() -> None:
+    """Of a deque and of a cached method, whose newest result has the size of an element."""
+    held = Bounded()
+    for number in range(20):
+        held.replay.append(held.decoded(number))
+
+    found = by_path(read_containers(sys._getframe(), is_here))
+
+    assert (found["held.replay"].size, found["held.replay"].max_size) == (20, 100)
+    cache = found["held.decoded"]
+    assert (cache.kind, cache.size, cache.max_size, cache.item) == ("lru_cache", 20, 50, "bytes")
+    assert cache.item_bytes == sys.getsizeof(bytes(1019))
+    assert found["cached"].max_size == 0
+
+
+def test_a_global_belongs_to_the_module() -> None:
+    """Not to the function that runs while it is seen."""
+    cached(0)
+    for number in range(9):
+        cached(number)
+
+    assert by_path(read_containers(sys._getframe(), is_here))["cached"].function == "<module>"
 
 
 class Net(torch.nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -31,6 +32,7 @@ class GrowingObjects:
         holds_graph: whether the elements hold the graph of their computation.
         of_dataset: whether a data set holds it.
         is_copied: whether a longer copy took its place.
+        max_size: elements that it holds at most; 0 for no bound.
     """
 
     path: str
@@ -46,11 +48,19 @@ class GrowingObjects:
     holds_graph: bool = False
     of_dataset: bool = False
     is_copied: bool = False
+    max_size: int = 0
 
     @property
     def gained(self) -> int:
         """Elements that came while they were counted."""
         return round(self.per_step * self.steps)
+
+    def left_steps(self, latest: int) -> float:
+        """Return the steps after the latest one until it is full; infinite without a bound."""
+        if not self.max_size or self.per_step <= 0:
+            return math.inf
+
+        return max(self.step + (self.max_size - self.count) / self.per_step - latest, 0.0)
 
     def is_never_cleared(self, latest: int) -> bool:
         """Return whether it has kept half of what came since step 0, as of the newer half of the steps."""

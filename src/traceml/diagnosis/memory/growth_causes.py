@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ _OF_LIBRARIES = {
 }
 _UNITS = {"DataFrame": "row", "Series": "row", "str": "character", "bytes": "byte", "bytearray": "byte"}
 _TEXTS = {"str": "text", "Tensor": "tensor", "ndarray": "array"}
+_MOST = 0.5  # of the growth: without a container that is so much of it, memory stops growing
 _FEWEST = 10  # fewer elements give no rate: they may come in each epoch
 _COUNTED = 100  # from this many elements per step on, their number is shown as a whole number
 
@@ -29,12 +31,14 @@ class GrowthCause(NamedTuple):
 
     Attributes:
         is_cache: whether a data set holds it, so that it may stop growing.
+        left_steps: steps until it is full, if it has a bound and is most of the growth; else infinite.
     """
 
     text: str
     action: str
     evidence: Mapping[str, Any]
     is_cache: bool
+    left_steps: float
 
 
 def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCause | None:
@@ -53,7 +57,14 @@ def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCa
         "function": found.function,
         **({} if found.line is None else {"line": found.line}),
     }
-    return GrowthCause(_text(found), _action(found), evidence, found.of_dataset and not found.holds_graph)
+    is_most = found.per_step * found.item_bytes >= _MOST * growth.bytes_per_step
+    return GrowthCause(
+        _text(found),
+        _action(found),
+        evidence,
+        is_cache=found.of_dataset and not found.holds_graph,
+        left_steps=found.left_steps(max(facts.latest, default=-1)) if is_most else math.inf,
+    )
 
 
 def is_kept_in_copies(facts: JobFacts, rank: int, growth: GrowthEstimate) -> bool:
@@ -87,8 +98,12 @@ def _text(found: GrowingObjects) -> str:
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
     return (
         f" Meanwhile the {kind} {found.path}{_where(found)} gained {_rate(found)}{holds}; "
-        f"{'there were' if own else 'it had'} {count_text(found.count)}{_counted_at(found)}."
+        f"{'there were' if own else 'it had'} {count_text(found.count)}{_at_most(found)}{_counted_at(found)}."
     )
+
+
+def _at_most(found: GrowingObjects) -> str:
+    return f" of at most {count_text(found.max_size)}" if found.max_size else ""
 
 
 def _counted_at(found: GrowingObjects) -> str:
@@ -117,6 +132,10 @@ def _action(found: GrowingObjects) -> str:
 
     if found.kind in _OF_LIBRARIES:
         return _OF_LIBRARIES[found.kind].format(path=found.path)
+
+    if found.max_size:
+        bound = "maxsize" if found.kind == "lru_cache" else "maxlen"
+        return f"Give {found.path} a {bound} that fits into memory, or keep less per step."
 
     if found.kind == "lru_cache":
         return f"Give the cache of {found.path} a maxsize that fits into memory."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,7 +77,8 @@ def memory_leaks(facts: JobFacts) -> list[Finding]:
     if MemoryKind.PINNED in by_kind:  # it may count as resident, too
         by_kind.pop(MemoryKind.RESIDENT, None)
 
-    return [_finding(facts, kind, found, by_kind) for kind, found in by_kind.items()]
+    findings = (_finding(facts, kind, found, by_kind) for kind, found in by_kind.items())
+    return [each for each in findings if each is not None]
 
 
 def _finding(
@@ -84,7 +86,7 @@ def _finding(
     kind: MemoryKind,
     found: Mapping[int, tuple[int, GrowthEstimate]],
     by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]],
-) -> Finding:
+) -> Finding | None:
     rank = max(found, key=lambda each: found[each][1].bytes_per_step)
     device, growth = found[rank]
     workers = facts.workers.workers(rank, device) if kind is MemoryKind.WORKERS else 0
@@ -94,6 +96,9 @@ def _finding(
         room = None  # all is copied before it is full
 
     cause = None if workers or kind is MemoryKind.PINNED else growth_cause(facts, rank, growth)
+    if cause and cause.left_steps < (room.left_steps if room else math.inf):
+        return None  # a container with a bound is full before memory is
+
     why = copied or cause
     is_unseen = kind is MemoryKind.RESIDENT and rank in facts.growing and why is None
     unread = _unread_steps(facts)

@@ -33,6 +33,7 @@ _MAX_FRAMES, _MAX_LIBRARY_FRAMES = 20, 200  # of the user's code, and of others:
 MAX_CHAIN = 8000
 """Operations of a graph that are followed."""
 _MAX_PATH = 80
+_MAX_LISTED = 50_000  # results of a cached function that are listed to find the newest
 _LEAST = 8  # smaller containers are not counted
 _MIN_COPIED_BYTES = 4 << 20  # nor smaller arrays, of which a script has many
 _CO_OPTIMIZED = 0x1  # inspect.CO_OPTIMIZED: the code of a function
@@ -53,6 +54,7 @@ class HeldObjects(NamedTuple):
         holds_graph: whether the element is a tensor that holds the graph of its computation.
         of_dataset: whether a data set holds it.
         is_copied: whether it can only grow by a copy: an array, a table, a text.
+        max_size: elements that it holds at most: `maxlen` of a deque, `maxsize` of a cached function; 0 for no bound.
     """
 
     path: str
@@ -65,6 +67,7 @@ class HeldObjects(NamedTuple):
     holds_graph: bool
     of_dataset: bool
     is_copied: bool = False
+    max_size: int = 0
 
 
 class _Place(NamedTuple):
@@ -74,6 +77,7 @@ class _Place(NamedTuple):
     frame: FrameType
     of_dataset: bool
     kind: str = ""
+    function: str = ""  # whose variable it is, if not that of the frame's code
 
 
 def read_containers(
@@ -119,7 +123,7 @@ def _roots(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Ite
             files.add(user.f_code.co_filename)
             for name, value in list(user.f_globals.items()):
                 if not name.startswith("__"):
-                    yield _Place(value, name, 0, user, of_dataset=False)
+                    yield _Place(value, name, 0, user, of_dataset=False, function="<module>")
 
 
 def _user_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[FrameType]:
@@ -162,7 +166,13 @@ def _held(place: _Place) -> HeldObjects | None:
         return _entry(place, kind, count, _newest(value)) if count >= _LEAST and type(value) is not tuple else None
 
     info = getattr(value, "cache_info", None) if callable(value) and hasattr(type(value), "cache_info") else None
-    return _copied(place) if info is None else _entry(place, "lru_cache", int(info().currsize), _newest_cached(value))
+    return _copied(place) if info is None else _cached(place, info())
+
+
+def _cached(place: _Place, info: Any) -> HeldObjects:
+    """Return the results that a cached function keeps."""
+    entry = _entry(place, "lru_cache", int(info.currsize), _newest_cached(place.value))
+    return entry._replace(max_size=int(info.maxsize or 0))
 
 
 def _copied(place: _Place) -> HeldObjects | None:
@@ -200,7 +210,16 @@ def _entry(place: _Place, kind: str, count: int, item: Any) -> HeldObjects:
     item_type, size = type(item).__name__, pixel_bytes(item) if place.kind == FIGURES else _size(item)
     kind = place.kind or kind
     return HeldObjects(
-        path, code.co_filename, code.co_name, kind, count, item_type, size, _holds_graph(item), place.of_dataset
+        path,
+        code.co_filename,
+        place.function or code.co_name,
+        kind,
+        count,
+        item_type,
+        size,
+        _holds_graph(item),
+        place.of_dataset,
+        max_size=getattr(place.value, "maxlen", None) or 0 if isinstance(place.value, deque) else 0,
     )
 
 
@@ -212,11 +231,21 @@ def _newest(value: Any) -> Any:
 
 
 def _newest_cached(function: Any) -> Any:
-    """Return the newest result of a cached function without a bound; None of another."""
-    results = [
-        each for each in gc.get_referents(function) if type(each) is dict and function.cache_info().maxsize is None
-    ]
-    return next((_newest(each) for each in results if len(each) == function.cache_info().currsize), None)
+    """Return the newest result of a cached function; None where it is not known."""
+    info = function.cache_info()
+    if info.currsize > _MAX_LISTED:
+        return None
+
+    referents = gc.get_referents(function)
+    at, results = next(
+        ((at, each) for at, each in enumerate(referents) if type(each) is dict and len(each) == info.currsize),
+        (0, {}),
+    )
+    if info.maxsize is None:
+        return _newest(results)
+
+    # With a bound it refers to the key, the result and the type of each link, the oldest first, then to the links.
+    return next((each for each in reversed(referents[:at]) if type(each) is not type), None)
 
 
 def _inside(place: _Place) -> Iterator[_Place]:
@@ -247,6 +276,10 @@ def _attributes(place: _Place) -> Iterator[_Place]:
             yield place._replace(value=dataset, path=f"{place.path}.dataset", depth=depth, of_dataset=False)
 
         return
+
+    for name, each in list(vars(type(value)).items()):
+        if hasattr(type(each), "cache_info"):  # a cached method, which belongs to the class
+            yield place._replace(value=each, path=f"{place.path}.{name}", depth=depth)
 
     inner = place.of_dataset or hasattr(type(value), "__getitem__") or "Dataset" in type(value).__name__
     for name, each in named_attributes(value, _is_entered):
