@@ -512,7 +512,7 @@ PAUSES = Table(
         _q("phase", "Phase that was open; -1: other code; of several together -1"),
         _q("ns", "wall time of it, or of several short ones together"),
         _q("count", "how many they are"),
-        _q("detail", "collection: generation; compilation: Compiled"),
+        _q("detail", "collection: generation; compilation: Compiled; save: 1 if files are written after it"),
         _q("called", "1 if the script's code called for it, else 0"),
         _q("size_bytes", "save: bytes of the files; -1 where that is not known"),
         _q("line_id", "the function, or the line that called for it, `FILE:LINE FUNCTION`, by id in `names`; else -1"),

@@ -188,8 +188,20 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
     return for_rollouts(line) if is_own or played is None or played >= MIN_PLAYED else None
 
 
-def for_saving(half: float) -> str:
-    """Return advice on saving checkpoints."""
+def for_saving(half: float, *, asynchronous: bool) -> str:
+    """Return advice on saving checkpoints.
+
+    Args:
+        half: gain of saving half as often.
+        asynchronous: whether `async_save` does it already.
+    """
+    if asynchronous:
+        return (
+            f"Save half as often: {gain_text(half)}. async_save copies all tensors before it returns: save only what a "
+            "restart needs, and use the memory of the copies again "
+            "(async_stager=BlockingAsyncStager(cache_staged_state_dict=True), the same one for each save)."
+        )
+
     return (
         f"Save half as often: {gain_text(half)}. Or save in the background "
         "(torch.distributed.checkpoint.async_save), and only what a restart needs."

@@ -64,3 +64,20 @@ def test_the_rank_that_alone_saves_is_named(saving, named):
 
     assert (finding.kind, finding.ranks) == (Kind.CHECKPOINT_STALLS, named)
     assert ("steps save on rank 0, for " in finding.summary) is bool(named)
+
+
+def test_saving_in_the_background_is_not_advised_to_who_does():
+    """What is left is the copy that `async_save` makes before it returns."""
+    history = saves(size_bytes=-1)
+    finding = found(history)
+    assert "async_save" in finding.next
+    assert "asynchronous" not in finding.evidence
+
+    later = PauseHistory({0: {5: "train.py:93 train", 6: "step.pt"}})
+    rows = history.rows(0, Pause.SAVE).copy()
+    rows["detail"] = 1
+    later.add(0, rows)
+    finding = found(later)
+    assert "in the background" not in finding.next
+    assert "async_save copies all tensors before it returns" in finding.next
+    assert finding.evidence["asynchronous"] is True

@@ -91,6 +91,7 @@ def test_a_distributed_checkpoint_counts_each_file_once(flight, tmp_path, monkey
     (row,) = saved_rows(flight)
     written = sum(file.stat().st_size for file in (tmp_path / "checkpoint").iterdir())
     assert row["size_bytes"] == (written if is_known else -1)
+    assert row["detail"] == (not is_known)
 
 
 def test_sizes_of_files_and_folders(tmp_path):

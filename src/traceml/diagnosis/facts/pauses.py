@@ -31,6 +31,7 @@ class Saves:
         size_bytes: mean size of one.
         target: file or folder of the newest.
         file, line, function: the user's line that called for most of them.
+        asynchronous: True if the files of most are written after the call has returned.
     """
 
     size_bytes: float | None
@@ -39,6 +40,7 @@ class Saves:
     file: str | None
     line: int | None
     function: str | None
+    asynchronous: bool | None = None
 
     def evidence(self) -> dict[str, object]:
         """Return what is known, as a finding's evidence."""
@@ -96,7 +98,8 @@ class PauseHistory:
         total, seconds = float(sized["size_bytes"].sum()), max(float(sized["ns"].sum()), 1.0) / 1e9
         place = parsed_place(self.most_frequent(rank, rows, "line_id") or None)
         size, speed = (total / len(sized), total / seconds) if len(sized) else (None, None)
-        return Saves(size, speed, self.text(rank, int(rows["text_id"][-1])) or None, *place)
+        later = True if 2 * np.count_nonzero(rows["detail"]) > len(rows) else None
+        return Saves(size, speed, self.text(rank, int(rows["text_id"][-1])) or None, *place, later)
 
     def per_step(
         self,

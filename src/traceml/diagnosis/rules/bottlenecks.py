@@ -313,7 +313,8 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
         f", for {ns_text(each_ns)} each{_of_save(known)}{_at_end(values)}; without it steps would be {cost.faster}."
     )
     evidence = {"saves": count, "save_ms": each_ns / 1e6, **(known.evidence() if known is not None else {})}
-    found = cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(half), **evidence)
+    todo = advice.for_saving(half, asynchronous=known is not None and known.asynchronous is True)
+    found = cost.finding(Kind.CHECKPOINT_STALLS, summary, todo, **evidence)
     return [replace(found, speedup_if_fixed=half)]
 
 

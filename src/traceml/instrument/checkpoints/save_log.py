@@ -27,6 +27,7 @@ class Save(NamedTuple):
         sizes: bytes of each when it ended, before the script renames or overwrites it; None of a folder, -1 where that
             is not known.
         code, line: the user's code that called it; None, 0 where none did.
+        is_written: whether its files are complete at its end.
     """
 
     t_end_ns: int
@@ -36,6 +37,7 @@ class Save(NamedTuple):
     sizes: tuple[int | None, ...]
     code: CodeType | None
     line: int
+    is_written: bool
 
 
 class SaveLog:
@@ -82,7 +84,8 @@ class SaveLog:
             now, targets = monotonic_ns(), tuple(dict.fromkeys(self._targets))
             self._targets = []
             sizes = tuple(_size(target) if is_written else -1 for target in targets)
-            self._done.append(Save(now, clock.step, now - began_ns, targets, sizes, *self.caller(frame)))
+            code, line = self.caller(frame)
+            self._done.append(Save(now, clock.step, now - began_ns, targets, sizes, code, line, is_written))
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 

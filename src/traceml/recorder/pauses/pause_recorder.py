@@ -113,7 +113,8 @@ class PauseRecorder:
         line = self._id(_place(save.code, save.line)) if save.code is not None else -1
         file = self._id(secrets_only().mask_value("file", save.targets[0])) if save.targets else -1
         size = size_of(save.targets, save.sizes)
-        self._ring.append(save.t_end_ns, save.step, int(Pause.SAVE), _CHECKPOINT, save.ns, 1, 0, 1, size, line, file)
+        cause, later = int(Pause.SAVE), int(not save.is_written)
+        self._ring.append(save.t_end_ns, save.step, cause, _CHECKPOINT, save.ns, 1, later, 1, size, line, file)
 
     def _append_compilation(self, each: Compilation, now: int, step: int) -> None:
         """Append a compilation; the step in which it began is open while it runs."""
