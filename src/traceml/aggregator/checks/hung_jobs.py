@@ -6,8 +6,10 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.silence.absent_ranks import AbsentRanks
@@ -24,19 +26,42 @@ _KILL_AFTER_S = 10.0
 _log = logging.getLogger("traceml")
 
 
+class _Process(NamedTuple):
+    """A process to end; its number may be another's by then."""
+
+    pid: int
+    start_ticks: int | None
+
+
+class _AbortedAttempt(NamedTuple):
+    """The attempt that was ended last.
+
+    Attributes:
+        until_s: monotonic time until which the verdict may still be that of this attempt.
+    """
+
+    attempt: int
+    until_s: float
+
+    def may_hang_again(self, run: ActiveRun) -> bool:
+        """Return whether the run has another attempt, which its verdict is about."""
+        return run.attempt != self.attempt and time.monotonic() >= self.until_s
+
+
 class HungJobs:
     """Ends jobs that hang: each process ends itself, and on this host those are killed that cannot."""
 
     def __init__(self, report: Callable[[Path], object] | None) -> None:
         self._report = report
-        self._ended: set[ActiveRun] = set()
+        self._ended: dict[ActiveRun, _AbortedAttempt] = {}
 
     def is_due(self, run: ActiveRun) -> bool:
-        """Return whether a run that hangs is to be ended; true once for each run."""
-        if run in self._ended or not run.live.intake.facts.progress.aborts:
+        """Return whether a run that hangs is to be ended; true once for each attempt."""
+        progress, ended = run.live.intake.facts.progress, self._ended.get(run)
+        if not progress.aborts or (ended is not None and not ended.may_hang_again(run)):
             return False
 
-        self._ended.add(run)
+        self._ended[run] = _AbortedAttempt(run.attempt, time.monotonic() + _KILL_AFTER_S + progress.timeout_s)
         return True
 
     async def abort(self, run: ActiveRun) -> None:
@@ -51,18 +76,16 @@ class HungJobs:
         run.store.event(ABORT, {"why": "hang", "attempt": run.attempt})
         run.live.intake.facts.progress.was_aborted = True
         run.commit(force=True)
+        processes = _running_here(run)
         for stream in run.connected:
             if stream.peer is not None:
                 stream.peer.send({"t": "command", "id": 0, "name": "abort", "args": {}})
 
+        processes += [_Process(each.pid, process_start_ticks(each.pid)) for each in AbsentRanks(run).find()]
         await asyncio.sleep(_KILL_AFTER_S)
-        for stream in run.streams:
-            pid = None if stream.ended else stream.pid_here
-            if pid is not None and process_start_ticks(pid) == stream.incarnation.start_ticks:
-                _kill(pid)
-
-        for process in AbsentRanks(run).find():
-            _kill(process.pid)
+        for process in processes:  # not those of an attempt that has begun meanwhile
+            if process_start_ticks(process.pid) == process.start_ticks is not None:
+                _kill(process.pid)
 
     @staticmethod
     async def _snapshot_silent(run: ActiveRun) -> None:
@@ -72,7 +95,12 @@ class HungJobs:
 
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""
-        self._ended.discard(run)
+        self._ended.pop(run, None)
+
+
+def _running_here(run: ActiveRun) -> list[_Process]:
+    running = [(stream.pid_here, stream) for stream in run.streams if not stream.ended]
+    return [_Process(pid, stream.incarnation.start_ticks) for pid, stream in running if pid is not None]
 
 
 def _kill(pid: int) -> None:

@@ -1,0 +1,74 @@
+"""The end of hung jobs, by a run of stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from traceml.aggregator.checks import hung_jobs
+from traceml.aggregator.checks.hung_jobs import HungJobs
+from traceml.clock import process_start_ticks
+
+
+def run_of(*streams: Any, attempt: int = 0) -> Any:
+    progress = SimpleNamespace(aborts=True, timeout_s=60.0, was_aborted=False)
+    return SimpleNamespace(
+        id="run",
+        path=None,
+        attempt=attempt,
+        streams=streams,
+        connected=(),
+        live=SimpleNamespace(intake=SimpleNamespace(facts=SimpleNamespace(progress=progress))),
+        store=SimpleNamespace(event=lambda *_: None),
+        commit=lambda **_: None,
+    )
+
+
+class Run:
+    """Hashable, as the runs of an aggregator are."""
+
+
+def stream_of(pid: int) -> Any:
+    incarnation = SimpleNamespace(pid=pid, start_ticks=process_start_ticks(pid))
+    return SimpleNamespace(incarnation=incarnation, ended=False, seen_here=True, peer=None)
+
+
+def test_each_attempt_that_hangs_is_ended_once(monkeypatch):
+    """The verdict may be that of the attempt before, until the next one has had time to hang."""
+    now = [1000.0]
+    monkeypatch.setattr(hung_jobs.time, "monotonic", lambda: now[0])
+    jobs, run = HungJobs(None), Run()
+    run.__dict__.update(vars(run_of()))
+
+    assert jobs.is_due(run)
+    assert not jobs.is_due(run)
+    run.attempt = 1
+    assert not jobs.is_due(run)
+    now[0] += 100
+    assert jobs.is_due(run)
+    assert not jobs.is_due(run)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_processes_of_the_next_attempt_are_not_killed(restarts, monkeypatch):
+    """The launcher may have started it before the time is over in which the hung ones may end by themselves."""
+    killed: list[int] = []
+    stream = stream_of(os.getpid())
+    run = run_of(stream)
+
+    async def sleep(_seconds: float) -> None:
+        if restarts:
+            stream.incarnation = SimpleNamespace(pid=os.getppid(), start_ticks=5)
+            monkeypatch.setattr(hung_jobs, "process_start_ticks", lambda pid: {os.getpid(): None}.get(pid, 5))
+
+    monkeypatch.setattr(hung_jobs.asyncio, "sleep", sleep)
+    monkeypatch.setattr(hung_jobs, "_kill", killed.append)
+    monkeypatch.setattr(hung_jobs, "AbsentRanks", lambda _run: SimpleNamespace(find=list))
+    monkeypatch.setattr(HungJobs, "_snapshot_silent", staticmethod(lambda _run: asyncio.to_thread(int)))
+    asyncio.run(HungJobs(None).abort(run))
+
+    assert killed == ([] if restarts else [os.getpid()])
