@@ -10,8 +10,9 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
-from traceml.database.snapshots import SNAPSHOT, RankSnapshot
+from traceml.database.snapshots import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.store.store import StoreWriter
+from traceml.renderers.words import restarts_text
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import RestartSection
@@ -102,6 +103,21 @@ def test_a_rank_that_failed_before_the_scheduler_is_the_reason(tmp_path: Path) -
 
     (found,) = build_report(tmp_path / "run").run.restarts
     assert (found.ranks, found.reason) == ([1], "RuntimeError")
+
+
+def test_an_attempt_that_was_ended_as_it_hung_is_a_restart(tmp_path: Path) -> None:
+    """Its processes ended by SIGTERM, which alone looks as if the launcher had ended them for another one."""
+    with store(tmp_path / "run") as writer:
+        writer.event(ABORT, {"why": "hang", "attempt": 0})
+        ended = {"state": "killed", "exit": {"signal": 15, "last_step": 79, "step": 80, "at_s": 2.0}}
+        attempt(writer, 0, 80, 100, ended, ended)
+        attempt(writer, 1, 50, 200, FINE, FINE)
+
+    report = build_report(tmp_path / "run")
+
+    expected = RestartSection(attempt=0, ranks=[], reason="hung", step=80, lost_s=21.0)
+    assert report.run.restarts == [expected]
+    assert restarts_text(report.run.restarts) == "Restarted once: hung at step 80 (lost 21 s)"
 
 
 def test_an_attempt_that_ended_well_is_no_restart(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from traceml.database.schema import STEPS
+from traceml.database.snapshots import ABORT
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.deaths.lost_ranks import root_causes
 from traceml.diagnosis.deaths.scheduler_ends import end_by_scheduler
@@ -32,8 +33,9 @@ _MAX_RANKS = 8  # of an attempt, whose first and last steps are read
 def restarts(reader: StoreReader) -> list[RestartSection]:
     """Return the attempts that ended badly before the last one, the first one first."""
     found = []
+    hung = {event.data.get("attempt") for event in reader.events(kind=ABORT)}
     for (attempt, streams), (_, following) in pairwise(attempts_of(reader).items()):
-        if ended := _ended(streams):
+        if ended := _hung(streams) if attempt in hung else _ended(streams):
             died = next(stream for stream in streams if stream.rank == ended.first.rank)
             before = resumes_at(died, checkpoints(streams))
             found.append(_section(attempt, ended, _lost_s(reader, streams, following), before))
@@ -58,7 +60,7 @@ def newest_exits(streams: Sequence[StreamRecord]) -> list[RankExit]:
 
 
 class _Ended(NamedTuple):
-    """The rank that ended an attempt, all ranks with that cause, and the cause; no ranks if the scheduler ended it."""
+    """A rank of an attempt, all that ended with the cause, and the cause; no ranks if others ended the attempt."""
 
     first: RankExit
     ranks: list[int]
@@ -73,6 +75,11 @@ def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
         return _Ended(last, [], _BY_SCHEDULER[cause])
 
     return _Ended(causes[0], sorted(each.rank for each in causes), _reason(causes[0])) if causes else None
+
+
+def _hung(streams: Sequence[StreamRecord]) -> _Ended:
+    """Return the end of an attempt that was ended as it hung, at the step of its first rank."""
+    return _Ended(newest_exits(streams)[0], [], "hung")
 
 
 def _section(attempt: int, ended: _Ended, lost_s: float | None, before: int) -> RestartSection:
