@@ -53,6 +53,10 @@ LEVEL = {
     "one jump": 500 * MB + (np.arange(100) > 50) * 500 * MB,
     "too few samples": 500 * MB + np.arange(8) * 80 * MB,
     "an epoch's lists, freed at its end": 500 * MB + np.arange(240) % 60 * 5 * MB,
+    "those of two long epochs": 500 * MB + np.arange(240) % 125 * 5 * MB,
+    "a late cache that has filled": 500 * MB + np.clip(np.arange(300) - 150, 0, 60) * 4 * MB,
+    "a late jump": 500 * MB + (np.arange(300) > 250) * 200 * MB + noise(300, 0.5 * MB),
+    "late jumps in each evaluation": 500 * MB + np.maximum(np.arange(300) - 200, 0) // 25 * 60 * MB,
 }  # fmt: skip
 
 
@@ -67,6 +71,17 @@ def test_steady_growth_is_found(name):
     per_sample = np.polyfit(np.arange(len(floor)), floor, 1)[0]
     assert growth.bytes_per_step == pytest.approx(per_sample / 20, rel=0.2)
     assert growth.bytes_per_s == pytest.approx(per_sample / 0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("begins", [130, 200])
+def test_a_leak_that_begins_late_is_found(begins):
+    """Over the whole run it does not rise in each quarter."""
+    growth = curve(500 * MB + np.maximum(np.arange(300) - begins, 0) * 4 * MB).growth()
+
+    assert growth is not None
+    assert growth.steady
+    assert growth.bytes_per_step == pytest.approx(4 * MB / 20, rel=0.1)
+    assert abs(growth.since_step - 20 * begins) <= 20 * 75
 
 
 @pytest.mark.parametrize("name", LEVEL)

@@ -37,6 +37,9 @@ MIN_STEPS, LONG_S = 60, 30.0  # LBFGS fills its history of 100 updates within 50
 _PARTS = 24
 _MIN_SAMPLES = 8
 _WARM_UP_STEPS = 20
+_LATE = 0.5  # share of the samples, the newest ones, in which a leak is looked for that begins late
+_NEWEST = 3
+_MOST_RISE = 2.5  # of the median rise of a part, of growth that begins late
 _LEVEL_SHARE = 0.1  # of the mean rise of a part: on a stair, some pages come and go
 _UNEVEN_PARTS = 1.5  # stairs begin somewhere in a part, so that the distances between them differ by this many
 _MIN_RISE = 0.25  # of the mean rise of a quarter, for each quarter
@@ -64,6 +67,7 @@ class GrowthEstimate:
         since_step: first step of the samples.
         rises: whether each quarter of it is above the one before, by an amount that counts.
         steady: whether it also grew all the time; else it may be noise, or copies that come and go.
+        in_stairs: whether it did not rise from each part of the run to the next one.
     """
 
     bytes_per_step: float
@@ -73,6 +77,7 @@ class GrowthEstimate:
     now_bytes: int
     rises: bool
     steady: bool
+    in_stairs: bool = False
 
 
 class MemoryCurve:
@@ -135,13 +140,31 @@ def _growth_of(points: _Points) -> GrowthEstimate | None:
     first, last = int(points[0, 0]), int(points[-1, 0])
     # Samples at the newest step may be of the time after training, when the script drops what it held.
     points = points[(points[:, 0] >= max(_WARM_UP_STEPS, first + (last - first) // 4)) & (points[:, 0] < last)]
-    if len(points) < _MIN_SAMPLES or 1 + np.count_nonzero(np.diff(points[:, 0])) < _MIN_SAMPLES:
+    growth = _estimate(points)
+    if growth is None or growth.steady:
+        return growth
+
+    return _late(points) or growth
+
+
+def _late(points: _Points) -> GrowthEstimate | None:
+    """Return the growth in the newest samples.
+
+    None unless memory rises all the time there, and above what it was before: lists of an epoch grow again in the next.
+    """
+    count = int(_LATE * len(points))
+    before, newest = points[:-count, 2], points[-count:]
+    growth = _estimate(newest)
+    if growth is None or not growth.steady or growth.in_stairs or not _is_even(newest):
         return None
 
-    return _estimate(points)
+    return growth if newest[-_NEWEST:, 2].min() - before.max() >= _least_bytes(growth.now_bytes) else None
 
 
 def _estimate(points: _Points) -> GrowthEstimate | None:
+    if len(points) < _MIN_SAMPLES or 1 + np.count_nonzero(np.diff(points[:, 0])) < _MIN_SAMPLES:
+        return None
+
     count = min(_PARTS, len(points) // 2)
     steps, times, values = _lowest_of_parts(points, count).T.astype(float)
     values[:-1] = np.minimum(values[:-1], values[1:])  # a copy passes: what grows by copies is there twice at times
@@ -157,10 +180,11 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         quarters = by_steps
 
     grown = quarters[-1] - quarters[0]
-    least = max(MIN_GROWN_BYTES, MIN_GROWN_SHARE * float(values[-1]))
+    least = _least_bytes(values[-1])
     level = _LEVEL_SHARE * grown / count
     is_grown = _all_rise(quarters) and grown >= least and _is_long(points)
-    is_even = float((rises > 0).mean()) >= STEADY or _is_in_stairs(steps, values, rises, level)
+    in_stairs = float((rises > 0).mean()) < STEADY
+    is_even = not in_stairs or _is_in_stairs(steps, values, rises, level)
     return GrowthEstimate(
         bytes_per_step=_median(rises / (steps[second] - steps[first])),
         bytes_per_s=_median(rises / np.maximum(times[second] - times[first], 1.0)) * 1e9,
@@ -169,7 +193,19 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         now_bytes=int(points[-1, 2]),
         rises=bool(is_grown),
         steady=bool(is_grown and is_even),
+        in_stairs=in_stairs,
     )
+
+
+def _is_even(points: _Points) -> bool:
+    """Return whether no part rises much more than others: a few jumps rise all the time, too, in few points."""
+    rises = np.diff(_lowest_of_parts(points, min(_PARTS, len(points) // 2))[:, 2])
+    return bool(rises.max() <= _MOST_RISE * np.median(rises))
+
+
+def _least_bytes(used_bytes: float) -> float:
+    """Return the growth from which on it counts."""
+    return max(MIN_GROWN_BYTES, MIN_GROWN_SHARE * used_bytes)
 
 
 def _all_rise(quarters: list[float]) -> bool:
