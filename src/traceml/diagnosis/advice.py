@@ -292,6 +292,12 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     if part == "h2d":
         return f"Compare {names}{at} with the others: pinned memory, batch size, and the PCIe slot of {their} device."
 
+    if part == "checkpoint":
+        return (
+            f"The others wait while {names}{at} {'saves' if is_one else 'save'}: save less often, only what a restart "
+            "needs, or a part on each rank (torch.distributed.checkpoint)."
+        )
+
     if line is not None:
         return f"Find out why {names}{at} {'runs' if is_one else 'run'} {line.place} that long: the other ranks do not."
 

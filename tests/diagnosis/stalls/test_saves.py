@@ -7,6 +7,8 @@ import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from traceml.database.schema import PAUSES, Pause
+from traceml.diagnosis.advice import for_straggler
+from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.findings import Finding
@@ -81,3 +83,13 @@ def test_saving_in_the_background_is_not_advised_to_who_does():
     assert "in the background" not in finding.next
     assert "async_save copies all tensors before it returns" in finding.next
     assert finding.evidence["asynchronous"] is True
+
+
+def test_who_saves_for_all_is_told_to_do_it_less_often():
+    """A line that only one rank runs is no riddle where it saves."""
+    line = BlamedLine("train.py", 93, "train", share=0.9, samples=40)
+
+    assert for_straggler("checkpoint", (0,), JobFacts(), line).startswith(
+        "The others wait while rank 0 saves: save less"
+    )
+    assert "Find out why rank 0" in for_straggler("other", (0,), JobFacts(), line)
