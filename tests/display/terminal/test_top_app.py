@@ -73,6 +73,20 @@ def test_keys_switch_tables(tmp_path, show):
     assert "q quits" in lines[-1]
 
 
+def test_logs_show_what_the_script_printed(tmp_path, show):
+    """As a terminal would show it: of a progress bar its last state, without colors."""
+    run_dir = rich_run(tmp_path / "run")
+    (run_dir / "logs").mkdir(exist_ok=True)
+    (run_dir / "logs" / "output.log").write_bytes(b"\x1b[32mloading\x1b[0m\r\n\r 10%|#    \r100%|#####\nsaved\n")
+    lines = show(run_dir).press("l")
+
+    assert [line.split() for line in lines[4:7]] == [
+        ["output", "saved"],
+        ["output", "100%|#####"],
+        ["output", "loading"],
+    ]
+
+
 def test_tab_goes_round(tmp_path, show):
     """Tab and the arrows lead through all tables and back to the first."""
     shown = show(rich_run(tmp_path / "run"))

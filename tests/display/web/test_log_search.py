@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from traceml.display.web.panels.log_search import log_tails, search_logs
+from traceml.display.web.panels.log_search import search_logs
+from traceml.runs.log_tails import log_tails
 
 LINES = ["step 1 fine", "UserWarning: slow loader", "ValueError: bad", "Traceback (most recent call last):", "terror"]
 

@@ -79,6 +79,17 @@ def test_logs_tell_whom_they_are_about():
     assert [row.style for row in table.rows] == ["yellow", ""]
 
 
+def test_logs_begin_with_the_scripts_newest_output():
+    """The last hundred lines; what a terminal would obey is shown as its escape."""
+    table = logs_table(
+        [Note(0.0, None, "end", "state finished")], [f"step {step}" for step in range(150)] + ["\x1b[2J"]
+    )
+
+    kinds = [row.cells[2] for row in table.rows]
+    assert kinds == ["output"] * 100 + ["end"]
+    assert [row.cells[3] for row in table.rows[:2]] == ["\\x1b[2J", "step 149"]
+
+
 def test_before_the_first_step_tables_say_so():
     """An empty table has a message, also before there is a report."""
     for report in (too_early(), Report.empty("x")):

@@ -12,6 +12,7 @@ from traceml.renderers.text.top_screen import MIN_HEIGHT, Tab, help_lines, page_
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import LiveView, live_view
 from traceml.runs.live_run import LiveRun
+from traceml.runs.log_tails import output_lines
 
 __all__ = ["TABS", "TopApp"]
 
@@ -44,7 +45,7 @@ class TopApp:
             "r": lambda: top_tables.ranks_table(self._view.now),
             "m": lambda: top_tables.memory_table(self._report),
             "t": self._metrics,
-            "l": lambda: top_tables.logs_table(self._live.notes()),
+            "l": lambda: top_tables.logs_table(self._live.notes(), output_lines(self._live.path)),
             "s": lambda: top_tables.system_table(self._report),
         }
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.store.reader import RunEvent
 from traceml.display.web.chart_cache import ChartCache
-from traceml.display.web.panels.log_search import LogTail, log_tails
 from traceml.errors import StoreError
 from traceml.renderers.views import RunView, run_view
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import About
 from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
+from traceml.runs.log_tails import LogTail, log_tails
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report, read_report
 from traceml.runs.report.run_source import about_report

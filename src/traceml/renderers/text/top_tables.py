@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from traceml.formatting import bytes_text, count_text, ms_text, name_order, percent_text, phase_label
+from traceml.formatting import bytes_text, count_text, ms_text, name_order, percent_text, phase_label, printable
 from traceml.renderers.text.bars import phase_color
 from traceml.renderers.views import RankRow, RunView
 from traceml.runs.report.report_types import Report
@@ -26,6 +26,8 @@ __all__ = [
     "system_table",
     "value_text",
 ]
+
+_OUTPUT_LINES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +174,14 @@ def metrics_table(report: Report, trends: Mapping[str, Sequence[float]]) -> Tabl
     return TableView("metrics", columns, tuple(rows), "nothing logged yet: traceml.log_metric(name, value)")
 
 
-def logs_table(notes: Sequence[Note]) -> TableView:
-    """Return log messages and events, newest first."""
-    rows = [
+def logs_table(notes: Sequence[Note], output: Sequence[str] = ()) -> TableView:
+    """Return the last lines of the script's output, then messages and events; both the newest first.
+
+    Args:
+        output: lines as they were written, which have no time.
+    """
+    rows = [TableRow(("", "", "output", printable(line))) for line in output[: -_OUTPUT_LINES - 1 : -1]]
+    rows += [
         TableRow(
             (
                 time.strftime("%H:%M:%S", time.localtime(note.epoch_s)),

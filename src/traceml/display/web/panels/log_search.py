@@ -1,20 +1,16 @@
-"""Ends of a run's log files, and the lines of them that are searched for."""
+"""Lines of a run's log files that are searched for."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-from traceml.own_files import is_file_inside
-from traceml.run_folder import LOGS_FOLDER
+from traceml.runs.log_tails import LogTail, log_tails
 
-__all__ = ["LEVELS", "LogTail", "log_tails", "search_logs"]
+__all__ = ["LEVELS", "search_logs"]
 
-_TAIL_BYTES = 16 * 1024
 _SEARCHED_BYTES = 4 << 20
 _FOUND_LINES = 500
-_LOG_FILES = 8
 _ERROR = r"\b(?:\w+(?:Error|Exception)|(?i:error|critical|fatal|exception|traceback))\b"
 _WARNING = r"\b(?:\w+Warning|(?i:warn|warning))\b"
 
@@ -24,26 +20,6 @@ LEVELS: dict[str, re.Pattern[str] | None] = {
     "error": re.compile(_ERROR),
 }
 """Least level of the lines to show -> what such a line contains."""
-
-
-@dataclass(frozen=True, slots=True)
-class LogTail:
-    """The end of a file in the run's `logs`; `cut` where earlier lines are missing."""
-
-    name: str
-    text: str
-    cut: bool
-
-
-def log_tails(run_dir: Path, limit_bytes: int = _TAIL_BYTES) -> list[LogTail]:
-    """Return the ends of the newest log files of a run, by name."""
-    folder = run_dir / LOGS_FOLDER
-    try:
-        found = [file for file in folder.rglob("*.log") if is_file_inside(file, run_dir)]
-        files = sorted(found, key=lambda file: file.stat().st_mtime)[-_LOG_FILES:]
-        return sorted((_tail(folder, file, limit_bytes) for file in files), key=lambda tail: tail.name)
-    except OSError:
-        return []  # a file was removed meanwhile
 
 
 def search_logs(run_dir: Path, words: str, level: str) -> list[LogTail]:
@@ -65,13 +41,3 @@ def search_logs(run_dir: Path, words: str, level: str) -> list[LogTail]:
         found.append(LogTail(tail.name, "\n".join(lines[-_FOUND_LINES:]), tail.cut or len(lines) > _FOUND_LINES))
 
     return found
-
-
-def _tail(folder: Path, file: Path, limit_bytes: int) -> LogTail:
-    with file.open("rb") as opened:
-        size = opened.seek(0, 2)
-        opened.seek(max(0, size - limit_bytes))
-        text = opened.read(limit_bytes).decode("utf-8", "replace")
-
-    cut = size > limit_bytes
-    return LogTail(str(file.relative_to(folder)), text.partition("\n")[2] if cut else text, cut)
