@@ -122,6 +122,17 @@ def test_ranks_of_a_metric_share_a_chart(run):
     assert [each["name"] for each in drawn[0][1]["series"]] == ["train/loss", "train/loss/rank_1"]
 
 
+def test_lines_fill_a_chart_without_a_legend(run):
+    """One line of finite values has nothing above it; a legend or a count of the others keeps its place."""
+    lr = replace(next(line for line in run[1].metrics if line.name == "lr"), missing=0)
+    alone = run_charts.metric_charts(RunSeries(run[1].steps, run[1].heat, metrics=(lr,)))[0][1]
+    ranks = next(option for name, option in run_charts.metric_charts(run[1]) if name == "train/loss")
+    gaps = run_charts.metric_charts(RunSeries(run[1].steps, run[1].heat, metrics=(replace(lr, missing=1),)))[0][1]
+
+    assert alone["grid"]["top"] < 16
+    assert ranks["grid"]["top"] == gaps["grid"]["top"] > 40
+
+
 def test_values_that_are_not_finite_are_counted(run):
     """They are gaps; a metric that has no other value would be an empty chart."""
     loss, *_ = run[1].metrics

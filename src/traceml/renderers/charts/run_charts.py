@@ -53,6 +53,7 @@ _LINES = 8
 _HEAT_LABELS = 32
 _MIN_HEAT_PCT = 25.0
 _METRICS = 24
+_BARE_TOP_PX = 14
 _TIME_UNITS = (("h", 3600), ("min", 60), ("s", 1))
 _MARK = "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}"
 
@@ -232,6 +233,8 @@ def _metric_chart(lines: Sequence[MetricSeries], theme: Theme) -> Option:
         words = f"{plural(missing, 'value')} NaN or infinite"
         style = {"color": theme.muted, "fontSize": 11, "fontWeight": "normal"}
         option["title"] = {"text": words, "left": 0, "top": 22, "textStyle": style}
+    elif not option["legend"]["show"]:
+        option["grid"]["top"] = _BARE_TOP_PX  # nothing is above the lines
 
     return option
 
