@@ -302,6 +302,7 @@ def test_a_run_with_something_wrong_says_what(visit: Visits, name: str, said: st
     page = visit().open(f"/run/20260101-000000-{name}")
 
     expect(page.locator(".banner, .page").filter(has_text=said).first).to_be_visible()
+    expect(page.locator(".tabs a:visible")).to_have_count(0 if page.locator(".empty-state:visible").count() else 11)
 
 
 def test_an_address_without_a_page_leads_to_the_list(visit: Visits) -> None:

@@ -10,7 +10,16 @@ from pathlib import Path
 from nicegui import Client
 
 from traceml.display.web.chart_cache import THEMES, as_json
-from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, link, run_path, set_visible
+from traceml.display.web.elements import (
+    ChartCard,
+    Container,
+    DataTable,
+    TextNode,
+    link,
+    run_path,
+    set_visible,
+    top_heading,
+)
 from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
 from traceml.display.web.panels.overlay_panel import LETTERS, ComparedRuns, OverlayPanel
 from traceml.display.web.run_sources import RunFileTimes
@@ -93,7 +102,9 @@ class ComparePage:
         top_bar("compare")
         self._banner = Banner()
         with Container("div", "page", id="content", tabindex="-1"):
-            self._waiting = TextNode("p", "Reading the runs", "card empty-state")
+            with Container("div", "card empty-state") as self._empty_state:
+                self._reason = top_heading("Reading the runs")
+
             with Container("div") as self._body:
                 self._verdict(runs)
                 TextNode("h2", "Charts and figures", "visually-hidden")
@@ -123,7 +134,8 @@ class ComparePage:
         self._state = state
         with self._client:
             self._banner.show(state.problem)
-            set_visible(self._waiting, False)
+            self._reason.set_text("These runs cannot be compared")
+            set_visible(self._empty_state, state.runs is None)
             set_visible(self._body, state.runs is not None)
             if state.runs is not None:
                 self._show(state.runs)

@@ -12,7 +12,7 @@ from nicegui.elements.mixins.text_element import TextElement
 from traceml.formatting import code_parts
 
 __all__ = ["EMIT_VALUE", "ChartCard", "Container", "DataTable", "FactList", "Prose", "TextNode", "link", "run_path",
-           "search_box", "set_visible", "web_link"]  # fmt: skip
+           "search_box", "set_visible", "top_heading", "web_link"]  # fmt: skip
 
 EMIT_VALUE = "(event) => emit(event.target.value)"
 """Handler in the browser that sends the value of an input."""
@@ -65,6 +65,11 @@ class Prose(Container):
         with self:
             for part, is_code in code_parts(text):
                 TextNode("code" if is_code else "span", part)
+
+
+def top_heading(text: str) -> TextNode:
+    """Return the heading of a page that has nothing to show; it is hidden once the page's own `h1` is there."""
+    return TextNode("h2", text, role="heading", aria_level="1")
 
 
 def link(text: str, href: str, classes: str = "") -> TextNode:

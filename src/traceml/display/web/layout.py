@@ -62,11 +62,12 @@ def draw(client: Any, charts: Sequence[str]) -> None:
         client.run_javascript(f"tracemlCharts.draw({{{','.join(charts)}}})")
 
 
-def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> TextNode:
-    """Build the bar; return the text next to the product name.
+def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> tuple[TextNode, Container]:
+    """Build the bar; return the text next to the product name, and the links to sections.
 
     Args:
         crumb: that text: the run shown.
+        tabs: id and name of each section.
     """
     link("Skip to content", "#content", "skip")
     with Container("div", "top"):
@@ -78,12 +79,12 @@ def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> TextNode:
             TextNode("button", "Dark", "tool", id="theme", type="button", title="light or dark (t)")
             TextNode("button", "?", "tool", id="help", type="button", aria_label="keys", title="keys (?)")
 
-        if tabs:
-            with Container("nav", "tabs", aria_label="sections"):
-                for section, name in tabs:
-                    link(name, f"#{section}")
+        with Container("nav", "tabs", aria_label="sections") as sections:
+            for section, name in tabs:
+                link(name, f"#{section}")
 
-    return crumb_node
+    set_visible(sections, bool(tabs))
+    return crumb_node, sections
 
 
 class Banner:

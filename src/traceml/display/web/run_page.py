@@ -7,7 +7,7 @@ from pathlib import Path
 from nicegui import Client
 
 from traceml.display.web.chart_panel import ChartPanel
-from traceml.display.web.elements import Container, TextNode, link, set_visible
+from traceml.display.web.elements import Container, TextNode, link, set_visible, top_heading
 from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
 from traceml.display.web.panels.log_panel import LogPanel
 from traceml.display.web.panels.media_panel import MediaPanel
@@ -41,11 +41,11 @@ class RunPage:
     def __init__(self, client: Client, run_dir: Path, theme: str) -> None:
         self._client, self._run_dir, self._theme = client, run_dir, theme
         self._state: RunState | None = None
-        self._crumb = top_bar(run_dir.name, _TABS)
+        self._crumb, self._sections = top_bar(run_dir.name, _TABS)
         self._banner = Banner()
         with Container("div", "page", id="content", tabindex="-1"):
             with Container("div", "card empty-state") as self._empty_state:
-                self._reason = TextNode("h2", "")
+                self._reason = top_heading("")
                 self._hint = TextNode("p", "")
                 with Container("p"):
                     link("All runs", "/")
@@ -62,7 +62,9 @@ class RunPage:
         with self._client:
             self._banner.show(_warning(state))
             set_visible(self._empty_state, state.view is None)
-            set_visible(self._body, state.view is not None)
+            for part in (self._sections, self._body):
+                set_visible(part, state.view is not None)
+
             if state.view is None:
                 self._explain_absence(state)
             else:
