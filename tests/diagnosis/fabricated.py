@@ -26,6 +26,7 @@ class Job:
 
     Attributes:
         wander: log deviation of each rank's speed, which wanders over some `wander_steps` steps.
+        meets_every: in every n-th step only ranks wait for each other, in a collective of the script, as in local SGD.
         stolen: share of the run in which another program takes a rank's core, for `wander_steps` steps each.
     """
 
@@ -46,6 +47,7 @@ class Job:
     stolen: float = 0.0
     callback_every: int = 1
     grouped: bool = True
+    meets_every: int = 1
 
     def scaled(self, factor: float) -> Job:
         """Return the same job with all durations times `factor`."""
@@ -171,6 +173,10 @@ def _waits(job: Job, own: dict[str, np.ndarray[Any, Any]], random: np.random.Gen
     wait = np.zeros_like(before)
     for step in range(job.steps):
         arrived = now + before[:, step]
+        if (step + 1) % job.meets_every:
+            now = arrived + after[:, step]
+            continue
+
         left = arrived.max() + comm[step] + leave[:, step] - leave[:, step].min()
         wait[:, step] = left - arrived
         now = left + after[:, step]
@@ -186,8 +192,9 @@ def _rows(
     for part in PARTS[:-1]:
         rows[f"{part}_ns"] = own[part][rank] * MS
 
-    rows["backward_ns"] += (wait[rank] * MS).astype(np.int64)
-    rows["total_ns"] = sum(rows[f"{part}_ns"] for part in PARTS[:-1]) + (own["other"][rank] * MS).astype(np.int64)
+    rows["backward_ns" if job.meets_every == 1 else "comm_ns"] += (wait[rank] * MS).astype(np.int64)
+    phases = sum(rows[f"{part}_ns"] for part in ("comm", *PARTS[:-1]))
+    rows["total_ns"] = phases + (own["other"][rank] * MS).astype(np.int64)
     rows["t_end_ns"] = np.cumsum(rows["total_ns"])
     measured = (
         (np.arange(job.steps) % job.callback_every == 0) & job.grouped if job.callback_every else np.zeros(1, bool)

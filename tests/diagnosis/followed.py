@@ -12,6 +12,7 @@ from traceml.database.schema import EPOCHS, LINE_OTHER, PAUSES, Pause
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.pauses import PauseHistory
+from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -106,6 +107,10 @@ def _late(part: str, ms: float = 8.0) -> tuple[Training, Training]:
     return Training(PAIR, (adds(part, ms, ranks=(1,)),)), Training(PAIR)
 
 
+def _averages_every(steps: int, *faults: Fault) -> Training:
+    return Training(replace(PAIR, meets_every=steps), faults, JobFacts(batches=BatchHistory()))
+
+
 _FAST, _EVEN = Training(ALONE), Training(PAIR)
 _ALL_LATE: Callable[[str], Training] = lambda part: Training(PAIR, (adds(part, 8.0),))  # noqa: E731 - a table's cell
 
@@ -144,6 +149,9 @@ FOLLOWED: tuple[Followed, ...] = (
         for part in ("forward", "backward", "optimizer")
     ),
     Followed("code of a late rank", Kind.STRAGGLER, "runs only on rank 1", *_late("other"), _ALL_LATE("other")),
+    Followed("code of a late rank, in local SGD", Kind.STRAGGLER, "runs only on rank 1",
+             _averages_every(8, adds("other", 30.0, ranks=(1,))), _averages_every(8),
+             _averages_every(8, adds("other", 30.0))),
     Followed("ranks in turns", Kind.COMPUTE_STRAGGLER, "Balance the work of the ranks in each step",
              Training(PAIR, (takes_turns("forward", 30.0, (0, 1)),)), Training(PAIR, (adds("forward", 15.0),)),
              Training(PAIR, (adds("forward", 30.0),))),

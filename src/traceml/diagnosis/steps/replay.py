@@ -1,7 +1,8 @@
 """Estimated speedup: recompute step times without the work that a finding is about.
 
 A step takes as long as the own work of the slowest rank, plus time that no rank's work explains. Replacing own work
-therefore shortens a step by the gain of the slowest rank, not by the gain of one rank.
+therefore shortens a step by the gain of the slowest rank, not by the gain of one rank. Where the ranks meet only every
+few steps, that holds for these steps together.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
     if not segments.grouped:
         return np.asarray(np.maximum(segments.step - (segments.own - own).mean(axis=0), 0))
 
-    longest = segments.longest(own)
-    left = segments.step - (segments.longest(segments.own) - longest)
-    least = np.minimum(segments.step, longest)
-    return _shared_out(np.maximum(left, least), np.maximum(least - left, 0), least, segments.begins)
+    step, longest = segments.by_stretch(segments.step), segments.longest_stretches(own)
+    left = step - (segments.longest_stretches(segments.own) - longest)
+    least, begins = np.minimum(step, longest), segments.begins[segments.stretches]
+    times = _shared_out(np.maximum(left, least), np.maximum(least - left, 0), least, begins)
+    lengths = np.diff(segments.stretches, append=len(segments.step))
+    return np.asarray(segments.step * np.repeat(times / np.maximum(step, 1), lengths))
 
 
 def _shared_out(times: Floats, rest: Floats, least: Floats, begins: NDArray[np.bool_]) -> Floats:
-    """Return step times in which no step gains more than its own length; the next step gets the rest.
+    """Return times of stretches in which none gains more than its own length; the next one gets the rest.
 
     A rank may be late after the last sync point of a step. Then the others wait for it in their next step, and half of
     the wait is in the mean step of the ranks, half in the mean of the next one.

@@ -48,6 +48,7 @@ class Segments:
         measured: steps in which it was measured; in the others `backward` is the rank's mean.
         device: whether these are device times.
         begins: steps whose predecessor is not in the window.
+        stretches: first step of each stretch at whose end the ranks meet; mostly each step is one.
         stands_for: see `AlignedSteps`.
         above: see `AlignedSteps`.
         shift: what each step took beyond `step` before several trainings were made as if of one; empty without any.
@@ -63,6 +64,7 @@ class Segments:
     measured: NDArray[np.bool_]
     device: bool
     begins: NDArray[np.bool_]
+    stretches: NDArray[np.intp]
     stands_for: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
     shift: Floats = field(default_factory=lambda: np.empty(0, np.float32))
@@ -91,7 +93,18 @@ class Segments:
         Args:
             own: own work of each row, which may have been changed.
         """
-        return np.asarray((own + self.above if len(self.above) else own).max(axis=0))
+        return np.asarray(self._with_above(own).max(axis=0))
+
+    def longest_stretches(self, own: Floats) -> Floats:
+        """Return the own work of the rank that takes longest, by stretch."""
+        return np.asarray(self.by_stretch(self._with_above(own)).max(axis=0))
+
+    def by_stretch(self, values: Floats) -> Floats:
+        """Return the sums of values of steps, by stretch."""
+        return np.asarray(np.add.reduceat(values, self.stretches, axis=-1))
+
+    def _with_above(self, own: Floats) -> Floats:
+        return own + self.above if len(self.above) else own
 
     @property
     def step_ns(self) -> float:
@@ -155,6 +168,7 @@ def segments_of(window: AlignedSteps, facts: JobFacts) -> Segments:
         measured,
         window.device,
         window.begins,
+        _stretches(window, facts),
         window.stands_for,
         window.above,
     )
@@ -193,6 +207,19 @@ def _behind_sync(window: AlignedSteps) -> Floats:
     """Return the optimizer's work in the segment after its step; where that is unknown, the step's own."""
     optimizer = window.times["optimizer"]
     return np.where(window.begins, optimizer, np.roll(optimizer, 1, axis=1))
+
+
+def _stretches(window: AlignedSteps, facts: JobFacts) -> NDArray[np.intp]:
+    """Return the first step of each stretch at whose end the ranks meet.
+
+    Where no model averages gradients by itself, the ranks meet in the collectives that the script calls, which may be
+    in every n-th step only, as in local SGD.
+    """
+    meets = (window.times["comm"] > 0).all(axis=0)
+    if facts.batches is None or facts.batches.group.is_parallel or not meets.any():
+        return np.arange(len(window))
+
+    return np.flatnonzero(window.begins | np.roll(meets, 1))
 
 
 def _least(wait: Floats) -> Floats:
