@@ -72,4 +72,43 @@ def test_samples_of_a_step_count_when_the_next_one_has_begun():
     assert [each.samples for each in counts.lines(NAMES, [18 * S])] == [40]
 
 
+def test_samples_count_by_the_time_that_they_stand_for():
+    """The first ones are denser: a line that runs in the second half of a run has half of it, not a sixth."""
+    counts = LineCounts()
+    for seconds, number in ((5, 5), (10, 5), (15, 1), (20, 1)):
+        flushed = rows(seconds, 10 * seconds, (LINE_OTHER, 1 + seconds // 13), (LINE_OUTSIDE, 3))
+        flushed["samples"] *= number
+        counts.add(0, flushed)
+
+    found = {(each.part, each.line): each.samples for each in counts.lines(NAMES, [20 * S])}
+
+    assert found == {("other", 1): 60, ("other", 2): 60, ("outside", 3): 120}
+
+
+@pytest.mark.parametrize("last", [200, -1], ids=["in a step", "at the end of the process"])
+def test_lines_of_some_steps_are_told_from_those_of_the_others(last):
+    """By the steps in which most of a stretch is; what is counted after the last step is in neither."""
+    counts = LineCounts()
+    for seconds, step, line in ((5, 60, 1), (10, 110, 1), (15, 160, 2), (20, last, 2), (60, last, 3)):
+        counts.add(0, rows(seconds, step, (LINE_OTHER, line)))
+
+    slow, usual = counts.divided(NAMES, {0: (199, 20 * S)}, 105, 1 << 62)
+
+    assert [(each.line, each.samples) for each in slow] == [(2, 20)]
+    assert [(each.line, each.samples) for each in usual] == [(1, 20)]
+    assert counts.divided(NAMES, {}, 105, 200) == ((), ())
+
+
+def test_many_stretches_are_joined():
+    """Ten thousand seconds have no more stretches than some, and the same samples."""
+    counts = LineCounts()
+    for step in range(1, 2001):
+        counts.add(0, rows(5 * step, step, (LINE_OTHER, 1 + step // 1001)))
+
+    slow, usual = counts.divided(NAMES, {0: (2000, 10_000 * S)}, 1000, 1 << 62)
+
+    assert sum(each.samples for each in (*slow, *usual)) == pytest.approx(20_000, abs=10)
+    assert sum(each.samples for each in slow if each.line == 2) == pytest.approx(10_000, rel=0.05)
+
+
 NAMES = {0: {number: f"/x/train.py:{number} step" for number in (1, 2, 3)}}

@@ -26,6 +26,7 @@ __all__ = [
     "SampledShare",
     "blamed_line",
     "busy_share",
+    "changed_line",
     "child_wait_share",
     "clearing_share",
     "dataset_share",
@@ -172,21 +173,41 @@ def blamed_line(
         ranks: the ranks to look at; empty for all.
         others: ranks to compare with: what they do too is not to blame.
     """
+    return _line_of(tuple(_seen_on(lines, ranks)), part, phase_share, tuple(_seen_on(lines, others)) if others else ())
+
+
+def changed_line(
+    lines: Sequence[SampledLine], part: str, phase_share: float, usual: Sequence[SampledLine], pace: float
+) -> BlamedLine | None:
+    """Return the function by which a phase takes longer in some steps; None where the samples do not show one.
+
+    Args:
+        lines: samples of the slow steps.
+        phase_share: the phase's share of them, as measured by the hooks.
+        usual: samples of the other steps.
+        pace: how long a usual step takes, in slow steps.
+    """
+    return _line_of(lines, part, phase_share, usual, pace)
+
+
+def _line_of(
+    lines: Sequence[SampledLine], part: str, phase_share: float, usual: Sequence[SampledLine], pace: float = 1.0
+) -> BlamedLine | None:
+    """Return the function that has most of a phase, or of what it has more than usual, where that is known."""
     code = part if part in PHASE_LABELS or part == "other" else _USER
-    functions, total, in_steps = _by_function(lines, code, ranks)
+    functions, total, in_steps = _by_function(lines, code, ())
     if total < MIN_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
         return None
 
-    usual, _, in_steps_of_others = _by_function(lines, code, others) if others else (Counter(), 0, 1)
-    scale = in_steps / max(in_steps_of_others, 1)
-    excess = {place: samples - usual[place] * scale for place, samples in functions.items()}
+    expected, _, in_usual_steps = _by_function(usual, code, ())
+    scale = pace * in_steps / max(in_usual_steps, 1)
+    excess = {place: samples - expected[place] * scale for place, samples in functions.items()}
     place = max(excess, key=lambda name: excess[name], default=None)
     whole = max(total, phase_share * in_steps)
-    if place is None or not _is_named(functions, place, whole, excess[place] if others else None):
+    if place is None or not _is_named(functions, place, whole, excess[place] if usual else None):
         return None
 
-    own = _by_line(_seen_on(lines, ranks), code, place)
-    common = _by_line(_seen_on(lines, others), code, place) if others else Counter()
+    own, common = _by_line(lines, code, place), _by_line(usual, code, place)
     line = max(own, key=lambda number: own[number] - common[number] * scale)
     return BlamedLine(place[0], line, place[1], functions[place] / whole, total, total < HIDDEN_RATIO * whole)
 

@@ -24,7 +24,7 @@ from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.sampled_lines import SampledLine, StretchLines
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop
@@ -76,6 +76,7 @@ class JobFacts:
         save_folders: rank -> folder into which it wrote checkpoints.
         memory: memory of ranks, devices and hosts over the run.
         lines: lines in which the training threads were seen.
+        stretch_lines: the same by stretch of the run.
         skipped: steps without an update.
         epochs: rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator.
         time: the run's wall time by part; None where it is not known.
@@ -124,6 +125,7 @@ class JobFacts:
     save_folders: Mapping[int, str] = field(default_factory=dict)
     memory: MemoryHistory = field(default_factory=MemoryHistory)
     lines: Sequence[SampledLine] = ()
+    stretch_lines: StretchLines = field(default_factory=StretchLines)
     skipped: SkippedSteps | None = None
     epochs: NDArray[np.void] = field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
     time: RunTime | None = None

@@ -26,7 +26,7 @@ from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, ProgressHistory
 from traceml.diagnosis.facts.resource_use import UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts
+from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, StretchLines
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
@@ -304,6 +304,7 @@ class JobFactsBuilder:
             save_folders=dict(self.save_folders),
             memory=self.memory,
             lines=LazyLines(self.lines, self.names, ends_ns),
+            stretch_lines=StretchLines(self.lines, self.names, latest, ends_ns),
             skipped=self.skipped,
             losses=self.losses,
             batches=self.batches,

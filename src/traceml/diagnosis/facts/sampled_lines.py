@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,16 @@ from numpy.typing import NDArray
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 
-__all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "parsed_place"]
+__all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "StretchLines", "parsed_place"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 """Names for the time before the first step and between steps, in addition to those of the phases."""
 
 _OUTSIDE = (LINE_STARTUP, LINE_OUTSIDE)
+_SAMPLES = len(LINE_KEYS)
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
+_MAX_SPANS = 64  # stretches of the run that are told apart, of each of so many ranks
+_MAX_SPAN_RANKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,36 @@ class LineCounts:
 
     def __init__(self) -> None:
         self._ranks: dict[int, _RankCounts] = {}
+        self._spans: dict[int, _RankStretches] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
-        self._ranks.setdefault(rank, _RankCounts()).add(rows)
+        counts = self._ranks.get(rank)
+        if counts is None:
+            if len(self._ranks) < _MAX_SPAN_RANKS:
+                self._spans[rank] = _RankStretches()
+
+            counts = self._ranks[rank] = _RankCounts(self._spans.get(rank))
+
+        counts.add(rows)
+
+    def divided(
+        self,
+        names: Mapping[int, Mapping[int, str]],
+        ends: Mapping[int, tuple[int, int]],
+        first: int,
+        end: int,
+    ) -> tuple[tuple[SampledLine, ...], tuple[SampledLine, ...]]:
+        """Return the lines in the phases of some steps, and in those of the others; of the first ranks that had any.
+
+        Args:
+            names: texts of each rank by id.
+            ends: last step of each rank, and the time at which it ended.
+            first, end: the first step, and the first one after them.
+        """
+        divided = {rank: spans.divided(first, end, *ends[rank]) for rank, spans in self._spans.items() if rank in ends}
+        inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
+        return _sampled_lines(inside, names), _sampled_lines(outside, names)
 
     def lines(self, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int] = ()) -> tuple[SampledLine, ...]:
         """Return the lines of all ranks, the most frequent of each rank first.
@@ -63,44 +93,148 @@ class LineCounts:
             ends_ns: time at which the last step of each rank ended, 0 for none. After it a rank may hang, or have ended
                 its training: what it does then has no part in the phases of the steps.
         """
-        return tuple(
-            SampledLine(rank, LINE_PHASES.get(phase, "other"), *parsed_place(known.get(line)), known.get(called), *sums)
-            for rank, counts in sorted(self._ranks.items())
-            for known in (names.get(rank, {}),)
-            for phase, line, called, *sums in counts.summed(ends_ns[rank] if rank < len(ends_ns) else 0).tolist()
-        )
+        summed = {rank: each.summed(ends_ns[rank] if rank < len(ends_ns) else 0) for rank, each in self._ranks.items()}
+        return _sampled_lines(summed, names)
+
+
+def _sampled_lines(
+    summed: Mapping[int, NDArray[np.int64]], names: Mapping[int, Mapping[int, str]]
+) -> tuple[SampledLine, ...]:
+    return tuple(
+        SampledLine(rank, LINE_PHASES.get(phase, "other"), *parsed_place(known.get(line)), known.get(called), *sums)
+        for rank, counts in sorted(summed.items())
+        for known in (names.get(rank, {}),)
+        for phase, line, called, *sums in counts.tolist()
+    )
 
 
 class _RankCounts:
-    """Rows of one rank. Those in the phases of steps are apart until a later step has begun."""
+    """Rows of one rank. Those in the phases of steps are apart until a later step has begun.
 
-    def __init__(self) -> None:
+    Args:
+        spans: takes these, by stretch of the run, too.
+    """
+
+    def __init__(self, spans: _RankStretches | None = None) -> None:
         self._parts: list[NDArray[np.int64]] = []
         self._newest: list[tuple[int, NDArray[np.int64]]] = []  # with the middle of the time in which they were counted
-        self._step, self._flushed_ns = -1, 0
+        self._step, self._flushed_ns, self._spans = -1, 0, spans
+        self._first: NDArray[np.int64] | None = None  # counted since a time that is not known
 
     def add(self, rows: NDArray[np.void]) -> None:
         """Take rows, in order; all that were counted to the same time have it as theirs."""
-        counts = np.stack([rows[name] for name in (*LINE_KEYS, *LINE_SUMS)], axis=1)
         outside = np.isin(rows["phase"], _OUTSIDE)
         for flushed_ns in np.unique(rows["t_ns"]).tolist():
             flushed = rows["t_ns"] == flushed_ns
-            step = int(rows["step"][flushed].max())
-            if step > self._step:
+            last = int(rows["step"][flushed].max())
+            counts = self._counts(rows[flushed], flushed_ns)
+            if last > self._step:
                 self._parts += [each for _, each in self._newest]
-                self._newest, self._step = [], step
+                self._newest, self._step = [], last
 
-            self._parts = _compact([*self._parts, counts[flushed & outside]])
-            self._newest.append(((self._flushed_ns + flushed_ns) // 2, counts[flushed & ~outside]))
+            middle_ns, is_outside = (self._flushed_ns + flushed_ns) // 2, outside[flushed]
+            self._parts = _compact([*self._parts, counts[is_outside]])
+            in_steps = counts[~is_outside]
+            self._newest.append((middle_ns, in_steps))
+            self._first = in_steps if not self._flushed_ns else None
             self._flushed_ns = flushed_ns
+            if self._spans is not None:
+                self._spans.add(last, middle_ns, in_steps)
 
         if len(self._newest) > _MAX_PARTS:
             first, *others = self._newest
             self._newest = [first, (others[0][0], _summed([each for _, each in others]))]
 
+    def _counts(self, rows: NDArray[np.void], flushed_ns: int) -> NDArray[np.int64]:
+        """Return the counts of rows; the first ones stand for a time as the next ones do."""
+        counts = _counts_of(rows, flushed_ns - self._flushed_ns if self._flushed_ns else 0)
+        if self._first is not None:
+            seen, stands_ns = counts[:, _SAMPLES].sum(), counts[:, -1].sum()
+            self._first[:, -1] = self._first[:, _SAMPLES] * stands_ns // max(seen, 1)
+
+        return counts
+
     def summed(self, end_ns: int) -> NDArray[np.int64]:
         """Return the sums, of phases of steps those that were counted mostly before a time."""
-        return _summed([*self._parts, *(each for middle_ns, each in self._newest if middle_ns <= end_ns)])
+        return _by_time([*self._parts, *(each for middle_ns, each in self._newest if middle_ns <= end_ns)])
+
+
+class _Stretch(NamedTuple):
+    """Counts of one stretch of a run.
+
+    Attributes:
+        first: the step that was open at its begin.
+        last: that at its end, -1 where none was, as at the end of the process.
+        middle_ns: middle of the time in which they were counted.
+        joins: stretches that were joined to it, and itself.
+    """
+
+    first: int
+    last: int
+    middle_ns: int
+    counts: NDArray[np.int64]
+    joins: int = 1
+
+    def joined(self, after: _Stretch) -> _Stretch:
+        """Return this stretch and the one after it as one."""
+        middle_ns = (self.middle_ns + after.middle_ns) // 2
+        counts, joins = _summed([self.counts, after.counts]), self.joins + after.joins
+        return self._replace(last=after.last, middle_ns=middle_ns, counts=counts, joins=joins)
+
+
+class _RankStretches:
+    """Rows of one rank in the phases of steps, by stretch; neighbors become one where there are too many."""
+
+    def __init__(self) -> None:
+        self._spans: list[_Stretch] = []
+        self._step = 0
+
+    def add(self, last: int, middle_ns: int, counts: NDArray[np.int64]) -> None:
+        """Take the counts of the next stretch."""
+        self._spans.append(_Stretch(self._step, last, middle_ns, counts))
+        self._step = max(last, self._step)
+        if len(self._spans) > _MAX_SPANS:
+            pairs = list(itertools.pairwise(self._spans))
+            at = min(range(len(pairs)), key=lambda at: pairs[at][0].joins + pairs[at][1].joins)
+            self._spans[at : at + 2] = [pairs[at][0].joined(pairs[at][1])]
+
+    def divided(
+        self, first: int, end: int, last: int, end_ns: int
+    ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+        """Return the counts of stretches that are mostly in some steps, and of the others up to the last step."""
+        inside: list[NDArray[np.int64]] = []
+        outside: list[NDArray[np.int64]] = []
+        for span in self._spans:
+            middle = (span.first + (last if span.last < 0 else span.last)) / 2
+            if span.middle_ns <= end_ns:
+                (inside if first <= middle < end else outside).append(span.counts)
+
+        return inside, outside
+
+
+class StretchLines:
+    """The lines of a run in some of its steps.
+
+    Args:
+        counts: rows of all ranks, None without any.
+        names: texts of each rank by id.
+        latest: last step of each rank.
+        ends_ns: time at which it ended.
+    """
+
+    def __init__(
+        self,
+        counts: LineCounts | None = None,
+        names: Mapping[int, Mapping[int, str]] | None = None,
+        latest: Sequence[int] = (),
+        ends_ns: Sequence[int] = (),
+    ) -> None:
+        self._counts, self._names = counts, names or {}
+        self._ends = dict(enumerate(zip(latest, ends_ns, strict=False)))
+
+    def divided(self, first: int, end: int) -> tuple[Sequence[SampledLine], Sequence[SampledLine]]:
+        """Return `LineCounts.divided`."""
+        return ((), ()) if self._counts is None else self._counts.divided(self._names, self._ends, first, end)
 
 
 class LazyLines(Sequence[SampledLine]):
@@ -129,18 +263,42 @@ class LazyLines(Sequence[SampledLine]):
         return len(self._lines)
 
 
+def _counts_of(rows: NDArray[np.void], lasted_ns: int) -> NDArray[np.int64]:
+    """Return (phase, line, library function, samples, times, time that the samples stand for) of each row.
+
+    Args:
+        lasted_ns: time in which all of them were counted.
+    """
+    counts = np.stack([rows[name] for name in (*LINE_KEYS, *LINE_SUMS)], axis=1)
+    share = rows["samples"] / max(int(rows["samples"].sum()), 1)
+    return np.column_stack([counts, (share * lasted_ns).astype(np.int64)])
+
+
 def _compact(parts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     return [_summed(parts)] if len(parts) > _MAX_PARTS else parts
 
 
+def _by_time(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return (phase, line, library function, samples, times), each line once, the most frequent first.
+
+    The first samples are denser, and those on busy cores rarer. So the samples in the phases of steps are divided by
+    the time that they stand for: a line that runs late in a run would have too few.
+    """
+    rows = _summed(parts)
+    seen, stands_ns = rows[:, _SAMPLES], rows[:, -1]
+    known = ~np.isin(rows[:, 0], _OUTSIDE) & (stands_ns > 0)
+    scale = seen[known].sum() / max(int(stands_ns[known].sum()), 1)
+    rows[known, _SAMPLES] = np.maximum(np.rint(stands_ns[known] * scale), 1)
+    return rows[np.argsort(-rows[:, _SAMPLES], kind="stable"), :-1]
+
+
 def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return (phase, line, library function, samples, times), each line once, the most frequent first."""
+    """Return rows of `_counts_of`, those of a line added up."""
     rows = np.concatenate(parts)
     keys, at = np.unique(rows[:, : len(LINE_KEYS)], axis=0, return_inverse=True)
-    sums = np.zeros((len(keys), len(LINE_SUMS)), np.int64)
+    sums = np.zeros((len(keys), rows.shape[1] - len(LINE_KEYS)), np.int64)
     np.add.at(sums, at.reshape(-1), rows[:, len(LINE_KEYS) :])
-    order = np.argsort(-sums[:, 0], kind="stable")
-    return np.column_stack([keys, sums])[order]
+    return np.column_stack([keys, sums])
 
 
 def parsed_place(text: str | None) -> tuple[str | None, int | None, str | None]:

@@ -13,9 +13,9 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, changed_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
+from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.changes import SideChange, changes, larger_batches
@@ -122,8 +122,7 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
     part = None if crowded else _part(bins, change, facts)
     ranks = _ranks(bins, change)
     share = lost / mean * bins.of_run
-    phase_share = 0.0 if part is None else _share(bins, part)
-    line = None if part in (None, _COMM) else own_line(facts.lines, part, phase_share, ranks)
+    line, phase_share = (None, 0.0) if part in (None, _COMM) else _line(bins, change, facts, part, ranks)
     if part == _OTHER and line is None and _may_be_cores(change, facts):
         part, crowded = None, True
 
@@ -177,9 +176,34 @@ def _of_ranks(
     return (bins, change) if own is None or own.shape != change.shape else (alone, own)
 
 
-def _share(bins: StepHistory, part: str) -> float:
-    """Return a phase's share of the step."""
-    return float((bins.parts_ns[part] * bins.steps).sum() / max((bins.step_ns * bins.steps).sum(), 1.0))
+def _line(
+    bins: StepHistory, change: LevelChange, facts: JobFacts, part: str, ranks: tuple[int, ...]
+) -> tuple[BlamedLine | None, float]:
+    """Return the line by which the slow steps are longer, and the share of them that the phase has.
+
+    Without samples that are told apart by steps, it is the line that has most of the phase in the whole run.
+    """
+    usual, slow = _usual_and_slow(bins, change)
+    starts = [*bins.first_step.tolist(), bins.end]
+    at = np.flatnonzero(slow)
+    seen, before = facts.stretch_lines.divided(starts[at[0]], starts[at[-1] + 1])
+    if not seen or not before:
+        share = _share(bins, part, np.ones(len(slow), bool))
+        return own_line(facts.lines, part, share, ranks), share
+
+    if ranks:
+        seen, before = ([each for each in some if each.rank in ranks] for some in (seen, before))
+
+    share = _share(bins, part, slow)
+    pace = float(np.median(bins.step_ns[usual]) / max(np.median(bins.step_ns[slow]), 1.0))
+    line = changed_line(seen, part, share, before, pace)
+    return None if line is None or calls_trainer(seen, line) else line, share
+
+
+def _share(bins: StepHistory, part: str, at: NDArray[np.bool_]) -> float:
+    """Return a phase's share of the step, in some bins."""
+    part_ns, step_ns = (float((values * bins.steps)[at].sum()) for values in (bins.parts_ns[part], bins.step_ns))
+    return part_ns / max(step_ns, 1.0)
 
 
 def _beside(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[SideChange]:
