@@ -60,6 +60,36 @@ def test_a_slow_hook_of_all_ranks_is_named(engine: int, named: bool) -> None:
     assert "of backward is in train.py:22" not in found.summary
 
 
+LINEAR = "torch/nn/modules/linear.py:130 Linear.forward"
+
+
+@pytest.mark.parametrize(
+    ("other_ms", "library", "samples", "kind", "named"),
+    [
+        (0.9, None, 80, Kind.HEALTHY, True),
+        (0.3, None, 80, Kind.COMPUTE_BOUND, True),
+        (0.9, LINEAR, 80, Kind.HEALTHY, False),
+        (0.9, None, 30, Kind.HEALTHY, False),
+        (0.9, None, 800, Kind.HEALTHY, False),
+    ],
+    ids=["healthy", "compute", "calls torch", "a part of it", "not its share"],
+)
+def test_own_code_in_forward_is_named_in_healthy_runs(other_ms, library, samples, kind, named) -> None:
+    """A hook of a module, or a loop in Python; not where it calls torch, nor what has too many samples."""
+    own = {"input_wait": other_ms, "forward": 8.0, "backward": 4.0, "optimizer": 0.5, "other": other_ms}
+    lines = [
+        SampledLine(0, "forward", "/me/train.py", 8, "watch", library, samples),
+        SampledLine(0, "forward", "/me/train.py", 12, "Net.forward", LINEAR, 20),
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, 60),
+    ]
+
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines))[0]
+
+    assert found.kind is kind
+    assert (found.evidence.get("function") == "watch") == named
+    assert ("80 % of forward is in train.py:8 watch" in found.summary) == named
+
+
 @pytest.mark.parametrize(
     ("model", "says", "never"),
     [

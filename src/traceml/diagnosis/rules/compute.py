@@ -27,6 +27,9 @@ SHORT_STEP_NS = 2e6
 SHORT_LOOP_SHARE = 0.25
 """Such a step is too short to judge if this share of it is not computation."""
 
+HEAVY_CODE_SHARE = 0.25
+"""Code of the script in forward or backward is named if it takes this share of the step."""
+
 _PAUSE_NS, _PAUSE_SHARE = 5e9, 0.25
 """A single step is reported from this time on, if it is this share of all steps."""
 _PAUSE_PART = 0.7
@@ -62,7 +65,10 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
         evidence["too_short"] = True
 
     pause, action = _pause(segments, facts, step)
-    summary, action = short or (_healthy(step, shares) + pause, action or _when_healthy(shares, facts))
+    heavy = None if short else _heavy_code(facts, shares)
+    where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
+    evidence |= {} if heavy is None else heavy[1].evidence(shares[heavy[0]])
+    summary, action = short or (_healthy(step, shares) + where + pause, action or _when_healthy(shares, facts))
     return Finding(
         kind=Kind.HEALTHY,
         severity=Kind.HEALTHY.severity_for(0.0),
@@ -141,6 +147,9 @@ def _compute_bound(
 ) -> Finding:
     heaviest = max((part for part in COMPUTE if part in means), key=lambda part: means[part])
     compute = sum(means.get(part, 0.0) for part in COMPUTE) / step
+    shares = {part: mean / step for part, mean in means.items()}
+    heavy = _heavy_code(facts, shares)
+    line = {} if heavy is None or heavy[0] != heaviest else heavy[1].evidence(shares[heaviest])
     return Finding(
         kind=Kind.COMPUTE_BOUND,
         severity=Kind.COMPUTE_BOUND.severity_for(0.0),
@@ -153,7 +162,7 @@ def _compute_bound(
             f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts.time)}"
         ),
         next=for_compute(heaviest, facts, device=segments.device),
-        evidence=evidence,
+        evidence=evidence | line,
     )
 
 
@@ -177,6 +186,19 @@ def _code_in_backward(facts: JobFacts, backward_share: float) -> str:
         return ""
 
     return f"; {line.share_text} of backward is in {line.place}"
+
+
+def _heavy_code(facts: JobFacts, shares: dict[str, float]) -> tuple[str, BlamedLine] | None:
+    """Return (phase, line) of the script's own code in forward or backward that takes much of the step."""
+    lines = {part: own_line(facts.lines, part, shares.get(part, 0.0)) for part in ("forward", "backward")}
+    found = [
+        (part, line)
+        for part, line in lines.items()
+        if line is not None
+        and main_library(facts.lines, part, line) is None  # else it calls the model, or backward()
+        and line.share * shares[part] >= HEAVY_CODE_SHARE
+    ]
+    return max(found, key=lambda each: each[1].share * shares[each[0]], default=None)
 
 
 def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> tuple[str, str] | None:
