@@ -60,6 +60,22 @@ def test_a_slow_hook_of_all_ranks_is_named(engine: int, named: bool) -> None:
     assert "of backward is in train.py:22" not in found.summary
 
 
+def test_code_in_backward_is_named_although_ranks_wait_there() -> None:
+    """A communication hook: samples of backward are of its own work and of waiting."""
+    own = {"forward": 0.5, "backward": 15.0, "optimizer": 0.3, "other": 0.5}
+    lines = [
+        SampledLine(0, "backward", "/me/train.py", 8, "compress", None, 66),
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, 30),
+        SampledLine(0, "forward", "/me/train.py", 21, "main", None, 4),
+    ]
+
+    found = diagnose(window_of(Job(ranks=2, comm=4.5, own=own)), JobFacts(world_size=2, lines=lines))[0]
+
+    assert found.kind is Kind.HEALTHY
+    assert "69 % of backward is in train.py:8 compress" in found.summary
+    assert found.evidence["line_share"] == pytest.approx(0.66, abs=0.03)
+
+
 LINEAR = "torch/nn/modules/linear.py:130 Linear.forward"
 
 

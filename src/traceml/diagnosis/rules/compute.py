@@ -58,7 +58,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     evidence = _evidence(segments, facts, step, shares)
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     if compute >= COMPUTE_SHARE and segments.backward_known:
-        return _compute_bound(segments, facts, step, means, evidence)
+        return _compute_bound(segments, facts, step, shares, evidence)
 
     short = _too_short(segments, facts, step, shares)
     if short is not None:
@@ -67,7 +67,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     pause, action = _pause(segments, facts, step)
     heavy = None if short else _heavy_code(facts, shares)
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
-    evidence |= {} if heavy is None else heavy[1].evidence(shares[heavy[0]])
+    evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
     summary, action = short or (_healthy(step, shares) + where + pause, action or _when_healthy(shares, facts))
     return Finding(
         kind=Kind.HEALTHY,
@@ -143,22 +143,21 @@ def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str
 
 
 def _compute_bound(
-    segments: Segments, facts: JobFacts, step: float, means: dict[str, float], evidence: dict[str, object]
+    segments: Segments, facts: JobFacts, step: float, shares: dict[str, float], evidence: dict[str, object]
 ) -> Finding:
-    heaviest = max((part for part in COMPUTE if part in means), key=lambda part: means[part])
-    compute = sum(means.get(part, 0.0) for part in COMPUTE) / step
-    shares = {part: mean / step for part, mean in means.items()}
+    heaviest = max((part for part in COMPUTE if part in shares), key=lambda part: shares[part])
+    compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     heavy = _heavy_code(facts, shares)
-    line = {} if heavy is None or heavy[0] != heaviest else heavy[1].evidence(shares[heaviest])
+    line = {} if heavy is None or heavy[0] != heaviest else heavy[1].evidence(_sampled(shares)[heaviest])
     return Finding(
         kind=Kind.COMPUTE_BOUND,
         severity=Kind.COMPUTE_BOUND.severity_for(0.0),
         phase=heaviest,
         summary=(
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
-            f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})"
-            f"{_heaviest_code(facts, means.get('forward', 0.0) / step)}"
-            f"{_code_in_backward(facts, means.get('backward', 0.0) / step)}."
+            f"{phase_words(heaviest)} ({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
+            f"{_heaviest_code(facts, shares.get('forward', 0.0))}"
+            f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
             f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts.time)}"
         ),
         next=for_compute(heaviest, facts, device=segments.device),
@@ -190,15 +189,22 @@ def _code_in_backward(facts: JobFacts, backward_share: float) -> str:
 
 def _heavy_code(facts: JobFacts, shares: dict[str, float]) -> tuple[str, BlamedLine] | None:
     """Return (phase, line) of the script's own code in forward or backward that takes much of the step."""
-    lines = {part: own_line(facts.lines, part, shares.get(part, 0.0)) for part in ("forward", "backward")}
+    sampled = _sampled(shares)
+    lines = {part: own_line(facts.lines, part, share) for part, share in sampled.items()}
     found = [
         (part, line)
         for part, line in lines.items()
         if line is not None
         and main_library(facts.lines, part, line) is None  # else it calls the model, or backward()
-        and line.share * shares[part] >= HEAVY_CODE_SHARE
+        and line.share * sampled[part] >= HEAVY_CODE_SHARE
     ]
-    return max(found, key=lambda each: each[1].share * shares[each[0]], default=None)
+    return max(found, key=lambda each: each[1].share * sampled[each[0]], default=None)
+
+
+def _sampled(shares: dict[str, float]) -> dict[str, float]:
+    """Return the shares of the step that samples of forward and backward have: ranks wait for others in backward."""
+    backward = shares.get("backward", 0.0) + shares.get(_WAITING, 0.0)
+    return {"forward": shares.get("forward", 0.0), "backward": backward}
 
 
 def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> tuple[str, str] | None:
