@@ -154,15 +154,16 @@ def _differentiates_parameters(clock: StepClock, inputs: Any, options: dict[str,
 def _is_functorch_gradient(clock: StepClock, inputs: Any) -> bool:
     """Whether these are gradients by `torch.func.grad` of several tensors, as of a training's parameters.
 
-    Not those of a transform inside another one, nor those of an inner loop, which `backward` goes through.
+    Of each sample, too (`vmap` around it). Not those of a transform inside another one that differentiates, nor those
+    of an inner loop, which `backward` goes through.
     """
     try:
         several = _functorch is not None and isinstance(inputs, (list, tuple)) and len(inputs) > 1
         if not several or not all(_functorch.is_gradtrackingtensor(each) for each in inputs):
             return False
 
-        first = inputs[0]
-        return _functorch.maybe_get_level(first) == 1 and not _functorch.get_unwrapped(first).requires_grad
+        whole = _functorch.get_unwrapped(inputs[0])
+        return not _functorch.is_functorch_wrapped_tensor(whole) and not whole.requires_grad
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
         return False

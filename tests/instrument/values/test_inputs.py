@@ -542,6 +542,23 @@ def test_an_ensemble_has_the_samples_of_all_its_models(traced: Traced) -> None:
     assert sizes(traced) == [(15, 60)] * 3
 
 
+def test_gradients_of_each_sample_are_of_all_samples_of_the_batch(traced: Traced) -> None:
+    """`vmap` of `grad`, as for private training; gradients inside another gradient are a part of the step."""
+    from torch.func import functional_call, grad, vmap
+
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    of_each = vmap(grad(lambda weights, x: functional_call(model, weights, (x[None],)).mean()), in_dims=(None, 0))
+    for _ in range(3):
+        gradients = of_each({name: each.detach() for name, each in model.named_parameters()}, torch.randn(6, 4))
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name].mean(0)
+
+        optimizer.step()
+
+    assert sizes(traced) == [(6, 24)] * 3
+
+
 def test_fingerprints_are_of_the_first_batches_of_an_epoch(traced: Traced) -> None:
     """The first three batches that are trained on have a fingerprint; of evaluation there is none."""
     model = nn.Linear(4, 1)

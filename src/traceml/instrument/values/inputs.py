@@ -242,7 +242,7 @@ def _has_size(tensor: Any) -> bool:
 def _copies(tensor: Any) -> int:
     """Return how many tensors of this size `torch.func.vmap` computes at a time; 1 outside of it."""
     whole = tensor
-    while _functorch is not None and _functorch.is_batchedtensor(whole):
+    while _functorch is not None and _functorch.is_functorch_wrapped_tensor(whole):
         whole = _functorch.get_unwrapped(whole)
 
     return whole.numel() // max(tensor.numel(), 1) if whole is not tensor else 1
