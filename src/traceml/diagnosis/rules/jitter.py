@@ -93,6 +93,9 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
         return []
 
     found = _jitter(segments, facts, events, cost, step_ns)
+    if facts.oversubscribed and "line" not in found.evidence and cost <= _core_wait(facts) * step_ns:
+        return []
+
     if found.phase is None and _in_a_row(events.columns):
         return []
 
@@ -108,6 +111,11 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
 def _in_a_row(columns: NDArray[np.intp]) -> bool:
     """Return whether most long steps follow each other; if all parts are longer, they have more work."""
     return bool((np.diff(columns) == 1).sum() >= IN_A_ROW_SHARE * (len(columns) - 1))
+
+
+def _core_wait(facts: JobFacts) -> float:
+    """Return the share of step time in which ranks waited for a core, which explains as much of long steps."""
+    return float(np.median(list(facts.core_wait.values()))) if facts.core_wait else 0.0
 
 
 def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:
