@@ -196,3 +196,21 @@ def test_names_are_kept_as_they_are(tmp_path):
         log(writer, add_rank(writer, 0, rows_of(Job(steps=60))[0]), ["<b>&"], [1.0])
 
     assert run_charts.metric_charts(read_series(tmp_path))[0][0] == "<b>&"
+
+
+@pytest.mark.parametrize(
+    ("logged", "placed"),
+    [
+        ([0, 0, 1, 1, 2, 2], [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]),  # as Lightning does
+        ([0.5, 1.0, 1.5, 2.0], [0.5, 1.0, 1.5, 2.0]),  # as transformers do
+        ([3, 3, 3], [3.0, 3.0, 3.0]),  # nothing says how long an epoch is
+    ],
+)
+def test_points_of_an_epoch_are_spread_over_it(tmp_path, logged, placed):
+    """The axis of epochs puts each step where it is in its epoch."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        log(writer, add_rank(writer, 0, rows_of(Job(steps=60))[0]), ["epoch"], logged)
+
+    option = run_charts.metric_charts(read_series(tmp_path), axes=True)[0][1]
+    assert option["traceml"]["epoch"] == [placed]

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_ORDER
 from traceml.formatting import duration_text, name_order, part_words, percent_text, phase_label, plural
@@ -245,9 +246,19 @@ def _other_axes(lines: Sequence[MetricSeries], every: Sequence[MetricSeries]) ->
     axes = {"seconds": [plain_values(line.epoch_s - began) for line in lines]}
     epochs = next((line for line in every if line.name.rpartition("/")[2] == "epoch" and len(line.steps)), None)
     if epochs is not None:
-        axes["epoch"] = [plain_values(np.interp(line.steps, epochs.steps, epochs.values)) for line in lines]
+        axes["epoch"] = [plain_values(_epochs_at(line.steps, epochs)) for line in lines]
 
     return axes
+
+
+def _epochs_at(steps: NDArray[np.float64], epochs: MetricSeries) -> NDArray[np.float64]:
+    """Return the epochs of steps. Trainers log fractions of an epoch, or in each step its number."""
+    starts = np.flatnonzero(np.diff(epochs.values, prepend=np.nan))
+    at, values = epochs.steps[starts], epochs.values[starts]
+    if 1 < len(starts) < len(epochs.steps):  # numbers: the last epoch is as long as the one before
+        at, values = (np.append(each, 2 * each[-1] - each[-2]) for each in (at, values))
+
+    return np.interp(steps, at, values)
 
 
 def _over_steps(steps: Sequence[int], theme: Theme) -> Option:
