@@ -34,7 +34,7 @@ class Run:
 
 def stream_of(pid: int) -> Any:
     incarnation = SimpleNamespace(pid=pid, start_ticks=process_start_ticks(pid))
-    return SimpleNamespace(incarnation=incarnation, ended=False, seen_here=True, peer=None)
+    return SimpleNamespace(incarnation=incarnation, ended=False, pid_here=pid, peer=None)
 
 
 def test_each_attempt_that_hangs_is_ended_once(monkeypatch):

@@ -543,12 +543,23 @@ def test_standing_still_takes_the_time_that_was_set():
     assert found(paused, over, in_backward(0), STUCK) is None
 
 
-def test_a_rank_that_computes_gets_five_times_as_long():
-    """Tokenizing on one rank is slow, and no hang."""
+def test_a_rank_that_computes_gets_twice_as_long_if_others_wait_for_it():
+    """Tokenizing on one rank is slow at first, then a hang; one that reads may load a checkpoint."""
     busy = replace(STUCK, cpu_share=1.0, process_state="R", wchan="")
+    reads = replace(busy, io_bytes_per_s=1e8)
 
-    assert found(in_backward(0), busy) is None
-    assert "in train.py:6 stuck, computing" in summary(found(in_backward(0), busy, hang_timeout_s=14.0))
+    assert found(in_backward(0), busy, hang_timeout_s=40.0) is None
+    assert "in train.py:6 stuck, computing" in summary(found(in_backward(0), busy, hang_timeout_s=34.0))
+    assert found(in_backward(0), reads, hang_timeout_s=34.0) is None
+    assert found(in_backward(0), reads, hang_timeout_s=14.0) is not None
+
+
+def test_a_job_that_computes_gets_five_times_as_long():
+    """Nobody waits for it: it prepares its data."""
+    busy = replace(STUCK, rank=0, cpu_share=1.0, process_state="R", wchan="")
+
+    assert found(busy, ranks=1, hang_timeout_s=16.0) is None
+    assert found(busy, ranks=1, hang_timeout_s=14.0) is not None
 
 
 def test_a_child_that_is_ready_to_run_computes():

@@ -13,7 +13,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
-from traceml.diagnosis.hangs.rank_state import is_busy, is_excused
+from traceml.diagnosis.hangs.rank_state import is_busy, is_excused, transfers
 
 __all__ = ["DetectedHang", "detect_hang"]
 
@@ -21,6 +21,8 @@ CERTAIN_S = 5.0
 """Ranks that can never meet hang after this many seconds, and so does a stopped process."""
 BUSY_FACTOR = 5
 """A rank that computes gets this many times `hang_timeout`."""
+AWAITED_FACTOR = 2
+"""And this many if other ranks wait for it in a collective, unless it reads or writes: it may load a checkpoint."""
 ENDED_S = 10.0
 """A job that was ended hung if it had made no progress for this long, and for far longer than its steps take."""
 
@@ -117,9 +119,15 @@ def _limit_s(found: DetectedHang, progress: JobProgress, step_p99_s: float) -> f
 
     pause_s = progress.longest_quiet_s[any(snapshot.step >= 0 for snapshot in found.snapshots.values())]
     if found.is_busy:
-        return max(BUSY_FACTOR * progress.timeout_s, _BUSY_PAUSES * pause_s)
+        return max(_busy_factor(found) * progress.timeout_s, _BUSY_PAUSES * pause_s)
 
     return max(progress.timeout_s, _PAUSES * pause_s, _SLOW_STEPS * step_p99_s)
+
+
+def _busy_factor(found: DetectedHang) -> int:
+    others = [snapshot for rank, snapshot in found.snapshots.items() if rank not in found.blame.waits]
+    is_awaited = bool(found.blame.waits) and not any(map(transfers, others))
+    return AWAITED_FACTOR if is_awaited else BUSY_FACTOR
 
 
 def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedHang | None:
@@ -143,7 +151,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
 
     started = any(each.step >= 0 for each in ranks)
     usual_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
-    usual_s = max(usual_s, BUSY_FACTOR * progress.timeout_s) if found.is_busy else usual_s
+    usual_s = max(usual_s, _busy_factor(found) * progress.timeout_s) if found.is_busy else usual_s
     if progress.was_aborted:
         return found
 

@@ -27,6 +27,7 @@ __all__ = [
     "is_blocked_by_full_pipe",
     "is_busy",
     "is_excused",
+    "transfers",
     "user_line",
 ]
 
@@ -145,7 +146,12 @@ def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
         return True
 
     runs = runs or (blocker is not None and blocker.state == "R")
-    return runs or (snapshot.cpu_share or 0.0) >= BUSY_CORES or (snapshot.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
+    return runs or (snapshot.cpu_share or 0.0) >= BUSY_CORES or transfers(snapshot)
+
+
+def transfers(snapshot: RankSnapshot) -> bool:
+    """Whether the rank reads or writes."""
+    return (snapshot.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
 
 
 def blocked_worker(snapshot: RankSnapshot) -> WorkerSnapshot | None:
