@@ -142,7 +142,8 @@ class Config:
     hang_timeout: float = _set(
         60.0,
         "Seconds without any progress (step, batch, forward, collective, output, another line) after which the job "
-        "hangs. A rank that computes gets five times as long, and none less than such pauses took before.",
+        "hangs. A rank that computes gets five times as long, or twice if others wait for it, and none less than such "
+        "pauses took before.",
         above=0,
     )
     on_hang: Literal["report", "abort"] = _set(
