@@ -173,7 +173,8 @@ def blamed_line(
         ranks: the ranks to look at; empty for all.
         others: ranks to compare with: what they do too is not to blame.
     """
-    return _line_of(tuple(_seen_on(lines, ranks)), part, phase_share, tuple(_seen_on(lines, others)) if others else ())
+    usual = tuple(_seen_on(lines, others)) if others else ()
+    return changed_line(tuple(_seen_on(lines, ranks)), part, phase_share, usual, pace=1.0)
 
 
 def changed_line(
@@ -184,22 +185,15 @@ def changed_line(
     Args:
         lines: samples of the slow steps.
         phase_share: the phase's share of them, as measured by the hooks.
-        usual: samples of the other steps.
+        usual: samples of the other steps; without any, the function that most of the phase is spent in is returned.
         pace: how long a usual step takes, in slow steps.
     """
-    return _line_of(lines, part, phase_share, usual, pace)
-
-
-def _line_of(
-    lines: Sequence[SampledLine], part: str, phase_share: float, usual: Sequence[SampledLine], pace: float = 1.0
-) -> BlamedLine | None:
-    """Return the function that has most of a phase, or of what it has more than usual, where that is known."""
     code = part if part in PHASE_LABELS or part == "other" else _USER
-    functions, total, in_steps = _by_function(lines, code, ())
+    functions, total, in_steps = _by_function(lines, code)
     if total < MIN_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
         return None
 
-    expected, _, in_usual_steps = _by_function(usual, code, ())
+    expected, _, in_usual_steps = _by_function(usual, code)
     scale = pace * in_steps / max(in_usual_steps, 1)
     excess = {place: samples - expected[place] * scale for place, samples in functions.items()}
     place = max(excess, key=lambda name: excess[name], default=None)
@@ -226,7 +220,7 @@ def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[in
 
 def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -> tuple[BlamedLine, ...]:
     """Return the two functions that most of a phase is spent in together; empty where the samples show no two."""
-    functions, total, in_steps = _by_function(lines, part, ())
+    functions, total, in_steps = _by_function(lines, part)
     if total < MIN_SHARE_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
         return ()
 
@@ -358,7 +352,7 @@ def iterator_share(lines: Sequence[SampledLine]) -> float:
 
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     """Return the function that half of the time outside steps is spent in; None where the samples do not show one."""
-    functions, total, _ = _by_function(lines, part, ())
+    functions, total, _ = _by_function(lines, part)
     place, samples = functions.most_common(1)[0] if functions else (None, 0)
     if place is None or total < MIN_SAMPLES or not _is_named(functions, place, total):
         return None
@@ -402,11 +396,11 @@ def _by_line(lines: Iterable[SampledLine], part: str, place: _Place) -> Counter[
     return counts
 
 
-def _by_function(lines: Sequence[SampledLine], part: str, ranks: Collection[int]) -> tuple[Counter[_Place], int, int]:
+def _by_function(lines: Iterable[SampledLine], part: str) -> tuple[Counter[_Place], int, int]:
     """Return (samples of a phase by place, samples of the phase, samples in steps)."""
     functions: Counter[_Place] = Counter()
     total = in_steps = 0
-    for each in _seen_on(lines, ranks):
+    for each in lines:
         if _is_passing(each):
             continue
 
@@ -429,7 +423,7 @@ def _by_place(
         if each.file is not None and not _receives(each):
             places[each.file, each.line] += each.samples
 
-    return places, _by_function(lines, part, ranks)[2]
+    return places, _by_function(_seen_on(lines, ranks), part)[2]
 
 
 def _of_part(lines: Iterable[SampledLine], part: str) -> list[SampledLine]:
