@@ -34,6 +34,18 @@ def _python(code: str, **streams: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], **streams)  # type: ignore[call-overload, no-any-return]
 
 
+def _assert_waits(code: str, port: int, expected: str) -> None:
+    """Run code that reads a port and connects to it, until it waits for what is expected."""
+    with _python(code, stdin=subprocess.PIPE) as process:
+        try:
+            assert process.stdin is not None
+            process.stdin.write(f"{port}\n".encode())
+            process.stdin.flush()
+            eventually(lambda: wait_state(process.pid).waits_on == expected)
+        finally:
+            process.kill()
+
+
 def test_a_full_pipe_is_named() -> None:
     """A process that writes to a pipe which nobody reads waits for its standard error."""
     with _python("import os\nwhile True: os.write(2, bytes(4096))", stderr=subprocess.PIPE) as process:
@@ -92,14 +104,7 @@ def test_a_server_that_does_not_answer_is_named(timeout_s: str) -> None:
             client.setblocking(False)
             client.connect_ex(("127.0.0.1", port))
 
-        with _python(code, stdin=subprocess.PIPE) as process:
-            try:
-                assert process.stdin is not None
-                process.stdin.write(f"{port}\n".encode())
-                process.stdin.flush()
-                eventually(lambda: wait_state(process.pid).waits_on == f"connect 127.0.0.1:{port}")
-            finally:
-                process.kill()
+        _assert_waits(code, port, f"connect 127.0.0.1:{port}")
 
 
 def test_a_reader_with_a_timeout_is_named() -> None:
@@ -107,14 +112,7 @@ def test_a_reader_with_a_timeout_is_named() -> None:
     code = "import socket\nsocket.create_connection(('127.0.0.1', int(input())), 90).recv(1)"
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with _python(code, stdin=subprocess.PIPE) as process:
-            try:
-                assert process.stdin is not None
-                process.stdin.write(f"{port}\n".encode())
-                process.stdin.flush()
-                eventually(lambda: wait_state(process.pid).waits_on == f"tcp 127.0.0.1:{port}")
-            finally:
-                process.kill()
+        _assert_waits(code, port, f"tcp 127.0.0.1:{port}")
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 200])
