@@ -18,8 +18,7 @@ def blocker_of(pid: int, thread: int, *, child: int | None = None, lock: str = "
         child: the child that it waits for, where that is known.
         lock: the lock file that it looks at again and again, if it does.
     """
-    awaited = blocking_process(pid, thread) if child is None else skip_shells(child)
-    blocker = file_lock_holder(lock) if lock else awaited
+    blocker = _awaited(pid, thread, child, lock)
     if blocker is None:
         return None
 
@@ -32,3 +31,10 @@ def blocker_of(pid: int, thread: int, *, child: int | None = None, lock: str = "
         wchan=seen.wchan,
         waits_on=seen.waits_on,
     )
+
+
+def _awaited(pid: int, thread: int, child: int | None, lock: str) -> int | None:
+    if lock:
+        return file_lock_holder(lock)
+
+    return blocking_process(pid, thread) if child is None else skip_shells(child)

@@ -219,7 +219,7 @@ def _entry(place: _Place, kind: str, count: int, item: Any) -> HeldObjects:
         size,
         _holds_graph(item),
         place.of_dataset,
-        max_size=getattr(place.value, "maxlen", None) or 0 if isinstance(place.value, deque) else 0,
+        max_size=(place.value.maxlen or 0) if isinstance(place.value, deque) else 0,
     )
 
 
