@@ -71,3 +71,20 @@ def test_ranks_that_torchrun_ends_on_a_signal_are_stopped(tmp_path: Path) -> Non
             torchrun.kill()
 
     assert (end["exitcode"], end.get("stopped")) == (-signal.SIGTERM, True)
+
+
+@pytest.mark.process
+def test_the_end_of_a_rank_that_torchrun_thinks_well_of_is_reported(tmp_path: Path) -> None:
+    """Its exit code 0 tells that no signal has ended it, where another rank fails because it is gone."""
+    script = tmp_path / "leaves.py"
+    script.write_text("import os, time; rank = int(os.environ['RANK']); time.sleep(1 + rank); os._exit(3 * rank)")
+    ours, theirs = os.pipe()
+    subprocess.run(
+        [sys.executable, "-m", "traceml.supervise.elastic", "--standalone", "--nproc-per-node", "2", script],
+        env={**os.environ, "TRACEML_FAILURES_FD": str(theirs)}, pass_fds=(theirs,), check=False,
+    )  # fmt: skip
+    os.close(theirs)
+    with open(ours) as lines:
+        ends = {end["rank"]: end["exitcode"] for end in map(json.loads, lines)}
+
+    assert ends == {0: 0, 1: 3}

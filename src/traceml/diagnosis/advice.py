@@ -10,6 +10,7 @@ from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 __all__ = [
     "EVENT_LOOP",
     "even_batches",
+    "explicit_exit",
     "for_comm",
     "for_copies",
     "for_iterator",
@@ -54,6 +55,14 @@ def same_collectives() -> str:
     return (
         "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
         "differs between ranks."
+    )
+
+
+def explicit_exit() -> str:
+    """Return advice on a process that ended with exit code 0 without the interpreter's own end."""
+    return (
+        "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. A "
+        "script that ends this way on purpose must call traceml.shutdown() first."
     )
 
 

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     except SignalException as error:
         for agent in agents:
             end_rest(agent)
-            report(_ended(agent), _running_at_close(getattr(agent, "_pcontext", None)))
+            report(_ended(agent, bool), _running_at_close(getattr(agent, "_pcontext", None)))
 
         return 128 + int(error.sigval)
     except KeyboardInterrupt:
@@ -126,6 +126,7 @@ def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
         result = original(self, *args, **kwargs)
         if failures := getattr(result, "failures", None):
             report(failures.items(), running)
+            report(_ended(self, lambda code: code == 0))  # one that left by os._exit says no bye
             reported.append(True)
 
         return result
@@ -173,8 +174,8 @@ def end_rest(agent: Any) -> None:
                 handler.proc.wait(_KILLED_S)
 
 
-def _ended(agent: Any) -> list[tuple[int, Any]]:
-    """Return the ends of workers that torchrun ended on a signal, which it does not report itself.
+def _ended(agent: Any, has_code: Callable[[int | None], bool]) -> list[tuple[int, Any]]:
+    """Return ends of workers that torchrun does not report itself: those without a failure, or all after a signal.
 
     It reads attributes that are private to torch: where they are missing, the ranks' own reports are used.
     """
@@ -183,7 +184,7 @@ def _ended(agent: Any) -> list[tuple[int, Any]]:
     workers = getattr(getattr(agent, "_worker_group", None), "workers", [])
     ranks = {worker.local_rank: worker.global_rank for worker in workers}
     for local_rank, handler in handlers.items():
-        if handler.proc.returncode and local_rank in ranks:
+        if has_code(handler.proc.returncode) and local_rank in ranks:
             end = SimpleNamespace(
                 local_rank=local_rank, pid=handler.proc.pid, exitcode=handler.proc.returncode, timestamp=None
             )

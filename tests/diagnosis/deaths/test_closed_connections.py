@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
@@ -28,6 +30,16 @@ def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
     assert finding.headline == "Rank 1 ended before the others"
     assert (finding.ranks, finding.evidence["cause"], finding.evidence["followed"]) == ((1,), "left_early", [0])
     assert "drop_last" in finding.next
+
+
+def test_a_process_that_left_by_os_exit_is_no_script_that_ended() -> None:
+    """More batches do not help: it skipped the rest of its script."""
+    (finding,) = rank_lost(JobFacts(exits=(CUT, replace(LEFT, cut_off=True)), world_size=2))
+
+    assert finding.summary.startswith(
+        "Rank 1's process ended with exit code 0 after 41 steps while rank 0 still trained"
+    )
+    assert "os._exit(0)" in finding.next
 
 
 def test_a_rank_that_waits_after_its_training_does_not_train() -> None:

@@ -124,8 +124,8 @@ class Stream:
     """Steps in the checkpoint with which it began, if it counts its own from 0."""
     flight_state: FlightState | None = None
     """What its flight file said when it was dead; the file is removed with its last rows."""
-    was_cut_off: bool = False
-    """Whether its process ended in the middle of its loop, by that file."""
+    was_in_loop: bool = False
+    """Whether its process was cut off in the middle of its loop, by that file."""
     reported_dead: bool = False
     """Whether a launcher has reported the end of its process."""
     reported_flight: Path | None = None

@@ -73,8 +73,9 @@ def note_flight(stream: Stream, image: FlightSnapshot) -> None:
     """Add what the flight file of a dead process shows: its launcher may report the end when the file is gone."""
     in_loop = image.open_phase[0] is not None or image.slot(Slot.ITERATING) > 0
     stream.flight_state = image.state
-    # in the middle of its loop, without the interpreter's own end: by os._exit
-    stream.was_cut_off = in_loop and image.open_step is not None and not image.slot(Slot.EXIT_START)
+    if not image.slot(Slot.EXIT_START):
+        stream.exit["cut_off"] = True
+        stream.was_in_loop = in_loop and image.open_step is not None
 
 
 def state_of_dead(stream: Stream, world_size: int) -> StreamState:
@@ -92,7 +93,7 @@ def state_of_dead(stream: Stream, world_size: int) -> StreamState:
     if stream.state is StreamState.FINISHED or stream.flight_state is FlightState.FINISHED:
         return StreamState.FINISHED
 
-    if stream.exit.get("code") != 0 or (world_size == 1 and stream.was_cut_off):
+    if stream.exit.get("code") != 0 or (world_size == 1 and stream.was_in_loop):
         return StreamState.LOST
 
     return StreamState.FINISHED

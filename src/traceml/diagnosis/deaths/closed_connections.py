@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.diagnosis.advice import even_batches, same_collectives
+from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives
 from traceml.diagnosis.deaths.end_words import exit_words, step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, plural, ranks_text
@@ -58,13 +59,20 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
             ranks=tuple(sorted(each.rank for each in gone)),
             phase=None,
             summary=_summary(gone, causes, failed) + (f" {diverged.text}" if diverged is not None else ""),
-            next=even_batches() if failed.in_step and diverged is None else same_collectives(),
+            next=_advice(first, failed, diverged),
             evidence={"cause": "left_early", "code": first.code or 0, **_steps(first)}
             | ({} if diverged is None else {"apart_since_step": diverged.since})
             | {"followed": sorted(each.rank for each in causes), "exception": failed.exception},
             cost_share=1.0,
         )
     ]
+
+
+def _advice(first: RankExit, failed: RankExit, diverged: DivergedRanks | None) -> str:
+    if first.cut_off:
+        return explicit_exit()
+
+    return even_batches() if failed.in_step and diverged is None else same_collectives()
 
 
 def _lost_its_group(ended: RankExit) -> bool:
@@ -77,10 +85,11 @@ def _steps(ended: RankExit) -> dict[str, int]:
 
 def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:
     ranks = sorted(each.rank for each in gone)
-    whose = f"{ranks_text(ranks)}'s script" if len(ranks) == 1 else f"the scripts of {ranks_text(ranks)}"
+    one, more, code = ("process", "processes", " with exit code 0") if gone[0].cut_off else ("script", "scripts", "")
+    whose = f"{ranks_text(ranks)}'s {one}" if len(ranks) == 1 else f"the {more} of {ranks_text(ranks)}"
     counts = {each.steps for each in gone}
     after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""
     others = ranks_text(sorted(each.rank for each in causes))
     at = f" at {failed.place}" if failed.place else ""
     needed = "still trained" if failed.in_step else f"still needed {'it' if len(ranks) == 1 else 'them'}"
-    return f"{capitalized(whose)} ended{after} while {others} {needed}, which failed{at}{step_text(failed)}."
+    return f"{capitalized(whose)} ended{code}{after} while {others} {needed}, which failed{at}{step_text(failed)}."

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 
 from traceml.database.schema import Resource
+from traceml.diagnosis.advice import explicit_exit
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
@@ -294,13 +295,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         lambda ended, _: bool(ended.exception and ended.file),
         lambda ended, _: f"Read {ended.place} on rank {ended.rank}; the full traceback is in the run's output.",
     ),
-    (
-        lambda ended, _: was_cut_off(ended),
-        (
-            "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. "
-            "A script that ends this way on purpose must call traceml.shutdown() first."
-        ),
-    ),
+    (lambda ended, _: was_cut_off(ended), lambda *_: explicit_exit()),
     (lambda ended, _: ended.state == "lost" and bool(ended.host_lost), _for_lost_host),
     (lambda ended, _: ended.state == "lost" and bool(ended.process_gone), _for_gone),
     (lambda ended, _: ended.state == "lost", _for_silent),
