@@ -120,6 +120,7 @@ def test_ns_and_factor_text():
     """A duration in nanoseconds reads as one in milliseconds; a factor has two or three digits."""
     assert (ns_text(20_400_000), ns_text(850_000)) == ("20.4 ms", "850 us")
     assert (factor_text(4.69), factor_text(1.126)) == ("4.7x", "1.13x")
+    assert (factor_text(1331.9), factor_text(99.9)) == ("1,332x", "99.9x")
 
 
 def test_a_gain_is_no_promise_beyond_ten():
