@@ -168,6 +168,31 @@ def test_sorting_beyond_memory(rows):
     assert spilled == (rows > 356)
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("step", [0, 1, 40])
+def test_sorting_opens_few_runs_at_once(copies, step, monkeypatch):
+    """Runs of a trace that is nearly in order are opened when their time comes, also where it repeats."""
+    rng = np.random.default_rng(7)
+    part = np.maximum.accumulate(rng.integers(0, step + 1, 9000)) + np.arange(9000) // 50 * step
+    times = np.concatenate([part + rng.integers(0, step + 1, 9000)] * copies)
+    place, opened = np.arange(len(times), dtype=np.int32), list[int]()
+    real = sorting._merge_step
+
+    def counted(cursors, until):
+        opened.append(len(cursors))
+        return real(cursors, until)
+
+    monkeypatch.setattr(sorting, "_merge_step", counted)
+    sorter = sorting.ExternalSorter(limit=4000, run=1500)
+    for at in range(0, len(times), 500):
+        sorter.add(times[at : at + 500], place[at : at + 500])
+
+    joined = np.concatenate([block[1] for block in sorter.blocks()])
+    assert joined.tolist() == place[np.argsort(times, kind="stable")].tolist()
+    assert step == 0 or max(opened) <= 2 * copies
+    assert step == 0 or len(opened) < 40 * copies
+
+
 def test_sorting_says_when_there_is_no_room(monkeypatch):
     """The error for a full disk names the folder and the remedy."""
 

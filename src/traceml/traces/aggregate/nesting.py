@@ -43,7 +43,7 @@ class SelfTimes:
         lanes = int(lane.max()) + 1
         self._head, self._cursor = grown(self._head, lanes, -1), grown(self._cursor, lanes)
         columns: list[NDArray[Any]] = [np.ascontiguousarray(each) for each in (start, duration, group, lane)]
-        if _longest_run(start) > _MANY:
+        if (start[_MANY:] == start[:-_MANY]).any():
             order = np.lexsort((-duration, start))  # the longest first: each is nested in the one before
             columns = [column[order] for column in columns]
 
@@ -125,9 +125,3 @@ class SelfTimes:
     def _account(self, group: int, time_ns: int) -> None:
         total = self.self_ns(group) + time_ns
         self._high[group], self._low[group] = total >> 64, total & (2**64 - 1)
-
-
-def _longest_run(values: NDArray[np.int64]) -> int:
-    """Return the length of the longest run of equal values, of one value or more."""
-    changes = np.flatnonzero(values[1:] != values[:-1])
-    return int(np.diff(np.concatenate([[-1], changes, [len(values) - 1]])).max())

@@ -6,8 +6,10 @@ runs block by block. A trace that is in order, or nearly, as most are, costs lit
 
 from __future__ import annotations
 
+import heapq
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -65,11 +67,17 @@ class ExternalSorter:
                 self._file.close()
 
     def _merged(self) -> Iterator[RowColumns]:
-        cursors = [_RunCursor(run, max(1024, self._limit // (2 * len(self._runs)))) for run in self._runs]
-        while cursors:
-            rows = _merge_step(cursors)
-            if len(rows[0]):
+        waiting = deque(sorted(self._runs, key=lambda run: run.first))
+        block = max(1024, self._limit // (2 * _most_at_once(waiting)))
+        cursors: list[_RunCursor] = []
+        while waiting or cursors:
+            until = waiting[0].first if waiting else None
+            rows = _merge_step(cursors, until)
+            if rows is not None:
                 yield rows
+            elif waiting:
+                cursors.append(_RunCursor(waiting.popleft(), block))
+                cursors.sort(key=lambda cursor: cursor.number)  # ties keep the order of the runs
 
             cursors = [cursor for cursor in cursors if not cursor.exhausted]
 
@@ -79,7 +87,7 @@ class ExternalSorter:
 
         columns = tuple(np.concatenate(each) for each in zip(*self._fresh, strict=True))
         self._fresh, self._fresh_rows = [], 0
-        self._runs.append(_SortedRun(len(columns[0]), _sorted(columns)))
+        self._runs.append(_SortedRun.of(len(self._runs), _sorted(columns)))
         self._held_rows += len(columns[0])
         if self._held_rows > self._limit:
             self._spill()
@@ -102,12 +110,20 @@ class ExternalSorter:
 
 @dataclass(slots=True)
 class _SortedRun:
-    """Sorted rows, in memory or in a file, column by column."""
+    """Sorted rows, in memory or in a file, column by column; `first` and `last` are the times at the ends."""
 
+    number: int
     rows: int
+    first: int
+    last: int
     columns: RowColumns
     file: IO[bytes] | None = None
     offsets: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, number: int, columns: RowColumns) -> _SortedRun:
+        times = columns[0]
+        return cls(number, len(times), int(times[0]), int(times[-1]), columns)
 
     def move_to(self, file: IO[bytes]) -> None:
         if self.file is not None:
@@ -141,6 +157,7 @@ class _RunCursor:
     """Position of the merge in one run."""
 
     def __init__(self, run: _SortedRun, block: int) -> None:
+        self.number = run.number
         self._run, self._block, self._next = run, block, 0
         self.rows: RowColumns = ()
         self.load()
@@ -153,6 +170,11 @@ class _RunCursor:
     def complete(self) -> bool:
         """Whether the whole run was loaded."""
         return self._next >= self._run.rows
+
+    @property
+    def last(self) -> int:
+        """The last time that was loaded."""
+        return int(self.rows[0][-1])
 
     def load(self) -> None:
         """Load another block."""
@@ -171,27 +193,49 @@ class _RunCursor:
         return taken
 
 
-def _merge_step(cursors: list[_RunCursor]) -> RowColumns:
-    """Take the rows that precede all rows that are not loaded yet."""
-    unfinished = [cursor for cursor in cursors if not cursor.complete]
-    if not unfinished:
-        return _joined([cursor.take(len(cursor.rows[0])) for cursor in cursors])
+def _most_at_once(runs: Iterable[_SortedRun]) -> int:
+    """Return how many runs overlap in time at most, of runs in the order of their starts; 1 or more."""
+    ends: list[int] = []
+    most = 1
+    for run in runs:
+        while ends and ends[0] < run.first:
+            heapq.heappop(ends)
 
-    earliest = min(unfinished, key=lambda cursor: cursor.rows[0][-1])
-    horizon = earliest.rows[0][-1]
-    counts = [int(np.searchsorted(cursor.rows[0], horizon, side="left")) for cursor in cursors]
-    if not any(counts):
-        earliest.load()  # a block with a single time: ties must be together to keep their order
+        heapq.heappush(ends, run.last)
+        most = max(most, len(ends))
 
-    return _joined([cursor.take(count) for cursor, count in zip(cursors, counts, strict=True)])
+    return most
+
+
+def _merge_step(cursors: list[_RunCursor], until: int | None) -> RowColumns | None:
+    """Take the rows that precede all rows that are not loaded yet; None if the next run has to be opened first.
+
+    Args:
+        until: the first time of the next run; None without one.
+    """
+    while True:
+        unfinished = [cursor for cursor in cursors if not cursor.complete]
+        bounds = [cursor.last for cursor in unfinished] + ([] if until is None else [until])
+        if not bounds:
+            return _joined([cursor.take(len(cursor.rows[0])) for cursor in cursors])
+
+        horizon = min(bounds)
+        counts = [int(cursor.rows[0].searchsorted(horizon, side="left")) for cursor in cursors]
+        if any(counts):
+            return _joined([cursor.take(count) for cursor, count in zip(cursors, counts, strict=True) if count])
+
+        if horizon == until:
+            return None
+
+        # a block with a single time: ties must be together to keep their order
+        min(unfinished, key=lambda cursor: cursor.last).load()
 
 
 def _joined(parts: list[RowColumns]) -> RowColumns:
-    filled = [part for part in parts if len(part[0])] or parts[:1]
-    if len(filled) == 1:
-        return filled[0]
+    if len(parts) == 1:
+        return parts[0]
 
-    return _sorted(tuple(np.concatenate(each) for each in zip(*filled, strict=True)))
+    return _sorted(tuple(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 def _sorted(columns: RowColumns) -> RowColumns:
