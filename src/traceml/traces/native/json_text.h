@@ -101,6 +101,28 @@ static inline int take_string(cursor *c, slice *text, int *escaped) {
 
 static inline int is_digit(uint8_t c) { return (uint8_t)(c - '0') < 10; }
 
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+/* Number of digits at the begin of eight bytes. */
+static inline int digits_in(uint64_t eight) {
+    const uint64_t high = 0xF0F0F0F0F0F0F0F0ull, digit = 0x3030303030303030ull;
+    /* a carry into the next byte comes from a byte that is no digit, and only the first of these counts */
+    uint64_t other = ((eight & high) ^ digit) | (((eight + 0x0606060606060606ull) & high) ^ digit);
+    return other ? __builtin_ctzll(other) >> 3 : 8;
+}
+#endif
+
+static inline const uint8_t *skip_digits(const uint8_t *p, const uint8_t *end) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    for (int count = 8; count == 8 && end - p >= 8; p += count) {
+        uint64_t eight;
+        memcpy(&eight, p, 8);
+        count = digits_in(eight);
+    }
+#endif
+    while (is_digit(*p)) p++;
+    return p;
+}
+
 typedef struct {
     const uint8_t *at, *point, *end; /* point: begin of the digits of the fraction, NULL without one */
     const uint8_t *exponent;         /* behind the letter e, NULL without one */
@@ -116,12 +138,12 @@ static inline int take_number(cursor *c, number *n) {
     if (!is_digit(*p)) return ended(c, p);
 
     p += *p == '0';
-    if (p == n->at) while (is_digit(*p)) p++;
+    if (p == n->at) p = skip_digits(p, c->end);
     n->end = p;
     if (*p == '.') {
         n->point = ++p;
         if (!is_digit(*p)) return ended(c, p);
-        while (is_digit(*p)) p++;
+        p = skip_digits(p, c->end);
         n->end = p;
     }
 

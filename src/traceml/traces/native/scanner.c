@@ -17,10 +17,20 @@
 
 #define NO_TIME INT64_MIN
 #define MAX_KEYS 32
+#define PLACES 16 /* keys of an object that are expected where objects before had them */
+#define WAYS 2    /* keys that are expected at a place */
 
 enum status { AT_END, CUT_OFF, BROKEN, CLOSED, FULL, DEEP };
 enum kind { MISSING, INTEGER, FLOAT, TEXT };
 enum column { NAME, CAT, PID, TID, ID, COLUMNS };
+enum field { OTHER, TS, DUR, PH, ARGS, ID2, LABELS }; /* from LABELS on: the columns */
+
+/* A key as written, with its quotes and the colon, and what it means. Tracers write the same keys in the same order. */
+typedef struct {
+    uint64_t text[2], mask[2];
+    uint32_t length; /* 0: none is expected */
+    uint32_t meaning;
+} expected_key;
 
 typedef struct {
     name_table names;
@@ -30,6 +40,7 @@ typedef struct {
     int32_t wanted; /* number of names of metadata that are of interest; -1: all are */
     slice wanted_name[MAX_KEYS];
     uint32_t last[COLUMNS]; /* number of the text that each column had last */
+    expected_key of_event[PLACES][WAYS], of_args[PLACES][WAYS];
 } scanner;
 
 /* Output of traceml_scan; the caller owns the arrays, of `capacity` rows each. */
@@ -56,7 +67,7 @@ typedef struct {
 typedef struct {
     uint8_t ph;
     int fractional, unusual_id;
-    slice name, cat, pid, tid, id;
+    slice labels[COLUMNS];
     int64_t ts_ns, dur_ns;
     arg args[MAX_KEYS];
 } event;
@@ -72,8 +83,7 @@ static int take_label(cursor *c, slice *label) {
     if (!is_digit(*c->p) && *c->p != '-') return c->unsure = 1, skip_value(c);
 
     number n;
-    const uint8_t *start = c->p, *p = start;
-    while (is_digit(*p)) p++;
+    const uint8_t *start = c->p, *p = skip_digits(start, c->end);
     if (p > start && (*start != '0' || p == start + 1) && p - start <= MAX_DIGITS && p < c->end && *p != '.' &&
         (*p | 32) != 'e') {
         *label = (slice){start, (uint32_t)(p - start), 'n'};
@@ -98,6 +108,9 @@ static int take_kind(cursor *c, event *e) {
     int escaped = 0;
     if (*c->p == '"') {
         c->p++;
+        if (*c->p > 0x20 && *c->p < 0x7F && *c->p != '"' && *c->p != '\\' && c->p[1] == '"')
+            return e->ph = *c->p, c->p += 2, OK;
+
         int outcome = take_string(c, &text, &escaped);
         if (outcome) return outcome;
         if (text.length == 1 && *text.at > 0x20 && *text.at < 0x7F) e->ph = *text.at;
@@ -147,35 +160,107 @@ static int take_arg(cursor *c, arg *a) {
     return OK;
 }
 
-/* A key and its colon, up to the value. */
-static inline int take_key(cursor *c, slice *key) {
-    int escaped, outcome;
+/* A key and its colon. */
+static int take_key(cursor *c, slice *key, int *escaped) {
+    int outcome;
     if (*c->p != '"') return ended(c, c->p);
     c->p++;
-    if ((outcome = take_string(c, key, &escaped))) return outcome;
-    if (escaped) c->unsure = 1;
+    if ((outcome = take_string(c, key, escaped))) return outcome;
     c->p = skip_space(c->p);
     if (*c->p != ':') return ended(c, c->p);
-    c->p = skip_space(c->p + 1);
+    c->p++;
     return OK;
 }
 
-static int take_args(cursor *c, event *e, const scanner *s) {
+static inline int is_expected(const cursor *c, const expected_key *key) {
+    uint64_t text[2];
+    if (!key->length || c->end - c->p < (int64_t)sizeof text) return 0;
+
+    memcpy(text, c->p, sizeof text);
+    return !(((text[0] ^ key->text[0]) & key->mask[0]) | ((text[1] ^ key->text[1]) & key->mask[1]));
+}
+
+static void expect(expected_key *key, const uint8_t *text, const uint8_t *end) {
+    *key = (expected_key){.meaning = key->meaning};
+    if (end - text > (int64_t)sizeof key->text) return;
+
+    key->length = (uint32_t)(end - text);
+    memcpy(key->text, text, key->length);
+    memset(key->mask, 0xFF, key->length);
+}
+
+static uint32_t field_of(slice key) {
+    static const struct { const char *name; uint32_t field; } others[] = {
+        {"ts", TS}, {"dur", DUR}, {"ph", PH}, {"args", ARGS}, {"id2", ID2}, {"name", LABELS + NAME},
+        {"cat", LABELS + CAT}, {"pid", LABELS + PID}, {"tid", LABELS + TID}, {"id", LABELS + ID}};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        if (key.length == strlen(others[i].name) && !memcmp(key.at, others[i].name, key.length)) return others[i].field;
+
+    return OTHER;
+}
+
+/* Number of a wanted key of args; `keys` for another. */
+static uint32_t wanted_key(const scanner *s, slice key) {
+    uint32_t k = 0;
+    while (k < s->keys && (s->key[k].length != key.length || memcmp(s->key[k].at, key.at, key.length))) k++;
+    return k;
+}
+
+/* A key that was not expected, which is from now on. */
+static int take_other_member(cursor *c, scanner *s, expected_key *place, int of_args) {
+    slice key;
+    int escaped, outcome;
+    const uint8_t *start = c->p;
+    if ((outcome = take_key(c, &key, &escaped))) return outcome;
+    if (escaped && (s->keys || !of_args)) c->unsure = 1;
+
+    memmove(place + 1, place, sizeof *place * (WAYS - 1));
+    place->meaning = of_args ? wanted_key(s, key) : field_of(key);
+    expect(place, start, c->p);
+    return OK;
+}
+
+/* A key up to its value, at a place of an event or of its args, with what it means. */
+static inline int take_member(cursor *c, scanner *s, expected_key *place, int of_args, uint32_t *meaning) {
+    for (int way = 0;; way++) {
+        if (way == WAYS) {
+            int outcome = take_other_member(c, s, place, of_args);
+            if (outcome) return outcome;
+            *meaning = place->meaning;
+            break;
+        }
+
+        if (is_expected(c, &place[way])) {
+            c->p += place[way].length;
+            *meaning = place[way].meaning;
+            break;
+        }
+    }
+
+    c->p = skip_space(c->p);
+    return OK;
+}
+
+static inline int skip_member(cursor *c) {
+    slice text;
+    int escaped;
+    return *c->p == '"' ? (c->p++, take_string(c, &text, &escaped)) : skip_value(c);
+}
+
+static int take_args(cursor *c, event *e, scanner *s) {
     for (uint32_t k = 0; k < s->keys; k++) e->args[k].kind = MISSING; /* a second `args` replaces the first */
 
-    if (!s->keys || *c->p != '{') return skip_value(c);
+    if (*c->p != '{') return skip_value(c);
 
     c->p = skip_space(c->p + 1);
     if (*c->p == '}') return c->p++, OK;
 
-    for (;;) {
-        slice key;
-        int outcome = take_key(c, &key);
+    for (uint32_t at = 0;; at++) {
+        uint32_t k;
+        int outcome = take_member(c, s, s->of_args[at % PLACES], 1, &k);
         if (outcome) return outcome;
 
-        uint32_t k = 0;
-        while (k < s->keys && (s->key[k].length != key.length || memcmp(s->key[k].at, key.at, key.length))) k++;
-        outcome = k < s->keys ? take_arg(c, &e->args[k]) : skip_value(c);
+        outcome = k < s->keys ? take_arg(c, &e->args[k]) : skip_member(c);
         if (outcome) return outcome;
 
         c->p = skip_space(c->p);
@@ -185,40 +270,28 @@ static int take_args(cursor *c, event *e, const scanner *s) {
     }
 }
 
-#define IS(key, word) (!memcmp((key).at, word, sizeof(word) - 1))
-
 /* Phase codes that use the id: for others an unusual id does not matter. */
 static int take_id(cursor *c, event *e) {
-    int before = c->unsure, outcome = take_label(c, &e->id);
+    int before = c->unsure, outcome = take_label(c, &e->labels[ID]);
     if (c->unsure != before) e->unusual_id = 1;
     c->unsure = before;
     return outcome;
 }
 
-static inline int take_value(cursor *c, event *e, const scanner *s, slice key) {
-    switch (key.length) {
-    case 2:
-        if (IS(key, "ts")) return take_time(c, &e->ts_ns, &e->fractional);
-        if (IS(key, "ph")) return take_kind(c, e);
-        if (IS(key, "id")) return take_id(c, e);
-        break;
-    case 3:
-        if (IS(key, "pid")) return take_label(c, &e->pid);
-        if (IS(key, "tid")) return take_label(c, &e->tid);
-        if (IS(key, "cat")) return take_label(c, &e->cat);
-        if (IS(key, "dur")) return take_time(c, &e->dur_ns, &e->fractional);
-        if (IS(key, "id2")) e->unusual_id = 1;
-        break;
-    case 4:
-        if (IS(key, "name")) return take_label(c, &e->name);
-        if (IS(key, "args")) return take_args(c, e, s);
-        break;
+static inline int take_value(cursor *c, event *e, scanner *s, uint32_t field) {
+    switch (field) {
+    case TS: return take_time(c, &e->ts_ns, &e->fractional);
+    case DUR: return take_time(c, &e->dur_ns, &e->fractional);
+    case PH: return take_kind(c, e);
+    case ARGS: return take_args(c, e, s);
+    case LABELS + ID: return take_id(c, e);
+    case ID2: e->unusual_id = 1; /* fall through */
+    case OTHER: return skip_member(c);
+    default: return take_label(c, &e->labels[field - LABELS]);
     }
-
-    return skip_value(c);
 }
 
-static int take_event(cursor *c, event *e, const scanner *s) {
+static int take_event(cursor *c, event *e, scanner *s) {
     memset(e, 0, offsetof(event, args));
     for (uint32_t k = 0; k < s->keys; k++) e->args[k].kind = MISSING;
     e->ts_ns = NO_TIME, e->dur_ns = -1;
@@ -228,11 +301,11 @@ static int take_event(cursor *c, event *e, const scanner *s) {
     c->p = skip_space(c->p + 1);
     if (*c->p == '}') return c->p++, OK;
 
-    for (;;) {
-        slice key;
-        int outcome = take_key(c, &key);
+    for (uint32_t at = 0;; at++) {
+        uint32_t field;
+        int outcome = take_member(c, s, s->of_event[at % PLACES], 0, &field);
         if (outcome) return outcome;
-        if ((outcome = take_value(c, e, s, key))) return outcome;
+        if ((outcome = take_value(c, e, s, field))) return outcome;
 
         c->p = skip_space(c->p);
         if (*c->p == '}') return c->p++, OK;
@@ -258,12 +331,14 @@ static inline int has_identity(uint8_t ph) {
 
 static int put_row(scanner *s, columns *out, const event *e, const uint8_t *end) {
     int64_t row = out->rows;
-    int32_t name = intern_in(s, NAME, e->name, end), cat = intern_in(s, CAT, e->cat, end);
-    int32_t pid = intern_in(s, PID, e->pid, end), tid = intern_in(s, TID, e->tid, end);
-    int32_t id = has_identity(e->ph) ? intern_in(s, ID, e->id, end) : -1;
-    int short_of_memory = name == -2 || cat == -2 || pid == -2 || tid == -2 || id == -2;
+    int32_t *const labels[COLUMNS] = {out->name, out->cat, out->pid, out->tid, out->id};
+    int short_of_memory = 0;
+    for (int k = 0; k < COLUMNS; k++) {
+        labels[k][row] = k != ID || has_identity(e->ph) ? intern_in(s, k, e->labels[k], end) : -1;
+        short_of_memory |= labels[k][row] == -2;
+    }
+
     out->ph[row] = e->ph;
-    out->name[row] = name, out->cat[row] = cat, out->pid[row] = pid, out->tid[row] = tid, out->id[row] = id;
     out->ts_ns[row] = e->ts_ns, out->dur_ns[row] = e->dur_ns;
     out->fractional |= e->fractional;
     for (uint32_t k = 0; k < s->keys; k++) {
@@ -375,7 +450,7 @@ int32_t traceml_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end
             put_unsure(s, out, out->stop, c.p - text);
         else if (e.ph != METADATA) {
             if (!put_row(s, out, &e, c.end)) return DEEP;
-        } else if (is_wanted(s, e.name)) {
+        } else if (is_wanted(s, e.labels[NAME])) {
             put_unsure(s, out, out->stop, c.p - text);
         } else {
             continue;

@@ -36,26 +36,21 @@ static int64_t rounded_ns(const uint8_t *digits, int count, int finer) {
     return ns + (next > 5 || (next == 5 && (rest || ns & 1)));
 }
 
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-/* Eight bytes as a decimal number; -1 unless all are digits. */
-static inline int64_t eight_digits(const uint8_t *p) {
-    uint64_t v;
-    memcpy(&v, p, 8);
-    if (((v & 0xF0F0F0F0F0F0F0F0ull) | ((v + 0x0606060606060606ull) & 0xF0F0F0F0F0F0F0F0ull) >> 4) !=
-        0x3333333333333333ull)
-        return -1;
-
-    v = (v & 0x0F0F0F0F0F0F0F0Full) * 2561 >> 8; /* two digits each, then four, then eight */
-    v = (v & 0x00FF00FF00FF00FFull) * 6553601 >> 16;
-    return (int64_t)((v & 0x0000FFFF0000FFFFull) * 42949672960001ull >> 32);
-}
-#endif
-
 /* Append digits to a value, which is right for up to MAX_DIGITS in all; return the end of the digits. */
 static inline const uint8_t *take_digits(const uint8_t *p, const uint8_t *end, uint64_t *value) {
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-    for (int64_t eight; end - p >= 8 && (eight = eight_digits(p)) >= 0; p += 8)
-        *value = *value * 100000000 + (uint64_t)eight;
+    static const uint64_t tens[] = {1, 10, 100, 1000, 10000, 100000, 1000000, 10000000, 100000000};
+    for (int count = 8; count == 8 && end - p >= 8; p += count) {
+        uint64_t v;
+        memcpy(&v, p, 8);
+        if (!(count = digits_in(v))) return p;
+
+        v = (v << (64 - 8 * count)) & 0x0F0F0F0F0F0F0F0Full; /* with zeros before the digits */
+        v = v * 2561 >> 8;                                   /* two digits each, then four, then eight */
+        v = (v & 0x00FF00FF00FF00FFull) * 6553601 >> 16;
+        v = (v & 0x0000FFFF0000FFFFull) * 42949672960001ull >> 32;
+        *value = *value * tens[count] + v;
+    }
 #endif
     for (; is_digit(*p); p++) *value = *value * 10 + (uint64_t)(*p - '0');
     return p;
