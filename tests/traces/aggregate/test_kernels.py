@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import tracemalloc
 
@@ -150,6 +151,17 @@ def test_cover_is_the_same_without_the_library(seed, monkeypatch):
     assert compiled == run()
     busy = sum(sum(times) for times in compiled[0].values())
     assert busy > 0
+
+
+@pytest.mark.parametrize("sought", [b"ab", b"aab", b"baab"])
+def test_bytes_are_found_as_by_python(sought):
+    """At every position, in texts with many near misses, up to the last byte."""
+    chance = random.Random(3)
+    for size in [*range(70), 500]:
+        data = bytes(chance.choices(b"abc", (3, 1, 1 + size % 4), k=size))
+        assert [native.find(data, sought, at) for at in range(size + 2)] == [
+            data.find(sought, at) for at in range(size + 2)
+        ]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 999, 5000])

@@ -1,4 +1,5 @@
-/* Kernels of the analysis: statistics per group, numbering of pairs, self time, pairs of begin and end, overlap.
+/* Kernels of the analysis: statistics per group, numbering of pairs, self time, pairs of begin and end, overlap;
+ * and the search of compressed files.
  *
  * Plain C without Python.h: called through ctypes, so other threads run at the same time. Every kernel works on arrays
  * owned by its caller. A kernel that runs out of room stops at the first element that does not fit and returns its
@@ -7,8 +8,11 @@
  */
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
-#define VERSION 6  /* raised when arguments or constants of this library change; library.py expects it */
+#define VERSION 7  /* raised when arguments or constants of this library change; library.py expects it */
 #define CELLS 128  /* buckets per power of two: at most 1/128 wide, so their middles are within 0.4 % */
 #define OCTAVES 57 /* 0..127 exactly, then one per power of two up to 2^63 */
 #define FEW 4      /* values stored per group before a histogram is used: with many groups, most have no more */
@@ -16,6 +20,25 @@
 #define BINS 1024
 
 int64_t traceml_version(void) { return VERSION; }
+
+/* Position of a short sequence of bytes (two or more) from `first` on; -1 without it. */
+int64_t traceml_find(const uint8_t *data, int64_t first, int64_t size, const uint8_t *sought, int64_t length) {
+  int64_t i = first, last = size - length;
+#ifdef __SSE2__
+  const __m128i one = _mm_set1_epi8((char)sought[0]), two = _mm_set1_epi8((char)sought[1]);
+  for (; i + 16 <= last; i += 16) {
+    __m128i begin = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(data + i)), one);
+    __m128i next = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(data + i + 1)), two);
+    for (int hit = _mm_movemask_epi8(_mm_and_si128(begin, next)); hit; hit &= hit - 1) {
+      int64_t at = i + __builtin_ctz((unsigned)hit);
+      if (!memcmp(data + at, sought, (size_t)length)) return at;
+    }
+  }
+#endif
+  for (; i <= last; i++)
+    if (!memcmp(data + i, sought, (size_t)length)) return i;
+  return -1;
+}
 
 static inline void add_wide(uint64_t *low, int64_t *high, int64_t value) {
   uint64_t before = *low;

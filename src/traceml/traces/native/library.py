@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LIBRARY", "grown", "library", "pointer"]
+__all__ = ["LIBRARY", "find", "grown", "library", "pointer"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 6
+_VERSION = 7
 _LOG = logging.getLogger("traceml")
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _RESULTS = {
-    **dict.fromkeys(("traceml_stats", "traceml_pairs", "traceml_nest", "traceml_match"), _I64),
+    **dict.fromkeys(("traceml_find", "traceml_stats", "traceml_pairs", "traceml_nest", "traceml_match"), _I64),
     **dict.fromkeys(("traceml_unnest", "traceml_overlap", "traceml_finish_overlap", "traceml_scanner_free"), None),
     **dict.fromkeys(("traceml_scanner_new", "traceml_scanner_texts"), _POINTER),
 }
 _ARGUMENTS = {
+    "traceml_find": [ctypes.c_char_p, _I64, _I64, ctypes.c_char_p, _I64],
     "traceml_scanner_new": [ctypes.c_char_p, _I64, _I32, _I32],
     "traceml_scanner_free": [_POINTER],
     "traceml_scanner_count": [_POINTER],
@@ -58,6 +59,15 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
         getattr(loaded, name).argtypes = arguments
 
     return loaded
+
+
+def find(data: bytes, sought: bytes, first: int = 0) -> int:
+    """Return the position of two bytes or more from `first` on, -1 without them; other threads run meanwhile."""
+    loaded = library()
+    if loaded is None:
+        return data.find(sought, first)
+
+    return int(loaded.traceml_find(data, first, len(data), sought, len(sought)))
 
 
 def pointer(array: NDArray[Any]) -> ctypes.c_void_p:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from traceml.traces.native.library import find
 from traceml.traces.reader.trace_files import GZIP_MAGIC
 
 __all__ = ["MAGIC", "Salvaged", "is_member", "new_inflater", "next_member", "read_at", "salvaged"]
@@ -72,7 +73,7 @@ def next_member(
     """Return the start of the first sound member at or after a position; `end` when there is none before it."""
     while position < end:
         data = read_at(descriptor, position, min(_SEARCHED_BYTES, end - position))
-        hit = data.find(magic)
+        hit = find(data, magic)
         if hit >= 0 and is_sound(descriptor, position + hit):
             return position + hit
 

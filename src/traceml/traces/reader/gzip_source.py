@@ -7,6 +7,7 @@ ended, and the next chunk is valid only if it begins there. A file of one large 
 
 from __future__ import annotations
 
+from traceml.traces.native.library import find
 from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.chunks import GAP
 from traceml.traces.reader.columns import FileDamage
@@ -121,7 +122,7 @@ class GzipInflater(Inflater):
 
 def _possible_member(data: bytes, *, last: bool) -> int:
     """Return the first position after the start at which a member may begin; the end of the data without one."""
-    hit = data.find(MAGIC, 1)
+    hit = find(data, MAGIC, 1)
     if hit >= 0:
         return hit
 
