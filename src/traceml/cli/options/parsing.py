@@ -14,12 +14,14 @@ import textwrap
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import UnionType
-from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from traceml.cli.options.examples import examples_text
 from traceml.cli.options.number_range import check_ranges
 from traceml.errors import UsageError
-from traceml.settings import Config, load
+
+if TYPE_CHECKING:
+    from traceml.settings import Config
 
 __all__ = ["CommandParser", "WrappingFormatter", "config_over", "option_texts", "parse", "wrapped"]
 
@@ -229,4 +231,6 @@ def _paragraphs(lines: list[str]) -> list[list[str]]:
 
 def config_over(runs_dir: str | None) -> Config:
     """Return the settings in force, with another folder of runs where one is given."""
+    from traceml.settings import load  # commands without settings do not pay for it
+
     return load() if runs_dir is None else load(runs_dir=runs_dir)
