@@ -20,7 +20,7 @@ from traceml.errors import StoreError
 
 __all__ = ["LIMIT", "RUN", "ExternalSorter", "RowColumns"]
 
-LIMIT = 1 << 19  # rows in memory
+LIMIT = 1 << 21  # rows in memory
 RUN = 1 << 17  # rows of a run
 
 RowColumns = tuple[NDArray[Any], ...]
