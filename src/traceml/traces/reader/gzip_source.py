@@ -18,7 +18,7 @@ __all__ = ["GzipChunks"]
 
 _MEMBERS_BYTES = 256 * 1024  # compressed: members are taken together until they have this much
 _MAX_MEMBERS_BYTES = 1024 * 1024  # compressed: a longer first member is decompressed sequentially
-_FED_BYTES = 64 * 1024
+_FED_BYTES = 256 * 1024
 _PART_BYTES = 512 * 1024  # of text, taken from the decompressor at a time
 
 

@@ -20,8 +20,8 @@ __all__ = ["ZstdChunks", "frame_end", "frame_starts"]
 
 _FRAMES_BYTES = 512 * 1024  # compressed: frames are taken together until they have this much
 _MAX_FRAMES_BYTES = 1024 * 1024  # compressed: a longer frame is decompressed sequentially
-_PART_BYTES = 128 * 1024  # of text, taken from the decompressor at a time
-_FED_BYTES = 64 * 1024
+_PART_BYTES = 512 * 1024  # of text, taken from the decompressor at a time
+_FED_BYTES = 256 * 1024
 _SEARCHED_BYTES = 64 * 1024
 _HEADER_BYTES = 18  # at most
 _WINDOW_BYTES = 2**27  # at most, of a frame that is read; as zstd without --long=28 and more
