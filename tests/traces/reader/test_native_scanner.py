@@ -136,6 +136,18 @@ def test_all_kinds_of_dftracer_are_read_by_the_library(monkeypatch: pytest.Monke
     assert [event["args"] for event in asked.findings.metadata] == [{"v": "x"}] * 2
 
 
+def test_an_escaped_key_is_read_each_time() -> None:
+    """Objects before do not tell what a key with escapes means."""
+    for keys, args in (((), b""), (("size",), b',"args":{"s\\u0069ze":5}')):
+        text = b'{"ph":"X","name":"a","t\\u0073":7%b}\n' % args * 3
+        native_result, plain = (
+            kind(keys, StringTable()).scan(text, 0, wrapped=False, final=True).columns
+            for kind in (new_scanner, PythonScanner)
+        )
+        assert native_result.arrays["ts_ns"].tolist() == plain.arrays["ts_ns"].tolist() == [7000] * 3
+        assert [each.integers.tolist() for each in native_result.args.values()] == [[5] * 3 for _ in keys]
+
+
 NAMED_METADATA = [
     b'{"ph":"M","name":"wanted","args":{"a":1.5}}',
     b'{"ph":"M","name":"w\\u0061nted"}',

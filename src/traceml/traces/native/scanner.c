@@ -206,7 +206,7 @@ static uint32_t wanted_key(const scanner *s, slice key) {
     return k;
 }
 
-/* A key that was not expected, which is from now on. */
+/* A key that was not expected, which is from now on, unless Python has to read it. */
 static int take_other_member(cursor *c, scanner *s, expected_key *place, int of_args) {
     slice key;
     int escaped, outcome;
@@ -216,7 +216,10 @@ static int take_other_member(cursor *c, scanner *s, expected_key *place, int of_
 
     memmove(place + 1, place, sizeof *place * (WAYS - 1));
     place->meaning = of_args ? wanted_key(s, key) : field_of(key);
-    expect(place, start, c->p);
+    if (escaped)
+        place->length = 0;
+    else
+        expect(place, start, c->p);
     return OK;
 }
 
